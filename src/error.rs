@@ -1,0 +1,256 @@
+//! The one error type of the crate: a variant per broken rule, with fields that name what broke it.
+
+use std::path::{Path, PathBuf};
+
+/// Shorthand for `std::result::Result<T, elastic_lora::Error>`.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong on user input. Programming errors inside the crate are panics; nothing a caller passes is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    // --- files -------------------------------------------------------------------------------------------------
+    /// Reading or writing a file failed.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A file is not well-formed JSON, or not the JSON that was expected.
+    #[error("{path}: not the JSON expected: {source}", path = path.display())]
+    Json {
+        /// The file, or a description of the text's origin.
+        path: PathBuf,
+        /// Where and why parsing stopped.
+        source: serde_json::Error,
+    },
+    /// A file breaks a rule of its format.
+    #[error("{path}: {reason}", path = path.display())]
+    InvalidFile {
+        /// The file.
+        path: PathBuf,
+        /// The rule, with the values found.
+        reason: String,
+    },
+    // --- tensors -----------------------------------------------------------------------------------------------
+    /// A tensor that the configuration requires is not in the checkpoint.
+    #[error("{path}: tensor `{tensor}` is missing", path = path.display())]
+    MissingTensor {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+    },
+    /// A tensor's shape is not what the configuration implies.
+    #[error("tensor `{tensor}`: shape {found:?}, expected {expected:?}")]
+    TensorShape {
+        /// The tensor's name.
+        tensor: String,
+        /// What the configuration implies.
+        expected: Vec<usize>,
+        /// What the file holds.
+        found: Vec<usize>,
+    },
+    /// A tensor has an element type that cannot be used here.
+    #[error("tensor `{tensor}`: dtype {found} cannot be read here (expected {expected})")]
+    TensorDtype {
+        /// The tensor's name.
+        tensor: String,
+        /// The types that can.
+        expected: &'static str,
+        /// The type found.
+        found: String,
+    },
+    /// A tensor holds NaN or an infinity.
+    #[error("tensor `{tensor}`: element {index} is {value}")]
+    NotFinite {
+        /// The tensor's name.
+        tensor: String,
+        /// Row-major index of the first such element.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
+    // --- model configuration -----------------------------------------------------------------------------------
+    /// A field of `config.json` is missing or has a value that makes no model.
+    #[error("config field `{field}`: {reason}")]
+    InvalidConfig {
+        /// The field.
+        field: String,
+        /// The rule, with the value found.
+        reason: String,
+    },
+    /// The architecture is none that this crate implements.
+    #[error("architecture `{found}` is not supported (supported: {supported})")]
+    UnsupportedArchitecture {
+        /// `model_type` as found.
+        found: String,
+        /// Those that are.
+        supported: &'static str,
+    },
+    /// A feature of a file, model or adapter that this crate does not implement.
+    #[error("{what} is not supported")]
+    Unsupported {
+        /// The feature, with the value found.
+        what: String,
+    },
+    // --- search space ------------------------------------------------------------------------------------------
+    /// A layer name that the model does not have.
+    #[error("{context}: there is no layer `{layer}`")]
+    UnknownLayer {
+        /// Where the name stood (a group, an adapter file, ...).
+        context: String,
+        /// The name.
+        layer: String,
+    },
+    /// A group that the space does not have, or that a configuration leaves out.
+    #[error("{context}: there is no group `{group}`")]
+    UnknownGroup {
+        /// Where the name stood.
+        context: String,
+        /// The name.
+        group: String,
+    },
+    /// A choice that the group does not offer.
+    #[error("group `{group}`: {found} is not one of its choices {choices:?}")]
+    InvalidChoice {
+        /// The group.
+        group: String,
+        /// The value asked for.
+        found: usize,
+        /// What the group offers.
+        choices: Vec<usize>,
+    },
+    /// A search space that breaks a rule (no choices, a layer in two groups, ...).
+    #[error("search space, group `{group}`: {reason}")]
+    InvalidSpace {
+        /// The group.
+        group: String,
+        /// The rule.
+        reason: String,
+    },
+    /// A rank over the adapter's maximum, or zero.
+    #[error("layer `{layer}`: rank {found} is not in 1..={max}")]
+    InvalidRank {
+        /// The layer.
+        layer: String,
+        /// The rank asked for.
+        found: usize,
+        /// The largest rank.
+        max: usize,
+    },
+    // --- arguments ---------------------------------------------------------------------------------------------
+    /// An argument outside its range.
+    #[error("{name} = {found}: {expected}")]
+    InvalidArgument {
+        /// The argument.
+        name: &'static str,
+        /// Its value.
+        found: String,
+        /// The rule.
+        expected: String,
+    },
+    /// Two things that must agree in size do not.
+    #[error("{what}: {found:?}, expected {expected:?}")]
+    ShapeMismatch {
+        /// What was compared.
+        what: String,
+        /// The size that was needed.
+        expected: Vec<usize>,
+        /// The size that was given.
+        found: Vec<usize>,
+    },
+    // --- data --------------------------------------------------------------------------------------------------
+    /// A data set without a usable record.
+    #[error("{path}: no usable record{detail}", path = path.display())]
+    EmptyDataset {
+        /// The file.
+        path: PathBuf,
+        /// Why those that were there could not be used; empty when there was none.
+        detail: String,
+    },
+    /// A record that breaks its form.
+    #[error("{path}: record {record}: {reason}", path = path.display())]
+    InvalidRecord {
+        /// The file.
+        path: PathBuf,
+        /// Number of the record, from 1.
+        record: usize,
+        /// The rule.
+        reason: String,
+    },
+    /// A sequence longer than the model can take.
+    #[error("{what}: {found} tokens, but the model's context is {max}")]
+    SequenceTooLong {
+        /// Which sequence.
+        what: String,
+        /// Its length.
+        found: usize,
+        /// The model's context length.
+        max: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {found} is outside the vocabulary of {vocab_size}")]
+    TokenOutOfRange {
+        /// The id.
+        found: u32,
+        /// The vocabulary's size.
+        vocab_size: usize,
+    },
+    /// The tokenizer refused a file or a text.
+    #[error("{path}: tokenizer: {reason}", path = path.display())]
+    Tokenizer {
+        /// `tokenizer.json`.
+        path: PathBuf,
+        /// What it said.
+        reason: String,
+    },
+    // --- runs --------------------------------------------------------------------------------------------------
+    /// Training met a loss that is not a number.
+    #[error("step {step}: the loss is {loss}")]
+    Diverged {
+        /// The optimizer step, from 1.
+        step: usize,
+        /// The loss.
+        loss: f32,
+    },
+    /// A checkpoint belongs to a run with other settings.
+    #[error("{path}: this checkpoint's {field} is {found}, the run's is {expected}", path = path.display())]
+    CheckpointMismatch {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The setting.
+        field: String,
+        /// The run's value.
+        expected: String,
+        /// The checkpoint's value.
+        found: String,
+    },
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl Error {
+    /// Names `path` in an I/O error.
+    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Error::Io { path: path.as_ref().to_path_buf(), source }
+    }
+
+    /// Names `path` in a JSON error.
+    pub fn json(path: impl AsRef<Path>, source: serde_json::Error) -> Self {
+        Error::Json { path: path.as_ref().to_path_buf(), source }
+    }
+
+    /// A file that breaks a rule of its format.
+    pub fn invalid_file(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
+        Error::InvalidFile { path: path.as_ref().to_path_buf(), reason: reason.into() }
+    }
+
+    /// An argument outside its range.
+    pub fn argument(name: &'static str, found: impl std::fmt::Display, expected: impl Into<String>) -> Self {
+        Error::InvalidArgument { name, found: found.to_string(), expected: expected.into() }
+    }
+}
