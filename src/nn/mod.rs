@@ -1,0 +1,3 @@
+//! Building blocks of a decoder: operations, linear layers and their storage, normalization, rotary tables, key/value cache.
+
+pub mod ops;
