@@ -1,3 +1,12 @@
 //! Building blocks of a decoder: operations, linear layers and their storage, normalization, rotary tables, key/value cache.
 
+mod cache;
+mod linear;
+mod norm;
 pub mod ops;
+mod rope;
+
+pub use cache::KvCache;
+pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
+pub use norm::RmsNorm;
+pub use rope::{Rope, RopeScaling};

@@ -1,0 +1,315 @@
+//! The low-rank update whose active rank is a choice made at run time.
+
+use burn::module::{Module, Param};
+use burn::tensor::module::linear;
+use burn::tensor::{Device, Tensor, TensorData};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::dropout::{mix_seed, seeded_dropout};
+use crate::error::{Error, Result};
+use crate::linalg::Matrix;
+use crate::nn::{matrix_from_tensor, tensor_from_matrix};
+
+/// How the update's scale `s` follows from alpha and the ranks.
+///
+/// A file that is read elsewhere is scaled by its reader's rule, so exports state the rank and alpha that give the same `s`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScaleRule {
+    /// `alpha / r_max` at every active rank, as in LoNAS, Shears and SQFT: the larger subnet's update is the smaller one's
+    /// plus more columns.
+    #[default]
+    AlphaOverMaxRank,
+    /// `alpha / r` of the active rank (LoRA, arXiv 2106.09685, applied to each subnet).
+    AlphaOverRank,
+    /// `alpha / sqrt(r)` of the active rank (rsLoRA, arXiv 2312.03732).
+    AlphaOverSqrtRank,
+}
+
+/// Shape-independent settings of an elastic adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// The largest rank; smaller ones are its prefixes.
+    pub rank: usize,
+    /// Numerator of the scale.
+    pub alpha: f64,
+    /// Probability with which an element of the adapter's input is dropped in training, in 0..1.
+    pub dropout: f64,
+    /// How the scale follows from alpha and rank.
+    pub scale_rule: ScaleRule,
+}
+
+impl LoraConfig {
+    /// `alpha = 2 * rank`, no dropout, the papers' scale rule.
+    pub fn new(rank: usize) -> Self {
+        Self { rank, alpha: 2.0 * rank as f64, dropout: 0.0, scale_rule: ScaleRule::default() }
+    }
+
+    /// Sets alpha.
+    pub fn with_alpha(mut self, alpha: f64) -> Self {
+        self.alpha = alpha;
+        self
+    }
+
+    /// Sets the dropout probability.
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
+    /// Sets the scale rule.
+    pub fn with_scale_rule(mut self, scale_rule: ScaleRule) -> Self {
+        self.scale_rule = scale_rule;
+        self
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a rank of 0, an alpha that is not finite and over 0, or a dropout outside 0..1.
+    pub fn validate(&self) -> Result<()> {
+        if self.rank == 0 {
+            return Err(Error::argument("rank", self.rank, "at least 1"));
+        }
+        if !(self.alpha.is_finite() && self.alpha > 0.0) {
+            return Err(Error::argument("alpha", self.alpha, "a finite number over 0"));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::argument("dropout", self.dropout, "at least 0 and under 1"));
+        }
+        Ok(())
+    }
+
+    /// The scale `s` at an active rank.
+    pub fn scale(&self, active_rank: usize) -> f64 {
+        match self.scale_rule {
+            ScaleRule::AlphaOverMaxRank => self.alpha / self.rank as f64,
+            ScaleRule::AlphaOverRank => self.alpha / active_rank as f64,
+            ScaleRule::AlphaOverSqrtRank => self.alpha / (active_rank as f64).sqrt(),
+        }
+    }
+
+    /// Fresh factors: A uniform in `±1 / sqrt(d_input)` (PEFT's Kaiming-uniform with `a = sqrt(5)`), B zero, so that the
+    /// update starts at nothing. Same seed, same factors, on every backend.
+    pub(crate) fn fresh_factors(
+        &self,
+        d_input: usize,
+        d_output: usize,
+        seed: u64,
+        device: &Device,
+    ) -> (Param<Tensor<2>>, Param<Tensor<2>>) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let bound = 1.0 / (d_input as f32).sqrt();
+        let a: Vec<f32> = (0..d_input * self.rank).map(|_| rng.random_range(-bound..=bound)).collect();
+        let a = Tensor::from_data(TensorData::new(a, [d_input, self.rank]), device);
+        let b = Tensor::zeros([self.rank, d_output], device);
+        (Param::from_tensor(a), Param::from_tensor(b))
+    }
+}
+
+/// The weight-space update `s A_r B_r`, masked where there is a mask: the one definition that training of SparsePEFT, merging
+/// and the reparameterization share.
+///
+/// # Shapes
+/// - `lora_a`: `[d_input, r_max]`, `lora_b`: `[r_max, d_output]`, `mask`: `[d_input, d_output]` of 0 and 1
+/// - result: `[d_input, d_output]`
+pub fn delta_weight(
+    lora_a: Tensor<2>,
+    lora_b: Tensor<2>,
+    active_rank: usize,
+    scale: f64,
+    mask: Option<Tensor<2>>,
+) -> Tensor<2> {
+    let a = lora_a.narrow(1, 0, active_rank);
+    let b = lora_b.narrow(0, 0, active_rank);
+    // The scale goes onto the thin factor: that is the smaller product.
+    let delta = (a * scale).matmul(b);
+    match mask {
+        Some(mask) => delta * mask,
+        None => delta,
+    }
+}
+
+/// One layer's elastic low-rank update.
+///
+/// All ranks share one pair of factors: rank `r` is the first `r` columns of `lora_a` and rows of `lora_b`, so choosing
+/// another moves no weight (mode A of arXiv 2501.16372, figure 1).
+#[derive(Module, Debug)]
+pub struct ElasticLora {
+    /// `[d_input, r_max]`; the transpose of PEFT's `lora_A`.
+    pub lora_a: Param<Tensor<2>>,
+    /// `[r_max, d_output]`; the transpose of PEFT's `lora_B`.
+    pub lora_b: Param<Tensor<2>>,
+    /// SparsePEFT's mask, 1 where the base weight is not zero, `[d_input, d_output]`.
+    mask: Option<Tensor<2>>,
+    #[module(skip)]
+    config: LoraConfig,
+    #[module(skip)]
+    active_rank: usize,
+    #[module(skip)]
+    dropout_seed: u64,
+}
+
+impl ElasticLora {
+    /// Fresh factors for a layer, all ranks active; see [`LoraConfig::new`]. The update is zero until trained.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] as [`LoraConfig::validate`] says, or for a size of 0.
+    pub fn new(config: &LoraConfig, d_input: usize, d_output: usize, seed: u64, device: &Device) -> Result<Self> {
+        config.validate()?;
+        if d_input == 0 || d_output == 0 {
+            return Err(Error::argument("d_input x d_output", format!("{d_input} x {d_output}"), "both at least 1"));
+        }
+        let (lora_a, lora_b) = config.fresh_factors(d_input, d_output, seed, device);
+        Ok(Self { lora_a, lora_b, mask: None, active_rank: config.rank, config: config.clone(), dropout_seed: seed })
+    }
+
+    /// Takes trained factors in PEFT's orientation, all ranks active.
+    ///
+    /// # Shapes
+    /// - `a`: `[r_max, d_input]`, `b`: `[d_output, r_max]`
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the ranks differ from each other or from `config.rank`.
+    pub fn from_factors(config: &LoraConfig, a: &Matrix, b: &Matrix, device: &Device) -> Result<Self> {
+        config.validate()?;
+        if a.rows() != config.rank || b.cols() != config.rank {
+            return Err(Error::ShapeMismatch {
+                what: "ranks of the LoRA factors".into(),
+                expected: vec![config.rank, config.rank],
+                found: vec![a.rows(), b.cols()],
+            });
+        }
+        Ok(Self {
+            lora_a: Param::from_tensor(tensor_from_matrix(a, device)),
+            lora_b: Param::from_tensor(tensor_from_matrix(b, device)),
+            mask: None,
+            active_rank: config.rank,
+            config: config.clone(),
+            dropout_seed: 0,
+        })
+    }
+
+    /// Confines the update to where `mask` is 1 (SparsePEFT, arXiv 2410.03750), or frees it.
+    ///
+    /// # Shapes
+    /// - `mask`: `[d_input, d_output]` of 0 and 1
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for another shape.
+    pub fn set_mask(&mut self, mask: Option<Tensor<2>>) -> Result<()> {
+        let expected = [self.d_input(), self.d_output()];
+        if let Some(mask) = &mask
+            && mask.dims() != expected
+        {
+            return Err(Error::ShapeMismatch {
+                what: "SparsePEFT mask".into(),
+                expected: expected.to_vec(),
+                found: mask.dims().to_vec(),
+            });
+        }
+        self.mask = mask.map(|mask| mask.without_autodiff());
+        Ok(())
+    }
+
+    /// Whether the update is confined by a mask.
+    pub fn is_masked(&self) -> bool {
+        self.mask.is_some()
+    }
+
+    /// Settings.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// Inputs of the layer.
+    pub fn d_input(&self) -> usize {
+        self.lora_a.lazy_shape()[0]
+    }
+
+    /// Outputs of the layer.
+    pub fn d_output(&self) -> usize {
+        self.lora_b.lazy_shape()[1]
+    }
+
+    /// The largest rank.
+    pub fn max_rank(&self) -> usize {
+        self.config.rank
+    }
+
+    /// The active rank.
+    pub fn active_rank(&self) -> usize {
+        self.active_rank
+    }
+
+    /// The scale at the active rank.
+    pub fn scale(&self) -> f64 {
+        self.config.scale(self.active_rank)
+    }
+
+    /// Makes the first `rank` columns of A and rows of B the active ones. Moves no weight.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRank`] for 0 or more than the maximum; the active rank is then as before.
+    pub fn set_active_rank(&mut self, rank: usize) -> Result<()> {
+        if rank == 0 || rank > self.max_rank() {
+            return Err(Error::InvalidRank { layer: String::new(), found: rank, max: self.max_rank() });
+        }
+        self.active_rank = rank;
+        Ok(())
+    }
+
+    /// Fixes the next forward pass's dropout mask. The trainer sets it once a step.
+    pub fn set_dropout_seed(&mut self, seed: u64) {
+        self.dropout_seed = seed;
+    }
+
+    /// The active weight-space update, `[d_input, d_output]`; see [`delta_weight`].
+    pub fn delta(&self) -> Tensor<2> {
+        delta_weight(self.lora_a.val(), self.lora_b.val(), self.active_rank, self.scale(), self.mask.clone())
+    }
+
+    /// The adapted layer's output, given the base's weight and bias.
+    ///
+    /// Unmasked: `x W + b + s (dropout(x) A_r) B_r`, two thin products. Masked: `x W + b + dropout(x) (s A_r B_r * M)`, which
+    /// without dropout is one product with the summed weight, the very weight that a merge gives.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, `bias`: `[d_output]`; result: `[.., d_output]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+        let dropout = if self.lora_a.val().is_autodiff() { self.config.dropout } else { 0.0 };
+        if self.mask.is_some() {
+            let delta = self.delta();
+            return if dropout > 0.0 {
+                let dropped = seeded_dropout(x.clone(), dropout, self.dropout_seed);
+                linear(x, weight, bias) + linear(dropped, delta, None)
+            } else {
+                linear(x, weight + delta, bias)
+            };
+        }
+        let dropped = seeded_dropout(x.clone(), dropout, self.dropout_seed);
+        let a = self.lora_a.val().narrow(1, 0, self.active_rank);
+        let b = self.lora_b.val().narrow(0, 0, self.active_rank);
+        linear(x, weight, bias) + linear(linear(dropped, a, None) * self.scale(), b, None)
+    }
+
+    /// The active factors in PEFT's orientation: A `[r, d_input]`, B `[d_output, r]`, and the scale.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a masked update, which no pair of factors expresses.
+    pub fn active_factors(&self) -> Result<(Matrix, Matrix, f64)> {
+        if self.is_masked() {
+            return Err(Error::Unsupported { what: "writing a SparsePEFT adapter as plain LoRA factors".into() });
+        }
+        let a = matrix_from_tensor(self.lora_a.val().narrow(1, 0, self.active_rank));
+        let b = matrix_from_tensor(self.lora_b.val().narrow(0, 0, self.active_rank));
+        Ok((a, b, self.scale()))
+    }
+
+    /// A seed for the dropout of this layer at a step, from the run's seed.
+    pub fn step_seed(seed: u64, step: u64, layer: u64) -> u64 {
+        mix_seed(mix_seed(seed, step), layer)
+    }
+}

@@ -1,0 +1,14 @@
+//! Elastic low-rank adapters (LoRA, arXiv 2106.09685; elastic ranks and SparsePEFT, arXiv 2501.16372 and 2410.03750).
+//!
+//! [`ElasticLoraLinear`] is a layer for any Burn model; [`ElasticLoraReparameterizer`] attaches the same adapters to a module
+//! that already exists.
+
+mod dropout;
+mod linear;
+mod lora;
+mod reparam;
+
+pub use dropout::{mix_seed, seeded_dropout};
+pub use linear::{ElasticLoraLinear, ElasticLoraLinearConfig};
+pub use lora::{ElasticLora, LoraConfig, ScaleRule, delta_weight};
+pub use reparam::{ElasticLoraReparam, ElasticLoraReparameterizer, RankSwitches};

@@ -1,0 +1,148 @@
+//! The frozen linear layer that adapters ride on, and the one place where `[out, in]` becomes `[in, out]`.
+
+use burn::module::{Module, Param};
+use burn::tensor::module::linear;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+
+use crate::error::{Error, Result};
+use crate::linalg::Matrix;
+
+/// A Hugging Face weight `[out, in]` as a Burn tensor `[in, out]`.
+///
+/// # Shapes
+/// - `weight`: `[d_output, d_input]`; result: `[d_input, d_output]`
+pub fn tensor_from_matrix(weight: &Matrix, device: &Device) -> Tensor<2> {
+    let turned = weight.transposed();
+    let shape = [turned.rows(), turned.cols()];
+    Tensor::from_data(TensorData::new(turned.into_vec(), shape), device)
+}
+
+/// A Burn weight `[in, out]` as a Hugging Face matrix `[out, in]`; the inverse of [`tensor_from_matrix`].
+///
+/// # Shapes
+/// - `weight`: `[d_input, d_output]`; result: `[d_output, d_input]`
+pub fn matrix_from_tensor(weight: Tensor<2>) -> Matrix {
+    let [d_input, d_output] = weight.dims();
+    let values = host_values(weight);
+    Matrix::from_fn(d_input, d_output, |i, o| values[i * d_output + o]).transposed()
+}
+
+/// A tensor's elements on the host, row-major, as `f32`.
+pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    let n = tensor.shape().num_elements();
+    let data = tensor.into_data_dtype(DType::F32);
+    let values = data.try_into_vec::<f32>().unwrap_or_default();
+    debug_assert_eq!(values.len(), n);
+    values
+}
+
+/// A linear layer `y = x W + b`, as stored in the checkpoint: the frozen part of an adapted layer.
+///
+/// How the weight is stored is this type's business alone; the decoder has one form for every storage.
+#[derive(Module, Debug)]
+pub struct BaseLinear {
+    /// `[d_input, d_output]`.
+    pub weight: Param<Tensor<2>>,
+    /// `[d_output]`.
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl BaseLinear {
+    /// Takes a weight `[d_input, d_output]` and a bias `[d_output]`. They start frozen.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the bias has another length.
+    pub fn from_tensors(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Result<Self> {
+        let [_, d_output] = weight.dims();
+        if let Some(bias) = &bias
+            && bias.dims() != [d_output]
+        {
+            return Err(Error::ShapeMismatch {
+                what: "bias".into(),
+                expected: vec![d_output],
+                found: bias.dims().to_vec(),
+            });
+        }
+        Ok(Self {
+            weight: Param::from_tensor(weight).set_require_grad(false),
+            bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
+        })
+    }
+
+    /// Takes a Hugging Face weight `[d_output, d_input]` and a bias `[d_output]`. They start frozen.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the bias has another length.
+    pub fn from_matrix(weight: &Matrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
+        let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [bias.len()]), device));
+        Self::from_tensors(tensor_from_matrix(weight, device), bias)
+    }
+
+    /// The weight in Hugging Face's orientation, `[d_output, d_input]`.
+    pub fn to_matrix(&self) -> Matrix {
+        matrix_from_tensor(self.weight.val())
+    }
+
+    /// Replaces the weight by one of the same shape in Hugging Face's orientation.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where it has another shape.
+    pub fn set_matrix(&mut self, weight: &Matrix) -> Result<()> {
+        let [d_input, d_output] = self.dims();
+        if (weight.rows(), weight.cols()) != (d_output, d_input) {
+            return Err(Error::ShapeMismatch {
+                what: "replacement weight".into(),
+                expected: vec![d_output, d_input],
+                found: vec![weight.rows(), weight.cols()],
+            });
+        }
+        let tensor = tensor_from_matrix(weight, &self.weight.val().device());
+        let trained = self.weight.val().is_require_grad();
+        self.weight = self.weight.clone().map(|_| tensor).set_require_grad(trained);
+        Ok(())
+    }
+
+    /// `[d_input, d_output]`.
+    pub fn dims(&self) -> [usize; 2] {
+        self.weight.lazy_shape().dims()
+    }
+
+    /// Applies the layer.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., d_input]`; result: `[.., d_output]`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        linear(x, self.weight.val(), self.bias.as_ref().map(|bias| bias.val()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orientation_round_trips_and_multiplies_as_hugging_face_does() {
+        let device = Device::flex();
+        let w = Matrix::from_fn(3, 5, |o, i| (o as f32 - 1.0) * 0.5 + i as f32 * 0.25);
+        let layer = BaseLinear::from_matrix(&w, Some(&[0.5, -1.0, 2.0]), &device).unwrap();
+        assert_eq!(layer.dims(), [5, 3]);
+        assert_eq!(layer.to_matrix(), w);
+        let x: Vec<f32> = (0..10).map(|i| (i as f32 * 0.7).sin()).collect();
+        let y = host_values(layer.forward(Tensor::<2>::from_data(TensorData::new(x.clone(), [2, 5]), &device)));
+        for row in 0..2 {
+            for o in 0..3 {
+                let expected: f32 =
+                    (0..5).map(|i| x[row * 5 + i] * w.row(o)[i]).sum::<f32>() + [0.5, -1.0, 2.0][o];
+                approx::assert_abs_diff_eq!(y[row * 3 + o], expected, epsilon = 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn a_weight_of_another_shape_is_refused() {
+        let device = Device::flex();
+        let mut layer = BaseLinear::from_matrix(&Matrix::zeros(3, 5), None, &device).unwrap();
+        assert!(matches!(layer.set_matrix(&Matrix::zeros(5, 3)), Err(Error::ShapeMismatch { .. })));
+        assert!(BaseLinear::from_matrix(&Matrix::zeros(3, 5), Some(&[0.0; 5]), &device).is_err());
+    }
+}

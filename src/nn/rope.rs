@@ -1,0 +1,125 @@
+//! Rotary position tables (Su et al., arXiv 2104.09864), with the frequency scalings that checkpoints ask for.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// How the frequencies of long-context models are stretched.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum RopeScaling {
+    /// None.
+    #[default]
+    Default,
+    /// Every position divided by a factor.
+    Linear {
+        /// The factor, over 0.
+        factor: f64,
+    },
+    /// Llama 3.1's: long wavelengths are divided by the factor, short ones kept, those between interpolated.
+    Llama3 {
+        /// What long wavelengths are divided by.
+        factor: f64,
+        /// Wavelengths over `original_context / low_freq_factor` are long.
+        low_freq_factor: f64,
+        /// Wavelengths under `original_context / high_freq_factor` are short.
+        high_freq_factor: f64,
+        /// The context length before stretching, in tokens.
+        original_context: f64,
+    },
+}
+
+/// The frequencies of a head's pairs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    inv_freq: Vec<f64>,
+}
+
+impl Rope {
+    /// Frequencies `theta^(-2 i / head_dim)` for `i` in `0..head_dim / 2`, stretched as `scaling` says.
+    pub fn new(head_dim: usize, theta: f64, scaling: RopeScaling) -> Self {
+        let inv_freq = (0..head_dim / 2)
+            .map(|i| {
+                let freq = theta.powf(-2.0 * i as f64 / head_dim as f64);
+                match scaling {
+                    RopeScaling::Default => freq,
+                    RopeScaling::Linear { factor } => freq / factor,
+                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                        let wavelength = 2.0 * std::f64::consts::PI / freq;
+                        if wavelength < original_context / high_freq_factor {
+                            freq
+                        } else if wavelength > original_context / low_freq_factor {
+                            freq / factor
+                        } else {
+                            let smooth = (original_context / wavelength - low_freq_factor)
+                                / (high_freq_factor - low_freq_factor);
+                            (1.0 - smooth) * freq / factor + smooth * freq
+                        }
+                    }
+                }
+            })
+            .collect();
+        Self { inv_freq }
+    }
+
+    /// The frequencies, in radians per token.
+    pub fn inv_freq(&self) -> &[f64] {
+        &self.inv_freq
+    }
+
+    /// Cosines and sines for positions `start..start + n`.
+    ///
+    /// # Shapes
+    /// - results: `[n, head_dim / 2]` each
+    pub fn tables(&self, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
+        let half = self.inv_freq.len();
+        let mut cos = Vec::with_capacity(n * half);
+        let mut sin = Vec::with_capacity(n * half);
+        for position in start..start + n {
+            for freq in &self.inv_freq {
+                // As the reference does, the angle is rounded to f32 before the sine is taken.
+                let angle = position as f32 * *freq as f32;
+                cos.push(angle.cos());
+                sin.push(angle.sin());
+            }
+        }
+        (
+            Tensor::from_data(TensorData::new(cos, [n, half]), device),
+            Tensor::from_data(TensorData::new(sin, [n, half]), device),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llama3_keeps_short_wavelengths_and_divides_long_ones() {
+        let plain = Rope::new(64, 500_000.0, RopeScaling::Default);
+        let scaled = Rope::new(
+            64,
+            500_000.0,
+            RopeScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_context: 8192.0,
+            },
+        );
+        assert_eq!(plain.inv_freq()[0], scaled.inv_freq()[0]);
+        approx::assert_relative_eq!(plain.inv_freq()[31] / 8.0, scaled.inv_freq()[31], epsilon = 1e-12);
+        // Published middle value: 2 pi / freq between 2048 and 8192 is interpolated, so it lies strictly between.
+        let between = plain.inv_freq().iter().zip(scaled.inv_freq()).filter(|(p, s)| *s < *p && **s > **p / 8.0).count();
+        assert!(between > 0);
+        for (p, s) in plain.inv_freq().iter().zip(scaled.inv_freq()) {
+            assert!(s <= p && *s >= p / 8.0 - 1e-12);
+        }
+    }
+
+    #[test]
+    fn linear_divides_every_frequency() {
+        let scaled = Rope::new(8, 10_000.0, RopeScaling::Linear { factor: 4.0 });
+        let plain = Rope::new(8, 10_000.0, RopeScaling::Default);
+        for (p, s) in plain.inv_freq().iter().zip(scaled.inv_freq()) {
+            approx::assert_relative_eq!(p / 4.0, *s);
+        }
+    }
+}
