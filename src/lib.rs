@@ -3,5 +3,6 @@
 
 pub mod error;
 pub mod linalg;
+pub mod space;
 
 pub use error::{Error, Result};
