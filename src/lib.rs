@@ -3,5 +3,6 @@
 
 pub mod error;
 pub mod linalg;
+pub mod sparsity;
 
 pub use error::{Error, Result};
