@@ -1,0 +1,130 @@
+//! Where the zeros may lie.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Which weights compete with one another for being kept, and how many are.
+///
+/// Written as `unstructured:0.5`, `layer:0.5` or `2:4`; so it stands in JSON, too.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Pattern {
+    /// In each output row, the `floor(in * ratio)` weights of least score go (Wanda's comparison group).
+    Unstructured {
+        /// Share of weights to remove, in 0..=1.
+        ratio: f64,
+    },
+    /// In the whole matrix, the `floor(out * in * ratio)` weights of least score go; rows may differ in sparsity.
+    Layer {
+        /// Share of weights to remove, in 0..=1.
+        ratio: f64,
+    },
+    /// In each `m` consecutive inputs of a row, the `n` of largest score stay. A last group of `g < m` inputs keeps
+    /// `ceil(n * g / m)`, so there are never more than `n` non-zeros in a group.
+    NM {
+        /// Weights that stay.
+        n: usize,
+        /// Size of the group.
+        m: usize,
+    },
+}
+
+impl Pattern {
+    /// The pattern called `name`: `unstructured` and `layer` take `ratio`, `N:M` fixes its own.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown name, a `ratio` outside 0..=1 (checked for N:M as well), N over M, or M = 0.
+    pub fn from_name(name: &str, ratio: f64) -> Result<Self> {
+        check_ratio(ratio)?;
+        let pattern = match name.trim().to_ascii_lowercase().as_str() {
+            "unstructured" => Pattern::Unstructured { ratio },
+            "layer" => Pattern::Layer { ratio },
+            other => parse_nm(other).ok_or_else(|| unknown(name))?,
+        };
+        pattern.validate()?;
+        Ok(pattern)
+    }
+
+    /// Checks the fields.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a ratio that is NaN or outside 0..=1, N over M, or M = 0.
+    pub fn validate(&self) -> Result<()> {
+        match *self {
+            Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => check_ratio(ratio),
+            Pattern::NM { m: 0, .. } => Err(Error::argument("pattern", self, "M must be at least 1")),
+            Pattern::NM { n, m } if n > m => Err(Error::argument("pattern", self, "N must not exceed M")),
+            Pattern::NM { .. } => Ok(()),
+        }
+    }
+
+    /// Share of weights that the pattern removes from a large matrix, in 0..=1.
+    pub fn ratio(&self) -> f64 {
+        match *self {
+            Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => ratio,
+            Pattern::NM { m: 0, .. } => 0.0,
+            Pattern::NM { n, m } => 1.0 - n as f64 / m as f64,
+        }
+    }
+}
+
+fn check_ratio(ratio: f64) -> Result<()> {
+    // A NaN is in no range.
+    if (0.0..=1.0).contains(&ratio) {
+        return Ok(());
+    }
+    Err(Error::argument("sparsity", ratio, "a share in 0..=1 is needed"))
+}
+
+fn parse_nm(s: &str) -> Option<Pattern> {
+    let (n, m) = s.split_once(':')?;
+    Some(Pattern::NM { n: n.trim().parse().ok()?, m: m.trim().parse().ok()? })
+}
+
+fn unknown(found: &str) -> Error {
+    Error::argument("pattern", format!("{found:?}"), "unstructured, layer (each with a ratio), or N:M such as 2:4")
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Pattern::Unstructured { ratio } => write!(f, "unstructured:{ratio}"),
+            Pattern::Layer { ratio } => write!(f, "layer:{ratio}"),
+            Pattern::NM { n, m } => write!(f, "{n}:{m}"),
+        }
+    }
+}
+
+impl FromStr for Pattern {
+    type Err = Error;
+
+    /// Reads what [`Display`](fmt::Display) writes: `unstructured:0.5`, `layer:0.5`, `2:4`.
+    fn from_str(s: &str) -> Result<Self> {
+        let (head, tail) = s.split_once(':').ok_or_else(|| unknown(s))?;
+        match head.trim().to_ascii_lowercase().as_str() {
+            name @ ("unstructured" | "layer") => {
+                let ratio = tail.trim().parse().map_err(|_| Error::argument("sparsity", tail, "a number is needed"))?;
+                Self::from_name(name, ratio)
+            }
+            _ => Self::from_name(s, 0.0),
+        }
+    }
+}
+
+impl TryFrom<String> for Pattern {
+    type Error = Error;
+
+    fn try_from(s: String) -> Result<Self> {
+        s.parse()
+    }
+}
+
+impl From<Pattern> for String {
+    fn from(p: Pattern) -> Self {
+        p.to_string()
+    }
+}
