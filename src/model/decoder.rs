@@ -1,0 +1,374 @@
+//! The decoder-only transformer.
+
+use burn::module::{Module, Param};
+use burn::tensor::module::{embedding, linear};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::block::{Attention, Block, LinearKind, Mlp, Pass};
+use crate::adapter::ElasticLoraLinear;
+use crate::error::{Error, Result};
+use crate::io::{Checkpoint, HfConfig};
+use crate::linalg::Matrix;
+use crate::nn::ops::{self, AttentionMask};
+use crate::nn::{BaseLinear, KvCache, RmsNorm, Rope, host_values};
+use crate::space::LayerShape;
+
+/// A decoder-only language model. Its weights start frozen; adapters ride on its linear layers.
+///
+/// A family of models is a configuration of this one type; see [`HfConfig`].
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Token embedding, `[vocab_size, d_model]`; also the head's weight where they are tied.
+    pub embed_tokens: Param<Tensor<2>>,
+    /// Blocks, first to last.
+    pub layers: Vec<Block>,
+    /// Final normalization.
+    pub norm: RmsNorm,
+    /// `[d_model] -> [vocab_size]`; none where tied to the embedding.
+    pub lm_head: Option<BaseLinear>,
+    #[module(skip)]
+    config: HfConfig,
+    #[module(skip)]
+    rope: Rope,
+}
+
+impl Decoder {
+    /// Reads the weights that `config` asks for from a checkpoint, as `f32`.
+    ///
+    /// # Errors
+    /// Where a tensor is missing, has another shape or dtype, or holds NaN or an infinity: an error that names it.
+    pub fn load(config: &HfConfig, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        let vector = |name: &str, len: usize| -> Result<Vec<f32>> {
+            let values = checkpoint.load_vector(name, len)?;
+            check_finite(name, &values)?;
+            Ok(values)
+        };
+        let matrix = |name: &str, rows: usize, cols: usize| -> Result<Matrix> {
+            let matrix = checkpoint.load_matrix(name, [rows, cols])?;
+            check_finite(name, matrix.as_slice())?;
+            Ok(matrix)
+        };
+        let mut source = Source {
+            linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
+                let weight = matrix(&format!("{name}.weight"), d_output, d_input)?;
+                let bias = if bias { Some(vector(&format!("{name}.bias"), d_output)?) } else { None };
+                BaseLinear::from_matrix(&weight, bias.as_deref(), device)
+            },
+            norm: &mut |name: &str, len: usize| {
+                let weight = vector(name, len)?;
+                Ok(Tensor::from_data(TensorData::new(weight, [len]), device))
+            },
+            embedding: &mut |vocab_size: usize, d_model: usize| {
+                let name = config.embedding_name(checkpoint)?;
+                let table = matrix(&name, vocab_size, d_model)?;
+                Ok(Tensor::from_data(TensorData::new(table.into_vec(), [vocab_size, d_model]), device))
+            },
+        };
+        Self::assemble(config, &mut source)
+    }
+
+    /// A model with random weights: normal with standard deviation 0.02 (0.02 / sqrt(2 n_layers) for the layers that
+    /// write into the residual stream, as GPT-2 has it), norms 1, biases 0. Same seed, same weights, on every backend.
+    ///
+    /// # Errors
+    /// None for a configuration that was validated.
+    pub fn init(config: &HfConfig, seed: u64, device: &Device) -> Result<Self> {
+        let rng = std::cell::RefCell::new(ChaCha8Rng::seed_from_u64(seed));
+        let normal = |n: usize, std: f64| -> Vec<f32> {
+            let mut rng = rng.borrow_mut();
+            (0..n)
+                .map(|_| {
+                    // Box-Muller: no further dependency for one distribution.
+                    let u: f64 = 1.0 - rng.random::<f64>();
+                    let v: f64 = rng.random();
+                    ((-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos() * std) as f32
+                })
+                .collect()
+        };
+        let residual_std = 0.02 / (2.0 * config.num_hidden_layers as f64).sqrt();
+        let mut source = Source {
+            linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
+                let writes_residual = name.ends_with("o_proj") || name.ends_with("down_proj");
+                let std = if writes_residual { residual_std } else { 0.02 };
+                let weight = TensorData::new(normal(d_input * d_output, std), [d_input, d_output]);
+                let bias = bias.then(|| Tensor::zeros([d_output], device));
+                BaseLinear::from_tensors(Tensor::from_data(weight, device), bias)
+            },
+            norm: &mut |_: &str, len: usize| Ok(Tensor::ones([len], device)),
+            embedding: &mut |vocab_size: usize, d_model: usize| {
+                let table = TensorData::new(normal(vocab_size * d_model, 0.02), [vocab_size, d_model]);
+                Ok(Tensor::from_data(table, device))
+            },
+        };
+        Self::assemble(config, &mut source)
+    }
+
+    fn assemble(config: &HfConfig, source: &mut Source<'_>) -> Result<Self> {
+        let (d_model, d_mlp) = (config.hidden_size, config.intermediate_size);
+        let d_attention = config.num_attention_heads * config.head_dim;
+        let d_kv = config.num_key_value_heads * config.head_dim;
+        let eps = config.rms_norm_eps;
+        let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size, d_model)?).set_require_grad(false);
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for block in 0..config.num_hidden_layers {
+            let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
+                let (d_input, d_output, bias) = match kind {
+                    LinearKind::Q => (d_model, d_attention, config.attention_bias),
+                    LinearKind::K | LinearKind::V => (d_model, d_kv, config.attention_bias),
+                    LinearKind::O => (d_attention, d_model, config.attention_bias),
+                    LinearKind::Gate | LinearKind::Up => (d_model, d_mlp, config.mlp_bias),
+                    LinearKind::Down => (d_mlp, d_model, config.mlp_bias),
+                };
+                Ok(ElasticLoraLinear::plain((source.linear)(&kind.name(block), d_input, d_output, bias)?))
+            };
+            let self_attn = Attention {
+                q_proj: linear(LinearKind::Q)?,
+                k_proj: linear(LinearKind::K)?,
+                v_proj: linear(LinearKind::V)?,
+                o_proj: linear(LinearKind::O)?,
+                head_dim: config.head_dim,
+            };
+            let mlp = Mlp {
+                gate_proj: linear(LinearKind::Gate)?,
+                up_proj: linear(LinearKind::Up)?,
+                down_proj: linear(LinearKind::Down)?,
+            };
+            let mut norm = |name: &str| -> Result<RmsNorm> {
+                let weight = (source.norm)(&format!("model.layers.{block}.{name}.weight"), d_model)?;
+                Ok(RmsNorm::from_tensor(weight, eps))
+            };
+            layers.push(Block {
+                input_layernorm: norm("input_layernorm")?,
+                post_attention_layernorm: norm("post_attention_layernorm")?,
+                self_attn,
+                mlp,
+            });
+        }
+        let norm = RmsNorm::from_tensor((source.norm)("model.norm.weight", d_model)?, eps);
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some((source.linear)("lm_head", d_model, config.vocab_size, false)?)
+        };
+        let rope = Rope::new(config.head_dim, config.rope_theta, config.rope_scaling);
+        Ok(Self { embed_tokens, layers, norm, lm_head, config: config.clone(), rope })
+    }
+
+    /// The configuration it was built from.
+    pub fn config(&self) -> &HfConfig {
+        &self.config
+    }
+
+    /// Where its weights lie, autodiff or not.
+    pub fn device(&self) -> Device {
+        self.embed_tokens.val().device()
+    }
+
+    /// Token ids as a tensor.
+    ///
+    /// # Shapes
+    /// - `ids`: row-major `[rows, len]`; result: `[rows, len]`
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`], [`Error::SequenceTooLong`] for a `len` over the context length, and
+    /// [`Error::ShapeMismatch`] where `ids` is no whole number of rows or there are none.
+    pub fn tokens(&self, ids: &[u32], rows: usize) -> Result<Tensor<2, Int>> {
+        if rows == 0 || ids.is_empty() || !ids.len().is_multiple_of(rows) {
+            return Err(Error::ShapeMismatch {
+                what: "token ids in rows".into(),
+                expected: vec![rows],
+                found: vec![ids.len()],
+            });
+        }
+        let len = ids.len() / rows;
+        if len > self.config.max_position_embeddings {
+            return Err(Error::SequenceTooLong {
+                what: "input".into(),
+                found: len,
+                max: self.config.max_position_embeddings,
+            });
+        }
+        let vocab_size = self.config.vocab_size;
+        if let Some(found) = ids.iter().copied().find(|id| *id as usize >= vocab_size) {
+            return Err(Error::TokenOutOfRange { found, vocab_size });
+        }
+        let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+        Ok(Tensor::from_data(TensorData::new(ids, [rows, len]), &self.device().without_autodiff()))
+    }
+
+    /// The embedding of tokens: what the first block is given.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
+    pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        embedding(self.embed_tokens.val(), tokens)
+    }
+
+    /// One block, without a cache; `tap` is shown each linear layer's input just before it is used.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[batch, seq, d_model]`
+    pub fn block(&self, block: usize, x: Tensor<3>, tap: Option<&mut dyn FnMut(LinearKind, &Tensor<3>)>) -> Tensor<3> {
+        let mut pass = self.pass(0, x.dims()[1], None);
+        pass.tap = tap;
+        self.layers[block].forward(x, block, &mut pass)
+    }
+
+    fn pass<'a>(&self, start: usize, n: usize, cache: Option<&'a mut KvCache>) -> Pass<'a> {
+        let device = self.device().without_autodiff();
+        let (cos, sin) = self.rope.tables(start, n, &device);
+        let window = self.config.sliding_window;
+        let mask = match &cache {
+            Some(cache) => cache.mask(window),
+            None => AttentionMask { window, left_pad: None },
+        };
+        Pass { cos, sin, mask, cache, tap: None }
+    }
+
+    /// Final hidden states, normalized: what the head is given.
+    ///
+    /// With a cache, `tokens` follow those that it holds, and are added to it. Positions count the cache's tokens, padding
+    /// included: rotary attention depends on distances alone.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
+    pub fn hidden_states(&self, tokens: Tensor<2, Int>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+        let [_, seq] = tokens.dims();
+        let start = cache.as_ref().map_or(0, |cache| cache.n_tokens());
+        let mut x = self.embed(tokens);
+        {
+            let mut pass = self.pass(start, seq, cache.as_deref_mut());
+            for (index, block) in self.layers.iter().enumerate() {
+                x = block.forward(x, index, &mut pass);
+            }
+        }
+        if let Some(cache) = cache {
+            cache.advance(seq);
+        }
+        self.norm.forward(x)
+    }
+
+    /// The head: scores of each token of the vocabulary.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[.., d_model]`; result: `[.., vocab_size]`
+    pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
+        match &self.lm_head {
+            Some(head) => head.forward(hidden),
+            None => linear(hidden, self.embed_tokens.val().transpose(), None),
+        }
+    }
+
+    /// Logits of every position.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[batch, seq]`; result: `[batch, seq, vocab_size]`
+    pub fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        self.logits(self.hidden_states(tokens, None))
+    }
+
+    /// Sum of the negative log-likelihoods, in nats, of the given targets. The head runs on their positions alone.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[batch, seq]`; `positions`: row-major indices into it, each with the id of the token that follows there
+    /// - result: `[1]`
+    pub fn nll_sum(&self, tokens: Tensor<2, Int>, positions: &[(usize, u32)]) -> Tensor<1> {
+        let hidden = self.hidden_states(tokens, None);
+        let device = hidden.device().without_autodiff();
+        let hidden: Tensor<2> = hidden.flatten(0, 1);
+        let rows: Vec<i32> = positions.iter().map(|(row, _)| *row as i32).collect();
+        let targets: Vec<i32> = positions.iter().map(|(_, target)| *target as i32).collect();
+        let hidden = hidden.select(0, Tensor::from_data(rows.as_slice(), &device));
+        ops::cross_entropy_sum(self.logits(hidden), Tensor::from_data(targets.as_slice(), &device))
+    }
+
+    /// Name and shape of each linear layer inside the blocks, in the order of computation.
+    pub fn layer_shapes(&self) -> Vec<LayerShape> {
+        self.linears()
+            .map(|(name, layer)| {
+                let [d_input, d_output] = layer.base.dims();
+                LayerShape::new(name, d_input, d_output)
+            })
+            .collect()
+    }
+
+    /// The linear layers inside the blocks with their Hugging Face paths, in the order of computation.
+    pub fn linears(&self) -> impl Iterator<Item = (String, &ElasticLoraLinear)> {
+        self.layers.iter().enumerate().flat_map(|(index, block)| {
+            LinearKind::ALL.into_iter().map(move |kind| (kind.name(index), block.linear(kind)))
+        })
+    }
+
+    /// A linear layer by its Hugging Face path.
+    pub fn linear(&self, name: &str) -> Option<&ElasticLoraLinear> {
+        let (block, kind) = LinearKind::parse(name)?;
+        Some(self.layers.get(block)?.linear(kind))
+    }
+
+    /// A linear layer by its Hugging Face path.
+    pub fn linear_mut(&mut self, name: &str) -> Option<&mut ElasticLoraLinear> {
+        let (block, kind) = LinearKind::parse(name)?;
+        Some(self.layers.get_mut(block)?.linear_mut(kind))
+    }
+
+    /// Runs `f` on each linear layer inside the blocks, in the order of computation.
+    ///
+    /// # Errors
+    /// The first that `f` gives.
+    pub fn try_for_each_linear(&mut self, mut f: impl FnMut(&str, &mut ElasticLoraLinear) -> Result<()>) -> Result<()> {
+        for (index, block) in self.layers.iter_mut().enumerate() {
+            for kind in LinearKind::ALL {
+                f(&kind.name(index), block.linear_mut(kind))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Weights of the base, adapters left out: all, and those that are not zero.
+    pub fn count_base_params(&self) -> ParamCount {
+        let mut count = ParamCount::default();
+        let mut add = |values: Vec<f32>| {
+            count.total += values.len();
+            count.nonzero += values.iter().filter(|v| **v != 0.0).count();
+        };
+        add(host_values(self.embed_tokens.val()));
+        add(host_values(self.norm.weight.val()));
+        for block in &self.layers {
+            add(host_values(block.input_layernorm.weight.val()));
+            add(host_values(block.post_attention_layernorm.weight.val()));
+        }
+        for base in self.linears().map(|(_, layer)| &layer.base).chain(&self.lm_head) {
+            add(host_values(base.weight.val()));
+            if let Some(bias) = &base.bias {
+                add(host_values(bias.val()));
+            }
+        }
+        count
+    }
+}
+
+/// A number of weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ParamCount {
+    /// All.
+    pub total: usize,
+    /// Those that are not zero.
+    pub nonzero: usize,
+}
+
+/// Where a decoder's tensors come from.
+struct Source<'a> {
+    linear: &'a mut dyn FnMut(&str, usize, usize, bool) -> Result<BaseLinear>,
+    norm: &'a mut dyn FnMut(&str, usize) -> Result<Tensor<1>>,
+    embedding: &'a mut dyn FnMut(usize, usize) -> Result<Tensor<2>>,
+}
+
+/// Refuses NaN and infinities.
+fn check_finite(tensor: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::NotFinite { tensor: tensor.into(), index, value: values[index] }),
+    }
+}

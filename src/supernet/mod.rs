@@ -1,0 +1,230 @@
+//! A model, the adapters on it and the space of their shapes: all subnets share one set of weights.
+
+mod cost;
+
+pub use cost::SubnetCost;
+
+use std::collections::BTreeMap;
+
+use burn::module::Module;
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
+use crate::error::{Error, Result};
+use crate::io::peft::{LoraAdapter, LoraWeights};
+use crate::model::{Decoder, ParamCount};
+use crate::space::{SearchSpace, SubnetConfig};
+
+/// Settings of a super-network's adapters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SuperNetConfig {
+    /// Largest rank, alpha, dropout, scale rule: the same for every adapter.
+    pub lora: LoraConfig,
+    /// Layers that get an adapter of the largest rank without being in a group of the space.
+    pub fixed_layers: Vec<String>,
+    /// Confine every update to its weight's non-zeros (SparsePEFT), so that merging keeps each zero.
+    pub sparse_peft: bool,
+    /// Seed of the adapters' first factors.
+    pub seed: u64,
+}
+
+impl SuperNetConfig {
+    /// Adapters as `lora` says on the layers of the space, unmasked.
+    pub fn new(lora: LoraConfig) -> Self {
+        Self { lora, fixed_layers: Vec::new(), sparse_peft: false, seed: 0 }
+    }
+
+    /// Adapts further layers at the largest rank.
+    pub fn with_fixed_layers(mut self, layers: Vec<String>) -> Self {
+        self.fixed_layers = layers;
+        self
+    }
+
+    /// Confines updates to the base's non-zeros.
+    pub fn with_sparse_peft(mut self, sparse_peft: bool) -> Self {
+        self.sparse_peft = sparse_peft;
+        self
+    }
+
+    /// Sets the seed.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+}
+
+/// A super-network: a decoder whose adapters take any shape of a search space.
+#[derive(Clone, Debug)]
+pub struct SuperNet {
+    model: Decoder,
+    space: SearchSpace,
+    config: SuperNetConfig,
+    active: SubnetConfig,
+    base: ParamCount,
+}
+
+impl SuperNet {
+    /// Puts fresh adapters on `model`. The maximal subnet is active; the model's output is as before until trained.
+    ///
+    /// # Errors
+    /// Where the space or `fixed_layers` names a layer that the model lacks or that has an adapter already, a choice is over
+    /// the largest rank, or the settings are out of range.
+    pub fn new(mut model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
+        config.lora.validate()?;
+        space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
+        let base = model.count_base_params();
+        let grouped = space.groups().iter().flat_map(|group| group.layers());
+        let names: Vec<String> = grouped.chain(&config.fixed_layers).cloned().collect();
+        let device = model.device();
+        for (index, name) in names.iter().enumerate() {
+            let layer = model.linear_mut(name).ok_or_else(|| Error::UnknownLayer {
+                context: "adapted layers".into(),
+                layer: name.clone(),
+            })?;
+            if layer.adapter.is_some() {
+                return Err(Error::InvalidSpace {
+                    group: name.clone(),
+                    reason: "this layer would get two adapters".into(),
+                });
+            }
+            let [d_input, d_output] = layer.base.dims();
+            let seed = mix_seed(config.seed, index as u64);
+            layer.adapter = Some(ElasticLora::new(&config.lora, d_input, d_output, seed, &device)?);
+            if config.sparse_peft {
+                layer.mask_by_base()?;
+            }
+        }
+        let active = space.maximal();
+        let mut net = Self { model, space, config, active: active.clone(), base };
+        net.activate(&active)?;
+        Ok(net)
+    }
+
+    /// A model all of whose weights are trained and that has one subnet: itself.
+    ///
+    /// # Errors
+    /// None for a model without adapters.
+    pub fn dense(model: Decoder) -> Result<Self> {
+        let base = model.count_base_params();
+        let model = model.set_require_grad(true);
+        let space = SearchSpace::new(Vec::new())?;
+        Ok(Self {
+            model,
+            active: space.maximal(),
+            space,
+            config: SuperNetConfig::new(LoraConfig::new(1)),
+            base,
+        })
+    }
+
+    /// The model with the active subnet.
+    pub fn model(&self) -> &Decoder {
+        &self.model
+    }
+
+    /// The model, to be changed by a trainer; its layers and adapters must stay.
+    pub fn model_mut(&mut self) -> &mut Decoder {
+        &mut self.model
+    }
+
+    /// The model with the active subnet, off the tape: for evaluation. Weights are shared, not copied.
+    pub fn eval_model(&self) -> Decoder {
+        self.model.valid()
+    }
+
+    /// The space of its subnets.
+    pub fn space(&self) -> &SearchSpace {
+        &self.space
+    }
+
+    /// Settings.
+    pub fn config(&self) -> &SuperNetConfig {
+        &self.config
+    }
+
+    /// The active subnet.
+    pub fn active(&self) -> &SubnetConfig {
+        &self.active
+    }
+
+    /// Makes a subnet the active one. Moves no weight.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`]; the active subnet is then as before.
+    pub fn activate(&mut self, subnet: &SubnetConfig) -> Result<()> {
+        let ranks = self.space.ranks(subnet)?;
+        for (name, rank) in &ranks {
+            let layer = self.model.linear_mut(name).ok_or_else(|| Error::UnknownLayer {
+                context: "subnet".into(),
+                layer: name.clone(),
+            })?;
+            layer.set_active_rank(*rank)?;
+        }
+        self.active = subnet.clone();
+        Ok(())
+    }
+
+    /// A uniformly drawn subnet, each group independently.
+    pub fn sample<R: Rng + ?Sized>(&self, rng: &mut R) -> SubnetConfig {
+        self.space.sample(rng)
+    }
+
+    /// The largest subnet.
+    pub fn maximal(&self) -> SubnetConfig {
+        self.space.maximal()
+    }
+
+    /// The smallest subnet.
+    pub fn minimal(&self) -> SubnetConfig {
+        self.space.minimal()
+    }
+
+    /// The paper's heuristic: each group's middle choice.
+    pub fn heuristic(&self) -> SubnetConfig {
+        self.space.heuristic()
+    }
+
+    /// Number of subnets.
+    pub fn n_subnets(&self) -> f64 {
+        self.space.n_subnets()
+    }
+
+    /// Names of the adapted layers with their ranks under a subnet.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`].
+    pub fn ranks(&self, subnet: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
+        let mut ranks = self.space.ranks(subnet)?;
+        ranks.extend(self.config.fixed_layers.iter().map(|name| (name.clone(), self.config.lora.rank)));
+        Ok(ranks)
+    }
+
+    /// Sizes and costs of a subnet whose adapters stay apart from the base.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`].
+    pub fn cost(&self, subnet: &SubnetConfig) -> Result<SubnetCost> {
+        SubnetCost::count(&self.model, self.base, &self.ranks(subnet)?)
+    }
+
+    /// The active subnet as a plain LoRA: each layer's first `r` rows and columns, with its scale.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for SparsePEFT's masked adapters, which no plain LoRA expresses: merge them.
+    pub fn extract(&self) -> Result<LoraAdapter> {
+        let mut layers = BTreeMap::new();
+        for (name, layer) in self.model.linears() {
+            if let Some(adapter) = &layer.adapter {
+                let (a, b, scale) = adapter.active_factors()?;
+                layers.insert(name, LoraWeights { a, b, scale: scale as f32 });
+            }
+        }
+        Ok(LoraAdapter { layers, ..LoraAdapter::default() })
+    }
+
+    /// Takes the super-network apart, leaving the model with the active subnet.
+    pub fn into_model(self) -> Decoder {
+        self.model
+    }
+}
