@@ -2,6 +2,7 @@
 #![warn(missing_docs)]
 
 pub mod error;
+pub mod io;
 pub mod linalg;
 
 pub use error::{Error, Result};
