@@ -73,6 +73,18 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
+    /// A value too large for the element type it was to be written in.
+    #[error("tensor `{tensor}`: element {index} is {value}, too large for {dtype}")]
+    TensorOverflow {
+        /// The tensor's name.
+        tensor: String,
+        /// Row-major index of the first such element.
+        index: usize,
+        /// Its value.
+        value: f32,
+        /// The element type.
+        dtype: &'static str,
+    },
     // --- model configuration -----------------------------------------------------------------------------------
     /// A field of `config.json` is missing or has a value that makes no model.
     #[error("config field `{field}`: {reason}")]

@@ -3,6 +3,7 @@
 
 pub mod adapter;
 pub mod error;
+pub mod io;
 pub mod linalg;
 pub mod nn;
 pub mod sparsity;

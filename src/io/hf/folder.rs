@@ -1,0 +1,163 @@
+//! Writing a model folder.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::config::HfConfig;
+use crate::error::{Error, Result};
+use crate::io::tensors::{DType, HostTensor, write_sharded};
+use crate::io::{FolderWriter, atomic, open_regular};
+
+/// Files beside the weights that a changed model keeps as they are.
+pub const CARRIED_FILES: [&str; 10] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+];
+
+/// transformers' own limit.
+const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+
+/// A model folder in the making: everything is written under a temporary name and takes its own at [`commit`](Self::commit).
+///
+/// ```no_run
+/// # use elastic_lora::io::{Checkpoint, DType, HfConfig, HostTensor, hf::HfFolder};
+/// # fn main() -> elastic_lora::Result<()> {
+/// let config = HfConfig::open("llama")?;
+/// let source = Checkpoint::open("llama")?;
+/// let out = HfFolder::create("llama-f16", false)?;
+/// let tensors = source.names().map(|name| {
+///     let source = &source;
+///     let shape = source.info(name)?.shape.clone();
+///     Ok(HostTensor::lazy_f32(name, DType::F16, shape, move || source.load_f32(name)))
+/// });
+/// out.write_model(&config, DType::F16, tensors.collect::<elastic_lora::Result<_>>()?)?;
+/// out.carry_over("llama")?;
+/// out.commit()
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct HfFolder {
+    writer: FolderWriter,
+    max_shard_bytes: u64,
+}
+
+impl HfFolder {
+    /// Begins a folder; see [`FolderWriter::create`].
+    ///
+    /// # Errors
+    /// Those of [`FolderWriter::create`].
+    pub fn create(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
+        Ok(Self { writer: FolderWriter::create(destination, overwrite)?, max_shard_bytes: MAX_SHARD_BYTES })
+    }
+
+    /// Sets the size above which weights are split into shards; 5 GB unless told.
+    pub fn with_max_shard_bytes(mut self, bytes: u64) -> Self {
+        self.max_shard_bytes = bytes;
+        self
+    }
+
+    /// Writes `config.json` and the weights. `dtype` is what the config names as the weights' type.
+    ///
+    /// Where the config ties head and embedding, one matrix is written, as `model.embed_tokens.weight`, whichever of the two
+    /// names it came under: that is what transformers expects.
+    ///
+    /// # Errors
+    /// Those of [`write_sharded`](crate::io::tensors::write_sharded); [`Error::InvalidFile`] for a tied model with both
+    /// matrices or neither; [`Error::MissingTensor`] and [`Error::TensorShape`] where the tensors are not those of the config.
+    pub fn write_model(&self, config: &HfConfig, dtype: DType, mut tensors: Vec<HostTensor<'_>>) -> Result<()> {
+        let destination = self.writer.destination();
+        if config.tie_word_embeddings() {
+            let named = |name: &str| tensors.iter().position(|t| t.name() == name);
+            match (named(HfConfig::EMBEDDING), named(HfConfig::HEAD)) {
+                (Some(_), Some(_)) => {
+                    return Err(Error::invalid_file(destination, "embedding and head are tied, but both were given"));
+                }
+                (None, Some(head)) => tensors[head].rename(HfConfig::EMBEDDING),
+                _ => {}
+            }
+        }
+        for (name, shape) in config.tensor_shapes() {
+            match tensors.iter().find(|t| t.name() == name) {
+                None => return Err(Error::MissingTensor { path: destination.into(), tensor: name }),
+                Some(t) if t.shape() != shape => {
+                    return Err(Error::TensorShape { tensor: name, expected: shape, found: t.shape().to_vec() });
+                }
+                Some(_) => {}
+            }
+        }
+        config.write(self.writer.path(), dtype, config.tie_word_embeddings())?;
+        write_sharded(self.writer.path(), tensors, self.max_shard_bytes)
+    }
+
+    /// Copies those of [`CARRIED_FILES`] that `source` holds, and returns their names.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn carry_over(&self, source: impl AsRef<Path>) -> Result<Vec<&'static str>> {
+        let mut copied = Vec::new();
+        for name in CARRIED_FILES {
+            let from = source.as_ref().join(name);
+            if !from.exists() {
+                continue;
+            }
+            let (mut file, _) = open_regular(&from)?;
+            atomic::write_file(self.file(name)?, |sink| {
+                let mut buffer = vec![0u8; 1 << 16];
+                loop {
+                    match file.read(&mut buffer).map_err(|e| Error::io(&from, e))? {
+                        0 => return Ok(()),
+                        n => sink.put(&buffer[..n])?,
+                    }
+                }
+            })?;
+            copied.push(name);
+        }
+        Ok(copied)
+    }
+
+    /// Writes a text file of that name into the folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::InvalidFile`] for a name that is none of a file in the folder.
+    pub fn write_text(&self, name: &str, text: &str) -> Result<()> {
+        atomic::write_file(self.file(name)?, |sink| sink.put(text.as_bytes()))
+    }
+
+    /// Writes a JSON file of that name into the folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::InvalidFile`] for a name that is none of a file in the folder.
+    pub fn write_json(&self, name: &str, value: &Value) -> Result<()> {
+        atomic::write_json(self.file(name)?, value)
+    }
+
+    /// The temporary folder, for files written by other means.
+    pub fn path(&self) -> &Path {
+        self.writer.path()
+    }
+
+    /// Puts the folder in its place; see [`FolderWriter::commit`].
+    ///
+    /// # Errors
+    /// Those of [`FolderWriter::commit`].
+    pub fn commit(self) -> Result<()> {
+        self.writer.commit()
+    }
+
+    fn file(&self, name: &str) -> Result<PathBuf> {
+        if !crate::io::is_plain_file_name(name) {
+            return Err(Error::invalid_file(name, "not the name of a file in the folder"));
+        }
+        Ok(self.writer.path().join(name))
+    }
+}

@@ -1,0 +1,9 @@
+//! Hugging Face model folders: `config.json` and what lies beside it.
+
+mod config;
+mod folder;
+mod rope;
+
+pub use config::{Family, HfConfig, LinearLayer, LlamaDims};
+pub use folder::{CARRIED_FILES, HfFolder};
+pub use rope::RopeScaling;

@@ -1,0 +1,72 @@
+//! Files to named tensors and back: safetensors, Hugging Face model folders, PEFT adapters, reports.
+//!
+//! Nothing here knows Burn. Everything read is treated as hostile: sizes are checked before memory is taken, every error
+//! names the file, tensor or field. Everything written appears whole or not at all ([`atomic`]). Matrices are `[out, in]`.
+
+pub mod atomic;
+pub mod hf;
+pub mod tensors;
+
+pub use atomic::FolderWriter;
+pub use hf::{Family, HfConfig, LinearLayer, RopeScaling};
+pub use tensors::{Checkpoint, DType, HostTensor, TensorInfo};
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Component, Path};
+
+use crate::error::{Error, Result};
+
+/// The largest JSON file that is read: far above any real one, far below what would hurt.
+pub(crate) const MAX_JSON_BYTES: u64 = 100_000_000;
+
+/// Opens a regular file; a folder, pipe or device is refused (opening a pipe would wait for ever).
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+    if !meta.is_file() {
+        return Err(Error::invalid_file(path, "not a regular file"));
+    }
+    Ok((File::open(path).map_err(|e| Error::io(path, e))?, meta.len()))
+}
+
+/// Reads a whole file of at most `max_bytes`.
+pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let (file, len) = open_regular(path)?;
+    if len > max_bytes {
+        return Err(Error::invalid_file(path, format!("{len} bytes, more than the {max_bytes} that are read")));
+    }
+    let mut bytes = Vec::with_capacity(len as usize);
+    // The file may have grown since its length was asked for.
+    file.take(max_bytes).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    Ok(bytes)
+}
+
+/// Reads a JSON object.
+pub(crate) fn read_json_object(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>> {
+    let bytes = read_capped(path, MAX_JSON_BYTES)?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::json(path, e))
+}
+
+/// Whether `name` is that of a file right inside a folder, on any system: no separators, no `..`, no drive.
+pub(crate) fn is_plain_file_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
+        && !name.contains(['/', '\\', ':', '\0'])
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::path::PathBuf;
+
+    /// Other implementations' models and outputs, where that folder is there.
+    pub fn shared(relative: &str) -> Option<PathBuf> {
+        let root = std::env::var_os("ELASTIC_LORA_SHARED")
+            .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
+        let path = root.join(relative);
+        if path.exists() {
+            return Some(path);
+        }
+        eprintln!("skipped: {} is missing", path.display());
+        None
+    }
+}

@@ -1,0 +1,232 @@
+//! Element types and their conversion from and to `f32`.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+use crate::error::{Error, Result};
+
+/// Elements per parallel task; below this a conversion runs on the calling thread.
+const PARALLEL_CHUNK: usize = 1 << 18;
+
+/// The type of a tensor's elements in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE 754 double precision.
+    F64,
+    /// IEEE 754 single precision.
+    F32,
+    /// IEEE 754 half precision.
+    F16,
+    /// The upper half of an `F32`.
+    BF16,
+    /// 8-bit float, 4 exponent bits.
+    F8E4M3,
+    /// 8-bit float, 5 exponent bits.
+    F8E5M2,
+    /// Signed 64-bit integer.
+    I64,
+    /// Unsigned 64-bit integer.
+    U64,
+    /// Signed 32-bit integer.
+    I32,
+    /// Unsigned 32-bit integer.
+    U32,
+    /// Signed 16-bit integer.
+    I16,
+    /// Unsigned 16-bit integer.
+    U16,
+    /// Signed byte.
+    I8,
+    /// Unsigned byte.
+    U8,
+    /// One byte, 0 or 1.
+    Bool,
+}
+
+/// Our type, the safetensors crate's, its name in a header, torch's name, bytes per element.
+const TABLE: [(DType, Dtype, &str, &str, usize); 15] = [
+    (DType::F64, Dtype::F64, "F64", "float64", 8),
+    (DType::F32, Dtype::F32, "F32", "float32", 4),
+    (DType::F16, Dtype::F16, "F16", "float16", 2),
+    (DType::BF16, Dtype::BF16, "BF16", "bfloat16", 2),
+    (DType::F8E4M3, Dtype::F8_E4M3, "F8_E4M3", "float8_e4m3fn", 1),
+    (DType::F8E5M2, Dtype::F8_E5M2, "F8_E5M2", "float8_e5m2", 1),
+    (DType::I64, Dtype::I64, "I64", "int64", 8),
+    (DType::U64, Dtype::U64, "U64", "uint64", 8),
+    (DType::I32, Dtype::I32, "I32", "int32", 4),
+    (DType::U32, Dtype::U32, "U32", "uint32", 4),
+    (DType::I16, Dtype::I16, "I16", "int16", 2),
+    (DType::U16, Dtype::U16, "U16", "uint16", 2),
+    (DType::I8, Dtype::I8, "I8", "int8", 1),
+    (DType::U8, Dtype::U8, "U8", "uint8", 1),
+    (DType::Bool, Dtype::BOOL, "BOOL", "bool", 1),
+];
+
+impl DType {
+    fn row(self) -> &'static (DType, Dtype, &'static str, &'static str, usize) {
+        // TABLE is in the order of the variants; a test holds it there.
+        &TABLE[self as usize]
+    }
+
+    /// The name in a safetensors header, such as `BF16`.
+    pub fn name(self) -> &'static str {
+        self.row().2
+    }
+
+    /// The name in `config.json`, such as `bfloat16`.
+    pub fn torch_name(self) -> &'static str {
+        self.row().3
+    }
+
+    /// Bytes per element.
+    pub fn size(self) -> usize {
+        self.row().4
+    }
+
+    /// Reads torch's name, with or without the `torch.` prefix.
+    pub fn from_torch_name(name: &str) -> Option<Self> {
+        let name = name.strip_prefix("torch.").unwrap_or(name);
+        let name = match name {
+            "half" => "float16",
+            "float" => "float32",
+            "double" => "float64",
+            other => other,
+        };
+        TABLE.iter().find(|row| row.3 == name).map(|row| row.0)
+    }
+
+    pub(super) fn from_safetensors(dtype: Dtype) -> Option<Self> {
+        TABLE.iter().find(|row| row.1 == dtype).map(|row| row.0)
+    }
+}
+
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Reads `bytes` (any alignment) as `dtype` and converts to `f32`; `None` for a type that is no float of 16 bits or more.
+pub(super) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
+    fn each<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+        let mut out = vec![0.0f32; bytes.len() / N];
+        let run = |(out, bytes): (&mut [f32], &[u8])| {
+            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
+                *o = convert(*b);
+            }
+        };
+        if out.len() <= PARALLEL_CHUNK {
+            run((&mut out, bytes));
+        } else {
+            out.par_chunks_mut(PARALLEL_CHUNK).zip(bytes.par_chunks(PARALLEL_CHUNK * N)).for_each(run);
+        }
+        out
+    }
+    Some(match dtype {
+        DType::F32 => each(bytes, f32::from_le_bytes),
+        DType::F16 => each(bytes, |b| f16::from_le_bytes(b).to_f32()),
+        DType::BF16 => each(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        DType::F64 => each(bytes, |b| f64::from_le_bytes(b) as f32),
+        _ => return None,
+    })
+}
+
+/// Converts finite `values` to `dtype` (round to nearest, ties to even) and appends the little-endian bytes to `out`.
+/// `first` is the index of `values[0]` in the tensor, for the error.
+pub(super) fn encode(tensor: &str, dtype: DType, first: usize, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    fn each<const N: usize>(
+        values: &[f32],
+        out: &mut Vec<u8>,
+        convert: impl Fn(f32) -> Option<[u8; N]>,
+    ) -> Option<usize> {
+        for (i, &v) in values.iter().enumerate() {
+            match convert(v) {
+                Some(bytes) => out.extend_from_slice(&bytes),
+                None => return Some(i),
+            }
+        }
+        None
+    }
+    let bad = match dtype {
+        DType::F32 => each(values, out, |v| v.is_finite().then(|| v.to_le_bytes())),
+        DType::F64 => each(values, out, |v| v.is_finite().then(|| f64::from(v).to_le_bytes())),
+        DType::F16 => each(values, out, |v| Some(f16::from_f32(v)).filter(|h| h.is_finite()).map(f16::to_le_bytes)),
+        DType::BF16 => each(values, out, |v| Some(bf16::from_f32(v)).filter(|h| h.is_finite()).map(bf16::to_le_bytes)),
+        _ => {
+            return Err(Error::TensorDtype {
+                tensor: tensor.into(),
+                expected: "F64, F32, F16 or BF16",
+                found: dtype.to_string(),
+            });
+        }
+    };
+    match bad {
+        None => Ok(()),
+        Some(i) if values[i].is_finite() => Err(Error::TensorOverflow {
+            tensor: tensor.into(),
+            index: first + i,
+            value: values[i],
+            dtype: dtype.name(),
+        }),
+        Some(i) => Err(Error::NotFinite { tensor: tensor.into(), index: first + i, value: values[i] }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn table_is_in_the_order_of_the_variants() {
+        for (i, row) in TABLE.iter().enumerate() {
+            assert_eq!(row.0 as usize, i);
+            assert_eq!(row.0.name(), row.1.to_string());
+            assert_eq!(row.0.size() * 8, row.1.bitsize());
+            assert_eq!(DType::from_torch_name(&format!("torch.{}", row.3)), Some(row.0));
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_even_and_overflow_is_refused() {
+        let mut out = Vec::new();
+        // Halfway between 1 and the next f16 (1 + 2^-10), and between that and the one after it.
+        encode("t", DType::F16, 0, &[1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 65519.0], &mut out).unwrap();
+        assert_eq!(decode(DType::F16, &out).unwrap(), [1.0, 1.0 + 2f32.powi(-9), 65504.0]);
+        let mut out = Vec::new();
+        encode("t", DType::BF16, 0, &[1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8)], &mut out).unwrap();
+        assert_eq!(decode(DType::BF16, &out).unwrap(), [1.0, 1.0 + 2f32.powi(-6)]);
+        for (dtype, v) in [(DType::F16, 65520.0), (DType::BF16, f32::MAX)] {
+            match encode("t", dtype, 10, &[1.0, -v], &mut Vec::new()) {
+                Err(Error::TensorOverflow { index: 11, value, .. }) => assert_eq!(value, -v),
+                other => panic!("{other:?}"),
+            }
+        }
+        for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+            assert!(matches!(encode("t", dtype, 0, &[f32::NAN], &mut Vec::new()), Err(Error::NotFinite { .. })));
+        }
+        assert!(matches!(encode("t", DType::I8, 0, &[1.0], &mut Vec::new()), Err(Error::TensorDtype { .. })));
+    }
+
+    #[test]
+    fn large_and_unaligned_decoding_agrees_with_one_by_one() {
+        let n = 2 * PARALLEL_CHUNK + 13;
+        let values: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
+        for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+            let mut bytes = vec![7u8]; // shifts the data to an odd address
+            encode("t", dtype, 0, &values, &mut bytes).unwrap();
+            let back = decode(dtype, &bytes[1..]).unwrap();
+            assert_eq!(back.len(), n);
+            for (i, (&v, &b)) in values.iter().zip(&back).enumerate() {
+                let expected = match dtype {
+                    DType::F16 => f16::from_f32(v).to_f32(),
+                    DType::BF16 => bf16::from_f32(v).to_f32(),
+                    _ => v,
+                };
+                assert_eq!(b, expected, "{dtype} {i}");
+            }
+        }
+        assert!(decode(DType::I32, &[0; 8]).is_none());
+    }
+}

@@ -1,0 +1,15 @@
+//! Named tensors in safetensors files: reading them memory-mapped, writing them as a stream.
+//!
+//! The format is Hugging Face's (<https://github.com/huggingface/safetensors>): a length, a JSON header, then row-major
+//! little-endian data.
+
+mod dtype;
+mod read;
+mod write;
+
+pub use dtype::DType;
+pub use read::{Checkpoint, TensorInfo};
+pub use write::{HostTensor, write_safetensors, write_sharded};
+
+/// Headers above this are refused, as the reference implementation does.
+pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;

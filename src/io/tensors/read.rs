@@ -1,0 +1,322 @@
+//! Reading checkpoints.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::Metadata;
+
+use super::dtype::{self, DType};
+use crate::error::{Error, Result};
+use crate::io::{is_plain_file_name, open_regular, read_json_object};
+use crate::linalg::Matrix;
+
+/// Bytes of the length before a header.
+const LENGTH_BYTES: usize = 8;
+/// The most shards an index may name; each is a mapping that the system must keep.
+const MAX_SHARDS: usize = 4096;
+
+/// What a header says about a tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Element type.
+    pub dtype: DType,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Number of elements. Cannot overflow: a file of that size was checked when it was opened.
+    pub fn n_elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    range: Range<usize>,
+    info: TensorInfo,
+}
+
+/// A checkpoint opened for reading: one safetensors file or a folder of shards, memory-mapped.
+///
+/// Nothing is read before it is asked for; opening costs the headers alone. The files must not be changed while the
+/// checkpoint is open (a file cut off under a mapping ends the process; that is the price of mapping).
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Entry>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens a safetensors file, or a folder that holds `model.safetensors` or else `model.safetensors.index.json` and
+    /// its shards.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Json`] as usual; [`Error::InvalidFile`] for a header that is cut off, lies about lengths,
+    /// leaves holes or overlaps, for an index that names a file outside the folder or a shard that lacks the tensor, and
+    /// for a tensor that two shards hold; [`Error::MissingTensor`] for a tensor that is not in the shard that the index
+    /// names; [`Error::Unsupported`] for an element type unknown here.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !meta.is_dir() {
+            return Self::from_shards(path, vec![path.to_path_buf()]);
+        }
+        // The order that transformers looks in.
+        let single = path.join("model.safetensors");
+        if single.exists() {
+            return Self::from_shards(&single, vec![single.clone()]);
+        }
+        let index = path.join("model.safetensors.index.json");
+        if index.exists() {
+            return Self::from_index(path, &index);
+        }
+        let hint = if path.join("pytorch_model.bin").exists() || path.join("pytorch_model.bin.index.json").exists() {
+            " (there is a pytorch_model.bin, but pickled weights are not read: save them as safetensors)"
+        } else {
+            ""
+        };
+        Err(Error::invalid_file(path, format!("no model.safetensors and no model.safetensors.index.json{hint}")))
+    }
+
+    fn from_index(folder: &Path, index: &Path) -> Result<Self> {
+        let object = read_json_object(index)?;
+        let Some(map) = object.get("weight_map").and_then(|v| v.as_object()) else {
+            return Err(Error::invalid_file(index, "`weight_map` is missing or not an object"));
+        };
+        // Shards in the order of their first mention, each once.
+        let mut files: Vec<&str> = Vec::new();
+        let mut number_of: BTreeMap<&str, usize> = BTreeMap::new();
+        for (tensor, file) in map {
+            let Some(file) = file.as_str() else {
+                return Err(Error::invalid_file(index, format!("tensor `{tensor}`: its shard is {file}, not a name")));
+            };
+            if !is_plain_file_name(file) {
+                return Err(Error::invalid_file(
+                    index,
+                    format!("tensor `{tensor}`: shard `{file}` is not the name of a file in this folder"),
+                ));
+            }
+            if !number_of.contains_key(file) {
+                if files.len() == MAX_SHARDS {
+                    return Err(Error::invalid_file(index, format!("more than {MAX_SHARDS} shards")));
+                }
+                number_of.insert(file, files.len());
+                files.push(file);
+            }
+        }
+        if files.is_empty() {
+            return Err(Error::invalid_file(index, "`weight_map` is empty"));
+        }
+        for file in &files {
+            let shard = folder.join(file);
+            if !shard.exists() {
+                return Err(Error::invalid_file(index, format!("shard `{file}` is missing")));
+            }
+        }
+        let checkpoint = Self::from_shards(folder, files.iter().map(|f| folder.join(f)).collect())?;
+        for (tensor, file) in map {
+            let expected = file.as_str().and_then(|f| number_of.get(f)).copied();
+            if checkpoint.tensors.get(tensor).map(|e| e.shard) != expected {
+                let path = folder.join(file.as_str().unwrap_or_default());
+                return Err(Error::MissingTensor { path, tensor: tensor.clone() });
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    fn from_shards(path: &Path, files: Vec<PathBuf>) -> Result<Self> {
+        let mut checkpoint = Self {
+            path: path.to_path_buf(),
+            shards: Vec::with_capacity(files.len()),
+            tensors: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+        };
+        for file in files {
+            checkpoint.add_shard(file)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_shard(&mut self, path: PathBuf) -> Result<()> {
+        let (file, len) = open_regular(&path)?;
+        if len < LENGTH_BYTES as u64 {
+            return Err(Error::invalid_file(&path, format!("{len} bytes, too short for a safetensors file")));
+        }
+        // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
+        // that changes the file meanwhile is outside what can be checked; the type's documentation says so.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?;
+        let (start, header) = parse_header(&path, &map)?;
+        let number = self.shards.len();
+        for name in header.offset_keys() {
+            let Some(info) = header.info(&name) else { continue };
+            let Some(dtype) = DType::from_safetensors(info.dtype) else {
+                return Err(Error::Unsupported {
+                    what: format!("{}: tensor `{name}`: dtype {}", path.display(), info.dtype),
+                });
+            };
+            let range = start + info.data_offsets.0..start + info.data_offsets.1;
+            let entry = Entry { shard: number, range, info: TensorInfo { dtype, shape: info.shape.clone() } };
+            if let Some(other) = self.tensors.insert(name.clone(), entry) {
+                let first = self.shards.get(other.shard).map_or(&path, |s| &s.path);
+                return Err(Error::invalid_file(&path, format!("tensor `{name}` is also in {}", first.display())));
+            }
+        }
+        if let Some(metadata) = header.metadata() {
+            self.metadata.extend(metadata.iter().map(|(k, v)| (k.clone(), v.clone())));
+        }
+        self.shards.push(Shard { path, map });
+        Ok(())
+    }
+
+    /// The file or folder that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Element type and shape.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        Ok(&self.entry(name)?.info)
+    }
+
+    /// The `__metadata__` of the file, or of all shards together.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Bytes of all tensors together, without headers.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|e| e.range.len() as u64).sum()
+    }
+
+    /// A tensor's bytes as they lie in the file: row-major, little-endian, at any alignment.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let entry = self.entry(name)?;
+        // In range by construction; `get` rather than an index so that a mistake there is an error and not a panic.
+        self.shards
+            .get(entry.shard)
+            .and_then(|shard| shard.map.get(entry.range.clone()))
+            .ok_or_else(|| Error::MissingTensor { path: self.path.clone(), tensor: name.into() })
+    }
+
+    /// A float tensor (f64, f32, f16 or bf16) as `f32`, row-major.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::TensorDtype`] for another element type; [`Error::NotFinite`] for NaN, an
+    /// infinity, or an f64 that is one as f32.
+    pub fn load_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let values = self.load_f32_unchecked(name)?;
+        check_finite(name, &values)?;
+        Ok(values)
+    }
+
+    /// [`load_f32`](Self::load_f32) that lets NaN and infinities pass.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] and [`Error::TensorDtype`].
+    pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
+        let dtype = self.entry(name)?.info.dtype;
+        dtype::decode(dtype, self.bytes(name)?).ok_or_else(|| Error::TensorDtype {
+            tensor: name.into(),
+            expected: "F64, F32, F16 or BF16",
+            found: dtype.to_string(),
+        })
+    }
+
+    /// A float matrix whose shape must be `[rows, cols]`.
+    ///
+    /// # Errors
+    /// Those of [`load_f32`](Self::load_f32), and [`Error::TensorShape`].
+    pub fn load_matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
+        self.check_shape(name, &shape)?;
+        Matrix::new(shape[0], shape[1], self.load_f32(name)?)
+    }
+
+    /// A float vector whose length must be `len`.
+    ///
+    /// # Errors
+    /// Those of [`load_f32`](Self::load_f32), and [`Error::TensorShape`].
+    pub fn load_vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        self.check_shape(name, &[len])?;
+        self.load_f32(name)
+    }
+
+    /// Checks a tensor's shape without reading it.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] and [`Error::TensorShape`].
+    pub fn check_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
+        let found = &self.entry(name)?.info.shape;
+        if found != expected {
+            return Err(Error::TensorShape { tensor: name.into(), expected: expected.to_vec(), found: found.clone() });
+        }
+        Ok(())
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.tensors.get(name).ok_or_else(|| Error::MissingTensor { path: self.path.clone(), tensor: name.into() })
+    }
+}
+
+/// Refuses the first value that is NaN or infinite.
+fn check_finite(name: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::NotFinite { tensor: name.into(), index, value: values[index] }),
+    }
+}
+
+/// Checks the header and returns where the data starts. Every tensor it names lies inside `file`.
+///
+/// `SafeTensors::read_metadata` would do, but for a file whose last offset is close to 2^64, where its sum overflows.
+fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
+    let bad = |reason: String| Error::invalid_file(path, reason);
+    let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
+        return Err(bad(format!("{} bytes, too short for a safetensors file", file.len())));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > super::MAX_HEADER_BYTES {
+        return Err(bad(format!(
+            "a header of {length} bytes, more than the {} that are read",
+            super::MAX_HEADER_BYTES
+        )));
+    }
+    let length = length as usize;
+    let Some((header, data)) = rest.split_at_checked(length) else {
+        return Err(bad(format!("cut off: a header of {length} bytes in a file of {}", file.len())));
+    };
+    let header: Metadata = serde_json::from_slice(header).map_err(|e| bad(format!("header: {e}")))?;
+    // The crate has checked that the tensors follow each other without holes and that offsets, shapes and types agree.
+    if header.data_len() != data.len() {
+        let what = if header.data_len() > data.len() { "cut off" } else { "too long" };
+        return Err(bad(format!("{what}: {} bytes of data, the header names {}", data.len(), header.data_len())));
+    }
+    Ok((LENGTH_BYTES + length, header))
+}

@@ -1,0 +1,247 @@
+//! Writing safetensors files, one tensor in memory at a time.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::dtype::{self, DType};
+use crate::error::{Error, Result};
+use crate::io::atomic::{self, Sink};
+
+/// Values converted at a time.
+const CHUNK: usize = 1 << 16;
+
+type Producer<'a, T> = Box<dyn FnOnce() -> Result<T> + Send + 'a>;
+
+enum Source<'a> {
+    Values(Cow<'a, [f32]>),
+    LazyValues(Producer<'a, Vec<f32>>),
+    Bytes(Cow<'a, [u8]>),
+    LazyBytes(Producer<'a, Vec<u8>>),
+}
+
+/// A tensor to be written: name, type, shape, and its elements or a closure that makes them when their turn comes.
+pub struct HostTensor<'a> {
+    name: String,
+    dtype: DType,
+    shape: Vec<usize>,
+    source: Source<'a>,
+}
+
+impl std::fmt::Debug for HostTensor<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostTensor({} {} {:?})", self.name, self.dtype, self.shape)
+    }
+}
+
+impl<'a> HostTensor<'a> {
+    /// Row-major `values`, to be stored as `dtype` (F64, F32, F16 or BF16), rounded to nearest, ties to even.
+    pub fn from_f32(
+        name: impl Into<String>,
+        dtype: DType,
+        shape: impl Into<Vec<usize>>,
+        values: impl Into<Cow<'a, [f32]>>,
+    ) -> Self {
+        Self { name: name.into(), dtype, shape: shape.into(), source: Source::Values(values.into()) }
+    }
+
+    /// [`from_f32`](Self::from_f32) whose values are made when they are written, and dropped right after.
+    pub fn lazy_f32(
+        name: impl Into<String>,
+        dtype: DType,
+        shape: impl Into<Vec<usize>>,
+        values: impl FnOnce() -> Result<Vec<f32>> + Send + 'a,
+    ) -> Self {
+        Self { name: name.into(), dtype, shape: shape.into(), source: Source::LazyValues(Box::new(values)) }
+    }
+
+    /// Bytes as they are to lie in the file: row-major, little-endian.
+    pub fn from_bytes(
+        name: impl Into<String>,
+        dtype: DType,
+        shape: impl Into<Vec<usize>>,
+        bytes: impl Into<Cow<'a, [u8]>>,
+    ) -> Self {
+        Self { name: name.into(), dtype, shape: shape.into(), source: Source::Bytes(bytes.into()) }
+    }
+
+    /// [`from_bytes`](Self::from_bytes) whose bytes are made when they are written, and dropped right after.
+    pub fn lazy_bytes(
+        name: impl Into<String>,
+        dtype: DType,
+        shape: impl Into<Vec<usize>>,
+        bytes: impl FnOnce() -> Result<Vec<u8>> + Send + 'a,
+    ) -> Self {
+        Self { name: name.into(), dtype, shape: shape.into(), source: Source::LazyBytes(Box::new(bytes)) }
+    }
+
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Element type in the file.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub(crate) fn rename(&mut self, name: &str) {
+        self.name = name.into();
+    }
+
+    fn n_elements(&self) -> Result<usize> {
+        let overflow = || Error::TensorShape { tensor: self.name.clone(), expected: vec![], found: self.shape.clone() };
+        let n = self.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(overflow)?;
+        n.checked_mul(self.dtype.size()).ok_or_else(overflow)?;
+        Ok(n)
+    }
+
+    /// Bytes in the file.
+    ///
+    /// # Errors
+    /// [`Error::TensorShape`] for a shape whose product overflows.
+    pub fn n_bytes(&self) -> Result<usize> {
+        Ok(self.n_elements()? * self.dtype.size())
+    }
+
+    fn check_len(&self, unit: &str, found: usize, expected: usize) -> Result<()> {
+        if found == expected {
+            return Ok(());
+        }
+        Err(Error::ShapeMismatch {
+            what: format!("{unit} of tensor `{}` with shape {:?}", self.name, self.shape),
+            expected: vec![expected],
+            found: vec![found],
+        })
+    }
+
+    fn write_to(mut self, sink: &mut Sink<'_>) -> Result<()> {
+        let (n, n_bytes) = (self.n_elements()?, self.n_bytes()?);
+        let source = std::mem::replace(&mut self.source, Source::Bytes(Cow::Borrowed(&[])));
+        let values = match source {
+            Source::Values(values) => values,
+            Source::LazyValues(make) => Cow::Owned(make()?),
+            Source::Bytes(bytes) => {
+                self.check_len("bytes", bytes.len(), n_bytes)?;
+                return sink.put(&bytes);
+            }
+            Source::LazyBytes(make) => {
+                let bytes = make()?;
+                self.check_len("bytes", bytes.len(), n_bytes)?;
+                return sink.put(&bytes);
+            }
+        };
+        self.check_len("elements", values.len(), n)?;
+        let mut bytes = Vec::with_capacity(CHUNK.min(n) * self.dtype.size());
+        for (i, chunk) in values.chunks(CHUNK).enumerate() {
+            bytes.clear();
+            dtype::encode(&self.name, self.dtype, i * CHUNK, chunk, &mut bytes)?;
+            sink.put(&bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a safetensors file, atomically. Metadata always holds `"format": "pt"`, which transformers asks for.
+///
+/// The order in the file is the format's: wide element types first, so that every tensor is aligned, then by name. The same
+/// tensors give the same bytes.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::NotFinite`] for NaN or an infinity among values; [`Error::TensorOverflow`] for a value too large
+/// for its type; [`Error::ShapeMismatch`] for a shape that does not fit the elements; [`Error::InvalidFile`] for two tensors
+/// of one name; and what a closure returns. No file is left behind then.
+pub fn write_safetensors(
+    path: impl AsRef<Path>,
+    mut tensors: Vec<HostTensor<'_>>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let path = path.as_ref();
+    check_names(path, &tensors)?;
+    tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
+    let mut metadata = metadata.clone();
+    metadata.insert("format".into(), "pt".into());
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!(metadata));
+    let mut begin = 0usize;
+    for tensor in &tensors {
+        let end = begin.checked_add(tensor.n_bytes()?).ok_or_else(|| Error::invalid_file(path, "too large"))?;
+        header.insert(
+            tensor.name.clone(),
+            json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [begin, end]}),
+        );
+        begin = end;
+    }
+    let mut header = serde_json::to_vec(&Value::Object(header)).map_err(|e| Error::json(path, e))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    if header.len() as u64 > super::MAX_HEADER_BYTES {
+        return Err(Error::invalid_file(path, format!("a header of {} bytes is more than readers take", header.len())));
+    }
+    atomic::write_file(path, |sink| {
+        sink.put(&(header.len() as u64).to_le_bytes())?;
+        sink.put(&header)?;
+        tensors.into_iter().try_for_each(|tensor| tensor.write_to(sink))
+    })
+}
+
+/// Writes `tensors` into `folder` as `model.safetensors`, or, where they exceed `max_shard_bytes`, as shards with an index.
+/// Shards are filled in the order given; a tensor larger than a shard has one of its own.
+///
+/// # Errors
+/// Those of [`write_safetensors`], and [`Error::InvalidArgument`] for a limit of zero. Each file appears whole or not at all;
+/// for the folder as a whole use [`FolderWriter`](crate::io::FolderWriter).
+pub fn write_sharded(folder: impl AsRef<Path>, tensors: Vec<HostTensor<'_>>, max_shard_bytes: u64) -> Result<()> {
+    let folder = folder.as_ref();
+    if max_shard_bytes == 0 {
+        return Err(Error::argument("max_shard_bytes", max_shard_bytes, "at least 1"));
+    }
+    check_names(folder, &tensors)?;
+    let mut shards: Vec<Vec<HostTensor<'_>>> = vec![Vec::new()];
+    let (mut in_shard, mut total) = (0u64, 0u64);
+    for tensor in tensors {
+        let bytes = tensor.n_bytes()? as u64;
+        if in_shard > 0 && in_shard.saturating_add(bytes) > max_shard_bytes {
+            shards.push(Vec::new());
+            in_shard = 0;
+        }
+        in_shard = in_shard.saturating_add(bytes);
+        total = total.saturating_add(bytes);
+        if let Some(last) = shards.last_mut() {
+            last.push(tensor);
+        }
+    }
+    let metadata = BTreeMap::new();
+    let n = shards.len();
+    if n == 1 {
+        return shards
+            .into_iter()
+            .try_for_each(|tensors| write_safetensors(folder.join("model.safetensors"), tensors, &metadata));
+    }
+    let mut weight_map = BTreeMap::new();
+    for (i, tensors) in shards.into_iter().enumerate() {
+        let name = format!("model-{:05}-of-{n:05}.safetensors", i + 1);
+        weight_map.extend(tensors.iter().map(|t| (t.name.clone(), name.clone())));
+        write_safetensors(folder.join(&name), tensors, &metadata)?;
+    }
+    atomic::write_json(
+        folder.join("model.safetensors.index.json"),
+        &json!({"metadata": {"total_size": total}, "weight_map": weight_map}),
+    )
+}
+
+fn check_names(path: &Path, tensors: &[HostTensor<'_>]) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for tensor in tensors {
+        if tensor.name == "__metadata__" || !seen.insert(tensor.name.as_str()) {
+            return Err(Error::invalid_file(path, format!("two tensors named `{}`", tensor.name)));
+        }
+    }
+    Ok(())
+}
