@@ -5,10 +5,13 @@ pub mod adapter;
 pub mod error;
 pub mod io;
 pub mod linalg;
+pub mod model;
 pub mod nn;
-pub mod sparsity;
 pub mod space;
+pub mod sparsity;
+pub mod supernet;
 
 pub use adapter::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use error::{Error, Result};
 pub use space::{SearchSpace, SubnetConfig};
+pub use supernet::SuperNet;

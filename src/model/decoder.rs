@@ -10,7 +10,6 @@ use super::block::{Attention, Block, LinearKind, Mlp, Pass};
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
-use crate::linalg::Matrix;
 use crate::nn::ops::{self, AttentionMask};
 use crate::nn::{BaseLinear, KvCache, RmsNorm, Rope, host_values};
 use crate::space::LayerShape;
@@ -40,29 +39,20 @@ impl Decoder {
     /// # Errors
     /// Where a tensor is missing, has another shape or dtype, or holds NaN or an infinity: an error that names it.
     pub fn load(config: &HfConfig, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
-        let vector = |name: &str, len: usize| -> Result<Vec<f32>> {
-            let values = checkpoint.load_vector(name, len)?;
-            check_finite(name, &values)?;
-            Ok(values)
-        };
-        let matrix = |name: &str, rows: usize, cols: usize| -> Result<Matrix> {
-            let matrix = checkpoint.load_matrix(name, [rows, cols])?;
-            check_finite(name, matrix.as_slice())?;
-            Ok(matrix)
-        };
+        config.check(checkpoint)?;
         let mut source = Source {
             linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
-                let weight = matrix(&format!("{name}.weight"), d_output, d_input)?;
-                let bias = if bias { Some(vector(&format!("{name}.bias"), d_output)?) } else { None };
+                let weight = checkpoint.load_matrix(&format!("{name}.weight"), [d_output, d_input])?;
+                let bias = if bias { Some(checkpoint.load_vector(&format!("{name}.bias"), d_output)?) } else { None };
                 BaseLinear::from_matrix(&weight, bias.as_deref(), device)
             },
             norm: &mut |name: &str, len: usize| {
-                let weight = vector(name, len)?;
+                let weight = checkpoint.load_vector(name, len)?;
                 Ok(Tensor::from_data(TensorData::new(weight, [len]), device))
             },
             embedding: &mut |vocab_size: usize, d_model: usize| {
                 let name = config.embedding_name(checkpoint)?;
-                let table = matrix(&name, vocab_size, d_model)?;
+                let table = checkpoint.load_matrix(name, [vocab_size, d_model])?;
                 Ok(Tensor::from_data(TensorData::new(table.into_vec(), [vocab_size, d_model]), device))
             },
         };
@@ -87,7 +77,7 @@ impl Decoder {
                 })
                 .collect()
         };
-        let residual_std = 0.02 / (2.0 * config.num_hidden_layers as f64).sqrt();
+        let residual_std = 0.02 / (2.0 * config.num_hidden_layers() as f64).sqrt();
         let mut source = Source {
             linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
                 let writes_residual = name.ends_with("o_proj") || name.ends_with("down_proj");
@@ -106,20 +96,20 @@ impl Decoder {
     }
 
     fn assemble(config: &HfConfig, source: &mut Source<'_>) -> Result<Self> {
-        let (d_model, d_mlp) = (config.hidden_size, config.intermediate_size);
-        let d_attention = config.num_attention_heads * config.head_dim;
-        let d_kv = config.num_key_value_heads * config.head_dim;
-        let eps = config.rms_norm_eps;
-        let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size, d_model)?).set_require_grad(false);
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
-        for block in 0..config.num_hidden_layers {
+        let (d_model, d_mlp) = (config.hidden_size(), config.intermediate_size());
+        let d_attention = config.num_attention_heads() * config.head_dim();
+        let d_kv = config.num_key_value_heads() * config.head_dim();
+        let eps = config.rms_norm_eps();
+        let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?).set_require_grad(false);
+        let mut layers = Vec::with_capacity(config.num_hidden_layers());
+        for block in 0..config.num_hidden_layers() {
             let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
                 let (d_input, d_output, bias) = match kind {
-                    LinearKind::Q => (d_model, d_attention, config.attention_bias),
-                    LinearKind::K | LinearKind::V => (d_model, d_kv, config.attention_bias),
-                    LinearKind::O => (d_attention, d_model, config.attention_bias),
-                    LinearKind::Gate | LinearKind::Up => (d_model, d_mlp, config.mlp_bias),
-                    LinearKind::Down => (d_mlp, d_model, config.mlp_bias),
+                    LinearKind::Q => (d_model, d_attention, config.attention_bias()),
+                    LinearKind::K | LinearKind::V => (d_model, d_kv, config.attention_bias()),
+                    LinearKind::O => (d_attention, d_model, config.attention_bias()),
+                    LinearKind::Gate | LinearKind::Up => (d_model, d_mlp, config.mlp_bias()),
+                    LinearKind::Down => (d_mlp, d_model, config.mlp_bias()),
                 };
                 Ok(ElasticLoraLinear::plain((source.linear)(&kind.name(block), d_input, d_output, bias)?))
             };
@@ -128,7 +118,7 @@ impl Decoder {
                 k_proj: linear(LinearKind::K)?,
                 v_proj: linear(LinearKind::V)?,
                 o_proj: linear(LinearKind::O)?,
-                head_dim: config.head_dim,
+                head_dim: config.head_dim(),
             };
             let mlp = Mlp {
                 gate_proj: linear(LinearKind::Gate)?,
@@ -147,12 +137,12 @@ impl Decoder {
             });
         }
         let norm = RmsNorm::from_tensor((source.norm)("model.norm.weight", d_model)?, eps);
-        let lm_head = if config.tie_word_embeddings {
+        let lm_head = if config.tie_word_embeddings() {
             None
         } else {
-            Some((source.linear)("lm_head", d_model, config.vocab_size, false)?)
+            Some((source.linear)("lm_head", d_model, config.vocab_size(), false)?)
         };
-        let rope = Rope::new(config.head_dim, config.rope_theta, config.rope_scaling);
+        let rope = Rope::new(config.head_dim(), config.rope_theta(), config.rope_scaling());
         Ok(Self { embed_tokens, layers, norm, lm_head, config: config.clone(), rope })
     }
 
@@ -183,14 +173,14 @@ impl Decoder {
             });
         }
         let len = ids.len() / rows;
-        if len > self.config.max_position_embeddings {
+        if len > self.config.max_position_embeddings() {
             return Err(Error::SequenceTooLong {
                 what: "input".into(),
                 found: len,
-                max: self.config.max_position_embeddings,
+                max: self.config.max_position_embeddings(),
             });
         }
-        let vocab_size = self.config.vocab_size;
+        let vocab_size = self.config.vocab_size();
         if let Some(found) = ids.iter().copied().find(|id| *id as usize >= vocab_size) {
             return Err(Error::TokenOutOfRange { found, vocab_size });
         }
@@ -219,7 +209,7 @@ impl Decoder {
     fn pass<'a>(&self, start: usize, n: usize, cache: Option<&'a mut KvCache>) -> Pass<'a> {
         let device = self.device().without_autodiff();
         let (cos, sin) = self.rope.tables(start, n, &device);
-        let window = self.config.sliding_window;
+        let window = self.config.sliding_window();
         let mask = match &cache {
             Some(cache) => cache.mask(window),
             None => AttentionMask { window, left_pad: None },
@@ -363,12 +353,4 @@ struct Source<'a> {
     linear: &'a mut dyn FnMut(&str, usize, usize, bool) -> Result<BaseLinear>,
     norm: &'a mut dyn FnMut(&str, usize) -> Result<Tensor<1>>,
     embedding: &'a mut dyn FnMut(usize, usize) -> Result<Tensor<2>>,
-}
-
-/// Refuses NaN and infinities.
-fn check_finite(tensor: &str, values: &[f32]) -> Result<()> {
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(()),
-        Some(index) => Err(Error::NotFinite { tensor: tensor.into(), index, value: values[index] }),
-    }
 }

@@ -9,4 +9,4 @@ mod rope;
 pub use cache::KvCache;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
 pub use norm::RmsNorm;
-pub use rope::{Rope, RopeScaling};
+pub use rope::Rope;

@@ -102,7 +102,7 @@ fn hidden_keys(
         let first = pads.map_or(0, |pads| pads[row]);
         for query in 0..seq_q {
             let position = seq_k - seq_q + query;
-            hidden.extend((0..seq_k).map(|key| key > position || key + window <= position || key < first));
+            hidden.extend((0..seq_k).map(|key| key > position || key.saturating_add(window) <= position || key < first));
         }
     }
     Some(Tensor::from_data(TensorData::new(hidden, [rows, 1, seq_q, seq_k]), device))

@@ -2,29 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-/// How the frequencies of long-context models are stretched.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub enum RopeScaling {
-    /// None.
-    #[default]
-    Default,
-    /// Every position divided by a factor.
-    Linear {
-        /// The factor, over 0.
-        factor: f64,
-    },
-    /// Llama 3.1's: long wavelengths are divided by the factor, short ones kept, those between interpolated.
-    Llama3 {
-        /// What long wavelengths are divided by.
-        factor: f64,
-        /// Wavelengths over `original_context / low_freq_factor` are long.
-        low_freq_factor: f64,
-        /// Wavelengths under `original_context / high_freq_factor` are short.
-        high_freq_factor: f64,
-        /// The context length before stretching, in tokens.
-        original_context: f64,
-    },
-}
+use crate::io::RopeScaling;
 
 /// The frequencies of a head's pairs.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,14 +19,15 @@ impl Rope {
                 match scaling {
                     RopeScaling::Default => freq,
                     RopeScaling::Linear { factor } => freq / factor,
-                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                        let original = original_max_position_embeddings as f64;
                         let wavelength = 2.0 * std::f64::consts::PI / freq;
-                        if wavelength < original_context / high_freq_factor {
+                        if wavelength < original / high_freq_factor {
                             freq
-                        } else if wavelength > original_context / low_freq_factor {
+                        } else if wavelength > original / low_freq_factor {
                             freq / factor
                         } else {
-                            let smooth = (original_context / wavelength - low_freq_factor)
+                            let smooth = (original / wavelength - low_freq_factor)
                                 / (high_freq_factor - low_freq_factor);
                             (1.0 - smooth) * freq / factor + smooth * freq
                         }
@@ -101,7 +80,7 @@ mod tests {
                 factor: 8.0,
                 low_freq_factor: 1.0,
                 high_freq_factor: 4.0,
-                original_context: 8192.0,
+                original_max_position_embeddings: 8192,
             },
         );
         assert_eq!(plain.inv_freq()[0], scaled.inv_freq()[0]);

@@ -27,7 +27,7 @@ impl SubnetCost {
     /// # Errors
     /// [`Error::UnknownLayer`] where the model lacks one of the layers.
     pub(crate) fn count(model: &Decoder, base: ParamCount, ranks: &BTreeMap<String, usize>) -> Result<Self> {
-        let head = model.config().vocab_size * model.config().hidden_size;
+        let head = model.config().vocab_size() * model.config().hidden_size();
         let mut macs = head;
         for layer in model.layer_shapes() {
             macs += layer.d_input * layer.d_output;

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
 use crate::error::{Error, Result};
-use crate::io::peft::{LoraAdapter, LoraWeights};
 use crate::model::{Decoder, ParamCount};
 use crate::space::{SearchSpace, SubnetConfig};
 
@@ -206,21 +205,6 @@ impl SuperNet {
     /// As [`SearchSpace::validate`].
     pub fn cost(&self, subnet: &SubnetConfig) -> Result<SubnetCost> {
         SubnetCost::count(&self.model, self.base, &self.ranks(subnet)?)
-    }
-
-    /// The active subnet as a plain LoRA: each layer's first `r` rows and columns, with its scale.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for SparsePEFT's masked adapters, which no plain LoRA expresses: merge them.
-    pub fn extract(&self) -> Result<LoraAdapter> {
-        let mut layers = BTreeMap::new();
-        for (name, layer) in self.model.linears() {
-            if let Some(adapter) = &layer.adapter {
-                let (a, b, scale) = adapter.active_factors()?;
-                layers.insert(name, LoraWeights { a, b, scale: scale as f32 });
-            }
-        }
-        Ok(LoraAdapter { layers, ..LoraAdapter::default() })
     }
 
     /// Takes the super-network apart, leaving the model with the active subnet.

@@ -1,0 +1,53 @@
+//! A decoder's weights as named tensors, to be written.
+
+use super::Decoder;
+use crate::error::Result;
+use crate::io::{DType, HfConfig, HostTensor};
+use crate::nn::{BaseLinear, host_values};
+
+impl Decoder {
+    /// The base's weights under Hugging Face's names and in its orientation; adapters are left out. Each tensor is made
+    /// when its turn comes to be written.
+    ///
+    /// # Errors
+    /// None for a model that this crate built.
+    pub fn tensors(&self, dtype: DType) -> Result<Vec<HostTensor<'_>>> {
+        let config = self.config();
+        let (vocab_size, d_model) = (config.vocab_size(), config.hidden_size());
+        let embedding = self.embed_tokens.clone();
+        let mut tensors = vec![HostTensor::lazy_f32(HfConfig::EMBEDDING, dtype, [vocab_size, d_model], move || {
+            Ok(host_values(embedding.val()))
+        })];
+        for (index, block) in self.layers.iter().enumerate() {
+            let norms = [
+                (HfConfig::input_norm(index), &block.input_layernorm),
+                (HfConfig::post_attention_norm(index), &block.post_attention_layernorm),
+            ];
+            for (name, norm) in norms {
+                let weight = norm.weight.clone();
+                tensors.push(HostTensor::lazy_f32(name, dtype, [d_model], move || Ok(host_values(weight.val()))));
+            }
+        }
+        for (name, layer) in self.linears() {
+            push_linear(&mut tensors, &name, &layer.base, dtype);
+        }
+        let norm = self.norm.weight.clone();
+        tensors.push(HostTensor::lazy_f32(HfConfig::FINAL_NORM, dtype, [d_model], move || Ok(host_values(norm.val()))));
+        if let Some(head) = &self.lm_head {
+            push_linear(&mut tensors, "lm_head", head, dtype);
+        }
+        Ok(tensors)
+    }
+}
+
+fn push_linear(tensors: &mut Vec<HostTensor<'_>>, name: &str, base: &BaseLinear, dtype: DType) {
+    let [d_input, d_output] = base.dims();
+    let weight = base.clone();
+    tensors.push(HostTensor::lazy_f32(format!("{name}.weight"), dtype, [d_output, d_input], move || {
+        Ok(weight.to_matrix().into_vec())
+    }));
+    if let Some(bias) = &base.bias {
+        let bias = bias.clone();
+        tensors.push(HostTensor::lazy_f32(format!("{name}.bias"), dtype, [d_output], move || Ok(host_values(bias.val()))));
+    }
+}
