@@ -2,6 +2,7 @@
 #![warn(missing_docs)]
 
 pub mod adapter;
+pub mod data;
 pub mod error;
 pub mod io;
 pub mod linalg;

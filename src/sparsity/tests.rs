@@ -72,7 +72,7 @@ fn selection_agrees_with_a_stable_sort_with_many_ties() {
     for (seed, (rows, cols)) in [(1, 1), (3, 17), (5, 64), (7, 65), (2, 333)].into_iter().enumerate() {
         let mut rng = ChaCha8Rng::seed_from_u64(seed as u64);
         // Few distinct values, both zeros and negative ones among them.
-        let scores = Matrix::from_fn(rows, cols, |_, _| (rng.random_range(-3..4) as f32) * 0.5 * -1.0);
+        let scores = Matrix::from_fn(rows, cols, |_, _| -(rng.random_range(-3..4) as f32) * 0.5);
         for ratio in [0.0, 0.1, 0.3, 0.5, 0.77, 0.999, 1.0] {
             let mask = Mask::from_scores(&scores, &Pattern::Unstructured { ratio }).unwrap();
             let count = (cols as f64 * ratio) as usize;

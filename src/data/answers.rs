@@ -1,0 +1,60 @@
+//! The final answer of a worked solution, and whether two agree.
+
+/// The number after the first `####`, as GSM8K's own scorer takes it (its pattern is `#### (\-?[0-9\.\,]+)`, its search
+/// stops at the first hit); `$` before it and blanks around it are let pass as well. `None` where there is none.
+///
+/// The number comes back normalized: no commas, no `+`, no leading zeros, no trailing zeros after the point (`1,012.50` is
+/// `1012.5`, `12.0` is `12`, `-0` is `0`).
+pub fn extract_answer(text: &str) -> Option<String> {
+    text.split("####").skip(1).find_map(leading_number)
+}
+
+/// Whether the final answer of `generated` is that of `reference`, which may be a worked solution with `####` or the number
+/// alone. `false` where either has none.
+pub fn exact_match(generated: &str, reference: &str) -> bool {
+    let expected = extract_answer(reference).or_else(|| normalize_number(reference));
+    expected.is_some() && extract_answer(generated) == expected
+}
+
+/// A text that is a number and nothing else, normalized as [`extract_answer`] does.
+pub fn normalize_number(text: &str) -> Option<String> {
+    let text = text.trim();
+    let end = number_end(text);
+    if !text[end..].trim_start_matches(['.', '%']).trim().is_empty() {
+        return None;
+    }
+    leading_number(text)
+}
+
+fn leading_number(text: &str) -> Option<String> {
+    let text = text.trim_start_matches([' ', '\t']);
+    normalize(&text[..number_end(text)])
+}
+
+/// Length of the sign, currency sign, digits, commas and points at the start.
+fn number_end(text: &str) -> usize {
+    let head = text.bytes().take_while(|b| matches!(b, b'-' | b'+' | b'$')).count();
+    head + text[head..].bytes().take_while(|b| b.is_ascii_digit() || matches!(b, b',' | b'.')).count()
+}
+
+fn normalize(raw: &str) -> Option<String> {
+    let negative = raw.contains('-');
+    let digits: String = raw.chars().filter(|c| c.is_ascii_digit() || *c == '.').collect();
+    // A point that ends the sentence is not part of the number.
+    let digits = digits.trim_end_matches('.');
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
+    if fraction.contains('.') || (whole.is_empty() && fraction.is_empty()) {
+        return None;
+    }
+    let (whole, fraction) = (whole.trim_start_matches('0'), fraction.trim_end_matches('0'));
+    let mut out = String::new();
+    if negative && !(whole.is_empty() && fraction.is_empty()) {
+        out.push('-');
+    }
+    out.push_str(if whole.is_empty() { "0" } else { whole });
+    if !fraction.is_empty() {
+        out.push('.');
+        out.push_str(fraction);
+    }
+    Some(out)
+}

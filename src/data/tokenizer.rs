@@ -1,0 +1,174 @@
+//! Text to token ids and back, through a Hugging Face `tokenizer.json`.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use super::record::load_text;
+use crate::error::{Error, Result};
+
+/// A tokenizer with the special tokens that it puts around a text.
+#[derive(Clone)]
+pub struct TextTokenizer {
+    inner: Tokenizer,
+    path: PathBuf,
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+    bos: Option<u32>,
+    eos: Option<u32>,
+}
+
+impl std::fmt::Debug for TextTokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let vocab = self.vocab_size();
+        write!(f, "TextTokenizer({}, vocabulary {vocab}, bos {:?}, eos {:?})", self.path.display(), self.bos, self.eos)
+    }
+}
+
+impl TextTokenizer {
+    /// Reads a `tokenizer.json`. If a `tokenizer_config.json` lies beside it, `bos_token` and `eos_token` are taken from
+    /// there, where the post-processor itself does not show them. Truncation and padding settings in the file are ignored.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Json`] for the configuration; [`Error::Tokenizer`] where the file makes no tokenizer.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let mut tokenizer = Self::from_json(&load_text(path)?, path)?;
+        let config = path.with_file_name("tokenizer_config.json");
+        if config.is_file() {
+            let value: Value = serde_json::from_str(&load_text(&config)?).map_err(|e| Error::json(&config, e))?;
+            // A token is its text, or an object that holds the text.
+            let id = |key: &str| {
+                let token = value.get(key)?;
+                tokenizer.token_to_id(token.as_str().or_else(|| token.get("content")?.as_str())?)
+            };
+            let (bos, eos) = (id("bos_token"), id("eos_token"));
+            tokenizer.bos = tokenizer.bos.or(bos);
+            tokenizer.eos = tokenizer.eos.or(eos);
+        }
+        Ok(tokenizer)
+    }
+
+    /// Reads the `tokenizer.json` of a model folder; see [`from_file`](Self::from_file).
+    ///
+    /// # Errors
+    /// As [`from_file`](Self::from_file).
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::from_file(dir.as_ref().join("tokenizer.json"))
+    }
+
+    /// Makes a tokenizer of the text of a `tokenizer.json`; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn from_json(json: &str, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let fail = |reason: String| Error::Tokenizer { path: path.clone(), reason };
+        let mut inner: Tokenizer = json.parse().map_err(|e: tokenizers::Error| fail(e.to_string()))?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
+        // What the post-processor puts around a text is seen by trying it on one.
+        let probe = |special| inner.encode_fast("a", special).map_err(|e| fail(e.to_string()));
+        let (bare, full) = (probe(false)?.get_ids().to_vec(), probe(true)?.get_ids().to_vec());
+        let at = (0..=full.len().saturating_sub(bare.len()))
+            .find(|i| full[*i..].starts_with(&bare))
+            .ok_or_else(|| fail("its post-processor changes the text's own tokens".into()))?;
+        let (prefix, suffix) = (full[..at].to_vec(), full[at + bare.len()..].to_vec());
+        let (bos, eos) = (prefix.first().copied(), suffix.last().copied());
+        Ok(Self { inner, path, prefix, suffix, bos, eos })
+    }
+
+    /// Token ids of `text`; with `special`, what the tokenizer puts before and after a text is added.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.fail(e))?;
+        if !special {
+            return Ok(encoding.get_ids().to_vec());
+        }
+        Ok([self.prefix.as_slice(), encoding.get_ids(), self.suffix.as_slice()].concat())
+    }
+
+    /// The ids of a text that goes on: [`encode`](Self::encode) with what stands before a text, but not what ends it.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.fail(e))?;
+        Ok([self.prefix.as_slice(), encoding.get_ids()].concat())
+    }
+
+    /// The text of `ids`, special tokens left out.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] for an id that no token has; [`Error::Tokenizer`].
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        if let Some(id) = ids.iter().find(|id| self.inner.id_to_token(**id).is_none()) {
+            return Err(Error::TokenOutOfRange { found: *id, vocab_size: self.vocab_size() });
+        }
+        self.inner.decode(ids, true).map_err(|e| self.fail(e))
+    }
+
+    /// Number of tokens, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The largest token id, which is `vocab_size() - 1` unless the ids have gaps; `None` for an empty vocabulary.
+    pub fn max_id(&self) -> Option<u32> {
+        self.inner.get_vocab(true).into_values().max()
+    }
+
+    /// The id of a token.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The token of an id.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Whether the tokenizer puts a token (BOS) before a text.
+    pub fn adds_bos(&self) -> bool {
+        !self.prefix.is_empty()
+    }
+
+    /// Whether the tokenizer puts a token (EOS) after a text.
+    pub fn adds_eos(&self) -> bool {
+        !self.suffix.is_empty()
+    }
+
+    /// What the tokenizer puts before a text.
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
+    /// The token that begins a text, whether or not the tokenizer adds it by itself.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends a text, whether or not the tokenizer adds it by itself.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Fills in special tokens that the tokenizer's files do not tell, as from a model's `config.json`. Those known stay.
+    pub fn with_special_ids(mut self, bos: Option<u32>, eos: Option<u32>) -> Self {
+        self.bos = self.bos.or(bos);
+        self.eos = self.eos.or(eos);
+        self
+    }
+
+    /// The file, or whatever stood for it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn fail(&self, error: tokenizers::Error) -> Error {
+        Error::Tokenizer { path: self.path.clone(), reason: error.to_string() }
+    }
+}

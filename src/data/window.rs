@@ -1,0 +1,87 @@
+//! Long text in windows: for training, perplexity and calibration.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use super::{Sequence, TextTokenizer};
+use crate::error::{Error, Result};
+
+/// Tokenizes documents and joins them into one stream: each begins with what the tokenizer puts before a text, and ends, if
+/// asked, with EOS (where one is known).
+///
+/// # Errors
+/// [`Error::Tokenizer`].
+pub fn join_documents<S: AsRef<str> + Sync>(
+    documents: &[S],
+    tokenizer: &TextTokenizer,
+    add_eos: bool,
+) -> Result<Vec<u32>> {
+    let encoded: Vec<Result<Vec<u32>>> = documents.par_iter().map(|d| tokenizer.encode_prompt(d.as_ref())).collect();
+    let mut ids = Vec::new();
+    for document in encoded {
+        ids.extend(document?);
+        ids.extend(tokenizer.eos_id().filter(|_| add_eos));
+    }
+    Ok(ids)
+}
+
+/// Consecutive windows of `context` tokens without overlap; the last may be shorter.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] where `context` is 0.
+pub fn windows(ids: &[u32], context: usize) -> Result<impl ExactSizeIterator<Item = &[u32]>> {
+    if context == 0 {
+        return Err(Error::argument("context", 0, "at least 1"));
+    }
+    Ok(ids.chunks(context))
+}
+
+/// Cuts a stream into training sequences of `len` tokens, every token but the first of each to be predicted. A rest of fewer
+/// than two tokens is dropped.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] where `len` is below 2, or `ids` too short for one target.
+pub fn pack(ids: &[u32], len: usize) -> Result<Vec<Sequence>> {
+    if len < 2 {
+        return Err(Error::argument("len", len, "at least 2"));
+    }
+    let packed: Vec<Sequence> =
+        windows(ids, len)?.filter(|w| w.len() >= 2).map(|w| Sequence::unmasked(w.to_vec())).collect();
+    if packed.is_empty() {
+        return Err(Error::argument("ids", format!("{} tokens", ids.len()), "at least 2"));
+    }
+    Ok(packed)
+}
+
+/// Draws `n` windows of `seq_len` tokens at random places of the joined documents, as Wanda's loader does on a joined corpus
+/// (GPTQ's, too). Windows may overlap; the same arguments give the same windows.
+///
+/// # Shapes
+/// The result: `n` rows of `seq_len` ids.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] where `seq_len` is 0 or the documents have fewer tokens in all; [`Error::Tokenizer`].
+pub fn calibration_samples<S: AsRef<str> + Sync>(
+    documents: &[S],
+    tokenizer: &TextTokenizer,
+    n: usize,
+    seq_len: usize,
+    seed: u64,
+) -> Result<Vec<Vec<u32>>> {
+    if seq_len == 0 {
+        return Err(Error::argument("seq_len", 0, "at least 1"));
+    }
+    let ids = join_documents(documents, tokenizer, false)?;
+    if ids.len() < seq_len {
+        return Err(Error::argument("seq_len", seq_len, format!("the calibration text has only {} tokens", ids.len())));
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    Ok((0..n)
+        .map(|_| {
+            // A fixed width, so that 32-bit machines draw the same.
+            let start = rng.random_range(0..=(ids.len() - seq_len) as u64) as usize;
+            ids[start..start + seq_len].to_vec()
+        })
+        .collect())
+}
