@@ -4,6 +4,7 @@
 pub mod adapter;
 pub mod data;
 pub mod error;
+pub mod infer;
 pub mod io;
 pub mod linalg;
 pub mod model;
@@ -11,6 +12,7 @@ pub mod nn;
 pub mod space;
 pub mod sparsity;
 pub mod supernet;
+pub mod train;
 
 pub use adapter::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use error::{Error, Result};

@@ -123,8 +123,14 @@ impl SuperNet {
     }
 
     /// The model, to be changed by a trainer; its layers and adapters must stay.
-    pub fn model_mut(&mut self) -> &mut Decoder {
+    pub(crate) fn model_mut(&mut self) -> &mut Decoder {
         &mut self.model
+    }
+
+    /// Maps the model, as Burn's optimizers do; its layers and adapters must stay. On an error it is as before.
+    pub(crate) fn replace_model(&mut self, f: impl FnOnce(Decoder) -> Result<Decoder>) -> Result<()> {
+        self.model = f(self.model.clone())?;
+        Ok(())
     }
 
     /// The model with the active subnet, off the tape: for evaluation. Weights are shared, not copied.

@@ -1,0 +1,109 @@
+//! Generation for many prompts at once.
+
+use super::sample::{SampleConfig, Sampler};
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::nn::{KvCache, host_values};
+
+/// Settings of a generation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateConfig {
+    /// New tokens at most, for each prompt.
+    pub max_new_tokens: usize,
+    /// Tokens that end a sequence; they are not part of the output.
+    pub stop_ids: Vec<u32>,
+    /// How tokens are drawn.
+    pub sample: SampleConfig,
+    /// Prompts decoded together.
+    pub batch_size: usize,
+}
+
+impl GenerateConfig {
+    /// Greedy, in batches of 64.
+    pub fn new(max_new_tokens: usize, stop_ids: Vec<u32>) -> Self {
+        Self { max_new_tokens, stop_ids, sample: SampleConfig::default(), batch_size: 64 }
+    }
+}
+
+/// Continues every prompt; the outputs are in the prompts' order and without the prompts. A sequence ends at a stop token,
+/// after `max_new_tokens`, or at the end of the context.
+///
+/// Prompts of like length share a batch, padded at the left; padding is not attended to.
+///
+/// # Errors
+/// An empty prompt, one longer than the context, a token outside the vocabulary, settings out of range.
+pub fn generate_batch(model: &Decoder, prompts: &[Vec<u32>], config: &GenerateConfig) -> Result<Vec<Vec<u32>>> {
+    config.sample.validate()?;
+    if config.batch_size == 0 {
+        return Err(Error::argument("batch_size", 0, "at least 1"));
+    }
+    let context = model.config().max_position_embeddings();
+    for (index, prompt) in prompts.iter().enumerate() {
+        if prompt.is_empty() {
+            return Err(Error::argument("prompts", format!("prompt {} is empty", index + 1), "at least one token each"));
+        }
+        if prompt.len() > context {
+            let what = format!("prompt {}", index + 1);
+            return Err(Error::SequenceTooLong { what, found: prompt.len(), max: context });
+        }
+    }
+    let mut order: Vec<usize> = (0..prompts.len()).collect();
+    order.sort_by_key(|index| prompts[*index].len());
+    let mut outputs = vec![Vec::new(); prompts.len()];
+    for chunk in order.chunks(config.batch_size) {
+        for (index, output) in chunk.iter().zip(generate_chunk(model, prompts, chunk, config)?) {
+            outputs[*index] = output;
+        }
+    }
+    Ok(outputs)
+}
+
+fn generate_chunk(
+    model: &Decoder,
+    prompts: &[Vec<u32>],
+    chunk: &[usize],
+    config: &GenerateConfig,
+) -> Result<Vec<Vec<u32>>> {
+    let context = model.config().max_position_embeddings();
+    let vocab = model.config().vocab_size();
+    let longest = chunk.iter().map(|index| prompts[*index].len()).max().unwrap_or(0);
+    let left_pad: Vec<usize> = chunk.iter().map(|index| longest - prompts[*index].len()).collect();
+    let mut ids = Vec::with_capacity(chunk.len() * longest);
+    for (index, pad) in chunk.iter().zip(&left_pad) {
+        ids.extend(std::iter::repeat_n(0, *pad));
+        ids.extend_from_slice(&prompts[*index]);
+    }
+    let mut cache = KvCache::with_left_pad(model.config().num_hidden_layers(), left_pad);
+    let mut samplers =
+        chunk.iter().map(|index| Sampler::new(&config.sample, *index as u64)).collect::<Result<Vec<_>>>()?;
+    let mut outputs = vec![Vec::new(); chunk.len()];
+    // Rows still running, by their place in the chunk; row `i` of the cache belongs to `rows[i]`.
+    let mut rows: Vec<usize> = (0..chunk.len()).collect();
+    let mut length = longest;
+    let room = config.max_new_tokens.min(context - longest + 1);
+    for new in 0..room {
+        let seq = ids.len() / rows.len();
+        let hidden = model.hidden_states(model.tokens(&ids, rows.len())?, Some(&mut cache));
+        let logits = host_values(model.logits(hidden.narrow(1, seq - 1, 1)));
+        let mut going = Vec::with_capacity(rows.len());
+        ids.clear();
+        for (place, row) in rows.iter().enumerate() {
+            let next = samplers[*row].next(&logits[place * vocab..(place + 1) * vocab]);
+            if config.stop_ids.contains(&next) {
+                continue;
+            }
+            outputs[*row].push(next);
+            going.push(place);
+            ids.push(next);
+        }
+        length += 1;
+        if going.is_empty() || new + 1 == room || length > context {
+            break;
+        }
+        if going.len() < rows.len() {
+            cache.select_rows(&going);
+            rows = going.iter().map(|place| rows[*place]).collect();
+        }
+    }
+    Ok(outputs)
+}

@@ -1,0 +1,139 @@
+//! From logits to the next token.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How the next token is drawn. The default is greedy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SampleConfig {
+    /// Logits are divided by it; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Only the most likely so many; 0 for all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together reach this probability, in 0..=1; 1 for all.
+    pub top_p: f64,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Default for SampleConfig {
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
+    }
+}
+
+impl SampleConfig {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] that names the one out of range.
+    pub fn validate(&self) -> Result<()> {
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return Err(Error::argument("temperature", self.temperature, "a finite number, at least 0"));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(Error::argument("top_p", self.top_p, "over 0 and at most 1"));
+        }
+        Ok(())
+    }
+}
+
+/// Draws tokens for one sequence.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    config: SampleConfig,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler; `stream` tells sequences of one run apart.
+    ///
+    /// # Errors
+    /// As [`SampleConfig::validate`].
+    pub fn new(config: &SampleConfig, stream: u64) -> Result<Self> {
+        config.validate()?;
+        let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
+        rng.set_stream(stream);
+        Ok(Self { config: config.clone(), rng })
+    }
+
+    /// The next token's id; of equal logits the lowest id wins. NaN counts as the least.
+    pub fn next(&mut self, logits: &[f32]) -> u32 {
+        if self.config.temperature == 0.0 {
+            let mut best = 0;
+            for (id, value) in logits.iter().enumerate() {
+                if *value > logits[best] || logits[best].is_nan() {
+                    best = id;
+                }
+            }
+            return best as u32;
+        }
+        let mut order: Vec<usize> = (0..logits.len()).filter(|id| !logits[*id].is_nan()).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+        if self.config.top_k > 0 {
+            order.truncate(self.config.top_k);
+        }
+        let Some(first) = order.first() else {
+            return 0;
+        };
+        let max = f64::from(logits[*first]);
+        let mut weights: Vec<f64> =
+            order.iter().map(|id| ((f64::from(logits[*id]) - max) / self.config.temperature).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut reached = 0.0;
+        let kept = weights.iter().position(|weight| {
+            reached += weight / total;
+            reached >= self.config.top_p
+        });
+        weights.truncate(kept.map_or(order.len(), |last| last + 1));
+        let mut draw = self.rng.random::<f64>() * weights.iter().sum::<f64>();
+        for (weight, id) in weights.iter().zip(&order) {
+            draw -= weight;
+            if draw < 0.0 {
+                return *id as u32;
+            }
+        }
+        order[weights.len() - 1] as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn greedy_takes_the_first_of_equals_and_ignores_nan() {
+        let mut sampler = Sampler::new(&SampleConfig::default(), 0).unwrap();
+        assert_eq!(sampler.next(&[f32::NAN, 1.0, 3.0, 3.0, f32::NAN]), 2);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities_and_the_cuts() {
+        let logits = [0.0, (3.0f32).ln(), f32::NEG_INFINITY, -20.0];
+        let draw = |config: &SampleConfig| {
+            let mut sampler = Sampler::new(config, 3).unwrap();
+            let mut counts = [0usize; 4];
+            (0..4000).for_each(|_| counts[sampler.next(&logits) as usize] += 1);
+            counts
+        };
+        let plain = SampleConfig { temperature: 1.0, seed: 5, ..SampleConfig::default() };
+        let counts = draw(&plain);
+        assert!((counts[1] as f64 / 4000.0 - 0.75).abs() < 0.03, "{counts:?}");
+        assert_eq!(counts, draw(&plain));
+        assert_eq!(draw(&SampleConfig { top_k: 1, ..plain.clone() })[1], 4000);
+        assert_eq!(draw(&SampleConfig { top_p: 0.7, ..plain.clone() })[1], 4000);
+        let warm = draw(&SampleConfig { temperature: 2.0, ..plain });
+        assert!(warm[0] > counts[0]);
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        for (temperature, top_p) in [(-1.0, 1.0), (f64::NAN, 1.0), (1.0, 0.0), (1.0, 1.5)] {
+            let config = SampleConfig { temperature, top_p, ..SampleConfig::default() };
+            assert!(Sampler::new(&config, 0).is_err());
+        }
+    }
+}

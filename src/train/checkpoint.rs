@@ -1,0 +1,132 @@
+//! A run's state on disk: everything that a resumed run needs to go on as if it had never stopped.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::TrainConfig;
+use super::optimizer::{NamedAdamW, load_trainable, trainable};
+use super::progress::StepLog;
+use crate::data::Position;
+use crate::error::{Error, Result};
+use crate::io::{Checkpoint, DType, FolderWriter, HostTensor, atomic, tensors::write_safetensors};
+use crate::model::Decoder;
+use crate::nn::host_values;
+
+const STATE: &str = "trainer.json";
+const TENSORS: &str = "trainer.safetensors";
+
+/// What `trainer.json` holds. Random draws are functions of the seed and the step, so no generator's state is among it.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct State {
+    version: u32,
+    pub config: TrainConfig,
+    /// A summary of the super-network and data that the run is about; a checkpoint of another is refused.
+    pub about: BTreeMap<String, String>,
+    pub step: usize,
+    pub position: Position,
+    pub logs: Vec<StepLog>,
+    times: BTreeMap<String, usize>,
+}
+
+impl State {
+    pub fn new(
+        config: &TrainConfig,
+        about: BTreeMap<String, String>,
+        position: Position,
+        logs: Vec<StepLog>,
+        optimizer: &NamedAdamW,
+    ) -> Self {
+        let times = optimizer.moments().1;
+        Self { version: 1, config: config.clone(), about, step: logs.len(), position, logs, times }
+    }
+}
+
+/// Where a run's checkpoint lies under its folder.
+pub(crate) fn path(folder: &Path) -> PathBuf {
+    folder.join("checkpoint")
+}
+
+/// Writes a checkpoint, replacing the one before as a whole.
+pub(crate) fn save(folder: &Path, state: &State, model: &Decoder, optimizer: &NamedAdamW) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+    let writer = FolderWriter::create(path(folder), true)?;
+    let mut all: BTreeMap<String, Tensor<1>> = optimizer.moments().0;
+    all.extend(trainable(model).into_iter().map(|(path, value)| (format!("p.{path}"), value)));
+    let tensors = all
+        .into_iter()
+        .map(|(name, value)| {
+            let n = value.dims()[0];
+            let values = host_values(value);
+            HostTensor::from_f32(name, DType::F32, [n], values)
+        })
+        .collect();
+    write_safetensors(writer.path().join(TENSORS), tensors, &BTreeMap::new())?;
+    atomic::write_json(writer.path().join(STATE), state)?;
+    writer.commit()
+}
+
+/// Reads a checkpoint, if there is one, into the model and the optimizer.
+///
+/// # Errors
+/// [`Error::CheckpointMismatch`] where it belongs to a run with other settings.
+pub(crate) fn load(
+    folder: &Path,
+    config: &TrainConfig,
+    about: &BTreeMap<String, String>,
+    model: Decoder,
+    optimizer: &mut NamedAdamW,
+    device: &Device,
+) -> Result<(Decoder, Option<State>)> {
+    let path = path(folder);
+    let file = path.join(STATE);
+    if !file.exists() {
+        return Ok((model, None));
+    }
+    let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+    let state: State = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
+    let mismatch = |field: &str, expected: String, found: String| Error::CheckpointMismatch {
+        path: path.clone(),
+        field: field.to_string(),
+        expected,
+        found,
+    };
+    if state.version != 1 {
+        return Err(mismatch("version", "1".into(), state.version.to_string()));
+    }
+    if state.config != *config {
+        return Err(mismatch("settings", format!("{config:?}"), format!("{:?}", state.config)));
+    }
+    for (field, expected) in about {
+        let found = state.about.get(field).cloned().unwrap_or_default();
+        if found != *expected {
+            return Err(mismatch(field, expected.clone(), found));
+        }
+    }
+    if state.step != state.logs.len() {
+        return Err(Error::invalid_file(&file, format!("step {} with {} logged", state.step, state.logs.len())));
+    }
+    let tensors = Checkpoint::open(path.join(TENSORS))?;
+    let mut values = BTreeMap::new();
+    for name in trainable(&model).into_keys() {
+        let stored = tensors.load_f32(&format!("p.{name}"))?;
+        values.insert(name, stored);
+    }
+    let sizes: BTreeMap<String, usize> = values.iter().map(|(name, v)| (name.clone(), v.len())).collect();
+    let model = load_trainable(model, values)?;
+    optimizer.restore(&state.times, device, |name| {
+        let values = tensors.load_f32(name)?;
+        let expected = sizes.get(&name[2..]).copied().unwrap_or(0);
+        if values.len() != expected {
+            return Err(Error::TensorShape {
+                tensor: name.to_string(),
+                expected: vec![expected],
+                found: vec![values.len()],
+            });
+        }
+        Ok(values)
+    })?;
+    Ok((model, Some(state)))
+}

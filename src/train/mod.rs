@@ -1,0 +1,392 @@
+//! Neural low-rank adapter search (Shears, arXiv 2404.10934): train all subnets of a super-network at once, by a random one
+//! at each step.
+//!
+//! Departures from the authors' code: a subnet is drawn once per optimizer step, by the trainer (theirs: once per micro-batch,
+//! inside layers); warm-up happens where it is asked for (theirs is ignored); the loss is the mean over the step's targets,
+//! whatever micro-batch they are in. Plain LoRA is the same run on a space with one choice per group; training every weight
+//! is the same run on [`SuperNet::dense`](crate::SuperNet::dense).
+
+mod checkpoint;
+mod optimizer;
+mod progress;
+mod schedule;
+
+pub use progress::StepLog;
+pub use schedule::Schedule;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::module::Module;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::{ElasticLora, mix_seed};
+use crate::data::{Batch, Batcher};
+use crate::error::{Error, Result};
+use crate::io::atomic;
+use crate::model::Decoder;
+use crate::nn::host_values;
+use crate::supernet::SuperNet;
+use optimizer::{Grads, NamedAdamW, accumulate, clip};
+use progress::TrainBar;
+
+/// When a new subnet is drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sampling {
+    /// Once per optimizer step.
+    #[default]
+    PerStep,
+    /// Once per micro-batch, as the authors do: with accumulation, a step averages several subnets.
+    PerMicroBatch,
+    /// Never: the active subnet is trained.
+    Fixed,
+}
+
+/// Settings of a run. Defaults are the papers': AdamW, peak rate 3e-4, cosine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainConfig {
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Micro-batches per step.
+    pub accumulation: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Steps over which the rate rises.
+    pub warmup: usize,
+    /// How it goes down.
+    pub schedule: Schedule,
+    /// AdamW's decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's decay rates.
+    pub betas: (f64, f64),
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// Largest joint norm of the gradients; none leaves them.
+    pub clip_norm: Option<f64>,
+    /// When a new subnet is drawn.
+    pub sampling: Sampling,
+    /// Seed of subnets and dropout. The data's order has its own, in the [`Batcher`].
+    pub seed: u64,
+    /// Steps between validations; the last step always validates. 0: only the last.
+    pub eval_every: usize,
+    /// Steps between checkpoints, where the run has a folder. 0: none but on interruption.
+    pub checkpoint_every: usize,
+}
+
+impl TrainConfig {
+    /// The papers' settings for `steps` steps.
+    pub fn new(steps: usize) -> Self {
+        Self {
+            steps,
+            accumulation: 1,
+            lr: 3e-4,
+            warmup: 0,
+            schedule: Schedule::Cosine,
+            weight_decay: 0.0,
+            betas: (0.9, 0.999),
+            eps: 1e-8,
+            clip_norm: Some(1.0),
+            sampling: Sampling::PerStep,
+            seed: 0,
+            eval_every: 0,
+            checkpoint_every: 0,
+        }
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] that names the one out of range.
+    pub fn validate(&self) -> Result<()> {
+        let positive = |name: &'static str, value: f64| {
+            if value.is_finite() && value > 0.0 {
+                Ok(())
+            } else {
+                Err(Error::argument(name, value, "a finite number over 0"))
+            }
+        };
+        if self.steps == 0 {
+            return Err(Error::argument("steps", 0, "at least 1"));
+        }
+        if self.accumulation == 0 {
+            return Err(Error::argument("accumulation", 0, "at least 1"));
+        }
+        positive("lr", self.lr)?;
+        positive("eps", self.eps)?;
+        if let Some(norm) = self.clip_norm {
+            positive("clip_norm", norm)?;
+        }
+        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
+            return Err(Error::argument("weight_decay", self.weight_decay, "a finite number, at least 0"));
+        }
+        for beta in [self.betas.0, self.betas.1] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::argument("betas", beta, "at least 0 and under 1"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a run did.
+#[derive(Clone, Debug)]
+pub struct TrainReport {
+    /// Every step, those before a resumption too.
+    pub logs: Vec<StepLog>,
+    /// Steps that this process did.
+    pub steps_done: usize,
+    /// Seconds that they took, validation left out.
+    pub seconds: f64,
+    /// Tokens a second in them, padding left out.
+    pub tokens_per_second: f64,
+}
+
+impl TrainReport {
+    /// The last validation loss, in nats a target.
+    pub fn valid_loss(&self) -> Option<f64> {
+        self.logs.iter().rev().find_map(|log| log.valid_loss)
+    }
+}
+
+/// Trains a super-network.
+#[derive(Clone, Debug)]
+pub struct Trainer {
+    config: TrainConfig,
+    folder: Option<PathBuf>,
+    resume: bool,
+    progress: Option<String>,
+    stop: Option<Arc<AtomicBool>>,
+}
+
+impl Trainer {
+    /// A trainer without a folder, progress bar or stop signal.
+    ///
+    /// # Errors
+    /// As [`TrainConfig::validate`].
+    pub fn new(config: TrainConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self { config, folder: None, resume: false, progress: None, stop: None })
+    }
+
+    /// Keeps `losses.csv` and the checkpoint in a folder.
+    pub fn with_folder(mut self, folder: impl AsRef<Path>) -> Self {
+        self.folder = Some(folder.as_ref().to_path_buf());
+        self
+    }
+
+    /// Goes on from the folder's checkpoint where there is one.
+    pub fn with_resume(mut self, resume: bool) -> Self {
+        self.resume = resume;
+        self
+    }
+
+    /// Shows a progress bar with this label.
+    pub fn with_progress(mut self, label: impl Into<String>) -> Self {
+        self.progress = Some(label.into());
+        self
+    }
+
+    /// Ends the run, with a checkpoint where it has a folder, soon after the flag is set.
+    pub fn with_stop(mut self, stop: Arc<AtomicBool>) -> Self {
+        self.stop = Some(stop);
+        self
+    }
+
+    /// Runs. The same seed, data and machine give the same weights, bit for bit, whether or not the run was interrupted.
+    ///
+    /// Trained are the adapters, or all weights of [`SuperNet::dense`](crate::SuperNet::dense). On return the weights are off
+    /// the tape and the subnet that was active before is active again. Validation uses that subnet too.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] for a loss that is not a number; [`Error::Interrupted`] on the stop signal;
+    /// [`Error::CheckpointMismatch`]; those of the model for tokens outside the vocabulary or context. The super-network
+    /// keeps the weights of the last good step.
+    pub fn run(&self, net: &mut SuperNet, train: &mut Batcher, valid: &[Batch]) -> Result<TrainReport> {
+        let home = net.active().clone();
+        let config = &self.config;
+        let plain = net.model().device().without_autodiff();
+        let mut optimizer = NamedAdamW::new(config.betas, config.eps, config.weight_decay);
+        let about = self.about(net, train);
+        net.replace_model(|model| Ok(model.train()))?;
+        let mut logs = Vec::new();
+        if let (Some(folder), true) = (&self.folder, self.resume) {
+            let mut restored = None;
+            net.replace_model(|model| {
+                let (model, state) = checkpoint::load(folder, config, &about, model, &mut optimizer, &plain)?;
+                restored = state;
+                Ok(model)
+            })?;
+            if let Some(state) = restored {
+                train.seek(state.position)?;
+                logs = state.logs;
+            }
+        }
+        let first = logs.len();
+        let outcome = self.steps(net, train, valid, &mut optimizer, &mut logs, &about);
+        net.activate(&home)?;
+        net.replace_model(|model| Ok(model.valid()))?;
+        let seconds = outcome?;
+        self.write_losses(&logs)?;
+        let n_tokens: usize = logs[first..].iter().map(|log| log.n_tokens).sum();
+        Ok(TrainReport {
+            steps_done: logs.len() - first,
+            seconds,
+            tokens_per_second: if seconds > 0.0 { n_tokens as f64 / seconds } else { 0.0 },
+            logs,
+        })
+    }
+
+    fn steps(
+        &self,
+        net: &mut SuperNet,
+        train: &mut Batcher,
+        valid: &[Batch],
+        optimizer: &mut NamedAdamW,
+        logs: &mut Vec<StepLog>,
+        about: &BTreeMap<String, String>,
+    ) -> Result<f64> {
+        let config = &self.config;
+        let home = net.active().clone();
+        let label = self.progress.as_deref();
+        let mut bar = TrainBar::new(label.is_some(), label.unwrap_or(""), logs.len(), config.steps);
+        let save = |net: &SuperNet, optimizer: &NamedAdamW, train: &Batcher, logs: &[StepLog]| match &self.folder {
+            Some(folder) => {
+                let state = checkpoint::State::new(config, about.clone(), train.position(), logs.to_vec(), optimizer);
+                checkpoint::save(folder, &state, net.model(), optimizer)?;
+                self.write_losses(logs)
+            }
+            None => Ok(()),
+        };
+        let mut seconds = 0.0;
+        while logs.len() < config.steps {
+            if self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+                save(net, optimizer, train, logs)?;
+                bar.finish();
+                return Err(Error::Interrupted);
+            }
+            let started = Instant::now();
+            let step = logs.len();
+            let batches: Vec<Batch> = (0..config.accumulation).map(|_| train.next_batch()).collect();
+            let n_targets: usize = batches.iter().map(Batch::n_targets).sum();
+            let mut rng = ChaCha8Rng::seed_from_u64(mix_seed(config.seed, step as u64));
+            let mut grads = Grads::new();
+            let mut loss = 0.0;
+            for (index, batch) in batches.iter().enumerate() {
+                match config.sampling {
+                    Sampling::PerStep if index > 0 => {}
+                    Sampling::Fixed => {}
+                    Sampling::PerStep | Sampling::PerMicroBatch => {
+                        let subnet = net.sample(&mut rng);
+                        net.activate(&subnet)?;
+                    }
+                }
+                let draw = (step * config.accumulation + index) as u64;
+                seed_dropout(net.model_mut(), config.seed, draw)?;
+                let model = net.model();
+                let sum = model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets(batch));
+                let mean = sum / n_targets.max(1) as f64;
+                loss += f64::from(host_values(mean.clone().inner())[0]);
+                accumulate(net.model(), &mut mean.backward(), &mut grads);
+            }
+            if !loss.is_finite() {
+                bar.finish();
+                return Err(Error::Diverged { step: step + 1, loss: loss as f32 });
+            }
+            let grad_norm = config.clip_norm.map(|norm| clip(&mut grads, norm));
+            let lr = config.lr * config.schedule.factor(step, config.warmup, config.steps);
+            net.replace_model(|model| Ok(optimizer.step(model, grads, lr)))?;
+            seconds += started.elapsed().as_secs_f64();
+
+            let last = step + 1 == config.steps;
+            let due = last || (config.eval_every > 0 && (step + 1).is_multiple_of(config.eval_every));
+            let valid_loss = if due && !valid.is_empty() {
+                net.activate(&home)?;
+                Some(mean_loss(&net.eval_model(), valid)?)
+            } else {
+                None
+            };
+            let n_tokens = batches.iter().map(Batch::n_tokens).sum();
+            let log = StepLog { step: step + 1, loss, valid_loss, lr, grad_norm, n_tokens };
+            bar.step(&log, std::time::Duration::from_secs_f64(seconds));
+            logs.push(log);
+            if config.checkpoint_every > 0 && (step + 1).is_multiple_of(config.checkpoint_every) {
+                save(net, optimizer, train, logs)?;
+            }
+        }
+        bar.finish();
+        Ok(seconds)
+    }
+
+    /// What must be the same for a checkpoint to fit.
+    fn about(&self, net: &SuperNet, train: &Batcher) -> BTreeMap<String, String> {
+        let text = |value: std::result::Result<String, serde_json::Error>| value.unwrap_or_default();
+        BTreeMap::from([
+            ("search space".into(), text(serde_json::to_string(net.space()))),
+            ("adapters".into(), text(serde_json::to_string(net.config()))),
+            ("number of training sequences".into(), train.sequences().len().to_string()),
+            ("batches per epoch".into(), train.plan().batches_per_epoch().to_string()),
+        ])
+    }
+
+    fn write_losses(&self, logs: &[StepLog]) -> Result<()> {
+        let Some(folder) = &self.folder else {
+            return Ok(());
+        };
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+        let cell = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
+        let mut text = String::from("step,loss,valid_loss,lr,grad_norm,tokens\n");
+        for log in logs {
+            text.push_str(&format!(
+                "{},{},{},{},{},{}\n",
+                log.step,
+                log.loss,
+                cell(log.valid_loss),
+                log.lr,
+                cell(log.grad_norm),
+                log.n_tokens
+            ));
+        }
+        atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
+    }
+}
+
+/// Positions whose next token counts in the loss, row-major, with that token.
+pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
+    let counted = batch.loss_mask.iter().enumerate().filter(|(index, counts)| **counts && index % batch.len > 0);
+    counted.map(|(index, _)| (index - 1, batch.ids[index])).collect()
+}
+
+/// Mean negative log-likelihood a target, in nats, of fixed batches; summed in `f64` in their order.
+///
+/// # Errors
+/// Those of [`Decoder::tokens`].
+pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
+    let mut sum = 0.0;
+    let mut n = 0;
+    for batch in batches {
+        let targets = targets(batch);
+        if targets.is_empty() {
+            continue;
+        }
+        n += targets.len();
+        sum += f64::from(host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets))[0]);
+    }
+    Ok(if n == 0 { 0.0 } else { sum / n as f64 })
+}
+
+fn seed_dropout(model: &mut Decoder, seed: u64, draw: u64) -> Result<()> {
+    let mut layer = 0;
+    model.try_for_each_linear(|_, linear| {
+        if let Some(adapter) = &mut linear.adapter {
+            adapter.set_dropout_seed(ElasticLora::step_seed(seed, draw, layer));
+            layer += 1;
+        }
+        Ok(())
+    })
+}
