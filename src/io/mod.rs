@@ -4,11 +4,16 @@
 //! names the file, tensor or field. Everything written appears whole or not at all ([`atomic`]). Matrices are `[out, in]`.
 
 pub mod atomic;
+mod fields;
 pub mod hf;
+pub mod peft;
+pub mod report;
 pub mod tensors;
 
 pub use atomic::FolderWriter;
 pub use hf::{Family, HfConfig, LinearLayer, RopeScaling};
+pub use peft::{LoraAdapter, LoraWeights};
+pub use report::{Report, Row};
 pub use tensors::{Checkpoint, DType, HostTensor, TensorInfo};
 
 use std::fs::File;

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use super::config::{Fields, bad_field};
 use crate::error::{Error, Result};
+use crate::io::fields::{Fields, bad_field};
 
 /// How the rotary embedding's frequencies are changed to reach longer contexts.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,0 +1,188 @@
+//! Reading a PEFT folder.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::pattern::Pattern;
+use super::{LoraAdapter, LoraWeights, PREFIX};
+use crate::error::{Error, Result};
+use crate::io::fields::{Fields, bad_field};
+use crate::io::read_json_object;
+use crate::io::tensors::Checkpoint;
+
+/// Above any rank in use; a rank is also at most what the file's tensors hold.
+const MAX_RANK: usize = 1 << 16;
+
+/// How ranks and scales follow from `adapter_config.json`.
+struct Rules {
+    rank: usize,
+    alpha: f64,
+    rank_stabilized: bool,
+    ranks: Pattern,
+    alphas: Pattern,
+}
+
+impl LoraAdapter {
+    /// Reads `adapter_config.json` and `adapter_model.safetensors` of a folder.
+    ///
+    /// Each tensor's rank must be the one that the config gives its layer (`r`, or `rank_pattern`). One exception: where no
+    /// pattern names the layer, a lower rank than `r` is taken as the authors' code extracts subnets: the first rows and
+    /// columns of an adapter of rank `r`, with the scale still `lora_alpha / r`.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Json`], [`Error::InvalidFile`]; [`Error::InvalidConfig`] for a field that makes no sense;
+    /// [`Error::Unsupported`] for DoRA, biases, transposed layers, embeddings, whole modules and other kinds of adapters;
+    /// [`Error::MissingTensor`] for an A without its B; [`Error::TensorShape`], [`Error::InvalidRank`],
+    /// [`Error::TensorDtype`], [`Error::NotFinite`].
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let raw = read_json_object(&folder.join("adapter_config.json"))?;
+        let rules = parse_rules(&raw)?;
+        let fields = Fields { map: &raw, prefix: "" };
+        let mut adapter = Self {
+            layers: BTreeMap::new(),
+            base_model: fields.str("base_model_name_or_path")?.map(String::from),
+            sparse: fields.bool("sparse_adapter")?.unwrap_or(false),
+            quantization_aware: fields.bool("quantization_aware")?.unwrap_or(false),
+        };
+        let path = folder.join("adapter_model.safetensors");
+        if !path.exists() && folder.join("adapter_model.bin").exists() {
+            return Err(Error::Unsupported {
+                what: format!("{}: a pickled adapter_model.bin (save it as safetensors)", folder.display()),
+            });
+        }
+        let tensors = Checkpoint::open(&path)?;
+        for name in tensors.names() {
+            let Some(layer) = layer_of(name)? else { continue };
+            let weights = load_layer(&tensors, name, layer, &rules)?;
+            adapter.layers.insert(layer.into(), weights);
+        }
+        if adapter.layers.is_empty() {
+            return Err(Error::invalid_file(&path, "no LoRA tensor"));
+        }
+        Ok(adapter)
+    }
+}
+
+/// The layer of an A; `None` for a B, which is read with its A, but must have one.
+fn layer_of(name: &str) -> Result<Option<&str>> {
+    let unsupported = |kind: &str| Err(Error::Unsupported { what: format!("adapter tensor `{name}` ({kind})") });
+    let Some(module) = name.strip_prefix(PREFIX) else {
+        return unsupported("its name does not begin with `base_model.model.`");
+    };
+    if let Some(layer) = module.strip_suffix(".lora_A.weight") {
+        Ok(Some(layer))
+    } else if module.ends_with(".lora_B.weight") {
+        Ok(None)
+    } else if module.contains("lora_magnitude_vector") {
+        unsupported("DoRA")
+    } else if module.contains("lora_embedding_") {
+        unsupported("LoRA of an embedding")
+    } else if module.contains(".lora_") {
+        unsupported("a kind of LoRA tensor unknown here")
+    } else {
+        unsupported("a whole module, `modules_to_save`")
+    }
+}
+
+fn load_layer(tensors: &Checkpoint, a_name: &str, layer: &str, rules: &Rules) -> Result<LoraWeights> {
+    let b_name = format!("{PREFIX}{layer}.lora_B.weight");
+    let &[rank, d_input] = tensors.info(a_name)?.shape.as_slice() else {
+        let found = tensors.info(a_name)?.shape.clone();
+        return Err(Error::TensorShape { tensor: a_name.into(), expected: vec![rules.rank, 0], found });
+    };
+    let found = &tensors.info(&b_name)?.shape;
+    let d_output = match found.as_slice() {
+        &[d_output, columns] if columns == rank => d_output,
+        _ => {
+            let expected = vec![found.first().copied().unwrap_or(0), rank];
+            return Err(Error::TensorShape { tensor: b_name, expected, found: found.clone() });
+        }
+    };
+    let (expected, named) = rules.rank_of(layer)?;
+    // The authors' extraction cuts tensors and leaves the config's rank, on which the scale rests.
+    let cut = !named && (1..expected).contains(&rank);
+    if rank != expected && !cut {
+        return Err(Error::InvalidRank { layer: layer.into(), found: rank, max: expected });
+    }
+    let weights = LoraWeights::new(
+        tensors.load_matrix(a_name, [rank, d_input])?,
+        tensors.load_matrix(&b_name, [d_output, rank])?,
+        rules.scale_of(layer, expected),
+    )?;
+    Ok(weights)
+}
+
+impl Rules {
+    /// The rank that the config gives a layer, and whether `rank_pattern` named it.
+    fn rank_of(&self, layer: &str) -> Result<(usize, bool)> {
+        match self.ranks.find(layer) {
+            None => Ok((self.rank, false)),
+            Some(r) if r.fract() == 0.0 && (1.0..=MAX_RANK as f64).contains(&r) => Ok((r as usize, true)),
+            Some(r) => Err(bad_field(
+                format!("rank_pattern, for {layer}"),
+                format!("{r}, expected a whole number in 1..={MAX_RANK}"),
+            )),
+        }
+    }
+
+    fn scale_of(&self, layer: &str, rank: usize) -> f32 {
+        let alpha = self.alphas.find(layer).unwrap_or(self.alpha);
+        let divisor = if self.rank_stabilized { (rank as f64).sqrt() } else { rank as f64 };
+        (alpha / divisor) as f32
+    }
+}
+
+fn parse_rules(raw: &Map<String, Value>) -> Result<Rules> {
+    let fields = Fields { map: raw, prefix: "" };
+    let refuse = |what: String| Err(Error::Unsupported { what });
+    match fields.str("peft_type")? {
+        Some("LORA") => {}
+        Some(other) => return refuse(format!("a PEFT adapter of type `{other}`")),
+        None => return Err(bad_field("peft_type", "missing")),
+    }
+    if let Some(bias) = fields.str("bias")?
+        && bias != "none"
+    {
+        return refuse(format!("an adapter with trained biases (`bias` = `{bias}`)"));
+    }
+    for flag in ["use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"] {
+        if is_set(raw.get(flag)) {
+            return refuse(format!("an adapter with `{flag}`"));
+        }
+    }
+    for list in ["modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices"] {
+        if is_set(raw.get(list)) {
+            return refuse(format!("an adapter with `{list}`"));
+        }
+    }
+    for kind in ["alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"] {
+        if is_set(raw.get(kind)) {
+            return refuse(format!("an adapter with `{kind}`"));
+        }
+    }
+    let alpha = fields.required_f64("lora_alpha")?;
+    // The scale must be finite as f32, whatever the rank.
+    if !(alpha as f32).is_finite() {
+        return Err(bad_field("lora_alpha", format!("{alpha}, expected a finite number")));
+    }
+    Ok(Rules {
+        rank: fields.required_size("r", MAX_RANK)?,
+        alpha,
+        rank_stabilized: fields.bool("use_rslora")?.unwrap_or(false),
+        ranks: Pattern::parse("rank_pattern", raw.get("rank_pattern"))?,
+        alphas: Pattern::parse("alpha_pattern", raw.get("alpha_pattern"))?,
+    })
+}
+
+/// Anything but absent, null, false and empty.
+fn is_set(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::Array(list)) => !list.is_empty(),
+        Some(Value::Object(map)) => !map.is_empty(),
+        Some(_) => true,
+    }
+}

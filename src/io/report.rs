@@ -1,0 +1,221 @@
+//! `report.json`: what a run measured, a row per model, and the same as a table for a terminal.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{MAX_JSON_BYTES, atomic, read_capped};
+use crate::error::{Error, Result};
+
+/// What was measured of one model. `None` is written as `null`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Row {
+    /// Which model.
+    pub name: String,
+    /// Share of answers that match exactly, in 0..=1.
+    pub accuracy: Option<f64>,
+    /// Mean negative log-likelihood per token, in nats.
+    pub loss: Option<f64>,
+    /// Share of zeros among the prunable weights, in 0..=1.
+    pub sparsity: Option<f64>,
+    /// Parameters that are not zero.
+    pub nonzero_params: Option<u64>,
+    /// Parameters.
+    pub params: Option<u64>,
+    /// Multiply-accumulates per token.
+    pub macs_per_token: Option<u64>,
+    /// Bytes of the weights as stored.
+    pub bytes: Option<u64>,
+    /// The active rank of each group of adapters, in the search space's order.
+    pub ranks: Option<Vec<usize>>,
+}
+
+impl Row {
+    /// A row without measurements.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+}
+
+/// The rows of a run, and what made them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// One per model, in the order measured.
+    pub rows: Vec<Row>,
+    /// The command line.
+    pub command: String,
+    /// The seed that everything random came from.
+    pub seed: u64,
+    /// Versions of what took part, by name.
+    pub versions: BTreeMap<String, String>,
+}
+
+impl Report {
+    /// A report without rows, `versions` holding this crate's.
+    pub fn new(command: impl Into<String>, seed: u64) -> Self {
+        let versions = [(env!("CARGO_PKG_NAME").into(), env!("CARGO_PKG_VERSION").into())].into();
+        Self { rows: Vec::new(), command: command.into(), seed, versions }
+    }
+
+    /// Writes the report as JSON, atomically.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        atomic::write_json(path, self)
+    }
+
+    /// Reads what [`write`](Self::write) wrote.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Json`].
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        serde_json::from_slice(&read_capped(path, MAX_JSON_BYTES)?).map_err(|e| Error::json(path, e))
+    }
+}
+
+/// An aligned table; columns that no row has are left out.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        type Cell = fn(&Row) -> Option<String>;
+        let columns: [(&str, Cell); 9] = [
+            ("model", |r| Some(r.name.clone())),
+            ("accuracy", |r| r.accuracy.map(percent)),
+            ("loss", |r| r.loss.map(|v| format!("{v:.4}"))),
+            ("sparsity", |r| r.sparsity.map(percent)),
+            ("non-zero", |r| r.nonzero_params.map(count)),
+            ("parameters", |r| r.params.map(count)),
+            ("MACs/token", |r| r.macs_per_token.map(count)),
+            ("bytes", |r| r.bytes.map(count)),
+            ("ranks", |r| r.ranks.as_deref().map(ranks)),
+        ];
+        let mut table: Vec<Vec<String>> = vec![Vec::new(); self.rows.len() + 1];
+        for (title, cell) in columns {
+            let cells: Vec<_> = self.rows.iter().map(cell).collect();
+            if title != "model" && cells.iter().all(Option::is_none) {
+                continue;
+            }
+            table[0].push(title.into());
+            for (line, cell) in table[1..].iter_mut().zip(cells) {
+                line.push(cell.unwrap_or_else(|| "-".into()));
+            }
+        }
+        let widths: Vec<usize> =
+            (0..table[0].len()).map(|c| table.iter().map(|line| line[c].chars().count()).max().unwrap_or(0)).collect();
+        let last = table[0].len() - 1;
+        for (number, line) in table.iter().enumerate() {
+            let mut text = String::new();
+            for (c, cell) in line.iter().enumerate() {
+                let width = widths[c];
+                // Names and the list of ranks to the left, numbers to the right.
+                text += &match c {
+                    0 => format!("{cell:<width$}"),
+                    _ if c == last && table[0][c] == "ranks" => format!("  {cell}"),
+                    _ => format!("  {cell:>width$}"),
+                };
+            }
+            writeln!(f, "{}", text.trim_end())?;
+            if number == 0 {
+                writeln!(f, "{}", "-".repeat(widths.iter().sum::<usize>() + 2 * last))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+fn count(n: u64) -> String {
+    const UNITS: [(f64, &str); 4] = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    let v = n as f64;
+    // From 99.5 % of a unit on, so that 999,999 reads 1.00M; 980,000 MACs read 0.98M.
+    for (unit, letter) in UNITS {
+        if v >= 0.1 * unit && (unit > 1e3 || v >= unit) {
+            return format!("{:.2}{letter}", v / unit);
+        }
+    }
+    n.to_string()
+}
+
+/// `32` where all are equal, `32,24,16` where they are few, `32x5 24x3 16x4` where they are many.
+fn ranks(ranks: &[usize]) -> String {
+    let mut counts: BTreeMap<std::cmp::Reverse<usize>, usize> = BTreeMap::new();
+    for &r in ranks {
+        *counts.entry(std::cmp::Reverse(r)).or_default() += 1;
+    }
+    match ranks {
+        [] => "-".into(),
+        [first, ..] if counts.len() == 1 => first.to_string(),
+        _ if ranks.len() <= 8 => ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(","),
+        _ => counts.iter().map(|(r, n)| format!("{}x{n}", r.0)).collect::<Vec<_>>().join(" "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Report {
+        let mut report = Report::new("compress --seed 7", 7);
+        report.rows.push(Row {
+            accuracy: Some(0.1234),
+            loss: Some(2.0),
+            params: Some(1_050_000),
+            macs_per_token: Some(980_000),
+            ..Row::new("base")
+        });
+        report.rows.push(Row {
+            loss: Some(1.98765),
+            sparsity: Some(0.5),
+            ranks: Some(vec![8, 4, 8, 2]),
+            ..Row::new("Shears, searched")
+        });
+        report
+    }
+
+    #[test]
+    fn table_is_aligned_and_leaves_empty_columns_out() {
+        let expected = "\
+model             accuracy    loss  sparsity  parameters  MACs/token  ranks
+---------------------------------------------------------------------------
+base                12.3 %  2.0000         -       1.05M       0.98M  -
+Shears, searched         -  1.9877    50.0 %           -           -  8,4,8,2
+";
+        let table = example().to_string();
+        let trimmed: Vec<&str> = table.lines().filter(|l| !l.starts_with('-')).collect();
+        let wanted: Vec<&str> = expected.lines().filter(|l| !l.starts_with('-')).collect();
+        assert_eq!(trimmed, wanted, "\n{table}");
+        assert_eq!(Report::new("c", 1).to_string(), "model\n-----\n");
+    }
+
+    #[test]
+    fn json_has_the_promised_keys_and_reads_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.json");
+        let report = example();
+        report.write(&path).unwrap();
+        assert_eq!(Report::read(&path).unwrap(), report);
+        let value: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let keys: Vec<_> = value["rows"][0].as_object().unwrap().keys().cloned().collect();
+        let promised =
+            ["name", "accuracy", "loss", "sparsity", "nonzero_params", "params", "macs_per_token", "bytes", "ranks"];
+        assert_eq!(keys, promised);
+        assert!(value["versions"]["elastic-lora"].is_string() && value["seed"] == 7);
+    }
+
+    #[test]
+    fn counts_and_ranks_are_short() {
+        let shown = [(0, "0"), (999, "999"), (1_500, "1.50k"), (656_000, "0.66M"), (6_700_000_000, "6.70G")];
+        for (n, text) in shown {
+            assert_eq!(count(n), text);
+        }
+        assert_eq!(ranks(&[4; 20]), "4");
+        assert_eq!(ranks(&[8, 4, 2, 8, 8, 8, 8, 8, 8]), "8x7 4x1 2x1");
+    }
+}
