@@ -348,6 +348,32 @@ fn tokenizer_files_beside_each_other() {
 }
 
 #[test]
+fn mutated_tokenizers_never_panic() {
+    let json = train_bpe(&corpus(30), 280).unwrap();
+    // The vocabulary makes most of the file, and the least interesting part.
+    let (vocab, merges) = (json.find("\"vocab\"").unwrap(), json.find("\"merges\"").unwrap());
+    let mut rng = ChaCha8Rng::seed_from_u64(19);
+    let mut loaded = 0;
+    for _ in 0..1500 {
+        let mut bytes = json.clone().into_bytes();
+        let at = if rng.random() { rng.random_range(0..vocab) } else { rng.random_range(merges..json.len()) };
+        match rng.random_range(0..3) {
+            0 => bytes[at] = b"0123456789\"{}[]abcdefg<>/$ "[rng.random_range(0..27)],
+            1 => drop(bytes.drain(at..(at + rng.random_range(1..40)).min(json.len()))),
+            _ => bytes.insert(at, b"0123456789\"{},"[rng.random_range(0..14)]),
+        }
+        let Ok(text) = String::from_utf8(bytes) else { continue };
+        if let Ok(t) = TextTokenizer::from_json(&text, "mutated") {
+            loaded += 1;
+            if let Ok(ids) = t.encode("Tom has 12 apples.", true) {
+                let _ = t.decode(&ids);
+            }
+        }
+    }
+    assert!(loaded > 0);
+}
+
+#[test]
 fn gpt2_ids_equal_llama_cpps_list() {
     let Some(shared) = shared() else { return };
     let dir = shared.join("models/tokenizers");

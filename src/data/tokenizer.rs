@@ -1,5 +1,6 @@
 //! Text to token ids and back, through a Hugging Face `tokenizer.json`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -65,15 +66,28 @@ impl TextTokenizer {
     pub fn from_json(json: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let fail = |reason: String| Error::Tokenizer { path: path.clone(), reason };
-        let mut inner: Tokenizer = json.parse().map_err(|e: tokenizers::Error| fail(e.to_string()))?;
+        // The `tokenizers` crate panics on some text that is not JSON; so that is found out before.
+        serde_json::from_str::<serde::de::IgnoredAny>(json).map_err(|e| fail(format!("not JSON: {e}")))?;
+        let mut inner: Tokenizer = guarded(|| json.parse()).map_err(&fail)?;
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
-        // What the post-processor puts around a text is seen by trying it on one.
-        let probe = |special| inner.encode_fast("a", special).map_err(|e| fail(e.to_string()));
-        let (bare, full) = (probe(false)?.get_ids().to_vec(), probe(true)?.get_ids().to_vec());
+        guarded(|| inner.with_truncation(None).map(|_| ())).map_err(&fail)?;
+        // What the post-processor puts around a text is seen by trying it on one that the vocabulary can say.
+        let probe = |text: &str, special| {
+            let encoding = guarded(|| inner.encode_fast(text, special)).map_err(&fail)?;
+            Ok::<_, Error>(encoding.get_ids().to_vec())
+        };
+        let mut bare: Vec<u32> = Vec::new();
+        let mut full: Vec<u32> = Vec::new();
+        for text in ["a", "0", "the", "."] {
+            (bare, full) = (probe(text, false)?, probe(text, true)?);
+            if !bare.is_empty() {
+                break;
+            }
+        }
         let at = (0..=full.len().saturating_sub(bare.len()))
             .find(|i| full[*i..].starts_with(&bare))
-            .ok_or_else(|| fail("its post-processor changes the text's own tokens".into()))?;
+            .filter(|_| !bare.is_empty())
+            .ok_or_else(|| fail("its post-processor cannot be told from the text's own tokens".into()))?;
         let (prefix, suffix) = (full[..at].to_vec(), full[at + bare.len()..].to_vec());
         let (bos, eos) = (prefix.first().copied(), suffix.last().copied());
         Ok(Self { inner, path, prefix, suffix, bos, eos })
@@ -84,7 +98,7 @@ impl TextTokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.fail(e))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.fail(e))?;
         if !special {
             return Ok(encoding.get_ids().to_vec());
         }
@@ -96,7 +110,7 @@ impl TextTokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.fail(e))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.fail(e))?;
         Ok([self.prefix.as_slice(), encoding.get_ids()].concat())
     }
 
@@ -108,7 +122,7 @@ impl TextTokenizer {
         if let Some(id) = ids.iter().find(|id| self.inner.id_to_token(**id).is_none()) {
             return Err(Error::TokenOutOfRange { found: *id, vocab_size: self.vocab_size() });
         }
-        self.inner.decode(ids, true).map_err(|e| self.fail(e))
+        guarded(|| self.inner.decode(ids, true)).map_err(|e| self.fail(e))
     }
 
     /// Number of tokens, added ones included.
@@ -168,7 +182,20 @@ impl TextTokenizer {
         &self.path
     }
 
-    fn fail(&self, error: tokenizers::Error) -> Error {
-        Error::Tokenizer { path: self.path.clone(), reason: error.to_string() }
+    fn fail(&self, reason: String) -> Error {
+        Error::Tokenizer { path: self.path.clone(), reason }
+    }
+}
+
+/// Runs a call of the `tokenizers` crate. On some files it panics (a template that names a token which it does not declare,
+/// say) where it should refuse; a file is input, so that becomes an error, too.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Err(format!("the file is not consistent: {text}"))
+        }
     }
 }
