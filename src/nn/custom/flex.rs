@@ -1,0 +1,1 @@
+impl super::DecoderOps for burn::backend::Flex {}
