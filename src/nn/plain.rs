@@ -24,7 +24,13 @@ pub(crate) fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2
     Tensor::cat(vec![turned_low, turned_high], 3)
 }
 
-pub(crate) fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, mask: &AttentionMask) -> Tensor<3> {
+pub(crate) fn causal_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    scale: f64,
+    mask: &AttentionMask,
+) -> Tensor<3> {
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, seq_k, _] = k.dims();
     let group = n_heads / n_kv_heads;
@@ -39,10 +45,8 @@ pub(crate) fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: 
             hidden.extend((0..seq_k).map(|key| key > position || position - key >= window || key < first));
         }
     }
-    let hidden = Tensor::<4, burn::tensor::Bool>::from_data(
-        TensorData::new(hidden, [batch, 1, seq_q, seq_k]),
-        &scores.device(),
-    );
+    let hidden =
+        Tensor::<4, burn::tensor::Bool>::from_data(TensorData::new(hidden, [batch, 1, seq_q, seq_k]), &scores.device());
     let scores = scores.reshape([batch, n_heads, seq_q, seq_k]);
     let scores = scores.mask_fill(hidden.expand([batch, n_heads, seq_q, seq_k]), -1e30);
     let scores = scores.reshape([batch, n_kv_heads, group * seq_q, seq_k]);

@@ -49,15 +49,10 @@ backward!(CrossEntropy, 1, (Float<B>, IntTensor<B>, Float<B>), |(logits, targets
     [Some(B::cross_entropy_sum_backward(logits, targets, log_sum_exp, grad))]
 });
 
-backward!(
-    CausalAttention,
-    3,
-    ([Float<B>; 4], f64, AttentionMask),
-    |([q, k, v, log_sum_exp], scale, mask), grad, _| {
-        let (q, k, v) = B::causal_attention_backward(q, k, v, log_sum_exp, grad, scale, mask);
-        [Some(q), Some(k), Some(v)]
-    }
-);
+backward!(CausalAttention, 3, ([Float<B>; 4], f64, AttentionMask), |([q, k, v, log_sum_exp], scale, mask), grad, _| {
+    let (q, k, v) = B::causal_attention_backward(q, k, v, log_sum_exp, grad, scale, mask);
+    [Some(q), Some(k), Some(v)]
+});
 
 backward!(Rotary, 1, (Float<B>, Float<B>), |(cos, sin), grad, _| [Some(B::rotary_backward(cos, sin, grad))]);
 

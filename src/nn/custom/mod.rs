@@ -6,7 +6,23 @@
 //! a portable definition in terms of a backend's own operations, which every backend gets; Flex, Burn's CPU backend, has
 //! kernels for contiguous and strided `f32`.
 //!
-//! Callers use the functions of [`super::ops`].
+//! Callers use the functions of [`super::ops`]. A call on a backend that none of this crate's features names panics.
+
+// `NdArray` is deprecated upstream, and supported here for as long as it exists.
+#![cfg_attr(feature = "ndarray", allow(deprecated))]
+// Without a backend the generated dispatch has no arm that uses its arguments.
+#![cfg_attr(
+    not(any(
+        feature = "flex",
+        feature = "ndarray",
+        feature = "wgpu",
+        feature = "vulkan",
+        feature = "metal",
+        feature = "cuda",
+        feature = "rocm"
+    )),
+    allow(unused_variables)
+)]
 
 mod autodiff;
 #[cfg(feature = "flex")]
@@ -127,7 +143,6 @@ pub trait DecoderOps: Backend {
 }
 
 #[cfg(feature = "ndarray")]
-#[allow(deprecated)]
 impl DecoderOps for burn::backend::NdArray {}
 
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
