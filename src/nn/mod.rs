@@ -1,5 +1,6 @@
 //! Building blocks of a decoder: operations, linear layers and their storage, normalization, rotary tables, key/value cache.
 
+<<<<<<< HEAD
 mod cache;
 mod linear;
 mod norm;
@@ -10,3 +11,10 @@ pub use cache::KvCache;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
 pub use norm::RmsNorm;
 pub use rope::Rope;
+=======
+pub mod custom;
+mod mask;
+pub mod ops;
+#[cfg(test)]
+mod plain;
+>>>>>>> helper-d

@@ -1,9 +1,14 @@
 //! The operations a decoder is made of, as functions of Burn tensors.
 //!
 //! Each is differentiable on an autodiff device and runs on every backend that the build enables. Callers name what they
-//! want (`rms_norm`, `swiglu`, ...) and not how it is composed, so that one of them can be fused without touching a model.
+//! want (`rms_norm`, `swiglu`, ...); [`super::custom`] says how it is computed. Tensors of the plain device and of its autodiff
+//! device may be mixed in one call: the plain ones are constants.
 
-use burn::tensor::{Bool, Int, Tensor, TensorData, activation};
+use burn::backend::Dispatch;
+use burn::tensor::{Int, Tensor};
+
+use super::custom::DecoderOps;
+pub use super::mask::AttentionMask;
 
 /// Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467): `y = x / sqrt(mean(x^2) + eps) * weight` over the
 /// last dimension.
@@ -11,8 +16,7 @@ use burn::tensor::{Bool, Int, Tensor, TensorData, activation};
 /// # Shapes
 /// - `x`: `[.., d_model]`, `weight`: `[d_model]`; the result is `x`'s shape.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
-    let rms = (x.clone().square().mean_dim(D - 1) + eps).sqrt();
-    (x / rms) * weight.unsqueeze()
+    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
 }
 
 /// The gated activation of a SwiGLU block (Shazeer, arXiv 2002.05202): `silu(gate) * up`, element by element.
@@ -20,39 +24,24 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
 /// # Shapes
 /// - `gate`, `up` and the result: the same shape.
 pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    activation::silu(gate) * up
+    Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
 }
 
 /// Splits heads and turns each by its position (rotary embedding, Su et al., arXiv 2104.09864), in the half-split
-/// ("NEOX") pairing that Hugging Face checkpoints use.
+/// ("NEOX") pairing that Hugging Face checkpoints use. The tables are constants: no gradient reaches them.
 ///
 /// # Shapes
 /// - `x`: `[batch, seq, n_heads * head_dim]`, `cos` and `sin`: `[seq, head_dim / 2]`
 /// - result: `[batch, n_heads, seq, head_dim]`
 pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
-    let x = split_heads(x, n_heads);
-    let half = x.dims()[3] / 2;
-    let (cos, sin) = (cos.unsqueeze::<4>(), sin.unsqueeze::<4>());
-    let low = x.clone().narrow(3, 0, half);
-    let high = x.narrow(3, half, half);
-    let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
-    let turned_high = high * cos + low * sin;
-    Tensor::cat(vec![turned_low, turned_high], 3)
+    let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());
+    Tensor::from_dispatch(Dispatch::rotary(x.into_dispatch(), cos, sin, n_heads))
 }
 
 /// `[batch, seq, n_heads * head_dim]` to `[batch, n_heads, seq, head_dim]`.
 pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
     let [batch, seq, width] = x.dims();
     x.reshape([batch, seq, n_heads, width / n_heads]).swap_dims(1, 2)
-}
-
-/// Which keys a query may see, besides none after itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct AttentionMask {
-    /// Only the last `window` keys, the query's own among them (Mistral's sliding window).
-    pub window: Option<usize>,
-    /// Per row of the batch, the number of leading keys that are padding.
-    pub left_pad: Option<Vec<usize>>,
 }
 
 /// Causal attention with grouped key/value heads: `softmax(q k^T * scale) v`.
@@ -65,6 +54,7 @@ pub struct AttentionMask {
 /// - `k`, `v`: `[batch, n_kv_heads, seq_k, head_dim]`, `n_heads` a multiple of `n_kv_heads`, `seq_k >= seq_q`
 /// - result: `[batch, seq_q, n_heads * head_dim]`
 pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, mask: &AttentionMask) -> Tensor<3> {
+<<<<<<< HEAD
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, seq_k, _] = k.dims();
     let group = n_heads / n_kv_heads;
@@ -106,12 +96,18 @@ fn hidden_keys(
         }
     }
     Some(Tensor::from_data(TensorData::new(hidden, [rows, 1, seq_q, seq_k]), device))
+=======
+    let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
+    let (context, _) = Dispatch::causal_attention(q, k, v, scale, mask.clone());
+    Tensor::from_dispatch(context)
+>>>>>>> helper-d
 }
 
 /// Sum over rows of the cross-entropy between `logits` and the target classes, in nats.
 ///
 /// # Shapes
-/// - `logits`: `[n, n_classes]`, `targets`: `[n]`; result: `[1]`
+/// - `logits`: `[n, n_classes]`, `targets`: `[n]`, each below `n_classes`; result: `[1]`
 pub fn cross_entropy_sum(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    activation::log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1)).sum().neg()
+    let (loss, _) = Dispatch::cross_entropy_sum(logits.into_dispatch(), targets.into_dispatch());
+    Tensor::from_dispatch(loss)
 }

@@ -1,0 +1,149 @@
+//! Custom operations: what a decoder spends its time on besides matrix products, each as one forward and one backward
+//! kernel.
+//!
+//! Burn would record every elementary step on the tape and run each as a pass over memory. Here an operation is one node of
+//! the tape, saves only its inputs (and a number per row), and recomputes the rest in its backward pass. [`DecoderOps`] has
+//! a portable definition in terms of a backend's own operations, which every backend gets; Flex, Burn's CPU backend, has
+//! kernels for contiguous and strided `f32`.
+//!
+//! Callers use the functions of [`super::ops`]. A call on a backend that none of this crate's features names panics.
+
+// `NdArray` is deprecated upstream, and supported here for as long as it exists.
+#![cfg_attr(feature = "ndarray", allow(deprecated))]
+// Without a backend the generated dispatch has no arm that uses its arguments.
+#![cfg_attr(
+    not(any(
+        feature = "flex",
+        feature = "ndarray",
+        feature = "wgpu",
+        feature = "vulkan",
+        feature = "metal",
+        feature = "cuda",
+        feature = "rocm"
+    )),
+    allow(unused_variables)
+)]
+
+mod autodiff;
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(feature = "flex")]
+mod flex_attention;
+mod portable;
+#[cfg(feature = "flex")]
+mod simd;
+#[cfg(all(test, feature = "flex"))]
+mod tests;
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, backend_extension};
+
+use super::mask::AttentionMask;
+
+/// The decoder's operations on a backend's own tensors. Shapes are those of the functions in [`super::ops`].
+///
+/// A method `x_backward` takes what `x` took, what it saved, and the gradient of its result.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm")),
+    Autodiff
+)]
+pub trait DecoderOps: Backend {
+    /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        portable::rms_norm::<Self>(x, weight, eps)
+    }
+
+    /// Gradient of `x`.
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self> {
+        portable::rms_norm_backward::<Self>(x, weight, grad, eps)
+    }
+
+    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none.
+    fn rms_norm_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        portable::rms_norm_backward_weight::<Self>(x, grad, eps)
+    }
+
+    /// `silu(gate) * up`.
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        portable::swiglu::<Self>(gate, up)
+    }
+
+    /// Gradients of `gate` and `up`.
+    fn swiglu_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::swiglu_backward::<Self>(gate, up, grad)
+    }
+
+    /// The summed cross-entropy, `[1]`, and each row's `ln(sum(exp(logits)))`, `[n]`.
+    fn cross_entropy_sum(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::cross_entropy_sum::<Self>(logits, targets)
+    }
+
+    /// Gradient of the logits: `(softmax - onehot) * grad`, with `grad` `[1]`.
+    fn cross_entropy_sum_backward(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        portable::cross_entropy_sum_backward::<Self>(logits, targets, log_sum_exp, grad)
+    }
+
+    /// The context, `[batch, seq_q, n_heads * head_dim]`, and each query's `ln(sum(exp(scores)))`, `[batch, n_heads, seq_q]`.
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f64,
+        mask: AttentionMask,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::causal_attention::<Self>(q, k, v, scale, mask)
+    }
+
+    /// Gradients of `q`, `k` and `v`.
+    fn causal_attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        scale: f64,
+        mask: AttentionMask,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask)
+    }
+
+    /// Splits heads and turns them by position. The tables are constants: no gradient reaches them.
+    fn rotary(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        n_heads: usize,
+    ) -> FloatTensor<Self> {
+        portable::rotary::<Self>(x, cos, sin, n_heads)
+    }
+
+    /// Gradient of `x`: turns back and merges heads.
+    fn rotary_backward(cos: FloatTensor<Self>, sin: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        portable::rotary_backward::<Self>(cos, sin, grad)
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl DecoderOps for burn::backend::NdArray {}
+
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
+impl DecoderOps for burn::backend::Cube {}

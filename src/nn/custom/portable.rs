@@ -1,0 +1,273 @@
+//! The operations in terms of what every backend has.
+
+use std::ops::{Add, Div, Mul, Sub};
+
+use burn::backend::tensor::{FloatTensor, IndexingUpdateOp, IntTensor};
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::{FloatDType, Shape, Slice, TensorData};
+
+use super::AttentionMask;
+
+/// A backend's tensor, with operators, so that what follows reads like mathematics.
+struct Val<B: Backend>(FloatTensor<B>);
+
+impl<B: Backend> Clone for Val<B> {
+    fn clone(&self) -> Self {
+        Val(self.0.clone())
+    }
+}
+
+macro_rules! binary {
+    ($trait:ident, $method:ident, $op:ident, $scalar_op:ident) => {
+        impl<B: Backend> $trait for Val<B> {
+            type Output = Self;
+            fn $method(self, other: Self) -> Self {
+                Val(B::$op(self.0, other.0))
+            }
+        }
+        impl<B: Backend> $trait<f64> for Val<B> {
+            type Output = Self;
+            fn $method(self, other: f64) -> Self {
+                Val(B::$scalar_op(self.0, other.into()))
+            }
+        }
+    };
+}
+binary!(Add, add, float_add, float_add_scalar);
+binary!(Sub, sub, float_sub, float_sub_scalar);
+binary!(Mul, mul, float_mul, float_mul_scalar);
+binary!(Div, div, float_div, float_div_scalar);
+
+impl<B: Backend> Val<B> {
+    fn dims<const D: usize>(&self) -> [usize; D] {
+        self.0.shape().dims()
+    }
+
+    fn reshape<const D: usize>(self, dims: [usize; D]) -> Self {
+        Val(B::float_reshape(self.0, Shape::from(dims)))
+    }
+
+    fn swap_dims(self, a: usize, b: usize) -> Self {
+        Val(B::float_swap_dims(self.0, a, b))
+    }
+
+    fn matmul(self, other: Self) -> Self {
+        Val(B::float_matmul(self.0, other.0))
+    }
+
+    fn mean_last(self) -> Self {
+        let dim = self.0.rank() - 1;
+        Val(B::float_mean_dim(self.0, dim))
+    }
+
+    fn sum_dim(self, dim: usize) -> Self {
+        Val(B::float_sum_dim(self.0, dim))
+    }
+
+    fn exp(self) -> Self {
+        Val(B::float_exp(self.0))
+    }
+
+    /// `ln(sum(exp(self)))` over `dim`, which becomes 1.
+    fn log_sum_exp(self, dim: usize) -> Self {
+        let max = Val::<B>(B::float_max_dim(self.0.clone(), dim));
+        Val(B::float_log((self - max.clone()).exp().sum_dim(dim).0)) + max
+    }
+
+    /// The two halves of the last of four dimensions.
+    fn halves(self) -> (Self, Self) {
+        let [a, b, c, width] = self.dims();
+        let slice = |range: std::ops::Range<usize>| {
+            let whole = [0..a, 0..b, 0..c, range].map(Slice::from);
+            Val(B::float_slice(self.0.clone(), &whole))
+        };
+        (slice(0..width / 2), slice(width / 2..width / 2 * 2))
+    }
+
+    fn cat(self, other: Self, dim: usize) -> Self {
+        Val(B::float_cat(vec![self.0, other.0], dim))
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`, the last dimension 1.
+fn inverse_rms<B: Backend>(x: Val<B>, eps: f64) -> Val<B> {
+    Val(B::float_recip(B::float_sqrt(((x.clone() * x).mean_last() + eps).0)))
+}
+
+/// A row as a tensor that broadcasts over `rank` dimensions.
+fn row<B: Backend>(weight: Val<B>, rank: usize) -> Val<B> {
+    let [width] = weight.dims();
+    let mut dims = vec![1; rank];
+    dims[rank - 1] = width;
+    Val(B::float_reshape(weight.0, Shape::from(dims)))
+}
+
+pub(super) fn rms_norm<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f64) -> FloatTensor<B> {
+    let (x, weight) = (Val::<B>(x), Val::<B>(weight));
+    let rank = x.0.rank();
+    let inverse = inverse_rms(x.clone(), eps);
+    (x * inverse * row(weight, rank)).0
+}
+
+pub(super) fn rms_norm_backward<B: Backend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    eps: f64,
+) -> FloatTensor<B> {
+    let (x, weight, grad) = (Val::<B>(x), Val::<B>(weight), Val::<B>(grad));
+    let rank = x.0.rank();
+    let inverse = inverse_rms(x.clone(), eps);
+    let normed = x * inverse.clone();
+    let grad = grad * row(weight, rank);
+    let along = (grad.clone() * normed.clone()).mean_last();
+    ((grad - normed * along) * inverse).0
+}
+
+pub(super) fn rms_norm_backward_weight<B: Backend>(
+    x: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    eps: f64,
+) -> FloatTensor<B> {
+    let (x, grad) = (Val::<B>(x), Val::<B>(grad));
+    let shape = x.0.shape();
+    let width = shape[shape.num_dims() - 1];
+    let rows = shape.num_elements() / width.max(1);
+    let normed = x.clone() * inverse_rms(x, eps);
+    (grad * normed).reshape([rows, width]).sum_dim(0).reshape([width]).0
+}
+
+pub(super) fn swiglu<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
+    let sigmoid = Val::<B>(B::sigmoid(gate.clone()));
+    (Val(gate) * sigmoid * Val(up)).0
+}
+
+pub(super) fn swiglu_backward<B: Backend>(
+    gate: FloatTensor<B>,
+    up: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let sigmoid = Val::<B>(B::sigmoid(gate.clone()));
+    let (gate, up, grad) = (Val::<B>(gate), Val(up), Val(grad));
+    let silu = gate * sigmoid.clone();
+    // silu' = sigmoid + silu * (1 - sigmoid)
+    let slope = sigmoid.clone() + silu.clone() - silu.clone() * sigmoid;
+    ((grad.clone() * up * slope).0, (grad * silu).0)
+}
+
+pub(super) fn cross_entropy_sum<B: Backend>(
+    logits: FloatTensor<B>,
+    targets: IntTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let logits = Val::<B>(logits);
+    let [n, _] = logits.dims();
+    let picked = Val::<B>(B::float_gather(1, logits.0.clone(), B::int_reshape(targets, Shape::from([n, 1]))));
+    let log_sum_exp = logits.log_sum_exp(1);
+    let loss = Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0));
+    (loss.reshape([1]).0, log_sum_exp.reshape([n]).0)
+}
+
+pub(super) fn cross_entropy_sum_backward<B: Backend>(
+    logits: FloatTensor<B>,
+    targets: IntTensor<B>,
+    log_sum_exp: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let (logits, log_sum_exp) = (Val::<B>(logits), Val::<B>(log_sum_exp));
+    let [n, _] = logits.dims();
+    let softmax = (logits - log_sum_exp.reshape([n, 1])).exp();
+    let dtype: FloatDType = softmax.0.dtype().into();
+    let minus_one = B::float_full(Shape::from([n, 1]), (-1.0).into(), &softmax.0.device(), dtype);
+    let targets = B::int_reshape(targets, Shape::from([n, 1]));
+    let difference = Val::<B>(B::float_scatter(1, softmax.0, targets, minus_one, IndexingUpdateOp::Add));
+    (difference * Val(grad).reshape([1, 1])).0
+}
+
+/// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`: the heads of a group share
+/// keys, so they are more rows of one product and no key is copied.
+fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) -> Val<B> {
+    let [batch, n_heads, seq_q, head_dim] = q.dims();
+    let [_, n_kv_heads, seq_k, _] = k.dims();
+    let rows = n_heads / n_kv_heads.max(1) * seq_q;
+    let scores = (q * scale).reshape([batch, n_kv_heads, rows, head_dim]).matmul(k.swap_dims(2, 3));
+    let Some((hidden, mask_rows)) = mask.hidden(batch, seq_q, seq_k) else { return scores };
+    let scores = scores.reshape([batch, n_heads, seq_q, seq_k]);
+    let hidden = B::bool_from_data(TensorData::new(hidden, [mask_rows, 1, seq_q, seq_k]), &scores.0.device());
+    let hidden = B::bool_expand(hidden, Shape::from([batch, n_heads, seq_q, seq_k]));
+    Val::<B>(B::float_mask_fill(scores.0, hidden, (-1e30).into())).reshape([batch, n_kv_heads, rows, seq_k])
+}
+
+pub(super) fn causal_attention<B: Backend>(
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    scale: f64,
+    mask: AttentionMask,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (q, k, v) = (Val::<B>(q), Val::<B>(k), Val::<B>(v));
+    let [batch, n_heads, seq_q, head_dim] = q.dims();
+    let scores = scores(q, k, scale, &mask);
+    let log_sum_exp = scores.clone().log_sum_exp(3);
+    let context = (scores - log_sum_exp.clone()).exp().matmul(v).reshape([batch, n_heads, seq_q, head_dim]);
+    let context = context.swap_dims(1, 2).reshape([batch, seq_q, n_heads * head_dim]);
+    (context.0, log_sum_exp.reshape([batch, n_heads, seq_q]).0)
+}
+
+pub(super) fn causal_attention_backward<B: Backend>(
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    log_sum_exp: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    scale: f64,
+    mask: AttentionMask,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let (q, k, v, grad) = (Val::<B>(q), Val::<B>(k), Val::<B>(v), Val::<B>(grad));
+    let [batch, n_heads, seq_q, head_dim] = q.dims();
+    let [_, n_kv_heads, _, _] = k.dims();
+    let rows = n_heads / n_kv_heads.max(1) * seq_q;
+    let grad = grad.reshape([batch, seq_q, n_heads, head_dim]).swap_dims(1, 2);
+    let grad = grad.reshape([batch, n_kv_heads, rows, head_dim]);
+    let log_sum_exp = Val::<B>(log_sum_exp).reshape([batch, n_kv_heads, rows, 1]);
+    let weights = (scores(q.clone(), k.clone(), scale, &mask) - log_sum_exp).exp();
+    let grad_v = weights.clone().swap_dims(2, 3).matmul(grad.clone());
+    let grad_weights = grad.matmul(v.swap_dims(2, 3));
+    let along = (weights.clone() * grad_weights.clone()).sum_dim(3);
+    let grad_scores = weights * (grad_weights - along) * scale;
+    let grad_q = grad_scores.clone().matmul(k).reshape([batch, n_heads, seq_q, head_dim]);
+    let grad_k = grad_scores.swap_dims(2, 3).matmul(q.reshape([batch, n_kv_heads, rows, head_dim]));
+    (grad_q.0, grad_k.0, grad_v.0)
+}
+
+/// A rotary table as a tensor that broadcasts over batch and heads.
+fn table<B: Backend>(table: FloatTensor<B>) -> Val<B> {
+    let table = Val::<B>(table);
+    let [seq, half] = table.dims();
+    table.reshape([1, 1, seq, half])
+}
+
+pub(super) fn rotary<B: Backend>(
+    x: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    n_heads: usize,
+) -> FloatTensor<B> {
+    let (x, cos, sin) = (Val::<B>(x), table::<B>(cos), table::<B>(sin));
+    let [batch, seq, width] = x.dims();
+    let (low, high) = x.reshape([batch, seq, n_heads, width / n_heads.max(1)]).swap_dims(1, 2).halves();
+    let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
+    turned_low.cat(high * cos + low * sin, 3).0
+}
+
+pub(super) fn rotary_backward<B: Backend>(
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let (grad, cos, sin) = (Val::<B>(grad), table::<B>(cos), table::<B>(sin));
+    let [batch, n_heads, seq, head_dim] = grad.dims();
+    let (low, high) = grad.halves();
+    let back_low = low.clone() * cos.clone() + high.clone() * sin.clone();
+    let back = back_low.cat(high * cos - low * sin, 3);
+    back.swap_dims(1, 2).reshape([batch, seq, n_heads * head_dim]).0
+}

@@ -1,0 +1,350 @@
+//! Row kernels on `f32` slices, compiled once per instruction set and chosen at run time.
+//!
+//! The loops are plain Rust that the compiler turns into vector code: a transcendental function is a polynomial without
+//! branches, and a sum runs in [`LANES`] partial sums, since the order of a floating-point sum is not the compiler's to change.
+
+use std::mem::MaybeUninit;
+
+/// Partial results of a reduction.
+const LANES: usize = 16;
+
+/// An instruction set that this machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Level(Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Level {
+    /// The widest that there is. The standard library remembers what the processor said.
+    pub(super) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 && is_x86_feature_detected!("avx512f") {
+                return Level(Kind::Avx512);
+            }
+            if avx2 {
+                return Level(Kind::Avx2);
+            }
+        }
+        Level(Kind::Portable)
+    }
+
+    /// Every level up to the widest.
+    #[cfg(test)]
+    pub(super) fn available() -> Vec<Self> {
+        let mut levels = vec![Level(Kind::Portable)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let best = Self::detect();
+            if best != Level(Kind::Portable) {
+                levels.push(Level(Kind::Avx2));
+            }
+            if best == Level(Kind::Avx512) {
+                levels.push(best);
+            }
+        }
+        levels
+    }
+}
+
+/// Compiles a function for each [`Level`]. `FMA` says whether a fused multiply-add is one instruction: where it is not, the
+/// standard library's is a call.
+macro_rules! kernel {
+    ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        pub(super) fn $name(level: Level, $($arg: $type),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body<const $fma: bool>($($arg: $type),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $type),*) $(-> $ret)? {
+                body::<true>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,avx512f")]
+            fn avx512($($arg: $type),*) $(-> $ret)? {
+                body::<true>($($arg),*)
+            }
+            match level.0 {
+                Kind::Portable => body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
+                // SAFETY: a `Level` beyond `Portable` comes from `Level::detect` alone, which asked the processor.
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx512 => unsafe { avx512($($arg),*) },
+            }
+        }
+    };
+}
+
+#[inline(always)]
+fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// `e^x` with a relative error below 2e-7 for x in -87..88, 0 below, e^88.37 above, NaN for NaN (the polynomial is that of
+/// Cephes' `expf`, S. Moshier).
+#[inline(always)]
+fn exp<const FMA: bool>(x: f32) -> f32 {
+    const LOWEST: f32 = -87.3;
+    const HIGHEST: f32 = 88.37;
+    // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x < LOWEST { LOWEST } else { x };
+    let clamped = if clamped > HIGHEST { HIGHEST } else { clamped };
+    let rounded = mul_add::<FMA>(clamped, std::f32::consts::LOG2_E, ROUND);
+    let power = rounded - ROUND;
+    // ln 2 in two parts, the first of few bits, so that the difference is exact.
+    let rest = mul_add::<FMA>(power, -0.693_359_4, clamped);
+    let rest = mul_add::<FMA>(power, 2.121_944_4e-4, rest);
+    let p = mul_add::<FMA>(1.987_569_1e-4, rest, 1.398_2e-3);
+    let p = mul_add::<FMA>(p, rest, 8.333_452e-3);
+    let p = mul_add::<FMA>(p, rest, 4.166_579_6e-2);
+    let p = mul_add::<FMA>(p, rest, 1.666_666_5e-1);
+    let p = mul_add::<FMA>(p, rest, 0.5);
+    let p = mul_add::<FMA>(p, rest * rest, rest) + 1.0;
+    let two_to_power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
+    if x < LOWEST { 0.0 } else { p * two_to_power }
+}
+
+#[inline(always)]
+fn sigmoid<const FMA: bool>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<FMA>(-x))
+}
+
+/// Sum of `f` over the elements of two rows.
+#[inline(always)]
+fn sum_of(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] += f(a[lane], b[lane]);
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(*a, *b)).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+#[inline(always)]
+fn max_of(row: &[f32]) -> f32 {
+    let mut best = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            best[lane] = if chunk[lane] > best[lane] { chunk[lane] } else { best[lane] };
+        }
+    }
+    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum_of(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
+}
+
+kernel! {
+    /// `out = silu(gate) * up`.
+    fn swiglu<const FMA: bool>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            out.write(gate * sigmoid::<FMA>(*gate) * up);
+        }
+    }
+}
+
+kernel! {
+    /// Replaces `gate` and `up` by their gradients.
+    fn swiglu_backward<const FMA: bool>(gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
+        for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
+            let sigmoid = sigmoid::<FMA>(*gate);
+            let silu = *gate * sigmoid;
+            let slope = mul_add::<FMA>(silu, 1.0 - sigmoid, sigmoid);
+            *gate = grad * *up * slope;
+            *up = grad * silu;
+        }
+    }
+}
+
+kernel! {
+    /// Rows of `x / sqrt(mean(x^2) + eps) * weight`.
+    fn rms_norm<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [MaybeUninit<f32>]) {
+        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+            let inverse = inverse_rms(x, eps);
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                out.write(x * inverse * weight);
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Replaces rows of the gradient of the result by that of `x`.
+    fn rms_norm_backward<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, grad: &mut [f32]) {
+        let width = weight.len();
+        for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact_mut(width)) {
+            let inverse = inverse_rms(x, eps);
+            for (grad, weight) in grad.iter_mut().zip(weight) {
+                *grad *= weight;
+            }
+            let along = sum_of(x, grad, |x, grad| x * grad) / width as f32 * inverse * inverse;
+            for (grad, x) in grad.iter_mut().zip(x) {
+                *grad = inverse * (*grad - x * along);
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Adds the rows' share to the gradient of the weight.
+    fn rms_norm_backward_weight<const FMA: bool>(x: &[f32], grad: &[f32], eps: f32, sum: &mut [f32]) {
+        let width = sum.len();
+        for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
+            let inverse = inverse_rms(x, eps);
+            for ((sum, x), grad) in sum.iter_mut().zip(x).zip(grad) {
+                *sum = mul_add::<FMA>(x * inverse, *grad, *sum);
+            }
+        }
+    }
+}
+
+kernel! {
+    /// `ln(sum(exp(row)))`, by way of the largest element.
+    fn log_sum_exp<const FMA: bool>(row: &[f32]) -> f32 {
+        let max = max_of(row);
+        sum_of(row, row, |x, _| exp::<FMA>(x - max)).ln() + max
+    }
+}
+
+kernel! {
+    /// Replaces `row` by `exp(row - shift) * factor`.
+    fn exp_shifted<const FMA: bool>(row: &mut [f32], shift: f32, factor: f32) {
+        for x in row {
+            *x = exp::<FMA>(*x - shift) * factor;
+        }
+    }
+}
+
+kernel! {
+    /// Replaces `row` by its softmax and returns `ln(sum(exp(row)))`.
+    fn softmax<const FMA: bool>(row: &mut [f32]) -> f32 {
+        let max = max_of(row);
+        for x in row.iter_mut() {
+            *x = exp::<FMA>(*x - max);
+        }
+        let sum = sum_of(row, row, |x, _| x);
+        let inverse = 1.0 / sum;
+        for x in row.iter_mut() {
+            *x *= inverse;
+        }
+        sum.ln() + max
+    }
+}
+
+kernel! {
+    /// The gradient of scores under a softmax: replaces `grad`, that of `weights`, by `weights * (grad - grad . weights)`.
+    fn softmax_backward<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
+        let along = sum_of(weights, grad, |a, b| a * b);
+        for (grad, weight) in grad.iter_mut().zip(weights) {
+            *grad = weight * (*grad - along);
+        }
+    }
+}
+
+kernel! {
+    /// Turns one head: `(low cos - high sin, high cos + low sin)`.
+    fn turn<const FMA: bool>(head: &[f32], cos: &[f32], sin: &[f32], out: &mut [MaybeUninit<f32>]) {
+        let half = cos.len();
+        let ((low, high), (out_low, out_high)) = (head.split_at(half), out.split_at_mut(half));
+        let turned = out_low.iter_mut().zip(out_high).zip(low.iter().zip(high)).zip(cos.iter().zip(sin));
+        for (((out_low, out_high), (low, high)), (cos, sin)) in turned {
+            out_low.write(low * cos - high * sin);
+            out_high.write(high * cos + low * sin);
+        }
+    }
+}
+
+kernel! {
+    /// Turns one head back: `(low cos + high sin, high cos - low sin)`.
+    fn turn_back<const FMA: bool>(head: &[f32], cos: &[f32], sin: &[f32], out: &mut [MaybeUninit<f32>]) {
+        let half = cos.len();
+        let ((low, high), (out_low, out_high)) = (head.split_at(half), out.split_at_mut(half));
+        let turned = out_low.iter_mut().zip(out_high).zip(low.iter().zip(high)).zip(cos.iter().zip(sin));
+        for (((out_low, out_high), (low, high)), (cos, sin)) in turned {
+            out_low.write(low * cos + high * sin);
+            out_high.write(high * cos - low * sin);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_at_every_level() {
+        for level in Level::available() {
+            for step in 0..200_000 {
+                let x = -87.0 + step as f32 * (175.0 / 200_000.0);
+                let mut row = [x];
+                exp_shifted(level, &mut row, 0.0, 1.0);
+                let exact = f64::from(x).exp();
+                let error = ((f64::from(row[0]) - exact) / exact).abs();
+                assert!(error < 2e-7, "{level:?}: exp({x}) = {}, off by {error}", row[0]);
+            }
+            let mut row = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN, f32::INFINITY];
+            exp_shifted(level, &mut row, 0.0, 1.0);
+            assert_eq!(&row[..4], &[0.0, 0.0, 0.0, 1.0]);
+            assert!(row[4].is_nan() && row[5] > 1e38);
+        }
+    }
+    #[test]
+    fn levels_agree() {
+        let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin() * 6.0).collect::<Vec<f32>>();
+        let written = |out: Vec<MaybeUninit<f32>>| {
+            // SAFETY: the kernels write every element.
+            out.into_iter().map(|x| unsafe { x.assume_init() }).collect::<Vec<f32>>()
+        };
+        for width in [2, 16, 34, 250] {
+            let (a, b) = (wave(3 * width, 0.7), wave(3 * width, 1.3));
+            let run = |level| {
+                let mut all = vec![log_sum_exp(level, &a)];
+                let mut out = vec![MaybeUninit::uninit(); 3 * width];
+                swiglu(level, &a, &b, &mut out);
+                all.extend(written(out.clone()));
+                rms_norm(level, &a, &b[..width], 1e-3, &mut out);
+                all.extend(written(out));
+                let mut out = vec![MaybeUninit::uninit(); width];
+                turn(level, &a[..width], &b[..width / 2], &b[width / 2..width], &mut out);
+                all.extend(written(out.clone()));
+                turn_back(level, &a[..width], &b[..width / 2], &b[width / 2..width], &mut out);
+                all.extend(written(out));
+                let (mut gate, mut up) = (a.clone(), b.clone());
+                swiglu_backward(level, &mut gate, &mut up, &b);
+                let (mut grad, mut sum) = (b.clone(), vec![0.0; width]);
+                rms_norm_backward(level, &a, &b[..width], 1e-3, &mut grad);
+                rms_norm_backward_weight(level, &a, &b, 1e-3, &mut sum);
+                let (mut weights, mut slopes) = (a.clone(), b.clone());
+                all.push(softmax(level, &mut weights));
+                softmax_backward(level, &weights, &mut slopes);
+                all.into_iter().chain(gate).chain(up).chain(grad).chain(sum).chain(weights).chain(slopes).collect()
+            };
+            let want: Vec<f32> = run(Level(Kind::Portable));
+            for level in Level::available() {
+                for (got, want) in run(level).iter().zip(&want) {
+                    assert!((got - want).abs() <= 2e-5 * (1.0 + want.abs()), "{level:?}, {width}: {got} and {want}");
+                }
+            }
+        }
+    }
+}
