@@ -1,20 +1,16 @@
 //! Building blocks of a decoder: operations, linear layers and their storage, normalization, rotary tables, key/value cache.
 
-<<<<<<< HEAD
 mod cache;
+pub mod custom;
 mod linear;
+mod mask;
 mod norm;
 pub mod ops;
+#[cfg(test)]
+mod plain;
 mod rope;
 
 pub use cache::KvCache;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
 pub use norm::RmsNorm;
 pub use rope::Rope;
-=======
-pub mod custom;
-mod mask;
-pub mod ops;
-#[cfg(test)]
-mod plain;
->>>>>>> helper-d

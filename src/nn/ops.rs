@@ -54,53 +54,9 @@ pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
 /// - `k`, `v`: `[batch, n_kv_heads, seq_k, head_dim]`, `n_heads` a multiple of `n_kv_heads`, `seq_k >= seq_q`
 /// - result: `[batch, seq_q, n_heads * head_dim]`
 pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, mask: &AttentionMask) -> Tensor<3> {
-<<<<<<< HEAD
-    let [batch, n_heads, seq_q, head_dim] = q.dims();
-    let [_, n_kv_heads, seq_k, _] = k.dims();
-    let group = n_heads / n_kv_heads;
-    // The heads of a group share keys: they become more rows of one product, and no key is copied.
-    let q = (q * scale).reshape([batch, n_kv_heads, group * seq_q, head_dim]);
-    let scores = q.matmul(k.swap_dims(2, 3));
-    let scores = match hidden_keys(batch, seq_q, seq_k, mask, &scores.device()) {
-        Some(hidden) => {
-            let scores = scores.reshape([batch, n_heads, seq_q, seq_k]);
-            let hidden = hidden.expand([batch, n_heads, seq_q, seq_k]);
-            scores.mask_fill(hidden, -1e30).reshape([batch, n_kv_heads, group * seq_q, seq_k])
-        }
-        None => scores,
-    };
-    let context = activation::softmax(scores, 3).matmul(v);
-    context.reshape([batch, n_heads, seq_q, head_dim]).swap_dims(1, 2).reshape([batch, seq_q, n_heads * head_dim])
-}
-
-/// True where a query must not look: `[batch or 1, 1, seq_q, seq_k]`, or nothing where every key is visible.
-fn hidden_keys(
-    batch: usize,
-    seq_q: usize,
-    seq_k: usize,
-    mask: &AttentionMask,
-    device: &burn::tensor::Device,
-) -> Option<Tensor<4, Bool>> {
-    let window = mask.window.unwrap_or(usize::MAX);
-    let pads = mask.left_pad.as_deref().filter(|pads| pads.iter().any(|pad| *pad > 0));
-    if seq_q == 1 && pads.is_none() && window >= seq_k {
-        return None;
-    }
-    let rows = if pads.is_some() { batch } else { 1 };
-    let mut hidden = Vec::with_capacity(rows * seq_q * seq_k);
-    for row in 0..rows {
-        let first = pads.map_or(0, |pads| pads[row]);
-        for query in 0..seq_q {
-            let position = seq_k - seq_q + query;
-            hidden.extend((0..seq_k).map(|key| key > position || key.saturating_add(window) <= position || key < first));
-        }
-    }
-    Some(Tensor::from_data(TensorData::new(hidden, [rows, 1, seq_q, seq_k]), device))
-=======
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     let (context, _) = Dispatch::causal_attention(q, k, v, scale, mask.clone());
     Tensor::from_dispatch(context)
->>>>>>> helper-d
 }
 
 /// Sum over rows of the cross-entropy between `logits` and the target classes, in nats.

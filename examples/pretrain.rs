@@ -1,0 +1,195 @@
+//! Makes the small model that lies in `assets/`: a Llama of about a million weights that has read arithmetic word problems.
+//!
+//! Its text is generated, so whoever runs this gets the same model; the kinds of problem that `compress` fine-tunes it on
+//! are rare in it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::Device;
+use clap::Parser;
+use elastic_lora::data::arithmetic::{self, Kind, Split};
+use elastic_lora::data::{
+    Batcher, PromptTemplate, Record, TextTokenizer, TokenizeOptions, answers, bpe_tokenizer_config, fixed_batches,
+    tokenize_records, train_bpe,
+};
+use elastic_lora::infer::{GenerateConfig, generate_batch};
+use elastic_lora::io::DType;
+use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
+use elastic_lora::model::Decoder;
+use elastic_lora::train::{Sampling, TrainConfig, Trainer};
+use elastic_lora::{Result, SuperNet};
+
+/// Train a small Llama on generated arithmetic word problems and write it as a Hugging Face folder.
+#[derive(Parser)]
+struct Args {
+    /// Where the model goes; must not exist yet unless --overwrite is given
+    #[arg(long, default_value = "arithmetic-llama")]
+    out: PathBuf,
+    /// Replace --out
+    #[arg(long)]
+    overwrite: bool,
+    /// Optimizer steps
+    #[arg(long, default_value_t = 6000)]
+    steps: usize,
+    /// Problems per step
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Peak learning rate
+    #[arg(long, default_value_t = 2e-3)]
+    lr: f64,
+    /// Blocks
+    #[arg(long, default_value_t = 5)]
+    layers: usize,
+    /// Width of the residual stream; 3 times that inside the MLP
+    #[arg(long, default_value_t = 128)]
+    hidden: usize,
+    /// Number of problems generated for training
+    #[arg(long, default_value_t = 200_000)]
+    problems: usize,
+    /// Seed of data, weights and order
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Keep checkpoints here and go on from the last one
+    #[arg(long)]
+    work: Option<PathBuf>,
+}
+
+/// What the model reads, by weight. The last three are what fine-tuning is for.
+const MIXTURE: [(Kind, f64); 9] = [
+    (Kind::Sum, 0.20),
+    (Kind::Difference, 0.14),
+    (Kind::Compare, 0.10),
+    (Kind::Product, 0.20),
+    (Kind::Share, 0.10),
+    (Kind::AddSub, 0.20),
+    (Kind::MulAdd, 0.02),
+    (Kind::MulSub, 0.02),
+    (Kind::Times, 0.02),
+];
+
+/// Context length of the model, in tokens.
+const CONTEXT: usize = 128;
+
+fn records(problems: Vec<arithmetic::Problem>) -> Vec<Record> {
+    problems.into_iter().map(arithmetic::Problem::into_record).collect()
+}
+
+fn run(args: &Args) -> Result<()> {
+    let device = Device::flex();
+    let train = records(arithmetic::mixture(&MIXTURE, Split::Train, args.problems, args.seed)?);
+    let template = PromptTemplate::QuestionAnswer;
+    let texts: Vec<String> = train
+        .iter()
+        .map(|record| template.render(record))
+        .map(|example| example.prompt + &example.completion)
+        .collect();
+    let tokenizer_json = train_bpe(&texts[..texts.len().min(20_000)], 512)?;
+    let tokenizer = TextTokenizer::from_json(&tokenizer_json, "tokenizer.json")?;
+    let (bos, eos) = (tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>"));
+    let pad = tokenizer.token_to_id("<pad>");
+    let tokenizer = tokenizer.with_special_ids(bos, eos);
+    let pad_id = pad.unwrap_or(0);
+
+    // Most problems count from the answer on: that is where there is something to learn. The others teach the language.
+    let (language, solve) = train.split_at(train.len() / 4);
+    let options = TokenizeOptions::new(CONTEXT);
+    let mut sequences =
+        tokenize_records(language, template, &tokenizer, &options.with_mask_prompt(false))?.sequences;
+    sequences.extend(tokenize_records(solve, template, &tokenizer, &options)?.sequences);
+    let valid = records(arithmetic::mixture(&MIXTURE, Split::Valid, 512, args.seed)?);
+    let valid = tokenize_records(&valid, template, &tokenizer, &options)?.sequences;
+    let valid = fixed_batches(&valid, 64, pad_id)?;
+
+    let config = HfConfig::new_llama(&LlamaDims {
+        // A round number: some formats pack outputs in groups of 64.
+        vocab_size: tokenizer.vocab_size().next_multiple_of(64),
+        hidden_size: args.hidden,
+        intermediate_size: 3 * args.hidden,
+        num_hidden_layers: args.layers,
+        num_attention_heads: 8,
+        num_key_value_heads: 4,
+        max_position_embeddings: CONTEXT,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: true,
+        bos_token_id: bos,
+        eos_token_id: eos,
+        pad_token_id: pad,
+        dtype: DType::F16,
+    })?;
+    let model = Decoder::init(&config, args.seed, &device)?;
+    println!("{} weights, vocabulary {}", model.count_base_params().total, tokenizer.vocab_size());
+    let mut net = SuperNet::dense(model)?;
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    // A second interrupt ends the process at once.
+    let _ = ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+    let mut train_config = TrainConfig::new(args.steps);
+    train_config.lr = args.lr;
+    train_config.warmup = (args.steps / 20).min(200);
+    train_config.weight_decay = 0.05;
+    train_config.betas = (0.9, 0.98);
+    train_config.sampling = Sampling::Fixed;
+    train_config.seed = args.seed;
+    train_config.eval_every = (args.steps / 20).max(1);
+    train_config.checkpoint_every = (args.steps / 20).max(1);
+    let mut trainer = Trainer::new(train_config)?.with_progress("pretrain").with_stop(stop);
+    if let Some(work) = &args.work {
+        trainer = trainer.with_folder(work).with_resume(true);
+    }
+    let mut batcher = Batcher::new(sequences, args.batch, pad_id, args.seed)?;
+    let report = trainer.run(&mut net, &mut batcher, &valid)?;
+    println!(
+        "{} steps in {:.0} s, {:.0} tokens/s, validation loss {:.4}",
+        report.steps_done,
+        report.seconds,
+        report.tokens_per_second,
+        report.valid_loss().unwrap_or(f64::NAN)
+    );
+
+    let model = net.into_model();
+    for kind in Kind::ALL {
+        let test = records(arithmetic::problems(kind, Split::Test, 300, args.seed)?);
+        println!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * accuracy(&model, &tokenizer, template, &test)?);
+    }
+
+    let folder = HfFolder::create(&args.out, args.overwrite)?;
+    folder.write_model(&config, DType::F16, model.tensors(DType::F16)?)?;
+    folder.write_text("tokenizer.json", &tokenizer_json)?;
+    folder.write_text("tokenizer_config.json", &bpe_tokenizer_config(CONTEXT))?;
+    folder.commit()?;
+    println!("wrote {}", args.out.display());
+    Ok(())
+}
+
+fn accuracy(
+    model: &Decoder,
+    tokenizer: &TextTokenizer,
+    template: PromptTemplate,
+    records: &[Record],
+) -> Result<f64> {
+    let examples: Vec<_> = records.iter().map(|record| template.render(record)).collect();
+    let prompts =
+        examples.iter().map(|example| tokenizer.encode_prompt(&example.prompt)).collect::<Result<Vec<_>>>()?;
+    let config = GenerateConfig::new(40, tokenizer.eos_id().into_iter().collect());
+    let outputs = generate_batch(model, &prompts, &config)?;
+    let mut right = 0;
+    for (output, example) in outputs.iter().zip(&examples) {
+        right += usize::from(answers::exact_match(&tokenizer.decode(output)?, &example.completion));
+    }
+    Ok(right as f64 / records.len() as f64)
+}
+
+fn main() {
+    if let Err(error) = run(&Args::parse()) {
+        eprintln!("error: {error}");
+        std::process::exit(1);
+    }
+}
