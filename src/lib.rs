@@ -3,6 +3,7 @@
 
 pub mod error;
 pub mod linalg;
+pub mod search;
 pub mod space;
 
 pub use error::{Error, Result};
