@@ -63,7 +63,7 @@ impl ObjectiveNames {
 
 impl Default for ObjectiveNames {
     fn default() -> Self {
-        Self::new("validation loss", "MACs per token").with_units("nats per token", "MACs")
+        Self::new("validation loss", "MACs per token").with_units("nats per token", "")
     }
 }
 
@@ -232,7 +232,7 @@ impl<'a> SearchReport<'a> {
             y += 28;
             Ok(y - 28)
         };
-        let at = entry("evaluated subnet:".into())?;
+        let at = entry("evaluated subnet,".into())?;
         side.draw(&Circle::new((20, at), 4, shade(n / 2, n).filled()))?;
         let at = entry(format!("from no. 1 to no. {n}"))?;
         for step in 0..24 {
