@@ -25,7 +25,7 @@ pub struct ObjectiveNames {
     pub score_larger_is_better: bool,
     /// Name of the cost, such as `MACs per token`.
     pub cost: String,
-    /// Its unit, such as `ms`; may be empty. The plot puts a prefix (k, M, G, ...) before it.
+    /// Its unit, such as `ms`; may be empty. The plot scales large costs (by k, M, G, T).
     pub cost_unit: String,
 }
 
@@ -188,14 +188,14 @@ impl<'a> SearchReport<'a> {
         let references = self.references().map(|config| self.outcome.get(&config).and_then(point));
 
         let (x_range, y_range) = (range(points.iter().map(|p| p.1.0)), range(points.iter().map(|p| p.1.1)));
-        let (factor, prefix) = si_prefix(x_range.end);
+        let (factor, unit) = scaled(x_range.end, &self.names.cost_unit);
         let x_digits = digits((x_range.end - x_range.start) / factor);
         let y_digits = digits(y_range.end - y_range.start);
         let mut chart = ChartBuilder::on(&plot)
             .caption(format!("Search progression: {}", self.outcome.searcher()), ("sans-serif", 22))
             .margin(16)
             .x_label_area_size(58)
-            .y_label_area_size(84)
+            .y_label_area_size(100)
             .build_cartesian_2d(x_range.clone(), y_range)?;
         let arrow = if self.names.score_larger_is_better { "higher is better" } else { "lower is better" };
         chart
@@ -207,7 +207,7 @@ impl<'a> SearchReport<'a> {
             .axis_style(INK)
             .label_style(("sans-serif", 15).into_font().color(&INK))
             .axis_desc_style(("sans-serif", 17).into_font().color(&INK))
-            .x_desc(title(&self.names.cost, &format!("{prefix}{}", self.names.cost_unit)))
+            .x_desc(title(&self.names.cost, &unit))
             .y_desc(format!("{}, {arrow}", title(&self.names.score, &self.names.score_unit)))
             .x_label_formatter(&|x| fixed(x / factor, x_digits))
             .y_label_formatter(&|y| fixed(*y, y_digits))
@@ -291,19 +291,27 @@ fn range(values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
     }
     let mut margin = (high - low) * 0.06;
     if !margin.is_finite() || margin <= low.abs().max(high.abs()) * 1e-9 {
-        margin = (low.abs().max(high.abs()) * 0.05).max(1e-6);
+        margin = low.abs().max(high.abs()) * 0.05;
+        if margin < 1e-6 {
+            margin = 1.0;
+        }
     }
     (low - margin).max(f64::MIN / 4.0)..(high + margin).min(f64::MAX / 4.0)
 }
 
-fn si_prefix(largest: f64) -> (f64, &'static str) {
-    let prefixes = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
-    prefixes.into_iter().find(|(factor, _)| largest.abs() >= *factor).unwrap_or((1.0, ""))
+/// What to divide an axis by, and the unit that it then has.
+fn scaled(largest: f64, unit: &str) -> (f64, String) {
+    let scales = [(1e12, "T", "10¹² "), (1e9, "G", "10⁹ "), (1e6, "M", "10⁶ "), (1e3, "k", "10³ ")];
+    match scales.into_iter().find(|(factor, ..)| largest.abs() >= *factor) {
+        Some((factor, prefix, _)) if unit.is_empty() => (factor, prefix.to_string()),
+        Some((factor, _, power)) => (factor, format!("{power}{unit}")),
+        None => (1.0, unit.to_string()),
+    }
 }
 
 /// Digits after the point that tell about 8 labels apart.
 fn digits(span: f64) -> usize {
-    (1.0 - span.log10().floor()).clamp(0.0, 9.0) as usize
+    (1.0 - span.log10().floor()).clamp(0.0, 7.0) as usize
 }
 
 fn fixed(value: f64, digits: usize) -> String {

@@ -1,6 +1,6 @@
 //! Drives a searcher against an objective: budget, cache, log, interruption.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -137,12 +137,12 @@ impl Study {
         &mut self,
         searcher: &mut S,
         batch: usize,
-        evaluate: &mut dyn FnMut(&[SubnetConfig], &(dyn Fn() -> bool + Sync)) -> Vec<Option<Timed>>,
+        evaluate: &mut Evaluate<'_>,
     ) -> Result<SearchOutcome> {
         let flag = self.settings.interrupt.clone();
         let interrupted = move || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
         let mut evaluations: Vec<Evaluation> = Vec::new();
-        let mut proposed: HashMap<SubnetConfig, ()> = HashMap::new();
+        let mut proposed: HashSet<SubnetConfig> = HashSet::new();
         let mut n_repeats = 0usize;
         let stopped = loop {
             let left = self.settings.n_evals.saturating_sub(proposed.len());
@@ -160,7 +160,7 @@ impl Study {
             }
             let mut fresh: Vec<SubnetConfig> = Vec::new();
             for config in &asked {
-                if proposed.insert(config.clone(), ()).is_some() {
+                if !proposed.insert(config.clone()) {
                     n_repeats += 1;
                 } else if !self.cache.contains_key(config) {
                     fresh.push(config.clone());
@@ -214,14 +214,18 @@ impl Study {
         if let Some(log) = &mut self.log {
             let index = self.cache.len();
             let objectives = objectives.clone();
-            log.append(&Evaluation { index, config: config.clone(), objectives, cached: false, seconds })?;
+            log.write(&Evaluation { index, config: config.clone(), objectives, cached: false, seconds })?;
         }
         self.cache.insert(config.clone(), objectives);
         Ok(())
     }
 }
 
+/// Objectives and seconds.
 type Timed = (Result<Vec<f64>>, f64);
+
+/// Evaluates subnets, asking before each one whether to stop; none for those it stopped before.
+type Evaluate<'a> = dyn FnMut(&[SubnetConfig], &(dyn Fn() -> bool + Sync)) -> Vec<Option<Timed>> + 'a;
 
 fn timed(objective: impl FnOnce() -> Result<Vec<f64>>) -> Timed {
     let start = Instant::now();
@@ -296,10 +300,6 @@ impl Log {
             log.write(&Header { elastic_lora_search: LOG_VERSION, tag: tag.to_string() })?;
         }
         Ok(log)
-    }
-
-    fn append(&mut self, evaluation: &Evaluation) -> Result<()> {
-        self.write(evaluation)
     }
 
     fn write(&mut self, value: &impl Serialize) -> Result<()> {
