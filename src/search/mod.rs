@@ -35,6 +35,7 @@ mod proposals;
 mod report;
 mod simple;
 mod study;
+mod surrogate;
 #[cfg(test)]
 mod tests;
 

@@ -6,11 +6,14 @@
 //! ever proposed twice, where NNCF only keeps the living population free of duplicates; and the first population holds
 //! the heuristic, the maximal and the minimal subnet.
 
+use std::collections::HashSet;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::pareto::{crowding_distance, fast_non_dominated_sort};
 use super::proposals::{Arity, Batch, Genome, Unseen, decode_all};
+use super::surrogate::Surrogate;
 use super::{Evaluation, Searcher};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
@@ -28,6 +31,7 @@ pub struct NsgaConfig {
     crossover_eta: f64,
     mutation_probability: Option<f64>,
     mutation_eta: f64,
+    screening: usize,
 }
 
 impl Default for NsgaConfig {
@@ -48,6 +52,7 @@ impl NsgaConfig {
             crossover_eta: 10.0,
             mutation_probability: None,
             mutation_eta: 3.0,
+            screening: 1,
         }
     }
 
@@ -83,6 +88,15 @@ impl NsgaConfig {
         self
     }
 
+    /// Sets how many children are bred for each one that is proposed, at least 1. With 1 (the default) it is plain NSGA-II. With
+    /// more, an additive ridge regression on all objectives told so far guesses at the children's, and those that it ranks
+    /// best are proposed, with a quarter of each generation taken unscreened. Where an evaluation is dear and the
+    /// budget small (a few hundred), 10 to 30 find better fronts the more nearly the objectives add up over groups.
+    pub fn with_screening(mut self, children_per_proposal: usize) -> Self {
+        self.screening = children_per_proposal;
+        self
+    }
+
     /// The searcher over `space`.
     ///
     /// # Errors
@@ -90,6 +104,9 @@ impl NsgaConfig {
     pub fn init(&self, space: &SearchSpace) -> Result<Nsga2> {
         if !(2..=1 << 20).contains(&self.population) {
             return Err(Error::argument("population", self.population, "must be in 2..=1048576"));
+        }
+        if !(1..=1000).contains(&self.screening) {
+            return Err(Error::argument("screening", self.screening, "must be in 1..=1000"));
         }
         let mutation_probability = self.mutation_probability.unwrap_or(1.0 / space.len() as f64);
         let probabilities =
@@ -125,6 +142,7 @@ impl NsgaConfig {
             rng,
             unseen,
             parents: Vec::new(),
+            told: Vec::new(),
             batch: Batch::new(genomes),
             arity: Arity::default(),
         })
@@ -143,6 +161,8 @@ pub struct Nsga2 {
     rng: ChaCha8Rng,
     unseen: Unseen,
     parents: Vec<Individual>,
+    /// Everything told, for the surrogate; empty without screening.
+    told: Vec<(Genome, Vec<f64>)>,
     batch: Batch,
     arity: Arity,
 }
@@ -192,6 +212,9 @@ impl Nsga2 {
     /// The best of parents and children become the parents: front by front, the last of them by crowding.
     fn survive(&mut self) {
         let children = self.batch.take();
+        if self.settings.screening > 1 {
+            self.told.extend(children.iter().cloned());
+        }
         let individual =
             |(genome, objectives)| Individual { genome, objectives, rank: usize::MAX, crowding: f64::INFINITY };
         let mut pool: Vec<Individual> = std::mem::take(&mut self.parents);
@@ -216,27 +239,66 @@ impl Nsga2 {
         self.parents = chosen.into_iter().map(survivor).collect();
     }
 
+    /// The next generation: children of the parents, screened where that was asked for, filled up with random genomes.
     fn breed(&mut self) -> Vec<Genome> {
         let population = self.settings.population;
-        let mut children = Vec::with_capacity(population);
-        let mut matings = MAX_MATINGS * population;
-        while children.len() < population && matings > 0 && !self.unseen.is_exhausted() {
+        let surrogate = match self.settings.screening {
+            1 => None,
+            _ => Surrogate::fit(self.unseen.n_choices(), &self.told),
+        };
+        let wanted = population * if surrogate.is_some() { self.settings.screening } else { 1 };
+        let mut bred = HashSet::new();
+        let mut children = Vec::with_capacity(wanted);
+        let mut matings = MAX_MATINGS.saturating_mul(wanted);
+        while children.len() < wanted && matings > 0 && !self.unseen.is_exhausted() {
             matings -= 1;
             let (a, b) = (self.tournament(), self.tournament());
             let (mut a, mut b) = (self.parents[a].genome.clone(), self.parents[b].genome.clone());
             self.cross(&mut a, &mut b);
             for mut child in [a, b] {
                 self.mutate(&mut child);
-                if children.len() < population && self.unseen.insert(&child) {
+                if children.len() < wanted && !self.unseen.contains(&child) && bred.insert(child.clone()) {
                     children.push(child);
                 }
             }
+        }
+        if let Some(surrogate) = surrogate.filter(|_| children.len() > population) {
+            children = self.screen(&surrogate, children);
+        }
+        for child in &children {
+            self.unseen.insert(child);
         }
         while children.len() < population {
             let Some(genome) = self.unseen.draw(&mut self.rng) else { break };
             children.push(genome);
         }
         children
+    }
+
+    /// The children that the surrogate ranks best beside the living parents, and a few as they come, a population in all.
+    fn screen(&self, surrogate: &Surrogate, children: Vec<Genome>) -> Vec<Genome> {
+        let population = self.settings.population;
+        let n_screened = population - population / 4;
+        let mut guesses: Vec<Vec<f64>> = children.iter().map(|child| surrogate.predict(child)).collect();
+        guesses.extend(self.parents.iter().map(|parent| parent.objectives.clone()));
+        let mut taken = vec![false; children.len()];
+        let mut chosen = Vec::with_capacity(population);
+        for front in fast_non_dominated_sort(&guesses) {
+            let points: Vec<&Vec<f64>> = front.iter().map(|&index| &guesses[index]).collect();
+            let crowding = crowding_distance(&points);
+            let mut order: Vec<usize> = (0..front.len()).filter(|&at| front[at] < children.len()).collect();
+            order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a]));
+            order.truncate(n_screened - chosen.len());
+            for at in order {
+                taken[front[at]] = true;
+                chosen.push(front[at]);
+            }
+            if chosen.len() == n_screened {
+                break;
+            }
+        }
+        chosen.extend((0..children.len()).filter(|&index| !taken[index]).take(population - chosen.len()));
+        chosen.into_iter().map(|index| children[index].clone()).collect()
     }
 
     /// The better of two random parents, by rank and then by crowding.

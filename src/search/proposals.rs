@@ -40,6 +40,10 @@ impl Unseen {
         self.seen.insert(genome.clone())
     }
 
+    pub(super) fn contains(&self, genome: &Genome) -> bool {
+        self.seen.contains(genome)
+    }
+
     pub(super) fn is_exhausted(&self) -> bool {
         self.n_subnets == Some(self.seen.len() as u128)
     }

@@ -51,6 +51,7 @@ fn searchers(space: &SearchSpace, seed: u64) -> Vec<Box<dyn Searcher>> {
         Box::new(RandomSearchConfig::new().with_seed(seed).with_initial(vec![space.maximal()]).init(space).unwrap()),
         Box::new(HillClimbingConfig::new().with_seed(seed).init(space).unwrap()),
         Box::new(NsgaConfig::new().with_population(9).with_seed(seed).init(space).unwrap()),
+        Box::new(NsgaConfig::new().with_population(10).with_screening(6).with_seed(seed).init(space).unwrap()),
     ]
 }
 
@@ -164,7 +165,7 @@ fn every_searcher_exhausts_a_small_space_without_repeating() {
 #[test]
 fn same_seed_same_result_however_it_is_driven() {
     let space = space(12, &[32, 24, 16, 8]);
-    for which in 0..3 {
+    for which in 0..4 {
         let make = |seed| searchers(&space, seed).swap_remove(which);
         let reference = run_toy(&space, &mut make(7), 120);
         assert_eq!(without_times(&run_toy(&space, &mut make(7), 120)), without_times(&reference));
@@ -212,6 +213,7 @@ fn tell_refuses_what_was_not_asked() {
 fn settings_are_checked() {
     let space = space(2, &[2, 1]);
     assert!(NsgaConfig::new().with_population(1).init(&space).is_err());
+    assert!(NsgaConfig::new().with_screening(0).init(&space).is_err());
     assert!(NsgaConfig::new().with_crossover(1.5, 1.0).init(&space).is_err());
     assert!(NsgaConfig::new().with_mutation(f64::NAN, 1.0).init(&space).is_err());
     assert!(NsgaConfig::new().with_mutation(0.5, -1.0).init(&space).is_err());
@@ -255,6 +257,30 @@ fn nsga2_beats_random_on_a_toy_space() {
         assert!(outcome.no_worse_than(heuristic.score()).unwrap().cost() < heuristic.cost());
     }
     assert!(evolved > 1.03 * drawn, "{evolved} {drawn}");
+}
+
+/// Screening pays where a few hundred evaluations are all there is; on a loss that is nearly additive, and on one that is not.
+#[test]
+fn screening_beats_plain_nsga2_at_a_small_budget() {
+    let space = space(24, &[32, 28, 24, 20, 16]);
+    let reference = [8.0, 24.0 * 32.0 * 2.6 * 1e4];
+    for coupling in [0.0, 0.004] {
+        let volume = |screening, seed| {
+            let config = NsgaConfig::new().with_population(20).with_screening(screening).with_seed(seed);
+            let value = |config: &SubnetConfig| {
+                let mut objectives = toy(&space, config)?;
+                let ranks = space.values(config)?;
+                objectives[0] += coupling * ranks.windows(2).map(|w| w[0].abs_diff(w[1]) as f64).sum::<f64>();
+                Ok(objectives)
+            };
+            let mut study = StudyConfig::new(200).init(&space).unwrap();
+            hypervolume(&objectives(&study.run(&mut config.init(&space).unwrap(), value).unwrap()), &reference)
+        };
+        let mean = |screening| (0..5).map(|seed| volume(screening, seed)).sum::<f64>() / 5.0;
+        let (plain, screened) = (mean(1), mean(10));
+        eprintln!("coupling {coupling}: hypervolume {plain:.4e} plain, {screened:.4e} screened");
+        assert!(screened > 1.005 * plain, "{coupling}: {screened} {plain}");
+    }
 }
 
 #[test]
@@ -416,7 +442,7 @@ fn nothing_is_evaluated_twice() {
 fn a_search_resumes_from_its_log() {
     let space = space(10, &[32, 24, 16]);
     let dir = tempfile::tempdir().unwrap();
-    for which in 0..3 {
+    for which in 0..4 {
         let make = || searchers(&space, 5).swap_remove(which);
         let whole = run_toy(&space, &mut make(), 60);
         let path = dir.path().join(format!("{which}.jsonl"));
