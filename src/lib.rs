@@ -9,6 +9,7 @@ pub mod io;
 pub mod linalg;
 pub mod model;
 pub mod nn;
+pub mod search;
 pub mod space;
 pub mod sparsity;
 pub mod supernet;

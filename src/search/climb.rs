@@ -1,0 +1,285 @@
+//! Hill climbing from the heuristic subnet, with restarts.
+//!
+//! Shears (arXiv 2404.10934) names hill climbing from the heuristic as a cheap search, but its code holds none; what stands
+//! here is this crate's own. It minimises the score under a limit on the cost.
+
+use std::cmp::Ordering;
+use std::collections::HashMap;
+
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::pareto::nan_is_worst;
+use super::proposals::{Arity, Batch, Genome, Unseen, decode_all};
+use super::{COST, Evaluation, SCORE, Searcher};
+use crate::error::{Error, Result};
+use crate::space::{SearchSpace, SubnetConfig};
+
+/// What a subnet may cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub enum CostBudget {
+    /// Anything; then larger subnets, which score better, are where it climbs to.
+    Unlimited,
+    /// No more than the first subnet that it starts from.
+    #[default]
+    OfStart,
+    /// No more than this, in units of the cost objective.
+    AtMost(f64),
+}
+
+/// Settings of [`HillClimbing`].
+#[derive(Clone, Debug)]
+pub struct HillClimbingConfig {
+    seed: u64,
+    start: Option<SubnetConfig>,
+    n_restarts: usize,
+    budget: CostBudget,
+    neighbours_per_step: usize,
+    exchanges: bool,
+}
+
+impl Default for HillClimbingConfig {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl HillClimbingConfig {
+    /// Seed 0, from the heuristic subnet at no more than its cost, restarts without end, 8 neighbours a step, exchanges on.
+    pub fn new() -> Self {
+        Self {
+            seed: 0,
+            start: None,
+            n_restarts: usize::MAX,
+            budget: CostBudget::OfStart,
+            neighbours_per_step: 8,
+            exchanges: true,
+        }
+    }
+
+    /// Sets the seed.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets the subnet to start from.
+    pub fn with_start(mut self, start: SubnetConfig) -> Self {
+        self.start = Some(start);
+        self
+    }
+
+    /// Sets how often it begins anew from a random subnet after it has reached a local optimum.
+    pub fn with_restarts(mut self, n_restarts: usize) -> Self {
+        self.n_restarts = n_restarts;
+        self
+    }
+
+    /// Sets the limit on the cost.
+    pub fn with_budget(mut self, budget: CostBudget) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    /// Sets how many neighbours are evaluated before it decides on a move, at least 1. With 1 the first improvement is taken,
+    /// with a large number the steepest; what lies between can be evaluated in parallel.
+    pub fn with_neighbours_per_step(mut self, n: usize) -> Self {
+        self.neighbours_per_step = n;
+        self
+    }
+
+    /// Sets whether neighbours include exchanges, one group a step larger and another a step smaller. They matter where the
+    /// budget is tight: without them a subnet at the limit can only shrink.
+    pub fn with_exchanges(mut self, exchanges: bool) -> Self {
+        self.exchanges = exchanges;
+        self
+    }
+
+    /// The searcher over `space`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for 0 neighbours a step or a budget of NaN; as [`SearchSpace::validate`] for the start.
+    pub fn init(&self, space: &SearchSpace) -> Result<HillClimbing> {
+        if self.neighbours_per_step == 0 {
+            return Err(Error::argument("neighbours_per_step", 0, "must be at least 1"));
+        }
+        let limit = match self.budget {
+            CostBudget::AtMost(limit) if limit.is_nan() => {
+                return Err(Error::argument("budget", limit, "must be a number"));
+            }
+            CostBudget::AtMost(limit) => Some(limit),
+            CostBudget::Unlimited => Some(f64::INFINITY),
+            CostBudget::OfStart => None,
+        };
+        let start = space.encode(self.start.as_ref().unwrap_or(&space.heuristic()))?;
+        let mut unseen = Unseen::new(space);
+        unseen.insert(&start);
+        Ok(HillClimbing {
+            settings: self.clone(),
+            space: space.clone(),
+            rng: ChaCha8Rng::seed_from_u64(self.seed),
+            unseen,
+            limit,
+            known: HashMap::new(),
+            current: None,
+            untried: Vec::new(),
+            candidates: Vec::new(),
+            batch: Batch::new(vec![start]),
+            restarts_left: self.n_restarts,
+            finished: false,
+            arity: Arity::default(),
+        })
+    }
+}
+
+/// Minimises the first objective while the second stays within a budget.
+///
+/// Neighbours of a subnet are those with one group one step larger or smaller, and as many random exchanges as there are groups
+/// (one group a step larger, another a step smaller). They are tried in random order, some at a time, and the best of each lot
+/// becomes the current subnet if it is better: within the budget before over it, over it by less before by more, then
+/// by score, then by cost. With no better neighbour left it begins anew from a random subnet. Known subnets are not proposed
+/// again.
+#[derive(Clone, Debug)]
+pub struct HillClimbing {
+    settings: HillClimbingConfig,
+    space: SearchSpace,
+    rng: ChaCha8Rng,
+    unseen: Unseen,
+    /// None until the start has been told.
+    limit: Option<f64>,
+    known: HashMap<Genome, Vec<f64>>,
+    /// None while a start is being evaluated.
+    current: Option<Genome>,
+    untried: Vec<Genome>,
+    candidates: Vec<Genome>,
+    batch: Batch,
+    restarts_left: usize,
+    finished: bool,
+    arity: Arity,
+}
+
+impl Searcher for HillClimbing {
+    fn name(&self) -> &str {
+        "hill-climbing"
+    }
+
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+        decode_all(&self.space, self.batch.ask(n))
+    }
+
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+        for evaluation in evaluated {
+            self.arity.check(evaluation)?;
+            self.batch.tell(&self.space.encode(&evaluation.config)?, evaluation)?;
+            if self.batch.is_complete() {
+                self.known.extend(self.batch.take());
+                self.advance();
+            }
+        }
+        Ok(())
+    }
+
+    fn is_finished(&self) -> bool {
+        self.finished
+    }
+}
+
+impl HillClimbing {
+    /// Decides on moves until there is something to evaluate, or nothing left to do.
+    fn advance(&mut self) {
+        loop {
+            let candidates = std::mem::take(&mut self.candidates);
+            let best = candidates.into_iter().min_by(|a, b| self.compare(a, b));
+            match (&self.current, best) {
+                (None, Some(start)) => self.move_to(start),
+                (Some(current), Some(best)) if self.compare(&best, current).is_lt() => self.move_to(best),
+                (None, None) => {
+                    // The very first start; it was never a candidate.
+                    let Some(start) = self.known.keys().next().cloned() else { return };
+                    self.move_to(start);
+                }
+                _ => {}
+            }
+            let n = self.settings.neighbours_per_step.min(self.untried.len());
+            self.candidates = self.untried.split_off(self.untried.len() - n);
+            if self.candidates.is_empty() {
+                if self.restarts_left == 0 {
+                    self.finished = true;
+                    return;
+                }
+                let Some(start) = self.unseen.draw(&mut self.rng) else {
+                    self.finished = true;
+                    return;
+                };
+                self.restarts_left -= 1;
+                self.current = None;
+                self.candidates = vec![start];
+            }
+            let unknown: Vec<Genome> =
+                self.candidates.iter().filter(|genome| !self.known.contains_key(*genome)).cloned().collect();
+            if !unknown.is_empty() {
+                for genome in &unknown {
+                    self.unseen.insert(genome);
+                }
+                self.batch = Batch::new(unknown);
+                return;
+            }
+        }
+    }
+
+    fn move_to(&mut self, genome: Genome) {
+        if self.limit.is_none() {
+            self.limit = Some(self.objective(&genome, COST));
+        }
+        self.untried = self.neighbours(&genome);
+        self.current = Some(genome);
+    }
+
+    fn neighbours(&mut self, genome: &Genome) -> Vec<Genome> {
+        let n_choices = self.unseen.n_choices();
+        let step = |genome: &Genome, at: usize, up: bool| -> Option<Genome> {
+            let gene = if up { genome[at].checked_add(1)? } else { genome[at].checked_sub(1)? };
+            (gene < n_choices[at]).then(|| {
+                let mut next = genome.clone();
+                next[at] = gene;
+                next
+            })
+        };
+        let n = genome.len();
+        let mut neighbours: Vec<Genome> =
+            (0..n).flat_map(|at| [true, false].map(|up| step(genome, at, up))).flatten().collect();
+        if self.settings.exchanges && n > 1 {
+            for _ in 0..n {
+                let (first, offset) = (self.rng.random_range(0..n), self.rng.random_range(1..n));
+                let both = step(genome, first, true).and_then(|next| step(&next, (first + offset) % n, false));
+                if let Some(next) = both.filter(|next| !neighbours.contains(next)) {
+                    neighbours.push(next);
+                }
+            }
+        }
+        neighbours.shuffle(&mut self.rng);
+        neighbours
+    }
+
+    fn objective(&self, genome: &Genome, index: usize) -> f64 {
+        let objectives = self.known.get(genome);
+        // A subnet without a cost costs nothing; one without a score cannot be told.
+        objectives.and_then(|objectives| objectives.get(index)).map_or(0.0, |&value| nan_is_worst(value))
+    }
+
+    fn compare(&self, a: &Genome, b: &Genome) -> Ordering {
+        let limit = self.limit.unwrap_or(f64::INFINITY);
+        let over = |genome: &Genome| {
+            let cost = self.objective(genome, COST);
+            if cost <= limit { 0.0 } else { cost - limit }
+        };
+        let score = |genome: &Genome| self.objective(genome, SCORE);
+        let cost = |genome: &Genome| self.objective(genome, COST);
+        over(a)
+            .total_cmp(&over(b))
+            .then_with(|| score(a).total_cmp(&score(b)))
+            .then_with(|| cost(a).total_cmp(&cost(b)))
+    }
+}

@@ -1,0 +1,165 @@
+//! Finds good subnets of a trained supernet: searchers that propose, a study that has their proposals evaluated, a report.
+//!
+//! A [`Searcher`] is asked for subnets and told their objectives (ask/tell); it owns no model and runs nothing. A [`Study`]
+//! drives a searcher against an objective with a budget, a cache and a log, and returns a [`SearchOutcome`], which
+//! [`SearchReport`] draws like Figure 4 of "Low-Rank Adapters Meet Neural Architecture Search for LLM Compression"
+//! (arXiv 2501.16372).
+//!
+//! Objectives are minimised. By convention the first ([`SCORE`]) is the score, such as the validation loss or the negated
+//! accuracy, and the second ([`COST`]) the cost, such as MACs per token. NaN counts as positive infinity, the worst value.
+//!
+//! Everything is seeded. What a searcher proposes depends on its seed and on the objectives, never on the order in which
+//! evaluations finish or on how many it was asked for at a time, so a search gives the same front at any thread count.
+//!
+//! ```
+//! use elastic_lora::search::{NsgaConfig, StudyConfig};
+//! use elastic_lora::space::{LayerShape, SearchSpace};
+//!
+//! let layers: Vec<_> = (0..6).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
+//! let space = SearchSpace::per_layer(&layers, &[32, 24, 16])?;
+//! let mut searcher = NsgaConfig::new().with_population(8).with_seed(1).init(&space)?;
+//! let outcome = StudyConfig::new(60).init(&space)?.run(&mut searcher, |config| {
+//!     let ranks = space.values(config)?;
+//!     let loss = ranks.iter().enumerate().map(|(i, &rank)| 1.0 / (rank * (i + 1)) as f64).sum();
+//!     Ok(vec![loss, ranks.iter().sum::<usize>() as f64])
+//! })?;
+//! assert!(outcome.front().count() > 3);
+//! # Ok::<(), elastic_lora::Error>(())
+//! ```
+
+mod climb;
+mod nsga2;
+mod outcome;
+pub mod pareto;
+mod proposals;
+mod report;
+mod simple;
+mod study;
+mod surrogate;
+#[cfg(test)]
+mod tests;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::Result;
+use crate::space::SubnetConfig;
+
+pub use climb::{CostBudget, HillClimbing, HillClimbingConfig};
+pub use nsga2::{Nsga2, NsgaConfig};
+pub use outcome::{SearchOutcome, StopReason};
+pub use report::{ObjectiveNames, SearchReport};
+pub use simple::{FixedList, Heuristic, RandomSearch, RandomSearchConfig};
+pub use study::{Study, StudyConfig};
+
+/// Index of the score among the objectives: a loss, or a negated accuracy.
+pub const SCORE: usize = 0;
+
+/// Index of the cost among the objectives: MACs, parameters, bytes or milliseconds.
+pub const COST: usize = 1;
+
+/// Proposes subnets and learns from their objectives.
+///
+/// The caller alternates [`ask`](Self::ask) and [`tell`](Self::tell), in batches of any size and in any order within what was
+/// asked, until [`is_finished`](Self::is_finished), or until it has spent its budget.
+pub trait Searcher: Send {
+    /// A short name for logs and plots, such as `nsga2`.
+    fn name(&self) -> &str;
+
+    /// The next subnets to evaluate, at most `n`. Fewer, or none, where the next ones depend on objectives that have not been
+    /// told yet, or where there are no more.
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig>;
+
+    /// Takes the objectives of subnets that [`ask`](Self::ask) returned.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a subnet that was not asked for or has been told already,
+    /// [`Error::ShapeMismatch`](crate::Error::ShapeMismatch) for another number of objectives than before; what stood before
+    /// it in `evaluated` has been taken.
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()>;
+
+    /// Whether it will propose no more, whatever it is told.
+    fn is_finished(&self) -> bool;
+}
+
+impl<S: Searcher + ?Sized> Searcher for Box<S> {
+    fn name(&self) -> &str {
+        (**self).name()
+    }
+
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+        (**self).ask(n)
+    }
+
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+        (**self).tell(evaluated)
+    }
+
+    fn is_finished(&self) -> bool {
+        (**self).is_finished()
+    }
+}
+
+/// A subnet and its objectives.
+///
+/// In JSON an objective that is no finite number is written by name: `"NaN"`, `"inf"`, `"-inf"`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Position in the order of proposals, from 0.
+    pub index: usize,
+    /// The subnet.
+    pub config: SubnetConfig,
+    /// Its objectives, to be minimised; see [`SCORE`] and [`COST`].
+    #[serde(serialize_with = "write_objectives", deserialize_with = "read_objectives")]
+    pub objectives: Vec<f64>,
+    /// Whether the objectives came from the cache or a log, without running the objective.
+    #[serde(default)]
+    pub cached: bool,
+    /// Wall time of the evaluation in seconds; 0 where cached.
+    #[serde(default)]
+    pub seconds: f64,
+}
+
+impl Evaluation {
+    /// An evaluation of index 0 that took no time, for callers that drive a searcher themselves.
+    pub fn new(config: SubnetConfig, objectives: Vec<f64>) -> Self {
+        Self { index: 0, config, objectives, cached: false, seconds: 0.0 }
+    }
+
+    /// The first objective; infinite where it is NaN or missing.
+    pub fn score(&self) -> f64 {
+        self.objectives.get(SCORE).map_or(f64::INFINITY, |&score| pareto::nan_is_worst(score))
+    }
+
+    /// The second objective; infinite where it is NaN, 0 where there is none.
+    pub fn cost(&self) -> f64 {
+        self.objectives.get(COST).map_or(0.0, |&cost| pareto::nan_is_worst(cost))
+    }
+}
+
+/// A number, or the name of one that JSON lacks.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Number {
+    Finite(f64),
+    Named(String),
+}
+
+fn write_objectives<S: Serializer>(objectives: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(objectives.iter().map(|&value| match value.is_finite() {
+        true => Number::Finite(value),
+        false => Number::Named(value.to_string()),
+    }))
+}
+
+fn read_objectives<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
+    let number = |number: Number| match number {
+        Number::Finite(value) => Ok(value),
+        Number::Named(name) => match name.as_str() {
+            "NaN" => Ok(f64::NAN),
+            "inf" => Ok(f64::INFINITY),
+            "-inf" => Ok(f64::NEG_INFINITY),
+            _ => Err(serde::de::Error::custom(format!("objective `{name}` is not a number"))),
+        },
+    };
+    Vec::<Number>::deserialize(deserializer)?.into_iter().map(number).collect()
+}

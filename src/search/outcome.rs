@@ -1,0 +1,129 @@
+//! What a search found, and how to choose from it.
+
+use std::cmp::Ordering;
+use std::collections::HashSet;
+
+use serde::Serialize;
+
+use super::Evaluation;
+use super::pareto::non_dominated;
+use crate::space::SubnetConfig;
+
+/// Why a search ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum StopReason {
+    /// The number of evaluations was used up.
+    Budget,
+    /// The searcher had nothing more to propose.
+    Exhausted,
+    /// The caller asked to stop.
+    Interrupted,
+}
+
+/// Every evaluation of a search, and the Pareto front among them.
+///
+/// Where several subnets are equally good by a rule below, the one proposed first is taken.
+#[derive(Clone, Debug)]
+pub struct SearchOutcome {
+    searcher: String,
+    stopped: StopReason,
+    evaluations: Vec<Evaluation>,
+    front: Vec<usize>,
+}
+
+impl SearchOutcome {
+    /// The outcome of these evaluations, in the order of proposals. [`super::Study`] makes them; so may callers that drive a
+    /// searcher themselves.
+    pub fn new(searcher: impl Into<String>, stopped: StopReason, evaluations: Vec<Evaluation>) -> Self {
+        let mut seen = HashSet::new();
+        let distinct: Vec<usize> =
+            (0..evaluations.len()).filter(|&index| seen.insert(&evaluations[index].config)).collect();
+        let points: Vec<&[f64]> = distinct.iter().map(|&index| evaluations[index].objectives.as_slice()).collect();
+        let mut front: Vec<usize> = non_dominated(&points).into_iter().map(|at| distinct[at]).collect();
+        front.sort_by(|&a, &b| by_cost(&evaluations[a], &evaluations[b]));
+        Self { searcher: searcher.into(), stopped, evaluations, front }
+    }
+
+    /// Name of the searcher.
+    pub fn searcher(&self) -> &str {
+        &self.searcher
+    }
+
+    /// Why the search ended.
+    pub fn stopped(&self) -> StopReason {
+        self.stopped
+    }
+
+    /// All evaluations in the order of proposals, cached ones included.
+    pub fn evaluations(&self) -> &[Evaluation] {
+        &self.evaluations
+    }
+
+    /// The subnets that no other dominates, cheapest first.
+    pub fn front(&self) -> impl ExactSizeIterator<Item = &Evaluation> {
+        self.front.iter().map(|&index| &self.evaluations[index])
+    }
+
+    /// Whether the evaluation of this position in [`evaluations`](Self::evaluations) is on the front.
+    pub fn is_on_front(&self, index: usize) -> bool {
+        self.front.contains(&index)
+    }
+
+    /// The evaluation of a subnet, if it was proposed.
+    pub fn get(&self, config: &SubnetConfig) -> Option<&Evaluation> {
+        self.evaluations.iter().find(|evaluation| evaluation.config == *config)
+    }
+
+    /// The best score; of several, the cheapest.
+    pub fn best_score(&self) -> Option<&Evaluation> {
+        self.evaluations.iter().min_by(|a, b| by_score(a, b))
+    }
+
+    /// The best score among the subnets that cost at most `cost`.
+    pub fn best_under(&self, cost: f64) -> Option<&Evaluation> {
+        self.evaluations.iter().filter(|evaluation| evaluation.cost() <= cost).min_by(|a, b| by_score(a, b))
+    }
+
+    /// The cheapest subnet whose score is at most `score` (scores are minimised); of several, the best. It is how LoNAS
+    /// chooses: fewest MACs at an accuracy no more than a tolerance below the reference's.
+    pub fn no_worse_than(&self, score: f64) -> Option<&Evaluation> {
+        self.evaluations.iter().filter(|evaluation| evaluation.score() <= score).min_by(|a, b| by_cost(a, b))
+    }
+
+    /// The knee of the front: the point farthest below the line from its cheapest to its best-scoring end, both objectives
+    /// scaled to 0..1. With fewer than three points, or none below the line, the best score.
+    pub fn knee(&self) -> Option<&Evaluation> {
+        let finite = |evaluation: &&Evaluation| evaluation.score().is_finite() && evaluation.cost().is_finite();
+        let front: Vec<&Evaluation> = self.front().filter(finite).collect();
+        let best = self.best_score();
+        let (Some(cheapest), Some(last)) =
+            (front.iter().min_by(|a, b| by_cost(a, b)), front.iter().min_by(|a, b| by_score(a, b)))
+        else {
+            return best;
+        };
+        let (width, height) = (last.cost() - cheapest.cost(), cheapest.score() - last.score());
+        if !(width > 0.0 && height > 0.0) {
+            return best;
+        }
+        let gain = |evaluation: &Evaluation| {
+            1.0 - (evaluation.cost() - cheapest.cost()) / width - (evaluation.score() - last.score()) / height
+        };
+        let mut knee = (0.0, best);
+        for evaluation in front {
+            if gain(evaluation) > knee.0 + 1e-12 {
+                knee = (gain(evaluation), Some(evaluation));
+            }
+        }
+        knee.1
+    }
+}
+
+fn by_cost(a: &Evaluation, b: &Evaluation) -> Ordering {
+    a.cost().total_cmp(&b.cost()).then_with(|| a.score().total_cmp(&b.score()))
+}
+
+fn by_score(a: &Evaluation, b: &Evaluation) -> Ordering {
+    a.score().total_cmp(&b.score()).then_with(|| a.cost().total_cmp(&b.cost()))
+}

@@ -1,0 +1,150 @@
+//! What searchers share: genomes not proposed before, and a batch that waits for its objectives.
+
+use std::collections::{HashMap, HashSet};
+
+use rand::{Rng, RngExt};
+
+use super::Evaluation;
+use crate::error::{Error, Result};
+use crate::space::{SearchSpace, SubnetConfig};
+
+/// For each group an index into its choices.
+pub(super) type Genome = Vec<usize>;
+
+/// Draws that may fail before the search for an unseen genome turns systematic.
+const MAX_DRAWS: usize = 32;
+
+/// The genomes of a space, and which of them have been proposed.
+#[derive(Clone, Debug)]
+pub(super) struct Unseen {
+    n_choices: Vec<usize>,
+    n_subnets: Option<u128>,
+    seen: HashSet<Genome>,
+}
+
+impl Unseen {
+    pub(super) fn new(space: &SearchSpace) -> Self {
+        Self {
+            n_choices: space.groups().iter().map(|group| group.choices().len()).collect(),
+            n_subnets: space.n_subnets_exact(),
+            seen: HashSet::new(),
+        }
+    }
+
+    pub(super) fn n_choices(&self) -> &[usize] {
+        &self.n_choices
+    }
+
+    /// Marks a genome as proposed; false where it was before.
+    pub(super) fn insert(&mut self, genome: &Genome) -> bool {
+        self.seen.insert(genome.clone())
+    }
+
+    pub(super) fn contains(&self, genome: &Genome) -> bool {
+        self.seen.contains(genome)
+    }
+
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.n_subnets == Some(self.seen.len() as u128)
+    }
+
+    pub(super) fn random(&self, rng: &mut impl Rng) -> Genome {
+        self.n_choices.iter().map(|&n| rng.random_range(0..n)).collect()
+    }
+
+    /// An unseen genome, now marked: uniform while such are easily drawn, else the next one up from a draw. None where the
+    /// space is exhausted.
+    pub(super) fn draw(&mut self, rng: &mut impl Rng) -> Option<Genome> {
+        if self.is_exhausted() {
+            return None;
+        }
+        for _ in 0..MAX_DRAWS {
+            let genome = self.random(rng);
+            if self.insert(&genome) {
+                return Some(genome);
+            }
+        }
+        // Counting up in mixed radix meets an unseen genome after at most as many steps as there are seen ones.
+        let mut genome = self.random(rng);
+        while !self.insert(&genome) {
+            for (gene, &n) in genome.iter_mut().zip(&self.n_choices) {
+                *gene += 1;
+                if *gene < n {
+                    break;
+                }
+                *gene = 0;
+            }
+        }
+        Some(genome)
+    }
+}
+
+/// Genomes in the order of proposing, handed out piece by piece, and their objectives as they come in, in any order.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Batch {
+    genomes: Vec<Genome>,
+    objectives: Vec<Option<Vec<f64>>>,
+    position: HashMap<Genome, usize>,
+    n_asked: usize,
+    n_told: usize,
+}
+
+impl Batch {
+    /// The genomes must differ.
+    pub(super) fn new(genomes: Vec<Genome>) -> Self {
+        let position = genomes.iter().cloned().enumerate().map(|(at, genome)| (genome, at)).collect();
+        Self { objectives: vec![None; genomes.len()], genomes, position, n_asked: 0, n_told: 0 }
+    }
+
+    pub(super) fn ask(&mut self, n: usize) -> &[Genome] {
+        let start = self.n_asked;
+        self.n_asked = start.saturating_add(n).min(self.genomes.len());
+        &self.genomes[start..self.n_asked]
+    }
+
+    pub(super) fn tell(&mut self, genome: &Genome, evaluation: &Evaluation) -> Result<()> {
+        match self.position.get(genome) {
+            Some(&at) if at < self.n_asked && self.objectives[at].is_none() => {
+                self.objectives[at] = Some(evaluation.objectives.clone());
+                self.n_told += 1;
+                Ok(())
+            }
+            _ => Err(not_asked(&evaluation.config)),
+        }
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.n_told == self.genomes.len()
+    }
+
+    /// Genomes and objectives in the order of proposing; those without objectives are left out.
+    pub(super) fn take(&mut self) -> Vec<(Genome, Vec<f64>)> {
+        let Batch { genomes, objectives, .. } = std::mem::take(self);
+        genomes.into_iter().zip(objectives).filter_map(|(genome, objectives)| Some((genome, objectives?))).collect()
+    }
+}
+
+pub(super) fn not_asked(config: &SubnetConfig) -> Error {
+    Error::argument("evaluated", config, "a subnet that was asked for and has not been told yet")
+}
+
+/// Holds the number of objectives to the first one told.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Arity(Option<usize>);
+
+impl Arity {
+    pub(super) fn check(&mut self, evaluation: &Evaluation) -> Result<()> {
+        let found = evaluation.objectives.len();
+        let expected = *self.0.get_or_insert(found.max(1));
+        if found == expected {
+            return Ok(());
+        }
+        let what = format!("objectives of subnet {}", evaluation.config);
+        Err(Error::ShapeMismatch { what, expected: vec![expected], found: vec![found] })
+    }
+}
+
+/// Subnets of genomes that this crate made, which always fit their space.
+pub(super) fn decode_all(space: &SearchSpace, genomes: &[Genome]) -> Vec<SubnetConfig> {
+    genomes.iter().filter_map(|genome| space.decode(genome).ok()).collect()
+}

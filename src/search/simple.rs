@@ -1,0 +1,183 @@
+//! Searchers that do not learn: the papers' heuristic, a given list, and random draws.
+
+use std::collections::{HashSet, VecDeque};
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::proposals::{Arity, Unseen, decode_all, not_asked};
+use super::{Evaluation, Searcher};
+use crate::error::Result;
+use crate::space::{SearchSpace, SubnetConfig};
+
+/// Proposes the papers' heuristic subnet, the middle choice of every group, and nothing else.
+#[derive(Clone, Debug)]
+pub struct Heuristic {
+    list: FixedList,
+}
+
+impl Heuristic {
+    /// The searcher of this space's heuristic subnet.
+    pub fn new(space: &SearchSpace) -> Self {
+        Self { list: FixedList::unchecked([space.heuristic()]) }
+    }
+}
+
+impl Searcher for Heuristic {
+    fn name(&self) -> &str {
+        "heuristic"
+    }
+
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+        self.list.ask(n)
+    }
+
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+        self.list.tell(evaluated)
+    }
+
+    fn is_finished(&self) -> bool {
+        self.list.is_finished()
+    }
+}
+
+/// Proposes the subnets of a list, in its order, each once.
+#[derive(Clone, Debug)]
+pub struct FixedList {
+    left: VecDeque<SubnetConfig>,
+    outstanding: HashSet<SubnetConfig>,
+    arity: Arity,
+}
+
+impl FixedList {
+    /// A searcher of these subnets; repeated ones are dropped.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`].
+    pub fn new(space: &SearchSpace, configs: impl IntoIterator<Item = SubnetConfig>) -> Result<Self> {
+        let list = Self::unchecked(configs);
+        list.left.iter().try_for_each(|config| space.validate(config))?;
+        Ok(list)
+    }
+
+    fn unchecked(configs: impl IntoIterator<Item = SubnetConfig>) -> Self {
+        let mut seen = HashSet::new();
+        let left = configs.into_iter().filter(|config| seen.insert(config.clone())).collect();
+        Self { left, outstanding: HashSet::new(), arity: Arity::default() }
+    }
+}
+
+impl Searcher for FixedList {
+    fn name(&self) -> &str {
+        "list"
+    }
+
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+        let configs: Vec<SubnetConfig> = self.left.drain(..n.min(self.left.len())).collect();
+        self.outstanding.extend(configs.iter().cloned());
+        configs
+    }
+
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+        settle(&mut self.outstanding, &mut self.arity, evaluated)
+    }
+
+    fn is_finished(&self) -> bool {
+        self.left.is_empty()
+    }
+}
+
+/// Settings of [`RandomSearch`].
+#[derive(Clone, Debug, Default)]
+pub struct RandomSearchConfig {
+    seed: u64,
+    initial: Vec<SubnetConfig>,
+}
+
+impl RandomSearchConfig {
+    /// Seed 0, no initial subnets.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the seed of the draws.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets subnets to propose before the first draw.
+    pub fn with_initial(mut self, initial: Vec<SubnetConfig>) -> Self {
+        self.initial = initial;
+        self
+    }
+
+    /// The searcher over `space`.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`], for the initial subnets.
+    pub fn init(&self, space: &SearchSpace) -> Result<RandomSearch> {
+        let mut unseen = Unseen::new(space);
+        let mut initial = VecDeque::new();
+        for config in &self.initial {
+            if unseen.insert(&space.encode(config)?) {
+                initial.push_back(config.clone());
+            }
+        }
+        Ok(RandomSearch {
+            space: space.clone(),
+            rng: ChaCha8Rng::seed_from_u64(self.seed),
+            unseen,
+            initial,
+            outstanding: HashSet::new(),
+            arity: Arity::default(),
+        })
+    }
+}
+
+/// Proposes subnets drawn uniformly, none of them twice, until the space is exhausted.
+#[derive(Clone, Debug)]
+pub struct RandomSearch {
+    space: SearchSpace,
+    rng: ChaCha8Rng,
+    unseen: Unseen,
+    initial: VecDeque<SubnetConfig>,
+    outstanding: HashSet<SubnetConfig>,
+    arity: Arity,
+}
+
+impl Searcher for RandomSearch {
+    fn name(&self) -> &str {
+        "random"
+    }
+
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+        let mut configs: Vec<SubnetConfig> = self.initial.drain(..n.min(self.initial.len())).collect();
+        let mut drawn = Vec::new();
+        while configs.len() + drawn.len() < n {
+            let Some(genome) = self.unseen.draw(&mut self.rng) else { break };
+            drawn.push(genome);
+        }
+        configs.extend(decode_all(&self.space, &drawn));
+        self.outstanding.extend(configs.iter().cloned());
+        configs
+    }
+
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+        settle(&mut self.outstanding, &mut self.arity, evaluated)
+    }
+
+    fn is_finished(&self) -> bool {
+        self.initial.is_empty() && self.unseen.is_exhausted()
+    }
+}
+
+fn settle(outstanding: &mut HashSet<SubnetConfig>, arity: &mut Arity, evaluated: &[Evaluation]) -> Result<()> {
+    for evaluation in evaluated {
+        arity.check(evaluation)?;
+        if !outstanding.remove(&evaluation.config) {
+            return Err(not_asked(&evaluation.config));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,310 @@
+//! Drives a searcher against an objective: budget, cache, log, interruption.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{Evaluation, SearchOutcome, Searcher, StopReason};
+use crate::error::{Error, Result};
+use crate::space::{SearchSpace, SubnetConfig};
+
+/// The longest line of a log that is read.
+const MAX_LINE_BYTES: u64 = 16 << 20;
+
+/// Settings of a [`Study`].
+#[derive(Clone, Debug)]
+pub struct StudyConfig {
+    n_evals: usize,
+    batch: usize,
+    log: Option<PathBuf>,
+    tag: String,
+    interrupt: Option<Arc<AtomicBool>>,
+}
+
+impl StudyConfig {
+    /// A study of at most `n_evals` different subnets, no log.
+    pub fn new(n_evals: usize) -> Self {
+        Self { n_evals, batch: 16, log: None, tag: String::new(), interrupt: None }
+    }
+
+    /// Sets how many subnets at most are evaluated side by side by [`Study::run_parallel`]. It does not change the result.
+    pub fn with_batch(mut self, batch: usize) -> Self {
+        self.batch = batch;
+        self
+    }
+
+    /// Sets a JSON Lines file to which every evaluation is appended as soon as it is there. If the file exists already, its
+    /// evaluations are taken for granted: a search that was interrupted and is run again with the same seed goes on where it
+    /// stopped, and ends as if it had never been interrupted.
+    pub fn with_log(mut self, path: impl Into<PathBuf>) -> Self {
+        self.log = Some(path.into());
+        self
+    }
+
+    /// Sets a text that says what is evaluated (model, data, ...). A log of another tag is refused.
+    pub fn with_tag(mut self, tag: impl Into<String>) -> Self {
+        self.tag = tag.into();
+        self
+    }
+
+    /// Sets a flag that stops the search before the next evaluation once it is true.
+    pub fn with_interrupt(mut self, flag: Arc<AtomicBool>) -> Self {
+        self.interrupt = Some(flag);
+        self
+    }
+
+    /// The study over `space`; reads the log if there is one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a batch of 0; [`Error::Io`], [`Error::InvalidRecord`] and [`Error::CheckpointMismatch`]
+    /// for a log that cannot be read, that holds a broken line or a subnet of another space, or that has another tag.
+    pub fn init(&self, space: &SearchSpace) -> Result<Study> {
+        if self.batch == 0 {
+            return Err(Error::argument("batch", 0, "must be at least 1"));
+        }
+        let mut cache = HashMap::new();
+        let log = match &self.log {
+            Some(path) => Some(Log::open(path, &self.tag, space, &mut cache)?),
+            None => None,
+        };
+        Ok(Study { settings: self.clone(), cache, log, on_evaluation: None })
+    }
+}
+
+/// Runs searches and keeps what they found out: no subnet is evaluated twice, be it by one searcher or by several in turn.
+pub struct Study {
+    settings: StudyConfig,
+    cache: HashMap<SubnetConfig, Vec<f64>>,
+    log: Option<Log>,
+    on_evaluation: Option<Callback>,
+}
+
+type Callback = Box<dyn FnMut(&Evaluation) + Send>;
+
+impl Study {
+    /// Sets what is called after every evaluation, cached ones included; for progress bars.
+    pub fn on_evaluation(&mut self, callback: impl FnMut(&Evaluation) + Send + 'static) {
+        self.on_evaluation = Some(Box::new(callback));
+    }
+
+    /// Number of different subnets whose objectives are known, from this run, runs before it, and the log.
+    pub fn n_known(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// Searches, one evaluation at a time.
+    ///
+    /// Ends when `n_evals` different subnets have been proposed (whether evaluated or known), the searcher is finished, or the
+    /// flag is set. `objective` returns at least one number, all to be minimised; see [`super::SCORE`].
+    ///
+    /// # Errors
+    /// Those of `objective` and of the searcher; [`Error::ShapeMismatch`] for a varying number of objectives; [`Error::Io`] for
+    /// a log that cannot be written. What was evaluated before stays in cache and log.
+    pub fn run<S, F>(&mut self, searcher: &mut S, mut objective: F) -> Result<SearchOutcome>
+    where
+        S: Searcher + ?Sized,
+        F: FnMut(&SubnetConfig) -> Result<Vec<f64>>,
+    {
+        self.drive(searcher, 1, &mut |configs, interrupted| {
+            configs.iter().map(|config| (!interrupted()).then(|| timed(|| objective(config)))).collect()
+        })
+    }
+
+    /// Searches, with the subnets of a batch evaluated in parallel by Rayon's current pool. The outcome is that of
+    /// [`run`](Self::run), but for the times.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); of several failures in a batch, the first in the order of proposals.
+    pub fn run_parallel<S, F>(&mut self, searcher: &mut S, objective: F) -> Result<SearchOutcome>
+    where
+        S: Searcher + ?Sized,
+        F: Fn(&SubnetConfig) -> Result<Vec<f64>> + Sync,
+    {
+        let batch = self.settings.batch;
+        self.drive(searcher, batch, &mut |configs, interrupted| {
+            configs.par_iter().map(|config| (!interrupted()).then(|| timed(|| objective(config)))).collect()
+        })
+    }
+
+    fn drive<S: Searcher + ?Sized>(
+        &mut self,
+        searcher: &mut S,
+        batch: usize,
+        evaluate: &mut Evaluate<'_>,
+    ) -> Result<SearchOutcome> {
+        let flag = self.settings.interrupt.clone();
+        let interrupted = move || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
+        let mut evaluations: Vec<Evaluation> = Vec::new();
+        let mut proposed: HashSet<SubnetConfig> = HashSet::new();
+        let mut n_repeats = 0usize;
+        let stopped = loop {
+            let left = self.settings.n_evals.saturating_sub(proposed.len());
+            if left == 0 {
+                break StopReason::Budget;
+            }
+            if interrupted() {
+                break StopReason::Interrupted;
+            }
+            let asked = searcher.ask(batch.min(left));
+            // Everything asked has been told by now, so nothing can come any more from a searcher that proposes nothing; nor
+            // from one that only repeats itself.
+            if asked.is_empty() || n_repeats > 100 + 10 * self.settings.n_evals {
+                break StopReason::Exhausted;
+            }
+            let mut fresh: Vec<SubnetConfig> = Vec::new();
+            for config in &asked {
+                if !proposed.insert(config.clone()) {
+                    n_repeats += 1;
+                } else if !self.cache.contains_key(config) {
+                    fresh.push(config.clone());
+                }
+            }
+            let results = evaluate(&fresh, &interrupted);
+            let mut done: HashMap<SubnetConfig, f64> = HashMap::new();
+            let (mut failure, mut cut_short) = (None, false);
+            for (config, result) in fresh.into_iter().zip(results) {
+                match result {
+                    Some((Ok(objectives), seconds)) => {
+                        self.remember(&config, objectives, seconds)?;
+                        done.insert(config, seconds);
+                    }
+                    Some((Err(error), _)) => failure = failure.or(Some(error)),
+                    None => cut_short = true,
+                }
+            }
+            if let Some(error) = failure {
+                return Err(error);
+            }
+            let first = evaluations.len();
+            for config in asked {
+                let Some(objectives) = self.cache.get(&config) else { continue };
+                let seconds = done.remove(&config);
+                evaluations.push(Evaluation {
+                    index: evaluations.len(),
+                    objectives: objectives.clone(),
+                    cached: seconds.is_none(),
+                    seconds: seconds.unwrap_or(0.0),
+                    config,
+                });
+            }
+            searcher.tell(&evaluations[first..])?;
+            if let Some(callback) = &mut self.on_evaluation {
+                evaluations[first..].iter().for_each(callback);
+            }
+            if cut_short {
+                break StopReason::Interrupted;
+            }
+        };
+        Ok(SearchOutcome::new(searcher.name(), stopped, evaluations))
+    }
+
+    fn remember(&mut self, config: &SubnetConfig, objectives: Vec<f64>, seconds: f64) -> Result<()> {
+        let expected = self.cache.values().next().map_or(objectives.len().max(1), Vec::len);
+        if objectives.len() != expected {
+            let what = format!("objectives of subnet {config}");
+            return Err(Error::ShapeMismatch { what, expected: vec![expected], found: vec![objectives.len()] });
+        }
+        if let Some(log) = &mut self.log {
+            let index = self.cache.len();
+            let objectives = objectives.clone();
+            log.write(&Evaluation { index, config: config.clone(), objectives, cached: false, seconds })?;
+        }
+        self.cache.insert(config.clone(), objectives);
+        Ok(())
+    }
+}
+
+/// Objectives and seconds.
+type Timed = (Result<Vec<f64>>, f64);
+
+/// Evaluates subnets, asking before each one whether to stop; none for those it stopped before.
+type Evaluate<'a> = dyn FnMut(&[SubnetConfig], &(dyn Fn() -> bool + Sync)) -> Vec<Option<Timed>> + 'a;
+
+fn timed(objective: impl FnOnce() -> Result<Vec<f64>>) -> Timed {
+    let start = Instant::now();
+    let result = objective();
+    (result, start.elapsed().as_secs_f64())
+}
+
+/// First line of a log.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    elastic_lora_search: u32,
+    tag: String,
+}
+
+const LOG_VERSION: u32 = 1;
+
+struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// Reads what is there into `cache`, and stands ready to append. A last line without its end, which a killed process leaves
+    /// behind, is cut off.
+    fn open(path: &Path, tag: &str, space: &SearchSpace, cache: &mut HashMap<SubnetConfig, Vec<f64>>) -> Result<Self> {
+        let io = |source| Error::io(path, source);
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut whole = 0u64;
+        let mut record = 0usize;
+        let mut arity = None;
+        let mut reader = BufReader::new(&mut file);
+        loop {
+            let mut line = Vec::new();
+            let n = reader.by_ref().take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut line).map_err(io)? as u64;
+            let broken = |reason: String| Error::InvalidRecord { path: path.to_path_buf(), record: record + 1, reason };
+            if n > MAX_LINE_BYTES {
+                return Err(broken(format!("a line of over {} MiB", MAX_LINE_BYTES >> 20)));
+            }
+            if line.pop() != Some(b'\n') {
+                break;
+            }
+            if record == 0 {
+                let header: Header = serde_json::from_slice(&line).map_err(|error| broken(error.to_string()))?;
+                let version = (header.elastic_lora_search.to_string(), LOG_VERSION.to_string());
+                for (field, found, expected) in
+                    [("version", version.0, version.1), ("tag", header.tag, tag.to_string())]
+                {
+                    if found != expected {
+                        let (path, field) = (path.to_path_buf(), field.to_string());
+                        return Err(Error::CheckpointMismatch { path, field, expected, found });
+                    }
+                }
+            } else {
+                let evaluation: Evaluation =
+                    serde_json::from_slice(&line).map_err(|error| broken(error.to_string()))?;
+                space.validate(&evaluation.config).map_err(|error| broken(error.to_string()))?;
+                let found = evaluation.objectives.len();
+                let expected = *arity.get_or_insert(found.max(1));
+                if found != expected {
+                    return Err(broken(format!("{found} objectives, the record before has {expected}")));
+                }
+                cache.insert(evaluation.config, evaluation.objectives);
+            }
+            whole += n;
+            record += 1;
+        }
+        drop(reader);
+        file.set_len(whole).map_err(io)?;
+        file.seek(SeekFrom::End(0)).map_err(io)?;
+        let mut log = Self { path: path.to_path_buf(), file };
+        if record == 0 {
+            log.write(&Header { elastic_lora_search: LOG_VERSION, tag: tag.to_string() })?;
+        }
+        Ok(log)
+    }
+
+    fn write(&mut self, value: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(value).map_err(|source| Error::json(&self.path, source))?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(|source| Error::io(&self.path, source))
+    }
+}
