@@ -143,8 +143,13 @@ impl FolderWriter {
         check_destination(&destination, overwrite)?;
         sync_folder(temporary.path())?;
         let mut old = None;
-        if destination.exists() && fs::remove_dir(&destination).is_err() {
-            // Not empty, and `overwrite` (checked above).
+        if destination.exists()
+            && let Err(e) = fs::remove_dir(&destination)
+        {
+            // It holds something, or came to since it was checked.
+            if !overwrite {
+                return Err(at(e));
+            }
             let aside = Builder::new().prefix(".old-").suffix(".tmp").tempdir_in(parent(&destination)).map_err(at)?;
             fs::rename(&destination, aside.path().join("old")).map_err(at)?;
             old = Some(aside);
@@ -219,4 +224,147 @@ fn sync_folder(folder: &Path) -> Result<()> {
         File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io(folder, e))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_whole_or_absent() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("x.bin");
+        let failed = write_file(&path, |sink| {
+            sink.put(&[1; 1000])?;
+            Err(Error::io(sink.path(), io::Error::from(io::ErrorKind::StorageFull)))
+        });
+        assert!(failed.unwrap_err().to_string().contains("x.bin"));
+        assert!(entries(root.path()).is_empty());
+        write_file(&path, |sink| sink.put(b"one")).unwrap();
+        // A failed second write leaves the first as it was.
+        assert!(write_file(&path, |_| Err(Error::Interrupted)).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+        write_file(&path, |sink| sink.put(b"two")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(entries(root.path()), ["x.bin"]);
+        assert!(write_file(root.path().join(".."), |_| Ok(())).is_err());
+        assert!(write_file(root.path().join("absent/y"), |_| Ok(())).unwrap_err().to_string().contains("absent"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn files_and_folders_follow_the_umask() {
+        use std::os::unix::fs::PermissionsExt;
+        let root = tempfile::tempdir().unwrap();
+        let plain = root.path().join("plain");
+        fs::write(&plain, b"x").unwrap();
+        fs::create_dir(root.path().join("plain_dir")).unwrap();
+        write_file(root.path().join("ours"), |sink| sink.put(b"x")).unwrap();
+        FolderWriter::create(root.path().join("ours_dir"), false).unwrap().commit().unwrap();
+        let mode = |name: &str| fs::metadata(root.path().join(name)).unwrap().permissions().mode();
+        assert_eq!(mode("ours"), mode("plain"));
+        assert_eq!(mode("ours_dir"), mode("plain_dir"));
+    }
+
+    #[test]
+    fn a_folder_is_whole_or_absent() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("deep/out");
+        let writer = FolderWriter::create(&path, false).unwrap();
+        fs::write(writer.path().join("a"), b"1").unwrap();
+        assert!(!path.exists());
+        drop(writer);
+        assert!(entries(&root.path().join("deep")).is_empty());
+
+        let writer = FolderWriter::create(&path, false).unwrap();
+        fs::write(writer.path().join("a"), b"1").unwrap();
+        writer.commit().unwrap();
+        assert_eq!(entries(&path), ["a"]);
+
+        let refused = FolderWriter::create(&path, false).unwrap_err().to_string();
+        assert!(refused.contains("not empty") && refused.contains("out"), "{refused}");
+        let writer = FolderWriter::create(&path, true).unwrap();
+        fs::write(writer.path().join("b"), b"2").unwrap();
+        assert_eq!(entries(&path), ["a"]);
+        writer.commit().unwrap();
+        assert_eq!(entries(&path), ["b"]);
+        assert_eq!(entries(&root.path().join("deep")), ["out"]);
+    }
+
+    #[test]
+    fn an_empty_folder_is_replaced_and_a_file_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let empty = root.path().join("empty");
+        fs::create_dir(&empty).unwrap();
+        let writer = FolderWriter::create(&empty, false).unwrap();
+        fs::write(writer.path().join("a"), b"1").unwrap();
+        writer.commit().unwrap();
+        assert_eq!(entries(&empty), ["a"]);
+
+        let file = root.path().join("file");
+        fs::write(&file, b"x").unwrap();
+        assert!(FolderWriter::create(&file, true).is_err());
+        assert!(FolderWriter::create("/", true).is_err());
+
+        // Filled by someone else meanwhile.
+        let late = root.path().join("late");
+        let writer = FolderWriter::create(&late, false).unwrap();
+        fs::create_dir(&late).unwrap();
+        fs::write(late.join("theirs"), b"x").unwrap();
+        assert!(writer.commit().is_err());
+        assert_eq!(entries(&late), ["theirs"]);
+        assert_eq!(entries(root.path()), ["empty", "file", "late"]);
+    }
+
+    /// A file system of 64 KiB, where the user may mount one.
+    #[cfg(target_os = "linux")]
+    struct Tiny(tempfile::TempDir);
+
+    #[cfg(target_os = "linux")]
+    impl Tiny {
+        fn mount() -> Option<Self> {
+            let folder = tempfile::tempdir().unwrap();
+            let mounted = std::process::Command::new("mount")
+                .args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"])
+                .arg(folder.path())
+                .output()
+                .is_ok_and(|o| o.status.success());
+            mounted.then_some(Self(folder))
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    impl Drop for Tiny {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").arg(self.0.path()).output();
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_an_error_that_leaves_nothing() {
+        let Some(disk) = Tiny::mount() else {
+            eprintln!("skipped: no right to mount a small file system");
+            return;
+        };
+        let root = disk.0.path();
+        match write_file(root.join("big"), |sink| sink.put(&vec![7; 1 << 20])) {
+            Err(Error::Io { path, source }) => {
+                assert_eq!((path, source.kind()), (root.join("big"), io::ErrorKind::StorageFull));
+            }
+            other => panic!("{other:?}"),
+        }
+        let writer = FolderWriter::create(root.join("model"), false).unwrap();
+        write_file(writer.path().join("small"), |sink| sink.put(&[7; 100])).unwrap();
+        assert!(write_file(writer.path().join("big"), |sink| sink.put(&vec![7; 1 << 20])).is_err());
+        drop(writer);
+        assert!(entries(root).is_empty(), "{:?}", entries(root));
+    }
 }

@@ -63,6 +63,13 @@ pub(crate) fn is_plain_file_name(name: &str) -> bool {
 pub(crate) mod testing {
     use std::path::PathBuf;
 
+    use rand::RngExt;
+
+    /// One of `bytes`, for loops that mutate files.
+    pub fn pick(rng: &mut impl RngExt, bytes: &[u8]) -> u8 {
+        bytes[rng.random_range(0..bytes.len())]
+    }
+
     /// Other implementations' models and outputs, where that folder is there.
     pub fn shared(relative: &str) -> Option<PathBuf> {
         let root = std::env::var_os("ELASTIC_LORA_SHARED")

@@ -132,15 +132,13 @@ fn percent(share: f64) -> String {
 }
 
 fn count(n: u64) -> String {
-    const UNITS: [(f64, &str); 4] = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    // Where each unit begins; millions do early, so that small models, a little above and below one, compare at a glance.
+    const UNITS: [(f64, f64, &str); 4] = [(1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e5, 1e6, "M"), (1e3, 1e3, "k")];
     let v = n as f64;
-    // From 99.5 % of a unit on, so that 999,999 reads 1.00M; 980,000 MACs read 0.98M.
-    for (unit, letter) in UNITS {
-        if v >= 0.1 * unit && (unit > 1e3 || v >= unit) {
-            return format!("{:.2}{letter}", v / unit);
-        }
-    }
-    n.to_string()
+    UNITS
+        .iter()
+        .find(|(from, ..)| v >= *from)
+        .map_or_else(|| n.to_string(), |(_, unit, letter)| format!("{:.2}{letter}", v / unit))
 }
 
 /// `32` where all are equal, `32,24,16` where they are few, `32x5 24x3 16x4` where they are many.
@@ -171,7 +169,7 @@ mod tests {
             ..Row::new("base")
         });
         report.rows.push(Row {
-            loss: Some(1.98765),
+            loss: Some(1.98766),
             sparsity: Some(0.5),
             ranks: Some(vec![8, 4, 8, 2]),
             ..Row::new("Shears, searched")
@@ -183,14 +181,11 @@ mod tests {
     fn table_is_aligned_and_leaves_empty_columns_out() {
         let expected = "\
 model             accuracy    loss  sparsity  parameters  MACs/token  ranks
----------------------------------------------------------------------------
+-----------------------------------------------------------------------------
 base                12.3 %  2.0000         -       1.05M       0.98M  -
 Shears, searched         -  1.9877    50.0 %           -           -  8,4,8,2
 ";
-        let table = example().to_string();
-        let trimmed: Vec<&str> = table.lines().filter(|l| !l.starts_with('-')).collect();
-        let wanted: Vec<&str> = expected.lines().filter(|l| !l.starts_with('-')).collect();
-        assert_eq!(trimmed, wanted, "\n{table}");
+        assert_eq!(example().to_string(), expected);
         assert_eq!(Report::new("c", 1).to_string(), "model\n-----\n");
     }
 
@@ -211,7 +206,14 @@ Shears, searched         -  1.9877    50.0 %           -           -  8,4,8,2
 
     #[test]
     fn counts_and_ranks_are_short() {
-        let shown = [(0, "0"), (999, "999"), (1_500, "1.50k"), (656_000, "0.66M"), (6_700_000_000, "6.70G")];
+        let shown = [
+            (0, "0"),
+            (999, "999"),
+            (1_500, "1.50k"),
+            (656_000, "0.66M"),
+            (150_000_000_000, "150.00G"),
+            (6_700_000_000, "6.70G"),
+        ];
         for (n, text) in shown {
             assert_eq!(count(n), text);
         }

@@ -328,7 +328,7 @@ impl HfConfig {
     /// # Errors
     /// [`Error::Io`].
     pub fn write(&self, folder: impl AsRef<Path>, dtype: DType, tie_word_embeddings: bool) -> Result<()> {
-        atomic::write_json(&folder.as_ref().join("config.json"), &self.to_json_with(dtype, tie_word_embeddings))
+        atomic::write_json(folder.as_ref().join("config.json"), &self.to_json_with(dtype, tie_word_embeddings))
     }
 
     /// The linear layers of all blocks in model order: q, k, v, o, gate, up, down of block 0, then of block 1, and so on.

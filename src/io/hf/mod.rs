@@ -7,3 +7,6 @@ mod rope;
 pub use config::{Family, HfConfig, LinearLayer, LlamaDims};
 pub use folder::{CARRIED_FILES, HfFolder};
 pub use rope::RopeScaling;
+
+#[cfg(test)]
+mod tests;

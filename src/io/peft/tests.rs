@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::io::testing::shared;
+use crate::io::testing::{pick, shared};
 use crate::io::{Checkpoint, DType, HostTensor, tensors::write_safetensors};
 
 fn random(rng: &mut ChaCha8Rng, rows: usize, cols: usize) -> Matrix {
@@ -173,6 +173,29 @@ fn what_cannot_be_read_is_refused_by_name() {
     assert!(LoraAdapter::default().write(folder.path(), &PeftOptions::default()).is_err());
     assert!(LoraWeights::new(Matrix::zeros(2, 3), Matrix::zeros(3, 3), 1.0).is_err());
     assert!(LoraWeights::new(Matrix::zeros(2, 3), Matrix::zeros(3, 2), f32::NAN).is_err());
+}
+
+#[test]
+fn mutated_configs_never_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    mixed().write(folder.path(), &PeftOptions::default()).unwrap();
+    let path = folder.path().join("adapter_config.json");
+    let good = std::fs::read(&path).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let mut read = 0;
+    for _ in 0..1500 {
+        let mut bytes = good.clone();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(0..bytes.len());
+            bytes[at] = if rng.random_bool(0.3) { rng.random() } else { pick(&mut rng, b"0123456789.(*+{}[]\\\",:e-") };
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        if let Ok(adapter) = LoraAdapter::open(folder.path()) {
+            read += 1;
+            assert!(adapter.layers.values().all(|w| w.scale().is_finite()));
+        }
+    }
+    assert!(read > 50, "{read}");
 }
 
 #[test]

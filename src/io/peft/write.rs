@@ -135,7 +135,8 @@ impl LoraAdapter {
         Ok(config)
     }
 
-    /// Last names where all layers of that name are adapted, else full paths; never both kinds, for a reader with fewer rules.
+    /// Last names where all layers of those names are adapted, else full paths: PEFT would give a layer that is named but has
+    /// no tensors an adapter of its own.
     fn target_modules(&self, model_layers: &[String]) -> Vec<String> {
         let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
         let suffixes: BTreeSet<String> = self.layers.keys().map(|l| last(l)).collect();

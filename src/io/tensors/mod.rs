@@ -13,3 +13,6 @@ pub use write::{HostTensor, write_safetensors, write_sharded};
 
 /// Headers above this are refused, as the reference implementation does.
 pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+#[cfg(test)]
+mod tests;
