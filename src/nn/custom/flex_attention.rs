@@ -243,6 +243,9 @@ pub(super) fn forward(
     (tensor(context, Shape::from([batch, seq_q, sizes.width()])), tensor(sums, Shape::from([batch, n_heads, seq_q])))
 }
 
+/// What a task of the backward pass writes: gradients of queries, keys and values.
+type Gradients<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [f32]);
+
 /// Gradients of `q`, `k` and `v`; `log_sum_exp` and `grad` are contiguous. A task is a batch row's key/value head, whose
 /// gradient gathers from every query of its group.
 pub(super) fn backward(
@@ -260,7 +263,7 @@ pub(super) fn backward(
     let mut grad_k = vec![0.0; batch * n_kv_heads * seq_k * head_dim];
     let mut grad_v = vec![0.0; batch * n_kv_heads * seq_k * head_dim];
     let task = |(weights, slopes): &mut (Vec<f32>, Vec<f32>),
-                (index, ((grad_q, grad_k), grad_v)): (usize, ((&mut [f32], &mut [f32]), &mut [f32]))| {
+                (index, ((grad_q, grad_k), grad_v)): (usize, Gradients<'_>)| {
         let (row, kv_head) = (index / n_kv_heads, index % n_kv_heads);
         for (number, grad_q) in grad_q.chunks_exact_mut(seq_q * head_dim).enumerate() {
             let head = kv_head * group + number;
