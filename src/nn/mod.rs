@@ -3,5 +3,5 @@
 pub mod custom;
 mod mask;
 pub mod ops;
-#[cfg(test)]
+#[cfg(all(test, feature = "flex"))]
 mod plain;
