@@ -39,6 +39,12 @@ impl Sizes {
         (fits && !empty && n_heads % n_kv_heads == 0).then_some(sizes)
     }
 
+    /// Whether the gradient of the context and the saved sums have their shapes.
+    pub(super) fn fit(&self, log_sum_exp: &FlexTensor, grad: &FlexTensor) -> bool {
+        log_sum_exp.layout().shape().as_slice() == [self.batch, self.n_heads, self.seq_q]
+            && grad.layout().shape().as_slice() == [self.batch, self.seq_q, self.width()]
+    }
+
     fn group(&self) -> usize {
         self.n_heads / self.n_kv_heads
     }
