@@ -6,7 +6,7 @@ mod linear;
 mod mask;
 mod norm;
 pub mod ops;
-#[cfg(test)]
+#[cfg(all(test, feature = "flex"))]
 mod plain;
 mod rope;
 

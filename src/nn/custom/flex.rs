@@ -250,7 +250,7 @@ impl DecoderOps for Flex {
         mask: AttentionMask,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         match flex_attention::Sizes::of(&q, &k, &v) {
-            Some(sizes) if is_f32(&[&q, &k, &v, &log_sum_exp, &grad]) => {
+            Some(sizes) if is_f32(&[&q, &k, &v, &log_sum_exp, &grad]) && sizes.fit(&log_sum_exp, &grad) => {
                 let (log_sum_exp, grad) = (contiguous(log_sum_exp), contiguous(grad));
                 flex_attention::backward(sizes, [&q, &k, &v], &log_sum_exp, &grad, scale as f32, &mask)
             }

@@ -39,6 +39,12 @@ impl Sizes {
         (fits && !empty && n_heads % n_kv_heads == 0).then_some(sizes)
     }
 
+    /// Whether the gradient of the context and the saved sums have their shapes.
+    pub(super) fn fit(&self, log_sum_exp: &FlexTensor, grad: &FlexTensor) -> bool {
+        log_sum_exp.layout().shape().as_slice() == [self.batch, self.n_heads, self.seq_q]
+            && grad.layout().shape().as_slice() == [self.batch, self.seq_q, self.width()]
+    }
+
     fn group(&self) -> usize {
         self.n_heads / self.n_kv_heads
     }
@@ -243,6 +249,9 @@ pub(super) fn forward(
     (tensor(context, Shape::from([batch, seq_q, sizes.width()])), tensor(sums, Shape::from([batch, n_heads, seq_q])))
 }
 
+/// What a task of the backward pass writes: gradients of queries, keys and values.
+type Gradients<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [f32]);
+
 /// Gradients of `q`, `k` and `v`; `log_sum_exp` and `grad` are contiguous. A task is a batch row's key/value head, whose
 /// gradient gathers from every query of its group.
 pub(super) fn backward(
@@ -260,7 +269,7 @@ pub(super) fn backward(
     let mut grad_k = vec![0.0; batch * n_kv_heads * seq_k * head_dim];
     let mut grad_v = vec![0.0; batch * n_kv_heads * seq_k * head_dim];
     let task = |(weights, slopes): &mut (Vec<f32>, Vec<f32>),
-                (index, ((grad_q, grad_k), grad_v)): (usize, ((&mut [f32], &mut [f32]), &mut [f32]))| {
+                (index, ((grad_q, grad_k), grad_v)): (usize, Gradients<'_>)| {
         let (row, kv_head) = (index / n_kv_heads, index % n_kv_heads);
         for (number, grad_q) in grad_q.chunks_exact_mut(seq_q * head_dim).enumerate() {
             let head = kv_head * group + number;

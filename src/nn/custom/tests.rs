@@ -242,12 +242,12 @@ fn any_strides_will_do() {
         let k = random.tensor::<4>([2, 2, 9, 6], 1.0, &device).require_grad();
         let v = random.tensor::<4>([2, 2, 6, 9], 1.0, &device).require_grad();
         let solid = |x: Tensor<4>| {
-            if views { x } else { Tensor::cat(vec![x.clone().slice([0..1]), x.slice([1..2])], 0) }
+            if views { x } else { Tensor::cat(vec![x.clone().narrow(0, 0, 1), x.narrow(0, 1, 1)], 0) }
         };
         let (qs, ks) = (solid(q.clone().swap_dims(1, 2)), solid(k.clone().narrow(2, 1, 7)));
         let vs = solid(v.clone().swap_dims(2, 3).narrow(2, 2, 7));
         let y = ops::causal_attention(qs, ks, vs, 0.5, &AttentionMask::default());
-        let weight = random.tensor::<1>([48], 1.0, &device).slice([12..36]);
+        let weight = random.tensor::<1>([48], 1.0, &device).narrow(0, 12, 24);
         let turned = if views { y.clone().transpose().swap_dims(1, 2) } else { y.clone() };
         let normed = ops::rms_norm(turned, weight, 1e-5);
         let (gate, up) = (normed.clone().narrow(2, 0, 12), normed.clone().narrow(2, 12, 12));
@@ -376,4 +376,30 @@ fn half_precision_takes_the_portable_way() {
     let half = x.clone().cast(burn::tensor::FloatDType::BF16);
     let y = ops::swiglu(half.clone(), half).cast(burn::tensor::FloatDType::F32);
     close("bf16", &values(y), &values(plain::swiglu(x.clone(), x)), 0.03);
+}
+
+#[test]
+fn double_precision_takes_the_portable_way_on_the_tape() {
+    use burn::tensor::FloatDType;
+    let run = |dtype: FloatDType| {
+        let mut random = Random::new(14);
+        let mut all = Vec::new();
+        let mut leaf = |shape: [usize; 4]| random.tensor::<4>(shape, 1.5, &tape_device()).cast(dtype).require_grad();
+        let (q, k, v, w) = (leaf([2, 4, 5, 6]), leaf([2, 2, 7, 6]), leaf([2, 2, 7, 6]), leaf([1, 1, 1, 24]));
+        let angles = random.tensor::<2>([5, 3], 1.0, &tape_device()).cast(dtype);
+        let mask = AttentionMask { window: Some(3), left_pad: Some(vec![1, 2]) };
+        let context = ops::causal_attention(q.clone(), k.clone(), v.clone(), 0.7, &mask);
+        let turned = ops::rotary(context, 4, angles.clone().cos(), angles.sin());
+        let normed = ops::rms_norm(turned.reshape([10, 24]), w.clone().reshape([24]), 1e-3);
+        let logits = ops::swiglu(normed.clone(), normed + 1.0);
+        let targets = Tensor::<1, Int>::from_ints([0, 5, 23, 7, 7, 1, 2, 3, 4, 11], &tape_device());
+        let loss = ops::cross_entropy_sum(logits, targets);
+        let gradients = loss.backward();
+        all.extend(values(loss.inner().cast(FloatDType::F32)));
+        for leaf in [q, k, v, w] {
+            all.extend(values(leaf.grad(&gradients).unwrap().cast(FloatDType::F32)));
+        }
+        all
+    };
+    close("double", &run(FloatDType::F32), &run(FloatDType::F64), 2e-6);
 }
