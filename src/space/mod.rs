@@ -217,6 +217,11 @@ impl SearchSpace {
         Ok(Self { groups, by_id, by_layer })
     }
 
+    /// The space without a choice: one subnet, which is the model as it stands.
+    pub fn single() -> Self {
+        Self { groups: Vec::new(), by_id: HashMap::new(), by_layer: HashMap::new() }
+    }
+
     /// One group per block and list of suffixes: `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]`
     /// is the space of Shears. Every group offers the same `choices`.
     ///

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
 use crate::error::{Error, Result};
+use crate::io::peft::{LoraAdapter, LoraWeights};
 use crate::model::{Decoder, ParamCount};
 use crate::space::{SearchSpace, SubnetConfig};
 
@@ -107,7 +108,7 @@ impl SuperNet {
     pub fn dense(model: Decoder) -> Result<Self> {
         let base = model.count_base_params();
         let model = model.set_require_grad(true);
-        let space = SearchSpace::new(Vec::new())?;
+        let space = SearchSpace::single();
         Ok(Self {
             model,
             active: space.maximal(),
@@ -211,6 +212,21 @@ impl SuperNet {
     /// As [`SearchSpace::validate`].
     pub fn cost(&self, subnet: &SubnetConfig) -> Result<SubnetCost> {
         SubnetCost::count(&self.model, self.base, &self.ranks(subnet)?)
+    }
+
+    /// The active subnet as a plain LoRA: each layer's first `r` rows and columns, with its scale.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for SparsePEFT's masked adapters, which no plain LoRA expresses: merge them.
+    pub fn extract(&self) -> Result<LoraAdapter> {
+        let mut layers = BTreeMap::new();
+        for (name, layer) in self.model.linears() {
+            if let Some(adapter) = &layer.adapter {
+                let (a, b, scale) = adapter.active_factors()?;
+                layers.insert(name, LoraWeights::new(a, b, scale as f32)?);
+            }
+        }
+        Ok(LoraAdapter { layers, ..LoraAdapter::default() })
     }
 
     /// Takes the super-network apart, leaving the model with the active subnet.
