@@ -75,7 +75,7 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between validations; the last step always validates. 0: only the last.
     pub eval_every: usize,
-    /// Steps between checkpoints, where the run has a folder. 0: none but on interruption.
+    /// Steps between checkpoints, where the run has a folder; the last step is always kept. 0: none but on interruption.
     pub checkpoint_every: usize,
 }
 
@@ -315,7 +315,7 @@ impl Trainer {
             let log = StepLog { step: step + 1, loss, valid_loss, lr, grad_norm, n_tokens };
             bar.step(&log, std::time::Duration::from_secs_f64(seconds));
             logs.push(log);
-            if config.checkpoint_every > 0 && (step + 1).is_multiple_of(config.checkpoint_every) {
+            if config.checkpoint_every > 0 && (last || (step + 1).is_multiple_of(config.checkpoint_every)) {
                 save(net, optimizer, train, logs)?;
             }
         }
