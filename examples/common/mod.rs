@@ -33,8 +33,9 @@ pub fn device(name: &str) -> Result<Device> {
         _ => Err(Error::InvalidArgument {
             name: "device",
             found: name.into(),
-            expected: "flex, ndarray, wgpu, vulkan, metal, cuda or rocm, each where the build has the feature of that name"
-                .into(),
+            expected:
+                "flex, ndarray, wgpu, vulkan, metal, cuda or rocm, each where the build has the feature of that name"
+                    .into(),
         }),
     }
 }

@@ -17,9 +17,12 @@ use elastic_lora::Result;
 ///
 /// Without arguments: the shipped model, generated arithmetic problems, all methods.
 #[derive(Parser, Debug)]
-#[command(version, after_help = "Training files: JSON or JSON Lines with `instruction`, `input`, `output` (Alpaca) or \
+#[command(
+    version,
+    after_help = "Training files: JSON or JSON Lines with `instruction`, `input`, `output` (Alpaca) or \
     `question`, `answer` (GSM8K), or plain text. Accuracy is by exact match of the final answer (`#### 12`, or the Alpaca \
-    form's `answer`); without final answers the table has losses alone.")]
+    form's `answer`); without final answers the table has losses alone."
+)]
 pub struct Args {
     /// Model folder (config.json, safetensors, tokenizer.json)
     #[arg(long)]

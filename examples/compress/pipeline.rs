@@ -175,8 +175,7 @@ impl Run<'_> {
         config.sampling = sampling;
         config.eval_every = (args.steps / 4).max(1);
         config.checkpoint_every = (args.steps / 4).max(1);
-        let mut batcher =
-            Batcher::new(self.task.train.clone(), args.batch, self.task.pretrained.pad_id(), args.seed)?;
+        let mut batcher = Batcher::new(self.task.train.clone(), args.batch, self.task.pretrained.pad_id(), args.seed)?;
         let report = Trainer::new(config)?
             .with_folder(self.out.join(name))
             .with_resume(args.resume)

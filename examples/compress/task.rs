@@ -60,8 +60,7 @@ impl Task {
         if max_len > context {
             return Err(Error::SequenceTooLong { what: "--max-len".into(), found: max_len, max: context });
         }
-        let options =
-            TokenizeOptions::new(max_len).with_mask_prompt(!args.train_on_inputs).with_truncate(true);
+        let options = TokenizeOptions::new(max_len).with_mask_prompt(!args.train_on_inputs).with_truncate(true);
         let template = PromptTemplate::Auto;
         let tokenizer = &pretrained.tokenizer;
         let sequences = |records: &[Record]| -> Result<Vec<Sequence>> {

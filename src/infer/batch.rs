@@ -40,7 +40,11 @@ pub fn generate_batch(model: &Decoder, prompts: &[Vec<u32>], config: &GenerateCo
     let context = model.config().max_position_embeddings();
     for (index, prompt) in prompts.iter().enumerate() {
         if prompt.is_empty() {
-            return Err(Error::argument("prompts", format!("prompt {} is empty", index + 1), "at least one token each"));
+            return Err(Error::argument(
+                "prompts",
+                format!("prompt {} is empty", index + 1),
+                "at least one token each",
+            ));
         }
         if prompt.len() > context {
             let what = format!("prompt {}", index + 1);

@@ -100,7 +100,8 @@ impl Decoder {
         let d_attention = config.num_attention_heads() * config.head_dim();
         let d_kv = config.num_key_value_heads() * config.head_dim();
         let eps = config.rms_norm_eps();
-        let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?).set_require_grad(false);
+        let embed_tokens =
+            Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?).set_require_grad(false);
         let mut layers = Vec::with_capacity(config.num_hidden_layers());
         for block in 0..config.num_hidden_layers() {
             let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {

@@ -78,10 +78,9 @@ impl SuperNet {
         let names: Vec<String> = grouped.chain(&config.fixed_layers).cloned().collect();
         let device = model.device();
         for (index, name) in names.iter().enumerate() {
-            let layer = model.linear_mut(name).ok_or_else(|| Error::UnknownLayer {
-                context: "adapted layers".into(),
-                layer: name.clone(),
-            })?;
+            let layer = model
+                .linear_mut(name)
+                .ok_or_else(|| Error::UnknownLayer { context: "adapted layers".into(), layer: name.clone() })?;
             if layer.adapter.is_some() {
                 return Err(Error::InvalidSpace {
                     group: name.clone(),
@@ -109,13 +108,7 @@ impl SuperNet {
         let base = model.count_base_params();
         let model = model.set_require_grad(true);
         let space = SearchSpace::single();
-        Ok(Self {
-            model,
-            active: space.maximal(),
-            space,
-            config: SuperNetConfig::new(LoraConfig::new(1)),
-            base,
-        })
+        Ok(Self { model, active: space.maximal(), space, config: SuperNetConfig::new(LoraConfig::new(1)), base })
     }
 
     /// The model with the active subnet.
@@ -161,10 +154,10 @@ impl SuperNet {
     pub fn activate(&mut self, subnet: &SubnetConfig) -> Result<()> {
         let ranks = self.space.ranks(subnet)?;
         for (name, rank) in &ranks {
-            let layer = self.model.linear_mut(name).ok_or_else(|| Error::UnknownLayer {
-                context: "subnet".into(),
-                layer: name.clone(),
-            })?;
+            let layer = self
+                .model
+                .linear_mut(name)
+                .ok_or_else(|| Error::UnknownLayer { context: "subnet".into(), layer: name.clone() })?;
             layer.set_active_rank(*rank)?;
         }
         self.active = subnet.clone();
