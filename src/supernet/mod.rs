@@ -1,5 +1,6 @@
 //! A model, the adapters on it and the space of their shapes: all subnets share one set of weights.
 
+mod adapter;
 mod cost;
 
 pub use cost::SubnetCost;
