@@ -26,7 +26,7 @@ use elastic_lora::space::{SearchSpace, SubnetConfig};
 use elastic_lora::sparsity::{Pattern, magnitude_scores, prune};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
-use elastic_lora::{Error, SuperNet};
+use elastic_lora::{Error, Merger, SuperNet};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -259,14 +259,7 @@ fn transformers_reads_pruned_and_merged_models() {
         let net = SuperNet::from_adapter(model.clone(), &random_adapter(&model)).unwrap();
         let ids = random_ids(&model, 41, 33);
         let unmerged = logits(net.model(), &ids);
-        let mut merged = net.into_model();
-        merged
-            .try_for_each_linear(|_, layer| {
-                let weight = elastic_lora::nn::matrix_from_tensor(layer.merged_weight());
-                layer.adapter = None;
-                layer.base.set_matrix(&weight)
-            })
-            .unwrap();
+        let merged = Merger::new().merge(&net, &[]).unwrap().model;
         assert!(max_diff(&logits(&model, &ids), &unmerged) > 1e-2);
         assert!(max_diff(&logits(&merged, &ids), &unmerged) < 1e-4);
         assert_eq!(zeros(&merged), zeros(&model));
@@ -317,17 +310,10 @@ fn an_adapter_of_peft_gives_pefts_logits() {
     assert_eq!(net.extract().unwrap().layers, adapter.layers);
     let unmerged = max_diff(&logits(net.model(), &ids), &expected);
 
-    // Merged twice: by the layer on its device, and by the file's own product on the host.
-    let mut on_device = net.into_model();
-    on_device
-        .try_for_each_linear(|_, layer| {
-            let weight = elastic_lora::nn::matrix_from_tensor(layer.merged_weight());
-            layer.adapter = None;
-            layer.base.set_matrix(&weight)
-        })
-        .unwrap();
-    let mut on_host = model;
-    on_host
+    // Merged twice: by the merger, and by the file's own product on the host.
+    let by_merger = Merger::new().merge(&net, &[]).unwrap().model;
+    let mut by_hand = model;
+    by_hand
         .try_for_each_linear(|name, layer| {
             let Some(lora) = adapter.layers.get(name) else { return Ok(()) };
             let mut weight = layer.base.to_matrix();
@@ -338,7 +324,7 @@ fn an_adapter_of_peft_gives_pefts_logits() {
         .unwrap();
     let q_proj = vectors.load_f32("merged_q_proj_l0").unwrap();
     let name = "model.layers.0.self_attn.q_proj";
-    for merged in [&on_device, &on_host] {
+    for merged in [&by_merger, &by_hand] {
         let difference = max_diff(&logits(merged, &ids), &expected_merged);
         let weight = merged.linear(name).unwrap().base.to_matrix();
         let weight_difference = max_diff(weight.as_slice(), &q_proj);

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::block::{Attention, Block, LinearKind, Mlp, Pass};
+use super::block::{Attention, Block, LinearKind, Mlp, Pass, Tap};
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
@@ -201,7 +201,7 @@ impl Decoder {
     ///
     /// # Shapes
     /// - `x` and result: `[batch, seq, d_model]`
-    pub fn block(&self, block: usize, x: Tensor<3>, tap: Option<&mut dyn FnMut(LinearKind, &Tensor<3>)>) -> Tensor<3> {
+    pub fn block<'a>(&self, block: usize, x: Tensor<3>, tap: Option<&'a mut Tap<'a>>) -> Tensor<3> {
         let mut pass = self.pass(0, x.dims()[1], None);
         pass.tap = tap;
         self.layers[block].forward(x, block, &mut pass)

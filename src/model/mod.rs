@@ -6,6 +6,6 @@ mod decoder;
 mod export;
 mod pretrained;
 
-pub use block::{Attention, Block, LinearKind, Mlp};
+pub use block::{Attention, Block, LinearKind, Mlp, Tap};
 pub use decoder::{Decoder, ParamCount};
 pub use pretrained::Pretrained;
