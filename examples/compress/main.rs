@@ -84,7 +84,10 @@ pub struct Args {
     /// Subnets that the search may evaluate
     #[arg(long, default_value_t = 40)]
     evals: usize,
-    /// What the search trades the validation loss against: macs, params or bytes
+    /// What the search wants to be good, on the validation file
+    #[arg(long, value_enum, default_value_t = SearchMetric::Loss)]
+    metric: SearchMetric,
+    /// What the search trades that against: macs, params or bytes
     #[arg(long, default_value = "macs")]
     cost: String,
     /// Seed of everything
@@ -114,6 +117,14 @@ enum Method {
     Shears,
     /// Elastic adapters under the weights' mask, merged
     SparsePeft,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum SearchMetric {
+    /// Negative log-likelihood
+    Loss,
+    /// Exact match of the final answer
+    Accuracy,
 }
 
 impl Method {

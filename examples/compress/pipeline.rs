@@ -24,7 +24,7 @@ use elastic_lora::train::{Sampling, TrainConfig, TrainReport, Trainer};
 use elastic_lora::{Error, Merger, Result, SearchSpace, Searcher, SubnetConfig, SuperNet};
 
 use crate::task::Task;
-use crate::{Args, Method, common};
+use crate::{Args, Method, SearchMetric, common};
 
 struct Run<'a> {
     args: &'a Args,
@@ -41,18 +41,19 @@ pub fn run(args: &Args, task: &Task) -> Result<()> {
     let out = prepare_out(args)?;
     let command = std::env::args().collect::<Vec<_>>().join(" ");
     let mut report = Report::new(command, args.seed);
-    report.versions.insert("burn".into(), BURN_VERSION.into());
+    report.versions.insert("burn".into(), burn_version().into());
     let mut run = Run { args, task, out, stop: common::stop_flag(), report };
 
     let base = task.pretrained.model.clone();
     run.row("base", &base, None)?;
 
     let mut pruned = base;
+    let bar = indicatif::ProgressBar::new(0);
     prune_model(&mut pruned, &task.calibration, method, &pattern, |done, all| {
-        if done == all {
-            eprintln!("pruned {all} layers to {pattern} by {method}");
-        }
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
     })?;
+    bar.finish_and_clear();
     run.row(&format!("pruned to {pattern}"), &pruned, None)?;
     task.pretrained.write_variant(&pruned, run.out.join("pruned"), true)?;
 
@@ -73,8 +74,12 @@ pub fn run(args: &Args, task: &Task) -> Result<()> {
     Ok(())
 }
 
-/// The version of Burn that this crate is built on.
-const BURN_VERSION: &str = "0.22";
+/// The version of Burn that the lock file pins.
+fn burn_version() -> &'static str {
+    let lock = include_str!("../../Cargo.lock");
+    let after = lock.split_once("name = \"burn\"\nversion = \"").map_or("", |(_, after)| after);
+    after.split('"').next().unwrap_or("")
+}
 
 /// The folder of results: a fresh one, or one that may be replaced or gone on with.
 fn prepare_out(args: &Args) -> Result<PathBuf> {
@@ -274,7 +279,7 @@ impl Run<'_> {
             std::fs::remove_file(&log).map_err(|e| Error::io(&log, e))?;
         }
         let tag = format!(
-            "{} seed {} steps {} batch {} lr {} sparsity {} {} cost {}",
+            "{} seed {} steps {} batch {} lr {} sparsity {} {} {:?} against {}",
             self.task.pretrained.folder.display(),
             args.seed,
             args.steps,
@@ -282,6 +287,7 @@ impl Run<'_> {
             args.lr,
             args.sparsity,
             args.pattern,
+            args.metric,
             args.cost
         );
         let mut study =
@@ -290,7 +296,23 @@ impl Run<'_> {
         bar.set_prefix("search");
         let shown = bar.clone();
         study.on_evaluation(move |_| shown.inc(1));
-        let mut objective = SubnetObjective::new(net, Metric::Loss(&self.task.valid), self.cost()?);
+        let pretrained = &self.task.pretrained;
+        let metric = match (args.metric, &self.task.valid_problems) {
+            (SearchMetric::Loss, _) => Metric::Loss(&self.task.valid),
+            (SearchMetric::Accuracy, Some(problems)) => Metric::Accuracy {
+                problems,
+                tokenizer: &pretrained.tokenizer,
+                generate: GenerateConfig::new(self.task.max_new_tokens, pretrained.stop_ids()),
+            },
+            (SearchMetric::Accuracy, None) => {
+                return Err(Error::InvalidArgument {
+                    name: "metric",
+                    found: "accuracy".into(),
+                    expected: "loss: the validation set has records without a final answer".into(),
+                });
+            }
+        };
+        let mut objective = SubnetObjective::new(net, metric, self.cost()?);
         let names = objective.names();
         let started = Instant::now();
         let outcome = study.run(&mut searcher, |subnet| objective.evaluate(subnet))?;

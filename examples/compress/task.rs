@@ -25,6 +25,8 @@ pub struct Task {
     pub test: Vec<Batch>,
     /// Test problems, where they have final answers.
     pub problems: Option<ProblemSet>,
+    /// Validation problems, likewise.
+    pub valid_problems: Option<ProblemSet>,
     pub calibration: Vec<Vec<u32>>,
     pub max_new_tokens: usize,
 }
@@ -81,18 +83,18 @@ impl Task {
             .map(|record| template.render(record))
             .map(|example| example.prompt + &example.completion)
             .collect();
-        let answered = test.iter().all(|record| record.final_answer().is_some());
-        let longest_answer = if answered {
-            let answers = test.iter().map(|record| tokenizer.encode(&template.render(record).completion, false));
-            answers.collect::<Result<Vec<_>>>()?.iter().map(Vec::len).max().unwrap_or(0)
-        } else {
-            0
+        let problems = |records: &[Record]| -> Result<Option<ProblemSet>> {
+            let answered = records.iter().all(|record| record.final_answer().is_some());
+            if answered { ProblemSet::new(records, template, tokenizer).map(Some) } else { Ok(None) }
         };
+        let answers = test.iter().map(|record| tokenizer.encode(&template.render(record).completion, false));
+        let longest_answer = answers.collect::<Result<Vec<_>>>()?.iter().map(Vec::len).max().unwrap_or(0);
         Ok(Self {
             train: sequences(&train)?,
             valid: batches(&valid)?,
             test: batches(&test)?,
-            problems: if answered { Some(ProblemSet::new(&test, template, tokenizer)?) } else { None },
+            problems: problems(&test)?,
+            valid_problems: problems(&valid)?,
             calibration: calibration_samples(
                 &documents,
                 tokenizer,
