@@ -143,6 +143,11 @@ impl SuperNet {
         &self.config
     }
 
+    /// Weights of the base, adapters left out, as they were when the super-network was made.
+    pub fn base_params(&self) -> ParamCount {
+        self.base
+    }
+
     /// The active subnet.
     pub fn active(&self) -> &SubnetConfig {
         &self.active
