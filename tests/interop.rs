@@ -21,7 +21,7 @@ use elastic_lora::io::tensors::write_safetensors;
 use elastic_lora::io::{Checkpoint, DType, HostTensor, LoraAdapter, LoraWeights};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
-use elastic_lora::nn::host_values;
+use elastic_lora::nn::{BaseLinear, host_values};
 use elastic_lora::space::{SearchSpace, SubnetConfig};
 use elastic_lora::sparsity::{Pattern, magnitude_scores, prune};
 use elastic_lora::supernet::SuperNetConfig;
@@ -352,4 +352,73 @@ fn an_adapter_for_another_model_is_refused() {
     read.layers.insert("model.layers.3.mlp.down_proj".into(), lora);
     let error = SuperNet::from_adapter(load(&base), &read).map(|_| ()).unwrap_err();
     assert!(matches!(&error, Error::UnknownLayer { layer, .. } if layer == "model.layers.3.mlp.down_proj"), "{error}");
+}
+
+/// What a config may ask for, each in a model of its own: sequences are longer than windows and original contexts.
+#[test]
+fn transformers_computes_the_same_for_every_variant_of_a_family() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let common = serde_json::json!({
+        "hidden_size": 48, "intermediate_size": 68, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 91, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2
+    });
+    let llama3 = serde_json::json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16
+    });
+    let mut llama3_new = llama3.clone();
+    llama3_new["rope_theta"] = 500.0.into();
+    let variants = [
+        ("llama3 scaling, old spelling", "llama", serde_json::json!({"rope_theta": 500.0, "rope_scaling": llama3})),
+        ("llama3 scaling, new spelling", "llama", serde_json::json!({"rope_parameters": llama3_new})),
+        (
+            "linear scaling, legacy name",
+            "llama",
+            serde_json::json!({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ),
+        (
+            "biases, untied head",
+            "llama",
+            serde_json::json!({
+                "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false
+            }),
+        ),
+        ("explicit head size", "llama", serde_json::json!({"head_dim": 20})),
+        ("sliding window, wide heads", "mistral", serde_json::json!({"sliding_window": 7, "head_dim": 16})),
+        ("no window", "mistral", serde_json::json!({"sliding_window": null, "tie_word_embeddings": false})),
+    ];
+    let mut arguments = Vec::new();
+    for (index, (name, family, fields)) in variants.into_iter().enumerate() {
+        let mut raw = common.as_object().unwrap().clone();
+        let architecture = if family == "llama" { "LlamaForCausalLM" } else { "MistralForCausalLM" };
+        raw.insert("model_type".into(), family.into());
+        raw.insert("architectures".into(), serde_json::json!([architecture]));
+        raw.extend(fields.as_object().unwrap().clone());
+        let config = HfConfig::from_json(raw).unwrap();
+        let mut model = Decoder::init(&config, 5 + index as u64, &Device::flex()).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(index as u64);
+        model
+            .try_for_each_linear(|_, layer| {
+                let [d_input, d_output] = layer.base.dims();
+                let bound = (3.0 / d_input as f32).sqrt();
+                let weight = Matrix::from_fn(d_output, d_input, |_, _| rng.random_range(-bound..bound));
+                let bias: Vec<f32> = (0..d_output).map(|_| rng.random_range(-0.5..0.5)).collect();
+                let bias = layer.base.bias.is_some().then_some(bias.as_slice());
+                layer.base = BaseLinear::from_matrix(&weight, bias, &Device::flex())?;
+                Ok(())
+            })
+            .unwrap();
+        let folder = scratch.path().join(format!("variant-{index}"));
+        let out = HfFolder::create(&folder, false).unwrap();
+        out.write_model(&config, DType::F32, model.tensors(DType::F32).unwrap()).unwrap();
+        out.commit().unwrap();
+        let ids = random_ids(&model, 60, 9);
+        let vectors = folder.with_extension("safetensors");
+        write_vectors(&vectors, &load(&folder), &ids, Vec::new(), &BTreeMap::new());
+        eprintln!("{}: {name}", folder.display());
+        arguments.extend([folder, vectors]);
+    }
+    run(python, "check_transformers.py", &arguments);
 }
