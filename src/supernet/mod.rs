@@ -65,23 +65,26 @@ pub struct SuperNet {
 }
 
 impl SuperNet {
-    /// Puts fresh adapters on `model`. The maximal subnet is active; the model's output is as before until trained.
+    /// Freezes `model` and puts fresh adapters on it. The maximal subnet is active; the model's output is as before until
+    /// trained.
     ///
     /// # Errors
-    /// Where the space or `fixed_layers` names a layer that the model lacks or that has an adapter already, a choice is over
-    /// the largest rank, or the settings are out of range.
-    pub fn new(mut model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
+    /// Where the model has an adapter already, the space or `fixed_layers` names a layer that it lacks or names one twice, a
+    /// choice is over the largest rank, or the settings are out of range.
+    pub fn new(model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
         config.lora.validate()?;
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
+        refuse_adapters(&model)?;
         let base = model.count_base_params();
+        // A model that was trained as a whole still wants gradients everywhere.
+        let mut model = model.set_require_grad(false);
         let grouped = space.groups().iter().flat_map(|group| group.layers());
         let names: Vec<String> = grouped.chain(&config.fixed_layers).cloned().collect();
         let device = model.device();
         for (index, name) in names.iter().enumerate() {
-            let layer = model.linear_mut(name).ok_or_else(|| Error::UnknownLayer {
-                context: "adapted layers".into(),
-                layer: name.clone(),
-            })?;
+            let layer = model
+                .linear_mut(name)
+                .ok_or_else(|| Error::UnknownLayer { context: "adapted layers".into(), layer: name.clone() })?;
             if layer.adapter.is_some() {
                 return Err(Error::InvalidSpace {
                     group: name.clone(),
@@ -104,18 +107,13 @@ impl SuperNet {
     /// A model all of whose weights are trained and that has one subnet: itself.
     ///
     /// # Errors
-    /// None for a model without adapters.
+    /// [`Error::InvalidSpace`] for a model with adapters.
     pub fn dense(model: Decoder) -> Result<Self> {
+        refuse_adapters(&model)?;
         let base = model.count_base_params();
         let model = model.set_require_grad(true);
         let space = SearchSpace::single();
-        Ok(Self {
-            model,
-            active: space.maximal(),
-            space,
-            config: SuperNetConfig::new(LoraConfig::new(1)),
-            base,
-        })
+        Ok(Self { model, active: space.maximal(), space, config: SuperNetConfig::new(LoraConfig::new(1)), base })
     }
 
     /// The model with the active subnet.
@@ -161,10 +159,10 @@ impl SuperNet {
     pub fn activate(&mut self, subnet: &SubnetConfig) -> Result<()> {
         let ranks = self.space.ranks(subnet)?;
         for (name, rank) in &ranks {
-            let layer = self.model.linear_mut(name).ok_or_else(|| Error::UnknownLayer {
-                context: "subnet".into(),
-                layer: name.clone(),
-            })?;
+            let layer = self
+                .model
+                .linear_mut(name)
+                .ok_or_else(|| Error::UnknownLayer { context: "subnet".into(), layer: name.clone() })?;
             layer.set_active_rank(*rank)?;
         }
         self.active = subnet.clone();
@@ -194,6 +192,11 @@ impl SuperNet {
     /// Number of subnets.
     pub fn n_subnets(&self) -> f64 {
         self.space.n_subnets()
+    }
+
+    /// Weights of the base when the super-network was made.
+    pub fn base_params(&self) -> ParamCount {
+        self.base
     }
 
     /// Names of the adapted layers with their ranks under a subnet.
@@ -232,5 +235,15 @@ impl SuperNet {
     /// Takes the super-network apart, leaving the model with the active subnet.
     pub fn into_model(self) -> Decoder {
         self.model
+    }
+}
+
+/// An adapter that no subnet names would be trained and written, but counted nowhere.
+fn refuse_adapters(model: &Decoder) -> Result<()> {
+    match model.linears().find(|(_, layer)| layer.adapter.is_some()) {
+        Some((name, _)) => {
+            Err(Error::InvalidSpace { group: name, reason: "this layer has an adapter already: merge it first".into() })
+        }
+        None => Ok(()),
     }
 }
