@@ -349,8 +349,9 @@ fn a_reparameterized_burn_layer_computes_what_an_elastic_one_does() {
 #[test]
 fn a_reparameterized_layer_trains_its_factors_alone() {
     let x = random([3, D_IN], 12, &tape());
-    for masked in [false, true] {
-        let (linear, switches) = reparameterized(ScaleRule::AlphaOverMaxRank, masked, &tape());
+    for (masked, device) in [(false, tape()), (true, tape()), (false, Device::flex()), (true, Device::flex())] {
+        let (linear, switches) = reparameterized(ScaleRule::AlphaOverMaxRank, masked, &device);
+        let linear = if device.is_autodiff() { linear } else { linear.train() };
         let mut elastic = layer(&config(ScaleRule::AlphaOverMaxRank), masked, &tape());
         elastic.set_active_rank(3).unwrap();
         switches.set("weight", 3).unwrap();

@@ -211,6 +211,10 @@ impl Trainer {
     /// or context; [`Error::InvalidArgument`] where there is nothing to train. The super-network keeps the weights of the
     /// last good step.
     pub fn run(&self, net: &mut SuperNet, train: &mut Batcher, valid: &[Batch]) -> Result<TrainReport> {
+        if let Some(folder) = &self.folder {
+            // Now rather than after hours of training.
+            std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+        }
         let home = net.active().clone();
         let config = &self.config;
         let plain = net.model().device().without_autodiff();
@@ -362,7 +366,6 @@ impl Trainer {
         let Some(folder) = &self.folder else {
             return Ok(());
         };
-        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
         let cell = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
         let mut text = String::from("step,loss,valid_loss,lr,grad_norm,tokens\n");
         for log in logs {
