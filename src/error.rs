@@ -220,13 +220,15 @@ pub enum Error {
         reason: String,
     },
     // --- runs --------------------------------------------------------------------------------------------------
-    /// Training met a loss that is not a number.
-    #[error("step {step}: the loss is {loss}")]
+    /// Training met a loss or a gradient that is no finite number.
+    #[error("step {step}: training diverged (loss {loss}, gradient norm {grad_norm})")]
     Diverged {
         /// The optimizer step, from 1.
         step: usize,
-        /// The loss.
-        loss: f32,
+        /// The loss, of the step's batch or of the validation after it, in nats a target.
+        loss: f64,
+        /// Norm of the step's gradient.
+        grad_norm: f64,
     },
     /// A checkpoint belongs to a run with other settings.
     #[error("{path}: this checkpoint's {field} is {found}, the run's is {expected}", path = path.display())]

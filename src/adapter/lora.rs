@@ -132,6 +132,13 @@ pub fn delta_weight(
     }
 }
 
+fn check_sizes(d_input: usize, d_output: usize) -> Result<()> {
+    if d_input == 0 || d_output == 0 {
+        return Err(Error::argument("d_input x d_output", format!("{d_input} x {d_output}"), "both at least 1"));
+    }
+    Ok(())
+}
+
 /// One layer's elastic low-rank update.
 ///
 /// All ranks share one pair of factors: rank `r` is the first `r` columns of `lora_a` and rows of `lora_b`, so choosing
@@ -159,9 +166,7 @@ impl ElasticLora {
     /// [`Error::InvalidArgument`] as [`LoraConfig::validate`] says, or for a size of 0.
     pub fn new(config: &LoraConfig, d_input: usize, d_output: usize, seed: u64, device: &Device) -> Result<Self> {
         config.validate()?;
-        if d_input == 0 || d_output == 0 {
-            return Err(Error::argument("d_input x d_output", format!("{d_input} x {d_output}"), "both at least 1"));
-        }
+        check_sizes(d_input, d_output)?;
         let (lora_a, lora_b) = config.fresh_factors(d_input, d_output, seed, device);
         Ok(Self { lora_a, lora_b, mask: None, active_rank: config.rank, config: config.clone(), dropout_seed: seed })
     }
@@ -172,7 +177,8 @@ impl ElasticLora {
     /// - `a`: `[r_max, d_input]`, `b`: `[d_output, r_max]`
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the ranks differ from each other or from `config.rank`.
+    /// [`Error::ShapeMismatch`] where the ranks differ from each other or from `config.rank`; [`Error::InvalidArgument`] as
+    /// for [`new`](Self::new).
     pub fn from_factors(config: &LoraConfig, a: &Matrix, b: &Matrix, device: &Device) -> Result<Self> {
         config.validate()?;
         if a.rows() != config.rank || b.cols() != config.rank {
@@ -182,6 +188,7 @@ impl ElasticLora {
                 found: vec![a.rows(), b.cols()],
             });
         }
+        check_sizes(a.cols(), b.rows())?;
         Ok(Self {
             lora_a: Param::from_tensor(tensor_from_matrix(a, device)),
             lora_b: Param::from_tensor(tensor_from_matrix(b, device)),

@@ -83,9 +83,12 @@ fn generate_chunk(
     let mut outputs = vec![Vec::new(); chunk.len()];
     // Rows still running, by their place in the chunk; row `i` of the cache belongs to `rows[i]`.
     let mut rows: Vec<usize> = (0..chunk.len()).collect();
-    let mut length = longest;
-    let room = config.max_new_tokens.min(context - longest + 1);
-    for new in 0..room {
+    // What each prompt has room for, as if it were alone: padding takes none. Positions may pass the context's end, since
+    // rotary attention sees distances only.
+    let rooms: Vec<usize> =
+        chunk.iter().map(|index| config.max_new_tokens.min(context - prompts[*index].len() + 1)).collect();
+    rows.retain(|row| rooms[*row] > 0);
+    while !rows.is_empty() {
         let seq = ids.len() / rows.len();
         let hidden = model.hidden_states(model.tokens(&ids, rows.len())?, Some(&mut cache));
         let logits = host_values(model.logits(hidden.narrow(1, seq - 1, 1)));
@@ -97,11 +100,12 @@ fn generate_chunk(
                 continue;
             }
             outputs[*row].push(next);
-            going.push(place);
-            ids.push(next);
+            if outputs[*row].len() < rooms[*row] {
+                going.push(place);
+                ids.push(next);
+            }
         }
-        length += 1;
-        if going.is_empty() || new + 1 == room || length > context {
+        if going.is_empty() {
             break;
         }
         if going.len() < rows.len() {

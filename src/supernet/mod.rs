@@ -66,15 +66,19 @@ pub struct SuperNet {
 }
 
 impl SuperNet {
-    /// Puts fresh adapters on `model`. The maximal subnet is active; the model's output is as before until trained.
+    /// Freezes `model` and puts fresh adapters on it. The maximal subnet is active; the model's output is as before until
+    /// trained.
     ///
     /// # Errors
-    /// Where the space or `fixed_layers` names a layer that the model lacks or that has an adapter already, a choice is over
-    /// the largest rank, or the settings are out of range.
-    pub fn new(mut model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
+    /// Where the model has an adapter already, the space or `fixed_layers` names a layer that it lacks or names one twice, a
+    /// choice is over the largest rank, or the settings are out of range.
+    pub fn new(model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
         config.lora.validate()?;
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
+        refuse_adapters(&model)?;
         let base = model.count_base_params();
+        // A model that was trained as a whole still wants gradients everywhere.
+        let mut model = model.set_require_grad(false);
         let grouped = space.groups().iter().flat_map(|group| group.layers());
         let names: Vec<String> = grouped.chain(&config.fixed_layers).cloned().collect();
         let device = model.device();
@@ -104,8 +108,9 @@ impl SuperNet {
     /// A model all of whose weights are trained and that has one subnet: itself.
     ///
     /// # Errors
-    /// None for a model without adapters.
+    /// [`Error::InvalidSpace`] for a model with adapters.
     pub fn dense(model: Decoder) -> Result<Self> {
+        refuse_adapters(&model)?;
         let base = model.count_base_params();
         let model = model.set_require_grad(true);
         let space = SearchSpace::single();
@@ -195,6 +200,11 @@ impl SuperNet {
         self.space.n_subnets()
     }
 
+    /// Weights of the base when the super-network was made.
+    pub fn base_params(&self) -> ParamCount {
+        self.base
+    }
+
     /// Names of the adapted layers with their ranks under a subnet.
     ///
     /// # Errors
@@ -231,5 +241,15 @@ impl SuperNet {
     /// Takes the super-network apart, leaving the model with the active subnet.
     pub fn into_model(self) -> Decoder {
         self.model
+    }
+}
+
+/// An adapter that no subnet names would be trained and written, but counted nowhere.
+fn refuse_adapters(model: &Decoder) -> Result<()> {
+    match model.linears().find(|(_, layer)| layer.adapter.is_some()) {
+        Some((name, _)) => {
+            Err(Error::InvalidSpace { group: name, reason: "this layer has an adapter already: merge it first".into() })
+        }
+        None => Ok(()),
     }
 }

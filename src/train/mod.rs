@@ -32,7 +32,7 @@ use crate::io::atomic;
 use crate::model::Decoder;
 use crate::nn::host_values;
 use crate::supernet::SuperNet;
-use optimizer::{Grads, NamedAdamW, accumulate, clip};
+use optimizer::{Grads, NamedAdamW, accumulate, clip, norm, trainable};
 use progress::TrainBar;
 
 /// When a new subnet is drawn.
@@ -198,16 +198,23 @@ impl Trainer {
         self
     }
 
-    /// Runs. The same seed, data and machine give the same weights, bit for bit, whether or not the run was interrupted.
+    /// Runs. The same seed, data and machine give the same weights, bit for bit, whether or not the run was interrupted. A
+    /// checkpoint is refused where settings, space or data are others; that the base weights are the same is the caller's
+    /// promise, of which only their number and that of their zeros is checked.
     ///
     /// Trained are the adapters, or all weights of [`SuperNet::dense`](crate::SuperNet::dense). On return the weights are off
     /// the tape and the subnet that was active before is active again. Validation uses that subnet too.
     ///
     /// # Errors
-    /// [`Error::Diverged`] for a loss that is not a number; [`Error::Interrupted`] on the stop signal;
-    /// [`Error::CheckpointMismatch`]; those of the model for tokens outside the vocabulary or context. The super-network
-    /// keeps the weights of the last good step.
+    /// [`Error::Diverged`] for a loss or gradient that is no finite number; [`Error::Interrupted`] on the stop signal;
+    /// [`Error::CheckpointMismatch`], and those of reading a checkpoint; those of the model for tokens outside the vocabulary
+    /// or context; [`Error::InvalidArgument`] where there is nothing to train. The super-network keeps the weights of the
+    /// last good step.
     pub fn run(&self, net: &mut SuperNet, train: &mut Batcher, valid: &[Batch]) -> Result<TrainReport> {
+        if let Some(folder) = &self.folder {
+            // Now rather than after hours of training.
+            std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+        }
         let home = net.active().clone();
         let config = &self.config;
         let plain = net.model().device().without_autodiff();
@@ -215,20 +222,19 @@ impl Trainer {
         let about = self.about(net, train);
         net.replace_model(|model| Ok(model.train()))?;
         let mut logs = Vec::new();
-        if let (Some(folder), true) = (&self.folder, self.resume) {
-            let mut restored = None;
-            net.replace_model(|model| {
+        let restored = match &self.folder {
+            Some(folder) if self.resume => net.replace_model(|model| {
                 let (model, state) = checkpoint::load(folder, config, &about, model, &mut optimizer, &plain)?;
-                restored = state;
+                if let Some(state) = state {
+                    train.seek(state.position)?;
+                    logs = state.logs;
+                }
                 Ok(model)
-            })?;
-            if let Some(state) = restored {
-                train.seek(state.position)?;
-                logs = state.logs;
-            }
-        }
+            }),
+            _ => Ok(()),
+        };
         let first = logs.len();
-        let outcome = self.steps(net, train, valid, &mut optimizer, &mut logs, &about);
+        let outcome = restored.and_then(|()| self.steps(net, train, valid, &mut optimizer, &mut logs, &about));
         net.activate(&home)?;
         net.replace_model(|model| Ok(model.valid()))?;
         let seconds = outcome?;
@@ -252,6 +258,9 @@ impl Trainer {
         about: &BTreeMap<String, String>,
     ) -> Result<f64> {
         let config = &self.config;
+        if trainable(net.model()).is_empty() {
+            return Err(Error::argument("net", "no adapter", "at least one weight to train"));
+        }
         let home = net.active().clone();
         let label = self.progress.as_deref();
         let mut bar = TrainBar::new(label.is_some(), label.unwrap_or(""), logs.len(), config.steps);
@@ -273,11 +282,12 @@ impl Trainer {
             let started = Instant::now();
             let step = logs.len();
             let batches: Vec<Batch> = (0..config.accumulation).map(|_| train.next_batch()).collect();
-            let n_targets: usize = batches.iter().map(Batch::n_targets).sum();
+            let targets: Vec<_> = batches.iter().map(targets).collect();
+            let n_targets: usize = targets.iter().map(Vec::len).sum();
             let mut rng = ChaCha8Rng::seed_from_u64(mix_seed(config.seed, step as u64));
             let mut grads = Grads::new();
             let mut loss = 0.0;
-            for (index, batch) in batches.iter().enumerate() {
+            for (index, (batch, targets)) in batches.iter().zip(&targets).enumerate() {
                 match config.sampling {
                     Sampling::PerStep if index > 0 => {}
                     Sampling::Fixed => {}
@@ -289,16 +299,24 @@ impl Trainer {
                 let draw = (step * config.accumulation + index) as u64;
                 seed_dropout(net.model_mut(), config.seed, draw)?;
                 let model = net.model();
-                let sum = model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets(batch));
-                let mean = sum / n_targets.max(1) as f64;
+                let tokens = model.tokens(&batch.ids, batch.rows)?;
+                if targets.is_empty() {
+                    continue;
+                }
+                let mean = model.nll_sum(tokens, targets) / n_targets as f64;
                 loss += f64::from(host_values(mean.clone().inner())[0]);
                 accumulate(net.model(), &mut mean.backward(), &mut grads);
             }
-            if !loss.is_finite() {
+            let grad_norm = norm(&grads);
+            let diverged = |loss: f64| Error::Diverged { step: step + 1, loss, grad_norm };
+            if !(loss.is_finite() && grad_norm.is_finite()) {
                 bar.finish();
-                return Err(Error::Diverged { step: step + 1, loss: loss as f32 });
+                return Err(diverged(loss));
             }
-            let grad_norm = config.clip_norm.map(|norm| clip(&mut grads, norm));
+            if let Some(max_norm) = config.clip_norm {
+                clip(&mut grads, grad_norm, max_norm);
+            }
+            let before = net.model().clone();
             let lr = config.lr * config.schedule.factor(step, config.warmup, config.steps);
             net.replace_model(|model| Ok(optimizer.step(model, grads, lr)))?;
             seconds += started.elapsed().as_secs_f64();
@@ -307,7 +325,13 @@ impl Trainer {
             let due = last || (config.eval_every > 0 && (step + 1).is_multiple_of(config.eval_every));
             let valid_loss = if due && !valid.is_empty() {
                 net.activate(&home)?;
-                Some(mean_loss(&net.eval_model(), valid)?)
+                let loss = mean_loss(&net.eval_model(), valid)?;
+                if !loss.is_finite() {
+                    bar.finish();
+                    net.replace_model(|_| Ok(before))?;
+                    return Err(diverged(loss));
+                }
+                Some(loss)
             } else {
                 None
             };
@@ -325,6 +349,7 @@ impl Trainer {
 
     /// What must be the same for a checkpoint to fit.
     fn about(&self, net: &SuperNet, train: &Batcher) -> BTreeMap<String, String> {
+        let base = net.base_params();
         let text = |value: std::result::Result<String, serde_json::Error>| value.unwrap_or_default();
         BTreeMap::from([
             ("search space".into(), text(serde_json::to_string(net.space()))),
@@ -332,6 +357,9 @@ impl Trainer {
             ("base weights".into(), format!("{:?}", net.base_params())),
             ("training data".into(), fingerprint(train)),
             ("batches per epoch".into(), train.plan().batches_per_epoch().to_string()),
+            ("fingerprint of the training data".into(), format!("{:016x}", checkpoint::fingerprint(train))),
+            ("number of base weights".into(), base.total.to_string()),
+            ("number of base weights that are not zero".into(), base.nonzero.to_string()),
         ])
     }
 
@@ -339,7 +367,6 @@ impl Trainer {
         let Some(folder) = &self.folder else {
             return Ok(());
         };
-        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
         let cell = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
         let mut text = String::from("step,loss,valid_loss,lr,grad_norm,tokens\n");
         for log in logs {
@@ -349,7 +376,7 @@ impl Trainer {
                 log.loss,
                 cell(log.valid_loss),
                 log.lr,
-                cell(log.grad_norm),
+                log.grad_norm,
                 log.n_tokens
             ));
         }

@@ -72,20 +72,23 @@ pub(crate) fn accumulate<M: Module>(module: &M, grads: &mut Gradients, into: &mu
     module.visit(&mut Collect { path: Vec::new(), grads, into });
 }
 
-/// Scales gradients so that their joint Euclidean norm is at most `max_norm`, and returns the norm before. One read-back.
-pub(crate) fn clip(grads: &mut Grads, max_norm: f64) -> f64 {
+/// The gradients' joint Euclidean norm. One read-back.
+pub(crate) fn norm(grads: &Grads) -> f64 {
     if grads.is_empty() {
         return 0.0;
     }
     let squares: Vec<Tensor<1>> = grads.values().map(|grad| grad.clone().square().sum()).collect();
-    let norm = f64::from(host_values(Tensor::cat(squares, 0).sum())[0]).sqrt();
+    f64::from(host_values(Tensor::cat(squares, 0).sum())[0]).sqrt()
+}
+
+/// Scales gradients of joint norm `norm` so that it is at most `max_norm`.
+pub(crate) fn clip(grads: &mut Grads, norm: f64, max_norm: f64) {
     if norm > max_norm {
         let factor = max_norm / (norm + 1e-6);
         for grad in grads.values_mut() {
             *grad = grad.clone() * factor;
         }
     }
-    norm
 }
 
 /// AdamW (arXiv 1711.05101) with state by parameter path, so that a checkpoint has names.

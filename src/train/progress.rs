@@ -16,8 +16,8 @@ pub struct StepLog {
     pub valid_loss: Option<f64>,
     /// Learning rate.
     pub lr: f64,
-    /// Norm of the gradient before clipping; absent without clipping.
-    pub grad_norm: Option<f64>,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
     /// Tokens of the step's batches, padding left out.
     pub n_tokens: usize,
 }

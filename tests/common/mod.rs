@@ -1,11 +1,18 @@
 //! What the tests of promises share.
 #![allow(dead_code)]
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use burn::tensor::Device;
-use elastic_lora::io::{Checkpoint, HfConfig};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor, TensorData};
+use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::io::{Checkpoint, DType, HfConfig};
+use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
+use elastic_lora::nn::host_values;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// A file or folder of other implementations' models, data and outputs, where that folder is there.
 pub fn shared(relative: &str) -> Option<PathBuf> {
@@ -40,4 +47,116 @@ pub fn load_i32(checkpoint: &Checkpoint, name: &str) -> Vec<u32> {
 pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Gives every weight a size that matters: matrices are widened, norms get gains that differ.
+struct Widen(f32);
+
+impl ModuleMapper for Widen {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let factor = self.0;
+        let param = param.map(|value| {
+            if D > 1 {
+                return value * factor;
+            }
+            let n = value.shape().num_elements();
+            let gains: Vec<f32> = (0..n).map(|i| 0.7 + 0.05 * (i % 11) as f32).collect();
+            Tensor::from_data(TensorData::new(gains, value.shape()), &value.device())
+        });
+        param.set_require_grad(false)
+    }
+}
+
+/// Sizes that are odd where they can be: 4 heads of 6 over 2 key/value heads, an MLP of 37, 41 tokens, a context of 40.
+pub fn tiny_dims(tied: bool) -> LlamaDims {
+    LlamaDims {
+        vocab_size: 41,
+        hidden_size: 24,
+        intermediate_size: 37,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        max_position_embeddings: 40,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: tied,
+        bos_token_id: Some(1),
+        eos_token_id: Some(2),
+        pad_token_id: None,
+        dtype: DType::F32,
+    }
+}
+
+/// A random model of these sizes on a device; its weights are large enough for attention to pick.
+pub fn tiny_on(dims: &LlamaDims, seed: u64, device: &Device) -> Decoder {
+    let config = HfConfig::new_llama(dims).unwrap();
+    Decoder::init(&config, seed, device).unwrap().map(&mut Widen(12.0))
+}
+
+/// A random tiny Llama on the Flex device.
+pub fn tiny(tied: bool, seed: u64) -> Decoder {
+    tiny_on(&tiny_dims(tied), seed, &Device::flex())
+}
+
+/// A random tiny Mistral whose queries see that many keys.
+pub fn tiny_mistral(window: Option<usize>, seed: u64) -> Decoder {
+    let value = serde_json::json!({
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"],
+        "vocab_size": 41, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "sliding_window": window,
+    });
+    let config = HfConfig::from_json(value.as_object().unwrap().clone()).unwrap();
+    Decoder::init(&config, seed, &Device::flex()).unwrap().map(&mut Widen(12.0))
+}
+
+/// Reproducible numbers in -1..1.
+pub fn random_values(n: usize, seed: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect()
+}
+
+/// A reproducible tensor with elements in -1..1.
+pub fn random<const D: usize>(shape: [usize; D], seed: u64, device: &Device) -> Tensor<D> {
+    let values = random_values(shape.iter().product(), seed);
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// A reproducible matrix with elements in -1..1.
+pub fn random_matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
+    Matrix::new(rows, cols, random_values(rows * cols, seed)).unwrap()
+}
+
+/// Reproducible token ids below `vocab`.
+pub fn random_ids(n: usize, vocab: u32, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..n).map(|_| rng.random_range(0..vocab)).collect()
+}
+
+/// Every parameter by path, as bits: for comparisons to the last one.
+pub fn weight_bits<M: Module>(module: &M) -> BTreeMap<String, Vec<u32>> {
+    struct Collect {
+        path: Vec<String>,
+        out: BTreeMap<String, Vec<u32>>,
+    }
+    impl ModuleVisitor for Collect {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let bits = host_values(param.base()).into_iter().map(f32::to_bits).collect();
+            assert!(self.out.insert(self.path.join("."), bits).is_none());
+        }
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.to_string());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+    }
+    let mut collect = Collect { path: Vec::new(), out: BTreeMap::new() };
+    module.visit(&mut collect);
+    collect.out
+}
+
+/// Whether a parameter's path is an adapter's factor.
+pub fn is_factor(path: &str) -> bool {
+    path.ends_with("lora_a") || path.ends_with("lora_b")
 }

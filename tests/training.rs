@@ -1,0 +1,474 @@
+//! Training: what changes and what does not, the same bits after an interruption, and what goes wrong loudly.
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use burn::tensor::Device;
+use common::{is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits};
+use elastic_lora::adapter::LoraConfig;
+use elastic_lora::data::{Batch, Batcher, Sequence, collate, fixed_batches};
+use elastic_lora::supernet::SuperNetConfig;
+use elastic_lora::train::{Sampling, Schedule, TrainConfig, TrainReport, Trainer, mean_loss, targets};
+use elastic_lora::{Error, Result, SearchSpace, SuperNet};
+
+/// Arithmetic progressions of tokens, of many lengths; the first two tokens are given.
+fn sequences(n: usize, seed: u64) -> Vec<Sequence> {
+    let draws = random_ids(3 * n, 40, seed);
+    draws
+        .chunks(3)
+        .map(|draw| {
+            let (start, step, len) = (draw[0], 1 + draw[1] % 3, 5 + (draw[2] % 12) as usize);
+            let ids: Vec<u32> = (0..len as u32).map(|t| (start + step * t) % 41).collect();
+            let loss_mask = (0..len).map(|t| t >= 2).collect();
+            Sequence { ids, loss_mask }
+        })
+        .collect()
+}
+
+fn batcher() -> Batcher {
+    Batcher::new(sequences(37, 1), 4, 0, 5).unwrap()
+}
+
+fn valid() -> Vec<Batch> {
+    fixed_batches(&sequences(9, 2), 4, 0).unwrap()
+}
+
+fn lora() -> LoraConfig {
+    LoraConfig::new(5).with_alpha(12.0).with_dropout(0.2)
+}
+
+fn net() -> SuperNet {
+    let model = tiny(false, 4);
+    let groups = [&["q_proj", "k_proj", "v_proj"][..], &["up_proj", "gate_proj"], &["down_proj"]];
+    let space = SearchSpace::grouped(&model.layer_shapes(), &groups, &[5, 3, 2]).unwrap();
+    let mut net = SuperNet::new(model, space, SuperNetConfig::new(lora()).with_seed(6)).unwrap();
+    net.activate(&net.heuristic()).unwrap();
+    net
+}
+
+/// Everything on: accumulation, clipping that bites, warm-up, decay, validation, a subnet drawn at each step.
+fn config(steps: usize) -> TrainConfig {
+    let mut config = TrainConfig::new(steps);
+    config.accumulation = 2;
+    config.lr = 1e-2;
+    config.warmup = 3;
+    config.weight_decay = 0.01;
+    config.clip_norm = Some(0.5);
+    config.eval_every = 4;
+    config.seed = 9;
+    config
+}
+
+fn run(trainer: &Trainer, net: &mut SuperNet) -> Result<TrainReport> {
+    trainer.run(net, &mut batcher(), &valid())
+}
+
+#[test]
+fn only_adapters_change_and_the_loss_falls() {
+    let mut net = net();
+    let home = net.active().clone();
+    let before = weight_bits(net.model());
+    let untrained = mean_loss(&net.eval_model(), &valid()).unwrap();
+    let mut config = config(60);
+    config.clip_norm = None;
+    let report = run(&Trainer::new(config).unwrap(), &mut net).unwrap();
+    let after = weight_bits(net.model());
+    assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    for (path, bits) in &before {
+        assert_eq!(is_factor(path), bits != &after[path], "{path}");
+    }
+    assert_eq!(after.keys().filter(|path| is_factor(path)).count(), 2 * 2 * 6);
+    assert!(report.valid_loss().unwrap() < 0.8 * untrained, "{untrained} {:?}", report.valid_loss());
+    assert_eq!(report.valid_loss().unwrap(), mean_loss(&net.eval_model(), &valid()).unwrap());
+    assert_eq!(net.active(), &home);
+    assert!(!net.model().device().is_autodiff());
+    assert_eq!((report.steps_done, report.logs.len()), (60, 60));
+
+    // A second run goes on from there, and still leaves the base alone.
+    let trained_loss = report.valid_loss().unwrap();
+    let report = run(&Trainer::new(TrainConfig { seed: 10, ..self::config(20) }).unwrap(), &mut net).unwrap();
+    assert!(report.valid_loss().unwrap() < 1.1 * trained_loss);
+    let again = weight_bits(net.model());
+    assert!(before.iter().all(|(path, bits)| is_factor(path) || bits == &again[path]));
+    assert!(after.iter().any(|(path, bits)| is_factor(path) && bits != &again[path]));
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits() {
+    let trained = |config: TrainConfig| {
+        let mut net = net();
+        let report = run(&Trainer::new(config).unwrap(), &mut net).unwrap();
+        (weight_bits(net.model()), report.logs)
+    };
+    let first = trained(config(8));
+    assert_eq!(first, trained(config(8)));
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert_eq!(first, pool.install(|| trained(config(8))), "{threads} threads");
+    }
+    assert_ne!(first.0, trained(TrainConfig { seed: 10, ..config(8) }).0);
+    let fixed = trained(TrainConfig { sampling: Sampling::Fixed, ..config(8) });
+    let per_batch = trained(TrainConfig { sampling: Sampling::PerMicroBatch, ..config(8) });
+    assert!(first.0 != fixed.0 && first.0 != per_batch.0 && fixed.0 != per_batch.0);
+}
+
+#[test]
+fn an_interrupted_run_resumes_to_the_same_bits() {
+    for dense in [false, true] {
+        let make = || if dense { SuperNet::dense(tiny(false, 4)).unwrap() } else { net() };
+        let (dir, whole_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut whole = make();
+        let trainer = Trainer::new(TrainConfig { checkpoint_every: 5, ..config(12) }).unwrap();
+        let expected = run(&trainer.clone().with_folder(whole_dir.path()), &mut whole).unwrap();
+        // It left the checkpoint of step 10, as if the process had ended there.
+        let mut net = make();
+        let late = run(&trainer.clone().with_folder(whole_dir.path()).with_resume(true), &mut net).unwrap();
+        assert_eq!((late.steps_done, &late.logs), (2, &expected.logs));
+        assert_eq!(weight_bits(net.model()), weight_bits(whole.model()));
+
+        // Stopped before its first step, and again and again in the midst of it, each time a little later.
+        let trainer = trainer.with_folder(dir.path()).with_resume(true);
+        let stop = Arc::new(AtomicBool::new(true));
+        let stopped = run(&trainer.clone().with_stop(stop), &mut make());
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        let mut interruptions = 0;
+        let (report, weights) = loop {
+            let stop = Arc::new(AtomicBool::new(false));
+            let flag = stop.clone();
+            let watcher = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(4 + 2 * interruptions));
+                flag.store(true, Ordering::Relaxed);
+            });
+            let mut net = make();
+            let outcome = run(&trainer.clone().with_stop(stop), &mut net);
+            watcher.join().unwrap();
+            match outcome {
+                Ok(report) => break (report, weight_bits(net.model())),
+                Err(Error::Interrupted) => interruptions += 1,
+                Err(other) => panic!("{other}"),
+            }
+        };
+        eprintln!("{interruptions} interruptions");
+        assert_eq!(weights, weight_bits(whole.model()));
+        assert_eq!(report.logs, expected.logs);
+        let csv = |dir: &Path| std::fs::read_to_string(dir.join("losses.csv")).unwrap();
+        assert_eq!(csv(dir.path()), csv(whole_dir.path()));
+        // Once more, from the last checkpoint on: the same again.
+        let mut net = make();
+        assert_eq!(run(&trainer, &mut net).unwrap().logs, expected.logs);
+        assert_eq!(weight_bits(net.model()), weights);
+    }
+}
+
+#[test]
+fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    // What a run of 6 steps leaves is the checkpoint of the fourth.
+    let settings = TrainConfig { checkpoint_every: 4, ..config(6) };
+    run(&Trainer::new(settings.clone()).unwrap().with_folder(dir.path()), &mut net()).unwrap();
+    let resume = |config: TrainConfig| Trainer::new(config).unwrap().with_folder(dir.path()).with_resume(true);
+
+    // Other settings, space, adapters, data, order.
+    let mismatch = |outcome: Result<TrainReport>| match outcome {
+        Err(Error::CheckpointMismatch { field, .. }) => field,
+        other => panic!("{other:?}"),
+    };
+    let other = TrainConfig { lr: 2e-2, ..settings.clone() };
+    assert_eq!(mismatch(run(&resume(other), &mut net())), "settings");
+    let model = tiny(false, 4);
+    let space = SearchSpace::fixed(&model.layer_shapes(), 5).unwrap();
+    let mut other = SuperNet::new(model, space, net().config().clone()).unwrap();
+    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "search space");
+    let mut other = SuperNet::new(tiny(false, 4), net().space().clone(), SuperNetConfig::new(lora())).unwrap();
+    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "adapters");
+    for mut data in [
+        Batcher::new(sequences(37, 2), 4, 0, 5).unwrap(),
+        Batcher::new(sequences(37, 1), 4, 0, 6).unwrap(),
+        Batcher::new(sequences(36, 1), 4, 0, 5).unwrap(),
+    ] {
+        mismatch(resume(settings.clone()).run(&mut net(), &mut data, &[]));
+    }
+    let model = tiny_on(&tiny_dims(true), 4, &Device::flex());
+    let mut other = SuperNet::new(model, net().space().clone(), net().config().clone()).unwrap();
+    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "number of base weights");
+
+    // Broken files; the super-network stays as it was, off the tape.
+    let checkpoint = dir.path().join("checkpoint");
+    let (json, tensors) = (checkpoint.join("trainer.json"), checkpoint.join("trainer.safetensors"));
+    let (good_json, good_tensors) = (std::fs::read_to_string(&json).unwrap(), std::fs::read(&tensors).unwrap());
+    let refused = |what: &str| {
+        let mut net = net();
+        let before = weight_bits(net.model());
+        let error = run(&resume(settings.clone()), &mut net).expect_err(what);
+        assert!(!error.to_string().is_empty());
+        assert_eq!(before, weight_bits(net.model()), "{what}");
+        assert!(!net.model().device().is_autodiff(), "{what}");
+        let home = net.active().clone();
+        net.activate(&home).unwrap();
+        error
+    };
+    let edit = |f: &dyn Fn(&mut serde_json::Value)| {
+        let mut value: serde_json::Value = serde_json::from_str(&good_json).unwrap();
+        f(&mut value);
+        std::fs::write(&json, value.to_string()).unwrap();
+    };
+    for text in ["", "{", "null", "[]", "{\"version\": 1}", &good_json[..good_json.len() / 2]] {
+        std::fs::write(&json, text).unwrap();
+        assert!(matches!(refused(text), Error::Json { .. }));
+    }
+    edit(&|v| v["version"] = 2.into());
+    assert!(matches!(refused("version"), Error::CheckpointMismatch { .. }));
+    edit(&|v| v["step"] = 5.into());
+    assert!(matches!(refused("step"), Error::InvalidFile { .. }));
+    edit(&|v| v["step"] = (-1).into());
+    assert!(matches!(refused("negative step"), Error::Json { .. }));
+    edit(&|v| v["position"]["index"] = 10_000.into());
+    assert!(matches!(refused("position"), Error::InvalidArgument { .. }));
+    edit(&|v| v["times"]["nothing.lora_a"] = 1.into());
+    assert!(matches!(refused("times"), Error::MissingTensor { .. }));
+    std::fs::write(&json, &good_json).unwrap();
+    for len in [0, 4, 8, 100, good_tensors.len() / 2, good_tensors.len() - 1] {
+        std::fs::write(&tensors, &good_tensors[..len]).unwrap();
+        refused("cut tensors");
+    }
+    let mut nan = good_tensors.clone();
+    let n = nan.len();
+    nan[n - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&tensors, nan).unwrap();
+    assert!(matches!(refused("NaN"), Error::NotFinite { .. }));
+    std::fs::remove_file(&tensors).unwrap();
+    refused("no tensors");
+
+    // And the good one is still good.
+    std::fs::write(&tensors, &good_tensors).unwrap();
+    let mut resumed = net();
+    let report = run(&resume(settings.clone()), &mut resumed).unwrap();
+    assert_eq!(report.steps_done, 2);
+    let mut whole = net();
+    let expected = run(&Trainer::new(settings).unwrap(), &mut whole).unwrap();
+    assert_eq!(report.logs, expected.logs);
+    assert_eq!(weight_bits(resumed.model()), weight_bits(whole.model()));
+}
+
+#[test]
+fn plain_lora_is_the_space_of_one_choice() {
+    let trained = |sampling: Sampling| {
+        let model = tiny(true, 4);
+        let shapes: Vec<_> = model.layer_shapes().into_iter().filter(|l| l.name.ends_with("q_proj")).collect();
+        let space = SearchSpace::fixed(&shapes, 3).unwrap();
+        let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(3))).unwrap();
+        let report = run(&Trainer::new(TrainConfig { sampling, ..config(10) }).unwrap(), &mut net).unwrap();
+        assert_eq!(net.extract().unwrap().layers.len(), 2);
+        (weight_bits(net.model()), report.logs)
+    };
+    assert_eq!(trained(Sampling::PerStep), trained(Sampling::Fixed));
+}
+
+#[test]
+fn divergence_is_an_error_and_the_weights_stay_finite() {
+    let finite =
+        |net: &SuperNet| weight_bits(net.model()).values().flatten().all(|bits| f32::from_bits(*bits).is_finite());
+    for clip_norm in [None, Some(1.0)] {
+        // So large a rate that the next loss is not a number.
+        let mut net = net();
+        let wild = TrainConfig { lr: 1e30, warmup: 0, clip_norm, eval_every: 0, ..config(9) };
+        let error = Trainer::new(wild.clone()).unwrap().run(&mut net, &mut batcher(), &[]).unwrap_err();
+        assert!(matches!(error, Error::Diverged { step: 2.., .. }), "{error}");
+        assert!(finite(&net));
+        assert!(!net.model().device().is_autodiff());
+        // The only step: what validation finds counts.
+        let mut net = self::net();
+        let before = weight_bits(net.model());
+        let error = run(&Trainer::new(TrainConfig { steps: 1, ..wild }).unwrap(), &mut net).unwrap_err();
+        assert!(matches!(error, Error::Diverged { step: 1, .. }), "{error}");
+        assert_eq!(before, weight_bits(net.model()));
+    }
+}
+
+#[test]
+fn accumulated_micro_batches_are_one_batch() {
+    let all = sequences(8, 3);
+    let trained = |batch: usize, accumulation: usize| {
+        let model = tiny(false, 4);
+        let space = SearchSpace::fixed(&model.layer_shapes(), 3).unwrap();
+        let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(3))).unwrap();
+        // 8 sequences make an epoch, and a step: their order does not matter.
+        let mut data = Batcher::new(all.clone(), batch, 0, 1).unwrap();
+        let config = TrainConfig { accumulation, eps: 1e-3, ..config(3) };
+        let report = Trainer::new(config).unwrap().run(&mut net, &mut data, &[]).unwrap();
+        (weight_bits(net.model()), report.logs)
+    };
+    let (whole, whole_logs) = trained(8, 1);
+    for (batch, accumulation) in [(4, 2), (2, 4), (3, 3)] {
+        let (parts, logs) = trained(batch, accumulation);
+        for (a, b) in whole_logs.iter().zip(&logs) {
+            assert!((a.loss - b.loss).abs() < 1e-5 * a.loss && (a.grad_norm - b.grad_norm).abs() < 1e-4 * a.grad_norm);
+            assert_eq!(a.n_tokens, b.n_tokens);
+        }
+        for (path, bits) in &whole {
+            for (a, b) in bits.iter().zip(&parts[path]) {
+                assert!((f32::from_bits(*a) - f32::from_bits(*b)).abs() < 1e-5, "{path}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_log_has_every_step_with_its_rate_and_validation() {
+    let dir = tempfile::tempdir().unwrap();
+    let report = run(&Trainer::new(config(10)).unwrap().with_folder(dir.path().join("new/run")), &mut net()).unwrap();
+    let text = std::fs::read_to_string(dir.path().join("new/run/losses.csv")).unwrap();
+    let mut lines = text.lines();
+    assert_eq!(lines.next(), Some("step,loss,valid_loss,lr,grad_norm,tokens"));
+    let rows: Vec<Vec<&str>> = lines.map(|line| line.split(',').collect()).collect();
+    assert_eq!(rows.len(), 10);
+    for (index, (row, log)) in rows.iter().zip(&report.logs).enumerate() {
+        assert_eq!(row[0], (index + 1).to_string());
+        assert_eq!(row[1].parse::<f64>().unwrap(), log.loss);
+        assert_eq!(row[2].is_empty(), ![4, 8, 10].contains(&(index + 1)));
+        let lr = 1e-2 * Schedule::Cosine.factor(index, 3, 10);
+        assert_eq!(row[3].parse::<f64>().unwrap(), lr);
+        assert_eq!(row[4].parse::<f64>().unwrap(), log.grad_norm);
+        assert_eq!(row[5].parse::<usize>().unwrap(), log.n_tokens);
+    }
+    assert!(report.logs[0].lr < report.logs[2].lr && report.logs[9].lr < report.logs[5].lr);
+    let total: usize = report.logs.iter().map(|log| log.n_tokens).sum();
+    assert!((report.tokens_per_second * report.seconds - total as f64).abs() < 1.0);
+    // A step's tokens are those of its two batches.
+    let mut data = batcher();
+    assert_eq!(report.logs[0].n_tokens, data.next_batch().n_tokens() + data.next_batch().n_tokens());
+}
+
+#[test]
+fn a_folder_that_cannot_be_is_an_error_before_the_first_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let mut net = net();
+    let before = weight_bits(net.model());
+    let result = run(&Trainer::new(config(3)).unwrap().with_folder(file.join("run")), &mut net);
+    assert!(matches!(result, Err(Error::Io { .. })));
+    assert_eq!(before, weight_bits(net.model()));
+}
+
+#[test]
+fn a_dense_run_trains_every_weight_and_may_be_adapted_after() {
+    let mut net = SuperNet::dense(tiny(false, 4)).unwrap();
+    assert_eq!(net.n_subnets(), 1.0);
+    let before = weight_bits(net.model());
+    let untrained = mean_loss(net.model(), &valid()).unwrap();
+    let report = run(&Trainer::new(TrainConfig { lr: 3e-3, ..config(40) }).unwrap(), &mut net).unwrap();
+    assert!(report.valid_loss().unwrap() < 0.7 * untrained);
+    let after = weight_bits(net.model());
+    for (path, bits) in &before {
+        assert_ne!(bits, &after[path], "{path}");
+    }
+    assert_eq!(net.cost(&net.maximal()).unwrap().params, net.model().count_base_params().total);
+
+    // Adapters on the model that was just trained: its own weights are frozen then.
+    let model = net.into_model();
+    let space = SearchSpace::fixed(&model.layer_shapes(), 2).unwrap();
+    let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(2))).unwrap();
+    run(&Trainer::new(config(3)).unwrap(), &mut net).unwrap();
+    let adapted = weight_bits(net.model());
+    for (path, bits) in &after {
+        let path = if adapted.contains_key(path) { path.clone() } else { panic!("{path} is gone") };
+        assert_eq!(bits, &adapted[&path], "{path}");
+    }
+}
+
+#[test]
+fn a_tied_dense_model_trains_too() {
+    let mut net = SuperNet::dense(tiny(true, 4)).unwrap();
+    let untrained = mean_loss(net.model(), &valid()).unwrap();
+    let report = run(&Trainer::new(TrainConfig { lr: 3e-3, ..config(40) }).unwrap(), &mut net).unwrap();
+    assert!(report.valid_loss().unwrap() < 0.8 * untrained);
+}
+
+#[test]
+fn a_masked_run_keeps_the_zeros_of_the_merge() {
+    let mut model = tiny(true, 4);
+    model
+        .try_for_each_linear(|_, layer| {
+            let mut weight = layer.base.to_matrix();
+            weight.as_mut_slice().iter_mut().step_by(2).for_each(|v| *v = 0.0);
+            layer.base.set_matrix(&weight)
+        })
+        .unwrap();
+    let space = SearchSpace::fixed(&model.layer_shapes(), 3).unwrap();
+    let config_ = SuperNetConfig::new(lora()).with_sparse_peft(true);
+    let mut net = SuperNet::new(model, space, config_).unwrap();
+    run(&Trainer::new(config(6)).unwrap(), &mut net).unwrap();
+    for (name, layer) in net.model().linears() {
+        let merged = elastic_lora::nn::host_values(layer.merged_weight());
+        let weight = elastic_lora::nn::host_values(layer.base.weight.val());
+        assert!(weight.iter().zip(&merged).all(|(w, m)| *w != 0.0 || *m == 0.0), "{name}");
+        assert!(weight != merged, "{name}");
+    }
+}
+
+#[test]
+fn odd_data_gives_errors_or_nothing_but_no_panic() {
+    let run_on = |sequences: Vec<Sequence>, net: &mut SuperNet| {
+        let mut data = Batcher::new(sequences, 2, 0, 1)?;
+        Trainer::new(config(3))?.run(net, &mut data, &[])
+    };
+    // A token outside the vocabulary, a sequence over the context, an empty one.
+    let mut net = net();
+    let before = weight_bits(net.model());
+    let error = run_on(vec![Sequence::unmasked(vec![1, 41, 2])], &mut net).unwrap_err();
+    assert!(matches!(error, Error::TokenOutOfRange { found: 41, vocab_size: 41 }), "{error}");
+    let error = run_on(vec![Sequence::unmasked(vec![1; 41])], &mut net).unwrap_err();
+    assert!(matches!(error, Error::SequenceTooLong { found: 41, max: 40, .. }), "{error}");
+    assert!(run_on(vec![Sequence::unmasked(Vec::new())], &mut net).is_err());
+    assert!(run_on(Vec::new(), &mut net).is_err());
+    assert_eq!(before, weight_bits(net.model()));
+    assert!(!net.model().device().is_autodiff());
+    // Nothing to predict: nothing is learned.
+    let nothing = Sequence { ids: vec![1, 2, 3], loss_mask: vec![false; 3] };
+    let report = run_on(vec![nothing.clone(), nothing.clone()], &mut net).unwrap();
+    assert!(report.logs.iter().all(|log| log.loss == 0.0 && log.grad_norm == 0.0));
+    assert_eq!(before, weight_bits(net.model()));
+    // Some of the batches have nothing to predict.
+    let some = vec![nothing.clone(), nothing, sequences(1, 1).remove(0)];
+    assert!(run_on(some, &mut net).unwrap().logs.iter().all(|log| log.loss.is_finite()));
+
+    // Nothing to train.
+    let mut bare = SuperNet::new(tiny(true, 4), SearchSpace::single(), SuperNetConfig::new(lora())).unwrap();
+    assert!(matches!(run(&Trainer::new(config(3)).unwrap(), &mut bare), Err(Error::InvalidArgument { .. })));
+
+    // A first token cannot be predicted, whatever the mask says.
+    let first = Sequence { ids: vec![7, 8], loss_mask: vec![true, true] };
+    assert_eq!(targets(&collate(&[&first, &first], 0)), [(0, 8), (2, 8)]);
+    assert_eq!(mean_loss(&net.eval_model(), &[]).unwrap(), 0.0);
+
+    for bad in [
+        TrainConfig { steps: 0, ..config(3) },
+        TrainConfig { accumulation: 0, ..config(3) },
+        TrainConfig { lr: f64::NAN, ..config(3) },
+        TrainConfig { lr: 0.0, ..config(3) },
+        TrainConfig { eps: -1.0, ..config(3) },
+        TrainConfig { weight_decay: f64::INFINITY, ..config(3) },
+        TrainConfig { betas: (1.0, 0.9), ..config(3) },
+        TrainConfig { clip_norm: Some(0.0), ..config(3) },
+    ] {
+        assert!(matches!(Trainer::new(bad), Err(Error::InvalidArgument { .. })));
+    }
+}
+
+#[test]
+fn a_model_on_the_autodiff_device_trains_to_the_same_bits() {
+    let trained = |device: &Device| {
+        let model = tiny_on(&tiny_dims(true), 4, device);
+        let space = SearchSpace::fixed(&model.layer_shapes(), 3).unwrap();
+        let config_ = SuperNetConfig::new(lora()).with_sparse_peft(true);
+        let mut net = SuperNet::new(model, space, config_).unwrap();
+        run(&Trainer::new(config(4)).unwrap(), &mut net).unwrap();
+        weight_bits(net.model())
+    };
+    assert_eq!(trained(&Device::flex()), trained(&Device::flex().autodiff()));
+}
