@@ -200,11 +200,6 @@ impl SuperNet {
         self.space.n_subnets()
     }
 
-    /// Weights of the base when the super-network was made.
-    pub fn base_params(&self) -> ParamCount {
-        self.base
-    }
-
     /// Names of the adapted layers with their ranks under a subnet.
     ///
     /// # Errors

@@ -354,8 +354,6 @@ impl Trainer {
         BTreeMap::from([
             ("search space".into(), text(serde_json::to_string(net.space()))),
             ("adapters".into(), text(serde_json::to_string(net.config()))),
-            ("base weights".into(), format!("{:?}", net.base_params())),
-            ("training data".into(), fingerprint(train)),
             ("batches per epoch".into(), train.plan().batches_per_epoch().to_string()),
             ("fingerprint of the training data".into(), format!("{:016x}", checkpoint::fingerprint(train))),
             ("number of base weights".into(), base.total.to_string()),
@@ -382,18 +380,6 @@ impl Trainer {
         }
         atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
     }
-}
-
-/// Number of sequences and a hash of them.
-fn fingerprint(train: &Batcher) -> String {
-    let mut hash = 0;
-    for sequence in train.sequences() {
-        hash = mix_seed(hash, sequence.len() as u64);
-        for (id, counts) in sequence.ids.iter().zip(&sequence.loss_mask) {
-            hash = mix_seed(hash, u64::from(*id) << 1 | u64::from(*counts));
-        }
-    }
-    format!("{} sequences, {hash:016x}", train.sequences().len())
 }
 
 /// Positions whose next token counts in the loss, row-major, with that token.
