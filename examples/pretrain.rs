@@ -56,7 +56,8 @@ struct Args {
     work: Option<PathBuf>,
 }
 
-/// What the model reads, by weight. Of the last three it reads hardly any: they are what fine-tuning is for.
+/// What the model reads, by weight: hardly any of the last three, and none at all of the kinds that are not named, which are
+/// left for fine-tuning.
 const MIXTURE: [(Kind, f64); 9] = [
     (Kind::Sum, 0.20),
     (Kind::Difference, 0.14),

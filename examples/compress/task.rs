@@ -12,8 +12,15 @@ use elastic_lora::{Error, Result};
 
 use crate::{Args, common};
 
-/// The kinds of problem that the shipped model is mediocre at.
-const KINDS: [(Kind, f64); 3] = [(Kind::MulAdd, 1.0), (Kind::MulSub, 1.0), (Kind::Times, 1.0)];
+/// Problems of two steps: three kinds that the shipped model has hardly seen, and three that it has never seen put together.
+const KINDS: [(Kind, f64); 6] = [
+    (Kind::MulAdd, 1.0),
+    (Kind::MulSub, 1.0),
+    (Kind::Times, 1.0),
+    (Kind::ShareAdd, 1.0),
+    (Kind::SubShare, 1.0),
+    (Kind::AddMul, 1.0),
+];
 
 /// Sequences of calibration data, and their length at most.
 const CALIBRATION: (usize, usize) = (128, 2048);

@@ -37,6 +37,12 @@ pub enum Kind {
     MulSub,
     /// `x * y`, then `x +` that: one has `y` times as many as the other, and how many are there in total?
     Times,
+    /// `x / y`, then `+ z`.
+    ShareAdd,
+    /// `x - y`, then `/ z`, exact.
+    SubShare,
+    /// `x + y`, then `* z`, a one-digit sum.
+    AddMul,
 }
 
 /// Which part of all problems.
@@ -71,7 +77,7 @@ impl Problem {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 9] = [
+    pub const ALL: [Kind; 12] = [
         Kind::Sum,
         Kind::Difference,
         Kind::Compare,
@@ -81,6 +87,9 @@ impl Kind {
         Kind::MulAdd,
         Kind::MulSub,
         Kind::Times,
+        Kind::ShareAdd,
+        Kind::SubShare,
+        Kind::AddMul,
     ];
 
     fn name(self) -> &'static str {
@@ -94,6 +103,9 @@ impl Kind {
             Kind::MulAdd => "mul_add",
             Kind::MulSub => "mul_sub",
             Kind::Times => "times",
+            Kind::ShareAdd => "share_add",
+            Kind::SubShare => "sub_share",
+            Kind::AddMul => "add_mul",
         }
     }
 
@@ -150,6 +162,21 @@ impl Kind {
                 "{A} finds {x} {o}. {B} finds {y} times as many. How many {o} do they find in total?",
                 "{A} buys {x} {o} and {B} buys {y} times as many. How many {o} do they buy in total?",
             ],
+            Kind::ShareAdd => &[
+                "{A} shares {x} {o} among {y} friends. Each friend buys {z} more. How many {o} does each friend have now?",
+                "{A} puts {x} {o} into {y} bags and adds {z} to each bag. How many {o} are in each bag?",
+                "{A} lays {x} {o} in {y} equal rows. {B} adds {z} to each row. How many {o} are in each row now?",
+            ],
+            Kind::SubShare => &[
+                "{A} has {x} {o}, gives away {y} and packs those left into boxes of {z}. How many boxes does {A} fill?",
+                "{A} has {x} {o} and loses {y}. {A} shares those left among {z} friends. How many does each friend get?",
+                "{A} finds {x} {o}, gives {y} to {B} and puts those left into {z} bags. How many are in each bag?",
+            ],
+            Kind::AddMul => &[
+                "{A} has {x} {o} and buys {y} more. {B} has {z} times as many as {A} now. How many {o} does {B} have?",
+                "In each box there are {x} {o}. {A} adds {y} to each of the {z} boxes. How many {o} are there in total?",
+                "{A} lays {z} rows of {x} {o} and adds {y} more to each row. How many {o} are there in total?",
+            ],
         }
     }
 
@@ -172,6 +199,15 @@ impl Kind {
             Kind::MulAdd => factors().for_each(|(x, y)| all.extend((2..=30.min(99 - x * y)).map(|z| [x, y, z]))),
             Kind::MulSub => factors().for_each(|(x, y)| all.extend((2..=30.min(x * y - 2)).map(|z| [x, y, z]))),
             Kind::Times => (2..=12).for_each(|x| all.extend((2..=6).map(|y| [x, y, 0]))),
+            Kind::ShareAdd => factors().for_each(|(x, y)| all.extend((2..=30).map(|z| [x * y, y, z]))),
+            Kind::SubShare => {
+                factors().for_each(|(q, z)| all.extend((2..=30.min(99 - q * z)).map(|y| [q * z + y, y, z])));
+            }
+            Kind::AddMul => {
+                for (sum, z) in factors().filter(|(sum, _)| *sum > 3) {
+                    all.extend((2..=sum - 2).map(|x| [x, sum - x, z]));
+                }
+            }
         }
         all
     }
@@ -190,6 +226,9 @@ impl Kind {
             Kind::MulAdd => two('*', x * y, &format!("{} + {z}", x * y), x * y + z),
             Kind::MulSub => two('*', x * y, &format!("{} - {z}", x * y), x * y - z),
             Kind::Times => two('*', x * y, &format!("{x} + {}", x * y), x + x * y),
+            Kind::ShareAdd => two('/', x / y, &format!("{} + {z}", x / y), x / y + z),
+            Kind::SubShare => two('-', x - y, &format!("{} / {z}", x - y), (x - y) / z),
+            Kind::AddMul => two('+', x + y, &format!("{} * {z}", x + y), (x + y) * z),
         }
     }
 
