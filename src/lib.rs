@@ -1,12 +1,48 @@
 //! Prune, fine-tune, search, merge and run large language models with elastic low-rank adapters.
+//!
+//! The methods are those of *Low-Rank Adapters Meet Neural Architecture Search for LLM Compression* (arXiv 2501.16372): Shears'
+//! neural low-rank adapter search on a pruned model, and SQFT's SparsePEFT, whose adapters merge into the sparse weights
+//! without losing a zero.
+//!
+//! # The way of a model
+//!
+//! ```text
+//! io --> model --> supernet --> train --> trained supernet --> search <--> eval
+//!  |                 ^                                            | SubnetConfig
+//!  +-> calib --> sparsity                                         v
+//!                                               merge --> compressed model --> io, infer
+//! ```
+//!
+//! 1. [`model::Pretrained::open`] reads a Hugging Face folder into a [`model::Decoder`].
+//! 2. [`calib::prune_model`] prunes it, layer by layer, by [`sparsity::Method`] and [`sparsity::Pattern`].
+//! 3. A [`SearchSpace`] says which layers share a rank and which ranks there are; [`SuperNet::new`] puts elastic adapters
+//!    ([`ElasticLoraLinear`]) on the model.
+//! 4. A [`train::Trainer`] trains all subnets at once, a random one at each step.
+//! 5. A [`Searcher`], driven by a [`search::Study`], finds the [`SubnetConfig`] that is worth its cost
+//!    ([`eval::SubnetObjective`]).
+//! 6. [`SuperNet::extract`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
+//!    [`model::Pretrained::write_variant`] writes the result.
+//!
+//! The adapters work in any Burn model: [`ElasticLoraLinear`] as a layer, [`adapter::ElasticLoraReparameterizer`] on modules
+//! that exist already.
+//!
+//! # Conventions
+//!
+//! Files, [`linalg::Matrix`], masks and merging speak Hugging Face's `[out, in]`; Burn tensors `[in, out]`. A fraction is in
+//! 0..=1. Losses are in nats. Everything random has a seed, and the same seed gives the same result on the same machine, at
+//! any number of threads. Nothing that a caller passes makes the crate panic: what is wrong comes back as an [`Error`] that
+//! names it.
 #![warn(missing_docs)]
 
 pub mod adapter;
+pub mod calib;
 pub mod data;
 pub mod error;
+pub mod eval;
 pub mod infer;
 pub mod io;
 pub mod linalg;
+pub mod merge;
 pub mod model;
 pub mod nn;
 pub mod search;
@@ -17,5 +53,11 @@ pub mod train;
 
 pub use adapter::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use error::{Error, Result};
+pub use merge::Merger;
+pub use search::Searcher;
 pub use space::{SearchSpace, SubnetConfig};
 pub use supernet::SuperNet;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

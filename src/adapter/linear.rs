@@ -111,9 +111,7 @@ impl ElasticLoraLinear {
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match &self.adapter {
-            Some(adapter) => {
-                adapter.forward(x, self.base.weight.val(), self.base.bias.as_ref().map(|bias| bias.val()))
-            }
+            Some(adapter) => adapter.forward(x, self.base.weight.val(), self.base.bias.as_ref().map(|bias| bias.val())),
             None => self.base.forward(x),
         }
     }

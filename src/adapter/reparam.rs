@@ -37,10 +37,10 @@ impl RankSwitches {
     /// # Errors
     /// [`Error::UnknownLayer`] for a path that has no adapter, [`Error::InvalidRank`] for 0 or more than the maximum.
     pub fn set(&self, path: &str, rank: usize) -> Result<()> {
-        let switch = self.ranks.get(path).ok_or_else(|| Error::UnknownLayer {
-            context: "rank switches".into(),
-            layer: path.to_string(),
-        })?;
+        let switch = self
+            .ranks
+            .get(path)
+            .ok_or_else(|| Error::UnknownLayer { context: "rank switches".into(), layer: path.to_string() })?;
         if rank == 0 || rank > switch.max {
             return Err(Error::InvalidRank { layer: path.to_string(), found: rank, max: switch.max });
         }
@@ -60,10 +60,10 @@ impl RankSwitches {
     pub fn activate(&self, space: &SearchSpace, config: &SubnetConfig) -> Result<()> {
         let ranks = space.ranks(config)?;
         for (path, rank) in &ranks {
-            let switch = self.ranks.get(path).ok_or_else(|| Error::UnknownLayer {
-                context: "rank switches".into(),
-                layer: path.clone(),
-            })?;
+            let switch = self
+                .ranks
+                .get(path)
+                .ok_or_else(|| Error::UnknownLayer { context: "rank switches".into(), layer: path.clone() })?;
             if *rank == 0 || *rank > switch.max {
                 return Err(Error::InvalidRank { layer: path.clone(), found: *rank, max: switch.max });
             }
@@ -185,9 +185,9 @@ impl Reparameterization for ElasticLoraReparam {
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         let rank = self.active.0.load(Ordering::Relaxed);
         let shape = base.dims();
-        let mask = self.masked.then(|| {
-            base.clone().without_autodiff().not_equal_elem(0.0).float().reshape([shape[0], shape[1]])
-        });
+        let mask = self
+            .masked
+            .then(|| base.clone().without_autodiff().not_equal_elem(0.0).float().reshape([shape[0], shape[1]]));
         let delta = delta_weight(self.lora_a.val(), self.lora_b.val(), rank, self.config.scale(rank), mask);
         base + delta.reshape(shape)
     }

@@ -56,6 +56,9 @@ impl LinearKind {
     }
 }
 
+/// Is shown the input of each linear layer just before it is used, `[batch, seq, d_input]`.
+pub type Tap<'a> = dyn FnMut(LinearKind, &Tensor<3>) + 'a;
+
 /// What the blocks of one forward pass share.
 pub(crate) struct Pass<'a> {
     /// `[seq, head_dim / 2]`.
@@ -64,8 +67,7 @@ pub(crate) struct Pass<'a> {
     pub sin: Tensor<2>,
     pub mask: AttentionMask,
     pub cache: Option<&'a mut KvCache>,
-    /// Is shown the input of each linear layer just before it is used.
-    pub tap: Option<&'a mut dyn FnMut(LinearKind, &Tensor<3>)>,
+    pub tap: Option<&'a mut Tap<'a>>,
 }
 
 impl Pass<'_> {

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::block::{Attention, Block, LinearKind, Mlp, Pass};
+use super::block::{Attention, Block, LinearKind, Mlp, Pass, Tap};
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
@@ -100,7 +100,8 @@ impl Decoder {
         let d_attention = config.num_attention_heads() * config.head_dim();
         let d_kv = config.num_key_value_heads() * config.head_dim();
         let eps = config.rms_norm_eps();
-        let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?).set_require_grad(false);
+        let embed_tokens =
+            Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?).set_require_grad(false);
         let mut layers = Vec::with_capacity(config.num_hidden_layers());
         for block in 0..config.num_hidden_layers() {
             let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
@@ -200,7 +201,7 @@ impl Decoder {
     ///
     /// # Shapes
     /// - `x` and result: `[batch, seq, d_model]`
-    pub fn block(&self, block: usize, x: Tensor<3>, tap: Option<&mut dyn FnMut(LinearKind, &Tensor<3>)>) -> Tensor<3> {
+    pub fn block<'a>(&self, block: usize, x: Tensor<3>, tap: Option<&'a mut Tap<'a>>) -> Tensor<3> {
         let mut pass = self.pass(0, x.dims()[1], None);
         pass.tap = tap;
         self.layers[block].forward(x, block, &mut pass)

@@ -48,6 +48,7 @@ fn push_linear(tensors: &mut Vec<HostTensor<'_>>, name: &str, base: &BaseLinear,
     }));
     if let Some(bias) = &base.bias {
         let bias = bias.clone();
-        tensors.push(HostTensor::lazy_f32(format!("{name}.bias"), dtype, [d_output], move || Ok(host_values(bias.val()))));
+        tensors
+            .push(HostTensor::lazy_f32(format!("{name}.bias"), dtype, [d_output], move || Ok(host_values(bias.val()))));
     }
 }

@@ -4,6 +4,8 @@
 mod block;
 mod decoder;
 mod export;
+mod pretrained;
 
-pub use block::{Attention, Block, LinearKind, Mlp};
+pub use block::{Attention, Block, LinearKind, Mlp, Tap};
 pub use decoder::{Decoder, ParamCount};
+pub use pretrained::Pretrained;

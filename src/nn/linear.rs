@@ -131,8 +131,7 @@ mod tests {
         let y = host_values(layer.forward(Tensor::<2>::from_data(TensorData::new(x.clone(), [2, 5]), &device)));
         for row in 0..2 {
             for o in 0..3 {
-                let expected: f32 =
-                    (0..5).map(|i| x[row * 5 + i] * w.row(o)[i]).sum::<f32>() + [0.5, -1.0, 2.0][o];
+                let expected: f32 = (0..5).map(|i| x[row * 5 + i] * w.row(o)[i]).sum::<f32>() + [0.5, -1.0, 2.0][o];
                 approx::assert_abs_diff_eq!(y[row * 3 + o], expected, epsilon = 1e-5);
             }
         }

@@ -19,7 +19,12 @@ impl Rope {
                 match scaling {
                     RopeScaling::Default => freq,
                     RopeScaling::Linear { factor } => freq / factor,
-                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                    RopeScaling::Llama3 {
+                        factor,
+                        low_freq_factor,
+                        high_freq_factor,
+                        original_max_position_embeddings,
+                    } => {
                         let original = original_max_position_embeddings as f64;
                         let wavelength = 2.0 * std::f64::consts::PI / freq;
                         if wavelength < original / high_freq_factor {
@@ -27,8 +32,8 @@ impl Rope {
                         } else if wavelength > original / low_freq_factor {
                             freq / factor
                         } else {
-                            let smooth = (original / wavelength - low_freq_factor)
-                                / (high_freq_factor - low_freq_factor);
+                            let smooth =
+                                (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                             (1.0 - smooth) * freq / factor + smooth * freq
                         }
                     }
@@ -86,7 +91,8 @@ mod tests {
         assert_eq!(plain.inv_freq()[0], scaled.inv_freq()[0]);
         approx::assert_relative_eq!(plain.inv_freq()[31] / 8.0, scaled.inv_freq()[31], epsilon = 1e-12);
         // Published middle value: 2 pi / freq between 2048 and 8192 is interpolated, so it lies strictly between.
-        let between = plain.inv_freq().iter().zip(scaled.inv_freq()).filter(|(p, s)| *s < *p && **s > **p / 8.0).count();
+        let between =
+            plain.inv_freq().iter().zip(scaled.inv_freq()).filter(|(p, s)| *s < *p && **s > **p / 8.0).count();
         assert!(between > 0);
         for (p, s) in plain.inv_freq().iter().zip(scaled.inv_freq()) {
             assert!(s <= p && *s >= p / 8.0 - 1e-12);

@@ -34,10 +34,9 @@ impl SubnetCost {
         }
         let mut adapters = 0;
         for (name, rank) in ranks {
-            let layer = model.linear(name).ok_or_else(|| Error::UnknownLayer {
-                context: "cost of a subnet".into(),
-                layer: name.clone(),
-            })?;
+            let layer = model
+                .linear(name)
+                .ok_or_else(|| Error::UnknownLayer { context: "cost of a subnet".into(), layer: name.clone() })?;
             let [d_input, d_output] = layer.base.dims();
             adapters += rank * (d_input + d_output);
         }

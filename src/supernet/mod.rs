@@ -1,5 +1,6 @@
 //! A model, the adapters on it and the space of their shapes: all subnets share one set of weights.
 
+mod adapter;
 mod cost;
 
 pub use cost::SubnetCost;
@@ -147,6 +148,11 @@ impl SuperNet {
         &self.config
     }
 
+    /// Weights of the base, adapters left out, as they were when the super-network was made.
+    pub fn base_params(&self) -> ParamCount {
+        self.base
+    }
+
     /// The active subnet.
     pub fn active(&self) -> &SubnetConfig {
         &self.active
@@ -192,11 +198,6 @@ impl SuperNet {
     /// Number of subnets.
     pub fn n_subnets(&self) -> f64 {
         self.space.n_subnets()
-    }
-
-    /// Weights of the base when the super-network was made.
-    pub fn base_params(&self) -> ParamCount {
-        self.base
     }
 
     /// Names of the adapted layers with their ranks under a subnet.

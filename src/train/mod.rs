@@ -75,7 +75,7 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between validations; the last step always validates. 0: only the last.
     pub eval_every: usize,
-    /// Steps between checkpoints, where the run has a folder. 0: none but on interruption.
+    /// Steps between checkpoints, where the run has a folder; the last step is always kept. 0: none but on interruption.
     pub checkpoint_every: usize,
 }
 
@@ -339,7 +339,7 @@ impl Trainer {
             let log = StepLog { step: step + 1, loss, valid_loss, lr, grad_norm, n_tokens };
             bar.step(&log, std::time::Duration::from_secs_f64(seconds));
             logs.push(log);
-            if config.checkpoint_every > 0 && (step + 1).is_multiple_of(config.checkpoint_every) {
+            if config.checkpoint_every > 0 && (last || (step + 1).is_multiple_of(config.checkpoint_every)) {
                 save(net, optimizer, train, logs)?;
             }
         }
@@ -349,16 +349,13 @@ impl Trainer {
 
     /// What must be the same for a checkpoint to fit.
     fn about(&self, net: &SuperNet, train: &Batcher) -> BTreeMap<String, String> {
-        let base = net.base_params();
         let text = |value: std::result::Result<String, serde_json::Error>| value.unwrap_or_default();
         BTreeMap::from([
             ("search space".into(), text(serde_json::to_string(net.space()))),
             ("adapters".into(), text(serde_json::to_string(net.config()))),
-            ("number of training sequences".into(), train.sequences().len().to_string()),
+            ("base weights".into(), format!("{:?}", net.base_params())),
+            ("training data".into(), fingerprint(train)),
             ("batches per epoch".into(), train.plan().batches_per_epoch().to_string()),
-            ("fingerprint of the training data".into(), format!("{:016x}", checkpoint::fingerprint(train))),
-            ("number of base weights".into(), base.total.to_string()),
-            ("number of base weights that are not zero".into(), base.nonzero.to_string()),
         ])
     }
 
@@ -381,6 +378,21 @@ impl Trainer {
         }
         atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
     }
+}
+
+/// Number of sequences and a hash of them and of their order in the first epoch.
+fn fingerprint(train: &Batcher) -> String {
+    let mut hash = 0;
+    for sequence in train.sequences() {
+        hash = mix_seed(hash, sequence.len() as u64);
+        for (id, counts) in sequence.ids.iter().zip(&sequence.loss_mask) {
+            hash = mix_seed(hash, u64::from(*id) << 1 | u64::from(*counts));
+        }
+    }
+    for index in train.plan().epoch(0).into_iter().flatten() {
+        hash = mix_seed(hash, index as u64);
+    }
+    format!("{} sequences, {hash:016x}", train.sequences().len())
 }
 
 /// Positions whose next token counts in the loss, row-major, with that token.

@@ -1,0 +1,64 @@
+//! What the examples share.
+#![allow(dead_code)]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::Device;
+use elastic_lora::{Error, Result};
+
+/// The model that the crate ships.
+pub fn shipped_model() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/arithmetic-llama"))
+}
+
+/// A device by the name of its backend's feature.
+pub fn device(name: &str) -> Result<Device> {
+    match name {
+        #[cfg(feature = "flex")]
+        "flex" => Ok(Device::flex()),
+        #[cfg(feature = "ndarray")]
+        "ndarray" => Ok(Device::ndarray()),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Ok(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)),
+        #[cfg(feature = "vulkan")]
+        "vulkan" => Ok(Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)),
+        #[cfg(feature = "metal")]
+        "metal" => Ok(Device::metal(burn::tensor::DeviceKind::DefaultDevice)),
+        #[cfg(feature = "cuda")]
+        "cuda" => Ok(Device::cuda(0)),
+        #[cfg(feature = "rocm")]
+        "rocm" => Ok(Device::rocm(0)),
+        _ => Err(Error::InvalidArgument {
+            name: "device",
+            found: name.into(),
+            expected:
+                "flex, ndarray, wgpu, vulkan, metal, cuda or rocm, each where the build has the feature of that name"
+                    .into(),
+        }),
+    }
+}
+
+/// A flag that the first interrupt sets; the second ends the process.
+pub fn stop_flag() -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this step; interrupt again to stop at once");
+    };
+    // Without a handler an interrupt ends the process, which loses no more than the steps since the last checkpoint.
+    let _ = ctrlc::set_handler(handler);
+    stop
+}
+
+/// Prints an error with its cause and ends the process with 1.
+pub fn exit_on_error(result: Result<()>) {
+    if let Err(error) = result {
+        eprintln!("error: {error}");
+        std::process::exit(if matches!(error, Error::Interrupted) { 130 } else { 1 });
+    }
+}

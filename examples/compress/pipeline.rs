@@ -1,0 +1,374 @@
+//! Prune, train, search, merge, and the table.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use elastic_lora::adapter::LoraConfig;
+use elastic_lora::calib::prune_model;
+use elastic_lora::data::Batcher;
+use elastic_lora::eval::{Cost, Metric, SubnetObjective, mean_loss};
+use elastic_lora::infer::GenerateConfig;
+use elastic_lora::io::atomic;
+use elastic_lora::io::peft::PeftOptions;
+use elastic_lora::io::report::{Report, Row};
+use elastic_lora::model::Decoder;
+use elastic_lora::search::{
+    Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport, StopReason, StudyConfig,
+};
+use elastic_lora::sparsity::{self, Pattern};
+use elastic_lora::supernet::SuperNetConfig;
+use elastic_lora::train::{Sampling, TrainConfig, TrainReport, Trainer};
+use elastic_lora::{Error, Merger, Result, SearchSpace, Searcher, SubnetConfig, SuperNet};
+
+use crate::task::Task;
+use crate::{Args, Method, SearchMetric, common};
+
+struct Run<'a> {
+    args: &'a Args,
+    task: &'a Task,
+    out: PathBuf,
+    stop: Arc<AtomicBool>,
+    report: Report,
+}
+
+pub fn run(args: &Args, task: &Task) -> Result<()> {
+    let started = Instant::now();
+    let pattern = Pattern::from_name(&args.pattern, args.sparsity)?;
+    let method: sparsity::Method = args.prune.parse()?;
+    let out = prepare_out(args)?;
+    let command = std::env::args().collect::<Vec<_>>().join(" ");
+    let mut report = Report::new(command, args.seed);
+    report.versions.insert("burn".into(), burn_version().into());
+    let mut run = Run { args, task, out, stop: common::stop_flag(), report };
+
+    let base = task.pretrained.model.clone();
+    run.row("base", &base, None)?;
+
+    let mut pruned = base;
+    let bar = indicatif::ProgressBar::new(0);
+    prune_model(&mut pruned, &task.calibration, method, &pattern, |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    run.row(&format!("pruned to {pattern}"), &pruned, None)?;
+    task.pretrained.write_variant(&pruned, run.out.join("pruned"), true)?;
+
+    let space = run.space(&pruned)?;
+    println!("{} subnets in {} groups", space.n_subnets(), space.len());
+    if args.method.includes(Method::Lora) {
+        run.lora(&pruned, &space)?;
+    }
+    if args.method.includes(Method::Shears) {
+        run.shears(&pruned, &space)?;
+    }
+    if args.method.includes(Method::SparsePeft) {
+        run.sparse_peft(&pruned, &space)?;
+    }
+    run.report.write(run.out.join("report.json"))?;
+    println!("\n{}", run.report);
+    println!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The version of Burn that the lock file pins.
+fn burn_version() -> &'static str {
+    let lock = include_str!("../../Cargo.lock");
+    let after = lock.split_once("name = \"burn\"\nversion = \"").map_or("", |(_, after)| after);
+    after.split('"').next().unwrap_or("")
+}
+
+/// The folder of results: a fresh one, or one that may be replaced or gone on with.
+fn prepare_out(args: &Args) -> Result<PathBuf> {
+    let default = args.out.is_none();
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("target/compress"));
+    let occupied = std::fs::read_dir(&out).is_ok_and(|mut entries| entries.next().is_some());
+    if occupied && !args.resume {
+        if !default && !args.overwrite {
+            return Err(Error::InvalidArgument {
+                name: "out",
+                found: out.display().to_string(),
+                expected: "an empty or new folder, or --resume or --overwrite".into(),
+            });
+        }
+        // Only what a run makes is removed, so that a mistyped folder loses nothing else.
+        for name in ["lora", "shears", "sparse-peft", "pruned", "merged", "adapter"] {
+            let path = out.join(name);
+            if path.is_dir() {
+                std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+            }
+        }
+    }
+    std::fs::create_dir_all(&out).map_err(|e| Error::io(&out, e))?;
+    Ok(out)
+}
+
+impl Run<'_> {
+    /// Measures a model as it stands and adds its row; `net` tells costs and ranks where adapters stay apart.
+    fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
+        let pretrained = &self.task.pretrained;
+        let mut row = Row::new(name);
+        row.loss = Some(mean_loss(model, &self.task.test)?);
+        if let Some(problems) = &self.task.problems {
+            let config = GenerateConfig::new(self.task.max_new_tokens, pretrained.stop_ids());
+            row.accuracy = Some(problems.exact_match(model, &pretrained.tokenizer, &config)?.accuracy());
+        }
+        let (mut zeros, mut all) = (0, 0);
+        for (_, layer) in model.linears() {
+            let weight = layer.base.to_matrix();
+            zeros += weight.count_zeros();
+            all += weight.as_slice().len();
+        }
+        row.sparsity = Some(zeros as f64 / all as f64);
+        let plain;
+        let net = match net {
+            Some(net) => net,
+            None => {
+                plain = SuperNet::dense(model.clone())?;
+                &plain
+            }
+        };
+        let cost = net.cost(net.active())?;
+        row.params = Some(cost.params as u64);
+        row.nonzero_params = Some(cost.nonzero_params as u64);
+        row.macs_per_token = Some(cost.macs_per_token as u64);
+        row.bytes = Some(cost.weight_bytes as u64);
+        if net.space().len() > 0 {
+            row.ranks = Some(net.space().values(net.active())?);
+        }
+        let accuracy = row.accuracy.map_or(String::new(), |a| format!(", accuracy {:.1} %", 100.0 * a));
+        println!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
+        self.report.rows.push(row);
+        Ok(())
+    }
+
+    fn space(&self, model: &Decoder) -> Result<SearchSpace> {
+        let layers = model.layer_shapes();
+        match &self.args.space {
+            Some(file) => SearchSpace::from_file(file, &layers),
+            None => {
+                let groups: Vec<Vec<&str>> = self
+                    .args
+                    .groups
+                    .split(';')
+                    .map(|group| group.split(',').map(str::trim).filter(|name| !name.is_empty()).collect())
+                    .collect();
+                SearchSpace::grouped(&layers, &groups, &self.args.ranks)
+            }
+        }
+    }
+
+    fn supernet(&self, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
+        let max_rank = space.max_rank();
+        let mut lora = LoraConfig::new(max_rank).with_dropout(self.args.dropout);
+        if let Some(alpha) = self.args.alpha {
+            lora = lora.with_alpha(alpha);
+        }
+        let config = SuperNetConfig::new(lora).with_sparse_peft(masked).with_seed(self.args.seed);
+        SuperNet::new(model.clone(), space, config)
+    }
+
+    fn train(&self, net: &mut SuperNet, name: &str, sampling: Sampling) -> Result<TrainReport> {
+        let args = self.args;
+        let mut config = TrainConfig::new(args.steps);
+        config.lr = args.lr;
+        config.warmup = (args.steps / 20).min(100);
+        config.seed = args.seed;
+        config.sampling = sampling;
+        config.eval_every = (args.steps / 4).max(1);
+        config.checkpoint_every = (args.steps / 4).max(1);
+        let mut batcher = Batcher::new(self.task.train.clone(), args.batch, self.task.pretrained.pad_id(), args.seed)?;
+        let report = Trainer::new(config)?
+            .with_folder(self.out.join(name))
+            .with_resume(args.resume)
+            .with_progress(name)
+            .with_stop(self.stop.clone())
+            .run(net, &mut batcher, &self.task.valid)?;
+        if report.steps_done > 0 {
+            let per_step = 1000.0 * report.seconds / report.steps_done as f64;
+            println!(
+                "trained {name}: {} steps, {per_step:.0} ms a step, {:.0} tokens/s",
+                report.steps_done, report.tokens_per_second
+            );
+        }
+        Ok(report)
+    }
+
+    fn lora(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
+        let layers: Vec<_> =
+            pruned.layer_shapes().into_iter().filter(|l| space.group_of_layer(&l.name).is_some()).collect();
+        let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
+        let mut net = self.supernet(pruned, fixed, false)?;
+        self.train(&mut net, "lora", Sampling::Fixed)?;
+        self.row("LoRA on the pruned base", net.model(), Some(&net))
+    }
+
+    fn shears(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
+        let mut net = self.supernet(pruned, space.clone(), false)?;
+        self.train(&mut net, "shears", Sampling::PerStep)?;
+        net.activate(&net.maximal())?;
+        self.row("Shears, largest", net.model(), Some(&net))?;
+        net.activate(&net.heuristic())?;
+        self.row("Shears, heuristic", net.model(), Some(&net))?;
+
+        let outcome = self.search(&net)?;
+        // The best on the validation set among those that cost no more than the heuristic, itself one of them.
+        let limit = net.cost(&net.heuristic())?;
+        let limit = match self.cost()? {
+            Cost::Macs => limit.macs_per_token,
+            Cost::Params => limit.params,
+            Cost::Bytes => limit.weight_bytes,
+        };
+        let chosen = match outcome.best_under(limit as f64) {
+            Some(best) => best.config.clone(),
+            None => net.heuristic(),
+        };
+        net.activate(&chosen)?;
+        self.row("Shears, searched", net.model(), Some(&net))?;
+
+        let adapter = net.extract()?;
+        let options = PeftOptions {
+            overwrite: true,
+            model_layers: pruned.layer_shapes().into_iter().map(|layer| layer.name).collect(),
+            dropout: self.args.dropout,
+            ..PeftOptions::default()
+        };
+        adapter.write(self.out.join("adapter"), &options)?;
+        self.write_subnet(&net, &chosen, "adapter")
+    }
+
+    fn cost(&self) -> Result<Cost> {
+        match self.args.cost.as_str() {
+            "macs" => Ok(Cost::Macs),
+            "params" => Ok(Cost::Params),
+            "bytes" => Ok(Cost::Bytes),
+            other => Err(Error::InvalidArgument {
+                name: "cost",
+                found: other.into(),
+                expected: "macs, params or bytes".into(),
+            }),
+        }
+    }
+
+    fn search(&self, net: &SuperNet) -> Result<SearchOutcome> {
+        let (args, space) = (self.args, net.space());
+        // The reference points are evaluated whatever the searcher: the report draws them.
+        let seeds = vec![net.heuristic(), net.maximal(), net.minimal()];
+        let mut searcher: Box<dyn Searcher> = match args.search.as_str() {
+            "nsga2" => {
+                let population = (args.evals / 4).clamp(4, 40);
+                let config = NsgaConfig::new().with_population(population).with_seed(args.seed).with_screening(10);
+                Box::new(config.with_initial(seeds).init(space)?)
+            }
+            "random" => Box::new(RandomSearchConfig::new().with_seed(args.seed).with_initial(seeds).init(space)?),
+            "hill-climbing" => Box::new(HillClimbingConfig::new().with_seed(args.seed).init(space)?),
+            "heuristic" => Box::new(Heuristic::new(space)),
+            other => {
+                return Err(Error::InvalidArgument {
+                    name: "search",
+                    found: other.into(),
+                    expected: "nsga2, random, hill-climbing or heuristic".into(),
+                });
+            }
+        };
+        let log = self.out.join("shears/search.jsonl");
+        if !args.resume && log.exists() {
+            std::fs::remove_file(&log).map_err(|e| Error::io(&log, e))?;
+        }
+        let tag = format!(
+            "{} seed {} steps {} batch {} lr {} sparsity {} {} {:?} against {}",
+            self.task.pretrained.folder.display(),
+            args.seed,
+            args.steps,
+            args.batch,
+            args.lr,
+            args.sparsity,
+            args.pattern,
+            args.metric,
+            args.cost
+        );
+        let mut study =
+            StudyConfig::new(args.evals).with_log(log).with_tag(tag).with_interrupt(self.stop.clone()).init(space)?;
+        let bar = indicatif::ProgressBar::new(args.evals as u64);
+        bar.set_prefix("search");
+        let shown = bar.clone();
+        study.on_evaluation(move |_| shown.inc(1));
+        let pretrained = &self.task.pretrained;
+        let metric = match (args.metric, &self.task.valid_problems) {
+            (SearchMetric::Loss, _) => Metric::Loss(&self.task.valid),
+            (SearchMetric::Accuracy, Some(problems)) => Metric::Accuracy {
+                problems,
+                tokenizer: &pretrained.tokenizer,
+                generate: GenerateConfig::new(self.task.max_new_tokens, pretrained.stop_ids()),
+            },
+            (SearchMetric::Accuracy, None) => {
+                return Err(Error::InvalidArgument {
+                    name: "metric",
+                    found: "accuracy".into(),
+                    expected: "loss: the validation set has records without a final answer".into(),
+                });
+            }
+        };
+        let mut objective = SubnetObjective::new(net, metric, self.cost()?);
+        let names = objective.names();
+        let started = Instant::now();
+        let outcome = study.run(&mut searcher, |subnet| objective.evaluate(subnet))?;
+        bar.finish_and_clear();
+        if outcome.stopped() == StopReason::Interrupted {
+            return Err(Error::Interrupted);
+        }
+        println!(
+            "searched by {}: {} subnets in {:.0} s, {} on the front",
+            outcome.searcher(),
+            outcome.evaluations().len(),
+            started.elapsed().as_secs_f64(),
+            outcome.front().len()
+        );
+        SearchReport::new(space, &outcome, &names).write(&self.out)?;
+        Ok(outcome)
+    }
+
+    fn sparse_peft(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
+        let mut net = self.supernet(pruned, space.clone(), true)?;
+        self.train(&mut net, "sparse-peft", Sampling::PerStep)?;
+        // A merged rank costs nothing, so the better of the two free choices on the validation set is taken.
+        let mut best: Option<(f64, SubnetConfig)> = None;
+        for subnet in [net.heuristic(), net.maximal()] {
+            net.activate(&subnet)?;
+            let loss = mean_loss(net.model(), &self.task.valid)?;
+            if best.as_ref().is_none_or(|(least, _)| loss < *least) {
+                best = Some((loss, subnet));
+            }
+        }
+        let chosen = best.map_or_else(|| net.heuristic(), |(_, subnet)| subnet);
+        net.activate(&chosen)?;
+        let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
+        let merged = Merger::new().merge(&net, &sample)?;
+        println!(
+            "merged {} layers: {} zeros lost, logits differ by at most {:.1e}",
+            merged.report.layers.len(),
+            merged.report.zeros_lost,
+            merged.report.max_logit_difference.unwrap_or(0.0)
+        );
+        self.row("SparsePEFT, merged", &merged.model, None)?;
+        if let Some(row) = self.report.rows.last_mut() {
+            row.ranks = Some(net.space().values(&chosen)?);
+        }
+        let folder = self.out.join("merged");
+        self.task.pretrained.write_variant(&merged.model, &folder, true)?;
+        atomic::write_json(self.out.join("merge_report.json"), &merged.report)?;
+        self.write_subnet(&net, &chosen, "merged")
+    }
+
+    /// The space and the subnet beside what was made of it.
+    fn write_subnet(&self, net: &SuperNet, subnet: &SubnetConfig, name: &str) -> Result<()> {
+        let path = |what: &str| -> PathBuf { Path::new(&self.out).join(format!("{name}_{what}.json")) };
+        atomic::write_json(path("space"), net.space())?;
+        atomic::write_json(path("subnet"), subnet)?;
+        let ranks: BTreeMap<String, usize> = net.ranks(subnet)?;
+        atomic::write_json(path("ranks"), &ranks)
+    }
+}

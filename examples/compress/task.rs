@@ -1,0 +1,110 @@
+//! The model and the data.
+
+use burn::tensor::Device;
+use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
+use elastic_lora::data::{
+    Batch, PromptTemplate, Record, Sequence, TokenizeOptions, calibration_samples, fixed_batches, join_documents,
+    load_records, pack, tokenize_records,
+};
+use elastic_lora::eval::ProblemSet;
+use elastic_lora::model::Pretrained;
+use elastic_lora::{Error, Result};
+
+use crate::{Args, common};
+
+/// The kinds of problem that the shipped model is mediocre at.
+const KINDS: [(Kind, f64); 3] = [(Kind::MulAdd, 1.0), (Kind::MulSub, 1.0), (Kind::Times, 1.0)];
+
+/// Sequences of calibration data, and their length at most.
+const CALIBRATION: (usize, usize) = (128, 2048);
+
+pub struct Task {
+    pub pretrained: Pretrained,
+    pub train: Vec<Sequence>,
+    pub valid: Vec<Batch>,
+    pub test: Vec<Batch>,
+    /// Test problems, where they have final answers.
+    pub problems: Option<ProblemSet>,
+    /// Validation problems, likewise.
+    pub valid_problems: Option<ProblemSet>,
+    pub calibration: Vec<Vec<u32>>,
+    pub max_new_tokens: usize,
+}
+
+impl Task {
+    pub fn load(args: &Args, device: &Device) -> Result<Self> {
+        let shipped = common::shipped_model();
+        let folder = args.model.as_ref().unwrap_or(&shipped);
+        if args.model.is_some() && args.train.is_none() {
+            return Err(Error::InvalidArgument {
+                name: "train",
+                found: "nothing".into(),
+                expected: "--model needs --train and --valid".into(),
+            });
+        }
+        let pretrained = Pretrained::open(folder, device)?;
+        let (train, valid, test) = match (&args.train, &args.valid) {
+            (Some(train), Some(valid)) => {
+                let test = args.test.as_ref().unwrap_or(valid);
+                (load_records(train)?, load_records(valid)?, load_records(test)?)
+            }
+            _ => {
+                let draw = |split, n| -> Result<Vec<Record>> {
+                    let problems = arithmetic::mixture(&KINDS, split, n, args.seed)?;
+                    Ok(problems.into_iter().map(Problem::into_record).collect())
+                };
+                (draw(Split::Train, 12_000)?, draw(Split::Valid, 384)?, draw(Split::Test, 1200)?)
+            }
+        };
+
+        let context = pretrained.model.config().max_position_embeddings();
+        let max_len = args.max_len.unwrap_or(context.min(512));
+        if max_len > context {
+            return Err(Error::SequenceTooLong { what: "--max-len".into(), found: max_len, max: context });
+        }
+        let options = TokenizeOptions::new(max_len).with_mask_prompt(!args.train_on_inputs).with_truncate(true);
+        let template = PromptTemplate::Auto;
+        let tokenizer = &pretrained.tokenizer;
+        let sequences = |records: &[Record]| -> Result<Vec<Sequence>> {
+            if records.iter().all(|record| matches!(record, Record::Text { .. })) {
+                let texts: Vec<String> = records.iter().map(|record| template.render(record).completion).collect();
+                return pack(&join_documents(&texts, tokenizer, true)?, max_len);
+            }
+            let set = tokenize_records(records, template, tokenizer, &options)?;
+            if set.truncated > 0 {
+                eprintln!("{} of {} records were cut to {max_len} tokens", set.truncated, records.len());
+            }
+            Ok(set.sequences)
+        };
+        let pad = pretrained.pad_id();
+        let batches = |records: &[Record]| fixed_batches(&sequences(records)?, 32, pad);
+        let documents: Vec<String> = train
+            .iter()
+            .map(|record| template.render(record))
+            .map(|example| example.prompt + &example.completion)
+            .collect();
+        let problems = |records: &[Record]| -> Result<Option<ProblemSet>> {
+            let answered = records.iter().all(|record| record.final_answer().is_some());
+            if answered { ProblemSet::new(records, template, tokenizer).map(Some) } else { Ok(None) }
+        };
+        let answers = test.iter().map(|record| tokenizer.encode(&template.render(record).completion, false));
+        let longest_answer = answers.collect::<Result<Vec<_>>>()?.iter().map(Vec::len).max().unwrap_or(0);
+        Ok(Self {
+            train: sequences(&train)?,
+            valid: batches(&valid)?,
+            test: batches(&test)?,
+            problems: problems(&test)?,
+            valid_problems: problems(&valid)?,
+            calibration: calibration_samples(
+                &documents,
+                tokenizer,
+                CALIBRATION.0,
+                context.min(CALIBRATION.1),
+                args.seed,
+            )?,
+            // Room for an answer half as long again as the longest expected one.
+            max_new_tokens: (longest_answer * 3 / 2 + 8).min(context),
+            pretrained,
+        })
+    }
+}

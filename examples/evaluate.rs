@@ -1,0 +1,110 @@
+//! Measures a model: perplexity of a text, or exact match on problems with a final answer.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use elastic_lora::data::arithmetic::{self, Kind, Split};
+use elastic_lora::data::{PromptTemplate, load_records, load_text};
+use elastic_lora::eval::{ProblemSet, perplexity};
+use elastic_lora::infer::GenerateConfig;
+use elastic_lora::io::peft::LoraAdapter;
+use elastic_lora::model::Pretrained;
+use elastic_lora::{Result, SuperNet};
+
+/// Perplexity or exact-match accuracy of a model, with or without an adapter.
+///
+/// Without arguments: the shipped model on generated arithmetic problems of every kind.
+///
+/// Perplexity: the whole text is tokenized once, BOS first where the tokenizer adds one; windows of the context length do not
+/// overlap; the mean is over every token but the first of each window.
+#[derive(Parser)]
+struct Args {
+    /// Model folder [default: the shipped model]
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// PEFT adapter folder, used unmerged
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// Text file: print its perplexity
+    #[arg(long, conflicts_with = "exact_match")]
+    text: Option<PathBuf>,
+    /// Problems (JSON or JSON Lines, Alpaca or GSM8K form): print the accuracy
+    #[arg(long)]
+    exact_match: Option<PathBuf>,
+    /// Window of the perplexity, in tokens [default: the model's context]
+    #[arg(long)]
+    context: Option<usize>,
+    /// How problems are worded: auto, alpaca, question_answer or raw
+    #[arg(long, default_value = "auto")]
+    template: PromptTemplate,
+    /// Longest answer, in tokens
+    #[arg(long, default_value_t = 256)]
+    max_new_tokens: usize,
+    /// Backend: flex, or another that the build has a feature for
+    #[arg(long, default_value = "flex")]
+    device: String,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+fn run(args: &Args) -> Result<()> {
+    let device = common::device(&args.device)?;
+    let folder = args.model.clone().unwrap_or_else(common::shipped_model);
+    let mut pretrained = Pretrained::open(folder, &device)?;
+    if let Some(adapter) = &args.adapter {
+        let adapter = LoraAdapter::open(adapter)?;
+        pretrained.model = SuperNet::from_adapter(pretrained.model.clone(), &adapter)?.into_model();
+    }
+    let model = &pretrained.model;
+    if let Some(text) = &args.text {
+        let ids = pretrained.tokenizer.encode_prompt(&load_text(text)?)?;
+        let context = args.context.unwrap_or(model.config().max_position_embeddings());
+        let result = perplexity(model, &ids, context)?;
+        if args.json {
+            println!("{}", serde_json::json!(result));
+        } else {
+            println!(
+                "perplexity {:.4}, {:.6} nats a token, {} tokens predicted",
+                result.perplexity, result.nll, result.predicted_tokens
+            );
+        }
+        return Ok(());
+    }
+    let room = model.config().max_position_embeddings();
+    let generate = GenerateConfig::new(args.max_new_tokens.min(room), pretrained.stop_ids());
+    let measure = |records: &[_]| -> Result<_> {
+        let problems = ProblemSet::new(records, args.template, &pretrained.tokenizer)?;
+        problems.exact_match(model, &pretrained.tokenizer, &generate)
+    };
+    let sets: Vec<(String, Vec<_>)> = match &args.exact_match {
+        Some(file) => vec![(file.display().to_string(), load_records(file)?)],
+        None => Kind::ALL
+            .into_iter()
+            .map(|kind| {
+                let problems = arithmetic::problems(kind, Split::Test, 500, 0)?;
+                Ok((kind.to_string(), problems.into_iter().map(arithmetic::Problem::into_record).collect()))
+            })
+            .collect::<Result<_>>()?,
+    };
+    for (name, records) in &sets {
+        let result = measure(records)?;
+        if args.json {
+            let (correct, total, accuracy) = (result.correct, result.total, result.accuracy());
+            println!(
+                "{}",
+                serde_json::json!({ "set": name, "accuracy": accuracy, "correct": correct, "total": total })
+            );
+        } else {
+            println!("{name}: {:.1} % ({} of {})", 100.0 * result.accuracy(), result.correct, result.total);
+        }
+    }
+    Ok(())
+}
+
+fn main() {
+    common::exit_on_error(run(&Args::parse()));
+}

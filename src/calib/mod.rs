@@ -1,0 +1,137 @@
+//! Runs a model over calibration data, block by block, and hands each linear layer what it was fed.
+//!
+//! As in Wanda (arXiv 2306.11695), a block's statistics come from its weights as they were, on inputs that the blocks before
+//! it, already changed, put out. One block's statistics are in memory at a time; the hidden states of all samples are.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::model::{Decoder, LinearKind};
+use crate::nn::{BaseLinear, host_values};
+use crate::sparsity::{InputNorms, Method, Pattern, prune};
+
+/// Hidden-state tokens that go through a block at once.
+const TOKENS_AT_ONCE: usize = 2048;
+
+/// Walks the blocks of `model` over `samples`. For each block, `observe` is shown every linear layer's inputs
+/// (`[sequences, seq, d_input]`, several times), then `change` may change that layer given what was gathered; the changed
+/// block's output is the next block's input.
+///
+/// Without samples, nothing is observed and `change` is given `new`'s empty statistic.
+///
+/// # Errors
+/// Those of [`Decoder::tokens`] for a sample outside vocabulary or context; the first that a closure gives.
+pub fn walk_blocks<S>(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    new: impl Fn(usize) -> S,
+    mut observe: impl FnMut(&mut S, &Tensor<3>) -> Result<()>,
+    mut change: impl FnMut(&str, &mut BaseLinear, &S) -> Result<()>,
+) -> Result<()> {
+    let mut states = embed_samples(model, samples)?;
+    for block in 0..model.layers.len() {
+        let mut statistics: BTreeMap<LinearKind, S> = LinearKind::ALL
+            .into_iter()
+            .map(|kind| (kind, new(model.layers[block].linear(kind).base.dims()[0])))
+            .collect();
+        let mut failure = None;
+        for state in &states {
+            let mut tap = |kind: LinearKind, x: &Tensor<3>| {
+                if let (None, Some(statistic)) = (&failure, statistics.get_mut(&kind)) {
+                    failure = observe(statistic, x).err();
+                }
+            };
+            model.block(block, state.clone(), Some(&mut tap));
+        }
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        for (kind, statistic) in &statistics {
+            let layer = &mut model.layers[block].linear_mut(*kind).base;
+            change(&kind.name(block), layer, statistic)?;
+        }
+        for state in &mut states {
+            *state = model.block(block, state.clone(), None);
+        }
+    }
+    Ok(())
+}
+
+/// The samples' embeddings, those of one length together, a few thousand tokens a tensor.
+fn embed_samples(model: &Decoder, samples: &[Vec<u32>]) -> Result<Vec<Tensor<3>>> {
+    let mut by_length: BTreeMap<usize, Vec<&Vec<u32>>> = BTreeMap::new();
+    for sample in samples.iter().filter(|sample| !sample.is_empty()) {
+        by_length.entry(sample.len()).or_default().push(sample);
+    }
+    let mut states = Vec::new();
+    for (length, group) in by_length {
+        for chunk in group.chunks((TOKENS_AT_ONCE / length).max(1)) {
+            let ids: Vec<u32> = chunk.iter().flat_map(|sample| sample.iter().copied()).collect();
+            states.push(model.embed(model.tokens(&ids, chunk.len())?));
+        }
+    }
+    Ok(states)
+}
+
+/// What pruning did to one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrunedLayer {
+    /// Hugging Face's module path.
+    pub name: String,
+    /// Weights.
+    pub params: usize,
+    /// Weights that are zero now.
+    pub zeros: usize,
+}
+
+/// Prunes every linear layer inside the blocks, block by block, each calibrated on what the pruned ones before it put out;
+/// embedding, head and norms are left alone. Token sequences in `samples` are the calibration data.
+///
+/// `progress` is told the number of layers done, and of all.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a method that needs samples without any; those of [`walk_blocks`] and of
+/// [`Method::scores`].
+pub fn prune_model(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    method: Method,
+    pattern: &Pattern,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<Vec<PrunedLayer>> {
+    pattern.validate()?;
+    let needed = method.needs_calibration();
+    if needed && samples.iter().all(|sample| sample.is_empty()) {
+        return Err(Error::argument("samples", 0, format!("{method} needs calibration samples")));
+    }
+    let samples = if needed { samples } else { &[] };
+    let n_layers = model.layers.len() * LinearKind::ALL.len();
+    let mut report = Vec::with_capacity(n_layers);
+    walk_blocks(
+        model,
+        samples,
+        InputNorms::new,
+        |norms, x| {
+            let [sequences, _, d_input] = x.dims();
+            let sums: Tensor<2> = x.clone().square().reshape([-1, d_input as i32]).sum_dim(0);
+            norms.update_sums(&host_values(sums), sequences)
+        },
+        |name, layer, norms| {
+            let mut weight = layer.to_matrix();
+            let scores = method.scores(&weight, needed.then_some(norms))?;
+            prune(&mut weight, &scores, pattern)?;
+            layer.set_matrix(&weight)?;
+            report.push(PrunedLayer {
+                name: name.to_string(),
+                params: weight.as_slice().len(),
+                zeros: weight.count_zeros(),
+            });
+            progress(report.len(), n_layers);
+            Ok(())
+        },
+    )?;
+    Ok(report)
+}

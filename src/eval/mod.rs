@@ -1,0 +1,133 @@
+//! How good a model is: perplexity, exact match, and both as an objective for a search.
+
+mod objective;
+
+pub use crate::train::mean_loss;
+pub use objective::{Cost, Metric, SubnetObjective};
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::{PromptTemplate, Record, TextTokenizer, answers};
+use crate::error::{Error, Result};
+use crate::infer::{GenerateConfig, generate_batch};
+use crate::model::Decoder;
+use crate::nn::host_values;
+
+/// Tokens that go through the model at once.
+const TOKENS_AT_ONCE: usize = 4096;
+
+/// Perplexity of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Perplexity {
+    /// Mean negative log-likelihood a predicted token, in nats.
+    pub nll: f64,
+    /// `exp(nll)`.
+    pub perplexity: f64,
+    /// Tokens that were predicted.
+    pub predicted_tokens: usize,
+}
+
+/// Perplexity of a token sequence: cut into windows of `context` tokens without overlap, the last one shorter; every token
+/// but the first of each window is predicted from those before it in the window.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a context under 2 or fewer than 2 tokens; those of [`Decoder::tokens`].
+pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perplexity> {
+    if context < 2 {
+        return Err(Error::argument("context", context, "at least 2 tokens"));
+    }
+    let full = ids.len() / context * context;
+    let mut sum = 0.0;
+    let mut n = 0;
+    let mut add = |ids: &[u32], rows: usize| -> Result<()> {
+        let len = ids.len() / rows;
+        let targets: Vec<(usize, u32)> = (0..ids.len()).filter(|i| i % len > 0).map(|i| (i - 1, ids[i])).collect();
+        if !targets.is_empty() {
+            sum += f64::from(host_values(model.nll_sum(model.tokens(ids, rows)?, &targets))[0]);
+            n += targets.len();
+        }
+        Ok(())
+    };
+    let rows = (TOKENS_AT_ONCE / context).max(1);
+    for chunk in ids[..full].chunks(rows * context) {
+        add(chunk, chunk.len() / context)?;
+    }
+    if full < ids.len() {
+        add(&ids[full..], 1)?;
+    }
+    if n == 0 {
+        return Err(Error::argument("text", format!("{} tokens", ids.len()), "at least 2 tokens"));
+    }
+    let nll = sum / n as f64;
+    Ok(Perplexity { nll, perplexity: nll.exp(), predicted_tokens: n })
+}
+
+/// Exact match on problems with a final answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExactMatch {
+    /// Problems whose generated final answer equals the reference's.
+    pub correct: usize,
+    /// Problems.
+    pub total: usize,
+}
+
+impl ExactMatch {
+    /// In 0..=1.
+    pub fn accuracy(&self) -> f64 {
+        if self.total == 0 { 0.0 } else { self.correct as f64 / self.total as f64 }
+    }
+}
+
+/// Problems worded and tokenized, ready to be put to models.
+#[derive(Clone, Debug)]
+pub struct ProblemSet {
+    prompts: Vec<Vec<u32>>,
+    references: Vec<String>,
+}
+
+impl ProblemSet {
+    /// Words records with a final answer.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a record without a final answer, by its number; [`Error::Tokenizer`].
+    pub fn new(records: &[Record], template: PromptTemplate, tokenizer: &TextTokenizer) -> Result<Self> {
+        let mut prompts = Vec::with_capacity(records.len());
+        let mut references = Vec::with_capacity(records.len());
+        for (index, record) in records.iter().enumerate() {
+            let reference = record.final_answer().ok_or_else(|| {
+                Error::argument("records", format!("record {}", index + 1), "a final answer is needed (`#### 12`)")
+            })?;
+            prompts.push(tokenizer.encode_prompt(&template.render(record).prompt)?);
+            references.push(reference);
+        }
+        Ok(Self { prompts, references })
+    }
+
+    /// Number of problems.
+    pub fn len(&self) -> usize {
+        self.prompts.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.prompts.is_empty()
+    }
+
+    /// Generates an answer to each problem and counts those that are right.
+    ///
+    /// # Errors
+    /// As [`generate_batch`]; [`Error::Tokenizer`].
+    pub fn exact_match(
+        &self,
+        model: &Decoder,
+        tokenizer: &TextTokenizer,
+        config: &GenerateConfig,
+    ) -> Result<ExactMatch> {
+        let outputs = generate_batch(model, &self.prompts, config)?;
+        let mut correct = 0;
+        for (output, reference) in outputs.iter().zip(&self.references) {
+            correct += usize::from(answers::exact_match(&tokenizer.decode(output)?, reference));
+        }
+        Ok(ExactMatch { correct, total: self.len() })
+    }
+}

@@ -1,0 +1,84 @@
+//! A super-network's subnets as points of a search.
+
+use super::{ProblemSet, mean_loss};
+use crate::data::{Batch, TextTokenizer};
+use crate::error::Result;
+use crate::infer::GenerateConfig;
+use crate::search::ObjectiveNames;
+use crate::space::SubnetConfig;
+use crate::supernet::SuperNet;
+
+/// What makes a subnet good.
+pub enum Metric<'a> {
+    /// Mean negative log-likelihood a target on these batches.
+    Loss(&'a [Batch]),
+    /// Share of problems answered right.
+    Accuracy {
+        /// The problems.
+        problems: &'a ProblemSet,
+        /// The model's tokenizer.
+        tokenizer: &'a TextTokenizer,
+        /// How answers are generated.
+        generate: GenerateConfig,
+    },
+}
+
+/// What makes a subnet cheap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cost {
+    /// Multiply-accumulates a token.
+    #[default]
+    Macs,
+    /// Weights, zeros included.
+    Params,
+    /// Bytes of weights at 16 bits each.
+    Bytes,
+}
+
+/// Scores subnets of one super-network: `[loss or -accuracy, cost]`, both to be minimised.
+pub struct SubnetObjective<'a> {
+    net: SuperNet,
+    metric: Metric<'a>,
+    cost: Cost,
+}
+
+impl<'a> SubnetObjective<'a> {
+    /// Shares the super-network's weights; the caller's active subnet stays as it is.
+    pub fn new(net: &SuperNet, metric: Metric<'a>, cost: Cost) -> Self {
+        Self { net: net.clone(), metric, cost }
+    }
+
+    /// Names for reports.
+    pub fn names(&self) -> ObjectiveNames {
+        let cost = match self.cost {
+            Cost::Macs => "MACs per token",
+            Cost::Params => "parameters",
+            Cost::Bytes => "bytes of weights",
+        };
+        match self.metric {
+            Metric::Loss(_) => ObjectiveNames::new("validation loss", cost).with_units("nats", ""),
+            Metric::Accuracy { .. } => ObjectiveNames::new("accuracy", cost).with_larger_is_better(true),
+        }
+    }
+
+    /// Scores a subnet.
+    ///
+    /// # Errors
+    /// A subnet outside the space; those of the evaluation.
+    pub fn evaluate(&mut self, subnet: &SubnetConfig) -> Result<Vec<f64>> {
+        self.net.activate(subnet)?;
+        let costs = self.net.cost(subnet)?;
+        let cost = match self.cost {
+            Cost::Macs => costs.macs_per_token,
+            Cost::Params => costs.params,
+            Cost::Bytes => costs.weight_bytes,
+        };
+        let score = match &self.metric {
+            Metric::Loss(batches) => mean_loss(self.net.model(), batches)?,
+            Metric::Accuracy { problems, tokenizer, generate } => {
+                -problems.exact_match(self.net.model(), tokenizer, generate)?.accuracy()
+            }
+        };
+        Ok(vec![score, cost as f64])
+    }
+}

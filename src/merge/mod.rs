@@ -1,0 +1,161 @@
+//! Adapters become part of the weights they ride on.
+//!
+//! A plain adapter fills a sparse weight's zeros when it is merged; one that was trained under SparsePEFT's mask (SQFT,
+//! arXiv 2410.03750) keeps each of them, and the merged model gives what training saw.
+
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::ElasticLoraLinear;
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::nn::host_values;
+use crate::sparsity::Mask;
+use crate::supernet::SuperNet;
+
+/// What a merge does about the zeros of the base.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MergeMode {
+    /// Refuses to lose one: every adapter on a weight with zeros must be masked (SparsePEFT).
+    #[default]
+    KeepZeros,
+    /// `W + s A B` whatever becomes of the zeros.
+    Dense,
+}
+
+/// Merges the active subnet of a super-network into its base.
+///
+/// ```
+/// # use burn::tensor::Device;
+/// # use elastic_lora::{adapter::LoraConfig, io::{DType, hf::{HfConfig, LlamaDims}}, model::Decoder};
+/// # use elastic_lora::{supernet::SuperNetConfig, Merger, SearchSpace, SuperNet};
+/// # fn main() -> elastic_lora::Result<()> {
+/// # let config = HfConfig::new_llama(&LlamaDims {
+/// #     vocab_size: 11, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 1, num_attention_heads: 2,
+/// #     num_key_value_heads: 1, max_position_embeddings: 16, rope_theta: 1e4, rms_norm_eps: 1e-5,
+/// #     tie_word_embeddings: true, bos_token_id: None, eos_token_id: None, pad_token_id: None, dtype: DType::F32,
+/// # })?;
+/// # let model = Decoder::init(&config, 1, &Device::flex())?;
+/// let space = SearchSpace::per_layer(&model.layer_shapes(), &[4, 2])?;
+/// let settings = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(true);
+/// let net = SuperNet::new(model, space, settings)?;
+/// let merged = Merger::new().merge(&net, &[vec![1, 2, 3]])?;
+/// assert_eq!(merged.report.zeros_lost, 0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Merger {
+    mode: MergeMode,
+}
+
+/// What a merge did to one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MergedLayer {
+    /// Hugging Face's module path.
+    pub name: String,
+    /// The rank that was merged.
+    pub rank: usize,
+    /// Share of zeros of the base weight, in 0..=1.
+    pub sparsity_before: f64,
+    /// Share of zeros of the merged weight, in 0..=1.
+    pub sparsity_after: f64,
+    /// Zeros of the base that are none any more.
+    pub zeros_lost: usize,
+}
+
+/// What a merge did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MergeReport {
+    /// The layers that had an adapter, in the order of computation.
+    pub layers: Vec<MergedLayer>,
+    /// Zeros lost over all layers.
+    pub zeros_lost: usize,
+    /// Largest absolute difference between the logits of the unmerged and the merged model on the sample input; absent
+    /// without one.
+    pub max_logit_difference: Option<f32>,
+}
+
+/// A merged model, with no adapters left, and what was done.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// The model.
+    pub model: Decoder,
+    /// What was done.
+    pub report: MergeReport,
+}
+
+impl Merger {
+    /// Keeps every zero, or refuses.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets what is done about zeros.
+    pub fn with_mode(mut self, mode: MergeMode) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    /// Merges the active subnet, leaving `net` as it is. The logits of both are compared on `sample`, token sequences.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] in [`MergeMode::KeepZeros`] for an unmasked adapter on a weight with zeros;
+    /// [`Error::NotFinite`] where a merged weight is not a number; those of [`Decoder::tokens`] for `sample`.
+    pub fn merge(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
+        let unmerged = net.eval_model();
+        let mut model = unmerged.clone();
+        let mut layers = Vec::new();
+        model.try_for_each_linear(|name, layer| {
+            if let Some(done) = self.merge_layer(name, layer)? {
+                layers.push(done);
+            }
+            Ok(())
+        })?;
+        let mut max_logit_difference = None;
+        for tokens in sample {
+            let before = host_values(unmerged.forward(unmerged.tokens(tokens, 1)?));
+            let after = host_values(model.forward(model.tokens(tokens, 1)?));
+            let difference = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            max_logit_difference = Some(difference.max(max_logit_difference.unwrap_or(0.0)));
+        }
+        let zeros_lost = layers.iter().map(|layer| layer.zeros_lost).sum();
+        Ok(Merged { model, report: MergeReport { layers, zeros_lost, max_logit_difference } })
+    }
+
+    /// Merges one layer, in place; nothing where it has no adapter.
+    ///
+    /// # Errors
+    /// As [`merge`](Self::merge); the layer is then as before.
+    pub fn merge_layer(&self, name: &str, layer: &mut ElasticLoraLinear) -> Result<Option<MergedLayer>> {
+        let Some(adapter) = &layer.adapter else {
+            return Ok(None);
+        };
+        let before = layer.base.to_matrix();
+        if self.mode == MergeMode::KeepZeros && !adapter.is_masked() && before.count_zeros() > 0 {
+            return Err(Error::Unsupported {
+                what: format!("merging the unmasked adapter of `{name}` into a weight with zeros without losing them"),
+            });
+        }
+        let after = crate::nn::matrix_from_tensor(layer.merged_weight());
+        if let Some(index) = after.as_slice().iter().position(|v| !v.is_finite()) {
+            return Err(Error::NotFinite { tensor: name.to_string(), index, value: after.as_slice()[index] });
+        }
+        let kept = Mask::from_nonzero(&before);
+        let report = MergedLayer {
+            name: name.to_string(),
+            rank: adapter.active_rank(),
+            sparsity_before: before.sparsity(),
+            sparsity_after: after.sparsity(),
+            zeros_lost: (0..after.rows())
+                .map(|i| {
+                    let row = after.row(i).iter().enumerate();
+                    row.filter(|(j, v)| **v != 0.0 && !kept.get(i, *j)).count()
+                })
+                .sum(),
+        };
+        layer.base.set_matrix(&after)?;
+        layer.adapter = None;
+        Ok(Some(report))
+    }
+}

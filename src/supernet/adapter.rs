@@ -1,0 +1,188 @@
+//! A super-network out of an adapter that was trained elsewhere.
+
+use burn::module::Module;
+
+use super::{SuperNet, SuperNetConfig, refuse_adapters};
+use crate::adapter::{ElasticLora, LoraConfig};
+use crate::error::{Error, Result};
+use crate::io::peft::LoraAdapter;
+use crate::model::Decoder;
+use crate::space::{SearchSpace, SubnetConfig};
+
+impl SuperNet {
+    /// Puts a plain LoRA on `model`. Each layer keeps its own rank and scale; the space holds that one subnet.
+    ///
+    /// An adapter that was trained under the base's mask ([`LoraAdapter::sparse`]) is masked by the zeros of `model`, so the
+    /// model must be the pruned one that it was trained on. [`SuperNet::config`] states the adapter's largest rank with that
+    /// layer's alpha; no dropout.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`] and [`Error::TensorShape`] as [`LoraAdapter::check`] says; [`Error::InvalidArgument`] for an
+    /// adapter without layers; [`Error::InvalidSpace`] for a model that has an adapter already; [`Error::Unsupported`] for an
+    /// adapter that was trained through a quantizer, or a scale that is not over 0.
+    pub fn from_adapter(model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
+        if adapter.quantization_aware {
+            return Err(Error::Unsupported {
+                what: "an adapter with `quantization_aware` on a model that is not quantized".into(),
+            });
+        }
+        if adapter.layers.is_empty() {
+            return Err(Error::argument("adapter", "without layers", "at least one layer"));
+        }
+        adapter.check(model.config())?;
+        refuse_adapters(&model)?;
+        let base = model.count_base_params();
+        let mut model = model.set_require_grad(false);
+        let device = model.device();
+        let mut groups = Vec::with_capacity(adapter.layers.len());
+        let mut largest: Option<LoraConfig> = None;
+        // In the order of computation, which that of names is not from ten blocks on.
+        for shape in model.layer_shapes() {
+            let (Some(weights), Some(layer)) = (adapter.layers.get(&shape.name), model.linear_mut(&shape.name)) else {
+                continue;
+            };
+            let (rank, scale) = (weights.rank(), f64::from(weights.scale()));
+            if scale <= 0.0 {
+                return Err(Error::Unsupported {
+                    what: format!("LoRA adapter, layer `{}`: scale {scale}", shape.name),
+                });
+            }
+            // Exact: the product of 24 bits of scale and the rank's fits an f64, and dividing gives the scale back.
+            let lora = LoraConfig::new(rank).with_alpha(scale * rank as f64);
+            layer.adapter = Some(ElasticLora::from_factors(&lora, weights.a(), weights.b(), &device)?);
+            if adapter.sparse {
+                layer.mask_by_base()?;
+            }
+            groups.extend_from_slice(SearchSpace::per_layer(&[shape], &[rank])?.groups());
+            if largest.as_ref().is_none_or(|largest| rank > largest.rank) {
+                largest = Some(lora);
+            }
+        }
+        let lora = largest.unwrap_or_else(|| LoraConfig::new(1));
+        let config = SuperNetConfig::new(lora).with_sparse_peft(adapter.sparse);
+        let mut net = Self { model, space: SearchSpace::new(groups)?, config, active: SubnetConfig::new(), base };
+        net.activate(&net.maximal())?;
+        Ok(net)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::io::hf::{HfConfig, LlamaDims};
+    use crate::io::{DType, LoraWeights};
+    use crate::linalg::Matrix;
+
+    /// Twelve blocks, so that names sort in another order than blocks.
+    fn model() -> Decoder {
+        let dims = LlamaDims {
+            vocab_size: 19,
+            hidden_size: 12,
+            intermediate_size: 10,
+            num_hidden_layers: 12,
+            num_attention_heads: 3,
+            num_key_value_heads: 1,
+            max_position_embeddings: 16,
+            rope_theta: 1e4,
+            rms_norm_eps: 1e-5,
+            tie_word_embeddings: true,
+            bos_token_id: None,
+            eos_token_id: None,
+            pad_token_id: None,
+            dtype: DType::F32,
+        };
+        Decoder::init(&HfConfig::new_llama(&dims).unwrap(), 5, &Device::flex()).unwrap()
+    }
+
+    fn random(rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> Matrix {
+        Matrix::from_fn(rows, cols, |_, _| rng.random_range(-0.5..0.5))
+    }
+
+    /// Rank and scale differ from layer to layer; alpha is never the rank.
+    fn adapter(model: &Decoder) -> LoraAdapter {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let mut adapter = LoraAdapter::default();
+        for (i, shape) in model.layer_shapes().into_iter().enumerate().filter(|(i, _)| i % 5 == 2) {
+            let rank = 1 + i % 4;
+            let (a, b) = (random(rank, shape.d_input, &mut rng), random(shape.d_output, rank, &mut rng));
+            adapter.layers.insert(shape.name, LoraWeights::new(a, b, 0.1 + i as f32 / 7.0).unwrap());
+        }
+        adapter
+    }
+
+    #[test]
+    fn extraction_gives_the_adapter_back() {
+        let adapter = adapter(&model());
+        let mut net = SuperNet::from_adapter(model(), &adapter).unwrap();
+        assert_eq!(net.extract().unwrap(), adapter);
+        assert_eq!(net.n_subnets(), 1.0);
+        let ranks: Vec<usize> = adapter.layers.values().map(LoraWeights::rank).collect();
+        assert_eq!(net.ranks(net.active()).unwrap().into_values().collect::<Vec<_>>(), ranks);
+        let cost: usize = adapter.layers.values().map(|w| w.rank() * (w.d_input() + w.d_output())).sum();
+        assert_eq!(net.cost(net.active()).unwrap().params, model().count_base_params().total + cost);
+        assert_eq!(net.config().lora.rank, adapter.max_rank());
+        // Groups follow the blocks.
+        let order: Vec<String> = net.space().groups().iter().map(|g| g.layers()[0].clone()).collect();
+        let blocks: Vec<String> =
+            model().layer_shapes().into_iter().map(|s| s.name).filter(|n| adapter.layers.contains_key(n)).collect();
+        assert_eq!(order, blocks);
+        let subnet = net.heuristic();
+        net.activate(&subnet).unwrap();
+        assert_eq!(net.extract().unwrap(), adapter);
+    }
+
+    #[test]
+    fn a_sparse_adapter_is_masked_by_the_models_zeros() {
+        let mut model = model();
+        let mut sparse = adapter(&model);
+        sparse.sparse = true;
+        let name = sparse.layers.keys().next().unwrap().clone();
+        let mut weight = model.linear(&name).unwrap().base.to_matrix();
+        weight.as_mut_slice().iter_mut().step_by(3).for_each(|w| *w = 0.0);
+        model.linear_mut(&name).unwrap().base.set_matrix(&weight).unwrap();
+        let net = SuperNet::from_adapter(model, &sparse).unwrap();
+        assert!(net.config().sparse_peft);
+        let merged = crate::nn::matrix_from_tensor(net.model().linear(&name).unwrap().merged_weight());
+        let delta = sparse.layers[&name].delta();
+        for i in 0..weight.rows() {
+            for j in 0..weight.cols() {
+                let w = weight.row(i)[j];
+                let expected = if w == 0.0 { 0.0 } else { w + delta.row(i)[j] };
+                assert!((merged.row(i)[j] - expected).abs() < 1e-6);
+                assert_eq!(merged.row(i)[j] == 0.0, w == 0.0);
+            }
+        }
+        assert!(matches!(net.extract(), Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let good = adapter(&model());
+        let named = |name: &str, d_input: usize, d_output: usize, scale: f32, rng: &mut ChaCha8Rng| {
+            let weights = LoraWeights::new(random(2, d_input, rng), random(d_output, 2, rng), scale).unwrap();
+            LoraAdapter { layers: [(name.to_string(), weights)].into(), ..LoraAdapter::default() }
+        };
+        let q = "model.layers.11.self_attn.q_proj";
+        let refused = |adapter: &LoraAdapter| SuperNet::from_adapter(model(), adapter).map(|_| ()).unwrap_err();
+        for (name, bad) in [("block", "model.layers.12.self_attn.q_proj"), ("head", "lm_head")] {
+            let error = refused(&named(bad, 12, 12, 1.0, &mut rng));
+            assert!(matches!(&error, Error::UnknownLayer { layer, .. } if layer == bad), "{name}: {error}");
+        }
+        let error = refused(&named(q, 11, 12, 1.0, &mut rng));
+        assert!(matches!(&error, Error::TensorShape { tensor, .. } if tensor.starts_with(q)), "{error}");
+        for scale in [0.0, -2.0] {
+            let error = refused(&named(q, 12, 12, scale, &mut rng)).to_string();
+            assert!(error.contains(q), "{error}");
+        }
+        let quantized = LoraAdapter { quantization_aware: true, ..good.clone() };
+        assert!(refused(&quantized).to_string().contains("quantization_aware"));
+        assert!(matches!(refused(&LoraAdapter::default()), Error::InvalidArgument { name: "adapter", .. }));
+        let adapted = SuperNet::from_adapter(model(), &good).unwrap().into_model();
+        assert!(matches!(SuperNet::from_adapter(adapted, &good), Err(Error::InvalidSpace { .. })));
+    }
+}

@@ -1,0 +1,424 @@
+//! PEFT and transformers on what this crate reads and writes.
+//!
+//! Where a Python with torch, transformers and peft is found (`ELASTIC_LORA_PYTHON`, else `python3`), the scripts beside this
+//! test load the written folders and compare logits; without one, those tests say that they were skipped.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use burn::tensor::Device;
+use common::{load, load_i32, max_diff, shared};
+use elastic_lora::adapter::{LoraConfig, ScaleRule};
+use elastic_lora::data::arithmetic::{Kind, Split, problems};
+use elastic_lora::data::{Batcher, Sequence, TextTokenizer, bpe_tokenizer_config, train_bpe};
+use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
+use elastic_lora::io::peft::PeftOptions;
+use elastic_lora::io::tensors::write_safetensors;
+use elastic_lora::io::{Checkpoint, DType, HostTensor, LoraAdapter, LoraWeights};
+use elastic_lora::linalg::Matrix;
+use elastic_lora::model::Decoder;
+use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::space::{SearchSpace, SubnetConfig};
+use elastic_lora::sparsity::{Pattern, magnitude_scores, prune};
+use elastic_lora::supernet::SuperNetConfig;
+use elastic_lora::train::{TrainConfig, Trainer};
+use elastic_lora::{Error, Merger, SuperNet};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const TEXT: &str = "Once upon a time, Tom had 12 apples and 345 pears.\nHe gave 7 away: how many were left?";
+
+/// A Python that has the modules.
+fn python() -> Option<&'static Path> {
+    static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        let python = std::env::var_os("ELASTIC_LORA_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
+        let probe = Command::new(&python).args(["-c", "import torch, transformers, peft"]).output();
+        probe.is_ok_and(|probe| probe.status.success()).then_some(python)
+    });
+    if found.is_none() {
+        eprintln!("skipped: no Python with torch, transformers and peft (name one in ELASTIC_LORA_PYTHON)");
+    }
+    found.as_deref()
+}
+
+/// Runs a script of `fixtures/interop` without network; what it says goes to stderr. Whether it had its modules.
+fn run(python: &Path, script: &str, arguments: &[PathBuf]) -> bool {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/interop").join(script);
+    let mut command = Command::new(python);
+    command.arg(script).args(arguments).args(["--tolerance", "1e-4"]);
+    let output = command.env("HF_HUB_OFFLINE", "1").env("CUDA_VISIBLE_DEVICES", "").output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    eprint!("{out}");
+    if output.status.code() == Some(77) {
+        eprintln!("skipped: {err}");
+        return false;
+    }
+    assert!(output.status.success(), "{out}\n{err}");
+    true
+}
+
+/// A random Llama with all that may differ: grouped heads, an untied head, a vocabulary of its own tokenizer, sizes that
+/// are no powers of two. Weights are large enough for every layer to matter.
+fn write_tiny_llama(folder: &Path) {
+    let texts: Vec<String> = problems(Kind::AddSub, Split::Train, 200, 1)
+        .unwrap()
+        .into_iter()
+        .map(|p| format!("{}\n{}", p.question, p.answer))
+        .collect();
+    let tokenizer = train_bpe(&texts, 347).unwrap();
+    let vocab_size = TextTokenizer::from_json(&tokenizer, "tokenizer.json").unwrap().vocab_size();
+    let config = HfConfig::new_llama(&LlamaDims {
+        vocab_size,
+        hidden_size: 60,
+        intermediate_size: 92,
+        num_hidden_layers: 3,
+        num_attention_heads: 6,
+        num_key_value_heads: 2,
+        max_position_embeddings: 128,
+        rope_theta: 5e4,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: false,
+        bos_token_id: Some(1),
+        eos_token_id: Some(2),
+        pad_token_id: Some(0),
+        dtype: DType::F32,
+    });
+    let config = config.unwrap();
+    let mut model = Decoder::init(&config, 11, &Device::flex()).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(12);
+    let mut random = |rows, cols: usize| {
+        let bound = (3.0 / cols as f32).sqrt();
+        Matrix::from_fn(rows, cols, |_, _| rng.random_range(-bound..bound))
+    };
+    model
+        .try_for_each_linear(|_, layer| {
+            let [d_input, d_output] = layer.base.dims();
+            layer.base.set_matrix(&random(d_output, d_input))
+        })
+        .unwrap();
+    let head = model.lm_head.as_mut().unwrap();
+    head.set_matrix(&random(vocab_size, 60)).unwrap();
+    let out = HfFolder::create(folder, false).unwrap();
+    out.write_model(&config, DType::F32, model.tensors(DType::F32).unwrap()).unwrap();
+    out.write_text("tokenizer.json", &tokenizer).unwrap();
+    out.write_text("tokenizer_config.json", &bpe_tokenizer_config(128)).unwrap();
+    out.commit().unwrap();
+}
+
+/// The models that are tried: a random one, and a trained one where it is there.
+fn bases(scratch: &Path) -> Vec<PathBuf> {
+    let tiny = scratch.join("tiny");
+    write_tiny_llama(&tiny);
+    [Some(tiny), shared("models/story-llama-0.6M")].into_iter().flatten().collect()
+}
+
+fn logits(model: &Decoder, ids: &[u32]) -> Vec<f32> {
+    host_values(model.forward(model.tokens(ids, 1).unwrap()))
+}
+
+fn random_ids(model: &Decoder, n: usize, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..n).map(|_| rng.random_range(3..model.config().vocab_size() as u32)).collect()
+}
+
+/// A tensor of token ids.
+fn ids_tensor<'a>(name: &str, ids: &[u32]) -> HostTensor<'a> {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    HostTensor::from_bytes(name, DType::I32, [ids.len()], bytes)
+}
+
+/// What the scripts compare with.
+fn write_vectors(
+    path: &Path,
+    model: &Decoder,
+    ids: &[u32],
+    more: Vec<HostTensor<'_>>,
+    metadata: &BTreeMap<String, String>,
+) {
+    let logits =
+        HostTensor::from_f32("logits", DType::F32, [ids.len(), model.config().vocab_size()], logits(model, ids));
+    let mut tensors = vec![ids_tensor("input_ids", ids), logits];
+    tensors.extend(more);
+    write_safetensors(path, tensors, metadata).unwrap();
+}
+
+/// A super-network whose factors are all set by training: two steps at a rate that moves them far.
+fn trained(model: Decoder, lora: LoraConfig) -> SuperNet {
+    let layers: Vec<_> = model
+        .layer_shapes()
+        .into_iter()
+        .filter(|layer| ["q_proj", "v_proj", "down_proj"].iter().any(|name| layer.name.ends_with(name)))
+        .collect();
+    let space = SearchSpace::per_layer(&layers, &[8, 5, 3]).unwrap();
+    let ids = random_ids(&model, 30, 21);
+    // Every `up_proj` but one has an adapter of fixed rank, so that names alone do not say which layers are adapted.
+    let fixed = vec!["model.layers.1.mlp.up_proj".to_string()];
+    let config = SuperNetConfig::new(lora).with_fixed_layers(fixed).with_seed(4);
+    let mut net = SuperNet::new(model, space, config).unwrap();
+    let mut batcher = Batcher::new(ids.chunks(15).map(|c| Sequence::unmasked(c.to_vec())).collect(), 2, 0, 5).unwrap();
+    let config = TrainConfig { lr: 0.05, sampling: elastic_lora::train::Sampling::Fixed, ..TrainConfig::new(2) };
+    Trainer::new(config).unwrap().run(&mut net, &mut batcher, &[]).unwrap();
+    net
+}
+
+#[test]
+fn peft_computes_our_adapters_logits() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    for (which, base) in bases(scratch.path()).into_iter().enumerate() {
+        let mut arguments = vec![base.clone()];
+        for (rule, scale_rule) in [ScaleRule::AlphaOverMaxRank, ScaleRule::AlphaOverSqrtRank].into_iter().enumerate() {
+            let model = load(&base);
+            let ids = random_ids(&model, 41, 31);
+            let mut net = trained(model, LoraConfig::new(8).with_alpha(13.0).with_scale_rule(scale_rule));
+            let subnet = net.sample(&mut ChaCha8Rng::seed_from_u64(7));
+            net.activate(&subnet).unwrap();
+            let adapter = net.extract().unwrap();
+            let ranks: std::collections::BTreeSet<usize> = adapter.layers.values().map(LoraWeights::rank).collect();
+            assert!(ranks.len() > 1, "{ranks:?}");
+            let vectors = scratch.path().join(format!("{which}-{rule}.safetensors"));
+            write_vectors(&vectors, &net.eval_model(), &ids, Vec::new(), &BTreeMap::new());
+            let model_layers = net.model().layer_shapes().into_iter().map(|layer| layer.name).collect::<Vec<_>>();
+            for (pad_to_max_rank, model_layers) in [(false, model_layers), (true, Vec::new())] {
+                let folder = scratch.path().join(format!("{which}-{rule}-{pad_to_max_rank}"));
+                let options = PeftOptions { pad_to_max_rank, model_layers, ..PeftOptions::default() };
+                adapter.write(&folder, &options).unwrap();
+                arguments.extend([folder, vectors.clone()]);
+            }
+        }
+        run(python, "check_peft.py", &arguments);
+    }
+}
+
+/// Name of each linear layer's weight with its zeros.
+fn zeros(model: &Decoder) -> BTreeMap<String, usize> {
+    model.linears().map(|(name, layer)| (format!("{name}.weight"), layer.base.to_matrix().count_zeros())).collect()
+}
+
+/// Writes a model, reads it back, and notes what transformers must find in it.
+fn write_checked(model: &Decoder, source: &Path, folder: &Path, dtype: DType, shard: u64) -> [PathBuf; 2] {
+    let out = HfFolder::create(folder, false).unwrap().with_max_shard_bytes(shard);
+    out.write_model(model.config(), dtype, model.tensors(dtype).unwrap()).unwrap();
+    assert!(out.carry_over(source).unwrap().contains(&"tokenizer.json"));
+    out.commit().unwrap();
+    let read = load(folder);
+    let zeros = self::zeros(&read);
+    assert_eq!(zeros, self::zeros(model));
+    let ids = TextTokenizer::from_dir(folder).unwrap().encode(TEXT, true).unwrap();
+    let metadata = BTreeMap::from([
+        ("zeros".to_string(), serde_json::to_string(&zeros).unwrap()),
+        ("text".to_string(), TEXT.to_string()),
+    ]);
+    let vectors = folder.with_extension("safetensors");
+    write_vectors(&vectors, &read, &random_ids(&read, 41, 32), vec![ids_tensor("text_ids", &ids)], &metadata);
+    [folder.to_path_buf(), vectors]
+}
+
+/// Random factors of mixed ranks on a few layers, to be masked.
+fn random_adapter(model: &Decoder) -> LoraAdapter {
+    let mut rng = ChaCha8Rng::seed_from_u64(41);
+    let mut adapter = LoraAdapter { sparse: true, ..LoraAdapter::default() };
+    for (i, layer) in model.layer_shapes().into_iter().enumerate().filter(|(i, _)| i % 3 != 1) {
+        let rank = 2 + i % 4;
+        let a = Matrix::from_fn(rank, layer.d_input, |_, _| rng.random_range(-0.3..0.3));
+        let b = Matrix::from_fn(layer.d_output, rank, |_, _| rng.random_range(-0.3..0.3));
+        adapter.layers.insert(layer.name, LoraWeights::new(a, b, 0.3 + i as f32 / 10.0).unwrap());
+    }
+    adapter
+}
+
+#[test]
+fn transformers_reads_pruned_and_merged_models() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut arguments = Vec::new();
+    for (which, base) in bases(scratch.path()).into_iter().enumerate() {
+        let mut model = load(&base);
+        model
+            .try_for_each_linear(|_, layer| {
+                let mut weight = layer.base.to_matrix();
+                let scores = magnitude_scores(&weight);
+                prune(&mut weight, &scores, &Pattern::Unstructured { ratio: 0.5 })?;
+                layer.base.set_matrix(&weight)
+            })
+            .unwrap();
+        let sparsity = zeros(&model).values().sum::<usize>() as f64
+            / model.layer_shapes().iter().map(|l| l.d_input * l.d_output).sum::<usize>() as f64;
+        assert!((0.49..=0.51).contains(&sparsity), "{sparsity}");
+        // Half precision in shards, bfloat16 in one file.
+        let (dtype, shard) = if which == 0 { (DType::BF16, u64::MAX) } else { (DType::F16, 300_000) };
+        let folder = scratch.path().join(format!("pruned-{which}"));
+        arguments.extend(write_checked(&model, &base, &folder, dtype, shard));
+
+        // SparsePEFT, merged: other weights, the same zeros.
+        let net = SuperNet::from_adapter(model.clone(), &random_adapter(&model)).unwrap();
+        let ids = random_ids(&model, 41, 33);
+        let unmerged = logits(net.model(), &ids);
+        let merged = Merger::new().merge(&net, &[]).unwrap().model;
+        assert!(max_diff(&logits(&model, &ids), &unmerged) > 1e-2);
+        assert!(max_diff(&logits(&merged, &ids), &unmerged) < 1e-4);
+        assert_eq!(zeros(&merged), zeros(&model));
+        let folder = scratch.path().join(format!("merged-{which}"));
+        arguments.extend(write_checked(&merged, &base, &folder, DType::F32, u64::MAX));
+    }
+    run(python, "check_transformers.py", &arguments);
+}
+
+/// A script that finds a difference says so: the tests above would pass otherwise.
+#[test]
+fn the_scripts_can_fail() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let base = scratch.path().join("tiny");
+    write_tiny_llama(&base);
+    let model = load(&base);
+    let ids = random_ids(&model, 9, 51);
+    let vectors = scratch.path().join("vectors.safetensors");
+    let mut counts = zeros(&model);
+    *counts.values_mut().next().unwrap() += 1;
+    let metadata = BTreeMap::from([
+        ("zeros".to_string(), serde_json::to_string(&counts).unwrap()),
+        ("text".to_string(), TEXT.to_string()),
+    ]);
+    write_vectors(&vectors, &model, &ids, vec![ids_tensor("text_ids", &ids)], &metadata);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/interop/check_transformers.py");
+    let output = Command::new(python).args([&script, &base, &vectors]).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{out}");
+    for message in ["0 zeros, expected 1", "tokenizer: "] {
+        assert!(out.contains(message), "{out}");
+    }
+}
+
+#[test]
+fn an_adapter_of_peft_gives_pefts_logits() {
+    let (Some(dir), Some(folder)) = (shared("models/story-llama-0.6M"), shared("vectors/peft/q_v_r8")) else { return };
+    let adapter = LoraAdapter::open(&folder).unwrap();
+    let vectors = Checkpoint::open(folder.join("reference.safetensors")).unwrap();
+    let ids = load_i32(&vectors, "input_ids");
+    let expected = vectors.load_f32("logits").unwrap();
+    let expected_merged = vectors.load_f32("logits_merged").unwrap();
+
+    let model = load(&dir);
+    assert!(max_diff(&logits(&model, &ids), &expected) > 0.1, "an adapter that does nothing proves nothing");
+    let net = SuperNet::from_adapter(model.clone(), &adapter).unwrap();
+    assert_eq!(net.extract().unwrap().layers, adapter.layers);
+    let unmerged = max_diff(&logits(net.model(), &ids), &expected);
+
+    // Merged twice: by the merger, and by the file's own product on the host.
+    let by_merger = Merger::new().merge(&net, &[]).unwrap().model;
+    let mut by_hand = model;
+    by_hand
+        .try_for_each_linear(|name, layer| {
+            let Some(lora) = adapter.layers.get(name) else { return Ok(()) };
+            let mut weight = layer.base.to_matrix();
+            let delta = lora.delta();
+            weight.as_mut_slice().iter_mut().zip(delta.as_slice()).for_each(|(w, d)| *w += d);
+            layer.base.set_matrix(&weight)
+        })
+        .unwrap();
+    let q_proj = vectors.load_f32("merged_q_proj_l0").unwrap();
+    let name = "model.layers.0.self_attn.q_proj";
+    for merged in [&by_merger, &by_hand] {
+        let difference = max_diff(&logits(merged, &ids), &expected_merged);
+        let weight = merged.linear(name).unwrap().base.to_matrix();
+        let weight_difference = max_diff(weight.as_slice(), &q_proj);
+        eprintln!("max abs diff unmerged {unmerged:.3e}, merged {difference:.3e}, weight {weight_difference:.3e}");
+        assert!(difference <= 1e-4 && weight_difference <= 1e-6);
+    }
+    assert!(unmerged <= 1e-4);
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused() {
+    let scratch = tempfile::tempdir().unwrap();
+    let base = scratch.path().join("tiny");
+    write_tiny_llama(&base);
+    let net = trained(load(&base), LoraConfig::new(8));
+    assert_eq!(net.active(), &net.maximal());
+    assert_ne!(net.active(), &SubnetConfig::new());
+    let folder = scratch.path().join("adapter");
+    net.extract().unwrap().write(&folder, &PeftOptions::default()).unwrap();
+    let mut read = LoraAdapter::open(&folder).unwrap();
+    let ids = random_ids(net.model(), 17, 61);
+    let again = SuperNet::from_adapter(load(&base), &read).unwrap();
+    assert!(max_diff(&logits(again.model(), &ids), &logits(net.model(), &ids)) < 1e-6);
+    let lora = read.layers.remove("model.layers.2.mlp.down_proj").unwrap();
+    read.layers.insert("model.layers.3.mlp.down_proj".into(), lora);
+    let error = SuperNet::from_adapter(load(&base), &read).map(|_| ()).unwrap_err();
+    assert!(matches!(&error, Error::UnknownLayer { layer, .. } if layer == "model.layers.3.mlp.down_proj"), "{error}");
+}
+
+/// What a config may ask for, each in a model of its own: sequences are longer than windows and original contexts.
+#[test]
+fn transformers_computes_the_same_for_every_variant_of_a_family() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let common = serde_json::json!({
+        "hidden_size": 48, "intermediate_size": 68, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 91, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2
+    });
+    let llama3 = serde_json::json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16
+    });
+    let mut llama3_new = llama3.clone();
+    llama3_new["rope_theta"] = 500.0.into();
+    let variants = [
+        ("llama3 scaling, old spelling", "llama", serde_json::json!({"rope_theta": 500.0, "rope_scaling": llama3})),
+        ("llama3 scaling, new spelling", "llama", serde_json::json!({"rope_parameters": llama3_new})),
+        (
+            "linear scaling, legacy name",
+            "llama",
+            serde_json::json!({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ),
+        (
+            "biases, untied head",
+            "llama",
+            serde_json::json!({
+                "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false
+            }),
+        ),
+        ("explicit head size", "llama", serde_json::json!({"head_dim": 20})),
+        ("sliding window, wide heads", "mistral", serde_json::json!({"sliding_window": 7, "head_dim": 16})),
+        ("no window", "mistral", serde_json::json!({"sliding_window": null, "tie_word_embeddings": false})),
+    ];
+    let mut arguments = Vec::new();
+    for (index, (name, family, fields)) in variants.into_iter().enumerate() {
+        let mut raw = common.as_object().unwrap().clone();
+        let architecture = if family == "llama" { "LlamaForCausalLM" } else { "MistralForCausalLM" };
+        raw.insert("model_type".into(), family.into());
+        raw.insert("architectures".into(), serde_json::json!([architecture]));
+        raw.extend(fields.as_object().unwrap().clone());
+        let config = HfConfig::from_json(raw).unwrap();
+        let mut model = Decoder::init(&config, 5 + index as u64, &Device::flex()).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(index as u64);
+        model
+            .try_for_each_linear(|_, layer| {
+                let [d_input, d_output] = layer.base.dims();
+                let bound = (3.0 / d_input as f32).sqrt();
+                let weight = Matrix::from_fn(d_output, d_input, |_, _| rng.random_range(-bound..bound));
+                let bias: Vec<f32> = (0..d_output).map(|_| rng.random_range(-0.5..0.5)).collect();
+                let bias = layer.base.bias.is_some().then_some(bias.as_slice());
+                layer.base = BaseLinear::from_matrix(&weight, bias, &Device::flex())?;
+                Ok(())
+            })
+            .unwrap();
+        let folder = scratch.path().join(format!("variant-{index}"));
+        let out = HfFolder::create(&folder, false).unwrap();
+        out.write_model(&config, DType::F32, model.tensors(DType::F32).unwrap()).unwrap();
+        out.commit().unwrap();
+        let ids = random_ids(&model, 60, 9);
+        let vectors = folder.with_extension("safetensors");
+        write_vectors(&vectors, &load(&folder), &ids, Vec::new(), &BTreeMap::new());
+        eprintln!("{}: {name}", folder.display());
+        arguments.extend([folder, vectors]);
+    }
+    run(python, "check_transformers.py", &arguments);
+}
