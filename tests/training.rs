@@ -204,7 +204,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     }
     let model = tiny_on(&tiny_dims(true), 4, &Device::flex());
     let mut other = SuperNet::new(model, net().space().clone(), net().config().clone()).unwrap();
-    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "base weights");
+    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "number of base weights");
 
     // Broken files; the super-network stays as it was, off the tape.
     let checkpoint = dir.path().join("checkpoint");

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::TrainConfig;
 use super::optimizer::{NamedAdamW, load_trainable, trainable};
 use super::progress::StepLog;
-use crate::data::Position;
+use crate::data::{Batcher, Position};
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, DType, FolderWriter, HostTensor, atomic, tensors::write_safetensors};
 use crate::model::Decoder;
@@ -42,6 +42,23 @@ impl State {
         let times = optimizer.moments().1;
         Self { version: 1, config: config.clone(), about, step: logs.len(), position, logs, times }
     }
+}
+
+/// A number that tells sequences and their order in the first epoch apart from others (FNV-1a).
+pub(crate) fn fingerprint(train: &Batcher) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |value: u64| hash = (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3);
+    for sequence in train.sequences() {
+        add(sequence.len() as u64);
+        for (id, counts) in sequence.ids.iter().zip(&sequence.loss_mask) {
+            add(u64::from(*id) << 1 | u64::from(*counts));
+        }
+    }
+    for batch in train.plan().epoch(0) {
+        add(batch.len() as u64);
+        batch.into_iter().for_each(|index| add(index as u64));
+    }
+    hash
 }
 
 /// Where a run's checkpoint lies under its folder.
@@ -99,10 +116,10 @@ pub(crate) fn load(
     if state.config != *config {
         return Err(mismatch("settings", format!("{config:?}"), format!("{:?}", state.config)));
     }
-    for (field, expected) in about {
-        let found = state.about.get(field).cloned().unwrap_or_default();
-        if found != *expected {
-            return Err(mismatch(field, expected.clone(), found));
+    for (field, found) in &state.about {
+        let expected = about.get(field).cloned().unwrap_or_default();
+        if *found != expected {
+            return Err(mismatch(field, expected, found.clone()));
         }
     }
     if state.step != state.logs.len() {

@@ -349,13 +349,15 @@ impl Trainer {
 
     /// What must be the same for a checkpoint to fit.
     fn about(&self, net: &SuperNet, train: &Batcher) -> BTreeMap<String, String> {
+        let base = net.base_params();
         let text = |value: std::result::Result<String, serde_json::Error>| value.unwrap_or_default();
         BTreeMap::from([
             ("search space".into(), text(serde_json::to_string(net.space()))),
             ("adapters".into(), text(serde_json::to_string(net.config()))),
-            ("base weights".into(), format!("{:?}", net.base_params())),
-            ("training data".into(), fingerprint(train)),
             ("batches per epoch".into(), train.plan().batches_per_epoch().to_string()),
+            ("fingerprint of the training data".into(), format!("{:016x}", checkpoint::fingerprint(train))),
+            ("number of base weights".into(), base.total.to_string()),
+            ("number of base weights that are not zero".into(), base.nonzero.to_string()),
         ])
     }
 
@@ -378,21 +380,6 @@ impl Trainer {
         }
         atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
     }
-}
-
-/// Number of sequences and a hash of them and of their order in the first epoch.
-fn fingerprint(train: &Batcher) -> String {
-    let mut hash = 0;
-    for sequence in train.sequences() {
-        hash = mix_seed(hash, sequence.len() as u64);
-        for (id, counts) in sequence.ids.iter().zip(&sequence.loss_mask) {
-            hash = mix_seed(hash, u64::from(*id) << 1 | u64::from(*counts));
-        }
-    }
-    for index in train.plan().epoch(0).into_iter().flatten() {
-        hash = mix_seed(hash, index as u64);
-    }
-    format!("{} sequences, {hash:016x}", train.sequences().len())
 }
 
 /// Positions whose next token counts in the loss, row-major, with that token.
