@@ -55,12 +55,12 @@ fn by_hand(x: &[f32], rank: usize, scale: f64, masked: bool) -> Vec<f32> {
     let (weight, bias) = (base.to_matrix(), host_values(base.bias.unwrap().val()));
     let mut y = Vec::new();
     for row in x.chunks(D_IN) {
-        for o in 0..D_OUT {
-            let mut sum = f64::from(bias[o]);
-            for i in 0..D_IN {
+        for (o, bias) in bias.iter().enumerate() {
+            let mut sum = f64::from(*bias);
+            for (i, x) in row.iter().enumerate() {
                 let product: f64 = (0..rank).map(|r| f64::from(b.row(o)[r]) * f64::from(a.row(r)[i])).sum();
                 let kept = !masked || weight.row(o)[i] != 0.0;
-                sum += f64::from(row[i]) * (f64::from(weight.row(o)[i]) + if kept { scale * product } else { 0.0 });
+                sum += f64::from(*x) * (f64::from(weight.row(o)[i]) + if kept { scale * product } else { 0.0 });
             }
             y.push(sum as f32);
         }

@@ -112,7 +112,10 @@ fn bad_prompts_and_settings_are_refused() {
     let bad = |change: &dyn Fn(&mut GenerateConfig)| {
         let mut config = greedy(4, &[]);
         change(&mut config);
-        assert!(matches!(generate_batch(&model, &[good.clone()], &config), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(
+            generate_batch(&model, std::slice::from_ref(&good), &config),
+            Err(Error::InvalidArgument { .. })
+        ));
     };
     bad(&|config| config.batch_size = 0);
     bad(&|config| config.sample.temperature = f64::NAN);

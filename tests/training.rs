@@ -67,6 +67,14 @@ fn run(trainer: &Trainer, net: &mut SuperNet) -> Result<TrainReport> {
     trainer.run(net, &mut batcher(), &valid())
 }
 
+/// A run that ends at its first validation, for which it is given a token outside the vocabulary: what it leaves is the
+/// checkpoint before that, as if the process had been ended.
+fn end_at_validation(trainer: &Trainer, net: &mut SuperNet) {
+    let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
+    let outcome = trainer.run(net, &mut batcher(), &broken);
+    assert!(matches!(outcome, Err(Error::TokenOutOfRange { .. })));
+}
+
 #[test]
 fn only_adapters_change_and_the_loss_falls() {
     let mut net = net();
@@ -122,12 +130,15 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
         let make = || if dense { SuperNet::dense(tiny(false, 4)).unwrap() } else { net() };
         let (dir, whole_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut whole = make();
-        let trainer = Trainer::new(TrainConfig { checkpoint_every: 5, ..config(12) }).unwrap();
+        let trainer = Trainer::new(TrainConfig { checkpoint_every: 3, ..config(12) }).unwrap();
         let expected = run(&trainer.clone().with_folder(whole_dir.path()), &mut whole).unwrap();
-        // It left the checkpoint of step 10, as if the process had ended there.
+        // Ended after step 4, and so resumed from the checkpoint of step 3.
+        let ended_dir = tempfile::tempdir().unwrap();
+        let ended = trainer.clone().with_folder(ended_dir.path()).with_resume(true);
+        end_at_validation(&ended, &mut make());
         let mut net = make();
-        let late = run(&trainer.clone().with_folder(whole_dir.path()).with_resume(true), &mut net).unwrap();
-        assert_eq!((late.steps_done, &late.logs), (2, &expected.logs));
+        let late = run(&ended, &mut net).unwrap();
+        assert_eq!((late.steps_done, &late.logs), (9, &expected.logs));
         assert_eq!(weight_bits(net.model()), weight_bits(whole.model()));
 
         // Stopped before its first step, and again and again in the midst of it, each time a little later.
@@ -167,9 +178,8 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
 #[test]
 fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    // What a run of 6 steps leaves is the checkpoint of the fourth.
-    let settings = TrainConfig { checkpoint_every: 4, ..config(6) };
-    run(&Trainer::new(settings.clone()).unwrap().with_folder(dir.path()), &mut net()).unwrap();
+    let settings = TrainConfig { checkpoint_every: 3, ..config(6) };
+    end_at_validation(&Trainer::new(settings.clone()).unwrap().with_folder(dir.path()), &mut net());
     let resume = |config: TrainConfig| Trainer::new(config).unwrap().with_folder(dir.path()).with_resume(true);
 
     // Other settings, space, adapters, data, order.
@@ -247,7 +257,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     std::fs::write(&tensors, &good_tensors).unwrap();
     let mut resumed = net();
     let report = run(&resume(settings.clone()), &mut resumed).unwrap();
-    assert_eq!(report.steps_done, 2);
+    assert_eq!(report.steps_done, 3);
     let mut whole = net();
     let expected = run(&Trainer::new(settings).unwrap(), &mut whole).unwrap();
     assert_eq!(report.logs, expected.logs);

@@ -16,7 +16,7 @@ use crate::nn::BaseLinear;
 ///
 /// # fn main() -> elastic_lora::Result<()> {
 /// let device = Device::flex();
-/// let mut layer = ElasticLoraLinearConfig::new(17, 5, 8).with_alpha(12.0).with_bias(true).init(&device)?;
+/// let mut layer = ElasticLoraLinearConfig::new(17, 5, 8).with_alpha(Some(12.0)).with_bias(true).init(&device)?;
 /// layer.set_active_rank(3)?;
 /// let x = Tensor::<2>::random([2, 17], Distribution::Default, &device);
 /// assert_eq!(layer.forward(x).dims(), [2, 5]);

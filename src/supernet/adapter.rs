@@ -1,6 +1,8 @@
 //! A super-network out of an adapter that was trained elsewhere.
 
-use super::{SuperNet, SuperNetConfig};
+use burn::module::Module;
+
+use super::{SuperNet, SuperNetConfig, refuse_adapters};
 use crate::adapter::{ElasticLora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::io::peft::LoraAdapter;
@@ -16,9 +18,9 @@ impl SuperNet {
     ///
     /// # Errors
     /// [`Error::UnknownLayer`] and [`Error::TensorShape`] as [`LoraAdapter::check`] says; [`Error::InvalidArgument`] for an
-    /// adapter without layers; [`Error::InvalidSpace`] for a layer that has an adapter already; [`Error::Unsupported`] for an
+    /// adapter without layers; [`Error::InvalidSpace`] for a model that has an adapter already; [`Error::Unsupported`] for an
     /// adapter that was trained through a quantizer, or a scale that is not over 0.
-    pub fn from_adapter(mut model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
+    pub fn from_adapter(model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
         if adapter.quantization_aware {
             return Err(Error::Unsupported {
                 what: "an adapter with `quantization_aware` on a model that is not quantized".into(),
@@ -28,7 +30,9 @@ impl SuperNet {
             return Err(Error::argument("adapter", "without layers", "at least one layer"));
         }
         adapter.check(model.config())?;
+        refuse_adapters(&model)?;
         let base = model.count_base_params();
+        let mut model = model.set_require_grad(false);
         let device = model.device();
         let mut groups = Vec::with_capacity(adapter.layers.len());
         let mut largest: Option<LoraConfig> = None;
@@ -37,12 +41,6 @@ impl SuperNet {
             let (Some(weights), Some(layer)) = (adapter.layers.get(&shape.name), model.linear_mut(&shape.name)) else {
                 continue;
             };
-            if layer.adapter.is_some() {
-                return Err(Error::InvalidSpace {
-                    group: shape.name,
-                    reason: "this layer would get two adapters".into(),
-                });
-            }
             let (rank, scale) = (weights.rank(), f64::from(weights.scale()));
             if scale <= 0.0 {
                 return Err(Error::Unsupported {
