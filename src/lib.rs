@@ -30,8 +30,8 @@
 //!
 //! Files, [`linalg::Matrix`], masks and merging speak Hugging Face's `[out, in]`; Burn tensors `[in, out]`. A fraction is in
 //! 0..=1. Losses are in nats. Everything random has a seed, and the same seed gives the same result on the same machine, at
-//! any number of threads. Nothing that a caller passes makes the crate panic: what is wrong comes back as an [`Error`] that
-//! names it.
+//! any number of threads. Files, data and settings that are wrong come back as an [`Error`] that names them; functions of
+//! tensors alone panic on shapes other than those that their docs state, as Burn's own do.
 #![warn(missing_docs)]
 
 pub mod adapter;

@@ -100,6 +100,22 @@ pub struct ElasticLoraLinear {
 }
 
 impl ElasticLoraLinear {
+    /// A layer with an adapter.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the adapter is for other sizes.
+    pub fn new(base: BaseLinear, adapter: ElasticLora) -> Result<Self> {
+        let found = [adapter.d_input(), adapter.d_output()];
+        if base.dims() != found {
+            return Err(Error::ShapeMismatch {
+                what: "adapter of a layer".into(),
+                expected: base.dims().to_vec(),
+                found: found.to_vec(),
+            });
+        }
+        Ok(Self { base, adapter: Some(adapter) })
+    }
+
     /// A layer without an adapter.
     pub fn plain(base: BaseLinear) -> Self {
         Self { base, adapter: None }
@@ -123,7 +139,7 @@ impl ElasticLoraLinear {
     pub fn set_active_rank(&mut self, rank: usize) -> Result<()> {
         match &mut self.adapter {
             Some(adapter) => adapter.set_active_rank(rank),
-            None => Err(Error::InvalidRank { layer: String::new(), found: rank, max: 0 }),
+            None => Err(Error::InvalidRank { layer: "this layer, which has no adapter".into(), found: rank, max: 0 }),
         }
     }
 

@@ -115,7 +115,7 @@ impl LoraConfig {
 /// # Shapes
 /// - `lora_a`: `[d_input, r_max]`, `lora_b`: `[r_max, d_output]`, `mask`: `[d_input, d_output]` of 0 and 1
 /// - result: `[d_input, d_output]`
-pub fn delta_weight(
+pub(crate) fn delta_weight(
     lora_a: Tensor<2>,
     lora_b: Tensor<2>,
     active_rank: usize,
@@ -262,7 +262,7 @@ impl ElasticLora {
     /// [`Error::InvalidRank`] for 0 or more than the maximum; the active rank is then as before.
     pub fn set_active_rank(&mut self, rank: usize) -> Result<()> {
         if rank == 0 || rank > self.max_rank() {
-            return Err(Error::InvalidRank { layer: String::new(), found: rank, max: self.max_rank() });
+            return Err(Error::InvalidRank { layer: "this layer".into(), found: rank, max: self.max_rank() });
         }
         self.active_rank = rank;
         Ok(())
@@ -273,7 +273,7 @@ impl ElasticLora {
         self.dropout_seed = seed;
     }
 
-    /// The active weight-space update, `[d_input, d_output]`; see [`delta_weight`].
+    /// The active weight-space update, `[d_input, d_output]`; `s A_r B_r`, masked where there is a mask.
     pub fn delta(&self) -> Tensor<2> {
         delta_weight(self.lora_a.val(), self.lora_b.val(), self.active_rank, self.scale(), self.mask.clone())
     }

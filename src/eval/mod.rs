@@ -43,7 +43,7 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
         let len = ids.len() / rows;
         let targets: Vec<(usize, u32)> = (0..ids.len()).filter(|i| i % len > 0).map(|i| (i - 1, ids[i])).collect();
         if !targets.is_empty() {
-            sum += f64::from(host_values(model.nll_sum(model.tokens(ids, rows)?, &targets))[0]);
+            sum += f64::from(host_values(model.nll_sum(model.tokens(ids, rows)?, &targets)?)[0]);
             n += targets.len();
         }
         Ok(())

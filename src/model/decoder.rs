@@ -265,14 +265,28 @@ impl Decoder {
     /// # Shapes
     /// - `tokens`: `[batch, seq]`; `positions`: row-major indices into it, each with the id of the token that follows there
     /// - result: `[1]`
-    pub fn nll_sum(&self, tokens: Tensor<2, Int>, positions: &[(usize, u32)]) -> Tensor<1> {
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] for a target outside the vocabulary, [`Error::InvalidArgument`] for a position outside
+    /// `tokens` or none at all.
+    pub fn nll_sum(&self, tokens: Tensor<2, Int>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
+        let (n_tokens, vocab_size) = (tokens.shape().num_elements(), self.config.vocab_size());
+        if positions.is_empty() {
+            return Err(Error::argument("positions", "none", "at least one"));
+        }
+        if let Some((position, _)) = positions.iter().find(|(position, _)| *position >= n_tokens) {
+            return Err(Error::argument("positions", position, format!("under the number of tokens, {n_tokens}")));
+        }
+        if let Some((_, found)) = positions.iter().find(|(_, target)| *target as usize >= vocab_size) {
+            return Err(Error::TokenOutOfRange { found: *found, vocab_size });
+        }
         let hidden = self.hidden_states(tokens, None);
         let device = hidden.device().without_autodiff();
         let hidden: Tensor<2> = hidden.flatten(0, 1);
         let rows: Vec<i32> = positions.iter().map(|(row, _)| *row as i32).collect();
         let targets: Vec<i32> = positions.iter().map(|(_, target)| *target as i32).collect();
         let hidden = hidden.select(0, Tensor::from_data(rows.as_slice(), &device));
-        ops::cross_entropy_sum(self.logits(hidden), Tensor::from_data(targets.as_slice(), &device))
+        Ok(ops::cross_entropy_sum(self.logits(hidden), Tensor::from_data(targets.as_slice(), &device)))
     }
 
     /// Name and shape of each linear layer inside the blocks, in the order of computation.

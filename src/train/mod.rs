@@ -303,7 +303,7 @@ impl Trainer {
                 if targets.is_empty() {
                     continue;
                 }
-                let mean = model.nll_sum(tokens, targets) / n_targets as f64;
+                let mean = model.nll_sum(tokens, targets)? / n_targets as f64;
                 loss += f64::from(host_values(mean.clone().inner())[0]);
                 accumulate(net.model(), &mut mean.backward(), &mut grads);
             }
@@ -401,7 +401,7 @@ pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
             continue;
         }
         n += targets.len();
-        sum += f64::from(host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets))[0]);
+        sum += f64::from(host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0]);
     }
     Ok(if n == 0 { 0.0 } else { sum / n as f64 })
 }
