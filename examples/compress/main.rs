@@ -58,10 +58,10 @@ pub struct Args {
     #[arg(long)]
     space: Option<PathBuf>,
     /// Optimizer steps of each training run
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 400)]
     steps: usize,
     /// Sequences per step
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 16)]
     batch: usize,
     /// Peak learning rate
     #[arg(long, default_value_t = 2e-3)]
