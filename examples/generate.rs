@@ -97,5 +97,5 @@ fn run(args: &Args) -> Result<()> {
 }
 
 fn main() {
-    common::exit_on_error(run(&Args::parse()));
+    common::exit_on_error(run(&common::parse()));
 }

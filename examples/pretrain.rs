@@ -3,9 +3,10 @@
 //! Its text is generated, so whoever runs this gets the same model; the kinds of problem that `compress` fine-tunes it on
 //! are rare in it.
 
+#[path = "common/mod.rs"]
+mod common;
+
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
 use clap::Parser;
@@ -77,6 +78,8 @@ fn records(problems: Vec<arithmetic::Problem>) -> Vec<Record> {
 }
 
 fn run(args: &Args) -> Result<()> {
+    // Whether it can be written is found out before the training, not after it.
+    drop(HfFolder::create(&args.out, args.overwrite)?);
     let device = Device::flex();
     let train = records(arithmetic::mixture(&MIXTURE, Split::Train, args.problems, args.seed)?);
     let template = PromptTemplate::QuestionAnswer;
@@ -122,14 +125,7 @@ fn run(args: &Args) -> Result<()> {
     println!("{} weights, vocabulary {}", model.count_base_params().total, tokenizer.vocab_size());
     let mut net = SuperNet::dense(model)?;
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    // A second interrupt ends the process at once.
-    let _ = ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    });
+    let stop = common::stop_flag();
     let mut train_config = TrainConfig::new(args.steps);
     train_config.lr = args.lr;
     train_config.warmup = (args.steps / 20).min(200);
@@ -182,8 +178,5 @@ fn accuracy(model: &Decoder, tokenizer: &TextTokenizer, template: PromptTemplate
 }
 
 fn main() {
-    if let Err(error) = run(&Args::parse()) {
-        eprintln!("error: {error}");
-        std::process::exit(1);
-    }
+    common::exit_on_error(run(&common::parse()));
 }

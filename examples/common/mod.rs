@@ -40,6 +40,14 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
+/// The arguments of the command line. What is wrong with them is told on stderr and ends the process with 1, as every error.
+pub fn parse<T: clap::Parser>() -> T {
+    T::try_parse().unwrap_or_else(|error| {
+        let _ = error.print();
+        std::process::exit(i32::from(error.use_stderr()))
+    })
+}
+
 /// A flag that the first interrupt sets; the second ends the process.
 pub fn stop_flag() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
