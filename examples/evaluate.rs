@@ -46,7 +46,7 @@ struct Args {
     /// Backend: flex, or another that the build has a feature for
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Print one JSON object
+    /// Print JSON: one object, a line for each set of problems
     #[arg(long)]
     json: bool,
 }
@@ -72,11 +72,13 @@ fn run(args: &Args) -> Result<()> {
         let context = args.context.unwrap_or(model.config().max_position_embeddings());
         let result = perplexity(model, &ids, context)?;
         if args.json {
-            println!("{}", serde_json::json!(result));
+            common::say!("{}", serde_json::json!(result));
         } else {
-            println!(
+            common::say!(
                 "perplexity {:.4}, {:.6} nats a token, {} tokens predicted",
-                result.perplexity, result.nll, result.predicted_tokens
+                result.perplexity,
+                result.nll,
+                result.predicted_tokens
             );
         }
         return Ok(());
@@ -108,12 +110,12 @@ fn run(args: &Args) -> Result<()> {
         let result = measure(records)?;
         if args.json {
             let (correct, total, accuracy) = (result.correct, result.total, result.accuracy());
-            println!(
+            common::say!(
                 "{}",
                 serde_json::json!({ "set": name, "accuracy": accuracy, "correct": correct, "total": total })
             );
         } else {
-            println!("{name}: {:.1} % ({} of {})", 100.0 * result.accuracy(), result.correct, result.total);
+            common::say!("{name}: {:.1} % ({} of {})", 100.0 * result.accuracy(), result.correct, result.total);
         }
     }
     Ok(())

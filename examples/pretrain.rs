@@ -122,7 +122,7 @@ fn run(args: &Args) -> Result<()> {
         dtype: DType::F16,
     })?;
     let model = Decoder::init(&config, args.seed, &device)?;
-    println!("{} weights, vocabulary {}", model.count_base_params().total, tokenizer.vocab_size());
+    common::say!("{} weights, vocabulary {}", model.count_base_params().total, tokenizer.vocab_size());
     let mut net = SuperNet::dense(model)?;
 
     let stop = common::stop_flag();
@@ -141,7 +141,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let mut batcher = Batcher::new(sequences, args.batch, pad_id, args.seed)?;
     let report = trainer.run(&mut net, &mut batcher, &valid)?;
-    println!(
+    common::say!(
         "{} steps in {:.0} s, {:.0} tokens/s, validation loss {:.4}",
         report.steps_done,
         report.seconds,
@@ -152,7 +152,7 @@ fn run(args: &Args) -> Result<()> {
     let model = net.into_model();
     for kind in Kind::ALL {
         let test = records(arithmetic::problems(kind, Split::Test, 300, args.seed)?);
-        println!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * accuracy(&model, &tokenizer, template, &test)?);
+        common::say!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * accuracy(&model, &tokenizer, template, &test)?);
     }
 
     let folder = HfFolder::create(&args.out, args.overwrite)?;
@@ -160,7 +160,7 @@ fn run(args: &Args) -> Result<()> {
     folder.write_text("tokenizer.json", &tokenizer_json)?;
     folder.write_text("tokenizer_config.json", &bpe_tokenizer_config(CONTEXT))?;
     folder.commit()?;
-    println!("wrote {}", args.out.display());
+    common::say!("wrote {}", args.out.display());
     Ok(())
 }
 

@@ -8,6 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use burn::tensor::Device;
 use elastic_lora::{Error, Result};
 
+/// `println!` that does not mind when nobody reads any more (`| head`): what counts is in files.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+#[allow(unused_imports)]
+pub(crate) use say;
+
 /// The model that the crate ships.
 pub fn shipped_model() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/arithmetic-llama"))

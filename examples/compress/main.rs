@@ -120,6 +120,7 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum Method {
     /// Everything below, in one table
     All,
@@ -132,6 +133,7 @@ enum Method {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum SearchMetric {
     /// Negative log-likelihood
     Loss,
@@ -140,6 +142,7 @@ enum SearchMetric {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum Search {
     /// Evolution of a front of score against cost
     Nsga2,
@@ -152,6 +155,7 @@ enum Search {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum SearchCost {
     /// Multiply-accumulates a token
     Macs,

@@ -17,12 +17,14 @@ use elastic_lora::model::Decoder;
 use elastic_lora::search::{
     Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport, StopReason, StudyConfig,
 };
+use elastic_lora::sparsity::Pattern;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{Sampling, TrainConfig, TrainReport, Trainer};
 use elastic_lora::{Error, Merger, Result, SearchSpace, Searcher, SubnetConfig, SuperNet};
+use serde_json::Value;
 
 use crate::settings::{Settings, lora_config};
-use crate::task::Task;
+use crate::task::{Task, fingerprint};
 use crate::{Args, Method, Search, SearchMetric, common};
 
 struct Run<'a> {
@@ -39,7 +41,8 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
     // Built once for its checks: what is wrong with the adapters' settings shows before anything is trained.
     supernet(args, &task.pretrained.model, space.clone(), false)?;
     let mut identity = task.fingerprints();
-    identity.insert("search space".into(), serde_json::json!(space));
+    let text = space.to_json()?;
+    identity.insert("search space".into(), Value::String(fingerprint(text.bytes().map(u32::from))));
     let made = settings.prepare_out(args, identity)?;
     let result = steps(args, settings, task, &space);
     match &result {
@@ -68,10 +71,14 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    run.row(&format!("pruned to {pattern}"), &pruned, None)?;
+    let name = match pattern {
+        Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => format!("pruned to {} %", percent(*ratio)),
+        Pattern::NM { .. } => format!("pruned to {pattern}"),
+    };
+    run.row(&name, &pruned, None)?;
     task.pretrained.write_variant(&pruned, run.out.join("pruned"), true)?;
 
-    println!("{} subnets in {} groups", space.n_subnets(), space.len());
+    common::say!("{} subnets in {} groups", space.n_subnets(), space.len());
     if args.method.includes(Method::Lora) {
         run.lora(&pruned, space)?;
     }
@@ -82,8 +89,8 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
         run.sparse_peft(&pruned, space)?;
     }
     run.report.write(run.out.join("report.json"))?;
-    println!("\n{}", run.report);
-    println!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
+    common::say!("\n{}", run.report);
+    common::say!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -115,6 +122,11 @@ fn supernet(args: &Args, model: &Decoder, space: SearchSpace, masked: bool) -> R
     let max_rank = space.max_rank();
     let config = SuperNetConfig::new(lora_config(args, max_rank)).with_sparse_peft(masked).with_seed(args.seed);
     SuperNet::new(model.clone(), space, config)
+}
+
+/// To one digit after the point at most.
+fn percent(share: f64) -> f64 {
+    (1000.0 * share).round() / 10.0
 }
 
 /// The version of Burn that the lock file pins.
@@ -161,7 +173,7 @@ impl Run<'_> {
             row.ranks = Some(net.space().values(net.active())?);
         }
         let accuracy = row.accuracy.map_or(String::new(), |a| format!(", accuracy {:.1} %", 100.0 * a));
-        println!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
+        common::say!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
         self.report.rows.push(row);
         Ok(())
     }
@@ -178,9 +190,10 @@ impl Run<'_> {
             .run(net, &mut batcher, &self.task.valid)?;
         if report.steps_done > 0 {
             let per_step = 1000.0 * report.seconds / report.steps_done as f64;
-            println!(
+            common::say!(
                 "trained {name}: {} steps, {per_step:.0} ms a step, {:.0} tokens/s",
-                report.steps_done, report.tokens_per_second
+                report.steps_done,
+                report.tokens_per_second
             );
         }
         Ok(report)
@@ -287,7 +300,7 @@ impl Run<'_> {
         if outcome.stopped() == StopReason::Interrupted {
             return Err(Error::Interrupted);
         }
-        println!(
+        common::say!(
             "searched by {}: {} subnets in {:.0} s, {} on the front",
             outcome.searcher(),
             outcome.evaluations().len(),
@@ -314,7 +327,7 @@ impl Run<'_> {
         net.activate(&chosen)?;
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
         let merged = Merger::new().merge(&net, &sample)?;
-        println!(
+        common::say!(
             "merged {} layers: {} zeros lost, logits differ by at most {:.1e}",
             merged.report.layers.len(),
             merged.report.zeros_lost,

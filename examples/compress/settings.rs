@@ -81,13 +81,14 @@ impl Settings {
     pub fn prepare_out(&self, args: &Args, identity: Map<String, Value>) -> Result<bool> {
         let out = &self.out;
         let file = out.join(RUN);
-        let mut run = identity;
         let arguments = serde_json::to_value(args).map_err(|e| Error::json(&file, e))?;
-        run.insert("arguments".into(), arguments);
+        let mut run = Map::from_iter([("arguments".to_string(), arguments)]);
+        run.extend(identity);
         if args.resume && file.exists() {
             let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
             let found: Map<String, Value> = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
-            return same(&file, &run, &found).map(|()| false);
+            same(&file, &run, &found)?;
+            return sweep(out).map(|()| false);
         }
         let made = !out.exists();
         std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
@@ -143,8 +144,27 @@ fn check_out(args: &Args, out: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Removes what a killed run was in the middle of writing.
+fn sweep(out: &Path) -> Result<()> {
+    let names = FOLDERS.iter().chain(&FILES).chain(&["checkpoint", "losses.csv", "old"]);
+    let prefixes: Vec<String> = names.map(|name| format!(".{name}-")).collect();
+    for folder in [out.to_path_buf()].into_iter().chain(FOLDERS.map(|name| out.join(name))) {
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let (name, path) = (entry.file_name(), entry.path());
+            let name = name.to_string_lossy();
+            if !name.ends_with(".tmp") || !prefixes.iter().any(|prefix| name.starts_with(prefix)) {
+                continue;
+            }
+            let result = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            result.map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
 /// Removes what a run makes, and nothing else.
 fn remove_results(out: &Path) -> Result<()> {
+    sweep(out)?;
     let gone = |path: PathBuf, result: std::io::Result<()>| match result {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
         _ => Ok(()),

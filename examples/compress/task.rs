@@ -96,7 +96,8 @@ impl Task {
         let longest_answer = answers.collect::<Result<Vec<_>>>()?.iter().map(Vec::len).max().unwrap_or(0);
         let train = sequences(&train)?;
         // A data set of fewer tokens than the context is one short sample.
-        let sample_len = context.min(CALIBRATION.1).min(train.iter().map(Sequence::len).sum());
+        let tokens: usize = train.iter().map(Sequence::len).sum();
+        let sample_len = context.min(CALIBRATION.1).min(tokens.saturating_sub(documents.len()).max(1));
         Ok(Self {
             train,
             valid: batches(&valid)?,
@@ -137,7 +138,7 @@ impl Task {
 }
 
 /// FNV-1a, by words: not against malice, but a file swapped by mistake shows.
-fn fingerprint(words: impl Iterator<Item = u32>) -> String {
+pub fn fingerprint(words: impl Iterator<Item = u32>) -> String {
     let hash =
         words.fold(0xcbf2_9ce4_8422_2325u64, |hash, word| (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3));
     format!("{hash:016x}")
