@@ -12,7 +12,7 @@ use elastic_lora::eval::{ProblemSet, perplexity};
 use elastic_lora::infer::GenerateConfig;
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::model::Pretrained;
-use elastic_lora::{Result, SuperNet};
+use elastic_lora::{Error, Result, SuperNet};
 
 /// Perplexity or exact-match accuracy of a model, with or without an adapter.
 ///
@@ -35,7 +35,7 @@ struct Args {
     #[arg(long)]
     exact_match: Option<PathBuf>,
     /// Window of the perplexity, in tokens [default: the model's context]
-    #[arg(long)]
+    #[arg(long, requires = "text")]
     context: Option<usize>,
     /// How problems are worded: auto, alpaca, question_answer or raw
     #[arg(long, default_value = "auto")]
@@ -46,12 +46,15 @@ struct Args {
     /// Backend: flex, or another that the build has a feature for
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Print one JSON object
+    /// Print JSON: one object, a line for each set of problems
     #[arg(long)]
     json: bool,
 }
 
 fn run(args: &Args) -> Result<()> {
+    if args.max_new_tokens == 0 {
+        return Err(Error::argument("max-new-tokens", 0, "at least 1"));
+    }
     let device = common::device(&args.device)?;
     let folder = args.model.clone().unwrap_or_else(common::shipped_model);
     let mut pretrained = Pretrained::open(folder, &device)?;
@@ -62,14 +65,20 @@ fn run(args: &Args) -> Result<()> {
     let model = &pretrained.model;
     if let Some(text) = &args.text {
         let ids = pretrained.tokenizer.encode_prompt(&load_text(text)?)?;
+        if ids.len() < 2 {
+            let detail = format!(": {} tokens, and a text needs 2", ids.len());
+            return Err(Error::EmptyDataset { path: text.clone(), detail });
+        }
         let context = args.context.unwrap_or(model.config().max_position_embeddings());
         let result = perplexity(model, &ids, context)?;
         if args.json {
-            println!("{}", serde_json::json!(result));
+            common::say!("{}", serde_json::json!(result));
         } else {
-            println!(
+            common::say!(
                 "perplexity {:.4}, {:.6} nats a token, {} tokens predicted",
-                result.perplexity, result.nll, result.predicted_tokens
+                result.perplexity,
+                result.nll,
+                result.predicted_tokens
             );
         }
         return Ok(());
@@ -91,20 +100,27 @@ fn run(args: &Args) -> Result<()> {
             .collect::<Result<_>>()?,
     };
     for (name, records) in &sets {
+        if let Some(at) = records.iter().position(|record| record.final_answer().is_none()) {
+            return Err(Error::InvalidRecord {
+                path: name.into(),
+                record: at + 1,
+                reason: "it has no final answer (`#### 12`, or a field `answer`)".into(),
+            });
+        }
         let result = measure(records)?;
         if args.json {
             let (correct, total, accuracy) = (result.correct, result.total, result.accuracy());
-            println!(
+            common::say!(
                 "{}",
                 serde_json::json!({ "set": name, "accuracy": accuracy, "correct": correct, "total": total })
             );
         } else {
-            println!("{name}: {:.1} % ({} of {})", 100.0 * result.accuracy(), result.correct, result.total);
+            common::say!("{name}: {:.1} % ({} of {})", 100.0 * result.accuracy(), result.correct, result.total);
         }
     }
     Ok(())
 }
 
 fn main() {
-    common::exit_on_error(run(&Args::parse()));
+    common::exit_on_error(run(&common::parse()));
 }

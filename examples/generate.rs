@@ -63,7 +63,8 @@ fn run(args: &Args) -> Result<()> {
     let mut config = GenerateConfig::new(args.max_new_tokens, pretrained.stop_ids());
     config.sample =
         SampleConfig { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
-    print!("{prompt}");
+    let mut stdout = std::io::stdout();
+    let _ = write!(stdout, "{prompt}").and_then(|()| stdout.flush());
     let started = Instant::now();
     let mut first = None;
     let mut so_far = Vec::new();
@@ -76,13 +77,14 @@ fn run(args: &Args) -> Result<()> {
             && !text.ends_with('\u{FFFD}')
             && text.is_char_boundary(shown)
         {
-            print!("{}", &text[shown..]);
+            let written = write!(stdout, "{}", &text[shown..]).and_then(|()| stdout.flush());
             shown = text.len();
-            let _ = std::io::stdout().flush();
+            // Where nobody reads any more (`| head`), there is no more to do.
+            return written.is_ok();
         }
         true
     })?;
-    println!();
+    common::say!();
     let total = started.elapsed().as_secs_f64();
     let prefill = first.map_or(total, |first| first.as_secs_f64());
     let decoded = output.len().saturating_sub(1);
@@ -97,5 +99,5 @@ fn run(args: &Args) -> Result<()> {
 }
 
 fn main() {
-    common::exit_on_error(run(&Args::parse()));
+    common::exit_on_error(run(&common::parse()));
 }

@@ -3,9 +3,10 @@
 //! Its text is generated, so whoever runs this gets the same model; the kinds of problem that `compress` fine-tunes it on
 //! are rare in it.
 
+#[path = "common/mod.rs"]
+mod common;
+
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
 use clap::Parser;
@@ -78,6 +79,8 @@ fn records(problems: Vec<arithmetic::Problem>) -> Vec<Record> {
 }
 
 fn run(args: &Args) -> Result<()> {
+    // Whether it can be written is found out before the training, not after it.
+    drop(HfFolder::create(&args.out, args.overwrite)?);
     let device = Device::flex();
     let train = records(arithmetic::mixture(&MIXTURE, Split::Train, args.problems, args.seed)?);
     let template = PromptTemplate::QuestionAnswer;
@@ -120,17 +123,10 @@ fn run(args: &Args) -> Result<()> {
         dtype: DType::F16,
     })?;
     let model = Decoder::init(&config, args.seed, &device)?;
-    println!("{} weights, vocabulary {}", model.count_base_params().total, tokenizer.vocab_size());
+    common::say!("{} weights, vocabulary {}", model.count_base_params().total, tokenizer.vocab_size());
     let mut net = SuperNet::dense(model)?;
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    // A second interrupt ends the process at once.
-    let _ = ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    });
+    let stop = common::stop_flag();
     let mut train_config = TrainConfig::new(args.steps);
     train_config.lr = args.lr;
     train_config.warmup = (args.steps / 20).min(200);
@@ -146,7 +142,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let mut batcher = Batcher::new(sequences, args.batch, pad_id, args.seed)?;
     let report = trainer.run(&mut net, &mut batcher, &valid)?;
-    println!(
+    common::say!(
         "{} steps in {:.0} s, {:.0} tokens/s, validation loss {:.4}",
         report.steps_done,
         report.seconds,
@@ -157,7 +153,7 @@ fn run(args: &Args) -> Result<()> {
     let model = net.into_model();
     for kind in Kind::ALL {
         let test = records(arithmetic::problems(kind, Split::Test, 300, args.seed)?);
-        println!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * accuracy(&model, &tokenizer, template, &test)?);
+        common::say!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * accuracy(&model, &tokenizer, template, &test)?);
     }
 
     let folder = HfFolder::create(&args.out, args.overwrite)?;
@@ -165,7 +161,7 @@ fn run(args: &Args) -> Result<()> {
     folder.write_text("tokenizer.json", &tokenizer_json)?;
     folder.write_text("tokenizer_config.json", &bpe_tokenizer_config(CONTEXT))?;
     folder.commit()?;
-    println!("wrote {}", args.out.display());
+    common::say!("wrote {}", args.out.display());
     Ok(())
 }
 
@@ -183,8 +179,5 @@ fn accuracy(model: &Decoder, tokenizer: &TextTokenizer, template: PromptTemplate
 }
 
 fn main() {
-    if let Err(error) = run(&Args::parse()) {
-        eprintln!("error: {error}");
-        std::process::exit(1);
-    }
+    common::exit_on_error(run(&common::parse()));
 }

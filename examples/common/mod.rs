@@ -8,6 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use burn::tensor::Device;
 use elastic_lora::{Error, Result};
 
+/// `println!` that does not mind when nobody reads any more (`| head`): what counts is in files.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+#[allow(unused_imports)]
+pub(crate) use say;
+
 /// The model that the crate ships.
 pub fn shipped_model() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/arithmetic-llama"))
@@ -38,6 +48,14 @@ pub fn device(name: &str) -> Result<Device> {
                     .into(),
         }),
     }
+}
+
+/// The arguments of the command line. What is wrong with them is told on stderr and ends the process with 1, as every error.
+pub fn parse<T: clap::Parser>() -> T {
+    T::try_parse().unwrap_or_else(|error| {
+        let _ = error.print();
+        std::process::exit(i32::from(error.use_stderr()))
+    })
 }
 
 /// A flag that the first interrupt sets; the second ends the process.

@@ -6,17 +6,21 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod pipeline;
+mod settings;
 mod task;
 
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use elastic_lora::Result;
+use elastic_lora::eval::Cost;
+use elastic_lora::{Result, sparsity};
+use serde::Serialize;
 
 /// Prune, fine-tune, search and merge a language model.
 ///
 /// Without arguments: the shipped model, generated arithmetic problems, all methods.
-#[derive(Parser, Debug)]
+// Serialized are the arguments that a resumed run must share; the skipped ones are compared by content or do not matter.
+#[derive(Parser, Debug, Serialize)]
 #[command(
     version,
     after_help = "Training files: JSON or JSON Lines with `instruction`, `input`, `output` (Alpaca) or \
@@ -24,28 +28,32 @@ use elastic_lora::Result;
     form's `answer`); without final answers the table has losses alone."
 )]
 pub struct Args {
-    /// Model folder (config.json, safetensors, tokenizer.json)
-    #[arg(long)]
+    /// Model folder (config.json, safetensors, tokenizer.json) [default: the shipped model]
+    #[arg(long, requires = "train")]
+    #[serde(skip)]
     model: Option<PathBuf>,
-    /// Training file; needed with --model
+    /// Training file [default: generated arithmetic problems]
     #[arg(long, requires = "valid")]
+    #[serde(skip)]
     train: Option<PathBuf>,
     /// Validation file: what the search sees
     #[arg(long, requires = "train")]
+    #[serde(skip)]
     valid: Option<PathBuf>,
     /// Test file: what the table is measured on [default: the validation file]
     #[arg(long, requires = "train")]
+    #[serde(skip)]
     test: Option<PathBuf>,
     /// What to run on the pruned model
     #[arg(long, value_enum, default_value_t = Method::All)]
     method: Method,
     /// How weights are chosen for pruning: wanda or magnitude
     #[arg(long, default_value = "wanda")]
-    prune: String,
-    /// Share of weights to remove, 0 to 1 (unstructured)
+    prune: sparsity::Method,
+    /// Share of weights to remove, 0 to 1; N:M has its own
     #[arg(long, default_value_t = 0.5)]
     sparsity: f64,
-    /// unstructured, layer, or N:M (at most N of M consecutive inputs stay)
+    /// unstructured (the share goes from each row), layer (from each matrix), or N:M (N of M consecutive inputs stay)
     #[arg(long, default_value = "unstructured")]
     pattern: String,
     /// Ranks that the supernet offers; the largest is plain LoRA's
@@ -56,6 +64,7 @@ pub struct Args {
     groups: String,
     /// A search space from a file instead: ours, elastic_adapter_config.json, or an NNCF config
     #[arg(long)]
+    #[serde(skip)]
     space: Option<PathBuf>,
     /// Optimizer steps of each training run
     #[arg(long, default_value_t = 400)]
@@ -78,36 +87,40 @@ pub struct Args {
     /// Longest sequence in tokens; longer records are cut [default: the model's context, at most 512]
     #[arg(long)]
     max_len: Option<usize>,
-    /// nsga2, random, hill-climbing or heuristic
-    #[arg(long, default_value = "nsga2")]
-    search: String,
+    /// How subnets are searched
+    #[arg(long, value_enum, default_value_t = Search::Nsga2)]
+    search: Search,
     /// Subnets that the search may evaluate
     #[arg(long, default_value_t = 40)]
     evals: usize,
     /// What the search wants to be good, on the validation file
     #[arg(long, value_enum, default_value_t = SearchMetric::Loss)]
     metric: SearchMetric,
-    /// What the search trades that against: macs, params or bytes
-    #[arg(long, default_value = "macs")]
-    cost: String,
+    /// What the search trades that against
+    #[arg(long, value_enum, default_value_t = SearchCost::Macs)]
+    cost: SearchCost,
     /// Seed of everything
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Backend: flex, or another that the build has a feature for
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Folder for the results [default: target/compress, replaced at each run]
+    /// Folder for the results, new or empty [default: target/compress, replaced at each run]
     #[arg(long)]
+    #[serde(skip)]
     out: Option<PathBuf>,
-    /// Go on with an interrupted run in --out
+    /// Go on with the interrupted run in --out; its arguments must be the same
     #[arg(long)]
+    #[serde(skip)]
     resume: bool,
-    /// Replace the results in --out
+    /// Replace the results of a former run in --out; other files there stay
     #[arg(long, conflicts_with = "resume")]
+    #[serde(skip)]
     overwrite: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum Method {
     /// Everything below, in one table
     All,
@@ -119,12 +132,47 @@ enum Method {
     SparsePeft,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 enum SearchMetric {
     /// Negative log-likelihood
     Loss,
     /// Exact match of the final answer
     Accuracy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Search {
+    /// Evolution of a front of score against cost
+    Nsga2,
+    /// Subnets drawn at random
+    Random,
+    /// Steps to better neighbours, from the heuristic subnet on
+    HillClimbing,
+    /// The heuristic subnet alone: the middle choice of every group
+    Heuristic,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum SearchCost {
+    /// Multiply-accumulates a token
+    Macs,
+    /// Weights, zeros included
+    Params,
+    /// Bytes of weights at 16 bits each
+    Bytes,
+}
+
+impl From<SearchCost> for Cost {
+    fn from(cost: SearchCost) -> Self {
+        match cost {
+            SearchCost::Macs => Cost::Macs,
+            SearchCost::Params => Cost::Params,
+            SearchCost::Bytes => Cost::Bytes,
+        }
+    }
 }
 
 impl Method {
@@ -134,11 +182,13 @@ impl Method {
 }
 
 fn run(args: &Args) -> Result<()> {
+    // What can be told from the arguments alone, before anything is read.
     let device = common::device(&args.device)?;
+    let settings = settings::Settings::new(args)?;
     let task = task::Task::load(args, &device)?;
-    pipeline::run(args, &task)
+    pipeline::run(args, &settings, &task)
 }
 
 fn main() {
-    common::exit_on_error(run(&Args::parse()));
+    common::exit_on_error(run(&common::parse()));
 }

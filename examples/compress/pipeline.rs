@@ -1,12 +1,11 @@
 //! Prune, train, search, merge, and the table.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::prune_model;
 use elastic_lora::data::Batcher;
 use elastic_lora::eval::{Cost, Metric, SubnetObjective, mean_loss};
@@ -18,60 +17,116 @@ use elastic_lora::model::Decoder;
 use elastic_lora::search::{
     Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport, StopReason, StudyConfig,
 };
-use elastic_lora::sparsity::{self, Pattern};
+use elastic_lora::sparsity::Pattern;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{Sampling, TrainConfig, TrainReport, Trainer};
 use elastic_lora::{Error, Merger, Result, SearchSpace, Searcher, SubnetConfig, SuperNet};
+use serde_json::Value;
 
-use crate::task::Task;
-use crate::{Args, Method, SearchMetric, common};
+use crate::settings::{Settings, lora_config};
+use crate::task::{Task, fingerprint};
+use crate::{Args, Method, Search, SearchMetric, common};
 
 struct Run<'a> {
     args: &'a Args,
+    settings: &'a Settings,
     task: &'a Task,
     out: PathBuf,
     stop: Arc<AtomicBool>,
     report: Report,
 }
 
-pub fn run(args: &Args, task: &Task) -> Result<()> {
+pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
+    let space = search_space(args, &task.pretrained.model)?;
+    // Built once for its checks: what is wrong with the adapters' settings shows before anything is trained.
+    supernet(args, &task.pretrained.model, space.clone(), false)?;
+    let mut identity = task.fingerprints();
+    let text = space.to_json()?;
+    identity.insert("search space".into(), Value::String(fingerprint(text.bytes().map(u32::from))));
+    let made = settings.prepare_out(args, identity)?;
+    let result = steps(args, settings, task, &space);
+    match &result {
+        Err(Error::Interrupted) => eprintln!("the same command with --resume goes on from here"),
+        Err(_) => settings.discard_unless_resumable(made),
+        Ok(()) => {}
+    }
+    result
+}
+
+fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> Result<()> {
     let started = Instant::now();
-    let pattern = Pattern::from_name(&args.pattern, args.sparsity)?;
-    let method: sparsity::Method = args.prune.parse()?;
-    let out = prepare_out(args)?;
+    let pattern = &settings.pattern;
     let command = std::env::args().collect::<Vec<_>>().join(" ");
     let mut report = Report::new(command, args.seed);
     report.versions.insert("burn".into(), burn_version().into());
-    let mut run = Run { args, task, out, stop: common::stop_flag(), report };
+    let mut run = Run { args, settings, task, out: settings.out.clone(), stop: common::stop_flag(), report };
 
     let base = task.pretrained.model.clone();
     run.row("base", &base, None)?;
 
     let mut pruned = base;
     let bar = indicatif::ProgressBar::new(0);
-    prune_model(&mut pruned, &task.calibration, method, &pattern, |done, all| {
+    prune_model(&mut pruned, &task.calibration, args.prune, pattern, |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    run.row(&format!("pruned to {pattern}"), &pruned, None)?;
+    let name = match pattern {
+        Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => format!("pruned to {} %", percent(*ratio)),
+        Pattern::NM { .. } => format!("pruned to {pattern}"),
+    };
+    run.row(&name, &pruned, None)?;
     task.pretrained.write_variant(&pruned, run.out.join("pruned"), true)?;
 
-    let space = run.space(&pruned)?;
-    println!("{} subnets in {} groups", space.n_subnets(), space.len());
+    common::say!("{} subnets in {} groups", space.n_subnets(), space.len());
     if args.method.includes(Method::Lora) {
-        run.lora(&pruned, &space)?;
+        run.lora(&pruned, space)?;
     }
     if args.method.includes(Method::Shears) {
-        run.shears(&pruned, &space)?;
+        run.shears(&pruned, space)?;
     }
     if args.method.includes(Method::SparsePeft) {
-        run.sparse_peft(&pruned, &space)?;
+        run.sparse_peft(&pruned, space)?;
     }
     run.report.write(run.out.join("report.json"))?;
-    println!("\n{}", run.report);
-    println!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
+    common::say!("\n{}", run.report);
+    common::say!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
     Ok(())
+}
+
+fn search_space(args: &Args, model: &Decoder) -> Result<SearchSpace> {
+    let layers = model.layer_shapes();
+    let space = match &args.space {
+        Some(file) => SearchSpace::from_file(file, &layers)?,
+        None => {
+            let groups: Vec<Vec<&str>> = args
+                .groups
+                .split(';')
+                .map(|group| group.split(',').map(str::trim).filter(|name| !name.is_empty()).collect())
+                .collect();
+            SearchSpace::grouped(&layers, &groups, &args.ranks)?
+        }
+    };
+    // More than the smaller side of a matrix adds nothing to its rank.
+    for layer in &layers {
+        let Some(group) = space.group_of_layer(&layer.name) else { continue };
+        let (found, max) = (group.choices()[0], layer.d_input.min(layer.d_output));
+        if found > max {
+            return Err(Error::InvalidRank { layer: layer.name.clone(), found, max });
+        }
+    }
+    Ok(space)
+}
+
+fn supernet(args: &Args, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
+    let max_rank = space.max_rank();
+    let config = SuperNetConfig::new(lora_config(args, max_rank)).with_sparse_peft(masked).with_seed(args.seed);
+    SuperNet::new(model.clone(), space, config)
+}
+
+/// To one digit after the point at most.
+fn percent(share: f64) -> f64 {
+    (1000.0 * share).round() / 10.0
 }
 
 /// The version of Burn that the lock file pins.
@@ -81,35 +136,13 @@ fn burn_version() -> &'static str {
     after.split('"').next().unwrap_or("")
 }
 
-/// The folder of results: a fresh one, or one that may be replaced or gone on with.
-fn prepare_out(args: &Args) -> Result<PathBuf> {
-    let default = args.out.is_none();
-    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("target/compress"));
-    let occupied = std::fs::read_dir(&out).is_ok_and(|mut entries| entries.next().is_some());
-    if occupied && !args.resume {
-        if !default && !args.overwrite {
-            return Err(Error::InvalidArgument {
-                name: "out",
-                found: out.display().to_string(),
-                expected: "an empty or new folder, or --resume or --overwrite".into(),
-            });
-        }
-        // Only what a run makes is removed, so that a mistyped folder loses nothing else.
-        for name in ["lora", "shears", "sparse-peft", "pruned", "merged", "adapter"] {
-            let path = out.join(name);
-            if path.is_dir() {
-                std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
-            }
-        }
-    }
-    std::fs::create_dir_all(&out).map_err(|e| Error::io(&out, e))?;
-    Ok(out)
-}
-
 impl Run<'_> {
     /// Measures a model as it stands and adds its row; `net` tells costs and ranks where adapters stay apart.
     fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
         let pretrained = &self.task.pretrained;
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
         let mut row = Row::new(name);
         row.loss = Some(mean_loss(model, &self.task.test)?);
         if let Some(problems) = &self.task.problems {
@@ -140,46 +173,14 @@ impl Run<'_> {
             row.ranks = Some(net.space().values(net.active())?);
         }
         let accuracy = row.accuracy.map_or(String::new(), |a| format!(", accuracy {:.1} %", 100.0 * a));
-        println!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
+        common::say!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
         self.report.rows.push(row);
         Ok(())
     }
 
-    fn space(&self, model: &Decoder) -> Result<SearchSpace> {
-        let layers = model.layer_shapes();
-        match &self.args.space {
-            Some(file) => SearchSpace::from_file(file, &layers),
-            None => {
-                let groups: Vec<Vec<&str>> = self
-                    .args
-                    .groups
-                    .split(';')
-                    .map(|group| group.split(',').map(str::trim).filter(|name| !name.is_empty()).collect())
-                    .collect();
-                SearchSpace::grouped(&layers, &groups, &self.args.ranks)
-            }
-        }
-    }
-
-    fn supernet(&self, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
-        let max_rank = space.max_rank();
-        let mut lora = LoraConfig::new(max_rank).with_dropout(self.args.dropout);
-        if let Some(alpha) = self.args.alpha {
-            lora = lora.with_alpha(alpha);
-        }
-        let config = SuperNetConfig::new(lora).with_sparse_peft(masked).with_seed(self.args.seed);
-        SuperNet::new(model.clone(), space, config)
-    }
-
     fn train(&self, net: &mut SuperNet, name: &str, sampling: Sampling) -> Result<TrainReport> {
         let args = self.args;
-        let mut config = TrainConfig::new(args.steps);
-        config.lr = args.lr;
-        config.warmup = (args.steps / 20).min(100);
-        config.seed = args.seed;
-        config.sampling = sampling;
-        config.eval_every = (args.steps / 4).max(1);
-        config.checkpoint_every = (args.steps / 4).max(1);
+        let config = TrainConfig { sampling, ..self.settings.train.clone() };
         let mut batcher = Batcher::new(self.task.train.clone(), args.batch, self.task.pretrained.pad_id(), args.seed)?;
         let report = Trainer::new(config)?
             .with_folder(self.out.join(name))
@@ -189,9 +190,10 @@ impl Run<'_> {
             .run(net, &mut batcher, &self.task.valid)?;
         if report.steps_done > 0 {
             let per_step = 1000.0 * report.seconds / report.steps_done as f64;
-            println!(
+            common::say!(
                 "trained {name}: {} steps, {per_step:.0} ms a step, {:.0} tokens/s",
-                report.steps_done, report.tokens_per_second
+                report.steps_done,
+                report.tokens_per_second
             );
         }
         Ok(report)
@@ -201,13 +203,13 @@ impl Run<'_> {
         let layers: Vec<_> =
             pruned.layer_shapes().into_iter().filter(|l| space.group_of_layer(&l.name).is_some()).collect();
         let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
-        let mut net = self.supernet(pruned, fixed, false)?;
+        let mut net = supernet(self.args, pruned, fixed, false)?;
         self.train(&mut net, "lora", Sampling::Fixed)?;
         self.row("LoRA on the pruned base", net.model(), Some(&net))
     }
 
     fn shears(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
-        let mut net = self.supernet(pruned, space.clone(), false)?;
+        let mut net = supernet(self.args, pruned, space.clone(), false)?;
         self.train(&mut net, "shears", Sampling::PerStep)?;
         net.activate(&net.maximal())?;
         self.row("Shears, largest", net.model(), Some(&net))?;
@@ -217,7 +219,7 @@ impl Run<'_> {
         let outcome = self.search(&net)?;
         // The best on the validation set among those that cost no more than the heuristic, itself one of them.
         let limit = net.cost(&net.heuristic())?;
-        let limit = match self.cost()? {
+        let limit = match self.args.cost.into() {
             Cost::Macs => limit.macs_per_token,
             Cost::Params => limit.params,
             Cost::Bytes => limit.weight_bytes,
@@ -229,7 +231,11 @@ impl Run<'_> {
         net.activate(&chosen)?;
         self.row("Shears, searched", net.model(), Some(&net))?;
 
-        let adapter = net.extract()?;
+        let mut adapter = net.extract()?;
+        // So that PEFT finds the pruned weights, which the adapter is for, by itself.
+        let base = self.out.join("pruned");
+        let base = base.canonicalize().map_err(|e| Error::io(&base, e))?;
+        adapter.base_model = Some(base.to_string_lossy().into_owned());
         let options = PeftOptions {
             overwrite: true,
             model_layers: pruned.layer_shapes().into_iter().map(|layer| layer.name).collect(),
@@ -240,46 +246,26 @@ impl Run<'_> {
         self.write_subnet(&net, &chosen, "adapter")
     }
 
-    fn cost(&self) -> Result<Cost> {
-        match self.args.cost.as_str() {
-            "macs" => Ok(Cost::Macs),
-            "params" => Ok(Cost::Params),
-            "bytes" => Ok(Cost::Bytes),
-            other => Err(Error::InvalidArgument {
-                name: "cost",
-                found: other.into(),
-                expected: "macs, params or bytes".into(),
-            }),
-        }
-    }
-
     fn search(&self, net: &SuperNet) -> Result<SearchOutcome> {
         let (args, space) = (self.args, net.space());
         // The reference points are evaluated whatever the searcher: the report draws them.
         let seeds = vec![net.heuristic(), net.maximal(), net.minimal()];
-        let mut searcher: Box<dyn Searcher> = match args.search.as_str() {
-            "nsga2" => {
+        let mut searcher: Box<dyn Searcher> = match args.search {
+            Search::Nsga2 => {
                 let population = (args.evals / 4).clamp(4, 40);
                 let config = NsgaConfig::new().with_population(population).with_seed(args.seed).with_screening(10);
                 Box::new(config.with_initial(seeds).init(space)?)
             }
-            "random" => Box::new(RandomSearchConfig::new().with_seed(args.seed).with_initial(seeds).init(space)?),
-            "hill-climbing" => Box::new(HillClimbingConfig::new().with_seed(args.seed).init(space)?),
-            "heuristic" => Box::new(Heuristic::new(space)),
-            other => {
-                return Err(Error::InvalidArgument {
-                    name: "search",
-                    found: other.into(),
-                    expected: "nsga2, random, hill-climbing or heuristic".into(),
-                });
-            }
+            Search::Random => Box::new(RandomSearchConfig::new().with_seed(args.seed).with_initial(seeds).init(space)?),
+            Search::HillClimbing => Box::new(HillClimbingConfig::new().with_seed(args.seed).init(space)?),
+            Search::Heuristic => Box::new(Heuristic::new(space)),
         };
         let log = self.out.join("shears/search.jsonl");
         if !args.resume && log.exists() {
             std::fs::remove_file(&log).map_err(|e| Error::io(&log, e))?;
         }
         let tag = format!(
-            "{} seed {} steps {} batch {} lr {} sparsity {} {} {:?} against {}",
+            "{} seed {} steps {} batch {} lr {} sparsity {} {} {:?} against {:?}",
             self.task.pretrained.folder.display(),
             args.seed,
             args.steps,
@@ -304,15 +290,9 @@ impl Run<'_> {
                 tokenizer: &pretrained.tokenizer,
                 generate: GenerateConfig::new(self.task.max_new_tokens, pretrained.stop_ids()),
             },
-            (SearchMetric::Accuracy, None) => {
-                return Err(Error::InvalidArgument {
-                    name: "metric",
-                    found: "accuracy".into(),
-                    expected: "loss: the validation set has records without a final answer".into(),
-                });
-            }
+            (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
         };
-        let mut objective = SubnetObjective::new(net, metric, self.cost()?);
+        let mut objective = SubnetObjective::new(net, metric, args.cost.into());
         let names = objective.names();
         let started = Instant::now();
         let outcome = study.run(&mut searcher, |subnet| objective.evaluate(subnet))?;
@@ -320,7 +300,7 @@ impl Run<'_> {
         if outcome.stopped() == StopReason::Interrupted {
             return Err(Error::Interrupted);
         }
-        println!(
+        common::say!(
             "searched by {}: {} subnets in {:.0} s, {} on the front",
             outcome.searcher(),
             outcome.evaluations().len(),
@@ -332,7 +312,7 @@ impl Run<'_> {
     }
 
     fn sparse_peft(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
-        let mut net = self.supernet(pruned, space.clone(), true)?;
+        let mut net = supernet(self.args, pruned, space.clone(), true)?;
         self.train(&mut net, "sparse-peft", Sampling::PerStep)?;
         // A merged rank costs nothing, so the better of the two free choices on the validation set is taken.
         let mut best: Option<(f64, SubnetConfig)> = None;
@@ -347,7 +327,7 @@ impl Run<'_> {
         net.activate(&chosen)?;
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
         let merged = Merger::new().merge(&net, &sample)?;
-        println!(
+        common::say!(
             "merged {} layers: {} zeros lost, logits differ by at most {:.1e}",
             merged.report.layers.len(),
             merged.report.zeros_lost,
@@ -365,7 +345,7 @@ impl Run<'_> {
 
     /// The space and the subnet beside what was made of it.
     fn write_subnet(&self, net: &SuperNet, subnet: &SubnetConfig, name: &str) -> Result<()> {
-        let path = |what: &str| -> PathBuf { Path::new(&self.out).join(format!("{name}_{what}.json")) };
+        let path = |what: &str| -> PathBuf { self.out.join(format!("{name}_{what}.json")) };
         atomic::write_json(path("space"), net.space())?;
         atomic::write_json(path("subnet"), subnet)?;
         let ranks: BTreeMap<String, usize> = net.ranks(subnet)?;

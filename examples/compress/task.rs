@@ -9,8 +9,9 @@ use elastic_lora::data::{
 use elastic_lora::eval::ProblemSet;
 use elastic_lora::model::Pretrained;
 use elastic_lora::{Error, Result};
+use serde_json::{Map, Value};
 
-use crate::{Args, common};
+use crate::{Args, SearchMetric, common};
 
 /// Problems of two steps: three kinds that the shipped model has hardly seen, and three that it has never seen put together.
 const KINDS: [(Kind, f64); 6] = [
@@ -42,13 +43,6 @@ impl Task {
     pub fn load(args: &Args, device: &Device) -> Result<Self> {
         let shipped = common::shipped_model();
         let folder = args.model.as_ref().unwrap_or(&shipped);
-        if args.model.is_some() && args.train.is_none() {
-            return Err(Error::InvalidArgument {
-                name: "train",
-                found: "nothing".into(),
-                expected: "--model needs --train and --valid".into(),
-            });
-        }
         let pretrained = Pretrained::open(folder, device)?;
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {
@@ -95,23 +89,64 @@ impl Task {
             if answered { ProblemSet::new(records, template, tokenizer).map(Some) } else { Ok(None) }
         };
         let answers = test.iter().map(|record| tokenizer.encode(&template.render(record).completion, false));
+        let (problems, valid_problems) = (problems(&test)?, problems(&valid)?);
+        if args.metric == SearchMetric::Accuracy && valid_problems.is_none() {
+            return Err(Self::no_answers());
+        }
+        for (what, set) in [("test", &problems), ("validation", &valid_problems)] {
+            let longest = set.as_ref().map_or(0, ProblemSet::longest_prompt);
+            if longest >= context {
+                let what = format!("the longest {what} prompt");
+                return Err(Error::SequenceTooLong { what, found: longest, max: context });
+            }
+        }
         let longest_answer = answers.collect::<Result<Vec<_>>>()?.iter().map(Vec::len).max().unwrap_or(0);
+        let train = sequences(&train)?;
+        // A data set of fewer tokens than the context is one short sample.
+        let tokens: usize = train.iter().map(Sequence::len).sum();
+        let sample_len = context.min(CALIBRATION.1).min(tokens.saturating_sub(documents.len()).max(1));
         Ok(Self {
-            train: sequences(&train)?,
+            train,
             valid: batches(&valid)?,
             test: batches(&test)?,
-            problems: problems(&test)?,
-            valid_problems: problems(&valid)?,
-            calibration: calibration_samples(
-                &documents,
-                tokenizer,
-                CALIBRATION.0,
-                context.min(CALIBRATION.1),
-                args.seed,
-            )?,
+            problems,
+            valid_problems,
+            calibration: calibration_samples(&documents, tokenizer, CALIBRATION.0, sample_len, args.seed)?,
             // Room for an answer half as long again as the longest expected one.
             max_new_tokens: (longest_answer * 3 / 2 + 8).min(context),
             pretrained,
         })
     }
+
+    /// The error for a search by accuracy without answers.
+    pub fn no_answers() -> Error {
+        Error::argument(
+            "metric",
+            "accuracy",
+            "the validation set has records without a final answer; search by loss instead",
+        )
+    }
+
+    /// Numbers that tell whether a resumed run reads what the interrupted one did: the model by its first and last layer.
+    pub fn fingerprints(&self) -> Map<String, Value> {
+        let layers: Vec<_> = self.pretrained.model.linears().collect();
+        let ends = layers.first().into_iter().chain(layers.last());
+        let weights = ends.flat_map(|(_, layer)| layer.base.to_matrix().into_vec()).map(f32::to_bits);
+        let sequence = |s: &Sequence| s.ids.iter().copied().chain([u32::MAX]).collect::<Vec<_>>();
+        let tokens = |batches: &[Batch]| fingerprint(batches.iter().flat_map(|batch| batch.ids.iter().copied()));
+        let prints = [
+            ("model", fingerprint(weights)),
+            ("training data", fingerprint(self.train.iter().flat_map(sequence))),
+            ("validation data", tokens(&self.valid)),
+            ("test data", tokens(&self.test)),
+        ];
+        prints.into_iter().map(|(name, print)| (name.to_string(), Value::String(print))).collect()
+    }
+}
+
+/// FNV-1a, by words: not against malice, but a file swapped by mistake shows.
+pub fn fingerprint(words: impl Iterator<Item = u32>) -> String {
+    let hash =
+        words.fold(0xcbf2_9ce4_8422_2325u64, |hash, word| (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3));
+    format!("{hash:016x}")
 }

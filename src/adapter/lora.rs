@@ -28,6 +28,9 @@ pub enum ScaleRule {
     AlphaOverSqrtRank,
 }
 
+/// The largest rank there may be; over the width of any model, so that no typing error asks for all the memory.
+pub const MAX_RANK: usize = 1 << 16;
+
 /// Shape-independent settings of an elastic adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
@@ -68,10 +71,10 @@ impl LoraConfig {
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a rank of 0, an alpha that is not finite and over 0, or a dropout outside 0..1.
+    /// [`Error::InvalidArgument`] for a rank of 0 or over [`MAX_RANK`], an alpha that is not finite and over 0, or a dropout outside 0..1.
     pub fn validate(&self) -> Result<()> {
-        if self.rank == 0 {
-            return Err(Error::argument("rank", self.rank, "at least 1"));
+        if !(1..=MAX_RANK).contains(&self.rank) {
+            return Err(Error::argument("rank", self.rank, format!("in 1..={MAX_RANK}")));
         }
         if !(self.alpha.is_finite() && self.alpha > 0.0) {
             return Err(Error::argument("alpha", self.alpha, "a finite number over 0"));

@@ -10,5 +10,5 @@ mod reparam;
 
 pub use dropout::{mix_seed, seeded_dropout};
 pub use linear::{ElasticLoraLinear, ElasticLoraLinearConfig};
-pub use lora::{ElasticLora, LoraConfig, ScaleRule};
+pub use lora::{ElasticLora, LoraConfig, MAX_RANK, ScaleRule};
 pub use reparam::{ElasticLoraReparam, ElasticLoraReparameterizer, RankSwitches};

@@ -9,11 +9,29 @@ pub fn extract_answer(text: &str) -> Option<String> {
     text.split("####").skip(1).find_map(leading_number)
 }
 
-/// Whether the final answer of `generated` is that of `reference`, which may be a worked solution with `####` or the number
-/// alone. `false` where either has none.
+/// Whether the final answer of `generated` is that of `reference`, which may be a worked solution with `####`, the number
+/// alone, or a word (`true`, `answer2`, `C`). `false` where either has none.
+///
+/// The final answer of `generated` stands after `####`, or else after the first `answer is`, as LLM-Adapters' files end
+/// (`The answer is 4.`, `the correct answer is true`); words are compared without regard to case.
 pub fn exact_match(generated: &str, reference: &str) -> bool {
-    let expected = extract_answer(reference).or_else(|| normalize_number(reference));
-    expected.is_some() && extract_answer(generated) == expected
+    match extract_answer(reference).or_else(|| normalize_number(reference)) {
+        Some(number) => extract_answer(generated).or_else(|| leading_number(stated(generated)?)) == Some(number),
+        None => {
+            let word = |text: &str| text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or("").to_lowercase();
+            // A reference of several words is no answer that could be told from what follows it.
+            let expected = reference.trim().to_lowercase();
+            !expected.is_empty() && stated(generated).is_some_and(|text| word(text) == expected)
+        }
+    }
+}
+
+/// What follows the first `answer is`.
+fn stated(text: &str) -> Option<&str> {
+    const MARK: &str = "answer is";
+    let at = text.as_bytes().windows(MARK.len()).position(|window| window.eq_ignore_ascii_case(MARK.as_bytes()))?;
+    // The mark is ASCII, so what follows it begins a character.
+    text.get(at + MARK.len()..).map(|rest| rest.trim_start_matches([':', ' ', '\t', '\n', '*']))
 }
 
 /// A text that is a number and nothing else, normalized as [`extract_answer`] does.

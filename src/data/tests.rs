@@ -195,6 +195,13 @@ fn answers_are_extracted_and_compared() {
     assert!(!exact_match("8", "8"));
     assert!(!exact_match("#### 8", "#### 9"));
     assert!(!exact_match("no", "no"));
+    assert!(exact_match("\nA: 569 - 236 = 333. The answer is 333.", "333.0"));
+    assert!(exact_match("the answer is 4 ... #### 5", "5"));
+    assert!(exact_match("é The Answer is: $1,000", "1000"));
+    assert!(exact_match("the correct answer is True", "true"));
+    assert!(!exact_match("the correct answer is answer12", "answer1"));
+    assert!(exact_match("The answer is C.", "C"));
+    assert!(!exact_match("The answer is", "") && !exact_match("The answer is four", "4"));
     assert_eq!(normalize_number(" 50% ").as_deref(), Some("50"));
     assert_eq!(normalize_number("12 apples"), None);
     assert_eq!(normalize_number("true"), None);

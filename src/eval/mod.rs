@@ -31,10 +31,15 @@ pub struct Perplexity {
 /// but the first of each window is predicted from those before it in the window.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for a context under 2 or fewer than 2 tokens; those of [`Decoder::tokens`].
+/// [`Error::InvalidArgument`] for a context under 2 or fewer than 2 tokens; [`Error::SequenceTooLong`] for one over the model's;
+/// those of [`Decoder::tokens`].
 pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perplexity> {
     if context < 2 {
         return Err(Error::argument("context", context, "at least 2 tokens"));
+    }
+    let max = model.config().max_position_embeddings();
+    if context > max {
+        return Err(Error::SequenceTooLong { what: "windows of the perplexity".into(), found: context, max });
     }
     let full = ids.len() / context * context;
     let mut sum = 0.0;
@@ -111,6 +116,11 @@ impl ProblemSet {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.prompts.is_empty()
+    }
+
+    /// Tokens of the longest prompt.
+    pub fn longest_prompt(&self) -> usize {
+        self.prompts.iter().map(Vec::len).max().unwrap_or(0)
     }
 
     /// Generates an answer to each problem and counts those that are right.

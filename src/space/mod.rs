@@ -230,7 +230,7 @@ impl SearchSpace {
     /// elastic.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] where all suffixes of a list fit no layer; otherwise as [`Group::new`] and [`SearchSpace::new`].
+    /// [`Error::UnknownLayer`] where a suffix fits no layer of any block; otherwise as [`Group::new`] and [`SearchSpace::new`].
     pub fn grouped<G, S>(layers: &[LayerShape], suffix_groups: &[G], choices: &[usize]) -> Result<Self>
     where
         G: AsRef<[S]>,
@@ -246,10 +246,14 @@ impl SearchSpace {
             });
             blocks[at].1.push(&layer.name);
         }
-        let mut used = vec![false; suffix_groups.len()];
+        for suffix in suffix_groups.iter().flat_map(|suffixes| suffixes.as_ref()).map(AsRef::as_ref) {
+            if !layers.iter().any(|layer| has_suffix(&layer.name, suffix)) {
+                return Err(Error::UnknownLayer { context: "groups".into(), layer: suffix.to_string() });
+            }
+        }
         let mut groups = Vec::new();
         for (_, names) in &blocks {
-            for (suffixes, used) in suffix_groups.iter().zip(&mut used) {
+            for suffixes in suffix_groups {
                 let fitting: Vec<String> = suffixes
                     .as_ref()
                     .iter()
@@ -257,17 +261,9 @@ impl SearchSpace {
                     .map(|name| name.to_string())
                     .collect();
                 if !fitting.is_empty() {
-                    *used = true;
                     groups.push(Group::new(default_id(&fitting), fitting, choices.to_vec())?);
                 }
             }
-        }
-        if let Some(unused) = used.iter().position(|used| !used) {
-            let suffixes: Vec<&str> = suffix_groups[unused].as_ref().iter().map(AsRef::as_ref).collect();
-            return Err(Error::UnknownLayer {
-                context: format!("suffix group {unused}"),
-                layer: format!("*.{}", suffixes.join("|")),
-            });
         }
         Self::new(groups)
     }

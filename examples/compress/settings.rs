@@ -1,0 +1,212 @@
+//! What the arguments alone decide, and the folder of results.
+
+use std::path::{Path, PathBuf};
+
+use elastic_lora::adapter::LoraConfig;
+use elastic_lora::io::atomic;
+use elastic_lora::sparsity::Pattern;
+use elastic_lora::train::TrainConfig;
+use elastic_lora::{Error, Result};
+use serde_json::{Map, Value};
+
+use crate::Args;
+
+/// Folders that a run makes.
+const FOLDERS: [&str; 6] = ["lora", "shears", "sparse-peft", "pruned", "merged", "adapter"];
+
+/// Files that a run makes.
+const FILES: [&str; 12] = [
+    RUN,
+    "report.json",
+    "merge_report.json",
+    "search_progression.svg",
+    "search_progression.csv",
+    "search_progression.json",
+    "adapter_space.json",
+    "adapter_subnet.json",
+    "adapter_ranks.json",
+    "merged_space.json",
+    "merged_subnet.json",
+    "merged_ranks.json",
+];
+
+/// The arguments of the run that a folder belongs to, and what it read: there from the run's first moment on.
+const RUN: &str = "run.json";
+
+/// Checked settings.
+pub struct Settings {
+    pub pattern: Pattern,
+    pub train: TrainConfig,
+    pub out: PathBuf,
+}
+
+/// The adapters' settings at a largest rank.
+pub fn lora_config(args: &Args, max_rank: usize) -> LoraConfig {
+    let lora = LoraConfig::new(max_rank).with_dropout(args.dropout);
+    match args.alpha {
+        Some(alpha) => lora.with_alpha(alpha),
+        None => lora,
+    }
+}
+
+impl Settings {
+    /// Checks all that can be checked without the model and the data.
+    pub fn new(args: &Args) -> Result<Self> {
+        let pattern = Pattern::from_name(&args.pattern, args.sparsity)?;
+        for (name, value, least) in
+            [("batch", args.batch, 1), ("evals", args.evals, 1), ("max-len", args.max_len.unwrap_or(2), 2)]
+        {
+            if value < least {
+                return Err(Error::argument(name, value, format!("at least {least}")));
+            }
+        }
+        if args.ranks.contains(&0) {
+            return Err(Error::argument("ranks", format!("{:?}", args.ranks), "each at least 1"));
+        }
+        lora_config(args, args.ranks.iter().copied().max().unwrap_or(1)).validate()?;
+        let mut train = TrainConfig::new(args.steps);
+        train.lr = args.lr;
+        train.warmup = (args.steps / 20).min(100);
+        train.seed = args.seed;
+        train.eval_every = (args.steps / 4).max(1);
+        train.checkpoint_every = (args.steps / 4).max(1);
+        train.validate()?;
+        let out = args.out.clone().unwrap_or_else(|| PathBuf::from("target/compress"));
+        check_out(args, &out)?;
+        Ok(Self { pattern, train, out })
+    }
+
+    /// Makes the folder of results ready for a new run, or for one that goes on where `identity` and the arguments are those
+    /// it began with. Returns whether the folder is new.
+    pub fn prepare_out(&self, args: &Args, identity: Map<String, Value>) -> Result<bool> {
+        let out = &self.out;
+        let file = out.join(RUN);
+        let arguments = serde_json::to_value(args).map_err(|e| Error::json(&file, e))?;
+        let mut run = Map::from_iter([("arguments".to_string(), arguments)]);
+        run.extend(identity);
+        if args.resume && file.exists() {
+            let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+            let found: Map<String, Value> = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
+            same(&file, &run, &found)?;
+            return sweep(out).map(|()| false);
+        }
+        let made = !out.exists();
+        std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
+        remove_results(out)?;
+        let written = atomic::write_json(&file, &run);
+        if written.is_err() && made {
+            let _ = std::fs::remove_dir(out);
+        }
+        written.map(|()| made)
+    }
+
+    /// Cleans up after a run that failed before its first checkpoint: there is nothing to go on with. `made`: whether the
+    /// folder itself is the run's.
+    pub fn discard_unless_resumable(&self, made: bool) {
+        if FOLDERS.iter().any(|name| self.out.join(name).join("checkpoint").is_dir()) {
+            eprintln!("checkpoints are in {}; the same command with --resume goes on from there", self.out.display());
+            return;
+        }
+        // The error that led here is the one to tell.
+        let _ = remove_results(&self.out);
+        if made {
+            let _ = std::fs::remove_dir(&self.out);
+        }
+    }
+}
+
+/// Whether results may be written to `out`.
+fn check_out(args: &Args, out: &Path) -> Result<()> {
+    let refused = |expected: &str| Err(Error::argument("out", out.display(), expected));
+    let occupied = match std::fs::read_dir(out) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+        Err(e) => return Err(Error::io(out, e)),
+    };
+    let ours = out.join(RUN).is_file();
+    if occupied && args.resume && !ours {
+        return refused("there is something in it, but no run to go on with (run.json)");
+    }
+    if occupied && args.out.is_some() && !args.resume {
+        if !args.overwrite {
+            return refused("a new or empty folder is needed, or --resume or --overwrite");
+        }
+        if !ours {
+            return refused("there is something in it that is not the results of a former run (no run.json)");
+        }
+    }
+    if let (Some(model), Ok(out_path)) = (&args.model, out.canonicalize()) {
+        let model = model.canonicalize().map_err(|e| Error::io(model, e))?;
+        if model.starts_with(&out_path) {
+            return refused("--model lies in it and would be replaced");
+        }
+    }
+    Ok(())
+}
+
+/// Removes what a killed run was in the middle of writing.
+fn sweep(out: &Path) -> Result<()> {
+    let names = FOLDERS.iter().chain(&FILES).chain(&["checkpoint", "losses.csv", "old"]);
+    let prefixes: Vec<String> = names.map(|name| format!(".{name}-")).collect();
+    for folder in [out.to_path_buf()].into_iter().chain(FOLDERS.map(|name| out.join(name))) {
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let (name, path) = (entry.file_name(), entry.path());
+            let name = name.to_string_lossy();
+            if !name.ends_with(".tmp") || !prefixes.iter().any(|prefix| name.starts_with(prefix)) {
+                continue;
+            }
+            let result = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            result.map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes what a run makes, and nothing else.
+fn remove_results(out: &Path) -> Result<()> {
+    sweep(out)?;
+    let gone = |path: PathBuf, result: std::io::Result<()>| match result {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
+        _ => Ok(()),
+    };
+    for name in FOLDERS {
+        let path = out.join(name);
+        let result = std::fs::remove_dir_all(&path);
+        gone(path, result)?;
+    }
+    for name in FILES {
+        let path = out.join(name);
+        let result = std::fs::remove_file(&path);
+        gone(path, result)?;
+    }
+    Ok(())
+}
+
+/// Whether a run may go on: the first difference is an error that names it.
+fn same(file: &Path, expected: &Map<String, Value>, found: &Map<String, Value>) -> Result<()> {
+    for (name, expected) in expected {
+        let found = found.get(name).unwrap_or(&Value::Null);
+        match (expected, found) {
+            (Value::Object(expected), Value::Object(found)) if name == "arguments" => {
+                for (argument, expected) in expected {
+                    let found = found.get(argument).unwrap_or(&Value::Null);
+                    differ(file, &format!("--{}", argument.replace('_', "-")), expected, found)?;
+                }
+            }
+            _ => differ(file, name, expected, found)?,
+        }
+    }
+    Ok(())
+}
+
+fn differ(file: &Path, field: &str, expected: &Value, found: &Value) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::CheckpointMismatch {
+        path: file.to_path_buf(),
+        field: field.to_string(),
+        expected: expected.to_string(),
+        found: found.to_string(),
+    })
+}

@@ -1,0 +1,135 @@
+//! The examples as a user meets them: what is refused, how, and what is left behind. `cargo test` builds them; where they are
+//! not there (a test built alone), nothing is checked.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn shipped_model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-llama")
+}
+
+/// The example beside this test's own binary, to be run in `folder`.
+fn example(name: &str, folder: &Path) -> Option<Command> {
+    let test = std::env::current_exe().ok()?;
+    let path = test.parent()?.parent()?.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
+    if !path.is_file() || !shipped_model().join("model.safetensors").is_file() {
+        eprintln!("skipped: no example {name}, or no shipped model");
+        return None;
+    }
+    let mut command = Command::new(path);
+    command.current_dir(folder);
+    Some(command)
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// `n` problems in GSM8K's form.
+fn problems(path: &Path, n: usize) {
+    let line = |i: usize| {
+        let (a, b) = (11 + i, 3 + 2 * i);
+        format!(
+            "{{\"question\": \"Tom has {a} pens and finds {b} more. How many pens does Tom have now?\", \
+             \"answer\": \"{a} + {b} = {0}\\n#### {0}\"}}\n",
+            a + b
+        )
+    };
+    std::fs::write(path, (0..n).map(line).collect::<String>()).unwrap();
+}
+
+fn entries(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn bad_arguments_are_named_at_once_and_leave_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::write(root.path().join("empty.txt"), "").unwrap();
+    problems(&root.path().join("p.jsonl"), 4);
+    let before = entries(root.path());
+    let cases: [(&str, &[&str], &str); 21] = [
+        ("compress", &["--sparsity", "1.5"], "sparsity"),
+        ("compress", &["--sparsity", "NaN"], "sparsity"),
+        ("compress", &["--pattern", "4:2"], "4:2"),
+        ("compress", &["--ranks", "0"], "ranks"),
+        ("compress", &["--ranks", "65,8"], "k_proj"),
+        ("compress", &["--ranks", "99999999999"], "99999999999"),
+        ("compress", &["--groups", "q_proj,foo"], "`foo`"),
+        ("compress", &["--search", "foo"], "--search"),
+        ("compress", &["--cost", "foo"], "--cost"),
+        ("compress", &["--steps", "0"], "steps"),
+        ("compress", &["--batch", "0"], "batch"),
+        ("compress", &["--evals", "0"], "evals"),
+        ("compress", &["--device", "foo"], "device"),
+        ("compress", &["--max-len", "129"], "max-len"),
+        ("compress", &["--train", "empty.txt", "--valid", "p.jsonl"], "empty.txt"),
+        ("compress", &["--model", "nowhere", "--train", "p.jsonl", "--valid", "p.jsonl"], "nowhere"),
+        ("evaluate", &["--text", "empty.txt"], "empty.txt"),
+        ("evaluate", &["--text", "p.jsonl", "--context", "129"], "129"),
+        ("evaluate", &["--adapter", "nowhere"], "nowhere"),
+        ("generate", &["--temperature", "-1"], "temperature"),
+        ("pretrain", &["--out", "."], "not empty"),
+    ];
+    for (name, arguments, named) in cases {
+        let Some(mut command) = example(name, root.path()) else { return };
+        if name == "compress" {
+            command.args(["--out", "out"]);
+        }
+        // A negative number would be taken for an option.
+        let arguments: Vec<String> = match arguments {
+            [option, value] => vec![format!("{option}={value}")],
+            more => more.iter().map(ToString::to_string).collect(),
+        };
+        let output = command.args(&arguments).output().unwrap();
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{name} {arguments:?}: {text}");
+        assert!(text.starts_with("error: ") && text.contains(named), "{name} {arguments:?}: {text}");
+        assert!(!text.contains("panicked"), "{name} {arguments:?}: {text}");
+        assert_eq!(entries(root.path()), before, "{name} {arguments:?}");
+    }
+}
+
+#[test]
+fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
+    let root = tempfile::tempdir().unwrap();
+    problems(&root.path().join("train.jsonl"), 24);
+    problems(&root.path().join("valid.jsonl"), 6);
+    let out = root.path().join("out");
+    let run = |more: &[&str]| -> Option<Output> {
+        let mut command = example("compress", root.path())?;
+        command.args(["--train", "train.jsonl", "--valid", "valid.jsonl", "--method", "lora", "--steps", "3"]);
+        Some(command.args(["--batch", "4", "--out", "out"]).args(more).output().unwrap())
+    };
+    let rows = || {
+        let text = std::fs::read(out.join("report.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&text).unwrap()["rows"].clone()
+    };
+    let Some(first) = run(&[]) else { return };
+    assert!(first.status.success(), "{}", stderr(&first));
+    let expected = rows();
+    std::fs::remove_file(out.join("report.json")).unwrap();
+    assert!(run(&["--resume"]).unwrap().status.success());
+    assert_eq!(rows(), expected);
+    for (argument, named) in [("--sparsity=0.6", "--sparsity"), ("--seed=1", "--seed"), ("--ranks=8", "--ranks")] {
+        let refused = run(&["--resume", argument]).unwrap();
+        let text = stderr(&refused);
+        assert!(refused.status.code() == Some(1) && text.contains(named), "{text}");
+    }
+    problems(&root.path().join("train.jsonl"), 23);
+    let text = stderr(&run(&["--resume"]).unwrap());
+    assert!(text.contains("training data"), "{text}");
+
+    assert!(stderr(&run(&[]).unwrap()).contains("--overwrite"));
+    std::fs::write(out.join("notes.txt"), "mine").unwrap();
+    assert!(run(&["--overwrite"]).unwrap().status.success());
+    assert_eq!(entries(&out), ["lora", "notes.txt", "pruned", "report.json", "run.json"]);
+    // A folder that no run made is not touched at all.
+    std::fs::remove_file(out.join("run.json")).unwrap();
+    let before = entries(&out);
+    assert!(stderr(&run(&["--overwrite"]).unwrap()).contains("run.json"));
+    assert_eq!(entries(&out), before);
+}
