@@ -10,9 +10,7 @@ use elastic_lora::data::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{PromptTemplate, load_records, load_text};
 use elastic_lora::eval::{ProblemSet, perplexity};
 use elastic_lora::infer::GenerateConfig;
-use elastic_lora::io::peft::LoraAdapter;
-use elastic_lora::model::Pretrained;
-use elastic_lora::{Error, Result, SuperNet};
+use elastic_lora::{Error, Result};
 
 /// Perplexity or exact-match accuracy of a model, with or without an adapter.
 ///
@@ -55,13 +53,7 @@ fn run(args: &Args) -> Result<()> {
     if args.max_new_tokens == 0 {
         return Err(Error::argument("max-new-tokens", 0, "at least 1"));
     }
-    let device = common::device(&args.device)?;
-    let folder = args.model.clone().unwrap_or_else(common::shipped_model);
-    let mut pretrained = Pretrained::open(folder, &device)?;
-    if let Some(adapter) = &args.adapter {
-        let adapter = LoraAdapter::open(adapter)?;
-        pretrained.model = SuperNet::from_adapter(pretrained.model.clone(), &adapter)?.into_model();
-    }
+    let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), &args.device)?;
     let model = &pretrained.model;
     if let Some(text) = &args.text {
         let ids = pretrained.tokenizer.encode_prompt(&load_text(text)?)?;

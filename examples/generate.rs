@@ -8,10 +8,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
+use elastic_lora::Result;
 use elastic_lora::infer::{GenerateConfig, SampleConfig, Session};
-use elastic_lora::io::peft::LoraAdapter;
-use elastic_lora::model::Pretrained;
-use elastic_lora::{Result, SuperNet};
 
 /// Continue a prompt with a model, with or without an adapter; greedy unless a temperature is given.
 ///
@@ -51,13 +49,7 @@ struct Args {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let device = common::device(&args.device)?;
-    let folder = args.model.clone().unwrap_or_else(common::shipped_model);
-    let mut pretrained = Pretrained::open(folder, &device)?;
-    if let Some(adapter) = &args.adapter {
-        let adapter = LoraAdapter::open(adapter)?;
-        pretrained.model = SuperNet::from_adapter(pretrained.model.clone(), &adapter)?.into_model();
-    }
+    let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), &args.device)?;
     let prompt = args.prompt.replace("\\n", "\n");
     let ids = pretrained.tokenizer.encode_prompt(&prompt)?;
     let mut config = GenerateConfig::new(args.max_new_tokens, pretrained.stop_ids());

@@ -12,10 +12,11 @@ use burn::tensor::Device;
 use clap::Parser;
 use elastic_lora::data::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{
-    Batcher, PromptTemplate, Record, TextTokenizer, TokenizeOptions, answers, bpe_tokenizer_config, fixed_batches,
+    Batcher, PromptTemplate, Record, TextTokenizer, TokenizeOptions, bpe_tokenizer_config, fixed_batches,
     tokenize_records, train_bpe,
 };
-use elastic_lora::infer::{GenerateConfig, generate_batch};
+use elastic_lora::eval::ProblemSet;
+use elastic_lora::infer::GenerateConfig;
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
 use elastic_lora::model::Decoder;
@@ -151,9 +152,11 @@ fn run(args: &Args) -> Result<()> {
     );
 
     let model = net.into_model();
+    let generate = GenerateConfig::new(40, eos.into_iter().collect());
     for kind in Kind::ALL {
         let test = records(arithmetic::problems(kind, Split::Test, 300, args.seed)?);
-        common::say!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * accuracy(&model, &tokenizer, template, &test)?);
+        let result = ProblemSet::new(&test, template, &tokenizer)?.exact_match(&model, &tokenizer, &generate)?;
+        common::say!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * result.accuracy());
     }
 
     let folder = HfFolder::create(&args.out, args.overwrite)?;
@@ -163,19 +166,6 @@ fn run(args: &Args) -> Result<()> {
     folder.commit()?;
     common::say!("wrote {}", args.out.display());
     Ok(())
-}
-
-fn accuracy(model: &Decoder, tokenizer: &TextTokenizer, template: PromptTemplate, records: &[Record]) -> Result<f64> {
-    let examples: Vec<_> = records.iter().map(|record| template.render(record)).collect();
-    let prompts =
-        examples.iter().map(|example| tokenizer.encode_prompt(&example.prompt)).collect::<Result<Vec<_>>>()?;
-    let config = GenerateConfig::new(40, tokenizer.eos_id().into_iter().collect());
-    let outputs = generate_batch(model, &prompts, &config)?;
-    let mut right = 0;
-    for (output, example) in outputs.iter().zip(&examples) {
-        right += usize::from(answers::exact_match(&tokenizer.decode(output)?, &example.completion));
-    }
-    Ok(right as f64 / records.len() as f64)
 }
 
 fn main() {

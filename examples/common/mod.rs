@@ -1,12 +1,14 @@
 //! What the examples share.
 #![allow(dead_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use elastic_lora::{Error, Result};
+use elastic_lora::io::peft::LoraAdapter;
+use elastic_lora::model::Pretrained;
+use elastic_lora::{Error, Result, SuperNet};
 
 /// `println!` that does not mind when nobody reads any more (`| head`): what counts is in files.
 macro_rules! say {
@@ -56,6 +58,17 @@ pub fn parse<T: clap::Parser>() -> T {
         let _ = error.print();
         std::process::exit(i32::from(error.use_stderr()))
     })
+}
+
+/// A model folder, or the shipped model, with an adapter on it where one is named.
+pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Result<Pretrained> {
+    let folder = model.map_or_else(shipped_model, Path::to_path_buf);
+    let mut pretrained = Pretrained::open(folder, &self::device(device)?)?;
+    if let Some(adapter) = adapter {
+        let adapter = LoraAdapter::open(adapter)?;
+        pretrained.model = SuperNet::from_adapter(pretrained.model, &adapter)?.into_model();
+    }
+    Ok(pretrained)
 }
 
 /// A flag that the first interrupt sets; the second ends the process.

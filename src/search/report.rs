@@ -1,7 +1,6 @@
 //! The course of a search as a plot (like Figure 4 of arXiv 2501.16372), a CSV table and JSON.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use plotters::prelude::*;
@@ -11,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Evaluation, SearchOutcome};
 use crate::error::{Error, Result};
+use crate::io::atomic;
 use crate::space::{SearchSpace, SubnetConfig};
 
 /// What the objectives are called where people read them.
@@ -92,7 +92,7 @@ impl<'a> SearchReport<'a> {
         let path = |extension: &str| folder.as_ref().join(format!("search_progression.{extension}"));
         let paths = [path("svg"), path("csv"), path("json")];
         for (path, text) in paths.iter().zip([self.to_svg()?, self.to_csv(), self.to_json()?]) {
-            write_whole(path, text.as_bytes())?;
+            atomic::write_file(path, |sink| sink.put(text.as_bytes()))?;
         }
         Ok(paths)
     }
@@ -323,22 +323,4 @@ fn fixed(value: f64, digits: usize) -> String {
 
 fn title(name: &str, unit: &str) -> String {
     if unit.is_empty() { name.to_string() } else { format!("{name} [{unit}]") }
-}
-
-/// Writes under a temporary name beside `path`, then renames: the file is there whole or not at all.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666); // less the umask, as any new file
-    #[cfg(unix)]
-    builder.permissions(permissions);
-    let mut file = builder.tempfile_in(folder).map_err(|source| Error::io(path, source))?;
-    let written = file.write_all(bytes).and_then(|()| file.as_file().sync_all());
-    written.map_err(|source| Error::io(path, source))?;
-    file.persist(path).map_err(|error| Error::io(path, error.error))?;
-    Ok(())
 }
