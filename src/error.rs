@@ -219,6 +219,24 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// A merge that would fill zeros of the base.
+    #[error(
+        "layer `{layer}`: merging would fill {lost} zeros of the weight (train its adapter with SparsePEFT, or merge densely)"
+    )]
+    ZerosLost {
+        /// The layer.
+        layer: String,
+        /// Zeros that the merged weight would lose.
+        lost: usize,
+    },
+    /// A model with adapters where a plain one is needed.
+    #[error("layer `{layer}` has an adapter: {reason}")]
+    HasAdapter {
+        /// The layer.
+        layer: String,
+        /// What to do about it.
+        reason: &'static str,
+    },
     // --- runs --------------------------------------------------------------------------------------------------
     /// Training met a loss or a gradient that is no finite number.
     #[error("step {step}: training diverged (loss {loss}, gradient norm {grad_norm})")]

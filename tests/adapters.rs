@@ -119,7 +119,7 @@ fn a_subnet_is_a_separate_lora_of_its_first_rows_and_columns() {
                     let y = layer.forward(x.clone());
                     let grads = (y.clone() * upstream.clone()).sum().backward();
                     let adapter = layer.adapter.as_ref().unwrap();
-                    assert!(layer.base.weight.val().grad(&grads).is_none());
+                    assert!(layer.base.weight().grad(&grads).is_none());
                     assert!(layer.base.bias.as_ref().unwrap().val().grad(&grads).is_none());
                     let grad_a = adapter.lora_a.val().grad(&grads).unwrap();
                     let grad_b = adapter.lora_b.val().grad(&grads).unwrap();
@@ -164,7 +164,7 @@ fn switching_there_and_back_changes_nothing() {
 #[test]
 fn a_masked_merge_keeps_every_zero() {
     let mut layer = layer(&config(ScaleRule::AlphaOverRank), true, &Device::flex());
-    let weight = host_values(layer.base.weight.val());
+    let weight = host_values(layer.base.weight());
     for rank in 1..=RANK {
         layer.set_active_rank(rank).unwrap();
         let merged = host_values(layer.merged_weight());
@@ -285,7 +285,7 @@ fn a_fresh_adapter_adds_nothing_and_its_seed_makes_it() {
 fn burn_linear(device: &Device) -> Linear {
     let base = base(device);
     let mut linear = LinearConfig::new(D_IN, D_OUT).init(device);
-    linear.weight = Param::from_tensor(base.weight.val());
+    linear.weight = Param::from_tensor(base.weight());
     linear.bias = base.bias.map(|bias| Param::from_tensor(bias.val()));
     linear
 }
@@ -336,7 +336,7 @@ fn a_reparameterized_burn_layer_computes_what_an_elastic_one_does() {
                 let merged_weight = host_values(merged.weight.val());
                 assert!(max_diff(&merged_weight, &host_values(elastic.merged_weight())) < 1e-5);
                 if masked {
-                    let weight = host_values(elastic.base.weight.val());
+                    let weight = host_values(elastic.base.weight());
                     assert!(weight.iter().zip(&merged_weight).all(|(before, after)| *before != 0.0 || *after == 0.0));
                 }
                 assert!(max_diff(&host_values(merged.forward(x.clone())), &y) < 2e-5);

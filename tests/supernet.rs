@@ -87,9 +87,9 @@ fn what_does_not_fit_the_model_is_refused() {
         let [d_input, d_output] = layer.base.dims();
         let config = ElasticLoraLinearConfig::new(d_input, d_output, 2);
         *layer = config.init_on(layer.base.clone(), &Device::flex()).unwrap();
-        assert!(matches!(SuperNet::dense(model.clone()), Err(Error::InvalidSpace { .. })));
+        assert!(matches!(SuperNet::dense(model.clone()), Err(Error::HasAdapter { .. })));
         let result = SuperNet::new(model, one(vec![in_space.to_string()], vec![2]), plain());
-        assert!(matches!(result, Err(Error::InvalidSpace { .. })));
+        assert!(matches!(result, Err(Error::HasAdapter { .. })));
     }
 }
 
@@ -211,6 +211,7 @@ fn costs_are_what_counting_by_hand_gives() {
         let expected = SubnetCost {
             params: base + adapters,
             nonzero_params: base - zeros + adapters,
+            adapter_params: adapters,
             macs_per_token: linears + head + adapters,
             weight_bytes: 2 * (base + adapters),
         };

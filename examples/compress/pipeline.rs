@@ -13,7 +13,7 @@ use elastic_lora::infer::GenerateConfig;
 use elastic_lora::io::atomic;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::report::{Report, Row};
-use elastic_lora::model::Decoder;
+use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::search::{
     Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport, StopReason, StudyConfig,
 };
@@ -168,7 +168,9 @@ impl Run<'_> {
         row.params = Some(cost.params as u64);
         row.nonzero_params = Some(cost.nonzero_params as u64);
         row.macs_per_token = Some(cost.macs_per_token as u64);
-        row.bytes = Some(cost.weight_bytes as u64);
+        // As written: the base in its checkpoint's type, a PEFT adapter in its own.
+        let base = (cost.params - cost.adapter_params) * pretrained.dtype.size();
+        row.bytes = Some((base + cost.adapter_params * PeftOptions::default().dtype.size()) as u64);
         if net.space().len() > 0 {
             row.ranks = Some(net.space().values(net.active())?);
         }
@@ -292,7 +294,7 @@ impl Run<'_> {
             },
             (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
         };
-        let mut objective = SubnetObjective::new(net, metric, args.cost.into());
+        let objective = SubnetObjective::new(net, metric, args.cost.into());
         let names = objective.names();
         let started = Instant::now();
         let outcome = study.run(&mut searcher, |subnet| objective.evaluate(subnet))?;
@@ -327,18 +329,27 @@ impl Run<'_> {
         net.activate(&chosen)?;
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
         let merged = Merger::new().merge(&net, &sample)?;
+        // What is measured is what was written: in the checkpoint's own type, read back.
+        let pretrained = &self.task.pretrained;
+        let folder = self.out.join("merged");
+        pretrained.write_variant(&merged.model, &folder, true)?;
+        let written = Pretrained::open(&folder, &pretrained.model.device())?.model;
+        let mut lost = 0;
+        for ((_, before), (_, after)) in pruned.linears().zip(written.linears()) {
+            let (before, after) = (before.base.to_matrix(), after.base.to_matrix());
+            lost += before.as_slice().iter().zip(after.as_slice()).filter(|(b, a)| **b == 0.0 && **a != 0.0).count();
+        }
         common::say!(
-            "merged {} layers: {} zeros lost, logits differ by at most {:.1e}",
+            "merged {} layers: {lost} zeros lost; logits differ by at most {:.1e} in f32, {:.1e} as written in {}",
             merged.report.layers.len(),
-            merged.report.zeros_lost,
-            merged.report.max_logit_difference.unwrap_or(0.0)
+            merged.report.max_logit_difference.unwrap_or(0.0),
+            max_logit_difference(net.model(), &written, &sample)?,
+            pretrained.dtype
         );
-        self.row("SparsePEFT, merged", &merged.model, None)?;
+        self.row("SparsePEFT, merged", &written, None)?;
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
-        let folder = self.out.join("merged");
-        self.task.pretrained.write_variant(&merged.model, &folder, true)?;
         atomic::write_json(self.out.join("merge_report.json"), &merged.report)?;
         self.write_subnet(&net, &chosen, "merged")
     }
@@ -351,4 +362,14 @@ impl Run<'_> {
         let ranks: BTreeMap<String, usize> = net.ranks(subnet)?;
         atomic::write_json(path("ranks"), &ranks)
     }
+}
+
+/// The largest absolute difference between two models' logits on token sequences.
+fn max_logit_difference(a: &Decoder, b: &Decoder, sample: &[Vec<u32>]) -> Result<f32> {
+    let mut largest = 0.0;
+    for ids in sample {
+        let (a, b) = (a.forward(a.tokens(ids, 1)?), b.forward(b.tokens(ids, 1)?));
+        largest = f32::max(largest, (a - b).abs().max().into_scalar());
+    }
+    Ok(largest)
 }

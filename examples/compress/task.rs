@@ -47,7 +47,11 @@ impl Task {
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {
                 let test = args.test.as_ref().unwrap_or(valid);
-                (load_records(train)?, load_records(valid)?, load_records(test)?)
+                let sets = (load_records(train)?, load_records(valid)?, load_records(test)?);
+                if args.test.is_none() {
+                    eprintln!("no --test: the searched subnet is chosen and measured on the same file");
+                }
+                sets
             }
             _ => {
                 let draw = |split, n| -> Result<Vec<Record>> {

@@ -1,6 +1,5 @@
 //! A linear layer with an optional elastic adapter.
 
-use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
 
@@ -16,44 +15,69 @@ use crate::nn::BaseLinear;
 ///
 /// # fn main() -> elastic_lora::Result<()> {
 /// let device = Device::flex();
-/// let mut layer = ElasticLoraLinearConfig::new(17, 5, 8).with_alpha(Some(12.0)).with_bias(true).init(&device)?;
+/// let mut layer = ElasticLoraLinearConfig::new(17, 5, 8).with_alpha(12.0).with_bias(true).init(&device)?;
 /// layer.set_active_rank(3)?;
 /// let x = Tensor::<2>::random([2, 17], Distribution::Default, &device);
 /// assert_eq!(layer.forward(x).dims(), [2, 5]);
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Config, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ElasticLoraLinearConfig {
     /// Inputs.
     pub d_input: usize,
     /// Outputs.
     pub d_output: usize,
-    /// The largest rank.
-    pub rank: usize,
-    /// Numerator of the scale; twice the rank where it is not given.
-    pub alpha: Option<f64>,
-    /// Probability of dropping an element of the adapter's input in training, in 0..1.
-    #[config(default = 0.0)]
-    pub dropout: f64,
     /// Whether the base has a bias.
-    #[config(default = false)]
     pub bias: bool,
-    /// How the scale follows from alpha and rank.
-    #[config(default = "ScaleRule::AlphaOverMaxRank")]
-    pub scale_rule: ScaleRule,
+    /// Rank, alpha, dropout and scale rule of the adapter.
+    pub lora: LoraConfig,
     /// Seed of the adapter's first factor.
-    #[config(default = 0)]
     pub seed: u64,
 }
 
 impl ElasticLoraLinearConfig {
+    /// A layer without a bias and with an adapter of [`LoraConfig::new`]'s settings.
+    pub fn new(d_input: usize, d_output: usize, rank: usize) -> Self {
+        Self { d_input, d_output, bias: false, lora: LoraConfig::new(rank), seed: 0 }
+    }
+
+    /// Sets the numerator of the scale.
+    pub fn with_alpha(mut self, alpha: f64) -> Self {
+        self.lora = self.lora.with_alpha(alpha);
+        self
+    }
+
+    /// Sets the probability of dropping an element of the adapter's input in training, in 0..1.
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.lora = self.lora.with_dropout(dropout);
+        self
+    }
+
+    /// Sets how the scale follows from alpha and rank.
+    pub fn with_scale_rule(mut self, scale_rule: ScaleRule) -> Self {
+        self.lora = self.lora.with_scale_rule(scale_rule);
+        self
+    }
+
+    /// Sets whether the base has a bias.
+    pub fn with_bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// Sets the seed of the adapter's first factor.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
     /// A layer with a random frozen base (uniform in `±1 / sqrt(d_input)`, from the device's generator) and a fresh adapter.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a size or rank of 0, or an alpha or dropout outside its range.
     pub fn init(&self, device: &Device) -> Result<ElasticLoraLinear> {
-        let adapter = ElasticLora::new(&self.lora(), self.d_input, self.d_output, self.seed, device)?;
+        let adapter = ElasticLora::new(&self.lora, self.d_input, self.d_output, self.seed, device)?;
         let bound = 1.0 / (self.d_input as f64).sqrt();
         let uniform = Distribution::Uniform(-bound, bound);
         let weight = Tensor::random([self.d_input, self.d_output], uniform, device);
@@ -73,17 +97,8 @@ impl ElasticLoraLinearConfig {
                 found: base.dims().to_vec(),
             });
         }
-        let adapter = ElasticLora::new(&self.lora(), self.d_input, self.d_output, self.seed, device)?;
+        let adapter = ElasticLora::new(&self.lora, self.d_input, self.d_output, self.seed, device)?;
         Ok(ElasticLoraLinear { base, adapter: Some(adapter) })
-    }
-
-    fn lora(&self) -> LoraConfig {
-        LoraConfig {
-            rank: self.rank,
-            alpha: self.alpha.unwrap_or(2.0 * self.rank as f64),
-            dropout: self.dropout,
-            scale_rule: self.scale_rule,
-        }
     }
 }
 
@@ -121,13 +136,16 @@ impl ElasticLoraLinear {
         Self { base, adapter: None }
     }
 
-    /// Applies the layer with its active rank; see [`ElasticLora::forward`].
+    /// Applies the layer with its active rank; see [`ElasticLora::update`].
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match &self.adapter {
-            Some(adapter) => adapter.forward(x, self.base.weight.val(), self.base.bias.as_ref().map(|bias| bias.val())),
+            Some(adapter) if adapter.is_masked() => {
+                adapter.forward_summed(x, self.base.weight(), self.base.bias.as_ref().map(|bias| bias.val()))
+            }
+            Some(adapter) => self.base.forward(x.clone()) + adapter.update(x),
             None => self.base.forward(x),
         }
     }
@@ -154,7 +172,7 @@ impl ElasticLoraLinear {
     /// None for a layer that this crate built.
     pub fn mask_by_base(&mut self) -> Result<()> {
         if let Some(adapter) = &mut self.adapter {
-            let weight = self.base.weight.val().without_autodiff();
+            let weight = self.base.weight().without_autodiff();
             adapter.set_mask(Some(weight.not_equal_elem(0.0).float()))?;
         }
         Ok(())
@@ -162,7 +180,7 @@ impl ElasticLoraLinear {
 
     /// The weight that a plain layer needs to give this layer's output: base plus active update, `[d_input, d_output]`.
     pub fn merged_weight(&self) -> Tensor<2> {
-        let weight = self.base.weight.val();
+        let weight = self.base.weight();
         match &self.adapter {
             Some(adapter) => weight + adapter.delta(),
             None => weight,

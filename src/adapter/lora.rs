@@ -281,28 +281,41 @@ impl ElasticLora {
         delta_weight(self.lora_a.val(), self.lora_b.val(), self.active_rank, self.scale(), self.mask.clone())
     }
 
-    /// The adapted layer's output, given the base's weight and bias.
+    /// What an unmasked adapter adds to its layer's output: `s (dropout(x) A_r) B_r`, two thin products. Dropout acts on an
+    /// autodiff device only.
     ///
-    /// Unmasked: `x W + b + s (dropout(x) A_r) B_r`, two thin products. Masked: `x W + b + dropout(x) (s A_r B_r * M)`, which
-    /// without dropout is one product with the summed weight, the very weight that a merge gives.
+    /// # Shapes
+    /// - `x`: `[.., d_input]`; result: `[.., d_output]`
+    pub fn update<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let dropped = seeded_dropout(x, self.dropout(), self.dropout_seed);
+        if self.mask.is_some() {
+            return linear(dropped, self.delta(), None);
+        }
+        let a = self.lora_a.val().narrow(1, 0, self.active_rank);
+        let b = self.lora_b.val().narrow(0, 0, self.active_rank);
+        linear(linear(dropped, a, None) * self.scale(), b, None)
+    }
+
+    /// The adapted layer's output on a base that is at hand as a dense weight: without dropout one product with the summed
+    /// weight, the very weight that a merge gives. For masked adapters, which need the weight-shaped update anyway.
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, `bias`: `[d_output]`; result: `[.., d_output]`
-    pub fn forward<const D: usize>(&self, x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
-        let dropout = if self.lora_a.val().is_autodiff() { self.config.dropout } else { 0.0 };
-        if self.mask.is_some() {
-            let delta = self.delta();
-            return if dropout > 0.0 {
-                let dropped = seeded_dropout(x.clone(), dropout, self.dropout_seed);
-                linear(x, weight, bias) + linear(dropped, delta, None)
-            } else {
-                linear(x, weight + delta, bias)
-            };
+    pub fn forward_summed<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        weight: Tensor<2>,
+        bias: Option<Tensor<1>>,
+    ) -> Tensor<D> {
+        if self.dropout() > 0.0 {
+            return linear(x.clone(), weight, bias) + self.update(x);
         }
-        let dropped = seeded_dropout(x.clone(), dropout, self.dropout_seed);
-        let a = self.lora_a.val().narrow(1, 0, self.active_rank);
-        let b = self.lora_b.val().narrow(0, 0, self.active_rank);
-        linear(x, weight, bias) + linear(linear(dropped, a, None) * self.scale(), b, None)
+        linear(x, weight + self.delta(), bias)
+    }
+
+    /// The probability that acts here: none off the tape.
+    fn dropout(&self) -> f64 {
+        if self.lora_a.val().is_autodiff() { self.config.dropout } else { 0.0 }
     }
 
     /// The active factors in PEFT's orientation: A `[r, d_input]`, B `[d_output, r]`, and the scale.

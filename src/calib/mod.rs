@@ -103,6 +103,7 @@ pub fn prune_model(
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Vec<PrunedLayer>> {
     pattern.validate()?;
+    model.refuse_adapters("prune before adapters are put on, or merge them first")?;
     let needed = method.needs_calibration();
     if needed && samples.iter().all(|sample| sample.is_empty()) {
         return Err(Error::argument("samples", 0, format!("{method} needs calibration samples")));

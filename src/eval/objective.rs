@@ -65,18 +65,21 @@ impl<'a> SubnetObjective<'a> {
     ///
     /// # Errors
     /// A subnet outside the space; those of the evaluation.
-    pub fn evaluate(&mut self, subnet: &SubnetConfig) -> Result<Vec<f64>> {
-        self.net.activate(subnet)?;
-        let costs = self.net.cost(subnet)?;
+    pub fn evaluate(&self, subnet: &SubnetConfig) -> Result<Vec<f64>> {
+        // A clone shares every weight: several subnets can be scored at once.
+        let mut net = self.net.clone();
+        net.activate(subnet)?;
+        let model = net.eval_model();
+        let costs = net.cost(subnet)?;
         let cost = match self.cost {
             Cost::Macs => costs.macs_per_token,
             Cost::Params => costs.params,
             Cost::Bytes => costs.weight_bytes,
         };
         let score = match &self.metric {
-            Metric::Loss(batches) => mean_loss(self.net.model(), batches)?,
+            Metric::Loss(batches) => mean_loss(&model, batches)?,
             Metric::Accuracy { problems, tokenizer, generate } => {
-                -problems.exact_match(self.net.model(), tokenizer, generate)?.accuracy()
+                -problems.exact_match(&model, tokenizer, generate)?.accuracy()
             }
         };
         Ok(vec![score, cost as f64])

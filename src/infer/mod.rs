@@ -12,15 +12,15 @@ use crate::nn::{KvCache, host_values};
 
 /// One sequence on a model, with its key/value cache. Many sessions can share a model.
 #[derive(Clone, Debug)]
-pub struct Session<'a> {
-    model: &'a Decoder,
+pub struct Session {
+    model: Decoder,
     cache: KvCache,
 }
 
-impl<'a> Session<'a> {
-    /// An empty session.
-    pub fn new(model: &'a Decoder) -> Self {
-        Self { model, cache: KvCache::new(model.config().num_hidden_layers()) }
+impl Session {
+    /// An empty session on the model with the subnet that is active in it now. The weights are shared, not copied.
+    pub fn new(model: &Decoder) -> Self {
+        Self { model: model.clone(), cache: KvCache::new(model.config().num_hidden_layers()) }
     }
 
     /// Tokens in the cache.

@@ -16,7 +16,7 @@ use crate::supernet::SuperNet;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MergeMode {
-    /// Refuses to lose one: every adapter on a weight with zeros must be masked (SparsePEFT).
+    /// Refuses to lose one: an adapter on a weight with zeros must have been trained under its mask (SparsePEFT).
     #[default]
     KeepZeros,
     /// `W + s A B` whatever becomes of the zeros.
@@ -100,7 +100,7 @@ impl Merger {
     /// Merges the active subnet, leaving `net` as it is. The logits of both are compared on `sample`, token sequences.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] in [`MergeMode::KeepZeros`] for an unmasked adapter on a weight with zeros;
+    /// [`Error::ZerosLost`] in [`MergeMode::KeepZeros`] where a zero would be filled;
     /// [`Error::NotFinite`] where a merged weight is not a number; those of [`Decoder::tokens`] for `sample`.
     pub fn merge(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
         let unmerged = net.eval_model();
@@ -132,11 +132,6 @@ impl Merger {
             return Ok(None);
         };
         let before = layer.base.to_matrix();
-        if self.mode == MergeMode::KeepZeros && !adapter.is_masked() && before.count_zeros() > 0 {
-            return Err(Error::Unsupported {
-                what: format!("merging the unmasked adapter of `{name}` into a weight with zeros without losing them"),
-            });
-        }
         let after = crate::nn::matrix_from_tensor(layer.merged_weight());
         if let Some(index) = after.as_slice().iter().position(|v| !v.is_finite()) {
             return Err(Error::NotFinite { tensor: name.to_string(), index, value: after.as_slice()[index] });
@@ -154,6 +149,9 @@ impl Merger {
                 })
                 .sum(),
         };
+        if self.mode == MergeMode::KeepZeros && report.zeros_lost > 0 {
+            return Err(Error::ZerosLost { layer: report.name, lost: report.zeros_lost });
+        }
         layer.base.set_matrix(&after)?;
         layer.adapter = None;
         Ok(Some(report))

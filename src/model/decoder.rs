@@ -137,7 +137,7 @@ impl Decoder {
                 mlp,
             });
         }
-        let norm = RmsNorm::from_tensor((source.norm)("model.norm.weight", d_model)?, eps);
+        let norm = RmsNorm::from_tensor((source.norm)(HfConfig::FINAL_NORM, d_model)?, eps);
         let lm_head = if config.tie_word_embeddings() {
             None
         } else {
@@ -284,9 +284,28 @@ impl Decoder {
         let device = hidden.device().without_autodiff();
         let hidden: Tensor<2> = hidden.flatten(0, 1);
         let rows: Vec<i32> = positions.iter().map(|(row, _)| *row as i32).collect();
-        let targets: Vec<i32> = positions.iter().map(|(_, target)| *target as i32).collect();
-        let hidden = hidden.select(0, Tensor::from_data(rows.as_slice(), &device));
-        Ok(ops::cross_entropy_sum(self.logits(hidden), Tensor::from_data(targets.as_slice(), &device)))
+        let targets: Vec<u32> = positions.iter().map(|(_, target)| *target).collect();
+        Ok(self.nll_of_hidden(hidden.select(0, Tensor::from_data(rows.as_slice(), &device)), &targets))
+    }
+
+    /// Sum of the negative log-likelihoods of one target a row; the logits of a few thousand rows exist at a time.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least one; result: `[1]`
+    pub(crate) fn nll_of_hidden(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
+        const ROWS_AT_ONCE: usize = 2048;
+        let device = hidden.device().without_autodiff();
+        let mut sum: Option<Tensor<1>> = None;
+        for (index, chunk) in targets.chunks(ROWS_AT_ONCE).enumerate() {
+            let ids: Vec<i32> = chunk.iter().map(|target| *target as i32).collect();
+            let rows = hidden.clone().narrow(0, index * ROWS_AT_ONCE, chunk.len());
+            let part = ops::cross_entropy_sum(self.logits(rows), Tensor::from_data(ids.as_slice(), &device));
+            sum = Some(match sum {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        sum.unwrap_or_else(|| Tensor::zeros([1], &device))
     }
 
     /// Name and shape of each linear layer inside the blocks, in the order of computation.
@@ -331,6 +350,14 @@ impl Decoder {
         Ok(())
     }
 
+    /// Refuses a model with adapters, where they would be dropped without a word.
+    pub(crate) fn refuse_adapters(&self, reason: &'static str) -> Result<()> {
+        match self.linears().find(|(_, layer)| layer.adapter.is_some()) {
+            Some((layer, _)) => Err(Error::HasAdapter { layer, reason }),
+            None => Ok(()),
+        }
+    }
+
     /// Weights of the base, adapters left out: all, and those that are not zero.
     pub fn count_base_params(&self) -> ParamCount {
         let mut count = ParamCount::default();
@@ -345,7 +372,7 @@ impl Decoder {
             add(host_values(block.post_attention_layernorm.weight.val()));
         }
         for base in self.linears().map(|(_, layer)| &layer.base).chain(&self.lm_head) {
-            add(host_values(base.weight.val()));
+            add(host_values(base.weight()));
             if let Some(bias) = &base.bias {
                 add(host_values(bias.val()));
             }

@@ -50,15 +50,18 @@ impl Pretrained {
     /// attended to nor predicted.
     pub fn pad_id(&self) -> u32 {
         let config = self.model.config();
-        config.pad_token_id().or(config.eos_token_ids().first().copied()).unwrap_or(0)
+        // Some checkpoints name a padding token that was never added to their vocabulary.
+        let fits = |id: &u32| (*id as usize) < config.vocab_size();
+        config.pad_token_id().filter(fits).or(config.eos_token_ids().iter().copied().find(fits)).unwrap_or(0)
     }
 
-    /// Writes another model of the same configuration (this one pruned or merged, adapters left out) as a Hugging Face folder
+    /// Writes another model of the same configuration (this one pruned, or merged) as a Hugging Face folder
     /// with this one's tokenizer files, in this one's element type; whole or not at all.
     ///
     /// # Errors
-    /// Those of [`HfFolder`].
+    /// [`Error::HasAdapter`](crate::Error::HasAdapter) for a model with adapters; those of [`HfFolder`].
     pub fn write_variant(&self, model: &Decoder, destination: impl AsRef<Path>, overwrite: bool) -> Result<()> {
+        model.refuse_adapters("merge it, or write it as a PEFT folder beside the base")?;
         let folder = HfFolder::create(destination, overwrite)?;
         folder.write_model(model.config(), self.dtype, model.tensors(self.dtype)?)?;
         folder.carry_over(&self.folder)?;

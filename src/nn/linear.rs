@@ -32,7 +32,7 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     let n = tensor.shape().num_elements();
     let data = tensor.into_data_dtype(DType::F32);
     let values = data.try_into_vec::<f32>().unwrap_or_default();
-    debug_assert_eq!(values.len(), n);
+    assert_eq!(values.len(), n, "the device gave back another number of f32 values than the tensor has");
     values
 }
 
@@ -42,7 +42,7 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 #[derive(Module, Debug)]
 pub struct BaseLinear {
     /// `[d_input, d_output]`.
-    pub weight: Param<Tensor<2>>,
+    weight: Param<Tensor<2>>,
     /// `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
 }
@@ -76,6 +76,11 @@ impl BaseLinear {
     pub fn from_matrix(weight: &Matrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
         let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [bias.len()]), device));
         Self::from_tensors(tensor_from_matrix(weight, device), bias)
+    }
+
+    /// The weight as a dense tensor, `[d_input, d_output]`.
+    pub fn weight(&self) -> Tensor<2> {
+        self.weight.val()
     }
 
     /// The weight in Hugging Face's orientation, `[d_output, d_input]`.

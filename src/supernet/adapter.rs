@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 
-use super::{SuperNet, SuperNetConfig, refuse_adapters};
+use super::{SuperNet, SuperNetConfig};
 use crate::adapter::{ElasticLora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::io::peft::LoraAdapter;
@@ -18,7 +18,7 @@ impl SuperNet {
     ///
     /// # Errors
     /// [`Error::UnknownLayer`] and [`Error::TensorShape`] as [`LoraAdapter::check`] says; [`Error::InvalidArgument`] for an
-    /// adapter without layers; [`Error::InvalidSpace`] for a model that has an adapter already; [`Error::Unsupported`] for an
+    /// adapter without layers; [`Error::HasAdapter`] for a model that has an adapter already; [`Error::Unsupported`] for an
     /// adapter that was trained through a quantizer, or a scale that is not over 0.
     pub fn from_adapter(model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
         if adapter.quantization_aware {
@@ -30,7 +30,7 @@ impl SuperNet {
             return Err(Error::argument("adapter", "without layers", "at least one layer"));
         }
         adapter.check(model.config())?;
-        refuse_adapters(&model)?;
+        model.refuse_adapters("merge it first")?;
         let base = model.count_base_params();
         let mut model = model.set_require_grad(false);
         let device = model.device();
@@ -183,6 +183,6 @@ mod tests {
         assert!(refused(&quantized).to_string().contains("quantization_aware"));
         assert!(matches!(refused(&LoraAdapter::default()), Error::InvalidArgument { name: "adapter", .. }));
         let adapted = SuperNet::from_adapter(model(), &good).unwrap().into_model();
-        assert!(matches!(SuperNet::from_adapter(adapted, &good), Err(Error::InvalidSpace { .. })));
+        assert!(matches!(SuperNet::from_adapter(adapted, &good), Err(Error::HasAdapter { .. })));
     }
 }

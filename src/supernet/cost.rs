@@ -17,7 +17,9 @@ pub struct SubnetCost {
     /// Multiply-accumulates a token of every linear layer, the head among them, as the papers count: zeros included, the
     /// products of attention scores and the embedding left out.
     pub macs_per_token: usize,
-    /// Weight bytes at 16 bits a weight, zeros included.
+    /// Those of them that are in adapters.
+    pub adapter_params: usize,
+    /// Weight bytes at 16 bits a weight, zeros included: what a search compares. A file's bytes follow from its own types.
     pub weight_bytes: usize,
 }
 
@@ -44,6 +46,7 @@ impl SubnetCost {
         Ok(Self {
             params,
             nonzero_params: base.nonzero + adapters,
+            adapter_params: adapters,
             macs_per_token: macs + adapters,
             weight_bytes: 2 * params,
         })

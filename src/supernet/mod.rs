@@ -75,7 +75,7 @@ impl SuperNet {
     pub fn new(model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
         config.lora.validate()?;
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
-        refuse_adapters(&model)?;
+        model.refuse_adapters("merge it first")?;
         let base = model.count_base_params();
         // A model that was trained as a whole still wants gradients everywhere.
         let mut model = model.set_require_grad(false);
@@ -108,9 +108,9 @@ impl SuperNet {
     /// A model all of whose weights are trained and that has one subnet: itself.
     ///
     /// # Errors
-    /// [`Error::InvalidSpace`] for a model with adapters.
+    /// [`Error::HasAdapter`] for a model with adapters.
     pub fn dense(model: Decoder) -> Result<Self> {
-        refuse_adapters(&model)?;
+        model.refuse_adapters("merge it first")?;
         let base = model.count_base_params();
         let model = model.set_require_grad(true);
         let space = SearchSpace::single();
@@ -236,15 +236,5 @@ impl SuperNet {
     /// Takes the super-network apart, leaving the model with the active subnet.
     pub fn into_model(self) -> Decoder {
         self.model
-    }
-}
-
-/// An adapter that no subnet names would be trained and written, but counted nowhere.
-fn refuse_adapters(model: &Decoder) -> Result<()> {
-    match model.linears().find(|(_, layer)| layer.adapter.is_some()) {
-        Some((name, _)) => {
-            Err(Error::InvalidSpace { group: name, reason: "this layer has an adapter already: merge it first".into() })
-        }
-        None => Ok(()),
     }
 }

@@ -391,7 +391,7 @@ pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
 /// Mean negative log-likelihood a target, in nats, of fixed batches; summed in `f64` in their order.
 ///
 /// # Errors
-/// Those of [`Decoder::tokens`].
+/// [`Error::InvalidArgument`] where there is no target at all; those of [`Decoder::tokens`].
 pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
     let mut sum = 0.0;
     let mut n = 0;
@@ -403,7 +403,10 @@ pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
         n += targets.len();
         sum += f64::from(host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0]);
     }
-    Ok(if n == 0 { 0.0 } else { sum / n as f64 })
+    if n == 0 {
+        return Err(Error::argument("batches", "no target", "at least one token to be predicted"));
+    }
+    Ok(sum / n as f64)
 }
 
 fn seed_dropout(model: &mut Decoder, seed: u64, draw: u64) -> Result<()> {
