@@ -389,20 +389,6 @@ impl HfConfig {
         }
     }
 
-    /// Where `checkpoint` keeps the head; `None` when it is the embedding.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`] where it is not tied and not there.
-    pub fn head_name(&self, checkpoint: &Checkpoint) -> Result<Option<&'static str>> {
-        if self.tie_word_embeddings {
-            Ok(None)
-        } else if checkpoint.contains(Self::HEAD) {
-            Ok(Some(Self::HEAD))
-        } else {
-            Err(Error::MissingTensor { path: checkpoint.path().to_path_buf(), tensor: Self::HEAD.into() })
-        }
-    }
-
     /// The names and shapes of all tensors that a checkpoint of this config holds, in model order; a tied head is not among
     /// them.
     pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
