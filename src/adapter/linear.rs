@@ -5,7 +5,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 
 use super::lora::{ElasticLora, LoraConfig, ScaleRule};
 use crate::error::{Error, Result};
-use crate::nn::BaseLinear;
+use crate::nn::{BaseLinear, ops};
 
 /// Settings of an [`ElasticLoraLinear`] that stands on its own.
 ///
@@ -136,18 +136,26 @@ impl ElasticLoraLinear {
         Self { base, adapter: None }
     }
 
-    /// Applies the layer with its active rank; see [`ElasticLora::update`].
+    /// Applies the layer with its active rank.
+    ///
+    /// The weight is a constant for [`ops::lora_linear`]; where somebody trains it beside its adapter, plain operations see
+    /// to its gradient. A masked adapter takes one product with the summed weight, the very weight that a merge gives, or with
+    /// dropout two.
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        match &self.adapter {
-            Some(adapter) if adapter.is_masked() => {
-                adapter.forward_summed(x, self.base.weight(), self.base.bias.as_ref().map(|bias| bias.val()))
-            }
-            Some(adapter) => self.base.forward(x.clone()) + adapter.update(x),
-            None => self.base.forward(x),
+        let Some(adapter) = &self.adapter else { return self.base.forward(x) };
+        let (weight, term) = (self.base.stored(), adapter.term());
+        if weight.is_tracked() || (adapter.is_masked() && term.dropout.is_active()) {
+            return self.base.forward(x.clone()) + adapter.update(x);
         }
+        let y = if adapter.is_masked() {
+            ops::linear(x, adapter.added_to(weight))
+        } else {
+            ops::lora_linear(x, weight, adapter.lora_a.val(), adapter.lora_b.val(), term)
+        };
+        self.base.with_bias(y)
     }
 
     /// Makes a rank the active one. Moves no weight.
@@ -173,7 +181,7 @@ impl ElasticLoraLinear {
     pub fn mask_by_base(&mut self) -> Result<()> {
         if let Some(adapter) = &mut self.adapter {
             let weight = self.base.weight().without_autodiff();
-            adapter.set_mask(Some(weight.not_equal_elem(0.0).float()))?;
+            adapter.set_mask(Some(weight.not_equal_elem(0.0)))?;
         }
         Ok(())
     }
@@ -182,7 +190,7 @@ impl ElasticLoraLinear {
     pub fn merged_weight(&self) -> Tensor<2> {
         let weight = self.base.weight();
         match &self.adapter {
-            Some(adapter) => weight + adapter.delta(),
+            Some(adapter) => adapter.added_to(weight),
             None => weight,
         }
     }

@@ -1,16 +1,15 @@
 //! The low-rank update whose active rank is a choice made at run time.
 
 use burn::module::{Module, Param};
-use burn::tensor::module::linear;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Bool, Device, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::dropout::{mix_seed, seeded_dropout};
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
-use crate::nn::{matrix_from_tensor, tensor_from_matrix};
+use crate::nn::ops::{self, Dropout, LoraTerm};
+use crate::nn::{matrix_from_tensor, mix_seed, tensor_from_matrix};
 
 /// How the update's scale `s` follows from alpha and the ranks.
 ///
@@ -112,27 +111,40 @@ impl LoraConfig {
     }
 }
 
-/// The weight-space update `s A_r B_r`, masked where there is a mask: the one definition that training of SparsePEFT, merging
-/// and the reparameterization share.
+/// The weight with the update, `W + s A_r B_r`, the update masked where there is a mask: the one definition that training of
+/// SparsePEFT, merging and the reparameterization share.
 ///
 /// # Shapes
-/// - `lora_a`: `[d_input, r_max]`, `lora_b`: `[r_max, d_output]`, `mask`: `[d_input, d_output]` of 0 and 1
-/// - result: `[d_input, d_output]`
-pub(crate) fn delta_weight(
+/// - `lora_a`: `[d_input, r_max]`, `lora_b`: `[r_max, d_output]`; `weight`, `mask` and result: `[d_input, d_output]`
+pub(crate) fn summed_weight(
+    weight: Tensor<2>,
     lora_a: Tensor<2>,
     lora_b: Tensor<2>,
-    active_rank: usize,
+    rank: usize,
     scale: f64,
-    mask: Option<Tensor<2>>,
+    mask: Option<Tensor<2, Bool>>,
 ) -> Tensor<2> {
-    let a = lora_a.narrow(1, 0, active_rank);
-    let b = lora_b.narrow(0, 0, active_rank);
-    // The scale goes onto the thin factor: that is the smaller product.
-    let delta = (a * scale).matmul(b);
     match mask {
-        Some(mask) => delta * mask,
-        None => delta,
+        Some(mask) => {
+            ops::summed_weight(weight, mask, lora_a, lora_b, LoraTerm { rank, scale, dropout: Dropout::NONE })
+        }
+        // The scale goes onto the thin factor: that is the smaller product.
+        None => weight + (lora_a.narrow(1, 0, rank) * scale).matmul(lora_b.narrow(0, 0, rank)),
     }
+}
+
+/// `x` with dropout as [`Dropout`] says, by plain operations.
+///
+/// # Shapes
+/// - `x` and the result: any, the same
+pub fn seeded_dropout<const D: usize>(x: Tensor<D>, probability: f64, seed: u64) -> Tensor<D> {
+    let dropout = Dropout { probability, seed };
+    if !dropout.is_active() {
+        return x;
+    }
+    let factors = TensorData::new(dropout.factors(x.shape().num_elements()), x.shape());
+    let factors = Tensor::<D>::from_data(factors, &x.device().without_autodiff());
+    x * factors
 }
 
 fn check_sizes(d_input: usize, d_output: usize) -> Result<()> {
@@ -152,8 +164,8 @@ pub struct ElasticLora {
     pub lora_a: Param<Tensor<2>>,
     /// `[r_max, d_output]`; the transpose of PEFT's `lora_B`.
     pub lora_b: Param<Tensor<2>>,
-    /// SparsePEFT's mask, 1 where the base weight is not zero, `[d_input, d_output]`.
-    mask: Option<Tensor<2>>,
+    /// SparsePEFT's mask, true where the base weight is not zero, `[d_input, d_output]`.
+    mask: Option<Tensor<2, Bool>>,
     #[module(skip)]
     config: LoraConfig,
     #[module(skip)]
@@ -202,14 +214,14 @@ impl ElasticLora {
         })
     }
 
-    /// Confines the update to where `mask` is 1 (SparsePEFT, arXiv 2410.03750), or frees it.
+    /// Confines the update to where `mask` is true (SparsePEFT, arXiv 2410.03750), or frees it.
     ///
     /// # Shapes
-    /// - `mask`: `[d_input, d_output]` of 0 and 1
+    /// - `mask`: `[d_input, d_output]`
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] for another shape.
-    pub fn set_mask(&mut self, mask: Option<Tensor<2>>) -> Result<()> {
+    pub fn set_mask(&mut self, mask: Option<Tensor<2, Bool>>) -> Result<()> {
         let expected = [self.d_input(), self.d_output()];
         if let Some(mask) = &mask
             && mask.dims() != expected
@@ -220,7 +232,7 @@ impl ElasticLora {
                 found: mask.dims().to_vec(),
             });
         }
-        self.mask = mask.map(|mask| mask.without_autodiff());
+        self.mask = mask;
         Ok(())
     }
 
@@ -278,39 +290,39 @@ impl ElasticLora {
 
     /// The active weight-space update, `[d_input, d_output]`; `s A_r B_r`, masked where there is a mask.
     pub fn delta(&self) -> Tensor<2> {
-        delta_weight(self.lora_a.val(), self.lora_b.val(), self.active_rank, self.scale(), self.mask.clone())
+        let device = self.lora_a.val().device().without_autodiff();
+        self.added_to(Tensor::zeros([self.d_input(), self.d_output()], &device))
     }
 
-    /// What an unmasked adapter adds to its layer's output: `s (dropout(x) A_r) B_r`, two thin products. Dropout acts on an
-    /// autodiff device only.
+    /// A weight with the active update.
+    ///
+    /// # Shapes
+    /// - `weight` and result: `[d_input, d_output]`
+    pub fn added_to(&self, weight: Tensor<2>) -> Tensor<2> {
+        let (a, b) = (self.lora_a.val(), self.lora_b.val());
+        summed_weight(weight, a, b, self.active_rank, self.scale(), self.mask.clone())
+    }
+
+    /// What the adapter adds to its layer's output, by plain operations: `s (dropout(x) A_r) B_r`, two thin products, or with
+    /// a mask the product with [`delta`](Self::delta). Dropout acts on an autodiff device only.
+    /// [`ElasticLoraLinear`](super::ElasticLoraLinear) does the same at less cost.
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
     pub fn update<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let dropped = seeded_dropout(x, self.dropout(), self.dropout_seed);
+        let dropped = seeded_dropout(x, self.term().dropout.probability, self.dropout_seed);
         if self.mask.is_some() {
-            return linear(dropped, self.delta(), None);
+            return ops::linear(dropped, self.delta());
         }
         let a = self.lora_a.val().narrow(1, 0, self.active_rank);
         let b = self.lora_b.val().narrow(0, 0, self.active_rank);
-        linear(linear(dropped, a, None) * self.scale(), b, None)
+        ops::linear(ops::linear(dropped, a) * self.scale(), b)
     }
 
-    /// The adapted layer's output on a base that is at hand as a dense weight: without dropout one product with the summed
-    /// weight, the very weight that a merge gives. For masked adapters, which need the weight-shaped update anyway.
-    ///
-    /// # Shapes
-    /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, `bias`: `[d_output]`; result: `[.., d_output]`
-    pub fn forward_summed<const D: usize>(
-        &self,
-        x: Tensor<D>,
-        weight: Tensor<2>,
-        bias: Option<Tensor<1>>,
-    ) -> Tensor<D> {
-        if self.dropout() > 0.0 {
-            return linear(x.clone(), weight, bias) + self.update(x);
-        }
-        linear(x, weight + self.delta(), bias)
+    /// What the custom operations need to know.
+    pub(crate) fn term(&self) -> LoraTerm {
+        let dropout = Dropout { probability: self.dropout(), seed: self.dropout_seed };
+        LoraTerm { rank: self.active_rank, scale: self.scale(), dropout }
     }
 
     /// The probability that acts here: none off the tape.

@@ -3,12 +3,11 @@
 //! [`ElasticLoraLinear`] is a layer for any Burn model; [`ElasticLoraReparameterizer`] attaches the same adapters to a module
 //! that already exists.
 
-mod dropout;
 mod linear;
 mod lora;
 mod reparam;
 
-pub use dropout::{mix_seed, seeded_dropout};
+pub use crate::nn::mix_seed;
 pub use linear::{ElasticLoraLinear, ElasticLoraLinearConfig};
-pub use lora::{ElasticLora, LoraConfig, MAX_RANK, ScaleRule};
+pub use lora::{ElasticLora, LoraConfig, MAX_RANK, ScaleRule, seeded_dropout};
 pub use reparam::{ElasticLoraReparam, ElasticLoraReparameterizer, RankSwitches};

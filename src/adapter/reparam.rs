@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::tensor::Tensor;
 
-use super::dropout::mix_seed;
-use super::lora::{LoraConfig, delta_weight};
+use super::lora::{LoraConfig, summed_weight};
 use crate::error::{Error, Result};
+use crate::nn::mix_seed;
 use crate::space::{LayerShape, SearchSpace, SubnetConfig};
 
 /// The active ranks of a reparameterized module, by parameter path. Clones share them, and so do clones of the module.
@@ -185,10 +185,9 @@ impl Reparameterization for ElasticLoraReparam {
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         let rank = self.active.0.load(Ordering::Relaxed);
         let shape = base.dims();
-        let mask = self
-            .masked
-            .then(|| base.clone().without_autodiff().not_equal_elem(0.0).float().reshape([shape[0], shape[1]]));
-        let delta = delta_weight(self.lora_a.val(), self.lora_b.val(), rank, self.config.scale(rank), mask);
-        base + delta.reshape(shape)
+        let base: Tensor<2> = base.reshape([shape[0], shape[1]]);
+        let mask = self.masked.then(|| base.clone().without_autodiff().not_equal_elem(0.0));
+        let (a, b) = (self.lora_a.val(), self.lora_b.val());
+        summed_weight(base, a, b, rank, self.config.scale(rank), mask).reshape(shape)
     }
 }

@@ -1,7 +1,7 @@
 //! The decoder-only transformer.
 
 use burn::module::{Module, Param};
-use burn::tensor::module::{embedding, linear};
+use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -248,7 +248,7 @@ impl Decoder {
     pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
         match &self.lm_head {
             Some(head) => head.forward(hidden),
-            None => linear(hidden, self.embed_tokens.val().transpose(), None),
+            None => ops::linear(hidden, self.embed_tokens.val().transpose()),
         }
     }
 
@@ -288,24 +288,18 @@ impl Decoder {
         Ok(self.nll_of_hidden(hidden.select(0, Tensor::from_data(rows.as_slice(), &device)), &targets))
     }
 
-    /// Sum of the negative log-likelihoods of one target a row; the logits of a few thousand rows exist at a time.
+    /// Sum of the negative log-likelihoods of one target a row; see [`ops::head_loss`].
     ///
     /// # Shapes
     /// - `hidden`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least one; result: `[1]`
     pub(crate) fn nll_of_hidden(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
-        const ROWS_AT_ONCE: usize = 2048;
         let device = hidden.device().without_autodiff();
-        let mut sum: Option<Tensor<1>> = None;
-        for (index, chunk) in targets.chunks(ROWS_AT_ONCE).enumerate() {
-            let ids: Vec<i32> = chunk.iter().map(|target| *target as i32).collect();
-            let rows = hidden.clone().narrow(0, index * ROWS_AT_ONCE, chunk.len());
-            let part = ops::cross_entropy_sum(self.logits(rows), Tensor::from_data(ids.as_slice(), &device));
-            sum = Some(match sum {
-                Some(sum) => sum + part,
-                None => part,
-            });
-        }
-        sum.unwrap_or_else(|| Tensor::zeros([1], &device))
+        let ids: Vec<i32> = targets.iter().map(|target| *target as i32).collect();
+        let weight = match &self.lm_head {
+            Some(head) => head.stored(),
+            None => self.embed_tokens.val().transpose(),
+        };
+        ops::head_loss(hidden, weight, Tensor::from_data(ids.as_slice(), &device))
     }
 
     /// Name and shape of each linear layer inside the blocks, in the order of computation.

@@ -1,11 +1,11 @@
 //! The frozen linear layer that adapters ride on, and the one place where `[out, in]` becomes `[in, out]`.
 
 use burn::module::{Module, Param};
-use burn::tensor::module::linear;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
+use crate::nn::ops;
 
 /// A Hugging Face weight `[out, in]` as a Burn tensor `[in, out]`.
 ///
@@ -78,9 +78,22 @@ impl BaseLinear {
         Self::from_tensors(tensor_from_matrix(weight, device), bias)
     }
 
-    /// The weight as a dense tensor, `[d_input, d_output]`.
+    /// The weight as a dense `f32` tensor, `[d_input, d_output]`; a copy where it is stored otherwise.
     pub fn weight(&self) -> Tensor<2> {
+        let weight = self.weight.val();
+        if weight.dtype() == DType::F32 { weight } else { weight.cast(FloatDType::F32) }
+    }
+
+    /// The weight as it is stored, `[d_input, d_output]`.
+    pub(crate) fn stored(&self) -> Tensor<2> {
         self.weight.val()
+    }
+
+    /// Stores the weight in another float format, rounded to nearest. A weight of 16 bits is half the memory, and cannot be
+    /// trained.
+    pub fn with_dtype(mut self, dtype: FloatDType) -> Self {
+        self.weight = self.weight.map(|weight| weight.cast(dtype)).set_require_grad(false);
+        self
     }
 
     /// The weight in Hugging Face's orientation, `[d_output, d_input]`.
@@ -101,7 +114,7 @@ impl BaseLinear {
                 found: vec![weight.rows(), weight.cols()],
             });
         }
-        let tensor = tensor_from_matrix(weight, &self.weight.val().device());
+        let tensor = tensor_from_matrix(weight, &self.weight.val().device()).cast(self.weight.val().dtype());
         let trained = self.weight.val().is_require_grad();
         self.weight = self.weight.clone().map(|_| tensor).set_require_grad(trained);
         Ok(())
@@ -117,7 +130,15 @@ impl BaseLinear {
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        linear(x, self.weight.val(), self.bias.as_ref().map(|bias| bias.val()))
+        self.with_bias(ops::linear(x, self.stored()))
+    }
+
+    /// Adds the bias, where there is one.
+    pub(crate) fn with_bias<const D: usize>(&self, y: Tensor<D>) -> Tensor<D> {
+        match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod cache;
 pub mod custom;
+mod dropout;
 mod linear;
 mod mask;
 mod norm;
@@ -11,6 +12,7 @@ mod plain;
 mod rope;
 
 pub use cache::KvCache;
+pub use dropout::{Dropout, mix_seed};
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
 pub use norm::RmsNorm;
 pub use rope::Rope;

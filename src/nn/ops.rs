@@ -5,9 +5,11 @@
 //! device may be mixed in one call: the plain ones are constants.
 
 use burn::backend::Dispatch;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Bool, Int, Tensor};
 
 use super::custom::DecoderOps;
+pub use super::custom::LoraTerm;
+pub use super::dropout::Dropout;
 pub use super::mask::AttentionMask;
 
 /// Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467): `y = x / sqrt(mean(x^2) + eps) * weight` over the
@@ -59,11 +61,62 @@ pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, ma
     Tensor::from_dispatch(context)
 }
 
-/// Sum over rows of the cross-entropy between `logits` and the target classes, in nats.
+/// A linear layer without a bias: `x W`. The weight may be bf16 or f16 beside `f32` inputs, which gives `f32`.
+///
+/// On a CPU such a weight is widened panel by panel and the product is one of `f32`; elsewhere bf16 is multiplied as bf16,
+/// inputs rounded, and f16 is widened.
 ///
 /// # Shapes
-/// - `logits`: `[n, n_classes]`, `targets`: `[n]`, each below `n_classes`; result: `[1]`
-pub fn cross_entropy_sum(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    let (loss, _) = Dispatch::cross_entropy_sum(logits.into_dispatch(), targets.into_dispatch());
-    Tensor::from_dispatch(loss)
+/// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`; result: `[.., d_output]`
+pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
+    Tensor::from_dispatch(Dispatch::mixed_linear(x.into_dispatch(), weight.into_dispatch()))
+}
+
+/// A frozen linear layer with a low-rank adapter of which the first ranks are active: `x W + s (dropout(x) A_r) B_r`.
+///
+/// One node of the tape. No gradient of the weight is formed, nothing outside the active rank is computed, and the factors'
+/// gradients are zero there. The weight's format is as for [`linear`].
+///
+/// # Shapes
+/// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`
+/// - result: `[.., d_output]`
+pub fn lora_linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    term: LoraTerm,
+) -> Tensor<D> {
+    let (a, b) = (a.into_dispatch(), b.into_dispatch());
+    let (y, _) = Dispatch::lora_linear(x.into_dispatch(), weight.into_dispatch(), a, b, term);
+    Tensor::from_dispatch(y)
+}
+
+/// SparsePEFT's weight (arXiv 2410.03750): `W + (s A_r B_r) * M`, formed in one pass. The term's dropout is not used.
+///
+/// One node of the tape: from the gradient of the sum follow those of the factors, and of nothing else.
+///
+/// # Shapes
+/// - `weight`, `mask` and the result: `[d_input, d_output]`; `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`
+pub fn summed_weight(
+    weight: Tensor<2>,
+    mask: Tensor<2, Bool>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    term: LoraTerm,
+) -> Tensor<2> {
+    let (weight, mask) = (weight.into_dispatch(), mask.into_dispatch());
+    Tensor::from_dispatch(Dispatch::summed_weight(weight, mask, a.into_dispatch(), b.into_dispatch(), term))
+}
+
+/// A model's head with its loss: the cross-entropy of `hidden W` against the target classes, summed over rows, in nats.
+///
+/// One node of the tape. Only some hundred rows of logits exist at a time, and gradients are formed with them, so that there
+/// is no second product in the backward pass.
+///
+/// # Shapes
+/// - `hidden`: `[n, d_model]`, `weight`: `[d_model, n_classes]`, `targets`: `[n]`, each below `n_classes`; result: `[1]`
+pub fn head_loss(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(Dispatch::head_loss(hidden, weight, targets.into_dispatch()))
 }

@@ -1,12 +1,14 @@
 //! The operations on the tape: one node each.
 
 use burn::backend::Autodiff;
+use burn::backend::TensorMetadata;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
+use burn::tensor::Shape;
 
-use super::{AttentionMask, DecoderOps};
+use super::{AttentionMask, DecoderOps, LoraTerm};
 
 type Float<B> = FloatTensor<B>;
 
@@ -45,8 +47,29 @@ backward!(Swiglu, 2, (Float<B>, Float<B>), |(gate, up), grad, _| {
     [Some(gate), Some(up)]
 });
 
-backward!(CrossEntropy, 1, (Float<B>, IntTensor<B>, Float<B>), |(logits, targets, log_sum_exp), grad, _| {
-    [Some(B::cross_entropy_sum_backward(logits, targets, log_sum_exp, grad))]
+backward!(Linear, 2, (Option<Float<B>>, Option<Float<B>>), |(x, weight), grad, _| {
+    let grad_weight = x.map(|x| B::mixed_linear_backward_weight(x, grad.clone()));
+    [weight.map(|weight| B::mixed_linear_backward_input(weight, grad)), grad_weight]
+});
+
+backward!(LoraLinear, 3, ([Float<B>; 5], LoraTerm), |([x, weight, a, b, h], term), grad, [want_x, want_a, want_b]| {
+    let g = B::lora_backward_inner(b, grad.clone(), term);
+    let factors = (want_a || want_b).then(|| {
+        let max_rank = a.shape()[1];
+        B::lora_backward_factors(x, h, g.clone(), grad.clone(), max_rank, term)
+    });
+    let (grad_a, grad_b) = factors.unzip();
+    [want_x.then(|| B::lora_backward_input(weight, a, g, grad, term)), grad_a, grad_b]
+});
+
+backward!(SummedWeight, 2, (BoolTensor<B>, [Float<B>; 2], LoraTerm), |(mask, [a, b], term), grad, _| {
+    let (a, b) = B::summed_weight_backward(mask, a, b, grad, term);
+    [Some(a), Some(b)]
+});
+
+backward!(HeadLoss, 2, (Float<B>, Option<Float<B>>), |(hidden, weight), grad, _| {
+    let scaled = |gradient: Float<B>| B::float_mul(gradient, B::float_reshape(grad.clone(), Shape::from([1, 1])));
+    [Some(scaled(hidden)), weight.map(scaled)]
 });
 
 backward!(CausalAttention, 3, ([Float<B>; 4], f64, AttentionMask), |([q, k, v, log_sum_exp], scale, mask), grad, _| {
@@ -79,14 +102,63 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         }
     }
 
-    fn cross_entropy_sum(logits: Float<Self>, targets: IntTensor<Self>) -> (Float<Self>, Float<Self>) {
-        let (logits, node) = logits.into_parts();
-        let (loss, log_sum_exp) = B::cross_entropy_sum(logits.clone(), targets.clone());
-        let loss = match CrossEntropy.prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((logits, targets, log_sum_exp.clone()), loss),
-            OpsKind::UnTracked(prep) => prep.finish(loss),
+    fn mixed_linear(x: Float<Self>, weight: Float<Self>) -> Float<Self> {
+        // Each gradient needs the other operand, and nothing is kept for one that is not wanted.
+        let (want_x, want_weight) = (x.is_tracked(), weight.is_tracked());
+        let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
+        let y = B::mixed_linear(x.clone(), weight.clone());
+        match Linear.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((want_weight.then_some(x), want_x.then_some(weight)), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+
+    fn lora_linear(
+        x: Float<Self>,
+        weight: Float<Self>,
+        a: Float<Self>,
+        b: Float<Self>,
+        term: LoraTerm,
+    ) -> (Float<Self>, Float<Self>) {
+        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
+        let weight = weight.into_primitive();
+        let (y, h) = B::lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
+        let y = match LoraLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(([x, weight, a, b, h.clone()], term), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
         };
-        (loss, constant::<B, C>(log_sum_exp))
+        (y, constant::<B, C>(h))
+    }
+
+    fn summed_weight(
+        weight: Float<Self>,
+        mask: BoolTensor<Self>,
+        a: Float<Self>,
+        b: Float<Self>,
+        term: LoraTerm,
+    ) -> Float<Self> {
+        let ((a, a_node), (b, b_node)) = (a.into_parts(), b.into_parts());
+        let sum = B::summed_weight(weight.into_primitive(), mask.clone(), a.clone(), b.clone(), term);
+        match SummedWeight.prepare::<C>([a_node, b_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((mask, [a, b], term), sum),
+            OpsKind::UnTracked(prep) => prep.finish(sum),
+        }
+    }
+
+    fn head_loss(hidden: Float<Self>, weight: Float<Self>, targets: IntTensor<Self>) -> Float<Self> {
+        let want_weight = weight.is_tracked();
+        let ((hidden, hidden_node), (weight, weight_node)) = (hidden.into_parts(), weight.into_parts());
+        match HeadLoss.prepare::<C>([hidden_node, weight_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) if want_weight => {
+                let (loss, hidden, weight) = B::head_loss_and_gradients(hidden, weight, targets);
+                prep.finish((hidden, Some(weight)), loss)
+            }
+            OpsKind::Tracked(prep) => {
+                let (loss, hidden) = B::head_loss_and_gradient(hidden, weight, targets);
+                prep.finish((hidden, None), loss)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::head_loss(hidden, weight, targets)),
+        }
     }
 
     fn causal_attention(

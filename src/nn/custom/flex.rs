@@ -7,14 +7,15 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Shape, TensorData};
 use rayon::prelude::*;
 
+use super::flex_linear::{self, Head};
 use super::simd::{self, Level};
-use super::{AttentionMask, DecoderOps, flex_attention, portable};
+use super::{AttentionMask, DecoderOps, LoraTerm, flex_attention, portable};
 
 /// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
 const TASK: usize = 16 * 1024;
 
 /// How many rows of `width` elements make one task.
-fn task_rows(width: usize) -> usize {
+pub(super) fn task_rows(width: usize) -> usize {
     (TASK / width.max(1)).max(1)
 }
 
@@ -30,7 +31,7 @@ pub(super) fn floats(tensor: &FlexTensor) -> &[f32] {
 
 /// A tensor that holds its elements and nothing else, so that its storage may be written in place. The storage is copied
 /// on the first write if another tensor shares it.
-fn whole(tensor: FlexTensor) -> FlexTensor {
+pub(super) fn whole(tensor: FlexTensor) -> FlexTensor {
     let whole = tensor.to_contiguous();
     drop(tensor);
     whole
@@ -40,11 +41,11 @@ pub(super) fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape))
 }
 
-fn is_f32(tensors: &[&FlexTensor]) -> bool {
+pub(super) fn is_f32(tensors: &[&FlexTensor]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
 }
 
-fn dims(tensor: &FlexTensor) -> &[usize] {
+pub(super) fn dims(tensor: &FlexTensor) -> &[usize] {
     tensor.layout().shape().as_slice()
 }
 
@@ -71,17 +72,17 @@ fn part(values: &[f32], index: usize, len: usize) -> &[f32] {
 }
 
 /// Class numbers as Flex holds them.
-enum Targets<'a> {
+pub(super) enum Targets<'a> {
     I64(&'a [i64]),
     I32(&'a [i32]),
 }
 
 impl<'a> Targets<'a> {
-    fn new(tensor: &'a FlexTensor) -> Option<Self> {
+    pub(super) fn new(tensor: &'a FlexTensor) -> Option<Self> {
         tensor.as_slice().map(Self::I64).or_else(|| tensor.as_slice().map(Self::I32))
     }
 
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::I64(values) => values.len(),
             Self::I32(values) => values.len(),
@@ -89,7 +90,7 @@ impl<'a> Targets<'a> {
     }
 
     /// Out of range for every row if negative.
-    fn get(&self, row: usize) -> usize {
+    pub(super) fn get(&self, row: usize) -> usize {
         let class = match self {
             Self::I64(values) => values[row],
             Self::I32(values) => i64::from(values[row]),
@@ -182,49 +183,103 @@ impl DecoderOps for Flex {
         (gate, up)
     }
 
-    fn cross_entropy_sum(logits: FlexTensor, targets: FlexTensor) -> (FlexTensor, FlexTensor) {
-        let (logits, targets) = (contiguous(logits), contiguous(targets));
-        let classes = Targets::new(&targets).filter(|classes| loss_fits(&logits, classes));
-        let Some(classes) = classes else { return portable::cross_entropy_sum::<Self>(logits, targets) };
-        let (n, width, level) = (dims(&logits)[0], dims(&logits)[1], Level::detect());
-        let values = floats(&logits);
-        let row = |row: usize| {
-            let logits = &values[row * width..(row + 1) * width];
-            let log_sum_exp = simd::log_sum_exp(level, logits);
-            (log_sum_exp, log_sum_exp - logits[classes.get(row)])
-        };
-        let rows: Vec<(f32, f32)> = if values.len() <= TASK {
-            (0..n).map(row).collect()
-        } else {
-            (0..n).into_par_iter().with_min_len(task_rows(width)).map(row).collect()
-        };
-        let loss: f64 = rows.iter().map(|(_, loss)| f64::from(*loss)).sum();
-        let log_sum_exp = rows.iter().map(|(log_sum_exp, _)| *log_sum_exp).collect();
-        (tensor(vec![loss as f32], Shape::from([1])), tensor(log_sum_exp, Shape::from([n])))
+    fn mixed_linear(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+        flex_linear::linear(&x, &weight).unwrap_or_else(|| portable::linear::<Self>(x, weight))
     }
 
-    fn cross_entropy_sum_backward(
-        logits: FlexTensor,
-        targets: FlexTensor,
-        log_sum_exp: FlexTensor,
+    fn mixed_linear_backward_input(weight: FlexTensor, grad: FlexTensor) -> FlexTensor {
+        flex_linear::linear_backward_input(&weight, &grad)
+            .unwrap_or_else(|| portable::linear_backward_input::<Self>(weight, grad))
+    }
+
+    fn mixed_linear_backward_weight(x: FlexTensor, grad: FlexTensor) -> FlexTensor {
+        flex_linear::linear_backward_weight(&x, &grad)
+            .unwrap_or_else(|| portable::linear_backward_weight::<Self>(x, grad))
+    }
+
+    fn lora_linear(
+        x: FlexTensor,
+        weight: FlexTensor,
+        a: FlexTensor,
+        b: FlexTensor,
+        term: LoraTerm,
+    ) -> (FlexTensor, FlexTensor) {
+        flex_linear::lora_linear(&x, &weight, a.clone(), b.clone(), term)
+            .unwrap_or_else(|| portable::lora_linear::<Self>(x, weight, a, b, term))
+    }
+
+    fn lora_backward_inner(b: FlexTensor, grad: FlexTensor, term: LoraTerm) -> FlexTensor {
+        flex_linear::lora_backward_inner(&b, &grad, term)
+            .unwrap_or_else(|| portable::lora_backward_inner::<Self>(b, grad, term))
+    }
+
+    fn lora_backward_input(
+        weight: FlexTensor,
+        a: FlexTensor,
+        g: FlexTensor,
         grad: FlexTensor,
+        term: LoraTerm,
     ) -> FlexTensor {
-        let (targets, log_sum_exp, grad) = (contiguous(targets), contiguous(log_sum_exp), contiguous(grad));
-        let classes = Targets::new(&targets).filter(|classes| loss_fits(&logits, classes));
-        let (Some(classes), true, [factor]) = (classes, is_f32(&[&log_sum_exp, &grad]), floats(&grad)) else {
-            return portable::cross_entropy_sum_backward::<Self>(logits, targets, log_sum_exp, grad);
-        };
-        let (width, level, log_sum_exp) = (dims(&logits)[1], Level::detect(), floats(&log_sum_exp));
-        let mut logits = whole(logits);
-        let rows = task_rows(width);
-        for_chunks(logits.storage_mut(), rows * width, |index, logits| {
-            for (offset, logits) in logits.chunks_exact_mut(width).enumerate() {
-                let row = index * rows + offset;
-                simd::exp_shifted(level, logits, log_sum_exp[row], *factor);
-                logits[classes.get(row)] -= factor;
-            }
-        });
-        logits
+        flex_linear::lora_backward_input(&weight, &a, &g, &grad, term)
+            .unwrap_or_else(|| portable::lora_backward_input::<Self>(weight, a, g, grad, term))
+    }
+
+    fn lora_backward_factors(
+        x: FlexTensor,
+        h: FlexTensor,
+        g: FlexTensor,
+        grad: FlexTensor,
+        max_rank: usize,
+        term: LoraTerm,
+    ) -> (FlexTensor, FlexTensor) {
+        flex_linear::lora_backward_factors(&x, &h, &g, &grad, max_rank, term)
+            .unwrap_or_else(|| portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term))
+    }
+
+    fn summed_weight(weight: FlexTensor, mask: FlexTensor, a: FlexTensor, b: FlexTensor, term: LoraTerm) -> FlexTensor {
+        let mask = contiguous(mask);
+        flex_linear::summed_weight(&weight, &mask, a.clone(), b.clone(), term)
+            .unwrap_or_else(|| portable::summed_weight::<Self>(weight, mask, a, b, term))
+    }
+
+    fn summed_weight_backward(
+        mask: FlexTensor,
+        a: FlexTensor,
+        b: FlexTensor,
+        grad: FlexTensor,
+        term: LoraTerm,
+    ) -> (FlexTensor, FlexTensor) {
+        let mask = contiguous(mask);
+        if !is_f32(&[&a, &b, &grad]) {
+            return portable::summed_weight_backward::<Self>(mask, a, b, grad, term);
+        }
+        flex_linear::summed_weight_backward(&mask, a.clone(), b.clone(), grad.clone(), term)
+            .unwrap_or_else(|| portable::summed_weight_backward::<Self>(mask, a, b, grad, term))
+    }
+
+    fn head_loss(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
+        match flex_linear::head(&hidden, &weight, &targets, false, false) {
+            Some(head) => head.loss,
+            None => portable::head_loss::<Self>(hidden, weight, targets),
+        }
+    }
+
+    fn head_loss_and_gradient(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> (FlexTensor, FlexTensor) {
+        match flex_linear::head(&hidden, &weight, &targets, true, false) {
+            Some(Head { loss, hidden: Some(hidden), .. }) => (loss, hidden),
+            _ => portable::head_loss_and_gradient::<Self>(hidden, weight, targets),
+        }
+    }
+
+    fn head_loss_and_gradients(
+        hidden: FlexTensor,
+        weight: FlexTensor,
+        targets: FlexTensor,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        match flex_linear::head(&hidden, &weight, &targets, true, true) {
+            Some(Head { loss, hidden: Some(hidden), weight: Some(weight) }) => (loss, hidden, weight),
+            _ => portable::head_loss_and_gradients::<Self>(hidden, weight, targets),
+        }
     }
 
     fn causal_attention(
@@ -301,13 +356,8 @@ impl DecoderOps for Flex {
     }
 }
 
-/// Whether `logits` is `[n, n_classes]` with a class per row.
-fn loss_fits(logits: &FlexTensor, classes: &Targets) -> bool {
-    matches!(dims(logits), &[n, width] if n == classes.len() && width > 0) && is_f32(&[logits])
-}
-
 /// Works on `values` in place, in chunks given with their index.
-fn for_chunks(values: &mut [f32], chunk: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+pub(super) fn for_chunks(values: &mut [f32], chunk: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
     if values.len() <= chunk.max(TASK) {
         values.chunks_mut(chunk).enumerate().for_each(|(index, part)| work(index, part));
     } else {

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::AttentionMask;
 use super::flex::{floats, tensor};
+use super::flex_matmul::{Matrix, Shared, product};
 use super::simd::{self, Level};
 
 /// Scores that one block holds at a time, so that they stay in the second-level cache.
@@ -62,82 +63,13 @@ impl Sizes {
     }
 }
 
-/// A matrix somewhere in a tensor's storage.
-#[derive(Clone, Copy)]
-struct Matrix {
-    first: *const f32,
-    row: isize,
-    column: isize,
-}
-
-impl Matrix {
-    /// Row-major, with `width` elements from row to row.
-    fn rows(values: &[f32], width: usize) -> Self {
-        Self { first: values.as_ptr(), row: width as isize, column: 1 }
-    }
-
-    /// The matrix `[seq, head_dim]` of a head of a tensor `[batch, n_heads, seq, head_dim]` with any strides, from row
-    /// `start` on.
-    fn head(tensor: &FlexTensor, batch: usize, head: usize, start: usize) -> Self {
-        let (values, layout) = (tensor.storage::<f32>(), tensor.layout());
-        let strides = layout.strides();
-        let offset = [batch, head, start].into_iter().zip(strides).map(|(index, stride)| index as isize * stride);
-        let offset = layout.start_offset() as isize + offset.sum::<isize>();
-        Self { first: values.as_ptr().wrapping_offset(offset), row: strides[2], column: strides[3] }
-    }
-
-    fn transposed(self) -> Self {
-        Self { row: self.column, column: self.row, ..self }
-    }
-}
-
-/// `out = factor * a b`, or `out += factor * a b`, for `a` `[m, k]`, `b` `[k, n]`, `out` row-major with `width` elements from
-/// row to row.
-///
-/// # Safety
-/// The matrices lie in memory that is alive, and `out` is written by nobody else.
-#[allow(clippy::too_many_arguments)] // the sizes and operands of a matrix product
-unsafe fn product([m, n, k]: [usize; 3], a: Matrix, b: Matrix, factor: f32, out: *mut f32, width: usize, add: bool) {
-    let one = gemm::Parallelism::None;
-    let (ac, ar, bc, br) = (a.column, a.row, b.column, b.row);
-    // SAFETY: the caller's promise.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            width as isize,
-            add,
-            a.first,
-            ac,
-            ar,
-            b.first,
-            bc,
-            br,
-            1.0,
-            factor,
-            false,
-            false,
-            false,
-            one,
-        );
-    }
-}
-
-/// Memory in which tasks write disjoint parts.
-#[derive(Clone, Copy)]
-struct Shared(*mut f32);
-// SAFETY: every task writes its own elements, and nobody reads before all are done.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    fn at(self, index: usize) -> *mut f32 {
-        self.0.wrapping_add(index)
-    }
+/// The matrix `[seq, head_dim]` of a head of a tensor `[batch, n_heads, seq, head_dim]` with any strides, from row `start` on.
+fn matrix_of_head(tensor: &FlexTensor, batch: usize, head: usize, start: usize) -> Matrix {
+    let (values, layout) = (tensor.storage::<f32>(), tensor.layout());
+    let strides = layout.strides();
+    let offset = [batch, head, start].into_iter().zip(strides).map(|(index, stride)| index as isize * stride);
+    let offset = layout.start_offset() as isize + offset.sum::<isize>();
+    Matrix { first: values.as_ptr().wrapping_offset(offset), row: strides[2], column: strides[3] }
 }
 
 /// A block of queries of one head: its rows of scores, over the keys that any of them sees.
@@ -219,10 +151,10 @@ pub(super) fn forward(
         }
         let scores = resize(buffer, block.len * block.keys.len());
         let (for_scores, for_queries, _) = block.products();
-        let queries = Matrix::head(q, row, head, first);
-        let keys = Matrix::head(k, row, kv_head, block.keys.start).transposed();
+        let queries = matrix_of_head(q, row, head, first);
+        let keys = matrix_of_head(k, row, kv_head, block.keys.start).transposed();
         // SAFETY: the layouts of `q`, `k` and `v` stay within their storage; `scores` has the product's size.
-        unsafe { product(for_scores, queries, keys, scale, scores.as_mut_ptr(), block.keys.len(), false) };
+        unsafe { product(for_scores, queries, keys, scale, scores.as_mut_ptr(), block.keys.len(), false, false) };
         block.each_row(scores, |query, scores, visible| {
             hide(scores, &visible);
             let sum = if visible.is_empty() { 0.0 } else { simd::softmax(level, &mut scores[visible]) };
@@ -230,9 +162,9 @@ pub(super) fn forward(
             unsafe { sum_at(first + query).write(sum) };
         });
         let weights = Matrix::rows(scores, block.keys.len());
-        let values = Matrix::head(v, row, kv_head, block.keys.start);
+        let values = matrix_of_head(v, row, kv_head, block.keys.start);
         // SAFETY: as above; the rows of the context are this task's.
-        unsafe { product(for_queries, weights, values, 1.0, out_at(first), sizes.width(), false) };
+        unsafe { product(for_queries, weights, values, 1.0, out_at(first), sizes.width(), false, false) };
     };
     let tasks = batch * n_heads * blocks;
     if sizes.serial() {
@@ -282,9 +214,9 @@ pub(super) fn backward(
                 let weights = resize(weights, block.len * n_keys);
                 let slopes = resize(slopes, block.len * n_keys);
                 let (for_scores, for_queries, for_keys) = block.products();
-                let queries = Matrix::head(q, row, head, first);
-                let keys = Matrix::head(k, row, kv_head, block.keys.start);
-                let values = Matrix::head(v, row, kv_head, block.keys.start);
+                let queries = matrix_of_head(q, row, head, first);
+                let keys = matrix_of_head(k, row, kv_head, block.keys.start);
+                let values = matrix_of_head(v, row, kv_head, block.keys.start);
                 let grads = Matrix::rows(&grad[(row * seq_q + first) * width + head * head_dim..], width);
                 let grad_q = &mut grad_q[first * head_dim..(first + block.len) * head_dim];
                 let of_keys = block.keys.start * head_dim..block.keys.end * head_dim;
@@ -292,8 +224,8 @@ pub(super) fn backward(
                 // SAFETY: the layouts of `q`, `k` and `v` stay within their storage, and `grad` is contiguous; the
                 // destinations have the products' sizes. So below.
                 unsafe {
-                    product(for_scores, queries, keys.transposed(), scale, weights.as_mut_ptr(), n_keys, false);
-                    product(for_scores, grads, values.transposed(), 1.0, slopes.as_mut_ptr(), n_keys, false);
+                    product(for_scores, queries, keys.transposed(), scale, weights.as_mut_ptr(), n_keys, false, false);
+                    product(for_scores, grads, values.transposed(), 1.0, slopes.as_mut_ptr(), n_keys, false, false);
                 }
                 block.each_row(weights, |query, weights, visible| {
                     hide(weights, &visible);
@@ -306,9 +238,9 @@ pub(super) fn backward(
                 let (weights, slopes) = (Matrix::rows(weights, n_keys), Matrix::rows(slopes, n_keys));
                 // SAFETY: as above.
                 unsafe {
-                    product(for_keys, weights.transposed(), grads, 1.0, grad_v.as_mut_ptr(), head_dim, true);
-                    product(for_keys, slopes.transposed(), queries, scale, grad_k.as_mut_ptr(), head_dim, true);
-                    product(for_queries, slopes, keys, scale, grad_q.as_mut_ptr(), head_dim, false);
+                    product(for_keys, weights.transposed(), grads, 1.0, grad_v.as_mut_ptr(), head_dim, true, false);
+                    product(for_keys, slopes.transposed(), queries, scale, grad_k.as_mut_ptr(), head_dim, true, false);
+                    product(for_queries, slopes, keys, scale, grad_q.as_mut_ptr(), head_dim, false, false);
                 }
             }
         }

@@ -29,16 +29,32 @@ mod autodiff;
 mod flex;
 #[cfg(feature = "flex")]
 mod flex_attention;
+#[cfg(feature = "flex")]
+mod flex_linear;
+#[cfg(feature = "flex")]
+mod flex_matmul;
 mod portable;
 #[cfg(feature = "flex")]
 mod simd;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};
 
+use super::dropout::Dropout;
 use super::mask::AttentionMask;
+
+/// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraTerm {
+    /// Ranks in use: the first columns of A and rows of B, at least 1.
+    pub rank: usize,
+    /// Factor of the update.
+    pub scale: f64,
+    /// Of the adapter's input.
+    pub dropout: Dropout,
+}
 
 /// The decoder's operations on a backend's own tensors. Shapes are those of the functions in [`super::ops`].
 ///
@@ -84,22 +100,103 @@ pub trait DecoderOps: Backend {
         portable::swiglu_backward::<Self>(gate, up, grad)
     }
 
-    /// The summed cross-entropy, `[1]`, and each row's `ln(sum(exp(logits)))`, `[n]`.
-    fn cross_entropy_sum(
-        logits: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        portable::cross_entropy_sum::<Self>(logits, targets)
+    /// `x W`; `weight` may be stored in another float format than `x`.
+    fn mixed_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        portable::linear::<Self>(x, weight)
     }
 
-    /// Gradient of the logits: `(softmax - onehot) * grad`, with `grad` `[1]`.
-    fn cross_entropy_sum_backward(
-        logits: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-        log_sum_exp: FloatTensor<Self>,
+    /// Gradient of `x`.
+    fn mixed_linear_backward_input(weight: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        portable::linear_backward_input::<Self>(weight, grad)
+    }
+
+    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none.
+    fn mixed_linear_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        portable::linear_backward_weight::<Self>(x, grad)
+    }
+
+    /// `x W + h B_r`, and `h = s dropout(x) A_r`, `[n, rank]`, for `n` rows of `x`. `W` is a constant.
+    fn lora_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        term: LoraTerm,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::lora_linear::<Self>(x, weight, a, b, term)
+    }
+
+    /// `g = s grad B_r^T`, `[n, rank]`, from which the other gradients follow.
+    fn lora_backward_inner(b: FloatTensor<Self>, grad: FloatTensor<Self>, term: LoraTerm) -> FloatTensor<Self> {
+        portable::lora_backward_inner::<Self>(b, grad, term)
+    }
+
+    /// Gradient of `x`: `grad W^T + dropout(g A_r^T)`.
+    fn lora_backward_input(
+        weight: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        g: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        term: LoraTerm,
     ) -> FloatTensor<Self> {
-        portable::cross_entropy_sum_backward::<Self>(logits, targets, log_sum_exp, grad)
+        portable::lora_backward_input::<Self>(weight, a, g, grad, term)
+    }
+
+    /// Gradients of `A`, `dropout(x)^T g`, and `B`, `h^T grad`, with zeros outside the active rank.
+    fn lora_backward_factors(
+        x: FloatTensor<Self>,
+        h: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        max_rank: usize,
+        term: LoraTerm,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term)
+    }
+
+    /// `W + (s A_r B_r) * M`, in the adapter's float format. `W` is a constant.
+    fn summed_weight(
+        weight: FloatTensor<Self>,
+        mask: BoolTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        term: LoraTerm,
+    ) -> FloatTensor<Self> {
+        portable::summed_weight::<Self>(weight, mask, a, b, term)
+    }
+
+    /// Gradients of `A` and `B` from that of the summed weight, with zeros outside the active rank.
+    fn summed_weight_backward(
+        mask: BoolTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        term: LoraTerm,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::summed_weight_backward::<Self>(mask, a, b, grad, term)
+    }
+
+    /// Cross-entropy of `hidden W` summed over rows, `[1]`.
+    fn head_loss(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        portable::head_loss::<Self>(hidden, weight, targets)
+    }
+
+    /// The loss and, while its logits are at hand, the gradient of `hidden`.
+    fn head_loss_and_gradient(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::head_loss_and_gradient::<Self>(hidden, weight, targets)
+    }
+
+    /// The loss and the gradients of `hidden` and the weight.
+    fn head_loss_and_gradients(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        portable::head_loss_and_gradients::<Self>(hidden, weight, targets)
     }
 
     /// The context, `[batch, seq_q, n_heads * head_dim]`, and each query's `ln(sum(exp(scores)))`, `[batch, n_heads, seq_q]`.

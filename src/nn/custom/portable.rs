@@ -2,11 +2,12 @@
 
 use std::ops::{Add, Div, Mul, Sub};
 
-use burn::backend::tensor::{FloatTensor, IndexingUpdateOp, IntTensor};
+use burn::backend::tensor::{BoolTensor, FloatTensor, IndexingUpdateOp, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
-use burn::tensor::{FloatDType, Shape, Slice, TensorData};
+use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
-use super::AttentionMask;
+use super::{AttentionMask, LoraTerm};
+use crate::nn::dropout::Dropout;
 
 /// A backend's tensor, with operators, so that what follows reads like mathematics.
 struct Val<B: Backend>(FloatTensor<B>);
@@ -155,32 +156,229 @@ pub(super) fn swiglu_backward<B: Backend>(
     ((grad.clone() * up * slope).0, (grad * silu).0)
 }
 
-pub(super) fn cross_entropy_sum<B: Backend>(
-    logits: FloatTensor<B>,
-    targets: IntTensor<B>,
-) -> (FloatTensor<B>, FloatTensor<B>) {
-    let logits = Val::<B>(logits);
-    let [n, _] = logits.dims();
-    let picked = Val::<B>(B::float_gather(1, logits.0.clone(), B::int_reshape(targets, Shape::from([n, 1]))));
-    let log_sum_exp = logits.log_sum_exp(1);
-    let loss = Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0));
-    (loss.reshape([1]).0, log_sum_exp.reshape([n]).0)
+/// `x` as rows of its last dimension.
+fn rows<B: Backend>(x: Val<B>) -> Val<B> {
+    let shape = x.0.shape();
+    let width = shape[shape.num_dims() - 1];
+    let rows = shape.num_elements() / width.max(1);
+    x.reshape([rows, width])
 }
 
-pub(super) fn cross_entropy_sum_backward<B: Backend>(
-    logits: FloatTensor<B>,
-    targets: IntTensor<B>,
-    log_sum_exp: FloatTensor<B>,
+/// Rows in the shape of `like`, the last dimension apart.
+fn shaped_as<B: Backend>(x: Val<B>, like: &Shape) -> FloatTensor<B> {
+    let [_, width] = x.dims();
+    let mut dims = like.as_slice().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = width;
+    }
+    B::float_reshape(x.0, Shape::from(dims))
+}
+
+impl<B: Backend> Val<B> {
+    fn cast(self, dtype: DType) -> Self {
+        if self.0.dtype() == dtype { self } else { Val(B::float_cast(self.0, dtype.into())) }
+    }
+
+    /// The first `n` of dimension `dim` of two.
+    fn first(self, dim: usize, n: usize) -> Self {
+        let [a, b] = self.dims();
+        let whole = if dim == 0 { [0..n, 0..b] } else { [0..a, 0..n] };
+        Val(B::float_slice(self.0, &whole.map(Slice::from)))
+    }
+
+    /// Zeros after what is there, up to `n` along dimension `dim` of two.
+    fn padded(self, dim: usize, n: usize) -> Self {
+        let mut dims: [usize; 2] = self.dims();
+        if dims[dim] == n {
+            return self;
+        }
+        dims[dim] = n - dims[dim];
+        let zeros = B::float_zeros(Shape::from(dims), &self.0.device(), self.0.dtype().into());
+        self.cat(Val(zeros), dim)
+    }
+
+    fn dropped(self, dropout: Dropout) -> Self {
+        if !dropout.is_active() {
+            return self;
+        }
+        let (shape, dtype) = (self.0.shape(), self.0.dtype());
+        let factors = TensorData::new(dropout.factors(shape.num_elements()), shape);
+        let factors = Val::<B>(B::float_from_data(factors, &self.0.device())).cast(dtype);
+        self * factors
+    }
+}
+
+/// A product with a weight that may be stored in another format. With bf16 it is one of bf16 numbers, which is what it was
+/// chosen for; f16, whose range gradients leave, is widened.
+fn product<B: Backend>(x: Val<B>, weight: Val<B>) -> Val<B> {
+    let dtype = x.0.dtype();
+    if weight.0.dtype() == DType::BF16 {
+        return x.cast(DType::BF16).matmul(weight).cast(dtype);
+    }
+    x.matmul(weight.cast(dtype))
+}
+
+pub(super) fn linear<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = x.shape();
+    shaped_as(product(rows(Val::<B>(x)), Val(weight)), &shape)
+}
+
+pub(super) fn linear_backward_input<B: Backend>(weight: FloatTensor<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = grad.shape();
+    shaped_as(product(rows(Val::<B>(grad)), Val::<B>(weight).swap_dims(0, 1)), &shape)
+}
+
+pub(super) fn linear_backward_weight<B: Backend>(x: FloatTensor<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
+    rows(Val::<B>(x)).swap_dims(0, 1).matmul(rows(Val(grad))).0
+}
+
+pub(super) fn lora_linear<B: Backend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+    term: LoraTerm,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (shape, x) = (x.shape(), rows(Val::<B>(x)));
+    let h = x.clone().dropped(term.dropout).matmul(Val(a).first(1, term.rank)) * term.scale;
+    let y = product(x, Val(weight)) + h.clone().matmul(Val(b).first(0, term.rank));
+    (shaped_as(y, &shape), h.0)
+}
+
+pub(super) fn lora_backward_inner<B: Backend>(
+    b: FloatTensor<B>,
     grad: FloatTensor<B>,
+    term: LoraTerm,
 ) -> FloatTensor<B> {
-    let (logits, log_sum_exp) = (Val::<B>(logits), Val::<B>(log_sum_exp));
-    let [n, _] = logits.dims();
-    let softmax = (logits - log_sum_exp.reshape([n, 1])).exp();
-    let dtype: FloatDType = softmax.0.dtype().into();
-    let minus_one = B::float_full(Shape::from([n, 1]), (-1.0).into(), &softmax.0.device(), dtype);
-    let targets = B::int_reshape(targets, Shape::from([n, 1]));
-    let difference = Val::<B>(B::float_scatter(1, softmax.0, targets, minus_one, IndexingUpdateOp::Add));
-    (difference * Val(grad).reshape([1, 1])).0
+    (rows(Val::<B>(grad)).matmul(Val(b).first(0, term.rank).swap_dims(0, 1)) * term.scale).0
+}
+
+pub(super) fn lora_backward_input<B: Backend>(
+    weight: FloatTensor<B>,
+    a: FloatTensor<B>,
+    g: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    term: LoraTerm,
+) -> FloatTensor<B> {
+    let (shape, grad) = (grad.shape(), rows(Val::<B>(grad)));
+    let update = Val::<B>(g).matmul(Val(a).first(1, term.rank).swap_dims(0, 1)).dropped(term.dropout);
+    shaped_as(product(grad, Val(weight).swap_dims(0, 1)) + update, &shape)
+}
+
+pub(super) fn lora_backward_factors<B: Backend>(
+    x: FloatTensor<B>,
+    h: FloatTensor<B>,
+    g: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    max_rank: usize,
+    term: LoraTerm,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (x, h, grad) = (rows(Val::<B>(x)).dropped(term.dropout), Val::<B>(h), rows(Val::<B>(grad)));
+    let a = x.swap_dims(0, 1).matmul(Val(g)).padded(1, max_rank);
+    (a.0, h.swap_dims(0, 1).matmul(grad).padded(0, max_rank).0)
+}
+
+pub(super) fn summed_weight<B: Backend>(
+    weight: FloatTensor<B>,
+    mask: BoolTensor<B>,
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+    term: LoraTerm,
+) -> FloatTensor<B> {
+    let (a, dtype) = (Val::<B>(a), b.dtype());
+    let delta = (a.first(1, term.rank) * term.scale).matmul(Val(b).first(0, term.rank));
+    (Val::<B>(weight).cast(dtype) + masked(delta, mask)).0
+}
+
+pub(super) fn summed_weight_backward<B: Backend>(
+    mask: BoolTensor<B>,
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    term: LoraTerm,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (a, b, grad) = (Val::<B>(a), Val::<B>(b), masked(Val::<B>(grad), mask) * term.scale);
+    let [_, max_rank] = a.dims();
+    let grad_a = grad.clone().matmul(b.first(0, term.rank).swap_dims(0, 1)).padded(1, max_rank);
+    (grad_a.0, a.first(1, term.rank).swap_dims(0, 1).matmul(grad).padded(0, max_rank).0)
+}
+
+/// Zero where the mask is false.
+fn masked<B: Backend>(x: Val<B>, mask: BoolTensor<B>) -> Val<B> {
+    Val(B::float_mask_fill(x.0, B::bool_not(mask), 0.0.into()))
+}
+
+/// Rows whose logits exist at a time.
+const HEAD_ROWS: usize = 1024;
+
+/// The summed loss and, on request, gradients of the hidden states and the weight.
+fn head<B: Backend>(
+    hidden: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    targets: IntTensor<B>,
+    [want_hidden, want_weight]: [bool; 2],
+) -> (Val<B>, Option<Val<B>>, Option<Val<B>>) {
+    let (hidden, weight) = (Val::<B>(hidden), Val::<B>(weight));
+    let [n, d_model] = hidden.dims();
+    let (mut losses, mut slopes, mut grad_weight) = (Vec::new(), Vec::new(), None::<Val<B>>);
+    for first in (0..n).step_by(HEAD_ROWS) {
+        let rows = first..(first + HEAD_ROWS).min(n);
+        let (count, range) = (rows.len(), [rows.clone(), 0..d_model].map(Slice::from));
+        let hidden = Val::<B>(B::float_slice(hidden.0.clone(), &range));
+        let targets = B::int_slice(targets.clone(), &[Slice::from(rows)]);
+        let targets = B::int_reshape(targets, Shape::from([count, 1]));
+        let logits = product(hidden.clone(), weight.clone());
+        let picked = Val::<B>(B::float_gather(1, logits.0.clone(), targets.clone()));
+        let log_sum_exp = logits.clone().log_sum_exp(1);
+        losses.push(Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0)).reshape([1]).0);
+        if !want_hidden && !want_weight {
+            continue;
+        }
+        let softmax = (logits - log_sum_exp).exp();
+        let dtype: FloatDType = softmax.0.dtype().into();
+        let minus_one = B::float_full(Shape::from([count, 1]), (-1.0).into(), &softmax.0.device(), dtype);
+        let slope = Val::<B>(B::float_scatter(1, softmax.0, targets, minus_one, IndexingUpdateOp::Add));
+        if want_weight {
+            let part = hidden.swap_dims(0, 1).matmul(slope.clone());
+            grad_weight = Some(match grad_weight {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        if want_hidden {
+            slopes.push(product(slope, weight.clone().swap_dims(0, 1)).0);
+        }
+    }
+    let loss = Val::<B>(B::float_sum(B::float_cat(losses, 0))).reshape([1]);
+    (loss, want_hidden.then(|| Val(B::float_cat(slopes, 0))), grad_weight)
+}
+
+pub(super) fn head_loss<B: Backend>(
+    hidden: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    targets: IntTensor<B>,
+) -> FloatTensor<B> {
+    head::<B>(hidden, weight, targets, [false, false]).0.0
+}
+
+pub(super) fn head_loss_and_gradient<B: Backend>(
+    hidden: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    targets: IntTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let like = hidden.clone();
+    let (loss, grad, _) = head::<B>(hidden, weight, targets, [true, false]);
+    (loss.0, grad.map_or(like, |grad| grad.0))
+}
+
+pub(super) fn head_loss_and_gradients<B: Backend>(
+    hidden: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    targets: IntTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let (like_hidden, like_weight) = (hidden.clone(), weight.clone());
+    let (loss, hidden, weight) = head::<B>(hidden, weight, targets, [true, true]);
+    (loss.0, hidden.map_or(like_hidden, |grad| grad.0), weight.map_or(like_weight, |grad| grad.0))
 }
 
 /// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`: the heads of a group share

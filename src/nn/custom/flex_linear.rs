@@ -1,0 +1,406 @@
+//! Linear layers on Flex, with and without an adapter, and the head with its loss: matrix products around one output buffer.
+
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{DType, Shape};
+use rayon::prelude::*;
+
+use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_rows, tensor, whole};
+use super::flex_matmul::{Matrix, Shared, Weight, product};
+use super::simd::{self, Level};
+use crate::nn::custom::LoraTerm;
+use crate::nn::dropout::Dropout;
+
+/// Rows whose logits exist at a time: enough for a good product, few enough for memory.
+const HEAD_ROWS: usize = 256;
+
+/// A new matrix that `fill` writes completely.
+fn matrix(n: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
+    let mut values: Vec<f32> = Vec::with_capacity(n);
+    fill(Shared(values.as_mut_ptr()));
+    // SAFETY: `fill` has written every element.
+    unsafe { values.set_len(n) };
+    values
+}
+
+/// Rows of the last dimension.
+fn n_rows(x: &FlexTensor) -> usize {
+    dims(x).iter().rev().skip(1).product()
+}
+
+/// `x`'s shape with another last dimension.
+fn with_width(x: &FlexTensor, width: usize) -> Shape {
+    let mut shape = dims(x).to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = width;
+    }
+    Shape::from(shape)
+}
+
+/// `x` and the weight where they form a product that the kernels cover: `f32` rows that are not empty.
+fn operands<'a>(x: &FlexTensor, weight: &'a FlexTensor) -> Option<Weight<'a>> {
+    let weight = Weight::new(weight)?;
+    let fits = is_f32(&[x]) && dims(x).last() == Some(&weight.dims()[0]) && n_rows(x) > 0;
+    fits.then_some(weight)
+}
+
+/// `x W`.
+pub(super) fn linear(x: &FlexTensor, weight: &FlexTensor) -> Option<FlexTensor> {
+    let of = operands(x, weight)?;
+    let ([d_input, d_output], rows, x) = (of.dims(), n_rows(x), contiguous(x.clone()));
+    // SAFETY: the operands are alive, and the output is this one's.
+    let y = matrix(rows * d_output, |y| unsafe {
+        of.multiply(rows, Matrix::rows(floats(&x), d_input), y, d_output, false);
+    });
+    Some(tensor(y, with_width(&x, d_output)))
+}
+
+/// `grad W^T`.
+pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> Option<FlexTensor> {
+    let of = Weight::new(weight)?.transposed();
+    let ([d_output, d_input], rows) = (of.dims(), n_rows(grad));
+    if !is_f32(&[grad]) || dims(grad).last() != Some(&d_output) || rows == 0 {
+        return None;
+    }
+    let grad = contiguous(grad.clone());
+    // SAFETY: as above.
+    let dx = matrix(rows * d_input, |dx| unsafe {
+        of.multiply(rows, Matrix::rows(floats(&grad), d_output), dx, d_input, false);
+    });
+    Some(tensor(dx, with_width(&grad, d_input)))
+}
+
+/// `x^T grad`.
+pub(super) fn linear_backward_weight(x: &FlexTensor, grad: &FlexTensor) -> Option<FlexTensor> {
+    let (rows, d_input, d_output) = (n_rows(x), *dims(x).last()?, *dims(grad).last()?);
+    if !is_f32(&[x, grad]) || n_rows(grad) != rows || [rows, d_input, d_output].contains(&0) {
+        return None;
+    }
+    let (x, grad) = (contiguous(x.clone()), contiguous(grad.clone()));
+    let dw = matrix(d_input * d_output, |dw| {
+        let (x, grad) = (Matrix::rows(floats(&x), d_input), Matrix::rows(floats(&grad), d_output));
+        // SAFETY: as above.
+        unsafe { product([d_input, d_output, rows], x.transposed(), grad, 1.0, dw.at(0), d_output, false, true) };
+    });
+    Some(tensor(dw, Shape::from([d_input, d_output])))
+}
+
+/// The factors of an adapter with `rank` of their ranks active: `a` `[d_input, r_max]`, `b` `[r_max, d_output]`.
+struct Factors {
+    a: FlexTensor,
+    b: FlexTensor,
+    max_rank: usize,
+    d_input: usize,
+    d_output: usize,
+}
+
+impl Factors {
+    fn new(a: FlexTensor, b: FlexTensor, rank: usize) -> Option<Self> {
+        let (&[d_input, max_rank], &[rows, d_output]) = (dims(&a), dims(&b)) else { return None };
+        let fits = rows == max_rank && (1..=max_rank).contains(&rank) && d_input > 0 && d_output > 0;
+        (fits && is_f32(&[&a, &b])).then(|| {
+            let (a, b) = (contiguous(a), contiguous(b));
+            Self { a, b, max_rank, d_input, d_output }
+        })
+    }
+
+    fn a(&self) -> Matrix {
+        Matrix::rows(floats(&self.a), self.max_rank)
+    }
+
+    fn b(&self) -> Matrix {
+        Matrix::rows(floats(&self.b), self.d_output)
+    }
+}
+
+/// `x` with dropout, in a buffer of its own; none where nothing is dropped.
+fn dropped(x: &[f32], dropout: Dropout) -> Option<Vec<f32>> {
+    const CHUNK: usize = 16 * 1024;
+    dropout.is_active().then(|| {
+        let mut dropped = x.to_vec();
+        dropped.par_chunks_mut(CHUNK).enumerate().for_each(|(index, values)| {
+            dropout.for_each(index * CHUNK, values, |value, factor| *value *= factor);
+        });
+        dropped
+    })
+}
+
+/// `x W + h B_r` and `h = s dropout(x) A_r`.
+pub(super) fn lora_linear(
+    x: &FlexTensor,
+    weight: &FlexTensor,
+    a: FlexTensor,
+    b: FlexTensor,
+    term: LoraTerm,
+) -> Option<(FlexTensor, FlexTensor)> {
+    let (of, factors) = (operands(x, weight)?, Factors::new(a, b, term.rank)?);
+    let ([d_input, d_output], rows, rank) = (of.dims(), n_rows(x), term.rank);
+    if [d_input, d_output] != [factors.d_input, factors.d_output] {
+        return None;
+    }
+    let x = contiguous(x.clone());
+    let base_rows = Matrix::rows(floats(&x), d_input);
+    let dropped = dropped(floats(&x), term.dropout);
+    let h = matrix(rows * rank, |h| {
+        let x = dropped.as_ref().map_or(base_rows, |dropped| Matrix::rows(dropped, d_input));
+        // SAFETY: the operands are alive, and the output is this one's; so below.
+        unsafe { product([rows, rank, d_input], x, factors.a(), term.scale as f32, h.at(0), rank, false, true) };
+    });
+    let y = matrix(rows * d_output, |y| unsafe {
+        of.multiply(rows, base_rows, y, d_output, false);
+        let size = [rows, d_output, rank];
+        product(size, Matrix::rows(&h, rank), factors.b(), 1.0, y.at(0), d_output, true, true);
+    });
+    Some((tensor(y, with_width(&x, d_output)), tensor(h, Shape::from([rows, rank]))))
+}
+
+/// `g = s grad B_r^T`, `[n, rank]`.
+pub(super) fn lora_backward_inner(b: &FlexTensor, grad: &FlexTensor, term: LoraTerm) -> Option<FlexTensor> {
+    let (&[max_rank, d_output], rows) = (dims(b), n_rows(grad)) else { return None };
+    if !is_f32(&[b, grad]) || dims(grad).last() != Some(&d_output) || rows == 0 || term.rank > max_rank {
+        return None;
+    }
+    let (b, grad) = (contiguous(b.clone()), contiguous(grad.clone()));
+    let g = matrix(rows * term.rank, |g| {
+        let (size, grad) = ([rows, term.rank, d_output], Matrix::rows(floats(&grad), d_output));
+        let b = Matrix::rows(floats(&b), d_output).transposed();
+        // SAFETY: as above.
+        unsafe { product(size, grad, b, term.scale as f32, g.at(0), term.rank, false, true) };
+    });
+    Some(tensor(g, Shape::from([rows, term.rank])))
+}
+
+/// `grad W^T + dropout(g A_r^T)`.
+pub(super) fn lora_backward_input(
+    weight: &FlexTensor,
+    a: &FlexTensor,
+    g: &FlexTensor,
+    grad: &FlexTensor,
+    term: LoraTerm,
+) -> Option<FlexTensor> {
+    let (&[d_input, max_rank], rank) = (dims(a), term.rank) else { return None };
+    if !is_f32(&[a, g]) || dims(g) != [n_rows(grad), rank] || rank > max_rank {
+        return None;
+    }
+    let (a, g) = (contiguous(a.clone()), contiguous(g.clone()));
+    let mut dx = whole(linear_backward_input(weight, grad)?);
+    if dims(&dx).last() != Some(&d_input) {
+        return None;
+    }
+    let (g, a) = (floats(&g), Matrix::rows(floats(&a), max_rank).transposed());
+    let rows = g.len() / rank;
+    let out: &mut [f32] = dx.storage_mut();
+    if !term.dropout.is_active() {
+        // SAFETY: as above.
+        unsafe { product([rows, d_input, rank], Matrix::rows(g, rank), a, 1.0, out.as_mut_ptr(), d_input, true, true) };
+        return Some(dx);
+    }
+    // An even number of rows, since the mask is drawn in pairs.
+    let block = task_rows(d_input).next_multiple_of(2);
+    for_chunks(out, block * d_input, |index, out| {
+        let part = &g[index * block * rank..][..out.len() / d_input * rank];
+        let size = [part.len() / rank, d_input, rank];
+        let mut update = matrix(out.len(), |update| {
+            // SAFETY: as above.
+            unsafe { product(size, Matrix::rows(part, rank), a, 1.0, update.at(0), d_input, false, false) };
+        });
+        term.dropout.for_each(index * block * d_input, &mut update, |value, factor| *value *= factor);
+        out.iter_mut().zip(update).for_each(|(out, update)| *out += update);
+    });
+    Some(dx)
+}
+
+/// Gradients of the factors: `dropout(x)^T g` in the first columns and `h^T grad` in the first rows; the rest is zero.
+pub(super) fn lora_backward_factors(
+    x: &FlexTensor,
+    h: &FlexTensor,
+    g: &FlexTensor,
+    grad: &FlexTensor,
+    max_rank: usize,
+    term: LoraTerm,
+) -> Option<(FlexTensor, FlexTensor)> {
+    let (rows, rank, d_input, d_output) = (n_rows(x), term.rank, *dims(x).last()?, *dims(grad).last()?);
+    let fits = dims(h) == [rows, rank] && dims(g) == [rows, rank] && n_rows(grad) == rows && rank <= max_rank;
+    if !fits || !is_f32(&[x, h, g, grad]) {
+        return None;
+    }
+    let [x, h, g, grad] = [x, h, g, grad].map(|tensor| contiguous(tensor.clone()));
+    let dropped = dropped(floats(&x), term.dropout);
+    let x = Matrix::rows(dropped.as_deref().unwrap_or(floats(&x)), d_input);
+    let mut da = vec![0.0_f32; d_input * max_rank];
+    let mut db = vec![0.0_f32; max_rank * d_output];
+    let (h, g, grad) =
+        (Matrix::rows(floats(&h), rank), Matrix::rows(floats(&g), rank), Matrix::rows(floats(&grad), d_output));
+    // SAFETY: as above.
+    unsafe {
+        product([d_input, rank, rows], x.transposed(), g, 1.0, da.as_mut_ptr(), max_rank, false, true);
+        product([rank, d_output, rows], h.transposed(), grad, 1.0, db.as_mut_ptr(), d_output, false, true);
+    }
+    Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
+}
+
+/// Rows of a weight that one task handles.
+fn weight_rows(d_output: usize) -> usize {
+    (64 * 1024 / d_output.max(1)).max(1)
+}
+
+/// The mask's bytes, row-major; none where it is held otherwise.
+fn mask_bytes(mask: &FlexTensor, shape: [usize; 2]) -> Option<&[u8]> {
+    (matches!(mask.dtype(), DType::Bool(_)) && dims(mask) == shape && mask.is_contiguous())
+        .then(|| &mask.bytes()[mask.layout().start_offset()..])
+        .filter(|bytes| bytes.len() >= shape[0] * shape[1])
+}
+
+/// `W + (s A_r B_r) * M`, row block by row block.
+pub(super) fn summed_weight(
+    weight: &FlexTensor,
+    mask: &FlexTensor,
+    a: FlexTensor,
+    b: FlexTensor,
+    term: LoraTerm,
+) -> Option<FlexTensor> {
+    let factors = Factors::new(a, b, term.rank)?;
+    let (d_input, d_output) = (factors.d_input, factors.d_output);
+    let (base, mask) = (Weight::new(weight)?, mask_bytes(mask, [d_input, d_output])?);
+    if base.dims() != [d_input, d_output] {
+        return None;
+    }
+    let rows = weight_rows(d_output);
+    let sum = matrix(d_input * d_output, |sum| {
+        (0..d_input.div_ceil(rows)).into_par_iter().for_each_init(Vec::new, |scratch, index| {
+            let range = index * rows..((index + 1) * rows).min(d_input);
+            let len = range.len() * d_output;
+            let a = Matrix::rows(&floats(&factors.a)[range.start * factors.max_rank..], factors.max_rank);
+            let out = sum.at(range.start * d_output);
+            let size = [range.len(), d_output, term.rank];
+            // SAFETY: as above; these rows are this task's.
+            let out = unsafe {
+                product(size, a, factors.b(), term.scale as f32, out, d_output, false, false);
+                std::slice::from_raw_parts_mut(out, len)
+            };
+            let mask = &mask[range.start * d_output..][..len];
+            base.copy_rows(range, scratch);
+            for ((out, mask), base) in out.iter_mut().zip(mask).zip(scratch.iter()) {
+                *out = if *mask != 0 { *base + *out } else { *base };
+            }
+        });
+    });
+    Some(tensor(sum, Shape::from([d_input, d_output])))
+}
+
+/// Gradients of the factors from that of the summed weight: `s (grad * M) B_r^T` and `s A_r^T (grad * M)`, one pass over the
+/// gradient.
+pub(super) fn summed_weight_backward(
+    mask: &FlexTensor,
+    a: FlexTensor,
+    b: FlexTensor,
+    grad: FlexTensor,
+    term: LoraTerm,
+) -> Option<(FlexTensor, FlexTensor)> {
+    let factors = Factors::new(a, b, term.rank)?;
+    let (d_input, d_output, rank, max_rank) = (factors.d_input, factors.d_output, term.rank, factors.max_rank);
+    let mask = mask_bytes(mask, [d_input, d_output])?;
+    if !is_f32(&[&grad]) || dims(&grad) != [d_input, d_output] {
+        return None;
+    }
+    let (mut grad, scale) = (whole(grad), term.scale as f32);
+    let rows = weight_rows(d_output);
+    let grad: &mut [f32] = grad.storage_mut();
+    let mut da = vec![0.0; d_input * max_rank];
+    // A task's share of B's gradient; they are added in the order of rows, whatever the threads. Few, so that they are small.
+    let tasks = grad.par_chunks_mut(rows * d_output).zip(da.par_chunks_mut(rows * max_rank)).enumerate();
+    let shares: Vec<Vec<f32>> = tasks
+        .map(|(index, (grad, da))| {
+            let (first, count) = (index * rows, grad.len() / d_output);
+            for (grad, mask) in grad.iter_mut().zip(&mask[first * d_output..]) {
+                *grad = if *mask != 0 { *grad } else { 0.0 };
+            }
+            let grad = Matrix::rows(grad, d_output);
+            let a = Matrix::rows(&floats(&factors.a)[first * max_rank..], max_rank).transposed();
+            // SAFETY: as above.
+            unsafe {
+                let b = factors.b().transposed();
+                product([count, rank, d_output], grad, b, scale, da.as_mut_ptr(), max_rank, false, false);
+                matrix(rank * d_output, |db| {
+                    product([rank, d_output, count], a, grad, scale, db.at(0), d_output, false, false);
+                })
+            }
+        })
+        .collect();
+    let mut db = vec![0.0; max_rank * d_output];
+    for_chunks(&mut db[..rank * d_output], d_output, |row, db| {
+        for share in &shares {
+            db.iter_mut().zip(&share[row * d_output..]).for_each(|(db, share)| *db += share);
+        }
+    });
+    Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
+}
+
+/// What [`head`] finds: the summed loss, and the gradients that were asked for.
+pub(super) struct Head {
+    pub loss: FlexTensor,
+    pub hidden: Option<FlexTensor>,
+    pub weight: Option<FlexTensor>,
+}
+
+/// The cross-entropy of `hidden W` summed over rows, and on request its gradients. The logits of [`HEAD_ROWS`] rows exist at
+/// a time, and their gradient takes their place.
+pub(super) fn head(
+    hidden: &FlexTensor,
+    weight: &FlexTensor,
+    targets: &FlexTensor,
+    want_hidden: bool,
+    want_weight: bool,
+) -> Option<Head> {
+    let (of, targets) = (operands(hidden, weight)?, contiguous(targets.clone()));
+    let (classes, [d_model, n_classes]) = (Targets::new(&targets)?, of.dims());
+    let n = classes.len();
+    if dims(hidden) != [n, d_model] {
+        return None;
+    }
+    let (hidden, level) = (contiguous(hidden.clone()), Level::detect());
+    let values = floats(&hidden);
+    let mut grad_hidden = vec![0.0_f32; if want_hidden { n * d_model } else { 0 }];
+    let mut grad_weight = vec![0.0_f32; if want_weight { d_model * n_classes } else { 0 }];
+    let mut logits = vec![0.0_f32; HEAD_ROWS.min(n) * n_classes];
+    let mut loss = 0.0_f64;
+    for first in (0..n).step_by(HEAD_ROWS) {
+        let rows = HEAD_ROWS.min(n - first);
+        let logits = &mut logits[..rows * n_classes];
+        let chunk = Matrix::rows(&values[first * d_model..], d_model);
+        // SAFETY: the operands are alive, and the outputs are this one's; so below.
+        unsafe { of.multiply(rows, chunk, Shared(logits.as_mut_ptr()), n_classes, false) };
+        let want_gradient = want_hidden || want_weight;
+        let losses: Vec<f32> = logits
+            .par_chunks_exact_mut(n_classes)
+            .with_min_len(task_rows(n_classes))
+            .enumerate()
+            .map(|(row, logits)| {
+                let class = classes.get(first + row);
+                let target = logits[class];
+                if !want_gradient {
+                    return simd::log_sum_exp(level, logits) - target;
+                }
+                let log_sum_exp = simd::softmax(level, logits);
+                logits[class] -= 1.0;
+                log_sum_exp - target
+            })
+            .collect();
+        loss += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+        let slopes = Matrix::rows(logits, n_classes);
+        if want_hidden {
+            let out = Shared(grad_hidden[first * d_model..].as_mut_ptr());
+            // SAFETY: as above.
+            unsafe { of.transposed().multiply(rows, slopes, out, d_model, false) };
+        }
+        if want_weight {
+            let (size, out) = ([d_model, n_classes, rows], grad_weight.as_mut_ptr());
+            // SAFETY: as above.
+            unsafe { product(size, chunk.transposed(), slopes, 1.0, out, n_classes, true, true) };
+        }
+    }
+    Some(Head {
+        loss: tensor(vec![loss as f32], Shape::from([1])),
+        hidden: want_hidden.then(|| tensor(grad_hidden, Shape::from([n, d_model]))),
+        weight: want_weight.then(|| tensor(grad_weight, Shape::from([d_model, n_classes]))),
+    })
+}
