@@ -37,6 +37,8 @@ mod portable;
 #[cfg(feature = "flex")]
 mod simd;
 #[cfg(all(test, feature = "flex"))]
+mod testing;
+#[cfg(all(test, feature = "flex"))]
 mod tests;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};

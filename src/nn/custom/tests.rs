@@ -1,314 +1,266 @@
-use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+use rand::RngExt;
 
 use super::DecoderOps;
+use super::testing::{Random, close, compare, devices, slack, values};
 use crate::nn::{mask::AttentionMask, ops, plain};
-
-struct Random(ChaCha8Rng);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Self(ChaCha8Rng::seed_from_u64(seed))
-    }
-
-    fn values(&mut self, n: usize, size: f32) -> Vec<f32> {
-        (0..n).map(|_| self.0.random_range(-size..size)).collect()
-    }
-
-    fn tensor<const D: usize>(&mut self, shape: [usize; D], size: f32, device: &Device) -> Tensor<D> {
-        let values = self.values(shape.iter().product(), size);
-        Tensor::from_data(TensorData::new(values, shape), device)
-    }
-}
-
-fn plain_device() -> Device {
-    Device::flex()
-}
-
-fn tape_device() -> Device {
-    Device::flex().autodiff()
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_to_vec().unwrap()
-}
-
-fn close(name: &str, got: &[f32], want: &[f32], tolerance: f32) {
-    assert_eq!(got.len(), want.len(), "{name}: length");
-    let size = want.iter().fold(1e-2_f32, |size, x| size.max(x.abs()));
-    for (index, (got, want)) in got.iter().zip(want).enumerate() {
-        assert!((got - want).abs() <= tolerance * size, "{name}[{index}]: {got} instead of {want}, of at most {size}");
-    }
-}
-
-/// Runs `fused` and `plain` on the same tracked inputs under the same weighted sum; compares results and all gradients, and
-/// the gradients with finite differences.
-fn compare<const D: usize, const R: usize, const N: usize>(
-    name: &str,
-    inputs: [Tensor<D>; N],
-    fused: impl Fn([Tensor<D>; N]) -> Tensor<R>,
-    plain: impl Fn([Tensor<D>; N]) -> Tensor<R>,
-) {
-    let run = |op: &dyn Fn([Tensor<D>; N]) -> Tensor<R>| {
-        let tracked = inputs.clone().map(|input| Tensor::from_data(input.into_data(), &tape_device()).require_grad());
-        let result = op(tracked.clone());
-        let weights = Random::new(7).tensor(result.dims(), 1.0, &tape_device());
-        let gradients = (result.clone() * weights).sum().backward();
-        (values(result.inner()), tracked.map(|input| values(input.grad(&gradients).unwrap())))
-    };
-    let ((got, got_gradients), (want, want_gradients)) = (run(&fused), run(&plain));
-    close(name, &got, &want, 2e-6);
-    for (index, (got, want)) in got_gradients.iter().zip(&want_gradients).enumerate() {
-        close(&format!("{name}, gradient {index}"), got, want, 5e-6);
-    }
-    // The kernels without a tape, and the portable definitions on the tape of plain tensors' constants.
-    close(&format!("{name}, untracked"), &values(fused(inputs.clone())), &want, 2e-6);
-    let loss = |inputs: &[Tensor<D>; N]| {
-        let result = values(fused(inputs.clone()));
-        let weights = Random::new(7).values(result.len(), 1.0);
-        result.iter().zip(weights).map(|(x, weight)| f64::from(*x) * f64::from(weight)).sum::<f64>()
-    };
-    for index in 0..N {
-        let n = got_gradients[index].len();
-        let size = got_gradients[index].iter().fold(1e-2_f32, |size, x| size.max(x.abs()));
-        for element in [0, n / 2, n - 1] {
-            let moved = |by: f32| {
-                let mut moved = inputs.clone();
-                let mut data = values(moved[index].clone());
-                data[element] += by;
-                moved[index] = Tensor::from_data(TensorData::new(data, moved[index].dims()), &plain_device());
-                loss(&moved)
-            };
-            let slope = ((moved(1e-2) - moved(-1e-2)) / 2e-2) as f32;
-            let got = got_gradients[index][element];
-            assert!((slope - got).abs() < 0.02 * size, "{name}, gradient {index}[{element}]: {got}, measured {slope}");
-        }
-    }
-}
 
 #[test]
 fn swiglu_is_the_plain_composition() {
-    let mut random = Random::new(1);
-    for shape in [[1, 1, 1], [2, 3, 17], [3, 41, 211]] {
-        let inputs = [random.tensor(shape, 3.0, &plain_device()), random.tensor(shape, 2.0, &plain_device())];
-        let plain = |[gate, up]: [Tensor<3>; 2]| plain::swiglu(gate, up);
-        compare("swiglu", inputs, |[gate, up]| ops::swiglu(gate, up), plain);
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(1);
+        for shape in [[1, 1, 1], [2, 3, 17], [3, 41, 211]] {
+            let inputs = [random.tensor(shape, 3.0, device), random.tensor(shape, 2.0, device)];
+            let plain = |[gate, up]: [Tensor<3>; 2]| plain::swiglu(gate, up);
+            compare("swiglu", inputs, |[gate, up]| ops::swiglu(gate, up), plain);
+        }
+        let gate = Tensor::<1>::from_floats([-200.0, -90.0, -30.0, -0.0, 30.0, 90.0, 200.0], &tape).require_grad();
+        let up = Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], &tape).require_grad();
+        let y = ops::swiglu(gate.clone(), up.clone());
+        let gradients = y.clone().sum().backward();
+        close("saturated", &values(y.inner()), &[0.0, 0.0, 0.0, 0.0, 150.0, 540.0, 1400.0], 1e-6 * slack(device));
+        close(
+            "slope",
+            &values(gate.grad(&gradients).unwrap()),
+            &[0.0, 0.0, 0.0, 2.0, 5.0, 6.0, 7.0],
+            1e-6 * slack(device),
+        );
+        close(
+            "up",
+            &values(up.grad(&gradients).unwrap()),
+            &[0.0, 0.0, 0.0, 0.0, 30.0, 90.0, 200.0],
+            1e-6 * slack(device),
+        );
     }
-    let gate = Tensor::<1>::from_floats([-200.0, -90.0, -30.0, -0.0, 30.0, 90.0, 200.0], &tape_device()).require_grad();
-    let up = Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], &tape_device()).require_grad();
-    let y = ops::swiglu(gate.clone(), up.clone());
-    let gradients = y.clone().sum().backward();
-    close("saturated", &values(y.inner()), &[0.0, 0.0, 0.0, 0.0, 150.0, 540.0, 1400.0], 1e-6);
-    close("slope", &values(gate.grad(&gradients).unwrap()), &[0.0, 0.0, 0.0, 2.0, 5.0, 6.0, 7.0], 1e-6);
-    close("up", &values(up.grad(&gradients).unwrap()), &[0.0, 0.0, 0.0, 0.0, 30.0, 90.0, 200.0], 1e-6);
 }
 
 #[test]
 fn rms_norm_is_the_plain_composition() {
-    let mut random = Random::new(2);
-    for shape in [[1, 1, 1], [2, 5, 17], [3, 1, 64], [3, 97, 129]] {
-        let weight = random.tensor([shape[2]], 2.0, &plain_device());
-        let inputs = [random.tensor(shape, 3.0, &plain_device())];
-        // The weight is a constant of the plain device beside a tracked input.
-        let fused = |[x]: [Tensor<3>; 1]| ops::rms_norm(x, weight.clone(), 1e-2);
-        compare("rms_norm", inputs, fused, |[x]| plain::rms_norm(x, weight.clone(), 1e-2));
-        let x = random.tensor(shape, 3.0, &plain_device());
-        let fused = |[weight]: [Tensor<1>; 1]| ops::rms_norm(x.clone(), weight, 1e-2);
-        compare("rms_norm's weight", [weight.clone()], fused, |[weight]| plain::rms_norm(x.clone(), weight, 1e-2));
+    for device in devices() {
+        let mut random = Random::new(2);
+        for shape in [[1, 1, 1], [2, 5, 17], [3, 1, 64], [3, 97, 129]] {
+            let weight = random.tensor([shape[2]], 2.0, device);
+            let inputs = [random.tensor(shape, 3.0, device)];
+            // The weight is a constant of the plain device beside a tracked input.
+            let fused = |[x]: [Tensor<3>; 1]| ops::rms_norm(x, weight.clone(), 1e-2);
+            compare("rms_norm", inputs, fused, |[x]| plain::rms_norm(x, weight.clone(), 1e-2));
+            let x = random.tensor(shape, 3.0, device);
+            let fused = |[weight]: [Tensor<1>; 1]| ops::rms_norm(x.clone(), weight, 1e-2);
+            compare("rms_norm's weight", [weight.clone()], fused, |[weight]| plain::rms_norm(x.clone(), weight, 1e-2));
+        }
+        let both = [random.tensor([19], 1.0, device), random.tensor([19], 1.0, device)];
+        compare(
+            "rms_norm's both",
+            both,
+            |[x, weight]: [Tensor<1>; 2]| ops::rms_norm(x, weight, 1e-5),
+            |[x, weight]| plain::rms_norm(x, weight, 1e-5),
+        );
     }
-    let both = [random.tensor([19], 1.0, &plain_device()), random.tensor([19], 1.0, &plain_device())];
-    compare(
-        "rms_norm's both",
-        both,
-        |[x, weight]: [Tensor<1>; 2]| ops::rms_norm(x, weight, 1e-5),
-        |[x, weight]| plain::rms_norm(x, weight, 1e-5),
-    );
 }
 
 #[test]
 fn cross_entropy_is_the_plain_composition() {
-    let mut random = Random::new(3);
-    for [n, classes] in [[1, 2], [3, 17], [67, 515]] {
-        let targets: Vec<i32> = (0..n).map(|_| random.0.random_range(0..classes as i32)).collect();
-        let targets = |device: &Device| Tensor::<1, Int>::from_data(TensorData::new(targets.clone(), [n]), device);
-        let inputs = [random.tensor([n, classes], 4.0, &plain_device())];
-        let fused = |[logits]: [Tensor<2>; 1]| {
-            let device = logits.device();
-            ops::cross_entropy_sum(logits, targets(&device))
-        };
-        compare("cross-entropy", inputs.clone(), fused, |[logits]| {
-            let device = logits.device();
-            plain::cross_entropy_sum(logits, targets(&device))
-        });
-        // Plain targets beside tracked logits, and logits that a tracked tensor still needs.
-        let logits = Tensor::from_data(inputs[0].to_data(), &tape_device()).require_grad();
-        let shifted = logits.clone() + 1.0;
-        let loss = ops::cross_entropy_sum(shifted.clone(), targets(&plain_device())) + shifted.clone().square().sum();
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(3);
+        for [n, classes] in [[1, 2], [3, 17], [67, 515]] {
+            let targets: Vec<i32> = (0..n).map(|_| random.0.random_range(0..classes as i32)).collect();
+            let targets = |device: &Device| Tensor::<1, Int>::from_data(TensorData::new(targets.clone(), [n]), device);
+            let inputs = [random.tensor([n, classes], 4.0, device)];
+            let fused = |[logits]: [Tensor<2>; 1]| {
+                let device = logits.device();
+                ops::cross_entropy_sum(logits, targets(&device))
+            };
+            compare("cross-entropy", inputs.clone(), fused, |[logits]| {
+                let device = logits.device();
+                plain::cross_entropy_sum(logits, targets(&device))
+            });
+            // Plain targets beside tracked logits, and logits that a tracked tensor still needs.
+            let logits = Tensor::from_data(inputs[0].to_data(), &tape).require_grad();
+            let shifted = logits.clone() + 1.0;
+            let loss = ops::cross_entropy_sum(shifted.clone(), targets(device)) + shifted.clone().square().sum();
+            let gradients = values(logits.grad(&loss.backward()).unwrap());
+            let other = Tensor::from_data(inputs[0].to_data(), &tape).require_grad();
+            let shifted = other.clone() + 1.0;
+            let loss = plain::cross_entropy_sum(shifted.clone(), targets(&tape)) + shifted.square().sum();
+            close("mixed", &gradients, &values(other.grad(&loss.backward()).unwrap()), 5e-6 * slack(device));
+        }
+        let logits = Tensor::<2>::from_floats([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], &tape).require_grad();
+        let targets = Tensor::<1, Int>::from_ints([1, 2], &tape);
+        let loss = ops::cross_entropy_sum(logits.clone(), targets);
         let gradients = values(logits.grad(&loss.backward()).unwrap());
-        let other = Tensor::from_data(inputs[0].to_data(), &tape_device()).require_grad();
-        let shifted = other.clone() + 1.0;
-        let loss = plain::cross_entropy_sum(shifted.clone(), targets(&tape_device())) + shifted.square().sum();
-        close("mixed", &gradients, &values(other.grad(&loss.backward()).unwrap()), 5e-6);
+        close("loss", &values(loss.inner()), &[2e4 + 3_f32.ln()], 1e-6 * slack(device));
+        let third = 1.0 / 3.0;
+        close("gradient", &gradients, &[1.0, -1.0, 0.0, third, third, third - 1.0], 1e-4 * slack(device));
     }
-    let logits = Tensor::<2>::from_floats([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], &tape_device()).require_grad();
-    let targets = Tensor::<1, Int>::from_ints([1, 2], &tape_device());
-    let loss = ops::cross_entropy_sum(logits.clone(), targets);
-    let gradients = values(logits.grad(&loss.backward()).unwrap());
-    close("loss", &values(loss.inner()), &[2e4 + 3_f32.ln()], 1e-6);
-    let third = 1.0 / 3.0;
-    close("gradient", &gradients, &[1.0, -1.0, 0.0, third, third, third - 1.0], 1e-4);
 }
 
 #[test]
 fn rotary_is_the_plain_composition() {
-    let mut random = Random::new(4);
-    for [batch, seq, n_heads, half] in [[1, 1, 1, 1], [2, 5, 3, 4], [3, 31, 8, 33]] {
-        let angles = random.tensor([seq, half], 3.0, &plain_device());
-        let (cos, sin) = (angles.clone().cos(), angles.sin());
-        let inputs = [random.tensor([batch, seq, n_heads * 2 * half], 2.0, &plain_device())];
-        compare(
-            "rotary",
-            inputs,
-            |[x]: [Tensor<3>; 1]| ops::rotary(x, n_heads, cos.clone(), sin.clone()),
-            |[x]| plain::rotary(x, n_heads, cos.clone(), sin.clone()),
-        );
+    for device in devices() {
+        let mut random = Random::new(4);
+        for [batch, seq, n_heads, half] in [[1, 1, 1, 1], [2, 5, 3, 4], [3, 31, 8, 33]] {
+            let angles = random.tensor([seq, half], 3.0, device);
+            let (cos, sin) = (angles.clone().cos(), angles.sin());
+            let inputs = [random.tensor([batch, seq, n_heads * 2 * half], 2.0, device)];
+            compare(
+                "rotary",
+                inputs,
+                |[x]: [Tensor<3>; 1]| ops::rotary(x, n_heads, cos.clone(), sin.clone()),
+                |[x]| plain::rotary(x, n_heads, cos.clone(), sin.clone()),
+            );
+        }
     }
 }
 
 #[test]
 fn attention_is_the_plain_composition() {
-    let mut random = Random::new(5);
-    // batch, heads, key/value heads, queries, keys, head size, window, left padding
-    type Case<'a> = ([usize; 6], Option<usize>, Option<&'a [usize]>);
-    let cases: [Case; 10] = [
-        ([1, 1, 1, 1, 1, 1], None, None),
-        ([2, 4, 2, 7, 7, 5], None, None),
-        ([3, 4, 1, 3, 11, 8], Some(4), None),
-        ([2, 2, 2, 1, 9, 6], None, None),
-        ([2, 2, 1, 1, 9, 6], Some(3), None),
-        ([2, 4, 4, 9, 9, 4], None, Some(&[0, 3])),
-        ([3, 8, 2, 6, 13, 7], Some(5), Some(&[2, 0, 4])),
-        ([1, 2, 1, 1, 3, 4], None, Some(&[2])),
-        ([2, 4, 2, 150, 163, 16], None, Some(&[0, 9])),
-        ([1, 2, 2, 200, 200, 8], Some(33), None),
-    ];
-    for ([batch, n_heads, n_kv_heads, seq_q, seq_k, head_dim], window, pads) in cases {
-        let mask = AttentionMask { window, left_pad: pads.map(<[usize]>::to_vec) };
-        // The plain composition spreads a query without keys over all of them, so none of these cases' queries is one.
-        let first = seq_k - seq_q;
-        let seen = pads.is_none_or(|pads| pads.iter().all(|pad| *pad <= first));
-        let name = format!("{batch} {n_heads} {n_kv_heads} {seq_q} {seq_k} {head_dim} {mask:?}");
-        let q = random.tensor([batch, n_heads, seq_q, head_dim], 2.0, &plain_device());
-        let keys = [batch, n_kv_heads, seq_k, head_dim];
-        let (k, v) = (random.tensor(keys, 2.0, &plain_device()), random.tensor(keys, 2.0, &plain_device()));
-        // Of padded queries nothing is said: their results are multiplied away.
-        let keep: Vec<f32> = (0..batch * seq_q)
-            .flat_map(|index| {
-                let empty = mask.visible(index / seq_q, index % seq_q, seq_q, seq_k).is_empty();
-                vec![if empty { 0.0 } else { 1.0 }; n_heads * head_dim]
-            })
-            .collect();
-        assert!(seen || keep.contains(&0.0));
-        let keep = Tensor::<3>::from_data(TensorData::new(keep, [batch, seq_q, n_heads * head_dim]), &plain_device());
-        compare(
-            &name,
-            [q, k, v],
-            |[q, k, v]: [Tensor<4>; 3]| ops::causal_attention(q, k, v, 0.3, &mask) * keep.clone(),
-            |[q, k, v]| plain::causal_attention(q, k, v, 0.3, &mask) * keep.clone(),
-        );
+    for device in devices() {
+        let mut random = Random::new(5);
+        // batch, heads, key/value heads, queries, keys, head size, window, left padding
+        type Case<'a> = ([usize; 6], Option<usize>, Option<&'a [usize]>);
+        let cases: [Case; 10] = [
+            ([1, 1, 1, 1, 1, 1], None, None),
+            ([2, 4, 2, 7, 7, 5], None, None),
+            ([3, 4, 1, 3, 11, 8], Some(4), None),
+            ([2, 2, 2, 1, 9, 6], None, None),
+            ([2, 2, 1, 1, 9, 6], Some(3), None),
+            ([2, 4, 4, 9, 9, 4], None, Some(&[0, 3])),
+            ([3, 8, 2, 6, 13, 7], Some(5), Some(&[2, 0, 4])),
+            ([1, 2, 1, 1, 3, 4], None, Some(&[2])),
+            ([2, 4, 2, 150, 163, 16], None, Some(&[0, 9])),
+            ([1, 2, 2, 200, 200, 8], Some(33), None),
+        ];
+        for ([batch, n_heads, n_kv_heads, seq_q, seq_k, head_dim], window, pads) in cases {
+            let mask = AttentionMask { window, left_pad: pads.map(<[usize]>::to_vec) };
+            // The plain composition spreads a query without keys over all of them, so none of these cases' queries is one.
+            let first = seq_k - seq_q;
+            let seen = pads.is_none_or(|pads| pads.iter().all(|pad| *pad <= first));
+            let name = format!("{batch} {n_heads} {n_kv_heads} {seq_q} {seq_k} {head_dim} {mask:?}");
+            let q = random.tensor([batch, n_heads, seq_q, head_dim], 2.0, device);
+            let keys = [batch, n_kv_heads, seq_k, head_dim];
+            let (k, v) = (random.tensor(keys, 2.0, device), random.tensor(keys, 2.0, device));
+            // Of padded queries nothing is said: their results are multiplied away.
+            let keep: Vec<f32> = (0..batch * seq_q)
+                .flat_map(|index| {
+                    let empty = mask.visible(index / seq_q, index % seq_q, seq_q, seq_k).is_empty();
+                    vec![if empty { 0.0 } else { 1.0 }; n_heads * head_dim]
+                })
+                .collect();
+            assert!(seen || keep.contains(&0.0));
+            let keep = Tensor::<3>::from_data(TensorData::new(keep, [batch, seq_q, n_heads * head_dim]), device);
+            compare(
+                &name,
+                [q, k, v],
+                |[q, k, v]: [Tensor<4>; 3]| ops::causal_attention(q, k, v, 0.3, &mask) * keep.clone(),
+                |[q, k, v]| plain::causal_attention(q, k, v, 0.3, &mask) * keep.clone(),
+            );
+        }
     }
 }
 
 #[test]
 fn large_scores_stay_finite() {
-    let mut random = Random::new(6);
-    let [q, k, v] = [(); 3].map(|()| random.tensor::<4>([1, 2, 5, 4], 1.0, &tape_device()).require_grad());
-    let y = ops::causal_attention(q.clone() * 1e4, k.clone() * 10.0, v.clone(), 1.0, &AttentionMask::default());
-    let gradients = y.clone().sum().backward();
-    for values in [values(y.inner()), values(q.grad(&gradients).unwrap()), values(v.grad(&gradients).unwrap())] {
-        assert!(values.iter().all(|x| x.is_finite()));
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(6);
+        let [q, k, v] = [(); 3].map(|()| random.tensor::<4>([1, 2, 5, 4], 1.0, &tape).require_grad());
+        let y = ops::causal_attention(q.clone() * 1e4, k.clone() * 10.0, v.clone(), 1.0, &AttentionMask::default());
+        let gradients = y.clone().sum().backward();
+        for values in [values(y.inner()), values(q.grad(&gradients).unwrap()), values(v.grad(&gradients).unwrap())] {
+            assert!(values.iter().all(|x| x.is_finite()));
+        }
     }
 }
 
 #[test]
 fn any_strides_will_do() {
-    let device = tape_device();
-    let mut random = Random::new(8);
-    let run = |views: bool| {
-        let mut random = Random::new(9);
-        // `[batch, seq, heads, size]` seen as `[batch, heads, seq, size]`, and keys narrowed from a longer cache.
-        let q = random.tensor::<4>([2, 3, 4, 6], 1.0, &device).require_grad();
-        let k = random.tensor::<4>([2, 2, 9, 6], 1.0, &device).require_grad();
-        let v = random.tensor::<4>([2, 2, 6, 9], 1.0, &device).require_grad();
-        let solid = |x: Tensor<4>| {
-            if views { x } else { Tensor::cat(vec![x.clone().narrow(0, 0, 1), x.narrow(0, 1, 1)], 0) }
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(8);
+        let run = |views: bool| {
+            let mut random = Random::new(9);
+            // `[batch, seq, heads, size]` seen as `[batch, heads, seq, size]`, and keys narrowed from a longer cache.
+            let q = random.tensor::<4>([2, 3, 4, 6], 1.0, &tape).require_grad();
+            let k = random.tensor::<4>([2, 2, 9, 6], 1.0, &tape).require_grad();
+            let v = random.tensor::<4>([2, 2, 6, 9], 1.0, &tape).require_grad();
+            let solid = |x: Tensor<4>| {
+                if views { x } else { Tensor::cat(vec![x.clone().narrow(0, 0, 1), x.narrow(0, 1, 1)], 0) }
+            };
+            let (qs, ks) = (solid(q.clone().swap_dims(1, 2)), solid(k.clone().narrow(2, 1, 7)));
+            let vs = solid(v.clone().swap_dims(2, 3).narrow(2, 2, 7));
+            let y = ops::causal_attention(qs, ks, vs, 0.5, &AttentionMask::default());
+            let weight = random.tensor::<1>([48], 1.0, &tape).narrow(0, 12, 24);
+            let turned = if views { y.clone().transpose().swap_dims(1, 2) } else { y.clone() };
+            let normed = ops::rms_norm(turned, weight, 1e-5);
+            let (gate, up) = (normed.clone().narrow(2, 0, 12), normed.clone().narrow(2, 12, 12));
+            let h = ops::swiglu(gate, up);
+            let angles = random.tensor::<2>([2, 3], 1.0, &tape).transpose();
+            let turned = ops::rotary(h, 3, angles.clone().cos(), angles.sin());
+            let logits = turned.swap_dims(0, 3).narrow(1, 1, 2).reshape([4, 12]).transpose();
+            let targets = Tensor::<1, Int>::from_ints([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3], &tape);
+            let loss = ops::cross_entropy_sum(logits, targets);
+            let gradients = loss.backward();
+            let mut all = values(loss.inner());
+            for input in [q, k, v] {
+                all.extend(values(input.grad(&gradients).unwrap()));
+            }
+            all
         };
-        let (qs, ks) = (solid(q.clone().swap_dims(1, 2)), solid(k.clone().narrow(2, 1, 7)));
-        let vs = solid(v.clone().swap_dims(2, 3).narrow(2, 2, 7));
-        let y = ops::causal_attention(qs, ks, vs, 0.5, &AttentionMask::default());
-        let weight = random.tensor::<1>([48], 1.0, &device).narrow(0, 12, 24);
-        let turned = if views { y.clone().transpose().swap_dims(1, 2) } else { y.clone() };
-        let normed = ops::rms_norm(turned, weight, 1e-5);
-        let (gate, up) = (normed.clone().narrow(2, 0, 12), normed.clone().narrow(2, 12, 12));
-        let h = ops::swiglu(gate, up);
-        let angles = random.tensor::<2>([2, 3], 1.0, &device).transpose();
-        let turned = ops::rotary(h, 3, angles.clone().cos(), angles.sin());
-        let logits = turned.swap_dims(0, 3).narrow(1, 1, 2).reshape([4, 12]).transpose();
-        let targets = Tensor::<1, Int>::from_ints([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3], &device);
-        let loss = ops::cross_entropy_sum(logits, targets);
-        let gradients = loss.backward();
-        let mut all = values(loss.inner());
-        for input in [q, k, v] {
-            all.extend(values(input.grad(&gradients).unwrap()));
-        }
-        all
-    };
-    close("views", &run(true), &run(false), 1e-6);
-    // An expanded tensor has a stride of zero.
-    let row = random.tensor::<2>([1, 9], 1.0, &plain_device());
-    let up = random.tensor::<2>([5, 9], 1.0, &plain_device());
-    let fused = ops::swiglu(row.clone().expand([5, 9]), up.clone());
-    close("expanded", &values(fused), &values(plain::swiglu(row.expand([5, 9]), up)), 1e-6);
+        close("views", &run(true), &run(false), 1e-6 * slack(device));
+        // An expanded tensor has a stride of zero.
+        let row = random.tensor::<2>([1, 9], 1.0, device);
+        let up = random.tensor::<2>([5, 9], 1.0, device);
+        let fused = ops::swiglu(row.clone().expand([5, 9]), up.clone());
+        close("expanded", &values(fused), &values(plain::swiglu(row.expand([5, 9]), up)), 1e-6 * slack(device));
+    }
 }
 
 #[test]
 fn constants_stay_off_the_tape() {
-    let mut random = Random::new(10);
-    let x = random.tensor::<2>([3, 8], 1.0, &plain_device());
-    let w = random.tensor::<1>([8], 1.0, &plain_device());
-    assert!(!ops::rms_norm(x.clone(), w.clone(), 1e-5).device().is_autodiff());
-    let on_tape = Tensor::<2>::from_data(x.to_data(), &tape_device());
-    assert!(!ops::rms_norm(on_tape.clone(), w.clone(), 1e-5).is_tracked());
-    assert!(!ops::swiglu(on_tape.clone(), x.clone()).is_tracked());
-    let tracked = on_tape.clone().require_grad();
-    assert!(ops::rms_norm(tracked.clone(), w.clone(), 1e-5).is_tracked());
-    assert!(ops::swiglu(x.clone(), tracked.clone()).is_tracked());
-    // Plain first, tracked second, and the other way round.
-    for swapped in [false, true] {
-        let y = if swapped { ops::swiglu(tracked.clone(), x.clone()) } else { ops::swiglu(x.clone(), tracked.clone()) };
-        let gradients = y.sum().backward();
-        assert!(values(tracked.grad(&gradients).unwrap()).iter().any(|x| *x != 0.0));
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(10);
+        let x = random.tensor::<2>([3, 8], 1.0, device);
+        let w = random.tensor::<1>([8], 1.0, device);
+        assert!(!ops::rms_norm(x.clone(), w.clone(), 1e-5).device().is_autodiff());
+        let on_tape = Tensor::<2>::from_data(x.to_data(), &tape);
+        assert!(!ops::rms_norm(on_tape.clone(), w.clone(), 1e-5).is_tracked());
+        assert!(!ops::swiglu(on_tape.clone(), x.clone()).is_tracked());
+        let tracked = on_tape.clone().require_grad();
+        assert!(ops::rms_norm(tracked.clone(), w.clone(), 1e-5).is_tracked());
+        assert!(ops::swiglu(x.clone(), tracked.clone()).is_tracked());
+        // Plain first, tracked second, and the other way round.
+        for swapped in [false, true] {
+            let y =
+                if swapped { ops::swiglu(tracked.clone(), x.clone()) } else { ops::swiglu(x.clone(), tracked.clone()) };
+            let gradients = y.sum().backward();
+            assert!(values(tracked.grad(&gradients).unwrap()).iter().any(|x| *x != 0.0));
+        }
+        // Keys and values from a plain cache.
+        let q = random.tensor::<4>([1, 2, 3, 4], 1.0, &tape).require_grad();
+        let cache = random.tensor::<4>([1, 1, 5, 4], 1.0, device);
+        let y = ops::causal_attention(q.clone(), cache.clone(), cache, 1.0, &AttentionMask::default());
+        assert!(values(q.grad(&y.sum().backward()).unwrap()).iter().any(|x| *x != 0.0));
     }
-    // Keys and values from a plain cache.
-    let q = random.tensor::<4>([1, 2, 3, 4], 1.0, &tape_device()).require_grad();
-    let cache = random.tensor::<4>([1, 1, 5, 4], 1.0, &plain_device());
-    let y = ops::causal_attention(q.clone(), cache.clone(), cache, 1.0, &AttentionMask::default());
-    assert!(values(q.grad(&y.sum().backward()).unwrap()).iter().any(|x| *x != 0.0));
 }
 
 #[test]
 fn inputs_survive_their_gradients() {
-    // The backward kernels write in place where nobody else holds a tensor; here somebody does.
-    let mut random = Random::new(11);
-    let shape = [130, 129];
-    let [gate, up] = [(); 2].map(|()| random.tensor::<2>(shape, 1.0, &tape_device()).require_grad());
-    let before = [values(gate.clone().inner()), values(up.clone().inner())];
-    let targets = Tensor::<1, Int>::zeros([130], &tape_device());
-    let y = ops::swiglu(gate.clone(), up.clone()).sum() + ops::cross_entropy_sum(gate.clone(), targets);
-    let weight = random.tensor::<1>([129], 1.0, &tape_device());
-    let _ = (y + ops::rms_norm(up.clone(), weight, 1e-5).sum()).backward();
-    assert_eq!(before, [values(gate.inner()), values(up.inner())]);
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        // The backward kernels write in place where nobody else holds a tensor; here somebody does.
+        let mut random = Random::new(11);
+        let shape = [130, 129];
+        let [gate, up] = [(); 2].map(|()| random.tensor::<2>(shape, 1.0, &tape).require_grad());
+        let before = [values(gate.clone().inner()), values(up.clone().inner())];
+        let targets = Tensor::<1, Int>::zeros([130], &tape);
+        let y = ops::swiglu(gate.clone(), up.clone()).sum() + ops::cross_entropy_sum(gate.clone(), targets);
+        let weight = random.tensor::<1>([129], 1.0, &tape);
+        let _ = (y + ops::rms_norm(up.clone(), weight, 1e-5).sum()).backward();
+        assert_eq!(before, [values(gate.inner()), values(up.inner())]);
+    }
 }
 
 #[test]
@@ -316,7 +268,7 @@ fn portable_definitions_agree_with_the_kernels() {
     use super::portable;
     use burn::backend::Flex;
     let mut random = Random::new(12);
-    let mut make = |shape: [usize; 4]| random.tensor::<4>(shape, 1.5, &plain_device());
+    let mut make = |shape: [usize; 4]| random.tensor::<4>(shape, 1.5, &Device::flex());
     let (q, k, v, grad) = (make([2, 4, 5, 6]), make([2, 2, 8, 6]), make([2, 2, 8, 6]), make([2, 5, 24, 1]));
     let grad = grad.reshape([2, 5, 24]);
     let raw = |x: &Tensor<4>| x.clone().try_into_primitive::<Flex>().unwrap();
@@ -336,7 +288,7 @@ fn portable_definitions_agree_with_the_kernels() {
     same("v", fused.2, plain.2);
 
     let (x, g) = (raw(&make([2, 3, 4, 17])), raw(&make([2, 3, 4, 17])));
-    let weight = || Tensor::<1>::from_data(TensorData::new(vec![0.5_f32; 17], [17]), &plain_device());
+    let weight = || Tensor::<1>::from_data(TensorData::new(vec![0.5_f32; 17], [17]), &Device::flex());
     let weight = || weight().try_into_primitive::<Flex>().unwrap();
     same("norm", Flex::rms_norm(x.clone(), weight(), 0.1), portable::rms_norm::<Flex>(x.clone(), weight(), 0.1));
     let fused = Flex::rms_norm_backward(x.clone(), weight(), g.clone(), 0.1);
@@ -355,9 +307,9 @@ fn portable_definitions_agree_with_the_kernels() {
     same("rotary", fused, portable::rotary_backward::<Flex>(table(), table(), heads));
 
     let flat = |shape: [usize; 2], seed| {
-        Random::new(seed).tensor::<2>(shape, 3.0, &plain_device()).try_into_primitive::<Flex>().unwrap()
+        Random::new(seed).tensor::<2>(shape, 3.0, &Device::flex()).try_into_primitive::<Flex>().unwrap()
     };
-    let targets = Tensor::<1, Int>::from_ints([3, 0, 6], &plain_device()).try_into_primitive::<Flex>().unwrap();
+    let targets = Tensor::<1, Int>::from_ints([3, 0, 6], &Device::flex()).try_into_primitive::<Flex>().unwrap();
     let (loss, sums) = Flex::cross_entropy_sum(flat([3, 7], 1), targets.clone());
     let (ploss, psums) = portable::cross_entropy_sum::<Flex>(flat([3, 7], 1), targets.clone());
     same("loss", loss.clone(), ploss);
@@ -366,40 +318,44 @@ fn portable_definitions_agree_with_the_kernels() {
 }
 
 fn make_table(seq: usize, half: usize) -> burn::backend::flex::FlexTensor {
-    let table = Random::new(13).tensor::<2>([seq, half], 1.0, &plain_device());
+    let table = Random::new(13).tensor::<2>([seq, half], 1.0, &Device::flex());
     table.try_into_primitive::<burn::backend::Flex>().unwrap()
 }
 
 #[test]
 fn half_precision_takes_the_portable_way() {
-    let x = Tensor::<2>::random([3, 8], Distribution::Uniform(-1.0, 1.0), &plain_device());
-    let half = x.clone().cast(burn::tensor::FloatDType::BF16);
-    let y = ops::swiglu(half.clone(), half).cast(burn::tensor::FloatDType::F32);
-    close("bf16", &values(y), &values(plain::swiglu(x.clone(), x)), 0.03);
+    for device in devices().iter().filter(|device| device.supports_dtype(FloatDType::BF16)) {
+        let x = Random::new(15).tensor::<2>([3, 8], 1.0, device);
+        let half = x.clone().cast(FloatDType::BF16);
+        let y = ops::swiglu(half.clone(), half).cast(FloatDType::F32);
+        close("bf16", &values(y), &values(plain::swiglu(x.clone(), x)), 0.03);
+    }
 }
 
 #[test]
 fn double_precision_takes_the_portable_way_on_the_tape() {
-    use burn::tensor::FloatDType;
-    let run = |dtype: FloatDType| {
-        let mut random = Random::new(14);
-        let mut all = Vec::new();
-        let mut leaf = |shape: [usize; 4]| random.tensor::<4>(shape, 1.5, &tape_device()).cast(dtype).require_grad();
-        let (q, k, v, w) = (leaf([2, 4, 5, 6]), leaf([2, 2, 7, 6]), leaf([2, 2, 7, 6]), leaf([1, 1, 1, 24]));
-        let angles = random.tensor::<2>([5, 3], 1.0, &tape_device()).cast(dtype);
-        let mask = AttentionMask { window: Some(3), left_pad: Some(vec![1, 2]) };
-        let context = ops::causal_attention(q.clone(), k.clone(), v.clone(), 0.7, &mask);
-        let turned = ops::rotary(context, 4, angles.clone().cos(), angles.sin());
-        let normed = ops::rms_norm(turned.reshape([10, 24]), w.clone().reshape([24]), 1e-3);
-        let logits = ops::swiglu(normed.clone(), normed + 1.0);
-        let targets = Tensor::<1, Int>::from_ints([0, 5, 23, 7, 7, 1, 2, 3, 4, 11], &tape_device());
-        let loss = ops::cross_entropy_sum(logits, targets);
-        let gradients = loss.backward();
-        all.extend(values(loss.inner().cast(FloatDType::F32)));
-        for leaf in [q, k, v, w] {
-            all.extend(values(leaf.grad(&gradients).unwrap().cast(FloatDType::F32)));
-        }
-        all
-    };
-    close("double", &run(FloatDType::F32), &run(FloatDType::F64), 2e-6);
+    for device in devices().iter().filter(|device| device.supports_dtype(FloatDType::F64)) {
+        let tape = device.clone().autodiff();
+        let run = |dtype: FloatDType| {
+            let mut random = Random::new(14);
+            let mut all = Vec::new();
+            let mut leaf = |shape: [usize; 4]| random.tensor::<4>(shape, 1.5, &tape).cast(dtype).require_grad();
+            let (q, k, v, w) = (leaf([2, 4, 5, 6]), leaf([2, 2, 7, 6]), leaf([2, 2, 7, 6]), leaf([1, 1, 1, 24]));
+            let angles = random.tensor::<2>([5, 3], 1.0, &tape).cast(dtype);
+            let mask = AttentionMask { window: Some(3), left_pad: Some(vec![1, 2]) };
+            let context = ops::causal_attention(q.clone(), k.clone(), v.clone(), 0.7, &mask);
+            let turned = ops::rotary(context, 4, angles.clone().cos(), angles.sin());
+            let normed = ops::rms_norm(turned.reshape([10, 24]), w.clone().reshape([24]), 1e-3);
+            let logits = ops::swiglu(normed.clone(), normed + 1.0);
+            let targets = Tensor::<1, Int>::from_ints([0, 5, 23, 7, 7, 1, 2, 3, 4, 11], &tape);
+            let loss = ops::cross_entropy_sum(logits, targets);
+            let gradients = loss.backward();
+            all.extend(values(loss.inner().cast(FloatDType::F32)));
+            for leaf in [q, k, v, w] {
+                all.extend(values(leaf.grad(&gradients).unwrap().cast(FloatDType::F32)));
+            }
+            all
+        };
+        close("double", &run(FloatDType::F32), &run(FloatDType::F64), 2e-6 * slack(device));
+    }
 }
