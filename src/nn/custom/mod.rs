@@ -40,6 +40,8 @@ mod simd;
 mod testing;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
+#[cfg(all(test, feature = "flex"))]
+mod tests_linear;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};

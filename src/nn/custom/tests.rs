@@ -1,9 +1,14 @@
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
-use rand::RngExt;
 
 use super::DecoderOps;
 use super::testing::{Random, close, compare, devices, slack, values};
 use crate::nn::{mask::AttentionMask, ops, plain};
+
+/// The head's loss of logits: hidden states under the identity.
+fn loss_of(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let identity = Tensor::<2>::eye(logits.dims()[1], &logits.device().without_autodiff()).cast(logits.dtype());
+    ops::head_loss(logits, identity, targets)
+}
 
 #[test]
 fn swiglu_is_the_plain_composition() {
@@ -56,43 +61,6 @@ fn rms_norm_is_the_plain_composition() {
             |[x, weight]: [Tensor<1>; 2]| ops::rms_norm(x, weight, 1e-5),
             |[x, weight]| plain::rms_norm(x, weight, 1e-5),
         );
-    }
-}
-
-#[test]
-fn cross_entropy_is_the_plain_composition() {
-    for device in devices() {
-        let tape = device.clone().autodiff();
-        let mut random = Random::new(3);
-        for [n, classes] in [[1, 2], [3, 17], [67, 515]] {
-            let targets: Vec<i32> = (0..n).map(|_| random.0.random_range(0..classes as i32)).collect();
-            let targets = |device: &Device| Tensor::<1, Int>::from_data(TensorData::new(targets.clone(), [n]), device);
-            let inputs = [random.tensor([n, classes], 4.0, device)];
-            let fused = |[logits]: [Tensor<2>; 1]| {
-                let device = logits.device();
-                ops::cross_entropy_sum(logits, targets(&device))
-            };
-            compare("cross-entropy", inputs.clone(), fused, |[logits]| {
-                let device = logits.device();
-                plain::cross_entropy_sum(logits, targets(&device))
-            });
-            // Plain targets beside tracked logits, and logits that a tracked tensor still needs.
-            let logits = Tensor::from_data(inputs[0].to_data(), &tape).require_grad();
-            let shifted = logits.clone() + 1.0;
-            let loss = ops::cross_entropy_sum(shifted.clone(), targets(device)) + shifted.clone().square().sum();
-            let gradients = values(logits.grad(&loss.backward()).unwrap());
-            let other = Tensor::from_data(inputs[0].to_data(), &tape).require_grad();
-            let shifted = other.clone() + 1.0;
-            let loss = plain::cross_entropy_sum(shifted.clone(), targets(&tape)) + shifted.square().sum();
-            close("mixed", &gradients, &values(other.grad(&loss.backward()).unwrap()), 5e-6 * slack(device));
-        }
-        let logits = Tensor::<2>::from_floats([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], &tape).require_grad();
-        let targets = Tensor::<1, Int>::from_ints([1, 2], &tape);
-        let loss = ops::cross_entropy_sum(logits.clone(), targets);
-        let gradients = values(logits.grad(&loss.backward()).unwrap());
-        close("loss", &values(loss.inner()), &[2e4 + 3_f32.ln()], 1e-6 * slack(device));
-        let third = 1.0 / 3.0;
-        close("gradient", &gradients, &[1.0, -1.0, 0.0, third, third, third - 1.0], 1e-4 * slack(device));
     }
 }
 
@@ -200,7 +168,7 @@ fn any_strides_will_do() {
             let turned = ops::rotary(h, 3, angles.clone().cos(), angles.sin());
             let logits = turned.swap_dims(0, 3).narrow(1, 1, 2).reshape([4, 12]).transpose();
             let targets = Tensor::<1, Int>::from_ints([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3], &tape);
-            let loss = ops::cross_entropy_sum(logits, targets);
+            let loss = loss_of(logits, targets);
             let gradients = loss.backward();
             let mut all = values(loss.inner());
             for input in [q, k, v] {
@@ -256,7 +224,7 @@ fn inputs_survive_their_gradients() {
         let [gate, up] = [(); 2].map(|()| random.tensor::<2>(shape, 1.0, &tape).require_grad());
         let before = [values(gate.clone().inner()), values(up.clone().inner())];
         let targets = Tensor::<1, Int>::zeros([130], &tape);
-        let y = ops::swiglu(gate.clone(), up.clone()).sum() + ops::cross_entropy_sum(gate.clone(), targets);
+        let y = ops::swiglu(gate.clone(), up.clone()).sum() + loss_of(gate.clone(), targets);
         let weight = random.tensor::<1>([129], 1.0, &tape);
         let _ = (y + ops::rms_norm(up.clone(), weight, 1e-5).sum()).backward();
         assert_eq!(before, [values(gate.inner()), values(up.inner())]);
@@ -305,16 +273,6 @@ fn portable_definitions_agree_with_the_kernels() {
     let heads = raw(&make([2, 4, 5, 6]));
     let fused = Flex::rotary_backward(table(), table(), heads.clone());
     same("rotary", fused, portable::rotary_backward::<Flex>(table(), table(), heads));
-
-    let flat = |shape: [usize; 2], seed| {
-        Random::new(seed).tensor::<2>(shape, 3.0, &Device::flex()).try_into_primitive::<Flex>().unwrap()
-    };
-    let targets = Tensor::<1, Int>::from_ints([3, 0, 6], &Device::flex()).try_into_primitive::<Flex>().unwrap();
-    let (loss, sums) = Flex::cross_entropy_sum(flat([3, 7], 1), targets.clone());
-    let (ploss, psums) = portable::cross_entropy_sum::<Flex>(flat([3, 7], 1), targets.clone());
-    same("loss", loss.clone(), ploss);
-    let fused = Flex::cross_entropy_sum_backward(flat([3, 7], 1), targets.clone(), sums, loss.clone());
-    same("logits", fused, portable::cross_entropy_sum_backward::<Flex>(flat([3, 7], 1), targets, psums, loss));
 }
 
 fn make_table(seq: usize, half: usize) -> burn::backend::flex::FlexTensor {
@@ -348,7 +306,7 @@ fn double_precision_takes_the_portable_way_on_the_tape() {
             let normed = ops::rms_norm(turned.reshape([10, 24]), w.clone().reshape([24]), 1e-3);
             let logits = ops::swiglu(normed.clone(), normed + 1.0);
             let targets = Tensor::<1, Int>::from_ints([0, 5, 23, 7, 7, 1, 2, 3, 4, 11], &tape);
-            let loss = ops::cross_entropy_sum(logits, targets);
+            let loss = loss_of(logits, targets);
             let gradients = loss.backward();
             all.extend(values(loss.inner().cast(FloatDType::F32)));
             for leaf in [q, k, v, w] {
