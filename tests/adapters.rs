@@ -254,7 +254,10 @@ fn wrong_ranks_settings_and_shapes_are_refused() {
     }
     assert!(ElasticLora::new(&good, 0, D_OUT, 0, &device).is_err());
     let adapter = adapted.adapter.as_mut().unwrap();
-    assert!(matches!(adapter.set_mask(Some(Tensor::<2>::ones([D_OUT, D_IN], &device).equal_elem(1.0))), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(
+        adapter.set_mask(Some(Tensor::<2>::ones([D_OUT, D_IN], &device).equal_elem(1.0))),
+        Err(Error::ShapeMismatch { .. })
+    ));
     assert!(!adapter.is_masked());
 
     assert!(ElasticLoraLinearConfig::new(D_IN, D_OUT, RANK).init_on(base(&device), &device).is_ok());

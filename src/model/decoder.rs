@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::module::embedding;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -194,7 +194,8 @@ impl Decoder {
     /// # Shapes
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        embedding(self.embed_tokens.val(), tokens)
+        let rows = embedding(self.embed_tokens.val(), tokens);
+        if rows.dtype() == DType::F32 { rows } else { rows.cast(FloatDType::F32) }
     }
 
     /// One block, without a cache; `tap` is shown each linear layer's input just before it is used.

@@ -4,6 +4,7 @@
 mod block;
 mod decoder;
 mod export;
+mod precision;
 mod pretrained;
 
 pub use block::{Attention, Block, LinearKind, Mlp, Tap};

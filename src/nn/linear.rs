@@ -92,6 +92,9 @@ impl BaseLinear {
     /// Stores the weight in another float format, rounded to nearest. A weight of 16 bits is half the memory, and cannot be
     /// trained.
     pub fn with_dtype(mut self, dtype: FloatDType) -> Self {
+        if self.weight.val().dtype() == dtype.into() {
+            return self;
+        }
         self.weight = self.weight.map(|weight| weight.cast(dtype)).set_require_grad(false);
         self
     }

@@ -7,6 +7,9 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::flex_bf16;
+
 /// Multiplications below which other threads are not worth waking.
 const SERIAL: usize = 128 * 128 * 128;
 /// Rows of a right-hand side that are widened at a time.
@@ -34,6 +37,11 @@ impl Matrix {
 
     pub fn transposed(self) -> Self {
         Self { row: self.column, column: self.row, ..self }
+    }
+
+    /// Where an element lies.
+    pub fn at(self, row: usize, column: usize) -> *const f32 {
+        self.from(row, column).first
     }
 
     /// The same matrix from row `row` and column `column` on.
@@ -196,7 +204,8 @@ impl<'a> Weight<'a> {
     }
 
     /// `out = a self`, or `out += a self`, for `a` `[m, k]` and this weight `[k, n]`, with `width` elements from row to row
-    /// of `out`. A weight of 16 bits is widened panel by panel and never whole.
+    /// of `out`. A bf16 weight is multiplied as such where the processor can, if there is enough to do; else a weight of 16
+    /// bits is widened panel by panel and never whole.
     ///
     /// # Safety
     /// `a` lies in memory that is alive, and `out`, with room for the product, is written by nobody else.
@@ -207,6 +216,17 @@ impl<'a> Weight<'a> {
             let matrix = Matrix { first, row: self.strides[0], column: self.strides[1] };
             // SAFETY: the layout stays within the storage, and the caller's promise.
             unsafe { product([m, n, k], a, matrix, 1.0, out.at(0), width, add, true) };
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Values::Bf16(values) = self.values
+            && m * n * k >= SERIAL
+            && let Some(tile) = flex_bf16::Tile::detect()
+        {
+            let strides = self.strides.map(isize::unsigned_abs);
+            let weight = flex_bf16::Weight { values, start: self.start, dims: self.dims, strides };
+            // SAFETY: the caller's promise.
+            unsafe { flex_bf16::multiply(tile, m, a, weight, out, width, add) };
             return;
         }
         let threads = if m * n * k >= SERIAL { rayon::current_num_threads() } else { 1 };

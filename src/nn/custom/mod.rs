@@ -29,6 +29,8 @@ mod autodiff;
 mod flex;
 #[cfg(feature = "flex")]
 mod flex_attention;
+#[cfg(all(feature = "flex", target_arch = "x86_64"))]
+mod flex_bf16;
 #[cfg(feature = "flex")]
 mod flex_linear;
 #[cfg(feature = "flex")]
