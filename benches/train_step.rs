@@ -151,11 +151,10 @@ fn status_mib(field: &str) -> Option<f64> {
 }
 
 fn with_weights(model: Decoder, weights: Weights) -> Result<Decoder> {
-    match weights {
-        Weights::F32 => Ok(model),
-        // SWITCH ON with `Decoder::with_weight_dtype`: model.with_weight_dtype(DType::BF16)
-        Weights::Bf16 => Err(Error::Unsupported { what: "frozen weights stored as bf16".into() }),
-    }
+    model.with_weight_dtype(match weights {
+        Weights::F32 => DType::F32,
+        Weights::Bf16 => DType::BF16,
+    })
 }
 
 /// What all methods train: the adapters of q, k, v, up, gate and down.
