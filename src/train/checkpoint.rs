@@ -113,7 +113,8 @@ pub(crate) fn load(
     if state.version != 1 {
         return Err(mismatch("version", "1".into(), state.version.to_string()));
     }
-    if state.config != *config {
+    // What a step keeps in memory is a matter of the machine, not of the run.
+    if (TrainConfig { checkpointing: config.checkpointing, ..state.config.clone() }) != *config {
         return Err(mismatch("settings", format!("{config:?}"), format!("{:?}", state.config)));
     }
     for (field, found) in &state.about {

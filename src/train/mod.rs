@@ -6,11 +6,13 @@
 //! whatever micro-batch they are in. Plain LoRA is the same run on a space with one choice per group; training every weight
 //! is the same run on [`SuperNet::dense`](crate::SuperNet::dense).
 
+mod backward;
 mod checkpoint;
 mod optimizer;
 mod progress;
 mod schedule;
 
+pub use backward::Checkpointing;
 pub use progress::StepLog;
 pub use schedule::Schedule;
 
@@ -32,6 +34,7 @@ use crate::io::atomic;
 use crate::model::Decoder;
 use crate::nn::host_values;
 use crate::supernet::SuperNet;
+use backward::backward;
 use optimizer::{Grads, NamedAdamW, accumulate, clip, norm, trainable};
 use progress::TrainBar;
 
@@ -77,6 +80,10 @@ pub struct TrainConfig {
     pub eval_every: usize,
     /// Steps between checkpoints, where the run has a folder; the last step is always kept. 0: none but on interruption.
     pub checkpoint_every: usize,
+    /// What a step keeps of its forward pass: memory against time. A run may be resumed with another choice; its bits are
+    /// then its own.
+    #[serde(default)]
+    pub checkpointing: Checkpointing,
 }
 
 impl TrainConfig {
@@ -96,6 +103,7 @@ impl TrainConfig {
             seed: 0,
             eval_every: 0,
             checkpoint_every: 0,
+            checkpointing: Checkpointing::None,
         }
     }
 
@@ -303,9 +311,9 @@ impl Trainer {
                 if targets.is_empty() {
                     continue;
                 }
-                let mean = model.nll_sum(tokens, targets)? / n_targets as f64;
-                loss += f64::from(host_values(mean.clone().inner())[0]);
-                accumulate(net.model(), &mut mean.backward(), &mut grads);
+                let (part, micro) = backward(model, tokens, targets, n_targets, config.checkpointing)?;
+                loss += part;
+                accumulate(&mut grads, micro);
             }
             let grad_norm = norm(&grads);
             let diverged = |loss: f64| Error::Diverged { step: step + 1, loss, grad_norm };

@@ -38,8 +38,8 @@ pub(crate) fn trainable<M: Module>(module: &M) -> BTreeMap<String, Tensor<1>> {
     collect.out
 }
 
-/// Adds a backward pass's gradients to `into`.
-pub(crate) fn accumulate<M: Module>(module: &M, grads: &mut Gradients, into: &mut Grads) {
+/// Adds a backward pass's gradients to `into`: those of the parameters that it reached.
+pub(crate) fn collect<M: Module>(module: &M, grads: &mut Gradients, into: &mut Grads) {
     struct Collect<'a> {
         path: Vec<String>,
         grads: &'a mut Gradients,
@@ -55,11 +55,7 @@ pub(crate) fn accumulate<M: Module>(module: &M, grads: &mut Gradients, into: &mu
                 let n = grad.shape().num_elements();
                 let grad: Tensor<1> = grad.reshape([n]);
                 let path = self.path.join(".");
-                let sum = match self.into.remove(&path) {
-                    Some(before) => before + grad,
-                    None => grad,
-                };
-                self.into.insert(path, sum);
+                add(self.into, path, grad);
             }
         }
         fn enter_module(&mut self, name: &str, _: &str) {
@@ -70,6 +66,19 @@ pub(crate) fn accumulate<M: Module>(module: &M, grads: &mut Gradients, into: &mu
         }
     }
     module.visit(&mut Collect { path: Vec::new(), grads, into });
+}
+
+/// Adds a micro-batch's gradients to those of the step.
+pub(crate) fn accumulate(into: &mut Grads, from: Grads) {
+    from.into_iter().for_each(|(path, grad)| add(into, path, grad));
+}
+
+fn add(into: &mut Grads, path: String, grad: Tensor<1>) {
+    let sum = match into.remove(&path) {
+        Some(before) => before + grad,
+        None => grad,
+    };
+    into.insert(path, sum);
 }
 
 /// The gradients' joint Euclidean norm. One read-back.
