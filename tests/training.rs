@@ -237,11 +237,11 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         f(&mut value);
         std::fs::write(&json, value.to_string()).unwrap();
     };
-    for text in ["", "{", "null", "[]", "{\"version\": 1}", &good_json[..good_json.len() / 2]] {
+    for text in ["", "{", "null", "[]", "{\"version\": 2}", &good_json[..good_json.len() / 2]] {
         std::fs::write(&json, text).unwrap();
         assert!(matches!(refused(text), Error::Json { .. }));
     }
-    edit(&|v| v["version"] = 2.into());
+    edit(&|v| v["version"] = 1.into());
     assert!(matches!(refused("version"), Error::CheckpointMismatch { .. }));
     edit(&|v| v["step"] = 5.into());
     assert!(matches!(refused("step"), Error::InvalidFile { .. }));
@@ -249,7 +249,9 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     assert!(matches!(refused("negative step"), Error::Json { .. }));
     edit(&|v| v["position"]["index"] = 10_000.into());
     assert!(matches!(refused("position"), Error::InvalidArgument { .. }));
-    edit(&|v| v["times"]["nothing.lora_a"] = 1.into());
+    edit(&|v| v["times"]["layers.0.mlp.up_proj.adapter.lora_a"] = vec![1].into());
+    assert!(matches!(refused("too few counts"), Error::InvalidFile { .. }));
+    edit(&|v| v["times"]["nothing.lora_a"] = vec![1].into());
     assert!(matches!(refused("times"), Error::MissingTensor { .. }));
     std::fs::write(&json, &good_json).unwrap();
     for len in [0, 4, 8, 100, good_tensors.len() / 2, good_tensors.len() - 1] {
@@ -492,6 +494,30 @@ fn a_model_on_the_autodiff_device_trains_to_the_same_bits() {
         weight_bits(net.model())
     };
     assert_eq!(trained(&Device::flex()), trained(&Device::flex().autodiff()));
+}
+
+#[test]
+fn ranks_that_no_subnet_used_stay_as_they_were() {
+    let mut net = net();
+    // Momentum first, of all ranks.
+    let maximal = net.maximal();
+    net.activate(&maximal).unwrap();
+    let fixed = TrainConfig { sampling: Sampling::Fixed, weight_decay: 0.1, ..config(4) };
+    run(&Trainer::new(fixed.clone()).unwrap(), &mut net).unwrap();
+    let minimal = net.minimal();
+    net.activate(&minimal).unwrap();
+    let before = weight_bits(net.model());
+    run(&Trainer::new(fixed).unwrap(), &mut net).unwrap();
+    let after = weight_bits(net.model());
+    for (path, bits) in before.iter().filter(|(path, _)| is_factor(path)) {
+        // Of 5 ranks 2 are active: columns of A, rows of B.
+        let d_output = bits.len() / 5;
+        let active = |i: usize| if path.ends_with("lora_a") { i % 5 < 2 } else { i / d_output < 2 };
+        for (i, (before, after)) in bits.iter().zip(&after[path]).enumerate() {
+            assert!(active(i) || before == after, "{path}: {i}");
+        }
+        assert!(bits.iter().zip(&after[path]).enumerate().filter(|(i, _)| active(*i)).any(|(_, (b, a))| b != a));
+    }
 }
 
 #[test]

@@ -147,6 +147,20 @@ impl Decoder {
         Ok(Self { embed_tokens, layers, norm, lm_head, config: config.clone(), rope })
     }
 
+    /// Moves the model out, leaving one without blocks that is good for nothing.
+    pub(crate) fn take(&mut self) -> Self {
+        let device = self.device();
+        let left = Self {
+            embed_tokens: Param::from_tensor(Tensor::zeros([1, 1], &device)),
+            layers: Vec::new(),
+            norm: RmsNorm::from_tensor(Tensor::zeros([1], &device), self.norm.eps),
+            lm_head: None,
+            config: self.config.clone(),
+            rope: self.rope.clone(),
+        };
+        std::mem::replace(self, left)
+    }
+
     /// The configuration it was built from.
     pub fn config(&self) -> &HfConfig {
         &self.config
