@@ -155,6 +155,7 @@ impl Batcher {
 
     /// The next batch; after the last of an epoch comes the first of the next.
     pub fn next_batch(&mut self) -> Batch {
+        // Half a microsecond for 4 x 256 tokens, where a step takes seconds: no thread of its own.
         let rows: Vec<&Sequence> = self.current[self.position.index].iter().map(|i| &self.sequences[*i]).collect();
         let batch = collate(&rows, self.pad_id);
         self.position.index += 1;

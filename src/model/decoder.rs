@@ -147,6 +147,20 @@ impl Decoder {
         Ok(Self { embed_tokens, layers, norm, lm_head, config: config.clone(), rope })
     }
 
+    /// Moves the model out, leaving one without blocks that is good for nothing.
+    pub(crate) fn take(&mut self) -> Self {
+        let device = self.device();
+        let left = Self {
+            embed_tokens: Param::from_tensor(Tensor::zeros([1, 1], &device)),
+            layers: Vec::new(),
+            norm: RmsNorm::from_tensor(Tensor::zeros([1], &device), self.norm.eps),
+            lm_head: None,
+            config: self.config.clone(),
+            rope: self.rope.clone(),
+        };
+        std::mem::replace(self, left)
+    }
+
     /// The configuration it was built from.
     pub fn config(&self) -> &HfConfig {
         &self.config
@@ -208,7 +222,7 @@ impl Decoder {
         self.layers[block].forward(x, block, &mut pass)
     }
 
-    fn pass<'a>(&self, start: usize, n: usize, cache: Option<&'a mut KvCache>) -> Pass<'a> {
+    pub(crate) fn pass<'a>(&self, start: usize, n: usize, cache: Option<&'a mut KvCache>) -> Pass<'a> {
         let device = self.device().without_autodiff();
         let (cos, sin) = self.rope.tables(start, n, &device);
         let window = self.config.sliding_window();
@@ -271,7 +285,16 @@ impl Decoder {
     /// [`Error::TokenOutOfRange`] for a target outside the vocabulary, [`Error::InvalidArgument`] for a position outside
     /// `tokens` or none at all.
     pub fn nll_sum(&self, tokens: Tensor<2, Int>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
-        let (n_tokens, vocab_size) = (tokens.shape().num_elements(), self.config.vocab_size());
+        self.nll_at(self.hidden_states(tokens, None), positions)
+    }
+
+    /// [`nll_sum`](Self::nll_sum) from the final hidden states on.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[1]`
+    pub(crate) fn nll_at(&self, hidden: Tensor<3>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
+        let [batch, seq, _] = hidden.dims();
+        let (n_tokens, vocab_size) = (batch * seq, self.config.vocab_size());
         if positions.is_empty() {
             return Err(Error::argument("positions", "none", "at least one"));
         }
@@ -281,7 +304,6 @@ impl Decoder {
         if let Some((_, found)) = positions.iter().find(|(_, target)| *target as usize >= vocab_size) {
             return Err(Error::TokenOutOfRange { found: *found, vocab_size });
         }
-        let hidden = self.hidden_states(tokens, None);
         let device = hidden.device().without_autodiff();
         let hidden: Tensor<2> = hidden.flatten(0, 1);
         let rows: Vec<i32> = positions.iter().map(|(row, _)| *row as i32).collect();

@@ -136,6 +136,13 @@ impl SuperNet {
         Ok(())
     }
 
+    /// As [`replace_model`](Self::replace_model) for what cannot fail: `f` is given the only handle on weights that nobody
+    /// outside holds, and so may change them in place.
+    pub(crate) fn update_model(&mut self, f: impl FnOnce(Decoder) -> Decoder) {
+        let model = self.model.take();
+        self.model = f(model);
+    }
+
     /// The model with the active subnet, off the tape: for evaluation. Weights are shared, not copied.
     pub fn eval_model(&self) -> Decoder {
         self.model.valid()

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::TrainConfig;
-use super::optimizer::{NamedAdamW, load_trainable, trainable};
+use super::optimizer::{NamedAdamW, load_trainable, rank_counts, trainable};
 use super::progress::StepLog;
 use crate::data::{Batcher, Position};
 use crate::error::{Error, Result};
@@ -28,7 +28,16 @@ pub(crate) struct State {
     pub step: usize,
     pub position: Position,
     pub logs: Vec<StepLog>,
-    times: BTreeMap<String, usize>,
+    /// By parameter, the optimizer's steps of each index that is counted on its own.
+    times: BTreeMap<String, Vec<usize>>,
+}
+
+/// Changes with what `trainer.json` and `trainer.safetensors` mean.
+const VERSION: u32 = 2;
+
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
 }
 
 impl State {
@@ -40,7 +49,7 @@ impl State {
         optimizer: &NamedAdamW,
     ) -> Self {
         let times = optimizer.moments().1;
-        Self { version: 1, config: config.clone(), about, step: logs.len(), position, logs, times }
+        Self { version: VERSION, config: config.clone(), about, step: logs.len(), position, logs, times }
     }
 }
 
@@ -103,17 +112,20 @@ pub(crate) fn load(
         return Ok((model, None));
     }
     let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
-    let state: State = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
     let mismatch = |field: &str, expected: String, found: String| Error::CheckpointMismatch {
         path: path.clone(),
         field: field.to_string(),
         expected,
         found,
     };
-    if state.version != 1 {
-        return Err(mismatch("version", "1".into(), state.version.to_string()));
+    // Before the rest, which another version may hold in another form.
+    let Version { version } = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
+    if version != VERSION {
+        return Err(mismatch("version", VERSION.to_string(), version.to_string()));
     }
-    if state.config != *config {
+    let state: State = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
+    // What a step keeps in memory is a matter of the machine, not of the run.
+    if (TrainConfig { checkpointing: config.checkpointing, ..state.config.clone() }) != *config {
         return Err(mismatch("settings", format!("{config:?}"), format!("{:?}", state.config)));
     }
     for (field, found) in &state.about {
@@ -133,6 +145,13 @@ pub(crate) fn load(
     }
     let sizes: BTreeMap<String, usize> = values.iter().map(|(name, v)| (name.clone(), v.len())).collect();
     let model = load_trainable(model, values)?;
+    let counted = rank_counts(&model);
+    for (name, times) in &state.times {
+        let expected = counted.get(name).copied().unwrap_or(1);
+        if times.len() != expected {
+            return Err(Error::invalid_file(&file, format!("{} step counts of `{name}`, not {expected}", times.len())));
+        }
+    }
     optimizer.restore(&state.times, device, |name| {
         let values = tensors.load_f32(name)?;
         let expected = sizes.get(&name[2..]).copied().unwrap_or(0);

@@ -3,14 +3,16 @@
 //!
 //! Departures from the authors' code: a subnet is drawn once per optimizer step, by the trainer (theirs: once per micro-batch,
 //! inside layers); warm-up happens where it is asked for (theirs is ignored); the loss is the mean over the step's targets,
-//! whatever micro-batch they are in. Plain LoRA is the same run on a space with one choice per group; training every weight
+//! whatever micro-batch they are in; ranks that a step's subnets left out are not moved by momentum or decay (theirs are). Plain LoRA is the same run on a space with one choice per group; training every weight
 //! is the same run on [`SuperNet::dense`](crate::SuperNet::dense).
 
+mod backward;
 mod checkpoint;
 mod optimizer;
 mod progress;
 mod schedule;
 
+pub use backward::Checkpointing;
 pub use progress::StepLog;
 pub use schedule::Schedule;
 
@@ -32,7 +34,8 @@ use crate::io::atomic;
 use crate::model::Decoder;
 use crate::nn::host_values;
 use crate::supernet::SuperNet;
-use optimizer::{Grads, NamedAdamW, accumulate, clip, norm, trainable};
+use backward::backward;
+use optimizer::{Grads, NamedAdamW, Prefixes, accumulate, active_prefixes, clip_factor, trainable, widen};
 use progress::TrainBar;
 
 /// When a new subnet is drawn.
@@ -77,6 +80,10 @@ pub struct TrainConfig {
     pub eval_every: usize,
     /// Steps between checkpoints, where the run has a folder; the last step is always kept. 0: none but on interruption.
     pub checkpoint_every: usize,
+    /// What a step keeps of its forward pass: memory against time. A run may be resumed with another choice; its bits are
+    /// then its own.
+    #[serde(default)]
+    pub checkpointing: Checkpointing,
 }
 
 impl TrainConfig {
@@ -96,6 +103,7 @@ impl TrainConfig {
             seed: 0,
             eval_every: 0,
             checkpoint_every: 0,
+            checkpointing: Checkpointing::None,
         }
     }
 
@@ -218,7 +226,7 @@ impl Trainer {
         let home = net.active().clone();
         let config = &self.config;
         let plain = net.model().device().without_autodiff();
-        let mut optimizer = NamedAdamW::new(config.betas, config.eps, config.weight_decay);
+        let mut optimizer = NamedAdamW::new(config.betas, config.eps, config.weight_decay, &plain);
         let about = self.about(net, train);
         net.replace_model(|model| Ok(model.train()))?;
         let mut logs = Vec::new();
@@ -286,6 +294,7 @@ impl Trainer {
             let n_targets: usize = targets.iter().map(Vec::len).sum();
             let mut rng = ChaCha8Rng::seed_from_u64(mix_seed(config.seed, step as u64));
             let mut grads = Grads::new();
+            let mut used = Prefixes::new();
             let mut loss = 0.0;
             for (index, (batch, targets)) in batches.iter().zip(&targets).enumerate() {
                 match config.sampling {
@@ -303,27 +312,28 @@ impl Trainer {
                 if targets.is_empty() {
                     continue;
                 }
-                let mean = model.nll_sum(tokens, targets)? / n_targets as f64;
-                loss += f64::from(host_values(mean.clone().inner())[0]);
-                accumulate(net.model(), &mut mean.backward(), &mut grads);
+                let (part, micro) = backward(model, tokens, targets, n_targets, config.checkpointing)?;
+                loss += part;
+                accumulate(&mut grads, micro);
+                widen(&mut used, active_prefixes(model));
             }
-            let grad_norm = norm(&grads);
+            let grad_norm = optimizer.norm(&mut grads);
             let diverged = |loss: f64| Error::Diverged { step: step + 1, loss, grad_norm };
             if !(loss.is_finite() && grad_norm.is_finite()) {
                 bar.finish();
                 return Err(diverged(loss));
             }
-            if let Some(max_norm) = config.clip_norm {
-                clip(&mut grads, grad_norm, max_norm);
-            }
-            let before = net.model().clone();
-            let lr = config.lr * config.schedule.factor(step, config.warmup, config.steps);
-            net.replace_model(|model| Ok(optimizer.step(model, grads, lr)))?;
-            seconds += started.elapsed().as_secs_f64();
-
             let last = step + 1 == config.steps;
             let due = last || (config.eval_every > 0 && (step + 1).is_multiple_of(config.eval_every));
-            let valid_loss = if due && !valid.is_empty() {
+            let due = due && !valid.is_empty();
+            // Held only where validation may call for it: weights that are held twice are copied.
+            let before = due.then(|| net.model().clone());
+            let clip = config.clip_norm.map_or(1.0, |max_norm| clip_factor(grad_norm, max_norm));
+            let lr = config.lr * config.schedule.factor(step, config.warmup, config.steps);
+            net.update_model(|model| optimizer.step(model, grads, &used, clip, lr));
+            seconds += started.elapsed().as_secs_f64();
+
+            let valid_loss = if let Some(before) = before {
                 net.activate(&home)?;
                 let loss = mean_loss(&net.eval_model(), valid)?;
                 if !loss.is_finite() {
