@@ -3,7 +3,7 @@
 use std::ops::{Add, Div, Mul, Sub};
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IndexingUpdateOp, IntTensor};
-use burn::backend::{Backend, TensorMetadata};
+use burn::backend::{Backend, TensorMetadata, get_device_settings};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
 use super::{AttentionMask, LoraTerm};
@@ -390,7 +390,11 @@ fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) ->
     let scores = (q * scale).reshape([batch, n_kv_heads, rows, head_dim]).matmul(k.swap_dims(2, 3));
     let Some((hidden, mask_rows)) = mask.hidden(batch, seq_q, seq_k) else { return scores };
     let scores = scores.reshape([batch, n_heads, seq_q, seq_k]);
-    let hidden = B::bool_from_data(TensorData::new(hidden, [mask_rows, 1, seq_q, seq_k]), &scores.0.device());
+    let device = scores.0.device();
+    // A backend refuses truth values that are stored in another way than its own.
+    let stored = get_device_settings::<B>(&device).bool_dtype;
+    let hidden = TensorData::new(hidden, [mask_rows, 1, seq_q, seq_k]).convert_dtype(stored.into());
+    let hidden = B::bool_from_data(hidden, &device);
     let hidden = B::bool_expand(hidden, Shape::from([batch, n_heads, seq_q, seq_k]));
     Val::<B>(B::float_mask_fill(scores.0, hidden, (-1e30).into())).reshape([batch, n_kv_heads, rows, seq_k])
 }
