@@ -10,8 +10,11 @@ use super::simd::{self, Level};
 use crate::nn::custom::LoraTerm;
 use crate::nn::dropout::Dropout;
 
-/// Rows whose logits exist at a time: enough for a good product, few enough for memory.
-const HEAD_ROWS: usize = 256;
+/// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's weight is read and packed
+/// anew for each such chunk.
+const HEAD_ROWS: usize = 512;
+/// Most logits at a time, 64 MiB of them, over which chunks get fewer rows.
+const HEAD_LOGITS: usize = 16 << 20;
 
 /// A new matrix that `fill` writes completely.
 fn matrix(n: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
@@ -233,7 +236,13 @@ pub(super) fn lora_backward_factors(
     // SAFETY: as above.
     unsafe {
         product([d_input, rank, rows], x.transposed(), g, 1.0, da.as_mut_ptr(), max_rank, false, true);
-        product([rank, d_output, rows], h.transposed(), grad, 1.0, db.as_mut_ptr(), d_output, false, true);
+        // The thin matrix on the right and the result turned afterwards: twice as fast as the other way round.
+        let turned = matrix(d_output * rank, |turned| {
+            product([d_output, rank, rows], grad.transposed(), h, 1.0, turned.at(0), rank, false, true);
+        });
+        for (output, turned) in turned.chunks_exact(rank).enumerate() {
+            turned.iter().enumerate().for_each(|(row, value)| db[row * d_output + output] = *value);
+        }
     }
     Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
 }
@@ -361,10 +370,11 @@ pub(super) fn head(
     let values = floats(&hidden);
     let mut grad_hidden = vec![0.0_f32; if want_hidden { n * d_model } else { 0 }];
     let mut grad_weight = vec![0.0_f32; if want_weight { d_model * n_classes } else { 0 }];
-    let mut logits = vec![0.0_f32; HEAD_ROWS.min(n) * n_classes];
+    let chunk_rows = (HEAD_LOGITS / n_classes).clamp(64, HEAD_ROWS).min(n);
+    let mut logits = vec![0.0_f32; chunk_rows * n_classes];
     let mut loss = 0.0_f64;
-    for first in (0..n).step_by(HEAD_ROWS) {
-        let rows = HEAD_ROWS.min(n - first);
+    for first in (0..n).step_by(chunk_rows) {
+        let rows = chunk_rows.min(n - first);
         let logits = &mut logits[..rows * n_classes];
         let chunk = Matrix::rows(&values[first * d_model..], d_model);
         // SAFETY: the operands are alive, and the outputs are this one's; so below.
