@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use elastic_lora::eval::Cost;
+use elastic_lora::io::DType;
 use elastic_lora::{Result, sparsity};
 use serde::Serialize;
 
@@ -84,6 +85,12 @@ pub struct Args {
     /// Let the prompt count in the loss, too
     #[arg(long)]
     train_on_inputs: bool,
+    /// How the frozen weights are kept in memory: f32, or bf16 or f16 for half of it
+    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    weights: Weights,
+    /// Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time
+    #[arg(long)]
+    checkpointing: bool,
     /// Longest sequence in tokens; longer records are cut [default: the model's context, at most 512]
     #[arg(long)]
     max_len: Option<usize>,
@@ -130,6 +137,24 @@ enum Method {
     Shears,
     /// Elastic adapters under the weights' mask, merged
     SparsePeft,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Weights {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<Weights> for DType {
+    fn from(weights: Weights) -> Self {
+        match weights {
+            Weights::F32 => DType::F32,
+            Weights::Bf16 => DType::BF16,
+            Weights::F16 => DType::F16,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::io::atomic;
 use elastic_lora::sparsity::Pattern;
-use elastic_lora::train::TrainConfig;
+use elastic_lora::train::{Checkpointing, TrainConfig};
 use elastic_lora::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -68,6 +68,9 @@ impl Settings {
         train.lr = args.lr;
         train.warmup = (args.steps / 20).min(100);
         train.seed = args.seed;
+        if args.checkpointing {
+            train.checkpointing = Checkpointing::Blocks;
+        }
         train.eval_every = (args.steps / 4).max(1);
         train.checkpoint_every = (args.steps / 4).max(1);
         train.validate()?;

@@ -43,7 +43,8 @@ impl Task {
     pub fn load(args: &Args, device: &Device) -> Result<Self> {
         let shipped = common::shipped_model();
         let folder = args.model.as_ref().unwrap_or(&shipped);
-        let pretrained = Pretrained::open(folder, device)?;
+        let mut pretrained = Pretrained::open(folder, device)?;
+        pretrained.model = pretrained.model.with_weight_dtype(args.weights.into())?;
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {
                 let test = args.test.as_ref().unwrap_or(valid);
