@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use burn::tensor::FloatDType;
+
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
@@ -152,6 +154,8 @@ impl Merger {
         if self.mode == MergeMode::KeepZeros && report.zeros_lost > 0 {
             return Err(Error::ZerosLost { layer: report.name, lost: report.zeros_lost });
         }
+        // A base of 16 bits would round the sum: that is for whoever writes it.
+        layer.base = layer.base.clone().with_dtype(FloatDType::F32);
         layer.base.set_matrix(&after)?;
         layer.adapter = None;
         Ok(Some(report))

@@ -142,12 +142,35 @@ mod tests {
     }
 
     #[test]
+    fn merging_into_16_bits_loses_nothing() {
+        let half = model(false).with_weight_dtype(DType::BF16).unwrap();
+        let space = SearchSpace::grouped(&half.layer_shapes(), &[&["q_proj"], &["down_proj"]], &[4, 3]).unwrap();
+        let config = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(true);
+        let mut net = SuperNet::new(half, space, config).unwrap();
+        let mut random = |_: &str, layer: &mut crate::ElasticLoraLinear| {
+            if let Some(adapter) = &mut layer.adapter {
+                adapter.lora_b = adapter.lora_b.clone().map(|b| b.random_like(burn::tensor::Distribution::Default));
+            }
+            Ok(())
+        };
+        net.model_mut().try_for_each_linear(&mut random).unwrap();
+        net.activate(&net.minimal()).unwrap();
+        let merged = crate::Merger::new().merge(&net, &[vec![1, 5, 9, 2]]).unwrap();
+        assert_eq!((merged.report.layers.len(), merged.report.zeros_lost), (4, 0));
+        assert_eq!(merged.report.max_logit_difference, Some(0.0));
+    }
+
+    #[test]
     fn what_cannot_be_stored_is_refused() {
         assert!(matches!(model(true).with_weight_dtype(DType::I32), Err(Error::Unsupported { .. })));
         let trained = SuperNet::dense(model(true)).unwrap().into_model().train();
         assert!(matches!(trained.with_weight_dtype(DType::BF16), Err(Error::Unsupported { .. })));
         let half = model(true).with_weight_dtype(DType::BF16).unwrap();
-        assert!(matches!(SuperNet::dense(half), Err(Error::Unsupported { .. })));
+        let sequences = vec![crate::data::Sequence::unmasked(vec![1, 2, 3])];
+        let mut batches = crate::data::Batcher::new(sequences, 1, 0, 0).unwrap();
+        let trainer = crate::train::Trainer::new(crate::train::TrainConfig::new(1)).unwrap();
+        let error = trainer.run(&mut SuperNet::dense(half).unwrap(), &mut batches, &[]).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }));
         let mut large = model(true);
         let layer = large.linear_mut("model.layers.1.mlp.up_proj").unwrap();
         let mut weight = layer.base.to_matrix();

@@ -108,12 +108,9 @@ impl SuperNet {
     /// A model all of whose weights are trained and that has one subnet: itself.
     ///
     /// # Errors
-    /// [`Error::HasAdapter`] for a model with adapters, [`Error::Unsupported`] for one whose weights are stored in 16 bits.
+    /// [`Error::HasAdapter`] for a model with adapters.
     pub fn dense(model: Decoder) -> Result<Self> {
         model.refuse_adapters("merge it first")?;
-        if model.embed_tokens.val().dtype() != burn::tensor::DType::F32 {
-            return Err(Error::Unsupported { what: "training weights of 16 bits".into() });
-        }
         let base = model.count_base_params();
         let model = model.set_require_grad(true);
         let space = SearchSpace::single();

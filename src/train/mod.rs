@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::module::Module;
+use burn::tensor::DType;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -216,7 +217,8 @@ impl Trainer {
     /// # Errors
     /// [`Error::Diverged`] for a loss or gradient that is no finite number; [`Error::Interrupted`] on the stop signal;
     /// [`Error::CheckpointMismatch`], and those of reading a checkpoint; those of the model for tokens outside the vocabulary
-    /// or context; [`Error::InvalidArgument`] where there is nothing to train. The super-network keeps the weights of the
+    /// or context; [`Error::InvalidArgument`] where there is nothing to train, [`Error::Unsupported`] where weights to be
+    /// trained are stored in 16 bits. The super-network keeps the weights of the
     /// last good step.
     pub fn run(&self, net: &mut SuperNet, train: &mut Batcher, valid: &[Batch]) -> Result<TrainReport> {
         if let Some(folder) = &self.folder {
@@ -266,9 +268,14 @@ impl Trainer {
         about: &BTreeMap<String, String>,
     ) -> Result<f64> {
         let config = &self.config;
-        if trainable(net.model()).is_empty() {
+        let trained = trainable(net.model());
+        if trained.is_empty() {
             return Err(Error::argument("net", "no adapter", "at least one weight to train"));
         }
+        if let Some((path, weight)) = trained.iter().find(|(_, weight)| weight.dtype() != DType::F32) {
+            return Err(Error::Unsupported { what: format!("training `{path}` as {:?}", weight.dtype()) });
+        }
+        drop(trained);
         let home = net.active().clone();
         let label = self.progress.as_deref();
         let mut bar = TrainBar::new(label.is_some(), label.unwrap_or(""), logs.len(), config.steps);
