@@ -14,7 +14,7 @@ pub(super) fn devices() -> &'static [Device] {
 }
 
 /// The devices that compute with the processor's own `f32`.
-fn hosts() -> Vec<Device> {
+pub(super) fn hosts() -> Vec<Device> {
     vec![
         #[cfg(feature = "flex")]
         Device::flex(),

@@ -1,7 +1,7 @@
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 
 use super::DecoderOps;
-use super::testing::{Random, close, compare, devices, slack, values};
+use super::testing::{Random, close, compare, devices, hosts, slack, values};
 use crate::nn::{mask::AttentionMask, ops, plain};
 
 /// The head's loss of logits: hidden states under the identity.
@@ -292,7 +292,8 @@ fn half_precision_takes_the_portable_way() {
 
 #[test]
 fn double_precision_takes_the_portable_way_on_the_tape() {
-    for device in devices().iter().filter(|device| device.supports_dtype(FloatDType::F64)) {
+    // On a GPU, `f64` has sums and products but need not have `exp` or `cos`: Vulkan defines those of `f32` at most.
+    for device in &hosts() {
         let tape = device.clone().autodiff();
         let run = |dtype: FloatDType| {
             let mut random = Random::new(14);
@@ -314,6 +315,6 @@ fn double_precision_takes_the_portable_way_on_the_tape() {
             }
             all
         };
-        close("double", &run(FloatDType::F32), &run(FloatDType::F64), 2e-6 * slack(device));
+        close("double", &run(FloatDType::F32), &run(FloatDType::F64), 2e-6);
     }
 }
