@@ -39,6 +39,7 @@ pub mod calib;
 pub mod data;
 pub mod error;
 pub mod eval;
+pub mod format;
 pub mod infer;
 pub mod io;
 pub mod linalg;

@@ -1,0 +1,193 @@
+//! A weight on a grid of small integers, one scale and zero point for each group of a row's columns.
+
+use crate::error::{Error, Result};
+use crate::linalg::Matrix;
+
+/// Bits of a code that are supported.
+const BITS: [u8; 4] = [2, 3, 4, 8];
+
+/// What makes a [`QuantizedMatrix`], not yet checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedParts {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Bits of a code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Columns of a group; the last group of a row may be shorter.
+    pub group_size: usize,
+    /// Whether every zero point is the middle of the grid, `2^(bits - 1)`.
+    pub symmetric: bool,
+    /// Codes, row-major `[rows, cols]`, each under `2^bits`.
+    pub codes: Vec<u8>,
+    /// Scales, row-major `[rows, groups]`; finite, and 0 only for a group whose every weight is 0.
+    pub scales: Vec<f32>,
+    /// Zero points, row-major `[rows, groups]`, each under `2^bits`.
+    pub zeros: Vec<u8>,
+    /// The group of each column, where it is not `column / group_size` (GPTQ's activation order without static groups).
+    pub group_of: Option<Vec<u32>>,
+}
+
+/// An `[out, in]` weight as integer codes: `w = scale * (code - zero)`, scale and zero point by row and group of columns.
+///
+/// A code that equals its zero point is exactly 0, so a pruned weight stays pruned.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedMatrix {
+    parts: QuantizedParts,
+}
+
+impl QuantizedMatrix {
+    /// Checks the parts.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for bits other than 2, 3, 4 and 8, a group size of 0, a code, zero point or group out of range, or a
+    /// scale that is negative or not finite; [`Error::ShapeMismatch`] for a vector of another length.
+    pub fn new(parts: QuantizedParts) -> Result<Self> {
+        let QuantizedParts { rows, cols, bits, group_size, symmetric, codes, scales, zeros, group_of } = &parts;
+        if !BITS.contains(bits) {
+            return Err(Error::argument("bits", bits, "2, 3, 4 or 8"));
+        }
+        if *group_size == 0 {
+            return Err(Error::argument("group_size", 0, "at least 1"));
+        }
+        let groups = cols.div_ceil(*group_size);
+        let length = |what: &str, found: usize, expected: usize| {
+            if found == expected {
+                return Ok(());
+            }
+            Err(Error::ShapeMismatch { what: what.into(), expected: vec![expected], found: vec![found] })
+        };
+        length("codes of a quantized weight", codes.len(), rows * cols)?;
+        length("scales of a quantized weight", scales.len(), rows * groups)?;
+        length("zero points of a quantized weight", zeros.len(), rows * groups)?;
+        let top = u8::MAX >> (8 - bits);
+        if let Some(code) = codes.iter().find(|code| **code > top) {
+            return Err(Error::argument("code", code, format!("at most {top} at {bits} bits")));
+        }
+        if let Some(zero) = zeros.iter().find(|zero| **zero > top) {
+            return Err(Error::argument("zero point", zero, format!("at most {top} at {bits} bits")));
+        }
+        let middle = 1_u8 << (bits - 1);
+        if let (true, Some(zero)) = (*symmetric, zeros.iter().find(|zero| **zero != middle)) {
+            return Err(Error::argument("zero point", zero, format!("{middle}, the middle of a symmetric grid")));
+        }
+        if let Some(scale) = scales.iter().find(|scale| !(scale.is_finite() && **scale >= 0.0)) {
+            return Err(Error::argument("scale", scale, "finite and not negative"));
+        }
+        if let Some(group_of) = group_of {
+            length("groups of columns", group_of.len(), *cols)?;
+            if let Some(group) = group_of.iter().find(|group| **group as usize >= groups) {
+                return Err(Error::argument("group", group, format!("under {groups}")));
+            }
+        }
+        Ok(Self { parts })
+    }
+
+    /// The parts.
+    pub fn parts(&self) -> &QuantizedParts {
+        &self.parts
+    }
+
+    /// The parts, without the matrix.
+    pub fn into_parts(self) -> QuantizedParts {
+        self.parts
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.parts.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.parts.cols
+    }
+
+    /// Groups of a row.
+    pub fn groups(&self) -> usize {
+        self.parts.cols.div_ceil(self.parts.group_size)
+    }
+
+    /// The group of a column.
+    pub fn group_of(&self, column: usize) -> usize {
+        match &self.parts.group_of {
+            Some(group_of) => group_of[column] as usize,
+            None => column / self.parts.group_size,
+        }
+    }
+
+    /// The scale and zero point of a row's group.
+    pub fn grid(&self, row: usize, group: usize) -> (f32, u8) {
+        let at = row * self.groups() + group;
+        (self.parts.scales[at], self.parts.zeros[at])
+    }
+
+    /// The weight that a code stands for: one rounding, that of the product.
+    pub fn value(scale: f32, zero: u8, code: u8) -> f32 {
+        scale * (f32::from(code) - f32::from(zero))
+    }
+
+    /// The weight, `[out, in]`.
+    pub fn dequantize(&self) -> Matrix {
+        Matrix::from_fn(self.rows(), self.cols(), |row, column| {
+            let (scale, zero) = self.grid(row, self.group_of(column));
+            Self::value(scale, zero, self.parts.codes[row * self.cols() + column])
+        })
+    }
+
+    /// Number of weights that are exactly 0.
+    pub fn count_zeros(&self) -> usize {
+        self.dequantize().count_zeros()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts() -> QuantizedParts {
+        QuantizedParts {
+            rows: 2,
+            cols: 5,
+            bits: 3,
+            group_size: 3,
+            symmetric: false,
+            codes: vec![0, 7, 2, 3, 4, 1, 1, 5, 6, 0],
+            scales: vec![0.5, 0.25, 2.0, 1.0],
+            zeros: vec![2, 4, 1, 0],
+            group_of: None,
+        }
+    }
+
+    #[test]
+    fn a_code_is_its_distance_from_the_zero_point() {
+        let matrix = QuantizedMatrix::new(parts()).unwrap();
+        assert_eq!(matrix.dequantize().as_slice(), [-1.0, 2.5, 0.0, -0.25, 0.0, 0.0, 0.0, 8.0, 6.0, 0.0]);
+        assert_eq!((matrix.groups(), matrix.count_zeros()), (2, 5));
+        let turned = QuantizedParts { group_of: Some(vec![1, 0, 1, 0, 0]), ..parts() };
+        let turned = QuantizedMatrix::new(turned).unwrap();
+        assert_eq!(turned.dequantize().row(0), [-1.0, 2.5, -0.5, 0.5, 1.0]);
+    }
+
+    #[test]
+    fn parts_that_make_no_matrix_are_refused() {
+        let bad: [(&str, fn(&mut QuantizedParts)); 9] = [
+            ("bits", |p| p.bits = 5),
+            ("group_size", |p| p.group_size = 0),
+            ("code", |p| p.codes[3] = 8),
+            ("zero point", |p| p.zeros[1] = 9),
+            ("zero point", |p| p.symmetric = true),
+            ("scale", |p| p.scales[2] = f32::NAN),
+            ("scales", |p| p.scales.truncate(3)),
+            ("group", |p| p.group_of = Some(vec![2; 5])),
+            ("groups", |p| p.group_of = Some(vec![0; 4])),
+        ];
+        for (name, spoil) in bad {
+            let mut parts = parts();
+            spoil(&mut parts);
+            let error = QuantizedMatrix::new(parts).unwrap_err().to_string();
+            assert!(error.contains(name), "{name}: {error}");
+        }
+    }
+}
