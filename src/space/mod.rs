@@ -1,9 +1,11 @@
 //! Which layers are elastic, which of them share a choice, and one choice for each: the search space and its subnets.
 //!
 //! A [`SearchSpace`] is a list of [`Group`]s. The layers of a group share one value (q, k and v of a block have one rank), and
-//! a [`SubnetConfig`] fixes that value for every group. Choices are kept in descending order, as the papers' code does
-//! (Shears, arXiv 2404.10934; SQFT, arXiv 2410.03750), so the genome `[0, 0, ...]` is the largest subnet. Nothing here knows
-//! a tensor.
+//! a [`SubnetConfig`] fixes that value for every group. What the value counts is the group's [`Elastic`] kind: active ranks
+//! (mode A; Shears, arXiv 2404.10934, and SQFT, arXiv 2410.03750), output channels (mode B; LoNAS, LREC-COLING 2024) or units of
+//! depth, which the papers do not have. Every choice nests in the larger ones: it is a prefix of ranks,
+//! channels or units. Choices are kept in descending order, as the papers' code does, so the genome `[0, 0, ...]` is the
+//! largest subnet. Nothing here knows a tensor.
 //!
 //! Layers go by their Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
 
@@ -12,7 +14,7 @@ mod import;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 use rand::{Rng, RngExt};
@@ -48,6 +50,13 @@ pub enum Elastic {
     /// The active rank of the group's adapters (mode A).
     #[default]
     Rank,
+    /// Output channels of the group's layers (mode B): those of an MLP's gate and up projections, whose down projection takes as
+    /// many inputs, or those of an attention's queries, a whole number of heads, with keys and values in step and as many
+    /// inputs of the output projection.
+    Width,
+    /// Units of the group's list that stay, the first ones. A unit is a whole block (`model.layers.3`), its attention
+    /// (`model.layers.3.self_attn`) or its MLP (`model.layers.3.mlp`).
+    Depth,
 }
 
 impl Elastic {
@@ -83,7 +92,7 @@ impl TryFrom<GroupParts> for Group {
 
     fn try_from(parts: GroupParts) -> Result<Self> {
         let GroupParts { id, kind, layers, choices } = parts;
-        Ok(Self { kind, ..Group::new(id, layers, choices)? })
+        Group::of_kind(kind, id, layers, choices)
     }
 }
 
@@ -91,8 +100,18 @@ impl Group {
     /// A group of elastic rank. The choices are sorted in descending order, and repeated ones dropped.
     ///
     /// # Errors
-    /// [`Error::InvalidSpace`] for an empty id, no layers, a layer named twice, no choices, or a choice of 0.
-    pub fn new(id: impl Into<String>, layers: Vec<String>, mut choices: Vec<usize>) -> Result<Self> {
+    /// As [`of_kind`](Self::of_kind).
+    pub fn new(id: impl Into<String>, layers: Vec<String>, choices: Vec<usize>) -> Result<Self> {
+        Self::of_kind(Elastic::Rank, id, layers, choices)
+    }
+
+    /// A group of any kind. The choices are sorted in descending order, and repeated ones dropped. For [`Elastic::Depth`],
+    /// `layers` are units, those that stay longest first, and 0 is a choice like any other.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSpace`] for an empty id, no layers, a layer named twice, no choices, a rank or width of 0, or a depth of
+    /// more units than there are.
+    pub fn of_kind(kind: Elastic, id: impl Into<String>, layers: Vec<String>, mut choices: Vec<usize>) -> Result<Self> {
         let id = id.into();
         let broken = |reason: String| Error::InvalidSpace { group: id.clone(), reason };
         if id.is_empty() {
@@ -108,12 +127,15 @@ impl Group {
         if choices.is_empty() {
             return Err(broken("it has no choices".into()));
         }
-        if choices.contains(&0) {
+        if kind != Elastic::Depth && choices.contains(&0) {
             return Err(broken(format!("its choices {choices:?} must all be over 0")));
+        }
+        if let (Elastic::Depth, Some(depth)) = (kind, choices.iter().find(|depth| **depth > layers.len())) {
+            return Err(broken(format!("it cannot keep {depth} of {} units", layers.len())));
         }
         choices.sort_unstable_by(|a, b| b.cmp(a));
         choices.dedup();
-        Ok(Self { id, kind: Elastic::Rank, layers, choices })
+        Ok(Self { id, kind, layers, choices })
     }
 
     /// The name by which a [`SubnetConfig`] refers to this group.
@@ -126,12 +148,12 @@ impl Group {
         self.kind
     }
 
-    /// Module paths of the layers that share the value; at least one.
+    /// Module paths of the layers that share the value, or of the units that a depth counts; at least one.
     pub fn layers(&self) -> &[String] {
         &self.layers
     }
 
-    /// The values on offer, strictly descending; at least one, none of them 0.
+    /// The values on offer, strictly descending; at least one, and 0 only for a depth.
     pub fn choices(&self) -> &[usize] {
         &self.choices
     }
@@ -165,7 +187,7 @@ pub struct SearchSpace {
     #[serde(skip)]
     by_id: HashMap<String, usize>,
     #[serde(skip)]
-    by_layer: HashMap<String, usize>,
+    by_layer: HashMap<Elastic, HashMap<String, usize>>,
 }
 
 /// [`SearchSpace`] as it stands in a file, before its rules are checked.
@@ -195,18 +217,20 @@ impl SearchSpace {
     /// A space of these groups, in this order, which is the order of genomes and of [`from_values`](Self::from_values).
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for no groups at all; [`Error::InvalidSpace`] for an id used twice or a layer in two groups.
+    /// [`Error::InvalidArgument`] for no groups at all; [`Error::InvalidSpace`] for an id used twice, a layer in two groups of one
+    /// kind, or a unit of depth that is part of another group's.
     pub fn new(groups: Vec<Group>) -> Result<Self> {
         if groups.is_empty() {
             return Err(Error::argument("groups", "[]", "a search space needs at least one group"));
         }
-        let (mut by_id, mut by_layer) = (HashMap::new(), HashMap::new());
+        let (mut by_id, mut by_layer) = (HashMap::new(), HashMap::<Elastic, HashMap<String, usize>>::new());
         for (index, group) in groups.iter().enumerate() {
             if by_id.insert(group.id.clone(), index).is_some() {
                 return Err(Error::InvalidSpace { group: group.id.clone(), reason: "the id is used twice".into() });
             }
+            let of_kind = by_layer.entry(group.kind).or_default();
             for layer in &group.layers {
-                if let Some(other) = by_layer.insert(layer.clone(), index) {
+                if let Some(other) = of_kind.insert(layer.clone(), index) {
                     return Err(Error::InvalidSpace {
                         group: group.id.clone(),
                         reason: format!("layer `{layer}` is in group `{}` as well", groups[other].id),
@@ -214,7 +238,26 @@ impl SearchSpace {
                 }
             }
         }
+        let units = by_layer.get(&Elastic::Depth).into_iter().flatten();
+        for (unit, index) in units.clone() {
+            let around = units.clone().find(|(outer, other)| *other != index && is_inside(unit, outer));
+            if let Some((outer, other)) = around {
+                return Err(Error::InvalidSpace {
+                    group: groups[*index].id.clone(),
+                    reason: format!("`{unit}` is part of `{outer}`, which group `{}` has", groups[*other].id),
+                });
+            }
+        }
         Ok(Self { groups, by_id, by_layer })
+    }
+
+    /// This space and further groups, behind its own.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_groups(mut self, groups: impl IntoIterator<Item = Group>) -> Result<Self> {
+        self.groups.extend(groups);
+        Self::new(self.groups)
     }
 
     /// The space without a choice: one subnet, which is the model as it stands.
@@ -222,16 +265,36 @@ impl SearchSpace {
         Self { groups: Vec::new(), by_id: HashMap::new(), by_layer: HashMap::new() }
     }
 
-    /// One group per block and list of suffixes: `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]`
-    /// is the space of Shears. Every group offers the same `choices`.
-    ///
-    /// A block is what stands before and with the first number of a module path (`model.layers.0`). A suffix fits a layer
-    /// whose path ends in it at a dot. Blocks that lack a suffix go without that layer; layers that fit no suffix are not
-    /// elastic.
+    /// One group of elastic rank per block and list of suffixes: `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"],
+    /// ["down_proj"]]` is the space of Shears. Every group offers the same `choices`. See
+    /// [`groups_by_block`](Self::groups_by_block).
     ///
     /// # Errors
     /// [`Error::UnknownLayer`] where a suffix fits no layer of any block; otherwise as [`Group::new`] and [`SearchSpace::new`].
     pub fn grouped<G, S>(layers: &[LayerShape], suffix_groups: &[G], choices: &[usize]) -> Result<Self>
+    where
+        G: AsRef<[S]>,
+        S: AsRef<str>,
+    {
+        Self::new(Self::groups_by_block(Elastic::Rank, layers, suffix_groups, choices)?)
+    }
+
+    /// One group of a kind per block and list of suffixes, to make a space of or add to one:
+    /// `groups_by_block(Elastic::Width, &layers, &[["gate_proj", "up_proj"]], &[384, 288, 192])` makes the width of each MLP
+    /// elastic. Ids of ranks are named by the layers alone, others end in the kind.
+    ///
+    /// A block is what stands before and with the first number of a module path (`model.layers.0`). A suffix fits a layer
+    /// whose path ends in it at a dot. Blocks that lack a suffix go without that layer; layers that fit no suffix are not
+    /// elastic. For [`Elastic::Depth`], use [`Group::of_kind`].
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`] where a suffix fits no layer of any block; otherwise as [`Group::of_kind`].
+    pub fn groups_by_block<G, S>(
+        kind: Elastic,
+        layers: &[LayerShape],
+        suffix_groups: &[G],
+        choices: &[usize],
+    ) -> Result<Vec<Group>>
     where
         G: AsRef<[S]>,
         S: AsRef<str>,
@@ -261,11 +324,16 @@ impl SearchSpace {
                     .map(|name| name.to_string())
                     .collect();
                 if !fitting.is_empty() {
-                    groups.push(Group::new(default_id(&fitting), fitting, choices.to_vec())?);
+                    let id = match kind {
+                        Elastic::Rank => default_id(&fitting),
+                        Elastic::Width => format!("{}.width", default_id(&fitting)),
+                        Elastic::Depth => format!("{}.depth", default_id(&fitting)),
+                    };
+                    groups.push(Group::of_kind(kind, id, fitting, choices.to_vec())?);
                 }
             }
         }
-        Self::new(groups)
+        Ok(groups)
     }
 
     /// One group for each layer, named by its path, each with the same `choices`.
@@ -304,7 +372,17 @@ impl SearchSpace {
 
     /// The group that sets the rank of this layer.
     pub fn group_of_layer(&self, layer: &str) -> Option<&Group> {
-        self.by_layer.get(layer).map(|&index| &self.groups[index])
+        self.group_of(Elastic::Rank, layer)
+    }
+
+    /// The group that sets what `kind` counts of this layer or unit.
+    pub fn group_of(&self, kind: Elastic, layer: &str) -> Option<&Group> {
+        self.by_layer.get(&kind)?.get(layer).map(|&index| &self.groups[index])
+    }
+
+    /// The groups of a kind, in the order of genomes.
+    pub fn groups_of_kind(&self, kind: Elastic) -> impl Iterator<Item = &Group> {
+        self.groups.iter().filter(move |group| group.kind == kind)
     }
 
     /// Number of subnets; infinite over about 1e308, where [`log10_n_subnets`](Self::log10_n_subnets) still serves.
@@ -406,7 +484,7 @@ impl SearchSpace {
         self.groups.iter().map(|group| self.value_of(config, group)).collect()
     }
 
-    /// The active rank of `layer` in `config`; `None` where no group names the layer.
+    /// The active rank of `layer` in `config`; `None` where no group of elastic rank names the layer.
     ///
     /// # Errors
     /// [`Error::UnknownGroup`] where `config` leaves the layer's group out, [`Error::InvalidChoice`] for a value not on offer.
@@ -416,40 +494,77 @@ impl SearchSpace {
         group.index_of(rank).map(|_| Some(rank))
     }
 
-    /// The active rank of every elastic layer, by module path.
+    /// The active rank of every layer of elastic rank, by module path.
     ///
     /// # Errors
     /// As [`validate`](Self::validate).
     pub fn ranks(&self, config: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
+        self.by_name(config, Elastic::Rank)
+    }
+
+    /// The output channels of every layer of elastic width, by module path, as its group counts them.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate).
+    pub fn widths(&self, config: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
+        self.by_name(config, Elastic::Width)
+    }
+
+    /// The units of depth that a subnet leaves out.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate).
+    pub fn left_out(&self, config: &SubnetConfig) -> Result<BTreeSet<String>> {
         let values = self.values(config)?;
-        let ranks = self.groups.iter().zip(values);
-        Ok(ranks.flat_map(|(group, rank)| group.layers.iter().map(move |layer| (layer.clone(), rank))).collect())
+        let depths = self.groups.iter().zip(values).filter(|(group, _)| group.kind == Elastic::Depth);
+        Ok(depths.flat_map(|(group, depth)| group.layers[depth..].iter().cloned()).collect())
+    }
+
+    fn by_name(&self, config: &SubnetConfig, kind: Elastic) -> Result<BTreeMap<String, usize>> {
+        let values = self.values(config)?;
+        let values = self.groups.iter().zip(values).filter(|(group, _)| group.kind == kind);
+        Ok(values.flat_map(|(group, value)| group.layers.iter().map(move |layer| (layer.clone(), value))).collect())
     }
 
     /// The largest rank that any group offers.
     pub fn max_rank(&self) -> usize {
-        self.groups.iter().map(|group| group.choices[0]).max().unwrap_or(0)
+        self.groups_of_kind(Elastic::Rank).map(|group| group.choices[0]).max().unwrap_or(0)
     }
 
-    /// Checks the space against a model: every layer exists, and no rank is over `max_rank`.
+    /// Checks the space against a model: every layer and unit exists, no rank is over `max_rank`, the layers of a width have one
+    /// number of inputs and as many outputs as its largest choice, or more. What a width means to a model
+    /// ([`SuperNet::new`](crate::SuperNet::new)) is not checked.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] naming group and layer, [`Error::InvalidRank`] naming layer and rank.
+    /// [`Error::UnknownLayer`] naming group and layer, [`Error::InvalidRank`] naming layer and rank, [`Error::InvalidSpace`].
     pub fn validate_layers(&self, layers: &[LayerShape], max_rank: usize) -> Result<()> {
-        let known: HashSet<&str> = layers.iter().map(|layer| layer.name.as_str()).collect();
+        let known: HashMap<&str, &LayerShape> = layers.iter().map(|layer| (layer.name.as_str(), layer)).collect();
         for group in &self.groups {
-            if let Some(unknown) = group.layers.iter().find(|layer| !known.contains(layer.as_str())) {
+            let exists = |name: &str| match group.kind {
+                Elastic::Depth => layers.iter().any(|layer| is_inside(&layer.name, name)),
+                Elastic::Rank | Elastic::Width => known.contains_key(name),
+            };
+            if let Some(unknown) = group.layers.iter().find(|layer| !exists(layer)) {
                 return Err(Error::UnknownLayer {
                     context: format!("search space, group `{}`", group.id),
                     layer: unknown.clone(),
                 });
             }
-            if group.choices[0] > max_rank {
-                return Err(Error::InvalidRank {
-                    layer: group.layers[0].clone(),
-                    found: group.choices[0],
-                    max: max_rank,
-                });
+            let largest = group.choices[0];
+            if group.kind == Elastic::Rank && largest > max_rank {
+                return Err(Error::InvalidRank { layer: group.layers[0].clone(), found: largest, max: max_rank });
+            }
+            if group.kind == Elastic::Width {
+                let shapes = group.layers.iter().filter_map(|layer| known.get(layer.as_str()));
+                let broken = |reason: String| Err(Error::InvalidSpace { group: group.id.clone(), reason });
+                let inputs: BTreeSet<usize> = shapes.clone().map(|shape| shape.d_input).collect();
+                if inputs.len() > 1 {
+                    return broken(format!("its layers differ in shape: they take {inputs:?} inputs"));
+                }
+                let widest = shapes.map(|shape| shape.d_output).max().unwrap_or(0);
+                if largest > widest {
+                    return broken(format!("a width of {largest} is more than its layers' {widest} output channels"));
+                }
             }
         }
         Ok(())
@@ -511,6 +626,11 @@ impl SearchSpace {
         }
         Err(Error::ShapeMismatch { what: what.into(), expected: vec![self.groups.len()], found: vec![found] })
     }
+}
+
+/// Whether a module path is `outer` or lies in it.
+fn is_inside(path: &str, outer: &str) -> bool {
+    path.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// A path without the `model.` that nearly all of them begin with.
