@@ -214,6 +214,7 @@ fn costs_are_what_counting_by_hand_gives() {
             adapter_params: adapters,
             macs_per_token: linears + head + adapters,
             weight_bytes: 2 * (base + adapters),
+            attention_width: 2 * d,
         };
         assert_eq!(cost, expected);
         assert_eq!((net.base_params().total, net.base_params().nonzero), (base, base - zeros));

@@ -143,7 +143,7 @@ impl ElasticLoraLinear {
     /// dropout two.
     ///
     /// # Shapes
-    /// - `x`: `[.., d_input]`; result: `[.., d_output]`
+    /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let Some(adapter) = &self.adapter else { return self.base.forward(x) };
         let (weight, term) = (self.base.stored(), adapter.term());
@@ -153,7 +153,8 @@ impl ElasticLoraLinear {
         let y = if adapter.is_masked() {
             ops::linear(x, adapter.added_to(weight))
         } else {
-            ops::lora_linear(x, weight, adapter.lora_a.val(), adapter.lora_b.val(), term)
+            let (a, b) = adapter.factors();
+            ops::lora_linear(x, weight, a, b, term)
         };
         self.base.with_bias(y)
     }
@@ -166,6 +167,24 @@ impl ElasticLoraLinear {
         match &mut self.adapter {
             Some(adapter) => adapter.set_active_rank(rank),
             None => Err(Error::InvalidRank { layer: "this layer, which has no adapter".into(), found: rank, max: 0 }),
+        }
+    }
+
+    /// Inputs and outputs that are active, all of them at first.
+    pub fn active_dims(&self) -> [usize; 2] {
+        self.base.active_dims()
+    }
+
+    /// Makes the first `d_input` inputs and `d_output` outputs the active ones, of base and adapter alike (mode B). Moves no
+    /// weight.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for 0 or more than there are; the layer is then as before.
+    pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
+        self.base.set_active_dims(active)?;
+        match &mut self.adapter {
+            Some(adapter) => adapter.set_active_dims(active),
+            None => Ok(()),
         }
     }
 
@@ -186,9 +205,10 @@ impl ElasticLoraLinear {
         Ok(())
     }
 
-    /// The weight that a plain layer needs to give this layer's output: base plus active update, `[d_input, d_output]`.
+    /// The weight that a plain layer needs to give this layer's output: base plus active update, `[d_input, d_output]` as far as
+    /// active.
     pub fn merged_weight(&self) -> Tensor<2> {
-        let weight = self.base.weight();
+        let weight = self.base.active_weight();
         match &self.adapter {
             Some(adapter) => adapter.added_to(weight),
             None => weight,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 use crate::nn::ops::{self, Dropout, LoraTerm};
-use crate::nn::{matrix_from_tensor, mix_seed, tensor_from_matrix};
+use crate::nn::{matrix_from_tensor, mix_seed, prefix, tensor_from_matrix};
 
 /// How the update's scale `s` follows from alpha and the ranks.
 ///
@@ -171,6 +171,8 @@ pub struct ElasticLora {
     #[module(skip)]
     active_rank: usize,
     #[module(skip)]
+    active_dims: [usize; 2],
+    #[module(skip)]
     dropout_seed: u64,
 }
 
@@ -183,7 +185,15 @@ impl ElasticLora {
         config.validate()?;
         check_sizes(d_input, d_output)?;
         let (lora_a, lora_b) = config.fresh_factors(d_input, d_output, seed, device);
-        Ok(Self { lora_a, lora_b, mask: None, active_rank: config.rank, config: config.clone(), dropout_seed: seed })
+        Ok(Self {
+            lora_a,
+            lora_b,
+            mask: None,
+            active_rank: config.rank,
+            active_dims: [d_input, d_output],
+            config: config.clone(),
+            dropout_seed: seed,
+        })
     }
 
     /// Takes trained factors in PEFT's orientation, all ranks active.
@@ -209,6 +219,7 @@ impl ElasticLora {
             lora_b: Param::from_tensor(tensor_from_matrix(b, device)),
             mask: None,
             active_rank: config.rank,
+            active_dims: [a.cols(), b.rows()],
             config: config.clone(),
             dropout_seed: 0,
         })
@@ -266,6 +277,35 @@ impl ElasticLora {
         self.active_rank
     }
 
+    /// Inputs and outputs that are active, all of them at first.
+    pub fn active_dims(&self) -> [usize; 2] {
+        self.active_dims
+    }
+
+    /// Makes the first inputs and outputs the active ones, as those of the layer that the adapter rides on (mode B). Moves no
+    /// weight.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for 0 or more than there are; they are then as before.
+    pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
+        let dims = [self.d_input(), self.d_output()];
+        if active.contains(&0) || active[0] > dims[0] || active[1] > dims[1] {
+            return Err(Error::ShapeMismatch {
+                what: "active inputs and outputs of an adapter, each at least 1 and at most".into(),
+                expected: dims.to_vec(),
+                found: active.to_vec(),
+            });
+        }
+        self.active_dims = active;
+        Ok(())
+    }
+
+    /// A and B, of all ranks, as far as inputs and outputs are active: views.
+    pub(crate) fn factors(&self) -> (Tensor<2>, Tensor<2>) {
+        let [d_input, d_output] = self.active_dims;
+        (prefix(self.lora_a.val(), 0, d_input), prefix(self.lora_b.val(), 1, d_output))
+    }
+
     /// The scale at the active rank.
     pub fn scale(&self) -> f64 {
         self.config.scale(self.active_rank)
@@ -288,19 +328,22 @@ impl ElasticLora {
         self.dropout_seed = seed;
     }
 
-    /// The active weight-space update, `[d_input, d_output]`; `s A_r B_r`, masked where there is a mask.
+    /// The active weight-space update, `s A_r B_r`, masked where there is a mask; `[d_input, d_output]` as far as active.
     pub fn delta(&self) -> Tensor<2> {
         let device = self.lora_a.val().device().without_autodiff();
-        self.added_to(Tensor::zeros([self.d_input(), self.d_output()], &device))
+        self.added_to(Tensor::zeros(self.active_dims, &device))
     }
 
     /// A weight with the active update.
     ///
     /// # Shapes
-    /// - `weight` and result: `[d_input, d_output]`
+    /// - `weight` and result: `[d_input, d_output]`, as far as active
     pub fn added_to(&self, weight: Tensor<2>) -> Tensor<2> {
-        let (a, b) = (self.lora_a.val(), self.lora_b.val());
-        summed_weight(weight, a, b, self.active_rank, self.scale(), self.mask.clone())
+        let ([d_input, d_output], (a, b)) = (self.active_dims, self.factors());
+        let mask = self.mask.clone().map(|mask| {
+            if mask.dims() == self.active_dims { mask } else { mask.narrow(0, 0, d_input).narrow(1, 0, d_output) }
+        });
+        summed_weight(weight, a, b, self.active_rank, self.scale(), mask)
     }
 
     /// What the adapter adds to its layer's output, by plain operations: `s (dropout(x) A_r) B_r`, two thin products, or with
@@ -314,8 +357,8 @@ impl ElasticLora {
         if self.mask.is_some() {
             return ops::linear(dropped, self.delta());
         }
-        let a = self.lora_a.val().narrow(1, 0, self.active_rank);
-        let b = self.lora_b.val().narrow(0, 0, self.active_rank);
+        let (a, b) = self.factors();
+        let (a, b) = (prefix(a, 1, self.active_rank), prefix(b, 0, self.active_rank));
         ops::linear(ops::linear(dropped, a) * self.scale(), b)
     }
 
@@ -330,7 +373,7 @@ impl ElasticLora {
         if self.lora_a.val().is_autodiff() { self.config.dropout } else { 0.0 }
     }
 
-    /// The active factors in PEFT's orientation: A `[r, d_input]`, B `[d_output, r]`, and the scale.
+    /// The active factors in PEFT's orientation: A `[r, d_input]`, B `[d_output, r]`, as far as active, and the scale.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a masked update, which no pair of factors expresses.
@@ -338,8 +381,9 @@ impl ElasticLora {
         if self.is_masked() {
             return Err(Error::Unsupported { what: "writing a SparsePEFT adapter as plain LoRA factors".into() });
         }
-        let a = matrix_from_tensor(self.lora_a.val().narrow(1, 0, self.active_rank));
-        let b = matrix_from_tensor(self.lora_b.val().narrow(0, 0, self.active_rank));
+        let (a, b) = self.factors();
+        let a = matrix_from_tensor(prefix(a, 1, self.active_rank));
+        let b = matrix_from_tensor(prefix(b, 0, self.active_rank));
         Ok((a, b, self.scale()))
     }
 

@@ -35,7 +35,7 @@ pub fn walk_blocks<S>(
     for block in 0..model.layers.len() {
         let mut statistics: BTreeMap<LinearKind, S> = LinearKind::ALL
             .into_iter()
-            .map(|kind| (kind, new(model.layers[block].linear(kind).base.dims()[0])))
+            .filter_map(|kind| Some((kind, new(model.layers[block].linear(kind)?.base.dims()[0]))))
             .collect();
         let mut failure = None;
         for state in &states {
@@ -50,8 +50,9 @@ pub fn walk_blocks<S>(
             return Err(error);
         }
         for (kind, statistic) in &statistics {
-            let layer = &mut model.layers[block].linear_mut(*kind).base;
-            change(&kind.name(block), layer, statistic)?;
+            if let Some(layer) = model.layers[block].linear_mut(*kind) {
+                change(&kind.name(block), &mut layer.base, statistic)?;
+            }
         }
         for state in &mut states {
             *state = model.block(block, state.clone(), None);
@@ -109,7 +110,7 @@ pub fn prune_model(
         return Err(Error::argument("samples", 0, format!("{method} needs calibration samples")));
     }
     let samples = if needed { samples } else { &[] };
-    let n_layers = model.layers.len() * LinearKind::ALL.len();
+    let n_layers = model.linears().count();
     let mut report = Vec::with_capacity(n_layers);
     walk_blocks(
         model,

@@ -12,7 +12,7 @@ pub(crate) fn bad_field(field: impl Into<String>, reason: impl Into<String>) -> 
 pub(crate) struct Fields<'a> {
     pub map: &'a Map<String, Value>,
     /// Put before a field's name in errors.
-    pub prefix: &'static str,
+    pub prefix: &'a str,
 }
 
 impl<'a> Fields<'a> {

@@ -1,16 +1,16 @@
-//! Adapters become part of the weights they ride on.
+//! Adapters become part of the weights they ride on, and channels and blocks that a subnet leaves out go.
 //!
 //! A plain adapter fills a sparse weight's zeros when it is merged; one that was trained under SparsePEFT's mask (SQFT,
-//! arXiv 2410.03750) keeps each of them, and the merged model gives what training saw.
+//! arXiv 2410.03750) keeps each of them, and the merged model gives what training saw. A subnet of smaller widths or depth (LoNAS,
+//! LREC-COLING 2024) becomes a plain model that is smaller, which the authors' code does not provide.
 
 use serde::{Deserialize, Serialize};
 
-use burn::tensor::FloatDType;
-
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
-use crate::model::Decoder;
-use crate::nn::host_values;
+use crate::io::hf::BlockDims;
+use crate::model::{Block, Decoder};
+use crate::nn::{host_values, matrix_from_tensor};
 use crate::sparsity::Mask;
 use crate::supernet::SuperNet;
 
@@ -73,6 +73,12 @@ pub struct MergeReport {
     pub layers: Vec<MergedLayer>,
     /// Zeros lost over all layers.
     pub zeros_lost: usize,
+    /// Sizes of the blocks of the merged model.
+    #[serde(default)]
+    pub blocks: Vec<BlockDims>,
+    /// Parts of the super-network's blocks that are left out, as `model.layers.3.mlp`.
+    #[serde(default)]
+    pub left_out: Vec<String>,
     /// Largest absolute difference between the logits of the unmerged and the merged model on the sample input; absent
     /// without one.
     pub max_logit_difference: Option<f32>,
@@ -99,21 +105,55 @@ impl Merger {
         self
     }
 
-    /// Merges the active subnet, leaving `net` as it is. The logits of both are compared on `sample`, token sequences.
+    /// Merges the active subnet, leaving `net` as it is. The logits of both are compared on `sample`, token sequences. A subnet
+    /// that leaves out channels or parts of blocks is for [`extract`](Self::extract).
     ///
     /// # Errors
     /// [`Error::ZerosLost`] in [`MergeMode::KeepZeros`] where a zero would be filled;
-    /// [`Error::NotFinite`] where a merged weight is not a number; those of [`Decoder::tokens`] for `sample`.
+    /// [`Error::NotFinite`] where a merged weight is not a number; [`Error::Unsupported`] for a subnet of smaller widths or
+    /// depth; those of [`Decoder::tokens`] for `sample`.
     pub fn merge(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
+        let narrowed = |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
+        if let Some((name, _)) = net.model().linears().find(narrowed) {
+            return Err(Error::Unsupported {
+                what: format!("merging with channels of `{name}` left out, not extracting,"),
+            });
+        }
+        if let Some(unit) = net.model().left_out().first() {
+            return Err(Error::Unsupported { what: format!("merging with `{unit}` left out, not extracting,") });
+        }
+        self.extract(net, sample)
+    }
+
+    /// The active subnet as a plain model of its own: adapters merged, and only those channels, heads and parts of blocks left that
+    /// are active. `net` stays as it is. The logits of both are compared on `sample`, token sequences.
+    ///
+    /// Blocks of which nothing is left go, and those behind them move up. The model's [`HfConfig`](crate::io::HfConfig) is a stock
+    /// one where all blocks are alike; see [`HfConfig::with_blocks`](crate::io::HfConfig::with_blocks).
+    ///
+    /// # Errors
+    /// As [`merge`](Self::merge), whatever is left out; [`Error::InvalidConfig`] where nothing is left.
+    pub fn extract(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
         let unmerged = net.eval_model();
-        let mut model = unmerged.clone();
+        let (mut model, left_out) = (unmerged.clone(), unmerged.left_out());
         let mut layers = Vec::new();
-        model.try_for_each_linear(|name, layer| {
+        let running: Vec<String> = model.linears().map(|(name, _)| name).filter(|name| unmerged.runs(name)).collect();
+        for name in &running {
+            let Some(layer) = model.linear_mut(name) else { continue };
             if let Some(done) = self.merge_layer(name, layer)? {
                 layers.push(done);
+            } else if layer.active_dims() != layer.base.dims() {
+                let weight = matrix_from_tensor(layer.base.active_weight());
+                layer.base = layer.base.replaced(&weight)?;
             }
-            Ok(())
-        })?;
+        }
+        let blocks: Vec<BlockDims> = net.block_dims(net.active())?;
+        let blocks: Vec<BlockDims> = blocks.into_iter().filter(|b| b.has_attention() || b.has_mlp()).collect();
+        if blocks != model.config().blocks() {
+            let config = model.config().with_blocks(&blocks)?;
+            let running = model.layers.clone().into_iter().filter_map(Block::running).collect();
+            model = model.with_layers(running, config);
+        }
         let mut max_logit_difference = None;
         for tokens in sample {
             let before = host_values(unmerged.forward(unmerged.tokens(tokens, 1)?));
@@ -122,10 +162,10 @@ impl Merger {
             max_logit_difference = Some(difference.max(max_logit_difference.unwrap_or(0.0)));
         }
         let zeros_lost = layers.iter().map(|layer| layer.zeros_lost).sum();
-        Ok(Merged { model, report: MergeReport { layers, zeros_lost, max_logit_difference } })
+        Ok(Merged { model, report: MergeReport { layers, zeros_lost, blocks, left_out, max_logit_difference } })
     }
 
-    /// Merges one layer, in place; nothing where it has no adapter.
+    /// Merges one layer, in place; nothing where it has no adapter. Of inputs and outputs, those that are active are left.
     ///
     /// # Errors
     /// As [`merge`](Self::merge); the layer is then as before.
@@ -133,8 +173,8 @@ impl Merger {
         let Some(adapter) = &layer.adapter else {
             return Ok(None);
         };
-        let before = layer.base.to_matrix();
-        let after = crate::nn::matrix_from_tensor(layer.merged_weight());
+        let before = matrix_from_tensor(layer.base.active_weight());
+        let after = matrix_from_tensor(layer.merged_weight());
         if let Some(index) = after.as_slice().iter().position(|v| !v.is_finite()) {
             return Err(Error::NotFinite { tensor: name.to_string(), index, value: after.as_slice()[index] });
         }
@@ -155,8 +195,7 @@ impl Merger {
             return Err(Error::ZerosLost { layer: report.name, lost: report.zeros_lost });
         }
         // A base of 16 bits would round the sum: that is for whoever writes it.
-        layer.base = layer.base.clone().with_dtype(FloatDType::F32);
-        layer.base.set_matrix(&after)?;
+        layer.base = layer.base.replaced(&after)?;
         layer.adapter = None;
         Ok(Some(report))
     }

@@ -30,6 +30,14 @@ impl LinearKind {
     /// All, in the order of computation.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
+    /// The part of the block that it is in.
+    pub fn unit(self) -> Unit {
+        match self {
+            Self::Q | Self::K | Self::V | Self::O => Unit::Attention,
+            Self::Gate | Self::Up | Self::Down => Unit::Mlp,
+        }
+    }
+
     /// Path inside the block, as Hugging Face names it.
     pub fn path(self) -> &'static str {
         match self {
@@ -95,8 +103,8 @@ pub struct Attention {
 impl Attention {
     fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
         pass.show(&[LinearKind::Q, LinearKind::K, LinearKind::V], &x);
-        let n_heads = self.q_proj.base.dims()[1] / self.head_dim;
-        let n_kv_heads = self.k_proj.base.dims()[1] / self.head_dim;
+        let n_heads = self.q_proj.active_dims()[1] / self.head_dim;
+        let n_kv_heads = self.k_proj.active_dims()[1] / self.head_dim;
         let q = ops::rotary(self.q_proj.forward(x.clone()), n_heads, pass.cos.clone(), pass.sin.clone());
         let k = ops::rotary(self.k_proj.forward(x.clone()), n_kv_heads, pass.cos.clone(), pass.sin.clone());
         let v = ops::split_heads(self.v_proj.forward(x), n_kv_heads);
@@ -131,48 +139,155 @@ impl Mlp {
     }
 }
 
-/// A block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
-#[derive(Module, Debug)]
-pub struct Block {
-    /// Before attention.
-    pub input_layernorm: RmsNorm,
-    /// Attention.
-    pub self_attn: Attention,
-    /// Before the MLP.
-    pub post_attention_layernorm: RmsNorm,
-    /// MLP.
-    pub mlp: Mlp,
+/// A part of a block that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Unit {
+    /// Attention, with its norm.
+    Attention,
+    /// The MLP, with its norm.
+    Mlp,
 }
 
-impl Block {
-    pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
-        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), block, pass);
-        x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x), pass)
-    }
+impl Unit {
+    /// Both, in the order of computation.
+    pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
 
-    /// One of its linear layers.
-    pub fn linear(&self, kind: LinearKind) -> &ElasticLoraLinear {
-        match kind {
-            LinearKind::Q => &self.self_attn.q_proj,
-            LinearKind::K => &self.self_attn.k_proj,
-            LinearKind::V => &self.self_attn.v_proj,
-            LinearKind::O => &self.self_attn.o_proj,
-            LinearKind::Gate => &self.mlp.gate_proj,
-            LinearKind::Up => &self.mlp.up_proj,
-            LinearKind::Down => &self.mlp.down_proj,
+    /// Path inside the block, as Hugging Face names it.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Attention => "self_attn",
+            Self::Mlp => "mlp",
         }
     }
 
-    /// One of its linear layers.
-    pub fn linear_mut(&mut self, kind: LinearKind) -> &mut ElasticLoraLinear {
+    /// Hugging Face's module path of this part of block `block`.
+    pub fn name(self, block: usize) -> String {
+        format!("model.layers.{block}.{}", self.path())
+    }
+
+    /// The block and the units that a path names: `model.layers.3` both of block 3, `model.layers.3.mlp` its MLP.
+    pub fn parse(name: &str) -> Option<(usize, &'static [Self])> {
+        let rest = name.strip_prefix("model.layers.")?;
+        let (block, units): (&str, &'static [Self]) = match rest.split_once('.') {
+            None => (rest, &Self::ALL),
+            Some((block, "self_attn")) => (block, &[Self::Attention]),
+            Some((block, "mlp")) => (block, &[Self::Mlp]),
+            Some(_) => return None,
+        };
+        Some((block.parse().ok()?, units))
+    }
+}
+
+/// Which parts of a block run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Running {
+    attention: bool,
+    mlp: bool,
+}
+
+/// A block: `x + attention(norm(x))`, then `x + mlp(norm(x))`. Either part may be missing for good (none), or left out for the time
+/// being ([`set_runs`](Self::set_runs)).
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Before attention.
+    pub input_layernorm: Option<RmsNorm>,
+    /// Attention.
+    pub self_attn: Option<Attention>,
+    /// Before the MLP.
+    pub post_attention_layernorm: Option<RmsNorm>,
+    /// MLP.
+    pub mlp: Option<Mlp>,
+    #[module(skip)]
+    runs: Running,
+}
+
+impl Block {
+    pub(crate) fn new(attention: Option<(RmsNorm, Attention)>, mlp: Option<(RmsNorm, Mlp)>) -> Self {
+        let (input_layernorm, self_attn) = attention.unzip();
+        let (post_attention_layernorm, mlp) = mlp.unzip();
+        let runs = Running { attention: true, mlp: true };
+        Self { input_layernorm, self_attn, post_attention_layernorm, mlp, runs }
+    }
+
+    pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
+        let x = match (&self.input_layernorm, &self.self_attn) {
+            (Some(norm), Some(attention)) if self.runs.attention => {
+                x.clone() + attention.forward(norm.forward(x), block, pass)
+            }
+            _ => x,
+        };
+        match (&self.post_attention_layernorm, &self.mlp) {
+            (Some(norm), Some(mlp)) if self.runs.mlp => x.clone() + mlp.forward(norm.forward(x), pass),
+            _ => x,
+        }
+    }
+
+    /// Whether the block has a part.
+    pub fn has(&self, unit: Unit) -> bool {
+        match unit {
+            Unit::Attention => self.self_attn.is_some(),
+            Unit::Mlp => self.mlp.is_some(),
+        }
+    }
+
+    /// Whether a part is there and runs.
+    pub fn runs(&self, unit: Unit) -> bool {
+        self.has(unit)
+            && match unit {
+                Unit::Attention => self.runs.attention,
+                Unit::Mlp => self.runs.mlp,
+            }
+    }
+
+    /// Leaves a part out, or lets it run again; of a part that is missing, nothing comes of it.
+    pub fn set_runs(&mut self, unit: Unit, runs: bool) {
+        match unit {
+            Unit::Attention => self.runs.attention = runs,
+            Unit::Mlp => self.runs.mlp = runs,
+        }
+    }
+
+    /// The block without the parts that are left out; none where nothing is left.
+    pub(crate) fn running(self) -> Option<Self> {
+        let (attention, mlp) = (self.runs(Unit::Attention), self.runs(Unit::Mlp));
+        let attention = self.input_layernorm.zip(self.self_attn).filter(|_| attention);
+        let mlp = self.post_attention_layernorm.zip(self.mlp).filter(|_| mlp);
+        (attention.is_some() || mlp.is_some()).then(|| Self::new(attention, mlp))
+    }
+
+    /// The norm before a part, where the block has it.
+    pub fn norm(&self, unit: Unit) -> Option<&RmsNorm> {
+        match unit {
+            Unit::Attention => self.input_layernorm.as_ref(),
+            Unit::Mlp => self.post_attention_layernorm.as_ref(),
+        }
+    }
+
+    /// One of its linear layers, where the block has it.
+    pub fn linear(&self, kind: LinearKind) -> Option<&ElasticLoraLinear> {
+        let (attention, mlp) = (self.self_attn.as_ref(), self.mlp.as_ref());
         match kind {
-            LinearKind::Q => &mut self.self_attn.q_proj,
-            LinearKind::K => &mut self.self_attn.k_proj,
-            LinearKind::V => &mut self.self_attn.v_proj,
-            LinearKind::O => &mut self.self_attn.o_proj,
-            LinearKind::Gate => &mut self.mlp.gate_proj,
-            LinearKind::Up => &mut self.mlp.up_proj,
-            LinearKind::Down => &mut self.mlp.down_proj,
+            LinearKind::Q => attention.map(|attention| &attention.q_proj),
+            LinearKind::K => attention.map(|attention| &attention.k_proj),
+            LinearKind::V => attention.map(|attention| &attention.v_proj),
+            LinearKind::O => attention.map(|attention| &attention.o_proj),
+            LinearKind::Gate => mlp.map(|mlp| &mlp.gate_proj),
+            LinearKind::Up => mlp.map(|mlp| &mlp.up_proj),
+            LinearKind::Down => mlp.map(|mlp| &mlp.down_proj),
+        }
+    }
+
+    /// One of its linear layers, where the block has it.
+    pub fn linear_mut(&mut self, kind: LinearKind) -> Option<&mut ElasticLoraLinear> {
+        let (attention, mlp) = (self.self_attn.as_mut(), self.mlp.as_mut());
+        match kind {
+            LinearKind::Q => attention.map(|attention| &mut attention.q_proj),
+            LinearKind::K => attention.map(|attention| &mut attention.k_proj),
+            LinearKind::V => attention.map(|attention| &mut attention.v_proj),
+            LinearKind::O => attention.map(|attention| &mut attention.o_proj),
+            LinearKind::Gate => mlp.map(|mlp| &mut mlp.gate_proj),
+            LinearKind::Up => mlp.map(|mlp| &mut mlp.up_proj),
+            LinearKind::Down => mlp.map(|mlp| &mut mlp.down_proj),
         }
     }
 }

@@ -6,7 +6,7 @@ use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::block::{Attention, Block, LinearKind, Mlp, Pass, Tap};
+use super::block::{Attention, Block, LinearKind, Mlp, Pass, Tap, Unit};
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
@@ -96,46 +96,47 @@ impl Decoder {
     }
 
     fn assemble(config: &HfConfig, source: &mut Source<'_>) -> Result<Self> {
-        let (d_model, d_mlp) = (config.hidden_size(), config.intermediate_size());
-        let d_attention = config.num_attention_heads() * config.head_dim();
-        let d_kv = config.num_key_value_heads() * config.head_dim();
-        let eps = config.rms_norm_eps();
+        let (d_model, eps) = (config.hidden_size(), config.rms_norm_eps());
         let embed_tokens =
             Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?).set_require_grad(false);
         let mut layers = Vec::with_capacity(config.num_hidden_layers());
-        for block in 0..config.num_hidden_layers() {
+        for (block, dims) in config.blocks().iter().enumerate() {
+            let (d_attention, d_kv) = (dims.n_heads * config.head_dim(), dims.n_kv_heads * config.head_dim());
             let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
                 let (d_input, d_output, bias) = match kind {
                     LinearKind::Q => (d_model, d_attention, config.attention_bias()),
                     LinearKind::K | LinearKind::V => (d_model, d_kv, config.attention_bias()),
                     LinearKind::O => (d_attention, d_model, config.attention_bias()),
-                    LinearKind::Gate | LinearKind::Up => (d_model, d_mlp, config.mlp_bias()),
-                    LinearKind::Down => (d_mlp, d_model, config.mlp_bias()),
+                    LinearKind::Gate | LinearKind::Up => (d_model, dims.d_mlp, config.mlp_bias()),
+                    LinearKind::Down => (dims.d_mlp, d_model, config.mlp_bias()),
                 };
                 Ok(ElasticLoraLinear::plain((source.linear)(&kind.name(block), d_input, d_output, bias)?))
             };
-            let self_attn = Attention {
-                q_proj: linear(LinearKind::Q)?,
-                k_proj: linear(LinearKind::K)?,
-                v_proj: linear(LinearKind::V)?,
-                o_proj: linear(LinearKind::O)?,
-                head_dim: config.head_dim(),
+            let mut norm =
+                |name: String| -> Result<RmsNorm> { Ok(RmsNorm::from_tensor((source.norm)(&name, d_model)?, eps)) };
+            let attention = if dims.has_attention() {
+                let attention = Attention {
+                    q_proj: linear(LinearKind::Q)?,
+                    k_proj: linear(LinearKind::K)?,
+                    v_proj: linear(LinearKind::V)?,
+                    o_proj: linear(LinearKind::O)?,
+                    head_dim: config.head_dim(),
+                };
+                Some((norm(HfConfig::input_norm(block))?, attention))
+            } else {
+                None
             };
-            let mlp = Mlp {
-                gate_proj: linear(LinearKind::Gate)?,
-                up_proj: linear(LinearKind::Up)?,
-                down_proj: linear(LinearKind::Down)?,
+            let mlp = if dims.has_mlp() {
+                let mlp = Mlp {
+                    gate_proj: linear(LinearKind::Gate)?,
+                    up_proj: linear(LinearKind::Up)?,
+                    down_proj: linear(LinearKind::Down)?,
+                };
+                Some((norm(HfConfig::post_attention_norm(block))?, mlp))
+            } else {
+                None
             };
-            let mut norm = |name: &str| -> Result<RmsNorm> {
-                let weight = (source.norm)(&format!("model.layers.{block}.{name}.weight"), d_model)?;
-                Ok(RmsNorm::from_tensor(weight, eps))
-            };
-            layers.push(Block {
-                input_layernorm: norm("input_layernorm")?,
-                post_attention_layernorm: norm("post_attention_layernorm")?,
-                self_attn,
-                mlp,
-            });
+            layers.push(Block::new(attention, mlp));
         }
         let norm = RmsNorm::from_tensor((source.norm)(HfConfig::FINAL_NORM, d_model)?, eps);
         let lm_head = if config.tie_word_embeddings() {
@@ -338,20 +339,40 @@ impl Decoder {
     /// The linear layers inside the blocks with their Hugging Face paths, in the order of computation.
     pub fn linears(&self) -> impl Iterator<Item = (String, &ElasticLoraLinear)> {
         self.layers.iter().enumerate().flat_map(|(index, block)| {
-            LinearKind::ALL.into_iter().map(move |kind| (kind.name(index), block.linear(kind)))
+            LinearKind::ALL.into_iter().filter_map(move |kind| Some((kind.name(index), block.linear(kind)?)))
         })
     }
 
     /// A linear layer by its Hugging Face path.
     pub fn linear(&self, name: &str) -> Option<&ElasticLoraLinear> {
         let (block, kind) = LinearKind::parse(name)?;
-        Some(self.layers.get(block)?.linear(kind))
+        self.layers.get(block)?.linear(kind)
     }
 
     /// A linear layer by its Hugging Face path.
     pub fn linear_mut(&mut self, name: &str) -> Option<&mut ElasticLoraLinear> {
         let (block, kind) = LinearKind::parse(name)?;
-        Some(self.layers.get_mut(block)?.linear_mut(kind))
+        self.layers.get_mut(block)?.linear_mut(kind)
+    }
+
+    /// Whether a linear layer, by its Hugging Face path, is there and not left out with its part of the block.
+    pub fn runs(&self, name: &str) -> bool {
+        let Some((block, kind)) = LinearKind::parse(name) else { return false };
+        self.layers.get(block).is_some_and(|block| block.runs(kind.unit()))
+    }
+
+    /// The parts of blocks that are there but left out, as `model.layers.3.mlp`.
+    pub fn left_out(&self) -> Vec<String> {
+        let units = |(index, block): (usize, &Block)| {
+            let units = Unit::ALL.into_iter().filter(|unit| block.has(*unit) && !block.runs(*unit));
+            units.map(|unit| unit.name(index)).collect::<Vec<_>>()
+        };
+        self.layers.iter().enumerate().flat_map(units).collect()
+    }
+
+    /// The model with other blocks, which are those that `config` describes.
+    pub(crate) fn with_layers(self, layers: Vec<Block>, config: HfConfig) -> Self {
+        Self { layers, config, ..self }
     }
 
     /// Runs `f` on each linear layer inside the blocks, in the order of computation.
@@ -361,7 +382,9 @@ impl Decoder {
     pub fn try_for_each_linear(&mut self, mut f: impl FnMut(&str, &mut ElasticLoraLinear) -> Result<()>) -> Result<()> {
         for (index, block) in self.layers.iter_mut().enumerate() {
             for kind in LinearKind::ALL {
-                f(&kind.name(index), block.linear_mut(kind))?;
+                if let Some(layer) = block.linear_mut(kind) {
+                    f(&kind.name(index), layer)?;
+                }
             }
         }
         Ok(())
@@ -385,8 +408,9 @@ impl Decoder {
         add(host_values(self.embed_tokens.val()));
         add(host_values(self.norm.weight.val()));
         for block in &self.layers {
-            add(host_values(block.input_layernorm.weight.val()));
-            add(host_values(block.post_attention_layernorm.weight.val()));
+            for norm in Unit::ALL.into_iter().filter_map(|unit| block.norm(unit)) {
+                add(host_values(norm.weight.val()));
+            }
         }
         for base in self.linears().map(|(_, layer)| &layer.base).chain(&self.lm_head) {
             add(host_values(base.weight()));

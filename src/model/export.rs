@@ -1,6 +1,6 @@
 //! A decoder's weights as named tensors, to be written.
 
-use super::Decoder;
+use super::{Decoder, Unit};
 use crate::error::Result;
 use crate::io::{DType, HfConfig, HostTensor};
 use crate::nn::{BaseLinear, host_values};
@@ -20,10 +20,11 @@ impl Decoder {
         })];
         for (index, block) in self.layers.iter().enumerate() {
             let norms = [
-                (HfConfig::input_norm(index), &block.input_layernorm),
-                (HfConfig::post_attention_norm(index), &block.post_attention_layernorm),
+                (HfConfig::input_norm(index), block.norm(Unit::Attention)),
+                (HfConfig::post_attention_norm(index), block.norm(Unit::Mlp)),
             ];
             for (name, norm) in norms {
+                let Some(norm) = norm else { continue };
                 let weight = norm.weight.clone();
                 tensors.push(HostTensor::lazy_f32(name, dtype, [d_model], move || Ok(host_values(weight.val()))));
             }

@@ -7,6 +7,6 @@ mod export;
 mod precision;
 mod pretrained;
 
-pub use block::{Attention, Block, LinearKind, Mlp, Tap};
+pub use block::{Attention, Block, LinearKind, Mlp, Tap, Unit};
 pub use decoder::{Decoder, ParamCount};
 pub use pretrained::Pretrained;

@@ -38,13 +38,22 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 /// A linear layer `y = x W + b`, as stored in the checkpoint: the frozen part of an adapted layer.
 ///
-/// How the weight is stored is this type's business alone; the decoder has one form for every storage.
+/// How the weight is stored is this type's business alone; the decoder has one form for every storage. Of inputs and outputs, a
+/// prefix may be active: the layer is then the smaller one with the leading part of weight and bias (mode B of arXiv 2501.16372,
+/// figure 1), and no weight moves.
 #[derive(Module, Debug)]
 pub struct BaseLinear {
     /// `[d_input, d_output]`.
     weight: Param<Tensor<2>>,
     /// `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
+    #[module(skip)]
+    active: [usize; 2],
+}
+
+/// The first `len` along `axis`, where that is not all: a view.
+pub(crate) fn prefix<const D: usize>(tensor: Tensor<D>, axis: usize, len: usize) -> Tensor<D> {
+    if tensor.dims()[axis] == len { tensor } else { tensor.narrow(axis, 0, len) }
 }
 
 impl BaseLinear {
@@ -53,7 +62,7 @@ impl BaseLinear {
     /// # Errors
     /// [`Error::ShapeMismatch`] where the bias has another length.
     pub fn from_tensors(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Result<Self> {
-        let [_, d_output] = weight.dims();
+        let [d_input, d_output] = weight.dims();
         if let Some(bias) = &bias
             && bias.dims() != [d_output]
         {
@@ -66,6 +75,7 @@ impl BaseLinear {
         Ok(Self {
             weight: Param::from_tensor(weight).set_require_grad(false),
             bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
+            active: [d_input, d_output],
         })
     }
 
@@ -84,9 +94,56 @@ impl BaseLinear {
         if weight.dtype() == DType::F32 { weight } else { weight.cast(FloatDType::F32) }
     }
 
-    /// The weight as it is stored, `[d_input, d_output]`.
+    /// The active part of the weight as it is stored: a view.
     pub(crate) fn stored(&self) -> Tensor<2> {
-        self.weight.val()
+        let [d_input, d_output] = self.active;
+        prefix(prefix(self.weight.val(), 0, d_input), 1, d_output)
+    }
+
+    /// The active part as a layer of its own, with the weight given for it, in Hugging Face's orientation.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the weight has another shape.
+    pub(crate) fn replaced(&self, weight: &Matrix) -> Result<Self> {
+        let [d_input, d_output] = self.active;
+        if (weight.rows(), weight.cols()) != (d_output, d_input) {
+            return Err(Error::ShapeMismatch {
+                what: "replacement weight".into(),
+                expected: vec![d_output, d_input],
+                found: vec![weight.rows(), weight.cols()],
+            });
+        }
+        let bias = self.bias.as_ref().map(|bias| prefix(bias.val(), 0, d_output));
+        let bias = bias.map(|bias| Tensor::from_data(bias.to_data(), &self.weight.val().device()));
+        Self::from_tensors(tensor_from_matrix(weight, &self.weight.val().device()), bias)
+    }
+
+    /// The active part of the weight as `f32`.
+    pub(crate) fn active_weight(&self) -> Tensor<2> {
+        let weight = self.stored();
+        if weight.dtype() == DType::F32 { weight } else { weight.cast(FloatDType::F32) }
+    }
+
+    /// Inputs and outputs that are active, all of them at first.
+    pub fn active_dims(&self) -> [usize; 2] {
+        self.active
+    }
+
+    /// Makes the first `d_input` inputs and `d_output` outputs the active ones. Moves no weight.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for 0 or more than there are; they are then as before.
+    pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
+        let dims = self.dims();
+        if active.contains(&0) || active[0] > dims[0] || active[1] > dims[1] {
+            return Err(Error::ShapeMismatch {
+                what: "active inputs and outputs of a layer, each at least 1 and at most".into(),
+                expected: dims.to_vec(),
+                found: active.to_vec(),
+            });
+        }
+        self.active = active;
+        Ok(())
     }
 
     /// Stores the weight in another float format, rounded to nearest. A weight of 16 bits is half the memory, and cannot be
@@ -128,10 +185,10 @@ impl BaseLinear {
         self.weight.lazy_shape().dims()
     }
 
-    /// Applies the layer.
+    /// Applies the layer's active part.
     ///
     /// # Shapes
-    /// - `x`: `[.., d_input]`; result: `[.., d_output]`
+    /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         self.with_bias(ops::linear(x, self.stored()))
     }
@@ -139,7 +196,7 @@ impl BaseLinear {
     /// Adds the bias, where there is one.
     pub(crate) fn with_bias<const D: usize>(&self, y: Tensor<D>) -> Tensor<D> {
         match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
+            Some(bias) => y + prefix(bias.val(), 0, self.active[1]).unsqueeze(),
             None => y,
         }
     }

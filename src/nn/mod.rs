@@ -13,6 +13,7 @@ mod rope;
 
 pub use cache::KvCache;
 pub use dropout::{Dropout, mix_seed};
+pub(crate) use linear::prefix;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
 pub use norm::RmsNorm;
 pub use rope::Rope;

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Group, LayerShape, SearchSpace, SubnetConfig, default_id};
+use super::{Elastic, Group, LayerShape, SearchSpace, SubnetConfig, default_id};
 use crate::error::{Error, Result};
 
 /// A model of 1000 blocks needs about 1 MiB; as parsed values a file takes up to 20 times its size.
@@ -79,7 +79,7 @@ pub(super) fn config_from_file(space: &SearchSpace, path: &Path) -> Result<Subne
 struct Groups<'a> {
     path: &'a Path,
     known: HashSet<&'a str>,
-    taken: HashSet<String>,
+    taken: HashSet<(Elastic, String)>,
     ids: HashSet<String>,
     groups: Vec<Group>,
 }
@@ -90,7 +90,7 @@ impl<'a> Groups<'a> {
         Self { path, known, taken: HashSet::new(), ids: HashSet::new(), groups: Vec::new() }
     }
 
-    fn push(&mut self, field: &str, layers: Vec<String>, choices: &[usize]) -> Result<()> {
+    fn push(&mut self, field: &str, kind: Elastic, layers: Vec<String>, choices: &[usize]) -> Result<()> {
         if layers.is_empty() {
             return Err(bad_field(self.path, field, "it has no layers"));
         }
@@ -99,11 +99,11 @@ impl<'a> Groups<'a> {
                 let context = format!("{}: field `{field}`", self.path.display());
                 return Err(Error::UnknownLayer { context, layer: layer.clone() });
             }
-            if !self.taken.insert(layer.clone()) {
+            if !self.taken.insert((kind, layer.clone())) {
                 return Err(bad_field(self.path, field, format!("layer `{layer}` is in a group already")));
             }
         }
-        let base = default_id(&layers);
+        let base = default_id(kind, &layers);
         let mut id = base.clone();
         for number in 2.. {
             if self.ids.insert(id.clone()) {
@@ -111,7 +111,8 @@ impl<'a> Groups<'a> {
             }
             id = format!("{base}#{number}");
         }
-        let group = Group::new(id, layers, choices.to_vec()).map_err(|error| bad_field(self.path, field, error))?;
+        let group =
+            Group::of_kind(kind, id, layers, choices.to_vec()).map_err(|error| bad_field(self.path, field, error))?;
         self.groups.push(group);
         Ok(())
     }
@@ -132,7 +133,7 @@ fn from_elastic_adapter_config(path: &Path, items: &[Value], layers: &[LayerShap
             return Err(bad_field(path, &field, "this is a subnet (`active_rank_value`), not a search space"));
         }
         let choices = integers(path, &format!("{field}.search_space"), member(path, &field, map, "search_space")?)?;
-        groups.push(&format!("{field}.target"), targets(path, &field, map)?, &choices)?;
+        groups.push(&format!("{field}.target"), Elastic::Rank, targets(path, &field, map)?, &choices)?;
     }
     groups.finish()
 }
@@ -224,28 +225,38 @@ fn from_nncf(path: &Path, prefix: &str, width: &Map<String, Value>, layers: &[La
         let Value::Array(names) = names else {
             return Err(bad_field(path, &field, format!("{}, not a list of names", kind_of(names))));
         };
-        let layers_of_group = names
-            .iter()
-            .enumerate()
-            .map(|(at, name)| match name {
-                Value::String(name) => nncf_layer(path, &format!("{field}[{at}]"), name),
-                other => Err(bad_field(path, &format!("{field}[{at}]"), format!("{} is no name", kind_of(other)))),
-            })
-            .collect::<Result<Vec<String>>>()?;
+        let mut kind = None;
+        let mut layers_of_group: Vec<String> = Vec::with_capacity(names.len());
+        for (at, name) in names.iter().enumerate() {
+            let field = format!("{field}[{at}]");
+            let Value::String(name) = name else {
+                return Err(bad_field(path, &field, format!("{} is no name", kind_of(name))));
+            };
+            let (of_node, layer) = nncf_layer(path, &field, name)?;
+            if *kind.get_or_insert(of_node) != of_node {
+                return Err(bad_field(path, &field, format!("`{name}`: ranks and widths in one group")));
+            }
+            // A width names a base weight and the B on it: one layer.
+            if of_node == Elastic::Rank || !layers_of_group.contains(&layer) {
+                layers_of_group.push(layer);
+            }
+        }
+        let kind = kind.unwrap_or_default();
         if layers_of_group.iter().any(|name| name.contains("{*}")) {
             for block in expand(path, &field, &layers_of_group, layers)? {
-                groups.push(&field, block, &choices)?;
+                groups.push(&field, kind, block, &choices)?;
             }
         } else {
-            groups.push(&field, layers_of_group, &choices)?;
+            groups.push(&field, kind, layers_of_group, &choices)?;
         }
     }
     groups.finish()
 }
 
-/// The layer of an NNCF node: `.../LlamaDecoderLayer[0]/LlamaAttention[self_attn]/Linear[q_proj]/ModuleDict[lora_A]/...` is
-/// `model.layers.0.self_attn.q_proj`. Each part is `Type[name]`; the first is a type alone, and the last an operation.
-fn nncf_layer(path: &Path, field: &str, node: &str) -> Result<String> {
+/// The layer of an NNCF node, and what its output channels are: `.../LlamaDecoderLayer[0]/LlamaAttention[self_attn]/
+/// Linear[q_proj]/ModuleDict[lora_A]/...` is the rank of `model.layers.0.self_attn.q_proj`; the same without `lora_A`, or with
+/// `lora_B`, its width. Each part is `Type[name]`; the first is a type alone, and the last an operation.
+fn nncf_layer(path: &Path, field: &str, node: &str) -> Result<(Elastic, String)> {
     let parts: Vec<&str> = node.strip_prefix("{re}").unwrap_or(node).split('/').collect();
     let mut names = Vec::with_capacity(parts.len());
     for (at, part) in parts.iter().enumerate() {
@@ -255,14 +266,15 @@ fn nncf_layer(path: &Path, field: &str, node: &str) -> Result<String> {
             None => return Err(bad_field(path, field, format!("`{part}` in `{node}` is not of the form Type[name]"))),
         }
     }
-    match names.iter().position(|name| matches!(*name, "lora_A" | "lora_B")) {
-        Some(at) if names[at] == "lora_A" => Ok(strip_peft(&names[..at].join(".")).to_string()),
-        // The output channels of B and of the base weight are elastic channels, not ranks.
-        _ if names.is_empty() => Err(bad_field(path, field, format!("`{node}` names no layer"))),
-        _ => {
-            let what = format!("{}: field `{field}`: elastic width of `{}`", path.display(), names.join("."));
-            Err(Error::Unsupported { what })
-        }
+    let end = names.iter().position(|name| matches!(*name, "lora_A" | "lora_B"));
+    let kind = if end.is_some_and(|at| names[at] == "lora_A") { Elastic::Rank } else { Elastic::Width };
+    let path_of_layer = names[..end.unwrap_or(names.len())].join(".");
+    let layer = strip_peft(&path_of_layer);
+    // What PEFT and NNCF call the linear layer inside an adapted one.
+    let inner = [".base_layer", ".self_linear"];
+    match inner.iter().find_map(|inner| layer.strip_suffix(inner)).unwrap_or(layer) {
+        "" => Err(bad_field(path, field, format!("`{node}` names no layer"))),
+        layer => Ok((kind, layer.to_string())),
     }
 }
 

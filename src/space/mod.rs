@@ -324,11 +324,7 @@ impl SearchSpace {
                     .map(|name| name.to_string())
                     .collect();
                 if !fitting.is_empty() {
-                    let id = match kind {
-                        Elastic::Rank => default_id(&fitting),
-                        Elastic::Width => format!("{}.width", default_id(&fitting)),
-                        Elastic::Depth => format!("{}.depth", default_id(&fitting)),
-                    };
+                    let id = default_id(kind, &fitting);
                     groups.push(Group::of_kind(kind, id, fitting, choices.to_vec())?);
                 }
             }
@@ -592,13 +588,13 @@ impl SearchSpace {
     /// 2. SQFT's `elastic_adapter_config.json`, `[{"target": ["base_model.model.model.layers.0.self_attn.q_proj.lora_A",
     ///    ...], "search_space": [32, 24, 16]}, ...]`;
     /// 3. an NNCF configuration that holds `overwrite_groups` and `overwrite_groups_widths` at any depth (LoNAS, Shears, SQFT);
-    ///    a group whose names begin with `{re}` stands for one group in each block.
+    ///    a group whose names begin with `{re}` stands for one group in each block, and one over base weights and `lora_B` is a width.
     ///
     /// Every name is checked against `layers`, the model's linear layers.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Json`] and [`Error::InvalidFile`] name the file and the field; [`Error::UnknownLayer`] a layer
-    /// that is not among `layers`; [`Error::Unsupported`] an NNCF group over base weights (elastic channels).
+    /// that is not among `layers`.
     pub fn from_file(path: impl AsRef<Path>, layers: &[LayerShape]) -> Result<Self> {
         import::space_from_file(path.as_ref(), layers)
     }
@@ -659,13 +655,20 @@ fn has_suffix(name: &str, suffix: &str) -> bool {
     }
 }
 
-/// A readable name for a group: `layers.0.q_proj+k_proj+v_proj` within a block, all paths joined across blocks.
-fn default_id<S: AsRef<str>>(layers: &[S]) -> String {
+/// A readable name for a group: `layers.0.q_proj+k_proj+v_proj` within a block, all paths joined across blocks; what is no rank
+/// says so at the end.
+fn default_id<S: AsRef<str>>(kind: Elastic, layers: &[S]) -> String {
     let names: Vec<&str> = layers.iter().map(AsRef::as_ref).collect();
     let block = names.first().map_or("", |first| split_block(first).0);
-    if block.is_empty() || names.iter().any(|name| split_block(name).0 != block) {
-        return names.iter().map(|name| strip_model(name)).collect::<Vec<_>>().join("+");
+    let name = if block.is_empty() || names.iter().any(|name| split_block(name).0 != block) {
+        names.iter().map(|name| strip_model(name)).collect::<Vec<_>>().join("+")
+    } else {
+        let last: Vec<&str> = names.iter().map(|name| name.rsplit('.').next().unwrap_or(name)).collect();
+        format!("{}.{}", strip_model(block), last.join("+"))
+    };
+    match kind {
+        Elastic::Rank => name,
+        Elastic::Width => name + ".width",
+        Elastic::Depth => name + ".depth",
     }
-    let last: Vec<&str> = names.iter().map(|name| name.rsplit('.').next().unwrap_or(name)).collect();
-    format!("{}.{}", strip_model(block), last.join("+"))
 }

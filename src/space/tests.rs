@@ -198,7 +198,7 @@ fn own_json_round_trips_and_refuses_broken_rules() {
         (r#"{"groups": [{"id": "a", "layers": ["l"], "choices": [2, 1.5]}]}"#, "1.5"),
         (r#"{"groups": [{"id": "a", "layers": [], "choices": [2]}]}"#, "no layers"),
         (r#"{"groups": [{"id": "a", "layers": ["l"]}]}"#, "choices"),
-        (r#"{"groups": [{"id": "a", "layers": ["l"], "choices": [2], "kind": "depth"}]}"#, "depth"),
+        (r#"{"groups": [{"id": "a", "layers": ["l"], "choices": [2], "kind": "height"}]}"#, "height"),
         (r#"{"groups": [{"id": "a", "layers": ["l"], "choices": [2], "rank": 3}]}"#, "rank"),
         (r#"{"groups": [], "extra": 1}"#, "extra"),
     ];
@@ -324,21 +324,92 @@ fn reads_nncf_groups_and_templates() {
 }
 
 #[test]
+fn reads_lonas_widths() {
+    let dir = tempfile::tempdir().unwrap();
+    let re = |tail: &str| format!("{{re}}{}", node("{*}", tail));
+    let base = |name: &str| {
+        "{re}PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/ModuleList[layers]/\
+        LlamaDecoderLayer[{*}]/LlamaMLP[mlp]/Linear[NAME]/NNCFUserSelfLinear[self_linear]/linear_0"
+            .replace("NAME", name)
+    };
+    let factor = |name: &str, factor: &str| re(&format!("LlamaMLP[mlp]/Linear[{name}]/ModuleDict[{factor}]"));
+    let groups = serde_json::json!([
+        [base("gate_proj"), factor("gate_proj", "lora_B"), base("up_proj"), factor("up_proj", "lora_B")],
+        [factor("gate_proj", "lora_A"), factor("up_proj", "lora_A")],
+    ]);
+    let file = write(&dir, &nncf(&groups.to_string(), "[[7, 5, 3], [4, 2]]"));
+    let space = SearchSpace::from_file(file, &llama(2)).unwrap();
+    assert_eq!(space.len(), 4);
+    let (width, rank) = (&space.groups()[1], &space.groups()[3]);
+    assert_eq!((width.id(), width.kind()), ("layers.1.gate_proj+up_proj.width", Elastic::Width));
+    assert_eq!((rank.id(), rank.kind()), ("layers.1.gate_proj+up_proj", Elastic::Rank));
+    assert_eq!(width.layers(), rank.layers());
+    let heuristic = space.heuristic();
+    assert_eq!(space.widths(&heuristic).unwrap()["model.layers.0.mlp.up_proj"], 5);
+    assert_eq!(space.ranks(&heuristic).unwrap()["model.layers.0.mlp.up_proj"], 4);
+    assert_eq!(space.max_rank(), 4);
+}
+
+#[test]
+fn widths_and_depths_are_prefixes_too() {
+    let layers = llama(3);
+    let mlp = SearchSpace::groups_by_block(Elastic::Width, &layers, &[["gate_proj", "up_proj"]], &[5, 7]).unwrap();
+    let units = ["model.layers.0", "model.layers.2", "model.layers.1.mlp", "model.layers.1"].map(String::from).to_vec();
+    let depth = Group::of_kind(Elastic::Depth, "depth", units, vec![2, 4, 3]).unwrap();
+    let ranks = SearchSpace::grouped(&layers, &SHEARS, &[4, 2]).unwrap();
+    let space = ranks.clone().with_groups(mlp).unwrap().with_groups([depth]).unwrap();
+    assert_eq!((space.len(), space.max_rank()), (ranks.len() + 4, 4));
+    space.validate_layers(&layers, 4).unwrap();
+    assert_eq!(SearchSpace::from_json(&space.to_json().unwrap()).unwrap(), space);
+
+    let smallest = space.minimal();
+    assert_eq!(
+        space.left_out(&smallest).unwrap().into_iter().collect::<Vec<_>>(),
+        ["model.layers.1", "model.layers.1.mlp"]
+    );
+    assert!(space.left_out(&space.maximal()).unwrap().is_empty());
+    assert_eq!(space.widths(&smallest).unwrap()["model.layers.2.mlp.gate_proj"], 5);
+    assert_eq!(space.ranks(&smallest).unwrap(), ranks.ranks(&ranks.minimal()).unwrap());
+    assert_eq!(space.group_of(Elastic::Width, "model.layers.0.mlp.up_proj").unwrap().choices(), [7, 5]);
+    assert_eq!(space.group_of(Elastic::Depth, "model.layers.2").unwrap().id(), "depth");
+    assert!(space.group_of(Elastic::Depth, "model.layers.0.mlp").is_none());
+}
+
+#[test]
+fn widths_and_depths_that_make_no_sense_are_refused() {
+    let mut layers = llama(2);
+    let down = layers.iter_mut().filter(|layer| layer.name.ends_with("down_proj"));
+    down.for_each(|layer| (layer.d_input, layer.d_output) = (36, 24));
+    let group = |kind, names: &[&str], choices: &[usize]| {
+        Group::of_kind(kind, "it", names.iter().map(ToString::to_string).collect(), choices.to_vec())
+    };
+    let error = |result: Result<Group>| result.unwrap_err().to_string();
+    assert!(error(group(Elastic::Depth, &["model.layers.0"], &[])).contains("no choices"));
+    assert!(error(group(Elastic::Depth, &["model.layers.0"], &[2])).contains("cannot keep 2 of 1 units"));
+    assert!(error(group(Elastic::Width, &["model.layers.0.mlp.up_proj"], &[3, 0])).contains("over 0"));
+    assert_eq!(group(Elastic::Depth, &["model.layers.0"], &[0, 1]).unwrap().choices(), [1, 0]);
+
+    let check = |kind, names: &[&str], choices: &[usize]| {
+        let group = group(kind, names, choices).unwrap();
+        SearchSpace::new(vec![group]).unwrap().validate_layers(&layers, 4).unwrap_err()
+    };
+    let unknown = check(Elastic::Depth, &["model.layers.0", "model.layers.2"], &[1]);
+    assert!(matches!(&unknown, Error::UnknownLayer { layer, .. } if layer == "model.layers.2"), "{unknown}");
+    let mixed = check(Elastic::Width, &["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"], &[3]);
+    assert!(mixed.to_string().contains("differ in shape"), "{mixed}");
+    let wide = check(Elastic::Width, &["model.layers.0.mlp.up_proj"], &[1_000_000]);
+    assert!(wide.to_string().contains("1000000 is more than"), "{wide}");
+
+    let depth = |id: &str, unit: &str| Group::of_kind(Elastic::Depth, id, vec![unit.into()], vec![1, 0]).unwrap();
+    let overlap = SearchSpace::new(vec![depth("a", "model.layers.1.mlp"), depth("b", "model.layers.1")]).unwrap_err();
+    assert!(overlap.to_string().contains("`model.layers.1.mlp` is part of `model.layers.1`"), "{overlap}");
+    SearchSpace::new(vec![depth("a", "model.layers.1"), depth("b", "model.layers.10")]).unwrap();
+}
+
+#[test]
 fn refuses_broken_nncf_files() {
     let dir = tempfile::tempdir().unwrap();
     let q = |block: &str| node(block, "LlamaAttention[self_attn]/Linear[q_proj]/ModuleDict[lora_A]");
-    let b = node("0", "LlamaMLP[mlp]/Linear[gate_proj]/ModuleDict[lora_B]");
-    let base = "PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/ModuleList[layers]/\
-        LlamaDecoderLayer[0]/LlamaMLP[mlp]/Linear[gate_proj]/NNCFUserSelfLinear[self_linear]/linear_0";
-    for name in [base, &b] {
-        let file = write(&dir, &nncf(&format!(r#"[["{name}"]]"#), "[[36, 18]]"));
-        let error = SearchSpace::from_file(file, &llama(1)).unwrap_err();
-        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-        assert!(
-            error.to_string().contains("gate_proj") && error.to_string().contains("overwrite_groups[0]"),
-            "{error}"
-        );
-    }
     let with = |name: &str| format!(r#"[["{name}"]]"#);
     let moe = node("{*}", "Experts[{*}]/Linear[up]/ModuleDict[lora_A]");
     let bad = [
@@ -353,6 +424,7 @@ fn refuses_broken_nncf_files() {
         (with(&node("{*}", "X[y]/ModuleDict[lora_A]")), "[[8]]", "model.layers.{*}.y"),
         (format!(r#"[["{}"], ["{}"]]"#, q("0"), q("0")), "[[8], [4]]", "in a group already"),
         (format!(r#"[["{}", "{}"]]"#, q("{*}"), q("0")), "[[8]]", "exactly one"),
+        (format!(r#"[["{}", "{}"]]"#, q("0"), q("0").replace("lora_A", "lora_B")), "[[8]]", "ranks and widths"),
         ("[[1]]".into(), "[[8]]", "overwrite_groups[0][0]"),
         ("[1]".into(), "[[8]]", "overwrite_groups[0]"),
     ];

@@ -1,8 +1,11 @@
 //! A super-network out of an adapter that was trained elsewhere.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 
-use super::{SuperNet, SuperNetConfig};
+use super::cost::Nonzeros;
+use super::{SuperNet, SuperNetConfig, widths};
 use crate::adapter::{ElasticLora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::io::peft::LoraAdapter;
@@ -31,7 +34,7 @@ impl SuperNet {
         }
         adapter.check(model.config())?;
         model.refuse_adapters("merge it first")?;
-        let base = model.count_base_params();
+        let nonzeros = Arc::new(Nonzeros::new(&model));
         let mut model = model.set_require_grad(false);
         let device = model.device();
         let mut groups = Vec::with_capacity(adapter.layers.len());
@@ -60,7 +63,8 @@ impl SuperNet {
         }
         let lora = largest.unwrap_or_else(|| LoraConfig::new(1));
         let config = SuperNetConfig::new(lora).with_sparse_peft(adapter.sparse);
-        let mut net = Self { model, space: SearchSpace::new(groups)?, config, active: SubnetConfig::new(), base };
+        let (space, blocks) = (SearchSpace::new(groups)?, widths::full_dims(&model));
+        let mut net = Self { model, space, config, active: SubnetConfig::new(), blocks, nonzeros };
         net.activate(&net.maximal())?;
         Ok(net)
     }

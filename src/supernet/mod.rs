@@ -2,10 +2,12 @@
 
 mod adapter;
 mod cost;
+mod widths;
 
 pub use cost::SubnetCost;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use burn::module::Module;
 use rand::Rng;
@@ -13,9 +15,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
 use crate::error::{Error, Result};
+use crate::io::hf::BlockDims;
 use crate::io::peft::{LoraAdapter, LoraWeights};
 use crate::model::{Decoder, ParamCount};
-use crate::space::{SearchSpace, SubnetConfig};
+use crate::space::{Elastic, SearchSpace, SubnetConfig};
+use cost::Nonzeros;
 
 /// Settings of a super-network's adapters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,7 +66,9 @@ pub struct SuperNet {
     space: SearchSpace,
     config: SuperNetConfig,
     active: SubnetConfig,
-    base: ParamCount,
+    /// Sizes of the blocks with all channels and units active.
+    blocks: Vec<BlockDims>,
+    nonzeros: Arc<Nonzeros>,
 }
 
 impl SuperNet {
@@ -71,15 +77,18 @@ impl SuperNet {
     ///
     /// # Errors
     /// Where the model has an adapter already, the space or `fixed_layers` names a layer that it lacks or names one twice, a
-    /// choice is over the largest rank, or the settings are out of range.
+    /// rank is over the largest, or the settings are out of range. [`Error::InvalidSpace`] for widths and depths that make no model: a
+    /// width that leaves out a layer tied to it (gate and up; q, k and v), mixes shapes, or is no whole number of heads and
+    /// key/value heads; a smallest depth that leaves nothing.
     pub fn new(model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
         config.lora.validate()?;
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
         model.refuse_adapters("merge it first")?;
-        let base = model.count_base_params();
+        widths::check(&model, &space)?;
+        let nonzeros = Arc::new(Nonzeros::new(&model));
         // A model that was trained as a whole still wants gradients everywhere.
         let mut model = model.set_require_grad(false);
-        let grouped = space.groups().iter().flat_map(|group| group.layers());
+        let grouped = space.groups_of_kind(Elastic::Rank).flat_map(|group| group.layers());
         let names: Vec<String> = grouped.chain(&config.fixed_layers).cloned().collect();
         let device = model.device();
         for (index, name) in names.iter().enumerate() {
@@ -100,7 +109,8 @@ impl SuperNet {
             }
         }
         let active = space.maximal();
-        let mut net = Self { model, space, config, active: active.clone(), base };
+        let blocks = widths::full_dims(&model);
+        let mut net = Self { model, space, config, active: active.clone(), blocks, nonzeros };
         net.activate(&active)?;
         Ok(net)
     }
@@ -111,10 +121,10 @@ impl SuperNet {
     /// [`Error::HasAdapter`] for a model with adapters.
     pub fn dense(model: Decoder) -> Result<Self> {
         model.refuse_adapters("merge it first")?;
-        let base = model.count_base_params();
+        let nonzeros = Arc::new(Nonzeros::new(&model));
         let model = model.set_require_grad(true);
-        let space = SearchSpace::single();
-        Ok(Self { model, active: space.maximal(), space, config: SuperNetConfig::new(LoraConfig::new(1)), base })
+        let (space, config) = (SearchSpace::single(), SuperNetConfig::new(LoraConfig::new(1)));
+        Ok(Self { active: space.maximal(), blocks: widths::full_dims(&model), model, space, config, nonzeros })
     }
 
     /// The model with the active subnet.
@@ -157,7 +167,7 @@ impl SuperNet {
 
     /// Weights of the base, adapters left out, as they were when the super-network was made.
     pub fn base_params(&self) -> ParamCount {
-        self.base
+        self.nonzeros.all()
     }
 
     /// The active subnet.
@@ -170,7 +180,7 @@ impl SuperNet {
     /// # Errors
     /// As [`SearchSpace::validate`]; the active subnet is then as before.
     pub fn activate(&mut self, subnet: &SubnetConfig) -> Result<()> {
-        let ranks = self.space.ranks(subnet)?;
+        let (ranks, blocks) = (self.space.ranks(subnet)?, self.block_dims(subnet)?);
         for (name, rank) in &ranks {
             let layer = self
                 .model
@@ -178,6 +188,7 @@ impl SuperNet {
                 .ok_or_else(|| Error::UnknownLayer { context: "subnet".into(), layer: name.clone() })?;
             layer.set_active_rank(*rank)?;
         }
+        widths::activate(&mut self.model, &blocks)?;
         self.active = subnet.clone();
         Ok(())
     }
@@ -222,17 +233,27 @@ impl SuperNet {
     /// # Errors
     /// As [`SearchSpace::validate`].
     pub fn cost(&self, subnet: &SubnetConfig) -> Result<SubnetCost> {
-        SubnetCost::count(&self.model, self.base, &self.ranks(subnet)?)
+        let blocks = self.block_dims(subnet)?;
+        SubnetCost::count(self.model.config(), &blocks, &self.nonzeros, &self.ranks(subnet)?)
     }
 
-    /// The active subnet as a plain LoRA: each layer's first `r` rows and columns, with its scale.
+    /// The sizes of each block under a subnet; what is left out has no heads or no width.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`].
+    pub fn block_dims(&self, subnet: &SubnetConfig) -> Result<Vec<BlockDims>> {
+        widths::block_dims(&self.blocks, self.model.config().head_dim(), &self.space, subnet)
+    }
+
+    /// The active subnet as a plain LoRA: each layer's first `r` rows and columns, with its scale; for a base of its widths, where
+    /// they are elastic.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for SparsePEFT's masked adapters, which no plain LoRA expresses: merge them.
     pub fn extract(&self) -> Result<LoraAdapter> {
         let mut layers = BTreeMap::new();
         for (name, layer) in self.model.linears() {
-            if let Some(adapter) = &layer.adapter {
+            if let Some(adapter) = layer.adapter.as_ref().filter(|_| self.model.runs(&name)) {
                 let (a, b, scale) = adapter.active_factors()?;
                 layers.insert(name, LoraWeights::new(a, b, scale as f32)?);
             }

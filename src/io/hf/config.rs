@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::blocks::{self, BlockDims};
 use super::rope::{self, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
@@ -18,6 +19,11 @@ pub enum Family {
     Llama,
     /// Mistral 7B, Nemo and kin: Llama with a sliding window and without biases.
     Mistral,
+    /// Llama whose blocks differ in key/value heads and MLP width or lack one of the two: DeciLM, "Nemotron-NAS" (`block_configs`).
+    Deci,
+    /// Llama whose blocks differ in more than `block_configs` can say elsewhere, such as their number of query heads: this
+    /// crate's own, `block_configs` with the sizes in full.
+    ElasticLlama,
 }
 
 /// How a family differs from the others; absent fields take these values, which are transformers'.
@@ -34,7 +40,7 @@ struct Traits {
     max_positions: usize,
 }
 
-const FAMILIES: [Traits; 2] = [
+const FAMILIES: [Traits; 4] = [
     Traits {
         family: Family::Llama,
         model_type: "llama",
@@ -53,14 +59,33 @@ const FAMILIES: [Traits; 2] = [
         biases: false,
         max_positions: 131_072,
     },
+    Traits {
+        family: Family::Deci,
+        model_type: "nemotron-nas",
+        architecture: "DeciLMForCausalLM",
+        key_value_heads: None,
+        sliding_window: None,
+        biases: true,
+        max_positions: 2048,
+    },
+    Traits {
+        family: Family::ElasticLlama,
+        model_type: "elastic-llama",
+        architecture: "ElasticLlamaForCausalLM",
+        key_value_heads: None,
+        sliding_window: Some(None),
+        biases: true,
+        max_positions: 2048,
+    },
 ];
 
-const SUPPORTED: &str = "llama (LlamaForCausalLM), mistral (MistralForCausalLM)";
+const SUPPORTED: &str = "llama (LlamaForCausalLM), mistral (MistralForCausalLM), nemotron-nas (DeciLMForCausalLM), \
+                         elastic-llama (ElasticLlamaForCausalLM)";
 
 // Caps, well above any model there is, so that no product of two of them overflows and no list of layers fills memory.
-const MAX_WIDTH: usize = 1 << 22;
+pub(super) const MAX_WIDTH: usize = 1 << 22;
 const MAX_LAYERS: usize = 1 << 12;
-const MAX_HEADS: usize = 1 << 14;
+pub(super) const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_VOCABULARY: usize = 1 << 26;
 const MAX_POSITIONS: usize = 1 << 31;
@@ -70,6 +95,8 @@ impl Family {
         match self {
             Family::Llama => &FAMILIES[0],
             Family::Mistral => &FAMILIES[1],
+            Family::Deci => &FAMILIES[2],
+            Family::ElasticLlama => &FAMILIES[3],
         }
     }
 
@@ -144,6 +171,7 @@ pub struct HfConfig {
     num_hidden_layers: usize,
     num_attention_heads: usize,
     num_key_value_heads: usize,
+    blocks: Vec<BlockDims>,
     head_dim: usize,
     vocab_size: usize,
     max_position_embeddings: usize,
@@ -192,7 +220,12 @@ impl HfConfig {
         refuse_unsupported(&fields)?;
 
         let hidden_size = fields.required_size("hidden_size", MAX_WIDTH)?;
-        let intermediate_size = fields.required_size("intermediate_size", MAX_WIDTH)?;
+        let per_block = blocks::has(&raw);
+        let intermediate_size = match fields.size("intermediate_size", MAX_WIDTH)? {
+            // DeciLM's files say it per block alone.
+            None if per_block => 0,
+            _ => fields.required_size("intermediate_size", MAX_WIDTH)?,
+        };
         let num_hidden_layers = fields.required_size("num_hidden_layers", MAX_LAYERS)?;
         let num_attention_heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
         let num_key_value_heads = match (fields.size("num_key_value_heads", MAX_HEADS)?, traits.key_value_heads) {
@@ -227,6 +260,9 @@ impl HfConfig {
                 format!("{num_attention_heads} heads of {head_dim} exceed a width of {MAX_WIDTH}"),
             ));
         }
+        let all = BlockDims { n_heads: num_attention_heads, n_kv_heads: num_key_value_heads, d_mlp: intermediate_size };
+        let blocks = blocks::parse(&raw, per_block, num_hidden_layers, hidden_size, head_dim, all)?;
+        let intermediate_size = intermediate_size.max(blocks.iter().map(|block| block.d_mlp).max().unwrap_or(0));
         let vocab_size = fields.required_size("vocab_size", MAX_VOCABULARY)?;
         let max_position_embeddings =
             fields.size("max_position_embeddings", MAX_POSITIONS)?.unwrap_or(traits.max_positions);
@@ -256,6 +292,7 @@ impl HfConfig {
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
+            blocks,
             head_dim,
             vocab_size,
             max_position_embeddings,
@@ -331,31 +368,40 @@ impl HfConfig {
         atomic::write_json(folder.as_ref().join("config.json"), &self.to_json_with(dtype, tie_word_embeddings))
     }
 
-    /// The linear layers of all blocks in model order: q, k, v, o, gate, up, down of block 0, then of block 1, and so on.
+    /// The linear layers of all blocks in model order: q, k, v, o, gate, up, down of block 0, then of block 1, and so on; those
+    /// that a block lacks are left out.
     pub fn linear_layers(&self) -> Vec<LinearLayer> {
-        let attention = self.num_attention_heads * self.head_dim;
-        let key_value = self.num_key_value_heads * self.head_dim;
-        let (hidden, mlp) = (self.hidden_size, self.intermediate_size);
-        let shapes = [
-            ("self_attn.q_proj", attention, hidden, self.attention_bias),
-            ("self_attn.k_proj", key_value, hidden, self.attention_bias),
-            ("self_attn.v_proj", key_value, hidden, self.attention_bias),
-            ("self_attn.o_proj", hidden, attention, self.attention_bias),
-            ("mlp.gate_proj", mlp, hidden, self.mlp_bias),
-            ("mlp.up_proj", mlp, hidden, self.mlp_bias),
-            ("mlp.down_proj", hidden, mlp, self.mlp_bias),
-        ];
-        (0..self.num_hidden_layers)
-            .flat_map(|block| {
-                shapes.iter().map(move |&(name, d_output, d_input, bias)| LinearLayer {
-                    name: format!("model.layers.{block}.{name}"),
-                    block,
-                    d_output,
-                    d_input,
-                    bias,
-                })
+        let hidden = self.hidden_size;
+        let of_block = |(block, dims): (usize, &BlockDims)| {
+            let (attention, key_value) = (dims.n_heads * self.head_dim, dims.n_kv_heads * self.head_dim);
+            let shapes = [
+                ("self_attn.q_proj", attention, hidden, self.attention_bias),
+                ("self_attn.k_proj", key_value, hidden, self.attention_bias),
+                ("self_attn.v_proj", key_value, hidden, self.attention_bias),
+                ("self_attn.o_proj", hidden, attention, self.attention_bias),
+                ("mlp.gate_proj", dims.d_mlp, hidden, self.mlp_bias),
+                ("mlp.up_proj", dims.d_mlp, hidden, self.mlp_bias),
+                ("mlp.down_proj", hidden, dims.d_mlp, self.mlp_bias),
+            ];
+            shapes.into_iter().filter(|shape| shape.1 > 0 && shape.2 > 0).map(move |(name, d_output, d_input, bias)| {
+                LinearLayer { name: format!("model.layers.{block}.{name}"), block, d_output, d_input, bias }
             })
-            .collect()
+        };
+        self.blocks.iter().enumerate().flat_map(of_block).collect()
+    }
+
+    /// The sizes of each block.
+    pub fn blocks(&self) -> &[BlockDims] {
+        &self.blocks
+    }
+
+    /// The same model with blocks of these sizes. Where all are alike, the family stays; else it becomes [`Family::Deci`],
+    /// if DeciLM's form can say these sizes, or [`Family::ElasticLlama`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for sizes that make no model.
+    pub fn with_blocks(&self, blocks: &[BlockDims]) -> Result<Self> {
+        Self::from_json(blocks::write(self, blocks)?)
     }
 
     /// Name of the embedding, `[vocab_size, hidden_size]`.
@@ -398,8 +444,13 @@ impl HfConfig {
         for layer in self.linear_layers() {
             if block != Some(layer.block) {
                 block = Some(layer.block);
-                all.push((Self::input_norm(layer.block), vec![hidden]));
-                all.push((Self::post_attention_norm(layer.block), vec![hidden]));
+                let dims = self.blocks[layer.block];
+                if dims.has_attention() {
+                    all.push((Self::input_norm(layer.block), vec![hidden]));
+                }
+                if dims.has_mlp() {
+                    all.push((Self::post_attention_norm(layer.block), vec![hidden]));
+                }
             }
             all.push((format!("{}.weight", layer.name), vec![layer.d_output, layer.d_input]));
             if layer.bias {
@@ -449,13 +500,13 @@ getters! {
     family: Family,
     /// Width of the residual stream.
     hidden_size: usize,
-    /// Width inside the MLP.
+    /// Width inside the MLP; the widest block's where they differ.
     intermediate_size: usize,
     /// Number of blocks.
     num_hidden_layers: usize,
-    /// Query heads.
+    /// Query heads, where [`blocks`](HfConfig::blocks) do not differ.
     num_attention_heads: usize,
-    /// Key/value heads; divides the query heads.
+    /// Key/value heads, where [`blocks`](HfConfig::blocks) do not differ; divides the query heads.
     num_key_value_heads: usize,
     /// Features per head; even.
     head_dim: usize,

@@ -1,0 +1,182 @@
+//! The sizes of each block, where they differ: `block_configs`, as DeciLM ("Nemotron-NAS") has it.
+//!
+//! DeciLM says key/value heads as `attention.n_heads_in_group`, the query heads of each, and the MLP's width as a multiple of the
+//! hidden size, `ffn.ffn_mult`: `int(2 * ffn_mult * hidden_size / 3)` rounded up to a multiple of 256. Query heads are the same in
+//! all blocks there. What it cannot say stands in two fields of this crate's own, `attention.num_attention_heads` and
+//! `ffn.intermediate_size`, under another model type, so that no reader takes such a file for what it is not.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::config::{Family, HfConfig, MAX_HEADS, MAX_WIDTH};
+use crate::error::Result;
+use crate::io::fields::{Fields, bad_field};
+
+const FIELD: &str = "block_configs";
+/// DeciLM's widths are multiples of this.
+const MULTIPLE: usize = 256;
+
+/// The sizes of one block: an attention without heads or an MLP without width is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockDims {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads; divides the query heads.
+    pub n_kv_heads: usize,
+    /// Width inside the MLP.
+    pub d_mlp: usize,
+}
+
+impl BlockDims {
+    /// Whether there is an attention.
+    pub fn has_attention(&self) -> bool {
+        self.n_heads > 0
+    }
+
+    /// Whether there is an MLP.
+    pub fn has_mlp(&self) -> bool {
+        self.d_mlp > 0
+    }
+}
+
+/// Whether a config says sizes per block.
+pub(super) fn has(raw: &Map<String, Value>) -> bool {
+    raw.get(FIELD).is_some_and(|value| !value.is_null())
+}
+
+/// The blocks of a config whose model-wide sizes are `all`.
+pub(super) fn parse(
+    raw: &Map<String, Value>,
+    per_block: bool,
+    n_blocks: usize,
+    hidden_size: usize,
+    head_dim: usize,
+    all: BlockDims,
+) -> Result<Vec<BlockDims>> {
+    if !per_block {
+        return Ok(vec![all; n_blocks]);
+    }
+    let Some(Value::Array(items)) = raw.get(FIELD) else {
+        return Err(bad_field(FIELD, "expected a list of objects"));
+    };
+    if items.len() != n_blocks {
+        return Err(bad_field(FIELD, format!("{} blocks, but num_hidden_layers = {n_blocks}", items.len())));
+    }
+    let mut blocks = Vec::with_capacity(n_blocks);
+    for (index, item) in items.iter().enumerate() {
+        let part = |name: &str| match item.get(name) {
+            Some(Value::Object(map)) => Ok(map),
+            _ => Err(bad_field(&format!("{FIELD}[{index}].{name}"), "expected an object")),
+        };
+        let (attention, mlp) = (part("attention")?, part("ffn")?);
+        let (at_attention, at_mlp) = (format!("{FIELD}[{index}].attention."), format!("{FIELD}[{index}].ffn."));
+        let (attention, mlp) = (Fields { map: attention, prefix: &at_attention }, Fields { map: mlp, prefix: &at_mlp });
+        for (fields, at) in [(&attention, &at_attention), (&mlp, &at_mlp)] {
+            if fields.bool("replace_with_linear")?.unwrap_or(false) {
+                return Err(bad_field(&format!("{at}replace_with_linear"), "a linear layer in the place of a block"));
+            }
+        }
+        let (n_heads, n_kv_heads) = if attention.bool("no_op")?.unwrap_or(false) {
+            (0, 0)
+        } else {
+            let n_heads = attention.size("num_attention_heads", MAX_HEADS)?.unwrap_or(all.n_heads);
+            let group = attention.required_size("n_heads_in_group", MAX_HEADS)?;
+            if n_heads % group != 0 {
+                let reason = format!("{group} does not divide {n_heads} heads");
+                return Err(bad_field(&format!("{at_attention}n_heads_in_group"), reason));
+            }
+            (n_heads, n_heads / group)
+        };
+        if n_heads * head_dim > MAX_WIDTH {
+            let reason = format!("{n_heads} heads of {head_dim} exceed a width of {MAX_WIDTH}");
+            return Err(bad_field(&format!("{at_attention}num_attention_heads"), reason));
+        }
+        let d_mlp = if mlp.bool("no_op")?.unwrap_or(false) {
+            0
+        } else {
+            match (mlp.size("intermediate_size", MAX_WIDTH)?, mlp.f64("ffn_mult")?) {
+                (Some(width), _) => width,
+                (None, Some(factor)) => {
+                    let width = (2.0 * factor * hidden_size as f64 / 3.0).trunc();
+                    if !(width >= 1.0 && width <= MAX_WIDTH as f64) {
+                        return Err(bad_field(&format!("{at_mlp}ffn_mult"), format!("{factor} gives no width")));
+                    }
+                    (width as usize).next_multiple_of(MULTIPLE)
+                }
+                (None, None) => return Err(bad_field(&format!("{at_mlp}ffn_mult"), "missing")),
+            }
+        };
+        blocks.push(BlockDims { n_heads, n_kv_heads, d_mlp });
+    }
+    if let Some(index) = blocks.iter().position(|block| !block.has_attention() && !block.has_mlp()) {
+        return Err(bad_field(&format!("{FIELD}[{index}]"), "neither attention nor MLP: leave the block out"));
+    }
+    Ok(blocks)
+}
+
+/// The fields of `config` with other blocks.
+pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<String, Value>> {
+    let mut raw = config.raw().clone();
+    let Some(first) = blocks.first() else {
+        return Err(bad_field("num_hidden_layers", "a model without a block"));
+    };
+    raw.remove(FIELD);
+    raw.insert("num_hidden_layers".into(), blocks.len().into());
+    raw.insert("head_dim".into(), config.head_dim().into());
+    let family = |raw: &mut Map<String, Value>, family: Family| {
+        raw.insert("model_type".into(), family.model_type().into());
+        raw.insert("architectures".into(), json!([family.architecture()]));
+    };
+    let widest = blocks.iter().map(|block| block.d_mlp).max().unwrap_or(0);
+    let most = |count: fn(&BlockDims) -> usize| blocks.iter().map(count).max().unwrap_or(0);
+    if blocks.iter().all(|block| block == first) && first.has_attention() && first.has_mlp() {
+        raw.insert("num_attention_heads".into(), first.n_heads.into());
+        raw.insert("num_key_value_heads".into(), first.n_kv_heads.into());
+        raw.insert("intermediate_size".into(), first.d_mlp.into());
+        if matches!(config.family(), Family::Deci | Family::ElasticLlama) {
+            family(&mut raw, if config.sliding_window().is_some() { Family::Mistral } else { Family::Llama });
+        }
+        return Ok(raw);
+    }
+    let heads = most(|block| block.n_heads);
+    let deci = config.sliding_window().is_none()
+        && blocks.iter().all(|block| {
+            [0, heads].contains(&block.n_heads)
+                && block.d_mlp % MULTIPLE == 0
+                && deci_width(config.hidden_size(), block.d_mlp) == block.d_mlp
+        });
+    family(&mut raw, if deci { Family::Deci } else { Family::ElasticLlama });
+    // Of a model without any attention, the number of heads says nothing; the field must be there all the same.
+    raw.insert("num_attention_heads".into(), heads.max(config.num_attention_heads().min(1)).into());
+    if deci {
+        raw.insert("num_key_value_heads".into(), Value::Null);
+        raw.insert("intermediate_size".into(), Value::Null);
+    } else {
+        raw.insert("num_key_value_heads".into(), most(|block| block.n_kv_heads).max(1).into());
+        raw.insert("intermediate_size".into(), widest.max(1).into());
+    }
+    let item = |block: &BlockDims| {
+        let no_attention = !block.has_attention();
+        let group = if no_attention { Value::Null } else { (block.n_heads / block.n_kv_heads.max(1)).into() };
+        let factor = if block.has_mlp() { factor(config.hidden_size(), block.d_mlp).into() } else { Value::Null };
+        let mut attention = json!({ "n_heads_in_group": group, "no_op": no_attention, "replace_with_linear": false });
+        let mut mlp = json!({ "ffn_mult": factor, "no_op": !block.has_mlp(), "replace_with_linear": false });
+        if !deci {
+            attention["num_attention_heads"] = if no_attention { Value::Null } else { block.n_heads.into() };
+            mlp["intermediate_size"] = if block.has_mlp() { block.d_mlp.into() } else { Value::Null };
+        }
+        json!({ "attention": attention, "ffn": mlp })
+    };
+    raw.insert(FIELD.into(), blocks.iter().map(item).collect());
+    Ok(raw)
+}
+
+/// DeciLM's factor for a width.
+fn factor(hidden_size: usize, width: usize) -> f64 {
+    3.0 * width as f64 / (2.0 * hidden_size as f64)
+}
+
+/// The width that DeciLM makes of the factor for `width`.
+fn deci_width(hidden_size: usize, width: usize) -> usize {
+    ((2.0 * factor(hidden_size, width) * hidden_size as f64 / 3.0).trunc() as usize).next_multiple_of(MULTIPLE)
+}
