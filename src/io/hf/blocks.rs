@@ -66,14 +66,14 @@ pub(super) fn parse(
     for (index, item) in items.iter().enumerate() {
         let part = |name: &str| match item.get(name) {
             Some(Value::Object(map)) => Ok(map),
-            _ => Err(bad_field(&format!("{FIELD}[{index}].{name}"), "expected an object")),
+            _ => Err(bad_field(format!("{FIELD}[{index}].{name}"), "expected an object")),
         };
         let (attention, mlp) = (part("attention")?, part("ffn")?);
         let (at_attention, at_mlp) = (format!("{FIELD}[{index}].attention."), format!("{FIELD}[{index}].ffn."));
         let (attention, mlp) = (Fields { map: attention, prefix: &at_attention }, Fields { map: mlp, prefix: &at_mlp });
         for (fields, at) in [(&attention, &at_attention), (&mlp, &at_mlp)] {
             if fields.bool("replace_with_linear")?.unwrap_or(false) {
-                return Err(bad_field(&format!("{at}replace_with_linear"), "a linear layer in the place of a block"));
+                return Err(bad_field(format!("{at}replace_with_linear"), "a linear layer in the place of a block"));
             }
         }
         let (n_heads, n_kv_heads) = if attention.bool("no_op")?.unwrap_or(false) {
@@ -83,13 +83,13 @@ pub(super) fn parse(
             let group = attention.required_size("n_heads_in_group", MAX_HEADS)?;
             if n_heads % group != 0 {
                 let reason = format!("{group} does not divide {n_heads} heads");
-                return Err(bad_field(&format!("{at_attention}n_heads_in_group"), reason));
+                return Err(bad_field(format!("{at_attention}n_heads_in_group"), reason));
             }
             (n_heads, n_heads / group)
         };
         if n_heads * head_dim > MAX_WIDTH {
             let reason = format!("{n_heads} heads of {head_dim} exceed a width of {MAX_WIDTH}");
-            return Err(bad_field(&format!("{at_attention}num_attention_heads"), reason));
+            return Err(bad_field(format!("{at_attention}num_attention_heads"), reason));
         }
         let d_mlp = if mlp.bool("no_op")?.unwrap_or(false) {
             0
@@ -99,17 +99,17 @@ pub(super) fn parse(
                 (None, Some(factor)) => {
                     let width = (2.0 * factor * hidden_size as f64 / 3.0).trunc();
                     if !(width >= 1.0 && width <= MAX_WIDTH as f64) {
-                        return Err(bad_field(&format!("{at_mlp}ffn_mult"), format!("{factor} gives no width")));
+                        return Err(bad_field(format!("{at_mlp}ffn_mult"), format!("{factor} gives no width")));
                     }
                     (width as usize).next_multiple_of(MULTIPLE)
                 }
-                (None, None) => return Err(bad_field(&format!("{at_mlp}ffn_mult"), "missing")),
+                (None, None) => return Err(bad_field(format!("{at_mlp}ffn_mult"), "missing")),
             }
         };
         blocks.push(BlockDims { n_heads, n_kv_heads, d_mlp });
     }
     if let Some(index) = blocks.iter().position(|block| !block.has_attention() && !block.has_mlp()) {
-        return Err(bad_field(&format!("{FIELD}[{index}]"), "neither attention nor MLP: leave the block out"));
+        return Err(bad_field(format!("{FIELD}[{index}]"), "neither attention nor MLP: leave the block out"));
     }
     Ok(blocks)
 }
