@@ -310,7 +310,7 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         let own = config.with_blocks(&blocks).unwrap();
         assert_eq!((own.family(), own.blocks()), (Family::ElasticLlama, &blocks[..]));
         // And back to a stock config, where all are alike again.
-        let alike = own.with_blocks(&vec![BlockDims { n_heads: 16, n_kv_heads: 8, d_mlp: 100 }; 5]).unwrap();
+        let alike = own.with_blocks(&[BlockDims { n_heads: 16, n_kv_heads: 8, d_mlp: 100 }; 5]).unwrap();
         assert_eq!(alike.family(), Family::Llama);
         assert_eq!((alike.num_hidden_layers(), alike.intermediate_size(), alike.head_dim()), (5, 100, 128));
     }

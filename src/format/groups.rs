@@ -172,7 +172,8 @@ mod tests {
 
     #[test]
     fn parts_that_make_no_matrix_are_refused() {
-        let bad: [(&str, fn(&mut QuantizedParts)); 9] = [
+        type Spoil = fn(&mut QuantizedParts);
+        let bad: [(&str, Spoil); 9] = [
             ("bits", |p| p.bits = 5),
             ("group_size", |p| p.group_size = 0),
             ("code", |p| p.codes[3] = 8),
