@@ -1,8 +1,10 @@
-//! How good a model is: perplexity, exact match, and both as an objective for a search.
+//! How good a model is and how fast: perplexity, exact match, latency, and all as objectives for a search.
 
+mod latency;
 mod objective;
 
 pub use crate::train::mean_loss;
+pub use latency::{LatencyTable, Phase, measure_ms};
 pub use objective::{Cost, Metric, SubnetObjective};
 
 use burn::tensor::Tensor;

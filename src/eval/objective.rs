@@ -1,8 +1,8 @@
 //! A super-network's subnets as points of a search.
 
-use super::{ProblemSet, mean_loss};
+use super::{LatencyTable, ProblemSet, mean_loss};
 use crate::data::{Batch, TextTokenizer};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::infer::GenerateConfig;
 use crate::search::ObjectiveNames;
 use crate::space::SubnetConfig;
@@ -33,6 +33,8 @@ pub enum Cost {
     Params,
     /// Bytes of weights at 16 bits each.
     Bytes,
+    /// Milliseconds by a table of this machine's times; see [`SubnetObjective::with_latency`].
+    Latency,
 }
 
 /// Scores subnets of one super-network: `[loss or -accuracy, cost]`, both to be minimised.
@@ -40,12 +42,26 @@ pub struct SubnetObjective<'a> {
     net: SuperNet,
     metric: Metric<'a>,
     cost: Cost,
+    merged: bool,
+    latency: Option<LatencyTable>,
 }
 
 impl<'a> SubnetObjective<'a> {
     /// Shares the super-network's weights; the caller's active subnet stays as it is.
     pub fn new(net: &SuperNet, metric: Metric<'a>, cost: Cost) -> Self {
-        Self { net: net.clone(), metric, cost }
+        Self { net: net.clone(), metric, cost, merged: false, latency: None }
+    }
+
+    /// Counts costs as they are once the subnet's adapters are merged, rather than beside the base.
+    pub fn with_merged(mut self, merged: bool) -> Self {
+        self.merged = merged;
+        self
+    }
+
+    /// Takes latency as the cost, as this table of the same super-network has it.
+    pub fn with_latency(mut self, table: LatencyTable) -> Self {
+        (self.cost, self.latency) = (Cost::Latency, Some(table));
+        self
     }
 
     /// Names for reports.
@@ -54,6 +70,7 @@ impl<'a> SubnetObjective<'a> {
             Cost::Macs => "MACs per token",
             Cost::Params => "parameters",
             Cost::Bytes => "bytes of weights",
+            Cost::Latency => "latency, ms",
         };
         match self.metric {
             Metric::Loss(_) => ObjectiveNames::new("validation loss", cost).with_units("nats", ""),
@@ -70,18 +87,29 @@ impl<'a> SubnetObjective<'a> {
         let mut net = self.net.clone();
         net.activate(subnet)?;
         let model = net.eval_model();
-        let costs = net.cost(subnet)?;
-        let cost = match self.cost {
-            Cost::Macs => costs.macs_per_token,
-            Cost::Params => costs.params,
-            Cost::Bytes => costs.weight_bytes,
-        };
+        let cost = self.cost(&net, subnet)?;
         let score = match &self.metric {
             Metric::Loss(batches) => mean_loss(&model, batches)?,
             Metric::Accuracy { problems, tokenizer, generate } => {
                 -problems.exact_match(&model, tokenizer, generate)?.accuracy()
             }
         };
-        Ok(vec![score, cost as f64])
+        Ok(vec![score, cost])
+    }
+
+    /// What a subnet costs.
+    ///
+    /// # Errors
+    /// A subnet outside the space; [`Error::InvalidArgument`] for [`Cost::Latency`] without a table, or one of other sizes.
+    pub fn cost(&self, net: &SuperNet, subnet: &SubnetConfig) -> Result<f64> {
+        let costs = net.cost(subnet)?;
+        let costs = if self.merged { costs.merged() } else { costs };
+        Ok(match (self.cost, &self.latency) {
+            (Cost::Macs, _) => costs.macs_per_token as f64,
+            (Cost::Params, _) => costs.params as f64,
+            (Cost::Bytes, _) => costs.weight_bytes as f64,
+            (Cost::Latency, Some(table)) => table.predict_ms(&net.block_dims(subnet)?)?,
+            (Cost::Latency, None) => return Err(Error::argument("cost", "latency", "a table of measured times")),
+        })
     }
 }

@@ -8,6 +8,15 @@ use crate::io::{DType, HfConfig};
 use crate::nn::{BaseLinear, host_values};
 
 impl Decoder {
+    /// What the embedding, and with it every frozen weight, is stored as; see [`with_weight_dtype`](Self::with_weight_dtype).
+    pub fn weight_dtype(&self) -> DType {
+        match self.embed_tokens.val().dtype() {
+            burn::tensor::DType::BF16 => DType::BF16,
+            burn::tensor::DType::F16 => DType::F16,
+            _ => DType::F32,
+        }
+    }
+
     /// Stores the frozen weights of the linear layers, the head and the embedding as bf16 or f16, rounded to nearest, or as
     /// `f32`. Norms and biases stay `f32`, and so do activations and adapters, which train as before.
     ///

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::format::WeightFormat;
 use crate::io::HfConfig;
 use crate::io::hf::BlockDims;
 use crate::model::{Decoder, LinearKind, ParamCount, Unit};
@@ -77,6 +78,17 @@ impl SubnetCost {
         }
     }
 
+    /// The same once the adapters are merged: they cost nothing then. Under a mask they fill no zero; otherwise the zeros that they
+    /// fill are not counted.
+    pub fn merged(mut self) -> Self {
+        self.params -= self.adapter_params;
+        self.nonzero_params -= self.adapter_params;
+        self.macs_per_token -= self.adapter_params;
+        self.weight_bytes -= 2 * self.adapter_params;
+        self.adapter_params = 0;
+        self
+    }
+
     /// Multiply-accumulates of the linear layers over a sequence: at 256 tokens, what the paper calls TFLOPs.
     pub fn macs(&self, n_tokens: usize) -> usize {
         self.macs_per_token * n_tokens
@@ -140,11 +152,20 @@ pub(super) struct Nonzeros {
 #[derive(Clone, Debug, Default)]
 struct BlockNonzeros {
     norms: BTreeMap<Unit, usize>,
-    /// By number of channels, from 0 to all: output channels with their biases, or inputs for the layers that put out the residual
-    /// stream.
+    /// By number of channels, from 0 to all: output channels, or inputs for the layers that put out the residual stream.
     layers: BTreeMap<LinearKind, Vec<usize>>,
-    /// Biases of those last layers.
-    biases: BTreeMap<LinearKind, usize>,
+    /// Of biases, by number of output channels.
+    biases: BTreeMap<LinearKind, Vec<usize>>,
+}
+
+/// Sums of the first 0, 1, 2 and so on.
+fn sums(counts: impl IntoIterator<Item = usize>) -> Vec<usize> {
+    let mut sum = 0;
+    let sums = counts.into_iter().map(|count| {
+        sum += count;
+        sum
+    });
+    std::iter::once(0).chain(sums).collect()
 }
 
 fn count(values: &[f32]) -> usize {
@@ -173,28 +194,17 @@ impl Nonzeros {
             }
             for kind in LinearKind::ALL {
                 let Some(layer) = block.linear(kind) else { continue };
-                let bias = layer.base.bias.as_ref().map(|bias| host_values(bias.val()));
-                let mut channels = by_channel(&layer.base, by_input(kind));
-                match bias {
-                    Some(bias) if by_input(kind) => drop(counts.biases.insert(kind, tally(bias))),
-                    Some(bias) => {
-                        channels.iter_mut().zip(&bias).for_each(|(channel, b)| *channel += usize::from(*b != 0.0));
-                        tally(bias);
-                    }
-                    None => {}
+                counts.layers.insert(kind, sums(by_channel(&layer.base, by_input(kind))));
+                if let Some(bias) = &layer.base.bias {
+                    let bias = host_values(bias.val());
+                    counts.biases.insert(kind, sums(bias.iter().map(|b| usize::from(*b != 0.0))));
+                    tally(bias);
                 }
-                let mut sum = 0;
-                let sums = channels.into_iter().map(|channel| {
-                    sum += channel;
-                    sum
-                });
-                counts.layers.insert(kind, std::iter::once(0).chain(sums).collect());
             }
             blocks.push(counts);
         }
         total += model.linears().map(|(_, layer)| layer.base.dims().iter().product::<usize>()).sum::<usize>();
-        let whole = |block: &BlockNonzeros| block.count(|_| true, |_, sums| sums.len() - 1);
-        let nonzero = outside + blocks.iter().map(whole).sum::<usize>();
+        let nonzero = outside + blocks.iter().map(|block| block.count(|_| Some([usize::MAX; 2]))).sum::<usize>();
         Self { outside, blocks, all: ParamCount { total, nonzero } }
     }
 
@@ -206,26 +216,58 @@ impl Nonzeros {
     /// Those that blocks of these sizes have.
     fn of(&self, config: &HfConfig, blocks: &[BlockDims]) -> usize {
         let of_block = |(counts, dims): (&BlockNonzeros, &BlockDims)| {
-            counts.count(
-                |unit| has(dims, unit),
-                |kind, sums| {
-                    let [d_input, d_output] = layer_dims(config, dims, kind);
-                    let channels = if by_input(kind) { d_input } else { d_output };
-                    channels.min(sums.len() - 1)
-                },
-            )
+            counts.count(|kind| has(dims, kind.unit()).then(|| layer_dims(config, dims, kind)))
         };
         self.outside + self.blocks.iter().zip(blocks).map(of_block).sum::<usize>()
     }
+
+    /// Those of one linear layer's weight, of these sizes.
+    fn of_layer(&self, block: usize, kind: LinearKind, dims: [usize; 2]) -> usize {
+        self.blocks[block].layers.get(&kind).map_or(0, |sums| at(sums, dims[usize::from(!by_input(kind))]))
+    }
+}
+
+/// The sum of the first `n`, or of all where there are fewer.
+fn at(sums: &[usize], n: usize) -> usize {
+    sums[n.min(sums.len() - 1)]
 }
 
 impl BlockNonzeros {
-    fn count(&self, has: impl Fn(Unit) -> bool, channels: impl Fn(LinearKind, &[usize]) -> usize) -> usize {
-        let norms: usize = self.norms.iter().filter(|(unit, _)| has(**unit)).map(|(_, n)| n).sum();
-        let biases: usize = self.biases.iter().filter(|(kind, _)| has(kind.unit())).map(|(_, n)| n).sum();
-        let layers = self.layers.iter().filter(|(kind, _)| has(kind.unit()));
-        norms + biases + layers.map(|(kind, sums)| sums[channels(*kind, sums)]).sum::<usize>()
+    /// Where `dims` gives the sizes of the layers that are there.
+    fn count(&self, dims: impl Fn(LinearKind) -> Option<[usize; 2]>) -> usize {
+        let of_layer = |(kind, sums): (&LinearKind, &Vec<usize>)| {
+            dims(*kind).map_or(0, |dims| at(sums, dims[usize::from(!by_input(*kind))]))
+        };
+        let of_bias = |(kind, sums): (&LinearKind, &Vec<usize>)| dims(*kind).map_or(0, |dims| at(sums, dims[1]));
+        let of_norm = |(unit, norm): (&Unit, &usize)| {
+            let kind = if *unit == Unit::Attention { LinearKind::Q } else { LinearKind::Up };
+            dims(kind).map_or(0, |_| *norm)
+        };
+        self.layers.iter().map(of_layer).sum::<usize>()
+            + self.biases.iter().map(of_bias).sum::<usize>()
+            + self.norms.iter().map(of_norm).sum::<usize>()
     }
+}
+
+/// Bytes of a subnet's base as it is stored, adapters merged: linear layers inside the blocks in a format, all else dense at 16
+/// bits, or 32 where the format has them.
+pub(super) fn stored_bytes(
+    config: &HfConfig,
+    blocks: &[BlockDims],
+    nonzeros: &Nonzeros,
+    format: WeightFormat,
+) -> usize {
+    let (params, _) = base(config, blocks);
+    let (mut linear, mut bytes) = (0, 0);
+    for (index, block) in blocks.iter().enumerate() {
+        for kind in LinearKind::ALL.into_iter().filter(|kind| has(block, kind.unit())) {
+            let dims = layer_dims(config, block, kind);
+            linear += dims[0] * dims[1];
+            bytes += format.bytes(dims[1], dims[0], nonzeros.of_layer(index, kind, dims));
+        }
+    }
+    let rest = if format == WeightFormat::F32 { 4 } else { 2 };
+    bytes + rest * (params - linear)
 }
 
 /// Whether a layer's elastic channels are its inputs: it puts out the residual stream.

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
 use crate::error::{Error, Result};
+use crate::format::WeightFormat;
 use crate::io::hf::BlockDims;
 use crate::io::peft::{LoraAdapter, LoraWeights};
 use crate::model::{Decoder, ParamCount};
@@ -235,6 +236,16 @@ impl SuperNet {
     pub fn cost(&self, subnet: &SubnetConfig) -> Result<SubnetCost> {
         let blocks = self.block_dims(subnet)?;
         SubnetCost::count(self.model.config(), &blocks, &self.nonzeros, &self.ranks(subnet)?)
+    }
+
+    /// Bytes of a subnet's weights once it is extracted, its linear layers stored in `format` and all else dense at 16 bits (32
+    /// beside [`WeightFormat::F32`]). Zeros that merging an unmasked adapter fills are not counted.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`].
+    pub fn stored_bytes(&self, subnet: &SubnetConfig, format: WeightFormat) -> Result<usize> {
+        let blocks = self.block_dims(subnet)?;
+        Ok(cost::stored_bytes(self.model.config(), &blocks, &self.nonzeros, format))
     }
 
     /// The sizes of each block under a subnet; what is left out has no heads or no width.

@@ -1,0 +1,218 @@
+//! How long a model takes on this machine, measured whole, or foretold from a table of its parts' times.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::io::HfConfig;
+use crate::io::hf::BlockDims;
+use crate::model::Decoder;
+use crate::nn::{KvCache, host_values};
+use crate::space::{Elastic, SubnetConfig};
+use crate::supernet::SuperNet;
+
+/// What a model is timed at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// A prompt of so many tokens, and the logits after its last.
+    Prefill {
+        /// Tokens of the prompt.
+        n_tokens: usize,
+    },
+    /// One token after so many others.
+    Decode {
+        /// Tokens in the cache.
+        context: usize,
+    },
+}
+
+impl Phase {
+    /// Tokens in the cache before the clock starts, and tokens that are timed.
+    fn tokens(self) -> (usize, usize) {
+        match self {
+            Phase::Prefill { n_tokens } => (0, n_tokens),
+            Phase::Decode { context } => (context, 1),
+        }
+    }
+
+    fn check(self, config: &HfConfig) -> Result<()> {
+        let (before, timed) = self.tokens();
+        if timed == 0 {
+            return Err(Error::argument("n_tokens", 0, "at least 1"));
+        }
+        let (found, max) = (before + timed, config.max_position_embeddings());
+        if found > max {
+            return Err(Error::SequenceTooLong { what: "timing".into(), found, max });
+        }
+        Ok(())
+    }
+}
+
+/// The median of `repeats` runs after one that is not counted, in milliseconds.
+fn median_ms(repeats: usize, mut run: impl FnMut()) -> f64 {
+    run();
+    let mut times: Vec<f64> = (0..repeats.max(1))
+        .map(|_| {
+            let started = Instant::now();
+            run();
+            1e3 * started.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0
+}
+
+/// Waits until a tensor is there: some devices compute later.
+fn wait(x: &Tensor<3>) {
+    let [_, seq, _] = x.dims();
+    host_values(x.clone().narrow(1, seq - 1, 1).narrow(2, 0, 1));
+}
+
+/// Milliseconds that a model takes, the median of `repeats` runs, on one sequence of token 0.
+///
+/// # Errors
+/// [`Error::SequenceTooLong`] for more tokens than the model's context.
+pub fn measure_ms(model: &Decoder, phase: Phase, repeats: usize) -> Result<f64> {
+    phase.check(model.config())?;
+    let (before, timed) = phase.tokens();
+    let mut held = KvCache::new(model.layers.len());
+    if before > 0 {
+        wait(&model.hidden_states(model.tokens(&vec![0; before], 1)?, Some(&mut held)));
+    }
+    let tokens = model.tokens(&vec![0; timed], 1)?;
+    Ok(median_ms(repeats, || {
+        let hidden = model.hidden_states(tokens.clone(), Some(&mut held.clone()));
+        wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
+    }))
+}
+
+/// Measured times of a model's parts, at every size that a search space offers: the latency of a subnet is their sum, so that a
+/// search runs none of them (the table of ProxylessNAS, arXiv 1812.00332).
+///
+/// The parts are timed as they are when a subnet has been extracted: dense, adapters merged.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LatencyTable {
+    /// What was timed.
+    pub phase: Phase,
+    /// Embedding, last norm and head, in milliseconds.
+    pub rest_ms: f64,
+    /// Attention with its norm, by query heads and key/value heads, in milliseconds.
+    pub attention_ms: Vec<(usize, usize, f64)>,
+    /// MLP with its norm, by width, in milliseconds.
+    pub mlp_ms: Vec<(usize, f64)>,
+}
+
+impl LatencyTable {
+    /// Times each part of `net`'s model at each size that its space offers, the median of `repeats` runs. `progress` is told the
+    /// number of parts done, and of all.
+    ///
+    /// # Errors
+    /// As [`measure_ms`].
+    pub fn measure(
+        net: &SuperNet,
+        phase: Phase,
+        repeats: usize,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Self> {
+        let (model, config) = (net.model(), net.model().config());
+        phase.check(config)?;
+        let (mut attentions, mut widths) = (BTreeSet::new(), BTreeSet::new());
+        for subnet in one_change(net) {
+            for block in net.block_dims(&subnet)? {
+                attentions.extend(block.has_attention().then_some((block.n_heads, block.n_kv_heads)));
+                widths.extend(block.has_mlp().then_some(block.d_mlp));
+            }
+        }
+        let (all, device) = (1 + attentions.len() + widths.len(), model.device().without_autodiff());
+        let mut done = 0;
+        let mut told = |ms: f64| {
+            done += 1;
+            progress(done, all);
+            ms
+        };
+        let (before, timed) = phase.tokens();
+        let ids = model.tokens(&vec![0; timed], 1)?;
+        let rest_ms = told(median_ms(repeats, || {
+            let hidden = model.norm.forward(model.embed(ids.clone()));
+            wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
+        }));
+        let dtype = model.weight_dtype();
+        let mut part = |dims: BlockDims| -> Result<f64> {
+            let part = Decoder::init(&part_config(config, dims)?, 1, &device)?.with_weight_dtype(dtype)?;
+            Ok(told(time_block(&part, before, timed, repeats, &device)))
+        };
+        let mut attention_ms = Vec::with_capacity(attentions.len());
+        for (n_heads, n_kv_heads) in attentions {
+            attention_ms.push((n_heads, n_kv_heads, part(BlockDims { n_heads, n_kv_heads, d_mlp: 0 })?));
+        }
+        let mut mlp_ms = Vec::with_capacity(widths.len());
+        for d_mlp in widths {
+            mlp_ms.push((d_mlp, part(BlockDims { n_heads: 0, n_kv_heads: 0, d_mlp })?));
+        }
+        Ok(Self { phase, rest_ms, attention_ms, mlp_ms })
+    }
+
+    /// Milliseconds of a model with blocks of these sizes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a size that was not measured.
+    pub fn predict_ms(&self, blocks: &[BlockDims]) -> Result<f64> {
+        let missing = |block: &BlockDims| Error::argument("block", format!("{block:?}"), "of sizes that were measured");
+        let mut sum = self.rest_ms;
+        for block in blocks {
+            if block.has_attention() {
+                let part = self.attention_ms.iter().find(|part| (part.0, part.1) == (block.n_heads, block.n_kv_heads));
+                sum += part.ok_or_else(|| missing(block))?.2;
+            }
+            if block.has_mlp() {
+                sum += self.mlp_ms.iter().find(|part| part.0 == block.d_mlp).ok_or_else(|| missing(block))?.1;
+            }
+        }
+        Ok(sum)
+    }
+}
+
+/// The largest subnet, and it with one group at another of its choices: together they have every size that there is.
+fn one_change(net: &SuperNet) -> Vec<SubnetConfig> {
+    let largest = net.maximal();
+    let mut subnets = vec![largest.clone()];
+    for group in net.space().groups_of_kind(Elastic::Width) {
+        subnets.extend(group.choices()[1..].iter().map(|choice| {
+            let mut subnet = largest.clone();
+            subnet.set(group.id(), *choice);
+            subnet
+        }));
+    }
+    subnets
+}
+
+/// One block of these sizes and next to no vocabulary.
+fn part_config(config: &HfConfig, dims: BlockDims) -> Result<HfConfig> {
+    let mut raw = config.with_blocks(&[dims])?.raw().clone();
+    raw.insert("vocab_size".into(), 8.into());
+    for token in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+        raw.insert(token.into(), serde_json::Value::Null);
+    }
+    HfConfig::from_json(raw)
+}
+
+fn time_block(model: &Decoder, before: usize, timed: usize, repeats: usize, device: &Device) -> f64 {
+    let d_model = model.config().hidden_size();
+    let input = |n: usize| Tensor::<3>::random([1, n, d_model], Distribution::Normal(0.0, 1.0), device);
+    let mut held = KvCache::new(1);
+    if before > 0 {
+        let mut pass = model.pass(0, before, Some(&mut held));
+        wait(&model.layers[0].forward(input(before), 0, &mut pass));
+        held.advance(before);
+    }
+    let x = input(timed);
+    median_ms(repeats, || {
+        let mut cache = held.clone();
+        let mut pass = model.pass(before, timed, Some(&mut cache));
+        wait(&model.layers[0].forward(x.clone(), 0, &mut pass));
+    })
+}
