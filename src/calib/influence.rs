@@ -177,12 +177,7 @@ fn without(model: &Decoder, block: usize, unit: Unit) -> Result<Decoder> {
 }
 
 /// Mean loss a target, in nats, where `states` are the inputs of block `first`.
-fn loss_from(
-    model: &Decoder,
-    first: usize,
-    states: &[Tensor<3>],
-    targets: &[Vec<(usize, u32)>],
-) -> Result<f64> {
+fn loss_from(model: &Decoder, first: usize, states: &[Tensor<3>], targets: &[Vec<(usize, u32)>]) -> Result<f64> {
     let n: usize = targets.iter().map(Vec::len).sum();
     if n == 0 {
         return Err(Error::argument("samples", states.len(), "at least one of two tokens, to measure a loss"));

@@ -71,10 +71,7 @@ pub fn walk_blocks<S>(
 
 /// The samples' embeddings, those of one length together, a few thousand tokens a tensor.
 fn embed_samples(model: &Decoder, samples: &[Vec<u32>]) -> Result<Vec<Tensor<3>>> {
-    batches(samples, TOKENS_AT_ONCE)
-        .into_iter()
-        .map(|(rows, ids)| Ok(model.embed(model.tokens(&ids, rows)?)))
-        .collect()
+    batches(samples, TOKENS_AT_ONCE).into_iter().map(|(rows, ids)| Ok(model.embed(model.tokens(&ids, rows)?))).collect()
 }
 
 /// The samples, empty ones left out, those of one length together, about `tokens` at once: number of rows and their ids.

@@ -12,9 +12,7 @@ use super::{column_squares, embed_samples};
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 use crate::model::{Block, Decoder, LinearKind};
-use crate::sparsity::{
-    ChannelScore, InputNorms, UnitPart, activation_scores, importance_order, l1_scores, l2_scores,
-};
+use crate::sparsity::{ChannelScore, InputNorms, UnitPart, activation_scores, importance_order, l1_scores, l2_scores};
 
 /// The scores of a block's units; larger is more important. Scores of different kinds of units do not compare.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,9 +47,10 @@ impl ChannelOrder {
     /// # Errors
     /// [`Error::InvalidArgument`] for a record that holds no permutations (one that was read from a file, say).
     pub fn inverse(&self) -> Result<Self> {
-        let blocks = self.blocks.iter().map(|block| {
-            Ok(BlockOrder { mlp: invert(&block.mlp)?, kv_groups: invert(&block.kv_groups)? })
-        });
+        let blocks = self
+            .blocks
+            .iter()
+            .map(|block| Ok(BlockOrder { mlp: invert(&block.mlp)?, kv_groups: invert(&block.kv_groups)? }));
         Ok(Self { score: self.score, blocks: blocks.collect::<Result<_>>()? })
     }
 
@@ -163,8 +162,7 @@ fn weight_scores(block: &Block, score: impl Fn(&[UnitPart<'_>]) -> Result<Vec<f6
     let weight = |kind: LinearKind| -> Matrix { block.linear(kind).base.to_matrix() };
     let (gate, up, down) = (weight(LinearKind::Gate), weight(LinearKind::Up), weight(LinearKind::Down));
     let mlp = score(&[UnitPart::rows(&gate, 1)?, UnitPart::rows(&up, 1)?, UnitPart::columns(&down, 1)?])?;
-    let (q, k, v, o) =
-        (weight(LinearKind::Q), weight(LinearKind::K), weight(LinearKind::V), weight(LinearKind::O));
+    let (q, k, v, o) = (weight(LinearKind::Q), weight(LinearKind::K), weight(LinearKind::V), weight(LinearKind::O));
     let (queries, keys) = (query_width(block), k.rows() / block.n_kv_groups());
     let kv_groups = score(&[
         UnitPart::rows(&q, queries)?,
@@ -182,8 +180,8 @@ pub(super) fn query_width(block: &Block) -> usize {
 
 /// Runs one block, which takes `states` to the next, and gives the norms of the inputs of o and of down.
 fn output_norms(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Result<[InputNorms; 2]> {
-    let mut norms = [LinearKind::O, LinearKind::Down]
-        .map(|kind| InputNorms::new(model.layers[block].linear(kind).base.dims()[0]));
+    let mut norms =
+        [LinearKind::O, LinearKind::Down].map(|kind| InputNorms::new(model.layers[block].linear(kind).base.dims()[0]));
     let mut failure = None;
     for state in states {
         let mut tap = |kind: LinearKind, x: &Tensor<3>| {

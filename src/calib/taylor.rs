@@ -40,8 +40,8 @@ impl Default for TaylorConfig {
     }
 }
 
-/// For each MLP channel the mean over batches of `|<w, dL/dw>|` over its row of gate, plus that over its row of up; for each
-/// key/value group the same over its rows of q, of k and of v. L is the mean loss of a batch, and the gradient a sketch.
+/// The mean over batches of `|<w, dL/dw>|`, summed over the rows `w` of gate and up that are an MLP channel's, and over those of
+/// q, k and v that are a key/value group's. L is the mean loss of a batch, and the gradient a sketch.
 ///
 /// Samples of fewer than two tokens predict nothing and are left out. `progress` is told the batches done, and of all.
 ///
@@ -66,10 +66,7 @@ pub fn taylor_scores(
     let mut probe = model.clone().set_require_grad(false).train();
     let tape = probe.device();
     let mut scores: Vec<BlockScores> = (probe.layers.iter())
-        .map(|block| BlockScores {
-            mlp: vec![0.0; block.n_mlp_channels()],
-            kv_groups: vec![0.0; block.n_kv_groups()],
-        })
+        .map(|block| BlockScores { mlp: vec![0.0; block.n_mlp_channels()], kv_groups: vec![0.0; block.n_kv_groups()] })
         .collect();
     for (index, (rows, ids)) in batches.iter().enumerate() {
         put_on_adapters(&mut probe, &lora, mix_seed(config.seed, index as u64), &tape)?;
@@ -83,7 +80,7 @@ pub fn taylor_scores(
                 let Some(grad) = adapter.lora_b.val().grad_remove(&mut grads) else { continue };
                 let a = adapter.lora_a.val().without_autodiff();
                 let weight = layer.base.weight().without_autodiff();
-                let terms = host_values((a.transpose().matmul(weight) * grad).sum_dim(0));
+                let terms = host_values((a.transpose().matmul(weight) * grad).sum_dim(0).abs());
                 if let Some(index) = terms.iter().position(|v| !v.is_finite()) {
                     let tensor = format!("gradient of {}", kind.name(block));
                     return Err(Error::NotFinite { tensor, index, value: terms[index] });
@@ -98,7 +95,7 @@ pub fn taylor_scores(
                 };
                 let share = sketch_scale(adapter) / batches.len() as f64;
                 for (score, term) in units.iter_mut().zip(sum_units(&terms, width)?) {
-                    *score += share * term.abs();
+                    *score += share * term;
                 }
             }
         }

@@ -53,13 +53,7 @@ impl Decoder {
     }
 
     /// Moves the outputs of `writers` and the inputs of `reader`, each of which has `order.len()` units.
-    fn move_units(
-        &mut self,
-        block: usize,
-        writers: &[LinearKind],
-        reader: LinearKind,
-        order: &[usize],
-    ) -> Result<()> {
+    fn move_units(&mut self, block: usize, writers: &[LinearKind], reader: LinearKind, order: &[usize]) -> Result<()> {
         let block = &mut self.layers[block];
         for (kinds, dim) in [(writers, 1), (&[reader][..], 0)] {
             for kind in kinds {
@@ -77,8 +71,7 @@ impl Decoder {
 fn select(layer: &BaseLinear, dim: usize, indices: Vec<i32>) -> Result<BaseLinear> {
     let weight = layer.stored();
     let (trained, autodiff, n) = (weight.is_require_grad(), weight.is_autodiff(), indices.len());
-    let indices: Tensor<1, Int> =
-        Tensor::from_data(TensorData::new(indices, [n]), &weight.device().without_autodiff());
+    let indices: Tensor<1, Int> = Tensor::from_data(TensorData::new(indices, [n]), &weight.device().without_autodiff());
     let weight = weight.without_autodiff().select(dim, indices.clone());
     let bias = layer.bias.as_ref().map(|bias| bias.val().without_autodiff());
     let bias = if dim == 1 { bias.map(|bias| bias.select(0, indices)) } else { bias };

@@ -57,9 +57,7 @@ impl FromStr for ChannelScore {
 
     fn from_str(s: &str) -> Result<Self> {
         let found = Self::ALL.into_iter().find(|score| score.to_string().eq_ignore_ascii_case(s.trim()));
-        found.ok_or_else(|| {
-            Error::argument("channel score", format!("{s:?}"), "one of l1, l2, activation, taylor")
-        })
+        found.ok_or_else(|| Error::argument("channel score", format!("{s:?}"), "one of l1, l2, activation, taylor"))
     }
 }
 
@@ -107,7 +105,8 @@ impl<'a> UnitPart<'a> {
         sums.par_chunks_mut(at_once).enumerate().for_each(|(chunk, sums)| {
             let start = chunk * at_once * self.width;
             let own = start..start + sums.len() * self.width;
-            let (rows, columns) = if self.columns { (0..self.weight.rows(), own) } else { (own, 0..self.weight.cols()) };
+            let (rows, columns) =
+                if self.columns { (0..self.weight.rows(), own) } else { (own, 0..self.weight.cols()) };
             let width = if self.columns { self.width } else { self.weight.cols().max(1) };
             for row in rows {
                 for (unit, values) in self.weight.row(row)[columns.clone()].chunks(width).enumerate() {
@@ -224,11 +223,7 @@ mod tests {
     fn scores_are_sums_over_what_a_unit_owns() {
         // Seven units: three rows each of one weight, one row of another, two columns of a third.
         let (a, b, c) = (random(21, 5, 1), random(7, 9, 2), random(11, 14, 3));
-        let parts = [
-            UnitPart::rows(&a, 3).unwrap(),
-            UnitPart::rows(&b, 1).unwrap(),
-            UnitPart::columns(&c, 2).unwrap(),
-        ];
+        let parts = [UnitPart::rows(&a, 3).unwrap(), UnitPart::rows(&b, 1).unwrap(), UnitPart::columns(&c, 2).unwrap()];
         let (l1, l2) = (l1_scores(&parts).unwrap(), l2_scores(&parts).unwrap());
         let mut norms = InputNorms::new(14);
         let x = random(10, 14, 4);

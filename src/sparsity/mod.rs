@@ -10,9 +10,7 @@ mod mask;
 mod norms;
 mod pattern;
 
-pub use channels::{
-    ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units,
-};
+pub use channels::{ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units};
 pub use mask::Mask;
 pub use norms::InputNorms;
 pub use pattern::Pattern;
