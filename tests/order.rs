@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use common::{is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{
-    BlockScores, ChannelOrder, InfluenceMeasure, TaylorConfig, Unit, block_influence, channel_scores, sort_channels,
+    BlockScores, ChannelOrder, InfluenceMeasure, TaylorConfig, block_influence, channel_scores, sort_channels,
     taylor_scores,
 };
 use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
@@ -19,7 +19,7 @@ use elastic_lora::data::{
 use elastic_lora::eval::{mean_loss, perplexity};
 use elastic_lora::io::{DType, HfConfig};
 use elastic_lora::linalg::Matrix;
-use elastic_lora::model::{Decoder, LinearKind, Pretrained};
+use elastic_lora::model::{Block, Decoder, LinearKind, Pretrained, Unit};
 use elastic_lora::nn::host_values;
 use elastic_lora::sparsity::{ChannelScore, InputNorms, activation_scores};
 use elastic_lora::supernet::SuperNetConfig;
@@ -98,7 +98,8 @@ fn another_order_of_channels_and_heads_gives_the_same_logits() {
             moved.permute_mlp(block, channels).unwrap();
             moved.permute_heads(block, groups).unwrap();
             let (old, new) = (&model.layers[block], &moved.layers[block]);
-            let (old, new) = (old.mlp.up_proj.base.to_matrix(), new.mlp.up_proj.base.to_matrix());
+            let up = |block: &Block| block.linear(LinearKind::Up).unwrap().base.to_matrix();
+            let (old, new) = (up(old), up(new));
             channels.iter().enumerate().for_each(|(place, unit)| assert_eq!(new.row(place), old.row(*unit)));
         }
         assert_ne!(weight_bits(&moved), weight_bits(&model), "{what}");
@@ -200,6 +201,29 @@ fn sorting_puts_scores_in_order_and_can_be_undone() {
 }
 
 #[test]
+fn parts_that_are_missing_or_narrowed() {
+    // No attention in the first block, no MLP in the second.
+    let mut model = biased(4);
+    model.layers[0].self_attn = None;
+    model.layers[1].mlp = None;
+    for score in ChannelScore::ALL {
+        let mut sorted = model.clone();
+        let order = sort_channels(&mut sorted, &samples(4, 13, 1), score, |_, _| {}).unwrap();
+        let lengths: Vec<_> = order.blocks.iter().map(|block| (block.mlp.len(), block.kv_groups.len())).collect();
+        assert_eq!(lengths, [(37, 0), (0, 3), (37, 3)], "{score}");
+        assert!(max_diff(&logits(&model), &logits(&sorted)) < 1e-4, "{score}");
+        assert_ne!(weight_bits(&sorted), weight_bits(&model));
+    }
+    let mut narrowed = biased(4);
+    narrowed.layers[2].linear_mut(LinearKind::Up).unwrap().base.set_active_dims([24, 30]).unwrap();
+    for score in ChannelScore::ALL {
+        let refused = sort_channels(&mut narrowed, &samples(4, 13, 1), score, |_, _| {});
+        assert!(matches!(refused, Err(Error::Unsupported { .. })), "{score}");
+    }
+    assert!(matches!(narrowed.permute_heads(0, &[2, 0, 1]), Err(Error::Unsupported { .. })));
+}
+
+#[test]
 fn equal_units_stay_where_they_are() {
     let mut model = tiny(true, 3);
     model
@@ -244,7 +268,7 @@ fn activation_scores_are_those_of_the_inputs_as_they_are() {
             };
             *state = model.block(block, state.clone(), Some(&mut tap));
         }
-        let weight = |kind| model.layers[block].linear(kind).base.to_matrix();
+        let weight = |kind| model.layers[block].linear(kind).unwrap().base.to_matrix();
         let heads = activation_scores(&weight(LinearKind::O), 8, &norms[0]).unwrap();
         let mlp = activation_scores(&weight(LinearKind::Down), 1, &norms[1]).unwrap();
         assert_eq!((scores.mlp.len(), scores.kv_groups.len()), (37, 3));
@@ -266,9 +290,9 @@ fn exact_taylor(model: &Decoder, ids: &[u32], rows: usize) -> Vec<BlockScores> {
             let units = |kinds: &[LinearKind], n: usize| -> Vec<f64> {
                 let mut scores = vec![0.0; n];
                 for kind in kinds {
-                    let weight = block.linear(*kind).base.weight();
+                    let weight = block.linear(*kind).unwrap().base.weight();
                     let products = host_values(weight.grad(&grads).unwrap() * weight.inner());
-                    let [_, d_output] = block.linear(*kind).base.dims();
+                    let [_, d_output] = block.linear(*kind).unwrap().base.dims();
                     let mut rows = vec![0.0f64; d_output];
                     products.iter().enumerate().for_each(|(i, v)| rows[i % d_output] += f64::from(*v));
                     rows.iter().enumerate().for_each(|(row, sum)| scores[row / (d_output / n)] += sum.abs());
@@ -344,7 +368,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     let silent = |block: usize, kinds: &[LinearKind]| {
         let mut model = model.clone();
         for kind in kinds {
-            let layer = model.layers[block].linear_mut(*kind);
+            let layer = model.layers[block].linear_mut(*kind).unwrap();
             let [d_input, d_output] = layer.base.dims();
             layer.base.set_matrix(&Matrix::zeros(d_output, d_input)).unwrap();
             layer.base.bias = None;
@@ -356,10 +380,10 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
         let after = model.block(block, state.clone(), None);
         // Without the MLP, a block gives what is between the two.
         let between = silent(block, &[LinearKind::Down]).block(block, state.clone(), None);
-        for (unit, kinds, from, to) in [
-            (Unit::Block, &[LinearKind::O, LinearKind::Down][..], &state, &after),
-            (Unit::Attention, &[LinearKind::O], &state, &between),
-            (Unit::Mlp, &[LinearKind::Down], &between, &after),
+        for (name, kinds, from, to) in [
+            (format!("model.layers.{block}"), &[LinearKind::O, LinearKind::Down][..], &state, &after),
+            (Unit::Attention.name(block), &[LinearKind::O], &state, &between),
+            (Unit::Mlp.name(block), &[LinearKind::Down], &between, &after),
         ] {
             let (a, b) = (host_values(from.clone()), host_values(to.clone()));
             let expected: f64 = (a.chunks(24).zip(b.chunks(24)))
@@ -371,9 +395,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
                 })
                 .sum::<f64>()
                 / 60.0;
-            let name = unit.name(block);
             let found = units.iter().find(|unit| unit.name == name).unwrap();
-            assert_eq!((found.block, found.unit), (block, unit));
             assert!((found.cosine_change - expected).abs() < 1e-5, "{name}");
             assert!(expected > 1e-3, "{name}: the test's own model does too little");
             let increase = loss(&silent(block, kinds)) - loss(&model);
@@ -381,16 +403,23 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
         }
         state = after;
     }
-    assert_eq!(Unit::Block.name(3), "model.layers.3");
-    assert_eq!(Unit::Attention.name(3), "model.layers.3.self_attn");
-    assert_eq!(Unit::Mlp.name(0), "model.layers.0.mlp");
+    // What does not run is not listed, and its block is what is left of it.
+    let mut shallow = model.clone();
+    shallow.layers[1].set_runs(Unit::Mlp, false);
+    shallow.layers[2].set_runs(Unit::Attention, false);
+    shallow.layers[2].set_runs(Unit::Mlp, false);
+    let units = block_influence(&shallow, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
+    let change = |name: &str| units.iter().find(|unit| unit.name == name).map(|unit| unit.cosine_change);
+    assert_eq!(units.len(), 5);
+    assert!(change("model.layers.1.mlp").is_none() && change("model.layers.2").is_none());
+    assert_eq!(change("model.layers.1"), change("model.layers.1.self_attn"));
 }
 
 /// The model of which the MLP's first channels, a share of them, are left.
 fn first_channels(model: &Decoder, share: f64) -> Decoder {
     let mut model = model.clone();
     for block in 0..model.layers.len() {
-        let down = &mut model.layers[block].mlp.down_proj.base;
+        let down = &mut model.layers[block].linear_mut(LinearKind::Down).unwrap().base;
         let mut weight = down.to_matrix();
         let kept = (weight.cols() as f64 * share).round() as usize;
         (0..weight.rows()).for_each(|row| weight.row_mut(row)[kept..].fill(0.0));
@@ -404,7 +433,7 @@ fn all_but_one_group(model: &Decoder) -> Decoder {
     let mut model = model.clone();
     for block in 0..model.layers.len() {
         let groups = model.layers[block].n_kv_groups();
-        let o = &mut model.layers[block].self_attn.o_proj.base;
+        let o = &mut model.layers[block].linear_mut(LinearKind::O).unwrap().base;
         let mut weight = o.to_matrix();
         let kept = weight.cols() / groups * (groups - 1);
         (0..weight.rows()).for_each(|row| weight.row_mut(row)[kept..].fill(0.0));

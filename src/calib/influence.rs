@@ -9,45 +9,17 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::{TOKENS_AT_ONCE, batches, targets};
-use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, LinearKind};
-use crate::nn::{BaseLinear, host_values};
+use crate::model::{Decoder, LinearKind, Unit};
+use crate::nn::host_values;
 
-/// What may be left out of a model for less depth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Unit {
-    /// A block.
-    Block,
-    /// A block's attention.
-    Attention,
-    /// A block's MLP.
-    Mlp,
-}
-
-impl Unit {
-    /// All, the whole before its parts.
-    pub const ALL: [Unit; 3] = [Unit::Block, Unit::Attention, Unit::Mlp];
-
-    /// Hugging Face's module path of this unit of block `block`.
-    pub fn name(self, block: usize) -> String {
-        let path = match self {
-            Unit::Block => "",
-            Unit::Attention => ".self_attn",
-            Unit::Mlp => ".mlp",
-        };
-        format!("model.layers.{block}{path}")
-    }
-
-    /// The layers through which it writes into the residual stream.
-    fn writers(self) -> &'static [LinearKind] {
-        match self {
-            Unit::Block => &[LinearKind::O, LinearKind::Down],
-            Unit::Attention => &[LinearKind::O],
-            Unit::Mlp => &[LinearKind::Down],
-        }
-    }
+/// What of block `block` may be left out: its name, and the parts that it is. The whole comes before its parts.
+fn candidates(block: usize) -> [(String, &'static [Unit]); 3] {
+    [
+        (format!("model.layers.{block}"), &Unit::ALL),
+        (Unit::Attention.name(block), &[Unit::Attention]),
+        (Unit::Mlp.name(block), &[Unit::Mlp]),
+    ]
 }
 
 /// By what units are ranked.
@@ -65,12 +37,9 @@ pub enum InfluenceMeasure {
 /// How much a unit matters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UnitInfluence {
-    /// Hugging Face's module path, such as `model.layers.3.self_attn`.
+    /// Hugging Face's module path, such as `model.layers.3` or `model.layers.3.self_attn`; [`Unit::parse`] reads it, and a group of
+    /// elastic depth lists such names.
     pub name: String,
-    /// The block, from 0.
-    pub block: usize,
-    /// Which part of it.
-    pub unit: Unit,
     /// 1 minus the cosine of the residual stream before and after the unit, mean over tokens, in 0..=2.
     pub cosine_change: f64,
     /// How much more the loss is without the unit, in nats a token; where it was asked for.
@@ -78,7 +47,8 @@ pub struct UnitInfluence {
 }
 
 /// Measures each block, and each block's attention and MLP, on token sequences; returns them by importance, most important
-/// first. Equal ones come in the order of computation, the whole block before its parts.
+/// first. Equal ones come in the order of computation, the whole block before its parts. What is missing or left out already is
+/// not listed.
 ///
 /// An active adapter counts as part of its layer. `progress` is told the blocks done, and of all.
 ///
@@ -105,17 +75,21 @@ pub fn block_influence(
     let n_blocks = model.layers.len();
     let mut units = Vec::with_capacity(3 * n_blocks);
     for block in 0..n_blocks {
-        let losses = match whole {
-            Some(whole) => Unit::ALL.map(|unit| {
-                let loss = without(&model, block, unit).and_then(|less| loss_from(&less, block, &states, &expected));
-                Some(loss.map(|loss| loss - whole))
-            }),
-            None => [None, None, None],
-        };
+        let here = units.len();
+        for (name, parts) in candidates(block) {
+            // What is missing or left out already does nothing.
+            if !parts.iter().any(|unit| model.layers[block].runs(*unit)) {
+                continue;
+            }
+            let loss_increase = match whole {
+                Some(whole) => Some(loss_from(&without(&model, block, parts), block, &states, &expected)? - whole),
+                None => None,
+            };
+            units.push(UnitInfluence { name, cosine_change: 0.0, loss_increase });
+        }
         let changes = cosine_changes(&model, block, &mut states)?;
-        for ((unit, change), loss) in Unit::ALL.into_iter().zip(changes).zip(losses) {
-            let loss_increase = loss.transpose()?;
-            units.push(UnitInfluence { name: unit.name(block), block, unit, cosine_change: change, loss_increase });
+        for ((name, _), change) in candidates(block).iter().zip(changes) {
+            units[here..].iter_mut().filter(|unit| unit.name == *name).for_each(|unit| unit.cosine_change = change);
         }
         progress(block + 1, n_blocks);
     }
@@ -128,7 +102,8 @@ pub fn block_influence(
     Ok(units)
 }
 
-/// Runs one block, which takes `states` to the next, and gives the mean change over all tokens by each of [`Unit::ALL`].
+/// Runs one block, which takes `states` to the next, and gives the mean change over all tokens by each of the
+/// [`candidates`].
 fn cosine_changes(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Result<[f64; 3]> {
     let mut sums = [0.0; 3];
     let mut n = 0;
@@ -141,9 +116,9 @@ fn cosine_changes(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Re
         };
         let after = model.block(block, state.clone(), Some(&mut tap));
         // The stream between attention and MLP, which a block does not show.
-        let between = match context {
-            Some(context) => state.clone() + model.layers[block].self_attn.o_proj.forward(context),
-            None => state.clone(),
+        let between = match (context, model.layers[block].linear(LinearKind::O)) {
+            (Some(context), Some(o)) => state.clone() + o.forward(context),
+            _ => state.clone(),
         };
         let pairs = [(state.clone(), after.clone()), (state.clone(), between.clone()), (between, after.clone())];
         for (sum, (a, b)) in sums.iter_mut().zip(pairs) {
@@ -165,15 +140,11 @@ fn cosines(a: Tensor<3>, b: Tensor<3>) -> Vec<f32> {
         .collect()
 }
 
-/// The model whose unit adds nothing to the residual stream. Other weights are shared.
-fn without(model: &Decoder, block: usize, unit: Unit) -> Result<Decoder> {
-    let (mut model, device) = (model.clone(), model.device());
-    for kind in unit.writers() {
-        let layer = model.layers[block].linear_mut(*kind);
-        let zeros = Tensor::zeros(layer.base.dims(), &device);
-        *layer = ElasticLoraLinear::plain(BaseLinear::from_tensors(zeros, None)?);
-    }
-    Ok(model)
+/// The model that leaves parts of a block out. Weights are shared.
+fn without(model: &Decoder, block: usize, parts: &[Unit]) -> Decoder {
+    let mut model = model.clone();
+    parts.iter().for_each(|unit| model.layers[block].set_runs(*unit, false));
+    model
 }
 
 /// Mean loss a target, in nats, where `states` are the inputs of block `first`.

@@ -7,7 +7,7 @@ mod influence;
 mod order;
 mod taylor;
 
-pub use influence::{InfluenceMeasure, Unit, UnitInfluence, block_influence};
+pub use influence::{InfluenceMeasure, UnitInfluence, block_influence};
 pub use order::{BlockOrder, BlockScores, ChannelOrder, channel_scores, sort_channels};
 pub use taylor::{TaylorConfig, taylor_scores};
 

@@ -3,6 +3,8 @@
 //! LoNAS (in arXiv 2501.16372) cuts unsorted prefixes; sorting first is what Once-for-All (arXiv 1908.09791) and MultiPruner
 //! do. The move is lossless, so it costs nothing but the calibration.
 
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -113,13 +115,15 @@ pub fn sort_channels(
 
 /// The scores of every block's MLP channels and key/value groups: for each channel over its rows of gate and up and its column
 /// of down, for each group over its rows of q, k and v and its columns of o; biases are left out. [`ChannelScore::Activation`]
-/// goes by down and o alone, [`ChannelScore::Taylor`] as [`taylor_scores`] says.
+/// goes by down and o alone, [`ChannelScore::Taylor`] as [`taylor_scores`] says. A part that a block lacks has no scores; of one
+/// that is left out for the time being, those that need data are all 0.
 ///
 /// Token sequences in `samples` are the calibration data, where the score needs any. `progress` is told the pieces of work
 /// done, and of all.
 ///
 /// # Errors
-/// [`Error::HasAdapter`]; [`Error::InvalidArgument`] for a score that needs samples without any; those of
+/// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
+/// [`Error::InvalidArgument`] for a score that needs samples without any; those of
 /// [`Decoder::tokens`] for a sample outside vocabulary or context; [`Error::NotFinite`] where the model gives NaN or an
 /// infinity.
 pub fn channel_scores(
@@ -128,7 +132,7 @@ pub fn channel_scores(
     score: ChannelScore,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Vec<BlockScores>> {
-    model.refuse_adapters("put channels in order before adapters are put on, or merge them first")?;
+    model.check_reorderable()?;
     if score == ChannelScore::Taylor {
         return taylor_scores(model, samples, &TaylorConfig::default(), progress);
     }
@@ -142,11 +146,17 @@ pub fn channel_scores(
     for (index, block) in model.layers.iter().enumerate() {
         scores.push(match score {
             ChannelScore::Activation => {
-                let [o, down] = output_norms(&model, index, &mut states)?;
-                let weight = |kind: LinearKind| block.linear(kind).base.to_matrix();
+                let norms = output_norms(&model, index, &mut states)?;
+                let scores = |kind: LinearKind, n_units: usize| match (block.linear(kind), norms.get(&kind)) {
+                    (Some(layer), Some(norms)) => {
+                        let weight = layer.base.to_matrix();
+                        activation_scores(&weight, weight.cols() / n_units, norms)
+                    }
+                    _ => Ok(Vec::new()),
+                };
                 BlockScores {
-                    mlp: activation_scores(&weight(LinearKind::Down), 1, &down)?,
-                    kv_groups: activation_scores(&weight(LinearKind::O), query_width(block), &o)?,
+                    mlp: scores(LinearKind::Down, block.n_mlp_channels())?,
+                    kv_groups: scores(LinearKind::O, block.n_kv_groups())?,
                 }
             }
             ChannelScore::L2 => weight_scores(block, l2_scores)?,
@@ -159,38 +169,32 @@ pub fn channel_scores(
 
 /// Scores that need no data.
 fn weight_scores(block: &Block, score: impl Fn(&[UnitPart<'_>]) -> Result<Vec<f64>>) -> Result<BlockScores> {
-    let weight = |kind: LinearKind| -> Matrix { block.linear(kind).base.to_matrix() };
-    let (gate, up, down) = (weight(LinearKind::Gate), weight(LinearKind::Up), weight(LinearKind::Down));
-    let mlp = score(&[UnitPart::rows(&gate, 1)?, UnitPart::rows(&up, 1)?, UnitPart::columns(&down, 1)?])?;
-    let (q, k, v, o) = (weight(LinearKind::Q), weight(LinearKind::K), weight(LinearKind::V), weight(LinearKind::O));
-    let (queries, keys) = (query_width(block), k.rows() / block.n_kv_groups());
-    let kv_groups = score(&[
-        UnitPart::rows(&q, queries)?,
-        UnitPart::rows(&k, keys)?,
-        UnitPart::rows(&v, keys)?,
-        UnitPart::columns(&o, queries)?,
-    ])?;
-    Ok(BlockScores { mlp, kv_groups })
+    let of = |writers: &[LinearKind], reader: LinearKind, n_units: usize| -> Result<Vec<f64>> {
+        let weight = |kind: &LinearKind| Some(block.linear(*kind)?.base.to_matrix());
+        let Some(read) = weight(&reader) else { return Ok(Vec::new()) };
+        let written: Vec<Matrix> = writers.iter().filter_map(weight).collect();
+        let mut parts = vec![UnitPart::columns(&read, read.cols() / n_units)?];
+        for weight in &written {
+            parts.push(UnitPart::rows(weight, weight.rows() / n_units)?);
+        }
+        score(&parts)
+    };
+    Ok(BlockScores {
+        mlp: of(&[LinearKind::Gate, LinearKind::Up], LinearKind::Down, block.n_mlp_channels())?,
+        kv_groups: of(&[LinearKind::Q, LinearKind::K, LinearKind::V], LinearKind::O, block.n_kv_groups())?,
+    })
 }
 
-/// Rows of q, and columns of o, of one key/value group.
-pub(super) fn query_width(block: &Block) -> usize {
-    block.linear(LinearKind::O).base.dims()[0] / block.n_kv_groups()
-}
-
-/// Runs one block, which takes `states` to the next, and gives the norms of the inputs of o and of down.
-fn output_norms(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Result<[InputNorms; 2]> {
-    let mut norms =
-        [LinearKind::O, LinearKind::Down].map(|kind| InputNorms::new(model.layers[block].linear(kind).base.dims()[0]));
+/// Runs one block, which takes `states` to the next, and gives the norms of the inputs of o and of down, where it has them.
+fn output_norms(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Result<BTreeMap<LinearKind, InputNorms>> {
+    let mut norms: BTreeMap<LinearKind, InputNorms> = [LinearKind::O, LinearKind::Down]
+        .into_iter()
+        .filter_map(|kind| Some((kind, InputNorms::new(model.layers[block].linear(kind)?.base.dims()[0]))))
+        .collect();
     let mut failure = None;
     for state in states {
         let mut tap = |kind: LinearKind, x: &Tensor<3>| {
-            let norms = match kind {
-                LinearKind::O => &mut norms[0],
-                LinearKind::Down => &mut norms[1],
-                _ => return,
-            };
-            if failure.is_none() {
+            if let (None, Some(norms)) = (&failure, norms.get_mut(&kind)) {
                 failure = norms.update_sums(&column_squares(x), x.dims()[0]).err();
             }
         };

@@ -10,7 +10,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
-use super::order::{BlockScores, query_width};
+use super::order::BlockScores;
 use super::{batches, targets};
 use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
 use crate::error::{Error, Result};
@@ -46,7 +46,8 @@ impl Default for TaylorConfig {
 /// Samples of fewer than two tokens predict nothing and are left out. `progress` is told the batches done, and of all.
 ///
 /// # Errors
-/// [`Error::HasAdapter`]; [`Error::InvalidArgument`] for a rank of 0 or over [`MAX_RANK`](crate::adapter::MAX_RANK), or
+/// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
+/// [`Error::InvalidArgument`] for a rank of 0 or over [`MAX_RANK`](crate::adapter::MAX_RANK), or
 /// without a sample of two tokens; those of [`Decoder::tokens`] for a sample outside vocabulary or context;
 /// [`Error::NotFinite`] where a gradient holds NaN or an infinity.
 pub fn taylor_scores(
@@ -55,7 +56,7 @@ pub fn taylor_scores(
     config: &TaylorConfig,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Vec<BlockScores>> {
-    model.refuse_adapters("put channels in order before adapters are put on, or merge them first")?;
+    model.check_reorderable()?;
     let lora = LoraConfig::new(config.rank).with_alpha(config.rank as f64);
     lora.validate()?;
     let batches = batches(samples, config.batch_tokens);
@@ -75,7 +76,7 @@ pub fn taylor_scores(
         let mut grads = loss.backward();
         for (block, scores) in scores.iter_mut().enumerate() {
             for kind in SCORED {
-                let layer = probe.layers[block].linear(kind);
+                let Some(layer) = probe.layers[block].linear(kind) else { continue };
                 let Some(adapter) = &layer.adapter else { continue };
                 let Some(grad) = adapter.lora_b.val().grad_remove(&mut grads) else { continue };
                 let a = adapter.lora_a.val().without_autodiff();
@@ -89,10 +90,7 @@ pub fn taylor_scores(
                     LinearKind::Gate | LinearKind::Up => &mut scores.mlp,
                     _ => &mut scores.kv_groups,
                 };
-                let width = match kind {
-                    LinearKind::Q => query_width(&probe.layers[block]),
-                    _ => terms.len() / units.len(),
-                };
+                let width = terms.len() / units.len();
                 let share = sketch_scale(adapter) / batches.len() as f64;
                 for (score, term) in units.iter_mut().zip(sum_units(&terms, width)?) {
                     *score += share * term;
@@ -108,7 +106,7 @@ pub fn taylor_scores(
 fn put_on_adapters(model: &mut Decoder, lora: &LoraConfig, seed: u64, device: &Device) -> Result<()> {
     for (index, block) in model.layers.iter_mut().enumerate() {
         for (slot, kind) in SCORED.into_iter().enumerate() {
-            let layer = block.linear_mut(kind);
+            let Some(layer) = block.linear_mut(kind) else { continue };
             let [d_input, d_output] = layer.base.dims();
             let seed = mix_seed(seed, (index * SCORED.len() + slot) as u64);
             layer.adapter = Some(ElasticLora::new(lora, d_input, d_output, seed, device)?);

@@ -11,14 +11,14 @@ use crate::error::{Error, Result};
 use crate::nn::BaseLinear;
 
 impl Block {
-    /// Channels of the MLP.
+    /// Channels of the MLP; 0 without one.
     pub fn n_mlp_channels(&self) -> usize {
-        self.mlp.down_proj.base.dims()[0]
+        self.mlp.as_ref().map_or(0, |mlp| mlp.down_proj.base.dims()[0])
     }
 
-    /// Key/value heads, each with the query heads that share it.
+    /// Key/value heads, each with the query heads that share it; 0 without attention.
     pub fn n_kv_groups(&self) -> usize {
-        self.self_attn.k_proj.base.dims()[1] / self.self_attn.head_dim
+        self.self_attn.as_ref().map_or(0, |attention| attention.k_proj.base.dims()[1] / attention.head_dim)
     }
 }
 
@@ -28,7 +28,8 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a block that the model lacks or an `order` that is no permutation of its channels;
-    /// [`Error::HasAdapter`]. The model is then unchanged.
+    /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active. The model is then
+    /// unchanged.
     pub fn permute_mlp(&mut self, block: usize, order: &[usize]) -> Result<()> {
         let n = self.block_to_permute(block)?.n_mlp_channels();
         check_permutation("order of MLP channels", order, n)?;
@@ -47,9 +48,20 @@ impl Decoder {
     }
 
     fn block_to_permute(&self, block: usize) -> Result<&Block> {
-        self.refuse_adapters("put channels in order before adapters are put on, or merge them first")?;
+        self.check_reorderable()?;
         let n_blocks = self.layers.len();
         self.layers.get(block).ok_or_else(|| Error::argument("block", block, format!("under {n_blocks}")))
+    }
+
+    /// Refuses a model in which a channel's place means something already.
+    pub(crate) fn check_reorderable(&self) -> Result<()> {
+        self.refuse_adapters("put channels in order before adapters are put on, or merge them first")?;
+        match self.linears().find(|(_, layer)| layer.base.active_dims() != layer.base.dims()) {
+            Some((name, _)) => Err(Error::Unsupported {
+                what: format!("another order of channels while only a part of those of `{name}` is active"),
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Moves the outputs of `writers` and the inputs of `reader`, each of which has `order.len()` units.
@@ -57,10 +69,11 @@ impl Decoder {
         let block = &mut self.layers[block];
         for (kinds, dim) in [(writers, 1), (&[reader][..], 0)] {
             for kind in kinds {
-                let base = &mut block.linear_mut(*kind).base;
-                let width = base.dims()[dim] / order.len();
+                // Of a part that is missing, no units are there to be moved.
+                let Some(layer) = block.linear_mut(*kind).filter(|_| !order.is_empty()) else { continue };
+                let width = layer.base.dims()[dim] / order.len();
                 let moved = order.iter().flat_map(|unit| unit * width..(unit + 1) * width);
-                *base = select(base, dim, moved.map(|index| index as i32).collect())?;
+                layer.base = select(&layer.base, dim, moved.map(|index| index as i32).collect())?;
             }
         }
         Ok(())
