@@ -3,6 +3,14 @@
 //! As in Wanda (arXiv 2306.11695), a block's statistics come from its weights as they were, on inputs that the blocks before
 //! it, already changed, put out. One block's statistics are in memory at a time; the hidden states of all samples are.
 
+mod influence;
+mod order;
+mod taylor;
+
+pub use influence::{InfluenceMeasure, UnitInfluence, block_influence};
+pub use order::{BlockOrder, BlockScores, ChannelOrder, channel_scores, sort_channels};
+pub use taylor::{TaylorConfig, taylor_scores};
+
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
@@ -63,18 +71,35 @@ pub fn walk_blocks<S>(
 
 /// The samples' embeddings, those of one length together, a few thousand tokens a tensor.
 fn embed_samples(model: &Decoder, samples: &[Vec<u32>]) -> Result<Vec<Tensor<3>>> {
+    batches(samples, TOKENS_AT_ONCE).into_iter().map(|(rows, ids)| Ok(model.embed(model.tokens(&ids, rows)?))).collect()
+}
+
+/// The samples, empty ones left out, those of one length together, about `tokens` at once: number of rows and their ids.
+fn batches(samples: &[Vec<u32>], tokens: usize) -> Vec<(usize, Vec<u32>)> {
     let mut by_length: BTreeMap<usize, Vec<&Vec<u32>>> = BTreeMap::new();
     for sample in samples.iter().filter(|sample| !sample.is_empty()) {
         by_length.entry(sample.len()).or_default().push(sample);
     }
-    let mut states = Vec::new();
+    let mut batches = Vec::new();
     for (length, group) in by_length {
-        for chunk in group.chunks((TOKENS_AT_ONCE / length).max(1)) {
-            let ids: Vec<u32> = chunk.iter().flat_map(|sample| sample.iter().copied()).collect();
-            states.push(model.embed(model.tokens(&ids, chunk.len())?));
+        for chunk in group.chunks((tokens / length).max(1)) {
+            batches.push((chunk.len(), chunk.iter().flat_map(|sample| sample.iter().copied()).collect()));
         }
     }
-    Ok(states)
+    batches
+}
+
+/// What is to be predicted in a batch of whole samples: each token from those before it, as [`Decoder::nll_sum`] takes it.
+fn targets(rows: usize, ids: &[u32]) -> Vec<(usize, u32)> {
+    let length = ids.len() / rows;
+    (0..ids.len()).filter(|i| i % length > 0).map(|i| (i - 1, ids[i])).collect()
+}
+
+/// Sums of the squares of each input column over all tokens of `x` `[sequences, seq, d_input]`.
+fn column_squares(x: &Tensor<3>) -> Vec<f32> {
+    let d_input = x.dims()[2];
+    let sums: Tensor<2> = x.clone().square().reshape([-1, d_input as i32]).sum_dim(0);
+    host_values(sums)
 }
 
 /// What pruning did to one layer.
@@ -116,11 +141,7 @@ pub fn prune_model(
         model,
         samples,
         InputNorms::new,
-        |norms, x| {
-            let [sequences, _, d_input] = x.dims();
-            let sums: Tensor<2> = x.clone().square().reshape([-1, d_input as i32]).sum_dim(0);
-            norms.update_sums(&host_values(sums), sequences)
-        },
+        |norms, x| norms.update_sums(&column_squares(x), x.dims()[0]),
         |name, layer, norms| {
             let mut weight = layer.to_matrix();
             let scores = method.scores(&weight, needed.then_some(norms))?;

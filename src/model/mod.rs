@@ -4,6 +4,7 @@
 mod block;
 mod decoder;
 mod export;
+mod permute;
 mod precision;
 mod pretrained;
 

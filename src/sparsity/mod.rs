@@ -1,14 +1,16 @@
-//! Which weights to remove: magnitude and Wanda scores, patterns, masks.
+//! Which weights to remove: magnitude and Wanda scores, patterns, masks; which channels and heads matter.
 //!
 //! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695). Everything here is a pure
 //! function of a weight matrix `[out, in]` and of statistics of the layer's input; the pass over calibration data that
 //! gathers those lives elsewhere. Departures: N:M means "at most N of M stay" (as hardware names it), where Wanda's code
 //! counts the pruned ones; for 2:4 and 4:8 the two agree. A last group shorter than M keeps its share, rounded up.
 
+mod channels;
 mod mask;
 mod norms;
 mod pattern;
 
+pub use channels::{ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units};
 pub use mask::Mask;
 pub use norms::InputNorms;
 pub use pattern::Pattern;
