@@ -10,8 +10,12 @@ use serde::{Deserialize, Serialize};
 pub struct StepLog {
     /// From 1.
     pub step: usize,
-    /// Mean negative log-likelihood a target, in nats, of the step's own subnet and batch.
+    /// Mean negative log-likelihood a target, in nats, of the step's own subnet and batch; under the sandwich rule that of the
+    /// largest subnet.
     pub loss: f64,
+    /// Under the sandwich rule the same of the smallest subnet, whatever it learned from.
+    #[serde(default)]
+    pub smallest_loss: Option<f64>,
     /// On the validation set with the evaluated subnet, where it was measured after this step, in nats a target.
     pub valid_loss: Option<f64>,
     /// Learning rate.
