@@ -90,7 +90,10 @@ fn objective(model: &Decoder, hidden: Tensor<3>, share: &Share<'_>) -> Result<(T
 
 fn whole(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Result<Found> {
     let (mean, mut found) = objective(model, model.hidden_states(tokens, None), share)?;
-    collect(model, &mut mean.backward(), &mut found.grads);
+    // A subnet may leave out all that is trained.
+    if mean.is_tracked() {
+        collect(model, &mut mean.backward(), &mut found.grads);
+    }
     Ok(found)
 }
 
@@ -131,6 +134,10 @@ fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Resul
             _ => leaf(x),
         };
         let y = model.layers[index].forward(x.clone(), index, &mut pass);
+        // The lowest trained block, where the subnet leaves it out.
+        if !y.is_tracked() {
+            break;
+        }
         // A scalar whose gradient with respect to `y` is the one given, exactly.
         let mut tape = (y * grad).sum().backward();
         given = x.grad_remove(&mut tape);

@@ -110,7 +110,7 @@ impl TrainConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::space::LayerShape;
+    use crate::space::{Group, LayerShape};
 
     fn space() -> SearchSpace {
         let layers: Vec<_> = (0..7).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
@@ -161,6 +161,33 @@ mod tests {
                     assert_eq!(lists, vec![vec![space.maximal()]; 3]);
                 } else {
                     assert_eq!(lists, config(sampling).subnets(&space, step));
+                }
+            }
+        }
+        // Kinds join one after the other.
+        let group = |kind: Elastic, id: &str, choices: &[usize]| {
+            let name = |i: usize| format!("model.layers.{i}.mlp.up_proj");
+            let unit = |i: usize| format!("model.layers.{i}");
+            let layers = (0..3).map(|i| if kind == Elastic::Depth { unit(i) } else { name(i) }).collect();
+            Group::of_kind(kind, id, layers, choices.to_vec()).unwrap()
+        };
+        let kinds = [Elastic::Rank, Elastic::Width, Elastic::Depth];
+        let groups = [
+            group(kinds[0], "rank", &[5, 3, 2]),
+            group(kinds[1], "width", &[64, 48]),
+            group(kinds[2], "depth", &[3, 1, 0]),
+        ];
+        let mixed = SearchSpace::new(groups.to_vec()).unwrap();
+        let stages = vec![Stage::new(3, &kinds[..1]), Stage::new(3, &kinds[..2]), Stage::new(4, kinds)];
+        let staged = TrainConfig { stages, ..config(Sampling::Sandwich { random: 6 }) };
+        let whole = config(Sampling::Sandwich { random: 6 });
+        for step in 0..10 {
+            let vary = 1 + step / 3;
+            let (lists, free) = (staged.subnets(&mixed, step).remove(0), whole.subnets(&mixed, step).remove(0));
+            for (subnet, free) in lists.iter().zip(&free) {
+                for (index, group) in groups.iter().enumerate() {
+                    let expected = if index < vary { free.get(group.id()) } else { Some(group.choices()[0]) };
+                    assert_eq!(subnet.get(group.id()), expected, "step {step}, {}", group.id());
                 }
             }
         }
