@@ -188,11 +188,15 @@ fn a_step_is_the_mean_of_its_subnets_gradients() {
             }
             eprintln!("{what}: gradients within {off:.1e} of {size:.1e}");
             assert!(off < 1e-5 * size + 1e-7, "{what}: {off} of {size}");
-            let log = report.logs[0];
+            let log = &report.logs[0];
             let norm = expected.values().flatten().map(|g| g * g).sum::<f64>().sqrt();
             assert!((log.grad_norm - norm).abs() < 1e-5 * norm, "{what}: {} and {norm}", log.grad_norm);
             assert!((log.loss - losses[0]).abs() < 1e-5 * losses[0]);
             assert!((log.smallest_loss.unwrap() - losses[random + 1]).abs() < 1e-5 * losses[random + 1]);
+            assert_eq!(log.random_losses.len(), random);
+            for (got, want) in log.random_losses.iter().zip(&losses[1..]) {
+                assert!((got - want).abs() < 1e-5 * want);
+            }
         }
     }
 }

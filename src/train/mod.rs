@@ -11,6 +11,7 @@
 mod backward;
 mod checkpoint;
 mod config;
+mod observe;
 mod optimizer;
 mod progress;
 mod schedule;
@@ -203,7 +204,8 @@ impl Trainer {
             let started = Instant::now();
             let step = logs.len();
             let batches: Vec<Batch> = (0..config.accumulation).map(|_| train.next_batch()).collect();
-            let StepGradients { mut grads, used, loss, smallest_loss } = gradients(net, config, &batches, step)?;
+            let found = gradients(net, config, &batches, step)?;
+            let StepGradients { mut grads, used, loss, smallest_loss, random_losses } = found;
             let grad_norm = optimizer.norm(&mut grads);
             let diverged = |loss: f64| Error::Diverged { step: step + 1, loss, grad_norm };
             let loudest = smallest_loss.filter(|smallest| !smallest.is_finite()).unwrap_or(loss);
@@ -234,7 +236,8 @@ impl Trainer {
                 None
             };
             let n_tokens = batches.iter().map(Batch::n_tokens).sum();
-            let log = StepLog { step: step + 1, loss, smallest_loss, valid_loss, lr, grad_norm, n_tokens };
+            let log =
+                StepLog { step: step + 1, loss, smallest_loss, random_losses, valid_loss, lr, grad_norm, n_tokens };
             bar.step(&log, std::time::Duration::from_secs_f64(seconds));
             logs.push(log);
             if config.checkpoint_every > 0 && (last || (step + 1).is_multiple_of(config.checkpoint_every)) {

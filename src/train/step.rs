@@ -20,6 +20,8 @@ pub(crate) struct StepGradients {
     pub loss: f64,
     /// That of the last, where there are several: the smallest.
     pub smallest_loss: Option<f64>,
+    /// Those of the others.
+    pub random_losses: Vec<f64>,
 }
 
 /// The gradients of a step (from 0) on its micro-batches. Leaves the last subnet active.
@@ -56,6 +58,9 @@ pub(crate) fn gradients(
                 teacher = config.distillation.map(|with| Teacher { hidden: found.hidden, mix: with.weight });
             } else if which + 1 == n_subnets {
                 *sum.smallest_loss.get_or_insert(0.0) += found.loss;
+            } else {
+                sum.random_losses.resize(n_subnets - 2, 0.0);
+                sum.random_losses[which - 1] += found.loss;
             }
             accumulate(&mut sum.grads, found.grads);
             widen(&mut sum.used, active_prefixes(net.model()));
