@@ -346,7 +346,7 @@ fn the_log_has_every_step_with_its_rate_and_validation() {
     let report = run(&Trainer::new(config(10)).unwrap().with_folder(dir.path().join("new/run")), &mut net()).unwrap();
     let text = std::fs::read_to_string(dir.path().join("new/run/losses.csv")).unwrap();
     let mut lines = text.lines();
-    assert_eq!(lines.next(), Some("step,loss,valid_loss,lr,grad_norm,tokens"));
+    assert_eq!(lines.next(), Some("step,loss,valid_loss,lr,grad_norm,tokens,smallest_loss"));
     let rows: Vec<Vec<&str>> = lines.map(|line| line.split(',').collect()).collect();
     assert_eq!(rows.len(), 10);
     for (index, (row, log)) in rows.iter().zip(&report.logs).enumerate() {

@@ -286,14 +286,15 @@ impl Decoder {
     /// [`Error::TokenOutOfRange`] for a target outside the vocabulary, [`Error::InvalidArgument`] for a position outside
     /// `tokens` or none at all.
     pub fn nll_sum(&self, tokens: Tensor<2, Int>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
-        self.nll_at(self.hidden_states(tokens, None), positions)
+        let (hidden, targets) = self.at_positions(self.hidden_states(tokens, None), positions)?;
+        Ok(self.nll_of_hidden(hidden, &targets))
     }
 
-    /// [`nll_sum`](Self::nll_sum) from the final hidden states on.
+    /// The final hidden states at positions, and the targets there. Errors are those of [`nll_sum`](Self::nll_sum).
     ///
     /// # Shapes
-    /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[1]`
-    pub(crate) fn nll_at(&self, hidden: Tensor<3>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
+    /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[n, d_model]` for `n` positions
+    pub(crate) fn at_positions(&self, hidden: Tensor<3>, positions: &[(usize, u32)]) -> Result<(Tensor<2>, Vec<u32>)> {
         let [batch, seq, _] = hidden.dims();
         let (n_tokens, vocab_size) = (batch * seq, self.config.vocab_size());
         if positions.is_empty() {
@@ -309,7 +310,7 @@ impl Decoder {
         let hidden: Tensor<2> = hidden.flatten(0, 1);
         let rows: Vec<i32> = positions.iter().map(|(row, _)| *row as i32).collect();
         let targets: Vec<u32> = positions.iter().map(|(_, target)| *target).collect();
-        Ok(self.nll_of_hidden(hidden.select(0, Tensor::from_data(rows.as_slice(), &device)), &targets))
+        Ok((hidden.select(0, Tensor::from_data(rows.as_slice(), &device)), targets))
     }
 
     /// Sum of the negative log-likelihoods of one target a row; see [`ops::head_loss`].
@@ -317,13 +318,32 @@ impl Decoder {
     /// # Shapes
     /// - `hidden`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least one; result: `[1]`
     pub(crate) fn nll_of_hidden(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
-        let device = hidden.device().without_autodiff();
-        let ids: Vec<i32> = targets.iter().map(|target| *target as i32).collect();
-        let weight = match &self.lm_head {
+        let ids = class_ids(targets, &hidden.device());
+        ops::head_loss(hidden, self.head_weight(), ids)
+    }
+
+    /// The loss of a student whose teacher's final hidden states are given, and its negative log-likelihood; see
+    /// [`ops::distilled_loss`].
+    ///
+    /// # Shapes
+    /// - `hidden` and `teacher`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least one; results: `[1]`
+    pub(crate) fn distilled_of_hidden(
+        &self,
+        hidden: Tensor<2>,
+        teacher: Tensor<2>,
+        targets: &[u32],
+        mix: f64,
+    ) -> (Tensor<1>, Tensor<1>) {
+        let ids = class_ids(targets, &hidden.device());
+        ops::distilled_loss(hidden, self.head_weight(), teacher, ids, mix)
+    }
+
+    /// The head's weight as it is stored, `[d_model, vocab_size]`.
+    pub(crate) fn head_weight(&self) -> Tensor<2> {
+        match &self.lm_head {
             Some(head) => head.stored(),
             None => self.embed_tokens.val().transpose(),
-        };
-        ops::head_loss(hidden, weight, Tensor::from_data(ids.as_slice(), &device))
+        }
     }
 
     /// Name and shape of each linear layer inside the blocks, in the order of computation.
@@ -420,6 +440,12 @@ impl Decoder {
         }
         count
     }
+}
+
+/// Target ids as a tensor beside the hidden states.
+fn class_ids(targets: &[u32], device: &Device) -> Tensor<1, Int> {
+    let ids: Vec<i32> = targets.iter().map(|target| *target as i32).collect();
+    Tensor::from_data(ids.as_slice(), &device.clone().without_autodiff())
 }
 
 /// A number of weights.

@@ -120,3 +120,26 @@ pub fn head_loss(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) 
     let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(Dispatch::head_loss(hidden, weight, targets.into_dispatch()))
 }
+
+/// The head's loss of a student: `mix` times the cross-entropy of `hidden W` against the predictions of a teacher,
+/// `softmax(teacher W)`, and `1 - mix` times that against the target classes. Beside it the latter alone, off the tape. Both are
+/// summed over rows, in nats.
+///
+/// One node of the tape, in chunks of rows as [`head_loss`]; the gradient of the logits, `softmax(hidden W) - mix
+/// softmax(teacher W) - (1 - mix) onehot(targets)`, is formed with them. The weight and the teacher are constants: no gradient
+/// reaches them.
+///
+/// # Shapes
+/// - `hidden` and `teacher`: `[n, d_model]`, `weight`: `[d_model, n_classes]`, `targets`: `[n]`, each below `n_classes`; `mix` in
+///   0..=1; results: `[1]`
+pub fn distilled_loss(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    teacher: Tensor<2>,
+    targets: Tensor<1, Int>,
+    mix: f64,
+) -> (Tensor<1>, Tensor<1>) {
+    let (hidden, weight, teacher) = (hidden.into_dispatch(), weight.into_dispatch(), teacher.into_dispatch());
+    let (loss, nll) = Dispatch::distilled_loss(hidden, weight, teacher, targets.into_dispatch(), mix);
+    (Tensor::from_dispatch(loss), Tensor::from_dispatch(nll))
+}

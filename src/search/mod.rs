@@ -27,6 +27,7 @@
 //! # Ok::<(), elastic_lora::Error>(())
 //! ```
 
+mod additive;
 mod climb;
 mod nsga2;
 mod outcome;
@@ -44,6 +45,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::error::Result;
 use crate::space::SubnetConfig;
 
+pub use additive::AdditiveModel;
 pub use climb::{CostBudget, HillClimbing, HillClimbingConfig};
 pub use nsga2::{Nsga2, NsgaConfig};
 pub use outcome::{SearchOutcome, StopReason};

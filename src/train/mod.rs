@@ -1,20 +1,28 @@
 //! Neural low-rank adapter search (Shears, arXiv 2404.10934): train all subnets of a super-network at once, by a random one
-//! at each step.
+//! at each step; or by the sandwich rule, with distillation in place, and in stages ([`Sampling`], [`Distillation`],
+//! [`Stage`]).
 //!
 //! Departures from the authors' code: a subnet is drawn once per optimizer step, by the trainer (theirs: once per micro-batch,
 //! inside layers); warm-up happens where it is asked for (theirs is ignored); the loss is the mean over the step's targets,
-//! whatever micro-batch they are in; ranks that a step's subnets left out are not moved by momentum or decay (theirs are). Plain LoRA is the same run on a space with one choice per group; training every weight
-//! is the same run on [`SuperNet::dense`](crate::SuperNet::dense).
+//! whatever micro-batch they are in; ranks that a step's subnets left out are not moved by momentum or decay (theirs are).
+//! Plain LoRA is the same run on a space with one choice per group; training every weight is the same run on
+//! [`SuperNet::dense`](crate::SuperNet::dense).
 
 mod backward;
 mod checkpoint;
+mod config;
+mod observe;
 mod optimizer;
 mod progress;
 mod schedule;
+mod step;
+mod subnets;
 
 pub use backward::Checkpointing;
+pub use config::TrainConfig;
 pub use progress::StepLog;
 pub use schedule::Schedule;
+pub use subnets::{Distillation, Sampling, Stage};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,124 +32,16 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::DType;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
-use crate::adapter::{ElasticLora, mix_seed};
 use crate::data::{Batch, Batcher};
 use crate::error::{Error, Result};
 use crate::io::atomic;
 use crate::model::Decoder;
 use crate::nn::host_values;
 use crate::supernet::SuperNet;
-use backward::backward;
-use optimizer::{Grads, NamedAdamW, Prefixes, accumulate, active_prefixes, clip_factor, trainable, widen};
+use optimizer::{NamedAdamW, clip_factor, trainable};
 use progress::TrainBar;
-
-/// When a new subnet is drawn.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Sampling {
-    /// Once per optimizer step.
-    #[default]
-    PerStep,
-    /// Once per micro-batch, as the authors do: with accumulation, a step averages several subnets.
-    PerMicroBatch,
-    /// Never: the active subnet is trained.
-    Fixed,
-}
-
-/// Settings of a run. Defaults are the papers': AdamW, peak rate 3e-4, cosine.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TrainConfig {
-    /// Optimizer steps.
-    pub steps: usize,
-    /// Micro-batches per step.
-    pub accumulation: usize,
-    /// Peak learning rate.
-    pub lr: f64,
-    /// Steps over which the rate rises.
-    pub warmup: usize,
-    /// How it goes down.
-    pub schedule: Schedule,
-    /// AdamW's decoupled weight decay.
-    pub weight_decay: f64,
-    /// AdamW's decay rates.
-    pub betas: (f64, f64),
-    /// AdamW's epsilon.
-    pub eps: f64,
-    /// Largest joint norm of the gradients; none leaves them.
-    pub clip_norm: Option<f64>,
-    /// When a new subnet is drawn.
-    pub sampling: Sampling,
-    /// Seed of subnets and dropout. The data's order has its own, in the [`Batcher`].
-    pub seed: u64,
-    /// Steps between validations; the last step always validates. 0: only the last.
-    pub eval_every: usize,
-    /// Steps between checkpoints, where the run has a folder; the last step is always kept. 0: none but on interruption.
-    pub checkpoint_every: usize,
-    /// What a step keeps of its forward pass: memory against time. A run may be resumed with another choice; its bits are
-    /// then its own.
-    #[serde(default)]
-    pub checkpointing: Checkpointing,
-}
-
-impl TrainConfig {
-    /// The papers' settings for `steps` steps.
-    pub fn new(steps: usize) -> Self {
-        Self {
-            steps,
-            accumulation: 1,
-            lr: 3e-4,
-            warmup: 0,
-            schedule: Schedule::Cosine,
-            weight_decay: 0.0,
-            betas: (0.9, 0.999),
-            eps: 1e-8,
-            clip_norm: Some(1.0),
-            sampling: Sampling::PerStep,
-            seed: 0,
-            eval_every: 0,
-            checkpoint_every: 0,
-            checkpointing: Checkpointing::None,
-        }
-    }
-
-    /// Checks the settings.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] that names the one out of range.
-    pub fn validate(&self) -> Result<()> {
-        let positive = |name: &'static str, value: f64| {
-            if value.is_finite() && value > 0.0 {
-                Ok(())
-            } else {
-                Err(Error::argument(name, value, "a finite number over 0"))
-            }
-        };
-        if self.steps == 0 {
-            return Err(Error::argument("steps", 0, "at least 1"));
-        }
-        if self.accumulation == 0 {
-            return Err(Error::argument("accumulation", 0, "at least 1"));
-        }
-        positive("lr", self.lr)?;
-        positive("eps", self.eps)?;
-        if let Some(norm) = self.clip_norm {
-            positive("clip_norm", norm)?;
-        }
-        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
-            return Err(Error::argument("weight_decay", self.weight_decay, "a finite number, at least 0"));
-        }
-        for beta in [self.betas.0, self.betas.1] {
-            if !(0.0..1.0).contains(&beta) {
-                return Err(Error::argument("betas", beta, "at least 0 and under 1"));
-            }
-        }
-        Ok(())
-    }
-}
+use step::{StepGradients, gradients};
 
 /// What a run did.
 #[derive(Clone, Debug)]
@@ -217,9 +117,9 @@ impl Trainer {
     /// # Errors
     /// [`Error::Diverged`] for a loss or gradient that is no finite number; [`Error::Interrupted`] on the stop signal;
     /// [`Error::CheckpointMismatch`], and those of reading a checkpoint; those of the model for tokens outside the vocabulary
-    /// or context; [`Error::InvalidArgument`] where there is nothing to train, [`Error::Unsupported`] where weights to be
-    /// trained are stored in 16 bits. The super-network keeps the weights of the
-    /// last good step.
+    /// or context; [`Error::InvalidArgument`] where there is nothing to train or a stage names a kind that no group has;
+    /// [`Error::Unsupported`] where weights to be trained are stored in 16 bits, or distillation meets a head that is trained.
+    /// The super-network keeps the weights of the last good step.
     pub fn run(&self, net: &mut SuperNet, train: &mut Batcher, valid: &[Batch]) -> Result<TrainReport> {
         if let Some(folder) = &self.folder {
             // Now rather than after hours of training.
@@ -276,6 +176,13 @@ impl Trainer {
             return Err(Error::Unsupported { what: format!("training `{path}` as {:?}", weight.dtype()) });
         }
         drop(trained);
+        if config.distillation.is_some() && net.model().head_weight().is_tracked() {
+            return Err(Error::Unsupported { what: "distillation of a model whose head is trained".into() });
+        }
+        let has = |kind| net.space().groups().iter().any(|group| group.kind() == kind);
+        if let Some(kind) = config.stages.iter().flat_map(|stage| &stage.kinds).find(|kind| !has(**kind)) {
+            return Err(Error::argument("stages", format!("{kind:?}"), "kinds of groups that the search space has"));
+        }
         let home = net.active().clone();
         let label = self.progress.as_deref();
         let mut bar = TrainBar::new(label.is_some(), label.unwrap_or(""), logs.len(), config.steps);
@@ -297,38 +204,14 @@ impl Trainer {
             let started = Instant::now();
             let step = logs.len();
             let batches: Vec<Batch> = (0..config.accumulation).map(|_| train.next_batch()).collect();
-            let targets: Vec<_> = batches.iter().map(targets).collect();
-            let n_targets: usize = targets.iter().map(Vec::len).sum();
-            let mut rng = ChaCha8Rng::seed_from_u64(mix_seed(config.seed, step as u64));
-            let mut grads = Grads::new();
-            let mut used = Prefixes::new();
-            let mut loss = 0.0;
-            for (index, (batch, targets)) in batches.iter().zip(&targets).enumerate() {
-                match config.sampling {
-                    Sampling::PerStep if index > 0 => {}
-                    Sampling::Fixed => {}
-                    Sampling::PerStep | Sampling::PerMicroBatch => {
-                        let subnet = net.sample(&mut rng);
-                        net.activate(&subnet)?;
-                    }
-                }
-                let draw = (step * config.accumulation + index) as u64;
-                seed_dropout(net.model_mut(), config.seed, draw)?;
-                let model = net.model();
-                let tokens = model.tokens(&batch.ids, batch.rows)?;
-                if targets.is_empty() {
-                    continue;
-                }
-                let (part, micro) = backward(model, tokens, targets, n_targets, config.checkpointing)?;
-                loss += part;
-                accumulate(&mut grads, micro);
-                widen(&mut used, active_prefixes(model));
-            }
+            let found = gradients(net, config, &batches, step)?;
+            let StepGradients { mut grads, used, loss, smallest_loss, random_losses } = found;
             let grad_norm = optimizer.norm(&mut grads);
             let diverged = |loss: f64| Error::Diverged { step: step + 1, loss, grad_norm };
-            if !(loss.is_finite() && grad_norm.is_finite()) {
+            let loudest = smallest_loss.filter(|smallest| !smallest.is_finite()).unwrap_or(loss);
+            if !(loudest.is_finite() && grad_norm.is_finite()) {
                 bar.finish();
-                return Err(diverged(loss));
+                return Err(diverged(loudest));
             }
             let last = step + 1 == config.steps;
             let due = last || (config.eval_every > 0 && (step + 1).is_multiple_of(config.eval_every));
@@ -353,7 +236,8 @@ impl Trainer {
                 None
             };
             let n_tokens = batches.iter().map(Batch::n_tokens).sum();
-            let log = StepLog { step: step + 1, loss, valid_loss, lr, grad_norm, n_tokens };
+            let log =
+                StepLog { step: step + 1, loss, smallest_loss, random_losses, valid_loss, lr, grad_norm, n_tokens };
             bar.step(&log, std::time::Duration::from_secs_f64(seconds));
             logs.push(log);
             if config.checkpoint_every > 0 && (last || (step + 1).is_multiple_of(config.checkpoint_every)) {
@@ -383,16 +267,17 @@ impl Trainer {
             return Ok(());
         };
         let cell = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
-        let mut text = String::from("step,loss,valid_loss,lr,grad_norm,tokens\n");
+        let mut text = String::from("step,loss,valid_loss,lr,grad_norm,tokens,smallest_loss\n");
         for log in logs {
             text.push_str(&format!(
-                "{},{},{},{},{},{}\n",
+                "{},{},{},{},{},{},{}\n",
                 log.step,
                 log.loss,
                 cell(log.valid_loss),
                 log.lr,
                 log.grad_norm,
-                log.n_tokens
+                log.n_tokens,
+                cell(log.smallest_loss)
             ));
         }
         atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
@@ -424,15 +309,4 @@ pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
         return Err(Error::argument("batches", "no target", "at least one token to be predicted"));
     }
     Ok(sum / n as f64)
-}
-
-fn seed_dropout(model: &mut Decoder, seed: u64, draw: u64) -> Result<()> {
-    let mut layer = 0;
-    model.try_for_each_linear(|_, linear| {
-        if let Some(adapter) = &mut linear.adapter {
-            adapter.set_dropout_seed(ElasticLora::step_seed(seed, draw, layer));
-            layer += 1;
-        }
-        Ok(())
-    })
 }

@@ -72,6 +72,10 @@ backward!(HeadLoss, 2, (Float<B>, Option<Float<B>>), |(hidden, weight), grad, _|
     [Some(scaled(hidden)), weight.map(scaled)]
 });
 
+backward!(DistilledLoss, 1, Float<B>, |hidden, grad, _| {
+    [Some(B::float_mul(hidden, B::float_reshape(grad, Shape::from([1, 1]))))]
+});
+
 backward!(CausalAttention, 3, ([Float<B>; 4], f64, AttentionMask), |([q, k, v, log_sum_exp], scale, mask), grad, _| {
     let (q, k, v) = B::causal_attention_backward(q, k, v, log_sum_exp, grad, scale, mask);
     [Some(q), Some(k), Some(v)]
@@ -158,6 +162,27 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
                 prep.finish((hidden, None), loss)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::head_loss(hidden, weight, targets)),
+        }
+    }
+
+    fn distilled_loss(
+        hidden: Float<Self>,
+        weight: Float<Self>,
+        teacher: Float<Self>,
+        targets: IntTensor<Self>,
+        mix: f64,
+    ) -> (Float<Self>, Float<Self>) {
+        let (hidden, node) = hidden.into_parts();
+        let (weight, teacher) = (weight.into_primitive(), teacher.into_primitive());
+        match DistilledLoss.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (loss, nll, gradient) = B::distilled_loss_and_gradient(hidden, weight, teacher, targets, mix);
+                (prep.finish(gradient, loss), constant::<B, C>(nll))
+            }
+            OpsKind::UnTracked(prep) => {
+                let (loss, nll) = B::distilled_loss(hidden, weight, teacher, targets, mix);
+                (prep.finish(loss), constant::<B, C>(nll))
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Shape, TensorData};
 use rayon::prelude::*;
 
-use super::flex_linear::{self, Head};
+use super::flex_linear::{self, Head, Teacher};
 use super::simd::{self, Level};
 use super::{AttentionMask, DecoderOps, LoraTerm, flex_attention, portable};
 
@@ -258,14 +258,14 @@ impl DecoderOps for Flex {
     }
 
     fn head_loss(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
-        match flex_linear::head(&hidden, &weight, &targets, false, false) {
+        match flex_linear::head(&hidden, &weight, &targets, None, false, false) {
             Some(head) => head.loss,
             None => portable::head_loss::<Self>(hidden, weight, targets),
         }
     }
 
     fn head_loss_and_gradient(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> (FlexTensor, FlexTensor) {
-        match flex_linear::head(&hidden, &weight, &targets, true, false) {
+        match flex_linear::head(&hidden, &weight, &targets, None, true, false) {
             Some(Head { loss, hidden: Some(hidden), .. }) => (loss, hidden),
             _ => portable::head_loss_and_gradient::<Self>(hidden, weight, targets),
         }
@@ -276,9 +276,37 @@ impl DecoderOps for Flex {
         weight: FlexTensor,
         targets: FlexTensor,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        match flex_linear::head(&hidden, &weight, &targets, true, true) {
-            Some(Head { loss, hidden: Some(hidden), weight: Some(weight) }) => (loss, hidden, weight),
+        match flex_linear::head(&hidden, &weight, &targets, None, true, true) {
+            Some(Head { loss, hidden: Some(hidden), weight: Some(weight), .. }) => (loss, hidden, weight),
             _ => portable::head_loss_and_gradients::<Self>(hidden, weight, targets),
+        }
+    }
+
+    fn distilled_loss(
+        hidden: FlexTensor,
+        weight: FlexTensor,
+        teacher: FlexTensor,
+        targets: FlexTensor,
+        mix: f64,
+    ) -> (FlexTensor, FlexTensor) {
+        let states = Teacher { hidden: teacher.clone(), mix };
+        match flex_linear::head(&hidden, &weight, &targets, Some(states), false, false) {
+            Some(head) => (head.loss, head.nll),
+            None => portable::distilled_loss::<Self>(hidden, weight, teacher, targets, mix),
+        }
+    }
+
+    fn distilled_loss_and_gradient(
+        hidden: FlexTensor,
+        weight: FlexTensor,
+        teacher: FlexTensor,
+        targets: FlexTensor,
+        mix: f64,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let states = Teacher { hidden: teacher.clone(), mix };
+        match flex_linear::head(&hidden, &weight, &targets, Some(states), true, false) {
+            Some(Head { loss, nll, hidden: Some(hidden), .. }) => (loss, nll, hidden),
+            _ => portable::distilled_loss_and_gradient::<Self>(hidden, weight, teacher, targets, mix),
         }
     }
 

@@ -205,6 +205,29 @@ pub trait DecoderOps: Backend {
         portable::head_loss_and_gradients::<Self>(hidden, weight, targets)
     }
 
+    /// `mix` times the cross-entropy of `hidden W` against `softmax(teacher W)` and `1 - mix` times that against the targets;
+    /// and the latter alone. Each is summed over rows, `[1]`; all but `hidden` are constants.
+    fn distilled_loss(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        teacher: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        mix: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::distilled_loss::<Self>(hidden, weight, teacher, targets, mix)
+    }
+
+    /// Both losses and, while its logits are at hand, the gradient of `hidden` by the first.
+    fn distilled_loss_and_gradient(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        teacher: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        mix: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        portable::distilled_loss_and_gradient::<Self>(hidden, weight, teacher, targets, mix)
+    }
+
     /// The context, `[batch, seq_q, n_heads * head_dim]`, and each query's `ln(sum(exp(scores)))`, `[batch, n_heads, seq_q]`.
     fn causal_attention(
         q: FloatTensor<Self>,

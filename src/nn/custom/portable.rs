@@ -311,16 +311,27 @@ fn masked<B: Backend>(x: Val<B>, mask: BoolTensor<B>) -> Val<B> {
 /// Rows whose logits exist at a time.
 const HEAD_ROWS: usize = 1024;
 
-/// The summed loss and, on request, gradients of the hidden states and the weight.
+/// What [`head`] finds. The likelihood of the targets is the loss, unless there is a teacher.
+struct Head<B: Backend> {
+    loss: Val<B>,
+    nll: Option<Val<B>>,
+    hidden: Option<Val<B>>,
+    weight: Option<Val<B>>,
+}
+
+/// The summed loss and, on request, gradients of the hidden states and the weight. A teacher's hidden states come with their
+/// share of the loss.
 fn head<B: Backend>(
     hidden: FloatTensor<B>,
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
+    teacher: Option<(FloatTensor<B>, f64)>,
     [want_hidden, want_weight]: [bool; 2],
-) -> (Val<B>, Option<Val<B>>, Option<Val<B>>) {
+) -> Head<B> {
     let (hidden, weight) = (Val::<B>(hidden), Val::<B>(weight));
     let [n, d_model] = hidden.dims();
-    let (mut losses, mut slopes, mut grad_weight) = (Vec::new(), Vec::new(), None::<Val<B>>);
+    let total = |parts: Vec<FloatTensor<B>>| Val::<B>(B::float_sum(B::float_cat(parts, 0))).reshape([1]);
+    let (mut losses, mut nlls, mut slopes, mut grad_weight) = (Vec::new(), Vec::new(), Vec::new(), None::<Val<B>>);
     for first in (0..n).step_by(HEAD_ROWS) {
         let rows = first..(first + HEAD_ROWS).min(n);
         let (count, range) = (rows.len(), [rows.clone(), 0..d_model].map(Slice::from));
@@ -330,14 +341,34 @@ fn head<B: Backend>(
         let logits = product(hidden.clone(), weight.clone());
         let picked = Val::<B>(B::float_gather(1, logits.0.clone(), targets.clone()));
         let log_sum_exp = logits.clone().log_sum_exp(1);
-        losses.push(Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0)).reshape([1]).0);
+        let nll = Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0)).reshape([1]);
+        let likelihoods = logits - log_sum_exp;
+        // The teacher's probabilities, times its share.
+        let taught = teacher.as_ref().map(|(teacher, mix)| {
+            let logits = product(Val::<B>(B::float_slice(teacher.clone(), &range)), weight.clone());
+            let log_sum_exp = logits.clone().log_sum_exp(1);
+            (logits - log_sum_exp).exp() * *mix
+        });
+        let hard = teacher.as_ref().map_or(1.0, |(_, mix)| 1.0 - mix);
+        match &taught {
+            Some(taught) => {
+                let soft = Val::<B>(B::float_sum((taught.clone() * likelihoods.clone()).0)).reshape([1]);
+                losses.push((nll.clone() * hard - soft).0);
+                nlls.push(nll.0);
+            }
+            None => losses.push(nll.0),
+        }
         if !want_hidden && !want_weight {
             continue;
         }
-        let softmax = (logits - log_sum_exp).exp();
+        let softmax = likelihoods.exp();
         let dtype: FloatDType = softmax.0.dtype().into();
-        let minus_one = B::float_full(Shape::from([count, 1]), (-1.0).into(), &softmax.0.device(), dtype);
-        let slope = Val::<B>(B::float_scatter(1, softmax.0, targets, minus_one, IndexingUpdateOp::Add));
+        let picked = B::float_full(Shape::from([count, 1]), (-hard).into(), &softmax.0.device(), dtype);
+        let slope = Val::<B>(B::float_scatter(1, softmax.0, targets, picked, IndexingUpdateOp::Add));
+        let slope = match taught {
+            Some(taught) => slope - taught,
+            None => slope,
+        };
         if want_weight {
             let part = hidden.swap_dims(0, 1).matmul(slope.clone());
             grad_weight = Some(match grad_weight {
@@ -349,8 +380,12 @@ fn head<B: Backend>(
             slopes.push(product(slope, weight.clone().swap_dims(0, 1)).0);
         }
     }
-    let loss = Val::<B>(B::float_sum(B::float_cat(losses, 0))).reshape([1]);
-    (loss, want_hidden.then(|| Val(B::float_cat(slopes, 0))), grad_weight)
+    Head {
+        loss: total(losses),
+        nll: teacher.is_some().then(|| total(nlls)),
+        hidden: want_hidden.then(|| Val(B::float_cat(slopes, 0))),
+        weight: grad_weight,
+    }
 }
 
 pub(super) fn head_loss<B: Backend>(
@@ -358,7 +393,7 @@ pub(super) fn head_loss<B: Backend>(
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
 ) -> FloatTensor<B> {
-    head::<B>(hidden, weight, targets, [false, false]).0.0
+    head::<B>(hidden, weight, targets, None, [false, false]).loss.0
 }
 
 pub(super) fn head_loss_and_gradient<B: Backend>(
@@ -367,8 +402,8 @@ pub(super) fn head_loss_and_gradient<B: Backend>(
     targets: IntTensor<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let like = hidden.clone();
-    let (loss, grad, _) = head::<B>(hidden, weight, targets, [true, false]);
-    (loss.0, grad.map_or(like, |grad| grad.0))
+    let head = head::<B>(hidden, weight, targets, None, [true, false]);
+    (head.loss.0, head.hidden.map_or(like, |grad| grad.0))
 }
 
 pub(super) fn head_loss_and_gradients<B: Backend>(
@@ -377,8 +412,31 @@ pub(super) fn head_loss_and_gradients<B: Backend>(
     targets: IntTensor<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let (like_hidden, like_weight) = (hidden.clone(), weight.clone());
-    let (loss, hidden, weight) = head::<B>(hidden, weight, targets, [true, true]);
-    (loss.0, hidden.map_or(like_hidden, |grad| grad.0), weight.map_or(like_weight, |grad| grad.0))
+    let head = head::<B>(hidden, weight, targets, None, [true, true]);
+    (head.loss.0, head.hidden.map_or(like_hidden, |grad| grad.0), head.weight.map_or(like_weight, |grad| grad.0))
+}
+
+pub(super) fn distilled_loss<B: Backend>(
+    hidden: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    teacher: FloatTensor<B>,
+    targets: IntTensor<B>,
+    mix: f64,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let head = head::<B>(hidden, weight, targets, Some((teacher, mix)), [false, false]);
+    (head.loss.0.clone(), head.nll.unwrap_or(head.loss).0)
+}
+
+pub(super) fn distilled_loss_and_gradient<B: Backend>(
+    hidden: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    teacher: FloatTensor<B>,
+    targets: IntTensor<B>,
+    mix: f64,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let like = hidden.clone();
+    let head = head::<B>(hidden, weight, targets, Some((teacher, mix)), [true, false]);
+    (head.loss.0.clone(), head.nll.unwrap_or(head.loss).0, head.hidden.map_or(like, |grad| grad.0))
 }
 
 /// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`: the heads of a group share

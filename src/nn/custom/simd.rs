@@ -252,6 +252,24 @@ kernel! {
 }
 
 kernel! {
+    /// Replaces `row` by its softmax less `mix` times the probabilities of `taught`. Returns `ln(sum(exp(row)))` and the
+    /// cross-entropy of `row` against `taught`.
+    fn softmax_less<const FMA: bool>(row: &mut [f32], taught: &[f32], mix: f32) -> (f32, f32) {
+        let max = max_of(row);
+        let below = sum_of(taught, row, |p, x| p * (max - x));
+        for x in row.iter_mut() {
+            *x = exp::<FMA>(*x - max);
+        }
+        let sum = sum_of(row, row, |x, _| x);
+        let inverse = 1.0 / sum;
+        for (x, p) in row.iter_mut().zip(taught) {
+            *x = mul_add::<FMA>(-mix, *p, *x * inverse);
+        }
+        (sum.ln() + max, sum.ln() + below)
+    }
+}
+
+kernel! {
     /// The gradient of scores under a softmax: replaces `grad`, that of `weights`, by `weights * (grad - grad . weights)`.
     fn softmax_backward<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
         let along = sum_of(weights, grad, |a, b| a * b);
@@ -336,6 +354,9 @@ mod tests {
                 rms_norm_backward_weight(level, &a, &b, 1e-3, &mut sum);
                 let (mut weights, mut slopes) = (a.clone(), b.clone());
                 all.push(softmax(level, &mut weights));
+                let mut rest = b.clone();
+                let (log_sum_exp, cross_entropy) = softmax_less(level, &mut rest, &weights, 0.7);
+                all.extend(rest.into_iter().chain([log_sum_exp, cross_entropy]));
                 softmax_backward(level, &weights, &mut slopes);
                 all.into_iter().chain(gate).chain(up).chain(grad).chain(sum).chain(weights).chain(slopes).collect()
             };

@@ -1,9 +1,10 @@
 //! Linear layers, adapters and the head, on every device that the build has.
 
+use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Bool, Device, FloatDType, Int, Tensor, TensorData};
 use rand::RngExt;
 
-use super::testing::{Random, close, compare_all, devices, slack, values};
+use super::testing::{Random, close, compare_all, devices, hosts, slack, values};
 use crate::nn::ops::{self, Dropout, LoraTerm};
 use crate::nn::plain;
 
@@ -195,6 +196,80 @@ fn head_loss_is_the_plain_composition() {
 }
 
 #[test]
+fn distilled_loss_is_the_plain_composition() {
+    for device in devices() {
+        let mut random = Random::new(28);
+        for [n, d_model, classes] in [[1, 1, 2], [3, 5, 17], [67, 9, 515], [1100, 3, 5]] {
+            let ids: Vec<i32> = (0..n).map(|_| random.0.random_range(0..classes as i32)).collect();
+            let ids = |device: &Device| Tensor::<1, Int>::from_data(TensorData::new(ids.clone(), [n]), device);
+            let hidden = random.tensor::<2>([n, d_model], 1.0, device);
+            let teacher = random.tensor::<2>([n, d_model], 2.0, device);
+            let weight = random.tensor::<2>([d_model, classes], 1.0, device);
+            for mix in [0.0, 0.3, 1.0] {
+                // As a matrix, and as a tied head's view of its table.
+                for weight in [weight.clone(), weight.clone().transpose().reshape([classes, d_model]).transpose()] {
+                    let taught = softmax(teacher.clone().matmul(weight.clone()), 1);
+                    compare_all(
+                        &format!("mix {mix}"),
+                        vec![hidden.clone()],
+                        |inputs| {
+                            let ids = ids(device);
+                            ops::distilled_loss(inputs[0].clone(), weight.clone(), teacher.clone(), ids, mix).0
+                        },
+                        |inputs| {
+                            let logits = inputs[0].clone().matmul(weight.clone());
+                            let hard = plain::cross_entropy_sum(logits.clone(), ids(device));
+                            let soft = (taught.clone() * log_softmax(logits, 1)).sum().neg();
+                            soft * mix + hard * (1.0 - mix)
+                        },
+                    );
+                }
+                // Beside it the loss against the targets, with a tape or without.
+                let want = values(ops::head_loss(hidden.clone(), weight.clone(), ids(device)));
+                for hidden in [hidden.clone(), Tensor::from_inner(hidden.clone()).require_grad()] {
+                    let (_, nll) = ops::distilled_loss(hidden, weight.clone(), teacher.clone(), ids(device), mix);
+                    close("likelihood", &values(nll.without_autodiff()), &want, 2e-6 * slack(device));
+                }
+            }
+            // Whoever agrees with its teacher learns nothing from it.
+            let student = Tensor::from_inner(hidden.clone()).require_grad();
+            let (loss, _) = ops::distilled_loss(student.clone(), weight.clone(), hidden, ids(device), 1.0);
+            let gradient = values(student.grad(&loss.backward()).unwrap());
+            assert!(gradient.iter().all(|slope| slope.abs() < 2e-7 * d_model as f32 * slack(device)));
+        }
+        // Logits that `exp` does not hold.
+        let [student, teacher] = [[[1e4_f32, -1e4, 0.0]], [[-1e4, 1e4, 1e4]]].map(|x| Tensor::from_floats(x, device));
+        let student = Tensor::<2>::from_inner(student).require_grad();
+        let targets = Tensor::from_ints([2], device);
+        let (loss, nll) = ops::distilled_loss(student.clone(), Tensor::eye(3, device), teacher, targets, 0.5);
+        let gradients = values(student.grad(&loss.backward()).unwrap());
+        close("loss", &values(loss.inner()), &[0.5 * 1.5e4 + 0.5 * 1e4], 1e-6 * slack(device));
+        close("likelihood", &values(nll.without_autodiff()), &[1e4], 1e-6 * slack(device));
+        close("gradient", &gradients, &[1.0, -0.25, -0.75], 1e-6 * slack(device));
+    }
+}
+
+#[test]
+fn a_distilled_loss_in_double_precision_takes_the_portable_way() {
+    for device in &hosts() {
+        let run = |dtype: FloatDType| {
+            let mut random = Random::new(29);
+            let mut leaf = |shape: [usize; 2]| random.tensor::<2>(shape, 1.5, device).cast(dtype);
+            let (hidden, teacher, weight) = (leaf([1030, 7]), leaf([1030, 7]), leaf([7, 19]));
+            let targets: Vec<i32> = (0..1030).map(|row| row * 5 % 19).collect();
+            let student = Tensor::from_inner(hidden).require_grad();
+            let targets = Tensor::<1, Int>::from_data(targets.as_slice(), device);
+            let (loss, nll) = ops::distilled_loss(student.clone(), weight, teacher, targets, 0.4);
+            let gradients = student.grad(&loss.backward()).unwrap();
+            let mut all = values(gradients.cast(FloatDType::F32));
+            all.extend([loss.inner(), nll.without_autodiff()].map(|x| values(x.cast(FloatDType::F32))[0] / 1030.0));
+            all
+        };
+        close("double", &run(FloatDType::F32), &run(FloatDType::F64), 2e-6);
+    }
+}
+
+#[test]
 fn weights_of_16_bits_multiply_as_their_values() {
     for dtype in [FloatDType::BF16, FloatDType::F16] {
         for device in devices().iter().filter(|device| device.supports_dtype(dtype)) {
@@ -214,7 +289,9 @@ fn weights_of_16_bits_multiply_as_their_values() {
                     let mask = weight.clone().cast(FloatDType::F32).greater_elem(0.0);
                     let sum = ops::summed_weight(weight.clone(), mask, a.clone(), b.clone(), term);
                     let targets = Tensor::<1, Int>::from_data(targets.as_slice(), device);
-                    let head = ops::head_loss(x.clone(), weight, targets);
+                    let (soft, _) =
+                        ops::distilled_loss(x.clone(), weight.clone(), -x.clone().inner(), targets.clone(), 0.6);
+                    let head = ops::head_loss(x.clone(), weight, targets) + soft;
                     let loss = y.clone().square().mean() + ops::linear(x.clone(), sum).square().mean() + head;
                     let gradients = loss.clone().backward();
                     let mut all = vec![values(y.inner()), values(loss.inner())];
