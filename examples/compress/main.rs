@@ -5,6 +5,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod lonas;
 mod pipeline;
 mod settings;
 mod task;
@@ -63,6 +64,24 @@ pub struct Args {
     /// Layers that share a choice, by the end of their names: groups separated by ';'
     #[arg(long, default_value = "q_proj,k_proj,v_proj;up_proj,gate_proj;down_proj")]
     groups: String,
+    /// lonas: widths that each MLP offers, as shares
+    #[arg(long, value_delimiter = ',', default_value = "1,0.875,0.75,0.625,0.5")]
+    widths: Vec<f64>,
+    /// lonas: numbers of heads that each attention offers, as shares; whole groups of heads that share keys and values
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    heads: Vec<f64>,
+    /// lonas: how many attentions and MLPs, the least influential ones, a subnet may leave out
+    #[arg(long, default_value_t = 0)]
+    depth: usize,
+    /// lonas: what widths are multiples of
+    #[arg(long, default_value_t = 32)]
+    multiple: usize,
+    /// lonas: how channels are ranked before they are sorted: l1, l2, activation, taylor, or none
+    #[arg(long, default_value = "activation")]
+    order: String,
+    /// lonas: which subnets a step trains
+    #[arg(long, value_enum, default_value_t = Subnets::Sandwich)]
+    subnets: Subnets,
     /// A search space from a file instead: ours, elastic_adapter_config.json, or an NNCF config
     #[arg(long)]
     #[serde(skip)]
@@ -129,7 +148,7 @@ pub struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Method {
-    /// Everything below, in one table
+    /// LoRA, Shears and SparsePEFT, in one table
     All,
     /// Plain LoRA
     Lora,
@@ -137,6 +156,17 @@ enum Method {
     Shears,
     /// Elastic adapters under the weights' mask, merged
     SparsePeft,
+    /// Elastic channels and adapters on the dense model, searched, extracted as smaller models: the paper's table 1
+    Lonas,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Subnets {
+    /// One drawn at random, as the authors do
+    Uniform,
+    /// The largest, a random one and the smallest, the largest teaching the others
+    Sandwich,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -202,7 +232,7 @@ impl From<SearchCost> for Cost {
 
 impl Method {
     fn includes(self, other: Method) -> bool {
-        self == Method::All || self == other
+        self == other || (self == Method::All && other != Method::Lonas)
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use elastic_lora::calib::prune_model;
 use elastic_lora::data::Batcher;
-use elastic_lora::eval::{Cost, Metric, SubnetObjective, mean_loss};
+use elastic_lora::eval::{Metric, SubnetObjective, mean_loss};
 use elastic_lora::infer::GenerateConfig;
 use elastic_lora::io::atomic;
 use elastic_lora::io::peft::PeftOptions;
@@ -27,13 +27,13 @@ use crate::settings::{Settings, lora_config};
 use crate::task::{Task, fingerprint};
 use crate::{Args, Method, Search, SearchMetric, common};
 
-struct Run<'a> {
-    args: &'a Args,
-    settings: &'a Settings,
-    task: &'a Task,
-    out: PathBuf,
+pub struct Run<'a> {
+    pub args: &'a Args,
+    pub settings: &'a Settings,
+    pub task: &'a Task,
+    pub out: PathBuf,
     stop: Arc<AtomicBool>,
-    report: Report,
+    pub report: Report,
 }
 
 pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
@@ -55,7 +55,6 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
 
 fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> Result<()> {
     let started = Instant::now();
-    let pattern = &settings.pattern;
     let command = std::env::args().collect::<Vec<_>>().join(" ");
     let mut report = Report::new(command, args.seed);
     report.versions.insert("burn".into(), burn_version().into());
@@ -63,7 +62,20 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
 
     let base = task.pretrained.model.clone();
     run.row("base", &base, None)?;
+    if args.method == Method::Lonas {
+        run.lonas(&base, space)?;
+    } else {
+        pruned_methods(&mut run, base, space)?;
+    }
+    run.report.write(run.out.join("report.json"))?;
+    common::say!("\n{}", run.report);
+    common::say!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
+    Ok(())
+}
 
+/// What starts from a pruned model.
+fn pruned_methods(run: &mut Run<'_>, base: Decoder, space: &SearchSpace) -> Result<()> {
+    let (args, task, pattern) = (run.args, run.task, &run.settings.pattern);
     let mut pruned = base;
     let bar = indicatif::ProgressBar::new(0);
     prune_model(&mut pruned, &task.calibration, args.prune, pattern, |done, all| {
@@ -88,9 +100,6 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
     if args.method.includes(Method::SparsePeft) {
         run.sparse_peft(&pruned, space)?;
     }
-    run.report.write(run.out.join("report.json"))?;
-    common::say!("\n{}", run.report);
-    common::say!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -118,10 +127,15 @@ fn search_space(args: &Args, model: &Decoder) -> Result<SearchSpace> {
     Ok(space)
 }
 
-fn supernet(args: &Args, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
+pub fn supernet(args: &Args, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
     let max_rank = space.max_rank();
     let config = SuperNetConfig::new(lora_config(args, max_rank)).with_sparse_peft(masked).with_seed(args.seed);
     SuperNet::new(model.clone(), space, config)
+}
+
+/// How answers are generated.
+pub fn generate_config(task: &Task) -> GenerateConfig {
+    GenerateConfig::new(task.max_new_tokens, task.pretrained.stop_ids())
 }
 
 /// To one digit after the point at most.
@@ -138,7 +152,7 @@ fn burn_version() -> &'static str {
 
 impl Run<'_> {
     /// Measures a model as it stands and adds its row; `net` tells costs and ranks where adapters stay apart.
-    fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
+    pub fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
         let pretrained = &self.task.pretrained;
         if self.stop.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
@@ -146,8 +160,8 @@ impl Run<'_> {
         let mut row = Row::new(name);
         row.loss = Some(mean_loss(model, &self.task.test)?);
         if let Some(problems) = &self.task.problems {
-            let config = GenerateConfig::new(self.task.max_new_tokens, pretrained.stop_ids());
-            row.accuracy = Some(problems.exact_match(model, &pretrained.tokenizer, &config)?.accuracy());
+            row.accuracy =
+                Some(problems.exact_match(model, &pretrained.tokenizer, &generate_config(self.task))?.accuracy());
         }
         let (mut zeros, mut all) = (0, 0);
         for (_, layer) in model.linears() {
@@ -180,9 +194,12 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn train(&self, net: &mut SuperNet, name: &str, sampling: Sampling) -> Result<TrainReport> {
+    pub fn train(&self, net: &mut SuperNet, name: &str, sampling: Sampling) -> Result<TrainReport> {
+        self.train_with(net, name, TrainConfig { sampling, ..self.settings.train.clone() })
+    }
+
+    pub fn train_with(&self, net: &mut SuperNet, name: &str, config: TrainConfig) -> Result<TrainReport> {
         let args = self.args;
-        let config = TrainConfig { sampling, ..self.settings.train.clone() };
         let mut batcher = Batcher::new(self.task.train.clone(), args.batch, self.task.pretrained.pad_id(), args.seed)?;
         let report = Trainer::new(config)?
             .with_folder(self.out.join(name))
@@ -218,15 +235,10 @@ impl Run<'_> {
         net.activate(&net.heuristic())?;
         self.row("Shears, heuristic", net.model(), Some(&net))?;
 
-        let outcome = self.search(&net)?;
+        let outcome = self.search(&net, "shears", false)?;
         // The best on the validation set among those that cost no more than the heuristic, itself one of them.
-        let limit = net.cost(&net.heuristic())?;
-        let limit = match self.args.cost.into() {
-            Cost::Macs => limit.macs_per_token,
-            Cost::Params => limit.params,
-            Cost::Bytes => limit.weight_bytes,
-        };
-        let chosen = match outcome.best_under(limit as f64) {
+        let objective = SubnetObjective::new(&net, Metric::Loss(&self.task.valid), self.args.cost.into());
+        let chosen = match outcome.best_under(objective.cost(&net, &net.heuristic())?) {
             Some(best) => best.config.clone(),
             None => net.heuristic(),
         };
@@ -248,7 +260,8 @@ impl Run<'_> {
         self.write_subnet(&net, &chosen, "adapter")
     }
 
-    fn search(&self, net: &SuperNet) -> Result<SearchOutcome> {
+    /// Searches the subnets of what was trained in `folder`; `merged`: adapters cost nothing.
+    pub fn search(&self, net: &SuperNet, folder: &str, merged: bool) -> Result<SearchOutcome> {
         let (args, space) = (self.args, net.space());
         // The reference points are evaluated whatever the searcher: the report draws them.
         let seeds = vec![net.heuristic(), net.maximal(), net.minimal()];
@@ -262,7 +275,7 @@ impl Run<'_> {
             Search::HillClimbing => Box::new(HillClimbingConfig::new().with_seed(args.seed).init(space)?),
             Search::Heuristic => Box::new(Heuristic::new(space)),
         };
-        let log = self.out.join("shears/search.jsonl");
+        let log = self.out.join(folder).join("search.jsonl");
         if !args.resume && log.exists() {
             std::fs::remove_file(&log).map_err(|e| Error::io(&log, e))?;
         }
@@ -287,14 +300,12 @@ impl Run<'_> {
         let pretrained = &self.task.pretrained;
         let metric = match (args.metric, &self.task.valid_problems) {
             (SearchMetric::Loss, _) => Metric::Loss(&self.task.valid),
-            (SearchMetric::Accuracy, Some(problems)) => Metric::Accuracy {
-                problems,
-                tokenizer: &pretrained.tokenizer,
-                generate: GenerateConfig::new(self.task.max_new_tokens, pretrained.stop_ids()),
-            },
+            (SearchMetric::Accuracy, Some(problems)) => {
+                Metric::Accuracy { problems, tokenizer: &pretrained.tokenizer, generate: generate_config(self.task) }
+            }
             (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
         };
-        let objective = SubnetObjective::new(net, metric, args.cost.into());
+        let objective = SubnetObjective::new(net, metric, args.cost.into()).with_merged(merged);
         let names = objective.names();
         let started = Instant::now();
         let outcome = study.run(&mut searcher, |subnet| objective.evaluate(subnet))?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::io::atomic;
-use elastic_lora::sparsity::Pattern;
+use elastic_lora::sparsity::{ChannelScore, Pattern};
 use elastic_lora::train::{Checkpointing, TrainConfig};
 use elastic_lora::{Error, Result};
 use serde_json::{Map, Value};
@@ -12,10 +12,11 @@ use serde_json::{Map, Value};
 use crate::Args;
 
 /// Folders that a run makes.
-const FOLDERS: [&str; 6] = ["lora", "shears", "sparse-peft", "pruned", "merged", "adapter"];
+const FOLDERS: [&str; 10] =
+    ["lora", "shears", "sparse-peft", "pruned", "merged", "adapter", "lora-dense", "lonas", "best", "smallest"];
 
 /// Files that a run makes.
-const FILES: [&str; 12] = [
+const FILES: [&str; 15] = [
     RUN,
     "report.json",
     "merge_report.json",
@@ -28,6 +29,9 @@ const FILES: [&str; 12] = [
     "merged_space.json",
     "merged_subnet.json",
     "merged_ranks.json",
+    "channel_order.json",
+    "best_subnet.json",
+    "smallest_subnet.json",
 ];
 
 /// The arguments of the run that a folder belongs to, and what it read: there from the run's first moment on.
@@ -37,6 +41,8 @@ const RUN: &str = "run.json";
 pub struct Settings {
     pub pattern: Pattern,
     pub train: TrainConfig,
+    /// How channels are ranked, where they are sorted.
+    pub order: Option<ChannelScore>,
     pub out: PathBuf,
 }
 
@@ -60,6 +66,18 @@ impl Settings {
                 return Err(Error::argument(name, value, format!("at least {least}")));
             }
         }
+        for (name, shares) in [("widths", &args.widths), ("heads", &args.heads)] {
+            if let Some(share) = shares.iter().find(|share| !(**share > 0.0 && **share <= 1.0)) {
+                return Err(Error::argument(name, share, "shares over 0 and at most 1"));
+            }
+        }
+        if args.multiple == 0 {
+            return Err(Error::argument("multiple", 0, "at least 1"));
+        }
+        let order = match args.order.as_str() {
+            "none" => None,
+            name => Some(name.parse()?),
+        };
         if args.ranks.contains(&0) {
             return Err(Error::argument("ranks", format!("{:?}", args.ranks), "each at least 1"));
         }
@@ -76,7 +94,7 @@ impl Settings {
         train.validate()?;
         let out = args.out.clone().unwrap_or_else(|| PathBuf::from("target/compress"));
         check_out(args, &out)?;
-        Ok(Self { pattern, train, out })
+        Ok(Self { pattern, train, order, out })
     }
 
     /// Makes the folder of results ready for a new run, or for one that goes on where `identity` and the arguments are those

@@ -156,7 +156,8 @@ fn loss_from(model: &Decoder, first: usize, states: &[Tensor<3>], targets: &[Vec
     let mut sum = 0.0;
     for (state, targets) in states.iter().zip(targets).filter(|(_, targets)| !targets.is_empty()) {
         let last = (first..model.layers.len()).fold(state.clone(), |x, block| model.block(block, x, None));
-        sum += f64::from(host_values(model.nll_at(model.norm.forward(last), targets)?)[0]);
+        let (hidden, targets) = model.at_positions(model.norm.forward(last), targets)?;
+        sum += f64::from(host_values(model.nll_of_hidden(hidden, &targets))[0]);
     }
     Ok(sum / n as f64)
 }

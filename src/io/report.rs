@@ -17,6 +17,8 @@ pub struct Row {
     pub name: String,
     /// Share of answers that match exactly, in 0..=1.
     pub accuracy: Option<f64>,
+    /// The score (accuracy, or the likelihood of a token) as a share of that of the row which others are compared with.
+    pub relative: Option<f64>,
     /// Mean negative log-likelihood per token, in nats.
     pub loss: Option<f64>,
     /// Share of zeros among the prunable weights, in 0..=1.
@@ -29,6 +31,14 @@ pub struct Row {
     pub macs_per_token: Option<u64>,
     /// Bytes of the weights as stored.
     pub bytes: Option<u64>,
+    /// How the weights are stored, and what rides on them.
+    pub precision: Option<String>,
+    /// How many times as fast as the full model a prompt is read.
+    pub prefill_speedup: Option<f64>,
+    /// How many times as fast as the full model a token follows another.
+    pub decode_speedup: Option<f64>,
+    /// Sizes of the blocks, where they are a choice.
+    pub shape: Option<String>,
     /// The active rank of each group of adapters, in the search space's order.
     pub ranks: Option<Vec<usize>>,
 }
@@ -82,15 +92,20 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         type Cell = fn(&Row) -> Option<String>;
-        let columns: [(&str, Cell); 9] = [
+        let columns: [(&str, Cell); 14] = [
             ("model", |r| Some(r.name.clone())),
             ("accuracy", |r| r.accuracy.map(percent)),
+            ("relative", |r| r.relative.map(percent)),
             ("loss", |r| r.loss.map(|v| format!("{v:.4}"))),
             ("sparsity", |r| r.sparsity.map(percent)),
             ("non-zero", |r| r.nonzero_params.map(count)),
             ("parameters", |r| r.params.map(count)),
             ("MACs/token", |r| r.macs_per_token.map(count)),
             ("bytes", |r| r.bytes.map(count)),
+            ("precision", |r| r.precision.clone()),
+            ("prefill", |r| r.prefill_speedup.map(times)),
+            ("decode", |r| r.decode_speedup.map(times)),
+            ("shape", |r| r.shape.clone()),
             ("ranks", |r| r.ranks.as_deref().map(ranks)),
         ];
         let mut table: Vec<Vec<String>> = vec![Vec::new(); self.rows.len() + 1];
@@ -114,7 +129,7 @@ impl fmt::Display for Report {
                 // Names and the list of ranks to the left, numbers to the right.
                 text += &match c {
                     0 => format!("{cell:<width$}"),
-                    _ if c == last && table[0][c] == "ranks" => format!("  {cell}"),
+                    _ if c == last && ["ranks", "shape"].contains(&table[0][c].as_str()) => format!("  {cell}"),
                     _ => format!("  {cell:>width$}"),
                 };
             }
@@ -125,6 +140,10 @@ impl fmt::Display for Report {
         }
         Ok(())
     }
+}
+
+fn times(ratio: f64) -> String {
+    format!("{ratio:.2}x")
 }
 
 fn percent(share: f64) -> String {

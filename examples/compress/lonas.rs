@@ -1,0 +1,263 @@
+//! Mode B: elastic widths, heads and depth, and models that are really smaller.
+
+use elastic_lora::calib::{InfluenceMeasure, block_influence, sort_channels};
+use elastic_lora::eval::{Metric, Phase, SubnetObjective, mean_loss, measure_ms};
+use elastic_lora::io::atomic;
+use elastic_lora::merge::MergeMode;
+use elastic_lora::model::{Decoder, Pretrained, Unit};
+use elastic_lora::space::{Elastic, Group};
+use elastic_lora::train::{Distillation, Sampling, TrainConfig};
+use elastic_lora::{Error, Merger, Result, SearchSpace, SubnetConfig, SuperNet};
+
+use crate::pipeline::{Run, generate_config, supernet};
+use crate::{Args, Subnets, common};
+
+/// Runs whose median is a model's time.
+const REPEATS: usize = 9;
+
+/// The subnets that the paper's table 1 has.
+const HEURISTIC: &str = "LoNAS, heuristic";
+const BEST: &str = "LoNAS, searched: best";
+const SMALLEST: &str = "LoNAS, searched: smallest within 1 %";
+
+/// Ranks as the other methods have them, and of each block the MLP's width, the heads where asked for, and the depth.
+pub fn lonas_space(args: &Args, model: &Decoder, ranks: SearchSpace) -> Result<SearchSpace> {
+    let mut space = ranks;
+    for (block, dims) in model.config().blocks().iter().enumerate() {
+        let layers: Vec<_> = model
+            .layer_shapes()
+            .into_iter()
+            .filter(|l| l.name.starts_with(&format!("model.layers.{block}.")))
+            .collect();
+        let mut widen = |names: &[&str], choices: Vec<usize>| -> Result<()> {
+            if choices.len() > 1 {
+                let groups = SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices)?;
+                space = space.clone().with_groups(groups)?;
+            }
+            Ok(())
+        };
+        if dims.has_mlp() {
+            widen(&["gate_proj", "up_proj"], choices(&args.widths, dims.d_mlp, args.multiple))?;
+        }
+        if dims.has_attention() {
+            let step = dims.n_heads / dims.n_kv_heads * model.config().head_dim();
+            widen(
+                &["q_proj", "k_proj", "v_proj"],
+                choices(&args.heads, dims.n_heads * model.config().head_dim(), step),
+            )?;
+        }
+    }
+    Ok(space)
+}
+
+/// Shares of `full`, each a multiple of `step` (but for the whole), at least one of it.
+fn choices(shares: &[f64], full: usize, step: usize) -> Vec<usize> {
+    let size = |share: &f64| {
+        if *share >= 1.0 {
+            return full;
+        }
+        ((share * full as f64 / step as f64).round() as usize * step).clamp(step.min(full), full)
+    };
+    let mut sizes: Vec<usize> = shares.iter().map(size).collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    sizes.dedup();
+    sizes
+}
+
+/// The parts of blocks that may be left out: the least influential ones, behind all that stay.
+fn depth_group(args: &Args, model: &Decoder, samples: &[Vec<u32>]) -> Result<Option<Group>> {
+    if args.depth == 0 {
+        return Ok(None);
+    }
+    let ranked = block_influence(model, samples, InfluenceMeasure::Loss, |_, _| {})?;
+    // Attentions and MLPs apart: a whole block goes where both do.
+    let units: Vec<String> = ranked
+        .into_iter()
+        .map(|unit| unit.name)
+        .filter(|name| Unit::parse(name).is_some_and(|(_, units)| units.len() == 1))
+        .collect();
+    let least = units.len().saturating_sub(args.depth);
+    if least == 0 {
+        return Err(Error::argument("depth", args.depth, format!("under the model's {} parts", units.len())));
+    }
+    let choices = (least..=units.len()).collect();
+    Group::of_kind(Elastic::Depth, "depth", units, choices).map(Some)
+}
+
+/// What a subnet looks like: run-length coded sizes of its blocks.
+fn shape(net: &SuperNet, subnet: &SubnetConfig) -> Result<String> {
+    let blocks = net.block_dims(subnet)?;
+    let runs = |sizes: Vec<usize>| {
+        let runs = sizes.chunk_by(|a, b| a == b).map(|run| match run.len() {
+            1 => run[0].to_string(),
+            n => format!("{}x{n}", run[0]),
+        });
+        runs.collect::<Vec<_>>().join(" ")
+    };
+    let mut text = format!("mlp {}", runs(blocks.iter().map(|block| block.d_mlp).collect()));
+    let heads: Vec<usize> = blocks.iter().map(|block| block.n_heads).collect();
+    if heads.iter().any(|n| *n != net.model().config().num_attention_heads()) {
+        text += &format!(", heads {}", runs(heads));
+    }
+    Ok(text)
+}
+
+/// Milliseconds of the whole context in one go, and of one token after half of it.
+struct Times {
+    prefill: f64,
+    decode: f64,
+}
+
+impl Times {
+    fn of(model: &Decoder) -> Result<Self> {
+        let context = model.config().max_position_embeddings().min(256);
+        Ok(Self {
+            prefill: measure_ms(model, Phase::Prefill { n_tokens: context }, REPEATS)?,
+            decode: measure_ms(model, Phase::Decode { context: context / 2 }, REPEATS)?,
+        })
+    }
+}
+
+impl Run<'_> {
+    /// A row of table 1: an extracted model beside the full one.
+    fn table_1_row(&mut self, name: &str, model: &Decoder, shape: Option<String>, full: &Times) -> Result<()> {
+        self.row(name, model, None)?;
+        let times = Times::of(model)?;
+        let score = |row: &elastic_lora::io::report::Row| row.accuracy.or(row.loss.map(|loss| (-loss).exp()));
+        let lora = self.report.rows.iter().find(|row| row.name == LORA).and_then(score);
+        if let Some(row) = self.report.rows.last_mut() {
+            row.relative = lora.zip(score(row)).map(|(lora, score)| score / lora);
+            row.prefill_speedup = Some(full.prefill / times.prefill);
+            row.decode_speedup = Some(full.decode / times.decode);
+            row.shape = shape;
+        }
+        Ok(())
+    }
+
+    /// LoRA, the heuristic subnet and two searched ones, each a plain model.
+    pub fn lonas(&mut self, base: &Decoder, ranks: &SearchSpace) -> Result<()> {
+        let args = self.args;
+        let merger = Merger::new().with_mode(MergeMode::Dense);
+        let layers: Vec<_> =
+            base.layer_shapes().into_iter().filter(|l| ranks.group_of_layer(&l.name).is_some()).collect();
+        let mut lora = supernet(args, base, SearchSpace::fixed(&layers, ranks.max_rank())?, false)?;
+        self.train(&mut lora, "lora-dense", Sampling::Fixed)?;
+        let lora = merger.extract(&lora, &[])?.model;
+        let full = Times::of(&lora)?;
+        self.table_1_row(LORA, &lora, None, &full)?;
+        let lora_score = self.valid_score(&lora)?;
+        drop(lora);
+
+        let mut sorted = base.clone();
+        if let Some(score) = self.settings.order {
+            let bar = indicatif::ProgressBar::new(0).with_prefix("order");
+            let order = sort_channels(&mut sorted, &self.task.calibration, score, |done, all| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            })?;
+            bar.finish_and_clear();
+            atomic::write_json(self.out.join("channel_order.json"), &order)?;
+        }
+        let mut space = lonas_space(args, &sorted, ranks.clone())?;
+        if let Some(depth) = depth_group(args, &sorted, &self.task.calibration)? {
+            space = space.with_groups([depth])?;
+        }
+        common::say!("{} subnets in {} groups", space.n_subnets(), space.len());
+        let mut net = supernet(args, &sorted, space, false)?;
+        for (name, subnet) in [("heuristic", net.heuristic()), ("smallest", net.minimal())] {
+            net.activate(&subnet)?;
+            common::say!("{name}, untrained: validation loss {:.4}", mean_loss(&net.eval_model(), &self.task.valid)?);
+        }
+        net.activate(&net.maximal())?;
+        let config = match args.subnets {
+            Subnets::Uniform => TrainConfig { sampling: Sampling::PerStep, ..self.settings.train.clone() },
+            Subnets::Sandwich => TrainConfig {
+                sampling: Sampling::Sandwich { random: 1 },
+                distillation: Some(Distillation::default()),
+                ..self.settings.train.clone()
+            },
+        };
+        self.train_with(&mut net, "lonas", config)?;
+
+        let (heuristic, largest, smallest) = (net.heuristic(), net.maximal(), net.minimal());
+        for (name, subnet) in [("LoNAS, largest", largest), ("LoNAS, smallest", smallest), (HEURISTIC, heuristic)] {
+            self.extracted_row(name, &mut net, &subnet, &merger, None, &full)?;
+        }
+        let outcome = self.search(&net, "lonas", true)?;
+        // Scores are dear where they are accuracies, so that only the front's subnets get one.
+        let (mut best, mut small): (Option<Scored>, Option<Scored>) = (None, None);
+        let objective = SubnetObjective::new(&net, Metric::Loss(&self.task.valid), args.cost.into()).with_merged(true);
+        for member in outcome.front() {
+            net.activate(&member.config)?;
+            let cost = objective.cost(&net, &member.config)?;
+            let scored = Scored { subnet: member.config.clone(), score: self.valid_score(&net.eval_model())?, cost };
+            if best.as_ref().is_none_or(|best| scored.score > best.score) {
+                best = Some(scored.clone());
+            }
+            let within = scored.score >= 0.99 * lora_score;
+            if within && small.as_ref().is_none_or(|small| scored.cost < small.cost) {
+                small = Some(scored);
+            }
+        }
+        if let Some(best) = best {
+            self.extracted_row(BEST, &mut net, &best.subnet, &merger, Some("best"), &full)?;
+        }
+        match small {
+            Some(small) => self.extracted_row(SMALLEST, &mut net, &small.subnet, &merger, Some("smallest"), &full),
+            None => {
+                common::say!("no subnet of the front is within 1 % of LoRA on the validation set");
+                Ok(())
+            }
+        }
+    }
+
+    /// Extracts a subnet and adds its row; with a folder's name, writes it, and measures what was written.
+    fn extracted_row(
+        &mut self,
+        name: &str,
+        net: &mut SuperNet,
+        subnet: &SubnetConfig,
+        merger: &Merger,
+        folder: Option<&str>,
+        full: &Times,
+    ) -> Result<()> {
+        net.activate(subnet)?;
+        let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(2).cloned().collect();
+        let extracted = merger.extract(net, &sample)?;
+        let mut model = extracted.model;
+        if let Some(folder) = folder {
+            let pretrained = &self.task.pretrained;
+            let path = self.out.join(folder);
+            pretrained.write_variant(&model, &path, true)?;
+            model = Pretrained::open(&path, &pretrained.model.device())?.model;
+            common::say!(
+                "extracted {folder}: logits differ by at most {:.1e} in f32",
+                extracted.report.max_logit_difference.unwrap_or(0.0)
+            );
+            atomic::write_json(self.out.join(format!("{folder}_subnet.json")), subnet)?;
+        }
+        let text = shape(net, subnet)?;
+        self.table_1_row(name, &model, Some(text), full)
+    }
+
+    /// How good a model is on the validation set, more being better: accuracy, or else the likelihood of a token.
+    fn valid_score(&self, model: &Decoder) -> Result<f64> {
+        match &self.task.valid_problems {
+            Some(problems) => {
+                let config = generate_config(self.task);
+                Ok(problems.exact_match(model, &self.task.pretrained.tokenizer, &config)?.accuracy())
+            }
+            None => Ok((-mean_loss(model, &self.task.valid)?).exp()),
+        }
+    }
+}
+
+/// The row that the others are relative to.
+const LORA: &str = "LoRA";
+
+#[derive(Clone)]
+struct Scored {
+    subnet: SubnetConfig,
+    score: f64,
+    cost: f64,
+}
