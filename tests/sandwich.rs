@@ -13,7 +13,7 @@ use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
-use elastic_lora::space::Elastic;
+use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{
     Checkpointing, Distillation, Sampling, Schedule, Stage, StepLog, TrainConfig, TrainReport, Trainer, targets,
@@ -50,6 +50,26 @@ fn net_of(choices: &[usize], dropout: f64, tied: bool) -> SuperNet {
 
 fn net() -> SuperNet {
     net_of(&[5, 3, 2], 0.2, false)
+}
+
+/// Ranks, widths, heads and a depth that leaves out the first block, with all that is trained below the second.
+fn mixed_net(dropout: f64) -> SuperNet {
+    let model = tiny(false, 4);
+    let layers = model.layer_shapes();
+    let qkv = ["q_proj", "k_proj", "v_proj"];
+    let width = |names: &[&str], choices: &[usize]| {
+        SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], choices).unwrap()
+    };
+    let units = ["model.layers.1.mlp", "model.layers.0"].map(String::from).to_vec();
+    let space = SearchSpace::grouped(&layers, &[&qkv[..], &["up_proj", "gate_proj"], &["down_proj"]], &[5, 3, 2])
+        .and_then(|space| space.with_groups(width(&["gate_proj", "up_proj"], &[37, 20])))
+        .and_then(|space| space.with_groups(width(&qkv, &[24, 12])))
+        .and_then(|space| space.with_groups([Group::of_kind(Elastic::Depth, "depth", units, vec![2, 1, 0])?]))
+        .unwrap();
+    let lora = LoraConfig::new(5).with_alpha(12.0).with_dropout(dropout);
+    let mut net = SuperNet::new(model, space, SuperNetConfig::new(lora).with_seed(6)).unwrap();
+    net.activate(&net.heuristic()).unwrap();
+    net
 }
 
 /// Everything on, three stages of which the first leaves the largest subnet alone, distillation.
@@ -124,13 +144,18 @@ fn predictions(model: &Decoder, batch: &Batch) -> (Tensor<2>, Tensor<1, Int>) {
 fn a_step_is_the_mean_of_its_subnets_gradients() {
     // With so large an epsilon AdamW's first step is the gradient, times the rate over epsilon.
     const LARGE: f64 = 1e3;
-    let weights = [None, Some(1.0), Some(0.4), Some(0.0)];
-    for (distillation, random, tied) in [(weights[0], 2, false), (weights[1], 2, true), (weights[2], 1, false)]
-        .into_iter()
-        .chain([(weights[3], 0, false), (weights[1], 0, false)])
-    {
+    let cases = [
+        (None, 2, false, false),
+        (Some(1.0), 2, true, false),
+        (Some(0.4), 1, false, false),
+        (Some(0.0), 0, false, false),
+        (Some(1.0), 0, false, false),
+        (None, 3, false, true),
+        (Some(0.6), 3, false, true),
+    ];
+    for (distillation, random, tied, mixed) in cases {
         for checkpointing in [Checkpointing::None, Checkpointing::Blocks] {
-            let mut net = trained(net_of(&[5, 3, 2], 0.0, tied));
+            let mut net = trained(if mixed { mixed_net(0.0) } else { net_of(&[5, 3, 2], 0.0, tied) });
             let config = TrainConfig {
                 accumulation: 2,
                 lr: LARGE,
@@ -177,7 +202,7 @@ fn a_step_is_the_mean_of_its_subnets_gradients() {
                     add_gradients(&model, loss.backward(), &mut expected);
                 }
             }
-            let what = format!("{distillation:?}, {random} random, {checkpointing:?}");
+            let what = format!("{distillation:?}, {random} random, {checkpointing:?}, mixed {mixed}");
             assert_eq!(expected.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>(), "{what}");
             let size = expected.values().flatten().fold(0.0_f64, |size, g| size.max(g.abs()));
             let mut off = 0.0_f64;
@@ -234,7 +259,10 @@ fn the_same_seed_gives_the_same_bits_and_each_rule_its_own() {
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bits() {
     // The checkpoint of step 3 lies within a stage.
-    let settings = TrainConfig { checkpoint_every: 3, ..config() };
+    let kinds = [Elastic::Rank, Elastic::Width, Elastic::Depth];
+    let stages = vec![Stage::new(2, []), Stage::new(3, &kinds[..2]), Stage::new(7, kinds)];
+    let settings = TrainConfig { checkpoint_every: 3, stages, ..config() };
+    let net = || mixed_net(0.2);
     let mut whole = net();
     let expected = run(settings.clone(), &mut whole).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -262,10 +290,15 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
 
 #[test]
 fn checkpointing_changes_nothing_but_rounding() {
-    for distillation in [None, Some(Distillation { weight: 0.7 })] {
+    let sandwich = Sampling::Sandwich { random: 2 };
+    let half = Some(Distillation { weight: 0.7 });
+    for (sampling, distillation, mixed) in
+        [(sandwich, None, false), (sandwich, half, false), (sandwich, half, true), (Sampling::PerStep, None, true)]
+    {
         let trained = |checkpointing: Checkpointing| {
-            let mut net = net();
-            let config = TrainConfig { checkpointing, distillation, eps: 1e-3, ..config() };
+            let mut net = if mixed { mixed_net(0.2) } else { net() };
+            let stages = Vec::new();
+            let config = TrainConfig { checkpointing, sampling, distillation, stages, eps: 1e-3, ..config() };
             let report = run(config, &mut net).unwrap();
             (report.logs, factors(&net))
         };

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::adapter::ElasticLora;
 use crate::error::{Error, Result};
-use crate::model::Decoder;
+use crate::model::{Decoder, LinearKind};
 use crate::nn::host_values;
 
 /// Gradients by parameter path, flattened.
@@ -98,11 +98,14 @@ pub(crate) struct Prefix {
 /// Prefixes by parameter path; a parameter without one is used as a whole.
 pub(crate) type Prefixes = BTreeMap<String, Prefix>;
 
-/// What the active subnet uses of the adapters' factors.
+/// What the active subnet uses of the adapters' factors; nothing of those in parts of a block that it leaves out, which have
+/// no gradient either.
 pub(crate) fn active_prefixes(model: &Decoder) -> Prefixes {
     let mut prefixes = Prefixes::new();
-    for_each_factor(model, |path, axis, adapter| {
-        prefixes.insert(path, Prefix { axis, active: adapter.active_rank() });
+    for_each_factor(model, |path, axis, adapter, runs| {
+        if runs {
+            prefixes.insert(path, Prefix { axis, active: adapter.active_rank() });
+        }
     });
     prefixes
 }
@@ -110,20 +113,21 @@ pub(crate) fn active_prefixes(model: &Decoder) -> Prefixes {
 /// The number of indices that are counted, of the parameters of which they are.
 pub(crate) fn rank_counts(model: &Decoder) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
-    for_each_factor(model, |path, _, adapter| {
+    for_each_factor(model, |path, _, adapter, _| {
         counts.insert(path, adapter.max_rank());
     });
     counts
 }
 
-/// Shows each adapter factor's parameter path and rank axis.
-fn for_each_factor(model: &Decoder, mut f: impl FnMut(String, usize, &ElasticLora)) {
+/// Shows each adapter factor's parameter path and rank axis, and whether its layer runs.
+fn for_each_factor(model: &Decoder, mut f: impl FnMut(String, usize, &ElasticLora, bool)) {
     for (name, layer) in model.linears() {
         if let Some(adapter) = &layer.adapter {
+            let runs = LinearKind::parse(&name).is_none_or(|(block, kind)| model.layers[block].runs(kind.unit()));
             // The module's own path lacks the prefix that Hugging Face has.
             let path = name.strip_prefix("model.").unwrap_or(&name);
-            f(format!("{path}.adapter.lora_a"), 1, adapter);
-            f(format!("{path}.adapter.lora_b"), 0, adapter);
+            f(format!("{path}.adapter.lora_a"), 1, adapter, runs);
+            f(format!("{path}.adapter.lora_b"), 0, adapter, runs);
         }
     }
 }

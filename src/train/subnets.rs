@@ -35,6 +35,9 @@ pub enum Sampling {
 /// every other one from the largest's predictions in the same step, at the same positions and with the same dropout, to which no
 /// gradient flows back. Temperature 1.
 ///
+/// At a [`weight`](Self::weight) of 1 only the largest's share of a step pulls the shared weights towards the data, and all
+/// others hold them to what it predicts so far: fit for a base that has the task in it, slow where there is much to learn.
+///
 /// The head's weight is a constant for it: training the head as well is [`Unsupported`](crate::Error::Unsupported).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Distillation {
