@@ -52,18 +52,15 @@ impl Phase {
     }
 }
 
-/// The median of `repeats` runs after one that is not counted, in milliseconds.
-fn median_ms(repeats: usize, mut run: impl FnMut()) -> f64 {
+/// The least of `repeats` runs after one that is not counted, in milliseconds: what else the machine does only adds to it.
+fn least_ms(repeats: usize, mut run: impl FnMut()) -> f64 {
     run();
-    let mut times: Vec<f64> = (0..repeats.max(1))
-        .map(|_| {
-            let started = Instant::now();
-            run();
-            1e3 * started.elapsed().as_secs_f64()
-        })
-        .collect();
-    times.sort_by(f64::total_cmp);
-    (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0
+    let mut time = || {
+        let started = Instant::now();
+        run();
+        1e3 * started.elapsed().as_secs_f64()
+    };
+    (0..repeats.max(1)).map(|_| time()).fold(f64::INFINITY, f64::min)
 }
 
 /// Waits until a tensor is there: some devices compute later.
@@ -72,7 +69,7 @@ fn wait(x: &Tensor<3>) {
     host_values(x.clone().narrow(1, seq - 1, 1).narrow(2, 0, 1));
 }
 
-/// Milliseconds that a model takes, the median of `repeats` runs, on one sequence of token 0.
+/// Milliseconds that a model takes, the least of `repeats` runs, on one sequence of token 0.
 ///
 /// # Errors
 /// [`Error::SequenceTooLong`] for more tokens than the model's context.
@@ -84,7 +81,7 @@ pub fn measure_ms(model: &Decoder, phase: Phase, repeats: usize) -> Result<f64> 
         wait(&model.hidden_states(model.tokens(&vec![0; before], 1)?, Some(&mut held)));
     }
     let tokens = model.tokens(&vec![0; timed], 1)?;
-    Ok(median_ms(repeats, || {
+    Ok(least_ms(repeats, || {
         let hidden = model.hidden_states(tokens.clone(), Some(&mut held.clone()));
         wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
     }))
@@ -107,7 +104,7 @@ pub struct LatencyTable {
 }
 
 impl LatencyTable {
-    /// Times each part of `net`'s model at each size that its space offers, the median of `repeats` runs. `progress` is told the
+    /// Times each part of `net`'s model at each size that its space offers, the least of `repeats` runs. `progress` is told the
     /// number of parts done, and of all.
     ///
     /// # Errors
@@ -136,7 +133,7 @@ impl LatencyTable {
         };
         let (before, timed) = phase.tokens();
         let ids = model.tokens(&vec![0; timed], 1)?;
-        let rest_ms = told(median_ms(repeats, || {
+        let rest_ms = told(least_ms(repeats, || {
             let hidden = model.norm.forward(model.embed(ids.clone()));
             wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
         }));
@@ -210,7 +207,7 @@ fn time_block(model: &Decoder, before: usize, timed: usize, repeats: usize, devi
         held.advance(before);
     }
     let x = input(timed);
-    median_ms(repeats, || {
+    least_ms(repeats, || {
         let mut cache = held.clone();
         let mut pass = model.pass(before, timed, Some(&mut cache));
         wait(&model.layers[0].forward(x.clone(), 0, &mut pass));
