@@ -58,9 +58,9 @@ impl QuantizedMatrix {
             }
             Err(Error::ShapeMismatch { what: what.into(), expected: vec![expected], found: vec![found] })
         };
-        length("codes of a quantized weight", codes.len(), rows * cols)?;
-        length("scales of a quantized weight", scales.len(), rows * groups)?;
-        length("zero points of a quantized weight", zeros.len(), rows * groups)?;
+        length("codes of a quantized weight", codes.len(), rows.saturating_mul(*cols))?;
+        length("scales of a quantized weight", scales.len(), rows.saturating_mul(groups))?;
+        length("zero points of a quantized weight", zeros.len(), rows.saturating_mul(groups))?;
         let top = u8::MAX >> (8 - bits);
         if let Some(code) = codes.iter().find(|code| **code > top) {
             return Err(Error::argument("code", code, format!("at most {top} at {bits} bits")));
@@ -82,6 +82,11 @@ impl QuantizedMatrix {
             }
         }
         Ok(Self { parts })
+    }
+
+    /// Takes parts that came from a matrix.
+    pub(super) fn from_valid(parts: QuantizedParts) -> Self {
+        Self { parts }
     }
 
     /// The parts.

@@ -1,7 +1,39 @@
 //! How a weight is stored, apart from any model: exact values, no tensor library.
 
+pub(crate) mod bits;
 mod groups;
+mod packed;
 mod storage;
 
 pub use groups::{QuantizedMatrix, QuantizedParts};
+pub use packed::PackedMatrix;
+pub(crate) use packed::all_f16;
 pub use storage::WeightFormat;
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use half::f16;
+    use rand::RngExt;
+
+    use super::{QuantizedMatrix, QuantizedParts};
+
+    /// A random matrix whose scales are `f16` and whose zero points are at least 1, in the order of its columns.
+    pub fn random_quantized(
+        rows: usize,
+        cols: usize,
+        bits: u8,
+        group_size: usize,
+        symmetric: bool,
+        rng: &mut impl RngExt,
+    ) -> QuantizedMatrix {
+        let groups = cols.div_ceil(group_size);
+        let mut scale = || f16::from_f32(rng.random_range(0.001..0.02)).to_f32();
+        let scales = (0..rows * groups).map(|_| scale()).collect();
+        let top = u8::MAX >> (8 - bits);
+        let mut zero = || if symmetric { 1 << (bits - 1) } else { rng.random_range(1..=top) };
+        let zeros = (0..rows * groups).map(|_| zero()).collect();
+        let codes = (0..rows * cols).map(|_| rng.random_range(0..=top)).collect();
+        let parts = QuantizedParts { rows, cols, bits, group_size, symmetric, codes, scales, zeros, group_of: None };
+        QuantizedMatrix::new(parts).unwrap()
+    }
+}

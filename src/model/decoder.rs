@@ -34,7 +34,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Reads the weights that `config` asks for from a checkpoint, as `f32`.
+    /// Reads the weights that `config` asks for from a checkpoint, as `f32`; quantized layers are dequantized.
     ///
     /// # Errors
     /// Where a tensor is missing, has another shape or dtype, or holds NaN or an infinity: an error that names it.
@@ -42,7 +42,7 @@ impl Decoder {
         config.check(checkpoint)?;
         let mut source = Source {
             linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
-                let weight = checkpoint.load_matrix(&format!("{name}.weight"), [d_output, d_input])?;
+                let weight = config.load_linear(checkpoint, name, [d_output, d_input])?;
                 let bias = if bias { Some(checkpoint.load_vector(&format!("{name}.bias"), d_output)?) } else { None };
                 BaseLinear::from_matrix(&weight, bias.as_deref(), device)
             },

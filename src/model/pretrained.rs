@@ -1,5 +1,6 @@
 //! A Hugging Face folder, opened.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
@@ -7,8 +8,9 @@ use burn::tensor::Device;
 use super::Decoder;
 use crate::data::TextTokenizer;
 use crate::error::Result;
+use crate::format::QuantizedMatrix;
 use crate::io::hf::HfFolder;
-use crate::io::{Checkpoint, DType, HfConfig};
+use crate::io::{Checkpoint, DType, HfConfig, QuantFormat};
 
 /// A model with its tokenizer and where both came from.
 #[derive(Clone, Debug)]
@@ -64,6 +66,26 @@ impl Pretrained {
         model.refuse_adapters("merge it, or write it as a PEFT folder beside the base")?;
         let folder = HfFolder::create(destination, overwrite)?;
         folder.write_model(model.config(), self.dtype, model.tensors(self.dtype)?)?;
+        folder.carry_over(&self.folder)?;
+        folder.commit()
+    }
+
+    /// [`write_variant`](Self::write_variant) with the weights of these layers as codes in a checkpoint format; the model's
+    /// own weights of those layers are not looked at.
+    ///
+    /// # Errors
+    /// Those of [`write_variant`](Self::write_variant) and [`HfFolder::write_quantized`].
+    pub fn write_quantized(
+        &self,
+        model: &Decoder,
+        layers: &BTreeMap<String, QuantizedMatrix>,
+        format: QuantFormat,
+        destination: impl AsRef<Path>,
+        overwrite: bool,
+    ) -> Result<()> {
+        model.refuse_adapters("merge it, or write it as a PEFT folder beside the base")?;
+        let folder = HfFolder::create(destination, overwrite)?;
+        folder.write_quantized(model.config(), self.dtype, model.tensors(self.dtype)?, layers, format)?;
         folder.carry_over(&self.folder)?;
         folder.commit()
     }

@@ -8,6 +8,7 @@ use super::blocks::{self, BlockDims};
 use super::rope::{self, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
+use crate::io::quantized::QuantizationConfig;
 use crate::io::tensors::{Checkpoint, DType};
 use crate::io::{atomic, read_json_object};
 
@@ -186,16 +187,23 @@ pub struct HfConfig {
     eos_token_ids: Vec<u32>,
     pad_token_id: Option<u32>,
     dtype: Option<DType>,
+    quantization: Option<QuantizationConfig>,
 }
 
 impl HfConfig {
-    /// Reads `config.json` of a model folder, and the end-of-sequence tokens that `generation_config.json` adds to it.
+    /// Reads `config.json` of a model folder, the end-of-sequence tokens that `generation_config.json` adds to it, and the
+    /// `quantize_config.json` that old GPTQ folders have in place of `quantization_config`.
     ///
     /// # Errors
     /// [`Error::Io`] and [`Error::Json`] for the files, and those of [`from_json`](Self::from_json).
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let mut config = Self::from_json(read_json_object(&folder.join("config.json"))?)?;
+        let quantize = folder.join("quantize_config.json");
+        if config.quantization.is_none() && quantize.exists() {
+            let quantization = QuantizationConfig::from_json(read_json_object(&quantize)?)?;
+            config = config.with_quantization(Some(quantization));
+        }
         let generation = folder.join("generation_config.json");
         if generation.exists() {
             let generation = read_json_object(&generation)?;
@@ -285,6 +293,7 @@ impl HfConfig {
         let (bos_token_id, pad_token_id) = (one("bos_token_id")?, one("pad_token_id")?);
         let eos_token_ids = fields.token_ids("eos_token_id")?;
         let dtype = parse_dtype(&fields)?;
+        let quantization = parse_quantization(&raw)?;
         Ok(Self {
             family: traits.family,
             hidden_size,
@@ -307,6 +316,7 @@ impl HfConfig {
             eos_token_ids,
             pad_token_id,
             dtype,
+            quantization,
             raw,
         })
     }
@@ -467,13 +477,32 @@ impl HfConfig {
     /// Checks that `checkpoint` holds every tensor in its shape, before anything is loaded.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::TensorShape`].
+    /// [`Error::MissingTensor`] and [`Error::TensorShape`]; [`Error::InvalidFile`] for the parts of a quantized weight.
     pub fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
         let embedding = self.embedding_name(checkpoint)?;
         for (name, shape) in self.tensor_shapes() {
+            if self.check_quantized(checkpoint, &name, &shape)? {
+                continue;
+            }
             checkpoint.check_shape(if name == Self::EMBEDDING { embedding } else { &name }, &shape)?;
         }
         Ok(())
+    }
+
+    /// How the checkpoint's linear layers are quantized, where they are.
+    pub fn quantization(&self) -> Option<&QuantizationConfig> {
+        self.quantization.as_ref()
+    }
+
+    /// The same model with its layers quantized like this, or dense.
+    pub fn with_quantization(&self, quantization: Option<QuantizationConfig>) -> Self {
+        let mut config = self.clone();
+        config.raw.shift_remove("quantization_config");
+        if let Some(quantization) = &quantization {
+            config.raw.insert("quantization_config".into(), Value::Object(quantization.raw().clone()));
+        }
+        config.quantization = quantization;
+        config
     }
 
     /// All fields as they were read.
@@ -574,12 +603,14 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<()> {
     {
         return refuse(format!("config field `partial_rotary_factor` = {share}"));
     }
-    match fields.map.get("quantization_config") {
-        None | Some(Value::Null) => Ok(()),
-        Some(q) => {
-            let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-            refuse(format!("a checkpoint quantized by method `{method}` (config field `quantization_config`)"))
-        }
+    Ok(())
+}
+
+fn parse_quantization(raw: &Map<String, Value>) -> Result<Option<QuantizationConfig>> {
+    match raw.get("quantization_config") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(fields)) => QuantizationConfig::from_json(fields.clone()).map(Some),
+        Some(other) => Err(bad_field("quantization_config", format!("{other}, expected an object"))),
     }
 }
 

@@ -74,7 +74,19 @@ impl HfFolder {
     /// # Errors
     /// Those of [`write_sharded`](crate::io::tensors::write_sharded); [`Error::InvalidFile`] for a tied model with both
     /// matrices or neither; [`Error::MissingTensor`] and [`Error::TensorShape`] where the tensors are not those of the config.
-    pub fn write_model(&self, config: &HfConfig, dtype: DType, mut tensors: Vec<HostTensor<'_>>) -> Result<()> {
+    pub fn write_model(&self, config: &HfConfig, dtype: DType, tensors: Vec<HostTensor<'_>>) -> Result<()> {
+        // Where the config came from a quantized folder: what is written here is dense.
+        self.write_parts(&config.with_quantization(None), dtype, tensors, |_| false)
+    }
+
+    /// Writes the config and the tensors, among which are all that the config implies but for those `replaced` by others.
+    pub(super) fn write_parts(
+        &self,
+        config: &HfConfig,
+        dtype: DType,
+        mut tensors: Vec<HostTensor<'_>>,
+        replaced: impl Fn(&str) -> bool,
+    ) -> Result<()> {
         let destination = self.writer.destination();
         if config.tie_word_embeddings() {
             let named = |name: &str| tensors.iter().position(|t| t.name() == name);
@@ -86,7 +98,7 @@ impl HfFolder {
                 _ => {}
             }
         }
-        for (name, shape) in config.tensor_shapes() {
+        for (name, shape) in config.tensor_shapes().into_iter().filter(|(name, _)| !replaced(name)) {
             match tensors.iter().find(|t| t.name() == name) {
                 None => return Err(Error::MissingTensor { path: destination.into(), tensor: name }),
                 Some(t) if t.shape() != shape => {

@@ -3,6 +3,7 @@
 mod blocks;
 mod config;
 mod folder;
+mod quantized;
 mod rope;
 
 pub use blocks::BlockDims;

@@ -189,7 +189,7 @@ fn one_bad_config_per_rule() {
         (json!({"rope_scaling": {"rope_type": "yarn", "factor": 2}}), "yarn"),
         (json!({"rope_parameters": {"rope_type": "longrope"}}), "longrope"),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
-        (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
+        (json!({"quantization_config": {"quant_method": "awq"}}), "awq"),
         (json!({"torch_dtype": "float4"}), "float4"),
     ] {
         match parse(&with(changes)) {

@@ -1,0 +1,274 @@
+//! A quantized weight in as few bytes as its bits ask for.
+
+use half::f16;
+
+use super::bits;
+use super::groups::{QuantizedMatrix, QuantizedParts};
+use crate::error::{Error, Result};
+
+/// Columns that are unpacked at a time; a multiple of 8, so that each block begins at a byte.
+const BLOCK: usize = 256;
+
+/// Scales as they are kept: `f16` where that changes none of them.
+#[derive(Clone, Debug, PartialEq)]
+enum Scales {
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+/// A [`QuantizedMatrix`], packed. Nothing is lost: [`unpack`](Self::unpack) gives it back.
+///
+/// The layout, of `rows` rows that depend on each other in nothing:
+///
+/// | part | a row's bytes |
+/// |---|---|
+/// | codes | `ceil(cols * bits / 8)`: code `i` at bits `i * bits ..`, little-endian, without gaps |
+/// | scales | `2 * groups` as `f16`, or `4 * groups` as `f32` where one of the matrix is no `f16` |
+/// | zero points | `ceil(groups * bits / 8)`, packed as the codes are; none where the grid is symmetric |
+///
+/// and, once for all rows, `4 * cols` bytes for the group of each column where the matrix has its own order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedMatrix {
+    rows: usize,
+    cols: usize,
+    bits: u8,
+    group_size: usize,
+    symmetric: bool,
+    codes: Vec<u8>,
+    scales: Scales,
+    zeros: Vec<u8>,
+    group_of: Option<Vec<u32>>,
+}
+
+impl PackedMatrix {
+    /// Packs a matrix.
+    pub fn new(matrix: &QuantizedMatrix) -> Self {
+        let parts = matrix.parts();
+        let pack_rows = |values: &[u8], len: usize| {
+            let row_bytes = bits::packed_len(len, parts.bits);
+            let mut packed = vec![0; parts.rows * row_bytes];
+            if row_bytes > 0 {
+                for (row, out) in values.chunks(len).zip(packed.chunks_mut(row_bytes)) {
+                    bits::pack(row, parts.bits, out);
+                }
+            }
+            packed
+        };
+        let scales = if all_f16(&parts.scales) {
+            Scales::F16(parts.scales.iter().map(|scale| f16::from_f32(*scale)).collect())
+        } else {
+            Scales::F32(parts.scales.clone())
+        };
+        Self {
+            rows: parts.rows,
+            cols: parts.cols,
+            bits: parts.bits,
+            group_size: parts.group_size,
+            symmetric: parts.symmetric,
+            codes: pack_rows(&parts.codes, parts.cols),
+            scales,
+            zeros: if parts.symmetric { Vec::new() } else { pack_rows(&parts.zeros, matrix.groups()) },
+            group_of: parts.group_of.clone(),
+        }
+    }
+
+    /// The matrix that was packed.
+    pub fn unpack(&self) -> QuantizedMatrix {
+        let mut codes = vec![0; self.rows * self.cols];
+        if self.cols > 0 {
+            for (row, out) in codes.chunks_mut(self.cols).enumerate() {
+                bits::unpack(self.row_codes(row), self.bits, out);
+            }
+        }
+        let grid: Vec<(f32, u8)> =
+            (0..self.rows).flat_map(|row| (0..self.groups()).map(move |group| self.grid(row, group))).collect();
+        QuantizedMatrix::from_valid(QuantizedParts {
+            rows: self.rows,
+            cols: self.cols,
+            bits: self.bits,
+            group_size: self.group_size,
+            symmetric: self.symmetric,
+            codes,
+            scales: grid.iter().map(|(scale, _)| *scale).collect(),
+            zeros: grid.iter().map(|(_, zero)| *zero).collect(),
+            group_of: self.group_of.clone(),
+        })
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> u8 {
+        self.bits
+    }
+
+    /// Columns of a group; the last group of a row may be shorter.
+    pub fn group_size(&self) -> usize {
+        self.group_size
+    }
+
+    /// Groups of a row.
+    pub fn groups(&self) -> usize {
+        self.cols.div_ceil(self.group_size)
+    }
+
+    /// The group of each column, where it is not `column / group_size`.
+    pub fn group_of(&self) -> Option<&[u32]> {
+        self.group_of.as_deref()
+    }
+
+    /// The packed codes of a row.
+    ///
+    /// # Panics
+    /// For a row that there is not.
+    pub fn row_codes(&self, row: usize) -> &[u8] {
+        let len = bits::packed_len(self.cols, self.bits);
+        &self.codes[row * len..(row + 1) * len]
+    }
+
+    /// The scale and zero point of a row's group.
+    ///
+    /// # Panics
+    /// For a row or a group that there is not.
+    pub fn grid(&self, row: usize, group: usize) -> (f32, u8) {
+        let at = row * self.groups() + group;
+        let scale = match &self.scales {
+            Scales::F16(scales) => scales[at].to_f32(),
+            Scales::F32(scales) => scales[at],
+        };
+        if self.symmetric {
+            return (scale, 1 << (self.bits - 1));
+        }
+        let len = bits::packed_len(self.groups(), self.bits);
+        (scale, bits::get(&self.zeros[row * len..(row + 1) * len], self.bits, group))
+    }
+
+    /// Bytes of codes, scales, zero points and groups: what the layout says.
+    pub fn bytes(&self) -> usize {
+        let scales = match &self.scales {
+            Scales::F16(scales) => 2 * scales.len(),
+            Scales::F32(scales) => 4 * scales.len(),
+        };
+        self.codes.len() + scales + self.zeros.len() + self.group_of.as_ref().map_or(0, |group_of| 4 * group_of.len())
+    }
+
+    /// Writes the weights of as many rows as `out` takes, from row `first` on: the same values, bit for bit, as
+    /// [`QuantizedMatrix::dequantize`] gives.
+    ///
+    /// # Shapes
+    /// - `out`: row-major `[n, cols]`
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where `out` is no whole number of rows, or more than there are.
+    pub fn dequantize_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        let n = out.len().checked_div(self.cols).unwrap_or(0);
+        if n * self.cols != out.len() || first.checked_add(n).is_none_or(|end| end > self.rows) {
+            return Err(Error::ShapeMismatch {
+                what: format!("rows of a packed weight from row {first} on"),
+                expected: vec![self.rows.saturating_sub(first), self.cols],
+                found: vec![out.len()],
+            });
+        }
+        if n > 0 {
+            for (row, out) in (first..).zip(out.chunks_exact_mut(self.cols)) {
+                self.dequantize_row(row, out);
+            }
+        }
+        Ok(())
+    }
+
+    fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        let codes = self.row_codes(row);
+        let mut buffer = [0; BLOCK];
+        for (index, out) in out.chunks_mut(BLOCK).enumerate() {
+            let start = index * BLOCK;
+            let block = &mut buffer[..out.len()];
+            bits::unpack(&codes[bits::packed_len(start, self.bits)..], self.bits, block);
+            if let Some(group_of) = &self.group_of {
+                for ((out, code), group) in out.iter_mut().zip(block.iter()).zip(&group_of[start..]) {
+                    let (scale, zero) = self.grid(row, *group as usize);
+                    *out = QuantizedMatrix::value(scale, zero, *code);
+                }
+                continue;
+            }
+            let mut at = 0;
+            while at < out.len() {
+                let group = (start + at) / self.group_size;
+                let end = (group + 1).saturating_mul(self.group_size).saturating_sub(start).min(out.len());
+                let (scale, zero) = self.grid(row, group);
+                for (out, code) in out[at..end].iter_mut().zip(&block[at..end]) {
+                    *out = QuantizedMatrix::value(scale, zero, *code);
+                }
+                at = end;
+            }
+        }
+    }
+}
+
+/// Whether rounding to `f16` changes none of the values.
+pub(crate) fn all_f16(values: &[f32]) -> bool {
+    values.iter().all(|value| f16::from_f32(*value).to_f32() == *value)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::format::testing::random_quantized;
+
+    #[test]
+    fn packing_loses_nothing_and_takes_what_the_layout_says() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for case in 0..120 {
+            let bits = [2, 3, 4, 8][case % 4];
+            let (rows, cols) = (rng.random_range(1..7), rng.random_range(1..700));
+            let group_size = [1, 3, 17, 32, 128, 5000][rng.random_range(0..6)];
+            let (symmetric, ordered, exact) = (rng.random(), rng.random_bool(0.3), rng.random_bool(0.5));
+            let mut parts = random_quantized(rows, cols, bits, group_size, symmetric, &mut rng).into_parts();
+            let groups = cols.div_ceil(group_size);
+            if ordered {
+                parts.group_of = Some((0..cols).map(|_| rng.random_range(0..groups as u32)).collect());
+            }
+            if !exact {
+                parts.scales[0] = 0.1;
+            }
+            let matrix = QuantizedMatrix::new(parts).unwrap();
+            let packed = PackedMatrix::new(&matrix);
+            assert_eq!(packed.unpack(), matrix);
+            let bits = usize::from(bits);
+            let row = (cols * bits).div_ceil(8)
+                + groups * if exact { 2 } else { 4 }
+                + if symmetric { 0 } else { (groups * bits).div_ceil(8) };
+            assert_eq!(packed.bytes(), rows * row + if ordered { 4 * cols } else { 0 });
+
+            let whole = matrix.dequantize();
+            let first = rng.random_range(0..rows);
+            let n = rng.random_range(0..=rows - first);
+            let mut out = vec![f32::NAN; n * cols];
+            packed.dequantize_rows(first, &mut out).unwrap();
+            assert_eq!(out, whole.as_slice()[first * cols..(first + n) * cols]);
+            assert!(packed.dequantize_rows(rows, &mut [0.0; 1]).is_err() || cols > 1);
+            assert!(packed.dequantize_rows(first, &mut vec![0.0; (rows - first + 1) * cols]).is_err());
+            assert!(packed.dequantize_rows(usize::MAX, &mut vec![0.0; cols]).is_err());
+        }
+    }
+
+    #[test]
+    fn four_bits_are_half_a_byte() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let packed = PackedMatrix::new(&random_quantized(64, 256, 4, 128, true, &mut rng));
+        assert_eq!(packed.bytes(), 64 * 256 / 2 + 64 * 2 * 2);
+        let packed = PackedMatrix::new(&random_quantized(64, 256, 3, 128, false, &mut rng));
+        assert_eq!(packed.bytes(), 64 * (96 + 4 + 1));
+    }
+}

@@ -1,0 +1,324 @@
+//! `quantization_config`: how the linear layers of a folder are stored.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::format::QuantizedMatrix;
+use crate::io::fields::{Fields, bad_field};
+use crate::io::hf::LinearLayer;
+
+const PREFIX: &str = "quantization_config.";
+const MAX_GROUP_SIZE: usize = 1 << 22;
+const BITS: [usize; 4] = [2, 3, 4, 8];
+
+/// A checkpoint format of quantized linear layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum QuantFormat {
+    /// GPTQ as AutoGPTQ stores it (`checkpoint_format` `gptq`): zero points less 1.
+    Gptq,
+    /// GPTQ with zero points as they are (`gptq_v2`).
+    GptqV2,
+    /// compressed-tensors' `pack-quantized`.
+    CompressedTensors,
+}
+
+impl QuantFormat {
+    /// The name in configs: `gptq`, `gptq_v2` or `pack-quantized`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gptq => "gptq",
+            Self::GptqV2 => "gptq_v2",
+            Self::CompressedTensors => "pack-quantized",
+        }
+    }
+}
+
+/// A checked `quantization_config`. Fields that are not read here are kept when it is written again.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizationConfig {
+    raw: Map<String, Value>,
+    format: QuantFormat,
+    bits: u8,
+    group_size: Option<usize>,
+    symmetric: bool,
+    act_order: bool,
+}
+
+impl QuantizationConfig {
+    /// Checks a parsed `quantization_config`, or a GPTQ folder's `quantize_config.json`, which may leave out `quant_method`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for another method, another packing, or a feature that changes what a layer computes (quantized
+    /// activations, settings that differ between layers, ...); [`Error::InvalidConfig`] for a field that is missing, of another
+    /// type or out of range.
+    pub fn from_json(raw: Map<String, Value>) -> Result<Self> {
+        let fields = Fields { map: &raw, prefix: PREFIX };
+        match fields.str("quant_method")?.unwrap_or("gptq") {
+            "gptq" => Self::from_gptq(raw),
+            "compressed-tensors" => Self::from_compressed_tensors(raw),
+            other => Err(Error::Unsupported {
+                what: format!("a checkpoint quantized by method `{other}` (config field `quantization_config`)"),
+            }),
+        }
+    }
+
+    fn from_gptq(raw: Map<String, Value>) -> Result<Self> {
+        let fields = Fields { map: &raw, prefix: PREFIX };
+        let format = match fields.str("checkpoint_format")?.or(fields.str("format")?).unwrap_or("gptq") {
+            "gptq" => QuantFormat::Gptq,
+            "gptq_v2" => QuantFormat::GptqV2,
+            other => return unsupported("checkpoint_format", other),
+        };
+        match fields.str("pack_dtype")? {
+            None | Some("int32" | "torch.int32") => {}
+            Some(other) => return unsupported("pack_dtype", other),
+        }
+        // `-:pattern` leaves layers dense; anything else gives some of them settings of their own.
+        if let Some(Value::Object(dynamic)) = raw.get("dynamic")
+            && let Some(rule) = dynamic.keys().find(|rule| !rule.starts_with("-:"))
+        {
+            return unsupported("dynamic", rule);
+        }
+        let bits = bits(&fields, "bits", &BITS)?;
+        let group_size = group_size(&fields)?;
+        let flag = |name: &str, absent: bool| Ok::<_, Error>(fields.bool(name)?.unwrap_or(absent));
+        // An absent `desc_act` is no promise that groups are in order; tensors tell.
+        let (symmetric, act_order) = (flag("sym", true)?, flag("desc_act", false)?);
+        Ok(Self { format, bits, group_size, symmetric, act_order, raw })
+    }
+
+    fn from_compressed_tensors(raw: Map<String, Value>) -> Result<Self> {
+        let fields = Fields { map: &raw, prefix: PREFIX };
+        match fields.str("format")? {
+            Some("pack-quantized") => {}
+            other => return unsupported("format", other.unwrap_or("dense")),
+        }
+        let present = |name: &str| match raw.get(name) {
+            None | Some(Value::Null) => false,
+            Some(Value::Object(map)) => !map.is_empty(),
+            Some(_) => true,
+        };
+        for name in ["kv_cache_scheme", "transform_config"] {
+            if present(name) {
+                return unsupported(name, "anything");
+            }
+        }
+        if let Some(Value::Object(sparsity)) = raw.get("sparsity_config")
+            && let Some(Value::String(format)) = sparsity.get("format")
+            && format != "dense"
+        {
+            return unsupported("sparsity_config.format", format);
+        }
+        let Some(Value::Object(groups)) = raw.get("config_groups") else {
+            return Err(bad_field(format!("{PREFIX}config_groups"), "missing or not an object"));
+        };
+        let mut groups = groups.values();
+        let (Some(Value::Object(group)), None) = (groups.next(), groups.next()) else {
+            return unsupported("config_groups", "other than one group of settings");
+        };
+        for name in ["input_activations", "output_activations"] {
+            if group.get(name).is_some_and(|value| !value.is_null()) {
+                return unsupported(name, "anything");
+            }
+        }
+        match group.get("format").and_then(Value::as_str) {
+            None | Some("pack-quantized") => {}
+            Some(other) => return unsupported("config_groups.format", other),
+        }
+        let Some(Value::Object(weights)) = group.get("weights") else {
+            return Err(bad_field(format!("{PREFIX}config_groups.weights"), "missing or not an object"));
+        };
+        let fields = Fields { map: weights, prefix: "quantization_config.config_groups.weights." };
+        if let Some(other) = fields.str("type")?.filter(|name| *name != "int") {
+            return unsupported("weights.type", other);
+        }
+        if let Some(other) = weights.get("dynamic").filter(|value| !matches!(value, Value::Null | Value::Bool(false))) {
+            return unsupported("weights.dynamic", &other.to_string());
+        }
+        let bits = match fields.size("num_bits", 8)? {
+            Some(3) => {
+                return unsupported("weights.num_bits", "3, which versions of compressed-tensors pack in two ways");
+            }
+            _ => bits(&fields, "num_bits", &[2, 4, 8])?,
+        };
+        let by_group = weights.get("group_size").is_some_and(|size| !size.is_null());
+        let group_size = match fields.str("strategy")?.unwrap_or(if by_group { "group" } else { "tensor" }) {
+            "group" => Some(fields.required_size("group_size", MAX_GROUP_SIZE)?),
+            "channel" => None,
+            other => return unsupported("weights.strategy", other),
+        };
+        let symmetric = fields.bool("symmetric")?.unwrap_or(true);
+        // Of the orders, `group` alone shows in the tensors; `true` is an old way to say it.
+        let act_order = match weights.get("actorder") {
+            Some(Value::String(order)) => order == "group",
+            Some(value) => value.as_bool().unwrap_or(false),
+            None => false,
+        };
+        Ok(Self { format: QuantFormat::CompressedTensors, bits, group_size, symmetric, act_order, raw })
+    }
+
+    /// The config of a folder that holds these layers in this format, `all` being the model's; the others stay dense.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for no layer at all; [`Error::Unsupported`], naming the layer, for bits or groups other than
+    /// another layer's, for 3 bits in compressed-tensors, and for GPTQ where blocks differ in which layers are dense: its
+    /// readers take the same ones from every block.
+    pub fn for_layers(
+        format: QuantFormat,
+        layers: &BTreeMap<String, QuantizedMatrix>,
+        all: &[LinearLayer],
+    ) -> Result<Self> {
+        let Some((first, matrix)) = layers.first_key_value() else {
+            return Err(Error::argument("layers", "none", "at least one quantized layer"));
+        };
+        let bits = matrix.parts().bits;
+        let per_row = layers.values().all(|matrix| matrix.parts().group_size == matrix.cols());
+        let group_size = (!per_row).then_some(matrix.parts().group_size);
+        for (layer, matrix) in layers {
+            let parts = matrix.parts();
+            if parts.bits != bits || group_size.is_some_and(|size| size != parts.group_size) {
+                let what = format!(
+                    "layer `{layer}` with {} bits in groups of {}, where `{first}` has {bits} in groups of {}, in one folder",
+                    parts.bits,
+                    parts.group_size,
+                    layers[first].parts().group_size
+                );
+                return Err(Error::Unsupported { what });
+            }
+        }
+        let symmetric = layers.values().all(|matrix| matrix.parts().symmetric);
+        let act_order = layers.values().any(|matrix| matrix.parts().group_of.is_some());
+        let dense: Vec<&LinearLayer> = all.iter().filter(|layer| !layers.contains_key(&layer.name)).collect();
+        let raw = match format {
+            QuantFormat::Gptq | QuantFormat::GptqV2 => {
+                let mut raw = json!({
+                    "bits": bits,
+                    "group_size": group_size.map_or(json!(-1), |size| json!(size)),
+                    "desc_act": act_order,
+                    "static_groups": false,
+                    "sym": symmetric,
+                    "true_sequential": true,
+                    "lm_head": false,
+                    "quant_method": "gptq",
+                    "checkpoint_format": format.name(),
+                    "pack_dtype": "int32",
+                    "model_name_or_path": null,
+                    "model_file_base_name": "model",
+                    "meta": {"quantizer": [format!("elastic-lora:{}", env!("CARGO_PKG_VERSION"))]},
+                });
+                if !dense.is_empty() {
+                    let (kept, left) = kinds_in_every_block(layers, all, &dense)?;
+                    // The first for transformers, the second for GPTQModel and vLLM.
+                    raw["modules_in_block_to_quantize"] = json!([kept]);
+                    let rule = |name: &str| (format!("-:.*\\.{}$", name.replace('.', "\\.")), json!({}));
+                    raw["dynamic"] = left.into_iter().map(rule).collect::<Map<_, _>>().into();
+                }
+                raw
+            }
+            QuantFormat::CompressedTensors => {
+                let mut ignore = vec!["lm_head"];
+                ignore.extend(dense.iter().map(|layer| layer.name.as_str()));
+                json!({
+                    "quant_method": "compressed-tensors",
+                    "format": format.name(),
+                    "quantization_status": "compressed",
+                    "ignore": ignore,
+                    "kv_cache_scheme": null,
+                    "global_compression_ratio": null,
+                    "config_groups": {"group_0": {
+                        "targets": ["Linear"],
+                        "input_activations": null,
+                        "output_activations": null,
+                        "weights": {
+                            "num_bits": bits,
+                            "type": "int",
+                            "symmetric": symmetric,
+                            "strategy": if group_size.is_some() { "group" } else { "channel" },
+                            "group_size": group_size,
+                            "block_structure": null,
+                            "dynamic": false,
+                            "actorder": null,
+                        },
+                    }},
+                })
+            }
+        };
+        match raw {
+            Value::Object(raw) => Self::from_json(raw),
+            other => Err(bad_field("quantization_config", other.to_string())),
+        }
+    }
+
+    /// The format.
+    pub fn format(&self) -> QuantFormat {
+        self.format
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> u8 {
+        self.bits
+    }
+
+    /// Columns of a group; `None` for one group a row.
+    pub fn group_size(&self) -> Option<usize> {
+        self.group_size
+    }
+
+    /// Whether every zero point is the middle of the grid.
+    pub fn symmetric(&self) -> bool {
+        self.symmetric
+    }
+
+    /// Whether columns may belong to groups out of order, as GPTQ's activation order makes them.
+    pub fn act_order(&self) -> bool {
+        self.act_order
+    }
+
+    /// All fields, as they were read.
+    pub fn raw(&self) -> &Map<String, Value> {
+        &self.raw
+    }
+}
+
+/// Names within a block of the layers that are quantized, and of those that are not, in model order.
+fn kinds_in_every_block<'a>(
+    layers: &BTreeMap<String, QuantizedMatrix>,
+    all: &'a [LinearLayer],
+    dense: &[&'a LinearLayer],
+) -> Result<(Vec<&'a str>, Vec<&'a str>)> {
+    fn kind(layer: &LinearLayer) -> &str {
+        let block = format!(".{}.", layer.block);
+        layer.name.split_once(&block).map_or(layer.name.as_str(), |(_, kind)| kind)
+    }
+    let left: BTreeSet<&str> = dense.iter().map(|layer| kind(layer)).collect();
+    if let Some(layer) = all.iter().find(|layer| layers.contains_key(&layer.name) && left.contains(kind(layer))) {
+        let what = format!("layer `{}`, quantized where that of another block is dense, in GPTQ", layer.name);
+        return Err(Error::Unsupported { what });
+    }
+    let mut seen = BTreeSet::new();
+    let kinds: Vec<&str> = all.iter().map(kind).filter(|kind| seen.insert(*kind)).collect();
+    Ok(kinds.into_iter().partition(|kind| !left.contains(kind)))
+}
+
+fn unsupported<T>(field: &str, found: &str) -> Result<T> {
+    Err(Error::Unsupported { what: format!("`{PREFIX}{field}`: {found}") })
+}
+
+fn bits(fields: &Fields<'_>, name: &str, known: &[usize]) -> Result<u8> {
+    let bits = fields.required_size(name, 64)?;
+    match u8::try_from(bits) {
+        Ok(small) if known.contains(&bits) => Ok(small),
+        _ => unsupported(name, &bits.to_string()),
+    }
+}
+
+/// GPTQ's group size, -1 for one group a row.
+fn group_size(fields: &Fields<'_>) -> Result<Option<usize>> {
+    if fields.map.get("group_size").and_then(Value::as_i64) == Some(-1) {
+        return Ok(None);
+    }
+    Ok(Some(fields.required_size("group_size", MAX_GROUP_SIZE)?))
+}
