@@ -46,6 +46,7 @@ pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod nn;
+pub mod quant;
 pub mod search;
 pub mod space;
 pub mod sparsity;

@@ -62,6 +62,14 @@ impl Pattern {
         }
     }
 
+    /// Columns that compete with one another whatever the matrix's size: M of N:M, else 1.
+    pub(crate) fn group(&self) -> usize {
+        match *self {
+            Pattern::NM { m, .. } => m.max(1),
+            _ => 1,
+        }
+    }
+
     /// Share of weights that the pattern removes from a large matrix, in 0..=1.
     pub fn ratio(&self) -> f64 {
         match *self {
