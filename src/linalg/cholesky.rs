@@ -41,8 +41,7 @@ pub(super) fn factor_upper(a: &mut Matrix) -> Result<(), BadPivot> {
             .flat_map(|row| &values[row * n + start..row * n + end])
             .map(|value| f64::from(*value))
             .collect();
-        factor_block(&mut block, &diagonal[start..end])
-            .map_err(|bad| BadPivot { index: start + bad.index, ..bad })?;
+        factor_block(&mut block, &diagonal[start..end]).map_err(|bad| BadPivot { index: start + bad.index, ..bad })?;
         for (row, line) in block.chunks_exact(width).enumerate() {
             let out = &mut values[(start + row) * n + start..][..width];
             out.iter_mut().zip(line).for_each(|(out, value)| *out = *value as f32);

@@ -107,9 +107,7 @@ impl Hessian {
     /// Refuses NaN and infinities.
     pub(super) fn check_finite(&self) -> Result<()> {
         match self.sum.as_slice().par_iter().position_first(|v| !v.is_finite()) {
-            Some(index) => {
-                Err(Error::NotFinite { tensor: "Hessian".into(), index, value: self.sum.as_slice()[index] })
-            }
+            Some(index) => Err(Error::NotFinite { tensor: "Hessian".into(), index, value: self.sum.as_slice()[index] }),
             None => Ok(()),
         }
     }

@@ -131,7 +131,8 @@ fn quantize(
     let pass = Pass { factor, keep, block, grids_at_block: !fixed && config.groups == GroupGrids::Block };
     let top = u8::MAX >> (8 - config.grid.bits);
     let QuantizedParts { codes, scales, zeros, .. } = &mut parts;
-    let chunks = codes.chunks_mut(cols.max(1)).zip(scales.chunks_mut(groups.max(1))).zip(zeros.chunks_mut(groups.max(1)));
+    let chunks =
+        codes.chunks_mut(cols.max(1)).zip(scales.chunks_mut(groups.max(1))).zip(zeros.chunks_mut(groups.max(1)));
     let mut grids: Vec<GridRow<'_>> = chunks
         .map(|((codes, scales), zeros)| GridRow {
             config: &config.grid,

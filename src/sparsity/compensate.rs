@@ -171,9 +171,11 @@ impl Pass<'_> {
             Keep::Best(pattern) => {
                 pattern.validate()?;
                 match pattern {
-                    Pattern::NM { .. } if self.factor.order().is_some() => {
-                        Err(Error::argument("activation_order", true, "N:M patterns need the columns from left to right"))
-                    }
+                    Pattern::NM { .. } if self.factor.order().is_some() => Err(Error::argument(
+                        "activation_order",
+                        true,
+                        "N:M patterns need the columns from left to right",
+                    )),
                     _ => Ok(()),
                 }
             }
@@ -194,9 +196,7 @@ impl Pass<'_> {
     fn dead_positions(&self) -> Vec<usize> {
         match self.factor.order() {
             None => self.factor.dead().iter().map(|column| *column as usize).collect(),
-            Some(order) => {
-                (0..order.len()).filter(|p| self.factor.dead().binary_search(&order[*p]).is_ok()).collect()
-            }
+            Some(order) => (0..order.len()).filter(|p| self.factor.dead().binary_search(&order[*p]).is_ok()).collect(),
         }
     }
 
@@ -210,6 +210,24 @@ impl Pass<'_> {
             scores.copy_from_slice(settled);
         });
         drop_least(&scores, count, &mut Vec::new(), |index| rows[index / len].0.keep[index % len] = false);
+    }
+
+    /// The weights of a range as they would be without rounding: those that stay make up for all errors before them and for
+    /// those that will have to go.
+    fn rehearse(
+        &self,
+        block: &Range<usize>,
+        row: &RowBlock<'_>,
+        range: Range<usize>,
+        weights: &mut Vec<f32>,
+    ) -> Result<()> {
+        let mut targets = row.targets[range.clone()].to_vec();
+        let mut keep = row.keep[range.clone()].to_vec();
+        let mut change = vec![0.0; range.len()];
+        weights.clear();
+        weights.extend_from_slice(&row.weight[range.clone()]);
+        let mut copy = RowBlock { targets: &mut targets, weight: weights, change: &mut change, keep: &mut keep };
+        self.finish(&(block.start + range.start..block.start + range.end), &mut copy, &mut Exact, &mut Vec::new())
     }
 
     /// What the weights of a range would be if every one of the range could be what it should: those that stay make up for
@@ -244,8 +262,8 @@ impl Pass<'_> {
         scratch: &mut Vec<f32>,
     ) -> Result<()> {
         let (len, start) = (block.len(), block.start);
-        if self.grids_at_block {
-            self.settle(block, row, 0..len, scratch);
+        if self.grids_at_block && rounding.group_end(start).is_some() {
+            self.rehearse(block, row, 0..len, scratch)?;
             let mut at = 0;
             while at < len {
                 let Some(end) = rounding.group_end(start + at) else { break };
@@ -264,7 +282,7 @@ impl Pass<'_> {
                 drop_least(scratch, count, &mut Vec::new(), |index| row.keep[at + index] = false);
             }
             if let (false, Some(end)) = (self.grids_at_block, rounding.group_end(start + at)) {
-                self.settle(block, row, at..end - start, scratch);
+                self.rehearse(block, row, at..end - start, scratch)?;
                 rounding.begin_group(start + at..end, scratch)?;
             }
             let rounded = if row.keep[at] {

@@ -10,12 +10,14 @@ mod channels;
 pub(crate) mod compensate;
 mod mask;
 mod norms;
+mod owl;
 mod pattern;
 mod sparsegpt;
 
 pub use channels::{ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units};
 pub use mask::Mask;
 pub use norms::InputNorms;
+pub use owl::{OwlConfig, outlier_share};
 pub use pattern::Pattern;
 pub use sparsegpt::{SparseGptConfig, sparsegpt};
 
