@@ -118,7 +118,12 @@ pub fn quantize_model(
     Ok(quantized)
 }
 
-fn quantize_layer(weight: &Matrix, input: &mut InputStatistic, config: &QuantizeConfig) -> Result<QuantizedMatrix> {
+fn quantize_layer(
+    name: &str,
+    weight: &Matrix,
+    input: &mut InputStatistic,
+    config: &QuantizeConfig,
+) -> Result<QuantizedMatrix> {
     match config.method {
         QuantizeMethod::Nearest => round_to_nearest(weight, &config.gptq.grid, None),
         QuantizeMethod::Gptq => {
