@@ -286,7 +286,15 @@ impl Decoder {
     /// [`Error::TokenOutOfRange`] for a target outside the vocabulary, [`Error::InvalidArgument`] for a position outside
     /// `tokens` or none at all.
     pub fn nll_sum(&self, tokens: Tensor<2, Int>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
-        let (hidden, targets) = self.at_positions(self.hidden_states(tokens, None), positions)?;
+        self.nll_at(self.hidden_states(tokens, None), positions)
+    }
+
+    /// [`nll_sum`](Self::nll_sum) from the final hidden states on.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[1]`
+    pub(crate) fn nll_at(&self, hidden: Tensor<3>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
+        let (hidden, targets) = self.at_positions(hidden, positions)?;
         Ok(self.nll_of_hidden(hidden, &targets))
     }
 
