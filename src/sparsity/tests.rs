@@ -237,11 +237,11 @@ fn ria_weighs_each_weight_by_its_row_and_column() {
     let scores = ria_scores(&w, &norms).unwrap();
     let size = |i: usize, j: usize| f64::from(w.row(i)[j].abs());
     for i in 0..7 {
-        for j in 0..13 {
+        for (j, norm) in norms.iter().enumerate() {
             let row: f64 = (0..13).map(|k| size(i, k)).sum();
             let column: f64 = (0..7).map(|k| size(k, j)).sum();
             let relative = if size(i, j) == 0.0 { 0.0 } else { size(i, j) / row + size(i, j) / column };
-            let expected = relative * f64::from(norms[j]).powf(0.25);
+            let expected = relative * f64::from(*norm).powf(0.25);
             assert!((f64::from(scores.row(i)[j]) - expected).abs() <= 1e-6 * (1.0 + expected), "({i}, {j})");
         }
     }
