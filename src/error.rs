@@ -73,6 +73,16 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
+    /// A symmetric matrix that should have a Cholesky factor has none.
+    #[error("{what}: not positive definite, pivot {index} is {pivot} (more damping, or more calibration data)")]
+    NotPositiveDefinite {
+        /// The matrix.
+        what: String,
+        /// Row of the first pivot that fails, in the matrix's own order.
+        index: usize,
+        /// Its value.
+        pivot: f64,
+    },
     /// A value too large for the element type it was to be written in.
     #[error("tensor `{tensor}`: element {index} is {value}, too large for {dtype}")]
     TensorOverflow {

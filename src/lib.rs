@@ -9,12 +9,13 @@
 //! ```text
 //! io --> model --> supernet --> train --> trained supernet --> search <--> eval
 //!  |                 ^                                            | SubnetConfig
-//!  +-> calib --> sparsity                                         v
+//!  +-> calib --> sparsity, quant                                  v
 //!                                               merge --> compressed model --> io, infer
 //! ```
 //!
 //! 1. [`model::Pretrained::open`] reads a Hugging Face folder into a [`model::Decoder`].
-//! 2. [`calib::prune_model`] prunes it, layer by layer, by [`sparsity::Method`] and [`sparsity::Pattern`].
+//! 2. [`calib::prune_model`] prunes it, layer by layer, by [`sparsity::Method`] and [`sparsity::Pattern`];
+//!    [`calib::quantize_model`] rounds its weights to integers, with GPTQ if wanted, and keeps every zero.
 //! 3. A [`SearchSpace`] says which layers share a rank and which ranks there are; [`SuperNet::new`] puts elastic adapters
 //!    ([`ElasticLoraLinear`]) on the model.
 //! 4. A [`train::Trainer`] trains all subnets at once, a random one at each step.
@@ -46,6 +47,7 @@ pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod nn;
+pub mod quant;
 pub mod search;
 pub mod space;
 pub mod sparsity;

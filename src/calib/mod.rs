@@ -1,32 +1,35 @@
 //! Runs a model over calibration data, block by block, and hands each linear layer what it was fed.
 //!
-//! As in Wanda (arXiv 2306.11695), a block's statistics come from its weights as they were, on inputs that the blocks before
+//! What layers that see the same input have gathered is shared: queries, keys and values have one Hessian. As in Wanda (arXiv 2306.11695), a block's statistics come from its weights as they were, on inputs that the blocks before
 //! it, already changed, put out. One block's statistics are in memory at a time; the hidden states of all samples are.
 
 mod influence;
+mod input;
 mod order;
+mod prune;
+mod quantize;
 mod taylor;
 
 pub use influence::{InfluenceMeasure, UnitInfluence, block_influence};
 pub use order::{BlockOrder, BlockScores, ChannelOrder, channel_scores, sort_channels};
+pub use prune::{PruneConfig, PrunedLayer, prune_model, prune_model_with};
+pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model};
 pub use taylor::{TaylorConfig, taylor_scores};
 
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
-use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::{Decoder, LinearKind};
 use crate::nn::{BaseLinear, host_values};
-use crate::sparsity::{InputNorms, Method, Pattern, prune};
 
 /// Hidden-state tokens that go through a block at once.
 const TOKENS_AT_ONCE: usize = 2048;
 
-/// Walks the blocks of `model` over `samples`. For each block, `observe` is shown every linear layer's inputs
-/// (`[sequences, seq, d_input]`, several times), then `change` may change that layer given what was gathered; the changed
-/// block's output is the next block's input.
+/// Walks the blocks of `model` over `samples`. For each block, `observe` is shown every input of linear layers
+/// (`[sequences, seq, d_input]`, several times), then `change` may change each layer given what was gathered of its input, and
+/// may leave something there for the next layer of that input; the changed block's output is the next block's input.
 ///
 /// Without samples, nothing is observed and `change` is given `new`'s empty statistic.
 ///
@@ -37,19 +40,20 @@ pub fn walk_blocks<S>(
     samples: &[Vec<u32>],
     new: impl Fn(usize) -> S,
     mut observe: impl FnMut(&mut S, &Tensor<3>) -> Result<()>,
-    mut change: impl FnMut(&str, &mut BaseLinear, &S) -> Result<()>,
+    mut change: impl FnMut(&str, &mut BaseLinear, &mut S) -> Result<()>,
 ) -> Result<()> {
     let mut states = embed_samples(model, samples)?;
     for block in 0..model.layers.len() {
         let mut statistics: BTreeMap<LinearKind, S> = LinearKind::ALL
             .into_iter()
+            .filter(|kind| kind.input() == *kind)
             .filter_map(|kind| Some((kind, new(model.layers[block].linear(kind)?.base.dims()[0]))))
             .collect();
         let mut failure = None;
         for state in &states {
             let mut tap = |kind: LinearKind, x: &Tensor<3>| {
                 if let (None, Some(statistic)) = (&failure, statistics.get_mut(&kind)) {
-                    failure = observe(statistic, x).err();
+                    failure = observe(statistic, x).map_err(|error| input::in_layer(&kind.name(block), error)).err();
                 }
             };
             model.block(block, state.clone(), Some(&mut tap));
@@ -57,9 +61,11 @@ pub fn walk_blocks<S>(
         if let Some(error) = failure {
             return Err(error);
         }
-        for (kind, statistic) in &statistics {
-            if let Some(layer) = model.layers[block].linear_mut(*kind) {
-                change(&kind.name(block), &mut layer.base, statistic)?;
+        for (input, mut statistic) in statistics {
+            for kind in LinearKind::ALL.into_iter().filter(|kind| kind.input() == input) {
+                if let Some(layer) = model.layers[block].linear_mut(kind) {
+                    change(&kind.name(block), &mut layer.base, &mut statistic)?;
+                }
             }
         }
         for state in &mut states {
@@ -100,61 +106,4 @@ fn column_squares(x: &Tensor<3>) -> Vec<f32> {
     let d_input = x.dims()[2];
     let sums: Tensor<2> = x.clone().square().reshape([-1, d_input as i32]).sum_dim(0);
     host_values(sums)
-}
-
-/// What pruning did to one layer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PrunedLayer {
-    /// Hugging Face's module path.
-    pub name: String,
-    /// Weights.
-    pub params: usize,
-    /// Weights that are zero now.
-    pub zeros: usize,
-}
-
-/// Prunes every linear layer inside the blocks, block by block, each calibrated on what the pruned ones before it put out;
-/// embedding, head and norms are left alone. Token sequences in `samples` are the calibration data.
-///
-/// `progress` is told the number of layers done, and of all.
-///
-/// # Errors
-/// [`Error::InvalidArgument`] for a method that needs samples without any; those of [`walk_blocks`] and of
-/// [`Method::scores`].
-pub fn prune_model(
-    model: &mut Decoder,
-    samples: &[Vec<u32>],
-    method: Method,
-    pattern: &Pattern,
-    mut progress: impl FnMut(usize, usize),
-) -> Result<Vec<PrunedLayer>> {
-    pattern.validate()?;
-    model.refuse_adapters("prune before adapters are put on, or merge them first")?;
-    let needed = method.needs_calibration();
-    if needed && samples.iter().all(|sample| sample.is_empty()) {
-        return Err(Error::argument("samples", 0, format!("{method} needs calibration samples")));
-    }
-    let samples = if needed { samples } else { &[] };
-    let n_layers = model.linears().count();
-    let mut report = Vec::with_capacity(n_layers);
-    walk_blocks(
-        model,
-        samples,
-        InputNorms::new,
-        |norms, x| norms.update_sums(&column_squares(x), x.dims()[0]),
-        |name, layer, norms| {
-            let mut weight = layer.to_matrix();
-            let scores = method.scores(&weight, needed.then_some(norms))?;
-            prune(&mut weight, &scores, pattern)?;
-            layer.set_matrix(&weight)?;
-            report.push(PrunedLayer {
-                name: name.to_string(),
-                params: weight.as_slice().len(),
-                zeros: weight.count_zeros(),
-            });
-            progress(report.len(), n_layers);
-            Ok(())
-        },
-    )?;
-    Ok(report)
 }

@@ -1,4 +1,12 @@
-//! Plain matrices on the host.
+//! Plain matrices on the host, and the Cholesky factor that GPTQ and SparseGPT work by.
+
+mod cholesky;
+mod factor;
+mod hessian;
+pub(crate) mod product;
+
+pub use factor::{Factor, FactorConfig};
+pub use hessian::Hessian;
 
 use crate::error::{Error, Result};
 

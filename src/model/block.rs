@@ -51,6 +51,15 @@ impl LinearKind {
         }
     }
 
+    /// The first of the layers that see the same input: queries for keys and values, the gate for the up projection.
+    pub fn input(self) -> Self {
+        match self {
+            Self::Q | Self::K | Self::V => Self::Q,
+            Self::Gate | Self::Up => Self::Gate,
+            Self::O | Self::Down => self,
+        }
+    }
+
     /// Hugging Face's module path of this layer in block `block`.
     pub fn name(self, block: usize) -> String {
         format!("model.layers.{block}.{}", self.path())

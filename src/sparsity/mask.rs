@@ -209,18 +209,18 @@ impl RowBits<'_> {
 }
 
 /// `floor(len * ratio)` in `f64`, as Python's `int(len * ratio)`.
-fn floor_share(len: usize, ratio: f64) -> usize {
+pub(super) fn floor_share(len: usize, ratio: f64) -> usize {
     ((len as f64 * ratio) as usize).min(len)
 }
 
 /// What N:M leaves in a group of `len <= m`: N of a whole one, the share of a short one rounded up.
-fn kept_in_group(n: usize, m: usize, len: usize) -> usize {
+pub(super) fn kept_in_group(n: usize, m: usize, len: usize) -> usize {
     if len == m { n } else { ((n as u128 * len as u128).div_ceil(m as u128)) as usize }
 }
 
 /// Calls `drop` with the indices, ascending, of the `count` least of `scores` (no NaN). Of equal scores the first ones go:
 /// what a stable sort would put first. O(len) by selection instead of sorting.
-fn drop_least(scores: &[f32], count: usize, scratch: &mut Vec<u32>, mut drop: impl FnMut(usize)) {
+pub(super) fn drop_least(scores: &[f32], count: usize, scratch: &mut Vec<u32>, mut drop: impl FnMut(usize)) {
     if count == 0 {
         return;
     }

@@ -1,19 +1,25 @@
-//! Which weights to remove: magnitude and Wanda scores, patterns, masks; which channels and heads matter.
+//! Which weights to remove: magnitude, Wanda and RIA scores, SparseGPT, patterns, masks; which channels and heads matter.
 //!
-//! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695). Everything here is a pure
+//! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695); RIA: "Plug-and-Play: An
+//! Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024); [`sparsegpt`]. Everything here is a pure
 //! function of a weight matrix `[out, in]` and of statistics of the layer's input; the pass over calibration data that
 //! gathers those lives elsewhere. Departures: N:M means "at most N of M stay" (as hardware names it), where Wanda's code
 //! counts the pruned ones; for 2:4 and 4:8 the two agree. A last group shorter than M keeps its share, rounded up.
 
 mod channels;
+pub(crate) mod compensate;
 mod mask;
 mod norms;
+mod owl;
 mod pattern;
+mod sparsegpt;
 
 pub use channels::{ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units};
 pub use mask::Mask;
 pub use norms::InputNorms;
+pub use owl::{OwlConfig, outlier_share};
 pub use pattern::Pattern;
+pub use sparsegpt::{SparseGptConfig, sparsegpt};
 
 use std::fmt;
 use std::str::FromStr;
@@ -32,27 +38,38 @@ pub enum Method {
     Magnitude,
     /// By absolute value times the norm of the input column (Wanda); needs [`InputNorms`].
     Wanda,
+    /// By share of the absolute values of row and column, times the root of the input column's norm (RIA); needs
+    /// [`InputNorms`].
+    Ria,
+    /// By what the removal costs once the other weights have made up for it, which they then do; needs a Hessian, and is
+    /// [`sparsegpt`], not a score.
+    SparseGpt,
 }
 
 impl Method {
     /// Every method, for help texts.
-    pub const ALL: [Method; 2] = [Method::Magnitude, Method::Wanda];
+    pub const ALL: [Method; 4] = [Method::Magnitude, Method::Wanda, Method::Ria, Method::SparseGpt];
 
     /// Whether the method needs statistics of the layer's input.
     pub fn needs_calibration(self) -> bool {
-        self == Method::Wanda
+        self != Method::Magnitude
     }
 
     /// Scores of every weight of `weight` `[out, in]`; the smaller, the sooner it is removed.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where Wanda is given no `norms`; [`Error::ShapeMismatch`] where they are of another width.
+    /// [`Error::InvalidArgument`] where Wanda or RIA is given no `norms`, and for SparseGPT; [`Error::ShapeMismatch`] where
+    /// they are of another width.
     pub fn scores(self, weight: &Matrix, norms: Option<&InputNorms>) -> Result<Matrix> {
         match (self, norms) {
             (Method::Magnitude, _) => Ok(magnitude_scores(weight)),
             (Method::Wanda, Some(norms)) => wanda_scores(weight, &norms.mean_sq_norms()),
-            (Method::Wanda, None) => {
-                Err(Error::argument("norms", "none", "Wanda needs the norms of the layer's input"))
+            (Method::Ria, Some(norms)) => ria_scores(weight, &norms.mean_sq_norms()),
+            (Method::Wanda | Method::Ria, None) => {
+                Err(Error::argument("norms", "none", format!("{self} needs the norms of the layer's input")))
+            }
+            (Method::SparseGpt, _) => {
+                Err(Error::argument("method", self, "it changes weights as it goes, and has no scores to give"))
             }
         }
     }
@@ -63,6 +80,8 @@ impl fmt::Display for Method {
         f.write_str(match self {
             Method::Magnitude => "magnitude",
             Method::Wanda => "wanda",
+            Method::Ria => "ria",
+            Method::SparseGpt => "sparsegpt",
         })
     }
 }
@@ -72,7 +91,7 @@ impl FromStr for Method {
 
     fn from_str(s: &str) -> Result<Self> {
         let found = Method::ALL.into_iter().find(|m| m.to_string().eq_ignore_ascii_case(s.trim()));
-        found.ok_or_else(|| Error::argument("method", format!("{s:?}"), "one of magnitude, wanda"))
+        found.ok_or_else(|| Error::argument("method", format!("{s:?}"), "one of magnitude, wanda, ria, sparsegpt"))
     }
 }
 
@@ -95,16 +114,7 @@ pub fn magnitude_scores(weight: &Matrix) -> Matrix {
 /// [`Error::ShapeMismatch`] where `input_sq_norms` has another length than `weight` has columns; [`Error::NotFinite`]
 /// where one of them is negative, NaN or infinite.
 pub fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
-    if input_sq_norms.len() != weight.cols() {
-        return Err(Error::ShapeMismatch {
-            what: "input norms, one per column of the weight".into(),
-            expected: vec![weight.cols()],
-            found: vec![input_sq_norms.len()],
-        });
-    }
-    if let Some(index) = input_sq_norms.iter().position(|v| !v.is_finite() || *v < 0.0) {
-        return Err(Error::NotFinite { tensor: "input norms".into(), index, value: input_sq_norms[index] });
-    }
+    check_norms(weight, input_sq_norms)?;
     let mut scores = weight.clone();
     if weight.cols() == 0 {
         return Ok(scores);
@@ -116,6 +126,51 @@ pub fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
         }
     });
     Ok(scores)
+}
+
+/// `(|w_ij| / sum_j |w_ij| + |w_ij| / sum_i |w_ij|) * (mean ||x_j||^2)^(1/4)` for every weight: how much of its row and of its
+/// column it is, so that no input or output loses all its weights.
+///
+/// # Shapes
+/// `weight` and the result: `[out, in]`; `input_sq_norms`: `[in]`, from [`InputNorms::mean_sq_norms`].
+///
+/// # Errors
+/// As [`wanda_scores`].
+pub fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
+    check_norms(weight, input_sq_norms)?;
+    let mut scores = weight.clone();
+    if weight.cols() == 0 {
+        return Ok(scores);
+    }
+    let mut columns = vec![0.0_f64; weight.cols()];
+    for i in 0..weight.rows() {
+        columns.iter_mut().zip(weight.row(i)).for_each(|(sum, v)| *sum += f64::from(v.abs()));
+    }
+    // An empty row or column has zeros only, which score 0 whatever they are divided by.
+    let inverse = |sum: f64| if sum > 0.0 { (1.0 / sum) as f32 } else { 0.0 };
+    let columns: Vec<f32> = columns.into_iter().map(inverse).collect();
+    let norms: Vec<f32> = input_sq_norms.iter().map(|v| v.sqrt().sqrt()).collect();
+    scores.as_mut_slice().par_chunks_mut(norms.len()).for_each(|row| {
+        let in_row = inverse(row.iter().map(|v| f64::from(v.abs())).sum());
+        for ((v, in_column), norm) in row.iter_mut().zip(&columns).zip(&norms) {
+            *v = v.abs() * (in_row + in_column) * norm;
+        }
+    });
+    Ok(scores)
+}
+
+fn check_norms(weight: &Matrix, input_sq_norms: &[f32]) -> Result<()> {
+    if input_sq_norms.len() != weight.cols() {
+        return Err(Error::ShapeMismatch {
+            what: "input norms, one per column of the weight".into(),
+            expected: vec![weight.cols()],
+            found: vec![input_sq_norms.len()],
+        });
+    }
+    if let Some(index) = input_sq_norms.iter().position(|v| !v.is_finite() || *v < 0.0) {
+        return Err(Error::NotFinite { tensor: "input norms".into(), index, value: input_sq_norms[index] });
+    }
+    Ok(())
 }
 
 /// Removes from `weight` what `pattern` says, least `scores` first, and returns the mask of what stays.

@@ -62,6 +62,23 @@ impl Pattern {
         }
     }
 
+    /// The same pattern with another ratio; N:M as it is.
+    pub(crate) fn with_ratio(self, ratio: f64) -> Self {
+        match self {
+            Pattern::Unstructured { .. } => Pattern::Unstructured { ratio },
+            Pattern::Layer { .. } => Pattern::Layer { ratio },
+            Pattern::NM { .. } => self,
+        }
+    }
+
+    /// Columns that compete with one another whatever the matrix's size: M of N:M, else 1.
+    pub(crate) fn group(&self) -> usize {
+        match *self {
+            Pattern::NM { m, .. } => m.max(1),
+            _ => 1,
+        }
+    }
+
     /// Share of weights that the pattern removes from a large matrix, in 0..=1.
     pub fn ratio(&self) -> f64 {
         match *self {

@@ -227,3 +227,30 @@ fn bad_arguments_are_refused() {
     assert_eq!("Wanda".parse::<Method>().unwrap(), Method::Wanda);
     assert!("gptq".parse::<Method>().is_err());
 }
+
+#[test]
+fn ria_weighs_each_weight_by_its_row_and_column() {
+    let mut w = random(7, 13, 11);
+    w.row_mut(2).fill(0.0);
+    (0..7).for_each(|i| w.row_mut(i)[5] = 0.0);
+    let norms: Vec<f32> = (0..13).map(|j| 0.3 + 1.7 * (j % 5) as f32).collect();
+    let scores = ria_scores(&w, &norms).unwrap();
+    let size = |i: usize, j: usize| f64::from(w.row(i)[j].abs());
+    for i in 0..7 {
+        for (j, norm) in norms.iter().enumerate() {
+            let row: f64 = (0..13).map(|k| size(i, k)).sum();
+            let column: f64 = (0..7).map(|k| size(k, j)).sum();
+            let relative = if size(i, j) == 0.0 { 0.0 } else { size(i, j) / row + size(i, j) / column };
+            let expected = relative * f64::from(*norm).powf(0.25);
+            assert!((f64::from(scores.row(i)[j]) - expected).abs() <= 1e-6 * (1.0 + expected), "({i}, {j})");
+        }
+    }
+    assert!(ria_scores(&w, &norms[1..]).is_err());
+    assert!(ria_scores(&w, &[f32::NAN; 13]).is_err());
+    assert!(Method::Ria.scores(&w, None).unwrap_err().to_string().contains("ria"));
+    assert!(Method::SparseGpt.scores(&w, None).is_err());
+    for method in Method::ALL {
+        assert_eq!(method.to_string().parse::<Method>().unwrap(), method);
+        assert_eq!(serde_json::to_string(&method).unwrap(), format!("\"{method}\""));
+    }
+}

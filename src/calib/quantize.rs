@@ -1,0 +1,137 @@
+//! Quantization of a model, block by block.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::input::{InputStatistic, in_layer};
+use super::prune::needed_samples;
+use super::walk_blocks;
+use crate::error::Result;
+use crate::format::QuantizedMatrix;
+use crate::linalg::{FactorConfig, Hessian, Matrix};
+use crate::model::Decoder;
+use crate::quant::{GptqConfig, GridConfig, gptq, round_to_nearest, sparse_gptq};
+use crate::sparsity::{Mask, Pattern};
+
+/// How weights are rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum QuantizeMethod {
+    /// To nearest; needs no data.
+    Nearest,
+    /// By GPTQ.
+    Gptq,
+    /// By GPTQ, and pruned by SparseGPT in the same pass.
+    SparseGptq(Pattern),
+}
+
+impl fmt::Display for QuantizeMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nearest => f.write_str("nearest"),
+            Self::Gptq => f.write_str("gptq"),
+            Self::SparseGptq(pattern) => write!(f, "gptq with {pattern}"),
+        }
+    }
+}
+
+/// How a model is quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizeConfig {
+    /// How weights are rounded.
+    pub method: QuantizeMethod,
+    /// The grids, and GPTQ's settings.
+    pub gptq: GptqConfig,
+    /// How GPTQ's Hessians are made ready.
+    pub factor: FactorConfig,
+}
+
+impl QuantizeConfig {
+    /// Rounds to these grids by `method`.
+    pub fn new(method: QuantizeMethod, grid: GridConfig) -> Self {
+        Self { method, gptq: GptqConfig::new(grid), factor: FactorConfig::new() }
+    }
+
+    /// Sets the grids and GPTQ's settings.
+    pub fn with_gptq(mut self, gptq: GptqConfig) -> Self {
+        self.gptq = gptq;
+        self
+    }
+
+    /// Sets how GPTQ's Hessians are made ready.
+    pub fn with_factor(mut self, factor: FactorConfig) -> Self {
+        self.factor = factor;
+        self
+    }
+
+    /// Checks the fields.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for one that breaks its rule.
+    pub fn validate(&self) -> Result<()> {
+        self.gptq.validate()?;
+        self.factor.validate()?;
+        if let QuantizeMethod::SparseGptq(pattern) = self.method {
+            pattern.validate()?;
+        }
+        Ok(())
+    }
+}
+
+/// Quantizes every linear layer inside the blocks, block by block, each calibrated on what the quantized ones before it put
+/// out; embedding, head and norms are left alone. Weights that are 0 stay 0.
+///
+/// Returns each layer's quantized weight by Hugging Face's module path; the model's own weights are what those stand for, in
+/// the format that they were stored in. `progress` is told the number of layers done, and of all.
+///
+/// # Errors
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for bad settings and for a method that needs samples without any; [`Error::HasAdapter`](crate::Error::HasAdapter) for a
+/// model with adapters; those of [`walk_blocks`], [`gptq`] and [`round_to_nearest`], with the layer's name.
+pub fn quantize_model(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    config: &QuantizeConfig,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<BTreeMap<String, QuantizedMatrix>> {
+    config.validate()?;
+    model.refuse_adapters("quantize before adapters are put on, or merge them first")?;
+    let nearest = config.method == QuantizeMethod::Nearest;
+    let samples = needed_samples(samples, !nearest, config.method)?;
+    let n_layers = model.linears().count();
+    let mut quantized = BTreeMap::new();
+    walk_blocks(
+        model,
+        samples,
+        |d_input| if nearest { InputStatistic::Nothing } else { InputStatistic::Hessian(Hessian::new(d_input)) },
+        InputStatistic::observe,
+        |name, layer, input| {
+            let weight = layer.to_matrix();
+            let found = quantize_layer(name, &weight, input, config).map_err(|error| in_layer(name, error))?;
+            layer.set_matrix(&found.dequantize())?;
+            quantized.insert(name.to_string(), found);
+            progress(quantized.len(), n_layers);
+            Ok(())
+        },
+    )?;
+    Ok(quantized)
+}
+
+fn quantize_layer(
+    name: &str,
+    weight: &Matrix,
+    input: &mut InputStatistic,
+    config: &QuantizeConfig,
+) -> Result<QuantizedMatrix> {
+    match config.method {
+        QuantizeMethod::Nearest => round_to_nearest(weight, &config.gptq.grid, None),
+        QuantizeMethod::Gptq => {
+            let mask = Mask::from_nonzero(weight);
+            gptq(weight, input.factor(name, &config.factor)?, &config.gptq, Some(&mask))
+        }
+        QuantizeMethod::SparseGptq(pattern) => {
+            sparse_gptq(weight, input.factor(name, &config.factor)?, &config.gptq, &pattern).map(|(found, _)| found)
+        }
+    }
+}
