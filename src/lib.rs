@@ -1,8 +1,8 @@
 //! Prune, fine-tune, search, merge and run large language models with elastic low-rank adapters.
 //!
-//! The methods are those of *Low-Rank Adapters Meet Neural Architecture Search for LLM Compression* (arXiv 2501.16372): Shears'
-//! neural low-rank adapter search on a pruned model, and SQFT's SparsePEFT, whose adapters merge into the sparse weights
-//! without losing a zero.
+//! The methods are those of *Low-Rank Adapters Meet Neural Architecture Search for LLM Compression* (arXiv 2501.16372): LoNAS'
+//! elastic channels, which end in a smaller model; Shears' neural low-rank adapter search on a pruned model; and SQFT's
+//! SparsePEFT, whose adapters merge into the sparse weights without losing a zero.
 //!
 //! # The way of a model
 //!
@@ -18,11 +18,16 @@
 //!    [`calib::quantize_model`] rounds its weights to integers, with GPTQ if wanted, and keeps every zero.
 //! 3. A [`SearchSpace`] says which layers share a rank and which ranks there are; [`SuperNet::new`] puts elastic adapters
 //!    ([`ElasticLoraLinear`]) on the model.
-//! 4. A [`train::Trainer`] trains all subnets at once, a random one at each step.
+//! 4. A [`train::Trainer`] trains all subnets at once, a random one at each step or, by the sandwich rule, the largest, a random
+//!    one and the smallest.
 //! 5. A [`Searcher`], driven by a [`search::Study`], finds the [`SubnetConfig`] that is worth its cost
 //!    ([`eval::SubnetObjective`]).
 //! 6. [`SuperNet::extract`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
 //!    [`model::Pretrained::write_variant`] writes the result.
+//!
+//! A space may also have elastic widths and depth ([`space::Elastic`]): then [`calib::sort_channels`] comes before step 3, so that what
+//! matters most is in every prefix, and [`Merger::extract`] gives a model with fewer channels, heads and blocks. What a subnet
+//! costs is counted ([`supernet::SubnetCost`]) or foretold from measured parts ([`eval::LatencyTable`]).
 //!
 //! The adapters work in any Burn model: [`ElasticLoraLinear`] as a layer, [`adapter::ElasticLoraReparameterizer`] on modules
 //! that exist already.
