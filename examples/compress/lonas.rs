@@ -138,15 +138,18 @@ impl Run<'_> {
     pub fn lonas(&mut self, base: &Decoder, ranks: &SearchSpace) -> Result<()> {
         let args = self.args;
         let merger = Merger::new().with_mode(MergeMode::Dense);
-        let layers: Vec<_> =
-            base.layer_shapes().into_iter().filter(|l| ranks.group_of_layer(&l.name).is_some()).collect();
-        let mut lora = supernet(args, base, SearchSpace::fixed(&layers, ranks.max_rank())?, false)?;
-        self.train(&mut lora, "lora-dense", Sampling::Fixed)?;
-        let lora = merger.extract(&lora, &[])?.model;
-        let full = Times::of(&lora)?;
-        self.table_1_row(LORA, &lora, None, &full)?;
-        let lora_score = self.valid_score(&lora)?;
-        drop(lora);
+        let (full, lora_score) = if args.elastic_only {
+            (Times::of(base)?, None)
+        } else {
+            let layers: Vec<_> =
+                base.layer_shapes().into_iter().filter(|l| ranks.group_of_layer(&l.name).is_some()).collect();
+            let mut lora = supernet(args, base, SearchSpace::fixed(&layers, ranks.max_rank())?, false)?;
+            self.train(&mut lora, "lora-dense", Sampling::Fixed)?;
+            let lora = merger.extract(&lora, &[])?.model;
+            let full = Times::of(&lora)?;
+            self.table_1_row(LORA, &lora, None, &full)?;
+            (full, Some(self.valid_score(&lora)?))
+        };
 
         let mut sorted = base.clone();
         if let Some(score) = self.settings.order {
@@ -183,6 +186,7 @@ impl Run<'_> {
         for (name, subnet) in [("LoNAS, largest", largest), ("LoNAS, smallest", smallest), (HEURISTIC, heuristic)] {
             self.extracted_row(name, &mut net, &subnet, &merger, None, &full)?;
         }
+        let Some(lora_score) = lora_score else { return Ok(()) };
         let outcome = self.search(&net, "lonas", true)?;
         // Scores are dear where they are accuracies, so that only the front's subnets get one.
         let (mut best, mut small): (Option<Scored>, Option<Scored>) = (None, None);

@@ -82,6 +82,9 @@ pub struct Args {
     /// lonas: which subnets a step trains
     #[arg(long, value_enum, default_value_t = Subnets::Sandwich)]
     subnets: Subnets,
+    /// lonas: the super-network alone, without LoRA beside it and without a search
+    #[arg(long)]
+    elastic_only: bool,
     /// A search space from a file instead: ours, elastic_adapter_config.json, or an NNCF config
     #[arg(long)]
     #[serde(skip)]
