@@ -224,6 +224,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
+    use crate::format::WeightFormat;
     use crate::format::testing::random_quantized;
 
     #[test]
@@ -245,6 +246,10 @@ mod tests {
             let matrix = QuantizedMatrix::new(parts).unwrap();
             let packed = PackedMatrix::new(&matrix);
             assert_eq!(packed.unpack(), matrix);
+            if exact && !ordered {
+                let format = WeightFormat::Int { bits, group_size: Some(group_size), symmetric };
+                assert_eq!(packed.bytes(), format.bytes(rows, cols, 0));
+            }
             let bits = usize::from(bits);
             let row = (cols * bits).div_ceil(8)
                 + groups * if exact { 2 } else { 4 }
