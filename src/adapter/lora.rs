@@ -276,7 +276,8 @@ impl ElasticLora {
                 found: found.to_vec(),
             });
         }
-        self.grid = Some(WeightGrid::new(grid, train_scales, self.is_masked(), &self.lora_a.val().device().without_autodiff()));
+        self.grid =
+            Some(WeightGrid::new(grid, train_scales, self.is_masked(), &self.lora_a.val().device().without_autodiff()));
         Ok(())
     }
 
@@ -331,7 +332,9 @@ impl ElasticLora {
             });
         }
         if active[0] < dims[0] && self.grid.as_ref().is_some_and(|grid| grid.groups().order.is_some()) {
-            return Err(Error::Unsupported { what: "a part of the inputs of a grid with groups in its own order".into() });
+            return Err(Error::Unsupported {
+                what: "a part of the inputs of a grid with groups in its own order".into(),
+            });
         }
         self.active_dims = active;
         Ok(())
@@ -441,7 +444,9 @@ impl ElasticLora {
     /// [`Error::Unsupported`] for a masked update, which no pair of factors expresses, and for one that goes through a grid.
     pub fn active_factors(&self) -> Result<(Matrix, Matrix, f64)> {
         if self.grid.is_some() {
-            return Err(Error::Unsupported { what: "writing a quantization-aware adapter as plain LoRA factors".into() });
+            return Err(Error::Unsupported {
+                what: "writing a quantization-aware adapter as plain LoRA factors".into(),
+            });
         }
         if self.is_masked() {
             return Err(Error::Unsupported { what: "writing a SparsePEFT adapter as plain LoRA factors".into() });

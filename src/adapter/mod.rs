@@ -3,6 +3,7 @@
 //! [`ElasticLoraLinear`] is a layer for any Burn model; [`ElasticLoraReparameterizer`] attaches the same adapters to a module
 //! that already exists.
 
+mod error_init;
 mod grid;
 mod linear;
 mod lora;

@@ -8,6 +8,10 @@ pub(crate) mod product;
 pub use factor::{Factor, FactorConfig};
 pub use hessian::Hessian;
 
+mod low_rank;
+
+pub use low_rank::{LowRank, low_rank};
+
 use crate::error::{Error, Result};
 
 /// A row-major `f32` matrix on the host. Weights are `[out, in]`, as Hugging Face stores them.

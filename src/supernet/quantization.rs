@@ -10,9 +10,11 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::SuperNet;
+use crate::adapter::mix_seed;
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
-use crate::nn::host_values;
+use crate::model::Decoder;
+use crate::nn::{host_values, tensor_from_matrix};
 use crate::sparsity::Mask;
 
 /// Through which grids a super-network is trained.
@@ -86,7 +88,7 @@ impl SuperNet {
                         found: vec![mask.rows(), mask.cols()],
                     });
                 }
-                adapter.set_mask(Some(crate::nn::tensor_from_matrix(&mask.to_matrix(), &device).not_equal_elem(0.0)))?;
+                adapter.set_mask(Some(tensor_from_matrix(&mask.to_matrix(), &device).not_equal_elem(0.0)))?;
             }
             let unpacked;
             let grid = match (qa.grids.get(name), own) {
@@ -108,6 +110,38 @@ impl SuperNet {
         let summary = QaSummary { bits, fingerprint: print.0, train_scales: qa.train_scales };
         self.config.quantization = Some(summary);
         Ok(self)
+    }
+}
+
+impl SuperNet {
+    /// Every adapter begins as what compression took from its weight; see [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error),
+    /// under a mask an approximation. Off unless called, before training.
+    ///
+    /// `original` is the model as it was; `norms`, by Hugging Face's module path, are those of the layers' inputs (the roots of
+    /// [`InputNorms::mean_sq_norms`](crate::sparsity::InputNorms::mean_sq_norms)), by which the error is weighted where they are given.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`] where `original` lacks an adapted layer; those of [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error).
+    pub fn init_from_error(&mut self, original: &Decoder, norms: &BTreeMap<String, Vec<f32>>) -> Result<()> {
+        let mut seed = mix_seed(self.config.seed, u64::MAX);
+        self.model.try_for_each_linear(|name, layer| {
+            let Some(adapter) = &mut layer.adapter else { return Ok(()) };
+            let before = original.linear(name).ok_or_else(|| Error::UnknownLayer {
+                context: "model before compression".into(),
+                layer: name.to_string(),
+            })?;
+            let (mut error, after) = (before.base.to_matrix(), layer.base.to_matrix());
+            if (error.rows(), error.cols()) != (after.rows(), after.cols()) {
+                return Err(Error::ShapeMismatch {
+                    what: format!("`{name}` before compression"),
+                    expected: vec![after.rows(), after.cols()],
+                    found: vec![error.rows(), error.cols()],
+                });
+            }
+            error.as_mut_slice().iter_mut().zip(after.as_slice()).for_each(|(error, after)| *error -= after);
+            seed = mix_seed(seed, 1);
+            adapter.init_from_error(&error, norms.get(name).map(Vec::as_slice), seed)
+        })
     }
 }
 

@@ -354,8 +354,7 @@ impl NamedAdamW {
         lr: f64,
     ) -> Tensor<1> {
         // A grid's scales: slower, as NNCF's absorbable LoRA has them, and never decayed, since 0 is no home to them.
-        let (lr, weight_decay) =
-            if path.ends_with(SCALES) { (lr * SCALES_LR, 0.0) } else { (lr, self.weight_decay) };
+        let (lr, weight_decay) = if path.ends_with(SCALES) { (lr * SCALES_LR, 0.0) } else { (lr, self.weight_decay) };
         let zeros = || Tensor::zeros([layout.outer * layout.n * layout.inner], &value.device());
         let Moments { m, v, mut times } =
             self.state.remove(&path).unwrap_or_else(|| Moments { m: zeros(), v: zeros(), times: vec![0; layout.n] });

@@ -281,9 +281,8 @@ impl DecoderOps for Flex {
         term: GridTerm,
     ) -> FlexTensor {
         let [sum, scales, zeros, grad] = [sum, scales, zeros, grad].map(contiguous);
-        flex_quantized::backward_scales(&sum, &scales, &zeros, &grad, &term).unwrap_or_else(|| {
-            portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term)
-        })
+        flex_quantized::backward_scales(&sum, &scales, &zeros, &grad, &term)
+            .unwrap_or_else(|| portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term))
     }
 
     fn head_loss(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {

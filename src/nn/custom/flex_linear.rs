@@ -305,7 +305,8 @@ pub(super) fn summed_rows(
             };
             let mask = &mask[range.start * d_output..][..len];
             base.copy_rows(range.clone(), scratch);
-            let rows = out.chunks_exact_mut(d_output).zip(scratch.chunks_exact(d_output)).zip(mask.chunks_exact(d_output));
+            let rows =
+                out.chunks_exact_mut(d_output).zip(scratch.chunks_exact(d_output)).zip(mask.chunks_exact(d_output));
             for (row, ((out, base), mask)) in range.zip(rows) {
                 finish(row, out, base, mask);
             }

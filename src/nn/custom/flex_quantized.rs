@@ -18,7 +18,12 @@ struct Grid<'a> {
 
 impl<'a> Grid<'a> {
     /// None where they are not of these shapes, or a row of the weight is in a group that there is not.
-    fn new(scales: &'a FlexTensor, zeros: &'a FlexTensor, [d_input, d_output]: [usize; 2], term: &GridTerm) -> Option<Self> {
+    fn new(
+        scales: &'a FlexTensor,
+        zeros: &'a FlexTensor,
+        [d_input, d_output]: [usize; 2],
+        term: &GridTerm,
+    ) -> Option<Self> {
         let &[n_groups, width] = dims(scales) else { return None };
         let fits = width == d_output && dims(zeros) == dims(scales) && is_f32(&[scales, zeros]);
         let known = (0..d_input).all(|row| term.groups.of(row) < n_groups);

@@ -35,7 +35,8 @@ impl Case {
             .then(|| (0..d_input).map(|_| random.0.random_range(0..n_groups as u32)).collect::<Arc<[u32]>>());
         let mask = random.tensor::<2>([d_input, d_output], 1.0, device).greater_elem(0.0);
         let weight = random.tensor::<2>([d_input, d_output], 1.0, device).mask_fill(mask.clone().bool_not(), 0.0);
-        let scales = random.tensor::<2>([n_groups, d_output], 0.4, device).abs() / f64::from(top) + 0.9 / f64::from(top);
+        let scales =
+            random.tensor::<2>([n_groups, d_output], 0.4, device).abs() / f64::from(top) + 0.9 / f64::from(top);
         let zeros: Vec<f32> = (0..n_groups * d_output).map(|_| random.0.random_range(0..=top as u32) as f32).collect();
         Self {
             weight,
