@@ -5,10 +5,13 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::Matrix;
+use super::product::{View, add_product};
 use crate::error::{Error, Result};
 
 /// Directions beside those that are asked for, so that the last of these are found as well as the first.
 const EXTRA: usize = 8;
+/// Rows of a product that one task makes.
+const ROWS: usize = 64;
 /// Passes over the matrix and back.
 const PASSES: usize = 4;
 /// Singular values below this share of the largest are rounding.
@@ -93,14 +96,14 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
 
 /// The products of a matrix with each row of `directions`, as rows.
 fn products(matrix: &Matrix, directions: &Matrix) -> Matrix {
-    let (k, turned) = (directions.rows(), directions.transposed());
-    let mut out = vec![0.0_f32; matrix.rows() * k];
-    out.par_chunks_mut(k).enumerate().for_each(|(row, out)| {
-        for (column, weight) in matrix.row(row).iter().enumerate() {
-            out.iter_mut().zip(turned.row(column)).for_each(|(out, direction)| *out += weight * direction);
-        }
+    let (rows, cols, k) = (matrix.rows(), matrix.cols(), directions.rows());
+    let mut out = vec![0.0_f32; rows * k];
+    let turned = View::rows(directions.as_slice(), [k, cols], cols).transposed();
+    out.par_chunks_mut(ROWS * k).zip(matrix.as_slice().par_chunks(ROWS * cols)).for_each(|(out, part)| {
+        let part = View::rows(part, [out.len() / k, cols], cols);
+        add_product(out, k, 1.0, part, turned);
     });
-    Matrix::from_fn(matrix.rows(), k, |row, index| out[row * k + index]).transposed()
+    Matrix::from_fn(k, rows, |index, row| out[row * k + index])
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
