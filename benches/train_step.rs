@@ -1,5 +1,5 @@
-//! One optimizer step of LoRA, of NLS (a random subnet a step) and of SparsePEFT (half the base zero), through the public
-//! trainer; with `--pytorch`, beside the same step in eager PyTorch (`benches/pytorch/train_step.py`):
+//! One optimizer step of LoRA, of NLS (a random subnet a step), of SparsePEFT and of QA-SparsePEFT (half the base zero), through the
+//! public trainer; with `--pytorch`, beside the same step in eager PyTorch (`benches/pytorch/train_step.py`):
 //! `cargo bench --bench train_step -- --pytorch python3`.
 //!
 //! Each configuration runs in a process of its own, so that the peak of its memory is its own, and all take turns, so that
@@ -8,17 +8,20 @@
 #[path = "../examples/common/mod.rs"]
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
 use clap::{Parser, ValueEnum};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
+use elastic_lora::format::QuantizedMatrix;
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, LlamaDims};
 use elastic_lora::model::Decoder;
+use elastic_lora::quant::{GridConfig, round_to_nearest};
 use elastic_lora::sparsity::{self, Pattern};
-use elastic_lora::supernet::SuperNetConfig;
+use elastic_lora::supernet::{QaConfig, SuperNetConfig};
 use elastic_lora::train::{Schedule, TrainConfig, Trainer};
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 use rand::{RngExt, SeedableRng};
@@ -41,6 +44,8 @@ enum Method {
     Lora,
     Nls,
     SparsePeft,
+    /// Through a grid of 4 bits, in groups of 32
+    QaSparsePeft,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -48,6 +53,8 @@ enum Method {
 enum Weights {
     F32,
     Bf16,
+    /// Packed integers, in groups of 32
+    Int4,
 }
 
 /// Measure a training step.
@@ -57,10 +64,10 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_values_t = SIZES.map(|size| size[0]))]
     sizes: Vec<usize>,
     /// What is trained
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Method::Lora, Method::Nls, Method::SparsePeft])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Method::Lora, Method::Nls, Method::SparsePeft, Method::QaSparsePeft])]
     methods: Vec<Method>,
     /// How the frozen weights are stored
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Weights::F32, Weights::Bf16])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Weights::F32, Weights::Bf16, Weights::Int4])]
     weights: Vec<Weights>,
     /// Timed steps of a process [default: 8, 5 and 3 for the three sizes]
     #[arg(long)]
@@ -150,11 +157,21 @@ fn status_mib(field: &str) -> Option<f64> {
     value.split_whitespace().next()?.parse::<f64>().ok().map(|kib| kib / 1024.0)
 }
 
+/// The layers' weights in 4 bits.
+fn quantized(model: &Decoder) -> Result<BTreeMap<String, QuantizedMatrix>> {
+    let grid = GridConfig::new(4).with_group_size(Some(32));
+    model.linears().map(|(name, layer)| Ok((name, round_to_nearest(&layer.base.to_matrix(), &grid, None)?))).collect()
+}
+
 fn with_weights(model: Decoder, weights: Weights) -> Result<Decoder> {
-    model.with_weight_dtype(match weights {
-        Weights::F32 => DType::F32,
-        Weights::Bf16 => DType::BF16,
-    })
+    match weights {
+        Weights::F32 => model.with_weight_dtype(DType::F32),
+        Weights::Bf16 => model.with_weight_dtype(DType::BF16),
+        Weights::Int4 => {
+            let layers = quantized(&model)?;
+            model.with_quantized(&layers)
+        }
+    }
 }
 
 /// What all methods train: the adapters of q, k, v, up, gate and down.
@@ -176,7 +193,8 @@ fn net(case: &Case, device: &str) -> Result<SuperNet> {
         dtype: DType::F32,
     })?;
     let mut model = Decoder::init(&config, 1, &common::device(device)?)?;
-    let sparse = case.method == Method::SparsePeft;
+    let aware = case.method == Method::QaSparsePeft;
+    let sparse = aware || case.method == Method::SparsePeft;
     if sparse {
         model.try_for_each_linear(|_, layer| {
             let mut weight = layer.base.to_matrix();
@@ -189,7 +207,14 @@ fn net(case: &Case, device: &str) -> Result<SuperNet> {
     let choices = if case.method == Method::Nls { &RANKS[..] } else { &RANKS[..1] };
     let groups = [&["q_proj", "k_proj", "v_proj"][..], &["up_proj", "gate_proj"], &["down_proj"]];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, choices)?;
-    SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(RANKS[0])).with_sparse_peft(sparse))
+    let mut grids = if aware { quantized(&model)? } else { BTreeMap::new() };
+    let net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(RANKS[0])).with_sparse_peft(sparse))?;
+    if !aware {
+        return Ok(net);
+    }
+    let adapted = net.ranks(net.active())?;
+    grids.retain(|name, _| adapted.contains_key(name));
+    net.with_quantization(&QaConfig::new(grids))
 }
 
 fn data() -> Result<Batcher> {
@@ -260,7 +285,9 @@ fn turns(args: &Args, cases: &[Case], steps: usize) -> Vec<Line> {
     for _ in 0..args.rounds {
         for (case, (of_ours, of_pytorch)) in cases.iter().zip(&mut rounds) {
             of_ours.extend(ours(case, steps, &args.device));
-            if let Some(python) = &args.pytorch {
+            // The other program has neither grids nor packed weights.
+            let both = case.method != Method::QaSparsePeft && case.weights != Weights::Int4;
+            if let Some(python) = args.pytorch.as_ref().filter(|_| both) {
                 of_pytorch.extend(pytorch(python, case, steps, &args.device));
             }
         }

@@ -83,6 +83,20 @@ pub enum Error {
         /// Its value.
         pivot: f64,
     },
+    /// A weight that is no value of the grid that it was rounded to.
+    #[error("weight [{row}, {column}] is {value}, which is not on its grid of scale {scale} and zero point {zero}")]
+    OffGrid {
+        /// Output feature.
+        row: usize,
+        /// Input feature.
+        column: usize,
+        /// The weight.
+        value: f32,
+        /// The scale of its group.
+        scale: f32,
+        /// The zero point of its group.
+        zero: u8,
+    },
     /// A value too large for the element type it was to be written in.
     #[error("tensor `{tensor}`: element {index} is {value}, too large for {dtype}")]
     TensorOverflow {

@@ -5,7 +5,8 @@ use burn::tensor::{Device, Distribution, Tensor};
 
 use super::lora::{ElasticLora, LoraConfig, ScaleRule};
 use crate::error::{Error, Result};
-use crate::nn::{BaseLinear, ops};
+use crate::format::QuantizedMatrix;
+use crate::nn::{BaseLinear, matrix_from_tensor, ops};
 
 /// Settings of an [`ElasticLoraLinear`] that stands on its own.
 ///
@@ -103,7 +104,8 @@ impl ElasticLoraLinearConfig {
 }
 
 /// A frozen linear layer with, where there is one, an elastic low-rank adapter:
-/// `y = x W + b + s (dropout(x) A_r) B_r`, or with SparsePEFT's mask `y = x (W + s A_r B_r * M) + b`.
+/// `y = x W + b + s (dropout(x) A_r) B_r`, or with SparsePEFT's mask `y = x (W + s A_r B_r * M) + b`, or with a grid
+/// `y = x grid(W + s A_r B_r * M) + b`.
 ///
 /// Usable in any Burn model. Dropout acts on an autodiff device only.
 #[derive(Module, Debug)]
@@ -142,21 +144,31 @@ impl ElasticLoraLinear {
     /// to its gradient. A masked adapter takes one product with the summed weight, the very weight that a merge gives, or with
     /// dropout two.
     ///
+    /// With a grid, the summed weight is on it, and the base weight a constant in every case. What dropout then acts on is the input
+    /// of all that the adapter changes, `x W + dropout(x) (grid(W + s A_r B_r * M) - W)`, so that, as with the other adapters and
+    /// unlike in the authors' code, none of the base's input is dropped.
+    ///
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let Some(adapter) = &self.adapter else { return self.base.forward(x) };
-        let (weight, term) = (self.base.stored(), adapter.term());
-        if weight.is_tracked() || (adapter.is_masked() && term.dropout.is_active()) {
+        let term = adapter.term();
+        if adapter.grid.is_some() {
+            let weight = self.base.active_weight().without_autodiff();
+            let sum = adapter.added_to(weight.clone());
+            if !term.dropout.is_active() {
+                return self.base.with_bias(ops::linear(x, sum));
+            }
+            return self.base.forward(x.clone()) + ops::linear(adapter.dropped(x), sum - weight);
+        }
+        if self.base.is_tracked() || (adapter.is_masked() && term.dropout.is_active()) {
             return self.base.forward(x.clone()) + adapter.update(x);
         }
-        let y = if adapter.is_masked() {
-            ops::linear(x, adapter.added_to(weight))
-        } else {
-            let (a, b) = adapter.factors();
-            ops::lora_linear(x, weight, a, b, term)
-        };
-        self.base.with_bias(y)
+        if adapter.is_masked() {
+            return self.base.with_bias(ops::linear(x, adapter.added_to(self.base.stored())));
+        }
+        let (a, b) = adapter.factors();
+        self.base.forward_with(x, a, b, term)
     }
 
     /// Makes a rank the active one. Moves no weight.
@@ -179,13 +191,13 @@ impl ElasticLoraLinear {
     /// weight.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for 0 or more than there are; the layer is then as before.
+    /// [`Error::ShapeMismatch`] for 0 or more than there are, [`Error::Unsupported`] for a part of what has none; the layer is then as
+    /// before.
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
+        let before = self.base.active_dims();
         self.base.set_active_dims(active)?;
-        match &mut self.adapter {
-            Some(adapter) => adapter.set_active_dims(active),
-            None => Ok(()),
-        }
+        let Some(adapter) = &mut self.adapter else { return Ok(()) };
+        adapter.set_active_dims(active).or_else(|error| self.base.set_active_dims(before).and(Err(error)))
     }
 
     /// The active rank; 0 without an adapter.
@@ -203,6 +215,17 @@ impl ElasticLoraLinear {
             adapter.set_mask(Some(weight.not_equal_elem(0.0)))?;
         }
         Ok(())
+    }
+
+    /// What a merge gives where the adapter has a grid: the integers that training saw, `[d_output, d_input]` as far as active.
+    ///
+    /// # Errors
+    /// [`Error::OffGrid`] where the device computed a value that is none of its grid's, NaN for one.
+    pub fn merged_quantized(&self) -> Result<Option<QuantizedMatrix>> {
+        match self.adapter.as_ref().and_then(|adapter| adapter.grid.as_ref()) {
+            Some(grid) => grid.codes_of(&matrix_from_tensor(self.merged_weight())).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The weight that a plain layer needs to give this layer's output: base plus active update, `[d_input, d_output]` as far as

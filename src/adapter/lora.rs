@@ -6,9 +6,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::grid::WeightGrid;
 use crate::error::{Error, Result};
+use crate::format::QuantizedMatrix;
 use crate::linalg::Matrix;
-use crate::nn::ops::{self, Dropout, LoraTerm};
+use crate::nn::ops::{self, Dropout, GridTerm, LoraTerm};
 use crate::nn::{matrix_from_tensor, mix_seed, prefix, tensor_from_matrix};
 
 /// How the update's scale `s` follows from alpha and the ranks.
@@ -166,6 +168,8 @@ pub struct ElasticLora {
     pub lora_b: Param<Tensor<2>>,
     /// SparsePEFT's mask, true where the base weight is not zero, `[d_input, d_output]`.
     mask: Option<Tensor<2, Bool>>,
+    /// The grid that the sum with the base weight is rounded to (QA-SparsePEFT).
+    pub grid: Option<WeightGrid>,
     #[module(skip)]
     config: LoraConfig,
     #[module(skip)]
@@ -189,6 +193,7 @@ impl ElasticLora {
             lora_a,
             lora_b,
             mask: None,
+            grid: None,
             active_rank: config.rank,
             active_dims: [d_input, d_output],
             config: config.clone(),
@@ -218,6 +223,7 @@ impl ElasticLora {
             lora_a: Param::from_tensor(tensor_from_matrix(a, device)),
             lora_b: Param::from_tensor(tensor_from_matrix(b, device)),
             mask: None,
+            grid: None,
             active_rank: config.rank,
             active_dims: [a.cols(), b.rows()],
             config: config.clone(),
@@ -244,6 +250,34 @@ impl ElasticLora {
             });
         }
         self.mask = mask;
+        Ok(())
+    }
+
+    /// SparsePEFT's mask, true where the update acts, where there is one.
+    ///
+    /// # Shapes
+    /// - `[d_input, d_output]`
+    pub fn mask(&self) -> Option<&Tensor<2, Bool>> {
+        self.mask.as_ref()
+    }
+
+    /// From now on the sum of base weight and update is rounded to a grid, of which the scales are trained too if `train_scales`
+    /// (QA-SparsePEFT, arXiv 2410.03750; trained scales as NNCF's absorbable LoRA has them). Of `grid`, everything but the codes is
+    /// taken.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the grid is of another shape.
+    pub fn set_grid(&mut self, grid: &QuantizedMatrix, train_scales: bool) -> Result<()> {
+        let (expected, found) = ([self.d_output(), self.d_input()], [grid.rows(), grid.cols()]);
+        if expected != found {
+            return Err(Error::ShapeMismatch {
+                what: "grid of an adapter's layer".into(),
+                expected: expected.to_vec(),
+                found: found.to_vec(),
+            });
+        }
+        self.grid =
+            Some(WeightGrid::new(grid, train_scales, self.is_masked(), &self.lora_a.val().device().without_autodiff()));
         Ok(())
     }
 
@@ -286,7 +320,8 @@ impl ElasticLora {
     /// weight.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for 0 or more than there are; they are then as before.
+    /// [`Error::ShapeMismatch`] for 0 or more than there are, [`Error::Unsupported`] for fewer inputs of a grid whose groups are not in
+    /// order; they are then as before.
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
         let dims = [self.d_input(), self.d_output()];
         if active.contains(&0) || active[0] > dims[0] || active[1] > dims[1] {
@@ -294,6 +329,11 @@ impl ElasticLora {
                 what: "active inputs and outputs of an adapter, each at least 1 and at most".into(),
                 expected: dims.to_vec(),
                 found: active.to_vec(),
+            });
+        }
+        if active[0] < dims[0] && self.grid.as_ref().is_some_and(|grid| grid.groups().order.is_some()) {
+            return Err(Error::Unsupported {
+                what: "a part of the inputs of a grid with groups in its own order".into(),
             });
         }
         self.active_dims = active;
@@ -328,32 +368,52 @@ impl ElasticLora {
         self.dropout_seed = seed;
     }
 
-    /// The active weight-space update, `s A_r B_r`, masked where there is a mask; `[d_input, d_output]` as far as active.
+    /// The active weight-space update, `s A_r B_r`, masked where there is a mask; `[d_input, d_output]` as far as active. It is what
+    /// comes before any rounding to a grid.
     pub fn delta(&self) -> Tensor<2> {
         let device = self.lora_a.val().device().without_autodiff();
-        self.added_to(Tensor::zeros(self.active_dims, &device))
+        self.summed_with(Tensor::zeros(self.active_dims, &device))
     }
 
-    /// A weight with the active update.
+    /// A weight with the active update, before any rounding to a grid.
+    fn summed_with(&self, weight: Tensor<2>) -> Tensor<2> {
+        let (a, b) = self.factors();
+        summed_weight(weight, a, b, self.active_rank, self.scale(), self.active_mask())
+    }
+
+    /// The mask as far as inputs and outputs are active: a view.
+    pub(crate) fn active_mask(&self) -> Option<Tensor<2, Bool>> {
+        self.mask.as_ref().map(|mask| self.active_part(mask))
+    }
+
+    fn active_part(&self, mask: &Tensor<2, Bool>) -> Tensor<2, Bool> {
+        let [d_input, d_output] = self.active_dims;
+        let mask = mask.clone();
+        if mask.dims() == self.active_dims { mask } else { mask.narrow(0, 0, d_input).narrow(1, 0, d_output) }
+    }
+
+    /// A weight with the active update, on the grid where there is one; the weight is then a constant.
     ///
     /// # Shapes
     /// - `weight` and result: `[d_input, d_output]`, as far as active
     pub fn added_to(&self, weight: Tensor<2>) -> Tensor<2> {
-        let ([d_input, d_output], (a, b)) = (self.active_dims, self.factors());
-        let mask = self.mask.clone().map(|mask| {
-            if mask.dims() == self.active_dims { mask } else { mask.narrow(0, 0, d_input).narrow(1, 0, d_output) }
-        });
-        summed_weight(weight, a, b, self.active_rank, self.scale(), mask)
+        let Some(grid) = &self.grid else { return self.summed_with(weight) };
+        let ((a, b), lora) = (self.factors(), LoraTerm { dropout: Dropout::NONE, ..self.term() });
+        let mask = self.mask.clone().unwrap_or_else(|| grid.everywhere([self.d_input(), self.d_output()]));
+        let mask = self.active_part(&mask);
+        let (scales, zeros) = grid.active(self.active_dims);
+        let term = GridTerm { lora, bits: grid.bits(), groups: grid.groups().clone() };
+        ops::quantized_sum(weight, mask, a, b, scales, zeros, term)
     }
 
     /// What the adapter adds to its layer's output, by plain operations: `s (dropout(x) A_r) B_r`, two thin products, or with
-    /// a mask the product with [`delta`](Self::delta). Dropout acts on an autodiff device only.
+    /// a mask the product with [`delta`](Self::delta); no grid has a part in it. Dropout acts on an autodiff device only.
     /// [`ElasticLoraLinear`](super::ElasticLoraLinear) does the same at less cost.
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
     pub fn update<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let dropped = seeded_dropout(x, self.term().dropout.probability, self.dropout_seed);
+        let dropped = self.dropped(x);
         if self.mask.is_some() {
             return ops::linear(dropped, self.delta());
         }
@@ -368,6 +428,11 @@ impl ElasticLora {
         LoraTerm { rank: self.active_rank, scale: self.scale(), dropout }
     }
 
+    /// `x` with this step's dropout.
+    pub(crate) fn dropped<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        seeded_dropout(x, self.dropout(), self.dropout_seed)
+    }
+
     /// The probability that acts here: none off the tape.
     fn dropout(&self) -> f64 {
         if self.lora_a.val().is_autodiff() { self.config.dropout } else { 0.0 }
@@ -376,8 +441,13 @@ impl ElasticLora {
     /// The active factors in PEFT's orientation: A `[r, d_input]`, B `[d_output, r]`, as far as active, and the scale.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a masked update, which no pair of factors expresses.
+    /// [`Error::Unsupported`] for a masked update, which no pair of factors expresses, and for one that goes through a grid.
     pub fn active_factors(&self) -> Result<(Matrix, Matrix, f64)> {
+        if self.grid.is_some() {
+            return Err(Error::Unsupported {
+                what: "writing a quantization-aware adapter as plain LoRA factors".into(),
+            });
+        }
         if self.is_masked() {
             return Err(Error::Unsupported { what: "writing a SparsePEFT adapter as plain LoRA factors".into() });
         }

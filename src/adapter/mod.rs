@@ -1,13 +1,16 @@
-//! Elastic low-rank adapters (LoRA, arXiv 2106.09685; elastic ranks and SparsePEFT, arXiv 2501.16372 and 2410.03750).
+//! Elastic low-rank adapters (LoRA, arXiv 2106.09685; elastic ranks, SparsePEFT and QA-SparsePEFT, arXiv 2501.16372 and 2410.03750).
 //!
 //! [`ElasticLoraLinear`] is a layer for any Burn model; [`ElasticLoraReparameterizer`] attaches the same adapters to a module
 //! that already exists.
 
+mod error_init;
+mod grid;
 mod linear;
 mod lora;
 mod reparam;
 
 pub use crate::nn::mix_seed;
+pub use grid::WeightGrid;
 pub use linear::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use lora::{ElasticLora, LoraConfig, MAX_RANK, ScaleRule, seeded_dropout};
 pub use reparam::{ElasticLoraReparam, ElasticLoraReparameterizer, RankSwitches};

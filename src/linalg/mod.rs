@@ -1,12 +1,14 @@
-//! Plain matrices on the host, and the Cholesky factor that GPTQ and SparseGPT work by.
+//! Plain matrices on the host, the Cholesky factor that GPTQ and SparseGPT work by, and nearest matrices of low rank.
 
 mod cholesky;
 mod factor;
 mod hessian;
+mod low_rank;
 pub(crate) mod product;
 
 pub use factor::{Factor, FactorConfig};
 pub use hessian::Hessian;
+pub use low_rank::{LowRank, low_rank};
 
 use crate::error::{Error, Result};
 

@@ -1,13 +1,15 @@
 //! Adapters become part of the weights they ride on, and channels and blocks that a subnet leaves out go.
 //!
 //! A plain adapter fills a sparse weight's zeros when it is merged; one that was trained under SparsePEFT's mask (SQFT,
-//! arXiv 2410.03750) keeps each of them, and the merged model gives what training saw. A subnet of smaller widths or depth (LoNAS,
+//! arXiv 2410.03750) keeps each of them, and the merged model gives what training saw. One that was trained through a grid of
+//! integers as well (QA-SparsePEFT) gives a quantized weight, whose every value is that of the training forward, bit for bit. A subnet of smaller widths or depth (LoNAS,
 //! LREC-COLING 2024) becomes a plain model that is smaller, which the authors' code does not provide.
 
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
+use crate::format::PackedMatrix;
 use crate::io::hf::BlockDims;
 use crate::model::{Block, Decoder};
 use crate::nn::{host_values, matrix_from_tensor};
@@ -62,8 +64,11 @@ pub struct MergedLayer {
     pub sparsity_before: f64,
     /// Share of zeros of the merged weight, in 0..=1.
     pub sparsity_after: f64,
-    /// Zeros of the base that are none any more.
+    /// Zeros of the base that are none any more. Where training went through a grid and under a mask, those that the mask keeps.
     pub zeros_lost: usize,
+    /// Bits of a code, where the merged weight is quantized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u8>,
 }
 
 /// What a merge did.
@@ -110,7 +115,8 @@ impl Merger {
     ///
     /// # Errors
     /// [`Error::ZerosLost`] in [`MergeMode::KeepZeros`] where a zero would be filled;
-    /// [`Error::NotFinite`] where a merged weight is not a number; [`Error::Unsupported`] for a subnet of smaller widths or
+    /// [`Error::NotFinite`] where a merged weight is not a number; [`Error::OffGrid`] as
+    /// [`ElasticLoraLinear::merged_quantized`] says; [`Error::Unsupported`] for a subnet of smaller widths or
     /// depth; those of [`Decoder::tokens`] for `sample`.
     pub fn merge(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
         let narrowed = |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
@@ -178,7 +184,12 @@ impl Merger {
         if let Some(index) = after.as_slice().iter().position(|v| !v.is_finite()) {
             return Err(Error::NotFinite { tensor: name.to_string(), index, value: after.as_slice()[index] });
         }
+        let quantized = layer.merged_quantized()?;
         let kept = Mask::from_nonzero(&before);
+        // A weight that quantizing rounded to 0, and that training may move, is no zero of a pruned weight.
+        let movable = adapter.active_mask().filter(|_| quantized.is_some());
+        let movable = movable.map(|mask| Mask::from_nonzero(&matrix_from_tensor(mask.float())));
+        let zero_kept = |i: usize, j: usize| !kept.get(i, j) && movable.as_ref().is_none_or(|mask| !mask.get(i, j));
         let report = MergedLayer {
             name: name.to_string(),
             rank: adapter.active_rank(),
@@ -187,15 +198,19 @@ impl Merger {
             zeros_lost: (0..after.rows())
                 .map(|i| {
                     let row = after.row(i).iter().enumerate();
-                    row.filter(|(j, v)| **v != 0.0 && !kept.get(i, *j)).count()
+                    row.filter(|(j, v)| **v != 0.0 && zero_kept(i, *j)).count()
                 })
                 .sum(),
+            bits: quantized.as_ref().map(|quantized| quantized.parts().bits),
         };
         if self.mode == MergeMode::KeepZeros && report.zeros_lost > 0 {
             return Err(Error::ZerosLost { layer: report.name, lost: report.zeros_lost });
         }
         // A base of 16 bits would round the sum: that is for whoever writes it.
-        layer.base = layer.base.replaced(&after)?;
+        layer.base = match &quantized {
+            Some(quantized) => layer.base.replaced_quantized(PackedMatrix::new(quantized))?,
+            None => layer.base.replaced(&after)?,
+        };
         layer.adapter = None;
         Ok(Some(report))
     }

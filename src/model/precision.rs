@@ -1,13 +1,34 @@
-//! In which float format the frozen weights are kept.
+//! In which format the frozen weights are kept.
+
+use std::collections::BTreeMap;
 
 use burn::tensor::{FloatDType, Tensor};
 
 use super::Decoder;
 use crate::error::{Error, Result};
+use crate::format::{PackedMatrix, QuantizedMatrix};
 use crate::io::{DType, HfConfig};
 use crate::nn::{BaseLinear, host_values};
 
 impl Decoder {
+    /// Stores linear layers, by Hugging Face's module path, as these quantized weights, packed; biases stay as they are. Where a layer
+    /// held the same weights as floats, what the model computes stays the same but for the rounding of sums.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`] for a layer that there is not, [`Error::HasAdapter`] for one with an adapter, whose mask is the old
+    /// weight's; [`Error::ShapeMismatch`] for a weight of another shape.
+    pub fn with_quantized(mut self, layers: &BTreeMap<String, QuantizedMatrix>) -> Result<Self> {
+        for (name, weight) in layers {
+            let unknown = || Error::UnknownLayer { context: "quantized layers".into(), layer: name.clone() };
+            let layer = self.linear_mut(name).ok_or_else(unknown)?;
+            if layer.adapter.is_some() {
+                return Err(Error::HasAdapter { layer: name.clone(), reason: "quantize before adapters are put on" });
+            }
+            layer.base = layer.base.replaced_quantized(PackedMatrix::new(weight))?;
+        }
+        Ok(self)
+    }
+
     /// What the embedding, and with it every frozen weight, is stored as; see [`with_weight_dtype`](Self::with_weight_dtype).
     pub fn weight_dtype(&self) -> DType {
         match self.embed_tokens.val().dtype() {

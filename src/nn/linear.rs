@@ -4,8 +4,10 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 
 use crate::error::{Error, Result};
+use crate::format::PackedMatrix;
 use crate::linalg::Matrix;
-use crate::nn::ops;
+use crate::nn::PackedWeight;
+use crate::nn::ops::{self, LoraTerm};
 
 /// A Hugging Face weight `[out, in]` as a Burn tensor `[in, out]`.
 ///
@@ -38,13 +40,18 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 /// A linear layer `y = x W + b`, as stored in the checkpoint: the frozen part of an adapted layer.
 ///
-/// How the weight is stored is this type's business alone; the decoder has one form for every storage. Of inputs and outputs, a
-/// prefix may be active: the layer is then the smaller one with the leading part of weight and bias (mode B of arXiv 2501.16372,
-/// figure 1), and no weight moves.
+/// How the weight is stored is this type's business alone; the decoder has one form for every storage. A quantized weight stays
+/// packed, in host memory, and is unpacked for one product at a time; it cannot be trained. Of inputs and outputs, a prefix may be
+/// active: the layer is then the smaller one with the leading part of weight and bias (mode B of arXiv 2501.16372, figure 1), and no
+/// weight moves.
 #[derive(Module, Debug)]
 pub struct BaseLinear {
-    /// `[d_input, d_output]`.
-    weight: Param<Tensor<2>>,
+    /// `[d_input, d_output]`; none where it is packed.
+    weight: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    packed: Option<PackedWeight>,
+    /// Lies on the layer's device, which a packed weight does not.
+    anchor: Tensor<1>,
     /// `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
@@ -72,11 +79,63 @@ impl BaseLinear {
                 found: bias.dims().to_vec(),
             });
         }
+        let anchor = Tensor::zeros([1], &weight.device().without_autodiff());
         Ok(Self {
-            weight: Param::from_tensor(weight).set_require_grad(false),
+            weight: Some(Param::from_tensor(weight).set_require_grad(false)),
+            packed: None,
+            anchor,
             bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
             active: [d_input, d_output],
         })
+    }
+
+    /// Takes a quantized weight, `[d_output, d_input]`, which stays packed, and a bias `[d_output]`. They start frozen.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the bias has another length.
+    pub fn from_quantized(weight: PackedMatrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
+        let (d_input, d_output) = (weight.cols(), weight.rows());
+        if let Some(bias) = bias.filter(|bias| bias.len() != d_output) {
+            return Err(Error::ShapeMismatch {
+                what: "bias".into(),
+                expected: vec![d_output],
+                found: vec![bias.len()],
+            });
+        }
+        let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [d_output]), device));
+        Ok(Self {
+            weight: None,
+            packed: Some(PackedWeight::new(weight)),
+            anchor: Tensor::zeros([1], &device.clone().without_autodiff()),
+            bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
+            active: [d_input, d_output],
+        })
+    }
+
+    /// The packed weight, `[d_output, d_input]`, where it is quantized.
+    pub fn quantized(&self) -> Option<&PackedMatrix> {
+        self.packed.as_ref().map(PackedWeight::matrix)
+    }
+
+    /// The weight as it is stored; one that is packed, unpacked.
+    fn value(&self) -> Tensor<2> {
+        if let Some(weight) = &self.weight {
+            return weight.val();
+        }
+        let (values, [d_input, d_output]) = match &self.packed {
+            Some(packed) => (packed.values(), packed.dims()),
+            // No constructor makes a layer with neither.
+            None => (vec![0.0; self.active.iter().product()], self.active),
+        };
+        Tensor::<2>::from_data(TensorData::new(values, [d_output, d_input]), &self.device()).transpose()
+    }
+
+    /// Where the layer computes, off the tape for a packed weight.
+    fn device(&self) -> Device {
+        match &self.weight {
+            Some(weight) => weight.val().device(),
+            None => self.anchor.device().without_autodiff(),
+        }
     }
 
     /// Takes a Hugging Face weight `[d_output, d_input]` and a bias `[d_output]`. They start frozen.
@@ -90,14 +149,14 @@ impl BaseLinear {
 
     /// The weight as a dense `f32` tensor, `[d_input, d_output]`; a copy where it is stored otherwise.
     pub fn weight(&self) -> Tensor<2> {
-        let weight = self.weight.val();
+        let weight = self.value();
         if weight.dtype() == DType::F32 { weight } else { weight.cast(FloatDType::F32) }
     }
 
-    /// The active part of the weight as it is stored: a view.
+    /// The active part of the weight as it is stored: a view. A packed weight is unpacked.
     pub(crate) fn stored(&self) -> Tensor<2> {
         let [d_input, d_output] = self.active;
-        prefix(prefix(self.weight.val(), 0, d_input), 1, d_output)
+        prefix(prefix(self.value(), 0, d_input), 1, d_output)
     }
 
     /// The active part as a layer of its own, with the weight given for it, in Hugging Face's orientation.
@@ -113,9 +172,27 @@ impl BaseLinear {
                 found: vec![weight.rows(), weight.cols()],
             });
         }
+        let device = self.device();
         let bias = self.bias.as_ref().map(|bias| prefix(bias.val(), 0, d_output));
-        let bias = bias.map(|bias| Tensor::from_data(bias.to_data(), &self.weight.val().device()));
-        Self::from_tensors(tensor_from_matrix(weight, &self.weight.val().device()), bias)
+        let bias = bias.map(|bias| Tensor::from_data(bias.to_data(), &device));
+        Self::from_tensors(tensor_from_matrix(weight, &device), bias)
+    }
+
+    /// As [`replaced`](Self::replaced), with a quantized weight.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the weight has another shape.
+    pub(crate) fn replaced_quantized(&self, weight: PackedMatrix) -> Result<Self> {
+        let [d_input, d_output] = self.active;
+        if (weight.rows(), weight.cols()) != (d_output, d_input) {
+            return Err(Error::ShapeMismatch {
+                what: "quantized replacement weight".into(),
+                expected: vec![d_output, d_input],
+                found: vec![weight.rows(), weight.cols()],
+            });
+        }
+        let bias = self.bias.as_ref().map(|bias| host_values(prefix(bias.val(), 0, d_output)));
+        Self::from_quantized(weight, bias.as_deref(), &self.device())
     }
 
     /// The active part of the weight as `f32`.
@@ -132,7 +209,8 @@ impl BaseLinear {
     /// Makes the first `d_input` inputs and `d_output` outputs the active ones. Moves no weight.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for 0 or more than there are; they are then as before.
+    /// [`Error::ShapeMismatch`] for 0 or more than there are, [`Error::Unsupported`] for fewer of a quantized weight; they are then
+    /// as before.
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
         let dims = self.dims();
         if active.contains(&0) || active[0] > dims[0] || active[1] > dims[1] {
@@ -142,26 +220,32 @@ impl BaseLinear {
                 found: active.to_vec(),
             });
         }
+        if self.packed.is_some() && active != dims {
+            return Err(Error::Unsupported { what: format!("a part, {active:?}, of a quantized weight of {dims:?}") });
+        }
         self.active = active;
         Ok(())
     }
 
-    /// Stores the weight in another float format, rounded to nearest. A weight of 16 bits is half the memory, and cannot be
-    /// trained.
+    /// Stores the weight in another float format, rounded to nearest; a quantized one stays as it is. A weight of 16 bits is half
+    /// the memory, and cannot be trained.
     pub fn with_dtype(mut self, dtype: FloatDType) -> Self {
-        if self.weight.val().dtype() == dtype.into() {
-            return self;
-        }
-        self.weight = self.weight.map(|weight| weight.cast(dtype)).set_require_grad(false);
+        self.weight = self.weight.map(|weight| {
+            if weight.val().dtype() == dtype.into() {
+                return weight;
+            }
+            weight.map(|weight| weight.cast(dtype)).set_require_grad(false)
+        });
         self
     }
 
     /// The weight in Hugging Face's orientation, `[d_output, d_input]`.
     pub fn to_matrix(&self) -> Matrix {
-        matrix_from_tensor(self.weight.val())
+        matrix_from_tensor(self.value())
     }
 
-    /// Replaces the weight by one of the same shape in Hugging Face's orientation.
+    /// Replaces the weight by one of the same shape in Hugging Face's orientation. In place of a quantized one there is then a
+    /// dense one.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] where it has another shape.
@@ -174,15 +258,25 @@ impl BaseLinear {
                 found: vec![weight.rows(), weight.cols()],
             });
         }
-        let tensor = tensor_from_matrix(weight, &self.weight.val().device()).cast(self.weight.val().dtype());
-        let trained = self.weight.val().is_require_grad();
-        self.weight = self.weight.clone().map(|_| tensor).set_require_grad(trained);
+        let tensor = tensor_from_matrix(weight, &self.device());
+        self.weight = Some(match self.weight.take() {
+            Some(before) => {
+                let (dtype, trained) = (before.val().dtype(), before.val().is_require_grad());
+                before.map(|_| tensor.cast(dtype)).set_require_grad(trained)
+            }
+            None => Param::from_tensor(tensor).set_require_grad(false),
+        });
+        self.packed = None;
         Ok(())
     }
 
     /// `[d_input, d_output]`.
     pub fn dims(&self) -> [usize; 2] {
-        self.weight.lazy_shape().dims()
+        match (&self.weight, &self.packed) {
+            (Some(weight), _) => weight.lazy_shape().dims(),
+            (None, Some(packed)) => packed.dims(),
+            (None, None) => self.active,
+        }
     }
 
     /// Applies the layer's active part.
@@ -190,7 +284,34 @@ impl BaseLinear {
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.with_bias(ops::linear(x, self.stored()))
+        let y = match &self.packed {
+            Some(packed) => ops::packed_linear(x, packed),
+            None => ops::linear(x, self.stored()),
+        };
+        self.with_bias(y)
+    }
+
+    /// Applies the layer's active part with a low-rank update of the same; see [`ops::lora_linear`].
+    ///
+    /// # Shapes
+    /// - `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`, as far as active
+    pub(crate) fn forward_with<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        a: Tensor<2>,
+        b: Tensor<2>,
+        term: LoraTerm,
+    ) -> Tensor<D> {
+        let y = match &self.packed {
+            Some(packed) => ops::packed_lora_linear(x, packed, a, b, term),
+            None => ops::lora_linear(x, self.stored(), a, b, term),
+        };
+        self.with_bias(y)
+    }
+
+    /// Whether somebody trains the weight.
+    pub(crate) fn is_tracked(&self) -> bool {
+        self.weight.as_ref().is_some_and(|weight| weight.val().is_tracked())
     }
 
     /// Adds the bias, where there is one.

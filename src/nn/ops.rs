@@ -8,9 +8,10 @@ use burn::backend::Dispatch;
 use burn::tensor::{Bool, Int, Tensor};
 
 use super::custom::DecoderOps;
-pub use super::custom::LoraTerm;
+pub use super::custom::{GridTerm, LoraTerm};
 pub use super::dropout::Dropout;
 pub use super::mask::AttentionMask;
+use super::packed::PackedWeight;
 
 /// Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467): `y = x / sqrt(mean(x^2) + eps) * weight` over the
 /// last dimension.
@@ -107,6 +108,56 @@ pub fn summed_weight(
 ) -> Tensor<2> {
     let (weight, mask) = (weight.into_dispatch(), mask.into_dispatch());
     Tensor::from_dispatch(Dispatch::summed_weight(weight, mask, a.into_dispatch(), b.into_dispatch(), term))
+}
+
+/// A weight with its update on a grid (QA-SparsePEFT, arXiv 2410.03750): for `V` as [`summed_weight`] gives it,
+/// `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and the result `scale * (Q - zero)`, formed in one pass. Ties are rounded to
+/// even. A weight that is exactly 0 stays so, and so does all of a group whose scale is not over 0.
+///
+/// One node of the tape. The factors' gradients are straight through, as the authors have them: those of [`summed_weight`],
+/// through the clamp too. Scales that are tracked get LSQ's gradient (arXiv 1902.08153) without its factor: `Q - zero - V / scale`
+/// by weight, `Q - zero` where the clamp acts. Weight and zero points are constants.
+///
+/// # Shapes
+/// - `weight`, `mask` and the result: `[d_input, d_output]`; `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`
+/// - `scales` and `zeros`: `[groups, d_output]`
+pub fn quantized_sum(
+    weight: Tensor<2>,
+    mask: Tensor<2, Bool>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scales: Tensor<2>,
+    zeros: Tensor<2>,
+    term: GridTerm,
+) -> Tensor<2> {
+    let (weight, mask) = (weight.into_dispatch(), mask.into_dispatch());
+    let (a, b, scales, zeros) = (a.into_dispatch(), b.into_dispatch(), scales.into_dispatch(), zeros.into_dispatch());
+    Tensor::from_dispatch(Dispatch::quantized_sum(weight, mask, a, b, scales, zeros, term))
+}
+
+/// [`linear`] with a packed weight. It is unpacked for the product, on the host, and again in the backward pass: between them the
+/// tape holds the packed one.
+///
+/// # Shapes
+/// - `x`: `[.., d_input]`; result: `[.., d_output]`
+pub fn packed_linear<const D: usize>(x: Tensor<D>, weight: &PackedWeight) -> Tensor<D> {
+    Tensor::from_dispatch(Dispatch::packed_linear(x.into_dispatch(), weight.clone()))
+}
+
+/// [`lora_linear`] with a packed weight, as [`packed_linear`] has it.
+///
+/// # Shapes
+/// - `x`: `[.., d_input]`, `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`; result: `[.., d_output]`
+pub fn packed_lora_linear<const D: usize>(
+    x: Tensor<D>,
+    weight: &PackedWeight,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    term: LoraTerm,
+) -> Tensor<D> {
+    let (a, b) = (a.into_dispatch(), b.into_dispatch());
+    let (y, _) = Dispatch::packed_lora_linear(x.into_dispatch(), weight.clone(), a, b, term);
+    Tensor::from_dispatch(y)
 }
 
 /// A model's head with its loss: the cross-entropy of `hidden W` against the target classes, summed over rows, in nats.

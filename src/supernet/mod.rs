@@ -2,9 +2,11 @@
 
 mod adapter;
 mod cost;
+mod quantization;
 mod widths;
 
 pub use cost::SubnetCost;
+pub use quantization::{QaConfig, QaSummary};
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,12 +35,15 @@ pub struct SuperNetConfig {
     pub sparse_peft: bool,
     /// Seed of the adapters' first factors.
     pub seed: u64,
+    /// What [`SuperNet::with_quantization`] was given, in short; none for a net that is not quantization-aware.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<QaSummary>,
 }
 
 impl SuperNetConfig {
     /// Adapters as `lora` says on the layers of the space, unmasked.
     pub fn new(lora: LoraConfig) -> Self {
-        Self { lora, fixed_layers: Vec::new(), sparse_peft: false, seed: 0 }
+        Self { lora, fixed_layers: Vec::new(), sparse_peft: false, seed: 0, quantization: None }
     }
 
     /// Adapts further layers at the largest rank.
@@ -83,6 +88,8 @@ impl SuperNet {
     /// key/value heads; a smallest depth that leaves nothing.
     pub fn new(model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
         config.lora.validate()?;
+        // That is for `with_quantization` to say.
+        let config = SuperNetConfig { quantization: None, ..config };
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
         model.refuse_adapters("merge it first")?;
         widths::check(&model, &space)?;
@@ -119,9 +126,12 @@ impl SuperNet {
     /// A model all of whose weights are trained and that has one subnet: itself.
     ///
     /// # Errors
-    /// [`Error::HasAdapter`] for a model with adapters.
+    /// [`Error::HasAdapter`] for a model with adapters, [`Error::Unsupported`] for one with quantized weights.
     pub fn dense(model: Decoder) -> Result<Self> {
         model.refuse_adapters("merge it first")?;
+        if let Some((name, _)) = model.linears().find(|(_, layer)| layer.base.quantized().is_some()) {
+            return Err(Error::Unsupported { what: format!("training the quantized weight of `{name}`") });
+        }
         let nonzeros = Arc::new(Nonzeros::new(&model));
         let model = model.set_require_grad(true);
         let (space, config) = (SearchSpace::single(), SuperNetConfig::new(LoraConfig::new(1)));
@@ -260,7 +270,8 @@ impl SuperNet {
     /// they are elastic.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for SparsePEFT's masked adapters, which no plain LoRA expresses: merge them.
+    /// [`Error::Unsupported`] for SparsePEFT's masked adapters and for quantization-aware ones, which no plain LoRA expresses: merge
+    /// them.
     pub fn extract(&self) -> Result<LoraAdapter> {
         let mut layers = BTreeMap::new();
         for (name, layer) in self.model.linears() {

@@ -197,6 +197,11 @@ impl Update {
     }
 }
 
+/// How the path of a grid's scales ends.
+const SCALES: &str = "adapter.grid.scales";
+/// Their learning rate, in those of all else.
+const SCALES_LR: f64 = 0.1;
+
 /// Elements of a task of the update in host memory.
 const TASK: usize = 1 << 14;
 
@@ -348,6 +353,8 @@ impl NamedAdamW {
         clip: f64,
         lr: f64,
     ) -> Tensor<1> {
+        // A grid's scales: slower, as NNCF's absorbable LoRA has them, and never decayed, since 0 is no home to them.
+        let (lr, weight_decay) = if path.ends_with(SCALES) { (lr * SCALES_LR, 0.0) } else { (lr, self.weight_decay) };
         let zeros = || Tensor::zeros([layout.outer * layout.n * layout.inner], &value.device());
         let Moments { m, v, mut times } =
             self.state.remove(&path).unwrap_or_else(|| Moments { m: zeros(), v: zeros(), times: vec![0; layout.n] });
@@ -366,7 +373,7 @@ impl NamedAdamW {
             rest_1: (1.0 - beta_1) as f32,
             rest_2: (1.0 - beta_2) as f32,
             eps: self.eps as f32,
-            keep: (1.0 - lr * self.weight_decay) as f32,
+            keep: (1.0 - lr * weight_decay) as f32,
             clip: clip as f32,
         };
         let (value, m, v) = if self.in_place {

@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::tensor::Shape;
 
-use super::{AttentionMask, DecoderOps, LoraTerm};
+use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, PackedWeight, portable};
 
 type Float<B> = FloatTensor<B>;
 
@@ -52,19 +52,57 @@ backward!(Linear, 2, (Option<Float<B>>, Option<Float<B>>), |(x, weight), grad, _
     [weight.map(|weight| B::mixed_linear_backward_input(weight, grad)), grad_weight]
 });
 
-backward!(LoraLinear, 3, ([Float<B>; 5], LoraTerm), |([x, weight, a, b, h], term), grad, [want_x, want_a, want_b]| {
+/// A constant weight as the tape keeps it: a packed one stays packed, and is unpacked once more in the backward pass.
+#[derive(Clone, Debug)]
+enum Constant<B: DecoderOps> {
+    Dense(Float<B>),
+    Packed(PackedWeight),
+}
+
+impl<B: DecoderOps> Constant<B> {
+    /// The weight, beside a tensor.
+    fn dense(self, beside: &Float<B>) -> Float<B> {
+        match self {
+            Self::Dense(weight) => weight,
+            Self::Packed(weight) => portable::unpacked::<B>(&weight, beside),
+        }
+    }
+}
+
+backward!(PackedLinear, 1, PackedWeight, |weight, grad, _| {
+    let weight = portable::unpacked::<B>(&weight, &grad);
+    [Some(B::mixed_linear_backward_input(weight, grad))]
+});
+
+type LoraState<B> = (Constant<B>, [Float<B>; 4], LoraTerm);
+
+backward!(LoraLinear, 3, LoraState<B>, |(weight, [x, a, b, h], term), grad, [want_x, want_a, want_b]| {
     let g = B::lora_backward_inner(b, grad.clone(), term);
     let factors = (want_a || want_b).then(|| {
         let max_rank = a.shape()[1];
         B::lora_backward_factors(x, h, g.clone(), grad.clone(), max_rank, term)
     });
     let (grad_a, grad_b) = factors.unzip();
-    [want_x.then(|| B::lora_backward_input(weight, a, g, grad, term)), grad_a, grad_b]
+    [want_x.then(|| B::lora_backward_input(weight.dense(&grad), a, g, grad, term)), grad_a, grad_b]
 });
 
 backward!(SummedWeight, 2, (BoolTensor<B>, [Float<B>; 2], LoraTerm), |(mask, [a, b], term), grad, _| {
     let (a, b) = B::summed_weight_backward(mask, a, b, grad, term);
     [Some(a), Some(b)]
+});
+
+/// What the gradient of trained scales needs: the weight, the scales and the zero points.
+type GridState<B> = (BoolTensor<B>, [Float<B>; 2], Option<[Float<B>; 3]>, GridTerm);
+
+// Straight through: the factors get the gradient of the rounded sum as if it were the sum, clamped or not.
+backward!(QuantizedSum, 3, GridState<B>, |(mask, [a, b], grid, term), grad, [want_a, want_b, _]| {
+    let grad_scales = grid.map(|[weight, scales, zeros]| {
+        let sum = B::summed_weight(weight, mask.clone(), a.clone(), b.clone(), term.lora);
+        B::quantized_sum_backward_scales(sum, scales, zeros, grad.clone(), term.clone())
+    });
+    let factors = (want_a || want_b).then(|| B::summed_weight_backward(mask, a, b, grad, term.lora));
+    let (grad_a, grad_b) = factors.unzip();
+    [grad_a, grad_b, grad_scales]
 });
 
 backward!(HeadLoss, 2, (Float<B>, Option<Float<B>>), |(hidden, weight), grad, _| {
@@ -128,10 +166,55 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         let weight = weight.into_primitive();
         let (y, h) = B::lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
         let y = match LoraLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(([x, weight, a, b, h.clone()], term), y),
+            OpsKind::Tracked(prep) => prep.finish((Constant::Dense(weight), [x, a, b, h.clone()], term), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(h))
+    }
+
+    fn packed_linear(x: Float<Self>, weight: PackedWeight) -> Float<Self> {
+        let (x, node) = x.into_parts();
+        let y = B::packed_linear(x, weight.clone());
+        match PackedLinear.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(weight, y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+
+    fn packed_lora_linear(
+        x: Float<Self>,
+        weight: PackedWeight,
+        a: Float<Self>,
+        b: Float<Self>,
+        term: LoraTerm,
+    ) -> (Float<Self>, Float<Self>) {
+        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
+        let (y, h) = B::packed_lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
+        let y = match LoraLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((Constant::Packed(weight), [x, a, b, h.clone()], term), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        };
+        (y, constant::<B, C>(h))
+    }
+
+    fn quantized_sum(
+        weight: Float<Self>,
+        mask: BoolTensor<Self>,
+        a: Float<Self>,
+        b: Float<Self>,
+        scales: Float<Self>,
+        zeros: Float<Self>,
+        term: GridTerm,
+    ) -> Float<Self> {
+        let want_scales = scales.is_tracked();
+        let ((a, a_node), (b, b_node), (scales, node)) = (a.into_parts(), b.into_parts(), scales.into_parts());
+        let (weight, zeros) = (weight.into_primitive(), zeros.into_primitive());
+        let grid = want_scales.then(|| [weight.clone(), scales.clone(), zeros.clone()]);
+        let sum = B::quantized_sum(weight, mask.clone(), a.clone(), b.clone(), scales, zeros, term.clone());
+        match QuantizedSum.prepare::<C>([a_node, b_node, node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((mask, [a, b], grid, term), sum),
+            OpsKind::UnTracked(prep) => prep.finish(sum),
+        }
     }
 
     fn summed_weight(

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::flex_linear::{self, Head, Teacher};
 use super::simd::{self, Level};
-use super::{AttentionMask, DecoderOps, LoraTerm, flex_attention, portable};
+use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, flex_attention, flex_quantized, portable};
 
 /// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
 const TASK: usize = 16 * 1024;
@@ -255,6 +255,34 @@ impl DecoderOps for Flex {
         }
         flex_linear::summed_weight_backward(&mask, a.clone(), b.clone(), grad.clone(), term)
             .unwrap_or_else(|| portable::summed_weight_backward::<Self>(mask, a, b, grad, term))
+    }
+
+    fn quantized_sum(
+        weight: FlexTensor,
+        mask: FlexTensor,
+        a: FlexTensor,
+        b: FlexTensor,
+        scales: FlexTensor,
+        zeros: FlexTensor,
+        term: GridTerm,
+    ) -> FlexTensor {
+        let (mask, grid) = (contiguous(mask), [contiguous(scales), contiguous(zeros)]);
+        flex_quantized::sum(&weight, &mask, [a.clone(), b.clone()], &grid, &term).unwrap_or_else(|| {
+            let [scales, zeros] = grid;
+            portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
+        })
+    }
+
+    fn quantized_sum_backward_scales(
+        sum: FlexTensor,
+        scales: FlexTensor,
+        zeros: FlexTensor,
+        grad: FlexTensor,
+        term: GridTerm,
+    ) -> FlexTensor {
+        let [sum, scales, zeros, grad] = [sum, scales, zeros, grad].map(contiguous);
+        flex_quantized::backward_scales(&sum, &scales, &zeros, &grad, &term)
+            .unwrap_or_else(|| portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term))
     }
 
     fn head_loss(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {

@@ -267,6 +267,23 @@ pub(super) fn summed_weight(
     b: FlexTensor,
     term: LoraTerm,
 ) -> Option<FlexTensor> {
+    summed_rows(weight, mask, a, b, term, |_, out, base, mask| {
+        for ((out, mask), base) in out.iter_mut().zip(mask).zip(base) {
+            *out = if *mask != 0 { *base + *out } else { *base };
+        }
+    })
+}
+
+/// A matrix of the weight's shape, row block by row block: `finish` is given a row's number, its part of `s A_r B_r`, to be
+/// replaced, and the weight's and the mask's rows.
+pub(super) fn summed_rows(
+    weight: &FlexTensor,
+    mask: &FlexTensor,
+    a: FlexTensor,
+    b: FlexTensor,
+    term: LoraTerm,
+    finish: impl Fn(usize, &mut [f32], &[f32], &[u8]) + Sync,
+) -> Option<FlexTensor> {
     let factors = Factors::new(a, b, term.rank)?;
     let (d_input, d_output) = (factors.d_input, factors.d_output);
     let (base, mask) = (Weight::new(weight)?, mask_bytes(mask, [d_input, d_output])?);
@@ -287,9 +304,11 @@ pub(super) fn summed_weight(
                 std::slice::from_raw_parts_mut(out, len)
             };
             let mask = &mask[range.start * d_output..][..len];
-            base.copy_rows(range, scratch);
-            for ((out, mask), base) in out.iter_mut().zip(mask).zip(scratch.iter()) {
-                *out = if *mask != 0 { *base + *out } else { *base };
+            base.copy_rows(range.clone(), scratch);
+            let rows =
+                out.chunks_exact_mut(d_output).zip(scratch.chunks_exact(d_output)).zip(mask.chunks_exact(d_output));
+            for (row, ((out, base), mask)) in range.zip(rows) {
+                finish(row, out, base, mask);
             }
         });
     });

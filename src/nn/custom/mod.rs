@@ -35,6 +35,8 @@ mod flex_bf16;
 mod flex_linear;
 #[cfg(feature = "flex")]
 mod flex_matmul;
+#[cfg(feature = "flex")]
+mod flex_quantized;
 mod portable;
 #[cfg(feature = "flex")]
 mod simd;
@@ -44,12 +46,15 @@ mod testing;
 mod tests;
 #[cfg(all(test, feature = "flex"))]
 mod tests_linear;
+#[cfg(all(test, feature = "flex"))]
+mod tests_quantized;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};
 
 use super::dropout::Dropout;
 use super::mask::AttentionMask;
+use super::packed::{InputGroups, PackedWeight};
 
 /// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,6 +65,24 @@ pub struct LoraTerm {
     pub scale: f64,
     /// Of the adapter's input.
     pub dropout: Dropout,
+}
+
+/// A low-rank update whose sum with its weight is rounded to a grid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GridTerm {
+    /// The update; its dropout is not used.
+    pub lora: LoraTerm,
+    /// Bits of a code: the codes are `0..2^bits`.
+    pub bits: u8,
+    /// Which rows of the weight share a scale and a zero point.
+    pub groups: InputGroups,
+}
+
+impl GridTerm {
+    /// The largest code.
+    fn top(&self) -> f32 {
+        f32::from(u8::MAX >> (8 - self.bits.clamp(1, 8)))
+    }
 }
 
 /// The decoder's operations on a backend's own tensors. Shapes are those of the functions in [`super::ops`].
@@ -180,6 +203,50 @@ pub trait DecoderOps: Backend {
         term: LoraTerm,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         portable::summed_weight_backward::<Self>(mask, a, b, grad, term)
+    }
+
+    /// `scale * (Q - zero)` for `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and `V` the summed weight; scale and zero point
+    /// by group of rows and column, `[groups, d_output]`. A scale of 0 gives 0.
+    fn quantized_sum(
+        weight: FloatTensor<Self>,
+        mask: BoolTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scales: FloatTensor<Self>,
+        zeros: FloatTensor<Self>,
+        term: GridTerm,
+    ) -> FloatTensor<Self> {
+        portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
+    }
+
+    /// Gradient of the scales, from the summed weight before it was rounded and the gradient of the result: `Q - zero - V / scale`
+    /// by weight, or `Q - zero` where the clamp acts, times the gradient, summed by group.
+    fn quantized_sum_backward_scales(
+        sum: FloatTensor<Self>,
+        scales: FloatTensor<Self>,
+        zeros: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        term: GridTerm,
+    ) -> FloatTensor<Self> {
+        portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term)
+    }
+
+    /// `x W` for a packed weight, which is unpacked for this product and forgotten.
+    fn packed_linear(x: FloatTensor<Self>, weight: PackedWeight) -> FloatTensor<Self> {
+        let weight = portable::unpacked::<Self>(&weight, &x);
+        Self::mixed_linear(x, weight)
+    }
+
+    /// [`Self::lora_linear`] for a packed weight.
+    fn packed_lora_linear(
+        x: FloatTensor<Self>,
+        weight: PackedWeight,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        term: LoraTerm,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let weight = portable::unpacked::<Self>(&weight, &x);
+        Self::lora_linear(x, weight, a, b, term)
     }
 
     /// Cross-entropy of `hidden W` summed over rows, `[1]`.

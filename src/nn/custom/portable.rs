@@ -6,7 +6,7 @@ use burn::backend::tensor::{BoolTensor, FloatTensor, IndexingUpdateOp, IntTensor
 use burn::backend::{Backend, TensorMetadata, get_device_settings};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
-use super::{AttentionMask, LoraTerm};
+use super::{AttentionMask, GridTerm, LoraTerm, PackedWeight};
 use crate::nn::dropout::Dropout;
 
 /// A backend's tensor, with operators, so that what follows reads like mathematics.
@@ -306,6 +306,81 @@ pub(super) fn summed_weight_backward<B: Backend>(
 /// Zero where the mask is false.
 fn masked<B: Backend>(x: Val<B>, mask: BoolTensor<B>) -> Val<B> {
     Val(B::float_mask_fill(x.0, B::bool_not(mask), 0.0.into()))
+}
+
+/// A packed weight as a dense one, `[d_input, d_output]`, beside `x`: made on the host.
+pub(super) fn unpacked<B: Backend>(weight: &PackedWeight, x: &FloatTensor<B>) -> FloatTensor<B> {
+    let [d_input, d_output] = weight.dims();
+    let values = TensorData::new(weight.values(), [d_output, d_input]);
+    B::float_swap_dims(B::float_from_data(values, &x.device()), 0, 1)
+}
+
+/// A weight on its grids, in steps of the scale from the zero point.
+struct Steps<B: Backend> {
+    /// Where the weight lies, between steps; 0 beyond the grid.
+    inside: Val<B>,
+    /// The step that it is rounded to.
+    nearest: Val<B>,
+    /// The scales, 1 in place of those that are not over 0, where all else is 0.
+    scales: Val<B>,
+}
+
+impl<B: Backend> Steps<B> {
+    fn new(sum: Val<B>, scales: FloatTensor<B>, zeros: FloatTensor<B>, term: &GridTerm) -> Self {
+        let [d_input, _] = sum.dims();
+        let device = sum.0.device();
+        let settings = get_device_settings::<B>(&device);
+        let (int, truth) = (settings.int_dtype, settings.bool_dtype);
+        let groups: Vec<i32> = (0..d_input).map(|row| term.groups.of(row) as i32).collect();
+        let groups = B::int_from_data(TensorData::new(groups, [d_input]).convert_dtype(int.into()), &device);
+        let spread = |grid: FloatTensor<B>| Val::<B>(B::float_select(grid, 0, groups.clone()));
+        let (scales, zeros) = (spread(scales), spread(zeros));
+        let none = B::float_lower_equal_elem(scales.0.clone(), 0.0.into(), truth);
+        let scales = Val::<B>(B::float_mask_fill(scales.0, none.clone(), 1.0.into()));
+        let exact = Val::<B>(B::float_mask_fill((sum / scales.clone()).0, none, 0.0.into()));
+        let low = zeros * -1.0;
+        let high = low.clone() + f64::from(term.top());
+        let under = B::float_lower(exact.0.clone(), low.0.clone(), truth);
+        let over = B::float_greater(exact.0.clone(), high.0.clone(), truth);
+        let clamped = B::float_mask_where(exact.0.clone(), under.clone(), low.0);
+        let clamped = B::float_mask_where(clamped, over.clone(), high.0);
+        let inside = B::float_mask_fill(B::float_mask_fill(exact.0.clone(), under, 0.0.into()), over, 0.0.into());
+        Self { inside: Val(inside), nearest: Val(B::float_round(clamped)), scales }
+    }
+}
+
+pub(super) fn quantized_sum<B: Backend>(
+    weight: FloatTensor<B>,
+    mask: BoolTensor<B>,
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+    scales: FloatTensor<B>,
+    zeros: FloatTensor<B>,
+    term: GridTerm,
+) -> FloatTensor<B> {
+    let sum = Val::<B>(summed_weight::<B>(weight, mask, a, b, term.lora));
+    let steps = Steps::new(sum, scales, zeros, &term);
+    (steps.scales * steps.nearest).0
+}
+
+pub(super) fn quantized_sum_backward_scales<B: Backend>(
+    sum: FloatTensor<B>,
+    scales: FloatTensor<B>,
+    zeros: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    term: GridTerm,
+) -> FloatTensor<B> {
+    let ([groups, d_output], device, dtype) = (Val::<B>(scales.clone()).dims(), sum.device(), grad.dtype());
+    let [d_input, _] = Val::<B>(sum.clone()).dims();
+    let steps = Steps::<B>::new(Val(sum), scales, zeros, &term);
+    let share = Val::<B>(grad) * (steps.nearest - steps.inside);
+    // A product with the table of who is in which group: a sum in a fixed order on every backend.
+    let mut members = vec![0.0_f32; groups * d_input];
+    (0..d_input).for_each(|row| members[term.groups.of(row) * d_input + row] = 1.0);
+    let members = B::float_from_data(TensorData::new(members, [groups, d_input]), &device);
+    let sums = Val::<B>(members).cast(dtype).matmul(share);
+    debug_assert_eq!(sums.dims(), [groups, d_output]);
+    sums.0
 }
 
 /// Rows whose logits exist at a time.

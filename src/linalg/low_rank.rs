@@ -1,0 +1,225 @@
+//! The nearest matrices of low rank, by randomized subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061).
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use super::Matrix;
+use super::product::{View, add_product};
+use crate::error::{Error, Result};
+
+/// Directions beside those that are asked for, so that the last of these are found as well as the first.
+const EXTRA: usize = 8;
+/// Rows of a product that one task makes.
+const ROWS: usize = 64;
+/// Passes over the matrix and back.
+const PASSES: usize = 4;
+/// Singular values below this share of the largest are rounding.
+const NEGLIGIBLE: f64 = 1e-6;
+
+/// A matrix as a sum of `rank` products of a column and a row, by decreasing singular value: `left * right`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LowRank {
+    /// `[rows, rank]`; column `i` has the length of the root of singular value `i`.
+    pub left: Matrix,
+    /// `[rank, cols]`; row `i` has that length too.
+    pub right: Matrix,
+    /// Singular values, `[rank]`; 0 beyond the matrix's own rank, where column and row are 0.
+    pub singular: Vec<f64>,
+}
+
+/// The matrix of a rank that is nearest to `matrix` in the sum of squares, to within what four passes find: exact for a matrix of
+/// that rank. The first terms are the nearest of a smaller rank.
+///
+/// `O(rows * cols * rank)`; the same seed gives the same result at any number of threads.
+///
+/// # Errors
+/// [`Error::NotFinite`] where the matrix holds NaN or an infinity; [`Error::InvalidArgument`] for a rank of 0.
+pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
+    if rank == 0 {
+        return Err(Error::argument("rank", 0, "at least 1"));
+    }
+    if let Some(index) = matrix.as_slice().iter().position(|value| !value.is_finite()) {
+        return Err(Error::NotFinite { tensor: "matrix".into(), index, value: matrix.as_slice()[index] });
+    }
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let mut found =
+        LowRank { left: Matrix::zeros(rows, rank), right: Matrix::zeros(rank, cols), singular: vec![0.0; rank] };
+    let k = (rank + EXTRA).min(rows).min(cols);
+    if k == 0 {
+        return Ok(found);
+    }
+    let turned = matrix.transposed();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    // Rows of these are directions.
+    let mut right = Matrix::from_fn(k, cols, |_, _| rng.random_range(-1.0..1.0));
+    let mut left = products(matrix, &right);
+    for _ in 0..PASSES {
+        orthonormalize(&mut left);
+        right = products(&turned, &left);
+        orthonormalize(&mut right);
+        left = products(matrix, &right);
+    }
+    orthonormalize(&mut left);
+    // The matrix on that basis, k rows, whose own singular vectors follow from a small symmetric matrix.
+    right = products(&turned, &left);
+    let mut gram = vec![vec![0.0_f64; k]; k];
+    for i in 0..k {
+        for j in 0..=i {
+            gram[i][j] = dot(right.row(i), right.row(j));
+            gram[j][i] = gram[i][j];
+        }
+    }
+    let (values, vectors) = symmetric_eigen(gram);
+    let mut order: Vec<usize> = (0..k).collect();
+    order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
+    let largest = values[order[0]].max(0.0).sqrt();
+    for (term, index) in order.into_iter().take(rank).enumerate() {
+        let value = values[index].max(0.0).sqrt();
+        if value <= NEGLIGIBLE * largest {
+            break;
+        }
+        found.singular[term] = value;
+        // `u = Q w`, and `w^T Q^T M = value * v^T`.
+        let turn = |of: &Matrix, position: usize| -> f64 {
+            (0..k).map(|i| vectors[i][index] * f64::from(of.row(i)[position])).sum()
+        };
+        for row in 0..rows {
+            found.left.row_mut(row)[term] = (turn(&left, row) * value.sqrt()) as f32;
+        }
+        for (column, out) in found.right.row_mut(term).iter_mut().enumerate() {
+            *out = (turn(&right, column) / value.sqrt()) as f32;
+        }
+    }
+    Ok(found)
+}
+
+/// The products of a matrix with each row of `directions`, as rows.
+fn products(matrix: &Matrix, directions: &Matrix) -> Matrix {
+    let (rows, cols, k) = (matrix.rows(), matrix.cols(), directions.rows());
+    let mut out = vec![0.0_f32; rows * k];
+    let turned = View::rows(directions.as_slice(), [k, cols], cols).transposed();
+    out.par_chunks_mut(ROWS * k).zip(matrix.as_slice().par_chunks(ROWS * cols)).for_each(|(out, part)| {
+        let part = View::rows(part, [out.len() / k, cols], cols);
+        add_product(out, k, 1.0, part, turned);
+    });
+    Matrix::from_fn(k, rows, |index, row| out[row * k + index])
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// Makes the rows orthogonal and of length 1 (Gram and Schmidt, twice); one that depends on those before it becomes 0.
+fn orthonormalize(rows: &mut Matrix) {
+    for i in 0..rows.rows() {
+        let before = dot(rows.row(i), rows.row(i)).sqrt();
+        for _ in 0..2 {
+            for j in 0..i {
+                let other = rows.row(j).to_vec();
+                let along = dot(rows.row(i), &other);
+                rows.row_mut(i).iter_mut().zip(&other).for_each(|(x, y)| *x -= (along * f64::from(*y)) as f32);
+            }
+        }
+        let length = dot(rows.row(i), rows.row(i)).sqrt();
+        let factor = if length > 1e-6 * before { 1.0 / length } else { 0.0 };
+        rows.row_mut(i).iter_mut().for_each(|x| *x = (f64::from(*x) * factor) as f32);
+    }
+}
+
+/// Eigenvalues of a symmetric matrix, and as columns its eigenvectors, by Jacobi's rotations.
+fn symmetric_eigen(mut matrix: Vec<Vec<f64>>) -> (Vec<f64>, Vec<Vec<f64>>) {
+    const SWEEPS: usize = 30;
+    let n = matrix.len();
+    let mut vectors: Vec<Vec<f64>> = (0..n).map(|i| (0..n).map(|j| f64::from(u8::from(i == j))).collect()).collect();
+    let trace: f64 = (0..n).map(|i| matrix[i][i].abs()).sum();
+    for _ in 0..SWEEPS {
+        let off: f64 = (0..n).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| matrix[i][j].abs()).sum();
+        if off <= 1e-15 * trace {
+            break;
+        }
+        for p in 0..n {
+            for q in p + 1..n {
+                if matrix[p][q] == 0.0 {
+                    continue;
+                }
+                let theta = (matrix[q][q] - matrix[p][p]) / (2.0 * matrix[p][q]);
+                let sign = if theta >= 0.0 { 1.0 } else { -1.0 };
+                let t = sign / (theta.abs() + (theta * theta + 1.0).sqrt());
+                let c = 1.0 / (t * t + 1.0).sqrt();
+                let s = t * c;
+                for row in matrix.iter_mut().chain(&mut vectors) {
+                    (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);
+                }
+                for i in 0..n {
+                    let (at_p, at_q) = (matrix[p][i], matrix[q][i]);
+                    matrix[p][i] = c * at_p - s * at_q;
+                    matrix[q][i] = s * at_p + c * at_q;
+                }
+            }
+        }
+    }
+    ((0..n).map(|i| matrix[i][i]).collect(), vectors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(rows: usize, cols: usize, seed: u64) -> Matrix {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0..1.0))
+    }
+
+    fn product(a: &Matrix, b: &Matrix) -> Matrix {
+        let entry = |i: usize, j: usize| (0..a.cols()).map(|k| a.row(i)[k] * b.row(k)[j]).sum();
+        Matrix::from_fn(a.rows(), b.cols(), entry)
+    }
+
+    fn square_distance(a: &Matrix, b: &Matrix) -> f64 {
+        a.as_slice().iter().zip(b.as_slice()).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    }
+
+    #[test]
+    fn a_matrix_of_low_rank_is_found_whole_and_in_order() {
+        for (rows, cols) in [(41, 27), (9, 60), (60, 9)] {
+            let matrix = product(&random(rows, 3, 1), &random(3, cols, 2));
+            let found = low_rank(&matrix, 5, 7).unwrap();
+            assert!(square_distance(&product(&found.left, &found.right), &matrix) < 1e-8);
+            assert!(found.singular[..3].windows(2).all(|pair| pair[0] >= pair[1]) && found.singular[2] > 0.1);
+            assert_eq!(&found.singular[3..], [0.0, 0.0]);
+            assert!(found.right.row(3).iter().all(|value| *value == 0.0));
+            // Columns and rows of equal length, those of the root of the singular value.
+            for (term, singular) in found.singular.iter().enumerate() {
+                let left: f64 = (0..rows).map(|row| f64::from(found.left.row(row)[term]).powi(2)).sum();
+                let right = dot(found.right.row(term), found.right.row(term));
+                assert!((left - singular).abs() < 1e-4 && (right - singular).abs() < 1e-4, "{left} {right} {singular}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_matrix_of_that_rank_is_much_nearer() {
+        let matrix = random(50, 33, 3);
+        // All singular values: the squares of those that are left out are the least distance (Eckart and Young).
+        let all = low_rank(&matrix, 33, 5).unwrap();
+        assert!(square_distance(&product(&all.left, &all.right), &matrix) < 1e-6);
+        for rank in [1, 4, 12] {
+            let found = low_rank(&matrix, rank, 5).unwrap();
+            let least: f64 = all.singular[rank..].iter().map(|value| value * value).sum();
+            let distance = square_distance(&product(&found.left, &found.right), &matrix);
+            assert!(distance >= least * 0.9999 && distance < least * 1.01, "rank {rank}: {distance}, least {least}");
+            assert_eq!(found, low_rank(&matrix, rank, 5).unwrap());
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_and_zeros_are_fine() {
+        let mut matrix = random(4, 3, 1);
+        assert!(low_rank(&matrix, 0, 1).is_err());
+        matrix.as_mut_slice()[5] = f32::NAN;
+        assert!(matches!(low_rank(&matrix, 2, 1), Err(Error::NotFinite { index: 5, .. })));
+        let none = low_rank(&Matrix::zeros(4, 3), 2, 1).unwrap();
+        assert_eq!((none.singular, none.left.count_zeros()), (vec![0.0; 2], 8));
+    }
+}

@@ -1,0 +1,171 @@
+//! A super-network whose every subnet is trained through a grid of integers (QA-SparsePEFT of SQFT, arXiv 2410.03750).
+//!
+//! The authors start from the sparse weight in 16 bits where they have it, and else from GPTQ's integers. Here that is what the model
+//! holds: dense weights, or quantized ones. Departures: the grid's bits, groups and order are whatever quantized it (theirs: 4 bits,
+//! groups in order); scales may be trained (as in NNCF's absorbable LoRA); dropout leaves the base's input alone.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::SuperNet;
+use crate::adapter::mix_seed;
+use crate::error::{Error, Result};
+use crate::format::QuantizedMatrix;
+use crate::model::Decoder;
+use crate::nn::{host_values, tensor_from_matrix};
+use crate::sparsity::Mask;
+
+/// Through which grids a super-network is trained.
+#[derive(Clone, Debug, Default)]
+pub struct QaConfig {
+    /// The grid of each adapted layer, by Hugging Face's module path; its codes do not matter. A layer with a quantized weight that
+    /// is not in here keeps its own grid.
+    pub grids: BTreeMap<String, QuantizedMatrix>,
+    /// Which weights may be other than 0, for layers whose weights tell otherwise: of a pruned weight that was quantized, some became 0
+    /// by rounding, and training may move them again. Of other layers, those masked by SparsePEFT keep the mask that they have.
+    pub masks: BTreeMap<String, Mask>,
+    /// Whether the scales are trained beside the adapters, at a tenth of their learning rate and without weight decay.
+    pub train_scales: bool,
+}
+
+impl QaConfig {
+    /// These grids, fixed.
+    pub fn new(grids: BTreeMap<String, QuantizedMatrix>) -> Self {
+        Self { grids, ..Self::default() }
+    }
+
+    /// Says which weights may be other than 0.
+    pub fn with_masks(mut self, masks: BTreeMap<String, Mask>) -> Self {
+        self.masks = masks;
+        self
+    }
+
+    /// Trains the scales as well.
+    pub fn with_train_scales(mut self, train_scales: bool) -> Self {
+        self.train_scales = train_scales;
+        self
+    }
+}
+
+/// What a super-network's settings say of its grids.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QaSummary {
+    /// Bits of a code, by layer.
+    pub bits: BTreeMap<String, u8>,
+    /// A number that tells grids and masks of one run from those of another.
+    pub fingerprint: u64,
+    /// Whether scales are trained.
+    pub train_scales: bool,
+}
+
+impl SuperNet {
+    /// From now on every adapted layer's weight, its update included, is on a grid: what is trained is what [`Merger`](crate::Merger)
+    /// makes of it. Updates are masked as they were before, with SparsePEFT or not.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an adapted layer without a grid, or a net without adapters; [`Error::UnknownLayer`] for a grid or mask of a layer
+    /// without an adapter; [`Error::ShapeMismatch`] for one of another shape.
+    pub fn with_quantization(mut self, qa: &QaConfig) -> Result<Self> {
+        let device = self.model.device().without_autodiff();
+        for name in qa.grids.keys().chain(qa.masks.keys()) {
+            if self.model.linear(name).is_none_or(|layer| layer.adapter.is_none()) {
+                let context = "adapted layers of a quantization-aware super-network".to_string();
+                return Err(Error::UnknownLayer { context, layer: name.clone() });
+            }
+        }
+        let (mut bits, mut print) = (BTreeMap::new(), Fingerprint::new());
+        self.model.try_for_each_linear(|name, layer| {
+            let own = layer.base.quantized();
+            let Some(adapter) = &mut layer.adapter else { return Ok(()) };
+            if let Some(mask) = qa.masks.get(name) {
+                let expected = [adapter.d_output(), adapter.d_input()];
+                if [mask.rows(), mask.cols()] != expected {
+                    return Err(Error::ShapeMismatch {
+                        what: format!("mask of `{name}`"),
+                        expected: expected.to_vec(),
+                        found: vec![mask.rows(), mask.cols()],
+                    });
+                }
+                adapter.set_mask(Some(tensor_from_matrix(&mask.to_matrix(), &device).not_equal_elem(0.0)))?;
+            }
+            let unpacked;
+            let grid = match (qa.grids.get(name), own) {
+                (Some(grid), _) => grid,
+                (None, Some(own)) => {
+                    unpacked = own.unpack();
+                    &unpacked
+                }
+                (None, None) => return Err(Error::argument("grids", name, "a grid for every adapted layer")),
+            };
+            adapter.set_grid(grid, qa.train_scales)?;
+            bits.insert(name.to_string(), grid.parts().bits);
+            print.add(name, grid, adapter.mask().map(|mask| mask.clone().float()));
+            Ok(())
+        })?;
+        if bits.is_empty() {
+            return Err(Error::argument("net", "no adapter", "at least one layer to train through its grid"));
+        }
+        let summary = QaSummary { bits, fingerprint: print.0, train_scales: qa.train_scales };
+        self.config.quantization = Some(summary);
+        Ok(self)
+    }
+}
+
+impl SuperNet {
+    /// Every adapter begins as what compression took from its weight; see [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error),
+    /// under a mask an approximation. Off unless called, before training.
+    ///
+    /// `original` is the model as it was; `norms`, by Hugging Face's module path, are those of the layers' inputs (the roots of
+    /// [`InputNorms::mean_sq_norms`](crate::sparsity::InputNorms::mean_sq_norms)), by which the error is weighted where they are given.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLayer`] where `original` lacks an adapted layer; those of [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error).
+    pub fn init_from_error(&mut self, original: &Decoder, norms: &BTreeMap<String, Vec<f32>>) -> Result<()> {
+        let mut seed = mix_seed(self.config.seed, u64::MAX);
+        self.model.try_for_each_linear(|name, layer| {
+            let Some(adapter) = &mut layer.adapter else { return Ok(()) };
+            let before = original.linear(name).ok_or_else(|| Error::UnknownLayer {
+                context: "model before compression".into(),
+                layer: name.to_string(),
+            })?;
+            let (mut error, after) = (before.base.to_matrix(), layer.base.to_matrix());
+            if (error.rows(), error.cols()) != (after.rows(), after.cols()) {
+                return Err(Error::ShapeMismatch {
+                    what: format!("`{name}` before compression"),
+                    expected: vec![after.rows(), after.cols()],
+                    found: vec![error.rows(), error.cols()],
+                });
+            }
+            error.as_mut_slice().iter_mut().zip(after.as_slice()).for_each(|(error, after)| *error -= after);
+            seed = mix_seed(seed, 1);
+            adapter.init_from_error(&error, norms.get(name).map(Vec::as_slice), seed)
+        })
+    }
+}
+
+/// FNV-1a (Fowler, Noll, Vo) over grids and masks.
+struct Fingerprint(u64);
+
+impl Fingerprint {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn word(&mut self, word: u64) {
+        self.0 = (self.0 ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+
+    fn add(&mut self, name: &str, grid: &QuantizedMatrix, mask: Option<Tensor<2>>) {
+        let parts = grid.parts();
+        name.bytes().for_each(|byte| self.word(byte.into()));
+        self.word(parts.bits.into());
+        self.word(parts.group_size as u64);
+        parts.scales.iter().for_each(|scale| self.word(scale.to_bits().into()));
+        parts.zeros.iter().for_each(|zero| self.word((*zero).into()));
+        parts.group_of.iter().flatten().for_each(|group| self.word((*group).into()));
+        let mask = mask.map(host_values).unwrap_or_default();
+        mask.iter().for_each(|keep| self.word(keep.to_bits().into()));
+    }
+}
