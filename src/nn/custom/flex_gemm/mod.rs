@@ -15,6 +15,7 @@ use std::cell::Cell;
 
 use rayon::prelude::*;
 
+use pack::Panels;
 pub(super) use pack::{Numbers, Operand};
 pub(super) use tile::{Kind, Level};
 
@@ -33,6 +34,8 @@ const LEFT: usize = 1 << 20;
 const TASKS: usize = 3;
 /// Time to pack a panel of the right operand, in tiles.
 const PACKING: f64 = 0.5;
+/// Time to pack a number, in multiplications.
+const PACKED: usize = 8;
 /// Multiplications below which other threads are not worth waking.
 const SERIAL: usize = 128 * 128 * 128;
 
@@ -194,18 +197,18 @@ impl Left {
     pub unsafe fn pack(&self, part: usize, operand: Operand) {
         let Engine { level, kind, .. } = self.engine;
         let (start, units) = (self.starts[part], operand.units(kind));
-        let pack = |panel: usize| {
-            let out = self.first.at((panel * self.units + start) * ROWS);
-            // SAFETY: the caller's promise; the panel is this task's.
-            unsafe { operand.pack::<ROWS>(level, kind, (panel * ROWS, self.m - panel * ROWS), 0..units, out) };
-        };
         let panels = self.m.div_ceil(ROWS);
-        // A number is moved in about the time of 32 multiplications.
-        if self.engine.threads(self.m * operand.inner * 32) > 1 {
-            (0..panels).into_par_iter().with_min_len(panels.div_ceil(16)).for_each(pack);
-        } else {
-            (0..panels).for_each(pack);
-        }
+        let threads = self.engine.threads(self.m * operand.inner * PACKED);
+        let some = panels.div_ceil(if threads > 1 { TASKS * threads } else { 1 });
+        let pack = |index: usize| {
+            let lines = index * some * ROWS..((index + 1) * some * ROWS).min(self.m);
+            let first = self.first.at((index * some * self.units + start) * ROWS);
+            let panels = Panels { first, stride: self.units * ROWS };
+            // SAFETY: the caller's promise; the panels are this task's.
+            unsafe { operand.pack::<ROWS>(level, kind, lines, 0..units, panels) };
+        };
+        let tasks = panels.div_ceil(some);
+        if threads > 1 { (0..tasks).into_par_iter().with_max_len(1).for_each(pack) } else { (0..tasks).for_each(pack) }
     }
 
     /// The product of the first parts with as many parts of a right operand of `n` lines.
@@ -257,19 +260,17 @@ impl Left {
         for first in (0..units).step_by(block_units) {
             let last = (first + block_units).min(units);
             let count = last - first;
-            for (number, panel) in columns.clone().enumerate() {
-                let mut start = 0;
-                for part in right {
-                    let end = start + part.units(kind);
-                    let (from, to) = (first.max(start), last.min(end));
-                    if from < to {
-                        let out = packed.at((number * count + from - first) * COLUMNS);
-                        let lines = (panel * COLUMNS, n - panel * COLUMNS);
-                        // SAFETY: the caller's promise, and the buffer has room for these panels.
-                        unsafe { part.pack::<COLUMNS>(level, kind, lines, from - start..to - start, out) };
-                    }
-                    start = end;
+            let mut start = 0;
+            for part in right {
+                let end = start + part.units(kind);
+                let (from, to) = (first.max(start), last.min(end));
+                if from < to {
+                    let panels = Panels { first: packed.at((from - first) * COLUMNS), stride: count * COLUMNS };
+                    let lines = columns.start * COLUMNS..(columns.end * COLUMNS).min(n);
+                    // SAFETY: the caller's promise, and the buffer has room for these panels.
+                    unsafe { part.pack::<COLUMNS>(level, kind, lines, from - start..to - start, panels) };
                 }
+                start = end;
             }
             for row in rows.clone() {
                 let a = self.first.at((row * self.units + first) * ROWS);

@@ -12,6 +12,14 @@ pub(in super::super) enum Numbers {
     F16(*const f16),
 }
 
+/// Where packed panels go.
+#[derive(Clone, Copy)]
+pub(super) struct Panels {
+    pub first: *mut u32,
+    /// Units from panel to panel.
+    pub stride: usize,
+}
+
 /// A matrix of any strides as an operand: rows of the left one and columns of the right one are its lines.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Operand {
@@ -63,39 +71,40 @@ impl Operand {
         self.inner.div_ceil(kind.numbers())
     }
 
-    /// Packs `units` of the `lines` from `line` on as a panel `[units, W]` at `out`. A last unit that has but one number gets
-    /// a zero; lines beyond the last hold anything.
+    /// Packs `units` of some lines as panels `[units, W]`. A last unit that has but one number gets a zero; what a panel has
+    /// beyond the last line is anything.
     ///
     /// # Safety
-    /// The operand has these lines and units, in living memory, at least one of each; there is room for the panel, and
+    /// The operand has these lines and units, in living memory, at least one of each; there is room for the panels, and
     /// [`Level::detect`] found this level for this kind.
-    pub unsafe fn pack<const W: usize>(
+    pub(super) unsafe fn pack<const W: usize>(
         self,
         level: Level,
         kind: Kind,
-        (line, lines): (usize, usize),
+        lines: std::ops::Range<usize>,
         units: std::ops::Range<usize>,
-        out: *mut u32,
+        panels: Panels,
     ) {
         let step = units.start * kind.numbers();
-        let part = Self { inner: (self.inner - step).min(units.len() * kind.numbers()), ..self.from(line, step) };
-        let lines = lines.min(W);
+        let part =
+            Self { inner: (self.inner - step).min(units.len() * kind.numbers()), ..self.from(lines.start, step) };
+        let lines = lines.len();
         // SAFETY: the caller's promise.
         unsafe {
             match (level, kind) {
                 #[cfg(target_arch = "x86_64")]
                 (Level::Avx512, Kind::F32) if part.step == 1 || part.line == 1 => match part.first {
-                    Numbers::F32(at) => avx512::f32_of_f32::<W>(part, at, lines, out),
-                    Numbers::Bf16(at) => avx512::f32_of_bf16::<W>(part, at.cast(), lines, out),
-                    Numbers::F16(at) => avx512::f32_of_f16::<W>(part, at.cast(), lines, out),
+                    Numbers::F32(at) => avx512::f32_of_f32::<W>(part, at, lines, panels),
+                    Numbers::Bf16(at) => avx512::f32_of_bf16::<W>(part, at.cast(), lines, panels),
+                    Numbers::F16(at) => avx512::f32_of_f16::<W>(part, at.cast(), lines, panels),
                 },
                 #[cfg(target_arch = "x86_64")]
                 (Level::Avx512, Kind::Bf16) if part.step == 1 || part.line == 1 => match part.first {
-                    Numbers::F32(at) => avx512::bf16_of_f32::<W>(part, at, lines, out),
-                    Numbers::Bf16(at) => avx512::bf16_of_bf16::<W>(part, at.cast(), lines, out),
-                    Numbers::F16(_) => part.pack_any::<W>(kind, lines, out),
+                    Numbers::F32(at) => avx512::bf16_of_f32::<W>(part, at, lines, panels),
+                    Numbers::Bf16(at) => avx512::bf16_of_bf16::<W>(part, at.cast(), lines, panels),
+                    Numbers::F16(_) => part.pack_any::<W>(kind, lines, panels),
                 },
-                _ => part.pack_any::<W>(kind, lines, out),
+                _ => part.pack_any::<W>(kind, lines, panels),
             }
         }
     }
@@ -104,7 +113,7 @@ impl Operand {
     ///
     /// # Safety
     /// As for [`Operand::pack`].
-    unsafe fn pack_any<const W: usize>(self, kind: Kind, lines: usize, out: *mut u32) {
+    unsafe fn pack_any<const W: usize>(self, kind: Kind, lines: usize, panels: Panels) {
         for (unit, line) in (0..self.units(kind)).flat_map(|unit| (0..lines).map(move |line| (unit, line))) {
             // SAFETY: the caller's promise.
             unsafe {
@@ -115,7 +124,7 @@ impl Operand {
                         bits(2 * unit) | if 2 * unit + 1 < self.inner { bits(2 * unit + 1) << 16 } else { 0 }
                     }
                 };
-                out.add(unit * W + line).write(bits);
+                panels.first.add(line / W * panels.stride + unit * W + line % W).write(bits);
             }
         }
     }
@@ -124,13 +133,17 @@ impl Operand {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m256i, __m512i, __mmask16, __mmask32, _mm256_maskz_loadu_epi16, _mm512_castps_si512, _mm512_cvtepu16_epi32,
-        _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi16,
-        _mm512_maskz_loadu_ps, _mm512_or_si512, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32,
-        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m256i, __m512i, __mmask16, __mmask32, _MM_HINT_T0, _mm_prefetch, _mm256_maskz_loadu_epi16,
+        _mm512_castps_si512, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_cvtph_ps,
+        _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi16, _mm512_maskz_loadu_ps, _mm512_or_si512,
+        _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+        _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
-    use super::Operand;
+    use super::{Operand, Panels};
+
+    /// Steps along the inner dimension by which memory is asked for ahead, where each is a place of its own.
+    const AHEAD: isize = 16;
 
     /// The first `n` of sixteen.
     fn first(n: usize) -> __mmask16 {
@@ -173,12 +186,23 @@ mod avx512 {
             /// # Safety
             /// As for `Operand::pack`, and one of the strides is 1.
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn $name<const W: usize>(from: Operand, at: *const $number, lines: usize, out: *mut u32) {
+            pub(super) unsafe fn $name<const W: usize>(
+                from: Operand,
+                at: *const $number,
+                lines: usize,
+                panels: Panels,
+            ) {
                 let units = from.inner.div_ceil($per_unit);
-                for group in (0..lines).step_by(16) {
-                    let (n, width) = ((lines - group).min(16), (W - group).min(16));
-                    let (at, out) = (at.wrapping_offset(group as isize * from.line), out.wrapping_add(group));
-                    if from.step == 1 {
+                // Groups of up to sixteen lines within a panel: where they begin and how many there are.
+                let groups = (0..lines).step_by(W).flat_map(|line| {
+                    (0..W.min(lines - line))
+                        .step_by(16)
+                        .map(move |group| (line, group, (W.min(lines - line) - group).min(16)))
+                });
+                let place = |line: usize, group: usize| panels.first.wrapping_add(line / W * panels.stride + group);
+                if from.step == 1 {
+                    for (line, group, n) in groups {
+                        let at = at.wrapping_offset((line + group) as isize * from.line);
                         for unit in (0..units).step_by(16) {
                             let at = at.wrapping_add(unit * $per_unit);
                             let numbers = (from.inner - unit * $per_unit).min(16 * $per_unit);
@@ -195,22 +219,28 @@ mod avx512 {
                             let count = (units - unit).min(16);
                             for (i, block) in block.into_iter().enumerate() {
                                 if i < count {
-                                    // SAFETY: there is room for the panel, in which `width` of this unit's lines are left.
+                                    // SAFETY: there is room for the panel, which has `W - group` lines from here on.
                                     unsafe {
-                                        let out = out.add((unit + i) * W);
-                                        _mm512_mask_storeu_epi32(out.cast(), first(width), block);
+                                        let out = place(line, group).add((unit + i) * W);
+                                        _mm512_mask_storeu_epi32(out.cast(), first(W - group), block);
                                     }
                                 }
                             }
                         }
-                    } else {
-                        for unit in 0..units {
-                            let at = at.wrapping_offset((unit * $per_unit) as isize * from.step);
-                            let next = (unit * $per_unit + 1 < from.inner).then(|| at.wrapping_offset(from.step));
-                            // SAFETY: so many lines are there, and the room as above.
+                    }
+                } else {
+                    // Unit by unit through all panels, since memory is read in this order.
+                    for unit in 0..units {
+                        let at = at.wrapping_offset((unit * $per_unit) as isize * from.step);
+                        let some = unit * $per_unit + 1 < from.inner;
+                        for (line, group, n) in groups.clone() {
+                            let at = at.wrapping_add(line + group);
+                            let next = some.then(|| at.wrapping_offset(from.step));
+                            // SAFETY: so many lines are there, and the room as above. What is prefetched need not exist.
                             unsafe {
-                                let block = $across(at, next, n);
-                                _mm512_mask_storeu_epi32(out.add(unit * W).cast(), first(width), block);
+                                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(AHEAD * from.step).cast());
+                                let out = place(line, group).add(unit * W);
+                                _mm512_mask_storeu_epi32(out.cast(), first(W - group), $across(at, next, n));
                             }
                         }
                     }
