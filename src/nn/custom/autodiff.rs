@@ -77,13 +77,16 @@ backward!(PackedLinear, 1, PackedWeight, |weight, grad, _| {
 type LoraState<B> = (Constant<B>, [Float<B>; 4], LoraTerm);
 
 backward!(LoraLinear, 3, LoraState<B>, |(weight, [x, a, b, h], term), grad, [want_x, want_a, want_b]| {
-    let g = B::lora_backward_inner(b, grad.clone(), term);
-    let factors = (want_a || want_b).then(|| {
-        let max_rank = a.shape()[1];
-        B::lora_backward_factors(x, h, g.clone(), grad.clone(), max_rank, term)
-    });
+    let max_rank = a.shape()[1];
+    let (grad_x, g) = if want_x {
+        let (grad_x, g) = B::lora_backward_input(weight.dense(&grad), a, b, grad.clone(), term);
+        (Some(grad_x), g)
+    } else {
+        (None, B::lora_backward_inner(b, grad.clone(), term))
+    };
+    let factors = (want_a || want_b).then(|| B::lora_backward_factors(x, h, g, grad, max_rank, term));
     let (grad_a, grad_b) = factors.unzip();
-    [want_x.then(|| B::lora_backward_input(weight.dense(&grad), a, g, grad, term)), grad_a, grad_b]
+    [grad_x, grad_a, grad_b]
 });
 
 backward!(SummedWeight, 2, (BoolTensor<B>, [Float<B>; 2], LoraTerm), |(mask, [a, b], term), grad, _| {

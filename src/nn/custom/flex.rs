@@ -216,12 +216,12 @@ impl DecoderOps for Flex {
     fn lora_backward_input(
         weight: FlexTensor,
         a: FlexTensor,
-        g: FlexTensor,
+        b: FlexTensor,
         grad: FlexTensor,
         term: LoraTerm,
-    ) -> FlexTensor {
-        flex_linear::lora_backward_input(&weight, &a, &g, &grad, term)
-            .unwrap_or_else(|| portable::lora_backward_input::<Self>(weight, a, g, grad, term))
+    ) -> (FlexTensor, FlexTensor) {
+        flex_linear::lora_backward_input(&weight, a.clone(), b.clone(), &grad, term)
+            .unwrap_or_else(|| portable::lora_backward_input::<Self>(weight, a, b, grad, term))
     }
 
     fn lora_backward_factors(

@@ -5,6 +5,7 @@ use burn::tensor::{DType, Shape};
 use rayon::prelude::*;
 
 use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_rows, tensor, whole};
+use super::flex_gemm::{Engine, Kind, Left, Output};
 use super::flex_matmul::{Matrix, Shared, Weight, product};
 use super::simd::{self, Level};
 use crate::nn::custom::LoraTerm;
@@ -143,17 +144,44 @@ pub(super) fn lora_linear(
     let x = contiguous(x.clone());
     let base_rows = Matrix::rows(floats(&x), d_input);
     let dropped = dropped(floats(&x), term.dropout);
-    let h = matrix(rows * rank, |h| {
+    let of_h = |h: Shared| {
         let x = dropped.as_ref().map_or(base_rows, |dropped| Matrix::rows(dropped, d_input));
         // SAFETY: the operands are alive, and the output is this one's; so below.
         unsafe { product([rows, rank, d_input], x, factors.a(), term.scale as f32, h.at(0), rank, false, true) };
-    });
-    let y = matrix(rows * d_output, |y| unsafe {
-        of.multiply(rows, base_rows, y, d_output, false);
-        let size = [rows, d_output, rank];
-        product(size, Matrix::rows(&h, rank), factors.b(), 1.0, y.at(0), d_output, true, true);
-    });
-    Some((tensor(y, with_width(&x, d_output)), tensor(h, Shape::from([rows, rank]))))
+    };
+    let y_shape = with_width(&x, d_output);
+    let (y, h) = if let Some(engine) = of.engine(rows) {
+        // `[x h] [W; B]`, with `x` packed once for both of its products.
+        let left = Left::new(engine, rows, &[d_input, rank]);
+        // SAFETY: as above; what a product reads has been packed.
+        unsafe {
+            left.pack(0, base_rows.left(d_input));
+            let h = matrix(rows * rank, |h| {
+                if dropped.is_some() {
+                    of_h(h);
+                } else {
+                    let output = Output { out: h, width: rank, factor: term.scale as f32, add: false };
+                    left.times(rank, &[factors.a().right(d_input)], output);
+                }
+            });
+            left.pack(1, Matrix::rows(&h, rank).left(rank));
+            let y = matrix(rows * d_output, |y| {
+                let output = Output { out: y, width: d_output, factor: 1.0, add: false };
+                left.times(d_output, &[of.right(), factors.b().right(rank)], output);
+            });
+            (y, h)
+        }
+    } else {
+        let h = matrix(rows * rank, of_h);
+        // SAFETY: as above.
+        let y = matrix(rows * d_output, |y| unsafe {
+            of.multiply(rows, base_rows, y, d_output, false);
+            let size = [rows, d_output, rank];
+            product(size, Matrix::rows(&h, rank), factors.b(), 1.0, y.at(0), d_output, true, true);
+        });
+        (y, h)
+    };
+    Some((tensor(y, y_shape), tensor(h, Shape::from([rows, rank]))))
 }
 
 /// `g = s grad B_r^T`, `[n, rank]`.
@@ -172,44 +200,82 @@ pub(super) fn lora_backward_inner(b: &FlexTensor, grad: &FlexTensor, term: LoraT
     Some(tensor(g, Shape::from([rows, term.rank])))
 }
 
-/// `grad W^T + dropout(g A_r^T)`.
+/// `grad W^T + dropout(g A_r^T)` and `g = s grad B_r^T`.
 pub(super) fn lora_backward_input(
     weight: &FlexTensor,
-    a: &FlexTensor,
-    g: &FlexTensor,
+    a: FlexTensor,
+    b: FlexTensor,
     grad: &FlexTensor,
     term: LoraTerm,
-) -> Option<FlexTensor> {
-    let (&[d_input, max_rank], rank) = (dims(a), term.rank) else { return None };
-    if !is_f32(&[a, g]) || dims(g) != [n_rows(grad), rank] || rank > max_rank {
+) -> Option<(FlexTensor, FlexTensor)> {
+    let (of, factors) = (Weight::new(weight)?.transposed(), Factors::new(a, b, term.rank)?);
+    let ([d_output, d_input], rows, rank) = (of.dims(), n_rows(grad), term.rank);
+    let fits = [d_input, d_output] == [factors.d_input, factors.d_output] && dims(grad).last() == Some(&d_output);
+    if !fits || !is_f32(&[grad]) || rows == 0 {
         return None;
     }
-    let (a, g) = (contiguous(a.clone()), contiguous(g.clone()));
-    let mut dx = whole(linear_backward_input(weight, grad)?);
-    if dims(&dx).last() != Some(&d_input) {
-        return None;
+    let grad = contiguous(grad.clone());
+    let (shape, grads) = (with_width(&grad, d_input), Matrix::rows(floats(&grad), d_output));
+    let (a, b) = (factors.a().transposed(), factors.b().transposed());
+    let (dx, g) = match of.engine(rows) {
+        Some(engine) => {
+            // `[grad g] [W^T; A^T]`, as in the forward pass.
+            let left = Left::new(engine, rows, &[d_output, rank]);
+            // SAFETY: the operands are alive, each output is this one's, and what a product reads has been packed.
+            unsafe {
+                left.pack(0, grads.left(d_output));
+                let g = matrix(rows * rank, |g| {
+                    let output = Output { out: g, width: rank, factor: term.scale as f32, add: false };
+                    left.times(rank, &[b.right(d_output)], output);
+                });
+                left.pack(1, Matrix::rows(&g, rank).left(rank));
+                let right = [of.right(), a.right(rank)];
+                // A dropped update is added below.
+                let parts = if term.dropout.is_active() { &right[..1] } else { &right };
+                let dx = matrix(rows * d_input, |dx| {
+                    left.times(d_input, parts, Output { out: dx, width: d_input, factor: 1.0, add: false });
+                });
+                (dx, g)
+            }
+        }
+        None => {
+            // SAFETY: as above.
+            let g = matrix(rows * rank, |g| unsafe {
+                product([rows, rank, d_output], grads, b, term.scale as f32, g.at(0), rank, false, true);
+            });
+            // SAFETY: as above.
+            let dx = matrix(rows * d_input, |dx| unsafe {
+                of.multiply(rows, grads, dx, d_input, false);
+                if !term.dropout.is_active() {
+                    let size = [rows, d_input, rank];
+                    product(size, Matrix::rows(&g, rank), a, 1.0, dx.at(0), d_input, true, true);
+                }
+            });
+            (dx, g)
+        }
+    };
+    let mut dx = dx;
+    if term.dropout.is_active() {
+        add_dropped(&mut dx, &g, a, d_input, term);
     }
-    let (g, a) = (floats(&g), Matrix::rows(floats(&a), max_rank).transposed());
-    let rows = g.len() / rank;
-    let out: &mut [f32] = dx.storage_mut();
-    if !term.dropout.is_active() {
-        // SAFETY: as above.
-        unsafe { product([rows, d_input, rank], Matrix::rows(g, rank), a, 1.0, out.as_mut_ptr(), d_input, true, true) };
-        return Some(dx);
-    }
+    Some((tensor(dx, shape), tensor(g, Shape::from([rows, rank]))))
+}
+
+/// Adds `dropout(g a)` to the rows of `dx`.
+fn add_dropped(dx: &mut [f32], g: &[f32], a: Matrix, d_input: usize, term: LoraTerm) {
+    let rank = term.rank;
     // An even number of rows, since the mask is drawn in pairs.
     let block = task_rows(d_input).next_multiple_of(2);
-    for_chunks(out, block * d_input, |index, out| {
+    for_chunks(dx, block * d_input, |index, out| {
         let part = &g[index * block * rank..][..out.len() / d_input * rank];
         let size = [part.len() / rank, d_input, rank];
         let mut update = matrix(out.len(), |update| {
-            // SAFETY: as above.
+            // SAFETY: the operands are alive, and the output is this one's.
             unsafe { product(size, Matrix::rows(part, rank), a, 1.0, update.at(0), d_input, false, false) };
         });
         term.dropout.for_each(index * block * d_input, &mut update, |value, factor| *value *= factor);
         out.iter_mut().zip(update).for_each(|(out, update)| *out += update);
     });
-    Some(dx)
 }
 
 /// Gradients of the factors: `dropout(x)^T g` in the first columns and `h^T grad` in the first rows; the rest is zero.
@@ -236,12 +302,16 @@ pub(super) fn lora_backward_factors(
     // SAFETY: as above.
     unsafe {
         product([d_input, rank, rows], x.transposed(), g, 1.0, da.as_mut_ptr(), max_rank, false, true);
-        // The thin matrix on the right and the result turned afterwards: twice as fast as the other way round.
-        let turned = matrix(d_output * rank, |turned| {
-            product([d_output, rank, rows], grad.transposed(), h, 1.0, turned.at(0), rank, false, true);
-        });
-        for (output, turned) in turned.chunks_exact(rank).enumerate() {
-            turned.iter().enumerate().for_each(|(row, value)| db[row * d_output + output] = *value);
+        if Engine::new(Kind::F32, true).is_some() {
+            product([rank, d_output, rows], h.transposed(), grad, 1.0, db.as_mut_ptr(), d_output, false, true);
+        } else {
+            // The thin matrix on the right and the result turned afterwards: twice as fast by the `gemm` crate.
+            let turned = matrix(d_output * rank, |turned| {
+                product([d_output, rank, rows], grad.transposed(), h, 1.0, turned.at(0), rank, false, true);
+            });
+            for (output, turned) in turned.chunks_exact(rank).enumerate() {
+                turned.iter().enumerate().for_each(|(row, value)| db[row * d_output + output] = *value);
+            }
         }
     }
     Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))

@@ -7,11 +7,13 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::flex_bf16;
+use super::flex_gemm::{Engine, Kind, Numbers, Operand, Output};
 
 /// Multiplications below which other threads are not worth waking.
 const SERIAL: usize = 128 * 128 * 128;
+/// Multiplications below which packing is not worth it, and rows below which packing the other operand is not.
+const PACKED: usize = 32 * 32 * 32;
+const PACKED_ROWS: usize = 8;
 /// Rows of a right-hand side that are widened at a time.
 const PANEL_ROWS: usize = 512;
 /// Most columns of them, so that a panel stays in the cache.
@@ -39,9 +41,14 @@ impl Matrix {
         Self { row: self.column, column: self.row, ..self }
     }
 
-    /// Where an element lies.
-    pub fn at(self, row: usize, column: usize) -> *const f32 {
-        self.from(row, column).first
+    /// Its rows as the lines of a product's left operand with an inner dimension of `inner`.
+    pub fn left(self, inner: usize) -> Operand {
+        Operand { first: Numbers::F32(self.first), line: self.row, step: self.column, inner }
+    }
+
+    /// Its columns as the lines of a right operand.
+    pub fn right(self, inner: usize) -> Operand {
+        self.transposed().left(inner)
     }
 
     /// The same matrix from row `row` and column `column` on.
@@ -81,6 +88,15 @@ pub(super) unsafe fn product(
     add: bool,
     parallel: bool,
 ) {
+    if m >= PACKED_ROWS
+        && m * n * k >= PACKED
+        && let Some(engine) = Engine::new(Kind::F32, parallel)
+    {
+        let output = Output { out: Shared(out), width, factor, add };
+        // SAFETY: the caller's promise.
+        unsafe { engine.product([m, n], a.left(k), b.right(k), output) };
+        return;
+    }
     let threads = if parallel && m * n * k >= SERIAL { Parallelism::Rayon(0) } else { Parallelism::None };
     let (ac, ar, bc, br) = (a.column, a.row, b.column, b.row);
     // SAFETY: the caller's promise.
@@ -203,30 +219,46 @@ impl<'a> Weight<'a> {
         self.widen(rows, 0..n, scratch);
     }
 
+    /// Its columns as the lines of a product's right operand.
+    pub fn right(&self) -> Operand {
+        let first = match self.values {
+            Values::F32(values) => Numbers::F32(values.as_ptr().wrapping_add(self.start)),
+            Values::Bf16(values) => Numbers::Bf16(values.as_ptr().wrapping_add(self.start)),
+            Values::F16(values) => Numbers::F16(values.as_ptr().wrapping_add(self.start)),
+        };
+        Operand { first, line: self.strides[1], step: self.strides[0], inner: self.dims[0] }
+    }
+
+    /// What multiplies `m` rows by this weight, where there is enough to do and the processor has the instructions: bf16 as
+    /// such if it can, other formats as `f32`.
+    pub fn engine(&self, m: usize) -> Option<Engine> {
+        let multiplications = m * self.dims[0] * self.dims[1];
+        match self.values {
+            Values::F32(_) if m < PACKED_ROWS || multiplications < PACKED => None,
+            Values::F32(_) => Engine::new(Kind::F32, true),
+            _ if multiplications < SERIAL => None,
+            Values::F16(_) => Engine::new(Kind::F32, true),
+            Values::Bf16(_) => Engine::new(Kind::Bf16, true).or_else(|| Engine::new(Kind::F32, true)),
+        }
+    }
+
     /// `out = a self`, or `out += a self`, for `a` `[m, k]` and this weight `[k, n]`, with `width` elements from row to row
-    /// of `out`. A bf16 weight is multiplied as such where the processor can, if there is enough to do; else a weight of 16
-    /// bits is widened panel by panel and never whole.
+    /// of `out`. A weight of 16 bits is never widened whole, but panel by panel.
     ///
     /// # Safety
     /// `a` lies in memory that is alive, and `out`, with room for the product, is written by nobody else.
     pub unsafe fn multiply(&self, m: usize, a: Matrix, out: Shared, width: usize, add: bool) {
         let [k, n] = self.dims;
+        if let Some(engine) = self.engine(m) {
+            // SAFETY: the caller's promise.
+            unsafe { engine.product([m, n], a.left(k), self.right(), Output { out, width, factor: 1.0, add }) };
+            return;
+        }
         if let Values::F32(values) = self.values {
             let first = values.as_ptr().wrapping_add(self.start);
             let matrix = Matrix { first, row: self.strides[0], column: self.strides[1] };
             // SAFETY: the layout stays within the storage, and the caller's promise.
             unsafe { product([m, n, k], a, matrix, 1.0, out.at(0), width, add, true) };
-            return;
-        }
-        #[cfg(target_arch = "x86_64")]
-        if let Values::Bf16(values) = self.values
-            && m * n * k >= SERIAL
-            && let Some(tile) = flex_bf16::Tile::detect()
-        {
-            let strides = self.strides.map(isize::unsigned_abs);
-            let weight = flex_bf16::Weight { values, start: self.start, dims: self.dims, strides };
-            // SAFETY: the caller's promise.
-            unsafe { flex_bf16::multiply(tile, m, a, weight, out, width, add) };
             return;
         }
         let threads = if m * n * k >= SERIAL { rayon::current_num_threads() } else { 1 };

@@ -29,8 +29,8 @@ mod autodiff;
 mod flex;
 #[cfg(feature = "flex")]
 mod flex_attention;
-#[cfg(all(feature = "flex", target_arch = "x86_64"))]
-mod flex_bf16;
+#[cfg(feature = "flex")]
+mod flex_gemm;
 #[cfg(feature = "flex")]
 mod flex_linear;
 #[cfg(feature = "flex")]
@@ -160,15 +160,15 @@ pub trait DecoderOps: Backend {
         portable::lora_backward_inner::<Self>(b, grad, term)
     }
 
-    /// Gradient of `x`: `grad W^T + dropout(g A_r^T)`.
+    /// Gradient of `x`, `grad W^T + dropout(g A_r^T)`, and the `g` of [`Self::lora_backward_inner`].
     fn lora_backward_input(
         weight: FloatTensor<Self>,
         a: FloatTensor<Self>,
-        g: FloatTensor<Self>,
+        b: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         term: LoraTerm,
-    ) -> FloatTensor<Self> {
-        portable::lora_backward_input::<Self>(weight, a, g, grad, term)
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        portable::lora_backward_input::<Self>(weight, a, b, grad, term)
     }
 
     /// Gradients of `A`, `dropout(x)^T g`, and `B`, `h^T grad`, with zeros outside the active rank.

@@ -256,13 +256,14 @@ pub(super) fn lora_backward_inner<B: Backend>(
 pub(super) fn lora_backward_input<B: Backend>(
     weight: FloatTensor<B>,
     a: FloatTensor<B>,
-    g: FloatTensor<B>,
+    b: FloatTensor<B>,
     grad: FloatTensor<B>,
     term: LoraTerm,
-) -> FloatTensor<B> {
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let g = lora_backward_inner::<B>(b, grad.clone(), term);
     let (shape, grad) = (grad.shape(), rows(Val::<B>(grad)));
-    let update = Val::<B>(g).matmul(Val(a).first(1, term.rank).swap_dims(0, 1)).dropped(term.dropout);
-    shaped_as(product(grad, Val(weight).swap_dims(0, 1)) + update, &shape)
+    let update = Val::<B>(g.clone()).matmul(Val(a).first(1, term.rank).swap_dims(0, 1)).dropped(term.dropout);
+    (shaped_as(product(grad, Val(weight).swap_dims(0, 1)) + update, &shape), g)
 }
 
 pub(super) fn lora_backward_factors<B: Backend>(

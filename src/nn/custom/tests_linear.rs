@@ -4,6 +4,7 @@ use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Bool, Device, FloatDType, Int, Tensor, TensorData};
 use rand::RngExt;
 
+use super::flex_gemm::{Engine, Kind};
 use super::testing::{Random, close, compare_all, devices, hosts, slack, values};
 use crate::nn::ops::{self, Dropout, LoraTerm};
 use crate::nn::plain;
@@ -195,6 +196,11 @@ fn head_loss_is_the_plain_composition() {
     }
 }
 
+/// Whether products with a bf16 weight round the other operand on this machine's processor.
+fn rounds() -> bool {
+    Engine::new(Kind::Bf16, true).is_some()
+}
+
 #[test]
 fn distilled_loss_is_the_plain_composition() {
     for device in devices() {
@@ -299,7 +305,8 @@ fn weights_of_16_bits_multiply_as_their_values() {
                     all
                 };
                 // Sums of up to 2100 terms in another order; and where bf16 is multiplied as such, inputs are rounded to 8 bits.
-                let tolerance = if device == &Device::flex() || dtype == FloatDType::F16 { 2e-5 } else { 2e-2 };
+                let rounded = dtype == FloatDType::BF16 && (device != &Device::flex() || rounds());
+                let tolerance = if rounded { 2e-2 } else { 2e-5 };
                 for (index, (got, want)) in run(half).iter().zip(run(wide)).enumerate() {
                     close(&format!("{dtype:?} {index} on {device:?}"), got, &want, tolerance * slack(device));
                 }
@@ -316,5 +323,5 @@ fn a_view_of_a_16_bit_table_is_a_head() {
     let x = random.tensor::<2>([140, 70], 1.0, &device);
     let got = ops::linear(x.clone(), table.clone().transpose().narrow(1, 3, 2001));
     let want = x.matmul(table.cast(FloatDType::F32).transpose().narrow(1, 3, 2001));
-    close("view", &values(got), &values(want), 2e-6);
+    close("view", &values(got), &values(want), if rounds() { 2e-2 } else { 2e-6 });
 }
