@@ -186,6 +186,7 @@ mod avx512 {
             /// # Safety
             /// As for `Operand::pack`, and one of the strides is 1.
             #[target_feature(enable = $features)]
+            #[allow(clippy::needless_range_loop)] // as in the tiles
             pub(super) unsafe fn $name<const W: usize>(
                 from: Operand,
                 at: *const $number,

@@ -87,6 +87,7 @@ macro_rules! tile {
         /// # Safety
         /// The processor has the features; `a` and `b` are panels of `units`, and the place is writable.
         #[target_feature(enable = $features)]
+        #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
         unsafe fn $name<const R: usize, const V: usize>(a: *const u32, b: *const u32, units: usize, place: Place) {
             let mut sums = [[$ops::zero(); V]; R];
             let (mut a, mut b) = (a, b);
