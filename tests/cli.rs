@@ -149,13 +149,7 @@ fn table_2_measures_sparse_integers_as_written() {
     let run = |more: &[&str]| -> Option<Output> {
         let mut command = example("compress", root.path())?;
         command.args(["--train", "train.jsonl", "--valid", "valid.jsonl", "--method", "table2", "--steps", "2"]);
-        Some(
-            command
-                .args(["--batch", "4", "--bits", "4", "--train-scales", "--out", "out"])
-                .args(more)
-                .output()
-                .unwrap(),
-        )
+        Some(command.args(["--batch", "4", "--bits", "4", "--out", "out"]).args(more).output().unwrap())
     };
     let report =
         || -> serde_json::Value { serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap() };

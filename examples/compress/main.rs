@@ -13,7 +13,7 @@ mod task;
 
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::{ArgAction, Parser, ValueEnum};
 use elastic_lora::eval::Cost;
 use elastic_lora::io::{DType, QuantFormat};
 use elastic_lora::{Result, sparsity};
@@ -104,8 +104,8 @@ pub struct Args {
     /// sqft: from which weights training through the grid starts [default: sparse; gptq with --quantize joint]
     #[arg(long, value_enum)]
     qa_start: Option<QaStart>,
-    /// sqft: train the grids' scales, too
-    #[arg(long)]
+    /// sqft: train the grids' scales, too, which the authors do not
+    #[arg(long, action = ArgAction::Set, default_value_t = true, default_missing_value = "true", num_args = 0..=1)]
     train_scales: bool,
     /// A search space from a file instead: ours, elastic_adapter_config.json, or an NNCF config
     #[arg(long)]
