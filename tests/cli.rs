@@ -51,7 +51,7 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
     std::fs::write(root.path().join("empty.txt"), "").unwrap();
     problems(&root.path().join("p.jsonl"), 4);
     let before = entries(root.path());
-    let cases: [(&str, &[&str], &str); 21] = [
+    let cases: [(&str, &[&str], &str); 27] = [
         ("compress", &["--sparsity", "1.5"], "sparsity"),
         ("compress", &["--sparsity", "NaN"], "sparsity"),
         ("compress", &["--pattern", "4:2"], "4:2"),
@@ -68,6 +68,12 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         ("compress", &["--max-len", "129"], "max-len"),
         ("compress", &["--train", "empty.txt", "--valid", "p.jsonl"], "empty.txt"),
         ("compress", &["--model", "nowhere", "--train", "p.jsonl", "--valid", "p.jsonl"], "nowhere"),
+        ("compress", &["--bits", "5"], "bits"),
+        ("compress", &["--group-size", "0"], "group-size"),
+        ("compress", &["--method", "sqft", "--group-size", "256"], "group-size"),
+        ("compress", &["--method", "sqft", "--bits", "3", "--file-format", "compressed-tensors"], "3"),
+        ("compress", &["--method", "table2", "--quantize", "joint", "--qa-start", "sparse"], "qa-start"),
+        ("compress", &["--quantize", "foo"], "--quantize"),
         ("evaluate", &["--text", "empty.txt"], "empty.txt"),
         ("evaluate", &["--text", "p.jsonl", "--context", "129"], "129"),
         ("evaluate", &["--adapter", "nowhere"], "nowhere"),
@@ -132,4 +138,57 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
     let before = entries(&out);
     assert!(stderr(&run(&["--overwrite"]).unwrap()).contains("run.json"));
     assert_eq!(entries(&out), before);
+}
+
+#[test]
+fn table_2_measures_sparse_integers_as_written() {
+    let root = tempfile::tempdir().unwrap();
+    problems(&root.path().join("train.jsonl"), 12);
+    problems(&root.path().join("valid.jsonl"), 3);
+    let out = root.path().join("out");
+    let run = |more: &[&str]| -> Option<Output> {
+        let mut command = example("compress", root.path())?;
+        command.args(["--train", "train.jsonl", "--valid", "valid.jsonl", "--method", "table2", "--steps", "2"]);
+        Some(command.args(["--batch", "4", "--bits", "4", "--out", "out"]).args(more).output().unwrap())
+    };
+    let report =
+        || -> serde_json::Value { serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap() };
+    let Some(first) = run(&[]) else { return };
+    assert!(first.status.success(), "{}", stderr(&first));
+    let expected = report()["rows"].clone();
+    let row = |name: &str| expected.as_array().unwrap().iter().find(|row| row["name"] == name).unwrap().clone();
+    let precisions = [
+        ("base", "F16"),
+        ("pruned, rounded to nearest", "INT4"),
+        ("LoRA", "F16 + F16"),
+        ("Shears", "F16 + F16"),
+        ("SparsePEFT, merged", "F16, merged"),
+        ("SparsePEFT, merged, then GPTQ", "INT4"),
+        ("SQFT", "INT4 + F16"),
+        ("SQFT + QA-SparsePEFT", "INT4, merged"),
+    ];
+    for (name, precision) in precisions {
+        assert_eq!(row(name)["precision"], precision, "{name}");
+    }
+    assert_eq!(row("LoRA")["relative"], 1.0);
+    // No zero is lost on the way, and rounding makes some more.
+    let sparsity = |name: &str| row(name)["sparsity"].as_f64().unwrap();
+    let merged = sparsity("SQFT + QA-SparsePEFT");
+    assert!((0.49..0.51).contains(&sparsity("SparsePEFT, merged")) && (0.49..0.75).contains(&merged), "{merged}");
+    let bytes = |name: &str| row(name)["bytes"].as_u64().unwrap();
+    assert_eq!(bytes("base"), std::fs::metadata(shipped_model().join("model.safetensors")).unwrap().len());
+    assert!(bytes("SQFT + QA-SparsePEFT") < bytes("SQFT") && bytes("SQFT") < bytes("LoRA"));
+    assert!(3 * bytes("SQFT + QA-SparsePEFT") < 2 * bytes("base"));
+
+    let resumed = run(&["--resume"]).unwrap();
+    assert!(resumed.status.success(), "{}", stderr(&resumed));
+    assert_eq!(report()["rows"], expected);
+    // All that a run makes is listed: nothing of it is left by the next.
+    let overwrite = ["--overwrite", "--method", "sqft-sparse-peft"];
+    let mut command = example("compress", root.path()).unwrap();
+    command.args(["--train", "train.jsonl", "--valid", "valid.jsonl", "--steps", "2", "--batch", "4", "--out", "out"]);
+    assert!(command.args(overwrite).output().unwrap().status.success());
+    let listed =
+        ["merge_report.json", "merged", "merged_ranks.json", "merged_space.json", "merged_subnet.json", "pruned"];
+    assert_eq!(entries(&out), [&listed[..], &["report.json", "run.json", "sparse-peft"]].concat());
 }

@@ -8,13 +8,14 @@ mod common;
 mod lonas;
 mod pipeline;
 mod settings;
+mod sqft;
 mod task;
 
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::{ArgAction, Parser, ValueEnum};
 use elastic_lora::eval::Cost;
-use elastic_lora::io::DType;
+use elastic_lora::io::{DType, QuantFormat};
 use elastic_lora::{Result, sparsity};
 use serde::Serialize;
 
@@ -49,7 +50,7 @@ pub struct Args {
     /// What to run on the pruned model
     #[arg(long, value_enum, default_value_t = Method::All)]
     method: Method,
-    /// How weights are chosen for pruning: wanda or magnitude
+    /// How weights are chosen for pruning: wanda, sparsegpt, ria or magnitude
     #[arg(long, default_value = "wanda")]
     prune: sparsity::Method,
     /// Share of weights to remove, 0 to 1; N:M has its own
@@ -85,6 +86,27 @@ pub struct Args {
     /// lonas: the super-network alone, without LoRA beside it and without a search
     #[arg(long)]
     elastic_only: bool,
+    /// sqft: bits of a weight: 2, 3, 4 or 8
+    #[arg(long, default_value_t = 4)]
+    bits: u8,
+    /// sqft: consecutive weights of a row that share a scale and a zero point: a number, or row
+    #[arg(long, default_value = "32")]
+    group_size: String,
+    /// sqft: the zero point is the middle of each grid
+    #[arg(long)]
+    symmetric: bool,
+    /// sqft: how the base is rounded
+    #[arg(long, value_enum, default_value_t = Quantize::Gptq)]
+    quantize: Quantize,
+    /// sqft: how integers are stored in files
+    #[arg(long, value_enum, default_value_t = FileFormat::Gptq)]
+    file_format: FileFormat,
+    /// sqft: from which weights training through the grid starts [default: sparse; gptq with --quantize joint]
+    #[arg(long, value_enum)]
+    qa_start: Option<QaStart>,
+    /// sqft: train the grids' scales, too, which the authors do not
+    #[arg(long, action = ArgAction::Set, default_value_t = true, default_missing_value = "true", num_args = 0..=1)]
+    train_scales: bool,
     /// A search space from a file instead: ours, elastic_adapter_config.json, or an NNCF config
     #[arg(long)]
     #[serde(skip)]
@@ -161,6 +183,55 @@ enum Method {
     SparsePeft,
     /// Elastic channels and adapters on the dense model, searched, extracted as smaller models: the paper's table 1
     Lonas,
+    /// Elastic adapters beside a sparse base of integers
+    Sqft,
+    /// Elastic adapters under the weights' mask, merged, as one row of table 2
+    SqftSparsePeft,
+    /// Elastic adapters trained through the base's integer grid under its mask, merged into sparse integers
+    SqftQaSparsePeft,
+    /// All of them, with LoRA, Shears and what rounds without training: the paper's table 2
+    Table2,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Quantize {
+    /// By GPTQ, the pruned model's zeros kept
+    Gptq,
+    /// To nearest
+    Rtn,
+    /// By GPTQ, pruned by SparseGPT in the same pass, whatever --prune says
+    Joint,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum FileFormat {
+    /// GPTQ as AutoGPTQ has it
+    Gptq,
+    /// GPTQ with zero points as they are
+    GptqV2,
+    /// compressed-tensors, pack-quantized
+    CompressedTensors,
+}
+
+impl From<FileFormat> for QuantFormat {
+    fn from(format: FileFormat) -> Self {
+        match format {
+            FileFormat::Gptq => QuantFormat::Gptq,
+            FileFormat::GptqV2 => QuantFormat::GptqV2,
+            FileFormat::CompressedTensors => QuantFormat::CompressedTensors,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum QaStart {
+    /// The pruned weights as they were before rounding
+    Sparse,
+    /// What they were rounded to
+    Gptq,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -235,7 +306,16 @@ impl From<SearchCost> for Cost {
 
 impl Method {
     fn includes(self, other: Method) -> bool {
-        self == other || (self == Method::All && other != Method::Lonas)
+        let of_all = [Method::Lora, Method::Shears, Method::SparsePeft];
+        let of_table_2 = [Method::Sqft, Method::SqftSparsePeft, Method::SqftQaSparsePeft];
+        self == other
+            || (self == Method::All && of_all.contains(&other))
+            || (self == Method::Table2 && of_table_2.contains(&other))
+    }
+
+    /// Whether it makes rows of table 2.
+    fn is_sqft(self) -> bool {
+        self == Method::Table2 || Method::Table2.includes(self)
     }
 }
 

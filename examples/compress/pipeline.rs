@@ -10,9 +10,9 @@ use elastic_lora::calib::prune_model;
 use elastic_lora::data::Batcher;
 use elastic_lora::eval::{Metric, SubnetObjective, mean_loss};
 use elastic_lora::infer::GenerateConfig;
-use elastic_lora::io::atomic;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::report::{Report, Row};
+use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::search::{
     Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport, StopReason, StudyConfig,
@@ -40,6 +40,9 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
     let space = search_space(args, &task.pretrained.model)?;
     // Built once for its checks: what is wrong with the adapters' settings shows before anything is trained.
     supernet(args, &task.pretrained.model, space.clone(), false)?;
+    if args.method.is_sqft() {
+        settings.check_format(args, task.pretrained.model.config())?;
+    }
     let mut identity = task.fingerprints();
     let text = space.to_json()?;
     identity.insert("search space".into(), Value::String(fingerprint(text.bytes().map(u32::from))));
@@ -62,10 +65,10 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
 
     let base = task.pretrained.model.clone();
     run.row("base", &base, None)?;
-    if args.method == Method::Lonas {
-        run.lonas(&base, space)?;
-    } else {
-        pruned_methods(&mut run, base, space)?;
+    match args.method {
+        Method::Lonas => run.lonas(&base, space)?,
+        method if method.is_sqft() => run.table_2(&base, space)?,
+        _ => pruned_methods(&mut run, &base, space)?,
     }
     run.report.write(run.out.join("report.json"))?;
     common::say!("\n{}", run.report);
@@ -74,22 +77,9 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
 }
 
 /// What starts from a pruned model.
-fn pruned_methods(run: &mut Run<'_>, base: Decoder, space: &SearchSpace) -> Result<()> {
-    let (args, task, pattern) = (run.args, run.task, &run.settings.pattern);
-    let mut pruned = base;
-    let bar = indicatif::ProgressBar::new(0);
-    prune_model(&mut pruned, &task.calibration, args.prune, pattern, |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    })?;
-    bar.finish_and_clear();
-    let name = match pattern {
-        Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => format!("pruned to {} %", percent(*ratio)),
-        Pattern::NM { .. } => format!("pruned to {pattern}"),
-    };
-    run.row(&name, &pruned, None)?;
-    task.pretrained.write_variant(&pruned, run.out.join("pruned"), true)?;
-
+fn pruned_methods(run: &mut Run<'_>, base: &Decoder, space: &SearchSpace) -> Result<()> {
+    let args = run.args;
+    let pruned = run.pruned(base)?;
     common::say!("{} subnets in {} groups", space.n_subnets(), space.len());
     if args.method.includes(Method::Lora) {
         run.lora(&pruned, space)?;
@@ -151,6 +141,25 @@ fn burn_version() -> &'static str {
 }
 
 impl Run<'_> {
+    /// Prunes a model, adds its row and writes it.
+    pub fn pruned(&mut self, base: &Decoder) -> Result<Decoder> {
+        let (args, task, pattern) = (self.args, self.task, &self.settings.pattern);
+        let mut pruned = base.clone();
+        let bar = indicatif::ProgressBar::new(0);
+        prune_model(&mut pruned, &task.calibration, args.prune, pattern, |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        let name = match pattern {
+            Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => format!("pruned to {} %", percent(*ratio)),
+            Pattern::NM { .. } => format!("pruned to {pattern}"),
+        };
+        self.row(&name, &pruned, None)?;
+        task.pretrained.write_variant(&pruned, self.out.join("pruned"), true)?;
+        Ok(pruned)
+    }
+
     /// Measures a model as it stands and adds its row; `net` tells costs and ranks where adapters stay apart.
     pub fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
         let pretrained = &self.task.pretrained;
@@ -174,7 +183,8 @@ impl Run<'_> {
         let net = match net {
             Some(net) => net,
             None => {
-                plain = SuperNet::dense(model.clone())?;
+                let config = SuperNetConfig::new(lora_config(self.args, 1));
+                plain = SuperNet::new(model.clone(), SearchSpace::single(), config)?;
                 &plain
             }
         };
@@ -245,19 +255,27 @@ impl Run<'_> {
         net.activate(&chosen)?;
         self.row("Shears, searched", net.model(), Some(&net))?;
 
+        self.write_adapter(&net, "pruned", "adapter", PeftOptions::default().dtype)?;
+        self.write_subnet(&net, &chosen, "adapter")
+    }
+
+    /// Writes the active subnet's adapters as a PEFT folder, for the base in the folder of that name.
+    pub fn write_adapter(&self, net: &SuperNet, base: &str, name: &str, dtype: DType) -> Result<PathBuf> {
         let mut adapter = net.extract()?;
-        // So that PEFT finds the pruned weights, which the adapter is for, by itself.
-        let base = self.out.join("pruned");
+        // So that PEFT finds the weights which the adapter is for by itself.
+        let base = self.out.join(base);
         let base = base.canonicalize().map_err(|e| Error::io(&base, e))?;
         adapter.base_model = Some(base.to_string_lossy().into_owned());
         let options = PeftOptions {
             overwrite: true,
-            model_layers: pruned.layer_shapes().into_iter().map(|layer| layer.name).collect(),
+            model_layers: net.model().layer_shapes().into_iter().map(|layer| layer.name).collect(),
             dropout: self.args.dropout,
+            dtype,
             ..PeftOptions::default()
         };
-        adapter.write(self.out.join("adapter"), &options)?;
-        self.write_subnet(&net, &chosen, "adapter")
+        let folder = self.out.join(name);
+        adapter.write(&folder, &options)?;
+        Ok(folder)
     }
 
     /// Searches the subnets of what was trained in `folder`; `merged`: adapters cost nothing.
@@ -324,10 +342,8 @@ impl Run<'_> {
         Ok(outcome)
     }
 
-    fn sparse_peft(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
-        let mut net = supernet(self.args, pruned, space.clone(), true)?;
-        self.train(&mut net, "sparse-peft", Sampling::PerStep)?;
-        // A merged rank costs nothing, so the better of the two free choices on the validation set is taken.
+    /// Activates and returns the better of the two choices that no search finds, on the validation set.
+    pub fn better_of_two(&self, net: &mut SuperNet) -> Result<SubnetConfig> {
         let mut best: Option<(f64, SubnetConfig)> = None;
         for subnet in [net.heuristic(), net.maximal()] {
             net.activate(&subnet)?;
@@ -338,6 +354,14 @@ impl Run<'_> {
         }
         let chosen = best.map_or_else(|| net.heuristic(), |(_, subnet)| subnet);
         net.activate(&chosen)?;
+        Ok(chosen)
+    }
+
+    pub fn sparse_peft(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
+        let mut net = supernet(self.args, pruned, space.clone(), true)?;
+        self.train(&mut net, "sparse-peft", Sampling::PerStep)?;
+        // A merged rank costs nothing.
+        let chosen = self.better_of_two(&mut net)?;
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
         let merged = Merger::new().merge(&net, &sample)?;
         // What is measured is what was written: in the checkpoint's own type, read back.
@@ -345,11 +369,7 @@ impl Run<'_> {
         let folder = self.out.join("merged");
         pretrained.write_variant(&merged.model, &folder, true)?;
         let written = Pretrained::open(&folder, &pretrained.model.device())?.model;
-        let mut lost = 0;
-        for ((_, before), (_, after)) in pruned.linears().zip(written.linears()) {
-            let (before, after) = (before.base.to_matrix(), after.base.to_matrix());
-            lost += before.as_slice().iter().zip(after.as_slice()).filter(|(b, a)| **b == 0.0 && **a != 0.0).count();
-        }
+        let lost = zeros_lost(pruned, &written);
         common::say!(
             "merged {} layers: {lost} zeros lost; logits differ by at most {:.1e} in f32, {:.1e} as written in {}",
             merged.report.layers.len(),
@@ -366,7 +386,7 @@ impl Run<'_> {
     }
 
     /// The space and the subnet beside what was made of it.
-    fn write_subnet(&self, net: &SuperNet, subnet: &SubnetConfig, name: &str) -> Result<()> {
+    pub fn write_subnet(&self, net: &SuperNet, subnet: &SubnetConfig, name: &str) -> Result<()> {
         let path = |what: &str| -> PathBuf { self.out.join(format!("{name}_{what}.json")) };
         atomic::write_json(path("space"), net.space())?;
         atomic::write_json(path("subnet"), subnet)?;
@@ -375,8 +395,18 @@ impl Run<'_> {
     }
 }
 
+/// Zeros of a model's linear layers that another's have not.
+pub fn zeros_lost(before: &Decoder, after: &Decoder) -> usize {
+    let layers = before.linears().zip(after.linears());
+    let lost = layers.map(|((_, before), (_, after))| {
+        let (before, after) = (before.base.to_matrix(), after.base.to_matrix());
+        before.as_slice().iter().zip(after.as_slice()).filter(|(b, a)| **b == 0.0 && **a != 0.0).count()
+    });
+    lost.sum()
+}
+
 /// The largest absolute difference between two models' logits on token sequences.
-fn max_logit_difference(a: &Decoder, b: &Decoder, sample: &[Vec<u32>]) -> Result<f32> {
+pub fn max_logit_difference(a: &Decoder, b: &Decoder, sample: &[Vec<u32>]) -> Result<f32> {
     let mut largest = 0.0;
     for ids in sample {
         let (a, b) = (a.forward(a.tokens(ids, 1)?), b.forward(b.tokens(ids, 1)?));

@@ -1,22 +1,46 @@
 //! What the arguments alone decide, and the folder of results.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use elastic_lora::adapter::LoraConfig;
-use elastic_lora::io::atomic;
+use elastic_lora::io::{HfConfig, QuantizationConfig, atomic};
+use elastic_lora::linalg::Matrix;
+use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
 use elastic_lora::sparsity::{ChannelScore, Pattern};
 use elastic_lora::train::{Checkpointing, TrainConfig};
 use elastic_lora::{Error, Result};
 use serde_json::{Map, Value};
 
-use crate::Args;
+use crate::{Args, FileFormat, QaStart, Quantize};
 
 /// Folders that a run makes.
-const FOLDERS: [&str; 10] =
-    ["lora", "shears", "sparse-peft", "pruned", "merged", "adapter", "lora-dense", "lonas", "best", "smallest"];
+const FOLDERS: [&str; 21] = [
+    "lora",
+    "shears",
+    "sparse-peft",
+    "pruned",
+    "merged",
+    "adapter",
+    "lora-dense",
+    "lonas",
+    "best",
+    "smallest",
+    "lora-adapter",
+    "sqft",
+    "sqft-adapter",
+    "sqft-qa",
+    "pruned-rtn",
+    "pruned-gptq",
+    "sparsegpt-gptq",
+    "joint",
+    "merged-rtn",
+    "merged-gptq",
+    "merged-quantized",
+];
 
 /// Files that a run makes.
-const FILES: [&str; 15] = [
+const FILES: [&str; 22] = [
     RUN,
     "report.json",
     "merge_report.json",
@@ -32,6 +56,13 @@ const FILES: [&str; 15] = [
     "channel_order.json",
     "best_subnet.json",
     "smallest_subnet.json",
+    "merge_report_quantized.json",
+    "sqft-adapter_space.json",
+    "sqft-adapter_subnet.json",
+    "sqft-adapter_ranks.json",
+    "merged-quantized_space.json",
+    "merged-quantized_subnet.json",
+    "merged-quantized_ranks.json",
 ];
 
 /// The arguments of the run that a folder belongs to, and what it read: there from the run's first moment on.
@@ -43,7 +74,31 @@ pub struct Settings {
     pub train: TrainConfig,
     /// How channels are ranked, where they are sorted.
     pub order: Option<ChannelScore>,
+    /// To which grids weights are rounded.
+    pub grid: GridConfig,
     pub out: PathBuf,
+}
+
+/// The grids that the arguments ask for, for what the files can hold.
+fn grid(args: &Args) -> Result<GridConfig> {
+    let group_size = match args.group_size.as_str() {
+        "row" => None,
+        size => match size.parse() {
+            Ok(size) if size > 0 => Some(size),
+            _ => return Err(Error::argument("group-size", size, "a number of weights, or `row`")),
+        },
+    };
+    let grid = GridConfig::new(args.bits)
+        .with_group_size(group_size)
+        .with_symmetric(args.symmetric)
+        .with_scale_dtype(ScaleDtype::F16)
+        .with_zero_from_one(args.file_format == FileFormat::Gptq);
+    grid.validate()?;
+    if args.quantize == Quantize::Joint && args.qa_start == Some(QaStart::Sparse) {
+        let expected = "gptq: pruning and rounding in one pass leaves no weights that are pruned alone";
+        return Err(Error::argument("qa-start", "sparse", expected));
+    }
+    Ok(grid)
 }
 
 /// The adapters' settings at a largest rank.
@@ -94,7 +149,27 @@ impl Settings {
         train.validate()?;
         let out = args.out.clone().unwrap_or_else(|| PathBuf::from("target/compress"));
         check_out(args, &out)?;
-        Ok(Self { pattern, train, order, out })
+        Ok(Self { pattern, train, order, grid: grid(args)?, out })
+    }
+
+    /// Checks that the files' format can hold the integers of every layer of a model.
+    pub fn check_format(&self, args: &Args, config: &HfConfig) -> Result<()> {
+        let mut shapes = BTreeSet::new();
+        for layer in config.linear_layers() {
+            if !shapes.insert([layer.d_output, layer.d_input]) {
+                continue;
+            }
+            if let Some(size) = self.grid.group_size.filter(|size| *size > layer.d_input) {
+                let expected = format!("at most the {} inputs of `{}`, or `row`", layer.d_input, layer.name);
+                return Err(Error::argument("group-size", size, expected));
+            }
+            let rounded = round_to_nearest(&Matrix::zeros(layer.d_output, layer.d_input), &self.grid, None)?;
+            let layers = BTreeMap::from([(layer.name.clone(), rounded)]);
+            let name = layer.name.clone();
+            let format = QuantizationConfig::for_layers(args.file_format.into(), &layers, &[layer])?;
+            format.layer_tensors(&name, &layers[&name])?;
+        }
+        Ok(())
     }
 
     /// Makes the folder of results ready for a new run, or for one that goes on where `identity` and the arguments are those

@@ -1,0 +1,248 @@
+//! Sparse models of integers, tuned: the rows of the paper's table 2, all by the same trainer.
+//!
+//! What a row measures is what was written: models and adapters are read back from their folders.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use elastic_lora::calib::{QuantizeConfig, QuantizeMethod, prune_model, quantize_model};
+use elastic_lora::format::{PackedMatrix, QuantizedMatrix};
+use elastic_lora::io::peft::LoraAdapter;
+use elastic_lora::io::report::Row;
+use elastic_lora::io::{DType, atomic};
+use elastic_lora::model::{Decoder, Pretrained};
+use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::sparsity::{self, Mask};
+use elastic_lora::supernet::QaConfig;
+use elastic_lora::train::Sampling;
+use elastic_lora::{Error, Merger, Result, SearchSpace, SuperNet};
+
+use crate::pipeline::{Run, max_logit_difference, supernet, zeros_lost};
+use crate::{Method, QaStart, Quantize};
+
+/// The row that the others are relative to.
+const LORA: &str = "LoRA";
+
+/// The type that adapters are written in.
+const ADAPTER: DType = DType::F16;
+
+/// A model of integers as its folder gives it.
+struct Quantized {
+    model: Decoder,
+    layers: BTreeMap<String, QuantizedMatrix>,
+    folder: &'static str,
+}
+
+impl Quantized {
+    /// The model with the weights of these layers packed in memory as in the files.
+    fn packed(&self, of: &Decoder, which: impl Fn(&str) -> bool) -> Result<Decoder> {
+        let (mut model, device) = (of.clone(), of.device());
+        model.try_for_each_linear(|name, layer| {
+            if let Some(matrix) = self.layers.get(name).filter(|_| which(name)) {
+                let bias = layer.base.bias.as_ref().map(|bias| host_values(bias.val()));
+                layer.base = BaseLinear::from_quantized(PackedMatrix::new(matrix), bias.as_deref(), &device)?;
+            }
+            Ok(())
+        })?;
+        Ok(model)
+    }
+}
+
+impl Run<'_> {
+    /// The rows of table 2 that `--method` asks for.
+    pub fn table_2(&mut self, base: &Decoder, space: &SearchSpace) -> Result<()> {
+        let (args, dtype) = (self.args, self.task.pretrained.dtype);
+        let all = args.method == Method::Table2;
+        let folder = self.task.pretrained.folder.clone();
+        self.stored_as(dtype.to_string(), &[&folder])?;
+        let pruned = self.pruned(base)?;
+        self.stored_as(dtype.to_string(), &[&self.out.join("pruned")])?;
+
+        let mut rounded = Vec::new();
+        let integers = args.method != Method::SqftSparsePeft;
+        if all || (integers && args.quantize == Quantize::Rtn) {
+            let method = QuantizeMethod::Nearest;
+            rounded.push((Quantize::Rtn, self.rounded("pruned, rounded to nearest", "pruned-rtn", &pruned, method)?));
+        }
+        if all || (integers && args.quantize == Quantize::Gptq) {
+            let method = QuantizeMethod::Gptq;
+            rounded.push((Quantize::Gptq, self.rounded("pruned, then GPTQ", "pruned-gptq", &pruned, method)?));
+        }
+        if all && args.prune != sparsity::Method::SparseGpt {
+            let mut sparse = base.clone();
+            let (samples, pattern) = (&self.task.calibration, &self.settings.pattern);
+            prune_model(&mut sparse, samples, sparsity::Method::SparseGpt, pattern, |_, _| {})?;
+            self.rounded("SparseGPT, then GPTQ", "sparsegpt-gptq", &sparse, QuantizeMethod::Gptq)?;
+        }
+        if all || (integers && args.quantize == Quantize::Joint) {
+            let method = QuantizeMethod::SparseGptq(self.settings.pattern);
+            rounded.push((Quantize::Joint, self.rounded("SparseGPT and GPTQ in one", "joint", base, method)?));
+        }
+        let rounded = rounded.into_iter().find(|(how, _)| *how == args.quantize).map(|(_, rounded)| rounded);
+
+        if all {
+            let layers: Vec<_> =
+                pruned.layer_shapes().into_iter().filter(|l| space.group_of_layer(&l.name).is_some()).collect();
+            let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
+            let lora = Apart { name: LORA, training: "lora", adapter: "lora-adapter", base: "pruned" };
+            self.apart(&lora, &pruned, fixed, Sampling::Fixed)?;
+            let shears = Apart { name: "Shears", training: "shears", adapter: "adapter", base: "pruned" };
+            self.apart(&shears, &pruned, space.clone(), Sampling::PerStep)?;
+        }
+        if args.method.includes(Method::SqftSparsePeft) {
+            self.sparse_peft(&pruned, space)?;
+            let merged = self.out.join("merged");
+            self.stored_as(format!("{dtype}, merged"), &[&merged])?;
+            if all {
+                let merged = Pretrained::open(&merged, &pruned.device())?.model;
+                let nearest = QuantizeMethod::Nearest;
+                self.rounded("SparsePEFT, merged, then rounded", "merged-rtn", &merged, nearest)?;
+                self.rounded("SparsePEFT, merged, then GPTQ", "merged-gptq", &merged, QuantizeMethod::Gptq)?;
+            }
+        }
+        if let Some(rounded) = &rounded {
+            if args.method.includes(Method::Sqft) {
+                let sqft = Apart { name: "SQFT", training: "sqft", adapter: "sqft-adapter", base: rounded.folder };
+                self.apart(&sqft, &rounded.packed(&rounded.model, |_| true)?, space.clone(), Sampling::PerStep)?;
+            }
+            if args.method.includes(Method::SqftQaSparsePeft) {
+                self.quantization_aware(&pruned, rounded, space)?;
+            }
+        }
+        let score = |row: &Row| row.accuracy.or(row.loss.map(|loss| (-loss).exp()));
+        let lora = self.report.rows.iter().find(|row| row.name == LORA).and_then(score);
+        for row in &mut self.report.rows {
+            row.relative = lora.zip(score(row)).map(|(lora, score)| score / lora);
+        }
+        Ok(())
+    }
+
+    /// Says of the last row how it is stored, and in which folders.
+    fn stored_as(&mut self, precision: String, folders: &[&Path]) -> Result<()> {
+        let mut bytes = 0;
+        for folder in folders {
+            bytes += weight_file_bytes(folder)?;
+        }
+        if let Some(row) = self.report.rows.last_mut() {
+            (row.precision, row.bytes) = (Some(precision), Some(bytes));
+        }
+        Ok(())
+    }
+
+    /// How integers of a weight are called.
+    fn integers(&self) -> String {
+        format!("INT{}", self.args.bits)
+    }
+
+    /// Rounds a model without training, and adds its row.
+    fn rounded(
+        &mut self,
+        name: &str,
+        folder: &'static str,
+        model: &Decoder,
+        method: QuantizeMethod,
+    ) -> Result<Quantized> {
+        let mut rounded = model.clone();
+        let config = QuantizeConfig::new(method, self.settings.grid);
+        let bar = indicatif::ProgressBar::new(0).with_prefix("quantize");
+        let layers = quantize_model(&mut rounded, &self.task.calibration, &config, |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        let model = self.written(&rounded, &layers, folder)?;
+        self.row(name, &model, None)?;
+        self.stored_as(self.integers(), &[&self.out.join(folder)])?;
+        Ok(Quantized { model, layers, folder })
+    }
+
+    /// Writes a model with these layers as integers, and reads it back.
+    fn written(&self, model: &Decoder, layers: &BTreeMap<String, QuantizedMatrix>, folder: &str) -> Result<Decoder> {
+        let (pretrained, path) = (&self.task.pretrained, self.out.join(folder));
+        pretrained.write_quantized(model, layers, self.args.file_format.into(), &path, true)?;
+        Ok(Pretrained::open(&path, &pretrained.model.device())?.model)
+    }
+
+    /// Trains adapters that stay apart from their base, and adds their row.
+    fn apart(&mut self, row: &Apart, base: &Decoder, space: SearchSpace, sampling: Sampling) -> Result<()> {
+        let mut net = supernet(self.args, base, space, false)?;
+        self.train(&mut net, row.training, sampling)?;
+        let chosen = self.better_of_two(&mut net)?;
+        let adapter = self.write_adapter(&net, row.base, row.adapter, ADAPTER)?;
+        let folder = self.out.join(row.base);
+        let read = Pretrained::open(&folder, &base.device())?.model;
+        let read = SuperNet::from_adapter(read, &LoraAdapter::open(&adapter)?)?;
+        self.row(row.name, read.model(), Some(&read))?;
+        let integers = read_is_quantized(&folder)?;
+        let base = if integers { self.integers() } else { self.task.pretrained.dtype.to_string() };
+        self.stored_as(format!("{base} + {ADAPTER}"), &[&folder, &adapter])?;
+        if let Some(row) = self.report.rows.last_mut() {
+            row.ranks = Some(net.space().values(&chosen)?);
+        }
+        if net.space().n_subnets() > 1.0 { self.write_subnet(&net, &chosen, row.adapter) } else { Ok(()) }
+    }
+
+    /// Trains through the grids of `rounded` under the sparse weights' mask, merges, and adds the row.
+    fn quantization_aware(&mut self, pruned: &Decoder, rounded: &Quantized, space: &SearchSpace) -> Result<()> {
+        let args = self.args;
+        let joint = args.quantize == Quantize::Joint;
+        let start = args.qa_start.unwrap_or(if joint { QaStart::Gptq } else { QaStart::Sparse });
+        let adapted = |name: &str| space.group_of_layer(name).is_some();
+        // Layers without an adapter are what they were rounded to in any case.
+        let base = rounded.packed(pruned, |name| start == QaStart::Gptq || !adapted(name))?;
+        let sparse = if joint { &rounded.model } else { pruned };
+        let layers = sparse.linears().filter(|(name, _)| adapted(name));
+        let masks = layers.map(|(name, layer)| (name, Mask::from_nonzero(&layer.base.to_matrix()))).collect();
+        let grids = rounded.layers.iter().filter(|(name, _)| adapted(name)).map(|(n, m)| (n.clone(), m.clone()));
+        let qa = QaConfig::new(grids.collect()).with_masks(masks).with_train_scales(args.train_scales);
+        let mut net = supernet(args, &base, space.clone(), true)?.with_quantization(&qa)?;
+        self.train(&mut net, "sqft-qa", Sampling::PerStep)?;
+        let chosen = self.better_of_two(&mut net)?;
+
+        let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
+        let merged = Merger::new().merge(&net, &sample)?;
+        let integers =
+            merged.model.linears().filter_map(|(name, layer)| Some((name, layer.base.quantized()?.unpack())));
+        let integers: BTreeMap<String, QuantizedMatrix> = integers.collect();
+        let written = self.written(&merged.model, &integers, "merged-quantized")?;
+        crate::common::say!(
+            "merged {} layers: {} zeros lost; logits differ by at most {:.1e}, as written by {:.1e}",
+            merged.report.layers.len(),
+            zeros_lost(sparse, &written),
+            merged.report.max_logit_difference.unwrap_or(0.0),
+            max_logit_difference(net.model(), &written, &sample)?
+        );
+        self.row("SQFT + QA-SparsePEFT", &written, None)?;
+        self.stored_as(format!("{}, merged", self.integers()), &[&self.out.join("merged-quantized")])?;
+        if let Some(row) = self.report.rows.last_mut() {
+            row.ranks = Some(net.space().values(&chosen)?);
+        }
+        atomic::write_json(self.out.join("merge_report_quantized.json"), &merged.report)?;
+        self.write_subnet(&net, &chosen, "merged-quantized")
+    }
+}
+
+/// A row whose adapters stay apart: its name, and the folders of its training, its adapters and its base.
+struct Apart {
+    name: &'static str,
+    training: &'static str,
+    adapter: &'static str,
+    base: &'static str,
+}
+
+fn read_is_quantized(folder: &Path) -> Result<bool> {
+    Ok(elastic_lora::io::HfConfig::open(folder)?.quantization().is_some())
+}
+
+/// Bytes of the weight files of a folder.
+fn weight_file_bytes(folder: &Path) -> Result<u64> {
+    let failed = |e| Error::io(folder, e);
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.path().extension().is_some_and(|extension| extension == "safetensors") {
+            bytes += std::fs::metadata(entry.path()).map_err(failed)?.len();
+        }
+    }
+    Ok(bytes)
+}
