@@ -302,6 +302,46 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
     assert!(!names.contains(&"model.layers.7.input_layernorm.weight".to_string()));
     assert!(names.contains(&"model.layers.7.post_attention_layernorm.weight".to_string()));
 
+    // Its readers round factors to 6 decimals; no width comes out another.
+    for heads in [7, 12, 32, 64] {
+        let mut raw = config.raw().clone();
+        raw.insert("hidden_size".into(), (128 * heads).into());
+        raw.insert("num_attention_heads".into(), heads.into());
+        raw.insert("num_key_value_heads".into(), heads.into());
+        let config = HfConfig::from_json(raw).unwrap();
+        for start in [0, 32, 64, 96] {
+            let block = |index: usize| BlockDims { n_heads: heads, n_kv_heads: heads, d_mlp: 256 * (1 + index) };
+            let blocks: Vec<BlockDims> = (start..start + 32).map(block).collect();
+            let deci = config.with_blocks(&blocks).unwrap();
+            assert_eq!((deci.family(), deci.blocks()), (Family::Deci, &blocks[..]));
+            for (item, block) in deci.raw()["block_configs"].as_array().unwrap().iter().zip(&blocks) {
+                let factor = item["ffn"]["ffn_mult"].as_f64().unwrap();
+                assert_eq!(factor, format!("{factor:.6}").parse::<f64>().unwrap());
+                assert_eq!(((2.0 * factor * 128.0 * heads as f64 / 3.0) as usize).next_multiple_of(256), block.d_mlp);
+            }
+        }
+    }
+    // Some of them take the hidden size by the number of heads for the size of a head.
+    let fewer: Vec<BlockDims> = (1..5).map(|n| BlockDims { n_heads: 16, n_kv_heads: 8, d_mlp: 256 * n }).collect();
+    assert_eq!(config.with_blocks(&fewer).unwrap().family(), Family::ElasticLlama);
+    // What other blocks have and this crate's have not.
+    for (part, field, value) in [
+        ("attention", "window_length", serde_json::json!(512)),
+        ("attention", "unshifted_sink", true.into()),
+        ("attention", "replace_with_linear", true.into()),
+        ("ffn", "moe", serde_json::json!({"num_local_experts": 4})),
+        ("ffn", "hidden_act", "gelu".into()),
+        ("ffn", "gated", false.into()),
+    ] {
+        let mut raw = deci.raw().clone();
+        for (index, refused) in [(if part == "ffn" { 9 } else { 7 }, field == "replace_with_linear"), (2, true)] {
+            raw["block_configs"][index][part][field] = value.clone();
+            let result = HfConfig::from_json(raw.clone());
+            assert_eq!(result.is_err(), refused, "{part}.{field} of block {index}: {result:?}");
+            raw = deci.raw().clone();
+        }
+    }
+
     // Fewer query heads in one block, or a width that is no multiple of 256, only this crate's own form says.
     for change in [|b: &mut BlockDims| b.n_heads = 16, |b: &mut BlockDims| b.d_mlp = 300] {
         let mut blocks = blocks.clone();

@@ -15,14 +15,15 @@ use common::{load, load_i32, max_diff, shared};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::data::arithmetic::{Kind, Split, problems};
 use elastic_lora::data::{Batcher, Sequence, TextTokenizer, bpe_tokenizer_config, train_bpe};
-use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
+use elastic_lora::io::hf::{BlockDims, HfConfig, HfFolder, LlamaDims};
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::tensors::write_safetensors;
-use elastic_lora::io::{Checkpoint, DType, HostTensor, LoraAdapter, LoraWeights};
+use elastic_lora::io::{Checkpoint, DType, Family, HostTensor, LoraAdapter, LoraWeights};
 use elastic_lora::linalg::Matrix;
+use elastic_lora::merge::MergeMode;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
-use elastic_lora::space::{SearchSpace, SubnetConfig};
+use elastic_lora::space::{Elastic, Group, SearchSpace, SubnetConfig};
 use elastic_lora::sparsity::{Pattern, magnitude_scores, prune};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
@@ -265,6 +266,59 @@ fn transformers_reads_pruned_and_merged_models() {
         assert_eq!(zeros(&merged), zeros(&model));
         let folder = scratch.path().join(format!("merged-{which}"));
         arguments.extend(write_checked(&merged, &base, &folder, DType::F32, u64::MAX));
+    }
+    run(python, "check_transformers.py", &arguments);
+}
+
+/// The subnets of smaller width, fewer heads and less depth that are alike in all blocks have stock configs.
+#[test]
+fn transformers_reads_extracted_models() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut arguments = Vec::new();
+    for (which, base) in bases(scratch.path()).into_iter().enumerate() {
+        let model = load(&base);
+        let (layers, n_blocks) = (model.layer_shapes(), model.layers.len());
+        let (all, head_dim) = (model.config().blocks()[0], model.config().head_dim());
+        let adapted: Vec<_> =
+            layers.iter().filter(|l| l.name.ends_with("q_proj") || l.name.ends_with("down_proj")).cloned().collect();
+        let fewer = BlockDims {
+            n_heads: all.n_heads / all.n_kv_heads * (all.n_kv_heads - 1),
+            n_kv_heads: all.n_kv_heads - 1,
+            d_mlp: all.d_mlp * 2 / 3,
+        };
+        assert!(fewer.n_heads > 0);
+        let width = |names: &[&str], choices: [usize; 2]| {
+            SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices).unwrap()
+        };
+        let blocks = (0..n_blocks).rev().map(|block| format!("model.layers.{block}")).collect();
+        let space = SearchSpace::per_layer(&adapted, &[8, 3])
+            .unwrap()
+            .with_groups(width(&["gate_proj", "up_proj"], [all.d_mlp, fewer.d_mlp]))
+            .unwrap()
+            .with_groups(width(&["q_proj", "k_proj", "v_proj"], [all.n_heads, fewer.n_heads].map(|n| n * head_dim)))
+            .unwrap()
+            .with_groups([Group::of_kind(Elastic::Depth, "depth", blocks, vec![n_blocks, n_blocks - 1]).unwrap()])
+            .unwrap();
+        let ids = random_ids(&model, 30, 71);
+        let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(8).with_alpha(13.0))).unwrap();
+        let sequences = ids.chunks(15).map(|c| Sequence::unmasked(c.to_vec())).collect();
+        let config = TrainConfig { lr: 0.05, ..TrainConfig::new(2) };
+        Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 5).unwrap(), &[]).unwrap();
+        for depth in [n_blocks, n_blocks - 1] {
+            let mut subnet = net.minimal();
+            subnet.set("depth", depth);
+            net.activate(&subnet).unwrap();
+            let unmerged = logits(&net.eval_model(), &ids);
+            let extracted = Merger::new().with_mode(MergeMode::Dense).extract(&net, &[]).unwrap().model;
+            assert!(max_diff(&logits(&extracted, &ids), &unmerged) < 1e-4);
+            let config = extracted.config();
+            assert_eq!(config.blocks(), vec![fewer; depth]);
+            assert_eq!((config.family(), config.head_dim()), (Family::Llama, head_dim));
+            assert!(!config.raw().contains_key("block_configs"));
+            let folder = scratch.path().join(format!("extracted-{which}-{depth}"));
+            arguments.extend(write_checked(&extracted, &base, &folder, DType::F32, u64::MAX));
+        }
     }
     run(python, "check_transformers.py", &arguments);
 }

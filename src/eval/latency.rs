@@ -12,7 +12,7 @@ use crate::io::hf::BlockDims;
 use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
 use crate::space::{Elastic, SubnetConfig};
-use crate::supernet::SuperNet;
+use crate::supernet::{SubnetCost, SuperNet};
 
 /// What a model is timed at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,10 +52,19 @@ impl Phase {
     }
 }
 
+/// Weights of this many bytes are in no cache by the time the last of them has been read.
+const PAST_CACHES: usize = 256 << 20;
+
 /// The least of `repeats` runs after one that is not counted, in milliseconds: what else the machine does only adds to it.
 fn least_ms(repeats: usize, mut run: impl FnMut()) -> f64 {
+    least_ms_after(repeats, || {}, &mut run)
+}
+
+/// As [`least_ms`], with something before each run that is not timed.
+fn least_ms_after(repeats: usize, mut before: impl FnMut(), mut run: impl FnMut()) -> f64 {
     run();
     let mut time = || {
+        before();
         let started = Instant::now();
         run();
         1e3 * started.elapsed().as_secs_f64()
@@ -82,7 +91,8 @@ pub fn measure_ms(model: &Decoder, phase: Phase, repeats: usize) -> Result<f64> 
     }
     let tokens = model.tokens(&vec![0; timed], 1)?;
     Ok(least_ms(repeats, || {
-        let hidden = model.hidden_states(tokens.clone(), Some(&mut held.clone()));
+        held.truncate(before);
+        let hidden = model.hidden_states(tokens.clone(), Some(&mut held));
         wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
     }))
 }
@@ -90,7 +100,9 @@ pub fn measure_ms(model: &Decoder, phase: Phase, repeats: usize) -> Result<f64> 
 /// Measured times of a model's parts, at every size that a search space offers: the latency of a subnet is their sum, so that a
 /// search runs none of them (the table of ProxylessNAS, arXiv 1812.00332).
 ///
-/// The parts are timed as they are when a subnet has been extracted: dense, adapters merged.
+/// The parts are timed as they are when a subnet has been extracted: dense, adapters merged. One token costs the reading of the
+/// weights, which a part that is run again and again would find in the processor's cache and in a model does not: so as many copies
+/// of it are timed, one after the other, as no cache holds, or as the model has blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LatencyTable {
     /// What was timed.
@@ -115,7 +127,8 @@ impl LatencyTable {
         repeats: usize,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self> {
-        let (model, config) = (net.model(), net.model().config());
+        let model = net.eval_model();
+        let config = model.config();
         phase.check(config)?;
         let (mut attentions, mut widths) = (BTreeSet::new(), BTreeSet::new());
         for subnet in one_change(net) {
@@ -133,14 +146,15 @@ impl LatencyTable {
         };
         let (before, timed) = phase.tokens();
         let ids = model.tokens(&vec![0; timed], 1)?;
-        let rest_ms = told(least_ms(repeats, || {
+        // As in the model, after a block.
+        let block = || wait(&model.block(config.num_hidden_layers() - 1, model.embed(ids.clone()), None));
+        let rest_ms = told(least_ms_after(repeats, block, || {
             let hidden = model.norm.forward(model.embed(ids.clone()));
             wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
         }));
-        let dtype = model.weight_dtype();
         let mut part = |dims: BlockDims| -> Result<f64> {
-            let part = Decoder::init(&part_config(config, dims)?, 1, &device)?.with_weight_dtype(dtype)?;
-            Ok(told(time_block(&part, before, timed, repeats, &device)))
+            let part = part_model(&model, dims, timed, &device)?;
+            Ok(told(time_blocks(&part, before, timed, repeats, &device)))
         };
         let mut attention_ms = Vec::with_capacity(attentions.len());
         for (n_heads, n_kv_heads) in attentions {
@@ -187,9 +201,9 @@ fn one_change(net: &SuperNet) -> Vec<SubnetConfig> {
     subnets
 }
 
-/// One block of these sizes and next to no vocabulary.
-fn part_config(config: &HfConfig, dims: BlockDims) -> Result<HfConfig> {
-    let mut raw = config.with_blocks(&[dims])?.raw().clone();
+/// `n` blocks of these sizes and next to no vocabulary.
+fn part_config(config: &HfConfig, dims: BlockDims, n: usize) -> Result<HfConfig> {
+    let mut raw = config.with_blocks(&vec![dims; n])?.raw().clone();
     raw.insert("vocab_size".into(), 8.into());
     for token in ["bos_token_id", "eos_token_id", "pad_token_id"] {
         raw.insert(token.into(), serde_json::Value::Null);
@@ -197,19 +211,40 @@ fn part_config(config: &HfConfig, dims: BlockDims) -> Result<HfConfig> {
     HfConfig::from_json(raw)
 }
 
-fn time_block(model: &Decoder, before: usize, timed: usize, repeats: usize, device: &Device) -> f64 {
-    let d_model = model.config().hidden_size();
+/// Random blocks of these sizes, stored as `model`'s: one, or for one token as many as no cache holds, but no more than `model` has.
+fn part_model(model: &Decoder, dims: BlockDims, timed: usize, device: &Device) -> Result<Decoder> {
+    let (config, dtype) = (part_config(model.config(), dims, 1)?, model.weight_dtype());
+    let part = Decoder::init(&config, 1, device)?.with_weight_dtype(dtype)?;
+    let bytes = SubnetCost::of_config(&config).params * dtype.size();
+    let n = if timed > 1 { 1 } else { PAST_CACHES.div_ceil(bytes).min(model.config().num_hidden_layers()) };
+    let blocks = vec![part.layers[0].clone(); n];
+    let mut part = part.with_layers(blocks, part_config(model.config(), dims, n)?);
+    // Each in memory of its own.
+    part.try_for_each_linear(|_, layer| layer.base.set_matrix(&layer.base.to_matrix()))?;
+    Ok(part)
+}
+
+/// Milliseconds of one of a model's blocks, which are alike.
+fn time_blocks(model: &Decoder, before: usize, timed: usize, repeats: usize, device: &Device) -> f64 {
+    let (d_model, n) = (model.config().hidden_size(), model.layers.len());
     let input = |n: usize| Tensor::<3>::random([1, n, d_model], Distribution::Normal(0.0, 1.0), device);
-    let mut held = KvCache::new(1);
+    let mut held = KvCache::new(n);
+    let run = |x: Tensor<3>, cache: &mut KvCache| {
+        let mut x = x;
+        let mut pass = model.pass(cache.n_tokens(), x.dims()[1], Some(cache));
+        for (index, block) in model.layers.iter().enumerate() {
+            x = block.forward(x, index, &mut pass);
+        }
+        wait(&x);
+    };
     if before > 0 {
-        let mut pass = model.pass(0, before, Some(&mut held));
-        wait(&model.layers[0].forward(input(before), 0, &mut pass));
+        run(input(before), &mut held);
         held.advance(before);
     }
     let x = input(timed);
-    least_ms(repeats, || {
-        let mut cache = held.clone();
-        let mut pass = model.pass(before, timed, Some(&mut cache));
-        wait(&model.layers[0].forward(x.clone(), 0, &mut pass));
-    })
+    let all = least_ms(repeats, || {
+        held.truncate(before);
+        run(x.clone(), &mut held);
+    });
+    all / n as f64
 }

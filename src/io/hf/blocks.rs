@@ -1,8 +1,9 @@
 //! The sizes of each block, where they differ: `block_configs`, as DeciLM ("Nemotron-NAS") has it.
 //!
 //! DeciLM says key/value heads as `attention.n_heads_in_group`, the query heads of each, and the MLP's width as a multiple of the
-//! hidden size, `ffn.ffn_mult`: `int(2 * ffn_mult * hidden_size / 3)` rounded up to a multiple of 256. Query heads are the same in
-//! all blocks there. What it cannot say stands in two fields of this crate's own, `attention.num_attention_heads` and
+//! hidden size, `ffn.ffn_mult`, which its readers round to 6 decimals: `int(2 * ffn_mult * hidden_size / 3)` rounded up to a multiple
+//! of 256. Query heads are the same in all blocks there, and some readers take the hidden size divided by their number as the size of
+//! a head, whatever `head_dim` says. What it cannot say stands in two fields of this crate's own, `attention.num_attention_heads` and
 //! `ffn.intermediate_size`, under another model type, so that no reader takes such a file for what it is not.
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,10 @@ use crate::io::fields::{Fields, bad_field};
 const FIELD: &str = "block_configs";
 /// DeciLM's widths are multiples of this.
 const MULTIPLE: usize = 256;
+/// What blocks may have beyond this crate's model, where it is neither null nor false.
+const ATTENTION_OPTIONS: [&str; 6] =
+    ["window_length", "num_sink_tokens", "use_prefill_window_in_sink_attention", "unshifted_sink", "mamba", "llama4"];
+const MLP_OPTIONS: [&str; 1] = ["moe"];
 
 /// The sizes of one block: an attention without heads or an MLP without width is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -71,10 +76,23 @@ pub(super) fn parse(
         let (attention, mlp) = (part("attention")?, part("ffn")?);
         let (at_attention, at_mlp) = (format!("{FIELD}[{index}].attention."), format!("{FIELD}[{index}].ffn."));
         let (attention, mlp) = (Fields { map: attention, prefix: &at_attention }, Fields { map: mlp, prefix: &at_mlp });
-        for (fields, at) in [(&attention, &at_attention), (&mlp, &at_mlp)] {
+        let options = [(&attention, &at_attention, &ATTENTION_OPTIONS[..]), (&mlp, &at_mlp, &MLP_OPTIONS[..])];
+        for (fields, at, options) in options {
             if fields.bool("replace_with_linear")?.unwrap_or(false) {
                 return Err(bad_field(format!("{at}replace_with_linear"), "a linear layer in the place of a block"));
             }
+            if fields.bool("no_op")?.unwrap_or(false) {
+                continue;
+            }
+            let on = |value: &Value| !matches!(value, Value::Null | Value::Bool(false));
+            if let Some(option) = options.iter().find(|option| fields.map.get(**option).is_some_and(on)) {
+                return Err(bad_field(format!("{at}{option}"), "not supported"));
+            }
+        }
+        let act = mlp.map.get("hidden_act").filter(|act| !act.is_null() && *act != "silu");
+        let other = act.is_some() || mlp.bool("gated")? == Some(false);
+        if other && !mlp.bool("no_op")?.unwrap_or(false) {
+            return Err(bad_field(format!("{at_mlp}hidden_act"), "an MLP that is not gated by silu"));
         }
         let (n_heads, n_kv_heads) = if attention.bool("no_op")?.unwrap_or(false) {
             (0, 0)
@@ -97,11 +115,8 @@ pub(super) fn parse(
             match (mlp.size("intermediate_size", MAX_WIDTH)?, mlp.f64("ffn_mult")?) {
                 (Some(width), _) => width,
                 (None, Some(factor)) => {
-                    let width = (2.0 * factor * hidden_size as f64 / 3.0).trunc();
-                    if !(width >= 1.0 && width <= MAX_WIDTH as f64) {
-                        return Err(bad_field(format!("{at_mlp}ffn_mult"), format!("{factor} gives no width")));
-                    }
-                    (width as usize).next_multiple_of(MULTIPLE)
+                    let width = deci_width(hidden_size, factor);
+                    width.ok_or_else(|| bad_field(format!("{at_mlp}ffn_mult"), format!("{factor} gives no width")))?
                 }
                 (None, None) => return Err(bad_field(format!("{at_mlp}ffn_mult"), "missing")),
             }
@@ -140,10 +155,10 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     }
     let heads = most(|block| block.n_heads);
     let deci = config.sliding_window().is_none()
+        && [0, config.hidden_size()].contains(&(heads * config.head_dim()))
         && blocks.iter().all(|block| {
-            [0, heads].contains(&block.n_heads)
-                && block.d_mlp % MULTIPLE == 0
-                && deci_width(config.hidden_size(), block.d_mlp) == block.d_mlp
+            let width = deci_width(config.hidden_size(), factor(config.hidden_size(), block.d_mlp));
+            [0, heads].contains(&block.n_heads) && (!block.has_mlp() || width == Some(block.d_mlp))
         });
     family(&mut raw, if deci { Family::Deci } else { Family::ElasticLlama });
     // Of a model without any attention, the number of heads says nothing; the field must be there all the same.
@@ -173,10 +188,15 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
 
 /// DeciLM's factor for a width.
 fn factor(hidden_size: usize, width: usize) -> f64 {
-    3.0 * width as f64 / (2.0 * hidden_size as f64)
+    rounded(3.0 * width as f64 / (2.0 * hidden_size as f64))
 }
 
-/// The width that DeciLM makes of the factor for `width`.
-fn deci_width(hidden_size: usize, width: usize) -> usize {
-    ((2.0 * factor(hidden_size, width) * hidden_size as f64 / 3.0).trunc() as usize).next_multiple_of(MULTIPLE)
+fn rounded(factor: f64) -> f64 {
+    (factor * 1e6).round() / 1e6
+}
+
+/// The width that DeciLM makes of a factor.
+fn deci_width(hidden_size: usize, factor: f64) -> Option<usize> {
+    let width = (2.0 * rounded(factor) * hidden_size as f64 / 3.0).trunc();
+    (width >= 1.0 && width <= MAX_WIDTH as f64).then(|| (width as usize).next_multiple_of(MULTIPLE))
 }

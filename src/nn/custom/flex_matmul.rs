@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::flex_few::{self, MOST_ROWS};
 use super::flex_gemm::{Engine, Kind, Numbers, Operand, Output};
 
 /// Multiplications below which other threads are not worth waking.
@@ -234,6 +235,7 @@ impl<'a> Weight<'a> {
     pub fn engine(&self, m: usize) -> Option<Engine> {
         let multiplications = m * self.dims[0] * self.dims[1];
         match self.values {
+            _ if m <= MOST_ROWS && self.strides.contains(&1) => None,
             Values::F32(_) if m < PACKED_ROWS || multiplications < PACKED => None,
             Values::F32(_) => Engine::new(Kind::F32, true),
             _ if multiplications < SERIAL => None,
@@ -243,12 +245,27 @@ impl<'a> Weight<'a> {
     }
 
     /// `out = a self`, or `out += a self`, for `a` `[m, k]` and this weight `[k, n]`, with `width` elements from row to row
-    /// of `out`. A weight of 16 bits is never widened whole, but panel by panel.
+    /// of `out`. A few rows are multiplied as [`flex_few`] does it. A weight of 16 bits is never widened whole, but panel by panel.
     ///
     /// # Safety
     /// `a` lies in memory that is alive, and `out`, with room for the product, is written by nobody else.
     pub unsafe fn multiply(&self, m: usize, a: Matrix, out: Shared, width: usize, add: bool) {
         let [k, n] = self.dims;
+        if m <= MOST_ROWS {
+            let (start, strides) = (self.start, self.strides.map(isize::unsigned_abs));
+            let output = flex_few::Output { out, width, add };
+            // SAFETY: the caller's promise.
+            let done = unsafe {
+                match self.values {
+                    Values::F32(values) => flex_few::multiply(m, a, &values[start..], self.dims, strides, output),
+                    Values::Bf16(values) => flex_few::multiply(m, a, &values[start..], self.dims, strides, output),
+                    Values::F16(values) => flex_few::multiply(m, a, &values[start..], self.dims, strides, output),
+                }
+            };
+            if done {
+                return;
+            }
+        }
         if let Some(engine) = self.engine(m) {
             // SAFETY: the caller's promise.
             unsafe { engine.product([m, n], a.left(k), self.right(), Output { out, width, factor: 1.0, add }) };

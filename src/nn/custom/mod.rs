@@ -30,6 +30,8 @@ mod flex;
 #[cfg(feature = "flex")]
 mod flex_attention;
 #[cfg(feature = "flex")]
+mod flex_few;
+#[cfg(feature = "flex")]
 mod flex_gemm;
 #[cfg(feature = "flex")]
 mod flex_linear;

@@ -55,36 +55,39 @@ impl Level {
     }
 }
 
-/// Compiles a function for each [`Level`]. `FMA` says whether a fused multiply-add is one instruction: where it is not, the
+/// Compiles a function, which may have a parameter of type, for each [`Level`]. `FMA` says whether a fused multiply-add is one instruction: where it is not, the
 /// standard library's is a call.
 macro_rules! kernel {
-    ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool $(, $t:ident: $bound:ident)?>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
-        pub(super) fn $name(level: Level, $($arg: $type),*) $(-> $ret)? {
+        pub(in crate::nn::custom) fn $name$(<$t: $bound>)?(level: Level, $($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
-            fn body<const $fma: bool>($($arg: $type),*) $(-> $ret)? $body
+            fn body<const $fma: bool $(, $t: $bound)?>($($arg: $type),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            fn avx2($($arg: $type),*) $(-> $ret)? {
-                body::<true>($($arg),*)
+            fn avx2$(<$t: $bound>)?($($arg: $type),*) $(-> $ret)? {
+                body::<true $(, $t)?>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,avx512f")]
-            fn avx512($($arg: $type),*) $(-> $ret)? {
-                body::<true>($($arg),*)
+            fn avx512$(<$t: $bound>)?($($arg: $type),*) $(-> $ret)? {
+                body::<true $(, $t)?>($($arg),*)
             }
             match level.0 {
-                Kind::Portable => body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
+                Kind::Portable => body::<{ cfg!(target_arch = "aarch64") } $(, $t)?>($($arg),*),
                 // SAFETY: a `Level` beyond `Portable` comes from `Level::detect` alone, which asked the processor.
                 #[cfg(target_arch = "x86_64")]
-                Kind::Avx2 => unsafe { avx2($($arg),*) },
+                Kind::Avx2 => unsafe { avx2$(::<$t>)?($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                Kind::Avx512 => unsafe { avx512($($arg),*) },
+                Kind::Avx512 => unsafe { avx512$(::<$t>)?($($arg),*) },
             }
         }
     };
 }
+
+// Below the macro, which is not there before.
+pub(super) mod lines;
 
 #[inline(always)]
 fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
