@@ -63,13 +63,9 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
     orthonormalize(&mut left);
     // The matrix on that basis, k rows, whose own singular vectors follow from a small symmetric matrix.
     right = products(&turned, &left);
-    let mut gram = vec![vec![0.0_f64; k]; k];
-    for i in 0..k {
-        for j in 0..=i {
-            gram[i][j] = dot(right.row(i), right.row(j));
-            gram[j][i] = gram[i][j];
-        }
-    }
+    // Each product from the same two rows in the same order, so that it is symmetric to the last bit.
+    let entry = |i: usize, j: usize| dot(right.row(i.max(j)), right.row(i.min(j)));
+    let gram = (0..k).map(|i| (0..k).map(|j| entry(i, j)).collect()).collect();
     let (values, vectors) = symmetric_eigen(gram);
     let mut order: Vec<usize> = (0..k).collect();
     order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
@@ -151,10 +147,9 @@ fn symmetric_eigen(mut matrix: Vec<Vec<f64>>) -> (Vec<f64>, Vec<Vec<f64>>) {
                 for row in matrix.iter_mut().chain(&mut vectors) {
                     (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);
                 }
-                for i in 0..n {
-                    let (at_p, at_q) = (matrix[p][i], matrix[q][i]);
-                    matrix[p][i] = c * at_p - s * at_q;
-                    matrix[q][i] = s * at_p + c * at_q;
+                let (before, from_q) = matrix.split_at_mut(q);
+                for (at_p, at_q) in before[p].iter_mut().zip(from_q[0].iter_mut()) {
+                    (*at_p, *at_q) = (c * *at_p - s * *at_q, s * *at_p + c * *at_q);
                 }
             }
         }
