@@ -1,7 +1,7 @@
 //! A guess at all subnets from the losses of a few, for a search to begin with: a loss that is additive over groups.
 //!
 //! The losses may come for free, from the log of the training itself
-//! ([`TrainConfig::observations`](crate::train::TrainConfig::observations)). NNCF's "min-loss" heuristic takes the subnet whose
+//! (`TrainConfig::observations`). NNCF's "min-loss" heuristic takes the subnet whose
 //! training loss was least, which the batch decides as much as the subnet; here all steps count, and each group's choices are
 //! told apart. Choosing by slope is what Puzzle (arXiv 2411.19146) and HAWQ have integer programs for; without a constraint but
 //! the cost, and up to the last step, it gives the same.
