@@ -40,7 +40,7 @@ pub struct TrainConfig {
     /// vary from the first step on, as the authors have it. The rate's schedule goes over the run as a whole.
     #[serde(default)]
     pub stages: Vec<Stage>,
-    /// Seed of subnets and dropout. The data's order has its own, in the [`Batcher`].
+    /// Seed of subnets and dropout. The data's order has its own, in the [`Batcher`](crate::data::Batcher).
     pub seed: u64,
     /// Steps between validations; the last step always validates. 0: only the last.
     pub eval_every: usize,
