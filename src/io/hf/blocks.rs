@@ -151,6 +151,14 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         if matches!(config.family(), Family::Deci | Family::ElasticLlama) {
             family(&mut raw, if config.sliding_window().is_some() { Family::Mistral } else { Family::Llama });
         }
+        // transformers refuses a Llama whose heads do not divide its width, whatever `head_dim` says. Without biases a Mistral that
+        // sees all positions is the same model, and there it does not.
+        let uneven = config.hidden_size() % first.n_heads != 0;
+        let biased = config.attention_bias() || config.mlp_bias();
+        if uneven && !biased && config.sliding_window().is_none() {
+            family(&mut raw, Family::Mistral);
+            raw.insert("sliding_window".into(), Value::Null);
+        }
         return Ok(raw);
     }
     let heads = most(|block| block.n_heads);
