@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::flex_matmul::{Matrix, Shared};
 use super::simd::Level;
-use super::simd::lines::{ADDED, DOTTED, Stored, add_dots, add_lines};
+use super::simd::lines::{ADDED, Stored, add_dots, add_lines};
 
 /// Most rows.
 pub(super) const MOST_ROWS: usize = 4;
@@ -16,7 +16,9 @@ const TASK: usize = 64 * 1024;
 /// Most parts into which the inner dimension is split. Each has sums of its own, so that more parts are more to add up.
 const PARTS: usize = 8;
 /// Columns of one task, so that its sums stay in the first-level cache.
-const COLUMNS: usize = 2048;
+const COLUMNS: usize = 4096;
+/// Lines whose products with all rows are computed before the next, so that they are read once.
+const DOTTED: usize = 4;
 
 /// Where a product goes: `out = product`, or `out += product`, with `width` numbers from row to row.
 #[derive(Clone, Copy)]
@@ -233,7 +235,7 @@ mod tests {
 
     #[test]
     fn products_of_few_rows_are_the_naive_sums() {
-        for size in [[1, 1, 1], [2, 3, 17], [4, 33, 8], [3, 17, 100], [1, 2100, 129], [2, 130, 1031]] {
+        for size in [[1, 1, 1], [2, 3, 17], [4, 33, 8], [3, 17, 100], [1, 4200, 129], [2, 130, 1031]] {
             check("f32", |x| x, size);
             check("bf16", bf16::from_f32, size);
             check("f16", f16::from_f32, size);

@@ -36,56 +36,25 @@ impl Stored for f16 {
     }
 }
 
-/// Lines that are read side by side where each is added to all results, and where each gives a result.
-pub(in crate::nn::custom) const ADDED: usize = 8;
-pub(in crate::nn::custom) const DOTTED: usize = 4;
+/// Lines that are read side by side where each is added to all results.
+pub(in crate::nn::custom) const ADDED: usize = 4;
 
-/// `out += sum of x[i] lines[i]`.
+/// The product of `x` and a line of its length.
 #[inline(always)]
-fn add<const FMA: bool, const N: usize, T: Stored>(x: &[f32; N], lines: [&[T]; N], out: &mut [f32]) {
-    let (chunks, rest) = out.as_chunks_mut::<LANES>();
-    let (n, done) = (chunks.len(), chunks.len() * LANES);
-    let parts = lines.map(|line| &line.as_chunks::<LANES>().0[..n]);
-    for (index, out) in chunks.iter_mut().enumerate() {
-        let mut sums = *out;
-        for i in 0..N {
-            let part = &parts[i][index];
-            for lane in 0..LANES {
-                sums[lane] = mul_add::<FMA>(x[i], part[lane].widen(), sums[lane]);
-            }
-        }
-        *out = sums;
-    }
-    for (column, out) in rest.iter_mut().enumerate() {
-        for i in 0..N {
-            *out = mul_add::<FMA>(x[i], lines[i][done + column].widen(), *out);
+fn dot<const FMA: bool, T: Stored>(x: &[f32], line: &[T]) -> f32 {
+    let ((chunks, rest), (parts, line_rest)) = (x.as_chunks::<LANES>(), line.as_chunks::<LANES>());
+    // One set of sums is as fast as memory.
+    let mut sums = [0.0_f32; LANES];
+    for (x, part) in chunks.iter().zip(parts) {
+        for lane in 0..LANES {
+            sums[lane] = mul_add::<FMA>(x[lane], part[lane].widen(), sums[lane]);
         }
     }
-}
-
-/// The products of `x` with lines of its length.
-#[inline(always)]
-fn dot<const FMA: bool, const N: usize, T: Stored>(x: &[f32], lines: [&[T]; N]) -> [f32; N] {
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    let (n, done) = (chunks.len(), chunks.len() * LANES);
-    let parts = lines.map(|line| &line.as_chunks::<LANES>().0[..n]);
-    let mut sums = [[0.0_f32; LANES]; N];
-    for (index, x) in chunks.iter().enumerate() {
-        for i in 0..N {
-            let part = &parts[i][index];
-            for lane in 0..LANES {
-                sums[i][lane] = mul_add::<FMA>(x[lane], part[lane].widen(), sums[i][lane]);
-            }
-        }
+    let mut sum = sums.iter().sum();
+    for (x, weight) in rest.iter().zip(line_rest) {
+        sum = mul_add::<FMA>(*x, weight.widen(), sum);
     }
-    let mut products = [0.0; N];
-    for i in 0..N {
-        products[i] = sums[i].iter().sum();
-        for (x, weight) in rest.iter().zip(&lines[i][done..]) {
-            products[i] = mul_add::<FMA>(*x, weight.widen(), products[i]);
-        }
-    }
-    products
+    sum
 }
 
 kernel! {
@@ -93,18 +62,21 @@ kernel! {
     fn add_lines<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
         let width = out.len();
         let (groups, rest) = x.as_chunks::<ADDED>();
-        let mut first = 0;
-        for x in groups {
-            let mut group: [&[T]; ADDED] = [&[]; ADDED];
-            for (i, line) in group.iter_mut().enumerate() {
-                *line = &lines[(first + i) * stride..][..width];
+        for (group, [x0, x1, x2, x3]) in groups.iter().enumerate() {
+            let lines = &lines[ADDED * group * stride..];
+            let (a, b) = (&lines[..width], &lines[stride..][..width]);
+            let (c, d) = (&lines[2 * stride..][..width], &lines[3 * stride..][..width]);
+            // In this form, and not over arrays, it becomes vector code for every format and instruction set.
+            for ((((out, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                let sum = mul_add::<FMA>(*x1, b.widen(), mul_add::<FMA>(*x0, a.widen(), *out));
+                *out = mul_add::<FMA>(*x3, d.widen(), mul_add::<FMA>(*x2, c.widen(), sum));
             }
-            add::<FMA, ADDED, T>(x, group, out);
-            first += ADDED;
         }
-        for x in rest {
-            add::<FMA, 1, T>(&[*x], [&lines[first * stride..][..width]], out);
-            first += 1;
+        for (index, x) in rest.iter().enumerate() {
+            let line = &lines[(ADDED * groups.len() + index) * stride..][..width];
+            for (out, weight) in out.iter_mut().zip(line) {
+                *out = mul_add::<FMA>(*x, weight.widen(), *out);
+            }
         }
     }
 }
@@ -112,23 +84,8 @@ kernel! {
 kernel! {
     /// `out += x L^T`: as many lines as `out` has numbers, `stride` numbers from one to the next, each as long as `x`.
     fn add_dots<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
-        let (groups, rest) = out.as_chunks_mut::<DOTTED>();
-        let mut first = 0;
-        for out in groups {
-            let mut group: [&[T]; DOTTED] = [&[]; DOTTED];
-            for (i, line) in group.iter_mut().enumerate() {
-                *line = &lines[(first + i) * stride..][..x.len()];
-            }
-            let products = dot::<FMA, DOTTED, T>(x, group);
-            for i in 0..DOTTED {
-                out[i] += products[i];
-            }
-            first += DOTTED;
-        }
-        for out in rest {
-            let [product] = dot::<FMA, 1, T>(x, [&lines[first * stride..][..x.len()]]);
-            *out += product;
-            first += 1;
+        for (index, out) in out.iter_mut().enumerate() {
+            *out += dot::<FMA, T>(x, &lines[index * stride..][..x.len()]);
         }
     }
 }
