@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -282,21 +282,22 @@ fn transformers_reads_extracted_models() {
         let (all, head_dim) = (model.config().blocks()[0], model.config().head_dim());
         let adapted: Vec<_> =
             layers.iter().filter(|l| l.name.ends_with("q_proj") || l.name.ends_with("down_proj")).cloned().collect();
-        let fewer = BlockDims {
-            n_heads: all.n_heads / all.n_kv_heads * (all.n_kv_heads - 1),
-            n_kv_heads: all.n_kv_heads - 1,
-            d_mlp: all.d_mlp * 2 / 3,
+        // Fewer heads that divide the hidden size, as transformers wants of a Llama, and fewer that may not.
+        let of_groups =
+            |n: usize| BlockDims { n_heads: all.n_heads / all.n_kv_heads * n, n_kv_heads: n, d_mlp: all.d_mlp * 2 / 3 };
+        let groups = BTreeSet::from([all.n_kv_heads / 2, all.n_kv_heads - 1]);
+        let mut heads = vec![all.n_heads];
+        heads.extend(groups.iter().rev().map(|n| of_groups(*n).n_heads));
+        let width = |names: &[&str], choices: &[usize]| {
+            SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], choices).unwrap()
         };
-        assert!(fewer.n_heads > 0);
-        let width = |names: &[&str], choices: [usize; 2]| {
-            SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices).unwrap()
-        };
+        let channels: Vec<usize> = heads.iter().map(|n| n * head_dim).collect();
         let blocks = (0..n_blocks).rev().map(|block| format!("model.layers.{block}")).collect();
         let space = SearchSpace::per_layer(&adapted, &[8, 3])
             .unwrap()
-            .with_groups(width(&["gate_proj", "up_proj"], [all.d_mlp, fewer.d_mlp]))
+            .with_groups(width(&["gate_proj", "up_proj"], &[all.d_mlp, all.d_mlp * 2 / 3]))
             .unwrap()
-            .with_groups(width(&["q_proj", "k_proj", "v_proj"], [all.n_heads, fewer.n_heads].map(|n| n * head_dim)))
+            .with_groups(width(&["q_proj", "k_proj", "v_proj"], &channels))
             .unwrap()
             .with_groups([Group::of_kind(Elastic::Depth, "depth", blocks, vec![n_blocks, n_blocks - 1]).unwrap()])
             .unwrap();
@@ -305,8 +306,12 @@ fn transformers_reads_extracted_models() {
         let sequences = ids.chunks(15).map(|c| Sequence::unmasked(c.to_vec())).collect();
         let config = TrainConfig { lr: 0.05, ..TrainConfig::new(2) };
         Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 5).unwrap(), &[]).unwrap();
-        for depth in [n_blocks, n_blocks - 1] {
+        for (n_kv_heads, depth) in groups.iter().flat_map(|n| [(*n, n_blocks), (*n, n_blocks - 1)]) {
+            let fewer = of_groups(n_kv_heads);
             let mut subnet = net.minimal();
+            for group in net.space().groups_of_kind(Elastic::Width).filter(|g| g.layers()[0].contains("self_attn")) {
+                subnet.set(group.id(), fewer.n_heads * head_dim);
+            }
             subnet.set("depth", depth);
             net.activate(&subnet).unwrap();
             let unmerged = logits(&net.eval_model(), &ids);
@@ -314,12 +319,22 @@ fn transformers_reads_extracted_models() {
             assert!(max_diff(&logits(&extracted, &ids), &unmerged) < 1e-4);
             let config = extracted.config();
             assert_eq!(config.blocks(), vec![fewer; depth]);
-            let even = config.hidden_size().is_multiple_of(fewer.n_heads);
-            let family = if even { Family::Llama } else { Family::Mistral };
-            assert_eq!((config.family(), config.head_dim()), (family, head_dim));
+            assert_eq!((config.sliding_window(), config.head_dim()), (None, head_dim));
             assert!(!config.raw().contains_key("block_configs"));
-            let folder = scratch.path().join(format!("extracted-{which}-{depth}"));
-            arguments.extend(write_checked(&extracted, &base, &folder, DType::F32, u64::MAX));
+            let folder = scratch.path().join(format!("extracted-{which}-{n_kv_heads}-{depth}"));
+            if config.hidden_size().is_multiple_of(fewer.n_heads) {
+                assert_eq!(config.family(), Family::Llama);
+                arguments.extend(write_checked(&extracted, &base, &folder, DType::F32, u64::MAX));
+                continue;
+            }
+            // The same model under another name, whose tokenizers are of another class there.
+            assert_eq!(config.family(), Family::Mistral);
+            let out = HfFolder::create(&folder, false).unwrap();
+            out.write_model(config, DType::F32, extracted.tensors(DType::F32).unwrap()).unwrap();
+            out.commit().unwrap();
+            let vectors = folder.with_extension("safetensors");
+            write_vectors(&vectors, &load(&folder), &random_ids(&extracted, 41, 72), Vec::new(), &BTreeMap::new());
+            arguments.extend([folder, vectors]);
         }
     }
     run(python, "check_transformers.py", &arguments);

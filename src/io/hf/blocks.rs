@@ -153,7 +153,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         }
         // transformers refuses a Llama whose heads do not divide its width, whatever `head_dim` says. Without biases a Mistral that
         // sees all positions is the same model, and there it does not.
-        let uneven = config.hidden_size() % first.n_heads != 0;
+        let uneven = !config.hidden_size().is_multiple_of(first.n_heads);
         let biased = config.attention_bias() || config.mlp_bias();
         if uneven && !biased && config.sliding_window().is_none() {
             family(&mut raw, Family::Mistral);
