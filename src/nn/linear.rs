@@ -4,9 +4,9 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 
 use crate::error::{Error, Result};
-use crate::format::PackedMatrix;
+use crate::format::{PackedMatrix, StoredMatrix};
 use crate::linalg::Matrix;
-use crate::nn::PackedWeight;
+use crate::nn::StoredWeight;
 use crate::nn::ops::{self, LoraTerm};
 
 /// A Hugging Face weight `[out, in]` as a Burn tensor `[in, out]`.
@@ -40,8 +40,9 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 /// A linear layer `y = x W + b`, as stored in the checkpoint: the frozen part of an adapted layer.
 ///
-/// How the weight is stored is this type's business alone; the decoder has one form for every storage. A quantized weight stays
-/// packed, in host memory, and is unpacked for one product at a time; it cannot be trained. Of inputs and outputs, a prefix may be
+/// How the weight is stored is this type's business alone; the decoder has one form for every storage. A quantized or sparse
+/// weight stays as it is stored ([`StoredMatrix`]), in host memory, or a GPU's; it cannot be trained. Products of a few rows read it so, for
+/// others it is unpacked, one at a time. Of inputs and outputs, a prefix may be
 /// active: the layer is then the smaller one with the leading part of weight and bias (mode B of arXiv 2501.16372, figure 1), and no
 /// weight moves.
 #[derive(Module, Debug)]
@@ -49,7 +50,7 @@ pub struct BaseLinear {
     /// `[d_input, d_output]`; none where it is packed.
     weight: Option<Param<Tensor<2>>>,
     #[module(skip)]
-    packed: Option<PackedWeight>,
+    packed: Option<StoredWeight>,
     /// Lies on the layer's device, which a packed weight does not.
     anchor: Tensor<1>,
     /// `[d_output]`.
@@ -94,6 +95,15 @@ impl BaseLinear {
     /// # Errors
     /// [`Error::ShapeMismatch`] where the bias has another length.
     pub fn from_quantized(weight: PackedMatrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
+        Self::from_stored(weight.into(), bias, device)
+    }
+
+    /// Takes a weight, `[d_output, d_input]`, that stays as it is stored, and a bias `[d_output]`. They start frozen.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where the bias has another length; those of [`StoredMatrix::check`].
+    pub fn from_stored(weight: StoredMatrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
+        weight.check()?;
         let (d_input, d_output) = (weight.cols(), weight.rows());
         if let Some(bias) = bias.filter(|bias| bias.len() != d_output) {
             return Err(Error::ShapeMismatch {
@@ -105,16 +115,21 @@ impl BaseLinear {
         let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [d_output]), device));
         Ok(Self {
             weight: None,
-            packed: Some(PackedWeight::new(weight)),
+            packed: Some(StoredWeight::new(weight)),
             anchor: Tensor::zeros([1], &device.clone().without_autodiff()),
             bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
             active: [d_input, d_output],
         })
     }
 
-    /// The packed weight, `[d_output, d_input]`, where it is quantized.
+    /// The packed weight, `[d_output, d_input]`, where it is quantized and not sparse.
     pub fn quantized(&self) -> Option<&PackedMatrix> {
-        self.packed.as_ref().map(PackedWeight::matrix)
+        self.stored_matrix()?.packed()
+    }
+
+    /// The stored weight, `[d_output, d_input]`, where it is no tensor.
+    pub fn stored_matrix(&self) -> Option<&StoredMatrix> {
+        self.packed.as_ref().map(StoredWeight::matrix)
     }
 
     /// The weight as it is stored; one that is packed, unpacked.
@@ -285,7 +300,7 @@ impl BaseLinear {
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let y = match &self.packed {
-            Some(packed) => ops::packed_linear(x, packed),
+            Some(packed) => ops::stored_linear(x, packed),
             None => ops::linear(x, self.stored()),
         };
         self.with_bias(y)
@@ -303,7 +318,7 @@ impl BaseLinear {
         term: LoraTerm,
     ) -> Tensor<D> {
         let y = match &self.packed {
-            Some(packed) => ops::packed_lora_linear(x, packed, a, b, term),
+            Some(packed) => ops::stored_lora_linear(x, packed, a, b, term),
             None => ops::lora_linear(x, self.stored(), a, b, term),
         };
         self.with_bias(y)

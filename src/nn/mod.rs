@@ -7,15 +7,15 @@ mod linear;
 mod mask;
 mod norm;
 pub mod ops;
-mod packed;
 #[cfg(all(test, feature = "flex"))]
 mod plain;
 mod rope;
+mod stored;
 
 pub use cache::KvCache;
 pub use dropout::{Dropout, mix_seed};
 pub(crate) use linear::prefix;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
 pub use norm::RmsNorm;
-pub use packed::{InputGroups, PackedWeight};
 pub use rope::Rope;
+pub use stored::{InputGroups, StoredWeight};

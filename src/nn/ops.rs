@@ -11,7 +11,7 @@ use super::custom::DecoderOps;
 pub use super::custom::{GridTerm, LoraTerm};
 pub use super::dropout::Dropout;
 pub use super::mask::AttentionMask;
-use super::packed::PackedWeight;
+use super::stored::StoredWeight;
 
 /// Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467): `y = x / sqrt(mean(x^2) + eps) * weight` over the
 /// last dimension.
@@ -140,23 +140,23 @@ pub fn quantized_sum(
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`; result: `[.., d_output]`
-pub fn packed_linear<const D: usize>(x: Tensor<D>, weight: &PackedWeight) -> Tensor<D> {
-    Tensor::from_dispatch(Dispatch::packed_linear(x.into_dispatch(), weight.clone()))
+pub fn stored_linear<const D: usize>(x: Tensor<D>, weight: &StoredWeight) -> Tensor<D> {
+    Tensor::from_dispatch(Dispatch::stored_linear(x.into_dispatch(), weight.clone()))
 }
 
-/// [`lora_linear`] with a packed weight, as [`packed_linear`] has it.
+/// [`lora_linear`] with a packed weight, as [`stored_linear`] has it.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`, `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`; result: `[.., d_output]`
-pub fn packed_lora_linear<const D: usize>(
+pub fn stored_lora_linear<const D: usize>(
     x: Tensor<D>,
-    weight: &PackedWeight,
+    weight: &StoredWeight,
     a: Tensor<2>,
     b: Tensor<2>,
     term: LoraTerm,
 ) -> Tensor<D> {
     let (a, b) = (a.into_dispatch(), b.into_dispatch());
-    let (y, _) = Dispatch::packed_lora_linear(x.into_dispatch(), weight.clone(), a, b, term);
+    let (y, _) = Dispatch::stored_lora_linear(x.into_dispatch(), weight.clone(), a, b, term);
     Tensor::from_dispatch(y)
 }
 

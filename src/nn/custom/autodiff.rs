@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::tensor::Shape;
 
-use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, PackedWeight, portable};
+use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, portable};
 
 type Float<B> = FloatTensor<B>;
 
@@ -56,7 +56,7 @@ backward!(Linear, 2, (Option<Float<B>>, Option<Float<B>>), |(x, weight), grad, _
 #[derive(Clone, Debug)]
 enum Constant<B: DecoderOps> {
     Dense(Float<B>),
-    Packed(PackedWeight),
+    Stored(StoredWeight),
 }
 
 impl<B: DecoderOps> Constant<B> {
@@ -64,12 +64,12 @@ impl<B: DecoderOps> Constant<B> {
     fn dense(self, beside: &Float<B>) -> Float<B> {
         match self {
             Self::Dense(weight) => weight,
-            Self::Packed(weight) => portable::unpacked::<B>(&weight, beside),
+            Self::Stored(weight) => portable::unpacked::<B>(&weight, beside),
         }
     }
 }
 
-backward!(PackedLinear, 1, PackedWeight, |weight, grad, _| {
+backward!(StoredLinear, 1, StoredWeight, |weight, grad, _| {
     let weight = portable::unpacked::<B>(&weight, &grad);
     [Some(B::mixed_linear_backward_input(weight, grad))]
 });
@@ -175,26 +175,26 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         (y, constant::<B, C>(h))
     }
 
-    fn packed_linear(x: Float<Self>, weight: PackedWeight) -> Float<Self> {
+    fn stored_linear(x: Float<Self>, weight: StoredWeight) -> Float<Self> {
         let (x, node) = x.into_parts();
-        let y = B::packed_linear(x, weight.clone());
-        match PackedLinear.prepare::<C>([node]).compute_bound().stateful() {
+        let y = B::stored_linear(x, weight.clone());
+        match StoredLinear.prepare::<C>([node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(weight, y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
 
-    fn packed_lora_linear(
+    fn stored_lora_linear(
         x: Float<Self>,
-        weight: PackedWeight,
+        weight: StoredWeight,
         a: Float<Self>,
         b: Float<Self>,
         term: LoraTerm,
     ) -> (Float<Self>, Float<Self>) {
         let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
-        let (y, h) = B::packed_lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
+        let (y, h) = B::stored_lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
         let y = match LoraLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((Constant::Packed(weight), [x, a, b, h.clone()], term), y),
+            OpsKind::Tracked(prep) => prep.finish((Constant::Stored(weight), [x, a, b, h.clone()], term), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(h))

@@ -9,7 +9,9 @@ use rayon::prelude::*;
 
 use super::flex_linear::{self, Head, Teacher};
 use super::simd::{self, Level};
-use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, flex_attention, flex_quantized, portable};
+use super::{
+    AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized, host_stored, portable,
+};
 
 /// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
 const TASK: usize = 16 * 1024;
@@ -105,6 +107,10 @@ fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
 }
 
 impl DecoderOps for Flex {
+    fn stored_linear(x: FlexTensor, weight: StoredWeight) -> FlexTensor {
+        host_stored::linear::<Self>(x, &weight)
+    }
+
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
         if !norm_fits(&x, &weight) {
             return portable::rms_norm::<Self>(x, weight, eps);

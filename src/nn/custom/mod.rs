@@ -11,20 +11,11 @@
 // `NdArray` is deprecated upstream, and supported here for as long as it exists.
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 // Without a backend the generated dispatch has no arm that uses its arguments.
-#![cfg_attr(
-    not(any(
-        feature = "flex",
-        feature = "ndarray",
-        feature = "wgpu",
-        feature = "vulkan",
-        feature = "metal",
-        feature = "cuda",
-        feature = "rocm"
-    )),
-    allow(unused_variables)
-)]
+#![cfg_attr(not(any(feature = "flex", feature = "ndarray", feature = "cube")), allow(unused_variables))]
 
 mod autodiff;
+#[cfg(feature = "cube")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
@@ -39,6 +30,8 @@ mod flex_linear;
 mod flex_matmul;
 #[cfg(feature = "flex")]
 mod flex_quantized;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod host_stored;
 mod portable;
 #[cfg(feature = "flex")]
 mod simd;
@@ -52,11 +45,13 @@ mod tests_linear;
 mod tests_quantized;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
-use burn::backend::{Backend, backend_extension};
+use burn::backend::{Backend, TensorMetadata, backend_extension};
 
 use super::dropout::Dropout;
 use super::mask::AttentionMask;
-use super::packed::{InputGroups, PackedWeight};
+use super::stored::{InputGroups, StoredWeight};
+#[cfg(feature = "cube")]
+pub(in crate::nn) use cube::Copies;
 
 /// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,7 +88,7 @@ impl GridTerm {
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm")),
+    Cube: cfg(feature = "cube"),
     Autodiff
 )]
 pub trait DecoderOps: Backend {
@@ -233,20 +228,24 @@ pub trait DecoderOps: Backend {
         portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term)
     }
 
-    /// `x W` for a packed weight, which is unpacked for this product and forgotten.
-    fn packed_linear(x: FloatTensor<Self>, weight: PackedWeight) -> FloatTensor<Self> {
+    /// `x W` for a stored weight. Where a backend has no kernel for it, it is unpacked for this product and forgotten.
+    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
         let weight = portable::unpacked::<Self>(&weight, &x);
         Self::mixed_linear(x, weight)
     }
 
-    /// [`Self::lora_linear`] for a packed weight.
-    fn packed_lora_linear(
+    /// [`Self::lora_linear`] for a stored weight.
+    fn stored_lora_linear(
         x: FloatTensor<Self>,
-        weight: PackedWeight,
+        weight: StoredWeight,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         term: LoraTerm,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if stored_rows(x.shape().num_elements(), &weight).is_some() {
+            let y = Self::stored_linear(x.clone(), weight);
+            return portable::updated::<Self>(y, x, a, b, term);
+        }
         let weight = portable::unpacked::<Self>(&weight, &x);
         Self::lora_linear(x, weight, a, b, term)
     }
@@ -337,8 +336,30 @@ pub trait DecoderOps: Backend {
     }
 }
 
-#[cfg(feature = "ndarray")]
-impl DecoderOps for burn::backend::NdArray {}
+/// Most rows of a product that reads a stored weight as it is stored; for more, it is unpacked once, and the product is dense.
+const FEW_ROWS: usize = 8;
 
-#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
-impl DecoderOps for burn::backend::Cube {}
+/// Rows of a product of so many numbers with a stored weight, where they are few.
+fn stored_rows(elements: usize, weight: &StoredWeight) -> Option<usize> {
+    let [d_input, _] = weight.dims();
+    let rows = elements.checked_div(d_input)?;
+    (rows * d_input == elements && (1..=FEW_ROWS).contains(&rows)).then_some(rows)
+}
+
+#[cfg(feature = "ndarray")]
+impl DecoderOps for burn::backend::NdArray {
+    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
+        host_stored::linear::<Self>(x, &weight)
+    }
+}
+
+#[cfg(feature = "cube")]
+impl DecoderOps for burn::backend::Cube {
+    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
+        if let Some(y) = cube::stored_linear(&x, &weight) {
+            return y;
+        }
+        let weight = portable::unpacked::<Self>(&weight, &x);
+        Self::mixed_linear(x, weight)
+    }
+}

@@ -6,7 +6,7 @@ use burn::backend::tensor::{BoolTensor, FloatTensor, IndexingUpdateOp, IntTensor
 use burn::backend::{Backend, TensorMetadata, get_device_settings};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
-use super::{AttentionMask, GridTerm, LoraTerm, PackedWeight};
+use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight};
 use crate::nn::dropout::Dropout;
 
 /// A backend's tensor, with operators, so that what follows reads like mathematics.
@@ -245,6 +245,20 @@ pub(super) fn lora_linear<B: Backend>(
     (shaped_as(y, &shape), h.0)
 }
 
+/// `y + h B_r`, and `h`, for the `y = x W` of a layer.
+pub(super) fn updated<B: Backend>(
+    y: FloatTensor<B>,
+    x: FloatTensor<B>,
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+    term: LoraTerm,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (shape, x) = (x.shape(), rows(Val::<B>(x)));
+    let h = x.dropped(term.dropout).matmul(Val(a).first(1, term.rank)) * term.scale;
+    let y = rows(Val(y)) + h.clone().matmul(Val(b).first(0, term.rank));
+    (shaped_as(y, &shape), h.0)
+}
+
 pub(super) fn lora_backward_inner<B: Backend>(
     b: FloatTensor<B>,
     grad: FloatTensor<B>,
@@ -309,8 +323,8 @@ fn masked<B: Backend>(x: Val<B>, mask: BoolTensor<B>) -> Val<B> {
     Val(B::float_mask_fill(x.0, B::bool_not(mask), 0.0.into()))
 }
 
-/// A packed weight as a dense one, `[d_input, d_output]`, beside `x`: made on the host.
-pub(super) fn unpacked<B: Backend>(weight: &PackedWeight, x: &FloatTensor<B>) -> FloatTensor<B> {
+/// A stored weight as a dense one, `[d_input, d_output]`, beside `x`: made on the host.
+pub(super) fn unpacked<B: Backend>(weight: &StoredWeight, x: &FloatTensor<B>) -> FloatTensor<B> {
     let [d_input, d_output] = weight.dims();
     let values = TensorData::new(weight.values(), [d_output, d_input]);
     B::float_swap_dims(B::float_from_data(values, &x.device()), 0, 1)

@@ -1,32 +1,48 @@
-//! A frozen weight that stays packed to the bits of its codes, and the grid that a weight is rounded to in training.
+//! A frozen weight that stays as it is stored, and the grid that a weight is rounded to in training.
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::format::PackedMatrix;
+use crate::format::StoredMatrix;
 
 /// Weights that one task unpacks.
 const TASK: usize = 64 * 1024;
 
-/// A quantized weight as the operations take it: packed, in host memory, shared by all clones.
+/// A stored weight as the operations take it: in host memory, shared by all clones, with the copies that GPUs hold of it.
 #[derive(Clone, Debug)]
-pub struct PackedWeight(Arc<PackedMatrix>);
+pub struct StoredWeight(Arc<Held>);
 
-impl PackedWeight {
+#[derive(Debug)]
+struct Held {
+    matrix: StoredMatrix,
+    #[cfg(feature = "cube")]
+    copies: super::custom::Copies,
+}
+
+impl StoredWeight {
     /// Wraps a matrix.
-    pub fn new(matrix: PackedMatrix) -> Self {
-        Self(Arc::new(matrix))
+    pub fn new(matrix: StoredMatrix) -> Self {
+        Self(Arc::new(Held {
+            matrix,
+            #[cfg(feature = "cube")]
+            copies: super::custom::Copies::default(),
+        }))
     }
 
     /// The matrix, `[d_output, d_input]`.
-    pub fn matrix(&self) -> &PackedMatrix {
-        &self.0
+    pub fn matrix(&self) -> &StoredMatrix {
+        &self.0.matrix
+    }
+
+    #[cfg(feature = "cube")]
+    pub(super) fn copies(&self) -> &super::custom::Copies {
+        &self.0.copies
     }
 
     /// `[d_input, d_output]`.
     pub fn dims(&self) -> [usize; 2] {
-        [self.0.cols(), self.0.rows()]
+        [self.matrix().cols(), self.matrix().rows()]
     }
 
     /// The weights as `f32`, row-major `[d_output, d_input]`; on all threads.
@@ -38,7 +54,7 @@ impl PackedWeight {
         }
         let rows = (TASK / d_input).max(1);
         values.par_chunks_mut(rows * d_input).enumerate().for_each(|(index, out)| {
-            let done = self.0.dequantize_rows(index * rows, out);
+            let done = self.matrix().dequantize_rows(index * rows, out);
             debug_assert!(done.is_ok(), "whole rows of the matrix: {done:?}");
         });
         values
