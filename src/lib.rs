@@ -54,6 +54,8 @@ pub mod model;
 pub mod nn;
 pub mod quant;
 pub mod search;
+#[cfg_attr(not(feature = "flex"), allow(dead_code))]
+mod simd;
 pub mod space;
 pub mod sparsity;
 pub mod supernet;
