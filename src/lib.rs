@@ -48,6 +48,7 @@ pub mod eval;
 pub mod format;
 pub mod infer;
 pub mod io;
+pub mod kernels;
 pub mod linalg;
 pub mod merge;
 pub mod model;
