@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use elastic_lora::Result;
-use elastic_lora::infer::{GenerateConfig, SampleConfig, Session};
+use elastic_lora::infer::{GenerateConfig, SampleConfig, DeviceSession};
 
 /// Continue a prompt with a model, with or without an adapter; greedy unless a temperature is given.
 ///
@@ -61,7 +61,7 @@ fn run(args: &Args) -> Result<()> {
     let mut first = None;
     let mut so_far = Vec::new();
     let mut shown = 0;
-    let output = Session::new(&pretrained.model).generate(&ids, &config, |token| {
+    let output = DeviceSession::new(&pretrained.model).generate(&ids, &config, |token| {
         first.get_or_insert_with(|| started.elapsed());
         so_far.push(token);
         // A token can be a part of a character: what is incomplete waits for the next one.

@@ -48,12 +48,15 @@ pub mod eval;
 pub mod format;
 pub mod infer;
 pub mod io;
+pub mod kernels;
 pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod nn;
 pub mod quant;
 pub mod search;
+#[cfg_attr(not(feature = "flex"), allow(dead_code))]
+mod simd;
 pub mod space;
 pub mod sparsity;
 pub mod supernet;

@@ -124,8 +124,8 @@ fn stored_bytes_are_those_of_the_extracted_weights() {
             // Half a byte for a code; two for a scale and half for a zero point of each group; rows end at whole bytes.
             let groups = cols.div_ceil(8);
             by_hand[2] += rows * (cols.div_ceil(2) + 2 * groups + groups.div_ceil(2));
-            // A bit for each weight, an offset a row, and what is not zero.
-            by_hand[3] += rows * (cols.div_ceil(8) + 4) + 2 * (rows * cols - weight.count_zeros());
+            // A bit for each weight, in words of 64, an offset a row, and what is not zero.
+            by_hand[3] += rows * (8 * cols.div_ceil(64) + 4) + 2 * (rows * cols - weight.count_zeros());
         }
         let norms: usize = extracted
             .layers
@@ -137,7 +137,7 @@ fn stored_bytes_are_those_of_the_extracted_weights() {
             })
             .sum();
         let rest = 2 * 41 * 24 + norms + 24;
-        for (format, (linear, bytes)) in [WeightFormat::F32, WeightFormat::Bf16, int, WeightFormat::Sparse16]
+        for (format, (linear, bytes)) in [WeightFormat::F32, WeightFormat::Bf16, int, WeightFormat::SparseF16]
             .into_iter()
             .zip(by_hand.into_iter().zip([4, 2, 2, 2]))
         {

@@ -1,14 +1,39 @@
 //! How a weight is stored, apart from any model: exact values, no tensor library.
 
 pub(crate) mod bits;
+mod buffer;
+mod dense;
+mod grid;
 mod groups;
 mod packed;
+mod sparse;
+mod sparse_int;
 mod storage;
+mod stored;
 
+pub use buffer::Buffer;
+pub(crate) use dense::{Dense, Number};
 pub use groups::{QuantizedMatrix, QuantizedParts};
 pub use packed::PackedMatrix;
 pub(crate) use packed::all_f16;
 pub use storage::WeightFormat;
+pub(crate) use stored::Body;
+pub use stored::{Element, MatrixHeader, Part, StoredMatrix};
+
+use crate::error::{Error, Result};
+
+/// Refuses a part of another length than its shape says, the last size that of an element in bytes.
+fn expect_bytes(name: &str, bytes: &[u8], shape: &[usize]) -> Result<()> {
+    let expected = shape.iter().try_fold(1_usize, |all, size| all.checked_mul(*size));
+    if expected == Some(bytes.len()) {
+        return Ok(());
+    }
+    Err(Error::ShapeMismatch {
+        what: format!("bytes of a weight's `{name}`"),
+        expected: shape.to_vec(),
+        found: vec![bytes.len()],
+    })
+}
 
 #[cfg(test)]
 pub(crate) mod testing {

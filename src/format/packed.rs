@@ -1,22 +1,16 @@
 //! A quantized weight in as few bytes as its bits ask for.
 
-use half::f16;
-
 use super::bits;
+use super::buffer::Buffer;
+use super::expect_bytes;
+use super::grid::{Grid, pack_rows};
 use super::groups::{QuantizedMatrix, QuantizedParts};
 use crate::error::{Error, Result};
 
 /// Columns that are unpacked at a time; a multiple of 8, so that each block begins at a byte.
 const BLOCK: usize = 256;
 
-/// Scales as they are kept: `f16` where that changes none of them.
-#[derive(Clone, Debug, PartialEq)]
-enum Scales {
-    F16(Vec<f16>),
-    F32(Vec<f32>),
-}
-
-/// A [`QuantizedMatrix`], packed. Nothing is lost: [`unpack`](Self::unpack) gives it back.
+/// A [`QuantizedMatrix`], packed. Nothing is lost: [`unpack`](Self::unpack) gives it back. Clones share the bytes.
 ///
 /// The layout, of `rows` rows that depend on each other in nothing:
 ///
@@ -29,100 +23,79 @@ enum Scales {
 /// and, once for all rows, `4 * cols` bytes for the group of each column where the matrix has its own order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PackedMatrix {
-    rows: usize,
-    cols: usize,
-    bits: u8,
-    group_size: usize,
-    symmetric: bool,
-    codes: Vec<u8>,
-    scales: Scales,
-    zeros: Vec<u8>,
-    group_of: Option<Vec<u32>>,
+    codes: Buffer,
+    grid: Grid,
 }
 
 impl PackedMatrix {
     /// Packs a matrix.
     pub fn new(matrix: &QuantizedMatrix) -> Self {
         let parts = matrix.parts();
-        let pack_rows = |values: &[u8], len: usize| {
-            let row_bytes = bits::packed_len(len, parts.bits);
-            let mut packed = vec![0; parts.rows * row_bytes];
-            if row_bytes > 0 {
-                for (row, out) in values.chunks(len).zip(packed.chunks_mut(row_bytes)) {
-                    bits::pack(row, parts.bits, out);
-                }
-            }
-            packed
-        };
-        let scales = if all_f16(&parts.scales) {
-            Scales::F16(parts.scales.iter().map(|scale| f16::from_f32(*scale)).collect())
-        } else {
-            Scales::F32(parts.scales.clone())
-        };
-        Self {
-            rows: parts.rows,
-            cols: parts.cols,
-            bits: parts.bits,
-            group_size: parts.group_size,
-            symmetric: parts.symmetric,
-            codes: pack_rows(&parts.codes, parts.cols),
-            scales,
-            zeros: if parts.symmetric { Vec::new() } else { pack_rows(&parts.zeros, matrix.groups()) },
-            group_of: parts.group_of.clone(),
-        }
+        Self { codes: pack_rows(&parts.codes, parts.rows, parts.cols, parts.bits), grid: Grid::new(parts) }
+    }
+
+    pub(super) fn from_parts(
+        [rows, cols]: [usize; 2],
+        bits: u8,
+        grid: Grid,
+        part: &mut dyn FnMut(&str) -> Result<Buffer>,
+    ) -> Result<Self> {
+        let codes = part("codes")?;
+        expect_bytes("codes", &codes, &[rows, bits::packed_len(cols, bits)])?;
+        Ok(Self { codes, grid })
     }
 
     /// The matrix that was packed.
     pub fn unpack(&self) -> QuantizedMatrix {
-        let mut codes = vec![0; self.rows * self.cols];
-        if self.cols > 0 {
-            for (row, out) in codes.chunks_mut(self.cols).enumerate() {
-                bits::unpack(self.row_codes(row), self.bits, out);
+        let Grid { rows, cols, bits, group_size, symmetric, .. } = self.grid;
+        let mut codes = vec![0; rows * cols];
+        if cols > 0 {
+            for (row, out) in codes.chunks_mut(cols).enumerate() {
+                bits::unpack(self.row_codes(row), bits, out);
             }
         }
-        let grid: Vec<(f32, u8)> =
-            (0..self.rows).flat_map(|row| (0..self.groups()).map(move |group| self.grid(row, group))).collect();
+        let (scales, zeros) = self.grid.values();
         QuantizedMatrix::from_valid(QuantizedParts {
-            rows: self.rows,
-            cols: self.cols,
-            bits: self.bits,
-            group_size: self.group_size,
-            symmetric: self.symmetric,
+            rows,
+            cols,
+            bits,
+            group_size,
+            symmetric,
             codes,
-            scales: grid.iter().map(|(scale, _)| *scale).collect(),
-            zeros: grid.iter().map(|(_, zero)| *zero).collect(),
-            group_of: self.group_of.clone(),
+            scales,
+            zeros,
+            group_of: self.group_of().map(<[u32]>::to_vec),
         })
     }
 
     /// Output features.
     pub fn rows(&self) -> usize {
-        self.rows
+        self.grid.rows
     }
 
     /// Input features.
     pub fn cols(&self) -> usize {
-        self.cols
+        self.grid.cols
     }
 
     /// Bits of a code.
     pub fn bits(&self) -> u8 {
-        self.bits
+        self.grid.bits
     }
 
     /// Columns of a group; the last group of a row may be shorter.
     pub fn group_size(&self) -> usize {
-        self.group_size
+        self.grid.group_size
     }
 
     /// Groups of a row.
     pub fn groups(&self) -> usize {
-        self.cols.div_ceil(self.group_size)
+        self.grid.groups()
     }
 
     /// The group of each column, where it is not `column / group_size`.
     pub fn group_of(&self) -> Option<&[u32]> {
-        self.group_of.as_deref()
+        self.grid.group_of.as_deref()
     }
 
     /// The packed codes of a row.
@@ -130,7 +103,7 @@ impl PackedMatrix {
     /// # Panics
     /// For a row that there is not.
     pub fn row_codes(&self, row: usize) -> &[u8] {
-        let len = bits::packed_len(self.cols, self.bits);
+        let len = bits::packed_len(self.cols(), self.bits());
         &self.codes[row * len..(row + 1) * len]
     }
 
@@ -139,25 +112,22 @@ impl PackedMatrix {
     /// # Panics
     /// For a row or a group that there is not.
     pub fn grid(&self, row: usize, group: usize) -> (f32, u8) {
-        let at = row * self.groups() + group;
-        let scale = match &self.scales {
-            Scales::F16(scales) => scales[at].to_f32(),
-            Scales::F32(scales) => scales[at],
-        };
-        if self.symmetric {
-            return (scale, 1 << (self.bits - 1));
-        }
-        let len = bits::packed_len(self.groups(), self.bits);
-        (scale, bits::get(&self.zeros[row * len..(row + 1) * len], self.bits, group))
+        self.grid.at(row, group)
+    }
+
+    /// Scales and zero points.
+    pub(crate) fn whole_grid(&self) -> &Grid {
+        &self.grid
+    }
+
+    /// The packed codes of all rows.
+    pub(crate) fn codes(&self) -> &Buffer {
+        &self.codes
     }
 
     /// Bytes of codes, scales, zero points and groups: what the layout says.
     pub fn bytes(&self) -> usize {
-        let scales = match &self.scales {
-            Scales::F16(scales) => 2 * scales.len(),
-            Scales::F32(scales) => 4 * scales.len(),
-        };
-        self.codes.len() + scales + self.zeros.len() + self.group_of.as_ref().map_or(0, |group_of| 4 * group_of.len())
+        self.codes.len() + self.grid.bytes()
     }
 
     /// Writes the weights of as many rows as `out` takes, from row `first` on: the same values, bit for bit, as
@@ -169,16 +139,16 @@ impl PackedMatrix {
     /// # Errors
     /// [`Error::ShapeMismatch`] where `out` is no whole number of rows, or more than there are.
     pub fn dequantize_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
-        let n = out.len().checked_div(self.cols).unwrap_or(0);
-        if n * self.cols != out.len() || first.checked_add(n).is_none_or(|end| end > self.rows) {
+        let n = out.len().checked_div(self.cols()).unwrap_or(0);
+        if n * self.cols() != out.len() || first.checked_add(n).is_none_or(|end| end > self.rows()) {
             return Err(Error::ShapeMismatch {
                 what: format!("rows of a packed weight from row {first} on"),
-                expected: vec![self.rows.saturating_sub(first), self.cols],
+                expected: vec![self.rows().saturating_sub(first), self.cols()],
                 found: vec![out.len()],
             });
         }
         if n > 0 {
-            for (row, out) in (first..).zip(out.chunks_exact_mut(self.cols)) {
+            for (row, out) in (first..).zip(out.chunks_exact_mut(self.cols())) {
                 self.dequantize_row(row, out);
             }
         }
@@ -191,31 +161,20 @@ impl PackedMatrix {
         for (index, out) in out.chunks_mut(BLOCK).enumerate() {
             let start = index * BLOCK;
             let block = &mut buffer[..out.len()];
-            bits::unpack(&codes[bits::packed_len(start, self.bits)..], self.bits, block);
-            if let Some(group_of) = &self.group_of {
-                for ((out, code), group) in out.iter_mut().zip(block.iter()).zip(&group_of[start..]) {
-                    let (scale, zero) = self.grid(row, *group as usize);
+            bits::unpack(&codes[bits::packed_len(start, self.bits())..], self.bits(), block);
+            self.grid.for_runs(row, start, start + out.len(), |run, scale, zero| {
+                let run = run.start - start..run.end - start;
+                for (out, code) in out[run.clone()].iter_mut().zip(&block[run]) {
                     *out = QuantizedMatrix::value(scale, zero, *code);
                 }
-                continue;
-            }
-            let mut at = 0;
-            while at < out.len() {
-                let group = (start + at) / self.group_size;
-                let end = (group + 1).saturating_mul(self.group_size).saturating_sub(start).min(out.len());
-                let (scale, zero) = self.grid(row, group);
-                for (out, code) in out[at..end].iter_mut().zip(&block[at..end]) {
-                    *out = QuantizedMatrix::value(scale, zero, *code);
-                }
-                at = end;
-            }
+            });
         }
     }
 }
 
 /// Whether rounding to `f16` changes none of the values.
 pub(crate) fn all_f16(values: &[f32]) -> bool {
-    values.iter().all(|value| f16::from_f32(*value).to_f32() == *value)
+    values.iter().all(|value| half::f16::from_f32(*value).to_f32() == *value)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use burn::tensor::{DType, Shape, TensorData};
 use rayon::prelude::*;
 
 use super::flex_linear::{self, Head, Teacher};
-use super::simd::{self, Level};
+use crate::simd::{self, Level};
 use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, flex_attention, flex_quantized, portable};
 
 /// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.

@@ -40,8 +40,6 @@ mod flex_matmul;
 #[cfg(feature = "flex")]
 mod flex_quantized;
 mod portable;
-#[cfg(feature = "flex")]
-mod simd;
 #[cfg(all(test, feature = "flex"))]
 mod testing;
 #[cfg(all(test, feature = "flex"))]

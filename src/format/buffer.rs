@@ -1,0 +1,168 @@
+//! Bytes that several owners share: in memory of their own, or a part of a mapped file.
+
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use memmap2::MmapMut;
+
+use crate::error::{Error, Result};
+
+/// Bytes from which on memory comes from the operating system, page by page, large ones where there are.
+const MAPPED: usize = 1 << 18;
+
+/// A line of the cache.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([u8; 64]);
+
+/// Bytes that begin at a line of the cache, being written.
+pub(crate) struct Aligned(Memory);
+
+enum Memory {
+    Lines(Vec<Line>, usize),
+    Pages(MmapMut),
+}
+
+impl Aligned {
+    /// Zeros.
+    pub fn zeroed(len: usize) -> Self {
+        if len >= MAPPED
+            && let Ok(pages) = MmapMut::map_anon(len)
+        {
+            // A hint: where it is not taken, nothing changes.
+            #[cfg(target_os = "linux")]
+            let _ = pages.advise(memmap2::Advice::HugePage);
+            return Self(Memory::Pages(pages));
+        }
+        Self(Memory::Lines(vec![Line([0; 64]); len.div_ceil(64)], len))
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.0 {
+            Memory::Lines(lines, len) => {
+                // SAFETY: a line is 64 bytes without padding, and the slice covers the vector's lines alone.
+                let all = unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast::<u8>(), 64 * lines.len()) };
+                &mut all[..*len]
+            }
+            Memory::Pages(pages) => pages,
+        }
+    }
+}
+
+impl AsRef<[u8]> for Aligned {
+    fn as_ref(&self) -> &[u8] {
+        match &self.0 {
+            Memory::Lines(lines, len) => &lines.as_flattened_bytes()[..*len],
+            Memory::Pages(pages) => pages,
+        }
+    }
+}
+
+trait AsFlattenedBytes {
+    fn as_flattened_bytes(&self) -> &[u8];
+}
+
+impl AsFlattenedBytes for [Line] {
+    fn as_flattened_bytes(&self) -> &[u8] {
+        // SAFETY: a line is 64 bytes without padding.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast::<u8>(), 64 * self.len()) }
+    }
+}
+
+/// Bytes that do not change, shared by all clones: a range of what an owner holds, which lives as long as the last clone.
+#[derive(Clone)]
+pub struct Buffer {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Buffer {
+    /// A range of an owner's bytes, such as a memory map's; nothing is copied.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a range that is not in the owner's bytes.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Result<Self> {
+        let len = (*owner).as_ref().len();
+        if range.start > range.end || range.end > len {
+            return Err(Error::argument("range", format!("{range:?}"), format!("a range of {len} bytes")));
+        }
+        Ok(Self { owner, range })
+    }
+
+    /// A copy of the bytes that begins at a line of the cache.
+    pub fn from_vec(bytes: Vec<u8>) -> Self {
+        let mut aligned = Aligned::zeroed(bytes.len());
+        aligned.bytes_mut().copy_from_slice(&bytes);
+        aligned.into()
+    }
+
+    /// A part of these bytes; nothing is copied.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a range that is not in them.
+    pub fn slice(&self, range: Range<usize>) -> Result<Self> {
+        if range.start > range.end || range.end > self.len() {
+            return Err(Error::argument("range", format!("{range:?}"), format!("a range of {} bytes", self.len())));
+        }
+        let range = self.range.start + range.start..self.range.start + range.end;
+        Ok(Self { owner: self.owner.clone(), range })
+    }
+}
+
+impl From<Aligned> for Buffer {
+    fn from(bytes: Aligned) -> Self {
+        let range = 0..bytes.as_ref().len();
+        Self { owner: Arc::new(bytes), range }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl PartialEq for Buffer {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes)", self.range.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_share_and_parts_are_parts() {
+        for len in [0, 1, 63, 64, 1000, MAPPED + 17] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
+            let buffer = Buffer::from_vec(bytes.clone());
+            assert_eq!(*buffer, *bytes);
+            assert_eq!(buffer.as_ptr() as usize % 64, 0);
+            assert_eq!(buffer.clone().as_ptr(), buffer.as_ptr());
+            let part = buffer.slice(len / 3..len / 2).unwrap();
+            assert_eq!(*part, bytes[len / 3..len / 2]);
+            assert!(part.slice(0..part.len() + 1).is_err());
+        }
+        let owner: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(vec![1_u8, 2, 3]);
+        assert_eq!(*Buffer::new(owner.clone(), 1..3).unwrap(), [2, 3]);
+        assert!(Buffer::new(owner.clone(), 2..4).is_err());
+        #[allow(clippy::reversed_empty_ranges)]
+        let reversed = Buffer::new(owner, 2..1);
+        assert!(reversed.is_err());
+    }
+}

@@ -1,0 +1,566 @@
+//! A weight in any of the formats, and the parts that a file holds of it.
+
+use serde::{Deserialize, Serialize};
+
+use super::buffer::Buffer;
+use super::dense::{Dense, Number};
+use super::grid::Grid;
+use super::groups::QuantizedMatrix;
+use super::packed::PackedMatrix;
+use super::sparse::{Offsets, Pattern, Sparse16};
+use super::sparse_int::SparseInt4;
+use super::storage::WeightFormat;
+use crate::error::{Error, Result};
+use crate::linalg::Matrix;
+
+/// Type of a [`Part`]'s elements, all little-endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// Bytes.
+    U8,
+    /// 32-bit unsigned integers.
+    U32,
+    /// 64-bit unsigned integers.
+    U64,
+    /// IEEE 754 half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit floating point.
+    F32,
+}
+
+/// One of the arrays that a stored weight consists of.
+#[derive(Clone, Debug)]
+pub struct Part<'a> {
+    /// `values`, `codes`, `mask`, `offsets`, `scales`, `zeros` or `groups`.
+    pub name: &'static str,
+    /// Type of the elements.
+    pub element: Element,
+    /// Their sizes, row-major.
+    pub shape: Vec<usize>,
+    /// Their bytes.
+    pub bytes: &'a [u8],
+}
+
+/// What must be known of a weight to read its parts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MatrixHeader {
+    /// How it is stored.
+    pub format: WeightFormat,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Whether the scales of groups have 32 bits instead of 16.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub wide_scales: bool,
+    /// Whether columns have groups in an order of their own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ordered: bool,
+}
+
+impl MatrixHeader {
+    /// Of a weight with scales of 16 bits and columns in the order of their groups, where it has groups.
+    pub fn new(format: WeightFormat, rows: usize, cols: usize) -> Self {
+        Self { format, rows, cols, wide_scales: false, ordered: false }
+    }
+}
+
+/// An `[out, in]` weight in one storage format. Clones share its bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredMatrix {
+    body: Body,
+}
+
+/// The formats.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Body {
+    Dense(Dense),
+    Int(PackedMatrix),
+    Sparse16(Sparse16),
+    SparseInt4(SparseInt4),
+}
+
+impl From<PackedMatrix> for StoredMatrix {
+    fn from(matrix: PackedMatrix) -> Self {
+        Self { body: Body::Int(matrix) }
+    }
+}
+
+impl StoredMatrix {
+    /// Stores a weight; numbers are rounded to the nearest that the format has. A zero of either sign is not stored by a sparse
+    /// format, and neither is what rounds to one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a number beyond the format's range, more weights in a group than an N:M pattern has, or a format
+    /// of codes, which [`from_quantized`](Self::from_quantized) makes.
+    pub fn from_matrix(weight: &Matrix, format: WeightFormat) -> Result<Self> {
+        let body = match format {
+            WeightFormat::F32 => Body::Dense(Dense::new(weight, Number::F32)?),
+            WeightFormat::F16 => Body::Dense(Dense::new(weight, Number::F16)?),
+            WeightFormat::Bf16 => Body::Dense(Dense::new(weight, Number::Bf16)?),
+            WeightFormat::SparseF16 => Body::Sparse16(Sparse16::new(weight, Number::F16, None)?),
+            WeightFormat::SparseBf16 => Body::Sparse16(Sparse16::new(weight, Number::Bf16, None)?),
+            WeightFormat::NmF16 { n, m } => {
+                Body::Sparse16(Sparse16::new(weight, Number::F16, Some(Pattern::new(n, m)?))?)
+            }
+            WeightFormat::NmBf16 { n, m } => {
+                Body::Sparse16(Sparse16::new(weight, Number::Bf16, Some(Pattern::new(n, m)?))?)
+            }
+            WeightFormat::Int { .. } | WeightFormat::SparseInt4 { .. } => {
+                return Err(Error::argument(
+                    "format",
+                    format!("{format:?}"),
+                    "one of numbers: codes come from a quantizer",
+                ));
+            }
+        };
+        Ok(Self { body })
+    }
+
+    /// Stores a quantized weight, exactly; sparse without the codes that are their zero point.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a sparse weight of other than 4 bits.
+    pub fn from_quantized(weight: &QuantizedMatrix, sparse: bool) -> Result<Self> {
+        let body =
+            if sparse { Body::SparseInt4(SparseInt4::new(weight)?) } else { Body::Int(PackedMatrix::new(weight)) };
+        Ok(Self { body })
+    }
+
+    /// Puts together what [`parts`](Self::parts) gave; nothing is copied but the groups of columns. Sizes are checked here, contents by
+    /// [`check`](Self::check), so that a mapped file is not read. Whatever the contents, reading the weight touches no memory outside
+    /// of the parts.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a part that is missing or a header that makes no sense; [`Error::ShapeMismatch`] for a part of
+    /// another size.
+    pub fn from_parts(header: &MatrixHeader, mut parts: impl FnMut(&str) -> Option<Buffer>) -> Result<Self> {
+        let size = [header.rows, header.cols];
+        let mut part = |name: &str| {
+            parts(name).ok_or_else(|| Error::argument("part", "none", format!("a part `{name}` of the weight")))
+        };
+        let part: &mut dyn FnMut(&str) -> Result<Buffer> = &mut part;
+        // Sizes beyond any memory: no product below overflows after this.
+        if header.rows.checked_mul(header.cols).is_none_or(|count| count > isize::MAX as usize / 8) {
+            return Err(Error::argument("size", format!("{size:?}"), "a matrix that fits into memory"));
+        }
+        let body = match header.format {
+            WeightFormat::F32 => Body::Dense(Dense::from_parts(size, Number::F32, part)?),
+            WeightFormat::F16 => Body::Dense(Dense::from_parts(size, Number::F16, part)?),
+            WeightFormat::Bf16 => Body::Dense(Dense::from_parts(size, Number::Bf16, part)?),
+            WeightFormat::SparseF16 => Body::Sparse16(Sparse16::from_parts(size, Number::F16, None, part)?),
+            WeightFormat::SparseBf16 => Body::Sparse16(Sparse16::from_parts(size, Number::Bf16, None, part)?),
+            WeightFormat::NmF16 { n, m } => {
+                Body::Sparse16(Sparse16::from_parts(size, Number::F16, Some(Pattern::new(n, m)?), part)?)
+            }
+            WeightFormat::NmBf16 { n, m } => {
+                Body::Sparse16(Sparse16::from_parts(size, Number::Bf16, Some(Pattern::new(n, m)?), part)?)
+            }
+            WeightFormat::Int { bits, group_size, symmetric } => {
+                if ![2, 3, 4, 8].contains(&bits) {
+                    return Err(Error::argument("bits", bits, "2, 3, 4 or 8"));
+                }
+                let (wide, ordered) = (header.wide_scales, header.ordered);
+                let grid = Grid::from_parts(size, bits, group_size, symmetric, wide, ordered, part)?;
+                Body::Int(PackedMatrix::from_parts(size, bits, grid, part)?)
+            }
+            WeightFormat::SparseInt4 { group_size, symmetric } => {
+                let (wide, ordered) = (header.wide_scales, header.ordered);
+                Body::SparseInt4(SparseInt4::from_parts(size, group_size, symmetric, wide, ordered, part)?)
+            }
+        };
+        Ok(Self { body })
+    }
+
+    /// The arrays that the weight consists of, in a fixed order.
+    pub fn parts(&self) -> Vec<Part<'_>> {
+        let [rows, cols] = [self.rows(), self.cols()];
+        let number = |number: Number| match number {
+            Number::F32 => Element::F32,
+            Number::F16 => Element::F16,
+            Number::Bf16 => Element::Bf16,
+        };
+        let part = |name, element, shape: &[usize], bytes| Part { name, element, shape: shape.to_vec(), bytes };
+        let mut parts = Vec::new();
+        match &self.body {
+            Body::Dense(dense) => {
+                parts.push(part("values", number(dense.number), &[rows, cols], &*dense.values));
+            }
+            Body::Int(packed) => {
+                let codes = packed.codes();
+                parts.push(part("codes", Element::U8, &[rows, codes.len().checked_div(rows).unwrap_or(0)], &**codes));
+                grid_parts(packed.whole_grid(), &mut parts);
+            }
+            Body::Sparse16(sparse) => {
+                parts.push(part("mask", Element::U64, &[rows, cols.div_ceil(64)], &*sparse.bits.bytes));
+                parts.push(part("values", number(sparse.number), &[sparse.values.len() / 2], &*sparse.values));
+                if let Offsets::Stored(offsets) = &sparse.offsets {
+                    parts.push(part("offsets", Element::U32, &[rows], &**offsets));
+                }
+            }
+            Body::SparseInt4(sparse) => {
+                parts.push(part("mask", Element::U64, &[rows, cols.div_ceil(64)], &*sparse.bits.bytes));
+                parts.push(part("codes", Element::U8, &[sparse.codes.len()], &*sparse.codes));
+                if let Offsets::Stored(offsets) = &sparse.offsets {
+                    parts.push(part("offsets", Element::U32, &[rows], &**offsets));
+                }
+                grid_parts(&sparse.grid, &mut parts);
+            }
+        }
+        parts
+    }
+
+    /// Reads all parts and refuses contents that no weight has.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for offsets or counts that do not fit the mask, bits past the last column, or a scale that is
+    /// negative or not finite.
+    pub fn check(&self) -> Result<()> {
+        match &self.body {
+            Body::Dense(_) => Ok(()),
+            Body::Int(packed) => packed.whole_grid().check(),
+            Body::Sparse16(sparse) => sparse.check(),
+            Body::SparseInt4(sparse) => sparse.check(),
+        }
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        match &self.body {
+            Body::Dense(dense) => dense.rows,
+            Body::Int(packed) => packed.rows(),
+            Body::Sparse16(sparse) => sparse.bits.rows,
+            Body::SparseInt4(sparse) => sparse.bits.rows,
+        }
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        match &self.body {
+            Body::Dense(dense) => dense.cols,
+            Body::Int(packed) => packed.cols(),
+            Body::Sparse16(sparse) => sparse.bits.cols,
+            Body::SparseInt4(sparse) => sparse.bits.cols,
+        }
+    }
+
+    /// How it is stored.
+    pub fn format(&self) -> WeightFormat {
+        match &self.body {
+            Body::Dense(dense) => match dense.number {
+                Number::F32 => WeightFormat::F32,
+                Number::F16 => WeightFormat::F16,
+                Number::Bf16 => WeightFormat::Bf16,
+            },
+            Body::Int(packed) => {
+                let Grid { bits, group_size, symmetric, .. } = *packed.whole_grid();
+                WeightFormat::Int { bits, group_size: Some(group_size), symmetric }
+            }
+            Body::Sparse16(Sparse16 { number, pattern: Some(Pattern { n, m }), .. }) => {
+                // A pattern is made of two bytes.
+                let (n, m) = (*n as u8, *m as u8);
+                if *number == Number::F16 { WeightFormat::NmF16 { n, m } } else { WeightFormat::NmBf16 { n, m } }
+            }
+            Body::Sparse16(sparse) if sparse.number == Number::F16 => WeightFormat::SparseF16,
+            Body::Sparse16(_) => WeightFormat::SparseBf16,
+            Body::SparseInt4(sparse) => {
+                let Grid { group_size, symmetric, .. } = sparse.grid;
+                WeightFormat::SparseInt4 { group_size: Some(group_size), symmetric }
+            }
+        }
+    }
+
+    /// What must be known to read the parts.
+    pub fn header(&self) -> MatrixHeader {
+        let grid = match &self.body {
+            Body::Int(packed) => Some(packed.whole_grid()),
+            Body::SparseInt4(sparse) => Some(&sparse.grid),
+            _ => None,
+        };
+        MatrixHeader {
+            format: self.format(),
+            rows: self.rows(),
+            cols: self.cols(),
+            wide_scales: grid.is_some_and(|grid| grid.wide),
+            ordered: grid.is_some_and(|grid| grid.group_of.is_some()),
+        }
+    }
+
+    /// Bytes of all parts.
+    pub fn bytes(&self) -> usize {
+        match &self.body {
+            Body::Dense(dense) => dense.values.len(),
+            Body::Int(packed) => packed.bytes(),
+            Body::Sparse16(sparse) => sparse.bytes(),
+            Body::SparseInt4(sparse) => sparse.bytes(),
+        }
+    }
+
+    /// Writes the weights of as many rows as `out` takes, from row `first` on, exactly.
+    ///
+    /// # Shapes
+    /// - `out`: row-major `[n, cols]`
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where `out` is no whole number of rows, or more than there are.
+    pub fn dequantize_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        let (rows, cols) = (self.rows(), self.cols());
+        let n = out.len().checked_div(cols).unwrap_or(0);
+        if n * cols != out.len() || first.checked_add(n).is_none_or(|end| end > rows) {
+            return Err(Error::ShapeMismatch {
+                what: format!("rows of a stored weight from row {first} on"),
+                expected: vec![rows.saturating_sub(first), cols],
+                found: vec![out.len()],
+            });
+        }
+        if let Body::Int(packed) = &self.body {
+            return packed.dequantize_rows(first, out);
+        }
+        let mut codes = Vec::new();
+        for (row, out) in (first..first + n).zip(out.chunks_exact_mut(cols.max(1))) {
+            match &self.body {
+                Body::Dense(dense) => dense.dequantize_row(row, out),
+                Body::Sparse16(sparse) => sparse.dequantize_row(row, out),
+                Body::SparseInt4(sparse) => {
+                    codes.resize(cols, 0);
+                    sparse.dequantize_row(row, &mut codes, out);
+                }
+                Body::Int(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The weight.
+    pub fn to_matrix(&self) -> Matrix {
+        let mut matrix = Matrix::zeros(self.rows(), self.cols());
+        // All rows are asked for, so that it cannot fail.
+        let _ = self.dequantize_rows(0, matrix.as_mut_slice());
+        matrix
+    }
+
+    /// The quantized weight, where the format is one of codes.
+    pub fn to_quantized(&self) -> Option<QuantizedMatrix> {
+        match &self.body {
+            Body::Int(packed) => Some(packed.unpack()),
+            Body::SparseInt4(sparse) => Some(sparse.unpack()),
+            _ => None,
+        }
+    }
+
+    /// The packed codes, where the format is dense and one of codes.
+    pub fn packed(&self) -> Option<&PackedMatrix> {
+        if let Body::Int(packed) = &self.body { Some(packed) } else { None }
+    }
+
+    pub(crate) fn body(&self) -> &Body {
+        &self.body
+    }
+}
+
+fn grid_parts<'a>(grid: &'a Grid, parts: &mut Vec<Part<'a>>) {
+    let [rows, groups] = [grid.rows, grid.groups()];
+    parts.push(Part {
+        name: "scales",
+        element: if grid.wide { Element::F32 } else { Element::F16 },
+        shape: vec![rows, groups],
+        bytes: &grid.scales,
+    });
+    if !grid.symmetric {
+        parts.push(Part {
+            name: "zeros",
+            element: Element::U8,
+            shape: vec![rows, grid.zeros.len().checked_div(rows).unwrap_or(0)],
+            bytes: &grid.zeros,
+        });
+    }
+    if let Some(group_of) = &grid.group_of {
+        parts.push(Part {
+            name: "groups",
+            element: Element::U32,
+            shape: vec![grid.cols],
+            bytes: bytemuck::cast_slice(group_of),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::format::testing::random_quantized;
+
+    fn sparse_matrix(rows: usize, cols: usize, density: f64, rng: &mut ChaCha8Rng) -> Matrix {
+        Matrix::from_fn(rows, cols, |_, _| if rng.random_bool(density) { rng.random_range(-2.0..2.0) } else { 0.0 })
+    }
+
+    fn n_of_m(matrix: &mut Matrix, n: usize, m: usize) {
+        let cols = matrix.cols();
+        for row in matrix.as_mut_slice().chunks_mut(cols) {
+            for group in row.chunks_mut(m) {
+                let mut seen = 0;
+                for value in group {
+                    seen += usize::from(*value != 0.0);
+                    if seen > n {
+                        *value = 0.0;
+                    }
+                }
+            }
+        }
+    }
+
+    fn back(stored: &StoredMatrix) -> StoredMatrix {
+        let json = serde_json::to_string(&stored.header()).unwrap();
+        let header: MatrixHeader = serde_json::from_str(&json).unwrap();
+        let parts = stored.parts();
+        for part in &parts {
+            let size = match part.element {
+                Element::U8 => 1,
+                Element::F16 | Element::Bf16 => 2,
+                Element::U32 | Element::F32 => 4,
+                Element::U64 => 8,
+            };
+            assert_eq!(part.shape.iter().product::<usize>() * size, part.bytes.len(), "{}", part.name);
+        }
+        assert_eq!(parts.iter().map(|part| part.bytes.len()).sum::<usize>(), stored.bytes());
+        let find =
+            |name: &str| parts.iter().find(|part| part.name == name).map(|part| Buffer::from_vec(part.bytes.to_vec()));
+        StoredMatrix::from_parts(&header, find).unwrap()
+    }
+
+    #[test]
+    fn numbers_come_back_rounded_and_parts_put_together_again() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for case in 0..60 {
+            let (rows, cols) = (rng.random_range(0..7), rng.random_range(1..300));
+            let mut weight = sparse_matrix(rows, cols, [0.0, 0.1, 0.5, 1.0][case % 4], &mut rng);
+            n_of_m(&mut weight, 2, 5);
+            if rows > 0 {
+                weight.as_mut_slice()[0] = if case % 2 == 0 { -0.0 } else { 1e-7 };
+            }
+            use WeightFormat as F;
+            let formats = [
+                F::F32,
+                F::F16,
+                F::Bf16,
+                F::SparseF16,
+                F::SparseBf16,
+                F::NmF16 { n: 2, m: 5 },
+                F::NmBf16 { n: 2, m: 5 },
+            ];
+            for format in formats {
+                let number = match format {
+                    F::F32 => Number::F32,
+                    F::F16 | F::SparseF16 | F::NmF16 { .. } => Number::F16,
+                    _ => Number::Bf16,
+                };
+                let stored = StoredMatrix::from_matrix(&weight, format).unwrap();
+                stored.check().unwrap();
+                let rounded = Matrix::from_fn(rows, cols, |row, col| number.rounded(weight.row(row)[col]));
+                assert_eq!(stored.to_matrix(), rounded, "{format:?}");
+                assert_eq!((stored.format(), stored.rows(), stored.cols()), (format, rows, cols));
+                let nonzero = rows * cols - rounded.count_zeros();
+                assert_eq!(stored.bytes(), format.bytes(rows, cols, nonzero), "{format:?}");
+                assert_eq!(back(&stored), stored);
+            }
+        }
+    }
+
+    #[test]
+    fn codes_come_back_exactly() {
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        for case in 0..60 {
+            let (rows, cols) = (rng.random_range(1..7), rng.random_range(1..300));
+            let group_size = [8, 17, 32, 128, 5000][case % 5];
+            let symmetric = rng.random();
+            let mut parts = random_quantized(rows, cols, 4, group_size, symmetric, &mut rng).into_parts();
+            let groups = cols.div_ceil(group_size);
+            for row in 0..rows {
+                for col in 0..cols {
+                    if rng.random_bool(0.5) {
+                        parts.codes[row * cols + col] = parts.zeros[row * groups + col / group_size];
+                    }
+                }
+            }
+            if case % 3 == 0 {
+                parts.group_of = Some((0..cols).map(|_| rng.random_range(0..groups as u32)).collect());
+            }
+            if case % 4 == 0 {
+                parts.scales[0] = 0.1;
+            }
+            let matrix = QuantizedMatrix::new(parts).unwrap();
+            for sparse in [false, true] {
+                let stored = StoredMatrix::from_quantized(&matrix, sparse).unwrap();
+                stored.check().unwrap();
+                assert_eq!(stored.to_quantized().unwrap(), matrix);
+                assert_eq!(stored.to_matrix(), matrix.dequantize());
+                assert_eq!(back(&stored), stored);
+            }
+        }
+        let three = random_quantized(2, 9, 3, 4, true, &mut rng);
+        assert!(StoredMatrix::from_quantized(&three, true).is_err());
+    }
+
+    #[test]
+    fn what_no_format_holds_is_refused() {
+        let weight = Matrix::new(1, 4, vec![1.0, 1e9, 0.0, 3.0]).unwrap();
+        use WeightFormat as F;
+        for format in [F::F16, F::SparseF16, F::NmBf16 { n: 2, m: 4 }, F::NmF16 { n: 3, m: 2 }] {
+            assert!(StoredMatrix::from_matrix(&weight, format).is_err(), "{format:?}");
+        }
+        let format = F::Int { bits: 4, group_size: None, symmetric: true };
+        assert!(StoredMatrix::from_matrix(&weight, format).is_err());
+    }
+
+    #[test]
+    fn parts_that_lie_are_refused_and_read_nothing_outside() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let weight = sparse_matrix(5, 150, 0.5, &mut rng);
+        let mut parts = random_quantized(5, 150, 4, 16, false, &mut rng).into_parts();
+        parts.codes.iter_mut().for_each(|code| *code = if rng.random() { *code } else { 3 });
+        let matrix = QuantizedMatrix::new(parts).unwrap();
+        let stored = [
+            StoredMatrix::from_matrix(&weight, WeightFormat::SparseF16).unwrap(),
+            StoredMatrix::from_matrix(&weight, WeightFormat::NmBf16 { n: 4, m: 4 }).unwrap(),
+            StoredMatrix::from_quantized(&matrix, true).unwrap(),
+            StoredMatrix::from_quantized(&matrix, false).unwrap(),
+        ];
+        for stored in stored {
+            for target in stored.parts().iter().map(|part| part.name) {
+                for trial in 0..20 {
+                    let find = |name: &str| {
+                        let part = stored.parts().into_iter().find(|part| part.name == name)?;
+                        let mut bytes = part.bytes.to_vec();
+                        if name == target {
+                            match trial {
+                                0 => drop(bytes.pop()),
+                                1 => bytes.push(0),
+                                2 => bytes.fill(0xFF),
+                                _ => {
+                                    let at = rng.random_range(0..bytes.len());
+                                    bytes[at] ^= 1 << rng.random_range(0..8);
+                                }
+                            }
+                        }
+                        Some(Buffer::from_vec(bytes))
+                    };
+                    let Ok(made) = StoredMatrix::from_parts(&stored.header(), find) else { continue };
+                    let refused = made.check().is_err();
+                    made.to_matrix();
+                    if ["mask", "offsets"].contains(&target) || (trial < 3 && !["zeros", "values"].contains(&target)) {
+                        // The bits of a mask that are counted by halves of bytes may hide behind each other.
+                        let hidden = target == "mask" && trial > 2 && matches!(made.body, Body::SparseInt4(_));
+                        let whole = hidden || target == "codes" && trial == 2 || made == stored;
+                        assert!(refused || whole, "{target} {trial} of {:?}", stored.format());
+                    }
+                }
+            }
+            let none = StoredMatrix::from_parts(&stored.header(), |_| None).unwrap_err().to_string();
+            assert!(none.contains("part"), "{none}");
+        }
+    }
+}

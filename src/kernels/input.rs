@@ -1,0 +1,256 @@
+//! Inputs as kernels want them: as they are, and as integers.
+//!
+//! Each block of 128 inputs has one scale: `x = scale * q`, `q = 256 hi + lo` with signed bytes `hi` and `lo`. Weights of codes are
+//! `w = sw (code - zero)` in groups, so that `x . w = sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)` over units `u`
+//! of columns that have one scale of both. What the second sum needs of `x` is computed here, once for all rows of the weight.
+
+use super::common::{Memory, lines};
+
+/// Inputs of one scale.
+pub(super) const BLOCK: usize = 128;
+/// Largest of the integers: `127 * 256 + 127`.
+const LARGEST: f32 = 32639.0;
+/// Blocks that have no larger input count as zeros: the scale would be no normal number.
+const TINY: f32 = 1e-33;
+/// The units that kernels have.
+const UNITS: [usize; 5] = [8, 16, 32, 64, 128];
+/// Numbers that may be read past the last unit.
+const PAD: usize = 16;
+
+/// In which order a block's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Columns 0, 2, .. 126, then 1, 3, .. 127: as packed codes of 4 bits come out of their bytes.
+    EvenOdd,
+    /// As they are.
+    InOrder,
+}
+
+/// The unit for groups of a size, where kernels have one.
+pub(super) fn unit_of(group_size: usize, cols: usize) -> Option<usize> {
+    if group_size >= cols || group_size.is_multiple_of(BLOCK) {
+        return Some(BLOCK);
+    }
+    UNITS.contains(&group_size).then_some(group_size)
+}
+
+/// What must be prepared for the layers of a call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Needs {
+    orders: [bool; 2],
+    units: [bool; 5],
+    wide: bool,
+}
+
+impl Needs {
+    pub fn add(&mut self, order: Order, unit: usize, wide: bool) {
+        self.orders[order as usize] = true;
+        self.wide = wide;
+        for (need, of) in self.units.iter_mut().zip(UNITS) {
+            *need |= of == unit;
+        }
+    }
+
+    pub fn any(&self) -> bool {
+        self.orders != [false; 2]
+    }
+}
+
+/// Where in a row's memory things lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    needs: Needs,
+    inputs: usize,
+    pub bytes: usize,
+}
+
+impl Layout {
+    pub fn new(needs: Needs, inputs: usize) -> Self {
+        let mut layout = Self { needs, inputs, bytes: 0 };
+        let codes = needs.orders.iter().filter(|need| **need).count() * layout.codes_bytes();
+        let units: usize =
+            UNITS.iter().zip(needs.units).filter(|(_, need)| *need).map(|(unit, _)| layout.unit_bytes(*unit)).sum();
+        layout.bytes = codes + units;
+        layout
+    }
+
+    /// Bytes of a row in one order: for each block 128 of `hi`, then, if wide, 128 of `lo`.
+    fn codes_bytes(&self) -> usize {
+        self.inputs.div_ceil(BLOCK) * self.block_bytes()
+    }
+
+    pub fn block_bytes(&self) -> usize {
+        if self.needs.wide { 2 * BLOCK } else { BLOCK }
+    }
+
+    /// Bytes of scales and sums for one size of units.
+    fn unit_bytes(&self, unit: usize) -> usize {
+        2 * lines(4 * (self.units(unit) + PAD))
+    }
+
+    fn units(&self, unit: usize) -> usize {
+        self.inputs.div_ceil(BLOCK) * (BLOCK / unit)
+    }
+
+    pub fn codes_at(&self, order: Order) -> usize {
+        if order == Order::InOrder && self.needs.orders[0] { self.codes_bytes() } else { 0 }
+    }
+
+    /// Where the scales of units lie; the sums lie `unit_bytes / 2` behind.
+    fn unit_at(&self, unit: usize) -> usize {
+        let codes = self.needs.orders.iter().filter(|need| **need).count() * self.codes_bytes();
+        let before =
+            UNITS.iter().zip(self.needs.units).take_while(|(other, _)| **other < unit).filter(|(_, need)| *need);
+        codes + before.map(|(unit, _)| self.unit_bytes(*unit)).sum::<usize>()
+    }
+}
+
+/// The inputs of a call.
+#[derive(Clone, Copy)]
+pub(super) struct Input<'a> {
+    pub values: &'a [f32],
+    pub rows: usize,
+    pub stride: usize,
+    pub inputs: usize,
+    pub layout: Layout,
+    /// Rows of `layout.bytes`.
+    pub memory: Memory,
+    pub at: usize,
+}
+
+impl<'a> Input<'a> {
+    pub fn row(&self, row: usize) -> &'a [f32] {
+        &self.values[row * self.stride..row * self.stride + self.inputs]
+    }
+
+    /// The bytes of a row, block by block.
+    pub fn codes(&self, row: usize, order: Order) -> &'a [u8] {
+        let from = self.at + row * self.layout.bytes + self.layout.codes_at(order);
+        // SAFETY: written by `prepare` before any task reads.
+        unsafe { self.memory.shared(from, self.layout.codes_bytes()) }
+    }
+
+    /// Scales and sums (`scale * sum q`) of a row's units, 16 zeros after them.
+    pub fn units(&self, row: usize, unit: usize) -> (&'a [f32], &'a [f32]) {
+        let from = self.at + row * self.layout.bytes + self.layout.unit_at(unit);
+        let (count, half) = (self.layout.units(unit) + PAD, self.layout.unit_bytes(unit) / 2);
+        // SAFETY: written by `prepare` before any task reads.
+        unsafe { (self.memory.numbers(from, count), self.memory.numbers(from + half, count)) }
+    }
+
+    pub fn wide(&self) -> bool {
+        self.layout.needs.wide
+    }
+
+    /// Writes a row's memory.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes it.
+    pub unsafe fn prepare(&self, row: usize) {
+        let (x, needs, start) = (self.row(row), self.layout.needs, self.at + row * self.layout.bytes);
+        let (size, blocks) = (self.layout.block_bytes(), self.inputs.div_ceil(BLOCK));
+        for (order, need) in [Order::EvenOdd, Order::InOrder].into_iter().zip(needs.orders) {
+            if !need {
+                continue;
+            }
+            let first = !needs.orders[0] || order == Order::EvenOdd;
+            // SAFETY: the caller's promise; the parts of a row do not overlap.
+            let codes = unsafe { self.memory.bytes(start + self.layout.codes_at(order), blocks * size) };
+            for (index, (x, codes)) in x.chunks(BLOCK).zip(codes.chunks_exact_mut(size)).enumerate() {
+                let mut q = [0; BLOCK];
+                let scale = round(x, needs.wide, &mut q);
+                place(&q, order, codes);
+                if first {
+                    // SAFETY: as above.
+                    unsafe { self.set_units(start, index, scale, &q) };
+                }
+            }
+        }
+        for (unit, need) in UNITS.into_iter().zip(needs.units) {
+            if need {
+                let (from, half) = (start + self.layout.unit_at(unit), self.layout.unit_bytes(unit) / 2);
+                for from in [from, from + half] {
+                    // SAFETY: as above.
+                    unsafe { self.memory.floats(from + 4 * self.layout.units(unit), PAD) }.fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`prepare`](Self::prepare).
+    unsafe fn set_units(&self, start: usize, block: usize, scale: f32, q: &[i32; BLOCK]) {
+        for (unit, need) in UNITS.into_iter().zip(self.layout.needs.units) {
+            if !need {
+                continue;
+            }
+            let count = BLOCK / unit;
+            let from = start + self.layout.unit_at(unit) + 4 * block * count;
+            // SAFETY: the caller's promise.
+            let (scales, sums) = unsafe {
+                let half = self.layout.unit_bytes(unit) / 2;
+                (self.memory.floats(from, count), self.memory.floats(from + half, count))
+            };
+            for ((scale_out, sum), q) in scales.iter_mut().zip(sums).zip(q.chunks_exact(unit)) {
+                *scale_out = scale;
+                *sum = scale * q.iter().sum::<i32>() as f32;
+            }
+        }
+    }
+}
+
+/// Rounds up to a block of inputs to integers; returns their scale, NaN where an input is not finite.
+fn round(x: &[f32], wide: bool, q: &mut [i32; BLOCK]) -> f32 {
+    let mut padded = [0.0_f32; BLOCK];
+    padded[..x.len()].copy_from_slice(x);
+    let mut most = [0.0_f32; 16];
+    let mut sum = [0.0_f32; 16];
+    for chunk in padded.as_chunks::<16>().0 {
+        for lane in 0..16 {
+            let size = chunk[lane].abs();
+            most[lane] = if size > most[lane] { size } else { most[lane] };
+            // NaN and infinities become NaN.
+            sum[lane] += chunk[lane] * 0.0;
+        }
+    }
+    let most = most.into_iter().fold(0.0_f32, f32::max);
+    if sum.iter().sum::<f32>().is_nan() {
+        q.fill(0);
+        return f32::NAN;
+    }
+    if most < TINY {
+        q.fill(0);
+        return 0.0;
+    }
+    let largest = if wide { LARGEST } else { 127.0 };
+    // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
+    const ROUND: f32 = 12_582_912.0;
+    let inverse = largest / most;
+    for (q, x) in q.iter_mut().zip(padded) {
+        *q = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+    }
+    most / largest
+}
+
+/// Splits integers into bytes: 128 high ones, then as many low ones where there is room.
+fn place(q: &[i32; BLOCK], order: Order, out: &mut [u8]) {
+    let wide = out.len() > BLOCK;
+    let mut split = |at: usize, q: i32| {
+        if wide {
+            let high = (q + 128) >> 8;
+            out[at] = high as u8;
+            out[BLOCK + at] = (q - (high << 8)) as u8;
+        } else {
+            out[at] = q as u8;
+        }
+    };
+    match order {
+        Order::InOrder => q.iter().enumerate().for_each(|(at, q)| split(at, *q)),
+        Order::EvenOdd => {
+            for (at, [even, odd]) in q.as_chunks::<2>().0.iter().enumerate() {
+                split(at, *even);
+                split(BLOCK / 2 + at, *odd);
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The way for every format and machine: a row of the weight becomes numbers, which multiply the inputs in plain loops.
+
+use std::ops::Range;
+
+use super::common::{Output, lines};
+use super::input::Input;
+use super::level::{Kind, Level};
+use crate::format::{Body, Dense, Number};
+
+/// Partial sums.
+const LANES: usize = 16;
+
+/// Bytes that a thread needs for weights of so many columns: a row of numbers, and of codes.
+pub(super) fn scratch_bytes(cols: usize) -> usize {
+    lines(4 * cols) + lines(cols)
+}
+
+/// Products of the inputs with some rows of a weight.
+///
+/// # Safety
+/// The outputs are this task's.
+pub(super) unsafe fn multiply(
+    level: Level,
+    weight: &Body,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+    numbers: &mut [f32],
+    codes: &mut [u8],
+) {
+    for row in rows {
+        match weight {
+            Body::Dense(dense) => dense.dequantize_row(row, numbers),
+            // As many as there are, so that it cannot fail.
+            Body::Int(packed) => drop(packed.dequantize_rows(row, numbers)),
+            Body::Sparse16(sparse) => sparse.dequantize_row(row, numbers),
+            Body::SparseInt4(sparse) => sparse.dequantize_row(row, codes, numbers),
+        }
+        for index in 0..input.rows {
+            // SAFETY: the caller's promise.
+            unsafe { output.set(index, row, dot(level, numbers, input.row(index))) };
+        }
+    }
+}
+
+/// Compiles a function for each [`Level`]; `FMA` says whether a fused multiply-add is one instruction.
+macro_rules! leveled {
+    ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        pub(super) fn $name(level: Level, $($arg: $type),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body<const $fma: bool>($($arg: $type),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $type),*) $(-> $ret)? {
+                body::<true>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+            fn avx512($($arg: $type),*) $(-> $ret)? {
+                body::<true>($($arg),*)
+            }
+            match level.kind() {
+                Kind::Portable => body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
+                // SAFETY: a level beyond the portable one comes from `Level::detect` alone, which asked the processor.
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx512 => unsafe { avx512($($arg),*) },
+            }
+        }
+    };
+}
+
+#[inline(always)]
+fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+leveled! {
+    /// The sum of products of as many numbers as `x` has.
+    fn dot<const FMA: bool>(weight: &[f32], x: &[f32]) -> f32 {
+        let mut sums = [0.0_f32; LANES];
+        let (x, x_rest) = x.as_chunks::<LANES>();
+        let (weight, w_rest) = weight[..LANES * x.len() + x_rest.len()].as_chunks::<LANES>();
+        for (weight, x) in weight.iter().zip(x) {
+            for lane in 0..LANES {
+                sums[lane] = mul_add::<FMA>(weight[lane], x[lane], sums[lane]);
+            }
+        }
+        let rest: f32 = w_rest.iter().zip(x_rest).map(|(w, x)| w * x).sum();
+        sums.iter().sum::<f32>() + rest
+    }
+}
+
+leveled! {
+    /// `y += factor * row`.
+    fn add_row<const FMA: bool>(y: &mut [f32], factor: f32, number: Number, row: &[u8]) {
+        match number {
+            Number::F32 => {
+                let row = row.as_chunks::<4>().0;
+                for (y, bytes) in y.iter_mut().zip(row) {
+                    *y = mul_add::<FMA>(factor, f32::from_le_bytes(*bytes), *y);
+                }
+            }
+            Number::F16 => {
+                let mut part = [0.0; 64];
+                for (y, row) in y.chunks_mut(64).zip(row.chunks(128)) {
+                    number.read(row, &mut part);
+                    y.iter_mut().zip(part).for_each(|(y, b)| *y = mul_add::<FMA>(factor, b, *y));
+                }
+            }
+            Number::Bf16 => {
+                let row = row.as_chunks::<2>().0;
+                for (y, bytes) in y.iter_mut().zip(row) {
+                    let b = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+                    *y = mul_add::<FMA>(factor, b, *y);
+                }
+            }
+        }
+    }
+}
+
+/// Adds an update: `y += scale * h bt` on some columns.
+///
+/// # Safety
+/// The outputs are this task's, and written.
+pub(super) unsafe fn add_update(
+    level: Level,
+    bt: &Dense,
+    scale: f32,
+    h: &[f32],
+    rank: usize,
+    columns: Range<usize>,
+    rows: usize,
+    output: Output,
+) {
+    let (size, stride) = (bt.number.bytes(), bt.cols * bt.number.bytes());
+    let values: &[u8] = &bt.values;
+    for row in 0..rows {
+        // SAFETY: the caller's promise.
+        let y = unsafe { output.slice(row, columns.clone()) };
+        for (r, h) in h[row * rank..(row + 1) * rank].iter().enumerate() {
+            let from = r * stride;
+            add_row(level, y, scale * h, bt.number, &values[from + columns.start * size..from + columns.end * size]);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Threads that wait for work: first awake, for as long as the next piece of work of a running model is away, then asleep.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{JoinHandle, Thread};
+
+/// Rounds that a thread waits awake, some tens of nanoseconds each.
+const SPINS: usize = 4000;
+
+/// A job that threads take part in: called with a thread's number.
+type Job = *const (dyn Fn(usize) + Sync);
+
+/// The state's lower half: whether the job may be joined, and how many have. Above it is the job's number.
+const OPEN: u64 = 1 << 31;
+const JOINED: u64 = OPEN - 1;
+const NEXT: u64 = 1 << 32;
+
+struct Shared {
+    /// See [`OPEN`].
+    state: AtomicU64,
+    job: UnsafeCell<Option<Job>>,
+    /// Held by the session whose job runs.
+    busy: AtomicBool,
+    asleep: Vec<AtomicBool>,
+    ended: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is written by the thread that holds `busy` alone, while the state is not open and nobody has joined; it is read by
+// threads that have joined. What it points to may be called from any thread.
+unsafe impl Sync for Shared {}
+// SAFETY: the pointer is only used as above.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn work(&self, number: usize) {
+        let mut last = 0;
+        let mut spins = 0;
+        loop {
+            let state = self.state.load(Ordering::Acquire);
+            if state & OPEN != 0 && state / NEXT != last {
+                let joined = self.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Relaxed);
+                if joined.is_ok() {
+                    last = state / NEXT;
+                    spins = 0;
+                    self.take_part(number);
+                    self.state.fetch_sub(1, Ordering::Release);
+                }
+                continue;
+            }
+            if self.ended.load(Ordering::Acquire) {
+                return;
+            }
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+                continue;
+            }
+            // Whoever opens a job looks at `asleep` after it has: one of both sees what the other wrote.
+            self.asleep[number - 1].store(true, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
+            let state = self.state.load(Ordering::SeqCst);
+            if !(state & OPEN != 0 && state / NEXT != last || self.ended.load(Ordering::SeqCst)) {
+                std::thread::park();
+            }
+            self.asleep[number - 1].store(false, Ordering::SeqCst);
+            spins = 0;
+        }
+    }
+
+    fn take_part(&self, number: usize) {
+        // SAFETY: this thread has joined, so that the job was written before and stays until it leaves.
+        let Some(job) = (unsafe { *self.job.get() }) else { return };
+        // SAFETY: as above.
+        let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*job)(number) }));
+        if let Err(panic) = result {
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        }
+    }
+}
+
+/// Threads for the kernels, the caller's among them.
+///
+/// One caller at a time has them; for another its work runs on its own thread alone, with the same results. They wait awake for some
+/// tens of microseconds, since the parts of a model follow each other closely, and sleep after that.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<(JoinHandle<()>, Thread)>,
+}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller's among them; 0 for as many as the machine has. Where the system gives fewer, the
+    /// pool has fewer.
+    pub fn new(threads: usize) -> Self {
+        let available = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if threads == 0 { available() } else { threads }.min(JOINED as usize);
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(NEXT),
+            job: UnsafeCell::new(None),
+            busy: AtomicBool::new(false),
+            asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            ended: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let spawn = |number| {
+            let shared = shared.clone();
+            let builder = std::thread::Builder::new().name(format!("kernels {number}"));
+            builder.spawn(move || shared.work(number)).ok()
+        };
+        let workers = (1..threads).map_while(spawn).map(|handle| {
+            let thread = handle.thread().clone();
+            (handle, thread)
+        });
+        let workers = workers.collect();
+        Self { shared, workers }
+    }
+
+    /// Threads, the caller's among them.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `task` with each number under `tasks` once, on whichever thread is free, and with that thread's number, under
+    /// [`threads`](Self::threads); no two calls at a time have the same. Returns when all calls have.
+    ///
+    /// # Panics
+    /// Where a call panics.
+    pub fn for_each(&self, tasks: usize, task: impl Fn(usize, usize) + Sync) {
+        let alone = self.workers.is_empty() || tasks < 2;
+        if alone || self.shared.busy.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            (0..tasks).for_each(|index| task(0, index));
+            return;
+        }
+        let next = AtomicUsize::new(0);
+        self.run(&|thread| {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= tasks {
+                    return;
+                }
+                task(thread, index);
+            }
+        });
+    }
+
+    /// Runs a job on the threads that come in time, the caller's among them. The caller holds `busy`.
+    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+        let shared = &*self.shared;
+        // Ends the job, whatever happens to the caller's part of it.
+        struct Close<'a>(&'a Shared);
+        impl Drop for Close<'_> {
+            fn drop(&mut self) {
+                let mut state = self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
+                let mut spins = 0;
+                while state & JOINED != 0 {
+                    spins += 1;
+                    if spins < SPINS {
+                        std::hint::spin_loop()
+                    } else {
+                        std::thread::yield_now()
+                    }
+                    state = self.0.state.load(Ordering::Acquire);
+                }
+                self.0.busy.store(false, Ordering::Release);
+            }
+        }
+        // SAFETY: `busy` is held, the state is closed, and nobody has joined. The lifetime is extended until `Close` has waited for
+        // all that have joined, which is before this function returns or unwinds.
+        unsafe {
+            *shared.job.get() = Some(std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job));
+        }
+        let close = Close(shared);
+        let number = (shared.state.load(Ordering::Relaxed) / NEXT).wrapping_add(1) & (u64::MAX / NEXT);
+        shared.state.store(number.max(1) * NEXT | OPEN, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        for ((_, thread), asleep) in self.workers.iter().zip(&shared.asleep) {
+            if asleep.load(Ordering::SeqCst) {
+                thread.unpark();
+            }
+        }
+        job(0);
+        drop(close);
+        // Of a worker; the caller's own unwinds by itself.
+        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        for (handle, thread) in self.workers.drain(..) {
+            thread.unpark();
+            // A worker catches what its jobs throw.
+            let _ = handle.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pool({} threads)", self.threads())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in 1..=4 {
+            let pool = Pool::new(threads);
+            assert_eq!(pool.threads(), threads);
+            for tasks in (0..50).chain([1000]) {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                let inside: Vec<AtomicBool> = (0..threads).map(|_| AtomicBool::new(false)).collect();
+                pool.for_each(tasks, |thread, task| {
+                    assert!(!inside[thread].swap(true, Ordering::SeqCst));
+                    counts[task].fetch_add(1, Ordering::SeqCst);
+                    inside[thread].store(false, Ordering::SeqCst);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::SeqCst) == 1));
+                if tasks == 20 {
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_busy_pool_leaves_the_work_to_the_caller() {
+        let pool = Pool::new(3);
+        let total = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..300 {
+                        pool.for_each(7, |_, task| {
+                            // Work inside work, too.
+                            pool.for_each(2, |_, inner| {
+                                total.fetch_add(task * inner, Ordering::Relaxed);
+                            });
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(total.into_inner(), 4 * 300 * 21);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_leaves_the_pool_in_order() {
+        let pool = Pool::new(3);
+        for bad in 0..40 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.for_each(40, |_, task| assert_ne!(task, bad, "wanted"));
+            }));
+            assert!(result.is_err());
+        }
+        let total = AtomicUsize::new(0);
+        pool.for_each(10, |_, task| {
+            total.fetch_add(task, Ordering::Relaxed);
+        });
+        assert_eq!(total.into_inner(), 45);
+    }
+}

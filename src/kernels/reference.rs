@@ -1,0 +1,28 @@
+//! What the kernels are compared with: sums in `f64`, weight by weight.
+
+use super::Linear;
+use crate::error::Result;
+
+/// `y = x W^T + s (x A^T) B^T + b` of one row, whose length is that of the active inputs.
+///
+/// # Errors
+/// Where the weight gives no rows; never for a weight that was made here.
+pub fn forward_row(layer: &Linear<'_>, x: &[f32]) -> Result<Vec<f64>> {
+    let dot = |weight: &[f32]| -> f64 { weight.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum() };
+    let mut row = vec![0.0; layer.weight.cols()];
+    let mut y = Vec::with_capacity(layer.outputs);
+    for output in 0..layer.outputs {
+        layer.weight.dequantize_rows(output, &mut row)?;
+        y.push(dot(&row) + layer.bias.map_or(0.0, |bias| f64::from(bias[output])));
+    }
+    if let Some(adapter) = &layer.adapter {
+        let (mut a, mut bt) = (vec![0.0; adapter.a.cols()], vec![0.0; adapter.bt.cols()]);
+        for rank in 0..adapter.rank {
+            adapter.a.dequantize_rows(rank, &mut a)?;
+            adapter.bt.dequantize_rows(rank, &mut bt)?;
+            let h = f64::from(adapter.scale) * dot(&a);
+            y.iter_mut().zip(&bt).for_each(|(y, b)| *y += h * f64::from(*b));
+        }
+    }
+    Ok(y)
+}
