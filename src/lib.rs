@@ -45,6 +45,8 @@ pub mod calib;
 pub mod data;
 pub mod error;
 pub mod eval;
+#[cfg(feature = "capi")]
+mod ffi;
 pub mod format;
 pub mod infer;
 pub mod io;
