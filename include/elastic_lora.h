@@ -101,6 +101,26 @@ typedef int32_t elora_token;
 // What the tokenizer puts around a text.
 typedef int32_t elora_special;
 
+// Sizes and numbers of a whole model.
+typedef struct elora_model_info {
+    // In: sizeof(elora_model_info).
+    size_t struct_size;
+    // Tokens of the vocabulary.
+    size_t vocab_size;
+    // Tokens that the model can take in at most.
+    size_t context_size;
+    // Numbers in a row between the blocks.
+    size_t hidden_size;
+    // Blocks.
+    size_t n_blocks;
+    // Numbers of an attention head.
+    size_t head_dim;
+    // Tokens that a query sees at most, its own included; 0 for all.
+    size_t sliding_window;
+    // What is added to the mean square in the norms.
+    double norm_epsilon;
+} elora_model_info;
+
 // How exactly the inputs of weights with codes are kept while they are multiplied.
 typedef int32_t elora_activations;
 
@@ -392,6 +412,31 @@ elora_status elora_model_detokenize(const struct elora_model *model,
                                     char *buf,
                                     size_t cap,
                                     size_t *len);
+
+// Describes the model. Set `info->struct_size` before. Heads and widths of a block are those of its layers.
+elora_status elora_model_describe(const struct elora_model *model, struct elora_model_info *info);
+
+// Writes the embeddings of tokens: `n_tokens` rows of hidden_size numbers, for which `out_len` must have room.
+elora_status elora_model_embed(const struct elora_model *model,
+                               const elora_token *tokens,
+                               size_t n_tokens,
+                               float *out,
+                               size_t out_len);
+
+// Copies the gain of a norm, hidden_size numbers, to `out`. `name` is that of its tensor in Hugging Face's files, such as
+// "model.layers.0.input_layernorm.weight" or "model.norm.weight". ELORA_STATUS_NOT_FOUND where there is none of that name.
+elora_status elora_model_norm(const struct elora_model *model,
+                              const char *name,
+                              float *out,
+                              size_t out_len);
+
+// Writes the cosines and sines of rotary attention at a position: head_dim / 2 numbers each, for which `len` must have room. Number i
+// turns elements i and i + head_dim / 2 of a head.
+elora_status elora_model_rotary(const struct elora_model *model,
+                                size_t position,
+                                float *cos,
+                                float *sin,
+                                size_t len);
 
 // Sets every field to its default. `struct_size` is sizeof(elora_linear_options).
 elora_status elora_linear_options_init(struct elora_linear_options *options, size_t struct_size);

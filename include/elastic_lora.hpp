@@ -440,6 +440,17 @@ struct layer_info {
     bool has_bias = false;
 };
 
+// Sizes and numbers of a whole model.
+struct model_info {
+    std::size_t vocab_size = 0;
+    std::size_t context_size = 0;
+    std::size_t hidden_size = 0;
+    std::size_t n_blocks = 0;
+    std::size_t head_dim = 0;
+    std::size_t sliding_window = 0;
+    double norm_epsilon = 0.0;
+};
+
 // A subnet that a model knows by name.
 struct subnet_info {
     std::size_t index = 0;
@@ -589,6 +600,37 @@ public:
         return detail::text([=](char *buf, std::size_t cap, std::size_t *len) {
             return elora_model_detokenize(handle, tokens.data(), tokens.size(), buf, cap, len);
         });
+    }
+
+    // What a caller that runs the model itself needs beside the layers.
+    returns<model_info> describe() const {
+        elora_model_info c = elora_model_info();
+        c.struct_size = sizeof c;
+        const elora_status code = elora_model_describe(get(), &c);
+        model_info info;
+        if (code == ELORA_STATUS_OK) {
+            info.vocab_size = c.vocab_size;
+            info.context_size = c.context_size;
+            info.hidden_size = c.hidden_size;
+            info.n_blocks = c.n_blocks;
+            info.head_dim = c.head_dim;
+            info.sliding_window = c.sliding_window;
+            info.norm_epsilon = c.norm_epsilon;
+        }
+        return detail::finish(code, info);
+    }
+    // Rows of hidden_size numbers.
+    returns<void> embed(span<const token> tokens, span<float> out) const {
+        return detail::finish(elora_model_embed(get(), tokens.data(), tokens.size(), out.data(), out.size()));
+    }
+    // The gain of a norm, hidden_size numbers, by its tensor's name.
+    returns<void> norm(const text_arg &tensor, span<float> out) const {
+        return detail::finish(elora_model_norm(get(), tensor.c_str(), out.data(), out.size()));
+    }
+    // Cosines and sines of a position, head_dim / 2 numbers each.
+    returns<void> rotary(std::size_t position, span<float> cos, span<float> sin) const {
+        const std::size_t len = cos.size() < sin.size() ? cos.size() : sin.size();
+        return detail::finish(elora_model_rotary(get(), position, cos.data(), sin.data(), len));
     }
 
     // One layer as a subnet has it; 0 is the whole model.

@@ -21,6 +21,7 @@ mod linear;
 mod memory;
 mod model;
 mod options;
+mod parts;
 mod session;
 mod status;
 #[cfg(elastic_lora_test_hooks)]

@@ -409,6 +409,26 @@ impl Model {
         self.weights.embedding.get()
     }
 
+    /// The gain of a norm, by its tensor's name ([`HfConfig::input_norm`] and the like).
+    pub fn norm(&self, tensor: &str) -> Option<&[f32]> {
+        if tensor == HfConfig::FINAL_NORM {
+            return Some(&self.weights.final_norm);
+        }
+        let names = |block| [HfConfig::input_norm(block), HfConfig::post_attention_norm(block)];
+        self.weights.norms.iter().enumerate().find_map(|(block, gains)| {
+            let at = names(block).iter().position(|name| name == tensor)?;
+            gains[at].as_deref()
+        })
+    }
+
+    /// Cosines and sines of rotary attention at a position.
+    ///
+    /// # Shapes
+    /// - `cos`, `sin`: `[head_dim / 2]` each
+    pub fn rotary(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+        self.weights.rope.turn_at(position, cos, sin);
+    }
+
     /// The weight of a layer, `[d_output, d_input]`, without its adapter.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 /// What is in the header, in its order. The rest of `src/ffi` is inside the library. cbindgen is given files, since it would walk the
 /// whole crate otherwise.
-const SOURCES: [&str; 5] = ["status", "model", "tokenizer", "linear", "session"];
+const SOURCES: [&str; 6] = ["status", "model", "tokenizer", "parts", "linear", "session"];
 
 fn main() -> ExitCode {
     let Some(root) = std::env::args_os().nth(1) else {
