@@ -183,7 +183,7 @@ fn one_lie_for_each_rule_of_the_model() {
         Model::open(&bad, &options(Verify::OnUse)).unwrap_err().to_string()
     };
     for (from, to, message) in [
-        ("\"hidden_size\":24", "\"hidden_size\":48", "model.embed_tokens.weight"),
+        ("\"hidden_size\":24", "\"hidden_size\":48", "input_layernorm.weight"),
         ("\"num_hidden_layers\":2", "\"num_hidden_layers\":3", "model.layers.2"),
         ("\"intermediate_size\":37", "\"intermediate_size\":36", "mlp.gate_proj.weight"),
         ("\"tie_word_embeddings\":false", "\"tie_word_embeddings\":\"no\"", "tie_word_embeddings"),
