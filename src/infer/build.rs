@@ -63,6 +63,46 @@ impl Model {
         Ok(Self::from_weights(Weights::new(parts)?, 0))
     }
 
+    /// A model whose weights the caller has: `matrix` is asked for the embedding, the linear layers and an untied head, by the names of
+    /// their tensors and their shapes `[out, in]`, `vector` for norms and biases, by theirs.
+    ///
+    /// # Errors
+    /// What the two give; [`Error::TensorShape`] for another shape than asked for, [`Error::NotFinite`].
+    pub fn from_matrices(
+        config: &HfConfig,
+        mut matrix: impl FnMut(&str, [usize; 2]) -> Result<StoredMatrix>,
+        mut vector: impl FnMut(&str, usize) -> Result<Vec<f32>>,
+    ) -> Result<Self> {
+        let (d_model, vocab_size) = (config.hidden_size(), config.vocab_size());
+        let mut made = |name: &str, shape| Ok::<_, Error>(Weight::made(name, matrix(name, shape)?));
+        let embedding = made(HfConfig::EMBEDDING, [vocab_size, d_model])?;
+        let mut layers = Vec::new();
+        for layer in config.linear_layers() {
+            let weight = made(&format!("{}.weight", layer.name), [layer.d_output, layer.d_input])?;
+            let bias = match layer.bias {
+                true => Some(vector(&format!("{}.bias", layer.name), layer.d_output)?.into()),
+                false => None,
+            };
+            layers.push(LayerWeights { name: layer.name, weight, bias, adapter: None });
+        }
+        if !config.tie_word_embeddings() {
+            let weight = made(HfConfig::HEAD, [vocab_size, d_model])?;
+            layers.push(LayerWeights { name: "lm_head".into(), weight, bias: None, adapter: None });
+        }
+        let parts = ModelParts {
+            embedding,
+            norms: block_norms(config, &mut vector)?,
+            final_norm: vector(HfConfig::FINAL_NORM, d_model)?,
+            layers,
+            space: None,
+            subnets: Vec::new(),
+            tokenizer: None,
+            stop_ids: config.eos_token_ids().to_vec(),
+            config: config.clone(),
+        };
+        Ok(Self::from_weights(Weights::new(parts)?, 0))
+    }
+
     /// The same model with a tokenizer and the tokens that end a generation.
     pub fn with_tokenizer(&self, folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
@@ -83,6 +123,23 @@ impl Model {
         weights.stop_ids = stop_ids;
         self.with_weights(weights)
     }
+}
+
+/// The norms of the blocks' parts that are there.
+fn block_norms(
+    config: &HfConfig,
+    vector: &mut dyn FnMut(&str, usize) -> Result<Vec<f32>>,
+) -> Result<Vec<[Option<Vec<f32>>; 2]>> {
+    let mut norms = Vec::new();
+    for (block, dims) in config.blocks().iter().enumerate() {
+        let mut norm = |there: bool, name: String| match there {
+            true => vector(&name, config.hidden_size()).map(Some),
+            false => Ok(None),
+        };
+        let attention = norm(dims.has_attention(), HfConfig::input_norm(block))?;
+        norms.push([attention, norm(dims.has_mlp(), HfConfig::post_attention_norm(block))?]);
+    }
+    Ok(norms)
 }
 
 fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
@@ -214,15 +271,9 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         };
         layers.push(LayerWeights { name, weight, bias: None, adapter: None });
     }
-    let vector = |name: &str| checkpoint.load_vector(name, config.hidden_size());
-    let mut norms = Vec::new();
-    for (block, dims) in config.blocks().iter().enumerate() {
-        let attention =
-            if dims.has_attention() { Some(vector(&HfConfig::input_norm(block))?) } else { None };
-        let mlp = if dims.has_mlp() { Some(vector(&HfConfig::post_attention_norm(block))?) } else { None };
-        norms.push([attention, mlp]);
-    }
-    let final_norm = vector(HfConfig::FINAL_NORM)?;
+    let mut vector = |name: &str, len: usize| checkpoint.load_vector(name, len);
+    let norms = block_norms(&config, &mut vector)?;
+    let final_norm = vector(HfConfig::FINAL_NORM, config.hidden_size())?;
     let tokenizer = read_tokenizer(folder, &config)?;
     Ok(ModelParts {
         embedding,
