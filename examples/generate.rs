@@ -1,4 +1,4 @@
-//! Continues a prompt, token by token.
+//! Continues a prompt, token by token; turns a model folder into a bundle.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -8,26 +8,40 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
-use elastic_lora::Result;
-use elastic_lora::infer::{GenerateConfig, SampleConfig, Session};
+use elastic_lora::format::WeightFormat;
+use elastic_lora::infer::{
+    CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig,
+};
+use elastic_lora::{Error, Result, SuperNet};
 
 /// Continue a prompt with a model, with or without an adapter; greedy unless a temperature is given.
 ///
-/// Without arguments: the shipped model answers an arithmetic problem.
+/// Without arguments: the shipped model answers an arithmetic problem. `--model llama --format int4 --save llama.elora` makes a bundle
+/// of a Hugging Face folder, and `--model llama.elora` runs it.
 #[derive(Parser)]
 struct Args {
-    /// Model folder [default: the shipped model]
+    /// Bundle or model folder [default: the shipped model]
     #[arg(long)]
     model: Option<PathBuf>,
     /// PEFT adapter folder, used unmerged
     #[arg(long)]
     adapter: Option<PathBuf>,
+    /// The subnet of a super-network, by name [default: all of it]
+    #[arg(long)]
+    subnet: Option<String>,
+    /// Store the linear layers as f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4, sparse-int4 or, sparse with so many non-zeros
+    /// of so many weights, 2:4; codes are rounded to nearest in groups of 128
+    #[arg(long, value_parser = parse_format)]
+    format: Option<WeightFormat>,
+    /// Write the model as a bundle, and do not generate unless there is a prompt
+    #[arg(long)]
+    save: Option<PathBuf>,
+    /// Replace a bundle of that name
+    #[arg(long)]
+    overwrite: bool,
     /// The prompt; `\n` is a line break
-    #[arg(
-        long,
-        default_value = "Question: Mia has 23 shells and finds 18 more. How many shells does Mia have now?\\nAnswer:"
-    )]
-    prompt: String,
+    #[arg(long)]
+    prompt: Option<String>,
     /// New tokens at most
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
@@ -40,54 +54,164 @@ struct Args {
     /// Only the most likely tokens that together reach this probability
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
+    /// Only tokens at least this share as likely as the most likely one; 0 for all
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f64,
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Backend: flex, or another that the build has a feature for
-    #[arg(long, default_value = "flex")]
-    device: String,
+    /// Threads; 0 for one per core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Keep keys and values at 16 bits
+    #[arg(long)]
+    half_cache: bool,
+    /// Run the uncompressed model on a Burn backend instead: flex, or another that the build has a feature for
+    #[arg(long)]
+    device: Option<String>,
 }
 
-fn run(args: &Args) -> Result<()> {
-    let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), &args.device)?;
-    let prompt = args.prompt.replace("\\n", "\n");
-    let ids = pretrained.tokenizer.encode_prompt(&prompt)?;
-    let mut config = GenerateConfig::new(args.max_new_tokens, pretrained.stop_ids());
-    config.sample =
-        SampleConfig { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
-    let mut stdout = std::io::stdout();
-    let _ = write!(stdout, "{prompt}").and_then(|()| stdout.flush());
-    let started = Instant::now();
-    let mut first = None;
-    let mut so_far = Vec::new();
-    let mut shown = 0;
-    let output = Session::new(&pretrained.model).generate(&ids, &config, |token| {
-        first.get_or_insert_with(|| started.elapsed());
-        so_far.push(token);
+const PROMPT: &str = "Question: Mia has 23 shells and finds 18 more. How many shells does Mia have now?\\nAnswer:";
+
+fn parse_format(text: &str) -> std::result::Result<WeightFormat, String> {
+    let int = |bits| WeightFormat::Int { bits, group_size: Some(128), symmetric: false };
+    Ok(match text {
+        "f32" => WeightFormat::F32,
+        "f16" => WeightFormat::F16,
+        "bf16" => WeightFormat::Bf16,
+        "sparse-f16" => WeightFormat::SparseF16,
+        "sparse-bf16" => WeightFormat::SparseBf16,
+        "int8" => int(8),
+        "int4" => int(4),
+        "sparse-int4" => WeightFormat::SparseInt4 { group_size: Some(128), symmetric: false },
+        other => {
+            let pattern = other.split_once(':').and_then(|(n, m)| Some((n.parse().ok()?, m.parse().ok()?)));
+            let Some((n, m)) = pattern else { return Err("no format; see --help".into()) };
+            WeightFormat::NmF16 { n, m }
+        }
+    })
+}
+
+/// Shows what is generated as soon as it is text.
+struct Shown<'a> {
+    decode: &'a dyn Fn(&[u32]) -> Result<String>,
+    so_far: Vec<u32>,
+    bytes: usize,
+}
+
+impl Shown<'_> {
+    fn token(&mut self, token: u32) -> bool {
+        self.so_far.push(token);
         // A token can be a part of a character: what is incomplete waits for the next one.
-        if let Ok(text) = pretrained.tokenizer.decode(&so_far)
+        if let Ok(text) = (self.decode)(&self.so_far)
             && !text.ends_with('\u{FFFD}')
-            && text.is_char_boundary(shown)
+            && text.is_char_boundary(self.bytes)
         {
-            let written = write!(stdout, "{}", &text[shown..]).and_then(|()| stdout.flush());
-            shown = text.len();
+            let mut stdout = std::io::stdout();
+            let written = write!(stdout, "{}", &text[self.bytes..]).and_then(|()| stdout.flush());
+            self.bytes = text.len();
             // Where nobody reads any more (`| head`), there is no more to do.
             return written.is_ok();
         }
         true
+    }
+}
+
+/// Generates, shows, and tells how fast it was.
+fn show(
+    prompt: &str,
+    n_prompt: usize,
+    decode: &dyn Fn(&[u32]) -> Result<String>,
+    generate: impl FnOnce(&mut dyn FnMut(u32) -> bool) -> Result<Vec<u32>>,
+) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    let _ = write!(stdout, "{prompt}").and_then(|()| stdout.flush());
+    let mut shown = Shown { decode, so_far: Vec::new(), bytes: 0 };
+    let (started, mut first) = (Instant::now(), None);
+    let output = generate(&mut |token| {
+        first.get_or_insert_with(|| started.elapsed());
+        shown.token(token)
     })?;
     common::say!();
     let total = started.elapsed().as_secs_f64();
     let prefill = first.map_or(total, |first| first.as_secs_f64());
     let decoded = output.len().saturating_sub(1);
     eprintln!(
-        "prompt: {} tokens in {:.1} ms; generated {} tokens, {:.0} tokens/s",
-        ids.len(),
-        1000.0 * prefill,
+        "prompt: {n_prompt} tokens in {:.1} ms, {:.0} tokens/s; generated {} tokens, {:.0} tokens/s",
+        1e3 * prefill,
+        n_prompt as f64 / prefill.max(1e-9),
         output.len(),
         decoded as f64 / (total - prefill).max(1e-9)
     );
     Ok(())
+}
+
+fn settings(args: &Args, stop_ids: Vec<u32>) -> GenerateConfig {
+    let Args { temperature, top_k, top_p, min_p, seed, .. } = *args;
+    let sample = SampleConfig { temperature, top_k, top_p, min_p, seed };
+    GenerateConfig { sample, ..GenerateConfig::new(args.max_new_tokens, stop_ids) }
+}
+
+/// On a Burn device, as the other examples run models.
+fn run_on_device(args: &Args, device: &str, prompt: &str) -> Result<()> {
+    let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), device)?;
+    let ids = pretrained.tokenizer.encode_prompt(prompt)?;
+    let config = settings(args, pretrained.stop_ids());
+    let mut session = DeviceSession::new(&pretrained.model);
+    let decode = |ids: &[u32]| pretrained.tokenizer.decode(ids);
+    show(prompt, ids.len(), &decode, |on_token| session.generate(&ids, &config, on_token))
+}
+
+fn open(args: &Args) -> Result<Model> {
+    let path = args.model.clone().unwrap_or_else(common::shipped_model);
+    if let Some(adapter) = &args.adapter {
+        let pretrained = common::open(Some(&path), None, "flex")?;
+        let adapter = elastic_lora::io::peft::LoraAdapter::open(adapter)?;
+        let net = SuperNet::from_adapter(pretrained.model, &adapter)?;
+        let format = args.format.unwrap_or(WeightFormat::F32);
+        return Model::from_supernet(&net, &[], format)?.with_n_threads(args.threads).with_tokenizer(&path);
+    }
+    let model = Model::open(&path, &ModelOptions::default().with_n_threads(args.threads))?;
+    match args.format {
+        Some(format) => model.with_format(FormatPlan::new(format)),
+        None => Ok(model),
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let prompt = args.prompt.as_deref().unwrap_or(PROMPT).replace("\\n", "\n");
+    if let Some(device) = &args.device {
+        return run_on_device(args, device, &prompt);
+    }
+    let started = Instant::now();
+    let model = open(args)?;
+    let opened = started.elapsed();
+    if let Some(path) = &args.save {
+        model.save(path, args.overwrite)?;
+        eprintln!("{}: {:.1} MB of weights", path.display(), model.bytes() as f64 / 1e6);
+        if args.prompt.is_none() {
+            return Ok(());
+        }
+    }
+    let Some(tokenizer) = model.tokenizer() else {
+        let reason = "the model has no tokenizer".to_string();
+        return Err(Error::InvalidState { what: "generating", reason });
+    };
+    eprintln!(
+        "opened in {:.1} ms: {:.1} MB of weights, {} threads",
+        1e3 * opened.as_secs_f64(),
+        model.bytes() as f64 / 1e6,
+        model.n_threads()
+    );
+    let ids = tokenizer.encode_prompt(&prompt)?;
+    let cache = if args.half_cache { CacheFormat::F16 } else { CacheFormat::F32 };
+    let mut session = Session::new(&model, &SessionConfig::default().with_cache(cache))?;
+    if let Some(subnet) = &args.subnet {
+        session.set_subnet_named(subnet)?;
+    }
+    let config = settings(args, model.stop_ids().to_vec());
+    let decode = |ids: &[u32]| tokenizer.decode(ids);
+    show(&prompt, ids.len(), &decode, |on_token| session.generate(&ids, &config, on_token))
 }
 
 fn main() {

@@ -261,6 +261,31 @@ pub enum Error {
         /// What to do about it.
         reason: &'static str,
     },
+    // --- inference ---------------------------------------------------------------------------------------------
+    /// A session or model is in a state in which what was asked cannot be done.
+    #[error("{what}: {reason}")]
+    InvalidState {
+        /// What was asked for.
+        what: &'static str,
+        /// Why it cannot be done, and what to do first.
+        reason: String,
+    },
+    /// A subnet name that the model does not have.
+    #[error("there is no subnet `{name}` (there are: {known})")]
+    UnknownSubnet {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// The system gave no memory.
+    #[error("{what}: no memory for {bytes} bytes")]
+    OutOfMemory {
+        /// What it was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: usize,
+    },
     // --- runs --------------------------------------------------------------------------------------------------
     /// Training met a loss or a gradient that is no finite number.
     #[error("step {step}: training diverged (loss {loss}, gradient norm {grad_norm})")]

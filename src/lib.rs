@@ -45,6 +45,8 @@ pub mod calib;
 pub mod data;
 pub mod error;
 pub mod eval;
+#[cfg(feature = "capi")]
+mod ffi;
 pub mod format;
 pub mod infer;
 pub mod io;
@@ -55,6 +57,8 @@ pub mod model;
 pub mod nn;
 pub mod quant;
 pub mod search;
+#[cfg_attr(not(feature = "flex"), allow(dead_code))]
+mod simd;
 pub mod space;
 pub mod sparsity;
 pub mod supernet;

@@ -4,7 +4,7 @@ mod common;
 
 use common::{load, load_i32, max_diff, random_ids, shared, tiny, tiny_mistral};
 use elastic_lora::Error;
-use elastic_lora::infer::{GenerateConfig, SampleConfig, Session, generate_batch};
+use elastic_lora::infer::{GenerateConfig, SampleConfig, DeviceSession, generate_batch};
 use elastic_lora::io::Checkpoint;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{KvCache, host_values};
@@ -21,7 +21,7 @@ fn prompts() -> Vec<Vec<u32>> {
 }
 
 fn one_by_one(model: &Decoder, prompts: &[Vec<u32>], config: &GenerateConfig) -> Vec<Vec<u32>> {
-    prompts.iter().map(|prompt| Session::new(model).generate(prompt, config, |_| true).unwrap()).collect()
+    prompts.iter().map(|prompt| DeviceSession::new(model).generate(prompt, config, |_| true).unwrap()).collect()
 }
 
 /// The definition: the whole sequence through the model for each token.
@@ -95,7 +95,7 @@ fn bad_prompts_and_settings_are_refused() {
     assert!(matches!(batch(vec![1, 41]), Error::TokenOutOfRange { found: 41, vocab_size: 41 }));
     assert!(matches!(batch(vec![u32::MAX]), Error::TokenOutOfRange { .. }));
 
-    let mut session = Session::new(&model);
+    let mut session = DeviceSession::new(&model);
     let first = session.decode(&good).unwrap();
     assert!(session.decode(&[]).is_err());
     assert!(matches!(session.decode(&[1, 41]), Err(Error::TokenOutOfRange { .. })));
@@ -128,14 +128,14 @@ fn bad_prompts_and_settings_are_refused() {
 fn a_session_goes_on_from_what_it_holds_and_its_caller_may_end_it() {
     let model = tiny(false, 2);
     let prompt = random_ids(9, 41, 8);
-    let whole = Session::new(&model).decode(&prompt).unwrap();
+    let whole = DeviceSession::new(&model).decode(&prompt).unwrap();
     for split in 1..9 {
-        let mut session = Session::new(&model);
+        let mut session = DeviceSession::new(&model);
         session.decode(&prompt[..split]).unwrap();
         assert!(max_diff(&session.decode(&prompt[split..]).unwrap(), &whole) < 1e-4);
     }
-    let expected = Session::new(&model).generate(&prompt, &greedy(8, &[]), |_| true).unwrap();
-    let mut session = Session::new(&model);
+    let expected = DeviceSession::new(&model).generate(&prompt, &greedy(8, &[]), |_| true).unwrap();
+    let mut session = DeviceSession::new(&model);
     session.decode(&prompt[..4]).unwrap();
     let mut shown = Vec::new();
     let output = session
@@ -152,7 +152,7 @@ fn draws_follow_the_seed_and_not_the_batch() {
     let model = tiny(true, 1);
     let prompts = prompts();
     let drawn = |seed: u64, batch_size: usize| {
-        let sample = SampleConfig { temperature: 1.5, top_k: 20, top_p: 0.95, seed };
+        let sample = SampleConfig { temperature: 1.5, top_k: 20, top_p: 0.95, min_p: 0.0, seed };
         generate_batch(&model, &prompts, &GenerateConfig { sample, batch_size, ..greedy(12, &[]) }).unwrap()
     };
     assert_eq!(drawn(1, 64), drawn(1, 64));
@@ -218,7 +218,7 @@ fn greedy_continuations_are_those_of_transformers() {
         // The file's continuation begins with the prompt.
         assert_eq!(&expected[..4], &prompt);
         let config = greedy(expected.len() - 4, &[]);
-        assert_eq!(Session::new(&model).generate(&prompt, &config, |_| true).unwrap(), &expected[4..], "{name}");
+        assert_eq!(DeviceSession::new(&model).generate(&prompt, &config, |_| true).unwrap(), &expected[4..], "{name}");
         // Beside another prompt, and so padded.
         let batch = vec![random_ids(11, 512, 1), prompt];
         assert_eq!(generate_batch(&model, &batch, &config).unwrap()[1], &expected[4..], "{name}");

@@ -80,7 +80,8 @@ impl Grid {
         (scale, bits::get(self.row_zeros(row), self.bits, group))
     }
 
-    fn row_zeros(&self, row: usize) -> &[u8] {
+    /// The packed zero points of a row; the grid has some.
+    pub fn row_zeros(&self, row: usize) -> &[u8] {
         let len = bits::packed_len(self.groups(), self.bits);
         &self.zeros[row * len..(row + 1) * len]
     }

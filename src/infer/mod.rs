@@ -1,79 +1,33 @@
 //! Running a model: prefill, decode, generation for one sequence or many.
+//!
+//! [`Model`] is a model as it is run: its weights stored compressed ([`StoredMatrix`](crate::format::StoredMatrix)) and multiplied
+//! compressed ([`kernels`](crate::kernels)), a whole super-network with its named subnets if wanted, opened from a bundle or a Hugging
+//! Face folder by memory map. A [`Session`] is one sequence on it. Both are driven by the same [`HfConfig`](crate::io::HfConfig) as
+//! [`Decoder`](crate::model::Decoder) and compute the same, on slices, without Burn: the cost of an operation there is a good part of a
+//! token's time. [`DeviceSession`] and [`generate_batch`] run a decoder on any Burn device.
 
+mod attention;
 mod batch;
+mod build;
+mod bundle;
+mod cache;
+mod convert;
+mod device;
+mod forward;
+mod linear;
+mod model;
+mod plan;
 mod sample;
+mod session;
+mod shape;
+mod weights;
+mod workspace;
 
 pub use batch::{GenerateConfig, generate_batch};
+pub use cache::CacheFormat;
+pub use device::DeviceSession;
+pub use linear::{LinearLayer, Number};
+pub use model::{LayerInfo, Model, ModelOptions, NamedSubnet, Verify};
+pub use plan::FormatPlan;
 pub use sample::{SampleConfig, Sampler};
-
-use crate::error::{Error, Result};
-use crate::model::Decoder;
-use crate::nn::{KvCache, host_values};
-
-/// One sequence on a model, with its key/value cache. Many sessions can share a model.
-#[derive(Clone, Debug)]
-pub struct Session {
-    model: Decoder,
-    cache: KvCache,
-}
-
-impl Session {
-    /// An empty session on the model with the subnet that is active in it now. The weights are shared, not copied.
-    pub fn new(model: &Decoder) -> Self {
-        Self { model: model.clone(), cache: KvCache::new(model.config().num_hidden_layers()) }
-    }
-
-    /// Tokens in the cache.
-    pub fn position(&self) -> usize {
-        self.cache.n_tokens()
-    }
-
-    /// Empties the cache.
-    pub fn reset(&mut self) {
-        self.cache = KvCache::new(self.model.config().num_hidden_layers());
-    }
-
-    /// Appends tokens, one or many, and returns the logits after the last, `[vocab_size]`.
-    ///
-    /// # Errors
-    /// No tokens, one outside the vocabulary, or more than the context holds; the cache is then as before.
-    pub fn decode(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let max = self.model.config().max_position_embeddings();
-        let found = self.position() + tokens.len();
-        if found > max {
-            return Err(Error::SequenceTooLong { what: "session".into(), found, max });
-        }
-        let ids = self.model.tokens(tokens, 1)?;
-        let hidden = self.model.hidden_states(ids, Some(&mut self.cache));
-        Ok(host_values(self.model.logits(hidden.narrow(1, tokens.len() - 1, 1))))
-    }
-
-    /// Continues `prompt`, which is appended to what the session holds. Each new token is shown to `on_token` at once;
-    /// `false` from it ends the generation. A stop token ends it too and is not part of the output.
-    ///
-    /// # Errors
-    /// As [`decode`](Self::decode), and [`SampleConfig::validate`].
-    pub fn generate(
-        &mut self,
-        prompt: &[u32],
-        config: &GenerateConfig,
-        mut on_token: impl FnMut(u32) -> bool,
-    ) -> Result<Vec<u32>> {
-        let mut sampler = Sampler::new(&config.sample, 0)?;
-        let mut output = Vec::new();
-        let mut logits = self.decode(prompt)?;
-        while output.len() < config.max_new_tokens {
-            let next = sampler.next(&logits);
-            if config.stop_ids.contains(&next) {
-                break;
-            }
-            output.push(next);
-            let full = self.position() == self.model.config().max_position_embeddings();
-            if !on_token(next) || full || output.len() == config.max_new_tokens {
-                break;
-            }
-            logits = self.decode(&[next])?;
-        }
-        Ok(output)
-    }
-}
+pub use session::{Session, SessionConfig, decode_batch};

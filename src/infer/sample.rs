@@ -15,13 +15,16 @@ pub struct SampleConfig {
     pub top_k: usize,
     /// Only the most likely tokens that together reach this probability, in 0..=1; 1 for all.
     pub top_p: f64,
+    /// Only tokens at least this share as likely as the most likely one, in 0..1; 0 for all (arXiv 2407.01082).
+    #[serde(default)]
+    pub min_p: f64,
     /// Seed of the draws.
     pub seed: u64,
 }
 
 impl Default for SampleConfig {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 }
     }
 }
 
@@ -37,6 +40,9 @@ impl SampleConfig {
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(Error::argument("top_p", self.top_p, "over 0 and at most 1"));
         }
+        if !(0.0..1.0).contains(&self.min_p) {
+            return Err(Error::argument("min_p", self.min_p, "at least 0 and under 1"));
+        }
         Ok(())
     }
 }
@@ -46,6 +52,9 @@ impl SampleConfig {
 pub struct Sampler {
     config: SampleConfig,
     rng: ChaCha8Rng,
+    /// Kept from one draw to the next, so that none allocates.
+    order: Vec<u32>,
+    weights: Vec<f64>,
 }
 
 impl Sampler {
@@ -57,10 +66,12 @@ impl Sampler {
         config.validate()?;
         let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
         rng.set_stream(stream);
-        Ok(Self { config: config.clone(), rng })
+        Ok(Self { config: config.clone(), rng, order: Vec::new(), weights: Vec::new() })
     }
 
     /// The next token's id; of equal logits the lowest id wins. NaN counts as the least.
+    ///
+    /// The cuts come one after the other, each on what the one before has left: top-k, min-p, top-p.
     pub fn next(&mut self, logits: &[f32]) -> u32 {
         if self.config.temperature == 0.0 {
             let mut best = 0;
@@ -71,32 +82,43 @@ impl Sampler {
             }
             return best as u32;
         }
-        let mut order: Vec<usize> = (0..logits.len()).filter(|id| !logits[*id].is_nan()).collect();
-        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
-        if self.config.top_k > 0 {
-            order.truncate(self.config.top_k);
+        let Self { config, rng, order, weights } = self;
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        // What is less likely by `min_p` than the first; known before anything is sorted.
+        let least = f64::from(max) + config.temperature * config.min_p.ln();
+        order.clear();
+        order.extend((0..logits.len() as u32).filter(|id| {
+            let logit = logits[*id as usize];
+            !logit.is_nan() && (config.min_p == 0.0 || f64::from(logit) >= least)
+        }));
+        let descending = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        if config.top_k > 0 && config.top_k < order.len() {
+            order.select_nth_unstable_by(config.top_k - 1, descending);
+            order.truncate(config.top_k);
         }
+        order.sort_unstable_by(descending);
         let Some(first) = order.first() else {
             return 0;
         };
-        let max = f64::from(logits[*first]);
-        let mut weights: Vec<f64> =
-            order.iter().map(|id| ((f64::from(logits[*id]) - max) / self.config.temperature).exp()).collect();
+        let max = f64::from(logits[*first as usize]);
+        weights.clear();
+        let weight = |id: &u32| ((f64::from(logits[*id as usize]) - max) / config.temperature).exp();
+        weights.extend(order.iter().map(weight));
         let total: f64 = weights.iter().sum();
         let mut reached = 0.0;
         let kept = weights.iter().position(|weight| {
             reached += weight / total;
-            reached >= self.config.top_p
+            reached >= config.top_p
         });
         weights.truncate(kept.map_or(order.len(), |last| last + 1));
-        let mut draw = self.rng.random::<f64>() * weights.iter().sum::<f64>();
-        for (weight, id) in weights.iter().zip(&order) {
+        let mut draw = rng.random::<f64>() * weights.iter().sum::<f64>();
+        for (weight, id) in weights.iter().zip(order.iter()) {
             draw -= weight;
             if draw < 0.0 {
-                return *id as u32;
+                return *id;
             }
         }
-        order[weights.len() - 1] as u32
+        order[weights.len() - 1]
     }
 }
 
@@ -125,6 +147,10 @@ mod tests {
         assert_eq!(counts, draw(&plain));
         assert_eq!(draw(&SampleConfig { top_k: 1, ..plain.clone() })[1], 4000);
         assert_eq!(draw(&SampleConfig { top_p: 0.7, ..plain.clone() })[1], 4000);
+        // A third as likely as the first passes a cut at 0.3, and not one at 0.4.
+        let third = draw(&SampleConfig { min_p: 0.3, ..plain.clone() });
+        assert!(third[0] > 800 && third[3] == 0);
+        assert_eq!(draw(&SampleConfig { min_p: 0.4, ..plain.clone() })[1], 4000);
         let warm = draw(&SampleConfig { temperature: 2.0, ..plain });
         assert!(warm[0] > counts[0]);
     }
@@ -134,6 +160,9 @@ mod tests {
         for (temperature, top_p) in [(-1.0, 1.0), (f64::NAN, 1.0), (1.0, 0.0), (1.0, 1.5)] {
             let config = SampleConfig { temperature, top_p, ..SampleConfig::default() };
             assert!(Sampler::new(&config, 0).is_err());
+        }
+        for min_p in [-0.1, 1.0, f64::NAN] {
+            assert!(Sampler::new(&SampleConfig { min_p, ..SampleConfig::default() }, 0).is_err());
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Files to named tensors and back: safetensors, Hugging Face model folders, quantized layers, PEFT
-//! adapters, reports.
+//! adapters, bundles, reports.
 //!
 //! Nothing here knows Burn. Everything read is treated as hostile: sizes are checked before memory is taken, every error
 //! names the file, tensor or field. Everything written appears whole or not at all ([`atomic`]). Matrices are `[out, in]`.
 
 pub mod atomic;
+pub mod bundle;
 mod fields;
 pub mod hf;
 pub mod peft;

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::common::{Memory, Output, lines};
-use super::input::{Input, Layout, Needs};
-use super::level::Level;
+use super::input::{Input, Layout, Needs, Order, unit_of};
+use super::level::{Kind, Level};
 use super::{Activations, Linear, Pool, Rows, RowsMut, Scratch, plain};
 use crate::error::{Error, Result};
 use crate::format::{Body, StoredMatrix};
@@ -41,7 +43,9 @@ impl Places {
         for layer in layers {
             let weights = [Some(layer.weight), layer.adapter.map(|adapter| adapter.a)];
             for weight in weights.into_iter().flatten() {
-                add_needs(level, weight, activations, &mut needs);
+                if let Some((order, unit)) = units_of(level, weight.body()) {
+                    needs.add(order, unit, activations == Activations::Int16);
+                }
             }
         }
         let layout = Layout::new(needs, inputs);
@@ -50,7 +54,8 @@ impl Places {
         let at = inner + ranks;
         let cols =
             layers.iter().flat_map(|layer| [layer.weight.cols(), layer.adapter.map_or(0, |adapter| adapter.a.cols())]);
-        let of_thread = cols.map(plain::scratch_bytes).max().unwrap_or(0);
+        let of_thread =
+            cols.map(plain::scratch_bytes).max().unwrap_or(0).max(lines(4 * level.scratch_floats(layout.most_units())));
         Self { layout, inner, threads: at, of_thread, bytes: at + threads * of_thread }
     }
 }
@@ -60,8 +65,16 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
     layer.adapter.map_or(0, |adapter| lines(4 * rows * adapter.rank))
 }
 
-/// What a weight's kernel wants of the inputs beside themselves.
-fn add_needs(_level: Level, _weight: &StoredMatrix, _activations: Activations, _needs: &mut Needs) {}
+/// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
+fn units_of(level: Level, weight: &Body) -> Option<(Order, usize)> {
+    let (grid, order) = match weight {
+        Body::Int(packed) => (packed.whole_grid(), Order::EvenOdd),
+        Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder),
+        _ => return None,
+    };
+    let fits = level.has_integers() && grid.bits == 4 && grid.group_of.is_none();
+    fits.then(|| unit_of(grid.group_size, grid.cols)).flatten().map(|unit| (order, unit))
+}
 
 /// Bytes of scratch memory that [`forward`] needs for so many rows on this pool.
 pub fn scratch_bytes(
@@ -199,13 +212,7 @@ impl Call<'_> {
             let first = self.memory.pointer(self.inner_at(layer), self.input.rows * adapter.rank);
             // SAFETY: the caller's promise, and the memory is as long.
             unsafe {
-                self.multiply(
-                    thread,
-                    adapter.a.body(),
-                    adapter.a.cols(),
-                    ranks,
-                    Output { first, stride: adapter.rank },
-                );
+                self.multiply(thread, adapter.a, ranks, Output { first, stride: adapter.rank });
             }
         }
     }
@@ -215,7 +222,7 @@ impl Call<'_> {
     unsafe fn outer(&self, thread: usize, layer: usize, range: Range<usize>, output: Output) {
         let Linear { weight, bias, adapter, .. } = self.layers[layer];
         // SAFETY: the caller's promise.
-        unsafe { self.multiply(thread, weight.body(), weight.cols(), range.clone(), output) };
+        unsafe { self.multiply(thread, weight, range.clone(), output) };
         if let Some(bias) = bias {
             for row in 0..self.input.rows {
                 // SAFETY: the caller's promise.
@@ -237,12 +244,25 @@ impl Call<'_> {
 
     /// # Safety
     /// The columns are this task's, and in the output's memory; the thread's memory is its own.
-    unsafe fn multiply(&self, thread: usize, weight: &Body, cols: usize, range: Range<usize>, output: Output) {
+    unsafe fn multiply(&self, thread: usize, weight: &StoredMatrix, range: Range<usize>, output: Output) {
         let at = self.places.threads + thread * self.places.of_thread;
+        #[cfg(target_arch = "x86_64")]
+        if self.level.kind() == Kind::Avx512 {
+            let unit = units_of(self.level, weight.body()).map(|(_, unit)| unit);
+            // SAFETY: the caller's promise, and the level's.
+            let done = unsafe {
+                let scratch = self.memory.floats(at, self.places.of_thread / 4);
+                avx512::multiply(weight.body(), unit, range.clone(), &self.input, output, scratch)
+            };
+            if done {
+                return;
+            }
+        }
+        let cols = weight.cols();
         // SAFETY: the caller's promise.
         unsafe {
             let (numbers, codes) = (self.memory.floats(at, cols), self.memory.bytes(at + lines(4 * cols), cols));
-            plain::multiply(self.level, weight, range, &self.input, output, numbers, codes);
+            plain::multiply(self.level, weight.body(), range, &self.input, output, numbers, codes);
         }
     }
 }

@@ -50,10 +50,6 @@ impl Needs {
             *need |= of == unit;
         }
     }
-
-    pub fn any(&self) -> bool {
-        self.orders != [false; 2]
-    }
 }
 
 /// Where in a row's memory things lie.
@@ -90,6 +86,12 @@ impl Layout {
 
     fn units(&self, unit: usize) -> usize {
         self.inputs.div_ceil(BLOCK) * (BLOCK / unit)
+    }
+
+    /// Units of a row, the smallest that are there.
+    pub fn most_units(&self) -> usize {
+        let smallest = UNITS.into_iter().zip(self.needs.units).find(|(_, need)| *need);
+        smallest.map_or(0, |(unit, _)| self.units(unit))
     }
 
     pub fn codes_at(&self, order: Order) -> usize {

@@ -74,6 +74,20 @@ impl Level {
         }
     }
 
+    /// Whether weights of codes multiply integers.
+    pub(super) fn has_integers(self) -> bool {
+        matches!(self.0, Kind::Avx512)
+    }
+
+    /// Numbers of scratch memory that a thread needs for inputs of so many units.
+    pub(super) fn scratch_floats(self, units: usize) -> usize {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => super::avx512::scratch_floats(units),
+            _ => 0,
+        }
+    }
+
     pub(super) fn kind(self) -> Kind {
         self.0
     }

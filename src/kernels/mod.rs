@@ -8,6 +8,8 @@
 //! What the parts of a weight hold is trusted nowhere: a weight that [`StoredMatrix::check`] would refuse gives wrong numbers, no
 //! access outside of its memory.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod common;
 mod forward;
 mod input;

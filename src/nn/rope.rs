@@ -48,22 +48,27 @@ impl Rope {
         &self.inv_freq
     }
 
+    /// Cosines and sines of one position.
+    ///
+    /// # Shapes
+    /// - `cos`, `sin`: `[head_dim / 2]` each
+    pub fn turn_at(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+        for (freq, (cos, sin)) in self.inv_freq.iter().zip(cos.iter_mut().zip(sin)) {
+            // As the reference does, the angle is rounded to f32 before the sine is taken.
+            let angle = position as f32 * *freq as f32;
+            (*cos, *sin) = (angle.cos(), angle.sin());
+        }
+    }
+
     /// Cosines and sines for positions `start..start + n`.
     ///
     /// # Shapes
     /// - results: `[n, head_dim / 2]` each
     pub fn tables(&self, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
         let half = self.inv_freq.len();
-        let mut cos = Vec::with_capacity(n * half);
-        let mut sin = Vec::with_capacity(n * half);
-        for position in start..start + n {
-            for freq in &self.inv_freq {
-                // As the reference does, the angle is rounded to f32 before the sine is taken.
-                let angle = position as f32 * *freq as f32;
-                cos.push(angle.cos());
-                sin.push(angle.sin());
-            }
-        }
+        let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
+        let rows = cos.chunks_exact_mut(half.max(1)).zip(sin.chunks_exact_mut(half.max(1)));
+        (start..).zip(rows).for_each(|(position, (cos, sin))| self.turn_at(position, cos, sin));
         (
             Tensor::from_data(TensorData::new(cos, [n, half]), device),
             Tensor::from_data(TensorData::new(sin, [n, half]), device),

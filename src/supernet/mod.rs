@@ -3,7 +3,7 @@
 mod adapter;
 mod cost;
 mod quantization;
-mod widths;
+pub(crate) mod widths;
 
 pub use cost::SubnetCost;
 pub use quantization::{QaConfig, QaSummary};
@@ -92,7 +92,7 @@ impl SuperNet {
         let config = SuperNetConfig { quantization: None, ..config };
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
         model.refuse_adapters("merge it first")?;
-        widths::check(&model, &space)?;
+        widths::check(&widths::full_dims(&model), model.config().head_dim(), &space)?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
         // A model that was trained as a whole still wants gradients everywhere.
         let mut model = model.set_require_grad(false);

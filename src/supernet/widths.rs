@@ -58,9 +58,8 @@ pub(super) fn full_dims(model: &Decoder) -> Vec<BlockDims> {
     model.layers.iter().map(of_block).collect()
 }
 
-/// Checks that every width and depth of a space makes a model; names and shapes were checked before.
-pub(super) fn check(model: &Decoder, space: &SearchSpace) -> Result<()> {
-    let (full, head_dim) = (full_dims(model), model.config().head_dim());
+/// Checks that every width and depth of a space makes a model of blocks `full`; names and shapes were checked before.
+pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) -> Result<()> {
     for group in space.groups_of_kind(Elastic::Width) {
         let (unit, blocks) = blocks_of(group)?;
         let size = |block: usize| match unit {
@@ -94,7 +93,11 @@ pub(super) fn check(model: &Decoder, space: &SearchSpace) -> Result<()> {
     for group in space.groups_of_kind(Elastic::Depth) {
         for name in group.layers() {
             let known = Unit::parse(name).filter(|(block, units)| {
-                model.layers.get(*block).is_some_and(|block| units.iter().any(|unit| block.has(*unit)))
+                let has = |dims: &BlockDims, unit: &Unit| match unit {
+                    Unit::Attention => dims.has_attention(),
+                    Unit::Mlp => dims.has_mlp(),
+                };
+                full.get(*block).is_some_and(|dims| units.iter().any(|unit| has(dims, unit)))
             });
             if known.is_none() {
                 let reason = format!("`{name}` is neither a block nor the attention or MLP of one");
@@ -103,7 +106,7 @@ pub(super) fn check(model: &Decoder, space: &SearchSpace) -> Result<()> {
         }
     }
     if let Some(group) = space.groups_of_kind(Elastic::Depth).last() {
-        let smallest = block_dims(&full, head_dim, space, &space.minimal())?;
+        let smallest = block_dims(full, head_dim, space, &space.minimal())?;
         if smallest.iter().all(|block| !block.has_attention() && !block.has_mlp()) {
             let reason = "with the smallest choices, nothing is left of the model".to_string();
             return Err(broken(group, reason));
@@ -116,7 +119,7 @@ pub(super) fn check(model: &Decoder, space: &SearchSpace) -> Result<()> {
 ///
 /// # Errors
 /// As [`SearchSpace::validate`].
-pub(super) fn block_dims(
+pub(crate) fn block_dims(
     full: &[BlockDims],
     head_dim: usize,
     space: &SearchSpace,

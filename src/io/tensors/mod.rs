@@ -9,6 +9,7 @@ mod write;
 
 pub use dtype::DType;
 pub use read::{Checkpoint, TensorInfo};
+pub(crate) use write::write_in_order;
 pub use write::{HostTensor, write_safetensors, write_sharded};
 
 /// Headers above this are refused, as the reference implementation does.

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use safetensors::tensor::Metadata;
 
 use super::dtype::{self, DType};
 use crate::error::{Error, Result};
+use crate::format::Buffer;
 use crate::io::{is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
@@ -33,10 +36,18 @@ impl TensorInfo {
     }
 }
 
-#[derive(Debug)]
+/// A file's bytes.
+type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    bytes: Bytes,
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shard({}, {} bytes)", self.path.display(), (*self.bytes).as_ref().len())
+    }
 }
 
 #[derive(Debug)]
@@ -68,19 +79,27 @@ impl Checkpoint {
     /// for a tensor that two shards hold; [`Error::MissingTensor`] for a tensor that is not in the shard that the index
     /// names; [`Error::Unsupported`] for an element type unknown here.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, true)
+    }
+
+    /// [`open`](Self::open) that maps the files, or reads them as a whole: then they may change while the checkpoint is open.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and [`Error::OutOfMemory`].
+    pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
         let path = path.as_ref();
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if !meta.is_dir() {
-            return Self::from_shards(path, vec![path.to_path_buf()]);
+            return Self::from_shards(path, vec![path.to_path_buf()], mmap);
         }
         // The order that transformers looks in.
         let single = path.join("model.safetensors");
         if single.exists() {
-            return Self::from_shards(&single, vec![single.clone()]);
+            return Self::from_shards(&single, vec![single.clone()], mmap);
         }
         let index = path.join("model.safetensors.index.json");
         if index.exists() {
-            return Self::from_index(path, &index);
+            return Self::from_index(path, &index, mmap);
         }
         let hint = if path.join("pytorch_model.bin").exists() || path.join("pytorch_model.bin.index.json").exists() {
             " (there is a pytorch_model.bin, but pickled weights are not read: save them as safetensors)"
@@ -90,7 +109,7 @@ impl Checkpoint {
         Err(Error::invalid_file(path, format!("no model.safetensors and no model.safetensors.index.json{hint}")))
     }
 
-    fn from_index(folder: &Path, index: &Path) -> Result<Self> {
+    fn from_index(folder: &Path, index: &Path, mmap: bool) -> Result<Self> {
         let object = read_json_object(index)?;
         let Some(map) = object.get("weight_map").and_then(|v| v.as_object()) else {
             return Err(Error::invalid_file(index, "`weight_map` is missing or not an object"));
@@ -125,7 +144,7 @@ impl Checkpoint {
                 return Err(Error::invalid_file(index, format!("shard `{file}` is missing")));
             }
         }
-        let checkpoint = Self::from_shards(folder, files.iter().map(|f| folder.join(f)).collect())?;
+        let checkpoint = Self::from_shards(folder, files.iter().map(|f| folder.join(f)).collect(), mmap)?;
         for (tensor, file) in map {
             let expected = file.as_str().and_then(|f| number_of.get(f)).copied();
             if checkpoint.tensors.get(tensor).map(|e| e.shard) != expected {
@@ -136,7 +155,7 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn from_shards(path: &Path, files: Vec<PathBuf>) -> Result<Self> {
+    fn from_shards(path: &Path, files: Vec<PathBuf>, mmap: bool) -> Result<Self> {
         let mut checkpoint = Self {
             path: path.to_path_buf(),
             shards: Vec::with_capacity(files.len()),
@@ -144,20 +163,24 @@ impl Checkpoint {
             metadata: BTreeMap::new(),
         };
         for file in files {
-            checkpoint.add_shard(file)?;
+            checkpoint.add_shard(file, mmap)?;
         }
         Ok(checkpoint)
     }
 
-    fn add_shard(&mut self, path: PathBuf) -> Result<()> {
+    fn add_shard(&mut self, path: PathBuf, mmap: bool) -> Result<()> {
         let (file, len) = open_regular(&path)?;
         if len < LENGTH_BYTES as u64 {
             return Err(Error::invalid_file(&path, format!("{len} bytes, too short for a safetensors file")));
         }
-        // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
-        // that changes the file meanwhile is outside what can be checked; the type's documentation says so.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?;
-        let (start, header) = parse_header(&path, &map)?;
+        let bytes: Bytes = if mmap {
+            // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
+            // that changes the file meanwhile is outside what can be checked; the type's documentation says so.
+            Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?)
+        } else {
+            Arc::new(read_whole(&path, file, len)?)
+        };
+        let (start, header) = parse_header(&path, (*bytes).as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
             let Some(info) = header.info(&name) else { continue };
@@ -176,7 +199,7 @@ impl Checkpoint {
         if let Some(metadata) = header.metadata() {
             self.metadata.extend(metadata.iter().map(|(k, v)| (k.clone(), v.clone())));
         }
-        self.shards.push(Shard { path, map });
+        self.shards.push(Shard { path, bytes });
         Ok(())
     }
 
@@ -222,8 +245,27 @@ impl Checkpoint {
         // In range by construction; `get` rather than an index so that a mistake there is an error and not a panic.
         self.shards
             .get(entry.shard)
-            .and_then(|shard| shard.map.get(entry.range.clone()))
+            .and_then(|shard| (*shard.bytes).as_ref().get(entry.range.clone()))
             .ok_or_else(|| Error::MissingTensor { path: self.path.clone(), tensor: name.into() })
+    }
+
+    /// [`bytes`](Self::bytes) that stay when the checkpoint goes; nothing is copied.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn buffer(&self, name: &str) -> Result<Buffer> {
+        let entry = self.entry(name)?;
+        let missing = || Error::MissingTensor { path: self.path.clone(), tensor: name.into() };
+        let shard = self.shards.get(entry.shard).ok_or_else(missing)?;
+        Buffer::new(shard.bytes.clone(), entry.range.clone())
+    }
+
+    /// Where in its file a tensor begins.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn offset(&self, name: &str) -> Result<usize> {
+        Ok(self.entry(name)?.range.start)
     }
 
     /// A float tensor (f64, f32, f16 or bf16) as `f32`, row-major.
@@ -283,6 +325,15 @@ impl Checkpoint {
     fn entry(&self, name: &str) -> Result<&Entry> {
         self.tensors.get(name).ok_or_else(|| Error::MissingTensor { path: self.path.clone(), tensor: name.into() })
     }
+}
+
+/// A file's bytes in memory, from a line of the cache on.
+fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
+    let mut bytes = Vec::new();
+    let size = usize::try_from(len).unwrap_or(usize::MAX);
+    bytes.try_reserve_exact(size).map_err(|_| Error::OutOfMemory { what: "a file", bytes: size })?;
+    file.take(len).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    Ok(Buffer::from_vec(bytes))
 }
 
 /// Refuses the first value that is NaN or infinite.

@@ -163,11 +163,21 @@ pub fn write_safetensors(
     mut tensors: Vec<HostTensor<'_>>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    let path = path.as_ref();
-    check_names(path, &tensors)?;
     tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
     let mut metadata = metadata.clone();
     metadata.insert("format".into(), "pt".into());
+    write_in_order(path.as_ref(), tensors, &metadata, 8)
+}
+
+/// Writes a safetensors file with the tensors in the order given, the first of them at a multiple of `align` bytes; see
+/// [`write_safetensors`].
+pub(crate) fn write_in_order(
+    path: &Path,
+    tensors: Vec<HostTensor<'_>>,
+    metadata: &BTreeMap<String, String>,
+    align: usize,
+) -> Result<()> {
+    check_names(path, &tensors)?;
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!(metadata));
     let mut begin = 0usize;
@@ -180,7 +190,8 @@ pub fn write_safetensors(
         begin = end;
     }
     let mut header = serde_json::to_vec(&Value::Object(header)).map_err(|e| Error::json(path, e))?;
-    header.resize(header.len().next_multiple_of(8), b' ');
+    let length = size_of::<u64>();
+    header.resize((length + header.len()).next_multiple_of(align) - length, b' ');
     if header.len() as u64 > super::MAX_HEADER_BYTES {
         return Err(Error::invalid_file(path, format!("a header of {} bytes is more than readers take", header.len())));
     }

@@ -8,10 +8,10 @@ use burn::tensor::{DType, Shape, TensorData};
 use rayon::prelude::*;
 
 use super::flex_linear::{self, Head, Teacher};
-use super::simd::{self, Level};
 use super::{
     AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized, host_stored, portable,
 };
+use crate::simd::{self, Level};
 
 /// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
 const TASK: usize = 16 * 1024;

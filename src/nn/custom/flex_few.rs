@@ -6,8 +6,8 @@
 use rayon::prelude::*;
 
 use super::flex_matmul::{Matrix, Shared};
-use super::simd::Level;
-use super::simd::lines::{ADDED, Stored, add_dots, add_lines};
+use crate::simd::Level;
+use crate::simd::lines::{ADDED, Stored, add_dots, add_lines};
 
 /// Most rows.
 pub(super) const MOST_ROWS: usize = 4;

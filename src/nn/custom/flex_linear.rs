@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_rows, tensor, whole};
 use super::flex_gemm::{Engine, Kind, Left, Output};
 use super::flex_matmul::{Matrix, Shared, Weight, product};
-use super::simd::{self, Level};
+use crate::simd::{self, Level};
 use crate::nn::custom::LoraTerm;
 use crate::nn::dropout::Dropout;
 

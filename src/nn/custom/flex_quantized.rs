@@ -6,7 +6,7 @@ use burn::tensor::Shape;
 use super::GridTerm;
 use super::flex::{dims, floats, for_chunks, is_f32, tensor};
 use super::flex_linear::summed_rows;
-use super::simd::{self, Level};
+use crate::simd::{self, Level};
 
 /// Scales and zero points, row-major, `[groups, d_output]`.
 struct Grid<'a> {

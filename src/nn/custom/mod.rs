@@ -33,8 +33,6 @@ mod flex_quantized;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod host_stored;
 mod portable;
-#[cfg(feature = "flex")]
-mod simd;
 #[cfg(all(test, feature = "flex"))]
 mod testing;
 #[cfg(all(test, feature = "flex"))]

@@ -1,4 +1,5 @@
-//! Row kernels on `f32` slices, compiled once per instruction set and chosen at run time.
+//! Row kernels on slices, compiled once per instruction set and chosen at run time; Burn's operations and the lean executor share
+//! them.
 //!
 //! The loops are plain Rust that the compiler turns into vector code: a transcendental function is a polynomial without
 //! branches, and a sum runs in [`LANES`] partial sums, since the order of a floating-point sum is not the compiler's to change.
@@ -10,7 +11,7 @@ const LANES: usize = 16;
 
 /// An instruction set that this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Level(Kind);
+pub(crate) struct Level(Kind);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -23,7 +24,7 @@ enum Kind {
 
 impl Level {
     /// The widest that there is. The standard library remembers what the processor said.
-    pub(super) fn detect() -> Self {
+    pub(crate) fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -39,7 +40,7 @@ impl Level {
 
     /// Every level up to the widest.
     #[cfg(test)]
-    pub(super) fn available() -> Vec<Self> {
+    pub(crate) fn available() -> Vec<Self> {
         let mut levels = vec![Level(Kind::Portable)];
         #[cfg(target_arch = "x86_64")]
         {
@@ -60,7 +61,7 @@ impl Level {
 macro_rules! kernel {
     ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool $(, $t:ident: $bound:ident)?>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
-        pub(in crate::nn::custom) fn $name$(<$t: $bound>)?(level: Level, $($arg: $type),*) $(-> $ret)? {
+        pub(crate) fn $name$(<$t: $bound>)?(level: Level, $($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
             fn body<const $fma: bool $(, $t: $bound)?>($($arg: $type),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
@@ -87,17 +88,18 @@ macro_rules! kernel {
 }
 
 // Below the macro, which is not there before.
-pub(super) mod lines;
+pub(crate) mod attention;
+pub(crate) mod lines;
 
 #[inline(always)]
-fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
 /// `e^x` with a relative error below 2e-7 for x in -87..88, 0 below, e^88.37 above, NaN for NaN (the polynomial is that of
 /// Cephes' `expf`, S. Moshier).
 #[inline(always)]
-fn exp<const FMA: bool>(x: f32) -> f32 {
+pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     const LOWEST: f32 = -87.3;
     const HIGHEST: f32 = 88.37;
     // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
@@ -122,6 +124,12 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
 #[inline(always)]
 fn sigmoid<const FMA: bool>(x: f32) -> f32 {
     1.0 / (1.0 + exp::<FMA>(-x))
+}
+
+/// Memory to be written, all of it, as kernels take it.
+pub(crate) fn as_uninit(out: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: same layout. No kernel writes anything but numbers, so that what comes back is initialized.
+    unsafe { &mut *(std::ptr::from_mut(out) as *mut [MaybeUninit<f32>]) }
 }
 
 /// Sum of `f` over the elements of two rows.
@@ -162,6 +170,15 @@ kernel! {
     fn swiglu<const FMA: bool>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             out.write(gate * sigmoid::<FMA>(*gate) * up);
+        }
+    }
+}
+
+kernel! {
+    /// Replaces `gate` by `silu(gate) * up`.
+    fn swiglu_in_place<const FMA: bool>(gate: &mut [f32], up: &[f32]) {
+        for (gate, up) in gate.iter_mut().zip(up) {
+            *gate = *gate * sigmoid::<FMA>(*gate) * up;
         }
     }
 }
@@ -342,6 +359,16 @@ kernel! {
         for (((out_low, out_high), (low, high)), (cos, sin)) in turned {
             out_low.write(low * cos - high * sin);
             out_high.write(high * cos + low * sin);
+        }
+    }
+}
+
+kernel! {
+    /// Replaces a head by itself, turned; see [`turn`].
+    fn turn_in_place<const FMA: bool>(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let (low, high) = head.split_at_mut(cos.len());
+        for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
+            (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
         }
     }
 }

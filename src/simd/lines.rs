@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use super::{Kind, LANES, Level, mul_add};
 
 /// A number as a weight holds it.
-pub(in crate::nn::custom) trait Stored: Copy + Send + Sync {
+pub(crate) trait Stored: Copy + Send + Sync {
     /// As `f32`, which is exact; in a form that becomes vector code.
     fn widen(self) -> f32;
 }
@@ -37,7 +37,7 @@ impl Stored for f16 {
 }
 
 /// Lines that are read side by side where each is added to all results.
-pub(in crate::nn::custom) const ADDED: usize = 4;
+pub(crate) const ADDED: usize = 4;
 
 /// The product of `x` and a line of its length.
 #[inline(always)]

@@ -1,0 +1,380 @@
+//! What compressed weights are worth in time: random models at LLaMA's shapes, by format, in decoding and in prefill:
+//! `cargo bench --bench decode`.
+//!
+//! Decoding reads every weight once a token. What the bytes alone allow is the read bandwidth of all threads, measured in the same
+//! run before and after each model, divided by the bytes of a token: weights, head, keys and values. `share` is how much of it is
+//! reached. Prefill is bound by arithmetic: it stands beside the rate of the `gemm` crate's `f32` product of the same shape, on as many
+//! threads. Random weights do, since neither depends on what they are.
+
+#[path = "../examples/common/mod.rs"]
+mod common;
+
+use std::collections::HashMap;
+use std::hint::black_box;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Parser, ValueEnum};
+use elastic_lora::format::{
+    Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat,
+};
+use elastic_lora::infer::{CacheFormat, Model, ModelOptions, Session, SessionConfig};
+use elastic_lora::io::DType;
+use elastic_lora::io::hf::{HfConfig, LlamaDims};
+use elastic_lora::kernels::Activations;
+use elastic_lora::linalg::Matrix;
+use elastic_lora::{Error, Result};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Size {
+    /// 0.55 billion: hidden 1536, MLP 4096, 16 layers, 12 heads
+    Half,
+    /// 0.95 billion: hidden 2048, MLP 5632, 16 layers, 32 heads
+    One,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Dense, 16 bits
+    F16,
+    /// Half of the weights zero, 16 bits
+    SparseF16,
+    /// Dense, 4 bits, groups of 128
+    Int4,
+    /// Half of the weights zero, 4 bits, groups of 128
+    SparseInt4,
+    /// Dense, 16 bits, MLPs of half the width: what LoNAS extracts
+    ExtractedF16,
+}
+
+/// Time compressed models.
+#[derive(Parser)]
+struct Args {
+    /// Sizes of the model
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Size::Half, Size::One])]
+    sizes: Vec<Size>,
+    /// How weights are stored
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Kind::F16, Kind::SparseF16, Kind::Int4, Kind::SparseInt4, Kind::ExtractedF16])]
+    formats: Vec<Kind>,
+    /// Threads; 0 for one per core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Tokens before those that are decoded
+    #[arg(long, default_value_t = 64)]
+    context: usize,
+    /// Tokens of a prompt
+    #[arg(long, default_value_t = 256)]
+    prompt: usize,
+    /// Turns; each decodes eight tokens
+    #[arg(long, default_value_t = 6)]
+    turns: usize,
+    /// Runs of prefill
+    #[arg(long, default_value_t = 2)]
+    prefills: usize,
+    /// Round the inputs of integer weights to 8 bits
+    #[arg(long)]
+    int8: bool,
+    /// Keep keys and values at 16 bits
+    #[arg(long)]
+    half_cache: bool,
+    /// Write each model as a bundle into this folder, and time opening it
+    #[arg(long)]
+    bundles: Option<PathBuf>,
+    /// What cargo passes to a bench
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn config(size: Size, kind: Kind) -> Result<HfConfig> {
+    let (hidden_size, mlp, heads) = match size {
+        Size::Half => (1536, 4096, 12),
+        Size::One => (2048, 5632, 32),
+    };
+    HfConfig::new_llama(&LlamaDims {
+        vocab_size: 32_000,
+        hidden_size,
+        intermediate_size: if kind == Kind::ExtractedF16 { mlp / 2 } else { mlp },
+        num_hidden_layers: 16,
+        num_attention_heads: heads,
+        num_key_value_heads: heads,
+        max_position_embeddings: 2048,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: false,
+        bos_token_id: None,
+        eos_token_id: None,
+        pad_token_id: None,
+        dtype: DType::F16,
+    })
+}
+
+/// A random weight.
+fn random(kind: Kind, [rows, cols]: [usize; 2], rng: &mut ChaCha8Rng) -> Result<StoredMatrix> {
+    let sparse = matches!(kind, Kind::SparseF16 | Kind::SparseInt4);
+    if matches!(kind, Kind::Int4 | Kind::SparseInt4) {
+        let groups = cols.div_ceil(128);
+        let mut codes: Vec<u8> = vec![0; rows * cols];
+        rng.fill(codes.as_mut_slice());
+        // The lower bits are the code, a higher one says whether the weight is there.
+        codes.iter_mut().for_each(|code| *code = if sparse && *code & 0x40 != 0 { 8 } else { *code & 15 });
+        let parts = QuantizedParts {
+            rows,
+            cols,
+            bits: 4,
+            group_size: 128,
+            symmetric: false,
+            codes,
+            scales: vec![0.003_906_25; rows * groups],
+            zeros: vec![8; rows * groups],
+            group_of: None,
+        };
+        return StoredMatrix::from_quantized(&QuantizedMatrix::new(parts)?, sparse);
+    }
+    let mut value = || {
+        let bits: u32 = rng.random();
+        if sparse && bits & 1 != 0 { 0.0 } else { (bits >> 8) as f32 * (0.06 / 16_777_216.0) - 0.03 }
+    };
+    let weight = Matrix::from_fn(rows, cols, |_, _| value());
+    StoredMatrix::from_matrix(&weight, if sparse { WeightFormat::SparseF16 } else { WeightFormat::F16 })
+}
+
+/// A copy in memory of its own.
+fn copied(matrix: &StoredMatrix) -> Result<StoredMatrix> {
+    let parts = matrix.parts();
+    let find = |name: &str| {
+        let part = parts.iter().find(|part| part.name == name)?;
+        Some(Buffer::from_vec(part.bytes.to_vec()))
+    };
+    let header: MatrixHeader = matrix.header();
+    StoredMatrix::from_parts(&header, find)
+}
+
+/// A model whose weights of one shape are copies of each other: no two of them share memory.
+fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
+    let config = config(size, kind)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut made: HashMap<[usize; 2], StoredMatrix> = HashMap::new();
+    let matrix = |name: &str, shape: [usize; 2]| {
+        if name == HfConfig::EMBEDDING {
+            return random(Kind::F16, shape, &mut rng);
+        }
+        if let Some(matrix) = made.get(&shape) {
+            return copied(matrix);
+        }
+        let matrix = random(kind, shape, &mut rng)?;
+        let copy = copied(&matrix)?;
+        made.insert(shape, matrix);
+        Ok(copy)
+    };
+    Ok(Model::from_matrices(&config, matrix, |_, len| Ok(vec![1.0; len]))?.with_n_threads(threads))
+}
+
+/// Bytes per second that all threads together read, the best of some runs over memory far beyond the caches.
+fn bandwidth(memory: &[u64], threads: usize) -> f64 {
+    let read = || {
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            for part in memory.chunks(memory.len().div_ceil(threads)) {
+                scope.spawn(move || {
+                    // Plain sums, eight at a time, which become vector code.
+                    let mut sums = [0_u64; 32];
+                    for chunk in part.as_chunks::<32>().0 {
+                        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum = sum.wrapping_add(*value));
+                    }
+                    black_box(sums)
+                });
+            }
+        });
+        size_of_val(memory) as f64 / started.elapsed().as_secs_f64()
+    };
+    (0..4).map(|_| read()).fold(0.0, f64::max)
+}
+
+/// Multiply-accumulates per second of the `gemm` crate, `[rows, k] x [k, n]`, columns split among the threads.
+fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
+    let (a, b) = (vec![0.5_f32; rows * k], vec![0.25_f32; k * n]);
+    let part = n.div_ceil(threads);
+    let run = || {
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            for first in (0..n).step_by(part) {
+                let (a, b) = (&a, &b);
+                scope.spawn(move || {
+                    let n = part.min(b.len() / k - first);
+                    let mut c = vec![0.0_f32; rows * n];
+                    // SAFETY: the sizes and strides are those of the slices; `b` is [n, k] as a weight lies in memory.
+                    unsafe {
+                        gemm::gemm(
+                            rows,
+                            n,
+                            k,
+                            c.as_mut_ptr(),
+                            1,
+                            n as isize,
+                            false,
+                            a.as_ptr(),
+                            1,
+                            k as isize,
+                            b.as_ptr().add(first * k),
+                            k as isize,
+                            1,
+                            0.0,
+                            1.0,
+                            false,
+                            false,
+                            false,
+                            gemm::Parallelism::None,
+                        );
+                    }
+                    black_box(c[0])
+                });
+            }
+        });
+        (rows * k * n) as f64 / started.elapsed().as_secs_f64()
+    };
+    (0..3).map(|_| run()).fold(0.0, f64::max)
+}
+
+/// Megabytes of memory that this process has touched.
+fn resident_mb() -> f64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: f64 = text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0.0);
+    pages * 4096.0 / 1e6
+}
+
+struct Measured {
+    read_mb: f64,
+    decode: f64,
+    share: f64,
+    bandwidth: f64,
+    prefill: f64,
+    macs: f64,
+}
+
+fn measure(args: &Args, model: &Model, memory: &[u64]) -> Result<Measured> {
+    let threads = model.n_threads();
+    let config = model.config();
+    let mut settings = SessionConfig::default();
+    if args.int8 {
+        settings = settings.with_activations(Activations::Int8);
+    }
+    if args.half_cache {
+        settings = settings.with_cache(CacheFormat::F16);
+    }
+    let mut session = Session::new(model, &settings)?;
+    let ids = |n: usize| (0..n as u32).map(|id| (id * 7919) % 32_000).collect::<Vec<u32>>();
+    let mut logits = vec![0.0; config.vocab_size()];
+    let before = bandwidth(memory, threads);
+    session.decode(&ids(args.context.max(1)), None)?;
+    let (mut best, mut during) = (f64::INFINITY, 0.0_f64);
+    for turn in 0..args.turns {
+        session.truncate(args.context.max(1));
+        for token in ids(8) {
+            let started = Instant::now();
+            session.decode(&[token], Some(&mut logits))?;
+            best = best.min(started.elapsed().as_secs_f64());
+        }
+        if turn % 2 == 1 {
+            during = during.max(bandwidth(memory, threads));
+        }
+    }
+    let bandwidth = before.max(during);
+    let prompt = ids(args.prompt);
+    let mut prefill = f64::INFINITY;
+    for _ in 0..args.prefills {
+        session.reset();
+        let started = Instant::now();
+        session.decode(&prompt, Some(&mut logits))?;
+        prefill = prefill.min(started.elapsed().as_secs_f64());
+    }
+    let weights: usize = model.layers().iter().map(|layer| layer.bytes).sum();
+    let number = if args.half_cache { 2 } else { 4 };
+    let kept: usize = config.blocks().iter().map(|block| 2 * block.n_kv_heads * config.head_dim()).sum();
+    let read = (weights + number * kept * (args.context + 4)) as f64;
+    let macs: usize =
+        model.layers().iter().filter(|layer| layer.name != "lm_head").map(|layer| layer.d_input * layer.d_output).sum();
+    Ok(Measured {
+        read_mb: read / 1e6,
+        decode: 1.0 / best,
+        share: read / best / bandwidth,
+        bandwidth,
+        prefill: args.prompt as f64 / prefill,
+        macs: (macs * args.prompt) as f64 / prefill,
+    })
+}
+
+fn bundle(folder: &std::path::Path, name: &str, model: &Model) -> Result<()> {
+    let path = folder.join(format!("{name}.elora"));
+    model.save(&path, true)?;
+    let (started, before) = (Instant::now(), resident_mb());
+    let opened = Model::open(&path, &ModelOptions::default())?;
+    let (ms, touched) = (1e3 * started.elapsed().as_secs_f64(), resident_mb() - before);
+    let started = Instant::now();
+    opened.verify()?;
+    let verified = started.elapsed().as_secs_f64();
+    let bytes = opened.bytes() as f64;
+    common::say!(
+        "{name:<14} bundle of {:.0} MB: opened in {ms:.1} ms, {touched:.1} MB touched; verified in {verified:.2} s, {:.1} GB/s",
+        bytes / 1e6,
+        bytes / verified / 1e9
+    );
+    drop(opened);
+    std::fs::remove_file(&path).map_err(|error| Error::io(&path, error))
+}
+
+fn bench(args: &Args) -> Result<()> {
+    // 512 MB.
+    let memory: Vec<u64> = (0..64 << 20).collect();
+    for size in &args.sizes {
+        let mut dense = None;
+        let mut printed = false;
+        for kind in &args.formats {
+            let model = model(*size, *kind, args.threads)?;
+            let name = kind.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+            if !printed {
+                printed = true;
+                let params: usize = model.layers().iter().map(|layer| layer.d_input * layer.d_output).sum();
+                let (rows, hidden) = (args.prompt, model.config().hidden_size());
+                let rate = gemm_rate(rows, hidden, model.config().intermediate_size(), model.n_threads());
+                common::say!(
+                    "{:.2} billion weights a token, {} threads, {} tokens of context, prompts of {}; gemm's f32: {:.0} GMAC/s",
+                    params as f64 / 1e9,
+                    model.n_threads(),
+                    args.context,
+                    args.prompt,
+                    rate / 1e9
+                );
+                let head = ["MB/token", "tokens/s", "GB/s read", "share", "x f16", "prefill/s", "GMAC/s"];
+                common::say!("{:<14} {}", "", head.map(|cell| format!("{cell:>10}")).join(" "));
+            }
+            let measured = measure(args, &model, &memory)?;
+            let dense = *dense.get_or_insert(measured.decode);
+            let cells = [
+                format!("{:.1}", measured.read_mb),
+                format!("{:.1}", measured.decode),
+                format!("{:.1}", measured.bandwidth / 1e9),
+                format!("{:.3}", measured.share),
+                format!("{:.2}", measured.decode / dense),
+                format!("{:.0}", measured.prefill),
+                format!("{:.0}", measured.macs / 1e9),
+            ];
+            common::say!("{name:<14} {}", cells.map(|cell| format!("{cell:>10}")).join(" "));
+            if let Some(folder) = &args.bundles {
+                bundle(folder, &name, &model)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn main() {
+    let args: Args = common::parse();
+    // `cargo test --all-targets` runs benches too; there it is enough that they build.
+    if args.bench {
+        common::exit_on_error(bench(&args));
+    } else {
+        common::say!("nothing is measured without --bench, which `cargo bench` passes");
+    }
+}

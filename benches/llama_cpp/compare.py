@@ -1,0 +1,151 @@
+"""llama.cpp beside this crate, on the same machine in one go: a random Q4_0 model of 0.95 billion weights at LLaMA's shape (hidden
+2048, MLP 5632, 16 layers, 32 heads, vocabulary 32000) and `benches/decode.rs` at the same shape.
+
+    pip install gguf numpy
+    pip install --no-binary llama-cpp-python llama-cpp-python    # builds for this machine, some minutes
+    python benches/llama_cpp/compare.py --threads 2
+
+The two take turns, so that whatever else the machine does falls on both; the best of each counts. llama.cpp rounds the inputs of Q4_0
+layers to 8 bits (Q8_0, groups of 32); this crate keeps 16 of them unless told `--int8`. Q4_0 has 4.5 bits a weight, groups of 32;
+groups of 128 have 4.16, with zero points.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+import time
+
+import numpy as np
+
+HIDDEN, MLP, LAYERS, HEADS, VOCAB = 2048, 5632, 16, 32, 32000
+
+
+def q4_0(rng, rows, cols):
+    """Random blocks of 32 weights: a scale of 16 bits and 16 bytes of codes."""
+    blocks = rng.integers(0, 256, size=(rows, cols // 32, 18), dtype=np.uint8)
+    scale = np.frombuffer(np.float16(0.004).tobytes(), dtype=np.uint8)
+    blocks[:, :, :2] = scale
+    return blocks.reshape(rows, cols // 32 * 18)
+
+
+def write(path):
+    import gguf
+
+    rng = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("random")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    # A vocabulary that nobody looks at.
+    writer.add_tokenizer_model("llama")
+    tokens = [b"<unk>", b"<s>", b"</s>"] + [b"<0x%02X>" % i for i in range(256)]
+    tokens += [b"t%d" % i for i in range(VOCAB - len(tokens))]
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * VOCAB)
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (VOCAB - 259))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+    def matrix(name, rows, cols):
+        kind = gguf.GGMLQuantizationType.Q4_0
+        writer.add_tensor(name, q4_0(rng, rows, cols), raw_dtype=kind)
+
+    def norm(name):
+        writer.add_tensor(name, np.ones(HIDDEN, dtype=np.float32))
+
+    matrix("token_embd.weight", VOCAB, HIDDEN)
+    for i in range(LAYERS):
+        norm(f"blk.{i}.attn_norm.weight")
+        for name in ["attn_q", "attn_k", "attn_v", "attn_output"]:
+            matrix(f"blk.{i}.{name}.weight", HIDDEN, HIDDEN)
+        norm(f"blk.{i}.ffn_norm.weight")
+        matrix(f"blk.{i}.ffn_gate.weight", MLP, HIDDEN)
+        matrix(f"blk.{i}.ffn_up.weight", MLP, HIDDEN)
+        matrix(f"blk.{i}.ffn_down.weight", HIDDEN, MLP)
+    norm("output_norm.weight")
+    matrix("output.weight", VOCAB, HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    def __init__(self, path, threads):
+        from llama_cpp import Llama
+
+        self.llama = Llama(
+            path, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def rates(self, context, prompt, steps):
+        ids = [3 + i * 7919 % (VOCAB - 3) for i in range(max(context, prompt, steps))]
+        self.llama.reset()
+        self.llama.eval(ids[:context])
+        best = float("inf")
+        for token in ids[:steps]:
+            started = time.perf_counter()
+            self.llama.eval([token])
+            best = min(best, time.perf_counter() - started)
+        self.llama.reset()
+        started = time.perf_counter()
+        self.llama.eval(ids[:prompt])
+        return 1 / best, prompt / (time.perf_counter() - started)
+
+
+def ours(arguments):
+    """Decode and prefill rates by format."""
+    command = ["cargo", "bench", "--locked", "--bench", "decode", "--", "--sizes", "one", *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    rates = {}
+    for line in output.splitlines():
+        found = re.match(r"(int4|sparse-int4) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)", line)
+        if found:
+            rates[found[1]] = (float(found[3]), float(found[7]))
+    return rates
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--int8", action="store_true", help="this crate rounds inputs to 8 bits, too")
+    args = parser.parse_args()
+    arguments = ["--formats", "int4,sparse-int4", "--threads", str(args.threads), "--context", str(args.context)]
+    arguments += ["--prompt", str(args.prompt)] + (["--int8"] if args.int8 else [])
+    best = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "random-q4_0.gguf")
+        write(path)
+        print(f"llama.cpp's model: {os.path.getsize(path) / 1e6:.0f} MB, the embedding among them")
+        for turn in range(args.turns):
+            model = LlamaCpp(path, args.threads)
+            turns = {"llama.cpp Q4_0": model.rates(args.context, args.prompt, 24)}
+            del model
+            turns.update(ours(arguments))
+            for name, rates in turns.items():
+                print(f"turn {turn + 1}: {name:<15} decode {rates[0]:6.1f} tokens/s, prefill {rates[1]:6.0f}", flush=True)
+                before = best.get(name, (0.0, 0.0))
+                best[name] = (max(before[0], rates[0]), max(before[1], rates[1]))
+    decode, prefill = best["llama.cpp Q4_0"]
+    for name, rates in best.items():
+        print(
+            f"best: {name:<15} decode {rates[0]:6.1f} tokens/s, {rates[0] / decode:.2f} of llama.cpp; "
+            f"prefill {rates[1]:6.0f} tokens/s, {rates[1] / prefill:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

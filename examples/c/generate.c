@@ -1,0 +1,134 @@
+/* Continues a text, or a list of tokens, with a model.
+ *
+ *     generate MODEL PROMPT [SUBNET [TEMPERATURE [SEED]]]
+ *
+ * MODEL is a bundle or a Hugging Face folder. Without a tokenizer in it, PROMPT is a list of token ids, such as 1,17,5. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "elastic_lora.h"
+
+enum { MAX_NEW = 64 };
+
+static void check(elora_status status, const char *what) {
+    if (status != ELORA_STATUS_OK) {
+        char text[1024] = "";
+        elora_last_error(text, sizeof text, NULL);
+        fprintf(stderr, "%s: %s: %s\n", what, elora_status_name(status), text);
+        exit(1);
+    }
+}
+
+/* What the callback needs: a character may take several tokens, so the text of all is made anew, and what is new is printed. */
+struct output {
+    const elora_model *model;
+    elora_token tokens[MAX_NEW];
+    size_t n;
+    size_t shown;
+};
+
+static bool show(void *userdata, elora_token token) {
+    struct output *output = userdata;
+    if (output->n == MAX_NEW) {
+        return false;
+    }
+    output->tokens[output->n++] = token;
+    if (!elora_model_has_tokenizer(output->model)) {
+        printf(" %d", (int)token);
+    } else {
+        static char text[64 * MAX_NEW];
+        size_t len = 0;
+        if (elora_model_detokenize(output->model, output->tokens, output->n, text, sizeof text, &len) !=
+            ELORA_STATUS_OK) {
+            return false;
+        }
+        /* U+FFFD at the end: the character is not complete. */
+        const int broken = len >= 3 && memcmp(text + len - 3, "\xEF\xBF\xBD", 3) == 0;
+        if (!broken && len > output->shown) {
+            fwrite(text + output->shown, 1, len - output->shown, stdout);
+            output->shown = len;
+        }
+    }
+    fflush(stdout);
+    return true;
+}
+
+/* Token ids from "1,17,5". */
+static size_t parse(const char *list, elora_token *tokens, size_t cap) {
+    size_t n = 0;
+    while (n < cap) {
+        char *end = NULL;
+        tokens[n++] = (elora_token)strtol(list, &end, 10);
+        if (end == list || (*end != ',' && *end != '\0')) {
+            fprintf(stderr, "PROMPT must be token ids, as in 1,17,5: the model has no tokenizer\n");
+            exit(2);
+        }
+        if (*end == '\0') {
+            break;
+        }
+        list = end + 1;
+    }
+    return n;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 3 || argc > 6) {
+        fprintf(stderr, "usage: generate MODEL PROMPT [SUBNET [TEMPERATURE [SEED]]]\n");
+        return 2;
+    }
+    if (elora_abi_version() != ELORA_ABI_VERSION) {
+        fprintf(stderr, "the library %s has another binary interface than this program\n", elora_version());
+        return 1;
+    }
+    const elora_model *model = NULL;
+    check(elora_model_load(argv[1], NULL, &model), argv[1]);
+    elora_session *session = NULL;
+    check(elora_session_new(model, NULL, &session), "elora_session_new");
+    if (argc > 3) {
+        check(elora_session_set_subnet_named(session, argv[3]), "SUBNET");
+    }
+
+    size_t n_prompt = 0;
+    elora_token *prompt = NULL;
+    if (elora_model_has_tokenizer(model)) {
+        elora_status status = elora_model_tokenize(model, argv[2], ELORA_SPECIAL_PROMPT, NULL, 0, &n_prompt);
+        if (status != ELORA_STATUS_INSUFFICIENT_SIZE) {
+            check(status, "elora_model_tokenize");
+        }
+        prompt = calloc(n_prompt + 1, sizeof *prompt);
+        if (prompt != NULL) {
+            check(elora_model_tokenize(model, argv[2], ELORA_SPECIAL_PROMPT, prompt, n_prompt, NULL), "PROMPT");
+        }
+    } else {
+        const size_t cap = elora_model_context_size(model);
+        prompt = calloc(cap, sizeof *prompt);
+        if (prompt != NULL) {
+            n_prompt = parse(argv[2], prompt, cap);
+        }
+    }
+    if (prompt == NULL) {
+        fprintf(stderr, "no memory\n");
+        return 1;
+    }
+
+    elora_generate_options options;
+    check(elora_generate_options_init(&options, sizeof options), "elora_generate_options_init");
+    options.max_new_tokens = MAX_NEW;
+    if (argc > 4) {
+        options.temperature = strtod(argv[4], NULL);
+    }
+    if (argc > 5) {
+        options.seed = strtoull(argv[5], NULL, 10);
+    }
+    struct output output = {model, {0}, 0, 0};
+    elora_token tokens[MAX_NEW];
+    size_t n = 0;
+    check(elora_session_generate(session, prompt, n_prompt, &options, show, &output, tokens, MAX_NEW, &n),
+          "elora_session_generate");
+    printf("\n%zu tokens\n", n);
+    free(prompt);
+    elora_session_free(session);
+    elora_model_free(model);
+    return 0;
+}

@@ -1,0 +1,834 @@
+// elastic_lora.hpp: the C interface of elastic_lora.h for C++, in one header. C++11 or later; with C++17 also std::string_view, with
+// C++20 also std::span.
+//
+// model and linear are shared handles: copies are cheap, and any number of threads may use one. session is one thread's at a time, and
+// moves. Each keeps what it needs of what it was made from.
+//
+// Functions that fail throw elora::error. With ELASTIC_LORA_NO_EXCEPTIONS defined, or exceptions turned off, they return an
+// elora::result<T> instead, which is a T or a status and a text. elora::returns<T> is T in the first case and result<T> in the second.
+
+#ifndef ELASTIC_LORA_HPP
+#define ELASTIC_LORA_HPP
+
+#include "elastic_lora.h"
+
+#if !defined(ELASTIC_LORA_NO_EXCEPTIONS) && !defined(__cpp_exceptions) && !defined(__EXCEPTIONS) && !defined(_CPPUNWIND)
+#define ELASTIC_LORA_NO_EXCEPTIONS
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <iterator>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(ELASTIC_LORA_NO_EXCEPTIONS)
+#include <cstdlib>
+#else
+#include <exception>
+#include <stdexcept>
+#endif
+
+#if defined(_MSVC_LANG)
+#define ELASTIC_LORA_CPLUSPLUS _MSVC_LANG
+#else
+#define ELASTIC_LORA_CPLUSPLUS __cplusplus
+#endif
+
+#if ELASTIC_LORA_CPLUSPLUS >= 201703L
+#include <string_view>
+#define ELASTIC_LORA_NODISCARD [[nodiscard]]
+#else
+#define ELASTIC_LORA_NODISCARD
+#endif
+
+namespace elora {
+
+using token = elora_token;
+
+// What went wrong.
+enum class status : std::int32_t {
+    ok = ELORA_STATUS_OK,
+    null_pointer = ELORA_STATUS_NULL_POINTER,
+    invalid_argument = ELORA_STATUS_INVALID_ARGUMENT,
+    insufficient_size = ELORA_STATUS_INSUFFICIENT_SIZE,
+    io = ELORA_STATUS_IO,
+    invalid_format = ELORA_STATUS_INVALID_FORMAT,
+    unsupported = ELORA_STATUS_UNSUPPORTED,
+    not_found = ELORA_STATUS_NOT_FOUND,
+    invalid_state = ELORA_STATUS_INVALID_STATE,
+    cancelled = ELORA_STATUS_CANCELLED,
+    context_full = ELORA_STATUS_CONTEXT_FULL,
+    out_of_memory = ELORA_STATUS_OUT_OF_MEMORY,
+    panic = ELORA_STATUS_PANIC
+};
+
+enum class verify : std::int32_t {
+    on_use = ELORA_VERIFY_ON_USE,
+    on_load = ELORA_VERIFY_ON_LOAD,
+    never = ELORA_VERIFY_NEVER
+};
+
+enum class weight_format : std::int32_t {
+    f32 = ELORA_WEIGHT_FORMAT_F32,
+    f16 = ELORA_WEIGHT_FORMAT_F16,
+    bf16 = ELORA_WEIGHT_FORMAT_BF16,
+    integer = ELORA_WEIGHT_FORMAT_INT,
+    sparse_f16 = ELORA_WEIGHT_FORMAT_SPARSE_F16,
+    sparse_bf16 = ELORA_WEIGHT_FORMAT_SPARSE_BF16,
+    sparse_integer = ELORA_WEIGHT_FORMAT_SPARSE_INT,
+    nm_f16 = ELORA_WEIGHT_FORMAT_NM_F16,
+    nm_bf16 = ELORA_WEIGHT_FORMAT_NM_BF16,
+    other = ELORA_WEIGHT_FORMAT_OTHER
+};
+
+enum class activations : std::int32_t { int16 = ELORA_ACTIVATIONS_INT16, int8 = ELORA_ACTIVATIONS_INT8 };
+
+enum class dtype : std::int32_t { f32 = ELORA_DTYPE_F32, f16 = ELORA_DTYPE_F16, bf16 = ELORA_DTYPE_BF16 };
+
+enum class cache_format : std::int32_t { f32 = ELORA_CACHE_F32, f16 = ELORA_CACHE_F16 };
+
+enum class special : std::int32_t {
+    none = ELORA_SPECIAL_NONE,
+    prompt = ELORA_SPECIAL_PROMPT,
+    full = ELORA_SPECIAL_FULL
+};
+
+// Elements that belong to somebody else: what std::span is from C++20 on.
+template <class T>
+class span {
+public:
+    using element_type = T;
+    using value_type = typename std::remove_cv<T>::type;
+
+    span() noexcept : data_(nullptr), size_(0) {}
+    span(T *data, std::size_t size) noexcept : data_(data), size_(size) {}
+    template <std::size_t N>
+    span(T (&array)[N]) noexcept : data_(array), size_(N) {}
+    // Anything with data() and size(): std::vector, std::array, std::string, std::span.
+    template <class C, class = typename std::enable_if<std::is_convertible<
+                           typename std::remove_pointer<decltype(std::declval<C &>().data())>::type (*)[],
+                           T (*)[]>::value>::type,
+              class = decltype(std::declval<C &>().size())>
+    span(C &container) noexcept : data_(container.data()), size_(container.size()) {}
+    template <class C, class = typename std::enable_if<std::is_convertible<
+                           typename std::remove_pointer<decltype(std::declval<const C &>().data())>::type (*)[],
+                           T (*)[]>::value>::type,
+              class = decltype(std::declval<const C &>().size()), class = void>
+    span(const C &container) noexcept : data_(container.data()), size_(container.size()) {}
+
+    T *data() const noexcept { return data_; }
+    std::size_t size() const noexcept { return size_; }
+    bool empty() const noexcept { return size_ == 0; }
+    T &operator[](std::size_t index) const { return data_[index]; }
+    T *begin() const noexcept { return data_; }
+    T *end() const noexcept { return data_ + size_; }
+
+private:
+    T *data_;
+    std::size_t size_;
+};
+
+// A string that somebody else holds and that ends in a NUL.
+class text_arg {
+public:
+    text_arg(const char *text) : pointer_(text) {}
+    text_arg(const std::string &text) : pointer_(text.c_str()) {}
+#if ELASTIC_LORA_CPLUSPLUS >= 201703L
+    text_arg(std::string_view text) : own_(text), pointer_(own_.c_str()) {}
+    text_arg(const text_arg &) = delete;
+    text_arg &operator=(const text_arg &) = delete;
+#endif
+    const char *c_str() const { return pointer_; }
+
+private:
+#if ELASTIC_LORA_CPLUSPLUS >= 201703L
+    std::string own_;
+#endif
+    const char *pointer_;
+};
+
+inline const char *name(status code) { return elora_status_name(static_cast<elora_status>(code)); }
+
+// Version of the library that is linked.
+inline const char *version() { return elora_version(); }
+
+// Whether the library that is linked has the binary interface of this header.
+inline bool abi_matches() { return elora_abi_version() == ELORA_ABI_VERSION; }
+
+// Text of this thread's last failed call.
+inline std::string last_error() {
+    std::size_t size = 0;
+    elora_last_error(nullptr, 0, &size);
+    std::string text(size + 1, '\0');
+    if (elora_last_error(&text[0], text.size(), &size) != ELORA_STATUS_OK) {
+        size = 0;
+    }
+    text.resize(size);
+    return text;
+}
+
+#if defined(ELASTIC_LORA_NO_EXCEPTIONS)
+
+// A value, or a status and a text.
+template <class T>
+class ELASTIC_LORA_NODISCARD result {
+public:
+    result(T value) : value_(std::move(value)), status_(elora::status::ok) {}
+    result(elora::status code, std::string text) : value_(), status_(code), text_(std::move(text)) {}
+
+    bool has_value() const noexcept { return status_ == elora::status::ok; }
+    explicit operator bool() const noexcept { return has_value(); }
+    elora::status status() const noexcept { return status_; }
+    const std::string &error() const noexcept { return text_; }
+    // The value. There must be one: the program ends otherwise.
+    T &value() & { return check(), value_; }
+    const T &value() const & { return check(), value_; }
+    T &&value() && { return check(), std::move(value_); }
+    T &operator*() & { return value(); }
+    T &&operator*() && { return std::move(*this).value(); }
+    T *operator->() { return &value(); }
+
+private:
+    void check() const {
+        if (!has_value()) {
+            std::abort();
+        }
+    }
+
+    T value_;
+    elora::status status_;
+    std::string text_;
+};
+
+// Success, or a status and a text.
+template <>
+class ELASTIC_LORA_NODISCARD result<void> {
+public:
+    result() : status_(elora::status::ok) {}
+    result(elora::status code, std::string text) : status_(code), text_(std::move(text)) {}
+
+    bool has_value() const noexcept { return status_ == elora::status::ok; }
+    explicit operator bool() const noexcept { return has_value(); }
+    elora::status status() const noexcept { return status_; }
+    const std::string &error() const noexcept { return text_; }
+
+private:
+    elora::status status_;
+    std::string text_;
+};
+
+template <class T>
+using returns = result<T>;
+
+#else
+
+// A call that failed.
+class error : public std::runtime_error {
+public:
+    error(elora::status code, const std::string &text) : std::runtime_error(text), status_(code) {}
+    elora::status status() const noexcept { return status_; }
+
+private:
+    elora::status status_;
+};
+
+template <class T>
+using returns = T;
+
+#endif
+
+namespace detail {
+
+// Ends a call that gives a value: the value, or what the library said.
+template <class T>
+returns<T> finish(elora_status code, T value) {
+    if (code != ELORA_STATUS_OK) {
+#if defined(ELASTIC_LORA_NO_EXCEPTIONS)
+        return returns<T>(static_cast<status>(code), last_error());
+#else
+        throw error(static_cast<status>(code), last_error());
+#endif
+    }
+    return returns<T>(std::move(value));
+}
+
+// Ends a call that gives nothing.
+inline returns<void> finish(elora_status code) {
+    if (code != ELORA_STATUS_OK) {
+#if defined(ELASTIC_LORA_NO_EXCEPTIONS)
+        return returns<void>(static_cast<status>(code), last_error());
+#else
+        throw error(static_cast<status>(code), last_error());
+#endif
+    }
+    return returns<void>();
+}
+
+// A call that copies elements out, asked for the size first.
+template <class T, class Call>
+returns<std::vector<T>> elements(Call call) {
+    std::size_t size = 0;
+    elora_status code = call(nullptr, std::size_t(0), &size);
+    std::vector<T> found;
+    if (code == ELORA_STATUS_INSUFFICIENT_SIZE) {
+        found.resize(size);
+        code = call(found.data(), found.size(), &size);
+    }
+    return finish(code, std::move(found));
+}
+
+// A call that copies a text out, asked for the size first.
+template <class Call>
+returns<std::string> text(Call call) {
+    std::size_t size = 0;
+    elora_status code = call(nullptr, std::size_t(0), &size);
+    std::string found;
+    if (code == ELORA_STATUS_INSUFFICIENT_SIZE) {
+        found.resize(size + 1);
+        code = call(&found[0], found.size(), &size);
+        found.resize(code == ELORA_STATUS_OK ? size : 0);
+    }
+    return finish(code, std::move(found));
+}
+
+// A shared handle to something immutable.
+template <class T, const T *(*Retain)(const T *), void (*Free)(const T *)>
+class shared_handle {
+public:
+    shared_handle() noexcept : pointer_(nullptr) {}
+    explicit shared_handle(const T *pointer) noexcept : pointer_(pointer) {}
+    shared_handle(const shared_handle &other) noexcept
+        : pointer_(other.pointer_ == nullptr ? nullptr : Retain(other.pointer_)) {}
+    shared_handle(shared_handle &&other) noexcept : pointer_(other.pointer_) { other.pointer_ = nullptr; }
+    shared_handle &operator=(shared_handle other) noexcept {
+        std::swap(pointer_, other.pointer_);
+        return *this;
+    }
+    ~shared_handle() { Free(pointer_); }
+
+    const T *get() const noexcept { return pointer_; }
+    const T **out() noexcept { return &pointer_; }
+
+private:
+    const T *pointer_;
+};
+
+// What is listed by index: something with size() and operator[].
+template <class List, class Item>
+class index_iterator {
+public:
+    using iterator_category = std::input_iterator_tag;
+    using value_type = Item;
+    using difference_type = std::ptrdiff_t;
+    using pointer = const Item *;
+    using reference = Item;
+
+    index_iterator(const List *list, std::size_t index) : list_(list), index_(index) {}
+    Item operator*() const { return (*list_)[index_]; }
+    index_iterator &operator++() {
+        ++index_;
+        return *this;
+    }
+    index_iterator operator++(int) {
+        index_iterator old = *this;
+        ++index_;
+        return old;
+    }
+    bool operator==(const index_iterator &other) const { return index_ == other.index_; }
+    bool operator!=(const index_iterator &other) const { return index_ != other.index_; }
+
+private:
+    const List *list_;
+    std::size_t index_;
+};
+
+// What a range-based for goes over. It keeps its owner.
+template <class Owner, class Item, std::size_t (Owner::*Count)() const, Item (Owner::*At)(std::size_t) const>
+class list {
+public:
+    using iterator = index_iterator<list, Item>;
+    explicit list(Owner owner) : owner_(std::move(owner)), size_((owner_.*Count)()) {}
+    std::size_t size() const noexcept { return size_; }
+    Item operator[](std::size_t index) const { return (owner_.*At)(index); }
+    iterator begin() const { return iterator(this, 0); }
+    iterator end() const { return iterator(this, size_); }
+
+private:
+    Owner owner_;
+    std::size_t size_;
+};
+
+} // namespace detail
+
+// How a model is loaded; see elora_model_options.
+struct model_options {
+    std::uint32_t n_threads = 0;
+    bool use_mmap = true;
+    elora::verify verify = elora::verify::on_use;
+
+    elora_model_options to_c() const {
+        elora_model_options options;
+        elora_model_options_init(&options, sizeof options);
+        options.n_threads = n_threads;
+        options.use_mmap = use_mmap ? 1u : 0u;
+        options.verify = static_cast<elora_verify>(verify);
+        return options;
+    }
+};
+
+// What a session is like; see elora_session_options.
+struct session_options {
+    std::size_t n_ctx = 0;
+    std::size_t prefill_rows = 0;
+    cache_format cache = cache_format::f32;
+    elora::activations activations = elora::activations::int16;
+
+    elora_session_options to_c() const {
+        elora_session_options options;
+        elora_session_options_init(&options, sizeof options);
+        options.n_ctx = n_ctx;
+        options.prefill_rows = prefill_rows;
+        options.cache_format = static_cast<elora_cache_format>(cache);
+        options.activations = static_cast<elora_activations>(activations);
+        return options;
+    }
+};
+
+// How text goes on; see elora_generate_options.
+struct generate_options {
+    std::size_t max_new_tokens = 128;
+    std::vector<token> stop_tokens;
+    bool ignore_stop_tokens = false;
+    double temperature = 0.0;
+    double top_p = 1.0;
+    double min_p = 0.0;
+    std::uint32_t top_k = 0;
+    std::uint64_t seed = 0;
+
+    elora_generate_options to_c() const {
+        elora_generate_options options;
+        elora_generate_options_init(&options, sizeof options);
+        options.max_new_tokens = max_new_tokens;
+        options.stop_tokens = stop_tokens.data();
+        options.n_stop_tokens = stop_tokens.size();
+        options.temperature = temperature;
+        options.top_p = top_p;
+        options.min_p = min_p;
+        options.seed = seed;
+        options.top_k = top_k;
+        options.ignore_stop_tokens = ignore_stop_tokens ? 1u : 0u;
+        return options;
+    }
+};
+
+// A linear layer of a model, with its sizes in the whole model.
+struct layer_info {
+    std::size_t index = 0;
+    std::string name;
+    std::size_t in_features = 0;
+    std::size_t out_features = 0;
+    std::size_t max_rank = 0;
+    std::size_t weight_bytes = 0;
+    std::size_t adapter_bytes = 0;
+    std::size_t group_size = 0;
+    weight_format format = weight_format::other;
+    std::uint32_t bits = 0;
+    bool has_bias = false;
+};
+
+// Sizes and numbers of a whole model.
+struct model_info {
+    std::size_t vocab_size = 0;
+    std::size_t context_size = 0;
+    std::size_t hidden_size = 0;
+    std::size_t n_blocks = 0;
+    std::size_t head_dim = 0;
+    std::size_t sliding_window = 0;
+    double norm_epsilon = 0.0;
+};
+
+// A subnet that a model knows by name.
+struct subnet_info {
+    std::size_t index = 0;
+    std::string name;
+};
+
+class linear;
+class session;
+
+// A model. Immutable; copies share it.
+class model {
+public:
+    // No model; functions that need one fail.
+    model() = default;
+    // Takes over a handle of the C interface.
+    explicit model(const elora_model *handle) : handle_(handle) {}
+
+    static returns<model> load(const text_arg &path, const model_options &options = model_options()) {
+        const elora_model_options c = options.to_c();
+        model loaded;
+        const elora_status code = elora_model_load(path.c_str(), &c, loaded.handle_.out());
+        return detail::finish(code, std::move(loaded));
+    }
+
+    explicit operator bool() const noexcept { return get() != nullptr; }
+    // The handle, which stays this object's.
+    const elora_model *get() const noexcept { return handle_.get(); }
+
+    std::size_t vocab_size() const { return elora_model_vocab_size(get()); }
+    std::size_t context_size() const { return elora_model_context_size(get()); }
+    std::size_t weight_bytes() const { return elora_model_weight_bytes(get()); }
+    std::size_t layer_count() const { return elora_model_layer_count(get()); }
+    std::size_t subnet_count() const { return elora_model_subnet_count(get()); }
+
+    returns<layer_info> layer(std::size_t index) const {
+        elora_layer_info c = elora_layer_info();
+        c.struct_size = sizeof c;
+        const elora_status code = elora_model_layer_info(get(), index, &c);
+        layer_info info;
+        if (code == ELORA_STATUS_OK) {
+            info.index = index;
+            info.name = c.name;
+            info.in_features = c.in_features;
+            info.out_features = c.out_features;
+            info.max_rank = c.max_rank;
+            info.weight_bytes = c.weight_bytes;
+            info.adapter_bytes = c.adapter_bytes;
+            info.group_size = c.group_size;
+            info.format = static_cast<weight_format>(c.format);
+            info.bits = c.bits;
+            info.has_bias = c.has_bias != 0;
+        }
+        return detail::finish(code, std::move(info));
+    }
+
+    returns<std::size_t> find_layer(const text_arg &layer_name) const {
+        std::size_t index = 0;
+        const elora_status code = elora_model_find_layer(get(), layer_name.c_str(), &index);
+        return detail::finish(code, index);
+    }
+
+    returns<std::size_t> find_subnet(const text_arg &subnet_name) const {
+        std::size_t index = 0;
+        const elora_status code = elora_model_find_subnet(get(), subnet_name.c_str(), &index);
+        return detail::finish(code, index);
+    }
+
+    // The layer of an index that there is, and an empty description otherwise.
+    layer_info layer_at(std::size_t index) const {
+        if (index >= layer_count()) {
+            return layer_info();
+        }
+#if defined(ELASTIC_LORA_NO_EXCEPTIONS)
+        result<layer_info> found = layer(index);
+        return found ? *std::move(found) : layer_info();
+#else
+        return layer(index);
+#endif
+    }
+
+    // The subnet of an index that there is, and an empty description otherwise.
+    subnet_info subnet_at(std::size_t index) const {
+        subnet_info info;
+        const char *found = elora_model_subnet_name(get(), index);
+        if (found != nullptr) {
+            info.index = index;
+            info.name = found;
+        }
+        return info;
+    }
+
+    using layer_list = detail::list<model, layer_info, &model::layer_count, &model::layer_at>;
+    using subnet_list = detail::list<model, subnet_info, &model::subnet_count, &model::subnet_at>;
+
+    // for (const elora::layer_info &layer : model.layers()) ...
+    layer_list layers() const { return layer_list(*this); }
+    // for (const elora::subnet_info &subnet : model.subnets()) ...
+    subnet_list subnets() const { return subnet_list(*this); }
+
+    // The search space as JSON.
+    returns<std::string> space_json() const {
+        const elora_model *handle = get();
+        return detail::text([handle](char *buf, std::size_t cap, std::size_t *len) {
+            return elora_model_space_json(handle, buf, cap, len);
+        });
+    }
+
+    // A subnet as a model of its own.
+    returns<model> extract(std::size_t subnet) const {
+        model cut;
+        const elora_status code = elora_model_extract(get(), subnet, cut.handle_.out());
+        return detail::finish(code, std::move(cut));
+    }
+
+    // The model with its adapters put into its weights, which must be dense.
+    returns<model> merge() const {
+        model merged;
+        const elora_status code = elora_model_merge(get(), merged.handle_.out());
+        return detail::finish(code, std::move(merged));
+    }
+
+    returns<void> save(const text_arg &path, bool overwrite = false) const {
+        return detail::finish(elora_model_save(get(), path.c_str(), overwrite));
+    }
+
+    returns<void> verify() const { return detail::finish(elora_model_verify(get())); }
+
+    returns<std::vector<token>> stop_tokens() const {
+        const elora_model *handle = get();
+        return detail::elements<token>([handle](token *buf, std::size_t cap, std::size_t *n) {
+            return elora_model_stop_tokens(handle, buf, cap, n);
+        });
+    }
+
+    bool has_tokenizer() const { return elora_model_has_tokenizer(get()); }
+
+    returns<std::vector<token>> tokenize(const text_arg &text, special around = special::prompt) const {
+        const elora_model *handle = get();
+        const char *pointer = text.c_str();
+        return detail::elements<token>([=](token *buf, std::size_t cap, std::size_t *n) {
+            return elora_model_tokenize(handle, pointer, static_cast<elora_special>(around), buf, cap, n);
+        });
+    }
+
+    returns<std::string> detokenize(span<const token> tokens) const {
+        const elora_model *handle = get();
+        return detail::text([=](char *buf, std::size_t cap, std::size_t *len) {
+            return elora_model_detokenize(handle, tokens.data(), tokens.size(), buf, cap, len);
+        });
+    }
+
+    // What a caller that runs the model itself needs beside the layers.
+    returns<model_info> describe() const {
+        elora_model_info c = elora_model_info();
+        c.struct_size = sizeof c;
+        const elora_status code = elora_model_describe(get(), &c);
+        model_info info;
+        if (code == ELORA_STATUS_OK) {
+            info.vocab_size = c.vocab_size;
+            info.context_size = c.context_size;
+            info.hidden_size = c.hidden_size;
+            info.n_blocks = c.n_blocks;
+            info.head_dim = c.head_dim;
+            info.sliding_window = c.sliding_window;
+            info.norm_epsilon = c.norm_epsilon;
+        }
+        return detail::finish(code, info);
+    }
+    // Rows of hidden_size numbers.
+    returns<void> embed(span<const token> tokens, span<float> out) const {
+        return detail::finish(elora_model_embed(get(), tokens.data(), tokens.size(), out.data(), out.size()));
+    }
+    // The gain of a norm, hidden_size numbers, by its tensor's name.
+    returns<void> norm(const text_arg &tensor, span<float> out) const {
+        return detail::finish(elora_model_norm(get(), tensor.c_str(), out.data(), out.size()));
+    }
+    // Cosines and sines of a position, head_dim / 2 numbers each.
+    returns<void> rotary(std::size_t position, span<float> cos, span<float> sin) const {
+        const std::size_t len = cos.size() < sin.size() ? cos.size() : sin.size();
+        return detail::finish(elora_model_rotary(get(), position, cos.data(), sin.data(), len));
+    }
+
+    // One layer as a subnet has it; 0 is the whole model.
+    returns<elora::linear> linear(std::size_t layer, std::size_t subnet = 0,
+                                  activations kept = activations::int16) const;
+    // An empty session.
+    returns<elora::session> session(const session_options &options = session_options()) const;
+
+private:
+    detail::shared_handle<elora_model, elora_model_retain, elora_model_free> handle_;
+};
+
+// A linear layer, to be applied to the caller's buffers. Immutable; copies share it.
+class linear {
+public:
+    linear() = default;
+    // Takes over a handle of the C interface.
+    explicit linear(const elora_linear *handle) : handle_(handle) {}
+
+    explicit operator bool() const noexcept { return get() != nullptr; }
+    const elora_linear *get() const noexcept { return handle_.get(); }
+    std::size_t in_features() const { return elora_linear_in_features(get()); }
+    std::size_t out_features() const { return elora_linear_out_features(get()); }
+    std::size_t rank() const { return elora_linear_rank(get()); }
+
+    returns<std::size_t> scratch_size(std::size_t n_rows) const {
+        std::size_t bytes = 0;
+        const elora_status code = elora_linear_scratch_size(get(), n_rows, &bytes);
+        return detail::finish(code, bytes);
+    }
+
+    // Rows that lie one after the other. Without scratch memory the library allocates it.
+    returns<void> forward(std::size_t n_rows, span<const float> x, span<float> y,
+                          span<unsigned char> scratch = span<unsigned char>()) const {
+        return forward(n_rows, x, in_features(), y, out_features(), scratch);
+    }
+
+    // Rows that begin every ldx and ldy numbers.
+    returns<void> forward(std::size_t n_rows, span<const float> x, std::size_t ldx, span<float> y, std::size_t ldy,
+                          span<unsigned char> scratch = span<unsigned char>()) const {
+        return detail::finish(elora_linear_forward(get(), n_rows, x.data(), x.size(), ldx, y.data(), y.size(), ldy,
+                                                   scratch.data(), scratch.size()));
+    }
+
+    // Numbers of another type; lengths count numbers, not bytes.
+    returns<void> forward(std::size_t n_rows, dtype type, const void *x, std::size_t x_len, std::size_t ldx, void *y,
+                          std::size_t y_len, std::size_t ldy,
+                          span<unsigned char> scratch = span<unsigned char>()) const {
+        return detail::finish(elora_linear_forward_typed(get(), n_rows, static_cast<elora_dtype>(type), x, x_len, ldx,
+                                                         y, y_len, ldy, scratch.data(), scratch.size()));
+    }
+
+private:
+    friend class model;
+    detail::shared_handle<elora_linear, elora_linear_retain, elora_linear_free> handle_;
+};
+
+// One sequence on a model. One thread at a time.
+class session {
+public:
+    session() noexcept : handle_(nullptr) {}
+    // Takes over a handle of the C interface.
+    explicit session(elora_session *handle) noexcept : handle_(handle) {}
+    session(session &&other) noexcept : handle_(other.handle_) { other.handle_ = nullptr; }
+    session &operator=(session &&other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
+    session(const session &) = delete;
+    session &operator=(const session &) = delete;
+    ~session() { elora_session_free(handle_); }
+
+    explicit operator bool() const noexcept { return handle_ != nullptr; }
+    elora_session *get() const noexcept { return handle_; }
+
+    returns<void> set_subnet(std::size_t subnet) {
+        return detail::finish(elora_session_set_subnet(handle_, subnet));
+    }
+    returns<void> set_subnet(const text_arg &subnet_name) {
+        return detail::finish(elora_session_set_subnet_named(handle_, subnet_name.c_str()));
+    }
+    // A value for each group of the search space, as JSON.
+    returns<void> set_subnet_json(const text_arg &json) {
+        return detail::finish(elora_session_set_subnet_json(handle_, json.c_str()));
+    }
+    // A rank for each linear layer of the model.
+    returns<void> set_ranks(span<const std::uint32_t> ranks) {
+        return detail::finish(elora_session_set_ranks(handle_, ranks.data(), ranks.size()));
+    }
+    returns<std::vector<std::uint32_t>> ranks() {
+        elora_session *handle = handle_;
+        return detail::elements<std::uint32_t>([handle](std::uint32_t *buf, std::size_t cap, std::size_t *n) {
+            return elora_session_ranks(handle, buf, cap, n);
+        });
+    }
+
+    returns<void> reset() { return detail::finish(elora_session_reset(handle_)); }
+    returns<void> truncate(std::size_t n_tokens) { return detail::finish(elora_session_truncate(handle_, n_tokens)); }
+    std::size_t position() { return elora_session_position(handle_); }
+    std::size_t capacity() { return elora_session_capacity(handle_); }
+
+    // Appends tokens. The logits after the last go to `logits`, which may be empty.
+    returns<void> decode(span<const token> tokens, span<float> logits = span<float>()) {
+        return detail::finish(
+            elora_session_decode(handle_, tokens.data(), tokens.size(), logits.data(), logits.size()));
+    }
+    // Appends tokens. The logits after each go to `logits`, row by row.
+    returns<void> decode_all(span<const token> tokens, span<float> logits) {
+        return detail::finish(
+            elora_session_decode_all(handle_, tokens.data(), tokens.size(), logits.data(), logits.size()));
+    }
+
+    // Goes on from a prompt. `on_token` sees each new token; where it returns false, what there is so far is returned. What it throws
+    // comes out of this function.
+    returns<std::vector<token>> generate(span<const token> prompt,
+                                         const generate_options &options = generate_options(),
+                                         const std::function<bool(token)> &on_token = nullptr) {
+        const elora_generate_options c = options.to_c();
+        std::vector<token> out(options.max_new_tokens);
+        std::size_t n = 0;
+        callback call = {&on_token
+#if !defined(ELASTIC_LORA_NO_EXCEPTIONS)
+                         ,
+                         nullptr
+#endif
+        };
+        elora_status code =
+            elora_session_generate(handle_, prompt.data(), prompt.size(), &c, on_token ? &callback::run : nullptr,
+                                   &call, out.data(), out.size(), &n);
+#if !defined(ELASTIC_LORA_NO_EXCEPTIONS)
+        if (call.thrown) {
+            std::rethrow_exception(call.thrown);
+        }
+#endif
+        if (code == ELORA_STATUS_CANCELLED) {
+            code = ELORA_STATUS_OK;
+        }
+        out.resize(n);
+        return detail::finish(code, std::move(out));
+    }
+
+private:
+    friend class model;
+
+    // Nothing may be thrown through the library.
+    struct callback {
+        const std::function<bool(token)> *on_token;
+#if !defined(ELASTIC_LORA_NO_EXCEPTIONS)
+        std::exception_ptr thrown;
+#endif
+
+        static bool run(void *userdata, token id) {
+            callback &self = *static_cast<callback *>(userdata);
+#if defined(ELASTIC_LORA_NO_EXCEPTIONS)
+            return (*self.on_token)(id);
+#else
+            try {
+                return (*self.on_token)(id);
+            } catch (...) {
+                self.thrown = std::current_exception();
+                return false;
+            }
+#endif
+        }
+    };
+
+    elora_session *handle_;
+};
+
+inline returns<linear> model::linear(std::size_t layer, std::size_t subnet, activations kept) const {
+    elora_linear_options c;
+    elora_linear_options_init(&c, sizeof c);
+    c.activations = static_cast<elora_activations>(kept);
+    elora::linear made;
+    const elora_status code = elora_linear_new(get(), layer, subnet, &c, made.handle_.out());
+    return detail::finish(code, std::move(made));
+}
+
+inline returns<session> model::session(const session_options &options) const {
+    const elora_session_options c = options.to_c();
+    elora_session *made = nullptr;
+    const elora_status code = elora_session_new(get(), &c, &made);
+    return detail::finish(code, elora::session(made));
+}
+
+// Appends one token to each of several sessions, which read the weights once. `logits` takes a row for each.
+inline returns<void> decode_batch(span<elora_session *const> sessions, span<const token> tokens, span<float> logits) {
+    if (tokens.size() != sessions.size()) {
+#if defined(ELASTIC_LORA_NO_EXCEPTIONS)
+        return returns<void>(status::invalid_argument, "as many tokens as sessions");
+#else
+        throw error(status::invalid_argument, "as many tokens as sessions");
+#endif
+    }
+    return detail::finish(elora_session_decode_batch(sessions.data(), sessions.size(), tokens.data(), logits.data(),
+                                                     logits.size()));
+}
+
+} // namespace elora
+
+#endif // ELASTIC_LORA_HPP

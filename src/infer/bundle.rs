@@ -1,0 +1,188 @@
+//! A model as a bundle, and back.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::adapter::LoraConfig;
+use crate::error::{Error, Result};
+use crate::io::HfConfig;
+use crate::io::bundle::{Bundle, BundleWriter};
+use crate::space::{SearchSpace, SubnetConfig};
+
+use super::build::{A, BT, make_tokenizer, named};
+use super::model::{Model, ModelOptions, ModelParts, Verify};
+use super::weights::{AdapterWeights, LayerWeights, Weight};
+
+/// The tensor that holds `tokenizer.json`.
+const TOKENIZER: &str = "tokenizer.json";
+
+/// What a bundle says of its model, beside the weights.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    /// `config.json`.
+    config: Map<String, Value>,
+    /// The layers that have an adapter.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    adapters: BTreeMap<String, LoraConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    space: Option<SearchSpace>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    subnets: Vec<Subnet>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    stop_ids: Vec<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bos_id: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    eos_id: Option<u32>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Subnet {
+    name: String,
+    config: SubnetConfig,
+}
+
+impl Model {
+    /// Writes the model as a bundle: weights in the formats that they have, adapters, space and subnets, tokenizer. Whole or not at all.
+    ///
+    /// # Errors
+    /// Those of [`BundleWriter::write`]; [`Error::InvalidFile`] where the model lies in a file whose contents are not what was written.
+    pub fn save(&self, path: impl AsRef<Path>, overwrite: bool) -> Result<()> {
+        let path = path.as_ref();
+        let weights = &*self.weights;
+        let adapters = weights.layers.iter().filter_map(|layer| {
+            let lora = layer.adapter.as_ref()?.lora.clone();
+            Some((layer.name.clone(), LoraConfig { dropout: 0.0, ..lora }))
+        });
+        let tokenizer = weights.tokenizer.as_ref();
+        let document = Document {
+            config: weights.config.raw().clone(),
+            adapters: adapters.collect(),
+            space: weights.space.clone(),
+            subnets: named(weights).into_iter().map(|(name, config)| Subnet { name, config }).collect(),
+            stop_ids: weights.stop_ids.clone(),
+            bos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.bos_id()),
+            eos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.eos_id()),
+        };
+        let document = serde_json::to_value(document).map_err(|e| Error::json(path, e))?;
+        let mut writer = BundleWriter::new(document);
+        // In the order of use, so that a mapped file is read from front to back.
+        writer.matrix(weights.embedding.name(), weights.embedding.get()?);
+        let vectors: Vec<(String, &[f32])> = vectors(&weights.config)
+            .into_iter()
+            .filter_map(|(name, place)| {
+                let values = match place {
+                    Place::Norm(block, part) => weights.norms[block][part].as_deref()?,
+                    Place::Final => &weights.final_norm,
+                };
+                Some((name, values))
+            })
+            .collect();
+        vectors.iter().for_each(|(name, values)| writer.vector(name, values));
+        for layer in &weights.layers {
+            if layer.name == "lm_head" && weights.config.tie_word_embeddings() {
+                continue;
+            }
+            for (suffix, weight) in SUFFIXES.iter().zip(layer.weights()) {
+                writer.matrix(&format!("{}.{suffix}", layer.name), weight.get()?);
+            }
+            if let Some(bias) = &layer.bias {
+                writer.vector(&format!("{}.bias", layer.name), bias);
+            }
+        }
+        if let Some(tokenizer) = tokenizer {
+            writer.text(TOKENIZER, &tokenizer.json);
+        }
+        writer.write(path, overwrite)
+    }
+}
+
+/// A layer's matrices in the order of [`LayerWeights::weights`].
+const SUFFIXES: [&str; 3] = ["weight", A, BT];
+
+enum Place {
+    Norm(usize, usize),
+    Final,
+}
+
+/// The norms of a model, by name.
+fn vectors(config: &HfConfig) -> Vec<(String, Place)> {
+    let mut all = Vec::new();
+    for (block, dims) in config.blocks().iter().enumerate() {
+        if dims.has_attention() {
+            all.push((HfConfig::input_norm(block), Place::Norm(block, 0)));
+        }
+        if dims.has_mlp() {
+            all.push((HfConfig::post_attention_norm(block), Place::Norm(block, 1)));
+        }
+    }
+    all.push((HfConfig::FINAL_NORM.to_string(), Place::Final));
+    all
+}
+
+/// What a bundle holds; weights stay in the file.
+pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
+    let bundle = Arc::new(Bundle::open(path, options.mmap)?);
+    let document = Document::deserialize(bundle.document())
+        .map_err(|error| Error::invalid_file(path, format!("description of the model: {error}")))?;
+    let config = HfConfig::from_json(document.config)?;
+    let matrix = |name: String| {
+        let matrix = bundle.matrix(&name)?;
+        Ok::<_, Error>(Weight::from_file(name, matrix, bundle.clone(), options.verify != Verify::Never))
+    };
+    let embedding = matrix(HfConfig::EMBEDDING.to_string())?;
+    let mut norms = vec![[None, None]; config.num_hidden_layers()];
+    let mut final_norm = Vec::new();
+    for (name, place) in vectors(&config) {
+        let values = bundle.vector(&name, config.hidden_size())?;
+        match place {
+            Place::Norm(block, part) => norms[block][part] = Some(values),
+            Place::Final => final_norm = values,
+        }
+    }
+    let mut adapters = document.adapters;
+    let mut layers = Vec::new();
+    let linear = config.linear_layers().into_iter().map(|layer| (layer.name, layer.bias.then_some(layer.d_output)));
+    let head = (!config.tie_word_embeddings()).then(|| ("lm_head".to_string(), None));
+    for (name, bias) in linear.chain(head) {
+        let weight = matrix(format!("{name}.{}", SUFFIXES[0]))?;
+        let bias = match bias {
+            Some(len) => Some(bundle.vector(&format!("{name}.bias"), len)?.into()),
+            None => None,
+        };
+        let adapter = match adapters.remove(&name) {
+            Some(lora) => {
+                Some(AdapterWeights { a: matrix(format!("{name}.{A}"))?, bt: matrix(format!("{name}.{BT}"))?, lora })
+            }
+            None => None,
+        };
+        layers.push(LayerWeights { name, weight, bias, adapter });
+    }
+    if let Some(layer) = adapters.into_keys().next() {
+        return Err(Error::UnknownLayer { context: format!("{}, adapters", path.display()), layer });
+    }
+    let tokenizer = if bundle.contains(TOKENIZER) {
+        let mut tokenizer = make_tokenizer(bundle.text(TOKENIZER)?.into(), path, &config)?;
+        tokenizer.inner = tokenizer.inner.with_special_ids(document.bos_id, document.eos_id);
+        Some(tokenizer)
+    } else {
+        None
+    };
+    Ok(ModelParts {
+        config,
+        embedding,
+        norms,
+        final_norm,
+        layers,
+        space: document.space,
+        subnets: document.subnets.into_iter().map(|subnet| (subnet.name, subnet.config)).collect(),
+        tokenizer,
+        stop_ids: document.stop_ids,
+    })
+}

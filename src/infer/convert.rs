@@ -1,0 +1,164 @@
+//! Models out of models: in other formats, or a subnet as a model of its own.
+
+use crate::error::{Error, Result};
+use crate::format::{QuantizedMatrix, StoredMatrix, WeightFormat};
+use crate::io::hf::BlockDims;
+use crate::linalg::Matrix;
+use crate::model::LinearKind;
+
+use super::build::reformat;
+use super::model::{Model, ModelParts, Weights};
+use super::plan::{FormatPlan, encode};
+use super::weights::{AdapterWeights, LayerWeights, Weight};
+
+impl Model {
+    /// The same model with its weights stored in other formats. Codes stay the codes that they are, whether sparse or not; numbers become
+    /// codes by rounding to nearest, and are rounded where a format has fewer bits.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for codes in another grid, or numbers that a format cannot hold: too many in a group of an N:M pattern,
+    /// or one beyond its range.
+    pub fn with_format(&self, plan: impl Into<FormatPlan>) -> Result<Self> {
+        Ok(self.with_weights(reformat(&self.weights, &plan.into())?))
+    }
+
+    /// A subnet as a model of its own, without what it leaves out. Weights keep their formats, codes are those that they were; adapters
+    /// are cut to their active ranks and stay apart ([`merged`](Self::merged) puts them into the weights).
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a subnet that there is not; [`Error::InvalidConfig`] where nothing is left; [`Error::Unsupported`]
+    /// for a part of the inputs of a weight whose groups are not in order.
+    pub fn extract(&self, subnet: usize) -> Result<Self> {
+        let (weights, shape) = (&*self.weights, self.shape(subnet)?);
+        let left = |dims: &BlockDims| dims.has_attention() || dims.has_mlp();
+        let blocks: Vec<BlockDims> = shape.blocks.iter().copied().filter(left).collect();
+        let config = if blocks == weights.config.blocks() {
+            weights.config.clone()
+        } else {
+            weights.config.with_blocks(&blocks)?
+        };
+        let mut layers = Vec::new();
+        for (index, layer) in weights.layers.iter().enumerate() {
+            let [inputs, outputs] = shape.dims(weights, index);
+            let head = layer.name == "lm_head";
+            if inputs == 0 || outputs == 0 || head && config.tie_word_embeddings() {
+                continue;
+            }
+            let name = match LinearKind::parse(&layer.name) {
+                Some((block, kind)) => kind.name(shape.blocks[..block].iter().filter(|dims| left(dims)).count()),
+                None => layer.name.clone(),
+            };
+            let part = |weight: &Weight, suffix: &str, rows: usize, cols: usize| {
+                let tensor = format!("{name}.{suffix}");
+                Ok::<_, Error>(Weight::made(&*tensor, prefix(&tensor, weight.get()?, rows, cols)?))
+            };
+            let adapter = match (&layer.adapter, shape.ranks[index]) {
+                (Some(adapter), rank) if rank > 0 => {
+                    // The scale at this rank, whatever the rule, as that of a plain LoRA of this rank.
+                    let alpha = adapter.lora.scale(rank) * rank as f64;
+                    let lora = crate::adapter::LoraConfig::new(rank).with_alpha(alpha);
+                    Some(AdapterWeights {
+                        a: part(&adapter.a, super::build::A, rank, inputs)?,
+                        bt: part(&adapter.bt, super::build::BT, rank, outputs)?,
+                        lora,
+                    })
+                }
+                _ => None,
+            };
+            let weight = part(&layer.weight, "weight", outputs, inputs)?;
+            let bias = layer.bias.as_deref().map(|bias| bias[..outputs].into());
+            layers.push(LayerWeights { name, weight, bias, adapter });
+        }
+        let mut norms = Vec::new();
+        for (dims, [attention, mlp]) in shape.blocks.iter().zip(&weights.norms).filter(|(dims, _)| left(dims)) {
+            let attention = attention.as_deref().filter(|_| dims.has_attention());
+            let mlp = mlp.as_deref().filter(|_| dims.has_mlp());
+            norms.push([attention.map(<[f32]>::to_vec), mlp.map(<[f32]>::to_vec)]);
+        }
+        let parts = ModelParts {
+            config,
+            embedding: weights.embedding.clone(),
+            norms,
+            final_norm: weights.final_norm.to_vec(),
+            layers,
+            space: None,
+            subnets: Vec::new(),
+            tokenizer: weights.tokenizer.clone(),
+            stop_ids: weights.stop_ids.clone(),
+        };
+        Ok(self.with_weights(Weights::new(parts)?))
+    }
+
+    /// The model with its adapters, at their largest ranks, put into the weights, which must be dense numbers: a sum that is rounded to
+    /// their format. For a super-network, [`extract`](Self::extract) a subnet first; for sparse and quantized weights use
+    /// [`Merger`](crate::Merger), which knows what training saw.
+    ///
+    /// # Errors
+    /// [`Error::HasAdapter`] where the weight under an adapter is sparse or quantized; [`Error::Unsupported`] for a sum beyond the
+    /// format's range.
+    pub fn merged(&self) -> Result<Self> {
+        let mut weights = (*self.weights).clone();
+        for layer in &mut weights.layers {
+            let Some(adapter) = layer.adapter.take() else { continue };
+            let stored = layer.weight.get()?;
+            let format = stored.format();
+            if !matches!(format, WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16) {
+                let reason = "its weight is not dense: merge where the model was trained, by `Merger`";
+                return Err(Error::HasAdapter { layer: layer.name.clone(), reason });
+            }
+            let (a, bt) = (adapter.a.get()?.to_matrix(), adapter.bt.get()?.to_matrix());
+            let scale = super::shape::scale(&adapter.lora, adapter.lora.rank);
+            let mut sum = stored.to_matrix();
+            for row in 0..sum.rows() {
+                let out = sum.row_mut(row);
+                for rank in 0..a.rows() {
+                    let factor = scale * bt.row(rank)[row];
+                    out.iter_mut().zip(a.row(rank)).for_each(|(out, a)| *out += factor * a);
+                }
+            }
+            layer.weight = Weight::made(layer.weight.name(), encode(layer.weight.name(), &sum, format)?);
+        }
+        let tied = weights.config.tie_word_embeddings();
+        if tied {
+            weights.layers.pop();
+        }
+        let parts = ModelParts {
+            config: weights.config,
+            embedding: weights.embedding,
+            norms: weights.norms.iter().map(|norms| norms.each_ref().map(|n| n.as_deref().map(<[f32]>::to_vec))).collect(),
+            final_norm: weights.final_norm.to_vec(),
+            layers: weights.layers,
+            space: None,
+            subnets: Vec::new(),
+            tokenizer: weights.tokenizer,
+            stop_ids: weights.stop_ids,
+        };
+        Ok(self.with_weights(Weights::new(parts)?))
+    }
+}
+
+/// The first rows and columns of a weight, in the format that it has.
+fn prefix(name: &str, stored: &StoredMatrix, rows: usize, cols: usize) -> Result<StoredMatrix> {
+    if (rows, cols) == (stored.rows(), stored.cols()) {
+        return Ok(stored.clone());
+    }
+    let Some(codes) = stored.to_quantized() else {
+        let whole = stored.to_matrix();
+        return encode(name, &Matrix::from_fn(rows, cols, |row, col| whole.row(row)[col]), stored.format());
+    };
+    let sparse = matches!(stored.format(), WeightFormat::SparseInt4 { .. });
+    let (all, groups) = (codes.cols(), codes.groups());
+    let mut parts = codes.into_parts();
+    if parts.group_of.is_some() && cols < all {
+        return Err(Error::Unsupported { what: format!("a part of the inputs of `{name}`, whose groups are not in order,") });
+    }
+    let kept = cols.div_ceil(parts.group_size);
+    let cut = |values: Vec<u8>, width: usize, kept: usize| -> Vec<u8> {
+        values.chunks(width.max(1)).take(rows).flat_map(|row| row[..kept].to_vec()).collect()
+    };
+    parts.codes = cut(parts.codes, all, cols);
+    parts.zeros = cut(parts.zeros, groups, kept);
+    parts.scales = parts.scales.chunks(groups.max(1)).take(rows).flat_map(|row| row[..kept].to_vec()).collect();
+    (parts.rows, parts.cols) = (rows, cols);
+    StoredMatrix::from_quantized(&QuantizedMatrix::new(parts)?, sparse)
+}

@@ -1,0 +1,76 @@
+//! One sequence on a Burn device.
+
+use super::batch::GenerateConfig;
+use super::sample::Sampler;
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::nn::{KvCache, host_values};
+
+/// One sequence on a [`Decoder`], with its key/value cache, on any Burn device. Many sessions can share a model. On the CPU,
+/// [`Session`](super::Session) does the same faster, with compressed weights.
+#[derive(Clone, Debug)]
+pub struct DeviceSession {
+    model: Decoder,
+    cache: KvCache,
+}
+
+impl DeviceSession {
+    /// An empty session on the model with the subnet that is active in it now. The weights are shared, not copied.
+    pub fn new(model: &Decoder) -> Self {
+        Self { model: model.clone(), cache: KvCache::new(model.config().num_hidden_layers()) }
+    }
+
+    /// Tokens in the cache.
+    pub fn position(&self) -> usize {
+        self.cache.n_tokens()
+    }
+
+    /// Empties the cache.
+    pub fn reset(&mut self) {
+        self.cache = KvCache::new(self.model.config().num_hidden_layers());
+    }
+
+    /// Appends tokens, one or many, and returns the logits after the last, `[vocab_size]`.
+    ///
+    /// # Errors
+    /// No tokens, one outside the vocabulary, or more than the context holds; the cache is then as before.
+    pub fn decode(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let max = self.model.config().max_position_embeddings();
+        let found = self.position() + tokens.len();
+        if found > max {
+            return Err(Error::SequenceTooLong { what: "session".into(), found, max });
+        }
+        let ids = self.model.tokens(tokens, 1)?;
+        let hidden = self.model.hidden_states(ids, Some(&mut self.cache));
+        Ok(host_values(self.model.logits(hidden.narrow(1, tokens.len() - 1, 1))))
+    }
+
+    /// Continues `prompt`, which is appended to what the session holds. Each new token is shown to `on_token` at once;
+    /// `false` from it ends the generation. A stop token ends it too and is not part of the output.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode), and [`SampleConfig::validate`].
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        config: &GenerateConfig,
+        mut on_token: impl FnMut(u32) -> bool,
+    ) -> Result<Vec<u32>> {
+        let mut sampler = Sampler::new(&config.sample, 0)?;
+        let mut output = Vec::new();
+        let mut logits = self.decode(prompt)?;
+        while output.len() < config.max_new_tokens {
+            let next = sampler.next(&logits);
+            if config.stop_ids.contains(&next) {
+                break;
+            }
+            output.push(next);
+            let full = self.position() == self.model.config().max_position_embeddings();
+            if !on_token(next) || full || output.len() == config.max_new_tokens {
+                break;
+            }
+            logits = self.decode(&[next])?;
+        }
+        Ok(output)
+    }
+}

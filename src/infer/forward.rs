@@ -1,0 +1,226 @@
+//! The forward pass: what [`Decoder`](crate::model::Decoder) computes, on slices.
+//!
+//! A matrix product is parallel inside; between two of them, one token's work is too small to share, and that of many is split by rows.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::kernels::{self, Activations, Adapter, Linear, Pool, Rows, RowsMut, Scratch};
+use crate::simd::{self, Level};
+
+use super::attention::{Call, Heads, Shared, attend};
+use super::cache::Cache;
+use super::model::Weights;
+use super::shape::{self, Shape};
+use super::workspace::{Line, Workspace, bytes_of, grow};
+
+/// Numbers that are worth a task of their own.
+const TASK: usize = 16 * 1024;
+
+/// A pass over `n` new tokens of each of some sequences.
+pub(super) struct Pass<'a> {
+    pub weights: &'a Weights,
+    pub shape: &'a Arc<Shape>,
+    pub pool: &'a Pool,
+    pub activations: Activations,
+    /// The caches of the sequences, with room for `n` more tokens each.
+    pub caches: &'a (dyn Fn(usize) -> &'a Cache + Sync),
+    pub n_seqs: usize,
+    /// New tokens of each sequence.
+    pub n: usize,
+}
+
+/// A layer as the kernels take it, with what of it is active.
+fn linear<'a>(weights: &'a Weights, shape: &Shape, layer: usize, outputs: usize) -> Result<Linear<'a>> {
+    let stored = &weights.layers[layer];
+    let adapter = match (&stored.adapter, shape.ranks[layer]) {
+        (Some(adapter), rank) if rank > 0 => Some(Adapter {
+            a: adapter.a.get()?,
+            bt: adapter.bt.get()?,
+            rank,
+            scale: shape::scale(&adapter.lora, rank),
+        }),
+        _ => None,
+    };
+    let bias = stored.bias.as_deref().map(|bias| &bias[..outputs]);
+    Ok(Linear { weight: stored.weight.get()?, outputs, bias, adapter })
+}
+
+/// Rows without gaps.
+fn packed(values: &[f32], rows: usize, stride: usize) -> Rows<'_> {
+    Rows { values: &values[..rows * stride], rows, stride }
+}
+
+/// Rows without gaps, to be written.
+fn packed_mut(values: &mut [f32], rows: usize, stride: usize) -> RowsMut<'_> {
+    RowsMut { values: &mut values[..rows * stride], rows, stride }
+}
+
+impl Pass<'_> {
+    /// Layers on the same inputs.
+    fn multiply(
+        &self,
+        layers: &[Linear<'_>],
+        x: Rows<'_>,
+        inputs: usize,
+        y: &mut [RowsMut<'_>],
+        scratch: &mut Vec<Line>,
+    ) -> Result<()> {
+        let bytes = kernels::scratch_bytes(self.pool, layers, x.rows, inputs, self.activations);
+        grow(scratch, bytes.div_ceil(64), Line::ZERO)?;
+        kernels::forward(self.pool, layers, x, inputs, y, self.activations, &mut Scratch::new(bytes_of(scratch)))
+    }
+
+    /// New tokens of all sequences.
+    fn rows(&self) -> usize {
+        self.n_seqs * self.n
+    }
+
+    /// Runs the blocks. `tokens` are those of the first sequence, then those of the next, and must be in the vocabulary. The residual
+    /// stream is then in `work.x`; keys and values are in the caches, which do not count them yet.
+    pub fn blocks(&self, tokens: &[u32], work: &mut Workspace) -> Result<()> {
+        let (config, rows) = (&self.weights.config, self.rows());
+        let (d_model, half) = (config.hidden_size(), config.head_dim() / 2);
+        work.reserve(config, rows)?;
+        let embedding = self.weights.embedding.get()?;
+        for (row, token) in tokens.iter().enumerate() {
+            embedding.dequantize_rows(*token as usize, &mut work.x[row * d_model..(row + 1) * d_model])?;
+            let position = (self.caches)(row / self.n).n_tokens() + row % self.n;
+            let range = row * half..(row + 1) * half;
+            self.weights.rope.turn_at(position, &mut work.cos[range.clone()], &mut work.sin[range]);
+        }
+        for (block, dims) in self.shape.blocks.iter().enumerate() {
+            let [attention, mlp] = self.weights.first[block];
+            if let Some(first) = attention.filter(|_| dims.has_attention()) {
+                self.attention(block, first, work)?;
+            }
+            if let Some(first) = mlp.filter(|_| dims.has_mlp()) {
+                self.mlp(block, first, work)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(&self, block: usize, first: usize, work: &mut Workspace) -> Result<()> {
+        let (config, dims, rows) = (&self.weights.config, self.shape.blocks[block], self.rows());
+        let (d_model, head_dim) = (config.hidden_size(), config.head_dim());
+        let (queries, keys) = (dims.n_heads * head_dim, dims.n_kv_heads * head_dim);
+        self.norm(self.weights.norms[block][0].as_deref(), work);
+        let layer = |at, outputs| linear(self.weights, self.shape, first + at, outputs);
+        let layers = [layer(0, queries)?, layer(1, keys)?, layer(2, keys)?];
+        let mut y = [
+            packed_mut(&mut work.a, rows, queries),
+            packed_mut(&mut work.b, rows, keys),
+            packed_mut(&mut work.c, rows, keys),
+        ];
+        self.multiply(&layers, packed(&work.normed, rows, d_model), d_model, &mut y, &mut work.scratch)?;
+        let heads =
+            Heads { n_heads: dims.n_heads, n_kv_heads: dims.n_kv_heads, head_dim, window: config.sliding_window() };
+        attend(
+            self.pool,
+            &Call {
+                heads,
+                block,
+                n_seqs: self.n_seqs,
+                n: self.n,
+                caches: self.caches,
+                q: Shared::new(&mut work.a),
+                k: Shared::new(&mut work.b),
+                v: &work.c,
+                cos: &work.cos,
+                sin: &work.sin,
+                out: Shared::new(&mut work.context),
+                level: Level::detect(),
+            },
+        );
+        self.add_product(first + 3, queries, work, |work| &mut work.context)
+    }
+
+    fn mlp(&self, block: usize, first: usize, work: &mut Workspace) -> Result<()> {
+        let (d_model, d_mlp, rows) =
+            (self.weights.config.hidden_size(), self.shape.blocks[block].d_mlp, self.rows());
+        self.norm(self.weights.norms[block][1].as_deref(), work);
+        let layer = |at| linear(self.weights, self.shape, first + at, d_mlp);
+        let layers = [layer(0)?, layer(1)?];
+        let mut y = [packed_mut(&mut work.a, rows, d_mlp), packed_mut(&mut work.b, rows, d_mlp)];
+        self.multiply(&layers, packed(&work.normed, rows, d_model), d_model, &mut y, &mut work.scratch)?;
+        let (gate, up, level) = (Shared::new(&mut work.a), &work.b, Level::detect());
+        self.in_parts(rows * d_mlp, 1, |range| {
+            // SAFETY: parts do not overlap.
+            let gate = unsafe { gate.part(range.clone()) };
+            simd::swiglu_in_place(level, gate, &up[range]);
+        });
+        self.add_product(first + 2, d_mlp, work, |work| &mut work.a)
+    }
+
+    /// Adds a layer's output to the residual stream.
+    fn add_product(
+        &self,
+        layer: usize,
+        inputs: usize,
+        work: &mut Workspace,
+        input: impl Fn(&mut Workspace) -> &mut Vec<f32>,
+    ) -> Result<()> {
+        let (d_model, rows) = (self.weights.config.hidden_size(), self.rows());
+        let layers = [linear(self.weights, self.shape, layer, d_model)?];
+        // Taken out for the call, so that the other buffers can be borrowed beside it.
+        let x = std::mem::take(input(work));
+        let mut y = [packed_mut(&mut work.added, rows, d_model)];
+        let done = self.multiply(&layers, packed(&x, rows, inputs), inputs, &mut y, &mut work.scratch);
+        *input(work) = x;
+        done?;
+        let (x, added) = (Shared::new(&mut work.x), &work.added);
+        self.in_parts(rows * d_model, 1, |range| {
+            // SAFETY: parts do not overlap.
+            let x = unsafe { x.part(range.clone()) };
+            x.iter_mut().zip(&added[range]).for_each(|(x, added)| *x += added);
+        });
+        Ok(())
+    }
+
+    /// Normalizes the residual stream.
+    fn norm(&self, gain: Option<&[f32]>, work: &mut Workspace) {
+        // A block's part that has layers has a norm: that was checked when the model was put together.
+        let Some(gain) = gain else { return };
+        let (out, x, eps, level) =
+            (Shared::new(&mut work.normed), &work.x, self.weights.config.rms_norm_eps() as f32, Level::detect());
+        self.in_parts(self.rows(), gain.len(), |range| {
+            let range = range.start * gain.len()..range.end * gain.len();
+            // SAFETY: parts do not overlap.
+            let out = unsafe { out.part(range.clone()) };
+            simd::rms_norm(level, &x[range], gain, eps, simd::as_uninit(out));
+        });
+    }
+
+    /// Calls `f` on ranges that make up `0..n`, in parallel where there is enough to do; one of them is `weight` numbers.
+    fn in_parts(&self, n: usize, weight: usize, f: impl Fn(std::ops::Range<usize>) + Sync) {
+        let part = (TASK / weight).max(1);
+        if n <= 2 * part {
+            return f(0..n);
+        }
+        self.pool.for_each(n.div_ceil(part), |_, task| f(task * part..((task + 1) * part).min(n)));
+    }
+
+    /// Logits of some rows, from the residual stream on.
+    ///
+    /// # Shapes
+    /// - `logits`: `[wanted, vocab_size]`
+    pub fn logits(&self, wanted: std::ops::Range<usize>, work: &mut Workspace, logits: &mut [f32]) -> Result<()> {
+        let (config, head) = (&self.weights.config, self.weights.layers.len() - 1);
+        let (d_model, vocab_size, eps) = (config.hidden_size(), config.vocab_size(), config.rms_norm_eps() as f32);
+        let n = wanted.len();
+        if logits.len() != n * vocab_size {
+            return Err(Error::ShapeMismatch {
+                what: "logits".into(),
+                expected: vec![n, vocab_size],
+                found: vec![logits.len()],
+            });
+        }
+        let range = wanted.start * d_model..wanted.end * d_model;
+        let normed = simd::as_uninit(&mut work.normed[..n * d_model]);
+        simd::rms_norm(Level::detect(), &work.x[range], &self.weights.final_norm, eps, normed);
+        let layers = [linear(self.weights, self.shape, head, vocab_size)?];
+        let x = packed(&work.normed, n, d_model);
+        self.multiply(&layers, x, d_model, &mut [packed_mut(logits, n, vocab_size)], &mut work.scratch)
+    }
+}

@@ -1,0 +1,93 @@
+//! What of a model is active under a subnet: the sizes of the blocks and the ranks of the adapters.
+
+use crate::adapter::LoraConfig;
+use crate::error::{Error, Result};
+use crate::io::hf::BlockDims;
+use crate::model::LinearKind;
+use crate::space::{SearchSpace, SubnetConfig};
+use crate::supernet::widths;
+
+use super::model::Weights;
+
+/// A subnet, as the executor needs it. No weight moves for it: everything is a prefix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// The active sizes of each block; 0 of what is left out.
+    pub blocks: Vec<BlockDims>,
+    /// The active rank of each linear layer, in the model's order; 0 without an adapter.
+    pub ranks: Vec<usize>,
+}
+
+impl Shape {
+    /// Everything.
+    pub fn full(weights: &Weights) -> Self {
+        Self {
+            blocks: weights.config.blocks().to_vec(),
+            ranks: weights.layers.iter().map(|layer| layer.max_rank()).collect(),
+        }
+    }
+
+    /// A subnet of a space that was checked against the model.
+    ///
+    /// # Errors
+    /// As [`SearchSpace::validate`].
+    pub fn of_subnet(weights: &Weights, space: &SearchSpace, subnet: &SubnetConfig) -> Result<Self> {
+        let mut shape = Self::full(weights);
+        let ranks = space.ranks(subnet)?;
+        for (layer, rank) in weights.layers.iter().zip(&mut shape.ranks) {
+            if let Some(active) = ranks.get(&layer.name) {
+                *rank = *active;
+            }
+        }
+        let config = &weights.config;
+        shape.blocks = widths::block_dims(config.blocks(), config.head_dim(), space, subnet)?;
+        Ok(shape)
+    }
+
+    /// This subnet with other ranks, one for each linear layer.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for another number of ranks, [`Error::InvalidRank`] for one over the layer's largest.
+    pub fn with_ranks(&self, weights: &Weights, ranks: &[u32]) -> Result<Self> {
+        if ranks.len() != self.ranks.len() {
+            return Err(Error::ShapeMismatch {
+                what: "ranks, one for each linear layer".into(),
+                expected: vec![self.ranks.len()],
+                found: vec![ranks.len()],
+            });
+        }
+        let ranks: Vec<usize> = ranks.iter().map(|rank| *rank as usize).collect();
+        for (layer, rank) in weights.layers.iter().zip(&ranks) {
+            let max = layer.max_rank();
+            if *rank > max {
+                return Err(Error::InvalidRank { layer: layer.name.clone(), found: *rank, max });
+            }
+        }
+        Ok(Self { blocks: self.blocks.clone(), ranks })
+    }
+
+    /// Active inputs and outputs of a linear layer; the head has all of them.
+    pub fn dims(&self, weights: &Weights, layer: usize) -> [usize; 2] {
+        let full = weights.layers.get(layer).map_or([0, 0], |layer| {
+            let matrix = layer.weight.unchecked();
+            [matrix.cols(), matrix.rows()]
+        });
+        let Some((block, kind)) = weights.layers.get(layer).and_then(|layer| LinearKind::parse(&layer.name)) else {
+            return full;
+        };
+        let Some(dims) = self.blocks.get(block) else { return full };
+        let head_dim = weights.config.head_dim();
+        match kind {
+            LinearKind::Q => [full[0], dims.n_heads * head_dim],
+            LinearKind::K | LinearKind::V => [full[0], dims.n_kv_heads * head_dim],
+            LinearKind::O => [dims.n_heads * head_dim, full[1]],
+            LinearKind::Gate | LinearKind::Up => [full[0], dims.d_mlp],
+            LinearKind::Down => [dims.d_mlp, full[1]],
+        }
+    }
+}
+
+/// The scale of an update at a rank.
+pub(super) fn scale(lora: &LoraConfig, rank: usize) -> f32 {
+    lora.scale(rank.max(1)) as f32
+}

@@ -1,0 +1,574 @@
+//! The lean executor computes what the decoder does: every family, format, subnet, with a cache and without, alone and in a batch.
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::module::Param;
+use burn::tensor::{Device, Tensor, TensorData};
+use common::{load, load_i32, max_diff, random_ids, random_values, shared, tiny, tiny_dims, tiny_mistral, tiny_on};
+use elastic_lora::adapter::{LoraConfig, ScaleRule};
+use elastic_lora::data::{Batcher, Sequence};
+use elastic_lora::format::WeightFormat;
+use elastic_lora::infer::{
+    CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig,
+    decode_batch,
+};
+use elastic_lora::io::hf::{BlockDims, LlamaDims};
+use elastic_lora::io::{Checkpoint, HfConfig};
+use elastic_lora::linalg::Matrix;
+use elastic_lora::model::Decoder;
+use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::space::{Elastic, Group};
+use elastic_lora::supernet::SuperNetConfig;
+use elastic_lora::train::{TrainConfig, Trainer};
+use elastic_lora::{Error, Merger, SearchSpace, SubnetConfig, SuperNet};
+
+const F32: WeightFormat = WeightFormat::F32;
+
+fn full(model: &Decoder, ids: &[u32]) -> Vec<f32> {
+    host_values(model.forward(model.tokens(ids, 1).unwrap()))
+}
+
+fn largest(logits: &[f32]) -> f32 {
+    logits.iter().fold(0.0, |a, b| a.max(b.abs()))
+}
+
+/// Logits of every position, the tokens coming in pieces.
+fn in_pieces(session: &mut Session, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
+    let vocab = session.model().config().vocab_size();
+    let (mut out, mut start) = (Vec::new(), 0);
+    for n in pieces.iter().copied().chain(std::iter::repeat(1)) {
+        let n = n.min(ids.len() - start);
+        if n == 0 {
+            break;
+        }
+        let mut logits = vec![f32::NAN; n * vocab];
+        session.decode_all(&ids[start..start + n], &mut logits).unwrap();
+        out.extend(logits);
+        start += n;
+    }
+    out
+}
+
+fn session(model: &Model) -> Session {
+    Session::new(model, &SessionConfig::default()).unwrap()
+}
+
+/// Compares all positions, in one piece, in several, and one by one.
+fn agrees(decoder: &Decoder, session: &mut Session, ids: &[u32], tolerance: f32, what: &str) {
+    let want = full(decoder, ids);
+    for pieces in [vec![ids.len()], vec![5, 1, 7], vec![]] {
+        session.reset();
+        let got = in_pieces(session, ids, &pieces);
+        let off = max_diff(&got, &want) / largest(&want);
+        assert!(off < tolerance, "{what}, {pieces:?}: off by {off} of the largest logit");
+    }
+    // The last alone is the last of all; the window that a prompt is cut into does not matter.
+    session.reset();
+    let vocab = decoder.config().vocab_size();
+    let mut last = vec![0.0; vocab];
+    session.decode(&ids[..3], None).unwrap();
+    session.decode(&ids[3..], Some(&mut last)).unwrap();
+    assert!(max_diff(&last, &want[want.len() - vocab..]) / largest(&want) < tolerance);
+    assert_eq!(session.position(), ids.len());
+}
+
+/// A Llama whose config has these fields as well, with random biases and norms.
+fn llama(dims: &LlamaDims, fields: serde_json::Value, seed: u64) -> Decoder {
+    let mut raw = HfConfig::new_llama(dims).unwrap().raw().clone();
+    raw.extend(fields.as_object().unwrap().clone());
+    let device = Device::flex();
+    let mut model = Decoder::init(&HfConfig::from_json(raw).unwrap(), seed, &device).unwrap();
+    let mut salt = seed;
+    model
+        .try_for_each_linear(|_, layer| {
+            salt += 1;
+            let [d_input, d_output] = layer.base.dims();
+            let values = random_values(d_input * d_output, salt).iter().map(|v| 0.4 * v).collect();
+            let bias = layer.base.bias.is_some().then(|| random_values(d_output, salt + 50));
+            layer.base = BaseLinear::from_matrix(&Matrix::new(d_output, d_input, values)?, bias.as_deref(), &device)?;
+            Ok(())
+        })
+        .unwrap();
+    model
+}
+
+/// The tests' models: families, tied and not, biases, windows, rotary scalings, blocks that differ or lack a part.
+fn models() -> Vec<(&'static str, Decoder)> {
+    let dims = tiny_dims(false);
+    let long = LlamaDims { max_position_embeddings: 300, ..tiny_dims(true) };
+    let one = LlamaDims { num_key_value_heads: 1, hidden_size: 20, num_attention_heads: 5, ..dims.clone() };
+    let wide = LlamaDims { hidden_size: 160, num_attention_heads: 4, num_key_value_heads: 4, ..dims.clone() };
+    let blocks = [
+        BlockDims { n_heads: 6, n_kv_heads: 2, d_mlp: 11 },
+        BlockDims { n_heads: 0, n_kv_heads: 0, d_mlp: 37 },
+        BlockDims { n_heads: 2, n_kv_heads: 2, d_mlp: 0 },
+    ];
+    let uneven = HfConfig::new_llama(&dims).unwrap().with_blocks(&blocks).unwrap();
+    let uneven = serde_json::Value::Object(uneven.raw().clone());
+    let llama3 = serde_json::json!({"rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }, "rope_theta": 100.0});
+    let none = serde_json::json!({});
+    vec![
+        ("tied", tiny(true, 1)),
+        ("untied", tiny(false, 2)),
+        ("mistral, window 5", tiny_mistral(Some(5), 3)),
+        ("mistral, no window", tiny_mistral(None, 4)),
+        ("biases", llama(&dims, serde_json::json!({"attention_bias": true, "mlp_bias": true}), 5)),
+        ("llama3 rope", llama(&long, llama3, 6)),
+        ("linear rope", llama(&dims, serde_json::json!({"rope_scaling": {"type": "linear", "factor": 2.0}}), 7)),
+        ("head_dim apart", llama(&dims, serde_json::json!({"head_dim": 34}), 8)),
+        ("uneven blocks", llama(&dims, uneven, 9)),
+        ("one key/value head", llama(&one, none.clone(), 10)),
+        ("heads of 40", llama(&wide, none, 11)),
+    ]
+}
+
+#[test]
+fn logits_are_the_decoders_for_every_family() {
+    for (name, decoder) in models() {
+        let model = Model::from_decoder(&decoder, F32).unwrap();
+        agrees(&decoder, &mut session(&model), &random_ids(29, 41, 7), 1e-4, name);
+        let small = SessionConfig::default().with_prefill_rows(4).with_n_ctx(31);
+        let mut small = Session::new(&model, &small).unwrap();
+        agrees(&decoder, &mut small, &random_ids(29, 41, 7), 1e-4, name);
+        let half = SessionConfig::default().with_cache(CacheFormat::F16);
+        agrees(&decoder, &mut Session::new(&model, &half).unwrap(), &random_ids(29, 41, 7), 4e-3, name);
+    }
+}
+
+#[test]
+fn contexts_of_many_tiles_are_the_decoders() {
+    let dims = LlamaDims { max_position_embeddings: 700, ..tiny_dims(false) };
+    let llama = tiny_on(&dims, 3, &Device::flex());
+    let mut mistral = llama.config().raw().clone();
+    mistral.insert("model_type".into(), "mistral".into());
+    mistral.insert("architectures".into(), serde_json::json!(["MistralForCausalLM"]));
+    mistral.insert("sliding_window".into(), 70.into());
+    let mistral = Decoder::init(&HfConfig::from_json(mistral).unwrap(), 4, &Device::flex()).unwrap();
+    for decoder in [llama, mistral] {
+        let ids = random_ids(611, 41, 1);
+        let want = full(&decoder, &ids);
+        for threads in [1, 2, 5] {
+            let model = Model::from_decoder(&decoder, F32).unwrap().with_n_threads(threads);
+            let mut session = session(&model);
+            let got = in_pieces(&mut session, &ids, &[300, 63, 1, 1, 200]);
+            let off = max_diff(&got, &want) / largest(&want);
+            assert!(off < 1e-4, "{threads} threads: off by {off}");
+            // What was forgotten is written over.
+            session.truncate(65);
+            let again = in_pieces(&mut session, &ids[65..], &[7, 400]);
+            assert!(max_diff(&again, &want[65 * 41..]) / largest(&want) < 1e-4);
+        }
+    }
+}
+
+/// The decoder with the numbers that the model stores.
+fn as_stored(decoder: &Decoder, model: &Model) -> Decoder {
+    let mut decoder = decoder.clone();
+    let device = Device::flex();
+    decoder
+        .try_for_each_linear(|name, layer| {
+            layer.base.set_matrix(&model.weight(model.layer_index(name).unwrap())?.to_matrix())
+        })
+        .unwrap();
+    if let Some(head) = &mut decoder.lm_head {
+        head.set_matrix(&model.weight(model.layer_index("lm_head").unwrap()).unwrap().to_matrix()).unwrap();
+    }
+    let table = model.embedding().unwrap().to_matrix();
+    let shape = [table.rows(), table.cols()];
+    decoder.embed_tokens = Param::from_tensor(Tensor::from_data(TensorData::new(table.into_vec(), shape), &device));
+    decoder
+}
+
+fn formats() -> Vec<WeightFormat> {
+    use WeightFormat as F;
+    vec![
+        F::F16,
+        F::Bf16,
+        F::SparseF16,
+        F::SparseBf16,
+        F::NmF16 { n: 4, m: 4 },
+        F::Int { bits: 4, group_size: Some(8), symmetric: false },
+        F::Int { bits: 4, group_size: Some(5), symmetric: true },
+        F::Int { bits: 8, group_size: None, symmetric: false },
+        F::Int { bits: 3, group_size: Some(16), symmetric: false },
+        F::SparseInt4 { group_size: Some(8), symmetric: false },
+        F::SparseInt4 { group_size: None, symmetric: true },
+    ]
+}
+
+#[test]
+fn every_format_gives_what_a_decoder_with_its_numbers_does() {
+    let mut decoder = llama(&tiny_dims(false), serde_json::json!({"attention_bias": true}), 12);
+    decoder
+        .try_for_each_linear(|_, layer| {
+            let mut weight = layer.base.to_matrix();
+            weight.as_mut_slice().iter_mut().step_by(3).for_each(|w| *w = 0.0);
+            layer.base.set_matrix(&weight)
+        })
+        .unwrap();
+    let ids = random_ids(17, 41, 3);
+    for format in formats() {
+        for plan in [FormatPlan::new(format), FormatPlan::new(format).with_head(format).with_embedding(format)] {
+            let model = Model::from_decoder(&decoder, plan).unwrap();
+            let rounded = as_stored(&decoder, &model);
+            let tolerance = if matches!(format, WeightFormat::Int { .. } | WeightFormat::SparseInt4 { .. }) {
+                5e-4 // activations of 16 bits
+            } else {
+                1e-4
+            };
+            agrees(&rounded, &mut session(&model), &ids, tolerance, &format!("{format:?}"));
+        }
+    }
+}
+
+#[test]
+fn formats_turn_into_each_other_exactly_or_not_at_all() {
+    use WeightFormat as F;
+    let decoder = tiny(false, 2);
+    let codes = F::Int { bits: 4, group_size: Some(8), symmetric: false };
+    let sparse = F::SparseInt4 { group_size: Some(8), symmetric: false };
+    let dense = Model::from_decoder(&decoder, codes).unwrap();
+    let other = dense.with_format(sparse).unwrap();
+    assert!(matches!(other.layers()[0].format, F::SparseInt4 { .. }));
+    for layer in 0..dense.layers().len() {
+        assert_eq!(dense.weight(layer).unwrap().to_matrix(), other.weight(layer).unwrap().to_matrix());
+    }
+    let back = other.with_format(codes).unwrap();
+    assert_eq!(back.weight(3).unwrap(), dense.weight(3).unwrap());
+    let error = dense.with_format(F::Int { bits: 4, group_size: Some(4), symmetric: false }).unwrap_err();
+    assert!(matches!(&error, Error::Unsupported { what } if what.contains("q_proj")), "{error}");
+    // More than 2 of 4.
+    let error = Model::from_decoder(&decoder, F::NmF16 { n: 2, m: 4 }).unwrap_err();
+    assert!(error.to_string().contains("model.layers.0.self_attn.q_proj"), "{error}");
+    let wide = dense.with_format(F32).unwrap();
+    assert_eq!(wide.weight(2).unwrap().to_matrix(), dense.weight(2).unwrap().to_matrix());
+}
+
+const QKV: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
+const GATE_UP: [&str; 2] = ["gate_proj", "up_proj"];
+
+fn units() -> Vec<String> {
+    ["model.layers.0", "model.layers.2.self_attn", "model.layers.1", "model.layers.2.mlp"].map(String::from).to_vec()
+}
+
+/// Ranks, widths, head counts and depth on three blocks with biases; alpha is not the rank.
+fn net(tied: bool, rule: ScaleRule) -> SuperNet {
+    let dims =
+        LlamaDims { num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(tied) };
+    let model = llama(&dims, serde_json::json!({"attention_bias": true, "mlp_bias": true}), 13);
+    let layers = model.layer_shapes();
+    let width = |groups: &[&[&str]], choices: &[usize]| {
+        SearchSpace::groups_by_block(Elastic::Width, &layers, groups, choices).unwrap()
+    };
+    let space = SearchSpace::grouped(&layers, &[&QKV[..], &GATE_UP, &["down_proj"]], &[5, 3])
+        .unwrap()
+        .with_groups(width(&[&GATE_UP], &[37, 29, 11]))
+        .unwrap()
+        .with_groups(width(&[&QKV], &[24, 16, 8]))
+        .unwrap()
+        .with_groups([Group::of_kind(Elastic::Depth, "depth", units(), vec![4, 3, 2, 1]).unwrap()])
+        .unwrap();
+    let lora = LoraConfig::new(5).with_alpha(7.0).with_scale_rule(rule);
+    let config = SuperNetConfig::new(lora).with_fixed_layers(vec!["model.layers.1.self_attn.o_proj".into()]);
+    let mut net = SuperNet::new(model, space, config).unwrap();
+    // A fresh adapter adds nothing; a few steps make it matter.
+    let sequences = (0..4).map(|seed| Sequence::unmasked(random_ids(12, 41, seed))).collect();
+    let config = TrainConfig { lr: 0.05, ..TrainConfig::new(6) };
+    Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 1).unwrap(), &[]).unwrap();
+    net
+}
+
+fn subnet(space: &SearchSpace, rank: usize, mlp: [usize; 3], heads: [usize; 3], depth: usize) -> SubnetConfig {
+    let value = |group: &Group| {
+        let block = group.layers()[0].split('.').nth(2).and_then(|block| block.parse::<usize>().ok());
+        match (group.kind(), group.layers()[0].contains("mlp")) {
+            (Elastic::Rank, _) => rank,
+            (Elastic::Width, true) => mlp[block.unwrap()],
+            (Elastic::Width, false) => heads[block.unwrap()],
+            _ => depth,
+        }
+    };
+    space.groups().iter().map(|group| (group.id().to_string(), value(group))).collect()
+}
+
+fn subnets(space: &SearchSpace) -> Vec<(String, SubnetConfig)> {
+    [
+        ("small", subnet(space, 3, [11, 29, 37], [8, 16, 24], 4)),
+        ("shallow", subnet(space, 5, [37; 3], [24; 3], 2)),
+        ("least", space.minimal()),
+        ("middle", space.heuristic()),
+    ]
+    .map(|(name, config)| (name.to_string(), config))
+    .to_vec()
+}
+
+#[test]
+fn a_sessions_subnet_is_the_super_networks() {
+    for (tied, rule) in
+        [(false, ScaleRule::AlphaOverMaxRank), (true, ScaleRule::AlphaOverRank), (false, ScaleRule::AlphaOverSqrtRank)]
+    {
+        let mut net = net(tied, rule);
+        let named = subnets(net.space());
+        // Whatever is active in the net while it is read.
+        net.activate(&net.minimal()).unwrap();
+        let model = Model::from_supernet(&net, &named, F32).unwrap();
+        let whole = model.subnets()[0].config.clone();
+        assert_eq!((model.subnets().len(), &whole), (5, &net.maximal()));
+        let mut session = session(&model);
+        let ids = random_ids(21, 41, 9);
+        let mut seen: Vec<Vec<f32>> = Vec::new();
+        let order = [("whole", &whole), ("small", &named[0].1), ("shallow", &named[1].1), ("least", &named[2].1)];
+        for (name, config) in order.iter().chain([&("middle", &named[3].1), &order[0]]) {
+            net.activate(config).unwrap();
+            session.reset();
+            session.set_subnet_named(name).unwrap();
+            agrees(&net.eval_model(), &mut session, &ids, 1e-4, name);
+            session.reset();
+            seen.push(in_pieces(&mut session, &ids, &[ids.len()]));
+            // The same by its values, and as a model of its own.
+            let mut other = Session::new(&model, &SessionConfig::default()).unwrap();
+            other.set_config(config).unwrap();
+            assert_eq!(in_pieces(&mut other, &ids, &[ids.len()]), *seen.last().unwrap());
+            let alone = model.extract(model.subnet_index(name).unwrap()).unwrap();
+            let mut other = Session::new(&alone, &SessionConfig::default()).unwrap();
+            let got = in_pieces(&mut other, &ids, &[ids.len()]);
+            assert!(max_diff(&got, seen.last().unwrap()) / largest(&got) < 1e-5, "{name}");
+            let merged = alone.merged().unwrap();
+            assert!(merged.layers().iter().all(|layer| layer.max_rank == 0));
+            let got = in_pieces(&mut Session::new(&merged, &SessionConfig::default()).unwrap(), &ids, &[4]);
+            assert!(max_diff(&got, seen.last().unwrap()) / largest(&got) < 1e-4, "{name}");
+            let merger = Merger::new().with_mode(elastic_lora::merge::MergeMode::Dense).extract(&net, &[]).unwrap();
+            assert_eq!(merger.model.config().blocks(), merged.config().blocks());
+        }
+        // Back to the first, nothing has moved; and no two are the same.
+        assert_eq!(seen[0], seen[5]);
+        assert!((1..5).all(|i| max_diff(&seen[0], &seen[i]) > 1e-3));
+    }
+}
+
+#[test]
+fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
+    let mut net = net(false, ScaleRule::AlphaOverMaxRank);
+    let model = Model::from_supernet(&net, &subnets(net.space()), F32).unwrap();
+    let mut session = session(&model);
+    let ids = random_ids(9, 41, 3);
+    // All off is the base.
+    let none = vec![0; model.layers().len()];
+    session.set_ranks(&none).unwrap();
+    let mut base = net.eval_model();
+    base.try_for_each_linear(|_, layer| {
+        layer.adapter = None;
+        Ok(())
+    })
+    .unwrap();
+    agrees(&base, &mut session, &ids, 1e-4, "base");
+    // One at a rank that no group offers.
+    session.reset();
+    let mut ranks: Vec<u32> = model.layers().iter().map(|layer| layer.max_rank as u32).collect();
+    let layer = model.layer_index("model.layers.2.mlp.down_proj").unwrap();
+    ranks[layer] = 2;
+    session.set_ranks(&ranks).unwrap();
+    net.activate(&net.maximal()).unwrap();
+    let mut one = net.eval_model();
+    one.linear_mut("model.layers.2.mlp.down_proj").unwrap().set_active_rank(2).unwrap();
+    agrees(&one, &mut session, &ids, 1e-4, "one rank");
+    assert_eq!(session.ranks()[layer], 2);
+
+    let state = |error: Error| assert!(matches!(error, Error::InvalidState { .. }), "{error}");
+    let before = in_pieces(&mut session, &ids[..2], &[]);
+    state(session.set_subnet(1).unwrap_err());
+    state(session.set_ranks(&none).unwrap_err());
+    state(session.set_config(&net.minimal()).unwrap_err());
+    session.set_ranks(&ranks).unwrap();
+    session.truncate(ids.len());
+    assert_eq!(in_pieces(&mut session, &ids[..2], &[]), before);
+    session.reset();
+    assert!(matches!(session.set_subnet(5), Err(Error::InvalidArgument { .. })));
+    assert!(matches!(session.set_subnet_named("large"), Err(Error::UnknownSubnet { .. })));
+    assert!(matches!(session.set_ranks(&none[1..]), Err(Error::ShapeMismatch { .. })));
+    ranks[layer] = 6;
+    assert!(matches!(session.set_ranks(&ranks), Err(Error::InvalidRank { found: 6, max: 5, .. })));
+    let mut wrong = net.maximal();
+    wrong.set("depth", 9);
+    assert!(session.set_config(&wrong).is_err());
+    // A model that is no super-network has its one subnet.
+    let plain = Model::from_decoder(&base, F32).unwrap();
+    let mut session = Session::new(&plain, &SessionConfig::default()).unwrap();
+    state(session.set_config(&net.minimal()).unwrap_err());
+    session.set_subnet(0).unwrap();
+}
+
+#[test]
+fn adapters_that_no_pair_of_factors_expresses_are_refused() {
+    let model = tiny(false, 3);
+    let space = SearchSpace::per_layer(&model.layer_shapes(), &[4, 2]).unwrap();
+    let masked = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(true);
+    let net = SuperNet::new(model, space, masked).unwrap();
+    let error = Model::from_supernet(&net, &[], F32).unwrap_err();
+    assert!(matches!(&error, Error::HasAdapter { layer, .. } if layer == "model.layers.0.self_attn.q_proj"), "{error}");
+    assert!(error.to_string().contains("merge it first"));
+    let merged = Merger::new().merge(&net, &[]).unwrap().model;
+    agrees(&merged, &mut session(&Model::from_decoder(&merged, F32).unwrap()), &random_ids(9, 41, 3), 1e-4, "merged");
+    let net = self::net(false, ScaleRule::default());
+    let taken = vec![("a".to_string(), net.minimal()), ("a".to_string(), net.maximal())];
+    assert!(matches!(Model::from_supernet(&net, &taken, F32), Err(Error::InvalidArgument { .. })));
+}
+
+#[test]
+fn sessions_in_a_batch_are_what_they_are_alone() {
+    let net = net(true, ScaleRule::AlphaOverMaxRank);
+    let decoders = [tiny_mistral(Some(5), 3), tiny(false, 2)];
+    let mut models: Vec<Model> = decoders.iter().map(|decoder| Model::from_decoder(decoder, F32).unwrap()).collect();
+    models.push(Model::from_supernet(&net, &subnets(net.space()), F32).unwrap());
+    models.push(models[1].with_format(WeightFormat::Int { bits: 4, group_size: Some(8), symmetric: false }).unwrap());
+    for model in &models {
+        let subnet = model.subnets().len() - 1;
+        let make = |i: usize| {
+            let format = if i == 1 { CacheFormat::F16 } else { CacheFormat::F32 };
+            let mut session = Session::new(model, &SessionConfig::default().with_cache(format)).unwrap();
+            session.set_subnet(subnet).unwrap();
+            session.decode(&random_ids(1 + 4 * i, 41, i as u64), None).unwrap();
+            session
+        };
+        let (mut alone, mut together): (Vec<Session>, Vec<Session>) = (0..4).map(|i| (make(i), make(i))).unzip();
+        for step in 0..5 {
+            let tokens = random_ids(4, 41, 60 + step);
+            let mut logits = vec![0.0; 4 * 41];
+            let mut batch: Vec<&mut Session> = together.iter_mut().collect();
+            decode_batch(&mut batch, &tokens, &mut logits).unwrap();
+            for (i, session) in alone.iter_mut().enumerate() {
+                let mut want = vec![0.0; 41];
+                session.decode(&tokens[i..=i], Some(&mut want)).unwrap();
+                let off = max_diff(&logits[i * 41..(i + 1) * 41], &want) / largest(&want);
+                assert!(off < 1e-4, "session {i}, step {step}: {off}");
+            }
+        }
+        let positions: Vec<usize> = together.iter().map(Session::position).collect();
+        assert_eq!(positions, [6, 10, 14, 18]);
+    }
+    // What cannot be together.
+    let (mut a, mut b) = (session(&models[0]), session(&models[1]));
+    let mut logits = vec![0.0; 82];
+    assert!(matches!(decode_batch(&mut [&mut a, &mut b], &[1, 2], &mut logits), Err(Error::InvalidState { .. })));
+    let mut c = session(&models[0]);
+    assert!(matches!(decode_batch(&mut [&mut a, &mut c], &[1], &mut logits), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(decode_batch(&mut [&mut a, &mut c], &[1, 41], &mut logits), Err(Error::TokenOutOfRange { .. })));
+    assert_eq!((a.position(), c.position()), (0, 0));
+    decode_batch(&mut [], &[], &mut []).unwrap();
+}
+
+#[test]
+fn threads_share_a_model_and_get_the_same_bits() {
+    let net = net(false, ScaleRule::AlphaOverMaxRank);
+    let model = Model::from_supernet(&net, &subnets(net.space()), F32).unwrap().with_n_threads(3);
+    let run = |subnet: usize| {
+        let mut session = Session::new(&model, &SessionConfig::default()).unwrap();
+        session.set_subnet(subnet).unwrap();
+        in_pieces(&mut session, &random_ids(30, 41, subnet as u64), &[17])
+    };
+    let want: Vec<Vec<f32>> = (0..5).map(run).collect();
+    std::thread::scope(|scope| {
+        for worker in 0..8 {
+            let (want, run) = (&want, &run);
+            scope.spawn(move || (0..10).for_each(|i| assert_eq!(run((worker + i) % 5), want[(worker + i) % 5])));
+        }
+    });
+    let one = model.with_n_threads(1);
+    let mut session = Session::new(&one, &SessionConfig::default()).unwrap();
+    assert_eq!(in_pieces(&mut session, &random_ids(30, 41, 0), &[17]), want[0]);
+}
+
+#[test]
+fn generation_is_the_decoders_and_stops_where_it_should() {
+    for decoder in [tiny(true, 1), tiny(false, 2), tiny_mistral(Some(5), 3)] {
+        let model = Model::from_decoder(&decoder, F32).unwrap();
+        for sample in [
+            SampleConfig::default(),
+            SampleConfig { temperature: 1.3, top_k: 20, top_p: 0.9, min_p: 0.02, seed: 4 },
+        ] {
+            let prompt = random_ids(6, 41, 2);
+            let mut config = GenerateConfig { sample, ..GenerateConfig::new(1000, vec![]) };
+            let want = DeviceSession::new(&decoder).generate(&prompt, &config, |_| true).unwrap();
+            let mut shown = Vec::new();
+            let show = |token| {
+                shown.push(token);
+                true
+            };
+            let got = session(&model).generate(&prompt, &config, show).unwrap();
+            // To the end of the context.
+            assert_eq!((got.len(), &got, &shown), (35, &want, &want));
+            config.stop_ids = vec![want[7]];
+            let first = want.iter().position(|id| *id == want[7]).unwrap();
+            assert_eq!(session(&model).generate(&prompt, &config, |_| true).unwrap(), want[..first]);
+            config.stop_ids.clear();
+            let stop = AtomicBool::new(false);
+            let mut session = session(&model);
+            let got = session.generate(&prompt, &config, |_| !stop.swap(true, Ordering::Relaxed)).unwrap();
+            assert_eq!(got, want[..2]);
+            config.max_new_tokens = 3;
+            session.reset();
+            assert_eq!(session.generate(&prompt, &config, |_| true).unwrap(), want[..3]);
+            config.max_new_tokens = 0;
+            session.reset();
+            assert!(session.generate(&prompt, &config, |_| true).unwrap().is_empty());
+        }
+    }
+}
+
+#[test]
+fn bad_input_is_refused_and_changes_nothing() {
+    let model = Model::from_decoder(&tiny(true, 1), F32).unwrap();
+    let with = |config: SessionConfig| Session::new(&model, &config);
+    for bad in [SessionConfig::default().with_n_ctx(0), SessionConfig::default().with_n_ctx(41)] {
+        assert!(matches!(with(bad), Err(Error::InvalidArgument { name: "n_ctx", .. })));
+    }
+    assert!(with(SessionConfig::default().with_prefill_rows(0)).is_err());
+    let mut session = with(SessionConfig::default().with_n_ctx(12).with_prefill_rows(5)).unwrap();
+    let mut logits = vec![0.0; 41];
+    session.decode(&[1, 2, 3], Some(&mut logits)).unwrap();
+    assert!(matches!(session.decode(&[], None), Err(Error::InvalidArgument { .. })));
+    assert!(matches!(session.decode(&[1, 41], None), Err(Error::TokenOutOfRange { found: 41, vocab_size: 41 })));
+    assert!(matches!(session.decode(&[1; 10], None), Err(Error::SequenceTooLong { found: 13, max: 12, .. })));
+    assert!(matches!(session.decode(&[1], Some(&mut logits[1..])), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(session.decode_all(&[1, 2], &mut logits), Err(Error::ShapeMismatch { .. })));
+    assert!(session.generate(&[], &GenerateConfig::new(1, vec![]), |_| true).is_err());
+    assert_eq!(session.position(), 3);
+    session.decode(&[1; 9], None).unwrap();
+    assert_eq!((session.position(), session.n_ctx()), (12, 12));
+    session.reset();
+    let mut again = vec![0.0; 41];
+    session.decode(&[1, 2, 3], Some(&mut again)).unwrap();
+    assert_eq!(again, logits);
+}
+
+#[test]
+fn real_models_give_transformers_logits() {
+    for name in ["stories260K", "story-llama-0.6M"] {
+        let (Some(dir), Some(vectors)) =
+            (shared(&format!("models/{name}")), shared(&format!("vectors/logits/{name}.safetensors")))
+        else {
+            return;
+        };
+        let vectors = Checkpoint::open(vectors).unwrap();
+        let (ids, want) = (load_i32(&vectors, "input_ids"), vectors.load_f32("logits").unwrap());
+        let model = Model::open(&dir, &ModelOptions::default()).unwrap();
+        for pieces in [vec![ids.len()], vec![5]] {
+            let got = in_pieces(&mut session(&model), &ids, &pieces);
+            assert!(max_diff(&got, &want) < 1e-4, "{name}: {}", max_diff(&got, &want));
+        }
+        let expected = load_i32(&vectors, "greedy_from_first4");
+        let config = GenerateConfig::new(expected.len() - 4, vec![]);
+        assert_eq!(session(&model).generate(&ids[..4], &config, |_| true).unwrap(), &expected[4..], "{name}");
+        // Of the same file read as a whole, and of the decoder.
+        let read = Model::open(&dir, &ModelOptions::default().with_mmap(false)).unwrap();
+        let made = Model::from_decoder(&load(&dir), F32).unwrap();
+        let mapped = in_pieces(&mut session(&model), &ids, &[ids.len()]);
+        assert_eq!(in_pieces(&mut session(&read), &ids, &[ids.len()]), mapped);
+        assert!(max_diff(&in_pieces(&mut session(&made), &ids, &[ids.len()]), &mapped) < 1e-4);
+    }
+}
