@@ -88,6 +88,7 @@ macro_rules! kernel {
 
 // Below the macro, which is not there before.
 pub(super) mod lines;
+pub(super) mod masked;
 
 #[inline(always)]
 fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
