@@ -78,6 +78,9 @@ struct Args {
     /// Measure PyTorch as well, with this interpreter
     #[arg(long, num_args = 0..=1, default_missing_value = "python3", value_name = "PYTHON")]
     pytorch: Option<PathBuf>,
+    /// Make the gradients of masked updates of products of bf16 numbers
+    #[arg(long)]
+    bf16_gradient: bool,
     /// Where the model lies: the name of a backend's feature
     #[arg(long, default_value = "flex")]
     device: String,
@@ -100,6 +103,7 @@ struct Case {
     heads: usize,
     method: Method,
     weights: Weights,
+    bf16_gradient: bool,
 }
 
 /// What a process printed; the other program's has further fields.
@@ -208,7 +212,8 @@ fn net(case: &Case, device: &str) -> Result<SuperNet> {
     let groups = [&["q_proj", "k_proj", "v_proj"][..], &["up_proj", "gate_proj"], &["down_proj"]];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, choices)?;
     let mut grids = if aware { quantized(&model)? } else { BTreeMap::new() };
-    let net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(RANKS[0])).with_sparse_peft(sparse))?;
+    let lora = LoraConfig::new(RANKS[0]).with_bf16_gradient(case.bf16_gradient);
+    let net = SuperNet::new(model, space, SuperNetConfig::new(lora).with_sparse_peft(sparse))?;
     if !aware {
         return Ok(net);
     }
@@ -262,6 +267,7 @@ fn ours(case: &Case, steps: usize, device: &str) -> Option<Measured> {
     let mut command = Command::new(std::env::current_exe().ok()?);
     command.args(["--child", "--sizes", &case.hidden.to_string(), "--methods", &name(case.method)]);
     command.args(["--weights", &name(case.weights), "--steps", &steps.to_string(), "--device", device]);
+    command.args(case.bf16_gradient.then_some("--bf16-gradient"));
     ask(command)
 }
 
@@ -331,7 +337,10 @@ fn bench(args: &Args) -> Result<()> {
     for ([hidden, layers, heads], default_steps) in sizes {
         for weights in &args.weights {
             let steps = args.steps.unwrap_or(default_steps);
-            let case = |method: &Method| Case { hidden, layers, heads, method: *method, weights: *weights };
+            let case = |method: &Method| {
+                let (method, weights, bf16_gradient) = (*method, *weights, args.bf16_gradient);
+                Case { hidden, layers, heads, method, weights, bf16_gradient }
+            };
             let cases: Vec<Case> = args.methods.iter().map(case).collect();
             if args.child {
                 for case in &cases {

@@ -258,8 +258,7 @@ fn units() -> Vec<String> {
 
 /// Ranks, widths, head counts and depth on three blocks with biases; alpha is not the rank.
 fn net(tied: bool, rule: ScaleRule) -> SuperNet {
-    let dims =
-        LlamaDims { num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(tied) };
+    let dims = LlamaDims { num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(tied) };
     let model = llama(&dims, serde_json::json!({"attention_bias": true, "mlp_bias": true}), 13);
     let layers = model.layer_shapes();
     let width = |groups: &[&[&str]], choices: &[usize]| {
@@ -487,10 +486,9 @@ fn threads_share_a_model_and_get_the_same_bits() {
 fn generation_is_the_decoders_and_stops_where_it_should() {
     for decoder in [tiny(true, 1), tiny(false, 2), tiny_mistral(Some(5), 3)] {
         let model = Model::from_decoder(&decoder, F32).unwrap();
-        for sample in [
-            SampleConfig::default(),
-            SampleConfig { temperature: 1.3, top_k: 20, top_p: 0.9, min_p: 0.02, seed: 4 },
-        ] {
+        for sample in
+            [SampleConfig::default(), SampleConfig { temperature: 1.3, top_k: 20, top_p: 0.9, min_p: 0.02, seed: 4 }]
+        {
             let prompt = random_ids(6, 41, 2);
             let mut config = GenerateConfig { sample, ..GenerateConfig::new(1000, vec![]) };
             let want = DeviceSession::new(&decoder).generate(&prompt, &config, |_| true).unwrap();

@@ -104,6 +104,9 @@ pub struct Args {
     /// sqft: from which weights training through the grid starts [default: sparse; gptq with --quantize joint]
     #[arg(long, value_enum)]
     qa_start: Option<QaStart>,
+    /// sqft: how adapters that stay apart from a compressed base begin
+    #[arg(long, value_enum, default_value_t = Init::Fresh)]
+    init: Init,
     /// sqft: train the grids' scales, too, which the authors do not
     #[arg(long, action = ArgAction::Set, default_value_t = true, default_missing_value = "true", num_args = 0..=1)]
     train_scales: bool,
@@ -232,6 +235,15 @@ enum QaStart {
     Sparse,
     /// What they were rounded to
     Gptq,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Init {
+    /// As nothing: LoRA's
+    Fresh,
+    /// As what pruning and rounding took from the weight, as far as the ranks go, inputs weighted by their norms
+    Error,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]

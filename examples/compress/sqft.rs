@@ -5,20 +5,20 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use elastic_lora::calib::{QuantizeConfig, QuantizeMethod, prune_model, quantize_model};
+use elastic_lora::calib::{QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks};
 use elastic_lora::format::{PackedMatrix, QuantizedMatrix};
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::io::report::Row;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::{BaseLinear, host_values};
-use elastic_lora::sparsity::{self, Mask};
+use elastic_lora::sparsity::{self, InputNorms, Mask};
 use elastic_lora::supernet::QaConfig;
 use elastic_lora::train::Sampling;
 use elastic_lora::{Error, Merger, Result, SearchSpace, SuperNet};
 
 use crate::pipeline::{Run, max_logit_difference, supernet, zeros_lost};
-use crate::{Method, QaStart, Quantize};
+use crate::{Init, Method, QaStart, Quantize};
 
 /// The row that the others are relative to.
 const LORA: &str = "LoRA";
@@ -85,9 +85,9 @@ impl Run<'_> {
                 pruned.layer_shapes().into_iter().filter(|l| space.group_of_layer(&l.name).is_some()).collect();
             let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
             let lora = Apart { name: LORA, training: "lora", adapter: "lora-adapter", base: "pruned" };
-            self.apart(&lora, &pruned, fixed, Sampling::Fixed)?;
+            self.apart(&lora, base, &pruned, fixed, Sampling::Fixed)?;
             let shears = Apart { name: "Shears", training: "shears", adapter: "adapter", base: "pruned" };
-            self.apart(&shears, &pruned, space.clone(), Sampling::PerStep)?;
+            self.apart(&shears, base, &pruned, space.clone(), Sampling::PerStep)?;
         }
         if args.method.includes(Method::SqftSparsePeft) {
             self.sparse_peft(&pruned, space)?;
@@ -103,7 +103,8 @@ impl Run<'_> {
         if let Some(rounded) = &rounded {
             if args.method.includes(Method::Sqft) {
                 let sqft = Apart { name: "SQFT", training: "sqft", adapter: "sqft-adapter", base: rounded.folder };
-                self.apart(&sqft, &rounded.packed(&rounded.model, |_| true)?, space.clone(), Sampling::PerStep)?;
+                let integers = rounded.packed(&rounded.model, |_| true)?;
+                self.apart(&sqft, base, &integers, space.clone(), Sampling::PerStep)?;
             }
             if args.method.includes(Method::SqftQaSparsePeft) {
                 self.quantization_aware(&pruned, rounded, space)?;
@@ -163,9 +164,19 @@ impl Run<'_> {
         Ok(Pretrained::open(&path, &pretrained.model.device())?.model)
     }
 
-    /// Trains adapters that stay apart from their base, and adds their row.
-    fn apart(&mut self, row: &Apart, base: &Decoder, space: SearchSpace, sampling: Sampling) -> Result<()> {
+    /// Trains adapters that stay apart from their base, which `original` was made smaller to, and adds their row.
+    fn apart(
+        &mut self,
+        row: &Apart,
+        original: &Decoder,
+        base: &Decoder,
+        space: SearchSpace,
+        sampling: Sampling,
+    ) -> Result<()> {
         let mut net = supernet(self.args, base, space, false)?;
+        if self.args.init == Init::Error {
+            net.init_from_error(original, &self.input_norms(base)?)?;
+        }
         self.train(&mut net, row.training, sampling)?;
         let chosen = self.better_of_two(&mut net)?;
         let adapter = self.write_adapter(&net, row.base, row.adapter, ADAPTER)?;
@@ -180,6 +191,23 @@ impl Run<'_> {
             row.ranks = Some(net.space().values(&chosen)?);
         }
         if net.space().n_subnets() > 1.0 { self.write_subnet(&net, &chosen, row.adapter) } else { Ok(()) }
+    }
+
+    /// The norms of the inputs of a model's layers on the calibration data.
+    fn input_norms(&self, model: &Decoder) -> Result<BTreeMap<String, Vec<f32>>> {
+        let mut norms = BTreeMap::new();
+        walk_blocks(
+            &mut model.clone(),
+            &self.task.calibration,
+            InputNorms::new,
+            |norms, x| norms.update(&host_values(x.clone()), x.dims()[0]),
+            |name, _, found| {
+                let roots = found.mean_sq_norms().into_iter().map(f32::sqrt);
+                norms.insert(name.to_string(), roots.collect());
+                Ok(())
+            },
+        )?;
+        Ok(norms)
     }
 
     /// Trains through the grids of `rounded` under the sparse weights' mask, merges, and adds the row.

@@ -1,7 +1,7 @@
 //! A linear layer with an optional elastic adapter.
 
 use burn::module::Module;
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 
 use super::lora::{ElasticLora, LoraConfig, ScaleRule};
 use crate::error::{Error, Result};
@@ -142,7 +142,7 @@ impl ElasticLoraLinear {
     ///
     /// The weight is a constant for [`ops::lora_linear`]; where somebody trains it beside its adapter, plain operations see
     /// to its gradient. A masked adapter takes one product with the summed weight, the very weight that a merge gives, or with
-    /// dropout two.
+    /// dropout two. Beside a base weight of bf16 the sum is rounded to bf16, as it is where it is merged.
     ///
     /// With a grid, the summed weight is on it, and the base weight a constant in every case. What dropout then acts on is the input
     /// of all that the adapter changes, `x W + dropout(x) (grid(W + s A_r B_r * M) - W)`, so that, as with the other adapters and
@@ -153,19 +153,20 @@ impl ElasticLoraLinear {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let Some(adapter) = &self.adapter else { return self.base.forward(x) };
         let term = adapter.term();
+        let summed = adapter.is_masked() || adapter.grid.is_some();
+        if summed && !term.dropout.is_active() && (adapter.grid.is_some() || !self.base.is_tracked()) {
+            let weight = self.base.stored().without_autodiff();
+            if let Some(y) = adapter.product_with_sum(x.clone(), weight) {
+                return self.base.with_bias(y);
+            }
+        }
         if adapter.grid.is_some() {
             let weight = self.base.active_weight().without_autodiff();
             let sum = adapter.added_to(weight.clone());
-            if !term.dropout.is_active() {
-                return self.base.with_bias(ops::linear(x, sum));
-            }
             return self.base.forward(x.clone()) + ops::linear(adapter.dropped(x), sum - weight);
         }
         if self.base.is_tracked() || (adapter.is_masked() && term.dropout.is_active()) {
             return self.base.forward(x.clone()) + adapter.update(x);
-        }
-        if adapter.is_masked() {
-            return self.base.with_bias(ops::linear(x, adapter.added_to(self.base.stored())));
         }
         let (a, b) = adapter.factors();
         self.base.forward_with(x, a, b, term)
@@ -231,10 +232,14 @@ impl ElasticLoraLinear {
     /// The weight that a plain layer needs to give this layer's output: base plus active update, `[d_input, d_output]` as far as
     /// active.
     pub fn merged_weight(&self) -> Tensor<2> {
-        let weight = self.base.active_weight();
         match &self.adapter {
-            Some(adapter) => adapter.added_to(weight),
-            None => weight,
+            // Rounded as it is in training.
+            Some(adapter) if adapter.is_masked() && adapter.grid.is_none() => {
+                let sum = adapter.added_to(self.base.stored());
+                if sum.dtype() == DType::F32 { sum } else { sum.cast(FloatDType::F32) }
+            }
+            Some(adapter) => adapter.added_to(self.base.active_weight()),
+            None => self.base.active_weight(),
         }
     }
 }

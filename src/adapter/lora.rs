@@ -1,7 +1,7 @@
 //! The low-rank update whose active rank is a choice made at run time.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Device, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -43,12 +43,16 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// How the scale follows from alpha and rank.
     pub scale_rule: ScaleRule,
+    /// Whether a masked update's gradients may be made of products of bf16 numbers with `f32` sums, where the processor has them
+    /// (AVX-512 BF16): twice as fast, and off by some 0.2 % of the gradient's norm. With base weights in bf16 they always are.
+    #[serde(default)]
+    pub bf16_gradient: bool,
 }
 
 impl LoraConfig {
     /// `alpha = 2 * rank`, no dropout, the papers' scale rule.
     pub fn new(rank: usize) -> Self {
-        Self { rank, alpha: 2.0 * rank as f64, dropout: 0.0, scale_rule: ScaleRule::default() }
+        Self { rank, alpha: 2.0 * rank as f64, dropout: 0.0, scale_rule: ScaleRule::default(), bf16_gradient: false }
     }
 
     /// Sets alpha.
@@ -66,6 +70,12 @@ impl LoraConfig {
     /// Sets the scale rule.
     pub fn with_scale_rule(mut self, scale_rule: ScaleRule) -> Self {
         self.scale_rule = scale_rule;
+        self
+    }
+
+    /// Sets whether a masked update's gradients may be made of products of bf16 numbers.
+    pub fn with_bf16_gradient(mut self, bf16_gradient: bool) -> Self {
+        self.bf16_gradient = bf16_gradient;
         self
     }
 
@@ -406,6 +416,22 @@ impl ElasticLora {
         ops::quantized_sum(weight, mask, a, b, scales, zeros, term)
     }
 
+    /// The product with [`added_to`](Self::added_to), or none where there is neither mask nor grid.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, as far as active; result: `[.., d_output]`
+    pub(crate) fn product_with_sum<const D: usize>(&self, x: Tensor<D>, weight: Tensor<2>) -> Option<Tensor<D>> {
+        let ((a, b), lora) = (self.factors(), LoraTerm { dropout: Dropout::NONE, ..self.term() });
+        let rounded = self.config.bf16_gradient || weight.dtype() == DType::BF16;
+        let Some(grid) = &self.grid else {
+            return Some(ops::summed_linear(x, weight, self.active_mask()?, [a, b], lora, rounded));
+        };
+        let mask = self.mask.clone().unwrap_or_else(|| grid.everywhere([self.d_input(), self.d_output()]));
+        let (mask, grids) = (self.active_part(&mask), grid.active(self.active_dims).into());
+        let term = GridTerm { lora, bits: grid.bits(), groups: grid.groups().clone() };
+        Some(ops::quantized_linear(x, weight, mask, [a, b], grids, term, rounded))
+    }
+
     /// What the adapter adds to its layer's output, by plain operations: `s (dropout(x) A_r) B_r`, two thin products, or with
     /// a mask the product with [`delta`](Self::delta); no grid has a part in it. Dropout acts on an autodiff device only.
     /// [`ElasticLoraLinear`](super::ElasticLoraLinear) does the same at less cost.
@@ -414,8 +440,11 @@ impl ElasticLora {
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
     pub fn update<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let dropped = self.dropped(x);
-        if self.mask.is_some() {
-            return ops::linear(dropped, self.delta());
+        if let Some(mask) = self.active_mask() {
+            let (a, b) = self.factors();
+            let nothing = Tensor::zeros(self.active_dims, &a.device().without_autodiff());
+            let lora = LoraTerm { dropout: Dropout::NONE, ..self.term() };
+            return ops::summed_linear(dropped, nothing, mask, [a, b], lora, self.config.bf16_gradient);
         }
         let (a, b) = self.factors();
         let (a, b) = (prefix(a, 1, self.active_rank), prefix(b, 0, self.active_rank));

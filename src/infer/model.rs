@@ -179,9 +179,7 @@ impl Weights {
         for index in 0..wanted.len().max(layers.len()) {
             let head = ("lm_head", vocab_size, d_model, false, None);
             let (name, d_output, d_input, bias, block) = match wanted.get(index) {
-                Some(layer) => {
-                    (layer.name.as_str(), layer.d_output, layer.d_input, layer.bias, Some(layer.block))
-                }
+                Some(layer) => (layer.name.as_str(), layer.d_output, layer.d_input, layer.bias, Some(layer.block)),
                 None => head,
             };
             let Some(layer) = layers.get(index).filter(|layer| layer.name == name && index <= wanted.len()) else {
@@ -252,8 +250,10 @@ impl Weights {
             };
         };
         let linear = self.config.linear_layers();
-        let shapes: Vec<_> =
-            linear.iter().map(|layer| crate::space::LayerShape::new(&layer.name, layer.d_input, layer.d_output)).collect();
+        let shapes: Vec<_> = linear
+            .iter()
+            .map(|layer| crate::space::LayerShape::new(&layer.name, layer.d_input, layer.d_output))
+            .collect();
         let largest = self.layers.iter().map(LayerWeights::max_rank).max().unwrap_or(0);
         space.validate_layers(&shapes, largest)?;
         widths::check(self.config.blocks(), self.config.head_dim(), &space)?;
@@ -274,7 +274,11 @@ impl Weights {
                 continue;
             }
             if name.is_empty() || name.contains('\0') || self.subnets.iter().any(|subnet| subnet.name == name) {
-                return Err(Error::argument("subnets", format!("`{name}`"), "names that differ, are not empty and hold no NUL"));
+                return Err(Error::argument(
+                    "subnets",
+                    format!("`{name}`"),
+                    "names that differ, are not empty and hold no NUL",
+                ));
             }
             self.subnets.push(NamedSubnet { name, config });
             self.shapes.push(shape);
@@ -478,7 +482,8 @@ impl Model {
     pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
         let path = path.as_ref();
         let is_folder = std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_dir();
-        let parts = if is_folder { super::build::from_folder(path, options)? } else { super::bundle::read(path, options)? };
+        let parts =
+            if is_folder { super::build::from_folder(path, options)? } else { super::bundle::read(path, options)? };
         let model = Self::from_weights(Weights::new(parts)?, options.n_threads);
         if options.verify == Verify::OnOpen {
             model.verify()?;

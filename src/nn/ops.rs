@@ -93,7 +93,8 @@ pub fn lora_linear<const D: usize>(
     Tensor::from_dispatch(y)
 }
 
-/// SparsePEFT's weight (arXiv 2410.03750): `W + (s A_r B_r) * M`, formed in one pass. The term's dropout is not used.
+/// SparsePEFT's weight (arXiv 2410.03750): `W + (s A_r B_r) * M`, formed in one pass, and in bf16 where `W` is of bf16. The term's
+/// dropout is not used.
 ///
 /// One node of the tape: from the gradient of the sum follow those of the factors, and of nothing else.
 ///
@@ -112,7 +113,7 @@ pub fn summed_weight(
 
 /// A weight with its update on a grid (QA-SparsePEFT, arXiv 2410.03750): for `V` as [`summed_weight`] gives it,
 /// `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and the result `scale * (Q - zero)`, formed in one pass. Ties are rounded to
-/// even. A weight that is exactly 0 stays so, and so does all of a group whose scale is not over 0.
+/// even. A weight that is exactly 0 stays so, and so does all of a group whose scale is not over 0. In bf16 where `W` is of bf16: rounded once more.
 ///
 /// One node of the tape. The factors' gradients are straight through, as the authors have them: those of [`summed_weight`],
 /// through the clamp too. Scales that are tracked get LSQ's gradient (arXiv 1902.08153) without its factor: `Q - zero - V / scale`
@@ -133,6 +134,45 @@ pub fn quantized_sum(
     let (weight, mask) = (weight.into_dispatch(), mask.into_dispatch());
     let (a, b, scales, zeros) = (a.into_dispatch(), b.into_dispatch(), scales.into_dispatch(), zeros.into_dispatch());
     Tensor::from_dispatch(Dispatch::quantized_sum(weight, mask, a, b, scales, zeros, term))
+}
+
+/// The product with [`summed_weight`], as one node of the tape: the factors' gradients follow from `x` and the gradient of the result,
+/// and on a CPU with AVX-512 that of the sum lies in memory only strip by strip.
+///
+/// If `rounded`, and where it is faster, the products that the factors' gradients are made of take bf16 numbers, with sums in `f32`;
+/// the result and the gradient of `x` are the same either way.
+///
+/// # Shapes
+/// - `x`: `[.., d_input]`, the others as for [`summed_weight`]; result: `[.., d_output]`
+pub fn summed_linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    mask: Tensor<2, Bool>,
+    [a, b]: [Tensor<2>; 2],
+    term: LoraTerm,
+    rounded: bool,
+) -> Tensor<D> {
+    let (x, weight, mask) = (x.into_dispatch(), weight.into_dispatch(), mask.into_dispatch());
+    let (a, b) = (a.into_dispatch(), b.into_dispatch());
+    Tensor::from_dispatch(Dispatch::summed_linear(x, weight, mask, a, b, term, rounded))
+}
+
+/// The product with [`quantized_sum`], likewise. With a weight of bf16 the product takes the sum rounded to bf16; the grid is the same.
+///
+/// # Shapes
+/// - `x`: `[.., d_input]`, the others as for [`quantized_sum`]; result: `[.., d_output]`
+pub fn quantized_linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    mask: Tensor<2, Bool>,
+    [a, b]: [Tensor<2>; 2],
+    [scales, zeros]: [Tensor<2>; 2],
+    term: GridTerm,
+    rounded: bool,
+) -> Tensor<D> {
+    let (x, weight, mask) = (x.into_dispatch(), weight.into_dispatch(), mask.into_dispatch());
+    let (a, b, scales, zeros) = (a.into_dispatch(), b.into_dispatch(), scales.into_dispatch(), zeros.into_dispatch());
+    Tensor::from_dispatch(Dispatch::quantized_linear(x, weight, mask, a, b, scales, zeros, term, rounded))
 }
 
 /// [`linear`] with a packed weight. It is unpacked for the product, on the host, and again in the backward pass: between them the

@@ -90,6 +90,7 @@ macro_rules! kernel {
 // Below the macro, which is not there before.
 pub(crate) mod attention;
 pub(crate) mod lines;
+pub(crate) mod masked;
 
 #[inline(always)]
 pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {

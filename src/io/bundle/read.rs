@@ -153,7 +153,8 @@ impl Bundle {
         match self.index.checksums.get(name) {
             Some(expected) if *expected == found => Ok(()),
             _ => {
-                let reason = format!("tensor `{name}`: its contents are not those that were written (checksum {found:08x})");
+                let reason =
+                    format!("tensor `{name}`: its contents are not those that were written (checksum {found:08x})");
                 Err(Error::invalid_file(self.path(), reason))
             }
         }

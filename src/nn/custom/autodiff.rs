@@ -6,7 +6,7 @@ use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::Checkpoi
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
-use burn::tensor::Shape;
+use burn::tensor::{DType, FloatDType, Shape};
 
 use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, portable};
 
@@ -48,7 +48,7 @@ backward!(Swiglu, 2, (Float<B>, Float<B>), |(gate, up), grad, _| {
 });
 
 backward!(Linear, 2, (Option<Float<B>>, Option<Float<B>>), |(x, weight), grad, _| {
-    let grad_weight = x.map(|x| B::mixed_linear_backward_weight(x, grad.clone()));
+    let grad_weight = x.map(|x| B::mixed_linear_backward_weight(x, grad.clone(), false));
     [weight.map(|weight| B::mixed_linear_backward_input(weight, grad)), grad_weight]
 });
 
@@ -94,18 +94,64 @@ backward!(SummedWeight, 2, (BoolTensor<B>, [Float<B>; 2], LoraTerm), |(mask, [a,
     [Some(a), Some(b)]
 });
 
+/// A mask, the layer's input, the sum, and the factors.
+type SummedState<B> = (BoolTensor<B>, [Float<B>; 4], LoraTerm, bool);
+
+backward!(SummedLinear, 3, SummedState<B>, |(mask, [x, sum, a, b], term, rounded), grad, [want_x, want_a, want_b]| {
+    let grad_x = want_x.then(|| B::mixed_linear_backward_input(sum, grad.clone()));
+    let factors = (want_a || want_b).then(|| B::summed_linear_backward_factors(x, mask, a, b, grad, term, rounded));
+    let (grad_a, grad_b) = factors.unzip();
+    [grad_x, grad_a, grad_b]
+});
+
 /// What the gradient of trained scales needs: the weight, the scales and the zero points.
 type GridState<B> = (BoolTensor<B>, [Float<B>; 2], Option<[Float<B>; 3]>, GridTerm);
 
+/// Gradient of trained scales, from that of the rounded sum.
+fn of_scales<B: DecoderOps>(
+    [weight, scales, zeros]: [Float<B>; 3],
+    mask: BoolTensor<B>,
+    [a, b]: [Float<B>; 2],
+    grad: Float<B>,
+    term: GridTerm,
+) -> Float<B> {
+    // As it was before it was rounded to anything.
+    let weight = if weight.dtype() == DType::BF16 { B::float_cast(weight, FloatDType::F32) } else { weight };
+    let sum = B::summed_weight(weight, mask, a, b, term.lora);
+    B::quantized_sum_backward_scales(sum, scales, zeros, grad, term)
+}
+
 // Straight through: the factors get the gradient of the rounded sum as if it were the sum, clamped or not.
 backward!(QuantizedSum, 3, GridState<B>, |(mask, [a, b], grid, term), grad, [want_a, want_b, _]| {
-    let grad_scales = grid.map(|[weight, scales, zeros]| {
-        let sum = B::summed_weight(weight, mask.clone(), a.clone(), b.clone(), term.lora);
-        B::quantized_sum_backward_scales(sum, scales, zeros, grad.clone(), term.clone())
-    });
+    let beside = [a.clone(), b.clone()];
+    let grad_scales = grid.map(|grid| of_scales::<B>(grid, mask.clone(), beside, grad.clone(), term.clone()));
     let factors = (want_a || want_b).then(|| B::summed_weight_backward(mask, a, b, grad, term.lora));
     let (grad_a, grad_b) = factors.unzip();
     [grad_a, grad_b, grad_scales]
+});
+
+/// As [`SummedState`], and as [`GridState`].
+type QuantizedState<B> = (BoolTensor<B>, [Float<B>; 4], Option<[Float<B>; 3]>, GridTerm, bool);
+
+backward!(QuantizedLinear, 4, QuantizedState<B>, |(mask, [x, sum, a, b], grid, term, rounded), grad, wanted| {
+    let [want_x, want_a, want_b, _] = wanted;
+    let grad_x = want_x.then(|| B::mixed_linear_backward_input(sum, grad.clone()));
+    let (want_factors, lora) = (want_a || want_b, term.lora);
+    let (factors, grad_scales) = match grid {
+        None => {
+            let of = || B::summed_linear_backward_factors(x, mask, a, b, grad, lora, rounded);
+            (want_factors.then(of), None)
+        }
+        // The scales need what the factors alone do not: the gradient of the sum as a whole.
+        Some(grid) => {
+            let slope = B::mixed_linear_backward_weight(x, grad, rounded);
+            let beside = [a.clone(), b.clone()];
+            let scales = of_scales::<B>(grid, mask.clone(), beside, slope.clone(), term);
+            (want_factors.then(|| B::summed_weight_backward(mask, a, b, slope, lora)), Some(scales))
+        }
+    };
+    let (grad_a, grad_b) = factors.unzip();
+    [grad_x, grad_a, grad_b, grad_scales]
 });
 
 backward!(HeadLoss, 2, (Float<B>, Option<Float<B>>), |(hidden, weight), grad, _| {
@@ -232,6 +278,48 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         match SummedWeight.prepare::<C>([a_node, b_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((mask, [a, b], term), sum),
             OpsKind::UnTracked(prep) => prep.finish(sum),
+        }
+    }
+
+    fn summed_linear(
+        x: Float<Self>,
+        weight: Float<Self>,
+        mask: BoolTensor<Self>,
+        a: Float<Self>,
+        b: Float<Self>,
+        term: LoraTerm,
+        rounded: bool,
+    ) -> Float<Self> {
+        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
+        let sum = B::summed_weight(weight.into_primitive(), mask.clone(), a.clone(), b.clone(), term);
+        let y = B::mixed_linear(x.clone(), sum.clone());
+        match SummedLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((mask, [x, sum, a, b], term, rounded), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+
+    fn quantized_linear(
+        x: Float<Self>,
+        weight: Float<Self>,
+        mask: BoolTensor<Self>,
+        a: Float<Self>,
+        b: Float<Self>,
+        scales: Float<Self>,
+        zeros: Float<Self>,
+        term: GridTerm,
+        rounded: bool,
+    ) -> Float<Self> {
+        let want_scales = scales.is_tracked();
+        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
+        let (scales, scales_node) = scales.into_parts();
+        let (weight, zeros) = (weight.into_primitive(), zeros.into_primitive());
+        let grid = want_scales.then(|| [weight.clone(), scales.clone(), zeros.clone()]);
+        let sum = B::quantized_sum(weight, mask.clone(), a.clone(), b.clone(), scales, zeros, term.clone());
+        let y = B::mixed_linear(x.clone(), sum.clone());
+        match QuantizedLinear.prepare::<C>([x_node, a_node, b_node, scales_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((mask, [x, sum, a, b], grid, term, rounded), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
 

@@ -9,7 +9,8 @@ use rayon::prelude::*;
 
 use super::flex_linear::{self, Head, Teacher};
 use super::{
-    AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized, host_stored, portable,
+    AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized, flex_summed,
+    host_stored, portable,
 };
 use crate::simd::{self, Level};
 
@@ -198,8 +199,8 @@ impl DecoderOps for Flex {
             .unwrap_or_else(|| portable::linear_backward_input::<Self>(weight, grad))
     }
 
-    fn mixed_linear_backward_weight(x: FlexTensor, grad: FlexTensor) -> FlexTensor {
-        flex_linear::linear_backward_weight(&x, &grad)
+    fn mixed_linear_backward_weight(x: FlexTensor, grad: FlexTensor, rounded: bool) -> FlexTensor {
+        flex_linear::linear_backward_weight(&x, &grad, rounded)
             .unwrap_or_else(|| portable::linear_backward_weight::<Self>(x, grad))
     }
 
@@ -244,7 +245,7 @@ impl DecoderOps for Flex {
 
     fn summed_weight(weight: FlexTensor, mask: FlexTensor, a: FlexTensor, b: FlexTensor, term: LoraTerm) -> FlexTensor {
         let mask = contiguous(mask);
-        flex_linear::summed_weight(&weight, &mask, a.clone(), b.clone(), term)
+        flex_summed::summed_weight(&weight, &mask, a.clone(), b.clone(), term)
             .unwrap_or_else(|| portable::summed_weight::<Self>(weight, mask, a, b, term))
     }
 
@@ -259,8 +260,24 @@ impl DecoderOps for Flex {
         if !is_f32(&[&a, &b, &grad]) {
             return portable::summed_weight_backward::<Self>(mask, a, b, grad, term);
         }
-        flex_linear::summed_weight_backward(&mask, a.clone(), b.clone(), grad.clone(), term)
+        flex_summed::summed_weight_backward(&mask, a.clone(), b.clone(), grad.clone(), term)
             .unwrap_or_else(|| portable::summed_weight_backward::<Self>(mask, a, b, grad, term))
+    }
+
+    fn summed_linear_backward_factors(
+        x: FlexTensor,
+        mask: FlexTensor,
+        a: FlexTensor,
+        b: FlexTensor,
+        grad: FlexTensor,
+        term: LoraTerm,
+        rounded: bool,
+    ) -> (FlexTensor, FlexTensor) {
+        let mask = contiguous(mask);
+        flex_summed::backward_factors(&x, &mask, a.clone(), b.clone(), &grad, term, rounded).unwrap_or_else(|| {
+            let slope = Self::mixed_linear_backward_weight(x, grad, rounded);
+            Self::summed_weight_backward(mask, a, b, slope, term)
+        })
     }
 
     fn quantized_sum(

@@ -1,15 +1,15 @@
 //! Linear layers on Flex, with and without an adapter, and the head with its loss: matrix products around one output buffer.
 
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Shape};
+use burn::tensor::Shape;
 use rayon::prelude::*;
 
-use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_rows, tensor, whole};
+use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_rows, tensor};
 use super::flex_gemm::{Engine, Kind, Left, Output};
-use super::flex_matmul::{Matrix, Shared, Weight, product};
-use crate::simd::{self, Level};
+use super::flex_matmul::{Matrix, SERIAL, Shared, Weight, product};
 use crate::nn::custom::LoraTerm;
 use crate::nn::dropout::Dropout;
+use crate::simd::{self, Level};
 
 /// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's weight is read and packed
 /// anew for each such chunk.
@@ -18,7 +18,7 @@ const HEAD_ROWS: usize = 512;
 const HEAD_LOGITS: usize = 16 << 20;
 
 /// A new matrix that `fill` writes completely.
-fn matrix(n: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
+pub(super) fn matrix(n: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
     let mut values: Vec<f32> = Vec::with_capacity(n);
     fill(Shared(values.as_mut_ptr()));
     // SAFETY: `fill` has written every element.
@@ -27,7 +27,7 @@ fn matrix(n: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
 }
 
 /// Rows of the last dimension.
-fn n_rows(x: &FlexTensor) -> usize {
+pub(super) fn n_rows(x: &FlexTensor) -> usize {
     dims(x).iter().rev().skip(1).product()
 }
 
@@ -73,32 +73,41 @@ pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> O
     Some(tensor(dx, with_width(&grad, d_input)))
 }
 
-/// `x^T grad`.
-pub(super) fn linear_backward_weight(x: &FlexTensor, grad: &FlexTensor) -> Option<FlexTensor> {
+/// `x^T grad`; of numbers rounded to bf16 where that is said and the processor multiplies them as such.
+pub(super) fn linear_backward_weight(x: &FlexTensor, grad: &FlexTensor, rounded: bool) -> Option<FlexTensor> {
     let (rows, d_input, d_output) = (n_rows(x), *dims(x).last()?, *dims(grad).last()?);
     if !is_f32(&[x, grad]) || n_rows(grad) != rows || [rows, d_input, d_output].contains(&0) {
         return None;
     }
     let (x, grad) = (contiguous(x.clone()), contiguous(grad.clone()));
     let dw = matrix(d_input * d_output, |dw| {
-        let (x, grad) = (Matrix::rows(floats(&x), d_input), Matrix::rows(floats(&grad), d_output));
+        let (x, grad) = (Matrix::rows(floats(&x), d_input).transposed(), Matrix::rows(floats(&grad), d_output));
+        let size = [d_input, d_output, rows];
         // SAFETY: as above.
-        unsafe { product([d_input, d_output, rows], x.transposed(), grad, 1.0, dw.at(0), d_output, false, true) };
+        unsafe {
+            match Engine::new(Kind::Bf16, true).filter(|_| rounded && size.iter().product::<usize>() >= SERIAL) {
+                Some(engine) => {
+                    let output = Output { out: dw, width: d_output, factor: 1.0, add: false };
+                    engine.product([d_input, d_output], x.left(rows), grad.right(rows), output);
+                }
+                None => product(size, x, grad, 1.0, dw.at(0), d_output, false, true),
+            }
+        }
     });
     Some(tensor(dw, Shape::from([d_input, d_output])))
 }
 
 /// The factors of an adapter with `rank` of their ranks active: `a` `[d_input, r_max]`, `b` `[r_max, d_output]`.
-struct Factors {
-    a: FlexTensor,
-    b: FlexTensor,
-    max_rank: usize,
-    d_input: usize,
-    d_output: usize,
+pub(super) struct Factors {
+    pub a: FlexTensor,
+    pub b: FlexTensor,
+    pub max_rank: usize,
+    pub d_input: usize,
+    pub d_output: usize,
 }
 
 impl Factors {
-    fn new(a: FlexTensor, b: FlexTensor, rank: usize) -> Option<Self> {
+    pub fn new(a: FlexTensor, b: FlexTensor, rank: usize) -> Option<Self> {
         let (&[d_input, max_rank], &[rows, d_output]) = (dims(&a), dims(&b)) else { return None };
         let fits = rows == max_rank && (1..=max_rank).contains(&rank) && d_input > 0 && d_output > 0;
         (fits && is_f32(&[&a, &b])).then(|| {
@@ -107,11 +116,11 @@ impl Factors {
         })
     }
 
-    fn a(&self) -> Matrix {
+    pub fn a(&self) -> Matrix {
         Matrix::rows(floats(&self.a), self.max_rank)
     }
 
-    fn b(&self) -> Matrix {
+    pub fn b(&self) -> Matrix {
         Matrix::rows(floats(&self.b), self.d_output)
     }
 }
@@ -314,122 +323,6 @@ pub(super) fn lora_backward_factors(
             }
         }
     }
-    Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
-}
-
-/// Rows of a weight that one task handles.
-fn weight_rows(d_output: usize) -> usize {
-    (64 * 1024 / d_output.max(1)).max(1)
-}
-
-/// The mask's bytes, row-major; none where it is held otherwise.
-fn mask_bytes(mask: &FlexTensor, shape: [usize; 2]) -> Option<&[u8]> {
-    (matches!(mask.dtype(), DType::Bool(_)) && dims(mask) == shape && mask.is_contiguous())
-        .then(|| &mask.bytes()[mask.layout().start_offset()..])
-        .filter(|bytes| bytes.len() >= shape[0] * shape[1])
-}
-
-/// `W + (s A_r B_r) * M`, row block by row block.
-pub(super) fn summed_weight(
-    weight: &FlexTensor,
-    mask: &FlexTensor,
-    a: FlexTensor,
-    b: FlexTensor,
-    term: LoraTerm,
-) -> Option<FlexTensor> {
-    summed_rows(weight, mask, a, b, term, |_, out, base, mask| {
-        for ((out, mask), base) in out.iter_mut().zip(mask).zip(base) {
-            *out = if *mask != 0 { *base + *out } else { *base };
-        }
-    })
-}
-
-/// A matrix of the weight's shape, row block by row block: `finish` is given a row's number, its part of `s A_r B_r`, to be
-/// replaced, and the weight's and the mask's rows.
-pub(super) fn summed_rows(
-    weight: &FlexTensor,
-    mask: &FlexTensor,
-    a: FlexTensor,
-    b: FlexTensor,
-    term: LoraTerm,
-    finish: impl Fn(usize, &mut [f32], &[f32], &[u8]) + Sync,
-) -> Option<FlexTensor> {
-    let factors = Factors::new(a, b, term.rank)?;
-    let (d_input, d_output) = (factors.d_input, factors.d_output);
-    let (base, mask) = (Weight::new(weight)?, mask_bytes(mask, [d_input, d_output])?);
-    if base.dims() != [d_input, d_output] {
-        return None;
-    }
-    let rows = weight_rows(d_output);
-    let sum = matrix(d_input * d_output, |sum| {
-        (0..d_input.div_ceil(rows)).into_par_iter().for_each_init(Vec::new, |scratch, index| {
-            let range = index * rows..((index + 1) * rows).min(d_input);
-            let len = range.len() * d_output;
-            let a = Matrix::rows(&floats(&factors.a)[range.start * factors.max_rank..], factors.max_rank);
-            let out = sum.at(range.start * d_output);
-            let size = [range.len(), d_output, term.rank];
-            // SAFETY: as above; these rows are this task's.
-            let out = unsafe {
-                product(size, a, factors.b(), term.scale as f32, out, d_output, false, false);
-                std::slice::from_raw_parts_mut(out, len)
-            };
-            let mask = &mask[range.start * d_output..][..len];
-            base.copy_rows(range.clone(), scratch);
-            let rows =
-                out.chunks_exact_mut(d_output).zip(scratch.chunks_exact(d_output)).zip(mask.chunks_exact(d_output));
-            for (row, ((out, base), mask)) in range.zip(rows) {
-                finish(row, out, base, mask);
-            }
-        });
-    });
-    Some(tensor(sum, Shape::from([d_input, d_output])))
-}
-
-/// Gradients of the factors from that of the summed weight: `s (grad * M) B_r^T` and `s A_r^T (grad * M)`, one pass over the
-/// gradient.
-pub(super) fn summed_weight_backward(
-    mask: &FlexTensor,
-    a: FlexTensor,
-    b: FlexTensor,
-    grad: FlexTensor,
-    term: LoraTerm,
-) -> Option<(FlexTensor, FlexTensor)> {
-    let factors = Factors::new(a, b, term.rank)?;
-    let (d_input, d_output, rank, max_rank) = (factors.d_input, factors.d_output, term.rank, factors.max_rank);
-    let mask = mask_bytes(mask, [d_input, d_output])?;
-    if !is_f32(&[&grad]) || dims(&grad) != [d_input, d_output] {
-        return None;
-    }
-    let (mut grad, scale) = (whole(grad), term.scale as f32);
-    let rows = weight_rows(d_output);
-    let grad: &mut [f32] = grad.storage_mut();
-    let mut da = vec![0.0; d_input * max_rank];
-    // A task's share of B's gradient; they are added in the order of rows, whatever the threads. Few, so that they are small.
-    let tasks = grad.par_chunks_mut(rows * d_output).zip(da.par_chunks_mut(rows * max_rank)).enumerate();
-    let shares: Vec<Vec<f32>> = tasks
-        .map(|(index, (grad, da))| {
-            let (first, count) = (index * rows, grad.len() / d_output);
-            for (grad, mask) in grad.iter_mut().zip(&mask[first * d_output..]) {
-                *grad = if *mask != 0 { *grad } else { 0.0 };
-            }
-            let grad = Matrix::rows(grad, d_output);
-            let a = Matrix::rows(&floats(&factors.a)[first * max_rank..], max_rank).transposed();
-            // SAFETY: as above.
-            unsafe {
-                let b = factors.b().transposed();
-                product([count, rank, d_output], grad, b, scale, da.as_mut_ptr(), max_rank, false, false);
-                matrix(rank * d_output, |db| {
-                    product([rank, d_output, count], a, grad, scale, db.at(0), d_output, false, false);
-                })
-            }
-        })
-        .collect();
-    let mut db = vec![0.0; max_rank * d_output];
-    for_chunks(&mut db[..rank * d_output], d_output, |row, db| {
-        for share in &shares {
-            db.iter_mut().zip(&share[row * d_output..]).for_each(|(db, share)| *db += share);
-        }
-    });
     Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
 }
 

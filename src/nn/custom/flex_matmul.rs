@@ -11,7 +11,7 @@ use super::flex_few::{self, MOST_ROWS};
 use super::flex_gemm::{Engine, Kind, Numbers, Operand, Output};
 
 /// Multiplications below which other threads are not worth waking.
-const SERIAL: usize = 128 * 128 * 128;
+pub(super) const SERIAL: usize = 128 * 128 * 128;
 /// Multiplications below which packing is not worth it, and rows below which packing the other operand is not.
 const PACKED: usize = 32 * 32 * 32;
 const PACKED_ROWS: usize = 8;
@@ -53,7 +53,7 @@ impl Matrix {
     }
 
     /// The same matrix from row `row` and column `column` on.
-    fn from(self, row: usize, column: usize) -> Self {
+    pub fn from(self, row: usize, column: usize) -> Self {
         let offset = row as isize * self.row + column as isize * self.column;
         Self { first: self.first.wrapping_offset(offset), ..self }
     }

@@ -5,7 +5,7 @@ use burn::tensor::Shape;
 
 use super::GridTerm;
 use super::flex::{dims, floats, for_chunks, is_f32, tensor};
-use super::flex_linear::summed_rows;
+use super::flex_summed::summed_rows;
 use crate::simd::{self, Level};
 
 /// Scales and zero points, row-major, `[groups, d_output]`.

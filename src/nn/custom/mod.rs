@@ -30,6 +30,8 @@ mod flex_linear;
 mod flex_matmul;
 #[cfg(feature = "flex")]
 mod flex_quantized;
+#[cfg(feature = "flex")]
+mod flex_summed;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod host_stored;
 mod portable;
@@ -41,6 +43,8 @@ mod tests;
 mod tests_linear;
 #[cfg(all(test, feature = "flex"))]
 mod tests_quantized;
+#[cfg(all(test, feature = "flex"))]
+mod tests_summed;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata, backend_extension};
@@ -134,8 +138,10 @@ pub trait DecoderOps: Backend {
         portable::linear_backward_input::<Self>(weight, grad)
     }
 
-    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none.
-    fn mixed_linear_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none. `rounded` as in
+    /// [`Self::summed_linear_backward_factors`].
+    fn mixed_linear_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>, rounded: bool) -> FloatTensor<Self> {
+        let _ = rounded;
         portable::linear_backward_weight::<Self>(x, grad)
     }
 
@@ -178,7 +184,7 @@ pub trait DecoderOps: Backend {
         portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term)
     }
 
-    /// `W + (s A_r B_r) * M`, in the adapter's float format. `W` is a constant.
+    /// `W + (s A_r B_r) * M`, in bf16 where `W` is, else in the adapter's float format. `W` is a constant.
     fn summed_weight(
         weight: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -201,7 +207,7 @@ pub trait DecoderOps: Backend {
     }
 
     /// `scale * (Q - zero)` for `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and `V` the summed weight; scale and zero point
-    /// by group of rows and column, `[groups, d_output]`. A scale of 0 gives 0.
+    /// by group of rows and column, `[groups, d_output]`. A scale of 0 gives 0. In bf16 where `W` is, rounded once more.
     fn quantized_sum(
         weight: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -224,6 +230,52 @@ pub trait DecoderOps: Backend {
         term: GridTerm,
     ) -> FloatTensor<Self> {
         portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term)
+    }
+
+    /// `x V` for the summed weight `V`.
+    fn summed_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        mask: BoolTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        term: LoraTerm,
+        rounded: bool,
+    ) -> FloatTensor<Self> {
+        let _ = rounded;
+        Self::mixed_linear(x, Self::summed_weight(weight, mask, a, b, term))
+    }
+
+    /// `x V` for the quantized sum `V`.
+    #[allow(clippy::too_many_arguments)] // the layer's
+    fn quantized_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        mask: BoolTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scales: FloatTensor<Self>,
+        zeros: FloatTensor<Self>,
+        term: GridTerm,
+        rounded: bool,
+    ) -> FloatTensor<Self> {
+        let _ = rounded;
+        Self::mixed_linear(x, Self::quantized_sum(weight, mask, a, b, scales, zeros, term))
+    }
+
+    /// Gradients of `A` and `B` from `x` and the gradient of `x V`: those of [`Self::summed_weight_backward`]. If `rounded`, their
+    /// products may take bf16 numbers, with sums in `f32`, where that is faster.
+    fn summed_linear_backward_factors(
+        x: FloatTensor<Self>,
+        mask: BoolTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        term: LoraTerm,
+        rounded: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let slope = Self::mixed_linear_backward_weight(x, grad, rounded);
+        Self::summed_weight_backward(mask, a, b, slope, term)
     }
 
     /// `x W` for a stored weight. Where a backend has no kernel for it, it is unpacked for this product and forgotten.

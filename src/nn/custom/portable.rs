@@ -293,6 +293,11 @@ pub(super) fn lora_backward_factors<B: Backend>(
     (a.0, h.swap_dims(0, 1).matmul(grad).padded(0, max_rank).0)
 }
 
+/// A sum in its weight's format where that is bf16, else as it is.
+fn stored_as<B: Backend>(sum: Val<B>, stored: DType) -> FloatTensor<B> {
+    if stored == DType::BF16 { sum.cast(stored).0 } else { sum.0 }
+}
+
 pub(super) fn summed_weight<B: Backend>(
     weight: FloatTensor<B>,
     mask: BoolTensor<B>,
@@ -302,7 +307,8 @@ pub(super) fn summed_weight<B: Backend>(
 ) -> FloatTensor<B> {
     let (a, dtype) = (Val::<B>(a), b.dtype());
     let delta = (a.first(1, term.rank) * term.scale).matmul(Val(b).first(0, term.rank));
-    (Val::<B>(weight).cast(dtype) + masked(delta, mask)).0
+    let stored = weight.dtype();
+    stored_as(Val::<B>(weight).cast(dtype) + masked(delta, mask), stored)
 }
 
 pub(super) fn summed_weight_backward<B: Backend>(
@@ -373,9 +379,11 @@ pub(super) fn quantized_sum<B: Backend>(
     zeros: FloatTensor<B>,
     term: GridTerm,
 ) -> FloatTensor<B> {
+    let (stored, dtype) = (weight.dtype(), b.dtype());
+    let weight = Val::<B>(weight).cast(dtype).0;
     let sum = Val::<B>(summed_weight::<B>(weight, mask, a, b, term.lora));
     let steps = Steps::new(sum, scales, zeros, &term);
-    (steps.scales * steps.nearest).0
+    stored_as(steps.scales * steps.nearest, stored)
 }
 
 pub(super) fn quantized_sum_backward_scales<B: Backend>(

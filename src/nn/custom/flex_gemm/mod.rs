@@ -4,9 +4,12 @@
 //! each by the task that needs it, into a buffer that stays in the second-level cache. An operand may have several parts along the
 //! inner dimension, so that `x W + h B` is one product, `[x h] [W; B]`, which passes over its result once.
 //!
+//! A product that is only needed on the way to something else comes in strips, and never lies in memory as a whole.
+//!
 //! How sums are split depends on sizes alone: results are the same bits with any number of threads.
 
 mod pack;
+mod strips;
 #[cfg(test)]
 mod tests;
 mod tile;

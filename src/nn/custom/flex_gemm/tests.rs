@@ -115,3 +115,38 @@ fn parts_are_one_product_and_threads_do_not_matter() {
         }
     }
 }
+
+#[test]
+fn strips_are_the_product_whatever_the_columns() {
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    for [m, n, inner] in [[1, 1, 1], [97, 31, 19], [13, 130, 301], [211, 77, 1100]] {
+        for order in 0..9 {
+            let left = Random::new(&mut rng, m, inner, order % 3);
+            let right = Random::new(&mut rng, n, inner, order / 3);
+            for engine in engines() {
+                let packed = Left::new(engine, m, &[inner]);
+                let width = packed.strip_columns(n);
+                let mut out = vec![f32::NAN; m * n];
+                // SAFETY: the operands are alive and of these sizes.
+                unsafe {
+                    packed.pack(0, left.operand(0));
+                    for columns in (0..n).step_by(width).map(|first| first..(first + width).min(n)) {
+                        packed.strips(right.operand(0), columns.clone(), |first, strip| {
+                            for (row, strip) in strip.chunks_exact(columns.len()).enumerate() {
+                                out[(first + row) * n..][columns.clone()].copy_from_slice(strip);
+                            }
+                        });
+                    }
+                }
+                for (row, out) in out.chunks_exact(n).enumerate() {
+                    for (column, got) in out.iter().enumerate().step_by(1 + n / 9) {
+                        let terms =
+                            (0..inner).map(|k| left.at(engine.kind, 0, row, k) * right.at(engine.kind, 0, column, k));
+                        let error = (f64::from(*got) - terms.sum::<f64>()).abs();
+                        assert!(error < 6e-5, "{engine:?} {m} {n} {inner} {order}: {got} at {row}, {column}");
+                    }
+                }
+            }
+        }
+    }
+}
