@@ -3,8 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{for_tiles, prefetch};
 use super::units::{Units, lanes};
+use super::{for_tiles, prefetch};
 use crate::format::PackedMatrix;
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};

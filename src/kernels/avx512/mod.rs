@@ -10,7 +10,7 @@ mod sparse_int4;
 mod units;
 
 use std::arch::asm;
-use std::arch::x86_64::{_MM_HINT_T1, __m256i, __m512, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps};
+use std::arch::x86_64::{__m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps};
 use std::ops::Range;
 
 use super::common::Output;
@@ -101,7 +101,9 @@ fn prefetch(at: *const u8) {
 unsafe fn mask16(at: *const u16) -> u16 {
     let mask: u16;
     // SAFETY: reads two bytes, which are there by the caller's promise.
-    unsafe { asm!("kmovw {}, word ptr [{}]", out(kreg) mask, in(reg) at, options(pure, readonly, nostack, preserves_flags)) };
+    unsafe {
+        asm!("kmovw {}, word ptr [{}]", out(kreg) mask, in(reg) at, options(pure, readonly, nostack, preserves_flags))
+    };
     mask
 }
 
@@ -114,7 +116,9 @@ unsafe fn mask16(at: *const u16) -> u16 {
 unsafe fn mask64(at: *const u64) -> u64 {
     let mask: u64;
     // SAFETY: reads eight bytes, which are there by the caller's promise.
-    unsafe { asm!("kmovq {}, qword ptr [{}]", out(kreg) mask, in(reg) at, options(pure, readonly, nostack, preserves_flags)) };
+    unsafe {
+        asm!("kmovq {}, qword ptr [{}]", out(kreg) mask, in(reg) at, options(pure, readonly, nostack, preserves_flags))
+    };
     mask
 }
 

@@ -3,9 +3,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{for_tiles, mask64, prefetch};
 use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
+use super::{for_tiles, mask64, prefetch};
 use crate::format::SparseInt4;
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};

@@ -78,8 +78,7 @@ impl<'a> Units<'a> {
     #[allow(clippy::needless_range_loop)] // over constants
     pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
         let mut taken = [_mm512_setzero_ps(); R];
-        let prepared: [(*const f32, *const f32); R] =
-            std::array::from_fn(|i| self.input.units_at(from + i, self.unit));
+        let prepared: [(*const f32, *const f32); R] = std::array::from_fn(|i| self.input.units_at(from + i, self.unit));
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
         // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units.
         unsafe {
