@@ -1,13 +1,14 @@
 //! A model as it is run.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::format::{StoredMatrix, WeightFormat};
 use crate::io::HfConfig;
 use crate::kernels::Pool;
+use crate::linalg::Matrix;
 use crate::nn::Rope;
 use crate::space::{Elastic, SearchSpace, SubnetConfig};
 use crate::supernet::widths;
@@ -441,6 +442,17 @@ impl Model {
         self.layer(layer)?.weight.get()
     }
 
+    /// The factors of a layer's adapter, A `[r_max, d_input]` and B transposed `[r_max, d_output]`, and the scale of the largest rank;
+    /// nothing where there is no adapter.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub fn factors(&self, layer: usize) -> Result<Option<(Matrix, Matrix, f32)>> {
+        let Some(adapter) = &self.layer(layer)?.adapter else { return Ok(None) };
+        let scale = super::shape::scale(&adapter.lora, adapter.lora.rank);
+        Ok(Some((adapter.a.get()?.to_matrix(), adapter.bt.get()?.to_matrix(), scale)))
+    }
+
     /// One linear layer under a subnet, to be applied to the caller's numbers. It keeps the model alive.
     ///
     /// # Errors
@@ -457,9 +469,15 @@ impl Model {
     pub fn verify(&self) -> Result<()> {
         // Of a bundle everything, gaps and texts included; the weights of a converted model lie in none.
         if let Some(bundle) = self.weights.embedding.bundle() {
-            bundle.verify()?;
+            bundle.verify_on(&self.pool)?;
         }
-        self.weights.all().try_for_each(|weight| weight.check(true))
+        let (weights, failed): (Vec<&Weight>, _) = (self.weights.all().collect(), Mutex::new(None));
+        self.pool.for_each(weights.len(), |_, index| {
+            if let Err(error) = weights[index].check_contents() {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     pub(super) fn layer(&self, layer: usize) -> Result<&LayerWeights> {
