@@ -91,7 +91,10 @@ fn one_pass_is_no_worse_than_two() {
             let mut sparse = model.clone();
             prune_model(&mut sparse, &calibration, Method::SparseGpt, &pattern, |_, _| {}).unwrap();
             let two = quantized(sparse, QuantizeMethod::Gptq);
-            eprintln!("{pattern}, seed {seed}: layers' error {:.3} of two passes', KL {one:.4}, {two:.4}", joint / after);
+            eprintln!(
+                "{pattern}, seed {seed}: layers' error {:.3} of two passes', KL {one:.4}, {two:.4}",
+                joint / after
+            );
             assert!(joint <= after, "{pattern}, seed {seed}: {joint}, after one another {after}");
             means[0] += one / 3.0;
             means[1] += two / 3.0;

@@ -99,8 +99,7 @@ type SummedState<B> = (BoolTensor<B>, [Float<B>; 4], LoraTerm, bool);
 
 backward!(SummedLinear, 3, SummedState<B>, |(mask, [x, sum, a, b], term, rounded), grad, [want_x, want_a, want_b]| {
     let grad_x = want_x.then(|| B::mixed_linear_backward_input(sum, grad.clone()));
-    let factors =
-        (want_a || want_b).then(|| B::summed_linear_backward_factors(x, mask, a, b, grad, term, rounded));
+    let factors = (want_a || want_b).then(|| B::summed_linear_backward_factors(x, mask, a, b, grad, term, rounded));
     let (grad_a, grad_b) = factors.unzip();
     [grad_x, grad_a, grad_b]
 });

@@ -108,9 +108,7 @@ fn threads_do_not_matter() {
     let case = Case::new([150, 260, 330], 60, &Device::flex());
     for rounded in [false, true] {
         let run = || {
-            case.run(|x, a, b| {
-                ops::summed_linear(x, case.weight.clone(), case.mask.clone(), [a, b], term(4), rounded)
-            })
+            case.run(|x, a, b| ops::summed_linear(x, case.weight.clone(), case.mask.clone(), [a, b], term(4), rounded))
         };
         let want = run();
         for threads in [1, 2, 3] {
@@ -146,7 +144,8 @@ fn a_quantized_sum_in_one_node_is_the_sum_and_the_product() {
             let [_, d_input, d_output] = shape;
             let groups = d_input.div_ceil(8);
             let scales = Random::new(81).tensor::<2>([groups, d_output], 0.1, device).abs() + 0.2;
-            let zeros = Tensor::<2>::from_data(TensorData::new(vec![3.0_f32; groups * d_output], [groups, d_output]), device);
+            let zeros =
+                Tensor::<2>::from_data(TensorData::new(vec![3.0_f32; groups * d_output], [groups, d_output]), device);
             let term = || GridTerm { lora: term(4), bits, groups: InputGroups { size: 8, order: None } };
             let tape = device.clone().autodiff();
             for (trained, half) in [(false, false), (true, false), (false, true), (true, true)] {
@@ -161,7 +160,15 @@ fn a_quantized_sum_in_one_node_is_the_sum_and_the_product() {
                     case.run(|x, a, b| {
                         let (weight, mask, zeros) = (weight.clone(), case.mask.clone(), zeros.clone());
                         if one {
-                            return ops::quantized_linear(x, weight, mask, [a, b], [scales.clone(), zeros], term(), false);
+                            return ops::quantized_linear(
+                                x,
+                                weight,
+                                mask,
+                                [a, b],
+                                [scales.clone(), zeros],
+                                term(),
+                                false,
+                            );
                         }
                         ops::linear(x, ops::quantized_sum(weight, mask, a, b, scales.clone(), zeros, term()))
                     })

@@ -140,8 +140,8 @@ fn strips_are_the_product_whatever_the_columns() {
                 }
                 for (row, out) in out.chunks_exact(n).enumerate() {
                     for (column, got) in out.iter().enumerate().step_by(1 + n / 9) {
-                        let terms = (0..inner)
-                            .map(|k| left.at(engine.kind, 0, row, k) * right.at(engine.kind, 0, column, k));
+                        let terms =
+                            (0..inner).map(|k| left.at(engine.kind, 0, row, k) * right.at(engine.kind, 0, column, k));
                         let error = (f64::from(*got) - terms.sum::<f64>()).abs();
                         assert!(error < 6e-5, "{engine:?} {m} {n} {inner} {order}: {got} at {row}, {column}");
                     }

@@ -44,7 +44,8 @@ mod tests {
     fn rounding_to_bf16_is_to_nearest_with_every_instruction_set() {
         let mut values: Vec<f32> = (0..40_000_u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761))).collect();
         // Ties of both kinds, what overflows, and what has no nearest.
-        values.extend([0x3f80_8000, 0x3f81_8000, 0x7f7f_ffff, 0x7f80_0000, 0x7f80_0001, 0xff80_0000].map(f32::from_bits));
+        values
+            .extend([0x3f80_8000, 0x3f81_8000, 0x7f7f_ffff, 0x7f80_0000, 0x7f80_0001, 0xff80_0000].map(f32::from_bits));
         for level in Level::available() {
             let mut out = vec![MaybeUninit::uninit(); values.len()];
             round_to_bf16(level, &values, &mut out);
