@@ -44,7 +44,7 @@ pub struct LoraConfig {
     /// How the scale follows from alpha and rank.
     pub scale_rule: ScaleRule,
     /// Whether a masked update's gradients may be made of products of bf16 numbers with `f32` sums, where the processor has them
-    /// (AVX-512 BF16): twice as fast, and off by some 0.2 % of the gradient's norm. With base weights in bf16 they always are.
+    /// (AVX-512 BF16): twice as fast, and off by some 0.3 % of the gradient's norm. With base weights in bf16 they always are.
     #[serde(default)]
     pub bf16_gradient: bool,
 }

@@ -71,8 +71,16 @@ impl<B: Backend> Val<B> {
 
     /// `ln(sum(exp(self)))` over `dim`, which becomes 1.
     fn log_sum_exp(self, dim: usize) -> Self {
+        self.exponentials(dim).2
+    }
+
+    /// The terms of a softmax over `dim`, of which the largest is 1, their sum, and `ln(sum(exp(self)))`. The quotient is exact where
+    /// `self` is large; `exp(self - ln(sum(exp(self))))` is not.
+    fn exponentials(self, dim: usize) -> (Self, Self, Self) {
         let max = Val::<B>(B::float_max_dim(self.0.clone(), dim));
-        Val(B::float_log((self - max.clone()).exp().sum_dim(dim).0)) + max
+        let terms = (self - max.clone()).exp();
+        let sum = terms.clone().sum_dim(dim);
+        (terms, sum.clone(), Val::<B>(B::float_log(sum.0)) + max)
     }
 
     /// The two halves of the last of four dimensions.
@@ -438,19 +446,18 @@ fn head<B: Backend>(
         let targets = B::int_reshape(targets, Shape::from([count, 1]));
         let logits = product(hidden.clone(), weight.clone());
         let picked = Val::<B>(B::float_gather(1, logits.0.clone(), targets.clone()));
-        let log_sum_exp = logits.clone().log_sum_exp(1);
+        let (terms, sum, log_sum_exp) = logits.clone().exponentials(1);
         let nll = Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0)).reshape([1]);
-        let likelihoods = logits - log_sum_exp;
         // The teacher's probabilities, times its share.
         let taught = teacher.as_ref().map(|(teacher, mix)| {
             let logits = product(Val::<B>(B::float_slice(teacher.clone(), &range)), weight.clone());
-            let log_sum_exp = logits.clone().log_sum_exp(1);
-            (logits - log_sum_exp).exp() * *mix
+            let (terms, sum, _) = logits.exponentials(1);
+            terms / sum * *mix
         });
         let hard = teacher.as_ref().map_or(1.0, |(_, mix)| 1.0 - mix);
         match &taught {
             Some(taught) => {
-                let soft = Val::<B>(B::float_sum((taught.clone() * likelihoods.clone()).0)).reshape([1]);
+                let soft = Val::<B>(B::float_sum((taught.clone() * (logits - log_sum_exp)).0)).reshape([1]);
                 losses.push((nll.clone() * hard - soft).0);
                 nlls.push(nll.0);
             }
@@ -459,7 +466,7 @@ fn head<B: Backend>(
         if !want_hidden && !want_weight {
             continue;
         }
-        let softmax = likelihoods.exp();
+        let softmax = terms / sum;
         let dtype: FloatDType = softmax.0.dtype().into();
         let picked = B::float_full(Shape::from([count, 1]), (-hard).into(), &softmax.0.device(), dtype);
         let slope = Val::<B>(B::float_scatter(1, softmax.0, targets, picked, IndexingUpdateOp::Add));
