@@ -60,12 +60,6 @@ impl Grid {
         self.cols.div_ceil(self.group_size)
     }
 
-    /// The group of a column.
-    #[cfg(feature = "cube")]
-    pub fn group_of(&self, column: usize) -> usize {
-        self.group_of.as_ref().map_or(column / self.group_size, |group_of| group_of[column] as usize)
-    }
-
     /// The scale and zero point of a row's group.
     pub fn at(&self, row: usize, group: usize) -> (f32, u8) {
         let at = row * self.groups() + group;

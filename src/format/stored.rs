@@ -355,17 +355,6 @@ impl StoredMatrix {
         if let Body::Int(packed) = &self.body { Some(packed) } else { None }
     }
 
-    /// Scales and zero points, and the number of groups, where the format is one of codes.
-    #[cfg(feature = "cube")]
-    pub(crate) fn grid(&self) -> Option<(&Grid, usize)> {
-        let grid = match &self.body {
-            Body::Int(packed) => packed.whole_grid(),
-            Body::SparseInt4(sparse) => &sparse.grid,
-            _ => return None,
-        };
-        Some((grid, grid.groups()))
-    }
-
     pub(crate) fn body(&self) -> &Body {
         &self.body
     }

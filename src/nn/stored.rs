@@ -9,35 +9,19 @@ use crate::format::StoredMatrix;
 /// Weights that one task unpacks.
 const TASK: usize = 64 * 1024;
 
-/// A stored weight as the operations take it: in host memory, shared by all clones, with the copies that GPUs hold of it.
+/// A stored weight as the operations take it: in host memory, shared by all clones.
 #[derive(Clone, Debug)]
-pub struct StoredWeight(Arc<Held>);
-
-#[derive(Debug)]
-struct Held {
-    matrix: StoredMatrix,
-    #[cfg(feature = "cube")]
-    copies: super::custom::Copies,
-}
+pub struct StoredWeight(Arc<StoredMatrix>);
 
 impl StoredWeight {
     /// Wraps a matrix.
     pub fn new(matrix: StoredMatrix) -> Self {
-        Self(Arc::new(Held {
-            matrix,
-            #[cfg(feature = "cube")]
-            copies: super::custom::Copies::default(),
-        }))
+        Self(Arc::new(matrix))
     }
 
     /// The matrix, `[d_output, d_input]`.
     pub fn matrix(&self) -> &StoredMatrix {
-        &self.0.matrix
-    }
-
-    #[cfg(feature = "cube")]
-    pub(super) fn copies(&self) -> &super::custom::Copies {
-        &self.0.copies
+        &self.0
     }
 
     /// `[d_input, d_output]`.

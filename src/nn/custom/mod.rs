@@ -11,11 +11,9 @@
 // `NdArray` is deprecated upstream, and supported here for as long as it exists.
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 // Without a backend the generated dispatch has no arm that uses its arguments.
-#![cfg_attr(not(any(feature = "flex", feature = "ndarray", feature = "cube")), allow(unused_variables))]
+#![cfg_attr(not(any(feature = "flex", feature = "ndarray", any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))), allow(unused_variables))]
 
 mod autodiff;
-#[cfg(feature = "cube")]
-mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
@@ -52,8 +50,6 @@ use burn::backend::{Backend, TensorMetadata, backend_extension};
 use super::dropout::Dropout;
 use super::mask::AttentionMask;
 use super::stored::{InputGroups, StoredWeight};
-#[cfg(feature = "cube")]
-pub(in crate::nn) use cube::Copies;
 
 /// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -90,7 +86,7 @@ impl GridTerm {
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(feature = "cube"),
+    Cube: cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm")),
     Autodiff
 )]
 pub trait DecoderOps: Backend {
@@ -403,13 +399,5 @@ impl DecoderOps for burn::backend::NdArray {
     }
 }
 
-#[cfg(feature = "cube")]
-impl DecoderOps for burn::backend::Cube {
-    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
-        if let Some(y) = cube::stored_linear(&x, &weight) {
-            return y;
-        }
-        let weight = portable::unpacked::<Self>(&weight, &x);
-        Self::mixed_linear(x, weight)
-    }
-}
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
+impl DecoderOps for burn::backend::Cube {}
