@@ -132,11 +132,13 @@ impl<'a> Input<'a> {
         unsafe { self.memory.shared(from, self.layout.codes_bytes()) }
     }
 
-    /// Where the scales and the sums (`scale * sum q`) of a row's units are, with 16 zeros after them.
-    pub fn units_at(&self, row: usize, unit: usize) -> (*const f32, *const f32) {
-        let from = self.at + row * self.layout.bytes + self.layout.unit_at(unit);
-        let (count, half) = (self.layout.units(unit) + PAD, self.layout.unit_bytes(unit) / 2);
-        (self.memory.pointer(from, count), self.memory.pointer(from + half, count))
+    /// Where the scales of the first row's units are, with 16 zeros after them; how far from there their sums (`scale * sum q`), and the
+    /// next row's scales, in bytes.
+    pub fn units_at(&self, unit: usize) -> (*const u8, usize, usize) {
+        let (from, all) = (self.at + self.layout.unit_at(unit), self.layout.unit_bytes(unit));
+        // As far as the last row's.
+        let reach = (self.rows.max(1) - 1) * self.layout.bytes + all;
+        (self.memory.pointer(from, reach / 4).cast(), all / 2, self.layout.bytes)
     }
 
     pub fn wide(&self) -> bool {

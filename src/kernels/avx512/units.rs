@@ -29,15 +29,15 @@ pub(super) struct Units<'a> {
     direct: bool,
     scales: &'a [u8],
     zeros: &'a [u8],
-    input: &'a Input<'a>,
-    unit: usize,
+    /// Where the first row's scales of units are, from there to their sums, and to the next row's.
+    prepared: (*const u8, usize, usize),
     count: usize,
 }
 
 impl<'a> Units<'a> {
     /// # Panics
     /// Where the memory is less than [`floats`] says.
-    pub fn new(grid: &'a Grid, unit: usize, input: &'a Input<'a>, scratch: &mut [f32]) -> Self {
+    pub fn new(grid: &'a Grid, unit: usize, input: &Input<'_>, scratch: &mut [f32]) -> Self {
         let count = input.inputs.div_ceil(BLOCK) * (BLOCK / unit);
         assert!(scratch.len() >= floats(count));
         Self {
@@ -48,8 +48,7 @@ impl<'a> Units<'a> {
             direct: grid.group_size == unit,
             scales: &grid.scales,
             zeros: &grid.zeros,
-            input,
-            unit,
+            prepared: input.units_at(unit),
             count,
         }
     }
@@ -78,8 +77,11 @@ impl<'a> Units<'a> {
     #[allow(clippy::needless_range_loop)] // over constants
     pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
         let mut taken = [_mm512_setzero_ps(); R];
-        let prepared: [(*const f32, *const f32); R] =
-            std::array::from_fn(|i| self.input.units_at(from + i, self.unit));
+        let (first, half, bytes) = self.prepared;
+        let prepared: [(*const f32, *const f32); R] = std::array::from_fn(|i| {
+            let scales = first.wrapping_add((from + i) * bytes);
+            (scales.cast(), scales.wrapping_add(half).cast())
+        });
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
         // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units.
         unsafe {
@@ -177,6 +179,16 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, ze
             *scales.add(at) = 0.0;
             *zeros.add(at) = 0;
         }
+    }
+}
+
+/// Calls `put` with each unit of a row, its scale and its zero point; scales past the last group are 0.
+pub(super) fn transposed(grid: &Grid, row: usize, unit: usize, count: usize, mut put: impl FnMut(usize, f32, u8)) {
+    let groups = grid.groups();
+    let units = if grid.group_size >= grid.cols { count } else { (grid.group_size / unit).max(1) };
+    for at in 0..count {
+        let (scale, zero) = if at / units < groups { grid.at(row, at / units) } else { (0.0, 0) };
+        put(at, scale, zero);
     }
 }
 
