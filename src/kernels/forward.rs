@@ -139,7 +139,7 @@ pub fn forward_on(
         return Err(mismatch("bytes of scratch memory", &[places.bytes], &[memory.len()]));
     }
     let input =
-        Input { values: x.values, rows: x.rows, stride: x.stride, inputs, layout: places.layout, memory, at: 0 };
+        Input { level, values: x.values, rows: x.rows, stride: x.stride, inputs, layout: places.layout, memory, at: 0 };
     if places.layout.bytes > 0 {
         pool.for_each(x.rows.div_ceil(PREPARED), |_, task| {
             for row in task * PREPARED..((task + 1) * PREPARED).min(x.rows) {

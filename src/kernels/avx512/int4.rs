@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::units::{Units, lanes};
-use super::{for_tiles, prefetch};
+use super::{for_tiles, near, prefetch};
 use crate::format::PackedMatrix;
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -128,14 +128,11 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     }
 }
 
-/// The codes of word `index` of 64 columns of a row, one in each byte, zeros past the last.
-///
-/// # Panics
-/// For a row that there is not.
+/// The first 64 codes of some bytes, one in each byte, zeros past the last.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn some_codes(weight: &PackedMatrix, row: usize, index: usize) -> __m512i {
-    let codes = weight.row_codes(row).get(32 * index..).unwrap_or(&[]);
+pub(super) fn some_codes(codes: &[u8]) -> __m512i {
+    near(codes.as_ptr().wrapping_add(256));
     let mask = if codes.len() >= 32 { u32::MAX } else { (1 << codes.len()) - 1 };
     // SAFETY: the mask covers codes of the row alone.
     let pairs = _mm512_cvtepu8_epi16(unsafe { _mm256_maskz_loadu_epi8(mask, codes.as_ptr().cast()) });

@@ -11,7 +11,9 @@ mod sparse_int4;
 mod units;
 
 use std::arch::asm;
-use std::arch::x86_64::{__m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps};
+use std::arch::x86_64::{
+    __m256i, __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps,
+};
 use std::ops::Range;
 
 use super::common::Output;
@@ -98,6 +100,13 @@ const AHEAD: usize = 8192;
 fn prefetch(at: *const u8) {
     // SAFETY: nothing is read, whatever the address.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast()) };
+}
+
+/// Asks for a place to come into the first-level cache.
+#[inline(always)]
+fn near(at: *const u8) {
+    // SAFETY: nothing is read, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
 }
 
 /// A mask from memory, which takes half the time of one by way of a general register.

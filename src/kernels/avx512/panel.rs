@@ -8,7 +8,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dense::{BF16, F16, F32, from_bf16, sixteen};
-use super::{first_lanes, int4, some_floats, some_words, sparse_int4, sparse16};
+use super::units::{Units, for_sixteens};
+use super::{first_lanes, int4, near, some_floats, some_words, sparse_int4, sparse16};
 use crate::format::{Body, Dense, Number, Sparse16};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -231,32 +232,54 @@ unsafe fn widen(dense: &Dense, rows: Range<usize>, columns: Range<usize>, panel:
     let (size, values) = (dense.number.bytes(), &*dense.values);
     assert!(rows.end * dense.cols * size <= values.len() && columns.end <= dense.cols);
     let panel = panel.as_mut_ptr();
+    let of = match dense.number {
+        Number::F32 => some_columns::<F32>,
+        Number::F16 => some_columns::<F16>,
+        Number::Bf16 => some_columns::<BF16>,
+    };
     for half in 0..2 {
-        for column in columns.clone().step_by(16) {
-            let mut block = [_mm512_setzero_ps(); 16];
-            let count = columns.end - column;
-            for (index, numbers) in block.iter_mut().enumerate() {
-                let row = rows.start + 16 * half + index;
-                if row >= rows.end {
-                    break;
+        let rows = rows.start + 16 * half..rows.end.min(rows.start + 16 * half + 16);
+        for column in columns.clone().step_by(32) {
+            // SAFETY: the rows and columns are there, as was asserted; panels have whole words.
+            unsafe {
+                let at = values.as_ptr().wrapping_add((rows.start * dense.cols + column) * size);
+                let blocks = of(at, dense.cols * size, rows.len(), columns.end - column);
+                for (part, block) in blocks.into_iter().enumerate() {
+                    put(panel, column - columns.start + 16 * part, half, block);
                 }
-                // SAFETY: the rows and columns are there, as was asserted.
-                *numbers = unsafe {
-                    let at = values.as_ptr().add((row * dense.cols + column) * size);
-                    match (dense.number, count >= 16) {
-                        (Number::F32, true) => sixteen::<F32>(at),
-                        (Number::F16, true) => sixteen::<F16>(at),
-                        (Number::Bf16, true) => sixteen::<BF16>(at),
-                        (Number::F32, false) => some_floats(at.cast(), count),
-                        (Number::F16, false) => _mm512_cvtph_ps(some_words(at, count)),
-                        (Number::Bf16, false) => from_bf16(some_words(at, count)),
-                    }
-                };
             }
-            // SAFETY: the caller's promise.
-            unsafe { put(panel, column - columns.start, half, block) };
         }
     }
+}
+
+/// Twice 16 columns of at most 16 rows.
+///
+/// # Safety
+/// `count` columns of the rows are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+unsafe fn some_columns<const N: u8>(at: *const u8, stride: usize, rows: usize, count: usize) -> [[__m512; 16]; 2] {
+    let size = if N == F32 { 4 } else { 2 };
+    let mut blocks = [[_mm512_setzero_ps(); 16]; 2];
+    for row in 0..rows {
+        let at = at.wrapping_add(row * stride);
+        // Rows of a weight often lie where the first-level cache has but eight places.
+        near(at.wrapping_add(512));
+        for (part, block) in blocks.iter_mut().enumerate() {
+            let at = at.wrapping_add(16 * part * size);
+            let count = count.saturating_sub(16 * part);
+            // SAFETY: the caller's promise.
+            block[row] = unsafe {
+                match N {
+                    _ if count >= 16 => sixteen::<N>(at),
+                    F32 => some_floats(at.cast(), count),
+                    F16 => _mm512_cvtph_ps(some_words(at, count)),
+                    _ => from_bf16(some_words(at, count)),
+                }
+            };
+        }
+    }
+    blocks
 }
 
 /// The same of a sparse weight; `at` says where the values of each row go on.
@@ -322,10 +345,13 @@ unsafe fn codes(
         Body::SparseInt4(sparse) => &sparse.grid,
         _ => return,
     };
+    let of_weight = Units::of(grid, unit);
     for (index, row) in rows.clone().enumerate() {
-        super::units::transposed(grid, row, unit, units, |at, scale, zero| {
-            scales[at * WIDTH + index] = scale;
-            with_zeros[at * WIDTH + index] = scale * f32::from(zero);
+        for_sixteens(&of_weight, row, units, |from, some_scales, some_with_zeros| {
+            for (at, (scale, with_zero)) in (from..units).zip(some_scales.iter().zip(some_with_zeros)) {
+                scales[at * WIDTH + index] = *scale;
+                with_zeros[at * WIDTH + index] = *with_zero;
+            }
         });
     }
     // What is past the last row is not stored; zeros, so that it is nothing that takes time.
@@ -335,34 +361,33 @@ unsafe fn codes(
             with_zeros[at * WIDTH + index] = 0.0;
         }
     }
-    let mut at: [usize; WIDTH] = std::array::from_fn(|index| match weight {
-        Body::SparseInt4(sparse) if index < rows.len() => sparse.offsets.get(rows.start + index),
-        _ => 0,
-    });
     let words: *mut i32 = panel.as_mut_ptr().cast();
-    for half in 0..2 {
-        for word in 0..2 * blocks {
-            let mut block = [_mm512_setzero_si512(); 16];
-            for (index, codes) in block.iter_mut().enumerate() {
-                let row = rows.start + 16 * half + index;
-                if row >= rows.end {
-                    break;
-                }
-                // SAFETY: the row is there.
-                *codes = unsafe {
-                    match weight {
-                        Body::Int(packed) => int4::some_codes(packed, row, word),
-                        Body::SparseInt4(sparse) => {
-                            sparse_int4::some_codes(sparse, row, word, &mut at[16 * half + index])
-                        }
-                        _ => return,
-                    }
+    // SAFETY: the panel has room for all blocks; the rows are there.
+    unsafe {
+        match weight {
+            Body::Int(packed) => {
+                let stride = packed.cols().div_ceil(2);
+                let codes = &packed.codes()[rows.start * stride..rows.end * stride];
+                let some = |index: usize, word: usize| {
+                    let row = &codes[index * stride..(index + 1) * stride];
+                    int4::some_codes(row.get(32 * word..).unwrap_or(&[]))
                 };
+                fill_panel(words, rows.len(), 2 * blocks, some);
             }
-            for (index, fours) in transpose(block).into_iter().enumerate() {
-                // SAFETY: the panel has room for all blocks.
-                unsafe { _mm512_storeu_si512(words.add((16 * word + index) * WIDTH + 16 * half).cast(), fours) };
+            Body::SparseInt4(sparse) => {
+                let mut at: [usize; WIDTH] =
+                    std::array::from_fn(
+                        |index| {
+                            if index < rows.len() { sparse.offsets.get(rows.start + index) } else { 0 }
+                        },
+                    );
+                let (bits, codes): (&[u8], &[u8]) = (&sparse.bits.bytes, &sparse.codes);
+                let some = |index: usize, word: usize| {
+                    sparse_int4::some_codes(sparse, bits, codes, rows.start + index, word, &mut at[index])
+                };
+                fill_panel(words, rows.len(), 2 * blocks, some);
             }
+            _ => return,
         }
     }
     let call = Codes {
@@ -386,6 +411,27 @@ unsafe fn codes(
             by_six!(input.rows, |row| wide_tile(&call, row));
         } else {
             by_six!(input.rows, |row| narrow_tile(&call, row));
+        }
+    }
+}
+
+/// Writes the codes that `some` gives by row and word of 64 columns as a panel.
+///
+/// # Safety
+/// It has room for the words.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn fill_panel(panel: *mut i32, rows: usize, words: usize, mut some: impl FnMut(usize, usize) -> __m512i) {
+    for half in 0..2 {
+        for word in 0..words {
+            let mut block = [_mm512_setzero_si512(); 16];
+            for (index, codes) in (16 * half..rows).zip(&mut block) {
+                *codes = some(index, word);
+            }
+            for (index, fours) in transpose(block).into_iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_storeu_si512(panel.add((16 * word + index) * WIDTH + 16 * half).cast(), fours) };
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
-use super::{for_tiles, mask64, prefetch};
+use super::{for_tiles, mask64, near, prefetch};
 use crate::format::{SparseInt4, Starts};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -191,19 +191,26 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const CHECKED: bool, const W
     }
 }
 
-/// The codes of word `index` of 64 columns of a row, one in each byte, where those of the word begin at byte `at`, which goes on to the
+/// The codes of word `index` of 64 columns of a row of a weight with these bits and codes, one in each byte, where those of the word begin at byte `at`, which goes on to the
 /// next word's.
 ///
 /// # Panics
 /// For a row that there is not.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
-pub(super) fn some_codes(weight: &SparseInt4, row: usize, index: usize, at: &mut usize) -> __m512i {
+pub(super) fn some_codes(
+    weight: &SparseInt4,
+    bits: &[u8],
+    codes: &[u8],
+    row: usize,
+    index: usize,
+    at: &mut usize,
+) -> __m512i {
     let words = weight.bits.cols.div_ceil(64);
     if index >= words {
         return _mm512_setzero_si512();
     }
-    let bits = &weight.bits.bytes.as_chunks::<8>().0[row * words + index];
+    let bits = &bits.as_chunks::<8>().0[row * words + index];
     let zeros = if weight.grid.symmetric {
         _mm512_set1_epi8(8)
     } else {
@@ -219,7 +226,7 @@ pub(super) fn some_codes(weight: &SparseInt4, row: usize, index: usize, at: &mut
         unsafe { _mm512_loadu_si512(zeros.as_ptr().cast()) }
     };
     let mut end = [0; LOADED];
-    let codes: &[u8] = &weight.codes;
+    near(codes.as_ptr().wrapping_add(*at + 256));
     let from = match codes.get(*at..) {
         Some(codes) if codes.len() >= LOADED => codes.as_ptr(),
         _ => copy_rest(codes, *at, &mut end),

@@ -53,6 +53,21 @@ impl<'a> Units<'a> {
         }
     }
 
+    /// For what asks row by row, without memory.
+    pub fn of(grid: &'a Grid, unit: usize) -> Self {
+        Self {
+            first: std::ptr::null_mut(),
+            stride: 0,
+            grid,
+            groups: grid.groups(),
+            direct: grid.group_size == unit,
+            scales: &grid.scales,
+            zeros: &grid.zeros,
+            prepared: (std::ptr::null(), 0, 0),
+            count: 0,
+        }
+    }
+
     fn array(&self, w: usize, index: usize) -> *mut f32 {
         self.first.wrapping_add((w * (2 + ROWS) + index) * self.stride)
     }
@@ -182,13 +197,39 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, ze
     }
 }
 
-/// Calls `put` with each unit of a row, its scale and its zero point; scales past the last group are 0.
-pub(super) fn transposed(grid: &Grid, row: usize, unit: usize, count: usize, mut put: impl FnMut(usize, f32, u8)) {
-    let groups = grid.groups();
-    let units = if grid.group_size >= grid.cols { count } else { (grid.group_size / unit).max(1) };
-    for at in 0..count {
-        let (scale, zero) = if at / units < groups { grid.at(row, at / units) } else { (0.0, 0) };
-        put(at, scale, zero);
+/// Calls `put` with 16 units of a row after 16, their scales and the products of these with their zero points. Scales past the last
+/// group are 0.
+///
+/// # Panics
+/// For a row that there is not.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+pub(super) fn for_sixteens(
+    units: &Units<'_>,
+    row: usize,
+    count: usize,
+    mut put: impl FnMut(usize, &[f32; 16], &[f32; 16]),
+) {
+    let [mut scales, mut with_zeros] = [[0.0_f32; 16]; 2];
+    assert!(row < units.grid.rows);
+    for at in (0..count).step_by(16) {
+        if units.direct {
+            // SAFETY: the row is there, as was asserted; the arrays have 16 numbers.
+            unsafe {
+                let scale = units.scales(row, at);
+                let zero = if units.grid.symmetric { _mm512_set1_epi32(8) } else { units.some_zeros(row, at) };
+                _mm512_storeu_ps(scales.as_mut_ptr(), scale);
+                _mm512_storeu_ps(with_zeros.as_mut_ptr(), _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
+            }
+        } else {
+            let groups = units.grid.groups();
+            let wide = units.grid.group_size.min(units.grid.cols.next_multiple_of(BLOCK));
+            for index in 0..16 {
+                let group = (at + index) * BLOCK / wide;
+                let (scale, zero) = if group < groups { units.grid.at(row, group) } else { (0.0, 0) };
+                (scales[index], with_zeros[index]) = (scale, scale * f32::from(zero));
+            }
+        }
+        put(at, &scales, &with_zeros);
     }
 }
 
