@@ -4,7 +4,9 @@ use std::ops::Range;
 
 use super::common::{Memory, Output, lines};
 use super::input::{Input, Layout, Needs, Order, unit_of};
-use super::level::{Kind, Level};
+#[cfg(target_arch = "x86_64")]
+use super::level::Kind;
+use super::level::Level;
 use super::{Activations, Linear, Pool, Rows, RowsMut, Scratch, plain};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
