@@ -13,7 +13,9 @@ const MAPPED: usize = 1 << 18;
 /// A line of the cache.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Line([u8; 64]);
+struct Line {
+    _bytes: [u8; 64],
+}
 
 /// Bytes that begin at a line of the cache, being written.
 pub(crate) struct Aligned(Memory);
@@ -34,7 +36,7 @@ impl Aligned {
             let _ = pages.advise(memmap2::Advice::HugePage);
             return Self(Memory::Pages(pages));
         }
-        Self(Memory::Lines(vec![Line([0; 64]); len.div_ceil(64)], len))
+        Self(Memory::Lines(vec![Line { _bytes: [0; 64] }; len.div_ceil(64)], len))
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {

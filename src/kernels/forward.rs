@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::common::{Memory, Output, lines};
 use super::input::{Input, Layout, Needs, Order, unit_of};
-use super::level::{Kind, Level};
+#[cfg(target_arch = "x86_64")]
+use super::level::Kind;
+use super::level::Level;
 use super::{Activations, Linear, Pool, Rows, RowsMut, Scratch, plain};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::error::{Error, Result};
 use crate::format::{Body, StoredMatrix};
 
@@ -43,7 +45,7 @@ impl Places {
         for layer in layers {
             let weights = [Some(layer.weight), layer.adapter.map(|adapter| adapter.a)];
             for weight in weights.into_iter().flatten() {
-                if let Some((order, unit)) = units_of(level, weight.body()) {
+                if let Some((order, unit)) = units_of(level, rows, weight.body()) {
                     needs.add(order, unit, activations == Activations::Int16);
                 }
             }
@@ -54,8 +56,11 @@ impl Places {
         let at = inner + ranks;
         let cols =
             layers.iter().flat_map(|layer| [layer.weight.cols(), layer.adapter.map_or(0, |adapter| adapter.a.cols())]);
-        let of_thread =
-            cols.map(plain::scratch_bytes).max().unwrap_or(0).max(lines(4 * level.scratch_floats(layout.most_units())));
+        let of_thread = cols
+            .map(plain::scratch_bytes)
+            .max()
+            .unwrap_or(0)
+            .max(lines(4 * level.scratch_floats(rows, inputs, layout.most_units())));
         Self { layout, inner, threads: at, of_thread, bytes: at + threads * of_thread }
     }
 }
@@ -66,13 +71,13 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
 }
 
 /// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
-fn units_of(level: Level, weight: &Body) -> Option<(Order, usize)> {
-    let (grid, order) = match weight {
-        Body::Int(packed) => (packed.whole_grid(), Order::EvenOdd),
-        Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder),
+fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
+    let (grid, order, has) = match weight {
+        Body::Int(packed) => (packed.whole_grid(), level.packed_order(rows), level.has_packed()),
+        Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder, level.has_sparse()),
         _ => return None,
     };
-    let fits = level.has_integers() && grid.bits == 4 && grid.group_of.is_none();
+    let fits = has && grid.bits == 4 && grid.group_of.is_none();
     fits.then(|| unit_of(grid.group_size, grid.cols)).flatten().map(|unit| (order, unit))
 }
 
@@ -136,7 +141,7 @@ pub fn forward_on(
         return Err(mismatch("bytes of scratch memory", &[places.bytes], &[memory.len()]));
     }
     let input =
-        Input { values: x.values, rows: x.rows, stride: x.stride, inputs, layout: places.layout, memory, at: 0 };
+        Input { level, values: x.values, rows: x.rows, stride: x.stride, inputs, layout: places.layout, memory, at: 0 };
     if places.layout.bytes > 0 {
         pool.for_each(x.rows.div_ceil(PREPARED), |_, task| {
             for row in task * PREPARED..((task + 1) * PREPARED).min(x.rows) {
@@ -146,7 +151,8 @@ pub fn forward_on(
         });
     }
     let call = Call { level, layers, input, places: &places, memory };
-    let tasks = |product| Tasks { layers, product, threads: pool.threads() };
+    let most = level.task_outputs(x.rows);
+    let tasks = |product| Tasks { layers, product, threads: pool.threads(), most };
     let inner = tasks(Product::Inner);
     if inner.count() > 0 {
         pool.for_each(inner.count(), |thread, task| {
@@ -235,11 +241,28 @@ impl Call<'_> {
         {
             // SAFETY: written by the tasks of the inner products, which are all done.
             let h = unsafe { self.memory.numbers(self.inner_at(layer), self.input.rows * adapter.rank) };
+            let (rank, rows) = (adapter.rank, self.input.rows);
+            #[cfg(target_arch = "x86_64")]
+            if self.level.kind() == Kind::Avx512 && rows >= avx512::MANY {
+                // SAFETY: the caller's promise, and the level's.
+                unsafe {
+                    let scratch = self.scratch(thread);
+                    avx512::panel::add_update(bt, adapter.scale, h, rank, range, rows, output, scratch);
+                }
+                return;
+            }
             // SAFETY: the caller's promise.
-            unsafe {
-                plain::add_update(self.level, bt, adapter.scale, h, adapter.rank, range, self.input.rows, output)
-            };
+            unsafe { plain::add_update(self.level, bt, adapter.scale, h, rank, range, rows, output) };
         }
+    }
+
+    /// # Safety
+    /// The thread's memory is its own, and no other slice of it lives.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn scratch<'b>(&self, thread: usize) -> &'b mut [f32] {
+        let at = self.places.threads + thread * self.places.of_thread;
+        // SAFETY: the caller's promise.
+        unsafe { self.memory.floats(at, self.places.of_thread / 4) }
     }
 
     /// # Safety
@@ -247,12 +270,16 @@ impl Call<'_> {
     unsafe fn multiply(&self, thread: usize, weight: &StoredMatrix, range: Range<usize>, output: Output) {
         let at = self.places.threads + thread * self.places.of_thread;
         #[cfg(target_arch = "x86_64")]
-        if self.level.kind() == Kind::Avx512 {
-            let unit = units_of(self.level, weight.body()).map(|(_, unit)| unit);
+        {
+            let (rows, body) = (range.clone(), weight.body());
+            let unit = units_of(self.level, self.input.rows, body).map(|(_, unit)| unit);
             // SAFETY: the caller's promise, and the level's.
             let done = unsafe {
-                let scratch = self.memory.floats(at, self.places.of_thread / 4);
-                avx512::multiply(weight.body(), unit, range.clone(), &self.input, output, scratch)
+                match self.level.kind() {
+                    Kind::Portable => false,
+                    Kind::Avx2 => avx2::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                    Kind::Avx512 => avx512::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                }
             };
             if done {
                 return;
@@ -279,6 +306,8 @@ struct Tasks<'a> {
     layers: &'a [Linear<'a>],
     product: Product,
     threads: usize,
+    /// Outputs of a task, where the kernel says.
+    most: Option<usize>,
 }
 
 impl Tasks<'_> {
@@ -289,6 +318,9 @@ impl Tasks<'_> {
             (Product::Inner, Some(adapter)) => (adapter.rank, adapter.a),
             (Product::Inner, None) => return (0, 1),
         };
+        if let Some(most) = self.most {
+            return (outputs, most);
+        }
         let row = weight.bytes().checked_div(weight.rows()).unwrap_or(0).max(1);
         let most = (TASK_BYTES / row).min(outputs.div_ceil(TASKS * self.threads));
         (outputs, most.next_multiple_of(OUTPUTS).max(OUTPUTS))
