@@ -15,9 +15,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use elastic_lora::format::{
-    Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat,
-};
+use elastic_lora::format::{Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat};
 use elastic_lora::infer::{CacheFormat, Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, LlamaDims};

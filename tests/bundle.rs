@@ -240,7 +240,8 @@ fn no_mutation_crashes_or_computes_something_else() {
                     index.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(at, _)| at).collect();
                 let at = digits[rng.random_range(0..digits.len())];
                 let end = at + index[at..].find(|c: char| !c.is_ascii_digit()).unwrap_or(0);
-                let numbers = ["0", "1", "2", "3", "7", "64", "65536", "4294967296", "18446744073709551615", "-1", "0.5"];
+                let numbers =
+                    ["0", "1", "2", "3", "7", "64", "65536", "4294967296", "18446744073709551615", "-1", "0.5"];
                 format!("{}{}{}", &index[..at], numbers[rng.random_range(0..numbers.len())], &index[end..])
             });
             std::fs::write(&bad, changed).unwrap();

@@ -18,9 +18,7 @@ use common::{random_ids, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{
-    GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch,
-};
+use elastic_lora::infer::{GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch};
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::nn::host_values;
 use elastic_lora::space::Elastic;
@@ -297,7 +295,8 @@ fn a_layer_is_the_decoders_own() {
     let decoder = net.eval_model();
     let (_, layer) = decoder.linears().find(|(found, _)| found == name).unwrap();
     let data = burn::tensor::TensorData::new(x, [2, 37]);
-    let expected = host_values(layer.forward(burn::tensor::Tensor::<2>::from_data(data, &burn::tensor::Device::flex())));
+    let expected =
+        host_values(layer.forward(burn::tensor::Tensor::<2>::from_data(data, &burn::tensor::Device::flex())));
     let largest = expected.iter().fold(0.0f32, |max, y| max.max(y.abs()));
     assert!(largest > 0.1 && common::max_diff(&y, &expected) < 1e-5 * largest, "{y:?} {expected:?}");
 }
@@ -353,8 +352,8 @@ fn programs_are_clean_under_valgrind() {
     let Some(program) = program(Link::Shared) else { return };
     let valgrind = |arguments: &[&Path]| {
         let mut command = Command::new("valgrind");
-        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect"]);
-        command.args(["--show-leak-kinds=definite,indirect", "--fair-sched=yes"]).arg(program).args(arguments);
+        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=all"]);
+        command.args(["--show-leak-kinds=all", "--fair-sched=yes"]).arg(program).args(arguments);
         succeed(&mut command);
     };
     // Reading a tokenizer takes most of the time under valgrind, and is not what is looked for.
@@ -421,7 +420,8 @@ fn cmake_build(build: &Path) {
 
 /// Runs the examples that lie in these folders, and looks at what they print.
 fn try_examples(c: &Path, cpp: &Path) {
-    let printed = succeed(Command::new(c.join("apply_linear")).arg(bundle()).args(["model.layers.0.mlp.down_proj", "3"]));
+    let printed =
+        succeed(Command::new(c.join("apply_linear")).arg(bundle()).args(["model.layers.0.mlp.down_proj", "3"]));
     assert!(printed.contains("16 -> 24, rank 2") && printed.contains("37 -> 24, rank 4"), "{printed}");
     let printed = succeed(Command::new(c.join("generate")).arg(bundle()).args(["1,17,5", "least", "0.7", "3"]));
     assert!(printed.contains("tokens"), "{printed}");
@@ -479,7 +479,12 @@ fn other_projects_find_the_library() {
     .unwrap();
     let build = outside.path().join("build");
     let mut command = Command::new("cmake");
-    command.arg("-S").arg(outside.path()).arg("-B").arg(&build).arg(format!("-DCMAKE_PREFIX_PATH={}", prefix.display()));
+    command
+        .arg("-S")
+        .arg(outside.path())
+        .arg("-B")
+        .arg(&build)
+        .arg(format!("-DCMAKE_PREFIX_PATH={}", prefix.display()));
     succeed(&mut command);
     cmake_build(&build);
     succeed(Command::new(build.join("app")).arg(bundle()));

@@ -9,7 +9,7 @@ fn the_header_is_in_step_with_the_source() {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["run", "--quiet", "--locked", "--manifest-path", "tools/header/Cargo.toml", "--target-dir"])
-        .arg(root.join("target/tools"))
+        .arg(Path::new(env!("CARGO_TARGET_TMPDIR")).join("header"))
         .args(["--", "."])
         .current_dir(root)
         .output()

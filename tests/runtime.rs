@@ -9,16 +9,18 @@ use burn::tensor::{Device, Tensor, TensorData};
 use common::{load, load_i32, max_diff, random_ids, random_values, shared, tiny, tiny_dims, tiny_mistral, tiny_on};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::data::{Batcher, Sequence};
-use elastic_lora::format::WeightFormat;
+use elastic_lora::format::{PackedMatrix, WeightFormat};
 use elastic_lora::infer::{
     CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig,
     decode_batch,
 };
-use elastic_lora::io::hf::{BlockDims, LlamaDims};
-use elastic_lora::io::{Checkpoint, HfConfig};
+use elastic_lora::io::hf::{BlockDims, HfFolder, LlamaDims};
+use elastic_lora::io::{Checkpoint, DType, HfConfig, QuantFormat};
+use elastic_lora::kernels::Activations;
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
@@ -258,8 +260,7 @@ fn units() -> Vec<String> {
 
 /// Ranks, widths, head counts and depth on three blocks with biases; alpha is not the rank.
 fn net(tied: bool, rule: ScaleRule) -> SuperNet {
-    let dims =
-        LlamaDims { num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(tied) };
+    let dims = LlamaDims { num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(tied) };
     let model = llama(&dims, serde_json::json!({"attention_bias": true, "mlp_bias": true}), 13);
     let layers = model.layer_shapes();
     let width = |groups: &[&[&str]], choices: &[usize]| {
@@ -487,10 +488,9 @@ fn threads_share_a_model_and_get_the_same_bits() {
 fn generation_is_the_decoders_and_stops_where_it_should() {
     for decoder in [tiny(true, 1), tiny(false, 2), tiny_mistral(Some(5), 3)] {
         let model = Model::from_decoder(&decoder, F32).unwrap();
-        for sample in [
-            SampleConfig::default(),
-            SampleConfig { temperature: 1.3, top_k: 20, top_p: 0.9, min_p: 0.02, seed: 4 },
-        ] {
+        for sample in
+            [SampleConfig::default(), SampleConfig { temperature: 1.3, top_k: 20, top_p: 0.9, min_p: 0.02, seed: 4 }]
+        {
             let prompt = random_ids(6, 41, 2);
             let mut config = GenerateConfig { sample, ..GenerateConfig::new(1000, vec![]) };
             let want = DeviceSession::new(&decoder).generate(&prompt, &config, |_| true).unwrap();
@@ -547,6 +547,57 @@ fn bad_input_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn quantized_folders_run_with_the_codes_that_they_hold() {
+    let dims = LlamaDims { hidden_size: 64, intermediate_size: 96, ..tiny_dims(false) };
+    let mut decoder = llama(&dims, serde_json::json!({"attention_bias": true}), 21);
+    // Smaller, so that no score is so large that it makes much of the last bits of its inputs.
+    decoder
+        .try_for_each_linear(|_, layer| {
+            let weight = layer.base.to_matrix();
+            layer.base.set_matrix(&Matrix::from_fn(weight.rows(), weight.cols(), |i, j| 0.4 * weight.row(i)[j]))
+        })
+        .unwrap();
+    let scratch = tempfile::TempDir::new().unwrap();
+    for (format, symmetric) in
+        [(QuantFormat::Gptq, false), (QuantFormat::GptqV2, false), (QuantFormat::CompressedTensors, true)]
+    {
+        let grid = GridConfig::new(4)
+            .with_group_size(Some(32))
+            .with_symmetric(symmetric)
+            .with_scale_dtype(ScaleDtype::F16)
+            .with_zero_from_one(true);
+        let quantize = |(name, layer): (String, &elastic_lora::ElasticLoraLinear)| {
+            (name, round_to_nearest(&layer.base.to_matrix(), &grid, None).unwrap())
+        };
+        let layers = decoder.linears().map(quantize).collect();
+        let path = scratch.path().join(format!("{format:?}"));
+        let folder = HfFolder::create(&path, false).unwrap();
+        let tensors = decoder.tensors(DType::F32).unwrap();
+        folder.write_quantized(decoder.config(), DType::F32, tensors, &layers, format).unwrap();
+        folder.commit().unwrap();
+        let model = Model::open(&path, &ModelOptions::default()).unwrap();
+        assert!(matches!(model.layers()[0].format, WeightFormat::Int { bits: 4, group_size: Some(32), .. }));
+        let ids = random_ids(19, 41, 5);
+        agrees(&load(&path), &mut session(&model), &ids, 5e-4, &format!("{format:?}"));
+        let sparse = model.with_format(WeightFormat::SparseInt4 { group_size: Some(32), symmetric }).unwrap();
+        agrees(&load(&path), &mut session(&sparse), &ids, 5e-4, &format!("{format:?}, sparse"));
+        // Of a decoder whose weights stayed packed.
+        let mut packed = decoder.clone();
+        packed
+            .try_for_each_linear(|name, layer| {
+                let bias = layer.base.bias.as_ref().map(|bias| host_values(bias.val()));
+                let codes = PackedMatrix::new(&layers[name]);
+                layer.base = BaseLinear::from_quantized(codes, bias.as_deref(), &Device::flex())?;
+                Ok(())
+            })
+            .unwrap();
+        let made = Model::from_decoder(&packed, F32).unwrap();
+        assert_eq!(made.weight(3).unwrap(), model.weight(3).unwrap());
+        assert_eq!(in_pieces(&mut session(&made), &ids, &[9]), in_pieces(&mut session(&model), &ids, &[9]));
+    }
+}
+
+#[test]
 fn real_models_give_transformers_logits() {
     for name in ["stories260K", "story-llama-0.6M"] {
         let (Some(dir), Some(vectors)) =
@@ -564,6 +615,17 @@ fn real_models_give_transformers_logits() {
         let expected = load_i32(&vectors, "greedy_from_first4");
         let config = GenerateConfig::new(expected.len() - 4, vec![]);
         assert_eq!(session(&model).generate(&ids[..4], &config, |_| true).unwrap(), &expected[4..], "{name}");
+        // What rounding the inputs of integer weights costs, against the same weights in 32 bits.
+        let format = WeightFormat::Int { bits: 4, group_size: Some(32), symmetric: false };
+        let int4 = model.with_format(format).unwrap();
+        let exact = in_pieces(&mut session(&int4.with_format(F32).unwrap()), &ids, &[ids.len()]);
+        for (activations, most) in [(Activations::Int16, 2e-4), (Activations::Int8, 5e-2)] {
+            let config = SessionConfig::default().with_activations(activations);
+            let got = in_pieces(&mut Session::new(&int4, &config).unwrap(), &ids, &[ids.len()]);
+            let off = max_diff(&got, &exact) / largest(&exact);
+            println!("{name}: {activations:?}: {off:.1e} of the largest logit");
+            assert!(off < most, "{name}, {activations:?}: {off}");
+        }
         // Of the same file read as a whole, and of the decoder.
         let read = Model::open(&dir, &ModelOptions::default().with_mmap(false)).unwrap();
         let made = Model::from_decoder(&load(&dir), F32).unwrap();

@@ -63,8 +63,7 @@ unsafe impl Growing for elora_linear_options {
 }
 
 impl elora_linear_options {
-    const DEFAULT: Self =
-        Self { struct_size: size_of::<Self>(), activations: ELORA_ACTIVATIONS_INT16, reserved: 0 };
+    const DEFAULT: Self = Self { struct_size: size_of::<Self>(), activations: ELORA_ACTIVATIONS_INT16, reserved: 0 };
 }
 
 /// Sets every field to its default. `struct_size` is sizeof(elora_linear_options).

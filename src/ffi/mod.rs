@@ -29,4 +29,6 @@ mod test_hooks;
 mod tokenizer;
 
 #[cfg(panic = "abort")]
-compile_error!("feature `capi` needs `panic = \"unwind\"`, so that a bug in the library does not end the process that uses it");
+compile_error!(
+    "feature `capi` needs `panic = \"unwind\"`, so that a bug in the library does not end the process that uses it"
+);

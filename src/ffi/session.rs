@@ -127,8 +127,7 @@ impl elora_session_options {
             ELORA_CACHE_F16 => CacheFormat::F16,
             other => return Err(Failure::argument(format!("cache_format = {other}: no ELORA_CACHE_ constant"))),
         };
-        let mut config =
-            SessionConfig::default().with_cache(cache).with_activations(activations(self.activations)?);
+        let mut config = SessionConfig::default().with_cache(cache).with_activations(activations(self.activations)?);
         if self.n_ctx > 0 {
             config = config.with_n_ctx(self.n_ctx);
         }
@@ -181,9 +180,7 @@ pub unsafe extern "C" fn elora_session_free(session: *mut elora_session) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_subnet(session: *mut elora_session, subnet: usize) -> elora_status {
     // SAFETY: as the header asks of the caller.
-    guard::status(|| unsafe {
-        memory::required(session, "session")?.with(|session| Ok(session.set_subnet(subnet)?))
-    })
+    guard::status(|| unsafe { memory::required(session, "session")?.with(|session| Ok(session.set_subnet(subnet)?)) })
 }
 
 /// Makes a subnet the active one, by its name; otherwise as elora_session_set_subnet().

@@ -39,7 +39,9 @@ impl Model {
         }
         let narrowed = |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
         if let Some((name, _)) = model.linears().find(narrowed) {
-            return Err(Error::Unsupported { what: format!("running with channels of `{name}` left out, not extracted,") });
+            return Err(Error::Unsupported {
+                what: format!("running with channels of `{name}` left out, not extracted,"),
+            });
         }
         let parts = decoder_parts(model, &plan.into())?;
         Ok(Self::from_weights(Weights::new(parts)?, 0))
@@ -224,7 +226,8 @@ fn stop_ids(config: &HfConfig, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
 /// A tokenizer with the special tokens that a config names.
 pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> Result<Tokenizer> {
     let inner = TextTokenizer::from_json(&json, path)?;
-    let (bos, eos) = (config.bos_token_id().or(inner.bos_id()), config.eos_token_ids().first().copied().or(inner.eos_id()));
+    let (bos, eos) =
+        (config.bos_token_id().or(inner.bos_id()), config.eos_token_ids().first().copied().or(inner.eos_id()));
     Ok(Tokenizer { json, inner: inner.with_special_ids(bos, eos) })
 }
 
@@ -247,7 +250,8 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
     let config = HfConfig::open(folder)?;
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
     config.check(&checkpoint)?;
-    let embedding = dense(&checkpoint, config.embedding_name(&checkpoint)?, [config.vocab_size(), config.hidden_size()])?;
+    let embedding =
+        dense(&checkpoint, config.embedding_name(&checkpoint)?, [config.vocab_size(), config.hidden_size()])?;
     let mut layers = Vec::new();
     for layer in config.linear_layers() {
         let (name, shape) = (layer.name, [layer.d_output, layer.d_input]);

@@ -125,7 +125,11 @@ impl Model {
         let parts = ModelParts {
             config: weights.config,
             embedding: weights.embedding,
-            norms: weights.norms.iter().map(|norms| norms.each_ref().map(|n| n.as_deref().map(<[f32]>::to_vec))).collect(),
+            norms: weights
+                .norms
+                .iter()
+                .map(|norms| norms.each_ref().map(|n| n.as_deref().map(<[f32]>::to_vec)))
+                .collect(),
             final_norm: weights.final_norm.to_vec(),
             layers: weights.layers,
             space: None,
@@ -150,7 +154,9 @@ fn prefix(name: &str, stored: &StoredMatrix, rows: usize, cols: usize) -> Result
     let (all, groups) = (codes.cols(), codes.groups());
     let mut parts = codes.into_parts();
     if parts.group_of.is_some() && cols < all {
-        return Err(Error::Unsupported { what: format!("a part of the inputs of `{name}`, whose groups are not in order,") });
+        return Err(Error::Unsupported {
+            what: format!("a part of the inputs of `{name}`, whose groups are not in order,"),
+        });
     }
     let kept = cols.div_ceil(parts.group_size);
     let cut = |values: Vec<u8>, width: usize, kept: usize| -> Vec<u8> {

@@ -34,12 +34,9 @@ pub(super) struct Pass<'a> {
 fn linear<'a>(weights: &'a Weights, shape: &Shape, layer: usize, outputs: usize) -> Result<Linear<'a>> {
     let stored = &weights.layers[layer];
     let adapter = match (&stored.adapter, shape.ranks[layer]) {
-        (Some(adapter), rank) if rank > 0 => Some(Adapter {
-            a: adapter.a.get()?,
-            bt: adapter.bt.get()?,
-            rank,
-            scale: shape::scale(&adapter.lora, rank),
-        }),
+        (Some(adapter), rank) if rank > 0 => {
+            Some(Adapter { a: adapter.a.get()?, bt: adapter.bt.get()?, rank, scale: shape::scale(&adapter.lora, rank) })
+        }
         _ => None,
     };
     let bias = stored.bias.as_deref().map(|bias| &bias[..outputs]);
@@ -137,8 +134,7 @@ impl Pass<'_> {
     }
 
     fn mlp(&self, block: usize, first: usize, work: &mut Workspace) -> Result<()> {
-        let (d_model, d_mlp, rows) =
-            (self.weights.config.hidden_size(), self.shape.blocks[block].d_mlp, self.rows());
+        let (d_model, d_mlp, rows) = (self.weights.config.hidden_size(), self.shape.blocks[block].d_mlp, self.rows());
         self.norm(self.weights.norms[block][1].as_deref(), work);
         let layer = |at| linear(self.weights, self.shape, first + at, d_mlp);
         let layers = [layer(0)?, layer(1)?];

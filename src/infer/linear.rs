@@ -155,7 +155,8 @@ impl LinearLayer {
     /// # Errors
     /// [`Error::InvalidArgument`] for more rows than any memory holds.
     pub fn scratch_bytes(&self, n_rows: usize) -> Result<usize> {
-        let numbers = n_rows.checked_mul(4 * (self.inputs + self.outputs)).filter(|bytes| *bytes < isize::MAX as usize / 4);
+        let numbers =
+            n_rows.checked_mul(4 * (self.inputs + self.outputs)).filter(|bytes| *bytes < isize::MAX as usize / 4);
         let Some(numbers) = numbers else {
             return Err(Error::argument("n_rows", n_rows, "rows that fit into memory"));
         };
@@ -237,15 +238,7 @@ impl LinearLayer {
 impl LinearLayer {
     fn run(&self, x: Rows<'_>, y: RowsMut<'_>, scratch: &mut [u8]) -> Result<()> {
         let (layers, inputs) = ([self.linear()?], self.inputs);
-        kernels::forward(
-            &self.model.pool,
-            &layers,
-            x,
-            inputs,
-            &mut [y],
-            self.activations,
-            &mut Scratch::new(scratch),
-        )
+        kernels::forward(&self.model.pool, &layers, x, inputs, &mut [y], self.activations, &mut Scratch::new(scratch))
     }
 }
 

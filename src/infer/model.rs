@@ -1,13 +1,14 @@
 //! A model as it is run.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::format::{StoredMatrix, WeightFormat};
 use crate::io::HfConfig;
 use crate::kernels::Pool;
+use crate::linalg::Matrix;
 use crate::nn::Rope;
 use crate::space::{Elastic, SearchSpace, SubnetConfig};
 use crate::supernet::widths;
@@ -179,9 +180,7 @@ impl Weights {
         for index in 0..wanted.len().max(layers.len()) {
             let head = ("lm_head", vocab_size, d_model, false, None);
             let (name, d_output, d_input, bias, block) = match wanted.get(index) {
-                Some(layer) => {
-                    (layer.name.as_str(), layer.d_output, layer.d_input, layer.bias, Some(layer.block))
-                }
+                Some(layer) => (layer.name.as_str(), layer.d_output, layer.d_input, layer.bias, Some(layer.block)),
                 None => head,
             };
             let Some(layer) = layers.get(index).filter(|layer| layer.name == name && index <= wanted.len()) else {
@@ -252,8 +251,10 @@ impl Weights {
             };
         };
         let linear = self.config.linear_layers();
-        let shapes: Vec<_> =
-            linear.iter().map(|layer| crate::space::LayerShape::new(&layer.name, layer.d_input, layer.d_output)).collect();
+        let shapes: Vec<_> = linear
+            .iter()
+            .map(|layer| crate::space::LayerShape::new(&layer.name, layer.d_input, layer.d_output))
+            .collect();
         let largest = self.layers.iter().map(LayerWeights::max_rank).max().unwrap_or(0);
         space.validate_layers(&shapes, largest)?;
         widths::check(self.config.blocks(), self.config.head_dim(), &space)?;
@@ -274,7 +275,11 @@ impl Weights {
                 continue;
             }
             if name.is_empty() || name.contains('\0') || self.subnets.iter().any(|subnet| subnet.name == name) {
-                return Err(Error::argument("subnets", format!("`{name}`"), "names that differ, are not empty and hold no NUL"));
+                return Err(Error::argument(
+                    "subnets",
+                    format!("`{name}`"),
+                    "names that differ, are not empty and hold no NUL",
+                ));
             }
             self.subnets.push(NamedSubnet { name, config });
             self.shapes.push(shape);
@@ -437,6 +442,17 @@ impl Model {
         self.layer(layer)?.weight.get()
     }
 
+    /// The factors of a layer's adapter, A `[r_max, d_input]` and B transposed `[r_max, d_output]`, and the scale of the largest rank;
+    /// nothing where there is no adapter.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub fn factors(&self, layer: usize) -> Result<Option<(Matrix, Matrix, f32)>> {
+        let Some(adapter) = &self.layer(layer)?.adapter else { return Ok(None) };
+        let scale = super::shape::scale(&adapter.lora, adapter.lora.rank);
+        Ok(Some((adapter.a.get()?.to_matrix(), adapter.bt.get()?.to_matrix(), scale)))
+    }
+
     /// One linear layer under a subnet, to be applied to the caller's numbers. It keeps the model alive.
     ///
     /// # Errors
@@ -453,9 +469,15 @@ impl Model {
     pub fn verify(&self) -> Result<()> {
         // Of a bundle everything, gaps and texts included; the weights of a converted model lie in none.
         if let Some(bundle) = self.weights.embedding.bundle() {
-            bundle.verify()?;
+            bundle.verify_on(&self.pool)?;
         }
-        self.weights.all().try_for_each(|weight| weight.check(true))
+        let (weights, failed): (Vec<&Weight>, _) = (self.weights.all().collect(), Mutex::new(None));
+        self.pool.for_each(weights.len(), |_, index| {
+            if let Err(error) = weights[index].check_contents() {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     pub(super) fn layer(&self, layer: usize) -> Result<&LayerWeights> {
@@ -478,7 +500,8 @@ impl Model {
     pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
         let path = path.as_ref();
         let is_folder = std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_dir();
-        let parts = if is_folder { super::build::from_folder(path, options)? } else { super::bundle::read(path, options)? };
+        let parts =
+            if is_folder { super::build::from_folder(path, options)? } else { super::bundle::read(path, options)? };
         let model = Self::from_weights(Weights::new(parts)?, options.n_threads);
         if options.verify == Verify::OnOpen {
             model.verify()?;

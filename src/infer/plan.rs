@@ -78,10 +78,8 @@ pub(super) fn encode(name: &str, weight: &Matrix, format: WeightFormat) -> Resul
         WeightFormat::SparseInt4 { group_size, symmetric } => (4, group_size, symmetric, true),
         _ => return StoredMatrix::from_matrix(weight, format).map_err(|error| named(name, error)),
     };
-    let grid = GridConfig::new(bits)
-        .with_group_size(group_size)
-        .with_symmetric(symmetric)
-        .with_scale_dtype(ScaleDtype::F16);
+    let grid =
+        GridConfig::new(bits).with_group_size(group_size).with_symmetric(symmetric).with_scale_dtype(ScaleDtype::F16);
     let codes = round_to_nearest(weight, &grid, None)?;
     StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))
 }

@@ -53,23 +53,25 @@ impl Weight {
     /// [`Error::InvalidFile`] that names the tensor.
     pub fn get(&self) -> Result<&StoredMatrix> {
         if !self.0.checked.load(Ordering::Acquire) {
-            self.check(false)?;
+            self.check()?;
         }
         Ok(&self.0.matrix)
     }
 
-    /// Checks the contents, whether that was done before or not; `always` with their checksums, where there are any.
+    #[cold]
+    fn check(&self) -> Result<()> {
+        if let Some((bundle, true)) = &self.0.source {
+            bundle.verify_matrix(&self.0.name)?;
+        }
+        self.check_contents()
+    }
+
+    /// Checks the contents as far as they can be without checksums, whether that was done before or not.
     ///
     /// # Errors
     /// [`Error::InvalidFile`] that names the tensor.
-    #[cold]
-    pub fn check(&self, always: bool) -> Result<()> {
+    pub fn check_contents(&self) -> Result<()> {
         let Inner { name, matrix, source, checked } = &*self.0;
-        if let Some((bundle, compare)) = source
-            && (always || *compare)
-        {
-            bundle.verify_matrix(name)?;
-        }
         let path = source.as_ref().map_or(name.as_ref(), |(bundle, _)| bundle.path());
         matrix.check().map_err(|error| Error::invalid_file(path, format!("tensor `{name}`: {error}")))?;
         // Two threads may come here at once, and then find the same.

@@ -57,16 +57,18 @@ impl Needs {
 pub(super) struct Layout {
     needs: Needs,
     inputs: usize,
+    units_at: [usize; 5],
     pub bytes: usize,
 }
 
 impl Layout {
     pub fn new(needs: Needs, inputs: usize) -> Self {
-        let mut layout = Self { needs, inputs, bytes: 0 };
-        let codes = needs.orders.iter().filter(|need| **need).count() * layout.codes_bytes();
-        let units: usize =
-            UNITS.iter().zip(needs.units).filter(|(_, need)| *need).map(|(unit, _)| layout.unit_bytes(*unit)).sum();
-        layout.bytes = codes + units;
+        let mut layout = Self { needs, inputs, units_at: [0; 5], bytes: 0 };
+        layout.bytes = needs.orders.iter().filter(|need| **need).count() * layout.codes_bytes();
+        for (index, (unit, need)) in UNITS.into_iter().zip(needs.units).enumerate() {
+            layout.units_at[index] = layout.bytes;
+            layout.bytes += if need { layout.unit_bytes(unit) } else { 0 };
+        }
         layout
     }
 
@@ -100,10 +102,8 @@ impl Layout {
 
     /// Where the scales of units lie; the sums lie `unit_bytes / 2` behind.
     fn unit_at(&self, unit: usize) -> usize {
-        let codes = self.needs.orders.iter().filter(|need| **need).count() * self.codes_bytes();
-        let before =
-            UNITS.iter().zip(self.needs.units).take_while(|(other, _)| **other < unit).filter(|(_, need)| *need);
-        codes + before.map(|(unit, _)| self.unit_bytes(*unit)).sum::<usize>()
+        // Units are 8, 16 ..
+        self.units_at[unit.trailing_zeros() as usize - 3]
     }
 }
 
@@ -132,12 +132,11 @@ impl<'a> Input<'a> {
         unsafe { self.memory.shared(from, self.layout.codes_bytes()) }
     }
 
-    /// Scales and sums (`scale * sum q`) of a row's units, 16 zeros after them.
-    pub fn units(&self, row: usize, unit: usize) -> (&'a [f32], &'a [f32]) {
+    /// Where the scales and the sums (`scale * sum q`) of a row's units are, with 16 zeros after them.
+    pub fn units_at(&self, row: usize, unit: usize) -> (*const f32, *const f32) {
         let from = self.at + row * self.layout.bytes + self.layout.unit_at(unit);
         let (count, half) = (self.layout.units(unit) + PAD, self.layout.unit_bytes(unit) / 2);
-        // SAFETY: written by `prepare` before any task reads.
-        unsafe { (self.memory.numbers(from, count), self.memory.numbers(from + half, count)) }
+        (self.memory.pointer(from, count), self.memory.pointer(from + half, count))
     }
 
     pub fn wide(&self) -> bool {

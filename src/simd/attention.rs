@@ -185,7 +185,9 @@ mod tests {
         (0..head_dim)
             .map(|d| {
                 let weighted = seen.clone().zip(&scores);
-                weighted.map(|(token, score)| (score - max).exp() * f64::from(values[token * head_dim + d])).sum::<f64>()
+                weighted
+                    .map(|(token, score)| (score - max).exp() * f64::from(values[token * head_dim + d]))
+                    .sum::<f64>()
                     / total
             })
             .collect()

@@ -1,6 +1,7 @@
 //! Reading a bundle.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
@@ -8,6 +9,7 @@ use super::{ALIGN, FORMAT, GAP, Index, VERSION, dtype};
 use crate::error::{Error, Result};
 use crate::format::StoredMatrix;
 use crate::io::tensors::{Checkpoint, DType};
+use crate::kernels::Pool;
 
 /// A bundle, opened: see the [module](super) for what was checked then, and what is checked later.
 #[derive(Debug)]
@@ -148,12 +150,31 @@ impl Bundle {
         self.checkpoint.names().try_for_each(|name| self.verify_tensor(name))
     }
 
+    /// [`verify`](Self::verify) on several threads.
+    ///
+    /// # Errors
+    /// As [`verify`](Self::verify); of several, that of the first tensor by name.
+    pub fn verify_on(&self, pool: &Pool) -> Result<()> {
+        let names: Vec<&str> = self.checkpoint.names().collect();
+        let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+        pool.for_each(names.len(), |_, index| {
+            if let Err(error) = self.verify_tensor(names[index]) {
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                if failed.as_ref().is_none_or(|(first, _)| index < *first) {
+                    *failed = Some((index, error));
+                }
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), |(_, error)| Err(error))
+    }
+
     fn verify_tensor(&self, name: &str) -> Result<()> {
         let found = crc32fast::hash(self.checkpoint.bytes(name)?);
         match self.index.checksums.get(name) {
             Some(expected) if *expected == found => Ok(()),
             _ => {
-                let reason = format!("tensor `{name}`: its contents are not those that were written (checksum {found:08x})");
+                let reason =
+                    format!("tensor `{name}`: its contents are not those that were written (checksum {found:08x})");
                 Err(Error::invalid_file(self.path(), reason))
             }
         }

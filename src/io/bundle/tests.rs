@@ -55,7 +55,12 @@ fn refused(folder: &TempDir, bytes: &[u8]) -> String {
 }
 
 /// The file with another header; a checksum of the index that fits, if wanted.
-fn rewritten(bytes: &[u8], shift: usize, fix: bool, change: impl FnOnce(&mut Map<String, Value>, &mut Value)) -> Vec<u8> {
+fn rewritten(
+    bytes: &[u8],
+    shift: usize,
+    fix: bool,
+    change: impl FnOnce(&mut Map<String, Value>, &mut Value),
+) -> Vec<u8> {
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let mut header: Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
     let mut index: Value = serde_json::from_str(header["__metadata__"]["index"].as_str().unwrap()).unwrap();
@@ -135,7 +140,8 @@ fn one_bad_file_for_each_rule() {
         }),
         ("`layer.F16`: ", true, |_, index| index["matrices"]["layer.F16"]["cols"] = u64::MAX.into()),
         ("`layer.int`: ", true, |_, index| {
-            index["matrices"]["layer.int"]["format"] = json!({"int": {"bits": 5, "group_size": 16, "symmetric": false}});
+            index["matrices"]["layer.int"]["format"] =
+                json!({"int": {"bits": 5, "group_size": 16, "symmetric": false}});
         }),
         ("`layer.F32.values`: F32 [67, 5], expected F32 [5, 67]", false, |header, _| {
             header["layer.F32.values"]["shape"] = json!([67, 5]);

@@ -49,13 +49,7 @@ impl<'a> BundleWriter<'a> {
         self.push(name.to_string(), DType::U8, vec![text.len()], text.as_bytes());
     }
 
-    fn push(
-        &mut self,
-        name: String,
-        dtype: DType,
-        shape: Vec<usize>,
-        bytes: impl Into<std::borrow::Cow<'a, [u8]>>,
-    ) {
+    fn push(&mut self, name: String, dtype: DType, shape: Vec<usize>, bytes: impl Into<std::borrow::Cow<'a, [u8]>>) {
         self.gap(self.at.next_multiple_of(ALIGN) - self.at);
         self.put(name, dtype, shape, bytes.into());
     }

@@ -1,8 +1,8 @@
 //! Reading checkpoints.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{for_tiles, some_floats, some_words};
+use super::{for_tiles, prefetch, some_floats, some_words};
 use crate::format::{Dense, Number};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
@@ -103,47 +103,68 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
 ) {
     let size = if N == F32 { 4 } else { 2 };
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
-    let mut sums = [[_mm512_setzero_ps(); R]; W];
-    let whole = input.inputs / 16 * 16;
+    // Two for each pair of rows, so that additions wait less for each other.
+    let mut sums = [[[_mm512_setzero_ps(); 2]; R]; W];
+    let whole = input.inputs / 32 * 32;
     // SAFETY: all loads are in the rows, the last ones masked.
     unsafe {
         let mut column = 0;
         while column < whole {
-            let mut xs = [_mm512_setzero_ps(); R];
-            for i in 0..R {
-                xs[i] = _mm512_loadu_ps(x[i].add(column));
-            }
             for w in 0..W {
-                let at = weight.add(w * stride + column * size);
-                let ws = match N {
-                    F32 => _mm512_loadu_ps(at.cast()),
-                    F16 => _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())),
-                    _ => from_bf16(_mm256_loadu_si256(at.cast())),
-                };
-                for i in 0..R {
-                    sums[w][i] = _mm512_fmadd_ps(ws, xs[i], sums[w][i]);
+                prefetch(weight.add(w * stride + column * size));
+                if N == F32 {
+                    prefetch(weight.add(w * stride + column * size + 64));
                 }
             }
-            column += 16;
+            for part in 0..2 {
+                let mut xs = [_mm512_setzero_ps(); R];
+                for i in 0..R {
+                    xs[i] = _mm512_loadu_ps(x[i].add(column + 16 * part));
+                }
+                for w in 0..W {
+                    let ws = sixteen::<N>(weight.add(w * stride + (column + 16 * part) * size));
+                    for i in 0..R {
+                        sums[w][i][part] = _mm512_fmadd_ps(ws, xs[i], sums[w][i][part]);
+                    }
+                }
+            }
+            column += 32;
         }
-        let rest = input.inputs - whole;
-        if rest > 0 {
+        let mut column = whole;
+        while column < input.inputs {
+            let rest = input.inputs - column;
             for w in 0..W {
-                let at = weight.add(w * stride + whole * size);
+                let at = weight.add(w * stride + column * size);
                 let ws = match N {
                     F32 => some_floats(at.cast(), rest),
                     F16 => _mm512_cvtph_ps(some_words(at, rest)),
                     _ => from_bf16(some_words(at, rest)),
                 };
                 for i in 0..R {
-                    sums[w][i] = _mm512_fmadd_ps(ws, some_floats(x[i].add(whole), rest), sums[w][i]);
+                    sums[w][i][0] = _mm512_fmadd_ps(ws, some_floats(x[i].add(column), rest), sums[w][i][0]);
                 }
             }
+            column += 16;
         }
         for w in 0..W {
             for i in 0..R {
-                output.set(from + i, row + w, _mm512_reduce_add_ps(sums[w][i]));
+                output.set(from + i, row + w, _mm512_reduce_add_ps(_mm512_add_ps(sums[w][i][0], sums[w][i][1])));
             }
+        }
+    }
+}
+
+/// # Safety
+/// Sixteen numbers are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+unsafe fn sixteen<const N: u8>(at: *const u8) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match N {
+            F32 => _mm512_loadu_ps(at.cast()),
+            F16 => _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())),
+            _ => from_bf16(_mm256_loadu_si256(at.cast())),
         }
     }
 }

@@ -3,8 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::for_tiles;
 use super::units::{Units, lanes};
+use super::{for_tiles, prefetch};
 use crate::format::PackedMatrix;
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -23,7 +23,7 @@ pub(super) unsafe fn multiply(
     let stride = weight.cols().div_ceil(2);
     let codes: &[u8] = weight.codes();
     assert!(rows.end * stride <= codes.len() && input.inputs <= weight.cols());
-    let units = Units::new(scratch, input.inputs.div_ceil(BLOCK) * (BLOCK / unit));
+    let units = Units::new(weight.whole_grid(), unit, input, scratch);
     let call = Call { weight, unit, stride, input, output, units };
     // SAFETY: the rows are in the codes, as was asserted; the rest is the caller's promise.
     unsafe {
@@ -42,7 +42,7 @@ struct Call<'a> {
     stride: usize,
     input: &'a Input<'a>,
     output: Output,
-    units: Units,
+    units: Units<'a>,
 }
 
 macro_rules! tile {
@@ -85,11 +85,12 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     unsafe {
         let rows: [*const u8; W] = std::array::from_fn(|w| codes.add((row + w) * stride));
         for w in 0..W {
-            sums[w] = units.fill::<R>(weight.whole_grid(), row + w, w, unit, input, from);
+            sums[w] = units.fill::<R>(row + w, w, from);
         }
         for block in 0..blocks {
             for w in 0..W {
                 let at = rows[w].add(64 * block);
+                prefetch(at);
                 let pairs = if block < whole {
                     _mm512_loadu_si512(at.cast())
                 } else {
@@ -101,12 +102,11 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                 for i in 0..R {
                     let x = x[i].add(block * size);
                     let at = |part: usize| _mm512_loadu_si512(x.add(64 * part).cast());
-                    let mut sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, at(0));
-                    sum = _mm512_dpbusd_epi32(sum, odd, at(1));
+                    let none = _mm512_setzero_si512();
+                    let mut sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, at(0)), odd, at(1));
                     if WIDE {
-                        sum = _mm512_slli_epi32::<8>(sum);
-                        sum = _mm512_dpbusd_epi32(sum, even, at(2));
-                        sum = _mm512_dpbusd_epi32(sum, odd, at(3));
+                        let low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, at(2)), odd, at(3));
+                        sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sum), low);
                     }
                     let scales = units.products(w, i);
                     let scale = if SMALL {

@@ -9,7 +9,8 @@ mod sparse16;
 mod sparse_int4;
 mod units;
 
-use std::arch::x86_64::{__m256i, __m512, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps};
+use std::arch::asm;
+use std::arch::x86_64::{__m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps};
 use std::ops::Range;
 
 use super::common::Output;
@@ -80,26 +81,79 @@ fn first_lanes(count: usize) -> u16 {
     if count >= 16 { u16::MAX } else { (1 << count) - 1 }
 }
 
+/// Bytes that are asked for ahead of those that are needed: 128 lines, what memory delivers in some of its latencies.
+const AHEAD: usize = 8192;
+
+/// Asks for what lies [`AHEAD`] of a place of a stream to come into the second-level cache. The first level has too few places for lines
+/// under way to keep a core's share of memory busy; the second has enough, and the processor by itself does not look as far ahead.
+#[inline(always)]
+fn prefetch(at: *const u8) {
+    // SAFETY: nothing is read, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast()) };
+}
+
+/// A mask from memory, which takes half the time of one by way of a general register.
+///
+/// # Safety
+/// It is there.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn mask16(at: *const u16) -> u16 {
+    let mask: u16;
+    // SAFETY: reads two bytes, which are there by the caller's promise.
+    unsafe {
+        asm!("kmovw {}, word ptr [{}]", out(kreg) mask, in(reg) at, options(pure, readonly, nostack, preserves_flags))
+    };
+    mask
+}
+
+/// As [`mask16`].
+///
+/// # Safety
+/// It is there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn mask64(at: *const u64) -> u64 {
+    let mask: u64;
+    // SAFETY: reads eight bytes, which are there by the caller's promise.
+    unsafe {
+        asm!("kmovq {}, qword ptr [{}]", out(kreg) mask, in(reg) at, options(pure, readonly, nostack, preserves_flags))
+    };
+    mask
+}
+
 /// Calls a function that computes `W` rows of the weight with `R` rows of inputs, for all rows of both.
 macro_rules! for_tiles {
     ($rows:expr, $inputs:expr, |$row:ident, $first:ident| $tile:ident($($arg:expr),* $(,)?)) => {{
         let (rows, inputs): (std::ops::Range<usize>, usize) = ($rows, $inputs);
+        let most = crate::kernels::avx512::knob("W", 4);
         let mut $row = rows.start;
         while $row < rows.end {
-            let left = rows.end - $row;
+            let some = match rows.end - $row { 4.. if most == 4 => 4, 2.. if most >= 2 => 2, _ => 1 };
             let mut $first = 0;
             while $first < inputs {
-                match (left, inputs - $first) {
+                match (some, inputs - $first) {
                     (4.., 1) => { $tile::<4, 1>($($arg),*); $first += 1; }
                     (4.., 2..=3) => { $tile::<4, 2>($($arg),*); $first += 2; }
                     (4.., _) => { $tile::<4, 4>($($arg),*); $first += 4; }
+                    (2.., 1) => { $tile::<2, 1>($($arg),*); $first += 1; }
+                    (2.., 2..=3) => { $tile::<2, 2>($($arg),*); $first += 2; }
+                    (2.., _) => { $tile::<2, 4>($($arg),*); $first += 4; }
                     (_, 1) => { $tile::<1, 1>($($arg),*); $first += 1; }
                     (_, 2..=3) => { $tile::<1, 2>($($arg),*); $first += 2; }
                     (_, _) => { $tile::<1, 4>($($arg),*); $first += 4; }
                 }
             }
-            $row += if left >= 4 { 4 } else { 1 };
+            $row += some;
         }
     }};
 }
 use for_tiles;
+
+pub fn knob(name: &str, default: usize) -> usize {
+    use std::sync::OnceLock;
+    static W: OnceLock<usize> = OnceLock::new();
+    static P: OnceLock<usize> = OnceLock::new();
+    let c = if name == "W" { &W } else { &P };
+    *c.get_or_init(|| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default))
+}

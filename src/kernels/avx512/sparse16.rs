@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dense::from_bf16;
-use super::{for_tiles, some_floats};
+use super::{for_tiles, mask16, prefetch, some_floats};
 use crate::format::{Number, Sparse16};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
@@ -50,22 +50,24 @@ macro_rules! tile {
 tile!(tile_f16, true);
 tile!(tile_bf16, false);
 
-/// The numbers of 64 columns from byte `at` of the values on, which must be followed by 128 bytes: by 16 columns.
+/// The numbers of 64 columns, 16 after 16, whose bits are the 8 bytes at `bits`, from 128 bytes at `values`.
 ///
 /// # Safety
-/// They are.
+/// They are there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
-unsafe fn expand<const HALF: bool>(values: *const u8, word: u64) -> [__m512; 4] {
+unsafe fn expand<const HALF: bool>(values: *const u8, bits: *const u8) -> [__m512; 4] {
     let mut at = values;
     let mut numbers = [_mm512_setzero_ps(); 4];
     for (part, numbers) in numbers.iter_mut().enumerate() {
-        let mask = (word >> (16 * part)) as u16;
-        // SAFETY: at most 32 bytes for each of the parts before.
-        let some = unsafe { _mm256_loadu_si256(at.cast()) };
+        // SAFETY: at most 32 bytes for each of the parts before, and two of the bits.
+        let (some, count, mask) = unsafe {
+            let bits = bits.add(2 * part).cast::<u16>();
+            (_mm256_loadu_si256(at.cast()), bits.read_unaligned().count_ones(), mask16(bits))
+        };
         let spread = _mm256_maskz_expand_epi16(mask, some);
         *numbers = if HALF { _mm512_cvtph_ps(spread) } else { from_bf16(spread) };
-        at = at.wrapping_add(2 * mask.count_ones() as usize);
+        at = at.wrapping_add(2 * count as usize);
     }
     numbers
 }
@@ -77,7 +79,8 @@ unsafe fn expand<const HALF: bool>(values: *const u8, word: u64) -> [__m512; 4] 
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
 unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
     let Call { weight, words, bits, values, input, output } = *call;
-    let mut sums = [[_mm512_setzero_ps(); R]; W];
+    // One for each 16 columns of a word, so that no addition waits for the one before.
+    let mut sums = [[[_mm512_setzero_ps(); 4]; R]; W];
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
     let mut at: [usize; W] = std::array::from_fn(|w| 2 * weight.offsets.get(row + w));
     let mut end = [0; 128];
@@ -88,13 +91,17 @@ unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(call: &Call<'_>
         for block in 0..input.inputs.div_ceil(64) {
             let left = input.inputs - 64 * block;
             for w in 0..W {
-                let word = u64::from_le(bits[w].add(8 * block).cast::<u64>().read_unaligned());
+                let word = bits[w].add(8 * block);
                 let from = if at[w] + 128 <= values.len() {
                     values.as_ptr().add(at[w])
                 } else {
                     copy_rest(values, at[w], &mut end)
                 };
-                at[w] += 2 * word.count_ones() as usize;
+                prefetch(from);
+                if block % 8 == 0 {
+                    prefetch(word);
+                }
+                at[w] += 2 * word.cast::<u64>().read_unaligned().count_ones() as usize;
                 let numbers = expand::<HALF>(from, word);
                 for i in 0..R {
                     let x = x[i].add(64 * block);
@@ -104,14 +111,16 @@ unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(call: &Call<'_>
                         } else {
                             some_floats(x.wrapping_add(16 * part), left.saturating_sub(16 * part))
                         };
-                        sums[w][i] = _mm512_fmadd_ps(numbers[part], x, sums[w][i]);
+                        sums[w][i][part] = _mm512_fmadd_ps(numbers[part], x, sums[w][i][part]);
                     }
                 }
             }
         }
         for w in 0..W {
             for i in 0..R {
-                output.set(from + i, row + w, _mm512_reduce_add_ps(sums[w][i]));
+                let [a, b, c, d] = sums[w][i];
+                let sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+                output.set(from + i, row + w, _mm512_reduce_add_ps(sum));
             }
         }
     }

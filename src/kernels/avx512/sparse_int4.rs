@@ -3,9 +3,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::for_tiles;
 use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
+use super::{for_tiles, mask64, prefetch};
 use crate::format::SparseInt4;
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -23,7 +23,7 @@ pub(super) unsafe fn multiply(
 ) {
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
-    let units = Units::new(scratch, input.inputs.div_ceil(BLOCK) * (BLOCK / unit));
+    let units = Units::new(&weight.grid, unit, input, scratch);
     let (bits, codes) = (weight.bits.bytes.as_ptr(), &*weight.codes);
     let call = Call { weight, unit, words, bits, codes, input, output, units };
     // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
@@ -45,7 +45,7 @@ struct Call<'a> {
     codes: &'a [u8],
     input: &'a Input<'a>,
     output: Output,
-    units: Units,
+    units: Units<'a>,
 }
 
 macro_rules! tile {
@@ -82,6 +82,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     let size = input.layout.block_bytes();
     let blocks = input.inputs.div_ceil(BLOCK);
     let low = _mm512_set1_epi8(0x0F);
+    let (symmetric, middle) = (weight.grid.symmetric, _mm512_set1_epi8(8));
     let mut at: [usize; W] = std::array::from_fn(|w| weight.offsets.get(row + w));
     let mut end = [0; 32];
     // SAFETY: words are in the bits' rows; codes are read where 32 bytes are left, and copied where they are not; inputs and units are
@@ -89,7 +90,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     unsafe {
         let bits: [*const u8; W] = std::array::from_fn(|w| bits.add((row + w) * words * 8));
         for w in 0..W {
-            sums[w] = units.fill::<R>(&weight.grid, row + w, w, unit, input, from);
+            sums[w] = units.fill::<R>(row + w, w, from);
         }
         // The codes of 64 columns.
         let mut expand = |w: usize, index: usize, zeros: __m512i| {
@@ -97,21 +98,32 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
             if index >= words {
                 return zeros;
             }
-            let word = u64::from_le(bits[w].add(8 * index).cast::<u64>().read_unaligned());
+            let at_word = bits[w].add(8 * index).cast::<u64>();
+            let (word, mask) = (u64::from_le(at_word.read_unaligned()), mask64(at_word));
             let from =
                 if at[w] + 32 <= codes.len() { codes.as_ptr().add(at[w]) } else { copy_rest(codes, at[w], &mut end) };
+            if index % 2 == 0 {
+                prefetch(from);
+            }
+            if index % 8 == 0 {
+                prefetch(at_word.cast());
+            }
             at[w] += word.count_ones().div_ceil(2) as usize;
             let pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from.cast()));
             let spread = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16::<4>(pairs)), low);
-            _mm512_mask_expand_epi8(zeros, word, spread)
+            _mm512_mask_expand_epi8(zeros, mask, spread)
         };
         for block in 0..blocks {
             for w in 0..W {
                 if SMALL {
                     for half in 0..2 {
                         let first = (2 * block + half) * (64 / unit);
-                        let zeros = _mm512_loadu_si512(units.zeros(w).add(first).cast());
-                        let codes = expand(w, 2 * block + half, _mm512_permutexvar_epi32(lanes, zeros));
+                        let zeros = if symmetric {
+                            middle
+                        } else {
+                            _mm512_permutexvar_epi32(lanes, _mm512_loadu_si512(units.zeros(w).add(first).cast()))
+                        };
+                        let codes = expand(w, 2 * block + half, zeros);
                         for i in 0..R {
                             let x = x[i].add(block * size + 64 * half);
                             let at = |part: usize| _mm512_loadu_si512(x.add(BLOCK * part).cast());
@@ -126,18 +138,17 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                     }
                     continue;
                 }
-                let zeros = _mm512_set1_epi32(*units.zeros(w).add(block) as i32);
+                let zeros = if symmetric { middle } else { _mm512_set1_epi32(*units.zeros(w).add(block) as i32) };
                 let first = expand(w, 2 * block, zeros);
                 let second = expand(w, 2 * block + 1, zeros);
                 for i in 0..R {
                     let x = x[i].add(block * size);
                     let at = |part: usize| _mm512_loadu_si512(x.add(64 * part).cast());
-                    let mut sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, at(0));
-                    sum = _mm512_dpbusd_epi32(sum, second, at(1));
+                    let none = _mm512_setzero_si512();
+                    let mut sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, first, at(0)), second, at(1));
                     if WIDE {
-                        sum = _mm512_slli_epi32::<8>(sum);
-                        sum = _mm512_dpbusd_epi32(sum, first, at(2));
-                        sum = _mm512_dpbusd_epi32(sum, second, at(3));
+                        let low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, first, at(2)), second, at(3));
+                        sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sum), low);
                     }
                     let scale = _mm512_set1_ps(*units.products(w, i).add(block));
                     sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);

@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{ROWS, first_lanes};
+use super::{ROWS, first_lanes, prefetch};
 use crate::format::Grid;
-use crate::kernels::input::Input;
+use crate::kernels::input::{BLOCK, Input};
 
 /// Numbers that may be read past the last unit.
 const PAD: usize = 16;
@@ -14,35 +14,58 @@ fn stride(units: usize) -> usize {
     units.next_multiple_of(16) + PAD
 }
 
-/// Numbers of scratch memory: for each row of the weight its scales, their products with its zero points, its zero points, and the
-/// products of scales for each row of inputs.
+/// Numbers of scratch memory: for each row of the weight its scales and zero points, and the products of scales for each row of inputs.
 pub(super) fn floats(units: usize) -> usize {
-    ROWS * (3 + ROWS) * stride(units)
+    ROWS * (2 + ROWS) * stride(units)
 }
 
 /// What is known of some rows.
 #[derive(Clone, Copy)]
-pub(super) struct Units {
+pub(super) struct Units<'a> {
     first: *mut f32,
     stride: usize,
+    grid: &'a Grid,
+    groups: usize,
+    direct: bool,
+    scales: &'a [u8],
+    zeros: &'a [u8],
+    input: &'a Input<'a>,
+    unit: usize,
+    count: usize,
 }
 
-impl Units {
+impl<'a> Units<'a> {
     /// # Panics
     /// Where the memory is less than [`floats`] says.
-    pub fn new(scratch: &mut [f32], units: usize) -> Self {
-        assert!(scratch.len() >= floats(units));
-        Self { first: scratch.as_mut_ptr(), stride: stride(units) }
+    pub fn new(grid: &'a Grid, unit: usize, input: &'a Input<'a>, scratch: &mut [f32]) -> Self {
+        let count = input.inputs.div_ceil(BLOCK) * (BLOCK / unit);
+        assert!(scratch.len() >= floats(count));
+        Self {
+            first: scratch.as_mut_ptr(),
+            stride: stride(count),
+            grid,
+            groups: grid.groups(),
+            direct: grid.group_size == unit,
+            scales: &grid.scales,
+            zeros: &grid.zeros,
+            input,
+            unit,
+            count,
+        }
+    }
+
+    fn array(&self, w: usize, index: usize) -> *mut f32 {
+        self.first.wrapping_add((w * (2 + ROWS) + index) * self.stride)
     }
 
     /// Products of scales of row `w` of the weight and row `i` of the inputs; 16 more may be read.
-    pub fn products(self, w: usize, i: usize) -> *const f32 {
-        self.first.wrapping_add((w * (3 + ROWS) + 3 + i) * self.stride)
+    pub fn products(&self, w: usize, i: usize) -> *const f32 {
+        self.array(w, 2 + i)
     }
 
-    /// Zero points, each in all four bytes of a unit's number of 32 bits.
-    pub fn zeros(self, w: usize) -> *const u32 {
-        self.first.wrapping_add((w * (3 + ROWS) + 2) * self.stride).cast()
+    /// Zero points of row `w` of the weight, each in all four bytes of a unit's number of 32 bits.
+    pub fn zeros(&self, w: usize) -> *const u32 {
+        self.array(w, 1).cast()
     }
 
     /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with `R` rows of inputs from `from` on. Returns what
@@ -50,97 +73,89 @@ impl Units {
     ///
     /// # Safety
     /// `w < ROWS` and `R <= ROWS`; the rows are there.
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
     #[allow(clippy::needless_range_loop)] // over constants
-    pub unsafe fn fill<const R: usize>(
-        self,
-        grid: &Grid,
-        row: usize,
-        w: usize,
-        unit: usize,
-        input: &Input<'_>,
-        from: usize,
-    ) -> [__m512; R] {
-        let first = self.first.wrapping_add(w * (3 + ROWS) * self.stride);
-        let (scales, with_zeros) = (first, first.wrapping_add(self.stride));
-        let zeros = first.wrapping_add(2 * self.stride).cast::<u32>();
-        let count = input.inputs.div_ceil(128) * (128 / unit);
+    pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
         let mut taken = [_mm512_setzero_ps(); R];
-        // SAFETY: arrays are as long as units, rounded up to 16, and their padding.
+        let prepared: [(*const f32, *const f32); R] = std::array::from_fn(|i| self.input.units_at(from + i, self.unit));
+        let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
+        // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units.
         unsafe {
-            if grid.group_size == unit {
-                by_sixteen(grid, row, count, scales, with_zeros, zeros);
-            } else {
-                one_by_one(grid, row, count, scales, with_zeros, zeros);
+            if !self.direct {
+                one_by_one(self.grid, row, self.count, scales, zeros);
             }
-            for i in 0..R {
-                let (of_inputs, sums) = input.units(from + i, unit);
-                let products = first.wrapping_add((3 + i) * self.stride);
-                let mut at = 0;
-                while at < count {
-                    let mask = first_lanes(count - at);
-                    let scale = _mm512_maskz_loadu_ps(mask, of_inputs.as_ptr().add(at));
-                    _mm512_storeu_ps(products.add(at), _mm512_mul_ps(scale, _mm512_loadu_ps(scales.add(at))));
-                    let sum = _mm512_maskz_loadu_ps(mask, sums.as_ptr().add(at));
-                    taken[i] = _mm512_fnmadd_ps(sum, _mm512_loadu_ps(with_zeros.add(at)), taken[i]);
-                    at += 16;
+            for at in (0..self.count).step_by(16) {
+                let scale = if self.direct { self.scales(row, at) } else { _mm512_loadu_ps(scales.add(at)) };
+                let zero = if self.grid.symmetric {
+                    _mm512_set1_epi32(8)
+                } else {
+                    let four = if self.direct {
+                        _mm512_mullo_epi32(self.some_zeros(row, at), _mm512_set1_epi32(0x0101_0101))
+                    } else {
+                        _mm512_loadu_si512(zeros.add(at).cast())
+                    };
+                    _mm512_storeu_si512(zeros.add(at).cast(), four);
+                    _mm512_and_si512(four, _mm512_set1_epi32(0xFF))
+                };
+                let with_zero = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero));
+                let mask = first_lanes(self.count - at);
+                for i in 0..R {
+                    let of_inputs = _mm512_maskz_loadu_ps(mask, prepared[i].0.add(at));
+                    _mm512_storeu_ps(self.array(w, 2 + i).add(at), _mm512_mul_ps(of_inputs, scale));
+                    let sum = _mm512_maskz_loadu_ps(mask, prepared[i].1.add(at));
+                    taken[i] = _mm512_fnmadd_ps(sum, with_zero, taken[i]);
                 }
-                _mm512_storeu_ps(products.add(at), _mm512_setzero_ps());
             }
         }
         taken
     }
-}
 
-/// Units that are groups. Past the last group scales are 0.
-///
-/// # Safety
-/// The arrays have room for `count`, rounded up to 16.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-unsafe fn by_sixteen(grid: &Grid, row: usize, count: usize, scales: *mut f32, with_zeros: *mut f32, zeros: *mut u32) {
-    let groups = grid.groups();
-    let row_zeros = if grid.symmetric { &[][..] } else { grid.row_zeros(row) };
-    let size = if grid.wide { 4 } else { 2 };
-    let row_scales = &grid.scales[row * groups * size..(row + 1) * groups * size];
-    for at in (0..count).step_by(16) {
-        let mask = first_lanes(groups.saturating_sub(at));
-        let from = row_scales.as_ptr().wrapping_add(at * size);
+    /// Scales of 16 groups of a row from `at` on; past the last they are 0.
+    ///
+    /// # Safety
+    /// The row is there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+    unsafe fn scales(&self, row: usize, at: usize) -> __m512 {
+        let mask = first_lanes(self.groups.saturating_sub(at));
+        let first = row * self.groups + at;
         // SAFETY: masks cover groups of the row alone.
-        let scale = unsafe {
-            if grid.wide {
-                _mm512_maskz_loadu_ps(mask, from.cast())
+        unsafe {
+            if self.grid.wide {
+                _mm512_maskz_loadu_ps(mask, self.scales.as_ptr().wrapping_add(4 * first).cast())
             } else {
+                let from = self.scales.as_ptr().wrapping_add(2 * first);
+                prefetch(from);
                 _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast()))
             }
-        };
-        let zero = if grid.symmetric {
-            _mm512_set1_epi32(1 << (grid.bits - 1))
-        } else {
-            let mut word = [0; 8];
-            let some = row_zeros.get(at / 2..).unwrap_or(&[]);
-            let some = &some[..some.len().min(8)];
-            word[..some.len()].copy_from_slice(some);
-            let word = u64::from_le_bytes(word);
-            let spread = 0x0F0F_0F0F_0F0F_0F0F;
-            let bytes = _mm_set_epi64x(_pdep_u64(word >> 32, spread) as i64, _pdep_u64(word, spread) as i64);
-            _mm512_cvtepu8_epi32(bytes)
-        };
-        // SAFETY: the arrays have room.
-        unsafe {
-            _mm512_storeu_ps(scales.add(at), scale);
-            _mm512_storeu_ps(with_zeros.add(at), _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
-            let four = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x0101_0101));
-            _mm512_storeu_si512(zeros.add(at).cast(), four);
         }
+    }
+
+    /// Zero points of 16 groups of a row from `at` on, 4 bits each.
+    #[inline]
+    #[target_feature(enable = "avx512f,bmi2")]
+    fn some_zeros(&self, row: usize, at: usize) -> __m512i {
+        let len = self.groups.div_ceil(2);
+        let zeros = &self.zeros[row * len..(row + 1) * len];
+        let some = zeros.get(at / 2..).unwrap_or(&[]);
+        let word = some.first_chunk().copied().unwrap_or_else(|| {
+            let mut word = [0; 8];
+            word[..some.len()].copy_from_slice(some);
+            word
+        });
+        let word = u64::from_le_bytes(word);
+        let spread = 0x0F0F_0F0F_0F0F_0F0F;
+        let bytes = _mm_set_epi64x(_pdep_u64(word >> 32, spread) as i64, _pdep_u64(word, spread) as i64);
+        _mm512_cvtepu8_epi32(bytes)
     }
 }
 
 /// Units of groups that are larger.
 ///
 /// # Safety
-/// As for [`by_sixteen`].
-unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, with_zeros: *mut f32, zeros: *mut u32) {
+/// The arrays have room for `count`, rounded up to 16.
+unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, zeros: *mut u32) {
     let (groups, units) = (grid.groups(), (grid.group_size / 128).max(1));
     let mut at = 0;
     for group in 0..groups {
@@ -150,7 +165,6 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, wi
             // SAFETY: the arrays have room.
             unsafe {
                 *scales.add(at) = scale;
-                *with_zeros.add(at) = scale * f32::from(zero);
                 *zeros.add(at) = u32::from(zero) * 0x0101_0101;
             }
             at += 1;
@@ -160,7 +174,6 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, wi
         // SAFETY: as above.
         unsafe {
             *scales.add(at) = 0.0;
-            *with_zeros.add(at) = 0.0;
             *zeros.add(at) = 0;
         }
     }

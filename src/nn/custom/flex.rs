@@ -8,8 +8,8 @@ use burn::tensor::{DType, Shape, TensorData};
 use rayon::prelude::*;
 
 use super::flex_linear::{self, Head, Teacher};
-use crate::simd::{self, Level};
 use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, flex_attention, flex_quantized, portable};
+use crate::simd::{self, Level};
 
 /// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
 const TASK: usize = 16 * 1024;
