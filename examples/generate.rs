@@ -179,6 +179,7 @@ fn open(args: &Args) -> Result<Model> {
 }
 
 fn run(args: &Args) -> Result<()> {
+    settings(args, Vec::new()).sample.validate()?;
     let prompt = args.prompt.as_deref().unwrap_or(PROMPT).replace("\\n", "\n");
     if let Some(device) = &args.device {
         return run_on_device(args, device, &prompt);
@@ -197,18 +198,18 @@ fn run(args: &Args) -> Result<()> {
         let reason = "the model has no tokenizer".to_string();
         return Err(Error::InvalidState { what: "generating", reason });
     };
-    eprintln!(
-        "opened in {:.1} ms: {:.1} MB of weights, {} threads",
-        1e3 * opened.as_secs_f64(),
-        model.bytes() as f64 / 1e6,
-        model.n_threads()
-    );
     let ids = tokenizer.encode_prompt(&prompt)?;
     let cache = if args.half_cache { CacheFormat::F16 } else { CacheFormat::F32 };
     let mut session = Session::new(&model, &SessionConfig::default().with_cache(cache))?;
     if let Some(subnet) = &args.subnet {
         session.set_subnet_named(subnet)?;
     }
+    eprintln!(
+        "opened in {:.1} ms: {:.1} MB of weights, {} threads",
+        1e3 * opened.as_secs_f64(),
+        model.bytes() as f64 / 1e6,
+        model.n_threads()
+    );
     let config = settings(args, model.stop_ids().to_vec());
     let decode = |ids: &[u32]| tokenizer.decode(ids);
     show(&prompt, ids.len(), &decode, |on_token| session.generate(&ids, &config, on_token))

@@ -51,7 +51,7 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
     std::fs::write(root.path().join("empty.txt"), "").unwrap();
     problems(&root.path().join("p.jsonl"), 4);
     let before = entries(root.path());
-    let cases: [(&str, &[&str], &str); 27] = [
+    let cases: [(&str, &[&str], &str); 31] = [
         ("compress", &["--sparsity", "1.5"], "sparsity"),
         ("compress", &["--sparsity", "NaN"], "sparsity"),
         ("compress", &["--pattern", "4:2"], "4:2"),
@@ -78,6 +78,10 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         ("evaluate", &["--text", "p.jsonl", "--context", "129"], "129"),
         ("evaluate", &["--adapter", "nowhere"], "nowhere"),
         ("generate", &["--temperature", "-1"], "temperature"),
+        ("generate", &["--min-p", "1"], "min_p"),
+        ("generate", &["--format", "int5"], "int5"),
+        ("generate", &["--subnet", "small"], "small"),
+        ("generate", &["--model", "empty.txt"], "empty.txt"),
         ("pretrain", &["--out", "."], "not empty"),
     ];
     for (name, arguments, named) in cases {
@@ -138,6 +142,32 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
     let before = entries(&out);
     assert!(stderr(&run(&["--overwrite"]).unwrap()).contains("run.json"));
     assert_eq!(entries(&out), before);
+}
+
+#[test]
+fn a_bundle_answers_as_its_folder_does() {
+    let root = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| -> Option<Output> {
+        Some(example("generate", root.path())?.args(arguments).output().unwrap())
+    };
+    let Some(folder) = run(&[]) else { return };
+    let saved = run(&["--save", "model.elora", "--format", "f32"]).unwrap();
+    assert!(saved.status.success() && saved.stdout.is_empty(), "{}", stderr(&saved));
+    for more in [&[][..], &["--half-cache", "--threads", "1"], &["--format", "f16"]] {
+        let bundle = run(&[&["--model", "model.elora"], more].concat()).unwrap();
+        assert!(bundle.status.success(), "{}", stderr(&bundle));
+        assert_eq!(bundle.stdout, folder.stdout);
+    }
+    assert!(String::from_utf8_lossy(&folder.stdout).contains("#### 41"));
+    assert_eq!(run(&["--device", "flex"]).unwrap().stdout, folder.stdout);
+    // Codes take less; nothing is written over unless told.
+    let bytes = || std::fs::metadata(root.path().join("model.elora")).unwrap().len();
+    let before = bytes();
+    let text = stderr(&run(&["--save", "model.elora", "--format", "int4"]).unwrap());
+    assert!(text.starts_with("error: ") && text.contains("model.elora"), "{text}");
+    assert!(run(&["--save", "model.elora", "--format", "int4", "--overwrite"]).unwrap().status.success());
+    assert!(3 * bytes() < before);
+    assert!(run(&["--model", "model.elora"]).unwrap().status.success());
 }
 
 #[test]

@@ -17,7 +17,7 @@ pub(crate) use grid::Grid;
 pub use groups::{QuantizedMatrix, QuantizedParts};
 pub use packed::PackedMatrix;
 pub(crate) use packed::all_f16;
-pub(crate) use sparse::Sparse16;
+pub(crate) use sparse::{Sparse16, Starts};
 pub(crate) use sparse_int::SparseInt4;
 pub use storage::WeightFormat;
 pub(crate) use stored::Body;

@@ -91,6 +91,14 @@ impl Offsets {
         }
     }
 
+    /// The same without the owners of the bytes.
+    pub fn starts(&self) -> Starts<'_> {
+        match self {
+            Self::Stored(bytes) => Starts { stored: bytes.as_chunks::<4>().0, every: None },
+            Self::Every(len) => Starts { stored: &[], every: Some(*len) },
+        }
+    }
+
     pub fn bytes(&self) -> usize {
         if let Self::Stored(bytes) = self { bytes.len() } else { 0 }
     }
@@ -121,6 +129,20 @@ impl Offsets {
             at += len;
         }
         Ok((Self::Stored(bytes.into()), at))
+    }
+}
+
+/// Where each row begins, for kernels.
+#[derive(Clone, Copy)]
+pub(crate) struct Starts<'a> {
+    stored: &'a [[u8; 4]],
+    every: Option<usize>,
+}
+
+impl Starts<'_> {
+    #[inline]
+    pub fn get(&self, row: usize) -> usize {
+        self.every.map_or_else(|| u32::from_le_bytes(self.stored[row]) as usize, |every| row * every)
     }
 }
 

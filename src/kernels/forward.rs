@@ -43,7 +43,7 @@ impl Places {
         for layer in layers {
             let weights = [Some(layer.weight), layer.adapter.map(|adapter| adapter.a)];
             for weight in weights.into_iter().flatten() {
-                if let Some((order, unit)) = units_of(level, weight.body()) {
+                if let Some((order, unit)) = units_of(level, rows, weight.body()) {
                     needs.add(order, unit, activations == Activations::Int16);
                 }
             }
@@ -54,8 +54,11 @@ impl Places {
         let at = inner + ranks;
         let cols =
             layers.iter().flat_map(|layer| [layer.weight.cols(), layer.adapter.map_or(0, |adapter| adapter.a.cols())]);
-        let of_thread =
-            cols.map(plain::scratch_bytes).max().unwrap_or(0).max(lines(4 * level.scratch_floats(layout.most_units())));
+        let of_thread = cols
+            .map(plain::scratch_bytes)
+            .max()
+            .unwrap_or(0)
+            .max(lines(4 * level.scratch_floats(rows, inputs, layout.most_units())));
         Self { layout, inner, threads: at, of_thread, bytes: at + threads * of_thread }
     }
 }
@@ -66,9 +69,9 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
 }
 
 /// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
-fn units_of(level: Level, weight: &Body) -> Option<(Order, usize)> {
+fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
     let (grid, order) = match weight {
-        Body::Int(packed) => (packed.whole_grid(), Order::EvenOdd),
+        Body::Int(packed) => (packed.whole_grid(), level.packed_order(rows)),
         Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder),
         _ => return None,
     };
@@ -136,7 +139,7 @@ pub fn forward_on(
         return Err(mismatch("bytes of scratch memory", &[places.bytes], &[memory.len()]));
     }
     let input =
-        Input { values: x.values, rows: x.rows, stride: x.stride, inputs, layout: places.layout, memory, at: 0 };
+        Input { level, values: x.values, rows: x.rows, stride: x.stride, inputs, layout: places.layout, memory, at: 0 };
     if places.layout.bytes > 0 {
         pool.for_each(x.rows.div_ceil(PREPARED), |_, task| {
             for row in task * PREPARED..((task + 1) * PREPARED).min(x.rows) {
@@ -146,7 +149,8 @@ pub fn forward_on(
         });
     }
     let call = Call { level, layers, input, places: &places, memory };
-    let tasks = |product| Tasks { layers, product, threads: pool.threads() };
+    let most = level.task_outputs(x.rows);
+    let tasks = |product| Tasks { layers, product, threads: pool.threads(), most };
     let inner = tasks(Product::Inner);
     if inner.count() > 0 {
         pool.for_each(inner.count(), |thread, task| {
@@ -235,11 +239,28 @@ impl Call<'_> {
         {
             // SAFETY: written by the tasks of the inner products, which are all done.
             let h = unsafe { self.memory.numbers(self.inner_at(layer), self.input.rows * adapter.rank) };
+            let (rank, rows) = (adapter.rank, self.input.rows);
+            #[cfg(target_arch = "x86_64")]
+            if self.level.kind() == Kind::Avx512 && rows >= avx512::MANY {
+                // SAFETY: the caller's promise, and the level's.
+                unsafe {
+                    let scratch = self.scratch(thread);
+                    avx512::panel::add_update(bt, adapter.scale, h, rank, range, rows, output, scratch);
+                }
+                return;
+            }
             // SAFETY: the caller's promise.
-            unsafe {
-                plain::add_update(self.level, bt, adapter.scale, h, adapter.rank, range, self.input.rows, output)
-            };
+            unsafe { plain::add_update(self.level, bt, adapter.scale, h, rank, range, rows, output) };
         }
+    }
+
+    /// # Safety
+    /// The thread's memory is its own, and no other slice of it lives.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn scratch<'b>(&self, thread: usize) -> &'b mut [f32] {
+        let at = self.places.threads + thread * self.places.of_thread;
+        // SAFETY: the caller's promise.
+        unsafe { self.memory.floats(at, self.places.of_thread / 4) }
     }
 
     /// # Safety
@@ -248,10 +269,10 @@ impl Call<'_> {
         let at = self.places.threads + thread * self.places.of_thread;
         #[cfg(target_arch = "x86_64")]
         if self.level.kind() == Kind::Avx512 {
-            let unit = units_of(self.level, weight.body()).map(|(_, unit)| unit);
+            let unit = units_of(self.level, self.input.rows, weight.body()).map(|(_, unit)| unit);
             // SAFETY: the caller's promise, and the level's.
             let done = unsafe {
-                let scratch = self.memory.floats(at, self.places.of_thread / 4);
+                let scratch = self.scratch(thread);
                 avx512::multiply(weight.body(), unit, range.clone(), &self.input, output, scratch)
             };
             if done {
@@ -279,6 +300,8 @@ struct Tasks<'a> {
     layers: &'a [Linear<'a>],
     product: Product,
     threads: usize,
+    /// Outputs of a task, where the kernel says.
+    most: Option<usize>,
 }
 
 impl Tasks<'_> {
@@ -289,6 +312,9 @@ impl Tasks<'_> {
             (Product::Inner, Some(adapter)) => (adapter.rank, adapter.a),
             (Product::Inner, None) => return (0, 1),
         };
+        if let Some(most) = self.most {
+            return (outputs, most);
+        }
         let row = weight.bytes().checked_div(weight.rows()).unwrap_or(0).max(1);
         let most = (TASK_BYTES / row).min(outputs.div_ceil(TASKS * self.threads));
         (outputs, most.next_multiple_of(OUTPUTS).max(OUTPUTS))

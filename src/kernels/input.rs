@@ -5,6 +5,7 @@
 //! of columns that have one scale of both. What the second sum needs of `x` is computed here, once for all rows of the weight.
 
 use super::common::{Memory, lines};
+use super::level::{Level, leveled};
 
 /// Inputs of one scale.
 pub(super) const BLOCK: usize = 128;
@@ -110,6 +111,7 @@ impl Layout {
 /// The inputs of a call.
 #[derive(Clone, Copy)]
 pub(super) struct Input<'a> {
+    pub level: Level,
     pub values: &'a [f32],
     pub rows: usize,
     pub stride: usize,
@@ -132,11 +134,13 @@ impl<'a> Input<'a> {
         unsafe { self.memory.shared(from, self.layout.codes_bytes()) }
     }
 
-    /// Where the scales and the sums (`scale * sum q`) of a row's units are, with 16 zeros after them.
-    pub fn units_at(&self, row: usize, unit: usize) -> (*const f32, *const f32) {
-        let from = self.at + row * self.layout.bytes + self.layout.unit_at(unit);
-        let (count, half) = (self.layout.units(unit) + PAD, self.layout.unit_bytes(unit) / 2);
-        (self.memory.pointer(from, count), self.memory.pointer(from + half, count))
+    /// Where the scales of the first row's units are, with 16 zeros after them; how far from there their sums (`scale * sum q`), and the
+    /// next row's scales, in bytes.
+    pub fn units_at(&self, unit: usize) -> (*const u8, usize, usize) {
+        let (from, all) = (self.at + self.layout.unit_at(unit), self.layout.unit_bytes(unit));
+        // As far as the last row's.
+        let reach = (self.rows.max(1) - 1) * self.layout.bytes + all;
+        (self.memory.pointer(from, reach / 4).cast(), all / 2, self.layout.bytes)
     }
 
     pub fn wide(&self) -> bool {
@@ -159,8 +163,8 @@ impl<'a> Input<'a> {
             let codes = unsafe { self.memory.bytes(start + self.layout.codes_at(order), blocks * size) };
             for (index, (x, codes)) in x.chunks(BLOCK).zip(codes.chunks_exact_mut(size)).enumerate() {
                 let mut q = [0; BLOCK];
-                let scale = round(x, needs.wide, &mut q);
-                place(&q, order, codes);
+                let scale = round(self.level, x, needs.wide, &mut q);
+                place(self.level, &q, order, codes);
                 if first {
                     // SAFETY: as above.
                     unsafe { self.set_units(start, index, scale, &q) };
@@ -200,58 +204,64 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Rounds up to a block of inputs to integers; returns their scale, NaN where an input is not finite.
-fn round(x: &[f32], wide: bool, q: &mut [i32; BLOCK]) -> f32 {
-    let mut padded = [0.0_f32; BLOCK];
-    padded[..x.len()].copy_from_slice(x);
-    let mut most = [0.0_f32; 16];
-    let mut sum = [0.0_f32; 16];
-    for chunk in padded.as_chunks::<16>().0 {
-        for lane in 0..16 {
-            let size = chunk[lane].abs();
-            most[lane] = if size > most[lane] { size } else { most[lane] };
-            // NaN and infinities become NaN.
-            sum[lane] += chunk[lane] * 0.0;
+leveled! {
+    /// Rounds up to a block of inputs to integers; returns their scale, NaN where an input is not finite.
+    fn round<const FMA: bool>(x: &[f32], wide: bool, q: &mut [i32; BLOCK]) -> f32 {
+        let mut padded = [0.0_f32; BLOCK];
+        padded[..x.len()].copy_from_slice(x);
+        let mut most = [0.0_f32; 16];
+        let mut sum = [0.0_f32; 16];
+        for chunk in padded.as_chunks::<16>().0 {
+            for lane in 0..16 {
+                let size = chunk[lane].abs();
+                most[lane] = if size > most[lane] { size } else { most[lane] };
+                // NaN and infinities become NaN.
+                sum[lane] += chunk[lane] * 0.0;
+            }
         }
+        let most = most.into_iter().fold(0.0_f32, |a, b| if b > a { b } else { a });
+        if sum.iter().sum::<f32>().is_nan() {
+            q.fill(0);
+            return f32::NAN;
+        }
+        if most < TINY {
+            q.fill(0);
+            return 0.0;
+        }
+        let largest = if wide { LARGEST } else { 127.0 };
+        // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
+        const ROUND: f32 = 12_582_912.0;
+        let inverse = largest / most;
+        for (q, x) in q.iter_mut().zip(padded) {
+            *q = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+        }
+        most / largest
     }
-    let most = most.into_iter().fold(0.0_f32, f32::max);
-    if sum.iter().sum::<f32>().is_nan() {
-        q.fill(0);
-        return f32::NAN;
-    }
-    if most < TINY {
-        q.fill(0);
-        return 0.0;
-    }
-    let largest = if wide { LARGEST } else { 127.0 };
-    // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
-    const ROUND: f32 = 12_582_912.0;
-    let inverse = largest / most;
-    for (q, x) in q.iter_mut().zip(padded) {
-        *q = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-    }
-    most / largest
 }
 
-/// Splits integers into bytes: 128 high ones, then as many low ones where there is room.
-fn place(q: &[i32; BLOCK], order: Order, out: &mut [u8]) {
-    let wide = out.len() > BLOCK;
-    let mut split = |at: usize, q: i32| {
-        if wide {
-            let high = (q + 128) >> 8;
-            out[at] = high as u8;
-            out[BLOCK + at] = (q - (high << 8)) as u8;
-        } else {
-            out[at] = q as u8;
-        }
-    };
-    match order {
-        Order::InOrder => q.iter().enumerate().for_each(|(at, q)| split(at, *q)),
-        Order::EvenOdd => {
-            for (at, [even, odd]) in q.as_chunks::<2>().0.iter().enumerate() {
-                split(at, *even);
-                split(BLOCK / 2 + at, *odd);
+leveled! {
+    /// Splits integers into bytes: 128 high ones, then as many low ones where there is room.
+    fn place<const FMA: bool>(q: &[i32; BLOCK], order: Order, out: &mut [u8]) {
+        let mut turned = [0; BLOCK];
+        let q = match order {
+            Order::InOrder => q,
+            Order::EvenOdd => {
+                let (even, odd) = turned.split_at_mut(BLOCK / 2);
+                for ((even, odd), pair) in even.iter_mut().zip(odd).zip(q.as_chunks::<2>().0) {
+                    [*even, *odd] = *pair;
+                }
+                &turned
             }
+        };
+        if out.len() <= BLOCK {
+            out.iter_mut().zip(q).for_each(|(out, q)| *out = *q as u8);
+            return;
+        }
+        let (high, low) = out.split_at_mut(BLOCK);
+        for ((high, low), q) in high.iter_mut().zip(low).zip(q) {
+            let top = (q + 128) >> 8;
+            *high = top as u8;
+            *low = (q - (top << 8)) as u8;
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Which instructions the kernels use.
 
+use super::input::Order;
+
 /// A set of instructions that this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level(Kind);
@@ -79,12 +81,30 @@ impl Level {
         matches!(self.0, Kind::Avx512)
     }
 
-    /// Numbers of scratch memory that a thread needs for inputs of so many units.
-    pub(super) fn scratch_floats(self, units: usize) -> usize {
+    /// Numbers of scratch memory that a thread needs for so many rows of inputs, of so many units.
+    pub(super) fn scratch_floats(self, rows: usize, inputs: usize, units: usize) -> usize {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => super::avx512::scratch_floats(units),
+            Kind::Avx512 => super::avx512::scratch_floats(rows, inputs, units),
             _ => 0,
+        }
+    }
+
+    /// The order in which codes of 4 bits want so many rows of inputs, where they are packed one after another.
+    pub(super) fn packed_order(self, rows: usize) -> Order {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 if rows >= super::avx512::MANY => Order::InOrder,
+            _ => Order::EvenOdd,
+        }
+    }
+
+    /// Outputs of a task are a multiple of it, but for the last one's; and the most of them where there are many rows.
+    pub(super) fn task_outputs(self, rows: usize) -> Option<usize> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 if rows >= super::avx512::MANY => Some(super::avx512::panel::WIDTH),
+            _ => None,
         }
     }
 
@@ -92,3 +112,34 @@ impl Level {
         self.0
     }
 }
+
+/// Compiles a function for each [`Level`]; `FMA` says whether a fused multiply-add is one instruction.
+macro_rules! leveled {
+    ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        pub(super) fn $name(level: $crate::kernels::Level, $($arg: $type),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body<const $fma: bool>($($arg: $type),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $type),*) $(-> $ret)? {
+                body::<true>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+            fn avx512($($arg: $type),*) $(-> $ret)? {
+                body::<true>($($arg),*)
+            }
+            match level.kind() {
+                $crate::kernels::level::Kind::Portable => body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
+                // SAFETY: a level beyond the portable one comes from `Level::detect` alone, which asked the processor.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::level::Kind::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::level::Kind::Avx512 => unsafe { avx512($($arg),*) },
+            }
+        }
+    };
+}
+pub(super) use leveled;

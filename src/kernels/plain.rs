@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::common::{Output, lines};
 use super::input::Input;
-use super::level::{Kind, Level};
+use super::level::{Level, leveled};
 use crate::format::{Body, Dense, Number};
 
 /// Partial sums.
@@ -41,36 +41,6 @@ pub(super) unsafe fn multiply(
             unsafe { output.set(index, row, dot(level, numbers, input.row(index))) };
         }
     }
-}
-
-/// Compiles a function for each [`Level`]; `FMA` says whether a fused multiply-add is one instruction.
-macro_rules! leveled {
-    ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
-        $(#[$doc])*
-        pub(super) fn $name(level: Level, $($arg: $type),*) $(-> $ret)? {
-            #[inline(always)]
-            fn body<const $fma: bool>($($arg: $type),*) $(-> $ret)? $body
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2($($arg: $type),*) $(-> $ret)? {
-                body::<true>($($arg),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-            fn avx512($($arg: $type),*) $(-> $ret)? {
-                body::<true>($($arg),*)
-            }
-            match level.kind() {
-                Kind::Portable => body::<{ cfg!(target_arch = "aarch64") }>($($arg),*),
-                // SAFETY: a level beyond the portable one comes from `Level::detect` alone, which asked the processor.
-                #[cfg(target_arch = "x86_64")]
-                Kind::Avx2 => unsafe { avx2($($arg),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Kind::Avx512 => unsafe { avx512($($arg),*) },
-            }
-        }
-    };
 }
 
 #[inline(always)]

@@ -8,9 +8,9 @@ use crate::format::{Dense, Number};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
 
-const F32: u8 = 0;
-const F16: u8 = 1;
-const BF16: u8 = 2;
+pub(super) const F32: u8 = 0;
+pub(super) const F16: u8 = 1;
+pub(super) const BF16: u8 = 2;
 
 /// # Safety
 /// As for [`super::multiply`].
@@ -37,7 +37,7 @@ unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>,
     // SAFETY: the rows are in the values, as was asserted; the rest is the caller's promise.
     unsafe {
         match N {
-            F32 => for_tiles!(rows, input.rows, |row, from| tile_f32(
+            F32 => for_tiles!(rows, input.rows, 1 x 1, 4 x 4, |row, from| tile_f32(
                 first.add(row * stride),
                 stride,
                 row,
@@ -45,7 +45,7 @@ unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>,
                 from,
                 output
             )),
-            F16 => for_tiles!(rows, input.rows, |row, from| tile_f16(
+            F16 => for_tiles!(rows, input.rows, 1 x 1, 4 x 4, |row, from| tile_f16(
                 first.add(row * stride),
                 stride,
                 row,
@@ -53,7 +53,7 @@ unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>,
                 from,
                 output
             )),
-            _ => for_tiles!(rows, input.rows, |row, from| tile_bf16(
+            _ => for_tiles!(rows, input.rows, 1 x 1, 4 x 4, |row, from| tile_bf16(
                 first.add(row * stride),
                 stride,
                 row,
@@ -158,7 +158,7 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
 /// Sixteen numbers are there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
-unsafe fn sixteen<const N: u8>(at: *const u8) -> __m512 {
+pub(super) unsafe fn sixteen<const N: u8>(at: *const u8) -> __m512 {
     // SAFETY: the caller's promise.
     unsafe {
         match N {

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::units::{Units, lanes};
-use super::{for_tiles, prefetch};
+use super::{for_tiles, near, prefetch};
 use crate::format::PackedMatrix;
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -28,10 +28,12 @@ pub(super) unsafe fn multiply(
     // SAFETY: the rows are in the codes, as was asserted; the rest is the caller's promise.
     unsafe {
         match (input.wide(), unit < BLOCK) {
-            (true, false) => for_tiles!(rows, input.rows, |row, from| tile_wide(&call, row, from)),
-            (true, true) => for_tiles!(rows, input.rows, |row, from| tile_wide_small(&call, row, from)),
-            (false, false) => for_tiles!(rows, input.rows, |row, from| tile_narrow(&call, row, from)),
-            (false, true) => for_tiles!(rows, input.rows, |row, from| tile_narrow_small(&call, row, from)),
+            (true, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide(&call, row, from)),
+            (true, true) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide_small(&call, row, from)),
+            (false, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow(&call, row, from)),
+            (false, true) => {
+                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow_small(&call, row, from))
+            }
         }
     }
 }
@@ -75,7 +77,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     let Call { weight, unit, stride, input, output, units } = *call;
     let codes = weight.codes().as_ptr();
     let mut sums = [[_mm512_setzero_ps(); R]; W];
-    let lanes = lanes(8, unit);
+    let lanes = if SMALL { lanes(8, unit) } else { _mm512_setzero_si512() };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::EvenOdd).as_ptr());
     let size = input.layout.block_bytes();
     let blocks = input.inputs.div_ceil(BLOCK);
@@ -124,4 +126,16 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
             }
         }
     }
+}
+
+/// The first 64 codes of some bytes, one in each byte, zeros past the last.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) fn some_codes(codes: &[u8]) -> __m512i {
+    near(codes.as_ptr().wrapping_add(256));
+    let mask = if codes.len() >= 32 { u32::MAX } else { (1 << codes.len()) - 1 };
+    // SAFETY: the mask covers codes of the row alone.
+    let pairs = _mm512_cvtepu8_epi16(unsafe { _mm256_maskz_loadu_epi8(mask, codes.as_ptr().cast()) });
+    let spread = _mm512_or_si512(pairs, _mm512_slli_epi16::<4>(pairs));
+    _mm512_and_si512(spread, _mm512_set1_epi8(0x0F))
 }

@@ -5,12 +5,15 @@
 
 mod dense;
 mod int4;
+pub(super) mod panel;
 mod sparse16;
 mod sparse_int4;
 mod units;
 
 use std::arch::asm;
-use std::arch::x86_64::{__m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps};
+use std::arch::x86_64::{
+    __m256i, __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps,
+};
 use std::ops::Range;
 
 use super::common::Output;
@@ -20,9 +23,12 @@ use crate::format::Body;
 /// Rows of a weight and of inputs at a time, at most.
 pub(super) const ROWS: usize = 4;
 
-/// Numbers of scratch memory for a thread, for inputs of so many units.
-pub(super) fn scratch_floats(units: usize) -> usize {
-    units::floats(units)
+/// Rows of inputs from which on a weight is unpacked for all of them.
+pub(super) const MANY: usize = 9;
+
+/// Numbers of scratch memory for a thread.
+pub(super) fn scratch_floats(rows: usize, inputs: usize, units: usize) -> usize {
+    if rows >= MANY { panel::floats(inputs, units) } else { units::floats(units) }
 }
 
 /// Products of the inputs with some rows of a weight. False where there is no kernel for it.
@@ -40,6 +46,10 @@ pub(super) unsafe fn multiply(
     output: Output,
     scratch: &mut [f32],
 ) -> bool {
+    if input.rows >= MANY {
+        // SAFETY: the caller's promise.
+        return unsafe { panel::multiply(weight, unit, rows, input, output, scratch) };
+    }
     // SAFETY: the caller's promise.
     unsafe {
         match (weight, unit) {
@@ -92,6 +102,13 @@ fn prefetch(at: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast()) };
 }
 
+/// Asks for a place to come into the first-level cache.
+#[inline(always)]
+fn near(at: *const u8) {
+    // SAFETY: nothing is read, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+}
+
 /// A mask from memory, which takes half the time of one by way of a general register.
 ///
 /// # Safety
@@ -122,38 +139,31 @@ unsafe fn mask64(at: *const u64) -> u64 {
     mask
 }
 
-/// Calls a function that computes `W` rows of the weight with `R` rows of inputs, for all rows of both.
+/// Calls a function that computes some rows of the weight with 1, 2 or 4 of inputs, for all rows of both: `$one` rows of the weight
+/// where there is one of inputs, `$some` where there are more, and one by one what is left.
 macro_rules! for_tiles {
-    ($rows:expr, $inputs:expr, |$row:ident, $first:ident| $tile:ident($($arg:expr),* $(,)?)) => {{
+    ($rows:expr, $inputs:expr, $one:literal x 1, $some:literal x 4, |$row:ident, $first:ident| $tile:ident($($arg:expr),* $(,)?)) => {{
         let (rows, inputs): (std::ops::Range<usize>, usize) = ($rows, $inputs);
-        let most = crate::kernels::avx512::knob("W", 4);
+        let most = if inputs == 1 { $one } else { $some };
         let mut $row = rows.start;
         while $row < rows.end {
-            let some = match rows.end - $row { 4.. if most == 4 => 4, 2.. if most >= 2 => 2, _ => 1 };
+            let whole = rows.end - $row >= most;
             let mut $first = 0;
             while $first < inputs {
-                match (some, inputs - $first) {
-                    (4.., 1) => { $tile::<4, 1>($($arg),*); $first += 1; }
-                    (4.., 2..=3) => { $tile::<4, 2>($($arg),*); $first += 2; }
-                    (4.., _) => { $tile::<4, 4>($($arg),*); $first += 4; }
-                    (2.., 1) => { $tile::<2, 1>($($arg),*); $first += 1; }
-                    (2.., 2..=3) => { $tile::<2, 2>($($arg),*); $first += 2; }
-                    (2.., _) => { $tile::<2, 4>($($arg),*); $first += 4; }
-                    (_, 1) => { $tile::<1, 1>($($arg),*); $first += 1; }
-                    (_, 2..=3) => { $tile::<1, 2>($($arg),*); $first += 2; }
-                    (_, _) => { $tile::<1, 4>($($arg),*); $first += 4; }
+                let left = inputs - $first;
+                match (whole, left) {
+                    (true, 1) if inputs == 1 => $tile::<$one, 1>($($arg),*),
+                    (true, 1) => $tile::<$some, 1>($($arg),*),
+                    (true, 2..=3) => $tile::<$some, 2>($($arg),*),
+                    (true, _) => $tile::<$some, 4>($($arg),*),
+                    (false, 1) => $tile::<1, 1>($($arg),*),
+                    (false, 2..=3) => $tile::<1, 2>($($arg),*),
+                    (false, _) => $tile::<1, 4>($($arg),*),
                 }
+                $first += match left { 1 => 1, 2..=3 => 2, _ => 4 };
             }
-            $row += some;
+            $row += if whole { most } else { 1 };
         }
     }};
 }
 use for_tiles;
-
-pub fn knob(name: &str, default: usize) -> usize {
-    use std::sync::OnceLock;
-    static W: OnceLock<usize> = OnceLock::new();
-    static P: OnceLock<usize> = OnceLock::new();
-    let c = if name == "W" { &W } else { &P };
-    *c.get_or_init(|| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default))
-}

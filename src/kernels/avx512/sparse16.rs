@@ -5,9 +5,12 @@ use std::ops::Range;
 
 use super::dense::from_bf16;
 use super::{for_tiles, mask16, prefetch, some_floats};
-use crate::format::{Number, Sparse16};
+use crate::format::{Number, Sparse16, Starts};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
+
+/// Bytes that are read for 64 columns, as many as their values may take.
+const LOADED: usize = 128;
 
 /// # Safety
 /// As for [`super::multiply`].
@@ -15,19 +18,20 @@ use crate::kernels::input::Input;
 pub(super) unsafe fn multiply(weight: &Sparse16, rows: Range<usize>, input: &Input<'_>, output: Output) {
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
-    let call = Call { weight, words, bits: weight.bits.bytes.as_ptr(), values: &weight.values, input, output };
+    let starts = weight.offsets.starts();
+    let call = Call { starts, words, bits: weight.bits.bytes.as_ptr(), values: &weight.values, input, output };
     // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
     unsafe {
         if weight.number == Number::F16 {
-            for_tiles!(rows, input.rows, |row, from| tile_f16(&call, row, from));
+            for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_f16(&call, row, from));
         } else {
-            for_tiles!(rows, input.rows, |row, from| tile_bf16(&call, row, from));
+            for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_bf16(&call, row, from));
         }
     }
 }
 
 struct Call<'a> {
-    weight: &'a Sparse16,
+    starts: Starts<'a>,
     words: usize,
     bits: *const u8,
     values: &'a [u8],
@@ -41,8 +45,18 @@ macro_rules! tile {
         /// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's.
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
         unsafe fn $name<const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
-            // SAFETY: the caller's promise.
-            unsafe { tile::<$half, W, R>(call, row, from) };
+            let far = |w: usize| {
+                // As far as a row's values may reach, whatever its bits are.
+                2 * call.starts.get(row + w) + LOADED * (call.words + 1) <= call.values.len()
+            };
+            // SAFETY: the caller's promise; what is not checked was.
+            unsafe {
+                if (0..W).all(far) {
+                    tile::<$half, false, W, R>(call, row, from);
+                } else {
+                    tile::<$half, true, W, R>(call, row, from);
+                }
+            }
         }
     };
 }
@@ -50,67 +64,85 @@ macro_rules! tile {
 tile!(tile_f16, true);
 tile!(tile_bf16, false);
 
-/// The numbers of 64 columns, 16 after 16, whose bits are the 8 bytes at `bits`, from 128 bytes at `values`.
+/// The numbers of 64 columns, 16 after 16, and how many are stored.
 ///
 /// # Safety
-/// They are there.
+/// [`LOADED`] bytes of values and the word are there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
-unsafe fn expand<const HALF: bool>(values: *const u8, bits: *const u8) -> [__m512; 4] {
-    let mut at = values;
+unsafe fn expand<const HALF: bool>(values: *const u8, word: *const u64) -> ([__m512; 4], usize) {
     let mut numbers = [_mm512_setzero_ps(); 4];
+    // SAFETY: the caller's promise.
+    let bits = u64::from_le(unsafe { word.read_unaligned() });
     for (part, numbers) in numbers.iter_mut().enumerate() {
+        // Counted from the word's beginning, so that no part waits for the one before.
+        let before = if part == 0 { 0 } else { (bits << (64 - 16 * part)).count_ones() as usize };
         // SAFETY: at most 32 bytes for each of the parts before, and two of the bits.
-        let (some, count, mask) = unsafe {
-            let bits = bits.add(2 * part).cast::<u16>();
-            (_mm256_loadu_si256(at.cast()), bits.read_unaligned().count_ones(), mask16(bits))
-        };
+        let (some, mask) =
+            unsafe { (_mm256_loadu_si256(values.add(2 * before).cast()), mask16(word.cast::<u16>().add(part))) };
         let spread = _mm256_maskz_expand_epi16(mask, some);
         *numbers = if HALF { _mm512_cvtph_ps(spread) } else { from_bf16(spread) };
-        at = at.wrapping_add(2 * count as usize);
     }
-    numbers
+    (numbers, bits.count_ones() as usize)
 }
 
 /// # Safety
-/// As above.
+/// As above; if not `CHECKED`, [`LOADED`] bytes for each word and once more are left from the rows' values on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
-unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
-    let Call { weight, words, bits, values, input, output } = *call;
+unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize>(
+    call: &Call<'_>,
+    row: usize,
+    from: usize,
+) {
+    let Call { starts, words, bits, values, input, output } = *call;
     // One for each 16 columns of a word, so that no addition waits for the one before.
     let mut sums = [[[_mm512_setzero_ps(); 4]; R]; W];
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
-    let mut at: [usize; W] = std::array::from_fn(|w| 2 * weight.offsets.get(row + w));
-    let mut end = [0; 128];
-    // SAFETY: words are in the bits' rows; values are read where 128 bytes are left, and copied where they are not; inputs are read
+    let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w));
+    let mut end = [0; LOADED];
+    // SAFETY: words are in the bits' rows; values are read where as many bytes are left, and copied where they are not; inputs are read
     // where they are, the last ones masked.
     unsafe {
-        let bits: [*const u8; W] = std::array::from_fn(|w| bits.add((row + w) * words * 8));
-        for block in 0..input.inputs.div_ceil(64) {
-            let left = input.inputs - 64 * block;
+        let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w) * words * 8).cast());
+        let mut next = |w: usize, block: usize| {
+            let word = bits[w].add(block);
+            let from = if CHECKED && at[w] + LOADED > values.len() {
+                copy_rest(values, at[w], &mut end)
+            } else {
+                values.as_ptr().add(at[w])
+            };
+            // Two lines, since a word's values may be as many.
+            prefetch(from);
+            prefetch(from.wrapping_add(64));
+            if block % 8 == 0 {
+                prefetch(word.cast());
+            }
+            let (numbers, count) = expand::<HALF>(from, word);
+            at[w] += 2 * count;
+            numbers
+        };
+        let whole = input.inputs / 64;
+        for block in 0..whole {
             for w in 0..W {
-                let word = bits[w].add(8 * block);
-                let from = if at[w] + 128 <= values.len() {
-                    values.as_ptr().add(at[w])
-                } else {
-                    copy_rest(values, at[w], &mut end)
-                };
-                prefetch(from);
-                if block % 8 == 0 {
-                    prefetch(word);
-                }
-                at[w] += 2 * word.cast::<u64>().read_unaligned().count_ones() as usize;
-                let numbers = expand::<HALF>(from, word);
+                let numbers = next(w, block);
                 for i in 0..R {
-                    let x = x[i].add(64 * block);
                     for part in 0..4 {
-                        let x = if left >= 64 {
-                            _mm512_loadu_ps(x.add(16 * part))
-                        } else {
-                            some_floats(x.wrapping_add(16 * part), left.saturating_sub(16 * part))
-                        };
+                        let x = _mm512_loadu_ps(x[i].add(64 * block + 16 * part));
+                        sums[w][i][part] = _mm512_fmadd_ps(numbers[part], x, sums[w][i][part]);
+                    }
+                }
+            }
+        }
+        let left = input.inputs - 64 * whole;
+        if left > 0 {
+            for w in 0..W {
+                let numbers = next(w, whole);
+                for i in 0..R {
+                    for part in 0..4 {
+                        let x = x[i].wrapping_add(64 * whole + 16 * part);
+                        let x = some_floats(x, left.saturating_sub(16 * part));
                         sums[w][i][part] = _mm512_fmadd_ps(numbers[part], x, sums[w][i][part]);
                     }
                 }
@@ -124,6 +156,22 @@ unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(call: &Call<'_>
             }
         }
     }
+}
+
+/// The numbers of 64 columns, whose values begin at byte `at`, and how many are stored.
+///
+/// # Safety
+/// The word is there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
+pub(super) unsafe fn some_numbers(half: bool, values: &[u8], at: usize, word: *const u64) -> ([__m512; 4], usize) {
+    let mut end = [0; LOADED];
+    let from = match values.get(at..) {
+        Some(values) if values.len() >= LOADED => values.as_ptr(),
+        _ => copy_rest(values, at, &mut end),
+    };
+    // SAFETY: as many bytes are there, and the word by the caller's promise.
+    unsafe { if half { expand::<true>(from, word) } else { expand::<false>(from, word) } }
 }
 
 /// Copies what is left of `bytes` from `at` on, zeros after it.

@@ -29,15 +29,15 @@ pub(super) struct Units<'a> {
     direct: bool,
     scales: &'a [u8],
     zeros: &'a [u8],
-    input: &'a Input<'a>,
-    unit: usize,
+    /// Where the first row's scales of units are, from there to their sums, and to the next row's.
+    prepared: (*const u8, usize, usize),
     count: usize,
 }
 
 impl<'a> Units<'a> {
     /// # Panics
     /// Where the memory is less than [`floats`] says.
-    pub fn new(grid: &'a Grid, unit: usize, input: &'a Input<'a>, scratch: &mut [f32]) -> Self {
+    pub fn new(grid: &'a Grid, unit: usize, input: &Input<'_>, scratch: &mut [f32]) -> Self {
         let count = input.inputs.div_ceil(BLOCK) * (BLOCK / unit);
         assert!(scratch.len() >= floats(count));
         Self {
@@ -48,9 +48,23 @@ impl<'a> Units<'a> {
             direct: grid.group_size == unit,
             scales: &grid.scales,
             zeros: &grid.zeros,
-            input,
-            unit,
+            prepared: input.units_at(unit),
             count,
+        }
+    }
+
+    /// For what asks row by row, without memory.
+    pub fn of(grid: &'a Grid, unit: usize) -> Self {
+        Self {
+            first: std::ptr::null_mut(),
+            stride: 0,
+            grid,
+            groups: grid.groups(),
+            direct: grid.group_size == unit,
+            scales: &grid.scales,
+            zeros: &grid.zeros,
+            prepared: (std::ptr::null(), 0, 0),
+            count: 0,
         }
     }
 
@@ -78,7 +92,11 @@ impl<'a> Units<'a> {
     #[allow(clippy::needless_range_loop)] // over constants
     pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
         let mut taken = [_mm512_setzero_ps(); R];
-        let prepared: [(*const f32, *const f32); R] = std::array::from_fn(|i| self.input.units_at(from + i, self.unit));
+        let (first, half, bytes) = self.prepared;
+        let prepared: [(*const f32, *const f32); R] = std::array::from_fn(|i| {
+            let scales = first.wrapping_add((from + i) * bytes);
+            (scales.cast(), scales.wrapping_add(half).cast())
+        });
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
         // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units.
         unsafe {
@@ -176,6 +194,42 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, ze
             *scales.add(at) = 0.0;
             *zeros.add(at) = 0;
         }
+    }
+}
+
+/// Calls `put` with 16 units of a row after 16, their scales and the products of these with their zero points. Scales past the last
+/// group are 0.
+///
+/// # Panics
+/// For a row that there is not.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+pub(super) fn for_sixteens(
+    units: &Units<'_>,
+    row: usize,
+    count: usize,
+    mut put: impl FnMut(usize, &[f32; 16], &[f32; 16]),
+) {
+    let [mut scales, mut with_zeros] = [[0.0_f32; 16]; 2];
+    assert!(row < units.grid.rows);
+    for at in (0..count).step_by(16) {
+        if units.direct {
+            // SAFETY: the row is there, as was asserted; the arrays have 16 numbers.
+            unsafe {
+                let scale = units.scales(row, at);
+                let zero = if units.grid.symmetric { _mm512_set1_epi32(8) } else { units.some_zeros(row, at) };
+                _mm512_storeu_ps(scales.as_mut_ptr(), scale);
+                _mm512_storeu_ps(with_zeros.as_mut_ptr(), _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
+            }
+        } else {
+            let groups = units.grid.groups();
+            let wide = units.grid.group_size.min(units.grid.cols.next_multiple_of(BLOCK));
+            for index in 0..16 {
+                let group = (at + index) * BLOCK / wide;
+                let (scale, zero) = if group < groups { units.grid.at(row, group) } else { (0.0, 0) };
+                (scales[index], with_zeros[index]) = (scale, scale * f32::from(zero));
+            }
+        }
+        put(at, &scales, &with_zeros);
     }
 }
 

@@ -1,0 +1,557 @@
+//! Many rows of inputs: 32 rows of a weight are unpacked once into a panel, which stays in the second-level cache, and tiles of
+//! products with all inputs run along it.
+//!
+//! A panel of numbers is `[columns, 32]`. A panel of codes is `[columns / 4, 32, 4]`: each 32 bits hold four columns of one row, which
+//! `vpdpbusd` multiplies with four inputs at once.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::dense::{BF16, F16, F32, from_bf16, sixteen};
+use super::units::{Units, for_sixteens};
+use super::{first_lanes, int4, near, some_floats, some_words, sparse_int4, sparse16};
+use crate::format::{Body, Dense, Number, Sparse16};
+use crate::kernels::common::Output;
+use crate::kernels::input::{BLOCK, Input, Order};
+
+/// Rows of a weight in a panel: two registers.
+pub(in crate::kernels) const WIDTH: usize = 32;
+/// Columns of a panel of numbers at a time: 128 KiB.
+const COLUMNS: usize = 1024;
+
+/// Numbers of scratch memory for a thread.
+pub(in crate::kernels) fn floats(inputs: usize, units: usize) -> usize {
+    let codes = inputs.next_multiple_of(BLOCK) * WIDTH / 4 + 2 * units * WIDTH;
+    codes.max(COLUMNS * WIDTH)
+}
+
+/// Columns of a tile's place: 32 outputs at most.
+#[derive(Clone, Copy)]
+struct Place {
+    out: *mut f32,
+    stride: usize,
+    columns: usize,
+    add: bool,
+}
+
+impl Place {
+    /// # Safety
+    /// The outputs are there.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store(self, row: usize, half: usize, sums: __m512) {
+        let out = self.out.wrapping_add(row * self.stride + 16 * half);
+        let mask = first_lanes(self.columns.saturating_sub(16 * half));
+        // SAFETY: the mask covers outputs alone.
+        unsafe {
+            let sums = if self.add { _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out)) } else { sums };
+            _mm512_mask_storeu_ps(out, mask, sums);
+        }
+    }
+}
+
+/// Turns 16 rows of 16 numbers of 32 bits into 16 columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+    let none = _mm512_setzero_si512();
+    let [mut pairs, mut fours, mut columns] = [[none; 16]; 3];
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    for i in 0..4 {
+        let [a, b, c, d] = [pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]];
+        fours[4 * i] = _mm512_unpacklo_epi64(a, c);
+        fours[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
+        fours[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
+        fours[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for i in 0..4 {
+        let [a, b, c, d] = [fours[i], fours[4 + i], fours[8 + i], fours[12 + i]];
+        let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
+        let odd = [_mm512_shuffle_i32x4::<0xDD>(a, b), _mm512_shuffle_i32x4::<0xDD>(c, d)];
+        columns[i] = _mm512_shuffle_i32x4::<0x88>(even[0], even[1]);
+        columns[8 + i] = _mm512_shuffle_i32x4::<0xDD>(even[0], even[1]);
+        columns[4 + i] = _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]);
+        columns[12 + i] = _mm512_shuffle_i32x4::<0xDD>(odd[0], odd[1]);
+    }
+    columns
+}
+
+/// Calls a function that computes some rows for all rows, six at a time.
+macro_rules! by_six {
+    ($rows:expr, |$row:ident| $tile:ident($($arg:expr),* $(,)?)) => {{
+        let mut $row = 0;
+        while $row < $rows {
+            match $rows - $row {
+                1 => { $tile::<1>($($arg),*); $row += 1; }
+                2..=3 => { $tile::<2>($($arg),*); $row += 2; }
+                4..=5 => { $tile::<4>($($arg),*); $row += 4; }
+                _ => { $tile::<6>($($arg),*); $row += 6; }
+            }
+        }
+    }};
+}
+
+/// Products of many rows of inputs with some rows of a weight. False where there is no kernel for it.
+///
+/// # Safety
+/// As for [`super::multiply`]; `scratch` is as long as [`floats`] says.
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx2,fma,f16c,bmi1,bmi2,popcnt,lzcnt"
+)]
+pub(super) unsafe fn multiply(
+    weight: &Body,
+    unit: Option<usize>,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+    scratch: &mut [f32],
+) -> bool {
+    for first in rows.clone().step_by(WIDTH) {
+        let rows = first..rows.end.min(first + WIDTH);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (weight, unit) {
+                (Body::Dense(dense), _) => numbers(Source::Dense(dense), rows, input, output, scratch),
+                (Body::Sparse16(sparse), _) => numbers(Source::Sparse(sparse), rows, input, output, scratch),
+                (Body::Int(_) | Body::SparseInt4(_), Some(unit)) => codes(weight, unit, rows, input, output, scratch),
+                _ => return false,
+            }
+        }
+    }
+    true
+}
+
+enum Source<'a> {
+    Dense(&'a Dense),
+    Sparse(&'a Sparse16),
+}
+
+/// # Safety
+/// As for [`multiply`], for at most [`WIDTH`] rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
+unsafe fn numbers(source: Source<'_>, rows: Range<usize>, input: &Input<'_>, output: Output, scratch: &mut [f32]) {
+    let panel = &mut scratch[..COLUMNS * WIDTH];
+    let mut at: [usize; WIDTH] = std::array::from_fn(|index| match &source {
+        Source::Sparse(sparse) if index < rows.len() => 2 * sparse.offsets.get(rows.start + index),
+        _ => 0,
+    });
+    let mut from = 0;
+    // At least once, so that outputs are written where no input is active.
+    loop {
+        let columns = from..input.inputs.min(from + COLUMNS);
+        // SAFETY: the caller's promise; all but the last columns are whole words.
+        unsafe {
+            match &source {
+                Source::Dense(dense) => widen(dense, rows.clone(), columns.clone(), panel),
+                Source::Sparse(sparse) => spread(sparse, rows.clone(), columns.clone(), &mut at, panel),
+            }
+            let place =
+                Place { out: output.first.add(rows.start), stride: output.stride, columns: rows.len(), add: from > 0 };
+            let x = input.values.as_ptr().wrapping_add(from);
+            float_tiles(panel.as_ptr(), columns.len(), x, input.stride, input.rows, place);
+        }
+        from += COLUMNS;
+        if from >= input.inputs {
+            return;
+        }
+    }
+}
+
+/// # Safety
+/// The panel has `count` columns, `x` as many in each of `rows`, and the place is this task's.
+#[target_feature(enable = "avx512f,fma")]
+unsafe fn float_tiles(panel: *const f32, count: usize, x: *const f32, stride: usize, rows: usize, place: Place) {
+    let mut row = 0;
+    // SAFETY: the caller's promise.
+    unsafe {
+        while row < rows {
+            let x = x.wrapping_add(row * stride);
+            let place = Place { out: place.out.wrapping_add(row * place.stride), ..place };
+            row += match rows - row {
+                12.. => float_tile::<12>(panel, count, x, stride, place),
+                8.. => float_tile::<8>(panel, count, x, stride, place),
+                4.. => float_tile::<4>(panel, count, x, stride, place),
+                2.. => float_tile::<2>(panel, count, x, stride, place),
+                _ => float_tile::<1>(panel, count, x, stride, place),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As above, for `R` rows.
+#[target_feature(enable = "avx512f,fma")]
+#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+unsafe fn float_tile<const R: usize>(
+    panel: *const f32,
+    count: usize,
+    x: *const f32,
+    stride: usize,
+    place: Place,
+) -> usize {
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    // SAFETY: the caller's promise.
+    unsafe {
+        for column in 0..count {
+            let w = [0, 16].map(|half| _mm512_loadu_ps(panel.add(column * WIDTH + half)));
+            for i in 0..R {
+                let x = _mm512_set1_ps(*x.add(i * stride + column));
+                sums[i][0] = _mm512_fmadd_ps(w[0], x, sums[i][0]);
+                sums[i][1] = _mm512_fmadd_ps(w[1], x, sums[i][1]);
+            }
+        }
+        for i in 0..R {
+            place.store(i, 0, sums[i][0]);
+            place.store(i, 1, sums[i][1]);
+        }
+    }
+    R
+}
+
+/// # Safety
+/// Sixteen columns of the panel from `column` on have room.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn put(panel: *mut f32, column: usize, half: usize, rows: [__m512; 16]) {
+    let columns = transpose(rows.map(|row| _mm512_castps_si512(row)));
+    for (index, numbers) in columns.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(panel.add((column + index) * WIDTH + 16 * half).cast(), numbers) };
+    }
+}
+
+/// Some columns of some rows of a dense weight as a panel.
+///
+/// # Safety
+/// They are there, and the panel has room for them, rounded up to 16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+unsafe fn widen(dense: &Dense, rows: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+    let (size, values) = (dense.number.bytes(), &*dense.values);
+    assert!(rows.end * dense.cols * size <= values.len() && columns.end <= dense.cols);
+    let panel = panel.as_mut_ptr();
+    let of = match dense.number {
+        Number::F32 => some_columns::<F32>,
+        Number::F16 => some_columns::<F16>,
+        Number::Bf16 => some_columns::<BF16>,
+    };
+    for half in 0..2 {
+        let rows = rows.start + 16 * half..rows.end.min(rows.start + 16 * half + 16);
+        for column in columns.clone().step_by(32) {
+            // SAFETY: the rows and columns are there, as was asserted; panels have whole words.
+            unsafe {
+                let at = values.as_ptr().wrapping_add((rows.start * dense.cols + column) * size);
+                let blocks = of(at, dense.cols * size, rows.len(), columns.end - column);
+                for (part, block) in blocks.into_iter().enumerate() {
+                    put(panel, column - columns.start + 16 * part, half, block);
+                }
+            }
+        }
+    }
+}
+
+/// Twice 16 columns of at most 16 rows.
+///
+/// # Safety
+/// `count` columns of the rows are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+unsafe fn some_columns<const N: u8>(at: *const u8, stride: usize, rows: usize, count: usize) -> [[__m512; 16]; 2] {
+    let size = if N == F32 { 4 } else { 2 };
+    let mut blocks = [[_mm512_setzero_ps(); 16]; 2];
+    for row in 0..rows {
+        let at = at.wrapping_add(row * stride);
+        // Rows of a weight often lie where the first-level cache has but eight places.
+        near(at.wrapping_add(512));
+        for (part, block) in blocks.iter_mut().enumerate() {
+            let at = at.wrapping_add(16 * part * size);
+            let count = count.saturating_sub(16 * part);
+            // SAFETY: the caller's promise.
+            block[row] = unsafe {
+                match N {
+                    _ if count >= 16 => sixteen::<N>(at),
+                    F32 => some_floats(at.cast(), count),
+                    F16 => _mm512_cvtph_ps(some_words(at, count)),
+                    _ => from_bf16(some_words(at, count)),
+                }
+            };
+        }
+    }
+    blocks
+}
+
+/// The same of a sparse weight; `at` says where the values of each row go on.
+///
+/// # Safety
+/// As for [`widen`]; the columns begin at a word.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
+unsafe fn spread(
+    sparse: &Sparse16,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    at: &mut [usize; WIDTH],
+    panel: &mut [f32],
+) {
+    let words = sparse.bits.cols.div_ceil(64);
+    let (bits, values): (&[u8], &[u8]) = (&sparse.bits.bytes, &sparse.values);
+    assert!(rows.end * words * 8 <= bits.len() && columns.end <= sparse.bits.cols);
+    let panel = panel.as_mut_ptr();
+    for half in 0..2 {
+        for column in columns.clone().step_by(64) {
+            let mut block = [[_mm512_setzero_ps(); 16]; 4];
+            for index in 0..16 {
+                let row = rows.start + 16 * half + index;
+                if row >= rows.end {
+                    break;
+                }
+                // SAFETY: the word is there, as was asserted.
+                let (numbers, count) = unsafe {
+                    let word = bits.as_ptr().add((row * words + column / 64) * 8).cast();
+                    sparse16::some_numbers(sparse.number == Number::F16, values, at[16 * half + index], word)
+                };
+                at[16 * half + index] += 2 * count;
+                for part in 0..4 {
+                    block[part][index] = numbers[part];
+                }
+            }
+            for (part, block) in block.into_iter().enumerate() {
+                // SAFETY: the caller's promise, and that panels have whole words.
+                unsafe { put(panel, column - columns.start + 16 * part, half, block) };
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`multiply`], for at most [`WIDTH`] rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx2,fma,f16c,bmi2,popcnt")]
+unsafe fn codes(
+    weight: &Body,
+    unit: usize,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+    scratch: &mut [f32],
+) {
+    let blocks = input.inputs.div_ceil(BLOCK);
+    let units = blocks * (BLOCK / unit);
+    let (panel, rest) = scratch.split_at_mut(blocks * BLOCK * WIDTH / 4);
+    let (scales, rest) = rest.split_at_mut(units * WIDTH);
+    let with_zeros = &mut rest[..units * WIDTH];
+    let grid = match weight {
+        Body::Int(packed) => packed.whole_grid(),
+        Body::SparseInt4(sparse) => &sparse.grid,
+        _ => return,
+    };
+    let of_weight = Units::of(grid, unit);
+    for (index, row) in rows.clone().enumerate() {
+        for_sixteens(&of_weight, row, units, |from, some_scales, some_with_zeros| {
+            for (at, (scale, with_zero)) in (from..units).zip(some_scales.iter().zip(some_with_zeros)) {
+                scales[at * WIDTH + index] = *scale;
+                with_zeros[at * WIDTH + index] = *with_zero;
+            }
+        });
+    }
+    // What is past the last row is not stored; zeros, so that it is nothing that takes time.
+    for index in rows.len()..WIDTH {
+        for at in 0..units {
+            scales[at * WIDTH + index] = 0.0;
+            with_zeros[at * WIDTH + index] = 0.0;
+        }
+    }
+    let words: *mut i32 = panel.as_mut_ptr().cast();
+    // SAFETY: the panel has room for all blocks; the rows are there.
+    unsafe {
+        match weight {
+            Body::Int(packed) => {
+                let stride = packed.cols().div_ceil(2);
+                let codes = &packed.codes()[rows.start * stride..rows.end * stride];
+                let some = |index: usize, word: usize| {
+                    let row = &codes[index * stride..(index + 1) * stride];
+                    int4::some_codes(row.get(32 * word..).unwrap_or(&[]))
+                };
+                fill_panel(words, rows.len(), 2 * blocks, some);
+            }
+            Body::SparseInt4(sparse) => {
+                let mut at: [usize; WIDTH] =
+                    std::array::from_fn(
+                        |index| {
+                            if index < rows.len() { sparse.offsets.get(rows.start + index) } else { 0 }
+                        },
+                    );
+                let (bits, codes): (&[u8], &[u8]) = (&sparse.bits.bytes, &sparse.codes);
+                let some = |index: usize, word: usize| {
+                    sparse_int4::some_codes(sparse, bits, codes, rows.start + index, word, &mut at[index])
+                };
+                fill_panel(words, rows.len(), 2 * blocks, some);
+            }
+            _ => return,
+        }
+    }
+    let call = Codes {
+        panel: words,
+        scales: scales.as_ptr(),
+        with_zeros: with_zeros.as_ptr(),
+        unit,
+        units,
+        input,
+        prepared: input.units_at(unit),
+        place: Place {
+            out: output.first.wrapping_add(rows.start),
+            stride: output.stride,
+            columns: rows.len(),
+            add: false,
+        },
+    };
+    // SAFETY: the caller's promise; the panel is whole.
+    unsafe {
+        if input.wide() {
+            by_six!(input.rows, |row| wide_tile(&call, row));
+        } else {
+            by_six!(input.rows, |row| narrow_tile(&call, row));
+        }
+    }
+}
+
+/// Writes the codes that `some` gives by row and word of 64 columns as a panel.
+///
+/// # Safety
+/// It has room for the words.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn fill_panel(panel: *mut i32, rows: usize, words: usize, mut some: impl FnMut(usize, usize) -> __m512i) {
+    for half in 0..2 {
+        for word in 0..words {
+            let mut block = [_mm512_setzero_si512(); 16];
+            for (index, codes) in (16 * half..rows).zip(&mut block) {
+                *codes = some(index, word);
+            }
+            for (index, fours) in transpose(block).into_iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_storeu_si512(panel.add((16 * word + index) * WIDTH + 16 * half).cast(), fours) };
+            }
+        }
+    }
+}
+
+struct Codes<'a> {
+    panel: *const i32,
+    scales: *const f32,
+    with_zeros: *const f32,
+    unit: usize,
+    units: usize,
+    input: &'a Input<'a>,
+    prepared: (*const u8, usize, usize),
+    place: Place,
+}
+
+/// # Safety
+/// The panel is whole, the inputs prepared, the place this task's.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+unsafe fn wide_tile<const R: usize>(call: &Codes<'_>, row: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { code_tile::<true, R>(call, row) };
+}
+
+/// # Safety
+/// As above.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+unsafe fn narrow_tile<const R: usize>(call: &Codes<'_>, row: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { code_tile::<false, R>(call, row) };
+}
+
+/// # Safety
+/// As above.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Codes<'_>, row: usize) {
+    let Codes { panel, scales, with_zeros, unit, units, input, prepared, place } = *call;
+    let x: [*const i32; R] = std::array::from_fn(|i| input.codes(row + i, Order::InOrder).as_ptr().cast());
+    let block_words = input.layout.block_bytes() / 4;
+    let (of_block, fours) = (BLOCK / unit, unit / 4);
+    let (first, half_bytes, bytes) = prepared;
+    let mut totals = [[_mm512_setzero_ps(); 2]; R];
+    // SAFETY: the panel and what was prepared of the inputs have as many units.
+    unsafe {
+        for at in 0..units {
+            let mut high = [[_mm512_setzero_si512(); 2]; R];
+            let mut low = [[_mm512_setzero_si512(); 2]; R];
+            let panel = panel.add(at * fours * WIDTH);
+            let start = at / of_block * block_words + at % of_block * fours;
+            for four in 0..fours {
+                let w = [0, 16].map(|half| _mm512_loadu_si512(panel.add(four * WIDTH + half).cast()));
+                for i in 0..R {
+                    let x_high = _mm512_set1_epi32(*x[i].add(start + four));
+                    high[i][0] = _mm512_dpbusd_epi32(high[i][0], w[0], x_high);
+                    high[i][1] = _mm512_dpbusd_epi32(high[i][1], w[1], x_high);
+                    if WIDE {
+                        let x_low = _mm512_set1_epi32(*x[i].add(start + BLOCK / 4 + four));
+                        low[i][0] = _mm512_dpbusd_epi32(low[i][0], w[0], x_low);
+                        low[i][1] = _mm512_dpbusd_epi32(low[i][1], w[1], x_low);
+                    }
+                }
+            }
+            for half in 0..2 {
+                let scale = _mm512_loadu_ps(scales.add(at * WIDTH + 16 * half));
+                let with_zero = _mm512_loadu_ps(with_zeros.add(at * WIDTH + 16 * half));
+                for i in 0..R {
+                    let of_row = first.add((row + i) * bytes);
+                    let of_input = _mm512_set1_ps(*of_row.cast::<f32>().add(at));
+                    let sum = _mm512_set1_ps(*of_row.add(half_bytes).cast::<f32>().add(at));
+                    let all = if WIDE {
+                        _mm512_add_epi32(_mm512_slli_epi32::<8>(high[i][half]), low[i][half])
+                    } else {
+                        high[i][half]
+                    };
+                    let total = _mm512_fnmadd_ps(with_zero, sum, totals[i][half]);
+                    totals[i][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_mul_ps(scale, of_input), total);
+                }
+            }
+        }
+        for i in 0..R {
+            let place = Place { out: place.out.wrapping_add(row * place.stride), ..place };
+            place.store(i, 0, totals[i][0]);
+            place.store(i, 1, totals[i][1]);
+        }
+    }
+}
+
+/// Adds an update to some columns of all rows: `y += scale * h bt`.
+///
+/// # Safety
+/// The processor has the features, the outputs are this task's and written; `h` has `rank` numbers for each row; `scratch` is as long
+/// as [`floats`] says.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
+pub(in crate::kernels) unsafe fn add_update(
+    bt: &Dense,
+    scale: f32,
+    h: &[f32],
+    rank: usize,
+    columns: Range<usize>,
+    rows: usize,
+    output: Output,
+    scratch: &mut [f32],
+) {
+    let (size, values) = (bt.number.bytes(), &*bt.values);
+    assert!(h.len() >= rows * rank && columns.end <= bt.cols && rank * bt.cols * size <= values.len());
+    let panel = &mut scratch[..COLUMNS * WIDTH];
+    for first in columns.clone().step_by(WIDTH) {
+        let width = WIDTH.min(columns.end - first);
+        for from in (0..rank).step_by(COLUMNS) {
+            let count = COLUMNS.min(rank - from);
+            for (index, out) in panel.chunks_exact_mut(WIDTH).take(count).enumerate() {
+                let at = ((from + index) * bt.cols + first) * size;
+                bt.number.read(&values[at..at + width * size], out);
+                out.iter_mut().for_each(|out| *out *= scale);
+            }
+            let place =
+                Place { out: output.first.wrapping_add(first), stride: output.stride, columns: width, add: true };
+            // SAFETY: the caller's promise.
+            unsafe { float_tiles(panel.as_ptr(), count, h.as_ptr().wrapping_add(from), rank, rows, place) };
+        }
+    }
+}
