@@ -350,17 +350,18 @@ fn programs_are_clean_under_valgrind() {
     }
     // Valgrind says to the program that the machine has no AVX-512, so the kernels choose narrower instructions by themselves.
     let Some(program) = program(Link::Shared) else { return };
-    let valgrind = |arguments: &[&Path]| {
+    let valgrind = |kinds: &str, arguments: &[&Path]| {
         let mut command = Command::new("valgrind");
-        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=all"]);
-        command.args(["--show-leak-kinds=all", "--fair-sched=yes"]).arg(program).args(arguments);
-        succeed(&mut command);
+        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--fair-sched=yes"]);
+        command.arg(format!("--errors-for-leak-kinds={kinds}")).arg(format!("--show-leak-kinds={kinds}"));
+        succeed(command.arg(program).args(arguments));
     };
-    // Reading a tokenizer takes most of the time under valgrind, and is not what is looked for.
-    valgrind(&["hostile".as_ref(), bundle(), "-".as_ref(), &scratch("valgrind-hostile")]);
-    for name in ["order", "panic", "threads"] {
-        valgrind(&[name.as_ref(), bundle()]);
-    }
+    // The standard library keeps a handle of the main thread, 48 bytes, once a file is written or something panics, by a pointer into its middle, which valgrind
+    // calls possibly lost. Reading a tokenizer takes most of the time, and is not what is looked for.
+    valgrind("definite,indirect", &["hostile".as_ref(), bundle(), "-".as_ref(), &scratch("valgrind-hostile")]);
+    valgrind("definite,indirect", &["panic".as_ref(), bundle()]);
+    valgrind("all", &["order".as_ref(), bundle()]);
+    valgrind("all", &["threads".as_ref(), bundle()]);
 }
 
 #[test]
