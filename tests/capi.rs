@@ -1,7 +1,8 @@
-//! The C and C++ interfaces as their users meet them: headers that compile alone, programs that link either way and run, results that are
-//! the Rust API's bit by bit, misuse that is refused, and packages that other projects find.
+//! The C and C++ interfaces as their users meet them: headers that compile alone, programs that link either way and
+//! run, results that are the Rust API's bit by bit, misuse that is refused, and packages that other projects find.
 //!
-//! The library is built by `cargo rustc`, so this needs cargo; a test whose tools are missing says `skipped`. Unix only.
+//! The library is built by `cargo rustc`, so this needs cargo; a test whose tools are missing says `skipped`. Unix
+//! only.
 #![cfg(unix)]
 
 mod common;
@@ -348,7 +349,8 @@ fn programs_are_clean_under_valgrind() {
     if !has("valgrind") {
         return;
     }
-    // Valgrind says to the program that the machine has no AVX-512, so the kernels choose narrower instructions by themselves.
+    // Valgrind says to the program that the machine has no AVX-512, so the kernels choose narrower instructions by
+    // themselves.
     let Some(program) = program(Link::Shared) else { return };
     let valgrind = |kinds: &str, arguments: &[&Path]| {
         let mut command = Command::new("valgrind");
@@ -356,8 +358,9 @@ fn programs_are_clean_under_valgrind() {
         command.arg(format!("--errors-for-leak-kinds={kinds}")).arg(format!("--show-leak-kinds={kinds}"));
         succeed(command.arg(program).args(arguments));
     };
-    // The standard library keeps a handle of the main thread, 48 bytes, once a file is written or something panics, by a pointer into its middle, which valgrind
-    // calls possibly lost. Reading a tokenizer takes most of the time, and is not what is looked for.
+    // The standard library keeps a handle of the main thread, 48 bytes, once a file is written or something panics,
+    // by a pointer into its middle, which valgrind calls possibly lost. Reading a tokenizer takes most of the time,
+    // and is not what is looked for.
     valgrind("definite,indirect", &["hostile".as_ref(), bundle(), "-".as_ref(), &scratch("valgrind-hostile")]);
     valgrind("definite,indirect", &["panic".as_ref(), bundle()]);
     valgrind("all", &["order".as_ref(), bundle()]);
@@ -386,8 +389,8 @@ fn a_call_costs_well_under_a_microsecond() {
         let times: Vec<f64> = printed.split_whitespace().map(|time| time.parse().unwrap()).collect();
         let [nothing, look, apply] = times[..] else { panic!("{printed}") };
         println!(
-            "a call that does nothing {nothing:.1} ns, one into a session {look:.1} ns, a layer of {inputs} x {outputs} \
-             from C {apply:.1} ns, from Rust {rust:.1} ns"
+            "a call that does nothing {nothing:.1} ns, one into a session {look:.1} ns, a layer of {inputs} x \
+             {outputs} from C {apply:.1} ns, from Rust {rust:.1} ns"
         );
         best = best.min(nothing.max(look).max(apply - rust));
         if best < 200.0 {

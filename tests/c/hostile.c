@@ -1,5 +1,5 @@
-/* hostile MODEL FOLDER TMP: every function with what it must refuse. MODEL is a bundle with several subnets, FOLDER a model with a
- * tokenizer, TMP a folder to write to. Outputs must be as they were wherever a call fails. */
+/* hostile MODEL FOLDER TMP: every function with what it must refuse. MODEL is a bundle with several subnets, FOLDER a
+ * model with a tokenizer, TMP a folder to write to. Outputs must be as they were wherever a call fails. */
 #include "check.h"
 
 #define UNTOUCHED 12345u
