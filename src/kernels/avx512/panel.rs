@@ -50,12 +50,15 @@ impl Place {
     }
 }
 
-/// Turns 16 rows of 16 numbers of 32 bits into 16 columns.
+/// Writes 16 rows of 16 numbers of 32 bits as 16 rows of a panel, from `first` on.
+///
+/// # Safety
+/// They have room.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+unsafe fn put(panel: *mut i32, first: usize, half: usize, rows: &[__m512i; 16]) {
     let none = _mm512_setzero_si512();
-    let [mut pairs, mut fours, mut columns] = [[none; 16]; 3];
+    let [mut pairs, mut fours] = [[none; 16]; 2];
     for i in 0..8 {
         pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
         pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
@@ -71,12 +74,15 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
         let [a, b, c, d] = [fours[i], fours[4 + i], fours[8 + i], fours[12 + i]];
         let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
         let odd = [_mm512_shuffle_i32x4::<0xDD>(a, b), _mm512_shuffle_i32x4::<0xDD>(c, d)];
-        columns[i] = _mm512_shuffle_i32x4::<0x88>(even[0], even[1]);
-        columns[8 + i] = _mm512_shuffle_i32x4::<0xDD>(even[0], even[1]);
-        columns[4 + i] = _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]);
-        columns[12 + i] = _mm512_shuffle_i32x4::<0xDD>(odd[0], odd[1]);
+        let at = |column: usize| panel.wrapping_add((first + column) * WIDTH + 16 * half).cast();
+        // SAFETY: the caller's promise.
+        unsafe {
+            _mm512_storeu_si512(at(i), _mm512_shuffle_i32x4::<0x88>(even[0], even[1]));
+            _mm512_storeu_si512(at(8 + i), _mm512_shuffle_i32x4::<0xDD>(even[0], even[1]));
+            _mm512_storeu_si512(at(4 + i), _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]));
+            _mm512_storeu_si512(at(12 + i), _mm512_shuffle_i32x4::<0xDD>(odd[0], odd[1]));
+        }
     }
-    columns
 }
 
 /// Calls a function that computes some rows for all rows, six at a time.
@@ -211,18 +217,6 @@ unsafe fn float_tile<const R: usize>(
     R
 }
 
-/// # Safety
-/// Sixteen columns of the panel from `column` on have room.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn put(panel: *mut f32, column: usize, half: usize, rows: [__m512; 16]) {
-    let columns = transpose(rows.map(|row| _mm512_castps_si512(row)));
-    for (index, numbers) in columns.into_iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { _mm512_storeu_si512(panel.add((column + index) * WIDTH + 16 * half).cast(), numbers) };
-    }
-}
-
 /// Some columns of some rows of a dense weight as a panel.
 ///
 /// # Safety
@@ -231,55 +225,47 @@ unsafe fn put(panel: *mut f32, column: usize, half: usize, rows: [__m512; 16]) {
 unsafe fn widen(dense: &Dense, rows: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
     let (size, values) = (dense.number.bytes(), &*dense.values);
     assert!(rows.end * dense.cols * size <= values.len() && columns.end <= dense.cols);
-    let panel = panel.as_mut_ptr();
-    let of = match dense.number {
-        Number::F32 => some_columns::<F32>,
-        Number::F16 => some_columns::<F16>,
-        Number::Bf16 => some_columns::<BF16>,
-    };
-    for half in 0..2 {
-        let rows = rows.start + 16 * half..rows.end.min(rows.start + 16 * half + 16);
-        for column in columns.clone().step_by(32) {
-            // SAFETY: the rows and columns are there, as was asserted; panels have whole words.
-            unsafe {
-                let at = values.as_ptr().wrapping_add((rows.start * dense.cols + column) * size);
-                let blocks = of(at, dense.cols * size, rows.len(), columns.end - column);
-                for (part, block) in blocks.into_iter().enumerate() {
-                    put(panel, column - columns.start + 16 * part, half, block);
-                }
+    let panel = panel.as_mut_ptr().cast();
+    let words = columns.len().div_ceil(16);
+    let at = values.as_ptr().wrapping_add((rows.start * dense.cols + columns.start) * size);
+    let (stride, rows, count) = (dense.cols * size, rows.len(), columns.len());
+    // SAFETY: the rows and columns are there, as was asserted; panels have whole words.
+    unsafe {
+        match dense.number {
+            Number::F32 => {
+                fill_panel(panel, rows, words, |row, word| some_columns::<F32>(at, row * stride, word, count))
+            }
+            Number::F16 => {
+                fill_panel(panel, rows, words, |row, word| some_columns::<F16>(at, row * stride, word, count))
+            }
+            Number::Bf16 => {
+                fill_panel(panel, rows, words, |row, word| some_columns::<BF16>(at, row * stride, word, count))
             }
         }
     }
 }
 
-/// Twice 16 columns of at most 16 rows.
+/// Sixteen columns of a row, the `word`-th of `count` columns, zeros past the last.
 ///
 /// # Safety
-/// `count` columns of the rows are there.
+/// The row is there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
-unsafe fn some_columns<const N: u8>(at: *const u8, stride: usize, rows: usize, count: usize) -> [[__m512; 16]; 2] {
+unsafe fn some_columns<const N: u8>(at: *const u8, row: usize, word: usize, count: usize) -> __m512i {
     let size = if N == F32 { 4 } else { 2 };
-    let mut blocks = [[_mm512_setzero_ps(); 16]; 2];
-    for row in 0..rows {
-        let at = at.wrapping_add(row * stride);
-        // Rows of a weight often lie where the first-level cache has but eight places.
-        near(at.wrapping_add(512));
-        for (part, block) in blocks.iter_mut().enumerate() {
-            let at = at.wrapping_add(16 * part * size);
-            let count = count.saturating_sub(16 * part);
-            // SAFETY: the caller's promise.
-            block[row] = unsafe {
-                match N {
-                    _ if count >= 16 => sixteen::<N>(at),
-                    F32 => some_floats(at.cast(), count),
-                    F16 => _mm512_cvtph_ps(some_words(at, count)),
-                    _ => from_bf16(some_words(at, count)),
-                }
-            };
+    let at = at.wrapping_add(row + 16 * word * size);
+    near(at.wrapping_add(512));
+    let count = count - 16 * word;
+    // SAFETY: the caller's promise.
+    let numbers = unsafe {
+        match N {
+            _ if count >= 16 => sixteen::<N>(at),
+            F32 => some_floats(at.cast(), count),
+            F16 => _mm512_cvtph_ps(some_words(at, count)),
+            _ => from_bf16(some_words(at, count)),
         }
-    }
-    blocks
+    };
+    _mm512_castps_si512(numbers)
 }
 
 /// The same of a sparse weight; `at` says where the values of each row go on.
@@ -300,25 +286,27 @@ unsafe fn spread(
     let panel = panel.as_mut_ptr();
     for half in 0..2 {
         for column in columns.clone().step_by(64) {
-            let mut block = [[_mm512_setzero_ps(); 16]; 4];
+            let mut block = [[_mm512_setzero_si512(); 16]; 4];
             for index in 0..16 {
                 let row = rows.start + 16 * half + index;
                 if row >= rows.end {
                     break;
                 }
+                let at = &mut at[16 * half + index];
+                near(values.as_ptr().wrapping_add(*at + 256));
                 // SAFETY: the word is there, as was asserted.
                 let (numbers, count) = unsafe {
                     let word = bits.as_ptr().add((row * words + column / 64) * 8).cast();
-                    sparse16::some_numbers(sparse.number == Number::F16, values, at[16 * half + index], word)
+                    sparse16::some_numbers(sparse.number == Number::F16, values, *at, word)
                 };
-                at[16 * half + index] += 2 * count;
+                *at += 2 * count;
                 for part in 0..4 {
-                    block[part][index] = numbers[part];
+                    block[part][index] = _mm512_castps_si512(numbers[part]);
                 }
             }
-            for (part, block) in block.into_iter().enumerate() {
-                // SAFETY: the caller's promise, and that panels have whole words.
-                unsafe { put(panel, column - columns.start + 16 * part, half, block) };
+            for (part, block) in block.iter().enumerate() {
+                // SAFETY: panels have whole words.
+                unsafe { put(panel.cast(), column - columns.start + 16 * part, half, block) };
             }
         }
     }
@@ -415,7 +403,7 @@ unsafe fn codes(
     }
 }
 
-/// Writes the codes that `some` gives by row and word of 64 columns as a panel.
+/// Writes what `some` gives by row and word as a panel; a word is 16 numbers of 32 bits.
 ///
 /// # Safety
 /// It has room for the words.
@@ -425,13 +413,11 @@ unsafe fn fill_panel(panel: *mut i32, rows: usize, words: usize, mut some: impl 
     for half in 0..2 {
         for word in 0..words {
             let mut block = [_mm512_setzero_si512(); 16];
-            for (index, codes) in (16 * half..rows).zip(&mut block) {
-                *codes = some(index, word);
+            for (index, row) in (16 * half..rows).zip(&mut block) {
+                *row = some(index, word);
             }
-            for (index, fours) in transpose(block).into_iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { _mm512_storeu_si512(panel.add((16 * word + index) * WIDTH + 16 * half).cast(), fours) };
-            }
+            // SAFETY: the caller's promise.
+            unsafe { put(panel, 16 * word, half, &block) };
         }
     }
 }
