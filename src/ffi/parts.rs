@@ -76,7 +76,7 @@ pub unsafe extern "C" fn elora_model_embed(
         if let Some(found) = ids.iter().find(|id| **id as usize >= vocab_size) {
             return Err(Error::TokenOutOfRange { found: *found, vocab_size }.into());
         }
-        let needed = n_tokens.checked_mul(width).unwrap_or(usize::MAX);
+        let needed = n_tokens.saturating_mul(width);
         if out_len < needed {
             return Err(memory::short("out", out_len, needed));
         }

@@ -295,7 +295,7 @@ unsafe fn logits_of<'a>(logits: *mut f32, len: usize, rows: usize, vocab: usize)
     if logits.is_null() {
         return Ok(None);
     }
-    let needed = rows.checked_mul(vocab).unwrap_or(usize::MAX);
+    let needed = rows.saturating_mul(vocab);
     if len < needed {
         return Err(memory::short("logits", len, needed));
     }
