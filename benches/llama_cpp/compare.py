@@ -103,10 +103,10 @@ class LlamaCpp:
         return 1 / best, prompt / (time.perf_counter() - started)
 
 
-def ours(arguments):
+def ours(binary, arguments):
     """Decode and prefill rates by format."""
-    command = ["cargo", "bench", "--locked", "--bench", "decode", "--", "--sizes", "one", *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [binary, "--bench"] if binary else ["cargo", "bench", "--locked", "--bench", "decode", "--"]
+    output = subprocess.run([*command, "--sizes", "one", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
     rates = {}
     for line in output.splitlines():
         found = re.match(r"(int4|sparse-int4) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)", line)
@@ -122,6 +122,7 @@ def main():
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--int8", action="store_true", help="this crate rounds inputs to 8 bits, too")
+    parser.add_argument("--binary", help="the bench, built before; else cargo runs it")
     args = parser.parse_args()
     arguments = ["--formats", "int4,sparse-int4", "--threads", str(args.threads), "--context", str(args.context)]
     arguments += ["--prompt", str(args.prompt)] + (["--int8"] if args.int8 else [])
@@ -134,7 +135,7 @@ def main():
             model = LlamaCpp(path, args.threads)
             turns = {"llama.cpp Q4_0": model.rates(args.context, args.prompt, 24)}
             del model
-            turns.update(ours(arguments))
+            turns.update(ours(args.binary, arguments))
             for name, rates in turns.items():
                 print(f"turn {turn + 1}: {name:<15} decode {rates[0]:6.1f} tokens/s, prefill {rates[1]:6.0f}", flush=True)
                 before = best.get(name, (0.0, 0.0))

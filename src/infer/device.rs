@@ -49,7 +49,7 @@ impl DeviceSession {
     /// `false` from it ends the generation. A stop token ends it too and is not part of the output.
     ///
     /// # Errors
-    /// As [`decode`](Self::decode), and [`SampleConfig::validate`].
+    /// As [`decode`](Self::decode), and [`SampleConfig::validate`](super::SampleConfig::validate).
     pub fn generate(
         &mut self,
         prompt: &[u32],

@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::common::{Memory, Output, lines};
 use super::input::{Input, Layout, Needs, Order, unit_of};
 use super::level::{Kind, Level};
 use super::{Activations, Linear, Pool, Rows, RowsMut, Scratch, plain};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::error::{Error, Result};
 use crate::format::{Body, StoredMatrix};
 
@@ -70,12 +70,12 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
 
 /// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
 fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
-    let (grid, order) = match weight {
-        Body::Int(packed) => (packed.whole_grid(), level.packed_order(rows)),
-        Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder),
+    let (grid, order, has) = match weight {
+        Body::Int(packed) => (packed.whole_grid(), level.packed_order(rows), level.has_packed()),
+        Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder, level.has_sparse()),
         _ => return None,
     };
-    let fits = level.has_integers() && grid.bits == 4 && grid.group_of.is_none();
+    let fits = has && grid.bits == 4 && grid.group_of.is_none();
     fits.then(|| unit_of(grid.group_size, grid.cols)).flatten().map(|unit| (order, unit))
 }
 
@@ -268,12 +268,16 @@ impl Call<'_> {
     unsafe fn multiply(&self, thread: usize, weight: &StoredMatrix, range: Range<usize>, output: Output) {
         let at = self.places.threads + thread * self.places.of_thread;
         #[cfg(target_arch = "x86_64")]
-        if self.level.kind() == Kind::Avx512 {
-            let unit = units_of(self.level, self.input.rows, weight.body()).map(|(_, unit)| unit);
+        {
+            let (rows, body) = (range.clone(), weight.body());
+            let unit = units_of(self.level, self.input.rows, body).map(|(_, unit)| unit);
             // SAFETY: the caller's promise, and the level's.
             let done = unsafe {
-                let scratch = self.scratch(thread);
-                avx512::multiply(weight.body(), unit, range.clone(), &self.input, output, scratch)
+                match self.level.kind() {
+                    Kind::Portable => false,
+                    Kind::Avx2 => avx2::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                    Kind::Avx512 => avx512::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                }
             };
             if done {
                 return;

@@ -76,9 +76,18 @@ impl Level {
         }
     }
 
-    /// Whether weights of codes multiply integers.
-    pub(super) fn has_integers(self) -> bool {
-        matches!(self.0, Kind::Avx512)
+    /// Whether packed codes of 4 bits multiply integers.
+    pub(super) fn has_packed(self) -> bool {
+        self.0 != Kind::Portable
+    }
+
+    /// Whether sparse codes of 4 bits multiply integers.
+    pub(super) fn has_sparse(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self.0 == Kind::Avx512 {
+            return true;
+        }
+        false
     }
 
     /// Numbers of scratch memory that a thread needs for so many rows of inputs, of so many units.
@@ -86,6 +95,8 @@ impl Level {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => super::avx512::scratch_floats(rows, inputs, units),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => super::avx2::scratch_floats(units),
             _ => 0,
         }
     }

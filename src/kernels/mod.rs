@@ -9,6 +9,8 @@
 //! access outside of its memory.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod common;
 mod forward;

@@ -96,6 +96,7 @@ leveled! {
 ///
 /// # Safety
 /// The outputs are this task's, and written.
+#[allow(clippy::too_many_arguments)] // an update's, and a task's
 pub(super) unsafe fn add_update(
     level: Level,
     bt: &Dense,

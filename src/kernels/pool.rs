@@ -174,7 +174,7 @@ impl Pool {
         }
         let close = Close(shared);
         let number = (shared.state.load(Ordering::Relaxed) / NEXT).wrapping_add(1) & (u64::MAX / NEXT);
-        shared.state.store(number.max(1) * NEXT | OPEN, Ordering::SeqCst);
+        shared.state.store((number.max(1) * NEXT) | OPEN, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         for ((_, thread), asleep) in self.workers.iter().zip(&shared.asleep) {
             if asleep.load(Ordering::SeqCst) {

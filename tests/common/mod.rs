@@ -1,6 +1,8 @@
 //! What the tests of promises share.
 #![allow(dead_code)]
 
+pub mod runtime;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

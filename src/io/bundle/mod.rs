@@ -3,7 +3,7 @@
 //! A bundle is a safetensors file, which other tools can look into. Its `__metadata__` holds `format` ([`FORMAT`]), `version`
 //! ([`VERSION`]), `index` and `checksum`:
 //!
-//! - `index` is JSON: `matrices`, the [`MatrixHeader`](crate::format::MatrixHeader) of each weight by name; `checksums`, a CRC-32 of
+//! - `index` is JSON: `matrices`, the [`MatrixHeader`] of each weight by name; `checksums`, a CRC-32 of
 //!   each tensor's bytes; `document`, whatever the model's own description is, which is not looked at here;
 //! - `checksum` is the CRC-32 of `index`.
 //!

@@ -512,6 +512,7 @@ unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Codes<'_>, row: usi
 /// The processor has the features, the outputs are this task's and written; `h` has `rank` numbers for each row; `scratch` is as long
 /// as [`floats`] says.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c,fma")]
+#[allow(clippy::too_many_arguments)] // an update's, and a task's
 pub(in crate::kernels) unsafe fn add_update(
     bt: &Dense,
     scale: f32,

@@ -116,7 +116,7 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
             // Two lines, since a word's values may be as many.
             prefetch(from);
             prefetch(from.wrapping_add(64));
-            if block % 8 == 0 {
+            if block.is_multiple_of(8) {
                 prefetch(word.cast());
             }
             let (numbers, count) = expand::<HALF>(from, word);

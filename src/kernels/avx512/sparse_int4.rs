@@ -131,7 +131,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const CHECKED: bool, const W
             } else {
                 codes.as_ptr().add(at[w])
             };
-            at[w] += (word.read_unaligned().count_ones() as usize + 1) / 2;
+            at[w] += (word.read_unaligned().count_ones() as usize).div_ceil(2);
             (expand(from, word, zeros), from)
         };
         for block in 0..blocks {
