@@ -1,6 +1,7 @@
 # The targets, for the tree that was built and for the one that is installed.
 
-# The system libraries that Rust's standard library needs in a static link: what rustc says by `--print native-static-libs`.
+# The system libraries that Rust's standard library needs in a static link: what rustc says by `--print
+# native-static-libs`.
 function(elastic_lora_system_libraries result)
     if(WIN32)
         set(${result} kernel32 ntdll userenv ws2_32 dbghelp bcrypt advapi32 PARENT_SCOPE)
@@ -16,7 +17,10 @@ function(elastic_lora_add_targets include shared soname import static)
         add_library(elastic_lora::shared SHARED IMPORTED GLOBAL)
         set_target_properties(
             elastic_lora::shared
-            PROPERTIES IMPORTED_LOCATION "${shared}" IMPORTED_SONAME "${soname}" INTERFACE_INCLUDE_DIRECTORIES "${include}"
+            PROPERTIES
+                IMPORTED_LOCATION "${shared}"
+                IMPORTED_SONAME "${soname}"
+                INTERFACE_INCLUDE_DIRECTORIES "${include}"
         )
         if(import)
             set_target_properties(elastic_lora::shared PROPERTIES IMPORTED_IMPLIB "${import}")
@@ -30,8 +34,10 @@ function(elastic_lora_add_targets include shared soname import static)
         add_library(elastic_lora::static STATIC IMPORTED GLOBAL)
         set_target_properties(
             elastic_lora::static
-            PROPERTIES IMPORTED_LOCATION "${static}" INTERFACE_INCLUDE_DIRECTORIES "${include}" INTERFACE_LINK_LIBRARIES
-                                                                                              "${libraries}"
+            PROPERTIES
+                IMPORTED_LOCATION "${static}"
+                INTERFACE_INCLUDE_DIRECTORIES "${include}"
+                INTERFACE_LINK_LIBRARIES "${libraries}"
         )
     endif()
 endfunction()

@@ -33,18 +33,20 @@
 // Counts the breaks of binary compatibility; compare with elora_abi_version().
 #define ELORA_ABI_VERSION 0
 
-// A linear layer of a model with a subnet's rank and sizes. Immutable and reference-counted: any number of threads may use it at
-// once. It keeps what it needs of the model.
+// A linear layer of a model with a subnet's rank and sizes. Immutable and reference-counted: any number of threads
+// may use it at once. It keeps what it needs of the model.
 typedef struct elora_linear elora_linear;
 
-// A model: weights, adapters, subnets, tokenizer. Immutable and reference-counted: any number of threads may use it at once.
+// A model: weights, adapters, subnets, tokenizer. Immutable and reference-counted: any number of threads may use it
+// at once.
 typedef struct elora_model elora_model;
 
-// One sequence on a model, with its key/value cache. Mutable: one thread at a time; a call that comes while another is in it, from
-// another thread or from its own callback, is refused. It keeps what it needs of the model.
+// One sequence on a model, with its key/value cache. Mutable: one thread at a time; a call that comes while another
+// is in it, from another thread or from its own callback, is refused. It keeps what it needs of the model.
 typedef struct elora_session elora_session;
 
-// Outcome of a call: ELORA_STATUS_OK or the kind of failure. Numbers are never reused; take one that you do not know for a failure.
+// Outcome of a call: ELORA_STATUS_OK or the kind of failure. Numbers are never reused; take one that you do not know
+// for a failure.
 typedef int32_t elora_status;
 
 // What is compared with the checksums in a bundle, and when.
@@ -71,7 +73,8 @@ typedef int32_t elora_weight_format;
 typedef struct elora_layer_info {
     // In: sizeof(elora_layer_info).
     size_t struct_size;
-    // Hugging Face's module path, such as "model.layers.0.self_attn.q_proj"; "lm_head" for the head. It lives as long as the model.
+    // Hugging Face's module path, such as "model.layers.0.self_attn.q_proj"; "lm_head" for the head. It lives as
+    // long as the model.
     const char *name;
     // Numbers in a row of the layer's input.
     size_t in_features;
@@ -293,18 +296,16 @@ typedef bool (*elora_token_fn)(void *userdata, elora_token token);
 extern "C" {
 #endif // __cplusplus
 
-// The name of a status, such as "ELORA_STATUS_OK"; "unknown status" for a number that this library does not know. Static, never
-// NULL.
+// The name of a status, such as "ELORA_STATUS_OK"; "unknown status" for a number that this library does not know.
+// Static, never NULL.
 const char *elora_status_name(elora_status status);
 
-// Copies the text of this thread's last failed call to `buf`, with a NUL, and writes its length without the NUL to `*len`; an empty
-// text before the first failure. Calls that succeed leave it as it is, and so does this one.
+// Copies the text of this thread's last failed call to `buf`, with a NUL, and writes its length without the NUL to
+// `*len`; an empty text before the first failure. Calls that succeed leave it as it is, and so does this one.
 //
-// `buf` may be NULL where `cap` is 0, and `len` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE, with nothing written to `buf` but
-// the length to `*len`, where `cap` is less than the length plus 1.
-elora_status elora_last_error(char *buf,
-                              size_t cap,
-                              size_t *len);
+// `buf` may be NULL where `cap` is 0, and `len` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE, with nothing written to
+// `buf` but the length to `*len`, where `cap` is less than the length plus 1.
+elora_status elora_last_error(char *buf, size_t cap, size_t *len);
 
 // ELORA_ABI_VERSION of the library that is linked: a program must not go on if it differs from that of its header.
 uint32_t elora_abi_version(void);
@@ -315,8 +316,8 @@ const char *elora_version(void);
 // Sets every field to its default. `struct_size` is sizeof(elora_model_options).
 elora_status elora_model_options_init(struct elora_model_options *options, size_t struct_size);
 
-// Loads a bundle, or a Hugging Face folder (dense, GPTQ or compressed-tensors). `options` may be NULL for the defaults. On success
-// `*out` is a handle that elora_model_free() gives back.
+// Loads a bundle, or a Hugging Face folder (dense, GPTQ or compressed-tensors). `options` may be NULL for the
+// defaults. On success `*out` is a handle that elora_model_free() gives back.
 elora_status elora_model_load(const char *path,
                               const struct elora_model_options *options,
                               const struct elora_model **out);
@@ -324,29 +325,28 @@ elora_status elora_model_load(const char *path,
 // One more handle to the same model: the same pointer, to be given back once more. NULL for NULL.
 const struct elora_model *elora_model_retain(const struct elora_model *model);
 
-// Gives a handle back; NULL is ignored. Layers and sessions keep what they need of the model, so the order of freeing does not matter.
+// Gives a handle back; NULL is ignored. Layers and sessions keep what they need of the model, so the order of
+// freeing does not matter.
 void elora_model_free(const struct elora_model *model);
 
-// Writes the model to a file as a bundle: under another name first, then moved into place. A file that is there is replaced only
-// where `overwrite` says so.
-elora_status elora_model_save(const struct elora_model *model,
-                              const char *path,
-                              bool overwrite);
+// Writes the model to a file as a bundle: under another name first, then moved into place. A file that is there is
+// replaced only where `overwrite` says so.
+elora_status elora_model_save(const struct elora_model *model, const char *path, bool overwrite);
 
-// Reads all weights, and compares them with their checksums where the model came from a bundle. ELORA_STATUS_INVALID_FORMAT names
-// the first weight that is not what was written.
+// Reads all weights, and compares them with their checksums where the model came from a bundle.
+// ELORA_STATUS_INVALID_FORMAT names the first weight that is not what was written.
 elora_status elora_model_verify(const struct elora_model *model);
 
-// Cuts a subnet out: a model of its active ranks, channels and blocks alone, which computes what the whole model computes with that
-// subnet. Formats stay as they are, and adapters stay apart; elora_model_merge() puts them into dense weights. On success `*out` is a handle of its own, that elora_model_free() gives back and elora_model_save() writes.
-elora_status elora_model_extract(const struct elora_model *model,
-                                 size_t subnet,
-                                 const struct elora_model **out);
+// Cuts a subnet out: a model of its active ranks, channels and blocks alone, which computes what the whole model
+// computes with that subnet. Formats stay as they are, and adapters stay apart; elora_model_merge() puts them into
+// dense weights. On success `*out` is a handle of its own, that elora_model_free() gives back and elora_model_save()
+// writes.
+elora_status elora_model_extract(const struct elora_model *model, size_t subnet, const struct elora_model **out);
 
-// Puts the adapters into the weights, at their largest ranks: a model without adapters. The weights must be dense; ELORA_STATUS_INVALID_STATE
-// names one that is sparse or quantized. On success `*out` is a handle of its own. For a subnet, call elora_model_extract() first.
-elora_status elora_model_merge(const struct elora_model *model,
-                               const struct elora_model **out);
+// Puts the adapters into the weights, at their largest ranks: a model without adapters. The weights must be dense;
+// ELORA_STATUS_INVALID_STATE names one that is sparse or quantized. On success `*out` is a handle of its own. For a
+// subnet, call elora_model_extract() first.
+elora_status elora_model_merge(const struct elora_model *model, const struct elora_model **out);
 
 // Number of linear layers: those of the blocks in the order of computation, and the head at last. 0 for NULL.
 size_t elora_model_layer_count(const struct elora_model *model);
@@ -366,12 +366,10 @@ const char *elora_model_subnet_name(const struct elora_model *model, size_t subn
 // Finds a subnet by its name.
 elora_status elora_model_find_subnet(const struct elora_model *model, const char *name, size_t *subnet);
 
-// Copies the search space of the model's subnets to `buf` as JSON: groups of layers that share a value, and the values that each may
-// take. ELORA_STATUS_NOT_FOUND where the model has none. `buf`, `cap` and `len` as in elora_last_error().
-elora_status elora_model_space_json(const struct elora_model *model,
-                                    char *buf,
-                                    size_t cap,
-                                    size_t *len);
+// Copies the search space of the model's subnets to `buf` as JSON: groups of layers that share a value, and the
+// values that each may take. ELORA_STATUS_NOT_FOUND where the model has none. `buf`, `cap` and `len` as in
+// elora_last_error().
+elora_status elora_model_space_json(const struct elora_model *model, char *buf, size_t cap, size_t *len);
 
 // Tokens of the model's vocabulary, which is the number of logits after each. 0 for NULL.
 size_t elora_model_vocab_size(const struct elora_model *model);
@@ -382,19 +380,17 @@ size_t elora_model_context_size(const struct elora_model *model);
 // Bytes of all weights, with embedding, adapters and head. 0 for NULL.
 size_t elora_model_weight_bytes(const struct elora_model *model);
 
-// Copies the tokens that end a generation to `tokens`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE, with only `*n`
-// written, where there are more than `cap`; `tokens` may be NULL where `cap` is 0, and `n` may be NULL.
-elora_status elora_model_stop_tokens(const struct elora_model *model,
-                                     elora_token *tokens,
-                                     size_t cap,
-                                     size_t *n);
+// Copies the tokens that end a generation to `tokens`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE,
+// with only `*n` written, where there are more than `cap`; `tokens` may be NULL where `cap` is 0, and `n` may be
+// NULL.
+elora_status elora_model_stop_tokens(const struct elora_model *model, elora_token *tokens, size_t cap, size_t *n);
 
 // Whether the model has a tokenizer. false for NULL.
 bool elora_model_has_tokenizer(const struct elora_model *model);
 
-// Writes the tokens of a text to `tokens`, and their number to `*n`. `special` is an ELORA_SPECIAL_ constant. Where there are more
-// than `cap`, ELORA_STATUS_INSUFFICIENT_SIZE with only `*n` written; `tokens` may be NULL where `cap` is 0, and `n` may be NULL.
-// ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
+// Writes the tokens of a text to `tokens`, and their number to `*n`. `special` is an ELORA_SPECIAL_ constant. Where
+// there are more than `cap`, ELORA_STATUS_INSUFFICIENT_SIZE with only `*n` written; `tokens` may be NULL where `cap`
+// is 0, and `n` may be NULL. ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
 elora_status elora_model_tokenize(const struct elora_model *model,
                                   const char *text,
                                   elora_special special,
@@ -405,7 +401,8 @@ elora_status elora_model_tokenize(const struct elora_model *model,
 // Copies the text of tokens to `buf`, special tokens left out. `buf`, `cap` and `len` as in elora_last_error().
 // ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
 //
-// A character may take several tokens: text that is shown as it comes should be made of all tokens so far, not of each alone.
+// A character may take several tokens: text that is shown as it comes should be made of all tokens so far, not of
+// each alone.
 elora_status elora_model_detokenize(const struct elora_model *model,
                                     const elora_token *tokens,
                                     size_t n_tokens,
@@ -423,26 +420,21 @@ elora_status elora_model_embed(const struct elora_model *model,
                                float *out,
                                size_t out_len);
 
-// Copies the gain of a norm, hidden_size numbers, to `out`. `name` is that of its tensor in Hugging Face's files, such as
-// "model.layers.0.input_layernorm.weight" or "model.norm.weight". ELORA_STATUS_NOT_FOUND where there is none of that name.
-elora_status elora_model_norm(const struct elora_model *model,
-                              const char *name,
-                              float *out,
-                              size_t out_len);
+// Copies the gain of a norm, hidden_size numbers, to `out`. `name` is that of its tensor in Hugging Face's files,
+// such as "model.layers.0.input_layernorm.weight" or "model.norm.weight". ELORA_STATUS_NOT_FOUND where there is none
+// of that name.
+elora_status elora_model_norm(const struct elora_model *model, const char *name, float *out, size_t out_len);
 
-// Writes the cosines and sines of rotary attention at a position: head_dim / 2 numbers each, for which `len` must have room. Number i
-// turns elements i and i + head_dim / 2 of a head.
-elora_status elora_model_rotary(const struct elora_model *model,
-                                size_t position,
-                                float *cos,
-                                float *sin,
-                                size_t len);
+// Writes the cosines and sines of rotary attention at a position: head_dim / 2 numbers each, for which `len` must
+// have room. Number i turns elements i and i + head_dim / 2 of a head.
+elora_status elora_model_rotary(const struct elora_model *model, size_t position, float *cos, float *sin, size_t len);
 
 // Sets every field to its default. `struct_size` is sizeof(elora_linear_options).
 elora_status elora_linear_options_init(struct elora_linear_options *options, size_t struct_size);
 
-// Makes a handle to layer `layer` as subnet `subnet` has it, with its adapter. `options` may be NULL for the defaults. On success
-// `*out` is a handle that elora_linear_free() gives back. ELORA_STATUS_INVALID_ARGUMENT for a layer that the subnet leaves out.
+// Makes a handle to layer `layer` as subnet `subnet` has it, with its adapter. `options` may be NULL for the
+// defaults. On success `*out` is a handle that elora_linear_free() gives back. ELORA_STATUS_INVALID_ARGUMENT for a
+// layer that the subnet leaves out.
 elora_status elora_linear_new(const struct elora_model *model,
                               size_t layer,
                               size_t subnet,
@@ -467,16 +459,16 @@ size_t elora_linear_rank(const struct elora_linear *linear);
 // Writes the bytes of scratch memory that `n_rows` rows of any type need to `*bytes`.
 elora_status elora_linear_scratch_size(const struct elora_linear *linear, size_t n_rows, size_t *bytes);
 
-// y = x W^T + s (x A^T) B^T + b, for `n_rows` rows: W is the layer's weight, A and B the active part of its adapter, s the adapter's
-// scale, b the bias, where there is one.
+// y = x W^T + s (x A^T) B^T + b, for `n_rows` rows: W is the layer's weight, A and B the active part of its adapter,
+// s the adapter's scale, b the bias, where there is one.
 //
-// Row i of the input is the in_features numbers from x + i * ldx, row i of the output the out_features numbers from y + i * ldy; what
-// lies between rows of y is left alone. `x_len` and `y_len` are the numbers that the buffers hold, of which those up to the end of
-// the last row are needed.
+// Row i of the input is the in_features numbers from x + i * ldx, row i of the output the out_features numbers from
+// y + i * ldy; what lies between rows of y is left alone. `x_len` and `y_len` are the numbers that the buffers hold,
+// of which those up to the end of the last row are needed.
 //
-// `scratch` is `scratch_bytes` bytes at any address, elora_linear_scratch_size() of them at least; where it is NULL, the library
-// allocates what it needs. `x`, `y` and `scratch` must not overlap. `y` is unspecified unless the call succeeds. The result does not
-// depend on the number of threads, nor on what other threads do.
+// `scratch` is `scratch_bytes` bytes at any address, elora_linear_scratch_size() of them at least; where it is NULL,
+// the library allocates what it needs. `x`, `y` and `scratch` must not overlap. `y` is unspecified unless the call
+// succeeds. The result does not depend on the number of threads, nor on what other threads do.
 elora_status elora_linear_forward(const struct elora_linear *linear,
                                   size_t n_rows,
                                   const float *x,
@@ -488,8 +480,8 @@ elora_status elora_linear_forward(const struct elora_linear *linear,
                                   void *scratch,
                                   size_t scratch_bytes);
 
-// elora_linear_forward() for buffers of another type: `x` and `y` hold numbers of `dtype`, an ELORA_DTYPE_ constant. The layer computes
-// with 32 bits and rounds its results to nearest.
+// elora_linear_forward() for buffers of another type: `x` and `y` hold numbers of `dtype`, an ELORA_DTYPE_ constant.
+// The layer computes with 32 bits and rounds its results to nearest.
 elora_status elora_linear_forward_typed(const struct elora_linear *linear,
                                         size_t n_rows,
                                         elora_dtype dtype,
@@ -505,8 +497,8 @@ elora_status elora_linear_forward_typed(const struct elora_linear *linear,
 // Sets every field to its default. `struct_size` is sizeof(elora_session_options).
 elora_status elora_session_options_init(struct elora_session_options *options, size_t struct_size);
 
-// Makes an empty session on a model, with the whole model active. `options` may be NULL for the defaults. On success `*out` is a handle
-// that elora_session_free() gives back.
+// Makes an empty session on a model, with the whole model active. `options` may be NULL for the defaults. On success
+// `*out` is a handle that elora_session_free() gives back.
 elora_status elora_session_new(const struct elora_model *model,
                                const struct elora_session_options *options,
                                struct elora_session **out);
@@ -514,31 +506,26 @@ elora_status elora_session_new(const struct elora_model *model,
 // Gives a session back; NULL is ignored.
 void elora_session_free(struct elora_session *session);
 
-// Makes a subnet the active one, by its index among the model's. ELORA_STATUS_INVALID_STATE while the session holds tokens: their keys
-// belong to the subnet before; call elora_session_reset() first.
-elora_status elora_session_set_subnet(struct elora_session *session,
-                                      size_t subnet);
+// Makes a subnet the active one, by its index among the model's. ELORA_STATUS_INVALID_STATE while the session holds
+// tokens: their keys belong to the subnet before; call elora_session_reset() first.
+elora_status elora_session_set_subnet(struct elora_session *session, size_t subnet);
 
 // Makes a subnet the active one, by its name; otherwise as elora_session_set_subnet().
 elora_status elora_session_set_subnet_named(struct elora_session *session, const char *name);
 
-// Makes any subnet of the model's search space the active one. `json` is an object with a value for each group of the space, such as
-// {"layers.0.q_proj+k_proj+v_proj": 24, ...}: what a search gives; otherwise as elora_session_set_subnet().
-elora_status elora_session_set_subnet_json(struct elora_session *session,
-                                           const char *json);
+// Makes any subnet of the model's search space the active one. `json` is an object with a value for each group of
+// the space, such as {"layers.0.q_proj+k_proj+v_proj": 24, ...}: what a search gives; otherwise as
+// elora_session_set_subnet().
+elora_status elora_session_set_subnet_json(struct elora_session *session, const char *json);
 
-// Sets the active rank of every linear layer, in the order of elora_model_layer_info(); 0 turns an adapter off. Channels and blocks
-// stay those of the subnet that is active; otherwise as elora_session_set_subnet().
-elora_status elora_session_set_ranks(struct elora_session *session,
-                                     const uint32_t *ranks,
-                                     size_t n_ranks);
+// Sets the active rank of every linear layer, in the order of elora_model_layer_info(); 0 turns an adapter off.
+// Channels and blocks stay those of the subnet that is active; otherwise as elora_session_set_subnet().
+elora_status elora_session_set_ranks(struct elora_session *session, const uint32_t *ranks, size_t n_ranks);
 
-// Copies the active rank of every linear layer to `ranks`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE, with only `*n`
-// written, where there are more than `cap`; `ranks` may be NULL where `cap` is 0, and `n` may be NULL.
-elora_status elora_session_ranks(struct elora_session *session,
-                                 uint32_t *ranks,
-                                 size_t cap,
-                                 size_t *n);
+// Copies the active rank of every linear layer to `ranks`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE,
+// with only `*n` written, where there are more than `cap`; `ranks` may be NULL where `cap` is 0, and `n` may be
+// NULL.
+elora_status elora_session_ranks(struct elora_session *session, uint32_t *ranks, size_t cap, size_t *n);
 
 // Forgets all tokens.
 elora_status elora_session_reset(struct elora_session *session);
@@ -552,9 +539,9 @@ size_t elora_session_position(struct elora_session *session);
 // Tokens that the session holds at most. 0 for NULL, and while another call is in the session.
 size_t elora_session_capacity(struct elora_session *session);
 
-// Appends tokens, one or many, and writes the logits after the last to `logits`: elora_model_vocab_size() numbers, for which
-// `logits_len` must have room. `logits` may be NULL. On failure the session holds the tokens that it held before.
-// ELORA_STATUS_CONTEXT_FULL where there is no room for so many.
+// Appends tokens, one or many, and writes the logits after the last to `logits`: elora_model_vocab_size() numbers,
+// for which `logits_len` must have room. `logits` may be NULL. On failure the session holds the tokens that it held
+// before. ELORA_STATUS_CONTEXT_FULL where there is no room for so many.
 elora_status elora_session_decode(struct elora_session *session,
                                   const elora_token *tokens,
                                   size_t n_tokens,
@@ -568,9 +555,10 @@ elora_status elora_session_decode_all(struct elora_session *session,
                                       float *logits,
                                       size_t logits_len);
 
-// Appends one token to each of several sessions on one model with the same subnet: the weights are read once for all of them.
-// `tokens` has one for each session, and `logits` has room for `n_sessions` rows of elora_model_vocab_size() numbers, or is NULL. No
-// session may be there twice. On failure every session holds the tokens that it held before.
+// Appends one token to each of several sessions on one model with the same subnet: the weights are read once for all
+// of them. `tokens` has one for each session, and `logits` has room for `n_sessions` rows of
+// elora_model_vocab_size() numbers, or is NULL. No session may be there twice. On failure every session holds the
+// tokens that it held before.
 elora_status elora_session_decode_batch(struct elora_session *const *sessions,
                                         size_t n_sessions,
                                         const elora_token *tokens,
@@ -580,13 +568,14 @@ elora_status elora_session_decode_batch(struct elora_session *const *sessions,
 // Sets every field to its default, greedy decoding. `struct_size` is sizeof(elora_generate_options).
 elora_status elora_generate_options_init(struct elora_generate_options *options, size_t struct_size);
 
-// Appends a prompt and goes on from it, token by token, until a stop token, `options->max_new_tokens`, or the end of the context.
-// `options` may be NULL for the defaults.
+// Appends a prompt and goes on from it, token by token, until a stop token, `options->max_new_tokens`, or the end of
+// the context. `options` may be NULL for the defaults.
 //
-// Each new token is shown to `on_token`, with `userdata`, as soon as it is there, if `on_token` is not NULL. All of them are written to
-// `out`, which has room for `cap`, and their number to `*n_out`, if `out` and `n_out` are not NULL; without `out`,
-// `options->max_new_tokens` must be set. ELORA_STATUS_CANCELLED where `on_token` returned false; the tokens so far are written then,
-// too. The last token of the output is not yet in the session, but for those before it.
+// Each new token is shown to `on_token`, with `userdata`, as soon as it is there, if `on_token` is not NULL. All of
+// them are written to `out`, which has room for `cap`, and their number to `*n_out`, if `out` and `n_out` are not
+// NULL; without `out`, `options->max_new_tokens` must be set. ELORA_STATUS_CANCELLED where `on_token` returned
+// false; the tokens so far are written then, too. Unless a stop token ended it, the last token of the output is not yet
+// in the session: give it with what comes next.
 elora_status elora_session_generate(struct elora_session *session,
                                     const elora_token *prompt,
                                     size_t n_prompt,

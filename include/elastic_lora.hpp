@@ -1,11 +1,12 @@
-// elastic_lora.hpp: the C interface of elastic_lora.h for C++, in one header. C++11 or later; with C++17 also std::string_view, with
-// C++20 also std::span.
+// elastic_lora.hpp: the C interface of elastic_lora.h for C++, in one header. C++11 or later; with C++17 also
+// std::string_view, with C++20 also std::span.
 //
-// model and linear are shared handles: copies are cheap, and any number of threads may use one. session is one thread's at a time, and
-// moves. Each keeps what it needs of what it was made from.
+// model and linear are shared handles: copies are cheap, and any number of threads may use one. session is one
+// thread's at a time, and moves. Each keeps what it needs of what it was made from.
 //
-// Functions that fail throw elora::error. With ELASTIC_LORA_NO_EXCEPTIONS defined, or exceptions turned off, they return an
-// elora::result<T> instead, which is a T or a status and a text. elora::returns<T> is T in the first case and result<T> in the second.
+// Functions that fail throw elora::error. With ELASTIC_LORA_NO_EXCEPTIONS defined, or exceptions turned off, they
+// return an elora::result<T> instead, which is a T or a status and a text. elora::returns<T> is T in the first case
+// and result<T> in the second.
 
 #ifndef ELASTIC_LORA_HPP
 #define ELASTIC_LORA_HPP
@@ -743,8 +744,8 @@ public:
             elora_session_decode_all(handle_, tokens.data(), tokens.size(), logits.data(), logits.size()));
     }
 
-    // Goes on from a prompt. `on_token` sees each new token; where it returns false, what there is so far is returned. What it throws
-    // comes out of this function.
+    // Goes on from a prompt. `on_token` sees each new token; where it returns false, what there is so far is
+    // returned. What it throws comes out of this function.
     returns<std::vector<token>> generate(span<const token> prompt,
                                          const generate_options &options = generate_options(),
                                          const std::function<bool(token)> &on_token = nullptr) {

@@ -1,8 +1,9 @@
-//! The C and C++ interfaces as their users meet them: headers that compile alone, programs that link either way and run, results that are
-//! the Rust API's bit by bit, misuse that is refused, and packages that other projects find.
+//! The C and C++ interfaces as their users meet them: headers that compile alone, programs that link either way and
+//! run, results that are the Rust API's bit by bit, misuse that is refused, and packages that other projects find.
 //!
-//! The library is built by `cargo rustc`, so this needs cargo; a test whose tools are missing says `skipped`. Unix only.
-#![cfg(unix)]
+//! The library is built by `cargo rustc`, so this needs cargo; a test whose tools are missing says `skipped`. Linux
+//! only: sonames, exported symbols and run paths are looked at.
+#![cfg(target_os = "linux")]
 
 mod common;
 #[path = "capi/tools.rs"]
@@ -18,9 +19,7 @@ use common::{random_ids, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{
-    GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch,
-};
+use elastic_lora::infer::{GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch};
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::nn::host_values;
 use elastic_lora::space::Elastic;
@@ -297,7 +296,8 @@ fn a_layer_is_the_decoders_own() {
     let decoder = net.eval_model();
     let (_, layer) = decoder.linears().find(|(found, _)| found == name).unwrap();
     let data = burn::tensor::TensorData::new(x, [2, 37]);
-    let expected = host_values(layer.forward(burn::tensor::Tensor::<2>::from_data(data, &burn::tensor::Device::flex())));
+    let expected =
+        host_values(layer.forward(burn::tensor::Tensor::<2>::from_data(data, &burn::tensor::Device::flex())));
     let largest = expected.iter().fold(0.0f32, |max, y| max.max(y.abs()));
     assert!(largest > 0.1 && common::max_diff(&y, &expected) < 1e-5 * largest, "{y:?} {expected:?}");
 }
@@ -349,19 +349,22 @@ fn programs_are_clean_under_valgrind() {
     if !has("valgrind") {
         return;
     }
-    // Valgrind says to the program that the machine has no AVX-512, so the kernels choose narrower instructions by themselves.
+    // Valgrind says to the program that the machine has no AVX-512, so the kernels choose narrower instructions by
+    // themselves.
     let Some(program) = program(Link::Shared) else { return };
-    let valgrind = |arguments: &[&Path]| {
+    let valgrind = |kinds: &str, arguments: &[&Path]| {
         let mut command = Command::new("valgrind");
-        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect"]);
-        command.args(["--show-leak-kinds=definite,indirect", "--fair-sched=yes"]).arg(program).args(arguments);
-        succeed(&mut command);
+        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--fair-sched=yes"]);
+        command.arg(format!("--errors-for-leak-kinds={kinds}")).arg(format!("--show-leak-kinds={kinds}"));
+        succeed(command.arg(program).args(arguments));
     };
-    // Reading a tokenizer takes most of the time under valgrind, and is not what is looked for.
-    valgrind(&["hostile".as_ref(), bundle(), "-".as_ref(), &scratch("valgrind-hostile")]);
-    for name in ["order", "panic", "threads"] {
-        valgrind(&[name.as_ref(), bundle()]);
-    }
+    // The standard library keeps a handle of the main thread, 48 bytes, once a file is written or something panics,
+    // by a pointer into its middle, which valgrind calls possibly lost. Reading a tokenizer takes most of the time,
+    // and is not what is looked for.
+    valgrind("definite,indirect", &["hostile".as_ref(), bundle(), "-".as_ref(), &scratch("valgrind-hostile")]);
+    valgrind("definite,indirect", &["panic".as_ref(), bundle()]);
+    valgrind("all", &["order".as_ref(), bundle()]);
+    valgrind("all", &["threads".as_ref(), bundle()]);
 }
 
 #[test]
@@ -386,8 +389,8 @@ fn a_call_costs_well_under_a_microsecond() {
         let times: Vec<f64> = printed.split_whitespace().map(|time| time.parse().unwrap()).collect();
         let [nothing, look, apply] = times[..] else { panic!("{printed}") };
         println!(
-            "a call that does nothing {nothing:.1} ns, one into a session {look:.1} ns, a layer of {inputs} x {outputs} \
-             from C {apply:.1} ns, from Rust {rust:.1} ns"
+            "a call that does nothing {nothing:.1} ns, one into a session {look:.1} ns, a layer of {inputs} x \
+             {outputs} from C {apply:.1} ns, from Rust {rust:.1} ns"
         );
         best = best.min(nothing.max(look).max(apply - rust));
         if best < 200.0 {
@@ -421,7 +424,8 @@ fn cmake_build(build: &Path) {
 
 /// Runs the examples that lie in these folders, and looks at what they print.
 fn try_examples(c: &Path, cpp: &Path) {
-    let printed = succeed(Command::new(c.join("apply_linear")).arg(bundle()).args(["model.layers.0.mlp.down_proj", "3"]));
+    let printed =
+        succeed(Command::new(c.join("apply_linear")).arg(bundle()).args(["model.layers.0.mlp.down_proj", "3"]));
     assert!(printed.contains("16 -> 24, rank 2") && printed.contains("37 -> 24, rank 4"), "{printed}");
     let printed = succeed(Command::new(c.join("generate")).arg(bundle()).args(["1,17,5", "least", "0.7", "3"]));
     assert!(printed.contains("tokens"), "{printed}");
@@ -479,7 +483,12 @@ fn other_projects_find_the_library() {
     .unwrap();
     let build = outside.path().join("build");
     let mut command = Command::new("cmake");
-    command.arg("-S").arg(outside.path()).arg("-B").arg(&build).arg(format!("-DCMAKE_PREFIX_PATH={}", prefix.display()));
+    command
+        .arg("-S")
+        .arg(outside.path())
+        .arg("-B")
+        .arg(&build)
+        .arg(format!("-DCMAKE_PREFIX_PATH={}", prefix.display()));
     succeed(&mut command);
     cmake_build(&build);
     succeed(Command::new(build.join("app")).arg(bundle()));

@@ -1,4 +1,5 @@
-//! `include/elastic_lora.h` is what `src/ffi` says. With `ELASTIC_LORA_WRITE_HEADER=1` in the environment it is written instead of compared.
+//! `include/elastic_lora.h` is what `src/ffi` says. With `ELASTIC_LORA_WRITE_HEADER=1` in the environment it is
+//! written instead of compared.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +10,7 @@ fn the_header_is_in_step_with_the_source() {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["run", "--quiet", "--locked", "--manifest-path", "tools/header/Cargo.toml", "--target-dir"])
-        .arg(root.join("target/tools"))
+        .arg(Path::new(env!("CARGO_TARGET_TMPDIR")).join("header"))
         .args(["--", "."])
         .current_dir(root)
         .output()
@@ -28,6 +29,7 @@ fn the_header_is_in_step_with_the_source() {
     let line = line.unwrap_or_else(|| committed.lines().count().min(header.lines().count())) + 1;
     assert!(
         committed == header,
-        "include/elastic_lora.h is stale from line {line} on: run `ELASTIC_LORA_WRITE_HEADER=1 cargo test --release --test header`"
+        "include/elastic_lora.h is stale from line {line} on: run \
+         `ELASTIC_LORA_WRITE_HEADER=1 cargo test --release --test header`"
     );
 }

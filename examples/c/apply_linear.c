@@ -2,7 +2,8 @@
  *
  *     apply_linear MODEL [LAYER [ROWS]]
  *
- * MODEL is a bundle or a Hugging Face folder, LAYER a name such as model.layers.0.mlp.up_proj. Every subnet of the model is tried. */
+ * MODEL is a bundle or a Hugging Face folder, LAYER a name such as model.layers.0.mlp.up_proj. Every subnet of the model is
+ * tried. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

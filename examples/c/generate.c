@@ -2,7 +2,8 @@
  *
  *     generate MODEL PROMPT [SUBNET [TEMPERATURE [SEED]]]
  *
- * MODEL is a bundle or a Hugging Face folder. Without a tokenizer in it, PROMPT is a list of token ids, such as 1,17,5. */
+ * MODEL is a bundle or a Hugging Face folder. Without a tokenizer in it, PROMPT is a list of token ids, such as
+ * 1,17,5. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,8 @@ static void check(elora_status status, const char *what) {
     }
 }
 
-/* What the callback needs: a character may take several tokens, so the text of all is made anew, and what is new is printed. */
+/* What the callback needs: a character may take several tokens, so the text of all is made anew, and what
+ * is new is printed. */
 struct output {
     const elora_model *model;
     elora_token tokens[MAX_NEW];

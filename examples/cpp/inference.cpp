@@ -1,6 +1,6 @@
-// An inference loop that is not elastic-lora's: its own buffers, key/value cache, attention and threads. Compressed layers, embedding,
-// norms and rotary turns are the library's. Each thread continues a prompt of its own, all of them share the layers, and in the end each
-// sequence is compared with what a session of the library computes.
+// An inference loop that is not elastic-lora's: its own buffers, key/value cache, attention and threads. Compressed
+// layers, embedding, norms and rotary turns are the library's. Each thread continues a prompt of its own, all of them
+// share the layers, and in the end each sequence is compared with what a session of the library computes.
 //
 //     inference MODEL [SUBNET [TOKENS [THREADS]]]
 #include <algorithm>

@@ -13,8 +13,8 @@ use super::status::{ELORA_STATUS_INSUFFICIENT_SIZE, Failure, Outcome, elora_stat
 use crate::infer::{LinearLayer, Number};
 use crate::kernels::Activations;
 
-/// A linear layer of a model with a subnet's rank and sizes. Immutable and reference-counted: any number of threads may use it at
-/// once. It keeps what it needs of the model.
+/// A linear layer of a model with a subnet's rank and sizes. Immutable and reference-counted: any number of threads
+/// may use it at once. It keeps what it needs of the model.
 pub struct elora_linear {
     inner: LinearLayer,
 }
@@ -76,8 +76,9 @@ pub unsafe extern "C" fn elora_linear_options_init(
     guard::status(|| unsafe { options::write(options, struct_size, elora_linear_options::DEFAULT) })
 }
 
-/// Makes a handle to layer `layer` as subnet `subnet` has it, with its adapter. `options` may be NULL for the defaults. On success
-/// `*out` is a handle that elora_linear_free() gives back. ELORA_STATUS_INVALID_ARGUMENT for a layer that the subnet leaves out.
+/// Makes a handle to layer `layer` as subnet `subnet` has it, with its adapter. `options` may be NULL for the
+/// defaults. On success `*out` is a handle that elora_linear_free() gives back. ELORA_STATUS_INVALID_ARGUMENT for a
+/// layer that the subnet leaves out.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_linear_new(
     model: *const elora_model,
@@ -150,16 +151,16 @@ pub unsafe extern "C" fn elora_linear_scratch_size(
     })
 }
 
-/// y = x W^T + s (x A^T) B^T + b, for `n_rows` rows: W is the layer's weight, A and B the active part of its adapter, s the adapter's
-/// scale, b the bias, where there is one.
+/// y = x W^T + s (x A^T) B^T + b, for `n_rows` rows: W is the layer's weight, A and B the active part of its adapter,
+/// s the adapter's scale, b the bias, where there is one.
 ///
-/// Row i of the input is the in_features numbers from x + i * ldx, row i of the output the out_features numbers from y + i * ldy; what
-/// lies between rows of y is left alone. `x_len` and `y_len` are the numbers that the buffers hold, of which those up to the end of
-/// the last row are needed.
+/// Row i of the input is the in_features numbers from x + i * ldx, row i of the output the out_features numbers from
+/// y + i * ldy; what lies between rows of y is left alone. `x_len` and `y_len` are the numbers that the buffers hold,
+/// of which those up to the end of the last row are needed.
 ///
-/// `scratch` is `scratch_bytes` bytes at any address, elora_linear_scratch_size() of them at least; where it is NULL, the library
-/// allocates what it needs. `x`, `y` and `scratch` must not overlap. `y` is unspecified unless the call succeeds. The result does not
-/// depend on the number of threads, nor on what other threads do.
+/// `scratch` is `scratch_bytes` bytes at any address, elora_linear_scratch_size() of them at least; where it is NULL,
+/// the library allocates what it needs. `x`, `y` and `scratch` must not overlap. `y` is unspecified unless the call
+/// succeeds. The result does not depend on the number of threads, nor on what other threads do.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_linear_forward(
     linear: *const elora_linear,
@@ -180,8 +181,8 @@ pub unsafe extern "C" fn elora_linear_forward(
     })
 }
 
-/// elora_linear_forward() for buffers of another type: `x` and `y` hold numbers of `dtype`, an ELORA_DTYPE_ constant. The layer computes
-/// with 32 bits and rounds its results to nearest.
+/// elora_linear_forward() for buffers of another type: `x` and `y` hold numbers of `dtype`, an ELORA_DTYPE_ constant.
+/// The layer computes with 32 bits and rounds its results to nearest.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_linear_forward_typed(
     linear: *const elora_linear,

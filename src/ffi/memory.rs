@@ -141,7 +141,8 @@ pub(super) unsafe fn text<'a>(pointer: *const c_char, name: &str) -> Outcome<&'a
     bytes.to_str().map_err(|error| Failure::argument(format!("`{name}` is not UTF-8: {error}")))
 }
 
-/// Copies a text with a NUL to the caller's buffer. The length without the NUL is written whether the buffer is long enough or not.
+/// Copies a text with a NUL to the caller's buffer. The length without the NUL is written whether the buffer is long
+/// enough or not.
 ///
 /// # Safety
 /// `buf` is `NULL` or to `cap` bytes, `len` is `NULL` or to a `size_t`.
@@ -186,7 +187,8 @@ pub(super) fn short(name: &str, found: usize, needed: impl std::fmt::Display) ->
     Failure::new(ELORA_STATUS_INSUFFICIENT_SIZE, format!("`{name}` has {found} elements, and {needed} are needed"))
 }
 
-/// Refuses buffers of a call that share memory, before the library makes slices of them. Each is a name and its [`region`].
+/// Refuses buffers of a call that share memory, before the library makes slices of them. Each is a name and its
+/// [`region`].
 pub(super) fn disjoint(buffers: &[(&str, Range<usize>)]) -> Outcome {
     for (index, (name, one)) in buffers.iter().enumerate() {
         for (other_name, other) in &buffers[..index] {

@@ -13,7 +13,8 @@ use crate::infer::{Model, ModelOptions, Verify};
 /// A token's id: 0 to the size of the vocabulary - 1.
 pub type elora_token = i32;
 
-/// A model: weights, adapters, subnets, tokenizer. Immutable and reference-counted: any number of threads may use it at once.
+/// A model: weights, adapters, subnets, tokenizer. Immutable and reference-counted: any number of threads may use it
+/// at once.
 pub struct elora_model {
     inner: Model,
     layers: Vec<CString>,
@@ -127,7 +128,8 @@ fn format_parts(format: WeightFormat) -> (elora_weight_format, u32, usize) {
 pub struct elora_layer_info {
     /// In: sizeof(elora_layer_info).
     pub struct_size: usize,
-    /// Hugging Face's module path, such as "model.layers.0.self_attn.q_proj"; "lm_head" for the head. It lives as long as the model.
+    /// Hugging Face's module path, such as "model.layers.0.self_attn.q_proj"; "lm_head" for the head. It lives as
+    /// long as the model.
     pub name: *const c_char,
     /// Numbers in a row of the layer's input.
     pub in_features: usize,
@@ -186,8 +188,8 @@ pub unsafe extern "C" fn elora_model_options_init(
     guard::status(|| unsafe { options::write(options, struct_size, elora_model_options::DEFAULT) })
 }
 
-/// Loads a bundle, or a Hugging Face folder (dense, GPTQ or compressed-tensors). `options` may be NULL for the defaults. On success
-/// `*out` is a handle that elora_model_free() gives back.
+/// Loads a bundle, or a Hugging Face folder (dense, GPTQ or compressed-tensors). `options` may be NULL for the
+/// defaults. On success `*out` is a handle that elora_model_free() gives back.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_load(
     path: *const c_char,
@@ -211,15 +213,16 @@ pub unsafe extern "C" fn elora_model_retain(model: *const elora_model) -> *const
     guard::value(std::ptr::null(), || unsafe { memory::shared(model, "model").map(Arc::into_raw) })
 }
 
-/// Gives a handle back; NULL is ignored. Layers and sessions keep what they need of the model, so the order of freeing does not matter.
+/// Gives a handle back; NULL is ignored. Layers and sessions keep what they need of the model, so the order of
+/// freeing does not matter.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_free(model: *const elora_model) {
     // SAFETY: as the header asks of the caller.
     guard::quiet(|| unsafe { memory::free(model) });
 }
 
-/// Writes the model to a file as a bundle: under another name first, then moved into place. A file that is there is replaced only
-/// where `overwrite` says so.
+/// Writes the model to a file as a bundle: under another name first, then moved into place. A file that is there is
+/// replaced only where `overwrite` says so.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_save(
     model: *const elora_model,
@@ -233,16 +236,18 @@ pub unsafe extern "C" fn elora_model_save(
     })
 }
 
-/// Reads all weights, and compares them with their checksums where the model came from a bundle. ELORA_STATUS_INVALID_FORMAT names
-/// the first weight that is not what was written.
+/// Reads all weights, and compares them with their checksums where the model came from a bundle.
+/// ELORA_STATUS_INVALID_FORMAT names the first weight that is not what was written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_verify(model: *const elora_model) -> elora_status {
     // SAFETY: as the header asks of the caller.
     guard::status(|| unsafe { Ok(memory::required(model, "model")?.inner.verify()?) })
 }
 
-/// Cuts a subnet out: a model of its active ranks, channels and blocks alone, which computes what the whole model computes with that
-/// subnet. Formats stay as they are, and adapters stay apart; elora_model_merge() puts them into dense weights. On success `*out` is a handle of its own, that elora_model_free() gives back and elora_model_save() writes.
+/// Cuts a subnet out: a model of its active ranks, channels and blocks alone, which computes what the whole model
+/// computes with that subnet. Formats stay as they are, and adapters stay apart; elora_model_merge() puts them into
+/// dense weights. On success `*out` is a handle of its own, that elora_model_free() gives back and elora_model_save()
+/// writes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_extract(
     model: *const elora_model,
@@ -258,8 +263,9 @@ pub unsafe extern "C" fn elora_model_extract(
     })
 }
 
-/// Puts the adapters into the weights, at their largest ranks: a model without adapters. The weights must be dense; ELORA_STATUS_INVALID_STATE
-/// names one that is sparse or quantized. On success `*out` is a handle of its own. For a subnet, call elora_model_extract() first.
+/// Puts the adapters into the weights, at their largest ranks: a model without adapters. The weights must be dense;
+/// ELORA_STATUS_INVALID_STATE names one that is sparse or quantized. On success `*out` is a handle of its own. For a
+/// subnet, call elora_model_extract() first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_merge(model: *const elora_model, out: *mut *const elora_model) -> elora_status {
     // SAFETY: as the header asks of the caller.
@@ -368,8 +374,9 @@ pub unsafe extern "C" fn elora_model_find_subnet(
     })
 }
 
-/// Copies the search space of the model's subnets to `buf` as JSON: groups of layers that share a value, and the values that each may
-/// take. ELORA_STATUS_NOT_FOUND where the model has none. `buf`, `cap` and `len` as in elora_last_error().
+/// Copies the search space of the model's subnets to `buf` as JSON: groups of layers that share a value, and the
+/// values that each may take. ELORA_STATUS_NOT_FOUND where the model has none. `buf`, `cap` and `len` as in
+/// elora_last_error().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_space_json(
     model: *const elora_model,
@@ -407,8 +414,9 @@ pub unsafe extern "C" fn elora_model_weight_bytes(model: *const elora_model) -> 
     guard::value(0, || unsafe { Ok(memory::required(model, "model")?.inner.bytes()) })
 }
 
-/// Copies the tokens that end a generation to `tokens`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE, with only `*n`
-/// written, where there are more than `cap`; `tokens` may be NULL where `cap` is 0, and `n` may be NULL.
+/// Copies the tokens that end a generation to `tokens`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE,
+/// with only `*n` written, where there are more than `cap`; `tokens` may be NULL where `cap` is 0, and `n` may be
+/// NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_stop_tokens(
     model: *const elora_model,

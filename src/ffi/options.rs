@@ -1,7 +1,7 @@
 //! Structs that grow: the caller says how large its own is.
 //!
-//! A field is only ever added at the end, without padding before it, so that a program that was compiled with an older header gives a
-//! prefix, and one with a newer header more than is known here.
+//! A field is only ever added at the end, without padding before it, so that a program that was compiled with an
+//! older header gives a prefix, and one with a newer header more than is known here.
 
 use super::status::{ELORA_STATUS_NULL_POINTER, ELORA_STATUS_UNSUPPORTED, Failure, Outcome};
 
@@ -11,7 +11,8 @@ const LARGEST: usize = 4096;
 /// A struct of the header that begins with its own size.
 ///
 /// # Safety
-/// `repr(C)`, the first field a `usize` that is the struct's size, no padding, and every pattern of bits a value of every field.
+/// `repr(C)`, the first field a `usize` that is the struct's size, no padding, and every pattern of bits a value of every
+/// field.
 pub(super) unsafe trait Growing: Copy {
     /// Its name in C.
     const NAME: &'static str;
@@ -51,7 +52,8 @@ pub(super) unsafe fn read<T: Growing>(pointer: *const T, default: T) -> Outcome<
     Ok(value)
 }
 
-/// Writes as much of `value` as the caller's struct has room for; what is unknown here becomes 0. The size stays the caller's.
+/// Writes as much of `value` as the caller's struct has room for; what is unknown here becomes 0. The size stays the
+/// caller's.
 ///
 /// # Safety
 /// `pointer` is `NULL` or to `struct_size` bytes.

@@ -76,7 +76,7 @@ pub unsafe extern "C" fn elora_model_embed(
         if let Some(found) = ids.iter().find(|id| **id as usize >= vocab_size) {
             return Err(Error::TokenOutOfRange { found: *found, vocab_size }.into());
         }
-        let needed = n_tokens.checked_mul(width).unwrap_or(usize::MAX);
+        let needed = n_tokens.saturating_mul(width);
         if out_len < needed {
             return Err(memory::short("out", out_len, needed));
         }
@@ -89,8 +89,9 @@ pub unsafe extern "C" fn elora_model_embed(
     })
 }
 
-/// Copies the gain of a norm, hidden_size numbers, to `out`. `name` is that of its tensor in Hugging Face's files, such as
-/// "model.layers.0.input_layernorm.weight" or "model.norm.weight". ELORA_STATUS_NOT_FOUND where there is none of that name.
+/// Copies the gain of a norm, hidden_size numbers, to `out`. `name` is that of its tensor in Hugging Face's files,
+/// such as "model.layers.0.input_layernorm.weight" or "model.norm.weight". ELORA_STATUS_NOT_FOUND where there is none
+/// of that name.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_norm(
     model: *const elora_model,
@@ -109,8 +110,8 @@ pub unsafe extern "C" fn elora_model_norm(
     })
 }
 
-/// Writes the cosines and sines of rotary attention at a position: head_dim / 2 numbers each, for which `len` must have room. Number i
-/// turns elements i and i + head_dim / 2 of a head.
+/// Writes the cosines and sines of rotary attention at a position: head_dim / 2 numbers each, for which `len` must
+/// have room. Number i turns elements i and i + head_dim / 2 of a head.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_rotary(
     model: *const elora_model,

@@ -15,8 +15,8 @@ use super::tokenizer::ids_of;
 use crate::infer::{CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch};
 use crate::space::SubnetConfig;
 
-/// One sequence on a model, with its key/value cache. Mutable: one thread at a time; a call that comes while another is in it, from
-/// another thread or from its own callback, is refused. It keeps what it needs of the model.
+/// One sequence on a model, with its key/value cache. Mutable: one thread at a time; a call that comes while another
+/// is in it, from another thread or from its own callback, is refused. It keeps what it needs of the model.
 pub struct elora_session {
     /// [`IDLE`], [`BUSY`] or [`BROKEN`].
     state: AtomicU8,
@@ -148,8 +148,8 @@ pub unsafe extern "C" fn elora_session_options_init(
     guard::status(|| unsafe { options::write(options, struct_size, elora_session_options::DEFAULT) })
 }
 
-/// Makes an empty session on a model, with the whole model active. `options` may be NULL for the defaults. On success `*out` is a handle
-/// that elora_session_free() gives back.
+/// Makes an empty session on a model, with the whole model active. `options` may be NULL for the defaults. On success
+/// `*out` is a handle that elora_session_free() gives back.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_new(
     model: *const elora_model,
@@ -171,12 +171,13 @@ pub unsafe extern "C" fn elora_session_new(
 /// Gives a session back; NULL is ignored.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_free(session: *mut elora_session) {
-    // SAFETY: as the header asks of the caller. A call that is in the session, as the one whose callback frees it, has a count of its own.
+    // SAFETY: as the header asks of the caller. A call that is in the session, as the one whose callback frees it,
+    // has a count of its own.
     guard::quiet(|| unsafe { memory::free(session.cast_const()) });
 }
 
-/// Makes a subnet the active one, by its index among the model's. ELORA_STATUS_INVALID_STATE while the session holds tokens: their keys
-/// belong to the subnet before; call elora_session_reset() first.
+/// Makes a subnet the active one, by its index among the model's. ELORA_STATUS_INVALID_STATE while the session holds
+/// tokens: their keys belong to the subnet before; call elora_session_reset() first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_subnet(session: *mut elora_session, subnet: usize) -> elora_status {
     // SAFETY: as the header asks of the caller.
@@ -197,8 +198,9 @@ pub unsafe extern "C" fn elora_session_set_subnet_named(
     })
 }
 
-/// Makes any subnet of the model's search space the active one. `json` is an object with a value for each group of the space, such as
-/// {"layers.0.q_proj+k_proj+v_proj": 24, ...}: what a search gives; otherwise as elora_session_set_subnet().
+/// Makes any subnet of the model's search space the active one. `json` is an object with a value for each group of
+/// the space, such as {"layers.0.q_proj+k_proj+v_proj": 24, ...}: what a search gives; otherwise as
+/// elora_session_set_subnet().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_subnet_json(
     session: *mut elora_session,
@@ -212,8 +214,8 @@ pub unsafe extern "C" fn elora_session_set_subnet_json(
     })
 }
 
-/// Sets the active rank of every linear layer, in the order of elora_model_layer_info(); 0 turns an adapter off. Channels and blocks
-/// stay those of the subnet that is active; otherwise as elora_session_set_subnet().
+/// Sets the active rank of every linear layer, in the order of elora_model_layer_info(); 0 turns an adapter off.
+/// Channels and blocks stay those of the subnet that is active; otherwise as elora_session_set_subnet().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_ranks(
     session: *mut elora_session,
@@ -228,8 +230,9 @@ pub unsafe extern "C" fn elora_session_set_ranks(
     })
 }
 
-/// Copies the active rank of every linear layer to `ranks`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE, with only `*n`
-/// written, where there are more than `cap`; `ranks` may be NULL where `cap` is 0, and `n` may be NULL.
+/// Copies the active rank of every linear layer to `ranks`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE,
+/// with only `*n` written, where there are more than `cap`; `ranks` may be NULL where `cap` is 0, and `n` may be
+/// NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_ranks(
     session: *mut elora_session,
@@ -292,7 +295,7 @@ unsafe fn logits_of<'a>(logits: *mut f32, len: usize, rows: usize, vocab: usize)
     if logits.is_null() {
         return Ok(None);
     }
-    let needed = rows.checked_mul(vocab).unwrap_or(usize::MAX);
+    let needed = rows.saturating_mul(vocab);
     if len < needed {
         return Err(memory::short("logits", len, needed));
     }
@@ -300,9 +303,9 @@ unsafe fn logits_of<'a>(logits: *mut f32, len: usize, rows: usize, vocab: usize)
     unsafe { memory::slice_mut(logits, needed, "logits").map(Some) }
 }
 
-/// Appends tokens, one or many, and writes the logits after the last to `logits`: elora_model_vocab_size() numbers, for which
-/// `logits_len` must have room. `logits` may be NULL. On failure the session holds the tokens that it held before.
-/// ELORA_STATUS_CONTEXT_FULL where there is no room for so many.
+/// Appends tokens, one or many, and writes the logits after the last to `logits`: elora_model_vocab_size() numbers,
+/// for which `logits_len` must have room. `logits` may be NULL. On failure the session holds the tokens that it held
+/// before. ELORA_STATUS_CONTEXT_FULL where there is no room for so many.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_decode(
     session: *mut elora_session,
@@ -346,9 +349,10 @@ pub unsafe extern "C" fn elora_session_decode_all(
     })
 }
 
-/// Appends one token to each of several sessions on one model with the same subnet: the weights are read once for all of them.
-/// `tokens` has one for each session, and `logits` has room for `n_sessions` rows of elora_model_vocab_size() numbers, or is NULL. No
-/// session may be there twice. On failure every session holds the tokens that it held before.
+/// Appends one token to each of several sessions on one model with the same subnet: the weights are read once for all
+/// of them. `tokens` has one for each session, and `logits` has room for `n_sessions` rows of
+/// elora_model_vocab_size() numbers, or is NULL. No session may be there twice. On failure every session holds the
+/// tokens that it held before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_decode_batch(
     sessions: *const *mut elora_session,
@@ -449,13 +453,14 @@ pub unsafe extern "C" fn elora_generate_options_init(
     guard::status(|| unsafe { options::write(options, struct_size, elora_generate_options::DEFAULT) })
 }
 
-/// Appends a prompt and goes on from it, token by token, until a stop token, `options->max_new_tokens`, or the end of the context.
-/// `options` may be NULL for the defaults.
+/// Appends a prompt and goes on from it, token by token, until a stop token, `options->max_new_tokens`, or the end of
+/// the context. `options` may be NULL for the defaults.
 ///
-/// Each new token is shown to `on_token`, with `userdata`, as soon as it is there, if `on_token` is not NULL. All of them are written to
-/// `out`, which has room for `cap`, and their number to `*n_out`, if `out` and `n_out` are not NULL; without `out`,
-/// `options->max_new_tokens` must be set. ELORA_STATUS_CANCELLED where `on_token` returned false; the tokens so far are written then,
-/// too. The last token of the output is not yet in the session, but for those before it.
+/// Each new token is shown to `on_token`, with `userdata`, as soon as it is there, if `on_token` is not NULL. All of
+/// them are written to `out`, which has room for `cap`, and their number to `*n_out`, if `out` and `n_out` are not
+/// NULL; without `out`, `options->max_new_tokens` must be set. ELORA_STATUS_CANCELLED where `on_token` returned
+/// false; the tokens so far are written then, too. Unless a stop token ended it, the last token of the output is not yet
+/// in the session: give it with what comes next.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_generate(
     session: *mut elora_session,

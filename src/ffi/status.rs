@@ -29,7 +29,8 @@ const _: () = {
     assert!(ELORA_VERSION_PATCH == number(env!("CARGO_PKG_VERSION_PATCH")));
 };
 
-/// Outcome of a call: ELORA_STATUS_OK or the kind of failure. Numbers are never reused; take one that you do not know for a failure.
+/// Outcome of a call: ELORA_STATUS_OK or the kind of failure. Numbers are never reused; take one that you do not know
+/// for a failure.
 pub type elora_status = i32;
 
 /// Success.
@@ -120,8 +121,8 @@ pub(super) fn remember(text: String) {
     let _old = LAST.try_with(|last| last.try_borrow_mut().map(|mut last| std::mem::replace(&mut *last, text)));
 }
 
-/// The name of a status, such as "ELORA_STATUS_OK"; "unknown status" for a number that this library does not know. Static, never
-/// NULL.
+/// The name of a status, such as "ELORA_STATUS_OK"; "unknown status" for a number that this library does not know.
+/// Static, never NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn elora_status_name(status: elora_status) -> *const c_char {
     let name: &CStr = match status {
@@ -143,11 +144,11 @@ pub extern "C" fn elora_status_name(status: elora_status) -> *const c_char {
     name.as_ptr()
 }
 
-/// Copies the text of this thread's last failed call to `buf`, with a NUL, and writes its length without the NUL to `*len`; an empty
-/// text before the first failure. Calls that succeed leave it as it is, and so does this one.
+/// Copies the text of this thread's last failed call to `buf`, with a NUL, and writes its length without the NUL to
+/// `*len`; an empty text before the first failure. Calls that succeed leave it as it is, and so does this one.
 ///
-/// `buf` may be NULL where `cap` is 0, and `len` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE, with nothing written to `buf` but
-/// the length to `*len`, where `cap` is less than the length plus 1.
+/// `buf` may be NULL where `cap` is 0, and `len` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE, with nothing written to
+/// `buf` but the length to `*len`, where `cap` is less than the length plus 1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_last_error(buf: *mut c_char, cap: usize, len: *mut usize) -> elora_status {
     // A failure of this call must not replace the text that was asked for.

@@ -1,4 +1,5 @@
-//! What the tests of the ABI need and a library does not have: built only with `--cfg elastic_lora_test_hooks`, not in the header.
+//! What the tests of the ABI need and a library does not have: built only with `--cfg elastic_lora_test_hooks`, not
+//! in the header.
 
 use super::guard;
 use super::memory;

@@ -30,9 +30,9 @@ pub unsafe extern "C" fn elora_model_has_tokenizer(model: *const elora_model) ->
     guard::value(false, || unsafe { Ok(memory::required(model, "model")?.inner().tokenizer().is_some()) })
 }
 
-/// Writes the tokens of a text to `tokens`, and their number to `*n`. `special` is an ELORA_SPECIAL_ constant. Where there are more
-/// than `cap`, ELORA_STATUS_INSUFFICIENT_SIZE with only `*n` written; `tokens` may be NULL where `cap` is 0, and `n` may be NULL.
-/// ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
+/// Writes the tokens of a text to `tokens`, and their number to `*n`. `special` is an ELORA_SPECIAL_ constant. Where
+/// there are more than `cap`, ELORA_STATUS_INSUFFICIENT_SIZE with only `*n` written; `tokens` may be NULL where `cap`
+/// is 0, and `n` may be NULL. ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_tokenize(
     model: *const elora_model,
@@ -59,7 +59,8 @@ pub unsafe extern "C" fn elora_model_tokenize(
 /// Copies the text of tokens to `buf`, special tokens left out. `buf`, `cap` and `len` as in elora_last_error().
 /// ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
 ///
-/// A character may take several tokens: text that is shown as it comes should be made of all tokens so far, not of each alone.
+/// A character may take several tokens: text that is shown as it comes should be made of all tokens so far, not of
+/// each alone.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_detokenize(
     model: *const elora_model,

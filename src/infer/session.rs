@@ -258,7 +258,8 @@ impl Session {
                 found: vec![logits.len()],
             });
         }
-        let (start, rows) = (self.position(), self.prefill_rows);
+        // No more rows than tokens: any number may be asked for, and the product must not overflow.
+        let (start, rows) = (self.position(), self.prefill_rows.min(tokens.len()));
         for (piece, logits) in tokens.chunks(rows).zip(logits.chunks_mut(rows * vocab_size)) {
             if let Err(error) = self.append(piece, Some((0, logits))) {
                 self.truncate(start);

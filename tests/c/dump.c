@@ -1,4 +1,5 @@
-/* dump MODEL FILE: what the functions compute, as 32-bit numbers one after the other, for the Rust test to compare bit by bit. */
+/* dump MODEL FILE: what the functions compute, as 32-bit numbers one after the other, for the Rust test to compare by
+ * bits. */
 #include "check.h"
 
 static FILE *file;

@@ -1,5 +1,5 @@
-/* hostile MODEL FOLDER TMP: every function with what it must refuse. MODEL is a bundle with several subnets, FOLDER a model with a
- * tokenizer, TMP a folder to write to. Outputs must be as they were wherever a call fails. */
+/* hostile MODEL FOLDER TMP: every function with what it must refuse. MODEL is a bundle with several subnets, FOLDER a
+ * model with a tokenizer, TMP a folder to write to. Outputs must be as they were wherever a call fails. */
 #include "check.h"
 
 #define UNTOUCHED 12345u
@@ -148,7 +148,20 @@ static void files(const char *path, const char *folder) {
     OK(elora_model_verify(out));
     CHECK(elora_model_subnet_count(out) == elora_model_subnet_count(model));
     elora_model_free(out);
+    /* A file that is gone is still mapped. */
+    out = load(spoiled);
     CHECK(remove(spoiled) == 0);
+    elora_session *late = start(out, 1);
+    elora_model_free(out);
+    const elora_token token = 3;
+    OK(elora_session_decode(late, &token, 1, NULL, 0));
+    elora_session_free(late);
+    FAILS(IO, elora_model_load(spoiled, NULL, &out));
+    /* Neither a bundle nor a folder with a model. */
+    out = NULL;
+    CHECK(elora_model_load("/dev/null", NULL, &out) != ELORA_STATUS_OK && says("/dev/null"));
+    CHECK(elora_model_load(folder, NULL, &out) != ELORA_STATUS_OK && says(folder));
+    CHECK(out == NULL);
     FAILS(NULL_POINTER, elora_model_verify(NULL));
 }
 
@@ -415,6 +428,17 @@ static void sessions(void) {
     o.cache_format = ELORA_CACHE_F16;
     OK(elora_session_new(model, &o, &out));
     CHECK(elora_session_capacity(out) == 5 && elora_session_position(out) == 0);
+
+    /* More rows at a time than there can be tokens. */
+    elora_session *wide = NULL;
+    o.prefill_rows = (size_t)-1;
+    OK(elora_session_new(model, &o, &wide));
+    float *all = allocate(3 * vocab * sizeof *all);
+    const elora_token few[3] = {1, 2, 3};
+    OK(elora_session_decode_all(wide, few, 3, all, 3 * vocab));
+    OK(elora_session_decode(wide, few, 1, all, vocab));
+    free(all);
+    elora_session_free(wide);
 
     elora_session_free(NULL);
     CHECK(elora_session_position(NULL) == 0 && elora_session_capacity(NULL) == 0);

@@ -1,5 +1,5 @@
-/* overhead MODEL: nanoseconds of a call that does nothing, of one that looks something up in a session, and of one that applies layer 0
- * to a row; the least of several runs of many. */
+/* overhead MODEL: nanoseconds of a call that does nothing, of one that looks something up in a session, and of one that
+ * applies layer 0 to a row; the least of several runs of many. */
 #include <time.h>
 
 #include "check.h"
@@ -47,7 +47,8 @@ int run_overhead(int argc, char **argv) {
     volatile size_t sink = 0;
     MEASURE(nothing, sink += elora_linear_rank(linear));
     MEASURE(look, sink += elora_session_position(session));
-    MEASURE(apply, sink += (size_t)elora_linear_forward(linear, 1, x, inputs, inputs, y, outputs, outputs, scratch, bytes));
+    MEASURE(apply, sink += (size_t)elora_linear_forward(linear, 1, x, inputs, inputs, y, outputs, outputs, scratch,
+                                                        bytes));
     CHECK(elora_linear_forward(linear, 1, x, inputs, inputs, y, outputs, outputs, scratch, bytes) == ELORA_STATUS_OK);
     CHECK(sink != 1);
     printf("%.1f %.1f %.1f\n", nothing, look, apply);

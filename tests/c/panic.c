@@ -1,4 +1,5 @@
-/* panic MODEL: a bug inside becomes a status, and the program goes on. The hooks are only in the library that the tests build. */
+/* panic MODEL: a bug inside becomes a status, and the program goes on. The hooks are only in the library that the
+ * tests build. */
 #include "check.h"
 
 elora_status elora_test_panic(void);

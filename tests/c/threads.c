@@ -1,4 +1,5 @@
-/* threads MODEL: eight threads on one model, with sessions of their own and a layer that they share, get what one thread gets. */
+/* threads MODEL: eight threads on one model, with sessions of their own and a layer that they share, get what one
+ * thread gets. */
 #include <pthread.h>
 
 #include "check.h"

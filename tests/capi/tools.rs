@@ -77,8 +77,8 @@ pub fn cargo(crate_types: &str, rustc: &[&str]) -> Command {
     command
 }
 
-/// A folder with the library under all its names. It is built once, into this test's own target folder and profile, so that Burn is not
-/// built again.
+/// A folder with the library under all its names. It is built once, into this test's own target folder and profile,
+/// so that Burn is not built again.
 pub fn library() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {

@@ -42,7 +42,8 @@ int main(int argc, char **argv) {
     elora::generate_options options;
     options.max_new_tokens = 4;
     options.ignore_stop_tokens = true;
-    elora::result<std::vector<elora::token>> made = session.generate(prompt, options, [](elora::token) { return true; });
+    elora::result<std::vector<elora::token>> made =
+        session.generate(prompt, options, [](elora::token) { return true; });
     CHECK(made && made->size() == 4);
 
     elora::result<elora::linear> linear = model.linear(0, 1);

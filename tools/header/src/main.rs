@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-/// What is in the header, in its order. The rest of `src/ffi` is inside the library. cbindgen is given files, since it would walk the
-/// whole crate otherwise.
+/// What is in the header, in its order. The rest of `src/ffi` is inside the library. cbindgen is given files, since
+/// it would walk the whole crate otherwise.
 const SOURCES: [&str; 6] = ["status", "model", "tokenizer", "parts", "linear", "session"];
 
 fn main() -> ExitCode {
