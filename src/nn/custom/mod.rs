@@ -11,7 +11,14 @@
 // `NdArray` is deprecated upstream, and supported here for as long as it exists.
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 // Without a backend the generated dispatch has no arm that uses its arguments.
-#![cfg_attr(not(any(feature = "flex", feature = "ndarray", any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))), allow(unused_variables))]
+#![cfg_attr(
+    not(any(
+        feature = "flex",
+        feature = "ndarray",
+        any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm")
+    )),
+    allow(unused_variables)
+)]
 
 mod autodiff;
 #[cfg(feature = "flex")]
