@@ -24,6 +24,8 @@
 //!    ([`eval::SubnetObjective`]).
 //! 6. [`SuperNet::extract`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
 //!    [`model::Pretrained::write_variant`] writes the result.
+//! 7. [`infer::Model`] runs what came out, with weights as they are stored ([`format`], [`kernels`]), from a bundle or a folder; from C and C++
+//!    by `include/elastic_lora.h` (feature `capi`).
 //!
 //! A space may also have elastic widths and depth ([`space::Elastic`]): then [`calib::sort_channels`] comes before step 3, so that what
 //! matters most is in every prefix, and [`Merger::extract`] gives a model with fewer channels, heads and blocks. What a subnet
