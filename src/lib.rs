@@ -24,7 +24,7 @@
 //!    ([`eval::SubnetObjective`]).
 //! 6. [`SuperNet::extract`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
 //!    [`model::Pretrained::write_variant`] writes the result.
-//! 7. [`infer::Model`] runs what came out, with weights as they are stored ([`format`], [`kernels`]), from a bundle or a folder; from C and C++
+//! 7. [`infer::Model`] runs what came out, with weights as they are stored ([`mod@format`], [`kernels`]), from a bundle or a folder; from C and C++
 //!    by `include/elastic_lora.h` (feature `capi`).
 //!
 //! A space may also have elastic widths and depth ([`space::Elastic`]): then [`calib::sort_channels`] comes before step 3, so that what
