@@ -175,8 +175,8 @@ pub fn quantized_linear<const D: usize>(
     Tensor::from_dispatch(Dispatch::quantized_linear(x, weight, mask, a, b, scales, zeros, term, rounded))
 }
 
-/// [`linear`] with a packed weight. It is unpacked for the product, on the host, and again in the backward pass: between them the
-/// tape holds the packed one.
+/// [`linear`] with a weight as it is stored. On a CPU a product of up to 8 rows reads it so; for others, and in the backward pass, it is unpacked
+/// on the host, and between the two the tape holds the stored one.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`; result: `[.., d_output]`
@@ -184,7 +184,7 @@ pub fn stored_linear<const D: usize>(x: Tensor<D>, weight: &StoredWeight) -> Ten
     Tensor::from_dispatch(Dispatch::stored_linear(x.into_dispatch(), weight.clone()))
 }
 
-/// [`lora_linear`] with a packed weight, as [`stored_linear`] has it.
+/// [`lora_linear`] with a stored weight, as [`stored_linear`] has it.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`, `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`; result: `[.., d_output]`

@@ -52,7 +52,7 @@ backward!(Linear, 2, (Option<Float<B>>, Option<Float<B>>), |(x, weight), grad, _
     [weight.map(|weight| B::mixed_linear_backward_input(weight, grad)), grad_weight]
 });
 
-/// A constant weight as the tape keeps it: a packed one stays packed, and is unpacked once more in the backward pass.
+/// A constant weight as the tape keeps it: a stored one stays so, and is unpacked in the backward pass.
 #[derive(Clone, Debug)]
 enum Constant<B: DecoderOps> {
     Dense(Float<B>),
