@@ -23,7 +23,7 @@ pub(super) unsafe fn multiply(
     let stride = weight.cols().div_ceil(2);
     let codes: &[u8] = weight.codes();
     assert!(rows.end * stride <= codes.len() && input.inputs <= weight.cols());
-    let units = Units::new(weight.whole_grid(), unit, input, scratch);
+    let units = Units::new(weight.whole_grid(), unit, false, input, scratch);
     let call = Call { weight, unit, stride, input, output, units };
     // SAFETY: the rows are in the codes, as was asserted; the rest is the caller's promise.
     unsafe {
