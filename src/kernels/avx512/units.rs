@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{ROWS, first_lanes, prefetch};
+use super::{ROWS, first_lanes};
 use crate::format::Grid;
 use crate::kernels::input::{BLOCK, Input};
 
@@ -11,6 +11,17 @@ const PAD: usize = 16;
 
 /// The zero point of symmetric codes, four times.
 const MIDDLE: u32 = 0x0808_0808;
+
+/// Which of 16 units are in second blocks of as many units each, of each first 16 of a row and of each second.
+fn second_blocks(of_block: usize) -> [u16; 2] {
+    match of_block {
+        1 => [0xAAAA; 2],
+        2 => [0xCCCC; 2],
+        4 => [0xF0F0; 2],
+        8 => [0xFF00; 2],
+        _ => [0, 0xFFFF],
+    }
+}
 
 /// Numbers from one array to the next.
 fn stride(units: usize) -> usize {
@@ -30,13 +41,15 @@ pub(super) struct Units<'a> {
     grid: &'a Grid,
     groups: usize,
     direct: bool,
+    plain: bool,
     scales: &'a [u8],
     zeros: &'a [u8],
     /// Where the first row's scales of units are, from there to their sums, and to the next row's.
     prepared: (*const u8, usize, usize),
     count: usize,
-    /// Units of a block where each second block's codes are multiplied in the high halves of bytes, as 16 times what they are.
-    turns: Option<usize>,
+    /// Which of 16 units are in a second block, of each first 16 of a row and of each second: there codes are multiplied in the high halves
+    /// of bytes, as 16 times what they are.
+    high: [u16; 2],
 }
 
 impl<'a> Units<'a> {
@@ -53,17 +66,18 @@ impl<'a> Units<'a> {
             grid,
             groups: grid.groups(),
             direct: grid.group_size == unit,
+            plain: grid.group_size == unit && !grid.wide,
             scales: &grid.scales,
             zeros: &grid.zeros,
             prepared: input.units_at(unit),
             count,
-            turns: turns.then_some(BLOCK / unit),
+            high: if turns { second_blocks(BLOCK / unit) } else { [0; 2] },
         };
         if grid.symmetric {
             for w in 0..ROWS {
                 let zeros = units.array(w, 1).cast::<u32>();
                 for at in 0..count.next_multiple_of(16) {
-                    let high = units.high()[at / 16 % 2] >> (at % 16) & 1 == 1;
+                    let high = units.high[at / 16 % 2] >> (at % 16) & 1 == 1;
                     // SAFETY: in the memory, as was asserted.
                     unsafe { *zeros.add(at) = if high { MIDDLE << 4 } else { MIDDLE } };
                 }
@@ -80,11 +94,12 @@ impl<'a> Units<'a> {
             grid,
             groups: grid.groups(),
             direct: grid.group_size == unit,
+            plain: grid.group_size == unit && !grid.wide,
             scales: &grid.scales,
             zeros: &grid.zeros,
             prepared: (std::ptr::null(), 0, 0),
             count: 0,
-            turns: None,
+            high: [0; 2],
         }
     }
 
@@ -95,19 +110,6 @@ impl<'a> Units<'a> {
     /// Products of scales of row `w` of the weight and row `i` of the inputs; 16 more may be read.
     pub fn products(&self, w: usize, i: usize) -> *const f32 {
         self.array(w, 2 + i)
-    }
-
-    /// Which of 16 units are in a second block: of each first 16 of a row, and of each second.
-    #[inline]
-    fn high(&self) -> [u16; 2] {
-        match self.turns {
-            None => [0; 2],
-            Some(1) => [0xAAAA; 2],
-            Some(2) => [0xCCCC; 2],
-            Some(4) => [0xF0F0; 2],
-            Some(8) => [0xFF00; 2],
-            Some(_) => [0, 0xFFFF],
-        }
     }
 
     /// Where the scales of units of `R` rows of inputs from `from` on are, and their sums.
@@ -139,13 +141,68 @@ impl<'a> Units<'a> {
     ) -> [__m512; R] {
         // SAFETY: the caller's promise.
         unsafe {
-            match (self.direct && !self.grid.wide, self.grid.symmetric) {
-                // What most weights have, at its place: for one row of inputs it counts.
-                (true, true) => self.fill_some::<true, true, R>(row, w, prepared),
-                (true, false) => self.fill_some::<true, false, R>(row, w, prepared),
-                (false, _) => self.fill_any::<R>(row, w, prepared),
+            match (self.plain, self.grid.symmetric) {
+                (true, true) => self.fill_plain::<true, R>(row, w, prepared),
+                (true, false) => self.fill_plain::<false, R>(row, w, prepared),
+                (false, _) => self.fill_any(row, w, prepared),
             }
         }
+    }
+
+    /// [`fill`](Self::fill) where groups are units and their scales have 16 bits: what most weights have, and for one row of inputs it counts.
+    /// If `SYMMETRIC`, zero points are what they were from the start.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+    #[allow(clippy::needless_range_loop)] // over constants
+    unsafe fn fill_plain<const SYMMETRIC: bool, const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        prepared: &[(*const f32, *const f32); R],
+    ) -> [__m512; R] {
+        let mut taken = [_mm512_setzero_ps(); R];
+        let scales = self.scales.as_ptr().wrapping_add(2 * row * self.groups);
+        let zeros = self.zeros.as_ptr().wrapping_add(row * self.groups.div_ceil(2));
+        let (zeros_out, products) = (self.array(w, 1).cast::<u32>(), self.array(w, 2));
+        let (sixteenth, low) = (_mm512_set1_ps(1.0 / 16.0), _mm_set1_epi8(0x0F));
+        // The lowest byte of each number to all four.
+        let lowest = _mm512_set4_epi32(0x0C0C_0C0C, 0x0808_0808, 0x0404_0404, 0);
+        let mut at = 0;
+        // SAFETY: masks cover groups of the row alone; the rest is as in `fill_any`.
+        unsafe {
+            while at < self.count {
+                let high = self.high[at / 16 % 2];
+                let left = self.groups.saturating_sub(at);
+                let half = _mm256_maskz_loadu_epi16(first_lanes(left), scales.wrapping_add(2 * at).cast());
+                let scale = _mm512_cvtph_ps(half);
+                let mut with_zero = scale;
+                if !SYMMETRIC {
+                    let mask = first_lanes(left.min(16).div_ceil(2));
+                    let pairs = _mm_maskz_loadu_epi8(mask, zeros.wrapping_add(at / 2).cast());
+                    let second = _mm_and_si128(_mm_srli_epi16::<4>(pairs), low);
+                    let each = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(pairs, low), second));
+                    let four = _mm512_shuffle_epi8(each, lowest);
+                    let four = _mm512_mask_slli_epi32::<4>(four, high, four);
+                    _mm512_storeu_si512(zeros_out.wrapping_add(at).cast(), four);
+                    with_zero = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(each));
+                }
+                let placed = _mm512_mask_mul_ps(scale, high, scale, sixteenth);
+                for i in 0..R {
+                    let of_inputs = _mm512_loadu_ps(prepared[i].0.add(at));
+                    _mm512_storeu_ps(products.wrapping_add(i * self.stride + at), _mm512_mul_ps(of_inputs, placed));
+                    taken[i] = _mm512_fmadd_ps(_mm512_loadu_ps(prepared[i].1.add(at)), with_zero, taken[i]);
+                }
+                at += 16;
+            }
+        }
+        let middle = if SYMMETRIC { -8.0 } else { -1.0 };
+        for i in 0..R {
+            taken[i] = _mm512_mul_ps(taken[i], _mm512_set1_ps(middle));
+        }
+        taken
     }
 
     #[inline(never)]
@@ -156,51 +213,25 @@ impl<'a> Units<'a> {
         w: usize,
         prepared: &[(*const f32, *const f32); R],
     ) -> [__m512; R] {
-        // SAFETY: the caller's promise.
-        unsafe { self.fill_some::<false, false, R>(row, w, prepared) }
-    }
-
-    /// [`fill`](Self::fill) where, if `HALF`, groups are units with scales of 16 bits, and, if `SYMMETRIC`, zero points are what they
-    /// were from the start.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    #[allow(clippy::needless_range_loop)] // over constants
-    unsafe fn fill_some<const HALF: bool, const SYMMETRIC: bool, const R: usize>(
-        &self,
-        row: usize,
-        w: usize,
-        prepared: &[(*const f32, *const f32); R],
-    ) -> [__m512; R] {
         let mut taken = [_mm512_setzero_ps(); R];
-        let both = self.high();
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
         // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units, with zeros.
         unsafe {
-            if !HALF && !self.direct {
+            if !self.direct {
                 one_by_one(self.grid, row, self.count, scales, zeros);
             }
             for at in (0..self.count).step_by(16) {
-                let high = both[at / 16 % 2];
-                let scale = if HALF {
-                    self.half_scales(row, at)
+                let high = self.high[at / 16 % 2];
+                let scale = if self.direct { self.scales(row, at) } else { _mm512_loadu_ps(scales.add(at)) };
+                let four = if self.grid.symmetric {
+                    _mm512_set1_epi32(MIDDLE as i32)
                 } else if self.direct {
-                    self.scales(row, at)
+                    _mm512_mullo_epi32(self.some_zeros(row, at), _mm512_set1_epi32(0x0101_0101))
                 } else {
-                    _mm512_loadu_ps(scales.add(at))
+                    _mm512_loadu_si512(zeros.add(at).cast())
                 };
-                let zero = if SYMMETRIC {
-                    _mm512_set1_ps(8.0)
-                } else {
-                    let four = if self.grid.symmetric {
-                        _mm512_set1_epi32(MIDDLE as i32)
-                    } else if HALF || self.direct {
-                        _mm512_mullo_epi32(self.some_zeros(row, at), _mm512_set1_epi32(0x0101_0101))
-                    } else {
-                        _mm512_loadu_si512(zeros.add(at).cast())
-                    };
-                    _mm512_storeu_si512(zeros.add(at).cast(), _mm512_mask_slli_epi32::<4>(four, high, four));
-                    _mm512_cvtepi32_ps(_mm512_and_si512(four, _mm512_set1_epi32(0xFF)))
-                };
+                _mm512_storeu_si512(zeros.add(at).cast(), _mm512_mask_slli_epi32::<4>(four, high, four));
+                let zero = _mm512_cvtepi32_ps(_mm512_and_si512(four, _mm512_set1_epi32(0xFF)));
                 let with_zero = _mm512_mul_ps(scale, zero);
                 let placed = _mm512_mask_mul_ps(scale, high, scale, _mm512_set1_ps(1.0 / 16.0));
                 for i in 0..R {
@@ -228,23 +259,10 @@ impl<'a> Units<'a> {
             if self.grid.wide {
                 _mm512_maskz_loadu_ps(mask, self.scales.as_ptr().wrapping_add(4 * first).cast())
             } else {
-                self.half_scales(row, at)
+                let from = self.scales.as_ptr().wrapping_add(2 * first);
+                _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast()))
             }
         }
-    }
-
-    /// As [`scales`](Self::scales), for those of 16 bits.
-    ///
-    /// # Safety
-    /// The row is there.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
-    unsafe fn half_scales(&self, row: usize, at: usize) -> __m512 {
-        let mask = first_lanes(self.groups.saturating_sub(at));
-        let from = self.scales.as_ptr().wrapping_add(2 * (row * self.groups + at));
-        prefetch(from);
-        // SAFETY: the mask covers groups of the row alone.
-        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())) }
     }
 
     /// Zero points of 16 groups of a row from `at` on, 4 bits each.
