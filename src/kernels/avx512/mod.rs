@@ -17,7 +17,7 @@ use std::arch::x86_64::{
 use std::ops::Range;
 
 use super::common::Output;
-use super::input::Input;
+use super::input::{Input, Order};
 use crate::format::Body;
 
 /// Rows of a weight and of inputs at a time, at most.
@@ -25,6 +25,11 @@ pub(super) const ROWS: usize = 4;
 
 /// Rows of inputs from which on a weight is unpacked for all of them.
 pub(super) const MANY: usize = 9;
+
+/// The order in which packed codes want so many rows of inputs; none where there is no kernel for them.
+pub(super) fn packed_order(bits: u8, rows: usize) -> Option<Order> {
+    (bits == 4).then_some(if rows >= MANY { Order::InOrder } else { Order::EvenOdd })
+}
 
 /// Numbers of scratch memory for a thread.
 pub(super) fn scratch_floats(rows: usize, inputs: usize, units: usize) -> usize {

@@ -1,0 +1,273 @@
+//! Codes as words of 16 bits, which multiply 16-bit inputs: one way for codes of all widths, packed or sparse.
+//!
+//! A source gives the codes of 64 columns after 64, as four registers of 16. With a few rows of inputs these multiply at once; with many,
+//! a row's codes are written to memory first, from where all rows of inputs take them.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::units::Units;
+use super::{MANY, prefetch, readable, sum_of};
+use crate::format::PackedMatrix;
+use crate::format::bits::packed_len;
+use crate::kernels::common::Output;
+use crate::kernels::input::{BLOCK, Input, Order};
+
+/// Where a row's codes come from.
+pub(super) trait Codes {
+    /// The codes of word `index` of 64 columns, which are asked for in order; `zeros` are the columns' zero points.
+    ///
+    /// # Safety
+    /// The processor has AVX2 and BMI, and the row has the columns.
+    unsafe fn next(&mut self, index: usize, zeros: [__m256i; 4]) -> [__m256i; 4];
+}
+
+/// # Safety
+/// As for [`super::multiply`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn multiply(
+    weight: &PackedMatrix,
+    unit: usize,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+    scratch: &mut [f32],
+) {
+    let (bits, stride) = (usize::from(weight.bits()), packed_len(weight.cols(), weight.bits()));
+    let spread = Spread::new(bits);
+    let codes: &[u8] = weight.codes();
+    let (row_words, scratch) = split(input, scratch);
+    let mut units = Units::new(weight.whole_grid(), unit, input, scratch);
+    for row in rows {
+        units.read(row);
+        let source = Packed { codes, at: row * stride, bits, spread };
+        // SAFETY: the caller's promise.
+        unsafe { products(source, &mut units, unit, row, input, output, row_words) };
+    }
+}
+
+/// Memory for the codes of a row where there are many rows of inputs, and what is left.
+pub(super) fn split<'a>(input: &Input<'_>, scratch: &'a mut [f32]) -> (&'a mut [f32], &'a mut [f32]) {
+    scratch.split_at_mut(if input.rows >= MANY { input.inputs.next_multiple_of(BLOCK) / 2 } else { 0 })
+}
+
+/// How packed codes become words: each word gets the two bytes that its code begins in, a product moves the code to the top of the word,
+/// another one from there to the bottom.
+#[derive(Clone, Copy)]
+struct Spread {
+    bytes: __m256i,
+    up: __m256i,
+    down: __m256i,
+}
+
+impl Spread {
+    #[target_feature(enable = "avx2")]
+    fn new(bits: usize) -> Self {
+        // The second byte only where the code goes on in it, which a code of 8 bits does not.
+        let bytes: [u8; 32] = std::array::from_fn(|at| {
+            let (first, last) = (at / 2 * bits, (at / 2 + 1) * bits - 1);
+            let byte = first / 8 + at % 2;
+            if byte <= last / 8 { byte as u8 } else { 0x80 }
+        });
+        let up: [u16; 16] = std::array::from_fn(|at| 1 << (16 - bits - at * bits % 8));
+        // SAFETY: arrays of 32 bytes.
+        unsafe {
+            Self {
+                bytes: _mm256_loadu_si256(bytes.as_ptr().cast()),
+                up: _mm256_loadu_si256(up.as_ptr().cast()),
+                down: _mm256_set1_epi16(1 << bits),
+            }
+        }
+    }
+}
+
+/// Packed codes of up to 8 bits; the last bytes of a row may be the next one's, which inputs of 0 multiply.
+struct Packed<'a> {
+    codes: &'a [u8],
+    at: usize,
+    bits: usize,
+    spread: Spread,
+}
+
+impl Codes for Packed<'_> {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn next(&mut self, index: usize, _: [__m256i; 4]) -> [__m256i; 4] {
+        // The last of four loads reads from byte 6 * bits on, 16 bytes.
+        let mut end = [0; 64];
+        let from = readable(self.codes, self.at + 8 * self.bits * index, &mut end);
+        prefetch(from);
+        let Spread { bytes, up, down } = self.spread;
+        std::array::from_fn(|part| {
+            // SAFETY: 64 bytes are there, of which at most 6 * 8 + 16 are read.
+            let some = unsafe { _mm_loadu_si128(from.add(2 * self.bits * part).cast()) };
+            let pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(some), bytes);
+            _mm256_mulhi_epu16(_mm256_mullo_epi16(pairs, up), down)
+        })
+    }
+}
+
+/// Codes that are words in memory.
+struct Stored(*const u8);
+
+impl Codes for Stored {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn next(&mut self, index: usize, _: [__m256i; 4]) -> [__m256i; 4] {
+        // SAFETY: the words of the row's columns are there.
+        std::array::from_fn(|part| unsafe { _mm256_loadu_si256(self.0.add(128 * index + 32 * part).cast()) })
+    }
+}
+
+/// Products of a row of the weight, whose units are read, with all rows of inputs.
+///
+/// # Safety
+/// The outputs are this task's; `memory` is as [`split`] gives it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
+pub(super) unsafe fn products(
+    mut codes: impl Codes,
+    units: &mut Units<'_, '_>,
+    unit: usize,
+    row: usize,
+    input: &Input<'_>,
+    output: Output,
+    memory: &mut [f32],
+) {
+    let call = Call { lanes: lanes(unit), unit, row, input, output };
+    // SAFETY: the caller's promise.
+    unsafe {
+        if input.rows < MANY {
+            match (input.rows, unit < 64) {
+                (1, false) => tile::<_, false, 1>(codes, units, &call, 0),
+                (1, true) => tile::<_, true, 1>(codes, units, &call, 0),
+                (2, false) => tile::<_, false, 2>(codes, units, &call, 0),
+                (2, true) => tile::<_, true, 2>(codes, units, &call, 0),
+                (3, false) => tile::<_, false, 3>(codes, units, &call, 0),
+                (3, true) => tile::<_, true, 3>(codes, units, &call, 0),
+                (_, false) => tile::<_, false, 4>(codes, units, &call, 0),
+                (_, true) => tile::<_, true, 4>(codes, units, &call, 0),
+            };
+            return;
+        }
+        assert!(memory.len() >= input.inputs.next_multiple_of(64) / 2);
+        let words = memory.as_mut_ptr().cast::<u8>();
+        for index in 0..input.inputs.div_ceil(64) {
+            let zeros = if unit < 64 { call.zeros::<true>(units, index) } else { call.zeros::<false>(units, index) };
+            let some = codes.next(index, zeros);
+            for (part, some) in some.into_iter().enumerate() {
+                _mm256_storeu_si256(words.add(128 * index + 32 * part).cast(), some);
+            }
+        }
+        let mut from = 0;
+        while from < input.rows {
+            let codes = Stored(words);
+            from += match (input.rows - from, unit < 64) {
+                (4.., false) => tile::<_, false, 4>(codes, units, &call, from),
+                (4.., true) => tile::<_, true, 4>(codes, units, &call, from),
+                (_, false) => tile::<_, false, 1>(codes, units, &call, from),
+                (_, true) => tile::<_, true, 1>(codes, units, &call, from),
+            };
+        }
+    }
+}
+
+struct Call<'a> {
+    /// Of each 16 columns of 64, the unit of each two, counted from the first's.
+    lanes: [__m256i; 4],
+    unit: usize,
+    row: usize,
+    input: &'a Input<'a>,
+    output: Output,
+}
+
+impl Call<'_> {
+    /// Of the units of columns from word `index` on, those of each 16 columns; numbers of 32 bits.
+    ///
+    /// # Safety
+    /// The units are there, and 8 numbers more.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn some<const SMALL: bool>(&self, units: *const f32, index: usize) -> [__m256; 4] {
+        let first = units.wrapping_add((64 * index) >> self.unit.trailing_zeros());
+        // SAFETY: the caller's promise.
+        unsafe {
+            if SMALL {
+                let eight = _mm256_loadu_ps(first);
+                self.lanes.map(|lanes| _mm256_permutevar8x32_ps(eight, lanes))
+            } else {
+                [_mm256_broadcast_ss(&*first); 4]
+            }
+        }
+    }
+
+    /// Zero points of the columns of word `index`.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn zeros<const SMALL: bool>(&self, units: &Units<'_, '_>, index: usize) -> [__m256i; 4] {
+        // SAFETY: the caller's promise.
+        unsafe { self.some::<SMALL>(units.zeros().as_ptr().cast(), index).map(|some| _mm256_castps_si256(some)) }
+    }
+}
+
+/// For each 16 columns of 64 and each two of them the unit that they are in, counted from the first one's.
+#[target_feature(enable = "avx2")]
+fn lanes(unit: usize) -> [__m256i; 4] {
+    std::array::from_fn(|part| {
+        let lanes: [i32; 8] = std::array::from_fn(|lane| ((16 * part + 2 * lane) / unit) as i32);
+        // SAFETY: an array of 32 bytes.
+        unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+    })
+}
+
+/// A row of the weight with `R` of the inputs; returns `R`.
+///
+/// # Safety
+/// The rows are there, and their outputs this task's.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
+#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+unsafe fn tile<C: Codes, const SMALL: bool, const R: usize>(
+    mut codes: C,
+    units: &mut Units<'_, '_>,
+    call: &Call<'_>,
+    from: usize,
+) -> usize {
+    let Call { row, input, output, .. } = *call;
+    // SAFETY: inputs are prepared in whole blocks of words, and as many units; the rest is the caller's promise.
+    unsafe {
+        let mut taken = [0.0; R];
+        for i in 0..R {
+            taken[i] = units.multiply(i, from + i);
+        }
+        let units = &*units;
+        let scales: [*const f32; R] = std::array::from_fn(|i| units.products(i).as_ptr());
+        let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::Words).as_ptr());
+        let mut sums = [_mm256_setzero_ps(); R];
+        for index in 0..input.inputs.div_ceil(64) {
+            let codes = codes.next(index, call.zeros::<SMALL>(units, index));
+            for i in 0..R {
+                let at = |part: usize| _mm256_loadu_si256(x[i].add(128 * index + 32 * part).cast());
+                // At most 64 * 255 * 32639 in all lanes: no sum of 32 bits overflows.
+                let products: [__m256i; 4] = std::array::from_fn(|part| _mm256_madd_epi16(codes[part], at(part)));
+                let scales = call.some::<SMALL>(scales[i], index);
+                if SMALL {
+                    for part in 0..4 {
+                        sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[part]), scales[part], sums[i]);
+                    }
+                } else {
+                    let [a, b, c, d] = products;
+                    let all = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+                    sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), scales[0], sums[i]);
+                }
+            }
+        }
+        for i in 0..R {
+            output.set(from + i, row, sum_of(sums[i]) - taken[i]);
+        }
+    }
+    R
+}
