@@ -92,7 +92,7 @@ impl Level {
     pub(super) fn sparse_order(self) -> Option<Order> {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => None, // XXX
+            Kind::Avx512 => Some(Order::InOrder),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => Some(Order::Words),
             Kind::Portable => None,

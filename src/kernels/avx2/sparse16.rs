@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{MANY, dense, prefetch, readable, sum_of};
+use super::{byte_at, dense, prefetch, readable, sum_of};
 use crate::format::{Number, Sparse16};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
@@ -51,10 +51,10 @@ pub(super) unsafe fn multiply(
     assert!(input.inputs <= weight.bits.cols);
     for row in rows {
         let bits = &bits[row * words..(row + 1) * words];
-        let at = 2 * weight.offsets.get(row);
+        let at = weight.offsets.get(row);
         let source = Source { bits, values, at };
         // As far as a row's values may reach, whatever its bits are.
-        let far = at.saturating_add(128 * words + LOADED) <= values.len();
+        let far = 2 * at + 128 * words + LOADED <= values.len();
         // SAFETY: the caller's promise; what is not checked was.
         unsafe {
             match (weight.number == Number::F16, far) {
@@ -72,33 +72,51 @@ pub(super) unsafe fn multiply(
 struct Source<'a> {
     bits: &'a [[u8; 8]],
     values: &'a [u8],
+    /// In numbers.
     at: usize,
 }
 
 impl Source<'_> {
-    /// The numbers of byte `eight` of the bits of word `index`: eight columns.
+    /// Calls `take` with the numbers of each eight columns of word `index` of 64.
     ///
     /// # Safety
-    /// The word is there; if not `CHECKED`, [`LOADED`] bytes are left of the values.
-    #[inline]
-    #[target_feature(enable = "avx2,f16c,popcnt")]
-    unsafe fn next<const HALF: bool, const CHECKED: bool>(&mut self, index: usize, eight: usize) -> __m256 {
-        let mut end = [0; LOADED];
-        let from = if CHECKED {
-            readable(self.values, self.at, &mut end)
-        } else {
-            self.values.as_ptr().wrapping_add(self.at)
-        };
+    /// The caller has AVX2, F16C and BMI, and the row the columns; if not `CHECKED`, as many bytes are left of the values as the bits may
+    /// ask for. (Always inlined, so that it has them too.)
+    #[inline(always)]
+    unsafe fn next<const HALF: bool, const CHECKED: bool>(
+        &mut self,
+        index: usize,
+        mut take: impl FnMut(usize, __m256),
+    ) {
         // SAFETY: the caller's promise; the table has all bytes.
         unsafe {
-            let byte = *self.bits.as_ptr().add(index).cast::<u8>().add(eight);
-            self.at += 2 * byte.count_ones() as usize;
-            let places = _mm_load_si128(PLACES.0.as_ptr().add(usize::from(byte)).cast());
-            let words = _mm_shuffle_epi8(_mm_loadu_si128(from.cast()), places);
-            if HALF {
-                _mm256_cvtph_ps(words)
-            } else {
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
+            let bits = self.bits.as_ptr().add(index).cast::<u8>();
+            // Two lines, since a word's values may be as many.
+            let from = self.values.as_ptr().wrapping_add(2 * self.at);
+            prefetch(from);
+            prefetch(from.wrapping_add(64));
+            let mut at = self.at;
+            // Of the word, not of its bytes, so that the next word need not wait for them.
+            self.at += bits.cast::<u64>().read_unaligned().count_ones() as usize;
+            for eight in 0..8 {
+                let mut end = [0; LOADED];
+                let from = if CHECKED {
+                    readable(self.values, 2 * at, &mut end)
+                } else {
+                    self.values.as_ptr().wrapping_add(2 * at)
+                };
+                let byte = byte_at(bits.add(eight));
+                at += byte.count_ones() as usize;
+                let places = _mm_load_si128(PLACES.0.as_ptr().add(byte as usize).cast());
+                let words = _mm_shuffle_epi8(_mm_loadu_si128(from.cast()), places);
+                take(
+                    eight,
+                    if HALF {
+                        _mm256_cvtph_ps(words)
+                    } else {
+                        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
+                    },
+                );
             }
         }
     }
@@ -121,22 +139,20 @@ unsafe fn products<const HALF: bool, const CHECKED: bool>(
         match input.rows {
             1 => return tile::<HALF, CHECKED, 1>(source, row, input, output),
             2 => return tile::<HALF, CHECKED, 2>(source, row, input, output),
-            3 => return tile::<HALF, CHECKED, 3>(source, row, input, output),
-            ..MANY => return tile::<HALF, CHECKED, 4>(source, row, input, output),
             _ => (),
         }
         let numbers = &mut scratch[..input.inputs.next_multiple_of(64)];
         for (index, out) in numbers.as_chunks_mut::<64>().0.iter_mut().enumerate() {
-            prefetch(source.values.as_ptr().wrapping_add(source.at));
-            for (eight, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                _mm256_storeu_ps(out.as_mut_ptr(), source.next::<HALF, CHECKED>(index, eight));
-            }
+            source.next::<HALF, CHECKED>(index, |eight, numbers| {
+                _mm256_storeu_ps(out.as_mut_ptr().add(8 * eight), numbers);
+            });
         }
         let numbers = bytemuck::cast_slice(numbers);
         let mut first = 0;
         while first < input.rows {
             first += match input.rows - first {
                 4.. => dense::products::<F32, 4>(numbers, row, input, first, output),
+                2.. => dense::products::<F32, 2>(numbers, row, input, first, output),
                 _ => dense::products::<F32, 1>(numbers, row, input, first, output),
             };
         }
@@ -163,17 +179,12 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const R: usize>(
     // SAFETY: the caller's promise; inputs are read where they are, what is left of them in a copy.
     unsafe {
         for index in 0..whole {
-            // Two lines, since a word's values may be as many.
-            let from = source.values.as_ptr().wrapping_add(source.at);
-            prefetch(from);
-            prefetch(from.wrapping_add(64));
-            for eight in 0..8 {
-                let numbers = source.next::<HALF, CHECKED>(index, eight);
+            source.next::<HALF, CHECKED>(index, |eight, numbers| {
                 for i in 0..R {
                     let x = _mm256_loadu_ps(x[i].add(64 * index + 8 * eight));
                     sums[i][eight % chains] = _mm256_fmadd_ps(numbers, x, sums[i][eight % chains]);
                 }
-            }
+            });
         }
         let left = input.inputs - 64 * whole;
         if left > 0 {
@@ -181,13 +192,12 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const R: usize>(
             for i in 0..R {
                 rest[i][..left].copy_from_slice(&input.row(i)[64 * whole..]);
             }
-            for eight in 0..8 {
-                let numbers = source.next::<HALF, CHECKED>(whole, eight);
+            source.next::<HALF, CHECKED>(whole, |eight, numbers| {
                 for i in 0..R {
                     let x = _mm256_loadu_ps(rest[i].as_ptr().add(8 * eight));
                     sums[i][eight % chains] = _mm256_fmadd_ps(numbers, x, sums[i][eight % chains]);
                 }
-            }
+            });
         }
         for i in 0..R {
             let [a, b, c, d] = sums[i];

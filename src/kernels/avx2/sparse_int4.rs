@@ -5,28 +5,28 @@ use std::ops::Range;
 
 use super::units::Units;
 use super::words::{Codes, products, split};
-use super::{prefetch, readable};
-use crate::format::SparseInt4;
+use super::{byte_at, prefetch, readable};
+use crate::format::{SparseInt4, is_high};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
 
 /// Bytes that are read for eight columns: more than their codes take.
 const LOADED: usize = 16;
 
-/// For each eight bits the bytes of a `vpshufb` that puts bytes one after another into words at the bits' places; 0 elsewhere.
+/// For each eight bits the bytes of a `vpshufb` that puts bytes one after another at the bits' places; what is 128 gives 0.
 static PLACES: Places = Places(places());
 
 #[repr(align(64))]
-struct Places([[u8; 16]; 256]);
+struct Places([[u8; 8]; 256]);
 
-const fn places() -> [[u8; 16]; 256] {
-    let mut all = [[0x80; 16]; 256];
+const fn places() -> [[u8; 8]; 256] {
+    let mut all = [[0x80; 8]; 256];
     let mut bits = 0;
     while bits < 256 {
         let (mut column, mut next) = (0, 0);
         while column < 8 {
             if bits >> column & 1 == 1 {
-                all[bits][2 * column] = next;
+                all[bits][column] = next;
                 next += 1;
             }
             column += 1;
@@ -34,11 +34,6 @@ const fn places() -> [[u8; 16]; 256] {
         bits += 1;
     }
     all
-}
-
-/// Whether the codes of a word of 64 columns, of so many in a row, lie in the upper halves of bytes.
-fn is_high(word: usize, words: usize) -> bool {
-    word / 2 % 2 == 1 || words % 4 == 2 && word + 1 == words
 }
 
 /// # Safety
@@ -66,10 +61,10 @@ pub(super) unsafe fn multiply(
         // SAFETY: the caller's promise; what is not checked was.
         unsafe {
             if far {
-                let source = Sparse::<false> { bits, codes, at: [start; 2] };
+                let source = Sparse::<false>::new(bits, codes, start);
                 products(source, &mut units, unit, row, input, output, memory);
             } else {
-                let source = Sparse::<true> { bits, codes, at: [start; 2] };
+                let source = Sparse::<true>::new(bits, codes, start);
                 products(source, &mut units, unit, row, input, output, memory);
             }
         }
@@ -84,39 +79,51 @@ struct Sparse<'a, const CHECKED: bool> {
     at: [usize; 2],
 }
 
+impl<'a, const CHECKED: bool> Sparse<'a, CHECKED> {
+    fn new(bits: &'a [[u8; 8]], codes: &'a [u8], start: usize) -> Self {
+        Self { bits, codes, at: [start; 2] }
+    }
+
+    /// Where codes are, or a copy.
+    #[inline(always)]
+    fn from(&self, at: usize, end: &mut [u8; LOADED]) -> *const __m128i {
+        if CHECKED { readable(self.codes, at, end).cast() } else { self.codes.as_ptr().wrapping_add(at).cast() }
+    }
+}
+
 impl<const CHECKED: bool> Codes for Sparse<'_, CHECKED> {
-    #[inline]
-    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
-    unsafe fn next(&mut self, index: usize, zeros: [__m256i; 4]) -> [__m256i; 4] {
-        let high = is_high(index, self.bits.len());
+    fn is_high(&self, index: usize) -> bool {
+        is_high(index, self.bits.len())
+    }
+
+    #[inline(always)]
+    unsafe fn next(&mut self, index: usize, high: bool, zeros: [__m256i; 4]) -> [__m256i; 4] {
+        let mut at = self.at[usize::from(high)];
+        let mut out = zeros;
         // SAFETY: the row has the columns; the table has all bytes, and codes are read where as many are left, and copied where not.
         unsafe {
             let word = self.bits.as_ptr().add(index).cast::<u8>();
-            let mut at = self.at[usize::from(high)];
+            // Of the word, not of its bytes, so that the next word need not wait for them.
+            self.at[usize::from(high)] = at + word.cast::<u64>().read_unaligned().count_ones() as usize;
+            let low = _mm256_set1_epi16(0x0F);
             prefetch(self.codes.as_ptr().wrapping_add(at));
-            let pairs: [[__m256i; 2]; 4] = std::array::from_fn(|part| {
+            for (part, out) in out.iter_mut().enumerate() {
                 let mut ends = [[0; LOADED]; 2];
-                let [first, second] = std::array::from_fn(|half| {
-                    let byte = *word.add(2 * part + half);
-                    let from = if CHECKED {
-                        readable(self.codes, at, &mut ends[half])
-                    } else {
-                        self.codes.as_ptr().wrapping_add(at)
-                    };
-                    at += byte.count_ones() as usize;
-                    (PLACES.0.as_ptr().add(usize::from(byte)).cast(), from.cast())
-                });
-                [_mm256_loadu2_m128i(second.0, first.0), _mm256_loadu2_m128i(second.1, first.1)]
-            });
-            self.at[usize::from(high)] = at;
-            let spread = pairs.map(|[places, codes]| _mm256_shuffle_epi8(codes, places));
-            let codes = if high {
-                spread.map(|codes| _mm256_srli_epi16::<4>(codes))
-            } else {
-                spread.map(|codes| _mm256_and_si256(codes, _mm256_set1_epi16(0x0F)))
-            };
-            // The upper bytes of words are those of zero points, which are 0.
-            std::array::from_fn(|part| _mm256_blendv_epi8(codes[part], zeros[part], pairs[part][0]))
+                let first = byte_at(word.add(2 * part));
+                let from = self.from(at, &mut ends[0]);
+                at += first.count_ones() as usize;
+                let second = byte_at(word.add(2 * part + 1));
+                let then = self.from(at, &mut ends[1]);
+                at += second.count_ones() as usize;
+                let place = |byte: u64| PLACES.0.as_ptr().add(byte as usize);
+                let places = _mm_loadh_pd(_mm_castsi128_pd(_mm_loadl_epi64(place(first).cast())), place(second).cast());
+                // The upper bytes of words are any of these; they are cut off.
+                let places = _mm256_cvtepu8_epi16(_mm_castpd_si128(places));
+                let spread = _mm256_shuffle_epi8(_mm256_loadu2_m128i(then, from), places);
+                let codes = if high { _mm256_srli_epi16::<4>(spread) } else { spread };
+                *out = _mm256_blendv_epi8(_mm256_and_si256(codes, low), *out, places);
+            }
         }
+        out
     }
 }

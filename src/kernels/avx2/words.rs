@@ -15,11 +15,16 @@ use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Where a row's codes come from.
 pub(super) trait Codes {
+    /// Whether a word of 64 columns is one of the second kind that [`next`](Self::next) is told of; words 2 and 3 of four are.
+    fn is_high(&self, index: usize) -> bool {
+        index & 2 != 0
+    }
+
     /// The codes of word `index` of 64 columns, which are asked for in order; `zeros` are the columns' zero points.
     ///
     /// # Safety
-    /// The processor has AVX2 and BMI, and the row has the columns.
-    unsafe fn next(&mut self, index: usize, zeros: [__m256i; 4]) -> [__m256i; 4];
+    /// The caller has AVX2 and BMI, and the row the columns. (Always inlined, so that it has them too.)
+    unsafe fn next(&mut self, index: usize, high: bool, zeros: [__m256i; 4]) -> [__m256i; 4];
 }
 
 /// # Safety
@@ -90,20 +95,21 @@ struct Packed<'a> {
 }
 
 impl Codes for Packed<'_> {
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    unsafe fn next(&mut self, index: usize, _: [__m256i; 4]) -> [__m256i; 4] {
+    #[inline(always)]
+    unsafe fn next(&mut self, index: usize, _: bool, _: [__m256i; 4]) -> [__m256i; 4] {
         // The last of four loads reads from byte 6 * bits on, 16 bytes.
         let mut end = [0; 64];
         let from = readable(self.codes, self.at + 8 * self.bits * index, &mut end);
         prefetch(from);
         let Spread { bytes, up, down } = self.spread;
-        std::array::from_fn(|part| {
+        let mut out = [down; 4];
+        for (part, out) in out.iter_mut().enumerate() {
             // SAFETY: 64 bytes are there, of which at most 6 * 8 + 16 are read.
             let some = unsafe { _mm_loadu_si128(from.add(2 * self.bits * part).cast()) };
             let pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(some), bytes);
-            _mm256_mulhi_epu16(_mm256_mullo_epi16(pairs, up), down)
-        })
+            *out = _mm256_mulhi_epu16(_mm256_mullo_epi16(pairs, up), down);
+        }
+        out
     }
 }
 
@@ -111,11 +117,14 @@ impl Codes for Packed<'_> {
 struct Stored(*const u8);
 
 impl Codes for Stored {
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    unsafe fn next(&mut self, index: usize, _: [__m256i; 4]) -> [__m256i; 4] {
+    #[inline(always)]
+    unsafe fn next(&mut self, index: usize, _: bool, _: [__m256i; 4]) -> [__m256i; 4] {
+        let from = self.0.wrapping_add(128 * index).cast::<__m256i>();
         // SAFETY: the words of the row's columns are there.
-        std::array::from_fn(|part| unsafe { _mm256_loadu_si256(self.0.add(128 * index + 32 * part).cast()) })
+        unsafe {
+            let [a, b, c, d] = [from, from.add(1), from.add(2), from.add(3)];
+            [_mm256_loadu_si256(a), _mm256_loadu_si256(b), _mm256_loadu_si256(c), _mm256_loadu_si256(d)]
+        }
     }
 }
 
@@ -141,20 +150,18 @@ pub(super) unsafe fn products(
             match (input.rows, unit < 64) {
                 (1, false) => tile::<_, false, 1>(codes, units, &call, 0),
                 (1, true) => tile::<_, true, 1>(codes, units, &call, 0),
-                (2, false) => tile::<_, false, 2>(codes, units, &call, 0),
-                (2, true) => tile::<_, true, 2>(codes, units, &call, 0),
-                (3, false) => tile::<_, false, 3>(codes, units, &call, 0),
-                (3, true) => tile::<_, true, 3>(codes, units, &call, 0),
-                (_, false) => tile::<_, false, 4>(codes, units, &call, 0),
-                (_, true) => tile::<_, true, 4>(codes, units, &call, 0),
+                (_, false) => tile::<_, false, 2>(codes, units, &call, 0),
+                (_, true) => tile::<_, true, 2>(codes, units, &call, 0),
             };
             return;
         }
         assert!(memory.len() >= input.inputs.next_multiple_of(64) / 2);
         let words = memory.as_mut_ptr().cast::<u8>();
+        let zeros = units.zeros().as_ptr().cast();
         for index in 0..input.inputs.div_ceil(64) {
-            let zeros = if unit < 64 { call.zeros::<true>(units, index) } else { call.zeros::<false>(units, index) };
-            let some = codes.next(index, zeros);
+            let zeros = if unit < 64 { call.zeros::<true>(zeros, index) } else { call.zeros::<false>(zeros, index) };
+            let high = codes.is_high(index);
+            let some = codes.next(index, high, zeros);
             for (part, some) in some.into_iter().enumerate() {
                 _mm256_storeu_si256(words.add(128 * index + 32 * part).cast(), some);
             }
@@ -165,6 +172,8 @@ pub(super) unsafe fn products(
             from += match (input.rows - from, unit < 64) {
                 (4.., false) => tile::<_, false, 4>(codes, units, &call, from),
                 (4.., true) => tile::<_, true, 4>(codes, units, &call, from),
+                (2.., false) => tile::<_, false, 2>(codes, units, &call, from),
+                (2.., true) => tile::<_, true, 2>(codes, units, &call, from),
                 (_, false) => tile::<_, false, 1>(codes, units, &call, from),
                 (_, true) => tile::<_, true, 1>(codes, units, &call, from),
             };
@@ -185,16 +194,16 @@ impl Call<'_> {
     /// Of the units of columns from word `index` on, those of each 16 columns; numbers of 32 bits.
     ///
     /// # Safety
-    /// The units are there, and 8 numbers more.
-    #[inline]
-    #[target_feature(enable = "avx2")]
+    /// The caller has AVX2, and the units are there, and 8 numbers more. (Always inlined.)
+    #[inline(always)]
     unsafe fn some<const SMALL: bool>(&self, units: *const f32, index: usize) -> [__m256; 4] {
         let first = units.wrapping_add((64 * index) >> self.unit.trailing_zeros());
         // SAFETY: the caller's promise.
         unsafe {
             if SMALL {
-                let eight = _mm256_loadu_ps(first);
-                self.lanes.map(|lanes| _mm256_permutevar8x32_ps(eight, lanes))
+                let (eight, [a, b, c, d]) = (_mm256_loadu_ps(first), self.lanes);
+                let [a, b] = [_mm256_permutevar8x32_ps(eight, a), _mm256_permutevar8x32_ps(eight, b)];
+                [a, b, _mm256_permutevar8x32_ps(eight, c), _mm256_permutevar8x32_ps(eight, d)]
             } else {
                 [_mm256_broadcast_ss(&*first); 4]
             }
@@ -205,11 +214,12 @@ impl Call<'_> {
     ///
     /// # Safety
     /// As above.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    unsafe fn zeros<const SMALL: bool>(&self, units: &Units<'_, '_>, index: usize) -> [__m256i; 4] {
+    #[inline(always)]
+    unsafe fn zeros<const SMALL: bool>(&self, zeros: *const f32, index: usize) -> [__m256i; 4] {
         // SAFETY: the caller's promise.
-        unsafe { self.some::<SMALL>(units.zeros().as_ptr().cast(), index).map(|some| _mm256_castps_si256(some)) }
+        let [a, b, c, d] = unsafe { self.some::<SMALL>(zeros, index) };
+        // SAFETY: as above.
+        unsafe { [_mm256_castps_si256(a), _mm256_castps_si256(b), _mm256_castps_si256(c), _mm256_castps_si256(d)] }
     }
 }
 
@@ -223,11 +233,11 @@ fn lanes(unit: usize) -> [__m256i; 4] {
     })
 }
 
-/// A row of the weight with `R` of the inputs; returns `R`.
+/// A row of the weight with `R` of the inputs; returns `R`. For itself, so that registers go to its loop.
 ///
 /// # Safety
 /// The rows are there, and their outputs this task's.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
 unsafe fn tile<C: Codes, const SMALL: bool, const R: usize>(
@@ -247,27 +257,60 @@ unsafe fn tile<C: Codes, const SMALL: bool, const R: usize>(
         let scales: [*const f32; R] = std::array::from_fn(|i| units.products(i).as_ptr());
         let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::Words).as_ptr());
         let mut sums = [_mm256_setzero_ps(); R];
-        for index in 0..input.inputs.div_ceil(64) {
-            let codes = codes.next(index, call.zeros::<SMALL>(units, index));
-            for i in 0..R {
-                let at = |part: usize| _mm256_loadu_si256(x[i].add(128 * index + 32 * part).cast());
-                // At most 64 * 255 * 32639 in all lanes: no sum of 32 bits overflows.
-                let products: [__m256i; 4] = std::array::from_fn(|part| _mm256_madd_epi16(codes[part], at(part)));
-                let scales = call.some::<SMALL>(scales[i], index);
-                if SMALL {
-                    for part in 0..4 {
-                        sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[part]), scales[part], sums[i]);
-                    }
-                } else {
-                    let [a, b, c, d] = products;
-                    let all = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
-                    sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), scales[0], sums[i]);
-                }
+        let zeros = units.zeros().as_ptr().cast();
+        let words = input.inputs.div_ceil(64);
+        for index in (0..words / 4 * 4).step_by(4) {
+            for (part, high) in [false, false, true, true].into_iter().enumerate() {
+                word::<C, SMALL, R>(&mut codes, index + part, high, zeros, &scales, &x, call, &mut sums);
             }
+        }
+        for index in words / 4 * 4..words {
+            let high = codes.is_high(index);
+            word::<C, SMALL, R>(&mut codes, index, high, zeros, &scales, &x, call, &mut sums);
         }
         for i in 0..R {
             output.set(from + i, row, sum_of(sums[i]) - taken[i]);
         }
     }
     R
+}
+
+/// Adds the products of word `index` of 64 columns.
+///
+/// # Safety
+/// The caller has the features of [`tile`]; the word is there, and the units, and the inputs. (Always inlined.)
+#[inline(always)]
+#[allow(clippy::needless_range_loop, clippy::too_many_arguments)] // over constants; the registers of a loop
+unsafe fn word<C: Codes, const SMALL: bool, const R: usize>(
+    codes: &mut C,
+    index: usize,
+    high: bool,
+    zeros: *const f32,
+    scales: &[*const f32; R],
+    x: &[*const u8; R],
+    call: &Call<'_>,
+    sums: &mut [__m256; R],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let codes = codes.next(index, high, call.zeros::<SMALL>(zeros, index));
+        for i in 0..R {
+            let x = x[i].add(128 * index).cast::<__m256i>();
+            // At most 64 * 255 * 32639 in all lanes: no sum of 32 bits overflows.
+            let mut products = codes;
+            for part in 0..4 {
+                products[part] = _mm256_madd_epi16(codes[part], _mm256_loadu_si256(x.add(part)));
+            }
+            let scales = call.some::<SMALL>(scales[i], index);
+            if SMALL {
+                for part in 0..4 {
+                    sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[part]), scales[part], sums[i]);
+                }
+            } else {
+                let [a, b, c, d] = products;
+                let all = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+                sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), scales[0], sums[i]);
+            }
+        }
+    }
 }
