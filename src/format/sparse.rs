@@ -34,7 +34,7 @@ impl Bits {
     }
 
     /// The words of a row.
-    pub fn row(&self, row: usize) -> impl Iterator<Item = u64> + '_ {
+    pub fn row(&self, row: usize) -> impl ExactSizeIterator<Item = u64> + '_ {
         let words = self.cols.div_ceil(64);
         self.bytes.as_chunks::<8>().0[row * words..(row + 1) * words].iter().map(|bytes| u64::from_le_bytes(*bytes))
     }

@@ -1,6 +1,5 @@
 //! Sparse weights of 4 bits: a bit for each, and the codes of those that are not their zero point.
 
-use super::bits;
 use super::buffer::{Aligned, Buffer};
 use super::grid::Grid;
 use super::groups::{QuantizedMatrix, QuantizedParts};
@@ -10,8 +9,11 @@ use crate::error::{Error, Result};
 /// Bits of a code.
 const BITS: u8 = 4;
 
-/// A sparse INT4 weight: a code that is not stored is its zero point, so that the weight is 0. The codes of each 64 columns begin
-/// at a whole byte, the lower half first.
+/// A sparse INT4 weight: a code that is not stored is its zero point, so that the weight is 0.
+///
+/// The codes of a row are two streams, in the low and in the high halves of the same bytes. Blocks of 128 columns take turns (see
+/// [`is_high`]), so that the streams are about as long as each other, and a row takes as many bytes as the longer one. That way the 64
+/// codes of a word come out of their bytes by one `and`: whoever reads a stream never has to part the two halves of a byte.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct SparseInt4 {
     pub bits: Bits,
@@ -21,9 +23,20 @@ pub(crate) struct SparseInt4 {
     pub grid: Grid,
 }
 
-/// Bytes of the codes of 64 columns.
-fn block_bytes(word: u64) -> usize {
-    word.count_ones().div_ceil(2) as usize
+/// Whether the codes of a word, 64 columns, of a row of so many words are in the high halves of bytes: those of each second block of 128
+/// columns, and of the second half of a last block that has no partner.
+pub(crate) fn is_high(word: usize, words: usize) -> bool {
+    word % 4 >= 2 || (words % 4 == 2 && word + 1 == words)
+}
+
+/// Bytes of the codes of a row.
+fn row_bytes(row: impl ExactSizeIterator<Item = u64>) -> usize {
+    let words = row.len();
+    let mut streams = [0; 2];
+    for (index, word) in row.enumerate() {
+        streams[usize::from(is_high(index, words))] += word.count_ones() as usize;
+    }
+    streams[0].max(streams[1])
 }
 
 impl SparseInt4 {
@@ -43,19 +56,24 @@ impl SparseInt4 {
             });
         }
         let mask = Bits::from_fn(rows, cols, |row, col| kept[row * cols + col]);
-        let lengths = (0..rows).map(|row| mask.row(row).map(block_bytes).sum());
+        let lengths = (0..rows).map(|row| row_bytes(mask.row(row)));
         let (offsets, len) = Offsets::from_lengths(rows, lengths)?;
         let mut packed = Aligned::zeroed(len);
-        let mut out = packed.bytes_mut();
-        let mut block = Vec::with_capacity(64);
+        let out = packed.bytes_mut();
         for row in 0..rows {
-            let codes = parts.codes[row * cols..(row + 1) * cols].chunks(64);
-            for (codes, kept) in codes.zip(kept[row * cols..(row + 1) * cols].chunks(64)) {
-                block.clear();
-                block.extend(codes.iter().zip(kept).filter_map(|(code, kept)| kept.then_some(*code)));
-                let (now, rest) = out.split_at_mut(bits::packed_len(block.len(), BITS));
-                bits::pack(&block, BITS, now);
-                out = rest;
+            let mut at = [offsets.get(row); 2];
+            let words = mask.row(row);
+            let count = words.len();
+            for (index, word) in words.enumerate() {
+                let high = is_high(index, count);
+                let at = &mut at[usize::from(high)];
+                let mut rest = word;
+                while rest != 0 {
+                    let col = 64 * index + rest.trailing_zeros() as usize;
+                    out[*at] |= parts.codes[row * cols + col] << if high { 4 } else { 0 };
+                    *at += 1;
+                    rest &= rest - 1;
+                }
             }
         }
         Ok(Self { bits: mask, codes: packed.into(), offsets, grid })
@@ -80,7 +98,7 @@ impl SparseInt4 {
 
     pub fn check(&self) -> Result<()> {
         self.bits.check()?;
-        let lengths = (0..self.bits.rows).map(|row| self.bits.row(row).map(block_bytes).sum());
+        let lengths = (0..self.bits.rows).map(|row| row_bytes(self.bits.row(row)));
         self.offsets.check(lengths, self.bits.rows, self.codes.len())?;
         self.grid.check()
     }
@@ -91,19 +109,22 @@ impl SparseInt4 {
 
     /// All codes of a row. Those that the parts do not have are 0.
     pub fn row_codes(&self, row: usize, out: &mut [u8]) {
-        let mut at = self.offsets.get(row);
+        let mut at = [self.offsets.get(row); 2];
         self.grid.for_runs(row, 0, self.bits.cols, |run, _, zero| out[run].fill(zero));
-        for (word, out) in self.bits.row(row).zip(out.chunks_mut(64)) {
-            let codes = self.codes.get(at..).unwrap_or(&[]);
+        let words = self.bits.row(row);
+        let count = words.len();
+        for (index, (word, out)) in words.zip(out.chunks_mut(64)).enumerate() {
+            let high = is_high(index, count);
+            let at = &mut at[usize::from(high)];
             let mut rest = word;
-            for index in 0..word.count_ones() as usize {
-                let pair = codes.get(index / 2).copied().unwrap_or(0);
+            while rest != 0 {
+                let pair = self.codes.get(*at).copied().unwrap_or(0);
                 if let Some(out) = out.get_mut(rest.trailing_zeros() as usize) {
-                    *out = pair >> (4 * (index % 2)) & 0x0F;
+                    *out = pair >> if high { 4 } else { 0 } & 0x0F;
                 }
+                *at += 1;
                 rest &= rest - 1;
             }
-            at += block_bytes(word);
         }
     }
 

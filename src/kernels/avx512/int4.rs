@@ -23,7 +23,7 @@ pub(super) unsafe fn multiply(
     let stride = weight.cols().div_ceil(2);
     let codes: &[u8] = weight.codes();
     assert!(rows.end * stride <= codes.len() && input.inputs <= weight.cols());
-    let units = Units::new(weight.whole_grid(), unit, input, scratch);
+    let units = Units::new(weight.whole_grid(), unit, false, input, scratch);
     let call = Call { weight, unit, stride, input, output, units };
     // SAFETY: the rows are in the codes, as was asserted; the rest is the caller's promise.
     unsafe {
@@ -80,6 +80,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     let lanes = if SMALL { lanes(8, unit) } else { _mm512_setzero_si512() };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::EvenOdd).as_ptr());
     let size = input.layout.block_bytes();
+    let prepared = units.prepared::<R>(from);
     let blocks = input.inputs.div_ceil(BLOCK);
     let whole = blocks.min(stride / 64);
     let low = _mm512_set1_epi8(0x0F);
@@ -87,7 +88,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     unsafe {
         let rows: [*const u8; W] = std::array::from_fn(|w| codes.add((row + w) * stride));
         for w in 0..W {
-            sums[w] = units.fill::<R>(row + w, w, from);
+            sums[w] = units.fill(row + w, w, &prepared);
         }
         for block in 0..blocks {
             for w in 0..W {

@@ -363,12 +363,8 @@ unsafe fn codes(
                 fill_panel(words, rows.len(), 2 * blocks, some);
             }
             Body::SparseInt4(sparse) => {
-                let mut at: [usize; WIDTH] =
-                    std::array::from_fn(
-                        |index| {
-                            if index < rows.len() { sparse.offsets.get(rows.start + index) } else { 0 }
-                        },
-                    );
+                let start = |index| if index < rows.len() { sparse.offsets.get(rows.start + index) } else { 0 };
+                let mut at: [[usize; 2]; WIDTH] = std::array::from_fn(|index| [start(index); 2]);
                 let (bits, codes): (&[u8], &[u8]) = (&sparse.bits.bytes, &sparse.codes);
                 let some = |index: usize, word: usize| {
                     sparse_int4::some_codes(sparse, bits, codes, rows.start + index, word, &mut at[index])

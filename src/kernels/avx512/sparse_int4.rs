@@ -1,17 +1,24 @@
 //! Sparse codes of 4 bits: `vpexpandb` puts them at their columns, among their zero point. Lane `i` of 64 columns has four.
+//!
+//! What `vpexpandb`, masks and products take of the processor is all that it has while memory delivers, so nothing may come on top: a
+//! word's codes are one `and` away, in place, be they in the low halves of bytes or, as 16 times themselves, in the high ones.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
-use super::{for_tiles, mask64, near, prefetch};
-use crate::format::{SparseInt4, Starts};
+use super::near;
+use crate::format::{SparseInt4, Starts, is_high};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Bytes that are read for 64 columns, as many as their codes may take.
-const LOADED: usize = 32;
+const LOADED: usize = 64;
+
+/// Bytes that are asked for ahead: as many as the products of the time in which memory answers need, and no more, for they go straight
+/// into the first-level cache. From the second one, where other formats have theirs wait, they would take time that is not there.
+const AHEAD: usize = 1536;
 
 /// # Safety
 /// As for [`super::multiply`].
@@ -26,25 +33,44 @@ pub(super) unsafe fn multiply(
 ) {
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
-    let units = Units::new(&weight.grid, unit, input, scratch);
+    let units = Units::new(&weight.grid, unit, true, input, scratch);
     let (bits, codes) = (weight.bits.bytes.as_ptr(), &*weight.codes);
     let starts = weight.offsets.starts();
-    let call = Call { weight, starts, unit, words, bits, codes, input, output, units };
+    let call = Call { starts, unit, words, bits, codes, input, output, units };
     // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
     unsafe {
         match (input.wide(), unit < BLOCK) {
-            (true, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide(&call, row, from)),
-            (true, true) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide_small(&call, row, from)),
-            (false, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow(&call, row, from)),
-            (false, true) => {
-                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow_small(&call, row, from))
-            }
+            (true, false) => for_inputs!(&call, rows, input.rows, true, false),
+            (true, true) => for_inputs!(&call, rows, input.rows, true, true),
+            (false, false) => for_inputs!(&call, rows, input.rows, false, false),
+            (false, true) => for_inputs!(&call, rows, input.rows, false, true),
         }
     }
 }
 
+/// All rows of the weight with 1, 2 or 4 of inputs at a time.
+macro_rules! for_inputs {
+    ($call:expr, $rows:expr, $inputs:expr, $wide:literal, $small:literal) => {{
+        if $inputs == 1 {
+            tile::<$wide, $small, 1>($call, $rows, 0);
+        } else {
+            for row in $rows {
+                let mut from = 0;
+                while from < $inputs {
+                    let rows = row..row + 1;
+                    from += match $inputs - from {
+                        1 => (tile::<$wide, $small, 1>($call, rows, from), 1).1,
+                        2..=3 => (tile::<$wide, $small, 2>($call, rows, from), 2).1,
+                        _ => (tile::<$wide, $small, 4>($call, rows, from), 4).1,
+                    };
+                }
+            }
+        }
+    }};
+}
+use for_inputs;
+
 struct Call<'a> {
-    weight: &'a SparseInt4,
     starts: Starts<'a>,
     unit: usize,
     words: usize,
@@ -55,33 +81,12 @@ struct Call<'a> {
     units: Units<'a>,
 }
 
-macro_rules! tile {
-    ($name:ident, $wide:literal, $small:literal) => {
-        /// # Safety
-        /// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's.
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt")]
-        unsafe fn $name<const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
-            let far = |w: usize| {
-                // As far as a row's codes may reach, whatever its bits are.
-                let end = call.starts.get(row + w).saturating_add(LOADED * (call.words + 1));
-                end <= call.codes.len()
-            };
-            // SAFETY: the caller's promise; what is not checked was.
-            unsafe {
-                if (0..W).all(far) {
-                    tile::<$wide, $small, false, W, R>(call, row, from);
-                } else {
-                    tile::<$wide, $small, true, W, R>(call, row, from);
-                }
-            }
-        }
-    };
-}
-
-tile!(tile_wide, true, false);
-tile!(tile_wide_small, true, true);
-tile!(tile_narrow, false, false);
-tile!(tile_narrow_small, false, true);
+/// Where the codes of a word are in their bytes, and how they come out.
+const LOW: u8 = 0;
+/// In the high halves, as 16 times what they are.
+const HIGH: u8 = 1;
+/// In the high halves, as what they are: of a block the other half of which is in the low ones.
+const DOWN: u8 = 2;
 
 /// The codes of 64 columns, one in each byte, zero points where none is stored.
 ///
@@ -89,110 +94,130 @@ tile!(tile_narrow_small, false, true);
 /// [`LOADED`] bytes and the word are there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2")]
-unsafe fn expand(codes: *const u8, word: *const u64, zeros: __m512i) -> __m512i {
-    // SAFETY: the caller's promise.
-    let (pairs, mask) = unsafe { (_mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast())), mask64(word)) };
-    // A product, not a shift: those who shift also expand, and are busy.
-    let high = _mm512_mullo_epi16(pairs, _mm512_set1_epi16(16));
-    let spread = _mm512_and_si512(_mm512_or_si512(pairs, high), _mm512_set1_epi8(0x0F));
-    _mm512_mask_expand_epi8(zeros, mask, spread)
+unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m512i) -> __m512i {
+    // SAFETY: the caller's promise. The word is counted too, so that it is in a register.
+    let (pairs, mask) = unsafe { (_mm512_loadu_si512(codes.cast()), word.read_unaligned()) };
+    let some = match FROM {
+        LOW => _mm512_and_si512(pairs, _mm512_set1_epi8(0x0F)),
+        HIGH => _mm512_and_si512(pairs, _mm512_set1_epi8(0xF0_u8 as i8)),
+        _ => _mm512_and_si512(_mm512_srli_epi16::<4>(pairs), _mm512_set1_epi8(0x0F)),
+    };
+    _mm512_mask_expand_epi8(zeros, mask, some)
 }
 
 /// # Safety
-/// As above; if not `CHECKED`, [`LOADED`] bytes for each word and once more are left from the rows' codes on.
-#[inline]
+/// The rows of the weight and `R` of the inputs are there, and their outputs this task's.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt")]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
-unsafe fn tile<const WIDE: bool, const SMALL: bool, const CHECKED: bool, const W: usize, const R: usize>(
-    call: &Call<'_>,
-    row: usize,
-    from: usize,
-) {
-    let Call { weight, starts, unit, words, bits, codes, input, output, units } = *call;
-    let mut sums = [[_mm512_setzero_ps(); R]; W];
+#[allow(unused_assignments)] // a stream's last step
+unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<'_>, rows: Range<usize>, from: usize) {
+    let Call { starts, unit, words, bits, codes, input, output, units } = *call;
     let lanes = if SMALL { lanes(4, unit) } else { _mm512_setzero_si512() };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::InOrder).as_ptr());
-    let size = input.layout.block_bytes();
-    let blocks = input.inputs.div_ceil(BLOCK);
-    let (symmetric, middle) = (weight.grid.symmetric, _mm512_set1_epi8(8));
-    let mut at: [usize; W] = std::array::from_fn(|w| starts.get(row + w));
+    let size = if WIDE { 2 * BLOCK } else { BLOCK };
+    let (blocks, of_block) = (input.inputs.div_ceil(BLOCK), BLOCK / unit);
+    let products: [*const f32; R] = std::array::from_fn(|i| units.products(0, i));
+    let (zeros, prepared) = (units.zeros(0), units.prepared::<R>(from));
     let mut end = [0; LOADED];
     // SAFETY: words are in the bits' rows; codes are read where as many bytes are left, and copied where they are not; inputs and units
     // are read in what was prepared.
     unsafe {
-        let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w) * words * 8).cast());
-        for w in 0..W {
-            sums[w] = units.fill::<R>(row + w, w, from);
-        }
-        let mut next = |w: usize, index: usize, zeros: __m512i| {
-            let word = bits[w].add(index);
-            let from = if CHECKED && at[w] + LOADED > codes.len() {
-                copy_rest(codes, at[w], &mut end)
-            } else {
-                codes.as_ptr().add(at[w])
-            };
-            at[w] += (word.read_unaligned().count_ones() as usize).div_ceil(2);
-            (expand(from, word, zeros), from)
-        };
-        for block in 0..blocks {
-            // Past the last word inputs are zeros.
-            let whole = 2 * block + 1 < words;
-            for w in 0..W {
-                if SMALL {
-                    for half in 0..1 + usize::from(whole) {
-                        let first = (2 * block + half) * (64 / unit);
-                        let zeros = if symmetric {
-                            middle
-                        } else {
-                            _mm512_permutexvar_epi32(lanes, _mm512_loadu_si512(units.zeros(w).add(first).cast()))
-                        };
-                        let (codes, from) = next(w, 2 * block + half, zeros);
-                        prefetch(from);
-                        for i in 0..R {
-                            let x = x[i].add(block * size + 64 * half);
-                            let at = |part: usize| _mm512_loadu_si512(x.add(BLOCK * part).cast());
-                            let mut sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, at(0));
-                            if WIDE {
-                                sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), codes, at(1));
-                            }
-                            let scale = _mm512_loadu_ps(units.products(w, i).add(first));
-                            let scale = _mm512_permutexvar_ps(lanes, scale);
-                            sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
-                        }
-                    }
+        // The codes of a word, and on to those of the next one in the same stream.
+        macro_rules! next {
+            ($checked:literal, $from:ident, $at:ident, $word:expr, $zeros:expr) => {{
+                let word: *const u64 = $word;
+                let from = if $checked && $at.saturating_add(LOADED) > codes.len() {
+                    copy_rest(codes, $at, &mut end)
                 } else {
-                    let zeros = if symmetric { middle } else { _mm512_set1_epi32(*units.zeros(w).add(block) as i32) };
-                    let (first, from) = next(w, 2 * block, zeros);
-                    prefetch(from);
-                    let second = if whole { next(w, 2 * block + 1, zeros).0 } else { zeros };
-                    for i in 0..R {
-                        let x = x[i].add(block * size);
-                        let at = |part: usize| _mm512_loadu_si512(x.add(64 * part).cast());
-                        let none = _mm512_setzero_si512();
-                        let mut sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, first, at(0)), second, at(1));
-                        if WIDE {
-                            let low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, first, at(2)), second, at(3));
-                            sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sum), low);
+                    codes.as_ptr().add($at)
+                };
+                $at += word.read_unaligned().count_ones() as usize;
+                expand::<$from>(from, word, $zeros)
+            }};
+        }
+        for row in rows {
+            let bits: *const u64 = bits.add(row * words * 8).cast();
+            let [mut low, mut high] = [starts.get(row); 2];
+            let filled = units.fill(row, 0, &prepared);
+            // Not the same array, for that has an address.
+            let mut sums: [__m512; R] = std::array::from_fn(|i| filled[i]);
+            // A block whose halves come from these streams. Past the last word inputs are zeros.
+            macro_rules! block {
+                ($checked:literal, $block:expr, $from:ident, $at:ident, $second:ident, $second_at:ident) => {{
+                    let block: usize = $block;
+                    let whole = !$checked || 2 * block + 1 < words;
+                    let word = bits.add(2 * block);
+                    let x: [*const u8; R] = std::array::from_fn(|i| x[i].add(block * size));
+                    let at = |i: usize, part: usize| _mm512_loadu_si512(x[i].add(64 * part).cast());
+                    let none = _mm512_setzero_si512();
+                    if SMALL {
+                        for half in 0..1 + usize::from(whole) {
+                            let first = block * of_block + half * (64 / unit);
+                            let zeros = _mm512_permutexvar_epi32(lanes, _mm512_loadu_si512(zeros.add(first).cast()));
+                            let codes = if half == 0 {
+                                next!($checked, $from, $at, word, zeros)
+                            } else {
+                                next!($checked, $second, $second_at, word.add(1), zeros)
+                            };
+                            for i in 0..R {
+                                let mut sum = _mm512_dpbusd_epi32(none, codes, at(i, half));
+                                if WIDE {
+                                    sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), codes, at(i, 2 + half));
+                                }
+                                let scale = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(products[i].add(first)));
+                                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[i]);
+                            }
                         }
-                        let scale = _mm512_set1_ps(*units.products(w, i).add(block));
-                        sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
+                    } else {
+                        let zeros = _mm512_set1_epi32(*zeros.add(block) as i32);
+                        let first = next!($checked, $from, $at, word, zeros);
+                        let second =
+                            if whole { next!($checked, $second, $second_at, word.add(1), zeros) } else { zeros };
+                        for i in 0..R {
+                            let mut sum = _mm512_dpbusd_epi32(none, first, at(i, 0));
+                            sum = _mm512_dpbusd_epi32(sum, second, at(i, 1));
+                            if WIDE {
+                                // One sum, so that there is nothing to add to it.
+                                sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), first, at(i, 2));
+                                sum = _mm512_dpbusd_epi32(sum, second, at(i, 3));
+                            }
+                            let scale = _mm512_set1_ps(*products[i].add(block));
+                            sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[i]);
+                        }
                     }
-                }
-                if block % 4 == 0 {
-                    prefetch(bits[w].add(2 * block).cast());
+                }};
+            }
+            let mut block = 0;
+            // Two blocks that are whole, whose codes cannot reach past the last one.
+            let pairs = (blocks / 2).min(words / 4);
+            if let Some(last) = codes.len().checked_sub(2 * LOADED) {
+                while block < 2 * pairs && low.max(high) <= last {
+                    block!(false, block, LOW, low, LOW, low);
+                    near(codes.as_ptr().wrapping_add(low + AHEAD));
+                    block!(false, block + 1, HIGH, high, HIGH, high);
+                    near(bits.add(2 * block).cast::<u8>().wrapping_add(AHEAD));
+                    block += 2;
                 }
             }
-        }
-        for w in 0..W {
+            while block < blocks {
+                if block % 2 == 1 {
+                    block!(true, block, HIGH, high, HIGH, high);
+                } else if is_high(2 * block + 1, words) {
+                    block!(true, block, LOW, low, DOWN, high);
+                } else {
+                    block!(true, block, LOW, low, LOW, low);
+                }
+                block += 1;
+            }
             for i in 0..R {
-                output.set(from + i, row + w, _mm512_reduce_add_ps(sums[w][i]));
+                output.set(from + i, row, _mm512_reduce_add_ps(sums[i]));
             }
         }
     }
 }
 
-/// The codes of word `index` of 64 columns of a row of a weight with these bits and codes, one in each byte, where those of the word begin at byte `at`, which goes on to the
-/// next word's.
+/// The codes of word `index` of 64 columns of a row of a weight with these bits and codes, one in each byte, where those that follow in the
+/// row's two streams begin at bytes `at`, which go on to the next word's.
 ///
 /// # Panics
 /// For a row that there is not.
@@ -204,7 +229,7 @@ pub(super) fn some_codes(
     codes: &[u8],
     row: usize,
     index: usize,
-    at: &mut usize,
+    at: &mut [usize; 2],
 ) -> __m512i {
     let words = weight.bits.cols.div_ceil(64);
     if index >= words {
@@ -225,13 +250,21 @@ pub(super) fn some_codes(
         // SAFETY: an array of 64 bytes.
         unsafe { _mm512_loadu_si512(zeros.as_ptr().cast()) }
     };
+    let high = is_high(index, words);
+    let at = &mut at[usize::from(high)];
     let mut end = [0; LOADED];
     near(codes.as_ptr().wrapping_add(*at + 256));
     let from = match codes.get(*at..) {
         Some(codes) if codes.len() >= LOADED => codes.as_ptr(),
         _ => copy_rest(codes, *at, &mut end),
     };
-    *at += u64::from_le_bytes(*bits).count_ones().div_ceil(2) as usize;
+    *at += u64::from_le_bytes(*bits).count_ones() as usize;
     // SAFETY: as many bytes are there, and the word.
-    unsafe { expand(from, bits.as_ptr().cast(), zeros) }
+    unsafe {
+        if high {
+            expand::<DOWN>(from, bits.as_ptr().cast(), zeros)
+        } else {
+            expand::<LOW>(from, bits.as_ptr().cast(), zeros)
+        }
+    }
 }

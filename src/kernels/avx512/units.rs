@@ -9,6 +9,9 @@ use crate::kernels::input::{BLOCK, Input};
 /// Numbers that may be read past the last unit.
 const PAD: usize = 16;
 
+/// The zero point of symmetric codes, four times.
+const MIDDLE: u32 = 0x0808_0808;
+
 /// Numbers from one array to the next.
 fn stride(units: usize) -> usize {
     units.next_multiple_of(16) + PAD
@@ -32,15 +35,19 @@ pub(super) struct Units<'a> {
     /// Where the first row's scales of units are, from there to their sums, and to the next row's.
     prepared: (*const u8, usize, usize),
     count: usize,
+    /// Units of a block where each second block's codes are multiplied in the high halves of bytes, as 16 times what they are.
+    turns: Option<usize>,
 }
 
 impl<'a> Units<'a> {
+    /// Where blocks take `turns`, the zero points of each second one are 16 times what they are, and the products of scales a sixteenth.
+    ///
     /// # Panics
     /// Where the memory is less than [`floats`] says.
-    pub fn new(grid: &'a Grid, unit: usize, input: &Input<'_>, scratch: &mut [f32]) -> Self {
+    pub fn new(grid: &'a Grid, unit: usize, turns: bool, input: &Input<'_>, scratch: &mut [f32]) -> Self {
         let count = input.inputs.div_ceil(BLOCK) * (BLOCK / unit);
         assert!(scratch.len() >= floats(count));
-        Self {
+        let units = Self {
             first: scratch.as_mut_ptr(),
             stride: stride(count),
             grid,
@@ -50,7 +57,19 @@ impl<'a> Units<'a> {
             zeros: &grid.zeros,
             prepared: input.units_at(unit),
             count,
+            turns: turns.then_some(BLOCK / unit),
+        };
+        if grid.symmetric {
+            for w in 0..ROWS {
+                let zeros = units.array(w, 1).cast::<u32>();
+                for at in 0..count.next_multiple_of(16) {
+                    let high = units.high()[at / 16 % 2] >> (at % 16) & 1 == 1;
+                    // SAFETY: in the memory, as was asserted.
+                    unsafe { *zeros.add(at) = if high { MIDDLE << 4 } else { MIDDLE } };
+                }
+            }
         }
+        units
     }
 
     /// For what asks row by row, without memory.
@@ -65,6 +84,7 @@ impl<'a> Units<'a> {
             zeros: &grid.zeros,
             prepared: (std::ptr::null(), 0, 0),
             count: 0,
+            turns: None,
         }
     }
 
@@ -77,51 +97,116 @@ impl<'a> Units<'a> {
         self.array(w, 2 + i)
     }
 
+    /// Which of 16 units are in a second block: of each first 16 of a row, and of each second.
+    #[inline]
+    fn high(&self) -> [u16; 2] {
+        match self.turns {
+            None => [0; 2],
+            Some(1) => [0xAAAA; 2],
+            Some(2) => [0xCCCC; 2],
+            Some(4) => [0xF0F0; 2],
+            Some(8) => [0xFF00; 2],
+            Some(_) => [0, 0xFFFF],
+        }
+    }
+
+    /// Where the scales of units of `R` rows of inputs from `from` on are, and their sums.
+    pub fn prepared<const R: usize>(&self, from: usize) -> [(*const f32, *const f32); R] {
+        let (first, half, bytes) = self.prepared;
+        std::array::from_fn(|i| {
+            let scales = first.wrapping_add((from + i) * bytes);
+            (scales.cast(), scales.wrapping_add(half).cast())
+        })
+    }
+
     /// Zero points of row `w` of the weight, each in all four bytes of a unit's number of 32 bits.
     pub fn zeros(&self, w: usize) -> *const u32 {
         self.array(w, 1).cast()
     }
 
-    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with `R` rows of inputs from `from` on. Returns what
-    /// the zero points take from their products, in any lanes.
+    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with `R` rows of inputs for which this has been
+    /// [`prepared`](Self::prepared). Returns what the zero points take from their products, in any lanes.
     ///
     /// # Safety
     /// `w < ROWS` and `R <= ROWS`; the rows are there.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    #[allow(clippy::needless_range_loop)] // over constants
-    pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
-        let mut taken = [_mm512_setzero_ps(); R];
-        let (first, half, bytes) = self.prepared;
-        let prepared: [(*const f32, *const f32); R] = std::array::from_fn(|i| {
-            let scales = first.wrapping_add((from + i) * bytes);
-            (scales.cast(), scales.wrapping_add(half).cast())
-        });
-        let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
-        // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units.
+    pub unsafe fn fill<const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        prepared: &[(*const f32, *const f32); R],
+    ) -> [__m512; R] {
+        // SAFETY: the caller's promise.
         unsafe {
-            if !self.direct {
+            match (self.direct && !self.grid.wide, self.grid.symmetric) {
+                // What most weights have, at its place: for one row of inputs it counts.
+                (true, true) => self.fill_some::<true, true, R>(row, w, prepared),
+                (true, false) => self.fill_some::<true, false, R>(row, w, prepared),
+                (false, _) => self.fill_any::<R>(row, w, prepared),
+            }
+        }
+    }
+
+    #[inline(never)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+    unsafe fn fill_any<const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        prepared: &[(*const f32, *const f32); R],
+    ) -> [__m512; R] {
+        // SAFETY: the caller's promise.
+        unsafe { self.fill_some::<false, false, R>(row, w, prepared) }
+    }
+
+    /// [`fill`](Self::fill) where, if `HALF`, groups are units with scales of 16 bits, and, if `SYMMETRIC`, zero points are what they
+    /// were from the start.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+    #[allow(clippy::needless_range_loop)] // over constants
+    unsafe fn fill_some<const HALF: bool, const SYMMETRIC: bool, const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        prepared: &[(*const f32, *const f32); R],
+    ) -> [__m512; R] {
+        let mut taken = [_mm512_setzero_ps(); R];
+        let both = self.high();
+        let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
+        // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units, with zeros.
+        unsafe {
+            if !HALF && !self.direct {
                 one_by_one(self.grid, row, self.count, scales, zeros);
             }
             for at in (0..self.count).step_by(16) {
-                let scale = if self.direct { self.scales(row, at) } else { _mm512_loadu_ps(scales.add(at)) };
-                let zero = if self.grid.symmetric {
-                    _mm512_set1_epi32(8)
+                let high = both[at / 16 % 2];
+                let scale = if HALF {
+                    self.half_scales(row, at)
+                } else if self.direct {
+                    self.scales(row, at)
                 } else {
-                    let four = if self.direct {
+                    _mm512_loadu_ps(scales.add(at))
+                };
+                let zero = if SYMMETRIC {
+                    _mm512_set1_ps(8.0)
+                } else {
+                    let four = if self.grid.symmetric {
+                        _mm512_set1_epi32(MIDDLE as i32)
+                    } else if HALF || self.direct {
                         _mm512_mullo_epi32(self.some_zeros(row, at), _mm512_set1_epi32(0x0101_0101))
                     } else {
                         _mm512_loadu_si512(zeros.add(at).cast())
                     };
-                    _mm512_storeu_si512(zeros.add(at).cast(), four);
-                    _mm512_and_si512(four, _mm512_set1_epi32(0xFF))
+                    _mm512_storeu_si512(zeros.add(at).cast(), _mm512_mask_slli_epi32::<4>(four, high, four));
+                    _mm512_cvtepi32_ps(_mm512_and_si512(four, _mm512_set1_epi32(0xFF)))
                 };
-                let with_zero = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero));
-                let mask = first_lanes(self.count - at);
+                let with_zero = _mm512_mul_ps(scale, zero);
+                let placed = _mm512_mask_mul_ps(scale, high, scale, _mm512_set1_ps(1.0 / 16.0));
                 for i in 0..R {
-                    let of_inputs = _mm512_maskz_loadu_ps(mask, prepared[i].0.add(at));
-                    _mm512_storeu_ps(self.array(w, 2 + i).add(at), _mm512_mul_ps(of_inputs, scale));
-                    let sum = _mm512_maskz_loadu_ps(mask, prepared[i].1.add(at));
+                    let of_inputs = _mm512_loadu_ps(prepared[i].0.add(at));
+                    _mm512_storeu_ps(self.array(w, 2 + i).add(at), _mm512_mul_ps(of_inputs, placed));
+                    let sum = _mm512_loadu_ps(prepared[i].1.add(at));
                     taken[i] = _mm512_fnmadd_ps(sum, with_zero, taken[i]);
                 }
             }
@@ -143,11 +228,23 @@ impl<'a> Units<'a> {
             if self.grid.wide {
                 _mm512_maskz_loadu_ps(mask, self.scales.as_ptr().wrapping_add(4 * first).cast())
             } else {
-                let from = self.scales.as_ptr().wrapping_add(2 * first);
-                prefetch(from);
-                _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast()))
+                self.half_scales(row, at)
             }
         }
+    }
+
+    /// As [`scales`](Self::scales), for those of 16 bits.
+    ///
+    /// # Safety
+    /// The row is there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+    unsafe fn half_scales(&self, row: usize, at: usize) -> __m512 {
+        let mask = first_lanes(self.groups.saturating_sub(at));
+        let from = self.scales.as_ptr().wrapping_add(2 * (row * self.groups + at));
+        prefetch(from);
+        // SAFETY: the mask covers groups of the row alone.
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())) }
     }
 
     /// Zero points of 16 groups of a row from `at` on, 4 bits each.
