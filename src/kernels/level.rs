@@ -37,6 +37,7 @@ impl Level {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("avx512vbmi")
                 && is_x86_feature_detected!("avx512vbmi2")
             {
                 return Self(Kind::Avx512);
@@ -81,7 +82,7 @@ impl Level {
     pub(super) fn packed_order(self, bits: u8, rows: usize) -> Option<Order> {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => super::avx512::packed_order(bits, rows),
+            Kind::Avx512 => Some(super::avx512::packed_order(bits, rows)),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => Some(super::avx2::packed_order(bits, rows)),
             Kind::Portable => None,

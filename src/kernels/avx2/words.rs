@@ -104,10 +104,12 @@ impl Codes for Packed<'_> {
         let Spread { bytes, up, down } = self.spread;
         let mut out = [down; 4];
         for (part, out) in out.iter_mut().enumerate() {
-            // SAFETY: 64 bytes are there, of which at most 6 * 8 + 16 are read.
-            let some = unsafe { _mm_loadu_si128(from.add(2 * self.bits * part).cast()) };
-            let pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(some), bytes);
-            *out = _mm256_mulhi_epu16(_mm256_mullo_epi16(pairs, up), down);
+            // SAFETY: the caller's promise; 64 bytes are there, of which at most 6 * 8 + 16 are read.
+            unsafe {
+                let some = _mm_loadu_si128(from.add(2 * self.bits * part).cast());
+                let pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(some), bytes);
+                *out = _mm256_mulhi_epu16(_mm256_mullo_epi16(pairs, up), down);
+            }
         }
         out
     }
