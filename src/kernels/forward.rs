@@ -71,7 +71,7 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
 }
 
 /// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
-fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
+pub(super) fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
     let (grid, order) = match weight {
         Body::Int(packed) => (packed.whole_grid(), level.packed_order(packed.bits(), rows)?),
         Body::SparseInt4(sparse) => (&sparse.grid, level.sparse_order()?),

@@ -81,4 +81,3 @@ pub(super) unsafe fn products<const N: u8, const R: usize>(
     }
     R
 }
-

@@ -48,7 +48,12 @@ pub(super) unsafe fn multiply(
 /// # Safety
 /// `products` has the units of `x`, and 8 more.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn products_of<const WIDE: bool, const SMALL: bool>(codes: &[u8], x: &[u8], products: &[f32], unit: usize) -> f32 {
+unsafe fn products_of<const WIDE: bool, const SMALL: bool>(
+    codes: &[u8],
+    x: &[u8],
+    products: &[f32],
+    unit: usize,
+) -> f32 {
     let size = if WIDE { 2 * BLOCK } else { BLOCK };
     let (low, ones) = (_mm256_set1_epi8(0x0F), _mm256_set1_epi16(1));
     let lane: [i32; 8] = std::array::from_fn(|lane| (8 * lane / unit) as i32);

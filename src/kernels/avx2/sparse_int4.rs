@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::units::Units;
-use super::words::{Codes, products, split};
+use super::words::{Call, Codes, products, split};
 use super::{byte_at, prefetch, readable};
 use crate::format::{SparseInt4, is_high};
 use crate::kernels::common::Output;
@@ -52,6 +52,7 @@ pub(super) unsafe fn multiply(
     assert!(input.inputs <= weight.bits.cols);
     let (memory, scratch) = split(input, scratch);
     let mut units = Units::new(&weight.grid, unit, input, scratch);
+    let call = Call::new(unit, input, output);
     for row in rows {
         let bits = &bits[row * words..(row + 1) * words];
         units.read(row);
@@ -62,10 +63,10 @@ pub(super) unsafe fn multiply(
         unsafe {
             if far {
                 let source = Sparse::<false>::new(bits, codes, start);
-                products(source, &mut units, unit, row, input, output, memory);
+                products(source, &mut units, row, &call, memory);
             } else {
                 let source = Sparse::<true>::new(bits, codes, start);
-                products(source, &mut units, unit, row, input, output, memory);
+                products(source, &mut units, row, &call, memory);
             }
         }
     }
@@ -97,14 +98,14 @@ impl<const CHECKED: bool> Codes for Sparse<'_, CHECKED> {
     }
 
     #[inline(always)]
-    unsafe fn next(&mut self, index: usize, high: bool, zeros: [__m256i; 4]) -> [__m256i; 4] {
-        let mut at = self.at[usize::from(high)];
+    unsafe fn next<const HIGH: bool>(&mut self, index: usize, zeros: [__m256i; 4]) -> [__m256i; 4] {
+        let mut at = self.at[usize::from(HIGH)];
         let mut out = zeros;
         // SAFETY: the row has the columns; the table has all bytes, and codes are read where as many are left, and copied where not.
         unsafe {
             let word = self.bits.as_ptr().add(index).cast::<u8>();
             // Of the word, not of its bytes, so that the next word need not wait for them.
-            self.at[usize::from(high)] = at + word.cast::<u64>().read_unaligned().count_ones() as usize;
+            self.at[usize::from(HIGH)] = at + word.cast::<u64>().read_unaligned().count_ones() as usize;
             let low = _mm256_set1_epi16(0x0F);
             prefetch(self.codes.as_ptr().wrapping_add(at));
             for (part, out) in out.iter_mut().enumerate() {
@@ -120,7 +121,7 @@ impl<const CHECKED: bool> Codes for Sparse<'_, CHECKED> {
                 // The upper bytes of words are any of these; they are cut off.
                 let places = _mm256_cvtepu8_epi16(_mm_castpd_si128(places));
                 let spread = _mm256_shuffle_epi8(_mm256_loadu2_m128i(then, from), places);
-                let codes = if high { _mm256_srli_epi16::<4>(spread) } else { spread };
+                let codes = if HIGH { _mm256_srli_epi16::<4>(spread) } else { spread };
                 *out = _mm256_blendv_epi8(_mm256_and_si256(codes, low), *out, places);
             }
         }

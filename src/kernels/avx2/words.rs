@@ -24,7 +24,7 @@ pub(super) trait Codes {
     ///
     /// # Safety
     /// The caller has AVX2 and BMI, and the row the columns. (Always inlined, so that it has them too.)
-    unsafe fn next(&mut self, index: usize, high: bool, zeros: [__m256i; 4]) -> [__m256i; 4];
+    unsafe fn next<const HIGH: bool>(&mut self, index: usize, zeros: [__m256i; 4]) -> [__m256i; 4];
 }
 
 /// # Safety
@@ -43,11 +43,12 @@ pub(super) unsafe fn multiply(
     let codes: &[u8] = weight.codes();
     let (row_words, scratch) = split(input, scratch);
     let mut units = Units::new(weight.whole_grid(), unit, input, scratch);
+    let call = Call::new(unit, input, output);
     for row in rows {
         units.read(row);
         let source = Packed { codes, at: row * stride, bits, spread };
         // SAFETY: the caller's promise.
-        unsafe { products(source, &mut units, unit, row, input, output, row_words) };
+        unsafe { products(source, &mut units, row, &call, row_words) };
     }
 }
 
@@ -57,12 +58,12 @@ pub(super) fn split<'a>(input: &Input<'_>, scratch: &'a mut [f32]) -> (&'a mut [
 }
 
 /// How packed codes become words: each word gets the two bytes that its code begins in, a product moves the code to the top of the word,
-/// another one from there to the bottom.
+/// a shift from there to the bottom.
 #[derive(Clone, Copy)]
 struct Spread {
     bytes: __m256i,
     up: __m256i,
-    down: __m256i,
+    down: __m128i,
 }
 
 impl Spread {
@@ -80,7 +81,7 @@ impl Spread {
             Self {
                 bytes: _mm256_loadu_si256(bytes.as_ptr().cast()),
                 up: _mm256_loadu_si256(up.as_ptr().cast()),
-                down: _mm256_set1_epi16(1 << bits),
+                down: _mm_cvtsi32_si128(16 - bits as i32),
             }
         }
     }
@@ -96,19 +97,19 @@ struct Packed<'a> {
 
 impl Codes for Packed<'_> {
     #[inline(always)]
-    unsafe fn next(&mut self, index: usize, _: bool, _: [__m256i; 4]) -> [__m256i; 4] {
+    unsafe fn next<const HIGH: bool>(&mut self, index: usize, _: [__m256i; 4]) -> [__m256i; 4] {
         // The last of four loads reads from byte 6 * bits on, 16 bytes.
         let mut end = [0; 64];
         let from = readable(self.codes, self.at + 8 * self.bits * index, &mut end);
         prefetch(from);
         let Spread { bytes, up, down } = self.spread;
-        let mut out = [down; 4];
+        let mut out = [up; 4];
         for (part, out) in out.iter_mut().enumerate() {
             // SAFETY: the caller's promise; 64 bytes are there, of which at most 6 * 8 + 16 are read.
             unsafe {
                 let some = _mm_loadu_si128(from.add(2 * self.bits * part).cast());
                 let pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(some), bytes);
-                *out = _mm256_mulhi_epu16(_mm256_mullo_epi16(pairs, up), down);
+                *out = _mm256_srl_epi16(_mm256_mullo_epi16(pairs, up), down);
             }
         }
         out
@@ -120,7 +121,7 @@ struct Stored(*const u8);
 
 impl Codes for Stored {
     #[inline(always)]
-    unsafe fn next(&mut self, index: usize, _: bool, _: [__m256i; 4]) -> [__m256i; 4] {
+    unsafe fn next<const HIGH: bool>(&mut self, index: usize, _: [__m256i; 4]) -> [__m256i; 4] {
         let from = self.0.wrapping_add(128 * index).cast::<__m256i>();
         // SAFETY: the words of the row's columns are there.
         unsafe {
@@ -139,21 +140,19 @@ impl Codes for Stored {
 pub(super) unsafe fn products(
     mut codes: impl Codes,
     units: &mut Units<'_, '_>,
-    unit: usize,
     row: usize,
-    input: &Input<'_>,
-    output: Output,
+    call: &Call<'_>,
     memory: &mut [f32],
 ) {
-    let call = Call { lanes: lanes(unit), unit, row, input, output };
+    let Call { unit, input, .. } = *call;
     // SAFETY: the caller's promise.
     unsafe {
         if input.rows < MANY {
             match (input.rows, unit < 64) {
-                (1, false) => tile::<_, false, 1>(codes, units, &call, 0),
-                (1, true) => tile::<_, true, 1>(codes, units, &call, 0),
-                (_, false) => tile::<_, false, 2>(codes, units, &call, 0),
-                (_, true) => tile::<_, true, 2>(codes, units, &call, 0),
+                (1, false) => tile::<_, false, 1>(codes, units, row, call, 0),
+                (1, true) => tile::<_, true, 1>(codes, units, row, call, 0),
+                (_, false) => tile::<_, false, 2>(codes, units, row, call, 0),
+                (_, true) => tile::<_, true, 2>(codes, units, row, call, 0),
             };
             return;
         }
@@ -163,7 +162,7 @@ pub(super) unsafe fn products(
         for index in 0..input.inputs.div_ceil(64) {
             let zeros = if unit < 64 { call.zeros::<true>(zeros, index) } else { call.zeros::<false>(zeros, index) };
             let high = codes.is_high(index);
-            let some = codes.next(index, high, zeros);
+            let some = if high { codes.next::<true>(index, zeros) } else { codes.next::<false>(index, zeros) };
             for (part, some) in some.into_iter().enumerate() {
                 _mm256_storeu_si256(words.add(128 * index + 32 * part).cast(), some);
             }
@@ -172,27 +171,32 @@ pub(super) unsafe fn products(
         while from < input.rows {
             let codes = Stored(words);
             from += match (input.rows - from, unit < 64) {
-                (4.., false) => tile::<_, false, 4>(codes, units, &call, from),
-                (4.., true) => tile::<_, true, 4>(codes, units, &call, from),
-                (2.., false) => tile::<_, false, 2>(codes, units, &call, from),
-                (2.., true) => tile::<_, true, 2>(codes, units, &call, from),
-                (_, false) => tile::<_, false, 1>(codes, units, &call, from),
-                (_, true) => tile::<_, true, 1>(codes, units, &call, from),
+                (4.., false) => tile::<_, false, 4>(codes, units, row, call, from),
+                (4.., true) => tile::<_, true, 4>(codes, units, row, call, from),
+                (2.., false) => tile::<_, false, 2>(codes, units, row, call, from),
+                (2.., true) => tile::<_, true, 2>(codes, units, row, call, from),
+                (_, false) => tile::<_, false, 1>(codes, units, row, call, from),
+                (_, true) => tile::<_, true, 1>(codes, units, row, call, from),
             };
         }
     }
 }
 
-struct Call<'a> {
+/// What all rows have in common.
+pub(super) struct Call<'a> {
     /// Of each 16 columns of 64, the unit of each two, counted from the first's.
     lanes: [__m256i; 4],
     unit: usize,
-    row: usize,
     input: &'a Input<'a>,
     output: Output,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    #[target_feature(enable = "avx2")]
+    pub fn new(unit: usize, input: &'a Input<'a>, output: Output) -> Self {
+        Self { lanes: lanes(unit), unit, input, output }
+    }
+
     /// Of the units of columns from word `index` on, those of each 16 columns; numbers of 32 bits.
     ///
     /// # Safety
@@ -245,10 +249,11 @@ fn lanes(unit: usize) -> [__m256i; 4] {
 unsafe fn tile<C: Codes, const SMALL: bool, const R: usize>(
     mut codes: C,
     units: &mut Units<'_, '_>,
+    row: usize,
     call: &Call<'_>,
     from: usize,
 ) -> usize {
-    let Call { row, input, output, .. } = *call;
+    let Call { input, output, .. } = *call;
     // SAFETY: inputs are prepared in whole blocks of words, and as many units; the rest is the caller's promise.
     unsafe {
         let mut taken = [0.0; R];
@@ -262,13 +267,17 @@ unsafe fn tile<C: Codes, const SMALL: bool, const R: usize>(
         let zeros = units.zeros().as_ptr().cast();
         let words = input.inputs.div_ceil(64);
         for index in (0..words / 4 * 4).step_by(4) {
-            for (part, high) in [false, false, true, true].into_iter().enumerate() {
-                word::<C, SMALL, R>(&mut codes, index + part, high, zeros, &scales, &x, call, &mut sums);
-            }
+            word::<C, SMALL, false, R>(&mut codes, index, zeros, &scales, &x, call, &mut sums);
+            word::<C, SMALL, false, R>(&mut codes, index + 1, zeros, &scales, &x, call, &mut sums);
+            word::<C, SMALL, true, R>(&mut codes, index + 2, zeros, &scales, &x, call, &mut sums);
+            word::<C, SMALL, true, R>(&mut codes, index + 3, zeros, &scales, &x, call, &mut sums);
         }
         for index in words / 4 * 4..words {
-            let high = codes.is_high(index);
-            word::<C, SMALL, R>(&mut codes, index, high, zeros, &scales, &x, call, &mut sums);
+            if codes.is_high(index) {
+                word::<C, SMALL, true, R>(&mut codes, index, zeros, &scales, &x, call, &mut sums);
+            } else {
+                word::<C, SMALL, false, R>(&mut codes, index, zeros, &scales, &x, call, &mut sums);
+            }
         }
         for i in 0..R {
             output.set(from + i, row, sum_of(sums[i]) - taken[i]);
@@ -283,10 +292,9 @@ unsafe fn tile<C: Codes, const SMALL: bool, const R: usize>(
 /// The caller has the features of [`tile`]; the word is there, and the units, and the inputs. (Always inlined.)
 #[inline(always)]
 #[allow(clippy::needless_range_loop, clippy::too_many_arguments)] // over constants; the registers of a loop
-unsafe fn word<C: Codes, const SMALL: bool, const R: usize>(
+unsafe fn word<C: Codes, const SMALL: bool, const HIGH: bool, const R: usize>(
     codes: &mut C,
     index: usize,
-    high: bool,
     zeros: *const f32,
     scales: &[*const f32; R],
     x: &[*const u8; R],
@@ -295,7 +303,7 @@ unsafe fn word<C: Codes, const SMALL: bool, const R: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let codes = codes.next(index, high, call.zeros::<SMALL>(zeros, index));
+        let codes = codes.next::<HIGH>(index, call.zeros::<SMALL>(zeros, index));
         for i in 0..R {
             let x = x[i].add(128 * index).cast::<__m256i>();
             // At most 64 * 255 * 32639 in all lanes: no sum of 32 bits overflows.

@@ -8,8 +8,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dense::{BF16, F16, F32, from_bf16, sixteen};
-use super::units::{Units, for_sixteens};
 use super::int::Spread;
+use super::units::{Units, for_sixteens};
 use super::{first_lanes, near, some_floats, some_words, sparse_int4, sparse16};
 use crate::format::bits::packed_len;
 use crate::format::{Body, Dense, Number, Sparse16};
@@ -316,7 +316,9 @@ unsafe fn spread(
 
 /// # Safety
 /// As for [`multiply`], for at most [`WIDTH`] rows.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi2,popcnt")]
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi2,popcnt"
+)]
 unsafe fn codes(
     weight: &Body,
     unit: usize,

@@ -6,9 +6,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::near;
 use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
-use super::near;
 use crate::format::{SparseInt4, Starts, is_high};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
