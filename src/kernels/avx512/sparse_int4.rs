@@ -1,7 +1,8 @@
 //! Sparse codes of 4 bits: `vpexpandb` puts them at their columns, among their zero point. Lane `i` of 64 columns has four.
 //!
 //! What `vpexpandb`, masks and products take of the processor is all that it has while memory delivers, so nothing may come on top: a
-//! word's codes are one `and` away, in place, be they in the low halves of bytes or, as 16 times themselves, in the high ones.
+//! word's codes are one `and` away, in place, be they in the low halves of bytes or, as 16 times themselves, in the high ones. Nothing is
+//! asked for ahead of time either: the processor does so by itself as well as is needed here, and into its second-level cache worse.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -15,10 +16,6 @@ use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Bytes that are read for 64 columns, as many as their codes may take.
 const LOADED: usize = 64;
-
-/// Bytes that are asked for ahead: as many as the products of the time in which memory answers need, and no more, for they go straight
-/// into the first-level cache. From the second one, where other formats have theirs wait, they would take time that is not there.
-const AHEAD: usize = 1536;
 
 /// # Safety
 /// As for [`super::multiply`].
@@ -193,9 +190,9 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
             if let Some(last) = codes.len().checked_sub(2 * LOADED) {
                 while block < 2 * pairs && low.max(high) <= last {
                     block!(false, block, LOW, low, LOW, low);
-                    near(codes.as_ptr().wrapping_add(low + AHEAD));
+
                     block!(false, block + 1, HIGH, high, HIGH, high);
-                    near(bits.add(2 * block).cast::<u8>().wrapping_add(AHEAD));
+
                     block += 2;
                 }
             }
