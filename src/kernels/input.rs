@@ -20,6 +20,7 @@ const PAD: usize = 16;
 
 /// In which order a block's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::enum_variant_names)] // in what order they are
 pub(super) enum Order {
     /// Columns 0, 2, .. 126, then 1, 3, .. 127: as packed codes of 4 bits come out of their bytes.
     EvenOdd,

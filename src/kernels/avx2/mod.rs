@@ -75,16 +75,6 @@ fn sum_of(lanes: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
-/// Bytes that are asked for ahead of those that are needed: what memory delivers in some of its latencies.
-const AHEAD: usize = 4096;
-
-/// Asks for what lies [`AHEAD`] of a place of a stream to come into the second-level cache.
-#[inline(always)]
-fn prefetch(at: *const u8) {
-    // SAFETY: nothing is read, whatever the address.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast()) };
-}
-
 /// A byte of the bits. Volatile, so that it is read by itself: compilers see that bytes are a word's, and shift them out of it, which
 /// takes three instructions for each.
 ///

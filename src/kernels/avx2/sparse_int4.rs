@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::units::Units;
 use super::words::{Call, Codes, products, split};
-use super::{byte_at, prefetch, readable};
+use super::{byte_at, readable};
 use crate::format::{SparseInt4, is_high};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
@@ -107,7 +107,6 @@ impl<const CHECKED: bool> Codes for Sparse<'_, CHECKED> {
             // Of the word, not of its bytes, so that the next word need not wait for them.
             self.at[usize::from(HIGH)] = at + word.cast::<u64>().read_unaligned().count_ones() as usize;
             let low = _mm256_set1_epi16(0x0F);
-            prefetch(self.codes.as_ptr().wrapping_add(at));
             for (part, out) in out.iter_mut().enumerate() {
                 let mut ends = [[0; LOADED]; 2];
                 let first = byte_at(word.add(2 * part));

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::units::Units;
-use super::{MANY, prefetch, readable, sum_of};
+use super::{MANY, readable, sum_of};
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
 use crate::kernels::common::Output;
@@ -101,7 +101,6 @@ impl Codes for Packed<'_> {
         // The last of four loads reads from byte 6 * bits on, 16 bytes.
         let mut end = [0; 64];
         let from = readable(self.codes, self.at + 8 * self.bits * index, &mut end);
-        prefetch(from);
         let Spread { bytes, up, down } = self.spread;
         let mut out = [up; 4];
         for (part, out) in out.iter_mut().enumerate() {
