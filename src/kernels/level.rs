@@ -14,6 +14,11 @@ pub(super) enum Kind {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// With dot products of bytes.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
 impl Level {
@@ -45,6 +50,11 @@ impl Level {
                 return Self(Kind::Avx2);
             }
         }
+        // Weights are little-endian, and the kernels read them as they are.
+        #[cfg(target_arch = "aarch64")]
+        if cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("neon") {
+            return Self(if std::arch::is_aarch64_feature_detected!("dotprod") { Kind::NeonDot } else { Kind::Neon });
+        }
         Self(Kind::Portable)
     }
 
@@ -62,6 +72,16 @@ impl Level {
                 levels.push(best);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            let best = Self::detect();
+            if best != Self::PORTABLE {
+                levels.push(Self(Kind::Neon));
+            }
+            if best == Self(Kind::NeonDot) {
+                levels.push(best);
+            }
+        }
         levels
     }
 
@@ -73,6 +93,10 @@ impl Level {
             Kind::Avx2 => "AVX2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "AVX-512",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => "NEON",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDot => "NEON with dot products",
         }
     }
 
@@ -87,7 +111,7 @@ impl Level {
         if self.0 == Kind::Avx512 {
             return true;
         }
-        false
+        cfg!(target_arch = "aarch64") && self.0 != Kind::Portable
     }
 
     /// Numbers of scratch memory that a thread needs for so many rows of inputs, of so many units.
@@ -97,11 +121,14 @@ impl Level {
             Kind::Avx512 => super::avx512::scratch_floats(rows, inputs, units),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => super::avx2::scratch_floats(units),
-            _ => 0,
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot => super::neon::scratch_floats(rows, inputs, units),
+            Kind::Portable => 0,
         }
     }
 
     /// The order in which codes of 4 bits want so many rows of inputs, where they are packed one after another.
+    #[allow(unused_variables)] // but on other machines
     pub(super) fn packed_order(self, rows: usize) -> Order {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
@@ -115,6 +142,8 @@ impl Level {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 if rows >= super::avx512::MANY => Some(super::avx512::panel::WIDTH),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot if rows >= super::neon::MANY => Some(super::neon::WIDTH),
             _ => None,
         }
     }
@@ -149,6 +178,9 @@ macro_rules! leveled {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::level::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                // What every target of this architecture has anyway.
+                #[cfg(target_arch = "aarch64")]
+                $crate::kernels::level::Kind::Neon | $crate::kernels::level::Kind::NeonDot => body::<true>($($arg),*),
             }
         }
     };
