@@ -17,7 +17,7 @@ pub(super) trait Source {
     /// A row, and how far it was read.
     type Row;
     /// The codes of a block, or where they are.
-    type Block;
+    type Block: Copy;
 
     /// Whether a block's last four vectors have their columns between those of its first four: a lane of four bytes of one and of its
     /// partner are eight columns. Else a lane is four.
@@ -104,6 +104,7 @@ impl Dots for Products {
         row: usize,
         from: usize,
     ) {
+        #[inline(never)] // several in one function have too few registers
         #[target_feature(enable = "neon")]
         unsafe fn with<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
             call: &Call<'_, S>,
@@ -405,7 +406,11 @@ unsafe fn body<D: Dots, S: Source, const WIDE: bool, const SMALL: bool, const W:
             std::array::from_fn(|w| std::array::from_fn(|i| units.products(w * R + i).cast_const()));
         let lanes = lanes(if S::PAIRED { 8 } else { 4 }, *unit);
         for block in 0..input.inputs.div_ceil(BLOCK) {
-            let blocks: [S::Block; W] = std::array::from_fn(|w| source.block::<SMALL>(&mut rows[w], block));
+            // Not by a closure, which would not always be inlined.
+            let mut blocks = [source.block::<SMALL>(&mut rows[0], block); W];
+            for w in 1..W {
+                blocks[w] = source.block::<SMALL>(&mut rows[w], block);
+            }
             let x: [*const i8; R] = std::array::from_fn(|i| x[i].add(block * size));
             if SMALL {
                 let steps = if S::PAIRED { 4 } else { 8 };

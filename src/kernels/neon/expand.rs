@@ -90,19 +90,35 @@ impl Word {
         }
     }
 
-    /// Halves of bytes at their columns, 16 of them: the high halves, or the low ones; what is in `others` where none is stored.
+    /// Halves of bytes, the high ones or the low ones, at their columns, with what is in `others` where none is stored.
     ///
     /// # Safety
-    /// From `codes` on 64 bytes are there, and `sixteen < 4`.
+    /// From `codes` on 64 bytes are there.
     #[inline(always)]
-    pub unsafe fn halves<const HIGH: bool>(self, codes: *const u8, sixteen: usize, others: uint8x16_t) -> uint8x16_t {
-        let (first, second) = (self.part(2 * sixteen), self.part(2 * sixteen + 1));
+    pub unsafe fn halves<const HIGH: bool>(self, codes: *const u8, others: [uint8x16_t; 4]) -> [int8x16_t; 4] {
+        let [a, b, c, d] = others;
+        // SAFETY: the caller's promise.
+        unsafe {
+            [
+                self.sixteen::<HIGH, 0>(codes, a),
+                self.sixteen::<HIGH, 1>(codes, b),
+                self.sixteen::<HIGH, 2>(codes, c),
+                self.sixteen::<HIGH, 3>(codes, d),
+            ]
+        }
+    }
+
+    /// # Safety
+    /// As above, and `SIXTEEN < 4`.
+    #[inline(always)]
+    unsafe fn sixteen<const HIGH: bool, const SIXTEEN: usize>(self, codes: *const u8, others: uint8x16_t) -> int8x16_t {
+        let (first, second) = (self.part(2 * SIXTEEN), self.part(2 * SIXTEEN + 1));
         // SAFETY: at most 8 bytes for each of the eights before, so that 8 bytes are in the 64.
         unsafe {
             let stored = vcombine_u8(vld1_u8(codes.add(first.1)), vld1_u8(codes.add(second.1)));
             let indices = vcombine_u8(vld1_u8(FIRST[first.0].as_ptr()), vld1_u8(SECOND[second.0].as_ptr()));
             let stored = if HIGH { vshrq_n_u8::<4>(stored) } else { vandq_u8(stored, vdupq_n_u8(0x0F)) };
-            vqtbx1q_u8(others, stored, indices)
+            vreinterpretq_s8_u8(vqtbx1q_u8(others, stored, indices))
         }
     }
 }
@@ -122,17 +138,21 @@ mod tests {
             let mut next = 0;
             for column in 0..64 {
                 let set = bytes[column / 8] >> (column % 8) & 1 == 1;
-                let mut halves = [[0; 16]; 2];
+                let mut halves = [[0_i8; 64]; 2];
                 let mut pairs = [0; 8];
-                // SAFETY: 128 bytes are there, and arrays of 16 bytes are written.
+                // SAFETY: 128 bytes are there; arrays of 64 and 16 bytes are written.
                 unsafe {
-                    let others = vdupq_n_u8(0x77);
-                    vst1q_u8(halves[0].as_mut_ptr(), word.halves::<false>(stored.as_ptr(), column / 16, others));
-                    vst1q_u8(halves[1].as_mut_ptr(), word.halves::<true>(stored.as_ptr(), column / 16, others));
+                    let others = [vdupq_n_u8(0x77); 4];
+                    let [low, high] =
+                        [word.halves::<false>(stored.as_ptr(), others), word.halves::<true>(stored.as_ptr(), others)];
+                    for sixteen in 0..4 {
+                        vst1q_s8(halves[0].as_mut_ptr().add(16 * sixteen), low[sixteen]);
+                        vst1q_s8(halves[1].as_mut_ptr().add(16 * sixteen), high[sixteen]);
+                    }
                     vst1q_u16(pairs.as_mut_ptr(), word.pairs(stored.as_ptr(), column / 8));
                 }
                 let (low, high) = if set { (stored[next] & 15, stored[next] >> 4) } else { (0x77, 0x77) };
-                assert_eq!([halves[0][column % 16], halves[1][column % 16]], [low, high]);
+                assert_eq!([halves[0][column] as u8, halves[1][column] as u8], [low, high]);
                 let pair = [stored[(2 * next).min(127)], stored[(2 * next + 1).min(127)]];
                 assert_eq!(pairs[column % 8], if set { u16::from_le_bytes(pair) } else { 0 });
                 next += usize::from(set);

@@ -35,6 +35,39 @@ impl<'a> Sparse<'a> {
             std::array::from_fn(|index| std::array::from_fn(|column| ((16 * index + column) / unit) as u8));
         Self { starts: weight.offsets.starts(), words, bits, codes: &weight.codes, units: BLOCK / unit, of_columns }
     }
+
+    /// The codes of half a block, which go on in its stream. `zeros` are the block's zero points: for each column, or, where `SMALL`, for
+    /// each unit.
+    #[inline(always)]
+    fn half<const SMALL: bool, const HALF: usize>(
+        &self,
+        row: &mut Row<'_>,
+        block: usize,
+        zeros: uint8x16_t,
+    ) -> [int8x16_t; 4] {
+        let index = 2 * block + HALF;
+        let Some(bits) = row.bits.get(index) else {
+            // Past the last word inputs are zeros.
+            // SAFETY: NEON is there, or nobody would call.
+            return unsafe { [vdupq_n_s8(0); 4] };
+        };
+        let word = Word::new(u64::from_le_bytes(*bits));
+        let high = is_high(index, self.words);
+        let at = &mut row.at[usize::from(high)];
+        let mut copy = [0; LOADED];
+        let from = readable(self.codes, *at, &mut copy);
+        *at += word.stored;
+        // SAFETY: arrays of 16 bytes; 64 bytes of codes are there, as `readable` says.
+        unsafe {
+            let mut others = [zeros; 4];
+            if SMALL {
+                for (sixteen, others) in others.iter_mut().enumerate() {
+                    *others = vqtbl1q_u8(zeros, vld1q_u8(self.of_columns[4 * HALF + sixteen].as_ptr()));
+                }
+            }
+            if high { word.halves::<true>(from, others) } else { word.halves::<false>(from, others) }
+        }
+    }
 }
 
 /// A row, and where the codes of its two streams go on.
@@ -59,38 +92,13 @@ impl<'a> Source for Sparse<'a> {
 
     #[inline(always)]
     unsafe fn block<const SMALL: bool>(&self, row: &mut Row<'a>, block: usize) -> [int8x16_t; 8] {
-        // SAFETY: 16 zero points are there from each block's first one on, by the caller's promise; arrays of 16 bytes; 64 bytes of codes,
-        // as `readable` says.
-        unsafe {
-            let of_block =
-                if SMALL { vld1q_u8(row.zeros.add(block * self.units)) } else { vdupq_n_u8(*row.zeros.add(block)) };
-            let mut all = [vdupq_n_s8(0); 8];
-            for half in 0..2 {
-                let index = 2 * block + half;
-                // Past the last word inputs are zeros.
-                let Some(bits) = row.bits.get(index) else { break };
-                let word = Word::new(u64::from_le_bytes(*bits));
-                let high = is_high(index, self.words);
-                let at = &mut row.at[usize::from(high)];
-                let mut copy = [0; LOADED];
-                let from = readable(self.codes, *at, &mut copy);
-                *at += word.stored;
-                for sixteen in 0..4 {
-                    let zeros = if SMALL {
-                        vqtbl1q_u8(of_block, vld1q_u8(self.of_columns[4 * half + sixteen].as_ptr()))
-                    } else {
-                        of_block
-                    };
-                    let codes = if high {
-                        word.halves::<true>(from, sixteen, zeros)
-                    } else {
-                        word.halves::<false>(from, sixteen, zeros)
-                    };
-                    all[4 * half + sixteen] = vreinterpretq_s8_u8(codes);
-                }
-            }
-            all
-        }
+        // SAFETY: 16 zero points are there from each block's first one on, by the caller's promise.
+        let zeros = unsafe {
+            if SMALL { vld1q_u8(row.zeros.add(block * self.units)) } else { vdupq_n_u8(*row.zeros.add(block)) }
+        };
+        let [a, b, c, d] = self.half::<SMALL, 0>(row, block, zeros);
+        let [e, f, g, h] = self.half::<SMALL, 1>(row, block, zeros);
+        [a, b, c, d, e, f, g, h]
     }
 
     #[inline(always)]
