@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::format::{Body, StoredMatrix};
 
 /// Bytes of a weight that a task reads, about.
-const TASK_BYTES: usize = 256 * 1024;
+const TASK_BYTES: usize = 1024 * 1024;
 /// Tasks for each thread, at least, so that one that is held up is helped by the others.
 const TASKS: usize = 4;
 /// Outputs of a task are a multiple of it, but for the last one's.

@@ -80,6 +80,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     let lanes = if SMALL { lanes(8, unit) } else { _mm512_setzero_si512() };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::EvenOdd).as_ptr());
     let size = input.layout.block_bytes();
+    let prepared = units.prepared::<R>(from);
     let blocks = input.inputs.div_ceil(BLOCK);
     let whole = blocks.min(stride / 64);
     let low = _mm512_set1_epi8(0x0F);
@@ -87,7 +88,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     unsafe {
         let rows: [*const u8; W] = std::array::from_fn(|w| codes.add((row + w) * stride));
         for w in 0..W {
-            sums[w] = units.fill::<R>(row + w, w, from);
+            sums[w] = units.fill(row + w, w, &prepared);
         }
         for block in 0..blocks {
             for w in 0..W {

@@ -124,21 +124,6 @@ unsafe fn mask16(at: *const u16) -> u16 {
     mask
 }
 
-/// As [`mask16`].
-///
-/// # Safety
-/// It is there.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn mask64(at: *const u64) -> u64 {
-    let mask: u64;
-    // SAFETY: reads eight bytes, which are there by the caller's promise.
-    unsafe {
-        asm!("kmovq {}, qword ptr [{}]", out(kreg) mask, in(reg) at, options(pure, readonly, nostack, preserves_flags))
-    };
-    mask
-}
-
 /// Calls a function that computes some rows of the weight with 1, 2 or 4 of inputs, for all rows of both: `$one` rows of the weight
 /// where there is one of inputs, `$some` where there are more, and one by one what is left.
 macro_rules! for_tiles {

@@ -1,24 +1,21 @@
 //! Sparse codes of 4 bits: `vpexpandb` puts them at their columns, among their zero point. Lane `i` of 64 columns has four.
 //!
 //! What `vpexpandb`, masks and products take of the processor is all that it has while memory delivers, so nothing may come on top: a
-//! word's codes are one `and` away, in place, be they in the low halves of bytes or, as 16 times themselves, in the high ones.
+//! word's codes are one `and` away, in place, be they in the low halves of bytes or, as 16 times themselves, in the high ones. Nothing is
+//! asked for ahead of time either: the processor does so by itself as well as is needed here, and into its second-level cache worse.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::near;
 use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
-use super::{mask64, near};
 use crate::format::{SparseInt4, Starts, is_high};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Bytes that are read for 64 columns, as many as their codes may take.
 const LOADED: usize = 64;
-
-/// Bytes that are asked for ahead: as many as the products of the time in which memory answers need, and no more, for they go straight
-/// into the first-level cache. From the second one, where other formats have theirs wait, they would take time that is not there.
-const AHEAD: usize = 1536;
 
 /// # Safety
 /// As for [`super::multiply`].
@@ -95,8 +92,8 @@ const DOWN: u8 = 2;
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2")]
 unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m512i) -> __m512i {
-    // SAFETY: the caller's promise.
-    let (pairs, mask) = unsafe { (_mm512_loadu_si512(codes.cast()), mask64(word)) };
+    // SAFETY: the caller's promise. The word is counted too, so that it is in a register.
+    let (pairs, mask) = unsafe { (_mm512_loadu_si512(codes.cast()), word.read_unaligned()) };
     let some = match FROM {
         LOW => _mm512_and_si512(pairs, _mm512_set1_epi8(0x0F)),
         HIGH => _mm512_and_si512(pairs, _mm512_set1_epi8(0xF0_u8 as i8)),
@@ -117,7 +114,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
     let size = if WIDE { 2 * BLOCK } else { BLOCK };
     let (blocks, of_block) = (input.inputs.div_ceil(BLOCK), BLOCK / unit);
     let products: [*const f32; R] = std::array::from_fn(|i| units.products(0, i));
-    let zeros = units.zeros(0);
+    let (zeros, prepared) = (units.zeros(0), units.prepared::<R>(from));
     let mut end = [0; LOADED];
     // SAFETY: words are in the bits' rows; codes are read where as many bytes are left, and copied where they are not; inputs and units
     // are read in what was prepared.
@@ -138,7 +135,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
         for row in rows {
             let bits: *const u64 = bits.add(row * words * 8).cast();
             let [mut low, mut high] = [starts.get(row); 2];
-            let filled = units.fill::<R>(row, 0, from);
+            let filled = units.fill(row, 0, &prepared);
             // Not the same array, for that has an address.
             let mut sums: [__m512; R] = std::array::from_fn(|i| filled[i]);
             // A block whose halves come from these streams. Past the last word inputs are zeros.
@@ -174,12 +171,12 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
                         let second =
                             if whole { next!($checked, $second, $second_at, word.add(1), zeros) } else { zeros };
                         for i in 0..R {
-                            let halves = _mm512_dpbusd_epi32(none, first, at(i, 0));
-                            let mut sum = _mm512_dpbusd_epi32(halves, second, at(i, 1));
+                            let mut sum = _mm512_dpbusd_epi32(none, first, at(i, 0));
+                            sum = _mm512_dpbusd_epi32(sum, second, at(i, 1));
                             if WIDE {
-                                let low = _mm512_dpbusd_epi32(none, first, at(i, 2));
-                                let low = _mm512_dpbusd_epi32(low, second, at(i, 3));
-                                sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sum), low);
+                                // One sum, so that there is nothing to add to it.
+                                sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), first, at(i, 2));
+                                sum = _mm512_dpbusd_epi32(sum, second, at(i, 3));
                             }
                             let scale = _mm512_set1_ps(*products[i].add(block));
                             sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[i]);
@@ -193,9 +190,9 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
             if let Some(last) = codes.len().checked_sub(2 * LOADED) {
                 while block < 2 * pairs && low.max(high) <= last {
                     block!(false, block, LOW, low, LOW, low);
-                    near(codes.as_ptr().wrapping_add(low + AHEAD));
+
                     block!(false, block + 1, HIGH, high, HIGH, high);
-                    near(bits.add(2 * block).cast::<u8>().wrapping_add(AHEAD));
+
                     block += 2;
                 }
             }

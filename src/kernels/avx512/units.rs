@@ -63,7 +63,7 @@ impl<'a> Units<'a> {
             for w in 0..ROWS {
                 let zeros = units.array(w, 1).cast::<u32>();
                 for at in 0..count.next_multiple_of(16) {
-                    let high = units.high(at / 16 * 16) >> (at % 16) & 1 == 1;
+                    let high = units.high()[at / 16 % 2] >> (at % 16) & 1 == 1;
                     // SAFETY: in the memory, as was asserted.
                     unsafe { *zeros.add(at) = if high { MIDDLE << 4 } else { MIDDLE } };
                 }
@@ -97,16 +97,26 @@ impl<'a> Units<'a> {
         self.array(w, 2 + i)
     }
 
-    /// Which of the 16 units from `at` on, a multiple of 16, are in a second block.
-    fn high(&self, at: usize) -> u16 {
+    /// Which of 16 units are in a second block: of each first 16 of a row, and of each second.
+    #[inline]
+    fn high(&self) -> [u16; 2] {
         match self.turns {
-            None => 0,
-            Some(1) => 0xAAAA,
-            Some(2) => 0xCCCC,
-            Some(4) => 0xF0F0,
-            Some(8) => 0xFF00,
-            Some(_) => 0_u16.wrapping_sub((at / 16 % 2) as u16),
+            None => [0; 2],
+            Some(1) => [0xAAAA; 2],
+            Some(2) => [0xCCCC; 2],
+            Some(4) => [0xF0F0; 2],
+            Some(8) => [0xFF00; 2],
+            Some(_) => [0, 0xFFFF],
         }
+    }
+
+    /// Where the scales of units of `R` rows of inputs from `from` on are, and their sums.
+    pub fn prepared<const R: usize>(&self, from: usize) -> [(*const f32, *const f32); R] {
+        let (first, half, bytes) = self.prepared;
+        std::array::from_fn(|i| {
+            let scales = first.wrapping_add((from + i) * bytes);
+            (scales.cast(), scales.wrapping_add(half).cast())
+        })
     }
 
     /// Zero points of row `w` of the weight, each in all four bytes of a unit's number of 32 bits.
@@ -114,30 +124,40 @@ impl<'a> Units<'a> {
         self.array(w, 1).cast()
     }
 
-    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with `R` rows of inputs from `from` on. Returns what
-    /// the zero points take from their products, in any lanes.
+    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with `R` rows of inputs for which this has been
+    /// [`prepared`](Self::prepared). Returns what the zero points take from their products, in any lanes.
     ///
     /// # Safety
     /// `w < ROWS` and `R <= ROWS`; the rows are there.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
+    pub unsafe fn fill<const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        prepared: &[(*const f32, *const f32); R],
+    ) -> [__m512; R] {
         // SAFETY: the caller's promise.
         unsafe {
             match (self.direct && !self.grid.wide, self.grid.symmetric) {
                 // What most weights have, at its place: for one row of inputs it counts.
-                (true, true) => self.fill_some::<true, true, R>(row, w, from),
-                (true, false) => self.fill_some::<true, false, R>(row, w, from),
-                (false, _) => self.fill_any::<R>(row, w, from),
+                (true, true) => self.fill_some::<true, true, R>(row, w, prepared),
+                (true, false) => self.fill_some::<true, false, R>(row, w, prepared),
+                (false, _) => self.fill_any::<R>(row, w, prepared),
             }
         }
     }
 
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    unsafe fn fill_any<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
+    unsafe fn fill_any<const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        prepared: &[(*const f32, *const f32); R],
+    ) -> [__m512; R] {
         // SAFETY: the caller's promise.
-        unsafe { self.fill_some::<false, false, R>(row, w, from) }
+        unsafe { self.fill_some::<false, false, R>(row, w, prepared) }
     }
 
     /// [`fill`](Self::fill) where, if `HALF`, groups are units with scales of 16 bits, and, if `SYMMETRIC`, zero points are what they
@@ -149,14 +169,10 @@ impl<'a> Units<'a> {
         &self,
         row: usize,
         w: usize,
-        from: usize,
+        prepared: &[(*const f32, *const f32); R],
     ) -> [__m512; R] {
         let mut taken = [_mm512_setzero_ps(); R];
-        let (first, half, bytes) = self.prepared;
-        let prepared: [(*const f32, *const f32); R] = std::array::from_fn(|i| {
-            let scales = first.wrapping_add((from + i) * bytes);
-            (scales.cast(), scales.wrapping_add(half).cast())
-        });
+        let both = self.high();
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
         // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units, with zeros.
         unsafe {
@@ -164,7 +180,7 @@ impl<'a> Units<'a> {
                 one_by_one(self.grid, row, self.count, scales, zeros);
             }
             for at in (0..self.count).step_by(16) {
-                let high = self.high(at);
+                let high = both[at / 16 % 2];
                 let scale = if HALF {
                     self.half_scales(row, at)
                 } else if self.direct {
