@@ -75,11 +75,11 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
 /// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
 fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
     let (grid, order, has) = match weight {
-        Body::Int(packed) => (packed.whole_grid(), level.packed_order(rows), level.has_packed()),
+        Body::Int(packed) => (packed.whole_grid(), level.packed_order(rows), level.has_packed(packed.bits())),
         Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder, level.has_sparse()),
         _ => return None,
     };
-    let fits = has && grid.bits == 4 && grid.group_of.is_none();
+    let fits = has && grid.group_of.is_none();
     fits.then(|| unit_of(grid.group_size, grid.cols)).flatten().map(|unit| (order, unit))
 }
 

@@ -100,9 +100,9 @@ impl Level {
         }
     }
 
-    /// Whether packed codes of 4 bits multiply integers.
-    pub(super) fn has_packed(self) -> bool {
-        self.0 != Kind::Portable
+    /// Whether packed codes of some bits multiply integers.
+    pub(super) fn has_packed(self, bits: u8) -> bool {
+        self.0 != Kind::Portable && (bits == 4 || cfg!(target_arch = "aarch64"))
     }
 
     /// Whether sparse codes of 4 bits multiply integers.

@@ -1,9 +1,8 @@
-//! Products of codes of 4 bits, however they are stored, with inputs that were rounded to bytes; and with many rows of inputs, for which
+//! Products of codes, however they are stored, with inputs that were rounded to bytes; and with many rows of inputs, for which
 //! 16 rows of the weight are unpacked to bytes.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::units::{SLOTS, Units};
@@ -19,11 +18,11 @@ pub(super) trait Source {
     /// The codes of a block, or where they are.
     type Block: Copy;
 
-    /// Whether a block's last four vectors have their columns between those of its first four: a lane of four bytes of one and of its
-    /// partner are eight columns. Else a lane is four.
+    /// Whether a block's first four vectors are its even columns, and the others the odd ones: a lane of four bytes of one and of its
+    /// partner are eight columns. Else columns are in order, and a lane is four.
     const PAIRED: bool;
-    /// The order of the inputs.
-    const ORDER: Order;
+    /// Whether codes have 8 bits, less 128 each; else they are at most 15.
+    const WHOLE_BYTES: bool;
 
     /// A row from its first block on. `zeros` are its zero points by units, of which a block may read 16 from its own first one on.
     ///
@@ -53,7 +52,7 @@ trait Dots {
 
     fn none() -> Self::Sums;
 
-    /// Adds the products of codes up to 15 and bytes.
+    /// Adds the products of codes and bytes.
     ///
     /// # Safety
     /// The processor can.
@@ -73,7 +72,32 @@ trait Dots {
     );
 }
 
-/// What NEON has: products of 16 bits, at most `15 * 128`, of which eight are added.
+/// [`Dots::tile`] for what needs these features.
+macro_rules! with_features {
+    ($features:literal, $dots:ident) => {
+        #[inline(always)]
+        unsafe fn tile<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+            call: &Call<'_, S>,
+            row: usize,
+            from: usize,
+        ) {
+            #[inline(never)] // several in one function have too few registers
+            #[target_feature(enable = $features)]
+            unsafe fn with<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+                call: &Call<'_, S>,
+                row: usize,
+                from: usize,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { body::<$dots, S, WIDE, SMALL, W, R>(call, row, from) };
+            }
+            // SAFETY: the caller's promise.
+            unsafe { with::<S, WIDE, SMALL, W, R>(call, row, from) };
+        }
+    };
+}
+
+/// What NEON has: products of 16 bits, of codes up to 15, so at most `15 * 128`, of which eight are added.
 struct Products;
 
 impl Dots for Products {
@@ -98,25 +122,38 @@ impl Dots for Products {
         unsafe { vpaddlq_s16(vpaddq_s16(sums[0], sums[1])) }
     }
 
+    with_features!("neon", Products);
+}
+
+/// The same of codes that are bytes: two such products may be too many for 16 bits.
+struct Wide;
+
+impl Dots for Wide {
+    type Sums = int32x4_t;
+    const ROWS: usize = 2;
+
     #[inline(always)]
-    unsafe fn tile<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
-        call: &Call<'_, S>,
-        row: usize,
-        from: usize,
-    ) {
-        #[inline(never)] // several in one function have too few registers
-        #[target_feature(enable = "neon")]
-        unsafe fn with<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
-            call: &Call<'_, S>,
-            row: usize,
-            from: usize,
-        ) {
-            // SAFETY: the caller's promise.
-            unsafe { body::<Products, S, WIDE, SMALL, W, R>(call, row, from) };
-        }
-        // SAFETY: the caller's promise.
-        unsafe { with::<S, WIDE, SMALL, W, R>(call, row, from) };
+    fn none() -> int32x4_t {
+        // SAFETY: NEON is there, or nobody would call.
+        unsafe { vdupq_n_s32(0) }
     }
+
+    #[inline(always)]
+    unsafe fn add(sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
+        // SAFETY: as above.
+        unsafe {
+            let low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(x)));
+            let high = vpaddlq_s16(vmull_high_s8(codes, x));
+            vaddq_s32(sums, vpaddq_s32(low, high))
+        }
+    }
+
+    #[inline(always)]
+    fn of_fours(sums: int32x4_t) -> int32x4_t {
+        sums
+    }
+
+    with_features!("neon", Wide);
 }
 
 /// Dot products of four bytes.
@@ -159,24 +196,7 @@ impl Dots for Fours {
         sums
     }
 
-    #[inline(always)]
-    unsafe fn tile<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
-        call: &Call<'_, S>,
-        row: usize,
-        from: usize,
-    ) {
-        #[target_feature(enable = "neon,dotprod")]
-        unsafe fn with<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
-            call: &Call<'_, S>,
-            row: usize,
-            from: usize,
-        ) {
-            // SAFETY: the caller's promise.
-            unsafe { body::<Fours, S, WIDE, SMALL, W, R>(call, row, from) };
-        }
-        // SAFETY: the caller's promise.
-        unsafe { with::<S, WIDE, SMALL, W, R>(call, row, from) };
-    }
+    with_features!("neon,dotprod", Fours);
 }
 
 struct Call<'a, S> {
@@ -187,6 +207,12 @@ struct Call<'a, S> {
     filled: Option<usize>,
     input: &'a Input<'a>,
     output: Output,
+}
+
+/// The order of the inputs' bytes.
+#[inline(always)]
+fn order<S: Source>() -> Order {
+    if S::PAIRED { Order::EvenOdd } else { Order::InOrder }
 }
 
 /// Products of the inputs with some rows of a weight.
@@ -209,6 +235,8 @@ pub(super) unsafe fn multiply<S: Source + Copy>(
         match (dots, input.rows >= MANY) {
             (true, false) => few::<Fours, S>(source, grid, unit, rows, input, output, scratch),
             (true, true) => many::<Fours, S>(source, grid, unit, rows, input, output, scratch),
+            (false, false) if S::WHOLE_BYTES => few::<Wide, S>(source, grid, unit, rows, input, output, scratch),
+            (false, true) if S::WHOLE_BYTES => many::<Wide, S>(source, grid, unit, rows, input, output, scratch),
             (false, false) => few::<Products, S>(source, grid, unit, rows, input, output, scratch),
             (false, true) => many::<Products, S>(source, grid, unit, rows, input, output, scratch),
         }
@@ -277,15 +305,14 @@ unsafe fn many<D: Dots, S: Source>(
                 }
             }
         }
-        let source = Panel::<S> { first: panel, base: first, stride, like: PhantomData };
-        let call = Call { source, unit, units, filled: Some(first), input, output };
         // SAFETY: the caller's promise; the slots of the rows are filled.
         unsafe {
-            match (input.wide(), unit < BLOCK) {
-                (true, false) => panel_tiles::<D, S, true, false>(&call, rows),
-                (true, true) => panel_tiles::<D, S, true, true>(&call, rows),
-                (false, false) => panel_tiles::<D, S, false, false>(&call, rows),
-                (false, true) => panel_tiles::<D, S, false, true>(&call, rows),
+            if S::PAIRED {
+                let source = Panel::<true> { first: panel, base: first, stride };
+                unpacked::<D, true>(&Call { source, unit, units, filled: Some(first), input, output }, rows);
+            } else {
+                let source = Panel::<false> { first: panel, base: first, stride };
+                unpacked::<D, false>(&Call { source, unit, units, filled: Some(first), input, output }, rows);
             }
         }
     }
@@ -309,20 +336,19 @@ unsafe fn unpack<S: Source, const SMALL: bool>(source: &S, mut row: S::Row, coun
 }
 
 /// Rows that are unpacked, in the order of what they come from.
-struct Panel<S> {
+struct Panel<const PAIRED: bool> {
     first: *const u8,
     /// The row that is the panel's first.
     base: usize,
     stride: usize,
-    like: PhantomData<S>,
 }
 
-impl<S: Source> Source for Panel<S> {
+impl<const PAIRED: bool> Source for Panel<PAIRED> {
     type Row = *const u8;
     type Block = *const u8;
 
-    const PAIRED: bool = S::PAIRED;
-    const ORDER: Order = S::ORDER;
+    const PAIRED: bool = PAIRED;
+    const WHOLE_BYTES: bool = true; // for all that is known
 
     #[inline(always)]
     fn row(&self, row: usize, _zeros: *const u8) -> *const u8 {
@@ -341,12 +367,28 @@ impl<S: Source> Source for Panel<S> {
     }
 }
 
+/// Products of all inputs with a panel.
+///
+/// # Safety
+/// As for [`body`]; the slots of the rows are filled.
+unsafe fn unpacked<D: Dots, const PAIRED: bool>(call: &Call<'_, Panel<PAIRED>>, rows: Range<usize>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (call.input.wide(), call.unit < BLOCK) {
+            (true, false) => panel_tiles::<D, PAIRED, true, false>(call, rows),
+            (true, true) => panel_tiles::<D, PAIRED, true, true>(call, rows),
+            (false, false) => panel_tiles::<D, PAIRED, false, false>(call, rows),
+            (false, true) => panel_tiles::<D, PAIRED, false, true>(call, rows),
+        }
+    }
+}
+
 /// Products of two rows of inputs at a time with all rows of a panel, so that the inputs' bytes come from the first-level cache.
 ///
 /// # Safety
 /// As for [`body`]; the slots of the rows are filled.
-unsafe fn panel_tiles<D: Dots, S: Source, const WIDE: bool, const SMALL: bool>(
-    call: &Call<'_, Panel<S>>,
+unsafe fn panel_tiles<D: Dots, const PAIRED: bool, const WIDE: bool, const SMALL: bool>(
+    call: &Call<'_, Panel<PAIRED>>,
     rows: Range<usize>,
 ) {
     let mut from = 0;
@@ -358,12 +400,12 @@ unsafe fn panel_tiles<D: Dots, S: Source, const WIDE: bool, const SMALL: bool>(
             // SAFETY: the caller's promise.
             unsafe {
                 match (whole, two) {
-                    (true, true) if D::ROWS == 4 => D::tile::<Panel<S>, WIDE, SMALL, 4, 2>(call, row, from),
-                    (true, false) if D::ROWS == 4 => D::tile::<Panel<S>, WIDE, SMALL, 4, 1>(call, row, from),
-                    (true, true) => D::tile::<Panel<S>, WIDE, SMALL, 2, 2>(call, row, from),
-                    (true, false) => D::tile::<Panel<S>, WIDE, SMALL, 2, 1>(call, row, from),
-                    (false, true) => D::tile::<Panel<S>, WIDE, SMALL, 1, 2>(call, row, from),
-                    (false, false) => D::tile::<Panel<S>, WIDE, SMALL, 1, 1>(call, row, from),
+                    (true, true) if D::ROWS == 4 => D::tile::<Panel<PAIRED>, WIDE, SMALL, 4, 2>(call, row, from),
+                    (true, false) if D::ROWS == 4 => D::tile::<Panel<PAIRED>, WIDE, SMALL, 4, 1>(call, row, from),
+                    (true, true) => D::tile::<Panel<PAIRED>, WIDE, SMALL, 2, 2>(call, row, from),
+                    (true, false) => D::tile::<Panel<PAIRED>, WIDE, SMALL, 2, 1>(call, row, from),
+                    (false, true) => D::tile::<Panel<PAIRED>, WIDE, SMALL, 1, 2>(call, row, from),
+                    (false, false) => D::tile::<Panel<PAIRED>, WIDE, SMALL, 1, 1>(call, row, from),
                 }
             }
             row += if whole { D::ROWS } else { 1 };
@@ -385,7 +427,7 @@ unsafe fn body<D: Dots, S: Source, const WIDE: bool, const SMALL: bool, const W:
 ) {
     let Call { source, unit, units, filled, input, output } = call;
     let (size, of_block) = (input.layout.block_bytes(), BLOCK / unit);
-    let x: [*const i8; R] = std::array::from_fn(|i| input.codes(from + i, S::ORDER).as_ptr().cast());
+    let x: [*const i8; R] = std::array::from_fn(|i| input.codes(from + i, order::<S>()).as_ptr().cast());
     let slot = filled.map_or(0, |first| row - first);
     // SAFETY: `W` slots are there, and `W * R` pairs; what was prepared has whole blocks, and so has each row of the weight or what stands
     // for it, by the promises of `Source`.

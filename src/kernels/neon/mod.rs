@@ -8,7 +8,7 @@
 mod codes;
 mod dense;
 mod expand;
-mod int4;
+mod packed;
 mod panel;
 mod sparse16;
 mod sparse_int4;
@@ -60,8 +60,19 @@ pub(super) unsafe fn multiply(
             (Body::Sparse16(weight), _) if many => panel::sparse(weight, rows, input, output, scratch),
             (Body::Sparse16(weight), _) => sparse16::multiply(weight, rows, input, output),
             (Body::Int(weight), Some(unit)) => {
-                let source = int4::Packed::new(weight, rows.end, input);
-                codes::multiply(dots, source, weight.whole_grid(), unit, rows, input, output, scratch);
+                macro_rules! of {
+                    ($bits:literal) => {{
+                        let source = packed::Packed::<$bits>::new(weight, rows.end, input);
+                        codes::multiply(dots, source, weight.whole_grid(), unit, rows, input, output, scratch);
+                    }};
+                }
+                match weight.bits() {
+                    2 => of!(2),
+                    3 => of!(3),
+                    4 => of!(4),
+                    8 => of!(8),
+                    _ => return false,
+                }
             }
             (Body::SparseInt4(weight), Some(unit)) => {
                 let source = sparse_int4::Sparse::new(weight, unit, rows.end, input);

@@ -6,7 +6,7 @@ use super::codes::Source;
 use super::expand::Word;
 use super::readable;
 use crate::format::{SparseInt4, Starts, is_high};
-use crate::kernels::input::{BLOCK, Input, Order};
+use crate::kernels::input::{BLOCK, Input};
 
 /// Bytes that are read for 64 columns, as many as their codes may take.
 const LOADED: usize = 64;
@@ -82,7 +82,7 @@ impl<'a> Source for Sparse<'a> {
     type Block = [int8x16_t; 8];
 
     const PAIRED: bool = false;
-    const ORDER: Order = Order::InOrder;
+    const WHOLE_BYTES: bool = false;
 
     #[inline(always)]
     fn row(&self, row: usize, zeros: *const u8) -> Row<'a> {

@@ -4,6 +4,7 @@ use std::arch::aarch64::*;
 
 use super::widen;
 use crate::format::Grid;
+use crate::format::bits::unpack;
 use crate::kernels::input::{BLOCK, Input};
 
 /// Rows of a weight whose scales are known at a time.
@@ -83,6 +84,8 @@ impl<'a> Units<'a> {
                 std::slice::from_raw_parts_mut(self.zeros(slot), len),
             )
         };
+        // Codes of whole bytes are multiplied as signed ones.
+        let less = if grid.bits == 8 { 128.0 } else { 0.0 };
         let groups = grid.groups();
         let known = groups.min(self.count);
         if grid.group_size != self.unit || grid.wide {
@@ -93,7 +96,7 @@ impl<'a> Units<'a> {
                 let (scale, zero) = grid.at(row, group);
                 let end = if group + 1 == groups { self.count } else { at.saturating_add(of_group).min(self.count) };
                 scales[at..end].fill(scale);
-                with_zeros[at..end].fill(scale * f32::from(zero));
+                with_zeros[at..end].fill(scale * (f32::from(zero) - less));
                 zeros[at..end].fill(zero);
                 at = end;
             }
@@ -101,32 +104,25 @@ impl<'a> Units<'a> {
             return;
         }
         let of_row = &grid.scales[2 * row * groups..2 * (row + 1) * groups];
-        let nibbles = if grid.symmetric { &[] } else { grid.row_zeros(row) };
+        if grid.symmetric {
+            zeros[..known].fill(1 << (grid.bits - 1));
+        } else {
+            unpack(grid.row_zeros(row), grid.bits, &mut zeros[..known]);
+        }
         for at in (0..known).step_by(8) {
             let end = known.min(at + 8);
             let mut words = [0; 16];
             words[..2 * (end - at)].copy_from_slice(&of_row[2 * at..2 * end]);
-            let mut four = [0; 4];
-            if !grid.symmetric {
-                let some = &nibbles[at / 2..end.div_ceil(2)];
-                four[..some.len()].copy_from_slice(some);
-            }
-            // SAFETY: arrays of 16 bytes; from `at` on, a multiple of 8, all arrays have room for 8 numbers.
+            // SAFETY: an array of 16 bytes; from `at` on, a multiple of 8, all arrays have room for 8 numbers.
             unsafe {
                 let scale = widen::<true>(vld1q_u16(words.as_ptr().cast()));
-                let zero = if grid.symmetric {
-                    vdup_n_u8(8)
-                } else {
-                    let pairs = vreinterpret_u8_u32(vdup_n_u32(u32::from_le_bytes(four)));
-                    vzip1_u8(vand_u8(pairs, vdup_n_u8(0x0F)), vshr_n_u8::<4>(pairs))
-                };
-                vst1_u8(zeros.as_mut_ptr().add(at), zero);
-                let words = vmovl_u8(zero);
-                let zero = [vmovl_u16(vget_low_u16(words)), vmovl_high_u16(words)];
+                let zero = vmovl_u8(vld1_u8(zeros.as_ptr().add(at)));
+                let zero = [vmovl_u16(vget_low_u16(zero)), vmovl_high_u16(zero)];
                 for half in 0..2 {
                     let at = at + 4 * half;
+                    let zero = vsubq_f32(vcvtq_f32_u32(zero[half]), vdupq_n_f32(less));
                     vst1q_f32(scales.as_mut_ptr().add(at), scale[half]);
-                    vst1q_f32(with_zeros.as_mut_ptr().add(at), vmulq_f32(scale[half], vcvtq_f32_u32(zero[half])));
+                    vst1q_f32(with_zeros.as_mut_ptr().add(at), vmulq_f32(scale[half], zero));
                 }
             }
         }
