@@ -8,8 +8,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dense::{BF16, F16, F32, from_bf16, sixteen};
+use super::sparse_int4::Unpack;
 use super::units::{Units, for_sixteens};
-use super::{first_lanes, int4, near, some_floats, some_words, sparse_int4, sparse16};
+use super::{first_lanes, int4, near, some_floats, some_words, sparse16};
 use crate::format::{Body, Dense, Number, Sparse16};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -365,10 +366,8 @@ unsafe fn codes(
             Body::SparseInt4(sparse) => {
                 let start = |index| if index < rows.len() { sparse.offsets.get(rows.start + index) } else { 0 };
                 let mut at: [[usize; 2]; WIDTH] = std::array::from_fn(|index| [start(index); 2]);
-                let (bits, codes): (&[u8], &[u8]) = (&sparse.bits.bytes, &sparse.codes);
-                let some = |index: usize, word: usize| {
-                    sparse_int4::some_codes(sparse, bits, codes, rows.start + index, word, &mut at[index])
-                };
+                let unpack = Unpack::new(sparse);
+                let some = |index: usize, word: usize| unpack.word(rows.start + index, word, &mut at[index]);
                 fill_panel(words, rows.len(), 2 * blocks, some);
             }
             _ => return,

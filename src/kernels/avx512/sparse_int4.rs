@@ -213,55 +213,81 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
     }
 }
 
-/// The codes of word `index` of 64 columns of a row of a weight with these bits and codes, one in each byte, where those that follow in the
-/// row's two streams begin at bytes `at`, which go on to the next word's.
-///
-/// # Panics
-/// For a row that there is not.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
-pub(super) fn some_codes(
-    weight: &SparseInt4,
-    bits: &[u8],
-    codes: &[u8],
-    row: usize,
-    index: usize,
-    at: &mut [usize; 2],
-) -> __m512i {
-    let words = weight.bits.cols.div_ceil(64);
-    if index >= words {
-        return _mm512_setzero_si512();
+/// What is needed to unpack a weight word by word.
+pub(super) struct Unpack<'a> {
+    words: usize,
+    bits: &'a [[u8; 8]],
+    codes: &'a [u8],
+    /// The zero points of all rows, where they are not all the same.
+    zeros: Option<&'a [u8]>,
+    row_zeros: usize,
+    groups: usize,
+    /// Columns of a group; more than there are, where there is one group.
+    group: usize,
+}
+
+impl<'a> Unpack<'a> {
+    pub fn new(weight: &'a SparseInt4) -> Self {
+        let grid = &weight.grid;
+        Self {
+            words: weight.bits.cols.div_ceil(64),
+            bits: weight.bits.bytes.as_chunks().0,
+            codes: &weight.codes,
+            zeros: if grid.symmetric { None } else { Some(&grid.zeros) },
+            row_zeros: grid.groups().div_ceil(2),
+            groups: grid.groups(),
+            group: if grid.group_size >= grid.cols { usize::MAX } else { grid.group_size },
+        }
     }
-    let bits = &bits.as_chunks::<8>().0[row * words + index];
-    let zeros = if weight.grid.symmetric {
-        _mm512_set1_epi8(8)
-    } else {
-        // A unit is no less than eight columns.
-        let groups = weight.grid.groups();
-        let of_unit = if weight.grid.group_size >= weight.grid.cols { usize::MAX } else { weight.grid.group_size };
-        let zero = |eight: usize| {
-            let group = (64 * index + 8 * eight) / of_unit;
-            u64::from(if group < groups { weight.grid.at(row, group).1 } else { 0 }) * 0x0101_0101_0101_0101
+
+    /// The codes of word `index` of 64 columns of a row, one in each byte, where those that follow in the row's two streams begin at bytes
+    /// `at`, which go on to the next word's.
+    ///
+    /// # Panics
+    /// For a row that there is not.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
+    pub fn word(&self, row: usize, index: usize, at: &mut [usize; 2]) -> __m512i {
+        if index >= self.words {
+            return _mm512_setzero_si512();
+        }
+        let bits = &self.bits[row * self.words + index];
+        near(bits.as_ptr().wrapping_add(128));
+        let zeros = match self.zeros {
+            None => _mm512_set1_epi8(8),
+            Some(zeros) => {
+                let zeros = &zeros[row * self.row_zeros..(row + 1) * self.row_zeros];
+                let zero = |group: usize| {
+                    if group < self.groups { zeros[group / 2] >> (4 * (group % 2)) & 0x0F } else { 0 }
+                };
+                if self.group >= 64 {
+                    _mm512_set1_epi8(zero(64 * index / self.group) as i8)
+                } else {
+                    // A unit is no less than eight columns.
+                    let eight =
+                        |eight: usize| u64::from(zero((64 * index + 8 * eight) / self.group)) * 0x0101_0101_0101_0101;
+                    let zeros: [u64; 8] = std::array::from_fn(eight);
+                    // SAFETY: an array of 64 bytes.
+                    unsafe { _mm512_loadu_si512(zeros.as_ptr().cast()) }
+                }
+            }
         };
-        let zeros: [u64; 8] = std::array::from_fn(zero);
-        // SAFETY: an array of 64 bytes.
-        unsafe { _mm512_loadu_si512(zeros.as_ptr().cast()) }
-    };
-    let high = is_high(index, words);
-    let at = &mut at[usize::from(high)];
-    let mut end = [0; LOADED];
-    near(codes.as_ptr().wrapping_add(*at + 256));
-    let from = match codes.get(*at..) {
-        Some(codes) if codes.len() >= LOADED => codes.as_ptr(),
-        _ => copy_rest(codes, *at, &mut end),
-    };
-    *at += u64::from_le_bytes(*bits).count_ones() as usize;
-    // SAFETY: as many bytes are there, and the word.
-    unsafe {
-        if high {
-            expand::<DOWN>(from, bits.as_ptr().cast(), zeros)
-        } else {
-            expand::<LOW>(from, bits.as_ptr().cast(), zeros)
+        let high = is_high(index, self.words);
+        let at = &mut at[usize::from(high)];
+        let mut end = [0; LOADED];
+        near(self.codes.as_ptr().wrapping_add(*at + 256));
+        let from = match self.codes.get(*at..) {
+            Some(codes) if codes.len() >= LOADED => codes.as_ptr(),
+            _ => copy_rest(self.codes, *at, &mut end),
+        };
+        *at += u64::from_le_bytes(*bits).count_ones() as usize;
+        // SAFETY: as many bytes are there, and the word.
+        unsafe {
+            if high {
+                expand::<DOWN>(from, bits.as_ptr().cast(), zeros)
+            } else {
+                expand::<LOW>(from, bits.as_ptr().cast(), zeros)
+            }
         }
     }
 }
