@@ -33,6 +33,9 @@ enum Format {
     SparseInt4,
     Int4Asym,
     SparseInt4Asym,
+    Int8,
+    Int3,
+    Int2,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -95,14 +98,20 @@ fn weight(format: Format, rows: usize, cols: usize, args: &Args) -> Result<Store
         Format::SparseF16 => WeightFormat::SparseF16,
         Format::SparseBf16 => WeightFormat::SparseBf16,
         Format::Nm => WeightFormat::NmF16 { n: 2, m: 4 },
-        Format::Int4 | Format::SparseInt4 | Format::Int4Asym | Format::SparseInt4Asym => {
-            let symmetric = matches!(format, Format::Int4 | Format::SparseInt4);
+        _ => {
+            let bits = match format {
+                Format::Int8 => 8,
+                Format::Int3 => 3,
+                Format::Int2 => 2,
+                _ => 4,
+            };
+            let symmetric = !matches!(format, Format::Int4Asym | Format::SparseInt4Asym);
             let sparse = matches!(format, Format::SparseInt4 | Format::SparseInt4Asym);
             let groups = cols.div_ceil(args.group);
-            let zero = if symmetric { 8 } else { 5 };
+            let zero = if symmetric { 1 << (bits - 1) } else { 5 };
             let code = |rng: &mut ChaCha8Rng| {
                 let random: u32 = rng.random();
-                let code = (random >> 28) as u8;
+                let code = (random >> (32 - bits)) as u8;
                 if !sparse {
                     return code;
                 }
@@ -119,7 +128,7 @@ fn weight(format: Format, rows: usize, cols: usize, args: &Args) -> Result<Store
             let parts = QuantizedParts {
                 rows,
                 cols,
-                bits: 4,
+                bits,
                 group_size: args.group,
                 symmetric,
                 codes,

@@ -80,6 +80,11 @@ impl Grid {
         &self.zeros[row * len..(row + 1) * len]
     }
 
+    /// Reads as many zero points of a row as `out` takes, from a group on that is a multiple of 8; the grid has some.
+    pub fn some_zeros(&self, row: usize, first: usize, out: &mut [u8]) {
+        bits::unpack(&self.row_zeros(row)[bits::packed_len(first, self.bits)..], self.bits, out);
+    }
+
     /// Calls `run` for each run of columns of one group in `start..end`, in order, with the run, its scale and its zero point.
     pub fn for_runs(&self, row: usize, start: usize, end: usize, mut run: impl FnMut(std::ops::Range<usize>, f32, u8)) {
         if let Some(group_of) = &self.group_of {

@@ -73,14 +73,14 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
 }
 
 /// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
-fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
-    let (grid, order, has) = match weight {
-        Body::Int(packed) => (packed.whole_grid(), level.packed_order(rows), level.has_packed(packed.bits())),
-        Body::SparseInt4(sparse) => (&sparse.grid, Order::InOrder, level.has_sparse()),
+pub(super) fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
+    let (grid, order) = match weight {
+        Body::Int(packed) => (packed.whole_grid(), level.packed_order(packed.bits(), rows)?),
+        Body::SparseInt4(sparse) => (&sparse.grid, level.sparse_order()?),
         _ => return None,
     };
-    let fits = has && grid.group_of.is_none();
-    fits.then(|| unit_of(grid.group_size, grid.cols)).flatten().map(|unit| (order, unit))
+    let unit = if grid.group_of.is_none() { unit_of(grid.group_size, grid.cols) } else { None };
+    unit.map(|unit| (order, unit))
 }
 
 /// Bytes of scratch memory that [`forward`] needs for so many rows on this pool.
@@ -93,7 +93,7 @@ pub fn scratch_bytes(
 ) -> usize {
     // Of all instruction sets, so that any may be forced; and up to a line to begin at one.
     let needed = |level| Places::new(level, pool.threads(), layers, rows, inputs, activations).bytes;
-    needed(Level::PORTABLE).max(needed(Level::detect())) + 64
+    Level::up_to_widest().map(needed).max().unwrap_or(0) + 64
 }
 
 /// Several layers on the same inputs in one go, such as the queries, keys and values of a block: the first `inputs` columns of each

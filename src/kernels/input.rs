@@ -20,11 +20,18 @@ const PAD: usize = 16;
 
 /// In which order a block's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::enum_variant_names)] // in what order they are
 pub(super) enum Order {
     /// Columns 0, 2, .. 126, then 1, 3, .. 127: as packed codes of 4 bits come out of their bytes.
     EvenOdd,
     /// As they are.
     InOrder,
+    /// As they are, each a word of 16 bits.
+    Words,
+}
+
+impl Order {
+    const ALL: [Self; 3] = [Self::EvenOdd, Self::InOrder, Self::Words];
 }
 
 /// The unit for groups of a size, where kernels have one.
@@ -38,7 +45,7 @@ pub(super) fn unit_of(group_size: usize, cols: usize) -> Option<usize> {
 /// What must be prepared for the layers of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
-    orders: [bool; 2],
+    orders: [bool; 3],
     units: [bool; 5],
     wide: bool,
 }
@@ -65,7 +72,7 @@ pub(super) struct Layout {
 impl Layout {
     pub fn new(needs: Needs, inputs: usize) -> Self {
         let mut layout = Self { needs, inputs, units_at: [0; 5], bytes: 0 };
-        layout.bytes = needs.orders.iter().filter(|need| **need).count() * layout.codes_bytes();
+        layout.bytes = layout.orders().map(|order| layout.codes_bytes(order)).sum();
         for (index, (unit, need)) in UNITS.into_iter().zip(needs.units).enumerate() {
             layout.units_at[index] = layout.bytes;
             layout.bytes += if need { layout.unit_bytes(unit) } else { 0 };
@@ -73,11 +80,21 @@ impl Layout {
         layout
     }
 
-    /// Bytes of a row in one order: for each block 128 of `hi`, then, if wide, 128 of `lo`.
-    fn codes_bytes(&self) -> usize {
-        self.inputs.div_ceil(BLOCK) * self.block_bytes()
+    /// The orders that are needed; a row has its codes in each, one after another.
+    fn orders(&self) -> impl Iterator<Item = Order> {
+        Order::ALL.into_iter().zip(self.needs.orders).filter_map(|(order, need)| need.then_some(order))
     }
 
+    /// Bytes of a row in one order.
+    fn codes_bytes(&self, order: Order) -> usize {
+        self.inputs.div_ceil(BLOCK) * self.bytes_of_block(order)
+    }
+
+    fn bytes_of_block(&self, order: Order) -> usize {
+        if order == Order::Words { 2 * BLOCK } else { self.block_bytes() }
+    }
+
+    /// Bytes of a block in an order of bytes: 128 of `hi`, then, if wide, 128 of `lo`.
     pub fn block_bytes(&self) -> usize {
         if self.needs.wide { 2 * BLOCK } else { BLOCK }
     }
@@ -98,7 +115,7 @@ impl Layout {
     }
 
     pub fn codes_at(&self, order: Order) -> usize {
-        if order == Order::InOrder && self.needs.orders[0] { self.codes_bytes() } else { 0 }
+        self.orders().take_while(|before| *before != order).map(|before| self.codes_bytes(before)).sum()
     }
 
     /// Where the scales of units lie; the sums lie `unit_bytes / 2` behind.
@@ -131,7 +148,7 @@ impl<'a> Input<'a> {
     pub fn codes(&self, row: usize, order: Order) -> &'a [u8] {
         let from = self.at + row * self.layout.bytes + self.layout.codes_at(order);
         // SAFETY: written by `prepare` before any task reads.
-        unsafe { self.memory.shared(from, self.layout.codes_bytes()) }
+        unsafe { self.memory.shared(from, self.layout.codes_bytes(order)) }
     }
 
     /// Where the scales of the first row's units are, with 16 zeros after them; how far from there their sums (`scale * sum q`), and the
@@ -153,19 +170,15 @@ impl<'a> Input<'a> {
     /// Nobody else reads or writes it.
     pub unsafe fn prepare(&self, row: usize) {
         let (x, needs, start) = (self.row(row), self.layout.needs, self.at + row * self.layout.bytes);
-        let (size, blocks) = (self.layout.block_bytes(), self.inputs.div_ceil(BLOCK));
-        for (order, need) in [Order::EvenOdd, Order::InOrder].into_iter().zip(needs.orders) {
-            if !need {
-                continue;
-            }
-            let first = !needs.orders[0] || order == Order::EvenOdd;
+        for (nth, order) in self.layout.orders().enumerate() {
+            let (size, len) = (self.layout.bytes_of_block(order), self.layout.codes_bytes(order));
             // SAFETY: the caller's promise; the parts of a row do not overlap.
-            let codes = unsafe { self.memory.bytes(start + self.layout.codes_at(order), blocks * size) };
+            let codes = unsafe { self.memory.bytes(start + self.layout.codes_at(order), len) };
             for (index, (x, codes)) in x.chunks(BLOCK).zip(codes.chunks_exact_mut(size)).enumerate() {
                 let mut q = [0; BLOCK];
                 let scale = round(self.level, x, needs.wide, &mut q);
                 place(self.level, &q, order, codes);
-                if first {
+                if nth == 0 {
                     // SAFETY: as above.
                     unsafe { self.set_units(start, index, scale, &q) };
                 }
@@ -240,11 +253,16 @@ leveled! {
 }
 
 leveled! {
-    /// Splits integers into bytes: 128 high ones, then as many low ones where there is room.
+    /// Splits integers into bytes: 128 high ones, then as many low ones where there is room. Or writes words.
     fn place<const FMA: bool>(q: &[i32; BLOCK], order: Order, out: &mut [u8]) {
         let mut turned = [0; BLOCK];
         let q = match order {
             Order::InOrder => q,
+            Order::Words => {
+                let out = out.as_chunks_mut::<2>().0;
+                out.iter_mut().zip(q).for_each(|(out, q)| *out = (*q as i16).to_le_bytes());
+                return;
+            }
             Order::EvenOdd => {
                 let (even, odd) = turned.split_at_mut(BLOCK / 2);
                 for ((even, odd), pair) in even.iter_mut().zip(odd).zip(q.as_chunks::<2>().0) {

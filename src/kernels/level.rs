@@ -42,6 +42,7 @@ impl Level {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("avx512vbmi")
                 && is_x86_feature_detected!("avx512vbmi2")
             {
                 return Self(Kind::Avx512);
@@ -60,29 +61,24 @@ impl Level {
 
     /// Every set up to the widest.
     pub fn available() -> Vec<Self> {
-        #[allow(unused_mut)] // but on other machines
-        let mut levels = vec![Self(Kind::Portable)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let best = Self::detect();
-            if best != Self::PORTABLE {
-                levels.push(Self(Kind::Avx2));
-            }
-            if best == Self(Kind::Avx512) {
-                levels.push(best);
-            }
-        }
-        #[cfg(target_arch = "aarch64")]
-        {
-            let best = Self::detect();
-            if best != Self::PORTABLE {
-                levels.push(Self(Kind::Neon));
-            }
-            if best == Self(Kind::NeonDot) {
-                levels.push(best);
-            }
-        }
-        levels
+        Self::up_to_widest().collect()
+    }
+
+    pub(super) fn up_to_widest() -> impl Iterator<Item = Self> {
+        const ALL: &[Kind] = &[
+            Kind::Portable,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDot,
+        ];
+        let best = Self::detect();
+        let before = ALL.iter().take_while(move |kind| **kind != best.0).map(|kind| Self(*kind));
+        before.chain(std::iter::once(best))
     }
 
     /// A name for reports.
@@ -100,18 +96,31 @@ impl Level {
         }
     }
 
-    /// Whether packed codes of some bits multiply integers.
-    pub(super) fn has_packed(self, bits: u8) -> bool {
-        self.0 != Kind::Portable && (bits == 4 || cfg!(target_arch = "aarch64"))
+    /// The order in which packed codes of some bits want so many rows of inputs; none where there is no kernel for them.
+    #[allow(unused_variables)] // but on other machines
+    pub(super) fn packed_order(self, bits: u8, rows: usize) -> Option<Order> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => Some(super::avx512::packed_order(bits, rows)),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => Some(super::avx2::packed_order(bits, rows)),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot => Some(Order::EvenOdd),
+            Kind::Portable => None,
+        }
     }
 
-    /// Whether sparse codes of 4 bits multiply integers.
-    pub(super) fn has_sparse(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        if self.0 == Kind::Avx512 {
-            return true;
+    /// The same of sparse codes of 4 bits.
+    pub(super) fn sparse_order(self) -> Option<Order> {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => Some(Order::InOrder),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => Some(Order::Words),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot => Some(Order::InOrder),
+            Kind::Portable => None,
         }
-        cfg!(target_arch = "aarch64") && self.0 != Kind::Portable
     }
 
     /// Numbers of scratch memory that a thread needs for so many rows of inputs, of so many units.
@@ -120,20 +129,10 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => super::avx512::scratch_floats(rows, inputs, units),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => super::avx2::scratch_floats(units),
+            Kind::Avx2 => super::avx2::scratch_floats(rows, inputs, units),
             #[cfg(target_arch = "aarch64")]
             Kind::Neon | Kind::NeonDot => super::neon::scratch_floats(rows, inputs, units),
             Kind::Portable => 0,
-        }
-    }
-
-    /// The order in which codes of 4 bits want so many rows of inputs, where they are packed one after another.
-    #[allow(unused_variables)] // but on other machines
-    pub(super) fn packed_order(self, rows: usize) -> Order {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 if rows >= super::avx512::MANY => Order::InOrder,
-            _ => Order::EvenOdd,
         }
     }
 

@@ -7,6 +7,7 @@ use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::forward::units_of;
 use super::{Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch, forward_on, reference, scratch_bytes};
 use crate::format::testing::random_quantized;
 use crate::format::{Buffer, QuantizedMatrix, StoredMatrix, WeightFormat};
@@ -263,6 +264,48 @@ fn every_format_agrees_with_the_oracle_on_every_instruction_set() {
             let pool = &pools[rng.random_range(1..4)];
             let bits = |y: &[Vec<f32>]| y.concat().iter().map(|y| y.to_bits()).collect::<Vec<u32>>();
             assert_eq!(bits(&run(level, pool, &cases, &x, size, activations)), bits(&y), "{pool:?}");
+        }
+    }
+}
+
+#[test]
+fn codes_of_every_width_multiply_integers_wherever_there_is_vector_code() {
+    let mut rng = Rng::seed_from_u64(5);
+    for bits in [2, 3, 4, 8] {
+        for group_size in [8, 16, 32, 64, 128, 384, 1000] {
+            let matrix = random_quantized(3, 700, bits, group_size, rng.random(), &mut rng);
+            for sparse in [false, true].into_iter().filter(|sparse| !sparse || bits == 4) {
+                let weight = StoredMatrix::from_quantized(&matrix, sparse).unwrap();
+                for level in Level::available() {
+                    for rows in [1, 2, 3, 40] {
+                        let has = units_of(level, rows, weight.body()).is_some();
+                        assert_eq!(has, level != Level::PORTABLE, "{} {:?}", level.name(), weight.format());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Each kernel by itself, at the sizes at which something ends: words, blocks, two blocks, what memory holds after a row.
+#[test]
+fn every_length_of_rows_agrees_with_the_oracle() {
+    let mut rng = Rng::seed_from_u64(6);
+    let pool = Pool::new(1);
+    for cols in [1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 320, 384, 385, 448, 512, 641] {
+        for kind in 0..FORMATS {
+            let cases = [Case { adapter: None, ..Case::random(kind, cols, &mut rng) }];
+            for rows in [1, 2, 3, 4, 11] {
+                let inputs_active = if rng.random() { cols } else { rng.random_range(1..=cols) };
+                let x = inputs(rows * cols, &mut rng);
+                let (activations, rounding) =
+                    if rng.random() { (Activations::Int16, 1.6e-5) } else { (Activations::Int8, 4.0e-3) };
+                for level in Level::available() {
+                    let size = [rows, cols, inputs_active];
+                    let y = run(level, &pool, &cases, &x, size, activations);
+                    compare(level, &cases, &x, size, &y, rounding);
+                }
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::units::{Units, lanes};
-use super::{for_tiles, near, prefetch};
+use super::{for_tiles, prefetch};
 use crate::format::PackedMatrix;
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -127,16 +127,4 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
             }
         }
     }
-}
-
-/// The first 64 codes of some bytes, one in each byte, zeros past the last.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn some_codes(codes: &[u8]) -> __m512i {
-    near(codes.as_ptr().wrapping_add(256));
-    let mask = if codes.len() >= 32 { u32::MAX } else { (1 << codes.len()) - 1 };
-    // SAFETY: the mask covers codes of the row alone.
-    let pairs = _mm512_cvtepu8_epi16(unsafe { _mm256_maskz_loadu_epi8(mask, codes.as_ptr().cast()) });
-    let spread = _mm512_or_si512(pairs, _mm512_slli_epi16::<4>(pairs));
-    _mm512_and_si512(spread, _mm512_set1_epi8(0x0F))
 }

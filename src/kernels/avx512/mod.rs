@@ -1,9 +1,10 @@
-//! AVX-512 with VNNI and VBMI2: one file for each family of formats.
+//! AVX-512 with VNNI, VBMI and VBMI2: one file for each family of formats.
 //!
 //! A few rows of the weight go at a time with a few of the inputs. All functions here need the features that `Level::detect` asks for
 //! before it gives the level.
 
 mod dense;
+mod int;
 mod int4;
 pub(super) mod panel;
 mod sparse16;
@@ -17,7 +18,7 @@ use std::arch::x86_64::{
 use std::ops::Range;
 
 use super::common::Output;
-use super::input::Input;
+use super::input::{Input, Order};
 use crate::format::Body;
 
 /// Rows of a weight and of inputs at a time, at most.
@@ -25,6 +26,11 @@ pub(super) const ROWS: usize = 4;
 
 /// Rows of inputs from which on a weight is unpacked for all of them.
 pub(super) const MANY: usize = 9;
+
+/// The order in which packed codes want so many rows of inputs.
+pub(super) fn packed_order(bits: u8, rows: usize) -> Order {
+    if bits == 4 && rows < MANY { Order::EvenOdd } else { Order::InOrder }
+}
 
 /// Numbers of scratch memory for a thread.
 pub(super) fn scratch_floats(rows: usize, inputs: usize, units: usize) -> usize {
@@ -36,7 +42,7 @@ pub(super) fn scratch_floats(rows: usize, inputs: usize, units: usize) -> usize 
 /// # Safety
 /// The processor has the features, the outputs are this task's and in the output's memory.
 #[target_feature(
-    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx2,fma,f16c,bmi1,bmi2,popcnt,lzcnt"
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi1,bmi2,popcnt,lzcnt"
 )]
 pub(super) unsafe fn multiply(
     weight: &Body,
@@ -55,6 +61,9 @@ pub(super) unsafe fn multiply(
         match (weight, unit) {
             (Body::Dense(weight), _) => dense::multiply(weight, rows, input, output),
             (Body::Sparse16(weight), _) => sparse16::multiply(weight, rows, input, output),
+            (Body::Int(weight), Some(unit)) if weight.bits() != 4 => {
+                int::multiply(weight, unit, rows, input, output, scratch);
+            }
             (Body::Int(weight), Some(unit)) => int4::multiply(weight, unit, rows, input, output, scratch),
             (Body::SparseInt4(weight), Some(unit)) => sparse_int4::multiply(weight, unit, rows, input, output, scratch),
             _ => return false,

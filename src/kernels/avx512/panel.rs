@@ -8,9 +8,11 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dense::{BF16, F16, F32, from_bf16, sixteen};
+use super::int::Spread;
 use super::sparse_int4::Unpack;
 use super::units::{Units, for_sixteens};
-use super::{first_lanes, int4, near, some_floats, some_words, sparse16};
+use super::{first_lanes, near, some_floats, some_words, sparse16};
+use crate::format::bits::packed_len;
 use crate::format::{Body, Dense, Number, Sparse16};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -106,7 +108,7 @@ macro_rules! by_six {
 /// # Safety
 /// As for [`super::multiply`]; `scratch` is as long as [`floats`] says.
 #[target_feature(
-    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx2,fma,f16c,bmi1,bmi2,popcnt,lzcnt"
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi1,bmi2,popcnt,lzcnt"
 )]
 pub(super) unsafe fn multiply(
     weight: &Body,
@@ -315,7 +317,9 @@ unsafe fn spread(
 
 /// # Safety
 /// As for [`multiply`], for at most [`WIDTH`] rows.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx2,fma,f16c,bmi2,popcnt")]
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi2,popcnt"
+)]
 unsafe fn codes(
     weight: &Body,
     unit: usize,
@@ -355,11 +359,12 @@ unsafe fn codes(
     unsafe {
         match weight {
             Body::Int(packed) => {
-                let stride = packed.cols().div_ceil(2);
+                let stride = packed_len(packed.cols(), packed.bits());
                 let codes = &packed.codes()[rows.start * stride..rows.end * stride];
+                let spread = Spread::new(packed.bits());
                 let some = |index: usize, word: usize| {
                     let row = &codes[index * stride..(index + 1) * stride];
-                    int4::some_codes(row.get(32 * word..).unwrap_or(&[]))
+                    spread.codes(row.as_ptr(), stride, word)
                 };
                 fill_panel(words, rows.len(), 2 * blocks, some);
             }

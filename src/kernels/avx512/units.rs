@@ -9,9 +9,6 @@ use crate::kernels::input::{BLOCK, Input};
 /// Numbers that may be read past the last unit.
 const PAD: usize = 16;
 
-/// The zero point of symmetric codes, four times.
-const MIDDLE: u32 = 0x0808_0808;
-
 /// Numbers from one array to the next.
 fn stride(units: usize) -> usize {
     units.next_multiple_of(16) + PAD
@@ -35,6 +32,8 @@ pub(super) struct Units<'a> {
     /// Where the first row's scales of units are, from there to their sums, and to the next row's.
     prepared: (*const u8, usize, usize),
     count: usize,
+    /// The zero point of symmetric codes.
+    middle: u8,
     /// Units of a block where each second block's codes are multiplied in the high halves of bytes, as 16 times what they are.
     turns: Option<usize>,
 }
@@ -57,15 +56,17 @@ impl<'a> Units<'a> {
             zeros: &grid.zeros,
             prepared: input.units_at(unit),
             count,
+            middle: 1 << (grid.bits - 1),
             turns: turns.then_some(BLOCK / unit),
         };
         if grid.symmetric {
+            let middle = four_times(units.middle);
             for w in 0..ROWS {
                 let zeros = units.array(w, 1).cast::<u32>();
                 for at in 0..count.next_multiple_of(16) {
                     let high = units.high()[at / 16 % 2] >> (at % 16) & 1 == 1;
                     // SAFETY: in the memory, as was asserted.
-                    unsafe { *zeros.add(at) = if high { MIDDLE << 4 } else { MIDDLE } };
+                    unsafe { *zeros.add(at) = if high { middle << 4 } else { middle } };
                 }
             }
         }
@@ -84,6 +85,7 @@ impl<'a> Units<'a> {
             zeros: &grid.zeros,
             prepared: (std::ptr::null(), 0, 0),
             count: 0,
+            middle: 1 << (grid.bits - 1),
             turns: None,
         }
     }
@@ -189,10 +191,10 @@ impl<'a> Units<'a> {
                     _mm512_loadu_ps(scales.add(at))
                 };
                 let zero = if SYMMETRIC {
-                    _mm512_set1_ps(8.0)
+                    _mm512_set1_ps(f32::from(self.middle))
                 } else {
                     let four = if self.grid.symmetric {
-                        _mm512_set1_epi32(MIDDLE as i32)
+                        _mm512_set1_epi32(four_times(self.middle) as i32)
                     } else if HALF || self.direct {
                         _mm512_mullo_epi32(self.some_zeros(row, at), _mm512_set1_epi32(0x0101_0101))
                     } else {
@@ -247,10 +249,16 @@ impl<'a> Units<'a> {
         unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())) }
     }
 
-    /// Zero points of 16 groups of a row from `at` on, 4 bits each.
+    /// Zero points of 16 groups of a row from `at` on; past the last they are 0.
     #[inline]
     #[target_feature(enable = "avx512f,bmi2")]
     fn some_zeros(&self, row: usize, at: usize) -> __m512i {
+        if self.grid.bits != 4 {
+            let mut zeros = [0; 16];
+            self.grid.some_zeros(row, at, &mut zeros[..(self.groups.saturating_sub(at)).min(16)]);
+            // SAFETY: an array of 16 bytes.
+            return unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast())) };
+        }
         let len = self.groups.div_ceil(2);
         let zeros = &self.zeros[row * len..(row + 1) * len];
         let some = zeros.get(at / 2..).unwrap_or(&[]);
@@ -264,6 +272,11 @@ impl<'a> Units<'a> {
         let bytes = _mm_set_epi64x(_pdep_u64(word >> 32, spread) as i64, _pdep_u64(word, spread) as i64);
         _mm512_cvtepu8_epi32(bytes)
     }
+}
+
+/// A byte in all four of a number's.
+fn four_times(byte: u8) -> u32 {
+    u32::from(byte) * 0x0101_0101
 }
 
 /// Units of groups that are larger.
@@ -280,7 +293,7 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, ze
             // SAFETY: the arrays have room.
             unsafe {
                 *scales.add(at) = scale;
-                *zeros.add(at) = u32::from(zero) * 0x0101_0101;
+                *zeros.add(at) = four_times(zero);
             }
             at += 1;
         }
@@ -313,7 +326,11 @@ pub(super) fn for_sixteens(
             // SAFETY: the row is there, as was asserted; the arrays have 16 numbers.
             unsafe {
                 let scale = units.scales(row, at);
-                let zero = if units.grid.symmetric { _mm512_set1_epi32(8) } else { units.some_zeros(row, at) };
+                let zero = if units.grid.symmetric {
+                    _mm512_set1_epi32(i32::from(units.middle))
+                } else {
+                    units.some_zeros(row, at)
+                };
                 _mm512_storeu_ps(scales.as_mut_ptr(), scale);
                 _mm512_storeu_ps(with_zeros.as_mut_ptr(), _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
             }
