@@ -4,7 +4,6 @@ use std::arch::aarch64::*;
 
 use super::widen;
 use crate::format::Grid;
-use crate::format::bits::unpack;
 use crate::kernels::input::{BLOCK, Input};
 
 /// Rows of a weight whose scales are known at a time.
@@ -107,7 +106,7 @@ impl<'a> Units<'a> {
         if grid.symmetric {
             zeros[..known].fill(1 << (grid.bits - 1));
         } else {
-            unpack(grid.row_zeros(row), grid.bits, &mut zeros[..known]);
+            grid.some_zeros(row, 0, &mut zeros[..known]);
         }
         for at in (0..known).step_by(8) {
             let end = known.min(at + 8);
