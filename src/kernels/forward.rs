@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use super::common::{Memory, Output, lines};
 use super::input::{Input, Layout, Needs, Order, unit_of};
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::level::Kind;
 use super::level::Level;
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 use super::{Activations, Linear, Pool, Rows, RowsMut, Scratch, plain};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
@@ -251,6 +253,12 @@ impl Call<'_> {
                 }
                 return;
             }
+            #[cfg(target_arch = "aarch64")]
+            if self.level != Level::PORTABLE {
+                // SAFETY: the caller's promise.
+                unsafe { neon::add_update(bt, adapter.scale, h, rank, range, rows, output) };
+                return;
+            }
             // SAFETY: the caller's promise.
             unsafe { plain::add_update(self.level, bt, adapter.scale, h, rank, range, rows, output) };
         }
@@ -258,7 +266,7 @@ impl Call<'_> {
 
     /// # Safety
     /// The thread's memory is its own, and no other slice of it lives.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     unsafe fn scratch<'b>(&self, thread: usize) -> &'b mut [f32] {
         let at = self.places.threads + thread * self.places.of_thread;
         // SAFETY: the caller's promise.
@@ -269,7 +277,7 @@ impl Call<'_> {
     /// The columns are this task's, and in the output's memory; the thread's memory is its own.
     unsafe fn multiply(&self, thread: usize, weight: &StoredMatrix, range: Range<usize>, output: Output) {
         let at = self.places.threads + thread * self.places.of_thread;
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         {
             let (rows, body) = (range.clone(), weight.body());
             let unit = units_of(self.level, self.input.rows, body).map(|(_, unit)| unit);
@@ -277,8 +285,14 @@ impl Call<'_> {
             let done = unsafe {
                 match self.level.kind() {
                     Kind::Portable => false,
+                    #[cfg(target_arch = "x86_64")]
                     Kind::Avx2 => avx2::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                    #[cfg(target_arch = "x86_64")]
                     Kind::Avx512 => avx512::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                    #[cfg(target_arch = "aarch64")]
+                    Kind::Neon => neon::multiply(false, body, unit, rows, &self.input, output, self.scratch(thread)),
+                    #[cfg(target_arch = "aarch64")]
+                    Kind::NeonDot => neon::multiply(true, body, unit, rows, &self.input, output, self.scratch(thread)),
                 }
             };
             if done {

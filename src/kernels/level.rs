@@ -14,6 +14,11 @@ pub(super) enum Kind {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// With dot products of bytes.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
 impl Level {
@@ -46,6 +51,11 @@ impl Level {
                 return Self(Kind::Avx2);
             }
         }
+        // Weights are little-endian, and the kernels read them as they are.
+        #[cfg(target_arch = "aarch64")]
+        if cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("neon") {
+            return Self(if std::arch::is_aarch64_feature_detected!("dotprod") { Kind::NeonDot } else { Kind::Neon });
+        }
         Self(Kind::Portable)
     }
 
@@ -61,6 +71,10 @@ impl Level {
             Kind::Avx2,
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDot,
         ];
         let best = Self::detect();
         let before = ALL.iter().take_while(move |kind| **kind != best.0).map(|kind| Self(*kind));
@@ -75,16 +89,23 @@ impl Level {
             Kind::Avx2 => "AVX2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "AVX-512",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => "NEON",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDot => "NEON with dot products",
         }
     }
 
     /// The order in which packed codes of some bits want so many rows of inputs; none where there is no kernel for them.
+    #[allow(unused_variables)] // but on other machines
     pub(super) fn packed_order(self, bits: u8, rows: usize) -> Option<Order> {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => Some(super::avx512::packed_order(bits, rows)),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => Some(super::avx2::packed_order(bits, rows)),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot => Some(Order::EvenOdd),
             Kind::Portable => None,
         }
     }
@@ -96,6 +117,8 @@ impl Level {
             Kind::Avx512 => Some(Order::InOrder),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => Some(Order::Words),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot => Some(Order::InOrder),
             Kind::Portable => None,
         }
     }
@@ -107,7 +130,9 @@ impl Level {
             Kind::Avx512 => super::avx512::scratch_floats(rows, inputs, units),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => super::avx2::scratch_floats(rows, inputs, units),
-            _ => 0,
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot => super::neon::scratch_floats(rows, inputs, units),
+            Kind::Portable => 0,
         }
     }
 
@@ -116,6 +141,8 @@ impl Level {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 if rows >= super::avx512::MANY => Some(super::avx512::panel::WIDTH),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon | Kind::NeonDot if rows >= super::neon::MANY => Some(super::neon::WIDTH),
             _ => None,
         }
     }
@@ -150,6 +177,9 @@ macro_rules! leveled {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::level::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                // What every target of this architecture has anyway.
+                #[cfg(target_arch = "aarch64")]
+                $crate::kernels::level::Kind::Neon | $crate::kernels::level::Kind::NeonDot => body::<true>($($arg),*),
             }
         }
     };

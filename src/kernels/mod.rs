@@ -16,6 +16,8 @@ mod common;
 mod forward;
 mod input;
 mod level;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plain;
 mod pool;
 pub mod reference;

@@ -1,5 +1,8 @@
 //! Every format on every instruction set against sums in `f64`.
 
+#[cfg(unix)]
+mod bounds;
+
 use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

@@ -41,6 +41,7 @@ impl Level {
     /// Every level up to the widest.
     #[cfg(test)]
     pub(crate) fn available() -> Vec<Self> {
+        #[allow(unused_mut)] // but on other machines
         let mut levels = vec![Level(Kind::Portable)];
         #[cfg(target_arch = "x86_64")]
         {

@@ -36,6 +36,7 @@ pub(in super::super) enum Level {
     Avx512,
     /// Number by number: what the instructions are compared with, and what tests run on machines without them.
     #[cfg(any(test, not(target_arch = "x86_64")))]
+    #[cfg_attr(not(test), allow(dead_code))] // nothing but tests makes it
     Portable,
 }
 
@@ -74,6 +75,7 @@ pub(super) struct Place {
 
 impl Place {
     /// The part from column `first` on.
+    #[cfg(target_arch = "x86_64")]
     fn columns_from(self, first: usize, columns: usize) -> Self {
         Self { out: self.out.wrapping_add(first), columns, ..self }
     }
