@@ -158,6 +158,37 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
     }
 }
 
+/// Halves of blocks that come to follow each other are one block, and a missing MLP may be one of zeros.
+#[test]
+fn what_is_left_of_blocks_is_put_together() {
+    for tied in [true, false] {
+        let model = model(tied);
+        let parts: Vec<String> = ["0.mlp", "1.self_attn", "2.mlp"].map(|part| format!("model.layers.{part}")).to_vec();
+        let depth =
+            Group::of_kind(Elastic::Depth, "depth", parts.into_iter().rev().collect(), vec![3, 2, 1, 0]).unwrap();
+        let space = SearchSpace::new(vec![depth]).unwrap();
+        let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(4))).unwrap();
+        // Of the listed parts that many stay: which each block then has.
+        let shapes = [(0, vec![(true, true), (true, false)]), (2, vec![(true, false), (true, true), (true, true)])];
+        for stay in [0, 1, 2, 3] {
+            net.activate(&SubnetConfig::from_iter([("depth".to_string(), stay)])).unwrap();
+            let expected = logits(&net.eval_model());
+            for zero_mlps in [false, true] {
+                let merged = Merger::new().with_zero_mlps(zero_mlps).extract(&net, &[random_ids(9, 41, 3)]).unwrap();
+                let config = merged.model.config();
+                let found: Vec<_> = config.blocks().iter().map(|b| (b.has_attention(), b.has_mlp())).collect();
+                if let Some((_, shape)) = shapes.iter().find(|(n, _)| *n == stay).filter(|_| !zero_mlps) {
+                    assert_eq!(&found, shape);
+                }
+                assert!(!zero_mlps || config.blocks().iter().all(BlockDims::has_mlp));
+                assert_eq!(merged.report.blocks, config.blocks());
+                assert!(max_diff(&logits(&merged.model), &expected) < 1e-5);
+                assert_eq!(SubnetCost::of_config(config).params, merged.model.count_base_params().total);
+            }
+        }
+    }
+}
+
 #[test]
 fn zeros_are_counted_channel_by_channel() {
     let model = model(true);
@@ -288,7 +319,6 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         block.n_kv_heads = [32, 16, 8, 4][index % 4];
     }
     blocks[7] = BlockDims { n_heads: 0, n_kv_heads: 0, ..blocks[7] };
-    blocks[9].d_mlp = 0;
     let deci = config.with_blocks(&blocks).unwrap();
     assert_eq!((deci.family(), deci.blocks()), (Family::Deci, &blocks[..]));
     assert_eq!(deci.raw()["architectures"][0], "DeciLMForCausalLM");
@@ -296,9 +326,9 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
     assert_eq!(item["attention"]["n_heads_in_group"], 4);
     let factor = item["ffn"]["ffn_mult"].as_f64().unwrap();
     assert_eq!(((2.0 * factor * 4096.0 / 3.0) as usize).next_multiple_of(256), 768);
-    assert_eq!(deci.raw()["block_configs"][9]["ffn"]["no_op"], true);
+    assert_eq!(deci.raw()["block_configs"][7]["attention"]["no_op"], true);
     let names: Vec<String> = deci.tensor_shapes().into_iter().map(|(name, _)| name).collect();
-    assert!(!names.iter().any(|name| name.contains("layers.7.self_attn") || name.contains("layers.9.mlp")));
+    assert!(!names.iter().any(|name| name.contains("layers.7.self_attn")));
     assert!(!names.contains(&"model.layers.7.input_layernorm.weight".to_string()));
     assert!(names.contains(&"model.layers.7.post_attention_layernorm.weight".to_string()));
 
@@ -335,6 +365,7 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
     ] {
         let mut raw = deci.raw().clone();
         for (index, refused) in [(if part == "ffn" { 9 } else { 7 }, field == "replace_with_linear"), (2, true)] {
+            raw["block_configs"][9]["ffn"]["no_op"] = true.into();
             raw["block_configs"][index][part][field] = value.clone();
             let result = HfConfig::from_json(raw.clone());
             assert_eq!(result.is_err(), refused, "{part}.{field} of block {index}: {result:?}");
@@ -354,6 +385,40 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         assert_eq!(alike.family(), Family::Llama);
         assert_eq!((alike.num_hidden_layers(), alike.intermediate_size(), alike.head_dim()), (5, 100, 128));
     }
+    // What some readers of DeciLM's form would compute otherwise, or not at all: a first block without attention, a block without
+    // an MLP, positions that are scaled.
+    let own = |config: &HfConfig, blocks: &[BlockDims]| {
+        let other = config.with_blocks(blocks).unwrap();
+        assert_eq!((other.family(), other.blocks()), (Family::ElasticLlama, blocks));
+    };
+    let mut first = blocks.clone();
+    first[0] = BlockDims { n_heads: 0, n_kv_heads: 0, ..first[0] };
+    own(&config, &first);
+    let mut gap = blocks.clone();
+    gap[9].d_mlp = 0;
+    own(&config, &gap);
+    let llama3 = |length: usize| {
+        serde_json::json!({
+            "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": length, "rope_theta": 5e5,
+        })
+    };
+    let scaled = |parameters: serde_json::Value| {
+        let mut raw = config.raw().clone();
+        raw.remove("rope_theta");
+        raw.insert("rope_parameters".into(), parameters);
+        HfConfig::from_json(raw).unwrap()
+    };
+    own(&scaled(serde_json::json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})), &blocks);
+    own(&scaled(llama3(4096)), &blocks);
+    // One that they do know is spelled in the old way as well.
+    let known = scaled(llama3(8192));
+    let other = known.with_blocks(&blocks).unwrap();
+    assert_eq!((other.family(), other.rope_scaling()), (Family::Deci, known.rope_scaling()));
+    assert_eq!(other.raw()["rope_theta"], 5e5);
+    assert_eq!(other.raw()["rope_scaling"]["rope_type"], "llama3");
+    assert_eq!(HfConfig::from_json(other.raw().clone()).unwrap(), other);
+
     let nothing = BlockDims { n_heads: 0, n_kv_heads: 0, d_mlp: 0 };
     for bad in
         [vec![], vec![nothing], vec![blocks[0], nothing], vec![BlockDims { n_heads: 7, n_kv_heads: 3, d_mlp: 4 }; 2]]

@@ -340,6 +340,106 @@ fn transformers_reads_extracted_models() {
     run(python, "check_transformers.py", &arguments);
 }
 
+/// A random Llama whose blocks differ in key/value heads and MLP width already, with biases if `bias`.
+fn uneven_llama(bias: bool, seed: u64) -> Decoder {
+    let config = HfConfig::new_llama(&LlamaDims {
+        vocab_size: 300,
+        hidden_size: 96,
+        intermediate_size: 768,
+        num_hidden_layers: 5,
+        num_attention_heads: 6,
+        num_key_value_heads: 6,
+        max_position_embeddings: 128,
+        rope_theta: 5e4,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: bias,
+        bos_token_id: Some(1),
+        eos_token_id: Some(2),
+        pad_token_id: None,
+        dtype: DType::F32,
+    });
+    let mut raw = config.unwrap().raw().clone();
+    raw.insert("attention_bias".into(), bias.into());
+    raw.insert("mlp_bias".into(), bias.into());
+    let config = HfConfig::from_json(raw).unwrap();
+    let mut blocks = config.blocks().to_vec();
+    for (block, n_kv_heads) in blocks.iter_mut().zip([3, 6, 2, 1, 3]) {
+        block.n_kv_heads = n_kv_heads;
+    }
+    let config = config.with_blocks(&blocks).unwrap();
+    assert_eq!(config.family(), Family::Deci);
+    let mut model = Decoder::init(&config, seed, &Device::flex()).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    model
+        .try_for_each_linear(|_, layer| {
+            let [d_input, d_output] = layer.base.dims();
+            let bound = (3.0 / d_input as f32).sqrt();
+            let weight = Matrix::from_fn(d_output, d_input, |_, _| rng.random_range(-bound..bound));
+            let biases: Vec<f32> = (0..d_output).map(|_| rng.random_range(-0.3..0.3)).collect();
+            layer.base = BaseLinear::from_matrix(&weight, bias.then_some(&biases[..]), &Device::flex())?;
+            Ok(())
+        })
+        .unwrap();
+    model
+}
+
+/// DeciLM's form, which llama.cpp converts and runs: uneven MLPs, uneven key/value heads, a block without an attention, one without
+/// an MLP. Where `ELASTIC_LORA_LLAMA_CPP` names llama.cpp's sources and Python has `llama_cpp`.
+#[test]
+fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
+    let Some(python) = python() else { return };
+    let Some(sources) = std::env::var_os("ELASTIC_LORA_LLAMA_CPP").map(PathBuf::from) else {
+        eprintln!("skipped: no sources of llama.cpp (name them in ELASTIC_LORA_LLAMA_CPP)");
+        return;
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut arguments = vec![sources];
+    for (bias, seed) in [(false, 81), (true, 82)] {
+        let model = uneven_llama(bias, seed);
+        let layers = model.layer_shapes();
+        let parts = ["model.layers.1.mlp", "model.layers.3.self_attn"].map(String::from).to_vec();
+        let space = SearchSpace::per_layer(&layers, &[8, 3])
+            .unwrap()
+            .with_groups(
+                SearchSpace::groups_by_block(Elastic::Width, &layers, &[&["gate_proj", "up_proj"]], &[768, 512, 256])
+                    .unwrap(),
+            )
+            .unwrap()
+            .with_groups([Group::of_kind(Elastic::Depth, "depth", parts, vec![2, 1, 0]).unwrap()])
+            .unwrap();
+        let ids = random_ids(&model, 60, 83);
+        let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(8).with_alpha(13.0))).unwrap();
+        let sequences = ids.chunks(15).map(|c| Sequence::unmasked(c.to_vec())).collect();
+        let config = TrainConfig { lr: 0.02, ..TrainConfig::new(2) };
+        Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 5).unwrap(), &[]).unwrap();
+        for depth in [2, 1, 0] {
+            let mut subnet = net.minimal();
+            let groups: Vec<String> =
+                net.space().groups_of_kind(Elastic::Width).map(|group| group.id().to_string()).collect();
+            groups.iter().zip([512, 768, 256, 256, 768]).for_each(|(group, width)| {
+                subnet.set(group, width);
+            });
+            subnet.set("depth", depth);
+            net.activate(&subnet).unwrap();
+            let merger = Merger::new().with_mode(MergeMode::Dense);
+            let extracted = merger.extract(&net, &[]).unwrap().model;
+            // The block without an MLP makes it this crate's own form, unless that gets one of zeros.
+            assert_eq!(extracted.config().family(), if depth == 0 { Family::ElasticLlama } else { Family::Deci });
+            let filled = merger.with_zero_mlps(true).extract(&net, &[]).unwrap().model;
+            assert_eq!(filled.config().family(), Family::Deci);
+            assert!(max_diff(&logits(&filled, &ids), &logits(&net.eval_model(), &ids)) < 1e-4);
+            let folder = scratch.path().join(format!("deci-{bias}-{depth}"));
+            let out = HfFolder::create(&folder, false).unwrap();
+            out.write_model(filled.config(), DType::F32, filled.tensors(DType::F32).unwrap()).unwrap();
+            out.commit().unwrap();
+            let vectors = folder.with_extension("safetensors");
+            write_vectors(&vectors, &load(&folder), &ids, Vec::new(), &BTreeMap::new());
+            arguments.extend([folder, vectors]);
+        }
+    }
+    run(python, "check_llama_cpp.py", &arguments);
+}
+
 /// A script that finds a difference says so: the tests above would pass otherwise.
 #[test]
 fn the_scripts_can_fail() {

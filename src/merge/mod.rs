@@ -5,14 +5,15 @@
 //! integers as well (QA-SparsePEFT) gives a quantized weight, whose every value is that of the training forward, bit for bit. A subnet of smaller widths or depth (LoNAS,
 //! LREC-COLING 2024) becomes a plain model that is smaller, which the authors' code does not provide.
 
+use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::ElasticLoraLinear;
 use crate::error::{Error, Result};
 use crate::format::PackedMatrix;
 use crate::io::hf::BlockDims;
-use crate::model::{Block, Decoder};
-use crate::nn::{host_values, matrix_from_tensor};
+use crate::model::{Block, Decoder, Mlp};
+use crate::nn::{RmsNorm, host_values, matrix_from_tensor};
 use crate::sparsity::Mask;
 use crate::supernet::SuperNet;
 
@@ -51,6 +52,7 @@ pub enum MergeMode {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Merger {
     mode: MergeMode,
+    zero_mlps: bool,
 }
 
 /// What a merge did to one layer.
@@ -110,6 +112,14 @@ impl Merger {
         self
     }
 
+    /// Sets whether [`extract`](Self::extract) gives a block that is left without an MLP one of zeros, 256 channels wide, which changes
+    /// no output. It costs `3 * 256 * d_model` parameters a block, and is for readers of DeciLM's form that take a block
+    /// without an MLP for none at all, as llama.cpp does: without it, the model is written in this crate's own form.
+    pub fn with_zero_mlps(mut self, zero_mlps: bool) -> Self {
+        self.zero_mlps = zero_mlps;
+        self
+    }
+
     /// Merges the active subnet, leaving `net` as it is. The logits of both are compared on `sample`, token sequences. A subnet
     /// that leaves out channels or parts of blocks is for [`extract`](Self::extract).
     ///
@@ -134,7 +144,8 @@ impl Merger {
     /// The active subnet as a plain model of its own: adapters merged, and only those channels, heads and parts of blocks left that
     /// are active. `net` stays as it is. The logits of both are compared on `sample`, token sequences.
     ///
-    /// Blocks of which nothing is left go, and those behind them move up. The model's [`HfConfig`](crate::io::HfConfig) is a stock
+    /// Blocks of which nothing is left go, and those behind them move up. An attention without its MLP and an MLP without its attention
+    /// that come to follow each other become one block. The model's [`HfConfig`](crate::io::HfConfig) is a stock
     /// one where all blocks are alike; see [`HfConfig::with_blocks`](crate::io::HfConfig::with_blocks).
     ///
     /// # Errors
@@ -155,9 +166,9 @@ impl Merger {
         }
         let blocks: Vec<BlockDims> = net.block_dims(net.active())?;
         let blocks: Vec<BlockDims> = blocks.into_iter().filter(|b| b.has_attention() || b.has_mlp()).collect();
+        let (blocks, running) = self.reshaped(&model, blocks)?;
         if blocks != model.config().blocks() {
             let config = model.config().with_blocks(&blocks)?;
-            let running = model.layers.clone().into_iter().filter_map(Block::running).collect();
             model = model.with_layers(running, config);
         }
         let mut max_logit_difference = None;
@@ -169,6 +180,34 @@ impl Merger {
         }
         let zeros_lost = layers.iter().map(|layer| layer.zeros_lost).sum();
         Ok(Merged { model, report: MergeReport { layers, zeros_lost, blocks, left_out, max_logit_difference } })
+    }
+
+    /// The running blocks of a model, whose sizes are `dims`, with halves joined and missing MLPs filled in.
+    fn reshaped(&self, model: &Decoder, dims: Vec<BlockDims>) -> Result<(Vec<BlockDims>, Vec<Block>)> {
+        let (mut joined, mut blocks): (Vec<BlockDims>, Vec<Block>) = (Vec::new(), Vec::new());
+        for (next, block) in dims.into_iter().zip(model.layers.clone().into_iter().filter_map(Block::running)) {
+            match joined.last_mut().zip(blocks.pop()) {
+                Some((last, before)) if !last.has_mlp() && !next.has_attention() => {
+                    last.d_mlp = next.d_mlp;
+                    blocks.push(before.joined(block));
+                    continue;
+                }
+                Some((_, before)) => blocks.push(before),
+                None => {}
+            }
+            joined.push(next);
+            blocks.push(block);
+        }
+        if self.zero_mlps {
+            let (config, device) = (model.config(), model.device());
+            for (dims, block) in joined.iter_mut().zip(&mut blocks).filter(|(dims, _)| !dims.has_mlp()) {
+                dims.d_mlp = BlockDims::DECI_MULTIPLE;
+                let mlp = Mlp::zeros(config.hidden_size(), dims.d_mlp, config.mlp_bias(), &device)?;
+                let gains = Tensor::ones([config.hidden_size()], &device);
+                block.set_mlp(RmsNorm::from_tensor(gains, config.rms_norm_eps()), mlp);
+            }
+        }
+        Ok((joined, blocks))
     }
 
     /// Merges one layer, in place; nothing where it has no adapter. Of inputs and outputs, those that are active are left.

@@ -1,11 +1,12 @@
 //! One transformer block: attention and SwiGLU MLP, each behind an RMSNorm and a residual.
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use crate::adapter::ElasticLoraLinear;
+use crate::error::Result;
 use crate::nn::ops::{self, AttentionMask};
-use crate::nn::{KvCache, RmsNorm};
+use crate::nn::{BaseLinear, KvCache, RmsNorm};
 
 /// Which linear layer of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -140,6 +141,19 @@ pub struct Mlp {
 }
 
 impl Mlp {
+    /// One that gives nothing but zeros.
+    pub(crate) fn zeros(d_model: usize, d_mlp: usize, bias: bool, device: &Device) -> Result<Self> {
+        let linear = |d_input: usize, d_output: usize| {
+            let bias = bias.then(|| Tensor::zeros([d_output], device));
+            BaseLinear::from_tensors(Tensor::zeros([d_input, d_output], device), bias).map(ElasticLoraLinear::plain)
+        };
+        Ok(Self {
+            gate_proj: linear(d_model, d_mlp)?,
+            up_proj: linear(d_model, d_mlp)?,
+            down_proj: linear(d_mlp, d_model)?,
+        })
+    }
+
     fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>) -> Tensor<3> {
         pass.show(&[LinearKind::Gate, LinearKind::Up], &x);
         let hidden = ops::swiglu(self.gate_proj.forward(x.clone()), self.up_proj.forward(x));
@@ -262,6 +276,16 @@ impl Block {
         let attention = self.input_layernorm.zip(self.self_attn).filter(|_| attention);
         let mlp = self.post_attention_layernorm.zip(self.mlp).filter(|_| mlp);
         (attention.is_some() || mlp.is_some()).then(|| Self::new(attention, mlp))
+    }
+
+    /// One block of two, of which the first has no MLP and the second no attention: the same function.
+    pub(crate) fn joined(self, next: Self) -> Self {
+        Self::new(self.input_layernorm.zip(self.self_attn), next.post_attention_layernorm.zip(next.mlp))
+    }
+
+    /// Gives the block an MLP that it lacks.
+    pub(crate) fn set_mlp(&mut self, norm: RmsNorm, mlp: Mlp) {
+        (self.post_attention_layernorm, self.mlp) = (Some(norm), Some(mlp));
     }
 
     /// The norm before a part, where the block has it.

@@ -3,13 +3,17 @@
 //! DeciLM says key/value heads as `attention.n_heads_in_group`, the query heads of each, and the MLP's width as a multiple of the
 //! hidden size, `ffn.ffn_mult`, which its readers round to 6 decimals: `int(2 * ffn_mult * hidden_size / 3)` rounded up to a multiple
 //! of 256. Query heads are the same in all blocks there, and some readers take the hidden size divided by their number as the size of
-//! a head, whatever `head_dim` says. What it cannot say stands in two fields of this crate's own, `attention.num_attention_heads` and
-//! `ffn.intermediate_size`, under another model type, so that no reader takes such a file for what it is not.
+//! a head, whatever `head_dim` says. What DeciLM cannot say, or what one of its readers gets wrong, stands in two fields of this crate's
+//! own, `attention.num_attention_heads` and `ffn.intermediate_size`, under another model type, so that no reader takes such a file for
+//! what it is not. Read in the sources of llama.cpp (2026), vLLM and mlx-lm, and tried with the first: a block with an attention and
+//! without an MLP is skipped by llama.cpp; a first block without attention neither it nor vLLM can run; llama.cpp's converter drops
+//! linear scaling of positions, and has Llama 3.1's start from 8192 whatever the config says.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::config::{Family, HfConfig, MAX_HEADS, MAX_WIDTH};
+use super::rope::{self, RopeScaling};
 use crate::error::Result;
 use crate::io::fields::{Fields, bad_field};
 
@@ -33,6 +37,9 @@ pub struct BlockDims {
 }
 
 impl BlockDims {
+    /// What DeciLM's MLP widths are multiples of.
+    pub const DECI_MULTIPLE: usize = MULTIPLE;
+
     /// Whether there is an attention.
     pub fn has_attention(&self) -> bool {
         self.n_heads > 0
@@ -163,10 +170,12 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     }
     let heads = most(|block| block.n_heads);
     let deci = config.sliding_window().is_none()
-        && [0, config.hidden_size()].contains(&(heads * config.head_dim()))
+        && first.has_attention()
+        && heads * config.head_dim() == config.hidden_size()
+        && positions_as_deci(config.rope_scaling())
         && blocks.iter().all(|block| {
             let width = deci_width(config.hidden_size(), factor(config.hidden_size(), block.d_mlp));
-            [0, heads].contains(&block.n_heads) && (!block.has_mlp() || width == Some(block.d_mlp))
+            [0, heads].contains(&block.n_heads) && width == Some(block.d_mlp)
         });
     family(&mut raw, if deci { Family::Deci } else { Family::ElasticLlama });
     // Of a model without any attention, the number of heads says nothing; the field must be there all the same.
@@ -174,6 +183,9 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     if deci {
         raw.insert("num_key_value_heads".into(), Value::Null);
         raw.insert("intermediate_size".into(), Value::Null);
+        // Most of its readers are of a time when positions were spelled in this way alone.
+        raw.insert("rope_theta".into(), config.rope_theta().into());
+        raw.insert("rope_scaling".into(), rope::value(config.rope_scaling()));
     } else {
         raw.insert("num_key_value_heads".into(), most(|block| block.n_kv_heads).max(1).into());
         raw.insert("intermediate_size".into(), widest.max(1).into());
@@ -192,6 +204,15 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     };
     raw.insert(FIELD.into(), blocks.iter().map(item).collect());
     Ok(raw)
+}
+
+/// Whether DeciLM's readers place positions as the model does.
+fn positions_as_deci(scaling: RopeScaling) -> bool {
+    match scaling {
+        RopeScaling::Default => true,
+        RopeScaling::Linear { .. } => false,
+        RopeScaling::Llama3 { original_max_position_embeddings, .. } => original_max_position_embeddings == 8192,
+    }
 }
 
 /// DeciLM's factor for a width.

@@ -20,7 +20,7 @@ pub enum Family {
     Llama,
     /// Mistral 7B, Nemo and kin: Llama with a sliding window and without biases.
     Mistral,
-    /// Llama whose blocks differ in key/value heads and MLP width or lack one of the two: DeciLM, "Nemotron-NAS" (`block_configs`).
+    /// Llama whose blocks differ in key/value heads and MLP width or lack an attention: DeciLM, "Nemotron-NAS" (`block_configs`).
     Deci,
     /// Llama whose blocks differ in more than `block_configs` can say elsewhere, such as their number of query heads: this
     /// crate's own, `block_configs` with the sizes in full.
@@ -406,7 +406,7 @@ impl HfConfig {
     }
 
     /// The same model with blocks of these sizes. Where all are alike, the family stays; else it becomes [`Family::Deci`],
-    /// if DeciLM's form can say these sizes, or [`Family::ElasticLlama`].
+    /// if DeciLM's form can say these sizes and its readers agree on what they mean, or [`Family::ElasticLlama`].
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for sizes that make no model.

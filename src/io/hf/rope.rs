@@ -1,6 +1,6 @@
 //! The rotary embedding's settings, in every spelling that configs use.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
@@ -62,6 +62,19 @@ pub(super) fn parse(raw: &Map<String, Value>) -> Result<(f64, RopeScaling)> {
         return Err(bad_field("rope_theta", format!("{theta}, expected a positive number")));
     }
     Ok((theta, new.or(old).map_or(RopeScaling::Default, |(_, s)| s)))
+}
+
+/// What `rope_scaling` says of it.
+pub(super) fn value(scaling: RopeScaling) -> Value {
+    match scaling {
+        RopeScaling::Default => Value::Null,
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+        }),
+    }
 }
 
 fn dict<'a>(raw: &'a Map<String, Value>, field: &str) -> Result<Option<&'a Map<String, Value>>> {
