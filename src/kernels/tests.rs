@@ -310,6 +310,26 @@ fn every_length_of_rows_agrees_with_the_oracle() {
     }
 }
 
+/// Rows of inputs that do not stay in a first-level cache, for which rows of the weight go together.
+#[test]
+fn long_rows_agree_with_the_oracle() {
+    let mut rng = Rng::seed_from_u64(7);
+    let pools = [1, 2].map(Pool::new);
+    for kind in 0..FORMATS {
+        for cols in [6145, 6464, 6912, 11008] {
+            let cases = [Case { adapter: None, ..Case::random(kind, cols, &mut rng) }];
+            let inputs_active = if rng.random() { cols } else { rng.random_range(6145..=cols) };
+            let x = inputs(cols, &mut rng);
+            for level in Level::available() {
+                let size = [1, cols, inputs_active];
+                let y = run(level, &pools[0], &cases, &x, size, Activations::Int16);
+                compare(level, &cases, &x, size, &y, 1.6e-5);
+                assert_eq!(run(level, &pools[1], &cases, &x, size, Activations::Int16), y);
+            }
+        }
+    }
+}
+
 #[test]
 fn one_row_is_the_same_alone_and_numbers_that_are_none_stay_so() {
     let mut rng = Rng::seed_from_u64(2);

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{for_tiles, prefetch, some_floats, some_words};
+use super::{LONG, ROWS, for_tiles, prefetch, some_floats, some_words};
 use crate::format::{Dense, Number};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
@@ -34,33 +34,46 @@ unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>,
     let values: &[u8] = &weight.values;
     assert!(rows.end * stride <= values.len() && input.inputs <= weight.cols);
     let first = values.as_ptr();
+    // A row of inputs that is long is read once for rows that are far from each other; else rows follow each other.
+    let part = if input.rows == 1 && input.inputs > LONG { rows.len() / ROWS } else { 0 };
+    let at = |row: usize| first.wrapping_add(row * stride);
+    let rest = rows.start + ROWS * part..rows.end;
     // SAFETY: the rows are in the values, as was asserted; the rest is the caller's promise.
     unsafe {
+        for row in rows.start..rows.start + part {
+            tile::<N, ROWS, 1>(at(row), stride, row, part, input, 0, output);
+        }
         match N {
-            F32 => for_tiles!(rows, input.rows, 1 x 1, 4 x 4, |row, from| tile_f32(
-                first.add(row * stride),
-                stride,
-                row,
-                input,
-                from,
-                output
-            )),
-            F16 => for_tiles!(rows, input.rows, 1 x 1, 4 x 4, |row, from| tile_f16(
-                first.add(row * stride),
-                stride,
-                row,
-                input,
-                from,
-                output
-            )),
-            _ => for_tiles!(rows, input.rows, 1 x 1, 4 x 4, |row, from| tile_bf16(
-                first.add(row * stride),
-                stride,
-                row,
-                input,
-                from,
-                output
-            )),
+            F32 => {
+                for_tiles!(rest, input.rows, 1 x 1, 4 x 4, |row, from| tile_f32(
+                    at(row),
+                    stride,
+                    row,
+                    input,
+                    from,
+                    output
+                ))
+            }
+            F16 => {
+                for_tiles!(rest, input.rows, 1 x 1, 4 x 4, |row, from| tile_f16(
+                    at(row),
+                    stride,
+                    row,
+                    input,
+                    from,
+                    output
+                ))
+            }
+            _ => {
+                for_tiles!(rest, input.rows, 1 x 1, 4 x 4, |row, from| tile_bf16(
+                    at(row),
+                    stride,
+                    row,
+                    input,
+                    from,
+                    output
+                ))
+            }
         }
     }
 }
@@ -79,7 +92,7 @@ macro_rules! tile {
             output: Output,
         ) {
             // SAFETY: the caller's promise.
-            unsafe { tile::<$number, W, R>(weight, stride, row, input, from, output) };
+            unsafe { tile::<$number, W, R>(weight, stride, row, 1, input, from, output) };
         }
     };
 }
@@ -88,6 +101,8 @@ tile!(tile_f32, F32);
 tile!(tile_f16, F16);
 tile!(tile_bf16, BF16);
 
+/// Rows of the weight that are `apart` from each other.
+///
 /// # Safety
 /// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's.
 #[inline]
@@ -97,6 +112,7 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
     weight: *const u8,
     stride: usize,
     row: usize,
+    apart: usize,
     input: &Input<'_>,
     from: usize,
     output: Output,
@@ -111,9 +127,9 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
         let mut column = 0;
         while column < whole {
             for w in 0..W {
-                prefetch(weight.add(w * stride + column * size));
+                prefetch(weight.add(w * apart * stride + column * size));
                 if N == F32 {
-                    prefetch(weight.add(w * stride + column * size + 64));
+                    prefetch(weight.add(w * apart * stride + column * size + 64));
                 }
             }
             for part in 0..2 {
@@ -122,7 +138,7 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
                     xs[i] = _mm512_loadu_ps(x[i].add(column + 16 * part));
                 }
                 for w in 0..W {
-                    let ws = sixteen::<N>(weight.add(w * stride + (column + 16 * part) * size));
+                    let ws = sixteen::<N>(weight.add(w * apart * stride + (column + 16 * part) * size));
                     for i in 0..R {
                         sums[w][i][part] = _mm512_fmadd_ps(ws, xs[i], sums[w][i][part]);
                     }
@@ -134,7 +150,7 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
         while column < input.inputs {
             let rest = input.inputs - column;
             for w in 0..W {
-                let at = weight.add(w * stride + column * size);
+                let at = weight.add(w * apart * stride + column * size);
                 let ws = match N {
                     F32 => some_floats(at.cast(), rest),
                     F16 => _mm512_cvtph_ps(some_words(at, rest)),
@@ -148,7 +164,11 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
         }
         for w in 0..W {
             for i in 0..R {
-                output.set(from + i, row + w, _mm512_reduce_add_ps(_mm512_add_ps(sums[w][i][0], sums[w][i][1])));
+                output.set(
+                    from + i,
+                    row + w * apart,
+                    _mm512_reduce_add_ps(_mm512_add_ps(sums[w][i][0], sums[w][i][1])),
+                );
             }
         }
     }

@@ -24,6 +24,10 @@ use crate::format::Body;
 /// Rows of a weight and of inputs at a time, at most.
 pub(super) const ROWS: usize = 4;
 
+/// Inputs that do not stay in the first-level cache beside what streams past them. A row of as many is read once for [`ROWS`] rows of the
+/// weight, a quarter of a task apart, so that what memory reads ahead is needed.
+pub(super) const LONG: usize = 6144;
+
 /// Rows of inputs from which on a weight is unpacked for all of them.
 pub(super) const MANY: usize = 9;
 

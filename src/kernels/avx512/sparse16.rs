@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dense::from_bf16;
-use super::{for_tiles, mask16, prefetch, some_floats};
+use super::{LONG, ROWS, for_tiles, mask16, prefetch, some_floats};
 use crate::format::{Number, Sparse16, Starts};
 use crate::kernels::common::Output;
 use crate::kernels::input::Input;
@@ -19,13 +19,25 @@ pub(super) unsafe fn multiply(weight: &Sparse16, rows: Range<usize>, input: &Inp
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
     let starts = weight.offsets.starts();
-    let call = Call { starts, words, bits: weight.bits.bytes.as_ptr(), values: &weight.values, input, output };
+    // A row of inputs that is long is read once for rows that are far from each other; else rows follow each other.
+    let part = if input.rows == 1 && input.inputs > LONG { rows.len() / ROWS } else { 0 };
+    let (bits, values) = (weight.bits.bytes.as_ptr(), &*weight.values);
+    let mut call = Call { starts, words, bits, values, input, output, apart: part };
+    let rest = rows.start + ROWS * part..rows.end;
     // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
     unsafe {
+        for row in rows.start..rows.start + part {
+            if weight.number == Number::F16 {
+                tile_f16::<ROWS, 1>(&call, row, 0);
+            } else {
+                tile_bf16::<ROWS, 1>(&call, row, 0);
+            }
+        }
+        call.apart = 1;
         if weight.number == Number::F16 {
-            for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_f16(&call, row, from));
+            for_tiles!(rest, input.rows, 2 x 1, 2 x 4, |row, from| tile_f16(&call, row, from));
         } else {
-            for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_bf16(&call, row, from));
+            for_tiles!(rest, input.rows, 2 x 1, 2 x 4, |row, from| tile_bf16(&call, row, from));
         }
     }
 }
@@ -37,6 +49,8 @@ struct Call<'a> {
     values: &'a [u8],
     input: &'a Input<'a>,
     output: Output,
+    /// How far the rows of a tile are from each other.
+    apart: usize,
 }
 
 macro_rules! tile {
@@ -47,7 +61,7 @@ macro_rules! tile {
         unsafe fn $name<const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
             let far = |w: usize| {
                 // As far as a row's values may reach, whatever its bits are.
-                2 * call.starts.get(row + w) + LOADED * (call.words + 1) <= call.values.len()
+                2 * call.starts.get(row + w * call.apart) + LOADED * (call.words + 1) <= call.values.len()
             };
             // SAFETY: the caller's promise; what is not checked was.
             unsafe {
@@ -96,16 +110,16 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
     row: usize,
     from: usize,
 ) {
-    let Call { starts, words, bits, values, input, output } = *call;
+    let Call { starts, words, bits, values, input, output, apart } = *call;
     // One for each 16 columns of a word, so that no addition waits for the one before.
     let mut sums = [[[_mm512_setzero_ps(); 4]; R]; W];
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
-    let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w));
+    let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w * apart));
     let mut end = [0; LOADED];
     // SAFETY: words are in the bits' rows; values are read where as many bytes are left, and copied where they are not; inputs are read
     // where they are, the last ones masked.
     unsafe {
-        let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w) * words * 8).cast());
+        let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
         let mut next = |w: usize, block: usize| {
             let word = bits[w].add(block);
             let from = if CHECKED && at[w] + LOADED > values.len() {
@@ -152,7 +166,7 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
             for i in 0..R {
                 let [a, b, c, d] = sums[w][i];
                 let sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
-                output.set(from + i, row + w, _mm512_reduce_add_ps(sum));
+                output.set(from + i, row + w * apart, _mm512_reduce_add_ps(sum));
             }
         }
     }

@@ -7,9 +7,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::near;
 use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
+use super::{LONG, ROWS, near};
 use crate::format::{SparseInt4, Starts, is_high};
 use crate::kernels::common::Output;
 use crate::kernels::input::{BLOCK, Input, Order};
@@ -49,16 +49,22 @@ pub(super) unsafe fn multiply(
 macro_rules! for_inputs {
     ($call:expr, $rows:expr, $inputs:expr, $wide:literal, $small:literal) => {{
         if $inputs == 1 {
-            tile::<$wide, $small, 1>($call, $rows, 0);
+            let part = $rows.len() / ROWS;
+            if part > 0 && $call.input.inputs > LONG {
+                tile::<$wide, $small, ROWS, 1>($call, $rows.start..$rows.start + part, part, 0);
+                tile::<$wide, $small, 1, 1>($call, $rows.start + ROWS * part..$rows.end, 0, 0);
+            } else {
+                tile::<$wide, $small, 1, 1>($call, $rows, 0, 0);
+            }
         } else {
             for row in $rows {
                 let mut from = 0;
                 while from < $inputs {
                     let rows = row..row + 1;
                     from += match $inputs - from {
-                        1 => (tile::<$wide, $small, 1>($call, rows, from), 1).1,
-                        2..=3 => (tile::<$wide, $small, 2>($call, rows, from), 2).1,
-                        _ => (tile::<$wide, $small, 4>($call, rows, from), 4).1,
+                        1 => (tile::<$wide, $small, 1, 1>($call, rows, 0, from), 1).1,
+                        2..=3 => (tile::<$wide, $small, 1, 2>($call, rows, 0, from), 2).1,
+                        _ => (tile::<$wide, $small, 1, 4>($call, rows, 0, from), 4).1,
                     };
                 }
             }
@@ -102,26 +108,34 @@ unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m5
     _mm512_mask_expand_epi8(zeros, mask, some)
 }
 
+/// Rows of the weight, each with the `W - 1` that follow `apart` from each other.
+///
 /// # Safety
 /// The rows of the weight and `R` of the inputs are there, and their outputs this task's.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt")]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
 #[allow(unused_assignments)] // a stream's last step
-unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<'_>, rows: Range<usize>, from: usize) {
+unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+    call: &Call<'_>,
+    rows: Range<usize>,
+    apart: usize,
+    from: usize,
+) {
     let Call { starts, unit, words, bits, codes, input, output, units } = *call;
     let lanes = if SMALL { lanes(4, unit) } else { _mm512_setzero_si512() };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::InOrder).as_ptr());
     let size = if WIDE { 2 * BLOCK } else { BLOCK };
     let (blocks, of_block) = (input.inputs.div_ceil(BLOCK), BLOCK / unit);
-    let products: [*const f32; R] = std::array::from_fn(|i| units.products(0, i));
-    let (zeros, prepared) = (units.zeros(0), units.prepared::<R>(from));
+    let products: [[*const f32; R]; W] = std::array::from_fn(|w| std::array::from_fn(|i| units.products(w, i)));
+    let zeros: [*const u32; W] = std::array::from_fn(|w| units.zeros(w));
+    let prepared = units.prepared::<R>(from);
     let mut end = [0; LOADED];
     // SAFETY: words are in the bits' rows; codes are read where as many bytes are left, and copied where they are not; inputs and units
     // are read in what was prepared.
     unsafe {
         // The codes of a word, and on to those of the next one in the same stream.
         macro_rules! next {
-            ($checked:literal, $from:ident, $at:ident, $word:expr, $zeros:expr) => {{
+            ($checked:literal, $from:ident, $at:expr, $word:expr, $zeros:expr) => {{
                 let word: *const u64 = $word;
                 let from = if $checked && $at.saturating_add(LOADED) > codes.len() {
                     copy_rest(codes, $at, &mut end)
@@ -133,53 +147,63 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
             }};
         }
         for row in rows {
-            let bits: *const u64 = bits.add(row * words * 8).cast();
-            let [mut low, mut high] = [starts.get(row); 2];
-            let filled = units.fill(row, 0, &prepared);
-            // Not the same array, for that has an address.
-            let mut sums: [__m512; R] = std::array::from_fn(|i| filled[i]);
+            let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
+            let mut low: [usize; W] = std::array::from_fn(|w| starts.get(row + w * apart));
+            let mut high = low;
+            // Not the arrays that are filled, for these have addresses.
+            let mut sums = [[_mm512_setzero_ps(); R]; W];
+            for w in 0..W {
+                let filled = units.fill(row + w * apart, w, &prepared);
+                for i in 0..R {
+                    sums[w][i] = filled[i];
+                }
+            }
             // A block whose halves come from these streams. Past the last word inputs are zeros.
             macro_rules! block {
                 ($checked:literal, $block:expr, $from:ident, $at:ident, $second:ident, $second_at:ident) => {{
                     let block: usize = $block;
                     let whole = !$checked || 2 * block + 1 < words;
-                    let word = bits.add(2 * block);
                     let x: [*const u8; R] = std::array::from_fn(|i| x[i].add(block * size));
                     let at = |i: usize, part: usize| _mm512_loadu_si512(x[i].add(64 * part).cast());
                     let none = _mm512_setzero_si512();
-                    if SMALL {
-                        for half in 0..1 + usize::from(whole) {
-                            let first = block * of_block + half * (64 / unit);
-                            let zeros = _mm512_permutexvar_epi32(lanes, _mm512_loadu_si512(zeros.add(first).cast()));
-                            let codes = if half == 0 {
-                                next!($checked, $from, $at, word, zeros)
-                            } else {
-                                next!($checked, $second, $second_at, word.add(1), zeros)
-                            };
-                            for i in 0..R {
-                                let mut sum = _mm512_dpbusd_epi32(none, codes, at(i, half));
-                                if WIDE {
-                                    sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), codes, at(i, 2 + half));
+                    for w in 0..W {
+                        let word = bits[w].add(2 * block);
+                        if SMALL {
+                            for half in 0..1 + usize::from(whole) {
+                                let first = block * of_block + half * (64 / unit);
+                                let zeros = _mm512_loadu_si512(zeros[w].add(first).cast());
+                                let zeros = _mm512_permutexvar_epi32(lanes, zeros);
+                                let codes = if half == 0 {
+                                    next!($checked, $from, $at[w], word, zeros)
+                                } else {
+                                    next!($checked, $second, $second_at[w], word.add(1), zeros)
+                                };
+                                for i in 0..R {
+                                    let mut sum = _mm512_dpbusd_epi32(none, codes, at(i, half));
+                                    if WIDE {
+                                        sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), codes, at(i, 2 + half));
+                                    }
+                                    let scale = _mm512_loadu_ps(products[w][i].add(first));
+                                    let scale = _mm512_permutexvar_ps(lanes, scale);
+                                    sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
                                 }
-                                let scale = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(products[i].add(first)));
-                                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[i]);
                             }
-                        }
-                    } else {
-                        let zeros = _mm512_set1_epi32(*zeros.add(block) as i32);
-                        let first = next!($checked, $from, $at, word, zeros);
-                        let second =
-                            if whole { next!($checked, $second, $second_at, word.add(1), zeros) } else { zeros };
-                        for i in 0..R {
-                            let mut sum = _mm512_dpbusd_epi32(none, first, at(i, 0));
-                            sum = _mm512_dpbusd_epi32(sum, second, at(i, 1));
-                            if WIDE {
-                                // One sum, so that there is nothing to add to it.
-                                sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), first, at(i, 2));
-                                sum = _mm512_dpbusd_epi32(sum, second, at(i, 3));
+                        } else {
+                            let zeros = _mm512_set1_epi32(*zeros[w].add(block) as i32);
+                            let first = next!($checked, $from, $at[w], word, zeros);
+                            let second =
+                                if whole { next!($checked, $second, $second_at[w], word.add(1), zeros) } else { zeros };
+                            for i in 0..R {
+                                let mut sum = _mm512_dpbusd_epi32(none, first, at(i, 0));
+                                sum = _mm512_dpbusd_epi32(sum, second, at(i, 1));
+                                if WIDE {
+                                    // One sum, so that there is nothing to add to it.
+                                    sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), first, at(i, 2));
+                                    sum = _mm512_dpbusd_epi32(sum, second, at(i, 3));
+                                }
+                                let scale = _mm512_set1_ps(*products[w][i].add(block));
+                                sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
                             }
-                            let scale = _mm512_set1_ps(*products[i].add(block));
-                            sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[i]);
                         }
                     }
                 }};
@@ -188,11 +212,9 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
             // Two blocks that are whole, whose codes cannot reach past the last one.
             let pairs = (blocks / 2).min(words / 4);
             if let Some(last) = codes.len().checked_sub(2 * LOADED) {
-                while block < 2 * pairs && low.max(high) <= last {
+                while block < 2 * pairs && (0..W).all(|w| low[w].max(high[w]) <= last) {
                     block!(false, block, LOW, low, LOW, low);
-
                     block!(false, block + 1, HIGH, high, HIGH, high);
-
                     block += 2;
                 }
             }
@@ -206,8 +228,10 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const R: usize>(call: &Call<
                 }
                 block += 1;
             }
-            for i in 0..R {
-                output.set(from + i, row, _mm512_reduce_add_ps(sums[i]));
+            for w in 0..W {
+                for i in 0..R {
+                    output.set(from + i, row + w * apart, _mm512_reduce_add_ps(sums[w][i]));
+                }
             }
         }
     }
