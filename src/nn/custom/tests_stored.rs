@@ -85,14 +85,16 @@ fn check(name: &str, matrix: &StoredMatrix, x: &[f32], got: &[f32]) {
 #[test]
 fn the_kernel_agrees_with_the_oracle() {
     let mut rng = Rng::seed_from_u64(1);
-    let sizes = [[3, 1], [5, 33], [1, 257], [37, 64], [4, 5003], [2, 2048], [9, 130]];
+    let sizes = [[3, 1], [5, 257], [37, 64], [4, 5003], [2, 2048]];
     for device in devices().iter().filter(|device| !hosts().contains(device)) {
         for (case, size) in sizes.into_iter().enumerate() {
             for matrix in stored(size, case, &mut rng) {
                 let [rows, cols] = size;
                 let weight = StoredWeight::new(matrix);
                 let matrix = weight.matrix();
-                for inputs in [1, 2 + case % 3, FEW_ROWS] {
+                // Each number of inputs is a kernel of its own, which takes longer to compile than to run.
+                let several = if case == 3 { FEW_ROWS } else { 2 + case };
+                for inputs in [1, several] {
                     let name = format!("{:?} {size:?}, {inputs} inputs, {device:?}", matrix.format());
                     let x = Random::new(case as u64).tensor::<3>([1, inputs, cols], 1.0, device);
                     let y = ops::stored_linear(x.clone(), &weight);
@@ -100,7 +102,7 @@ fn the_kernel_agrees_with_the_oracle() {
                     check(&name, matrix, &values(x), &values(y));
                 }
                 // Inputs that lie otherwise in memory.
-                let x = Random::new(7).tensor::<2>([cols, 3], 1.0, device).transpose();
+                let x = Random::new(7).tensor::<2>([cols, several], 1.0, device).transpose();
                 let name = format!("{:?} {size:?}, a view, {device:?}", matrix.format());
                 check(&name, matrix, &host_values(x.clone()), &values(ops::stored_linear(x, &weight)));
                 // One copy serves them all: the kernel has run, and the weight was moved once.

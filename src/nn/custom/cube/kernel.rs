@@ -189,12 +189,13 @@ pub(super) fn stored_product(
                     scale = scale_of(grid, group, form);
                     zero = zero_of(grid, group, form);
                 }
-                #[unroll]
+                let mut rest = held[step];
                 for index in 0..per_word {
                     let column = first + index;
+                    let stored = rest & comptime!(form.elements.mask());
+                    // All of it, where the word is one element: a shift by 32 is none.
+                    rest = rest >> comptime!(form.elements.bits() as u32 % 32);
                     if column < cols {
-                        let shift = comptime!((index * form.elements.bits()) as u32);
-                        let stored = (held[step] >> shift) & comptime!(form.elements.mask());
                         let weight = if comptime!(form.one_group()) {
                             scale * (f32::cast_from(stored) - zero)
                         } else {
