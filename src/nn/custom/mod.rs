@@ -4,7 +4,7 @@
 //! Burn would record every elementary step on the tape and run each as a pass over memory. Here an operation is one node of
 //! the tape, saves only its inputs (and a number per row), and recomputes the rest in its backward pass. [`DecoderOps`] has
 //! a portable definition in terms of a backend's own operations, which every backend gets; Flex, Burn's CPU backend, has
-//! kernels for contiguous and strided `f32`.
+//! kernels for contiguous and strided `f32`. Weights that stay as they are stored have kernels on the CPU and on GPUs.
 //!
 //! Callers use the functions of [`super::ops`]. A call on a backend that none of this crate's features names panics.
 
