@@ -11,9 +11,11 @@ use burn::tensor::{Device, Gradients, Tensor};
 use common::{is_factor, random_ids, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
-use elastic_lora::infer::{GenerateConfig, generate_batch};
+use elastic_lora::format::{StoredMatrix, WeightFormat};
+use elastic_lora::infer::{DeviceSession, GenerateConfig, generate_batch};
 use elastic_lora::model::Decoder;
-use elastic_lora::nn::host_values;
+use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::quant::{GridConfig, round_to_nearest};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{StepLog, TrainConfig, Trainer, targets};
 use elastic_lora::{Merger, SearchSpace, SuperNet};
@@ -178,5 +180,61 @@ fn outputs_are_the_same_on_every_device() {
         // Left padding, and a cache.
         let generated = generate_batch(&other, &prompts, &greedy).unwrap();
         assert_eq!(generated, generate_batch(&model, &prompts, &greedy).unwrap());
+    }
+}
+
+/// The model with the linear layers of its blocks stored in all ways in turn, from the `first` on; or, dense, with the same weights.
+fn compressed(first: usize, dense: bool, device: &Device) -> Decoder {
+    let mut model = tiny_on(&tiny_dims(true), 3, device);
+    let mut which = first;
+    model
+        .try_for_each_linear(|_, layer| {
+            let mut weight = layer.base.to_matrix();
+            // Two of four, as all of the sparse formats can hold it.
+            let cols = weight.cols();
+            let pruned = weight.as_mut_slice().chunks_mut(cols).flat_map(|row| row.chunks_mut(4));
+            pruned.for_each(|group| group.iter_mut().skip(which % 2).step_by(2).for_each(|weight| *weight = 0.0));
+            let codes = |bits, symmetric, sparse| {
+                let grid = GridConfig::new(bits).with_group_size(Some(8)).with_symmetric(symmetric);
+                StoredMatrix::from_quantized(&round_to_nearest(&weight, &grid, None).unwrap(), sparse)
+            };
+            let numbers = |format| StoredMatrix::from_matrix(&weight, format);
+            let stored = match which % 9 {
+                0 => numbers(WeightFormat::SparseF16),
+                1 => codes(4, true, true),
+                2 => codes(4, false, false),
+                3 => numbers(WeightFormat::NmBf16 { n: 2, m: 4 }),
+                4 => numbers(WeightFormat::F16),
+                5 => codes(3, false, false),
+                6 => numbers(WeightFormat::Bf16),
+                7 => codes(4, false, true),
+                _ => numbers(WeightFormat::F32),
+            }
+            .unwrap();
+            which += 1;
+            let bias = layer.base.bias.as_ref().map(|bias| host_values(bias.val()));
+            layer.base = match dense {
+                true => BaseLinear::from_matrix(&stored.to_matrix(), bias.as_deref(), device)?,
+                false => BaseLinear::from_stored(stored, bias.as_deref(), device)?,
+            };
+            Ok(())
+        })
+        .unwrap();
+    model
+}
+
+#[test]
+fn stored_weights_decode_as_the_dense_ones_on_the_host() {
+    let prompt = random_ids(11, 41, 2);
+    for device in others() {
+        for first in 0..4 {
+            let mut got = DeviceSession::new(&compressed(first, false, &device));
+            let mut want = DeviceSession::new(&compressed(first, true, &Device::flex()));
+            // Many rows, then one at a time, then a few.
+            for tokens in [&prompt[..], &[7], &[40], &[3, 0, 9], &[1]] {
+                let name = format!("{device:?}, from {first}, at {}", got.position());
+                close(&name, &got.decode(tokens).unwrap(), &want.decode(tokens).unwrap());
+            }
+        }
     }
 }

@@ -41,10 +41,10 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 /// A linear layer `y = x W + b`, as stored in the checkpoint: the frozen part of an adapted layer.
 ///
 /// How the weight is stored is this type's business alone; the decoder has one form for every storage. A quantized or sparse
-/// weight stays as it is stored ([`StoredMatrix`]), in host memory; it cannot be trained. Products of a few rows read it so, for
-/// others it is unpacked, one at a time. Of inputs and outputs, a prefix may be
-/// active: the layer is then the smaller one with the leading part of weight and bias (mode B of arXiv 2501.16372, figure 1), and no
-/// weight moves.
+/// weight stays as it is stored ([`StoredMatrix`]), in host memory and, from its first product on, in a GPU's; it cannot be trained.
+/// Products of a few rows read it so, for others it is unpacked, one at a time. Of inputs and outputs, a prefix may be active: the
+/// layer is then the smaller one with the leading part of weight and bias (mode B of arXiv 2501.16372, figure 1), and no weight
+/// moves.
 #[derive(Module, Debug)]
 pub struct BaseLinear {
     /// `[d_input, d_output]`; none where it is packed.

@@ -175,8 +175,9 @@ pub fn quantized_linear<const D: usize>(
     Tensor::from_dispatch(Dispatch::quantized_linear(x, weight, mask, a, b, scales, zeros, term, rounded))
 }
 
-/// [`linear`] with a weight as it is stored. On a CPU a product of up to 8 rows reads it so; for others, and in the backward pass, it is unpacked
-/// on the host, and between the two the tape holds the stored one.
+/// [`linear`] with a weight as it is stored. A product of up to 8 rows reads it so, on a CPU in host memory, on a GPU in the
+/// device's, where the first product puts a copy of it; for others, and in the backward pass, it is unpacked, on a GPU by the
+/// device itself, and between the two the tape holds the stored one.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`; result: `[.., d_output]`

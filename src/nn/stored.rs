@@ -1,6 +1,8 @@
 //! A frozen weight that stays as it is stored, and the grid that a weight is rounded to in training.
 
-use std::sync::Arc;
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -9,19 +11,49 @@ use crate::format::StoredMatrix;
 /// Weights that one task unpacks.
 const TASK: usize = 64 * 1024;
 
-/// A stored weight as the operations take it: in host memory, shared by all clones.
+/// A stored weight as the operations take it: in host memory, shared by all clones, with the copies that devices hold of it.
 #[derive(Clone, Debug)]
-pub struct StoredWeight(Arc<StoredMatrix>);
+pub struct StoredWeight(Arc<Held>);
+
+struct Held {
+    matrix: StoredMatrix,
+    /// What backends made of the matrix, each of its own type.
+    copies: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.matrix.fmt(f)
+    }
+}
 
 impl StoredWeight {
     /// Wraps a matrix.
     pub fn new(matrix: StoredMatrix) -> Self {
-        Self(Arc::new(matrix))
+        Self(Arc::new(Held { matrix, copies: Mutex::default() }))
     }
 
     /// The matrix, `[d_output, d_input]`.
     pub fn matrix(&self) -> &StoredMatrix {
-        &self.0
+        &self.0.matrix
+    }
+
+    /// A backend's copy: the one that is wanted or, where there is none, a new one. It lives as long as the weight.
+    #[allow(dead_code)] // not every build has a backend that keeps one
+    pub(super) fn copy<T: Any + Send + Sync>(&self, wanted: impl Fn(&T) -> bool, make: impl FnOnce() -> T) -> Arc<T> {
+        let mut copies = self.0.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = copies.iter().find_map(|copy| copy.clone().downcast().ok().filter(|copy| wanted(copy)));
+        found.unwrap_or_else(|| {
+            let made = Arc::new(make());
+            copies.push(made.clone());
+            made
+        })
+    }
+
+    /// Copies that are there.
+    #[cfg(all(test, any(feature = "wgpu", feature = "vulkan", feature = "metal")))]
+    pub(super) fn copies(&self) -> usize {
+        self.0.copies.lock().unwrap().len()
     }
 
     /// `[d_input, d_output]`.

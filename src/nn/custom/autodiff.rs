@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
 
-use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, portable};
+use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight};
 
 type Float<B> = FloatTensor<B>;
 
@@ -64,13 +64,13 @@ impl<B: DecoderOps> Constant<B> {
     fn dense(self, beside: &Float<B>) -> Float<B> {
         match self {
             Self::Dense(weight) => weight,
-            Self::Stored(weight) => portable::unpacked::<B>(&weight, beside),
+            Self::Stored(weight) => B::stored_dense(beside.clone(), weight),
         }
     }
 }
 
 backward!(StoredLinear, 1, StoredWeight, |weight, grad, _| {
-    let weight = portable::unpacked::<B>(&weight, &grad);
+    let weight = B::stored_dense(grad.clone(), weight);
     [Some(B::mixed_linear_backward_input(weight, grad))]
 });
 
@@ -219,6 +219,10 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(h))
+    }
+
+    fn stored_dense(beside: Float<Self>, weight: StoredWeight) -> Float<Self> {
+        constant::<B, C>(B::stored_dense(beside.into_primitive(), weight))
     }
 
     fn stored_linear(x: Float<Self>, weight: StoredWeight) -> Float<Self> {

@@ -6,7 +6,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, TensorData, try_read_sync};
 
-use super::{DecoderOps, StoredWeight, portable, stored_rows};
+use super::{DecoderOps, StoredWeight, stored_rows};
 use crate::format::StoredMatrix;
 use crate::kernels::{Activations, Linear, Pool, Rows, RowsMut, Scratch, forward, scratch_bytes};
 
@@ -31,7 +31,7 @@ fn multiply(weight: &StoredMatrix, x: &[f32], rows: usize) -> Option<Vec<f32>> {
 /// `x W`, by the kernels where the rows are few.
 pub(super) fn linear<B: DecoderOps>(x: FloatTensor<B>, weight: &StoredWeight) -> FloatTensor<B> {
     few::<B>(&x, weight).unwrap_or_else(|| {
-        let weight = portable::unpacked::<B>(weight, &x);
+        let weight = B::stored_dense(x.clone(), weight.clone());
         B::mixed_linear(x, weight)
     })
 }

@@ -4,7 +4,7 @@
 //! Burn would record every elementary step on the tape and run each as a pass over memory. Here an operation is one node of
 //! the tape, saves only its inputs (and a number per row), and recomputes the rest in its backward pass. [`DecoderOps`] has
 //! a portable definition in terms of a backend's own operations, which every backend gets; Flex, Burn's CPU backend, has
-//! kernels for contiguous and strided `f32`.
+//! kernels for contiguous and strided `f32`. Weights that stay as they are stored have kernels on the CPU and on GPUs.
 //!
 //! Callers use the functions of [`super::ops`]. A call on a backend that none of this crate's features names panics.
 
@@ -15,12 +15,18 @@
     not(any(
         feature = "flex",
         feature = "ndarray",
-        any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm")
+        feature = "wgpu",
+        feature = "vulkan",
+        feature = "metal",
+        feature = "cuda",
+        feature = "rocm"
     )),
     allow(unused_variables)
 )]
 
 mod autodiff;
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
@@ -48,6 +54,8 @@ mod tests;
 mod tests_linear;
 #[cfg(all(test, feature = "flex"))]
 mod tests_quantized;
+#[cfg(all(test, any(feature = "wgpu", feature = "vulkan", feature = "metal")))]
+mod tests_stored;
 #[cfg(all(test, feature = "flex"))]
 mod tests_summed;
 
@@ -281,9 +289,14 @@ pub trait DecoderOps: Backend {
         Self::summed_weight_backward(mask, a, b, slope, term)
     }
 
+    /// A stored weight as a dense one, `[d_input, d_output]`, in `f32`, where `beside` is.
+    fn stored_dense(beside: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
+        portable::unpacked::<Self>(&weight, &beside)
+    }
+
     /// `x W` for a stored weight. Where a backend has no kernel for it, it is unpacked for this product and forgotten.
     fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
-        let weight = portable::unpacked::<Self>(&weight, &x);
+        let weight = Self::stored_dense(x.clone(), weight);
         Self::mixed_linear(x, weight)
     }
 
@@ -299,7 +312,7 @@ pub trait DecoderOps: Backend {
             let y = Self::stored_linear(x.clone(), weight);
             return portable::updated::<Self>(y, x, a, b, term);
         }
-        let weight = portable::unpacked::<Self>(&weight, &x);
+        let weight = Self::stored_dense(x.clone(), weight);
         Self::lora_linear(x, weight, a, b, term)
     }
 
@@ -405,6 +418,3 @@ impl DecoderOps for burn::backend::NdArray {
         host_stored::linear::<Self>(x, &weight)
     }
 }
-
-#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
-impl DecoderOps for burn::backend::Cube {}
