@@ -154,9 +154,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
             let mut sums = [[_mm512_setzero_ps(); R]; W];
             for w in 0..W {
                 let filled = units.fill(row + w * apart, w, &prepared);
-                for i in 0..R {
-                    sums[w][i] = filled[i];
-                }
+                sums[w] = std::array::from_fn(|i| filled[i]);
             }
             // A block whose halves come from these streams. Past the last word inputs are zeros.
             macro_rules! block {
