@@ -31,6 +31,8 @@ enum Size {
     Half,
     /// 0.95 billion: hidden 2048, MLP 5632, 16 layers, 32 heads
     One,
+    /// 2.1 billion: hidden 3072, MLP 8448, 16 layers, 24 heads; in f16 a bundle of more than 4 GB
+    Two,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -89,6 +91,7 @@ fn config(size: Size, kind: Kind) -> Result<HfConfig> {
     let (hidden_size, mlp, heads) = match size {
         Size::Half => (1536, 4096, 12),
         Size::One => (2048, 5632, 32),
+        Size::Two => (3072, 8448, 24),
     };
     HfConfig::new_llama(&LlamaDims {
         vocab_size: 32_000,
