@@ -21,7 +21,7 @@ type Rng = ChaCha8Rng;
 /// tiny scales, or columns in an order of their own.
 fn quantized([rows, cols]: [usize; 2], bits: u8, case: usize, rng: &mut Rng) -> QuantizedMatrix {
     let group_size = [32, 128, 7, 10_000, 24][case % 5];
-    let mut parts = random_quantized(rows, cols, bits, group_size, case % 2 == 0, rng).into_parts();
+    let mut parts = random_quantized(rows, cols, bits, group_size, case.is_multiple_of(2), rng).into_parts();
     let groups = cols.div_ceil(group_size);
     if case % 3 == 1 {
         parts.group_of = Some((0..cols).map(|_| rng.random_range(0..groups as u32)).collect());

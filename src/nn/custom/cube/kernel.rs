@@ -194,7 +194,7 @@ pub(super) fn stored_product(
                     let column = first + index;
                     let stored = rest & comptime!(form.elements.mask());
                     // All of it, where the word is one element: a shift by 32 is none.
-                    rest = rest >> comptime!(form.elements.bits() as u32 % 32);
+                    rest >>= comptime!(form.elements.bits() as u32 % 32);
                     if column < cols {
                         let weight = if comptime!(form.one_group()) {
                             scale * (f32::cast_from(stored) - zero)
@@ -226,7 +226,7 @@ pub(super) fn stored_product(
                 #[unroll]
                 for input in 0..inputs {
                     let at = input * UNITS + unit;
-                    shared[at] = shared[at] + shared[at + half];
+                    shared[at] += shared[at + half];
                 }
             }
             half /= 2;
