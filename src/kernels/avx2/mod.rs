@@ -85,19 +85,3 @@ unsafe fn byte_at(at: *const u8) -> u64 {
     // SAFETY: the caller's promise.
     unsafe { u64::from(at.read_volatile()) }
 }
-
-/// What lies at `at` of some bytes, zeros after their end, if not so many are left: a copy in `out` then.
-#[inline(always)]
-fn readable<const N: usize>(bytes: &[u8], at: usize, out: &mut [u8; N]) -> *const u8 {
-    match bytes.get(at..) {
-        Some(bytes) if bytes.len() >= N => bytes.as_ptr(),
-        rest => copy_rest(rest.unwrap_or(&[]), out),
-    }
-}
-
-#[cold]
-fn copy_rest<const N: usize>(rest: &[u8], out: &mut [u8; N]) -> *const u8 {
-    out.fill(0);
-    out[..rest.len()].copy_from_slice(rest);
-    out.as_ptr()
-}

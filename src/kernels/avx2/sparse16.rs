@@ -3,9 +3,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{byte_at, dense, readable, sum_of};
+use super::{byte_at, dense, sum_of};
 use crate::format::{Number, Sparse16};
-use crate::kernels::common::Output;
+use crate::kernels::common::{Output, readable};
 use crate::kernels::input::Input;
 
 /// Bytes that are read for eight columns, as many as their numbers may take.

@@ -3,11 +3,11 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::byte_at;
 use super::units::Units;
 use super::words::{Call, Codes, products, split};
-use super::{byte_at, readable};
 use crate::format::{SparseInt4, is_high};
-use crate::kernels::common::Output;
+use crate::kernels::common::{Output, readable};
 use crate::kernels::input::Input;
 
 /// Bytes that are read for eight columns: more than their codes take.

@@ -7,10 +7,10 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::units::Units;
-use super::{MANY, readable, sum_of};
+use super::{MANY, sum_of};
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
-use crate::kernels::common::Output;
+use crate::kernels::common::{Output, readable};
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Where a row's codes come from.

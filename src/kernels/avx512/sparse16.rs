@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::dense::from_bf16;
 use super::{LONG, ROWS, for_tiles, mask16, prefetch, some_floats};
 use crate::format::{Number, Sparse16, Starts};
-use crate::kernels::common::Output;
+use crate::kernels::common::{Output, readable};
 use crate::kernels::input::Input;
 
 /// Bytes that are read for 64 columns, as many as their values may take.
@@ -122,11 +122,7 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
         let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
         let mut next = |w: usize, block: usize| {
             let word = bits[w].add(block);
-            let from = if CHECKED && at[w] + LOADED > values.len() {
-                copy_rest(values, at[w], &mut end)
-            } else {
-                values.as_ptr().add(at[w])
-            };
+            let from = if CHECKED { readable(values, at[w], &mut end) } else { values.as_ptr().add(at[w]) };
             // Two lines, since a word's values may be as many.
             prefetch(from);
             prefetch(from.wrapping_add(64));
@@ -180,20 +176,7 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
 pub(super) unsafe fn some_numbers(half: bool, values: &[u8], at: usize, word: *const u64) -> ([__m512; 4], usize) {
     let mut end = [0; LOADED];
-    let from = match values.get(at..) {
-        Some(values) if values.len() >= LOADED => values.as_ptr(),
-        _ => copy_rest(values, at, &mut end),
-    };
+    let from = readable(values, at, &mut end);
     // SAFETY: as many bytes are there, and the word by the caller's promise.
     unsafe { if half { expand::<true>(from, word) } else { expand::<false>(from, word) } }
-}
-
-/// Copies what is left of `bytes` from `at` on, zeros after it.
-#[cold]
-pub(super) fn copy_rest<const N: usize>(bytes: &[u8], at: usize, out: &mut [u8; N]) -> *const u8 {
-    let rest = bytes.get(at..).unwrap_or(&[]);
-    let rest = &rest[..rest.len().min(N)];
-    out.fill(0);
-    out[..rest.len()].copy_from_slice(rest);
-    out.as_ptr()
 }

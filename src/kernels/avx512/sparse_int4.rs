@@ -7,11 +7,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::sparse16::copy_rest;
 use super::units::{Units, lanes};
 use super::{LONG, ROWS, near};
 use crate::format::{SparseInt4, Starts, is_high};
-use crate::kernels::common::Output;
+use crate::kernels::common::{Output, readable};
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Bytes that are read for 64 columns, as many as their codes may take.
@@ -137,11 +136,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
         macro_rules! next {
             ($checked:literal, $from:ident, $at:expr, $word:expr, $zeros:expr) => {{
                 let word: *const u64 = $word;
-                let from = if $checked && $at.saturating_add(LOADED) > codes.len() {
-                    copy_rest(codes, $at, &mut end)
-                } else {
-                    codes.as_ptr().add($at)
-                };
+                let from = if $checked { readable(codes, $at, &mut end) } else { codes.as_ptr().add($at) };
                 $at += word.read_unaligned().count_ones() as usize;
                 expand::<$from>(from, word, $zeros)
             }};
@@ -298,10 +293,7 @@ impl<'a> Unpack<'a> {
         let at = &mut at[usize::from(high)];
         let mut end = [0; LOADED];
         near(self.codes.as_ptr().wrapping_add(*at + 256));
-        let from = match self.codes.get(*at..) {
-            Some(codes) if codes.len() >= LOADED => codes.as_ptr(),
-            _ => copy_rest(self.codes, *at, &mut end),
-        };
+        let from = readable(self.codes, *at, &mut end);
         *at += u64::from_le_bytes(*bits).count_ones() as usize;
         // SAFETY: as many bytes are there, and the word.
         unsafe {

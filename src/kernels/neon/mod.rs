@@ -151,25 +151,6 @@ fn sums_of<const W: usize>(lanes: [float32x4_t; W]) -> [f32; W] {
     sums
 }
 
-/// Copies what is left of `bytes` from `at` on, zeros after it.
-#[cold]
-fn copy_rest<const N: usize>(bytes: &[u8], at: usize, out: &mut [u8; N]) -> *const u8 {
-    let rest = bytes.get(at..).unwrap_or(&[]);
-    let rest = &rest[..rest.len().min(N)];
-    out.fill(0);
-    out[..rest.len()].copy_from_slice(rest);
-    out.as_ptr()
-}
-
-/// Where `N` bytes from `at` on may be read: in `bytes`, or, where not as many are left, in a copy that zeros follow.
-#[inline(always)]
-fn readable<const N: usize>(bytes: &[u8], at: usize, copy: &mut [u8; N]) -> *const u8 {
-    match bytes.get(at..) {
-        Some(rest) if rest.len() >= N => rest.as_ptr(),
-        _ => copy_rest(bytes, at, copy),
-    }
-}
-
 /// Calls the method `tile` of what computes some rows of the weight with 1, 2 or 4 of inputs, for all rows of both: `$one` rows of the
 /// weight where there is one of inputs, `$some` where there are more, and one by one what is left. Tasks begin at multiples of 16 rows, so
 /// that a row is in the same tile whoever computes it.

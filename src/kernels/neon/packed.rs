@@ -4,9 +4,9 @@
 use std::arch::aarch64::*;
 
 use super::codes::Source;
-use super::readable;
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
+use crate::kernels::common::readable;
 use crate::kernels::input::{BLOCK, Input};
 
 /// The codes of a packed weight.

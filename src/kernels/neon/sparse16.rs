@@ -4,9 +4,9 @@ use std::arch::aarch64::*;
 use std::ops::Range;
 
 use super::expand::Word;
-use super::{F32, eight, for_tiles, readable, sums_of, widen};
+use super::{F32, eight, for_tiles, sums_of, widen};
 use crate::format::{Number, Sparse16, Starts};
-use crate::kernels::common::Output;
+use crate::kernels::common::{Output, readable};
 use crate::kernels::input::Input;
 
 /// Bytes that are read for 64 columns, as many as their values may take.

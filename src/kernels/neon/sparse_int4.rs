@@ -4,8 +4,8 @@ use std::arch::aarch64::*;
 
 use super::codes::Source;
 use super::expand::Word;
-use super::readable;
 use crate::format::{SparseInt4, Starts, is_high};
+use crate::kernels::common::readable;
 use crate::kernels::input::{BLOCK, Input};
 
 /// Bytes that are read for 64 columns, as many as their codes may take.
