@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
 use elastic_lora::format::{Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat};
-use elastic_lora::infer::{CacheFormat, Model, ModelOptions, Session, SessionConfig};
+use elastic_lora::runtime::{CacheFormat, Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, LlamaDims};
 use elastic_lora::kernels::Activations;

@@ -9,7 +9,7 @@ use clap::Parser;
 use elastic_lora::data::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{PromptTemplate, load_records, load_text};
 use elastic_lora::eval::{ProblemSet, perplexity};
-use elastic_lora::infer::GenerateConfig;
+use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::{Error, Result};
 
 /// Perplexity or exact-match accuracy of a model, with or without an adapter.

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{
+use elastic_lora::runtime::{
     CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig,
 };
 use elastic_lora::{Error, Result, SuperNet};

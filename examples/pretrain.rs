@@ -16,7 +16,7 @@ use elastic_lora::data::{
     tokenize_records, train_bpe,
 };
 use elastic_lora::eval::ProblemSet;
-use elastic_lora::infer::GenerateConfig;
+use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
 use elastic_lora::model::Decoder;

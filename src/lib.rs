@@ -10,7 +10,7 @@
 //! io --> model --> supernet --> train --> trained supernet --> search <--> eval
 //!  |                 ^                                            | SubnetConfig
 //!  +-> calib --> sparsity, quant                                  v
-//!                                               merge --> compressed model --> io, infer
+//!                                               merge --> compressed model --> io, runtime
 //! ```
 //!
 //! 1. [`model::Pretrained::open`] reads a Hugging Face folder into a [`model::Decoder`].
@@ -24,7 +24,7 @@
 //!    ([`eval::SubnetObjective`]).
 //! 6. [`SuperNet::extract`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
 //!    [`model::Pretrained::write_variant`] writes the result.
-//! 7. [`infer::Model`] runs what came out, with weights as they are stored ([`mod@format`], [`kernels`]), from a bundle or a folder; from C and C++
+//! 7. [`runtime::Model`] runs what came out, with weights as they are stored ([`mod@format`], [`kernels`]), from a bundle or a folder; from C and C++
 //!    by `include/elastic_lora.h` (feature `capi`).
 //!
 //! A space may also have elastic widths and depth ([`space::Elastic`]): then [`calib::sort_channels`] comes before step 3, so that what
@@ -50,7 +50,6 @@ pub mod eval;
 #[cfg(feature = "capi")]
 mod ffi;
 pub mod format;
-pub mod infer;
 pub mod io;
 pub mod kernels;
 pub mod linalg;
@@ -58,6 +57,7 @@ pub mod merge;
 pub mod model;
 pub mod nn;
 pub mod quant;
+pub mod runtime;
 pub mod search;
 #[cfg_attr(not(feature = "flex"), allow(dead_code))]
 mod simd;

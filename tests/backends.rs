@@ -12,7 +12,7 @@ use common::{is_factor, random_ids, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::format::{StoredMatrix, WeightFormat};
-use elastic_lora::infer::{DeviceSession, GenerateConfig, generate_batch};
+use elastic_lora::runtime::{DeviceSession, GenerateConfig, generate_batch};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
 use elastic_lora::quant::{GridConfig, round_to_nearest};

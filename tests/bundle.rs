@@ -6,7 +6,7 @@ use common::{random_ids, shared, tiny, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{FormatPlan, GenerateConfig, Model, ModelOptions, Session, SessionConfig, Verify};
+use elastic_lora::runtime::{FormatPlan, GenerateConfig, Model, ModelOptions, Session, SessionConfig, Verify};
 use elastic_lora::io::HfConfig;
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::space::Elastic;

@@ -19,7 +19,7 @@ use common::{random_ids, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch};
+use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch};
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::nn::host_values;
 use elastic_lora::space::Elastic;

@@ -12,7 +12,7 @@ use elastic_lora::SuperNet;
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{
+use elastic_lora::runtime::{
     CacheFormat, FormatPlan, LinearLayer, Model, ModelOptions, Number, Session, SessionConfig, decode_batch,
 };
 use elastic_lora::io::hf::LlamaDims;

@@ -10,7 +10,7 @@ use common::runtime::{F32, agrees, full, in_pieces, largest, llama, session};
 use common::{load, load_i32, max_diff, random_ids, shared, tiny, tiny_dims, tiny_mistral, tiny_on};
 use elastic_lora::Error;
 use elastic_lora::format::{PackedMatrix, WeightFormat};
-use elastic_lora::infer::{
+use elastic_lora::runtime::{
     CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig,
 };
 use elastic_lora::io::hf::{BlockDims, HfFolder, LlamaDims};

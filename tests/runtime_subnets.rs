@@ -7,7 +7,7 @@ use common::{max_diff, random_ids, tiny, tiny_dims, tiny_mistral};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{CacheFormat, Model, Session, SessionConfig, decode_batch};
+use elastic_lora::runtime::{CacheFormat, Model, Session, SessionConfig, decode_batch};
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;

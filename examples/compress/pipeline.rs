@@ -9,7 +9,7 @@ use std::time::Instant;
 use elastic_lora::calib::prune_model;
 use elastic_lora::data::Batcher;
 use elastic_lora::eval::{Metric, SubnetObjective, mean_loss};
-use elastic_lora::infer::GenerateConfig;
+use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::report::{Report, Row};
 use elastic_lora::io::{DType, atomic};

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{PromptTemplate, Record, TextTokenizer, answers};
 use crate::error::{Error, Result};
-use crate::infer::{GenerateConfig, generate_batch};
+use crate::runtime::{GenerateConfig, generate_batch};
 use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
 

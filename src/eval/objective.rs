@@ -3,7 +3,7 @@
 use super::{LatencyTable, ProblemSet, mean_loss};
 use crate::data::{Batch, TextTokenizer};
 use crate::error::{Error, Result};
-use crate::infer::GenerateConfig;
+use crate::runtime::GenerateConfig;
 use crate::search::ObjectiveNames;
 use crate::space::SubnetConfig;
 use crate::supernet::SuperNet;

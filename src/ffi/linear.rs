@@ -10,7 +10,7 @@ use super::memory::{self, Out};
 use super::model::{elora_model, reserved};
 use super::options::{self, Growing};
 use super::status::{ELORA_STATUS_INSUFFICIENT_SIZE, Failure, Outcome, elora_status};
-use crate::infer::{LinearLayer, Number};
+use crate::runtime::{LinearLayer, Number};
 use crate::kernels::Activations;
 
 /// A linear layer of a model with a subnet's rank and sizes. Immutable and reference-counted: any number of threads

@@ -8,7 +8,7 @@ use super::memory::{self, Out};
 use super::options::{self, Growing};
 use super::status::{ELORA_STATUS_INVALID_FORMAT, ELORA_STATUS_NOT_FOUND, Failure, Outcome, elora_status};
 use crate::format::WeightFormat;
-use crate::infer::{Model, ModelOptions, Verify};
+use crate::runtime::{Model, ModelOptions, Verify};
 
 /// A token's id: 0 to the size of the vocabulary - 1.
 pub type elora_token = i32;

@@ -12,7 +12,7 @@ use super::model::{elora_model, elora_token};
 use super::options::{self, Growing};
 use super::status::{ELORA_STATUS_CANCELLED, ELORA_STATUS_INVALID_STATE, Failure, Outcome, elora_status};
 use super::tokenizer::ids_of;
-use crate::infer::{CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch};
+use crate::runtime::{CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch};
 use crate::space::SubnetConfig;
 
 /// One sequence on a model, with its key/value cache. Mutable: one thread at a time; a call that comes while another

@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use elastic_lora::format::WeightFormat;
-use elastic_lora::infer::{Model, Session, SessionConfig};
+use elastic_lora::runtime::{Model, Session, SessionConfig};
 use elastic_lora::io::HfConfig;
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::linalg::Matrix;

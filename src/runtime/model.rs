@@ -324,7 +324,7 @@ fn info(layer: &LayerWeights) -> LayerInfo {
 ///
 /// ```no_run
 /// # use elastic_lora::format::WeightFormat;
-/// # use elastic_lora::infer::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
+/// # use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
 /// # fn main() -> elastic_lora::Result<()> {
 /// // A Hugging Face folder, dense or quantized, becomes a bundle; a bundle is opened by memory map.
 /// let folder = Model::open("llama", &ModelOptions::default())?;
