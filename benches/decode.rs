@@ -15,12 +15,14 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use elastic_lora::format::{Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat};
-use elastic_lora::runtime::{CacheFormat, Model, ModelOptions, Session, SessionConfig};
+use elastic_lora::format::{
+    Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat,
+};
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, LlamaDims};
 use elastic_lora::kernels::Activations;
 use elastic_lora::linalg::Matrix;
+use elastic_lora::runtime::{CacheFormat, Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::{Error, Result};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -96,7 +98,11 @@ fn config(size: Size, kind: Kind) -> Result<HfConfig> {
     HfConfig::new_llama(&LlamaDims {
         vocab_size: 32_000,
         hidden_size,
-        intermediate_size: if kind == Kind::ExtractedF16 { mlp / 2 } else { mlp },
+        intermediate_size: if kind == Kind::ExtractedF16 {
+            mlp / 2
+        } else {
+            mlp
+        },
         num_hidden_layers: 16,
         num_attention_heads: heads,
         num_key_value_heads: heads,
@@ -119,7 +125,13 @@ fn random(kind: Kind, [rows, cols]: [usize; 2], rng: &mut ChaCha8Rng) -> Result<
         let mut codes: Vec<u8> = vec![0; rows * cols];
         rng.fill(codes.as_mut_slice());
         // The lower bits are the code, a higher one says whether the weight is there.
-        codes.iter_mut().for_each(|code| *code = if sparse && *code & 0x40 != 0 { 8 } else { *code & 15 });
+        codes.iter_mut().for_each(|code| {
+            *code = if sparse && *code & 0x40 != 0 {
+                8
+            } else {
+                *code & 15
+            }
+        });
         let parts = QuantizedParts {
             rows,
             cols,
@@ -135,10 +147,21 @@ fn random(kind: Kind, [rows, cols]: [usize; 2], rng: &mut ChaCha8Rng) -> Result<
     }
     let mut value = || {
         let bits: u32 = rng.random();
-        if sparse && bits & 1 != 0 { 0.0 } else { (bits >> 8) as f32 * (0.06 / 16_777_216.0) - 0.03 }
+        if sparse && bits & 1 != 0 {
+            0.0
+        } else {
+            (bits >> 8) as f32 * (0.06 / 16_777_216.0) - 0.03
+        }
     };
     let weight = Matrix::from_fn(rows, cols, |_, _| value());
-    StoredMatrix::from_matrix(&weight, if sparse { WeightFormat::SparseF16 } else { WeightFormat::F16 })
+    StoredMatrix::from_matrix(
+        &weight,
+        if sparse {
+            WeightFormat::SparseF16
+        } else {
+            WeightFormat::F16
+        },
+    )
 }
 
 /// A copy in memory of its own.
@@ -182,7 +205,9 @@ fn bandwidth(memory: &[u64], threads: usize) -> f64 {
                     // Plain sums, eight at a time, which become vector code.
                     let mut sums = [0_u64; 32];
                     for chunk in part.as_chunks::<32>().0 {
-                        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum = sum.wrapping_add(*value));
+                        sums.iter_mut()
+                            .zip(chunk)
+                            .for_each(|(sum, value)| *sum = sum.wrapping_add(*value));
                     }
                     black_box(sums)
                 });
@@ -241,7 +266,11 @@ fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
 /// Megabytes of memory that this process has touched.
 fn resident_mb() -> f64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: f64 = text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0.0);
+    let pages: f64 = text
+        .split(' ')
+        .nth(1)
+        .and_then(|pages| pages.parse().ok())
+        .unwrap_or(0.0);
     pages * 4096.0 / 1e6
 }
 
@@ -265,7 +294,11 @@ fn measure(args: &Args, model: &Model, memory: &[u64]) -> Result<Measured> {
         settings = settings.with_cache(CacheFormat::F16);
     }
     let mut session = Session::new(model, &settings)?;
-    let ids = |n: usize| (0..n as u32).map(|id| (id * 7919) % 32_000).collect::<Vec<u32>>();
+    let ids = |n: usize| {
+        (0..n as u32)
+            .map(|id| (id * 7919) % 32_000)
+            .collect::<Vec<u32>>()
+    };
     let mut logits = vec![0.0; config.vocab_size()];
     let before = bandwidth(memory, threads);
     session.decode(&ids(args.context.max(1)), None)?;
@@ -292,10 +325,18 @@ fn measure(args: &Args, model: &Model, memory: &[u64]) -> Result<Measured> {
     }
     let weights: usize = model.layers().iter().map(|layer| layer.bytes).sum();
     let number = if args.half_cache { 2 } else { 4 };
-    let kept: usize = config.blocks().iter().map(|block| 2 * block.n_kv_heads * config.head_dim()).sum();
+    let kept: usize = config
+        .blocks()
+        .iter()
+        .map(|block| 2 * block.n_kv_heads * config.head_dim())
+        .sum();
     let read = (weights + number * kept * (args.context + 4)) as f64;
-    let macs: usize =
-        model.layers().iter().filter(|layer| layer.name != "lm_head").map(|layer| layer.d_input * layer.d_output).sum();
+    let macs: usize = model
+        .layers()
+        .iter()
+        .filter(|layer| layer.name != "lm_head")
+        .map(|layer| layer.d_input * layer.d_output)
+        .sum();
     Ok(Measured {
         read_mb: read / 1e6,
         decode: 1.0 / best,
@@ -311,7 +352,10 @@ fn bundle(folder: &std::path::Path, name: &str, model: &Model) -> Result<()> {
     model.save(&path, true)?;
     let (started, before) = (Instant::now(), resident_mb());
     let opened = Model::open(&path, &ModelOptions::default())?;
-    let (ms, touched) = (1e3 * started.elapsed().as_secs_f64(), resident_mb() - before);
+    let (ms, touched) = (
+        1e3 * started.elapsed().as_secs_f64(),
+        resident_mb() - before,
+    );
     let started = Instant::now();
     opened.verify()?;
     let verified = started.elapsed().as_secs_f64();
@@ -333,12 +377,23 @@ fn bench(args: &Args) -> Result<()> {
         let mut printed = false;
         for kind in &args.formats {
             let model = model(*size, *kind, args.threads)?;
-            let name = kind.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+            let name = kind
+                .to_possible_value()
+                .map_or(String::new(), |value| value.get_name().to_string());
             if !printed {
                 printed = true;
-                let params: usize = model.layers().iter().map(|layer| layer.d_input * layer.d_output).sum();
+                let params: usize = model
+                    .layers()
+                    .iter()
+                    .map(|layer| layer.d_input * layer.d_output)
+                    .sum();
                 let (rows, hidden) = (args.prompt, model.config().hidden_size());
-                let rate = gemm_rate(rows, hidden, model.config().intermediate_size(), model.n_threads());
+                let rate = gemm_rate(
+                    rows,
+                    hidden,
+                    model.config().intermediate_size(),
+                    model.n_threads(),
+                );
                 common::say!(
                     "{:.2} billion weights a token, {} threads, {} tokens of context, prompts of {}; gemm's f32: {:.0} GMAC/s",
                     params as f64 / 1e9,
@@ -347,8 +402,20 @@ fn bench(args: &Args) -> Result<()> {
                     args.prompt,
                     rate / 1e9
                 );
-                let head = ["MB/token", "tokens/s", "GB/s read", "share", "x f16", "prefill/s", "GMAC/s"];
-                common::say!("{:<14} {}", "", head.map(|cell| format!("{cell:>10}")).join(" "));
+                let head = [
+                    "MB/token",
+                    "tokens/s",
+                    "GB/s read",
+                    "share",
+                    "x f16",
+                    "prefill/s",
+                    "GMAC/s",
+                ];
+                common::say!(
+                    "{:<14} {}",
+                    "",
+                    head.map(|cell| format!("{cell:>10}")).join(" ")
+                );
             }
             let measured = measure(args, &model, &memory)?;
             let dense = *dense.get_or_insert(measured.decode);
@@ -361,7 +428,10 @@ fn bench(args: &Args) -> Result<()> {
                 format!("{:.0}", measured.prefill),
                 format!("{:.0}", measured.macs / 1e9),
             ];
-            common::say!("{name:<14} {}", cells.map(|cell| format!("{cell:>10}")).join(" "));
+            common::say!(
+                "{name:<14} {}",
+                cells.map(|cell| format!("{cell:>10}")).join(" ")
+            );
             if let Some(folder) = &args.bundles {
                 bundle(folder, &name, &model)?;
             }

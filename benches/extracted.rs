@@ -115,17 +115,33 @@ fn config(args: &Args) -> Result<HfConfig> {
 fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
     let model = Decoder::init(config, 1, &common::device("flex")?)?;
     let layers = model.layer_shapes();
-    let width =
-        |names: &[&str], choices: [usize; 2]| SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices);
+    let width = |names: &[&str], choices: [usize; 2]| {
+        SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices)
+    };
     let head_dim = args.hidden / args.heads;
     let mut groups = width(&["gate_proj", "up_proj"], [args.mlp, args.mlp / 2])?;
-    groups.extend(width(&["q_proj", "k_proj", "v_proj"], [args.hidden, args.heads * 2 / 3 * head_dim])?);
+    groups.extend(width(
+        &["q_proj", "k_proj", "v_proj"],
+        [args.hidden, args.heads * 2 / 3 * head_dim],
+    )?);
     // The blocks in the middle go first.
     let mut blocks: Vec<usize> = (0..args.blocks).collect();
     blocks.sort_by_key(|block| std::cmp::Reverse((2 * block + 1).abs_diff(args.blocks)));
-    let names = blocks.into_iter().map(|block| format!("model.layers.{block}")).collect();
-    groups.push(Group::of_kind(Elastic::Depth, "depth", names, vec![args.blocks, args.blocks * 2 / 3])?);
-    SuperNet::new(model, SearchSpace::new(groups)?, SuperNetConfig::new(LoraConfig::new(1)))
+    let names = blocks
+        .into_iter()
+        .map(|block| format!("model.layers.{block}"))
+        .collect();
+    groups.push(Group::of_kind(
+        Elastic::Depth,
+        "depth",
+        names,
+        vec![args.blocks, args.blocks * 2 / 3],
+    )?);
+    SuperNet::new(
+        model,
+        SearchSpace::new(groups)?,
+        SuperNetConfig::new(LoraConfig::new(1)),
+    )
 }
 
 /// The largest subnet but for what is made smaller.
@@ -136,7 +152,11 @@ fn subnet(net: &SuperNet, change: Change) -> SubnetConfig {
         _ => matches!(change, Change::Heads | Change::All),
     };
     let value = |group: &Group| group.choices()[usize::from(changed(group))];
-    net.space().groups().iter().map(|group| (group.id().to_string(), value(group))).collect()
+    net.space()
+        .groups()
+        .iter()
+        .map(|group| (group.id().to_string(), value(group)))
+        .collect()
 }
 
 /// One phase of one model: what is in the cache before, and the tokens that are timed.
@@ -155,7 +175,13 @@ impl<'a> Timed<'a> {
         if before > 0 {
             host_values(model.hidden_states(model.tokens(&ids(before), 1)?, Some(&mut cache)));
         }
-        let mut timed = Self { model, before, tokens: model.tokens(&ids(n), 1)?, cache, ms: Vec::new() };
+        let mut timed = Self {
+            model,
+            before,
+            tokens: model.tokens(&ids(n), 1)?,
+            cache,
+            ms: Vec::new(),
+        };
         timed.run();
         timed.ms.clear();
         Ok(timed)
@@ -165,7 +191,9 @@ impl<'a> Timed<'a> {
         self.cache.truncate(self.before);
         let n = self.tokens.dims()[1];
         let started = Instant::now();
-        let hidden = self.model.hidden_states(self.tokens.clone(), Some(&mut self.cache));
+        let hidden = self
+            .model
+            .hidden_states(self.tokens.clone(), Some(&mut self.cache));
         host_values(self.model.logits(hidden.narrow(1, n - 1, 1)));
         self.ms.push(1e3 * started.elapsed().as_secs_f64());
     }
@@ -187,8 +215,15 @@ fn costs(config: &HfConfig, args: &Args, dtype: DType) -> (f64, f64) {
     let cost = SubnetCost::of_config(config);
     let head = config.vocab_size() * config.hidden_size();
     let macs = (cost.macs_per_token - head) * args.prompt + head + cost.attention_macs(args.prompt);
-    let keys: usize = config.blocks().iter().map(|block| 2 * block.n_kv_heads * config.head_dim()).sum();
-    (macs as f64, (cost.macs_per_token * dtype.size() + 4 * keys * args.context) as f64)
+    let keys: usize = config
+        .blocks()
+        .iter()
+        .map(|block| 2 * block.n_kv_heads * config.head_dim())
+        .sum();
+    (
+        macs as f64,
+        (cost.macs_per_token * dtype.size() + 4 * keys * args.context) as f64,
+    )
 }
 
 struct Foretold {
@@ -209,10 +244,27 @@ fn compare(
     small: &Decoder,
     told: Option<&Foretold>,
 ) -> Result<()> {
-    let (of_full, of_small) = (costs(full.config(), args, dtype), costs(small.config(), args, dtype));
+    let (of_full, of_small) = (
+        costs(full.config(), args, dtype),
+        costs(small.config(), args, dtype),
+    );
     let phases = [
-        ("prefill", 0, args.prompt, 1, of_full.0 / of_small.0, told.map(|told| &told.prefill)),
-        ("decode", args.context, 1, 5, of_full.1 / of_small.1, told.map(|told| &told.decode)),
+        (
+            "prefill",
+            0,
+            args.prompt,
+            1,
+            of_full.0 / of_small.0,
+            told.map(|told| &told.prefill),
+        ),
+        (
+            "decode",
+            args.context,
+            1,
+            5,
+            of_full.1 / of_small.1,
+            told.map(|told| &told.decode),
+        ),
     ];
     for (what, before, n, runs, cost, table) in phases {
         let mut both = [Timed::new(full, before, n)?, Timed::new(small, before, n)?];
@@ -223,13 +275,22 @@ fn compare(
         }
         let [a, b] = &both;
         let (least, median) = (a.least() / b.least(), a.median() / b.median());
-        let mut cells: Vec<String> =
-            [a.least(), b.least(), a.median(), b.median()].iter().map(|ms| format!("{ms:.1}")).collect();
-        cells.extend([least, median, cost, least / cost, median / cost].iter().map(|ratio| format!("{ratio:.3}")));
+        let mut cells: Vec<String> = [a.least(), b.least(), a.median(), b.median()]
+            .iter()
+            .map(|ms| format!("{ms:.1}"))
+            .collect();
+        cells.extend(
+            [least, median, cost, least / cost, median / cost]
+                .iter()
+                .map(|ratio| format!("{ratio:.3}")),
+        );
         if let Some(table) = table {
             for timed in &both {
                 let foretold = table.predict_ms(timed.model.config().blocks())?;
-                cells.extend([format!("{foretold:.1}"), format!("{:+.1}%", 100.0 * (foretold / timed.least() - 1.0))]);
+                cells.extend([
+                    format!("{foretold:.1}"),
+                    format!("{:+.1}%", 100.0 * (foretold / timed.least() - 1.0)),
+                ]);
             }
         }
         line(name, what, &cells);
@@ -239,7 +300,11 @@ fn compare(
 
 fn bench(args: &Args) -> Result<()> {
     if args.heads < 2 || args.blocks < 2 {
-        return Err(Error::argument("heads, blocks", args.heads.min(args.blocks), "at least 2"));
+        return Err(Error::argument(
+            "heads, blocks",
+            args.heads.min(args.blocks),
+            "at least 2",
+        ));
     }
     let config = config(args)?;
     let mut net = net(args, &config)?;
@@ -247,7 +312,9 @@ fn bench(args: &Args) -> Result<()> {
     let mut small = Vec::new();
     for change in &args.changes {
         net.activate(&subnet(&net, *change))?;
-        let name = change.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+        let name = change
+            .to_possible_value()
+            .map_or(String::new(), |value| value.get_name().to_string());
         small.push((name, Merger::new().extract(&net, &[])?.model));
     }
     net.activate(&net.maximal())?;
@@ -260,7 +327,9 @@ fn bench(args: &Args) -> Result<()> {
         args.context,
         args.turns
     );
-    let mut head: Vec<&str> = vec!["full", "small", "full", "small", "least", "median", "cost", "least", "median"];
+    let mut head: Vec<&str> = vec![
+        "full", "small", "full", "small", "least", "median", "cost", "least", "median",
+    ];
     if args.foretell {
         head.extend(["full", "off", "small", "off"]);
     }
@@ -272,13 +341,27 @@ fn bench(args: &Args) -> Result<()> {
             let stored = SuperNet::new(full.clone(), net.space().clone(), net.config().clone())?;
             let table = |phase, repeats| LatencyTable::measure(&stored, phase, repeats, |_, _| {});
             Some(Foretold {
-                prefill: table(Phase::Prefill { n_tokens: args.prompt }, 3)?,
-                decode: table(Phase::Decode { context: args.context }, 10)?,
+                prefill: table(
+                    Phase::Prefill {
+                        n_tokens: args.prompt,
+                    },
+                    3,
+                )?,
+                decode: table(
+                    Phase::Decode {
+                        context: args.context,
+                    },
+                    10,
+                )?,
             })
         } else {
             None
         };
-        line(&format!("{weights:?}").to_lowercase(), "", &head.iter().map(ToString::to_string).collect::<Vec<_>>());
+        line(
+            &format!("{weights:?}").to_lowercase(),
+            "",
+            &head.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        );
         for (name, small) in &small {
             let small = small.clone().with_weight_dtype(dtype)?;
             compare(args, name, dtype, &full, &small, told.as_ref())?;

@@ -16,7 +16,9 @@ use std::time::Instant;
 use clap::{Parser, ValueEnum};
 use elastic_lora::Result;
 use elastic_lora::format::{Buffer, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat};
-use elastic_lora::kernels::{Activations, Level, Linear, Pool, Rows, RowsMut, Scratch, forward_on, scratch_bytes};
+use elastic_lora::kernels::{
+    Activations, Level, Linear, Pool, Rows, RowsMut, Scratch, forward_on, scratch_bytes,
+};
 use elastic_lora::linalg::Matrix;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -89,7 +91,11 @@ fn weight(format: Format, rows: usize, cols: usize, args: &Args) -> Result<Store
     let threshold = (args.sparsity * 65536.0) as u32;
     let number = |rng: &mut ChaCha8Rng, sparse: bool| {
         let random: u32 = rng.random();
-        if sparse && (random & 0xFFFF) < threshold { 0.0 } else { (random >> 16) as f32 / 32768.0 - 1.0 }
+        if sparse && (random & 0xFFFF) < threshold {
+            0.0
+        } else {
+            (random >> 16) as f32 / 32768.0 - 1.0
+        }
     };
     let stored = match format {
         Format::F32 => WeightFormat::F32,
@@ -141,7 +147,13 @@ fn weight(format: Format, rows: usize, cols: usize, args: &Args) -> Result<Store
     };
     let sparse = matches!(format, Format::SparseF16 | Format::SparseBf16);
     let matrix = if format == Format::Nm {
-        Matrix::from_fn(rows, cols, |row, col| if (row + col) % 4 < 2 { number(&mut rng, false) } else { 0.0 })
+        Matrix::from_fn(rows, cols, |row, col| {
+            if (row + col) % 4 < 2 {
+                number(&mut rng, false)
+            } else {
+                0.0
+            }
+        })
     } else {
         Matrix::from_fn(rows, cols, |_, _| number(&mut rng, sparse))
     };
@@ -165,10 +177,20 @@ fn sums(pool: &Pool, buffer: &[u8], seconds: &mut Vec<f64>) {
         let started = Instant::now();
         pool.for_each(WHOLE / PART, |_, task| {
             let mut sums = [0_u64; 32];
-            for words in buffer[task * PART..(task + 1) * PART].as_chunks::<8>().0.as_chunks::<32>().0 {
-                sums.iter_mut().zip(words).for_each(|(sum, word)| *sum = sum.wrapping_add(u64::from_le_bytes(*word)));
+            for words in buffer[task * PART..(task + 1) * PART]
+                .as_chunks::<8>()
+                .0
+                .as_chunks::<32>()
+                .0
+            {
+                sums.iter_mut()
+                    .zip(words)
+                    .for_each(|(sum, word)| *sum = sum.wrapping_add(u64::from_le_bytes(*word)));
             }
-            total.fetch_add(sums.iter().fold(0, |all, sum| all.wrapping_add(*sum)), Ordering::Relaxed);
+            total.fetch_add(
+                sums.iter().fold(0, |all, sum| all.wrapping_add(*sum)),
+                Ordering::Relaxed,
+            );
         });
         seconds.push(started.elapsed().as_secs_f64() / WHOLE as f64);
     }
@@ -179,7 +201,10 @@ fn sums(pool: &Pool, buffer: &[u8], seconds: &mut Vec<f64>) {
 fn quantile(values: &[f64], share: f64) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    values.get((share * values.len() as f64) as usize).copied().unwrap_or(f64::NAN)
+    values
+        .get((share * values.len() as f64) as usize)
+        .copied()
+        .unwrap_or(f64::NAN)
 }
 
 fn best(values: &[f64]) -> f64 {
@@ -209,14 +234,36 @@ fn products(
     seconds: &mut Vec<f64>,
 ) -> Result<()> {
     let (outputs, inputs) = (copies[0].rows(), copies[0].cols());
-    let layer = |weight| Linear { weight, outputs, bias: None, adapter: None };
+    let layer = |weight| Linear {
+        weight,
+        outputs,
+        bias: None,
+        adapter: None,
+    };
     let mut memory = vec![0; scratch_bytes(pool, &[layer(&copies[0])], rows, inputs, activations)];
     let mut values = vec![0.0; rows * outputs];
     for weight in copies {
         let started = Instant::now();
-        let x = Rows { values: x, rows, stride: inputs };
-        let y = RowsMut { values: &mut values, rows, stride: outputs };
-        forward_on(level, pool, &[layer(weight)], x, inputs, &mut [y], activations, &mut Scratch::new(&mut memory))?;
+        let x = Rows {
+            values: x,
+            rows,
+            stride: inputs,
+        };
+        let y = RowsMut {
+            values: &mut values,
+            rows,
+            stride: outputs,
+        };
+        forward_on(
+            level,
+            pool,
+            &[layer(weight)],
+            x,
+            inputs,
+            &mut [y],
+            activations,
+            &mut Scratch::new(&mut memory),
+        )?;
         seconds.push(started.elapsed().as_secs_f64());
     }
     black_box(&values);
@@ -232,15 +279,32 @@ fn bench(args: &Args) -> Result<()> {
             levels[(wanted as usize).min(levels.len() - 1)]
         }
     };
-    let activations = if args.int8 { Activations::Int8 } else { Activations::Int16 };
+    let activations = if args.int8 {
+        Activations::Int8
+    } else {
+        Activations::Int16
+    };
     let bytes = args.mib << 20;
     let buffer = Buffer::from_vec(vec![1; bytes]);
     let threads = pool.threads();
-    common::say!("{} threads, {}, inputs of codes {activations:?}", threads, level.name());
+    common::say!(
+        "{} threads, {}, inputs of codes {activations:?}",
+        threads,
+        level.name()
+    );
     for shape in &args.shapes {
-        let [rows, cols] = match shape.split_once('x').map(|(rows, cols)| (rows.parse(), cols.parse())) {
+        let [rows, cols] = match shape
+            .split_once('x')
+            .map(|(rows, cols)| (rows.parse(), cols.parse()))
+        {
             Some((Ok(rows), Ok(cols))) => [rows, cols],
-            _ => return Err(elastic_lora::Error::argument("shapes", shape, "outputs x inputs, such as 4096x4096")),
+            _ => {
+                return Err(elastic_lora::Error::argument(
+                    "shapes",
+                    shape,
+                    "outputs x inputs, such as 4096x4096",
+                ));
+            }
         };
         let mut subjects = Vec::new();
         for format in &args.formats {
@@ -250,19 +314,33 @@ fn bench(args: &Args) -> Result<()> {
             while copies.len() < count {
                 copies.push(copy(&copies[0])?);
             }
-            subjects.push(Subject { format: *format, copies, seconds: Vec::new() });
+            subjects.push(Subject {
+                format: *format,
+                copies,
+                seconds: Vec::new(),
+            });
         }
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         for n in &args.rows {
             let x: Vec<f32> = (0..n * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
-            subjects.iter_mut().for_each(|subject| subject.seconds.clear());
+            subjects
+                .iter_mut()
+                .for_each(|subject| subject.seconds.clear());
             let mut of_sums = Vec::new();
             for _ in 0..args.turns {
                 sums(&pool, &buffer, &mut of_sums);
                 for subject in &mut subjects {
                     // Many rows take their time, whatever the memory.
                     let copies = &subject.copies[..subject.copies.len().min(4096 / n).max(1)];
-                    products(&pool, level, copies, &x, *n, activations, &mut subject.seconds)?;
+                    products(
+                        &pool,
+                        level,
+                        copies,
+                        &x,
+                        *n,
+                        activations,
+                        &mut subject.seconds,
+                    )?;
                 }
             }
             let rates = [best(&of_sums), median(&of_sums)].map(|seconds| 1e-9 / seconds);
@@ -284,14 +362,20 @@ fn bench(args: &Args) -> Result<()> {
                 "median",
                 "GFLOP/s"
             );
-            let dense = subjects.iter().find(|subject| subject.format == Format::F16);
-            let dense = dense.map_or([f64::NAN; 2], |dense| [best(&dense.seconds), median(&dense.seconds)]);
+            let dense = subjects
+                .iter()
+                .find(|subject| subject.format == Format::F16);
+            let dense = dense.map_or([f64::NAN; 2], |dense| {
+                [best(&dense.seconds), median(&dense.seconds)]
+            });
             for subject in &subjects {
                 let size = subject.copies[0].bytes() as f64;
                 let seconds = [best(&subject.seconds), median(&subject.seconds)];
                 let shares = [0, 1].map(|i| size / seconds[i] / 1e9 / rates[i]);
-                let name =
-                    subject.format.to_possible_value().map_or(String::new(), |value| value.get_name().to_string());
+                let name = subject
+                    .format
+                    .to_possible_value()
+                    .map_or(String::new(), |value| value.get_name().to_string());
                 common::say!(
                     "{name:<16} {:>8.2} {:>9.1} {:>9.1} {:>8.1} {:>7.3} {:>7.3} {:>7.2} {:>7.2} {:>9.1}",
                     size / 1e6,

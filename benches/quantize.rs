@@ -70,14 +70,25 @@ struct Measured {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let n = values.len();
-    if n == 0 { f64::NAN } else { (values[(n - 1) / 2] + values[n / 2]) / 2.0 }
+    if n == 0 {
+        f64::NAN
+    } else {
+        (values[(n - 1) / 2] + values[n / 2]) / 2.0
+    }
 }
 
 /// A size of this process in MiB by its name in the kernel's account, where there is one.
 fn status_mib(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    value.split_whitespace().next()?.parse::<f64>().ok().map(|kib| kib / 1024.0)
+    let value = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    value
+        .split_whitespace()
+        .next()?
+        .parse::<f64>()
+        .ok()
+        .map(|kib| kib / 1024.0)
 }
 
 /// Activations whose columns depend on the ones before them and differ in size.
@@ -97,7 +108,9 @@ fn inputs(tokens: usize, cols: usize) -> Vec<f32> {
 fn measure(args: &Args, method: Method) -> Result<Measured> {
     let x = inputs(args.tokens, args.cols);
     let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let weight = Matrix::from_fn(args.rows, args.cols, |_, _| rng.random_range(-0.04_f32..0.04));
+    let weight = Matrix::from_fn(args.rows, args.cols, |_, _| {
+        rng.random_range(-0.04_f32..0.04)
+    });
     let (mut seconds, mut parts) = (Vec::new(), Vec::new());
     match method {
         Method::Wanda => {
@@ -131,21 +144,48 @@ fn measure(args: &Args, method: Method) -> Result<Measured> {
                 gptq(&weight, &factor, &config, None)?;
                 let all = start.elapsed().as_secs_f64();
                 seconds.push(all);
-                parts.extend([("factor".to_string(), factored), ("columns".to_string(), all - factored)]);
+                parts.extend([
+                    ("factor".to_string(), factored),
+                    ("columns".to_string(), all - factored),
+                ]);
             }
         }
     }
-    Ok(Measured { seconds, peak_mib: status_mib("VmHWM"), parts, version: String::new() })
+    Ok(Measured {
+        seconds,
+        peak_mib: status_mib("VmHWM"),
+        parts,
+        version: String::new(),
+    })
 }
 
 /// Runs a program that prints [`Measured`] as its last line.
 fn run(program: &Path, first: &[&str], args: &Args, method: Method) -> Result<Measured> {
-    let name = method.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
-    let option = if first.contains(&"--child") { "--methods" } else { "--method" };
+    let name = method
+        .to_possible_value()
+        .map(|value| value.get_name().to_string())
+        .unwrap_or_default();
+    let option = if first.contains(&"--child") {
+        "--methods"
+    } else {
+        "--method"
+    };
     let output = Command::new(program)
         .args(first)
-        .args([option, &name, "--rows", &args.rows.to_string(), "--cols", &args.cols.to_string()])
-        .args(["--tokens", &args.tokens.to_string(), "--repeats", &args.repeats.to_string()])
+        .args([
+            option,
+            &name,
+            "--rows",
+            &args.rows.to_string(),
+            "--cols",
+            &args.cols.to_string(),
+        ])
+        .args([
+            "--tokens",
+            &args.tokens.to_string(),
+            "--repeats",
+            &args.repeats.to_string(),
+        ])
         .output()
         .map_err(|source| Error::io(program, source))?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -153,19 +193,26 @@ fn run(program: &Path, first: &[&str], args: &Args, method: Method) -> Result<Me
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         return Err(Error::io(program, std::io::Error::other(stderr)));
     }
-    serde_json::from_str(text.lines().last().unwrap_or_default()).map_err(|source| Error::json(program, source))
+    serde_json::from_str(text.lines().last().unwrap_or_default())
+        .map_err(|source| Error::json(program, source))
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     if let (true, Some(method)) = (args.child, args.methods.first()) {
         let measured = measure(&args, *method)?;
-        println!("{}", serde_json::to_string(&measured).map_err(|source| Error::json("measured", source))?);
+        println!(
+            "{}",
+            serde_json::to_string(&measured).map_err(|source| Error::json("measured", source))?
+        );
         return Ok(());
     }
     let own = std::env::current_exe().map_err(|source| Error::io("this program", source))?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/pytorch/quantize.py");
-    println!("layer of {} x {}, Hessian of {} tokens", args.rows, args.cols, args.tokens);
+    println!(
+        "layer of {} x {}, Hessian of {} tokens",
+        args.rows, args.cols, args.tokens
+    );
     for method in &args.methods {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..args.rounds {
@@ -174,14 +221,24 @@ fn main() -> Result<()> {
                 theirs.push(run(python, &[script], &args, *method)?);
             }
         }
-        let time = |all: &[Measured]| median(all.iter().flat_map(|one| one.seconds.clone()).collect());
+        let time =
+            |all: &[Measured]| median(all.iter().flat_map(|one| one.seconds.clone()).collect());
         let peak = |all: &[Measured]| median(all.iter().filter_map(|one| one.peak_mib).collect());
-        print!("{method:?}: {:.3} s, peak {:.0} MiB", time(&ours), peak(&ours));
+        print!(
+            "{method:?}: {:.3} s, peak {:.0} MiB",
+            time(&ours),
+            peak(&ours)
+        );
         for (part, seconds) in ours.first().map(|one| &one.parts).into_iter().flatten() {
             print!(" ({part} {seconds:.2} s)");
         }
         if let Some(one) = theirs.first() {
-            print!("; PyTorch {} {:.3} s, peak {:.0} MiB", one.version, time(&theirs), peak(&theirs));
+            print!(
+                "; PyTorch {} {:.3} s, peak {:.0} MiB",
+                one.version,
+                time(&theirs),
+                peak(&theirs)
+            );
             print!("; {:.2} times as fast", time(&theirs) / time(&ours));
         }
         println!();

@@ -129,7 +129,10 @@ struct Figures {
 
 impl Figures {
     fn new(rounds: Vec<Measured>) -> Option<Self> {
-        let steps: Vec<f64> = rounds.iter().flat_map(|round| round.steps_ms.clone()).collect();
+        let steps: Vec<f64> = rounds
+            .iter()
+            .flat_map(|round| round.steps_ms.clone())
+            .collect();
         let peaks = rounds.iter().filter_map(|round| round.peak_mib).collect();
         Some(Self {
             min_ms: steps.iter().copied().min_by(f64::total_cmp)?,
@@ -157,14 +160,29 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 /// A size of this process in MiB by its name in the kernel's account, where there is one.
 fn status_mib(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    value.split_whitespace().next()?.parse::<f64>().ok().map(|kib| kib / 1024.0)
+    let value = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    value
+        .split_whitespace()
+        .next()?
+        .parse::<f64>()
+        .ok()
+        .map(|kib| kib / 1024.0)
 }
 
 /// The layers' weights in 4 bits.
 fn quantized(model: &Decoder) -> Result<BTreeMap<String, QuantizedMatrix>> {
     let grid = GridConfig::new(4).with_group_size(Some(32));
-    model.linears().map(|(name, layer)| Ok((name, round_to_nearest(&layer.base.to_matrix(), &grid, None)?))).collect()
+    model
+        .linears()
+        .map(|(name, layer)| {
+            Ok((
+                name,
+                round_to_nearest(&layer.base.to_matrix(), &grid, None)?,
+            ))
+        })
+        .collect()
 }
 
 fn with_weights(model: Decoder, weights: Weights) -> Result<Decoder> {
@@ -208,12 +226,28 @@ fn net(case: &Case, device: &str) -> Result<SuperNet> {
         })?;
     }
     let model = with_weights(model, case.weights)?;
-    let choices = if case.method == Method::Nls { &RANKS[..] } else { &RANKS[..1] };
-    let groups = [&["q_proj", "k_proj", "v_proj"][..], &["up_proj", "gate_proj"], &["down_proj"]];
+    let choices = if case.method == Method::Nls {
+        &RANKS[..]
+    } else {
+        &RANKS[..1]
+    };
+    let groups = [
+        &["q_proj", "k_proj", "v_proj"][..],
+        &["up_proj", "gate_proj"],
+        &["down_proj"],
+    ];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, choices)?;
-    let mut grids = if aware { quantized(&model)? } else { BTreeMap::new() };
+    let mut grids = if aware {
+        quantized(&model)?
+    } else {
+        BTreeMap::new()
+    };
     let lora = LoraConfig::new(RANKS[0]).with_bf16_gradient(case.bf16_gradient);
-    let net = SuperNet::new(model, space, SuperNetConfig::new(lora).with_sparse_peft(sparse))?;
+    let net = SuperNet::new(
+        model,
+        space,
+        SuperNetConfig::new(lora).with_sparse_peft(sparse),
+    )?;
     if !aware {
         return Ok(net);
     }
@@ -224,7 +258,13 @@ fn net(case: &Case, device: &str) -> Result<SuperNet> {
 
 fn data() -> Result<Batcher> {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let mut sequence = || Sequence::unmasked((0..LEN).map(|_| rng.random_range(0..VOCAB as u32)).collect());
+    let mut sequence = || {
+        Sequence::unmasked(
+            (0..LEN)
+                .map(|_| rng.random_range(0..VOCAB as u32))
+                .collect(),
+        )
+    };
     Batcher::new((0..4 * ROWS).map(|_| sequence()).collect(), ROWS, 0, 3)
 }
 
@@ -243,45 +283,97 @@ fn measure(case: &Case, steps: usize, device: &str) -> Result<Measured> {
     let start_mib = size("VmRSS");
     let (mut net, mut data) = (net(case, device)?, data()?);
     run(&mut net, &mut data, WARM_UP, 0)?;
-    let steps_ms = (1..=steps as u64).map(|seed| run(&mut net, &mut data, 1, seed)).collect::<Result<Vec<_>>>()?;
-    let median_ms = median(steps_ms.clone()).ok_or_else(|| Error::argument("steps", 0, "at least 1"))?;
-    Ok(Measured { median_ms, steps_ms, peak_mib: size("VmHWM"), start_mib, more: serde_json::Map::new() })
+    let steps_ms = (1..=steps as u64)
+        .map(|seed| run(&mut net, &mut data, 1, seed))
+        .collect::<Result<Vec<_>>>()?;
+    let median_ms =
+        median(steps_ms.clone()).ok_or_else(|| Error::argument("steps", 0, "at least 1"))?;
+    Ok(Measured {
+        median_ms,
+        steps_ms,
+        peak_mib: size("VmHWM"),
+        start_mib,
+        more: serde_json::Map::new(),
+    })
 }
 
 fn name(value: impl ValueEnum) -> String {
-    value.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
+    value
+        .to_possible_value()
+        .map_or(String::new(), |value| value.get_name().to_string())
 }
 
 /// Runs a program that prints what it measured; where it does not, what it said is passed on.
 fn ask(mut command: Command) -> Option<Measured> {
     let output = command.output();
-    let told = output.map_err(|error| error.to_string()).and_then(|output| {
-        let text = String::from_utf8_lossy(&output.stdout);
-        let line = text.lines().next_back().unwrap_or_default();
-        serde_json::from_str(line).map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_string())
-    });
-    told.inspect_err(|error| eprintln!("{}: {error}", command.get_program().display())).ok()
+    let told = output
+        .map_err(|error| error.to_string())
+        .and_then(|output| {
+            let text = String::from_utf8_lossy(&output.stdout);
+            let line = text.lines().next_back().unwrap_or_default();
+            serde_json::from_str(line)
+                .map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_string())
+        });
+    told.inspect_err(|error| eprintln!("{}: {error}", command.get_program().display()))
+        .ok()
 }
 
 fn ours(case: &Case, steps: usize, device: &str) -> Option<Measured> {
     let mut command = Command::new(std::env::current_exe().ok()?);
-    command.args(["--child", "--sizes", &case.hidden.to_string(), "--methods", &name(case.method)]);
-    command.args(["--weights", &name(case.weights), "--steps", &steps.to_string(), "--device", device]);
+    command.args([
+        "--child",
+        "--sizes",
+        &case.hidden.to_string(),
+        "--methods",
+        &name(case.method),
+    ]);
+    command.args([
+        "--weights",
+        &name(case.weights),
+        "--steps",
+        &steps.to_string(),
+        "--device",
+        device,
+    ]);
     command.args(case.bf16_gradient.then_some("--bf16-gradient"));
     ask(command)
 }
 
 fn pytorch(python: &PathBuf, case: &Case, steps: usize, device: &str) -> Option<Measured> {
     let mut command = Command::new(python);
-    command.args([concat!(env!("CARGO_MANIFEST_DIR"), "/benches/pytorch/train_step.py"), "--json"]);
-    let numbers = [("--hidden", case.hidden), ("--layers", case.layers), ("--heads", case.heads), ("--vocab", VOCAB)];
-    let numbers =
-        numbers.into_iter().chain([("--rows", ROWS), ("--len", LEN), ("--rank", RANKS[0]), ("--steps", steps)]);
+    command.args([
+        concat!(env!("CARGO_MANIFEST_DIR"), "/benches/pytorch/train_step.py"),
+        "--json",
+    ]);
+    let numbers = [
+        ("--hidden", case.hidden),
+        ("--layers", case.layers),
+        ("--heads", case.heads),
+        ("--vocab", VOCAB),
+    ];
+    let numbers = numbers.into_iter().chain([
+        ("--rows", ROWS),
+        ("--len", LEN),
+        ("--rank", RANKS[0]),
+        ("--steps", steps),
+    ]);
     numbers.for_each(|(option, value)| {
         command.args([option, &value.to_string()]);
     });
-    command.args(["--method", &name(case.method), "--dtype", &name(case.weights)]);
-    command.args(["--device", if ["cuda", "rocm"].contains(&device) { "cuda" } else { "cpu" }]);
+    command.args([
+        "--method",
+        &name(case.method),
+        "--dtype",
+        &name(case.weights),
+    ]);
+    command.args([
+        "--device",
+        if ["cuda", "rocm"].contains(&device) {
+            "cuda"
+        } else {
+            "cpu"
+        },
+    ]);
     ask(command)
 }
 
@@ -299,20 +391,36 @@ fn turns(args: &Args, cases: &[Case], steps: usize) -> Vec<Line> {
         }
     }
     let figures = cases.iter().zip(rounds);
-    figures.map(|(case, (a, b))| Line { case: *case, ours: Figures::new(a), pytorch: Figures::new(b) }).collect()
+    figures
+        .map(|(case, (a, b))| Line {
+            case: *case,
+            ours: Figures::new(a),
+            pytorch: Figures::new(b),
+        })
+        .collect()
 }
 
 fn show(lines: &[Line]) {
-    let cell = |value: Option<f64>, digits: usize| value.map_or("-".into(), |value| format!("{value:.digits$}"));
+    let cell = |value: Option<f64>, digits: usize| {
+        value.map_or("-".into(), |value| format!("{value:.digits$}"))
+    };
     let ratio = |a: Option<f64>, b: Option<f64>| Some(a? / b?);
     for line in lines {
         let (ours, other) = (line.ours.as_ref(), line.pytorch.as_ref());
-        let base = lines.iter().find(|base| base.case.method == Method::Lora && line.case.method != Method::Lora);
+        let base = lines
+            .iter()
+            .find(|base| base.case.method == Method::Lora && line.case.method != Method::Lora);
         let ms = |figures: Option<&Figures>| figures.map(|figures| figures.median_ms);
         let mib = |figures: Option<&Figures>| figures.and_then(|figures| figures.peak_mib);
         common::say!(
             "{:<24} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9}",
-            format!("{}/{} {} {}", line.case.hidden, line.case.layers, name(line.case.method), name(line.case.weights)),
+            format!(
+                "{}/{} {} {}",
+                line.case.hidden,
+                line.case.layers,
+                name(line.case.method),
+                name(line.case.weights)
+            ),
             cell(ms(ours), 1),
             cell(ours.map(|ours| ours.min_ms), 1),
             cell(mib(ours), 0),
@@ -321,7 +429,10 @@ fn show(lines: &[Line]) {
             cell(mib(other), 0),
             cell(ratio(ms(other), ms(ours)), 2),
             cell(ratio(mib(other), mib(ours)), 2),
-            cell(ratio(ms(ours), base.and_then(|base| ms(base.ours.as_ref()))), 3),
+            cell(
+                ratio(ms(ours), base.and_then(|base| ms(base.ours.as_ref()))),
+                3
+            ),
         );
     }
 }
@@ -329,7 +440,10 @@ fn show(lines: &[Line]) {
 fn bench(args: &Args) -> Result<()> {
     let mut sizes = Vec::new();
     for hidden in &args.sizes {
-        let size = SIZES.into_iter().zip([8, 5, 3]).find(|(size, _)| size[0] == *hidden);
+        let size = SIZES
+            .into_iter()
+            .zip([8, 5, 3])
+            .find(|(size, _)| size[0] == *hidden);
         sizes.push(size.ok_or_else(|| Error::argument("sizes", hidden, "of 288, 512 and 1024"))?);
     }
     let mut all = Vec::new();
@@ -339,7 +453,14 @@ fn bench(args: &Args) -> Result<()> {
             let steps = args.steps.unwrap_or(default_steps);
             let case = |method: &Method| {
                 let (method, weights, bf16_gradient) = (*method, *weights, args.bf16_gradient);
-                Case { hidden, layers, heads, method, weights, bf16_gradient }
+                Case {
+                    hidden,
+                    layers,
+                    heads,
+                    method,
+                    weights,
+                    bf16_gradient,
+                }
             };
             let cases: Vec<Case> = args.methods.iter().map(case).collect();
             if args.child {
@@ -349,7 +470,10 @@ fn bench(args: &Args) -> Result<()> {
                 continue;
             }
             if !std::mem::replace(&mut head, true) {
-                common::say!("{ROWS} x {LEN} tokens, vocabulary {VOCAB}, rank {}; medians of steps", RANKS[0]);
+                common::say!(
+                    "{ROWS} x {LEN} tokens, vocabulary {VOCAB}, rank {}; medians of steps",
+                    RANKS[0]
+                );
                 common::say!(
                     "{:<24} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9}",
                     "",
@@ -371,7 +495,10 @@ fn bench(args: &Args) -> Result<()> {
     }
     if let Some(path) = &args.json {
         let text = format!("{:#}\n", serde_json::json!(all));
-        std::fs::write(path, text).map_err(|error| Error::Io { path: path.clone(), source: error })?;
+        std::fs::write(path, text).map_err(|error| Error::Io {
+            path: path.clone(),
+            source: error,
+        })?;
     }
     Ok(())
 }

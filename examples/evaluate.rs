@@ -59,9 +59,14 @@ fn run(args: &Args) -> Result<()> {
         let ids = pretrained.tokenizer.encode_prompt(&load_text(text)?)?;
         if ids.len() < 2 {
             let detail = format!(": {} tokens, and a text needs 2", ids.len());
-            return Err(Error::EmptyDataset { path: text.clone(), detail });
+            return Err(Error::EmptyDataset {
+                path: text.clone(),
+                detail,
+            });
         }
-        let context = args.context.unwrap_or(model.config().max_position_embeddings());
+        let context = args
+            .context
+            .unwrap_or(model.config().max_position_embeddings());
         let result = perplexity(model, &ids, context)?;
         if args.json {
             common::say!("{}", serde_json::json!(result));
@@ -87,12 +92,21 @@ fn run(args: &Args) -> Result<()> {
             .into_iter()
             .map(|kind| {
                 let problems = arithmetic::problems(kind, Split::Test, 500, 0)?;
-                Ok((kind.to_string(), problems.into_iter().map(arithmetic::Problem::into_record).collect()))
+                Ok((
+                    kind.to_string(),
+                    problems
+                        .into_iter()
+                        .map(arithmetic::Problem::into_record)
+                        .collect(),
+                ))
             })
             .collect::<Result<_>>()?,
     };
     for (name, records) in &sets {
-        if let Some(at) = records.iter().position(|record| record.final_answer().is_none()) {
+        if let Some(at) = records
+            .iter()
+            .position(|record| record.final_answer().is_none())
+        {
             return Err(Error::InvalidRecord {
                 path: name.into(),
                 record: at + 1,
@@ -107,7 +121,12 @@ fn run(args: &Args) -> Result<()> {
                 serde_json::json!({ "set": name, "accuracy": accuracy, "correct": correct, "total": total })
             );
         } else {
-            common::say!("{name}: {:.1} % ({} of {})", 100.0 * result.accuracy(), result.correct, result.total);
+            common::say!(
+                "{name}: {:.1} % ({} of {})",
+                100.0 * result.accuracy(),
+                result.correct,
+                result.total
+            );
         }
     }
     Ok(())

@@ -10,7 +10,8 @@ use std::time::Instant;
 use clap::Parser;
 use elastic_lora::format::WeightFormat;
 use elastic_lora::runtime::{
-    CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig,
+    CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig,
+    Session, SessionConfig,
 };
 use elastic_lora::{Error, Result, SuperNet};
 
@@ -71,10 +72,15 @@ struct Args {
     device: Option<String>,
 }
 
-const PROMPT: &str = "Question: Mia has 23 shells and finds 18 more. How many shells does Mia have now?\\nAnswer:";
+const PROMPT: &str =
+    "Question: Mia has 23 shells and finds 18 more. How many shells does Mia have now?\\nAnswer:";
 
 fn parse_format(text: &str) -> std::result::Result<WeightFormat, String> {
-    let int = |bits| WeightFormat::Int { bits, group_size: Some(128), symmetric: false };
+    let int = |bits| WeightFormat::Int {
+        bits,
+        group_size: Some(128),
+        symmetric: false,
+    };
     Ok(match text {
         "f32" => WeightFormat::F32,
         "f16" => WeightFormat::F16,
@@ -83,10 +89,17 @@ fn parse_format(text: &str) -> std::result::Result<WeightFormat, String> {
         "sparse-bf16" => WeightFormat::SparseBf16,
         "int8" => int(8),
         "int4" => int(4),
-        "sparse-int4" => WeightFormat::SparseInt4 { group_size: Some(128), symmetric: false },
+        "sparse-int4" => WeightFormat::SparseInt4 {
+            group_size: Some(128),
+            symmetric: false,
+        },
         other => {
-            let pattern = other.split_once(':').and_then(|(n, m)| Some((n.parse().ok()?, m.parse().ok()?)));
-            let Some((n, m)) = pattern else { return Err("no format; see --help".into()) };
+            let pattern = other
+                .split_once(':')
+                .and_then(|(n, m)| Some((n.parse().ok()?, m.parse().ok()?)));
+            let Some((n, m)) = pattern else {
+                return Err("no format; see --help".into());
+            };
             WeightFormat::NmF16 { n, m }
         }
     })
@@ -126,7 +139,11 @@ fn show(
 ) -> Result<()> {
     let mut stdout = std::io::stdout();
     let _ = write!(stdout, "{prompt}").and_then(|()| stdout.flush());
-    let mut shown = Shown { decode, so_far: Vec::new(), bytes: 0 };
+    let mut shown = Shown {
+        decode,
+        so_far: Vec::new(),
+        bytes: 0,
+    };
     let (started, mut first) = (Instant::now(), None);
     let output = generate(&mut |token| {
         first.get_or_insert_with(|| started.elapsed());
@@ -147,9 +164,25 @@ fn show(
 }
 
 fn settings(args: &Args, stop_ids: Vec<u32>) -> GenerateConfig {
-    let Args { temperature, top_k, top_p, min_p, seed, .. } = *args;
-    let sample = SampleConfig { temperature, top_k, top_p, min_p, seed };
-    GenerateConfig { sample, ..GenerateConfig::new(args.max_new_tokens, stop_ids) }
+    let Args {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        ..
+    } = *args;
+    let sample = SampleConfig {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+    };
+    GenerateConfig {
+        sample,
+        ..GenerateConfig::new(args.max_new_tokens, stop_ids)
+    }
 }
 
 /// On a Burn device, as the other examples run models.
@@ -159,7 +192,9 @@ fn run_on_device(args: &Args, device: &str, prompt: &str) -> Result<()> {
     let config = settings(args, pretrained.stop_ids());
     let mut session = DeviceSession::new(&pretrained.model);
     let decode = |ids: &[u32]| pretrained.tokenizer.decode(ids);
-    show(prompt, ids.len(), &decode, |on_token| session.generate(&ids, &config, on_token))
+    show(prompt, ids.len(), &decode, |on_token| {
+        session.generate(&ids, &config, on_token)
+    })
 }
 
 fn open(args: &Args) -> Result<Model> {
@@ -169,7 +204,9 @@ fn open(args: &Args) -> Result<Model> {
         let adapter = elastic_lora::io::peft::LoraAdapter::open(adapter)?;
         let net = SuperNet::from_adapter(pretrained.model, &adapter)?;
         let format = args.format.unwrap_or(WeightFormat::F32);
-        return Model::from_supernet(&net, &[], format)?.with_n_threads(args.threads).with_tokenizer(&path);
+        return Model::from_supernet(&net, &[], format)?
+            .with_n_threads(args.threads)
+            .with_tokenizer(&path);
     }
     let model = Model::open(&path, &ModelOptions::default().with_n_threads(args.threads))?;
     match args.format {
@@ -180,7 +217,11 @@ fn open(args: &Args) -> Result<Model> {
 
 fn run(args: &Args) -> Result<()> {
     settings(args, Vec::new()).sample.validate()?;
-    let prompt = args.prompt.as_deref().unwrap_or(PROMPT).replace("\\n", "\n");
+    let prompt = args
+        .prompt
+        .as_deref()
+        .unwrap_or(PROMPT)
+        .replace("\\n", "\n");
     if let Some(device) = &args.device {
         return run_on_device(args, device, &prompt);
     }
@@ -189,17 +230,28 @@ fn run(args: &Args) -> Result<()> {
     let opened = started.elapsed();
     if let Some(path) = &args.save {
         model.save(path, args.overwrite)?;
-        eprintln!("{}: {:.1} MB of weights", path.display(), model.bytes() as f64 / 1e6);
+        eprintln!(
+            "{}: {:.1} MB of weights",
+            path.display(),
+            model.bytes() as f64 / 1e6
+        );
         if args.prompt.is_none() {
             return Ok(());
         }
     }
     let Some(tokenizer) = model.tokenizer() else {
         let reason = "the model has no tokenizer".to_string();
-        return Err(Error::InvalidState { what: "generating", reason });
+        return Err(Error::InvalidState {
+            what: "generating",
+            reason,
+        });
     };
     let ids = tokenizer.encode_prompt(&prompt)?;
-    let cache = if args.half_cache { CacheFormat::F16 } else { CacheFormat::F32 };
+    let cache = if args.half_cache {
+        CacheFormat::F16
+    } else {
+        CacheFormat::F32
+    };
     let mut session = Session::new(&model, &SessionConfig::default().with_cache(cache))?;
     if let Some(subnet) = &args.subnet {
         session.set_subnet_named(subnet)?;
@@ -212,7 +264,9 @@ fn run(args: &Args) -> Result<()> {
     );
     let config = settings(args, model.stop_ids().to_vec());
     let decode = |ids: &[u32]| tokenizer.decode(ids);
-    show(&prompt, ids.len(), &decode, |on_token| session.generate(&ids, &config, on_token))
+    show(&prompt, ids.len(), &decode, |on_token| {
+        session.generate(&ids, &config, on_token)
+    })
 }
 
 fn main() {

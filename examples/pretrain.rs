@@ -12,14 +12,14 @@ use burn::tensor::Device;
 use clap::Parser;
 use elastic_lora::data::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{
-    Batcher, PromptTemplate, Record, TextTokenizer, TokenizeOptions, bpe_tokenizer_config, fixed_batches,
-    tokenize_records, train_bpe,
+    Batcher, PromptTemplate, Record, TextTokenizer, TokenizeOptions, bpe_tokenizer_config,
+    fixed_batches, tokenize_records, train_bpe,
 };
 use elastic_lora::eval::ProblemSet;
-use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
 use elastic_lora::model::Decoder;
+use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::train::{Sampling, TrainConfig, Trainer};
 use elastic_lora::{Result, SuperNet};
 
@@ -76,14 +76,22 @@ const MIXTURE: [(Kind, f64); 9] = [
 const CONTEXT: usize = 128;
 
 fn records(problems: Vec<arithmetic::Problem>) -> Vec<Record> {
-    problems.into_iter().map(arithmetic::Problem::into_record).collect()
+    problems
+        .into_iter()
+        .map(arithmetic::Problem::into_record)
+        .collect()
 }
 
 fn run(args: &Args) -> Result<()> {
     // Whether it can be written is found out before the training, not after it.
     drop(HfFolder::create(&args.out, args.overwrite)?);
     let device = Device::flex();
-    let train = records(arithmetic::mixture(&MIXTURE, Split::Train, args.problems, args.seed)?);
+    let train = records(arithmetic::mixture(
+        &MIXTURE,
+        Split::Train,
+        args.problems,
+        args.seed,
+    )?);
     let template = PromptTemplate::QuestionAnswer;
     let texts: Vec<String> = train
         .iter()
@@ -100,7 +108,13 @@ fn run(args: &Args) -> Result<()> {
     // Most problems count from the answer on: that is where there is something to learn. The others teach the language.
     let (language, solve) = train.split_at(train.len() / 4);
     let options = TokenizeOptions::new(CONTEXT);
-    let mut sequences = tokenize_records(language, template, &tokenizer, &options.with_mask_prompt(false))?.sequences;
+    let mut sequences = tokenize_records(
+        language,
+        template,
+        &tokenizer,
+        &options.with_mask_prompt(false),
+    )?
+    .sequences;
     sequences.extend(tokenize_records(solve, template, &tokenizer, &options)?.sequences);
     let valid = records(arithmetic::mixture(&MIXTURE, Split::Valid, 512, args.seed)?);
     let valid = tokenize_records(&valid, template, &tokenizer, &options)?.sequences;
@@ -124,7 +138,11 @@ fn run(args: &Args) -> Result<()> {
         dtype: DType::F16,
     })?;
     let model = Decoder::init(&config, args.seed, &device)?;
-    common::say!("{} weights, vocabulary {}", model.count_base_params().total, tokenizer.vocab_size());
+    common::say!(
+        "{} weights, vocabulary {}",
+        model.count_base_params().total,
+        tokenizer.vocab_size()
+    );
     let mut net = SuperNet::dense(model)?;
 
     let stop = common::stop_flag();
@@ -137,7 +155,9 @@ fn run(args: &Args) -> Result<()> {
     train_config.seed = args.seed;
     train_config.eval_every = (args.steps / 20).max(1);
     train_config.checkpoint_every = (args.steps / 20).max(1);
-    let mut trainer = Trainer::new(train_config)?.with_progress("pretrain").with_stop(stop);
+    let mut trainer = Trainer::new(train_config)?
+        .with_progress("pretrain")
+        .with_stop(stop);
     if let Some(work) = &args.work {
         trainer = trainer.with_folder(work).with_resume(true);
     }
@@ -155,8 +175,13 @@ fn run(args: &Args) -> Result<()> {
     let generate = GenerateConfig::new(40, eos.into_iter().collect());
     for kind in Kind::ALL {
         let test = records(arithmetic::problems(kind, Split::Test, 300, args.seed)?);
-        let result = ProblemSet::new(&test, template, &tokenizer)?.exact_match(&model, &tokenizer, &generate)?;
-        common::say!("{:>12}: {:5.1} %", kind.to_string(), 100.0 * result.accuracy());
+        let result = ProblemSet::new(&test, template, &tokenizer)?
+            .exact_match(&model, &tokenizer, &generate)?;
+        common::say!(
+            "{:>12}: {:5.1} %",
+            kind.to_string(),
+            100.0 * result.accuracy()
+        );
     }
 
     let folder = HfFolder::create(&args.out, args.overwrite)?;

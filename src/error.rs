@@ -74,7 +74,9 @@ pub enum Error {
         value: f32,
     },
     /// A symmetric matrix that should have a Cholesky factor has none.
-    #[error("{what}: not positive definite, pivot {index} is {pivot} (more damping, or more calibration data)")]
+    #[error(
+        "{what}: not positive definite, pivot {index} is {pivot} (more damping, or more calibration data)"
+    )]
     NotPositiveDefinite {
         /// The matrix.
         what: String,
@@ -84,7 +86,9 @@ pub enum Error {
         pivot: f64,
     },
     /// A weight that is no value of the grid that it was rounded to.
-    #[error("weight [{row}, {column}] is {value}, which is not on its grid of scale {scale} and zero point {zero}")]
+    #[error(
+        "weight [{row}, {column}] is {value}, which is not on its grid of scale {scale} and zero point {zero}"
+    )]
     OffGrid {
         /// Output feature.
         row: usize,
@@ -317,21 +321,38 @@ pub enum Error {
 impl Error {
     /// Names `path` in an I/O error.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Error::Io { path: path.as_ref().to_path_buf(), source }
+        Error::Io {
+            path: path.as_ref().to_path_buf(),
+            source,
+        }
     }
 
     /// Names `path` in a JSON error.
     pub fn json(path: impl AsRef<Path>, source: serde_json::Error) -> Self {
-        Error::Json { path: path.as_ref().to_path_buf(), source }
+        Error::Json {
+            path: path.as_ref().to_path_buf(),
+            source,
+        }
     }
 
     /// A file that breaks a rule of its format.
     pub fn invalid_file(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
-        Error::InvalidFile { path: path.as_ref().to_path_buf(), reason: reason.into() }
+        Error::InvalidFile {
+            path: path.as_ref().to_path_buf(),
+            reason: reason.into(),
+        }
     }
 
     /// An argument outside its range.
-    pub fn argument(name: &'static str, found: impl std::fmt::Display, expected: impl Into<String>) -> Self {
-        Error::InvalidArgument { name, found: found.to_string(), expected: expected.into() }
+    pub fn argument(
+        name: &'static str,
+        found: impl std::fmt::Display,
+        expected: impl Into<String>,
+    ) -> Self {
+        Error::InvalidArgument {
+            name,
+            found: found.to_string(),
+            expected: expected.into(),
+        }
     }
 }

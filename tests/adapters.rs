@@ -7,7 +7,8 @@ use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 use common::{max_diff, random, random_matrix, weight_bits};
 use elastic_lora::adapter::{
-    ElasticLora, ElasticLoraReparam, ElasticLoraReparameterizer, LoraConfig, RankSwitches, ScaleRule, seeded_dropout,
+    ElasticLora, ElasticLoraReparam, ElasticLoraReparameterizer, LoraConfig, RankSwitches,
+    ScaleRule, seeded_dropout,
 };
 use elastic_lora::linalg::Matrix;
 use elastic_lora::nn::{BaseLinear, host_values};
@@ -17,7 +18,11 @@ use elastic_lora::{ElasticLoraLinear, ElasticLoraLinearConfig, Error};
 const D_IN: usize = 17;
 const D_OUT: usize = 5;
 const RANK: usize = 8;
-const RULES: [ScaleRule; 3] = [ScaleRule::AlphaOverMaxRank, ScaleRule::AlphaOverRank, ScaleRule::AlphaOverSqrtRank];
+const RULES: [ScaleRule; 3] = [
+    ScaleRule::AlphaOverMaxRank,
+    ScaleRule::AlphaOverRank,
+    ScaleRule::AlphaOverSqrtRank,
+];
 
 fn tape() -> Device {
     Device::flex().autodiff()
@@ -30,7 +35,13 @@ fn config(rule: ScaleRule) -> LoraConfig {
 /// A base whose weight has zeros, with a bias.
 fn base(device: &Device) -> BaseLinear {
     let weight = random_matrix(D_OUT, D_IN, 1);
-    let sparse = Matrix::from_fn(D_OUT, D_IN, |o, i| if (o * 7 + i * 3) % 5 < 2 { 0.0 } else { weight.row(o)[i] });
+    let sparse = Matrix::from_fn(D_OUT, D_IN, |o, i| {
+        if (o * 7 + i * 3) % 5 < 2 {
+            0.0
+        } else {
+            weight.row(o)[i]
+        }
+    });
     BaseLinear::from_matrix(&sparse, Some(&common::random_values(D_OUT, 2)), device).unwrap()
 }
 
@@ -41,7 +52,10 @@ fn factors() -> (Matrix, Matrix) {
 fn layer(config: &LoraConfig, masked: bool, device: &Device) -> ElasticLoraLinear {
     let (a, b) = factors();
     let adapter = ElasticLora::from_factors(config, &a, &b, device).unwrap();
-    let mut layer = ElasticLoraLinear { base: base(device), adapter: Some(adapter) };
+    let mut layer = ElasticLoraLinear {
+        base: base(device),
+        adapter: Some(adapter),
+    };
     if masked {
         layer.mask_by_base().unwrap();
     }
@@ -58,9 +72,12 @@ fn by_hand(x: &[f32], rank: usize, scale: f64, masked: bool) -> Vec<f32> {
         for (o, bias) in bias.iter().enumerate() {
             let mut sum = f64::from(*bias);
             for (i, x) in row.iter().enumerate() {
-                let product: f64 = (0..rank).map(|r| f64::from(b.row(o)[r]) * f64::from(a.row(r)[i])).sum();
+                let product: f64 = (0..rank)
+                    .map(|r| f64::from(b.row(o)[r]) * f64::from(a.row(r)[i]))
+                    .sum();
                 let kept = !masked || weight.row(o)[i] != 0.0;
-                sum += f64::from(*x) * (f64::from(weight.row(o)[i]) + if kept { scale * product } else { 0.0 });
+                sum += f64::from(*x)
+                    * (f64::from(weight.row(o)[i]) + if kept { scale * product } else { 0.0 });
             }
             y.push(sum as f32);
         }
@@ -83,11 +100,16 @@ fn every_rank_and_scale_rule_computes_what_the_formula_says() {
                 };
                 let y = host_values(layer.forward(x.clone()));
                 let expected = by_hand(&host_values(x.clone()), rank, scale, masked);
-                assert!(max_diff(&y, &expected) < 2e-5, "{rule:?} rank {rank} masked {masked}");
+                assert!(
+                    max_diff(&y, &expected) < 2e-5,
+                    "{rule:?} rank {rank} masked {masked}"
+                );
                 // A merged layer is a plain one.
-                let merged =
-                    BaseLinear::from_tensors(layer.merged_weight(), layer.base.bias.as_ref().map(|bias| bias.val()))
-                        .unwrap();
+                let merged = BaseLinear::from_tensors(
+                    layer.merged_weight(),
+                    layer.base.bias.as_ref().map(|bias| bias.val()),
+                )
+                .unwrap();
                 assert!(max_diff(&host_values(merged.forward(x.clone())), &y) < 2e-5);
             }
         }
@@ -109,7 +131,10 @@ fn a_subnet_is_a_separate_lora_of_its_first_rows_and_columns() {
                 let first = Matrix::new(rank, D_IN, a.as_slice()[..rank * D_IN].to_vec()).unwrap();
                 let second = Matrix::from_fn(D_OUT, rank, |o, r| b.row(o)[r]);
                 let adapter = ElasticLora::from_factors(&small, &first, &second, &tape()).unwrap();
-                let mut apart = ElasticLoraLinear { base: base(&tape()), adapter: Some(adapter) };
+                let mut apart = ElasticLoraLinear {
+                    base: base(&tape()),
+                    adapter: Some(adapter),
+                };
                 if masked {
                     apart.mask_by_base().unwrap();
                 }
@@ -120,10 +145,24 @@ fn a_subnet_is_a_separate_lora_of_its_first_rows_and_columns() {
                     let grads = (y.clone() * upstream.clone()).sum().backward();
                     let adapter = layer.adapter.as_ref().unwrap();
                     assert!(layer.base.weight().grad(&grads).is_none());
-                    assert!(layer.base.bias.as_ref().unwrap().val().grad(&grads).is_none());
+                    assert!(
+                        layer
+                            .base
+                            .bias
+                            .as_ref()
+                            .unwrap()
+                            .val()
+                            .grad(&grads)
+                            .is_none()
+                    );
                     let grad_a = adapter.lora_a.val().grad(&grads).unwrap();
                     let grad_b = adapter.lora_b.val().grad(&grads).unwrap();
-                    (host_values(y.inner()), host_values(x.grad(&grads).unwrap()), grad_a, grad_b)
+                    (
+                        host_values(y.inner()),
+                        host_values(x.grad(&grads).unwrap()),
+                        grad_a,
+                        grad_b,
+                    )
                 };
                 let (y, grad_x, grad_a, grad_b) = run(&elastic);
                 let (y1, grad_x1, grad_a1, grad_b1) = run(&apart);
@@ -135,7 +174,10 @@ fn a_subnet_is_a_separate_lora_of_its_first_rows_and_columns() {
                     assert!(active.iter().any(|v| v.abs() > 1e-3));
                     if rank < RANK {
                         let rest = host_values(whole.narrow(dim, rank, RANK - rank));
-                        assert!(rest.iter().all(|v| *v == 0.0), "a gradient beyond rank {rank}");
+                        assert!(
+                            rest.iter().all(|v| *v == 0.0),
+                            "a gradient beyond rank {rank}"
+                        );
                     }
                 };
                 close(grad_a, 1, grad_a1);
@@ -149,7 +191,11 @@ fn a_subnet_is_a_separate_lora_of_its_first_rows_and_columns() {
 fn switching_there_and_back_changes_nothing() {
     let x = random([2, D_IN], 8, &Device::flex());
     for masked in [false, true] {
-        let mut layer = layer(&config(ScaleRule::AlphaOverSqrtRank), masked, &Device::flex());
+        let mut layer = layer(
+            &config(ScaleRule::AlphaOverSqrtRank),
+            masked,
+            &Device::flex(),
+        );
         let before = weight_bits(&layer);
         layer.set_active_rank(5).unwrap();
         let first = host_values(layer.forward(x.clone()));
@@ -175,7 +221,10 @@ fn a_masked_merge_keeps_every_zero() {
         }
         assert!(changed > D_IN);
     }
-    assert!(matches!(layer.adapter.as_ref().unwrap().active_factors(), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        layer.adapter.as_ref().unwrap().active_factors(),
+        Err(Error::Unsupported { .. })
+    ));
 }
 
 #[test]
@@ -184,7 +233,12 @@ fn dropout_acts_in_training_alone_and_follows_its_seed() {
         let config = config(ScaleRule::AlphaOverMaxRank).with_dropout(0.4);
         let x = random([2, D_IN], 9, &Device::flex());
         let still = host_values(layer(&config, masked, &Device::flex()).forward(x.clone()));
-        assert_eq!(still, host_values(layer(&config.clone().with_dropout(0.0), masked, &Device::flex()).forward(x)));
+        assert_eq!(
+            still,
+            host_values(
+                layer(&config.clone().with_dropout(0.0), masked, &Device::flex()).forward(x)
+            )
+        );
 
         let x = random([2, D_IN], 9, &tape());
         let mut training = layer(&config, masked, &tape());
@@ -199,18 +253,28 @@ fn dropout_acts_in_training_alone_and_follows_its_seed() {
         let n = 3000;
         let mut mean = vec![0.0f64; first.len()];
         for seed in 0..n {
-            mean.iter_mut().zip(at(seed)).for_each(|(mean, y)| *mean += f64::from(y) / n as f64);
+            mean.iter_mut()
+                .zip(at(seed))
+                .for_each(|(mean, y)| *mean += f64::from(y) / n as f64);
         }
         let mean: Vec<f32> = mean.into_iter().map(|v| v as f32).collect();
-        assert!(max_diff(&mean, &still) < 0.25, "masked {masked}: {}", max_diff(&mean, &still));
+        assert!(
+            max_diff(&mean, &still) < 0.25,
+            "masked {masked}: {}",
+            max_diff(&mean, &still)
+        );
         let evaluated = training.valid();
         assert_eq!(still, host_values(evaluated.forward(x.clone().inner())));
     }
     // Neighbouring seeds' masks are not shifts of each other.
     let ones = Tensor::<1>::ones([4096], &Device::flex());
-    let (a, b) = (host_values(seeded_dropout(ones.clone(), 0.5, 10)), host_values(seeded_dropout(ones, 0.5, 11)));
+    let (a, b) = (
+        host_values(seeded_dropout(ones.clone(), 0.5, 10)),
+        host_values(seeded_dropout(ones, 0.5, 11)),
+    );
     for shift in 0..64 {
-        let same = a[shift..].iter().zip(&b).filter(|(a, b)| a == b).count() as f64 / (4096 - shift) as f64;
+        let same = a[shift..].iter().zip(&b).filter(|(a, b)| a == b).count() as f64
+            / (4096 - shift) as f64;
         assert!((same - 0.5).abs() < 0.06, "shift {shift}: {same}");
     }
 }
@@ -220,11 +284,17 @@ fn wrong_ranks_settings_and_shapes_are_refused() {
     let device = Device::flex();
     let mut adapted = layer(&config(ScaleRule::default()), false, &device);
     for rank in [0, RANK + 1, usize::MAX] {
-        assert!(matches!(adapted.set_active_rank(rank), Err(Error::InvalidRank { max: RANK, .. })));
+        assert!(matches!(
+            adapted.set_active_rank(rank),
+            Err(Error::InvalidRank { max: RANK, .. })
+        ));
         assert_eq!(adapted.active_rank(), RANK);
     }
     let mut plain = ElasticLoraLinear::plain(base(&device));
-    assert!(matches!(plain.set_active_rank(1), Err(Error::InvalidRank { .. })));
+    assert!(matches!(
+        plain.set_active_rank(1),
+        Err(Error::InvalidRank { .. })
+    ));
     assert_eq!(plain.active_rank(), 0);
     plain.mask_by_base().unwrap();
 
@@ -233,12 +303,27 @@ fn wrong_ranks_settings_and_shapes_are_refused() {
     let refused = |config: &LoraConfig, a: &Matrix, b: &Matrix| {
         ElasticLora::from_factors(config, a, b, &Device::flex()).unwrap_err()
     };
-    assert!(matches!(refused(&LoraConfig::new(7), &a, &b), Error::ShapeMismatch { .. }));
-    assert!(matches!(refused(&good, &a.transposed(), &b), Error::ShapeMismatch { .. }));
-    assert!(matches!(refused(&good, &a, &b.transposed()), Error::ShapeMismatch { .. }));
+    assert!(matches!(
+        refused(&LoraConfig::new(7), &a, &b),
+        Error::ShapeMismatch { .. }
+    ));
+    assert!(matches!(
+        refused(&good, &a.transposed(), &b),
+        Error::ShapeMismatch { .. }
+    ));
+    assert!(matches!(
+        refused(&good, &a, &b.transposed()),
+        Error::ShapeMismatch { .. }
+    ));
     let empty = |rows, cols| Matrix::zeros(rows, cols);
-    assert!(matches!(refused(&good, &empty(RANK, 0), &b), Error::InvalidArgument { .. }));
-    assert!(matches!(refused(&good, &a, &empty(0, RANK)), Error::InvalidArgument { .. }));
+    assert!(matches!(
+        refused(&good, &empty(RANK, 0), &b),
+        Error::InvalidArgument { .. }
+    ));
+    assert!(matches!(
+        refused(&good, &a, &empty(0, RANK)),
+        Error::InvalidArgument { .. }
+    ));
     for bad in [
         LoraConfig::new(0),
         good.clone().with_alpha(0.0),
@@ -248,22 +333,35 @@ fn wrong_ranks_settings_and_shapes_are_refused() {
         good.clone().with_dropout(-0.1),
         good.clone().with_dropout(f64::NAN),
     ] {
-        assert!(matches!(refused(&bad, &a, &b), Error::InvalidArgument { .. }), "{bad:?}");
+        assert!(
+            matches!(refused(&bad, &a, &b), Error::InvalidArgument { .. }),
+            "{bad:?}"
+        );
         assert!(ElasticLora::new(&bad, D_IN, D_OUT, 0, &device).is_err());
         assert!(ElasticLoraReparameterizer::new(bad, 0).is_err());
     }
     assert!(ElasticLora::new(&good, 0, D_OUT, 0, &device).is_err());
     let adapter = adapted.adapter.as_mut().unwrap();
     assert!(matches!(
-        adapter.set_mask(Some(Tensor::<2>::ones([D_OUT, D_IN], &device).equal_elem(1.0))),
+        adapter.set_mask(Some(
+            Tensor::<2>::ones([D_OUT, D_IN], &device).equal_elem(1.0)
+        )),
         Err(Error::ShapeMismatch { .. })
     ));
     assert!(!adapter.is_masked());
 
-    assert!(ElasticLoraLinearConfig::new(D_IN, D_OUT, RANK).init_on(base(&device), &device).is_ok());
+    assert!(
+        ElasticLoraLinearConfig::new(D_IN, D_OUT, RANK)
+            .init_on(base(&device), &device)
+            .is_ok()
+    );
     let other = ElasticLoraLinearConfig::new(D_OUT, D_IN, RANK).init_on(base(&device), &device);
     assert!(matches!(other, Err(Error::ShapeMismatch { .. })));
-    assert!(ElasticLoraLinearConfig::new(D_IN, D_OUT, 0).init(&device).is_err());
+    assert!(
+        ElasticLoraLinearConfig::new(D_IN, D_OUT, 0)
+            .init(&device)
+            .is_err()
+    );
 }
 
 #[test]
@@ -272,14 +370,26 @@ fn a_fresh_adapter_adds_nothing_and_its_seed_makes_it() {
     let config = ElasticLoraLinearConfig::new(D_IN, D_OUT, RANK).with_seed(5);
     let layer = config.init_on(base(&device), &device).unwrap();
     let x = random([2, D_IN], 1, &device);
-    assert_eq!(host_values(layer.forward(x.clone())), host_values(layer.base.forward(x)));
+    assert_eq!(
+        host_values(layer.forward(x.clone())),
+        host_values(layer.base.forward(x))
+    );
     let adapter = layer.adapter.unwrap();
     let a = host_values(adapter.lora_a.val());
     let bound = 1.0 / (D_IN as f32).sqrt();
     assert!(a.iter().all(|v| v.abs() <= bound) && a.iter().any(|v| v.abs() > 0.8 * bound));
-    let again = config.init_on(base(&device), &device).unwrap().adapter.unwrap();
+    let again = config
+        .init_on(base(&device), &device)
+        .unwrap()
+        .adapter
+        .unwrap();
     assert_eq!(a, host_values(again.lora_a.val()));
-    let other = config.with_seed(6).init_on(base(&device), &device).unwrap().adapter.unwrap();
+    let other = config
+        .with_seed(6)
+        .init_on(base(&device), &device)
+        .unwrap()
+        .adapter
+        .unwrap();
     assert_ne!(a, host_values(other.lora_a.val()));
 }
 
@@ -317,7 +427,11 @@ fn reparameterized(rule: ScaleRule, masked: bool, device: &Device) -> (Linear, R
         }
     }
     let device_is_tape = device.is_autodiff();
-    let linear = if device_is_tape { linear.map(&mut Fill) } else { linear.train().map(&mut Fill).valid() };
+    let linear = if device_is_tape {
+        linear.map(&mut Fill)
+    } else {
+        linear.train().map(&mut Fill).valid()
+    };
     (linear, switches)
 }
 
@@ -334,13 +448,21 @@ fn a_reparameterized_burn_layer_computes_what_an_elastic_one_does() {
                 switches.set("weight", rank).unwrap();
                 assert_eq!(switches.get("weight"), Some(rank));
                 let y = host_values(linear.forward(x.clone()));
-                assert!(max_diff(&y, &host_values(elastic.forward(x.clone()))) < 2e-5, "{rule:?} {rank} {masked}");
+                assert!(
+                    max_diff(&y, &host_values(elastic.forward(x.clone()))) < 2e-5,
+                    "{rule:?} {rank} {masked}"
+                );
                 let merged = linear.clone().materialize();
                 let merged_weight = host_values(merged.weight.val());
                 assert!(max_diff(&merged_weight, &host_values(elastic.merged_weight())) < 1e-5);
                 if masked {
                     let weight = host_values(elastic.base.weight());
-                    assert!(weight.iter().zip(&merged_weight).all(|(before, after)| *before != 0.0 || *after == 0.0));
+                    assert!(
+                        weight
+                            .iter()
+                            .zip(&merged_weight)
+                            .all(|(before, after)| *before != 0.0 || *after == 0.0)
+                    );
                 }
                 assert!(max_diff(&host_values(merged.forward(x.clone())), &y) < 2e-5);
             }
@@ -352,9 +474,18 @@ fn a_reparameterized_burn_layer_computes_what_an_elastic_one_does() {
 #[test]
 fn a_reparameterized_layer_trains_its_factors_alone() {
     let x = random([3, D_IN], 12, &tape());
-    for (masked, device) in [(false, tape()), (true, tape()), (false, Device::flex()), (true, Device::flex())] {
+    for (masked, device) in [
+        (false, tape()),
+        (true, tape()),
+        (false, Device::flex()),
+        (true, Device::flex()),
+    ] {
         let (linear, switches) = reparameterized(ScaleRule::AlphaOverMaxRank, masked, &device);
-        let linear = if device.is_autodiff() { linear } else { linear.train() };
+        let linear = if device.is_autodiff() {
+            linear
+        } else {
+            linear.train()
+        };
         let mut elastic = layer(&config(ScaleRule::AlphaOverMaxRank), masked, &tape());
         elastic.set_active_rank(3).unwrap();
         switches.set("weight", 3).unwrap();
@@ -362,11 +493,20 @@ fn a_reparameterized_layer_trains_its_factors_alone() {
         let expected = elastic.forward(x.clone()).powi_scalar(2).sum().backward();
         assert!(linear.weight.base().grad(&grads).is_none());
         assert!(linear.bias.as_ref().unwrap().base().grad(&grads).is_none());
-        let found = linear.weight.reparameterization::<ElasticLoraReparam>().unwrap();
+        let found = linear
+            .weight
+            .reparameterization::<ElasticLoraReparam>()
+            .unwrap();
         let adapter = elastic.adapter.as_ref().unwrap();
         for (found, expected) in [
-            (found.lora_a.val().grad(&grads), adapter.lora_a.val().grad(&expected)),
-            (found.lora_b.val().grad(&grads), adapter.lora_b.val().grad(&expected)),
+            (
+                found.lora_a.val().grad(&grads),
+                adapter.lora_a.val().grad(&expected),
+            ),
+            (
+                found.lora_b.val().grad(&grads),
+                adapter.lora_b.val().grad(&expected),
+            ),
         ] {
             let (found, expected) = (host_values(found.unwrap()), host_values(expected.unwrap()));
             let size = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
@@ -384,42 +524,99 @@ struct TwoLayers {
 #[test]
 fn a_search_space_switches_a_whole_burn_module() {
     let device = Device::flex();
-    let model = TwoLayers { first: burn_linear(&device), second: LinearConfig::new(D_OUT, 9).init(&device) };
+    let model = TwoLayers {
+        first: burn_linear(&device),
+        second: LinearConfig::new(D_OUT, 9).init(&device),
+    };
     let mut adapters = ElasticLoraReparameterizer::new(LoraConfig::new(4), 1).unwrap();
     let model = model.apply_reparameterization(&mut adapters);
     let switches = adapters.switches();
     let layers = switches.layers();
-    let shapes: Vec<_> = layers.iter().map(|l| (l.name.as_str(), l.d_input, l.d_output)).collect();
-    assert_eq!(shapes, [("first.weight", D_IN, D_OUT), ("second.weight", D_OUT, 9)]);
+    let shapes: Vec<_> = layers
+        .iter()
+        .map(|l| (l.name.as_str(), l.d_input, l.d_output))
+        .collect();
+    assert_eq!(
+        shapes,
+        [("first.weight", D_IN, D_OUT), ("second.weight", D_OUT, 9)]
+    );
     let space = SearchSpace::per_layer(&layers, &[4, 2, 1]).unwrap();
     let x = random([2, D_IN], 3, &device);
     // Fresh adapters: every subnet is the base.
     let forward = |x: Tensor<2>| host_values(model.second.forward(model.first.forward(x)));
     let fresh = forward(x.clone());
     switches.activate(&space, &space.minimal()).unwrap();
-    assert_eq!((switches.get("first.weight"), switches.get("second.weight")), (Some(1), Some(1)));
+    assert_eq!(
+        (switches.get("first.weight"), switches.get("second.weight")),
+        (Some(1), Some(1))
+    );
     assert_eq!(fresh, forward(x));
-    switches.activate(&space, &space.from_values(&[2, 4]).unwrap()).unwrap();
-    assert_eq!((switches.get("first.weight"), switches.get("second.weight")), (Some(2), Some(4)));
+    switches
+        .activate(&space, &space.from_values(&[2, 4]).unwrap())
+        .unwrap();
+    assert_eq!(
+        (switches.get("first.weight"), switches.get("second.weight")),
+        (Some(2), Some(4))
+    );
 
     // What does not fit changes nothing.
     let over = SearchSpace::per_layer(&layers, &[5, 1]).unwrap();
-    assert!(matches!(switches.activate(&over, &over.from_values(&[1, 5]).unwrap()), Err(Error::InvalidRank { .. })));
-    let unknown = Group::new("g", vec!["first.weight".into(), "third.weight".into()], vec![1]).unwrap();
+    assert!(matches!(
+        switches.activate(&over, &over.from_values(&[1, 5]).unwrap()),
+        Err(Error::InvalidRank { .. })
+    ));
+    let unknown = Group::new(
+        "g",
+        vec!["first.weight".into(), "third.weight".into()],
+        vec![1],
+    )
+    .unwrap();
     let unknown = SearchSpace::new(vec![unknown]).unwrap();
-    assert!(matches!(switches.activate(&unknown, &unknown.maximal()), Err(Error::UnknownLayer { .. })));
-    assert!(switches.activate(&space, &over.from_values(&[1, 5]).unwrap()).is_err());
-    assert_eq!((switches.get("first.weight"), switches.get("second.weight")), (Some(2), Some(4)));
-    assert!(matches!(switches.set("first.bias", 1), Err(Error::UnknownLayer { .. })));
-    assert!(matches!(switches.set("first.weight", 0), Err(Error::InvalidRank { .. })));
+    assert!(matches!(
+        switches.activate(&unknown, &unknown.maximal()),
+        Err(Error::UnknownLayer { .. })
+    ));
+    assert!(
+        switches
+            .activate(&space, &over.from_values(&[1, 5]).unwrap())
+            .is_err()
+    );
+    assert_eq!(
+        (switches.get("first.weight"), switches.get("second.weight")),
+        (Some(2), Some(4))
+    );
+    assert!(matches!(
+        switches.set("first.bias", 1),
+        Err(Error::UnknownLayer { .. })
+    ));
+    assert!(matches!(
+        switches.set("first.weight", 0),
+        Err(Error::InvalidRank { .. })
+    ));
     assert_eq!(switches.get("third.weight"), None);
 
     // A filter picks.
-    let model = TwoLayers { first: burn_linear(&device), second: LinearConfig::new(D_OUT, 9).init(&device) };
-    let mut adapters =
-        ElasticLoraReparameterizer::new(LoraConfig::new(4), 1).unwrap().matching(|path| path.starts_with("second"));
+    let model = TwoLayers {
+        first: burn_linear(&device),
+        second: LinearConfig::new(D_OUT, 9).init(&device),
+    };
+    let mut adapters = ElasticLoraReparameterizer::new(LoraConfig::new(4), 1)
+        .unwrap()
+        .matching(|path| path.starts_with("second"));
     let model = model.apply_reparameterization(&mut adapters);
     assert_eq!(adapters.switches().layers().len(), 1);
-    assert!(model.first.weight.reparameterization::<ElasticLoraReparam>().is_none());
-    assert!(model.second.weight.reparameterization::<ElasticLoraReparam>().is_some());
+    assert!(
+        model
+            .first
+            .weight
+            .reparameterization::<ElasticLoraReparam>()
+            .is_none()
+    );
+    assert!(
+        model
+            .second
+            .weight
+            .reparameterization::<ElasticLoraReparam>()
+            .is_some()
+    );
 }

@@ -1,6 +1,11 @@
 //! One model, on Flex and on every other device that the build has a backend for and the machine offers: the same outputs,
 //! gradients and training, within what another device's `f32` may differ by.
-#![cfg(any(feature = "ndarray", feature = "wgpu", feature = "vulkan", feature = "metal"))]
+#![cfg(any(
+    feature = "ndarray",
+    feature = "wgpu",
+    feature = "vulkan",
+    feature = "metal"
+))]
 
 mod common;
 
@@ -12,10 +17,10 @@ use common::{is_factor, random_ids, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::format::{StoredMatrix, WeightFormat};
-use elastic_lora::runtime::{DeviceSession, GenerateConfig, generate_batch};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
 use elastic_lora::quant::{GridConfig, round_to_nearest};
+use elastic_lora::runtime::{DeviceSession, GenerateConfig, generate_batch};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{StepLog, TrainConfig, Trainer, targets};
 use elastic_lora::{Merger, SearchSpace, SuperNet};
@@ -29,7 +34,11 @@ fn others() -> Vec<Device> {
     #[allow(deprecated)]
     others.push(Device::ndarray());
     #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
-    others.extend(Device::enumerate(burn::tensor::DeviceType::Wgpu).iter().cloned());
+    others.extend(
+        Device::enumerate(burn::tensor::DeviceType::Wgpu)
+            .iter()
+            .cloned(),
+    );
     if others.is_empty() {
         eprintln!("skipped: no device but Flex");
     }
@@ -62,14 +71,29 @@ fn net(masked: bool, device: &Device) -> SuperNet {
     model
         .try_for_each_linear(|_, layer| {
             let mut weight = layer.base.to_matrix();
-            weight.as_mut_slice().iter_mut().step_by(2).for_each(|v| *v = 0.0);
+            weight
+                .as_mut_slice()
+                .iter_mut()
+                .step_by(2)
+                .for_each(|v| *v = 0.0);
             layer.base.set_matrix(&weight)
         })
         .unwrap();
-    let groups = [&["q_proj", "k_proj", "v_proj"][..], &["up_proj", "gate_proj"], &["down_proj"]];
+    let groups = [
+        &["q_proj", "k_proj", "v_proj"][..],
+        &["up_proj", "gate_proj"],
+        &["down_proj"],
+    ];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, &[5, 3, 2]).unwrap();
     let lora = LoraConfig::new(5).with_alpha(12.0).with_dropout(0.2);
-    SuperNet::new(model, space, SuperNetConfig::new(lora).with_sparse_peft(masked).with_seed(6)).unwrap()
+    SuperNet::new(
+        model,
+        space,
+        SuperNetConfig::new(lora)
+            .with_sparse_peft(masked)
+            .with_seed(6),
+    )
+    .unwrap()
 }
 
 /// The loss of a batch, and its gradient for every factor.
@@ -93,9 +117,18 @@ fn gradients(net: SuperNet, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) 
         }
     }
     let model = net.into_model().train();
-    let loss = model.nll_sum(model.tokens(&batch.ids, batch.rows).unwrap(), &targets(batch)).unwrap();
+    let loss = model
+        .nll_sum(
+            model.tokens(&batch.ids, batch.rows).unwrap(),
+            &targets(batch),
+        )
+        .unwrap();
     let gradients = loss.clone().backward();
-    let mut collect = Collect { path: Vec::new(), gradients, out: BTreeMap::new() };
+    let mut collect = Collect {
+        path: Vec::new(),
+        gradients,
+        out: BTreeMap::new(),
+    };
     model.visit(&mut collect);
     (host_values(loss.inner())[0], collect.out)
 }
@@ -104,19 +137,34 @@ fn gradients(net: SuperNet, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) 
 fn trained(masked: bool, device: &Device) -> (Vec<StepLog>, BTreeMap<String, Vec<f32>>, SuperNet) {
     let mut net = net(masked, device);
     let factors = |model: &Decoder| -> BTreeMap<String, Vec<f32>> {
-        let bits = weight_bits(model).into_iter().filter(|(path, _)| is_factor(path));
-        bits.map(|(path, bits)| (path, bits.into_iter().map(f32::from_bits).collect())).collect()
+        let bits = weight_bits(model)
+            .into_iter()
+            .filter(|(path, _)| is_factor(path));
+        bits.map(|(path, bits)| (path, bits.into_iter().map(f32::from_bits).collect()))
+            .collect()
     };
     let mut moved = factors(net.model());
     // An epsilon beside which no gradient is noise: AdamW would blow that up to a whole step.
-    let config =
-        TrainConfig { accumulation: 2, lr: 1e-2, eps: 1e-2, clip_norm: Some(0.5), seed: 9, ..TrainConfig::new(3) };
+    let config = TrainConfig {
+        accumulation: 2,
+        lr: 1e-2,
+        eps: 1e-2,
+        clip_norm: Some(0.5),
+        seed: 9,
+        ..TrainConfig::new(3)
+    };
     let mut batcher = Batcher::new(sequences(), 3, 0, 5).unwrap();
     let valid = fixed_batches(&sequences(), 4, 0).unwrap();
-    let report = Trainer::new(config).unwrap().run(&mut net, &mut batcher, &valid).unwrap();
+    let report = Trainer::new(config)
+        .unwrap()
+        .run(&mut net, &mut batcher, &valid)
+        .unwrap();
     for (path, after) in factors(net.model()) {
         let before = moved.get_mut(&path).unwrap();
-        before.iter_mut().zip(after).for_each(|(before, after)| *before = after - *before);
+        before
+            .iter_mut()
+            .zip(after)
+            .for_each(|(before, after)| *before = after - *before);
     }
     (report.logs, moved, net)
 }
@@ -136,10 +184,21 @@ fn training_and_merging_are_the_same_on_every_device() {
                 ("norms", |log| log.grad_norm),
                 ("validation", |log| log.valid_loss.unwrap_or_default()),
             ] {
-                close(&format!("{name}, {what}"), &numbers(&logs, of), &numbers(&want_logs, of));
+                close(
+                    &format!("{name}, {what}"),
+                    &numbers(&logs, of),
+                    &numbers(&want_logs, of),
+                );
             }
-            assert_eq!(moved.keys().collect::<Vec<_>>(), want_moved.keys().collect::<Vec<_>>());
-            assert!(want_moved.values().all(|moved| moved.iter().any(|by| *by != 0.0)));
+            assert_eq!(
+                moved.keys().collect::<Vec<_>>(),
+                want_moved.keys().collect::<Vec<_>>()
+            );
+            assert!(
+                want_moved
+                    .values()
+                    .all(|moved| moved.iter().any(|by| *by != 0.0))
+            );
             close(&format!("{name}, moved"), &flat(&moved), &flat(&want_moved));
 
             if masked {
@@ -147,17 +206,28 @@ fn training_and_merging_are_the_same_on_every_device() {
                 let merged = |net: &SuperNet| {
                     let merged = Merger::new().merge(net, &calibration).unwrap();
                     assert_eq!(merged.report.zeros_lost, 0);
-                    let weights = weight_bits(&merged.model).into_values().flatten().map(f32::from_bits);
+                    let weights = weight_bits(&merged.model)
+                        .into_values()
+                        .flatten()
+                        .map(f32::from_bits);
                     weights.collect::<Vec<f32>>()
                 };
-                close(&format!("{name}, merged"), &merged(&net), &merged(&want_net));
+                close(
+                    &format!("{name}, merged"),
+                    &merged(&net),
+                    &merged(&want_net),
+                );
             }
 
             // Trained factors, so that no gradient is zero.
             let batch = &fixed_batches(&sequences(), 6, 0).unwrap()[0];
-            let ((loss, got), (want_loss, want)) = (gradients(net, batch), gradients(want_net, batch));
+            let ((loss, got), (want_loss, want)) =
+                (gradients(net, batch), gradients(want_net, batch));
             close(&format!("{name}, loss"), &[loss], &[want_loss]);
-            assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+            assert_eq!(
+                got.keys().collect::<Vec<_>>(),
+                want.keys().collect::<Vec<_>>()
+            );
             assert!(want.keys().all(|path| is_factor(path)) && want.len() == moved.len());
             for (path, want) in &want {
                 close(&format!("{name}, gradient of {path}"), &got[path], want);
@@ -170,16 +240,26 @@ fn training_and_merging_are_the_same_on_every_device() {
 fn outputs_are_the_same_on_every_device() {
     let model = tiny_on(&tiny_dims(true), 1, &Device::flex());
     let ids = random_ids(3 * 13, 41, 5);
-    let prompts: Vec<Vec<u32>> = [5, 1, 12].iter().map(|len| random_ids(*len, 41, 20 + *len as u64)).collect();
+    let prompts: Vec<Vec<u32>> = [5, 1, 12]
+        .iter()
+        .map(|len| random_ids(*len, 41, 20 + *len as u64))
+        .collect();
     let greedy = GenerateConfig::new(7, Vec::new());
     for device in others() {
         let other = tiny_on(&tiny_dims(true), 1, &device);
         assert_eq!(weight_bits(&model), weight_bits(&other));
         let logits = |model: &Decoder| host_values(model.forward(model.tokens(&ids, 3).unwrap()));
-        close(&format!("{device:?}, logits"), &logits(&other), &logits(&model));
+        close(
+            &format!("{device:?}, logits"),
+            &logits(&other),
+            &logits(&model),
+        );
         // Left padding, and a cache.
         let generated = generate_batch(&other, &prompts, &greedy).unwrap();
-        assert_eq!(generated, generate_batch(&model, &prompts, &greedy).unwrap());
+        assert_eq!(
+            generated,
+            generate_batch(&model, &prompts, &greedy).unwrap()
+        );
     }
 }
 
@@ -192,11 +272,25 @@ fn compressed(first: usize, dense: bool, device: &Device) -> Decoder {
             let mut weight = layer.base.to_matrix();
             // Two of four, as all of the sparse formats can hold it.
             let cols = weight.cols();
-            let pruned = weight.as_mut_slice().chunks_mut(cols).flat_map(|row| row.chunks_mut(4));
-            pruned.for_each(|group| group.iter_mut().skip(which % 2).step_by(2).for_each(|weight| *weight = 0.0));
+            let pruned = weight
+                .as_mut_slice()
+                .chunks_mut(cols)
+                .flat_map(|row| row.chunks_mut(4));
+            pruned.for_each(|group| {
+                group
+                    .iter_mut()
+                    .skip(which % 2)
+                    .step_by(2)
+                    .for_each(|weight| *weight = 0.0)
+            });
             let codes = |bits, symmetric, sparse| {
-                let grid = GridConfig::new(bits).with_group_size(Some(8)).with_symmetric(symmetric);
-                StoredMatrix::from_quantized(&round_to_nearest(&weight, &grid, None).unwrap(), sparse)
+                let grid = GridConfig::new(bits)
+                    .with_group_size(Some(8))
+                    .with_symmetric(symmetric);
+                StoredMatrix::from_quantized(
+                    &round_to_nearest(&weight, &grid, None).unwrap(),
+                    sparse,
+                )
             };
             let numbers = |format| StoredMatrix::from_matrix(&weight, format);
             let stored = match which % 9 {
@@ -233,7 +327,11 @@ fn stored_weights_decode_as_the_dense_ones_on_the_host() {
             // Many rows, then one at a time, then a few.
             for tokens in [&prompt[..], &[7], &[40], &[3, 0, 9], &[1]] {
                 let name = format!("{device:?}, from {first}, at {}", got.position());
-                close(&name, &got.decode(tokens).unwrap(), &want.decode(tokens).unwrap());
+                close(
+                    &name,
+                    &got.decode(tokens).unwrap(),
+                    &want.decode(tokens).unwrap(),
+                );
             }
         }
     }

@@ -19,41 +19,77 @@ use common::{random_ids, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch};
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::nn::host_values;
+use elastic_lora::runtime::{
+    GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch,
+};
 use elastic_lora::space::Elastic;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
 use elastic_lora::{SearchSpace, SuperNet};
 use half::{bf16, f16};
-use tools::{Link, c_sources, cargo, compile, compilers, has, library, link, root, run, scratch, succeed};
+use tools::{
+    Link, c_sources, cargo, compile, compilers, has, library, link, root, run, scratch, succeed,
+};
 
-const INT4: WeightFormat = WeightFormat::Int { bits: 4, group_size: Some(8), symmetric: false };
-const SPARSE_INT4: WeightFormat = WeightFormat::SparseInt4 { group_size: Some(8), symmetric: false };
+const INT4: WeightFormat = WeightFormat::Int {
+    bits: 4,
+    group_size: Some(8),
+    symmetric: false,
+};
+const SPARSE_INT4: WeightFormat = WeightFormat::SparseInt4 {
+    group_size: Some(8),
+    symmetric: false,
+};
 
 /// A super-network of elastic ranks and widths, its adapters trained for a few steps.
 fn net() -> &'static SuperNet {
     static NET: OnceLock<SuperNet> = OnceLock::new();
     NET.get_or_init(|| {
-        let dims = LlamaDims { num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(false) };
+        let dims = LlamaDims {
+            num_attention_heads: 6,
+            num_key_value_heads: 3,
+            ..tiny_dims(false)
+        };
         let model = tiny_on(&dims, 4, &burn::tensor::Device::flex());
         let layers = model.layer_shapes();
-        let widths = SearchSpace::groups_by_block(Elastic::Width, &layers, &[["gate_proj", "up_proj"]], &[37, 16]);
+        let widths = SearchSpace::groups_by_block(
+            Elastic::Width,
+            &layers,
+            &[["gate_proj", "up_proj"]],
+            &[37, 16],
+        );
         let space = SearchSpace::grouped(&layers, &[["q_proj"], ["down_proj"]], &[4, 2]).unwrap();
         let config = SuperNetConfig::new(LoraConfig::new(4).with_alpha(6.0));
-        let mut net = SuperNet::new(model, space.with_groups(widths.unwrap()).unwrap(), config).unwrap();
-        let sequences = (0..4).map(|seed| Sequence::unmasked(random_ids(12, 41, seed))).collect();
-        let config = TrainConfig { lr: 0.05, ..TrainConfig::new(4) };
-        Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 1).unwrap(), &[]).unwrap();
+        let mut net =
+            SuperNet::new(model, space.with_groups(widths.unwrap()).unwrap(), config).unwrap();
+        let sequences = (0..4)
+            .map(|seed| Sequence::unmasked(random_ids(12, 41, seed)))
+            .collect();
+        let config = TrainConfig {
+            lr: 0.05,
+            ..TrainConfig::new(4)
+        };
+        Trainer::new(config)
+            .unwrap()
+            .run(
+                &mut net,
+                &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
+                &[],
+            )
+            .unwrap();
         net
     })
 }
 
 fn model(format: WeightFormat) -> Model {
     let net = net();
-    let named = [("least", net.minimal()), ("middle", net.heuristic())].map(|(name, config)| (name.into(), config));
-    Model::from_supernet(net, &named, format).unwrap().with_stop_ids(vec![2, 5])
+    let named = [("least", net.minimal()), ("middle", net.heuristic())]
+        .map(|(name, config)| (name.into(), config));
+    Model::from_supernet(net, &named, format)
+        .unwrap()
+        .with_stop_ids(vec![2, 5])
 }
 
 /// The bundle that most programs are given.
@@ -69,7 +105,11 @@ fn bundle() -> &'static Path {
 /// A model with a tokenizer, or `-`.
 fn folder() -> PathBuf {
     let path = root().join("assets/arithmetic-llama");
-    if path.join("model.safetensors").is_file() { path } else { "-".into() }
+    if path.join("model.safetensors").is_file() {
+        path
+    } else {
+        "-".into()
+    }
 }
 
 /// The C test program linked in this way; compiled once.
@@ -89,19 +129,27 @@ fn program(kind: Link) -> Option<&'static Path> {
 
 /// Runs `f` with a test program of each kind of link.
 fn with_programs(f: impl Fn(&Path)) {
-    [Link::Shared, Link::Static].into_iter().filter_map(program).for_each(f);
+    [Link::Shared, Link::Static]
+        .into_iter()
+        .filter_map(program)
+        .for_each(f);
 }
 
 /// Names of the functions that the header declares.
 fn declared() -> BTreeSet<String> {
     let header = std::fs::read_to_string(root().join("include/elastic_lora.h")).unwrap();
-    let code: Vec<&str> = header.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+    let code: Vec<&str> = header
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .collect();
     let code = code.join("\n");
     let code = code.split_once("*/").unwrap().1;
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let mut names = BTreeSet::new();
     for (at, _) in code.match_indices('(') {
-        let start = code[..at].rfind(|c| !is_name(c)).map_or(0, |before| before + 1);
+        let start = code[..at]
+            .rfind(|c| !is_name(c))
+            .map_or(0, |before| before + 1);
         if code[start..at].starts_with("elora_") {
             names.insert(code[start..at].to_string());
         }
@@ -114,20 +162,51 @@ fn headers_compile_alone_in_every_standard() {
     let folder = scratch("headers");
     let check = |compiler: &str, standard: &str, header: &str, extension: &str, flags: &[&str]| {
         let file = folder.join(format!("{compiler}-{standard}.{extension}"));
-        std::fs::write(&file, format!("#include \"{header}\"\n#include \"{header}\"\n")).unwrap();
-        succeed(compile(compiler, standard).args(flags).arg("-fsyntax-only").arg(&file));
+        std::fs::write(
+            &file,
+            format!("#include \"{header}\"\n#include \"{header}\"\n"),
+        )
+        .unwrap();
+        succeed(
+            compile(compiler, standard)
+                .args(flags)
+                .arg("-fsyntax-only")
+                .arg(&file),
+        );
     };
     for compiler in compilers("c") {
         for standard in ["c99", "c11", "c17", "c2x"] {
-            check(compiler, standard, "elastic_lora.h", "c", &["-Wstrict-prototypes"]);
+            check(
+                compiler,
+                standard,
+                "elastic_lora.h",
+                "c",
+                &["-Wstrict-prototypes"],
+            );
         }
-        succeed(compile(compiler, "c11").arg("-fsyntax-only").arg(root().join("tests/c/layout.c")));
+        succeed(
+            compile(compiler, "c11")
+                .arg("-fsyntax-only")
+                .arg(root().join("tests/c/layout.c")),
+        );
     }
     for compiler in compilers("c++") {
         for standard in ["c++11", "c++14", "c++17", "c++20", "c++2b"] {
             check(compiler, standard, "elastic_lora.h", "cc", &[]);
-            check(compiler, standard, "elastic_lora.hpp", "cpp", &["-Wshadow=local"][..usize::from(compiler == "g++")]);
-            check(compiler, standard, "elastic_lora.hpp", "cxx", &["-fno-exceptions"]);
+            check(
+                compiler,
+                standard,
+                "elastic_lora.hpp",
+                "cpp",
+                &["-Wshadow=local"][..usize::from(compiler == "g++")],
+            );
+            check(
+                compiler,
+                standard,
+                "elastic_lora.hpp",
+                "cxx",
+                &["-fno-exceptions"],
+            );
         }
     }
 }
@@ -135,30 +214,56 @@ fn headers_compile_alone_in_every_standard() {
 #[test]
 fn only_the_functions_of_the_header_are_exported() {
     let declared = declared();
-    assert!(declared.len() > 50 && declared.contains("elora_session_decode"), "{declared:?}");
+    assert!(
+        declared.len() > 50 && declared.contains("elora_session_decode"),
+        "{declared:?}"
+    );
     // Each is tried with what it must refuse.
     let hostile = std::fs::read_to_string(root().join("tests/c/hostile.c")).unwrap();
-    let missing: Vec<_> = declared.iter().filter(|name| !hostile.contains(&format!("{name}("))).collect();
+    let missing: Vec<_> = declared
+        .iter()
+        .filter(|name| !hostile.contains(&format!("{name}(")))
+        .collect();
     assert!(missing.is_empty(), "not in hostile.c: {missing:?}");
     if !has("nm") || !cfg!(target_os = "linux") {
         return;
     }
-    let symbols = succeed(Command::new("nm").args(["-D", "--defined-only"]).arg(library().join("libelastic_lora.so")));
-    let exported: BTreeSet<String> =
-        symbols.lines().filter_map(|line| line.split_whitespace().nth(2)).map(str::to_string).collect();
+    let symbols = succeed(
+        Command::new("nm")
+            .args(["-D", "--defined-only"])
+            .arg(library().join("libelastic_lora.so")),
+    );
+    let exported: BTreeSet<String> = symbols
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(2))
+        .map(str::to_string)
+        .collect();
     let hooks = ["elora_test_panic", "elora_test_panic_in_session"].map(str::to_string);
     let expected: BTreeSet<String> = declared.into_iter().chain(hooks).collect();
     assert_eq!(exported, expected);
     if has("readelf") {
-        let dynamic = succeed(Command::new("readelf").arg("-d").arg(library().join("libelastic_lora.so")));
-        assert!(dynamic.contains(&format!("soname: [{}]", tools::soname())), "{dynamic}");
+        let dynamic = succeed(
+            Command::new("readelf")
+                .arg("-d")
+                .arg(library().join("libelastic_lora.so")),
+        );
+        assert!(
+            dynamic.contains(&format!("soname: [{}]", tools::soname())),
+            "{dynamic}"
+        );
     }
 }
 
 #[test]
 fn misuse_is_a_status_and_a_text() {
     with_programs(|program| {
-        succeed(Command::new(program).arg("hostile").arg(bundle()).arg(folder()).arg(scratch("hostile")));
+        succeed(
+            Command::new(program)
+                .arg("hostile")
+                .arg(bundle())
+                .arg(folder())
+                .arg(scratch("hostile")),
+        );
     });
 }
 
@@ -209,7 +314,11 @@ fn dump(model: &Model) -> Vec<f32> {
     }
     session.reset();
     session.set_subnet(0).unwrap();
-    let ranks: Vec<u32> = session.ranks().iter().map(|rank| (*rank as u32).min(2)).collect();
+    let ranks: Vec<u32> = session
+        .ranks()
+        .iter()
+        .map(|rank| (*rank as u32).min(2))
+        .collect();
     session.set_ranks(&ranks).unwrap();
     let mut logits = vec![0.0; 7 * vocab];
     session.decode_all(&PROMPT, &mut logits).unwrap();
@@ -221,14 +330,25 @@ fn dump(model: &Model) -> Vec<f32> {
         session.decode(&PROMPT[i..2 * i + 2], None).unwrap();
     }
     let mut logits = vec![0.0; 3 * vocab];
-    decode_batch(&mut three.iter_mut().collect::<Vec<_>>(), &[4, 30, 12], &mut logits).unwrap();
+    decode_batch(
+        &mut three.iter_mut().collect::<Vec<_>>(),
+        &[4, 30, 12],
+        &mut logits,
+    )
+    .unwrap();
     all.extend(logits);
     // Generations.
     session.reset();
     session.set_subnet(1).unwrap();
     let greedy = GenerateConfig::new(9, model.stop_ids().to_vec());
     let mut drawn = GenerateConfig::new(9, Vec::new());
-    drawn.sample = SampleConfig { temperature: 0.8, top_k: 10, top_p: 0.95, seed: 7, ..SampleConfig::default() };
+    drawn.sample = SampleConfig {
+        temperature: 0.8,
+        top_k: 10,
+        top_p: 0.95,
+        seed: 7,
+        ..SampleConfig::default()
+    };
     for (config, limit) in [(&greedy, 9), (&drawn, 9), (&drawn, 4)] {
         session.reset();
         let mut seen = 0;
@@ -243,7 +363,9 @@ fn dump(model: &Model) -> Vec<f32> {
     // Layers.
     for layer in 0..model.layers().len() {
         for subnet in 0..model.subnets().len() {
-            let Ok(linear) = model.linear(layer, subnet) else { continue };
+            let Ok(linear) = model.linear(layer, subnet) else {
+                continue;
+            };
             let (inputs, outputs) = (linear.d_input(), linear.d_output());
             let (ldx, ldy) = (inputs + 2, outputs + 1);
             let x: Vec<f32> = (0..2 * ldx + inputs).map(|i| number(i + layer)).collect();
@@ -253,11 +375,15 @@ fn dump(model: &Model) -> Vec<f32> {
             let halves = |i: usize| if i.is_multiple_of(2) { 1.5 } else { 0.25 };
             let x: Vec<f16> = (0..inputs).map(|i| f16::from_f32(halves(i))).collect();
             let mut y = vec![f16::ZERO; outputs];
-            linear.forward(1, &x, inputs, &mut y, outputs, None).unwrap();
+            linear
+                .forward(1, &x, inputs, &mut y, outputs, None)
+                .unwrap();
             all.extend(y.iter().map(|y| f32::from(y.to_bits())));
             let x: Vec<bf16> = (0..inputs).map(|i| bf16::from_f32(halves(i))).collect();
             let mut y = vec![bf16::ZERO; outputs];
-            linear.forward(1, &x, inputs, &mut y, outputs, None).unwrap();
+            linear
+                .forward(1, &x, inputs, &mut y, outputs, None)
+                .unwrap();
             all.extend(y.iter().map(|y| f32::from(y.to_bits())));
         }
     }
@@ -267,17 +393,39 @@ fn dump(model: &Model) -> Vec<f32> {
 #[test]
 fn results_are_those_of_the_rust_api_bit_by_bit() {
     let folder = scratch("dump");
-    for (index, format) in [WeightFormat::F32, WeightFormat::SparseF16, INT4, SPARSE_INT4].into_iter().enumerate() {
-        let (bundle, numbers) = (folder.join(format!("{index}.elora")), folder.join("numbers"));
+    for (index, format) in [
+        WeightFormat::F32,
+        WeightFormat::SparseF16,
+        INT4,
+        SPARSE_INT4,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (bundle, numbers) = (
+            folder.join(format!("{index}.elora")),
+            folder.join("numbers"),
+        );
         model(format).save(&bundle, true).unwrap();
         let expected = dump(&Model::open(&bundle, &ModelOptions::default()).unwrap());
         with_programs(|program| {
             succeed(Command::new(program).arg("dump").arg(&bundle).arg(&numbers));
             let bytes = std::fs::read(&numbers).unwrap();
-            let found: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+            let found: Vec<f32> = bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+                .collect();
             assert_eq!(found.len(), expected.len(), "{format:?}");
-            let differs = found.iter().zip(&expected).position(|(a, b)| a.to_bits() != b.to_bits());
-            assert_eq!(differs, None, "{format:?}: {:?}", differs.map(|at| (found[at], expected[at])));
+            let differs = found
+                .iter()
+                .zip(&expected)
+                .position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(
+                differs,
+                None,
+                "{format:?}: {:?}",
+                differs.map(|at| (found[at], expected[at]))
+            );
         });
     }
 }
@@ -290,16 +438,23 @@ fn a_layer_is_the_decoders_own() {
     assert_eq!((linear.rank(), linear.d_input()), (4, 37));
     let x: Vec<f32> = (0..2 * 37).map(number).collect();
     let mut y = vec![0.0; 2 * linear.d_output()];
-    linear.forward(2, &x, 37, &mut y, linear.d_output(), None).unwrap();
+    linear
+        .forward(2, &x, 37, &mut y, linear.d_output(), None)
+        .unwrap();
     let mut net = net().clone();
     net.activate(&net.maximal()).unwrap();
     let decoder = net.eval_model();
     let (_, layer) = decoder.linears().find(|(found, _)| found == name).unwrap();
     let data = burn::tensor::TensorData::new(x, [2, 37]);
-    let expected =
-        host_values(layer.forward(burn::tensor::Tensor::<2>::from_data(data, &burn::tensor::Device::flex())));
+    let expected = host_values(layer.forward(burn::tensor::Tensor::<2>::from_data(
+        data,
+        &burn::tensor::Device::flex(),
+    )));
     let largest = expected.iter().fold(0.0f32, |max, y| max.max(y.abs()));
-    assert!(largest > 0.1 && common::max_diff(&y, &expected) < 1e-5 * largest, "{y:?} {expected:?}");
+    assert!(
+        largest > 0.1 && common::max_diff(&y, &expected) < 1e-5 * largest,
+        "{y:?} {expected:?}"
+    );
 }
 
 #[test]
@@ -310,7 +465,12 @@ fn c_plus_plus_programs_run() {
         let mut command = compile(compiler, ["c++17", "c++20"][index]);
         command.arg(source("wrapper.cpp"));
         let wrapper = link(command, kind, &format!("wrapper-{index}"));
-        succeed(Command::new(wrapper).arg(bundle()).arg(folder()).arg(scratch(&format!("parts-{index}"))));
+        succeed(
+            Command::new(wrapper)
+                .arg(bundle())
+                .arg(folder())
+                .arg(scratch(&format!("parts-{index}"))),
+        );
         let mut command = compile(compiler, "c++11");
         command.arg("-fno-exceptions").arg(source("results.cpp"));
         let results = link(command, kind, &format!("results-{index}"));
@@ -320,25 +480,50 @@ fn c_plus_plus_programs_run() {
 
 #[test]
 fn programs_are_clean_under_address_sanitizer() {
-    let Some(compiler) = compilers("c").first().copied() else { return };
+    let Some(compiler) = compilers("c").first().copied() else {
+        return;
+    };
     let folder_in = scratch("asan-probe");
     std::fs::write(folder_in.join("probe.c"), "int main(void) { return 0; }\n").unwrap();
     let mut probe = Command::new(compiler);
-    probe.args(["-fsanitize=address,undefined", "-o"]).arg(folder_in.join("probe")).arg(folder_in.join("probe.c"));
-    if !run(&mut probe).status.success() || !run(&mut Command::new(folder_in.join("probe"))).status.success() {
+    probe
+        .args(["-fsanitize=address,undefined", "-o"])
+        .arg(folder_in.join("probe"))
+        .arg(folder_in.join("probe.c"));
+    if !run(&mut probe).status.success()
+        || !run(&mut Command::new(folder_in.join("probe")))
+            .status
+            .success()
+    {
         eprintln!("skipped: {compiler} has no AddressSanitizer");
         return;
     }
     let mut command = compile(compiler, "gnu11");
-    command.args(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]).args(c_sources());
+    command
+        .args(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+        .args(c_sources());
     let program = link(command, Link::Shared, "asan");
     let asan = |arguments: &[&Path]| {
         let mut command = Command::new(&program);
-        command.env("ASAN_OPTIONS", "detect_leaks=1:detect_stack_use_after_return=1").args(arguments);
+        command
+            .env(
+                "ASAN_OPTIONS",
+                "detect_leaks=1:detect_stack_use_after_return=1",
+            )
+            .args(arguments);
         succeed(&mut command);
     };
-    asan(&["hostile".as_ref(), bundle(), &folder(), &scratch("asan-hostile")]);
-    asan(&["dump".as_ref(), bundle(), &scratch("asan-dump").join("numbers")]);
+    asan(&[
+        "hostile".as_ref(),
+        bundle(),
+        &folder(),
+        &scratch("asan-hostile"),
+    ]);
+    asan(&[
+        "dump".as_ref(),
+        bundle(),
+        &scratch("asan-dump").join("numbers"),
+    ]);
     for name in ["order", "threads", "panic"] {
         asan(&[name.as_ref(), bundle()]);
     }
@@ -351,17 +536,34 @@ fn programs_are_clean_under_valgrind() {
     }
     // Valgrind says to the program that the machine has no AVX-512, so the kernels choose narrower instructions by
     // themselves.
-    let Some(program) = program(Link::Shared) else { return };
+    let Some(program) = program(Link::Shared) else {
+        return;
+    };
     let valgrind = |kinds: &str, arguments: &[&Path]| {
         let mut command = Command::new("valgrind");
-        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--fair-sched=yes"]);
-        command.arg(format!("--errors-for-leak-kinds={kinds}")).arg(format!("--show-leak-kinds={kinds}"));
+        command.args([
+            "-q",
+            "--error-exitcode=99",
+            "--leak-check=full",
+            "--fair-sched=yes",
+        ]);
+        command
+            .arg(format!("--errors-for-leak-kinds={kinds}"))
+            .arg(format!("--show-leak-kinds={kinds}"));
         succeed(command.arg(program).args(arguments));
     };
     // The standard library keeps a handle of the main thread, 48 bytes, once a file is written or something panics,
     // by a pointer into its middle, which valgrind calls possibly lost. Reading a tokenizer takes most of the time,
     // and is not what is looked for.
-    valgrind("definite,indirect", &["hostile".as_ref(), bundle(), "-".as_ref(), &scratch("valgrind-hostile")]);
+    valgrind(
+        "definite,indirect",
+        &[
+            "hostile".as_ref(),
+            bundle(),
+            "-".as_ref(),
+            &scratch("valgrind-hostile"),
+        ],
+    );
     valgrind("definite,indirect", &["panic".as_ref(), bundle()]);
     valgrind("all", &["order".as_ref(), bundle()]);
     valgrind("all", &["threads".as_ref(), bundle()]);
@@ -369,11 +571,19 @@ fn programs_are_clean_under_valgrind() {
 
 #[test]
 fn a_call_costs_well_under_a_microsecond() {
-    let Some(program) = program(Link::Shared) else { return };
-    let linear = Model::open(bundle(), &ModelOptions::default().with_n_threads(1)).unwrap().linear(0, 0).unwrap();
+    let Some(program) = program(Link::Shared) else {
+        return;
+    };
+    let linear = Model::open(bundle(), &ModelOptions::default().with_n_threads(1))
+        .unwrap()
+        .linear(0, 0)
+        .unwrap();
     let (inputs, outputs) = (linear.d_input(), linear.d_output());
     let x: Vec<f32> = (0..inputs).map(number).collect();
-    let (mut y, mut scratch) = (vec![0.0; outputs], vec![0u8; linear.scratch_bytes(1).unwrap()]);
+    let (mut y, mut scratch) = (
+        vec![0.0; outputs],
+        vec![0u8; linear.scratch_bytes(1).unwrap()],
+    );
     // Others may have the machine: the best of several attempts counts.
     let mut best = f64::INFINITY;
     for _ in 0..5 {
@@ -381,13 +591,20 @@ fn a_call_costs_well_under_a_microsecond() {
         for _ in 0..9 {
             let start = Instant::now();
             for _ in 0..20_000 {
-                linear.forward(1, &x, inputs, &mut y, outputs, Some(&mut scratch)).unwrap();
+                linear
+                    .forward(1, &x, inputs, &mut y, outputs, Some(&mut scratch))
+                    .unwrap();
             }
             rust = rust.min(start.elapsed().as_secs_f64() * 1e9 / 20_000.0);
         }
         let printed = succeed(Command::new(program).arg("overhead").arg(bundle()));
-        let times: Vec<f64> = printed.split_whitespace().map(|time| time.parse().unwrap()).collect();
-        let [nothing, look, apply] = times[..] else { panic!("{printed}") };
+        let times: Vec<f64> = printed
+            .split_whitespace()
+            .map(|time| time.parse().unwrap())
+            .collect();
+        let [nothing, look, apply] = times[..] else {
+            panic!("{printed}")
+        };
         println!(
             "a call that does nothing {nothing:.1} ns, one into a session {look:.1} ns, a layer of {inputs} x \
              {outputs} from C {apply:.1} ns, from Rust {rust:.1} ns"
@@ -404,17 +621,28 @@ fn a_call_costs_well_under_a_microsecond() {
 fn a_build_whose_panics_abort_is_refused() {
     let output = run(&mut cargo("rlib", &["-C", "panic=abort"]));
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && text.contains("feature `capi` needs `panic = \\\"unwind\\\"`"), "{text}");
+    assert!(
+        !output.status.success() && text.contains("feature `capi` needs `panic = \\\"unwind\\\"`"),
+        "{text}"
+    );
 }
 
 /// CMake's first call on a project, with the crate built as the other tests have it, so that cargo has nothing to do.
 fn configure(source: &Path, build: &Path) -> Command {
     let mut command = Command::new("cmake");
-    command.arg("-S").arg(source).arg("-B").arg(build).arg("-DCMAKE_BUILD_TYPE=Release");
+    command
+        .arg("-S")
+        .arg(source)
+        .arg("-B")
+        .arg(build)
+        .arg("-DCMAKE_BUILD_TYPE=Release");
     let target = tools::profile_dir().parent().unwrap().to_path_buf();
     command.arg(format!("-DELASTIC_LORA_TARGET_DIR={}", target.display()));
     command.arg(format!("-DELASTIC_LORA_PROFILE={}", tools::profile()));
-    command.arg(format!("-DELASTIC_LORA_RUSTC_FLAGS={}", tools::RUSTC_FLAGS.join(";")));
+    command.arg(format!(
+        "-DELASTIC_LORA_RUSTC_FLAGS={}",
+        tools::RUSTC_FLAGS.join(";")
+    ));
     command
 }
 
@@ -424,21 +652,41 @@ fn cmake_build(build: &Path) {
 
 /// Runs the examples that lie in these folders, and looks at what they print.
 fn try_examples(c: &Path, cpp: &Path) {
-    let printed =
-        succeed(Command::new(c.join("apply_linear")).arg(bundle()).args(["model.layers.0.mlp.down_proj", "3"]));
-    assert!(printed.contains("16 -> 24, rank 2") && printed.contains("37 -> 24, rank 4"), "{printed}");
-    let printed = succeed(Command::new(c.join("generate")).arg(bundle()).args(["1,17,5", "least", "0.7", "3"]));
+    let printed = succeed(
+        Command::new(c.join("apply_linear"))
+            .arg(bundle())
+            .args(["model.layers.0.mlp.down_proj", "3"]),
+    );
+    assert!(
+        printed.contains("16 -> 24, rank 2") && printed.contains("37 -> 24, rank 4"),
+        "{printed}"
+    );
+    let printed = succeed(
+        Command::new(c.join("generate"))
+            .arg(bundle())
+            .args(["1,17,5", "least", "0.7", "3"]),
+    );
     assert!(printed.contains("tokens"), "{printed}");
     if folder().is_dir() {
-        let question = "Question: Tom has 12 pens and finds 5 more. How many pens does Tom have now?\nAnswer:";
+        let question =
+            "Question: Tom has 12 pens and finds 5 more. How many pens does Tom have now?\nAnswer:";
         let printed = succeed(Command::new(c.join("generate")).arg(folder()).arg(question));
         assert!(printed.len() > 20, "{printed}");
     }
-    let refused = run(Command::new(c.join("generate")).arg(bundle()).args(["1,x", "least"]));
+    let refused = run(Command::new(c.join("generate"))
+        .arg(bundle())
+        .args(["1,x", "least"]));
     assert_eq!(refused.status.code(), Some(2));
     for subnet in ["whole", "least", "middle"] {
-        let printed = succeed(Command::new(cpp.join("inference")).arg(bundle()).args([subnet, "20", "5"]));
-        assert!(printed.lines().count() == 6 && printed.contains("largest difference"), "{printed}");
+        let printed = succeed(
+            Command::new(cpp.join("inference"))
+                .arg(bundle())
+                .args([subnet, "20", "5"]),
+        );
+        assert!(
+            printed.lines().count() == 6 && printed.contains("largest difference"),
+            "{printed}"
+        );
     }
 }
 
@@ -468,8 +716,16 @@ fn other_projects_find_the_library() {
 
     // A project that knows of nothing but the installation.
     let outside = tempfile::tempdir().unwrap();
-    std::fs::copy(root().join("tests/cpp/results.cpp"), outside.path().join("app.cpp")).unwrap();
-    std::fs::copy(root().join("examples/c/apply_linear.c"), outside.path().join("app.c")).unwrap();
+    std::fs::copy(
+        root().join("tests/cpp/results.cpp"),
+        outside.path().join("app.cpp"),
+    )
+    .unwrap();
+    std::fs::copy(
+        root().join("examples/c/apply_linear.c"),
+        outside.path().join("app.c"),
+    )
+    .unwrap();
     std::fs::write(
         outside.path().join("CMakeLists.txt"),
         "cmake_minimum_required(VERSION 3.16)\n\
@@ -502,8 +758,16 @@ fn other_projects_find_the_library() {
     )
     .unwrap();
     let mut command = Command::new("cmake");
-    command.arg("-S").arg(&wrong).arg("-B").arg(wrong.join("build"));
-    assert!(!run(command.arg(format!("-DCMAKE_PREFIX_PATH={}", prefix.display()))).status.success());
+    command
+        .arg("-S")
+        .arg(&wrong)
+        .arg("-B")
+        .arg(wrong.join("build"));
+    assert!(
+        !run(command.arg(format!("-DCMAKE_PREFIX_PATH={}", prefix.display())))
+            .status
+            .success()
+    );
 
     let lib = prefix.join("lib");
     let rpath = format!("-Wl,-rpath,{}", lib.display());
@@ -512,25 +776,55 @@ fn other_projects_find_the_library() {
     let app = outside.path().join("plain");
     let source = outside.path().join("app.c");
     let mut command = Command::new(compiler);
-    command.arg(&source).arg("-I").arg(prefix.join("include")).arg("-L").arg(&lib).arg(&rpath);
+    command
+        .arg(&source)
+        .arg("-I")
+        .arg(prefix.join("include"))
+        .arg("-L")
+        .arg(&lib)
+        .arg(&rpath);
     succeed(command.args(["-lelastic_lora", "-lm", "-o"]).arg(&app));
     succeed(Command::new(&app).arg(bundle()));
     let mut command = Command::new(compiler);
-    command.arg(&source).arg("-I").arg(prefix.join("include")).arg(lib.join("libelastic_lora.a"));
-    succeed(command.args(["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl", "-o"]).arg(&app));
+    command
+        .arg(&source)
+        .arg("-I")
+        .arg(prefix.join("include"))
+        .arg(lib.join("libelastic_lora.a"));
+    succeed(
+        command
+            .args([
+                "-lgcc_s",
+                "-lutil",
+                "-lrt",
+                "-lpthread",
+                "-lm",
+                "-ldl",
+                "-o",
+            ])
+            .arg(&app),
+    );
     succeed(Command::new(&app).arg(bundle()));
 
     if has("pkg-config") {
         let ask = |what: &[&str]| {
             let mut command = Command::new("pkg-config");
-            command.env("PKG_CONFIG_PATH", lib.join("pkgconfig")).args(what).arg("elastic_lora");
+            command
+                .env("PKG_CONFIG_PATH", lib.join("pkgconfig"))
+                .args(what)
+                .arg("elastic_lora");
             succeed(&mut command)
         };
         assert_eq!(ask(&["--modversion"]).trim(), env!("CARGO_PKG_VERSION"));
         assert!(ask(&["--libs", "--static"]).contains("-lpthread"));
         let flags = ask(&["--cflags", "--libs"]);
         let mut command = Command::new(compiler);
-        command.arg(&source).args(flags.split_whitespace()).arg(&rpath).args(["-lm", "-o"]).arg(&app);
+        command
+            .arg(&source)
+            .args(flags.split_whitespace())
+            .arg(&rpath)
+            .args(["-lm", "-o"])
+            .arg(&app);
         succeed(&mut command);
         succeed(Command::new(&app).arg(bundle()));
     }

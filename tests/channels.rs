@@ -23,7 +23,12 @@ const GATE_UP: [&str; 2] = ["gate_proj", "up_proj"];
 
 /// Three blocks of 6 heads of 4 over 3 key/value heads, MLPs of 37.
 fn dims(tied: bool) -> LlamaDims {
-    LlamaDims { num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(tied) }
+    LlamaDims {
+        num_hidden_layers: 3,
+        num_attention_heads: 6,
+        num_key_value_heads: 3,
+        ..tiny_dims(tied)
+    }
 }
 
 /// With biases everywhere, a third of the weights zero.
@@ -34,7 +39,10 @@ fn model(tied: bool) -> Decoder {
     let device = Device::flex();
     let mut model = tiny_on(&dims(tied), 3, &device);
     let biased = Decoder::init(&HfConfig::from_json(raw).unwrap(), 3, &device).unwrap();
-    let weights: Vec<Matrix> = model.linears().map(|(_, layer)| layer.base.to_matrix()).collect();
+    let weights: Vec<Matrix> = model
+        .linears()
+        .map(|(_, layer)| layer.base.to_matrix())
+        .collect();
     model = biased;
     let mut seed = 70;
     let mut weights = weights.into_iter();
@@ -43,9 +51,16 @@ fn model(tied: bool) -> Decoder {
             let mut weight = weights.next().unwrap();
             seed += 1;
             let hidden = random_values(weight.as_slice().len(), seed);
-            weight.as_mut_slice().iter_mut().zip(hidden).filter(|(_, h)| *h < -0.33).for_each(|(w, _)| *w = 0.0);
-            let bias: Vec<f32> =
-                random_values(weight.rows(), 100 + seed).into_iter().map(|b| 0.3 * b.max(-0.5)).collect();
+            weight
+                .as_mut_slice()
+                .iter_mut()
+                .zip(hidden)
+                .filter(|(_, h)| *h < -0.33)
+                .for_each(|(w, _)| *w = 0.0);
+            let bias: Vec<f32> = random_values(weight.rows(), 100 + seed)
+                .into_iter()
+                .map(|b| 0.3 * b.max(-0.5))
+                .collect();
             layer.base = BaseLinear::from_matrix(&weight, Some(&bias), &device)?;
             Ok(())
         })
@@ -54,7 +69,14 @@ fn model(tied: bool) -> Decoder {
 }
 
 fn units() -> Vec<String> {
-    ["model.layers.0", "model.layers.2.self_attn", "model.layers.1", "model.layers.2.mlp"].map(String::from).to_vec()
+    [
+        "model.layers.0",
+        "model.layers.2.self_attn",
+        "model.layers.1",
+        "model.layers.2.mlp",
+    ]
+    .map(String::from)
+    .to_vec()
 }
 
 /// Ranks, MLP widths, head counts (in channels) and a depth.
@@ -63,25 +85,43 @@ fn space(model: &Decoder) -> SearchSpace {
     let width = |groups: &[&[&str]], choices: &[usize]| {
         SearchSpace::groups_by_block(Elastic::Width, &layers, groups, choices).unwrap()
     };
-    SearchSpace::grouped(&layers, &[&QKV[..], &GATE_UP, &["down_proj"], &["o_proj"]], &[5, 3])
-        .unwrap()
-        .with_groups(width(&[&GATE_UP], &[37, 29, 11]))
-        .unwrap()
-        .with_groups(width(&[&QKV], &[24, 16, 8]))
-        .unwrap()
-        .with_groups([Group::of_kind(Elastic::Depth, "depth", units(), vec![4, 3, 2, 1]).unwrap()])
-        .unwrap()
+    SearchSpace::grouped(
+        &layers,
+        &[&QKV[..], &GATE_UP, &["down_proj"], &["o_proj"]],
+        &[5, 3],
+    )
+    .unwrap()
+    .with_groups(width(&[&GATE_UP], &[37, 29, 11]))
+    .unwrap()
+    .with_groups(width(&[&QKV], &[24, 16, 8]))
+    .unwrap()
+    .with_groups([Group::of_kind(Elastic::Depth, "depth", units(), vec![4, 3, 2, 1]).unwrap()])
+    .unwrap()
 }
 
 /// A super-network with adapters that are not zero.
 fn net(tied: bool) -> SuperNet {
     let model = model(tied);
     let space = space(&model);
-    let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(5).with_alpha(7.0))).unwrap();
-    let sequences = (0..4).map(|seed| Sequence::unmasked(random_ids(12, 41, seed))).collect();
+    let mut net = SuperNet::new(
+        model,
+        space,
+        SuperNetConfig::new(LoraConfig::new(5).with_alpha(7.0)),
+    )
+    .unwrap();
+    let sequences = (0..4)
+        .map(|seed| Sequence::unmasked(random_ids(12, 41, seed)))
+        .collect();
     let mut config = TrainConfig::new(6);
     config.lr = 0.05;
-    Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 1).unwrap(), &[]).unwrap();
+    Trainer::new(config)
+        .unwrap()
+        .run(
+            &mut net,
+            &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
+            &[],
+        )
+        .unwrap();
     net
 }
 
@@ -91,15 +131,32 @@ fn logits(model: &Decoder) -> Vec<f32> {
 }
 
 /// A subnet by what its kinds of groups are set to.
-fn subnet(space: &SearchSpace, rank: usize, mlp: [usize; 3], heads: [usize; 3], depth: usize) -> SubnetConfig {
-    let block = |group: &Group| group.layers()[0].split('.').nth(2).unwrap().parse::<usize>().unwrap();
+fn subnet(
+    space: &SearchSpace,
+    rank: usize,
+    mlp: [usize; 3],
+    heads: [usize; 3],
+    depth: usize,
+) -> SubnetConfig {
+    let block = |group: &Group| {
+        group.layers()[0]
+            .split('.')
+            .nth(2)
+            .unwrap()
+            .parse::<usize>()
+            .unwrap()
+    };
     let value = |group: &Group| match group.kind() {
         Elastic::Rank => rank,
         Elastic::Width if group.layers()[0].contains("mlp") => mlp[block(group)],
         Elastic::Width => heads[block(group)],
         _ => depth,
     };
-    space.groups().iter().map(|group| (group.id().to_string(), value(group))).collect()
+    space
+        .groups()
+        .iter()
+        .map(|group| (group.id().to_string(), value(group)))
+        .collect()
 }
 
 fn subnets(space: &SearchSpace) -> Vec<SubnetConfig> {
@@ -124,7 +181,10 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             let expected = logits(&net.eval_model());
             assert!(max_diff(&expected, &full) > 1e-2, "{subnet}");
             let merged = Merger::new().with_mode(elastic_lora::merge::MergeMode::Dense);
-            assert!(matches!(merged.merge(&net, &[]), Err(Error::Unsupported { .. })));
+            assert!(matches!(
+                merged.merge(&net, &[]),
+                Err(Error::Unsupported { .. })
+            ));
             let merged = merged.extract(&net, &[random_ids(9, 41, 3)]).unwrap();
             let off = max_diff(&logits(&merged.model), &expected);
             assert!(off < 1e-4 * size, "{subnet}: {off} of {size}");
@@ -136,10 +196,21 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             let (cost, count) = (net.cost(&subnet).unwrap(), merged.model.count_base_params());
             assert_eq!(cost.params - cost.adapter_params, count.total, "{subnet}");
             let plain = SubnetCost::of_config(merged.model.config());
-            assert_eq!((plain.params, plain.attention_width), (count.total, cost.attention_width));
-            let linear: usize = merged.model.layer_shapes().iter().map(|l| l.d_input * l.d_output).sum();
+            assert_eq!(
+                (plain.params, plain.attention_width),
+                (count.total, cost.attention_width)
+            );
+            let linear: usize = merged
+                .model
+                .layer_shapes()
+                .iter()
+                .map(|l| l.d_input * l.d_output)
+                .sum();
             assert_eq!(plain.macs_per_token, linear + 41 * 24);
-            assert_eq!(cost.macs_per_token, plain.macs_per_token + cost.adapter_params);
+            assert_eq!(
+                cost.macs_per_token,
+                plain.macs_per_token + cost.adapter_params
+            );
             assert_eq!(plain.attention_macs(10), cost.attention_width * 110);
 
             // Cached decoding of the narrowed super-network is its full forward pass.
@@ -148,7 +219,8 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
                 let mut cache = KvCache::new(model.layers.len());
                 let mut last = Vec::new();
                 for id in &ids {
-                    let hidden = model.hidden_states(model.tokens(&[*id], 1).unwrap(), Some(&mut cache));
+                    let hidden =
+                        model.hidden_states(model.tokens(&[*id], 1).unwrap(), Some(&mut cache));
                     last = host_values(model.logits(hidden));
                 }
                 let whole = host_values(model.forward(model.tokens(&ids, 1).unwrap()));
@@ -163,27 +235,52 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
 fn what_is_left_of_blocks_is_put_together() {
     for tied in [true, false] {
         let model = model(tied);
-        let parts: Vec<String> = ["0.mlp", "1.self_attn", "2.mlp"].map(|part| format!("model.layers.{part}")).to_vec();
-        let depth =
-            Group::of_kind(Elastic::Depth, "depth", parts.into_iter().rev().collect(), vec![3, 2, 1, 0]).unwrap();
+        let parts: Vec<String> = ["0.mlp", "1.self_attn", "2.mlp"]
+            .map(|part| format!("model.layers.{part}"))
+            .to_vec();
+        let depth = Group::of_kind(
+            Elastic::Depth,
+            "depth",
+            parts.into_iter().rev().collect(),
+            vec![3, 2, 1, 0],
+        )
+        .unwrap();
         let space = SearchSpace::new(vec![depth]).unwrap();
         let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(4))).unwrap();
         // Of the listed parts that many stay: which each block then has.
-        let shapes = [(0, vec![(true, true), (true, false)]), (2, vec![(true, false), (true, true), (true, true)])];
+        let shapes = [
+            (0, vec![(true, true), (true, false)]),
+            (2, vec![(true, false), (true, true), (true, true)]),
+        ];
         for stay in [0, 1, 2, 3] {
-            net.activate(&SubnetConfig::from_iter([("depth".to_string(), stay)])).unwrap();
+            net.activate(&SubnetConfig::from_iter([("depth".to_string(), stay)]))
+                .unwrap();
             let expected = logits(&net.eval_model());
             for zero_mlps in [false, true] {
-                let merged = Merger::new().with_zero_mlps(zero_mlps).extract(&net, &[random_ids(9, 41, 3)]).unwrap();
+                let merged = Merger::new()
+                    .with_zero_mlps(zero_mlps)
+                    .extract(&net, &[random_ids(9, 41, 3)])
+                    .unwrap();
                 let config = merged.model.config();
-                let found: Vec<_> = config.blocks().iter().map(|b| (b.has_attention(), b.has_mlp())).collect();
-                if let Some((_, shape)) = shapes.iter().find(|(n, _)| *n == stay).filter(|_| !zero_mlps) {
+                let found: Vec<_> = config
+                    .blocks()
+                    .iter()
+                    .map(|b| (b.has_attention(), b.has_mlp()))
+                    .collect();
+                if let Some((_, shape)) = shapes
+                    .iter()
+                    .find(|(n, _)| *n == stay)
+                    .filter(|_| !zero_mlps)
+                {
                     assert_eq!(&found, shape);
                 }
                 assert!(!zero_mlps || config.blocks().iter().all(BlockDims::has_mlp));
                 assert_eq!(merged.report.blocks, config.blocks());
                 assert!(max_diff(&logits(&merged.model), &expected) < 1e-5);
-                assert_eq!(SubnetCost::of_config(config).params, merged.model.count_base_params().total);
+                assert_eq!(
+                    SubnetCost::of_config(config).params,
+                    merged.model.count_base_params().total
+                );
             }
         }
     }
@@ -192,18 +289,30 @@ fn what_is_left_of_blocks_is_put_together() {
 #[test]
 fn zeros_are_counted_channel_by_channel() {
     let model = model(true);
-    let mut net = SuperNet::new(model.clone(), space(&model), SuperNetConfig::new(LoraConfig::new(5))).unwrap();
+    let mut net = SuperNet::new(
+        model.clone(),
+        space(&model),
+        SuperNetConfig::new(LoraConfig::new(5)),
+    )
+    .unwrap();
     for subnet in subnets(net.space()) {
         net.activate(&subnet).unwrap();
         // Fresh adapters add nothing, so that the merged weights are the base's own.
         let merged = Merger::new().extract(&net, &[]).unwrap();
         let (cost, count) = (net.cost(&subnet).unwrap(), merged.model.count_base_params());
-        assert_eq!(cost.nonzero_params - cost.adapter_params, count.nonzero, "{subnet}");
+        assert_eq!(
+            cost.nonzero_params - cost.adapter_params,
+            count.nonzero,
+            "{subnet}"
+        );
         assert!(count.nonzero < count.total);
         assert_eq!(merged.report.zeros_lost, 0);
     }
     let counted = model.count_base_params();
-    assert_eq!((net.base_params().total, net.base_params().nonzero), (counted.total, counted.nonzero));
+    assert_eq!(
+        (net.base_params().total, net.base_params().nonzero),
+        (counted.total, counted.nonzero)
+    );
 }
 
 #[test]
@@ -237,9 +346,16 @@ fn a_width_is_a_prefix_of_the_channels() {
     let subnet = subnet(net.space(), 5, [29, 37, 37], [24, 16, 24], 4);
     net.activate(&net.maximal()).unwrap();
     let dense = elastic_lora::merge::MergeMode::Dense;
-    let mut by_hand = Merger::new().with_mode(dense).merge(&net, &[]).unwrap().model;
+    let mut by_hand = Merger::new()
+        .with_mode(dense)
+        .merge(&net, &[])
+        .unwrap()
+        .model;
     net.activate(&subnet).unwrap();
-    for (name, kept) in [("model.layers.0.mlp.down_proj", 29), ("model.layers.1.self_attn.o_proj", 16)] {
+    for (name, kept) in [
+        ("model.layers.0.mlp.down_proj", 29),
+        ("model.layers.1.self_attn.o_proj", 16),
+    ] {
         let layer = by_hand.linear_mut(name).unwrap();
         let mut weight = layer.base.to_matrix();
         (0..weight.rows()).for_each(|row| weight.row_mut(row)[kept..].fill(0.0));
@@ -257,18 +373,44 @@ fn extracted_models_are_written_and_read_back() {
     for (index, subnet) in subnets(net.space()).into_iter().enumerate() {
         net.activate(&subnet).unwrap();
         let mode = elastic_lora::merge::MergeMode::Dense;
-        let model = Merger::new().with_mode(mode).extract(&net, &[]).unwrap().model;
-        let alike = model.config().blocks().windows(2).all(|pair| pair[0] == pair[1]);
-        let family = if alike { Family::Llama } else { Family::ElasticLlama };
-        assert_eq!(model.config().family(), family, "{:?}", model.config().blocks());
+        let model = Merger::new()
+            .with_mode(mode)
+            .extract(&net, &[])
+            .unwrap()
+            .model;
+        let alike = model
+            .config()
+            .blocks()
+            .windows(2)
+            .all(|pair| pair[0] == pair[1]);
+        let family = if alike {
+            Family::Llama
+        } else {
+            Family::ElasticLlama
+        };
+        assert_eq!(
+            model.config().family(),
+            family,
+            "{:?}",
+            model.config().blocks()
+        );
         assert_eq!(model.config().raw().contains_key("block_configs"), !alike);
-        let folder = elastic_lora::io::hf::HfFolder::create(dir.path().join(index.to_string()), false).unwrap();
-        folder.write_model(model.config(), DType::F32, model.tensors(DType::F32).unwrap()).unwrap();
+        let folder =
+            elastic_lora::io::hf::HfFolder::create(dir.path().join(index.to_string()), false)
+                .unwrap();
+        folder
+            .write_model(
+                model.config(),
+                DType::F32,
+                model.tensors(DType::F32).unwrap(),
+            )
+            .unwrap();
         folder.commit().unwrap();
         let path = dir.path().join(index.to_string());
         let config = HfConfig::open(&path).unwrap();
         assert_eq!(config.blocks(), model.config().blocks());
-        let read = Decoder::load(&config, &Checkpoint::open(&path).unwrap(), &Device::flex()).unwrap();
+        let read =
+            Decoder::load(&config, &Checkpoint::open(&path).unwrap(), &Device::flex()).unwrap();
         assert_eq!(logits(&read), logits(&model));
     }
 }
@@ -297,13 +439,30 @@ fn llama_7b() -> HfConfig {
 #[test]
 fn costs_of_llama_7b_are_the_published_ones() {
     let config = llama_7b();
-    for (width, params, macs) in
-        [(11_008, 6.738, 1.691), (8256, 5.656, 1.414), (6880, 5.115, 1.276), (5504, 4.574, 1.137)]
-    {
-        let blocks = vec![BlockDims { d_mlp: width, ..config.blocks()[0] }; 32];
+    for (width, params, macs) in [
+        (11_008, 6.738, 1.691),
+        (8256, 5.656, 1.414),
+        (6880, 5.115, 1.276),
+        (5504, 4.574, 1.137),
+    ] {
+        let blocks = vec![
+            BlockDims {
+                d_mlp: width,
+                ..config.blocks()[0]
+            };
+            32
+        ];
         let cost = SubnetCost::of_config(&config.with_blocks(&blocks).unwrap());
-        assert!((cost.params as f64 / 1e9 - params).abs() < 5e-4, "{width}: {}", cost.params);
-        assert!((cost.macs(256) as f64 / 1e12 - macs).abs() < 5e-4, "{width}: {}", cost.macs(256));
+        assert!(
+            (cost.params as f64 / 1e9 - params).abs() < 5e-4,
+            "{width}: {}",
+            cost.params
+        );
+        assert!(
+            (cost.macs(256) as f64 / 1e12 - macs).abs() < 5e-4,
+            "{width}: {}",
+            cost.macs(256)
+        );
     }
     // By hand: embedding and head, 32 blocks of attention, MLP and two norms, the last norm.
     let by_hand = 2 * 32_000 * 4096 + 32 * (4 * 4096 * 4096 + 3 * 4096 * 11_008 + 2 * 4096) + 4096;
@@ -318,16 +477,27 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         block.d_mlp = 256 * (1 + index);
         block.n_kv_heads = [32, 16, 8, 4][index % 4];
     }
-    blocks[7] = BlockDims { n_heads: 0, n_kv_heads: 0, ..blocks[7] };
+    blocks[7] = BlockDims {
+        n_heads: 0,
+        n_kv_heads: 0,
+        ..blocks[7]
+    };
     let deci = config.with_blocks(&blocks).unwrap();
     assert_eq!((deci.family(), deci.blocks()), (Family::Deci, &blocks[..]));
     assert_eq!(deci.raw()["architectures"][0], "DeciLMForCausalLM");
     let item = &deci.raw()["block_configs"][2];
     assert_eq!(item["attention"]["n_heads_in_group"], 4);
     let factor = item["ffn"]["ffn_mult"].as_f64().unwrap();
-    assert_eq!(((2.0 * factor * 4096.0 / 3.0) as usize).next_multiple_of(256), 768);
+    assert_eq!(
+        ((2.0 * factor * 4096.0 / 3.0) as usize).next_multiple_of(256),
+        768
+    );
     assert_eq!(deci.raw()["block_configs"][7]["attention"]["no_op"], true);
-    let names: Vec<String> = deci.tensor_shapes().into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> = deci
+        .tensor_shapes()
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
     assert!(!names.iter().any(|name| name.contains("layers.7.self_attn")));
     assert!(!names.contains(&"model.layers.7.input_layernorm.weight".to_string()));
     assert!(names.contains(&"model.layers.7.post_attention_layernorm.weight".to_string()));
@@ -340,20 +510,41 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         raw.insert("num_key_value_heads".into(), heads.into());
         let config = HfConfig::from_json(raw).unwrap();
         for start in [0, 32, 64, 96] {
-            let block = |index: usize| BlockDims { n_heads: heads, n_kv_heads: heads, d_mlp: 256 * (1 + index) };
+            let block = |index: usize| BlockDims {
+                n_heads: heads,
+                n_kv_heads: heads,
+                d_mlp: 256 * (1 + index),
+            };
             let blocks: Vec<BlockDims> = (start..start + 32).map(block).collect();
             let deci = config.with_blocks(&blocks).unwrap();
             assert_eq!((deci.family(), deci.blocks()), (Family::Deci, &blocks[..]));
-            for (item, block) in deci.raw()["block_configs"].as_array().unwrap().iter().zip(&blocks) {
+            for (item, block) in deci.raw()["block_configs"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .zip(&blocks)
+            {
                 let factor = item["ffn"]["ffn_mult"].as_f64().unwrap();
                 assert_eq!(factor, format!("{factor:.6}").parse::<f64>().unwrap());
-                assert_eq!(((2.0 * factor * 128.0 * heads as f64 / 3.0) as usize).next_multiple_of(256), block.d_mlp);
+                assert_eq!(
+                    ((2.0 * factor * 128.0 * heads as f64 / 3.0) as usize).next_multiple_of(256),
+                    block.d_mlp
+                );
             }
         }
     }
     // Some of them take the hidden size by the number of heads for the size of a head.
-    let fewer: Vec<BlockDims> = (1..5).map(|n| BlockDims { n_heads: 16, n_kv_heads: 8, d_mlp: 256 * n }).collect();
-    assert_eq!(config.with_blocks(&fewer).unwrap().family(), Family::ElasticLlama);
+    let fewer: Vec<BlockDims> = (1..5)
+        .map(|n| BlockDims {
+            n_heads: 16,
+            n_kv_heads: 8,
+            d_mlp: 256 * n,
+        })
+        .collect();
+    assert_eq!(
+        config.with_blocks(&fewer).unwrap().family(),
+        Family::ElasticLlama
+    );
     // What other blocks have and this crate's have not.
     for (part, field, value) in [
         ("attention", "window_length", serde_json::json!(512)),
@@ -364,35 +555,73 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         ("ffn", "gated", false.into()),
     ] {
         let mut raw = deci.raw().clone();
-        for (index, refused) in [(if part == "ffn" { 9 } else { 7 }, field == "replace_with_linear"), (2, true)] {
+        for (index, refused) in [
+            (
+                if part == "ffn" { 9 } else { 7 },
+                field == "replace_with_linear",
+            ),
+            (2, true),
+        ] {
             raw["block_configs"][9]["ffn"]["no_op"] = true.into();
             raw["block_configs"][index][part][field] = value.clone();
             let result = HfConfig::from_json(raw.clone());
-            assert_eq!(result.is_err(), refused, "{part}.{field} of block {index}: {result:?}");
+            assert_eq!(
+                result.is_err(),
+                refused,
+                "{part}.{field} of block {index}: {result:?}"
+            );
             raw = deci.raw().clone();
         }
     }
 
     // Fewer query heads in one block, or a width that is no multiple of 256, only this crate's own form says.
-    for change in [|b: &mut BlockDims| b.n_heads = 16, |b: &mut BlockDims| b.d_mlp = 300] {
+    for change in [
+        |b: &mut BlockDims| b.n_heads = 16,
+        |b: &mut BlockDims| b.d_mlp = 300,
+    ] {
         let mut blocks = blocks.clone();
         change(&mut blocks[0]);
         blocks[0].n_kv_heads = 16;
         let own = config.with_blocks(&blocks).unwrap();
-        assert_eq!((own.family(), own.blocks()), (Family::ElasticLlama, &blocks[..]));
+        assert_eq!(
+            (own.family(), own.blocks()),
+            (Family::ElasticLlama, &blocks[..])
+        );
         // And back to a stock config, where all are alike again.
-        let alike = own.with_blocks(&[BlockDims { n_heads: 16, n_kv_heads: 8, d_mlp: 100 }; 5]).unwrap();
+        let alike = own
+            .with_blocks(
+                &[BlockDims {
+                    n_heads: 16,
+                    n_kv_heads: 8,
+                    d_mlp: 100,
+                }; 5],
+            )
+            .unwrap();
         assert_eq!(alike.family(), Family::Llama);
-        assert_eq!((alike.num_hidden_layers(), alike.intermediate_size(), alike.head_dim()), (5, 100, 128));
+        assert_eq!(
+            (
+                alike.num_hidden_layers(),
+                alike.intermediate_size(),
+                alike.head_dim()
+            ),
+            (5, 100, 128)
+        );
     }
     // What some readers of DeciLM's form would compute otherwise, or not at all: a first block without attention, a block without
     // an MLP, positions that are scaled.
     let own = |config: &HfConfig, blocks: &[BlockDims]| {
         let other = config.with_blocks(blocks).unwrap();
-        assert_eq!((other.family(), other.blocks()), (Family::ElasticLlama, blocks));
+        assert_eq!(
+            (other.family(), other.blocks()),
+            (Family::ElasticLlama, blocks)
+        );
     };
     let mut first = blocks.clone();
-    first[0] = BlockDims { n_heads: 0, n_kv_heads: 0, ..first[0] };
+    first[0] = BlockDims {
+        n_heads: 0,
+        n_kv_heads: 0,
+        ..first[0]
+    };
     own(&config, &first);
     let mut gap = blocks.clone();
     gap[9].d_mlp = 0;
@@ -409,21 +638,44 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         raw.insert("rope_parameters".into(), parameters);
         HfConfig::from_json(raw).unwrap()
     };
-    own(&scaled(serde_json::json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})), &blocks);
+    own(
+        &scaled(serde_json::json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})),
+        &blocks,
+    );
     own(&scaled(llama3(4096)), &blocks);
     // One that they do know is spelled in the old way as well.
     let known = scaled(llama3(8192));
     let other = known.with_blocks(&blocks).unwrap();
-    assert_eq!((other.family(), other.rope_scaling()), (Family::Deci, known.rope_scaling()));
+    assert_eq!(
+        (other.family(), other.rope_scaling()),
+        (Family::Deci, known.rope_scaling())
+    );
     assert_eq!(other.raw()["rope_theta"], 5e5);
     assert_eq!(other.raw()["rope_scaling"]["rope_type"], "llama3");
     assert_eq!(HfConfig::from_json(other.raw().clone()).unwrap(), other);
 
-    let nothing = BlockDims { n_heads: 0, n_kv_heads: 0, d_mlp: 0 };
-    for bad in
-        [vec![], vec![nothing], vec![blocks[0], nothing], vec![BlockDims { n_heads: 7, n_kv_heads: 3, d_mlp: 4 }; 2]]
-    {
-        assert!(matches!(config.with_blocks(&bad), Err(Error::InvalidConfig { .. })), "{bad:?}");
+    let nothing = BlockDims {
+        n_heads: 0,
+        n_kv_heads: 0,
+        d_mlp: 0,
+    };
+    for bad in [
+        vec![],
+        vec![nothing],
+        vec![blocks[0], nothing],
+        vec![
+            BlockDims {
+                n_heads: 7,
+                n_kv_heads: 3,
+                d_mlp: 4
+            };
+            2
+        ],
+    ] {
+        assert!(
+            matches!(config.with_blocks(&bad), Err(Error::InvalidConfig { .. })),
+            "{bad:?}"
+        );
     }
 }
 
@@ -431,11 +683,26 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
 fn spaces_that_make_no_model_are_refused() {
     let model = model(true);
     let layer = |block: usize, kind: LinearKind| kind.name(block);
-    let qkv = |block| [LinearKind::Q, LinearKind::K, LinearKind::V].map(|kind| layer(block, kind)).to_vec();
-    let gate_up = |block| [LinearKind::Gate, LinearKind::Up].map(|kind| layer(block, kind)).to_vec();
+    let qkv = |block| {
+        [LinearKind::Q, LinearKind::K, LinearKind::V]
+            .map(|kind| layer(block, kind))
+            .to_vec()
+    };
+    let gate_up = |block| {
+        [LinearKind::Gate, LinearKind::Up]
+            .map(|kind| layer(block, kind))
+            .to_vec()
+    };
     let refused = |kind: Elastic, layers: Vec<String>, choices: &[usize]| {
-        let space = SearchSpace::new(vec![Group::of_kind(kind, "it", layers, choices.to_vec()).unwrap()]).unwrap();
-        match SuperNet::new(model.clone(), space, SuperNetConfig::new(LoraConfig::new(4))) {
+        let space = SearchSpace::new(vec![
+            Group::of_kind(kind, "it", layers, choices.to_vec()).unwrap(),
+        ])
+        .unwrap();
+        match SuperNet::new(
+            model.clone(),
+            space,
+            SuperNetConfig::new(LoraConfig::new(4)),
+        ) {
             Err(Error::InvalidSpace { group, reason }) => {
                 assert_eq!(group, "it");
                 reason
@@ -446,7 +713,10 @@ fn spaces_that_make_no_model_are_refused() {
     // 6 heads of 4 over 3 key/value heads: steps of 8.
     for width in [23, 12, 4] {
         let reason = refused(Elastic::Width, qkv(0), &[24, width]);
-        assert!(reason.contains(&format!("{width} is no whole number of heads")), "{reason}");
+        assert!(
+            reason.contains(&format!("{width} is no whole number of heads")),
+            "{reason}"
+        );
     }
     let mixed = refused(Elastic::Width, [qkv(0), gate_up(0)].concat(), &[24]);
     assert!(mixed.contains("differ in shape"), "{mixed}");
@@ -454,13 +724,22 @@ fn spaces_that_make_no_model_are_refused() {
     assert!(alone.contains("model.layers.1.mlp.gate_proj"), "{alone}");
     let stream = refused(Elastic::Width, vec![layer(1, LinearKind::O)], &[20]);
     assert!(stream.contains("residual stream"), "{stream}");
-    let all = (0..3).map(|block| format!("model.layers.{block}")).collect::<Vec<_>>();
+    let all = (0..3)
+        .map(|block| format!("model.layers.{block}"))
+        .collect::<Vec<_>>();
     let nothing = refused(Elastic::Depth, all.clone(), &[3, 0]);
     assert!(nothing.contains("nothing is left"), "{nothing}");
-    let unit = refused(Elastic::Depth, vec!["model.layers.1.mlp.up_proj".into()], &[1, 0]);
+    let unit = refused(
+        Elastic::Depth,
+        vec!["model.layers.1.mlp.up_proj".into()],
+        &[1, 0],
+    );
     assert!(unit.contains("neither a block"), "{unit}");
     let empty = Group::of_kind(Elastic::Depth, "it", all, vec![]).unwrap_err();
-    assert!(matches!(&empty, Error::InvalidSpace { reason, .. } if reason.contains("no choices")), "{empty}");
+    assert!(
+        matches!(&empty, Error::InvalidSpace { reason, .. } if reason.contains("no choices")),
+        "{empty}"
+    );
 
     // A group over blocks that differ in size.
     let mut blocks = model.config().blocks().to_vec();
@@ -468,7 +747,13 @@ fn spaces_that_make_no_model_are_refused() {
     let config = model.config().with_blocks(&blocks).unwrap();
     let other = Decoder::init(&config, 1, &Device::flex()).unwrap();
     let space = SearchSpace::new(vec![
-        Group::of_kind(Elastic::Width, "it", [gate_up(0), gate_up(1)].concat(), vec![20, 10]).unwrap(),
+        Group::of_kind(
+            Elastic::Width,
+            "it",
+            [gate_up(0), gate_up(1)].concat(),
+            vec![20, 10],
+        )
+        .unwrap(),
     ])
     .unwrap();
     let error = SuperNet::new(other, space, SuperNetConfig::new(LoraConfig::new(4))).unwrap_err();
@@ -480,12 +765,24 @@ fn a_space_may_have_no_ranks_at_all() -> Result<()> {
     let model = model(true);
     let layers = model.layer_shapes();
     let widths = SearchSpace::groups_by_block(Elastic::Width, &layers, &[GATE_UP], &[37, 20])?;
-    let mut net = SuperNet::new(model, SearchSpace::new(widths)?, SuperNetConfig::new(LoraConfig::new(4)))?;
+    let mut net = SuperNet::new(
+        model,
+        SearchSpace::new(widths)?,
+        SuperNetConfig::new(LoraConfig::new(4)),
+    )?;
     net.activate(&net.minimal())?;
-    assert!(net.model().layers.iter().all(|block| block.runs(Unit::Mlp) && block.has(Unit::Attention)));
+    assert!(
+        net.model()
+            .layers
+            .iter()
+            .all(|block| block.runs(Unit::Mlp) && block.has(Unit::Attention))
+    );
     let extracted = Merger::new().extract(&net, &[])?.model;
     assert_eq!(extracted.config().intermediate_size(), 20);
-    assert_eq!(max_diff(&logits(&extracted), &logits(&net.eval_model())), 0.0);
+    assert_eq!(
+        max_diff(&logits(&extracted), &logits(&net.eval_model())),
+        0.0
+    );
     assert!(net.extract()?.layers.is_empty());
     Ok(())
 }
@@ -502,5 +799,10 @@ fn factors_are_as_wide_as_the_layer() {
     let q = &lora.layers["model.layers.2.self_attn.q_proj"];
     assert_eq!((q.rank(), q.d_input(), q.d_output()), (3, 24, 8));
     // Left out: the second block, and the MLP of the last.
-    assert!(!lora.layers.keys().any(|name| name.contains("layers.1.") || name.contains("layers.2.mlp")));
+    assert!(
+        !lora
+            .layers
+            .keys()
+            .any(|name| name.contains("layers.1.") || name.contains("layers.2.mlp"))
+    );
 }

@@ -11,7 +11,12 @@ fn shipped_model() -> PathBuf {
 /// The example beside this test's own binary, to be run in `folder`.
 fn example(name: &str, folder: &Path) -> Option<Command> {
     let test = std::env::current_exe().ok()?;
-    let path = test.parent()?.parent()?.join("examples").join(name).with_extension(std::env::consts::EXE_EXTENSION);
+    let path = test
+        .parent()?
+        .parent()?
+        .join("examples")
+        .join(name)
+        .with_extension(std::env::consts::EXE_EXTENSION);
     if !path.is_file() || !shipped_model().join("model.safetensors").is_file() {
         eprintln!("skipped: no example {name}, or no shipped model");
         return None;
@@ -39,8 +44,10 @@ fn problems(path: &Path, n: usize) {
 }
 
 fn entries(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
     names.sort();
     names
 }
@@ -66,16 +73,56 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         ("compress", &["--evals", "0"], "evals"),
         ("compress", &["--device", "foo"], "device"),
         ("compress", &["--max-len", "129"], "max-len"),
-        ("compress", &["--train", "empty.txt", "--valid", "p.jsonl"], "empty.txt"),
-        ("compress", &["--model", "nowhere", "--train", "p.jsonl", "--valid", "p.jsonl"], "nowhere"),
+        (
+            "compress",
+            &["--train", "empty.txt", "--valid", "p.jsonl"],
+            "empty.txt",
+        ),
+        (
+            "compress",
+            &[
+                "--model", "nowhere", "--train", "p.jsonl", "--valid", "p.jsonl",
+            ],
+            "nowhere",
+        ),
         ("compress", &["--bits", "5"], "bits"),
         ("compress", &["--group-size", "0"], "group-size"),
-        ("compress", &["--method", "sqft", "--group-size", "256"], "group-size"),
-        ("compress", &["--method", "sqft", "--bits", "3", "--file-format", "compressed-tensors"], "3"),
-        ("compress", &["--method", "table2", "--quantize", "joint", "--qa-start", "sparse"], "qa-start"),
+        (
+            "compress",
+            &["--method", "sqft", "--group-size", "256"],
+            "group-size",
+        ),
+        (
+            "compress",
+            &[
+                "--method",
+                "sqft",
+                "--bits",
+                "3",
+                "--file-format",
+                "compressed-tensors",
+            ],
+            "3",
+        ),
+        (
+            "compress",
+            &[
+                "--method",
+                "table2",
+                "--quantize",
+                "joint",
+                "--qa-start",
+                "sparse",
+            ],
+            "qa-start",
+        ),
         ("compress", &["--quantize", "foo"], "--quantize"),
         ("evaluate", &["--text", "empty.txt"], "empty.txt"),
-        ("evaluate", &["--text", "p.jsonl", "--context", "129"], "129"),
+        (
+            "evaluate",
+            &["--text", "p.jsonl", "--context", "129"],
+            "129",
+        ),
         ("evaluate", &["--adapter", "nowhere"], "nowhere"),
         ("generate", &["--temperature", "-1"], "temperature"),
         ("generate", &["--min-p", "1"], "min_p"),
@@ -85,7 +132,9 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         ("pretrain", &["--out", "."], "not empty"),
     ];
     for (name, arguments, named) in cases {
-        let Some(mut command) = example(name, root.path()) else { return };
+        let Some(mut command) = example(name, root.path()) else {
+            return;
+        };
         if name == "compress" {
             command.args(["--out", "out"]);
         }
@@ -96,8 +145,15 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         };
         let output = command.args(&arguments).output().unwrap();
         let text = stderr(&output);
-        assert_eq!(output.status.code(), Some(1), "{name} {arguments:?}: {text}");
-        assert!(text.starts_with("error: ") && text.contains(named), "{name} {arguments:?}: {text}");
+        assert_eq!(
+            output.status.code(),
+            Some(1),
+            "{name} {arguments:?}: {text}"
+        );
+        assert!(
+            text.starts_with("error: ") && text.contains(named),
+            "{name} {arguments:?}: {text}"
+        );
         assert!(!text.contains("panicked"), "{name} {arguments:?}: {text}");
         assert_eq!(entries(root.path()), before, "{name} {arguments:?}");
     }
@@ -111,8 +167,23 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
     let out = root.path().join("out");
     let run = |more: &[&str]| -> Option<Output> {
         let mut command = example("compress", root.path())?;
-        command.args(["--train", "train.jsonl", "--valid", "valid.jsonl", "--method", "lora", "--steps", "3"]);
-        Some(command.args(["--batch", "4", "--out", "out"]).args(more).output().unwrap())
+        command.args([
+            "--train",
+            "train.jsonl",
+            "--valid",
+            "valid.jsonl",
+            "--method",
+            "lora",
+            "--steps",
+            "3",
+        ]);
+        Some(
+            command
+                .args(["--batch", "4", "--out", "out"])
+                .args(more)
+                .output()
+                .unwrap(),
+        )
     };
     let rows = || {
         let text = std::fs::read(out.join("report.json")).unwrap();
@@ -124,10 +195,17 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
     std::fs::remove_file(out.join("report.json")).unwrap();
     assert!(run(&["--resume"]).unwrap().status.success());
     assert_eq!(rows(), expected);
-    for (argument, named) in [("--sparsity=0.6", "--sparsity"), ("--seed=1", "--seed"), ("--ranks=8", "--ranks")] {
+    for (argument, named) in [
+        ("--sparsity=0.6", "--sparsity"),
+        ("--seed=1", "--seed"),
+        ("--ranks=8", "--ranks"),
+    ] {
         let refused = run(&["--resume", argument]).unwrap();
         let text = stderr(&refused);
-        assert!(refused.status.code() == Some(1) && text.contains(named), "{text}");
+        assert!(
+            refused.status.code() == Some(1) && text.contains(named),
+            "{text}"
+        );
     }
     problems(&root.path().join("train.jsonl"), 23);
     let text = stderr(&run(&["--resume"]).unwrap());
@@ -136,7 +214,10 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
     assert!(stderr(&run(&[]).unwrap()).contains("--overwrite"));
     std::fs::write(out.join("notes.txt"), "mine").unwrap();
     assert!(run(&["--overwrite"]).unwrap().status.success());
-    assert_eq!(entries(&out), ["lora", "notes.txt", "pruned", "report.json", "run.json"]);
+    assert_eq!(
+        entries(&out),
+        ["lora", "notes.txt", "pruned", "report.json", "run.json"]
+    );
     // A folder that no run made is not touched at all.
     std::fs::remove_file(out.join("run.json")).unwrap();
     let before = entries(&out);
@@ -148,12 +229,25 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
 fn a_bundle_answers_as_its_folder_does() {
     let root = tempfile::tempdir().unwrap();
     let run = |arguments: &[&str]| -> Option<Output> {
-        Some(example("generate", root.path())?.args(arguments).output().unwrap())
+        Some(
+            example("generate", root.path())?
+                .args(arguments)
+                .output()
+                .unwrap(),
+        )
     };
     let Some(folder) = run(&[]) else { return };
     let saved = run(&["--save", "model.elora", "--format", "f32"]).unwrap();
-    assert!(saved.status.success() && saved.stdout.is_empty(), "{}", stderr(&saved));
-    for more in [&[][..], &["--half-cache", "--threads", "1"], &["--format", "f16"]] {
+    assert!(
+        saved.status.success() && saved.stdout.is_empty(),
+        "{}",
+        stderr(&saved)
+    );
+    for more in [
+        &[][..],
+        &["--half-cache", "--threads", "1"],
+        &["--format", "f16"],
+    ] {
         let bundle = run(&[&["--model", "model.elora"], more].concat()).unwrap();
         assert!(bundle.status.success(), "{}", stderr(&bundle));
         assert_eq!(bundle.stdout, folder.stdout);
@@ -161,11 +255,23 @@ fn a_bundle_answers_as_its_folder_does() {
     assert!(String::from_utf8_lossy(&folder.stdout).contains("#### 41"));
     assert_eq!(run(&["--device", "flex"]).unwrap().stdout, folder.stdout);
     // Codes take less; nothing is written over unless told.
-    let bytes = || std::fs::metadata(root.path().join("model.elora")).unwrap().len();
+    let bytes = || {
+        std::fs::metadata(root.path().join("model.elora"))
+            .unwrap()
+            .len()
+    };
     let before = bytes();
     let text = stderr(&run(&["--save", "model.elora", "--format", "int4"]).unwrap());
-    assert!(text.starts_with("error: ") && text.contains("model.elora"), "{text}");
-    assert!(run(&["--save", "model.elora", "--format", "int4", "--overwrite"]).unwrap().status.success());
+    assert!(
+        text.starts_with("error: ") && text.contains("model.elora"),
+        "{text}"
+    );
+    assert!(
+        run(&["--save", "model.elora", "--format", "int4", "--overwrite"])
+            .unwrap()
+            .status
+            .success()
+    );
     assert!(3 * bytes() < before);
     assert!(run(&["--model", "model.elora"]).unwrap().status.success());
 }
@@ -178,15 +284,39 @@ fn table_2_measures_sparse_integers_as_written() {
     let out = root.path().join("out");
     let run = |more: &[&str]| -> Option<Output> {
         let mut command = example("compress", root.path())?;
-        command.args(["--train", "train.jsonl", "--valid", "valid.jsonl", "--method", "table2", "--steps", "2"]);
-        Some(command.args(["--batch", "4", "--bits", "4", "--out", "out"]).args(more).output().unwrap())
+        command.args([
+            "--train",
+            "train.jsonl",
+            "--valid",
+            "valid.jsonl",
+            "--method",
+            "table2",
+            "--steps",
+            "2",
+        ]);
+        Some(
+            command
+                .args(["--batch", "4", "--bits", "4", "--out", "out"])
+                .args(more)
+                .output()
+                .unwrap(),
+        )
     };
-    let report =
-        || -> serde_json::Value { serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap() };
+    let report = || -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap()
+    };
     let Some(first) = run(&[]) else { return };
     assert!(first.status.success(), "{}", stderr(&first));
     let expected = report()["rows"].clone();
-    let row = |name: &str| expected.as_array().unwrap().iter().find(|row| row["name"] == name).unwrap().clone();
+    let row = |name: &str| {
+        expected
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|row| row["name"] == name)
+            .unwrap()
+            .clone()
+    };
     let precisions = [
         ("base", "F16"),
         ("pruned, rounded to nearest", "INT4"),
@@ -204,9 +334,17 @@ fn table_2_measures_sparse_integers_as_written() {
     // No zero is lost on the way, and rounding makes some more.
     let sparsity = |name: &str| row(name)["sparsity"].as_f64().unwrap();
     let merged = sparsity("SQFT + QA-SparsePEFT");
-    assert!((0.49..0.51).contains(&sparsity("SparsePEFT, merged")) && (0.49..0.75).contains(&merged), "{merged}");
+    assert!(
+        (0.49..0.51).contains(&sparsity("SparsePEFT, merged")) && (0.49..0.75).contains(&merged),
+        "{merged}"
+    );
     let bytes = |name: &str| row(name)["bytes"].as_u64().unwrap();
-    assert_eq!(bytes("base"), std::fs::metadata(shipped_model().join("model.safetensors")).unwrap().len());
+    assert_eq!(
+        bytes("base"),
+        std::fs::metadata(shipped_model().join("model.safetensors"))
+            .unwrap()
+            .len()
+    );
     assert!(bytes("SQFT + QA-SparsePEFT") < bytes("SQFT") && bytes("SQFT") < bytes("LoRA"));
     assert!(3 * bytes("SQFT + QA-SparsePEFT") < 2 * bytes("base"));
 
@@ -216,9 +354,29 @@ fn table_2_measures_sparse_integers_as_written() {
     // All that a run makes is listed: nothing of it is left by the next.
     let overwrite = ["--overwrite", "--method", "sqft-sparse-peft"];
     let mut command = example("compress", root.path()).unwrap();
-    command.args(["--train", "train.jsonl", "--valid", "valid.jsonl", "--steps", "2", "--batch", "4", "--out", "out"]);
+    command.args([
+        "--train",
+        "train.jsonl",
+        "--valid",
+        "valid.jsonl",
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--out",
+        "out",
+    ]);
     assert!(command.args(overwrite).output().unwrap().status.success());
-    let listed =
-        ["merge_report.json", "merged", "merged_ranks.json", "merged_space.json", "merged_subnet.json", "pruned"];
-    assert_eq!(entries(&out), [&listed[..], &["report.json", "run.json", "sparse-peft"]].concat());
+    let listed = [
+        "merge_report.json",
+        "merged",
+        "merged_ranks.json",
+        "merged_space.json",
+        "merged_subnet.json",
+        "pruned",
+    ];
+    assert_eq!(
+        entries(&out),
+        [&listed[..], &["report.json", "run.json", "sparse-peft"]].concat()
+    );
 }

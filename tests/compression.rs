@@ -60,7 +60,13 @@ fn tiny_with_context(seed: u64, context: usize) -> Decoder {
 
 fn samples(n: usize, len: usize, seed: u64) -> Vec<Vec<u32>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    (0..n).map(|_| (0..len).map(|_| rng.random_range(0..VOCAB as u32)).collect()).collect()
+    (0..n)
+        .map(|_| {
+            (0..len)
+                .map(|_| rng.random_range(0..VOCAB as u32))
+                .collect()
+        })
+        .collect()
 }
 
 fn weight(model: &Decoder, name: &str) -> Matrix {
@@ -78,16 +84,30 @@ fn each_block_is_calibrated_on_what_the_pruned_ones_before_it_put_out() {
     let original = tiny(1);
     let mut pruned = original.clone();
     let mut told = 0;
-    let report =
-        prune_model(&mut pruned, &calibration, Method::Wanda, &pattern, |done, all| told = all - done).unwrap();
+    let report = prune_model(
+        &mut pruned,
+        &calibration,
+        Method::Wanda,
+        &pattern,
+        |done, all| told = all - done,
+    )
+    .unwrap();
     assert_eq!((report.len(), told), (21, 0));
-    assert_eq!(host_values(pruned.embed_tokens.val()), host_values(original.embed_tokens.val()));
+    assert_eq!(
+        host_values(pruned.embed_tokens.val()),
+        host_values(original.embed_tokens.val())
+    );
 
     // By hand: the inputs of block 1's layers, in a model whose block 0 alone is pruned.
     let mut partly = original.clone();
     for kind in LinearKind::ALL {
         let name = kind.name(0);
-        partly.linear_mut(&name).unwrap().base.set_matrix(&weight(&pruned, &name)).unwrap();
+        partly
+            .linear_mut(&name)
+            .unwrap()
+            .base
+            .set_matrix(&weight(&pruned, &name))
+            .unwrap();
     }
     for kind in LinearKind::ALL {
         let mut w = weight(&original, &kind.name(1));
@@ -104,23 +124,48 @@ fn each_block_is_calibrated_on_what_the_pruned_ones_before_it_put_out() {
         let scores = Method::Wanda.scores(&w, Some(&norms)).unwrap();
         prune(&mut w, &scores, &pattern).unwrap();
         let found = weight(&pruned, &kind.name(1));
-        let same = w.as_slice().iter().zip(found.as_slice()).filter(|(a, b)| a == b).count();
+        let same = w
+            .as_slice()
+            .iter()
+            .zip(found.as_slice())
+            .filter(|(a, b)| a == b)
+            .count();
         // Scores are summed in another order: a tie at the threshold may fall the other way.
-        assert!(same + 2 >= w.as_slice().len(), "{:?}: {same} of {}", kind, w.as_slice().len());
-        (0..found.rows())
-            .for_each(|i| assert_eq!(found.row(i).iter().filter(|v| **v == 0.0).count(), found.cols() / 2));
+        assert!(
+            same + 2 >= w.as_slice().len(),
+            "{:?}: {same} of {}",
+            kind,
+            w.as_slice().len()
+        );
+        (0..found.rows()).for_each(|i| {
+            assert_eq!(
+                found.row(i).iter().filter(|v| **v == 0.0).count(),
+                found.cols() / 2
+            )
+        });
     }
 }
 
 #[test]
 fn n_of_m_and_magnitude_prune_without_touching_what_they_should_not() {
     let mut model = tiny(2);
-    let report = prune_model(&mut model, &[], Method::Magnitude, &Pattern::NM { n: 2, m: 4 }, |_, _| {}).unwrap();
+    let report = prune_model(
+        &mut model,
+        &[],
+        Method::Magnitude,
+        &Pattern::NM { n: 2, m: 4 },
+        |_, _| {},
+    )
+    .unwrap();
     assert!(report.iter().all(|layer| 2 * layer.zeros == layer.params));
     for (_, layer) in model.linears() {
         let w = layer.base.to_matrix();
         for i in 0..w.rows() {
-            assert!(w.row(i).chunks(4).all(|group| group.iter().filter(|v| **v != 0.0).count() <= 2));
+            assert!(
+                w.row(i)
+                    .chunks(4)
+                    .all(|group| group.iter().filter(|v| **v != 0.0).count() <= 2)
+            );
         }
     }
 }
@@ -132,18 +177,46 @@ fn pruning_refuses_what_it_cannot_do() {
     let before = weight(&model, "model.layers.0.mlp.up_proj");
     assert!(matches!(
         prune_model(&mut model, &[], Method::Wanda, &pattern, |_, _| {}),
-        Err(Error::InvalidArgument { name: "samples", .. })
+        Err(Error::InvalidArgument {
+            name: "samples",
+            ..
+        })
     ));
     assert!(matches!(
-        prune_model(&mut model, &[vec![1, 999]], Method::Wanda, &pattern, |_, _| {}),
+        prune_model(
+            &mut model,
+            &[vec![1, 999]],
+            Method::Wanda,
+            &pattern,
+            |_, _| {}
+        ),
         Err(Error::TokenOutOfRange { found: 999, .. })
     ));
     assert!(matches!(
-        prune_model(&mut model, &[vec![1; 33]], Method::Wanda, &pattern, |_, _| {}),
-        Err(Error::SequenceTooLong { found: 33, max: 32, .. })
+        prune_model(
+            &mut model,
+            &[vec![1; 33]],
+            Method::Wanda,
+            &pattern,
+            |_, _| {}
+        ),
+        Err(Error::SequenceTooLong {
+            found: 33,
+            max: 32,
+            ..
+        })
     ));
     let ratio = Pattern::Unstructured { ratio: 1.5 };
-    assert!(prune_model(&mut model, &samples(1, 5, 1), Method::Wanda, &ratio, |_, _| {}).is_err());
+    assert!(
+        prune_model(
+            &mut model,
+            &samples(1, 5, 1),
+            Method::Wanda,
+            &ratio,
+            |_, _| {}
+        )
+        .is_err()
+    );
     assert_eq!(weight(&model, "model.layers.0.mlp.up_proj"), before);
 }
 
@@ -151,16 +224,38 @@ fn pruning_refuses_what_it_cannot_do() {
 fn trained(masked: bool) -> SuperNet {
     let mut model = tiny(5);
     let pattern = Pattern::Unstructured { ratio: 0.5 };
-    prune_model(&mut model, &samples(4, 16, 8), Method::Wanda, &pattern, |_, _| {}).unwrap();
-    let groups = [vec!["q_proj", "k_proj", "v_proj"], vec!["up_proj", "gate_proj"], vec!["down_proj"]];
+    prune_model(
+        &mut model,
+        &samples(4, 16, 8),
+        Method::Wanda,
+        &pattern,
+        |_, _| {},
+    )
+    .unwrap();
+    let groups = [
+        vec!["q_proj", "k_proj", "v_proj"],
+        vec!["up_proj", "gate_proj"],
+        vec!["down_proj"],
+    ];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, &[6, 4, 3]).unwrap();
     let lora = LoraConfig::new(6).with_alpha(9.0);
-    let mut net = SuperNet::new(model, space, SuperNetConfig::new(lora).with_sparse_peft(masked)).unwrap();
-    let sequences = samples(12, 14, 9).into_iter().map(Sequence::unmasked).collect();
+    let mut net = SuperNet::new(
+        model,
+        space,
+        SuperNetConfig::new(lora).with_sparse_peft(masked),
+    )
+    .unwrap();
+    let sequences = samples(12, 14, 9)
+        .into_iter()
+        .map(Sequence::unmasked)
+        .collect();
     let mut batches = Batcher::new(sequences, 4, 0, 1).unwrap();
     let mut config = TrainConfig::new(6);
     config.lr = 2e-2;
-    Trainer::new(config).unwrap().run(&mut net, &mut batches, &[]).unwrap();
+    Trainer::new(config)
+        .unwrap()
+        .run(&mut net, &mut batches, &[])
+        .unwrap();
     net
 }
 
@@ -170,32 +265,60 @@ fn sparse_peft_merges_without_losing_a_zero_and_reads_back_equal() {
     let ids = &samples(1, 20, 11)[0];
     for subnet in [net.maximal(), net.heuristic(), net.minimal()] {
         net.activate(&subnet).unwrap();
-        let merged = Merger::new().merge(&net, std::slice::from_ref(ids)).unwrap();
+        let merged = Merger::new()
+            .merge(&net, std::slice::from_ref(ids))
+            .unwrap();
         assert_eq!(merged.report.zeros_lost, 0);
         assert_eq!(merged.report.layers.len(), 18);
-        assert!(merged.report.layers.iter().all(|l| l.sparsity_before == 0.5 && l.sparsity_after >= 0.5));
+        assert!(
+            merged
+                .report
+                .layers
+                .iter()
+                .all(|l| l.sparsity_before == 0.5 && l.sparsity_after >= 0.5)
+        );
         assert!(merged.report.max_logit_difference.unwrap() < 1e-4);
         let difference = max_diff(&logits(net.model(), ids), &logits(&merged.model, ids));
         assert!(difference < 1e-4, "{difference}");
         // Training changed something, so the equality above means something.
         let base = weight(net.model(), "model.layers.1.mlp.up_proj");
-        assert!(max_diff(base.as_slice(), weight(&merged.model, "model.layers.1.mlp.up_proj").as_slice()) > 1e-3);
+        assert!(
+            max_diff(
+                base.as_slice(),
+                weight(&merged.model, "model.layers.1.mlp.up_proj").as_slice()
+            ) > 1e-3
+        );
 
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             let parent = tempfile::tempdir().unwrap();
             let path = parent.path().join("merged");
             let folder = HfFolder::create(&path, false).unwrap();
-            folder.write_model(merged.model.config(), dtype, merged.model.tensors(dtype).unwrap()).unwrap();
+            folder
+                .write_model(
+                    merged.model.config(),
+                    dtype,
+                    merged.model.tensors(dtype).unwrap(),
+                )
+                .unwrap();
             folder.commit().unwrap();
-            let read =
-                Decoder::load(&HfConfig::open(&path).unwrap(), &Checkpoint::open(&path).unwrap(), &Device::flex())
-                    .unwrap();
+            let read = Decoder::load(
+                &HfConfig::open(&path).unwrap(),
+                &Checkpoint::open(&path).unwrap(),
+                &Device::flex(),
+            )
+            .unwrap();
             if dtype == DType::F32 {
                 assert_eq!(logits(&read, ids), logits(&merged.model, ids));
             }
             for (name, layer) in merged.model.linears() {
                 let (before, after) = (layer.base.to_matrix(), weight(&read, &name));
-                assert!(before.as_slice().iter().zip(after.as_slice()).all(|(b, a)| *b != 0.0 || *a == 0.0));
+                assert!(
+                    before
+                        .as_slice()
+                        .iter()
+                        .zip(after.as_slice())
+                        .all(|(b, a)| *b != 0.0 || *a == 0.0)
+                );
             }
         }
     }
@@ -205,18 +328,37 @@ fn sparse_peft_merges_without_losing_a_zero_and_reads_back_equal() {
 fn an_unmasked_adapter_is_merged_into_zeros_only_when_asked() {
     let net = trained(false);
     let ids = &samples(1, 20, 12)[0];
-    assert!(matches!(Merger::new().merge(&net, &[]), Err(Error::ZerosLost { lost: 1.., .. })));
-    let merged = Merger::new().with_mode(MergeMode::Dense).merge(&net, std::slice::from_ref(ids)).unwrap();
+    assert!(matches!(
+        Merger::new().merge(&net, &[]),
+        Err(Error::ZerosLost { lost: 1.., .. })
+    ));
+    let merged = Merger::new()
+        .with_mode(MergeMode::Dense)
+        .merge(&net, std::slice::from_ref(ids))
+        .unwrap();
     assert!(merged.report.zeros_lost > 1000);
     assert!(merged.report.max_logit_difference.unwrap() < 1e-4);
-    assert!(merged.report.layers.iter().all(|layer| layer.sparsity_after < 0.1));
+    assert!(
+        merged
+            .report
+            .layers
+            .iter()
+            .all(|layer| layer.sparsity_after < 0.1)
+    );
 }
 
 #[test]
 fn an_objective_leaves_the_super_network_as_it_is() {
     let net = trained(false);
-    let valid =
-        fixed_batches(&samples(5, 9, 13).into_iter().map(Sequence::unmasked).collect::<Vec<_>>(), 2, 0).unwrap();
+    let valid = fixed_batches(
+        &samples(5, 9, 13)
+            .into_iter()
+            .map(Sequence::unmasked)
+            .collect::<Vec<_>>(),
+        2,
+        0,
+    )
+    .unwrap();
     let objective = SubnetObjective::new(&net, Metric::Loss(&valid), Cost::Macs);
     let small = objective.evaluate(&net.minimal()).unwrap();
     let large = objective.evaluate(&net.maximal()).unwrap();
@@ -241,7 +383,12 @@ fn perplexity_predicts_every_token_but_the_first_of_each_window() {
         for t in 1..window.len() {
             let row = &logits[(t - 1) * VOCAB..t * VOCAB];
             let max = row.iter().copied().fold(f32::MIN, f32::max);
-            let log_sum = f64::from(max) + row.iter().map(|v| f64::from(v - max).exp()).sum::<f64>().ln();
+            let log_sum = f64::from(max)
+                + row
+                    .iter()
+                    .map(|v| f64::from(v - max).exp())
+                    .sum::<f64>()
+                    .ln();
             sum += log_sum - f64::from(row[window[t] as usize]);
         }
     }
@@ -250,7 +397,14 @@ fn perplexity_predicts_every_token_but_the_first_of_each_window() {
     assert!(perplexity(&model, &ids[..1], 8).is_err());
     assert!(perplexity(&model, ids, 1).is_err());
     let long = &samples(1, 40, 6)[0];
-    assert!(matches!(perplexity(&model, long, 40), Err(Error::SequenceTooLong { found: 40, max: 32, .. })));
+    assert!(matches!(
+        perplexity(&model, long, 40),
+        Err(Error::SequenceTooLong {
+            found: 40,
+            max: 32,
+            ..
+        })
+    ));
 }
 
 #[test]
@@ -259,35 +413,59 @@ fn a_window_too_long_for_one_piece_gives_the_same_perplexity() {
     let ids = &samples(1, 5000, 6)[0];
     let whole = perplexity(&model, ids, 6000).unwrap();
     let targets: Vec<(usize, u32)> = (1..ids.len()).map(|t| (t - 1, ids[t])).collect();
-    let sum = host_values(model.nll_sum(model.tokens(ids, 1).unwrap(), &targets).unwrap())[0];
+    let sum = host_values(
+        model
+            .nll_sum(model.tokens(ids, 1).unwrap(), &targets)
+            .unwrap(),
+    )[0];
     assert_eq!(whole.predicted_tokens, 4999);
     approx::assert_relative_eq!(whole.nll, f64::from(sum) / 4999.0, epsilon = 1e-4);
     assert!(matches!(
         model.nll_sum(model.tokens(ids, 1).unwrap(), &[(0, VOCAB as u32)]),
         Err(Error::TokenOutOfRange { .. })
     ));
-    assert!(model.nll_sum(model.tokens(ids, 1).unwrap(), &[(5000, 1)]).is_err());
+    assert!(
+        model
+            .nll_sum(model.tokens(ids, 1).unwrap(), &[(5000, 1)])
+            .is_err()
+    );
 }
 
 #[test]
 fn a_model_with_adapters_is_neither_pruned_nor_written_as_if_it_had_none() {
-    let Some(dir) = shared("models/story-llama-0.6M") else { return };
+    let Some(dir) = shared("models/story-llama-0.6M") else {
+        return;
+    };
     let pretrained = Pretrained::open(&dir, &Device::flex()).unwrap();
     let layers = pretrained.model.layer_shapes();
     let space = SearchSpace::fixed(&layers[..3], 2).unwrap();
-    let net = SuperNet::new(pretrained.model.clone(), space, SuperNetConfig::new(LoraConfig::new(2))).unwrap();
+    let net = SuperNet::new(
+        pretrained.model.clone(),
+        space,
+        SuperNetConfig::new(LoraConfig::new(2)),
+    )
+    .unwrap();
     let parent = tempfile::tempdir().unwrap();
     let written = pretrained.write_variant(net.model(), parent.path().join("x"), false);
     assert!(matches!(written, Err(Error::HasAdapter { .. })));
     assert!(!parent.path().join("x").exists());
     let pattern = Pattern::Unstructured { ratio: 0.5 };
-    let pruned = prune_model(&mut net.into_model(), &[], Method::Magnitude, &pattern, |_, _| {});
+    let pruned = prune_model(
+        &mut net.into_model(),
+        &[],
+        Method::Magnitude,
+        &pattern,
+        |_, _| {},
+    );
     assert!(matches!(pruned, Err(Error::HasAdapter { .. })));
 }
 
 #[test]
 fn on_a_real_model_pruning_hurts_training_recovers_and_the_search_beats_the_heuristic() {
-    let (Some(dir), Some(text)) = (shared("models/story-llama-0.6M"), shared("data/tinystories/sample.txt")) else {
+    let (Some(dir), Some(text)) = (
+        shared("models/story-llama-0.6M"),
+        shared("data/tinystories/sample.txt"),
+    ) else {
         return;
     };
     let pretrained = Pretrained::open(&dir, &Device::flex()).unwrap();
@@ -297,30 +475,56 @@ fn on_a_real_model_pruning_hurts_training_recovers_and_the_search_beats_the_heur
         let tokenizer: &TextTokenizer = &pretrained.tokenizer;
         pack(&join_documents(&[piece], tokenizer, false).unwrap(), 64).unwrap()
     };
-    let (train, valid) = (cut(0, 200_000), fixed_batches(&cut(300_000, 20_000), 16, 0).unwrap());
+    let (train, valid) = (
+        cut(0, 200_000),
+        fixed_batches(&cut(300_000, 20_000), 16, 0).unwrap(),
+    );
     let base = mean_loss(&pretrained.model, &valid).unwrap();
     let calibration: Vec<Vec<u32>> = train.iter().take(32).map(|s| s.ids.clone()).collect();
     let mut pruned = pretrained.model.clone();
     let pattern = Pattern::Unstructured { ratio: 0.5 };
-    prune_model(&mut pruned, &calibration, Method::Wanda, &pattern, |_, _| {}).unwrap();
+    prune_model(
+        &mut pruned,
+        &calibration,
+        Method::Wanda,
+        &pattern,
+        |_, _| {},
+    )
+    .unwrap();
     let hurt = mean_loss(&pruned, &valid).unwrap();
     assert!(hurt > base + 0.2, "{base} {hurt}");
 
-    let groups = [vec!["q_proj", "k_proj", "v_proj"], vec!["up_proj", "gate_proj"], vec!["down_proj"]];
+    let groups = [
+        vec!["q_proj", "k_proj", "v_proj"],
+        vec!["up_proj", "gate_proj"],
+        vec!["down_proj"],
+    ];
     let space = SearchSpace::grouped(&pruned.layer_shapes(), &groups, &[32, 24, 16]).unwrap();
     let mut net = SuperNet::new(pruned, space, SuperNetConfig::new(LoraConfig::new(32))).unwrap();
     let mut config = TrainConfig::new(40);
     config.lr = 2e-3;
     config.sampling = Sampling::PerStep;
     let mut batches = Batcher::new(train, 16, 0, 0).unwrap();
-    Trainer::new(config).unwrap().run(&mut net, &mut batches, &[]).unwrap();
+    Trainer::new(config)
+        .unwrap()
+        .run(&mut net, &mut batches, &[])
+        .unwrap();
     let recovered = mean_loss(&net.eval_model(), &valid).unwrap();
-    assert!(recovered < hurt - 0.5 * (hurt - base), "{base} {hurt} {recovered}");
+    assert!(
+        recovered < hurt - 0.5 * (hurt - base),
+        "{base} {hurt} {recovered}"
+    );
 
-    let mut searcher = NsgaConfig::new().with_population(6).with_seed(1).init(net.space()).unwrap();
+    let mut searcher = NsgaConfig::new()
+        .with_population(6)
+        .with_seed(1)
+        .init(net.space())
+        .unwrap();
     let objective = SubnetObjective::new(&net, Metric::Loss(&valid), Cost::Macs);
     let mut study = StudyConfig::new(18).init(net.space()).unwrap();
-    let outcome = study.run(&mut searcher, |subnet| objective.evaluate(subnet)).unwrap();
+    let outcome = study
+        .run(&mut searcher, |subnet| objective.evaluate(subnet))
+        .unwrap();
     let heuristic = outcome.get(&net.heuristic()).unwrap();
     let best = outcome.best_under(heuristic.cost()).unwrap();
     assert!(best.score() <= heuristic.score() && best.cost() <= heuristic.cost());

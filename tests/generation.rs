@@ -4,10 +4,10 @@ mod common;
 
 use common::{load, load_i32, max_diff, random_ids, shared, tiny, tiny_mistral};
 use elastic_lora::Error;
-use elastic_lora::runtime::{DeviceSession, GenerateConfig, SampleConfig, generate_batch};
 use elastic_lora::io::Checkpoint;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{KvCache, host_values};
+use elastic_lora::runtime::{DeviceSession, GenerateConfig, SampleConfig, generate_batch};
 
 const CONTEXT: usize = 40;
 
@@ -17,11 +17,22 @@ fn greedy(max_new_tokens: usize, stop_ids: &[u32]) -> GenerateConfig {
 
 /// Prompts of lengths 1 to 12, in no order.
 fn prompts() -> Vec<Vec<u32>> {
-    [5, 1, 12, 3, 7, 7, 2, 9].into_iter().enumerate().map(|(i, len)| random_ids(len, 41, 20 + i as u64)).collect()
+    [5, 1, 12, 3, 7, 7, 2, 9]
+        .into_iter()
+        .enumerate()
+        .map(|(i, len)| random_ids(len, 41, 20 + i as u64))
+        .collect()
 }
 
 fn one_by_one(model: &Decoder, prompts: &[Vec<u32>], config: &GenerateConfig) -> Vec<Vec<u32>> {
-    prompts.iter().map(|prompt| DeviceSession::new(model).generate(prompt, config, |_| true).unwrap()).collect()
+    prompts
+        .iter()
+        .map(|prompt| {
+            DeviceSession::new(model)
+                .generate(prompt, config, |_| true)
+                .unwrap()
+        })
+        .collect()
 }
 
 /// The definition: the whole sequence through the model for each token.
@@ -30,7 +41,10 @@ fn without_cache(model: &Decoder, prompt: &[u32], config: &GenerateConfig) -> Ve
     while ids.len() - prompt.len() < config.max_new_tokens && ids.len() <= CONTEXT {
         let logits = host_values(model.forward(model.tokens(&ids, 1).unwrap()));
         let last = &logits[(ids.len() - 1) * 41..];
-        let next = (0..41).rev().max_by(|a, b| last[*a].total_cmp(&last[*b])).unwrap() as u32;
+        let next = (0..41)
+            .rev()
+            .max_by(|a, b| last[*a].total_cmp(&last[*b]))
+            .unwrap() as u32;
         if config.stop_ids.contains(&next) {
             break;
         }
@@ -41,7 +55,12 @@ fn without_cache(model: &Decoder, prompt: &[u32], config: &GenerateConfig) -> Ve
 
 #[test]
 fn a_padded_batch_generates_what_each_prompt_does_alone() {
-    for model in [tiny(true, 1), tiny(false, 2), tiny_mistral(Some(5), 3), tiny_mistral(None, 4)] {
+    for model in [
+        tiny(true, 1),
+        tiny(false, 2),
+        tiny_mistral(Some(5), 3),
+        tiny_mistral(None, 4),
+    ] {
         let prompts = prompts();
         let free = one_by_one(&model, &prompts, &greedy(14, &[]));
         assert!(free.iter().all(|output| output.len() == 14));
@@ -55,10 +74,15 @@ fn a_padded_batch_generates_what_each_prompt_does_alone() {
             }
             for batch_size in [1, 3, 64] {
                 config.batch_size = batch_size;
-                assert_eq!(generate_batch(&model, &prompts, &config).unwrap(), expected, "batches of {batch_size}");
+                assert_eq!(
+                    generate_batch(&model, &prompts, &config).unwrap(),
+                    expected,
+                    "batches of {batch_size}"
+                );
             }
             if !stop.is_empty() {
-                let lengths: std::collections::BTreeSet<usize> = expected.iter().map(Vec::len).collect();
+                let lengths: std::collections::BTreeSet<usize> =
+                    expected.iter().map(Vec::len).collect();
                 assert!(lengths.len() >= 3, "{lengths:?}");
             }
         }
@@ -80,7 +104,10 @@ fn generation_ends_with_the_context_and_padding_takes_none_of_it() {
     }
     assert_eq!(generate_batch(&model, &prompts, &config).unwrap(), expected);
     let none = vec![Vec::<u32>::new(); prompts.len()];
-    assert_eq!(generate_batch(&model, &prompts, &greedy(0, &[])).unwrap(), none);
+    assert_eq!(
+        generate_batch(&model, &prompts, &greedy(0, &[])).unwrap(),
+        none
+    );
     assert_eq!(one_by_one(&model, &prompts, &greedy(0, &[])), none);
     assert!(generate_batch(&model, &[], &config).unwrap().is_empty());
 }
@@ -89,25 +116,59 @@ fn generation_ends_with_the_context_and_padding_takes_none_of_it() {
 fn bad_prompts_and_settings_are_refused() {
     let model = tiny(true, 1);
     let good = vec![1, 2, 3];
-    let batch = |prompt: Vec<u32>| generate_batch(&model, &[good.clone(), prompt], &greedy(4, &[])).unwrap_err();
+    let batch = |prompt: Vec<u32>| {
+        generate_batch(&model, &[good.clone(), prompt], &greedy(4, &[])).unwrap_err()
+    };
     assert!(matches!(batch(vec![]), Error::InvalidArgument { .. }));
-    assert!(matches!(batch(vec![1; CONTEXT + 1]), Error::SequenceTooLong { found: 41, max: CONTEXT, .. }));
-    assert!(matches!(batch(vec![1, 41]), Error::TokenOutOfRange { found: 41, vocab_size: 41 }));
-    assert!(matches!(batch(vec![u32::MAX]), Error::TokenOutOfRange { .. }));
+    assert!(matches!(
+        batch(vec![1; CONTEXT + 1]),
+        Error::SequenceTooLong {
+            found: 41,
+            max: CONTEXT,
+            ..
+        }
+    ));
+    assert!(matches!(
+        batch(vec![1, 41]),
+        Error::TokenOutOfRange {
+            found: 41,
+            vocab_size: 41
+        }
+    ));
+    assert!(matches!(
+        batch(vec![u32::MAX]),
+        Error::TokenOutOfRange { .. }
+    ));
 
     let mut session = DeviceSession::new(&model);
     let first = session.decode(&good).unwrap();
     assert!(session.decode(&[]).is_err());
-    assert!(matches!(session.decode(&[1, 41]), Err(Error::TokenOutOfRange { .. })));
+    assert!(matches!(
+        session.decode(&[1, 41]),
+        Err(Error::TokenOutOfRange { .. })
+    ));
     let long = vec![1; CONTEXT - 2];
-    assert!(matches!(session.decode(&long), Err(Error::SequenceTooLong { found: 41, max: CONTEXT, .. })));
+    assert!(matches!(
+        session.decode(&long),
+        Err(Error::SequenceTooLong {
+            found: 41,
+            max: CONTEXT,
+            ..
+        })
+    ));
     assert!(session.generate(&[], &greedy(4, &[]), |_| true).is_err());
     assert_eq!(session.position(), 3);
     session.decode(&long[1..]).unwrap();
     assert_eq!(session.position(), CONTEXT);
-    assert!(matches!(session.decode(&[1]), Err(Error::SequenceTooLong { .. })));
+    assert!(matches!(
+        session.decode(&[1]),
+        Err(Error::SequenceTooLong { .. })
+    ));
     session.reset();
-    assert_eq!((session.position(), session.decode(&good).unwrap()), (0, first));
+    assert_eq!(
+        (session.position(), session.decode(&good).unwrap()),
+        (0, first)
+    );
 
     let bad = |change: &dyn Fn(&mut GenerateConfig)| {
         let mut config = greedy(4, &[]);
@@ -134,7 +195,9 @@ fn a_session_goes_on_from_what_it_holds_and_its_caller_may_end_it() {
         session.decode(&prompt[..split]).unwrap();
         assert!(max_diff(&session.decode(&prompt[split..]).unwrap(), &whole) < 1e-4);
     }
-    let expected = DeviceSession::new(&model).generate(&prompt, &greedy(8, &[]), |_| true).unwrap();
+    let expected = DeviceSession::new(&model)
+        .generate(&prompt, &greedy(8, &[]), |_| true)
+        .unwrap();
     let mut session = DeviceSession::new(&model);
     session.decode(&prompt[..4]).unwrap();
     let mut shown = Vec::new();
@@ -144,7 +207,10 @@ fn a_session_goes_on_from_what_it_holds_and_its_caller_may_end_it() {
             shown.len() < 3
         })
         .unwrap();
-    assert_eq!((output.as_slice(), shown.as_slice()), (&expected[..3], &expected[..3]));
+    assert_eq!(
+        (output.as_slice(), shown.as_slice()),
+        (&expected[..3], &expected[..3])
+    );
 }
 
 #[test]
@@ -152,21 +218,62 @@ fn draws_follow_the_seed_and_not_the_batch() {
     let model = tiny(true, 1);
     let prompts = prompts();
     let drawn = |seed: u64, batch_size: usize| {
-        let sample = SampleConfig { temperature: 1.5, top_k: 20, top_p: 0.95, min_p: 0.0, seed };
-        generate_batch(&model, &prompts, &GenerateConfig { sample, batch_size, ..greedy(12, &[]) }).unwrap()
+        let sample = SampleConfig {
+            temperature: 1.5,
+            top_k: 20,
+            top_p: 0.95,
+            min_p: 0.0,
+            seed,
+        };
+        generate_batch(
+            &model,
+            &prompts,
+            &GenerateConfig {
+                sample,
+                batch_size,
+                ..greedy(12, &[])
+            },
+        )
+        .unwrap()
     };
     assert_eq!(drawn(1, 64), drawn(1, 64));
     assert_eq!(drawn(1, 64), drawn(1, 3));
     assert_ne!(drawn(1, 64), drawn(2, 64));
     // The same prompt twice in a batch is drawn for twice.
-    let sample = SampleConfig { temperature: 2.0, ..SampleConfig::default() };
+    let sample = SampleConfig {
+        temperature: 2.0,
+        ..SampleConfig::default()
+    };
     let twice = vec![prompts[0].clone(), prompts[0].clone()];
-    let outputs = generate_batch(&model, &twice, &GenerateConfig { sample, ..greedy(12, &[]) }).unwrap();
+    let outputs = generate_batch(
+        &model,
+        &twice,
+        &GenerateConfig {
+            sample,
+            ..greedy(12, &[])
+        },
+    )
+    .unwrap();
     assert_ne!(outputs[0], outputs[1]);
     // One choice is greedy.
-    let sample = SampleConfig { temperature: 1.0, top_k: 1, ..SampleConfig::default() };
-    let one = generate_batch(&model, &prompts, &GenerateConfig { sample, ..greedy(6, &[]) }).unwrap();
-    assert_eq!(one, generate_batch(&model, &prompts, &greedy(6, &[])).unwrap());
+    let sample = SampleConfig {
+        temperature: 1.0,
+        top_k: 1,
+        ..SampleConfig::default()
+    };
+    let one = generate_batch(
+        &model,
+        &prompts,
+        &GenerateConfig {
+            sample,
+            ..greedy(6, &[])
+        },
+    )
+    .unwrap();
+    assert_eq!(
+        one,
+        generate_batch(&model, &prompts, &greedy(6, &[])).unwrap()
+    );
 }
 
 #[test]
@@ -183,14 +290,21 @@ fn a_sliding_window_limits_what_is_seen_with_a_cache_as_without() {
     for row in 0..2 {
         let at = row * 17 * 41;
         assert!(max_diff(&open[at..at + 5 * 41], &narrow[at..at + 5 * 41]) < 1e-5);
-        assert!(max_diff(&open[at + 5 * 41..at + 6 * 41], &narrow[at + 5 * 41..at + 6 * 41]) > 1e-3);
+        assert!(
+            max_diff(
+                &open[at + 5 * 41..at + 6 * 41],
+                &narrow[at + 5 * 41..at + 6 * 41]
+            ) > 1e-3
+        );
     }
     let model = tiny_mistral(Some(5), 3);
     for pieces in [vec![1; 17], vec![7, 1, 1, 8], vec![3, 14], vec![16, 1]] {
         let mut cache = KvCache::new(2);
         let mut start = 0;
         for n in pieces {
-            let piece: Vec<u32> = (0..2).flat_map(|row| ids[row * 17 + start..][..n].to_vec()).collect();
+            let piece: Vec<u32> = (0..2)
+                .flat_map(|row| ids[row * 17 + start..][..n].to_vec())
+                .collect();
             let hidden = model.hidden_states(model.tokens(&piece, 2).unwrap(), Some(&mut cache));
             let cached = host_values(model.logits(hidden));
             for row in 0..2 {
@@ -206,9 +320,10 @@ fn a_sliding_window_limits_what_is_seen_with_a_cache_as_without() {
 #[test]
 fn greedy_continuations_are_those_of_transformers() {
     for name in ["stories260K", "story-llama-0.6M"] {
-        let (Some(dir), Some(vectors)) =
-            (shared(&format!("models/{name}")), shared(&format!("vectors/logits/{name}.safetensors")))
-        else {
+        let (Some(dir), Some(vectors)) = (
+            shared(&format!("models/{name}")),
+            shared(&format!("vectors/logits/{name}.safetensors")),
+        ) else {
             return;
         };
         let model = load(&dir);
@@ -218,9 +333,19 @@ fn greedy_continuations_are_those_of_transformers() {
         // The file's continuation begins with the prompt.
         assert_eq!(&expected[..4], &prompt);
         let config = greedy(expected.len() - 4, &[]);
-        assert_eq!(DeviceSession::new(&model).generate(&prompt, &config, |_| true).unwrap(), &expected[4..], "{name}");
+        assert_eq!(
+            DeviceSession::new(&model)
+                .generate(&prompt, &config, |_| true)
+                .unwrap(),
+            &expected[4..],
+            "{name}"
+        );
         // Beside another prompt, and so padded.
         let batch = vec![random_ids(11, 512, 1), prompt];
-        assert_eq!(generate_batch(&model, &batch, &config).unwrap()[1], &expected[4..], "{name}");
+        assert_eq!(
+            generate_batch(&model, &batch, &config).unwrap()[1],
+            &expected[4..],
+            "{name}"
+        );
     }
 }

@@ -31,29 +31,49 @@ use elastic_lora::{Error, Merger, SuperNet};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const TEXT: &str = "Once upon a time, Tom had 12 apples and 345 pears.\nHe gave 7 away: how many were left?";
+const TEXT: &str =
+    "Once upon a time, Tom had 12 apples and 345 pears.\nHe gave 7 away: how many were left?";
 
 /// A Python that has the modules.
 fn python() -> Option<&'static Path> {
     static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
-        let python = std::env::var_os("ELASTIC_LORA_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
-        let probe = Command::new(&python).args(["-c", "import torch, transformers, peft"]).output();
-        probe.is_ok_and(|probe| probe.status.success()).then_some(python)
+        let python =
+            std::env::var_os("ELASTIC_LORA_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
+        let probe = Command::new(&python)
+            .args(["-c", "import torch, transformers, peft"])
+            .output();
+        probe
+            .is_ok_and(|probe| probe.status.success())
+            .then_some(python)
     });
     if found.is_none() {
-        eprintln!("skipped: no Python with torch, transformers and peft (name one in ELASTIC_LORA_PYTHON)");
+        eprintln!(
+            "skipped: no Python with torch, transformers and peft (name one in ELASTIC_LORA_PYTHON)"
+        );
     }
     found.as_deref()
 }
 
 /// Runs a script of `fixtures/interop` without network; what it says goes to stderr. Whether it had its modules.
 fn run(python: &Path, script: &str, arguments: &[PathBuf]) -> bool {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/interop").join(script);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/interop")
+        .join(script);
     let mut command = Command::new(python);
-    command.arg(script).args(arguments).args(["--tolerance", "1e-4"]);
-    let output = command.env("HF_HUB_OFFLINE", "1").env("CUDA_VISIBLE_DEVICES", "").output().unwrap();
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    command
+        .arg(script)
+        .args(arguments)
+        .args(["--tolerance", "1e-4"]);
+    let output = command
+        .env("HF_HUB_OFFLINE", "1")
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output()
+        .unwrap();
+    let (out, err) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     eprint!("{out}");
     if output.status.code() == Some(77) {
         eprintln!("skipped: {err}");
@@ -72,7 +92,9 @@ fn write_tiny_llama(folder: &Path) {
         .map(|p| format!("{}\n{}", p.question, p.answer))
         .collect();
     let tokenizer = train_bpe(&texts, 347).unwrap();
-    let vocab_size = TextTokenizer::from_json(&tokenizer, "tokenizer.json").unwrap().vocab_size();
+    let vocab_size = TextTokenizer::from_json(&tokenizer, "tokenizer.json")
+        .unwrap()
+        .vocab_size();
     let config = HfConfig::new_llama(&LlamaDims {
         vocab_size,
         hidden_size: 60,
@@ -105,9 +127,11 @@ fn write_tiny_llama(folder: &Path) {
     let head = model.lm_head.as_mut().unwrap();
     head.set_matrix(&random(vocab_size, 60)).unwrap();
     let out = HfFolder::create(folder, false).unwrap();
-    out.write_model(&config, DType::F32, model.tensors(DType::F32).unwrap()).unwrap();
+    out.write_model(&config, DType::F32, model.tensors(DType::F32).unwrap())
+        .unwrap();
     out.write_text("tokenizer.json", &tokenizer).unwrap();
-    out.write_text("tokenizer_config.json", &bpe_tokenizer_config(128)).unwrap();
+    out.write_text("tokenizer_config.json", &bpe_tokenizer_config(128))
+        .unwrap();
     out.commit().unwrap();
 }
 
@@ -115,7 +139,10 @@ fn write_tiny_llama(folder: &Path) {
 fn bases(scratch: &Path) -> Vec<PathBuf> {
     let tiny = scratch.join("tiny");
     write_tiny_llama(&tiny);
-    [Some(tiny), shared("models/story-llama-0.6M")].into_iter().flatten().collect()
+    [Some(tiny), shared("models/story-llama-0.6M")]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn logits(model: &Decoder, ids: &[u32]) -> Vec<f32> {
@@ -124,7 +151,9 @@ fn logits(model: &Decoder, ids: &[u32]) -> Vec<f32> {
 
 fn random_ids(model: &Decoder, n: usize, seed: u64) -> Vec<u32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    (0..n).map(|_| rng.random_range(3..model.config().vocab_size() as u32)).collect()
+    (0..n)
+        .map(|_| rng.random_range(3..model.config().vocab_size() as u32))
+        .collect()
 }
 
 /// A tensor of token ids.
@@ -141,8 +170,12 @@ fn write_vectors(
     more: Vec<HostTensor<'_>>,
     metadata: &BTreeMap<String, String>,
 ) {
-    let logits =
-        HostTensor::from_f32("logits", DType::F32, [ids.len(), model.config().vocab_size()], logits(model, ids));
+    let logits = HostTensor::from_f32(
+        "logits",
+        DType::F32,
+        [ids.len(), model.config().vocab_size()],
+        logits(model, ids),
+    );
     let mut tensors = vec![ids_tensor("input_ids", ids), logits];
     tensors.extend(more);
     write_safetensors(path, tensors, metadata).unwrap();
@@ -153,17 +186,38 @@ fn trained(model: Decoder, lora: LoraConfig) -> SuperNet {
     let layers: Vec<_> = model
         .layer_shapes()
         .into_iter()
-        .filter(|layer| ["q_proj", "v_proj", "down_proj"].iter().any(|name| layer.name.ends_with(name)))
+        .filter(|layer| {
+            ["q_proj", "v_proj", "down_proj"]
+                .iter()
+                .any(|name| layer.name.ends_with(name))
+        })
         .collect();
     let space = SearchSpace::per_layer(&layers, &[8, 5, 3]).unwrap();
     let ids = random_ids(&model, 30, 21);
     // Every `up_proj` but one has an adapter of fixed rank, so that names alone do not say which layers are adapted.
     let fixed = vec!["model.layers.1.mlp.up_proj".to_string()];
-    let config = SuperNetConfig::new(lora).with_fixed_layers(fixed).with_seed(4);
+    let config = SuperNetConfig::new(lora)
+        .with_fixed_layers(fixed)
+        .with_seed(4);
     let mut net = SuperNet::new(model, space, config).unwrap();
-    let mut batcher = Batcher::new(ids.chunks(15).map(|c| Sequence::unmasked(c.to_vec())).collect(), 2, 0, 5).unwrap();
-    let config = TrainConfig { lr: 0.05, sampling: elastic_lora::train::Sampling::Fixed, ..TrainConfig::new(2) };
-    Trainer::new(config).unwrap().run(&mut net, &mut batcher, &[]).unwrap();
+    let mut batcher = Batcher::new(
+        ids.chunks(15)
+            .map(|c| Sequence::unmasked(c.to_vec()))
+            .collect(),
+        2,
+        0,
+        5,
+    )
+    .unwrap();
+    let config = TrainConfig {
+        lr: 0.05,
+        sampling: elastic_lora::train::Sampling::Fixed,
+        ..TrainConfig::new(2)
+    };
+    Trainer::new(config)
+        .unwrap()
+        .run(&mut net, &mut batcher, &[])
+        .unwrap();
     net
 }
 
@@ -173,21 +227,47 @@ fn peft_computes_our_adapters_logits() {
     let scratch = tempfile::tempdir().unwrap();
     for (which, base) in bases(scratch.path()).into_iter().enumerate() {
         let mut arguments = vec![base.clone()];
-        for (rule, scale_rule) in [ScaleRule::AlphaOverMaxRank, ScaleRule::AlphaOverSqrtRank].into_iter().enumerate() {
+        for (rule, scale_rule) in [ScaleRule::AlphaOverMaxRank, ScaleRule::AlphaOverSqrtRank]
+            .into_iter()
+            .enumerate()
+        {
             let model = load(&base);
             let ids = random_ids(&model, 41, 31);
-            let mut net = trained(model, LoraConfig::new(8).with_alpha(13.0).with_scale_rule(scale_rule));
+            let mut net = trained(
+                model,
+                LoraConfig::new(8)
+                    .with_alpha(13.0)
+                    .with_scale_rule(scale_rule),
+            );
             let subnet = net.sample(&mut ChaCha8Rng::seed_from_u64(7));
             net.activate(&subnet).unwrap();
             let adapter = net.extract().unwrap();
-            let ranks: std::collections::BTreeSet<usize> = adapter.layers.values().map(LoraWeights::rank).collect();
+            let ranks: std::collections::BTreeSet<usize> =
+                adapter.layers.values().map(LoraWeights::rank).collect();
             assert!(ranks.len() > 1, "{ranks:?}");
             let vectors = scratch.path().join(format!("{which}-{rule}.safetensors"));
-            write_vectors(&vectors, &net.eval_model(), &ids, Vec::new(), &BTreeMap::new());
-            let model_layers = net.model().layer_shapes().into_iter().map(|layer| layer.name).collect::<Vec<_>>();
+            write_vectors(
+                &vectors,
+                &net.eval_model(),
+                &ids,
+                Vec::new(),
+                &BTreeMap::new(),
+            );
+            let model_layers = net
+                .model()
+                .layer_shapes()
+                .into_iter()
+                .map(|layer| layer.name)
+                .collect::<Vec<_>>();
             for (pad_to_max_rank, model_layers) in [(false, model_layers), (true, Vec::new())] {
-                let folder = scratch.path().join(format!("{which}-{rule}-{pad_to_max_rank}"));
-                let options = PeftOptions { pad_to_max_rank, model_layers, ..PeftOptions::default() };
+                let folder = scratch
+                    .path()
+                    .join(format!("{which}-{rule}-{pad_to_max_rank}"));
+                let options = PeftOptions {
+                    pad_to_max_rank,
+                    model_layers,
+                    ..PeftOptions::default()
+                };
                 adapter.write(&folder, &options).unwrap();
                 arguments.extend([folder, vectors.clone()]);
             }
@@ -198,37 +278,74 @@ fn peft_computes_our_adapters_logits() {
 
 /// Name of each linear layer's weight with its zeros.
 fn zeros(model: &Decoder) -> BTreeMap<String, usize> {
-    model.linears().map(|(name, layer)| (format!("{name}.weight"), layer.base.to_matrix().count_zeros())).collect()
+    model
+        .linears()
+        .map(|(name, layer)| {
+            (
+                format!("{name}.weight"),
+                layer.base.to_matrix().count_zeros(),
+            )
+        })
+        .collect()
 }
 
 /// Writes a model, reads it back, and notes what transformers must find in it.
-fn write_checked(model: &Decoder, source: &Path, folder: &Path, dtype: DType, shard: u64) -> [PathBuf; 2] {
-    let out = HfFolder::create(folder, false).unwrap().with_max_shard_bytes(shard);
-    out.write_model(model.config(), dtype, model.tensors(dtype).unwrap()).unwrap();
+fn write_checked(
+    model: &Decoder,
+    source: &Path,
+    folder: &Path,
+    dtype: DType,
+    shard: u64,
+) -> [PathBuf; 2] {
+    let out = HfFolder::create(folder, false)
+        .unwrap()
+        .with_max_shard_bytes(shard);
+    out.write_model(model.config(), dtype, model.tensors(dtype).unwrap())
+        .unwrap();
     assert!(out.carry_over(source).unwrap().contains(&"tokenizer.json"));
     out.commit().unwrap();
     let read = load(folder);
     let zeros = self::zeros(&read);
     assert_eq!(zeros, self::zeros(model));
-    let ids = TextTokenizer::from_dir(folder).unwrap().encode(TEXT, true).unwrap();
+    let ids = TextTokenizer::from_dir(folder)
+        .unwrap()
+        .encode(TEXT, true)
+        .unwrap();
     let metadata = BTreeMap::from([
         ("zeros".to_string(), serde_json::to_string(&zeros).unwrap()),
         ("text".to_string(), TEXT.to_string()),
     ]);
     let vectors = folder.with_extension("safetensors");
-    write_vectors(&vectors, &read, &random_ids(&read, 41, 32), vec![ids_tensor("text_ids", &ids)], &metadata);
+    write_vectors(
+        &vectors,
+        &read,
+        &random_ids(&read, 41, 32),
+        vec![ids_tensor("text_ids", &ids)],
+        &metadata,
+    );
     [folder.to_path_buf(), vectors]
 }
 
 /// Random factors of mixed ranks on a few layers, to be masked.
 fn random_adapter(model: &Decoder) -> LoraAdapter {
     let mut rng = ChaCha8Rng::seed_from_u64(41);
-    let mut adapter = LoraAdapter { sparse: true, ..LoraAdapter::default() };
-    for (i, layer) in model.layer_shapes().into_iter().enumerate().filter(|(i, _)| i % 3 != 1) {
+    let mut adapter = LoraAdapter {
+        sparse: true,
+        ..LoraAdapter::default()
+    };
+    for (i, layer) in model
+        .layer_shapes()
+        .into_iter()
+        .enumerate()
+        .filter(|(i, _)| i % 3 != 1)
+    {
         let rank = 2 + i % 4;
         let a = Matrix::from_fn(rank, layer.d_input, |_, _| rng.random_range(-0.3..0.3));
         let b = Matrix::from_fn(layer.d_output, rank, |_, _| rng.random_range(-0.3..0.3));
-        adapter.layers.insert(layer.name, LoraWeights::new(a, b, 0.3 + i as f32 / 10.0).unwrap());
+        adapter.layers.insert(
+            layer.name,
+            LoraWeights::new(a, b, 0.3 + i as f32 / 10.0).unwrap(),
+        );
     }
     adapter
 }
@@ -249,10 +366,18 @@ fn transformers_reads_pruned_and_merged_models() {
             })
             .unwrap();
         let sparsity = zeros(&model).values().sum::<usize>() as f64
-            / model.layer_shapes().iter().map(|l| l.d_input * l.d_output).sum::<usize>() as f64;
+            / model
+                .layer_shapes()
+                .iter()
+                .map(|l| l.d_input * l.d_output)
+                .sum::<usize>() as f64;
         assert!((0.49..=0.51).contains(&sparsity), "{sparsity}");
         // Half precision in shards, bfloat16 in one file.
-        let (dtype, shard) = if which == 0 { (DType::BF16, u64::MAX) } else { (DType::F16, 300_000) };
+        let (dtype, shard) = if which == 0 {
+            (DType::BF16, u64::MAX)
+        } else {
+            (DType::F16, 300_000)
+        };
         let folder = scratch.path().join(format!("pruned-{which}"));
         arguments.extend(write_checked(&model, &base, &folder, dtype, shard));
 
@@ -280,11 +405,17 @@ fn transformers_reads_extracted_models() {
         let model = load(&base);
         let (layers, n_blocks) = (model.layer_shapes(), model.layers.len());
         let (all, head_dim) = (model.config().blocks()[0], model.config().head_dim());
-        let adapted: Vec<_> =
-            layers.iter().filter(|l| l.name.ends_with("q_proj") || l.name.ends_with("down_proj")).cloned().collect();
+        let adapted: Vec<_> = layers
+            .iter()
+            .filter(|l| l.name.ends_with("q_proj") || l.name.ends_with("down_proj"))
+            .cloned()
+            .collect();
         // Fewer heads that divide the hidden size, as transformers wants of a Llama, and fewer that may not.
-        let of_groups =
-            |n: usize| BlockDims { n_heads: all.n_heads / all.n_kv_heads * n, n_kv_heads: n, d_mlp: all.d_mlp * 2 / 3 };
+        let of_groups = |n: usize| BlockDims {
+            n_heads: all.n_heads / all.n_kv_heads * n,
+            n_kv_heads: n,
+            d_mlp: all.d_mlp * 2 / 3,
+        };
         let groups = BTreeSet::from([all.n_kv_heads / 2, all.n_kv_heads - 1]);
         let mut heads = vec![all.n_heads];
         heads.extend(groups.iter().rev().map(|n| of_groups(*n).n_heads));
@@ -292,48 +423,107 @@ fn transformers_reads_extracted_models() {
             SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], choices).unwrap()
         };
         let channels: Vec<usize> = heads.iter().map(|n| n * head_dim).collect();
-        let blocks = (0..n_blocks).rev().map(|block| format!("model.layers.{block}")).collect();
+        let blocks = (0..n_blocks)
+            .rev()
+            .map(|block| format!("model.layers.{block}"))
+            .collect();
         let space = SearchSpace::per_layer(&adapted, &[8, 3])
             .unwrap()
-            .with_groups(width(&["gate_proj", "up_proj"], &[all.d_mlp, all.d_mlp * 2 / 3]))
+            .with_groups(width(
+                &["gate_proj", "up_proj"],
+                &[all.d_mlp, all.d_mlp * 2 / 3],
+            ))
             .unwrap()
             .with_groups(width(&["q_proj", "k_proj", "v_proj"], &channels))
             .unwrap()
-            .with_groups([Group::of_kind(Elastic::Depth, "depth", blocks, vec![n_blocks, n_blocks - 1]).unwrap()])
+            .with_groups([Group::of_kind(
+                Elastic::Depth,
+                "depth",
+                blocks,
+                vec![n_blocks, n_blocks - 1],
+            )
+            .unwrap()])
             .unwrap();
         let ids = random_ids(&model, 30, 71);
-        let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(8).with_alpha(13.0))).unwrap();
-        let sequences = ids.chunks(15).map(|c| Sequence::unmasked(c.to_vec())).collect();
-        let config = TrainConfig { lr: 0.05, ..TrainConfig::new(2) };
-        Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 5).unwrap(), &[]).unwrap();
-        for (n_kv_heads, depth) in groups.iter().flat_map(|n| [(*n, n_blocks), (*n, n_blocks - 1)]) {
+        let mut net = SuperNet::new(
+            model,
+            space,
+            SuperNetConfig::new(LoraConfig::new(8).with_alpha(13.0)),
+        )
+        .unwrap();
+        let sequences = ids
+            .chunks(15)
+            .map(|c| Sequence::unmasked(c.to_vec()))
+            .collect();
+        let config = TrainConfig {
+            lr: 0.05,
+            ..TrainConfig::new(2)
+        };
+        Trainer::new(config)
+            .unwrap()
+            .run(
+                &mut net,
+                &mut Batcher::new(sequences, 2, 0, 5).unwrap(),
+                &[],
+            )
+            .unwrap();
+        for (n_kv_heads, depth) in groups
+            .iter()
+            .flat_map(|n| [(*n, n_blocks), (*n, n_blocks - 1)])
+        {
             let fewer = of_groups(n_kv_heads);
             let mut subnet = net.minimal();
-            for group in net.space().groups_of_kind(Elastic::Width).filter(|g| g.layers()[0].contains("self_attn")) {
+            for group in net
+                .space()
+                .groups_of_kind(Elastic::Width)
+                .filter(|g| g.layers()[0].contains("self_attn"))
+            {
                 subnet.set(group.id(), fewer.n_heads * head_dim);
             }
             subnet.set("depth", depth);
             net.activate(&subnet).unwrap();
             let unmerged = logits(&net.eval_model(), &ids);
-            let extracted = Merger::new().with_mode(MergeMode::Dense).extract(&net, &[]).unwrap().model;
+            let extracted = Merger::new()
+                .with_mode(MergeMode::Dense)
+                .extract(&net, &[])
+                .unwrap()
+                .model;
             assert!(max_diff(&logits(&extracted, &ids), &unmerged) < 1e-4);
             let config = extracted.config();
             assert_eq!(config.blocks(), vec![fewer; depth]);
-            assert_eq!((config.sliding_window(), config.head_dim()), (None, head_dim));
+            assert_eq!(
+                (config.sliding_window(), config.head_dim()),
+                (None, head_dim)
+            );
             assert!(!config.raw().contains_key("block_configs"));
-            let folder = scratch.path().join(format!("extracted-{which}-{n_kv_heads}-{depth}"));
+            let folder = scratch
+                .path()
+                .join(format!("extracted-{which}-{n_kv_heads}-{depth}"));
             if config.hidden_size().is_multiple_of(fewer.n_heads) {
                 assert_eq!(config.family(), Family::Llama);
-                arguments.extend(write_checked(&extracted, &base, &folder, DType::F32, u64::MAX));
+                arguments.extend(write_checked(
+                    &extracted,
+                    &base,
+                    &folder,
+                    DType::F32,
+                    u64::MAX,
+                ));
                 continue;
             }
             // The same model under another name, whose tokenizers are of another class there.
             assert_eq!(config.family(), Family::Mistral);
             let out = HfFolder::create(&folder, false).unwrap();
-            out.write_model(config, DType::F32, extracted.tensors(DType::F32).unwrap()).unwrap();
+            out.write_model(config, DType::F32, extracted.tensors(DType::F32).unwrap())
+                .unwrap();
             out.commit().unwrap();
             let vectors = folder.with_extension("safetensors");
-            write_vectors(&vectors, &load(&folder), &random_ids(&extracted, 41, 72), Vec::new(), &BTreeMap::new());
+            write_vectors(
+                &vectors,
+                &load(&folder),
+                &random_ids(&extracted, 41, 72),
+                Vec::new(),
+                &BTreeMap::new(),
+            );
             arguments.extend([folder, vectors]);
         }
     }
@@ -376,7 +566,8 @@ fn uneven_llama(bias: bool, seed: u64) -> Decoder {
             let bound = (3.0 / d_input as f32).sqrt();
             let weight = Matrix::from_fn(d_output, d_input, |_, _| rng.random_range(-bound..bound));
             let biases: Vec<f32> = (0..d_output).map(|_| rng.random_range(-0.3..0.3)).collect();
-            layer.base = BaseLinear::from_matrix(&weight, bias.then_some(&biases[..]), &Device::flex())?;
+            layer.base =
+                BaseLinear::from_matrix(&weight, bias.then_some(&biases[..]), &Device::flex())?;
             Ok(())
         })
         .unwrap();
@@ -397,40 +588,87 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
     for (bias, seed) in [(false, 81), (true, 82)] {
         let model = uneven_llama(bias, seed);
         let layers = model.layer_shapes();
-        let parts = ["model.layers.1.mlp", "model.layers.3.self_attn"].map(String::from).to_vec();
+        let parts = ["model.layers.1.mlp", "model.layers.3.self_attn"]
+            .map(String::from)
+            .to_vec();
         let space = SearchSpace::per_layer(&layers, &[8, 3])
             .unwrap()
             .with_groups(
-                SearchSpace::groups_by_block(Elastic::Width, &layers, &[&["gate_proj", "up_proj"]], &[768, 512, 256])
-                    .unwrap(),
+                SearchSpace::groups_by_block(
+                    Elastic::Width,
+                    &layers,
+                    &[&["gate_proj", "up_proj"]],
+                    &[768, 512, 256],
+                )
+                .unwrap(),
             )
             .unwrap()
             .with_groups([Group::of_kind(Elastic::Depth, "depth", parts, vec![2, 1, 0]).unwrap()])
             .unwrap();
         let ids = random_ids(&model, 60, 83);
-        let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(8).with_alpha(13.0))).unwrap();
-        let sequences = ids.chunks(15).map(|c| Sequence::unmasked(c.to_vec())).collect();
-        let config = TrainConfig { lr: 0.02, ..TrainConfig::new(2) };
-        Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 5).unwrap(), &[]).unwrap();
+        let mut net = SuperNet::new(
+            model,
+            space,
+            SuperNetConfig::new(LoraConfig::new(8).with_alpha(13.0)),
+        )
+        .unwrap();
+        let sequences = ids
+            .chunks(15)
+            .map(|c| Sequence::unmasked(c.to_vec()))
+            .collect();
+        let config = TrainConfig {
+            lr: 0.02,
+            ..TrainConfig::new(2)
+        };
+        Trainer::new(config)
+            .unwrap()
+            .run(
+                &mut net,
+                &mut Batcher::new(sequences, 2, 0, 5).unwrap(),
+                &[],
+            )
+            .unwrap();
         for depth in [2, 1, 0] {
             let mut subnet = net.minimal();
-            let groups: Vec<String> =
-                net.space().groups_of_kind(Elastic::Width).map(|group| group.id().to_string()).collect();
-            groups.iter().zip([512, 768, 256, 256, 768]).for_each(|(group, width)| {
-                subnet.set(group, width);
-            });
+            let groups: Vec<String> = net
+                .space()
+                .groups_of_kind(Elastic::Width)
+                .map(|group| group.id().to_string())
+                .collect();
+            groups
+                .iter()
+                .zip([512, 768, 256, 256, 768])
+                .for_each(|(group, width)| {
+                    subnet.set(group, width);
+                });
             subnet.set("depth", depth);
             net.activate(&subnet).unwrap();
             let merger = Merger::new().with_mode(MergeMode::Dense);
             let extracted = merger.extract(&net, &[]).unwrap().model;
             // The block without an MLP makes it this crate's own form, unless that gets one of zeros.
-            assert_eq!(extracted.config().family(), if depth == 0 { Family::ElasticLlama } else { Family::Deci });
-            let filled = merger.with_zero_mlps(true).extract(&net, &[]).unwrap().model;
+            assert_eq!(
+                extracted.config().family(),
+                if depth == 0 {
+                    Family::ElasticLlama
+                } else {
+                    Family::Deci
+                }
+            );
+            let filled = merger
+                .with_zero_mlps(true)
+                .extract(&net, &[])
+                .unwrap()
+                .model;
             assert_eq!(filled.config().family(), Family::Deci);
             assert!(max_diff(&logits(&filled, &ids), &logits(&net.eval_model(), &ids)) < 1e-4);
             let folder = scratch.path().join(format!("deci-{bias}-{depth}"));
             let out = HfFolder::create(&folder, false).unwrap();
-            out.write_model(filled.config(), DType::F32, filled.tensors(DType::F32).unwrap()).unwrap();
+            out.write_model(
+                filled.config(),
+                DType::F32,
+                filled.tensors(DType::F32).unwrap(),
+            )
+            .unwrap();
             out.commit().unwrap();
             let vectors = folder.with_extension("safetensors");
             write_vectors(&vectors, &load(&folder), &ids, Vec::new(), &BTreeMap::new());
@@ -456,9 +694,20 @@ fn the_scripts_can_fail() {
         ("zeros".to_string(), serde_json::to_string(&counts).unwrap()),
         ("text".to_string(), TEXT.to_string()),
     ]);
-    write_vectors(&vectors, &model, &ids, vec![ids_tensor("text_ids", &ids)], &metadata);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/interop/check_transformers.py");
-    let output = Command::new(python).args([&script, &base, &vectors]).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    write_vectors(
+        &vectors,
+        &model,
+        &ids,
+        vec![ids_tensor("text_ids", &ids)],
+        &metadata,
+    );
+    let script =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/interop/check_transformers.py");
+    let output = Command::new(python)
+        .args([&script, &base, &vectors])
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
     let out = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(1), "{out}");
     for message in ["0 zeros, expected 1", "tokenizer: "] {
@@ -468,7 +717,12 @@ fn the_scripts_can_fail() {
 
 #[test]
 fn an_adapter_of_peft_gives_pefts_logits() {
-    let (Some(dir), Some(folder)) = (shared("models/story-llama-0.6M"), shared("vectors/peft/q_v_r8")) else { return };
+    let (Some(dir), Some(folder)) = (
+        shared("models/story-llama-0.6M"),
+        shared("vectors/peft/q_v_r8"),
+    ) else {
+        return;
+    };
     let adapter = LoraAdapter::open(&folder).unwrap();
     let vectors = Checkpoint::open(folder.join("reference.safetensors")).unwrap();
     let ids = load_i32(&vectors, "input_ids");
@@ -476,7 +730,10 @@ fn an_adapter_of_peft_gives_pefts_logits() {
     let expected_merged = vectors.load_f32("logits_merged").unwrap();
 
     let model = load(&dir);
-    assert!(max_diff(&logits(&model, &ids), &expected) > 0.1, "an adapter that does nothing proves nothing");
+    assert!(
+        max_diff(&logits(&model, &ids), &expected) > 0.1,
+        "an adapter that does nothing proves nothing"
+    );
     let net = SuperNet::from_adapter(model.clone(), &adapter).unwrap();
     assert_eq!(net.extract().unwrap().layers, adapter.layers);
     let unmerged = max_diff(&logits(net.model(), &ids), &expected);
@@ -486,10 +743,16 @@ fn an_adapter_of_peft_gives_pefts_logits() {
     let mut by_hand = model;
     by_hand
         .try_for_each_linear(|name, layer| {
-            let Some(lora) = adapter.layers.get(name) else { return Ok(()) };
+            let Some(lora) = adapter.layers.get(name) else {
+                return Ok(());
+            };
             let mut weight = layer.base.to_matrix();
             let delta = lora.delta();
-            weight.as_mut_slice().iter_mut().zip(delta.as_slice()).for_each(|(w, d)| *w += d);
+            weight
+                .as_mut_slice()
+                .iter_mut()
+                .zip(delta.as_slice())
+                .for_each(|(w, d)| *w += d);
             layer.base.set_matrix(&weight)
         })
         .unwrap();
@@ -499,7 +762,9 @@ fn an_adapter_of_peft_gives_pefts_logits() {
         let difference = max_diff(&logits(merged, &ids), &expected_merged);
         let weight = merged.linear(name).unwrap().base.to_matrix();
         let weight_difference = max_diff(weight.as_slice(), &q_proj);
-        eprintln!("max abs diff unmerged {unmerged:.3e}, merged {difference:.3e}, weight {weight_difference:.3e}");
+        eprintln!(
+            "max abs diff unmerged {unmerged:.3e}, merged {difference:.3e}, weight {weight_difference:.3e}"
+        );
         assert!(difference <= 1e-4 && weight_difference <= 1e-6);
     }
     assert!(unmerged <= 1e-4);
@@ -514,15 +779,24 @@ fn an_adapter_for_another_model_is_refused() {
     assert_eq!(net.active(), &net.maximal());
     assert_ne!(net.active(), &SubnetConfig::new());
     let folder = scratch.path().join("adapter");
-    net.extract().unwrap().write(&folder, &PeftOptions::default()).unwrap();
+    net.extract()
+        .unwrap()
+        .write(&folder, &PeftOptions::default())
+        .unwrap();
     let mut read = LoraAdapter::open(&folder).unwrap();
     let ids = random_ids(net.model(), 17, 61);
     let again = SuperNet::from_adapter(load(&base), &read).unwrap();
     assert!(max_diff(&logits(again.model(), &ids), &logits(net.model(), &ids)) < 1e-6);
     let lora = read.layers.remove("model.layers.2.mlp.down_proj").unwrap();
-    read.layers.insert("model.layers.3.mlp.down_proj".into(), lora);
-    let error = SuperNet::from_adapter(load(&base), &read).map(|_| ()).unwrap_err();
-    assert!(matches!(&error, Error::UnknownLayer { layer, .. } if layer == "model.layers.3.mlp.down_proj"), "{error}");
+    read.layers
+        .insert("model.layers.3.mlp.down_proj".into(), lora);
+    let error = SuperNet::from_adapter(load(&base), &read)
+        .map(|_| ())
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::UnknownLayer { layer, .. } if layer == "model.layers.3.mlp.down_proj"),
+        "{error}"
+    );
 }
 
 /// What a config may ask for, each in a model of its own: sequences are longer than windows and original contexts.
@@ -542,8 +816,16 @@ fn transformers_computes_the_same_for_every_variant_of_a_family() {
     let mut llama3_new = llama3.clone();
     llama3_new["rope_theta"] = 500.0.into();
     let variants = [
-        ("llama3 scaling, old spelling", "llama", serde_json::json!({"rope_theta": 500.0, "rope_scaling": llama3})),
-        ("llama3 scaling, new spelling", "llama", serde_json::json!({"rope_parameters": llama3_new})),
+        (
+            "llama3 scaling, old spelling",
+            "llama",
+            serde_json::json!({"rope_theta": 500.0, "rope_scaling": llama3}),
+        ),
+        (
+            "llama3 scaling, new spelling",
+            "llama",
+            serde_json::json!({"rope_parameters": llama3_new}),
+        ),
         (
             "linear scaling, legacy name",
             "llama",
@@ -556,14 +838,30 @@ fn transformers_computes_the_same_for_every_variant_of_a_family() {
                 "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false
             }),
         ),
-        ("explicit head size", "llama", serde_json::json!({"head_dim": 20})),
-        ("sliding window, wide heads", "mistral", serde_json::json!({"sliding_window": 7, "head_dim": 16})),
-        ("no window", "mistral", serde_json::json!({"sliding_window": null, "tie_word_embeddings": false})),
+        (
+            "explicit head size",
+            "llama",
+            serde_json::json!({"head_dim": 20}),
+        ),
+        (
+            "sliding window, wide heads",
+            "mistral",
+            serde_json::json!({"sliding_window": 7, "head_dim": 16}),
+        ),
+        (
+            "no window",
+            "mistral",
+            serde_json::json!({"sliding_window": null, "tie_word_embeddings": false}),
+        ),
     ];
     let mut arguments = Vec::new();
     for (index, (name, family, fields)) in variants.into_iter().enumerate() {
         let mut raw = common.as_object().unwrap().clone();
-        let architecture = if family == "llama" { "LlamaForCausalLM" } else { "MistralForCausalLM" };
+        let architecture = if family == "llama" {
+            "LlamaForCausalLM"
+        } else {
+            "MistralForCausalLM"
+        };
         raw.insert("model_type".into(), family.into());
         raw.insert("architectures".into(), serde_json::json!([architecture]));
         raw.extend(fields.as_object().unwrap().clone());
@@ -574,7 +872,8 @@ fn transformers_computes_the_same_for_every_variant_of_a_family() {
             .try_for_each_linear(|_, layer| {
                 let [d_input, d_output] = layer.base.dims();
                 let bound = (3.0 / d_input as f32).sqrt();
-                let weight = Matrix::from_fn(d_output, d_input, |_, _| rng.random_range(-bound..bound));
+                let weight =
+                    Matrix::from_fn(d_output, d_input, |_, _| rng.random_range(-bound..bound));
                 let bias: Vec<f32> = (0..d_output).map(|_| rng.random_range(-0.5..0.5)).collect();
                 let bias = layer.base.bias.is_some().then_some(bias.as_slice());
                 layer.base = BaseLinear::from_matrix(&weight, bias, &Device::flex())?;
@@ -583,7 +882,8 @@ fn transformers_computes_the_same_for_every_variant_of_a_family() {
             .unwrap();
         let folder = scratch.path().join(format!("variant-{index}"));
         let out = HfFolder::create(&folder, false).unwrap();
-        out.write_model(&config, DType::F32, model.tensors(DType::F32).unwrap()).unwrap();
+        out.write_model(&config, DType::F32, model.tensors(DType::F32).unwrap())
+            .unwrap();
         out.commit().unwrap();
         let ids = random_ids(&model, 60, 9);
         let vectors = folder.with_extension("safetensors");

@@ -9,12 +9,13 @@ use burn::tensor::Tensor;
 use common::{is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{
-    BlockScores, ChannelOrder, InfluenceMeasure, TaylorConfig, block_influence, channel_scores, sort_channels,
-    taylor_scores,
+    BlockScores, ChannelOrder, InfluenceMeasure, TaylorConfig, block_influence, channel_scores,
+    sort_channels, taylor_scores,
 };
 use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{
-    PromptTemplate, Record, Sequence, TokenizeOptions, fixed_batches, join_documents, tokenize_records,
+    PromptTemplate, Record, Sequence, TokenizeOptions, fixed_batches, join_documents,
+    tokenize_records,
 };
 use elastic_lora::eval::{mean_loss, perplexity};
 use elastic_lora::io::{DType, HfConfig};
@@ -48,7 +49,9 @@ fn biased(seed: u64) -> Decoder {
                 let size = 0.15 + 0.05 * ((o * 7 + i * 5) % 11) as f32;
                 rng.random_range(-1.0f32..1.0) * size
             });
-            let bias: Vec<f32> = (0..d_output).map(|_| rng.random_range(-0.5f32..0.5)).collect();
+            let bias: Vec<f32> = (0..d_output)
+                .map(|_| rng.random_range(-0.5f32..0.5))
+                .collect();
             layer.base = elastic_lora::nn::BaseLinear::from_matrix(&weight, Some(&bias), &device)?;
             Ok(())
         })
@@ -57,7 +60,9 @@ fn biased(seed: u64) -> Decoder {
 }
 
 fn samples(n: usize, len: usize, seed: u64) -> Vec<Vec<u32>> {
-    (0..n).map(|i| random_ids(len + i % 3, 41, seed + i as u64)).collect()
+    (0..n)
+        .map(|i| random_ids(len + i % 3, 41, seed + i as u64))
+        .collect()
 }
 
 fn logits(model: &Decoder) -> Vec<f32> {
@@ -72,7 +77,10 @@ fn shuffled(n: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
 
 fn inverse(order: &[usize]) -> Vec<usize> {
     let mut inverse = vec![0; order.len()];
-    order.iter().enumerate().for_each(|(place, unit)| inverse[*unit] = place);
+    order
+        .iter()
+        .enumerate()
+        .for_each(|(place, unit)| inverse[*unit] = place);
     inverse
 }
 
@@ -84,13 +92,19 @@ fn another_order_of_channels_and_heads_gives_the_same_logits() {
         ("no biases, two groups of two", tiny(false, 2)),
         ("bf16", stored(DType::BF16)),
         ("f16", stored(DType::F16)),
-        ("trained", SuperNet::dense(biased(3)).unwrap().into_model().train()),
+        (
+            "trained",
+            SuperNet::dense(biased(3)).unwrap().into_model().train(),
+        ),
     ] {
         let mut rng = ChaCha8Rng::seed_from_u64(9);
         let mut moved = model.clone();
         let orders: Vec<_> = (0..model.layers.len())
             .map(|block| {
-                let (channels, groups) = (model.layers[block].n_mlp_channels(), model.layers[block].n_kv_groups());
+                let (channels, groups) = (
+                    model.layers[block].n_mlp_channels(),
+                    model.layers[block].n_kv_groups(),
+                );
                 (shuffled(channels, &mut rng), shuffled(groups, &mut rng))
             })
             .collect();
@@ -100,15 +114,25 @@ fn another_order_of_channels_and_heads_gives_the_same_logits() {
             let (old, new) = (&model.layers[block], &moved.layers[block]);
             let up = |block: &Block| block.linear(LinearKind::Up).unwrap().base.to_matrix();
             let (old, new) = (up(old), up(new));
-            channels.iter().enumerate().for_each(|(place, unit)| assert_eq!(new.row(place), old.row(*unit)));
+            channels
+                .iter()
+                .enumerate()
+                .for_each(|(place, unit)| assert_eq!(new.row(place), old.row(*unit)));
         }
         assert_ne!(weight_bits(&moved), weight_bits(&model), "{what}");
         let (before, after) = (logits(&model), logits(&moved));
         let largest = before.iter().fold(0.0f32, |a, b| a.max(b.abs()));
-        assert!(max_diff(&before, &after) < 1e-5 * largest.max(1.0), "{what}");
+        assert!(
+            max_diff(&before, &after) < 1e-5 * largest.max(1.0),
+            "{what}"
+        );
         assert_eq!(moved.device(), model.device(), "{what}");
         for ((name, a), (_, b)) in model.linears().zip(moved.linears()) {
-            assert_eq!(a.base.weight().is_require_grad(), b.base.weight().is_require_grad(), "{what} {name}");
+            assert_eq!(
+                a.base.weight().is_require_grad(),
+                b.base.weight().is_require_grad(),
+                "{what} {name}"
+            );
         }
         for (block, (channels, groups)) in orders.iter().enumerate() {
             moved.permute_mlp(block, &inverse(channels)).unwrap();
@@ -128,7 +152,13 @@ fn what_is_no_order_of_the_units_is_refused() {
     let mut beyond = identity.clone();
     beyond[36] = 37;
     for bad in [&identity[..36], &twice, &beyond, &[]] {
-        assert!(matches!(model.permute_mlp(1, bad), Err(Error::InvalidArgument { .. })), "{bad:?}");
+        assert!(
+            matches!(
+                model.permute_mlp(1, bad),
+                Err(Error::InvalidArgument { .. })
+            ),
+            "{bad:?}"
+        );
     }
     // Six query heads, but three groups.
     assert!(model.permute_heads(0, &[0, 1, 2, 3, 4, 5]).is_err());
@@ -139,12 +169,18 @@ fn what_is_no_order_of_the_units_is_refused() {
     broken.blocks[2].kv_groups = vec![0, 2, 2];
     assert!(broken.apply(&mut model).is_err() && broken.inverse().is_err());
     broken.blocks.pop();
-    assert!(matches!(broken.apply(&mut model), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(
+        broken.apply(&mut model),
+        Err(Error::ShapeMismatch { .. })
+    ));
     for score in [ChannelScore::Activation, ChannelScore::Taylor] {
         for none in [vec![], vec![vec![]]] {
             assert!(matches!(
                 sort_channels(&mut model, &none, score, |_, _| {}),
-                Err(Error::InvalidArgument { name: "samples", .. })
+                Err(Error::InvalidArgument {
+                    name: "samples",
+                    ..
+                })
             ));
         }
         let outside = vec![vec![3, 41, 2]];
@@ -157,15 +193,29 @@ fn what_is_no_order_of_the_units_is_refused() {
     assert!(sort_channels(&mut model, &[vec![7]], ChannelScore::Taylor, |_, _| {}).is_err());
     assert!(block_influence(&model, &[], InfluenceMeasure::Cosine, |_, _| {}).is_err());
     assert!(block_influence(&model, &[vec![7]], InfluenceMeasure::Loss, |_, _| {}).is_err());
-    let rank = TaylorConfig { rank: 0, ..TaylorConfig::default() };
+    let rank = TaylorConfig {
+        rank: 0,
+        ..TaylorConfig::default()
+    };
     assert!(taylor_scores(&model, &[vec![7, 8]], &rank, |_, _| {}).is_err());
     assert_eq!(weight_bits(&model), before);
 
     let space = SearchSpace::fixed(&model.layer_shapes(), 2).unwrap();
-    let mut adapted = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(2))).unwrap().into_model();
-    assert!(matches!(adapted.permute_mlp(0, &identity), Err(Error::HasAdapter { .. })));
-    assert!(matches!(adapted.permute_heads(0, &[2, 0, 1]), Err(Error::HasAdapter { .. })));
-    assert!(matches!(order.apply(&mut adapted), Err(Error::HasAdapter { .. })));
+    let mut adapted = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(2)))
+        .unwrap()
+        .into_model();
+    assert!(matches!(
+        adapted.permute_mlp(0, &identity),
+        Err(Error::HasAdapter { .. })
+    ));
+    assert!(matches!(
+        adapted.permute_heads(0, &[2, 0, 1]),
+        Err(Error::HasAdapter { .. })
+    ));
+    assert!(matches!(
+        order.apply(&mut adapted),
+        Err(Error::HasAdapter { .. })
+    ));
     for score in ChannelScore::ALL {
         let refused = sort_channels(&mut adapted, &[vec![7, 8]], score, |_, _| {});
         assert!(matches!(refused, Err(Error::HasAdapter { .. })));
@@ -179,16 +229,25 @@ fn sorting_puts_scores_in_order_and_can_be_undone() {
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
         let mut told = Vec::new();
-        let order = sort_channels(&mut sorted, &data, score, |done, all| told.push((done, all))).unwrap();
+        let order = sort_channels(&mut sorted, &data, score, |done, all| {
+            told.push((done, all))
+        })
+        .unwrap();
         assert_eq!(told.last().map(|(done, all)| done == all), Some(true));
         assert!(told.iter().enumerate().all(|(i, (done, _))| *done == i + 1));
         let (first, after) = (logits(&model), logits(&sorted));
         assert!(max_diff(&first, &after) < 1e-4, "{score}");
         let old = channel_scores(&model, &data, score, |_, _| {}).unwrap();
         for (block, (scores, order)) in old.iter().zip(&order.blocks).enumerate() {
-            for (scores, order) in [(&scores.mlp, &order.mlp), (&scores.kv_groups, &order.kv_groups)] {
+            for (scores, order) in [
+                (&scores.mlp, &order.mlp),
+                (&scores.kv_groups, &order.kv_groups),
+            ] {
                 assert!(scores.iter().all(|score| *score > 0.0));
-                assert!(order.windows(2).all(|w| scores[w[0]] >= scores[w[1]]), "{score} {block}");
+                assert!(
+                    order.windows(2).all(|w| scores[w[0]] >= scores[w[1]]),
+                    "{score} {block}"
+                );
             }
         }
         assert_ne!(weight_bits(&sorted), before);
@@ -209,18 +268,33 @@ fn parts_that_are_missing_or_narrowed() {
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
         let order = sort_channels(&mut sorted, &samples(4, 13, 1), score, |_, _| {}).unwrap();
-        let lengths: Vec<_> = order.blocks.iter().map(|block| (block.mlp.len(), block.kv_groups.len())).collect();
+        let lengths: Vec<_> = order
+            .blocks
+            .iter()
+            .map(|block| (block.mlp.len(), block.kv_groups.len()))
+            .collect();
         assert_eq!(lengths, [(37, 0), (0, 3), (37, 3)], "{score}");
-        assert!(max_diff(&logits(&model), &logits(&sorted)) < 1e-4, "{score}");
+        assert!(
+            max_diff(&logits(&model), &logits(&sorted)) < 1e-4,
+            "{score}"
+        );
         assert_ne!(weight_bits(&sorted), weight_bits(&model));
     }
     let mut narrowed = biased(4);
-    narrowed.layers[2].linear_mut(LinearKind::Up).unwrap().base.set_active_dims([24, 30]).unwrap();
+    narrowed.layers[2]
+        .linear_mut(LinearKind::Up)
+        .unwrap()
+        .base
+        .set_active_dims([24, 30])
+        .unwrap();
     for score in ChannelScore::ALL {
         let refused = sort_channels(&mut narrowed, &samples(4, 13, 1), score, |_, _| {});
         assert!(matches!(refused, Err(Error::Unsupported { .. })), "{score}");
     }
-    assert!(matches!(narrowed.permute_heads(0, &[2, 0, 1]), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        narrowed.permute_heads(0, &[2, 0, 1]),
+        Err(Error::Unsupported { .. })
+    ));
 }
 
 #[test]
@@ -229,7 +303,9 @@ fn equal_units_stay_where_they_are() {
     model
         .try_for_each_linear(|_, layer| {
             let [d_input, d_output] = layer.base.dims();
-            layer.base.set_matrix(&Matrix::from_fn(d_output, d_input, |_, _| 0.25))
+            layer
+                .base
+                .set_matrix(&Matrix::from_fn(d_output, d_input, |_, _| 0.25))
         })
         .unwrap();
     let order = sort_channels(&mut model, &samples(3, 9, 2), ChannelScore::L2, |_, _| {}).unwrap();
@@ -242,10 +318,16 @@ fn equal_units_stay_where_they_are() {
 #[test]
 fn scores_and_influence_are_the_same_at_any_number_of_threads() {
     let (model, data) = (biased(5), samples(9, 16, 3));
-    let pools = [1, 2, 5].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
+    let pools = [1, 2, 5].map(|n| {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(n)
+            .build()
+            .unwrap()
+    });
     let runs = pools.map(|pool| {
         pool.install(|| {
-            let scores = ChannelScore::ALL.map(|score| channel_scores(&model, &data, score, |_, _| {}).unwrap());
+            let scores = ChannelScore::ALL
+                .map(|score| channel_scores(&model, &data, score, |_, _| {}).unwrap());
             let units = block_influence(&model, &data, InfluenceMeasure::Loss, |_, _| {}).unwrap();
             (scores, units)
         })
@@ -257,7 +339,10 @@ fn scores_and_influence_are_the_same_at_any_number_of_threads() {
 fn activation_scores_are_those_of_the_inputs_as_they_are() {
     let (model, data) = (biased(6), samples(5, 11, 4));
     let scores = channel_scores(&model, &data, ChannelScore::Activation, |_, _| {}).unwrap();
-    let mut states: Vec<Tensor<3>> = data.iter().map(|ids| model.embed(model.tokens(ids, 1).unwrap())).collect();
+    let mut states: Vec<Tensor<3>> = data
+        .iter()
+        .map(|ids| model.embed(model.tokens(ids, 1).unwrap()))
+        .collect();
     for (block, scores) in scores.iter().enumerate() {
         let mut norms = [InputNorms::new(24), InputNorms::new(37)];
         for state in &mut states {
@@ -272,7 +357,12 @@ fn activation_scores_are_those_of_the_inputs_as_they_are() {
         let heads = activation_scores(&weight(LinearKind::O), 8, &norms[0]).unwrap();
         let mlp = activation_scores(&weight(LinearKind::Down), 1, &norms[1]).unwrap();
         assert_eq!((scores.mlp.len(), scores.kv_groups.len()), (37, 3));
-        for (a, b) in scores.mlp.iter().chain(&scores.kv_groups).zip(mlp.iter().chain(&heads)) {
+        for (a, b) in scores
+            .mlp
+            .iter()
+            .chain(&scores.kv_groups)
+            .zip(mlp.iter().chain(&heads))
+        {
             approx::assert_relative_eq!(a, b, max_relative = 1e-5);
         }
     }
@@ -282,8 +372,14 @@ fn activation_scores_are_those_of_the_inputs_as_they_are() {
 fn exact_taylor(model: &Decoder, ids: &[u32], rows: usize) -> Vec<BlockScores> {
     let trained = SuperNet::dense(model.clone()).unwrap().into_model().train();
     let length = ids.len() / rows;
-    let targets: Vec<(usize, u32)> = (0..ids.len()).filter(|i| i % length > 0).map(|i| (i - 1, ids[i])).collect();
-    let loss = trained.nll_sum(trained.tokens(ids, rows).unwrap(), &targets).unwrap() / targets.len() as f64;
+    let targets: Vec<(usize, u32)> = (0..ids.len())
+        .filter(|i| i % length > 0)
+        .map(|i| (i - 1, ids[i]))
+        .collect();
+    let loss = trained
+        .nll_sum(trained.tokens(ids, rows).unwrap(), &targets)
+        .unwrap()
+        / targets.len() as f64;
     let grads = loss.backward();
     (trained.layers.iter())
         .map(|block| {
@@ -294,14 +390,22 @@ fn exact_taylor(model: &Decoder, ids: &[u32], rows: usize) -> Vec<BlockScores> {
                     let products = host_values(weight.grad(&grads).unwrap() * weight.inner());
                     let [_, d_output] = block.linear(*kind).unwrap().base.dims();
                     let mut rows = vec![0.0f64; d_output];
-                    products.iter().enumerate().for_each(|(i, v)| rows[i % d_output] += f64::from(*v));
-                    rows.iter().enumerate().for_each(|(row, sum)| scores[row / (d_output / n)] += sum.abs());
+                    products
+                        .iter()
+                        .enumerate()
+                        .for_each(|(i, v)| rows[i % d_output] += f64::from(*v));
+                    rows.iter()
+                        .enumerate()
+                        .for_each(|(row, sum)| scores[row / (d_output / n)] += sum.abs());
                 }
                 scores
             };
             BlockScores {
                 mlp: units(&[LinearKind::Gate, LinearKind::Up], block.n_mlp_channels()),
-                kv_groups: units(&[LinearKind::Q, LinearKind::K, LinearKind::V], block.n_kv_groups()),
+                kv_groups: units(
+                    &[LinearKind::Q, LinearKind::K, LinearKind::V],
+                    block.n_kv_groups(),
+                ),
             }
         })
         .collect()
@@ -314,7 +418,11 @@ fn rank_correlation(a: &[f64], b: &[f64]) -> f64 {
         order.sort_by(|i, j| values[*i].total_cmp(&values[*j]));
         inverse(&order)
     };
-    let squares: f64 = ranks(a).iter().zip(ranks(b)).map(|(x, y)| (*x as f64 - y as f64).powi(2)).sum();
+    let squares: f64 = ranks(a)
+        .iter()
+        .zip(ranks(b))
+        .map(|(x, y)| (*x as f64 - y as f64).powi(2))
+        .sum();
     let n = a.len() as f64;
     1.0 - 6.0 * squares / (n * (n * n - 1.0))
 }
@@ -327,7 +435,11 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
     let exact = exact_taylor(&model, &ids, 8);
     // Of its error, a part in sqrt(rank) of |w| |dL/dw| is left.
     for (rank, expected) in [(32, 0.4), (1 << 16, 0.99)] {
-        let config = TaylorConfig { rank, seed: 3, ..TaylorConfig::default() };
+        let config = TaylorConfig {
+            rank,
+            seed: 3,
+            ..TaylorConfig::default()
+        };
         let scores = taylor_scores(&model, &data, &config, |_, _| {}).unwrap();
         for (scores, exact) in scores.iter().zip(&exact) {
             let found = rank_correlation(&scores.mlp, &exact.mlp);
@@ -341,13 +453,25 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
         }
     }
     // A seed is a seed.
-    let config = TaylorConfig { seed: 4, ..TaylorConfig::default() };
+    let config = TaylorConfig {
+        seed: 4,
+        ..TaylorConfig::default()
+    };
     let first = taylor_scores(&model, &data, &config, |_, _| {}).unwrap();
-    assert_eq!(first, taylor_scores(&model, &data, &config, |_, _| {}).unwrap());
-    assert_ne!(first, taylor_scores(&model, &data, &TaylorConfig::default(), |_, _| {}).unwrap());
+    assert_eq!(
+        first,
+        taylor_scores(&model, &data, &config, |_, _| {}).unwrap()
+    );
+    assert_ne!(
+        first,
+        taylor_scores(&model, &data, &TaylorConfig::default(), |_, _| {}).unwrap()
+    );
     // The model that is scored is left without adapters, whether its weights were trained or not.
     let trained = SuperNet::dense(model.clone()).unwrap().into_model().train();
-    assert_eq!(first, taylor_scores(&trained, &data, &config, |_, _| {}).unwrap());
+    assert_eq!(
+        first,
+        taylor_scores(&trained, &data, &config, |_, _| {}).unwrap()
+    );
     assert!(weight_bits(&trained).keys().all(|path| !is_factor(path)));
 }
 
@@ -358,9 +482,17 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     let mut told = 0;
     let units = block_influence(&model, &data, InfluenceMeasure::Loss, |_, _| told += 1).unwrap();
     assert_eq!((units.len(), told), (9, 3));
-    assert!(units.windows(2).all(|w| w[0].loss_increase >= w[1].loss_increase));
+    assert!(
+        units
+            .windows(2)
+            .all(|w| w[0].loss_increase >= w[1].loss_increase)
+    );
     let by_cosine = block_influence(&model, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
-    assert!(by_cosine.windows(2).all(|w| w[0].cosine_change >= w[1].cosine_change));
+    assert!(
+        by_cosine
+            .windows(2)
+            .all(|w| w[0].cosine_change >= w[1].cosine_change)
+    );
     assert!(by_cosine.iter().all(|unit| unit.loss_increase.is_none()));
 
     let ids: Vec<u32> = data.concat();
@@ -370,7 +502,10 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
         for kind in kinds {
             let layer = model.layers[block].linear_mut(*kind).unwrap();
             let [d_input, d_output] = layer.base.dims();
-            layer.base.set_matrix(&Matrix::zeros(d_output, d_input)).unwrap();
+            layer
+                .base
+                .set_matrix(&Matrix::zeros(d_output, d_input))
+                .unwrap();
             layer.base.bias = None;
         }
         model
@@ -381,15 +516,28 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
         // Without the MLP, a block gives what is between the two.
         let between = silent(block, &[LinearKind::Down]).block(block, state.clone(), None);
         for (name, kinds, from, to) in [
-            (format!("model.layers.{block}"), &[LinearKind::O, LinearKind::Down][..], &state, &after),
-            (Unit::Attention.name(block), &[LinearKind::O], &state, &between),
+            (
+                format!("model.layers.{block}"),
+                &[LinearKind::O, LinearKind::Down][..],
+                &state,
+                &after,
+            ),
+            (
+                Unit::Attention.name(block),
+                &[LinearKind::O],
+                &state,
+                &between,
+            ),
             (Unit::Mlp.name(block), &[LinearKind::Down], &between, &after),
         ] {
             let (a, b) = (host_values(from.clone()), host_values(to.clone()));
             let expected: f64 = (a.chunks(24).zip(b.chunks(24)))
                 .map(|(a, b)| {
                     let dot = |a: &[f32], b: &[f32]| -> f64 {
-                        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+                        a.iter()
+                            .zip(b)
+                            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                            .sum()
                     };
                     1.0 - dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
                 })
@@ -397,9 +545,15 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
                 / 60.0;
             let found = units.iter().find(|unit| unit.name == name).unwrap();
             assert!((found.cosine_change - expected).abs() < 1e-5, "{name}");
-            assert!(expected > 1e-3, "{name}: the test's own model does too little");
+            assert!(
+                expected > 1e-3,
+                "{name}: the test's own model does too little"
+            );
             let increase = loss(&silent(block, kinds)) - loss(&model);
-            assert!((found.loss_increase.unwrap() - increase).abs() < 1e-5, "{name}");
+            assert!(
+                (found.loss_increase.unwrap() - increase).abs() < 1e-5,
+                "{name}"
+            );
         }
         state = after;
     }
@@ -409,7 +563,12 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     shallow.layers[2].set_runs(Unit::Attention, false);
     shallow.layers[2].set_runs(Unit::Mlp, false);
     let units = block_influence(&shallow, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
-    let change = |name: &str| units.iter().find(|unit| unit.name == name).map(|unit| unit.cosine_change);
+    let change = |name: &str| {
+        units
+            .iter()
+            .find(|unit| unit.name == name)
+            .map(|unit| unit.cosine_change)
+    };
     assert_eq!(units.len(), 5);
     assert!(change("model.layers.1.mlp").is_none() && change("model.layers.2").is_none());
     assert_eq!(change("model.layers.1"), change("model.layers.1.self_attn"));
@@ -419,7 +578,10 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
 fn first_channels(model: &Decoder, share: f64) -> Decoder {
     let mut model = model.clone();
     for block in 0..model.layers.len() {
-        let down = &mut model.layers[block].linear_mut(LinearKind::Down).unwrap().base;
+        let down = &mut model.layers[block]
+            .linear_mut(LinearKind::Down)
+            .unwrap()
+            .base;
         let mut weight = down.to_matrix();
         let kept = (weight.cols() as f64 * share).round() as usize;
         (0..weight.rows()).for_each(|row| weight.row_mut(row)[kept..].fill(0.0));
@@ -443,13 +605,24 @@ fn all_but_one_group(model: &Decoder) -> Decoder {
 }
 
 /// Prints losses of prefixes of the unsorted model and of each order, and gives those of half the channels.
-fn compare(name: &str, model: &Decoder, calibration: &[Vec<u32>], loss: &dyn Fn(&Decoder) -> f64) -> Vec<f64> {
+fn compare(
+    name: &str,
+    model: &Decoder,
+    calibration: &[Vec<u32>],
+    loss: &dyn Fn(&Decoder) -> f64,
+) -> Vec<f64> {
     eprintln!("{name}: loss {:.4}", loss(model));
-    eprintln!("{:12} {:>9} {:>9} {:>14}", "order", "75 % MLP", "50 % MLP", "one group less");
+    eprintln!(
+        "{:12} {:>9} {:>9} {:>14}",
+        "order", "75 % MLP", "50 % MLP", "one group less"
+    );
     let mut halves = Vec::new();
     let mut report = |order: &str, model: &Decoder| {
         let [three, half] = [0.75, 0.5].map(|share| loss(&first_channels(model, share)));
-        eprintln!("{order:12} {three:>9.4} {half:>9.4} {:>14.4}", loss(&all_but_one_group(model)));
+        eprintln!(
+            "{order:12} {three:>9.4} {half:>9.4} {:>14.4}",
+            loss(&all_but_one_group(model))
+        );
         halves.push(half);
     };
     report("none", model);
@@ -465,31 +638,52 @@ fn compare(name: &str, model: &Decoder, calibration: &[Vec<u32>], loss: &dyn Fn(
 #[test]
 fn sorted_channels_are_worth_more_than_unsorted_ones() {
     let open = |folder: &Path| Pretrained::open(folder, &burn::tensor::Device::flex()).unwrap();
-    let shipped = open(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/arithmetic-llama")));
+    let shipped = open(Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/assets/arithmetic-llama"
+    )));
     let kinds = [Kind::Sum, Kind::Difference, Kind::Product, Kind::AddSub].map(|kind| (kind, 1.0));
     let sequences = |split: Split, n: usize| -> Vec<Sequence> {
         let problems = arithmetic::mixture(&kinds, split, n, 3).unwrap();
         let records: Vec<Record> = problems.into_iter().map(Problem::into_record).collect();
         let options = TokenizeOptions::new(shipped.model.config().max_position_embeddings());
-        tokenize_records(&records, PromptTemplate::Auto, &shipped.tokenizer, &options).unwrap().sequences
+        tokenize_records(&records, PromptTemplate::Auto, &shipped.tokenizer, &options)
+            .unwrap()
+            .sequences
     };
-    let calibration: Vec<Vec<u32>> = sequences(Split::Train, 128).into_iter().map(|sequence| sequence.ids).collect();
+    let calibration: Vec<Vec<u32>> = sequences(Split::Train, 128)
+        .into_iter()
+        .map(|sequence| sequence.ids)
+        .collect();
     let held_out = fixed_batches(&sequences(Split::Test, 128), 32, shipped.pad_id()).unwrap();
     let loss = |model: &Decoder| mean_loss(model, &held_out).unwrap();
     let halves = compare("arithmetic-llama", &shipped.model, &calibration, &loss);
-    assert!(halves[1..].iter().all(|half| *half < halves[0]), "{halves:?}");
+    assert!(
+        halves[1..].iter().all(|half| *half < halves[0]),
+        "{halves:?}"
+    );
 
-    let Some(folder) = shared("models/story-llama-0.6M") else { return };
-    let Some(text) = shared("data/tinystories/sample.txt") else { return };
+    let Some(folder) = shared("models/story-llama-0.6M") else {
+        return;
+    };
+    let Some(text) = shared("data/tinystories/sample.txt") else {
+        return;
+    };
     let story = open(&folder);
     let text = std::fs::read_to_string(text).unwrap();
     let ids = join_documents(&[text], &story.tokenizer, false).unwrap();
     let (calibration, held_out) = ids.split_at(ids.len() / 2);
-    let calibration: Vec<Vec<u32>> = calibration.chunks_exact(128).take(64).map(<[u32]>::to_vec).collect();
+    let calibration: Vec<Vec<u32>> = calibration
+        .chunks_exact(128)
+        .take(64)
+        .map(<[u32]>::to_vec)
+        .collect();
     let held_out = &held_out[..held_out.len().min(8192)];
     let loss = |model: &Decoder| perplexity(model, held_out, 128).unwrap().nll;
     let halves = compare("story-llama-0.6M", &story.model, &calibration, &loss);
     // Magnitudes alone say nothing of what this model's channels do: they come out worse than no order.
-    let [none, _, _, activation, taylor] = halves[..] else { panic!("{halves:?}") };
+    let [none, _, _, activation, taylor] = halves[..] else {
+        panic!("{halves:?}")
+    };
     assert!(activation < none && taylor < none, "{halves:?}");
 }

@@ -15,18 +15,31 @@ use elastic_lora::train::{TrainConfig, Trainer};
 use elastic_lora::{Error, Merger, SearchSpace, SuperNet};
 
 fn batches() -> Batcher {
-    Batcher::new((0..6).map(|i| Sequence::unmasked(random_ids(11, 41, i))).collect(), 3, 0, 1).unwrap()
+    Batcher::new(
+        (0..6)
+            .map(|i| Sequence::unmasked(random_ids(11, 41, i)))
+            .collect(),
+        3,
+        0,
+        1,
+    )
+    .unwrap()
 }
 
 /// Three steps with random subnets on adapters of two layers a block.
 fn trained(model: Decoder, masked: bool) -> SuperNet {
     let groups = [&["q_proj", "v_proj"][..], &["down_proj"]];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, &[4, 3]).unwrap();
-    let config = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(masked).with_seed(5);
+    let config = SuperNetConfig::new(LoraConfig::new(4))
+        .with_sparse_peft(masked)
+        .with_seed(5);
     let mut net = SuperNet::new(model, space, config).unwrap();
     let mut config = TrainConfig::new(3);
     config.lr = 0.02;
-    Trainer::new(config).unwrap().run(&mut net, &mut batches(), &[]).unwrap();
+    Trainer::new(config)
+        .unwrap()
+        .run(&mut net, &mut batches(), &[])
+        .unwrap();
     net
 }
 
@@ -42,10 +55,17 @@ fn a_model_of_16_bits_trains_as_its_rounded_weights_do() {
             let (got, want) = (weight_bits(half.model()), weight_bits(wide.model()));
             // Beside bf16 the summed weight is rounded, at every step, and AdamW makes much of any difference where a gradient is small.
             let rounded = masked && dtype == DType::BF16;
-            let floats = |bits: &Vec<u32>| bits.iter().map(|bits| f32::from_bits(*bits)).collect::<Vec<_>>();
+            let floats = |bits: &Vec<u32>| {
+                bits.iter()
+                    .map(|bits| f32::from_bits(*bits))
+                    .collect::<Vec<_>>()
+            };
             for (path, got) in got.iter().filter(|(path, _)| is_factor(path)) {
                 let difference = max_diff(&floats(got), &floats(&want[path]));
-                assert!(rounded || difference < 1e-4, "{path}, {dtype:?}, masked {masked}: off by {difference}");
+                assert!(
+                    rounded || difference < 1e-4,
+                    "{path}, {dtype:?}, masked {masked}: off by {difference}"
+                );
             }
             let logits = |net: &SuperNet| {
                 let model = net.eval_model();
@@ -55,7 +75,10 @@ fn a_model_of_16_bits_trains_as_its_rounded_weights_do() {
             let size = want.iter().fold(0.0_f32, |size, x| size.max(x.abs()));
             let difference = max_diff(&got, &want) / size;
             let tolerance = if rounded { 5e-2 } else { 1e-3 };
-            assert!(difference < tolerance, "{dtype:?}, masked {masked}: logits are off by {difference} of their size");
+            assert!(
+                difference < tolerance,
+                "{dtype:?}, masked {masked}: logits are off by {difference} of their size"
+            );
         }
     }
 }
@@ -65,18 +88,30 @@ fn merging_into_16_bits_loses_nothing() {
     let mut net = trained(tiny(false, 3).with_weight_dtype(DType::BF16).unwrap(), true);
     net.activate(&net.minimal()).unwrap();
     let merged = Merger::new().merge(&net, &[vec![1, 5, 9, 2]]).unwrap();
-    assert_eq!((merged.report.layers.len(), merged.report.zeros_lost), (6, 0));
+    assert_eq!(
+        (merged.report.layers.len(), merged.report.zeros_lost),
+        (6, 0)
+    );
     assert_eq!(merged.report.max_logit_difference, Some(0.0));
 }
 
 #[test]
 fn what_cannot_be_stored_or_trained_is_refused() {
     let model = || tiny(true, 3);
-    assert!(matches!(model().with_weight_dtype(DType::I32), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        model().with_weight_dtype(DType::I32),
+        Err(Error::Unsupported { .. })
+    ));
     let trained = SuperNet::dense(model()).unwrap().into_model().train();
-    assert!(matches!(trained.with_weight_dtype(DType::BF16), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        trained.with_weight_dtype(DType::BF16),
+        Err(Error::Unsupported { .. })
+    ));
     let mut dense = SuperNet::dense(model().with_weight_dtype(DType::BF16).unwrap()).unwrap();
-    let error = Trainer::new(TrainConfig::new(1)).unwrap().run(&mut dense, &mut batches(), &[]).unwrap_err();
+    let error = Trainer::new(TrainConfig::new(1))
+        .unwrap()
+        .run(&mut dense, &mut batches(), &[])
+        .unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
 
     let mut large = model();
@@ -86,7 +121,6 @@ fn what_cannot_be_stored_or_trained_is_refused() {
     layer.base.set_matrix(&weight).unwrap();
     assert!(large.clone().with_weight_dtype(DType::BF16).is_ok());
     let error = large.with_weight_dtype(DType::F16).unwrap_err();
-    let found =
-        matches!(&error, Error::TensorOverflow { tensor, value, .. } if tensor.contains("up_proj") && *value == -7e4);
+    let found = matches!(&error, Error::TensorOverflow { tensor, value, .. } if tensor.contains("up_proj") && *value == -7e4);
     assert!(found, "{error}");
 }

@@ -5,7 +5,8 @@ mod common;
 use common::{load, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::Error;
 use elastic_lora::calib::{
-    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, prune_model_with, quantize_model, walk_blocks,
+    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, prune_model_with, quantize_model,
+    walk_blocks,
 };
 use elastic_lora::data::TextTokenizer;
 use elastic_lora::linalg::FactorConfig;
@@ -15,11 +16,16 @@ use elastic_lora::quant::GridConfig;
 use elastic_lora::sparsity::{Mask, Method, OwlConfig, Pattern};
 
 fn samples(n: usize) -> Vec<Vec<u32>> {
-    (0..n).map(|i| random_ids(17 + i % 3, 41, 100 + i as u64)).collect()
+    (0..n)
+        .map(|i| random_ids(17 + i % 3, 41, 100 + i as u64))
+        .collect()
 }
 
 fn logits(model: &Decoder, samples: &[Vec<u32>]) -> Vec<f32> {
-    samples.iter().flat_map(|ids| host_values(model.forward(model.tokens(ids, 1).unwrap()))).collect()
+    samples
+        .iter()
+        .flat_map(|ids| host_values(model.forward(model.tokens(ids, 1).unwrap())))
+        .collect()
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {
@@ -38,7 +44,10 @@ fn the_model_has_the_weights_that_the_codes_stand_for_and_every_zero() {
         let mut model = sparse.clone();
         let mut told = (0, 0);
         let config = QuantizeConfig::new(method, grid);
-        let quantized = quantize_model(&mut model, &calibration, &config, |done, all| told = (done, all)).unwrap();
+        let quantized = quantize_model(&mut model, &calibration, &config, |done, all| {
+            told = (done, all)
+        })
+        .unwrap();
         assert_eq!((quantized.len(), told), (14, (14, 14)));
         for (name, found) in &quantized {
             let now = model.linear(name).unwrap().base.to_matrix();
@@ -54,11 +63,17 @@ fn the_model_has_the_weights_that_the_codes_stand_for_and_every_zero() {
 
 #[test]
 fn gptq_and_sparsegpt_leave_more_of_a_trained_model() {
-    let Some(dir) = shared("models/story-llama-0.6M") else { return };
-    let Some(text) = shared("data/tinystories/sample.txt") else { return };
+    let Some(dir) = shared("models/story-llama-0.6M") else {
+        return;
+    };
+    let Some(text) = shared("data/tinystories/sample.txt") else {
+        return;
+    };
     let model = load(&dir);
     let tokenizer = TextTokenizer::from_dir(&dir).unwrap();
-    let ids = tokenizer.encode(&std::fs::read_to_string(text).unwrap(), true).unwrap();
+    let ids = tokenizer
+        .encode(&std::fs::read_to_string(text).unwrap(), true)
+        .unwrap();
     let all: Vec<Vec<u32>> = ids.chunks_exact(64).take(40).map(<[u32]>::to_vec).collect();
     let (calibration, held_out) = all.split_at(30);
     let original = logits(&model, held_out);
@@ -77,26 +92,46 @@ fn gptq_and_sparsegpt_leave_more_of_a_trained_model() {
             quantized(QuantizeMethod::Gptq, bits, false),
             quantized(QuantizeMethod::Gptq, bits, true),
         );
-        eprintln!("{bits} bits: nearest {nearest:.0}, GPTQ {left:.0}, in activation order {ordered:.0}");
+        eprintln!(
+            "{bits} bits: nearest {nearest:.0}, GPTQ {left:.0}, in activation order {ordered:.0}"
+        );
         assert!(left < nearest && ordered < nearest);
     }
-    for pattern in [Pattern::Unstructured { ratio: 0.5 }, Pattern::NM { n: 2, m: 4 }] {
+    for pattern in [
+        Pattern::Unstructured { ratio: 0.5 },
+        Pattern::NM { n: 2, m: 4 },
+    ] {
         let pruned = |method| {
             let mut model = model.clone();
             prune_model(&mut model, calibration, method, &pattern, |_, _| {}).unwrap();
             off(&model)
         };
         let [magnitude, wanda, ria, sparsegpt] = Method::ALL.map(pruned);
-        eprintln!("{pattern}: magnitude {magnitude:.0}, Wanda {wanda:.0}, RIA {ria:.0}, SparseGPT {sparsegpt:.0}");
+        eprintln!(
+            "{pattern}: magnitude {magnitude:.0}, Wanda {wanda:.0}, RIA {ria:.0}, SparseGPT {sparsegpt:.0}"
+        );
         assert!(sparsegpt < wanda && wanda < magnitude && ria < magnitude);
 
         // Pruned and rounded in one pass, and one after the other.
         let joint = quantized(QuantizeMethod::SparseGptq(pattern), 4, false);
         let mut after = model.clone();
-        prune_model(&mut after, calibration, Method::SparseGpt, &pattern, |_, _| {}).unwrap();
-        let config = QuantizeConfig::new(QuantizeMethod::Gptq, GridConfig::new(4).with_group_size(Some(64)));
+        prune_model(
+            &mut after,
+            calibration,
+            Method::SparseGpt,
+            &pattern,
+            |_, _| {},
+        )
+        .unwrap();
+        let config = QuantizeConfig::new(
+            QuantizeMethod::Gptq,
+            GridConfig::new(4).with_group_size(Some(64)),
+        );
         quantize_model(&mut after, calibration, &config, |_, _| {}).unwrap();
-        eprintln!("{pattern} at 4 bits: jointly {joint:.0}, one after the other {:.0}", off(&after));
+        eprintln!(
+            "{pattern} at 4 bits: jointly {joint:.0}, one after the other {:.0}",
+            off(&after)
+        );
         assert!(joint < 1.05 * off(&after));
     }
 }
@@ -107,10 +142,12 @@ fn owl_gives_blocks_ratios_of_their_own() {
     let config = PruneConfig::new(Method::Wanda, Pattern::Unstructured { ratio: 0.5 });
     let owl = OwlConfig::new().with_threshold(3.0);
     let mut model = tiny(true, 5);
-    let report = prune_model_with(&mut model, &calibration, &config.with_owl(owl), |_, _| {}).unwrap();
+    let report =
+        prune_model_with(&mut model, &calibration, &config.with_owl(owl), |_, _| {}).unwrap();
     let share = |block: usize| {
         let layers = &report[block * 7..(block + 1) * 7];
-        layers.iter().map(|l| l.zeros).sum::<usize>() as f64 / layers.iter().map(|l| l.params).sum::<usize>() as f64
+        layers.iter().map(|l| l.zeros).sum::<usize>() as f64
+            / layers.iter().map(|l| l.params).sum::<usize>() as f64
     };
     // Two blocks lie at both ends of the spread; rows are too short to meet ratios to the weight.
     assert!((share(0) - share(1)).abs() > 0.1 && (share(0) + share(1) - 1.0).abs() < 0.06);
@@ -141,12 +178,23 @@ fn layers_of_one_input_share_what_was_seen_of_it() {
         |name, layer, statistic| {
             assert_eq!(layer.dims()[0], statistic[0]);
             statistic.push(0);
-            layers.push((name.rsplit('.').next().unwrap().to_string(), statistic.len() - 1));
+            layers.push((
+                name.rsplit('.').next().unwrap().to_string(),
+                statistic.len() - 1,
+            ));
             Ok(())
         },
     )
     .unwrap();
-    let expected = [("q", 1), ("k", 2), ("v", 3), ("o", 1), ("gate", 1), ("up", 2), ("down", 1)];
+    let expected = [
+        ("q", 1),
+        ("k", 2),
+        ("v", 3),
+        ("o", 1),
+        ("gate", 1),
+        ("up", 2),
+        ("down", 1),
+    ];
     let expected: Vec<_> = expected.map(|(name, n)| (format!("{name}_proj"), n)).into();
     assert_eq!((*made.get_mut(), seen), (8, 8 * 3));
     assert_eq!((&layers[..7], &layers[7..]), (&expected[..], &expected[..]));
@@ -156,11 +204,20 @@ fn layers_of_one_input_share_what_was_seen_of_it() {
 #[test]
 fn results_are_the_same_at_any_number_of_threads() {
     let run = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
         pool.install(|| {
             let mut model = tiny(true, 8);
-            let config = QuantizeConfig::new(QuantizeMethod::Gptq, GridConfig::new(3).with_group_size(None));
-            (quantize_model(&mut model, &samples(5), &config, |_, _| {}).unwrap(), logits(&model, &samples(2)))
+            let config = QuantizeConfig::new(
+                QuantizeMethod::Gptq,
+                GridConfig::new(3).with_group_size(None),
+            );
+            (
+                quantize_model(&mut model, &samples(5), &config, |_, _| {}).unwrap(),
+                logits(&model, &samples(2)),
+            )
         })
     };
     let (one, two) = (run(1), run(2));
@@ -174,7 +231,9 @@ fn what_cannot_be_quantized_is_refused() {
     let before = weight_bits(&model);
     let good = QuantizeConfig::new(QuantizeMethod::Gptq, GridConfig::new(4));
     let refused = |model: &mut Decoder, samples: &[Vec<u32>], config: &QuantizeConfig| {
-        quantize_model(model, samples, config, |_, _| {}).unwrap_err().to_string()
+        quantize_model(model, samples, config, |_, _| {})
+            .unwrap_err()
+            .to_string()
     };
     assert!(refused(&mut model, &[vec![]], &good).contains("gptq needs calibration samples"));
     assert!(refused(&mut model, &[vec![1, 999]], &good).contains("999"));
@@ -185,15 +244,34 @@ fn what_cannot_be_quantized_is_refused() {
     // Three tokens say too little of 24 columns.
     let undamped = good.with_factor(FactorConfig::new().with_damping(0.0));
     let error = refused(&mut model, &[vec![1, 2, 3]], &undamped);
-    assert!(error.contains("model.layers.0.self_attn.q_proj") && error.contains("not positive definite"), "{error}");
+    assert!(
+        error.contains("model.layers.0.self_attn.q_proj")
+            && error.contains("not positive definite"),
+        "{error}"
+    );
     assert_eq!(weight_bits(&model), before);
     let name = "model.layers.1.mlp.up_proj";
     let mut weight = model.linear(name).unwrap().base.to_matrix();
     weight.as_mut_slice()[5] = f32::NAN;
-    model.linear_mut(name).unwrap().base.set_matrix(&weight).unwrap();
-    let error = refused(&mut model, &[], &QuantizeConfig::new(QuantizeMethod::Nearest, GridConfig::new(4)));
-    assert!(error.contains(name) && error.contains("element 5"), "{error}");
+    model
+        .linear_mut(name)
+        .unwrap()
+        .base
+        .set_matrix(&weight)
+        .unwrap();
+    let error = refused(
+        &mut model,
+        &[],
+        &QuantizeConfig::new(QuantizeMethod::Nearest, GridConfig::new(4)),
+    );
+    assert!(
+        error.contains(name) && error.contains("element 5"),
+        "{error}"
+    );
     // With data, the next layer's input tells first.
     let error = refused(&mut model, &samples(2), &good);
-    assert!(error.contains("model.layers.1.mlp.down_proj") && error.contains("NaN"), "{error}");
+    assert!(
+        error.contains("model.layers.1.mlp.down_proj") && error.contains("NaN"),
+        "{error}"
+    );
 }

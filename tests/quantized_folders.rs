@@ -21,7 +21,11 @@ use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::host_values;
 use half::f16;
 
-const FORMATS: [QuantFormat; 3] = [QuantFormat::Gptq, QuantFormat::GptqV2, QuantFormat::CompressedTensors];
+const FORMATS: [QuantFormat; 3] = [
+    QuantFormat::Gptq,
+    QuantFormat::GptqV2,
+    QuantFormat::CompressedTensors,
+];
 
 /// How the layers of a test are quantized.
 #[derive(Clone, Copy)]
@@ -62,19 +66,35 @@ fn model(seed: u64) -> Decoder {
             salt += 1;
             let [d_input, d_output] = layer.base.dims();
             let values = random_values(d_input * d_output, salt).into_iter();
-            let values = values.map(|v| f16::from_f32(v * (3.0 / d_input as f32).sqrt()).to_f32()).collect();
-            layer.base.set_matrix(&Matrix::new(d_output, d_input, values)?)?;
+            let values = values
+                .map(|v| f16::from_f32(v * (3.0 / d_input as f32).sqrt()).to_f32())
+                .collect();
+            layer
+                .base
+                .set_matrix(&Matrix::new(d_output, d_input, values)?)?;
             if let Some(bias) = &mut layer.base.bias {
-                let values: Vec<f32> =
-                    random_values(d_output, salt + 100).iter().map(|v| f16::from_f32(*v).to_f32()).collect();
+                let values: Vec<f32> = random_values(d_output, salt + 100)
+                    .iter()
+                    .map(|v| f16::from_f32(*v).to_f32())
+                    .collect();
                 let device = bias.val().device();
-                *bias = bias.clone().map(|_| burn::tensor::Tensor::from_data(values.as_slice(), &device));
+                *bias = bias
+                    .clone()
+                    .map(|_| burn::tensor::Tensor::from_data(values.as_slice(), &device));
             }
             Ok(())
         })
         .unwrap();
-    let head: Vec<f32> = random_values(61 * 64, seed + 200).iter().map(|v| f16::from_f32(*v).to_f32()).collect();
-    model.lm_head.as_mut().unwrap().set_matrix(&Matrix::new(61, 64, head).unwrap()).unwrap();
+    let head: Vec<f32> = random_values(61 * 64, seed + 200)
+        .iter()
+        .map(|v| f16::from_f32(*v).to_f32())
+        .collect();
+    model
+        .lm_head
+        .as_mut()
+        .unwrap()
+        .set_matrix(&Matrix::new(61, 64, head).unwrap())
+        .unwrap();
     model
 }
 
@@ -88,11 +108,18 @@ fn quantize(weight: &Matrix, grid: Grid, seed: u64) -> QuantizedMatrix {
         let mut order: Vec<usize> = (0..cols).collect();
         order.sort_by(|a, b| keys[*a].total_cmp(&keys[*b]));
         let mut group_of = vec![0; cols];
-        order.iter().enumerate().for_each(|(rank, column)| group_of[*column] = (rank / group_size) as u32);
+        order
+            .iter()
+            .enumerate()
+            .for_each(|(rank, column)| group_of[*column] = (rank / group_size) as u32);
         group_of
     };
     let group_of = grid.act_order.then_some(shuffled);
-    let group = |column: usize| group_of.as_ref().map_or(column / group_size, |group_of| group_of[column] as usize);
+    let group = |column: usize| {
+        group_of
+            .as_ref()
+            .map_or(column / group_size, |group_of| group_of[column] as usize)
+    };
     let top = f32::from(u8::MAX >> (8 - grid.bits));
     let middle = f32::from(1_u8 << (grid.bits - 1));
     let mut parts = QuantizedParts {
@@ -110,8 +137,14 @@ fn quantize(weight: &Matrix, grid: Grid, seed: u64) -> QuantizedMatrix {
         let values = weight.row(row);
         let mut grids = Vec::new();
         for index in 0..groups {
-            let members = || (0..cols).filter(|column| group(*column) == index).map(|column| values[column]);
-            let (low, high) = members().fold((0.0_f32, 0.0_f32), |(low, high), v| (low.min(v), high.max(v)));
+            let members = || {
+                (0..cols)
+                    .filter(|column| group(*column) == index)
+                    .map(|column| values[column])
+            };
+            let (low, high) = members().fold((0.0_f32, 0.0_f32), |(low, high), v| {
+                (low.min(v), high.max(v))
+            });
             let (scale, zero) = if grid.symmetric {
                 (low.abs().max(high) / (top - middle), middle)
             } else {
@@ -122,16 +155,24 @@ fn quantize(weight: &Matrix, grid: Grid, seed: u64) -> QuantizedMatrix {
         }
         for (column, value) in values.iter().enumerate() {
             let (scale, zero) = grids[group(column)];
-            parts.codes.push((value / scale + zero).round().clamp(0.0, top) as u8);
+            parts
+                .codes
+                .push((value / scale + zero).round().clamp(0.0, top) as u8);
         }
         parts.scales.extend(grids.iter().map(|(scale, _)| *scale));
-        parts.zeros.extend(grids.iter().map(|(_, zero)| *zero as u8));
+        parts
+            .zeros
+            .extend(grids.iter().map(|(_, zero)| *zero as u8));
     }
     QuantizedMatrix::new(parts).unwrap()
 }
 
 /// Quantizes the layers whose names end in one of `kinds`, in the model too.
-fn quantize_model(model: &mut Decoder, grid: Grid, kinds: &[&str]) -> BTreeMap<String, QuantizedMatrix> {
+fn quantize_model(
+    model: &mut Decoder,
+    grid: Grid,
+    kinds: &[&str],
+) -> BTreeMap<String, QuantizedMatrix> {
     let mut layers = BTreeMap::new();
     model
         .try_for_each_linear(|name, layer| {
@@ -157,8 +198,17 @@ fn write(
     folder: &Path,
     dtype: DType,
 ) {
-    let out = HfFolder::create(folder, false).unwrap().with_max_shard_bytes(40_000);
-    out.write_quantized(model.config(), dtype, model.tensors(dtype).unwrap(), layers, format).unwrap();
+    let out = HfFolder::create(folder, false)
+        .unwrap()
+        .with_max_shard_bytes(40_000);
+    out.write_quantized(
+        model.config(),
+        dtype,
+        model.tensors(dtype).unwrap(),
+        layers,
+        format,
+    )
+    .unwrap();
     out.commit().unwrap();
 }
 
@@ -168,17 +218,41 @@ const ALL: [&str; 1] = ["_proj"];
 fn folders_come_back_with_every_code_and_the_same_logits() {
     let scratch = tempfile::tempdir().unwrap();
     let grids = [
-        Grid { bits: 4, group_size: Some(32), symmetric: true, act_order: false },
-        Grid { bits: 8, group_size: None, symmetric: false, act_order: false },
-        Grid { bits: 3, group_size: Some(32), symmetric: false, act_order: true },
-        Grid { bits: 2, group_size: Some(16), symmetric: false, act_order: false },
+        Grid {
+            bits: 4,
+            group_size: Some(32),
+            symmetric: true,
+            act_order: false,
+        },
+        Grid {
+            bits: 8,
+            group_size: None,
+            symmetric: false,
+            act_order: false,
+        },
+        Grid {
+            bits: 3,
+            group_size: Some(32),
+            symmetric: false,
+            act_order: true,
+        },
+        Grid {
+            bits: 2,
+            group_size: Some(16),
+            symmetric: false,
+            act_order: false,
+        },
     ];
     for (which, grid) in grids.into_iter().enumerate() {
         for format in FORMATS {
             if format == QuantFormat::CompressedTensors && (grid.act_order || grid.bits == 3) {
                 continue;
             }
-            let kinds: &[&str] = if which == 1 { &["q_proj", "down_proj"] } else { &ALL };
+            let kinds: &[&str] = if which == 1 {
+                &["q_proj", "down_proj"]
+            } else {
+                &ALL
+            };
             let mut model = model(7 + which as u64);
             let layers = quantize_model(&mut model, grid, kinds);
             let folder = scratch.path().join(format!("{which}-{}", format.name()));
@@ -189,20 +263,42 @@ fn folders_come_back_with_every_code_and_the_same_logits() {
             let checkpoint = Checkpoint::open(&folder).unwrap();
             config.check(&checkpoint).unwrap();
             assert_eq!(config.quantized_layers(&checkpoint).unwrap(), layers);
-            assert_eq!(layers.keys().filter(|name| checkpoint.contains(&format!("{name}.weight"))).count(), 0);
+            assert_eq!(
+                layers
+                    .keys()
+                    .filter(|name| checkpoint.contains(&format!("{name}.weight")))
+                    .count(),
+                0
+            );
             let ids = random_ids(40, 61, 3);
-            assert_eq!(logits(&load(&folder), &ids), logits(&model, &ids), "{which} {format:?}");
+            assert_eq!(
+                logits(&load(&folder), &ids),
+                logits(&model, &ids),
+                "{which} {format:?}"
+            );
 
             // The packed weights take what their layout says, which is near what the file takes.
-            let packed: usize = layers.values().map(|matrix| PackedMatrix::new(matrix).bytes()).sum();
-            let n: usize = layers.values().map(|matrix| matrix.rows() * matrix.cols()).sum();
-            assert!(packed >= n * usize::from(grid.bits) / 8 && packed < n * (usize::from(grid.bits) + 2) / 8);
+            let packed: usize = layers
+                .values()
+                .map(|matrix| PackedMatrix::new(matrix).bytes())
+                .sum();
+            let n: usize = layers
+                .values()
+                .map(|matrix| matrix.rows() * matrix.cols())
+                .sum();
+            assert!(
+                packed >= n * usize::from(grid.bits) / 8
+                    && packed < n * (usize::from(grid.bits) + 2) / 8
+            );
 
             // Written again without codes, it is a plain folder.
-            let dense = scratch.path().join(format!("{which}-{}-dense", format.name()));
+            let dense = scratch
+                .path()
+                .join(format!("{which}-{}-dense", format.name()));
             let read = load(&folder);
             let out = HfFolder::create(&dense, false).unwrap();
-            out.write_model(read.config(), DType::F32, read.tensors(DType::F32).unwrap()).unwrap();
+            out.write_model(read.config(), DType::F32, read.tensors(DType::F32).unwrap())
+                .unwrap();
             out.commit().unwrap();
             assert!(HfConfig::open(&dense).unwrap().quantization().is_none());
             assert_eq!(logits(&load(&dense), &ids), logits(&model, &ids));
@@ -214,33 +310,62 @@ fn folders_come_back_with_every_code_and_the_same_logits() {
 fn an_old_gptq_folder_has_its_config_beside() {
     let scratch = tempfile::tempdir().unwrap();
     let mut model = model(3);
-    let grid = Grid { bits: 4, group_size: Some(32), symmetric: true, act_order: false };
+    let grid = Grid {
+        bits: 4,
+        group_size: Some(32),
+        symmetric: true,
+        act_order: false,
+    };
     let layers = quantize_model(&mut model, grid, &ALL);
     let folder = scratch.path().join("model");
     write(&model, &layers, QuantFormat::Gptq, &folder, DType::F32);
     let path = folder.join("config.json");
-    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    config.as_object_mut().unwrap().remove("quantization_config").unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config
+        .as_object_mut()
+        .unwrap()
+        .remove("quantization_config")
+        .unwrap();
     std::fs::write(&path, config.to_string()).unwrap();
     let config = HfConfig::open(&folder).unwrap();
-    assert_eq!(config.quantized_layers(&Checkpoint::open(&folder).unwrap()).unwrap(), layers);
+    assert_eq!(
+        config
+            .quantized_layers(&Checkpoint::open(&folder).unwrap())
+            .unwrap(),
+        layers
+    );
     // A folder that says nothing of it lacks its weights.
     std::fs::remove_file(folder.join("quantize_config.json")).unwrap();
     let config = HfConfig::open(&folder).unwrap();
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    assert!(matches!(Decoder::load(&config, &checkpoint, &Device::flex()), Err(Error::MissingTensor { .. })));
+    assert!(matches!(
+        Decoder::load(&config, &checkpoint, &Device::flex()),
+        Err(Error::MissingTensor { .. })
+    ));
 }
 
 #[test]
 fn a_folder_that_cannot_be_written_does_not_appear() {
     let scratch = tempfile::tempdir().unwrap();
     let mut model = model(4);
-    let grid = Grid { bits: 4, group_size: Some(32), symmetric: false, act_order: false };
+    let grid = Grid {
+        bits: 4,
+        group_size: Some(32),
+        symmetric: false,
+        act_order: false,
+    };
     let layers = quantize_model(&mut model, grid, &ALL);
     let folder = scratch.path().join("model");
     let refused = |layers: &BTreeMap<String, QuantizedMatrix>, format| {
         let out = HfFolder::create(&folder, false).unwrap();
-        let error = out.write_quantized(model.config(), DType::F32, model.tensors(DType::F32).unwrap(), layers, format);
+        let error = out.write_quantized(
+            model.config(),
+            DType::F32,
+            model.tensors(DType::F32).unwrap(),
+            layers,
+            format,
+        );
         drop(out);
         assert!(!folder.exists());
         error.unwrap_err()
@@ -251,45 +376,80 @@ fn a_folder_that_cannot_be_written_does_not_appear() {
     let mut zero = layers.clone();
     zero.insert(name.into(), QuantizedMatrix::new(parts).unwrap());
     let error = refused(&zero, QuantFormat::Gptq).to_string();
-    assert!(error.contains("model.layers.1.mlp.up_proj.qzeros"), "{error}");
+    assert!(
+        error.contains("model.layers.1.mlp.up_proj.qzeros"),
+        "{error}"
+    );
 
     let mut unknown = layers.clone();
     unknown.insert("model.layers.2.mlp.up_proj".into(), layers[name].clone());
-    assert!(matches!(refused(&unknown, QuantFormat::GptqV2), Error::UnknownLayer { .. }));
+    assert!(matches!(
+        refused(&unknown, QuantFormat::GptqV2),
+        Error::UnknownLayer { .. }
+    ));
     let mut other = layers.clone();
     other.insert("model.layers.1.mlp.down_proj".into(), layers[name].clone());
-    assert!(matches!(refused(&other, QuantFormat::GptqV2), Error::TensorShape { .. }));
-    assert!(matches!(refused(&BTreeMap::new(), QuantFormat::GptqV2), Error::InvalidArgument { .. }));
+    assert!(matches!(
+        refused(&other, QuantFormat::GptqV2),
+        Error::TensorShape { .. }
+    ));
+    assert!(matches!(
+        refused(&BTreeMap::new(), QuantFormat::GptqV2),
+        Error::InvalidArgument { .. }
+    ));
     assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn a_trained_model_keeps_its_tokenizer() {
-    let Some(dir) = shared("models/story-llama-0.6M") else { return };
+    let Some(dir) = shared("models/story-llama-0.6M") else {
+        return;
+    };
     let scratch = tempfile::tempdir().unwrap();
     let pretrained = Pretrained::open(dir, &Device::flex()).unwrap();
     let mut model = pretrained.model.clone();
-    let grid = Grid { bits: 4, group_size: Some(32), symmetric: true, act_order: false };
+    let grid = Grid {
+        bits: 4,
+        group_size: Some(32),
+        symmetric: true,
+        act_order: false,
+    };
     let layers = quantize_model(&mut model, grid, &ALL);
     for format in FORMATS {
         let folder = scratch.path().join(format.name());
-        pretrained.write_quantized(&model, &layers, format, &folder, false).unwrap();
+        pretrained
+            .write_quantized(&model, &layers, format, &folder, false)
+            .unwrap();
         let read = Pretrained::open(&folder, &Device::flex()).unwrap();
         let ids = random_ids(50, 2048, 9);
         let difference = common::max_diff(&logits(&read.model, &ids), &logits(&model, &ids));
-        let size: u64 = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
-        eprintln!("{}: {size} bytes, max abs diff {difference:.3e}", format.name());
+        let size: u64 = std::fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum();
+        eprintln!(
+            "{}: {size} bytes, max abs diff {difference:.3e}",
+            format.name()
+        );
         assert!(difference <= 1e-5);
         let config = HfConfig::open(&folder).unwrap();
-        assert_eq!(config.quantized_layers(&Checkpoint::open(&folder).unwrap()).unwrap(), layers);
+        assert_eq!(
+            config
+                .quantized_layers(&Checkpoint::open(&folder).unwrap())
+                .unwrap(),
+            layers
+        );
     }
 }
 
 /// Runs a script of `fixtures/interop` on folders and vectors: its exit code and what it said; `None` where something of its
 /// is missing.
 fn run(script: &str, arguments: &[PathBuf]) -> Option<(Option<i32>, String)> {
-    let python = std::env::var_os("ELASTIC_LORA_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/interop").join(script);
+    let python =
+        std::env::var_os("ELASTIC_LORA_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/interop")
+        .join(script);
     let output = Command::new(&python)
         .arg(&script)
         .args(arguments)
@@ -297,10 +457,16 @@ fn run(script: &str, arguments: &[PathBuf]) -> Option<(Option<i32>, String)> {
         .envs([("HF_HUB_OFFLINE", "1"), ("CUDA_VISIBLE_DEVICES", "")])
         .output();
     let Ok(output) = output else {
-        eprintln!("skipped: no {} (name a Python in ELASTIC_LORA_PYTHON)", python.display());
+        eprintln!(
+            "skipped: no {} (name a Python in ELASTIC_LORA_PYTHON)",
+            python.display()
+        );
         return None;
     };
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     // GPTQModel logs to standard output.
     out.lines()
         .filter(|line| line.contains("max abs diff") || line.starts_with("torch"))
@@ -314,11 +480,18 @@ fn run(script: &str, arguments: &[PathBuf]) -> Option<(Option<i32>, String)> {
 
 /// The scripts must agree with what is right, and must not with what is not.
 fn check(script: &str, arguments: &[PathBuf]) {
-    let Some((code, said)) = run(script, arguments) else { return };
+    let Some((code, said)) = run(script, arguments) else {
+        return;
+    };
     assert_eq!(code, Some(0), "{said}");
     // The first folder beside the second one's vectors.
-    let Some((code, said)) = run(script, &[arguments[0].clone(), arguments[3].clone()]) else { return };
-    assert!(code == Some(1) && said.contains("logits differ by"), "{said}");
+    let Some((code, said)) = run(script, &[arguments[0].clone(), arguments[3].clone()]) else {
+        return;
+    };
+    assert!(
+        code == Some(1) && said.contains("logits differ by"),
+        "{said}"
+    );
 }
 
 /// Writes models of these grids and formats, and what they compute; the script's arguments.
@@ -338,7 +511,10 @@ fn folders(scratch: &Path, cases: &[(Grid, QuantFormat, &[&str])]) -> Vec<PathBu
             HostTensor::from_f32("logits", DType::F32, [ids.len(), 61], logits(&model, &ids)),
         ];
         let names: Vec<&String> = layers.keys().collect();
-        let metadata = BTreeMap::from([("quantized".to_string(), serde_json::to_string(&names).unwrap())]);
+        let metadata = BTreeMap::from([(
+            "quantized".to_string(),
+            serde_json::to_string(&names).unwrap(),
+        )]);
         let vectors = folder.with_extension("safetensors");
         write_safetensors(&vectors, tensors, &metadata).unwrap();
         arguments.extend([folder, vectors]);
@@ -349,7 +525,12 @@ fn folders(scratch: &Path, cases: &[(Grid, QuantFormat, &[&str])]) -> Vec<PathBu
 #[test]
 fn transformers_reads_gptq_folders() {
     let scratch = tempfile::tempdir().unwrap();
-    let grid = |bits, group_size, symmetric, act_order| Grid { bits, group_size, symmetric, act_order };
+    let grid = |bits, group_size, symmetric, act_order| Grid {
+        bits,
+        group_size,
+        symmetric,
+        act_order,
+    };
     let some: &[&str] = &["self_attn.q_proj", "mlp.down_proj"];
     let cases: [(Grid, QuantFormat, &[&str]); 8] = [
         (grid(4, Some(32), true, false), QuantFormat::Gptq, &ALL),
@@ -367,7 +548,12 @@ fn transformers_reads_gptq_folders() {
 #[test]
 fn transformers_reads_compressed_tensors_folders() {
     let scratch = tempfile::tempdir().unwrap();
-    let grid = |bits, group_size, symmetric| Grid { bits, group_size, symmetric, act_order: false };
+    let grid = |bits, group_size, symmetric| Grid {
+        bits,
+        group_size,
+        symmetric,
+        act_order: false,
+    };
     let format = QuantFormat::CompressedTensors;
     let cases: [(Grid, QuantFormat, &[&str]); 5] = [
         (grid(4, Some(32), true), format, &ALL),
@@ -376,5 +562,8 @@ fn transformers_reads_compressed_tensors_folders() {
         (grid(8, None, true), format, &ALL),
         (grid(4, None, false), format, &["q_proj", "0.mlp.down_proj"]),
     ];
-    check("check_compressed_tensors.py", &folders(scratch.path(), &cases));
+    check(
+        "check_compressed_tensors.py",
+        &folders(scratch.path(), &cases),
+    );
 }

@@ -7,9 +7,10 @@ use elastic_lora::io::Checkpoint;
 use elastic_lora::nn::{KvCache, host_values};
 
 fn check(model: &str) {
-    let (Some(dir), Some(vectors)) =
-        (shared(&format!("models/{model}")), shared(&format!("vectors/logits/{model}.safetensors")))
-    else {
+    let (Some(dir), Some(vectors)) = (
+        shared(&format!("models/{model}")),
+        shared(&format!("vectors/logits/{model}.safetensors")),
+    ) else {
         return;
     };
     let decoder = load(&dir);
@@ -20,7 +21,11 @@ fn check(model: &str) {
 
     let full = decoder.forward(decoder.tokens(&ids, 1).unwrap());
     let full = host_values(full);
-    assert!(max_diff(&full, &expected) < 1e-4, "{}", max_diff(&full, &expected));
+    assert!(
+        max_diff(&full, &expected) < 1e-4,
+        "{}",
+        max_diff(&full, &expected)
+    );
 
     let hidden = host_values(decoder.hidden_states(decoder.tokens(&ids, 1).unwrap(), None));
     assert!(max_diff(&hidden, &vectors.load_f32("last_hidden").unwrap()) < 1e-4);
@@ -38,13 +43,19 @@ fn check(model: &str) {
             1
         };
         let tokens = decoder.tokens(&ids[start..start + n], 1).unwrap();
-        cached.extend(host_values(decoder.logits(decoder.hidden_states(tokens, Some(&mut cache)))));
+        cached.extend(host_values(
+            decoder.logits(decoder.hidden_states(tokens, Some(&mut cache))),
+        ));
         start += n;
     }
     assert!(max_diff(&cached, &full) < 1e-4);
 
     let positions: Vec<(usize, u32)> = (0..ids.len() - 1).map(|t| (t, ids[t + 1])).collect();
-    let sum = host_values(decoder.nll_sum(decoder.tokens(&ids, 1).unwrap(), &positions).unwrap())[0];
+    let sum = host_values(
+        decoder
+            .nll_sum(decoder.tokens(&ids, 1).unwrap(), &positions)
+            .unwrap(),
+    )[0];
     let mean = f64::from(sum) / positions.len() as f64;
     let published: f64 = vectors.metadata()["mean_nll"].parse().unwrap();
     assert!((mean - published).abs() < 5e-5, "{mean} {published}");

@@ -7,8 +7,8 @@ use common::{max_diff, random_ids, tiny, tiny_dims, tiny_mistral};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::runtime::{CacheFormat, Model, Session, SessionConfig, decode_batch};
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::runtime::{CacheFormat, Model, Session, SessionConfig, decode_batch};
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
@@ -18,13 +18,29 @@ const QKV: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
 const GATE_UP: [&str; 2] = ["gate_proj", "up_proj"];
 
 fn units() -> Vec<String> {
-    ["model.layers.0", "model.layers.2.self_attn", "model.layers.1", "model.layers.2.mlp"].map(String::from).to_vec()
+    [
+        "model.layers.0",
+        "model.layers.2.self_attn",
+        "model.layers.1",
+        "model.layers.2.mlp",
+    ]
+    .map(String::from)
+    .to_vec()
 }
 
 /// Ranks, widths, head counts and depth on three blocks with biases; alpha is not the rank.
 fn net(tied: bool, rule: ScaleRule) -> SuperNet {
-    let dims = LlamaDims { num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 3, ..tiny_dims(tied) };
-    let model = llama(&dims, serde_json::json!({"attention_bias": true, "mlp_bias": true}), 13);
+    let dims = LlamaDims {
+        num_hidden_layers: 3,
+        num_attention_heads: 6,
+        num_key_value_heads: 3,
+        ..tiny_dims(tied)
+    };
+    let model = llama(
+        &dims,
+        serde_json::json!({"attention_bias": true, "mlp_bias": true}),
+        13,
+    );
     let layers = model.layer_shapes();
     let width = |groups: &[&[&str]], choices: &[usize]| {
         SearchSpace::groups_by_block(Elastic::Width, &layers, groups, choices).unwrap()
@@ -38,18 +54,40 @@ fn net(tied: bool, rule: ScaleRule) -> SuperNet {
         .with_groups([Group::of_kind(Elastic::Depth, "depth", units(), vec![4, 3, 2, 1]).unwrap()])
         .unwrap();
     let lora = LoraConfig::new(5).with_alpha(7.0).with_scale_rule(rule);
-    let config = SuperNetConfig::new(lora).with_fixed_layers(vec!["model.layers.1.self_attn.o_proj".into()]);
+    let config =
+        SuperNetConfig::new(lora).with_fixed_layers(vec!["model.layers.1.self_attn.o_proj".into()]);
     let mut net = SuperNet::new(model, space, config).unwrap();
     // A fresh adapter adds nothing; a few steps make it matter.
-    let sequences = (0..4).map(|seed| Sequence::unmasked(random_ids(12, 41, seed))).collect();
-    let config = TrainConfig { lr: 0.05, ..TrainConfig::new(6) };
-    Trainer::new(config).unwrap().run(&mut net, &mut Batcher::new(sequences, 2, 0, 1).unwrap(), &[]).unwrap();
+    let sequences = (0..4)
+        .map(|seed| Sequence::unmasked(random_ids(12, 41, seed)))
+        .collect();
+    let config = TrainConfig {
+        lr: 0.05,
+        ..TrainConfig::new(6)
+    };
+    Trainer::new(config)
+        .unwrap()
+        .run(
+            &mut net,
+            &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
+            &[],
+        )
+        .unwrap();
     net
 }
 
-fn subnet(space: &SearchSpace, rank: usize, mlp: [usize; 3], heads: [usize; 3], depth: usize) -> SubnetConfig {
+fn subnet(
+    space: &SearchSpace,
+    rank: usize,
+    mlp: [usize; 3],
+    heads: [usize; 3],
+    depth: usize,
+) -> SubnetConfig {
     let value = |group: &Group| {
-        let block = group.layers()[0].split('.').nth(2).and_then(|block| block.parse::<usize>().ok());
+        let block = group.layers()[0]
+            .split('.')
+            .nth(2)
+            .and_then(|block| block.parse::<usize>().ok());
         match (group.kind(), group.layers()[0].contains("mlp")) {
             (Elastic::Rank, _) => rank,
             (Elastic::Width, true) => mlp[block.unwrap()],
@@ -57,7 +95,11 @@ fn subnet(space: &SearchSpace, rank: usize, mlp: [usize; 3], heads: [usize; 3], 
             _ => depth,
         }
     };
-    space.groups().iter().map(|group| (group.id().to_string(), value(group))).collect()
+    space
+        .groups()
+        .iter()
+        .map(|group| (group.id().to_string(), value(group)))
+        .collect()
 }
 
 fn subnets(space: &SearchSpace) -> Vec<(String, SubnetConfig)> {
@@ -73,9 +115,11 @@ fn subnets(space: &SearchSpace) -> Vec<(String, SubnetConfig)> {
 
 #[test]
 fn a_sessions_subnet_is_the_super_networks() {
-    for (tied, rule) in
-        [(false, ScaleRule::AlphaOverMaxRank), (true, ScaleRule::AlphaOverRank), (false, ScaleRule::AlphaOverSqrtRank)]
-    {
+    for (tied, rule) in [
+        (false, ScaleRule::AlphaOverMaxRank),
+        (true, ScaleRule::AlphaOverRank),
+        (false, ScaleRule::AlphaOverSqrtRank),
+    ] {
         let mut net = net(tied, rule);
         let named = subnets(net.space());
         // Whatever is active in the net while it is read.
@@ -86,7 +130,12 @@ fn a_sessions_subnet_is_the_super_networks() {
         let mut session = session(&model);
         let ids = random_ids(21, 41, 9);
         let mut seen: Vec<Vec<f32>> = Vec::new();
-        let order = [("whole", &whole), ("small", &named[0].1), ("shallow", &named[1].1), ("least", &named[2].1)];
+        let order = [
+            ("whole", &whole),
+            ("small", &named[0].1),
+            ("shallow", &named[1].1),
+            ("least", &named[2].1),
+        ];
         for (name, config) in order.iter().chain([&("middle", &named[3].1), &order[0]]) {
             net.activate(config).unwrap();
             session.reset();
@@ -97,16 +146,32 @@ fn a_sessions_subnet_is_the_super_networks() {
             // The same by its values, and as a model of its own.
             let mut other = Session::new(&model, &SessionConfig::default()).unwrap();
             other.set_config(config).unwrap();
-            assert_eq!(in_pieces(&mut other, &ids, &[ids.len()]), *seen.last().unwrap());
+            assert_eq!(
+                in_pieces(&mut other, &ids, &[ids.len()]),
+                *seen.last().unwrap()
+            );
             let alone = model.extract(model.subnet_index(name).unwrap()).unwrap();
             let mut other = Session::new(&alone, &SessionConfig::default()).unwrap();
             let got = in_pieces(&mut other, &ids, &[ids.len()]);
-            assert!(max_diff(&got, seen.last().unwrap()) / largest(&got) < 1e-5, "{name}");
+            assert!(
+                max_diff(&got, seen.last().unwrap()) / largest(&got) < 1e-5,
+                "{name}"
+            );
             let merged = alone.merged().unwrap();
             assert!(merged.layers().iter().all(|layer| layer.max_rank == 0));
-            let got = in_pieces(&mut Session::new(&merged, &SessionConfig::default()).unwrap(), &ids, &[4]);
-            assert!(max_diff(&got, seen.last().unwrap()) / largest(&got) < 1e-4, "{name}");
-            let merger = Merger::new().with_mode(elastic_lora::merge::MergeMode::Dense).extract(&net, &[]).unwrap();
+            let got = in_pieces(
+                &mut Session::new(&merged, &SessionConfig::default()).unwrap(),
+                &ids,
+                &[4],
+            );
+            assert!(
+                max_diff(&got, seen.last().unwrap()) / largest(&got) < 1e-4,
+                "{name}"
+            );
+            let merger = Merger::new()
+                .with_mode(elastic_lora::merge::MergeMode::Dense)
+                .extract(&net, &[])
+                .unwrap();
             assert_eq!(merger.model.config().blocks(), merged.config().blocks());
         }
         // Back to the first, nothing has moved; and no two are the same.
@@ -133,13 +198,20 @@ fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
     agrees(&base, &mut session, &ids, 1e-4, "base");
     // One at a rank that no group offers.
     session.reset();
-    let mut ranks: Vec<u32> = model.layers().iter().map(|layer| layer.max_rank as u32).collect();
+    let mut ranks: Vec<u32> = model
+        .layers()
+        .iter()
+        .map(|layer| layer.max_rank as u32)
+        .collect();
     let layer = model.layer_index("model.layers.2.mlp.down_proj").unwrap();
     ranks[layer] = 2;
     session.set_ranks(&ranks).unwrap();
     net.activate(&net.maximal()).unwrap();
     let mut one = net.eval_model();
-    one.linear_mut("model.layers.2.mlp.down_proj").unwrap().set_active_rank(2).unwrap();
+    one.linear_mut("model.layers.2.mlp.down_proj")
+        .unwrap()
+        .set_active_rank(2)
+        .unwrap();
     agrees(&one, &mut session, &ids, 1e-4, "one rank");
     assert_eq!(session.ranks()[layer], 2);
 
@@ -152,11 +224,27 @@ fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
     session.truncate(ids.len());
     assert_eq!(in_pieces(&mut session, &ids[..2], &[]), before);
     session.reset();
-    assert!(matches!(session.set_subnet(5), Err(Error::InvalidArgument { .. })));
-    assert!(matches!(session.set_subnet_named("large"), Err(Error::UnknownSubnet { .. })));
-    assert!(matches!(session.set_ranks(&none[1..]), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(
+        session.set_subnet(5),
+        Err(Error::InvalidArgument { .. })
+    ));
+    assert!(matches!(
+        session.set_subnet_named("large"),
+        Err(Error::UnknownSubnet { .. })
+    ));
+    assert!(matches!(
+        session.set_ranks(&none[1..]),
+        Err(Error::ShapeMismatch { .. })
+    ));
     ranks[layer] = 6;
-    assert!(matches!(session.set_ranks(&ranks), Err(Error::InvalidRank { found: 6, max: 5, .. })));
+    assert!(matches!(
+        session.set_ranks(&ranks),
+        Err(Error::InvalidRank {
+            found: 6,
+            max: 5,
+            ..
+        })
+    ));
     let mut wrong = net.maximal();
     wrong.set("depth", 9);
     assert!(session.set_config(&wrong).is_err());
@@ -174,32 +262,66 @@ fn adapters_that_no_pair_of_factors_expresses_are_refused() {
     let masked = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(true);
     let net = SuperNet::new(model, space, masked).unwrap();
     let error = Model::from_supernet(&net, &[], F32).unwrap_err();
-    assert!(matches!(&error, Error::HasAdapter { layer, .. } if layer == "model.layers.0.self_attn.q_proj"), "{error}");
+    assert!(
+        matches!(&error, Error::HasAdapter { layer, .. } if layer == "model.layers.0.self_attn.q_proj"),
+        "{error}"
+    );
     assert!(error.to_string().contains("merge it first"));
     let merged = Merger::new().merge(&net, &[]).unwrap().model;
-    agrees(&merged, &mut session(&Model::from_decoder(&merged, F32).unwrap()), &random_ids(9, 41, 3), 1e-4, "merged");
+    agrees(
+        &merged,
+        &mut session(&Model::from_decoder(&merged, F32).unwrap()),
+        &random_ids(9, 41, 3),
+        1e-4,
+        "merged",
+    );
     let net = self::net(false, ScaleRule::default());
-    let taken = vec![("a".to_string(), net.minimal()), ("a".to_string(), net.maximal())];
-    assert!(matches!(Model::from_supernet(&net, &taken, F32), Err(Error::InvalidArgument { .. })));
+    let taken = vec![
+        ("a".to_string(), net.minimal()),
+        ("a".to_string(), net.maximal()),
+    ];
+    assert!(matches!(
+        Model::from_supernet(&net, &taken, F32),
+        Err(Error::InvalidArgument { .. })
+    ));
 }
 
 #[test]
 fn sessions_in_a_batch_are_what_they_are_alone() {
     let net = net(true, ScaleRule::AlphaOverMaxRank);
     let decoders = [tiny_mistral(Some(5), 3), tiny(false, 2)];
-    let mut models: Vec<Model> = decoders.iter().map(|decoder| Model::from_decoder(decoder, F32).unwrap()).collect();
+    let mut models: Vec<Model> = decoders
+        .iter()
+        .map(|decoder| Model::from_decoder(decoder, F32).unwrap())
+        .collect();
     models.push(Model::from_supernet(&net, &subnets(net.space()), F32).unwrap());
-    models.push(models[1].with_format(WeightFormat::Int { bits: 4, group_size: Some(8), symmetric: false }).unwrap());
+    models.push(
+        models[1]
+            .with_format(WeightFormat::Int {
+                bits: 4,
+                group_size: Some(8),
+                symmetric: false,
+            })
+            .unwrap(),
+    );
     for model in &models {
         let subnet = model.subnets().len() - 1;
         let make = |i: usize| {
-            let format = if i == 1 { CacheFormat::F16 } else { CacheFormat::F32 };
-            let mut session = Session::new(model, &SessionConfig::default().with_cache(format)).unwrap();
+            let format = if i == 1 {
+                CacheFormat::F16
+            } else {
+                CacheFormat::F32
+            };
+            let mut session =
+                Session::new(model, &SessionConfig::default().with_cache(format)).unwrap();
             session.set_subnet(subnet).unwrap();
-            session.decode(&random_ids(1 + 4 * i, 41, i as u64), None).unwrap();
+            session
+                .decode(&random_ids(1 + 4 * i, 41, i as u64), None)
+                .unwrap();
             session
         };
-        let (mut alone, mut together): (Vec<Session>, Vec<Session>) = (0..4).map(|i| (make(i), make(i))).unzip();
+        let (mut alone, mut together): (Vec<Session>, Vec<Session>) =
+            (0..4).map(|i| (make(i), make(i))).unzip();
         for step in 0..5 {
             let tokens = random_ids(4, 41, 60 + step);
             let mut logits = vec![0.0; 4 * 41];
@@ -218,10 +340,19 @@ fn sessions_in_a_batch_are_what_they_are_alone() {
     // What cannot be together.
     let (mut a, mut b) = (session(&models[0]), session(&models[1]));
     let mut logits = vec![0.0; 82];
-    assert!(matches!(decode_batch(&mut [&mut a, &mut b], &[1, 2], &mut logits), Err(Error::InvalidState { .. })));
+    assert!(matches!(
+        decode_batch(&mut [&mut a, &mut b], &[1, 2], &mut logits),
+        Err(Error::InvalidState { .. })
+    ));
     let mut c = session(&models[0]);
-    assert!(matches!(decode_batch(&mut [&mut a, &mut c], &[1], &mut logits), Err(Error::ShapeMismatch { .. })));
-    assert!(matches!(decode_batch(&mut [&mut a, &mut c], &[1, 41], &mut logits), Err(Error::TokenOutOfRange { .. })));
+    assert!(matches!(
+        decode_batch(&mut [&mut a, &mut c], &[1], &mut logits),
+        Err(Error::ShapeMismatch { .. })
+    ));
+    assert!(matches!(
+        decode_batch(&mut [&mut a, &mut c], &[1, 41], &mut logits),
+        Err(Error::TokenOutOfRange { .. })
+    ));
     assert_eq!((a.position(), c.position()), (0, 0));
     decode_batch(&mut [], &[], &mut []).unwrap();
 }
@@ -229,7 +360,9 @@ fn sessions_in_a_batch_are_what_they_are_alone() {
 #[test]
 fn threads_share_a_model_and_get_the_same_bits() {
     let net = net(false, ScaleRule::AlphaOverMaxRank);
-    let model = Model::from_supernet(&net, &subnets(net.space()), F32).unwrap().with_n_threads(3);
+    let model = Model::from_supernet(&net, &subnets(net.space()), F32)
+        .unwrap()
+        .with_n_threads(3);
     let run = |subnet: usize| {
         let mut session = Session::new(&model, &SessionConfig::default()).unwrap();
         session.set_subnet(subnet).unwrap();
@@ -239,10 +372,15 @@ fn threads_share_a_model_and_get_the_same_bits() {
     std::thread::scope(|scope| {
         for worker in 0..8 {
             let (want, run) = (&want, &run);
-            scope.spawn(move || (0..10).for_each(|i| assert_eq!(run((worker + i) % 5), want[(worker + i) % 5])));
+            scope.spawn(move || {
+                (0..10).for_each(|i| assert_eq!(run((worker + i) % 5), want[(worker + i) % 5]))
+            });
         }
     });
     let one = model.with_n_threads(1);
     let mut session = Session::new(&one, &SessionConfig::default()).unwrap();
-    assert_eq!(in_pieces(&mut session, &random_ids(30, 41, 0), &[17]), want[0]);
+    assert_eq!(
+        in_pieces(&mut session, &random_ids(30, 41, 0), &[17]),
+        want[0]
+    );
 }

@@ -15,7 +15,8 @@ use elastic_lora::linalg::Matrix;
 use elastic_lora::nn::BaseLinear;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{
-    Checkpointing, Sampling, Schedule, StepLog, TrainConfig, TrainReport, Trainer, mean_loss, targets,
+    Checkpointing, Sampling, Schedule, StepLog, TrainConfig, TrainReport, Trainer, mean_loss,
+    targets,
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 
@@ -47,7 +48,11 @@ fn lora() -> LoraConfig {
 
 fn net() -> SuperNet {
     let model = tiny(false, 4);
-    let groups = [&["q_proj", "k_proj", "v_proj"][..], &["up_proj", "gate_proj"], &["down_proj"]];
+    let groups = [
+        &["q_proj", "k_proj", "v_proj"][..],
+        &["up_proj", "gate_proj"],
+        &["down_proj"],
+    ];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, &[5, 3, 2]).unwrap();
     let mut net = SuperNet::new(model, space, SuperNetConfig::new(lora()).with_seed(6)).unwrap();
     net.activate(&net.heuristic()).unwrap();
@@ -70,7 +75,11 @@ fn config(steps: usize) -> TrainConfig {
 /// The layer's weight with every third element set to zero.
 fn every_third_zero(base: &BaseLinear) -> Matrix {
     let mut weight = base.to_matrix();
-    weight.as_mut_slice().iter_mut().step_by(3).for_each(|v| *v = 0.0);
+    weight
+        .as_mut_slice()
+        .iter_mut()
+        .step_by(3)
+        .for_each(|v| *v = 0.0);
     weight
 }
 
@@ -96,24 +105,53 @@ fn only_adapters_change_and_the_loss_falls() {
     config.clip_norm = None;
     let report = run(&Trainer::new(config).unwrap(), &mut net).unwrap();
     let after = weight_bits(net.model());
-    assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    assert_eq!(
+        before.keys().collect::<Vec<_>>(),
+        after.keys().collect::<Vec<_>>()
+    );
     for (path, bits) in &before {
         assert_eq!(is_factor(path), bits != &after[path], "{path}");
     }
-    assert_eq!(after.keys().filter(|path| is_factor(path)).count(), 2 * 2 * 6);
-    assert!(report.valid_loss().unwrap() < 0.8 * untrained, "{untrained} {:?}", report.valid_loss());
-    assert_eq!(report.valid_loss().unwrap(), mean_loss(&net.eval_model(), &valid()).unwrap());
+    assert_eq!(
+        after.keys().filter(|path| is_factor(path)).count(),
+        2 * 2 * 6
+    );
+    assert!(
+        report.valid_loss().unwrap() < 0.8 * untrained,
+        "{untrained} {:?}",
+        report.valid_loss()
+    );
+    assert_eq!(
+        report.valid_loss().unwrap(),
+        mean_loss(&net.eval_model(), &valid()).unwrap()
+    );
     assert_eq!(net.active(), &home);
     assert!(!net.model().device().is_autodiff());
     assert_eq!((report.steps_done, report.logs.len()), (60, 60));
 
     // A second run goes on from there, and still leaves the base alone.
     let trained_loss = report.valid_loss().unwrap();
-    let report = run(&Trainer::new(TrainConfig { seed: 10, ..self::config(20) }).unwrap(), &mut net).unwrap();
+    let report = run(
+        &Trainer::new(TrainConfig {
+            seed: 10,
+            ..self::config(20)
+        })
+        .unwrap(),
+        &mut net,
+    )
+    .unwrap();
     assert!(report.valid_loss().unwrap() < 1.1 * trained_loss);
     let again = weight_bits(net.model());
-    assert!(before.iter().all(|(path, bits)| is_factor(path) || bits == &again[path]));
-    assert!(after.iter().any(|(path, bits)| is_factor(path) && bits != &again[path]));
+    assert!(
+        before
+            .iter()
+            .all(|(path, bits)| is_factor(path) || bits == &again[path])
+    );
+    assert!(
+        after
+            .iter()
+            .any(|(path, bits)| is_factor(path) && bits != &again[path])
+    );
 }
 
 #[test]
@@ -126,26 +164,59 @@ fn the_same_seed_gives_the_same_bits() {
     let first = trained(config(8));
     assert_eq!(first, trained(config(8)));
     for threads in [1, 3] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        assert_eq!(first, pool.install(|| trained(config(8))), "{threads} threads");
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        assert_eq!(
+            first,
+            pool.install(|| trained(config(8))),
+            "{threads} threads"
+        );
     }
-    assert_ne!(first.0, trained(TrainConfig { seed: 10, ..config(8) }).0);
-    let fixed = trained(TrainConfig { sampling: Sampling::Fixed, ..config(8) });
-    let per_batch = trained(TrainConfig { sampling: Sampling::PerMicroBatch, ..config(8) });
+    assert_ne!(
+        first.0,
+        trained(TrainConfig {
+            seed: 10,
+            ..config(8)
+        })
+        .0
+    );
+    let fixed = trained(TrainConfig {
+        sampling: Sampling::Fixed,
+        ..config(8)
+    });
+    let per_batch = trained(TrainConfig {
+        sampling: Sampling::PerMicroBatch,
+        ..config(8)
+    });
     assert!(first.0 != fixed.0 && first.0 != per_batch.0 && fixed.0 != per_batch.0);
 }
 
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bits() {
     for dense in [false, true] {
-        let make = || if dense { SuperNet::dense(tiny(false, 4)).unwrap() } else { net() };
+        let make = || {
+            if dense {
+                SuperNet::dense(tiny(false, 4)).unwrap()
+            } else {
+                net()
+            }
+        };
         let (dir, whole_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut whole = make();
-        let trainer = Trainer::new(TrainConfig { checkpoint_every: 3, ..config(12) }).unwrap();
+        let trainer = Trainer::new(TrainConfig {
+            checkpoint_every: 3,
+            ..config(12)
+        })
+        .unwrap();
         let expected = run(&trainer.clone().with_folder(whole_dir.path()), &mut whole).unwrap();
         // Ended after step 4, and so resumed from the checkpoint of step 3.
         let ended_dir = tempfile::tempdir().unwrap();
-        let ended = trainer.clone().with_folder(ended_dir.path()).with_resume(true);
+        let ended = trainer
+            .clone()
+            .with_folder(ended_dir.path())
+            .with_resume(true);
         end_at_validation(&ended, &mut make());
         let mut net = make();
         let late = run(&ended, &mut net).unwrap();
@@ -189,23 +260,50 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
 #[test]
 fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = TrainConfig { checkpoint_every: 3, ..config(6) };
-    end_at_validation(&Trainer::new(settings.clone()).unwrap().with_folder(dir.path()), &mut net());
-    let resume = |config: TrainConfig| Trainer::new(config).unwrap().with_folder(dir.path()).with_resume(true);
+    let settings = TrainConfig {
+        checkpoint_every: 3,
+        ..config(6)
+    };
+    end_at_validation(
+        &Trainer::new(settings.clone())
+            .unwrap()
+            .with_folder(dir.path()),
+        &mut net(),
+    );
+    let resume = |config: TrainConfig| {
+        Trainer::new(config)
+            .unwrap()
+            .with_folder(dir.path())
+            .with_resume(true)
+    };
 
     // Other settings, space, adapters, data, order.
     let mismatch = |outcome: Result<TrainReport>| match outcome {
         Err(Error::CheckpointMismatch { field, .. }) => field,
         other => panic!("{other:?}"),
     };
-    let other = TrainConfig { lr: 2e-2, ..settings.clone() };
+    let other = TrainConfig {
+        lr: 2e-2,
+        ..settings.clone()
+    };
     assert_eq!(mismatch(run(&resume(other), &mut net())), "settings");
     let model = tiny(false, 4);
     let space = SearchSpace::fixed(&model.layer_shapes(), 5).unwrap();
     let mut other = SuperNet::new(model, space, net().config().clone()).unwrap();
-    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "search space");
-    let mut other = SuperNet::new(tiny(false, 4), net().space().clone(), SuperNetConfig::new(lora())).unwrap();
-    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "adapters");
+    assert_eq!(
+        mismatch(run(&resume(settings.clone()), &mut other)),
+        "search space"
+    );
+    let mut other = SuperNet::new(
+        tiny(false, 4),
+        net().space().clone(),
+        SuperNetConfig::new(lora()),
+    )
+    .unwrap();
+    assert_eq!(
+        mismatch(run(&resume(settings.clone()), &mut other)),
+        "adapters"
+    );
     for mut data in [
         Batcher::new(sequences(37, 2), 4, 0, 5).unwrap(),
         Batcher::new(sequences(37, 1), 4, 0, 6).unwrap(),
@@ -215,12 +313,21 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     }
     let model = tiny_on(&tiny_dims(true), 4, &Device::flex());
     let mut other = SuperNet::new(model, net().space().clone(), net().config().clone()).unwrap();
-    assert_eq!(mismatch(run(&resume(settings.clone()), &mut other)), "number of base weights");
+    assert_eq!(
+        mismatch(run(&resume(settings.clone()), &mut other)),
+        "number of base weights"
+    );
 
     // Broken files; the super-network stays as it was, off the tape.
     let checkpoint = dir.path().join("checkpoint");
-    let (json, tensors) = (checkpoint.join("trainer.json"), checkpoint.join("trainer.safetensors"));
-    let (good_json, good_tensors) = (std::fs::read_to_string(&json).unwrap(), std::fs::read(&tensors).unwrap());
+    let (json, tensors) = (
+        checkpoint.join("trainer.json"),
+        checkpoint.join("trainer.safetensors"),
+    );
+    let (good_json, good_tensors) = (
+        std::fs::read_to_string(&json).unwrap(),
+        std::fs::read(&tensors).unwrap(),
+    );
     let refused = |what: &str| {
         let mut net = net();
         let before = weight_bits(net.model());
@@ -237,12 +344,22 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         f(&mut value);
         std::fs::write(&json, value.to_string()).unwrap();
     };
-    for text in ["", "{", "null", "[]", "{\"version\": 2}", &good_json[..good_json.len() / 2]] {
+    for text in [
+        "",
+        "{",
+        "null",
+        "[]",
+        "{\"version\": 2}",
+        &good_json[..good_json.len() / 2],
+    ] {
         std::fs::write(&json, text).unwrap();
         assert!(matches!(refused(text), Error::Json { .. }));
     }
     edit(&|v| v["version"] = 1.into());
-    assert!(matches!(refused("version"), Error::CheckpointMismatch { .. }));
+    assert!(matches!(
+        refused("version"),
+        Error::CheckpointMismatch { .. }
+    ));
     edit(&|v| v["step"] = 5.into());
     assert!(matches!(refused("step"), Error::InvalidFile { .. }));
     edit(&|v| v["step"] = (-1).into());
@@ -250,7 +367,10 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     edit(&|v| v["position"]["index"] = 10_000.into());
     assert!(matches!(refused("position"), Error::InvalidArgument { .. }));
     edit(&|v| v["times"]["layers.0.mlp.up_proj.adapter.lora_a"] = vec![1].into());
-    assert!(matches!(refused("too few counts"), Error::InvalidFile { .. }));
+    assert!(matches!(
+        refused("too few counts"),
+        Error::InvalidFile { .. }
+    ));
     edit(&|v| v["times"]["nothing.lora_a"] = vec![1].into());
     assert!(matches!(refused("times"), Error::MissingTensor { .. }));
     std::fs::write(&json, &good_json).unwrap();
@@ -281,10 +401,22 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
 fn plain_lora_is_the_space_of_one_choice() {
     let trained = |sampling: Sampling| {
         let model = tiny(true, 4);
-        let shapes: Vec<_> = model.layer_shapes().into_iter().filter(|l| l.name.ends_with("q_proj")).collect();
+        let shapes: Vec<_> = model
+            .layer_shapes()
+            .into_iter()
+            .filter(|l| l.name.ends_with("q_proj"))
+            .collect();
         let space = SearchSpace::fixed(&shapes, 3).unwrap();
         let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(3))).unwrap();
-        let report = run(&Trainer::new(TrainConfig { sampling, ..config(10) }).unwrap(), &mut net).unwrap();
+        let report = run(
+            &Trainer::new(TrainConfig {
+                sampling,
+                ..config(10)
+            })
+            .unwrap(),
+            &mut net,
+        )
+        .unwrap();
         assert_eq!(net.extract().unwrap().layers.len(), 2);
         (weight_bits(net.model()), report.logs)
     };
@@ -293,20 +425,40 @@ fn plain_lora_is_the_space_of_one_choice() {
 
 #[test]
 fn divergence_is_an_error_and_the_weights_stay_finite() {
-    let finite =
-        |net: &SuperNet| weight_bits(net.model()).values().flatten().all(|bits| f32::from_bits(*bits).is_finite());
+    let finite = |net: &SuperNet| {
+        weight_bits(net.model())
+            .values()
+            .flatten()
+            .all(|bits| f32::from_bits(*bits).is_finite())
+    };
     for clip_norm in [None, Some(1.0)] {
         // So large a rate that the next loss is not a number.
         let mut net = net();
-        let wild = TrainConfig { lr: 1e30, warmup: 0, clip_norm, eval_every: 0, ..config(9) };
-        let error = Trainer::new(wild.clone()).unwrap().run(&mut net, &mut batcher(), &[]).unwrap_err();
-        assert!(matches!(error, Error::Diverged { step: 2.., .. }), "{error}");
+        let wild = TrainConfig {
+            lr: 1e30,
+            warmup: 0,
+            clip_norm,
+            eval_every: 0,
+            ..config(9)
+        };
+        let error = Trainer::new(wild.clone())
+            .unwrap()
+            .run(&mut net, &mut batcher(), &[])
+            .unwrap_err();
+        assert!(
+            matches!(error, Error::Diverged { step: 2.., .. }),
+            "{error}"
+        );
         assert!(finite(&net));
         assert!(!net.model().device().is_autodiff());
         // The only step: what validation finds counts.
         let mut net = self::net();
         let before = weight_bits(net.model());
-        let error = run(&Trainer::new(TrainConfig { steps: 1, ..wild }).unwrap(), &mut net).unwrap_err();
+        let error = run(
+            &Trainer::new(TrainConfig { steps: 1, ..wild }).unwrap(),
+            &mut net,
+        )
+        .unwrap_err();
         assert!(matches!(error, Error::Diverged { step: 1, .. }), "{error}");
         assert_eq!(before, weight_bits(net.model()));
     }
@@ -321,20 +473,33 @@ fn accumulated_micro_batches_are_one_batch() {
         let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(3))).unwrap();
         // 8 sequences make an epoch, and a step: their order does not matter.
         let mut data = Batcher::new(all.clone(), batch, 0, 1).unwrap();
-        let config = TrainConfig { accumulation, eps: 1e-3, ..config(3) };
-        let report = Trainer::new(config).unwrap().run(&mut net, &mut data, &[]).unwrap();
+        let config = TrainConfig {
+            accumulation,
+            eps: 1e-3,
+            ..config(3)
+        };
+        let report = Trainer::new(config)
+            .unwrap()
+            .run(&mut net, &mut data, &[])
+            .unwrap();
         (weight_bits(net.model()), report.logs)
     };
     let (whole, whole_logs) = trained(8, 1);
     for (batch, accumulation) in [(4, 2), (2, 4), (3, 3)] {
         let (parts, logs) = trained(batch, accumulation);
         for (a, b) in whole_logs.iter().zip(&logs) {
-            assert!((a.loss - b.loss).abs() < 1e-5 * a.loss && (a.grad_norm - b.grad_norm).abs() < 1e-4 * a.grad_norm);
+            assert!(
+                (a.loss - b.loss).abs() < 1e-5 * a.loss
+                    && (a.grad_norm - b.grad_norm).abs() < 1e-4 * a.grad_norm
+            );
             assert_eq!(a.n_tokens, b.n_tokens);
         }
         for (path, bits) in &whole {
             for (a, b) in bits.iter().zip(&parts[path]) {
-                assert!((f32::from_bits(*a) - f32::from_bits(*b)).abs() < 1e-5, "{path}");
+                assert!(
+                    (f32::from_bits(*a) - f32::from_bits(*b)).abs() < 1e-5,
+                    "{path}"
+                );
             }
         }
     }
@@ -343,10 +508,19 @@ fn accumulated_micro_batches_are_one_batch() {
 #[test]
 fn the_log_has_every_step_with_its_rate_and_validation() {
     let dir = tempfile::tempdir().unwrap();
-    let report = run(&Trainer::new(config(10)).unwrap().with_folder(dir.path().join("new/run")), &mut net()).unwrap();
+    let report = run(
+        &Trainer::new(config(10))
+            .unwrap()
+            .with_folder(dir.path().join("new/run")),
+        &mut net(),
+    )
+    .unwrap();
     let text = std::fs::read_to_string(dir.path().join("new/run/losses.csv")).unwrap();
     let mut lines = text.lines();
-    assert_eq!(lines.next(), Some("step,loss,valid_loss,lr,grad_norm,tokens,smallest_loss"));
+    assert_eq!(
+        lines.next(),
+        Some("step,loss,valid_loss,lr,grad_norm,tokens,smallest_loss")
+    );
     let rows: Vec<Vec<&str>> = lines.map(|line| line.split(',').collect()).collect();
     assert_eq!(rows.len(), 10);
     for (index, (row, log)) in rows.iter().zip(&report.logs).enumerate() {
@@ -363,7 +537,10 @@ fn the_log_has_every_step_with_its_rate_and_validation() {
     assert!((report.tokens_per_second * report.seconds - total as f64).abs() < 1.0);
     // A step's tokens are those of its two batches.
     let mut data = batcher();
-    assert_eq!(report.logs[0].n_tokens, data.next_batch().n_tokens() + data.next_batch().n_tokens());
+    assert_eq!(
+        report.logs[0].n_tokens,
+        data.next_batch().n_tokens() + data.next_batch().n_tokens()
+    );
 }
 
 #[test]
@@ -373,7 +550,12 @@ fn a_folder_that_cannot_be_is_an_error_before_the_first_step() {
     std::fs::write(&file, "").unwrap();
     let mut net = net();
     let before = weight_bits(net.model());
-    let result = run(&Trainer::new(config(3)).unwrap().with_folder(file.join("run")), &mut net);
+    let result = run(
+        &Trainer::new(config(3))
+            .unwrap()
+            .with_folder(file.join("run")),
+        &mut net,
+    );
     assert!(matches!(result, Err(Error::Io { .. })));
     assert_eq!(before, weight_bits(net.model()));
 }
@@ -384,13 +566,24 @@ fn a_dense_run_trains_every_weight_and_may_be_adapted_after() {
     assert_eq!(net.n_subnets(), 1.0);
     let before = weight_bits(net.model());
     let untrained = mean_loss(net.model(), &valid()).unwrap();
-    let report = run(&Trainer::new(TrainConfig { lr: 3e-3, ..config(40) }).unwrap(), &mut net).unwrap();
+    let report = run(
+        &Trainer::new(TrainConfig {
+            lr: 3e-3,
+            ..config(40)
+        })
+        .unwrap(),
+        &mut net,
+    )
+    .unwrap();
     assert!(report.valid_loss().unwrap() < 0.7 * untrained);
     let after = weight_bits(net.model());
     for (path, bits) in &before {
         assert_ne!(bits, &after[path], "{path}");
     }
-    assert_eq!(net.cost(&net.maximal()).unwrap().params, net.model().count_base_params().total);
+    assert_eq!(
+        net.cost(&net.maximal()).unwrap().params,
+        net.model().count_base_params().total
+    );
 
     // Adapters on the model that was just trained: its own weights are frozen then.
     let model = net.into_model();
@@ -399,7 +592,11 @@ fn a_dense_run_trains_every_weight_and_may_be_adapted_after() {
     run(&Trainer::new(config(3)).unwrap(), &mut net).unwrap();
     let adapted = weight_bits(net.model());
     for (path, bits) in &after {
-        let path = if adapted.contains_key(path) { path.clone() } else { panic!("{path} is gone") };
+        let path = if adapted.contains_key(path) {
+            path.clone()
+        } else {
+            panic!("{path} is gone")
+        };
         assert_eq!(bits, &adapted[&path], "{path}");
     }
 }
@@ -408,7 +605,15 @@ fn a_dense_run_trains_every_weight_and_may_be_adapted_after() {
 fn a_tied_dense_model_trains_too() {
     let mut net = SuperNet::dense(tiny(true, 4)).unwrap();
     let untrained = mean_loss(net.model(), &valid()).unwrap();
-    let report = run(&Trainer::new(TrainConfig { lr: 3e-3, ..config(40) }).unwrap(), &mut net).unwrap();
+    let report = run(
+        &Trainer::new(TrainConfig {
+            lr: 3e-3,
+            ..config(40)
+        })
+        .unwrap(),
+        &mut net,
+    )
+    .unwrap();
     assert!(report.valid_loss().unwrap() < 0.8 * untrained);
 }
 
@@ -418,7 +623,11 @@ fn a_masked_run_keeps_the_zeros_of_the_merge() {
     model
         .try_for_each_linear(|_, layer| {
             let mut weight = layer.base.to_matrix();
-            weight.as_mut_slice().iter_mut().step_by(2).for_each(|v| *v = 0.0);
+            weight
+                .as_mut_slice()
+                .iter_mut()
+                .step_by(2)
+                .for_each(|v| *v = 0.0);
             layer.base.set_matrix(&weight)
         })
         .unwrap();
@@ -429,7 +638,13 @@ fn a_masked_run_keeps_the_zeros_of_the_merge() {
     for (name, layer) in net.model().linears() {
         let merged = elastic_lora::nn::host_values(layer.merged_weight());
         let weight = elastic_lora::nn::host_values(layer.base.weight());
-        assert!(weight.iter().zip(&merged).all(|(w, m)| *w != 0.0 || *m == 0.0), "{name}");
+        assert!(
+            weight
+                .iter()
+                .zip(&merged)
+                .all(|(w, m)| *w != 0.0 || *m == 0.0),
+            "{name}"
+        );
         assert!(weight != merged, "{name}");
     }
 }
@@ -444,42 +659,119 @@ fn odd_data_gives_errors_or_nothing_but_no_panic() {
     let mut net = net();
     let before = weight_bits(net.model());
     let error = run_on(vec![Sequence::unmasked(vec![1, 41, 2])], &mut net).unwrap_err();
-    assert!(matches!(error, Error::TokenOutOfRange { found: 41, vocab_size: 41 }), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::TokenOutOfRange {
+                found: 41,
+                vocab_size: 41
+            }
+        ),
+        "{error}"
+    );
     let error = run_on(vec![Sequence::unmasked(vec![1; 41])], &mut net).unwrap_err();
-    assert!(matches!(error, Error::SequenceTooLong { found: 41, max: 40, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::SequenceTooLong {
+                found: 41,
+                max: 40,
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert!(run_on(vec![Sequence::unmasked(Vec::new())], &mut net).is_err());
     assert!(run_on(Vec::new(), &mut net).is_err());
     assert_eq!(before, weight_bits(net.model()));
     assert!(!net.model().device().is_autodiff());
     // Nothing to predict: nothing is learned.
-    let nothing = Sequence { ids: vec![1, 2, 3], loss_mask: vec![false; 3] };
+    let nothing = Sequence {
+        ids: vec![1, 2, 3],
+        loss_mask: vec![false; 3],
+    };
     let report = run_on(vec![nothing.clone(), nothing.clone()], &mut net).unwrap();
-    assert!(report.logs.iter().all(|log| log.loss == 0.0 && log.grad_norm == 0.0));
+    assert!(
+        report
+            .logs
+            .iter()
+            .all(|log| log.loss == 0.0 && log.grad_norm == 0.0)
+    );
     assert_eq!(before, weight_bits(net.model()));
     // Some of the batches have nothing to predict.
     let some = vec![nothing.clone(), nothing, sequences(1, 1).remove(0)];
-    assert!(run_on(some, &mut net).unwrap().logs.iter().all(|log| log.loss.is_finite()));
+    assert!(
+        run_on(some, &mut net)
+            .unwrap()
+            .logs
+            .iter()
+            .all(|log| log.loss.is_finite())
+    );
 
     // Nothing to train.
-    let mut bare = SuperNet::new(tiny(true, 4), SearchSpace::single(), SuperNetConfig::new(lora())).unwrap();
-    assert!(matches!(run(&Trainer::new(config(3)).unwrap(), &mut bare), Err(Error::InvalidArgument { .. })));
+    let mut bare = SuperNet::new(
+        tiny(true, 4),
+        SearchSpace::single(),
+        SuperNetConfig::new(lora()),
+    )
+    .unwrap();
+    assert!(matches!(
+        run(&Trainer::new(config(3)).unwrap(), &mut bare),
+        Err(Error::InvalidArgument { .. })
+    ));
 
     // A first token cannot be predicted, whatever the mask says.
-    let first = Sequence { ids: vec![7, 8], loss_mask: vec![true, true] };
+    let first = Sequence {
+        ids: vec![7, 8],
+        loss_mask: vec![true, true],
+    };
     assert_eq!(targets(&collate(&[&first, &first], 0)), [(0, 8), (2, 8)]);
-    assert!(matches!(mean_loss(&net.eval_model(), &[]), Err(Error::InvalidArgument { name: "batches", .. })));
+    assert!(matches!(
+        mean_loss(&net.eval_model(), &[]),
+        Err(Error::InvalidArgument {
+            name: "batches",
+            ..
+        })
+    ));
 
     for bad in [
-        TrainConfig { steps: 0, ..config(3) },
-        TrainConfig { accumulation: 0, ..config(3) },
-        TrainConfig { lr: f64::NAN, ..config(3) },
-        TrainConfig { lr: 0.0, ..config(3) },
-        TrainConfig { eps: -1.0, ..config(3) },
-        TrainConfig { weight_decay: f64::INFINITY, ..config(3) },
-        TrainConfig { betas: (1.0, 0.9), ..config(3) },
-        TrainConfig { clip_norm: Some(0.0), ..config(3) },
+        TrainConfig {
+            steps: 0,
+            ..config(3)
+        },
+        TrainConfig {
+            accumulation: 0,
+            ..config(3)
+        },
+        TrainConfig {
+            lr: f64::NAN,
+            ..config(3)
+        },
+        TrainConfig {
+            lr: 0.0,
+            ..config(3)
+        },
+        TrainConfig {
+            eps: -1.0,
+            ..config(3)
+        },
+        TrainConfig {
+            weight_decay: f64::INFINITY,
+            ..config(3)
+        },
+        TrainConfig {
+            betas: (1.0, 0.9),
+            ..config(3)
+        },
+        TrainConfig {
+            clip_norm: Some(0.0),
+            ..config(3)
+        },
     ] {
-        assert!(matches!(Trainer::new(bad), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(
+            Trainer::new(bad),
+            Err(Error::InvalidArgument { .. })
+        ));
     }
 }
 
@@ -493,7 +785,10 @@ fn a_model_on_the_autodiff_device_trains_to_the_same_bits() {
         run(&Trainer::new(config(4)).unwrap(), &mut net).unwrap();
         weight_bits(net.model())
     };
-    assert_eq!(trained(&Device::flex()), trained(&Device::flex().autodiff()));
+    assert_eq!(
+        trained(&Device::flex()),
+        trained(&Device::flex().autodiff())
+    );
 }
 
 #[test]
@@ -502,7 +797,11 @@ fn ranks_that_no_subnet_used_stay_as_they_were() {
     // Momentum first, of all ranks.
     let maximal = net.maximal();
     net.activate(&maximal).unwrap();
-    let fixed = TrainConfig { sampling: Sampling::Fixed, weight_decay: 0.1, ..config(4) };
+    let fixed = TrainConfig {
+        sampling: Sampling::Fixed,
+        weight_decay: 0.1,
+        ..config(4)
+    };
     run(&Trainer::new(fixed.clone()).unwrap(), &mut net).unwrap();
     let minimal = net.minimal();
     net.activate(&minimal).unwrap();
@@ -512,11 +811,23 @@ fn ranks_that_no_subnet_used_stay_as_they_were() {
     for (path, bits) in before.iter().filter(|(path, _)| is_factor(path)) {
         // Of 5 ranks 2 are active: columns of A, rows of B.
         let d_output = bits.len() / 5;
-        let active = |i: usize| if path.ends_with("lora_a") { i % 5 < 2 } else { i / d_output < 2 };
+        let active = |i: usize| {
+            if path.ends_with("lora_a") {
+                i % 5 < 2
+            } else {
+                i / d_output < 2
+            }
+        };
         for (i, (before, after)) in bits.iter().zip(&after[path]).enumerate() {
             assert!(active(i) || before == after, "{path}: {i}");
         }
-        assert!(bits.iter().zip(&after[path]).enumerate().filter(|(i, _)| active(*i)).any(|(_, (b, a))| b != a));
+        assert!(
+            bits.iter()
+                .zip(&after[path])
+                .enumerate()
+                .filter(|(i, _)| active(*i))
+                .any(|(_, (b, a))| b != a)
+        );
     }
 }
 
@@ -525,47 +836,89 @@ fn checkpointing_changes_nothing_but_rounding() {
     let fixed = |sparse: bool, dropout: f64| {
         let mut model = tiny(sparse, 4);
         if sparse {
-            model.try_for_each_linear(|_, layer| layer.base.set_matrix(&every_third_zero(&layer.base))).unwrap();
+            model
+                .try_for_each_linear(|_, layer| {
+                    layer.base.set_matrix(&every_third_zero(&layer.base))
+                })
+                .unwrap();
         }
         let space = SearchSpace::fixed(&model.layer_shapes(), 3).unwrap();
         let lora = LoraConfig::new(3).with_dropout(dropout);
-        SuperNet::new(model, space, SuperNetConfig::new(lora).with_sparse_peft(sparse)).unwrap()
+        SuperNet::new(
+            model,
+            space,
+            SuperNetConfig::new(lora).with_sparse_peft(sparse),
+        )
+        .unwrap()
     };
     // Adapters above the first block alone: nothing below is to be gone through again.
     let upper = || {
         let model = tiny(false, 4);
-        let shapes: Vec<_> = model.layer_shapes().into_iter().filter(|l| l.name.contains("layers.1.")).collect();
+        let shapes: Vec<_> = model
+            .layer_shapes()
+            .into_iter()
+            .filter(|l| l.name.contains("layers.1."))
+            .collect();
         let space = SearchSpace::fixed(&shapes, 3).unwrap();
         SuperNet::new(model, space, SuperNetConfig::new(lora())).unwrap()
     };
     let cases: [(&str, &dyn Fn() -> SuperNet, Sampling); 8] = [
         ("plain LoRA", &|| fixed(false, 0.0), Sampling::Fixed),
         ("subnets and dropout", &net, Sampling::PerStep),
-        ("subnets by micro-batch and dropout", &net, Sampling::PerMicroBatch),
+        (
+            "subnets by micro-batch and dropout",
+            &net,
+            Sampling::PerMicroBatch,
+        ),
         ("SparsePEFT", &|| fixed(true, 0.0), Sampling::PerStep),
-        ("SparsePEFT and dropout", &|| fixed(true, 0.1), Sampling::PerStep),
+        (
+            "SparsePEFT and dropout",
+            &|| fixed(true, 0.1),
+            Sampling::PerStep,
+        ),
         ("the upper block", &upper, Sampling::PerStep),
-        ("dense", &|| SuperNet::dense(tiny(false, 4)).unwrap(), Sampling::PerStep),
-        ("dense, tied", &|| SuperNet::dense(tiny(true, 4)).unwrap(), Sampling::PerStep),
+        (
+            "dense",
+            &|| SuperNet::dense(tiny(false, 4)).unwrap(),
+            Sampling::PerStep,
+        ),
+        (
+            "dense, tied",
+            &|| SuperNet::dense(tiny(true, 4)).unwrap(),
+            Sampling::PerStep,
+        ),
     ];
     for (what, make, sampling) in cases {
         let trained = |checkpointing: Checkpointing| {
             let mut net = make();
             // A larger epsilon, for AdamW divides rounding by the root of what may be little else.
-            let config = TrainConfig { sampling, checkpointing, accumulation: 3, eps: 1e-3, ..config(5) };
+            let config = TrainConfig {
+                sampling,
+                checkpointing,
+                accumulation: 3,
+                eps: 1e-3,
+                ..config(5)
+            };
             let report = run(&Trainer::new(config).unwrap(), &mut net).unwrap();
             (report.logs, weight_bits(net.model()))
         };
         let (logs, weights) = trained(Checkpointing::None);
         let (by_block_logs, by_block) = trained(Checkpointing::Blocks);
-        assert_eq!(trained(Checkpointing::Blocks), (by_block_logs.clone(), by_block.clone()), "{what}");
+        assert_eq!(
+            trained(Checkpointing::Blocks),
+            (by_block_logs.clone(), by_block.clone()),
+            "{what}"
+        );
         same_logs(&logs, &by_block_logs, what);
         let mut largest = 0.0f32;
         for (path, bits) in &weights {
             for (a, b) in bits.iter().zip(&by_block[path]) {
                 let (a, b) = (f32::from_bits(*a), f32::from_bits(*b));
                 largest = largest.max((a - b).abs());
-                assert!((a - b).abs() <= 1e-6 * a.abs().max(1.0), "{what}: {path}: {a} {b}");
+                assert!(
+                    (a - b).abs() <= 1e-6 * a.abs().max(1.0),
+                    "{what}: {path}: {a} {b}"
+                );
             }
         }
         eprintln!("{what}: weights within {largest:e}");
@@ -575,21 +928,41 @@ fn checkpointing_changes_nothing_but_rounding() {
 fn same_logs(a: &[StepLog], b: &[StepLog], what: &str) {
     assert_eq!(a.len(), b.len());
     for (a, b) in a.iter().zip(b) {
-        assert!((a.loss - b.loss).abs() <= 1e-6 * a.loss, "{what}: {a:?} {b:?}");
-        assert!((a.grad_norm - b.grad_norm).abs() <= 1e-6 * a.grad_norm, "{what}: {a:?} {b:?}");
+        assert!(
+            (a.loss - b.loss).abs() <= 1e-6 * a.loss,
+            "{what}: {a:?} {b:?}"
+        );
+        assert!(
+            (a.grad_norm - b.grad_norm).abs() <= 1e-6 * a.grad_norm,
+            "{what}: {a:?} {b:?}"
+        );
     }
 }
 
 #[test]
 fn a_run_resumes_with_another_checkpointing() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = TrainConfig { checkpoint_every: 3, ..config(6) };
+    let settings = TrainConfig {
+        checkpoint_every: 3,
+        ..config(6)
+    };
     let mut whole = net();
     let expected = run(&Trainer::new(settings.clone()).unwrap(), &mut whole).unwrap();
-    end_at_validation(&Trainer::new(settings.clone()).unwrap().with_folder(dir.path()), &mut net());
-    let settings = TrainConfig { checkpointing: Checkpointing::Blocks, ..settings };
+    end_at_validation(
+        &Trainer::new(settings.clone())
+            .unwrap()
+            .with_folder(dir.path()),
+        &mut net(),
+    );
+    let settings = TrainConfig {
+        checkpointing: Checkpointing::Blocks,
+        ..settings
+    };
     let mut resumed = net();
-    let trainer = Trainer::new(settings).unwrap().with_folder(dir.path()).with_resume(true);
+    let trainer = Trainer::new(settings)
+        .unwrap()
+        .with_folder(dir.path())
+        .with_resume(true);
     let report = run(&trainer, &mut resumed).unwrap();
     assert_eq!(report.steps_done, 3);
     assert_eq!(report.logs[..3], expected.logs[..3]);

@@ -22,7 +22,10 @@ pub(crate) use say;
 
 /// The model that the crate ships.
 pub fn shipped_model() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/arithmetic-llama"))
+    PathBuf::from(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/assets/arithmetic-llama"
+    ))
 }
 
 /// A device by the name of its backend's feature.
@@ -90,6 +93,10 @@ pub fn stop_flag() -> Arc<AtomicBool> {
 pub fn exit_on_error(result: Result<()>) {
     if let Err(error) = result {
         eprintln!("error: {error}");
-        std::process::exit(if matches!(error, Error::Interrupted) { 130 } else { 1 });
+        std::process::exit(if matches!(error, Error::Interrupted) {
+            130
+        } else {
+            1
+        });
     }
 }

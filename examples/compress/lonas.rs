@@ -31,13 +31,17 @@ pub fn lonas_space(args: &Args, model: &Decoder, ranks: SearchSpace) -> Result<S
             .collect();
         let mut widen = |names: &[&str], choices: Vec<usize>| -> Result<()> {
             if choices.len() > 1 {
-                let groups = SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices)?;
+                let groups =
+                    SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices)?;
                 space = space.clone().with_groups(groups)?;
             }
             Ok(())
         };
         if dims.has_mlp() {
-            widen(&["gate_proj", "up_proj"], choices(&args.widths, dims.d_mlp, args.multiple))?;
+            widen(
+                &["gate_proj", "up_proj"],
+                choices(&args.widths, dims.d_mlp, args.multiple),
+            )?;
         }
         if dims.has_attention() {
             let step = dims.n_heads / dims.n_kv_heads * model.config().head_dim();
@@ -78,7 +82,11 @@ fn depth_group(args: &Args, model: &Decoder, samples: &[Vec<u32>]) -> Result<Opt
         .collect();
     let least = units.len().saturating_sub(args.depth);
     if least == 0 {
-        return Err(Error::argument("depth", args.depth, format!("under the model's {} parts", units.len())));
+        return Err(Error::argument(
+            "depth",
+            args.depth,
+            format!("under the model's {} parts", units.len()),
+        ));
     }
     let choices = (least..=units.len()).collect();
     Group::of_kind(Elastic::Depth, "depth", units, choices).map(Some)
@@ -94,9 +102,15 @@ fn shape(net: &SuperNet, subnet: &SubnetConfig) -> Result<String> {
         });
         runs.collect::<Vec<_>>().join(" ")
     };
-    let mut text = format!("mlp {}", runs(blocks.iter().map(|block| block.d_mlp).collect()));
+    let mut text = format!(
+        "mlp {}",
+        runs(blocks.iter().map(|block| block.d_mlp).collect())
+    );
     let heads: Vec<usize> = blocks.iter().map(|block| block.n_heads).collect();
-    if heads.iter().any(|n| *n != net.model().config().num_attention_heads()) {
+    if heads
+        .iter()
+        .any(|n| *n != net.model().config().num_attention_heads())
+    {
         text += &format!(", heads {}", runs(heads));
     }
     Ok(text)
@@ -113,18 +127,37 @@ impl Times {
         let context = model.config().max_position_embeddings().min(256);
         Ok(Self {
             prefill: measure_ms(model, Phase::Prefill { n_tokens: context }, REPEATS)?,
-            decode: measure_ms(model, Phase::Decode { context: context / 2 }, REPEATS)?,
+            decode: measure_ms(
+                model,
+                Phase::Decode {
+                    context: context / 2,
+                },
+                REPEATS,
+            )?,
         })
     }
 }
 
 impl Run<'_> {
     /// A row of table 1: an extracted model beside the full one.
-    fn table_1_row(&mut self, name: &str, model: &Decoder, shape: Option<String>, full: &Times) -> Result<()> {
+    fn table_1_row(
+        &mut self,
+        name: &str,
+        model: &Decoder,
+        shape: Option<String>,
+        full: &Times,
+    ) -> Result<()> {
         self.row(name, model, None)?;
         let times = Times::of(model)?;
-        let score = |row: &elastic_lora::io::report::Row| row.accuracy.or(row.loss.map(|loss| (-loss).exp()));
-        let lora = self.report.rows.iter().find(|row| row.name == LORA).and_then(score);
+        let score = |row: &elastic_lora::io::report::Row| {
+            row.accuracy.or(row.loss.map(|loss| (-loss).exp()))
+        };
+        let lora = self
+            .report
+            .rows
+            .iter()
+            .find(|row| row.name == LORA)
+            .and_then(score);
         if let Some(row) = self.report.rows.last_mut() {
             row.relative = lora.zip(score(row)).map(|(lora, score)| score / lora);
             row.prefill_speedup = Some(full.prefill / times.prefill);
@@ -141,9 +174,17 @@ impl Run<'_> {
         let (full, lora_score) = if args.elastic_only {
             (Times::of(base)?, None)
         } else {
-            let layers: Vec<_> =
-                base.layer_shapes().into_iter().filter(|l| ranks.group_of_layer(&l.name).is_some()).collect();
-            let mut lora = supernet(args, base, SearchSpace::fixed(&layers, ranks.max_rank())?, false)?;
+            let layers: Vec<_> = base
+                .layer_shapes()
+                .into_iter()
+                .filter(|l| ranks.group_of_layer(&l.name).is_some())
+                .collect();
+            let mut lora = supernet(
+                args,
+                base,
+                SearchSpace::fixed(&layers, ranks.max_rank())?,
+                false,
+            )?;
             self.train(&mut lora, "lora-dense", Sampling::Fixed)?;
             let lora = merger.extract(&lora, &[])?.model;
             let full = Times::of(&lora)?;
@@ -169,11 +210,17 @@ impl Run<'_> {
         let mut net = supernet(args, &sorted, space, false)?;
         for (name, subnet) in [("heuristic", net.heuristic()), ("smallest", net.minimal())] {
             net.activate(&subnet)?;
-            common::say!("{name}, untrained: validation loss {:.4}", mean_loss(&net.eval_model(), &self.task.valid)?);
+            common::say!(
+                "{name}, untrained: validation loss {:.4}",
+                mean_loss(&net.eval_model(), &self.task.valid)?
+            );
         }
         net.activate(&net.maximal())?;
         let config = match args.subnets {
-            Subnets::Uniform => TrainConfig { sampling: Sampling::PerStep, ..self.settings.train.clone() },
+            Subnets::Uniform => TrainConfig {
+                sampling: Sampling::PerStep,
+                ..self.settings.train.clone()
+            },
             Subnets::Sandwich => TrainConfig {
                 sampling: Sampling::Sandwich { random: 1 },
                 distillation: Some(Distillation::default()),
@@ -183,18 +230,30 @@ impl Run<'_> {
         self.train_with(&mut net, "lonas", config)?;
 
         let (heuristic, largest, smallest) = (net.heuristic(), net.maximal(), net.minimal());
-        for (name, subnet) in [("LoNAS, largest", largest), ("LoNAS, smallest", smallest), (HEURISTIC, heuristic)] {
+        for (name, subnet) in [
+            ("LoNAS, largest", largest),
+            ("LoNAS, smallest", smallest),
+            (HEURISTIC, heuristic),
+        ] {
             self.extracted_row(name, &mut net, &subnet, &merger, None, &full)?;
         }
-        let Some(lora_score) = lora_score else { return Ok(()) };
+        let Some(lora_score) = lora_score else {
+            return Ok(());
+        };
         let outcome = self.search(&net, "lonas", true)?;
         // Scores are dear where they are accuracies, so that only the front's subnets get one.
         let (mut best, mut small): (Option<Scored>, Option<Scored>) = (None, None);
-        let objective = SubnetObjective::new(&net, Metric::Loss(&self.task.valid), args.cost.into()).with_merged(true);
+        let objective =
+            SubnetObjective::new(&net, Metric::Loss(&self.task.valid), args.cost.into())
+                .with_merged(true);
         for member in outcome.front() {
             net.activate(&member.config)?;
             let cost = objective.cost(&net, &member.config)?;
-            let scored = Scored { subnet: member.config.clone(), score: self.valid_score(&net.eval_model())?, cost };
+            let scored = Scored {
+                subnet: member.config.clone(),
+                score: self.valid_score(&net.eval_model())?,
+                cost,
+            };
             if best.as_ref().is_none_or(|best| scored.score > best.score) {
                 best = Some(scored.clone());
             }
@@ -207,7 +266,14 @@ impl Run<'_> {
             self.extracted_row(BEST, &mut net, &best.subnet, &merger, Some("best"), &full)?;
         }
         match small {
-            Some(small) => self.extracted_row(SMALLEST, &mut net, &small.subnet, &merger, Some("smallest"), &full),
+            Some(small) => self.extracted_row(
+                SMALLEST,
+                &mut net,
+                &small.subnet,
+                &merger,
+                Some("smallest"),
+                &full,
+            ),
             None => {
                 common::say!("no subnet of the front is within 1 % of LoRA on the validation set");
                 Ok(())
@@ -249,7 +315,9 @@ impl Run<'_> {
         match &self.task.valid_problems {
             Some(problems) => {
                 let config = generate_config(self.task);
-                Ok(problems.exact_match(model, &self.task.pretrained.tokenizer, &config)?.accuracy())
+                Ok(problems
+                    .exact_match(model, &self.task.pretrained.tokenizer, &config)?
+                    .accuracy())
             }
             None => Ok((-mean_loss(model, &self.task.valid)?).exp()),
         }

@@ -63,7 +63,10 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', default_value = "32,24,16")]
     ranks: Vec<usize>,
     /// Layers that share a choice, by the end of their names: groups separated by ';'
-    #[arg(long, default_value = "q_proj,k_proj,v_proj;up_proj,gate_proj;down_proj")]
+    #[arg(
+        long,
+        default_value = "q_proj,k_proj,v_proj;up_proj,gate_proj;down_proj"
+    )]
     groups: String,
     /// lonas: widths that each MLP offers, as shares
     #[arg(long, value_delimiter = ',', default_value = "1,0.875,0.75,0.625,0.5")]
@@ -319,7 +322,11 @@ impl From<SearchCost> for Cost {
 impl Method {
     fn includes(self, other: Method) -> bool {
         let of_all = [Method::Lora, Method::Shears, Method::SparsePeft];
-        let of_table_2 = [Method::Sqft, Method::SqftSparsePeft, Method::SqftQaSparsePeft];
+        let of_table_2 = [
+            Method::Sqft,
+            Method::SqftSparsePeft,
+            Method::SqftQaSparsePeft,
+        ];
         self == other
             || (self == Method::All && of_all.contains(&other))
             || (self == Method::Table2 && of_table_2.contains(&other))

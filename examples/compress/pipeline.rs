@@ -9,13 +9,14 @@ use std::time::Instant;
 use elastic_lora::calib::prune_model;
 use elastic_lora::data::Batcher;
 use elastic_lora::eval::{Metric, SubnetObjective, mean_loss};
-use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::report::{Report, Row};
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
+use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::search::{
-    Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport, StopReason, StudyConfig,
+    Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport,
+    StopReason, StudyConfig,
 };
 use elastic_lora::sparsity::Pattern;
 use elastic_lora::supernet::SuperNetConfig;
@@ -45,7 +46,10 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
     }
     let mut identity = task.fingerprints();
     let text = space.to_json()?;
-    identity.insert("search space".into(), Value::String(fingerprint(text.bytes().map(u32::from))));
+    identity.insert(
+        "search space".into(),
+        Value::String(fingerprint(text.bytes().map(u32::from))),
+    );
     let made = settings.prepare_out(args, identity)?;
     let result = steps(args, settings, task, &space);
     match &result {
@@ -61,7 +65,14 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
     let command = std::env::args().collect::<Vec<_>>().join(" ");
     let mut report = Report::new(command, args.seed);
     report.versions.insert("burn".into(), burn_version().into());
-    let mut run = Run { args, settings, task, out: settings.out.clone(), stop: common::stop_flag(), report };
+    let mut run = Run {
+        args,
+        settings,
+        task,
+        out: settings.out.clone(),
+        stop: common::stop_flag(),
+        report,
+    };
 
     let base = task.pretrained.model.clone();
     run.row("base", &base, None)?;
@@ -72,7 +83,11 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
     }
     run.report.write(run.out.join("report.json"))?;
     common::say!("\n{}", run.report);
-    common::say!("results in {} ({:.0} s)", run.out.display(), started.elapsed().as_secs_f64());
+    common::say!(
+        "results in {} ({:.0} s)",
+        run.out.display(),
+        started.elapsed().as_secs_f64()
+    );
     Ok(())
 }
 
@@ -101,25 +116,44 @@ fn search_space(args: &Args, model: &Decoder) -> Result<SearchSpace> {
             let groups: Vec<Vec<&str>> = args
                 .groups
                 .split(';')
-                .map(|group| group.split(',').map(str::trim).filter(|name| !name.is_empty()).collect())
+                .map(|group| {
+                    group
+                        .split(',')
+                        .map(str::trim)
+                        .filter(|name| !name.is_empty())
+                        .collect()
+                })
                 .collect();
             SearchSpace::grouped(&layers, &groups, &args.ranks)?
         }
     };
     // More than the smaller side of a matrix adds nothing to its rank.
     for layer in &layers {
-        let Some(group) = space.group_of_layer(&layer.name) else { continue };
+        let Some(group) = space.group_of_layer(&layer.name) else {
+            continue;
+        };
         let (found, max) = (group.choices()[0], layer.d_input.min(layer.d_output));
         if found > max {
-            return Err(Error::InvalidRank { layer: layer.name.clone(), found, max });
+            return Err(Error::InvalidRank {
+                layer: layer.name.clone(),
+                found,
+                max,
+            });
         }
     }
     Ok(space)
 }
 
-pub fn supernet(args: &Args, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
+pub fn supernet(
+    args: &Args,
+    model: &Decoder,
+    space: SearchSpace,
+    masked: bool,
+) -> Result<SuperNet> {
     let max_rank = space.max_rank();
-    let config = SuperNetConfig::new(lora_config(args, max_rank)).with_sparse_peft(masked).with_seed(args.seed);
+    let config = SuperNetConfig::new(lora_config(args, max_rank))
+        .with_sparse_peft(masked)
+        .with_seed(args.seed);
     SuperNet::new(model.clone(), space, config)
 }
 
@@ -136,7 +170,9 @@ fn percent(share: f64) -> f64 {
 /// The version of Burn that the lock file pins.
 fn burn_version() -> &'static str {
     let lock = include_str!("../../Cargo.lock");
-    let after = lock.split_once("name = \"burn\"\nversion = \"").map_or("", |(_, after)| after);
+    let after = lock
+        .split_once("name = \"burn\"\nversion = \"")
+        .map_or("", |(_, after)| after);
     after.split('"').next().unwrap_or("")
 }
 
@@ -146,17 +182,26 @@ impl Run<'_> {
         let (args, task, pattern) = (self.args, self.task, &self.settings.pattern);
         let mut pruned = base.clone();
         let bar = indicatif::ProgressBar::new(0);
-        prune_model(&mut pruned, &task.calibration, args.prune, pattern, |done, all| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        })?;
+        prune_model(
+            &mut pruned,
+            &task.calibration,
+            args.prune,
+            pattern,
+            |done, all| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            },
+        )?;
         bar.finish_and_clear();
         let name = match pattern {
-            Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => format!("pruned to {} %", percent(*ratio)),
+            Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => {
+                format!("pruned to {} %", percent(*ratio))
+            }
             Pattern::NM { .. } => format!("pruned to {pattern}"),
         };
         self.row(&name, &pruned, None)?;
-        task.pretrained.write_variant(&pruned, self.out.join("pruned"), true)?;
+        task.pretrained
+            .write_variant(&pruned, self.out.join("pruned"), true)?;
         Ok(pruned)
     }
 
@@ -169,8 +214,11 @@ impl Run<'_> {
         let mut row = Row::new(name);
         row.loss = Some(mean_loss(model, &self.task.test)?);
         if let Some(problems) = &self.task.problems {
-            row.accuracy =
-                Some(problems.exact_match(model, &pretrained.tokenizer, &generate_config(self.task))?.accuracy());
+            row.accuracy = Some(
+                problems
+                    .exact_match(model, &pretrained.tokenizer, &generate_config(self.task))?
+                    .accuracy(),
+            );
         }
         let (mut zeros, mut all) = (0, 0);
         for (_, layer) in model.linears() {
@@ -198,19 +246,38 @@ impl Run<'_> {
         if net.space().len() > 0 {
             row.ranks = Some(net.space().values(net.active())?);
         }
-        let accuracy = row.accuracy.map_or(String::new(), |a| format!(", accuracy {:.1} %", 100.0 * a));
+        let accuracy = row
+            .accuracy
+            .map_or(String::new(), |a| format!(", accuracy {:.1} %", 100.0 * a));
         common::say!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
         self.report.rows.push(row);
         Ok(())
     }
 
     pub fn train(&self, net: &mut SuperNet, name: &str, sampling: Sampling) -> Result<TrainReport> {
-        self.train_with(net, name, TrainConfig { sampling, ..self.settings.train.clone() })
+        self.train_with(
+            net,
+            name,
+            TrainConfig {
+                sampling,
+                ..self.settings.train.clone()
+            },
+        )
     }
 
-    pub fn train_with(&self, net: &mut SuperNet, name: &str, config: TrainConfig) -> Result<TrainReport> {
+    pub fn train_with(
+        &self,
+        net: &mut SuperNet,
+        name: &str,
+        config: TrainConfig,
+    ) -> Result<TrainReport> {
         let args = self.args;
-        let mut batcher = Batcher::new(self.task.train.clone(), args.batch, self.task.pretrained.pad_id(), args.seed)?;
+        let mut batcher = Batcher::new(
+            self.task.train.clone(),
+            args.batch,
+            self.task.pretrained.pad_id(),
+            args.seed,
+        )?;
         let report = Trainer::new(config)?
             .with_folder(self.out.join(name))
             .with_resume(args.resume)
@@ -229,8 +296,11 @@ impl Run<'_> {
     }
 
     fn lora(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
-        let layers: Vec<_> =
-            pruned.layer_shapes().into_iter().filter(|l| space.group_of_layer(&l.name).is_some()).collect();
+        let layers: Vec<_> = pruned
+            .layer_shapes()
+            .into_iter()
+            .filter(|l| space.group_of_layer(&l.name).is_some())
+            .collect();
         let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
         let mut net = supernet(self.args, pruned, fixed, false)?;
         self.train(&mut net, "lora", Sampling::Fixed)?;
@@ -247,7 +317,8 @@ impl Run<'_> {
 
         let outcome = self.search(&net, "shears", false)?;
         // The best on the validation set among those that cost no more than the heuristic, itself one of them.
-        let objective = SubnetObjective::new(&net, Metric::Loss(&self.task.valid), self.args.cost.into());
+        let objective =
+            SubnetObjective::new(&net, Metric::Loss(&self.task.valid), self.args.cost.into());
         let chosen = match outcome.best_under(objective.cost(&net, &net.heuristic())?) {
             Some(best) => best.config.clone(),
             None => net.heuristic(),
@@ -260,7 +331,13 @@ impl Run<'_> {
     }
 
     /// Writes the active subnet's adapters as a PEFT folder, for the base in the folder of that name.
-    pub fn write_adapter(&self, net: &SuperNet, base: &str, name: &str, dtype: DType) -> Result<PathBuf> {
+    pub fn write_adapter(
+        &self,
+        net: &SuperNet,
+        base: &str,
+        name: &str,
+        dtype: DType,
+    ) -> Result<PathBuf> {
         let mut adapter = net.extract()?;
         // So that PEFT finds the weights which the adapter is for by itself.
         let base = self.out.join(base);
@@ -268,7 +345,12 @@ impl Run<'_> {
         adapter.base_model = Some(base.to_string_lossy().into_owned());
         let options = PeftOptions {
             overwrite: true,
-            model_layers: net.model().layer_shapes().into_iter().map(|layer| layer.name).collect(),
+            model_layers: net
+                .model()
+                .layer_shapes()
+                .into_iter()
+                .map(|layer| layer.name)
+                .collect(),
             dropout: self.args.dropout,
             dtype,
             ..PeftOptions::default()
@@ -286,11 +368,21 @@ impl Run<'_> {
         let mut searcher: Box<dyn Searcher> = match args.search {
             Search::Nsga2 => {
                 let population = (args.evals / 4).clamp(4, 40);
-                let config = NsgaConfig::new().with_population(population).with_seed(args.seed).with_screening(10);
+                let config = NsgaConfig::new()
+                    .with_population(population)
+                    .with_seed(args.seed)
+                    .with_screening(10);
                 Box::new(config.with_initial(seeds).init(space)?)
             }
-            Search::Random => Box::new(RandomSearchConfig::new().with_seed(args.seed).with_initial(seeds).init(space)?),
-            Search::HillClimbing => Box::new(HillClimbingConfig::new().with_seed(args.seed).init(space)?),
+            Search::Random => Box::new(
+                RandomSearchConfig::new()
+                    .with_seed(args.seed)
+                    .with_initial(seeds)
+                    .init(space)?,
+            ),
+            Search::HillClimbing => {
+                Box::new(HillClimbingConfig::new().with_seed(args.seed).init(space)?)
+            }
             Search::Heuristic => Box::new(Heuristic::new(space)),
         };
         let log = self.out.join(folder).join("search.jsonl");
@@ -309,8 +401,11 @@ impl Run<'_> {
             args.metric,
             args.cost
         );
-        let mut study =
-            StudyConfig::new(args.evals).with_log(log).with_tag(tag).with_interrupt(self.stop.clone()).init(space)?;
+        let mut study = StudyConfig::new(args.evals)
+            .with_log(log)
+            .with_tag(tag)
+            .with_interrupt(self.stop.clone())
+            .init(space)?;
         let bar = indicatif::ProgressBar::new(args.evals as u64);
         bar.set_prefix("search");
         let shown = bar.clone();
@@ -318,9 +413,11 @@ impl Run<'_> {
         let pretrained = &self.task.pretrained;
         let metric = match (args.metric, &self.task.valid_problems) {
             (SearchMetric::Loss, _) => Metric::Loss(&self.task.valid),
-            (SearchMetric::Accuracy, Some(problems)) => {
-                Metric::Accuracy { problems, tokenizer: &pretrained.tokenizer, generate: generate_config(self.task) }
-            }
+            (SearchMetric::Accuracy, Some(problems)) => Metric::Accuracy {
+                problems,
+                tokenizer: &pretrained.tokenizer,
+                generate: generate_config(self.task),
+            },
             (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
         };
         let objective = SubnetObjective::new(net, metric, args.cost.into()).with_merged(merged);
@@ -400,7 +497,12 @@ pub fn zeros_lost(before: &Decoder, after: &Decoder) -> usize {
     let layers = before.linears().zip(after.linears());
     let lost = layers.map(|((_, before), (_, after))| {
         let (before, after) = (before.base.to_matrix(), after.base.to_matrix());
-        before.as_slice().iter().zip(after.as_slice()).filter(|(b, a)| **b == 0.0 && **a != 0.0).count()
+        before
+            .as_slice()
+            .iter()
+            .zip(after.as_slice())
+            .filter(|(b, a)| **b == 0.0 && **a != 0.0)
+            .count()
     });
     lost.sum()
 }

@@ -85,7 +85,13 @@ fn grid(args: &Args) -> Result<GridConfig> {
         "row" => None,
         size => match size.parse() {
             Ok(size) if size > 0 => Some(size),
-            _ => return Err(Error::argument("group-size", size, "a number of weights, or `row`")),
+            _ => {
+                return Err(Error::argument(
+                    "group-size",
+                    size,
+                    "a number of weights, or `row`",
+                ));
+            }
         },
     };
     let grid = GridConfig::new(args.bits)
@@ -95,7 +101,8 @@ fn grid(args: &Args) -> Result<GridConfig> {
         .with_zero_from_one(args.file_format == FileFormat::Gptq);
     grid.validate()?;
     if args.quantize == Quantize::Joint && args.qa_start == Some(QaStart::Sparse) {
-        let expected = "gptq: pruning and rounding in one pass leaves no weights that are pruned alone";
+        let expected =
+            "gptq: pruning and rounding in one pass leaves no weights that are pruned alone";
         return Err(Error::argument("qa-start", "sparse", expected));
     }
     Ok(grid)
@@ -114,15 +121,20 @@ impl Settings {
     /// Checks all that can be checked without the model and the data.
     pub fn new(args: &Args) -> Result<Self> {
         let pattern = Pattern::from_name(&args.pattern, args.sparsity)?;
-        for (name, value, least) in
-            [("batch", args.batch, 1), ("evals", args.evals, 1), ("max-len", args.max_len.unwrap_or(2), 2)]
-        {
+        for (name, value, least) in [
+            ("batch", args.batch, 1),
+            ("evals", args.evals, 1),
+            ("max-len", args.max_len.unwrap_or(2), 2),
+        ] {
             if value < least {
                 return Err(Error::argument(name, value, format!("at least {least}")));
             }
         }
         for (name, shares) in [("widths", &args.widths), ("heads", &args.heads)] {
-            if let Some(share) = shares.iter().find(|share| !(**share > 0.0 && **share <= 1.0)) {
+            if let Some(share) = shares
+                .iter()
+                .find(|share| !(**share > 0.0 && **share <= 1.0))
+            {
                 return Err(Error::argument(name, share, "shares over 0 and at most 1"));
             }
         }
@@ -134,7 +146,11 @@ impl Settings {
             name => Some(name.parse()?),
         };
         if args.ranks.contains(&0) {
-            return Err(Error::argument("ranks", format!("{:?}", args.ranks), "each at least 1"));
+            return Err(Error::argument(
+                "ranks",
+                format!("{:?}", args.ranks),
+                "each at least 1",
+            ));
         }
         lora_config(args, args.ranks.iter().copied().max().unwrap_or(1)).validate()?;
         let mut train = TrainConfig::new(args.steps);
@@ -147,9 +163,18 @@ impl Settings {
         train.eval_every = (args.steps / 4).max(1);
         train.checkpoint_every = (args.steps / 4).max(1);
         train.validate()?;
-        let out = args.out.clone().unwrap_or_else(|| PathBuf::from("target/compress"));
+        let out = args
+            .out
+            .clone()
+            .unwrap_or_else(|| PathBuf::from("target/compress"));
         check_out(args, &out)?;
-        Ok(Self { pattern, train, order, grid: grid(args)?, out })
+        Ok(Self {
+            pattern,
+            train,
+            order,
+            grid: grid(args)?,
+            out,
+        })
     }
 
     /// Checks that the files' format can hold the integers of every layer of a model.
@@ -160,13 +185,21 @@ impl Settings {
                 continue;
             }
             if let Some(size) = self.grid.group_size.filter(|size| *size > layer.d_input) {
-                let expected = format!("at most the {} inputs of `{}`, or `row`", layer.d_input, layer.name);
+                let expected = format!(
+                    "at most the {} inputs of `{}`, or `row`",
+                    layer.d_input, layer.name
+                );
                 return Err(Error::argument("group-size", size, expected));
             }
-            let rounded = round_to_nearest(&Matrix::zeros(layer.d_output, layer.d_input), &self.grid, None)?;
+            let rounded = round_to_nearest(
+                &Matrix::zeros(layer.d_output, layer.d_input),
+                &self.grid,
+                None,
+            )?;
             let layers = BTreeMap::from([(layer.name.clone(), rounded)]);
             let name = layer.name.clone();
-            let format = QuantizationConfig::for_layers(args.file_format.into(), &layers, &[layer])?;
+            let format =
+                QuantizationConfig::for_layers(args.file_format.into(), &layers, &[layer])?;
             format.layer_tensors(&name, &layers[&name])?;
         }
         Ok(())
@@ -182,7 +215,8 @@ impl Settings {
         run.extend(identity);
         if args.resume && file.exists() {
             let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
-            let found: Map<String, Value> = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
+            let found: Map<String, Value> =
+                serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
             same(&file, &run, &found)?;
             return sweep(out).map(|()| false);
         }
@@ -199,8 +233,14 @@ impl Settings {
     /// Cleans up after a run that failed before its first checkpoint: there is nothing to go on with. `made`: whether the
     /// folder itself is the run's.
     pub fn discard_unless_resumable(&self, made: bool) {
-        if FOLDERS.iter().any(|name| self.out.join(name).join("checkpoint").is_dir()) {
-            eprintln!("checkpoints are in {}; the same command with --resume goes on from there", self.out.display());
+        if FOLDERS
+            .iter()
+            .any(|name| self.out.join(name).join("checkpoint").is_dir())
+        {
+            eprintln!(
+                "checkpoints are in {}; the same command with --resume goes on from there",
+                self.out.display()
+            );
             return;
         }
         // The error that led here is the one to tell.
@@ -228,7 +268,9 @@ fn check_out(args: &Args, out: &Path) -> Result<()> {
             return refused("a new or empty folder is needed, or --resume or --overwrite");
         }
         if !ours {
-            return refused("there is something in it that is not the results of a former run (no run.json)");
+            return refused(
+                "there is something in it that is not the results of a former run (no run.json)",
+            );
         }
     }
     if let (Some(model), Ok(out_path)) = (&args.model, out.canonicalize()) {
@@ -242,16 +284,26 @@ fn check_out(args: &Args, out: &Path) -> Result<()> {
 
 /// Removes what a killed run was in the middle of writing.
 fn sweep(out: &Path) -> Result<()> {
-    let names = FOLDERS.iter().chain(&FILES).chain(&["checkpoint", "losses.csv", "old"]);
+    let names = FOLDERS
+        .iter()
+        .chain(&FILES)
+        .chain(&["checkpoint", "losses.csv", "old"]);
     let prefixes: Vec<String> = names.map(|name| format!(".{name}-")).collect();
-    for folder in [out.to_path_buf()].into_iter().chain(FOLDERS.map(|name| out.join(name))) {
+    for folder in [out.to_path_buf()]
+        .into_iter()
+        .chain(FOLDERS.map(|name| out.join(name)))
+    {
         for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
             let (name, path) = (entry.file_name(), entry.path());
             let name = name.to_string_lossy();
             if !name.ends_with(".tmp") || !prefixes.iter().any(|prefix| name.starts_with(prefix)) {
                 continue;
             }
-            let result = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            let result = if path.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
             result.map_err(|e| Error::io(&path, e))?;
         }
     }
@@ -286,7 +338,12 @@ fn same(file: &Path, expected: &Map<String, Value>, found: &Map<String, Value>) 
             (Value::Object(expected), Value::Object(found)) if name == "arguments" => {
                 for (argument, expected) in expected {
                     let found = found.get(argument).unwrap_or(&Value::Null);
-                    differ(file, &format!("--{}", argument.replace('_', "-")), expected, found)?;
+                    differ(
+                        file,
+                        &format!("--{}", argument.replace('_', "-")),
+                        expected,
+                        found,
+                    )?;
                 }
             }
             _ => differ(file, name, expected, found)?,

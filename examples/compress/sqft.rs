@@ -5,7 +5,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use elastic_lora::calib::{QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks};
+use elastic_lora::calib::{
+    QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
+};
 use elastic_lora::format::{PackedMatrix, QuantizedMatrix};
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::io::report::Row;
@@ -40,7 +42,11 @@ impl Quantized {
         model.try_for_each_linear(|name, layer| {
             if let Some(matrix) = self.layers.get(name).filter(|_| which(name)) {
                 let bias = layer.base.bias.as_ref().map(|bias| host_values(bias.val()));
-                layer.base = BaseLinear::from_quantized(PackedMatrix::new(matrix), bias.as_deref(), &device)?;
+                layer.base = BaseLinear::from_quantized(
+                    PackedMatrix::new(matrix),
+                    bias.as_deref(),
+                    &device,
+                )?;
             }
             Ok(())
         })?;
@@ -62,31 +68,67 @@ impl Run<'_> {
         let integers = args.method != Method::SqftSparsePeft;
         if all || (integers && args.quantize == Quantize::Rtn) {
             let method = QuantizeMethod::Nearest;
-            rounded.push((Quantize::Rtn, self.rounded("pruned, rounded to nearest", "pruned-rtn", &pruned, method)?));
+            rounded.push((
+                Quantize::Rtn,
+                self.rounded("pruned, rounded to nearest", "pruned-rtn", &pruned, method)?,
+            ));
         }
         if all || (integers && args.quantize == Quantize::Gptq) {
             let method = QuantizeMethod::Gptq;
-            rounded.push((Quantize::Gptq, self.rounded("pruned, then GPTQ", "pruned-gptq", &pruned, method)?));
+            rounded.push((
+                Quantize::Gptq,
+                self.rounded("pruned, then GPTQ", "pruned-gptq", &pruned, method)?,
+            ));
         }
         if all && args.prune != sparsity::Method::SparseGpt {
             let mut sparse = base.clone();
             let (samples, pattern) = (&self.task.calibration, &self.settings.pattern);
-            prune_model(&mut sparse, samples, sparsity::Method::SparseGpt, pattern, |_, _| {})?;
-            self.rounded("SparseGPT, then GPTQ", "sparsegpt-gptq", &sparse, QuantizeMethod::Gptq)?;
+            prune_model(
+                &mut sparse,
+                samples,
+                sparsity::Method::SparseGpt,
+                pattern,
+                |_, _| {},
+            )?;
+            self.rounded(
+                "SparseGPT, then GPTQ",
+                "sparsegpt-gptq",
+                &sparse,
+                QuantizeMethod::Gptq,
+            )?;
         }
         if all || (integers && args.quantize == Quantize::Joint) {
             let method = QuantizeMethod::SparseGptq(self.settings.pattern);
-            rounded.push((Quantize::Joint, self.rounded("SparseGPT and GPTQ in one", "joint", base, method)?));
+            rounded.push((
+                Quantize::Joint,
+                self.rounded("SparseGPT and GPTQ in one", "joint", base, method)?,
+            ));
         }
-        let rounded = rounded.into_iter().find(|(how, _)| *how == args.quantize).map(|(_, rounded)| rounded);
+        let rounded = rounded
+            .into_iter()
+            .find(|(how, _)| *how == args.quantize)
+            .map(|(_, rounded)| rounded);
 
         if all {
-            let layers: Vec<_> =
-                pruned.layer_shapes().into_iter().filter(|l| space.group_of_layer(&l.name).is_some()).collect();
+            let layers: Vec<_> = pruned
+                .layer_shapes()
+                .into_iter()
+                .filter(|l| space.group_of_layer(&l.name).is_some())
+                .collect();
             let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
-            let lora = Apart { name: LORA, training: "lora", adapter: "lora-adapter", base: "pruned" };
+            let lora = Apart {
+                name: LORA,
+                training: "lora",
+                adapter: "lora-adapter",
+                base: "pruned",
+            };
             self.apart(&lora, base, &pruned, fixed, Sampling::Fixed)?;
-            let shears = Apart { name: "Shears", training: "shears", adapter: "adapter", base: "pruned" };
+            let shears = Apart {
+                name: "Shears",
+                training: "shears",
+                adapter: "adapter",
+                base: "pruned",
+            };
             self.apart(&shears, base, &pruned, space.clone(), Sampling::PerStep)?;
         }
         if args.method.includes(Method::SqftSparsePeft) {
@@ -96,13 +138,28 @@ impl Run<'_> {
             if all {
                 let merged = Pretrained::open(&merged, &pruned.device())?.model;
                 let nearest = QuantizeMethod::Nearest;
-                self.rounded("SparsePEFT, merged, then rounded", "merged-rtn", &merged, nearest)?;
-                self.rounded("SparsePEFT, merged, then GPTQ", "merged-gptq", &merged, QuantizeMethod::Gptq)?;
+                self.rounded(
+                    "SparsePEFT, merged, then rounded",
+                    "merged-rtn",
+                    &merged,
+                    nearest,
+                )?;
+                self.rounded(
+                    "SparsePEFT, merged, then GPTQ",
+                    "merged-gptq",
+                    &merged,
+                    QuantizeMethod::Gptq,
+                )?;
             }
         }
         if let Some(rounded) = &rounded {
             if args.method.includes(Method::Sqft) {
-                let sqft = Apart { name: "SQFT", training: "sqft", adapter: "sqft-adapter", base: rounded.folder };
+                let sqft = Apart {
+                    name: "SQFT",
+                    training: "sqft",
+                    adapter: "sqft-adapter",
+                    base: rounded.folder,
+                };
                 let integers = rounded.packed(&rounded.model, |_| true)?;
                 self.apart(&sqft, base, &integers, space.clone(), Sampling::PerStep)?;
             }
@@ -111,7 +168,12 @@ impl Run<'_> {
             }
         }
         let score = |row: &Row| row.accuracy.or(row.loss.map(|loss| (-loss).exp()));
-        let lora = self.report.rows.iter().find(|row| row.name == LORA).and_then(score);
+        let lora = self
+            .report
+            .rows
+            .iter()
+            .find(|row| row.name == LORA)
+            .and_then(score);
         for row in &mut self.report.rows {
             row.relative = lora.zip(score(row)).map(|(lora, score)| score / lora);
         }
@@ -146,19 +208,33 @@ impl Run<'_> {
         let mut rounded = model.clone();
         let config = QuantizeConfig::new(method, self.settings.grid);
         let bar = indicatif::ProgressBar::new(0).with_prefix("quantize");
-        let layers = quantize_model(&mut rounded, &self.task.calibration, &config, |done, all| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        })?;
+        let layers = quantize_model(
+            &mut rounded,
+            &self.task.calibration,
+            &config,
+            |done, all| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            },
+        )?;
         bar.finish_and_clear();
         let model = self.written(&rounded, &layers, folder)?;
         self.row(name, &model, None)?;
         self.stored_as(self.integers(), &[&self.out.join(folder)])?;
-        Ok(Quantized { model, layers, folder })
+        Ok(Quantized {
+            model,
+            layers,
+            folder,
+        })
     }
 
     /// Writes a model with these layers as integers, and reads it back.
-    fn written(&self, model: &Decoder, layers: &BTreeMap<String, QuantizedMatrix>, folder: &str) -> Result<Decoder> {
+    fn written(
+        &self,
+        model: &Decoder,
+        layers: &BTreeMap<String, QuantizedMatrix>,
+        folder: &str,
+    ) -> Result<Decoder> {
         let (pretrained, path) = (&self.task.pretrained, self.out.join(folder));
         pretrained.write_quantized(model, layers, self.args.file_format.into(), &path, true)?;
         Ok(Pretrained::open(&path, &pretrained.model.device())?.model)
@@ -185,12 +261,20 @@ impl Run<'_> {
         let read = SuperNet::from_adapter(read, &LoraAdapter::open(&adapter)?)?;
         self.row(row.name, read.model(), Some(&read))?;
         let integers = read_is_quantized(&folder)?;
-        let base = if integers { self.integers() } else { self.task.pretrained.dtype.to_string() };
+        let base = if integers {
+            self.integers()
+        } else {
+            self.task.pretrained.dtype.to_string()
+        };
         self.stored_as(format!("{base} + {ADAPTER}"), &[&folder, &adapter])?;
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
-        if net.space().n_subnets() > 1.0 { self.write_subnet(&net, &chosen, row.adapter) } else { Ok(()) }
+        if net.space().n_subnets() > 1.0 {
+            self.write_subnet(&net, &chosen, row.adapter)
+        } else {
+            Ok(())
+        }
     }
 
     /// The norms of the inputs of a model's layers on the calibration data.
@@ -211,26 +295,45 @@ impl Run<'_> {
     }
 
     /// Trains through the grids of `rounded` under the sparse weights' mask, merges, and adds the row.
-    fn quantization_aware(&mut self, pruned: &Decoder, rounded: &Quantized, space: &SearchSpace) -> Result<()> {
+    fn quantization_aware(
+        &mut self,
+        pruned: &Decoder,
+        rounded: &Quantized,
+        space: &SearchSpace,
+    ) -> Result<()> {
         let args = self.args;
         let joint = args.quantize == Quantize::Joint;
-        let start = args.qa_start.unwrap_or(if joint { QaStart::Gptq } else { QaStart::Sparse });
+        let start = args.qa_start.unwrap_or(if joint {
+            QaStart::Gptq
+        } else {
+            QaStart::Sparse
+        });
         let adapted = |name: &str| space.group_of_layer(name).is_some();
         // Layers without an adapter are what they were rounded to in any case.
         let base = rounded.packed(pruned, |name| start == QaStart::Gptq || !adapted(name))?;
         let sparse = if joint { &rounded.model } else { pruned };
         let layers = sparse.linears().filter(|(name, _)| adapted(name));
-        let masks = layers.map(|(name, layer)| (name, Mask::from_nonzero(&layer.base.to_matrix()))).collect();
-        let grids = rounded.layers.iter().filter(|(name, _)| adapted(name)).map(|(n, m)| (n.clone(), m.clone()));
-        let qa = QaConfig::new(grids.collect()).with_masks(masks).with_train_scales(args.train_scales);
+        let masks = layers
+            .map(|(name, layer)| (name, Mask::from_nonzero(&layer.base.to_matrix())))
+            .collect();
+        let grids = rounded
+            .layers
+            .iter()
+            .filter(|(name, _)| adapted(name))
+            .map(|(n, m)| (n.clone(), m.clone()));
+        let qa = QaConfig::new(grids.collect())
+            .with_masks(masks)
+            .with_train_scales(args.train_scales);
         let mut net = supernet(args, &base, space.clone(), true)?.with_quantization(&qa)?;
         self.train(&mut net, "sqft-qa", Sampling::PerStep)?;
         let chosen = self.better_of_two(&mut net)?;
 
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
         let merged = Merger::new().merge(&net, &sample)?;
-        let integers =
-            merged.model.linears().filter_map(|(name, layer)| Some((name, layer.base.quantized()?.unpack())));
+        let integers = merged
+            .model
+            .linears()
+            .filter_map(|(name, layer)| Some((name, layer.base.quantized()?.unpack())));
         let integers: BTreeMap<String, QuantizedMatrix> = integers.collect();
         let written = self.written(&merged.model, &integers, "merged-quantized")?;
         crate::common::say!(
@@ -241,7 +344,10 @@ impl Run<'_> {
             max_logit_difference(net.model(), &written, &sample)?
         );
         self.row("SQFT + QA-SparsePEFT", &written, None)?;
-        self.stored_as(format!("{}, merged", self.integers()), &[&self.out.join("merged-quantized")])?;
+        self.stored_as(
+            format!("{}, merged", self.integers()),
+            &[&self.out.join("merged-quantized")],
+        )?;
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
@@ -259,7 +365,9 @@ struct Apart {
 }
 
 fn read_is_quantized(folder: &Path) -> Result<bool> {
-    Ok(elastic_lora::io::HfConfig::open(folder)?.quantization().is_some())
+    Ok(elastic_lora::io::HfConfig::open(folder)?
+        .quantization()
+        .is_some())
 }
 
 /// Bytes of the weight files of a folder.
@@ -268,7 +376,11 @@ fn weight_file_bytes(folder: &Path) -> Result<u64> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        if entry.path().extension().is_some_and(|extension| extension == "safetensors") {
+        if entry
+            .path()
+            .extension()
+            .is_some_and(|extension| extension == "safetensors")
+        {
             bytes += std::fs::metadata(entry.path()).map_err(failed)?.len();
         }
     }

@@ -3,8 +3,8 @@
 use burn::tensor::Device;
 use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{
-    Batch, PromptTemplate, Record, Sequence, TokenizeOptions, calibration_samples, fixed_batches, join_documents,
-    load_records, pack, tokenize_records,
+    Batch, PromptTemplate, Record, Sequence, TokenizeOptions, calibration_samples, fixed_batches,
+    join_documents, load_records, pack, tokenize_records,
 };
 use elastic_lora::eval::ProblemSet;
 use elastic_lora::model::Pretrained;
@@ -48,9 +48,15 @@ impl Task {
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {
                 let test = args.test.as_ref().unwrap_or(valid);
-                let sets = (load_records(train)?, load_records(valid)?, load_records(test)?);
+                let sets = (
+                    load_records(train)?,
+                    load_records(valid)?,
+                    load_records(test)?,
+                );
                 if args.test.is_none() {
-                    eprintln!("no --test: the searched subnet is chosen and measured on the same file");
+                    eprintln!(
+                        "no --test: the searched subnet is chosen and measured on the same file"
+                    );
                 }
                 sets
             }
@@ -59,26 +65,46 @@ impl Task {
                     let problems = arithmetic::mixture(&KINDS, split, n, args.seed)?;
                     Ok(problems.into_iter().map(Problem::into_record).collect())
                 };
-                (draw(Split::Train, 12_000)?, draw(Split::Valid, 384)?, draw(Split::Test, 1200)?)
+                (
+                    draw(Split::Train, 12_000)?,
+                    draw(Split::Valid, 384)?,
+                    draw(Split::Test, 1200)?,
+                )
             }
         };
 
         let context = pretrained.model.config().max_position_embeddings();
         let max_len = args.max_len.unwrap_or(context.min(512));
         if max_len > context {
-            return Err(Error::SequenceTooLong { what: "--max-len".into(), found: max_len, max: context });
+            return Err(Error::SequenceTooLong {
+                what: "--max-len".into(),
+                found: max_len,
+                max: context,
+            });
         }
-        let options = TokenizeOptions::new(max_len).with_mask_prompt(!args.train_on_inputs).with_truncate(true);
+        let options = TokenizeOptions::new(max_len)
+            .with_mask_prompt(!args.train_on_inputs)
+            .with_truncate(true);
         let template = PromptTemplate::Auto;
         let tokenizer = &pretrained.tokenizer;
         let sequences = |records: &[Record]| -> Result<Vec<Sequence>> {
-            if records.iter().all(|record| matches!(record, Record::Text { .. })) {
-                let texts: Vec<String> = records.iter().map(|record| template.render(record).completion).collect();
+            if records
+                .iter()
+                .all(|record| matches!(record, Record::Text { .. }))
+            {
+                let texts: Vec<String> = records
+                    .iter()
+                    .map(|record| template.render(record).completion)
+                    .collect();
                 return pack(&join_documents(&texts, tokenizer, true)?, max_len);
             }
             let set = tokenize_records(records, template, tokenizer, &options)?;
             if set.truncated > 0 {
-                eprintln!("{} of {} records were cut to {max_len} tokens", set.truncated, records.len());
+                eprintln!(
+                    "{} of {} records were cut to {max_len} tokens",
+                    set.truncated,
+                    records.len()
+                );
             }
             Ok(set.sequences)
         };
@@ -91,9 +117,15 @@ impl Task {
             .collect();
         let problems = |records: &[Record]| -> Result<Option<ProblemSet>> {
             let answered = records.iter().all(|record| record.final_answer().is_some());
-            if answered { ProblemSet::new(records, template, tokenizer).map(Some) } else { Ok(None) }
+            if answered {
+                ProblemSet::new(records, template, tokenizer).map(Some)
+            } else {
+                Ok(None)
+            }
         };
-        let answers = test.iter().map(|record| tokenizer.encode(&template.render(record).completion, false));
+        let answers = test
+            .iter()
+            .map(|record| tokenizer.encode(&template.render(record).completion, false));
         let (problems, valid_problems) = (problems(&test)?, problems(&valid)?);
         if args.metric == SearchMetric::Accuracy && valid_problems.is_none() {
             return Err(Self::no_answers());
@@ -102,21 +134,38 @@ impl Task {
             let longest = set.as_ref().map_or(0, ProblemSet::longest_prompt);
             if longest >= context {
                 let what = format!("the longest {what} prompt");
-                return Err(Error::SequenceTooLong { what, found: longest, max: context });
+                return Err(Error::SequenceTooLong {
+                    what,
+                    found: longest,
+                    max: context,
+                });
             }
         }
-        let longest_answer = answers.collect::<Result<Vec<_>>>()?.iter().map(Vec::len).max().unwrap_or(0);
+        let longest_answer = answers
+            .collect::<Result<Vec<_>>>()?
+            .iter()
+            .map(Vec::len)
+            .max()
+            .unwrap_or(0);
         let train = sequences(&train)?;
         // A data set of fewer tokens than the context is one short sample.
         let tokens: usize = train.iter().map(Sequence::len).sum();
-        let sample_len = context.min(CALIBRATION.1).min(tokens.saturating_sub(documents.len()).max(1));
+        let sample_len = context
+            .min(CALIBRATION.1)
+            .min(tokens.saturating_sub(documents.len()).max(1));
         Ok(Self {
             train,
             valid: batches(&valid)?,
             test: batches(&test)?,
             problems,
             valid_problems,
-            calibration: calibration_samples(&documents, tokenizer, CALIBRATION.0, sample_len, args.seed)?,
+            calibration: calibration_samples(
+                &documents,
+                tokenizer,
+                CALIBRATION.0,
+                sample_len,
+                args.seed,
+            )?,
             // Room for an answer half as long again as the longest expected one.
             max_new_tokens: (longest_answer * 3 / 2 + 8).min(context),
             pretrained,
@@ -136,22 +185,33 @@ impl Task {
     pub fn fingerprints(&self) -> Map<String, Value> {
         let layers: Vec<_> = self.pretrained.model.linears().collect();
         let ends = layers.first().into_iter().chain(layers.last());
-        let weights = ends.flat_map(|(_, layer)| layer.base.to_matrix().into_vec()).map(f32::to_bits);
+        let weights = ends
+            .flat_map(|(_, layer)| layer.base.to_matrix().into_vec())
+            .map(f32::to_bits);
         let sequence = |s: &Sequence| s.ids.iter().copied().chain([u32::MAX]).collect::<Vec<_>>();
-        let tokens = |batches: &[Batch]| fingerprint(batches.iter().flat_map(|batch| batch.ids.iter().copied()));
+        let tokens = |batches: &[Batch]| {
+            fingerprint(batches.iter().flat_map(|batch| batch.ids.iter().copied()))
+        };
         let prints = [
             ("model", fingerprint(weights)),
-            ("training data", fingerprint(self.train.iter().flat_map(sequence))),
+            (
+                "training data",
+                fingerprint(self.train.iter().flat_map(sequence)),
+            ),
             ("validation data", tokens(&self.valid)),
             ("test data", tokens(&self.test)),
         ];
-        prints.into_iter().map(|(name, print)| (name.to_string(), Value::String(print))).collect()
+        prints
+            .into_iter()
+            .map(|(name, print)| (name.to_string(), Value::String(print)))
+            .collect()
     }
 }
 
 /// FNV-1a, by words: not against malice, but a file swapped by mistake shows.
 pub fn fingerprint(words: impl Iterator<Item = u32>) -> String {
-    let hash =
-        words.fold(0xcbf2_9ce4_8422_2325u64, |hash, word| (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3));
+    let hash = words.fold(0xcbf2_9ce4_8422_2325u64, |hash, word| {
+        (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3)
+    });
     format!("{hash:016x}")
 }

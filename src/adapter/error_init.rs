@@ -24,7 +24,12 @@ impl ElasticLora {
     /// [`Error::ShapeMismatch`] for an error or norms of another size; [`Error::NotFinite`] where one is NaN or infinite;
     /// [`Error::InvalidArgument`] for a norm under 0; [`Error::Unsupported`] for an adapter whose sum goes through a grid, since that
     /// makes the error anew.
-    pub fn init_from_error(&mut self, error: &Matrix, norms: Option<&[f32]>, seed: u64) -> Result<()> {
+    pub fn init_from_error(
+        &mut self,
+        error: &Matrix,
+        norms: Option<&[f32]>,
+        seed: u64,
+    ) -> Result<()> {
         let (d_input, d_output, rank) = (self.d_input(), self.d_output(), self.max_rank());
         if (error.rows(), error.cols()) != (d_output, d_input) {
             return Err(Error::ShapeMismatch {
@@ -34,7 +39,9 @@ impl ElasticLora {
             });
         }
         if self.grid.is_some() {
-            return Err(Error::Unsupported { what: "a quantization-aware adapter that begins as an error".into() });
+            return Err(Error::Unsupported {
+                what: "a quantization-aware adapter that begins as an error".into(),
+            });
         }
         if let Some(norms) = norms {
             if norms.len() != d_input {
@@ -44,26 +51,41 @@ impl ElasticLora {
                     found: vec![norms.len()],
                 });
             }
-            if let Some(norm) = norms.iter().find(|norm| !(norm.is_finite() && **norm >= 0.0)) {
+            if let Some(norm) = norms
+                .iter()
+                .find(|norm| !(norm.is_finite() && **norm >= 0.0))
+            {
                 return Err(Error::argument("norm", norm, "finite and at least 0"));
             }
         }
         let norm = |input: usize| norms.map_or(1.0, |norms| norms[input]);
-        let mask = self.mask().map(|mask| matrix_from_tensor(mask.clone().float()));
+        let mask = self
+            .mask()
+            .map(|mask| matrix_from_tensor(mask.clone().float()));
         let weighted = Matrix::from_fn(d_output, d_input, |output, input| {
-            let kept = mask.as_ref().is_none_or(|mask| mask.row(output)[input] != 0.0);
-            if kept { error.row(output)[input] * norm(input) } else { 0.0 }
+            let kept = mask
+                .as_ref()
+                .is_none_or(|mask| mask.row(output)[input] != 0.0);
+            if kept {
+                error.row(output)[input] * norm(input)
+            } else {
+                0.0
+            }
         });
         let found = low_rank(&weighted, rank, seed)?;
         let fresh = matrix_from_tensor(self.lora_a.val().without_autodiff());
         let share = (1.0 / self.config().scale(rank).sqrt()) as f32;
-        let a = Matrix::from_fn(rank, d_input, |term, input| match (found.singular[term] > 0.0, norm(input) > 0.0) {
-            (true, true) => share * found.right.row(term)[input] / norm(input),
-            (true, false) => 0.0,
-            // B's row is 0: A must not be, or neither would ever be trained.
-            (false, _) => fresh.row(term)[input],
+        let a = Matrix::from_fn(rank, d_input, |term, input| {
+            match (found.singular[term] > 0.0, norm(input) > 0.0) {
+                (true, true) => share * found.right.row(term)[input] / norm(input),
+                (true, false) => 0.0,
+                // B's row is 0: A must not be, or neither would ever be trained.
+                (false, _) => fresh.row(term)[input],
+            }
         });
-        let b = Matrix::from_fn(d_output, rank, |output, term| share * found.left.row(output)[term]);
+        let b = Matrix::from_fn(d_output, rank, |output, term| {
+            share * found.left.row(output)[term]
+        });
         self.set_factors(&a, &b);
         Ok(())
     }
@@ -96,15 +118,26 @@ mod tests {
     /// What is left of an error, inputs weighted.
     fn left(error: &Matrix, adapter: &ElasticLora, norms: &[f32]) -> f64 {
         let delta = matrix_from_tensor(adapter.delta());
-        let part = |i: usize, j: usize| f64::from((error.row(i)[j] - delta.row(i)[j]) * norms[j]).powi(2);
-        (0..error.rows()).map(|i| (0..error.cols()).map(|j| part(i, j)).sum::<f64>()).sum()
+        let part =
+            |i: usize, j: usize| f64::from((error.row(i)[j] - delta.row(i)[j]) * norms[j]).powi(2);
+        (0..error.rows())
+            .map(|i| (0..error.cols()).map(|j| part(i, j)).sum::<f64>())
+            .sum()
     }
 
     #[test]
     fn the_update_is_the_error_as_far_as_ranks_go_and_more_with_each() {
         let config = LoraConfig::new(6).with_alpha(15.0);
         let error = random(19, 23, 1);
-        let norms: Vec<f32> = (0..23).map(|input| if input == 4 { 0.0 } else { 0.1 + (input % 7) as f32 }).collect();
+        let norms: Vec<f32> = (0..23)
+            .map(|input| {
+                if input == 4 {
+                    0.0
+                } else {
+                    0.1 + (input % 7) as f32
+                }
+            })
+            .collect();
         let plain = vec![1.0; 23];
         let mut adapter = ElasticLora::new(&config, 23, 19, 3, &Device::flex()).unwrap();
         adapter.init_from_error(&error, None, 5).unwrap();
@@ -114,13 +147,30 @@ mod tests {
         for rank in 1..=6 {
             adapter.set_active_rank(rank).unwrap();
             weighted.set_active_rank(rank).unwrap();
-            let (rest, rest_weighted) = (left(&error, &adapter, &plain), left(&error, &weighted, &norms));
-            assert!(rest < before && rest_weighted < before_weighted, "rank {rank}");
+            let (rest, rest_weighted) = (
+                left(&error, &adapter, &plain),
+                left(&error, &weighted, &norms),
+            );
+            assert!(
+                rest < before && rest_weighted < before_weighted,
+                "rank {rank}"
+            );
             // Each is best by its own measure.
-            assert!(rest < left(&error, &weighted, &plain) && rest_weighted < left(&error, &adapter, &norms));
+            assert!(
+                rest < left(&error, &weighted, &plain)
+                    && rest_weighted < left(&error, &adapter, &norms)
+            );
             (before, before_weighted) = (rest, rest_weighted);
         }
-        assert!(before < 0.7 * left(&error, &ElasticLora::new(&config, 23, 19, 3, &Device::flex()).unwrap(), &plain));
+        assert!(
+            before
+                < 0.7
+                    * left(
+                        &error,
+                        &ElasticLora::new(&config, 23, 19, 3, &Device::flex()).unwrap(),
+                        &plain
+                    )
+        );
     }
 
     #[test]
@@ -132,19 +182,42 @@ mod tests {
         let fresh = matrix_from_tensor(adapter.lora_a.val());
         adapter.init_from_error(&error, None, 5).unwrap();
         assert!(left(&error, &adapter, &[1.0; 9]) < 1e-8);
-        let (a, b) = (matrix_from_tensor(adapter.lora_a.val()), matrix_from_tensor(adapter.lora_b.val()));
+        let (a, b) = (
+            matrix_from_tensor(adapter.lora_a.val()),
+            matrix_from_tensor(adapter.lora_b.val()),
+        );
         assert_eq!(a.row(2), fresh.row(2));
         assert!((0..11).all(|output| b.row(output)[2] == 0.0));
         let keep = random(11, 9, 8);
         let mask = tensor_from_matrix(&keep, &Device::flex()).greater_elem(0.0);
         adapter.set_mask(Some(mask)).unwrap();
         adapter.init_from_error(&random(11, 9, 4), None, 5).unwrap();
-        let masked = Matrix::from_fn(11, 9, |i, j| if keep.row(i)[j] > 0.0 { random(11, 9, 4).row(i)[j] } else { 0.0 });
+        let masked = Matrix::from_fn(11, 9, |i, j| {
+            if keep.row(i)[j] > 0.0 {
+                random(11, 9, 4).row(i)[j]
+            } else {
+                0.0
+            }
+        });
         assert!(
-            left(&masked, &adapter, &[1.0; 9]) < 0.6 * masked.as_slice().iter().map(|v| f64::from(v * v)).sum::<f64>()
+            left(&masked, &adapter, &[1.0; 9])
+                < 0.6
+                    * masked
+                        .as_slice()
+                        .iter()
+                        .map(|v| f64::from(v * v))
+                        .sum::<f64>()
         );
         assert!(adapter.init_from_error(&random(9, 11, 4), None, 5).is_err());
-        assert!(adapter.init_from_error(&random(11, 9, 4), Some(&[1.0; 8]), 5).is_err());
-        assert!(adapter.init_from_error(&random(11, 9, 4), Some(&[-1.0; 9]), 5).is_err());
+        assert!(
+            adapter
+                .init_from_error(&random(11, 9, 4), Some(&[1.0; 8]), 5)
+                .is_err()
+        );
+        assert!(
+            adapter
+                .init_from_error(&random(11, 9, 4), Some(&[-1.0; 9]), 5)
+                .is_err()
+        );
     }
 }

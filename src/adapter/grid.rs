@@ -42,12 +42,23 @@ fn everywhere(dims: [usize; 2], device: &Device) -> Tensor<2, Bool> {
 
 impl WeightGrid {
     /// The grid of a quantized weight, `[d_output, d_input]`, for an update that is masked or not.
-    pub(super) fn new(matrix: &QuantizedMatrix, trained: bool, masked: bool, device: &Device) -> Self {
+    pub(super) fn new(
+        matrix: &QuantizedMatrix,
+        trained: bool,
+        masked: bool,
+        device: &Device,
+    ) -> Self {
         let (parts, groups) = (matrix.parts(), matrix.groups());
         let by_group = |of: &dyn Fn(usize) -> f32| {
-            tensor_from_matrix(&Matrix::from_fn(parts.rows, groups, |row, group| of(row * groups + group)), device)
+            tensor_from_matrix(
+                &Matrix::from_fn(parts.rows, groups, |row, group| of(row * groups + group)),
+                device,
+            )
         };
-        let order = parts.group_of.as_ref().map(|order| Arc::from(order.as_slice()));
+        let order = parts
+            .group_of
+            .as_ref()
+            .map(|order| Arc::from(order.as_slice()));
         Self {
             scales: Param::from_tensor(by_group(&|at| parts.scales[at])).set_require_grad(trained),
             zeros: by_group(&|at| f32::from(parts.zeros[at])),
@@ -55,7 +66,10 @@ impl WeightGrid {
             layout: Layout {
                 bits: parts.bits,
                 symmetric: parts.symmetric,
-                groups: InputGroups { size: parts.group_size, order },
+                groups: InputGroups {
+                    size: parts.group_size,
+                    order,
+                },
                 trained,
                 half: trained && all_f16(&parts.scales) && device.supports_dtype(FloatDType::F16),
             },
@@ -80,7 +94,9 @@ impl WeightGrid {
     /// The mask of an update that has none.
     pub(super) fn everywhere(&self, dims: [usize; 2]) -> Tensor<2, Bool> {
         let device = || self.zeros.device().without_autodiff();
-        self.everywhere.clone().unwrap_or_else(|| everywhere(dims, &device()))
+        self.everywhere
+            .clone()
+            .unwrap_or_else(|| everywhere(dims, &device()))
     }
 
     /// Scales and zero points of the first inputs and outputs, as they are used.
@@ -110,7 +126,10 @@ impl WeightGrid {
         let groups = scales.dims()[0];
         let turned = |grid: Tensor<2>| host_values(grid.without_autodiff().transpose());
         // What is not over 0 was 0 to the rounding.
-        let scales: Vec<f32> = turned(scales).into_iter().map(|scale| if scale > 0.0 { scale } else { 0.0 }).collect();
+        let scales: Vec<f32> = turned(scales)
+            .into_iter()
+            .map(|scale| if scale > 0.0 { scale } else { 0.0 })
+            .collect();
         let zeros: Vec<u8> = turned(zeros).into_iter().map(|zero| zero as u8).collect();
         let top = u8::MAX >> (8 - self.layout.bits);
         let mut codes = Vec::with_capacity(rows * cols);
@@ -119,11 +138,21 @@ impl WeightGrid {
                 let at = row * groups + self.layout.groups.of(column);
                 let (scale, zero) = (scales[at], zeros[at]);
                 // A multiple by at most 255, rounded once, divided by what it is a multiple of.
-                let steps = if scale > 0.0 { (value / scale).round() } else { 0.0 };
+                let steps = if scale > 0.0 {
+                    (value / scale).round()
+                } else {
+                    0.0
+                };
                 let code = (steps + f32::from(zero)).clamp(0.0, f32::from(top)) as u8;
                 // Equal numbers, of which 0 may have had a sign.
                 if QuantizedMatrix::value(scale, zero, code) != *value {
-                    return Err(Error::OffGrid { row, column, value: *value, scale, zero });
+                    return Err(Error::OffGrid {
+                        row,
+                        column,
+                        value: *value,
+                        scale,
+                        zero,
+                    });
                 }
                 codes.push(code);
             }
@@ -137,7 +166,12 @@ impl WeightGrid {
             codes,
             scales,
             zeros,
-            group_of: self.layout.groups.order.as_ref().map(|order| order.to_vec()),
+            group_of: self
+                .layout
+                .groups
+                .order
+                .as_ref()
+                .map(|order| order.to_vec()),
         })
     }
 }

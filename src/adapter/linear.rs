@@ -40,7 +40,13 @@ pub struct ElasticLoraLinearConfig {
 impl ElasticLoraLinearConfig {
     /// A layer without a bias and with an adapter of [`LoraConfig::new`]'s settings.
     pub fn new(d_input: usize, d_output: usize, rank: usize) -> Self {
-        Self { d_input, d_output, bias: false, lora: LoraConfig::new(rank), seed: 0 }
+        Self {
+            d_input,
+            d_output,
+            bias: false,
+            lora: LoraConfig::new(rank),
+            seed: 0,
+        }
     }
 
     /// Sets the numerator of the scale.
@@ -82,8 +88,13 @@ impl ElasticLoraLinearConfig {
         let bound = 1.0 / (self.d_input as f64).sqrt();
         let uniform = Distribution::Uniform(-bound, bound);
         let weight = Tensor::random([self.d_input, self.d_output], uniform, device);
-        let bias = self.bias.then(|| Tensor::random([self.d_output], uniform, device));
-        Ok(ElasticLoraLinear { base: BaseLinear::from_tensors(weight, bias)?, adapter: Some(adapter) })
+        let bias = self
+            .bias
+            .then(|| Tensor::random([self.d_output], uniform, device));
+        Ok(ElasticLoraLinear {
+            base: BaseLinear::from_tensors(weight, bias)?,
+            adapter: Some(adapter),
+        })
     }
 
     /// A fresh adapter on a layer that exists.
@@ -99,7 +110,10 @@ impl ElasticLoraLinearConfig {
             });
         }
         let adapter = ElasticLora::new(&self.lora, self.d_input, self.d_output, self.seed, device)?;
-        Ok(ElasticLoraLinear { base, adapter: Some(adapter) })
+        Ok(ElasticLoraLinear {
+            base,
+            adapter: Some(adapter),
+        })
     }
 }
 
@@ -130,12 +144,18 @@ impl ElasticLoraLinear {
                 found: found.to_vec(),
             });
         }
-        Ok(Self { base, adapter: Some(adapter) })
+        Ok(Self {
+            base,
+            adapter: Some(adapter),
+        })
     }
 
     /// A layer without an adapter.
     pub fn plain(base: BaseLinear) -> Self {
-        Self { base, adapter: None }
+        Self {
+            base,
+            adapter: None,
+        }
     }
 
     /// Applies the layer with its active rank.
@@ -151,10 +171,15 @@ impl ElasticLoraLinear {
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let Some(adapter) = &self.adapter else { return self.base.forward(x) };
+        let Some(adapter) = &self.adapter else {
+            return self.base.forward(x);
+        };
         let term = adapter.term();
         let summed = adapter.is_masked() || adapter.grid.is_some();
-        if summed && !term.dropout.is_active() && (adapter.grid.is_some() || !self.base.is_tracked()) {
+        if summed
+            && !term.dropout.is_active()
+            && (adapter.grid.is_some() || !self.base.is_tracked())
+        {
             let weight = self.base.stored().without_autodiff();
             if let Some(y) = adapter.product_with_sum(x.clone(), weight) {
                 return self.base.with_bias(y);
@@ -179,7 +204,11 @@ impl ElasticLoraLinear {
     pub fn set_active_rank(&mut self, rank: usize) -> Result<()> {
         match &mut self.adapter {
             Some(adapter) => adapter.set_active_rank(rank),
-            None => Err(Error::InvalidRank { layer: "this layer, which has no adapter".into(), found: rank, max: 0 }),
+            None => Err(Error::InvalidRank {
+                layer: "this layer, which has no adapter".into(),
+                found: rank,
+                max: 0,
+            }),
         }
     }
 
@@ -197,8 +226,12 @@ impl ElasticLoraLinear {
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
         let before = self.base.active_dims();
         self.base.set_active_dims(active)?;
-        let Some(adapter) = &mut self.adapter else { return Ok(()) };
-        adapter.set_active_dims(active).or_else(|error| self.base.set_active_dims(before).and(Err(error)))
+        let Some(adapter) = &mut self.adapter else {
+            return Ok(());
+        };
+        adapter
+            .set_active_dims(active)
+            .or_else(|error| self.base.set_active_dims(before).and(Err(error)))
     }
 
     /// The active rank; 0 without an adapter.
@@ -223,8 +256,14 @@ impl ElasticLoraLinear {
     /// # Errors
     /// [`Error::OffGrid`] where the device computed a value that is none of its grid's, NaN for one.
     pub fn merged_quantized(&self) -> Result<Option<QuantizedMatrix>> {
-        match self.adapter.as_ref().and_then(|adapter| adapter.grid.as_ref()) {
-            Some(grid) => grid.codes_of(&matrix_from_tensor(self.merged_weight())).map(Some),
+        match self
+            .adapter
+            .as_ref()
+            .and_then(|adapter| adapter.grid.as_ref())
+        {
+            Some(grid) => grid
+                .codes_of(&matrix_from_tensor(self.merged_weight()))
+                .map(Some),
             None => Ok(None),
         }
     }
@@ -236,7 +275,11 @@ impl ElasticLoraLinear {
             // Rounded as it is in training.
             Some(adapter) if adapter.is_masked() && adapter.grid.is_none() => {
                 let sum = adapter.added_to(self.base.stored());
-                if sum.dtype() == DType::F32 { sum } else { sum.cast(FloatDType::F32) }
+                if sum.dtype() == DType::F32 {
+                    sum
+                } else {
+                    sum.cast(FloatDType::F32)
+                }
             }
             Some(adapter) => adapter.added_to(self.base.active_weight()),
             None => self.base.active_weight(),

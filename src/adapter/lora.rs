@@ -52,7 +52,13 @@ pub struct LoraConfig {
 impl LoraConfig {
     /// `alpha = 2 * rank`, no dropout, the papers' scale rule.
     pub fn new(rank: usize) -> Self {
-        Self { rank, alpha: 2.0 * rank as f64, dropout: 0.0, scale_rule: ScaleRule::default(), bf16_gradient: false }
+        Self {
+            rank,
+            alpha: 2.0 * rank as f64,
+            dropout: 0.0,
+            scale_rule: ScaleRule::default(),
+            bf16_gradient: false,
+        }
     }
 
     /// Sets alpha.
@@ -85,13 +91,25 @@ impl LoraConfig {
     /// [`Error::InvalidArgument`] for a rank of 0 or over [`MAX_RANK`], an alpha that is not finite and over 0, or a dropout outside 0..1.
     pub fn validate(&self) -> Result<()> {
         if !(1..=MAX_RANK).contains(&self.rank) {
-            return Err(Error::argument("rank", self.rank, format!("in 1..={MAX_RANK}")));
+            return Err(Error::argument(
+                "rank",
+                self.rank,
+                format!("in 1..={MAX_RANK}"),
+            ));
         }
         if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            return Err(Error::argument("alpha", self.alpha, "a finite number over 0"));
+            return Err(Error::argument(
+                "alpha",
+                self.alpha,
+                "a finite number over 0",
+            ));
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::argument("dropout", self.dropout, "at least 0 and under 1"));
+            return Err(Error::argument(
+                "dropout",
+                self.dropout,
+                "at least 0 and under 1",
+            ));
         }
         Ok(())
     }
@@ -116,7 +134,9 @@ impl LoraConfig {
     ) -> (Param<Tensor<2>>, Param<Tensor<2>>) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let bound = 1.0 / (d_input as f32).sqrt();
-        let a: Vec<f32> = (0..d_input * self.rank).map(|_| rng.random_range(-bound..=bound)).collect();
+        let a: Vec<f32> = (0..d_input * self.rank)
+            .map(|_| rng.random_range(-bound..=bound))
+            .collect();
         let a = Tensor::from_data(TensorData::new(a, [d_input, self.rank]), device);
         let b = Tensor::zeros([self.rank, d_output], device);
         (Param::from_tensor(a), Param::from_tensor(b))
@@ -137,9 +157,17 @@ pub(crate) fn summed_weight(
     mask: Option<Tensor<2, Bool>>,
 ) -> Tensor<2> {
     match mask {
-        Some(mask) => {
-            ops::summed_weight(weight, mask, lora_a, lora_b, LoraTerm { rank, scale, dropout: Dropout::NONE })
-        }
+        Some(mask) => ops::summed_weight(
+            weight,
+            mask,
+            lora_a,
+            lora_b,
+            LoraTerm {
+                rank,
+                scale,
+                dropout: Dropout::NONE,
+            },
+        ),
         // The scale goes onto the thin factor: that is the smaller product.
         None => weight + (lora_a.narrow(1, 0, rank) * scale).matmul(lora_b.narrow(0, 0, rank)),
     }
@@ -161,7 +189,11 @@ pub fn seeded_dropout<const D: usize>(x: Tensor<D>, probability: f64, seed: u64)
 
 fn check_sizes(d_input: usize, d_output: usize) -> Result<()> {
     if d_input == 0 || d_output == 0 {
-        return Err(Error::argument("d_input x d_output", format!("{d_input} x {d_output}"), "both at least 1"));
+        return Err(Error::argument(
+            "d_input x d_output",
+            format!("{d_input} x {d_output}"),
+            "both at least 1",
+        ));
     }
     Ok(())
 }
@@ -195,7 +227,13 @@ impl ElasticLora {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] as [`LoraConfig::validate`] says, or for a size of 0.
-    pub fn new(config: &LoraConfig, d_input: usize, d_output: usize, seed: u64, device: &Device) -> Result<Self> {
+    pub fn new(
+        config: &LoraConfig,
+        d_input: usize,
+        d_output: usize,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         config.validate()?;
         check_sizes(d_input, d_output)?;
         let (lora_a, lora_b) = config.fresh_factors(d_input, d_output, seed, device);
@@ -219,7 +257,12 @@ impl ElasticLora {
     /// # Errors
     /// [`Error::ShapeMismatch`] where the ranks differ from each other or from `config.rank`; [`Error::InvalidArgument`] as
     /// for [`new`](Self::new).
-    pub fn from_factors(config: &LoraConfig, a: &Matrix, b: &Matrix, device: &Device) -> Result<Self> {
+    pub fn from_factors(
+        config: &LoraConfig,
+        a: &Matrix,
+        b: &Matrix,
+        device: &Device,
+    ) -> Result<Self> {
         config.validate()?;
         if a.rows() != config.rank || b.cols() != config.rank {
             return Err(Error::ShapeMismatch {
@@ -278,7 +321,10 @@ impl ElasticLora {
     /// # Errors
     /// [`Error::ShapeMismatch`] where the grid is of another shape.
     pub fn set_grid(&mut self, grid: &QuantizedMatrix, train_scales: bool) -> Result<()> {
-        let (expected, found) = ([self.d_output(), self.d_input()], [grid.rows(), grid.cols()]);
+        let (expected, found) = (
+            [self.d_output(), self.d_input()],
+            [grid.rows(), grid.cols()],
+        );
         if expected != found {
             return Err(Error::ShapeMismatch {
                 what: "grid of an adapter's layer".into(),
@@ -286,8 +332,12 @@ impl ElasticLora {
                 found: found.to_vec(),
             });
         }
-        self.grid =
-            Some(WeightGrid::new(grid, train_scales, self.is_masked(), &self.lora_a.val().device().without_autodiff()));
+        self.grid = Some(WeightGrid::new(
+            grid,
+            train_scales,
+            self.is_masked(),
+            &self.lora_a.val().device().without_autodiff(),
+        ));
         Ok(())
     }
 
@@ -341,7 +391,12 @@ impl ElasticLora {
                 found: active.to_vec(),
             });
         }
-        if active[0] < dims[0] && self.grid.as_ref().is_some_and(|grid| grid.groups().order.is_some()) {
+        if active[0] < dims[0]
+            && self
+                .grid
+                .as_ref()
+                .is_some_and(|grid| grid.groups().order.is_some())
+        {
             return Err(Error::Unsupported {
                 what: "a part of the inputs of a grid with groups in its own order".into(),
             });
@@ -353,7 +408,10 @@ impl ElasticLora {
     /// A and B, of all ranks, as far as inputs and outputs are active: views.
     pub(crate) fn factors(&self) -> (Tensor<2>, Tensor<2>) {
         let [d_input, d_output] = self.active_dims;
-        (prefix(self.lora_a.val(), 0, d_input), prefix(self.lora_b.val(), 1, d_output))
+        (
+            prefix(self.lora_a.val(), 0, d_input),
+            prefix(self.lora_b.val(), 1, d_output),
+        )
     }
 
     /// The scale at the active rank.
@@ -367,7 +425,11 @@ impl ElasticLora {
     /// [`Error::InvalidRank`] for 0 or more than the maximum; the active rank is then as before.
     pub fn set_active_rank(&mut self, rank: usize) -> Result<()> {
         if rank == 0 || rank > self.max_rank() {
-            return Err(Error::InvalidRank { layer: "this layer".into(), found: rank, max: self.max_rank() });
+            return Err(Error::InvalidRank {
+                layer: "this layer".into(),
+                found: rank,
+                max: self.max_rank(),
+            });
         }
         self.active_rank = rank;
         Ok(())
@@ -388,7 +450,14 @@ impl ElasticLora {
     /// A weight with the active update, before any rounding to a grid.
     fn summed_with(&self, weight: Tensor<2>) -> Tensor<2> {
         let (a, b) = self.factors();
-        summed_weight(weight, a, b, self.active_rank, self.scale(), self.active_mask())
+        summed_weight(
+            weight,
+            a,
+            b,
+            self.active_rank,
+            self.scale(),
+            self.active_mask(),
+        )
     }
 
     /// The mask as far as inputs and outputs are active: a view.
@@ -399,7 +468,11 @@ impl ElasticLora {
     fn active_part(&self, mask: &Tensor<2, Bool>) -> Tensor<2, Bool> {
         let [d_input, d_output] = self.active_dims;
         let mask = mask.clone();
-        if mask.dims() == self.active_dims { mask } else { mask.narrow(0, 0, d_input).narrow(1, 0, d_output) }
+        if mask.dims() == self.active_dims {
+            mask
+        } else {
+            mask.narrow(0, 0, d_input).narrow(1, 0, d_output)
+        }
     }
 
     /// A weight with the active update, on the grid where there is one; the weight is then a constant.
@@ -407,12 +480,27 @@ impl ElasticLora {
     /// # Shapes
     /// - `weight` and result: `[d_input, d_output]`, as far as active
     pub fn added_to(&self, weight: Tensor<2>) -> Tensor<2> {
-        let Some(grid) = &self.grid else { return self.summed_with(weight) };
-        let ((a, b), lora) = (self.factors(), LoraTerm { dropout: Dropout::NONE, ..self.term() });
-        let mask = self.mask.clone().unwrap_or_else(|| grid.everywhere([self.d_input(), self.d_output()]));
+        let Some(grid) = &self.grid else {
+            return self.summed_with(weight);
+        };
+        let ((a, b), lora) = (
+            self.factors(),
+            LoraTerm {
+                dropout: Dropout::NONE,
+                ..self.term()
+            },
+        );
+        let mask = self
+            .mask
+            .clone()
+            .unwrap_or_else(|| grid.everywhere([self.d_input(), self.d_output()]));
         let mask = self.active_part(&mask);
         let (scales, zeros) = grid.active(self.active_dims);
-        let term = GridTerm { lora, bits: grid.bits(), groups: grid.groups().clone() };
+        let term = GridTerm {
+            lora,
+            bits: grid.bits(),
+            groups: grid.groups().clone(),
+        };
         ops::quantized_sum(weight, mask, a, b, scales, zeros, term)
     }
 
@@ -420,16 +508,51 @@ impl ElasticLora {
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, as far as active; result: `[.., d_output]`
-    pub(crate) fn product_with_sum<const D: usize>(&self, x: Tensor<D>, weight: Tensor<2>) -> Option<Tensor<D>> {
-        let ((a, b), lora) = (self.factors(), LoraTerm { dropout: Dropout::NONE, ..self.term() });
+    pub(crate) fn product_with_sum<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        weight: Tensor<2>,
+    ) -> Option<Tensor<D>> {
+        let ((a, b), lora) = (
+            self.factors(),
+            LoraTerm {
+                dropout: Dropout::NONE,
+                ..self.term()
+            },
+        );
         let rounded = self.config.bf16_gradient || weight.dtype() == DType::BF16;
         let Some(grid) = &self.grid else {
-            return Some(ops::summed_linear(x, weight, self.active_mask()?, [a, b], lora, rounded));
+            return Some(ops::summed_linear(
+                x,
+                weight,
+                self.active_mask()?,
+                [a, b],
+                lora,
+                rounded,
+            ));
         };
-        let mask = self.mask.clone().unwrap_or_else(|| grid.everywhere([self.d_input(), self.d_output()]));
-        let (mask, grids) = (self.active_part(&mask), grid.active(self.active_dims).into());
-        let term = GridTerm { lora, bits: grid.bits(), groups: grid.groups().clone() };
-        Some(ops::quantized_linear(x, weight, mask, [a, b], grids, term, rounded))
+        let mask = self
+            .mask
+            .clone()
+            .unwrap_or_else(|| grid.everywhere([self.d_input(), self.d_output()]));
+        let (mask, grids) = (
+            self.active_part(&mask),
+            grid.active(self.active_dims).into(),
+        );
+        let term = GridTerm {
+            lora,
+            bits: grid.bits(),
+            groups: grid.groups().clone(),
+        };
+        Some(ops::quantized_linear(
+            x,
+            weight,
+            mask,
+            [a, b],
+            grids,
+            term,
+            rounded,
+        ))
     }
 
     /// What the adapter adds to its layer's output, by plain operations: `s (dropout(x) A_r) B_r`, two thin products, or with
@@ -443,18 +566,38 @@ impl ElasticLora {
         if let Some(mask) = self.active_mask() {
             let (a, b) = self.factors();
             let nothing = Tensor::zeros(self.active_dims, &a.device().without_autodiff());
-            let lora = LoraTerm { dropout: Dropout::NONE, ..self.term() };
-            return ops::summed_linear(dropped, nothing, mask, [a, b], lora, self.config.bf16_gradient);
+            let lora = LoraTerm {
+                dropout: Dropout::NONE,
+                ..self.term()
+            };
+            return ops::summed_linear(
+                dropped,
+                nothing,
+                mask,
+                [a, b],
+                lora,
+                self.config.bf16_gradient,
+            );
         }
         let (a, b) = self.factors();
-        let (a, b) = (prefix(a, 1, self.active_rank), prefix(b, 0, self.active_rank));
+        let (a, b) = (
+            prefix(a, 1, self.active_rank),
+            prefix(b, 0, self.active_rank),
+        );
         ops::linear(ops::linear(dropped, a) * self.scale(), b)
     }
 
     /// What the custom operations need to know.
     pub(crate) fn term(&self) -> LoraTerm {
-        let dropout = Dropout { probability: self.dropout(), seed: self.dropout_seed };
-        LoraTerm { rank: self.active_rank, scale: self.scale(), dropout }
+        let dropout = Dropout {
+            probability: self.dropout(),
+            seed: self.dropout_seed,
+        };
+        LoraTerm {
+            rank: self.active_rank,
+            scale: self.scale(),
+            dropout,
+        }
     }
 
     /// `x` with this step's dropout.
@@ -464,7 +607,11 @@ impl ElasticLora {
 
     /// The probability that acts here: none off the tape.
     fn dropout(&self) -> f64 {
-        if self.lora_a.val().is_autodiff() { self.config.dropout } else { 0.0 }
+        if self.lora_a.val().is_autodiff() {
+            self.config.dropout
+        } else {
+            0.0
+        }
     }
 
     /// The active factors in PEFT's orientation: A `[r, d_input]`, B `[d_output, r]`, as far as active, and the scale.
@@ -478,7 +625,9 @@ impl ElasticLora {
             });
         }
         if self.is_masked() {
-            return Err(Error::Unsupported { what: "writing a SparsePEFT adapter as plain LoRA factors".into() });
+            return Err(Error::Unsupported {
+                what: "writing a SparsePEFT adapter as plain LoRA factors".into(),
+            });
         }
         let (a, b) = self.factors();
         let a = matrix_from_tensor(prefix(a, 1, self.active_rank));

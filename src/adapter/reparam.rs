@@ -29,7 +29,10 @@ struct Switch {
 impl RankSwitches {
     /// The adapted parameters as layers of a search space, named by their path (`encoder.0.weight`).
     pub fn layers(&self) -> Vec<LayerShape> {
-        self.ranks.iter().map(|(path, s)| LayerShape::new(path.clone(), s.d_input, s.d_output)).collect()
+        self.ranks
+            .iter()
+            .map(|(path, s)| LayerShape::new(path.clone(), s.d_input, s.d_output))
+            .collect()
     }
 
     /// Makes a rank the active one of a parameter.
@@ -37,12 +40,16 @@ impl RankSwitches {
     /// # Errors
     /// [`Error::UnknownLayer`] for a path that has no adapter, [`Error::InvalidRank`] for 0 or more than the maximum.
     pub fn set(&self, path: &str, rank: usize) -> Result<()> {
-        let switch = self
-            .ranks
-            .get(path)
-            .ok_or_else(|| Error::UnknownLayer { context: "rank switches".into(), layer: path.to_string() })?;
+        let switch = self.ranks.get(path).ok_or_else(|| Error::UnknownLayer {
+            context: "rank switches".into(),
+            layer: path.to_string(),
+        })?;
         if rank == 0 || rank > switch.max {
-            return Err(Error::InvalidRank { layer: path.to_string(), found: rank, max: switch.max });
+            return Err(Error::InvalidRank {
+                layer: path.to_string(),
+                found: rank,
+                max: switch.max,
+            });
         }
         switch.active.store(rank, Ordering::Relaxed);
         Ok(())
@@ -50,7 +57,9 @@ impl RankSwitches {
 
     /// The active rank of a parameter, where it has an adapter.
     pub fn get(&self, path: &str) -> Option<usize> {
-        self.ranks.get(path).map(|s| s.active.load(Ordering::Relaxed))
+        self.ranks
+            .get(path)
+            .map(|s| s.active.load(Ordering::Relaxed))
     }
 
     /// Activates a subnet of a space over [`layers`](Self::layers).
@@ -60,15 +69,21 @@ impl RankSwitches {
     pub fn activate(&self, space: &SearchSpace, config: &SubnetConfig) -> Result<()> {
         let ranks = space.ranks(config)?;
         for (path, rank) in &ranks {
-            let switch = self
-                .ranks
-                .get(path)
-                .ok_or_else(|| Error::UnknownLayer { context: "rank switches".into(), layer: path.clone() })?;
+            let switch = self.ranks.get(path).ok_or_else(|| Error::UnknownLayer {
+                context: "rank switches".into(),
+                layer: path.clone(),
+            })?;
             if *rank == 0 || *rank > switch.max {
-                return Err(Error::InvalidRank { layer: path.clone(), found: *rank, max: switch.max });
+                return Err(Error::InvalidRank {
+                    layer: path.clone(),
+                    found: *rank,
+                    max: switch.max,
+                });
             }
         }
-        ranks.iter().try_for_each(|(path, rank)| self.set(path, *rank))
+        ranks
+            .iter()
+            .try_for_each(|(path, rank)| self.set(path, *rank))
     }
 }
 
@@ -110,7 +125,13 @@ impl ElasticLoraReparameterizer {
     /// As [`LoraConfig::validate`].
     pub fn new(config: LoraConfig, seed: u64) -> Result<Self> {
         config.validate()?;
-        Ok(Self { config, seed, masked: false, filter: Box::new(|_| true), switches: RankSwitches::default() })
+        Ok(Self {
+            config,
+            seed,
+            masked: false,
+            filter: Box::new(|_| true),
+            switches: RankSwitches::default(),
+        })
     }
 
     /// Adapters only for parameters whose path the filter accepts.
@@ -146,9 +167,16 @@ impl Reparameterizer for &mut ElasticLoraReparameterizer {
         let dims = param.lazy_shape();
         let (d_input, d_output) = (dims[0], dims[1]);
         let seed = mix_seed(self.seed, self.switches.ranks.len() as u64);
-        let (lora_a, lora_b) = self.config.fresh_factors(d_input, d_output, seed, &param.lazy_device());
+        let (lora_a, lora_b) =
+            self.config
+                .fresh_factors(d_input, d_output, seed, &param.lazy_device());
         let active = Arc::new(AtomicUsize::new(self.config.rank));
-        let switch = Switch { active: active.clone(), max: self.config.rank, d_input, d_output };
+        let switch = Switch {
+            active: active.clone(),
+            max: self.config.rank,
+            d_input,
+            d_output,
+        };
         self.switches.ranks.insert(path.to_string(), switch);
         let reparam = ElasticLoraReparam {
             lora_a,
@@ -186,7 +214,9 @@ impl Reparameterization for ElasticLoraReparam {
         let rank = self.active.0.load(Ordering::Relaxed);
         let shape = base.dims();
         let base: Tensor<2> = base.reshape([shape[0], shape[1]]);
-        let mask = self.masked.then(|| base.clone().without_autodiff().not_equal_elem(0.0));
+        let mask = self
+            .masked
+            .then(|| base.clone().without_autodiff().not_equal_elem(0.0));
         let (a, b) = (self.lora_a.val(), self.lora_b.val());
         summed_weight(base, a, b, rank, self.config.scale(rank), mask).reshape(shape)
     }

@@ -65,13 +65,26 @@ pub fn block_influence(
     let model = model.valid();
     let batches = batches(samples, TOKENS_AT_ONCE);
     if batches.is_empty() {
-        return Err(Error::argument("samples", 0, "at least one, to measure influence"));
+        return Err(Error::argument(
+            "samples",
+            0,
+            "at least one, to measure influence",
+        ));
     }
-    let states = batches.iter().map(|(rows, ids)| Ok(model.embed(model.tokens(ids, *rows)?)));
+    let states = batches
+        .iter()
+        .map(|(rows, ids)| Ok(model.embed(model.tokens(ids, *rows)?)));
     let mut states = states.collect::<Result<Vec<Tensor<3>>>>()?;
-    let expected: Vec<Vec<(usize, u32)>> = batches.iter().map(|(rows, ids)| targets(*rows, ids)).collect();
+    let expected: Vec<Vec<(usize, u32)>> = batches
+        .iter()
+        .map(|(rows, ids)| targets(*rows, ids))
+        .collect();
     let by_loss = measure == InfluenceMeasure::Loss;
-    let whole = if by_loss { Some(loss_from(&model, 0, &states, &expected)?) } else { None };
+    let whole = if by_loss {
+        Some(loss_from(&model, 0, &states, &expected)?)
+    } else {
+        None
+    };
     let n_blocks = model.layers.len();
     let mut units = Vec::with_capacity(3 * n_blocks);
     for block in 0..n_blocks {
@@ -82,23 +95,40 @@ pub fn block_influence(
                 continue;
             }
             let loss_increase = match whole {
-                Some(whole) => Some(loss_from(&without(&model, block, parts), block, &states, &expected)? - whole),
+                Some(whole) => Some(
+                    loss_from(&without(&model, block, parts), block, &states, &expected)? - whole,
+                ),
                 None => None,
             };
-            units.push(UnitInfluence { name, cosine_change: 0.0, loss_increase });
+            units.push(UnitInfluence {
+                name,
+                cosine_change: 0.0,
+                loss_increase,
+            });
         }
         let changes = cosine_changes(&model, block, &mut states)?;
         for ((name, _), change) in candidates(block).iter().zip(changes) {
-            units[here..].iter_mut().filter(|unit| unit.name == *name).for_each(|unit| unit.cosine_change = change);
+            units[here..]
+                .iter_mut()
+                .filter(|unit| unit.name == *name)
+                .for_each(|unit| unit.cosine_change = change);
         }
         progress(block + 1, n_blocks);
     }
     let key = |unit: &UnitInfluence| unit.loss_increase.unwrap_or(unit.cosine_change);
     if let Some(index) = units.iter().position(|unit| !key(unit).is_finite()) {
         let tensor = format!("influence of {}", units[index].name);
-        return Err(Error::NotFinite { tensor, index: 0, value: key(&units[index]) as f32 });
+        return Err(Error::NotFinite {
+            tensor,
+            index: 0,
+            value: key(&units[index]) as f32,
+        });
     }
-    units.sort_by(|a, b| key(b).partial_cmp(&key(a)).unwrap_or(std::cmp::Ordering::Equal));
+    units.sort_by(|a, b| {
+        key(b)
+            .partial_cmp(&key(a))
+            .unwrap_or(std::cmp::Ordering::Equal)
+    });
     Ok(units)
 }
 
@@ -120,9 +150,16 @@ fn cosine_changes(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Re
             (Some(context), Some(o)) => state.clone() + o.forward(context),
             _ => state.clone(),
         };
-        let pairs = [(state.clone(), after.clone()), (state.clone(), between.clone()), (between, after.clone())];
+        let pairs = [
+            (state.clone(), after.clone()),
+            (state.clone(), between.clone()),
+            (between, after.clone()),
+        ];
         for (sum, (a, b)) in sums.iter_mut().zip(pairs) {
-            *sum += cosines(a, b).iter().map(|cosine| 1.0 - f64::from(*cosine)).sum::<f64>();
+            *sum += cosines(a, b)
+                .iter()
+                .map(|cosine| 1.0 - f64::from(*cosine))
+                .sum::<f64>();
         }
         let [sequences, length, _] = after.dims();
         n += sequences * length;
@@ -134,28 +171,53 @@ fn cosine_changes(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Re
 /// Cosine of each token's two vectors; 1 for two that are both zero, which did not change.
 fn cosines(a: Tensor<3>, b: Tensor<3>) -> Vec<f32> {
     let dot = host_values((a.clone() * b.clone()).sum_dim(2));
-    let (a, b) = (host_values(a.square().sum_dim(2)), host_values(b.square().sum_dim(2)));
+    let (a, b) = (
+        host_values(a.square().sum_dim(2)),
+        host_values(b.square().sum_dim(2)),
+    );
     let both = dot.iter().zip(a.iter().zip(&b));
-    both.map(|(dot, (a, b))| if a + b == 0.0 { 1.0 } else { dot / (a.sqrt() * b.sqrt()).max(f32::MIN_POSITIVE) })
-        .collect()
+    both.map(|(dot, (a, b))| {
+        if a + b == 0.0 {
+            1.0
+        } else {
+            dot / (a.sqrt() * b.sqrt()).max(f32::MIN_POSITIVE)
+        }
+    })
+    .collect()
 }
 
 /// The model that leaves parts of a block out. Weights are shared.
 fn without(model: &Decoder, block: usize, parts: &[Unit]) -> Decoder {
     let mut model = model.clone();
-    parts.iter().for_each(|unit| model.layers[block].set_runs(*unit, false));
+    parts
+        .iter()
+        .for_each(|unit| model.layers[block].set_runs(*unit, false));
     model
 }
 
 /// Mean loss a target, in nats, where `states` are the inputs of block `first`.
-fn loss_from(model: &Decoder, first: usize, states: &[Tensor<3>], targets: &[Vec<(usize, u32)>]) -> Result<f64> {
+fn loss_from(
+    model: &Decoder,
+    first: usize,
+    states: &[Tensor<3>],
+    targets: &[Vec<(usize, u32)>],
+) -> Result<f64> {
     let n: usize = targets.iter().map(Vec::len).sum();
     if n == 0 {
-        return Err(Error::argument("samples", states.len(), "at least one of two tokens, to measure a loss"));
+        return Err(Error::argument(
+            "samples",
+            states.len(),
+            "at least one of two tokens, to measure a loss",
+        ));
     }
     let mut sum = 0.0;
-    for (state, targets) in states.iter().zip(targets).filter(|(_, targets)| !targets.is_empty()) {
-        let last = (first..model.layers.len()).fold(state.clone(), |x, block| model.block(block, x, None));
+    for (state, targets) in states
+        .iter()
+        .zip(targets)
+        .filter(|(_, targets)| !targets.is_empty())
+    {
+        let last =
+            (first..model.layers.len()).fold(state.clone(), |x, block| model.block(block, x, None));
         let (hidden, targets) = model.at_positions(model.norm.forward(last), targets)?;
         sum += f64::from(host_values(model.nll_of_hidden(hidden, &targets))[0]);
     }

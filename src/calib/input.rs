@@ -49,13 +49,21 @@ impl InputStatistic {
         if let Self::Hessian(hessian) = self {
             // All columns would count as dead, and all weights as 0.
             if hessian.rows() == 0 {
-                return Err(Error::argument("layer", name, "one that samples reach, not one that is left out"));
+                return Err(Error::argument(
+                    "layer",
+                    name,
+                    "one that samples reach, not one that is left out",
+                ));
             }
             *self = Self::Factor(Factor::new(hessian, config)?);
         }
         match self {
             Self::Factor(factor) => Ok(factor),
-            _ => Err(Error::argument("statistic", "none", "a Hessian of the layer's input is needed")),
+            _ => Err(Error::argument(
+                "statistic",
+                "none",
+                "a Hessian of the layer's input is needed",
+            )),
         }
     }
 }
@@ -64,13 +72,31 @@ impl InputStatistic {
 pub(super) fn in_layer(name: &str, error: Error) -> Error {
     let of = |what: String| format!("{name}: {what}");
     match error {
-        Error::NotFinite { tensor, index, value } => Error::NotFinite { tensor: of(tensor), index, value },
-        Error::NotPositiveDefinite { what, index, pivot } => {
-            Error::NotPositiveDefinite { what: of(what), index, pivot }
-        }
-        Error::TensorOverflow { tensor, index, value, dtype } => {
-            Error::TensorOverflow { tensor: of(tensor), index, value, dtype }
-        }
+        Error::NotFinite {
+            tensor,
+            index,
+            value,
+        } => Error::NotFinite {
+            tensor: of(tensor),
+            index,
+            value,
+        },
+        Error::NotPositiveDefinite { what, index, pivot } => Error::NotPositiveDefinite {
+            what: of(what),
+            index,
+            pivot,
+        },
+        Error::TensorOverflow {
+            tensor,
+            index,
+            value,
+            dtype,
+        } => Error::TensorOverflow {
+            tensor: of(tensor),
+            index,
+            value,
+            dtype,
+        },
         other => other,
     }
 }

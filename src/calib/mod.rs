@@ -53,7 +53,9 @@ pub fn walk_blocks<S>(
         for state in &states {
             let mut tap = |kind: LinearKind, x: &Tensor<3>| {
                 if let (None, Some(statistic)) = (&failure, statistics.get_mut(&kind)) {
-                    failure = observe(statistic, x).map_err(|error| input::in_layer(&kind.name(block), error)).err();
+                    failure = observe(statistic, x)
+                        .map_err(|error| input::in_layer(&kind.name(block), error))
+                        .err();
                 }
             };
             model.block(block, state.clone(), Some(&mut tap));
@@ -62,7 +64,10 @@ pub fn walk_blocks<S>(
             return Err(error);
         }
         for (input, mut statistic) in statistics {
-            for kind in LinearKind::ALL.into_iter().filter(|kind| kind.input() == input) {
+            for kind in LinearKind::ALL
+                .into_iter()
+                .filter(|kind| kind.input() == input)
+            {
                 if let Some(layer) = model.layers[block].linear_mut(kind) {
                     change(&kind.name(block), &mut layer.base, &mut statistic)?;
                 }
@@ -77,7 +82,10 @@ pub fn walk_blocks<S>(
 
 /// The samples' embeddings, those of one length together, a few thousand tokens a tensor.
 fn embed_samples(model: &Decoder, samples: &[Vec<u32>]) -> Result<Vec<Tensor<3>>> {
-    batches(samples, TOKENS_AT_ONCE).into_iter().map(|(rows, ids)| Ok(model.embed(model.tokens(&ids, rows)?))).collect()
+    batches(samples, TOKENS_AT_ONCE)
+        .into_iter()
+        .map(|(rows, ids)| Ok(model.embed(model.tokens(&ids, rows)?)))
+        .collect()
 }
 
 /// The samples, empty ones left out, those of one length together, about `tokens` at once: number of rows and their ids.
@@ -89,7 +97,13 @@ fn batches(samples: &[Vec<u32>], tokens: usize) -> Vec<(usize, Vec<u32>)> {
     let mut batches = Vec::new();
     for (length, group) in by_length {
         for chunk in group.chunks((tokens / length).max(1)) {
-            batches.push((chunk.len(), chunk.iter().flat_map(|sample| sample.iter().copied()).collect()));
+            batches.push((
+                chunk.len(),
+                chunk
+                    .iter()
+                    .flat_map(|sample| sample.iter().copied())
+                    .collect(),
+            ));
         }
     }
     batches
@@ -98,7 +112,10 @@ fn batches(samples: &[Vec<u32>], tokens: usize) -> Vec<(usize, Vec<u32>)> {
 /// What is to be predicted in a batch of whole samples: each token from those before it, as [`Decoder::nll_sum`] takes it.
 fn targets(rows: usize, ids: &[u32]) -> Vec<(usize, u32)> {
     let length = ids.len() / rows;
-    (0..ids.len()).filter(|i| i % length > 0).map(|i| (i - 1, ids[i])).collect()
+    (0..ids.len())
+        .filter(|i| i % length > 0)
+        .map(|i| (i - 1, ids[i]))
+        .collect()
 }
 
 /// Sums of the squares of each input column over all tokens of `x` `[sequences, seq, d_input]`.

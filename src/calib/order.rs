@@ -14,7 +14,9 @@ use super::{column_squares, embed_samples};
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 use crate::model::{Block, Decoder, LinearKind};
-use crate::sparsity::{ChannelScore, InputNorms, UnitPart, activation_scores, importance_order, l1_scores, l2_scores};
+use crate::sparsity::{
+    ChannelScore, InputNorms, UnitPart, activation_scores, importance_order, l1_scores, l2_scores,
+};
 
 /// The scores of a block's units; larger is more important. Scores of different kinds of units do not compare.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,11 +51,16 @@ impl ChannelOrder {
     /// # Errors
     /// [`Error::InvalidArgument`] for a record that holds no permutations (one that was read from a file, say).
     pub fn inverse(&self) -> Result<Self> {
-        let blocks = self
-            .blocks
-            .iter()
-            .map(|block| Ok(BlockOrder { mlp: invert(&block.mlp)?, kv_groups: invert(&block.kv_groups)? }));
-        Ok(Self { score: self.score, blocks: blocks.collect::<Result<_>>()? })
+        let blocks = self.blocks.iter().map(|block| {
+            Ok(BlockOrder {
+                mlp: invert(&block.mlp)?,
+                kv_groups: invert(&block.kv_groups)?,
+            })
+        });
+        Ok(Self {
+            score: self.score,
+            blocks: blocks.collect::<Result<_>>()?,
+        })
     }
 
     /// Puts the units of a model in this order.
@@ -85,7 +92,13 @@ fn invert(order: &[usize]) -> Result<Vec<usize>> {
     for (place, unit) in order.iter().enumerate() {
         match inverse.get_mut(*unit) {
             Some(slot @ None) => *slot = Some(place),
-            _ => return Err(Error::argument("channel order", unit, format!("each of 0..{} once", order.len()))),
+            _ => {
+                return Err(Error::argument(
+                    "channel order",
+                    unit,
+                    format!("each of 0..{} once", order.len()),
+                ));
+            }
         }
     }
     Ok(inverse.into_iter().flatten().collect())
@@ -106,9 +119,15 @@ pub fn sort_channels(
 ) -> Result<ChannelOrder> {
     let scores = channel_scores(model, samples, score, progress)?;
     let blocks = scores.iter().map(|block| {
-        Ok(BlockOrder { mlp: importance_order(&block.mlp)?, kv_groups: importance_order(&block.kv_groups)? })
+        Ok(BlockOrder {
+            mlp: importance_order(&block.mlp)?,
+            kv_groups: importance_order(&block.kv_groups)?,
+        })
     });
-    let order = ChannelOrder { score, blocks: blocks.collect::<Result<_>>()? };
+    let order = ChannelOrder {
+        score,
+        blocks: blocks.collect::<Result<_>>()?,
+    };
     order.apply(model)?;
     Ok(order)
 }
@@ -138,22 +157,32 @@ pub fn channel_scores(
     }
     let model = model.valid();
     if score.needs_calibration() && samples.iter().all(|sample| sample.is_empty()) {
-        return Err(Error::argument("samples", 0, format!("the {score} score needs calibration samples")));
+        return Err(Error::argument(
+            "samples",
+            0,
+            format!("the {score} score needs calibration samples"),
+        ));
     }
     let n_blocks = model.layers.len();
-    let mut states = if score.needs_calibration() { embed_samples(&model, samples)? } else { Vec::new() };
+    let mut states = if score.needs_calibration() {
+        embed_samples(&model, samples)?
+    } else {
+        Vec::new()
+    };
     let mut scores = Vec::with_capacity(n_blocks);
     for (index, block) in model.layers.iter().enumerate() {
         scores.push(match score {
             ChannelScore::Activation => {
                 let norms = output_norms(&model, index, &mut states)?;
-                let scores = |kind: LinearKind, n_units: usize| match (block.linear(kind), norms.get(&kind)) {
-                    (Some(layer), Some(norms)) => {
-                        let weight = layer.base.to_matrix();
-                        activation_scores(&weight, weight.cols() / n_units, norms)
-                    }
-                    _ => Ok(Vec::new()),
-                };
+                let scores =
+                    |kind: LinearKind, n_units: usize| match (block.linear(kind), norms.get(&kind))
+                    {
+                        (Some(layer), Some(norms)) => {
+                            let weight = layer.base.to_matrix();
+                            activation_scores(&weight, weight.cols() / n_units, norms)
+                        }
+                        _ => Ok(Vec::new()),
+                    };
                 BlockScores {
                     mlp: scores(LinearKind::Down, block.n_mlp_channels())?,
                     kv_groups: scores(LinearKind::O, block.n_kv_groups())?,
@@ -168,10 +197,15 @@ pub fn channel_scores(
 }
 
 /// Scores that need no data.
-fn weight_scores(block: &Block, score: impl Fn(&[UnitPart<'_>]) -> Result<Vec<f64>>) -> Result<BlockScores> {
+fn weight_scores(
+    block: &Block,
+    score: impl Fn(&[UnitPart<'_>]) -> Result<Vec<f64>>,
+) -> Result<BlockScores> {
     let of = |writers: &[LinearKind], reader: LinearKind, n_units: usize| -> Result<Vec<f64>> {
         let weight = |kind: &LinearKind| Some(block.linear(*kind)?.base.to_matrix());
-        let Some(read) = weight(&reader) else { return Ok(Vec::new()) };
+        let Some(read) = weight(&reader) else {
+            return Ok(Vec::new());
+        };
         let written: Vec<Matrix> = writers.iter().filter_map(weight).collect();
         let mut parts = vec![UnitPart::columns(&read, read.cols() / n_units)?];
         for weight in &written {
@@ -180,16 +214,33 @@ fn weight_scores(block: &Block, score: impl Fn(&[UnitPart<'_>]) -> Result<Vec<f6
         score(&parts)
     };
     Ok(BlockScores {
-        mlp: of(&[LinearKind::Gate, LinearKind::Up], LinearKind::Down, block.n_mlp_channels())?,
-        kv_groups: of(&[LinearKind::Q, LinearKind::K, LinearKind::V], LinearKind::O, block.n_kv_groups())?,
+        mlp: of(
+            &[LinearKind::Gate, LinearKind::Up],
+            LinearKind::Down,
+            block.n_mlp_channels(),
+        )?,
+        kv_groups: of(
+            &[LinearKind::Q, LinearKind::K, LinearKind::V],
+            LinearKind::O,
+            block.n_kv_groups(),
+        )?,
     })
 }
 
 /// Runs one block, which takes `states` to the next, and gives the norms of the inputs of o and of down, where it has them.
-fn output_norms(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Result<BTreeMap<LinearKind, InputNorms>> {
+fn output_norms(
+    model: &Decoder,
+    block: usize,
+    states: &mut [Tensor<3>],
+) -> Result<BTreeMap<LinearKind, InputNorms>> {
     let mut norms: BTreeMap<LinearKind, InputNorms> = [LinearKind::O, LinearKind::Down]
         .into_iter()
-        .filter_map(|kind| Some((kind, InputNorms::new(model.layers[block].linear(kind)?.base.dims()[0]))))
+        .filter_map(|kind| {
+            Some((
+                kind,
+                InputNorms::new(model.layers[block].linear(kind)?.base.dims()[0]),
+            ))
+        })
         .collect();
     let mut failure = None;
     for state in states {

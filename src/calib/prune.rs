@@ -9,7 +9,9 @@ use super::walk_blocks;
 use crate::error::{Error, Result};
 use crate::linalg::FactorConfig;
 use crate::model::{Decoder, LinearKind};
-use crate::sparsity::{Method, OwlConfig, Pattern, SparseGptConfig, outlier_share, prune, sparsegpt};
+use crate::sparsity::{
+    Method, OwlConfig, Pattern, SparseGptConfig, outlier_share, prune, sparsegpt,
+};
 
 /// What pruning did to one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,7 +42,13 @@ pub struct PruneConfig {
 impl PruneConfig {
     /// The same share in every block.
     pub fn new(method: Method, pattern: Pattern) -> Self {
-        Self { method, pattern, factor: FactorConfig::new(), sparsegpt: SparseGptConfig::new(), owl: None }
+        Self {
+            method,
+            pattern,
+            factor: FactorConfig::new(),
+            sparsegpt: SparseGptConfig::new(),
+            owl: None,
+        }
     }
 
     /// Sets how SparseGPT's Hessians are made ready.
@@ -73,7 +81,11 @@ impl PruneConfig {
         if let Some(owl) = &self.owl {
             owl.validate()?;
             if matches!(self.pattern, Pattern::NM { .. }) {
-                return Err(Error::argument("owl", self.pattern, "a pattern with a ratio, which N:M has not"));
+                return Err(Error::argument(
+                    "owl",
+                    self.pattern,
+                    "a pattern with a ratio, which N:M has not",
+                ));
             }
         }
         Ok(())
@@ -94,7 +106,12 @@ pub fn prune_model(
     pattern: &Pattern,
     progress: impl FnMut(usize, usize),
 ) -> Result<Vec<PrunedLayer>> {
-    prune_model_with(model, samples, &PruneConfig::new(method, *pattern), progress)
+    prune_model_with(
+        model,
+        samples,
+        &PruneConfig::new(method, *pattern),
+        progress,
+    )
 }
 
 /// [`prune_model`] with all its settings. OWL takes a pass over the samples of its own, through the model as it is.
@@ -124,11 +141,15 @@ pub fn prune_model_with(
         |d_input| InputStatistic::of_method(method, d_input),
         InputStatistic::observe,
         |name, layer, input| {
-            let pattern = LinearKind::parse(name).map_or(&config.pattern, |(block, _)| &patterns[block]);
+            let pattern =
+                LinearKind::parse(name).map_or(&config.pattern, |(block, _)| &patterns[block]);
             let mut weight = layer.to_matrix();
             if method == Method::SparseGpt {
-                let factor = input.factor(name, &config.factor).map_err(|error| in_layer(name, error))?;
-                sparsegpt(&mut weight, factor, pattern, &config.sparsegpt).map_err(|error| in_layer(name, error))?;
+                let factor = input
+                    .factor(name, &config.factor)
+                    .map_err(|error| in_layer(name, error))?;
+                sparsegpt(&mut weight, factor, pattern, &config.sparsegpt)
+                    .map_err(|error| in_layer(name, error))?;
             } else {
                 let scores = method.scores(&weight, input.norms())?;
                 prune(&mut weight, &scores, pattern).map_err(|error| in_layer(name, error))?;
@@ -156,7 +177,11 @@ pub(super) fn needed_samples(
         return Ok(&[]);
     }
     if samples.iter().all(|sample| sample.is_empty()) {
-        return Err(Error::argument("samples", 0, format!("{method} needs calibration samples")));
+        return Err(Error::argument(
+            "samples",
+            0,
+            format!("{method} needs calibration samples"),
+        ));
     }
     Ok(samples)
 }
@@ -168,7 +193,11 @@ fn owl_patterns(
     config: &PruneConfig,
     owl: &OwlConfig,
 ) -> Result<Vec<Pattern>> {
-    let method = if config.method.needs_calibration() { Method::Wanda } else { Method::Magnitude };
+    let method = if config.method.needs_calibration() {
+        Method::Wanda
+    } else {
+        Method::Magnitude
+    };
     let mut shares: BTreeMap<usize, f64> = BTreeMap::new();
     let mut scores = Vec::with_capacity(LinearKind::ALL.len());
     let names: Vec<String> = model.linears().map(|(name, _)| name).collect();
@@ -183,7 +212,10 @@ fn owl_patterns(
             scores.push(of_layer.map_err(|error| in_layer(name, error))?);
             done += 1;
             let block = |name: &String| LinearKind::parse(name).map(|(block, _)| block);
-            let (here, next) = (names.get(done - 1).and_then(block), names.get(done).and_then(block));
+            let (here, next) = (
+                names.get(done - 1).and_then(block),
+                names.get(done).and_then(block),
+            );
             if let (Some(here), true) = (here, here != next) {
                 shares.insert(here, outlier_share(&scores, owl.threshold));
                 scores.clear();
@@ -194,6 +226,9 @@ fn owl_patterns(
     let found: Vec<f64> = shares.values().copied().collect();
     let ratios = owl.ratios(&found, config.pattern.ratio())?;
     let mut patterns = vec![config.pattern; model.layers.len()];
-    shares.keys().zip(ratios).for_each(|(block, ratio)| patterns[*block] = config.pattern.with_ratio(ratio));
+    shares
+        .keys()
+        .zip(ratios)
+        .for_each(|(block, ratio)| patterns[*block] = config.pattern.with_ratio(ratio));
     Ok(patterns)
 }

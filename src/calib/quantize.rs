@@ -51,7 +51,11 @@ pub struct QuantizeConfig {
 impl QuantizeConfig {
     /// Rounds to these grids by `method`.
     pub fn new(method: QuantizeMethod, grid: GridConfig) -> Self {
-        Self { method, gptq: GptqConfig::new(grid), factor: FactorConfig::new() }
+        Self {
+            method,
+            gptq: GptqConfig::new(grid),
+            factor: FactorConfig::new(),
+        }
     }
 
     /// Sets the grids and GPTQ's settings.
@@ -104,11 +108,18 @@ pub fn quantize_model(
     walk_blocks(
         model,
         samples,
-        |d_input| if nearest { InputStatistic::Nothing } else { InputStatistic::Hessian(Hessian::new(d_input)) },
+        |d_input| {
+            if nearest {
+                InputStatistic::Nothing
+            } else {
+                InputStatistic::Hessian(Hessian::new(d_input))
+            }
+        },
         InputStatistic::observe,
         |name, layer, input| {
             let weight = layer.to_matrix();
-            let found = quantize_layer(name, &weight, input, config).map_err(|error| in_layer(name, error))?;
+            let found = quantize_layer(name, &weight, input, config)
+                .map_err(|error| in_layer(name, error))?;
             layer.set_matrix(&found.dequantize())?;
             quantized.insert(name.to_string(), found);
             progress(quantized.len(), n_layers);
@@ -128,10 +139,19 @@ fn quantize_layer(
         QuantizeMethod::Nearest => round_to_nearest(weight, &config.gptq.grid, None),
         QuantizeMethod::Gptq => {
             let mask = Mask::from_nonzero(weight);
-            gptq(weight, input.factor(name, &config.factor)?, &config.gptq, Some(&mask))
+            gptq(
+                weight,
+                input.factor(name, &config.factor)?,
+                &config.gptq,
+                Some(&mask),
+            )
         }
-        QuantizeMethod::SparseGptq(pattern) => {
-            sparse_gptq(weight, input.factor(name, &config.factor)?, &config.gptq, &pattern).map(|(found, _)| found)
-        }
+        QuantizeMethod::SparseGptq(pattern) => sparse_gptq(
+            weight,
+            input.factor(name, &config.factor)?,
+            &config.gptq,
+            &pattern,
+        )
+        .map(|(found, _)| found),
     }
 }

@@ -19,7 +19,13 @@ use crate::nn::host_values;
 use crate::sparsity::sum_units;
 
 /// The layers whose rows are scored; what reads them (o, down) tells nothing more.
-const SCORED: [LinearKind; 5] = [LinearKind::Q, LinearKind::K, LinearKind::V, LinearKind::Gate, LinearKind::Up];
+const SCORED: [LinearKind; 5] = [
+    LinearKind::Q,
+    LinearKind::K,
+    LinearKind::V,
+    LinearKind::Gate,
+    LinearKind::Up,
+];
 
 /// Settings of [`taylor_scores`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,7 +42,11 @@ pub struct TaylorConfig {
 impl Default for TaylorConfig {
     /// Rank 32, 512 tokens a batch, seed 0.
     fn default() -> Self {
-        Self { rank: 32, batch_tokens: 512, seed: 0 }
+        Self {
+            rank: 32,
+            batch_tokens: 512,
+            seed: 0,
+        }
     }
 }
 
@@ -60,31 +70,56 @@ pub fn taylor_scores(
     let lora = LoraConfig::new(config.rank).with_alpha(config.rank as f64);
     lora.validate()?;
     let batches = batches(samples, config.batch_tokens);
-    let batches: Vec<_> = batches.into_iter().filter(|(rows, ids)| ids.len() > *rows).collect();
+    let batches: Vec<_> = batches
+        .into_iter()
+        .filter(|(rows, ids)| ids.len() > *rows)
+        .collect();
     if batches.is_empty() {
-        return Err(Error::argument("samples", samples.len(), "at least one of two tokens, for the taylor score"));
+        return Err(Error::argument(
+            "samples",
+            samples.len(),
+            "at least one of two tokens, for the taylor score",
+        ));
     }
     let mut probe = model.clone().set_require_grad(false).train();
     let tape = probe.device();
     let mut scores: Vec<BlockScores> = (probe.layers.iter())
-        .map(|block| BlockScores { mlp: vec![0.0; block.n_mlp_channels()], kv_groups: vec![0.0; block.n_kv_groups()] })
+        .map(|block| BlockScores {
+            mlp: vec![0.0; block.n_mlp_channels()],
+            kv_groups: vec![0.0; block.n_kv_groups()],
+        })
         .collect();
     for (index, (rows, ids)) in batches.iter().enumerate() {
-        put_on_adapters(&mut probe, &lora, mix_seed(config.seed, index as u64), &tape)?;
+        put_on_adapters(
+            &mut probe,
+            &lora,
+            mix_seed(config.seed, index as u64),
+            &tape,
+        )?;
         let targets = targets(*rows, ids);
         let loss = probe.nll_sum(probe.tokens(ids, *rows)?, &targets)? / targets.len() as f64;
         let mut grads = loss.backward();
         for (block, scores) in scores.iter_mut().enumerate() {
             for kind in SCORED {
-                let Some(layer) = probe.layers[block].linear(kind) else { continue };
-                let Some(adapter) = &layer.adapter else { continue };
-                let Some(grad) = adapter.lora_b.val().grad_remove(&mut grads) else { continue };
+                let Some(layer) = probe.layers[block].linear(kind) else {
+                    continue;
+                };
+                let Some(adapter) = &layer.adapter else {
+                    continue;
+                };
+                let Some(grad) = adapter.lora_b.val().grad_remove(&mut grads) else {
+                    continue;
+                };
                 let a = adapter.lora_a.val().without_autodiff();
                 let weight = layer.base.weight().without_autodiff();
                 let terms = host_values((a.transpose().matmul(weight) * grad).sum_dim(0).abs());
                 if let Some(index) = terms.iter().position(|v| !v.is_finite()) {
                     let tensor = format!("gradient of {}", kind.name(block));
-                    return Err(Error::NotFinite { tensor, index, value: terms[index] });
+                    return Err(Error::NotFinite {
+                        tensor,
+                        index,
+                        value: terms[index],
+                    });
                 }
                 let units = match kind {
                     LinearKind::Gate | LinearKind::Up => &mut scores.mlp,
@@ -103,10 +138,17 @@ pub fn taylor_scores(
 }
 
 /// Gives each scored layer an adapter with random A and zero B, in place of the one that it has.
-fn put_on_adapters(model: &mut Decoder, lora: &LoraConfig, seed: u64, device: &Device) -> Result<()> {
+fn put_on_adapters(
+    model: &mut Decoder,
+    lora: &LoraConfig,
+    seed: u64,
+    device: &Device,
+) -> Result<()> {
     for (index, block) in model.layers.iter_mut().enumerate() {
         for (slot, kind) in SCORED.into_iter().enumerate() {
-            let Some(layer) = block.linear_mut(kind) else { continue };
+            let Some(layer) = block.linear_mut(kind) else {
+                continue;
+            };
             let [d_input, d_output] = layer.base.dims();
             let seed = mix_seed(seed, (index * SCORED.len() + slot) as u64);
             layer.adapter = Some(ElasticLora::new(lora, d_input, d_output, seed, device)?);

@@ -71,7 +71,10 @@ pub struct Problem {
 impl Problem {
     /// The problem as a record in GSM8K's form.
     pub fn into_record(self) -> Record {
-        Record::Question { question: self.question, answer: self.answer }
+        Record::Question {
+            question: self.question,
+            answer: self.answer,
+        }
     }
 }
 
@@ -186,7 +189,9 @@ impl Kind {
         let factors = || (2..=9u32).flat_map(|x| (2..=9u32).map(move |y| (x, y)));
         match self {
             Kind::Sum => (2..=97).for_each(|x| all.extend((2..=99 - x).map(|y| [x, y, 0]))),
-            Kind::Difference | Kind::Compare => (4..=99).for_each(|x| all.extend((2..=x - 2).map(|y| [x, y, 0]))),
+            Kind::Difference | Kind::Compare => {
+                (4..=99).for_each(|x| all.extend((2..=x - 2).map(|y| [x, y, 0])))
+            }
             Kind::Product => all.extend(factors().map(|(x, y)| [x, y, 0])),
             Kind::Share => all.extend(factors().map(|(x, y)| [x * y, y, 0])),
             Kind::AddSub => {
@@ -196,12 +201,20 @@ impl Kind {
                     }
                 }
             }
-            Kind::MulAdd => factors().for_each(|(x, y)| all.extend((2..=30.min(99 - x * y)).map(|z| [x, y, z]))),
-            Kind::MulSub => factors().for_each(|(x, y)| all.extend((2..=30.min(x * y - 2)).map(|z| [x, y, z]))),
+            Kind::MulAdd => {
+                factors().for_each(|(x, y)| all.extend((2..=30.min(99 - x * y)).map(|z| [x, y, z])))
+            }
+            Kind::MulSub => {
+                factors().for_each(|(x, y)| all.extend((2..=30.min(x * y - 2)).map(|z| [x, y, z])))
+            }
             Kind::Times => (2..=12).for_each(|x| all.extend((2..=6).map(|y| [x, y, 0]))),
-            Kind::ShareAdd => factors().for_each(|(x, y)| all.extend((2..=30).map(|z| [x * y, y, z]))),
+            Kind::ShareAdd => {
+                factors().for_each(|(x, y)| all.extend((2..=30).map(|z| [x * y, y, z])))
+            }
             Kind::SubShare => {
-                factors().for_each(|(q, z)| all.extend((2..=30.min(99 - q * z)).map(|y| [q * z + y, y, z])));
+                factors().for_each(|(q, z)| {
+                    all.extend((2..=30.min(99 - q * z)).map(|y| [q * z + y, y, z]))
+                });
             }
             Kind::AddMul => {
                 for (sum, z) in factors().filter(|(sum, _)| *sum > 3) {
@@ -240,7 +253,11 @@ impl Kind {
             let dressings = dressings(text);
             for numbers in self.numbers() {
                 if split_of(self, wording, numbers) == split {
-                    cells.push(Cell { wording, numbers, first: total });
+                    cells.push(Cell {
+                        wording,
+                        numbers,
+                        first: total,
+                    });
                     total += dressings;
                 }
             }
@@ -256,31 +273,41 @@ struct Cell {
 }
 
 const NAMES: [&str; 20] = [
-    "Tom", "Mia", "Ben", "Ann", "Sam", "Eva", "Leo", "Zoe", "Max", "Ida", "Jim", "Amy", "Dan", "Lea", "Rob", "Kim",
-    "Tim", "Joy", "Ned", "Pam",
+    "Tom", "Mia", "Ben", "Ann", "Sam", "Eva", "Leo", "Zoe", "Max", "Ida", "Jim", "Amy", "Dan",
+    "Lea", "Rob", "Kim", "Tim", "Joy", "Ned", "Pam",
 ];
 
 const THINGS: [&str; 16] = [
-    "apples", "pens", "books", "coins", "cards", "shells", "stamps", "eggs", "cups", "toys", "keys", "nuts", "balls",
-    "beads", "rocks", "cakes",
+    "apples", "pens", "books", "coins", "cards", "shells", "stamps", "eggs", "cups", "toys",
+    "keys", "nuts", "balls", "beads", "rocks", "cakes",
 ];
 
 /// In how many ways a wording can be dressed in names and things.
 fn dressings(wording: &str) -> usize {
-    let second = if wording.contains("{B}") { NAMES.len() - 1 } else { 1 };
+    let second = if wording.contains("{B}") {
+        NAMES.len() - 1
+    } else {
+        1
+    };
     NAMES.len() * second * THINGS.len()
 }
 
 fn split_of(kind: Kind, wording: usize, numbers: [u32; 3]) -> Split {
     // SplitMix64's finalizer: the same on every machine and in every release of the standard library.
     let mix = |state: u64, value: u64| {
-        let mut z = state.wrapping_add(value).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state
+            .wrapping_add(value)
+            .wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     };
     let head = mix(mix(0, kind as u64), wording as u64);
-    match numbers.iter().fold(head, |state, n| mix(state, u64::from(*n))) % 10 {
+    match numbers
+        .iter()
+        .fold(head, |state, n| mix(state, u64::from(*n)))
+        % 10
+    {
         0 => Split::Test,
         1 => Split::Valid,
         _ => Split::Train,
@@ -299,12 +326,19 @@ pub fn available(kind: Kind, split: Split) -> usize {
 pub fn problems(kind: Kind, split: Split, n: usize, seed: u64) -> Result<Vec<Problem>> {
     let (cells, total) = kind.cells(split);
     if n > total {
-        return Err(Error::argument("n", n, format!("there are {total} problems of kind `{kind}` in this split")));
+        return Err(Error::argument(
+            "n",
+            n,
+            format!("there are {total} problems of kind `{kind}` in this split"),
+        ));
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(kind as u64 * 3 + split as u64);
     let drawn = rand::seq::index::sample(&mut rng, total, n);
-    Ok(drawn.into_iter().map(|index| dress(kind, &cells, index)).collect())
+    Ok(drawn
+        .into_iter()
+        .map(|index| dress(kind, &cells, index))
+        .collect())
 }
 
 /// Draws `n` distinct problems of several kinds, shared out by weight (largest remainders), in random order.
@@ -315,20 +349,40 @@ pub fn problems(kind: Kind, split: Split, n: usize, seed: u64) -> Result<Vec<Pro
 pub fn mixture(kinds: &[(Kind, f64)], split: Split, n: usize, seed: u64) -> Result<Vec<Problem>> {
     let sum: f64 = kinds.iter().map(|(_, weight)| weight).sum();
     if let Some((kind, weight)) = kinds.iter().find(|(_, w)| !w.is_finite() || *w < 0.0) {
-        return Err(Error::argument("kinds", format!("{kind} with weight {weight}"), "weights are 0 or more"));
+        return Err(Error::argument(
+            "kinds",
+            format!("{kind} with weight {weight}"),
+            "weights are 0 or more",
+        ));
     }
     if !(sum > 0.0 && sum.is_finite()) {
-        return Err(Error::argument("kinds", format!("{kinds:?}"), "at least one kind with a weight over 0 is needed"));
+        return Err(Error::argument(
+            "kinds",
+            format!("{kinds:?}"),
+            "at least one kind with a weight over 0 is needed",
+        ));
     }
-    if let Some((i, (kind, _))) = kinds.iter().enumerate().find(|(i, (k, _))| kinds[..*i].iter().any(|(o, _)| o == k)) {
-        return Err(Error::argument("kinds", kind, format!("entry {} names this kind again", i + 1)));
+    if let Some((i, (kind, _))) = kinds
+        .iter()
+        .enumerate()
+        .find(|(i, (k, _))| kinds[..*i].iter().any(|(o, _)| o == k))
+    {
+        return Err(Error::argument(
+            "kinds",
+            kind,
+            format!("entry {} names this kind again", i + 1),
+        ));
     }
     let exact: Vec<f64> = kinds.iter().map(|(_, w)| n as f64 * w / sum).collect();
     let mut counts: Vec<usize> = exact.iter().map(|e| e.floor() as usize).collect();
     let mut order: Vec<usize> = (0..kinds.len()).filter(|i| kinds[*i].1 > 0.0).collect();
     order.sort_by(|a, b| exact[*b].fract().total_cmp(&exact[*a].fract()));
     let missing = n.saturating_sub(counts.iter().sum());
-    order.iter().cycle().take(missing).for_each(|i| counts[*i] += 1);
+    order
+        .iter()
+        .cycle()
+        .take(missing)
+        .for_each(|i| counts[*i] += 1);
     let mut all = Vec::with_capacity(n.min(1 << 20));
     for ((kind, _), count) in kinds.iter().zip(counts) {
         all.extend(problems(*kind, split, count, seed)?);
@@ -358,7 +412,11 @@ fn dress(kind: Kind, cells: &[Cell], index: usize) -> Problem {
         .replace("{x}", &x.to_string())
         .replace("{y}", &y.to_string())
         .replace("{z}", &z.to_string());
-    Problem { kind, question, answer: kind.answer(cell.numbers) }
+    Problem {
+        kind,
+        question,
+        answer: kind.answer(cell.numbers),
+    }
 }
 
 impl fmt::Display for Kind {
@@ -371,8 +429,15 @@ impl FromStr for Kind {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        Kind::ALL.into_iter().find(|k| k.name() == s.trim()).ok_or_else(|| {
-            Error::argument("kind", format!("{s:?}"), format!("one of {}", Kind::ALL.map(Kind::name).join(", ")))
-        })
+        Kind::ALL
+            .into_iter()
+            .find(|k| k.name() == s.trim())
+            .ok_or_else(|| {
+                Error::argument(
+                    "kind",
+                    format!("{s:?}"),
+                    format!("one of {}", Kind::ALL.map(Kind::name).join(", ")),
+                )
+            })
     }
 }

@@ -7,7 +7,9 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreSequence;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, TokenizerBuilder};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, TokenizerBuilder,
+};
 
 use crate::error::{Error, Result};
 
@@ -36,7 +38,10 @@ pub fn train_bpe<S: AsRef<str> + Sync>(texts: &[S], vocab_size: usize) -> Result
             format!("at least {least}: all bytes and special tokens"),
         ));
     }
-    let fail = |e: String| Error::Tokenizer { path: "tokenizer.json (in training)".into(), reason: e };
+    let fail = |e: String| Error::Tokenizer {
+        path: "tokenizer.json (in training)".into(),
+        reason: e,
+    };
     let byte_level = ByteLevel::new(false, true, true);
     let template = TemplateProcessing::builder()
         .try_single(format!("{BPE_BOS} $A"))
@@ -54,7 +59,9 @@ pub fn train_bpe<S: AsRef<str> + Sync>(texts: &[S], vocab_size: usize) -> Result
     > = TokenizerBuilder::new()
         .with_model(BPE::default().into())
         .with_normalizer(None)
-        .with_pre_tokenizer(Some(PreSequence::new(vec![Digits::new(true).into(), byte_level.into()]).into()))
+        .with_pre_tokenizer(Some(
+            PreSequence::new(vec![Digits::new(true).into(), byte_level.into()]).into(),
+        ))
         .with_post_processor(Some(template.into()))
         .with_decoder(Some(byte_level.into()))
         .build()
@@ -67,7 +74,9 @@ pub fn train_bpe<S: AsRef<str> + Sync>(texts: &[S], vocab_size: usize) -> Result
         .special_tokens(special.iter().map(|t| AddedToken::from(*t, true)).collect())
         .build()
         .into();
-    tokenizer.train(&mut trainer, texts.iter().map(AsRef::as_ref)).map_err(|e| fail(e.to_string()))?;
+    tokenizer
+        .train(&mut trainer, texts.iter().map(AsRef::as_ref))
+        .map_err(|e| fail(e.to_string()))?;
     tokenizer.to_string(true).map_err(|e| fail(e.to_string()))
 }
 

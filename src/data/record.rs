@@ -51,9 +51,10 @@ impl Record {
     /// (see [`extract_answer`]).
     pub fn final_answer(&self) -> Option<String> {
         match self {
-            Record::Instruction { answer: Some(answer), .. } => {
-                Some(normalize_number(answer).unwrap_or_else(|| answer.trim().to_string()))
-            }
+            Record::Instruction {
+                answer: Some(answer),
+                ..
+            } => Some(normalize_number(answer).unwrap_or_else(|| answer.trim().to_string())),
             Record::Instruction { output, .. } => extract_answer(output),
             Record::Question { answer, .. } => extract_answer(answer),
             Record::Text { .. } => None,
@@ -84,12 +85,21 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
     let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
     let mut bytes = Vec::new();
     // Counted while reading, since the size of a pipe is not known before.
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    file.take(MAX_FILE_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::io(path, e))?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(Error::invalid_file(path, format!("over {MAX_FILE_BYTES} bytes")));
+        return Err(Error::invalid_file(
+            path,
+            format!("over {MAX_FILE_BYTES} bytes"),
+        ));
     }
-    let mut text = String::from_utf8(bytes)
-        .map_err(|e| Error::invalid_file(path, format!("not UTF-8 from byte {}", e.utf8_error().valid_up_to())))?;
+    let mut text = String::from_utf8(bytes).map_err(|e| {
+        Error::invalid_file(
+            path,
+            format!("not UTF-8 from byte {}", e.utf8_error().valid_up_to()),
+        )
+    })?;
     if text.starts_with('\u{feff}') {
         text.drain(..'\u{feff}'.len_utf8());
     }
@@ -101,32 +111,53 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
 /// # Errors
 /// As [`load_records`].
 pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
-    let is_text = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("txt"));
-    let first = if is_text { None } else { text.trim_start().chars().next() };
+    let is_text = path
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("txt"));
+    let first = if is_text {
+        None
+    } else {
+        text.trim_start().chars().next()
+    };
     let records = match first {
         Some('[') => {
-            let values: Vec<Value> = serde_json::from_str(text).map_err(|e| Error::json(path, e))?;
+            let values: Vec<Value> =
+                serde_json::from_str(text).map_err(|e| Error::json(path, e))?;
             let numbered = values.into_iter().enumerate();
-            numbered.map(|(i, v)| record_of(v).map_err(|r| bad_record(path, i, r))).collect::<Result<Vec<_>>>()?
+            numbered
+                .map(|(i, v)| record_of(v).map_err(|r| bad_record(path, i, r)))
+                .collect::<Result<Vec<_>>>()?
         }
         Some('{') => {
             // A stream of objects: JSON Lines, and objects that span several lines as well.
             let mut records = Vec::new();
-            for (i, value) in serde_json::Deserializer::from_str(text).into_iter::<Value>().enumerate() {
+            for (i, value) in serde_json::Deserializer::from_str(text)
+                .into_iter::<Value>()
+                .enumerate()
+            {
                 let value = value.map_err(|e| bad_record(path, i, format!("not JSON: {e}")))?;
                 records.push(record_of(value).map_err(|r| bad_record(path, i, r))?);
             }
             records
         }
-        _ => split_documents(text).into_iter().map(|text| Record::Text { text }).collect(),
+        _ => split_documents(text)
+            .into_iter()
+            .map(|text| Record::Text { text })
+            .collect(),
     };
     if records.is_empty() {
-        return Err(Error::EmptyDataset { path: path.to_path_buf(), detail: String::new() });
+        return Err(Error::EmptyDataset {
+            path: path.to_path_buf(),
+            detail: String::new(),
+        });
     }
     let blank = |r: &Record| matches!(r, Record::Text { text } if text.trim().is_empty());
     if records.iter().all(blank) {
         let detail = format!(" ({} of them are blank)", records.len());
-        return Err(Error::EmptyDataset { path: path.to_path_buf(), detail });
+        return Err(Error::EmptyDataset {
+            path: path.to_path_buf(),
+            detail,
+        });
     }
     Ok(records.into_iter().filter(|r| !blank(r)).collect())
 }
@@ -145,7 +176,11 @@ pub fn to_json_lines<'a>(records: impl IntoIterator<Item = &'a Record>) -> Resul
 }
 
 fn bad_record(path: &Path, index: usize, reason: String) -> Error {
-    Error::InvalidRecord { path: path.to_path_buf(), record: index + 1, reason }
+    Error::InvalidRecord {
+        path: path.to_path_buf(),
+        record: index + 1,
+        reason,
+    }
 }
 
 fn split_documents(text: &str) -> Vec<String> {
@@ -187,16 +222,23 @@ fn record_of(value: Value) -> Result<Record, String> {
         });
     }
     if map.contains_key("text") {
-        return Ok(Record::Text { text: text_field(&mut map, "text")? });
+        return Ok(Record::Text {
+            text: text_field(&mut map, "text")?,
+        });
     }
     let keys: Vec<&str> = map.keys().take(8).map(String::as_str).collect();
-    Err(format!("needs `instruction` and `output`, `question` and `answer`, or `text`; its fields are {keys:?}"))
+    Err(format!(
+        "needs `instruction` and `output`, `question` and `answer`, or `text`; its fields are {keys:?}"
+    ))
 }
 
 fn text_field(map: &mut Map<String, Value>, field: &str) -> Result<String, String> {
     match map.get_mut(field).map(Value::take) {
         Some(Value::String(s)) => Ok(s),
-        Some(other) => Err(format!("`{field}` must be a string, found {}", type_name(&other))),
+        Some(other) => Err(format!(
+            "`{field}` must be a string, found {}",
+            type_name(&other)
+        )),
         None => Err(format!("`{field}` is missing")),
     }
 }
@@ -208,7 +250,10 @@ fn optional_field(map: &mut Map<String, Value>, field: &str) -> Result<Option<St
         Some(Value::String(s)) => Ok(Some(s)),
         Some(Value::Number(n)) => Ok(Some(n.to_string())),
         Some(Value::Bool(b)) => Ok(Some(b.to_string())),
-        Some(other) => Err(format!("`{field}` must be a string, found {}", type_name(&other))),
+        Some(other) => Err(format!(
+            "`{field}` must be a string, found {}",
+            type_name(&other)
+        )),
     }
 }
 

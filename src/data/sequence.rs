@@ -55,7 +55,12 @@ pub struct TokenizeOptions {
 impl TokenizeOptions {
     /// Prompt masked, EOS added, longer sequences refused.
     pub fn new(max_len: usize) -> Self {
-        Self { max_len, mask_prompt: true, add_eos: true, truncate: false }
+        Self {
+            max_len,
+            mask_prompt: true,
+            add_eos: true,
+            truncate: false,
+        }
     }
 
     /// Sets [`mask_prompt`](Self::mask_prompt).
@@ -105,11 +110,16 @@ fn tokenize_uncut(
     let mut ids = if example.prompt.is_empty() {
         tokenizer.encode_prompt(&example.completion)?
     } else {
-        let whole = tokenizer.encode_prompt(&format!("{}{}", example.prompt, example.completion))?;
+        let whole =
+            tokenizer.encode_prompt(&format!("{}{}", example.prompt, example.completion))?;
         if whole.starts_with(&prompt) {
             whole
         } else {
-            [prompt.as_slice(), &tokenizer.encode(&example.completion, false)?].concat()
+            [
+                prompt.as_slice(),
+                &tokenizer.encode(&example.completion, false)?,
+            ]
+            .concat()
         }
     };
     if let (true, Some(eos)) = (options.add_eos, tokenizer.eos_id()) {
@@ -118,11 +128,19 @@ fn tokenize_uncut(
     let too_long = ids.len() > options.max_len;
     if too_long {
         if !options.truncate {
-            return Err(Error::SequenceTooLong { what: what.to_string(), found: ids.len(), max: options.max_len });
+            return Err(Error::SequenceTooLong {
+                what: what.to_string(),
+                found: ids.len(),
+                max: options.max_len,
+            });
         }
         ids.truncate(options.max_len);
     }
-    let masked = if options.mask_prompt { prompt.len() } else { tokenizer.prefix().len() };
+    let masked = if options.mask_prompt {
+        prompt.len()
+    } else {
+        tokenizer.prefix().len()
+    };
     // The first token has nothing before it to be predicted from.
     let loss_mask = (0..ids.len()).map(|t| t >= masked.max(1)).collect();
     Ok((Sequence { ids, loss_mask }, too_long))
@@ -160,9 +178,20 @@ pub fn tokenize_records(
     let all: Vec<Result<(Sequence, bool)>> = records
         .par_iter()
         .enumerate()
-        .map(|(i, r)| tokenize_uncut(&template.render(r), tokenizer, options, &format!("record {}", i + 1)))
+        .map(|(i, r)| {
+            tokenize_uncut(
+                &template.render(r),
+                tokenizer,
+                options,
+                &format!("record {}", i + 1),
+            )
+        })
         .collect();
-    let mut set = TokenizedSet { sequences: Vec::with_capacity(records.len()), truncated: 0, dropped: 0 };
+    let mut set = TokenizedSet {
+        sequences: Vec::with_capacity(records.len()),
+        truncated: 0,
+        dropped: 0,
+    };
     for one in all {
         let (sequence, cut) = one?;
         set.truncated += usize::from(cut);
@@ -174,7 +203,11 @@ pub fn tokenize_records(
     }
     if set.sequences.is_empty() {
         let found = format!("{} of them", records.len());
-        return Err(Error::argument("records", found, "none has a token to be predicted within the length allowed"));
+        return Err(Error::argument(
+            "records",
+            found,
+            "none has a token to be predicted within the length allowed",
+        ));
     }
     Ok(set)
 }

@@ -37,11 +37,25 @@ impl PromptTemplate {
     /// Words a record.
     pub fn render(self, record: &Record) -> Example {
         let (question, input, answer) = match record {
-            Record::Instruction { instruction, input, output, .. } => (instruction, input.as_str(), output),
+            Record::Instruction {
+                instruction,
+                input,
+                output,
+                ..
+            } => (instruction, input.as_str(), output),
             Record::Question { question, answer } => (question, "", answer),
-            Record::Text { text } => return Example { prompt: String::new(), completion: text.clone() },
+            Record::Text { text } => {
+                return Example {
+                    prompt: String::new(),
+                    completion: text.clone(),
+                };
+            }
         };
-        let joined = if input.is_empty() { question.clone() } else { format!("{question}\n{input}") };
+        let joined = if input.is_empty() {
+            question.clone()
+        } else {
+            format!("{question}\n{input}")
+        };
         let template = match (self, record) {
             (PromptTemplate::Auto, Record::Instruction { .. }) => PromptTemplate::Alpaca,
             (PromptTemplate::Auto, _) => PromptTemplate::QuestionAnswer,
@@ -63,10 +77,14 @@ impl PromptTemplate {
                 ),
                 completion: answer.clone(),
             },
-            PromptTemplate::Raw => Example { prompt: format!("{joined}\n"), completion: answer.clone() },
-            PromptTemplate::QuestionAnswer | PromptTemplate::Auto => {
-                Example { prompt: format!("Question: {joined}\nAnswer:"), completion: format!(" {answer}") }
-            }
+            PromptTemplate::Raw => Example {
+                prompt: format!("{joined}\n"),
+                completion: answer.clone(),
+            },
+            PromptTemplate::QuestionAnswer | PromptTemplate::Auto => Example {
+                prompt: format!("Question: {joined}\nAnswer:"),
+                completion: format!(" {answer}"),
+            },
         }
     }
 }
@@ -91,7 +109,11 @@ impl FromStr for PromptTemplate {
             "alpaca" => Ok(PromptTemplate::Alpaca),
             "question_answer" => Ok(PromptTemplate::QuestionAnswer),
             "raw" => Ok(PromptTemplate::Raw),
-            _ => Err(Error::argument("template", format!("{s:?}"), "one of auto, alpaca, question_answer, raw")),
+            _ => Err(Error::argument(
+                "template",
+                format!("{s:?}"),
+                "one of auto, alpaca, question_answer, raw",
+            )),
         }
     }
 }

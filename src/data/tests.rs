@@ -10,8 +10,10 @@ use super::*;
 use crate::error::Error;
 
 fn shared() -> Option<PathBuf> {
-    let path = std::env::var_os("ELASTIC_LORA_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
+    let path = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")),
+        PathBuf::from,
+    );
     if path.is_dir() {
         return Some(path);
     }
@@ -31,7 +33,9 @@ fn corpus(n: usize) -> Vec<String> {
 
 fn small_tokenizer() -> TextTokenizer {
     let json = train_bpe(&corpus(600), 512).unwrap();
-    TextTokenizer::from_json(&json, "tokenizer.json").unwrap().with_special_ids(None, Some(2))
+    TextTokenizer::from_json(&json, "tokenizer.json")
+        .unwrap()
+        .with_special_ids(None, Some(2))
 }
 
 fn parse(text: &str) -> Result<Vec<Record>, Error> {
@@ -45,23 +49,43 @@ fn records_are_told_apart_by_content() {
     let array = r#"  [{"instruction": "Add", "input": "1 2", "output": "3", "answer": 3.0},
         {"instruction": "Say hi", "output": "hi"}, {"question": "q", "answer": "a\n#### 7"}]"#;
     let records = parse(array).unwrap();
-    let [Record::Instruction { input, answer, .. }, Record::Instruction { input: none, .. }, Record::Question { .. }] =
-        &records[..]
+    let [
+        Record::Instruction { input, answer, .. },
+        Record::Instruction { input: none, .. },
+        Record::Question { .. },
+    ] = &records[..]
     else {
         panic!("{records:?}");
     };
-    assert_eq!((input.as_str(), answer.as_deref(), none.as_str()), ("1 2", Some("3.0"), ""));
+    assert_eq!(
+        (input.as_str(), answer.as_deref(), none.as_str()),
+        ("1 2", Some("3.0"), "")
+    );
     let finals: Vec<_> = records.iter().map(Record::final_answer).collect();
     assert_eq!(finals, [Some("3".into()), None, Some("7".into())]);
     // Written as JSON Lines and read again they are the same.
     assert_eq!(parse(&to_json_lines(&records).unwrap()).unwrap(), records);
-    assert_eq!(parse("{\"text\": \"a\"}\n\n{\"text\":\n \"b\"}").unwrap().len(), 2);
-    assert_eq!(parse("{\"text\": \"a\"}\n{\"text\": \" \"}").unwrap().len(), 1);
+    assert_eq!(
+        parse("{\"text\": \"a\"}\n\n{\"text\":\n \"b\"}")
+            .unwrap()
+            .len(),
+        2
+    );
+    assert_eq!(
+        parse("{\"text\": \"a\"}\n{\"text\": \" \"}").unwrap().len(),
+        1
+    );
 
     let text = |s: &str| Record::Text { text: s.into() };
-    assert_eq!(parse("One.\nTwo.\n \n\n\nThree.").unwrap(), [text("One.\nTwo."), text("Three.")]);
+    assert_eq!(
+        parse("One.\nTwo.\n \n\n\nThree.").unwrap(),
+        [text("One.\nTwo."), text("Three.")]
+    );
     let stories = "One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n";
-    assert_eq!(parse(stories).unwrap(), [text("One.\n\nStill one."), text("Two.")]);
+    assert_eq!(
+        parse(stories).unwrap(),
+        [text("One.\n\nStill one."), text("Two.")]
+    );
     let bracket = parse_records("[Chapter]\n\nx", Path::new("a.TXT")).unwrap();
     assert_eq!(bracket, [text("[Chapter]"), text("x")]);
 }
@@ -69,16 +93,30 @@ fn records_are_told_apart_by_content() {
 #[test]
 fn bad_records_are_named() {
     for (text, record, part) in [
-        ("{\"question\": \"q\", \"answer\": \"a\"}\n{\"question\": \"q\"}", 2, "`answer` is missing"),
-        ("{\"question\": 3, \"answer\": \"a\"}", 1, "`question` must be a string"),
+        (
+            "{\"question\": \"q\", \"answer\": \"a\"}\n{\"question\": \"q\"}",
+            2,
+            "`answer` is missing",
+        ),
+        (
+            "{\"question\": 3, \"answer\": \"a\"}",
+            1,
+            "`question` must be a string",
+        ),
         ("[{\"text\": \"x\"}, 5]", 2, "found a number"),
         ("[{\"foo\": \"x\"}]", 1, "foo"),
         ("{\"instruction\": \"q\", \"output\": null}", 1, "`output`"),
-        ("{\"instruction\": \"q\", \"input\": [], \"output\": \"\"}", 1, "`input`"),
+        (
+            "{\"instruction\": \"q\", \"input\": [], \"output\": \"\"}",
+            1,
+            "`input`",
+        ),
         ("{\"text\": \"x\"}\n{\"text\": ", 2, "not JSON"),
     ] {
         match parse(text) {
-            Err(Error::InvalidRecord { record: r, reason, .. }) => {
+            Err(Error::InvalidRecord {
+                record: r, reason, ..
+            }) => {
                 assert_eq!(r, record, "{text}");
                 assert!(reason.contains(part), "{reason}");
             }
@@ -86,7 +124,10 @@ fn bad_records_are_named() {
         }
     }
     for empty in ["", "  \n\n ", "[]", "{\"text\": \"\"}", "<|endoftext|>"] {
-        assert!(matches!(parse(empty), Err(Error::EmptyDataset { .. })), "{empty:?}");
+        assert!(
+            matches!(parse(empty), Err(Error::EmptyDataset { .. })),
+            "{empty:?}"
+        );
     }
     assert!(matches!(parse("[{]"), Err(Error::Json { .. })));
     assert!(parse(&"[".repeat(100_000)).is_err());
@@ -95,15 +136,17 @@ fn bad_records_are_named() {
     let path = dir.path().join("x.json");
     assert!(matches!(load_records(&path), Err(Error::Io { .. })));
     std::fs::write(&path, b"\xff\xfe{").unwrap();
-    assert!(matches!(load_records(&path), Err(Error::InvalidFile { .. })));
+    assert!(matches!(
+        load_records(&path),
+        Err(Error::InvalidFile { .. })
+    ));
     std::fs::write(&path, "\u{feff}{\"text\": \"x\"}").unwrap();
     assert_eq!(load_records(&path).unwrap().len(), 1);
 }
 
 #[test]
 fn mutated_files_never_panic() {
-    let seed =
-        r#"[{"instruction": "Add é", "input": "1 2", "output": "3"}, {"question": "q", "answer": "\u00e9 #### 7"}]"#;
+    let seed = r#"[{"instruction": "Add é", "input": "1 2", "output": "3"}, {"question": "q", "answer": "\u00e9 #### 7"}]"#;
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     for _ in 0..2000 {
         let mut bytes = seed.as_bytes().to_vec();
@@ -127,12 +170,28 @@ fn real_files_are_read() {
     let data = shared.join("data");
     let gsm = load_records(data.join("gsm8k/test.jsonl")).unwrap();
     assert_eq!(gsm.len(), 1319);
-    assert!(gsm.iter().all(|r| r.final_answer().is_some_and(|a| a.bytes().all(|b| b.is_ascii_digit() || b == b'-'))));
+    assert!(gsm.iter().all(|r| {
+        r.final_answer()
+            .is_some_and(|a| a.bytes().all(|b| b.is_ascii_digit() || b == b'-'))
+    }));
     let math = load_records(data.join("llm-adapters/ft-training_set/math_data.json")).unwrap();
-    assert_eq!((math.len(), math[0].final_answer().as_deref()), (3260, Some("4")));
+    assert_eq!(
+        (math.len(), math[0].final_answer().as_deref()),
+        (3260, Some("4"))
+    );
     assert!(load_records(data.join("llm-adapters/SVAMP/test.json")).is_ok());
-    assert!(load_records(data.join("tinystories/sample.txt")).unwrap().len() > 10);
-    assert!(load_records(data.join("wikitext-2/wiki.valid.tokens")).unwrap().len() > 10);
+    assert!(
+        load_records(data.join("tinystories/sample.txt"))
+            .unwrap()
+            .len()
+            > 10
+    );
+    assert!(
+        load_records(data.join("wikitext-2/wiki.valid.tokens"))
+            .unwrap()
+            .len()
+            > 10
+    );
 }
 
 // --- templates and answers ---------------------------------------------------------------------------------------
@@ -146,22 +205,39 @@ fn templates_word_records() {
         answer: None,
     };
     let with = PromptTemplate::Auto.render(&record("1 2"));
-    assert!(
-        with.prompt.starts_with("Below is an instruction that describes a task, paired with an input that provides")
-    );
-    assert!(
-        with.prompt.ends_with("completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
-    );
+    assert!(with.prompt.starts_with(
+        "Below is an instruction that describes a task, paired with an input that provides"
+    ));
+    assert!(with.prompt.ends_with(
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    ));
     let without = PromptTemplate::Auto.render(&record(""));
     assert!(without.prompt.ends_with(
         "task. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n"
     ));
     assert_eq!(without.completion, "3");
-    let question = Record::Question { question: "q?".into(), answer: "a".into() };
-    let example = |prompt: &str, completion: &str| Example { prompt: prompt.into(), completion: completion.into() };
-    assert_eq!(PromptTemplate::Auto.render(&question), example("Question: q?\nAnswer:", " a"));
-    assert_eq!(PromptTemplate::Raw.render(&record("1 2")), example("Add.\n1 2\n", "3"));
-    assert!(PromptTemplate::Alpaca.render(&question).prompt.contains("### Instruction:\nq?\n"));
+    let question = Record::Question {
+        question: "q?".into(),
+        answer: "a".into(),
+    };
+    let example = |prompt: &str, completion: &str| Example {
+        prompt: prompt.into(),
+        completion: completion.into(),
+    };
+    assert_eq!(
+        PromptTemplate::Auto.render(&question),
+        example("Question: q?\nAnswer:", " a")
+    );
+    assert_eq!(
+        PromptTemplate::Raw.render(&record("1 2")),
+        example("Add.\n1 2\n", "3")
+    );
+    assert!(
+        PromptTemplate::Alpaca
+            .render(&question)
+            .prompt
+            .contains("### Instruction:\nq?\n")
+    );
     let text = Record::Text { text: "t".into() };
     for name in ["auto", "alpaca", "question_answer", "raw"] {
         let template: PromptTemplate = name.parse().unwrap();
@@ -195,7 +271,10 @@ fn answers_are_extracted_and_compared() {
     assert!(!exact_match("8", "8"));
     assert!(!exact_match("#### 8", "#### 9"));
     assert!(!exact_match("no", "no"));
-    assert!(exact_match("\nA: 569 - 236 = 333. The answer is 333.", "333.0"));
+    assert!(exact_match(
+        "\nA: 569 - 236 = 333. The answer is 333.",
+        "333.0"
+    ));
     assert!(exact_match("the answer is 4 ... #### 5", "5"));
     assert!(exact_match("é The Answer is: $1,000", "1000"));
     assert!(exact_match("the correct answer is True", "true"));
@@ -212,8 +291,17 @@ fn answers_are_extracted_and_compared() {
 /// Works the steps out again, apart from the generator.
 fn check(problem: &Problem) {
     let mut lines: Vec<&str> = problem.answer.lines().collect();
-    let last: i64 = lines.pop().unwrap().strip_prefix("#### ").unwrap().parse().unwrap();
-    assert!((1..=99).contains(&last) || problem.kind == Kind::Times, "{problem:?}");
+    let last: i64 = lines
+        .pop()
+        .unwrap()
+        .strip_prefix("#### ")
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(
+        (1..=99).contains(&last) || problem.kind == Kind::Times,
+        "{problem:?}"
+    );
     let mut value = 0;
     for line in lines {
         let words: Vec<&str> = line.split(' ').collect();
@@ -239,35 +327,69 @@ fn check(problem: &Problem) {
 #[test]
 fn problems_are_right_distinct_and_split() {
     for kind in Kind::ALL {
-        assert!(available(kind, Split::Train) >= 20_000, "{kind}: {}", available(kind, Split::Train));
-        let [train, valid, test] = [(Split::Train, 20_000), (Split::Valid, 2000), (Split::Test, 2000)].map(|(s, n)| {
-            assert!(available(kind, s) >= 2000, "{kind} {s:?}: {}", available(kind, s));
+        assert!(
+            available(kind, Split::Train) >= 20_000,
+            "{kind}: {}",
+            available(kind, Split::Train)
+        );
+        let [train, valid, test] = [
+            (Split::Train, 20_000),
+            (Split::Valid, 2000),
+            (Split::Test, 2000),
+        ]
+        .map(|(s, n)| {
+            assert!(
+                available(kind, s) >= 2000,
+                "{kind} {s:?}: {}",
+                available(kind, s)
+            );
             let all = problems(kind, s, n, 7).unwrap();
             all.iter().for_each(check);
             let questions: HashSet<String> = all.into_iter().map(|p| p.question).collect();
             assert_eq!(questions.len(), n, "{kind}: the same question twice");
             questions
         });
-        assert!(train.is_disjoint(&valid) && train.is_disjoint(&test) && valid.is_disjoint(&test), "{kind}");
+        assert!(
+            train.is_disjoint(&valid) && train.is_disjoint(&test) && valid.is_disjoint(&test),
+            "{kind}"
+        );
     }
     let all = available(Kind::Product, Split::Test);
-    assert_eq!(problems(Kind::Product, Split::Test, all, 1).unwrap().len(), all);
-    assert!(matches!(problems(Kind::Product, Split::Test, all + 1, 1), Err(Error::InvalidArgument { .. })));
+    assert_eq!(
+        problems(Kind::Product, Split::Test, all, 1).unwrap().len(),
+        all
+    );
+    assert!(matches!(
+        problems(Kind::Product, Split::Test, all + 1, 1),
+        Err(Error::InvalidArgument { .. })
+    ));
 }
 
 #[test]
 fn cells_do_not_cross_splits_under_other_names() {
     // The wording and the numbers of a question, without its names and things.
     let cell = |p: &Problem| {
-        let words =
-            p.question.split(' ').filter(|w| w.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit()));
-        format!("{:?} {} {}", p.kind, words.collect::<Vec<_>>().join(" "), p.answer)
+        let words = p
+            .question
+            .split(' ')
+            .filter(|w| w.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit()));
+        format!(
+            "{:?} {} {}",
+            p.kind,
+            words.collect::<Vec<_>>().join(" "),
+            p.answer
+        )
     };
-    let things = ["apples", "pens", "books", "coins", "cards", "shells", "stamps", "eggs"];
+    let things = [
+        "apples", "pens", "books", "coins", "cards", "shells", "stamps", "eggs",
+    ];
     let bare = |p: &Problem| things.iter().fold(cell(p), |s, t| s.replace(t, "o"));
     let of = |split| {
         let all = mixture(&Kind::ALL.map(|k| (k, 1.0)), split, 9000, 3).unwrap();
-        all.iter().filter(|p| things.iter().any(|t| p.question.contains(t))).map(bare).collect::<HashSet<_>>()
+        all.iter()
+            .filter(|p| things.iter().any(|t| p.question.contains(t)))
+            .map(bare)
+            .collect::<HashSet<_>>()
     };
     assert!(of(Split::Train).is_disjoint(&of(Split::Test)));
 }
@@ -282,14 +404,22 @@ fn mixtures_follow_weights_and_seed() {
     assert_eq!(a, mixture(&kinds, Split::Valid, 1001, 4).unwrap());
     assert_ne!(a, mixture(&kinds, Split::Valid, 1001, 5).unwrap());
     assert!(a.windows(2).any(|w| w[0].kind != w[1].kind));
-    for bad in [vec![], vec![(Kind::Sum, -1.0)], vec![(Kind::Sum, f64::NAN)], vec![(Kind::Sum, 0.0)]] {
+    for bad in [
+        vec![],
+        vec![(Kind::Sum, -1.0)],
+        vec![(Kind::Sum, f64::NAN)],
+        vec![(Kind::Sum, 0.0)],
+    ] {
         assert!(mixture(&bad, Split::Train, 5, 1).is_err());
     }
     assert!(mixture(&[(Kind::Sum, 1.0), (Kind::Sum, 1.0)], Split::Train, 5, 1).is_err());
     assert!(mixture(&[(Kind::Sum, 1.0)], Split::Train, usize::MAX, 1).is_err());
     // Pinned: the shipped model's data must not change unnoticed.
     let first = problems(Kind::AddSub, Split::Test, 1, 0).unwrap().remove(0);
-    assert_eq!(first.question, "Rob has 41 pens and Ben has 28. They lose 19. How many pens are left?");
+    assert_eq!(
+        first.question,
+        "Rob has 41 pens and Ben has 28. They lose 19. How many pens are left?"
+    );
     assert_eq!(first.answer, "41 + 28 = 69\n69 - 19 = 50\n#### 50");
     assert_eq!("mul_sub".parse::<Kind>().unwrap(), Kind::MulSub);
     assert!("root".parse::<Kind>().is_err());
@@ -305,13 +435,22 @@ fn trained_tokenizer_is_deterministic_and_lossless() {
     let t = TextTokenizer::from_json(&json, "tokenizer.json").unwrap();
     assert_eq!((t.vocab_size(), t.max_id()), (480, Some(479)));
     assert_eq!(
-        (t.bos_id(), t.eos_id(), t.token_to_id(BPE_EOS), t.token_to_id(BPE_PAD)),
+        (
+            t.bos_id(),
+            t.eos_id(),
+            t.token_to_id(BPE_EOS),
+            t.token_to_id(BPE_PAD)
+        ),
         (Some(1), None, Some(2), Some(0))
     );
     assert!(t.adds_bos() && !t.adds_eos());
     assert_eq!(t.id_to_token(1).as_deref(), Some(BPE_BOS));
     let mut longest = Vec::new();
-    for text in texts.iter().map(String::as_str).chain(["", " ", "\n\n x", "é 🦙 12345", "a  b\t"]) {
+    for text in texts
+        .iter()
+        .map(String::as_str)
+        .chain(["", " ", "\n\n x", "é 🦙 12345", "a  b\t"])
+    {
         let ids = t.encode(text, true).unwrap();
         assert_eq!(ids[0], 1);
         assert_eq!(t.decode(&ids).unwrap(), text);
@@ -320,57 +459,110 @@ fn trained_tokenizer_is_deterministic_and_lossless() {
     assert_eq!(t.encode("407", false).unwrap().len(), 3);
     for id in 0..480 {
         let token = t.id_to_token(id).unwrap();
-        assert!(token.len() == 1 || !token.bytes().any(|b| b.is_ascii_digit()), "{token}");
+        assert!(
+            token.len() == 1 || !token.bytes().any(|b| b.is_ascii_digit()),
+            "{token}"
+        );
     }
     longest.sort_unstable();
     let [median, most] = [longest[longest.len() / 2], longest[longest.len() * 9 / 10]];
-    eprintln!("tokens per problem: median {median}, nine in ten {most}, longest {:?}", longest.last());
+    eprintln!(
+        "tokens per problem: median {median}, nine in ten {most}, longest {:?}",
+        longest.last()
+    );
     assert!(most <= 64, "{most}");
-    assert!(matches!(t.decode(&[480]), Err(Error::TokenOutOfRange { found: 480, .. })));
+    assert!(matches!(
+        t.decode(&[480]),
+        Err(Error::TokenOutOfRange { found: 480, .. })
+    ));
     // Few words: the texts run out of pairs before the vocabulary is full.
     let full = TextTokenizer::from_json(&train_bpe(&texts, 1000).unwrap(), "x").unwrap();
-    assert!((480..600).contains(&full.vocab_size()), "{}", full.vocab_size());
+    assert!(
+        (480..600).contains(&full.vocab_size()),
+        "{}",
+        full.vocab_size()
+    );
     assert!(train_bpe(&texts, 258).is_err());
-    assert_eq!(TextTokenizer::from_json(&train_bpe::<&str>(&[], 300).unwrap(), "x").unwrap().vocab_size(), 259);
+    assert_eq!(
+        TextTokenizer::from_json(&train_bpe::<&str>(&[], 300).unwrap(), "x")
+            .unwrap()
+            .vocab_size(),
+        259
+    );
 }
 
 #[test]
 fn tokenizer_files_beside_each_other() {
     let dir = tempfile::tempdir().unwrap();
-    assert!(matches!(TextTokenizer::from_dir(dir.path()), Err(Error::Io { .. })));
+    assert!(matches!(
+        TextTokenizer::from_dir(dir.path()),
+        Err(Error::Io { .. })
+    ));
     let file = dir.path().join("tokenizer.json");
     let json = train_bpe(&corpus(50), 300).unwrap();
     let half: String = json.chars().take(json.chars().count() / 2).collect();
     for bad in ["", "{}", "[1]", &half] {
         std::fs::write(&file, bad).unwrap();
-        assert!(matches!(TextTokenizer::from_file(&file), Err(Error::Tokenizer { .. })), "{bad:.20}");
+        assert!(
+            matches!(
+                TextTokenizer::from_file(&file),
+                Err(Error::Tokenizer { .. })
+            ),
+            "{bad:.20}"
+        );
     }
     std::fs::write(&file, &json).unwrap();
     assert_eq!(TextTokenizer::from_dir(dir.path()).unwrap().eos_id(), None);
-    std::fs::write(dir.path().join("tokenizer_config.json"), bpe_tokenizer_config(128)).unwrap();
-    assert_eq!(TextTokenizer::from_dir(dir.path()).unwrap().eos_id(), Some(2));
-    std::fs::write(dir.path().join("tokenizer_config.json"), "{\"eos_token\": {\"content\": \"<pad>\"}}").unwrap();
-    assert_eq!(TextTokenizer::from_dir(dir.path()).unwrap().eos_id(), Some(0));
+    std::fs::write(
+        dir.path().join("tokenizer_config.json"),
+        bpe_tokenizer_config(128),
+    )
+    .unwrap();
+    assert_eq!(
+        TextTokenizer::from_dir(dir.path()).unwrap().eos_id(),
+        Some(2)
+    );
+    std::fs::write(
+        dir.path().join("tokenizer_config.json"),
+        "{\"eos_token\": {\"content\": \"<pad>\"}}",
+    )
+    .unwrap();
+    assert_eq!(
+        TextTokenizer::from_dir(dir.path()).unwrap().eos_id(),
+        Some(0)
+    );
     std::fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
-    assert!(matches!(TextTokenizer::from_dir(dir.path()), Err(Error::Json { .. })));
+    assert!(matches!(
+        TextTokenizer::from_dir(dir.path()),
+        Err(Error::Json { .. })
+    ));
 }
 
 #[test]
 fn mutated_tokenizers_never_panic() {
     let json = train_bpe(&corpus(30), 280).unwrap();
     // The vocabulary makes most of the file, and the least interesting part.
-    let (vocab, merges) = (json.find("\"vocab\"").unwrap(), json.find("\"merges\"").unwrap());
+    let (vocab, merges) = (
+        json.find("\"vocab\"").unwrap(),
+        json.find("\"merges\"").unwrap(),
+    );
     let mut rng = ChaCha8Rng::seed_from_u64(19);
     let mut loaded = 0;
     for _ in 0..1500 {
         let mut bytes = json.clone().into_bytes();
-        let at = if rng.random() { rng.random_range(0..vocab) } else { rng.random_range(merges..json.len()) };
+        let at = if rng.random() {
+            rng.random_range(0..vocab)
+        } else {
+            rng.random_range(merges..json.len())
+        };
         match rng.random_range(0..3) {
             0 => bytes[at] = b"0123456789\"{}[]abcdefg<>/$ "[rng.random_range(0..27)],
             1 => drop(bytes.drain(at..(at + rng.random_range(1..40)).min(json.len()))),
             _ => bytes.insert(at, b"0123456789\"{},"[rng.random_range(0..14)]),
         }
-        let Ok(text) = String::from_utf8(bytes) else { continue };
+        let Ok(text) = String::from_utf8(bytes) else {
+            continue;
+        };
         if let Ok(t) = TextTokenizer::from_json(&text, "mutated") {
             loaded += 1;
             if let Ok(ids) = t.encode("Tom has 12 apples.", true) {
@@ -393,7 +585,10 @@ fn gpt2_ids_equal_llama_cpps_list() {
     let outputs: Vec<&str> = outputs.lines().collect();
     assert!(inputs.len() > 40);
     for (text, expected) in inputs.iter().zip(&outputs) {
-        let expected: Vec<u32> = expected.split_whitespace().map(|id| id.parse().unwrap()).collect();
+        let expected: Vec<u32> = expected
+            .split_whitespace()
+            .map(|id| id.parse().unwrap())
+            .collect();
         assert_eq!(t.encode(text, true).unwrap(), expected, "{text:?}");
         assert_eq!(t.decode(&expected).unwrap(), *text);
     }
@@ -405,51 +600,115 @@ fn gpt2_ids_equal_llama_cpps_list() {
 #[test]
 fn prompts_are_prefixes_and_masked() {
     let t = small_tokenizer();
-    let problem = problems(Kind::MulAdd, Split::Valid, 1, 2).unwrap().remove(0);
+    let problem = problems(Kind::MulAdd, Split::Valid, 1, 2)
+        .unwrap()
+        .remove(0);
     let example = PromptTemplate::Auto.render(&problem.into_record());
     let prompt = t.encode_prompt(&example.prompt).unwrap();
     let options = TokenizeOptions::new(200);
     let s = tokenize(&example, &t, &options, "it").unwrap();
     assert!(s.ids.starts_with(&prompt));
     assert_eq!(*s.ids.last().unwrap(), 2);
-    assert_eq!(t.decode(&s.ids).unwrap(), format!("{}{}", example.prompt, example.completion));
-    assert!(s.loss_mask.iter().enumerate().all(|(i, m)| *m == (i >= prompt.len())));
-    let open = tokenize(&example, &t, &options.with_mask_prompt(false).with_add_eos(false), "it").unwrap();
+    assert_eq!(
+        t.decode(&s.ids).unwrap(),
+        format!("{}{}", example.prompt, example.completion)
+    );
+    assert!(
+        s.loss_mask
+            .iter()
+            .enumerate()
+            .all(|(i, m)| *m == (i >= prompt.len()))
+    );
+    let open = tokenize(
+        &example,
+        &t,
+        &options.with_mask_prompt(false).with_add_eos(false),
+        "it",
+    )
+    .unwrap();
     assert_eq!(open.ids, s.ids[..s.len() - 1]);
     assert_eq!(open.n_targets(), open.len() - 1);
 
     // A token would straddle the two: the prompt's tokens stay as they are.
-    let torn = Example { prompt: "How many app".into(), completion: "les".into() };
-    assert!(!t.encode_prompt("How many apples").unwrap().starts_with(&t.encode_prompt("How many app").unwrap()));
+    let torn = Example {
+        prompt: "How many app".into(),
+        completion: "les".into(),
+    };
+    assert!(
+        !t.encode_prompt("How many apples")
+            .unwrap()
+            .starts_with(&t.encode_prompt("How many app").unwrap())
+    );
     let s = tokenize(&torn, &t, &options, "it").unwrap();
     assert!(s.ids.starts_with(&t.encode_prompt("How many app").unwrap()));
     assert_eq!(t.decode(&s.ids).unwrap(), "How many apples");
 
-    let error = tokenize(&example, &t, &TokenizeOptions::new(10), "record 3").unwrap_err().to_string();
-    assert!(error.contains("record 3") && error.contains("10"), "{error}");
-    let cut = tokenize(&example, &t, &TokenizeOptions::new(10).with_truncate(true), "it").unwrap();
+    let error = tokenize(&example, &t, &TokenizeOptions::new(10), "record 3")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("record 3") && error.contains("10"),
+        "{error}"
+    );
+    let cut = tokenize(
+        &example,
+        &t,
+        &TokenizeOptions::new(10).with_truncate(true),
+        "it",
+    )
+    .unwrap();
     assert_eq!((cut.len(), cut.n_targets()), (10, 0));
 }
 
 #[test]
 fn sets_name_the_record_and_count() {
     let t = small_tokenizer();
-    let records: Vec<Record> = ["a b c", "d", "a much longer text than all the others, which has to be cut or refused"]
-        .map(|s| Record::Text { text: s.into() })
-        .into();
+    let records: Vec<Record> = [
+        "a b c",
+        "d",
+        "a much longer text than all the others, which has to be cut or refused",
+    ]
+    .map(|s| Record::Text { text: s.into() })
+    .into();
     let options = TokenizeOptions::new(12);
     match tokenize_records(&records, PromptTemplate::Auto, &t, &options) {
         Err(Error::SequenceTooLong { what, .. }) => assert_eq!(what, "record 3"),
         other => panic!("{other:?}"),
     }
-    let set = tokenize_records(&records, PromptTemplate::Auto, &t, &options.with_truncate(true)).unwrap();
+    let set = tokenize_records(
+        &records,
+        PromptTemplate::Auto,
+        &t,
+        &options.with_truncate(true),
+    )
+    .unwrap();
     assert_eq!((set.sequences.len(), set.truncated, set.dropped), (3, 1, 0));
-    assert_eq!(set.n_tokens(), set.sequences[0].len() + set.sequences[1].len() + 12);
-    let question = Record::Question { question: "a long question that fills it all".into(), answer: "x".into() };
+    assert_eq!(
+        set.n_tokens(),
+        set.sequences[0].len() + set.sequences[1].len() + 12
+    );
+    let question = Record::Question {
+        question: "a long question that fills it all".into(),
+        answer: "x".into(),
+    };
     let mixed = [question.clone(), records[1].clone()];
-    let set = tokenize_records(&mixed, PromptTemplate::Auto, &t, &options.with_truncate(true)).unwrap();
+    let set = tokenize_records(
+        &mixed,
+        PromptTemplate::Auto,
+        &t,
+        &options.with_truncate(true),
+    )
+    .unwrap();
     assert_eq!((set.sequences.len(), set.truncated, set.dropped), (1, 1, 1));
-    assert!(tokenize_records(&[question], PromptTemplate::Auto, &t, &options.with_truncate(true)).is_err());
+    assert!(
+        tokenize_records(
+            &[question],
+            PromptTemplate::Auto,
+            &t,
+            &options.with_truncate(true)
+        )
+        .is_err()
+    );
     assert!(tokenize_records(&[], PromptTemplate::Auto, &t, &options).is_err());
 }
 
@@ -469,13 +728,26 @@ fn random_sequences(n: usize, seed: u64) -> Vec<Sequence> {
 fn collating_pads_at_the_right() {
     let sequences = random_sequences(5, 1);
     let batch = collate(&sequences.iter().collect::<Vec<_>>(), 0);
-    assert_eq!((batch.rows, batch.len), (5, sequences.iter().map(Sequence::len).max().unwrap()));
-    assert_eq!((batch.ids.len(), batch.loss_mask.len()), (5 * batch.len, 5 * batch.len));
+    assert_eq!(
+        (batch.rows, batch.len),
+        (5, sequences.iter().map(Sequence::len).max().unwrap())
+    );
+    assert_eq!(
+        (batch.ids.len(), batch.loss_mask.len()),
+        (5 * batch.len, 5 * batch.len)
+    );
     for (r, s) in sequences.iter().enumerate() {
         let row = r * batch.len..(r + 1) * batch.len;
         let (ids, mask) = (&batch.ids[row.clone()], &batch.loss_mask[row]);
-        assert_eq!((&ids[..s.len()], &mask[..s.len()]), (&s.ids[..], &s.loss_mask[..]));
-        assert!(ids[s.len()..].iter().all(|i| *i == 0) && mask[s.len()..].iter().all(|m| !m) && !mask[0]);
+        assert_eq!(
+            (&ids[..s.len()], &mask[..s.len()]),
+            (&s.ids[..], &s.loss_mask[..])
+        );
+        assert!(
+            ids[s.len()..].iter().all(|i| *i == 0)
+                && mask[s.len()..].iter().all(|m| !m)
+                && !mask[0]
+        );
         assert_eq!(batch.lengths[r], s.len());
     }
     assert_eq!(batch.n_targets(), batch.n_tokens() - 5);
@@ -497,7 +769,12 @@ fn epochs_hold_everything_once_with_little_padding() {
         assert!(share > 0.0 && share < 0.06, "{share}");
     }
     assert_ne!(plan.epoch(0), plan.epoch(1));
-    assert_ne!(plan.epoch(0), BatchPlan::new(plan_lengths(&sequences), 8, 6).unwrap().epoch(0));
+    assert_ne!(
+        plan.epoch(0),
+        BatchPlan::new(plan_lengths(&sequences), 8, 6)
+            .unwrap()
+            .epoch(0)
+    );
     assert!(BatchPlan::new(vec![], 8, 5).is_err() && BatchPlan::new(vec![1], 0, 5).is_err());
     let fixed = fixed_batches(&sequences, 10, 0).unwrap();
     assert_eq!(fixed.iter().map(|b| b.rows).sum::<usize>(), 1003);
@@ -529,9 +806,22 @@ fn a_resumed_batcher_goes_on_where_it_was() {
         }
     }
     let before = straight.position();
-    assert!(straight.seek(Position { epoch: 0, index: 10 }).is_err());
+    assert!(
+        straight
+            .seek(Position {
+                epoch: 0,
+                index: 10
+            })
+            .is_err()
+    );
     assert_eq!(straight.position(), before);
-    assert_eq!((straight.plan().batches_per_epoch(), straight.sequences().len()), (10, 37));
+    assert_eq!(
+        (
+            straight.plan().batches_per_epoch(),
+            straight.sequences().len()
+        ),
+        (10, 37)
+    );
 }
 
 #[test]

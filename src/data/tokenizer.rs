@@ -23,7 +23,13 @@ pub struct TextTokenizer {
 impl std::fmt::Debug for TextTokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let vocab = self.vocab_size();
-        write!(f, "TextTokenizer({}, vocabulary {vocab}, bos {:?}, eos {:?})", self.path.display(), self.bos, self.eos)
+        write!(
+            f,
+            "TextTokenizer({}, vocabulary {vocab}, bos {:?}, eos {:?})",
+            self.path.display(),
+            self.bos,
+            self.eos
+        )
     }
 }
 
@@ -38,7 +44,8 @@ impl TextTokenizer {
         let mut tokenizer = Self::from_json(&load_text(path)?, path)?;
         let config = path.with_file_name("tokenizer_config.json");
         if config.is_file() {
-            let value: Value = serde_json::from_str(&load_text(&config)?).map_err(|e| Error::json(&config, e))?;
+            let value: Value =
+                serde_json::from_str(&load_text(&config)?).map_err(|e| Error::json(&config, e))?;
             // A token is its text, or an object that holds the text.
             let id = |key: &str| {
                 let token = value.get(key)?;
@@ -65,9 +72,13 @@ impl TextTokenizer {
     /// [`Error::Tokenizer`].
     pub fn from_json(json: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let fail = |reason: String| Error::Tokenizer { path: path.clone(), reason };
+        let fail = |reason: String| Error::Tokenizer {
+            path: path.clone(),
+            reason,
+        };
         // The `tokenizers` crate panics on some text that is not JSON; so that is found out before.
-        serde_json::from_str::<serde::de::IgnoredAny>(json).map_err(|e| fail(format!("not JSON: {e}")))?;
+        serde_json::from_str::<serde::de::IgnoredAny>(json)
+            .map_err(|e| fail(format!("not JSON: {e}")))?;
         let mut inner: Tokenizer = guarded(|| json.parse()).map_err(&fail)?;
         inner.with_padding(None);
         guarded(|| inner.with_truncation(None).map(|_| ())).map_err(&fail)?;
@@ -87,10 +98,19 @@ impl TextTokenizer {
         let at = (0..=full.len().saturating_sub(bare.len()))
             .find(|i| full[*i..].starts_with(&bare))
             .filter(|_| !bare.is_empty())
-            .ok_or_else(|| fail("its post-processor cannot be told from the text's own tokens".into()))?;
+            .ok_or_else(|| {
+                fail("its post-processor cannot be told from the text's own tokens".into())
+            })?;
         let (prefix, suffix) = (full[..at].to_vec(), full[at + bare.len()..].to_vec());
         let (bos, eos) = (prefix.first().copied(), suffix.last().copied());
-        Ok(Self { inner, path, prefix, suffix, bos, eos })
+        Ok(Self {
+            inner,
+            path,
+            prefix,
+            suffix,
+            bos,
+            eos,
+        })
     }
 
     /// Token ids of `text`; with `special`, what the tokenizer puts before and after a text is added.
@@ -102,7 +122,12 @@ impl TextTokenizer {
         if !special {
             return Ok(encoding.get_ids().to_vec());
         }
-        Ok([self.prefix.as_slice(), encoding.get_ids(), self.suffix.as_slice()].concat())
+        Ok([
+            self.prefix.as_slice(),
+            encoding.get_ids(),
+            self.suffix.as_slice(),
+        ]
+        .concat())
     }
 
     /// The ids of a text that goes on: [`encode`](Self::encode) with what stands before a text, but not what ends it.
@@ -120,7 +145,10 @@ impl TextTokenizer {
     /// [`Error::TokenOutOfRange`] for an id that no token has; [`Error::Tokenizer`].
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         if let Some(id) = ids.iter().find(|id| self.inner.id_to_token(**id).is_none()) {
-            return Err(Error::TokenOutOfRange { found: *id, vocab_size: self.vocab_size() });
+            return Err(Error::TokenOutOfRange {
+                found: *id,
+                vocab_size: self.vocab_size(),
+            });
         }
         guarded(|| self.inner.decode(ids, true)).map_err(|e| self.fail(e))
     }
@@ -183,7 +211,10 @@ impl TextTokenizer {
     }
 
     fn fail(&self, reason: String) -> Error {
-        Error::Tokenizer { path: self.path.clone(), reason }
+        Error::Tokenizer {
+            path: self.path.clone(),
+            reason,
+        }
     }
 }
 
@@ -194,7 +225,9 @@ fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Resu
         Ok(result) => result.map_err(|e| e.to_string()),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            let text = text
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("no message");
             Err(format!("the file is not consistent: {text}"))
         }
     }

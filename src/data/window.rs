@@ -17,7 +17,10 @@ pub fn join_documents<S: AsRef<str> + Sync>(
     tokenizer: &TextTokenizer,
     add_eos: bool,
 ) -> Result<Vec<u32>> {
-    let encoded: Vec<Result<Vec<u32>>> = documents.par_iter().map(|d| tokenizer.encode_prompt(d.as_ref())).collect();
+    let encoded: Vec<Result<Vec<u32>>> = documents
+        .par_iter()
+        .map(|d| tokenizer.encode_prompt(d.as_ref()))
+        .collect();
     let mut ids = Vec::new();
     for document in encoded {
         ids.extend(document?);
@@ -46,10 +49,16 @@ pub fn pack(ids: &[u32], len: usize) -> Result<Vec<Sequence>> {
     if len < 2 {
         return Err(Error::argument("len", len, "at least 2"));
     }
-    let packed: Vec<Sequence> =
-        windows(ids, len)?.filter(|w| w.len() >= 2).map(|w| Sequence::unmasked(w.to_vec())).collect();
+    let packed: Vec<Sequence> = windows(ids, len)?
+        .filter(|w| w.len() >= 2)
+        .map(|w| Sequence::unmasked(w.to_vec()))
+        .collect();
     if packed.is_empty() {
-        return Err(Error::argument("ids", format!("{} tokens", ids.len()), "at least 2"));
+        return Err(Error::argument(
+            "ids",
+            format!("{} tokens", ids.len()),
+            "at least 2",
+        ));
     }
     Ok(packed)
 }
@@ -74,7 +83,11 @@ pub fn calibration_samples<S: AsRef<str> + Sync>(
     }
     let ids = join_documents(documents, tokenizer, false)?;
     if ids.len() < seq_len {
-        return Err(Error::argument("seq_len", seq_len, format!("the calibration text has only {} tokens", ids.len())));
+        return Err(Error::argument(
+            "seq_len",
+            seq_len,
+            format!("the calibration text has only {} tokens", ids.len()),
+        ));
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     Ok((0..n)

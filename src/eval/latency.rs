@@ -46,7 +46,11 @@ impl Phase {
         }
         let (found, max) = (before + timed, config.max_position_embeddings());
         if found > max {
-            return Err(Error::SequenceTooLong { what: "timing".into(), found, max });
+            return Err(Error::SequenceTooLong {
+                what: "timing".into(),
+                found,
+                max,
+            });
         }
         Ok(())
     }
@@ -69,7 +73,9 @@ fn least_ms_after(repeats: usize, mut before: impl FnMut(), mut run: impl FnMut(
         run();
         1e3 * started.elapsed().as_secs_f64()
     };
-    (0..repeats.max(1)).map(|_| time()).fold(f64::INFINITY, f64::min)
+    (0..repeats.max(1))
+        .map(|_| time())
+        .fold(f64::INFINITY, f64::min)
 }
 
 /// Waits until a tensor is there: some devices compute later.
@@ -133,11 +139,18 @@ impl LatencyTable {
         let (mut attentions, mut widths) = (BTreeSet::new(), BTreeSet::new());
         for subnet in one_change(net) {
             for block in net.block_dims(&subnet)? {
-                attentions.extend(block.has_attention().then_some((block.n_heads, block.n_kv_heads)));
+                attentions.extend(
+                    block
+                        .has_attention()
+                        .then_some((block.n_heads, block.n_kv_heads)),
+                );
                 widths.extend(block.has_mlp().then_some(block.d_mlp));
             }
         }
-        let (all, device) = (1 + attentions.len() + widths.len(), model.device().without_autodiff());
+        let (all, device) = (
+            1 + attentions.len() + widths.len(),
+            model.device().without_autodiff(),
+        );
         let mut done = 0;
         let mut told = |ms: f64| {
             done += 1;
@@ -147,7 +160,13 @@ impl LatencyTable {
         let (before, timed) = phase.tokens();
         let ids = model.tokens(&vec![0; timed], 1)?;
         // As in the model, after a block.
-        let block = || wait(&model.block(config.num_hidden_layers() - 1, model.embed(ids.clone()), None));
+        let block = || {
+            wait(&model.block(
+                config.num_hidden_layers() - 1,
+                model.embed(ids.clone()),
+                None,
+            ))
+        };
         let rest_ms = told(least_ms_after(repeats, block, || {
             let hidden = model.norm.forward(model.embed(ids.clone()));
             wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
@@ -158,13 +177,33 @@ impl LatencyTable {
         };
         let mut attention_ms = Vec::with_capacity(attentions.len());
         for (n_heads, n_kv_heads) in attentions {
-            attention_ms.push((n_heads, n_kv_heads, part(BlockDims { n_heads, n_kv_heads, d_mlp: 0 })?));
+            attention_ms.push((
+                n_heads,
+                n_kv_heads,
+                part(BlockDims {
+                    n_heads,
+                    n_kv_heads,
+                    d_mlp: 0,
+                })?,
+            ));
         }
         let mut mlp_ms = Vec::with_capacity(widths.len());
         for d_mlp in widths {
-            mlp_ms.push((d_mlp, part(BlockDims { n_heads: 0, n_kv_heads: 0, d_mlp })?));
+            mlp_ms.push((
+                d_mlp,
+                part(BlockDims {
+                    n_heads: 0,
+                    n_kv_heads: 0,
+                    d_mlp,
+                })?,
+            ));
         }
-        Ok(Self { phase, rest_ms, attention_ms, mlp_ms })
+        Ok(Self {
+            phase,
+            rest_ms,
+            attention_ms,
+            mlp_ms,
+        })
     }
 
     /// Milliseconds of a model with blocks of these sizes.
@@ -172,15 +211,25 @@ impl LatencyTable {
     /// # Errors
     /// [`Error::InvalidArgument`] for a size that was not measured.
     pub fn predict_ms(&self, blocks: &[BlockDims]) -> Result<f64> {
-        let missing = |block: &BlockDims| Error::argument("block", format!("{block:?}"), "of sizes that were measured");
+        let missing = |block: &BlockDims| {
+            Error::argument("block", format!("{block:?}"), "of sizes that were measured")
+        };
         let mut sum = self.rest_ms;
         for block in blocks {
             if block.has_attention() {
-                let part = self.attention_ms.iter().find(|part| (part.0, part.1) == (block.n_heads, block.n_kv_heads));
+                let part = self
+                    .attention_ms
+                    .iter()
+                    .find(|part| (part.0, part.1) == (block.n_heads, block.n_kv_heads));
                 sum += part.ok_or_else(|| missing(block))?.2;
             }
             if block.has_mlp() {
-                sum += self.mlp_ms.iter().find(|part| part.0 == block.d_mlp).ok_or_else(|| missing(block))?.1;
+                sum += self
+                    .mlp_ms
+                    .iter()
+                    .find(|part| part.0 == block.d_mlp)
+                    .ok_or_else(|| missing(block))?
+                    .1;
             }
         }
         Ok(sum)
@@ -216,7 +265,13 @@ fn part_model(model: &Decoder, dims: BlockDims, timed: usize, device: &Device) -
     let (config, dtype) = (part_config(model.config(), dims, 1)?, model.weight_dtype());
     let part = Decoder::init(&config, 1, device)?.with_weight_dtype(dtype)?;
     let bytes = SubnetCost::of_config(&config).params * dtype.size();
-    let n = if timed > 1 { 1 } else { PAST_CACHES.div_ceil(bytes).min(model.config().num_hidden_layers()) };
+    let n = if timed > 1 {
+        1
+    } else {
+        PAST_CACHES
+            .div_ceil(bytes)
+            .min(model.config().num_hidden_layers())
+    };
     let blocks = vec![part.layers[0].clone(); n];
     let mut part = part.with_layers(blocks, part_config(model.config(), dims, n)?);
     // Each in memory of its own.
@@ -225,9 +280,16 @@ fn part_model(model: &Decoder, dims: BlockDims, timed: usize, device: &Device) -
 }
 
 /// Milliseconds of one of a model's blocks, which are alike.
-fn time_blocks(model: &Decoder, before: usize, timed: usize, repeats: usize, device: &Device) -> f64 {
+fn time_blocks(
+    model: &Decoder,
+    before: usize,
+    timed: usize,
+    repeats: usize,
+    device: &Device,
+) -> f64 {
     let (d_model, n) = (model.config().hidden_size(), model.layers.len());
-    let input = |n: usize| Tensor::<3>::random([1, n, d_model], Distribution::Normal(0.0, 1.0), device);
+    let input =
+        |n: usize| Tensor::<3>::random([1, n, d_model], Distribution::Normal(0.0, 1.0), device);
     let mut held = KvCache::new(n);
     let run = |x: Tensor<3>, cache: &mut KvCache| {
         let mut x = x;

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{PromptTemplate, Record, TextTokenizer, answers};
 use crate::error::{Error, Result};
-use crate::runtime::{GenerateConfig, generate_batch};
 use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
+use crate::runtime::{GenerateConfig, generate_batch};
 
 /// Tokens that go through the model at once.
 const TOKENS_AT_ONCE: usize = 4096;
@@ -42,7 +42,11 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
     }
     let max = model.config().max_position_embeddings();
     if context > max {
-        return Err(Error::SequenceTooLong { what: "windows of the perplexity".into(), found: context, max });
+        return Err(Error::SequenceTooLong {
+            what: "windows of the perplexity".into(),
+            found: context,
+            max,
+        });
     }
     let full = ids.len() / context * context;
     let mut sum = 0.0;
@@ -53,11 +57,19 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
             // Through the cache, piece by piece: the same values, and memory for a piece at a time.
             let mut cache = KvCache::new(model.config().num_hidden_layers());
             for (index, piece) in ids.chunks(TOKENS_AT_ONCE).enumerate() {
-                let hidden: Tensor<2> = model.hidden_states(model.tokens(piece, 1)?, Some(&mut cache)).flatten(0, 1);
+                let hidden: Tensor<2> = model
+                    .hidden_states(model.tokens(piece, 1)?, Some(&mut cache))
+                    .flatten(0, 1);
                 let following = &ids[(index * TOKENS_AT_ONCE + 1).min(ids.len())..];
                 let targets = &following[..piece.len().min(following.len())];
-                if let Some(found) = targets.iter().find(|id| **id as usize >= model.config().vocab_size()) {
-                    return Err(Error::TokenOutOfRange { found: *found, vocab_size: model.config().vocab_size() });
+                if let Some(found) = targets
+                    .iter()
+                    .find(|id| **id as usize >= model.config().vocab_size())
+                {
+                    return Err(Error::TokenOutOfRange {
+                        found: *found,
+                        vocab_size: model.config().vocab_size(),
+                    });
                 }
                 if !targets.is_empty() {
                     let hidden = hidden.narrow(0, 0, targets.len());
@@ -67,7 +79,10 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
             }
             return Ok(());
         }
-        let targets: Vec<(usize, u32)> = (0..ids.len()).filter(|i| i % len > 0).map(|i| (i - 1, ids[i])).collect();
+        let targets: Vec<(usize, u32)> = (0..ids.len())
+            .filter(|i| i % len > 0)
+            .map(|i| (i - 1, ids[i]))
+            .collect();
         if !targets.is_empty() {
             sum += f64::from(host_values(model.nll_sum(model.tokens(ids, rows)?, &targets)?)[0]);
             n += targets.len();
@@ -82,10 +97,18 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
         add(&ids[full..], 1)?;
     }
     if n == 0 {
-        return Err(Error::argument("text", format!("{} tokens", ids.len()), "at least 2 tokens"));
+        return Err(Error::argument(
+            "text",
+            format!("{} tokens", ids.len()),
+            "at least 2 tokens",
+        ));
     }
     let nll = sum / n as f64;
-    Ok(Perplexity { nll, perplexity: nll.exp(), predicted_tokens: n })
+    Ok(Perplexity {
+        nll,
+        perplexity: nll.exp(),
+        predicted_tokens: n,
+    })
 }
 
 /// Exact match on problems with a final answer.
@@ -100,7 +123,11 @@ pub struct ExactMatch {
 impl ExactMatch {
     /// In 0..=1.
     pub fn accuracy(&self) -> f64 {
-        if self.total == 0 { 0.0 } else { self.correct as f64 / self.total as f64 }
+        if self.total == 0 {
+            0.0
+        } else {
+            self.correct as f64 / self.total as f64
+        }
     }
 }
 
@@ -116,17 +143,28 @@ impl ProblemSet {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a record without a final answer, by its number; [`Error::Tokenizer`].
-    pub fn new(records: &[Record], template: PromptTemplate, tokenizer: &TextTokenizer) -> Result<Self> {
+    pub fn new(
+        records: &[Record],
+        template: PromptTemplate,
+        tokenizer: &TextTokenizer,
+    ) -> Result<Self> {
         let mut prompts = Vec::with_capacity(records.len());
         let mut references = Vec::with_capacity(records.len());
         for (index, record) in records.iter().enumerate() {
             let reference = record.final_answer().ok_or_else(|| {
-                Error::argument("records", format!("record {}", index + 1), "a final answer is needed (`#### 12`)")
+                Error::argument(
+                    "records",
+                    format!("record {}", index + 1),
+                    "a final answer is needed (`#### 12`)",
+                )
             })?;
             prompts.push(tokenizer.encode_prompt(&template.render(record).prompt)?);
             references.push(reference);
         }
-        Ok(Self { prompts, references })
+        Ok(Self {
+            prompts,
+            references,
+        })
     }
 
     /// Number of problems.
@@ -158,9 +196,16 @@ impl ProblemSet {
         let mut correct = 0;
         for (output, reference) in outputs.iter().zip(&self.references) {
             // Many models have rows in their vocabulary that no token of the tokenizer stands for.
-            let known: Vec<u32> = output.iter().copied().filter(|id| tokenizer.id_to_token(*id).is_some()).collect();
+            let known: Vec<u32> = output
+                .iter()
+                .copied()
+                .filter(|id| tokenizer.id_to_token(*id).is_some())
+                .collect();
             correct += usize::from(answers::exact_match(&tokenizer.decode(&known)?, reference));
         }
-        Ok(ExactMatch { correct, total: self.len() })
+        Ok(ExactMatch {
+            correct,
+            total: self.len(),
+        })
     }
 }

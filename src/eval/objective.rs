@@ -49,7 +49,13 @@ pub struct SubnetObjective<'a> {
 impl<'a> SubnetObjective<'a> {
     /// Shares the super-network's weights; the caller's active subnet stays as it is.
     pub fn new(net: &SuperNet, metric: Metric<'a>, cost: Cost) -> Self {
-        Self { net: net.clone(), metric, cost, merged: false, latency: None }
+        Self {
+            net: net.clone(),
+            metric,
+            cost,
+            merged: false,
+            latency: None,
+        }
     }
 
     /// Counts costs as they are once the subnet's adapters are merged, rather than beside the base.
@@ -74,7 +80,9 @@ impl<'a> SubnetObjective<'a> {
         };
         match self.metric {
             Metric::Loss(_) => ObjectiveNames::new("validation loss", cost).with_units("nats", ""),
-            Metric::Accuracy { .. } => ObjectiveNames::new("accuracy", cost).with_larger_is_better(true),
+            Metric::Accuracy { .. } => {
+                ObjectiveNames::new("accuracy", cost).with_larger_is_better(true)
+            }
         }
     }
 
@@ -90,9 +98,13 @@ impl<'a> SubnetObjective<'a> {
         let cost = self.cost(&net, subnet)?;
         let score = match &self.metric {
             Metric::Loss(batches) => mean_loss(&model, batches)?,
-            Metric::Accuracy { problems, tokenizer, generate } => {
-                -problems.exact_match(&model, tokenizer, generate)?.accuracy()
-            }
+            Metric::Accuracy {
+                problems,
+                tokenizer,
+                generate,
+            } => -problems
+                .exact_match(&model, tokenizer, generate)?
+                .accuracy(),
         };
         Ok(vec![score, cost])
     }
@@ -109,7 +121,13 @@ impl<'a> SubnetObjective<'a> {
             (Cost::Params, _) => costs.params as f64,
             (Cost::Bytes, _) => costs.weight_bytes as f64,
             (Cost::Latency, Some(table)) => table.predict_ms(&net.block_dims(subnet)?)?,
-            (Cost::Latency, None) => return Err(Error::argument("cost", "latency", "a table of measured times")),
+            (Cost::Latency, None) => {
+                return Err(Error::argument(
+                    "cost",
+                    "latency",
+                    "a table of measured times",
+                ));
+            }
         })
     }
 }

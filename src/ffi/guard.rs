@@ -3,7 +3,9 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::status::{ELORA_STATUS_OK, ELORA_STATUS_PANIC, Failure, Outcome, elora_status, remember};
+use super::status::{
+    ELORA_STATUS_OK, ELORA_STATUS_PANIC, Failure, Outcome, elora_status, remember,
+};
 
 /// Runs a call that returns a status.
 pub(super) fn status(body: impl FnOnce() -> Outcome) -> elora_status {
@@ -43,7 +45,9 @@ fn finish<T>(outcome: Outcome<T>) -> Result<T, elora_status> {
 #[cold]
 fn of_panic(panic: Box<dyn Any + Send>) -> Failure {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    let text = text
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
     let failure = Failure::new(ELORA_STATUS_PANIC, format!("a bug in elastic-lora: {text}"));
     // A payload may panic when it is dropped.
     if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {

@@ -10,8 +10,8 @@ use super::memory::{self, Out};
 use super::model::{elora_model, reserved};
 use super::options::{self, Growing};
 use super::status::{ELORA_STATUS_INSUFFICIENT_SIZE, Failure, Outcome, elora_status};
-use crate::runtime::{LinearLayer, Number};
 use crate::kernels::Activations;
+use crate::runtime::{LinearLayer, Number};
 
 /// A linear layer of a model with a subnet's rank and sizes. Immutable and reference-counted: any number of threads
 /// may use it at once. It keeps what it needs of the model.
@@ -31,7 +31,9 @@ pub(super) fn activations(value: elora_activations) -> Outcome<Activations> {
     match value {
         ELORA_ACTIVATIONS_INT16 => Ok(Activations::Int16),
         ELORA_ACTIVATIONS_INT8 => Ok(Activations::Int8),
-        other => Err(Failure::argument(format!("activations = {other}: no ELORA_ACTIVATIONS_ constant"))),
+        other => Err(Failure::argument(format!(
+            "activations = {other}: no ELORA_ACTIVATIONS_ constant"
+        ))),
     }
 }
 
@@ -63,7 +65,11 @@ unsafe impl Growing for elora_linear_options {
 }
 
 impl elora_linear_options {
-    const DEFAULT: Self = Self { struct_size: size_of::<Self>(), activations: ELORA_ACTIVATIONS_INT16, reserved: 0 };
+    const DEFAULT: Self = Self {
+        struct_size: size_of::<Self>(),
+        activations: ELORA_ACTIVATIONS_INT16,
+        reserved: 0,
+    };
 }
 
 /// Sets every field to its default. `struct_size` is sizeof(elora_linear_options).
@@ -94,7 +100,10 @@ pub unsafe extern "C" fn elora_linear_new(
         let activations = activations(options.activations)?;
         reserved(options.reserved)?;
         let out = Out::required(out, "out")?;
-        let inner = model.inner().linear(layer, subnet)?.with_activations(activations);
+        let inner = model
+            .inner()
+            .linear(layer, subnet)?
+            .with_activations(activations);
         out.write(Arc::into_raw(Arc::new(elora_linear { inner })));
         Ok(())
     })
@@ -104,7 +113,9 @@ pub unsafe extern "C" fn elora_linear_new(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_linear_retain(linear: *const elora_linear) -> *const elora_linear {
     // SAFETY: as the header asks of the caller.
-    guard::value(std::ptr::null(), || unsafe { memory::shared(linear, "linear").map(Arc::into_raw) })
+    guard::value(std::ptr::null(), || unsafe {
+        memory::shared(linear, "linear").map(Arc::into_raw)
+    })
 }
 
 /// Gives a handle back; NULL is ignored.
@@ -118,21 +129,27 @@ pub unsafe extern "C" fn elora_linear_free(linear: *const elora_linear) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_linear_in_features(linear: *const elora_linear) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(linear, "linear")?.inner.d_input()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(linear, "linear")?.inner.d_input())
+    })
 }
 
 /// Numbers in a row of the output that are active. 0 for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_linear_out_features(linear: *const elora_linear) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(linear, "linear")?.inner.d_output()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(linear, "linear")?.inner.d_output())
+    })
 }
 
 /// Active rank of the adapter; 0 where none acts, and for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_linear_rank(linear: *const elora_linear) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(linear, "linear")?.inner.rank()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(linear, "linear")?.inner.rank())
+    })
 }
 
 /// Writes the bytes of scratch memory that `n_rows` rows of any type need to `*bytes`.
@@ -176,7 +193,16 @@ pub unsafe extern "C" fn elora_linear_forward(
 ) -> elora_status {
     // SAFETY: as the header asks of the caller.
     guard::status(|| unsafe {
-        let call = Call { linear, n_rows, x_len, ldx, y_len, ldy, scratch, scratch_bytes };
+        let call = Call {
+            linear,
+            n_rows,
+            x_len,
+            ldx,
+            y_len,
+            ldy,
+            scratch,
+            scratch_bytes,
+        };
         call.run(x, y)
     })
 }
@@ -199,12 +225,23 @@ pub unsafe extern "C" fn elora_linear_forward_typed(
 ) -> elora_status {
     // SAFETY: as the header asks of the caller.
     guard::status(|| unsafe {
-        let call = Call { linear, n_rows, x_len, ldx, y_len, ldy, scratch, scratch_bytes };
+        let call = Call {
+            linear,
+            n_rows,
+            x_len,
+            ldx,
+            y_len,
+            ldy,
+            scratch,
+            scratch_bytes,
+        };
         match dtype {
             ELORA_DTYPE_F32 => call.run(x.cast::<f32>(), y.cast::<f32>()),
             ELORA_DTYPE_F16 => call.run(x.cast::<f16>(), y.cast::<f16>()),
             ELORA_DTYPE_BF16 => call.run(x.cast::<bf16>(), y.cast::<bf16>()),
-            other => Err(Failure::argument(format!("dtype = {other}: no ELORA_DTYPE_ constant"))),
+            other => Err(Failure::argument(format!(
+                "dtype = {other}: no ELORA_DTYPE_ constant"
+            ))),
         }
     })
 }
@@ -231,7 +268,11 @@ impl Call {
             let x_len = rows_len("x", self.n_rows, linear.d_input(), self.ldx, self.x_len)?;
             let y_len = rows_len("y", self.n_rows, linear.d_output(), self.ldy, self.y_len)?;
             let scratch = self.scratch.cast::<u8>();
-            let scratch_bytes = if scratch.is_null() { 0 } else { self.scratch_bytes };
+            let scratch_bytes = if scratch.is_null() {
+                0
+            } else {
+                self.scratch_bytes
+            };
             memory::disjoint(&[
                 ("x", memory::region(x, x_len)),
                 ("y", memory::region(y, y_len)),
@@ -240,7 +281,8 @@ impl Call {
             if !scratch.is_null() {
                 let needed = linear.scratch_bytes(self.n_rows)?;
                 if scratch_bytes < needed {
-                    let text = format!("`scratch` has {scratch_bytes} bytes, and {needed} are needed");
+                    let text =
+                        format!("`scratch` has {scratch_bytes} bytes, and {needed} are needed");
                     return Err(Failure::new(ELORA_STATUS_INSUFFICIENT_SIZE, text));
                 }
             }
@@ -256,13 +298,23 @@ impl Call {
 }
 
 /// Numbers of a buffer up to the end of its last row, which must be there.
-fn rows_len(name: &str, n_rows: usize, width: usize, stride: usize, found: usize) -> Outcome<usize> {
+fn rows_len(
+    name: &str,
+    n_rows: usize,
+    width: usize,
+    stride: usize,
+    found: usize,
+) -> Outcome<usize> {
     if stride < width {
         let text = format!("ld{name} = {stride}: a row has {width} numbers");
         return Err(Failure::argument(text));
     }
-    let Some(before) = n_rows.checked_sub(1) else { return Ok(0) };
-    let needed = before.checked_mul(stride).and_then(|len| len.checked_add(width));
+    let Some(before) = n_rows.checked_sub(1) else {
+        return Ok(0);
+    };
+    let needed = before
+        .checked_mul(stride)
+        .and_then(|len| len.checked_add(width));
     match needed.filter(|needed| *needed <= found) {
         Some(needed) => Ok(needed),
         None => Err(memory::short(name, found, needed.unwrap_or(usize::MAX))),

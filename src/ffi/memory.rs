@@ -14,7 +14,10 @@ fn aligned<T>(pointer: *const T, name: &str) -> Outcome {
     if pointer.is_aligned() {
         return Ok(());
     }
-    Err(Failure::argument(format!("`{name}` is at {pointer:p}, which is no multiple of {}", align_of::<T>())))
+    Err(Failure::argument(format!(
+        "`{name}` is at {pointer:p}, which is no multiple of {}",
+        align_of::<T>()
+    )))
 }
 
 /// A handle, or whatever is passed by a pointer that must not be `NULL`.
@@ -90,7 +93,9 @@ impl<T> Out<T> {
 fn count<T>(len: usize, name: &str) -> Outcome {
     match len.checked_mul(size_of::<T>()) {
         Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
-        _ => Err(Failure::argument(format!("{len} elements of `{name}` are more than memory has"))),
+        _ => Err(Failure::argument(format!(
+            "{len} elements of `{name}` are more than memory has"
+        ))),
     }
 }
 
@@ -115,7 +120,11 @@ pub(super) unsafe fn slice<'a, T>(pointer: *const T, len: usize, name: &str) -> 
 ///
 /// # Safety
 /// A pointer that is not `NULL` is to `len` elements which nobody else reads or writes meanwhile.
-pub(super) unsafe fn slice_mut<'a, T>(pointer: *mut T, len: usize, name: &str) -> Outcome<&'a mut [T]> {
+pub(super) unsafe fn slice_mut<'a, T>(
+    pointer: *mut T,
+    len: usize,
+    name: &str,
+) -> Outcome<&'a mut [T]> {
     if len == 0 {
         return Ok(&mut []);
     }
@@ -138,7 +147,9 @@ pub(super) unsafe fn text<'a>(pointer: *const c_char, name: &str) -> Outcome<&'a
     }
     // SAFETY: as asked of the caller.
     let bytes = unsafe { CStr::from_ptr(pointer) };
-    bytes.to_str().map_err(|error| Failure::argument(format!("`{name}` is not UTF-8: {error}")))
+    bytes
+        .to_str()
+        .map_err(|error| Failure::argument(format!("`{name}` is not UTF-8: {error}")))
 }
 
 /// Copies a text with a NUL to the caller's buffer. The length without the NUL is written whether the buffer is long
@@ -146,7 +157,12 @@ pub(super) unsafe fn text<'a>(pointer: *const c_char, name: &str) -> Outcome<&'a
 ///
 /// # Safety
 /// `buf` is `NULL` or to `cap` bytes, `len` is `NULL` or to a `size_t`.
-pub(super) unsafe fn copy_text(text: &str, buf: *mut c_char, cap: usize, len: *mut usize) -> Outcome {
+pub(super) unsafe fn copy_text(
+    text: &str,
+    buf: *mut c_char,
+    cap: usize,
+    len: *mut usize,
+) -> Outcome {
     let len = Out::optional(len, "len")?;
     let needed = text.len().saturating_add(1);
     // SAFETY: as asked of the caller; `needed` is at most the buffer's length.
@@ -168,7 +184,12 @@ pub(super) unsafe fn copy_text(text: &str, buf: *mut c_char, cap: usize, len: *m
 ///
 /// # Safety
 /// `buf` is `NULL` or to `cap` elements, `len` is `NULL` or to a `size_t`.
-pub(super) unsafe fn copy_elements<T: Copy>(from: &[T], buf: *mut T, cap: usize, len: *mut usize) -> Outcome {
+pub(super) unsafe fn copy_elements<T: Copy>(
+    from: &[T],
+    buf: *mut T,
+    cap: usize,
+    len: *mut usize,
+) -> Outcome {
     let len = Out::optional(len, "n")?;
     // SAFETY: as asked of the caller.
     unsafe {
@@ -184,7 +205,10 @@ pub(super) unsafe fn copy_elements<T: Copy>(from: &[T], buf: *mut T, cap: usize,
 
 /// A buffer that is too short.
 pub(super) fn short(name: &str, found: usize, needed: impl std::fmt::Display) -> Failure {
-    Failure::new(ELORA_STATUS_INSUFFICIENT_SIZE, format!("`{name}` has {found} elements, and {needed} are needed"))
+    Failure::new(
+        ELORA_STATUS_INSUFFICIENT_SIZE,
+        format!("`{name}` has {found} elements, and {needed} are needed"),
+    )
 }
 
 /// Refuses buffers of a call that share memory, before the library makes slices of them. Each is a name and its
@@ -192,8 +216,14 @@ pub(super) fn short(name: &str, found: usize, needed: impl std::fmt::Display) ->
 pub(super) fn disjoint(buffers: &[(&str, Range<usize>)]) -> Outcome {
     for (index, (name, one)) in buffers.iter().enumerate() {
         for (other_name, other) in &buffers[..index] {
-            if !one.is_empty() && !other.is_empty() && one.start < other.end && other.start < one.end {
-                return Err(Failure::argument(format!("`{other_name}` and `{name}` overlap")));
+            if !one.is_empty()
+                && !other.is_empty()
+                && one.start < other.end
+                && other.start < one.end
+            {
+                return Err(Failure::argument(format!(
+                    "`{other_name}` and `{name}` overlap"
+                )));
             }
         }
     }
@@ -212,9 +242,22 @@ mod tests {
 
     #[test]
     fn regions_that_touch_are_apart_and_those_that_share_a_byte_are_not() {
-        let region = |start: usize, len: usize| region(std::ptr::without_provenance::<f32>(start), len);
-        assert!(disjoint(&[("a", region(64, 4)), ("b", region(80, 4)), ("c", region(32, 8))]).is_ok());
-        let failure = disjoint(&[("a", region(64, 4)), ("b", region(0, 1)), ("c", region(76, 4))]).unwrap_err();
+        let region =
+            |start: usize, len: usize| region(std::ptr::without_provenance::<f32>(start), len);
+        assert!(
+            disjoint(&[
+                ("a", region(64, 4)),
+                ("b", region(80, 4)),
+                ("c", region(32, 8))
+            ])
+            .is_ok()
+        );
+        let failure = disjoint(&[
+            ("a", region(64, 4)),
+            ("b", region(0, 1)),
+            ("c", region(76, 4)),
+        ])
+        .unwrap_err();
         assert_eq!(failure.text, "`a` and `c` overlap");
         assert!(disjoint(&[("a", region(64, 4)), ("b", region(64, 0))]).is_ok());
         assert!(disjoint(&[("a", region(64, usize::MAX)), ("b", region(128, 1))]).is_err());

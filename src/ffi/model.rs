@@ -6,7 +6,9 @@ use std::sync::Arc;
 use super::guard;
 use super::memory::{self, Out};
 use super::options::{self, Growing};
-use super::status::{ELORA_STATUS_INVALID_FORMAT, ELORA_STATUS_NOT_FOUND, Failure, Outcome, elora_status};
+use super::status::{
+    ELORA_STATUS_INVALID_FORMAT, ELORA_STATUS_NOT_FOUND, Failure, Outcome, elora_status,
+};
 use crate::format::WeightFormat;
 use crate::runtime::{Model, ModelOptions, Verify};
 
@@ -53,20 +55,32 @@ unsafe impl Growing for elora_model_options {
 }
 
 impl elora_model_options {
-    const DEFAULT: Self =
-        Self { struct_size: size_of::<Self>(), n_threads: 0, use_mmap: 1, verify: ELORA_VERIFY_ON_USE, reserved: 0 };
+    const DEFAULT: Self = Self {
+        struct_size: size_of::<Self>(),
+        n_threads: 0,
+        use_mmap: 1,
+        verify: ELORA_VERIFY_ON_USE,
+        reserved: 0,
+    };
 
     fn parse(self) -> Outcome<ModelOptions> {
         let verify = match self.verify {
             ELORA_VERIFY_ON_USE => Verify::OnUse,
             ELORA_VERIFY_ON_LOAD => Verify::OnOpen,
             ELORA_VERIFY_NEVER => Verify::Never,
-            other => return Err(Failure::argument(format!("verify = {other}: no ELORA_VERIFY_ constant"))),
+            other => {
+                return Err(Failure::argument(format!(
+                    "verify = {other}: no ELORA_VERIFY_ constant"
+                )));
+            }
         };
         reserved(self.reserved)?;
         // More threads than any machine has are a mistake, and each takes a stack.
         if self.n_threads > 4096 {
-            return Err(Failure::argument(format!("n_threads = {}: at most 4096", self.n_threads)));
+            return Err(Failure::argument(format!(
+                "n_threads = {}: at most 4096",
+                self.n_threads
+            )));
         }
         let options = ModelOptions::default().with_n_threads(self.n_threads as usize);
         Ok(options.with_mmap(self.use_mmap != 0).with_verify(verify))
@@ -75,7 +89,11 @@ impl elora_model_options {
 
 /// Refuses what a later version may give a meaning.
 pub(super) fn reserved(value: u32) -> Outcome {
-    if value == 0 { Ok(()) } else { Err(Failure::argument(format!("reserved = {value}: must be 0"))) }
+    if value == 0 {
+        Ok(())
+    } else {
+        Err(Failure::argument(format!("reserved = {value}: must be 0")))
+    }
 }
 
 /// How a weight is stored.
@@ -108,12 +126,18 @@ fn format_parts(format: WeightFormat) -> (elora_weight_format, u32, usize) {
         WeightFormat::F32 => (ELORA_WEIGHT_FORMAT_F32, 32, 0),
         WeightFormat::F16 => (ELORA_WEIGHT_FORMAT_F16, 16, 0),
         WeightFormat::Bf16 => (ELORA_WEIGHT_FORMAT_BF16, 16, 0),
-        WeightFormat::Int { bits, group_size, .. } => {
-            (ELORA_WEIGHT_FORMAT_INT, u32::from(bits), group_size.unwrap_or(0))
-        }
+        WeightFormat::Int {
+            bits, group_size, ..
+        } => (
+            ELORA_WEIGHT_FORMAT_INT,
+            u32::from(bits),
+            group_size.unwrap_or(0),
+        ),
         WeightFormat::SparseF16 => (ELORA_WEIGHT_FORMAT_SPARSE_F16, 16, 0),
         WeightFormat::SparseBf16 => (ELORA_WEIGHT_FORMAT_SPARSE_BF16, 16, 0),
-        WeightFormat::SparseInt4 { group_size, .. } => (ELORA_WEIGHT_FORMAT_SPARSE_INT, 4, group_size.unwrap_or(0)),
+        WeightFormat::SparseInt4 { group_size, .. } => {
+            (ELORA_WEIGHT_FORMAT_SPARSE_INT, 4, group_size.unwrap_or(0))
+        }
         WeightFormat::NmF16 { .. } => (ELORA_WEIGHT_FORMAT_NM_F16, 16, 0),
         WeightFormat::NmBf16 { .. } => (ELORA_WEIGHT_FORMAT_NM_BF16, 16, 0),
         // A format that was added without a number: the caller is told, rather than something wrong.
@@ -170,7 +194,11 @@ impl elora_model {
         };
         let layers = names(&mut inner.layers().iter().map(|layer| layer.name.as_str()))?;
         let subnets = names(&mut inner.subnets().iter().map(|subnet| subnet.name.as_str()))?;
-        Ok(Arc::into_raw(Arc::new(Self { inner, layers, subnets })))
+        Ok(Arc::into_raw(Arc::new(Self {
+            inner,
+            layers,
+            subnets,
+        })))
     }
 
     pub(super) fn inner(&self) -> &Model {
@@ -210,7 +238,9 @@ pub unsafe extern "C" fn elora_model_load(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_retain(model: *const elora_model) -> *const elora_model {
     // SAFETY: as the header asks of the caller.
-    guard::value(std::ptr::null(), || unsafe { memory::shared(model, "model").map(Arc::into_raw) })
+    guard::value(std::ptr::null(), || unsafe {
+        memory::shared(model, "model").map(Arc::into_raw)
+    })
 }
 
 /// Gives a handle back; NULL is ignored. Layers and sessions keep what they need of the model, so the order of
@@ -267,7 +297,10 @@ pub unsafe extern "C" fn elora_model_extract(
 /// ELORA_STATUS_INVALID_STATE names one that is sparse or quantized. On success `*out` is a handle of its own. For a
 /// subnet, call elora_model_extract() first.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn elora_model_merge(model: *const elora_model, out: *mut *const elora_model) -> elora_status {
+pub unsafe extern "C" fn elora_model_merge(
+    model: *const elora_model,
+    out: *mut *const elora_model,
+) -> elora_status {
     // SAFETY: as the header asks of the caller.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
@@ -281,7 +314,9 @@ pub unsafe extern "C" fn elora_model_merge(model: *const elora_model, out: *mut 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_layer_count(model: *const elora_model) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(model, "model")?.layers.len()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(model, "model")?.layers.len())
+    })
 }
 
 /// Describes a layer. Set `info->struct_size` before.
@@ -295,8 +330,13 @@ pub unsafe extern "C" fn elora_model_layer_info(
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         options::fill(info, || {
-            let (Some(found), Some(name)) = (model.inner.layers().get(layer), model.layers.get(layer)) else {
-                let text = format!("layer = {layer}: the model has {} layers", model.layers.len());
+            let (Some(found), Some(name)) =
+                (model.inner.layers().get(layer), model.layers.get(layer))
+            else {
+                let text = format!(
+                    "layer = {layer}: the model has {} layers",
+                    model.layers.len()
+                );
                 return Err(Failure::argument(text));
             };
             let (format, bits, group_size) = format_parts(found.format);
@@ -331,7 +371,10 @@ pub unsafe extern "C" fn elora_model_find_layer(
         let name = memory::text(name, "name")?;
         let out = Out::required(layer, "layer")?;
         let Some(index) = model.inner.layer_index(name) else {
-            return Err(Failure::new(ELORA_STATUS_NOT_FOUND, format!("there is no layer `{name}`")));
+            return Err(Failure::new(
+                ELORA_STATUS_NOT_FOUND,
+                format!("there is no layer `{name}`"),
+            ));
         };
         out.write(index);
         Ok(())
@@ -342,18 +385,26 @@ pub unsafe extern "C" fn elora_model_find_layer(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_subnet_count(model: *const elora_model) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(model, "model")?.subnets.len()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(model, "model")?.subnets.len())
+    })
 }
 
 /// A subnet's name, which lives as long as the model; NULL where there is no such subnet.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn elora_model_subnet_name(model: *const elora_model, subnet: usize) -> *const c_char {
+pub unsafe extern "C" fn elora_model_subnet_name(
+    model: *const elora_model,
+    subnet: usize,
+) -> *const c_char {
     // SAFETY: as the header asks of the caller.
     guard::value(std::ptr::null(), || unsafe {
         let model = memory::required(model, "model")?;
         let name = model.subnets.get(subnet).map(|name| name.as_ptr());
         name.ok_or_else(|| {
-            Failure::argument(format!("subnet = {subnet}: the model has {} subnets", model.subnets.len()))
+            Failure::argument(format!(
+                "subnet = {subnet}: the model has {} subnets",
+                model.subnets.len()
+            ))
         })
     })
 }
@@ -388,7 +439,8 @@ pub unsafe extern "C" fn elora_model_space_json(
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let space = model.inner.space();
-        let space = space.ok_or_else(|| Failure::new(ELORA_STATUS_NOT_FOUND, "the model has no search space"))?;
+        let space = space
+            .ok_or_else(|| Failure::new(ELORA_STATUS_NOT_FOUND, "the model has no search space"))?;
         memory::copy_text(&space.to_json()?, buf, cap, len)
     })
 }
@@ -397,21 +449,33 @@ pub unsafe extern "C" fn elora_model_space_json(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_vocab_size(model: *const elora_model) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(model, "model")?.inner.config().vocab_size()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(model, "model")?
+            .inner
+            .config()
+            .vocab_size())
+    })
 }
 
 /// Tokens that the model can take in at most. 0 for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_context_size(model: *const elora_model) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(model, "model")?.inner.config().max_position_embeddings()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(model, "model")?
+            .inner
+            .config()
+            .max_position_embeddings())
+    })
 }
 
 /// Bytes of all weights, with embedding, adapters and head. 0 for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_weight_bytes(model: *const elora_model) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { Ok(memory::required(model, "model")?.inner.bytes()) })
+    guard::value(0, || unsafe {
+        Ok(memory::required(model, "model")?.inner.bytes())
+    })
 }
 
 /// Copies the tokens that end a generation to `tokens`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE,

@@ -22,7 +22,10 @@ fn size<T: Growing>(found: usize) -> Outcome<usize> {
     if (size_of::<usize>()..=LARGEST).contains(&found) {
         return Ok(found);
     }
-    Err(Failure::argument(format!("`struct_size` of {} is {found}: set it to sizeof of the struct", T::NAME)))
+    Err(Failure::argument(format!(
+        "`struct_size` of {} is {found}: set it to sizeof of the struct",
+        T::NAME
+    )))
 }
 
 fn null<T: Growing>() -> Failure {
@@ -45,7 +48,10 @@ pub(super) unsafe fn read<T: Growing>(pointer: *const T, default: T) -> Outcome<
         std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), (&raw mut value).cast::<u8>(), known);
         let unknown = std::slice::from_raw_parts(pointer.cast::<u8>().add(known), found - known);
         if unknown.iter().any(|byte| *byte != 0) {
-            let text = format!("{} of {found} bytes sets fields that this version does not know", T::NAME);
+            let text = format!(
+                "{} of {found} bytes sets fields that this version does not know",
+                T::NAME
+            );
             return Err(Failure::new(ELORA_STATUS_UNSUPPORTED, text));
         }
     }
@@ -66,7 +72,10 @@ pub(super) unsafe fn write<T: Growing>(pointer: *mut T, struct_size: usize, valu
     // SAFETY: as asked of the caller.
     unsafe {
         std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), pointer.cast::<u8>(), known);
-        pointer.cast::<u8>().add(known).write_bytes(0, found - known);
+        pointer
+            .cast::<u8>()
+            .add(known)
+            .write_bytes(0, found - known);
         pointer.cast::<usize>().write_unaligned(found);
     }
     Ok(())
@@ -76,7 +85,10 @@ pub(super) unsafe fn write<T: Growing>(pointer: *mut T, struct_size: usize, valu
 ///
 /// # Safety
 /// `pointer` is `NULL` or to as many bytes as its first field says, or to a `size_t` at least.
-pub(super) unsafe fn fill<T: Growing>(pointer: *mut T, value: impl FnOnce() -> Outcome<T>) -> Outcome {
+pub(super) unsafe fn fill<T: Growing>(
+    pointer: *mut T,
+    value: impl FnOnce() -> Outcome<T>,
+) -> Outcome {
     if pointer.is_null() {
         return Err(null::<T>());
     }
@@ -117,24 +129,65 @@ mod tests {
 
     #[test]
     fn an_older_and_a_newer_header_are_understood() {
-        let default = Large { struct_size: size_of::<Large>(), a: 1, b: 2 };
-        let old = Small { struct_size: size_of::<Small>(), a: 5 };
-        let new = Large { struct_size: size_of::<Large>(), a: 5, b: 0 };
+        let default = Large {
+            struct_size: size_of::<Large>(),
+            a: 1,
+            b: 2,
+        };
+        let old = Small {
+            struct_size: size_of::<Small>(),
+            a: 5,
+        };
+        let new = Large {
+            struct_size: size_of::<Large>(),
+            a: 5,
+            b: 0,
+        };
         // SAFETY: each is as long as its first field says.
         unsafe {
             let read_old = read((&raw const old).cast::<Large>(), default).unwrap();
             assert_eq!((read_old.a, read_old.b), (5, 2));
-            let small = Small { struct_size: 0, a: 9 };
+            let small = Small {
+                struct_size: 0,
+                a: 9,
+            };
             assert_eq!(read((&raw const new).cast::<Small>(), small).unwrap().a, 5);
             let unknown = Large { b: 1, ..new };
-            assert_eq!(read((&raw const unknown).cast::<Small>(), small).unwrap_err().status, ELORA_STATUS_UNSUPPORTED);
+            assert_eq!(
+                read((&raw const unknown).cast::<Small>(), small)
+                    .unwrap_err()
+                    .status,
+                ELORA_STATUS_UNSUPPORTED
+            );
             assert!(read(&raw const small, small).is_err());
-            let mut out = Large { struct_size: 0, a: 7, b: 7 };
+            let mut out = Large {
+                struct_size: 0,
+                a: 7,
+                b: 7,
+            };
             write((&raw mut out).cast::<Small>(), size_of::<Large>(), old).unwrap();
-            assert_eq!(out, Large { struct_size: size_of::<Large>(), a: 5, b: 0 });
-            let mut out = Large { struct_size: size_of::<Small>(), a: 7, b: 7 };
+            assert_eq!(
+                out,
+                Large {
+                    struct_size: size_of::<Large>(),
+                    a: 5,
+                    b: 0
+                }
+            );
+            let mut out = Large {
+                struct_size: size_of::<Small>(),
+                a: 7,
+                b: 7,
+            };
             fill(&raw mut out, || Ok(new)).unwrap();
-            assert_eq!(out, Large { struct_size: size_of::<Small>(), a: 5, b: 7 });
+            assert_eq!(
+                out,
+                Large {
+                    struct_size: size_of::<Small>(),
+                    a: 5,
+                    b: 7
+                }
+            );
         }
     }
 }

@@ -39,7 +39,10 @@ unsafe impl Growing for elora_model_info {
 
 /// Describes the model. Set `info->struct_size` before. Heads and widths of a block are those of its layers.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn elora_model_describe(model: *const elora_model, info: *mut elora_model_info) -> elora_status {
+pub unsafe extern "C" fn elora_model_describe(
+    model: *const elora_model,
+    info: *mut elora_model_info,
+) -> elora_status {
     // SAFETY: as the header asks of the caller.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
@@ -74,7 +77,11 @@ pub unsafe extern "C" fn elora_model_embed(
         let ids = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
         let (vocab_size, width) = (model.config().vocab_size(), model.config().hidden_size());
         if let Some(found) = ids.iter().find(|id| **id as usize >= vocab_size) {
-            return Err(Error::TokenOutOfRange { found: *found, vocab_size }.into());
+            return Err(Error::TokenOutOfRange {
+                found: *found,
+                vocab_size,
+            }
+            .into());
         }
         let needed = n_tokens.saturating_mul(width);
         if out_len < needed {
@@ -104,7 +111,10 @@ pub unsafe extern "C" fn elora_model_norm(
         let model = memory::required(model, "model")?.inner();
         let name = memory::text(name, "name")?;
         let Some(gain) = model.norm(name) else {
-            return Err(Failure::new(ELORA_STATUS_NOT_FOUND, format!("there is no norm `{name}`")));
+            return Err(Failure::new(
+                ELORA_STATUS_NOT_FOUND,
+                format!("there is no norm `{name}`"),
+            ));
         };
         memory::copy_elements(gain, out, out_len, std::ptr::null_mut())
     })
@@ -130,8 +140,14 @@ pub unsafe extern "C" fn elora_model_rotary(
         // Two buffers of the same size must both be there, whatever the size.
         Out::required(cos, "cos")?;
         Out::required(sin, "sin")?;
-        memory::disjoint(&[("cos", memory::region(cos, half)), ("sin", memory::region(sin, half))])?;
-        let (cos, sin) = (memory::slice_mut(cos, half, "cos")?, memory::slice_mut(sin, half, "sin")?);
+        memory::disjoint(&[
+            ("cos", memory::region(cos, half)),
+            ("sin", memory::region(sin, half)),
+        ])?;
+        let (cos, sin) = (
+            memory::slice_mut(cos, half, "cos")?,
+            memory::slice_mut(sin, half, "sin")?,
+        );
         model.rotary(position, cos, sin);
         Ok(())
     })

@@ -10,9 +10,13 @@ use super::linear::{ELORA_ACTIVATIONS_INT16, activations, elora_activations};
 use super::memory::{self, Out};
 use super::model::{elora_model, elora_token};
 use super::options::{self, Growing};
-use super::status::{ELORA_STATUS_CANCELLED, ELORA_STATUS_INVALID_STATE, Failure, Outcome, elora_status};
+use super::status::{
+    ELORA_STATUS_CANCELLED, ELORA_STATUS_INVALID_STATE, Failure, Outcome, elora_status,
+};
 use super::tokenizer::ids_of;
-use crate::runtime::{CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch};
+use crate::runtime::{
+    CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch,
+};
 use crate::space::SubnetConfig;
 
 /// One sequence on a model, with its key/value cache. Mutable: one thread at a time; a call that comes while another
@@ -44,8 +48,14 @@ struct Entered<'a> {
 
 impl elora_session {
     fn enter(&self) -> Outcome<Entered<'_>> {
-        match self.state.compare_exchange(IDLE, BUSY, Ordering::Acquire, Ordering::Relaxed) {
-            Ok(_) => Ok(Entered { session: self, next: BROKEN }),
+        match self
+            .state
+            .compare_exchange(IDLE, BUSY, Ordering::Acquire, Ordering::Relaxed)
+        {
+            Ok(_) => Ok(Entered {
+                session: self,
+                next: BROKEN,
+            }),
             Err(BUSY) => {
                 let text = "the session is in another call: one thread at a time, and not from its own callback";
                 Err(Failure::new(ELORA_STATUS_INVALID_STATE, text))
@@ -125,9 +135,15 @@ impl elora_session_options {
         let cache = match self.cache_format {
             ELORA_CACHE_F32 => CacheFormat::F32,
             ELORA_CACHE_F16 => CacheFormat::F16,
-            other => return Err(Failure::argument(format!("cache_format = {other}: no ELORA_CACHE_ constant"))),
+            other => {
+                return Err(Failure::argument(format!(
+                    "cache_format = {other}: no ELORA_CACHE_ constant"
+                )));
+            }
         };
-        let mut config = SessionConfig::default().with_cache(cache).with_activations(activations(self.activations)?);
+        let mut config = SessionConfig::default()
+            .with_cache(cache)
+            .with_activations(activations(self.activations)?);
         if self.n_ctx > 0 {
             config = config.with_n_ctx(self.n_ctx);
         }
@@ -145,7 +161,9 @@ pub unsafe extern "C" fn elora_session_options_init(
     struct_size: usize,
 ) -> elora_status {
     // SAFETY: as the header asks of the caller.
-    guard::status(|| unsafe { options::write(options, struct_size, elora_session_options::DEFAULT) })
+    guard::status(|| unsafe {
+        options::write(options, struct_size, elora_session_options::DEFAULT)
+    })
 }
 
 /// Makes an empty session on a model, with the whole model active. `options` may be NULL for the defaults. On success
@@ -162,7 +180,10 @@ pub unsafe extern "C" fn elora_session_new(
         let config = options::read(options, elora_session_options::DEFAULT)?.parse()?;
         let out = Out::required(out, "out")?;
         let inner = UnsafeCell::new(Session::new(model.inner(), &config)?);
-        let session = Arc::new(elora_session { state: AtomicU8::new(IDLE), inner });
+        let session = Arc::new(elora_session {
+            state: AtomicU8::new(IDLE),
+            inner,
+        });
         out.write(Arc::into_raw(session).cast_mut());
         Ok(())
     })
@@ -179,9 +200,14 @@ pub unsafe extern "C" fn elora_session_free(session: *mut elora_session) {
 /// Makes a subnet the active one, by its index among the model's. ELORA_STATUS_INVALID_STATE while the session holds
 /// tokens: their keys belong to the subnet before; call elora_session_reset() first.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn elora_session_set_subnet(session: *mut elora_session, subnet: usize) -> elora_status {
+pub unsafe extern "C" fn elora_session_set_subnet(
+    session: *mut elora_session,
+    subnet: usize,
+) -> elora_status {
     // SAFETY: as the header asks of the caller.
-    guard::status(|| unsafe { memory::required(session, "session")?.with(|session| Ok(session.set_subnet(subnet)?)) })
+    guard::status(|| unsafe {
+        memory::required(session, "session")?.with(|session| Ok(session.set_subnet(subnet)?))
+    })
 }
 
 /// Makes a subnet the active one, by its name; otherwise as elora_session_set_subnet().
@@ -263,7 +289,10 @@ pub unsafe extern "C" fn elora_session_reset(session: *mut elora_session) -> elo
 
 /// Forgets all tokens but the first `n_tokens`; nothing where the session holds no more than that.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn elora_session_truncate(session: *mut elora_session, n_tokens: usize) -> elora_status {
+pub unsafe extern "C" fn elora_session_truncate(
+    session: *mut elora_session,
+    n_tokens: usize,
+) -> elora_status {
     // SAFETY: as the header asks of the caller.
     guard::status(|| unsafe {
         memory::required(session, "session")?.with(|session| {
@@ -277,21 +306,30 @@ pub unsafe extern "C" fn elora_session_truncate(session: *mut elora_session, n_t
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_position(session: *mut elora_session) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { memory::required(session, "session")?.with(|session| Ok(session.position())) })
+    guard::value(0, || unsafe {
+        memory::required(session, "session")?.with(|session| Ok(session.position()))
+    })
 }
 
 /// Tokens that the session holds at most. 0 for NULL, and while another call is in the session.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_capacity(session: *mut elora_session) -> usize {
     // SAFETY: as the header asks of the caller.
-    guard::value(0, || unsafe { memory::required(session, "session")?.with(|session| Ok(session.n_ctx())) })
+    guard::value(0, || unsafe {
+        memory::required(session, "session")?.with(|session| Ok(session.n_ctx()))
+    })
 }
 
 /// The caller's logits: none, or exactly as many as there are.
 ///
 /// # Safety
 /// As [`memory::slice_mut`].
-unsafe fn logits_of<'a>(logits: *mut f32, len: usize, rows: usize, vocab: usize) -> Outcome<Option<&'a mut [f32]>> {
+unsafe fn logits_of<'a>(
+    logits: *mut f32,
+    len: usize,
+    rows: usize,
+    vocab: usize,
+) -> Outcome<Option<&'a mut [f32]>> {
     if logits.is_null() {
         return Ok(None);
     }
@@ -365,7 +403,9 @@ pub unsafe extern "C" fn elora_session_decode_batch(
     guard::status(|| unsafe {
         let handles = memory::slice(sessions, n_sessions, "sessions")?;
         let tokens = ids_of(memory::slice(tokens, n_sessions, "tokens")?, "tokens")?;
-        let enter = |session: &*mut elora_session| memory::required(session.cast_const(), "sessions[i]")?.enter();
+        let enter = |session: &*mut elora_session| {
+            memory::required(session.cast_const(), "sessions[i]")?.enter()
+        };
         // Those that were entered are left in any case: nothing was done to them before the call itself.
         let mut entered: Vec<Entered<'_>> = Vec::with_capacity(handles.len());
         let leave = |entered: &mut Vec<Entered<'_>>| entered.iter_mut().for_each(Entered::leave);
@@ -379,7 +419,9 @@ pub unsafe extern "C" fn elora_session_decode_batch(
             }
         }
         let mut sessions: Vec<&mut Session> = entered.iter_mut().map(Entered::session).collect();
-        let vocab = sessions.first().map_or(0, |session| session.model().config().vocab_size());
+        let vocab = sessions
+            .first()
+            .map_or(0, |session| session.model().config().vocab_size());
         let mut own = Vec::new();
         let outcome = logits_of(logits, logits_len, n_sessions, vocab).and_then(|logits| {
             let logits = logits.unwrap_or_else(|| {
@@ -395,7 +437,8 @@ pub unsafe extern "C" fn elora_session_decode_batch(
 }
 
 /// Called with each new token; false stops the generation. The session must not be used from it, but may be freed.
-pub type elora_token_fn = Option<unsafe extern "C" fn(userdata: *mut c_void, token: elora_token) -> bool>;
+pub type elora_token_fn =
+    Option<unsafe extern "C" fn(userdata: *mut c_void, token: elora_token) -> bool>;
 
 /// How text goes on. Fill it by elora_generate_options_init(), then set fields.
 #[repr(C)]
@@ -450,7 +493,9 @@ pub unsafe extern "C" fn elora_generate_options_init(
     struct_size: usize,
 ) -> elora_status {
     // SAFETY: as the header asks of the caller.
-    guard::status(|| unsafe { options::write(options, struct_size, elora_generate_options::DEFAULT) })
+    guard::status(|| unsafe {
+        options::write(options, struct_size, elora_generate_options::DEFAULT)
+    })
 }
 
 /// Appends a prompt and goes on from it, token by token, until a stop token, `options->max_new_tokens`, or the end of
@@ -479,12 +524,17 @@ pub unsafe extern "C" fn elora_session_generate(
         let session = memory::shared(session.cast_const(), "session")?;
         let prompt = ids_of(memory::slice(prompt, n_prompt, "prompt")?, "prompt")?;
         let options = options::read(options, elora_generate_options::DEFAULT)?;
-        let stop = ids_of(memory::slice(options.stop_tokens, options.n_stop_tokens, "stop_tokens")?, "stop_tokens")?;
+        let stop = ids_of(
+            memory::slice(options.stop_tokens, options.n_stop_tokens, "stop_tokens")?,
+            "stop_tokens",
+        )?;
         let n_out = Out::optional(n_out, "n_out")?;
         let room = if out.is_null() { usize::MAX } else { cap };
         let max_new_tokens = match options.max_new_tokens {
             0 if out.is_null() => {
-                return Err(Failure::argument("max_new_tokens = 0, and there is no `out` whose size would tell"));
+                return Err(Failure::argument(
+                    "max_new_tokens = 0, and there is no `out` whose size would tell",
+                ));
             }
             0 => room,
             given if given > room => return Err(memory::short("out", cap, given)),
@@ -507,7 +557,8 @@ pub unsafe extern "C" fn elora_session_generate(
             let mut config = GenerateConfig::new(max_new_tokens, stop_ids);
             config.sample = sample;
             let show = |token: u32| {
-                let goes_on = on_token.is_none_or(|on_token| on_token(userdata, token as elora_token));
+                let goes_on =
+                    on_token.is_none_or(|on_token| on_token(userdata, token as elora_token));
                 cancelled = !goes_on;
                 goes_on
             };
@@ -518,7 +569,10 @@ pub unsafe extern "C" fn elora_session_generate(
         }
         n_out.write(tokens.len());
         match cancelled {
-            true => Err(Failure::new(ELORA_STATUS_CANCELLED, "the callback stopped the generation")),
+            true => Err(Failure::new(
+                ELORA_STATUS_CANCELLED,
+                "the callback stopped the generation",
+            )),
             false => Ok(()),
         }
     })

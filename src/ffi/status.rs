@@ -72,7 +72,10 @@ pub(super) type Outcome<T = ()> = Result<T, Failure>;
 
 impl Failure {
     pub fn new(status: elora_status, text: impl Into<String>) -> Self {
-        Self { status, text: text.into() }
+        Self {
+            status,
+            text: text.into(),
+        }
     }
 
     pub fn argument(text: impl Into<String>) -> Self {
@@ -95,10 +98,12 @@ impl From<Error> for Failure {
             | Error::InvalidConfig { .. }
             | Error::InvalidSpace { .. }
             | Error::Tokenizer { .. } => ELORA_STATUS_INVALID_FORMAT,
-            Error::UnsupportedArchitecture { .. } | Error::Unsupported { .. } => ELORA_STATUS_UNSUPPORTED,
-            Error::UnknownLayer { .. } | Error::UnknownGroup { .. } | Error::UnknownSubnet { .. } => {
-                ELORA_STATUS_NOT_FOUND
+            Error::UnsupportedArchitecture { .. } | Error::Unsupported { .. } => {
+                ELORA_STATUS_UNSUPPORTED
             }
+            Error::UnknownLayer { .. }
+            | Error::UnknownGroup { .. }
+            | Error::UnknownSubnet { .. } => ELORA_STATUS_NOT_FOUND,
             Error::InvalidState { .. } | Error::HasAdapter { .. } | Error::ZerosLost { .. } => {
                 ELORA_STATUS_INVALID_STATE
             }
@@ -118,7 +123,10 @@ thread_local! {
 /// Keeps the text of a failed call for its thread. A thread that is ending has nowhere to keep it.
 pub(super) fn remember(text: String) {
     // The old text is dropped after the borrow.
-    let _old = LAST.try_with(|last| last.try_borrow_mut().map(|mut last| std::mem::replace(&mut *last, text)));
+    let _old = LAST.try_with(|last| {
+        last.try_borrow_mut()
+            .map(|mut last| std::mem::replace(&mut *last, text))
+    });
 }
 
 /// The name of a status, such as "ELORA_STATUS_OK"; "unknown status" for a number that this library does not know.
@@ -150,10 +158,18 @@ pub extern "C" fn elora_status_name(status: elora_status) -> *const c_char {
 /// `buf` may be NULL where `cap` is 0, and `len` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE, with nothing written to
 /// `buf` but the length to `*len`, where `cap` is less than the length plus 1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn elora_last_error(buf: *mut c_char, cap: usize, len: *mut usize) -> elora_status {
+pub unsafe extern "C" fn elora_last_error(
+    buf: *mut c_char,
+    cap: usize,
+    len: *mut usize,
+) -> elora_status {
     // A failure of this call must not replace the text that was asked for.
     guard::silent(|| {
-        let text = LAST.try_with(|last| last.try_borrow().map(|text| text.clone()).unwrap_or_default());
+        let text = LAST.try_with(|last| {
+            last.try_borrow()
+                .map(|text| text.clone())
+                .unwrap_or_default()
+        });
         // SAFETY: as the header asks of the caller.
         unsafe { memory::copy_text(&text.unwrap_or_default(), buf, cap, len) }
     })

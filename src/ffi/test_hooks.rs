@@ -17,6 +17,7 @@ pub extern "C" fn elora_test_panic() -> elora_status {
 pub unsafe extern "C" fn elora_test_panic_in_session(session: *mut elora_session) -> elora_status {
     // SAFETY: as of the caller of any function with a session.
     guard::status(|| unsafe {
-        memory::required(session.cast_const(), "session")?.with(|_| panic!("asked for by elora_test_panic_in_session"))
+        memory::required(session.cast_const(), "session")?
+            .with(|_| panic!("asked for by elora_test_panic_in_session"))
     })
 }

@@ -27,7 +27,12 @@ fn tokenizer(model: &elora_model) -> Outcome<&TextTokenizer> {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_has_tokenizer(model: *const elora_model) -> bool {
     // SAFETY: as the header asks of the caller.
-    guard::value(false, || unsafe { Ok(memory::required(model, "model")?.inner().tokenizer().is_some()) })
+    guard::value(false, || unsafe {
+        Ok(memory::required(model, "model")?
+            .inner()
+            .tokenizer()
+            .is_some())
+    })
 }
 
 /// Writes the tokens of a text to `tokens`, and their number to `*n`. `special` is an ELORA_SPECIAL_ constant. Where
@@ -50,7 +55,11 @@ pub unsafe extern "C" fn elora_model_tokenize(
             ELORA_SPECIAL_NONE => tokenizer.encode(text, false)?,
             ELORA_SPECIAL_PROMPT => tokenizer.encode_prompt(text)?,
             ELORA_SPECIAL_FULL => tokenizer.encode(text, true)?,
-            other => return Err(Failure::argument(format!("special = {other}: no ELORA_SPECIAL_ constant"))),
+            other => {
+                return Err(Failure::argument(format!(
+                    "special = {other}: no ELORA_SPECIAL_ constant"
+                )));
+            }
         };
         memory::copy_elements(&ids, tokens.cast::<u32>(), cap, n)
     })
@@ -82,7 +91,10 @@ pub unsafe extern "C" fn elora_model_detokenize(
 /// The same ids as the library counts them.
 pub(super) fn ids_of<'a>(tokens: &'a [elora_token], name: &str) -> Outcome<&'a [u32]> {
     match tokens.iter().position(|id| *id < 0) {
-        Some(index) => Err(Failure::argument(format!("`{name}`[{index}] is {}: ids are not negative", tokens[index]))),
+        Some(index) => Err(Failure::argument(format!(
+            "`{name}`[{index}] is {}: ids are not negative",
+            tokens[index]
+        ))),
         None => Ok(bytemuck::cast_slice(tokens)),
     }
 }

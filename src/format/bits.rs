@@ -15,7 +15,9 @@ pub(crate) fn pack(codes: &[u8], bits: u8, out: &mut [u8]) {
     let used = packed_len(codes.len(), bits);
     out[used..].fill(0);
     for (codes, out) in codes.chunks(8).zip(out[..used].chunks_mut(width)) {
-        let word = codes.iter().enumerate().fold(0_u64, |word, (i, code)| word | u64::from(*code) << (i * width));
+        let word = codes.iter().enumerate().fold(0_u64, |word, (i, code)| {
+            word | u64::from(*code) << (i * width)
+        });
         out.copy_from_slice(&word.to_le_bytes()[..out.len()]);
     }
 }
@@ -46,7 +48,10 @@ fn unpack_width<const WIDTH: usize>(bytes: &[u8], codes: &mut [u8]) {
     }
     if !rest.is_empty() {
         let start = whole.len() * WIDTH;
-        spread(&bytes[start..start + packed_len(rest.len(), WIDTH as u8)], rest);
+        spread(
+            &bytes[start..start + packed_len(rest.len(), WIDTH as u8)],
+            rest,
+        );
     }
 }
 

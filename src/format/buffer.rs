@@ -36,14 +36,22 @@ impl Aligned {
             let _ = pages.advise(memmap2::Advice::HugePage);
             return Self(Memory::Pages(pages));
         }
-        Self(Memory::Lines(vec![Line { _bytes: [0; 64] }; len.div_ceil(64)], len))
+        Self(Memory::Lines(
+            vec![Line { _bytes: [0; 64] }; len.div_ceil(64)],
+            len,
+        ))
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.0 {
             Memory::Lines(lines, len) => {
                 // SAFETY: a line is 64 bytes without padding, and the slice covers the vector's lines alone.
-                let all = unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast::<u8>(), 64 * lines.len()) };
+                let all = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        lines.as_mut_ptr().cast::<u8>(),
+                        64 * lines.len(),
+                    )
+                };
                 &mut all[..*len]
             }
             Memory::Pages(pages) => pages,
@@ -86,7 +94,11 @@ impl Buffer {
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Result<Self> {
         let len = (*owner).as_ref().len();
         if range.start > range.end || range.end > len {
-            return Err(Error::argument("range", format!("{range:?}"), format!("a range of {len} bytes")));
+            return Err(Error::argument(
+                "range",
+                format!("{range:?}"),
+                format!("a range of {len} bytes"),
+            ));
         }
         Ok(Self { owner, range })
     }
@@ -104,17 +116,27 @@ impl Buffer {
     /// [`Error::InvalidArgument`] for a range that is not in them.
     pub fn slice(&self, range: Range<usize>) -> Result<Self> {
         if range.start > range.end || range.end > self.len() {
-            return Err(Error::argument("range", format!("{range:?}"), format!("a range of {} bytes", self.len())));
+            return Err(Error::argument(
+                "range",
+                format!("{range:?}"),
+                format!("a range of {} bytes", self.len()),
+            ));
         }
         let range = self.range.start + range.start..self.range.start + range.end;
-        Ok(Self { owner: self.owner.clone(), range })
+        Ok(Self {
+            owner: self.owner.clone(),
+            range,
+        })
     }
 }
 
 impl From<Aligned> for Buffer {
     fn from(bytes: Aligned) -> Self {
         let range = 0..bytes.as_ref().len();
-        Self { owner: Arc::new(bytes), range }
+        Self {
+            owner: Arc::new(bytes),
+            range,
+        }
     }
 }
 

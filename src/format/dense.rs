@@ -45,7 +45,11 @@ impl Number {
         if finite || !value.is_finite() {
             return Ok(());
         }
-        Err(Error::argument("weight", value, format!("a number in the range of {self:?}")))
+        Err(Error::argument(
+            "weight",
+            value,
+            format!("a number in the range of {self:?}"),
+        ))
     }
 
     /// What is stored for a value, as a value.
@@ -61,15 +65,21 @@ impl Number {
     pub fn read(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             Self::F32 => {
-                out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(out, bytes)| *out = f32::from_le_bytes(*bytes));
+                out.iter_mut()
+                    .zip(bytes.as_chunks::<4>().0)
+                    .for_each(|(out, bytes)| *out = f32::from_le_bytes(*bytes));
             }
             Self::F16 => {
                 let values = bytes.as_chunks::<2>().0;
-                out.iter_mut().zip(values).for_each(|(out, bytes)| *out = f16::from_le_bytes(*bytes).to_f32());
+                out.iter_mut()
+                    .zip(values)
+                    .for_each(|(out, bytes)| *out = f16::from_le_bytes(*bytes).to_f32());
             }
             Self::Bf16 => {
                 let values = bytes.as_chunks::<2>().0;
-                out.iter_mut().zip(values).for_each(|(out, bytes)| *out = bf16::from_le_bytes(*bytes).to_f32());
+                out.iter_mut()
+                    .zip(values)
+                    .for_each(|(out, bytes)| *out = bf16::from_le_bytes(*bytes).to_f32());
             }
         }
     }
@@ -87,10 +97,19 @@ pub(crate) struct Dense {
 impl Dense {
     pub fn new(weight: &Matrix, number: Number) -> Result<Self> {
         let mut values = Aligned::zeroed(weight.as_slice().len() * number.bytes());
-        for (value, out) in weight.as_slice().iter().zip(values.bytes_mut().chunks_exact_mut(number.bytes())) {
+        for (value, out) in weight
+            .as_slice()
+            .iter()
+            .zip(values.bytes_mut().chunks_exact_mut(number.bytes()))
+        {
             number.write(*value, out)?;
         }
-        Ok(Self { rows: weight.rows(), cols: weight.cols(), number, values: values.into() })
+        Ok(Self {
+            rows: weight.rows(),
+            cols: weight.cols(),
+            number,
+            values: values.into(),
+        })
     }
 
     pub fn from_parts(
@@ -100,11 +119,17 @@ impl Dense {
     ) -> Result<Self> {
         let values = part("values")?;
         expect_bytes("values", &values, &[rows, cols, number.bytes()])?;
-        Ok(Self { rows, cols, number, values })
+        Ok(Self {
+            rows,
+            cols,
+            number,
+            values,
+        })
     }
 
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         let stride = self.cols * self.number.bytes();
-        self.number.read(&self.values[row * stride..(row + 1) * stride], out);
+        self.number
+            .read(&self.values[row * stride..(row + 1) * stride], out);
     }
 }

@@ -33,10 +33,14 @@ impl Grid {
         let mut scales = Aligned::zeroed(parts.scales.len() * if wide { 4 } else { 2 });
         if wide {
             let (out, _) = scales.bytes_mut().as_chunks_mut::<4>();
-            out.iter_mut().zip(&parts.scales).for_each(|(out, scale)| *out = scale.to_le_bytes());
+            out.iter_mut()
+                .zip(&parts.scales)
+                .for_each(|(out, scale)| *out = scale.to_le_bytes());
         } else {
             let (out, _) = scales.bytes_mut().as_chunks_mut::<2>();
-            out.iter_mut().zip(&parts.scales).for_each(|(out, scale)| *out = f16::from_f32(*scale).to_le_bytes());
+            out.iter_mut()
+                .zip(&parts.scales)
+                .for_each(|(out, scale)| *out = f16::from_f32(*scale).to_le_bytes());
         }
         Self {
             rows: parts.rows,
@@ -82,11 +86,21 @@ impl Grid {
 
     /// Reads as many zero points of a row as `out` takes, from a group on that is a multiple of 8; the grid has some.
     pub fn some_zeros(&self, row: usize, first: usize, out: &mut [u8]) {
-        bits::unpack(&self.row_zeros(row)[bits::packed_len(first, self.bits)..], self.bits, out);
+        bits::unpack(
+            &self.row_zeros(row)[bits::packed_len(first, self.bits)..],
+            self.bits,
+            out,
+        );
     }
 
     /// Calls `run` for each run of columns of one group in `start..end`, in order, with the run, its scale and its zero point.
-    pub fn for_runs(&self, row: usize, start: usize, end: usize, mut run: impl FnMut(std::ops::Range<usize>, f32, u8)) {
+    pub fn for_runs(
+        &self,
+        row: usize,
+        start: usize,
+        end: usize,
+        mut run: impl FnMut(std::ops::Range<usize>, f32, u8),
+    ) {
         if let Some(group_of) = &self.group_of {
             for column in start..end {
                 let (scale, zero) = self.at(row, group_of[column] as usize);
@@ -105,13 +119,20 @@ impl Grid {
     }
 
     pub fn bytes(&self) -> usize {
-        self.scales.len() + self.zeros.len() + self.group_of.as_ref().map_or(0, |group_of| 4 * group_of.len())
+        self.scales.len()
+            + self.zeros.len()
+            + self
+                .group_of
+                .as_ref()
+                .map_or(0, |group_of| 4 * group_of.len())
     }
 
     /// The scales and zero points, one after another.
     pub fn values(&self) -> (Vec<f32>, Vec<u8>) {
         let groups = self.groups();
-        (0..self.rows).flat_map(|row| (0..groups).map(move |group| self.at(row, group))).unzip()
+        (0..self.rows)
+            .flat_map(|row| (0..groups).map(move |group| self.at(row, group)))
+            .unzip()
     }
 
     /// Of parts, whose sizes are checked, and the groups of columns too: they are few.
@@ -132,15 +153,23 @@ impl Grid {
         let groups = cols.div_ceil(group_size);
         let scales = part("scales")?;
         expect_bytes("scales", &scales, &[rows, groups, if wide { 4 } else { 2 }])?;
-        let zeros = if symmetric { Buffer::from_vec(Vec::new()) } else { part("zeros")? };
+        let zeros = if symmetric {
+            Buffer::from_vec(Vec::new())
+        } else {
+            part("zeros")?
+        };
         if !symmetric {
             expect_bytes("zeros", &zeros, &[rows, bits::packed_len(groups, bits)])?;
         }
         let group_of = if ordered {
             let bytes = part("groups")?;
             expect_bytes("groups", &bytes, &[cols, 4])?;
-            let group_of: Arc<[u32]> =
-                bytes.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+            let group_of: Arc<[u32]> = bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|bytes| u32::from_le_bytes(*bytes))
+                .collect();
             if let Some(group) = group_of.iter().find(|group| **group as usize >= groups) {
                 return Err(Error::argument("group", group, format!("under {groups}")));
             }
@@ -148,19 +177,41 @@ impl Grid {
         } else {
             None
         };
-        Ok(Self { rows, cols, bits, group_size, symmetric, wide, scales, zeros, group_of })
+        Ok(Self {
+            rows,
+            cols,
+            bits,
+            group_size,
+            symmetric,
+            wide,
+            scales,
+            zeros,
+            group_of,
+        })
     }
 
     /// Refuses scales that are negative or not finite.
     pub fn check(&self) -> Result<()> {
         let refused = |scale: f32| !(scale.is_finite() && scale >= 0.0);
         let bad = if self.wide {
-            self.scales.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).find(|scale| refused(*scale))
+            self.scales
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|bytes| f32::from_le_bytes(*bytes))
+                .find(|scale| refused(*scale))
         } else {
-            let scales = self.scales.as_chunks::<2>().0.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32());
+            let scales = self
+                .scales
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|bytes| f16::from_le_bytes(*bytes).to_f32());
             scales.into_iter().find(|scale| refused(*scale))
         };
-        bad.map_or(Ok(()), |scale| Err(Error::argument("scale", scale, "finite and not negative")))
+        bad.map_or(Ok(()), |scale| {
+            Err(Error::argument("scale", scale, "finite and not negative"))
+        })
     }
 }
 
@@ -169,7 +220,10 @@ pub(super) fn pack_rows(values: &[u8], rows: usize, len: usize, bits: u8) -> Buf
     let row_bytes = bits::packed_len(len, bits);
     let mut packed = Aligned::zeroed(rows * row_bytes);
     if row_bytes > 0 {
-        for (row, out) in values.chunks(len).zip(packed.bytes_mut().chunks_mut(row_bytes)) {
+        for (row, out) in values
+            .chunks(len)
+            .zip(packed.bytes_mut().chunks_mut(row_bytes))
+        {
             bits::pack(row, bits, out);
         }
     }

@@ -44,7 +44,17 @@ impl QuantizedMatrix {
     /// [`Error::InvalidArgument`] for bits other than 2, 3, 4 and 8, a group size of 0, a code, zero point or group out of range, or a
     /// scale that is negative or not finite; [`Error::ShapeMismatch`] for a vector of another length.
     pub fn new(parts: QuantizedParts) -> Result<Self> {
-        let QuantizedParts { rows, cols, bits, group_size, symmetric, codes, scales, zeros, group_of } = &parts;
+        let QuantizedParts {
+            rows,
+            cols,
+            bits,
+            group_size,
+            symmetric,
+            codes,
+            scales,
+            zeros,
+            group_of,
+        } = &parts;
         if !BITS.contains(bits) {
             return Err(Error::argument("bits", bits, "2, 3, 4 or 8"));
         }
@@ -56,23 +66,54 @@ impl QuantizedMatrix {
             if found == expected {
                 return Ok(());
             }
-            Err(Error::ShapeMismatch { what: what.into(), expected: vec![expected], found: vec![found] })
+            Err(Error::ShapeMismatch {
+                what: what.into(),
+                expected: vec![expected],
+                found: vec![found],
+            })
         };
-        length("codes of a quantized weight", codes.len(), rows.saturating_mul(*cols))?;
-        length("scales of a quantized weight", scales.len(), rows.saturating_mul(groups))?;
-        length("zero points of a quantized weight", zeros.len(), rows.saturating_mul(groups))?;
+        length(
+            "codes of a quantized weight",
+            codes.len(),
+            rows.saturating_mul(*cols),
+        )?;
+        length(
+            "scales of a quantized weight",
+            scales.len(),
+            rows.saturating_mul(groups),
+        )?;
+        length(
+            "zero points of a quantized weight",
+            zeros.len(),
+            rows.saturating_mul(groups),
+        )?;
         let top = u8::MAX >> (8 - bits);
         if let Some(code) = codes.iter().find(|code| **code > top) {
-            return Err(Error::argument("code", code, format!("at most {top} at {bits} bits")));
+            return Err(Error::argument(
+                "code",
+                code,
+                format!("at most {top} at {bits} bits"),
+            ));
         }
         if let Some(zero) = zeros.iter().find(|zero| **zero > top) {
-            return Err(Error::argument("zero point", zero, format!("at most {top} at {bits} bits")));
+            return Err(Error::argument(
+                "zero point",
+                zero,
+                format!("at most {top} at {bits} bits"),
+            ));
         }
         let middle = 1_u8 << (bits - 1);
         if let (true, Some(zero)) = (*symmetric, zeros.iter().find(|zero| **zero != middle)) {
-            return Err(Error::argument("zero point", zero, format!("{middle}, the middle of a symmetric grid")));
+            return Err(Error::argument(
+                "zero point",
+                zero,
+                format!("{middle}, the middle of a symmetric grid"),
+            ));
         }
-        if let Some(scale) = scales.iter().find(|scale| !(scale.is_finite() && **scale >= 0.0)) {
+        if let Some(scale) = scales
+            .iter()
+            .find(|scale| !(scale.is_finite() && **scale >= 0.0))
+        {
             return Err(Error::argument("scale", scale, "finite and not negative"));
         }
         if let Some(group_of) = group_of {
@@ -168,9 +209,15 @@ mod tests {
     #[test]
     fn a_code_is_its_distance_from_the_zero_point() {
         let matrix = QuantizedMatrix::new(parts()).unwrap();
-        assert_eq!(matrix.dequantize().as_slice(), [-1.0, 2.5, 0.0, -0.25, 0.0, 0.0, 0.0, 8.0, 6.0, 0.0]);
+        assert_eq!(
+            matrix.dequantize().as_slice(),
+            [-1.0, 2.5, 0.0, -0.25, 0.0, 0.0, 0.0, 8.0, 6.0, 0.0]
+        );
         assert_eq!((matrix.groups(), matrix.count_zeros()), (2, 5));
-        let turned = QuantizedParts { group_of: Some(vec![1, 0, 1, 0, 0]), ..parts() };
+        let turned = QuantizedParts {
+            group_of: Some(vec![1, 0, 1, 0, 0]),
+            ..parts()
+        };
         let turned = QuantizedMatrix::new(turned).unwrap();
         assert_eq!(turned.dequantize().row(0), [-1.0, 2.5, -0.5, 0.5, 1.0]);
     }

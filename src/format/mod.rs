@@ -27,7 +27,9 @@ use crate::error::{Error, Result};
 
 /// Refuses a part of another length than its shape says, the last size that of an element in bytes.
 fn expect_bytes(name: &str, bytes: &[u8], shape: &[usize]) -> Result<()> {
-    let expected = shape.iter().try_fold(1_usize, |all, size| all.checked_mul(*size));
+    let expected = shape
+        .iter()
+        .try_fold(1_usize, |all, size| all.checked_mul(*size));
     if expected == Some(bytes.len()) {
         return Ok(());
     }
@@ -58,10 +60,28 @@ pub(crate) mod testing {
         let mut scale = || f16::from_f32(rng.random_range(0.001..0.02)).to_f32();
         let scales = (0..rows * groups).map(|_| scale()).collect();
         let top = u8::MAX >> (8 - bits);
-        let mut zero = || if symmetric { 1 << (bits - 1) } else { rng.random_range(1..=top) };
+        let mut zero = || {
+            if symmetric {
+                1 << (bits - 1)
+            } else {
+                rng.random_range(1..=top)
+            }
+        };
         let zeros = (0..rows * groups).map(|_| zero()).collect();
-        let codes = (0..rows * cols).map(|_| rng.random_range(0..=top)).collect();
-        let parts = QuantizedParts { rows, cols, bits, group_size, symmetric, codes, scales, zeros, group_of: None };
+        let codes = (0..rows * cols)
+            .map(|_| rng.random_range(0..=top))
+            .collect();
+        let parts = QuantizedParts {
+            rows,
+            cols,
+            bits,
+            group_size,
+            symmetric,
+            codes,
+            scales,
+            zeros,
+            group_of: None,
+        };
         QuantizedMatrix::new(parts).unwrap()
     }
 }

@@ -31,7 +31,10 @@ impl PackedMatrix {
     /// Packs a matrix.
     pub fn new(matrix: &QuantizedMatrix) -> Self {
         let parts = matrix.parts();
-        Self { codes: pack_rows(&parts.codes, parts.rows, parts.cols, parts.bits), grid: Grid::new(parts) }
+        Self {
+            codes: pack_rows(&parts.codes, parts.rows, parts.cols, parts.bits),
+            grid: Grid::new(parts),
+        }
     }
 
     pub(super) fn from_parts(
@@ -47,7 +50,14 @@ impl PackedMatrix {
 
     /// The matrix that was packed.
     pub fn unpack(&self) -> QuantizedMatrix {
-        let Grid { rows, cols, bits, group_size, symmetric, .. } = self.grid;
+        let Grid {
+            rows,
+            cols,
+            bits,
+            group_size,
+            symmetric,
+            ..
+        } = self.grid;
         let mut codes = vec![0; rows * cols];
         if cols > 0 {
             for (row, out) in codes.chunks_mut(cols).enumerate() {
@@ -140,7 +150,8 @@ impl PackedMatrix {
     /// [`Error::ShapeMismatch`] where `out` is no whole number of rows, or more than there are.
     pub fn dequantize_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
         let n = out.len().checked_div(self.cols()).unwrap_or(0);
-        if n * self.cols() != out.len() || first.checked_add(n).is_none_or(|end| end > self.rows()) {
+        if n * self.cols() != out.len() || first.checked_add(n).is_none_or(|end| end > self.rows())
+        {
             return Err(Error::ShapeMismatch {
                 what: format!("rows of a packed weight from row {first} on"),
                 expected: vec![self.rows().saturating_sub(first), self.cols()],
@@ -161,20 +172,27 @@ impl PackedMatrix {
         for (index, out) in out.chunks_mut(BLOCK).enumerate() {
             let start = index * BLOCK;
             let block = &mut buffer[..out.len()];
-            bits::unpack(&codes[bits::packed_len(start, self.bits())..], self.bits(), block);
-            self.grid.for_runs(row, start, start + out.len(), |run, scale, zero| {
-                let run = run.start - start..run.end - start;
-                for (out, code) in out[run.clone()].iter_mut().zip(&block[run]) {
-                    *out = QuantizedMatrix::value(scale, zero, *code);
-                }
-            });
+            bits::unpack(
+                &codes[bits::packed_len(start, self.bits())..],
+                self.bits(),
+                block,
+            );
+            self.grid
+                .for_runs(row, start, start + out.len(), |run, scale, zero| {
+                    let run = run.start - start..run.end - start;
+                    for (out, code) in out[run.clone()].iter_mut().zip(&block[run]) {
+                        *out = QuantizedMatrix::value(scale, zero, *code);
+                    }
+                });
         }
     }
 }
 
 /// Whether rounding to `f16` changes none of the values.
 pub(crate) fn all_f16(values: &[f32]) -> bool {
-    values.iter().all(|value| half::f16::from_f32(*value).to_f32() == *value)
+    values
+        .iter()
+        .all(|value| half::f16::from_f32(*value).to_f32() == *value)
 }
 
 #[cfg(test)]
@@ -193,11 +211,17 @@ mod tests {
             let bits = [2, 3, 4, 8][case % 4];
             let (rows, cols) = (rng.random_range(1..7), rng.random_range(1..700));
             let group_size = [1, 3, 17, 32, 128, 5000][rng.random_range(0..6)];
-            let (symmetric, ordered, exact) = (rng.random(), rng.random_bool(0.3), rng.random_bool(0.5));
-            let mut parts = random_quantized(rows, cols, bits, group_size, symmetric, &mut rng).into_parts();
+            let (symmetric, ordered, exact) =
+                (rng.random(), rng.random_bool(0.3), rng.random_bool(0.5));
+            let mut parts =
+                random_quantized(rows, cols, bits, group_size, symmetric, &mut rng).into_parts();
             let groups = cols.div_ceil(group_size);
             if ordered {
-                parts.group_of = Some((0..cols).map(|_| rng.random_range(0..groups as u32)).collect());
+                parts.group_of = Some(
+                    (0..cols)
+                        .map(|_| rng.random_range(0..groups as u32))
+                        .collect(),
+                );
             }
             if !exact {
                 parts.scales[0] = 0.1;
@@ -206,14 +230,25 @@ mod tests {
             let packed = PackedMatrix::new(&matrix);
             assert_eq!(packed.unpack(), matrix);
             if exact && !ordered {
-                let format = WeightFormat::Int { bits, group_size: Some(group_size), symmetric };
+                let format = WeightFormat::Int {
+                    bits,
+                    group_size: Some(group_size),
+                    symmetric,
+                };
                 assert_eq!(packed.bytes(), format.bytes(rows, cols, 0));
             }
             let bits = usize::from(bits);
             let row = (cols * bits).div_ceil(8)
                 + groups * if exact { 2 } else { 4 }
-                + if symmetric { 0 } else { (groups * bits).div_ceil(8) };
-            assert_eq!(packed.bytes(), rows * row + if ordered { 4 * cols } else { 0 });
+                + if symmetric {
+                    0
+                } else {
+                    (groups * bits).div_ceil(8)
+                };
+            assert_eq!(
+                packed.bytes(),
+                rows * row + if ordered { 4 * cols } else { 0 }
+            );
 
             let whole = matrix.dequantize();
             let first = rng.random_range(0..rows);
@@ -222,8 +257,16 @@ mod tests {
             packed.dequantize_rows(first, &mut out).unwrap();
             assert_eq!(out, whole.as_slice()[first * cols..(first + n) * cols]);
             assert!(packed.dequantize_rows(rows, &mut [0.0; 1]).is_err() || cols > 1);
-            assert!(packed.dequantize_rows(first, &mut vec![0.0; (rows - first + 1) * cols]).is_err());
-            assert!(packed.dequantize_rows(usize::MAX, &mut vec![0.0; cols]).is_err());
+            assert!(
+                packed
+                    .dequantize_rows(first, &mut vec![0.0; (rows - first + 1) * cols])
+                    .is_err()
+            );
+            assert!(
+                packed
+                    .dequantize_rows(usize::MAX, &mut vec![0.0; cols])
+                    .is_err()
+            );
         }
     }
 

@@ -18,16 +18,30 @@ impl Bits {
     pub fn from_fn(rows: usize, cols: usize, mut is_set: impl FnMut(usize, usize) -> bool) -> Self {
         let words = cols.div_ceil(64);
         let mut bytes = Aligned::zeroed(rows * words * 8);
-        for (index, out) in bytes.bytes_mut().as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        for (index, out) in bytes
+            .bytes_mut()
+            .as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .enumerate()
+        {
             let (row, first) = (index / words, index % words * 64);
-            let word =
-                (first..cols.min(first + 64)).fold(0, |word, col| word | u64::from(is_set(row, col)) << (col - first));
+            let word = (first..cols.min(first + 64)).fold(0, |word, col| {
+                word | u64::from(is_set(row, col)) << (col - first)
+            });
             *out = word.to_le_bytes();
         }
-        Self { rows, cols, bytes: bytes.into() }
+        Self {
+            rows,
+            cols,
+            bytes: bytes.into(),
+        }
     }
 
-    pub fn from_parts([rows, cols]: [usize; 2], part: &mut dyn FnMut(&str) -> Result<Buffer>) -> Result<Self> {
+    pub fn from_parts(
+        [rows, cols]: [usize; 2],
+        part: &mut dyn FnMut(&str) -> Result<Buffer>,
+    ) -> Result<Self> {
         let bytes = part("mask")?;
         expect_bytes("mask", &bytes, &[rows, cols.div_ceil(64), 8])?;
         Ok(Self { rows, cols, bytes })
@@ -36,7 +50,9 @@ impl Bits {
     /// The words of a row.
     pub fn row(&self, row: usize) -> impl ExactSizeIterator<Item = u64> + '_ {
         let words = self.cols.div_ceil(64);
-        self.bytes.as_chunks::<8>().0[row * words..(row + 1) * words].iter().map(|bytes| u64::from_le_bytes(*bytes))
+        self.bytes.as_chunks::<8>().0[row * words..(row + 1) * words]
+            .iter()
+            .map(|bytes| u64::from_le_bytes(*bytes))
     }
 
     /// Refuses bits past the last column.
@@ -45,8 +61,16 @@ impl Bits {
             return Ok(());
         }
         for row in 0..self.rows {
-            if self.row(row).last().is_some_and(|word| word >> (self.cols % 64) != 0) {
-                return Err(Error::argument("mask", format!("a bit past column {} in row {row}", self.cols), "0"));
+            if self
+                .row(row)
+                .last()
+                .is_some_and(|word| word >> (self.cols % 64) != 0)
+            {
+                return Err(Error::argument(
+                    "mask",
+                    format!("a bit past column {} in row {row}", self.cols),
+                    "0",
+                ));
             }
         }
         Ok(())
@@ -63,9 +87,16 @@ pub(crate) struct Pattern {
 impl Pattern {
     pub fn new(n: u8, m: u8) -> Result<Self> {
         if n == 0 || n > m {
-            return Err(Error::argument("pattern", format!("{n}:{m}"), "N:M with 1 <= N <= M"));
+            return Err(Error::argument(
+                "pattern",
+                format!("{n}:{m}"),
+                "N:M with 1 <= N <= M",
+            ));
         }
-        Ok(Self { n: usize::from(n), m: usize::from(m) })
+        Ok(Self {
+            n: usize::from(n),
+            m: usize::from(m),
+        })
     }
 
     /// Weights that a row of `cols` stores.
@@ -94,38 +125,72 @@ impl Offsets {
     /// The same without the owners of the bytes.
     pub fn starts(&self) -> Starts<'_> {
         match self {
-            Self::Stored(bytes) => Starts { stored: bytes.as_chunks::<4>().0, every: None },
-            Self::Every(len) => Starts { stored: &[], every: Some(*len) },
+            Self::Stored(bytes) => Starts {
+                stored: bytes.as_chunks::<4>().0,
+                every: None,
+            },
+            Self::Every(len) => Starts {
+                stored: &[],
+                every: Some(*len),
+            },
         }
     }
 
     pub fn bytes(&self) -> usize {
-        if let Self::Stored(bytes) = self { bytes.len() } else { 0 }
+        if let Self::Stored(bytes) = self {
+            bytes.len()
+        } else {
+            0
+        }
     }
 
     /// Refuses offsets at which rows of these lengths do not follow each other up to `end`.
-    pub fn check(&self, mut lengths: impl Iterator<Item = usize>, rows: usize, end: usize) -> Result<()> {
+    pub fn check(
+        &self,
+        mut lengths: impl Iterator<Item = usize>,
+        rows: usize,
+        end: usize,
+    ) -> Result<()> {
         let mut at = 0_usize;
         for row in 0..rows {
             let found = self.get(row);
             if found != at {
-                return Err(Error::argument("offset", found, format!("{at}, where row {row} begins by the mask")));
+                return Err(Error::argument(
+                    "offset",
+                    found,
+                    format!("{at}, where row {row} begins by the mask"),
+                ));
             }
             at += lengths.next().unwrap_or(0);
         }
         if at != end {
-            return Err(Error::argument("mask", at, format!("{end}, what the values hold")));
+            return Err(Error::argument(
+                "mask",
+                at,
+                format!("{end}, what the values hold"),
+            ));
         }
         Ok(())
     }
 
     /// Of the lengths of rows.
-    pub fn from_lengths(rows: usize, lengths: impl Iterator<Item = usize>) -> Result<(Self, usize)> {
+    pub fn from_lengths(
+        rows: usize,
+        lengths: impl Iterator<Item = usize>,
+    ) -> Result<(Self, usize)> {
         let mut bytes = Aligned::zeroed(4 * rows);
         let mut at = 0_usize;
-        for (out, len) in bytes.bytes_mut().as_chunks_mut::<4>().0.iter_mut().zip(lengths) {
+        for (out, len) in bytes
+            .bytes_mut()
+            .as_chunks_mut::<4>()
+            .0
+            .iter_mut()
+            .zip(lengths)
+        {
             let offset = u32::try_from(at);
-            *out = offset.map_err(|_| Error::argument("offset", at, "under 2^32"))?.to_le_bytes();
+            *out = offset
+                .map_err(|_| Error::argument("offset", at, "under 2^32"))?
+                .to_le_bytes();
             at += len;
         }
         Ok((Self::Stored(bytes.into()), at))
@@ -142,7 +207,10 @@ pub(crate) struct Starts<'a> {
 impl Starts<'_> {
     #[inline]
     pub fn get(&self, row: usize) -> usize {
-        self.every.map_or_else(|| u32::from_le_bytes(self.stored[row]) as usize, |every| row * every)
+        self.every.map_or_else(
+            || u32::from_le_bytes(self.stored[row]) as usize,
+            |every| row * every,
+        )
     }
 }
 
@@ -159,7 +227,11 @@ pub(crate) struct Sparse16 {
 impl Sparse16 {
     pub fn new(weight: &Matrix, number: Number, pattern: Option<Pattern>) -> Result<Self> {
         let (rows, cols) = (weight.rows(), weight.cols());
-        let mut set = weight.as_slice().iter().map(|value| number.rounded(*value) != 0.0).collect::<Vec<bool>>();
+        let mut set = weight
+            .as_slice()
+            .iter()
+            .map(|value| number.rounded(*value) != 0.0)
+            .collect::<Vec<bool>>();
         if let Some(pattern) = pattern
             && cols > 0
         {
@@ -169,27 +241,47 @@ impl Sparse16 {
                     if found > pattern.n {
                         return Err(Error::argument(
                             "weight",
-                            format!("{found} weights other than 0 in row {row} from column {} on", group * pattern.m),
+                            format!(
+                                "{found} weights other than 0 in row {row} from column {} on",
+                                group * pattern.m
+                            ),
                             format!("at most {} of {}", pattern.n, pattern.m),
                         ));
                     }
                     let wanted = pattern.n.min(set.len()) - found;
-                    set.iter_mut().filter(|set| !**set).take(wanted).for_each(|set| *set = true);
+                    set.iter_mut()
+                        .filter(|set| !**set)
+                        .take(wanted)
+                        .for_each(|set| *set = true);
                 }
             }
         }
         let bits = Bits::from_fn(rows, cols, |row, col| set[row * cols + col]);
-        let lengths = (0..rows).map(|row| bits.row(row).map(|word| word.count_ones() as usize).sum());
+        let lengths =
+            (0..rows).map(|row| bits.row(row).map(|word| word.count_ones() as usize).sum());
         let (offsets, stored) = match pattern {
-            Some(pattern) => (Offsets::Every(pattern.stored(cols)), rows * pattern.stored(cols)),
+            Some(pattern) => (
+                Offsets::Every(pattern.stored(cols)),
+                rows * pattern.stored(cols),
+            ),
             None => Offsets::from_lengths(rows, lengths)?,
         };
         let mut values = Aligned::zeroed(2 * stored);
-        let kept = weight.as_slice().iter().zip(&set).filter_map(|(value, set)| set.then_some(*value));
+        let kept = weight
+            .as_slice()
+            .iter()
+            .zip(&set)
+            .filter_map(|(value, set)| set.then_some(*value));
         for (out, value) in values.bytes_mut().chunks_exact_mut(2).zip(kept) {
             number.write(value, out)?;
         }
-        Ok(Self { bits, number, values: values.into(), offsets, pattern })
+        Ok(Self {
+            bits,
+            number,
+            values: values.into(),
+            offsets,
+            pattern,
+        })
     }
 
     pub fn from_parts(
@@ -218,13 +310,25 @@ impl Sparse16 {
                 format!("bytes of at most {size:?} numbers of 16 bits"),
             ));
         }
-        Ok(Self { bits, number, values, offsets, pattern })
+        Ok(Self {
+            bits,
+            number,
+            values,
+            offsets,
+            pattern,
+        })
     }
 
     pub fn check(&self) -> Result<()> {
         self.bits.check()?;
-        let lengths = (0..self.bits.rows).map(|row| self.bits.row(row).map(|word| word.count_ones() as usize).sum());
-        self.offsets.check(lengths, self.bits.rows, self.values.len() / 2)
+        let lengths = (0..self.bits.rows).map(|row| {
+            self.bits
+                .row(row)
+                .map(|word| word.count_ones() as usize)
+                .sum()
+        });
+        self.offsets
+            .check(lengths, self.bits.rows, self.values.len() / 2)
     }
 
     pub fn bytes(&self) -> usize {
@@ -240,7 +344,9 @@ impl Sparse16 {
             let mut word = word;
             while word != 0 {
                 let value = values.next();
-                if let (Some(out), Some(value)) = (out.get_mut(word.trailing_zeros() as usize), value) {
+                if let (Some(out), Some(value)) =
+                    (out.get_mut(word.trailing_zeros() as usize), value)
+                {
                     self.number.read(value, std::slice::from_mut(out));
                 }
                 word &= word - 1;

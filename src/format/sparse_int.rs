@@ -43,7 +43,11 @@ impl SparseInt4 {
     pub fn new(matrix: &QuantizedMatrix) -> Result<Self> {
         let parts = matrix.parts();
         if parts.bits != BITS {
-            return Err(Error::argument("bits", parts.bits, "4, where a quantized weight is stored sparse"));
+            return Err(Error::argument(
+                "bits",
+                parts.bits,
+                "4, where a quantized weight is stored sparse",
+            ));
         }
         let (rows, cols) = (parts.rows, parts.cols);
         let grid = Grid::new(parts);
@@ -52,7 +56,10 @@ impl SparseInt4 {
             grid.for_runs(row, 0, cols, |run, _, zero| {
                 let range = row * cols + run.start..row * cols + run.end;
                 let codes = parts.codes[range.clone()].iter();
-                kept[range].iter_mut().zip(codes).for_each(|(kept, code)| *kept = *code != zero);
+                kept[range]
+                    .iter_mut()
+                    .zip(codes)
+                    .for_each(|(kept, code)| *kept = *code != zero);
             });
         }
         let mask = Bits::from_fn(rows, cols, |row, col| kept[row * cols + col]);
@@ -76,7 +83,12 @@ impl SparseInt4 {
                 }
             }
         }
-        Ok(Self { bits: mask, codes: packed.into(), offsets, grid })
+        Ok(Self {
+            bits: mask,
+            codes: packed.into(),
+            offsets,
+            grid,
+        })
     }
 
     #[allow(clippy::too_many_arguments)] // what a header says
@@ -93,13 +105,19 @@ impl SparseInt4 {
         let offsets = part("offsets")?;
         super::expect_bytes("offsets", &offsets, &[size[0], 4])?;
         let codes = part("codes")?;
-        Ok(Self { bits: mask, codes, offsets: Offsets::Stored(offsets), grid })
+        Ok(Self {
+            bits: mask,
+            codes,
+            offsets: Offsets::Stored(offsets),
+            grid,
+        })
     }
 
     pub fn check(&self) -> Result<()> {
         self.bits.check()?;
         let lengths = (0..self.bits.rows).map(|row| row_bytes(self.bits.row(row)));
-        self.offsets.check(lengths, self.bits.rows, self.codes.len())?;
+        self.offsets
+            .check(lengths, self.bits.rows, self.codes.len())?;
         self.grid.check()
     }
 
@@ -110,7 +128,8 @@ impl SparseInt4 {
     /// All codes of a row. Those that the parts do not have are 0.
     pub fn row_codes(&self, row: usize, out: &mut [u8]) {
         let mut at = [self.offsets.get(row); 2];
-        self.grid.for_runs(row, 0, self.bits.cols, |run, _, zero| out[run].fill(zero));
+        self.grid
+            .for_runs(row, 0, self.bits.cols, |run, _, zero| out[run].fill(zero));
         let words = self.bits.row(row);
         let count = words.len();
         for (index, (word, out)) in words.zip(out.chunks_mut(64)).enumerate() {
@@ -130,17 +149,24 @@ impl SparseInt4 {
 
     pub fn dequantize_row(&self, row: usize, codes: &mut [u8], out: &mut [f32]) {
         self.row_codes(row, codes);
-        self.grid.for_runs(row, 0, self.bits.cols, |run, scale, zero| {
-            let codes = &codes[run.clone()];
-            out[run].iter_mut().zip(codes).for_each(|(out, code)| *out = QuantizedMatrix::value(scale, zero, *code));
-        });
+        self.grid
+            .for_runs(row, 0, self.bits.cols, |run, scale, zero| {
+                let codes = &codes[run.clone()];
+                out[run]
+                    .iter_mut()
+                    .zip(codes)
+                    .for_each(|(out, code)| *out = QuantizedMatrix::value(scale, zero, *code));
+            });
     }
 
     pub fn unpack(&self) -> QuantizedMatrix {
         let (rows, cols) = (self.bits.rows, self.bits.cols);
         let mut codes = vec![0; rows * cols];
         if cols > 0 {
-            codes.chunks_mut(cols).enumerate().for_each(|(row, out)| self.row_codes(row, out));
+            codes
+                .chunks_mut(cols)
+                .enumerate()
+                .for_each(|(row, out)| self.row_codes(row, out));
         }
         let (scales, zeros) = self.grid.values();
         QuantizedMatrix::from_valid(QuantizedParts {

@@ -67,11 +67,16 @@ impl WeightFormat {
         match self {
             Self::F32 => 4 * rows * cols,
             Self::F16 | Self::Bf16 => 2 * rows * cols,
-            Self::Int { bits, group_size, symmetric } => {
-                rows * (packed_len(cols, bits) + grid_bytes(cols, bits, group_size, symmetric))
-            }
+            Self::Int {
+                bits,
+                group_size,
+                symmetric,
+            } => rows * (packed_len(cols, bits) + grid_bytes(cols, bits, group_size, symmetric)),
             Self::SparseF16 | Self::SparseBf16 => rows * (words + 4) + 2 * nonzero,
-            Self::SparseInt4 { group_size, symmetric } => {
+            Self::SparseInt4 {
+                group_size,
+                symmetric,
+            } => {
                 let codes = sparse_code_bytes(rows, cols, nonzero);
                 rows * (words + 4 + grid_bytes(cols, 4, group_size, symmetric)) + codes
             }
@@ -89,7 +94,10 @@ fn sparse_code_bytes(rows: usize, cols: usize, nonzero: usize) -> usize {
         return 0;
     }
     let words = cols.div_ceil(64);
-    let high: usize = (0..words).filter(|word| is_high(*word, words)).map(|word| (cols - 64 * word).min(64)).sum();
+    let high: usize = (0..words)
+        .filter(|word| is_high(*word, words))
+        .map(|word| (cols - 64 * word).min(64))
+        .sum();
     let of_row = nonzero as f64 / rows as f64;
     let share = of_row / cols as f64;
     // How much longer a stream is: near enough the mean size of a normal variable, given its mean and variance.
@@ -102,7 +110,12 @@ fn sparse_code_bytes(rows: usize, cols: usize, nonzero: usize) -> usize {
 /// Bytes of a row's scales and zero points.
 fn grid_bytes(cols: usize, bits: u8, group_size: Option<usize>, symmetric: bool) -> usize {
     let groups = cols.div_ceil(group_size.unwrap_or(cols).max(1));
-    2 * groups + if symmetric { 0 } else { packed_len(groups, bits) }
+    2 * groups
+        + if symmetric {
+            0
+        } else {
+            packed_len(groups, bits)
+        }
 }
 
 #[cfg(test)]
@@ -116,26 +129,51 @@ mod tests {
 
     #[test]
     fn bytes_are_those_of_the_layout() {
-        let int = |bits, group_size, symmetric| WeightFormat::Int { bits, group_size, symmetric }.bytes(3, 70, 100);
+        let int = |bits, group_size, symmetric| {
+            WeightFormat::Int {
+                bits,
+                group_size,
+                symmetric,
+            }
+            .bytes(3, 70, 100)
+        };
         assert_eq!(WeightFormat::F32.bytes(3, 70, 100), 840);
         assert_eq!(WeightFormat::Bf16.bytes(3, 70, 100), 420);
         // 35 bytes of codes and three scales a row; with zero points 12 bits more.
         assert_eq!(int(4, Some(32), true), 3 * (35 + 6));
         assert_eq!(int(4, Some(32), false), 3 * (35 + 6 + 2));
         assert_eq!(int(3, None, true), 3 * (27 + 2));
-        assert_eq!(WeightFormat::SparseF16.bytes(3, 70, 100), 3 * (16 + 4) + 200);
-        let sparse = WeightFormat::SparseInt4 { group_size: Some(32), symmetric: false };
+        assert_eq!(
+            WeightFormat::SparseF16.bytes(3, 70, 100),
+            3 * (16 + 4) + 200
+        );
+        let sparse = WeightFormat::SparseInt4 {
+            group_size: Some(32),
+            symmetric: false,
+        };
         // 64 of the 70 columns are in one stream, so that nearly all codes are.
         assert_eq!(sparse.bytes(3, 70, 100), 3 * (16 + 4 + 6 + 2) + 92);
-        assert_eq!(WeightFormat::NmBf16 { n: 2, m: 4 }.bytes(3, 70, 100), 3 * (16 + 2 * 36));
+        assert_eq!(
+            WeightFormat::NmBf16 { n: 2, m: 4 }.bytes(3, 70, 100),
+            3 * (16 + 2 * 36)
+        );
     }
 
     #[test]
     fn bytes_of_sparse_codes_are_near_those_of_random_masks() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        for (cols, keep) in [(40, 0.5), (128, 0.5), (192, 0.3), (448, 0.7), (896, 0.5), (4096, 0.5)] {
+        for (cols, keep) in [
+            (40, 0.5),
+            (128, 0.5),
+            (192, 0.3),
+            (448, 0.7),
+            (896, 0.5),
+            (4096, 0.5),
+        ] {
             let (rows, group_size) = (200, 32);
-            let codes: Vec<u8> = (0..rows * cols).map(|_| if rng.random_bool(keep) { 9 } else { 8 }).collect();
+            let codes: Vec<u8> = (0..rows * cols)
+                .map(|_| if rng.random_bool(keep) { 9 } else { 8 })
+                .collect();
             let nonzero = codes.iter().filter(|code| **code == 9).count();
             let matrix = QuantizedMatrix::new(QuantizedParts {
                 rows,

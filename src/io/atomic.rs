@@ -22,7 +22,9 @@ impl Sink<'_> {
     /// # Errors
     /// [`Error::Io`].
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.inner.write_all(bytes).map_err(|e| Error::io(self.path, e))
+        self.inner
+            .write_all(bytes)
+            .map_err(|e| Error::io(self.path, e))
     }
 
     /// The name that the file will have.
@@ -45,7 +47,10 @@ impl Write for Sink<'_> {
 ///
 /// # Errors
 /// [`Error::Io`], and whatever `fill` returns. Nothing is left behind then, and what `path` held before is untouched.
-pub fn write_file(path: impl AsRef<Path>, fill: impl FnOnce(&mut Sink<'_>) -> Result<()>) -> Result<()> {
+pub fn write_file(
+    path: impl AsRef<Path>,
+    fill: impl FnOnce(&mut Sink<'_>) -> Result<()>,
+) -> Result<()> {
     let path = path.as_ref();
     let Some(name) = path.file_name() else {
         return Err(Error::invalid_file(path, "not the name of a file"));
@@ -55,8 +60,13 @@ pub fn write_file(path: impl AsRef<Path>, fill: impl FnOnce(&mut Sink<'_>) -> Re
     let prefix = temporary_prefix(name);
     builder.prefix(&prefix).suffix(".tmp");
     readable(&mut builder, 0o666);
-    let mut file = builder.tempfile_in(folder).map_err(|e| Error::io(path, e))?;
-    let mut sink = Sink { path, inner: BufWriter::with_capacity(1 << 18, &mut file) };
+    let mut file = builder
+        .tempfile_in(folder)
+        .map_err(|e| Error::io(path, e))?;
+    let mut sink = Sink {
+        path,
+        inner: BufWriter::with_capacity(1 << 18, &mut file),
+    };
     fill(&mut sink)?;
     sink.inner.flush().map_err(|e| Error::io(path, e))?;
     drop(sink);
@@ -105,20 +115,31 @@ impl FolderWriter {
                 };
                 let above = parent(destination);
                 fs::create_dir_all(above).map_err(|e| Error::io(above, e))?;
-                fs::canonicalize(above).map_err(|e| Error::io(above, e))?.join(name)
+                fs::canonicalize(above)
+                    .map_err(|e| Error::io(above, e))?
+                    .join(name)
             }
             Err(e) => return Err(Error::io(destination, e)),
         };
         check_destination(&destination, overwrite)?;
         let Some(name) = destination.file_name() else {
-            return Err(Error::invalid_file(&destination, "not the name of a folder"));
+            return Err(Error::invalid_file(
+                &destination,
+                "not the name of a folder",
+            ));
         };
         let mut builder = Builder::new();
         let prefix = temporary_prefix(name);
         builder.prefix(&prefix).suffix(".tmp");
         readable(&mut builder, 0o777);
-        let temporary = builder.tempdir_in(parent(&destination)).map_err(|e| Error::io(&destination, e))?;
-        Ok(Self { destination, overwrite, temporary })
+        let temporary = builder
+            .tempdir_in(parent(&destination))
+            .map_err(|e| Error::io(&destination, e))?;
+        Ok(Self {
+            destination,
+            overwrite,
+            temporary,
+        })
     }
 
     /// The temporary folder, to write into.
@@ -138,7 +159,11 @@ impl FolderWriter {
     /// [`Error::Io`], and [`Error::InvalidFile`] where something came to lie at the destination meanwhile. The new folder is
     /// gone then and the old one is where it was.
     pub fn commit(self) -> Result<()> {
-        let Self { destination, overwrite, temporary } = self;
+        let Self {
+            destination,
+            overwrite,
+            temporary,
+        } = self;
         let at = |e| Error::io(&destination, e);
         check_destination(&destination, overwrite)?;
         sync_folder(temporary.path())?;
@@ -150,7 +175,11 @@ impl FolderWriter {
             if !overwrite {
                 return Err(at(e));
             }
-            let aside = Builder::new().prefix(".old-").suffix(".tmp").tempdir_in(parent(&destination)).map_err(at)?;
+            let aside = Builder::new()
+                .prefix(".old-")
+                .suffix(".tmp")
+                .tempdir_in(parent(&destination))
+                .map_err(at)?;
             fs::rename(&destination, aside.path().join("old")).map_err(at)?;
             old = Some(aside);
         }
@@ -162,7 +191,10 @@ impl FolderWriter {
                 let kept = aside.keep();
                 return Err(Error::invalid_file(
                     &destination,
-                    format!("could not be replaced ({e}); what it held is now in {}", kept.display()),
+                    format!(
+                        "could not be replaced ({e}); what it held is now in {}",
+                        kept.display()
+                    ),
                 ));
             }
             return Err(at(e));
@@ -181,7 +213,10 @@ fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
-            return Err(Error::invalid_file(destination, "a folder is to be written here, but there is a file"));
+            return Err(Error::invalid_file(
+                destination,
+                "a folder is to be written here, but there is a file",
+            ));
         }
         Err(e) => return Err(Error::io(destination, e)),
     };
@@ -221,7 +256,9 @@ fn readable(_builder: &mut Builder<'_, '_>, _mode: u32) {}
 /// Makes a rename last through a crash; only Unix can and must.
 fn sync_folder(folder: &Path) -> Result<()> {
     if cfg!(unix) {
-        File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io(folder, e))?;
+        File::open(folder)
+            .and_then(|f| f.sync_all())
+            .map_err(|e| Error::io(folder, e))?;
     }
     Ok(())
 }
@@ -231,8 +268,10 @@ mod tests {
     use super::*;
 
     fn entries(folder: &Path) -> Vec<String> {
-        let mut names: Vec<String> =
-            fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<String> = fs::read_dir(folder)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -243,7 +282,10 @@ mod tests {
         let path = root.path().join("x.bin");
         let failed = write_file(&path, |sink| {
             sink.put(&[1; 1000])?;
-            Err(Error::io(sink.path(), io::Error::from(io::ErrorKind::StorageFull)))
+            Err(Error::io(
+                sink.path(),
+                io::Error::from(io::ErrorKind::StorageFull),
+            ))
         });
         assert!(failed.unwrap_err().to_string().contains("x.bin"));
         assert!(entries(root.path()).is_empty());
@@ -255,7 +297,12 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(entries(root.path()), ["x.bin"]);
         assert!(write_file(root.path().join(".."), |_| Ok(())).is_err());
-        assert!(write_file(root.path().join("absent/y"), |_| Ok(())).unwrap_err().to_string().contains("absent"));
+        assert!(
+            write_file(root.path().join("absent/y"), |_| Ok(()))
+                .unwrap_err()
+                .to_string()
+                .contains("absent")
+        );
     }
 
     #[cfg(unix)]
@@ -267,8 +314,16 @@ mod tests {
         fs::write(&plain, b"x").unwrap();
         fs::create_dir(root.path().join("plain_dir")).unwrap();
         write_file(root.path().join("ours"), |sink| sink.put(b"x")).unwrap();
-        FolderWriter::create(root.path().join("ours_dir"), false).unwrap().commit().unwrap();
-        let mode = |name: &str| fs::metadata(root.path().join(name)).unwrap().permissions().mode();
+        FolderWriter::create(root.path().join("ours_dir"), false)
+            .unwrap()
+            .commit()
+            .unwrap();
+        let mode = |name: &str| {
+            fs::metadata(root.path().join(name))
+                .unwrap()
+                .permissions()
+                .mode()
+        };
         assert_eq!(mode("ours"), mode("plain"));
         assert_eq!(mode("ours_dir"), mode("plain_dir"));
     }
@@ -289,7 +344,10 @@ mod tests {
         assert_eq!(entries(&path), ["a"]);
 
         let refused = FolderWriter::create(&path, false).unwrap_err().to_string();
-        assert!(refused.contains("not empty") && refused.contains("out"), "{refused}");
+        assert!(
+            refused.contains("not empty") && refused.contains("out"),
+            "{refused}"
+        );
         let writer = FolderWriter::create(&path, true).unwrap();
         fs::write(writer.path().join("b"), b"2").unwrap();
         assert_eq!(entries(&path), ["a"]);
@@ -343,7 +401,9 @@ mod tests {
     #[cfg(target_os = "linux")]
     impl Drop for Tiny {
         fn drop(&mut self) {
-            let _ = std::process::Command::new("umount").arg(self.0.path()).output();
+            let _ = std::process::Command::new("umount")
+                .arg(self.0.path())
+                .output();
         }
     }
 
@@ -357,13 +417,20 @@ mod tests {
         let root = disk.0.path();
         match write_file(root.join("big"), |sink| sink.put(&vec![7; 1 << 20])) {
             Err(Error::Io { path, source }) => {
-                assert_eq!((path, source.kind()), (root.join("big"), io::ErrorKind::StorageFull));
+                assert_eq!(
+                    (path, source.kind()),
+                    (root.join("big"), io::ErrorKind::StorageFull)
+                );
             }
             other => panic!("{other:?}"),
         }
         let writer = FolderWriter::create(root.join("model"), false).unwrap();
         write_file(writer.path().join("small"), |sink| sink.put(&[7; 100])).unwrap();
-        assert!(write_file(writer.path().join("big"), |sink| sink.put(&vec![7; 1 << 20])).is_err());
+        assert!(
+            write_file(writer.path().join("big"), |sink| sink
+                .put(&vec![7; 1 << 20]))
+            .is_err()
+        );
         drop(writer);
         assert!(entries(root).is_empty(), "{:?}", entries(root));
     }

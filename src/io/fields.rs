@@ -5,7 +5,10 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 pub(crate) fn bad_field(field: impl Into<String>, reason: impl Into<String>) -> Error {
-    Error::InvalidConfig { field: field.into(), reason: reason.into() }
+    Error::InvalidConfig {
+        field: field.into(),
+        reason: reason.into(),
+    }
 }
 
 /// Typed access to a JSON object; `null` counts as absent.
@@ -21,7 +24,10 @@ impl<'a> Fields<'a> {
         if found.len() > 60 {
             found = format!("{}...", found.chars().take(60).collect::<String>());
         }
-        bad_field(format!("{}{name}", self.prefix), format!("{found}, expected {expected}"))
+        bad_field(
+            format!("{}{name}", self.prefix),
+            format!("{found}, expected {expected}"),
+        )
     }
 
     fn get(&self, name: &str) -> Option<&'a Value> {
@@ -34,7 +40,9 @@ impl<'a> Fields<'a> {
 
     /// A whole number in `1..=max`.
     pub fn size(&self, name: &str, max: usize) -> Result<Option<usize>> {
-        let Some(value) = self.get(name) else { return Ok(None) };
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
         match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
             Some(n) if (1..=max).contains(&n) => Ok(Some(n)),
             _ => Err(self.wrong(name, value, &format!("a whole number in 1..={max}"))),
@@ -46,7 +54,9 @@ impl<'a> Fields<'a> {
     }
 
     pub fn f64(&self, name: &str) -> Result<Option<f64>> {
-        let Some(value) = self.get(name) else { return Ok(None) };
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
         match value.as_f64() {
             Some(v) => Ok(Some(v)),
             None => Err(self.wrong(name, value, "a number")),
@@ -58,22 +68,39 @@ impl<'a> Fields<'a> {
     }
 
     pub fn bool(&self, name: &str) -> Result<Option<bool>> {
-        let Some(value) = self.get(name) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| self.wrong(name, value, "true or false"))
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        value
+            .as_bool()
+            .map(Some)
+            .ok_or_else(|| self.wrong(name, value, "true or false"))
     }
 
     pub fn str(&self, name: &str) -> Result<Option<&'a str>> {
-        let Some(value) = self.get(name) else { return Ok(None) };
-        value.as_str().map(Some).ok_or_else(|| self.wrong(name, value, "a string"))
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        value
+            .as_str()
+            .map(Some)
+            .ok_or_else(|| self.wrong(name, value, "a string"))
     }
 
     /// A token id, a list of them, or none; -1 is an old way to say none.
     pub fn token_ids(&self, name: &str) -> Result<Vec<u32>> {
-        let Some(value) = self.get(name) else { return Ok(Vec::new()) };
-        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        let Some(value) = self.get(name) else {
+            return Ok(Vec::new());
+        };
+        let list = value
+            .as_array()
+            .map_or(std::slice::from_ref(value), Vec::as_slice);
         let mut ids = Vec::new();
         for item in list {
-            match (item.as_i64(), item.as_u64().and_then(|id| u32::try_from(id).ok())) {
+            match (
+                item.as_i64(),
+                item.as_u64().and_then(|id| u32::try_from(id).ok()),
+            ) {
                 (Some(-1), _) => {}
                 (_, Some(id)) => ids.push(id),
                 _ => return Err(self.wrong(name, value, "a token id or a list of them")),

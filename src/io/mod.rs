@@ -35,18 +35,26 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     if !meta.is_file() {
         return Err(Error::invalid_file(path, "not a regular file"));
     }
-    Ok((File::open(path).map_err(|e| Error::io(path, e))?, meta.len()))
+    Ok((
+        File::open(path).map_err(|e| Error::io(path, e))?,
+        meta.len(),
+    ))
 }
 
 /// Reads a whole file of at most `max_bytes`.
 pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let (file, len) = open_regular(path)?;
     if len > max_bytes {
-        return Err(Error::invalid_file(path, format!("{len} bytes, more than the {max_bytes} that are read")));
+        return Err(Error::invalid_file(
+            path,
+            format!("{len} bytes, more than the {max_bytes} that are read"),
+        ));
     }
     let mut bytes = Vec::with_capacity(len as usize);
     // The file may have grown since its length was asked for.
-    file.take(max_bytes).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    file.take(max_bytes)
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::io(path, e))?;
     Ok(bytes)
 }
 
@@ -59,8 +67,10 @@ pub(crate) fn read_json_object(path: &Path) -> Result<serde_json::Map<String, se
 /// Whether `name` is that of a file right inside a folder, on any system: no separators, no `..`, no drive.
 pub(crate) fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
-    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
-        && !name.contains(['/', '\\', ':', '\0'])
+    matches!(
+        (components.next(), components.next()),
+        (Some(Component::Normal(_)), None)
+    ) && !name.contains(['/', '\\', ':', '\0'])
 }
 
 #[cfg(test)]
@@ -76,8 +86,10 @@ pub(crate) mod testing {
 
     /// Other implementations' models and outputs, where that folder is there.
     pub fn shared(relative: &str) -> Option<PathBuf> {
-        let root = std::env::var_os("ELASTIC_LORA_SHARED")
-            .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
+        let root = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(
+            || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")),
+            PathBuf::from,
+        );
         let path = root.join(relative);
         if path.exists() {
             return Some(path);

@@ -46,7 +46,10 @@ pub struct Row {
 impl Row {
     /// A row without measurements.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..Self::default() }
+        Self {
+            name: name.into(),
+            ..Self::default()
+        }
     }
 }
 
@@ -66,8 +69,17 @@ pub struct Report {
 impl Report {
     /// A report without rows, `versions` holding this crate's.
     pub fn new(command: impl Into<String>, seed: u64) -> Self {
-        let versions = [(env!("CARGO_PKG_NAME").into(), env!("CARGO_PKG_VERSION").into())].into();
-        Self { rows: Vec::new(), command: command.into(), seed, versions }
+        let versions = [(
+            env!("CARGO_PKG_NAME").into(),
+            env!("CARGO_PKG_VERSION").into(),
+        )]
+        .into();
+        Self {
+            rows: Vec::new(),
+            command: command.into(),
+            seed,
+            versions,
+        }
     }
 
     /// Writes the report as JSON, atomically.
@@ -84,7 +96,8 @@ impl Report {
     /// [`Error::Io`] and [`Error::Json`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        serde_json::from_slice(&read_capped(path, MAX_JSON_BYTES)?).map_err(|e| Error::json(path, e))
+        serde_json::from_slice(&read_capped(path, MAX_JSON_BYTES)?)
+            .map_err(|e| Error::json(path, e))
     }
 }
 
@@ -119,8 +132,15 @@ impl fmt::Display for Report {
                 line.push(cell.unwrap_or_else(|| "-".into()));
             }
         }
-        let widths: Vec<usize> =
-            (0..table[0].len()).map(|c| table.iter().map(|line| line[c].chars().count()).max().unwrap_or(0)).collect();
+        let widths: Vec<usize> = (0..table[0].len())
+            .map(|c| {
+                table
+                    .iter()
+                    .map(|line| line[c].chars().count())
+                    .max()
+                    .unwrap_or(0)
+            })
+            .collect();
         let last = table[0].len() - 1;
         for (number, line) in table.iter().enumerate() {
             let mut text = String::new();
@@ -129,7 +149,9 @@ impl fmt::Display for Report {
                 // Names and the list of ranks to the left, numbers to the right.
                 text += &match c {
                     0 => format!("{cell:<width$}"),
-                    _ if c == last && ["ranks", "shape"].contains(&table[0][c].as_str()) => format!("  {cell}"),
+                    _ if c == last && ["ranks", "shape"].contains(&table[0][c].as_str()) => {
+                        format!("  {cell}")
+                    }
                     _ => format!("  {cell:>width$}"),
                 };
             }
@@ -152,12 +174,17 @@ fn percent(share: f64) -> String {
 
 fn count(n: u64) -> String {
     // Where each unit begins; millions do early, so that small models, a little above and below one, compare at a glance.
-    const UNITS: [(f64, f64, &str); 4] = [(1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e5, 1e6, "M"), (1e3, 1e3, "k")];
+    const UNITS: [(f64, f64, &str); 4] = [
+        (1e12, 1e12, "T"),
+        (1e9, 1e9, "G"),
+        (1e5, 1e6, "M"),
+        (1e3, 1e3, "k"),
+    ];
     let v = n as f64;
-    UNITS
-        .iter()
-        .find(|(from, ..)| v >= *from)
-        .map_or_else(|| n.to_string(), |(_, unit, letter)| format!("{:.2}{letter}", v / unit))
+    UNITS.iter().find(|(from, ..)| v >= *from).map_or_else(
+        || n.to_string(),
+        |(_, unit, letter)| format!("{:.2}{letter}", v / unit),
+    )
 }
 
 /// `32` where all are equal, `32,24,16` where they are few, `32x5 24x3 16x4` where they are many.
@@ -169,8 +196,16 @@ fn ranks(ranks: &[usize]) -> String {
     match ranks {
         [] => "-".into(),
         [first, ..] if counts.len() == 1 => first.to_string(),
-        _ if ranks.len() <= 8 => ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(","),
-        _ => counts.iter().map(|(r, n)| format!("{}x{n}", r.0)).collect::<Vec<_>>().join(" "),
+        _ if ranks.len() <= 8 => ranks
+            .iter()
+            .map(usize::to_string)
+            .collect::<Vec<_>>()
+            .join(","),
+        _ => counts
+            .iter()
+            .map(|(r, n)| format!("{}x{n}", r.0))
+            .collect::<Vec<_>>()
+            .join(" "),
     }
 }
 
@@ -215,8 +250,14 @@ Shears, searched         -  1.9877    50.0 %           -           -  8,4,8,2
         let report = example();
         report.write(&path).unwrap();
         assert_eq!(Report::read(&path).unwrap(), report);
-        let value: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        let keys: Vec<_> = value["rows"][0].as_object().unwrap().keys().cloned().collect();
+        let value: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let keys: Vec<_> = value["rows"][0]
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect();
         let promised = "name accuracy relative loss sparsity nonzero_params params macs_per_token bytes precision \
                         prefill_speedup decode_speedup shape ranks";
         let promised: Vec<_> = promised.split_whitespace().collect();

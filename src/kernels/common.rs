@@ -30,7 +30,12 @@ impl Output {
     #[inline(always)]
     pub unsafe fn slice<'a>(self, row: usize, columns: Range<usize>) -> &'a mut [f32] {
         // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.stride + columns.start), columns.len()) }
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.first.add(row * self.stride + columns.start),
+                columns.len(),
+            )
+        }
     }
 }
 
@@ -51,7 +56,10 @@ impl Memory {
     pub fn new(bytes: &mut [u8]) -> Self {
         let skip = bytes.as_ptr().align_offset(64).min(bytes.len());
         let bytes = &mut bytes[skip..];
-        Self { first: bytes.as_mut_ptr(), len: bytes.len() }
+        Self {
+            first: bytes.as_mut_ptr(),
+            len: bytes.len(),
+        }
     }
 
     pub fn len(self) -> usize {

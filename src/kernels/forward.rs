@@ -56,30 +56,47 @@ impl Places {
         let inner = rows * layout.bytes;
         let ranks: usize = layers.iter().map(|layer| inner_bytes(layer, rows)).sum();
         let at = inner + ranks;
-        let cols =
-            layers.iter().flat_map(|layer| [layer.weight.cols(), layer.adapter.map_or(0, |adapter| adapter.a.cols())]);
-        let of_thread = cols
-            .map(plain::scratch_bytes)
-            .max()
-            .unwrap_or(0)
-            .max(lines(4 * level.scratch_floats(rows, inputs, layout.most_units())));
-        Self { layout, inner, threads: at, of_thread, bytes: at + threads * of_thread }
+        let cols = layers.iter().flat_map(|layer| {
+            [
+                layer.weight.cols(),
+                layer.adapter.map_or(0, |adapter| adapter.a.cols()),
+            ]
+        });
+        let of_thread = cols.map(plain::scratch_bytes).max().unwrap_or(0).max(lines(
+            4 * level.scratch_floats(rows, inputs, layout.most_units()),
+        ));
+        Self {
+            layout,
+            inner,
+            threads: at,
+            of_thread,
+            bytes: at + threads * of_thread,
+        }
     }
 }
 
 /// Bytes of `x A^T` of a layer.
 fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
-    layer.adapter.map_or(0, |adapter| lines(4 * rows * adapter.rank))
+    layer
+        .adapter
+        .map_or(0, |adapter| lines(4 * rows * adapter.rank))
 }
 
 /// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
 pub(super) fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Order, usize)> {
     let (grid, order) = match weight {
-        Body::Int(packed) => (packed.whole_grid(), level.packed_order(packed.bits(), rows)?),
+        Body::Int(packed) => (
+            packed.whole_grid(),
+            level.packed_order(packed.bits(), rows)?,
+        ),
         Body::SparseInt4(sparse) => (&sparse.grid, level.sparse_order()?),
         _ => return None,
     };
-    let unit = if grid.group_of.is_none() { unit_of(grid.group_size, grid.cols) } else { None };
+    let unit = if grid.group_of.is_none() {
+        unit_of(grid.group_size, grid.cols)
+    } else {
+        None
+    };
     unit.map(|unit| (order, unit))
 }
 
@@ -92,7 +109,8 @@ pub fn scratch_bytes(
     activations: Activations,
 ) -> usize {
     // Of all instruction sets, so that any may be forced; and up to a line to begin at one.
-    let needed = |level| Places::new(level, pool.threads(), layers, rows, inputs, activations).bytes;
+    let needed =
+        |level| Places::new(level, pool.threads(), layers, rows, inputs, activations).bytes;
     Level::up_to_widest().map(needed).max().unwrap_or(0) + 64
 }
 
@@ -115,7 +133,16 @@ pub fn forward(
     activations: Activations,
     scratch: &mut Scratch<'_>,
 ) -> Result<()> {
-    forward_on(Level::detect(), pool, layers, x, inputs, y, activations, scratch)
+    forward_on(
+        Level::detect(),
+        pool,
+        layers,
+        x,
+        inputs,
+        y,
+        activations,
+        scratch,
+    )
 }
 
 /// [`forward`] by the instructions that are named.
@@ -140,10 +167,22 @@ pub fn forward_on(
     let places = Places::new(level, pool.threads(), layers, x.rows, inputs, activations);
     let memory = Memory::new(scratch.bytes);
     if memory.len() < places.bytes {
-        return Err(mismatch("bytes of scratch memory", &[places.bytes], &[memory.len()]));
+        return Err(mismatch(
+            "bytes of scratch memory",
+            &[places.bytes],
+            &[memory.len()],
+        ));
     }
-    let input =
-        Input { level, values: x.values, rows: x.rows, stride: x.stride, inputs, layout: places.layout, memory, at: 0 };
+    let input = Input {
+        level,
+        values: x.values,
+        rows: x.rows,
+        stride: x.stride,
+        inputs,
+        layout: places.layout,
+        memory,
+        at: 0,
+    };
     if places.layout.bytes > 0 {
         pool.for_each(x.rows.div_ceil(PREPARED), |_, task| {
             for row in task * PREPARED..((task + 1) * PREPARED).min(x.rows) {
@@ -152,9 +191,20 @@ pub fn forward_on(
             }
         });
     }
-    let call = Call { level, layers, input, places: &places, memory };
+    let call = Call {
+        level,
+        layers,
+        input,
+        places: &places,
+        memory,
+    };
     let most = level.task_outputs(x.rows);
-    let tasks = |product| Tasks { layers, product, threads: pool.threads(), most };
+    let tasks = |product| Tasks {
+        layers,
+        product,
+        threads: pool.threads(),
+        most,
+    };
     let inner = tasks(Product::Inner);
     if inner.count() > 0 {
         pool.for_each(inner.count(), |thread, task| {
@@ -176,7 +226,11 @@ pub fn forward_on(
 }
 
 /// The outputs of all layers.
-struct Outputs<'a, 'b>(*mut RowsMut<'a>, usize, std::marker::PhantomData<&'b mut RowsMut<'a>>);
+struct Outputs<'a, 'b>(
+    *mut RowsMut<'a>,
+    usize,
+    std::marker::PhantomData<&'b mut RowsMut<'a>>,
+);
 
 // SAFETY: tasks write columns of their own, by the pointers alone.
 unsafe impl Sync for Outputs<'_, '_> {}
@@ -193,7 +247,10 @@ impl<'a, 'b> Outputs<'a, 'b> {
         unsafe {
             let rows = self.0.add(layer);
             let values: *const &mut [f32] = &raw const (*rows).values;
-            Output { first: values.cast::<*mut f32>().read(), stride: (*rows).stride }
+            Output {
+                first: values.cast::<*mut f32>().read(),
+                stride: (*rows).stride,
+            }
         }
     }
 }
@@ -209,7 +266,9 @@ struct Call<'a> {
 impl Call<'_> {
     /// Where `x A^T` of a layer lies.
     fn inner_at(&self, layer: usize) -> usize {
-        let before = self.layers[..layer].iter().map(|layer| inner_bytes(layer, self.input.rows));
+        let before = self.layers[..layer]
+            .iter()
+            .map(|layer| inner_bytes(layer, self.input.rows));
         self.places.inner + before.sum::<usize>()
     }
 
@@ -217,10 +276,20 @@ impl Call<'_> {
     /// The ranks are this task's, the thread's memory is its own.
     unsafe fn inner(&self, thread: usize, layer: usize, ranks: Range<usize>) {
         if let Some(adapter) = &self.layers[layer].adapter {
-            let first = self.memory.pointer(self.inner_at(layer), self.input.rows * adapter.rank);
+            let first = self
+                .memory
+                .pointer(self.inner_at(layer), self.input.rows * adapter.rank);
             // SAFETY: the caller's promise, and the memory is as long.
             unsafe {
-                self.multiply(thread, adapter.a, ranks, Output { first, stride: adapter.rank });
+                self.multiply(
+                    thread,
+                    adapter.a,
+                    ranks,
+                    Output {
+                        first,
+                        stride: adapter.rank,
+                    },
+                );
             }
         }
     }
@@ -228,28 +297,47 @@ impl Call<'_> {
     /// # Safety
     /// As above, and they are in the output's memory.
     unsafe fn outer(&self, thread: usize, layer: usize, range: Range<usize>, output: Output) {
-        let Linear { weight, bias, adapter, .. } = self.layers[layer];
+        let Linear {
+            weight,
+            bias,
+            adapter,
+            ..
+        } = self.layers[layer];
         // SAFETY: the caller's promise.
         unsafe { self.multiply(thread, weight, range.clone(), output) };
         if let Some(bias) = bias {
             for row in 0..self.input.rows {
                 // SAFETY: the caller's promise.
                 let y = unsafe { output.slice(row, range.clone()) };
-                y.iter_mut().zip(&bias[range.clone()]).for_each(|(y, bias)| *y += bias);
+                y.iter_mut()
+                    .zip(&bias[range.clone()])
+                    .for_each(|(y, bias)| *y += bias);
             }
         }
         if let Some(adapter) = adapter
             && let Body::Dense(bt) = adapter.bt.body()
         {
             // SAFETY: written by the tasks of the inner products, which are all done.
-            let h = unsafe { self.memory.numbers(self.inner_at(layer), self.input.rows * adapter.rank) };
+            let h = unsafe {
+                self.memory
+                    .numbers(self.inner_at(layer), self.input.rows * adapter.rank)
+            };
             let (rank, rows) = (adapter.rank, self.input.rows);
             #[cfg(target_arch = "x86_64")]
             if self.level.kind() == Kind::Avx512 && rows >= avx512::MANY {
                 // SAFETY: the caller's promise, and the level's.
                 unsafe {
                     let scratch = self.scratch(thread);
-                    avx512::panel::add_update(bt, adapter.scale, h, rank, range, rows, output, scratch);
+                    avx512::panel::add_update(
+                        bt,
+                        adapter.scale,
+                        h,
+                        rank,
+                        range,
+                        rows,
+                        output,
+                        scratch,
+                    );
                 }
                 return;
             }
@@ -260,7 +348,9 @@ impl Call<'_> {
                 return;
             }
             // SAFETY: the caller's promise.
-            unsafe { plain::add_update(self.level, bt, adapter.scale, h, rank, range, rows, output) };
+            unsafe {
+                plain::add_update(self.level, bt, adapter.scale, h, rank, range, rows, output)
+            };
         }
     }
 
@@ -275,7 +365,13 @@ impl Call<'_> {
 
     /// # Safety
     /// The columns are this task's, and in the output's memory; the thread's memory is its own.
-    unsafe fn multiply(&self, thread: usize, weight: &StoredMatrix, range: Range<usize>, output: Output) {
+    unsafe fn multiply(
+        &self,
+        thread: usize,
+        weight: &StoredMatrix,
+        range: Range<usize>,
+        output: Output,
+    ) {
         let at = self.places.threads + thread * self.places.of_thread;
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         {
@@ -286,13 +382,38 @@ impl Call<'_> {
                 match self.level.kind() {
                     Kind::Portable => false,
                     #[cfg(target_arch = "x86_64")]
-                    Kind::Avx2 => avx2::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                    Kind::Avx2 => {
+                        avx2::multiply(body, unit, rows, &self.input, output, self.scratch(thread))
+                    }
                     #[cfg(target_arch = "x86_64")]
-                    Kind::Avx512 => avx512::multiply(body, unit, rows, &self.input, output, self.scratch(thread)),
+                    Kind::Avx512 => avx512::multiply(
+                        body,
+                        unit,
+                        rows,
+                        &self.input,
+                        output,
+                        self.scratch(thread),
+                    ),
                     #[cfg(target_arch = "aarch64")]
-                    Kind::Neon => neon::multiply(false, body, unit, rows, &self.input, output, self.scratch(thread)),
+                    Kind::Neon => neon::multiply(
+                        false,
+                        body,
+                        unit,
+                        rows,
+                        &self.input,
+                        output,
+                        self.scratch(thread),
+                    ),
                     #[cfg(target_arch = "aarch64")]
-                    Kind::NeonDot => neon::multiply(true, body, unit, rows, &self.input, output, self.scratch(thread)),
+                    Kind::NeonDot => neon::multiply(
+                        true,
+                        body,
+                        unit,
+                        rows,
+                        &self.input,
+                        output,
+                        self.scratch(thread),
+                    ),
                 }
             };
             if done {
@@ -302,8 +423,19 @@ impl Call<'_> {
         let cols = weight.cols();
         // SAFETY: the caller's promise.
         unsafe {
-            let (numbers, codes) = (self.memory.floats(at, cols), self.memory.bytes(at + lines(4 * cols), cols));
-            plain::multiply(self.level, weight.body(), range, &self.input, output, numbers, codes);
+            let (numbers, codes) = (
+                self.memory.floats(at, cols),
+                self.memory.bytes(at + lines(4 * cols), cols),
+            );
+            plain::multiply(
+                self.level,
+                weight.body(),
+                range,
+                &self.input,
+                output,
+                numbers,
+                codes,
+            );
         }
     }
 }
@@ -335,13 +467,21 @@ impl Tasks<'_> {
         if let Some(most) = self.most {
             return (outputs, most);
         }
-        let row = weight.bytes().checked_div(weight.rows()).unwrap_or(0).max(1);
+        let row = weight
+            .bytes()
+            .checked_div(weight.rows())
+            .unwrap_or(0)
+            .max(1);
         let most = (TASK_BYTES / row).min(outputs.div_ceil(TASKS * self.threads));
         (outputs, most.next_multiple_of(OUTPUTS).max(OUTPUTS))
     }
 
     fn count(&self) -> usize {
-        self.layers.iter().map(|layer| self.split(layer)).map(|(outputs, size)| outputs.div_ceil(size)).sum()
+        self.layers
+            .iter()
+            .map(|layer| self.split(layer))
+            .map(|(outputs, size)| outputs.div_ceil(size))
+            .sum()
     }
 
     fn get(&self, mut task: usize) -> Option<(usize, Range<usize>)> {
@@ -358,29 +498,53 @@ impl Tasks<'_> {
 }
 
 fn mismatch(what: &str, expected: &[usize], found: &[usize]) -> Error {
-    Error::ShapeMismatch { what: what.into(), expected: expected.to_vec(), found: found.to_vec() }
+    Error::ShapeMismatch {
+        what: what.into(),
+        expected: expected.to_vec(),
+        found: found.to_vec(),
+    }
 }
 
 /// Whether rows of a width are in a slice.
 fn fits(len: usize, rows: usize, stride: usize, width: usize) -> bool {
-    let end = rows.saturating_sub(1).checked_mul(stride).and_then(|start| start.checked_add(width));
+    let end = rows
+        .saturating_sub(1)
+        .checked_mul(stride)
+        .and_then(|start| start.checked_add(width));
     (rows <= 1 || stride >= width) && (rows == 0 || end.is_some_and(|end| end <= len))
 }
 
 fn check(layers: &[Linear<'_>], x: &Rows<'_>, inputs: usize, y: &[RowsMut<'_>]) -> Result<()> {
     if !fits(x.values.len(), x.rows, x.stride, inputs) {
-        return Err(mismatch("rows of inputs", &[x.rows, inputs], &[x.values.len(), x.stride]));
+        return Err(mismatch(
+            "rows of inputs",
+            &[x.rows, inputs],
+            &[x.values.len(), x.stride],
+        ));
     }
     if layers.len() != y.len() {
         return Err(mismatch("outputs of layers", &[layers.len()], &[y.len()]));
     }
     for (layer, y) in layers.iter().zip(y) {
-        let Linear { weight, outputs, bias, adapter } = layer;
+        let Linear {
+            weight,
+            outputs,
+            bias,
+            adapter,
+        } = layer;
         if inputs > weight.cols() || *outputs > weight.rows() {
-            return Err(mismatch("active sizes of a weight", &[weight.rows(), weight.cols()], &[*outputs, inputs]));
+            return Err(mismatch(
+                "active sizes of a weight",
+                &[weight.rows(), weight.cols()],
+                &[*outputs, inputs],
+            ));
         }
         if y.rows != x.rows || !fits(y.values.len(), y.rows, y.stride, *outputs) {
-            return Err(mismatch("rows of outputs", &[x.rows, *outputs], &[y.rows, y.values.len(), y.stride]));
+            return Err(mismatch(
+                "rows of outputs",
+                &[x.rows, *outputs],
+                &[y.rows, y.values.len(), y.stride],
+            ));
         }
         if let Some(bias) = bias
             && bias.len() < *outputs
@@ -390,7 +554,11 @@ fn check(layers: &[Linear<'_>], x: &Rows<'_>, inputs: usize, y: &[RowsMut<'_>]) 
         if let Some(adapter) = adapter {
             let (a, bt) = (adapter.a, adapter.bt);
             if adapter.rank > a.rows() || inputs > a.cols() {
-                return Err(mismatch("active sizes of an adapter's a", &[a.rows(), a.cols()], &[adapter.rank, inputs]));
+                return Err(mismatch(
+                    "active sizes of an adapter's a",
+                    &[a.rows(), a.cols()],
+                    &[adapter.rank, inputs],
+                ));
             }
             if adapter.rank > bt.rows() || *outputs > bt.cols() {
                 return Err(mismatch(
@@ -400,7 +568,11 @@ fn check(layers: &[Linear<'_>], x: &Rows<'_>, inputs: usize, y: &[RowsMut<'_>]) 
                 ));
             }
             if !matches!(bt.body(), Body::Dense(_)) {
-                return Err(Error::argument("bt", format!("{:?}", bt.format()), "a dense format"));
+                return Err(Error::argument(
+                    "bt",
+                    format!("{:?}", bt.format()),
+                    "a dense format",
+                ));
             }
         }
     }

@@ -71,7 +71,12 @@ pub(super) struct Layout {
 
 impl Layout {
     pub fn new(needs: Needs, inputs: usize) -> Self {
-        let mut layout = Self { needs, inputs, units_at: [0; 5], bytes: 0 };
+        let mut layout = Self {
+            needs,
+            inputs,
+            units_at: [0; 5],
+            bytes: 0,
+        };
         layout.bytes = layout.orders().map(|order| layout.codes_bytes(order)).sum();
         for (index, (unit, need)) in UNITS.into_iter().zip(needs.units).enumerate() {
             layout.units_at[index] = layout.bytes;
@@ -82,7 +87,10 @@ impl Layout {
 
     /// The orders that are needed; a row has its codes in each, one after another.
     fn orders(&self) -> impl Iterator<Item = Order> {
-        Order::ALL.into_iter().zip(self.needs.orders).filter_map(|(order, need)| need.then_some(order))
+        Order::ALL
+            .into_iter()
+            .zip(self.needs.orders)
+            .filter_map(|(order, need)| need.then_some(order))
     }
 
     /// Bytes of a row in one order.
@@ -91,7 +99,11 @@ impl Layout {
     }
 
     fn bytes_of_block(&self, order: Order) -> usize {
-        if order == Order::Words { 2 * BLOCK } else { self.block_bytes() }
+        if order == Order::Words {
+            2 * BLOCK
+        } else {
+            self.block_bytes()
+        }
     }
 
     /// Bytes of a block in an order of bytes: 128 of `hi`, then, if wide, 128 of `lo`.
@@ -110,12 +122,18 @@ impl Layout {
 
     /// Units of a row, the smallest that are there.
     pub fn most_units(&self) -> usize {
-        let smallest = UNITS.into_iter().zip(self.needs.units).find(|(_, need)| *need);
+        let smallest = UNITS
+            .into_iter()
+            .zip(self.needs.units)
+            .find(|(_, need)| *need);
         smallest.map_or(0, |(unit, _)| self.units(unit))
     }
 
     pub fn codes_at(&self, order: Order) -> usize {
-        self.orders().take_while(|before| *before != order).map(|before| self.codes_bytes(before)).sum()
+        self.orders()
+            .take_while(|before| *before != order)
+            .map(|before| self.codes_bytes(before))
+            .sum()
     }
 
     /// Where the scales of units lie; the sums lie `unit_bytes / 2` behind.
@@ -154,10 +172,17 @@ impl<'a> Input<'a> {
     /// Where the scales of the first row's units are, with 16 zeros after them; how far from there their sums (`scale * sum q`), and the
     /// next row's scales, in bytes.
     pub fn units_at(&self, unit: usize) -> (*const u8, usize, usize) {
-        let (from, all) = (self.at + self.layout.unit_at(unit), self.layout.unit_bytes(unit));
+        let (from, all) = (
+            self.at + self.layout.unit_at(unit),
+            self.layout.unit_bytes(unit),
+        );
         // As far as the last row's.
         let reach = (self.rows.max(1) - 1) * self.layout.bytes + all;
-        (self.memory.pointer(from, reach / 4).cast(), all / 2, self.layout.bytes)
+        (
+            self.memory.pointer(from, reach / 4).cast(),
+            all / 2,
+            self.layout.bytes,
+        )
     }
 
     pub fn wide(&self) -> bool {
@@ -169,12 +194,23 @@ impl<'a> Input<'a> {
     /// # Safety
     /// Nobody else reads or writes it.
     pub unsafe fn prepare(&self, row: usize) {
-        let (x, needs, start) = (self.row(row), self.layout.needs, self.at + row * self.layout.bytes);
+        let (x, needs, start) = (
+            self.row(row),
+            self.layout.needs,
+            self.at + row * self.layout.bytes,
+        );
         for (nth, order) in self.layout.orders().enumerate() {
-            let (size, len) = (self.layout.bytes_of_block(order), self.layout.codes_bytes(order));
+            let (size, len) = (
+                self.layout.bytes_of_block(order),
+                self.layout.codes_bytes(order),
+            );
             // SAFETY: the caller's promise; the parts of a row do not overlap.
             let codes = unsafe { self.memory.bytes(start + self.layout.codes_at(order), len) };
-            for (index, (x, codes)) in x.chunks(BLOCK).zip(codes.chunks_exact_mut(size)).enumerate() {
+            for (index, (x, codes)) in x
+                .chunks(BLOCK)
+                .zip(codes.chunks_exact_mut(size))
+                .enumerate()
+            {
                 let mut q = [0; BLOCK];
                 let scale = round(self.level, x, needs.wide, &mut q);
                 place(self.level, &q, order, codes);
@@ -186,10 +222,14 @@ impl<'a> Input<'a> {
         }
         for (unit, need) in UNITS.into_iter().zip(needs.units) {
             if need {
-                let (from, half) = (start + self.layout.unit_at(unit), self.layout.unit_bytes(unit) / 2);
+                let (from, half) = (
+                    start + self.layout.unit_at(unit),
+                    self.layout.unit_bytes(unit) / 2,
+                );
                 for from in [from, from + half] {
                     // SAFETY: as above.
-                    unsafe { self.memory.floats(from + 4 * self.layout.units(unit), PAD) }.fill(0.0);
+                    unsafe { self.memory.floats(from + 4 * self.layout.units(unit), PAD) }
+                        .fill(0.0);
                 }
             }
         }
@@ -207,7 +247,10 @@ impl<'a> Input<'a> {
             // SAFETY: the caller's promise.
             let (scales, sums) = unsafe {
                 let half = self.layout.unit_bytes(unit) / 2;
-                (self.memory.floats(from, count), self.memory.floats(from + half, count))
+                (
+                    self.memory.floats(from, count),
+                    self.memory.floats(from + half, count),
+                )
             };
             for ((scale_out, sum), q) in scales.iter_mut().zip(sums).zip(q.chunks_exact(unit)) {
                 *scale_out = scale;

@@ -54,7 +54,11 @@ impl Level {
         // Weights are little-endian, and the kernels read them as they are.
         #[cfg(target_arch = "aarch64")]
         if cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("neon") {
-            return Self(if std::arch::is_aarch64_feature_detected!("dotprod") { Kind::NeonDot } else { Kind::Neon });
+            return Self(if std::arch::is_aarch64_feature_detected!("dotprod") {
+                Kind::NeonDot
+            } else {
+                Kind::Neon
+            });
         }
         Self(Kind::Portable)
     }
@@ -77,7 +81,10 @@ impl Level {
             Kind::NeonDot,
         ];
         let best = Self::detect();
-        let before = ALL.iter().take_while(move |kind| **kind != best.0).map(|kind| Self(*kind));
+        let before = ALL
+            .iter()
+            .take_while(move |kind| **kind != best.0)
+            .map(|kind| Self(*kind));
         before.chain(std::iter::once(best))
     }
 

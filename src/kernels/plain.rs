@@ -114,7 +114,13 @@ pub(super) unsafe fn add_update(
         let y = unsafe { output.slice(row, columns.clone()) };
         for (r, h) in h[row * rank..(row + 1) * rank].iter().enumerate() {
             let from = r * stride;
-            add_row(level, y, scale * h, bt.number, &values[from + columns.start * size..from + columns.end * size]);
+            add_row(
+                level,
+                y,
+                scale * h,
+                bt.number,
+                &values[from + columns.start * size..from + columns.end * size],
+            );
         }
     }
 }

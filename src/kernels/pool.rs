@@ -42,7 +42,12 @@ impl Shared {
         loop {
             let state = self.state.load(Ordering::Acquire);
             if state & OPEN != 0 && state / NEXT != last {
-                let joined = self.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Relaxed);
+                let joined = self.state.compare_exchange_weak(
+                    state,
+                    state + 1,
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                );
                 if joined.is_ok() {
                     last = state / NEXT;
                     spins = 0;
@@ -73,7 +78,9 @@ impl Shared {
 
     fn take_part(&self, number: usize) {
         // SAFETY: this thread has joined, so that the job was written before and stays until it leaves.
-        let Some(job) = (unsafe { *self.job.get() }) else { return };
+        let Some(job) = (unsafe { *self.job.get() }) else {
+            return;
+        };
         // SAFETY: as above.
         let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*job)(number) }));
         if let Err(panic) = result {
@@ -130,7 +137,13 @@ impl Pool {
     /// Where a call panics.
     pub fn for_each(&self, tasks: usize, task: impl Fn(usize, usize) + Sync) {
         let alone = self.workers.is_empty() || tasks < 2;
-        if alone || self.shared.busy.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        if alone
+            || self
+                .shared
+                .busy
+                .compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err()
+        {
             (0..tasks).for_each(|index| task(0, index));
             return;
         }
@@ -173,8 +186,11 @@ impl Pool {
             *shared.job.get() = Some(std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job));
         }
         let close = Close(shared);
-        let number = (shared.state.load(Ordering::Relaxed) / NEXT).wrapping_add(1) & (u64::MAX / NEXT);
-        shared.state.store((number.max(1) * NEXT) | OPEN, Ordering::SeqCst);
+        let number =
+            (shared.state.load(Ordering::Relaxed) / NEXT).wrapping_add(1) & (u64::MAX / NEXT);
+        shared
+            .state
+            .store((number.max(1) * NEXT) | OPEN, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         for ((_, thread), asleep) in self.workers.iter().zip(&shared.asleep) {
             if asleep.load(Ordering::SeqCst) {
@@ -184,7 +200,11 @@ impl Pool {
         job(0);
         drop(close);
         // Of a worker; the caller's own unwinds by itself.
-        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let panic = shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
@@ -219,7 +239,8 @@ mod tests {
             assert_eq!(pool.threads(), threads);
             for tasks in (0..50).chain([1000]) {
                 let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                let inside: Vec<AtomicBool> = (0..threads).map(|_| AtomicBool::new(false)).collect();
+                let inside: Vec<AtomicBool> =
+                    (0..threads).map(|_| AtomicBool::new(false)).collect();
                 pool.for_each(tasks, |thread, task| {
                     assert!(!inside[thread].swap(true, Ordering::SeqCst));
                     counts[task].fetch_add(1, Ordering::SeqCst);

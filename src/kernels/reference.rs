@@ -8,7 +8,13 @@ use crate::error::Result;
 /// # Errors
 /// Where the weight gives no rows; never for a weight that was made here.
 pub fn forward_row(layer: &Linear<'_>, x: &[f32]) -> Result<Vec<f64>> {
-    let dot = |weight: &[f32]| -> f64 { weight.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum() };
+    let dot = |weight: &[f32]| -> f64 {
+        weight
+            .iter()
+            .zip(x)
+            .map(|(w, x)| f64::from(*w) * f64::from(*x))
+            .sum()
+    };
     let mut row = vec![0.0; layer.weight.cols()];
     let mut y = Vec::with_capacity(layer.outputs);
     for output in 0..layer.outputs {
@@ -21,7 +27,9 @@ pub fn forward_row(layer: &Linear<'_>, x: &[f32]) -> Result<Vec<f64>> {
             adapter.a.dequantize_rows(rank, &mut a)?;
             adapter.bt.dequantize_rows(rank, &mut bt)?;
             let h = f64::from(adapter.scale) * dot(&a);
-            y.iter_mut().zip(&bt).for_each(|(y, b)| *y += h * f64::from(*b));
+            y.iter_mut()
+                .zip(&bt)
+                .for_each(|(y, b)| *y += h * f64::from(*b));
         }
     }
     Ok(y)

@@ -8,7 +8,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::forward::units_of;
-use super::{Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch, forward_on, reference, scratch_bytes};
+use super::{
+    Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch, forward_on, reference,
+    scratch_bytes,
+};
 use crate::format::testing::random_quantized;
 use crate::format::{Buffer, QuantizedMatrix, StoredMatrix, WeightFormat};
 use crate::linalg::Matrix;
@@ -19,8 +22,13 @@ type Rng = ChaCha8Rng;
 const F32_TOLERANCE: f64 = 2e-6;
 
 fn sparse_matrix(rows: usize, cols: usize, density: f64, rng: &mut Rng) -> Matrix {
-    let mut matrix =
-        Matrix::from_fn(rows, cols, |_, _| if rng.random_bool(density) { rng.random_range(-2.0..2.0) } else { 0.0 });
+    let mut matrix = Matrix::from_fn(rows, cols, |_, _| {
+        if rng.random_bool(density) {
+            rng.random_range(-2.0..2.0)
+        } else {
+            0.0
+        }
+    });
     if rows > 2 && rng.random() {
         let empty = rng.random_range(0..rows);
         matrix.row_mut(empty).fill(0.0);
@@ -30,7 +38,11 @@ fn sparse_matrix(rows: usize, cols: usize, density: f64, rng: &mut Rng) -> Matri
 
 fn keep_two_of_four(matrix: &mut Matrix) {
     let cols = matrix.cols();
-    for group in matrix.as_mut_slice().chunks_mut(cols).flat_map(|row| row.chunks_mut(4)) {
+    for group in matrix
+        .as_mut_slice()
+        .chunks_mut(cols)
+        .flat_map(|row| row.chunks_mut(4))
+    {
         let mut kept = 0;
         for value in group {
             kept += usize::from(*value != 0.0);
@@ -67,10 +79,17 @@ fn quantized(rows: usize, cols: usize, bits: u8, rng: &mut Rng) -> QuantizedMatr
         parts.scales[0] = 0.1;
     }
     if rng.random_bool(0.1) {
-        parts.scales.iter_mut().for_each(|scale| *scale = f16::from_f32(*scale * 1e-4).to_f32());
+        parts
+            .scales
+            .iter_mut()
+            .for_each(|scale| *scale = f16::from_f32(*scale * 1e-4).to_f32());
     }
     if rng.random_bool(0.1) {
-        parts.group_of = Some((0..cols).map(|_| rng.random_range(0..groups as u32)).collect());
+        parts.group_of = Some(
+            (0..cols)
+                .map(|_| rng.random_range(0..groups as u32))
+                .collect(),
+        );
     }
     QuantizedMatrix::new(parts).unwrap()
 }
@@ -83,7 +102,10 @@ fn stored(kind: usize, rows: usize, cols: usize, rng: &mut Rng) -> StoredMatrix 
     let mut matrix = sparse_matrix(rows, cols, density, rng);
     if rng.random_bool(0.1) {
         // Subnormal numbers of half precision.
-        matrix.as_mut_slice().iter_mut().for_each(|value| *value *= 1e-5);
+        matrix
+            .as_mut_slice()
+            .iter_mut()
+            .for_each(|value| *value *= 1e-5);
     }
     let format = match kind {
         0 => F::F32,
@@ -93,12 +115,18 @@ fn stored(kind: usize, rows: usize, cols: usize, rng: &mut Rng) -> StoredMatrix 
         4 => F::SparseBf16,
         5 | 6 => {
             keep_two_of_four(&mut matrix);
-            if kind == 5 { F::NmF16 { n: 2, m: 4 } } else { F::NmBf16 { n: 2, m: 4 } }
+            if kind == 5 {
+                F::NmF16 { n: 2, m: 4 }
+            } else {
+                F::NmBf16 { n: 2, m: 4 }
+            }
         }
         7 => return StoredMatrix::from_quantized(&quantized(rows, cols, 2, rng), false).unwrap(),
         8 => return StoredMatrix::from_quantized(&quantized(rows, cols, 3, rng), false).unwrap(),
         9 => return StoredMatrix::from_quantized(&quantized(rows, cols, 8, rng), false).unwrap(),
-        10 | 11 => return StoredMatrix::from_quantized(&quantized(rows, cols, 4, rng), false).unwrap(),
+        10 | 11 => {
+            return StoredMatrix::from_quantized(&quantized(rows, cols, 4, rng), false).unwrap();
+        }
         _ => return StoredMatrix::from_quantized(&quantized(rows, cols, 4, rng), true).unwrap(),
     };
     StoredMatrix::from_matrix(&matrix, format).unwrap()
@@ -138,9 +166,19 @@ impl Case {
             let most = rng.random_range(1..20);
             let number = rng.random_range(0..3);
             let [a, bt] = [cols, rows].map(|width| stored(number, most, width, rng));
-            (a, bt, rng.random_range(0..=most), rng.random_range(0.1..3.0))
+            (
+                a,
+                bt,
+                rng.random_range(0..=most),
+                rng.random_range(0.1..3.0),
+            )
         });
-        Self { weight, outputs: rng.random_range(0..=rows), bias, adapter }
+        Self {
+            weight,
+            outputs: rng.random_range(0..=rows),
+            bias,
+            adapter,
+        }
     }
 
     fn linear(&self) -> Linear<'_> {
@@ -148,7 +186,12 @@ impl Case {
             weight: &self.weight,
             outputs: self.outputs,
             bias: self.bias.as_deref(),
-            adapter: self.adapter.as_ref().map(|(a, bt, rank, scale)| Adapter { a, bt, rank: *rank, scale: *scale }),
+            adapter: self.adapter.as_ref().map(|(a, bt, rank, scale)| Adapter {
+                a,
+                bt,
+                rank: *rank,
+                scale: *scale,
+            }),
         }
     }
 
@@ -157,7 +200,12 @@ impl Case {
         let weight = self.weight.to_matrix();
         let codes = is_codes(&self.weight);
         let grid = self.weight.to_quantized();
-        let size = |row: &[f32]| -> f64 { row.iter().zip(x).map(|(w, x)| f64::from((w * x).abs())).sum() };
+        let size = |row: &[f32]| -> f64 {
+            row.iter()
+                .zip(x)
+                .map(|(w, x)| f64::from((w * x).abs()))
+                .sum()
+        };
         let mut all = vec![0.0; self.outputs];
         for (row, all) in all.iter_mut().enumerate() {
             let w = weight.row(row);
@@ -165,11 +213,21 @@ impl Case {
             // Codes of integers count from 0, not from their zero point.
             if let Some(grid) = &grid {
                 let of = |col: usize| {
-                    f64::from(grid.grid(row, grid.group_of(col)).0) * f64::from(1_u32 << grid.parts().bits)
+                    f64::from(grid.grid(row, grid.group_of(col)).0)
+                        * f64::from(1_u32 << grid.parts().bits)
                 };
-                sizes += x.iter().enumerate().map(|(col, x)| of(col) * f64::from(x.abs())).sum::<f64>();
+                sizes += x
+                    .iter()
+                    .enumerate()
+                    .map(|(col, x)| of(col) * f64::from(x.abs()))
+                    .sum::<f64>();
             }
-            *all = F32_TOLERANCE * (sizes + self.bias.as_ref().map_or(0.0, |bias| f64::from(bias[row].abs())));
+            *all = F32_TOLERANCE
+                * (sizes
+                    + self
+                        .bias
+                        .as_ref()
+                        .map_or(0.0, |bias| f64::from(bias[row].abs())));
             if codes {
                 for (x, w) in x.chunks(128).zip(w.chunks(128)) {
                     let most = f64::from(x.iter().fold(0.0_f32, |most, x| most.max(x.abs())));
@@ -181,7 +239,9 @@ impl Case {
             let (a, bt) = (a.to_matrix(), bt.to_matrix());
             for rank in 0..*rank {
                 let h = f64::from(*scale) * size(a.row(rank));
-                all.iter_mut().zip(bt.row(rank)).for_each(|(all, b)| *all += F32_TOLERANCE * h * f64::from(b.abs()));
+                all.iter_mut()
+                    .zip(bt.row(rank))
+                    .for_each(|(all, b)| *all += F32_TOLERANCE * h * f64::from(b.abs()));
             }
         }
         all.iter_mut().for_each(|all| *all += 1e-30);
@@ -199,24 +259,57 @@ fn run(
     activations: Activations,
 ) -> Vec<Vec<f32>> {
     let layers: Vec<Linear<'_>> = cases.iter().map(Case::linear).collect();
-    let mut y: Vec<Vec<f32>> = cases.iter().map(|case| vec![7.5; rows * (case.outputs + 3)]).collect();
+    let mut y: Vec<Vec<f32>> = cases
+        .iter()
+        .map(|case| vec![7.5; rows * (case.outputs + 3)])
+        .collect();
     let mut memory = vec![0xA5; scratch_bytes(pool, &layers, rows, inputs, activations)];
-    let mut outputs: Vec<RowsMut<'_>> =
-        y.iter_mut().zip(cases).map(|(values, case)| RowsMut { values, rows, stride: case.outputs + 3 }).collect();
-    let x = Rows { values: x, rows, stride };
+    let mut outputs: Vec<RowsMut<'_>> = y
+        .iter_mut()
+        .zip(cases)
+        .map(|(values, case)| RowsMut {
+            values,
+            rows,
+            stride: case.outputs + 3,
+        })
+        .collect();
+    let x = Rows {
+        values: x,
+        rows,
+        stride,
+    };
     let mut scratch = Scratch::new(&mut memory);
-    forward_on(level, pool, &layers, x, inputs, &mut outputs, activations, &mut scratch).unwrap();
+    forward_on(
+        level,
+        pool,
+        &layers,
+        x,
+        inputs,
+        &mut outputs,
+        activations,
+        &mut scratch,
+    )
+    .unwrap();
     y
 }
 
-fn compare(level: Level, cases: &[Case], x: &[f32], [rows, stride, inputs]: [usize; 3], y: &[Vec<f32>], rounding: f64) {
+fn compare(
+    level: Level,
+    cases: &[Case],
+    x: &[f32],
+    [rows, stride, inputs]: [usize; 3],
+    y: &[Vec<f32>],
+    rounding: f64,
+) {
     for (case, y) in cases.iter().zip(y) {
         for row in 0..rows {
             let x = &x[row * stride..row * stride + inputs];
             let expected = reference::forward_row(&case.linear(), x).unwrap();
             let tolerances = case.tolerances(x, rounding);
             let y = &y[row * (case.outputs + 3)..(row + 1) * (case.outputs + 3)];
-            for (index, ((y, expected), tolerance)) in y.iter().zip(expected).zip(tolerances).enumerate() {
+            for (index, ((y, expected), tolerance)) in
+                y.iter().zip(expected).zip(tolerances).enumerate()
+            {
                 let error = (f64::from(*y) - expected).abs();
                 assert!(
                     error <= tolerance,
@@ -251,19 +344,40 @@ fn every_format_agrees_with_the_oracle_on_every_instruction_set() {
             let kind = rng.random_range(0..FORMATS);
             cases.push(Case::random(kind, cols, &mut rng));
         }
-        let inputs_active = if rng.random_bool(0.6) { cols } else { rng.random_range(1..=cols) };
-        let rows = if rng.random_bool(0.7) { rng.random_range(1..10) } else { rng.random_range(10..41) };
+        let inputs_active = if rng.random_bool(0.6) {
+            cols
+        } else {
+            rng.random_range(1..=cols)
+        };
+        let rows = if rng.random_bool(0.7) {
+            rng.random_range(1..10)
+        } else {
+            rng.random_range(10..41)
+        };
         let stride = inputs_active + rng.random_range(0..5);
         let x = inputs(rows * stride, &mut rng);
         let size = [rows, stride, inputs_active];
-        let activations = if rng.random_bool(0.7) { Activations::Int16 } else { Activations::Int8 };
-        let rounding = if activations == Activations::Int16 { 1.6e-5 } else { 4.0e-3 };
+        let activations = if rng.random_bool(0.7) {
+            Activations::Int16
+        } else {
+            Activations::Int8
+        };
+        let rounding = if activations == Activations::Int16 {
+            1.6e-5
+        } else {
+            4.0e-3
+        };
         for level in Level::available() {
             let y = run(level, &pools[0], &cases, &x, size, activations);
             compare(level, &cases, &x, size, &y, rounding);
             let pool = &pools[rng.random_range(1..4)];
-            let bits = |y: &[Vec<f32>]| y.concat().iter().map(|y| y.to_bits()).collect::<Vec<u32>>();
-            assert_eq!(bits(&run(level, pool, &cases, &x, size, activations)), bits(&y), "{pool:?}");
+            let bits =
+                |y: &[Vec<f32>]| y.concat().iter().map(|y| y.to_bits()).collect::<Vec<u32>>();
+            assert_eq!(
+                bits(&run(level, pool, &cases, &x, size, activations)),
+                bits(&y),
+                "{pool:?}"
+            );
         }
     }
 }
@@ -274,12 +388,21 @@ fn codes_of_every_width_multiply_integers_wherever_there_is_vector_code() {
     for bits in [2, 3, 4, 8] {
         for group_size in [8, 16, 32, 64, 128, 384, 1000] {
             let matrix = random_quantized(3, 700, bits, group_size, rng.random(), &mut rng);
-            for sparse in [false, true].into_iter().filter(|sparse| !sparse || bits == 4) {
+            for sparse in [false, true]
+                .into_iter()
+                .filter(|sparse| !sparse || bits == 4)
+            {
                 let weight = StoredMatrix::from_quantized(&matrix, sparse).unwrap();
                 for level in Level::available() {
                     for rows in [1, 2, 3, 40] {
                         let has = units_of(level, rows, weight.body()).is_some();
-                        assert_eq!(has, level != Level::PORTABLE, "{} {:?}", level.name(), weight.format());
+                        assert_eq!(
+                            has,
+                            level != Level::PORTABLE,
+                            "{} {:?}",
+                            level.name(),
+                            weight.format()
+                        );
                     }
                 }
             }
@@ -292,14 +415,27 @@ fn codes_of_every_width_multiply_integers_wherever_there_is_vector_code() {
 fn every_length_of_rows_agrees_with_the_oracle() {
     let mut rng = Rng::seed_from_u64(6);
     let pool = Pool::new(1);
-    for cols in [1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 320, 384, 385, 448, 512, 641] {
+    for cols in [
+        1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 320, 384, 385, 448,
+        512, 641,
+    ] {
         for kind in 0..FORMATS {
-            let cases = [Case { adapter: None, ..Case::random(kind, cols, &mut rng) }];
+            let cases = [Case {
+                adapter: None,
+                ..Case::random(kind, cols, &mut rng)
+            }];
             for rows in [1, 2, 3, 4, 11] {
-                let inputs_active = if rng.random() { cols } else { rng.random_range(1..=cols) };
+                let inputs_active = if rng.random() {
+                    cols
+                } else {
+                    rng.random_range(1..=cols)
+                };
                 let x = inputs(rows * cols, &mut rng);
-                let (activations, rounding) =
-                    if rng.random() { (Activations::Int16, 1.6e-5) } else { (Activations::Int8, 4.0e-3) };
+                let (activations, rounding) = if rng.random() {
+                    (Activations::Int16, 1.6e-5)
+                } else {
+                    (Activations::Int8, 4.0e-3)
+                };
                 for level in Level::available() {
                     let size = [rows, cols, inputs_active];
                     let y = run(level, &pool, &cases, &x, size, activations);
@@ -317,14 +453,24 @@ fn long_rows_agree_with_the_oracle() {
     let pools = [1, 2].map(Pool::new);
     for kind in 0..FORMATS {
         for cols in [6145, 6464, 6912, 11008] {
-            let cases = [Case { adapter: None, ..Case::random(kind, cols, &mut rng) }];
-            let inputs_active = if rng.random() { cols } else { rng.random_range(6145..=cols) };
+            let cases = [Case {
+                adapter: None,
+                ..Case::random(kind, cols, &mut rng)
+            }];
+            let inputs_active = if rng.random() {
+                cols
+            } else {
+                rng.random_range(6145..=cols)
+            };
             let x = inputs(cols, &mut rng);
             for level in Level::available() {
                 let size = [1, cols, inputs_active];
                 let y = run(level, &pools[0], &cases, &x, size, Activations::Int16);
                 compare(level, &cases, &x, size, &y, 1.6e-5);
-                assert_eq!(run(level, &pools[1], &cases, &x, size, Activations::Int16), y);
+                assert_eq!(
+                    run(level, &pools[1], &cases, &x, size, Activations::Int16),
+                    y
+                );
             }
         }
     }
@@ -336,14 +482,32 @@ fn one_row_is_the_same_alone_and_numbers_that_are_none_stay_so() {
     let pool = Pool::new(2);
     for kind in 0..FORMATS {
         let cols = rng.random_range(200..700);
-        let cases = [Case { adapter: None, bias: None, ..Case::random(kind, cols, &mut rng) }];
+        let cases = [Case {
+            adapter: None,
+            bias: None,
+            ..Case::random(kind, cols, &mut rng)
+        }];
         let mut x = inputs(cols, &mut rng);
         for level in Level::available() {
             x[5] = 1e-40;
-            let y = run(level, &pool, &cases, &x, [1, cols, cols], Activations::Int16);
+            let y = run(
+                level,
+                &pool,
+                &cases,
+                &x,
+                [1, cols, cols],
+                Activations::Int16,
+            );
             compare(level, &cases, &x, [1, cols, cols], &y, 1.6e-5);
             let tiny: Vec<f32> = x.iter().map(|x| x * 1e-36).collect();
-            let y = run(level, &pool, &cases, &tiny, [1, cols, cols], Activations::Int16);
+            let y = run(
+                level,
+                &pool,
+                &cases,
+                &tiny,
+                [1, cols, cols],
+                Activations::Int16,
+            );
             assert!(y[0].iter().all(|y| y.is_finite()));
         }
         let [mut infinite, mut none] = [x.clone(), x.clone()];
@@ -357,7 +521,11 @@ fn one_row_is_the_same_alone_and_numbers_that_are_none_stay_so() {
                     let exact: f32 = weight.row(row).iter().zip(x).map(|(w, x)| w * x).sum();
                     // A zero of a sparse weight may hide what it would have multiplied.
                     let seen = weight.row(row)[7] != 0.0 && weight.row(row)[130] != 0.0;
-                    assert!(!seen || exact.is_finite() || !y.is_finite(), "{:?}", cases[0].weight.format());
+                    assert!(
+                        !seen || exact.is_finite() || !y.is_finite(),
+                        "{:?}",
+                        cases[0].weight.format()
+                    );
                 }
             }
         }
@@ -373,22 +541,37 @@ fn lying_parts_never_reach_outside() {
         let cols = rng.random_range(1..400);
         let case = Case::random(kind, cols, &mut rng);
         let find = |name: &str| {
-            let part = case.weight.parts().into_iter().find(|part| part.name == name)?;
+            let part = case
+                .weight
+                .parts()
+                .into_iter()
+                .find(|part| part.name == name)?;
             let mut bytes = part.bytes.to_vec();
             match rng.random_range(0..4) {
                 0 => bytes.iter_mut().for_each(|byte| *byte = rng.random()),
-                1 if ["values", "codes"].contains(&name) => bytes.truncate(rng.random_range(0..=bytes.len() / 2) * 2),
+                1 if ["values", "codes"].contains(&name) => {
+                    bytes.truncate(rng.random_range(0..=bytes.len() / 2) * 2)
+                }
                 2 => bytes.fill(0xFF),
                 _ => (),
             }
             Some(Buffer::from_vec(bytes))
         };
-        let Ok(weight) = StoredMatrix::from_parts(&case.weight.header(), find) else { continue };
+        let Ok(weight) = StoredMatrix::from_parts(&case.weight.header(), find) else {
+            continue;
+        };
         let case = Case { weight, ..case };
         for rows in [1, 2, 7, 40] {
             let x = inputs(rows * cols, &mut rng);
             for level in Level::available() {
-                run(level, &pool, std::slice::from_ref(&case), &x, [rows, cols, cols], Activations::Int16);
+                run(
+                    level,
+                    &pool,
+                    std::slice::from_ref(&case),
+                    &x,
+                    [rows, cols, cols],
+                    Activations::Int16,
+                );
             }
         }
     }
@@ -398,11 +581,22 @@ fn lying_parts_never_reach_outside() {
 fn shapes_that_do_not_fit_are_refused() {
     let mut rng = Rng::seed_from_u64(4);
     let pool = Pool::new(1);
-    let [weight, a, bt] = [(6, 10), (3, 10), (3, 6)].map(|(rows, cols)| stored(0, rows, cols, &mut rng));
+    let [weight, a, bt] =
+        [(6, 10), (3, 10), (3, 6)].map(|(rows, cols)| stored(0, rows, cols, &mut rng));
     let sparse = stored(3, 3, 6, &mut rng);
     let bias = [0.0; 6];
-    let adapter = Adapter { a: &a, bt: &bt, rank: 3, scale: 1.0 };
-    let good = Linear { weight: &weight, outputs: 6, bias: Some(&bias), adapter: Some(adapter) };
+    let adapter = Adapter {
+        a: &a,
+        bt: &bt,
+        rank: 3,
+        scale: 1.0,
+    };
+    let good = Linear {
+        weight: &weight,
+        outputs: 6,
+        bias: Some(&bias),
+        adapter: Some(adapter),
+    };
     let x = [0.5; 20];
     let ask = |layer: Linear<'_>,
                rows: usize,
@@ -412,9 +606,25 @@ fn shapes_that_do_not_fit_are_refused() {
                bytes: usize| {
         let mut values = vec![0.0; y_len];
         let mut memory = vec![0; bytes];
-        let mut y = [RowsMut { values: &mut values, rows: y_rows, stride: y_stride }];
-        let x = Rows { values: &x, rows, stride };
-        super::forward(&pool, &[layer], x, inputs, &mut y, Activations::Int16, &mut Scratch::new(&mut memory))
+        let mut y = [RowsMut {
+            values: &mut values,
+            rows: y_rows,
+            stride: y_stride,
+        }];
+        let x = Rows {
+            values: &x,
+            rows,
+            stride,
+        };
+        super::forward(
+            &pool,
+            &[layer],
+            x,
+            inputs,
+            &mut y,
+            Activations::Int16,
+            &mut Scratch::new(&mut memory),
+        )
     };
     let bytes = scratch_bytes(&pool, &[good], 2, 10, Activations::Int16);
     ask(good, 2, 10, 10, [2, 6, 12], bytes).unwrap();
@@ -428,10 +638,53 @@ fn shapes_that_do_not_fit_are_refused() {
         (good, 2, usize::MAX, 10, [2, 6, 12], bytes),
         (good, 2, 10, 10, [2, 6, 12], 64),
         (Linear { outputs: 7, ..good }, 2, 10, 10, [2, 7, 14], bytes),
-        (Linear { bias: Some(&bias[..5]), ..good }, 2, 10, 10, [2, 6, 12], bytes),
-        (Linear { adapter: Some(Adapter { rank: 4, ..adapter }), ..good }, 2, 10, 10, [2, 6, 12], 2 * bytes),
-        (Linear { adapter: Some(Adapter { bt: &sparse, ..adapter }), ..good }, 2, 10, 10, [2, 6, 12], bytes),
-        (Linear { adapter: Some(Adapter { a: &bt, ..adapter }), ..good }, 2, 10, 10, [2, 6, 12], bytes),
+        (
+            Linear {
+                bias: Some(&bias[..5]),
+                ..good
+            },
+            2,
+            10,
+            10,
+            [2, 6, 12],
+            bytes,
+        ),
+        (
+            Linear {
+                adapter: Some(Adapter { rank: 4, ..adapter }),
+                ..good
+            },
+            2,
+            10,
+            10,
+            [2, 6, 12],
+            2 * bytes,
+        ),
+        (
+            Linear {
+                adapter: Some(Adapter {
+                    bt: &sparse,
+                    ..adapter
+                }),
+                ..good
+            },
+            2,
+            10,
+            10,
+            [2, 6, 12],
+            bytes,
+        ),
+        (
+            Linear {
+                adapter: Some(Adapter { a: &bt, ..adapter }),
+                ..good
+            },
+            2,
+            10,
+            10,
+            [2, 6, 12],
+            bytes,
+        ),
     ] {
         assert!(ask(layer, rows, stride, inputs, y, bytes).is_err());
     }

@@ -29,11 +29,20 @@ pub(super) fn factor_upper(a: &mut Matrix) -> Result<(), BadPivot> {
     while end > 0 {
         let start = (end - 1) / PANEL * PANEL;
         let (width, done) = (end - start, n - end);
-        let right: Vec<f32> = (start..end).flat_map(|row| &values[row * n + end..(row + 1) * n]).copied().collect();
+        let right: Vec<f32> = (start..end)
+            .flat_map(|row| &values[row * n + end..(row + 1) * n])
+            .copied()
+            .collect();
         let right = View::rows(&right, [width, done], done).transposed();
         update_panel(&mut values[..end * n], n, start..end, |rows, count, out| {
             if done > 0 {
-                add_product(out, width, -1.0, View::rows(&rows[end..], [count, done], n), right);
+                add_product(
+                    out,
+                    width,
+                    -1.0,
+                    View::rows(&rows[end..], [count, done], n),
+                    right,
+                );
             }
         });
 
@@ -41,17 +50,28 @@ pub(super) fn factor_upper(a: &mut Matrix) -> Result<(), BadPivot> {
             .flat_map(|row| &values[row * n + start..row * n + end])
             .map(|value| f64::from(*value))
             .collect();
-        factor_block(&mut block, &diagonal[start..end]).map_err(|bad| BadPivot { index: start + bad.index, ..bad })?;
+        factor_block(&mut block, &diagonal[start..end]).map_err(|bad| BadPivot {
+            index: start + bad.index,
+            ..bad
+        })?;
         for (row, line) in block.chunks_exact(width).enumerate() {
             let out = &mut values[(start + row) * n + start..][..width];
-            out.iter_mut().zip(line).for_each(|(out, value)| *out = *value as f32);
+            out.iter_mut()
+                .zip(line)
+                .for_each(|(out, value)| *out = *value as f32);
         }
         let inverse = invert_block(&block, width);
         let inverse = View::rows(&inverse, [width, width], width).transposed();
         update_panel(&mut values[..start * n], n, start..end, |_, count, out| {
             let panel = out.to_vec();
             out.fill(0.0);
-            add_product(out, width, 1.0, View::rows(&panel, [count, width], width), inverse);
+            add_product(
+                out,
+                width,
+                1.0,
+                View::rows(&panel, [count, width], width),
+                inverse,
+            );
         });
         end = start;
     }
@@ -67,14 +87,17 @@ fn update_panel(
     change: impl Fn(&[f32], usize, &mut [f32]) + Sync,
 ) {
     let width = columns.len();
-    values.par_chunks_mut(CHUNK * n).for_each_init(Vec::new, |copy: &mut Vec<f32>, rows| {
-        copy.clear();
-        rows.chunks_exact(n).for_each(|row| copy.extend_from_slice(&row[columns.clone()]));
-        change(rows, rows.len() / n, copy);
-        for (row, copy) in rows.chunks_exact_mut(n).zip(copy.chunks_exact(width)) {
-            row[columns.clone()].copy_from_slice(copy);
-        }
-    });
+    values
+        .par_chunks_mut(CHUNK * n)
+        .for_each_init(Vec::new, |copy: &mut Vec<f32>, rows| {
+            copy.clear();
+            rows.chunks_exact(n)
+                .for_each(|row| copy.extend_from_slice(&row[columns.clone()]));
+            change(rows, rows.len() / n, copy);
+            for (row, copy) in rows.chunks_exact_mut(n).zip(copy.chunks_exact(width)) {
+                row[columns.clone()].copy_from_slice(copy);
+            }
+        });
 }
 
 /// [`factor_upper`] of one small block, whose original diagonal tells when a pivot is nothing but rounding.
@@ -85,7 +108,8 @@ fn factor_block(a: &mut [f64], diagonal: &[f32]) -> Result<(), BadPivot> {
         let (above, row) = a.split_at_mut(j * n);
         let value = row[j] - dot(&row[j + 1..n], &row[j + 1..n]);
         // A NaN is no greater than anything.
-        let sound = value > f64::from(f32::EPSILON) * f64::from(diagonal[j]).abs() && value.is_finite();
+        let sound =
+            value > f64::from(f32::EPSILON) * f64::from(diagonal[j]).abs() && value.is_finite();
         if !sound {
             return Err(BadPivot { index: j, value });
         }
@@ -110,9 +134,14 @@ fn invert_block(a: &[f64], n: usize) -> Vec<f32> {
         // Row i of the inverse: the unit row less what the rows below it contribute.
         for (k, below) in (i + 1..n).zip(rest.chunks_exact(n)) {
             let factor = a[i * n + k];
-            line[k..].iter_mut().zip(&below[k..]).for_each(|(out, value)| *out -= factor * value);
+            line[k..]
+                .iter_mut()
+                .zip(&below[k..])
+                .for_each(|(out, value)| *out -= factor * value);
         }
-        line[i..].iter_mut().for_each(|value| *value /= a[i * n + i]);
+        line[i..]
+            .iter_mut()
+            .for_each(|value| *value /= a[i * n + i]);
     }
     inverse.into_iter().map(|value| value as f32).collect()
 }
@@ -127,7 +156,9 @@ mod tests {
     fn gram(n: usize, rows: usize, seed: u64) -> Matrix {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let x: Vec<f64> = (0..rows * n).map(|_| rng.random_range(-1.0..1.0)).collect();
-        Matrix::from_fn(n, n, |i, j| (0..rows).map(|r| x[r * n + i] * x[r * n + j]).sum::<f64>() as f32)
+        Matrix::from_fn(n, n, |i, j| {
+            (0..rows).map(|r| x[r * n + i] * x[r * n + j]).sum::<f64>() as f32
+        })
     }
 
     #[test]
@@ -140,10 +171,15 @@ mod tests {
             }
             let mut u = spoiled;
             assert!(factor_upper(&mut u).is_ok());
-            let size = a.as_slice().iter().fold(0.0_f32, |size, x| size.max(x.abs()));
+            let size = a
+                .as_slice()
+                .iter()
+                .fold(0.0_f32, |size, x| size.max(x.abs()));
             for i in 0..n {
                 for j in i..n {
-                    let sum: f64 = (j..n).map(|k| f64::from(u.row(i)[k]) * f64::from(u.row(j)[k])).sum();
+                    let sum: f64 = (j..n)
+                        .map(|k| f64::from(u.row(i)[k]) * f64::from(u.row(j)[k]))
+                        .sum();
                     let off = (sum as f32 - a.row(i)[j]).abs();
                     assert!(off <= 2e-6 * size, "{n}: ({i}, {j}) off by {off} of {size}");
                 }

@@ -21,7 +21,10 @@ pub struct FactorConfig {
 
 impl Default for FactorConfig {
     fn default() -> Self {
-        Self { damping: 0.01, activation_order: false }
+        Self {
+            damping: 0.01,
+            activation_order: false,
+        }
     }
 }
 
@@ -51,7 +54,11 @@ impl FactorConfig {
         if self.damping.is_finite() && self.damping >= 0.0 {
             return Ok(());
         }
-        Err(Error::argument("damping", self.damping, "finite and not negative"))
+        Err(Error::argument(
+            "damping",
+            self.damping,
+            "finite and not negative",
+        ))
     }
 }
 
@@ -87,9 +94,15 @@ impl Factor {
         let n = diagonal.len();
         if let Some(index) = diagonal.iter().position(|value| *value < 0.0) {
             let pivot = f64::from(diagonal[index]);
-            return Err(Error::NotPositiveDefinite { what: "Hessian".into(), index, pivot });
+            return Err(Error::NotPositiveDefinite {
+                what: "Hessian".into(),
+                index,
+                pivot,
+            });
         }
-        let dead: Vec<u32> = (0..n as u32).filter(|i| diagonal[*i as usize] == 0.0).collect();
+        let dead: Vec<u32> = (0..n as u32)
+            .filter(|i| diagonal[*i as usize] == 0.0)
+            .collect();
         let live = n - dead.len();
         let mean = diagonal.iter().map(|value| f64::from(*value)).sum::<f64>() / live.max(1) as f64;
         let order = config.activation_order.then(|| {
@@ -97,35 +110,62 @@ impl Factor {
             order.sort_by(|a, b| diagonal[*b as usize].total_cmp(&diagonal[*a as usize]));
             order
         });
-        let column = |position: usize| order.as_ref().map_or(position, |order| order[position] as usize);
+        let column = |position: usize| {
+            order
+                .as_ref()
+                .map_or(position, |order| order[position] as usize)
+        };
         let mut damping = config.damping;
         let mut upper = loop {
             let mut upper = Matrix::zeros(n, n);
-            upper.as_mut_slice().par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
-                let from = column(i);
-                for (j, value) in row.iter_mut().enumerate().skip(i) {
-                    *value = hessian.get(from, column(j));
-                }
-                if row[i] == 0.0 {
-                    row[i] = if live > 0 { mean as f32 } else { 1.0 };
-                }
-                row[i] = (f64::from(row[i]) + damping * mean) as f32;
-            });
+            upper
+                .as_mut_slice()
+                .par_chunks_mut(n.max(1))
+                .enumerate()
+                .for_each(|(i, row)| {
+                    let from = column(i);
+                    for (j, value) in row.iter_mut().enumerate().skip(i) {
+                        *value = hessian.get(from, column(j));
+                    }
+                    if row[i] == 0.0 {
+                        row[i] = if live > 0 { mean as f32 } else { 1.0 };
+                    }
+                    row[i] = (f64::from(row[i]) + damping * mean) as f32;
+                });
             match factor_upper(&mut upper) {
                 Ok(()) => break upper,
-                Err(_) if damping > 0.0 && damping < MAX_DAMPING => damping = (damping * 10.0).min(MAX_DAMPING),
+                Err(_) if damping > 0.0 && damping < MAX_DAMPING => {
+                    damping = (damping * 10.0).min(MAX_DAMPING)
+                }
                 Err(bad) => {
                     let index = column(bad.index);
-                    return Err(Error::NotPositiveDefinite { what: "Hessian".into(), index, pivot: bad.value });
+                    return Err(Error::NotPositiveDefinite {
+                        what: "Hessian".into(),
+                        index,
+                        pivot: bad.value,
+                    });
                 }
             }
         };
         let pivots: Vec<f32> = (0..n).map(|i| upper.row(i)[i]).collect();
-        upper.as_mut_slice().par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
-            row[..i].fill(0.0);
-            row[i..].iter_mut().zip(&pivots[i..]).for_each(|(value, pivot)| *value /= pivot);
-        });
-        Ok(Self { couplings: upper, pivots, order, dead, damping })
+        upper
+            .as_mut_slice()
+            .par_chunks_mut(n.max(1))
+            .enumerate()
+            .for_each(|(i, row)| {
+                row[..i].fill(0.0);
+                row[i..]
+                    .iter_mut()
+                    .zip(&pivots[i..])
+                    .for_each(|(value, pivot)| *value /= pivot);
+            });
+        Ok(Self {
+            couplings: upper,
+            pivots,
+            order,
+            dead,
+            damping,
+        })
     }
 
     /// Number of input columns.
@@ -170,7 +210,9 @@ mod tests {
     fn hessian(d: usize, rows: usize, seed: u64) -> Hessian {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut hessian = Hessian::new(d);
-        let x: Vec<f32> = (0..rows * d).map(|i| rng.random_range(-1.0..1.0) * (1 + i % d % 5) as f32).collect();
+        let x: Vec<f32> = (0..rows * d)
+            .map(|i| rng.random_range(-1.0..1.0) * (1 + i % d % 5) as f32)
+            .collect();
         hessian.update(&x).unwrap();
         hessian
     }
@@ -184,11 +226,18 @@ mod tests {
         let factor = Factor::new(&h, &FactorConfig::new().with_damping(damping)).unwrap();
         let last = h.get(d - 1, d - 1) + damping as f32 * mean;
         approx::assert_relative_eq!(factor.pivots()[d - 1].powi(2), last, max_relative = 1e-5);
-        assert_eq!((factor.d_input(), factor.damping(), factor.order()), (d, damping, None));
+        assert_eq!(
+            (factor.d_input(), factor.damping(), factor.order()),
+            (d, damping, None)
+        );
         assert!((0..d).all(|i| factor.couplings().row(i)[i] == 1.0));
         let ordered = Factor::new(&h, &FactorConfig::new().with_activation_order(true)).unwrap();
         let order = ordered.order().unwrap();
-        assert!(order.windows(2).all(|w| h.diagonal()[w[0] as usize] >= h.diagonal()[w[1] as usize]));
+        assert!(
+            order
+                .windows(2)
+                .all(|w| h.diagonal()[w[0] as usize] >= h.diagonal()[w[1] as usize])
+        );
     }
 
     #[test]
@@ -196,13 +245,20 @@ mod tests {
         let mut x = vec![0.0; 8 * 5];
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         for row in x.chunks_exact_mut(5) {
-            row.iter_mut().enumerate().for_each(|(j, v)| *v = if j == 2 { 0.0 } else { rng.random_range(-1.0..1.0) });
+            row.iter_mut().enumerate().for_each(|(j, v)| {
+                *v = if j == 2 {
+                    0.0
+                } else {
+                    rng.random_range(-1.0..1.0)
+                }
+            });
         }
         let mut h = Hessian::new(5);
         h.update(&x).unwrap();
         let factor = Factor::new(&h, &FactorConfig::new()).unwrap();
         assert_eq!(factor.dead(), [2]);
-        assert!((0..5).all(|i| i == 2 || (factor.couplings().row(i)[2] == 0.0 && factor.couplings().row(2)[i] == 0.0)));
+        assert!((0..5).all(|i| i == 2
+            || (factor.couplings().row(i)[2] == 0.0 && factor.couplings().row(2)[i] == 0.0)));
         let nothing = Factor::new(&Hessian::new(4), &FactorConfig::new()).unwrap();
         assert_eq!(nothing.dead().len(), 4);
     }
@@ -210,15 +266,40 @@ mod tests {
     #[test]
     fn a_singular_hessian_is_damped_or_refused() {
         let h = hessian(30, 4, 3);
-        assert_eq!(Factor::new(&h, &FactorConfig::new()).unwrap().damping(), 0.01);
-        assert!(Factor::new(&h, &FactorConfig::new().with_damping(1e-12)).unwrap().damping() > 1e-12);
+        assert_eq!(
+            Factor::new(&h, &FactorConfig::new()).unwrap().damping(),
+            0.01
+        );
+        assert!(
+            Factor::new(&h, &FactorConfig::new().with_damping(1e-12))
+                .unwrap()
+                .damping()
+                > 1e-12
+        );
         let none = Factor::new(&h, &FactorConfig::new().with_damping(0.0));
-        assert!(matches!(none, Err(Error::NotPositiveDefinite { .. })), "{none:?}");
+        assert!(
+            matches!(none, Err(Error::NotPositiveDefinite { .. })),
+            "{none:?}"
+        );
         let indefinite = Matrix::from_fn(3, 3, |i, j| if i == j { 1.0 } else { 9.0 });
-        let refused = Factor::new(&Hessian::from_matrix(indefinite).unwrap(), &FactorConfig::new());
-        assert!(refused.unwrap_err().to_string().contains("not positive definite"));
+        let refused = Factor::new(
+            &Hessian::from_matrix(indefinite).unwrap(),
+            &FactorConfig::new(),
+        );
+        assert!(
+            refused
+                .unwrap_err()
+                .to_string()
+                .contains("not positive definite")
+        );
         let negative = Matrix::from_fn(2, 2, |i, j| if i == j { -1.0 } else { 0.0 });
-        assert!(Factor::new(&Hessian::from_matrix(negative).unwrap(), &FactorConfig::new()).is_err());
+        assert!(
+            Factor::new(
+                &Hessian::from_matrix(negative).unwrap(),
+                &FactorConfig::new()
+            )
+            .is_err()
+        );
         for bad in [f64::NAN, -0.1, f64::INFINITY] {
             assert!(Factor::new(&h, &FactorConfig::new().with_damping(bad)).is_err());
         }

@@ -20,7 +20,10 @@ pub struct Hessian {
 impl Hessian {
     /// No row seen, for a layer with `d_input` input columns.
     pub fn new(d_input: usize) -> Self {
-        Self { sum: Matrix::zeros(d_input, d_input), rows: 0 }
+        Self {
+            sum: Matrix::zeros(d_input, d_input),
+            rows: 0,
+        }
     }
 
     /// Takes a symmetric matrix that was computed elsewhere; of each pair of elements the upper one counts.
@@ -35,7 +38,10 @@ impl Hessian {
                 found: vec![matrix.rows(), matrix.cols()],
             });
         }
-        let hessian = Self { sum: matrix, rows: 0 };
+        let hessian = Self {
+            sum: matrix,
+            rows: 0,
+        };
         hessian.check_finite()?;
         Ok(hessian)
     }
@@ -86,7 +92,11 @@ impl Hessian {
             });
         }
         if let Some(index) = x.par_iter().position_first(|v| !v.is_finite()) {
-            return Err(Error::NotFinite { tensor: "calibration input".into(), index, value: x[index] });
+            return Err(Error::NotFinite {
+                tensor: "calibration input".into(),
+                index,
+                value: x[index],
+            });
         }
         if x.is_empty() {
             return Ok(());
@@ -94,20 +104,33 @@ impl Hessian {
         let tokens = x.len() / d;
         // Wide stripes keep the products efficient, many of them keep all threads busy.
         let stripe = (d / 16).clamp(32, 512);
-        self.sum.as_mut_slice().par_chunks_mut(stripe * d).enumerate().for_each(|(index, out)| {
-            let first = index * stripe;
-            let columns = View::rows(&x[first..], [tokens, out.len() / d], d).transposed();
-            let rest = View::rows(&x[first..], [tokens, d - first], d);
-            add_product(&mut out[first..], d, 1.0, columns, rest);
-        });
+        self.sum
+            .as_mut_slice()
+            .par_chunks_mut(stripe * d)
+            .enumerate()
+            .for_each(|(index, out)| {
+                let first = index * stripe;
+                let columns = View::rows(&x[first..], [tokens, out.len() / d], d).transposed();
+                let rest = View::rows(&x[first..], [tokens, d - first], d);
+                add_product(&mut out[first..], d, 1.0, columns, rest);
+            });
         self.rows += tokens;
         Ok(())
     }
 
     /// Refuses NaN and infinities.
     pub(super) fn check_finite(&self) -> Result<()> {
-        match self.sum.as_slice().par_iter().position_first(|v| !v.is_finite()) {
-            Some(index) => Err(Error::NotFinite { tensor: "Hessian".into(), index, value: self.sum.as_slice()[index] }),
+        match self
+            .sum
+            .as_slice()
+            .par_iter()
+            .position_first(|v| !v.is_finite())
+        {
+            Some(index) => Err(Error::NotFinite {
+                tensor: "Hessian".into(),
+                index,
+                value: self.sum.as_slice()[index],
+            }),
             None => Ok(()),
         }
     }
@@ -120,11 +143,17 @@ impl Hessian {
         let d = self.d_input();
         if error.len() != d {
             let what = "error of a row of weights".into();
-            return Err(Error::ShapeMismatch { what, expected: vec![d], found: vec![error.len()] });
+            return Err(Error::ShapeMismatch {
+                what,
+                expected: vec![d],
+                found: vec![error.len()],
+            });
         }
         let twice = |i: usize| {
             let row = self.sum.row(i);
-            let rest: f64 = (i + 1..d).map(|j| f64::from(row[j]) * f64::from(error[j])).sum();
+            let rest: f64 = (i + 1..d)
+                .map(|j| f64::from(row[j]) * f64::from(error[j]))
+                .sum();
             f64::from(error[i]) * (f64::from(row[i]) * f64::from(error[i]) + 2.0 * rest)
         };
         Ok((0..d).filter(|i| error[*i] != 0.0).map(twice).sum())
@@ -152,7 +181,10 @@ mod tests {
             assert_eq!((whole.rows(), parts.rows()), (23, 23));
             for i in 0..d {
                 for j in 0..d {
-                    let exact: f64 = x.chunks_exact(d).map(|x| f64::from(x[i]) * f64::from(x[j])).sum();
+                    let exact: f64 = x
+                        .chunks_exact(d)
+                        .map(|x| f64::from(x[i]) * f64::from(x[j]))
+                        .sum();
                     assert!((f64::from(whole.get(i, j)) - exact).abs() < 1e-4);
                     assert!((f64::from(parts.to_matrix().row(i)[j]) - exact).abs() < 1e-4);
                 }
@@ -160,7 +192,13 @@ mod tests {
             let error: Vec<f32> = (0..d).map(|_| rng.random_range(-1.0..1.0)).collect();
             let exact: f64 = x
                 .chunks_exact(d)
-                .map(|x| x.iter().zip(&error).map(|(x, e)| f64::from(*x) * f64::from(*e)).sum::<f64>().powi(2))
+                .map(|x| {
+                    x.iter()
+                        .zip(&error)
+                        .map(|(x, e)| f64::from(*x) * f64::from(*e))
+                        .sum::<f64>()
+                        .powi(2)
+                })
                 .sum();
             assert!((whole.energy(&error).unwrap() / exact - 1.0).abs() < 1e-4);
         }
@@ -171,13 +209,22 @@ mod tests {
         let mut hessian = Hessian::new(3);
         hessian.update(&[1.0, -2.0, 0.5]).unwrap();
         let before = hessian.clone();
-        assert!(matches!(hessian.update(&[1.0; 4]), Err(Error::ShapeMismatch { .. })));
-        assert!(matches!(hessian.update(&[1.0, f32::NAN, 0.0]), Err(Error::NotFinite { index: 1, .. })));
+        assert!(matches!(
+            hessian.update(&[1.0; 4]),
+            Err(Error::ShapeMismatch { .. })
+        ));
+        assert!(matches!(
+            hessian.update(&[1.0, f32::NAN, 0.0]),
+            Err(Error::NotFinite { index: 1, .. })
+        ));
         assert_eq!(hessian, before);
         assert!(hessian.energy(&[1.0; 2]).is_err());
         assert!(Hessian::from_matrix(Matrix::zeros(2, 3)).is_err());
         let nan = Matrix::from_fn(2, 2, |i, j| if (i, j) == (0, 1) { f32::NAN } else { 1.0 });
-        assert!(matches!(Hessian::from_matrix(nan), Err(Error::NotFinite { index: 1, .. })));
+        assert!(matches!(
+            Hessian::from_matrix(nan),
+            Err(Error::NotFinite { index: 1, .. })
+        ));
         assert!(Hessian::new(0).update(&[1.0]).is_err());
     }
 }

@@ -39,12 +39,23 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
     if rank == 0 {
         return Err(Error::argument("rank", 0, "at least 1"));
     }
-    if let Some(index) = matrix.as_slice().iter().position(|value| !value.is_finite()) {
-        return Err(Error::NotFinite { tensor: "matrix".into(), index, value: matrix.as_slice()[index] });
+    if let Some(index) = matrix
+        .as_slice()
+        .iter()
+        .position(|value| !value.is_finite())
+    {
+        return Err(Error::NotFinite {
+            tensor: "matrix".into(),
+            index,
+            value: matrix.as_slice()[index],
+        });
     }
     let (rows, cols) = (matrix.rows(), matrix.cols());
-    let mut found =
-        LowRank { left: Matrix::zeros(rows, rank), right: Matrix::zeros(rank, cols), singular: vec![0.0; rank] };
+    let mut found = LowRank {
+        left: Matrix::zeros(rows, rank),
+        right: Matrix::zeros(rank, cols),
+        singular: vec![0.0; rank],
+    };
     let k = (rank + EXTRA).min(rows).min(cols);
     if k == 0 {
         return Ok(found);
@@ -65,7 +76,9 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
     right = products(&turned, &left);
     // Each product from the same two rows in the same order, so that it is symmetric to the last bit.
     let entry = |i: usize, j: usize| dot(right.row(i.max(j)), right.row(i.min(j)));
-    let gram = (0..k).map(|i| (0..k).map(|j| entry(i, j)).collect()).collect();
+    let gram = (0..k)
+        .map(|i| (0..k).map(|j| entry(i, j)).collect())
+        .collect();
     let (values, vectors) = symmetric_eigen(gram);
     let mut order: Vec<usize> = (0..k).collect();
     order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
@@ -78,7 +91,9 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
         found.singular[term] = value;
         // `u = Q w`, and `w^T Q^T M = value * v^T`.
         let turn = |of: &Matrix, position: usize| -> f64 {
-            (0..k).map(|i| vectors[i][index] * f64::from(of.row(i)[position])).sum()
+            (0..k)
+                .map(|i| vectors[i][index] * f64::from(of.row(i)[position]))
+                .sum()
         };
         for row in 0..rows {
             found.left.row_mut(row)[term] = (turn(&left, row) * value.sqrt()) as f32;
@@ -95,15 +110,20 @@ fn products(matrix: &Matrix, directions: &Matrix) -> Matrix {
     let (rows, cols, k) = (matrix.rows(), matrix.cols(), directions.rows());
     let mut out = vec![0.0_f32; rows * k];
     let turned = View::rows(directions.as_slice(), [k, cols], cols).transposed();
-    out.par_chunks_mut(ROWS * k).zip(matrix.as_slice().par_chunks(ROWS * cols)).for_each(|(out, part)| {
-        let part = View::rows(part, [out.len() / k, cols], cols);
-        add_product(out, k, 1.0, part, turned);
-    });
+    out.par_chunks_mut(ROWS * k)
+        .zip(matrix.as_slice().par_chunks(ROWS * cols))
+        .for_each(|(out, part)| {
+            let part = View::rows(part, [out.len() / k, cols], cols);
+            add_product(out, k, 1.0, part, turned);
+        });
     Matrix::from_fn(k, rows, |index, row| out[row * k + index])
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| f64::from(*a) * f64::from(*b))
+        .sum()
 }
 
 /// Makes the rows orthogonal and of length 1 (Gram and Schmidt, twice); one that depends on those before it becomes 0.
@@ -114,12 +134,21 @@ fn orthonormalize(rows: &mut Matrix) {
             for j in 0..i {
                 let other = rows.row(j).to_vec();
                 let along = dot(rows.row(i), &other);
-                rows.row_mut(i).iter_mut().zip(&other).for_each(|(x, y)| *x -= (along * f64::from(*y)) as f32);
+                rows.row_mut(i)
+                    .iter_mut()
+                    .zip(&other)
+                    .for_each(|(x, y)| *x -= (along * f64::from(*y)) as f32);
             }
         }
         let length = dot(rows.row(i), rows.row(i)).sqrt();
-        let factor = if length > 1e-6 * before { 1.0 / length } else { 0.0 };
-        rows.row_mut(i).iter_mut().for_each(|x| *x = (f64::from(*x) * factor) as f32);
+        let factor = if length > 1e-6 * before {
+            1.0 / length
+        } else {
+            0.0
+        };
+        rows.row_mut(i)
+            .iter_mut()
+            .for_each(|x| *x = (f64::from(*x) * factor) as f32);
     }
 }
 
@@ -127,10 +156,15 @@ fn orthonormalize(rows: &mut Matrix) {
 fn symmetric_eigen(mut matrix: Vec<Vec<f64>>) -> (Vec<f64>, Vec<Vec<f64>>) {
     const SWEEPS: usize = 30;
     let n = matrix.len();
-    let mut vectors: Vec<Vec<f64>> = (0..n).map(|i| (0..n).map(|j| f64::from(u8::from(i == j))).collect()).collect();
+    let mut vectors: Vec<Vec<f64>> = (0..n)
+        .map(|i| (0..n).map(|j| f64::from(u8::from(i == j))).collect())
+        .collect();
     let trace: f64 = (0..n).map(|i| matrix[i][i].abs()).sum();
     for _ in 0..SWEEPS {
-        let off: f64 = (0..n).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| matrix[i][j].abs()).sum();
+        let off: f64 = (0..n)
+            .flat_map(|i| (0..i).map(move |j| (i, j)))
+            .map(|(i, j)| matrix[i][j].abs())
+            .sum();
         if off <= 1e-15 * trace {
             break;
         }
@@ -172,7 +206,11 @@ mod tests {
     }
 
     fn square_distance(a: &Matrix, b: &Matrix) -> f64 {
-        a.as_slice().iter().zip(b.as_slice()).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+        a.as_slice()
+            .iter()
+            .zip(b.as_slice())
+            .map(|(a, b)| f64::from(a - b).powi(2))
+            .sum()
     }
 
     #[test]
@@ -181,14 +219,24 @@ mod tests {
             let matrix = product(&random(rows, 3, 1), &random(3, cols, 2));
             let found = low_rank(&matrix, 5, 7).unwrap();
             assert!(square_distance(&product(&found.left, &found.right), &matrix) < 1e-8);
-            assert!(found.singular[..3].windows(2).all(|pair| pair[0] >= pair[1]) && found.singular[2] > 0.1);
+            assert!(
+                found.singular[..3]
+                    .windows(2)
+                    .all(|pair| pair[0] >= pair[1])
+                    && found.singular[2] > 0.1
+            );
             assert_eq!(&found.singular[3..], [0.0, 0.0]);
             assert!(found.right.row(3).iter().all(|value| *value == 0.0));
             // Columns and rows of equal length, those of the root of the singular value.
             for (term, singular) in found.singular.iter().enumerate() {
-                let left: f64 = (0..rows).map(|row| f64::from(found.left.row(row)[term]).powi(2)).sum();
+                let left: f64 = (0..rows)
+                    .map(|row| f64::from(found.left.row(row)[term]).powi(2))
+                    .sum();
                 let right = dot(found.right.row(term), found.right.row(term));
-                assert!((left - singular).abs() < 1e-4 && (right - singular).abs() < 1e-4, "{left} {right} {singular}");
+                assert!(
+                    (left - singular).abs() < 1e-4 && (right - singular).abs() < 1e-4,
+                    "{left} {right} {singular}"
+                );
             }
         }
     }
@@ -203,7 +251,10 @@ mod tests {
             let found = low_rank(&matrix, rank, 5).unwrap();
             let least: f64 = all.singular[rank..].iter().map(|value| value * value).sum();
             let distance = square_distance(&product(&found.left, &found.right), &matrix);
-            assert!(distance >= least * 0.9999 && distance < least * 1.01, "rank {rank}: {distance}, least {least}");
+            assert!(
+                distance >= least * 0.9999 && distance < least * 1.01,
+                "rank {rank}: {distance}, least {least}"
+            );
             assert_eq!(found, low_rank(&matrix, rank, 5).unwrap());
         }
     }
@@ -213,7 +264,10 @@ mod tests {
         let mut matrix = random(4, 3, 1);
         assert!(low_rank(&matrix, 0, 1).is_err());
         matrix.as_mut_slice()[5] = f32::NAN;
-        assert!(matches!(low_rank(&matrix, 2, 1), Err(Error::NotFinite { index: 5, .. })));
+        assert!(matches!(
+            low_rank(&matrix, 2, 1),
+            Err(Error::NotFinite { index: 5, .. })
+        ));
         let none = low_rank(&Matrix::zeros(4, 3), 2, 1).unwrap();
         assert_eq!((none.singular, none.left.count_zeros()), (vec![0.0; 2], 8));
     }

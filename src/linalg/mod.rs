@@ -38,7 +38,11 @@ impl Matrix {
 
     /// A matrix of zeros.
     pub fn zeros(rows: usize, cols: usize) -> Self {
-        Self { rows, cols, data: vec![0.0; rows * cols] }
+        Self {
+            rows,
+            cols,
+            data: vec![0.0; rows * cols],
+        }
     }
 
     /// A matrix whose element `(i, j)` is `f(i, j)`.
@@ -100,7 +104,11 @@ impl Matrix {
                 }
             }
         }
-        Self { rows: self.cols, cols: self.rows, data }
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            data,
+        }
     }
 
     /// Number of elements equal to zero.
@@ -110,7 +118,11 @@ impl Matrix {
 
     /// Share of elements equal to zero, in 0..=1; 0 for a matrix without elements.
     pub fn sparsity(&self) -> f64 {
-        if self.data.is_empty() { 0.0 } else { self.count_zeros() as f64 / self.data.len() as f64 }
+        if self.data.is_empty() {
+            0.0
+        } else {
+            self.count_zeros() as f64 / self.data.len() as f64
+        }
     }
 }
 
@@ -129,6 +141,9 @@ mod tests {
 
     #[test]
     fn wrong_length_is_refused() {
-        assert!(matches!(Matrix::new(2, 3, vec![0.0; 5]), Err(Error::ShapeMismatch { .. })));
+        assert!(matches!(
+            Matrix::new(2, 3, vec![0.0; 5]),
+            Err(Error::ShapeMismatch { .. })
+        ));
     }
 }

@@ -12,18 +12,30 @@ pub(crate) struct View<'a> {
 impl<'a> View<'a> {
     /// Row-major, with `stride` elements from row to row.
     pub fn rows(values: &'a [f32], [rows, cols]: [usize; 2], stride: usize) -> Self {
-        Self { values, size: [rows, cols], strides: [stride, 1] }
+        Self {
+            values,
+            size: [rows, cols],
+            strides: [stride, 1],
+        }
     }
 
     pub fn transposed(self) -> Self {
         let ([rows, cols], [row, col]) = (self.size, self.strides);
-        Self { size: [cols, rows], strides: [col, row], ..self }
+        Self {
+            size: [cols, rows],
+            strides: [col, row],
+            ..self
+        }
     }
 
     /// Elements that the slice must have.
     fn reach(&self) -> usize {
         let last = |axis: usize| (self.size[axis] - 1) * self.strides[axis];
-        if self.size.contains(&0) { 0 } else { last(0) + last(1) + 1 }
+        if self.size.contains(&0) {
+            0
+        } else {
+            last(0) + last(1) + 1
+        }
     }
 }
 
@@ -36,8 +48,15 @@ pub(crate) fn add_product(out: &mut [f32], stride: usize, factor: f32, a: View<'
     if m == 0 || n == 0 || k == 0 {
         return;
     }
-    assert!(k == inner && n <= stride, "a product of {m} x {k} and {inner} x {n} in rows of {stride}");
-    assert!((m - 1) * stride + n <= out.len() && a.reach() <= a.values.len() && b.reach() <= b.values.len());
+    assert!(
+        k == inner && n <= stride,
+        "a product of {m} x {k} and {inner} x {n} in rows of {stride}"
+    );
+    assert!(
+        (m - 1) * stride + n <= out.len()
+            && a.reach() <= a.values.len()
+            && b.reach() <= b.values.len()
+    );
     let [a_row, a_col] = a.strides.map(|stride| stride as isize);
     let [b_row, b_col] = b.strides.map(|stride| stride as isize);
     // SAFETY: all elements that the sizes and strides reach lie in the slices, as was asserted; `out` is borrowed mutably,

@@ -129,14 +129,17 @@ impl Merger {
     /// [`ElasticLoraLinear::merged_quantized`] says; [`Error::Unsupported`] for a subnet of smaller widths or
     /// depth; those of [`Decoder::tokens`] for `sample`.
     pub fn merge(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
-        let narrowed = |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
+        let narrowed =
+            |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
         if let Some((name, _)) = net.model().linears().find(narrowed) {
             return Err(Error::Unsupported {
                 what: format!("merging with channels of `{name}` left out, not extracting,"),
             });
         }
         if let Some(unit) = net.model().left_out().first() {
-            return Err(Error::Unsupported { what: format!("merging with `{unit}` left out, not extracting,") });
+            return Err(Error::Unsupported {
+                what: format!("merging with `{unit}` left out, not extracting,"),
+            });
         }
         self.extract(net, sample)
     }
@@ -154,9 +157,15 @@ impl Merger {
         let unmerged = net.eval_model();
         let (mut model, left_out) = (unmerged.clone(), unmerged.left_out());
         let mut layers = Vec::new();
-        let running: Vec<String> = model.linears().map(|(name, _)| name).filter(|name| unmerged.runs(name)).collect();
+        let running: Vec<String> = model
+            .linears()
+            .map(|(name, _)| name)
+            .filter(|name| unmerged.runs(name))
+            .collect();
         for name in &running {
-            let Some(layer) = model.linear_mut(name) else { continue };
+            let Some(layer) = model.linear_mut(name) else {
+                continue;
+            };
             if let Some(done) = self.merge_layer(name, layer)? {
                 layers.push(done);
             } else if layer.active_dims() != layer.base.dims() {
@@ -165,7 +174,10 @@ impl Merger {
             }
         }
         let blocks: Vec<BlockDims> = net.block_dims(net.active())?;
-        let blocks: Vec<BlockDims> = blocks.into_iter().filter(|b| b.has_attention() || b.has_mlp()).collect();
+        let blocks: Vec<BlockDims> = blocks
+            .into_iter()
+            .filter(|b| b.has_attention() || b.has_mlp())
+            .collect();
         let (blocks, running) = self.reshaped(&model, blocks)?;
         if blocks != model.config().blocks() {
             let config = model.config().with_blocks(&blocks)?;
@@ -175,17 +187,37 @@ impl Merger {
         for tokens in sample {
             let before = host_values(unmerged.forward(unmerged.tokens(tokens, 1)?));
             let after = host_values(model.forward(model.tokens(tokens, 1)?));
-            let difference = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let difference = before
+                .iter()
+                .zip(&after)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
             max_logit_difference = Some(difference.max(max_logit_difference.unwrap_or(0.0)));
         }
         let zeros_lost = layers.iter().map(|layer| layer.zeros_lost).sum();
-        Ok(Merged { model, report: MergeReport { layers, zeros_lost, blocks, left_out, max_logit_difference } })
+        Ok(Merged {
+            model,
+            report: MergeReport {
+                layers,
+                zeros_lost,
+                blocks,
+                left_out,
+                max_logit_difference,
+            },
+        })
     }
 
     /// The running blocks of a model, whose sizes are `dims`, with halves joined and missing MLPs filled in.
-    fn reshaped(&self, model: &Decoder, dims: Vec<BlockDims>) -> Result<(Vec<BlockDims>, Vec<Block>)> {
+    fn reshaped(
+        &self,
+        model: &Decoder,
+        dims: Vec<BlockDims>,
+    ) -> Result<(Vec<BlockDims>, Vec<Block>)> {
         let (mut joined, mut blocks): (Vec<BlockDims>, Vec<Block>) = (Vec::new(), Vec::new());
-        for (next, block) in dims.into_iter().zip(model.layers.clone().into_iter().filter_map(Block::running)) {
+        for (next, block) in dims
+            .into_iter()
+            .zip(model.layers.clone().into_iter().filter_map(Block::running))
+        {
             match joined.last_mut().zip(blocks.pop()) {
                 Some((last, before)) if !last.has_mlp() && !next.has_attention() => {
                     last.d_mlp = next.d_mlp;
@@ -200,7 +232,11 @@ impl Merger {
         }
         if self.zero_mlps {
             let (config, device) = (model.config(), model.device());
-            for (dims, block) in joined.iter_mut().zip(&mut blocks).filter(|(dims, _)| !dims.has_mlp()) {
+            for (dims, block) in joined
+                .iter_mut()
+                .zip(&mut blocks)
+                .filter(|(dims, _)| !dims.has_mlp())
+            {
                 dims.d_mlp = BlockDims::DECI_MULTIPLE;
                 let mlp = Mlp::zeros(config.hidden_size(), dims.d_mlp, config.mlp_bias(), &device)?;
                 let gains = Tensor::ones([config.hidden_size()], &device);
@@ -214,21 +250,31 @@ impl Merger {
     ///
     /// # Errors
     /// As [`merge`](Self::merge); the layer is then as before.
-    pub fn merge_layer(&self, name: &str, layer: &mut ElasticLoraLinear) -> Result<Option<MergedLayer>> {
+    pub fn merge_layer(
+        &self,
+        name: &str,
+        layer: &mut ElasticLoraLinear,
+    ) -> Result<Option<MergedLayer>> {
         let Some(adapter) = &layer.adapter else {
             return Ok(None);
         };
         let before = matrix_from_tensor(layer.base.active_weight());
         let after = matrix_from_tensor(layer.merged_weight());
         if let Some(index) = after.as_slice().iter().position(|v| !v.is_finite()) {
-            return Err(Error::NotFinite { tensor: name.to_string(), index, value: after.as_slice()[index] });
+            return Err(Error::NotFinite {
+                tensor: name.to_string(),
+                index,
+                value: after.as_slice()[index],
+            });
         }
         let quantized = layer.merged_quantized()?;
         let kept = Mask::from_nonzero(&before);
         // A weight that quantizing rounded to 0, and that training may move, is no zero of a pruned weight.
         let movable = adapter.active_mask().filter(|_| quantized.is_some());
         let movable = movable.map(|mask| Mask::from_nonzero(&matrix_from_tensor(mask.float())));
-        let zero_kept = |i: usize, j: usize| !kept.get(i, j) && movable.as_ref().is_none_or(|mask| !mask.get(i, j));
+        let zero_kept = |i: usize, j: usize| {
+            !kept.get(i, j) && movable.as_ref().is_none_or(|mask| !mask.get(i, j))
+        };
         let report = MergedLayer {
             name: name.to_string(),
             rank: adapter.active_rank(),
@@ -243,11 +289,16 @@ impl Merger {
             bits: quantized.as_ref().map(|quantized| quantized.parts().bits),
         };
         if self.mode == MergeMode::KeepZeros && report.zeros_lost > 0 {
-            return Err(Error::ZerosLost { layer: report.name, lost: report.zeros_lost });
+            return Err(Error::ZerosLost {
+                layer: report.name,
+                lost: report.zeros_lost,
+            });
         }
         // A base of 16 bits would round the sum: that is for whoever writes it.
         layer.base = match &quantized {
-            Some(quantized) => layer.base.replaced_quantized(PackedMatrix::new(quantized))?,
+            Some(quantized) => layer
+                .base
+                .replaced_quantized(PackedMatrix::new(quantized))?,
             None => layer.base.replaced(&after)?,
         };
         layer.adapter = None;

@@ -29,7 +29,15 @@ pub enum LinearKind {
 
 impl LinearKind {
     /// All, in the order of computation.
-    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+    pub const ALL: [Self; 7] = [
+        Self::Q,
+        Self::K,
+        Self::V,
+        Self::O,
+        Self::Gate,
+        Self::Up,
+        Self::Down,
+    ];
 
     /// The part of the block that it is in.
     pub fn unit(self) -> Unit {
@@ -115,8 +123,18 @@ impl Attention {
         pass.show(&[LinearKind::Q, LinearKind::K, LinearKind::V], &x);
         let n_heads = self.q_proj.active_dims()[1] / self.head_dim;
         let n_kv_heads = self.k_proj.active_dims()[1] / self.head_dim;
-        let q = ops::rotary(self.q_proj.forward(x.clone()), n_heads, pass.cos.clone(), pass.sin.clone());
-        let k = ops::rotary(self.k_proj.forward(x.clone()), n_kv_heads, pass.cos.clone(), pass.sin.clone());
+        let q = ops::rotary(
+            self.q_proj.forward(x.clone()),
+            n_heads,
+            pass.cos.clone(),
+            pass.sin.clone(),
+        );
+        let k = ops::rotary(
+            self.k_proj.forward(x.clone()),
+            n_kv_heads,
+            pass.cos.clone(),
+            pass.sin.clone(),
+        );
         let v = ops::split_heads(self.v_proj.forward(x), n_kv_heads);
         let (k, v) = match &mut pass.cache {
             Some(cache) => cache.append(block, k, v),
@@ -145,7 +163,8 @@ impl Mlp {
     pub(crate) fn zeros(d_model: usize, d_mlp: usize, bias: bool, device: &Device) -> Result<Self> {
         let linear = |d_input: usize, d_output: usize| {
             let bias = bias.then(|| Tensor::zeros([d_output], device));
-            BaseLinear::from_tensors(Tensor::zeros([d_input, d_output], device), bias).map(ElasticLoraLinear::plain)
+            BaseLinear::from_tensors(Tensor::zeros([d_input, d_output], device), bias)
+                .map(ElasticLoraLinear::plain)
         };
         Ok(Self {
             gate_proj: linear(d_model, d_mlp)?,
@@ -225,11 +244,23 @@ pub struct Block {
 }
 
 impl Block {
-    pub(crate) fn new(attention: Option<(RmsNorm, Attention)>, mlp: Option<(RmsNorm, Mlp)>) -> Self {
+    pub(crate) fn new(
+        attention: Option<(RmsNorm, Attention)>,
+        mlp: Option<(RmsNorm, Mlp)>,
+    ) -> Self {
         let (input_layernorm, self_attn) = attention.unzip();
         let (post_attention_layernorm, mlp) = mlp.unzip();
-        let runs = Running { attention: true, mlp: true };
-        Self { input_layernorm, self_attn, post_attention_layernorm, mlp, runs }
+        let runs = Running {
+            attention: true,
+            mlp: true,
+        };
+        Self {
+            input_layernorm,
+            self_attn,
+            post_attention_layernorm,
+            mlp,
+            runs,
+        }
     }
 
     pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
@@ -240,7 +271,9 @@ impl Block {
             _ => x,
         };
         match (&self.post_attention_layernorm, &self.mlp) {
-            (Some(norm), Some(mlp)) if self.runs.mlp => x.clone() + mlp.forward(norm.forward(x), pass),
+            (Some(norm), Some(mlp)) if self.runs.mlp => {
+                x.clone() + mlp.forward(norm.forward(x), pass)
+            }
             _ => x,
         }
     }
@@ -273,14 +306,20 @@ impl Block {
     /// The block without the parts that are left out; none where nothing is left.
     pub(crate) fn running(self) -> Option<Self> {
         let (attention, mlp) = (self.runs(Unit::Attention), self.runs(Unit::Mlp));
-        let attention = self.input_layernorm.zip(self.self_attn).filter(|_| attention);
+        let attention = self
+            .input_layernorm
+            .zip(self.self_attn)
+            .filter(|_| attention);
         let mlp = self.post_attention_layernorm.zip(self.mlp).filter(|_| mlp);
         (attention.is_some() || mlp.is_some()).then(|| Self::new(attention, mlp))
     }
 
     /// One block of two, of which the first has no MLP and the second no attention: the same function.
     pub(crate) fn joined(self, next: Self) -> Self {
-        Self::new(self.input_layernorm.zip(self.self_attn), next.post_attention_layernorm.zip(next.mlp))
+        Self::new(
+            self.input_layernorm.zip(self.self_attn),
+            next.post_attention_layernorm.zip(next.mlp),
+        )
     }
 
     /// Gives the block an MLP that it lacks.

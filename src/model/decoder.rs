@@ -43,7 +43,11 @@ impl Decoder {
         let mut source = Source {
             linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
                 let weight = config.load_linear(checkpoint, name, [d_output, d_input])?;
-                let bias = if bias { Some(checkpoint.load_vector(&format!("{name}.bias"), d_output)?) } else { None };
+                let bias = if bias {
+                    Some(checkpoint.load_vector(&format!("{name}.bias"), d_output)?)
+                } else {
+                    None
+                };
                 BaseLinear::from_matrix(&weight, bias.as_deref(), device)
             },
             norm: &mut |name: &str, len: usize| {
@@ -53,7 +57,10 @@ impl Decoder {
             embedding: &mut |vocab_size: usize, d_model: usize| {
                 let name = config.embedding_name(checkpoint)?;
                 let table = checkpoint.load_matrix(name, [vocab_size, d_model])?;
-                Ok(Tensor::from_data(TensorData::new(table.into_vec(), [vocab_size, d_model]), device))
+                Ok(Tensor::from_data(
+                    TensorData::new(table.into_vec(), [vocab_size, d_model]),
+                    device,
+                ))
             },
         };
         Self::assemble(config, &mut source)
@@ -88,7 +95,8 @@ impl Decoder {
             },
             norm: &mut |_: &str, len: usize| Ok(Tensor::ones([len], device)),
             embedding: &mut |vocab_size: usize, d_model: usize| {
-                let table = TensorData::new(normal(vocab_size * d_model, 0.02), [vocab_size, d_model]);
+                let table =
+                    TensorData::new(normal(vocab_size * d_model, 0.02), [vocab_size, d_model]);
                 Ok(Tensor::from_data(table, device))
             },
         };
@@ -97,11 +105,14 @@ impl Decoder {
 
     fn assemble(config: &HfConfig, source: &mut Source<'_>) -> Result<Self> {
         let (d_model, eps) = (config.hidden_size(), config.rms_norm_eps());
-        let embed_tokens =
-            Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?).set_require_grad(false);
+        let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?)
+            .set_require_grad(false);
         let mut layers = Vec::with_capacity(config.num_hidden_layers());
         for (block, dims) in config.blocks().iter().enumerate() {
-            let (d_attention, d_kv) = (dims.n_heads * config.head_dim(), dims.n_kv_heads * config.head_dim());
+            let (d_attention, d_kv) = (
+                dims.n_heads * config.head_dim(),
+                dims.n_kv_heads * config.head_dim(),
+            );
             let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
                 let (d_input, d_output, bias) = match kind {
                     LinearKind::Q => (d_model, d_attention, config.attention_bias()),
@@ -110,10 +121,16 @@ impl Decoder {
                     LinearKind::Gate | LinearKind::Up => (d_model, dims.d_mlp, config.mlp_bias()),
                     LinearKind::Down => (dims.d_mlp, d_model, config.mlp_bias()),
                 };
-                Ok(ElasticLoraLinear::plain((source.linear)(&kind.name(block), d_input, d_output, bias)?))
+                Ok(ElasticLoraLinear::plain((source.linear)(
+                    &kind.name(block),
+                    d_input,
+                    d_output,
+                    bias,
+                )?))
             };
-            let mut norm =
-                |name: String| -> Result<RmsNorm> { Ok(RmsNorm::from_tensor((source.norm)(&name, d_model)?, eps)) };
+            let mut norm = |name: String| -> Result<RmsNorm> {
+                Ok(RmsNorm::from_tensor((source.norm)(&name, d_model)?, eps))
+            };
             let attention = if dims.has_attention() {
                 let attention = Attention {
                     q_proj: linear(LinearKind::Q)?,
@@ -142,10 +159,26 @@ impl Decoder {
         let lm_head = if config.tie_word_embeddings() {
             None
         } else {
-            Some((source.linear)("lm_head", d_model, config.vocab_size(), false)?)
+            Some((source.linear)(
+                "lm_head",
+                d_model,
+                config.vocab_size(),
+                false,
+            )?)
         };
-        let rope = Rope::new(config.head_dim(), config.rope_theta(), config.rope_scaling());
-        Ok(Self { embed_tokens, layers, norm, lm_head, config: config.clone(), rope })
+        let rope = Rope::new(
+            config.head_dim(),
+            config.rope_theta(),
+            config.rope_scaling(),
+        );
+        Ok(Self {
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
+            config: config.clone(),
+            rope,
+        })
     }
 
     /// Moves the model out, leaving one without blocks that is good for nothing.
@@ -201,7 +234,10 @@ impl Decoder {
             return Err(Error::TokenOutOfRange { found, vocab_size });
         }
         let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
-        Ok(Tensor::from_data(TensorData::new(ids, [rows, len]), &self.device().without_autodiff()))
+        Ok(Tensor::from_data(
+            TensorData::new(ids, [rows, len]),
+            &self.device().without_autodiff(),
+        ))
     }
 
     /// The embedding of tokens: what the first block is given.
@@ -210,7 +246,11 @@ impl Decoder {
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let rows = embedding(self.embed_tokens.val(), tokens);
-        if rows.dtype() == DType::F32 { rows } else { rows.cast(FloatDType::F32) }
+        if rows.dtype() == DType::F32 {
+            rows
+        } else {
+            rows.cast(FloatDType::F32)
+        }
     }
 
     /// One block, without a cache; `tap` is shown each linear layer's input just before it is used.
@@ -223,15 +263,29 @@ impl Decoder {
         self.layers[block].forward(x, block, &mut pass)
     }
 
-    pub(crate) fn pass<'a>(&self, start: usize, n: usize, cache: Option<&'a mut KvCache>) -> Pass<'a> {
+    pub(crate) fn pass<'a>(
+        &self,
+        start: usize,
+        n: usize,
+        cache: Option<&'a mut KvCache>,
+    ) -> Pass<'a> {
         let device = self.device().without_autodiff();
         let (cos, sin) = self.rope.tables(start, n, &device);
         let window = self.config.sliding_window();
         let mask = match &cache {
             Some(cache) => cache.mask(window),
-            None => AttentionMask { window, left_pad: None },
+            None => AttentionMask {
+                window,
+                left_pad: None,
+            },
         };
-        Pass { cos, sin, mask, cache, tap: None }
+        Pass {
+            cos,
+            sin,
+            mask,
+            cache,
+            tap: None,
+        }
     }
 
     /// Final hidden states, normalized: what the head is given.
@@ -241,7 +295,11 @@ impl Decoder {
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
-    pub fn hidden_states(&self, tokens: Tensor<2, Int>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+    pub fn hidden_states(
+        &self,
+        tokens: Tensor<2, Int>,
+        mut cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
         let [_, seq] = tokens.dims();
         let start = cache.as_ref().map_or(0, |cache| cache.n_tokens());
         let mut x = self.embed(tokens);
@@ -293,7 +351,11 @@ impl Decoder {
     ///
     /// # Shapes
     /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[1]`
-    pub(crate) fn nll_at(&self, hidden: Tensor<3>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
+    pub(crate) fn nll_at(
+        &self,
+        hidden: Tensor<3>,
+        positions: &[(usize, u32)],
+    ) -> Result<Tensor<1>> {
         let (hidden, targets) = self.at_positions(hidden, positions)?;
         Ok(self.nll_of_hidden(hidden, &targets))
     }
@@ -302,23 +364,40 @@ impl Decoder {
     ///
     /// # Shapes
     /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[n, d_model]` for `n` positions
-    pub(crate) fn at_positions(&self, hidden: Tensor<3>, positions: &[(usize, u32)]) -> Result<(Tensor<2>, Vec<u32>)> {
+    pub(crate) fn at_positions(
+        &self,
+        hidden: Tensor<3>,
+        positions: &[(usize, u32)],
+    ) -> Result<(Tensor<2>, Vec<u32>)> {
         let [batch, seq, _] = hidden.dims();
         let (n_tokens, vocab_size) = (batch * seq, self.config.vocab_size());
         if positions.is_empty() {
             return Err(Error::argument("positions", "none", "at least one"));
         }
         if let Some((position, _)) = positions.iter().find(|(position, _)| *position >= n_tokens) {
-            return Err(Error::argument("positions", position, format!("under the number of tokens, {n_tokens}")));
+            return Err(Error::argument(
+                "positions",
+                position,
+                format!("under the number of tokens, {n_tokens}"),
+            ));
         }
-        if let Some((_, found)) = positions.iter().find(|(_, target)| *target as usize >= vocab_size) {
-            return Err(Error::TokenOutOfRange { found: *found, vocab_size });
+        if let Some((_, found)) = positions
+            .iter()
+            .find(|(_, target)| *target as usize >= vocab_size)
+        {
+            return Err(Error::TokenOutOfRange {
+                found: *found,
+                vocab_size,
+            });
         }
         let device = hidden.device().without_autodiff();
         let hidden: Tensor<2> = hidden.flatten(0, 1);
         let rows: Vec<i32> = positions.iter().map(|(row, _)| *row as i32).collect();
         let targets: Vec<u32> = positions.iter().map(|(_, target)| *target).collect();
-        Ok((hidden.select(0, Tensor::from_data(rows.as_slice(), &device)), targets))
+        Ok((
+            hidden.select(0, Tensor::from_data(rows.as_slice(), &device)),
+            targets,
+        ))
     }
 
     /// Sum of the negative log-likelihoods of one target a row; see [`ops::head_loss`].
@@ -367,7 +446,9 @@ impl Decoder {
     /// The linear layers inside the blocks with their Hugging Face paths, in the order of computation.
     pub fn linears(&self) -> impl Iterator<Item = (String, &ElasticLoraLinear)> {
         self.layers.iter().enumerate().flat_map(|(index, block)| {
-            LinearKind::ALL.into_iter().filter_map(move |kind| Some((kind.name(index), block.linear(kind)?)))
+            LinearKind::ALL
+                .into_iter()
+                .filter_map(move |kind| Some((kind.name(index), block.linear(kind)?)))
         })
     }
 
@@ -385,14 +466,20 @@ impl Decoder {
 
     /// Whether a linear layer, by its Hugging Face path, is there and not left out with its part of the block.
     pub fn runs(&self, name: &str) -> bool {
-        let Some((block, kind)) = LinearKind::parse(name) else { return false };
-        self.layers.get(block).is_some_and(|block| block.runs(kind.unit()))
+        let Some((block, kind)) = LinearKind::parse(name) else {
+            return false;
+        };
+        self.layers
+            .get(block)
+            .is_some_and(|block| block.runs(kind.unit()))
     }
 
     /// The parts of blocks that are there but left out, as `model.layers.3.mlp`.
     pub fn left_out(&self) -> Vec<String> {
         let units = |(index, block): (usize, &Block)| {
-            let units = Unit::ALL.into_iter().filter(|unit| block.has(*unit) && !block.runs(*unit));
+            let units = Unit::ALL
+                .into_iter()
+                .filter(|unit| block.has(*unit) && !block.runs(*unit));
             units.map(|unit| unit.name(index)).collect::<Vec<_>>()
         };
         self.layers.iter().enumerate().flat_map(units).collect()
@@ -400,14 +487,21 @@ impl Decoder {
 
     /// The model with other blocks, which are those that `config` describes.
     pub(crate) fn with_layers(self, layers: Vec<Block>, config: HfConfig) -> Self {
-        Self { layers, config, ..self }
+        Self {
+            layers,
+            config,
+            ..self
+        }
     }
 
     /// Runs `f` on each linear layer inside the blocks, in the order of computation.
     ///
     /// # Errors
     /// The first that `f` gives.
-    pub fn try_for_each_linear(&mut self, mut f: impl FnMut(&str, &mut ElasticLoraLinear) -> Result<()>) -> Result<()> {
+    pub fn try_for_each_linear(
+        &mut self,
+        mut f: impl FnMut(&str, &mut ElasticLoraLinear) -> Result<()>,
+    ) -> Result<()> {
         for (index, block) in self.layers.iter_mut().enumerate() {
             for kind in LinearKind::ALL {
                 if let Some(layer) = block.linear_mut(kind) {
@@ -440,7 +534,11 @@ impl Decoder {
                 add(host_values(norm.weight.val()));
             }
         }
-        for base in self.linears().map(|(_, layer)| &layer.base).chain(&self.lm_head) {
+        for base in self
+            .linears()
+            .map(|(_, layer)| &layer.base)
+            .chain(&self.lm_head)
+        {
             add(host_values(base.weight()));
             if let Some(bias) = &base.bias {
                 add(host_values(bias.val()));

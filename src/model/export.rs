@@ -15,9 +15,12 @@ impl Decoder {
         let config = self.config();
         let (vocab_size, d_model) = (config.vocab_size(), config.hidden_size());
         let embedding = self.embed_tokens.clone();
-        let mut tensors = vec![HostTensor::lazy_f32(HfConfig::EMBEDDING, dtype, [vocab_size, d_model], move || {
-            Ok(host_values(embedding.val()))
-        })];
+        let mut tensors = vec![HostTensor::lazy_f32(
+            HfConfig::EMBEDDING,
+            dtype,
+            [vocab_size, d_model],
+            move || Ok(host_values(embedding.val())),
+        )];
         for (index, block) in self.layers.iter().enumerate() {
             let norms = [
                 (HfConfig::input_norm(index), block.norm(Unit::Attention)),
@@ -26,14 +29,21 @@ impl Decoder {
             for (name, norm) in norms {
                 let Some(norm) = norm else { continue };
                 let weight = norm.weight.clone();
-                tensors.push(HostTensor::lazy_f32(name, dtype, [d_model], move || Ok(host_values(weight.val()))));
+                tensors.push(HostTensor::lazy_f32(name, dtype, [d_model], move || {
+                    Ok(host_values(weight.val()))
+                }));
             }
         }
         for (name, layer) in self.linears() {
             push_linear(&mut tensors, &name, &layer.base, dtype);
         }
         let norm = self.norm.weight.clone();
-        tensors.push(HostTensor::lazy_f32(HfConfig::FINAL_NORM, dtype, [d_model], move || Ok(host_values(norm.val()))));
+        tensors.push(HostTensor::lazy_f32(
+            HfConfig::FINAL_NORM,
+            dtype,
+            [d_model],
+            move || Ok(host_values(norm.val())),
+        ));
         if let Some(head) = &self.lm_head {
             push_linear(&mut tensors, "lm_head", head, dtype);
         }
@@ -44,12 +54,19 @@ impl Decoder {
 fn push_linear(tensors: &mut Vec<HostTensor<'_>>, name: &str, base: &BaseLinear, dtype: DType) {
     let [d_input, d_output] = base.dims();
     let weight = base.clone();
-    tensors.push(HostTensor::lazy_f32(format!("{name}.weight"), dtype, [d_output, d_input], move || {
-        Ok(weight.to_matrix().into_vec())
-    }));
+    tensors.push(HostTensor::lazy_f32(
+        format!("{name}.weight"),
+        dtype,
+        [d_output, d_input],
+        move || Ok(weight.to_matrix().into_vec()),
+    ));
     if let Some(bias) = &base.bias {
         let bias = bias.clone();
-        tensors
-            .push(HostTensor::lazy_f32(format!("{name}.bias"), dtype, [d_output], move || Ok(host_values(bias.val()))));
+        tensors.push(HostTensor::lazy_f32(
+            format!("{name}.bias"),
+            dtype,
+            [d_output],
+            move || Ok(host_values(bias.val())),
+        ));
     }
 }

@@ -19,10 +19,16 @@ impl Decoder {
     /// weight's; [`Error::ShapeMismatch`] for a weight of another shape.
     pub fn with_quantized(mut self, layers: &BTreeMap<String, QuantizedMatrix>) -> Result<Self> {
         for (name, weight) in layers {
-            let unknown = || Error::UnknownLayer { context: "quantized layers".into(), layer: name.clone() };
+            let unknown = || Error::UnknownLayer {
+                context: "quantized layers".into(),
+                layer: name.clone(),
+            };
             let layer = self.linear_mut(name).ok_or_else(unknown)?;
             if layer.adapter.is_some() {
-                return Err(Error::HasAdapter { layer: name.clone(), reason: "quantize before adapters are put on" });
+                return Err(Error::HasAdapter {
+                    layer: name.clone(),
+                    reason: "quantize before adapters are put on",
+                });
             }
             layer.base = layer.base.replaced_quantized(PackedMatrix::new(weight))?;
         }
@@ -52,22 +58,38 @@ impl Decoder {
             DType::F32 => FloatDType::F32,
             DType::BF16 => FloatDType::BF16,
             DType::F16 => FloatDType::F16,
-            _ => return Err(Error::Unsupported { what: format!("weights stored as {}", dtype.name()) }),
+            _ => {
+                return Err(Error::Unsupported {
+                    what: format!("weights stored as {}", dtype.name()),
+                });
+            }
         };
         let device = self.device().without_autodiff();
         if !device.supports_dtype(target) {
-            return Err(Error::Unsupported { what: format!("weights stored as {} on {device:?}", dtype.name()) });
+            return Err(Error::Unsupported {
+                what: format!("weights stored as {} on {device:?}", dtype.name()),
+            });
         }
         let trained = |weight: &Tensor<2>| target != FloatDType::F32 && weight.is_require_grad();
         let check = |name: String, weight: &Tensor<2>| {
             if trained(weight) {
-                return Err(Error::Unsupported { what: format!("training `{name}` as {}", dtype.name()) });
+                return Err(Error::Unsupported {
+                    what: format!("training `{name}` as {}", dtype.name()),
+                });
             }
             let largest = f32::from(half::f16::MAX);
             if target == FloatDType::F16 && host_values(weight.clone().abs().max())[0] > largest {
                 let values = host_values(weight.clone());
-                let index = values.iter().position(|value| value.abs() > largest).unwrap_or(0);
-                return Err(Error::TensorOverflow { tensor: name, index, value: values[index], dtype: dtype.name() });
+                let index = values
+                    .iter()
+                    .position(|value| value.abs() > largest)
+                    .unwrap_or(0);
+                return Err(Error::TensorOverflow {
+                    tensor: name,
+                    index,
+                    value: values[index],
+                    dtype: dtype.name(),
+                });
             }
             Ok(())
         };
@@ -87,7 +109,10 @@ impl Decoder {
         model.lm_head = model.lm_head.map(frozen);
         let trained = model.embed_tokens.val().is_require_grad();
         if !trained {
-            model.embed_tokens = model.embed_tokens.map(|table| table.cast(target)).set_require_grad(false);
+            model.embed_tokens = model
+                .embed_tokens
+                .map(|table| table.cast(target))
+                .set_require_grad(false);
         }
         Ok(model)
     }

@@ -35,17 +35,30 @@ impl Pretrained {
         let config = HfConfig::open(folder)?;
         let tokenizer = TextTokenizer::from_dir(folder)?;
         let bos = config.bos_token_id().or(tokenizer.bos_id());
-        let eos = config.eos_token_ids().first().copied().or(tokenizer.eos_id());
+        let eos = config
+            .eos_token_ids()
+            .first()
+            .copied()
+            .or(tokenizer.eos_id());
         let checkpoint = Checkpoint::open(folder)?;
         let model = Decoder::load(&config, &checkpoint, device)?;
         let dtype = checkpoint.info(config.embedding_name(&checkpoint)?)?.dtype;
-        Ok(Self { folder: folder.to_path_buf(), model, tokenizer: tokenizer.with_special_ids(bos, eos), dtype })
+        Ok(Self {
+            folder: folder.to_path_buf(),
+            model,
+            tokenizer: tokenizer.with_special_ids(bos, eos),
+            dtype,
+        })
     }
 
     /// The tokens that end a generation.
     pub fn stop_ids(&self) -> Vec<u32> {
         let config = self.model.config().eos_token_ids();
-        if config.is_empty() { self.tokenizer.eos_id().into_iter().collect() } else { config.to_vec() }
+        if config.is_empty() {
+            self.tokenizer.eos_id().into_iter().collect()
+        } else {
+            config.to_vec()
+        }
     }
 
     /// The filler of padded batches: the config's padding token, or else the first one that ends a sequence. It is never
@@ -54,7 +67,11 @@ impl Pretrained {
         let config = self.model.config();
         // Some checkpoints name a padding token that was never added to their vocabulary.
         let fits = |id: &u32| (*id as usize) < config.vocab_size();
-        config.pad_token_id().filter(fits).or(config.eos_token_ids().iter().copied().find(fits)).unwrap_or(0)
+        config
+            .pad_token_id()
+            .filter(fits)
+            .or(config.eos_token_ids().iter().copied().find(fits))
+            .unwrap_or(0)
     }
 
     /// Writes another model of the same configuration (this one pruned, or merged) as a Hugging Face folder
@@ -62,7 +79,12 @@ impl Pretrained {
     ///
     /// # Errors
     /// [`Error::HasAdapter`](crate::Error::HasAdapter) for a model with adapters; those of [`HfFolder`].
-    pub fn write_variant(&self, model: &Decoder, destination: impl AsRef<Path>, overwrite: bool) -> Result<()> {
+    pub fn write_variant(
+        &self,
+        model: &Decoder,
+        destination: impl AsRef<Path>,
+        overwrite: bool,
+    ) -> Result<()> {
         model.refuse_adapters("merge it, or write it as a PEFT folder beside the base")?;
         let folder = HfFolder::create(destination, overwrite)?;
         folder.write_model(model.config(), self.dtype, model.tensors(self.dtype)?)?;
@@ -85,7 +107,13 @@ impl Pretrained {
     ) -> Result<()> {
         model.refuse_adapters("merge it, or write it as a PEFT folder beside the base")?;
         let folder = HfFolder::create(destination, overwrite)?;
-        folder.write_quantized(model.config(), self.dtype, model.tensors(self.dtype)?, layers, format)?;
+        folder.write_quantized(
+            model.config(),
+            self.dtype,
+            model.tensors(self.dtype)?,
+            layers,
+            format,
+        )?;
         folder.carry_over(&self.folder)?;
         folder.commit()
     }

@@ -25,7 +25,9 @@ pub struct KvCache {
 
 /// `held`, or a copy with more room, where `new` stands after the first `len` tokens.
 fn joined(held: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
-    let Some(held) = held.filter(|_| len > 0) else { return new };
+    let Some(held) = held.filter(|_| len > 0) else {
+        return new;
+    };
     let [batch, n_heads, n, head_dim] = new.dims();
     if held.dims()[2] < len + n {
         // What lies in the room is never read: the tokens themselves will do.
@@ -39,12 +41,19 @@ fn joined(held: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
 impl KvCache {
     /// An empty cache of `n_layers` layers.
     pub fn new(n_layers: usize) -> Self {
-        Self { layers: vec![LayerCache::default(); n_layers], n_tokens: 0, left_pad: None }
+        Self {
+            layers: vec![LayerCache::default(); n_layers],
+            n_tokens: 0,
+            left_pad: None,
+        }
     }
 
     /// An empty cache for a batch whose rows begin with that many padding tokens each.
     pub fn with_left_pad(n_layers: usize, left_pad: Vec<usize>) -> Self {
-        Self { left_pad: Some(left_pad), ..Self::new(n_layers) }
+        Self {
+            left_pad: Some(left_pad),
+            ..Self::new(n_layers)
+        }
     }
 
     /// Tokens held, padding included.
@@ -54,20 +63,35 @@ impl KvCache {
 
     /// Which keys are visible, given the model's window.
     pub fn mask(&self, window: Option<usize>) -> AttentionMask {
-        AttentionMask { window, left_pad: self.left_pad.clone() }
+        AttentionMask {
+            window,
+            left_pad: self.left_pad.clone(),
+        }
     }
 
     /// Appends one layer's new keys and values and gives back all of that layer's.
-    pub fn append(&mut self, layer: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    pub fn append(
+        &mut self,
+        layer: usize,
+        keys: Tensor<4>,
+        values: Tensor<4>,
+    ) -> (Tensor<4>, Tensor<4>) {
         let slot = &mut self.layers[layer];
         let (before, all) = (slot.n_tokens, slot.n_tokens + keys.dims()[2]);
         let append = |held: &mut Option<Tensor<4>>, new: Tensor<4>| {
             // The only handle, so that it is written in place.
             let joined = joined(held.take(), before, new);
             *held = Some(joined.clone());
-            if joined.dims()[2] == all { joined } else { joined.narrow(2, 0, all) }
+            if joined.dims()[2] == all {
+                joined
+            } else {
+                joined.narrow(2, 0, all)
+            }
         };
-        let both = (append(&mut slot.keys, keys), append(&mut slot.values, values));
+        let both = (
+            append(&mut slot.keys, keys),
+            append(&mut slot.values, values),
+        );
         slot.n_tokens = all;
         both
     }
@@ -139,8 +163,14 @@ mod tests {
                 let (mut copy, new) = (copy.clone(), random(1));
                 let n = copy.n_tokens();
                 let (all_keys, all_values) = copy.append(1, new.clone(), new.clone());
-                assert_eq!(host_values(all_keys.narrow(2, 0, n)), host_values(keys.clone()));
-                assert_eq!(host_values(all_values.clone().narrow(2, 0, n)), host_values(values.clone()));
+                assert_eq!(
+                    host_values(all_keys.narrow(2, 0, n)),
+                    host_values(keys.clone())
+                );
+                assert_eq!(
+                    host_values(all_values.clone().narrow(2, 0, n)),
+                    host_values(values.clone())
+                );
                 assert_eq!(host_values(all_values.narrow(2, n, 1)), host_values(new));
             }
         }
@@ -151,6 +181,9 @@ mod tests {
         assert_eq!(cache.n_tokens(), 6);
         let new = random(2);
         let (all, _) = cache.append(0, new.clone(), new.clone());
-        assert_eq!(host_values(all), host_values(Tensor::cat(vec![keys.narrow(2, 0, 6), new], 2)));
+        assert_eq!(
+            host_values(all),
+            host_values(Tensor::cat(vec![keys.narrow(2, 0, 6), new], 2))
+        );
     }
 }

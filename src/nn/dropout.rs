@@ -2,7 +2,9 @@
 
 /// Mixes a seed with a stream's number (splitmix64, Steele et al. 2014): streams are independent of each other.
 pub fn mix_seed(seed: u64, stream: u64) -> u64 {
-    let mut z = seed.wrapping_add(stream.wrapping_mul(0x9E37_79B9_7F4A_7C15)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut z = seed
+        .wrapping_add(stream.wrapping_mul(0x9E37_79B9_7F4A_7C15))
+        .wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
@@ -21,7 +23,10 @@ pub struct Dropout {
 
 impl Dropout {
     /// No dropout.
-    pub const NONE: Self = Self { probability: 0.0, seed: 0 };
+    pub const NONE: Self = Self {
+        probability: 0.0,
+        seed: 0,
+    };
 
     /// Whether anything is dropped.
     pub fn is_active(&self) -> bool {
@@ -57,11 +62,18 @@ mod tests {
 
     #[test]
     fn share_scale_and_seed() {
-        let dropout = Dropout { probability: 0.25, seed: 7 };
+        let dropout = Dropout {
+            probability: 0.25,
+            seed: 7,
+        };
         let first = dropout.factors(101 * 97);
         let zeros = first.iter().filter(|v| **v == 0.0).count() as f64 / first.len() as f64;
         assert!((zeros - 0.25).abs() < 0.02, "{zeros}");
-        assert!(first.iter().all(|v| *v == 0.0 || (*v - 4.0 / 3.0).abs() < 1e-6));
+        assert!(
+            first
+                .iter()
+                .all(|v| *v == 0.0 || (*v - 4.0 / 3.0).abs() < 1e-6)
+        );
         assert_ne!(first, Dropout { seed: 8, ..dropout }.factors(101 * 97));
         let mut rest = first[34..].to_vec();
         dropout.for_each(34, &mut rest, |value, factor| *value -= factor);

@@ -34,7 +34,11 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     let n = tensor.shape().num_elements();
     let data = tensor.into_data_dtype(DType::F32);
     let values = data.try_into_vec::<f32>().unwrap_or_default();
-    assert_eq!(values.len(), n, "the device gave back another number of f32 values than the tensor has");
+    assert_eq!(
+        values.len(),
+        n,
+        "the device gave back another number of f32 values than the tensor has"
+    );
     values
 }
 
@@ -61,7 +65,11 @@ pub struct BaseLinear {
 
 /// The first `len` along `axis`, where that is not all: a view.
 pub(crate) fn prefix<const D: usize>(tensor: Tensor<D>, axis: usize, len: usize) -> Tensor<D> {
-    if tensor.dims()[axis] == len { tensor } else { tensor.narrow(axis, 0, len) }
+    if tensor.dims()[axis] == len {
+        tensor
+    } else {
+        tensor.narrow(axis, 0, len)
+    }
 }
 
 impl BaseLinear {
@@ -94,7 +102,11 @@ impl BaseLinear {
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] where the bias has another length.
-    pub fn from_quantized(weight: PackedMatrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
+    pub fn from_quantized(
+        weight: PackedMatrix,
+        bias: Option<&[f32]>,
+        device: &Device,
+    ) -> Result<Self> {
         Self::from_stored(weight.into(), bias, device)
     }
 
@@ -102,7 +114,11 @@ impl BaseLinear {
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] where the bias has another length; those of [`StoredMatrix::check`].
-    pub fn from_stored(weight: StoredMatrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
+    pub fn from_stored(
+        weight: StoredMatrix,
+        bias: Option<&[f32]>,
+        device: &Device,
+    ) -> Result<Self> {
         weight.check()?;
         let (d_input, d_output) = (weight.cols(), weight.rows());
         if let Some(bias) = bias.filter(|bias| bias.len() != d_output) {
@@ -112,7 +128,8 @@ impl BaseLinear {
                 found: vec![bias.len()],
             });
         }
-        let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [d_output]), device));
+        let bias =
+            bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [d_output]), device));
         Ok(Self {
             weight: None,
             packed: Some(StoredWeight::new(weight)),
@@ -142,7 +159,8 @@ impl BaseLinear {
             // No constructor makes a layer with neither.
             None => (vec![0.0; self.active.iter().product()], self.active),
         };
-        Tensor::<2>::from_data(TensorData::new(values, [d_output, d_input]), &self.device()).transpose()
+        Tensor::<2>::from_data(TensorData::new(values, [d_output, d_input]), &self.device())
+            .transpose()
     }
 
     /// Where the layer computes, off the tape for a packed weight.
@@ -158,14 +176,19 @@ impl BaseLinear {
     /// # Errors
     /// [`Error::ShapeMismatch`] where the bias has another length.
     pub fn from_matrix(weight: &Matrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
-        let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [bias.len()]), device));
+        let bias = bias
+            .map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [bias.len()]), device));
         Self::from_tensors(tensor_from_matrix(weight, device), bias)
     }
 
     /// The weight as a dense `f32` tensor, `[d_input, d_output]`; a copy where it is stored otherwise.
     pub fn weight(&self) -> Tensor<2> {
         let weight = self.value();
-        if weight.dtype() == DType::F32 { weight } else { weight.cast(FloatDType::F32) }
+        if weight.dtype() == DType::F32 {
+            weight
+        } else {
+            weight.cast(FloatDType::F32)
+        }
     }
 
     /// The active part of the weight as it is stored: a view. A packed weight is unpacked.
@@ -188,7 +211,10 @@ impl BaseLinear {
             });
         }
         let device = self.device();
-        let bias = self.bias.as_ref().map(|bias| prefix(bias.val(), 0, d_output));
+        let bias = self
+            .bias
+            .as_ref()
+            .map(|bias| prefix(bias.val(), 0, d_output));
         let bias = bias.map(|bias| Tensor::from_data(bias.to_data(), &device));
         Self::from_tensors(tensor_from_matrix(weight, &device), bias)
     }
@@ -206,14 +232,21 @@ impl BaseLinear {
                 found: vec![weight.rows(), weight.cols()],
             });
         }
-        let bias = self.bias.as_ref().map(|bias| host_values(prefix(bias.val(), 0, d_output)));
+        let bias = self
+            .bias
+            .as_ref()
+            .map(|bias| host_values(prefix(bias.val(), 0, d_output)));
         Self::from_quantized(weight, bias.as_deref(), &self.device())
     }
 
     /// The active part of the weight as `f32`.
     pub(crate) fn active_weight(&self) -> Tensor<2> {
         let weight = self.stored();
-        if weight.dtype() == DType::F32 { weight } else { weight.cast(FloatDType::F32) }
+        if weight.dtype() == DType::F32 {
+            weight
+        } else {
+            weight.cast(FloatDType::F32)
+        }
     }
 
     /// Inputs and outputs that are active, all of them at first.
@@ -236,7 +269,9 @@ impl BaseLinear {
             });
         }
         if self.packed.is_some() && active != dims {
-            return Err(Error::Unsupported { what: format!("a part, {active:?}, of a quantized weight of {dims:?}") });
+            return Err(Error::Unsupported {
+                what: format!("a part, {active:?}, of a quantized weight of {dims:?}"),
+            });
         }
         self.active = active;
         Ok(())
@@ -249,7 +284,9 @@ impl BaseLinear {
             if weight.val().dtype() == dtype.into() {
                 return weight;
             }
-            weight.map(|weight| weight.cast(dtype)).set_require_grad(false)
+            weight
+                .map(|weight| weight.cast(dtype))
+                .set_require_grad(false)
         });
         self
     }
@@ -326,7 +363,9 @@ impl BaseLinear {
 
     /// Whether somebody trains the weight.
     pub(crate) fn is_tracked(&self) -> bool {
-        self.weight.as_ref().is_some_and(|weight| weight.val().is_tracked())
+        self.weight
+            .as_ref()
+            .is_some_and(|weight| weight.val().is_tracked())
     }
 
     /// Adds the bias, where there is one.
@@ -350,10 +389,14 @@ mod tests {
         assert_eq!(layer.dims(), [5, 3]);
         assert_eq!(layer.to_matrix(), w);
         let x: Vec<f32> = (0..10).map(|i| (i as f32 * 0.7).sin()).collect();
-        let y = host_values(layer.forward(Tensor::<2>::from_data(TensorData::new(x.clone(), [2, 5]), &device)));
+        let y = host_values(layer.forward(Tensor::<2>::from_data(
+            TensorData::new(x.clone(), [2, 5]),
+            &device,
+        )));
         for row in 0..2 {
             for o in 0..3 {
-                let expected: f32 = (0..5).map(|i| x[row * 5 + i] * w.row(o)[i]).sum::<f32>() + [0.5, -1.0, 2.0][o];
+                let expected: f32 =
+                    (0..5).map(|i| x[row * 5 + i] * w.row(o)[i]).sum::<f32>() + [0.5, -1.0, 2.0][o];
                 approx::assert_abs_diff_eq!(y[row * 3 + o], expected, epsilon = 1e-5);
             }
         }
@@ -363,7 +406,10 @@ mod tests {
     fn a_weight_of_another_shape_is_refused() {
         let device = Device::flex();
         let mut layer = BaseLinear::from_matrix(&Matrix::zeros(3, 5), None, &device).unwrap();
-        assert!(matches!(layer.set_matrix(&Matrix::zeros(5, 3)), Err(Error::ShapeMismatch { .. })));
+        assert!(matches!(
+            layer.set_matrix(&Matrix::zeros(5, 3)),
+            Err(Error::ShapeMismatch { .. })
+        ));
         assert!(BaseLinear::from_matrix(&Matrix::zeros(3, 5), Some(&[0.0; 5]), &device).is_err());
     }
 }

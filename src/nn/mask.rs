@@ -14,17 +14,39 @@ pub struct AttentionMask {
 impl AttentionMask {
     /// The keys that `query` of batch row `row` sees; empty if all of them are padding. The last query stands at the last
     /// key.
-    pub(crate) fn visible(&self, row: usize, query: usize, seq_q: usize, seq_k: usize) -> Range<usize> {
+    pub(crate) fn visible(
+        &self,
+        row: usize,
+        query: usize,
+        seq_q: usize,
+        seq_k: usize,
+    ) -> Range<usize> {
         let end = (seq_k + query + 1).saturating_sub(seq_q).min(seq_k);
-        let pad = self.left_pad.as_ref().and_then(|pads| pads.get(row)).copied().unwrap_or(0);
-        let start = self.window.map_or(0, |window| end.saturating_sub(window)).max(pad);
+        let pad = self
+            .left_pad
+            .as_ref()
+            .and_then(|pads| pads.get(row))
+            .copied()
+            .unwrap_or(0);
+        let start = self
+            .window
+            .map_or(0, |window| end.saturating_sub(window))
+            .max(pad);
         start.min(end)..end
     }
 
     /// True where a query must not look, `[rows, 1, seq_q, seq_k]` with `rows` one of `batch` and 1, and that `rows`; nothing
     /// where every key is visible.
-    pub(crate) fn hidden(&self, batch: usize, seq_q: usize, seq_k: usize) -> Option<(Vec<bool>, usize)> {
-        let padded = self.left_pad.as_ref().is_some_and(|pads| pads.iter().any(|pad| *pad > 0));
+    pub(crate) fn hidden(
+        &self,
+        batch: usize,
+        seq_q: usize,
+        seq_k: usize,
+    ) -> Option<(Vec<bool>, usize)> {
+        let padded = self
+            .left_pad
+            .as_ref()
+            .is_some_and(|pads| pads.iter().any(|pad| *pad > 0));
         if seq_q == 1 && !padded && self.window.is_none_or(|window| window >= seq_k) {
             return None;
         }

@@ -17,7 +17,10 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// Takes a gain `[d_model]`. It starts frozen.
     pub fn from_tensor(weight: Tensor<1>, eps: f64) -> Self {
-        Self { weight: Param::from_tensor(weight).set_require_grad(false), eps }
+        Self {
+            weight: Param::from_tensor(weight).set_require_grad(false),
+            eps,
+        }
     }
 
     /// Normalizes the last dimension; see [`ops::rms_norm`].

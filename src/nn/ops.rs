@@ -19,7 +19,11 @@ use super::stored::StoredWeight;
 /// # Shapes
 /// - `x`: `[.., d_model]`, `weight`: `[d_model]`; the result is `x`'s shape.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
-    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
+    Tensor::from_dispatch(Dispatch::rms_norm(
+        x.into_dispatch(),
+        weight.into_dispatch(),
+        eps,
+    ))
 }
 
 /// The gated activation of a SwiGLU block (Shazeer, arXiv 2002.05202): `silu(gate) * up`, element by element.
@@ -44,7 +48,8 @@ pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> T
 /// `[batch, seq, n_heads * head_dim]` to `[batch, n_heads, seq, head_dim]`.
 pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
     let [batch, seq, width] = x.dims();
-    x.reshape([batch, seq, n_heads, width / n_heads]).swap_dims(1, 2)
+    x.reshape([batch, seq, n_heads, width / n_heads])
+        .swap_dims(1, 2)
 }
 
 /// Causal attention with grouped key/value heads: `softmax(q k^T * scale) v`.
@@ -56,7 +61,13 @@ pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
 /// - `q`: `[batch, n_heads, seq_q, head_dim]`
 /// - `k`, `v`: `[batch, n_kv_heads, seq_k, head_dim]`, `n_heads` a multiple of `n_kv_heads`, `seq_k >= seq_q`
 /// - result: `[batch, seq_q, n_heads * head_dim]`
-pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, mask: &AttentionMask) -> Tensor<3> {
+pub fn causal_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    scale: f64,
+    mask: &AttentionMask,
+) -> Tensor<3> {
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     let (context, _) = Dispatch::causal_attention(q, k, v, scale, mask.clone());
     Tensor::from_dispatch(context)
@@ -70,7 +81,10 @@ pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, ma
 /// # Shapes
 /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`; result: `[.., d_output]`
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
-    Tensor::from_dispatch(Dispatch::mixed_linear(x.into_dispatch(), weight.into_dispatch()))
+    Tensor::from_dispatch(Dispatch::mixed_linear(
+        x.into_dispatch(),
+        weight.into_dispatch(),
+    ))
 }
 
 /// A frozen linear layer with a low-rank adapter of which the first ranks are active: `x W + s (dropout(x) A_r) B_r`.
@@ -108,7 +122,13 @@ pub fn summed_weight(
     term: LoraTerm,
 ) -> Tensor<2> {
     let (weight, mask) = (weight.into_dispatch(), mask.into_dispatch());
-    Tensor::from_dispatch(Dispatch::summed_weight(weight, mask, a.into_dispatch(), b.into_dispatch(), term))
+    Tensor::from_dispatch(Dispatch::summed_weight(
+        weight,
+        mask,
+        a.into_dispatch(),
+        b.into_dispatch(),
+        term,
+    ))
 }
 
 /// A weight with its update on a grid (QA-SparsePEFT, arXiv 2410.03750): for `V` as [`summed_weight`] gives it,
@@ -132,8 +152,15 @@ pub fn quantized_sum(
     term: GridTerm,
 ) -> Tensor<2> {
     let (weight, mask) = (weight.into_dispatch(), mask.into_dispatch());
-    let (a, b, scales, zeros) = (a.into_dispatch(), b.into_dispatch(), scales.into_dispatch(), zeros.into_dispatch());
-    Tensor::from_dispatch(Dispatch::quantized_sum(weight, mask, a, b, scales, zeros, term))
+    let (a, b, scales, zeros) = (
+        a.into_dispatch(),
+        b.into_dispatch(),
+        scales.into_dispatch(),
+        zeros.into_dispatch(),
+    );
+    Tensor::from_dispatch(Dispatch::quantized_sum(
+        weight, mask, a, b, scales, zeros, term,
+    ))
 }
 
 /// The product with [`summed_weight`], as one node of the tape: the factors' gradients follow from `x` and the gradient of the result,
@@ -152,9 +179,15 @@ pub fn summed_linear<const D: usize>(
     term: LoraTerm,
     rounded: bool,
 ) -> Tensor<D> {
-    let (x, weight, mask) = (x.into_dispatch(), weight.into_dispatch(), mask.into_dispatch());
+    let (x, weight, mask) = (
+        x.into_dispatch(),
+        weight.into_dispatch(),
+        mask.into_dispatch(),
+    );
     let (a, b) = (a.into_dispatch(), b.into_dispatch());
-    Tensor::from_dispatch(Dispatch::summed_linear(x, weight, mask, a, b, term, rounded))
+    Tensor::from_dispatch(Dispatch::summed_linear(
+        x, weight, mask, a, b, term, rounded,
+    ))
 }
 
 /// The product with [`quantized_sum`], likewise. With a weight of bf16 the product takes the sum rounded to bf16; the grid is the same.
@@ -170,9 +203,20 @@ pub fn quantized_linear<const D: usize>(
     term: GridTerm,
     rounded: bool,
 ) -> Tensor<D> {
-    let (x, weight, mask) = (x.into_dispatch(), weight.into_dispatch(), mask.into_dispatch());
-    let (a, b, scales, zeros) = (a.into_dispatch(), b.into_dispatch(), scales.into_dispatch(), zeros.into_dispatch());
-    Tensor::from_dispatch(Dispatch::quantized_linear(x, weight, mask, a, b, scales, zeros, term, rounded))
+    let (x, weight, mask) = (
+        x.into_dispatch(),
+        weight.into_dispatch(),
+        mask.into_dispatch(),
+    );
+    let (a, b, scales, zeros) = (
+        a.into_dispatch(),
+        b.into_dispatch(),
+        scales.into_dispatch(),
+        zeros.into_dispatch(),
+    );
+    Tensor::from_dispatch(Dispatch::quantized_linear(
+        x, weight, mask, a, b, scales, zeros, term, rounded,
+    ))
 }
 
 /// [`linear`] with a weight as it is stored. A product of up to 8 rows reads it so, on a CPU in host memory, on a GPU in the
@@ -231,7 +275,12 @@ pub fn distilled_loss(
     targets: Tensor<1, Int>,
     mix: f64,
 ) -> (Tensor<1>, Tensor<1>) {
-    let (hidden, weight, teacher) = (hidden.into_dispatch(), weight.into_dispatch(), teacher.into_dispatch());
-    let (loss, nll) = Dispatch::distilled_loss(hidden, weight, teacher, targets.into_dispatch(), mix);
+    let (hidden, weight, teacher) = (
+        hidden.into_dispatch(),
+        weight.into_dispatch(),
+        teacher.into_dispatch(),
+    );
+    let (loss, nll) =
+        Dispatch::distilled_loss(hidden, weight, teacher, targets.into_dispatch(), mix);
     (Tensor::from_dispatch(loss), Tensor::from_dispatch(nll))
 }

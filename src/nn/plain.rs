@@ -42,18 +42,28 @@ pub(crate) fn causal_attention(
         let first = mask.left_pad.as_deref().map_or(0, |pads| pads[row]);
         for query in 0..seq_q {
             let position = seq_k - seq_q + query;
-            hidden.extend((0..seq_k).map(|key| key > position || position - key >= window || key < first));
+            hidden.extend(
+                (0..seq_k).map(|key| key > position || position - key >= window || key < first),
+            );
         }
     }
-    let hidden =
-        Tensor::<4, burn::tensor::Bool>::from_data(TensorData::new(hidden, [batch, 1, seq_q, seq_k]), &scores.device());
+    let hidden = Tensor::<4, burn::tensor::Bool>::from_data(
+        TensorData::new(hidden, [batch, 1, seq_q, seq_k]),
+        &scores.device(),
+    );
     let scores = scores.reshape([batch, n_heads, seq_q, seq_k]);
     let scores = scores.mask_fill(hidden.expand([batch, n_heads, seq_q, seq_k]), -1e30);
     let scores = scores.reshape([batch, n_kv_heads, group * seq_q, seq_k]);
     let context = activation::softmax(scores, 3).matmul(v);
-    context.reshape([batch, n_heads, seq_q, head_dim]).swap_dims(1, 2).reshape([batch, seq_q, n_heads * head_dim])
+    context
+        .reshape([batch, n_heads, seq_q, head_dim])
+        .swap_dims(1, 2)
+        .reshape([batch, seq_q, n_heads * head_dim])
 }
 
 pub(crate) fn cross_entropy_sum(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    activation::log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1)).sum().neg()
+    activation::log_softmax(logits, 1)
+        .gather(1, targets.unsqueeze_dim(1))
+        .sum()
+        .neg()
 }

@@ -32,8 +32,8 @@ impl Rope {
                         } else if wavelength > original / low_freq_factor {
                             freq / factor
                         } else {
-                            let smooth =
-                                (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                            let smooth = (original / wavelength - low_freq_factor)
+                                / (high_freq_factor - low_freq_factor);
                             (1.0 - smooth) * freq / factor + smooth * freq
                         }
                     }
@@ -67,8 +67,12 @@ impl Rope {
     pub fn tables(&self, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
         let half = self.inv_freq.len();
         let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
-        let rows = cos.chunks_exact_mut(half.max(1)).zip(sin.chunks_exact_mut(half.max(1)));
-        (start..).zip(rows).for_each(|(position, (cos, sin))| self.turn_at(position, cos, sin));
+        let rows = cos
+            .chunks_exact_mut(half.max(1))
+            .zip(sin.chunks_exact_mut(half.max(1)));
+        (start..)
+            .zip(rows)
+            .for_each(|(position, (cos, sin))| self.turn_at(position, cos, sin));
         (
             Tensor::from_data(TensorData::new(cos, [n, half]), device),
             Tensor::from_data(TensorData::new(sin, [n, half]), device),
@@ -94,10 +98,18 @@ mod tests {
             },
         );
         assert_eq!(plain.inv_freq()[0], scaled.inv_freq()[0]);
-        approx::assert_relative_eq!(plain.inv_freq()[31] / 8.0, scaled.inv_freq()[31], epsilon = 1e-12);
+        approx::assert_relative_eq!(
+            plain.inv_freq()[31] / 8.0,
+            scaled.inv_freq()[31],
+            epsilon = 1e-12
+        );
         // Published middle value: 2 pi / freq between 2048 and 8192 is interpolated, so it lies strictly between.
-        let between =
-            plain.inv_freq().iter().zip(scaled.inv_freq()).filter(|(p, s)| *s < *p && **s > **p / 8.0).count();
+        let between = plain
+            .inv_freq()
+            .iter()
+            .zip(scaled.inv_freq())
+            .filter(|(p, s)| *s < *p && **s > **p / 8.0)
+            .count();
         assert!(between > 0);
         for (p, s) in plain.inv_freq().iter().zip(scaled.inv_freq()) {
             assert!(s <= p && *s >= p / 8.0 - 1e-12);

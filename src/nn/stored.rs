@@ -30,7 +30,10 @@ impl fmt::Debug for Held {
 impl StoredWeight {
     /// Wraps a matrix.
     pub fn new(matrix: StoredMatrix) -> Self {
-        Self(Arc::new(Held { matrix, copies: Mutex::default() }))
+        Self(Arc::new(Held {
+            matrix,
+            copies: Mutex::default(),
+        }))
     }
 
     /// The matrix, `[d_output, d_input]`.
@@ -40,9 +43,15 @@ impl StoredWeight {
 
     /// A backend's copy: the one that is wanted or, where there is none, a new one. It lives as long as the weight.
     #[allow(dead_code)] // not every build has a backend that keeps one
-    pub(super) fn copy<T: Any + Send + Sync>(&self, wanted: impl Fn(&T) -> bool, make: impl FnOnce() -> T) -> Arc<T> {
+    pub(super) fn copy<T: Any + Send + Sync>(
+        &self,
+        wanted: impl Fn(&T) -> bool,
+        make: impl FnOnce() -> T,
+    ) -> Arc<T> {
         let mut copies = self.0.copies.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = copies.iter().find_map(|copy| copy.clone().downcast().ok().filter(|copy| wanted(copy)));
+        let found = copies
+            .iter()
+            .find_map(|copy| copy.clone().downcast().ok().filter(|copy| wanted(copy)));
         found.unwrap_or_else(|| {
             let made = Arc::new(make());
             copies.push(made.clone());
@@ -69,10 +78,13 @@ impl StoredWeight {
             return values;
         }
         let rows = (TASK / d_input).max(1);
-        values.par_chunks_mut(rows * d_input).enumerate().for_each(|(index, out)| {
-            let done = self.matrix().dequantize_rows(index * rows, out);
-            debug_assert!(done.is_ok(), "whole rows of the matrix: {done:?}");
-        });
+        values
+            .par_chunks_mut(rows * d_input)
+            .enumerate()
+            .for_each(|(index, out)| {
+                let done = self.matrix().dequantize_rows(index * rows, out);
+                debug_assert!(done.is_ok(), "whole rows of the matrix: {done:?}");
+            });
         values
     }
 }
@@ -97,6 +109,10 @@ impl InputGroups {
 
     /// Groups that the first `d_input` inputs are in, where there are no more than `groups`.
     pub fn count(&self, d_input: usize, groups: usize) -> usize {
-        if self.order.is_some() { groups } else { d_input.div_ceil(self.size).min(groups) }
+        if self.order.is_some() {
+            groups
+        } else {
+            d_input.div_ceil(self.size).min(groups)
+        }
     }
 }

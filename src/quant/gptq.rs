@@ -47,7 +47,11 @@ pub struct GptqConfig {
 impl GptqConfig {
     /// GPTQ on these grids.
     pub fn new(grid: GridConfig) -> Self {
-        Self { grid, groups: GroupGrids::default(), block_size: BLOCK }
+        Self {
+            grid,
+            groups: GroupGrids::default(),
+            block_size: BLOCK,
+        }
     }
 
     /// Sets from which weights the grids of groups are found.
@@ -86,7 +90,12 @@ impl GptqConfig {
 /// # Errors
 /// [`Error::InvalidArgument`] for bad settings, [`Error::ShapeMismatch`] for a factor or a mask of another size,
 /// [`Error::NotFinite`] for a weight that is NaN or infinite, [`Error::TensorOverflow`] for a scale too large for its format.
-pub fn gptq(weight: &Matrix, factor: &Factor, config: &GptqConfig, mask: Option<&Mask>) -> Result<QuantizedMatrix> {
+pub fn gptq(
+    weight: &Matrix,
+    factor: &Factor,
+    config: &GptqConfig,
+    mask: Option<&Mask>,
+) -> Result<QuantizedMatrix> {
     let keep = mask.map_or(Keep::All, Keep::These);
     quantize(weight, factor, config, keep, 1).map(|(quantized, _)| quantized)
 }
@@ -106,7 +115,13 @@ pub fn sparse_gptq(
     pattern: &Pattern,
 ) -> Result<(QuantizedMatrix, Mask)> {
     pattern.validate()?;
-    quantize(weight, factor, config, Keep::Best(*pattern), pattern.group())
+    quantize(
+        weight,
+        factor,
+        config,
+        Keep::Best(*pattern),
+        pattern.group(),
+    )
 }
 
 fn quantize(
@@ -128,11 +143,23 @@ fn quantize(
     }
     let length = if fixed { 1 } else { group_size };
     let block = block_length(config.block_size, [length, pattern_group]);
-    let pass = Pass { factor, keep, block, grids_at_block: !fixed && config.groups == GroupGrids::Block };
+    let pass = Pass {
+        factor,
+        keep,
+        block,
+        grids_at_block: !fixed && config.groups == GroupGrids::Block,
+    };
     let top = u8::MAX >> (8 - config.grid.bits);
-    let QuantizedParts { codes, scales, zeros, .. } = &mut parts;
-    let chunks =
-        codes.chunks_mut(cols.max(1)).zip(scales.chunks_mut(groups.max(1))).zip(zeros.chunks_mut(groups.max(1)));
+    let QuantizedParts {
+        codes,
+        scales,
+        zeros,
+        ..
+    } = &mut parts;
+    let chunks = codes
+        .chunks_mut(cols.max(1))
+        .zip(scales.chunks_mut(groups.max(1)))
+        .zip(zeros.chunks_mut(groups.max(1)));
     let mut grids: Vec<GridRow<'_>> = chunks
         .map(|((codes, scales), zeros)| GridRow {
             config: &config.grid,
@@ -165,7 +192,10 @@ fn as_seen(weight: &Matrix, factor: &Factor, keep: Keep<'_>) -> Result<Matrix> {
     }
     for row in 0..seen.rows() {
         let row = seen.row_mut(row);
-        factor.dead().iter().for_each(|column| row[*column as usize] = 0.0);
+        factor
+            .dead()
+            .iter()
+            .for_each(|column| row[*column as usize] = 0.0);
     }
     Ok(seen)
 }
@@ -185,12 +215,21 @@ struct GridRow<'a> {
 
 impl GridRow<'_> {
     fn column(&self, position: usize) -> usize {
-        self.order.map_or(position, |order| order[position] as usize)
+        self.order
+            .map_or(position, |order| order[position] as usize)
     }
 
     fn grid(&self, position: usize) -> Grid {
-        let group = if self.fixed { self.column(position) } else { position } / self.group_size;
-        Grid { scale: self.scales[group], zero: self.zeros[group], top: self.top }
+        let group = if self.fixed {
+            self.column(position)
+        } else {
+            position
+        } / self.group_size;
+        Grid {
+            scale: self.scales[group],
+            zero: self.zeros[group],
+            top: self.top,
+        }
     }
 }
 

@@ -49,7 +49,13 @@ pub struct GridConfig {
 impl GridConfig {
     /// An asymmetric grid of that many bits for each group of 128 columns, its scales not rounded.
     pub fn new(bits: u8) -> Self {
-        Self { bits, group_size: Some(128), symmetric: false, scale_dtype: ScaleDtype::F32, zero_from_one: false }
+        Self {
+            bits,
+            group_size: Some(128),
+            symmetric: false,
+            scale_dtype: ScaleDtype::F32,
+            zero_from_one: false,
+        }
     }
 
     /// Sets the columns that share a grid; none for the whole row.
@@ -108,7 +114,11 @@ impl GridConfig {
         let (mut min, mut max) = (0.0_f32, 0.0_f32);
         for (index, weight) in weights.iter().enumerate() {
             if !weight.is_finite() {
-                return Err(Error::NotFinite { tensor: "weight".into(), index, value: *weight });
+                return Err(Error::NotFinite {
+                    tensor: "weight".into(),
+                    index,
+                    value: *weight,
+                });
             }
             (min, max) = (min.min(*weight), max.max(*weight));
         }
@@ -128,19 +138,36 @@ impl GridConfig {
                 ScaleDtype::F16 => "f16",
                 ScaleDtype::Bf16 => "bf16",
             };
-            Err(Error::TensorOverflow { tensor: "scale".into(), index: 0, value: scale, dtype })
+            Err(Error::TensorOverflow {
+                tensor: "scale".into(),
+                index: 0,
+                value: scale,
+                dtype,
+            })
         };
         let scale = stored((max - min) / f32::from(top))?;
         if scale == 0.0 {
-            return Ok(Grid { scale, zero: middle, top });
+            return Ok(Grid {
+                scale,
+                zero: middle,
+                top,
+            });
         }
         if self.symmetric {
-            return Ok(Grid { scale, zero: middle, top });
+            return Ok(Grid {
+                scale,
+                zero: middle,
+                top,
+            });
         }
         let zero = (-min / scale).round_ties_even().clamp(0.0, f32::from(top)) as u8;
         if zero == 0 && self.zero_from_one {
             let scale = stored((max / f32::from(top - 1)).max(scale))?;
-            return Ok(Grid { scale, zero: 1, top });
+            return Ok(Grid {
+                scale,
+                zero: 1,
+                top,
+            });
         }
         Ok(Grid { scale, zero, top })
     }

@@ -18,7 +18,11 @@ use crate::sparsity::Mask;
 /// # Errors
 /// [`Error::InvalidArgument`] for a bad grid, [`Error::ShapeMismatch`] for a mask of another shape, [`Error::NotFinite`] for
 /// a weight that is NaN or infinite, [`Error::TensorOverflow`] for a scale too large for its format.
-pub fn round_to_nearest(weight: &Matrix, config: &GridConfig, mask: Option<&Mask>) -> Result<QuantizedMatrix> {
+pub fn round_to_nearest(
+    weight: &Matrix,
+    config: &GridConfig,
+    mask: Option<&Mask>,
+) -> Result<QuantizedMatrix> {
     config.validate()?;
     let masked;
     let weight = match mask {
@@ -36,25 +40,53 @@ pub fn round_to_nearest(weight: &Matrix, config: &GridConfig, mask: Option<&Mask
         return QuantizedMatrix::new(parts);
     }
     find_grids(weight, config, &mut parts)?;
-    let (cols, group_size, groups) = (parts.cols, parts.group_size, parts.cols.div_ceil(parts.group_size));
-    let top = u8::MAX >> (8 - config.bits);
-    let grids = parts.scales.par_chunks(groups).zip(parts.zeros.par_chunks(groups));
-    parts.codes.par_chunks_mut(cols).zip(weight.as_slice().par_chunks(cols)).zip(grids).for_each(
-        |((codes, row), (scales, zeros))| {
-            let groups = codes.chunks_mut(group_size).zip(row.chunks(group_size)).zip(scales.iter().zip(zeros));
-            for ((codes, weights), (scale, zero)) in groups {
-                let grid = super::Grid { scale: *scale, zero: *zero, top };
-                codes.iter_mut().zip(weights).for_each(|(code, weight)| *code = grid.code(*weight));
-            }
-        },
+    let (cols, group_size, groups) = (
+        parts.cols,
+        parts.group_size,
+        parts.cols.div_ceil(parts.group_size),
     );
+    let top = u8::MAX >> (8 - config.bits);
+    let grids = parts
+        .scales
+        .par_chunks(groups)
+        .zip(parts.zeros.par_chunks(groups));
+    parts
+        .codes
+        .par_chunks_mut(cols)
+        .zip(weight.as_slice().par_chunks(cols))
+        .zip(grids)
+        .for_each(|((codes, row), (scales, zeros))| {
+            let groups = codes
+                .chunks_mut(group_size)
+                .zip(row.chunks(group_size))
+                .zip(scales.iter().zip(zeros));
+            for ((codes, weights), (scale, zero)) in groups {
+                let grid = super::Grid {
+                    scale: *scale,
+                    zero: *zero,
+                    top,
+                };
+                codes
+                    .iter_mut()
+                    .zip(weights)
+                    .for_each(|(code, weight)| *code = grid.code(*weight));
+            }
+        });
     QuantizedMatrix::new(parts)
 }
 
 /// Names the first element of the weight that is NaN or infinite.
 pub(super) fn check_finite(weight: &Matrix) -> Result<()> {
-    match weight.as_slice().par_iter().position_first(|value| !value.is_finite()) {
-        Some(index) => Err(Error::NotFinite { tensor: "weight".into(), index, value: weight.as_slice()[index] }),
+    match weight
+        .as_slice()
+        .par_iter()
+        .position_first(|value| !value.is_finite())
+    {
+        Some(index) => Err(Error::NotFinite {
+            tensor: "weight".into(),
+            index,
+            value: weight.as_slice()[index],
+        }),
         None => Ok(()),
     }
 }
@@ -79,15 +111,24 @@ pub(super) fn empty_parts(weight: &Matrix, config: &GridConfig) -> QuantizedPart
 }
 
 /// Finds the grid of each group of consecutive columns. The matrix has elements.
-pub(super) fn find_grids(weight: &Matrix, config: &GridConfig, parts: &mut QuantizedParts) -> Result<()> {
+pub(super) fn find_grids(
+    weight: &Matrix,
+    config: &GridConfig,
+    parts: &mut QuantizedParts,
+) -> Result<()> {
     let (cols, group_size) = (parts.cols, parts.group_size);
     let groups = cols.div_ceil(group_size);
-    let rows = parts.scales.par_chunks_mut(groups).zip(parts.zeros.par_chunks_mut(groups));
-    rows.zip(weight.as_slice().par_chunks(cols)).try_for_each(|((scales, zeros), row)| {
-        for ((scale, zero), weights) in scales.iter_mut().zip(zeros).zip(row.chunks(group_size)) {
-            let grid = config.grid(weights)?;
-            (*scale, *zero) = (grid.scale, grid.zero);
-        }
-        Ok(())
-    })
+    let rows = parts
+        .scales
+        .par_chunks_mut(groups)
+        .zip(parts.zeros.par_chunks_mut(groups));
+    rows.zip(weight.as_slice().par_chunks(cols))
+        .try_for_each(|((scales, zeros), row)| {
+            for ((scale, zero), weights) in scales.iter_mut().zip(zeros).zip(row.chunks(group_size))
+            {
+                let grid = config.grid(weights)?;
+                (*scale, *zero) = (grid.scale, grid.zero);
+            }
+            Ok(())
+        })
 }

@@ -27,7 +27,11 @@ unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {
     pub fn new(all: &'a mut [f32]) -> Self {
-        Self { start: all.as_mut_ptr(), len: all.len(), borrowed: PhantomData }
+        Self {
+            start: all.as_mut_ptr(),
+            len: all.len(),
+            borrowed: PhantomData,
+        }
     }
 
     /// A part of it.
@@ -35,7 +39,11 @@ impl<'a> Shared<'a> {
     /// # Safety
     /// Nobody has a part that overlaps it meanwhile.
     pub unsafe fn part(self, range: Range<usize>) -> &'a mut [f32] {
-        assert!(range.start <= range.end && range.end <= self.len, "a part of {} numbers: {range:?}", self.len);
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "a part of {} numbers: {range:?}",
+            self.len
+        );
         // SAFETY: in bounds, alive as long as the borrow, and by the caller's promise nobody else's.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
@@ -80,7 +88,10 @@ pub(super) fn attend(pool: &Pool, call: &Call<'_, '_>) {
     // With few heads, smaller blocks, so that every thread has some.
     let few = call.n_seqs * call.heads.n_kv_heads < 2 * pool.threads();
     let block = if few && queries > QUERIES {
-        queries.div_ceil(2 * pool.threads()).next_multiple_of(QUERIES).clamp(QUERIES, BLOCK)
+        queries
+            .div_ceil(2 * pool.threads())
+            .next_multiple_of(QUERIES)
+            .clamp(QUERIES, BLOCK)
     } else {
         BLOCK
     };
@@ -112,18 +123,31 @@ impl Call<'_, '_> {
     }
 
     fn append<S: Kept>(&self, layer: &LayerCache<S>, start: usize, seq: usize, head: usize) {
-        let Heads { n_heads, n_kv_heads, head_dim, .. } = self.heads;
+        let Heads {
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            ..
+        } = self.heads;
         let (group, half) = (n_heads / n_kv_heads, head_dim / 2);
         let rows = seq * self.n..(seq + 1) * self.n;
         for row in rows.clone() {
-            let (cos, sin) = (&self.cos[row * half..(row + 1) * half], &self.sin[row * half..(row + 1) * half]);
+            let (cos, sin) = (
+                &self.cos[row * half..(row + 1) * half],
+                &self.sin[row * half..(row + 1) * half],
+            );
             let first = row * n_heads * head_dim + head * group * head_dim;
             // SAFETY: the queries and keys of this head and these rows are this task's alone.
             let (queries, key) = unsafe {
                 let key = (row * n_kv_heads + head) * head_dim;
-                (self.q.part(first..first + group * head_dim), self.k.part(key..key + head_dim))
+                (
+                    self.q.part(first..first + group * head_dim),
+                    self.k.part(key..key + head_dim),
+                )
             };
-            queries.chunks_exact_mut(head_dim).for_each(|query| turn_in_place(self.level, query, cos, sin));
+            queries
+                .chunks_exact_mut(head_dim)
+                .for_each(|query| turn_in_place(self.level, query, cos, sin));
             turn_in_place(self.level, key, cos, sin);
         }
         let mut done = 0;
@@ -153,18 +177,32 @@ impl Call<'_, '_> {
         let (seq, head) = (task / self.heads.n_kv_heads, task % self.heads.n_kv_heads);
         let cache = (self.caches)(seq);
         match &cache.layers {
-            Layers::F32(layers) => self.look_at(&layers[self.block], cache.n_tokens(), seq, head, queries),
-            Layers::F16(layers) => self.look_at(&layers[self.block], cache.n_tokens(), seq, head, queries),
+            Layers::F32(layers) => {
+                self.look_at(&layers[self.block], cache.n_tokens(), seq, head, queries)
+            }
+            Layers::F16(layers) => {
+                self.look_at(&layers[self.block], cache.n_tokens(), seq, head, queries)
+            }
         }
     }
 
-    fn look_at<S: Kept>(&self, layer: &LayerCache<S>, start: usize, seq: usize, head: usize, queries: Range<usize>) {
+    fn look_at<S: Kept>(
+        &self,
+        layer: &LayerCache<S>,
+        start: usize,
+        seq: usize,
+        head: usize,
+        queries: Range<usize>,
+    ) {
         let mut running = [Running::NONE; BLOCK];
         for query in queries.clone() {
             // SAFETY: the results of these queries are this task's alone.
             unsafe { self.out.part(self.place(seq, head, query)) }.fill(0.0);
         }
-        let (first, last) = (self.visible(start, queries.start), self.visible(start, queries.end - 1));
+        let (first, last) = (
+            self.visible(start, queries.start),
+            self.visible(start, queries.end - 1),
+        );
         for tile in first.start / TILE..last.end.div_ceil(TILE) {
             // SAFETY: what is read was appended before.
             let (keys, values) = unsafe { layer.tile(tile, head) };
@@ -198,7 +236,9 @@ impl Call<'_, '_> {
         keys: &[S],
         values: &[S],
     ) {
-        let Some(running) = running.first_chunk_mut::<N>() else { return };
+        let Some(running) = running.first_chunk_mut::<N>() else {
+            return;
+        };
         let inside = |token: usize| token.saturating_sub(tile * TILE).min(TILE);
         let ranges: [Range<usize>; N] = std::array::from_fn(|i| {
             let seen = self.visible(start, first + i);
@@ -213,7 +253,13 @@ impl Call<'_, '_> {
             let place = self.place(seq, head, query);
             // SAFETY: queries are only read now, and each result is this task's, and another one's than the others'.
             let (q, out) = unsafe { (&*self.q.part(place.clone()), self.out.part(place)) };
-            Query { q, from: range.start, to: range.end, running, out }
+            Query {
+                q,
+                from: range.start,
+                to: range.end,
+                running,
+                out,
+            }
         });
         let scale = 1.0 / (self.heads.head_dim as f32).sqrt();
         attend_tile(self.level, &mut queries, keys, values, scale);
@@ -221,15 +267,23 @@ impl Call<'_, '_> {
 
     /// Where a query and its result are.
     fn place(&self, seq: usize, head: usize, query: usize) -> Range<usize> {
-        let Heads { n_heads, n_kv_heads, head_dim, .. } = self.heads;
+        let Heads {
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            ..
+        } = self.heads;
         let group = n_heads / n_kv_heads;
-        let start = ((seq * self.n + query / group) * n_heads + head * group + query % group) * head_dim;
+        let start =
+            ((seq * self.n + query / group) * n_heads + head * group + query % group) * head_dim;
         start..start + head_dim
     }
 
     /// The tokens that a query sees.
     fn visible(&self, start: usize, query: usize) -> Range<usize> {
         let end = start + query / (self.heads.n_heads / self.heads.n_kv_heads) + 1;
-        self.heads.window.map_or(0, |window| end.saturating_sub(window))..end
+        self.heads
+            .window
+            .map_or(0, |window| end.saturating_sub(window))..end
     }
 }

@@ -21,7 +21,12 @@ pub struct GenerateConfig {
 impl GenerateConfig {
     /// Greedy, in batches of 64.
     pub fn new(max_new_tokens: usize, stop_ids: Vec<u32>) -> Self {
-        Self { max_new_tokens, stop_ids, sample: SampleConfig::default(), batch_size: 64 }
+        Self {
+            max_new_tokens,
+            stop_ids,
+            sample: SampleConfig::default(),
+            batch_size: 64,
+        }
     }
 }
 
@@ -32,7 +37,11 @@ impl GenerateConfig {
 ///
 /// # Errors
 /// An empty prompt, one longer than the context, a token outside the vocabulary, settings out of range.
-pub fn generate_batch(model: &Decoder, prompts: &[Vec<u32>], config: &GenerateConfig) -> Result<Vec<Vec<u32>>> {
+pub fn generate_batch(
+    model: &Decoder,
+    prompts: &[Vec<u32>],
+    config: &GenerateConfig,
+) -> Result<Vec<Vec<u32>>> {
     config.sample.validate()?;
     if config.batch_size == 0 {
         return Err(Error::argument("batch_size", 0, "at least 1"));
@@ -48,14 +57,21 @@ pub fn generate_batch(model: &Decoder, prompts: &[Vec<u32>], config: &GenerateCo
         }
         if prompt.len() > context {
             let what = format!("prompt {}", index + 1);
-            return Err(Error::SequenceTooLong { what, found: prompt.len(), max: context });
+            return Err(Error::SequenceTooLong {
+                what,
+                found: prompt.len(),
+                max: context,
+            });
         }
     }
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|index| prompts[*index].len());
     let mut outputs = vec![Vec::new(); prompts.len()];
     for chunk in order.chunks(config.batch_size) {
-        for (index, output) in chunk.iter().zip(generate_chunk(model, prompts, chunk, config)?) {
+        for (index, output) in chunk
+            .iter()
+            .zip(generate_chunk(model, prompts, chunk, config)?)
+        {
             outputs[*index] = output;
         }
     }
@@ -70,23 +86,38 @@ fn generate_chunk(
 ) -> Result<Vec<Vec<u32>>> {
     let context = model.config().max_position_embeddings();
     let vocab = model.config().vocab_size();
-    let longest = chunk.iter().map(|index| prompts[*index].len()).max().unwrap_or(0);
-    let left_pad: Vec<usize> = chunk.iter().map(|index| longest - prompts[*index].len()).collect();
+    let longest = chunk
+        .iter()
+        .map(|index| prompts[*index].len())
+        .max()
+        .unwrap_or(0);
+    let left_pad: Vec<usize> = chunk
+        .iter()
+        .map(|index| longest - prompts[*index].len())
+        .collect();
     let mut ids = Vec::with_capacity(chunk.len() * longest);
     for (index, pad) in chunk.iter().zip(&left_pad) {
         ids.extend(std::iter::repeat_n(0, *pad));
         ids.extend_from_slice(&prompts[*index]);
     }
     let mut cache = KvCache::with_left_pad(model.config().num_hidden_layers(), left_pad);
-    let mut samplers =
-        chunk.iter().map(|index| Sampler::new(&config.sample, *index as u64)).collect::<Result<Vec<_>>>()?;
+    let mut samplers = chunk
+        .iter()
+        .map(|index| Sampler::new(&config.sample, *index as u64))
+        .collect::<Result<Vec<_>>>()?;
     let mut outputs = vec![Vec::new(); chunk.len()];
     // Rows still running, by their place in the chunk; row `i` of the cache belongs to `rows[i]`.
     let mut rows: Vec<usize> = (0..chunk.len()).collect();
     // What each prompt has room for, as if it were alone: padding takes none. Positions may pass the context's end, since
     // rotary attention sees distances only.
-    let rooms: Vec<usize> =
-        chunk.iter().map(|index| config.max_new_tokens.min(context - prompts[*index].len() + 1)).collect();
+    let rooms: Vec<usize> = chunk
+        .iter()
+        .map(|index| {
+            config
+                .max_new_tokens
+                .min(context - prompts[*index].len() + 1)
+        })
+        .collect();
     rows.retain(|row| rooms[*row] > 0);
     while !rows.is_empty() {
         let seq = ids.len() / rows.len();

@@ -35,9 +35,12 @@ impl Model {
     /// weight that its format cannot hold.
     pub fn from_decoder(model: &Decoder, plan: impl Into<FormatPlan>) -> Result<Self> {
         if let Some(unit) = model.left_out().first() {
-            return Err(Error::Unsupported { what: format!("running with `{unit}` left out, not extracted,") });
+            return Err(Error::Unsupported {
+                what: format!("running with `{unit}` left out, not extracted,"),
+            });
         }
-        let narrowed = |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
+        let narrowed =
+            |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
         if let Some((name, _)) = model.linears().find(narrowed) {
             return Err(Error::Unsupported {
                 what: format!("running with channels of `{name}` left out, not extracted,"),
@@ -57,7 +60,12 @@ impl Model {
         plan: impl Into<FormatPlan>,
     ) -> Result<Self> {
         let mut parts = decoder_parts(&net.eval_model(), &plan.into())?;
-        let adapted: Vec<&String> = net.space().groups().iter().flat_map(|group| group.layers()).collect();
+        let adapted: Vec<&String> = net
+            .space()
+            .groups()
+            .iter()
+            .flat_map(|group| group.layers())
+            .collect();
         if !adapted.is_empty() {
             parts.space = Some(SearchSpace::new(net.space().groups().to_vec())?);
         }
@@ -80,16 +88,29 @@ impl Model {
         let embedding = made(HfConfig::EMBEDDING, [vocab_size, d_model])?;
         let mut layers = Vec::new();
         for layer in config.linear_layers() {
-            let weight = made(&format!("{}.weight", layer.name), [layer.d_output, layer.d_input])?;
+            let weight = made(
+                &format!("{}.weight", layer.name),
+                [layer.d_output, layer.d_input],
+            )?;
             let bias = match layer.bias {
                 true => Some(vector(&format!("{}.bias", layer.name), layer.d_output)?.into()),
                 false => None,
             };
-            layers.push(LayerWeights { name: layer.name, weight, bias, adapter: None });
+            layers.push(LayerWeights {
+                name: layer.name,
+                weight,
+                bias,
+                adapter: None,
+            });
         }
         if !config.tie_word_embeddings() {
             let weight = made(HfConfig::HEAD, [vocab_size, d_model])?;
-            layers.push(LayerWeights { name: "lm_head".into(), weight, bias: None, adapter: None });
+            layers.push(LayerWeights {
+                name: "lm_head".into(),
+                weight,
+                bias: None,
+                adapter: None,
+            });
         }
         let parts = ModelParts {
             embedding,
@@ -139,7 +160,10 @@ fn block_norms(
             false => Ok(None),
         };
         let attention = norm(dims.has_attention(), HfConfig::input_norm(block))?;
-        norms.push([attention, norm(dims.has_mlp(), HfConfig::post_attention_norm(block))?]);
+        norms.push([
+            attention,
+            norm(dims.has_mlp(), HfConfig::post_attention_norm(block))?,
+        ]);
     }
     Ok(norms)
 }
@@ -149,8 +173,15 @@ fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
     let model = model.valid();
     let config = model.config().clone();
     let d_model = config.hidden_size();
-    let table = Matrix::new(config.vocab_size(), d_model, host_values(model.embed_tokens.val()))?;
-    let embedding = Weight::made(HfConfig::EMBEDDING, encode(HfConfig::EMBEDDING, &table, plan.embedding)?);
+    let table = Matrix::new(
+        config.vocab_size(),
+        d_model,
+        host_values(model.embed_tokens.val()),
+    )?;
+    let embedding = Weight::made(
+        HfConfig::EMBEDDING,
+        encode(HfConfig::EMBEDDING, &table, plan.embedding)?,
+    );
     drop(table);
     let mut layers = Vec::new();
     for (name, layer) in model.linears() {
@@ -159,16 +190,32 @@ fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
             None => None,
         };
         let (weight, bias) = base(&name, &layer.base, plan.linears)?;
-        layers.push(LayerWeights { name, weight, bias, adapter });
+        layers.push(LayerWeights {
+            name,
+            weight,
+            bias,
+            adapter,
+        });
     }
     if let Some(head) = &model.lm_head {
         let (weight, bias) = base("lm_head", head, plan.head)?;
-        layers.push(LayerWeights { name: "lm_head".into(), weight, bias, adapter: None });
+        layers.push(LayerWeights {
+            name: "lm_head".into(),
+            weight,
+            bias,
+            adapter: None,
+        });
     }
-    let norm = |block: &crate::model::Block, unit| block.norm(unit).map(|norm| host_values(norm.weight.val()));
+    let norm = |block: &crate::model::Block, unit| {
+        block.norm(unit).map(|norm| host_values(norm.weight.val()))
+    };
     Ok(ModelParts {
         embedding,
-        norms: model.layers.iter().map(|block| Unit::ALL.map(|unit| norm(block, unit))).collect(),
+        norms: model
+            .layers
+            .iter()
+            .map(|block| Unit::ALL.map(|unit| norm(block, unit)))
+            .collect(),
         final_norm: host_values(model.norm.weight.val()),
         layers,
         space: None,
@@ -180,27 +227,45 @@ fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
 }
 
 /// A base layer's weight and bias, all of them whatever is active.
-fn base(name: &str, base: &BaseLinear, format: WeightFormat) -> Result<(Weight, Option<Arc<[f32]>>)> {
+fn base(
+    name: &str,
+    base: &BaseLinear,
+    format: WeightFormat,
+) -> Result<(Weight, Option<Arc<[f32]>>)> {
     let tensor = format!("{name}.weight");
     let stored = match base.quantized() {
         // Its codes stay what they are; only whether zeros are stored is the plan's to say.
         Some(packed) => match format {
-            WeightFormat::SparseInt4 { .. } => StoredMatrix::from_quantized(&packed.unpack(), true)?,
+            WeightFormat::SparseInt4 { .. } => {
+                StoredMatrix::from_quantized(&packed.unpack(), true)?
+            }
             _ => StoredMatrix::from(packed.clone()),
         },
         None => encode(&tensor, &base.to_matrix(), format)?,
     };
-    let bias = base.bias.as_ref().map(|bias| host_values(bias.val()).into());
+    let bias = base
+        .bias
+        .as_ref()
+        .map(|bias| host_values(bias.val()).into());
     Ok((Weight::made(tensor, stored), bias))
 }
 
 fn factors(name: &str, adapter: &ElasticLora, format: WeightFormat) -> Result<AdapterWeights> {
-    let merge = |reason| Err(Error::HasAdapter { layer: name.to_string(), reason });
+    let merge = |reason| {
+        Err(Error::HasAdapter {
+            layer: name.to_string(),
+            reason,
+        })
+    };
     if adapter.grid.is_some() {
-        return merge("it goes through a grid (QA-SparsePEFT), which no pair of factors expresses: merge it first");
+        return merge(
+            "it goes through a grid (QA-SparsePEFT), which no pair of factors expresses: merge it first",
+        );
     }
     if adapter.is_masked() {
-        return merge("it is masked (SparsePEFT), which no pair of factors expresses: merge it first");
+        return merge(
+            "it is masked (SparsePEFT), which no pair of factors expresses: merge it first",
+        );
     }
     let lora = adapter.config().clone();
     let (d_input, d_output) = (adapter.d_input(), adapter.d_output());
@@ -210,7 +275,11 @@ fn factors(name: &str, adapter: &ElasticLora, format: WeightFormat) -> Result<Ad
         let tensor = format!("{name}.{suffix}");
         Ok::<_, Error>(Weight::made(&*tensor, encode(&tensor, matrix, format)?))
     };
-    Ok(AdapterWeights { a: stored(A, &a)?, bt: stored(BT, &bt)?, lora })
+    Ok(AdapterWeights {
+        a: stored(A, &a)?,
+        bt: stored(BT, &bt)?,
+        lora,
+    })
 }
 
 /// The names of an adapter's factors behind its layer's.
@@ -220,15 +289,27 @@ pub(super) const BT: &str = "lora_B_t";
 /// The tokens that end a generation: those of the config, or else the one that the tokenizer knows.
 fn stop_ids(config: &HfConfig, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
     let ids = config.eos_token_ids();
-    if ids.is_empty() { tokenizer.and_then(|t| t.inner.eos_id()).into_iter().collect() } else { ids.to_vec() }
+    if ids.is_empty() {
+        tokenizer
+            .and_then(|t| t.inner.eos_id())
+            .into_iter()
+            .collect()
+    } else {
+        ids.to_vec()
+    }
 }
 
 /// A tokenizer with the special tokens that a config names.
 pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> Result<Tokenizer> {
     let inner = TextTokenizer::from_json(&json, path)?;
-    let (bos, eos) =
-        (config.bos_token_id().or(inner.bos_id()), config.eos_token_ids().first().copied().or(inner.eos_id()));
-    Ok(Tokenizer { json, inner: inner.with_special_ids(bos, eos) })
+    let (bos, eos) = (
+        config.bos_token_id().or(inner.bos_id()),
+        config.eos_token_ids().first().copied().or(inner.eos_id()),
+    );
+    Ok(Tokenizer {
+        json,
+        inner: inner.with_special_ids(bos, eos),
+    })
 }
 
 fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>> {
@@ -241,7 +322,9 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     let mut tokenizer = make_tokenizer(json.into(), &path, config)?;
     // What lies beside it says more about its special tokens.
     let beside = TextTokenizer::from_dir(folder)?;
-    tokenizer.inner = tokenizer.inner.with_special_ids(beside.bos_id(), beside.eos_id());
+    tokenizer.inner = tokenizer
+        .inner
+        .with_special_ids(beside.bos_id(), beside.eos_id());
     Ok(Some(tokenizer))
 }
 
@@ -250,13 +333,20 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
     let config = HfConfig::open(folder)?;
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
     config.check(&checkpoint)?;
-    let embedding =
-        dense(&checkpoint, config.embedding_name(&checkpoint)?, [config.vocab_size(), config.hidden_size()])?;
+    let embedding = dense(
+        &checkpoint,
+        config.embedding_name(&checkpoint)?,
+        [config.vocab_size(), config.hidden_size()],
+    )?;
     let mut layers = Vec::new();
     for layer in config.linear_layers() {
         let (name, shape) = (layer.name, [layer.d_output, layer.d_input]);
         let bias = if layer.bias {
-            Some(checkpoint.load_vector(&format!("{name}.bias"), layer.d_output)?.into())
+            Some(
+                checkpoint
+                    .load_vector(&format!("{name}.bias"), layer.d_output)?
+                    .into(),
+            )
         } else {
             None
         };
@@ -265,15 +355,30 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
             Some(codes) => Weight::made(tensor, StoredMatrix::from_quantized(&codes, false)?),
             None => dense(&checkpoint, &tensor, shape)?,
         };
-        layers.push(LayerWeights { name, weight, bias, adapter: None });
+        layers.push(LayerWeights {
+            name,
+            weight,
+            bias,
+            adapter: None,
+        });
     }
     if !config.tie_word_embeddings() {
-        let (name, shape) = ("lm_head".to_string(), [config.vocab_size(), config.hidden_size()]);
+        let (name, shape) = (
+            "lm_head".to_string(),
+            [config.vocab_size(), config.hidden_size()],
+        );
         let weight = match config.load_quantized(&checkpoint, &name, shape)? {
-            Some(codes) => Weight::made(HfConfig::HEAD, StoredMatrix::from_quantized(&codes, false)?),
+            Some(codes) => {
+                Weight::made(HfConfig::HEAD, StoredMatrix::from_quantized(&codes, false)?)
+            }
             None => dense(&checkpoint, HfConfig::HEAD, shape)?,
         };
-        layers.push(LayerWeights { name, weight, bias: None, adapter: None });
+        layers.push(LayerWeights {
+            name,
+            weight,
+            bias: None,
+            adapter: None,
+        });
     }
     let mut vector = |name: &str, len: usize| checkpoint.load_vector(name, len);
     let norms = block_norms(&config, &mut vector)?;
@@ -301,14 +406,19 @@ fn dense(checkpoint: &Checkpoint, name: &str, [rows, cols]: [usize; 2]) -> Resul
         DType::BF16 => (WeightFormat::Bf16, 2),
         _ => {
             let matrix = checkpoint.load_matrix(name, [rows, cols])?;
-            return Ok(Weight::made(name, encode(name, &matrix, WeightFormat::F32)?));
+            return Ok(Weight::made(
+                name,
+                encode(name, &matrix, WeightFormat::F32)?,
+            ));
         }
     };
     let mut buffer = checkpoint.buffer(name)?;
     if !(buffer.as_ptr() as usize).is_multiple_of(size) {
         buffer = crate::format::Buffer::from_vec(buffer.to_vec());
     }
-    let matrix = StoredMatrix::from_parts(&MatrixHeader::new(format, rows, cols), |_| Some(buffer.clone()))?;
+    let matrix = StoredMatrix::from_parts(&MatrixHeader::new(format, rows, cols), |_| {
+        Some(buffer.clone())
+    })?;
     Ok(Weight::mapped(name, matrix))
 }
 
@@ -336,12 +446,21 @@ pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> 
             }),
             None => None,
         };
-        layers.push(LayerWeights { name: layer.name.clone(), weight, bias: layer.bias.clone(), adapter });
+        layers.push(LayerWeights {
+            name: layer.name.clone(),
+            weight,
+            bias: layer.bias.clone(),
+            adapter,
+        });
     }
     Weights::new(ModelParts {
         config: weights.config.clone(),
         embedding,
-        norms: weights.norms.iter().map(|norms| norms.each_ref().map(|n| n.as_deref().map(<[f32]>::to_vec))).collect(),
+        norms: weights
+            .norms
+            .iter()
+            .map(|norms| norms.each_ref().map(|n| n.as_deref().map(<[f32]>::to_vec)))
+            .collect(),
         final_norm: weights.final_norm.to_vec(),
         layers,
         space: weights.space.clone(),
@@ -354,5 +473,7 @@ pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> 
 /// The subnets but the first, which every model has.
 pub(super) fn named(weights: &Weights) -> Vec<(String, SubnetConfig)> {
     let others = weights.subnets.iter().skip(1);
-    others.map(|subnet| (subnet.name.clone(), subnet.config.clone())).collect()
+    others
+        .map(|subnet| (subnet.name.clone(), subnet.config.clone()))
+        .collect()
 }

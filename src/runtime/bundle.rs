@@ -58,14 +58,23 @@ impl Model {
         let weights = &*self.weights;
         let adapters = weights.layers.iter().filter_map(|layer| {
             let lora = layer.adapter.as_ref()?.lora.clone();
-            Some((layer.name.clone(), LoraConfig { dropout: 0.0, ..lora }))
+            Some((
+                layer.name.clone(),
+                LoraConfig {
+                    dropout: 0.0,
+                    ..lora
+                },
+            ))
         });
         let tokenizer = weights.tokenizer.as_ref();
         let document = Document {
             config: weights.config.raw().clone(),
             adapters: adapters.collect(),
             space: weights.space.clone(),
-            subnets: named(weights).into_iter().map(|(name, config)| Subnet { name, config }).collect(),
+            subnets: named(weights)
+                .into_iter()
+                .map(|(name, config)| Subnet { name, config })
+                .collect(),
             stop_ids: weights.stop_ids.clone(),
             bos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.bos_id()),
             eos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.eos_id()),
@@ -84,7 +93,9 @@ impl Model {
                 Some((name, values))
             })
             .collect();
-        vectors.iter().for_each(|(name, values)| writer.vector(name, values));
+        vectors
+            .iter()
+            .for_each(|(name, values)| writer.vector(name, values));
         for layer in &weights.layers {
             if layer.name == "lm_head" && weights.config.tie_word_embeddings() {
                 continue;
@@ -134,7 +145,12 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
     let config = HfConfig::from_json(document.config)?;
     let matrix = |name: String| {
         let matrix = bundle.matrix(&name)?;
-        Ok::<_, Error>(Weight::from_file(name, matrix, bundle.clone(), options.verify != Verify::Never))
+        Ok::<_, Error>(Weight::from_file(
+            name,
+            matrix,
+            bundle.clone(),
+            options.verify != Verify::Never,
+        ))
     };
     let embedding = matrix(HfConfig::EMBEDDING.to_string())?;
     let mut norms = vec![[None, None]; config.num_hidden_layers()];
@@ -148,7 +164,10 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
     }
     let mut adapters = document.adapters;
     let mut layers = Vec::new();
-    let linear = config.linear_layers().into_iter().map(|layer| (layer.name, layer.bias.then_some(layer.d_output)));
+    let linear = config
+        .linear_layers()
+        .into_iter()
+        .map(|layer| (layer.name, layer.bias.then_some(layer.d_output)));
     let head = (!config.tie_word_embeddings()).then(|| ("lm_head".to_string(), None));
     for (name, bias) in linear.chain(head) {
         let weight = matrix(format!("{name}.{}", SUFFIXES[0]))?;
@@ -157,19 +176,31 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
             None => None,
         };
         let adapter = match adapters.remove(&name) {
-            Some(lora) => {
-                Some(AdapterWeights { a: matrix(format!("{name}.{A}"))?, bt: matrix(format!("{name}.{BT}"))?, lora })
-            }
+            Some(lora) => Some(AdapterWeights {
+                a: matrix(format!("{name}.{A}"))?,
+                bt: matrix(format!("{name}.{BT}"))?,
+                lora,
+            }),
             None => None,
         };
-        layers.push(LayerWeights { name, weight, bias, adapter });
+        layers.push(LayerWeights {
+            name,
+            weight,
+            bias,
+            adapter,
+        });
     }
     if let Some(layer) = adapters.into_keys().next() {
-        return Err(Error::UnknownLayer { context: format!("{}, adapters", path.display()), layer });
+        return Err(Error::UnknownLayer {
+            context: format!("{}, adapters", path.display()),
+            layer,
+        });
     }
     let tokenizer = if bundle.contains(TOKENIZER) {
         let mut tokenizer = make_tokenizer(bundle.text(TOKENIZER)?.into(), path, &config)?;
-        tokenizer.inner = tokenizer.inner.with_special_ids(document.bos_id, document.eos_id);
+        tokenizer.inner = tokenizer
+            .inner
+            .with_special_ids(document.bos_id, document.eos_id);
         Some(tokenizer)
     } else {
         None
@@ -181,7 +212,11 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
         final_norm,
         layers,
         space: document.space,
-        subnets: document.subnets.into_iter().map(|subnet| (subnet.name, subnet.config)).collect(),
+        subnets: document
+            .subnets
+            .into_iter()
+            .map(|subnet| (subnet.name, subnet.config))
+            .collect(),
         tokenizer,
         stop_ids: document.stop_ids,
     })

@@ -61,7 +61,11 @@ pub(super) struct LayerCache<S> {
 
 impl<S: Kept> LayerCache<S> {
     fn new(n_heads: usize, head_dim: usize) -> Self {
-        Self { slabs: Vec::new(), n_heads, head_dim }
+        Self {
+            slabs: Vec::new(),
+            n_heads,
+            head_dim,
+        }
     }
 
     /// Elements of keys and values of a head in one tile.
@@ -71,9 +75,16 @@ impl<S: Kept> LayerCache<S> {
 
     fn reserve(&mut self, n_tokens: usize) -> Result<()> {
         let len = STEP * self.n_heads * self.tile_len();
-        let wanted = if len == 0 { 0 } else { n_tokens.div_ceil(STEP * TILE) };
+        let wanted = if len == 0 {
+            0
+        } else {
+            n_tokens.div_ceil(STEP * TILE)
+        };
         while self.slabs.len() < wanted {
-            let fail = || Error::OutOfMemory { what: "key/value cache", bytes: len * size_of::<S>() };
+            let fail = || Error::OutOfMemory {
+                what: "key/value cache",
+                bytes: len * size_of::<S>(),
+            };
             let mut slab = Vec::new();
             slab.try_reserve_exact(len).map_err(|_| fail())?;
             slab.resize_with(len, || UnsafeCell::new(S::keep(0.0)));
@@ -133,14 +144,23 @@ pub(super) struct Cache {
 impl Cache {
     pub fn new(format: CacheFormat, blocks: &[BlockDims], head_dim: usize) -> Self {
         let layers = match format {
-            CacheFormat::F32 => {
-                Layers::F32(blocks.iter().map(|block| LayerCache::new(block.n_kv_heads, head_dim)).collect())
-            }
-            CacheFormat::F16 => {
-                Layers::F16(blocks.iter().map(|block| LayerCache::new(block.n_kv_heads, head_dim)).collect())
-            }
+            CacheFormat::F32 => Layers::F32(
+                blocks
+                    .iter()
+                    .map(|block| LayerCache::new(block.n_kv_heads, head_dim))
+                    .collect(),
+            ),
+            CacheFormat::F16 => Layers::F16(
+                blocks
+                    .iter()
+                    .map(|block| LayerCache::new(block.n_kv_heads, head_dim))
+                    .collect(),
+            ),
         };
-        Self { layers, n_tokens: 0 }
+        Self {
+            layers,
+            n_tokens: 0,
+        }
     }
 
     /// Tokens held.
@@ -154,8 +174,12 @@ impl Cache {
     /// [`Error::OutOfMemory`]; what was there is as before.
     pub fn reserve(&mut self, n_tokens: usize) -> Result<()> {
         match &mut self.layers {
-            Layers::F32(layers) => layers.iter_mut().try_for_each(|layer| layer.reserve(n_tokens)),
-            Layers::F16(layers) => layers.iter_mut().try_for_each(|layer| layer.reserve(n_tokens)),
+            Layers::F32(layers) => layers
+                .iter_mut()
+                .try_for_each(|layer| layer.reserve(n_tokens)),
+            Layers::F16(layers) => layers
+                .iter_mut()
+                .try_for_each(|layer| layer.reserve(n_tokens)),
         }
     }
 

@@ -45,12 +45,20 @@ impl Model {
                 continue;
             }
             let name = match LinearKind::parse(&layer.name) {
-                Some((block, kind)) => kind.name(shape.blocks[..block].iter().filter(|dims| left(dims)).count()),
+                Some((block, kind)) => kind.name(
+                    shape.blocks[..block]
+                        .iter()
+                        .filter(|dims| left(dims))
+                        .count(),
+                ),
                 None => layer.name.clone(),
             };
             let part = |weight: &Weight, suffix: &str, rows: usize, cols: usize| {
                 let tensor = format!("{name}.{suffix}");
-                Ok::<_, Error>(Weight::made(&*tensor, prefix(&tensor, weight.get()?, rows, cols)?))
+                Ok::<_, Error>(Weight::made(
+                    &*tensor,
+                    prefix(&tensor, weight.get()?, rows, cols)?,
+                ))
             };
             let adapter = match (&layer.adapter, shape.ranks[index]) {
                 (Some(adapter), rank) if rank > 0 => {
@@ -67,10 +75,20 @@ impl Model {
             };
             let weight = part(&layer.weight, "weight", outputs, inputs)?;
             let bias = layer.bias.as_deref().map(|bias| bias[..outputs].into());
-            layers.push(LayerWeights { name, weight, bias, adapter });
+            layers.push(LayerWeights {
+                name,
+                weight,
+                bias,
+                adapter,
+            });
         }
         let mut norms = Vec::new();
-        for (dims, [attention, mlp]) in shape.blocks.iter().zip(&weights.norms).filter(|(dims, _)| left(dims)) {
+        for (dims, [attention, mlp]) in shape
+            .blocks
+            .iter()
+            .zip(&weights.norms)
+            .filter(|(dims, _)| left(dims))
+        {
             let attention = attention.as_deref().filter(|_| dims.has_attention());
             let mlp = mlp.as_deref().filter(|_| dims.has_mlp());
             norms.push([attention.map(<[f32]>::to_vec), mlp.map(<[f32]>::to_vec)]);
@@ -99,12 +117,21 @@ impl Model {
     pub fn merged(&self) -> Result<Self> {
         let mut weights = (*self.weights).clone();
         for layer in &mut weights.layers {
-            let Some(adapter) = layer.adapter.take() else { continue };
+            let Some(adapter) = layer.adapter.take() else {
+                continue;
+            };
             let stored = layer.weight.get()?;
             let format = stored.format();
-            if !matches!(format, WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16) {
-                let reason = "its weight is not dense: merge where the model was trained, by `Merger`";
-                return Err(Error::HasAdapter { layer: layer.name.clone(), reason });
+            if !matches!(
+                format,
+                WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16
+            ) {
+                let reason =
+                    "its weight is not dense: merge where the model was trained, by `Merger`";
+                return Err(Error::HasAdapter {
+                    layer: layer.name.clone(),
+                    reason,
+                });
             }
             let (a, bt) = (adapter.a.get()?.to_matrix(), adapter.bt.get()?.to_matrix());
             let scale = super::shape::scale(&adapter.lora, adapter.lora.rank);
@@ -113,10 +140,15 @@ impl Model {
                 let out = sum.row_mut(row);
                 for rank in 0..a.rows() {
                     let factor = scale * bt.row(rank)[row];
-                    out.iter_mut().zip(a.row(rank)).for_each(|(out, a)| *out += factor * a);
+                    out.iter_mut()
+                        .zip(a.row(rank))
+                        .for_each(|(out, a)| *out += factor * a);
                 }
             }
-            layer.weight = Weight::made(layer.weight.name(), encode(layer.weight.name(), &sum, format)?);
+            layer.weight = Weight::made(
+                layer.weight.name(),
+                encode(layer.weight.name(), &sum, format)?,
+            );
         }
         let tied = weights.config.tie_word_embeddings();
         if tied {
@@ -148,7 +180,11 @@ fn prefix(name: &str, stored: &StoredMatrix, rows: usize, cols: usize) -> Result
     }
     let Some(codes) = stored.to_quantized() else {
         let whole = stored.to_matrix();
-        return encode(name, &Matrix::from_fn(rows, cols, |row, col| whole.row(row)[col]), stored.format());
+        return encode(
+            name,
+            &Matrix::from_fn(rows, cols, |row, col| whole.row(row)[col]),
+            stored.format(),
+        );
     };
     let sparse = matches!(stored.format(), WeightFormat::SparseInt4 { .. });
     let (all, groups) = (codes.cols(), codes.groups());
@@ -160,11 +196,20 @@ fn prefix(name: &str, stored: &StoredMatrix, rows: usize, cols: usize) -> Result
     }
     let kept = cols.div_ceil(parts.group_size);
     let cut = |values: Vec<u8>, width: usize, kept: usize| -> Vec<u8> {
-        values.chunks(width.max(1)).take(rows).flat_map(|row| row[..kept].to_vec()).collect()
+        values
+            .chunks(width.max(1))
+            .take(rows)
+            .flat_map(|row| row[..kept].to_vec())
+            .collect()
     };
     parts.codes = cut(parts.codes, all, cols);
     parts.zeros = cut(parts.zeros, groups, kept);
-    parts.scales = parts.scales.chunks(groups.max(1)).take(rows).flat_map(|row| row[..kept].to_vec()).collect();
+    parts.scales = parts
+        .scales
+        .chunks(groups.max(1))
+        .take(rows)
+        .flat_map(|row| row[..kept].to_vec())
+        .collect();
     (parts.rows, parts.cols) = (rows, cols);
     StoredMatrix::from_quantized(&QuantizedMatrix::new(parts)?, sparse)
 }

@@ -17,7 +17,10 @@ pub struct DeviceSession {
 impl DeviceSession {
     /// An empty session on the model with the subnet that is active in it now. The weights are shared, not copied.
     pub fn new(model: &Decoder) -> Self {
-        Self { model: model.clone(), cache: KvCache::new(model.config().num_hidden_layers()) }
+        Self {
+            model: model.clone(),
+            cache: KvCache::new(model.config().num_hidden_layers()),
+        }
     }
 
     /// Tokens in the cache.
@@ -38,11 +41,19 @@ impl DeviceSession {
         let max = self.model.config().max_position_embeddings();
         let found = self.position() + tokens.len();
         if found > max {
-            return Err(Error::SequenceTooLong { what: "session".into(), found, max });
+            return Err(Error::SequenceTooLong {
+                what: "session".into(),
+                found,
+                max,
+            });
         }
         let ids = self.model.tokens(tokens, 1)?;
         let hidden = self.model.hidden_states(ids, Some(&mut self.cache));
-        Ok(host_values(self.model.logits(hidden.narrow(1, tokens.len() - 1, 1))))
+        Ok(host_values(self.model.logits(hidden.narrow(
+            1,
+            tokens.len() - 1,
+            1,
+        ))))
     }
 
     /// Continues `prompt`, which is appended to what the session holds. Each new token is shown to `on_token` at once;

@@ -31,26 +31,47 @@ pub(super) struct Pass<'a> {
 }
 
 /// A layer as the kernels take it, with what of it is active.
-fn linear<'a>(weights: &'a Weights, shape: &Shape, layer: usize, outputs: usize) -> Result<Linear<'a>> {
+fn linear<'a>(
+    weights: &'a Weights,
+    shape: &Shape,
+    layer: usize,
+    outputs: usize,
+) -> Result<Linear<'a>> {
     let stored = &weights.layers[layer];
     let adapter = match (&stored.adapter, shape.ranks[layer]) {
-        (Some(adapter), rank) if rank > 0 => {
-            Some(Adapter { a: adapter.a.get()?, bt: adapter.bt.get()?, rank, scale: shape::scale(&adapter.lora, rank) })
-        }
+        (Some(adapter), rank) if rank > 0 => Some(Adapter {
+            a: adapter.a.get()?,
+            bt: adapter.bt.get()?,
+            rank,
+            scale: shape::scale(&adapter.lora, rank),
+        }),
         _ => None,
     };
     let bias = stored.bias.as_deref().map(|bias| &bias[..outputs]);
-    Ok(Linear { weight: stored.weight.get()?, outputs, bias, adapter })
+    Ok(Linear {
+        weight: stored.weight.get()?,
+        outputs,
+        bias,
+        adapter,
+    })
 }
 
 /// Rows without gaps.
 fn packed(values: &[f32], rows: usize, stride: usize) -> Rows<'_> {
-    Rows { values: &values[..rows * stride], rows, stride }
+    Rows {
+        values: &values[..rows * stride],
+        rows,
+        stride,
+    }
 }
 
 /// Rows without gaps, to be written.
 fn packed_mut(values: &mut [f32], rows: usize, stride: usize) -> RowsMut<'_> {
-    RowsMut { values: &mut values[..rows * stride], rows, stride }
+    RowsMut {
+        values: &mut values[..rows * stride],
+        rows,
+        stride,
+    }
 }
 
 impl Pass<'_> {
@@ -65,7 +86,15 @@ impl Pass<'_> {
     ) -> Result<()> {
         let bytes = kernels::scratch_bytes(self.pool, layers, x.rows, inputs, self.activations);
         grow(scratch, bytes.div_ceil(64), Line::ZERO)?;
-        kernels::forward(self.pool, layers, x, inputs, y, self.activations, &mut Scratch::new(bytes_of(scratch)))
+        kernels::forward(
+            self.pool,
+            layers,
+            x,
+            inputs,
+            y,
+            self.activations,
+            &mut Scratch::new(bytes_of(scratch)),
+        )
     }
 
     /// New tokens of all sequences.
@@ -81,10 +110,15 @@ impl Pass<'_> {
         work.reserve(config, rows)?;
         let embedding = self.weights.embedding.get()?;
         for (row, token) in tokens.iter().enumerate() {
-            embedding.dequantize_rows(*token as usize, &mut work.x[row * d_model..(row + 1) * d_model])?;
+            embedding.dequantize_rows(
+                *token as usize,
+                &mut work.x[row * d_model..(row + 1) * d_model],
+            )?;
             let position = (self.caches)(row / self.n).n_tokens() + row % self.n;
             let range = row * half..(row + 1) * half;
-            self.weights.rope.turn_at(position, &mut work.cos[range.clone()], &mut work.sin[range]);
+            self.weights
+                .rope
+                .turn_at(position, &mut work.cos[range.clone()], &mut work.sin[range]);
         }
         for (block, dims) in self.shape.blocks.iter().enumerate() {
             let [attention, mlp] = self.weights.first[block];
@@ -110,9 +144,19 @@ impl Pass<'_> {
             packed_mut(&mut work.b, rows, keys),
             packed_mut(&mut work.c, rows, keys),
         ];
-        self.multiply(&layers, packed(&work.normed, rows, d_model), d_model, &mut y, &mut work.scratch)?;
-        let heads =
-            Heads { n_heads: dims.n_heads, n_kv_heads: dims.n_kv_heads, head_dim, window: config.sliding_window() };
+        self.multiply(
+            &layers,
+            packed(&work.normed, rows, d_model),
+            d_model,
+            &mut y,
+            &mut work.scratch,
+        )?;
+        let heads = Heads {
+            n_heads: dims.n_heads,
+            n_kv_heads: dims.n_kv_heads,
+            head_dim,
+            window: config.sliding_window(),
+        };
         attend(
             self.pool,
             &Call {
@@ -134,12 +178,25 @@ impl Pass<'_> {
     }
 
     fn mlp(&self, block: usize, first: usize, work: &mut Workspace) -> Result<()> {
-        let (d_model, d_mlp, rows) = (self.weights.config.hidden_size(), self.shape.blocks[block].d_mlp, self.rows());
+        let (d_model, d_mlp, rows) = (
+            self.weights.config.hidden_size(),
+            self.shape.blocks[block].d_mlp,
+            self.rows(),
+        );
         self.norm(self.weights.norms[block][1].as_deref(), work);
         let layer = |at| linear(self.weights, self.shape, first + at, d_mlp);
         let layers = [layer(0)?, layer(1)?];
-        let mut y = [packed_mut(&mut work.a, rows, d_mlp), packed_mut(&mut work.b, rows, d_mlp)];
-        self.multiply(&layers, packed(&work.normed, rows, d_model), d_model, &mut y, &mut work.scratch)?;
+        let mut y = [
+            packed_mut(&mut work.a, rows, d_mlp),
+            packed_mut(&mut work.b, rows, d_mlp),
+        ];
+        self.multiply(
+            &layers,
+            packed(&work.normed, rows, d_model),
+            d_model,
+            &mut y,
+            &mut work.scratch,
+        )?;
         let (gate, up, level) = (Shared::new(&mut work.a), &work.b, Level::detect());
         self.in_parts(rows * d_mlp, 1, |range| {
             // SAFETY: parts do not overlap.
@@ -162,14 +219,22 @@ impl Pass<'_> {
         // Taken out for the call, so that the other buffers can be borrowed beside it.
         let x = std::mem::take(input(work));
         let mut y = [packed_mut(&mut work.added, rows, d_model)];
-        let done = self.multiply(&layers, packed(&x, rows, inputs), inputs, &mut y, &mut work.scratch);
+        let done = self.multiply(
+            &layers,
+            packed(&x, rows, inputs),
+            inputs,
+            &mut y,
+            &mut work.scratch,
+        );
         *input(work) = x;
         done?;
         let (x, added) = (Shared::new(&mut work.x), &work.added);
         self.in_parts(rows * d_model, 1, |range| {
             // SAFETY: parts do not overlap.
             let x = unsafe { x.part(range.clone()) };
-            x.iter_mut().zip(&added[range]).for_each(|(x, added)| *x += added);
+            x.iter_mut()
+                .zip(&added[range])
+                .for_each(|(x, added)| *x += added);
         });
         Ok(())
     }
@@ -178,8 +243,12 @@ impl Pass<'_> {
     fn norm(&self, gain: Option<&[f32]>, work: &mut Workspace) {
         // A block's part that has layers has a norm: that was checked when the model was put together.
         let Some(gain) = gain else { return };
-        let (out, x, eps, level) =
-            (Shared::new(&mut work.normed), &work.x, self.weights.config.rms_norm_eps() as f32, Level::detect());
+        let (out, x, eps, level) = (
+            Shared::new(&mut work.normed),
+            &work.x,
+            self.weights.config.rms_norm_eps() as f32,
+            Level::detect(),
+        );
         self.in_parts(self.rows(), gain.len(), |range| {
             let range = range.start * gain.len()..range.end * gain.len();
             // SAFETY: parts do not overlap.
@@ -194,16 +263,27 @@ impl Pass<'_> {
         if n <= 2 * part {
             return f(0..n);
         }
-        self.pool.for_each(n.div_ceil(part), |_, task| f(task * part..((task + 1) * part).min(n)));
+        self.pool.for_each(n.div_ceil(part), |_, task| {
+            f(task * part..((task + 1) * part).min(n))
+        });
     }
 
     /// Logits of some rows, from the residual stream on.
     ///
     /// # Shapes
     /// - `logits`: `[wanted, vocab_size]`
-    pub fn logits(&self, wanted: std::ops::Range<usize>, work: &mut Workspace, logits: &mut [f32]) -> Result<()> {
+    pub fn logits(
+        &self,
+        wanted: std::ops::Range<usize>,
+        work: &mut Workspace,
+        logits: &mut [f32],
+    ) -> Result<()> {
         let (config, head) = (&self.weights.config, self.weights.layers.len() - 1);
-        let (d_model, vocab_size, eps) = (config.hidden_size(), config.vocab_size(), config.rms_norm_eps() as f32);
+        let (d_model, vocab_size, eps) = (
+            config.hidden_size(),
+            config.vocab_size(),
+            config.rms_norm_eps() as f32,
+        );
         let n = wanted.len();
         if logits.len() != n * vocab_size {
             return Err(Error::ShapeMismatch {
@@ -214,9 +294,21 @@ impl Pass<'_> {
         }
         let range = wanted.start * d_model..wanted.end * d_model;
         let normed = simd::as_uninit(&mut work.normed[..n * d_model]);
-        simd::rms_norm(Level::detect(), &work.x[range], &self.weights.final_norm, eps, normed);
+        simd::rms_norm(
+            Level::detect(),
+            &work.x[range],
+            &self.weights.final_norm,
+            eps,
+            normed,
+        );
         let layers = [linear(self.weights, self.shape, head, vocab_size)?];
         let x = packed(&work.normed, n, d_model);
-        self.multiply(&layers, x, d_model, &mut [packed_mut(logits, n, vocab_size)], &mut work.scratch)
+        self.multiply(
+            &layers,
+            x,
+            d_model,
+            &mut [packed_mut(logits, n, vocab_size)],
+            &mut work.scratch,
+        )
     }
 }

@@ -89,13 +89,29 @@ impl LinearLayer {
         let shape = model.shape(subnet)?;
         let [inputs, outputs] = shape.dims(&model.weights, layer);
         if inputs == 0 || outputs == 0 {
-            let name = model.subnets().get(subnet).map_or("", |subnet| &subnet.name);
+            let name = model
+                .subnets()
+                .get(subnet)
+                .map_or("", |subnet| &subnet.name);
             let expected = format!("a layer that subnet `{name}` has");
-            return Err(Error::argument("layer", format!("`{}`", stored.name), expected));
+            return Err(Error::argument(
+                "layer",
+                format!("`{}`", stored.name),
+                expected,
+            ));
         }
-        stored.weights().try_for_each(|weight| weight.get().map(drop))?;
+        stored
+            .weights()
+            .try_for_each(|weight| weight.get().map(drop))?;
         let rank = shape.ranks[layer];
-        Ok(Self { model: model.clone(), layer, inputs, outputs, rank, activations: Activations::default() })
+        Ok(Self {
+            model: model.clone(),
+            layer,
+            inputs,
+            outputs,
+            rank,
+            activations: Activations::default(),
+        })
     }
 
     /// Sets how exactly the inputs of integer weights are kept.
@@ -140,12 +156,23 @@ impl LinearLayer {
             _ => None,
         };
         let bias = stored.bias.as_deref().map(|bias| &bias[..self.outputs]);
-        Ok(Linear { weight: stored.weight.get()?, outputs: self.outputs, bias, adapter })
+        Ok(Linear {
+            weight: stored.weight.get()?,
+            outputs: self.outputs,
+            bias,
+            adapter,
+        })
     }
 
     fn kernel_bytes(&self, n_rows: usize) -> Result<usize> {
         let layers = [self.linear()?];
-        let bytes = kernels::scratch_bytes(&self.model.pool, &layers, n_rows, self.inputs, self.activations);
+        let bytes = kernels::scratch_bytes(
+            &self.model.pool,
+            &layers,
+            n_rows,
+            self.inputs,
+            self.activations,
+        );
         Ok(bytes.next_multiple_of(64))
     }
 
@@ -155,10 +182,15 @@ impl LinearLayer {
     /// # Errors
     /// [`Error::InvalidArgument`] for more rows than any memory holds.
     pub fn scratch_bytes(&self, n_rows: usize) -> Result<usize> {
-        let numbers =
-            n_rows.checked_mul(4 * (self.inputs + self.outputs)).filter(|bytes| *bytes < isize::MAX as usize / 4);
+        let numbers = n_rows
+            .checked_mul(4 * (self.inputs + self.outputs))
+            .filter(|bytes| *bytes < isize::MAX as usize / 4);
         let Some(numbers) = numbers else {
-            return Err(Error::argument("n_rows", n_rows, "rows that fit into memory"));
+            return Err(Error::argument(
+                "n_rows",
+                n_rows,
+                "rows that fit into memory",
+            ));
         };
         Ok(self.kernel_bytes(n_rows)? + numbers.next_multiple_of(64) + 128)
     }
@@ -189,7 +221,10 @@ impl LinearLayer {
             return Ok(());
         }
         // Rows end where the last one does.
-        let (x, y) = (&x[..(n_rows - 1) * ldx + d_input], &mut y[..(n_rows - 1) * ldy + d_output]);
+        let (x, y) = (
+            &x[..(n_rows - 1) * ldx + d_input],
+            &mut y[..(n_rows - 1) * ldy + d_output],
+        );
         let needed = self.scratch_bytes(n_rows)?;
         let mut own: Vec<Line> = Vec::new();
         let scratch = match scratch {
@@ -209,27 +244,57 @@ impl LinearLayer {
         if let Some(x) = T::as_f32(x)
             && let Some(y) = T::as_f32_mut(y)
         {
-            let x = Rows { values: x, rows: n_rows, stride: ldx };
-            return self.run(x, RowsMut { values: y, rows: n_rows, stride: ldy }, scratch);
+            let x = Rows {
+                values: x,
+                rows: n_rows,
+                stride: ldx,
+            };
+            return self.run(
+                x,
+                RowsMut {
+                    values: y,
+                    rows: n_rows,
+                    stride: ldy,
+                },
+                scratch,
+            );
         }
         let skipped = scratch.as_ptr().align_offset(64).min(63);
         let (kernel, numbers) = scratch[skipped..].split_at_mut(self.kernel_bytes(n_rows)?);
         let (input, numbers) = numbers.split_at_mut(4 * n_rows * d_input);
         let output = &mut numbers[..4 * n_rows * d_output];
         // Both begin at multiples of 4 bytes from a line's start.
-        let (Ok(input), Ok(output)) =
-            (bytemuck::try_cast_slice_mut::<u8, f32>(input), bytemuck::try_cast_slice_mut::<u8, f32>(output))
-        else {
-            return Err(Error::argument("scratch", "misaligned", "memory that can be aligned"));
+        let (Ok(input), Ok(output)) = (
+            bytemuck::try_cast_slice_mut::<u8, f32>(input),
+            bytemuck::try_cast_slice_mut::<u8, f32>(output),
+        ) else {
+            return Err(Error::argument(
+                "scratch",
+                "misaligned",
+                "memory that can be aligned",
+            ));
         };
         for (row, out) in input.chunks_exact_mut(d_input).enumerate() {
-            out.iter_mut().zip(&x[row * ldx..]).for_each(|(out, x)| *out = x.to_f32());
+            out.iter_mut()
+                .zip(&x[row * ldx..])
+                .for_each(|(out, x)| *out = x.to_f32());
         }
-        let x = Rows { values: input, rows: n_rows, stride: d_input };
-        let out = RowsMut { values: output, rows: n_rows, stride: d_output };
+        let x = Rows {
+            values: input,
+            rows: n_rows,
+            stride: d_input,
+        };
+        let out = RowsMut {
+            values: output,
+            rows: n_rows,
+            stride: d_output,
+        };
         self.run(x, out, kernel)?;
         for (row, from) in output.chunks_exact(d_output).enumerate() {
-            y[row * ldy..].iter_mut().zip(from).for_each(|(y, from)| *y = T::from_f32(*from));
+            y[row * ldy..]
+                .iter_mut()
+                .zip(from)
+                .for_each(|(y, from)| *y = T::from_f32(*from));
         }
         Ok(())
     }
@@ -238,18 +303,36 @@ impl LinearLayer {
 impl LinearLayer {
     fn run(&self, x: Rows<'_>, y: RowsMut<'_>, scratch: &mut [u8]) -> Result<()> {
         let (layers, inputs) = ([self.linear()?], self.inputs);
-        kernels::forward(&self.model.pool, &layers, x, inputs, &mut [y], self.activations, &mut Scratch::new(scratch))
+        kernels::forward(
+            &self.model.pool,
+            &layers,
+            x,
+            inputs,
+            &mut [y],
+            self.activations,
+            &mut Scratch::new(scratch),
+        )
     }
 }
 
 fn check(name: &'static str, len: usize, rows: usize, width: usize, stride: usize) -> Result<()> {
     if stride < width {
         let what = if name == "x" { "ldx" } else { "ldy" };
-        return Err(Error::argument(what, stride, format!("at least the row's length, {width}")));
+        return Err(Error::argument(
+            what,
+            stride,
+            format!("at least the row's length, {width}"),
+        ));
     }
-    let needed = rows.checked_sub(1).map_or(Some(0), |before| before.checked_mul(stride)?.checked_add(width));
+    let needed = rows.checked_sub(1).map_or(Some(0), |before| {
+        before.checked_mul(stride)?.checked_add(width)
+    });
     if needed.is_some_and(|needed| needed <= len) {
         return Ok(());
     }
-    Err(Error::ShapeMismatch { what: format!("numbers of {name}"), expected: vec![rows, width], found: vec![len] })
+    Err(Error::ShapeMismatch {
+        what: format!("numbers of {name}"),
+        expected: vec![rows, width],
+        found: vec![len],
+    })
 }

@@ -43,7 +43,11 @@ pub struct ModelOptions {
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { n_threads: 0, mmap: true, verify: Verify::default() }
+        Self {
+            n_threads: 0,
+            mmap: true,
+            verify: Verify::default(),
+        }
     }
 }
 
@@ -147,18 +151,30 @@ fn expect(tensor: &str, expected: &[usize], found: &[usize]) -> Result<()> {
     if expected == found {
         return Ok(());
     }
-    Err(Error::TensorShape { tensor: tensor.into(), expected: expected.to_vec(), found: found.to_vec() })
+    Err(Error::TensorShape {
+        tensor: tensor.into(),
+        expected: expected.to_vec(),
+        found: found.to_vec(),
+    })
 }
 
 fn expect_matrix(weight: &Weight, rows: usize, cols: usize) -> Result<()> {
     let matrix = weight.unchecked();
-    expect(weight.name(), &[rows, cols], &[matrix.rows(), matrix.cols()])
+    expect(
+        weight.name(),
+        &[rows, cols],
+        &[matrix.rows(), matrix.cols()],
+    )
 }
 
 fn finite(tensor: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
-        Some(index) => Err(Error::NotFinite { tensor: tensor.into(), index, value: values[index] }),
+        Some(index) => Err(Error::NotFinite {
+            tensor: tensor.into(),
+            index,
+            value: values[index],
+        }),
     }
 }
 
@@ -174,25 +190,52 @@ impl Weights {
         let wanted = config.linear_layers();
         if config.tie_word_embeddings() {
             let (name, weight) = ("lm_head".to_string(), parts.embedding.clone());
-            layers.push(LayerWeights { name, weight, bias: None, adapter: None });
+            layers.push(LayerWeights {
+                name,
+                weight,
+                bias: None,
+                adapter: None,
+            });
         }
         let mut first = vec![[None, None]; config.num_hidden_layers()];
         for index in 0..wanted.len().max(layers.len()) {
             let head = ("lm_head", vocab_size, d_model, false, None);
             let (name, d_output, d_input, bias, block) = match wanted.get(index) {
-                Some(layer) => (layer.name.as_str(), layer.d_output, layer.d_input, layer.bias, Some(layer.block)),
+                Some(layer) => (
+                    layer.name.as_str(),
+                    layer.d_output,
+                    layer.d_input,
+                    layer.bias,
+                    Some(layer.block),
+                ),
                 None => head,
             };
-            let Some(layer) = layers.get(index).filter(|layer| layer.name == name && index <= wanted.len()) else {
-                let layer = layers.get(index).map_or(name, |layer| &layer.name).to_string();
-                return Err(Error::UnknownLayer { context: format!("layers of a model, at {index} `{name}`"), layer });
+            let Some(layer) = layers
+                .get(index)
+                .filter(|layer| layer.name == name && index <= wanted.len())
+            else {
+                let layer = layers
+                    .get(index)
+                    .map_or(name, |layer| &layer.name)
+                    .to_string();
+                return Err(Error::UnknownLayer {
+                    context: format!("layers of a model, at {index} `{name}`"),
+                    layer,
+                });
             };
             expect_matrix(&layer.weight, d_output, d_input)?;
             let found = layer.bias.as_ref().map(|bias| bias.len());
             if found != bias.then_some(d_output) {
-                expect(&format!("{name}.bias"), &[if bias { d_output } else { 0 }], &[found.unwrap_or(0)])?;
+                expect(
+                    &format!("{name}.bias"),
+                    &[if bias { d_output } else { 0 }],
+                    &[found.unwrap_or(0)],
+                )?;
             }
-            finite(&format!("{name}.bias"), layer.bias.as_deref().unwrap_or(&[]))?;
+            finite(
+                &format!("{name}.bias"),
+                layer.bias.as_deref().unwrap_or(&[]),
+            )?;
             if let Some(adapter) = &layer.adapter {
                 adapter.lora.validate()?;
                 expect_matrix(&adapter.a, adapter.lora.rank, d_input)?;
@@ -204,22 +247,36 @@ impl Weights {
             }
         }
         if layers.len() != wanted.len() + 1 {
-            return Err(Error::UnknownLayer { context: "layers of a model".into(), layer: "lm_head".into() });
+            return Err(Error::UnknownLayer {
+                context: "layers of a model".into(),
+                layer: "lm_head".into(),
+            });
         }
         if parts.norms.len() != first.len() {
             expect("norms of the blocks", &[first.len()], &[parts.norms.len()])?;
         }
         for (block, (norms, first)) in parts.norms.iter().zip(&first).enumerate() {
-            let names = [HfConfig::input_norm(block), HfConfig::post_attention_norm(block)];
+            let names = [
+                HfConfig::input_norm(block),
+                HfConfig::post_attention_norm(block),
+            ];
             for ((name, norm), first) in names.iter().zip(norms).zip(first) {
                 let expected = if first.is_some() { d_model } else { 0 };
                 expect(name, &[expected], &[norm.as_ref().map_or(0, Vec::len)])?;
                 finite(name, norm.as_deref().unwrap_or(&[]))?;
             }
         }
-        let norms = parts.norms.into_iter().map(|norms| norms.map(|norm| norm.map(Arc::from))).collect();
+        let norms = parts
+            .norms
+            .into_iter()
+            .map(|norms| norms.map(|norm| norm.map(Arc::from)))
+            .collect();
         let infos = layers.iter().map(info).collect();
-        let rope = Rope::new(config.head_dim(), config.rope_theta(), config.rope_scaling());
+        let rope = Rope::new(
+            config.head_dim(),
+            config.rope_theta(),
+            config.rope_scaling(),
+        );
         let mut weights = Self {
             config,
             embedding: parts.embedding,
@@ -240,14 +297,24 @@ impl Weights {
     }
 
     /// Sets space and subnets, having checked them.
-    fn set_space(&mut self, space: Option<SearchSpace>, subnets: Vec<(String, SubnetConfig)>) -> Result<()> {
-        let whole = NamedSubnet { name: WHOLE.into(), config: SubnetConfig::new() };
+    fn set_space(
+        &mut self,
+        space: Option<SearchSpace>,
+        subnets: Vec<(String, SubnetConfig)>,
+    ) -> Result<()> {
+        let whole = NamedSubnet {
+            name: WHOLE.into(),
+            config: SubnetConfig::new(),
+        };
         self.subnets = vec![whole];
         self.shapes = vec![Arc::new(Shape::full(self))];
         let Some(space) = space.filter(|space| !space.groups().is_empty()) else {
             return match subnets.into_iter().next() {
                 None => Ok(()),
-                Some((name, _)) => Err(Error::UnknownSubnet { name, known: WHOLE.into() }),
+                Some((name, _)) => Err(Error::UnknownSubnet {
+                    name,
+                    known: WHOLE.into(),
+                }),
             };
         };
         let linear = self.config.linear_layers();
@@ -255,15 +322,28 @@ impl Weights {
             .iter()
             .map(|layer| crate::space::LayerShape::new(&layer.name, layer.d_input, layer.d_output))
             .collect();
-        let largest = self.layers.iter().map(LayerWeights::max_rank).max().unwrap_or(0);
+        let largest = self
+            .layers
+            .iter()
+            .map(LayerWeights::max_rank)
+            .max()
+            .unwrap_or(0);
         space.validate_layers(&shapes, largest)?;
         widths::check(self.config.blocks(), self.config.head_dim(), &space)?;
         for group in space.groups_of_kind(Elastic::Rank) {
             let found = group.choices().first().copied().unwrap_or(0);
             for name in group.layers() {
-                let max = self.layers.iter().find(|layer| layer.name == *name).map_or(0, LayerWeights::max_rank);
+                let max = self
+                    .layers
+                    .iter()
+                    .find(|layer| layer.name == *name)
+                    .map_or(0, LayerWeights::max_rank);
                 if found > max {
-                    return Err(Error::InvalidRank { layer: name.clone(), found, max });
+                    return Err(Error::InvalidRank {
+                        layer: name.clone(),
+                        found,
+                        max,
+                    });
                 }
             }
         }
@@ -274,7 +354,10 @@ impl Weights {
                 (self.subnets[0].config, self.shapes[0]) = (config, shape);
                 continue;
             }
-            if name.is_empty() || name.contains('\0') || self.subnets.iter().any(|subnet| subnet.name == name) {
+            if name.is_empty()
+                || name.contains('\0')
+                || self.subnets.iter().any(|subnet| subnet.name == name)
+            {
                 return Err(Error::argument(
                     "subnets",
                     format!("`{name}`"),
@@ -312,7 +395,10 @@ fn info(layer: &LayerWeights) -> LayerInfo {
         max_rank: layer.max_rank(),
         format: matrix.format(),
         bytes: matrix.bytes(),
-        adapter_bytes: layer.adapter.as_ref().map_or(0, |adapter| factor(&adapter.a) + factor(&adapter.bt)),
+        adapter_bytes: layer
+            .adapter
+            .as_ref()
+            .map_or(0, |adapter| factor(&adapter.a) + factor(&adapter.bt)),
         bias: layer.bias.is_some(),
     }
 }
@@ -343,16 +429,25 @@ pub struct Model {
 
 impl Model {
     pub(super) fn from_weights(weights: Weights, n_threads: usize) -> Self {
-        Self { weights: Arc::new(weights), pool: Arc::new(Pool::new(n_threads)) }
+        Self {
+            weights: Arc::new(weights),
+            pool: Arc::new(Pool::new(n_threads)),
+        }
     }
 
     pub(super) fn with_weights(&self, weights: Weights) -> Self {
-        Self { weights: Arc::new(weights), pool: self.pool.clone() }
+        Self {
+            weights: Arc::new(weights),
+            pool: self.pool.clone(),
+        }
     }
 
     /// The same model with a pool of its own of so many threads; 0 for one per core. Weights are shared.
     pub fn with_n_threads(&self, n_threads: usize) -> Self {
-        Self { weights: self.weights.clone(), pool: Arc::new(Pool::new(n_threads)) }
+        Self {
+            weights: self.weights.clone(),
+            pool: Arc::new(Pool::new(n_threads)),
+        }
     }
 
     /// The architecture, with the sizes of the whole model.
@@ -372,7 +467,10 @@ impl Model {
 
     /// The position of a layer in [`layers`](Self::layers).
     pub fn layer_index(&self, name: &str) -> Option<usize> {
-        self.weights.infos.iter().position(|layer| layer.name == name)
+        self.weights
+            .infos
+            .iter()
+            .position(|layer| layer.name == name)
     }
 
     /// The subnets that it knows by name. The first is always there, and is the whole model.
@@ -385,10 +483,22 @@ impl Model {
     /// # Errors
     /// [`Error::UnknownSubnet`].
     pub fn subnet_index(&self, name: &str) -> Result<usize> {
-        let found = self.weights.subnets.iter().position(|subnet| subnet.name == name);
+        let found = self
+            .weights
+            .subnets
+            .iter()
+            .position(|subnet| subnet.name == name);
         found.ok_or_else(|| {
-            let known: Vec<&str> = self.weights.subnets.iter().map(|subnet| subnet.name.as_str()).collect();
-            Error::UnknownSubnet { name: name.into(), known: known.join(", ") }
+            let known: Vec<&str> = self
+                .weights
+                .subnets
+                .iter()
+                .map(|subnet| subnet.name.as_str())
+                .collect();
+            Error::UnknownSubnet {
+                name: name.into(),
+                known: known.join(", "),
+            }
         })
     }
 
@@ -399,7 +509,10 @@ impl Model {
 
     /// The tokenizer, where there is one.
     pub fn tokenizer(&self) -> Option<&TextTokenizer> {
-        self.weights.tokenizer.as_ref().map(|tokenizer| &tokenizer.inner)
+        self.weights
+            .tokenizer
+            .as_ref()
+            .map(|tokenizer| &tokenizer.inner)
     }
 
     /// The tokens that end a generation.
@@ -410,8 +523,17 @@ impl Model {
     /// Bytes of all weights, embedding, adapters and head included, norms and biases left out.
     pub fn bytes(&self) -> usize {
         let tied = self.weights.config.tie_word_embeddings();
-        let shared = if tied { self.weights.embedding.unchecked().bytes() } else { 0 };
-        self.weights.all().iter().map(|weight| weight.unchecked().bytes()).sum::<usize>() - shared
+        let shared = if tied {
+            self.weights.embedding.unchecked().bytes()
+        } else {
+            0
+        };
+        self.weights
+            .all()
+            .iter()
+            .map(|weight| weight.unchecked().bytes())
+            .sum::<usize>()
+            - shared
     }
 
     /// The embedding, `[vocab_size, d_model]`.
@@ -427,11 +549,20 @@ impl Model {
         if tensor == HfConfig::FINAL_NORM {
             return Some(&self.weights.final_norm);
         }
-        let names = |block| [HfConfig::input_norm(block), HfConfig::post_attention_norm(block)];
-        self.weights.norms.iter().enumerate().find_map(|(block, gains)| {
-            let at = names(block).iter().position(|name| name == tensor)?;
-            gains[at].as_deref()
-        })
+        let names = |block| {
+            [
+                HfConfig::input_norm(block),
+                HfConfig::post_attention_norm(block),
+            ]
+        };
+        self.weights
+            .norms
+            .iter()
+            .enumerate()
+            .find_map(|(block, gains)| {
+                let at = names(block).iter().position(|name| name == tensor)?;
+                gains[at].as_deref()
+            })
     }
 
     /// Cosines and sines of rotary attention at a position.
@@ -456,9 +587,15 @@ impl Model {
     /// # Errors
     /// As [`weight`](Self::weight).
     pub fn factors(&self, layer: usize) -> Result<Option<(Matrix, Matrix, f32)>> {
-        let Some(adapter) = &self.layer(layer)?.adapter else { return Ok(None) };
+        let Some(adapter) = &self.layer(layer)?.adapter else {
+            return Ok(None);
+        };
         let scale = super::shape::scale(&adapter.lora, adapter.lora.rank);
-        Ok(Some((adapter.a.get()?.to_matrix(), adapter.bt.get()?.to_matrix(), scale)))
+        Ok(Some((
+            adapter.a.get()?.to_matrix(),
+            adapter.bt.get()?.to_matrix(),
+            scale,
+        )))
     }
 
     /// One linear layer under a subnet, to be applied to the caller's numbers. It keeps the model alive.
@@ -482,22 +619,36 @@ impl Model {
         let (weights, failed): (Vec<&Weight>, _) = (self.weights.all(), Mutex::new(None));
         self.pool.for_each(weights.len(), |_, index| {
             if let Err(error) = weights[index].check_contents() {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                failed
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_or_insert(error);
             }
         });
-        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        failed
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .map_or(Ok(()), Err)
     }
 
     pub(super) fn layer(&self, layer: usize) -> Result<&LayerWeights> {
         let n = self.weights.layers.len();
         let found = self.weights.layers.get(layer);
-        found.ok_or_else(|| Error::argument("layer", layer, format!("under the number of layers, {n}")))
+        found.ok_or_else(|| {
+            Error::argument("layer", layer, format!("under the number of layers, {n}"))
+        })
     }
 
     pub(super) fn shape(&self, subnet: usize) -> Result<&Arc<Shape>> {
         let n = self.weights.shapes.len();
         let found = self.weights.shapes.get(subnet);
-        found.ok_or_else(|| Error::argument("subnet", subnet, format!("under the number of subnets, {n}")))
+        found.ok_or_else(|| {
+            Error::argument(
+                "subnet",
+                subnet,
+                format!("under the number of subnets, {n}"),
+            )
+        })
     }
 
     /// Opens a bundle, or a Hugging Face folder: dense, GPTQ or compressed-tensors. Dense weights are used as they lie in the file.
@@ -507,9 +658,14 @@ impl Model {
     /// [`Checkpoint::open`](crate::io::Checkpoint::open); whatever makes no model, by name.
     pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
         let path = path.as_ref();
-        let is_folder = std::fs::metadata(path).map_err(|e| Error::io(path, e))?.is_dir();
-        let parts =
-            if is_folder { super::build::from_folder(path, options)? } else { super::bundle::read(path, options)? };
+        let is_folder = std::fs::metadata(path)
+            .map_err(|e| Error::io(path, e))?
+            .is_dir();
+        let parts = if is_folder {
+            super::build::from_folder(path, options)?
+        } else {
+            super::bundle::read(path, options)?
+        };
         let model = Self::from_weights(Weights::new(parts)?, options.n_threads);
         if options.verify == Verify::OnOpen {
             model.verify()?;

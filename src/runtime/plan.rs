@@ -23,10 +23,17 @@ impl FormatPlan {
     pub fn new(linears: WeightFormat) -> Self {
         let dense = match linears {
             WeightFormat::F32 => WeightFormat::F32,
-            WeightFormat::Bf16 | WeightFormat::SparseBf16 | WeightFormat::NmBf16 { .. } => WeightFormat::Bf16,
+            WeightFormat::Bf16 | WeightFormat::SparseBf16 | WeightFormat::NmBf16 { .. } => {
+                WeightFormat::Bf16
+            }
             _ => WeightFormat::F16,
         };
-        Self { linears, embedding: dense, head: dense, adapters: dense }
+        Self {
+            linears,
+            embedding: dense,
+            head: dense,
+            adapters: dense,
+        }
     }
 
     /// Sets the head's format.
@@ -50,7 +57,11 @@ impl FormatPlan {
     pub(super) fn validate(&self) -> Result<()> {
         match self.adapters {
             WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => Ok(()),
-            other => Err(Error::argument("adapters", format!("{other:?}"), "f32, f16 or bf16")),
+            other => Err(Error::argument(
+                "adapters",
+                format!("{other:?}"),
+                "f32, f16 or bf16",
+            )),
         }
     }
 }
@@ -64,9 +75,11 @@ impl From<WeightFormat> for FormatPlan {
 /// Names the tensor that could not be stored.
 fn named(name: &str, error: Error) -> Error {
     match error {
-        Error::InvalidArgument { found, expected, .. } => {
-            Error::Unsupported { what: format!("storing `{name}`: {found} (expected {expected})") }
-        }
+        Error::InvalidArgument {
+            found, expected, ..
+        } => Error::Unsupported {
+            what: format!("storing `{name}`: {found} (expected {expected})"),
+        },
         other => other,
     }
 }
@@ -74,19 +87,32 @@ fn named(name: &str, error: Error) -> Error {
 /// Stores a weight of numbers. Codes are rounded to nearest, zeros kept; what was quantized better comes with codes of its own.
 pub(super) fn encode(name: &str, weight: &Matrix, format: WeightFormat) -> Result<StoredMatrix> {
     let (bits, group_size, symmetric, sparse) = match format {
-        WeightFormat::Int { bits, group_size, symmetric } => (bits, group_size, symmetric, false),
-        WeightFormat::SparseInt4 { group_size, symmetric } => (4, group_size, symmetric, true),
+        WeightFormat::Int {
+            bits,
+            group_size,
+            symmetric,
+        } => (bits, group_size, symmetric, false),
+        WeightFormat::SparseInt4 {
+            group_size,
+            symmetric,
+        } => (4, group_size, symmetric, true),
         _ => return StoredMatrix::from_matrix(weight, format).map_err(|error| named(name, error)),
     };
-    let grid =
-        GridConfig::new(bits).with_group_size(group_size).with_symmetric(symmetric).with_scale_dtype(ScaleDtype::F16);
+    let grid = GridConfig::new(bits)
+        .with_group_size(group_size)
+        .with_symmetric(symmetric)
+        .with_scale_dtype(ScaleDtype::F16);
     let codes = round_to_nearest(weight, &grid, None)?;
     StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))
 }
 
 /// Stores a weight in another format. Codes stay the codes that they are, sparse or not; numbers are rounded where the format asks
 /// for it.
-pub(super) fn convert(name: &str, stored: &StoredMatrix, format: WeightFormat) -> Result<StoredMatrix> {
+pub(super) fn convert(
+    name: &str,
+    stored: &StoredMatrix,
+    format: WeightFormat,
+) -> Result<StoredMatrix> {
     if stored.format() == format {
         return Ok(stored.clone());
     }
@@ -98,20 +124,34 @@ pub(super) fn convert(name: &str, stored: &StoredMatrix, format: WeightFormat) -
     let Some((codes, sparse)) = stored.to_quantized().zip(sparse) else {
         return encode(name, &stored.to_matrix(), format);
     };
-    let converted = StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))?;
+    let converted =
+        StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))?;
     // A row's only group has no size of its own.
     let sizes = |format: WeightFormat| match format {
-        WeightFormat::Int { bits, group_size, symmetric } => {
-            Some((bits, group_size.unwrap_or(stored.cols()).min(stored.cols()), symmetric))
-        }
-        WeightFormat::SparseInt4 { group_size, symmetric } => {
-            Some((4, group_size.unwrap_or(stored.cols()).min(stored.cols()), symmetric))
-        }
+        WeightFormat::Int {
+            bits,
+            group_size,
+            symmetric,
+        } => Some((
+            bits,
+            group_size.unwrap_or(stored.cols()).min(stored.cols()),
+            symmetric,
+        )),
+        WeightFormat::SparseInt4 {
+            group_size,
+            symmetric,
+        } => Some((
+            4,
+            group_size.unwrap_or(stored.cols()).min(stored.cols()),
+            symmetric,
+        )),
         _ => None,
     };
     if sizes(converted.format()) != sizes(format) {
         let (from, to) = (converted.format(), format);
-        return Err(Error::Unsupported { what: format!("storing `{name}`, codes of {from:?}, as {to:?}") });
+        return Err(Error::Unsupported {
+            what: format!("storing `{name}`, codes of {from:?}, as {to:?}"),
+        });
     }
     Ok(converted)
 }

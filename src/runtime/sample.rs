@@ -24,7 +24,13 @@ pub struct SampleConfig {
 
 impl Default for SampleConfig {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+        }
     }
 }
 
@@ -35,13 +41,21 @@ impl SampleConfig {
     /// [`Error::InvalidArgument`] that names the one out of range.
     pub fn validate(&self) -> Result<()> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return Err(Error::argument("temperature", self.temperature, "a finite number, at least 0"));
+            return Err(Error::argument(
+                "temperature",
+                self.temperature,
+                "a finite number, at least 0",
+            ));
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(Error::argument("top_p", self.top_p, "over 0 and at most 1"));
         }
         if !(0.0..1.0).contains(&self.min_p) {
-            return Err(Error::argument("min_p", self.min_p, "at least 0 and under 1"));
+            return Err(Error::argument(
+                "min_p",
+                self.min_p,
+                "at least 0 and under 1",
+            ));
         }
         Ok(())
     }
@@ -66,7 +80,12 @@ impl Sampler {
         config.validate()?;
         let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
         rng.set_stream(stream);
-        Ok(Self { config: config.clone(), rng, order: Vec::new(), weights: Vec::new() })
+        Ok(Self {
+            config: config.clone(),
+            rng,
+            order: Vec::new(),
+            weights: Vec::new(),
+        })
     }
 
     /// The next token's id; of equal logits the lowest id wins. NaN counts as the least.
@@ -82,7 +101,12 @@ impl Sampler {
             }
             return best as u32;
         }
-        let Self { config, rng, order, weights } = self;
+        let Self {
+            config,
+            rng,
+            order,
+            weights,
+        } = self;
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         // What is less likely by `min_p` than the first; known before anything is sorted.
         let least = f64::from(max) + config.temperature * config.min_p.ln();
@@ -91,7 +115,11 @@ impl Sampler {
             let logit = logits[*id as usize];
             !logit.is_nan() && (config.min_p == 0.0 || f64::from(logit) >= least)
         }));
-        let descending = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let descending = |a: &u32, b: &u32| {
+            logits[*b as usize]
+                .total_cmp(&logits[*a as usize])
+                .then(a.cmp(b))
+        };
         if config.top_k > 0 && config.top_k < order.len() {
             order.select_nth_unstable_by(config.top_k - 1, descending);
             order.truncate(config.top_k);
@@ -102,7 +130,8 @@ impl Sampler {
         };
         let max = f64::from(logits[*first as usize]);
         weights.clear();
-        let weight = |id: &u32| ((f64::from(logits[*id as usize]) - max) / config.temperature).exp();
+        let weight =
+            |id: &u32| ((f64::from(logits[*id as usize]) - max) / config.temperature).exp();
         weights.extend(order.iter().map(weight));
         let total: f64 = weights.iter().sum();
         let mut reached = 0.0;
@@ -141,28 +170,72 @@ mod tests {
             (0..4000).for_each(|_| counts[sampler.next(&logits) as usize] += 1);
             counts
         };
-        let plain = SampleConfig { temperature: 1.0, seed: 5, ..SampleConfig::default() };
+        let plain = SampleConfig {
+            temperature: 1.0,
+            seed: 5,
+            ..SampleConfig::default()
+        };
         let counts = draw(&plain);
-        assert!((counts[1] as f64 / 4000.0 - 0.75).abs() < 0.03, "{counts:?}");
+        assert!(
+            (counts[1] as f64 / 4000.0 - 0.75).abs() < 0.03,
+            "{counts:?}"
+        );
         assert_eq!(counts, draw(&plain));
-        assert_eq!(draw(&SampleConfig { top_k: 1, ..plain.clone() })[1], 4000);
-        assert_eq!(draw(&SampleConfig { top_p: 0.7, ..plain.clone() })[1], 4000);
+        assert_eq!(
+            draw(&SampleConfig {
+                top_k: 1,
+                ..plain.clone()
+            })[1],
+            4000
+        );
+        assert_eq!(
+            draw(&SampleConfig {
+                top_p: 0.7,
+                ..plain.clone()
+            })[1],
+            4000
+        );
         // A third as likely as the first passes a cut at 0.3, and not one at 0.4.
-        let third = draw(&SampleConfig { min_p: 0.3, ..plain.clone() });
+        let third = draw(&SampleConfig {
+            min_p: 0.3,
+            ..plain.clone()
+        });
         assert!(third[0] > 800 && third[3] == 0);
-        assert_eq!(draw(&SampleConfig { min_p: 0.4, ..plain.clone() })[1], 4000);
-        let warm = draw(&SampleConfig { temperature: 2.0, ..plain });
+        assert_eq!(
+            draw(&SampleConfig {
+                min_p: 0.4,
+                ..plain.clone()
+            })[1],
+            4000
+        );
+        let warm = draw(&SampleConfig {
+            temperature: 2.0,
+            ..plain
+        });
         assert!(warm[0] > counts[0]);
     }
 
     #[test]
     fn settings_out_of_range_are_refused() {
         for (temperature, top_p) in [(-1.0, 1.0), (f64::NAN, 1.0), (1.0, 0.0), (1.0, 1.5)] {
-            let config = SampleConfig { temperature, top_p, ..SampleConfig::default() };
+            let config = SampleConfig {
+                temperature,
+                top_p,
+                ..SampleConfig::default()
+            };
             assert!(Sampler::new(&config, 0).is_err());
         }
         for min_p in [-0.1, 1.0, f64::NAN] {
-            assert!(Sampler::new(&SampleConfig { min_p, ..SampleConfig::default() }, 0).is_err());
+            assert!(
+                Sampler::new(
+                    &SampleConfig {
+                        min_p,
+                        ..SampleConfig::default()
+                    },
+                    0
+                )
+                .is_err()
+            );
         }
     }
 }

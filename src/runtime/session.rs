@@ -29,7 +29,12 @@ pub struct SessionConfig {
 
 impl Default for SessionConfig {
     fn default() -> Self {
-        Self { n_ctx: None, cache: CacheFormat::default(), prefill_rows: 256, activations: Activations::default() }
+        Self {
+            n_ctx: None,
+            cache: CacheFormat::default(),
+            prefill_rows: 256,
+            activations: Activations::default(),
+        }
     }
 }
 
@@ -86,7 +91,11 @@ impl Session {
         let max = model.config().max_position_embeddings();
         let n_ctx = config.n_ctx.unwrap_or(max);
         if n_ctx == 0 || n_ctx > max {
-            return Err(Error::argument("n_ctx", n_ctx, format!("in 1..={max}, the model's context")));
+            return Err(Error::argument(
+                "n_ctx",
+                n_ctx,
+                format!("in 1..={max}, the model's context"),
+            ));
         }
         if config.prefill_rows == 0 {
             return Err(Error::argument("prefill_rows", 0, "at least 1"));
@@ -161,7 +170,10 @@ impl Session {
     pub fn set_config(&mut self, subnet: &SubnetConfig) -> Result<()> {
         let Some(space) = self.model.space() else {
             let reason = "the model is no super-network".to_string();
-            return Err(Error::InvalidState { what: "choosing a subnet", reason });
+            return Err(Error::InvalidState {
+                what: "choosing a subnet",
+                reason,
+            });
         };
         let shape = Arc::new(Shape::of_subnet(&self.model.weights, space, subnet)?);
         self.set_shape(shape)
@@ -183,12 +195,27 @@ impl Session {
         }
         if self.position() > 0 {
             let n = self.position();
-            let reason = format!("the cache holds {n} tokens of the subnet that is active; reset the session first");
-            return Err(Error::InvalidState { what: "choosing a subnet", reason });
+            let reason = format!(
+                "the cache holds {n} tokens of the subnet that is active; reset the session first"
+            );
+            return Err(Error::InvalidState {
+                what: "choosing a subnet",
+                reason,
+            });
         }
-        let heads = |shape: &Shape| shape.blocks.iter().map(|block| block.n_kv_heads).collect::<Vec<_>>();
+        let heads = |shape: &Shape| {
+            shape
+                .blocks
+                .iter()
+                .map(|block| block.n_kv_heads)
+                .collect::<Vec<_>>()
+        };
         if heads(&shape) != heads(&self.shape) {
-            self.cache = Cache::new(self.cache_format, &shape.blocks, self.model.config().head_dim());
+            self.cache = Cache::new(
+                self.cache_format,
+                &shape.blocks,
+                self.model.config().head_dim(),
+            );
         }
         self.shape = shape;
         Ok(())
@@ -200,11 +227,18 @@ impl Session {
         }
         let found = self.position().saturating_add(tokens.len());
         if found > self.n_ctx {
-            return Err(Error::SequenceTooLong { what: "session".into(), found, max: self.n_ctx });
+            return Err(Error::SequenceTooLong {
+                what: "session".into(),
+                found,
+                max: self.n_ctx,
+            });
         }
         let vocab_size = self.model.config().vocab_size();
         match tokens.iter().find(|id| **id as usize >= vocab_size) {
-            Some(found) => Err(Error::TokenOutOfRange { found: *found, vocab_size }),
+            Some(found) => Err(Error::TokenOutOfRange {
+                found: *found,
+                vocab_size,
+            }),
             None => Ok(()),
         }
     }
@@ -232,7 +266,10 @@ impl Session {
         let (start, rows) = (self.position(), self.prefill_rows);
         let last = (tokens.len() - 1) / rows;
         for (index, piece) in tokens.chunks(rows).enumerate() {
-            let wanted = logits.as_mut().filter(|_| index == last).map(|logits| (piece.len() - 1, &mut **logits));
+            let wanted = logits
+                .as_mut()
+                .filter(|_| index == last)
+                .map(|logits| (piece.len() - 1, &mut **logits));
             if let Err(error) = self.append(piece, wanted) {
                 self.truncate(start);
                 return Err(error);
@@ -260,7 +297,10 @@ impl Session {
         }
         // No more rows than tokens: any number may be asked for, and the product must not overflow.
         let (start, rows) = (self.position(), self.prefill_rows.min(tokens.len()));
-        for (piece, logits) in tokens.chunks(rows).zip(logits.chunks_mut(rows * vocab_size)) {
+        for (piece, logits) in tokens
+            .chunks(rows)
+            .zip(logits.chunks_mut(rows * vocab_size))
+        {
             if let Err(error) = self.append(piece, Some((0, logits))) {
                 self.truncate(start);
                 return Err(error);
@@ -336,7 +376,11 @@ impl Session {
 /// # Errors
 /// [`Error::ShapeMismatch`] for other numbers of tokens or logits; [`Error::InvalidState`] where the sessions' models, subnets or
 /// precisions differ; otherwise as [`Session::decode`]. No session's cache has changed then.
-pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32], logits: &mut [f32]) -> Result<()> {
+pub fn decode_batch(
+    sessions: &mut [&mut Session],
+    tokens: &[u32],
+    logits: &mut [f32],
+) -> Result<()> {
     let n = sessions.len();
     let Some((first, others)) = sessions.split_first() else {
         return Ok(());
@@ -355,8 +399,14 @@ pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32], logits: &mut 
             && first.activations == other.activations
     };
     if let Some(index) = others.iter().position(|other| !same(other)) {
-        let reason = format!("session {} is on another model or subnet than session 0", index + 1);
-        return Err(Error::InvalidState { what: "decoding a batch", reason });
+        let reason = format!(
+            "session {} is on another model or subnet than session 0",
+            index + 1
+        );
+        return Err(Error::InvalidState {
+            what: "decoding a batch",
+            reason,
+        });
     }
     for (session, token) in sessions.iter().zip(tokens) {
         session.check(std::slice::from_ref(token))?;
@@ -369,11 +419,18 @@ pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32], logits: &mut 
     let result = run_batch(sessions, tokens, &mut work, logits);
     sessions[0].work = work;
     result?;
-    sessions.iter_mut().for_each(|session| session.cache.advance(1));
+    sessions
+        .iter_mut()
+        .for_each(|session| session.cache.advance(1));
     Ok(())
 }
 
-fn run_batch(sessions: &[&mut Session], tokens: &[u32], work: &mut Workspace, logits: &mut [f32]) -> Result<()> {
+fn run_batch(
+    sessions: &[&mut Session],
+    tokens: &[u32],
+    work: &mut Workspace,
+    logits: &mut [f32],
+) -> Result<()> {
     let first = &sessions[0];
     let pass = Pass {
         weights: &first.model.weights,

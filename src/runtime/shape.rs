@@ -23,7 +23,11 @@ impl Shape {
     pub fn full(weights: &Weights) -> Self {
         Self {
             blocks: weights.config.blocks().to_vec(),
-            ranks: weights.layers.iter().map(|layer| layer.max_rank()).collect(),
+            ranks: weights
+                .layers
+                .iter()
+                .map(|layer| layer.max_rank())
+                .collect(),
         }
     }
 
@@ -31,7 +35,11 @@ impl Shape {
     ///
     /// # Errors
     /// As [`SearchSpace::validate`].
-    pub fn of_subnet(weights: &Weights, space: &SearchSpace, subnet: &SubnetConfig) -> Result<Self> {
+    pub fn of_subnet(
+        weights: &Weights,
+        space: &SearchSpace,
+        subnet: &SubnetConfig,
+    ) -> Result<Self> {
         let mut shape = Self::full(weights);
         let ranks = space.ranks(subnet)?;
         for (layer, rank) in weights.layers.iter().zip(&mut shape.ranks) {
@@ -60,10 +68,17 @@ impl Shape {
         for (layer, rank) in weights.layers.iter().zip(&ranks) {
             let max = layer.max_rank();
             if *rank > max {
-                return Err(Error::InvalidRank { layer: layer.name.clone(), found: *rank, max });
+                return Err(Error::InvalidRank {
+                    layer: layer.name.clone(),
+                    found: *rank,
+                    max,
+                });
             }
         }
-        Ok(Self { blocks: self.blocks.clone(), ranks })
+        Ok(Self {
+            blocks: self.blocks.clone(),
+            ranks,
+        })
     }
 
     /// Active inputs and outputs of a linear layer; the head has all of them.
@@ -72,10 +87,16 @@ impl Shape {
             let matrix = layer.weight.unchecked();
             [matrix.cols(), matrix.rows()]
         });
-        let Some((block, kind)) = weights.layers.get(layer).and_then(|layer| LinearKind::parse(&layer.name)) else {
+        let Some((block, kind)) = weights
+            .layers
+            .get(layer)
+            .and_then(|layer| LinearKind::parse(&layer.name))
+        else {
             return full;
         };
-        let Some(dims) = self.blocks.get(block) else { return full };
+        let Some(dims) = self.blocks.get(block) else {
+            return full;
+        };
         let head_dim = weights.config.head_dim();
         match kind {
             LinearKind::Q => [full[0], dims.n_heads * head_dim],

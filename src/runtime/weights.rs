@@ -24,17 +24,37 @@ struct Inner {
 impl Weight {
     /// One that was made here.
     pub fn made(name: impl Into<String>, matrix: StoredMatrix) -> Self {
-        Self(Arc::new(Inner { name: name.into(), matrix, source: None, checked: AtomicBool::new(true) }))
+        Self(Arc::new(Inner {
+            name: name.into(),
+            matrix,
+            source: None,
+            checked: AtomicBool::new(true),
+        }))
     }
 
     /// One that lies in a file without checksums.
     pub fn mapped(name: impl Into<String>, matrix: StoredMatrix) -> Self {
-        Self(Arc::new(Inner { name: name.into(), matrix, source: None, checked: AtomicBool::new(false) }))
+        Self(Arc::new(Inner {
+            name: name.into(),
+            matrix,
+            source: None,
+            checked: AtomicBool::new(false),
+        }))
     }
 
     /// One that lies in a bundle; `compare` says whether its checksums are looked at before its first use.
-    pub fn from_file(name: String, matrix: StoredMatrix, bundle: Arc<Bundle>, compare: bool) -> Self {
-        Self(Arc::new(Inner { name, matrix, source: Some((bundle, compare)), checked: AtomicBool::new(false) }))
+    pub fn from_file(
+        name: String,
+        matrix: StoredMatrix,
+        bundle: Arc<Bundle>,
+        compare: bool,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            name,
+            matrix,
+            source: Some((bundle, compare)),
+            checked: AtomicBool::new(false),
+        }))
     }
 
     /// The tensor's name.
@@ -71,9 +91,18 @@ impl Weight {
     /// # Errors
     /// [`Error::InvalidFile`] that names the tensor.
     pub fn check_contents(&self) -> Result<()> {
-        let Inner { name, matrix, source, checked } = &*self.0;
-        let path = source.as_ref().map_or(name.as_ref(), |(bundle, _)| bundle.path());
-        matrix.check().map_err(|error| Error::invalid_file(path, format!("tensor `{name}`: {error}")))?;
+        let Inner {
+            name,
+            matrix,
+            source,
+            checked,
+        } = &*self.0;
+        let path = source
+            .as_ref()
+            .map_or(name.as_ref(), |(bundle, _)| bundle.path());
+        matrix
+            .check()
+            .map_err(|error| Error::invalid_file(path, format!("tensor `{name}`: {error}")))?;
         // Two threads may come here at once, and then find the same.
         checked.store(true, Ordering::Release);
         Ok(())
@@ -117,7 +146,10 @@ impl LayerWeights {
 
     /// All its matrices.
     pub fn weights(&self) -> impl Iterator<Item = &Weight> {
-        let factors = self.adapter.iter().flat_map(|adapter| [&adapter.a, &adapter.bt]);
+        let factors = self
+            .adapter
+            .iter()
+            .flat_map(|adapter| [&adapter.a, &adapter.bt]);
         std::iter::once(&self.weight).chain(factors)
     }
 }

@@ -41,7 +41,10 @@ impl Line {
 /// Makes a vector at least so long.
 pub(super) fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, zero: T) -> Result<()> {
     if vector.len() < len {
-        let fail = |_| Error::OutOfMemory { what: "a forward pass", bytes: len * size_of::<T>() };
+        let fail = |_| Error::OutOfMemory {
+            what: "a forward pass",
+            bytes: len * size_of::<T>(),
+        };
         vector.try_reserve_exact(len - vector.len()).map_err(fail)?;
         vector.resize(len, zero);
     }

@@ -58,12 +58,27 @@ impl AdditiveModel {
             told.push((space.encode(subnet)?, vec![*loss]));
         }
         if told.len() < FEWEST {
-            return Err(Error::argument("observed", told.len(), format!("at least {FEWEST} finite losses")));
+            return Err(Error::argument(
+                "observed",
+                told.len(),
+                format!("at least {FEWEST} finite losses"),
+            ));
         }
-        let n_choices: Vec<usize> = space.groups().iter().map(|group| group.choices().len()).collect();
+        let n_choices: Vec<usize> = space
+            .groups()
+            .iter()
+            .map(|group| group.choices().len())
+            .collect();
         match Surrogate::fit(&n_choices, &told) {
-            Some(model) => Ok(Self { space: space.clone(), model }),
-            None => Err(Error::argument("space", format!("{} groups", space.len()), "fewer choices, to be fitted")),
+            Some(model) => Ok(Self {
+                space: space.clone(),
+                model,
+            }),
+            None => Err(Error::argument(
+                "space",
+                format!("{} groups", space.len()),
+                "fewer choices, to be fitted",
+            )),
         }
     }
 
@@ -76,7 +91,11 @@ impl AdditiveModel {
     }
 
     fn of_genome(&self, genome: &Vec<usize>) -> f64 {
-        self.model.predict(genome).first().copied().unwrap_or(f64::NAN)
+        self.model
+            .predict(genome)
+            .first()
+            .copied()
+            .unwrap_or(f64::NAN)
     }
 
     /// At most `n` subnets from the largest down, evenly among those that are met when always the choice goes down that is to
@@ -86,7 +105,11 @@ impl AdditiveModel {
     ///
     /// # Errors
     /// Those of `cost`.
-    pub fn path(&self, n: usize, mut cost: impl FnMut(&SubnetConfig) -> Result<f64>) -> Result<Vec<SubnetConfig>> {
+    pub fn path(
+        &self,
+        n: usize,
+        mut cost: impl FnMut(&SubnetConfig) -> Result<f64>,
+    ) -> Result<Vec<SubnetConfig>> {
         let largest = vec![0; self.space.len()];
         let full = (cost(&self.space.maximal())?, self.of_genome(&largest));
         let mut descents = Vec::new();
@@ -114,7 +137,10 @@ impl AdditiveModel {
             _ => (0..n).map(|i| (i * last + (n - 1) / 2) / (n - 1)).collect(),
         };
         picked.dedup();
-        picked.into_iter().map(|index| self.space.decode(&genomes[index])).collect()
+        picked
+            .into_iter()
+            .map(|index| self.space.decode(&genomes[index]))
+            .collect()
     }
 }
 
@@ -122,10 +148,17 @@ impl AdditiveModel {
 fn descend(index: usize, group: &Group, points: &[(f64, f64)], into: &mut Vec<Descent>) {
     let mut at = 0;
     while at + 1 < group.choices().len() {
-        let slope = |choice: usize| (points[choice].1 - points[at].1) / (points[choice].0 - points[at].0);
+        let slope =
+            |choice: usize| (points[choice].1 - points[at].1) / (points[choice].0 - points[at].0);
         let smaller = (at + 1..points.len()).filter(|choice| points[*choice].0 > points[at].0);
-        let Some(next) = smaller.min_by(|a, b| slope(*a).total_cmp(&slope(*b))) else { return };
-        into.push(Descent { slope: slope(next), group: index, choice: next });
+        let Some(next) = smaller.min_by(|a, b| slope(*a).total_cmp(&slope(*b))) else {
+            return;
+        };
+        into.push(Descent {
+            slope: slope(next),
+            group: index,
+            choice: next,
+        });
         at = next;
     }
 }
@@ -139,17 +172,31 @@ mod tests {
     use crate::space::LayerShape;
 
     fn space(n: usize) -> SearchSpace {
-        let layers: Vec<_> = (0..n).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
+        let layers: Vec<_> = (0..n)
+            .map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8))
+            .collect();
         SearchSpace::per_layer(&layers, &[32, 24, 16]).unwrap()
     }
 
     /// Losses by group and choice, some of which a smaller choice lowers.
     fn losses(n: usize, rng: &mut ChaCha8Rng) -> Vec<[f64; 3]> {
-        (0..n).map(|i| [0.0, rng.random_range(-0.05..0.1 * (1 + i) as f64), rng.random_range(0.1..0.3)]).collect()
+        (0..n)
+            .map(|i| {
+                [
+                    0.0,
+                    rng.random_range(-0.05..0.1 * (1 + i) as f64),
+                    rng.random_range(0.1..0.3),
+                ]
+            })
+            .collect()
     }
 
     fn sum(genome: &[usize], losses: &[[f64; 3]]) -> f64 {
-        2.0 + genome.iter().zip(losses).map(|(gene, losses)| losses[*gene]).sum::<f64>()
+        2.0 + genome
+            .iter()
+            .zip(losses)
+            .map(|(gene, losses)| losses[*gene])
+            .sum::<f64>()
     }
 
     #[test]
@@ -161,31 +208,52 @@ mod tests {
             let observed: Vec<_> = (0..600)
                 .map(|_| {
                     let subnet = space.sample(&mut rng);
-                    let loss = sum(&space.encode(&subnet).unwrap(), &truth) + rng.random_range(-1.0..1.0) * noise;
+                    let loss = sum(&space.encode(&subnet).unwrap(), &truth)
+                        + rng.random_range(-1.0..1.0) * noise;
                     (subnet, loss)
                 })
                 .collect();
             let model = AdditiveModel::fit(&space, &observed).unwrap();
-            let cost = |subnet: &SubnetConfig| subnet.iter().map(|(_, value)| value as f64).sum::<f64>();
+            let cost =
+                |subnet: &SubnetConfig| subnet.iter().map(|(_, value)| value as f64).sum::<f64>();
             let all: Vec<(f64, f64)> = (0..243_usize)
                 .map(|code| {
                     let genome: Vec<usize> = (0..5).map(|i| code / 3_usize.pow(i) % 3).collect();
                     let subnet = space.decode(&genome).unwrap();
                     let loss = sum(&genome, &truth);
-                    assert!((model.predict(&subnet).unwrap() - loss).abs() < 0.02 + noise, "{genome:?}");
+                    assert!(
+                        (model.predict(&subnet).unwrap() - loss).abs() < 0.02 + noise,
+                        "{genome:?}"
+                    );
                     (cost(&subnet), loss)
                 })
                 .collect();
             let path = model.path(100, |subnet| Ok(cost(subnet))).unwrap();
-            assert!(path.len() > 5 && path[0] == space.maximal() && path[path.len() - 1] == space.minimal());
+            assert!(
+                path.len() > 5
+                    && path[0] == space.maximal()
+                    && path[path.len() - 1] == space.minimal()
+            );
             assert!(path.windows(2).all(|pair| cost(&pair[1]) < cost(&pair[0])));
             // Before the least loss each subnet is beaten by the next.
-            let predicted: Vec<f64> = path.iter().map(|subnet| model.predict(subnet).unwrap()).collect();
-            let least = (0..path.len()).min_by(|a, b| predicted[*a].total_cmp(&predicted[*b])).unwrap();
+            let predicted: Vec<f64> = path
+                .iter()
+                .map(|subnet| model.predict(subnet).unwrap())
+                .collect();
+            let least = (0..path.len())
+                .min_by(|a, b| predicted[*a].total_cmp(&predicted[*b]))
+                .unwrap();
             for subnet in &path[least..] {
                 let (of, loss) = (cost(subnet), sum(&space.encode(subnet).unwrap(), &truth));
-                let best = all.iter().filter(|(cost, _)| *cost <= of).map(|(_, loss)| *loss).fold(f64::MAX, f64::min);
-                assert!(loss <= best + 0.01 + noise / 2.0, "{subnet}: {loss} beside {best}");
+                let best = all
+                    .iter()
+                    .filter(|(cost, _)| *cost <= of)
+                    .map(|(_, loss)| *loss)
+                    .fold(f64::MAX, f64::min);
+                assert!(
+                    loss <= best + 0.01 + noise / 2.0,
+                    "{subnet}: {loss} beside {best}"
+                );
             }
             for n in [0, 1, 2, 4] {
                 let part = model.path(n, |subnet| Ok(cost(subnet))).unwrap();
@@ -201,11 +269,26 @@ mod tests {
         let observed = vec![(space.maximal(), 1.0); 8];
         assert!(AdditiveModel::fit(&space, &observed).is_ok());
         let few = AdditiveModel::fit(&space, &observed[1..]);
-        assert!(matches!(few, Err(Error::InvalidArgument { name: "observed", .. })));
+        assert!(matches!(
+            few,
+            Err(Error::InvalidArgument {
+                name: "observed",
+                ..
+            })
+        ));
         let nan = vec![(space.maximal(), f64::NAN); 20];
-        assert!(matches!(AdditiveModel::fit(&space, &nan), Err(Error::InvalidArgument { name: "observed", .. })));
+        assert!(matches!(
+            AdditiveModel::fit(&space, &nan),
+            Err(Error::InvalidArgument {
+                name: "observed",
+                ..
+            })
+        ));
         let other = vec![(SubnetConfig::new(), 1.0); 9];
-        assert!(matches!(AdditiveModel::fit(&space, &other), Err(Error::UnknownGroup { .. })));
+        assert!(matches!(
+            AdditiveModel::fit(&space, &other),
+            Err(Error::UnknownGroup { .. })
+        ));
         let model = AdditiveModel::fit(&space, &observed).unwrap();
         assert!(model.predict(&SubnetConfig::new()).is_err());
         assert!(model.path(3, |_| Err(Error::Interrupted)).is_err());

@@ -103,7 +103,11 @@ impl HillClimbingConfig {
     /// [`Error::InvalidArgument`] for 0 neighbours a step or a budget of NaN; as [`SearchSpace::validate`] for the start.
     pub fn init(&self, space: &SearchSpace) -> Result<HillClimbing> {
         if self.neighbours_per_step == 0 {
-            return Err(Error::argument("neighbours_per_step", 0, "must be at least 1"));
+            return Err(Error::argument(
+                "neighbours_per_step",
+                0,
+                "must be at least 1",
+            ));
         }
         let limit = match self.budget {
             CostBudget::AtMost(limit) if limit.is_nan() => {
@@ -172,7 +176,8 @@ impl Searcher for HillClimbing {
     fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
         for evaluation in evaluated {
             self.arity.check(evaluation)?;
-            self.batch.tell(&self.space.encode(&evaluation.config)?, evaluation)?;
+            self.batch
+                .tell(&self.space.encode(&evaluation.config)?, evaluation)?;
             if self.batch.is_complete() {
                 self.known.extend(self.batch.take());
                 self.advance();
@@ -194,10 +199,14 @@ impl HillClimbing {
             let best = candidates.into_iter().min_by(|a, b| self.compare(a, b));
             match (&self.current, best) {
                 (None, Some(start)) => self.move_to(start),
-                (Some(current), Some(best)) if self.compare(&best, current).is_lt() => self.move_to(best),
+                (Some(current), Some(best)) if self.compare(&best, current).is_lt() => {
+                    self.move_to(best)
+                }
                 (None, None) => {
                     // The very first start; it was never a candidate.
-                    let Some(start) = self.known.keys().next().cloned() else { return };
+                    let Some(start) = self.known.keys().next().cloned() else {
+                        return;
+                    };
                     self.move_to(start);
                 }
                 _ => {}
@@ -217,8 +226,12 @@ impl HillClimbing {
                 self.current = None;
                 self.candidates = vec![start];
             }
-            let unknown: Vec<Genome> =
-                self.candidates.iter().filter(|genome| !self.known.contains_key(*genome)).cloned().collect();
+            let unknown: Vec<Genome> = self
+                .candidates
+                .iter()
+                .filter(|genome| !self.known.contains_key(*genome))
+                .cloned()
+                .collect();
             if !unknown.is_empty() {
                 for genome in &unknown {
                     self.unseen.insert(genome);
@@ -240,7 +253,11 @@ impl HillClimbing {
     fn neighbours(&mut self, genome: &Genome) -> Vec<Genome> {
         let n_choices = self.unseen.n_choices();
         let step = |genome: &Genome, at: usize, up: bool| -> Option<Genome> {
-            let gene = if up { genome[at].checked_add(1)? } else { genome[at].checked_sub(1)? };
+            let gene = if up {
+                genome[at].checked_add(1)?
+            } else {
+                genome[at].checked_sub(1)?
+            };
             (gene < n_choices[at]).then(|| {
                 let mut next = genome.clone();
                 next[at] = gene;
@@ -248,12 +265,15 @@ impl HillClimbing {
             })
         };
         let n = genome.len();
-        let mut neighbours: Vec<Genome> =
-            (0..n).flat_map(|at| [true, false].map(|up| step(genome, at, up))).flatten().collect();
+        let mut neighbours: Vec<Genome> = (0..n)
+            .flat_map(|at| [true, false].map(|up| step(genome, at, up)))
+            .flatten()
+            .collect();
         if self.settings.exchanges && n > 1 {
             for _ in 0..n {
                 let (first, offset) = (self.rng.random_range(0..n), self.rng.random_range(1..n));
-                let both = step(genome, first, true).and_then(|next| step(&next, (first + offset) % n, false));
+                let both = step(genome, first, true)
+                    .and_then(|next| step(&next, (first + offset) % n, false));
                 if let Some(next) = both.filter(|next| !neighbours.contains(next)) {
                     neighbours.push(next);
                 }
@@ -266,7 +286,9 @@ impl HillClimbing {
     fn objective(&self, genome: &Genome, index: usize) -> f64 {
         let objectives = self.known.get(genome);
         // A subnet without a cost costs nothing; one without a score cannot be told.
-        objectives.and_then(|objectives| objectives.get(index)).map_or(0.0, |&value| nan_is_worst(value))
+        objectives
+            .and_then(|objectives| objectives.get(index))
+            .map_or(0.0, |&value| nan_is_worst(value))
     }
 
     fn compare(&self, a: &Genome, b: &Genome) -> Ordering {

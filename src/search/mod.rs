@@ -111,7 +111,10 @@ pub struct Evaluation {
     /// The subnet.
     pub config: SubnetConfig,
     /// Its objectives, to be minimised; see [`SCORE`] and [`COST`].
-    #[serde(serialize_with = "write_objectives", deserialize_with = "read_objectives")]
+    #[serde(
+        serialize_with = "write_objectives",
+        deserialize_with = "read_objectives"
+    )]
     pub objectives: Vec<f64>,
     /// Whether the objectives came from the cache or a log, without running the objective.
     #[serde(default)]
@@ -124,17 +127,27 @@ pub struct Evaluation {
 impl Evaluation {
     /// An evaluation of index 0 that took no time, for callers that drive a searcher themselves.
     pub fn new(config: SubnetConfig, objectives: Vec<f64>) -> Self {
-        Self { index: 0, config, objectives, cached: false, seconds: 0.0 }
+        Self {
+            index: 0,
+            config,
+            objectives,
+            cached: false,
+            seconds: 0.0,
+        }
     }
 
     /// The first objective; infinite where it is NaN or missing.
     pub fn score(&self) -> f64 {
-        self.objectives.get(SCORE).map_or(f64::INFINITY, |&score| pareto::nan_is_worst(score))
+        self.objectives
+            .get(SCORE)
+            .map_or(f64::INFINITY, |&score| pareto::nan_is_worst(score))
     }
 
     /// The second objective; infinite where it is NaN, 0 where there is none.
     pub fn cost(&self) -> f64 {
-        self.objectives.get(COST).map_or(0.0, |&cost| pareto::nan_is_worst(cost))
+        self.objectives
+            .get(COST)
+            .map_or(0.0, |&cost| pareto::nan_is_worst(cost))
     }
 }
 
@@ -160,8 +173,13 @@ fn read_objectives<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64
             "NaN" => Ok(f64::NAN),
             "inf" => Ok(f64::INFINITY),
             "-inf" => Ok(f64::NEG_INFINITY),
-            _ => Err(serde::de::Error::custom(format!("objective `{name}` is not a number"))),
+            _ => Err(serde::de::Error::custom(format!(
+                "objective `{name}` is not a number"
+            ))),
         },
     };
-    Vec::<Number>::deserialize(deserializer)?.into_iter().map(number).collect()
+    Vec::<Number>::deserialize(deserializer)?
+        .into_iter()
+        .map(number)
+        .collect()
 }

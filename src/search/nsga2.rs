@@ -103,22 +103,41 @@ impl NsgaConfig {
     /// [`Error::InvalidArgument`] for a setting outside its range; as [`SearchSpace::validate`] for the initial subnets.
     pub fn init(&self, space: &SearchSpace) -> Result<Nsga2> {
         if !(2..=1 << 20).contains(&self.population) {
-            return Err(Error::argument("population", self.population, "must be in 2..=1048576"));
+            return Err(Error::argument(
+                "population",
+                self.population,
+                "must be in 2..=1048576",
+            ));
         }
         if !(1..=1000).contains(&self.screening) {
-            return Err(Error::argument("screening", self.screening, "must be in 1..=1000"));
+            return Err(Error::argument(
+                "screening",
+                self.screening,
+                "must be in 1..=1000",
+            ));
         }
-        let mutation_probability = self.mutation_probability.unwrap_or(1.0 / space.len() as f64);
-        let probabilities =
-            [("crossover_probability", self.crossover_probability), ("mutation_probability", mutation_probability)];
+        let mutation_probability = self
+            .mutation_probability
+            .unwrap_or(1.0 / space.len() as f64);
+        let probabilities = [
+            ("crossover_probability", self.crossover_probability),
+            ("mutation_probability", mutation_probability),
+        ];
         for (name, value) in probabilities {
             if !(0.0..=1.0).contains(&value) {
                 return Err(Error::argument(name, value, "must be in 0..=1"));
             }
         }
-        for (name, value) in [("crossover_eta", self.crossover_eta), ("mutation_eta", self.mutation_eta)] {
+        for (name, value) in [
+            ("crossover_eta", self.crossover_eta),
+            ("mutation_eta", self.mutation_eta),
+        ] {
             if !(value >= 0.0 && value.is_finite()) {
-                return Err(Error::argument(name, value, "must be finite and at least 0"));
+                return Err(Error::argument(
+                    name,
+                    value,
+                    "must be finite and at least 0",
+                ));
             }
         }
         let mut unseen = Unseen::new(space);
@@ -132,11 +151,16 @@ impl NsgaConfig {
             }
         }
         while genomes.len() < self.population {
-            let Some(genome) = unseen.draw(&mut rng) else { break };
+            let Some(genome) = unseen.draw(&mut rng) else {
+                break;
+            };
             genomes.push(genome);
         }
         Ok(Nsga2 {
-            settings: NsgaConfig { mutation_probability: Some(mutation_probability), ..self.clone() },
+            settings: NsgaConfig {
+                mutation_probability: Some(mutation_probability),
+                ..self.clone()
+            },
             mutation_probability,
             space: space.clone(),
             rng,
@@ -193,7 +217,8 @@ impl Searcher for Nsga2 {
     fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
         for evaluation in evaluated {
             self.arity.check(evaluation)?;
-            self.batch.tell(&self.space.encode(&evaluation.config)?, evaluation)?;
+            self.batch
+                .tell(&self.space.encode(&evaluation.config)?, evaluation)?;
             if self.batch.is_complete() {
                 self.survive();
                 self.batch = Batch::new(self.breed());
@@ -215,8 +240,12 @@ impl Nsga2 {
         if self.settings.screening > 1 {
             self.told.extend(children.iter().cloned());
         }
-        let individual =
-            |(genome, objectives)| Individual { genome, objectives, rank: usize::MAX, crowding: f64::INFINITY };
+        let individual = |(genome, objectives)| Individual {
+            genome,
+            objectives,
+            rank: usize::MAX,
+            crowding: f64::INFINITY,
+        };
         let mut pool: Vec<Individual> = std::mem::take(&mut self.parents);
         pool.extend(children.into_iter().map(individual));
         let mut chosen = Vec::with_capacity(self.settings.population);
@@ -234,8 +263,11 @@ impl Nsga2 {
                 break;
             }
         }
-        let survivor =
-            |(index, rank, crowding): (usize, usize, f64)| Individual { rank, crowding, ..pool[index].clone() };
+        let survivor = |(index, rank, crowding): (usize, usize, f64)| Individual {
+            rank,
+            crowding,
+            ..pool[index].clone()
+        };
         self.parents = chosen.into_iter().map(survivor).collect();
     }
 
@@ -246,18 +278,29 @@ impl Nsga2 {
             1 => None,
             _ => Surrogate::fit(self.unseen.n_choices(), &self.told),
         };
-        let wanted = population * if surrogate.is_some() { self.settings.screening } else { 1 };
+        let wanted = population
+            * if surrogate.is_some() {
+                self.settings.screening
+            } else {
+                1
+            };
         let mut bred = HashSet::new();
         let mut children = Vec::with_capacity(wanted);
         let mut matings = MAX_MATINGS.saturating_mul(wanted);
         while children.len() < wanted && matings > 0 && !self.unseen.is_exhausted() {
             matings -= 1;
             let (a, b) = (self.tournament(), self.tournament());
-            let (mut a, mut b) = (self.parents[a].genome.clone(), self.parents[b].genome.clone());
+            let (mut a, mut b) = (
+                self.parents[a].genome.clone(),
+                self.parents[b].genome.clone(),
+            );
             self.cross(&mut a, &mut b);
             for mut child in [a, b] {
                 self.mutate(&mut child);
-                if children.len() < wanted && !self.unseen.contains(&child) && bred.insert(child.clone()) {
+                if children.len() < wanted
+                    && !self.unseen.contains(&child)
+                    && bred.insert(child.clone())
+                {
                     children.push(child);
                 }
             }
@@ -269,7 +312,9 @@ impl Nsga2 {
             self.unseen.insert(child);
         }
         while children.len() < population {
-            let Some(genome) = self.unseen.draw(&mut self.rng) else { break };
+            let Some(genome) = self.unseen.draw(&mut self.rng) else {
+                break;
+            };
             children.push(genome);
         }
         children
@@ -279,14 +324,19 @@ impl Nsga2 {
     fn screen(&self, surrogate: &Surrogate, children: Vec<Genome>) -> Vec<Genome> {
         let population = self.settings.population;
         let n_screened = population - population / 4;
-        let mut guesses: Vec<Vec<f64>> = children.iter().map(|child| surrogate.predict(child)).collect();
+        let mut guesses: Vec<Vec<f64>> = children
+            .iter()
+            .map(|child| surrogate.predict(child))
+            .collect();
         guesses.extend(self.parents.iter().map(|parent| parent.objectives.clone()));
         let mut taken = vec![false; children.len()];
         let mut chosen = Vec::with_capacity(population);
         for front in fast_non_dominated_sort(&guesses) {
             let points: Vec<&Vec<f64>> = front.iter().map(|&index| &guesses[index]).collect();
             let crowding = crowding_distance(&points);
-            let mut order: Vec<usize> = (0..front.len()).filter(|&at| front[at] < children.len()).collect();
+            let mut order: Vec<usize> = (0..front.len())
+                .filter(|&at| front[at] < children.len())
+                .collect();
             order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a]));
             order.truncate(n_screened - chosen.len());
             for at in order {
@@ -297,8 +347,15 @@ impl Nsga2 {
                 break;
             }
         }
-        chosen.extend((0..children.len()).filter(|&index| !taken[index]).take(population - chosen.len()));
-        chosen.into_iter().map(|index| children[index].clone()).collect()
+        chosen.extend(
+            (0..children.len())
+                .filter(|&index| !taken[index])
+                .take(population - chosen.len()),
+        );
+        chosen
+            .into_iter()
+            .map(|index| children[index].clone())
+            .collect()
     }
 
     /// The better of two random parents, by rank and then by crowding.
@@ -327,7 +384,8 @@ impl Nsga2 {
             let (x, y) = (a[at].min(b[at]) as f64, a[at].max(b[at]) as f64);
             let draw: f64 = self.rng.random();
             let spread = |room: f64| {
-                let alpha = 2.0 - (1.0 + 2.0 * room / (y - x)).powf(-(self.settings.crossover_eta + 1.0));
+                let alpha =
+                    2.0 - (1.0 + 2.0 * room / (y - x)).powf(-(self.settings.crossover_eta + 1.0));
                 match draw <= 1.0 / alpha {
                     true => (draw * alpha).powf(power),
                     false => (1.0 / (2.0 - draw * alpha)).powf(power),
@@ -336,7 +394,11 @@ impl Nsga2 {
             let near_low = 0.5 * (x + y - spread(x - low) * (y - x));
             let near_high = 0.5 * (x + y + spread(high - y) * (y - x));
             let (first, second) = (round(near_low, n), round(near_high, n));
-            (a[at], b[at]) = if self.rng.random_bool(0.5) { (second, first) } else { (first, second) };
+            (a[at], b[at]) = if self.rng.random_bool(0.5) {
+                (second, first)
+            } else {
+                (first, second)
+            };
         }
     }
 
@@ -352,10 +414,12 @@ impl Nsga2 {
             let draw: f64 = self.rng.random();
             let step = if draw < 0.5 {
                 let edge = 1.0 - (x - low) / range;
-                (2.0 * draw + (1.0 - 2.0 * draw) * edge.powf(eta + 1.0)).powf(1.0 / (eta + 1.0)) - 1.0
+                (2.0 * draw + (1.0 - 2.0 * draw) * edge.powf(eta + 1.0)).powf(1.0 / (eta + 1.0))
+                    - 1.0
             } else {
                 let edge = 1.0 - (high - x) / range;
-                1.0 - (2.0 * (1.0 - draw) + 2.0 * (draw - 0.5) * edge.powf(eta + 1.0)).powf(1.0 / (eta + 1.0))
+                1.0 - (2.0 * (1.0 - draw) + 2.0 * (draw - 0.5) * edge.powf(eta + 1.0))
+                    .powf(1.0 / (eta + 1.0))
             };
             *gene = round(x + step * range, n);
         }

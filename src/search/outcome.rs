@@ -36,14 +36,30 @@ pub struct SearchOutcome {
 impl SearchOutcome {
     /// The outcome of these evaluations, in the order of proposals. [`super::Study`] makes them; so may callers that drive a
     /// searcher themselves.
-    pub fn new(searcher: impl Into<String>, stopped: StopReason, evaluations: Vec<Evaluation>) -> Self {
+    pub fn new(
+        searcher: impl Into<String>,
+        stopped: StopReason,
+        evaluations: Vec<Evaluation>,
+    ) -> Self {
         let mut seen = HashSet::new();
-        let distinct: Vec<usize> =
-            (0..evaluations.len()).filter(|&index| seen.insert(&evaluations[index].config)).collect();
-        let points: Vec<&[f64]> = distinct.iter().map(|&index| evaluations[index].objectives.as_slice()).collect();
-        let mut front: Vec<usize> = non_dominated(&points).into_iter().map(|at| distinct[at]).collect();
+        let distinct: Vec<usize> = (0..evaluations.len())
+            .filter(|&index| seen.insert(&evaluations[index].config))
+            .collect();
+        let points: Vec<&[f64]> = distinct
+            .iter()
+            .map(|&index| evaluations[index].objectives.as_slice())
+            .collect();
+        let mut front: Vec<usize> = non_dominated(&points)
+            .into_iter()
+            .map(|at| distinct[at])
+            .collect();
         front.sort_by(|&a, &b| by_cost(&evaluations[a], &evaluations[b]));
-        Self { searcher: searcher.into(), stopped, evaluations, front }
+        Self {
+            searcher: searcher.into(),
+            stopped,
+            evaluations,
+            front,
+        }
     }
 
     /// Name of the searcher.
@@ -73,7 +89,9 @@ impl SearchOutcome {
 
     /// The evaluation of a subnet, if it was proposed.
     pub fn get(&self, config: &SubnetConfig) -> Option<&Evaluation> {
-        self.evaluations.iter().find(|evaluation| evaluation.config == *config)
+        self.evaluations
+            .iter()
+            .find(|evaluation| evaluation.config == *config)
     }
 
     /// The best score; of several, the cheapest.
@@ -83,32 +101,45 @@ impl SearchOutcome {
 
     /// The best score among the subnets that cost at most `cost`.
     pub fn best_under(&self, cost: f64) -> Option<&Evaluation> {
-        self.evaluations.iter().filter(|evaluation| evaluation.cost() <= cost).min_by(|a, b| by_score(a, b))
+        self.evaluations
+            .iter()
+            .filter(|evaluation| evaluation.cost() <= cost)
+            .min_by(|a, b| by_score(a, b))
     }
 
     /// The cheapest subnet whose score is at most `score` (scores are minimised); of several, the best. It is how LoNAS
     /// chooses: fewest MACs at an accuracy no more than a tolerance below the reference's.
     pub fn no_worse_than(&self, score: f64) -> Option<&Evaluation> {
-        self.evaluations.iter().filter(|evaluation| evaluation.score() <= score).min_by(|a, b| by_cost(a, b))
+        self.evaluations
+            .iter()
+            .filter(|evaluation| evaluation.score() <= score)
+            .min_by(|a, b| by_cost(a, b))
     }
 
     /// The knee of the front: the point farthest below the line from its cheapest to its best-scoring end, both objectives
     /// scaled to 0..1. With fewer than three points, or none below the line, the best score.
     pub fn knee(&self) -> Option<&Evaluation> {
-        let finite = |evaluation: &&Evaluation| evaluation.score().is_finite() && evaluation.cost().is_finite();
+        let finite = |evaluation: &&Evaluation| {
+            evaluation.score().is_finite() && evaluation.cost().is_finite()
+        };
         let front: Vec<&Evaluation> = self.front().filter(finite).collect();
         let best = self.best_score();
-        let (Some(cheapest), Some(last)) =
-            (front.iter().min_by(|a, b| by_cost(a, b)), front.iter().min_by(|a, b| by_score(a, b)))
-        else {
+        let (Some(cheapest), Some(last)) = (
+            front.iter().min_by(|a, b| by_cost(a, b)),
+            front.iter().min_by(|a, b| by_score(a, b)),
+        ) else {
             return best;
         };
-        let (width, height) = (last.cost() - cheapest.cost(), cheapest.score() - last.score());
+        let (width, height) = (
+            last.cost() - cheapest.cost(),
+            cheapest.score() - last.score(),
+        );
         if !(width > 0.0 && height > 0.0) {
             return best;
         }
         let gain = |evaluation: &Evaluation| {
-            1.0 - (evaluation.cost() - cheapest.cost()) / width - (evaluation.score() - last.score()) / height
+            1.0 - (evaluation.cost() - cheapest.cost()) / width
+                - (evaluation.score() - last.score()) / height
         };
         let mut knee = (0.0, best);
         for evaluation in front {
@@ -121,9 +152,13 @@ impl SearchOutcome {
 }
 
 fn by_cost(a: &Evaluation, b: &Evaluation) -> Ordering {
-    a.cost().total_cmp(&b.cost()).then_with(|| a.score().total_cmp(&b.score()))
+    a.cost()
+        .total_cmp(&b.cost())
+        .then_with(|| a.score().total_cmp(&b.score()))
 }
 
 fn by_score(a: &Evaluation, b: &Evaluation) -> Ordering {
-    a.score().total_cmp(&b.score()).then_with(|| a.cost().total_cmp(&b.cost()))
+    a.score()
+        .total_cmp(&b.score())
+        .then_with(|| a.cost().total_cmp(&b.cost()))
 }

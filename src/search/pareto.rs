@@ -23,8 +23,14 @@ pub fn dominates(a: &[f64], b: &[f64]) -> bool {
 
 /// Indices, ascending, of the points that no other point dominates. Equal points stand or fall together. O(M N^2).
 pub fn non_dominated<P: AsRef<[f64]>>(points: &[P]) -> Vec<usize> {
-    let dominated = |point: &P| points.iter().any(|other| dominates(other.as_ref(), point.as_ref()));
-    (0..points.len()).filter(|&index| !dominated(&points[index])).collect()
+    let dominated = |point: &P| {
+        points
+            .iter()
+            .any(|other| dominates(other.as_ref(), point.as_ref()))
+    };
+    (0..points.len())
+        .filter(|&index| !dominated(&points[index]))
+        .collect()
 }
 
 /// The fronts of a set: the non-dominated points, then those that only the first front dominates, and so on. Each lists its
@@ -74,10 +80,20 @@ pub fn crowding_distance<P: AsRef<[f64]>>(front: &[P]) -> Vec<f64> {
     let mut distance = vec![0.0; n];
     let mut order: Vec<usize> = (0..n).collect();
     for objective in 0..n_objectives {
-        let value = |i: usize| front[i].as_ref().get(objective).map_or(f64::INFINITY, |&value| nan_is_worst(value));
+        let value = |i: usize| {
+            front[i]
+                .as_ref()
+                .get(objective)
+                .map_or(f64::INFINITY, |&value| nan_is_worst(value))
+        };
         order.sort_by(|&a, &b| value(a).total_cmp(&value(b)).then(a.cmp(&b)));
         let low = value(order[0]);
-        let high = order.iter().rev().map(|&i| value(i)).find(|value| value.is_finite()).unwrap_or(low);
+        let high = order
+            .iter()
+            .rev()
+            .map(|&i| value(i))
+            .find(|value| value.is_finite())
+            .unwrap_or(low);
         if value(order[n - 1]) == low {
             continue;
         }
@@ -98,7 +114,9 @@ pub fn crowding_distance<P: AsRef<[f64]>>(front: &[P]) -> Vec<f64> {
 /// Volume that the points dominate, up to `reference`. Exact. Points that are not better than the reference in every objective
 /// add nothing. O(N log N) in two dimensions; exponential in N at worst from three on, meant for fronts of up to about 100.
 pub fn hypervolume<P: AsRef<[f64]>>(points: &[P], reference: &[f64]) -> f64 {
-    let inside = |point: &&[f64]| point.len() == reference.len() && point.iter().zip(reference).all(|(x, r)| x < r);
+    let inside = |point: &&[f64]| {
+        point.len() == reference.len() && point.iter().zip(reference).all(|(x, r)| x < r)
+    };
     let points: Vec<&[f64]> = points.iter().map(AsRef::as_ref).filter(inside).collect();
     if points.is_empty() || reference.is_empty() {
         return 0.0;
@@ -106,7 +124,10 @@ pub fn hypervolume<P: AsRef<[f64]>>(points: &[P], reference: &[f64]) -> f64 {
     if reference.len() == 2 {
         return area(points, reference);
     }
-    let front = non_dominated(&points).into_iter().map(|i| points[i].to_vec()).collect();
+    let front = non_dominated(&points)
+        .into_iter()
+        .map(|i| points[i].to_vec())
+        .collect();
     wfg(front, reference)
 }
 
@@ -126,19 +147,32 @@ fn area(mut points: Vec<&[f64]>, reference: &[f64]) -> f64 {
 fn wfg(mut front: Vec<Vec<f64>>, reference: &[f64]) -> f64 {
     // Worst points first: they leave the smallest sets to recurse into.
     front.sort_by(|a, b| {
-        b.iter().zip(a).map(|(y, x)| y.total_cmp(x)).find(|o| o.is_ne()).unwrap_or(std::cmp::Ordering::Equal)
+        b.iter()
+            .zip(a)
+            .map(|(y, x)| y.total_cmp(x))
+            .find(|o| o.is_ne())
+            .unwrap_or(std::cmp::Ordering::Equal)
     });
     let mut sum = 0.0;
     for (at, point) in front.iter().enumerate() {
         let volume: f64 = point.iter().zip(reference).map(|(x, r)| r - x).product();
-        let limited: Vec<Vec<f64>> =
-            front[at + 1..].iter().map(|other| other.iter().zip(point).map(|(x, y)| x.max(*y)).collect()).collect();
+        let limited: Vec<Vec<f64>> = front[at + 1..]
+            .iter()
+            .map(|other| other.iter().zip(point).map(|(x, y)| x.max(*y)).collect())
+            .collect();
         sum += volume;
         if !limited.is_empty() {
             // Equal points must count once, and non_dominated keeps them all.
-            let mut kept: Vec<Vec<f64>> = non_dominated(&limited).into_iter().map(|i| limited[i].clone()).collect();
+            let mut kept: Vec<Vec<f64>> = non_dominated(&limited)
+                .into_iter()
+                .map(|i| limited[i].clone())
+                .collect();
             kept.sort_by(|a, b| {
-                a.iter().zip(b).map(|(x, y)| x.total_cmp(y)).find(|o| o.is_ne()).unwrap_or(std::cmp::Ordering::Equal)
+                a.iter()
+                    .zip(b)
+                    .map(|(x, y)| x.total_cmp(y))
+                    .find(|o| o.is_ne())
+                    .unwrap_or(std::cmp::Ordering::Equal)
             });
             kept.dedup();
             sum -= wfg(kept, reference);
@@ -154,8 +188,22 @@ pub fn igd<P: AsRef<[f64]>, R: AsRef<[f64]>>(found: &[P], reference: &[R]) -> f6
         return 0.0;
     }
     let distance = |target: &[f64]| {
-        let squared = |point: &P| target.iter().zip(point.as_ref()).map(|(a, b)| (a - nan_is_worst(*b)).powi(2)).sum();
-        found.iter().map(squared).fold(f64::INFINITY, f64::min).sqrt()
+        let squared = |point: &P| {
+            target
+                .iter()
+                .zip(point.as_ref())
+                .map(|(a, b)| (a - nan_is_worst(*b)).powi(2))
+                .sum()
+        };
+        found
+            .iter()
+            .map(squared)
+            .fold(f64::INFINITY, f64::min)
+            .sqrt()
     };
-    reference.iter().map(|target| distance(target.as_ref())).sum::<f64>() / reference.len() as f64
+    reference
+        .iter()
+        .map(|target| distance(target.as_ref()))
+        .sum::<f64>()
+        / reference.len() as f64
 }

@@ -25,7 +25,11 @@ pub(super) struct Unseen {
 impl Unseen {
     pub(super) fn new(space: &SearchSpace) -> Self {
         Self {
-            n_choices: space.groups().iter().map(|group| group.choices().len()).collect(),
+            n_choices: space
+                .groups()
+                .iter()
+                .map(|group| group.choices().len())
+                .collect(),
             n_subnets: space.n_subnets_exact(),
             seen: HashSet::new(),
         }
@@ -49,7 +53,10 @@ impl Unseen {
     }
 
     pub(super) fn random(&self, rng: &mut impl Rng) -> Genome {
-        self.n_choices.iter().map(|&n| rng.random_range(0..n)).collect()
+        self.n_choices
+            .iter()
+            .map(|&n| rng.random_range(0..n))
+            .collect()
     }
 
     /// An unseen genome, now marked: uniform while such are easily drawn, else the next one up from a draw. None where the
@@ -92,8 +99,19 @@ pub(super) struct Batch {
 impl Batch {
     /// The genomes must differ.
     pub(super) fn new(genomes: Vec<Genome>) -> Self {
-        let position = genomes.iter().cloned().enumerate().map(|(at, genome)| (genome, at)).collect();
-        Self { objectives: vec![None; genomes.len()], genomes, position, n_asked: 0, n_told: 0 }
+        let position = genomes
+            .iter()
+            .cloned()
+            .enumerate()
+            .map(|(at, genome)| (genome, at))
+            .collect();
+        Self {
+            objectives: vec![None; genomes.len()],
+            genomes,
+            position,
+            n_asked: 0,
+            n_told: 0,
+        }
     }
 
     pub(super) fn ask(&mut self, n: usize) -> &[Genome] {
@@ -119,13 +137,25 @@ impl Batch {
 
     /// Genomes and objectives in the order of proposing; those without objectives are left out.
     pub(super) fn take(&mut self) -> Vec<(Genome, Vec<f64>)> {
-        let Batch { genomes, objectives, .. } = std::mem::take(self);
-        genomes.into_iter().zip(objectives).filter_map(|(genome, objectives)| Some((genome, objectives?))).collect()
+        let Batch {
+            genomes,
+            objectives,
+            ..
+        } = std::mem::take(self);
+        genomes
+            .into_iter()
+            .zip(objectives)
+            .filter_map(|(genome, objectives)| Some((genome, objectives?)))
+            .collect()
     }
 }
 
 pub(super) fn not_asked(config: &SubnetConfig) -> Error {
-    Error::argument("evaluated", config, "a subnet that was asked for and has not been told yet")
+    Error::argument(
+        "evaluated",
+        config,
+        "a subnet that was asked for and has not been told yet",
+    )
 }
 
 /// Holds the number of objectives to the first one told.
@@ -140,11 +170,18 @@ impl Arity {
             return Ok(());
         }
         let what = format!("objectives of subnet {}", evaluation.config);
-        Err(Error::ShapeMismatch { what, expected: vec![expected], found: vec![found] })
+        Err(Error::ShapeMismatch {
+            what,
+            expected: vec![expected],
+            found: vec![found],
+        })
     }
 }
 
 /// Subnets of genomes that this crate made, which always fit their space.
 pub(super) fn decode_all(space: &SearchSpace, genomes: &[Genome]) -> Vec<SubnetConfig> {
-    genomes.iter().filter_map(|genome| space.decode(genome).ok()).collect()
+    genomes
+        .iter()
+        .filter_map(|genome| space.decode(genome).ok())
+        .collect()
 }

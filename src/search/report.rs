@@ -79,8 +79,16 @@ const ROLES: [&str; 3] = ["heuristic", "maximal", "minimal"];
 
 impl<'a> SearchReport<'a> {
     /// A report of `outcome`. The heuristic, maximal and minimal subnets of `space` are marked if they were evaluated.
-    pub fn new(space: &'a SearchSpace, outcome: &'a SearchOutcome, names: &'a ObjectiveNames) -> Self {
-        Self { space, outcome, names }
+    pub fn new(
+        space: &'a SearchSpace,
+        outcome: &'a SearchOutcome,
+        names: &'a ObjectiveNames,
+    ) -> Self {
+        Self {
+            space,
+            outcome,
+            names,
+        }
     }
 
     /// Writes `search_progression.svg`, `.csv` and `.json` into a folder that exists, each whole or not at all, and returns
@@ -89,16 +97,27 @@ impl<'a> SearchReport<'a> {
     /// # Errors
     /// [`Error::Io`], naming the file.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<[PathBuf; 3]> {
-        let path = |extension: &str| folder.as_ref().join(format!("search_progression.{extension}"));
+        let path = |extension: &str| {
+            folder
+                .as_ref()
+                .join(format!("search_progression.{extension}"))
+        };
         let paths = [path("svg"), path("csv"), path("json")];
-        for (path, text) in paths.iter().zip([self.to_svg()?, self.to_csv(), self.to_json()?]) {
+        for (path, text) in paths
+            .iter()
+            .zip([self.to_svg()?, self.to_csv(), self.to_json()?])
+        {
             atomic::write_file(path, |sink| sink.put(text.as_bytes()))?;
         }
         Ok(paths)
     }
 
     fn references(&self) -> [SubnetConfig; 3] {
-        [self.space.heuristic(), self.space.maximal(), self.space.minimal()]
+        [
+            self.space.heuristic(),
+            self.space.maximal(),
+            self.space.minimal(),
+        ]
     }
 
     /// One row per evaluation, in the order of proposals: number (from 1), cost and score as shown (a score of which more is
@@ -138,7 +157,8 @@ impl<'a> SearchReport<'a> {
     /// # Errors
     /// [`Error::Json`] where it cannot be written as JSON, which no outcome brings about.
     pub fn to_json(&self) -> Result<String> {
-        let at = |config: &SubnetConfig| self.outcome.get(config).map(|evaluation| evaluation.index);
+        let at =
+            |config: &SubnetConfig| self.outcome.get(config).map(|evaluation| evaluation.index);
         let [heuristic, maximal, minimal] = self.references();
         let value = json!({
             "searcher": self.outcome.searcher(),
@@ -166,7 +186,9 @@ impl<'a> SearchReport<'a> {
     /// [`Error::Unsupported`] where the drawing library refuses, which no outcome brings about.
     pub fn to_svg(&self) -> Result<String> {
         let mut svg = String::new();
-        self.draw(&mut svg).map_err(|error| Error::Unsupported { what: format!("search plot: {error}") })?;
+        self.draw(&mut svg).map_err(|error| Error::Unsupported {
+            what: format!("search plot: {error}"),
+        })?;
         Ok(svg)
     }
 
@@ -185,19 +207,31 @@ impl<'a> SearchReport<'a> {
             .filter_map(|evaluation| Some((evaluation.index, point(evaluation)?)))
             .collect();
         let front: Vec<(f64, f64)> = self.outcome.front().filter_map(point).collect();
-        let references = self.references().map(|config| self.outcome.get(&config).and_then(point));
+        let references = self
+            .references()
+            .map(|config| self.outcome.get(&config).and_then(point));
 
-        let (x_range, y_range) = (range(points.iter().map(|p| p.1.0)), range(points.iter().map(|p| p.1.1)));
+        let (x_range, y_range) = (
+            range(points.iter().map(|p| p.1.0)),
+            range(points.iter().map(|p| p.1.1)),
+        );
         let (factor, unit) = scaled(x_range.end, &self.names.cost_unit);
         let x_digits = digits((x_range.end - x_range.start) / factor);
         let y_digits = digits(y_range.end - y_range.start);
         let mut chart = ChartBuilder::on(&plot)
-            .caption(format!("Search progression: {}", self.outcome.searcher()), ("sans-serif", 22))
+            .caption(
+                format!("Search progression: {}", self.outcome.searcher()),
+                ("sans-serif", 22),
+            )
             .margin(16)
             .x_label_area_size(58)
             .y_label_area_size(100)
             .build_cartesian_2d(x_range.clone(), y_range)?;
-        let arrow = if self.names.score_larger_is_better { "higher is better" } else { "lower is better" };
+        let arrow = if self.names.score_larger_is_better {
+            "higher is better"
+        } else {
+            "lower is better"
+        };
         chart
             .configure_mesh()
             .x_labels(7)
@@ -208,7 +242,10 @@ impl<'a> SearchReport<'a> {
             .label_style(("sans-serif", 15).into_font().color(&INK))
             .axis_desc_style(("sans-serif", 17).into_font().color(&INK))
             .x_desc(title(&self.names.cost, &unit))
-            .y_desc(format!("{}, {arrow}", title(&self.names.score, &self.names.score_unit)))
+            .y_desc(format!(
+                "{}, {arrow}",
+                title(&self.names.score, &self.names.score_unit)
+            ))
             .x_label_formatter(&|x| fixed(x / factor, x_digits))
             .y_label_formatter(&|y| fixed(*y, y_digits))
             .draw()?;
@@ -217,15 +254,31 @@ impl<'a> SearchReport<'a> {
             let line = [(x_range.start, score), (x_range.end, score)];
             chart.draw_series(DashedLineSeries::new(line, 8, 5, HEURISTIC.stroke_width(2)))?;
         }
-        chart.draw_series(LineSeries::new(front.iter().copied(), FRONT.stroke_width(2)))?;
+        chart.draw_series(LineSeries::new(
+            front.iter().copied(),
+            FRONT.stroke_width(2),
+        ))?;
         let n = self.outcome.evaluations().len();
-        chart.draw_series(points.iter().map(|&(index, at)| Circle::new(at, 4, shade(index, n).filled())))?;
-        chart.draw_series(front.iter().map(|&at| Circle::new(at, 6, FRONT.stroke_width(2))))?;
+        chart.draw_series(
+            points
+                .iter()
+                .map(|&(index, at)| Circle::new(at, 4, shade(index, n).filled())),
+        )?;
+        chart.draw_series(
+            front
+                .iter()
+                .map(|&at| Circle::new(at, 6, FRONT.stroke_width(2))),
+        )?;
         for (mark, at) in MARKS.into_iter().zip(references) {
             chart.draw_series(at.map(|at| EmptyElement::at(at) + mark_at(mark, (0, 0))))?;
         }
 
-        let text = |size: i32| ("sans-serif", size).into_font().color(&INK).pos(Pos::new(HPos::Left, VPos::Center));
+        let text = |size: i32| {
+            ("sans-serif", size)
+                .into_font()
+                .color(&INK)
+                .pos(Pos::new(HPos::Left, VPos::Center))
+        };
         let mut y = 66;
         let mut entry = |label: String| -> std::result::Result<i32, Box<dyn std::error::Error>> {
             side.draw(&Text::new(label, (40, y), text(15)))?;
@@ -236,17 +289,29 @@ impl<'a> SearchReport<'a> {
         side.draw(&Circle::new((20, at), 4, shade(n / 2, n).filled()))?;
         let at = entry(format!("from no. 1 to no. {n}"))?;
         for step in 0..24 {
-            side.draw(&Rectangle::new([(8 + step, at - 6), (9 + step, at + 6)], shade(step as usize, 24).filled()))?;
+            side.draw(&Rectangle::new(
+                [(8 + step, at - 6), (9 + step, at + 6)],
+                shade(step as usize, 24).filled(),
+            ))?;
         }
         let at = entry("Pareto front".into())?;
-        side.draw(&PathElement::new([(8, at), (32, at)], FRONT.stroke_width(2)))?;
+        side.draw(&PathElement::new(
+            [(8, at), (32, at)],
+            FRONT.stroke_width(2),
+        ))?;
         side.draw(&Circle::new((20, at), 6, FRONT.stroke_width(2)))?;
         for ((mark, name), value) in MARKS.into_iter().zip(ROLES).zip(references) {
             let Some((_, score)) = value else { continue };
             let at = entry(format!("{name}: {}", fixed(score, y_digits + 1)))?;
             if name == ROLES[0] {
-                side.draw(&PathElement::new([(6, at), (12, at)], HEURISTIC.stroke_width(2)))?;
-                side.draw(&PathElement::new([(28, at), (34, at)], HEURISTIC.stroke_width(2)))?;
+                side.draw(&PathElement::new(
+                    [(6, at), (12, at)],
+                    HEURISTIC.stroke_width(2),
+                ))?;
+                side.draw(&PathElement::new(
+                    [(28, at), (34, at)],
+                    HEURISTIC.stroke_width(2),
+                ))?;
             }
             side.draw(&mark_at(mark, (20, at)))?;
         }
@@ -273,7 +338,13 @@ const MARKS: [(&[(i32, i32)], RGBColor); 3] = [
 ];
 
 fn mark_at((outline, color): (&[(i32, i32)], RGBColor), (x, y): (i32, i32)) -> Polygon<(i32, i32)> {
-    Polygon::new(outline.iter().map(|&(dx, dy)| (x + dx, y + dy)).collect::<Vec<_>>(), color.filled())
+    Polygon::new(
+        outline
+            .iter()
+            .map(|&(dx, dy)| (x + dx, y + dy))
+            .collect::<Vec<_>>(),
+        color.filled(),
+    )
 }
 
 /// Light to dark blue over the course of the search.
@@ -285,7 +356,9 @@ fn shade(index: usize, n: usize) -> RGBColor {
 
 /// What the values span and a margin; of one value, some room around it.
 fn range(values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
-    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
+    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| {
+        (low.min(x), high.max(x))
+    });
     if low > high {
         return 0.0..1.0;
     }
@@ -301,8 +374,16 @@ fn range(values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
 
 /// What to divide an axis by, and the unit that it then has.
 fn scaled(largest: f64, unit: &str) -> (f64, String) {
-    let scales = [(1e12, "T", "10¹² "), (1e9, "G", "10⁹ "), (1e6, "M", "10⁶ "), (1e3, "k", "10³ ")];
-    match scales.into_iter().find(|(factor, ..)| largest.abs() >= *factor) {
+    let scales = [
+        (1e12, "T", "10¹² "),
+        (1e9, "G", "10⁹ "),
+        (1e6, "M", "10⁶ "),
+        (1e3, "k", "10³ "),
+    ];
+    match scales
+        .into_iter()
+        .find(|(factor, ..)| largest.abs() >= *factor)
+    {
         Some((factor, prefix, _)) if unit.is_empty() => (factor, prefix.to_string()),
         Some((factor, _, power)) => (factor, format!("{power}{unit}")),
         None => (1.0, unit.to_string()),
@@ -322,5 +403,9 @@ fn fixed(value: f64, digits: usize) -> String {
 }
 
 fn title(name: &str, unit: &str) -> String {
-    if unit.is_empty() { name.to_string() } else { format!("{name} [{unit}]") }
+    if unit.is_empty() {
+        name.to_string()
+    } else {
+        format!("{name} [{unit}]")
+    }
 }

@@ -19,7 +19,9 @@ pub struct Heuristic {
 impl Heuristic {
     /// The searcher of this space's heuristic subnet.
     pub fn new(space: &SearchSpace) -> Self {
-        Self { list: FixedList::unchecked([space.heuristic()]) }
+        Self {
+            list: FixedList::unchecked([space.heuristic()]),
+        }
     }
 }
 
@@ -54,16 +56,28 @@ impl FixedList {
     ///
     /// # Errors
     /// As [`SearchSpace::validate`].
-    pub fn new(space: &SearchSpace, configs: impl IntoIterator<Item = SubnetConfig>) -> Result<Self> {
+    pub fn new(
+        space: &SearchSpace,
+        configs: impl IntoIterator<Item = SubnetConfig>,
+    ) -> Result<Self> {
         let list = Self::unchecked(configs);
-        list.left.iter().try_for_each(|config| space.validate(config))?;
+        list.left
+            .iter()
+            .try_for_each(|config| space.validate(config))?;
         Ok(list)
     }
 
     fn unchecked(configs: impl IntoIterator<Item = SubnetConfig>) -> Self {
         let mut seen = HashSet::new();
-        let left = configs.into_iter().filter(|config| seen.insert(config.clone())).collect();
-        Self { left, outstanding: HashSet::new(), arity: Arity::default() }
+        let left = configs
+            .into_iter()
+            .filter(|config| seen.insert(config.clone()))
+            .collect();
+        Self {
+            left,
+            outstanding: HashSet::new(),
+            arity: Arity::default(),
+        }
     }
 }
 
@@ -152,10 +166,13 @@ impl Searcher for RandomSearch {
     }
 
     fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
-        let mut configs: Vec<SubnetConfig> = self.initial.drain(..n.min(self.initial.len())).collect();
+        let mut configs: Vec<SubnetConfig> =
+            self.initial.drain(..n.min(self.initial.len())).collect();
         let mut drawn = Vec::new();
         while configs.len() + drawn.len() < n {
-            let Some(genome) = self.unseen.draw(&mut self.rng) else { break };
+            let Some(genome) = self.unseen.draw(&mut self.rng) else {
+                break;
+            };
             drawn.push(genome);
         }
         configs.extend(decode_all(&self.space, &drawn));
@@ -172,7 +189,11 @@ impl Searcher for RandomSearch {
     }
 }
 
-fn settle(outstanding: &mut HashSet<SubnetConfig>, arity: &mut Arity, evaluated: &[Evaluation]) -> Result<()> {
+fn settle(
+    outstanding: &mut HashSet<SubnetConfig>,
+    arity: &mut Arity,
+    evaluated: &[Evaluation],
+) -> Result<()> {
     for evaluation in evaluated {
         arity.check(evaluation)?;
         if !outstanding.remove(&evaluation.config) {

@@ -31,7 +31,13 @@ pub struct StudyConfig {
 impl StudyConfig {
     /// A study of at most `n_evals` different subnets, no log.
     pub fn new(n_evals: usize) -> Self {
-        Self { n_evals, batch: 16, log: None, tag: String::new(), interrupt: None }
+        Self {
+            n_evals,
+            batch: 16,
+            log: None,
+            tag: String::new(),
+            interrupt: None,
+        }
     }
 
     /// Sets how many subnets at most are evaluated side by side by [`Study::run_parallel`]. It does not change the result.
@@ -74,7 +80,12 @@ impl StudyConfig {
             Some(path) => Some(Log::open(path, &self.tag, space, &mut cache)?),
             None => None,
         };
-        Ok(Study { settings: self.clone(), cache, log, on_evaluation: None })
+        Ok(Study {
+            settings: self.clone(),
+            cache,
+            log,
+            on_evaluation: None,
+        })
     }
 }
 
@@ -113,7 +124,10 @@ impl Study {
         F: FnMut(&SubnetConfig) -> Result<Vec<f64>>,
     {
         self.drive(searcher, 1, &mut |configs, interrupted| {
-            configs.iter().map(|config| (!interrupted()).then(|| timed(|| objective(config)))).collect()
+            configs
+                .iter()
+                .map(|config| (!interrupted()).then(|| timed(|| objective(config))))
+                .collect()
         })
     }
 
@@ -129,7 +143,10 @@ impl Study {
     {
         let batch = self.settings.batch;
         self.drive(searcher, batch, &mut |configs, interrupted| {
-            configs.par_iter().map(|config| (!interrupted()).then(|| timed(|| objective(config)))).collect()
+            configs
+                .par_iter()
+                .map(|config| (!interrupted()).then(|| timed(|| objective(config))))
+                .collect()
         })
     }
 
@@ -140,7 +157,10 @@ impl Study {
         evaluate: &mut Evaluate<'_>,
     ) -> Result<SearchOutcome> {
         let flag = self.settings.interrupt.clone();
-        let interrupted = move || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
+        let interrupted = move || {
+            flag.as_ref()
+                .is_some_and(|flag| flag.load(Ordering::Relaxed))
+        };
         let mut evaluations: Vec<Evaluation> = Vec::new();
         let mut proposed: HashSet<SubnetConfig> = HashSet::new();
         let mut n_repeats = 0usize;
@@ -184,7 +204,9 @@ impl Study {
             }
             let first = evaluations.len();
             for config in asked {
-                let Some(objectives) = self.cache.get(&config) else { continue };
+                let Some(objectives) = self.cache.get(&config) else {
+                    continue;
+                };
                 let seconds = done.remove(&config);
                 evaluations.push(Evaluation {
                     index: evaluations.len(),
@@ -205,16 +227,35 @@ impl Study {
         Ok(SearchOutcome::new(searcher.name(), stopped, evaluations))
     }
 
-    fn remember(&mut self, config: &SubnetConfig, objectives: Vec<f64>, seconds: f64) -> Result<()> {
-        let expected = self.cache.values().next().map_or(objectives.len().max(1), Vec::len);
+    fn remember(
+        &mut self,
+        config: &SubnetConfig,
+        objectives: Vec<f64>,
+        seconds: f64,
+    ) -> Result<()> {
+        let expected = self
+            .cache
+            .values()
+            .next()
+            .map_or(objectives.len().max(1), Vec::len);
         if objectives.len() != expected {
             let what = format!("objectives of subnet {config}");
-            return Err(Error::ShapeMismatch { what, expected: vec![expected], found: vec![objectives.len()] });
+            return Err(Error::ShapeMismatch {
+                what,
+                expected: vec![expected],
+                found: vec![objectives.len()],
+            });
         }
         if let Some(log) = &mut self.log {
             let index = self.cache.len();
             let objectives = objectives.clone();
-            log.write(&Evaluation { index, config: config.clone(), objectives, cached: false, seconds })?;
+            log.write(&Evaluation {
+                index,
+                config: config.clone(),
+                objectives,
+                cached: false,
+                seconds,
+            })?;
         }
         self.cache.insert(config.clone(), objectives);
         Ok(())
@@ -225,7 +266,8 @@ impl Study {
 type Timed = (Result<Vec<f64>>, f64);
 
 /// Evaluates subnets, asking before each one whether to stop; none for those it stopped before.
-type Evaluate<'a> = dyn FnMut(&[SubnetConfig], &(dyn Fn() -> bool + Sync)) -> Vec<Option<Timed>> + 'a;
+type Evaluate<'a> =
+    dyn FnMut(&[SubnetConfig], &(dyn Fn() -> bool + Sync)) -> Vec<Option<Timed>> + 'a;
 
 fn timed(objective: impl FnOnce() -> Result<Vec<f64>>) -> Timed {
     let start = Instant::now();
@@ -250,42 +292,78 @@ struct Log {
 impl Log {
     /// Reads what is there into `cache`, and stands ready to append. A last line without its end, which a killed process leaves
     /// behind, is cut off.
-    fn open(path: &Path, tag: &str, space: &SearchSpace, cache: &mut HashMap<SubnetConfig, Vec<f64>>) -> Result<Self> {
+    fn open(
+        path: &Path,
+        tag: &str,
+        space: &SearchSpace,
+        cache: &mut HashMap<SubnetConfig, Vec<f64>>,
+    ) -> Result<Self> {
         let io = |source| Error::io(path, source);
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(io)?;
         let mut whole = 0u64;
         let mut record = 0usize;
         let mut arity = None;
         let mut reader = BufReader::new(&mut file);
         loop {
             let mut line = Vec::new();
-            let n = reader.by_ref().take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut line).map_err(io)? as u64;
-            let broken = |reason: String| Error::InvalidRecord { path: path.to_path_buf(), record: record + 1, reason };
+            let n = reader
+                .by_ref()
+                .take(MAX_LINE_BYTES + 1)
+                .read_until(b'\n', &mut line)
+                .map_err(io)? as u64;
+            let broken = |reason: String| Error::InvalidRecord {
+                path: path.to_path_buf(),
+                record: record + 1,
+                reason,
+            };
             if n > MAX_LINE_BYTES {
-                return Err(broken(format!("a line of over {} MiB", MAX_LINE_BYTES >> 20)));
+                return Err(broken(format!(
+                    "a line of over {} MiB",
+                    MAX_LINE_BYTES >> 20
+                )));
             }
             if line.pop() != Some(b'\n') {
                 break;
             }
             if record == 0 {
-                let header: Header = serde_json::from_slice(&line).map_err(|error| broken(error.to_string()))?;
-                let version = (header.elastic_lora_search.to_string(), LOG_VERSION.to_string());
-                for (field, found, expected) in
-                    [("version", version.0, version.1), ("tag", header.tag, tag.to_string())]
-                {
+                let header: Header =
+                    serde_json::from_slice(&line).map_err(|error| broken(error.to_string()))?;
+                let version = (
+                    header.elastic_lora_search.to_string(),
+                    LOG_VERSION.to_string(),
+                );
+                for (field, found, expected) in [
+                    ("version", version.0, version.1),
+                    ("tag", header.tag, tag.to_string()),
+                ] {
                     if found != expected {
                         let (path, field) = (path.to_path_buf(), field.to_string());
-                        return Err(Error::CheckpointMismatch { path, field, expected, found });
+                        return Err(Error::CheckpointMismatch {
+                            path,
+                            field,
+                            expected,
+                            found,
+                        });
                     }
                 }
             } else {
                 let evaluation: Evaluation =
                     serde_json::from_slice(&line).map_err(|error| broken(error.to_string()))?;
-                space.validate(&evaluation.config).map_err(|error| broken(error.to_string()))?;
+                space
+                    .validate(&evaluation.config)
+                    .map_err(|error| broken(error.to_string()))?;
                 let found = evaluation.objectives.len();
                 let expected = *arity.get_or_insert(found.max(1));
                 if found != expected {
-                    return Err(broken(format!("{found} objectives, the record before has {expected}")));
+                    return Err(broken(format!(
+                        "{found} objectives, the record before has {expected}"
+                    )));
                 }
                 cache.insert(evaluation.config, evaluation.objectives);
             }
@@ -295,16 +373,25 @@ impl Log {
         drop(reader);
         file.set_len(whole).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
-        let mut log = Self { path: path.to_path_buf(), file };
+        let mut log = Self {
+            path: path.to_path_buf(),
+            file,
+        };
         if record == 0 {
-            log.write(&Header { elastic_lora_search: LOG_VERSION, tag: tag.to_string() })?;
+            log.write(&Header {
+                elastic_lora_search: LOG_VERSION,
+                tag: tag.to_string(),
+            })?;
         }
         Ok(log)
     }
 
     fn write(&mut self, value: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_vec(value).map_err(|source| Error::json(&self.path, source))?;
+        let mut line =
+            serde_json::to_vec(value).map_err(|source| Error::json(&self.path, source))?;
         line.push(b'\n');
-        self.file.write_all(&line).map_err(|source| Error::io(&self.path, source))
+        self.file
+            .write_all(&line)
+            .map_err(|source| Error::io(&self.path, source))
     }
 }

@@ -27,8 +27,10 @@ struct Model {
 impl Surrogate {
     /// Fits what has been told. None where there is too little of it, too many features, or only one value.
     pub(super) fn fit(n_choices: &[usize], told: &[(Genome, Vec<f64>)]) -> Option<Self> {
-        let told: Vec<_> =
-            told.iter().filter(|(_, objectives)| objectives.iter().all(|value| value.is_finite())).collect();
+        let told: Vec<_> = told
+            .iter()
+            .filter(|(_, objectives)| objectives.iter().all(|value| value.is_finite()))
+            .collect();
         let mut offsets = Vec::with_capacity(n_choices.len());
         let mut n_features = 0;
         for &n in n_choices {
@@ -38,8 +40,15 @@ impl Surrogate {
         if n_features > MAX_FEATURES || told.len() < 8 {
             return None;
         }
-        let mut surrogate = Self { offsets, n_choices: n_choices.to_vec(), models: Vec::new() };
-        let rows: Vec<Vec<(usize, f64)>> = told.iter().map(|(genome, _)| surrogate.features(genome)).collect();
+        let mut surrogate = Self {
+            offsets,
+            n_choices: n_choices.to_vec(),
+            models: Vec::new(),
+        };
+        let rows: Vec<Vec<(usize, f64)>> = told
+            .iter()
+            .map(|(genome, _)| surrogate.features(genome))
+            .collect();
         let mut factor = vec![0.0; n_features * n_features];
         for row in &rows {
             for &(i, x) in row {
@@ -53,7 +62,11 @@ impl Surrogate {
         }
         cholesky(&mut factor, n_features)?;
         for objective in 0..told.first()?.1.len() {
-            let mean = told.iter().map(|(_, values)| values[objective]).sum::<f64>() / told.len() as f64;
+            let mean = told
+                .iter()
+                .map(|(_, values)| values[objective])
+                .sum::<f64>()
+                / told.len() as f64;
             let mut weights = vec![0.0; n_features];
             for (row, (_, values)) in rows.iter().zip(&told) {
                 for &(i, x) in row {
@@ -69,7 +82,13 @@ impl Surrogate {
     /// The objectives to expect of a genome.
     pub(super) fn predict(&self, genome: &Genome) -> Vec<f64> {
         let features = self.features(genome);
-        let value = |model: &Model| model.mean + features.iter().map(|&(i, x)| x * model.weights[i]).sum::<f64>();
+        let value = |model: &Model| {
+            model.mean
+                + features
+                    .iter()
+                    .map(|&(i, x)| x * model.weights[i])
+                    .sum::<f64>()
+        };
         self.models.iter().map(value).collect()
     }
 
@@ -89,7 +108,11 @@ impl Surrogate {
 fn cholesky(a: &mut [f64], n: usize) -> Option<()> {
     for i in 0..n {
         for j in 0..=i {
-            let dot: f64 = a[i * n..i * n + j].iter().zip(&a[j * n..j * n + j]).map(|(x, y)| x * y).sum();
+            let dot: f64 = a[i * n..i * n + j]
+                .iter()
+                .zip(&a[j * n..j * n + j])
+                .map(|(x, y)| x * y)
+                .sum();
             let rest = a[i * n + j] - dot;
             a[i * n + j] = match i == j {
                 true if rest > 0.0 => rest.sqrt(),

@@ -15,14 +15,19 @@ use crate::error::Error;
 use crate::space::{LayerShape, SearchSpace};
 
 fn space(n_groups: usize, choices: &[usize]) -> SearchSpace {
-    let layers: Vec<LayerShape> =
-        (0..n_groups).map(|block| LayerShape::new(format!("model.layers.{block}.mlp.up_proj"), 5, 7)).collect();
+    let layers: Vec<LayerShape> = (0..n_groups)
+        .map(|block| LayerShape::new(format!("model.layers.{block}.mlp.up_proj"), 5, 7))
+        .collect();
     SearchSpace::per_layer(&layers, choices).unwrap()
 }
 
 /// Loss against cost: layers differ in how much rank helps them and in what it costs, and neighbours interact.
 fn toy(space: &SearchSpace, config: &SubnetConfig) -> Result<Vec<f64>> {
-    let ranks: Vec<f64> = space.values(config)?.into_iter().map(|rank| rank as f64).collect();
+    let ranks: Vec<f64> = space
+        .values(config)?
+        .into_iter()
+        .map(|rank| rank as f64)
+        .collect();
     let (mut loss, mut cost) = (2.0, 0.0);
     for (at, rank) in ranks.iter().enumerate() {
         loss += (1.0 + (at * 7 % 5) as f64) / (rank + 4.0);
@@ -35,23 +40,59 @@ fn toy(space: &SearchSpace, config: &SubnetConfig) -> Result<Vec<f64>> {
 }
 
 fn run_toy(space: &SearchSpace, searcher: &mut dyn Searcher, n: usize) -> SearchOutcome {
-    StudyConfig::new(n).init(space).unwrap().run(searcher, |config| toy(space, config)).unwrap()
+    StudyConfig::new(n)
+        .init(space)
+        .unwrap()
+        .run(searcher, |config| toy(space, config))
+        .unwrap()
 }
 
 fn objectives(outcome: &SearchOutcome) -> Vec<Vec<f64>> {
-    outcome.evaluations().iter().map(|evaluation| evaluation.objectives.clone()).collect()
+    outcome
+        .evaluations()
+        .iter()
+        .map(|evaluation| evaluation.objectives.clone())
+        .collect()
 }
 
 fn without_times(outcome: &SearchOutcome) -> Vec<(SubnetConfig, Vec<f64>)> {
-    outcome.evaluations().iter().map(|e| (e.config.clone(), e.objectives.clone())).collect()
+    outcome
+        .evaluations()
+        .iter()
+        .map(|e| (e.config.clone(), e.objectives.clone()))
+        .collect()
 }
 
 fn searchers(space: &SearchSpace, seed: u64) -> Vec<Box<dyn Searcher>> {
     vec![
-        Box::new(RandomSearchConfig::new().with_seed(seed).with_initial(vec![space.maximal()]).init(space).unwrap()),
-        Box::new(HillClimbingConfig::new().with_seed(seed).init(space).unwrap()),
-        Box::new(NsgaConfig::new().with_population(9).with_seed(seed).init(space).unwrap()),
-        Box::new(NsgaConfig::new().with_population(10).with_screening(6).with_seed(seed).init(space).unwrap()),
+        Box::new(
+            RandomSearchConfig::new()
+                .with_seed(seed)
+                .with_initial(vec![space.maximal()])
+                .init(space)
+                .unwrap(),
+        ),
+        Box::new(
+            HillClimbingConfig::new()
+                .with_seed(seed)
+                .init(space)
+                .unwrap(),
+        ),
+        Box::new(
+            NsgaConfig::new()
+                .with_population(9)
+                .with_seed(seed)
+                .init(space)
+                .unwrap(),
+        ),
+        Box::new(
+            NsgaConfig::new()
+                .with_population(10)
+                .with_screening(6)
+                .with_seed(seed)
+                .init(space)
+                .unwrap(),
+        ),
     ]
 }
 
@@ -71,13 +112,21 @@ fn dominance() {
 fn sort_agrees_with_peeling() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     for n_objectives in 1..4 {
-        let points: Vec<Vec<f64>> =
-            (0..60).map(|_| (0..n_objectives).map(|_| rng.random_range(0..9) as f64).collect()).collect();
+        let points: Vec<Vec<f64>> = (0..60)
+            .map(|_| {
+                (0..n_objectives)
+                    .map(|_| rng.random_range(0..9) as f64)
+                    .collect()
+            })
+            .collect();
         let fronts = fast_non_dominated_sort(&points);
         let mut left: Vec<usize> = (0..points.len()).collect();
         for front in &fronts {
             let remaining: Vec<&Vec<f64>> = left.iter().map(|&i| &points[i]).collect();
-            let expected: Vec<usize> = non_dominated(&remaining).into_iter().map(|at| left[at]).collect();
+            let expected: Vec<usize> = non_dominated(&remaining)
+                .into_iter()
+                .map(|at| left[at])
+                .collect();
             assert_eq!(*front, expected);
             left.retain(|i| !front.contains(i));
         }
@@ -94,35 +143,62 @@ fn crowding() {
     assert!((distance[1] - (4.0 / 5.0 + 5.0 / 10.0)).abs() < 1e-12);
     assert!((distance[2] - (4.0 / 5.0 + 6.0 / 10.0)).abs() < 1e-12);
     assert_eq!(crowding_distance(&[[1.0, 1.0]; 4]), [0.0; 4]);
-    let odd = [[0.0, f64::INFINITY], [1.0, f64::NAN], [2.0, 3.0], [3.0, 2.0]];
-    assert!(crowding_distance(&odd).iter().all(|distance| !distance.is_nan()));
+    let odd = [
+        [0.0, f64::INFINITY],
+        [1.0, f64::NAN],
+        [2.0, 3.0],
+        [3.0, 2.0],
+    ];
+    assert!(
+        crowding_distance(&odd)
+            .iter()
+            .all(|distance| !distance.is_nan())
+    );
 }
 
 #[test]
 fn hypervolume_against_counting() {
-    assert_eq!(hypervolume(&[[1.0, 2.0], [2.0, 1.0], [2.0, 2.0], [5.0, 0.0]], &[4.0, 4.0]), 8.0);
+    assert_eq!(
+        hypervolume(
+            &[[1.0, 2.0], [2.0, 1.0], [2.0, 2.0], [5.0, 0.0]],
+            &[4.0, 4.0]
+        ),
+        8.0
+    );
     assert_eq!(hypervolume(&[[1.0], [3.0]], &[4.0]), 3.0);
     assert_eq!(hypervolume::<[f64; 2]>(&[], &[1.0, 1.0]), 0.0);
     assert_eq!(hypervolume(&[[f64::NAN, 0.0]], &[1.0, 1.0]), 0.0);
     // Integer points: count the unit cells that some point dominates.
     let mut rng = ChaCha8Rng::seed_from_u64(8);
     for n_points in [1, 2, 5, 17] {
-        let points: Vec<[f64; 3]> =
-            (0..n_points).map(|_| std::array::from_fn(|_| rng.random_range(0..7) as f64)).collect();
+        let points: Vec<[f64; 3]> = (0..n_points)
+            .map(|_| std::array::from_fn(|_| rng.random_range(0..7) as f64))
+            .collect();
         let cells = (0..6 * 6 * 6).filter(|cell| {
             let cell = [cell % 6, cell / 6 % 6, cell / 36];
-            points.iter().any(|point| point.iter().zip(cell).all(|(x, c)| *x <= c as f64))
+            points
+                .iter()
+                .any(|point| point.iter().zip(cell).all(|(x, c)| *x <= c as f64))
         });
         assert_eq!(hypervolume(&points, &[6.0; 3]), cells.count() as f64);
         let flat: Vec<[f64; 2]> = points.iter().map(|p| [p[0], p[1]]).collect();
-        let squares = (0..36).filter(|c| flat.iter().any(|p| p[0] <= (c % 6) as f64 && p[1] <= (c / 6) as f64));
+        let squares = (0..36).filter(|c| {
+            flat.iter()
+                .any(|p| p[0] <= (c % 6) as f64 && p[1] <= (c / 6) as f64)
+        });
         assert_eq!(hypervolume(&flat, &[6.0; 2]), squares.count() as f64);
     }
 }
 
 #[test]
 fn igd_is_the_mean_distance() {
-    assert_eq!(igd(&[[0.0, 0.0], [3.0, 4.0]], &[[0.0, 1.0], [3.0, 4.0], [0.0, 0.0], [3.0, 1.0]]), (1.0 + 3.0) / 4.0);
+    assert_eq!(
+        igd(
+            &[[0.0, 0.0], [3.0, 4.0]],
+            &[[0.0, 1.0], [3.0, 4.0], [0.0, 0.0], [3.0, 1.0]]
+        ),
+        (1.0 + 3.0) / 4.0
+    );
     assert_eq!(igd::<[f64; 2], _>(&[], &[[0.0, 1.0]]), f64::INFINITY);
 }
 
@@ -149,8 +225,14 @@ fn every_searcher_exhausts_a_small_space_without_repeating() {
     let space = space(3, &[9, 7, 4]);
     for mut searcher in searchers(&space, 2) {
         let outcome = run_toy(&space, &mut searcher, 1000);
-        let distinct: HashSet<&SubnetConfig> = outcome.evaluations().iter().map(|e| &e.config).collect();
-        assert_eq!((distinct.len(), outcome.evaluations().len()), (27, 27), "{}", searcher.name());
+        let distinct: HashSet<&SubnetConfig> =
+            outcome.evaluations().iter().map(|e| &e.config).collect();
+        assert_eq!(
+            (distinct.len(), outcome.evaluations().len()),
+            (27, 27),
+            "{}",
+            searcher.name()
+        );
         assert_eq!(outcome.stopped(), StopReason::Exhausted);
         assert!(searcher.is_finished());
         assert!(searcher.ask(5).is_empty());
@@ -168,14 +250,33 @@ fn same_seed_same_result_however_it_is_driven() {
     for which in 0..4 {
         let make = |seed| searchers(&space, seed).swap_remove(which);
         let reference = run_toy(&space, &mut make(7), 120);
-        assert_eq!(without_times(&run_toy(&space, &mut make(7), 120)), without_times(&reference));
-        assert_ne!(without_times(&run_toy(&space, &mut make(8), 120)), without_times(&reference));
+        assert_eq!(
+            without_times(&run_toy(&space, &mut make(7), 120)),
+            without_times(&reference)
+        );
+        assert_ne!(
+            without_times(&run_toy(&space, &mut make(8), 120)),
+            without_times(&reference)
+        );
         for (threads, batch) in [(1, 3), (2, 16), (3, 50)] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let mut study = StudyConfig::new(120).with_batch(batch).init(&space).unwrap();
-            let parallel = pool.install(|| study.run_parallel(&mut make(7), |c| toy(&space, c)).unwrap());
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let mut study = StudyConfig::new(120)
+                .with_batch(batch)
+                .init(&space)
+                .unwrap();
+            let parallel = pool.install(|| {
+                study
+                    .run_parallel(&mut make(7), |c| toy(&space, c))
+                    .unwrap()
+            });
             assert_eq!(without_times(&parallel), without_times(&reference));
-            assert!(parallel.front().eq(parallel.front()) && parallel.front().len() == reference.front().len());
+            assert!(
+                parallel.front().eq(parallel.front())
+                    && parallel.front().len() == reference.front().len()
+            );
         }
         // Told in any order, and by pieces.
         let mut rng = ChaCha8Rng::seed_from_u64(1);
@@ -186,11 +287,17 @@ fn same_seed_same_result_however_it_is_driven() {
             waiting.extend(asked);
             waiting.shuffle(&mut rng);
             let keep = rng.random_range(0..=waiting.len() / 2);
-            let told: Vec<Evaluation> =
-                waiting.drain(keep..).map(|c| Evaluation::new(c.clone(), toy(&space, &c).unwrap())).collect();
+            let told: Vec<Evaluation> = waiting
+                .drain(keep..)
+                .map(|c| Evaluation::new(c.clone(), toy(&space, &c).unwrap()))
+                .collect();
             searcher.tell(&told).unwrap();
         }
-        let expected: Vec<SubnetConfig> = reference.evaluations().iter().map(|e| e.config.clone()).collect();
+        let expected: Vec<SubnetConfig> = reference
+            .evaluations()
+            .iter()
+            .map(|e| e.config.clone())
+            .collect();
         assert_eq!(order, expected);
     }
 }
@@ -200,12 +307,18 @@ fn tell_refuses_what_was_not_asked() {
     let space = space(6, &[4, 3, 2]);
     for mut searcher in searchers(&space, 1) {
         let never = Evaluation::new(space.decode(&[2, 0, 1, 1, 0, 2]).unwrap(), vec![1.0, 2.0]);
-        assert!(matches!(searcher.tell(std::slice::from_ref(&never)), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(
+            searcher.tell(std::slice::from_ref(&never)),
+            Err(Error::InvalidArgument { .. })
+        ));
         let first = Evaluation::new(searcher.ask(1).remove(0), vec![1.0, 2.0]);
         searcher.tell(std::slice::from_ref(&first)).unwrap();
         assert!(searcher.tell(&[first]).is_err());
         let next = searcher.ask(1).remove(0);
-        assert!(matches!(searcher.tell(&[Evaluation::new(next, vec![1.0])]), Err(Error::ShapeMismatch { .. })));
+        assert!(matches!(
+            searcher.tell(&[Evaluation::new(next, vec![1.0])]),
+            Err(Error::ShapeMismatch { .. })
+        ));
     }
 }
 
@@ -214,13 +327,48 @@ fn settings_are_checked() {
     let space = space(2, &[2, 1]);
     assert!(NsgaConfig::new().with_population(1).init(&space).is_err());
     assert!(NsgaConfig::new().with_screening(0).init(&space).is_err());
-    assert!(NsgaConfig::new().with_crossover(1.5, 1.0).init(&space).is_err());
-    assert!(NsgaConfig::new().with_mutation(f64::NAN, 1.0).init(&space).is_err());
-    assert!(NsgaConfig::new().with_mutation(0.5, -1.0).init(&space).is_err());
-    assert!(NsgaConfig::new().with_initial(vec![SubnetConfig::new()]).init(&space).is_err());
-    assert!(HillClimbingConfig::new().with_neighbours_per_step(0).init(&space).is_err());
-    assert!(HillClimbingConfig::new().with_budget(CostBudget::AtMost(f64::NAN)).init(&space).is_err());
-    assert!(RandomSearchConfig::new().with_initial(vec![SubnetConfig::new()]).init(&space).is_err());
+    assert!(
+        NsgaConfig::new()
+            .with_crossover(1.5, 1.0)
+            .init(&space)
+            .is_err()
+    );
+    assert!(
+        NsgaConfig::new()
+            .with_mutation(f64::NAN, 1.0)
+            .init(&space)
+            .is_err()
+    );
+    assert!(
+        NsgaConfig::new()
+            .with_mutation(0.5, -1.0)
+            .init(&space)
+            .is_err()
+    );
+    assert!(
+        NsgaConfig::new()
+            .with_initial(vec![SubnetConfig::new()])
+            .init(&space)
+            .is_err()
+    );
+    assert!(
+        HillClimbingConfig::new()
+            .with_neighbours_per_step(0)
+            .init(&space)
+            .is_err()
+    );
+    assert!(
+        HillClimbingConfig::new()
+            .with_budget(CostBudget::AtMost(f64::NAN))
+            .init(&space)
+            .is_err()
+    );
+    assert!(
+        RandomSearchConfig::new()
+            .with_initial(vec![SubnetConfig::new()])
+            .init(&space)
+            .is_err()
+    );
     assert!(StudyConfig::new(3).with_batch(0).init(&space).is_err());
 }
 
@@ -229,8 +377,16 @@ fn nsga2_starts_with_the_given_subnets() {
     let space = space(8, &[32, 24, 16]);
     let first = |mut searcher: Nsga2| searcher.ask(3);
     let default = first(NsgaConfig::new().init(&space).unwrap());
-    assert_eq!(default, [space.heuristic(), space.maximal(), space.minimal()]);
-    let own = first(NsgaConfig::new().with_initial(vec![space.minimal(), space.minimal()]).init(&space).unwrap());
+    assert_eq!(
+        default,
+        [space.heuristic(), space.maximal(), space.minimal()]
+    );
+    let own = first(
+        NsgaConfig::new()
+            .with_initial(vec![space.minimal(), space.minimal()])
+            .init(&space)
+            .unwrap(),
+    );
     assert_eq!(own[0], space.minimal());
     assert_ne!(own[1], space.minimal());
 }
@@ -242,8 +398,16 @@ fn nsga2_beats_random_on_a_toy_space() {
     let (mut evolved, mut drawn) = (0.0, 0.0);
     for seed in 0..6 {
         let initial = vec![space.heuristic(), space.maximal(), space.minimal()];
-        let mut random = RandomSearchConfig::new().with_seed(seed).with_initial(initial).init(&space).unwrap();
-        let mut nsga = NsgaConfig::new().with_population(20).with_seed(seed).init(&space).unwrap();
+        let mut random = RandomSearchConfig::new()
+            .with_seed(seed)
+            .with_initial(initial)
+            .init(&space)
+            .unwrap();
+        let mut nsga = NsgaConfig::new()
+            .with_population(20)
+            .with_seed(seed)
+            .init(&space)
+            .unwrap();
         let outcome = run_toy(&space, &mut nsga, 400);
         evolved += hypervolume(&objectives(&outcome), &reference);
         drawn += hypervolume(&objectives(&run_toy(&space, &mut random, 400)), &reference);
@@ -266,15 +430,25 @@ fn screening_beats_plain_nsga2_at_a_small_budget() {
     let reference = [8.0, 24.0 * 32.0 * 2.6 * 1e4];
     for coupling in [0.0, 0.004] {
         let volume = |screening, seed| {
-            let config = NsgaConfig::new().with_population(20).with_screening(screening).with_seed(seed);
+            let config = NsgaConfig::new()
+                .with_population(20)
+                .with_screening(screening)
+                .with_seed(seed);
             let value = |config: &SubnetConfig| {
                 let mut objectives = toy(&space, config)?;
                 let ranks = space.values(config)?;
-                objectives[0] += coupling * ranks.windows(2).map(|w| w[0].abs_diff(w[1]) as f64).sum::<f64>();
+                objectives[0] += coupling
+                    * ranks
+                        .windows(2)
+                        .map(|w| w[0].abs_diff(w[1]) as f64)
+                        .sum::<f64>();
                 Ok(objectives)
             };
             let mut study = StudyConfig::new(200).init(&space).unwrap();
-            hypervolume(&objectives(&study.run(&mut config.init(&space).unwrap(), value).unwrap()), &reference)
+            hypervolume(
+                &objectives(&study.run(&mut config.init(&space).unwrap(), value).unwrap()),
+                &reference,
+            )
         };
         let mean = |screening| (0..5).map(|seed| volume(screening, seed)).sum::<f64>() / 5.0;
         let (plain, screened) = (mean(1), mean(10));
@@ -288,14 +462,24 @@ fn hill_climbing_keeps_its_budget_and_finds_optima() {
     let space = space(10, &[32, 24, 16, 8]);
     let start = toy(&space, &space.heuristic()).unwrap();
     for k in [1, 8, 1000] {
-        let mut searcher = HillClimbingConfig::new().with_neighbours_per_step(k).init(&space).unwrap();
+        let mut searcher = HillClimbingConfig::new()
+            .with_neighbours_per_step(k)
+            .init(&space)
+            .unwrap();
         let outcome = run_toy(&space, &mut searcher, 300);
         let found = outcome.best_under(start[1]).unwrap();
-        assert!(found.score() < start[0] - 0.01, "{k}: {} {}", found.score(), start[0]);
+        assert!(
+            found.score() < start[0] - 0.01,
+            "{k}: {} {}",
+            found.score(),
+            start[0]
+        );
     }
     // Without limit and restarts it ends in a local optimum, here the largest subnet.
-    let config =
-        HillClimbingConfig::new().with_budget(CostBudget::Unlimited).with_restarts(0).with_start(space.minimal());
+    let config = HillClimbingConfig::new()
+        .with_budget(CostBudget::Unlimited)
+        .with_restarts(0)
+        .with_start(space.minimal());
     let mut searcher = config.init(&space).unwrap();
     let outcome = run_toy(&space, &mut searcher, 5000);
     assert_eq!(outcome.stopped(), StopReason::Exhausted);
@@ -312,8 +496,15 @@ fn hill_climbing_keeps_its_budget_and_finds_optima() {
     }
     // A start over the budget climbs down into it.
     let limit = start[1] * 0.8;
-    let mut searcher = HillClimbingConfig::new().with_budget(CostBudget::AtMost(limit)).init(&space).unwrap();
-    assert!(run_toy(&space, &mut searcher, 200).best_under(limit).is_some());
+    let mut searcher = HillClimbingConfig::new()
+        .with_budget(CostBudget::AtMost(limit))
+        .init(&space)
+        .unwrap();
+    assert!(
+        run_toy(&space, &mut searcher, 200)
+            .best_under(limit)
+            .is_some()
+    );
 }
 
 #[test]
@@ -321,21 +512,26 @@ fn searchers_survive_nan() {
     let space = space(6, &[32, 24, 16]);
     for mut searcher in searchers(&space, 4) {
         let mut n = 0;
-        let outcome = StudyConfig::new(90).init(&space).unwrap().run(&mut searcher, |config| {
-            n += 1;
-            let mut values = toy(&space, config)?;
-            if n % 3 == 0 {
-                values[0] = f64::NAN;
-            }
-            if n % 7 == 0 {
-                values[1] = f64::INFINITY;
-            }
-            Ok(values)
-        });
+        let outcome = StudyConfig::new(90)
+            .init(&space)
+            .unwrap()
+            .run(&mut searcher, |config| {
+                n += 1;
+                let mut values = toy(&space, config)?;
+                if n % 3 == 0 {
+                    values[0] = f64::NAN;
+                }
+                if n % 7 == 0 {
+                    values[1] = f64::INFINITY;
+                }
+                Ok(values)
+            });
         let outcome = outcome.unwrap();
         assert!(outcome.best_score().unwrap().score().is_finite());
         assert!(outcome.knee().unwrap().score().is_finite());
-        SearchReport::new(&space, &outcome, &ObjectiveNames::default()).to_svg().unwrap();
+        SearchReport::new(&space, &outcome, &ObjectiveNames::default())
+            .to_svg()
+            .unwrap();
     }
 }
 
@@ -354,10 +550,16 @@ fn zdt(number: usize, x: &[f64]) -> Vec<f64> {
             let wave = |x: f64| 10.0 * x - 5.0;
             (
                 x[0],
-                1.0 + x[1..].iter().map(|&x| 10.0 + wave(x).powi(2) - 10.0 * (4.0 * PI * wave(x)).cos()).sum::<f64>(),
+                1.0 + x[1..]
+                    .iter()
+                    .map(|&x| 10.0 + wave(x).powi(2) - 10.0 * (4.0 * PI * wave(x)).cos())
+                    .sum::<f64>(),
             )
         }
-        6 => (1.0 - (-4.0 * x[0]).exp() * (6.0 * PI * x[0]).sin().powi(6), 1.0 + 9.0 * mean.powf(0.25)),
+        6 => (
+            1.0 - (-4.0 * x[0]).exp() * (6.0 * PI * x[0]).sin().powi(6),
+            1.0 + 9.0 * mean.powf(0.25),
+        ),
         _ => (x[0], 1.0 + 9.0 * mean),
     };
     let h = match number {
@@ -375,27 +577,47 @@ fn dtlz2(x: &[f64]) -> Vec<f64> {
 }
 
 /// Distance of the front of NSGA-II, and of random search, from the true one; x in steps of 1 / (n_choices - 1).
-fn distances(file: &str, n_groups: usize, n_evals: usize, f: impl Fn(&[f64]) -> Vec<f64>) -> Option<(f64, f64)> {
+fn distances(
+    file: &str,
+    n_groups: usize,
+    n_evals: usize,
+    f: impl Fn(&[f64]) -> Vec<f64>,
+) -> Option<(f64, f64)> {
     let path = shared().join("vectors/fronts").join(file);
     let Ok(text) = fs::read_to_string(&path) else {
         eprintln!("skipped: {} is not there", path.display());
         return None;
     };
-    let front: Vec<Vec<f64>> =
-        text.lines().map(|line| line.split(',').map(|x| x.trim().parse().unwrap()).collect()).collect();
+    let front: Vec<Vec<f64>> = text
+        .lines()
+        .map(|line| line.split(',').map(|x| x.trim().parse().unwrap()).collect())
+        .collect();
     let front: Vec<&Vec<f64>> = front.iter().step_by(1.max(front.len() / 1000)).collect();
     let choices: Vec<usize> = (1..=101).collect();
     let space = space(n_groups, &choices);
     let value = |config: &SubnetConfig| {
-        let x: Vec<f64> = space.values(config)?.iter().map(|&value| (value - 1) as f64 / 100.0).collect();
+        let x: Vec<f64> = space
+            .values(config)?
+            .iter()
+            .map(|&value| (value - 1) as f64 / 100.0)
+            .collect();
         Ok(f(&x))
     };
     let distance = |searcher: &mut dyn Searcher| {
-        let outcome = StudyConfig::new(n_evals).init(&space).unwrap().run(searcher, value).unwrap();
+        let outcome = StudyConfig::new(n_evals)
+            .init(&space)
+            .unwrap()
+            .run(searcher, value)
+            .unwrap();
         let found: Vec<&[f64]> = outcome.front().map(|e| e.objectives.as_slice()).collect();
         igd(&found, &front)
     };
-    let mut nsga = NsgaConfig::new().with_population(100).with_initial(vec![]).with_seed(5).init(&space).unwrap();
+    let mut nsga = NsgaConfig::new()
+        .with_population(100)
+        .with_initial(vec![])
+        .with_seed(5)
+        .init(&space)
+        .unwrap();
     let mut random = RandomSearchConfig::new().with_seed(5).init(&space).unwrap();
     Some((distance(&mut nsga), distance(&mut random)))
 }
@@ -403,17 +625,31 @@ fn distances(file: &str, n_groups: usize, n_evals: usize, f: impl Fn(&[f64]) -> 
 #[test]
 fn nsga2_reaches_the_known_fronts() {
     // The grid itself is 0.0159 away from ZDT3's front.
-    for (number, limit, n_evals) in
-        [(1, 0.01, 6000), (2, 0.01, 6000), (3, 0.018, 6000), (4, 0.01, 15000), (6, 0.03, 6000)]
-    {
+    for (number, limit, n_evals) in [
+        (1, 0.01, 6000),
+        (2, 0.01, 6000),
+        (3, 0.018, 6000),
+        (4, 0.01, 15000),
+        (6, 0.03, 6000),
+    ] {
         let name = format!("ZDT{number}.csv");
-        let Some((evolved, drawn)) = distances(&name, 8, n_evals, |x| zdt(number, x)) else { return };
+        let Some((evolved, drawn)) = distances(&name, 8, n_evals, |x| zdt(number, x)) else {
+            return;
+        };
         eprintln!("{name}: IGD {evolved:.4}, random {drawn:.4}");
-        assert!(evolved < limit && evolved < 0.2 * drawn, "{name}: {evolved}, random {drawn}");
+        assert!(
+            evolved < limit && evolved < 0.2 * drawn,
+            "{name}: {evolved}, random {drawn}"
+        );
     }
-    let Some((evolved, drawn)) = distances("DTLZ2.3D.csv", 8, 6000, dtlz2) else { return };
+    let Some((evolved, drawn)) = distances("DTLZ2.3D.csv", 8, 6000, dtlz2) else {
+        return;
+    };
     eprintln!("DTLZ2: IGD {evolved:.4}, random {drawn:.4}");
-    assert!(evolved < 0.08 && evolved < 0.5 * drawn, "DTLZ2: {evolved}, random {drawn}");
+    assert!(
+        evolved < 0.08 && evolved < 0.5 * drawn,
+        "DTLZ2: {evolved}, random {drawn}"
+    );
 }
 
 // --- studies ------------------------------------------------------------------------------------------------------------
@@ -430,12 +666,25 @@ fn nothing_is_evaluated_twice() {
         });
         let outcome = outcome.unwrap();
         assert_eq!(outcome.evaluations().len(), 40);
-        assert!(outcome.evaluations().iter().enumerate().all(|(index, e)| e.index == index));
+        assert!(
+            outcome
+                .evaluations()
+                .iter()
+                .enumerate()
+                .all(|(index, e)| e.index == index)
+        );
     }
     assert_eq!(study.n_known(), seen.borrow().len());
     // All known: nothing runs, everything is told.
-    let outcome = study.run(&mut searchers(&space, 3)[2], |_| panic!("cached")).unwrap();
-    assert!(outcome.evaluations().iter().all(|e| e.cached && e.seconds == 0.0));
+    let outcome = study
+        .run(&mut searchers(&space, 3)[2], |_| panic!("cached"))
+        .unwrap();
+    assert!(
+        outcome
+            .evaluations()
+            .iter()
+            .all(|e| e.cached && e.seconds == 0.0)
+    );
 }
 
 #[test]
@@ -446,12 +695,19 @@ fn a_search_resumes_from_its_log() {
         let make = || searchers(&space, 5).swap_remove(which);
         let whole = run_toy(&space, &mut make(), 60);
         let path = dir.path().join(format!("{which}.jsonl"));
-        let settings = StudyConfig::new(60).with_log(&path).with_tag("toy").with_batch(4);
+        let settings = StudyConfig::new(60)
+            .with_log(&path)
+            .with_tag("toy")
+            .with_batch(4);
 
         // Interrupted by a flag after some evaluations ...
         let flag = Arc::new(AtomicBool::new(false));
         let n = AtomicUsize::new(0);
-        let mut study = settings.clone().with_interrupt(flag.clone()).init(&space).unwrap();
+        let mut study = settings
+            .clone()
+            .with_interrupt(flag.clone())
+            .init(&space)
+            .unwrap();
         let part = study.run_parallel(&mut make(), |config| {
             flag.store(n.fetch_add(1, Ordering::SeqCst) >= 20, Ordering::SeqCst);
             toy(&space, config)
@@ -483,7 +739,13 @@ fn logs_are_checked() {
     let space = space(2, &[32, 24]);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log.jsonl");
-    let open = |tag: &str| StudyConfig::new(3).with_log(&path).with_tag(tag).init(&space).map(|study| study.n_known());
+    let open = |tag: &str| {
+        StudyConfig::new(3)
+            .with_log(&path)
+            .with_tag(tag)
+            .init(&space)
+            .map(|study| study.n_known())
+    };
     assert_eq!(open("a").unwrap(), 0);
     assert!(matches!(open("b"), Err(Error::CheckpointMismatch { .. })));
     let header = r#"{"elastic_lora_search":1,"tag":""}"#;
@@ -507,8 +769,16 @@ fn logs_are_checked() {
     }
     fs::write(&path, format!("{header}\n{line}\n{line}")).unwrap();
     assert_eq!(open("").unwrap(), 1);
-    assert_eq!(fs::read_to_string(&path).unwrap(), format!("{header}\n{line}\n"));
-    assert!(StudyConfig::new(3).with_log(dir.path().join("no/such/folder")).init(&space).is_err());
+    assert_eq!(
+        fs::read_to_string(&path).unwrap(),
+        format!("{header}\n{line}\n")
+    );
+    assert!(
+        StudyConfig::new(3)
+            .with_log(dir.path().join("no/such/folder"))
+            .init(&space)
+            .is_err()
+    );
 }
 
 #[test]
@@ -518,13 +788,20 @@ fn failures_come_through() {
     let mut n = 0;
     let result = study.run(&mut searchers(&space, 1)[2], |config| {
         n += 1;
-        if n == 4 { Err(Error::Interrupted) } else { toy(&space, config) }
+        if n == 4 {
+            Err(Error::Interrupted)
+        } else {
+            toy(&space, config)
+        }
     });
     assert!(matches!(result, Err(Error::Interrupted)));
     assert_eq!(study.n_known(), 3);
     let result = study.run(&mut searchers(&space, 1)[2], |_| Ok(vec![1.0]));
     assert!(matches!(result, Err(Error::ShapeMismatch { .. })));
-    let result = StudyConfig::new(8).init(&space).unwrap().run(&mut searchers(&space, 1)[0], |_| Ok(vec![]));
+    let result = StudyConfig::new(8)
+        .init(&space)
+        .unwrap()
+        .run(&mut searchers(&space, 1)[0], |_| Ok(vec![]));
     assert!(matches!(result, Err(Error::ShapeMismatch { .. })));
 }
 
@@ -539,7 +816,10 @@ fn outcome(space: &SearchSpace, points: &[[f64; 2]]) -> SearchOutcome {
             .iter()
             .map(|group| (code % group.choices().len(), code /= group.choices().len()).0)
             .collect();
-        Evaluation { index, ..Evaluation::new(space.decode(&genome).unwrap(), point.to_vec()) }
+        Evaluation {
+            index,
+            ..Evaluation::new(space.decode(&genome).unwrap(), point.to_vec())
+        }
     };
     let evaluations = points.iter().enumerate().map(evaluation).collect();
     SearchOutcome::new("hand-made", StopReason::Budget, evaluations)
@@ -548,10 +828,21 @@ fn outcome(space: &SearchSpace, points: &[[f64; 2]]) -> SearchOutcome {
 #[test]
 fn outcomes_select() {
     let space = space(4, &[32, 24, 16]);
-    let points = [[1.0, 10.0], [2.0, 4.0], [1.2, 5.0], [4.0, 1.0], [1.0, 11.0], [f64::NAN, 0.5], [3.9, 3.9]];
+    let points = [
+        [1.0, 10.0],
+        [2.0, 4.0],
+        [1.2, 5.0],
+        [4.0, 1.0],
+        [1.0, 11.0],
+        [f64::NAN, 0.5],
+        [3.9, 3.9],
+    ];
     let outcome = outcome(&space, &points);
     let at = |evaluation: Option<&Evaluation>| evaluation.map(|evaluation| evaluation.index);
-    assert_eq!(outcome.front().map(|e| e.index).collect::<Vec<_>>(), [5, 3, 6, 1, 2, 0]);
+    assert_eq!(
+        outcome.front().map(|e| e.index).collect::<Vec<_>>(),
+        [5, 3, 6, 1, 2, 0]
+    );
     assert!(outcome.is_on_front(2) && !outcome.is_on_front(4));
     assert_eq!(at(outcome.best_score()), Some(0));
     assert_eq!(at(outcome.best_under(9.0)), Some(2));
@@ -568,8 +859,14 @@ fn evaluations_round_trip_through_json() {
     let values = vec![0.1 + 0.2, f64::INFINITY, f64::NEG_INFINITY, -1e-300];
     let evaluation = Evaluation::new(space(3, &[2, 1]).minimal(), values);
     let text = serde_json::to_string(&evaluation).unwrap();
-    assert_eq!(serde_json::from_str::<Evaluation>(&text).unwrap(), evaluation);
-    let nan = Evaluation { objectives: vec![f64::NAN], ..evaluation };
+    assert_eq!(
+        serde_json::from_str::<Evaluation>(&text).unwrap(),
+        evaluation
+    );
+    let nan = Evaluation {
+        objectives: vec![f64::NAN],
+        ..evaluation
+    };
     let back: Evaluation = serde_json::from_str(&serde_json::to_string(&nan).unwrap()).unwrap();
     assert!(back.objectives[0].is_nan());
 }
@@ -577,14 +874,29 @@ fn evaluations_round_trip_through_json() {
 #[test]
 fn reports_are_complete() {
     let space = space(16, &[32, 24, 16]);
-    let mut searcher = NsgaConfig::new().with_population(16).with_seed(2).init(&space).unwrap();
+    let mut searcher = NsgaConfig::new()
+        .with_population(16)
+        .with_seed(2)
+        .init(&space)
+        .unwrap();
     let outcome = run_toy(&space, &mut searcher, 200);
     let names = ObjectiveNames::default();
     let dir = tempfile::tempdir().unwrap();
-    let paths = SearchReport::new(&space, &outcome, &names).write(dir.path()).unwrap();
+    let paths = SearchReport::new(&space, &outcome, &names)
+        .write(dir.path())
+        .unwrap();
     let [svg, csv, json] = paths.map(|path| fs::read_to_string(path).unwrap());
-    assert_eq!(svg.matches("<circle").count(), 200 + 2 + outcome.front().len());
-    for part in ["MACs per token [M]", "validation loss [nats per token]", "heuristic", "maximal", "Pareto front"] {
+    assert_eq!(
+        svg.matches("<circle").count(),
+        200 + 2 + outcome.front().len()
+    );
+    for part in [
+        "MACs per token [M]",
+        "validation loss [nats per token]",
+        "heuristic",
+        "maximal",
+        "Pareto front",
+    ] {
         assert!(svg.contains(part), "{part}");
     }
     assert_eq!(csv.lines().count(), 201);
@@ -592,35 +904,58 @@ fn reports_are_complete() {
     assert!(csv.lines().nth(1).unwrap().contains(",heuristic,"));
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["evaluations"].as_array().unwrap().len(), 200);
-    assert_eq!(json["front"].as_array().unwrap().len(), outcome.front().len());
-    assert_eq!((&json["heuristic"], &json["maximal"]), (&0.into(), &1.into()));
+    assert_eq!(
+        json["front"].as_array().unwrap().len(),
+        outcome.front().len()
+    );
+    assert_eq!(
+        (&json["heuristic"], &json["maximal"]),
+        (&0.into(), &1.into())
+    );
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
     if let Some(keep) = std::env::var_os("ELASTIC_LORA_KEEP_PLOTS") {
         fs::write(PathBuf::from(keep).join("toy.svg"), &svg).unwrap();
     }
     let missing = dir.path().join("missing");
-    let error = SearchReport::new(&space, &outcome, &names).write(&missing).unwrap_err();
-    assert!(error.to_string().contains("search_progression.svg"), "{error}");
+    let error = SearchReport::new(&space, &outcome, &names)
+        .write(&missing)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("search_progression.svg"),
+        "{error}"
+    );
 }
 
 #[test]
 fn plots_of_odd_outcomes() {
     let space = space(4, &[32, 24, 16]);
-    let accuracy =
-        ObjectiveNames::new("accuracy <exact & match>", "latency").with_units("%", "ms").with_larger_is_better(true);
+    let accuracy = ObjectiveNames::new("accuracy <exact & match>", "latency")
+        .with_units("%", "ms")
+        .with_larger_is_better(true);
     let cases: [(&str, &[[f64; 2]]); 6] = [
         ("none", &[]),
         ("single", &[[-41.5, 3.25]]),
         ("equal", &[[-50.0, 2.0]; 5]),
         ("line", &[[-50.0, 2.0], [-50.0, 3.0], [-50.0, 9.0]]),
-        ("infinite", &[[f64::NAN, 2.0], [-3.0, f64::INFINITY], [-4.0, 2.5], [-6.0, 3e12]]),
+        (
+            "infinite",
+            &[
+                [f64::NAN, 2.0],
+                [-3.0, f64::INFINITY],
+                [-4.0, 2.5],
+                [-6.0, 3e12],
+            ],
+        ),
         ("zero", &[[0.0, 0.0], [0.0, 0.0]]),
     ];
     for (name, points) in cases {
         let outcome = outcome(&space, points);
         let report = SearchReport::new(&space, &outcome, &accuracy);
         let svg = report.to_svg().unwrap();
-        assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN") && !svg.contains("<exact"), "{name}");
+        assert!(
+            svg.trim_end().ends_with("</svg>") && !svg.contains("NaN") && !svg.contains("<exact"),
+            "{name}"
+        );
         assert!(!report.to_csv().contains("-0,"), "{name}");
         report.to_json().unwrap();
         if let Some(keep) = std::env::var_os("ELASTIC_LORA_KEEP_PLOTS") {

@@ -25,7 +25,10 @@ pub(crate) struct Running {
 
 impl Running {
     /// Nothing yet.
-    pub const NONE: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+    pub const NONE: Self = Self {
+        max: f32::NEG_INFINITY,
+        sum: 0.0,
+    };
 }
 
 /// One query, and what is known of its result.
@@ -45,7 +48,10 @@ pub(crate) struct Query<'a> {
 
 /// The scores of `N` queries with a tile's keys, not yet scaled.
 #[inline(always)]
-fn scores<const FMA: bool, const N: usize, S: Stored>(queries: &[Query<'_>], keys: &[S]) -> [[f32; TILE]; N] {
+fn scores<const FMA: bool, const N: usize, S: Stored>(
+    queries: &[Query<'_>],
+    keys: &[S],
+) -> [[f32; TILE]; N] {
     let head_dim = keys.len() / TILE;
     let q: [&[f32]; N] = std::array::from_fn(|n| &queries[n].q[..head_dim]);
     let mut scores = [[0.0_f32; TILE]; N];
@@ -75,14 +81,24 @@ fn scores<const FMA: bool, const N: usize, S: Stored>(queries: &[Query<'_>], key
 fn weigh<const FMA: bool>(scores: &mut [f32; TILE], query: &mut Query<'_>, scale: f32) -> f32 {
     let mut max = [f32::NEG_INFINITY; 16];
     for (index, score) in scores.iter_mut().enumerate() {
-        *score = if index >= query.from && index < query.to { *score * scale } else { f32::NEG_INFINITY };
+        *score = if index >= query.from && index < query.to {
+            *score * scale
+        } else {
+            f32::NEG_INFINITY
+        };
     }
     for chunk in scores.as_chunks::<16>().0 {
         for lane in 0..16 {
-            max[lane] = if chunk[lane] > max[lane] { chunk[lane] } else { max[lane] };
+            max[lane] = if chunk[lane] > max[lane] {
+                chunk[lane]
+            } else {
+                max[lane]
+            };
         }
     }
-    let max = max.iter().fold(query.running.max, |a, b| if *b > a { *b } else { a });
+    let max = max
+        .iter()
+        .fold(query.running.max, |a, b| if *b > a { *b } else { a });
     if max == f32::NEG_INFINITY {
         // Nothing to see, and nothing seen: a difference of infinities would be no number.
         *scores = [0.0; TILE];
@@ -97,12 +113,20 @@ fn weigh<const FMA: bool>(scores: &mut [f32; TILE], query: &mut Query<'_>, scale
     }
     let factor = exp::<FMA>(query.running.max - max);
     let sum: f32 = sums.iter().sum();
-    *query.running = Running { max, sum: query.running.sum * factor + sum };
+    *query.running = Running {
+        max,
+        sum: query.running.sum * factor + sum,
+    };
     factor
 }
 
 #[inline(always)]
-fn attend<const FMA: bool, const N: usize, S: Stored>(queries: &mut [Query<'_>], keys: &[S], values: &[S], scale: f32) {
+fn attend<const FMA: bool, const N: usize, S: Stored>(
+    queries: &mut [Query<'_>],
+    keys: &[S],
+    values: &[S],
+    scale: f32,
+) {
     let mut weights = scores::<FMA, N, S>(queries, keys);
     let mut factors = [0.0_f32; N];
     let (mut from, mut to) = (TILE, 0);
@@ -172,11 +196,19 @@ mod tests {
     }
 
     /// The definition, in f64.
-    fn expected(q: &[f32], keys: &[f32], values: &[f32], seen: std::ops::Range<usize>, scale: f32) -> Vec<f64> {
+    fn expected(
+        q: &[f32],
+        keys: &[f32],
+        values: &[f32],
+        seen: std::ops::Range<usize>,
+        scale: f32,
+    ) -> Vec<f64> {
         let head_dim = q.len();
         let score = |token: usize| -> f64 {
             let at = (token / TILE * head_dim * TILE) + token % TILE;
-            let dot: f64 = (0..head_dim).map(|d| f64::from(q[d]) * f64::from(keys[at + d * TILE])).sum();
+            let dot: f64 = (0..head_dim)
+                .map(|d| f64::from(q[d]) * f64::from(keys[at + d * TILE]))
+                .sum();
             dot * f64::from(scale)
         };
         let scores: Vec<f64> = seen.clone().map(score).collect();
@@ -186,7 +218,9 @@ mod tests {
             .map(|d| {
                 let weighted = seen.clone().zip(&scores);
                 weighted
-                    .map(|(token, score)| (score - max).exp() * f64::from(values[token * head_dim + d]))
+                    .map(|(token, score)| {
+                        (score - max).exp() * f64::from(values[token * head_dim + d])
+                    })
                     .sum::<f64>()
                     / total
             })
@@ -200,7 +234,12 @@ mod tests {
             wave(tiles * size, 0.37).into_iter().map(&store).collect(),
             wave(tiles * size, 0.73).into_iter().map(&store).collect(),
         );
-        let widened = |values: &[S]| values.iter().map(|value| value.widen()).collect::<Vec<f32>>();
+        let widened = |values: &[S]| {
+            values
+                .iter()
+                .map(|value| value.widen())
+                .collect::<Vec<f32>>()
+        };
         let queries: Vec<Vec<f32>> = (0..n).map(|i| wave(head_dim, 0.11 + i as f32)).collect();
         // One sees nothing of the first tile, one nothing of the last.
         let seen = [3..130, 70..191, 0..60, 64..129];
@@ -223,10 +262,19 @@ mod tests {
             attend_tile(level, &mut now, &keys[range.clone()], &values[range], 0.4);
         }
         for i in 0..n {
-            let want = expected(&queries[i], &widened(&keys), &widened(&values), seen[i].clone(), 0.4);
+            let want = expected(
+                &queries[i],
+                &widened(&keys),
+                &widened(&values),
+                seen[i].clone(),
+                0.4,
+            );
             for (got, want) in out[i].iter().zip(want) {
                 let got = f64::from(got / running[i].sum);
-                assert!((got - want).abs() < 1e-5, "{level:?}, {head_dim}, query {i} of {n}: {got} and {want}");
+                assert!(
+                    (got - want).abs() < 1e-5,
+                    "{level:?}, {head_dim}, query {i} of {n}: {got} and {want}"
+                );
             }
         }
     }

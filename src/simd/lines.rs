@@ -31,7 +31,11 @@ impl Stored for f16 {
         const REBIASED: f32 = f32::from_bits((127 + 112) << 23);
         let bits = u32::from(self.to_bits());
         let size = f32::from_bits((bits & 0x7fff) << 13) * REBIASED;
-        let infinite = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+        let infinite = if bits & 0x7c00 == 0x7c00 {
+            0x7f80_0000
+        } else {
+            0
+        };
         f32::from_bits(size.to_bits() | infinite | (bits & 0x8000) << 16)
     }
 }
@@ -99,7 +103,10 @@ mod tests {
         for bits in 0..=u16::MAX {
             let (a, b) = (f16::from_bits(bits), bf16::from_bits(bits));
             for (got, want) in [(a.widen(), a.to_f32()), (b.widen(), b.to_f32())] {
-                assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:04x}: {got} {want}");
+                assert!(
+                    got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+                    "{bits:04x}: {got} {want}"
+                );
             }
         }
     }

@@ -42,17 +42,31 @@ mod tests {
 
     #[test]
     fn rounding_to_bf16_is_to_nearest_with_every_instruction_set() {
-        let mut values: Vec<f32> = (0..40_000_u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761))).collect();
+        let mut values: Vec<f32> = (0..40_000_u32)
+            .map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761)))
+            .collect();
         // Ties of both kinds, what overflows, and what has no nearest.
-        values
-            .extend([0x3f80_8000, 0x3f81_8000, 0x7f7f_ffff, 0x7f80_0000, 0x7f80_0001, 0xff80_0000].map(f32::from_bits));
+        values.extend(
+            [
+                0x3f80_8000,
+                0x3f81_8000,
+                0x7f7f_ffff,
+                0x7f80_0000,
+                0x7f80_0001,
+                0xff80_0000,
+            ]
+            .map(f32::from_bits),
+        );
         for level in Level::available() {
             let mut out = vec![MaybeUninit::uninit(); values.len()];
             round_to_bf16(level, &values, &mut out);
             for (out, value) in out.into_iter().zip(&values) {
                 // SAFETY: every element was written.
                 let (got, want) = (unsafe { out.assume_init() }, bf16::from_f32(*value));
-                assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{value}: {got}, not {want}");
+                assert!(
+                    got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+                    "{value}: {got}, not {want}"
+                );
             }
         }
     }
@@ -68,7 +82,11 @@ mod tests {
             keep_masked(level, &mut kept, &mask);
             for i in 0..77 {
                 let part = if i % 3 == 1 { 0.0 } else { update[i] };
-                assert_eq!((sum[i], kept[i]), (weight[i] + part, part), "{i}, {level:?}");
+                assert_eq!(
+                    (sum[i], kept[i]),
+                    (weight[i] + part, part),
+                    "{i}, {level:?}"
+                );
             }
         }
     }

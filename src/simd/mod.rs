@@ -155,10 +155,16 @@ fn max_of(row: &[f32]) -> f32 {
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
         for lane in 0..LANES {
-            best[lane] = if chunk[lane] > best[lane] { chunk[lane] } else { best[lane] };
+            best[lane] = if chunk[lane] > best[lane] {
+                chunk[lane]
+            } else {
+                best[lane]
+            };
         }
     }
-    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
+    best.iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
 }
 
 /// `1 / sqrt(mean(x^2) + eps)`.
@@ -401,9 +407,20 @@ mod tests {
                 exp_shifted(level, &mut row, 0.0, 1.0);
                 let exact = f64::from(x).exp();
                 let error = ((f64::from(row[0]) - exact) / exact).abs();
-                assert!(error < 2e-7, "{level:?}: exp({x}) = {}, off by {error}", row[0]);
+                assert!(
+                    error < 2e-7,
+                    "{level:?}: exp({x}) = {}, off by {error}",
+                    row[0]
+                );
             }
-            let mut row = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, f32::NAN, f32::INFINITY];
+            let mut row = [
+                f32::NEG_INFINITY,
+                -1e30,
+                -88.0,
+                0.0,
+                f32::NAN,
+                f32::INFINITY,
+            ];
             exp_shifted(level, &mut row, 0.0, 1.0);
             assert_eq!(&row[..4], &[0.0, 0.0, 0.0, 1.0]);
             assert!(row[4].is_nan() && row[5] > 1e38);
@@ -411,10 +428,16 @@ mod tests {
     }
     #[test]
     fn levels_agree() {
-        let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin() * 6.0).collect::<Vec<f32>>();
+        let wave = |n: usize, step: f32| {
+            (0..n)
+                .map(|i| (i as f32 * step).sin() * 6.0)
+                .collect::<Vec<f32>>()
+        };
         let written = |out: Vec<MaybeUninit<f32>>| {
             // SAFETY: the kernels write every element.
-            out.into_iter().map(|x| unsafe { x.assume_init() }).collect::<Vec<f32>>()
+            out.into_iter()
+                .map(|x| unsafe { x.assume_init() })
+                .collect::<Vec<f32>>()
         };
         for width in [2, 16, 34, 250] {
             let (a, b) = (wave(3 * width, 0.7), wave(3 * width, 1.3));
@@ -426,9 +449,21 @@ mod tests {
                 rms_norm(level, &a, &b[..width], 1e-3, &mut out);
                 all.extend(written(out));
                 let mut out = vec![MaybeUninit::uninit(); width];
-                turn(level, &a[..width], &b[..width / 2], &b[width / 2..width], &mut out);
+                turn(
+                    level,
+                    &a[..width],
+                    &b[..width / 2],
+                    &b[width / 2..width],
+                    &mut out,
+                );
                 all.extend(written(out.clone()));
-                turn_back(level, &a[..width], &b[..width / 2], &b[width / 2..width], &mut out);
+                turn_back(
+                    level,
+                    &a[..width],
+                    &b[..width / 2],
+                    &b[width / 2..width],
+                    &mut out,
+                );
                 all.extend(written(out));
                 let (mut gate, mut up) = (a.clone(), b.clone());
                 swiglu_backward(level, &mut gate, &mut up, &b);
@@ -441,12 +476,22 @@ mod tests {
                 let (log_sum_exp, cross_entropy) = softmax_less(level, &mut rest, &weights, 0.7);
                 all.extend(rest.into_iter().chain([log_sum_exp, cross_entropy]));
                 softmax_backward(level, &weights, &mut slopes);
-                all.into_iter().chain(gate).chain(up).chain(grad).chain(sum).chain(weights).chain(slopes).collect()
+                all.into_iter()
+                    .chain(gate)
+                    .chain(up)
+                    .chain(grad)
+                    .chain(sum)
+                    .chain(weights)
+                    .chain(slopes)
+                    .collect()
             };
             let want: Vec<f32> = run(Level(Kind::Portable));
             for level in Level::available() {
                 for (got, want) in run(level).iter().zip(&want) {
-                    assert!((got - want).abs() <= 2e-5 * (1.0 + want.abs()), "{level:?}, {width}: {got} and {want}");
+                    assert!(
+                        (got - want).abs() <= 2e-5 * (1.0 + want.abs()),
+                        "{level:?}, {width}: {got} and {want}"
+                    );
                 }
             }
         }

@@ -57,7 +57,8 @@ impl SubnetConfig {
 
     /// Mean of the values; 0 where there are none. Serves tables and plots.
     pub fn mean(&self) -> f64 {
-        self.values.values().map(|&value| value as f64).sum::<f64>() / self.values.len().max(1) as f64
+        self.values.values().map(|&value| value as f64).sum::<f64>()
+            / self.values.len().max(1) as f64
     }
 
     /// Reads a JSON object of group ids and values.
@@ -82,13 +83,16 @@ impl SubnetConfig {
     /// # Errors
     /// [`Error::Json`] where it cannot be written as JSON, which no value of this type brings about.
     pub fn to_json(&self) -> Result<String> {
-        serde_json::to_string_pretty(self).map_err(|source| Error::json("subnet configuration", source))
+        serde_json::to_string_pretty(self)
+            .map_err(|source| Error::json("subnet configuration", source))
     }
 }
 
 impl FromIterator<(String, usize)> for SubnetConfig {
     fn from_iter<I: IntoIterator<Item = (String, usize)>>(values: I) -> Self {
-        Self { values: values.into_iter().collect() }
+        Self {
+            values: values.into_iter().collect(),
+        }
     }
 }
 

@@ -20,9 +20,14 @@ const MAX_FILE_BYTES: u64 = 16 << 20;
 pub(super) fn read_text(path: &Path) -> Result<String> {
     let mut text = String::new();
     let file = File::open(path).map_err(|source| Error::io(path, source))?;
-    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|source| Error::io(path, source))?;
+    file.take(MAX_FILE_BYTES + 1)
+        .read_to_string(&mut text)
+        .map_err(|source| Error::io(path, source))?;
     if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(Error::invalid_file(path, format!("over {} MiB", MAX_FILE_BYTES >> 20)));
+        return Err(Error::invalid_file(
+            path,
+            format!("over {} MiB", MAX_FILE_BYTES >> 20),
+        ));
     }
     Ok(text)
 }
@@ -41,33 +46,53 @@ pub(super) fn space_from_file(path: &Path, layers: &[LayerShape]) -> Result<Sear
         Value::Array(items) => from_elastic_adapter_config(path, &items, layers),
         Value::Object(map) if map.contains_key("groups") => {
             // From the text again, for serde's line and column.
-            let space: SearchSpace = serde_json::from_str(&text).map_err(|source| Error::json(path, source))?;
+            let space: SearchSpace =
+                serde_json::from_str(&text).map_err(|source| Error::json(path, source))?;
             match space.validate_layers(layers, usize::MAX) {
-                Err(Error::UnknownLayer { context, layer }) => {
-                    Err(Error::UnknownLayer { context: format!("{}: {context}", path.display()), layer })
-                }
+                Err(Error::UnknownLayer { context, layer }) => Err(Error::UnknownLayer {
+                    context: format!("{}: {context}", path.display()),
+                    layer,
+                }),
                 result => result.map(|()| space),
             }
         }
         Value::Object(map) => match find_widths(&map, String::new()) {
             Some((field, width)) => from_nncf(path, &field, width, layers),
-            None => Err(Error::invalid_file(path, "no search space: neither `groups` nor `overwrite_groups` is in it")),
+            None => Err(Error::invalid_file(
+                path,
+                "no search space: neither `groups` nor `overwrite_groups` is in it",
+            )),
         },
-        other => Err(Error::invalid_file(path, format!("no search space: {} at the top", kind_of(&other)))),
+        other => Err(Error::invalid_file(
+            path,
+            format!("no search space: {} at the top", kind_of(&other)),
+        )),
     }
 }
 
 pub(super) fn config_from_file(space: &SearchSpace, path: &Path) -> Result<SubnetConfig> {
     let text = read_text(path)?;
     let config = match parse(path, &text)? {
-        Value::Object(_) => serde_json::from_str(&text).map_err(|source| Error::json(path, source))?,
-        Value::Array(items) if items.first().is_some_and(Value::is_object) => from_custom_config(space, path, &items)?,
-        Value::Array(items) => {
-            let value = |(index, item): (usize, &Value)| positive(path, &format!("[{index}]"), item);
-            let values: Vec<usize> = items.iter().enumerate().map(value).collect::<Result<_>>()?;
-            space.from_values(&values).map_err(|error| Error::invalid_file(path, error.to_string()))?
+        Value::Object(_) => {
+            serde_json::from_str(&text).map_err(|source| Error::json(path, source))?
         }
-        other => return Err(Error::invalid_file(path, format!("no subnet: {} at the top", kind_of(&other)))),
+        Value::Array(items) if items.first().is_some_and(Value::is_object) => {
+            from_custom_config(space, path, &items)?
+        }
+        Value::Array(items) => {
+            let value =
+                |(index, item): (usize, &Value)| positive(path, &format!("[{index}]"), item);
+            let values: Vec<usize> = items.iter().enumerate().map(value).collect::<Result<_>>()?;
+            space
+                .from_values(&values)
+                .map_err(|error| Error::invalid_file(path, error.to_string()))?
+        }
+        other => {
+            return Err(Error::invalid_file(
+                path,
+                format!("no subnet: {} at the top", kind_of(&other)),
+            ));
+        }
     };
     match space.validate(&config) {
         Ok(()) => Ok(config),
@@ -87,20 +112,39 @@ struct Groups<'a> {
 impl<'a> Groups<'a> {
     fn new(path: &'a Path, layers: &'a [LayerShape]) -> Self {
         let known = layers.iter().map(|layer| layer.name.as_str()).collect();
-        Self { path, known, taken: HashSet::new(), ids: HashSet::new(), groups: Vec::new() }
+        Self {
+            path,
+            known,
+            taken: HashSet::new(),
+            ids: HashSet::new(),
+            groups: Vec::new(),
+        }
     }
 
-    fn push(&mut self, field: &str, kind: Elastic, layers: Vec<String>, choices: &[usize]) -> Result<()> {
+    fn push(
+        &mut self,
+        field: &str,
+        kind: Elastic,
+        layers: Vec<String>,
+        choices: &[usize],
+    ) -> Result<()> {
         if layers.is_empty() {
             return Err(bad_field(self.path, field, "it has no layers"));
         }
         for layer in &layers {
             if !self.known.contains(layer.as_str()) {
                 let context = format!("{}: field `{field}`", self.path.display());
-                return Err(Error::UnknownLayer { context, layer: layer.clone() });
+                return Err(Error::UnknownLayer {
+                    context,
+                    layer: layer.clone(),
+                });
             }
             if !self.taken.insert((kind, layer.clone())) {
-                return Err(bad_field(self.path, field, format!("layer `{layer}` is in a group already")));
+                return Err(bad_field(
+                    self.path,
+                    field,
+                    format!("layer `{layer}` is in a group already"),
+                ));
             }
         }
         let base = default_id(kind, &layers);
@@ -111,29 +155,47 @@ impl<'a> Groups<'a> {
             }
             id = format!("{base}#{number}");
         }
-        let group =
-            Group::of_kind(kind, id, layers, choices.to_vec()).map_err(|error| bad_field(self.path, field, error))?;
+        let group = Group::of_kind(kind, id, layers, choices.to_vec())
+            .map_err(|error| bad_field(self.path, field, error))?;
         self.groups.push(group);
         Ok(())
     }
 
     fn finish(self) -> Result<SearchSpace> {
-        SearchSpace::new(self.groups).map_err(|error| Error::invalid_file(self.path, error.to_string()))
+        SearchSpace::new(self.groups)
+            .map_err(|error| Error::invalid_file(self.path, error.to_string()))
     }
 }
 
 // --- SQFT: [{"target": [...], "search_space": [...]}] ---------------------------------------------------------------------
 
-fn from_elastic_adapter_config(path: &Path, items: &[Value], layers: &[LayerShape]) -> Result<SearchSpace> {
+fn from_elastic_adapter_config(
+    path: &Path,
+    items: &[Value],
+    layers: &[LayerShape],
+) -> Result<SearchSpace> {
     let mut groups = Groups::new(path, layers);
     for (index, item) in items.iter().enumerate() {
         let field = format!("[{index}]");
         let map = object(path, &field, item)?;
         if !map.contains_key("search_space") && map.contains_key("active_rank_value") {
-            return Err(bad_field(path, &field, "this is a subnet (`active_rank_value`), not a search space"));
+            return Err(bad_field(
+                path,
+                &field,
+                "this is a subnet (`active_rank_value`), not a search space",
+            ));
         }
-        let choices = integers(path, &format!("{field}.search_space"), member(path, &field, map, "search_space")?)?;
-        groups.push(&format!("{field}.target"), Elastic::Rank, targets(path, &field, map)?, &choices)?;
+        let choices = integers(
+            path,
+            &format!("{field}.search_space"),
+            member(path, &field, map, "search_space")?,
+        )?;
+        groups.push(
+            &format!("{field}.target"),
+            Elastic::Rank,
+            targets(path, &field, map)?,
+            &choices,
+        )?;
     }
     groups.finish()
 }
@@ -144,15 +206,27 @@ fn from_custom_config(space: &SearchSpace, path: &Path, items: &[Value]) -> Resu
         let field = format!("[{index}]");
         let map = object(path, &field, item)?;
         let value_field = format!("{field}.active_rank_value");
-        let value = positive(path, &value_field, member(path, &field, map, "active_rank_value")?)?;
+        let value = positive(
+            path,
+            &value_field,
+            member(path, &field, map, "active_rank_value")?,
+        )?;
         for layer in targets(path, &field, map)? {
             let Some(group) = space.group_of_layer(&layer) else {
                 let context = format!("{}: field `{field}.target`", path.display());
                 return Err(Error::UnknownLayer { context, layer });
             };
-            group.index_of(value).map_err(|error| bad_field(path, &value_field, error))?;
-            if let Some(other) = config.set(group.id(), value).filter(|&other| other != value) {
-                let reason = format!("{value} for `{layer}`, but its group `{}` has {other} already", group.id());
+            group
+                .index_of(value)
+                .map_err(|error| bad_field(path, &value_field, error))?;
+            if let Some(other) = config
+                .set(group.id(), value)
+                .filter(|&other| other != value)
+            {
+                let reason = format!(
+                    "{value} for `{layer}`, but its group `{}` has {other} already",
+                    group.id()
+                );
                 return Err(bad_field(path, &value_field, reason));
             }
         }
@@ -170,7 +244,11 @@ fn targets(path: &Path, field: &str, map: &Map<String, Value>) -> Result<Vec<Str
     let mut seen = HashSet::new();
     for (index, item) in items.iter().enumerate() {
         let Value::String(name) = item else {
-            return Err(bad_field(path, &format!("{field}[{index}]"), format!("{} is no name", kind_of(item))));
+            return Err(bad_field(
+                path,
+                &format!("{field}[{index}]"),
+                format!("{} is no name", kind_of(item)),
+            ));
         };
         let layer = strip_peft(name);
         if seen.insert(layer) {
@@ -207,34 +285,63 @@ fn find_widths(map: &Map<String, Value>, field: String) -> Option<(String, &Map<
     })
 }
 
-fn from_nncf(path: &Path, prefix: &str, width: &Map<String, Value>, layers: &[LayerShape]) -> Result<SearchSpace> {
+fn from_nncf(
+    path: &Path,
+    prefix: &str,
+    width: &Map<String, Value>,
+    layers: &[LayerShape],
+) -> Result<SearchSpace> {
     let list = |key: &str| match width.get(key) {
         Some(Value::Array(items)) => Ok(items),
-        Some(other) => Err(bad_field(path, &format!("{prefix}{key}"), format!("{}, not a list", kind_of(other)))),
+        Some(other) => Err(bad_field(
+            path,
+            &format!("{prefix}{key}"),
+            format!("{}, not a list", kind_of(other)),
+        )),
         None => Err(bad_field(path, &format!("{prefix}{key}"), "missing")),
     };
     let (names, widths) = (list("overwrite_groups")?, list("overwrite_groups_widths")?);
     if names.len() != widths.len() {
         let reason = format!("{} lists for {} groups", widths.len(), names.len());
-        return Err(bad_field(path, &format!("{prefix}overwrite_groups_widths"), reason));
+        return Err(bad_field(
+            path,
+            &format!("{prefix}overwrite_groups_widths"),
+            reason,
+        ));
     }
     let mut groups = Groups::new(path, layers);
     for (index, (names, widths)) in names.iter().zip(widths).enumerate() {
         let field = format!("{prefix}overwrite_groups[{index}]");
-        let choices = integers(path, &format!("{prefix}overwrite_groups_widths[{index}]"), widths)?;
+        let choices = integers(
+            path,
+            &format!("{prefix}overwrite_groups_widths[{index}]"),
+            widths,
+        )?;
         let Value::Array(names) = names else {
-            return Err(bad_field(path, &field, format!("{}, not a list of names", kind_of(names))));
+            return Err(bad_field(
+                path,
+                &field,
+                format!("{}, not a list of names", kind_of(names)),
+            ));
         };
         let mut kind = None;
         let mut layers_of_group: Vec<String> = Vec::with_capacity(names.len());
         for (at, name) in names.iter().enumerate() {
             let field = format!("{field}[{at}]");
             let Value::String(name) = name else {
-                return Err(bad_field(path, &field, format!("{} is no name", kind_of(name))));
+                return Err(bad_field(
+                    path,
+                    &field,
+                    format!("{} is no name", kind_of(name)),
+                ));
             };
             let (of_node, layer) = nncf_layer(path, &field, name)?;
             if *kind.get_or_insert(of_node) != of_node {
-                return Err(bad_field(path, &field, format!("`{name}`: ranks and widths in one group")));
+                return Err(bad_field(
+                    path,
+                    &field,
+                    format!("`{name}`: ranks and widths in one group"),
+                ));
             }
             // A width names a base weight and the B on it: one layer.
             if of_node == Elastic::Rank || !layers_of_group.contains(&layer) {
@@ -257,38 +364,75 @@ fn from_nncf(path: &Path, prefix: &str, width: &Map<String, Value>, layers: &[La
 /// Linear[q_proj]/ModuleDict[lora_A]/...` is the rank of `model.layers.0.self_attn.q_proj`; the same without `lora_A`, or with
 /// `lora_B`, its width. Each part is `Type[name]`; the first is a type alone, and the last an operation.
 fn nncf_layer(path: &Path, field: &str, node: &str) -> Result<(Elastic, String)> {
-    let parts: Vec<&str> = node.strip_prefix("{re}").unwrap_or(node).split('/').collect();
+    let parts: Vec<&str> = node
+        .strip_prefix("{re}")
+        .unwrap_or(node)
+        .split('/')
+        .collect();
     let mut names = Vec::with_capacity(parts.len());
     for (at, part) in parts.iter().enumerate() {
         match part.strip_suffix(']').and_then(|part| part.split_once('[')) {
             Some((_, name)) => names.push(name),
             None if at == 0 || at + 1 == parts.len() => {}
-            None => return Err(bad_field(path, field, format!("`{part}` in `{node}` is not of the form Type[name]"))),
+            None => {
+                return Err(bad_field(
+                    path,
+                    field,
+                    format!("`{part}` in `{node}` is not of the form Type[name]"),
+                ));
+            }
         }
     }
-    let end = names.iter().position(|name| matches!(*name, "lora_A" | "lora_B"));
-    let kind = if end.is_some_and(|at| names[at] == "lora_A") { Elastic::Rank } else { Elastic::Width };
+    let end = names
+        .iter()
+        .position(|name| matches!(*name, "lora_A" | "lora_B"));
+    let kind = if end.is_some_and(|at| names[at] == "lora_A") {
+        Elastic::Rank
+    } else {
+        Elastic::Width
+    };
     let path_of_layer = names[..end.unwrap_or(names.len())].join(".");
     let layer = strip_peft(&path_of_layer);
     // What PEFT and NNCF call the linear layer inside an adapted one.
     let inner = [".base_layer", ".self_linear"];
-    match inner.iter().find_map(|inner| layer.strip_suffix(inner)).unwrap_or(layer) {
+    match inner
+        .iter()
+        .find_map(|inner| layer.strip_suffix(inner))
+        .unwrap_or(layer)
+    {
         "" => Err(bad_field(path, field, format!("`{node}` names no layer"))),
         layer => Ok((kind, layer.to_string())),
     }
 }
 
 /// One list of layers per block of the model that `patterns` (each with one `{*}` for the block's number) fit.
-fn expand(path: &Path, field: &str, patterns: &[String], layers: &[LayerShape]) -> Result<Vec<Vec<String>>> {
+fn expand(
+    path: &Path,
+    field: &str,
+    patterns: &[String],
+    layers: &[LayerShape],
+) -> Result<Vec<Vec<String>>> {
     let mut blocks: Vec<(&str, Vec<String>)> = Vec::new();
     for pattern in patterns {
         let (head, tail) = match pattern.split_once("{*}") {
             Some((head, tail)) if !tail.contains("{*}") => (head, tail),
-            _ => return Err(bad_field(path, field, format!("`{pattern}` needs exactly one {{*}}, as its group has"))),
+            _ => {
+                return Err(bad_field(
+                    path,
+                    field,
+                    format!("`{pattern}` needs exactly one {{*}}, as its group has"),
+                ));
+            }
         };
         let mut fits = false;
         for layer in layers {
-            let Some(number) = layer.name.strip_prefix(head).and_then(|rest| rest.strip_suffix(tail)) else { continue };
+            let Some(number) = layer
+                .name
+                .strip_prefix(head)
+                .and_then(|rest| rest.strip_suffix(tail))
+            else {
+                continue;
+            };
             if number.is_empty() || !number.bytes().all(|byte| byte.is_ascii_digit()) {
                 continue;
             }
@@ -300,7 +444,10 @@ fn expand(path: &Path, field: &str, patterns: &[String], layers: &[LayerShape]) 
         }
         if !fits {
             let context = format!("{}: field `{field}`", path.display());
-            return Err(Error::UnknownLayer { context, layer: pattern.clone() });
+            return Err(Error::UnknownLayer {
+                context,
+                layer: pattern.clone(),
+            });
         }
     }
     Ok(blocks.into_iter().map(|(_, names)| names).collect())
@@ -320,23 +467,43 @@ fn kind_of(value: &Value) -> &'static str {
 }
 
 fn object<'a>(path: &Path, field: &str, value: &'a Value) -> Result<&'a Map<String, Value>> {
-    value.as_object().ok_or_else(|| bad_field(path, field, format!("{}, not an object", kind_of(value))))
+    value
+        .as_object()
+        .ok_or_else(|| bad_field(path, field, format!("{}, not an object", kind_of(value))))
 }
 
-fn member<'a>(path: &Path, field: &str, map: &'a Map<String, Value>, key: &str) -> Result<&'a Value> {
-    map.get(key).ok_or_else(|| bad_field(path, &format!("{field}.{key}"), "missing"))
+fn member<'a>(
+    path: &Path,
+    field: &str,
+    map: &'a Map<String, Value>,
+    key: &str,
+) -> Result<&'a Value> {
+    map.get(key)
+        .ok_or_else(|| bad_field(path, &format!("{field}.{key}"), "missing"))
 }
 
 fn positive(path: &Path, field: &str, value: &Value) -> Result<usize> {
     match value.as_u64().and_then(|value| usize::try_from(value).ok()) {
         Some(value) if value > 0 => Ok(value),
-        _ => Err(bad_field(path, field, format!("{value} is not a whole number over 0"))),
+        _ => Err(bad_field(
+            path,
+            field,
+            format!("{value} is not a whole number over 0"),
+        )),
     }
 }
 
 fn integers(path: &Path, field: &str, value: &Value) -> Result<Vec<usize>> {
     let Value::Array(items) = value else {
-        return Err(bad_field(path, field, format!("{}, not a list of numbers", kind_of(value))));
+        return Err(bad_field(
+            path,
+            field,
+            format!("{}, not a list of numbers", kind_of(value)),
+        ));
     };
-    items.iter().enumerate().map(|(at, item)| positive(path, &format!("{field}[{at}]"), item)).collect()
+    items
+        .iter()
+        .enumerate()
+        .map(|(at, item)| positive(path, &format!("{field}[{at}]"), item))
+        .collect()
 }

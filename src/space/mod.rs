@@ -38,7 +38,11 @@ pub struct LayerShape {
 impl LayerShape {
     /// A layer `name` of `d_input` input and `d_output` output features.
     pub fn new(name: impl Into<String>, d_input: usize, d_output: usize) -> Self {
-        Self { name: name.into(), d_input, d_output }
+        Self {
+            name: name.into(),
+            d_input,
+            d_output,
+        }
     }
 }
 
@@ -91,7 +95,12 @@ impl TryFrom<GroupParts> for Group {
     type Error = Error;
 
     fn try_from(parts: GroupParts) -> Result<Self> {
-        let GroupParts { id, kind, layers, choices } = parts;
+        let GroupParts {
+            id,
+            kind,
+            layers,
+            choices,
+        } = parts;
         Group::of_kind(kind, id, layers, choices)
     }
 }
@@ -111,9 +120,17 @@ impl Group {
     /// # Errors
     /// [`Error::InvalidSpace`] for an empty id, no layers, a layer named twice, no choices, a rank or width of 0, or a depth of
     /// more units than there are.
-    pub fn of_kind(kind: Elastic, id: impl Into<String>, layers: Vec<String>, mut choices: Vec<usize>) -> Result<Self> {
+    pub fn of_kind(
+        kind: Elastic,
+        id: impl Into<String>,
+        layers: Vec<String>,
+        mut choices: Vec<usize>,
+    ) -> Result<Self> {
         let id = id.into();
-        let broken = |reason: String| Error::InvalidSpace { group: id.clone(), reason };
+        let broken = |reason: String| Error::InvalidSpace {
+            group: id.clone(),
+            reason,
+        };
         if id.is_empty() {
             return Err(broken("the id is empty".into()));
         }
@@ -128,14 +145,26 @@ impl Group {
             return Err(broken("it has no choices".into()));
         }
         if kind != Elastic::Depth && choices.contains(&0) {
-            return Err(broken(format!("its choices {choices:?} must all be over 0")));
+            return Err(broken(format!(
+                "its choices {choices:?} must all be over 0"
+            )));
         }
-        if let (Elastic::Depth, Some(depth)) = (kind, choices.iter().find(|depth| **depth > layers.len())) {
-            return Err(broken(format!("it cannot keep {depth} of {} units", layers.len())));
+        if let (Elastic::Depth, Some(depth)) =
+            (kind, choices.iter().find(|depth| **depth > layers.len()))
+        {
+            return Err(broken(format!(
+                "it cannot keep {depth} of {} units",
+                layers.len()
+            )));
         }
         choices.sort_unstable_by(|a, b| b.cmp(a));
         choices.dedup();
-        Ok(Self { id, kind, layers, choices })
+        Ok(Self {
+            id,
+            kind,
+            layers,
+            choices,
+        })
     }
 
     /// The name by which a [`SubnetConfig`] refers to this group.
@@ -168,11 +197,14 @@ impl Group {
     /// # Errors
     /// [`Error::InvalidChoice`] where the group does not offer it.
     pub fn index_of(&self, value: usize) -> Result<usize> {
-        self.choices.iter().position(|&choice| choice == value).ok_or_else(|| Error::InvalidChoice {
-            group: self.id.clone(),
-            found: value,
-            choices: self.choices.clone(),
-        })
+        self.choices
+            .iter()
+            .position(|&choice| choice == value)
+            .ok_or_else(|| Error::InvalidChoice {
+                group: self.id.clone(),
+                found: value,
+                choices: self.choices.clone(),
+            })
     }
 }
 
@@ -221,34 +253,56 @@ impl SearchSpace {
     /// kind, or a unit of depth that is part of another group's.
     pub fn new(groups: Vec<Group>) -> Result<Self> {
         if groups.is_empty() {
-            return Err(Error::argument("groups", "[]", "a search space needs at least one group"));
+            return Err(Error::argument(
+                "groups",
+                "[]",
+                "a search space needs at least one group",
+            ));
         }
-        let (mut by_id, mut by_layer) = (HashMap::new(), HashMap::<Elastic, HashMap<String, usize>>::new());
+        let (mut by_id, mut by_layer) = (
+            HashMap::new(),
+            HashMap::<Elastic, HashMap<String, usize>>::new(),
+        );
         for (index, group) in groups.iter().enumerate() {
             if by_id.insert(group.id.clone(), index).is_some() {
-                return Err(Error::InvalidSpace { group: group.id.clone(), reason: "the id is used twice".into() });
+                return Err(Error::InvalidSpace {
+                    group: group.id.clone(),
+                    reason: "the id is used twice".into(),
+                });
             }
             let of_kind = by_layer.entry(group.kind).or_default();
             for layer in &group.layers {
                 if let Some(other) = of_kind.insert(layer.clone(), index) {
                     return Err(Error::InvalidSpace {
                         group: group.id.clone(),
-                        reason: format!("layer `{layer}` is in group `{}` as well", groups[other].id),
+                        reason: format!(
+                            "layer `{layer}` is in group `{}` as well",
+                            groups[other].id
+                        ),
                     });
                 }
             }
         }
         let units = by_layer.get(&Elastic::Depth).into_iter().flatten();
         for (unit, index) in units.clone() {
-            let around = units.clone().find(|(outer, other)| *other != index && is_inside(unit, outer));
+            let around = units
+                .clone()
+                .find(|(outer, other)| *other != index && is_inside(unit, outer));
             if let Some((outer, other)) = around {
                 return Err(Error::InvalidSpace {
                     group: groups[*index].id.clone(),
-                    reason: format!("`{unit}` is part of `{outer}`, which group `{}` has", groups[*other].id),
+                    reason: format!(
+                        "`{unit}` is part of `{outer}`, which group `{}` has",
+                        groups[*other].id
+                    ),
                 });
             }
         }
-        Ok(Self { groups, by_id, by_layer })
+        Ok(Self {
+            groups,
+            by_id,
+            by_layer,
+        })
     }
 
     /// This space and further groups, behind its own.
@@ -262,7 +316,11 @@ impl SearchSpace {
 
     /// The space without a choice: one subnet, which is the model as it stands.
     pub fn single() -> Self {
-        Self { groups: Vec::new(), by_id: HashMap::new(), by_layer: HashMap::new() }
+        Self {
+            groups: Vec::new(),
+            by_id: HashMap::new(),
+            by_layer: HashMap::new(),
+        }
     }
 
     /// One group of elastic rank per block and list of suffixes: `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"],
@@ -271,12 +329,21 @@ impl SearchSpace {
     ///
     /// # Errors
     /// [`Error::UnknownLayer`] where a suffix fits no layer of any block; otherwise as [`Group::new`] and [`SearchSpace::new`].
-    pub fn grouped<G, S>(layers: &[LayerShape], suffix_groups: &[G], choices: &[usize]) -> Result<Self>
+    pub fn grouped<G, S>(
+        layers: &[LayerShape],
+        suffix_groups: &[G],
+        choices: &[usize],
+    ) -> Result<Self>
     where
         G: AsRef<[S]>,
         S: AsRef<str>,
     {
-        Self::new(Self::groups_by_block(Elastic::Rank, layers, suffix_groups, choices)?)
+        Self::new(Self::groups_by_block(
+            Elastic::Rank,
+            layers,
+            suffix_groups,
+            choices,
+        )?)
     }
 
     /// One group of a kind per block and list of suffixes, to make a space of or add to one:
@@ -309,9 +376,16 @@ impl SearchSpace {
             });
             blocks[at].1.push(&layer.name);
         }
-        for suffix in suffix_groups.iter().flat_map(|suffixes| suffixes.as_ref()).map(AsRef::as_ref) {
+        for suffix in suffix_groups
+            .iter()
+            .flat_map(|suffixes| suffixes.as_ref())
+            .map(AsRef::as_ref)
+        {
             if !layers.iter().any(|layer| has_suffix(&layer.name, suffix)) {
-                return Err(Error::UnknownLayer { context: "groups".into(), layer: suffix.to_string() });
+                return Err(Error::UnknownLayer {
+                    context: "groups".into(),
+                    layer: suffix.to_string(),
+                });
             }
         }
         let mut groups = Vec::new();
@@ -320,7 +394,11 @@ impl SearchSpace {
                 let fitting: Vec<String> = suffixes
                     .as_ref()
                     .iter()
-                    .flat_map(|suffix| names.iter().filter(|name| has_suffix(name, suffix.as_ref())))
+                    .flat_map(|suffix| {
+                        names
+                            .iter()
+                            .filter(|name| has_suffix(name, suffix.as_ref()))
+                    })
                     .map(|name| name.to_string())
                     .collect();
                 if !fitting.is_empty() {
@@ -337,8 +415,13 @@ impl SearchSpace {
     /// # Errors
     /// As [`Group::new`] and [`SearchSpace::new`].
     pub fn per_layer(layers: &[LayerShape], choices: &[usize]) -> Result<Self> {
-        let group =
-            |layer: &LayerShape| Group::new(strip_model(&layer.name), vec![layer.name.clone()], choices.to_vec());
+        let group = |layer: &LayerShape| {
+            Group::new(
+                strip_model(&layer.name),
+                vec![layer.name.clone()],
+                choices.to_vec(),
+            )
+        };
         Self::new(layers.iter().map(group).collect::<Result<_>>()?)
     }
 
@@ -373,7 +456,10 @@ impl SearchSpace {
 
     /// The group that sets what `kind` counts of this layer or unit.
     pub fn group_of(&self, kind: Elastic, layer: &str) -> Option<&Group> {
-        self.by_layer.get(&kind)?.get(layer).map(|&index| &self.groups[index])
+        self.by_layer
+            .get(&kind)?
+            .get(layer)
+            .map(|&index| &self.groups[index])
     }
 
     /// The groups of a kind, in the order of genomes.
@@ -383,17 +469,25 @@ impl SearchSpace {
 
     /// Number of subnets; infinite over about 1e308, where [`log10_n_subnets`](Self::log10_n_subnets) still serves.
     pub fn n_subnets(&self) -> f64 {
-        self.groups.iter().map(|group| group.choices.len() as f64).product()
+        self.groups
+            .iter()
+            .map(|group| group.choices.len() as f64)
+            .product()
     }
 
     /// Decimal logarithm of the number of subnets.
     pub fn log10_n_subnets(&self) -> f64 {
-        self.groups.iter().map(|group| (group.choices.len() as f64).log10()).sum()
+        self.groups
+            .iter()
+            .map(|group| (group.choices.len() as f64).log10())
+            .sum()
     }
 
     /// Number of subnets, where it fits into 128 bits.
     pub fn n_subnets_exact(&self) -> Option<u128> {
-        self.groups.iter().try_fold(1u128, |product, group| product.checked_mul(group.choices.len() as u128))
+        self.groups.iter().try_fold(1u128, |product, group| {
+            product.checked_mul(group.choices.len() as u128)
+        })
     }
 
     /// The largest choice of every group.
@@ -418,7 +512,10 @@ impl SearchSpace {
     }
 
     fn pick(&self, mut choose: impl FnMut(&Group) -> usize) -> SubnetConfig {
-        self.groups.iter().map(|group| (group.id.clone(), choose(group))).collect()
+        self.groups
+            .iter()
+            .map(|group| (group.id.clone(), choose(group)))
+            .collect()
     }
 
     /// The subnet of a genome: for each group, an index into its choices.
@@ -431,7 +528,10 @@ impl SearchSpace {
             Some(&choice) => Ok((group.id.clone(), choice)),
             None => Err(Error::InvalidSpace {
                 group: group.id.clone(),
-                reason: format!("index {index} of the genome is past its {} choices", group.choices.len()),
+                reason: format!(
+                    "index {index} of the genome is past its {} choices",
+                    group.choices.len()
+                ),
             }),
         };
         self.groups.iter().zip(genome).map(gene).collect()
@@ -448,7 +548,10 @@ impl SearchSpace {
             .map(|group| group.index_of(self.value_of(config, group)?))
             .collect::<Result<Vec<usize>>>()?;
         match config.iter().find(|(id, _)| !self.by_id.contains_key(*id)) {
-            Some((extra, _)) => Err(Error::UnknownGroup { context: "search space".into(), group: extra.to_string() }),
+            Some((extra, _)) => Err(Error::UnknownGroup {
+                context: "search space".into(),
+                group: extra.to_string(),
+            }),
             None => Ok(genome),
         }
     }
@@ -467,7 +570,9 @@ impl SearchSpace {
     /// [`Error::ShapeMismatch`] for another number of values; [`Error::InvalidChoice`] for a value not on offer.
     pub fn from_values(&self, values: &[usize]) -> Result<SubnetConfig> {
         self.check_len("values of a subnet", values.len())?;
-        let value = |(group, &value): (&Group, &usize)| group.index_of(value).map(|_| (group.id.clone(), value));
+        let value = |(group, &value): (&Group, &usize)| {
+            group.index_of(value).map(|_| (group.id.clone(), value))
+        };
         self.groups.iter().zip(values).map(value).collect()
     }
 
@@ -477,7 +582,10 @@ impl SearchSpace {
     /// As [`validate`](Self::validate).
     pub fn values(&self, config: &SubnetConfig) -> Result<Vec<usize>> {
         self.validate(config)?;
-        self.groups.iter().map(|group| self.value_of(config, group)).collect()
+        self.groups
+            .iter()
+            .map(|group| self.value_of(config, group))
+            .collect()
     }
 
     /// The active rank of `layer` in `config`; `None` where no group of elastic rank names the layer.
@@ -485,7 +593,9 @@ impl SearchSpace {
     /// # Errors
     /// [`Error::UnknownGroup`] where `config` leaves the layer's group out, [`Error::InvalidChoice`] for a value not on offer.
     pub fn rank_of(&self, config: &SubnetConfig, layer: &str) -> Result<Option<usize>> {
-        let Some(group) = self.group_of_layer(layer) else { return Ok(None) };
+        let Some(group) = self.group_of_layer(layer) else {
+            return Ok(None);
+        };
         let rank = self.value_of(config, group)?;
         group.index_of(rank).map(|_| Some(rank))
     }
@@ -512,19 +622,34 @@ impl SearchSpace {
     /// As [`validate`](Self::validate).
     pub fn left_out(&self, config: &SubnetConfig) -> Result<BTreeSet<String>> {
         let values = self.values(config)?;
-        let depths = self.groups.iter().zip(values).filter(|(group, _)| group.kind == Elastic::Depth);
-        Ok(depths.flat_map(|(group, depth)| group.layers[depth..].iter().cloned()).collect())
+        let depths = self
+            .groups
+            .iter()
+            .zip(values)
+            .filter(|(group, _)| group.kind == Elastic::Depth);
+        Ok(depths
+            .flat_map(|(group, depth)| group.layers[depth..].iter().cloned())
+            .collect())
     }
 
     fn by_name(&self, config: &SubnetConfig, kind: Elastic) -> Result<BTreeMap<String, usize>> {
         let values = self.values(config)?;
-        let values = self.groups.iter().zip(values).filter(|(group, _)| group.kind == kind);
-        Ok(values.flat_map(|(group, value)| group.layers.iter().map(move |layer| (layer.clone(), value))).collect())
+        let values = self
+            .groups
+            .iter()
+            .zip(values)
+            .filter(|(group, _)| group.kind == kind);
+        Ok(values
+            .flat_map(|(group, value)| group.layers.iter().map(move |layer| (layer.clone(), value)))
+            .collect())
     }
 
     /// The largest rank that any group offers.
     pub fn max_rank(&self) -> usize {
-        self.groups_of_kind(Elastic::Rank).map(|group| group.choices[0]).max().unwrap_or(0)
+        self.groups_of_kind(Elastic::Rank)
+            .map(|group| group.choices[0])
+            .max()
+            .unwrap_or(0)
     }
 
     /// Checks the space against a model: every layer and unit exists, no rank is over `max_rank`, the layers of a width have one
@@ -534,7 +659,10 @@ impl SearchSpace {
     /// # Errors
     /// [`Error::UnknownLayer`] naming group and layer, [`Error::InvalidRank`] naming layer and rank, [`Error::InvalidSpace`].
     pub fn validate_layers(&self, layers: &[LayerShape], max_rank: usize) -> Result<()> {
-        let known: HashMap<&str, &LayerShape> = layers.iter().map(|layer| (layer.name.as_str(), layer)).collect();
+        let known: HashMap<&str, &LayerShape> = layers
+            .iter()
+            .map(|layer| (layer.name.as_str(), layer))
+            .collect();
         for group in &self.groups {
             let exists = |name: &str| match group.kind {
                 Elastic::Depth => layers.iter().any(|layer| is_inside(&layer.name, name)),
@@ -548,18 +676,34 @@ impl SearchSpace {
             }
             let largest = group.choices[0];
             if group.kind == Elastic::Rank && largest > max_rank {
-                return Err(Error::InvalidRank { layer: group.layers[0].clone(), found: largest, max: max_rank });
+                return Err(Error::InvalidRank {
+                    layer: group.layers[0].clone(),
+                    found: largest,
+                    max: max_rank,
+                });
             }
             if group.kind == Elastic::Width {
-                let shapes = group.layers.iter().filter_map(|layer| known.get(layer.as_str()));
-                let broken = |reason: String| Err(Error::InvalidSpace { group: group.id.clone(), reason });
+                let shapes = group
+                    .layers
+                    .iter()
+                    .filter_map(|layer| known.get(layer.as_str()));
+                let broken = |reason: String| {
+                    Err(Error::InvalidSpace {
+                        group: group.id.clone(),
+                        reason,
+                    })
+                };
                 let inputs: BTreeSet<usize> = shapes.clone().map(|shape| shape.d_input).collect();
                 if inputs.len() > 1 {
-                    return broken(format!("its layers differ in shape: they take {inputs:?} inputs"));
+                    return broken(format!(
+                        "its layers differ in shape: they take {inputs:?} inputs"
+                    ));
                 }
                 let widest = shapes.map(|shape| shape.d_output).max().unwrap_or(0);
                 if largest > widest {
-                    return broken(format!("a width of {largest} is more than its layers' {widest} output channels"));
+                    return broken(format!(
+                        "a width of {largest} is more than its layers' {widest} output channels"
+                    ));
                 }
             }
         }
@@ -611,22 +755,28 @@ impl SearchSpace {
     }
 
     fn value_of(&self, config: &SubnetConfig, group: &Group) -> Result<usize> {
-        config
-            .get(&group.id)
-            .ok_or_else(|| Error::UnknownGroup { context: "subnet configuration".into(), group: group.id.clone() })
+        config.get(&group.id).ok_or_else(|| Error::UnknownGroup {
+            context: "subnet configuration".into(),
+            group: group.id.clone(),
+        })
     }
 
     fn check_len(&self, what: &str, found: usize) -> Result<()> {
         if found == self.groups.len() {
             return Ok(());
         }
-        Err(Error::ShapeMismatch { what: what.into(), expected: vec![self.groups.len()], found: vec![found] })
+        Err(Error::ShapeMismatch {
+            what: what.into(),
+            expected: vec![self.groups.len()],
+            found: vec![found],
+        })
     }
 }
 
 /// Whether a module path is `outer` or lies in it.
 fn is_inside(path: &str, outer: &str) -> bool {
-    path.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    path.strip_prefix(outer)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// A path without the `model.` that nearly all of them begin with.
@@ -661,9 +811,16 @@ fn default_id<S: AsRef<str>>(kind: Elastic, layers: &[S]) -> String {
     let names: Vec<&str> = layers.iter().map(AsRef::as_ref).collect();
     let block = names.first().map_or("", |first| split_block(first).0);
     let name = if block.is_empty() || names.iter().any(|name| split_block(name).0 != block) {
-        names.iter().map(|name| strip_model(name)).collect::<Vec<_>>().join("+")
+        names
+            .iter()
+            .map(|name| strip_model(name))
+            .collect::<Vec<_>>()
+            .join("+")
     } else {
-        let last: Vec<&str> = names.iter().map(|name| name.rsplit('.').next().unwrap_or(name)).collect();
+        let last: Vec<&str> = names
+            .iter()
+            .map(|name| name.rsplit('.').next().unwrap_or(name))
+            .collect();
         format!("{}.{}", strip_model(block), last.join("+"))
     };
     match kind {

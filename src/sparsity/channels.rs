@@ -32,8 +32,12 @@ pub enum ChannelScore {
 
 impl ChannelScore {
     /// Every score, for help texts.
-    pub const ALL: [ChannelScore; 4] =
-        [ChannelScore::L1, ChannelScore::L2, ChannelScore::Activation, ChannelScore::Taylor];
+    pub const ALL: [ChannelScore; 4] = [
+        ChannelScore::L1,
+        ChannelScore::L2,
+        ChannelScore::Activation,
+        ChannelScore::Taylor,
+    ];
 
     /// Whether it needs calibration samples.
     pub fn needs_calibration(self) -> bool {
@@ -56,8 +60,16 @@ impl FromStr for ChannelScore {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|score| score.to_string().eq_ignore_ascii_case(s.trim()));
-        found.ok_or_else(|| Error::argument("channel score", format!("{s:?}"), "one of l1, l2, activation, taylor"))
+        let found = Self::ALL
+            .into_iter()
+            .find(|score| score.to_string().eq_ignore_ascii_case(s.trim()));
+        found.ok_or_else(|| {
+            Error::argument(
+                "channel score",
+                format!("{s:?}"),
+                "one of l1, l2, activation, taylor",
+            )
+        })
     }
 }
 
@@ -87,34 +99,66 @@ impl<'a> UnitPart<'a> {
     }
 
     fn new(weight: &'a Matrix, width: usize, columns: bool) -> Result<Self> {
-        let len = if columns { weight.cols() } else { weight.rows() };
+        let len = if columns {
+            weight.cols()
+        } else {
+            weight.rows()
+        };
         check_width(len, width)?;
-        Ok(Self { weight, width, columns })
+        Ok(Self {
+            weight,
+            width,
+            columns,
+        })
     }
 
     fn n_units(&self) -> usize {
-        (if self.columns { self.weight.cols() } else { self.weight.rows() }) / self.width
+        (if self.columns {
+            self.weight.cols()
+        } else {
+            self.weight.rows()
+        }) / self.width
     }
 
     /// For each unit, the sum over the elements `w` of column `j` that it owns of `f(j, w)`. Each sum is taken by one thread,
     /// in the same order at any number of them.
     fn sums(&self, f: impl Fn(usize, f32) -> f64 + Sync) -> Vec<f64> {
         // Columns of many units at once, so that a row is read in pieces and not element by element.
-        let at_once = if self.columns { (256 / self.width).max(1) } else { 1 };
+        let at_once = if self.columns {
+            (256 / self.width).max(1)
+        } else {
+            1
+        };
         let mut sums = vec![0.0; self.n_units()];
-        sums.par_chunks_mut(at_once).enumerate().for_each(|(chunk, sums)| {
-            let start = chunk * at_once * self.width;
-            let own = start..start + sums.len() * self.width;
-            let (rows, columns) =
-                if self.columns { (0..self.weight.rows(), own) } else { (own, 0..self.weight.cols()) };
-            let width = if self.columns { self.width } else { self.weight.cols().max(1) };
-            for row in rows {
-                for (unit, values) in self.weight.row(row)[columns.clone()].chunks(width).enumerate() {
-                    let first = columns.start + unit * width;
-                    sums[unit] += values.iter().enumerate().map(|(j, w)| f(first + j, *w)).sum::<f64>();
+        sums.par_chunks_mut(at_once)
+            .enumerate()
+            .for_each(|(chunk, sums)| {
+                let start = chunk * at_once * self.width;
+                let own = start..start + sums.len() * self.width;
+                let (rows, columns) = if self.columns {
+                    (0..self.weight.rows(), own)
+                } else {
+                    (own, 0..self.weight.cols())
+                };
+                let width = if self.columns {
+                    self.width
+                } else {
+                    self.weight.cols().max(1)
+                };
+                for row in rows {
+                    for (unit, values) in self.weight.row(row)[columns.clone()]
+                        .chunks(width)
+                        .enumerate()
+                    {
+                        let first = columns.start + unit * width;
+                        sums[unit] += values
+                            .iter()
+                            .enumerate()
+                            .map(|(j, w)| f(first + j, *w))
+                            .sum::<f64>();
+                    }
                 }
-            }
-        });
+            });
         sums
     }
 }
@@ -149,7 +193,9 @@ pub fn l2_scores(parts: &[UnitPart<'_>]) -> Result<Vec<f64>> {
 }
 
 fn sum_parts(parts: &[UnitPart<'_>], f: impl Fn(f32) -> f64 + Sync) -> Result<Vec<f64>> {
-    let Some(first) = parts.first() else { return Err(Error::argument("parts", "none", "at least one")) };
+    let Some(first) = parts.first() else {
+        return Err(Error::argument("parts", "none", "at least one"));
+    };
     let mut scores = vec![0.0; first.n_units()];
     for part in parts {
         if part.n_units() != scores.len() {
@@ -159,7 +205,10 @@ fn sum_parts(parts: &[UnitPart<'_>], f: impl Fn(f32) -> f64 + Sync) -> Result<Ve
                 found: vec![part.n_units()],
             });
         }
-        scores.iter_mut().zip(part.sums(|_, w| f(w))).for_each(|(score, sum)| *score += sum);
+        scores
+            .iter_mut()
+            .zip(part.sums(|_, w| f(w)))
+            .for_each(|(score, sum)| *score += sum);
     }
     Ok(scores)
 }
@@ -181,7 +230,11 @@ pub fn activation_scores(weight: &Matrix, width: usize, norms: &InputNorms) -> R
             found: vec![norms.d_input()],
         });
     }
-    let norms: Vec<f64> = norms.mean_sq_norms().iter().map(|v| f64::from(*v).sqrt()).collect();
+    let norms: Vec<f64> = norms
+        .mean_sq_norms()
+        .iter()
+        .map(|v| f64::from(*v).sqrt())
+        .collect();
     Ok(part.sums(|j, w| f64::from(w).abs() * norms[j]))
 }
 
@@ -191,7 +244,10 @@ pub fn activation_scores(weight: &Matrix, width: usize, norms: &InputNorms) -> R
 /// [`Error::ShapeMismatch`] where there is no whole number of them.
 pub fn sum_units(values: &[f32], width: usize) -> Result<Vec<f64>> {
     check_width(values.len(), width)?;
-    Ok(values.chunks_exact(width).map(|unit| unit.iter().map(|v| f64::from(*v)).sum()).collect())
+    Ok(values
+        .chunks_exact(width)
+        .map(|unit| unit.iter().map(|v| f64::from(*v)).sum())
+        .collect())
 }
 
 /// The order that puts the most important units first: place `i` is for unit `order[i]`. Equal ones keep their order.
@@ -200,11 +256,19 @@ pub fn sum_units(values: &[f32], width: usize) -> Result<Vec<f64>> {
 /// [`Error::NotFinite`] where a score is NaN or infinite.
 pub fn importance_order(scores: &[f64]) -> Result<Vec<usize>> {
     if let Some(index) = scores.iter().position(|score| !score.is_finite()) {
-        return Err(Error::NotFinite { tensor: "channel scores".into(), index, value: scores[index] as f32 });
+        return Err(Error::NotFinite {
+            tensor: "channel scores".into(),
+            index,
+            value: scores[index] as f32,
+        });
     }
     let mut order: Vec<usize> = (0..scores.len()).collect();
     // All are finite, and both zeros are one.
-    order.sort_by(|a, b| scores[*b].partial_cmp(&scores[*a]).unwrap_or(std::cmp::Ordering::Equal));
+    order.sort_by(|a, b| {
+        scores[*b]
+            .partial_cmp(&scores[*a])
+            .unwrap_or(std::cmp::Ordering::Equal)
+    });
     Ok(order)
 }
 
@@ -223,7 +287,11 @@ mod tests {
     fn scores_are_sums_over_what_a_unit_owns() {
         // Seven units: three rows each of one weight, one row of another, two columns of a third.
         let (a, b, c) = (random(21, 5, 1), random(7, 9, 2), random(11, 14, 3));
-        let parts = [UnitPart::rows(&a, 3).unwrap(), UnitPart::rows(&b, 1).unwrap(), UnitPart::columns(&c, 2).unwrap()];
+        let parts = [
+            UnitPart::rows(&a, 3).unwrap(),
+            UnitPart::rows(&b, 1).unwrap(),
+            UnitPart::columns(&c, 2).unwrap(),
+        ];
         let (l1, l2) = (l1_scores(&parts).unwrap(), l2_scores(&parts).unwrap());
         let mut norms = InputNorms::new(14);
         let x = random(10, 14, 4);
@@ -231,30 +299,55 @@ mod tests {
         let activation = activation_scores(&c, 2, &norms).unwrap();
         for unit in 0..7 {
             let mut own: Vec<f64> = Vec::new();
-            (0..21).filter(|i| i / 3 == unit).for_each(|i| own.extend(a.row(i).iter().map(|v| f64::from(*v))));
+            (0..21)
+                .filter(|i| i / 3 == unit)
+                .for_each(|i| own.extend(a.row(i).iter().map(|v| f64::from(*v))));
             own.extend(b.row(unit).iter().map(|v| f64::from(*v)));
-            (0..11).for_each(|o| own.extend(c.row(o)[2 * unit..2 * unit + 2].iter().map(|v| f64::from(*v))));
+            (0..11).for_each(|o| {
+                own.extend(
+                    c.row(o)[2 * unit..2 * unit + 2]
+                        .iter()
+                        .map(|v| f64::from(*v)),
+                )
+            });
             assert!((l1[unit] - own.iter().map(|v| v.abs()).sum::<f64>()).abs() < 1e-9);
             assert!((l2[unit] - own.iter().map(|v| v * v).sum::<f64>().sqrt()).abs() < 1e-9);
             let expected: f64 = (2 * unit..2 * unit + 2)
                 .map(|j| {
-                    let norm = ((0..10).map(|t| f64::from(x.row(t)[j]).powi(2)).sum::<f64>() / 2.0).sqrt();
-                    (0..11).map(|o| f64::from(c.row(o)[j]).abs() * norm).sum::<f64>()
+                    let norm =
+                        ((0..10).map(|t| f64::from(x.row(t)[j]).powi(2)).sum::<f64>() / 2.0).sqrt();
+                    (0..11)
+                        .map(|o| f64::from(c.row(o)[j]).abs() * norm)
+                        .sum::<f64>()
                 })
                 .sum();
             assert!((activation[unit] - expected).abs() < 1e-5);
         }
-        let pools = [1, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
+        let pools = [1, 3].map(|n| {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(n)
+                .build()
+                .unwrap()
+        });
         let [one, three] = pools.map(|pool| pool.install(|| l1_scores(&parts).unwrap()));
         assert_eq!(one, three);
-        assert_eq!(sum_units(&[0.5, 1.0, -2.0, 4.0, 0.25, 0.0], 3).unwrap(), [-0.5, 4.25]);
+        assert_eq!(
+            sum_units(&[0.5, 1.0, -2.0, 4.0, 0.25, 0.0], 3).unwrap(),
+            [-0.5, 4.25]
+        );
     }
 
     #[test]
     fn order_is_descending_and_stable() {
-        assert_eq!(importance_order(&[1.0, 3.0, 0.0, 3.0, -0.0, 1.0]).unwrap(), [1, 3, 0, 5, 2, 4]);
+        assert_eq!(
+            importance_order(&[1.0, 3.0, 0.0, 3.0, -0.0, 1.0]).unwrap(),
+            [1, 3, 0, 5, 2, 4]
+        );
         assert_eq!(importance_order(&[]).unwrap(), Vec::<usize>::new());
-        assert!(matches!(importance_order(&[1.0, f64::NAN]), Err(Error::NotFinite { index: 1, .. })));
+        assert!(matches!(
+            importance_order(&[1.0, f64::NAN]),
+            Err(Error::NotFinite { index: 1, .. })
+        ));
     }
 
     #[test]
@@ -263,13 +356,22 @@ mod tests {
         assert!(UnitPart::rows(&a, 4).is_err() && UnitPart::rows(&a, 0).is_err());
         assert!(UnitPart::columns(&b, 2).is_err());
         assert!(l1_scores(&[]).is_err());
-        let parts = [UnitPart::rows(&a, 7).unwrap(), UnitPart::rows(&b, 1).unwrap()];
-        assert!(matches!(l2_scores(&parts), Err(Error::ShapeMismatch { .. })));
+        let parts = [
+            UnitPart::rows(&a, 7).unwrap(),
+            UnitPart::rows(&b, 1).unwrap(),
+        ];
+        assert!(matches!(
+            l2_scores(&parts),
+            Err(Error::ShapeMismatch { .. })
+        ));
         assert!(activation_scores(&b, 3, &InputNorms::new(8)).is_err());
         assert!(sum_units(&[1.0; 5], 2).is_err());
         for score in ChannelScore::ALL {
             assert_eq!(score.to_string().parse::<ChannelScore>().unwrap(), score);
-            assert_eq!(serde_json::to_string(&score).unwrap(), format!("\"{score}\""));
+            assert_eq!(
+                serde_json::to_string(&score).unwrap(),
+                format!("\"{score}\"")
+            );
         }
         assert!("l3".parse::<ChannelScore>().is_err());
     }

@@ -89,18 +89,34 @@ impl Pass<'_> {
         let (rows, cols) = (weight.rows(), weight.cols());
         self.check(weight)?;
         if rows == 0 || cols == 0 {
-            return Ok(Compensated { weight: weight.clone(), keep: Mask::filled(rows, cols, true) });
+            return Ok(Compensated {
+                weight: weight.clone(),
+                keep: Mask::filled(rows, cols, true),
+            });
         }
-        let column = |position: usize| self.factor.order().map_or(position, |order| order[position] as usize);
-        let mut weight = self.in_order(weight, |row, out| (0..cols).for_each(|p| out[p] = row[column(p)]));
+        let column = |position: usize| {
+            self.factor
+                .order()
+                .map_or(position, |order| order[position] as usize)
+        };
+        let mut weight = self.in_order(weight, |row, out| {
+            (0..cols).for_each(|p| out[p] = row[column(p)])
+        });
         let dead = self.dead_positions();
         let mut keep = vec![true; rows * cols];
         if let Keep::These(mask) = self.keep {
-            keep.par_chunks_mut(cols).enumerate().for_each(|(row, keep)| {
-                keep.iter_mut().enumerate().for_each(|(position, keep)| *keep = mask.get(row, column(position)));
-            });
+            keep.par_chunks_mut(cols)
+                .enumerate()
+                .for_each(|(row, keep)| {
+                    keep.iter_mut()
+                        .enumerate()
+                        .for_each(|(position, keep)| *keep = mask.get(row, column(position)));
+                });
         }
-        weight.as_mut_slice().par_chunks_mut(cols).for_each(|row| dead.iter().for_each(|p| row[*p] = 0.0));
+        weight
+            .as_mut_slice()
+            .par_chunks_mut(cols)
+            .for_each(|row| dead.iter().for_each(|p| row[*p] = 0.0));
         let mut change = vec![0.0_f32; rows * cols];
         let mut targets = vec![0.0_f32; rows * self.block.min(cols)];
         // Enough of them to keep many threads busy, each with enough rows for an efficient product.
@@ -110,43 +126,68 @@ impl Pass<'_> {
             let block = start..(start + self.block).min(cols);
             let len = block.len();
             let targets = &mut targets[..rows * len];
-            let couplings = View::rows(&self.factor.couplings().as_slice()[start..], [start, len], cols);
+            let couplings = View::rows(
+                &self.factor.couplings().as_slice()[start..],
+                [start, len],
+                cols,
+            );
             targets
                 .par_chunks_mut(panel * len)
                 .zip(weight.as_slice().par_chunks(panel * cols))
                 .zip(change.par_chunks(panel * cols))
                 .for_each(|((targets, weight), change)| {
-                    for (target, row) in targets.chunks_exact_mut(len).zip(weight.chunks_exact(cols)) {
+                    for (target, row) in
+                        targets.chunks_exact_mut(len).zip(weight.chunks_exact(cols))
+                    {
                         target.copy_from_slice(&row[block.clone()]);
                     }
                     let errors = View::rows(change, [change.len() / cols, start], cols);
                     add_product(targets, len, -1.0, errors, couplings);
                 });
 
-            let in_block = rows_of(&block, cols, targets, weight.as_mut_slice(), &mut change, &mut keep);
-            let mut row_blocks: Vec<(RowBlock<'_>, &mut R)> = in_block.into_iter().zip(roundings.iter_mut()).collect();
-            if let Keep::Best(Pattern::Unstructured { ratio } | Pattern::Layer { ratio }) = self.keep {
+            let in_block = rows_of(
+                &block,
+                cols,
+                targets,
+                weight.as_mut_slice(),
+                &mut change,
+                &mut keep,
+            );
+            let mut row_blocks: Vec<(RowBlock<'_>, &mut R)> =
+                in_block.into_iter().zip(roundings.iter_mut()).collect();
+            if let Keep::Best(Pattern::Unstructured { ratio } | Pattern::Layer { ratio }) =
+                self.keep
+            {
                 let goal = floor_share(rows * block.end, ratio);
                 self.choose(&block, &mut row_blocks, goal - removed);
                 removed = goal;
             }
             row_blocks
                 .par_iter_mut()
-                .try_for_each_init(Vec::new, |scratch, (row, rounding)| self.finish(&block, row, *rounding, scratch))?;
+                .try_for_each_init(Vec::new, |scratch, (row, rounding)| {
+                    self.finish(&block, row, *rounding, scratch)
+                })?;
         }
         let kept = match self.keep {
             Keep::All => Mask::filled(rows, cols, true),
             Keep::These(mask) => mask.clone(),
             Keep::Best(_) => {
                 let mut by_column = vec![false; rows * cols];
-                by_column.par_chunks_mut(cols).zip(keep.par_chunks(cols)).for_each(|(out, keep)| {
-                    keep.iter().enumerate().for_each(|(position, keep)| out[column(position)] = *keep);
-                });
+                by_column
+                    .par_chunks_mut(cols)
+                    .zip(keep.par_chunks(cols))
+                    .for_each(|(out, keep)| {
+                        keep.iter()
+                            .enumerate()
+                            .for_each(|(position, keep)| out[column(position)] = *keep);
+                    });
                 Mask::from_bools(rows, cols, &by_column)?
             }
         };
         drop(change);
-        let weight = self.in_order(&weight, |row, out| (0..cols).for_each(|p| out[column(p)] = row[p]));
+        let weight = self.in_order(&weight, |row, out| {
+            (0..cols).for_each(|p| out[column(p)] = row[p])
+        });
         Ok(Compensated { weight, keep: kept })
     }
 
@@ -159,15 +200,25 @@ impl Pass<'_> {
                 found: vec![self.factor.d_input(); 2],
             });
         }
-        if let Some(index) = weight.as_slice().par_iter().position_first(|value| !value.is_finite()) {
-            return Err(Error::NotFinite { tensor: "weight".into(), index, value: weight.as_slice()[index] });
+        if let Some(index) = weight
+            .as_slice()
+            .par_iter()
+            .position_first(|value| !value.is_finite())
+        {
+            return Err(Error::NotFinite {
+                tensor: "weight".into(),
+                index,
+                value: weight.as_slice()[index],
+            });
         }
         match self.keep {
-            Keep::These(mask) if (mask.rows(), mask.cols()) != (weight.rows(), cols) => Err(Error::ShapeMismatch {
-                what: "mask of a weight".into(),
-                expected: vec![weight.rows(), cols],
-                found: vec![mask.rows(), mask.cols()],
-            }),
+            Keep::These(mask) if (mask.rows(), mask.cols()) != (weight.rows(), cols) => {
+                Err(Error::ShapeMismatch {
+                    what: "mask of a weight".into(),
+                    expected: vec![weight.rows(), cols],
+                    found: vec![mask.rows(), mask.cols()],
+                })
+            }
             Keep::Best(pattern) => {
                 pattern.validate()?;
                 match pattern {
@@ -188,28 +239,48 @@ impl Pass<'_> {
         let mut out = matrix.clone();
         if self.factor.order().is_some() {
             let rows = matrix.as_slice().par_chunks(matrix.cols());
-            out.as_mut_slice().par_chunks_mut(matrix.cols()).zip(rows).for_each(|(out, row)| rearrange(row, out));
+            out.as_mut_slice()
+                .par_chunks_mut(matrix.cols())
+                .zip(rows)
+                .for_each(|(out, row)| rearrange(row, out));
         }
         out
     }
 
     fn dead_positions(&self) -> Vec<usize> {
         match self.factor.order() {
-            None => self.factor.dead().iter().map(|column| *column as usize).collect(),
-            Some(order) => (0..order.len()).filter(|p| self.factor.dead().binary_search(&order[*p]).is_ok()).collect(),
+            None => self
+                .factor
+                .dead()
+                .iter()
+                .map(|column| *column as usize)
+                .collect(),
+            Some(order) => (0..order.len())
+                .filter(|p| self.factor.dead().binary_search(&order[*p]).is_ok())
+                .collect(),
         }
     }
 
     /// Removes the `count` weights of a block, of all rows, whose removal costs least.
-    fn choose<R: RowRounding>(&self, block: &Range<usize>, rows: &mut [(RowBlock<'_>, &mut R)], count: usize) {
+    fn choose<R: RowRounding>(
+        &self,
+        block: &Range<usize>,
+        rows: &mut [(RowBlock<'_>, &mut R)],
+        count: usize,
+    ) {
         let len = block.len();
         let mut scores = vec![0.0_f32; rows.len() * len];
-        scores.par_chunks_mut(len).zip(rows.par_iter()).for_each_init(Vec::new, |settled, (scores, (row, _))| {
-            self.settle(block, row, 0..len, settled);
-            self.score(block.start, settled);
-            scores.copy_from_slice(settled);
+        scores
+            .par_chunks_mut(len)
+            .zip(rows.par_iter())
+            .for_each_init(Vec::new, |settled, (scores, (row, _))| {
+                self.settle(block, row, 0..len, settled);
+                self.score(block.start, settled);
+                scores.copy_from_slice(settled);
+            });
+        drop_least(&scores, count, &mut Vec::new(), |index| {
+            rows[index / len].0.keep[index % len] = false
         });
-        drop_least(&scores, count, &mut Vec::new(), |index| rows[index / len].0.keep[index % len] = false);
     }
 
     /// The weights of a range as they would be without rounding: those that stay make up for all errors before them and for
@@ -226,13 +297,29 @@ impl Pass<'_> {
         let mut change = vec![0.0; range.len()];
         weights.clear();
         weights.extend_from_slice(&row.weight[range.clone()]);
-        let mut copy = RowBlock { targets: &mut targets, weight: weights, change: &mut change, keep: &mut keep };
-        self.finish(&(block.start + range.start..block.start + range.end), &mut copy, &mut Exact, &mut Vec::new())
+        let mut copy = RowBlock {
+            targets: &mut targets,
+            weight: weights,
+            change: &mut change,
+            keep: &mut keep,
+        };
+        self.finish(
+            &(block.start + range.start..block.start + range.end),
+            &mut copy,
+            &mut Exact,
+            &mut Vec::new(),
+        )
     }
 
     /// What the weights of a range would be if every one of the range could be what it should: those that stay make up for
     /// all errors before them.
-    fn settle(&self, block: &Range<usize>, row: &RowBlock<'_>, range: Range<usize>, settled: &mut Vec<f32>) {
+    fn settle(
+        &self,
+        block: &Range<usize>,
+        row: &RowBlock<'_>,
+        range: Range<usize>,
+        settled: &mut Vec<f32>,
+    ) {
         settled.clear();
         settled.extend_from_slice(&row.targets[range.clone()]);
         for i in 0..range.len() {
@@ -242,7 +329,11 @@ impl Pass<'_> {
                 done[i] = 0.0;
             }
             let couplings = self.factor.couplings().row(block.start + at);
-            pass_on(later, done[i] - row.weight[at], &couplings[block.start + at + 1..]);
+            pass_on(
+                later,
+                done[i] - row.weight[at],
+                &couplings[block.start + at + 1..],
+            );
         }
     }
 
@@ -266,7 +357,9 @@ impl Pass<'_> {
             self.rehearse(block, row, 0..len, scratch)?;
             let mut at = 0;
             while at < len {
-                let Some(end) = rounding.group_end(start + at) else { break };
+                let Some(end) = rounding.group_end(start + at) else {
+                    break;
+                };
                 rounding.begin_group(start + at..end, &scratch[at..end - start])?;
                 at = end - start;
             }
@@ -279,7 +372,9 @@ impl Pass<'_> {
                 self.settle(block, row, group.clone(), scratch);
                 self.score(start + at, scratch);
                 let count = group.len() - kept_in_group(n, m, group.len());
-                drop_least(scratch, count, &mut Vec::new(), |index| row.keep[at + index] = false);
+                drop_least(scratch, count, &mut Vec::new(), |index| {
+                    row.keep[at + index] = false
+                });
             }
             if let (false, Some(end)) = (self.grids_at_block, rounding.group_end(start + at)) {
                 self.rehearse(block, row, at..end - start, scratch)?;
@@ -303,7 +398,10 @@ impl Pass<'_> {
 /// The later targets make up for the error of one weight.
 fn pass_on(targets: &mut [f32], error: f32, couplings: &[f32]) {
     if error != 0.0 {
-        targets.iter_mut().zip(couplings).for_each(|(target, coupling)| *target -= error * coupling);
+        targets
+            .iter_mut()
+            .zip(couplings)
+            .for_each(|(target, coupling)| *target -= error * coupling);
     }
 }
 

@@ -18,7 +18,11 @@ pub struct Mask {
 impl Mask {
     /// A mask that keeps everything (`keep`) or nothing.
     pub fn filled(rows: usize, cols: usize, keep: bool) -> Self {
-        let mut mask = Self { rows, cols, words: vec![0; rows * cols.div_ceil(64)] };
+        let mut mask = Self {
+            rows,
+            cols,
+            words: vec![0; rows * cols.div_ceil(64)],
+        };
         if keep {
             mask.fill_rows(|_, row| row.set_all());
         }
@@ -64,7 +68,11 @@ impl Mask {
     pub fn from_scores(scores: &Matrix, pattern: &Pattern) -> Result<Self> {
         pattern.validate()?;
         if let Some(index) = scores.as_slice().par_iter().position_first(|v| v.is_nan()) {
-            return Err(Error::NotFinite { tensor: "scores".into(), index, value: f32::NAN });
+            return Err(Error::NotFinite {
+                tensor: "scores".into(),
+                index,
+                value: f32::NAN,
+            });
         }
         let mut mask = Self::filled(scores.rows(), scores.cols(), true);
         match *pattern {
@@ -106,7 +114,12 @@ impl Mask {
     /// # Panics
     /// Where it lies outside the matrix.
     pub fn get(&self, i: usize, j: usize) -> bool {
-        assert!(i < self.rows && j < self.cols, "({i}, {j}) is outside a mask of {} x {}", self.rows, self.cols);
+        assert!(
+            i < self.rows && j < self.cols,
+            "({i}, {j}) is outside a mask of {} x {}",
+            self.rows,
+            self.cols
+        );
         self.words[i * self.cols.div_ceil(64) + j / 64] >> (j % 64) & 1 == 1
     }
 
@@ -115,9 +128,18 @@ impl Mask {
     /// # Panics
     /// Where it lies outside the matrix.
     pub fn set(&mut self, i: usize, j: usize, keep: bool) {
-        assert!(i < self.rows && j < self.cols, "({i}, {j}) is outside a mask of {} x {}", self.rows, self.cols);
+        assert!(
+            i < self.rows && j < self.cols,
+            "({i}, {j}) is outside a mask of {} x {}",
+            self.rows,
+            self.cols
+        );
         let stride = self.cols.div_ceil(64);
-        RowBits { words: &mut self.words[i * stride..(i + 1) * stride], cols: self.cols }.put(j, keep);
+        RowBits {
+            words: &mut self.words[i * stride..(i + 1) * stride],
+            cols: self.cols,
+        }
+        .put(j, keep);
     }
 
     /// Number of elements that stay.
@@ -128,23 +150,35 @@ impl Mask {
     /// Share of elements that go, in 0..=1; 0 for a mask without elements.
     pub fn sparsity(&self) -> f64 {
         let total = self.rows * self.cols;
-        if total == 0 { 0.0 } else { (total - self.count_kept()) as f64 / total as f64 }
+        if total == 0 {
+            0.0
+        } else {
+            (total - self.count_kept()) as f64 / total as f64
+        }
     }
 
     /// Whether everything that this mask keeps, `other` keeps too. `false` where the shapes differ.
     pub fn is_subset_of(&self, other: &Mask) -> bool {
         (self.rows, self.cols) == (other.rows, other.cols)
-            && self.words.iter().zip(&other.words).all(|(a, b)| a & !b == 0)
+            && self
+                .words
+                .iter()
+                .zip(&other.words)
+                .all(|(a, b)| a & !b == 0)
     }
 
     /// The mask row-major, `true` where an element stays.
     pub fn to_bools(&self) -> Vec<bool> {
-        (0..self.rows).flat_map(|i| (0..self.cols).map(move |j| self.get(i, j))).collect()
+        (0..self.rows)
+            .flat_map(|i| (0..self.cols).map(move |j| self.get(i, j)))
+            .collect()
     }
 
     /// The mask as a matrix of ones and zeros, to multiply with.
     pub fn to_matrix(&self) -> Matrix {
-        Matrix::from_fn(self.rows, self.cols, |i, j| f32::from(u8::from(self.get(i, j))))
+        Matrix::from_fn(self.rows, self.cols, |i, j| {
+            f32::from(u8::from(self.get(i, j)))
+        })
     }
 
     /// Sets what does not stay to `+0.0`.
@@ -162,15 +196,17 @@ impl Mask {
         if self.cols == 0 {
             return Ok(());
         }
-        matrix.as_mut_slice().par_chunks_mut(self.cols).zip(self.words.par_chunks(self.cols.div_ceil(64))).for_each(
-            |(row, bits)| {
+        matrix
+            .as_mut_slice()
+            .par_chunks_mut(self.cols)
+            .zip(self.words.par_chunks(self.cols.div_ceil(64)))
+            .for_each(|(row, bits)| {
                 for (j, v) in row.iter_mut().enumerate() {
                     if bits[j / 64] >> (j % 64) & 1 == 0 {
                         *v = 0.0;
                     }
                 }
-            },
-        );
+            });
         Ok(())
     }
 
@@ -215,12 +251,21 @@ pub(super) fn floor_share(len: usize, ratio: f64) -> usize {
 
 /// What N:M leaves in a group of `len <= m`: N of a whole one, the share of a short one rounded up.
 pub(super) fn kept_in_group(n: usize, m: usize, len: usize) -> usize {
-    if len == m { n } else { ((n as u128 * len as u128).div_ceil(m as u128)) as usize }
+    if len == m {
+        n
+    } else {
+        ((n as u128 * len as u128).div_ceil(m as u128)) as usize
+    }
 }
 
 /// Calls `drop` with the indices, ascending, of the `count` least of `scores` (no NaN). Of equal scores the first ones go:
 /// what a stable sort would put first. O(len) by selection instead of sorting.
-pub(super) fn drop_least(scores: &[f32], count: usize, scratch: &mut Vec<u32>, mut drop: impl FnMut(usize)) {
+pub(super) fn drop_least(
+    scores: &[f32],
+    count: usize,
+    scratch: &mut Vec<u32>,
+    mut drop: impl FnMut(usize),
+) {
     if count == 0 {
         return;
     }
@@ -248,5 +293,9 @@ pub(super) fn drop_least(scores: &[f32], count: usize, scratch: &mut Vec<u32>, m
 /// A `u32` that orders as the float does; both zeros are one.
 fn sort_key(v: f32) -> u32 {
     let bits = (v + 0.0).to_bits();
-    if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
+    if bits >> 31 == 0 {
+        bits | 1 << 31
+    } else {
+        !bits
+    }
 }

@@ -14,7 +14,9 @@ mod owl;
 mod pattern;
 mod sparsegpt;
 
-pub use channels::{ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units};
+pub use channels::{
+    ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units,
+};
 pub use mask::Mask;
 pub use norms::InputNorms;
 pub use owl::{OwlConfig, outlier_share};
@@ -48,7 +50,12 @@ pub enum Method {
 
 impl Method {
     /// Every method, for help texts.
-    pub const ALL: [Method; 4] = [Method::Magnitude, Method::Wanda, Method::Ria, Method::SparseGpt];
+    pub const ALL: [Method; 4] = [
+        Method::Magnitude,
+        Method::Wanda,
+        Method::Ria,
+        Method::SparseGpt,
+    ];
 
     /// Whether the method needs statistics of the layer's input.
     pub fn needs_calibration(self) -> bool {
@@ -65,12 +72,16 @@ impl Method {
             (Method::Magnitude, _) => Ok(magnitude_scores(weight)),
             (Method::Wanda, Some(norms)) => wanda_scores(weight, &norms.mean_sq_norms()),
             (Method::Ria, Some(norms)) => ria_scores(weight, &norms.mean_sq_norms()),
-            (Method::Wanda | Method::Ria, None) => {
-                Err(Error::argument("norms", "none", format!("{self} needs the norms of the layer's input")))
-            }
-            (Method::SparseGpt, _) => {
-                Err(Error::argument("method", self, "it changes weights as it goes, and has no scores to give"))
-            }
+            (Method::Wanda | Method::Ria, None) => Err(Error::argument(
+                "norms",
+                "none",
+                format!("{self} needs the norms of the layer's input"),
+            )),
+            (Method::SparseGpt, _) => Err(Error::argument(
+                "method",
+                self,
+                "it changes weights as it goes, and has no scores to give",
+            )),
         }
     }
 }
@@ -90,8 +101,16 @@ impl FromStr for Method {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        let found = Method::ALL.into_iter().find(|m| m.to_string().eq_ignore_ascii_case(s.trim()));
-        found.ok_or_else(|| Error::argument("method", format!("{s:?}"), "one of magnitude, wanda, ria, sparsegpt"))
+        let found = Method::ALL
+            .into_iter()
+            .find(|m| m.to_string().eq_ignore_ascii_case(s.trim()));
+        found.ok_or_else(|| {
+            Error::argument(
+                "method",
+                format!("{s:?}"),
+                "one of magnitude, wanda, ria, sparsegpt",
+            )
+        })
     }
 }
 
@@ -101,7 +120,10 @@ impl FromStr for Method {
 /// `weight` and the result: `[out, in]`.
 pub fn magnitude_scores(weight: &Matrix) -> Matrix {
     let mut scores = weight.clone();
-    scores.as_mut_slice().par_iter_mut().for_each(|v| *v = v.abs());
+    scores
+        .as_mut_slice()
+        .par_iter_mut()
+        .for_each(|v| *v = v.abs());
     scores
 }
 
@@ -120,11 +142,14 @@ pub fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
         return Ok(scores);
     }
     let norms: Vec<f32> = input_sq_norms.iter().map(|v| v.sqrt()).collect();
-    scores.as_mut_slice().par_chunks_mut(norms.len()).for_each(|row| {
-        for (v, norm) in row.iter_mut().zip(&norms) {
-            *v = v.abs() * norm;
-        }
-    });
+    scores
+        .as_mut_slice()
+        .par_chunks_mut(norms.len())
+        .for_each(|row| {
+            for (v, norm) in row.iter_mut().zip(&norms) {
+                *v = v.abs() * norm;
+            }
+        });
     Ok(scores)
 }
 
@@ -144,18 +169,24 @@ pub fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     }
     let mut columns = vec![0.0_f64; weight.cols()];
     for i in 0..weight.rows() {
-        columns.iter_mut().zip(weight.row(i)).for_each(|(sum, v)| *sum += f64::from(v.abs()));
+        columns
+            .iter_mut()
+            .zip(weight.row(i))
+            .for_each(|(sum, v)| *sum += f64::from(v.abs()));
     }
     // An empty row or column has zeros only, which score 0 whatever they are divided by.
     let inverse = |sum: f64| if sum > 0.0 { (1.0 / sum) as f32 } else { 0.0 };
     let columns: Vec<f32> = columns.into_iter().map(inverse).collect();
     let norms: Vec<f32> = input_sq_norms.iter().map(|v| v.sqrt().sqrt()).collect();
-    scores.as_mut_slice().par_chunks_mut(norms.len()).for_each(|row| {
-        let in_row = inverse(row.iter().map(|v| f64::from(v.abs())).sum());
-        for ((v, in_column), norm) in row.iter_mut().zip(&columns).zip(&norms) {
-            *v = v.abs() * (in_row + in_column) * norm;
-        }
-    });
+    scores
+        .as_mut_slice()
+        .par_chunks_mut(norms.len())
+        .for_each(|row| {
+            let in_row = inverse(row.iter().map(|v| f64::from(v.abs())).sum());
+            for ((v, in_column), norm) in row.iter_mut().zip(&columns).zip(&norms) {
+                *v = v.abs() * (in_row + in_column) * norm;
+            }
+        });
     Ok(scores)
 }
 
@@ -167,8 +198,15 @@ fn check_norms(weight: &Matrix, input_sq_norms: &[f32]) -> Result<()> {
             found: vec![input_sq_norms.len()],
         });
     }
-    if let Some(index) = input_sq_norms.iter().position(|v| !v.is_finite() || *v < 0.0) {
-        return Err(Error::NotFinite { tensor: "input norms".into(), index, value: input_sq_norms[index] });
+    if let Some(index) = input_sq_norms
+        .iter()
+        .position(|v| !v.is_finite() || *v < 0.0)
+    {
+        return Err(Error::NotFinite {
+            tensor: "input norms".into(),
+            index,
+            value: input_sq_norms[index],
+        });
     }
     Ok(())
 }

@@ -16,7 +16,10 @@ pub struct InputNorms {
 impl InputNorms {
     /// No sequence seen, for a layer with `d_input` input columns.
     pub fn new(d_input: usize) -> Self {
-        Self { mean: vec![0.0; d_input], sequences: 0 }
+        Self {
+            mean: vec![0.0; d_input],
+            sequences: 0,
+        }
     }
 
     /// Number of input columns.
@@ -47,7 +50,11 @@ impl InputNorms {
             });
         }
         if let Some(index) = x.iter().position(|v| !v.is_finite()) {
-            return Err(Error::NotFinite { tensor: "calibration input".into(), index, value: x[index] });
+            return Err(Error::NotFinite {
+                tensor: "calibration input".into(),
+                index,
+                value: x[index],
+            });
         }
         let mut sums = vec![0.0f64; d];
         if d > 0 {
@@ -76,7 +83,11 @@ impl InputNorms {
             });
         }
         if let Some(index) = sums.iter().position(|v| !v.is_finite()) {
-            return Err(Error::NotFinite { tensor: "calibration input".into(), index, value: sums[index] });
+            return Err(Error::NotFinite {
+                tensor: "calibration input".into(),
+                index,
+                value: sums[index],
+            });
         }
         let sums: Vec<f64> = sums.iter().map(|v| f64::from(*v)).collect();
         self.fold(&sums, sequences)

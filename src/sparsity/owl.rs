@@ -20,7 +20,10 @@ pub struct OwlConfig {
 
 impl Default for OwlConfig {
     fn default() -> Self {
-        Self { threshold: 5.0, spread: 0.08 }
+        Self {
+            threshold: 5.0,
+            spread: 0.08,
+        }
     }
 }
 
@@ -48,7 +51,11 @@ impl OwlConfig {
     /// [`Error::InvalidArgument`] for a threshold that is not finite or not positive, or a spread outside 0..=0.5.
     pub fn validate(&self) -> Result<()> {
         if !(self.threshold.is_finite() && self.threshold > 0.0) {
-            return Err(Error::argument("threshold", self.threshold, "finite and positive"));
+            return Err(Error::argument(
+                "threshold",
+                self.threshold,
+                "finite and positive",
+            ));
         }
         if !(0.0..=0.5).contains(&self.spread) {
             return Err(Error::argument("spread", self.spread, "in 0..=0.5"));
@@ -66,14 +73,27 @@ impl OwlConfig {
         if let Some(share) = shares.iter().find(|share| !share.is_finite()) {
             return Err(Error::argument("share of outliers", share, "finite"));
         }
-        let (min, max) =
-            shares.iter().fold((f64::MAX, f64::MIN), |(min, max), share| (min.min(*share), max.max(*share)));
-        let width = if max > min { 2.0 * self.spread / (max - min) } else { 0.0 };
+        let (min, max) = shares
+            .iter()
+            .fold((f64::MAX, f64::MIN), |(min, max), share| {
+                (min.min(*share), max.max(*share))
+            });
+        let width = if max > min {
+            2.0 * self.spread / (max - min)
+        } else {
+            0.0
+        };
         let mean = shares.iter().sum::<f64>() / shares.len().max(1) as f64;
-        let ratios: Vec<f64> = shares.iter().map(|share| ratio - (share - mean) * width).collect();
+        let ratios: Vec<f64> = shares
+            .iter()
+            .map(|share| ratio - (share - mean) * width)
+            .collect();
         match ratios.iter().find(|ratio| !(0.0..=1.0).contains(*ratio)) {
             Some(found) => {
-                let expected = format!("in 0..=1; a ratio of {ratio} leaves no room for a spread of {}", self.spread);
+                let expected = format!(
+                    "in 0..=1; a ratio of {ratio} leaves no room for a spread of {}",
+                    self.spread
+                );
                 Err(Error::argument("ratio of a block", found, expected))
             }
             None => Ok(ratios),
@@ -96,7 +116,13 @@ pub fn outlier_share(scores: &[Matrix], threshold: f64) -> f64 {
         rows.into_iter().sum()
     };
     let limit = scores.iter().map(sum).sum::<f64>() / count as f64 * threshold;
-    let over = |scores: &Matrix| scores.as_slice().par_iter().filter(|score| f64::from(**score) > limit).count();
+    let over = |scores: &Matrix| {
+        scores
+            .as_slice()
+            .par_iter()
+            .filter(|score| f64::from(**score) > limit)
+            .count()
+    };
     scores.iter().map(over).sum::<usize>() as f64 / count as f64
 }
 
@@ -126,7 +152,10 @@ mod tests {
 
     #[test]
     fn bad_settings_are_refused() {
-        for bad in [OwlConfig::new().with_threshold(0.0), OwlConfig::new().with_spread(f64::NAN)] {
+        for bad in [
+            OwlConfig::new().with_threshold(0.0),
+            OwlConfig::new().with_spread(f64::NAN),
+        ] {
             assert!(bad.ratios(&[0.1, 0.2], 0.5).is_err());
         }
         assert!(OwlConfig::new().ratios(&[0.1, 0.2], 0.99).is_err());

@@ -56,8 +56,12 @@ impl Pattern {
     pub fn validate(&self) -> Result<()> {
         match *self {
             Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => check_ratio(ratio),
-            Pattern::NM { m: 0, .. } => Err(Error::argument("pattern", self, "M must be at least 1")),
-            Pattern::NM { n, m } if n > m => Err(Error::argument("pattern", self, "N must not exceed M")),
+            Pattern::NM { m: 0, .. } => {
+                Err(Error::argument("pattern", self, "M must be at least 1"))
+            }
+            Pattern::NM { n, m } if n > m => {
+                Err(Error::argument("pattern", self, "N must not exceed M"))
+            }
             Pattern::NM { .. } => Ok(()),
         }
     }
@@ -94,16 +98,27 @@ fn check_ratio(ratio: f64) -> Result<()> {
     if (0.0..=1.0).contains(&ratio) {
         return Ok(());
     }
-    Err(Error::argument("sparsity", ratio, "a share in 0..=1 is needed"))
+    Err(Error::argument(
+        "sparsity",
+        ratio,
+        "a share in 0..=1 is needed",
+    ))
 }
 
 fn parse_nm(s: &str) -> Option<Pattern> {
     let (n, m) = s.split_once(':')?;
-    Some(Pattern::NM { n: n.trim().parse().ok()?, m: m.trim().parse().ok()? })
+    Some(Pattern::NM {
+        n: n.trim().parse().ok()?,
+        m: m.trim().parse().ok()?,
+    })
 }
 
 fn unknown(found: &str) -> Error {
-    Error::argument("pattern", format!("{found:?}"), "unstructured, layer (each with a ratio), or N:M such as 2:4")
+    Error::argument(
+        "pattern",
+        format!("{found:?}"),
+        "unstructured, layer (each with a ratio), or N:M such as 2:4",
+    )
 }
 
 impl fmt::Display for Pattern {
@@ -124,7 +139,10 @@ impl FromStr for Pattern {
         let (head, tail) = s.split_once(':').ok_or_else(|| unknown(s))?;
         match head.trim().to_ascii_lowercase().as_str() {
             name @ ("unstructured" | "layer") => {
-                let ratio = tail.trim().parse().map_err(|_| Error::argument("sparsity", tail, "a number is needed"))?;
+                let ratio = tail
+                    .trim()
+                    .parse()
+                    .map_err(|_| Error::argument("sparsity", tail, "a number is needed"))?;
                 Self::from_name(name, ratio)
             }
             _ => Self::from_name(s, 0.0),

@@ -64,11 +64,21 @@ impl SparseGptConfig {
 /// [`Error::ShapeMismatch`] for a factor of another width, [`Error::NotFinite`] for a weight that is NaN or infinite,
 /// [`Error::InvalidArgument`] for a bad pattern or block size, and for N:M with a factor in activation order. `weight` is
 /// then unchanged.
-pub fn sparsegpt(weight: &mut Matrix, factor: &Factor, pattern: &Pattern, config: &SparseGptConfig) -> Result<Mask> {
+pub fn sparsegpt(
+    weight: &mut Matrix,
+    factor: &Factor,
+    pattern: &Pattern,
+    config: &SparseGptConfig,
+) -> Result<Mask> {
     config.validate()?;
     pattern.validate()?;
     let block = block_length(config.block_size, [1, pattern.group()]);
-    let pass = Pass { factor, keep: Keep::Best(*pattern), block, grids_at_block: false };
+    let pass = Pass {
+        factor,
+        keep: Keep::Best(*pattern),
+        block,
+        grids_at_block: false,
+    };
     let mut rows: Vec<Exact> = (0..weight.rows()).map(|_| Exact).collect();
     let done = pass.run(weight, &mut rows)?;
     *weight = done.weight;

@@ -21,14 +21,22 @@ fn oracle(scores: &[f32], count: usize) -> Vec<bool> {
 }
 
 fn shared() -> Option<PathBuf> {
-    let path = std::env::var_os("ELASTIC_LORA_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
+    let path = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")),
+        PathBuf::from,
+    );
     path.is_dir().then_some(path)
 }
 
 fn f32s(st: &SafeTensors, name: &str) -> (Vec<usize>, Vec<f32>) {
     let t = st.tensor(name).unwrap();
-    (t.shape().to_vec(), t.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
+    (
+        t.shape().to_vec(),
+        t.data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect(),
+    )
 }
 
 #[test]
@@ -38,7 +46,8 @@ fn masks_equal_wandas_own_element_for_element() {
         return;
     };
     for layer in ["l0.q_proj", "l1.down_proj"] {
-        let bytes = std::fs::read(shared.join(format!("vectors/pruning/{layer}.safetensors"))).unwrap();
+        let bytes =
+            std::fs::read(shared.join(format!("vectors/pruning/{layer}.safetensors"))).unwrap();
         let st = SafeTensors::deserialize(&bytes).unwrap();
         let (shape, w) = f32s(&st, "weight");
         let w = Matrix::new(shape[0], shape[1], w).unwrap();
@@ -52,14 +61,25 @@ fn masks_equal_wandas_own_element_for_element() {
         for (a, b) in norms.mean_sq_norms().iter().zip(&expected) {
             assert!((a - b).abs() <= 1e-5 * b.abs(), "{layer}: {a} against {b}");
         }
-        for scores in [Method::Wanda.scores(&w, Some(&norms)).unwrap(), wanda_scores(&w, &expected).unwrap()] {
-            for (name, pattern) in
-                [("30", "unstructured:0.3"), ("50", "unstructured:0.5"), ("2of4", "2:4"), ("4of8", "4:8")]
-            {
+        for scores in [
+            Method::Wanda.scores(&w, Some(&norms)).unwrap(),
+            wanda_scores(&w, &expected).unwrap(),
+        ] {
+            for (name, pattern) in [
+                ("30", "unstructured:0.3"),
+                ("50", "unstructured:0.5"),
+                ("2of4", "2:4"),
+                ("4of8", "4:8"),
+            ] {
                 let mut pruned = w.clone();
                 let mask = prune(&mut pruned, &scores, &pattern.parse().unwrap()).unwrap();
-                let reference: Vec<bool> =
-                    st.tensor(&format!("wanda.pruned_mask_{name}")).unwrap().data().iter().map(|b| *b == 0).collect();
+                let reference: Vec<bool> = st
+                    .tensor(&format!("wanda.pruned_mask_{name}"))
+                    .unwrap()
+                    .data()
+                    .iter()
+                    .map(|b| *b == 0)
+                    .collect();
                 assert_eq!(mask.to_bools(), reference, "{layer} {pattern}");
                 assert_eq!(Mask::from_nonzero(&pruned), mask);
             }
@@ -69,18 +89,27 @@ fn masks_equal_wandas_own_element_for_element() {
 
 #[test]
 fn selection_agrees_with_a_stable_sort_with_many_ties() {
-    for (seed, (rows, cols)) in [(1, 1), (3, 17), (5, 64), (7, 65), (2, 333)].into_iter().enumerate() {
+    for (seed, (rows, cols)) in [(1, 1), (3, 17), (5, 64), (7, 65), (2, 333)]
+        .into_iter()
+        .enumerate()
+    {
         let mut rng = ChaCha8Rng::seed_from_u64(seed as u64);
         // Few distinct values, both zeros and negative ones among them.
         let scores = Matrix::from_fn(rows, cols, |_, _| -(rng.random_range(-3..4) as f32) * 0.5);
         for ratio in [0.0, 0.1, 0.3, 0.5, 0.77, 0.999, 1.0] {
             let mask = Mask::from_scores(&scores, &Pattern::Unstructured { ratio }).unwrap();
             let count = (cols as f64 * ratio) as usize;
-            let expected: Vec<bool> = (0..rows).flat_map(|i| oracle(scores.row(i), count)).collect();
+            let expected: Vec<bool> = (0..rows)
+                .flat_map(|i| oracle(scores.row(i), count))
+                .collect();
             assert_eq!(mask.to_bools(), expected, "{rows}x{cols} {ratio}");
             let mask = Mask::from_scores(&scores, &Pattern::Layer { ratio }).unwrap();
             let count = ((rows * cols) as f64 * ratio) as usize;
-            assert_eq!(mask.to_bools(), oracle(scores.as_slice(), count), "{rows}x{cols} layer {ratio}");
+            assert_eq!(
+                mask.to_bools(),
+                oracle(scores.as_slice(), count),
+                "{rows}x{cols} layer {ratio}"
+            );
             assert_eq!(mask.count_kept(), rows * cols - count);
         }
         for (n, m) in [(2, 4), (4, 8), (1, 3), (0, 4), (4, 4), (3, 5), (2, 1000)] {
@@ -107,11 +136,22 @@ fn magnitude_keeps_the_large_ones() {
     let scores = Method::Magnitude.scores(&w, None).unwrap();
     let mask = prune(&mut w, &scores, &Pattern::Unstructured { ratio: 0.4 }).unwrap();
     for i in 0..9 {
-        let dropped = (0..37).filter(|j| !mask.get(i, *j)).map(|j| before.row(i)[j].abs()).fold(0.0, f32::max);
-        let kept = (0..37).filter(|j| mask.get(i, *j)).map(|j| before.row(i)[j].abs()).fold(f32::MAX, f32::min);
+        let dropped = (0..37)
+            .filter(|j| !mask.get(i, *j))
+            .map(|j| before.row(i)[j].abs())
+            .fold(0.0, f32::max);
+        let kept = (0..37)
+            .filter(|j| mask.get(i, *j))
+            .map(|j| before.row(i)[j].abs())
+            .fold(f32::MAX, f32::min);
         assert!(dropped <= kept);
         assert_eq!(w.row(i).iter().filter(|v| **v == 0.0).count(), 14);
-        assert!((0..37).all(|j| w.row(i)[j] == if mask.get(i, j) { before.row(i)[j] } else { 0.0 }));
+        assert!((0..37).all(|j| w.row(i)[j]
+            == if mask.get(i, j) {
+                before.row(i)[j]
+            } else {
+                0.0
+            }));
     }
     assert!((mask.sparsity() - 14.0 / 37.0).abs() < 1e-12);
     let harder = Mask::from_scores(&scores, &Pattern::Unstructured { ratio: 0.7 }).unwrap();
@@ -143,7 +183,11 @@ fn mask_round_trips_and_edges() {
         Mask::from_scores(&w, &Pattern::Layer { ratio: 0.5 }).unwrap();
     }
     assert!(Mask::from_bools(2, 3, &[true; 5]).is_err());
-    assert!(Mask::filled(2, 3, true).apply(&mut Matrix::zeros(3, 2)).is_err());
+    assert!(
+        Mask::filled(2, 3, true)
+            .apply(&mut Matrix::zeros(3, 2))
+            .is_err()
+    );
 }
 
 #[test]
@@ -151,8 +195,13 @@ fn thread_count_does_not_matter() {
     let scores = random(31, 130, 5);
     let masks: Vec<Mask> = [1, 2, 7]
         .map(|n| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
-            pool.install(|| Mask::from_scores(&scores, &Pattern::Unstructured { ratio: 0.5 }).unwrap())
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(n)
+                .build()
+                .unwrap();
+            pool.install(|| {
+                Mask::from_scores(&scores, &Pattern::Unstructured { ratio: 0.5 }).unwrap()
+            })
         })
         .into();
     assert!(masks.windows(2).all(|m| m[0] == m[1]));
@@ -162,18 +211,30 @@ fn thread_count_does_not_matter() {
 fn norms_are_means_over_sequences_however_batched() {
     let x = random(12, 7, 3);
     let mut one = InputNorms::new(7);
-    x.as_slice().chunks(3 * 7).for_each(|s| one.update(s, 1).unwrap());
+    x.as_slice()
+        .chunks(3 * 7)
+        .for_each(|s| one.update(s, 1).unwrap());
     let mut batched = InputNorms::new(7);
     batched.update(&x.as_slice()[..9 * 7], 3).unwrap();
-    let sums: Vec<f32> = (0..7).map(|j| (9..12).map(|i| x.row(i)[j] * x.row(i)[j]).sum()).collect();
+    let sums: Vec<f32> = (0..7)
+        .map(|j| (9..12).map(|i| x.row(i)[j] * x.row(i)[j]).sum())
+        .collect();
     batched.update_sums(&sums, 1).unwrap();
-    for (j, (a, b)) in one.mean_sq_norms().iter().zip(batched.mean_sq_norms()).enumerate() {
+    for (j, (a, b)) in one
+        .mean_sq_norms()
+        .iter()
+        .zip(batched.mean_sq_norms())
+        .enumerate()
+    {
         let exact = (0..12).map(|i| f64::from(x.row(i)[j]).powi(2)).sum::<f64>() / 4.0;
         assert!((f64::from(*a) - exact).abs() < 1e-6 && (a - b).abs() < 1e-6);
     }
     let before = one.clone();
     assert!(one.update(&[1.0; 8], 1).is_err());
-    assert!(matches!(one.update(&[f32::NAN; 7], 1), Err(Error::NotFinite { index: 0, .. })));
+    assert!(matches!(
+        one.update(&[f32::NAN; 7], 1),
+        Err(Error::NotFinite { index: 0, .. })
+    ));
     assert!(one.update(&[1.0; 7], 0).is_err());
     assert!(one.update_sums(&[1.0; 6], 1).is_err());
     assert!(one.update_sums(&[f32::INFINITY; 7], 1).is_err());
@@ -201,7 +262,13 @@ fn bad_arguments_are_refused() {
     }
     assert!(Pattern::from_name("2:4", 1.5).is_err());
     assert!(Pattern::from_name("dense", 0.5).is_err());
-    for good in ["unstructured:0.5", "layer:0.3", "2:4", "unstructured:0", "0:4"] {
+    for good in [
+        "unstructured:0.5",
+        "layer:0.3",
+        "2:4",
+        "unstructured:0",
+        "0:4",
+    ] {
         let pattern: Pattern = good.parse().unwrap();
         assert_eq!(pattern.to_string(), good);
         let json = serde_json::to_string(&pattern).unwrap();
@@ -211,7 +278,11 @@ fn bad_arguments_are_refused() {
     assert_eq!(Pattern::from_name(" 2:4 ", 0.5).unwrap().ratio(), 0.5);
     assert!(serde_json::from_str::<Pattern>("\"3:2\"").is_err());
     let mut w = random(3, 5, 1);
-    for pattern in [Pattern::NM { n: 3, m: 2 }, Pattern::NM { n: 0, m: 0 }, Pattern::Layer { ratio: f64::NAN }] {
+    for pattern in [
+        Pattern::NM { n: 3, m: 2 },
+        Pattern::NM { n: 0, m: 0 },
+        Pattern::Layer { ratio: f64::NAN },
+    ] {
         assert!(Mask::from_scores(&w, &pattern).is_err());
     }
     let mut scores = random(3, 5, 2);
@@ -240,17 +311,33 @@ fn ria_weighs_each_weight_by_its_row_and_column() {
         for (j, norm) in norms.iter().enumerate() {
             let row: f64 = (0..13).map(|k| size(i, k)).sum();
             let column: f64 = (0..7).map(|k| size(k, j)).sum();
-            let relative = if size(i, j) == 0.0 { 0.0 } else { size(i, j) / row + size(i, j) / column };
+            let relative = if size(i, j) == 0.0 {
+                0.0
+            } else {
+                size(i, j) / row + size(i, j) / column
+            };
             let expected = relative * f64::from(*norm).powf(0.25);
-            assert!((f64::from(scores.row(i)[j]) - expected).abs() <= 1e-6 * (1.0 + expected), "({i}, {j})");
+            assert!(
+                (f64::from(scores.row(i)[j]) - expected).abs() <= 1e-6 * (1.0 + expected),
+                "({i}, {j})"
+            );
         }
     }
     assert!(ria_scores(&w, &norms[1..]).is_err());
     assert!(ria_scores(&w, &[f32::NAN; 13]).is_err());
-    assert!(Method::Ria.scores(&w, None).unwrap_err().to_string().contains("ria"));
+    assert!(
+        Method::Ria
+            .scores(&w, None)
+            .unwrap_err()
+            .to_string()
+            .contains("ria")
+    );
     assert!(Method::SparseGpt.scores(&w, None).is_err());
     for method in Method::ALL {
         assert_eq!(method.to_string().parse::<Method>().unwrap(), method);
-        assert_eq!(serde_json::to_string(&method).unwrap(), format!("\"{method}\""));
+        assert_eq!(
+            serde_json::to_string(&method).unwrap(),
+            format!("\"{method}\"")
+        );
     }
 }

@@ -26,11 +26,16 @@ impl SuperNet {
     pub fn from_adapter(model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
         if adapter.quantization_aware {
             return Err(Error::Unsupported {
-                what: "an adapter with `quantization_aware` on a model that is not quantized".into(),
+                what: "an adapter with `quantization_aware` on a model that is not quantized"
+                    .into(),
             });
         }
         if adapter.layers.is_empty() {
-            return Err(Error::argument("adapter", "without layers", "at least one layer"));
+            return Err(Error::argument(
+                "adapter",
+                "without layers",
+                "at least one layer",
+            ));
         }
         adapter.check(model.config())?;
         model.refuse_adapters("merge it first")?;
@@ -41,7 +46,10 @@ impl SuperNet {
         let mut largest: Option<LoraConfig> = None;
         // In the order of computation, which that of names is not from ten blocks on.
         for shape in model.layer_shapes() {
-            let (Some(weights), Some(layer)) = (adapter.layers.get(&shape.name), model.linear_mut(&shape.name)) else {
+            let (Some(weights), Some(layer)) = (
+                adapter.layers.get(&shape.name),
+                model.linear_mut(&shape.name),
+            ) else {
                 continue;
             };
             let (rank, scale) = (weights.rank(), f64::from(weights.scale()));
@@ -52,7 +60,12 @@ impl SuperNet {
             }
             // Exact: the product of 24 bits of scale and the rank's fits an f64, and dividing gives the scale back.
             let lora = LoraConfig::new(rank).with_alpha(scale * rank as f64);
-            layer.adapter = Some(ElasticLora::from_factors(&lora, weights.a(), weights.b(), &device)?);
+            layer.adapter = Some(ElasticLora::from_factors(
+                &lora,
+                weights.a(),
+                weights.b(),
+                &device,
+            )?);
             if adapter.sparse {
                 layer.mask_by_base()?;
             }
@@ -64,7 +77,14 @@ impl SuperNet {
         let lora = largest.unwrap_or_else(|| LoraConfig::new(1));
         let config = SuperNetConfig::new(lora).with_sparse_peft(adapter.sparse);
         let (space, blocks) = (SearchSpace::new(groups)?, widths::full_dims(&model));
-        let mut net = Self { model, space, config, active: SubnetConfig::new(), blocks, nonzeros };
+        let mut net = Self {
+            model,
+            space,
+            config,
+            active: SubnetConfig::new(),
+            blocks,
+            nonzeros,
+        };
         net.activate(&net.maximal())?;
         Ok(net)
     }
@@ -110,10 +130,21 @@ mod tests {
     fn adapter(model: &Decoder) -> LoraAdapter {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let mut adapter = LoraAdapter::default();
-        for (i, shape) in model.layer_shapes().into_iter().enumerate().filter(|(i, _)| i % 5 == 2) {
+        for (i, shape) in model
+            .layer_shapes()
+            .into_iter()
+            .enumerate()
+            .filter(|(i, _)| i % 5 == 2)
+        {
             let rank = 1 + i % 4;
-            let (a, b) = (random(rank, shape.d_input, &mut rng), random(shape.d_output, rank, &mut rng));
-            adapter.layers.insert(shape.name, LoraWeights::new(a, b, 0.1 + i as f32 / 7.0).unwrap());
+            let (a, b) = (
+                random(rank, shape.d_input, &mut rng),
+                random(shape.d_output, rank, &mut rng),
+            );
+            adapter.layers.insert(
+                shape.name,
+                LoraWeights::new(a, b, 0.1 + i as f32 / 7.0).unwrap(),
+            );
         }
         adapter
     }
@@ -125,14 +156,36 @@ mod tests {
         assert_eq!(net.extract().unwrap(), adapter);
         assert_eq!(net.n_subnets(), 1.0);
         let ranks: Vec<usize> = adapter.layers.values().map(LoraWeights::rank).collect();
-        assert_eq!(net.ranks(net.active()).unwrap().into_values().collect::<Vec<_>>(), ranks);
-        let cost: usize = adapter.layers.values().map(|w| w.rank() * (w.d_input() + w.d_output())).sum();
-        assert_eq!(net.cost(net.active()).unwrap().params, model().count_base_params().total + cost);
+        assert_eq!(
+            net.ranks(net.active())
+                .unwrap()
+                .into_values()
+                .collect::<Vec<_>>(),
+            ranks
+        );
+        let cost: usize = adapter
+            .layers
+            .values()
+            .map(|w| w.rank() * (w.d_input() + w.d_output()))
+            .sum();
+        assert_eq!(
+            net.cost(net.active()).unwrap().params,
+            model().count_base_params().total + cost
+        );
         assert_eq!(net.config().lora.rank, adapter.max_rank());
         // Groups follow the blocks.
-        let order: Vec<String> = net.space().groups().iter().map(|g| g.layers()[0].clone()).collect();
-        let blocks: Vec<String> =
-            model().layer_shapes().into_iter().map(|s| s.name).filter(|n| adapter.layers.contains_key(n)).collect();
+        let order: Vec<String> = net
+            .space()
+            .groups()
+            .iter()
+            .map(|g| g.layers()[0].clone())
+            .collect();
+        let blocks: Vec<String> = model()
+            .layer_shapes()
+            .into_iter()
+            .map(|s| s.name)
+            .filter(|n| adapter.layers.contains_key(n))
+            .collect();
         assert_eq!(order, blocks);
         let subnet = net.heuristic();
         net.activate(&subnet).unwrap();
@@ -146,11 +199,21 @@ mod tests {
         sparse.sparse = true;
         let name = sparse.layers.keys().next().unwrap().clone();
         let mut weight = model.linear(&name).unwrap().base.to_matrix();
-        weight.as_mut_slice().iter_mut().step_by(3).for_each(|w| *w = 0.0);
-        model.linear_mut(&name).unwrap().base.set_matrix(&weight).unwrap();
+        weight
+            .as_mut_slice()
+            .iter_mut()
+            .step_by(3)
+            .for_each(|w| *w = 0.0);
+        model
+            .linear_mut(&name)
+            .unwrap()
+            .base
+            .set_matrix(&weight)
+            .unwrap();
         let net = SuperNet::from_adapter(model, &sparse).unwrap();
         assert!(net.config().sparse_peft);
-        let merged = crate::nn::matrix_from_tensor(net.model().linear(&name).unwrap().merged_weight());
+        let merged =
+            crate::nn::matrix_from_tensor(net.model().linear(&name).unwrap().merged_weight());
         let delta = sparse.layers[&name].delta();
         for i in 0..weight.rows() {
             for j in 0..weight.cols() {
@@ -167,26 +230,61 @@ mod tests {
     fn what_does_not_fit_is_refused_by_name() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let good = adapter(&model());
-        let named = |name: &str, d_input: usize, d_output: usize, scale: f32, rng: &mut ChaCha8Rng| {
-            let weights = LoraWeights::new(random(2, d_input, rng), random(d_output, 2, rng), scale).unwrap();
-            LoraAdapter { layers: [(name.to_string(), weights)].into(), ..LoraAdapter::default() }
-        };
+        let named =
+            |name: &str, d_input: usize, d_output: usize, scale: f32, rng: &mut ChaCha8Rng| {
+                let weights =
+                    LoraWeights::new(random(2, d_input, rng), random(d_output, 2, rng), scale)
+                        .unwrap();
+                LoraAdapter {
+                    layers: [(name.to_string(), weights)].into(),
+                    ..LoraAdapter::default()
+                }
+            };
         let q = "model.layers.11.self_attn.q_proj";
-        let refused = |adapter: &LoraAdapter| SuperNet::from_adapter(model(), adapter).map(|_| ()).unwrap_err();
-        for (name, bad) in [("block", "model.layers.12.self_attn.q_proj"), ("head", "lm_head")] {
+        let refused = |adapter: &LoraAdapter| {
+            SuperNet::from_adapter(model(), adapter)
+                .map(|_| ())
+                .unwrap_err()
+        };
+        for (name, bad) in [
+            ("block", "model.layers.12.self_attn.q_proj"),
+            ("head", "lm_head"),
+        ] {
             let error = refused(&named(bad, 12, 12, 1.0, &mut rng));
-            assert!(matches!(&error, Error::UnknownLayer { layer, .. } if layer == bad), "{name}: {error}");
+            assert!(
+                matches!(&error, Error::UnknownLayer { layer, .. } if layer == bad),
+                "{name}: {error}"
+            );
         }
         let error = refused(&named(q, 11, 12, 1.0, &mut rng));
-        assert!(matches!(&error, Error::TensorShape { tensor, .. } if tensor.starts_with(q)), "{error}");
+        assert!(
+            matches!(&error, Error::TensorShape { tensor, .. } if tensor.starts_with(q)),
+            "{error}"
+        );
         for scale in [0.0, -2.0] {
             let error = refused(&named(q, 12, 12, scale, &mut rng)).to_string();
             assert!(error.contains(q), "{error}");
         }
-        let quantized = LoraAdapter { quantization_aware: true, ..good.clone() };
-        assert!(refused(&quantized).to_string().contains("quantization_aware"));
-        assert!(matches!(refused(&LoraAdapter::default()), Error::InvalidArgument { name: "adapter", .. }));
+        let quantized = LoraAdapter {
+            quantization_aware: true,
+            ..good.clone()
+        };
+        assert!(
+            refused(&quantized)
+                .to_string()
+                .contains("quantization_aware")
+        );
+        assert!(matches!(
+            refused(&LoraAdapter::default()),
+            Error::InvalidArgument {
+                name: "adapter",
+                ..
+            }
+        ));
         let adapted = SuperNet::from_adapter(model(), &good).unwrap().into_model();
-        assert!(matches!(SuperNet::from_adapter(adapted, &good), Err(Error::HasAdapter { .. })));
+        assert!(matches!(
+            SuperNet::from_adapter(adapted, &good),
+            Err(Error::HasAdapter { .. })
+        ));
     }
 }

@@ -49,15 +49,25 @@ impl SubnetCost {
         let (params, macs) = base(config, blocks);
         let mut adapters = 0;
         for (name, rank) in ranks {
-            let layer = LinearKind::parse(name).and_then(|(block, kind)| Some((blocks.get(block)?, kind)));
-            let (block, kind) =
-                layer.ok_or_else(|| Error::UnknownLayer { context: "cost of a subnet".into(), layer: name.clone() })?;
+            let layer =
+                LinearKind::parse(name).and_then(|(block, kind)| Some((blocks.get(block)?, kind)));
+            let (block, kind) = layer.ok_or_else(|| Error::UnknownLayer {
+                context: "cost of a subnet".into(),
+                layer: name.clone(),
+            })?;
             let [d_input, d_output] = layer_dims(config, block, kind);
             if d_input > 0 && d_output > 0 {
                 adapters += rank * (d_input + d_output);
             }
         }
-        Ok(Self::new(config, blocks, params, macs, nonzeros.of(config, blocks), adapters))
+        Ok(Self::new(
+            config,
+            blocks,
+            params,
+            macs,
+            nonzeros.of(config, blocks),
+            adapters,
+        ))
     }
 
     fn new(
@@ -74,7 +84,10 @@ impl SubnetCost {
             adapter_params: adapters,
             macs_per_token: macs + adapters,
             weight_bytes: 2 * (params + adapters),
-            attention_width: blocks.iter().map(|block| block.n_heads * config.head_dim()).sum(),
+            attention_width: blocks
+                .iter()
+                .map(|block| block.n_heads * config.head_dim())
+                .sum(),
         }
     }
 
@@ -104,7 +117,10 @@ impl SubnetCost {
 /// `[d_input, d_output]` of a linear layer in a block of these sizes; 0 where it is not there.
 pub(super) fn layer_dims(config: &HfConfig, block: &BlockDims, kind: LinearKind) -> [usize; 2] {
     let d_model = config.hidden_size();
-    let (queries, keys) = (block.n_heads * config.head_dim(), block.n_kv_heads * config.head_dim());
+    let (queries, keys) = (
+        block.n_heads * config.head_dim(),
+        block.n_kv_heads * config.head_dim(),
+    );
     match kind {
         LinearKind::Q => [d_model, queries],
         LinearKind::K | LinearKind::V => [d_model, keys],
@@ -123,17 +139,31 @@ fn has(block: &BlockDims, unit: Unit) -> bool {
 
 /// Parameters of a model with blocks of these sizes, and multiply-accumulates of its linear layers for a token.
 fn base(config: &HfConfig, blocks: &[BlockDims]) -> (usize, usize) {
-    let (d_model, embedding) = (config.hidden_size(), config.vocab_size() * config.hidden_size());
+    let (d_model, embedding) = (
+        config.hidden_size(),
+        config.vocab_size() * config.hidden_size(),
+    );
     let (mut linear, mut rest) = (0, embedding + d_model);
     if !config.tie_word_embeddings() {
         rest += embedding;
     }
     for block in blocks {
-        rest += d_model * Unit::ALL.into_iter().filter(|unit| has(block, *unit)).count();
-        for kind in LinearKind::ALL.into_iter().filter(|kind| has(block, kind.unit())) {
+        rest += d_model
+            * Unit::ALL
+                .into_iter()
+                .filter(|unit| has(block, *unit))
+                .count();
+        for kind in LinearKind::ALL
+            .into_iter()
+            .filter(|kind| has(block, kind.unit()))
+        {
             let [d_input, d_output] = layer_dims(config, block, kind);
             linear += d_input * d_output;
-            let biased = if kind.unit() == Unit::Attention { config.attention_bias() } else { config.mlp_bias() };
+            let biased = if kind.unit() == Unit::Attention {
+                config.attention_bias()
+            } else {
+                config.mlp_bias()
+            };
             rest += if biased { d_output } else { 0 };
         }
     }
@@ -180,7 +210,8 @@ impl Nonzeros {
             total += values.len();
             count(&values)
         };
-        let mut outside = tally(host_values(model.embed_tokens.val())) + tally(host_values(model.norm.weight.val()));
+        let mut outside = tally(host_values(model.embed_tokens.val()))
+            + tally(host_values(model.norm.weight.val()));
         if let Some(head) = &model.lm_head {
             outside += tally(host_values(head.weight()));
         }
@@ -189,23 +220,42 @@ impl Nonzeros {
             let mut counts = BlockNonzeros::default();
             for unit in Unit::ALL {
                 if let Some(norm) = block.norm(unit) {
-                    counts.norms.insert(unit, tally(host_values(norm.weight.val())));
+                    counts
+                        .norms
+                        .insert(unit, tally(host_values(norm.weight.val())));
                 }
             }
             for kind in LinearKind::ALL {
-                let Some(layer) = block.linear(kind) else { continue };
-                counts.layers.insert(kind, sums(by_channel(&layer.base, by_input(kind))));
+                let Some(layer) = block.linear(kind) else {
+                    continue;
+                };
+                counts
+                    .layers
+                    .insert(kind, sums(by_channel(&layer.base, by_input(kind))));
                 if let Some(bias) = &layer.base.bias {
                     let bias = host_values(bias.val());
-                    counts.biases.insert(kind, sums(bias.iter().map(|b| usize::from(*b != 0.0))));
+                    counts
+                        .biases
+                        .insert(kind, sums(bias.iter().map(|b| usize::from(*b != 0.0))));
                     tally(bias);
                 }
             }
             blocks.push(counts);
         }
-        total += model.linears().map(|(_, layer)| layer.base.dims().iter().product::<usize>()).sum::<usize>();
-        let nonzero = outside + blocks.iter().map(|block| block.count(|_| Some([usize::MAX; 2]))).sum::<usize>();
-        Self { outside, blocks, all: ParamCount { total, nonzero } }
+        total += model
+            .linears()
+            .map(|(_, layer)| layer.base.dims().iter().product::<usize>())
+            .sum::<usize>();
+        let nonzero = outside
+            + blocks
+                .iter()
+                .map(|block| block.count(|_| Some([usize::MAX; 2])))
+                .sum::<usize>();
+        Self {
+            outside,
+            blocks,
+            all: ParamCount { total, nonzero },
+        }
     }
 
     /// All weights of the base, and those that are not zero.
@@ -223,7 +273,10 @@ impl Nonzeros {
 
     /// Those of one linear layer's weight, of these sizes.
     fn of_layer(&self, block: usize, kind: LinearKind, dims: [usize; 2]) -> usize {
-        self.blocks[block].layers.get(&kind).map_or(0, |sums| at(sums, dims[usize::from(!by_input(kind))]))
+        self.blocks[block]
+            .layers
+            .get(&kind)
+            .map_or(0, |sums| at(sums, dims[usize::from(!by_input(kind))]))
     }
 }
 
@@ -238,9 +291,15 @@ impl BlockNonzeros {
         let of_layer = |(kind, sums): (&LinearKind, &Vec<usize>)| {
             dims(*kind).map_or(0, |dims| at(sums, dims[usize::from(!by_input(*kind))]))
         };
-        let of_bias = |(kind, sums): (&LinearKind, &Vec<usize>)| dims(*kind).map_or(0, |dims| at(sums, dims[1]));
+        let of_bias = |(kind, sums): (&LinearKind, &Vec<usize>)| {
+            dims(*kind).map_or(0, |dims| at(sums, dims[1]))
+        };
         let of_norm = |(unit, norm): (&Unit, &usize)| {
-            let kind = if *unit == Unit::Attention { LinearKind::Q } else { LinearKind::Up };
+            let kind = if *unit == Unit::Attention {
+                LinearKind::Q
+            } else {
+                LinearKind::Up
+            };
             dims(kind).map_or(0, |_| *norm)
         };
         self.layers.iter().map(of_layer).sum::<usize>()
@@ -260,7 +319,10 @@ pub(super) fn stored_bytes(
     let (params, _) = base(config, blocks);
     let (mut linear, mut bytes) = (0, 0);
     for (index, block) in blocks.iter().enumerate() {
-        for kind in LinearKind::ALL.into_iter().filter(|kind| has(block, kind.unit())) {
+        for kind in LinearKind::ALL
+            .into_iter()
+            .filter(|kind| has(block, kind.unit()))
+        {
             let dims = layer_dims(config, block, kind);
             linear += dims[0] * dims[1];
             bytes += format.bytes(dims[1], dims[0], nonzeros.of_layer(index, kind, dims));
@@ -286,7 +348,10 @@ fn by_channel(layer: &BaseLinear, by_input: bool) -> Vec<usize> {
     let mut channels = vec![0; d_output];
     debug_assert_eq!(rows.len(), d_input);
     for row in rows {
-        channels.iter_mut().zip(row).for_each(|(channel, value)| *channel += usize::from(*value != 0.0));
+        channels
+            .iter_mut()
+            .zip(row)
+            .for_each(|(channel, value)| *channel += usize::from(*value != 0.0));
     }
     channels
 }

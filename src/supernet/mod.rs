@@ -43,7 +43,13 @@ pub struct SuperNetConfig {
 impl SuperNetConfig {
     /// Adapters as `lora` says on the layers of the space, unmasked.
     pub fn new(lora: LoraConfig) -> Self {
-        Self { lora, fixed_layers: Vec::new(), sparse_peft: false, seed: 0, quantization: None }
+        Self {
+            lora,
+            fixed_layers: Vec::new(),
+            sparse_peft: false,
+            seed: 0,
+            quantization: None,
+        }
     }
 
     /// Adapts further layers at the largest rank.
@@ -89,20 +95,30 @@ impl SuperNet {
     pub fn new(model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
         config.lora.validate()?;
         // That is for `with_quantization` to say.
-        let config = SuperNetConfig { quantization: None, ..config };
+        let config = SuperNetConfig {
+            quantization: None,
+            ..config
+        };
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
         model.refuse_adapters("merge it first")?;
-        widths::check(&widths::full_dims(&model), model.config().head_dim(), &space)?;
+        widths::check(
+            &widths::full_dims(&model),
+            model.config().head_dim(),
+            &space,
+        )?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
         // A model that was trained as a whole still wants gradients everywhere.
         let mut model = model.set_require_grad(false);
-        let grouped = space.groups_of_kind(Elastic::Rank).flat_map(|group| group.layers());
+        let grouped = space
+            .groups_of_kind(Elastic::Rank)
+            .flat_map(|group| group.layers());
         let names: Vec<String> = grouped.chain(&config.fixed_layers).cloned().collect();
         let device = model.device();
         for (index, name) in names.iter().enumerate() {
-            let layer = model
-                .linear_mut(name)
-                .ok_or_else(|| Error::UnknownLayer { context: "adapted layers".into(), layer: name.clone() })?;
+            let layer = model.linear_mut(name).ok_or_else(|| Error::UnknownLayer {
+                context: "adapted layers".into(),
+                layer: name.clone(),
+            })?;
             if layer.adapter.is_some() {
                 return Err(Error::InvalidSpace {
                     group: name.clone(),
@@ -111,14 +127,27 @@ impl SuperNet {
             }
             let [d_input, d_output] = layer.base.dims();
             let seed = mix_seed(config.seed, index as u64);
-            layer.adapter = Some(ElasticLora::new(&config.lora, d_input, d_output, seed, &device)?);
+            layer.adapter = Some(ElasticLora::new(
+                &config.lora,
+                d_input,
+                d_output,
+                seed,
+                &device,
+            )?);
             if config.sparse_peft {
                 layer.mask_by_base()?;
             }
         }
         let active = space.maximal();
         let blocks = widths::full_dims(&model);
-        let mut net = Self { model, space, config, active: active.clone(), blocks, nonzeros };
+        let mut net = Self {
+            model,
+            space,
+            config,
+            active: active.clone(),
+            blocks,
+            nonzeros,
+        };
         net.activate(&active)?;
         Ok(net)
     }
@@ -129,13 +158,28 @@ impl SuperNet {
     /// [`Error::HasAdapter`] for a model with adapters, [`Error::Unsupported`] for one with quantized weights.
     pub fn dense(model: Decoder) -> Result<Self> {
         model.refuse_adapters("merge it first")?;
-        if let Some((name, _)) = model.linears().find(|(_, layer)| layer.base.quantized().is_some()) {
-            return Err(Error::Unsupported { what: format!("training the quantized weight of `{name}`") });
+        if let Some((name, _)) = model
+            .linears()
+            .find(|(_, layer)| layer.base.quantized().is_some())
+        {
+            return Err(Error::Unsupported {
+                what: format!("training the quantized weight of `{name}`"),
+            });
         }
         let nonzeros = Arc::new(Nonzeros::new(&model));
         let model = model.set_require_grad(true);
-        let (space, config) = (SearchSpace::single(), SuperNetConfig::new(LoraConfig::new(1)));
-        Ok(Self { active: space.maximal(), blocks: widths::full_dims(&model), model, space, config, nonzeros })
+        let (space, config) = (
+            SearchSpace::single(),
+            SuperNetConfig::new(LoraConfig::new(1)),
+        );
+        Ok(Self {
+            active: space.maximal(),
+            blocks: widths::full_dims(&model),
+            model,
+            space,
+            config,
+            nonzeros,
+        })
     }
 
     /// The model with the active subnet.
@@ -149,7 +193,10 @@ impl SuperNet {
     }
 
     /// Maps the model, as Burn's optimizers do; its layers and adapters must stay. On an error it is as before.
-    pub(crate) fn replace_model(&mut self, f: impl FnOnce(Decoder) -> Result<Decoder>) -> Result<()> {
+    pub(crate) fn replace_model(
+        &mut self,
+        f: impl FnOnce(Decoder) -> Result<Decoder>,
+    ) -> Result<()> {
         self.model = f(self.model.clone())?;
         Ok(())
     }
@@ -196,7 +243,10 @@ impl SuperNet {
             let layer = self
                 .model
                 .linear_mut(name)
-                .ok_or_else(|| Error::UnknownLayer { context: "subnet".into(), layer: name.clone() })?;
+                .ok_or_else(|| Error::UnknownLayer {
+                    context: "subnet".into(),
+                    layer: name.clone(),
+                })?;
             layer.set_active_rank(*rank)?;
         }
         widths::activate(&mut self.model, &blocks)?;
@@ -235,7 +285,12 @@ impl SuperNet {
     /// As [`SearchSpace::validate`].
     pub fn ranks(&self, subnet: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
         let mut ranks = self.space.ranks(subnet)?;
-        ranks.extend(self.config.fixed_layers.iter().map(|name| (name.clone(), self.config.lora.rank)));
+        ranks.extend(
+            self.config
+                .fixed_layers
+                .iter()
+                .map(|name| (name.clone(), self.config.lora.rank)),
+        );
         Ok(ranks)
     }
 
@@ -245,7 +300,12 @@ impl SuperNet {
     /// As [`SearchSpace::validate`].
     pub fn cost(&self, subnet: &SubnetConfig) -> Result<SubnetCost> {
         let blocks = self.block_dims(subnet)?;
-        SubnetCost::count(self.model.config(), &blocks, &self.nonzeros, &self.ranks(subnet)?)
+        SubnetCost::count(
+            self.model.config(),
+            &blocks,
+            &self.nonzeros,
+            &self.ranks(subnet)?,
+        )
     }
 
     /// Bytes of a subnet's weights once it is extracted, its linear layers stored in `format` and all else dense at 16 bits (32
@@ -255,7 +315,12 @@ impl SuperNet {
     /// As [`SearchSpace::validate`].
     pub fn stored_bytes(&self, subnet: &SubnetConfig, format: WeightFormat) -> Result<usize> {
         let blocks = self.block_dims(subnet)?;
-        Ok(cost::stored_bytes(self.model.config(), &blocks, &self.nonzeros, format))
+        Ok(cost::stored_bytes(
+            self.model.config(),
+            &blocks,
+            &self.nonzeros,
+            format,
+        ))
     }
 
     /// The sizes of each block under a subnet; what is left out has no heads or no width.
@@ -263,7 +328,12 @@ impl SuperNet {
     /// # Errors
     /// As [`SearchSpace::validate`].
     pub fn block_dims(&self, subnet: &SubnetConfig) -> Result<Vec<BlockDims>> {
-        widths::block_dims(&self.blocks, self.model.config().head_dim(), &self.space, subnet)
+        widths::block_dims(
+            &self.blocks,
+            self.model.config().head_dim(),
+            &self.space,
+            subnet,
+        )
     }
 
     /// The active subnet as a plain LoRA: each layer's first `r` rows and columns, with its scale; for a base of its widths, where
@@ -280,7 +350,10 @@ impl SuperNet {
                 layers.insert(name, LoraWeights::new(a, b, scale as f32)?);
             }
         }
-        Ok(LoraAdapter { layers, ..LoraAdapter::default() })
+        Ok(LoraAdapter {
+            layers,
+            ..LoraAdapter::default()
+        })
     }
 
     /// Takes the super-network apart, leaving the model with the active subnet.

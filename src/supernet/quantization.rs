@@ -33,7 +33,10 @@ pub struct QaConfig {
 impl QaConfig {
     /// These grids, fixed.
     pub fn new(grids: BTreeMap<String, QuantizedMatrix>) -> Self {
-        Self { grids, ..Self::default() }
+        Self {
+            grids,
+            ..Self::default()
+        }
     }
 
     /// Says which weights may be other than 0.
@@ -70,15 +73,24 @@ impl SuperNet {
     pub fn with_quantization(mut self, qa: &QaConfig) -> Result<Self> {
         let device = self.model.device().without_autodiff();
         for name in qa.grids.keys().chain(qa.masks.keys()) {
-            if self.model.linear(name).is_none_or(|layer| layer.adapter.is_none()) {
+            if self
+                .model
+                .linear(name)
+                .is_none_or(|layer| layer.adapter.is_none())
+            {
                 let context = "adapted layers of a quantization-aware super-network".to_string();
-                return Err(Error::UnknownLayer { context, layer: name.clone() });
+                return Err(Error::UnknownLayer {
+                    context,
+                    layer: name.clone(),
+                });
             }
         }
         let (mut bits, mut print) = (BTreeMap::new(), Fingerprint::new());
         self.model.try_for_each_linear(|name, layer| {
             let own = layer.base.quantized();
-            let Some(adapter) = &mut layer.adapter else { return Ok(()) };
+            let Some(adapter) = &mut layer.adapter else {
+                return Ok(());
+            };
             if let Some(mask) = qa.masks.get(name) {
                 let expected = [adapter.d_output(), adapter.d_input()];
                 if [mask.rows(), mask.cols()] != expected {
@@ -88,7 +100,9 @@ impl SuperNet {
                         found: vec![mask.rows(), mask.cols()],
                     });
                 }
-                adapter.set_mask(Some(tensor_from_matrix(&mask.to_matrix(), &device).not_equal_elem(0.0)))?;
+                adapter.set_mask(Some(
+                    tensor_from_matrix(&mask.to_matrix(), &device).not_equal_elem(0.0),
+                ))?;
             }
             let unpacked;
             let grid = match (qa.grids.get(name), own) {
@@ -97,7 +111,13 @@ impl SuperNet {
                     unpacked = own.unpack();
                     &unpacked
                 }
-                (None, None) => return Err(Error::argument("grids", name, "a grid for every adapted layer")),
+                (None, None) => {
+                    return Err(Error::argument(
+                        "grids",
+                        name,
+                        "a grid for every adapted layer",
+                    ));
+                }
             };
             adapter.set_grid(grid, qa.train_scales)?;
             bits.insert(name.to_string(), grid.parts().bits);
@@ -105,9 +125,17 @@ impl SuperNet {
             Ok(())
         })?;
         if bits.is_empty() {
-            return Err(Error::argument("net", "no adapter", "at least one layer to train through its grid"));
+            return Err(Error::argument(
+                "net",
+                "no adapter",
+                "at least one layer to train through its grid",
+            ));
         }
-        let summary = QaSummary { bits, fingerprint: print.0, train_scales: qa.train_scales };
+        let summary = QaSummary {
+            bits,
+            fingerprint: print.0,
+            train_scales: qa.train_scales,
+        };
         self.config.quantization = Some(summary);
         Ok(self)
     }
@@ -122,10 +150,16 @@ impl SuperNet {
     ///
     /// # Errors
     /// [`Error::UnknownLayer`] where `original` lacks an adapted layer; those of [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error).
-    pub fn init_from_error(&mut self, original: &Decoder, norms: &BTreeMap<String, Vec<f32>>) -> Result<()> {
+    pub fn init_from_error(
+        &mut self,
+        original: &Decoder,
+        norms: &BTreeMap<String, Vec<f32>>,
+    ) -> Result<()> {
         let mut seed = mix_seed(self.config.seed, u64::MAX);
         self.model.try_for_each_linear(|name, layer| {
-            let Some(adapter) = &mut layer.adapter else { return Ok(()) };
+            let Some(adapter) = &mut layer.adapter else {
+                return Ok(());
+            };
             let before = original.linear(name).ok_or_else(|| Error::UnknownLayer {
                 context: "model before compression".into(),
                 layer: name.to_string(),
@@ -138,7 +172,11 @@ impl SuperNet {
                     found: vec![error.rows(), error.cols()],
                 });
             }
-            error.as_mut_slice().iter_mut().zip(after.as_slice()).for_each(|(error, after)| *error -= after);
+            error
+                .as_mut_slice()
+                .iter_mut()
+                .zip(after.as_slice())
+                .for_each(|(error, after)| *error -= after);
             seed = mix_seed(seed, 1);
             adapter.init_from_error(&error, norms.get(name).map(Vec::as_slice), seed)
         })
@@ -162,10 +200,21 @@ impl Fingerprint {
         name.bytes().for_each(|byte| self.word(byte.into()));
         self.word(parts.bits.into());
         self.word(parts.group_size as u64);
-        parts.scales.iter().for_each(|scale| self.word(scale.to_bits().into()));
-        parts.zeros.iter().for_each(|zero| self.word((*zero).into()));
-        parts.group_of.iter().flatten().for_each(|group| self.word((*group).into()));
+        parts
+            .scales
+            .iter()
+            .for_each(|scale| self.word(scale.to_bits().into()));
+        parts
+            .zeros
+            .iter()
+            .for_each(|zero| self.word((*zero).into()));
+        parts
+            .group_of
+            .iter()
+            .flatten()
+            .for_each(|group| self.word((*group).into()));
         let mask = mask.map(host_values).unwrap_or_default();
-        mask.iter().for_each(|keep| self.word(keep.to_bits().into()));
+        mask.iter()
+            .for_each(|keep| self.word(keep.to_bits().into()));
     }
 }

@@ -13,7 +13,10 @@ const MLP: [LinearKind; 2] = [LinearKind::Gate, LinearKind::Up];
 const ATTENTION: [LinearKind; 3] = [LinearKind::Q, LinearKind::K, LinearKind::V];
 
 fn broken(group: &Group, reason: String) -> Error {
-    Error::InvalidSpace { group: group.id().to_string(), reason }
+    Error::InvalidSpace {
+        group: group.id().to_string(),
+        reason,
+    }
 }
 
 /// The blocks that a group of elastic width is about, and which part of them.
@@ -21,10 +24,12 @@ fn blocks_of(group: &Group) -> Result<(Unit, Vec<usize>)> {
     let mut found: BTreeMap<usize, BTreeSet<LinearKind>> = BTreeMap::new();
     for name in group.layers() {
         let layer = LinearKind::parse(name);
-        let (block, kind) = layer.ok_or_else(|| broken(group, format!("`{name}` has no elastic width")))?;
+        let (block, kind) =
+            layer.ok_or_else(|| broken(group, format!("`{name}` has no elastic width")))?;
         if matches!(kind, LinearKind::O | LinearKind::Down) {
-            let reason =
-                format!("`{name}` puts out the residual stream, whose width is fixed; its inputs follow by themselves");
+            let reason = format!(
+                "`{name}` puts out the residual stream, whose width is fixed; its inputs follow by themselves"
+            );
             return Err(broken(group, reason));
         }
         found.entry(block).or_default().insert(kind);
@@ -32,14 +37,22 @@ fn blocks_of(group: &Group) -> Result<(Unit, Vec<usize>)> {
     let units: BTreeSet<Unit> = found.values().flatten().map(|kind| kind.unit()).collect();
     let unit = match units.iter().collect::<Vec<_>>()[..] {
         [unit] => *unit,
-        _ => return Err(broken(group, "its layers differ in shape: attention and MLP".into())),
+        _ => {
+            return Err(broken(
+                group,
+                "its layers differ in shape: attention and MLP".into(),
+            ));
+        }
     };
     let tied: &[LinearKind] = if unit == Unit::Mlp { &MLP } else { &ATTENTION };
     for (block, kinds) in &found {
         if let Some(missing) = tied.iter().find(|kind| !kinds.contains(kind)) {
             return Err(broken(
                 group,
-                format!("`{}` must have the same width, and is not in it", missing.name(*block)),
+                format!(
+                    "`{}` must have the same width, and is not in it",
+                    missing.name(*block)
+                ),
             ));
         }
     }
@@ -49,7 +62,8 @@ fn blocks_of(group: &Group) -> Result<(Unit, Vec<usize>)> {
 /// The sizes of a model's blocks as they stand, whatever is active.
 pub(super) fn full_dims(model: &Decoder) -> Vec<BlockDims> {
     let head_dim = model.config().head_dim();
-    let outputs = |layer: Option<&crate::ElasticLoraLinear>| layer.map_or(0, |layer| layer.base.dims()[1]);
+    let outputs =
+        |layer: Option<&crate::ElasticLoraLinear>| layer.map_or(0, |layer| layer.base.dims()[1]);
     let of_block = |block: &crate::model::Block| BlockDims {
         n_heads: outputs(block.linear(LinearKind::Q)) / head_dim,
         n_kv_heads: outputs(block.linear(LinearKind::K)) / head_dim,
@@ -68,7 +82,10 @@ pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) ->
         };
         let first = size(blocks[0]);
         if let Some(other) = blocks.iter().find(|block| size(**block) != first) {
-            let reason = format!("its layers differ in shape: blocks {} and {other}", blocks[0]);
+            let reason = format!(
+                "its layers differ in shape: blocks {} and {other}",
+                blocks[0]
+            );
             return Err(broken(group, reason));
         }
         if unit == Unit::Mlp {
@@ -77,11 +94,15 @@ pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) ->
         let (heads, kv_heads) = first;
         let in_group = heads / kv_heads.max(1);
         let step = in_group * head_dim;
-        if let Some(width) =
-            group.choices().iter().find(|width| !width.is_multiple_of(step) || **width > heads * head_dim)
+        if let Some(width) = group
+            .choices()
+            .iter()
+            .find(|width| !width.is_multiple_of(step) || **width > heads * head_dim)
         {
             let reason = match in_group {
-                1 => format!("a width of {width} is no whole number of heads, of {head_dim} channels each"),
+                1 => format!(
+                    "a width of {width} is no whole number of heads, of {head_dim} channels each"
+                ),
                 _ => format!(
                     "a width of {width} is no whole number of heads that share a key/value head, {in_group} of {head_dim} \
                      channels each"
@@ -97,7 +118,8 @@ pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) ->
                     Unit::Attention => dims.has_attention(),
                     Unit::Mlp => dims.has_mlp(),
                 };
-                full.get(*block).is_some_and(|dims| units.iter().any(|unit| has(dims, unit)))
+                full.get(*block)
+                    .is_some_and(|dims| units.iter().any(|unit| has(dims, unit)))
             });
             if known.is_none() {
                 let reason = format!("`{name}` is neither a block nor the attention or MLP of one");
@@ -107,7 +129,10 @@ pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) ->
     }
     if let Some(group) = space.groups_of_kind(Elastic::Depth).last() {
         let smallest = block_dims(full, head_dim, space, &space.minimal())?;
-        if smallest.iter().all(|block| !block.has_attention() && !block.has_mlp()) {
+        if smallest
+            .iter()
+            .all(|block| !block.has_attention() && !block.has_mlp())
+        {
             let reason = "with the smallest choices, nothing is left of the model".to_string();
             return Err(broken(group, reason));
         }
@@ -138,8 +163,9 @@ pub(crate) fn block_dims(
         }
     }
     for name in space.left_out(subnet)? {
-        for (block, unit) in
-            Unit::parse(&name).into_iter().flat_map(|(block, units)| units.iter().map(move |u| (block, *u)))
+        for (block, unit) in Unit::parse(&name)
+            .into_iter()
+            .flat_map(|(block, units)| units.iter().map(move |u| (block, *u)))
         {
             match unit {
                 Unit::Attention => (blocks[block].n_heads, blocks[block].n_kv_heads) = (0, 0),

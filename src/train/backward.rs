@@ -77,7 +77,9 @@ fn objective(model: &Decoder, hidden: Tensor<3>, share: &Share<'_>) -> Result<(T
     let (hidden, targets) = model.at_positions(hidden, share.positions)?;
     let kept = hidden.clone().inner();
     let (sum, nll) = match share.teacher {
-        Some(teacher) => model.distilled_of_hidden(hidden, teacher.hidden.clone(), &targets, teacher.mix),
+        Some(teacher) => {
+            model.distilled_of_hidden(hidden, teacher.hidden.clone(), &targets, teacher.mix)
+        }
         None => {
             let sum = model.nll_of_hidden(hidden, &targets);
             (sum.clone(), sum)
@@ -85,7 +87,14 @@ fn objective(model: &Decoder, hidden: Tensor<3>, share: &Share<'_>) -> Result<(T
     };
     let loss = f64::from(host_values(nll.inner() / share.n_targets as f64)[0]);
     let mean = sum / (share.n_targets * share.n_subnets) as f64;
-    Ok((mean, Found { loss, grads: Grads::new(), hidden: kept }))
+    Ok((
+        mean,
+        Found {
+            loss,
+            grads: Grads::new(),
+            hidden: kept,
+        },
+    ))
 }
 
 fn whole(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Result<Found> {
@@ -102,7 +111,9 @@ fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Resul
     // Below the first trained block no gradient is wanted.
     let first = match model.embed_tokens.base().is_require_grad() {
         true => 0,
-        false => (0..n_blocks).find(|block| !trainable(&model.layers[*block]).is_empty()).unwrap_or(n_blocks),
+        false => (0..n_blocks)
+            .find(|block| !trainable(&model.layers[*block]).is_empty())
+            .unwrap_or(n_blocks),
     };
     let mut pass = model.pass(0, tokens.dims()[1], None);
     let mut inputs = Vec::with_capacity(n_blocks - first);

@@ -49,7 +49,15 @@ impl State {
         optimizer: &NamedAdamW,
     ) -> Self {
         let times = optimizer.moments().1;
-        Self { version: VERSION, config: config.clone(), about, step: logs.len(), position, logs, times }
+        Self {
+            version: VERSION,
+            config: config.clone(),
+            about,
+            step: logs.len(),
+            position,
+            logs,
+            times,
+        }
     }
 }
 
@@ -76,11 +84,20 @@ pub(crate) fn path(folder: &Path) -> PathBuf {
 }
 
 /// Writes a checkpoint, replacing the one before as a whole.
-pub(crate) fn save(folder: &Path, state: &State, model: &Decoder, optimizer: &NamedAdamW) -> Result<()> {
+pub(crate) fn save(
+    folder: &Path,
+    state: &State,
+    model: &Decoder,
+    optimizer: &NamedAdamW,
+) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     let writer = FolderWriter::create(path(folder), true)?;
     let mut all: BTreeMap<String, Tensor<1>> = optimizer.moments().0;
-    all.extend(trainable(model).into_iter().map(|(path, value)| (format!("p.{path}"), value)));
+    all.extend(
+        trainable(model)
+            .into_iter()
+            .map(|(path, value)| (format!("p.{path}"), value)),
+    );
     let tensors = all
         .into_iter()
         .map(|(name, value)| {
@@ -121,12 +138,24 @@ pub(crate) fn load(
     // Before the rest, which another version may hold in another form.
     let Version { version } = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
     if version != VERSION {
-        return Err(mismatch("version", VERSION.to_string(), version.to_string()));
+        return Err(mismatch(
+            "version",
+            VERSION.to_string(),
+            version.to_string(),
+        ));
     }
     let state: State = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
     // What a step keeps in memory is a matter of the machine, not of the run.
-    if (TrainConfig { checkpointing: config.checkpointing, ..state.config.clone() }) != *config {
-        return Err(mismatch("settings", format!("{config:?}"), format!("{:?}", state.config)));
+    if (TrainConfig {
+        checkpointing: config.checkpointing,
+        ..state.config.clone()
+    }) != *config
+    {
+        return Err(mismatch(
+            "settings",
+            format!("{config:?}"),
+            format!("{:?}", state.config),
+        ));
     }
     for (field, found) in &state.about {
         let expected = about.get(field).cloned().unwrap_or_default();
@@ -135,7 +164,10 @@ pub(crate) fn load(
         }
     }
     if state.step != state.logs.len() {
-        return Err(Error::invalid_file(&file, format!("step {} with {} logged", state.step, state.logs.len())));
+        return Err(Error::invalid_file(
+            &file,
+            format!("step {} with {} logged", state.step, state.logs.len()),
+        ));
     }
     let tensors = Checkpoint::open(path.join(TENSORS))?;
     let mut values = BTreeMap::new();
@@ -143,13 +175,19 @@ pub(crate) fn load(
         let stored = tensors.load_f32(&format!("p.{name}"))?;
         values.insert(name, stored);
     }
-    let sizes: BTreeMap<String, usize> = values.iter().map(|(name, v)| (name.clone(), v.len())).collect();
+    let sizes: BTreeMap<String, usize> = values
+        .iter()
+        .map(|(name, v)| (name.clone(), v.len()))
+        .collect();
     let model = load_trainable(model, values)?;
     let counted = rank_counts(&model);
     for (name, times) in &state.times {
         let expected = counted.get(name).copied().unwrap_or(1);
         if times.len() != expected {
-            return Err(Error::invalid_file(&file, format!("{} step counts of `{name}`, not {expected}", times.len())));
+            return Err(Error::invalid_file(
+                &file,
+                format!("{} step counts of `{name}`, not {expected}", times.len()),
+            ));
         }
     }
     optimizer.restore(&state.times, device, |name| {

@@ -99,7 +99,11 @@ impl TrainConfig {
             positive("clip_norm", norm)?;
         }
         if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
-            return Err(Error::argument("weight_decay", self.weight_decay, "a finite number, at least 0"));
+            return Err(Error::argument(
+                "weight_decay",
+                self.weight_decay,
+                "a finite number, at least 0",
+            ));
         }
         for beta in [self.betas.0, self.betas.1] {
             if !(0.0..1.0).contains(&beta) {
@@ -112,7 +116,11 @@ impl TrainConfig {
     fn validate_sampling(&self) -> Result<()> {
         let sandwich = match self.sampling {
             Sampling::Sandwich { random } if random > MAX_RANDOM => {
-                return Err(Error::argument("random", random, format!("at most {MAX_RANDOM} subnets a step")));
+                return Err(Error::argument(
+                    "random",
+                    random,
+                    format!("at most {MAX_RANDOM} subnets a step"),
+                ));
             }
             Sampling::Sandwich { .. } => true,
             _ => false,
@@ -123,21 +131,40 @@ impl TrainConfig {
             }
             if !sandwich {
                 let found = format!("with sampling {:?}", self.sampling);
-                return Err(Error::argument("distillation", found, "the sandwich rule, whose largest subnet teaches"));
+                return Err(Error::argument(
+                    "distillation",
+                    found,
+                    "the sandwich rule, whose largest subnet teaches",
+                ));
             }
         }
         if self.stages.is_empty() {
             return Ok(());
         }
         if self.sampling == Sampling::Fixed {
-            return Err(Error::argument("stages", "with sampling Fixed", "a sampling that varies the subnet"));
+            return Err(Error::argument(
+                "stages",
+                "with sampling Fixed",
+                "a sampling that varies the subnet",
+            ));
         }
         if let Some(index) = self.stages.iter().position(|stage| stage.steps == 0) {
-            return Err(Error::argument("stages", format!("0 steps in stage {index}"), "at least 1 step each"));
+            return Err(Error::argument(
+                "stages",
+                format!("0 steps in stage {index}"),
+                "at least 1 step each",
+            ));
         }
-        let total = self.stages.iter().fold(0_usize, |sum, stage| sum.saturating_add(stage.steps));
+        let total = self
+            .stages
+            .iter()
+            .fold(0_usize, |sum, stage| sum.saturating_add(stage.steps));
         if total != self.steps {
-            return Err(Error::argument("stages", format!("{total} steps"), format!("the run's {} steps", self.steps)));
+            return Err(Error::argument(
+                "stages",
+                format!("{total} steps"),
+                format!("the run's {} steps", self.steps),
+            ));
         }
         Ok(())
     }

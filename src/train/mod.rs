@@ -80,7 +80,13 @@ impl Trainer {
     /// As [`TrainConfig::validate`].
     pub fn new(config: TrainConfig) -> Result<Self> {
         config.validate()?;
-        Ok(Self { config, folder: None, resume: false, progress: None, stop: None })
+        Ok(Self {
+            config,
+            folder: None,
+            resume: false,
+            progress: None,
+            stop: None,
+        })
     }
 
     /// Keeps `losses.csv` and the checkpoint in a folder.
@@ -120,7 +126,12 @@ impl Trainer {
     /// or context; [`Error::InvalidArgument`] where there is nothing to train or a stage names a kind that no group has;
     /// [`Error::Unsupported`] where weights to be trained are stored in 16 bits, or distillation meets a head that is trained.
     /// The super-network keeps the weights of the last good step.
-    pub fn run(&self, net: &mut SuperNet, train: &mut Batcher, valid: &[Batch]) -> Result<TrainReport> {
+    pub fn run(
+        &self,
+        net: &mut SuperNet,
+        train: &mut Batcher,
+        valid: &[Batch],
+    ) -> Result<TrainReport> {
         if let Some(folder) = &self.folder {
             // Now rather than after hours of training.
             std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
@@ -134,7 +145,8 @@ impl Trainer {
         let mut logs = Vec::new();
         let restored = match &self.folder {
             Some(folder) if self.resume => net.replace_model(|model| {
-                let (model, state) = checkpoint::load(folder, config, &about, model, &mut optimizer, &plain)?;
+                let (model, state) =
+                    checkpoint::load(folder, config, &about, model, &mut optimizer, &plain)?;
                 if let Some(state) = state {
                     train.seek(state.position)?;
                     logs = state.logs;
@@ -144,7 +156,8 @@ impl Trainer {
             _ => Ok(()),
         };
         let first = logs.len();
-        let outcome = restored.and_then(|()| self.steps(net, train, valid, &mut optimizer, &mut logs, &about));
+        let outcome = restored
+            .and_then(|()| self.steps(net, train, valid, &mut optimizer, &mut logs, &about));
         net.activate(&home)?;
         net.replace_model(|model| Ok(model.valid()))?;
         let seconds = outcome?;
@@ -153,7 +166,11 @@ impl Trainer {
         Ok(TrainReport {
             steps_done: logs.len() - first,
             seconds,
-            tokens_per_second: if seconds > 0.0 { n_tokens as f64 / seconds } else { 0.0 },
+            tokens_per_second: if seconds > 0.0 {
+                n_tokens as f64 / seconds
+            } else {
+                0.0
+            },
             logs,
         })
     }
@@ -170,55 +187,115 @@ impl Trainer {
         let config = &self.config;
         let trained = trainable(net.model());
         if trained.is_empty() {
-            return Err(Error::argument("net", "no adapter", "at least one weight to train"));
+            return Err(Error::argument(
+                "net",
+                "no adapter",
+                "at least one weight to train",
+            ));
         }
-        if let Some((path, weight)) = trained.iter().find(|(_, weight)| weight.dtype() != DType::F32) {
-            return Err(Error::Unsupported { what: format!("training `{path}` as {:?}", weight.dtype()) });
+        if let Some((path, weight)) = trained
+            .iter()
+            .find(|(_, weight)| weight.dtype() != DType::F32)
+        {
+            return Err(Error::Unsupported {
+                what: format!("training `{path}` as {:?}", weight.dtype()),
+            });
         }
         drop(trained);
         if config.distillation.is_some() && net.model().head_weight().is_tracked() {
-            return Err(Error::Unsupported { what: "distillation of a model whose head is trained".into() });
+            return Err(Error::Unsupported {
+                what: "distillation of a model whose head is trained".into(),
+            });
         }
-        let has = |kind| net.space().groups().iter().any(|group| group.kind() == kind);
-        if let Some(kind) = config.stages.iter().flat_map(|stage| &stage.kinds).find(|kind| !has(**kind)) {
-            return Err(Error::argument("stages", format!("{kind:?}"), "kinds of groups that the search space has"));
+        let has = |kind| {
+            net.space()
+                .groups()
+                .iter()
+                .any(|group| group.kind() == kind)
+        };
+        if let Some(kind) = config
+            .stages
+            .iter()
+            .flat_map(|stage| &stage.kinds)
+            .find(|kind| !has(**kind))
+        {
+            return Err(Error::argument(
+                "stages",
+                format!("{kind:?}"),
+                "kinds of groups that the search space has",
+            ));
         }
         let home = net.active().clone();
         let label = self.progress.as_deref();
-        let mut bar = TrainBar::new(label.is_some(), label.unwrap_or(""), logs.len(), config.steps);
-        let save = |net: &SuperNet, optimizer: &NamedAdamW, train: &Batcher, logs: &[StepLog]| match &self.folder {
-            Some(folder) => {
-                let state = checkpoint::State::new(config, about.clone(), train.position(), logs.to_vec(), optimizer);
-                checkpoint::save(folder, &state, net.model(), optimizer)?;
-                self.write_losses(logs)
-            }
-            None => Ok(()),
-        };
+        let mut bar = TrainBar::new(
+            label.is_some(),
+            label.unwrap_or(""),
+            logs.len(),
+            config.steps,
+        );
+        let save =
+            |net: &SuperNet, optimizer: &NamedAdamW, train: &Batcher, logs: &[StepLog]| match &self
+                .folder
+            {
+                Some(folder) => {
+                    let state = checkpoint::State::new(
+                        config,
+                        about.clone(),
+                        train.position(),
+                        logs.to_vec(),
+                        optimizer,
+                    );
+                    checkpoint::save(folder, &state, net.model(), optimizer)?;
+                    self.write_losses(logs)
+                }
+                None => Ok(()),
+            };
         let mut seconds = 0.0;
         while logs.len() < config.steps {
-            if self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            if self
+                .stop
+                .as_ref()
+                .is_some_and(|stop| stop.load(Ordering::Relaxed))
+            {
                 save(net, optimizer, train, logs)?;
                 bar.finish();
                 return Err(Error::Interrupted);
             }
             let started = Instant::now();
             let step = logs.len();
-            let batches: Vec<Batch> = (0..config.accumulation).map(|_| train.next_batch()).collect();
+            let batches: Vec<Batch> = (0..config.accumulation)
+                .map(|_| train.next_batch())
+                .collect();
             let found = gradients(net, config, &batches, step)?;
-            let StepGradients { mut grads, used, loss, smallest_loss, random_losses } = found;
+            let StepGradients {
+                mut grads,
+                used,
+                loss,
+                smallest_loss,
+                random_losses,
+            } = found;
             let grad_norm = optimizer.norm(&mut grads);
-            let diverged = |loss: f64| Error::Diverged { step: step + 1, loss, grad_norm };
-            let loudest = smallest_loss.filter(|smallest| !smallest.is_finite()).unwrap_or(loss);
+            let diverged = |loss: f64| Error::Diverged {
+                step: step + 1,
+                loss,
+                grad_norm,
+            };
+            let loudest = smallest_loss
+                .filter(|smallest| !smallest.is_finite())
+                .unwrap_or(loss);
             if !(loudest.is_finite() && grad_norm.is_finite()) {
                 bar.finish();
                 return Err(diverged(loudest));
             }
             let last = step + 1 == config.steps;
-            let due = last || (config.eval_every > 0 && (step + 1).is_multiple_of(config.eval_every));
+            let due =
+                last || (config.eval_every > 0 && (step + 1).is_multiple_of(config.eval_every));
             let due = due && !valid.is_empty();
             // Held only where validation may call for it: weights that are held twice are copied.
             let before = due.then(|| net.model().clone());
-            let clip = config.clip_norm.map_or(1.0, |max_norm| clip_factor(grad_norm, max_norm));
+            let clip = config
+                .clip_norm
+                .map_or(1.0, |max_norm| clip_factor(grad_norm, max_norm));
             let lr = config.lr * config.schedule.factor(step, config.warmup, config.steps);
             net.update_model(|model| optimizer.step(model, grads, &used, clip, lr));
             seconds += started.elapsed().as_secs_f64();
@@ -236,11 +313,21 @@ impl Trainer {
                 None
             };
             let n_tokens = batches.iter().map(Batch::n_tokens).sum();
-            let log =
-                StepLog { step: step + 1, loss, smallest_loss, random_losses, valid_loss, lr, grad_norm, n_tokens };
+            let log = StepLog {
+                step: step + 1,
+                loss,
+                smallest_loss,
+                random_losses,
+                valid_loss,
+                lr,
+                grad_norm,
+                n_tokens,
+            };
             bar.step(&log, std::time::Duration::from_secs_f64(seconds));
             logs.push(log);
-            if config.checkpoint_every > 0 && (last || (step + 1).is_multiple_of(config.checkpoint_every)) {
+            if config.checkpoint_every > 0
+                && (last || (step + 1).is_multiple_of(config.checkpoint_every))
+            {
                 save(net, optimizer, train, logs)?;
             }
         }
@@ -251,14 +338,27 @@ impl Trainer {
     /// What must be the same for a checkpoint to fit.
     fn about(&self, net: &SuperNet, train: &Batcher) -> BTreeMap<String, String> {
         let base = net.base_params();
-        let text = |value: std::result::Result<String, serde_json::Error>| value.unwrap_or_default();
+        let text =
+            |value: std::result::Result<String, serde_json::Error>| value.unwrap_or_default();
         BTreeMap::from([
-            ("search space".into(), text(serde_json::to_string(net.space()))),
+            (
+                "search space".into(),
+                text(serde_json::to_string(net.space())),
+            ),
             ("adapters".into(), text(serde_json::to_string(net.config()))),
-            ("batches per epoch".into(), train.plan().batches_per_epoch().to_string()),
-            ("fingerprint of the training data".into(), format!("{:016x}", checkpoint::fingerprint(train))),
+            (
+                "batches per epoch".into(),
+                train.plan().batches_per_epoch().to_string(),
+            ),
+            (
+                "fingerprint of the training data".into(),
+                format!("{:016x}", checkpoint::fingerprint(train)),
+            ),
             ("number of base weights".into(), base.total.to_string()),
-            ("number of base weights that are not zero".into(), base.nonzero.to_string()),
+            (
+                "number of base weights that are not zero".into(),
+                base.nonzero.to_string(),
+            ),
         ])
     }
 
@@ -286,8 +386,14 @@ impl Trainer {
 
 /// Positions whose next token counts in the loss, row-major, with that token.
 pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
-    let counted = batch.loss_mask.iter().enumerate().filter(|(index, counts)| **counts && index % batch.len > 0);
-    counted.map(|(index, _)| (index - 1, batch.ids[index])).collect()
+    let counted = batch
+        .loss_mask
+        .iter()
+        .enumerate()
+        .filter(|(index, counts)| **counts && index % batch.len > 0);
+    counted
+        .map(|(index, _)| (index - 1, batch.ids[index]))
+        .collect()
 }
 
 /// Mean negative log-likelihood a target, in nats, of fixed batches; summed in `f64` in their order.
@@ -303,10 +409,16 @@ pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
             continue;
         }
         n += targets.len();
-        sum += f64::from(host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0]);
+        sum += f64::from(
+            host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0],
+        );
     }
     if n == 0 {
-        return Err(Error::argument("batches", "no target", "at least one token to be predicted"));
+        return Err(Error::argument(
+            "batches",
+            "no target",
+            "at least one token to be predicted",
+        ));
     }
     Ok(sum / n as f64)
 }

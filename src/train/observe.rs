@@ -14,18 +14,33 @@ impl TrainConfig {
     /// counts too. With one subnet a step, it is the mean of the steps around, whose batches differ: a hundred times as many
     /// steps are not too many. Training losses all of them, of weights that still change; and with dropout, where there is any.
     /// Other samplings have nothing to say.
-    pub fn observations(&self, space: &SearchSpace, logs: &[StepLog], share: f64) -> Vec<(SubnetConfig, f64)> {
+    pub fn observations(
+        &self,
+        space: &SearchSpace,
+        logs: &[StepLog],
+        share: f64,
+    ) -> Vec<(SubnetConfig, f64)> {
         let first = ((1.0 - share.clamp(0.0, 1.0)) * logs.len() as f64).round() as usize;
         let mut observed = Vec::new();
         for (step, log) in logs.iter().enumerate().skip(first) {
-            let subnets = self.subnets(space, step).into_iter().next().unwrap_or_default();
+            let subnets = self
+                .subnets(space, step)
+                .into_iter()
+                .next()
+                .unwrap_or_default();
             match self.sampling {
                 Sampling::Sandwich { .. } => {
                     let losses = log.random_losses.iter().copied().chain(log.smallest_loss);
-                    observed.extend(subnets.into_iter().skip(1).zip(losses.map(|loss| loss - log.loss)));
+                    observed.extend(
+                        subnets
+                            .into_iter()
+                            .skip(1)
+                            .zip(losses.map(|loss| loss - log.loss)),
+                    );
                 }
                 Sampling::PerStep => {
-                    let around = &logs[step.saturating_sub(AROUND)..(step + AROUND + 1).min(logs.len())];
+                    let around =
+                        &logs[step.saturating_sub(AROUND)..(step + AROUND + 1).min(logs.len())];
                     let mean = around.iter().map(|log| log.loss).sum::<f64>() / around.len() as f64;
                     observed.extend(subnets.into_iter().map(|subnet| (subnet, log.loss - mean)));
                 }
@@ -43,24 +58,42 @@ mod tests {
 
     #[test]
     fn each_drawn_subnet_is_beside_its_own_loss() {
-        let layers: Vec<_> = (0..5).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
+        let layers: Vec<_> = (0..5)
+            .map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8))
+            .collect();
         let space = SearchSpace::per_layer(&layers, &[5, 3, 2]).unwrap();
         let excess = |subnet: &SubnetConfig| 0.1 * (5.0 - subnet.mean());
-        for sampling in [Sampling::Sandwich { random: 2 }, Sampling::PerStep, Sampling::PerMicroBatch, Sampling::Fixed]
-        {
-            let config = TrainConfig { sampling, accumulation: 2, seed: 3, ..TrainConfig::new(40) };
+        for sampling in [
+            Sampling::Sandwich { random: 2 },
+            Sampling::PerStep,
+            Sampling::PerMicroBatch,
+            Sampling::Fixed,
+        ] {
+            let config = TrainConfig {
+                sampling,
+                accumulation: 2,
+                seed: 3,
+                ..TrainConfig::new(40)
+            };
             let logs: Vec<StepLog> = (0..40)
                 .map(|step| {
                     let subnets = config.subnets(&space, step).remove(0);
                     // A batch has its own difficulty, which is nothing to the subnet.
                     let batch = 2.0 + step as f64 * 0.01;
-                    let losses: Vec<f64> = subnets.iter().map(|subnet| batch + excess(subnet)).collect();
+                    let losses: Vec<f64> = subnets
+                        .iter()
+                        .map(|subnet| batch + excess(subnet))
+                        .collect();
                     let n = losses.len();
                     StepLog {
                         step: step + 1,
                         loss: losses.first().copied().unwrap_or(batch),
                         smallest_loss: (n > 1).then(|| losses[n - 1]),
-                        random_losses: if n > 2 { losses[1..n - 1].to_vec() } else { Vec::new() },
+                        random_losses: if n > 2 {
+                            losses[1..n - 1].to_vec()
+                        } else {
+                            Vec::new()
+                        },
                         valid_loss: None,
                         lr: 0.1,
                         grad_norm: 1.0,
@@ -72,7 +105,11 @@ mod tests {
             match sampling {
                 Sampling::Sandwich { .. } => {
                     assert_eq!(observed.len(), 10 * 3);
-                    assert!(observed.iter().all(|(subnet, loss)| (loss - excess(subnet)).abs() < 1e-12));
+                    assert!(
+                        observed
+                            .iter()
+                            .all(|(subnet, loss)| (loss - excess(subnet)).abs() < 1e-12)
+                    );
                     assert_eq!(observed[2].0, space.minimal());
                 }
                 Sampling::PerStep => {
@@ -82,8 +119,9 @@ mod tests {
                     }
                     let (low, high): (Vec<&(SubnetConfig, f64)>, Vec<_>) =
                         observed.iter().partition(|(subnet, _)| subnet.mean() > 3.3);
-                    let mean =
-                        |part: &[&(SubnetConfig, f64)]| part.iter().map(|(_, x)| x).sum::<f64>() / part.len() as f64;
+                    let mean = |part: &[&(SubnetConfig, f64)]| {
+                        part.iter().map(|(_, x)| x).sum::<f64>() / part.len() as f64
+                    };
                     assert!(low.is_empty() || high.is_empty() || mean(&low) < mean(&high));
                 }
                 Sampling::PerMicroBatch | Sampling::Fixed => assert!(observed.is_empty()),

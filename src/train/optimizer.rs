@@ -29,7 +29,8 @@ pub(crate) fn trainable<M: Module>(module: &M) -> BTreeMap<String, Tensor<1>> {
             let value = param.base();
             if value.is_require_grad() {
                 let n = value.shape().num_elements();
-                self.out.insert(self.path.join("."), value.inner().reshape([n]));
+                self.out
+                    .insert(self.path.join("."), value.inner().reshape([n]));
             }
         }
         fn enter_module(&mut self, name: &str, _: &str) {
@@ -39,7 +40,10 @@ pub(crate) fn trainable<M: Module>(module: &M) -> BTreeMap<String, Tensor<1>> {
             self.path.pop();
         }
     }
-    let mut collect = Collect { path: Vec::new(), out: BTreeMap::new() };
+    let mut collect = Collect {
+        path: Vec::new(),
+        out: BTreeMap::new(),
+    };
     module.visit(&mut collect);
     collect.out
 }
@@ -71,12 +75,17 @@ pub(crate) fn collect<M: Module>(module: &M, grads: &mut Gradients, into: &mut G
             self.path.pop();
         }
     }
-    module.visit(&mut Collect { path: Vec::new(), grads, into });
+    module.visit(&mut Collect {
+        path: Vec::new(),
+        grads,
+        into,
+    });
 }
 
 /// Adds a micro-batch's gradients to those of the step.
 pub(crate) fn accumulate(into: &mut Grads, from: Grads) {
-    from.into_iter().for_each(|(path, grad)| add(into, path, grad));
+    from.into_iter()
+        .for_each(|(path, grad)| add(into, path, grad));
 }
 
 fn add(into: &mut Grads, path: String, grad: Tensor<1>) {
@@ -104,7 +113,13 @@ pub(crate) fn active_prefixes(model: &Decoder) -> Prefixes {
     let mut prefixes = Prefixes::new();
     for_each_factor(model, |path, axis, adapter, runs| {
         if runs {
-            prefixes.insert(path, Prefix { axis, active: adapter.active_rank() });
+            prefixes.insert(
+                path,
+                Prefix {
+                    axis,
+                    active: adapter.active_rank(),
+                },
+            );
         }
     });
     prefixes
@@ -123,7 +138,8 @@ pub(crate) fn rank_counts(model: &Decoder) -> BTreeMap<String, usize> {
 fn for_each_factor(model: &Decoder, mut f: impl FnMut(String, usize, &ElasticLora, bool)) {
     for (name, layer) in model.linears() {
         if let Some(adapter) = &layer.adapter {
-            let runs = LinearKind::parse(&name).is_none_or(|(block, kind)| model.layers[block].runs(kind.unit()));
+            let runs = LinearKind::parse(&name)
+                .is_none_or(|(block, kind)| model.layers[block].runs(kind.unit()));
             // The module's own path lacks the prefix that Hugging Face has.
             let path = name.strip_prefix("model.").unwrap_or(&name);
             f(format!("{path}.adapter.lora_a"), 1, adapter, runs);
@@ -135,13 +151,19 @@ fn for_each_factor(model: &Decoder, mut f: impl FnMut(String, usize, &ElasticLor
 /// Widens `into` to what `from` uses as well.
 pub(crate) fn widen(into: &mut Prefixes, from: Prefixes) {
     for (path, prefix) in from {
-        into.entry(path).and_modify(|before| before.active = before.active.max(prefix.active)).or_insert(prefix);
+        into.entry(path)
+            .and_modify(|before| before.active = before.active.max(prefix.active))
+            .or_insert(prefix);
     }
 }
 
 /// The factor that brings gradients of joint norm `norm` down to `max_norm`; 1 where they are no larger.
 pub(crate) fn clip_factor(norm: f64, max_norm: f64) -> f64 {
-    if norm > max_norm { max_norm / (norm + 1e-6) } else { 1.0 }
+    if norm > max_norm {
+        max_norm / (norm + 1e-6)
+    } else {
+        1.0
+    }
 }
 
 /// A parameter as `[outer, n, inner]` with the counted axis in the middle, of which the first `active` are updated.
@@ -162,7 +184,12 @@ impl Layout {
                 inner: shape[axis + 1..].iter().product(),
                 active: *active,
             },
-            None => Self { outer: 1, n: 1, inner: shape.iter().product(), active: 1 },
+            None => Self {
+                outer: 1,
+                n: 1,
+                inner: shape.iter().product(),
+                active: 1,
+            },
         }
     }
 }
@@ -193,7 +220,8 @@ impl Update {
         let grad = grad * self.clip;
         *m = self.beta_1 * *m + self.rest_1 * grad;
         *v = self.beta_2 * *v + self.rest_2 * grad * grad;
-        *value = self.keep * *value - correction.first * *m / ((correction.second * *v).sqrt() + self.eps);
+        *value = self.keep * *value
+            - correction.first * *m / ((correction.second * *v).sqrt() + self.eps);
     }
 }
 
@@ -218,7 +246,10 @@ impl<'a> Piece<'a> {
     fn chunks(self, len: usize) -> impl IndexedParallelIterator<Item = Piece<'a>> {
         let moments = self.m.par_chunks_mut(len).zip(self.v.par_chunks_mut(len));
         let rest = moments.zip(self.grad.par_chunks(len));
-        self.value.par_chunks_mut(len).zip(rest).map(|(value, ((m, v), grad))| Piece { value, m, v, grad })
+        self.value
+            .par_chunks_mut(len)
+            .zip(rest)
+            .map(|(value, ((m, v), grad))| Piece { value, m, v, grad })
     }
 
     fn range(&mut self, range: Range<usize>) -> Piece<'_> {
@@ -232,12 +263,19 @@ impl<'a> Piece<'a> {
 
     /// One pass over the active part, in place.
     fn update(mut self, layout: Layout, update: Update, corrections: &[Correction]) {
-        let Layout { outer, n, inner, active } = layout;
+        let Layout {
+            outer,
+            n,
+            inner,
+            active,
+        } = layout;
         if inner == 1 {
             // The counted indices lie side by side.
             self.chunks(n * (TASK / n).max(1)).for_each(|mut piece| {
                 for row in 0..piece.value.len() / n {
-                    piece.range(row * n..row * n + active).each(update, |index| corrections[index]);
+                    piece
+                        .range(row * n..row * n + active)
+                        .each(update, |index| corrections[index]);
                 }
             });
             return;
@@ -246,7 +284,8 @@ impl<'a> Piece<'a> {
             for (index, correction) in corrections.iter().enumerate() {
                 let at = start + index * inner;
                 let row = self.range(at..at + inner);
-                row.chunks(TASK).for_each(|mut piece| piece.each(update, |_| *correction));
+                row.chunks(TASK)
+                    .for_each(|mut piece| piece.each(update, |_| *correction));
             }
         }
     }
@@ -254,7 +293,13 @@ impl<'a> Piece<'a> {
     #[inline(always)]
     fn each(&mut self, update: Update, correction: impl Fn(usize) -> Correction) {
         let moments = self.m.iter_mut().zip(self.v.iter_mut());
-        for (index, ((value, (m, v)), grad)) in self.value.iter_mut().zip(moments).zip(self.grad).enumerate() {
+        for (index, ((value, (m, v)), grad)) in self
+            .value
+            .iter_mut()
+            .zip(moments)
+            .zip(self.grad)
+            .enumerate()
+        {
             update.apply(value, m, v, *grad, correction(index));
         }
     }
@@ -280,7 +325,13 @@ pub(crate) struct NamedAdamW {
 impl NamedAdamW {
     /// For parameters on `device`.
     pub fn new(betas: (f64, f64), eps: f64, weight_decay: f64, device: &Device) -> Self {
-        Self { betas, eps, weight_decay, state: BTreeMap::new(), in_place: lies_on_host(device) }
+        Self {
+            betas,
+            eps,
+            weight_decay,
+            state: BTreeMap::new(),
+            in_place: lies_on_host(device),
+        }
     }
 
     /// The gradients' joint Euclidean norm; infinite where its square is over what an `f32` holds, as the second moment
@@ -302,15 +353,29 @@ impl NamedAdamW {
             }
             sum
         } else {
-            let squares: Vec<Tensor<1>> = grads.values().map(|grad| grad.clone().square().sum()).collect();
+            let squares: Vec<Tensor<1>> = grads
+                .values()
+                .map(|grad| grad.clone().square().sum())
+                .collect();
             f64::from(host_values(Tensor::cat(squares, 0).sum())[0])
         };
-        if sum > f64::from(f32::MAX) { f64::INFINITY } else { sum.sqrt() }
+        if sum > f64::from(f32::MAX) {
+            f64::INFINITY
+        } else {
+            sum.sqrt()
+        }
     }
 
     /// One step with gradients scaled by `clip`; parameters without a gradient stay as they are, and of those with one, what
     /// lies outside its prefix. Weights that nobody else holds are updated in place.
-    pub fn step<M: Module>(&mut self, module: M, grads: Grads, prefixes: &Prefixes, clip: f64, lr: f64) -> M {
+    pub fn step<M: Module>(
+        &mut self,
+        module: M,
+        grads: Grads,
+        prefixes: &Prefixes,
+        clip: f64,
+        lr: f64,
+    ) -> M {
         struct Apply<'a> {
             path: Vec<String>,
             optimizer: &'a mut NamedAdamW,
@@ -329,8 +394,12 @@ impl NamedAdamW {
                 param.map(|value| {
                     let shape = value.dims();
                     let layout = Layout::new(&shape, prefix);
-                    let value = value.inner().reshape([layout.outer * layout.n * layout.inner]);
-                    let value = self.optimizer.update(path, value, grad, layout, self.clip, self.lr);
+                    let value = value
+                        .inner()
+                        .reshape([layout.outer * layout.n * layout.inner]);
+                    let value = self
+                        .optimizer
+                        .update(path, value, grad, layout, self.clip, self.lr);
                     Tensor::from_inner(value.reshape(shape)).require_grad()
                 })
             }
@@ -341,7 +410,14 @@ impl NamedAdamW {
                 self.path.pop();
             }
         }
-        module.map(&mut Apply { path: Vec::new(), optimizer: self, grads, prefixes, clip, lr })
+        module.map(&mut Apply {
+            path: Vec::new(),
+            optimizer: self,
+            grads,
+            prefixes,
+            clip,
+            lr,
+        })
     }
 
     fn update(
@@ -354,12 +430,21 @@ impl NamedAdamW {
         lr: f64,
     ) -> Tensor<1> {
         // A grid's scales: slower, as NNCF's absorbable LoRA has them, and never decayed, since 0 is no home to them.
-        let (lr, weight_decay) = if path.ends_with(SCALES) { (lr * SCALES_LR, 0.0) } else { (lr, self.weight_decay) };
+        let (lr, weight_decay) = if path.ends_with(SCALES) {
+            (lr * SCALES_LR, 0.0)
+        } else {
+            (lr, self.weight_decay)
+        };
         let zeros = || Tensor::zeros([layout.outer * layout.n * layout.inner], &value.device());
-        let Moments { m, v, mut times } =
-            self.state.remove(&path).unwrap_or_else(|| Moments { m: zeros(), v: zeros(), times: vec![0; layout.n] });
+        let Moments { m, v, mut times } = self.state.remove(&path).unwrap_or_else(|| Moments {
+            m: zeros(),
+            v: zeros(),
+            times: vec![0; layout.n],
+        });
         let (beta_1, beta_2) = self.betas;
-        times[..layout.active].iter_mut().for_each(|time| *time += 1);
+        times[..layout.active]
+            .iter_mut()
+            .for_each(|time| *time += 1);
         let corrections: Vec<Correction> = times[..layout.active]
             .iter()
             .map(|time| Correction {
@@ -380,7 +465,9 @@ impl NamedAdamW {
             let (value, (m, (v, ()))) = on_host(value, |value| {
                 on_host(m, |m| {
                     on_host(v, |v| {
-                        on_host(grad, |grad| Piece { value, m, v, grad }.update(layout, update, &corrections));
+                        on_host(grad, |grad| {
+                            Piece { value, m, v, grad }.update(layout, update, &corrections)
+                        });
                     })
                 })
             });
@@ -418,7 +505,14 @@ impl NamedAdamW {
         let mut state = BTreeMap::new();
         for (path, times) in times {
             let (m, v) = (read(&format!("m.{path}"))?, read(&format!("v.{path}"))?);
-            state.insert(path.clone(), Moments { m: tensor(m), v: tensor(v), times: times.clone() });
+            state.insert(
+                path.clone(),
+                Moments {
+                    m: tensor(m),
+                    v: tensor(v),
+                    times: times.clone(),
+                },
+            );
         }
         self.state = state;
         Ok(())
@@ -439,7 +533,9 @@ fn lies_on_host(_: &Device) -> bool {
 fn on_host<R>(tensor: Tensor<1>, f: impl FnOnce(&mut [f32]) -> R) -> (Tensor<1>, R) {
     let device = tensor.device();
     let mut data = tensor.into_data();
-    let result = f(data.as_mut_slice().expect("weights, gradients and moments are f32"));
+    let result = f(data
+        .as_mut_slice()
+        .expect("weights, gradients and moments are f32"));
     (Tensor::from_data(data, &device), result)
 }
 
@@ -447,9 +543,15 @@ fn sum_of_squares(values: &[f32]) -> f64 {
     const LANES: usize = 8;
     let mut sums = [0.0; LANES];
     let chunks = values.chunks_exact(LANES);
-    let rest: f64 = chunks.remainder().iter().map(|v| f64::from(*v).powi(2)).sum();
+    let rest: f64 = chunks
+        .remainder()
+        .iter()
+        .map(|v| f64::from(*v).powi(2))
+        .sum();
     for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, v)| *sum += f64::from(*v).powi(2));
+        sums.iter_mut()
+            .zip(chunk)
+            .for_each(|(sum, v)| *sum += f64::from(*v).powi(2));
     }
     sums.iter().sum::<f64>() + rest
 }
@@ -462,7 +564,12 @@ fn on_device(
     update: Update,
     corrections: &[Correction],
 ) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
-    let Layout { outer, n, inner, active } = layout;
+    let Layout {
+        outer,
+        n,
+        inner,
+        active,
+    } = layout;
     let whole = |tensor: Tensor<1>| -> Tensor<3> { tensor.reshape([outer, n, inner]) };
     let part = |tensor: &Tensor<3>| tensor.clone().narrow(1, 0, active);
     let device = grad.device();
@@ -477,13 +584,17 @@ fn on_device(
     let root = (next_v.clone() * factors(|c| c.second)).sqrt() + update.eps;
     let next = part(&value) * update.keep - next_m.clone() * factors(|c| c.first) / root;
     let put = |into: Tensor<3>, part: Tensor<3>| {
-        into.slice_assign([0..outer, 0..active, 0..inner], part).reshape([outer * n * inner])
+        into.slice_assign([0..outer, 0..active, 0..inner], part)
+            .reshape([outer * n * inner])
     };
     (put(value, next), put(m, next_m), put(v, next_v))
 }
 
 /// Replaces the values of trainable parameters by path.
-pub(crate) fn load_trainable<M: Module>(module: M, values: BTreeMap<String, Vec<f32>>) -> Result<M> {
+pub(crate) fn load_trainable<M: Module>(
+    module: M,
+    values: BTreeMap<String, Vec<f32>>,
+) -> Result<M> {
     struct Load {
         path: Vec<String>,
         values: BTreeMap<String, Vec<f32>>,
@@ -496,7 +607,10 @@ pub(crate) fn load_trainable<M: Module>(module: M, values: BTreeMap<String, Vec<
             }
             let path = self.path.join(".");
             let Some(values) = self.values.remove(&path) else {
-                self.error.get_or_insert(Error::UnknownLayer { context: "checkpoint".into(), layer: path });
+                self.error.get_or_insert(Error::UnknownLayer {
+                    context: "checkpoint".into(),
+                    layer: path,
+                });
                 return param;
             };
             let shape = param.base().dims();
@@ -509,7 +623,10 @@ pub(crate) fn load_trainable<M: Module>(module: M, values: BTreeMap<String, Vec<
                 return param;
             }
             param.map(|old| {
-                let value = Tensor::<D>::from_data(TensorData::new(values, shape), &old.device().without_autodiff());
+                let value = Tensor::<D>::from_data(
+                    TensorData::new(values, shape),
+                    &old.device().without_autodiff(),
+                );
                 Tensor::from_inner(value).require_grad()
             })
         }
@@ -520,11 +637,18 @@ pub(crate) fn load_trainable<M: Module>(module: M, values: BTreeMap<String, Vec<
             self.path.pop();
         }
     }
-    let mut load = Load { path: Vec::new(), values, error: None };
+    let mut load = Load {
+        path: Vec::new(),
+        values,
+        error: None,
+    };
     let module = module.map(&mut load);
     match (load.error, load.values.into_keys().next()) {
         (Some(error), _) => Err(error),
-        (None, Some(path)) => Err(Error::UnknownLayer { context: "checkpoint".into(), layer: path }),
+        (None, Some(path)) => Err(Error::UnknownLayer {
+            context: "checkpoint".into(),
+            layer: path,
+        }),
         (None, None) => Ok(module),
     }
 }
@@ -558,12 +682,19 @@ mod tests {
             Param::from_tensor(Tensor::<2>::from_data(data, &device))
         };
         let (a, b) = (matrix(SHAPE_A), matrix(SHAPE_B));
-        let bias = Param::from_tensor(Tensor::<1>::from_data(TensorData::new(random(3, rng), [3]), &device));
+        let bias = Param::from_tensor(Tensor::<1>::from_data(
+            TensorData::new(random(3, rng), [3]),
+            &device,
+        ));
         Factors { a, b, bias }
     }
 
     fn values(factors: &Factors) -> [Vec<f32>; 3] {
-        [host_values(factors.a.val()), host_values(factors.b.val()), host_values(factors.bias.val())]
+        [
+            host_values(factors.a.val()),
+            host_values(factors.b.val()),
+            host_values(factors.bias.val()),
+        ]
     }
 
     /// Gradients that are zero outside the active ranks, and what is active of each parameter.
@@ -571,15 +702,27 @@ mod tests {
         let tensor = |v: Vec<f32>| Tensor::<1>::from_data(v.as_slice(), &Device::flex());
         let mut a = random(35, rng);
         let mut b = random(55, rng);
-        a.iter_mut().enumerate().filter(|(i, _)| i % 5 >= rank).for_each(|(_, v)| *v = 0.0);
+        a.iter_mut()
+            .enumerate()
+            .filter(|(i, _)| i % 5 >= rank)
+            .for_each(|(_, v)| *v = 0.0);
         b[rank * 11..].fill(0.0);
         let grads = [("a", a), ("b", b), ("bias", random(3, rng))];
-        let prefixes = [("a", 1), ("b", 0)].map(|(path, axis)| (path.to_string(), Prefix { axis, active: rank }));
-        (grads.map(|(path, grad)| (path.to_string(), tensor(grad))).into(), prefixes.into())
+        let prefixes = [("a", 1), ("b", 0)]
+            .map(|(path, axis)| (path.to_string(), Prefix { axis, active: rank }));
+        (
+            grads
+                .map(|(path, grad)| (path.to_string(), tensor(grad)))
+                .into(),
+            prefixes.into(),
+        )
     }
 
     fn adamw(in_place: bool) -> NamedAdamW {
-        NamedAdamW { in_place, ..NamedAdamW::new((0.9, 0.98), 1e-6, 0.1, &Device::flex()) }
+        NamedAdamW {
+            in_place,
+            ..NamedAdamW::new((0.9, 0.98), 1e-6, 0.1, &Device::flex())
+        }
     }
 
     #[test]
@@ -589,8 +732,11 @@ mod tests {
             let mut module = factors(&mut rng);
             let mut optimizer = adamw(in_place);
             // Value, moments and count of every element.
-            let mut expected =
-                values(&module).map(|part| part.iter().map(|v| (*v as f64, 0.0, 0.0, 0)).collect::<Vec<_>>());
+            let mut expected = values(&module).map(|part| {
+                part.iter()
+                    .map(|v| (*v as f64, 0.0, 0.0, 0))
+                    .collect::<Vec<_>>()
+            });
             for (step, rank) in [5, 2, 3, 1, 4, 2, 5, 3].into_iter().enumerate() {
                 let (mut grads, prefixes) = gradients(rank, &mut rng);
                 let (clip, lr) = (0.5 + 0.05 * step as f64, 0.02 / (1 + step) as f64);
@@ -611,20 +757,37 @@ mod tests {
                         *w -= lr * (0.1 * *w + m / (v.sqrt() + 1e-6));
                     }
                 }
-                approx::assert_relative_eq!(optimizer.norm(&mut grads), square.sqrt(), max_relative = 1e-6);
+                approx::assert_relative_eq!(
+                    optimizer.norm(&mut grads),
+                    square.sqrt(),
+                    max_relative = 1e-6
+                );
                 let before = (values(&module), optimizer.moments().0);
                 module = optimizer.step(module, grads, &prefixes, clip, lr);
                 let after = values(&module);
                 for (part, path) in ["a", "b", "bias"].into_iter().enumerate() {
                     for (i, (w, ..)) in expected[part].iter().enumerate() {
                         approx::assert_abs_diff_eq!(f64::from(after[part][i]), *w, epsilon = 1e-6);
-                        assert!(used(part, i) || after[part][i].to_bits() == before.0[part][i].to_bits());
+                        assert!(
+                            used(part, i)
+                                || after[part][i].to_bits() == before.0[part][i].to_bits()
+                        );
                     }
                     for moment in ["m", "v"].map(|name| format!("{name}.{path}")) {
-                        let Some(before) = before.1.get(&moment) else { continue };
-                        let (before, after) = (host_values(before.clone()), optimizer.moments().0[&moment].clone());
-                        for (i, (before, after)) in before.into_iter().zip(host_values(after)).enumerate() {
-                            assert!(used(part, i) || before.to_bits() == after.to_bits(), "{moment}");
+                        let Some(before) = before.1.get(&moment) else {
+                            continue;
+                        };
+                        let (before, after) = (
+                            host_values(before.clone()),
+                            optimizer.moments().0[&moment].clone(),
+                        );
+                        for (i, (before, after)) in
+                            before.into_iter().zip(host_values(after)).enumerate()
+                        {
+                            assert!(
+                                used(part, i) || before.to_bits() == after.to_bits(),
+                                "{moment}"
+                            );
                         }
                     }
                 }
@@ -641,8 +804,12 @@ mod tests {
             let mut rng = ChaCha8Rng::seed_from_u64(4);
             let mut module = factors(&mut rng);
             let mut optimizer = adamw(in_place);
-            let burns =
-                AdamWConfig::new().with_beta_1(0.9).with_beta_2(0.98).with_epsilon(1e-6).with_weight_decay(0.1).build();
+            let burns = AdamWConfig::new()
+                .with_beta_1(0.9)
+                .with_beta_2(0.98)
+                .with_epsilon(1e-6)
+                .with_weight_decay(0.1)
+                .build();
             let mut state = None;
             let mut expected = module.b.val().inner();
             for _ in 0..9 {

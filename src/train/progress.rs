@@ -38,7 +38,11 @@ pub(crate) struct TrainBar {
 
 impl TrainBar {
     pub fn new(enabled: bool, label: &str, start: usize, steps: usize) -> Self {
-        let bar = if enabled { ProgressBar::new(steps as u64) } else { ProgressBar::hidden() };
+        let bar = if enabled {
+            ProgressBar::new(steps as u64)
+        } else {
+            ProgressBar::hidden()
+        };
         let template = "{prefix:>14} [{bar:28}] {pos}/{len}  {msg}  {eta} left";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
@@ -46,16 +50,23 @@ impl TrainBar {
         bar.set_prefix(label.to_string());
         bar.set_position(start as u64);
         bar.reset_eta();
-        Self { bar, loss: None, tokens: 0 }
+        Self {
+            bar,
+            loss: None,
+            tokens: 0,
+        }
     }
 
     pub fn step(&mut self, log: &StepLog, elapsed: Duration) {
         self.tokens += log.n_tokens;
         // Smoothed over about 20 steps: single batches jump.
-        let smooth = self.loss.map_or(log.loss, |before| before + (log.loss - before) / 20.0);
+        let smooth = self
+            .loss
+            .map_or(log.loss, |before| before + (log.loss - before) / 20.0);
         self.loss = Some(smooth);
         let rate = self.tokens as f64 / elapsed.as_secs_f64().max(1e-9);
-        self.bar.set_message(format!("loss {smooth:.4}  {rate:.0} tok/s"));
+        self.bar
+            .set_message(format!("loss {smooth:.4}  {rate:.0} tok/s"));
         self.bar.set_position(log.step as u64);
     }
 

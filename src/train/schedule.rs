@@ -44,7 +44,11 @@ impl FromStr for Schedule {
             "constant" => Ok(Self::Constant),
             "linear" => Ok(Self::Linear),
             "cosine" => Ok(Self::Cosine),
-            _ => Err(Error::argument("schedule", text, "constant, linear or cosine")),
+            _ => Err(Error::argument(
+                "schedule",
+                text,
+                "constant, linear or cosine",
+            )),
         }
     }
 }

@@ -38,9 +38,15 @@ pub(crate) fn gradients(
     let n_targets = targets.iter().map(Vec::len).sum();
     let lists = config.subnets(net.space(), step);
     let mut sum = StepGradients::default();
-    for (index, ((batch, positions), subnets)) in batches.iter().zip(&targets).zip(&lists).enumerate() {
+    for (index, ((batch, positions), subnets)) in
+        batches.iter().zip(&targets).zip(&lists).enumerate()
+    {
         // The same for all subnets: they differ in nothing but their shape.
-        seed_dropout(net.model_mut(), config.seed, (step * config.accumulation + index) as u64)?;
+        seed_dropout(
+            net.model_mut(),
+            config.seed,
+            (step * config.accumulation + index) as u64,
+        )?;
         let tokens = net.model().tokens(&batch.ids, batch.rows)?;
         if positions.is_empty() {
             continue;
@@ -51,11 +57,19 @@ pub(crate) fn gradients(
             if let Some(subnet) = subnets.get(which) {
                 net.activate(subnet)?;
             }
-            let share = Share { positions, n_targets, n_subnets, teacher: teacher.as_ref() };
+            let share = Share {
+                positions,
+                n_targets,
+                n_subnets,
+                teacher: teacher.as_ref(),
+            };
             let found = backward(net.model(), tokens.clone(), &share, config.checkpointing)?;
             if which == 0 {
                 sum.loss += found.loss;
-                teacher = config.distillation.map(|with| Teacher { hidden: found.hidden, mix: with.weight });
+                teacher = config.distillation.map(|with| Teacher {
+                    hidden: found.hidden,
+                    mix: with.weight,
+                });
             } else if which + 1 == n_subnets {
                 *sum.smallest_loss.get_or_insert(0.0) += found.loss;
             } else {

@@ -66,7 +66,10 @@ pub struct Stage {
 impl Stage {
     /// A stage of `steps` steps in which these kinds vary.
     pub fn new(steps: usize, kinds: impl Into<Vec<Elastic>>) -> Self {
-        Self { steps, kinds: kinds.into() }
+        Self {
+            steps,
+            kinds: kinds.into(),
+        }
     }
 }
 
@@ -96,14 +99,23 @@ impl TrainConfig {
     }
 
     /// The subnet with every group that does not vary at a step at its largest choice.
-    fn within_stage(&self, space: &SearchSpace, mut subnet: SubnetConfig, step: usize) -> SubnetConfig {
+    fn within_stage(
+        &self,
+        space: &SearchSpace,
+        mut subnet: SubnetConfig,
+        step: usize,
+    ) -> SubnetConfig {
         let mut end = 0;
         let stage = self.stages.iter().find(|stage| {
             end += stage.steps;
             step < end
         });
         if let Some(stage) = stage {
-            for group in space.groups().iter().filter(|group| !stage.kinds.contains(&group.kind())) {
+            for group in space
+                .groups()
+                .iter()
+                .filter(|group| !stage.kinds.contains(&group.kind()))
+            {
                 subnet.set(group.id(), group.choices()[0]);
             }
         }
@@ -117,12 +129,19 @@ mod tests {
     use crate::space::{Group, LayerShape};
 
     fn space() -> SearchSpace {
-        let layers: Vec<_> = (0..7).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
+        let layers: Vec<_> = (0..7)
+            .map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8))
+            .collect();
         SearchSpace::per_layer(&layers, &[5, 3, 2]).unwrap()
     }
 
     fn config(sampling: Sampling) -> TrainConfig {
-        TrainConfig { accumulation: 3, sampling, seed: 4, ..TrainConfig::new(10) }
+        TrainConfig {
+            accumulation: 3,
+            sampling,
+            seed: 4,
+            ..TrainConfig::new(10)
+        }
     }
 
     #[test]
@@ -130,10 +149,18 @@ mod tests {
         let space = space();
         for step in 0..10 {
             let lists = config(Sampling::PerStep).subnets(&space, step);
-            assert!(lists.len() == 3 && lists.iter().all(|list| list.len() == 1 && *list == lists[0]));
+            assert!(
+                lists.len() == 3
+                    && lists
+                        .iter()
+                        .all(|list| list.len() == 1 && *list == lists[0])
+            );
             let by_batch = config(Sampling::PerMicroBatch).subnets(&space, step);
             assert!(by_batch.len() == 3 && by_batch[0] == lists[0] && by_batch[1] != by_batch[0]);
-            assert_eq!(config(Sampling::Fixed).subnets(&space, step), vec![Vec::new(); 3]);
+            assert_eq!(
+                config(Sampling::Fixed).subnets(&space, step),
+                vec![Vec::new(); 3]
+            );
             for random in [0, 1, 4] {
                 let sandwich = config(Sampling::Sandwich { random }).subnets(&space, step);
                 assert!(sandwich.len() == 3 && sandwich.iter().all(|list| *list == sandwich[0]));
@@ -141,11 +168,18 @@ mod tests {
                 assert_eq!(sandwich[0][0], space.maximal());
                 assert_eq!(sandwich[0][random + 1], space.minimal());
                 assert!(random == 0 || sandwich[0][1] == lists[0][0]);
-                sandwich[0].iter().for_each(|subnet| space.validate(subnet).unwrap());
+                sandwich[0]
+                    .iter()
+                    .for_each(|subnet| space.validate(subnet).unwrap());
             }
         }
         let first = |seed: u64, step: usize| {
-            TrainConfig { seed, ..config(Sampling::Sandwich { random: 2 }) }.subnets(&space, step).remove(0)
+            TrainConfig {
+                seed,
+                ..config(Sampling::Sandwich { random: 2 })
+            }
+            .subnets(&space, step)
+            .remove(0)
         };
         assert_eq!(first(4, 2), first(4, 2));
         assert_ne!(first(4, 2), first(4, 3));
@@ -156,8 +190,15 @@ mod tests {
     fn what_does_not_vary_is_at_its_largest() {
         let space = space();
         let stages = vec![Stage::new(4, []), Stage::new(6, [Elastic::Rank])];
-        for sampling in [Sampling::PerStep, Sampling::PerMicroBatch, Sampling::Sandwich { random: 2 }] {
-            let staged = TrainConfig { stages: stages.clone(), ..config(sampling) };
+        for sampling in [
+            Sampling::PerStep,
+            Sampling::PerMicroBatch,
+            Sampling::Sandwich { random: 2 },
+        ] {
+            let staged = TrainConfig {
+                stages: stages.clone(),
+                ..config(sampling)
+            };
             staged.validate().unwrap();
             for step in 0..10 {
                 let lists = staged.subnets(&space, step);
@@ -172,7 +213,15 @@ mod tests {
         let group = |kind: Elastic, id: &str, choices: &[usize]| {
             let name = |i: usize| format!("model.layers.{i}.mlp.up_proj");
             let unit = |i: usize| format!("model.layers.{i}");
-            let layers = (0..3).map(|i| if kind == Elastic::Depth { unit(i) } else { name(i) }).collect();
+            let layers = (0..3)
+                .map(|i| {
+                    if kind == Elastic::Depth {
+                        unit(i)
+                    } else {
+                        name(i)
+                    }
+                })
+                .collect();
             Group::of_kind(kind, id, layers, choices.to_vec()).unwrap()
         };
         let kinds = [Elastic::Rank, Elastic::Width, Elastic::Depth];
@@ -182,20 +231,42 @@ mod tests {
             group(kinds[2], "depth", &[3, 1, 0]),
         ];
         let mixed = SearchSpace::new(groups.to_vec()).unwrap();
-        let stages = vec![Stage::new(3, &kinds[..1]), Stage::new(3, &kinds[..2]), Stage::new(4, kinds)];
-        let staged = TrainConfig { stages, ..config(Sampling::Sandwich { random: 6 }) };
+        let stages = vec![
+            Stage::new(3, &kinds[..1]),
+            Stage::new(3, &kinds[..2]),
+            Stage::new(4, kinds),
+        ];
+        let staged = TrainConfig {
+            stages,
+            ..config(Sampling::Sandwich { random: 6 })
+        };
         let whole = config(Sampling::Sandwich { random: 6 });
         for step in 0..10 {
             let vary = 1 + step / 3;
-            let (lists, free) = (staged.subnets(&mixed, step).remove(0), whole.subnets(&mixed, step).remove(0));
+            let (lists, free) = (
+                staged.subnets(&mixed, step).remove(0),
+                whole.subnets(&mixed, step).remove(0),
+            );
             for (subnet, free) in lists.iter().zip(&free) {
                 for (index, group) in groups.iter().enumerate() {
-                    let expected = if index < vary { free.get(group.id()) } else { Some(group.choices()[0]) };
-                    assert_eq!(subnet.get(group.id()), expected, "step {step}, {}", group.id());
+                    let expected = if index < vary {
+                        free.get(group.id())
+                    } else {
+                        Some(group.choices()[0])
+                    };
+                    assert_eq!(
+                        subnet.get(group.id()),
+                        expected,
+                        "step {step}, {}",
+                        group.id()
+                    );
                 }
             }
         }
         // One subnet is trained once.
-        assert_eq!(config(Sampling::Sandwich { random: 2 }).subnets(&SearchSpace::single(), 1)[0].len(), 1);
+        assert_eq!(
+            config(Sampling::Sandwich { random: 2 }).subnets(&SearchSpace::single(), 1)[0].len(),
+            1
+        );
     }
 }

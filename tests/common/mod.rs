@@ -18,8 +18,10 @@ use rand_chacha::ChaCha8Rng;
 
 /// A file or folder of other implementations' models, data and outputs, where that folder is there.
 pub fn shared(relative: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("ELASTIC_LORA_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")), PathBuf::from);
+    let root = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")),
+        PathBuf::from,
+    );
     let path = root.join(relative);
     if path.exists() {
         return Some(path);
@@ -48,7 +50,10 @@ pub fn load_i32(checkpoint: &Checkpoint, name: &str) -> Vec<u32> {
 /// The largest absolute difference.
 pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
 }
 
 /// Gives every weight a size that matters: matrices are widened, norms get gains that differ.
@@ -92,7 +97,9 @@ pub fn tiny_dims(tied: bool) -> LlamaDims {
 /// A random model of these sizes on a device; its weights are large enough for attention to pick.
 pub fn tiny_on(dims: &LlamaDims, seed: u64, device: &Device) -> Decoder {
     let config = HfConfig::new_llama(dims).unwrap();
-    Decoder::init(&config, seed, device).unwrap().map(&mut Widen(12.0))
+    Decoder::init(&config, seed, device)
+        .unwrap()
+        .map(&mut Widen(12.0))
 }
 
 /// A random tiny Llama on the Flex device.
@@ -109,7 +116,9 @@ pub fn tiny_mistral(window: Option<usize>, seed: u64) -> Decoder {
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "sliding_window": window,
     });
     let config = HfConfig::from_json(value.as_object().unwrap().clone()).unwrap();
-    Decoder::init(&config, seed, &Device::flex()).unwrap().map(&mut Widen(12.0))
+    Decoder::init(&config, seed, &Device::flex())
+        .unwrap()
+        .map(&mut Widen(12.0))
 }
 
 /// Reproducible numbers in -1..1.
@@ -143,7 +152,10 @@ pub fn weight_bits<M: Module>(module: &M) -> BTreeMap<String, Vec<u32>> {
     }
     impl ModuleVisitor for Collect {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let bits = host_values(param.base()).into_iter().map(f32::to_bits).collect();
+            let bits = host_values(param.base())
+                .into_iter()
+                .map(f32::to_bits)
+                .collect();
             assert!(self.out.insert(self.path.join("."), bits).is_none());
         }
         fn enter_module(&mut self, name: &str, _: &str) {
@@ -153,7 +165,10 @@ pub fn weight_bits<M: Module>(module: &M) -> BTreeMap<String, Vec<u32>> {
             self.path.pop();
         }
     }
-    let mut collect = Collect { path: Vec::new(), out: BTreeMap::new() };
+    let mut collect = Collect {
+        path: Vec::new(),
+        out: BTreeMap::new(),
+    };
     module.visit(&mut collect);
     collect.out
 }

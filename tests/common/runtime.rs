@@ -2,12 +2,12 @@
 
 use burn::tensor::Device;
 use elastic_lora::format::WeightFormat;
-use elastic_lora::runtime::{Model, Session, SessionConfig};
 use elastic_lora::io::HfConfig;
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::runtime::{Model, Session, SessionConfig};
 
 use super::{max_diff, random_values};
 
@@ -33,7 +33,9 @@ pub fn in_pieces(session: &mut Session, ids: &[u32], pieces: &[usize]) -> Vec<f3
             break;
         }
         let mut logits = vec![f32::NAN; n * vocab];
-        session.decode_all(&ids[start..start + n], &mut logits).unwrap();
+        session
+            .decode_all(&ids[start..start + n], &mut logits)
+            .unwrap();
         out.extend(logits);
         start += n;
     }
@@ -52,7 +54,10 @@ pub fn agrees(decoder: &Decoder, session: &mut Session, ids: &[u32], tolerance: 
         session.reset();
         let got = in_pieces(session, ids, &pieces);
         let off = max_diff(&got, &want) / largest(&want);
-        assert!(off < tolerance, "{what}, {pieces:?}: off by {off} of the largest logit");
+        assert!(
+            off < tolerance,
+            "{what}, {pieces:?}: off by {off} of the largest logit"
+        );
     }
     // The last alone is the last of all; the window that a prompt is cut into does not matter.
     session.reset();
@@ -75,9 +80,20 @@ pub fn llama(dims: &LlamaDims, fields: serde_json::Value, seed: u64) -> Decoder 
         .try_for_each_linear(|_, layer| {
             salt += 1;
             let [d_input, d_output] = layer.base.dims();
-            let values = random_values(d_input * d_output, salt).iter().map(|v| 0.4 * v).collect();
-            let bias = layer.base.bias.is_some().then(|| random_values(d_output, salt + 50));
-            layer.base = BaseLinear::from_matrix(&Matrix::new(d_output, d_input, values)?, bias.as_deref(), &device)?;
+            let values = random_values(d_input * d_output, salt)
+                .iter()
+                .map(|v| 0.4 * v)
+                .collect();
+            let bias = layer
+                .base
+                .bias
+                .is_some()
+                .then(|| random_values(d_output, salt + 50));
+            layer.base = BaseLinear::from_matrix(
+                &Matrix::new(d_output, d_input, values)?,
+                bias.as_deref(),
+                &device,
+            )?;
             Ok(())
         })
         .unwrap();

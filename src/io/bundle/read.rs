@@ -31,15 +31,21 @@ impl Bundle {
         let bad = |reason: String| Error::invalid_file(path, reason);
         let field = |name: &str| checkpoint.metadata().get(name).map(String::as_str);
         if field("format") != Some(FORMAT) {
-            return Err(bad(format!("no bundle: its metadata does not say `format` = `{FORMAT}`")));
+            return Err(bad(format!(
+                "no bundle: its metadata does not say `format` = `{FORMAT}`"
+            )));
         }
         let version = field("version").unwrap_or("none");
         if version != VERSION.to_string() {
-            return Err(bad(format!("a bundle of version {version}; {VERSION} is read")));
+            return Err(bad(format!(
+                "a bundle of version {version}; {VERSION} is read"
+            )));
         }
         let text = field("index").ok_or_else(|| bad("a bundle without an index".into()))?;
         if field("checksum") != Some(crc32fast::hash(text.as_bytes()).to_string().as_str()) {
-            return Err(bad("the index is not the one that was written: its checksum differs".into()));
+            return Err(bad(
+                "the index is not the one that was written: its checksum differs".into(),
+            ));
         }
         let index: Index = serde_json::from_str(text).map_err(|e| bad(format!("index: {e}")))?;
         let bundle = Self { checkpoint, index };
@@ -48,27 +54,45 @@ impl Bundle {
     }
 
     fn check(&self, path: &Path) -> Result<()> {
-        let bad = |tensor: &str, reason: String| Error::invalid_file(path, format!("tensor `{tensor}`: {reason}"));
+        let bad = |tensor: &str, reason: String| {
+            Error::invalid_file(path, format!("tensor `{tensor}`: {reason}"))
+        };
         for name in self.checkpoint.names() {
             if !self.index.checksums.contains_key(name) {
                 return Err(bad(name, "the index does not know it".into()));
             }
             let offset = self.checkpoint.offset(name)?;
             if !offset.is_multiple_of(ALIGN) && !name.starts_with(GAP) {
-                return Err(bad(name, format!("begins at byte {offset}, which is no multiple of {ALIGN}")));
+                return Err(bad(
+                    name,
+                    format!("begins at byte {offset}, which is no multiple of {ALIGN}"),
+                ));
             }
         }
-        if let Some(name) = self.index.checksums.keys().find(|name| !self.checkpoint.contains(name)) {
-            return Err(Error::MissingTensor { path: path.into(), tensor: name.clone() });
+        if let Some(name) = self
+            .index
+            .checksums
+            .keys()
+            .find(|name| !self.checkpoint.contains(name))
+        {
+            return Err(Error::MissingTensor {
+                path: path.into(),
+                tensor: name.clone(),
+            });
         }
         for name in self.index.matrices.keys() {
             let matrix = self.matrix(name)?;
             for part in matrix.parts() {
                 let tensor = format!("{name}.{}", part.name);
                 let info = self.checkpoint.info(&tensor)?;
-                if (info.dtype, info.shape.as_slice()) != (dtype(part.element), part.shape.as_slice()) {
+                if (info.dtype, info.shape.as_slice())
+                    != (dtype(part.element), part.shape.as_slice())
+                {
                     let expected = format!("{} {:?}", dtype(part.element), part.shape);
-                    return Err(bad(&tensor, format!("{} {:?}, expected {expected}", info.dtype, info.shape)));
+                    return Err(bad(
+                        &tensor,
+                        format!("{} {:?}, expected {expected}", info.dtype, info.shape),
+                    ));
                 }
             }
         }
@@ -101,7 +125,10 @@ impl Bundle {
     /// # Errors
     /// [`Error::MissingTensor`] where there is none of this name; [`Error::InvalidFile`].
     pub fn matrix(&self, name: &str) -> Result<StoredMatrix> {
-        let missing = || Error::MissingTensor { path: self.path().into(), tensor: name.into() };
+        let missing = || Error::MissingTensor {
+            path: self.path().into(),
+            tensor: name.into(),
+        };
         let header = self.index.matrices.get(name).ok_or_else(missing)?;
         let part = |part: &str| self.checkpoint.buffer(&format!("{name}.{part}")).ok();
         StoredMatrix::from_parts(header, part)
@@ -124,7 +151,8 @@ impl Bundle {
     /// [`Error::MissingTensor`]; [`Error::InvalidFile`] where its bytes are no text, or not those that were written.
     pub fn text(&self, name: &str) -> Result<String> {
         self.verify_tensor(name)?;
-        let bad = |reason: &str| Error::invalid_file(self.path(), format!("tensor `{name}`: {reason}"));
+        let bad =
+            |reason: &str| Error::invalid_file(self.path(), format!("tensor `{name}`: {reason}"));
         if self.checkpoint.info(name)?.dtype != DType::U8 {
             return Err(bad("no text"));
         }
@@ -147,7 +175,9 @@ impl Bundle {
     /// # Errors
     /// [`Error::InvalidFile`] that names the tensor.
     pub fn verify(&self) -> Result<()> {
-        self.checkpoint.names().try_for_each(|name| self.verify_tensor(name))
+        self.checkpoint
+            .names()
+            .try_for_each(|name| self.verify_tensor(name))
     }
 
     /// [`verify`](Self::verify) on several threads.
@@ -165,7 +195,10 @@ impl Bundle {
                 }
             }
         });
-        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), |(_, error)| Err(error))
+        failed
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .map_or(Ok(()), |(_, error)| Err(error))
     }
 
     fn verify_tensor(&self, name: &str) -> Result<()> {
@@ -173,8 +206,9 @@ impl Bundle {
         match self.index.checksums.get(name) {
             Some(expected) if *expected == found => Ok(()),
             _ => {
-                let reason =
-                    format!("tensor `{name}`: its contents are not those that were written (checksum {found:08x})");
+                let reason = format!(
+                    "tensor `{name}`: its contents are not those that were written (checksum {found:08x})"
+                );
                 Err(Error::invalid_file(self.path(), reason))
             }
         }

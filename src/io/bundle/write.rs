@@ -21,13 +21,23 @@ pub struct BundleWriter<'a> {
 impl<'a> BundleWriter<'a> {
     /// A bundle with nothing but the model's own description.
     pub fn new(document: Value) -> Self {
-        let index = Index { matrices: BTreeMap::new(), checksums: BTreeMap::new(), document };
-        Self { index, tensors: Vec::new(), at: 0 }
+        let index = Index {
+            matrices: BTreeMap::new(),
+            checksums: BTreeMap::new(),
+            document,
+        };
+        Self {
+            index,
+            tensors: Vec::new(),
+            at: 0,
+        }
     }
 
     /// Adds a weight. What is used one after the other is best added in that order.
     pub fn matrix(&mut self, name: &str, matrix: &'a StoredMatrix) {
-        self.index.matrices.insert(name.to_string(), matrix.header());
+        self.index
+            .matrices
+            .insert(name.to_string(), matrix.header());
         for part in matrix.parts() {
             let tensor = format!("{name}.{}", part.name);
             self.push(tensor, dtype(part.element), part.shape, part.bytes);
@@ -37,27 +47,55 @@ impl<'a> BundleWriter<'a> {
     /// Adds a vector.
     pub fn vector(&mut self, name: &str, values: &'a [f32]) {
         if cfg!(target_endian = "little") {
-            self.push(name.to_string(), DType::F32, vec![values.len()], bytemuck::cast_slice(values));
+            self.push(
+                name.to_string(),
+                DType::F32,
+                vec![values.len()],
+                bytemuck::cast_slice(values),
+            );
         } else {
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let bytes: Vec<u8> = values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect();
             self.push(name.to_string(), DType::F32, vec![values.len()], bytes);
         }
     }
 
     /// Adds a text.
     pub fn text(&mut self, name: &str, text: &'a str) {
-        self.push(name.to_string(), DType::U8, vec![text.len()], text.as_bytes());
+        self.push(
+            name.to_string(),
+            DType::U8,
+            vec![text.len()],
+            text.as_bytes(),
+        );
     }
 
-    fn push(&mut self, name: String, dtype: DType, shape: Vec<usize>, bytes: impl Into<std::borrow::Cow<'a, [u8]>>) {
+    fn push(
+        &mut self,
+        name: String,
+        dtype: DType,
+        shape: Vec<usize>,
+        bytes: impl Into<std::borrow::Cow<'a, [u8]>>,
+    ) {
         self.gap(self.at.next_multiple_of(ALIGN) - self.at);
         self.put(name, dtype, shape, bytes.into());
     }
 
-    fn put(&mut self, name: String, dtype: DType, shape: Vec<usize>, bytes: std::borrow::Cow<'a, [u8]>) {
+    fn put(
+        &mut self,
+        name: String,
+        dtype: DType,
+        shape: Vec<usize>,
+        bytes: std::borrow::Cow<'a, [u8]>,
+    ) {
         self.at += bytes.len();
-        self.index.checksums.insert(name.clone(), crc32fast::hash(&bytes));
-        self.tensors.push(HostTensor::from_bytes(name, dtype, shape, bytes));
+        self.index
+            .checksums
+            .insert(name.clone(), crc32fast::hash(&bytes));
+        self.tensors
+            .push(HostTensor::from_bytes(name, dtype, shape, bytes));
     }
 
     fn gap(&mut self, len: usize) {
@@ -74,13 +112,19 @@ impl<'a> BundleWriter<'a> {
     pub fn write(mut self, path: impl AsRef<Path>, overwrite: bool) -> Result<()> {
         let path = path.as_ref();
         if !overwrite && path.exists() {
-            return Err(Error::invalid_file(path, "there is a file of that name already"));
+            return Err(Error::invalid_file(
+                path,
+                "there is a file of that name already",
+            ));
         }
         // A kernel may read a line further than a weight's end.
         self.gap(self.at.next_multiple_of(ALIGN) - self.at + ALIGN);
         let index = serde_json::to_string(&self.index).map_err(|e| Error::json(path, e))?;
         let metadata = BTreeMap::from([
-            ("checksum".to_string(), crc32fast::hash(index.as_bytes()).to_string()),
+            (
+                "checksum".to_string(),
+                crc32fast::hash(index.as_bytes()).to_string(),
+            ),
             ("format".to_string(), FORMAT.to_string()),
             ("index".to_string(), index),
             ("version".to_string(), VERSION.to_string()),

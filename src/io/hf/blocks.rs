@@ -21,8 +21,14 @@ const FIELD: &str = "block_configs";
 /// DeciLM's widths are multiples of this.
 const MULTIPLE: usize = 256;
 /// What blocks may have beyond this crate's model, where it is neither null nor false.
-const ATTENTION_OPTIONS: [&str; 6] =
-    ["window_length", "num_sink_tokens", "use_prefill_window_in_sink_attention", "unshifted_sink", "mamba", "llama4"];
+const ATTENTION_OPTIONS: [&str; 6] = [
+    "window_length",
+    "num_sink_tokens",
+    "use_prefill_window_in_sink_attention",
+    "unshifted_sink",
+    "mamba",
+    "llama4",
+];
 const MLP_OPTIONS: [&str; 1] = ["moe"];
 
 /// The sizes of one block: an attention without heads or an MLP without width is not there.
@@ -72,39 +78,74 @@ pub(super) fn parse(
         return Err(bad_field(FIELD, "expected a list of objects"));
     };
     if items.len() != n_blocks {
-        return Err(bad_field(FIELD, format!("{} blocks, but num_hidden_layers = {n_blocks}", items.len())));
+        return Err(bad_field(
+            FIELD,
+            format!("{} blocks, but num_hidden_layers = {n_blocks}", items.len()),
+        ));
     }
     let mut blocks = Vec::with_capacity(n_blocks);
     for (index, item) in items.iter().enumerate() {
         let part = |name: &str| match item.get(name) {
             Some(Value::Object(map)) => Ok(map),
-            _ => Err(bad_field(format!("{FIELD}[{index}].{name}"), "expected an object")),
+            _ => Err(bad_field(
+                format!("{FIELD}[{index}].{name}"),
+                "expected an object",
+            )),
         };
         let (attention, mlp) = (part("attention")?, part("ffn")?);
-        let (at_attention, at_mlp) = (format!("{FIELD}[{index}].attention."), format!("{FIELD}[{index}].ffn."));
-        let (attention, mlp) = (Fields { map: attention, prefix: &at_attention }, Fields { map: mlp, prefix: &at_mlp });
-        let options = [(&attention, &at_attention, &ATTENTION_OPTIONS[..]), (&mlp, &at_mlp, &MLP_OPTIONS[..])];
+        let (at_attention, at_mlp) = (
+            format!("{FIELD}[{index}].attention."),
+            format!("{FIELD}[{index}].ffn."),
+        );
+        let (attention, mlp) = (
+            Fields {
+                map: attention,
+                prefix: &at_attention,
+            },
+            Fields {
+                map: mlp,
+                prefix: &at_mlp,
+            },
+        );
+        let options = [
+            (&attention, &at_attention, &ATTENTION_OPTIONS[..]),
+            (&mlp, &at_mlp, &MLP_OPTIONS[..]),
+        ];
         for (fields, at, options) in options {
             if fields.bool("replace_with_linear")?.unwrap_or(false) {
-                return Err(bad_field(format!("{at}replace_with_linear"), "a linear layer in the place of a block"));
+                return Err(bad_field(
+                    format!("{at}replace_with_linear"),
+                    "a linear layer in the place of a block",
+                ));
             }
             if fields.bool("no_op")?.unwrap_or(false) {
                 continue;
             }
             let on = |value: &Value| !matches!(value, Value::Null | Value::Bool(false));
-            if let Some(option) = options.iter().find(|option| fields.map.get(**option).is_some_and(on)) {
+            if let Some(option) = options
+                .iter()
+                .find(|option| fields.map.get(**option).is_some_and(on))
+            {
                 return Err(bad_field(format!("{at}{option}"), "not supported"));
             }
         }
-        let act = mlp.map.get("hidden_act").filter(|act| !act.is_null() && *act != "silu");
+        let act = mlp
+            .map
+            .get("hidden_act")
+            .filter(|act| !act.is_null() && *act != "silu");
         let other = act.is_some() || mlp.bool("gated")? == Some(false);
         if other && !mlp.bool("no_op")?.unwrap_or(false) {
-            return Err(bad_field(format!("{at_mlp}hidden_act"), "an MLP that is not gated by silu"));
+            return Err(bad_field(
+                format!("{at_mlp}hidden_act"),
+                "an MLP that is not gated by silu",
+            ));
         }
         let (n_heads, n_kv_heads) = if attention.bool("no_op")?.unwrap_or(false) {
             (0, 0)
         } else {
-            let n_heads = attention.size("num_attention_heads", MAX_HEADS)?.unwrap_or(all.n_heads);
+            let n_heads = attention
+                .size("num_attention_heads", MAX_HEADS)?
+                .unwrap_or(all.n_heads);
             let group = attention.required_size("n_heads_in_group", MAX_HEADS)?;
             if n_heads % group != 0 {
                 let reason = format!("{group} does not divide {n_heads} heads");
@@ -114,24 +155,45 @@ pub(super) fn parse(
         };
         if n_heads * head_dim > MAX_WIDTH {
             let reason = format!("{n_heads} heads of {head_dim} exceed a width of {MAX_WIDTH}");
-            return Err(bad_field(format!("{at_attention}num_attention_heads"), reason));
+            return Err(bad_field(
+                format!("{at_attention}num_attention_heads"),
+                reason,
+            ));
         }
         let d_mlp = if mlp.bool("no_op")?.unwrap_or(false) {
             0
         } else {
-            match (mlp.size("intermediate_size", MAX_WIDTH)?, mlp.f64("ffn_mult")?) {
+            match (
+                mlp.size("intermediate_size", MAX_WIDTH)?,
+                mlp.f64("ffn_mult")?,
+            ) {
                 (Some(width), _) => width,
                 (None, Some(factor)) => {
                     let width = deci_width(hidden_size, factor);
-                    width.ok_or_else(|| bad_field(format!("{at_mlp}ffn_mult"), format!("{factor} gives no width")))?
+                    width.ok_or_else(|| {
+                        bad_field(
+                            format!("{at_mlp}ffn_mult"),
+                            format!("{factor} gives no width"),
+                        )
+                    })?
                 }
                 (None, None) => return Err(bad_field(format!("{at_mlp}ffn_mult"), "missing")),
             }
         };
-        blocks.push(BlockDims { n_heads, n_kv_heads, d_mlp });
+        blocks.push(BlockDims {
+            n_heads,
+            n_kv_heads,
+            d_mlp,
+        });
     }
-    if let Some(index) = blocks.iter().position(|block| !block.has_attention() && !block.has_mlp()) {
-        return Err(bad_field(format!("{FIELD}[{index}]"), "neither attention nor MLP: leave the block out"));
+    if let Some(index) = blocks
+        .iter()
+        .position(|block| !block.has_attention() && !block.has_mlp())
+    {
+        return Err(bad_field(
+            format!("{FIELD}[{index}]"),
+            "neither attention nor MLP: leave the block out",
+        ));
     }
     Ok(blocks)
 }
@@ -156,7 +218,14 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         raw.insert("num_key_value_heads".into(), first.n_kv_heads.into());
         raw.insert("intermediate_size".into(), first.d_mlp.into());
         if matches!(config.family(), Family::Deci | Family::ElasticLlama) {
-            family(&mut raw, if config.sliding_window().is_some() { Family::Mistral } else { Family::Llama });
+            family(
+                &mut raw,
+                if config.sliding_window().is_some() {
+                    Family::Mistral
+                } else {
+                    Family::Llama
+                },
+            );
         }
         // transformers refuses a Llama whose heads do not divide its width, whatever `head_dim` says. Without biases a Mistral that
         // sees all positions is the same model, and there it does not.
@@ -174,12 +243,25 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         && heads * config.head_dim() == config.hidden_size()
         && positions_as_deci(config.rope_scaling())
         && blocks.iter().all(|block| {
-            let width = deci_width(config.hidden_size(), factor(config.hidden_size(), block.d_mlp));
+            let width = deci_width(
+                config.hidden_size(),
+                factor(config.hidden_size(), block.d_mlp),
+            );
             [0, heads].contains(&block.n_heads) && width == Some(block.d_mlp)
         });
-    family(&mut raw, if deci { Family::Deci } else { Family::ElasticLlama });
+    family(
+        &mut raw,
+        if deci {
+            Family::Deci
+        } else {
+            Family::ElasticLlama
+        },
+    );
     // Of a model without any attention, the number of heads says nothing; the field must be there all the same.
-    raw.insert("num_attention_heads".into(), heads.max(config.num_attention_heads().min(1)).into());
+    raw.insert(
+        "num_attention_heads".into(),
+        heads.max(config.num_attention_heads().min(1)).into(),
+    );
     if deci {
         raw.insert("num_key_value_heads".into(), Value::Null);
         raw.insert("intermediate_size".into(), Value::Null);
@@ -187,18 +269,38 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         raw.insert("rope_theta".into(), config.rope_theta().into());
         raw.insert("rope_scaling".into(), rope::value(config.rope_scaling()));
     } else {
-        raw.insert("num_key_value_heads".into(), most(|block| block.n_kv_heads).max(1).into());
+        raw.insert(
+            "num_key_value_heads".into(),
+            most(|block| block.n_kv_heads).max(1).into(),
+        );
         raw.insert("intermediate_size".into(), widest.max(1).into());
     }
     let item = |block: &BlockDims| {
         let no_attention = !block.has_attention();
-        let group = if no_attention { Value::Null } else { (block.n_heads / block.n_kv_heads.max(1)).into() };
-        let factor = if block.has_mlp() { factor(config.hidden_size(), block.d_mlp).into() } else { Value::Null };
+        let group = if no_attention {
+            Value::Null
+        } else {
+            (block.n_heads / block.n_kv_heads.max(1)).into()
+        };
+        let factor = if block.has_mlp() {
+            factor(config.hidden_size(), block.d_mlp).into()
+        } else {
+            Value::Null
+        };
         let mut attention = json!({ "n_heads_in_group": group, "no_op": no_attention, "replace_with_linear": false });
-        let mut mlp = json!({ "ffn_mult": factor, "no_op": !block.has_mlp(), "replace_with_linear": false });
+        let mut mlp =
+            json!({ "ffn_mult": factor, "no_op": !block.has_mlp(), "replace_with_linear": false });
         if !deci {
-            attention["num_attention_heads"] = if no_attention { Value::Null } else { block.n_heads.into() };
-            mlp["intermediate_size"] = if block.has_mlp() { block.d_mlp.into() } else { Value::Null };
+            attention["num_attention_heads"] = if no_attention {
+                Value::Null
+            } else {
+                block.n_heads.into()
+            };
+            mlp["intermediate_size"] = if block.has_mlp() {
+                block.d_mlp.into()
+            } else {
+                Value::Null
+            };
         }
         json!({ "attention": attention, "ffn": mlp })
     };
@@ -211,7 +313,10 @@ fn positions_as_deci(scaling: RopeScaling) -> bool {
     match scaling {
         RopeScaling::Default => true,
         RopeScaling::Linear { .. } => false,
-        RopeScaling::Llama3 { original_max_position_embeddings, .. } => original_max_position_embeddings == 8192,
+        RopeScaling::Llama3 {
+            original_max_position_embeddings,
+            ..
+        } => original_max_position_embeddings == 8192,
     }
 }
 

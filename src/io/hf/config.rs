@@ -208,7 +208,12 @@ impl HfConfig {
         if generation.exists() {
             let generation = read_json_object(&generation)?;
             let prefix = "generation_config.";
-            for id in (Fields { map: &generation, prefix }).token_ids("eos_token_id")? {
+            for id in (Fields {
+                map: &generation,
+                prefix,
+            })
+            .token_ids("eos_token_id")?
+            {
                 if !config.eos_token_ids.contains(&id) {
                     config.eos_token_ids.push(id);
                 }
@@ -223,7 +228,10 @@ impl HfConfig {
     /// [`Error::UnsupportedArchitecture`]; [`Error::Unsupported`] for a feature such as another activation or another kind
     /// of rotary embedding; [`Error::InvalidConfig`] for a field that is missing, of another type, or makes no model.
     pub fn from_json(raw: Map<String, Value>) -> Result<Self> {
-        let fields = Fields { map: &raw, prefix: "" };
+        let fields = Fields {
+            map: &raw,
+            prefix: "",
+        };
         let traits = find_family(&fields)?;
         refuse_unsupported(&fields)?;
 
@@ -236,7 +244,10 @@ impl HfConfig {
         };
         let num_hidden_layers = fields.required_size("num_hidden_layers", MAX_LAYERS)?;
         let num_attention_heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
-        let num_key_value_heads = match (fields.size("num_key_value_heads", MAX_HEADS)?, traits.key_value_heads) {
+        let num_key_value_heads = match (
+            fields.size("num_key_value_heads", MAX_HEADS)?,
+            traits.key_value_heads,
+        ) {
             (Some(n), _) => n,
             (None, Some(default)) if !raw.contains_key("num_key_value_heads") => default,
             (None, _) => num_attention_heads,
@@ -244,7 +255,9 @@ impl HfConfig {
         if num_attention_heads % num_key_value_heads != 0 {
             return Err(bad_field(
                 "num_key_value_heads",
-                format!("{num_key_value_heads} does not divide num_attention_heads = {num_attention_heads}"),
+                format!(
+                    "{num_key_value_heads} does not divide num_attention_heads = {num_attention_heads}"
+                ),
             ));
         }
         let head_dim = match fields.size("head_dim", MAX_HEAD_DIM)? {
@@ -260,7 +273,10 @@ impl HfConfig {
             }
         };
         if head_dim % 2 != 0 {
-            return Err(bad_field("head_dim", format!("{head_dim} is odd; the rotary embedding turns pairs")));
+            return Err(bad_field(
+                "head_dim",
+                format!("{head_dim} is odd; the rotary embedding turns pairs"),
+            ));
         }
         if head_dim > MAX_HEAD_DIM || num_attention_heads * head_dim > MAX_WIDTH {
             return Err(bad_field(
@@ -268,16 +284,32 @@ impl HfConfig {
                 format!("{num_attention_heads} heads of {head_dim} exceed a width of {MAX_WIDTH}"),
             ));
         }
-        let all = BlockDims { n_heads: num_attention_heads, n_kv_heads: num_key_value_heads, d_mlp: intermediate_size };
-        let blocks = blocks::parse(&raw, per_block, num_hidden_layers, hidden_size, head_dim, all)?;
-        let intermediate_size = intermediate_size.max(blocks.iter().map(|block| block.d_mlp).max().unwrap_or(0));
+        let all = BlockDims {
+            n_heads: num_attention_heads,
+            n_kv_heads: num_key_value_heads,
+            d_mlp: intermediate_size,
+        };
+        let blocks = blocks::parse(
+            &raw,
+            per_block,
+            num_hidden_layers,
+            hidden_size,
+            head_dim,
+            all,
+        )?;
+        let intermediate_size =
+            intermediate_size.max(blocks.iter().map(|block| block.d_mlp).max().unwrap_or(0));
         let vocab_size = fields.required_size("vocab_size", MAX_VOCABULARY)?;
-        let max_position_embeddings =
-            fields.size("max_position_embeddings", MAX_POSITIONS)?.unwrap_or(traits.max_positions);
+        let max_position_embeddings = fields
+            .size("max_position_embeddings", MAX_POSITIONS)?
+            .unwrap_or(traits.max_positions);
         let rms_norm_eps = fields.f64("rms_norm_eps")?.unwrap_or(1e-6);
         // f32 arithmetic sees a smaller one as zero, and a norm of zeros would then be NaN.
         if !(rms_norm_eps >= f64::from(f32::MIN_POSITIVE) && rms_norm_eps < 1.0) {
-            return Err(bad_field("rms_norm_eps", format!("{rms_norm_eps}, expected a small positive number")));
+            return Err(bad_field(
+                "rms_norm_eps",
+                format!("{rms_norm_eps}, expected a small positive number"),
+            ));
         }
         let (rope_theta, rope_scaling) = rope::parse(&raw)?;
         let sliding_window = match traits.sliding_window {
@@ -286,8 +318,11 @@ impl HfConfig {
             Some(_) => fields.size("sliding_window", MAX_POSITIONS)?,
         };
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
-        let (attention_bias, mlp_bias) =
-            if traits.biases { (flag("attention_bias")?, flag("mlp_bias")?) } else { (false, false) };
+        let (attention_bias, mlp_bias) = if traits.biases {
+            (flag("attention_bias")?, flag("mlp_bias")?)
+        } else {
+            (false, false)
+        };
         let tie_word_embeddings = flag("tie_word_embeddings")?;
         let one = |name: &str| Ok::<_, Error>(fields.token_ids(name)?.first().copied());
         let (bos_token_id, pad_token_id) = (one("bos_token_id")?, one("pad_token_id")?);
@@ -362,8 +397,15 @@ impl HfConfig {
     pub fn to_json_with(&self, dtype: DType, tie_word_embeddings: bool) -> Value {
         let mut raw = self.raw.clone();
         let name = Value::from(dtype.torch_name());
-        let spellings: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|k| raw.contains_key(*k)).collect();
-        for key in if spellings.is_empty() { vec!["torch_dtype"] } else { spellings } {
+        let spellings: Vec<&str> = ["dtype", "torch_dtype"]
+            .into_iter()
+            .filter(|k| raw.contains_key(*k))
+            .collect();
+        for key in if spellings.is_empty() {
+            vec!["torch_dtype"]
+        } else {
+            spellings
+        } {
             raw.insert(key.into(), name.clone());
         }
         raw.insert("tie_word_embeddings".into(), tie_word_embeddings.into());
@@ -374,8 +416,16 @@ impl HfConfig {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn write(&self, folder: impl AsRef<Path>, dtype: DType, tie_word_embeddings: bool) -> Result<()> {
-        atomic::write_json(folder.as_ref().join("config.json"), &self.to_json_with(dtype, tie_word_embeddings))
+    pub fn write(
+        &self,
+        folder: impl AsRef<Path>,
+        dtype: DType,
+        tie_word_embeddings: bool,
+    ) -> Result<()> {
+        atomic::write_json(
+            folder.as_ref().join("config.json"),
+            &self.to_json_with(dtype, tie_word_embeddings),
+        )
     }
 
     /// The linear layers of all blocks in model order: q, k, v, o, gate, up, down of block 0, then of block 1, and so on; those
@@ -383,7 +433,10 @@ impl HfConfig {
     pub fn linear_layers(&self) -> Vec<LinearLayer> {
         let hidden = self.hidden_size;
         let of_block = |(block, dims): (usize, &BlockDims)| {
-            let (attention, key_value) = (dims.n_heads * self.head_dim, dims.n_kv_heads * self.head_dim);
+            let (attention, key_value) = (
+                dims.n_heads * self.head_dim,
+                dims.n_kv_heads * self.head_dim,
+            );
             let shapes = [
                 ("self_attn.q_proj", attention, hidden, self.attention_bias),
                 ("self_attn.k_proj", key_value, hidden, self.attention_bias),
@@ -393,9 +446,16 @@ impl HfConfig {
                 ("mlp.up_proj", dims.d_mlp, hidden, self.mlp_bias),
                 ("mlp.down_proj", hidden, dims.d_mlp, self.mlp_bias),
             ];
-            shapes.into_iter().filter(|shape| shape.1 > 0 && shape.2 > 0).map(move |(name, d_output, d_input, bias)| {
-                LinearLayer { name: format!("model.layers.{block}.{name}"), block, d_output, d_input, bias }
-            })
+            shapes
+                .into_iter()
+                .filter(|shape| shape.1 > 0 && shape.2 > 0)
+                .map(move |(name, d_output, d_input, bias)| LinearLayer {
+                    name: format!("model.layers.{block}.{name}"),
+                    block,
+                    d_output,
+                    d_input,
+                    bias,
+                })
         };
         self.blocks.iter().enumerate().flat_map(of_block).collect()
     }
@@ -441,7 +501,10 @@ impl HfConfig {
         } else if self.tie_word_embeddings && checkpoint.contains(Self::HEAD) {
             Ok(Self::HEAD)
         } else {
-            Err(Error::MissingTensor { path: checkpoint.path().to_path_buf(), tensor: Self::EMBEDDING.into() })
+            Err(Error::MissingTensor {
+                path: checkpoint.path().to_path_buf(),
+                tensor: Self::EMBEDDING.into(),
+            })
         }
     }
 
@@ -462,7 +525,10 @@ impl HfConfig {
                     all.push((Self::post_attention_norm(layer.block), vec![hidden]));
                 }
             }
-            all.push((format!("{}.weight", layer.name), vec![layer.d_output, layer.d_input]));
+            all.push((
+                format!("{}.weight", layer.name),
+                vec![layer.d_output, layer.d_input],
+            ));
             if layer.bias {
                 all.push((format!("{}.bias", layer.name), vec![layer.d_output]));
             }
@@ -484,7 +550,14 @@ impl HfConfig {
             if self.check_quantized(checkpoint, &name, &shape)? {
                 continue;
             }
-            checkpoint.check_shape(if name == Self::EMBEDDING { embedding } else { &name }, &shape)?;
+            checkpoint.check_shape(
+                if name == Self::EMBEDDING {
+                    embedding
+                } else {
+                    &name
+                },
+                &shape,
+            )?;
         }
         Ok(())
     }
@@ -499,7 +572,10 @@ impl HfConfig {
         let mut config = self.clone();
         config.raw.shift_remove("quantization_config");
         if let Some(quantization) = &quantization {
-            config.raw.insert("quantization_config".into(), Value::Object(quantization.raw().clone()));
+            config.raw.insert(
+                "quantization_config".into(),
+                Value::Object(quantization.raw().clone()),
+            );
         }
         config.quantization = quantization;
         config
@@ -566,15 +642,28 @@ getters! {
 }
 
 fn find_family(fields: &Fields<'_>) -> Result<&'static Traits> {
-    let unsupported = |found: &str| Error::UnsupportedArchitecture { found: found.into(), supported: SUPPORTED };
+    let unsupported = |found: &str| Error::UnsupportedArchitecture {
+        found: found.into(),
+        supported: SUPPORTED,
+    };
     let architecture = match fields.map.get("architectures") {
         None | Some(Value::Null) => None,
         Some(Value::Array(list)) => match list.first() {
             None => None,
             Some(Value::String(name)) => Some(name.as_str()),
-            Some(other) => return Err(bad_field("architectures", format!("{other}, expected a name"))),
+            Some(other) => {
+                return Err(bad_field(
+                    "architectures",
+                    format!("{other}, expected a name"),
+                ));
+            }
         },
-        Some(other) => return Err(bad_field("architectures", format!("{other}, expected a list of names"))),
+        Some(other) => {
+            return Err(bad_field(
+                "architectures",
+                format!("{other}, expected a list of names"),
+            ));
+        }
     };
     let model_type = fields.str("model_type")?;
     let Some(found) = model_type.or(architecture) else {
@@ -582,7 +671,13 @@ fn find_family(fields: &Fields<'_>) -> Result<&'static Traits> {
     };
     let traits = FAMILIES
         .iter()
-        .find(|t| if model_type.is_some() { t.model_type == found } else { t.architecture == found })
+        .find(|t| {
+            if model_type.is_some() {
+                t.model_type == found
+            } else {
+                t.architecture == found
+            }
+        })
         .ok_or_else(|| unsupported(found))?;
     match architecture {
         Some(name) if name != traits.architecture => Err(unsupported(name)),
@@ -610,7 +705,10 @@ fn parse_quantization(raw: &Map<String, Value>) -> Result<Option<QuantizationCon
     match raw.get("quantization_config") {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Object(fields)) => QuantizationConfig::from_json(fields.clone()).map(Some),
-        Some(other) => Err(bad_field("quantization_config", format!("{other}, expected an object"))),
+        Some(other) => Err(bad_field(
+            "quantization_config",
+            format!("{other}, expected an object"),
+        )),
     }
 }
 
@@ -621,7 +719,9 @@ fn parse_dtype(fields: &Fields<'_>) -> Result<Option<DType>> {
             Some(name) => {
                 return match DType::from_torch_name(name) {
                     Some(dtype) => Ok(Some(dtype)),
-                    None => Err(Error::Unsupported { what: format!("config field `{key}` = `{name}`") }),
+                    None => Err(Error::Unsupported {
+                        what: format!("config field `{key}` = `{name}`"),
+                    }),
                 };
             }
         }

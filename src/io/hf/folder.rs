@@ -57,7 +57,10 @@ impl HfFolder {
     /// # Errors
     /// Those of [`FolderWriter::create`].
     pub fn create(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
-        Ok(Self { writer: FolderWriter::create(destination, overwrite)?, max_shard_bytes: MAX_SHARD_BYTES })
+        Ok(Self {
+            writer: FolderWriter::create(destination, overwrite)?,
+            max_shard_bytes: MAX_SHARD_BYTES,
+        })
     }
 
     /// Sets the size above which weights are split into shards; 5 GB unless told.
@@ -74,7 +77,12 @@ impl HfFolder {
     /// # Errors
     /// Those of [`write_sharded`](crate::io::tensors::write_sharded); [`Error::InvalidFile`] for a tied model with both
     /// matrices or neither; [`Error::MissingTensor`] and [`Error::TensorShape`] where the tensors are not those of the config.
-    pub fn write_model(&self, config: &HfConfig, dtype: DType, tensors: Vec<HostTensor<'_>>) -> Result<()> {
+    pub fn write_model(
+        &self,
+        config: &HfConfig,
+        dtype: DType,
+        tensors: Vec<HostTensor<'_>>,
+    ) -> Result<()> {
         // Where the config came from a quantized folder: what is written here is dense.
         self.write_parts(&config.with_quantization(None), dtype, tensors, |_| false)
     }
@@ -92,17 +100,33 @@ impl HfFolder {
             let named = |name: &str| tensors.iter().position(|t| t.name() == name);
             match (named(HfConfig::EMBEDDING), named(HfConfig::HEAD)) {
                 (Some(_), Some(_)) => {
-                    return Err(Error::invalid_file(destination, "embedding and head are tied, but both were given"));
+                    return Err(Error::invalid_file(
+                        destination,
+                        "embedding and head are tied, but both were given",
+                    ));
                 }
                 (None, Some(head)) => tensors[head].rename(HfConfig::EMBEDDING),
                 _ => {}
             }
         }
-        for (name, shape) in config.tensor_shapes().into_iter().filter(|(name, _)| !replaced(name)) {
+        for (name, shape) in config
+            .tensor_shapes()
+            .into_iter()
+            .filter(|(name, _)| !replaced(name))
+        {
             match tensors.iter().find(|t| t.name() == name) {
-                None => return Err(Error::MissingTensor { path: destination.into(), tensor: name }),
+                None => {
+                    return Err(Error::MissingTensor {
+                        path: destination.into(),
+                        tensor: name,
+                    });
+                }
                 Some(t) if t.shape() != shape => {
-                    return Err(Error::TensorShape { tensor: name, expected: shape, found: t.shape().to_vec() });
+                    return Err(Error::TensorShape {
+                        tensor: name,
+                        expected: shape,
+                        found: t.shape().to_vec(),
+                    });
                 }
                 Some(_) => {}
             }
@@ -168,7 +192,10 @@ impl HfFolder {
 
     fn file(&self, name: &str) -> Result<PathBuf> {
         if !crate::io::is_plain_file_name(name) {
-            return Err(Error::invalid_file(name, "not the name of a file in the folder"));
+            return Err(Error::invalid_file(
+                name,
+                "not the name of a file in the folder",
+            ));
         }
         Ok(self.writer.path().join(name))
     }

@@ -41,7 +41,12 @@ impl HfConfig {
     ///
     /// # Errors
     /// Those of [`load_quantized`](Self::load_quantized) and [`Checkpoint::load_matrix`].
-    pub fn load_linear(&self, checkpoint: &Checkpoint, layer: &str, shape: [usize; 2]) -> Result<Matrix> {
+    pub fn load_linear(
+        &self,
+        checkpoint: &Checkpoint,
+        layer: &str,
+        shape: [usize; 2],
+    ) -> Result<Matrix> {
         match self.load_quantized(checkpoint, layer, shape)? {
             Some(matrix) => Ok(matrix.dequantize()),
             None => checkpoint.load_matrix(&format!("{layer}.weight"), shape),
@@ -52,10 +57,15 @@ impl HfConfig {
     ///
     /// # Errors
     /// Those of [`load_quantized`](Self::load_quantized).
-    pub fn quantized_layers(&self, checkpoint: &Checkpoint) -> Result<BTreeMap<String, QuantizedMatrix>> {
+    pub fn quantized_layers(
+        &self,
+        checkpoint: &Checkpoint,
+    ) -> Result<BTreeMap<String, QuantizedMatrix>> {
         let mut layers = BTreeMap::new();
         for layer in self.linear_layers() {
-            if let Some(matrix) = self.load_quantized(checkpoint, &layer.name, [layer.d_output, layer.d_input])? {
+            if let Some(matrix) =
+                self.load_quantized(checkpoint, &layer.name, [layer.d_output, layer.d_input])?
+            {
                 layers.insert(layer.name, matrix);
             }
         }
@@ -63,8 +73,14 @@ impl HfConfig {
     }
 
     /// Checks the tensors of the weight `name`, where the checkpoint holds it as codes; whether it does.
-    pub(super) fn check_quantized(&self, checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<bool> {
-        let (Some(config), Some(layer), [rows, cols]) = (self.quantization(), name.strip_suffix(".weight"), shape)
+    pub(super) fn check_quantized(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<bool> {
+        let (Some(config), Some(layer), [rows, cols]) =
+            (self.quantization(), name.strip_suffix(".weight"), shape)
         else {
             return Ok(false);
         };
@@ -97,22 +113,43 @@ impl HfFolder {
         let all = config.linear_layers();
         for (name, matrix) in layers {
             let Some(layer) = all.iter().find(|layer| layer.name == *name) else {
-                return Err(Error::UnknownLayer { context: "quantized layers".into(), layer: name.clone() });
+                return Err(Error::UnknownLayer {
+                    context: "quantized layers".into(),
+                    layer: name.clone(),
+                });
             };
-            let (expected, found) = (vec![layer.d_output, layer.d_input], vec![matrix.rows(), matrix.cols()]);
+            let (expected, found) = (
+                vec![layer.d_output, layer.d_input],
+                vec![matrix.rows(), matrix.cols()],
+            );
             if expected != found {
-                return Err(Error::TensorShape { tensor: format!("{name}.weight"), expected, found });
+                return Err(Error::TensorShape {
+                    tensor: format!("{name}.weight"),
+                    expected,
+                    found,
+                });
             }
         }
         let quantization = QuantizationConfig::for_layers(format, layers, &all)?;
-        let replaced = |name: &str| name.strip_suffix(".weight").is_some_and(|layer| layers.contains_key(layer));
+        let replaced = |name: &str| {
+            name.strip_suffix(".weight")
+                .is_some_and(|layer| layers.contains_key(layer))
+        };
         tensors.retain(|tensor| !replaced(tensor.name()));
         for (name, matrix) in layers {
             tensors.extend(quantization.layer_tensors(name, matrix)?);
         }
         if format != QuantFormat::CompressedTensors {
-            self.write_json("quantize_config.json", &Value::Object(quantization.raw().clone()))?;
+            self.write_json(
+                "quantize_config.json",
+                &Value::Object(quantization.raw().clone()),
+            )?;
         }
-        self.write_parts(&config.with_quantization(Some(quantization)), dtype, tensors, replaced)
+        self.write_parts(
+            &config.with_quantization(Some(quantization)),
+            dtype,
+            tensors,
+            replaced,
+        )
     }
 }

@@ -35,14 +35,24 @@ const DEFAULT_THETA: f64 = 10_000.0;
 /// Reads `rope_theta` and `rope_scaling` (transformers before 5) and `rope_parameters` (from 5 on). A file may hold both;
 /// they must then agree, for else two readers would see two models.
 pub(super) fn parse(raw: &Map<String, Value>) -> Result<(f64, RopeScaling)> {
-    let top = Fields { map: raw, prefix: "" };
+    let top = Fields {
+        map: raw,
+        prefix: "",
+    };
     let old_theta = top.f64("rope_theta")?;
-    let old = dict(raw, "rope_scaling")?.map(|m| parse_dict("rope_scaling.", m)).transpose()?;
-    let new = dict(raw, "rope_parameters")?.map(|m| parse_dict("rope_parameters.", m)).transpose()?;
+    let old = dict(raw, "rope_scaling")?
+        .map(|m| parse_dict("rope_scaling.", m))
+        .transpose()?;
+    let new = dict(raw, "rope_parameters")?
+        .map(|m| parse_dict("rope_parameters.", m))
+        .transpose()?;
     if let (Some((_, old)), Some((_, new))) = (&old, &new)
         && old != new
     {
-        return Err(bad_field("rope_parameters", format!("{new:?}, but rope_scaling is {old:?}")));
+        return Err(bad_field(
+            "rope_parameters",
+            format!("{new:?}, but rope_scaling is {old:?}"),
+        ));
     }
     let mut theta = None;
     let named = [
@@ -53,13 +63,18 @@ pub(super) fn parse(raw: &Map<String, Value>) -> Result<(f64, RopeScaling)> {
     for (field, value) in named {
         match (theta, value) {
             (None, Some(v)) => theta = Some((field, v)),
-            (Some((first, v)), Some(w)) if v != w => return Err(bad_field(field, format!("{w}, but {first} is {v}"))),
+            (Some((first, v)), Some(w)) if v != w => {
+                return Err(bad_field(field, format!("{w}, but {first} is {v}")));
+            }
             _ => {}
         }
     }
     let theta = theta.map_or(DEFAULT_THETA, |(_, v)| v);
     if !(theta.is_finite() && theta > 0.0) {
-        return Err(bad_field("rope_theta", format!("{theta}, expected a positive number")));
+        return Err(bad_field(
+            "rope_theta",
+            format!("{theta}, expected a positive number"),
+        ));
     }
     Ok((theta, new.or(old).map_or(RopeScaling::Default, |(_, s)| s)))
 }
@@ -69,7 +84,12 @@ pub(super) fn value(scaling: RopeScaling) -> Value {
     match scaling {
         RopeScaling::Default => Value::Null,
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
             "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": original_max_position_embeddings,
@@ -85,13 +105,18 @@ fn dict<'a>(raw: &'a Map<String, Value>, field: &str) -> Result<Option<&'a Map<S
     }
 }
 
-fn parse_dict(prefix: &'static str, map: &Map<String, Value>) -> Result<(Option<f64>, RopeScaling)> {
+fn parse_dict(
+    prefix: &'static str,
+    map: &Map<String, Value>,
+) -> Result<(Option<f64>, RopeScaling)> {
     let fields = Fields { map, prefix };
     let theta = fields.f64("rope_theta")?;
     if let Some(share) = fields.f64("partial_rotary_factor")?
         && share != 1.0
     {
-        return Err(Error::Unsupported { what: format!("config field `{prefix}partial_rotary_factor` = {share}") });
+        return Err(Error::Unsupported {
+            what: format!("config field `{prefix}partial_rotary_factor` = {share}"),
+        });
     }
     // The key that Llama 3.1 introduced wins over the older one, as in transformers.
     let kind = match fields.str("rope_type")? {
@@ -100,11 +125,16 @@ fn parse_dict(prefix: &'static str, map: &Map<String, Value>) -> Result<(Option<
     };
     let scaling = match kind {
         "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: factor(&fields)? },
+        "linear" => RopeScaling::Linear {
+            factor: factor(&fields)?,
+        },
         "llama3" => {
             let low_freq_factor = fields.required_f64("low_freq_factor")?;
             let high_freq_factor = fields.required_f64("high_freq_factor")?;
-            if !(low_freq_factor > 0.0 && high_freq_factor > low_freq_factor && high_freq_factor.is_finite()) {
+            if !(low_freq_factor > 0.0
+                && high_freq_factor > low_freq_factor
+                && high_freq_factor.is_finite())
+            {
                 return Err(bad_field(
                     format!("{prefix}high_freq_factor"),
                     format!(
@@ -116,10 +146,15 @@ fn parse_dict(prefix: &'static str, map: &Map<String, Value>) -> Result<(Option<
                 factor: factor(&fields)?,
                 low_freq_factor,
                 high_freq_factor,
-                original_max_position_embeddings: fields.required_size("original_max_position_embeddings", 1 << 31)?,
+                original_max_position_embeddings: fields
+                    .required_size("original_max_position_embeddings", 1 << 31)?,
             }
         }
-        other => return Err(Error::Unsupported { what: format!("rotary embedding of kind `{other}`") }),
+        other => {
+            return Err(Error::Unsupported {
+                what: format!("rotary embedding of kind `{other}`"),
+            });
+        }
     };
     Ok((theta, scaling))
 }

@@ -43,13 +43,30 @@ fn fields_and_layers_of_a_llama() {
     let config = parse(&llama()).unwrap();
     assert_eq!(config.family(), Family::Llama);
     assert_eq!((config.head_dim(), config.num_key_value_heads()), (8, 2));
-    assert_eq!((config.bos_token_id(), config.eos_token_ids(), config.pad_token_id()), (Some(1), &[2, 7][..], None));
-    assert_eq!((config.dtype(), config.rope_theta()), (Some(DType::BF16), 5e5));
+    assert_eq!(
+        (
+            config.bos_token_id(),
+            config.eos_token_ids(),
+            config.pad_token_id()
+        ),
+        (Some(1), &[2, 7][..], None)
+    );
+    assert_eq!(
+        (config.dtype(), config.rope_theta()),
+        (Some(DType::BF16), 5e5)
+    );
     assert_eq!(config.rope_scaling(), RopeScaling::Default);
-    assert!(!config.tie_word_embeddings() && !config.attention_bias() && config.sliding_window().is_none());
+    assert!(
+        !config.tie_word_embeddings()
+            && !config.attention_bias()
+            && config.sliding_window().is_none()
+    );
     let layers = config.linear_layers();
     assert_eq!(layers.len(), 21);
-    let shapes: Vec<_> = layers[7..14].iter().map(|l| (l.name.as_str(), l.d_output, l.d_input, l.bias)).collect();
+    let shapes: Vec<_> = layers[7..14]
+        .iter()
+        .map(|l| (l.name.as_str(), l.d_output, l.d_input, l.bias))
+        .collect();
     assert_eq!(
         shapes,
         [
@@ -83,36 +100,70 @@ fn both_spellings_mean_the_same() {
     );
     assert!(matches!(
         new.rope_scaling(),
-        RopeScaling::Llama3 { factor: 8.0, original_max_position_embeddings: 32, .. }
+        RopeScaling::Llama3 {
+            factor: 8.0,
+            original_max_position_embeddings: 32,
+            ..
+        }
     ));
     // Each is written back in its own spelling, and both where there were both.
     assert_eq!(new.to_json_with(DType::F16, false)["dtype"], "float16");
-    assert!(new.to_json_with(DType::F16, false).get("torch_dtype").is_none());
-    let both = parse(&with(json!({"dtype": "bfloat16"}))).unwrap().to_json_with(DType::F32, true);
-    assert_eq!((&both["dtype"], &both["torch_dtype"]), (&json!("float32"), &json!("float32")));
-    assert_eq!((&both["tie_word_embeddings"], &both["unknown"]), (&json!(true), &llama()["unknown"]));
+    assert!(
+        new.to_json_with(DType::F16, false)
+            .get("torch_dtype")
+            .is_none()
+    );
+    let both = parse(&with(json!({"dtype": "bfloat16"})))
+        .unwrap()
+        .to_json_with(DType::F32, true);
+    assert_eq!(
+        (&both["dtype"], &both["torch_dtype"]),
+        (&json!("float32"), &json!("float32"))
+    );
+    assert_eq!(
+        (&both["tie_word_embeddings"], &both["unknown"]),
+        (&json!(true), &llama()["unknown"])
+    );
     let none = parse(&without("torch_dtype")).unwrap();
     assert_eq!(none.dtype(), None);
-    assert_eq!(none.to_json_with(DType::F16, false)["torch_dtype"], "float16");
+    assert_eq!(
+        none.to_json_with(DType::F16, false)["torch_dtype"],
+        "float16"
+    );
 
-    let linear = parse(&with(json!({"rope_scaling": {"type": "linear", "factor": 2}}))).unwrap();
+    let linear = parse(&with(
+        json!({"rope_scaling": {"type": "linear", "factor": 2}}),
+    ))
+    .unwrap();
     assert_eq!(linear.rope_scaling(), RopeScaling::Linear { factor: 2.0 });
     // Files whose spellings contradict each other make two models of one file.
     for changes in [
         json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
         json!({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}}),
     ] {
-        assert!(matches!(parse(&with(changes)), Err(Error::InvalidConfig { .. })));
+        assert!(matches!(
+            parse(&with(changes)),
+            Err(Error::InvalidConfig { .. })
+        ));
     }
 }
 
 #[test]
 fn mistral_has_its_own_defaults() {
-    let mut value = with(json!({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "head_dim": 10,
-        "attention_bias": true}));
+    let mut value = with(
+        json!({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "head_dim": 10,
+        "attention_bias": true}),
+    );
     let config = parse(&value).unwrap();
     // As transformers: an absent window is 4096, a null one none; biases are no part of the family.
-    assert_eq!((config.sliding_window(), config.attention_bias(), config.head_dim()), (Some(4096), false, 10));
+    assert_eq!(
+        (
+            config.sliding_window(),
+            config.attention_bias(),
+            config.head_dim()
+        ),
+        (Some(4096), false, 10)
+    );
     assert_eq!(config.linear_layers()[0].d_output, 60);
     assert_eq!(config.linear_layers()[3].d_input, 60);
     value["sliding_window"] = Value::Null;
@@ -132,7 +183,13 @@ fn biases_are_listed() {
 
 #[test]
 fn one_bad_config_per_rule() {
-    for field in ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"] {
+    for field in [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    ] {
         for value in [
             without(field),
             with(json!({field: 0})),
@@ -150,17 +207,32 @@ fn one_bad_config_per_rule() {
     for (changes, named) in [
         (json!({"num_key_value_heads": 4}), "num_key_value_heads"),
         (json!({"num_key_value_heads": 0}), "num_key_value_heads"),
-        (json!({"num_attention_heads": 5, "num_key_value_heads": 5}), "num_attention_heads"),
+        (
+            json!({"num_attention_heads": 5, "num_key_value_heads": 5}),
+            "num_attention_heads",
+        ),
         (json!({"head_dim": 7}), "head_dim"),
-        (json!({"num_attention_heads": 16, "hidden_size": 48}), "head_dim"),
-        (json!({"num_attention_heads": 16384, "head_dim": 16384}), "head_dim"),
+        (
+            json!({"num_attention_heads": 16, "hidden_size": 48}),
+            "head_dim",
+        ),
+        (
+            json!({"num_attention_heads": 16384, "head_dim": 16384}),
+            "head_dim",
+        ),
         (json!({"rms_norm_eps": 0}), "rms_norm_eps"),
         (json!({"rms_norm_eps": -1e-5}), "rms_norm_eps"),
         (json!({"rms_norm_eps": "x"}), "rms_norm_eps"),
         (json!({"rope_theta": -1}), "rope_theta"),
         (json!({"rope_scaling": []}), "rope_scaling"),
-        (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor"),
-        (json!({"rope_scaling": {"type": "linear", "factor": 0}}), "rope_scaling.factor"),
+        (
+            json!({"rope_scaling": {"type": "linear"}}),
+            "rope_scaling.factor",
+        ),
+        (
+            json!({"rope_scaling": {"type": "linear", "factor": 0}}),
+            "rope_scaling.factor",
+        ),
         (
             json!({"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4,
             "original_max_position_embeddings": 8}}),
@@ -175,7 +247,10 @@ fn one_bad_config_per_rule() {
         (json!({"pad_token_id": -2}), "pad_token_id"),
         (json!({"tie_word_embeddings": 1}), "tie_word_embeddings"),
         (json!({"model_type": 3}), "model_type"),
-        (json!({"architectures": "LlamaForCausalLM"}), "architectures"),
+        (
+            json!({"architectures": "LlamaForCausalLM"}),
+            "architectures",
+        ),
         (json!({"torch_dtype": 16}), "torch_dtype"),
     ] {
         match parse(&with(changes.clone())) {
@@ -185,11 +260,26 @@ fn one_bad_config_per_rule() {
     }
     for (changes, named) in [
         (json!({"hidden_act": "gelu"}), "gelu"),
-        (json!({"rope_scaling": {"type": "dynamic", "factor": 2}}), "dynamic"),
-        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 2}}), "yarn"),
-        (json!({"rope_parameters": {"rope_type": "longrope"}}), "longrope"),
-        (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
-        (json!({"quantization_config": {"quant_method": "awq"}}), "awq"),
+        (
+            json!({"rope_scaling": {"type": "dynamic", "factor": 2}}),
+            "dynamic",
+        ),
+        (
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 2}}),
+            "yarn",
+        ),
+        (
+            json!({"rope_parameters": {"rope_type": "longrope"}}),
+            "longrope",
+        ),
+        (
+            json!({"partial_rotary_factor": 0.5}),
+            "partial_rotary_factor",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "awq"}}),
+            "awq",
+        ),
         (json!({"torch_dtype": "float4"}), "float4"),
     ] {
         match parse(&with(changes)) {
@@ -202,11 +292,18 @@ fn one_bad_config_per_rule() {
         json!({"architectures": ["LlamaForSequenceClassification"]}),
         json!({"model_type": null, "architectures": ["OPTForCausalLM"]}),
     ] {
-        assert!(matches!(parse(&with(changes)), Err(Error::UnsupportedArchitecture { .. })));
+        assert!(matches!(
+            parse(&with(changes)),
+            Err(Error::UnsupportedArchitecture { .. })
+        ));
     }
     assert!(parse(&json!({})).is_err());
     // What old and lenient files hold.
-    for changes in [json!({"pad_token_id": -1}), json!({"architectures": null}), json!({"model_type": null})] {
+    for changes in [
+        json!({"pad_token_id": -1}),
+        json!({"architectures": null}),
+        json!({"model_type": null}),
+    ] {
         parse(&with(changes)).unwrap();
     }
 }
@@ -235,7 +332,9 @@ fn random_tensors<'a>(config: &HfConfig, dtype: DType) -> Vec<HostTensor<'a>> {
     let shapes = config.tensor_shapes().into_iter();
     shapes
         .map(|(name, shape)| {
-            let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1.0f32..1.0)).collect();
+            let values: Vec<f32> = (0..shape.iter().product())
+                .map(|_| rng.random_range(-1.0f32..1.0))
+                .collect();
             HostTensor::from_f32(name, dtype, shape, values)
         })
         .collect()
@@ -244,19 +343,43 @@ fn random_tensors<'a>(config: &HfConfig, dtype: DType) -> Vec<HostTensor<'a>> {
 #[test]
 fn a_model_of_our_own_is_written_whole() {
     let config = HfConfig::new_llama(&dims()).unwrap();
-    assert_eq!((config.head_dim(), config.dtype(), config.tie_word_embeddings()), (4, Some(DType::F16), true));
-    assert!(HfConfig::new_llama(&LlamaDims { num_attention_heads: 5, ..dims() }).is_err());
+    assert_eq!(
+        (
+            config.head_dim(),
+            config.dtype(),
+            config.tie_word_embeddings()
+        ),
+        (4, Some(DType::F16), true)
+    );
+    assert!(
+        HfConfig::new_llama(&LlamaDims {
+            num_attention_heads: 5,
+            ..dims()
+        })
+        .is_err()
+    );
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("model");
     let source = root.path().join("source");
     fs::create_dir(&source).unwrap();
     fs::write(source.join("tokenizer.json"), b"{}").unwrap();
     fs::write(source.join("README.md"), b"not carried").unwrap();
-    fs::write(source.join("generation_config.json"), br#"{"eos_token_id": [2, 5]}"#).unwrap();
+    fs::write(
+        source.join("generation_config.json"),
+        br#"{"eos_token_id": [2, 5]}"#,
+    )
+    .unwrap();
 
-    let folder = HfFolder::create(&out, false).unwrap().with_max_shard_bytes(1000);
-    folder.write_model(&config, DType::F16, random_tensors(&config, DType::F16)).unwrap();
-    assert_eq!(folder.carry_over(&source).unwrap(), ["tokenizer.json", "generation_config.json"]);
+    let folder = HfFolder::create(&out, false)
+        .unwrap()
+        .with_max_shard_bytes(1000);
+    folder
+        .write_model(&config, DType::F16, random_tensors(&config, DType::F16))
+        .unwrap();
+    assert_eq!(
+        folder.carry_over(&source).unwrap(),
+        ["tokenizer.json", "generation_config.json"]
+    );
     folder.write_json("extra.json", &json!({"a": 1})).unwrap();
     folder.write_text("NOTE.txt", "text").unwrap();
     assert!(folder.write_text("../escape", "text").is_err());
@@ -277,10 +400,18 @@ fn a_model_of_our_own_is_written_whole() {
         match broken {
             0 => drop(tensors.pop()),
             1 => tensors[3] = HostTensor::from_f32(tensors[3].name(), DType::F16, [1], vec![1.0]),
-            _ => tensors.push(HostTensor::from_f32(HfConfig::HEAD, DType::F16, [31, 12], vec![0.5; 31 * 12])),
+            _ => tensors.push(HostTensor::from_f32(
+                HfConfig::HEAD,
+                DType::F16,
+                [31, 12],
+                vec![0.5; 31 * 12],
+            )),
         }
         let folder = HfFolder::create(root.path().join("broken"), false).unwrap();
-        assert!(folder.write_model(&config, DType::F16, tensors).is_err(), "{broken}");
+        assert!(
+            folder.write_model(&config, DType::F16, tensors).is_err(),
+            "{broken}"
+        );
         drop(folder);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2, "{broken}");
     }
@@ -292,31 +423,59 @@ fn a_tied_matrix_is_found_under_either_name_and_written_under_one() {
     let root = tempfile::tempdir().unwrap();
     let renamed = |from: &str, to: &str| {
         let mut tensors = random_tensors(&config, DType::F32);
-        tensors.iter_mut().filter(|t| t.name() == from).for_each(|t| t.rename(to));
+        tensors
+            .iter_mut()
+            .filter(|t| t.name() == from)
+            .for_each(|t| t.rename(to));
         tensors
     };
     let path = root.path().join("head.safetensors");
-    write_safetensors(&path, renamed(HfConfig::EMBEDDING, HfConfig::HEAD), &BTreeMap::new()).unwrap();
+    write_safetensors(
+        &path,
+        renamed(HfConfig::EMBEDDING, HfConfig::HEAD),
+        &BTreeMap::new(),
+    )
+    .unwrap();
     let head_only = Checkpoint::open(&path).unwrap();
     assert_eq!(config.embedding_name(&head_only).unwrap(), HfConfig::HEAD);
     config.check(&head_only).unwrap();
-    let untied = HfConfig::new_llama(&LlamaDims { tie_word_embeddings: false, ..dims() }).unwrap();
-    assert!(matches!(untied.embedding_name(&head_only), Err(Error::MissingTensor { .. })));
+    let untied = HfConfig::new_llama(&LlamaDims {
+        tie_word_embeddings: false,
+        ..dims()
+    })
+    .unwrap();
+    assert!(matches!(
+        untied.embedding_name(&head_only),
+        Err(Error::MissingTensor { .. })
+    ));
     assert!(untied.check(&head_only).is_err());
     let folder = HfFolder::create(root.path().join("out"), false).unwrap();
-    folder.write_model(&config, DType::F32, renamed(HfConfig::EMBEDDING, HfConfig::HEAD)).unwrap();
+    folder
+        .write_model(
+            &config,
+            DType::F32,
+            renamed(HfConfig::EMBEDDING, HfConfig::HEAD),
+        )
+        .unwrap();
     folder.commit().unwrap();
     let out = Checkpoint::open(root.path().join("out")).unwrap();
     assert!(out.contains(HfConfig::EMBEDDING) && !out.contains(HfConfig::HEAD));
-    assert_eq!(out.bytes(HfConfig::EMBEDDING).unwrap(), head_only.bytes(HfConfig::HEAD).unwrap());
-    assert!(matches!(untied.check(&out), Err(Error::MissingTensor { tensor, .. }) if tensor == HfConfig::HEAD));
+    assert_eq!(
+        out.bytes(HfConfig::EMBEDDING).unwrap(),
+        head_only.bytes(HfConfig::HEAD).unwrap()
+    );
+    assert!(
+        matches!(untied.check(&out), Err(Error::MissingTensor { tensor, .. }) if tensor == HfConfig::HEAD)
+    );
 }
 
 #[test]
 fn mutated_configs_never_panic() {
     let mut rng = ChaCha8Rng::seed_from_u64(9);
-    let mut base = with(json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
-        "high_freq_factor": 4, "original_max_position_embeddings": 32}}));
+    let mut base = with(
+        json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
+        "high_freq_factor": 4, "original_max_position_embeddings": 32}}),
+    );
     base["generation"] = Value::Null;
     let text = base.to_string();
     let nasty = [
@@ -343,7 +502,11 @@ fn mutated_configs_never_panic() {
         let parsed: Option<Map<String, Value>> = if rng.random_bool(0.5) {
             let mut map = base.as_object().unwrap().clone();
             for _ in 0..rng.random_range(1..4) {
-                let key = map.keys().nth(rng.random_range(0..map.len())).unwrap().clone();
+                let key = map
+                    .keys()
+                    .nth(rng.random_range(0..map.len()))
+                    .unwrap()
+                    .clone();
                 map.insert(key, nasty[rng.random_range(0..nasty.len())].clone());
             }
             Some(map)
@@ -351,7 +514,11 @@ fn mutated_configs_never_panic() {
             let mut bytes = text.clone().into_bytes();
             for _ in 0..rng.random_range(1..4) {
                 let at = rng.random_range(0..bytes.len());
-                bytes[at] = if rng.random_bool(0.5) { rng.random() } else { pick(&mut rng, b"0123456789-e.,{}[]\"") };
+                bytes[at] = if rng.random_bool(0.5) {
+                    rng.random()
+                } else {
+                    pick(&mut rng, b"0123456789-e.,{}[]\"")
+                };
             }
             serde_json::from_slice(&bytes).ok()
         };
@@ -359,7 +526,12 @@ fn mutated_configs_never_panic() {
             accepted += 1;
             assert!(config.linear_layers().len() <= 7 << 12);
             for (_, shape) in config.tensor_shapes() {
-                assert!(shape.iter().try_fold(8usize, |n, &d| n.checked_mul(d)).is_some());
+                assert!(
+                    shape
+                        .iter()
+                        .try_fold(8usize, |n, &d| n.checked_mul(d))
+                        .is_some()
+                );
             }
             let _ = config.to_json_with(DType::F16, true);
         }
@@ -369,20 +541,36 @@ fn mutated_configs_never_panic() {
 
 #[test]
 fn other_models_read_and_rewritten() {
-    for (name, tied_name, theta) in
-        [("stories260K", HfConfig::EMBEDDING, 1e4), ("story-llama-0.6M", HfConfig::HEAD, 1e4)]
-    {
-        let Some(source) = shared(&format!("models/{name}")) else { return };
-        let (config, weights) = (HfConfig::open(&source).unwrap(), Checkpoint::open(&source).unwrap());
+    for (name, tied_name, theta) in [
+        ("stories260K", HfConfig::EMBEDDING, 1e4),
+        ("story-llama-0.6M", HfConfig::HEAD, 1e4),
+    ] {
+        let Some(source) = shared(&format!("models/{name}")) else {
+            return;
+        };
+        let (config, weights) = (
+            HfConfig::open(&source).unwrap(),
+            Checkpoint::open(&source).unwrap(),
+        );
         config.check(&weights).unwrap();
         assert_eq!(config.embedding_name(&weights).unwrap(), tied_name);
-        assert_eq!((config.rope_theta(), config.eos_token_ids()), (theta, &[2][..]));
+        assert_eq!(
+            (config.rope_theta(), config.eos_token_ids()),
+            (theta, &[2][..])
+        );
         let root = tempfile::tempdir().unwrap();
         let out = rewrite(&config, &weights, &source, root.path());
-        let (config2, weights2) = (HfConfig::open(&out).unwrap(), Checkpoint::open(&out).unwrap());
+        let (config2, weights2) = (
+            HfConfig::open(&out).unwrap(),
+            Checkpoint::open(&out).unwrap(),
+        );
         config2.check(&weights2).unwrap();
         for (n, _) in config.tensor_shapes() {
-            let from = if n == HfConfig::EMBEDDING { tied_name } else { &n };
+            let from = if n == HfConfig::EMBEDDING {
+                tied_name
+            } else {
+                &n
+            };
             assert_eq!(weights2.bytes(&n).unwrap(), weights.bytes(from).unwrap());
         }
         for (key, value) in config.raw() {
@@ -391,13 +579,23 @@ fn other_models_read_and_rewritten() {
     }
 }
 
-fn rewrite(config: &HfConfig, weights: &Checkpoint, source: &Path, root: &Path) -> std::path::PathBuf {
+fn rewrite(
+    config: &HfConfig,
+    weights: &Checkpoint,
+    source: &Path,
+    root: &Path,
+) -> std::path::PathBuf {
     let out = root.join("out");
     let folder = HfFolder::create(&out, false).unwrap();
     let tensors = weights
         .names()
         .map(|n| {
-            HostTensor::lazy_f32(n, DType::F32, weights.info(n).unwrap().shape.clone(), move || weights.load_f32(n))
+            HostTensor::lazy_f32(
+                n,
+                DType::F32,
+                weights.info(n).unwrap().shape.clone(),
+                move || weights.load_f32(n),
+            )
         })
         .collect();
     folder.write_model(config, DType::F32, tensors).unwrap();

@@ -85,16 +85,20 @@ impl LoraWeights {
         if self.d_input() == 0 {
             return delta;
         }
-        delta.as_mut_slice().par_chunks_mut(self.d_input()).enumerate().for_each(|(i, out)| {
-            for (k, &b) in self.b.row(i).iter().enumerate() {
-                for (o, &a) in out.iter_mut().zip(self.a.row(k)) {
-                    *o += b * a;
+        delta
+            .as_mut_slice()
+            .par_chunks_mut(self.d_input())
+            .enumerate()
+            .for_each(|(i, out)| {
+                for (k, &b) in self.b.row(i).iter().enumerate() {
+                    for (o, &a) in out.iter_mut().zip(self.a.row(k)) {
+                        *o += b * a;
+                    }
                 }
-            }
-            for o in out.iter_mut() {
-                *o *= self.scale;
-            }
-        });
+                for o in out.iter_mut() {
+                    *o *= self.scale;
+                }
+            });
         delta
     }
 
@@ -104,11 +108,19 @@ impl LoraWeights {
     /// [`Error::InvalidArgument`] for a lower rank.
     pub fn padded(&self, rank: usize) -> Result<Self> {
         if rank < self.rank() {
-            return Err(Error::argument("rank", rank, format!("at least {}", self.rank())));
+            return Err(Error::argument(
+                "rank",
+                rank,
+                format!("at least {}", self.rank()),
+            ));
         }
         let r = self.rank();
-        let a = Matrix::from_fn(rank, self.d_input(), |k, j| if k < r { self.a.row(k)[j] } else { 0.0 });
-        let b = Matrix::from_fn(self.d_output(), rank, |i, k| if k < r { self.b.row(i)[k] } else { 0.0 });
+        let a = Matrix::from_fn(rank, self.d_input(), |k, j| {
+            if k < r { self.a.row(k)[j] } else { 0.0 }
+        });
+        let b = Matrix::from_fn(self.d_output(), rank, |i, k| {
+            if k < r { self.b.row(i)[k] } else { 0.0 }
+        });
         Self::new(a, b, self.scale)
     }
 }
@@ -130,7 +142,11 @@ pub struct LoraAdapter {
 impl LoraAdapter {
     /// The largest rank; 0 without layers.
     pub fn max_rank(&self) -> usize {
-        self.layers.values().map(LoraWeights::rank).max().unwrap_or(0)
+        self.layers
+            .values()
+            .map(LoraWeights::rank)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Checks that every layer is one of `config`'s, in its shape.
@@ -138,16 +154,26 @@ impl LoraAdapter {
     /// # Errors
     /// [`Error::UnknownLayer`]; [`Error::TensorShape`] with the shape of the product.
     pub fn check(&self, config: &HfConfig) -> Result<()> {
-        let shapes: BTreeMap<String, [usize; 2]> =
-            config.linear_layers().into_iter().map(|l| (l.name, [l.d_output, l.d_input])).collect();
+        let shapes: BTreeMap<String, [usize; 2]> = config
+            .linear_layers()
+            .into_iter()
+            .map(|l| (l.name, [l.d_output, l.d_input]))
+            .collect();
         for (layer, weights) in &self.layers {
             let Some(expected) = shapes.get(layer) else {
-                return Err(Error::UnknownLayer { context: "LoRA adapter".into(), layer: layer.clone() });
+                return Err(Error::UnknownLayer {
+                    context: "LoRA adapter".into(),
+                    layer: layer.clone(),
+                });
             };
             let found = [weights.d_output(), weights.d_input()];
             if found != *expected {
                 let tensor = format!("{layer}.lora");
-                return Err(Error::TensorShape { tensor, expected: expected.to_vec(), found: found.to_vec() });
+                return Err(Error::TensorShape {
+                    tensor,
+                    expected: expected.to_vec(),
+                    found: found.to_vec(),
+                });
             }
         }
         Ok(())

@@ -34,21 +34,33 @@ impl Pattern {
             Some(other) => return Err(bad_field(name, format!("{other}, expected an object"))),
         };
         if map.len() > MAX_KEYS {
-            return Err(bad_field(name, format!("{} keys, more than {MAX_KEYS}", map.len())));
+            return Err(bad_field(
+                name,
+                format!("{} keys, more than {MAX_KEYS}", map.len()),
+            ));
         }
         let mut pattern = Self::default();
         let mut regexes = 0;
         for (key, value) in map {
             let Some(number) = value.as_f64().filter(|v| v.is_finite()) else {
-                return Err(bad_field(format!("{name}[{key:?}]"), format!("{value}, expected a number")));
+                return Err(bad_field(
+                    format!("{name}[{key:?}]"),
+                    format!("{value}, expected a number"),
+                ));
             };
             if key.len() > MAX_KEY_BYTES {
-                return Err(bad_field(name, format!("a key of {} bytes, more than {MAX_KEY_BYTES}", key.len())));
+                return Err(bad_field(
+                    name,
+                    format!("a key of {} bytes, more than {MAX_KEY_BYTES}", key.len()),
+                ));
             }
             if needs_regex(key) {
                 regexes += 1;
                 if regexes > MAX_REGEXES {
-                    return Err(bad_field(name, format!("more than {MAX_REGEXES} keys that are expressions")));
+                    return Err(bad_field(
+                        name,
+                        format!("more than {MAX_REGEXES} keys that are expressions"),
+                    ));
                 }
             }
             pattern.push(name, key, number)?;
@@ -59,8 +71,12 @@ impl Pattern {
     /// Appends a key.
     pub fn push(&mut self, name: &str, key: &str, value: f64) -> Result<()> {
         let key = if needs_regex(key) {
-            let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(REGEX_BYTES).build();
-            Key::Expression(regex.map_err(|e| Error::Unsupported { what: format!("key {key:?} of `{name}`: {e}") })?)
+            let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+                .size_limit(REGEX_BYTES)
+                .build();
+            Key::Expression(regex.map_err(|e| Error::Unsupported {
+                what: format!("key {key:?} of `{name}`: {e}"),
+            })?)
         } else {
             Key::Plain(key.into())
         };
@@ -71,18 +87,23 @@ impl Pattern {
     /// The value of the first key that matches `module`.
     pub fn find(&self, module: &str) -> Option<f64> {
         let matches = |key: &Key| match key {
-            Key::Plain(key) => {
-                module.strip_suffix(key.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-            }
+            Key::Plain(key) => module
+                .strip_suffix(key.as_str())
+                .is_some_and(|rest| rest.is_empty() || rest.ends_with('.')),
             Key::Expression(regex) => regex.is_match(module),
         };
-        self.0.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
+        self.0
+            .iter()
+            .find(|(key, _)| matches(key))
+            .map(|(_, value)| *value)
     }
 }
 
 /// Whether a key means more than its characters.
 pub(super) fn needs_regex(key: &str) -> bool {
-    key.contains(['\\', '^', '$', '*', '+', '?', '(', ')', '[', ']', '{', '}', '|'])
+    key.contains([
+        '\\', '^', '$', '*', '+', '?', '(', ')', '[', ']', '{', '}', '|',
+    ])
 }
 
 #[cfg(test)]
@@ -119,7 +140,10 @@ mod tests {
             json!({"(?=ahead)": 1}),
             json!({"(a{999}){999}": 1}),
         ] {
-            assert!(Pattern::parse("rank_pattern", Some(&value)).is_err(), "{value}");
+            assert!(
+                Pattern::parse("rank_pattern", Some(&value)).is_err(),
+                "{value}"
+            );
         }
     }
 }

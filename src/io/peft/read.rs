@@ -40,7 +40,10 @@ impl LoraAdapter {
         let folder = folder.as_ref();
         let raw = read_json_object(&folder.join("adapter_config.json"))?;
         let rules = parse_rules(&raw)?;
-        let fields = Fields { map: &raw, prefix: "" };
+        let fields = Fields {
+            map: &raw,
+            prefix: "",
+        };
         let mut adapter = Self {
             layers: BTreeMap::new(),
             base_model: fields.str("base_model_name_or_path")?.map(String::from),
@@ -50,12 +53,17 @@ impl LoraAdapter {
         let path = folder.join("adapter_model.safetensors");
         if !path.exists() && folder.join("adapter_model.bin").exists() {
             return Err(Error::Unsupported {
-                what: format!("{}: a pickled adapter_model.bin (save it as safetensors)", folder.display()),
+                what: format!(
+                    "{}: a pickled adapter_model.bin (save it as safetensors)",
+                    folder.display()
+                ),
             });
         }
         let tensors = Checkpoint::open(&path)?;
         for name in tensors.names() {
-            let Some(layer) = layer_of(name)? else { continue };
+            let Some(layer) = layer_of(name)? else {
+                continue;
+            };
             let weights = load_layer(&tensors, name, layer, &rules)?;
             adapter.layers.insert(layer.into(), weights);
         }
@@ -68,7 +76,11 @@ impl LoraAdapter {
 
 /// The layer of an A; `None` for a B, which is read with its A, but must have one.
 fn layer_of(name: &str) -> Result<Option<&str>> {
-    let unsupported = |kind: &str| Err(Error::Unsupported { what: format!("adapter tensor `{name}` ({kind})") });
+    let unsupported = |kind: &str| {
+        Err(Error::Unsupported {
+            what: format!("adapter tensor `{name}` ({kind})"),
+        })
+    };
     let Some(module) = name.strip_prefix(PREFIX) else {
         return unsupported("its name does not begin with `base_model.model.`");
     };
@@ -87,25 +99,42 @@ fn layer_of(name: &str) -> Result<Option<&str>> {
     }
 }
 
-fn load_layer(tensors: &Checkpoint, a_name: &str, layer: &str, rules: &Rules) -> Result<LoraWeights> {
+fn load_layer(
+    tensors: &Checkpoint,
+    a_name: &str,
+    layer: &str,
+    rules: &Rules,
+) -> Result<LoraWeights> {
     let b_name = format!("{PREFIX}{layer}.lora_B.weight");
     let &[rank, d_input] = tensors.info(a_name)?.shape.as_slice() else {
         let found = tensors.info(a_name)?.shape.clone();
-        return Err(Error::TensorShape { tensor: a_name.into(), expected: vec![rules.rank, 0], found });
+        return Err(Error::TensorShape {
+            tensor: a_name.into(),
+            expected: vec![rules.rank, 0],
+            found,
+        });
     };
     let found = &tensors.info(&b_name)?.shape;
     let d_output = match found.as_slice() {
         &[d_output, columns] if columns == rank => d_output,
         _ => {
             let expected = vec![found.first().copied().unwrap_or(0), rank];
-            return Err(Error::TensorShape { tensor: b_name, expected, found: found.clone() });
+            return Err(Error::TensorShape {
+                tensor: b_name,
+                expected,
+                found: found.clone(),
+            });
         }
     };
     let (expected, named) = rules.rank_of(layer)?;
     // The authors' extraction cuts tensors and leaves the config's rank, on which the scale rests.
     let cut = !named && (1..expected).contains(&rank);
     if rank != expected && !cut {
-        return Err(Error::InvalidRank { layer: layer.into(), found: rank, max: expected });
+        return Err(Error::InvalidRank {
+            layer: layer.into(),
+            found: rank,
+            max: expected,
+        });
     }
     let weights = LoraWeights::new(
         tensors.load_matrix(a_name, [rank, d_input])?,
@@ -120,7 +149,9 @@ impl Rules {
     fn rank_of(&self, layer: &str) -> Result<(usize, bool)> {
         match self.ranks.find(layer) {
             None => Ok((self.rank, false)),
-            Some(r) if r.fract() == 0.0 && (1.0..=MAX_RANK as f64).contains(&r) => Ok((r as usize, true)),
+            Some(r) if r.fract() == 0.0 && (1.0..=MAX_RANK as f64).contains(&r) => {
+                Ok((r as usize, true))
+            }
             Some(r) => Err(bad_field(
                 format!("rank_pattern, for {layer}"),
                 format!("{r}, expected a whole number in 1..={MAX_RANK}"),
@@ -130,13 +161,20 @@ impl Rules {
 
     fn scale_of(&self, layer: &str, rank: usize) -> f32 {
         let alpha = self.alphas.find(layer).unwrap_or(self.alpha);
-        let divisor = if self.rank_stabilized { (rank as f64).sqrt() } else { rank as f64 };
+        let divisor = if self.rank_stabilized {
+            (rank as f64).sqrt()
+        } else {
+            rank as f64
+        };
         (alpha / divisor) as f32
     }
 }
 
 fn parse_rules(raw: &Map<String, Value>) -> Result<Rules> {
-    let fields = Fields { map: raw, prefix: "" };
+    let fields = Fields {
+        map: raw,
+        prefix: "",
+    };
     let refuse = |what: String| Err(Error::Unsupported { what });
     match fields.str("peft_type")? {
         Some("LORA") => {}
@@ -146,19 +184,38 @@ fn parse_rules(raw: &Map<String, Value>) -> Result<Rules> {
     if let Some(bias) = fields.str("bias")?
         && bias != "none"
     {
-        return refuse(format!("an adapter with trained biases (`bias` = `{bias}`)"));
+        return refuse(format!(
+            "an adapter with trained biases (`bias` = `{bias}`)"
+        ));
     }
-    for flag in ["use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"] {
+    for flag in [
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "use_qalora",
+        "use_bdlora",
+    ] {
         if is_set(raw.get(flag)) {
             return refuse(format!("an adapter with `{flag}`"));
         }
     }
-    for list in ["modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices"] {
+    for list in [
+        "modules_to_save",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+    ] {
         if is_set(raw.get(list)) {
             return refuse(format!("an adapter with `{list}`"));
         }
     }
-    for kind in ["alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"] {
+    for kind in [
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "velora_config",
+        "monteclora_config",
+    ] {
         if is_set(raw.get(kind)) {
             return refuse(format!("an adapter with `{kind}`"));
         }
@@ -166,7 +223,10 @@ fn parse_rules(raw: &Map<String, Value>) -> Result<Rules> {
     let alpha = fields.required_f64("lora_alpha")?;
     // The scale must be finite as f32, whatever the rank.
     if !(alpha as f32).is_finite() {
-        return Err(bad_field("lora_alpha", format!("{alpha}, expected a finite number")));
+        return Err(bad_field(
+            "lora_alpha",
+            format!("{alpha}, expected a finite number"),
+        ));
     }
     Ok(Rules {
         rank: fields.required_size("r", MAX_RANK)?,

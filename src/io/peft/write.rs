@@ -30,7 +30,13 @@ pub struct PeftOptions {
 
 impl Default for PeftOptions {
     fn default() -> Self {
-        Self { dtype: DType::F32, pad_to_max_rank: false, overwrite: false, model_layers: Vec::new(), dropout: 0.0 }
+        Self {
+            dtype: DType::F32,
+            pad_to_max_rank: false,
+            overwrite: false,
+            model_layers: Vec::new(),
+            dropout: 0.0,
+        }
     }
 }
 
@@ -48,49 +54,106 @@ impl LoraAdapter {
     pub fn write(&self, destination: impl AsRef<Path>, options: &PeftOptions) -> Result<()> {
         let rank = self.max_rank();
         if rank == 0 {
-            return Err(Error::argument("adapter", "without layers", "at least one layer"));
+            return Err(Error::argument(
+                "adapter",
+                "without layers",
+                "at least one layer",
+            ));
         }
         let config = self.config(rank, options)?;
         let folder = FolderWriter::create(destination, options.overwrite)?;
         let mut tensors = Vec::with_capacity(2 * self.layers.len());
         for (layer, weights) in &self.layers {
-            let r = if options.pad_to_max_rank { rank } else { weights.rank() };
+            let r = if options.pad_to_max_rank {
+                rank
+            } else {
+                weights.rank()
+            };
             let (a_shape, b_shape) = (vec![r, weights.d_input()], vec![weights.d_output(), r]);
             let a_name = format!("{PREFIX}{layer}.lora_A.weight");
             let b_name = format!("{PREFIX}{layer}.lora_B.weight");
             if r == weights.rank() {
-                tensors.push(HostTensor::from_f32(a_name, options.dtype, a_shape, weights.a().as_slice()));
-                tensors.push(HostTensor::from_f32(b_name, options.dtype, b_shape, weights.b().as_slice()));
+                tensors.push(HostTensor::from_f32(
+                    a_name,
+                    options.dtype,
+                    a_shape,
+                    weights.a().as_slice(),
+                ));
+                tensors.push(HostTensor::from_f32(
+                    b_name,
+                    options.dtype,
+                    b_shape,
+                    weights.b().as_slice(),
+                ));
             } else {
                 let padded = weights.padded(r)?;
                 let (a, b) = (padded.a, padded.b);
-                tensors.push(HostTensor::from_f32(a_name, options.dtype, a_shape, a.into_vec()));
-                tensors.push(HostTensor::from_f32(b_name, options.dtype, b_shape, b.into_vec()));
+                tensors.push(HostTensor::from_f32(
+                    a_name,
+                    options.dtype,
+                    a_shape,
+                    a.into_vec(),
+                ));
+                tensors.push(HostTensor::from_f32(
+                    b_name,
+                    options.dtype,
+                    b_shape,
+                    b.into_vec(),
+                ));
             }
         }
-        write_safetensors(folder.path().join("adapter_model.safetensors"), tensors, &BTreeMap::new())?;
+        write_safetensors(
+            folder.path().join("adapter_model.safetensors"),
+            tensors,
+            &BTreeMap::new(),
+        )?;
         atomic::write_json(folder.path().join("adapter_config.json"), &config)?;
         folder.commit()
     }
 
     fn config(&self, rank: usize, options: &PeftOptions) -> Result<Value> {
-        let stored_rank = |w: &LoraWeights| if options.pad_to_max_rank { rank } else { w.rank() };
+        let stored_rank = |w: &LoraWeights| {
+            if options.pad_to_max_rank {
+                rank
+            } else {
+                w.rank()
+            }
+        };
         // Exact: 24 bits of scale times 17 of rank fit an f64, and the reader's division gives the scale back.
         let alpha_of = |w: &LoraWeights| f64::from(w.scale()) * stored_rank(w) as f64;
-        let alpha = self.layers.values().find(|w| w.rank() == rank).map_or(0.0, alpha_of);
-        let wanted: Vec<(&String, usize, f64)> =
-            self.layers.iter().map(|(name, w)| (name, stored_rank(w), alpha_of(w))).collect();
-        let mut ranks: Vec<_> = wanted.iter().filter(|(_, r, _)| *r != rank).map(|(n, r, _)| (*n, *r as f64)).collect();
-        let mut alphas: Vec<_> = wanted.iter().filter(|(_, _, a)| *a != alpha).map(|(n, _, a)| (*n, *a)).collect();
+        let alpha = self
+            .layers
+            .values()
+            .find(|w| w.rank() == rank)
+            .map_or(0.0, alpha_of);
+        let wanted: Vec<(&String, usize, f64)> = self
+            .layers
+            .iter()
+            .map(|(name, w)| (name, stored_rank(w), alpha_of(w)))
+            .collect();
+        let mut ranks: Vec<_> = wanted
+            .iter()
+            .filter(|(_, r, _)| *r != rank)
+            .map(|(n, r, _)| (*n, *r as f64))
+            .collect();
+        let mut alphas: Vec<_> = wanted
+            .iter()
+            .filter(|(_, _, a)| *a != alpha)
+            .map(|(n, _, a)| (*n, *a))
+            .collect();
         // A key also matches every path that ends in it. Where one layer's path ends in another's, name every layer.
-        let holds =
-            |pairs: &[(&String, f64)], value: &dyn Fn(&(&String, usize, f64)) -> f64, default: f64| -> Result<bool> {
-                let mut pattern = Pattern::default();
-                for (name, v) in pairs {
-                    pattern.push("pattern", &key_of(name), *v)?;
-                }
-                Ok(wanted.iter().all(|w| pattern.find(w.0).unwrap_or(default) == value(w)))
-            };
+        let holds = |pairs: &[(&String, f64)],
+                     value: &dyn Fn(&(&String, usize, f64)) -> f64,
+                     default: f64|
+         -> Result<bool> {
+            let mut pattern = Pattern::default();
+            for (name, v) in pairs {
+                pattern.push("pattern", &key_of(name), *v)?;
+            }
+            Ok(wanted
+                .iter()
+                .all(|w| pattern.find(w.0).unwrap_or(default) == value(w)))
+        };
         if !holds(&ranks, &|w| w.1 as f64, rank as f64)? || !holds(&alphas, &|w| w.2, alpha)? {
             ranks = wanted.iter().map(|(n, r, _)| (*n, *r as f64)).collect();
             alphas = wanted.iter().map(|(n, _, a)| (*n, *a)).collect();
@@ -99,7 +162,11 @@ impl LoraAdapter {
             alphas.sort_by_key(|(n, _)| std::cmp::Reverse(n.len()));
         }
         let object = |pairs: &[(&String, f64)]| -> Value {
-            pairs.iter().map(|(n, v)| (key_of(n), number(*v))).collect::<Map<String, Value>>().into()
+            pairs
+                .iter()
+                .map(|(n, v)| (key_of(n), number(*v)))
+                .collect::<Map<String, Value>>()
+                .into()
         };
         let mut config = json!({
             "alpha_pattern": object(&alphas),
@@ -126,7 +193,10 @@ impl LoraAdapter {
             "use_rslora": false,
         });
         if let Value::Object(map) = &mut config {
-            for (field, set) in [("sparse_adapter", self.sparse), ("quantization_aware", self.quantization_aware)] {
+            for (field, set) in [
+                ("sparse_adapter", self.sparse),
+                ("quantization_aware", self.quantization_aware),
+            ] {
                 if set {
                     map.insert(field.into(), true.into());
                 }
@@ -141,17 +211,31 @@ impl LoraAdapter {
         let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
         let suffixes: BTreeSet<String> = self.layers.keys().map(|l| last(l)).collect();
         let complete = !model_layers.is_empty()
-            && model_layers.iter().all(|l| self.layers.contains_key(l) || !suffixes.contains(&last(l)));
-        if complete { suffixes.into_iter().collect() } else { self.layers.keys().cloned().collect() }
+            && model_layers
+                .iter()
+                .all(|l| self.layers.contains_key(l) || !suffixes.contains(&last(l)));
+        if complete {
+            suffixes.into_iter().collect()
+        } else {
+            self.layers.keys().cloned().collect()
+        }
     }
 }
 
 /// A path as a key: itself, or escaped where it holds a character that an expression would read.
 fn key_of(layer: &str) -> String {
-    if pattern::needs_regex(layer) { regex::escape(layer) } else { layer.into() }
+    if pattern::needs_regex(layer) {
+        regex::escape(layer)
+    } else {
+        layer.into()
+    }
 }
 
 /// 16 rather than 16.0, as PEFT writes it.
 fn number(v: f64) -> Value {
-    if v.fract() == 0.0 && v.abs() < 1e15 { Value::from(v as i64) } else { Value::from(v) }
+    if v.fract() == 0.0 && v.abs() < 1e15 {
+        Value::from(v as i64)
+    } else {
+        Value::from(v)
+    }
 }

@@ -32,22 +32,45 @@ pub(super) fn check(
     let bits = config.bits();
     let groups = cols.div_ceil(config.group_size().unwrap_or(cols));
     let name = |suffix: &str| tensor_name(layer, suffix);
-    layout::check(checkpoint, &name(CODES), &[DType::I32], &[rows, layout::word_count(cols, bits)])?;
+    layout::check(
+        checkpoint,
+        &name(CODES),
+        &[DType::I32],
+        &[rows, layout::word_count(cols, bits)],
+    )?;
     layout::check_floats(checkpoint, &name(SCALES), &[rows, groups])?;
     if !config.symmetric() {
         let packed = [layout::word_count(rows, bits), groups];
         layout::check(checkpoint, &name(ZEROS), &[DType::I32], &packed)?;
     } else if checkpoint.contains(&name(ZEROS)) {
-        return Err(wrong(checkpoint, &name(ZEROS), "zero points, but the config says that the grid is symmetric"));
+        return Err(wrong(
+            checkpoint,
+            &name(ZEROS),
+            "zero points, but the config says that the grid is symmetric",
+        ));
     }
     layout::check(checkpoint, &name(SHAPE), &[DType::I64, DType::I32], &[2])?;
     let bytes = checkpoint.bytes(&name(SHAPE))?;
     let stored: Vec<i64> = match checkpoint.info(&name(SHAPE))?.dtype {
-        DType::I64 => bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect(),
-        _ => bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b).into()).collect(),
+        DType::I64 => bytes
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|b| i64::from_le_bytes(*b))
+            .collect(),
+        _ => bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| i32::from_le_bytes(*b).into())
+            .collect(),
     };
     if !stored.iter().copied().eq([rows as i64, cols as i64]) {
-        return Err(wrong(checkpoint, &name(SHAPE), format!("{stored:?}, expected {:?}", [rows, cols])));
+        return Err(wrong(
+            checkpoint,
+            &name(SHAPE),
+            format!("{stored:?}, expected {:?}", [rows, cols]),
+        ));
     }
     if checkpoint.contains(&name(GROUP_OF)) {
         layout::check(checkpoint, &name(GROUP_OF), &[DType::I32], &[cols])?;
@@ -65,7 +88,11 @@ pub(super) fn read(
     let bits = config.bits();
     let group_size = config.group_size().unwrap_or(cols);
     let groups = cols.div_ceil(group_size);
-    let codes = layout::unpack_rows(layout::words(checkpoint, &tensor_name(layer, CODES))?, cols, bits);
+    let codes = layout::unpack_rows(
+        layout::words(checkpoint, &tensor_name(layer, CODES))?,
+        cols,
+        bits,
+    );
     let middle = 1 << (bits - 1);
     let zeros = if config.symmetric() {
         vec![middle; rows * groups]
@@ -76,11 +103,17 @@ pub(super) fn read(
     };
     let name = tensor_name(layer, GROUP_OF);
     // Versions that knew it filled it with -1 where it was not used.
-    let used = checkpoint.contains(&name) && layout::words(checkpoint, &name)?.iter().any(|word| *word != [0xFF; 4]);
+    let used = checkpoint.contains(&name)
+        && layout::words(checkpoint, &name)?
+            .iter()
+            .any(|word| *word != [0xFF; 4]);
     let group_of = if used {
         layout::column_groups(checkpoint, &name, group_size, groups)?
     } else if config.act_order() {
-        return Err(Error::MissingTensor { path: checkpoint.path().to_path_buf(), tensor: name });
+        return Err(Error::MissingTensor {
+            path: checkpoint.path().to_path_buf(),
+            tensor: name,
+        });
     } else {
         None
     };
@@ -105,33 +138,58 @@ pub(super) fn tensors<'a>(
     let parts = matrix.parts();
     let (rows, cols, bits, groups) = (parts.rows, parts.cols, parts.bits, matrix.groups());
     let name = |suffix: &str| tensor_name(layer, suffix);
-    let unsupported =
-        |suffix: &str, what: String| Err(Error::Unsupported { what: format!("tensor `{}`: {what}", name(suffix)) });
+    let unsupported = |suffix: &str, what: String| {
+        Err(Error::Unsupported {
+            what: format!("tensor `{}`: {what}", name(suffix)),
+        })
+    };
     if rows == 0 || cols == 0 {
-        return unsupported(CODES, format!("a weight of {rows} x {cols} in compressed-tensors"));
+        return unsupported(
+            CODES,
+            format!("a weight of {rows} x {cols} in compressed-tensors"),
+        );
     }
     if parts.group_of.is_some() {
-        return unsupported(GROUP_OF, "columns whose groups are out of order, in compressed-tensors (GPTQ can)".into());
+        return unsupported(
+            GROUP_OF,
+            "columns whose groups are out of order, in compressed-tensors (GPTQ can)".into(),
+        );
     }
     if groups > 1 && !cols.is_multiple_of(parts.group_size) {
-        let what =
-            format!("{cols} inputs in groups of {}, which do not divide them, in compressed-tensors", parts.group_size);
+        let what = format!(
+            "{cols} inputs in groups of {}, which do not divide them, in compressed-tensors",
+            parts.group_size
+        );
         return unsupported(SCALES, what);
     }
-    let shape: Vec<u8> = [rows as i64, cols as i64].iter().flat_map(|n| n.to_le_bytes()).collect();
+    let shape: Vec<u8> = [rows as i64, cols as i64]
+        .iter()
+        .flat_map(|n| n.to_le_bytes())
+        .collect();
     let mut tensors = vec![
-        layout::words_tensor(name(CODES), [rows, layout::word_count(cols, bits)], move || {
-            layout::pack_rows(&parts.codes, cols, bits)
-        }),
-        HostTensor::from_f32(name(SCALES), layout::scale_dtype(&parts.scales), [rows, groups], &parts.scales),
+        layout::words_tensor(
+            name(CODES),
+            [rows, layout::word_count(cols, bits)],
+            move || layout::pack_rows(&parts.codes, cols, bits),
+        ),
+        HostTensor::from_f32(
+            name(SCALES),
+            layout::scale_dtype(&parts.scales),
+            [rows, groups],
+            &parts.scales,
+        ),
         HostTensor::from_bytes(name(SHAPE), DType::I64, [2], shape),
     ];
     if !config.symmetric() {
         let per_group = layout::word_count(rows, bits);
-        tensors.push(layout::words_tensor(name(ZEROS), [per_group, groups], move || {
-            let zeros = layout::transposed(&parts.zeros, rows, groups);
-            layout::transposed(&layout::pack_rows(&zeros, rows, bits), groups, per_group)
-        }));
+        tensors.push(layout::words_tensor(
+            name(ZEROS),
+            [per_group, groups],
+            move || {
+                let zeros = layout::transposed(&parts.zeros, rows, groups);
+                layout::transposed(&layout::pack_rows(&zeros, rows, bits), groups, per_group)
+            },
+        ));
     }
     Ok(tensors)
 }

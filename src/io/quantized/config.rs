@@ -55,19 +55,31 @@ impl QuantizationConfig {
     /// activations, settings that differ between layers, ...); [`Error::InvalidConfig`] for a field that is missing, of another
     /// type or out of range.
     pub fn from_json(raw: Map<String, Value>) -> Result<Self> {
-        let fields = Fields { map: &raw, prefix: PREFIX };
+        let fields = Fields {
+            map: &raw,
+            prefix: PREFIX,
+        };
         match fields.str("quant_method")?.unwrap_or("gptq") {
             "gptq" => Self::from_gptq(raw),
             "compressed-tensors" => Self::from_compressed_tensors(raw),
             other => Err(Error::Unsupported {
-                what: format!("a checkpoint quantized by method `{other}` (config field `quantization_config`)"),
+                what: format!(
+                    "a checkpoint quantized by method `{other}` (config field `quantization_config`)"
+                ),
             }),
         }
     }
 
     fn from_gptq(raw: Map<String, Value>) -> Result<Self> {
-        let fields = Fields { map: &raw, prefix: PREFIX };
-        let format = match fields.str("checkpoint_format")?.or(fields.str("format")?).unwrap_or("gptq") {
+        let fields = Fields {
+            map: &raw,
+            prefix: PREFIX,
+        };
+        let format = match fields
+            .str("checkpoint_format")?
+            .or(fields.str("format")?)
+            .unwrap_or("gptq")
+        {
             "gptq" => QuantFormat::Gptq,
             "gptq_v2" => QuantFormat::GptqV2,
             other => return unsupported("checkpoint_format", other),
@@ -87,11 +99,21 @@ impl QuantizationConfig {
         let flag = |name: &str, absent: bool| Ok::<_, Error>(fields.bool(name)?.unwrap_or(absent));
         // An absent `desc_act` is no promise that groups are in order; tensors tell.
         let (symmetric, act_order) = (flag("sym", true)?, flag("desc_act", false)?);
-        Ok(Self { format, bits, group_size, symmetric, act_order, raw })
+        Ok(Self {
+            format,
+            bits,
+            group_size,
+            symmetric,
+            act_order,
+            raw,
+        })
     }
 
     fn from_compressed_tensors(raw: Map<String, Value>) -> Result<Self> {
-        let fields = Fields { map: &raw, prefix: PREFIX };
+        let fields = Fields {
+            map: &raw,
+            prefix: PREFIX,
+        };
         match fields.str("format")? {
             Some("pack-quantized") => {}
             other => return unsupported("format", other.unwrap_or("dense")),
@@ -113,7 +135,10 @@ impl QuantizationConfig {
             return unsupported("sparsity_config.format", format);
         }
         let Some(Value::Object(groups)) = raw.get("config_groups") else {
-            return Err(bad_field(format!("{PREFIX}config_groups"), "missing or not an object"));
+            return Err(bad_field(
+                format!("{PREFIX}config_groups"),
+                "missing or not an object",
+            ));
         };
         let mut groups = groups.values();
         let (Some(Value::Object(group)), None) = (groups.next(), groups.next()) else {
@@ -129,27 +154,45 @@ impl QuantizationConfig {
             Some(other) => return unsupported("config_groups.format", other),
         }
         let Some(Value::Object(weights)) = group.get("weights") else {
-            return Err(bad_field(format!("{PREFIX}config_groups.weights"), "missing or not an object"));
+            return Err(bad_field(
+                format!("{PREFIX}config_groups.weights"),
+                "missing or not an object",
+            ));
         };
-        let fields = Fields { map: weights, prefix: "quantization_config.config_groups.weights." };
+        let fields = Fields {
+            map: weights,
+            prefix: "quantization_config.config_groups.weights.",
+        };
         if let Some(other) = fields.str("type")?.filter(|name| *name != "int") {
             return unsupported("weights.type", other);
         }
-        if let Some(other) = weights.get("dynamic").filter(|value| !matches!(value, Value::Null | Value::Bool(false))) {
+        if let Some(other) = weights
+            .get("dynamic")
+            .filter(|value| !matches!(value, Value::Null | Value::Bool(false)))
+        {
             return unsupported("weights.dynamic", &other.to_string());
         }
         let bits = match fields.size("num_bits", 8)? {
             Some(3) => {
-                return unsupported("weights.num_bits", "3, which versions of compressed-tensors pack in two ways");
+                return unsupported(
+                    "weights.num_bits",
+                    "3, which versions of compressed-tensors pack in two ways",
+                );
             }
             _ => bits(&fields, "num_bits", &[2, 4, 8])?,
         };
-        let by_group = weights.get("group_size").is_some_and(|size| !size.is_null());
-        let group_size = match fields.str("strategy")?.unwrap_or(if by_group { "group" } else { "tensor" }) {
-            "group" => Some(fields.required_size("group_size", MAX_GROUP_SIZE)?),
-            "channel" => None,
-            other => return unsupported("weights.strategy", other),
-        };
+        let by_group = weights
+            .get("group_size")
+            .is_some_and(|size| !size.is_null());
+        let group_size =
+            match fields
+                .str("strategy")?
+                .unwrap_or(if by_group { "group" } else { "tensor" })
+            {
+                "group" => Some(fields.required_size("group_size", MAX_GROUP_SIZE)?),
+                "channel" => None,
+                other => return unsupported("weights.strategy", other),
+            };
         let symmetric = fields.bool("symmetric")?.unwrap_or(true);
         // Of the orders, `group` alone shows in the tensors; `true` is an old way to say it.
         let act_order = match weights.get("actorder") {
@@ -157,7 +200,14 @@ impl QuantizationConfig {
             Some(value) => value.as_bool().unwrap_or(false),
             None => false,
         };
-        Ok(Self { format: QuantFormat::CompressedTensors, bits, group_size, symmetric, act_order, raw })
+        Ok(Self {
+            format: QuantFormat::CompressedTensors,
+            bits,
+            group_size,
+            symmetric,
+            act_order,
+            raw,
+        })
     }
 
     /// The config of a folder that holds these layers in this format, `all` being the model's; the others stay dense.
@@ -172,10 +222,16 @@ impl QuantizationConfig {
         all: &[LinearLayer],
     ) -> Result<Self> {
         let Some((first, matrix)) = layers.first_key_value() else {
-            return Err(Error::argument("layers", "none", "at least one quantized layer"));
+            return Err(Error::argument(
+                "layers",
+                "none",
+                "at least one quantized layer",
+            ));
         };
         let bits = matrix.parts().bits;
-        let per_row = layers.values().all(|matrix| matrix.parts().group_size == matrix.cols());
+        let per_row = layers
+            .values()
+            .all(|matrix| matrix.parts().group_size == matrix.cols());
         let group_size = (!per_row).then_some(matrix.parts().group_size);
         for (layer, matrix) in layers {
             let parts = matrix.parts();
@@ -190,8 +246,13 @@ impl QuantizationConfig {
             }
         }
         let symmetric = layers.values().all(|matrix| matrix.parts().symmetric);
-        let act_order = layers.values().any(|matrix| matrix.parts().group_of.is_some());
-        let dense: Vec<&LinearLayer> = all.iter().filter(|layer| !layers.contains_key(&layer.name)).collect();
+        let act_order = layers
+            .values()
+            .any(|matrix| matrix.parts().group_of.is_some());
+        let dense: Vec<&LinearLayer> = all
+            .iter()
+            .filter(|layer| !layers.contains_key(&layer.name))
+            .collect();
         let raw = match format {
             QuantFormat::Gptq | QuantFormat::GptqV2 => {
                 let mut raw = json!({
@@ -213,7 +274,8 @@ impl QuantizationConfig {
                     let (kept, left) = kinds_in_every_block(layers, all, &dense)?;
                     // The first for transformers, the second for GPTQModel and vLLM.
                     raw["modules_in_block_to_quantize"] = json!([kept]);
-                    let rule = |name: &str| (format!("-:.*\\.{}$", name.replace('.', "\\.")), json!({}));
+                    let rule =
+                        |name: &str| (format!("-:.*\\.{}$", name.replace('.', "\\.")), json!({}));
                     raw["dynamic"] = left.into_iter().map(rule).collect::<Map<_, _>>().into();
                 }
                 raw
@@ -291,20 +353,35 @@ fn kinds_in_every_block<'a>(
 ) -> Result<(Vec<&'a str>, Vec<&'a str>)> {
     fn kind(layer: &LinearLayer) -> &str {
         let block = format!(".{}.", layer.block);
-        layer.name.split_once(&block).map_or(layer.name.as_str(), |(_, kind)| kind)
+        layer
+            .name
+            .split_once(&block)
+            .map_or(layer.name.as_str(), |(_, kind)| kind)
     }
     let left: BTreeSet<&str> = dense.iter().map(|layer| kind(layer)).collect();
-    if let Some(layer) = all.iter().find(|layer| layers.contains_key(&layer.name) && left.contains(kind(layer))) {
-        let what = format!("layer `{}`, quantized where that of another block is dense, in GPTQ", layer.name);
+    if let Some(layer) = all
+        .iter()
+        .find(|layer| layers.contains_key(&layer.name) && left.contains(kind(layer)))
+    {
+        let what = format!(
+            "layer `{}`, quantized where that of another block is dense, in GPTQ",
+            layer.name
+        );
         return Err(Error::Unsupported { what });
     }
     let mut seen = BTreeSet::new();
-    let kinds: Vec<&str> = all.iter().map(kind).filter(|kind| seen.insert(*kind)).collect();
+    let kinds: Vec<&str> = all
+        .iter()
+        .map(kind)
+        .filter(|kind| seen.insert(*kind))
+        .collect();
     Ok(kinds.into_iter().partition(|kind| !left.contains(kind)))
 }
 
 fn unsupported<T>(field: &str, found: &str) -> Result<T> {
-    Err(Error::Unsupported { what: format!("`{PREFIX}{field}`: {found}") })
+    Err(Error::Unsupported {
+        what: format!("`{PREFIX}{field}`: {found}"),
+    })
 }
 
 fn bits(fields: &Fields<'_>, name: &str, known: &[usize]) -> Result<u8> {

@@ -31,8 +31,14 @@ pub(super) fn check(
 ) -> Result<()> {
     let bits = config.bits();
     let groups = cols.div_ceil(config.group_size().unwrap_or(cols));
-    let packed =
-        |suffix: &str, shape: [usize; 2]| layout::check(checkpoint, &tensor_name(layer, suffix), &[DType::I32], &shape);
+    let packed = |suffix: &str, shape: [usize; 2]| {
+        layout::check(
+            checkpoint,
+            &tensor_name(layer, suffix),
+            &[DType::I32],
+            &shape,
+        )
+    };
     packed(CODES, [layout::word_count(cols, bits), rows])?;
     packed(ZEROS, [groups, layout::word_count(rows, bits)])?;
     layout::check_floats(checkpoint, &tensor_name(layer, SCALES), &[groups, rows])?;
@@ -92,7 +98,10 @@ pub(super) fn read(
     let group_of = if checkpoint.contains(&name) {
         layout::column_groups(checkpoint, &name, group_size, groups)?
     } else if config.act_order() {
-        return Err(Error::MissingTensor { path: checkpoint.path().to_path_buf(), tensor: name });
+        return Err(Error::MissingTensor {
+            path: checkpoint.path().to_path_buf(),
+            tensor: name,
+        });
     } else {
         None
     };
@@ -117,7 +126,9 @@ pub(super) fn tensors<'a>(
     let parts = matrix.parts();
     let (rows, cols, bits, groups) = (parts.rows, parts.cols, parts.bits, matrix.groups());
     let unsupported = |suffix: &str, what: String| {
-        Err(Error::Unsupported { what: format!("tensor `{}`: {what}", tensor_name(layer, suffix)) })
+        Err(Error::Unsupported {
+            what: format!("tensor `{}`: {what}", tensor_name(layer, suffix)),
+        })
     };
     for (suffix, what, n) in [(CODES, "inputs", cols), (ZEROS, "outputs", rows)] {
         if n == 0 || !(n as u128 * u128::from(bits)).is_multiple_of(32) {
@@ -128,12 +139,19 @@ pub(super) fn tensors<'a>(
         }
     }
     if parts.group_of.is_some() && !config.act_order() {
-        return unsupported(GROUP_OF, "groups out of order beside a config without `desc_act`, in GPTQ".into());
+        return unsupported(
+            GROUP_OF,
+            "groups out of order beside a config without `desc_act`, in GPTQ".into(),
+        );
     }
     // Stored less 1 in v1.
     let less = u8::from(config.format() == QuantFormat::Gptq);
     if let Some(at) = parts.zeros.iter().position(|zero| *zero < less) {
-        let what = format!("a zero point of 0 (output {}, group {}) in GPTQ v1 (v2 can)", at / groups, at % groups);
+        let what = format!(
+            "a zero point of 0 (output {}, group {}) in GPTQ v1 (v2 can)",
+            at / groups,
+            at % groups
+        );
         return unsupported(ZEROS, what);
     }
     let codes = move || {
@@ -147,11 +165,21 @@ pub(super) fn tensors<'a>(
     };
     let group_of = move || {
         let group = |column| matrix.group_of(column) as u32;
-        Ok((0..cols).flat_map(|column| group(column).to_le_bytes()).collect())
+        Ok((0..cols)
+            .flat_map(|column| group(column).to_le_bytes())
+            .collect())
     };
     Ok(vec![
-        layout::words_tensor(tensor_name(layer, CODES), [layout::word_count(cols, bits), rows], codes),
-        layout::words_tensor(tensor_name(layer, ZEROS), [groups, layout::word_count(rows, bits)], zeros),
+        layout::words_tensor(
+            tensor_name(layer, CODES),
+            [layout::word_count(cols, bits), rows],
+            codes,
+        ),
+        layout::words_tensor(
+            tensor_name(layer, ZEROS),
+            [groups, layout::word_count(rows, bits)],
+            zeros,
+        ),
         HostTensor::lazy_f32(
             tensor_name(layer, SCALES),
             layout::scale_dtype(&parts.scales),

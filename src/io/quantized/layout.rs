@@ -13,23 +13,44 @@ const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 
 /// `layer.suffix`; the suffix alone for a file of one layer without a name.
 pub(super) fn tensor_name(layer: &str, suffix: &str) -> String {
-    if layer.is_empty() { suffix.into() } else { format!("{layer}.{suffix}") }
+    if layer.is_empty() {
+        suffix.into()
+    } else {
+        format!("{layer}.{suffix}")
+    }
 }
 
 /// A tensor that breaks a rule.
-pub(super) fn wrong(checkpoint: &Checkpoint, tensor: &str, reason: impl std::fmt::Display) -> Error {
+pub(super) fn wrong(
+    checkpoint: &Checkpoint,
+    tensor: &str,
+    reason: impl std::fmt::Display,
+) -> Error {
     Error::invalid_file(checkpoint.path(), format!("tensor `{tensor}`: {reason}"))
 }
 
 /// Checks type and shape of a tensor.
-pub(super) fn check(checkpoint: &Checkpoint, tensor: &str, dtypes: &[DType], shape: &[usize]) -> Result<()> {
+pub(super) fn check(
+    checkpoint: &Checkpoint,
+    tensor: &str,
+    dtypes: &[DType],
+    shape: &[usize],
+) -> Result<()> {
     let info = checkpoint.info(tensor)?;
     if !dtypes.contains(&info.dtype) {
         let names: Vec<&str> = dtypes.iter().map(|dtype| dtype.name()).collect();
-        return Err(wrong(checkpoint, tensor, format!("dtype {}, expected {}", info.dtype, names.join(" or "))));
+        return Err(wrong(
+            checkpoint,
+            tensor,
+            format!("dtype {}, expected {}", info.dtype, names.join(" or ")),
+        ));
     }
     if info.shape != shape {
-        return Err(wrong(checkpoint, tensor, format!("shape {:?}, expected {shape:?}", info.shape)));
+        return Err(wrong(
+            checkpoint,
+            tensor,
+            format!("shape {:?}, expected {shape:?}", info.shape),
+        ));
     }
     Ok(())
 }
@@ -68,7 +89,10 @@ pub(super) fn column_groups(
             }
         }
     }
-    let in_order = group_of.iter().enumerate().all(|(column, group)| column / group_size == *group as usize);
+    let in_order = group_of
+        .iter()
+        .enumerate()
+        .all(|(column, group)| column / group_size == *group as usize);
     Ok(if in_order { None } else { Some(group_of) })
 }
 
@@ -116,10 +140,19 @@ pub(super) fn words_tensor<'a>(
     shape: [usize; 2],
     words: impl FnOnce() -> Vec<Word> + Send + 'a,
 ) -> HostTensor<'a> {
-    HostTensor::lazy_bytes(name, DType::I32, shape, move || Ok(words().into_flattened()))
+    HostTensor::lazy_bytes(
+        name,
+        DType::I32,
+        shape,
+        move || Ok(words().into_flattened()),
+    )
 }
 
 /// The type that scales are written in: `f16` where that changes none of them.
 pub(super) fn scale_dtype(scales: &[f32]) -> DType {
-    if all_f16(scales) { DType::F16 } else { DType::F32 }
+    if all_f16(scales) {
+        DType::F16
+    } else {
+        DType::F32
+    }
 }

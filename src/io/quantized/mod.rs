@@ -32,15 +32,32 @@ impl QuantizationConfig {
     ///
     /// # Errors
     /// [`Error::MissingTensor`]; [`Error::InvalidFile`] that names file and tensor.
-    pub fn check_layer(&self, checkpoint: &Checkpoint, layer: &str, shape: [usize; 2]) -> Result<()> {
+    pub fn check_layer(
+        &self,
+        checkpoint: &Checkpoint,
+        layer: &str,
+        shape: [usize; 2],
+    ) -> Result<()> {
         let [rows, cols] = shape;
         // The widest that is computed from a shape: bits of all codes.
-        if rows == 0 || cols == 0 || rows.checked_mul(cols).and_then(|n| n.checked_mul(8)).is_none() {
-            return Err(Error::argument("shape", format!("{shape:?}"), "positive sizes whose product fits the memory"));
+        if rows == 0
+            || cols == 0
+            || rows
+                .checked_mul(cols)
+                .and_then(|n| n.checked_mul(8))
+                .is_none()
+        {
+            return Err(Error::argument(
+                "shape",
+                format!("{shape:?}"),
+                "positive sizes whose product fits the memory",
+            ));
         }
         match self.format() {
             QuantFormat::Gptq | QuantFormat::GptqV2 => gptq::check(self, checkpoint, layer, shape),
-            QuantFormat::CompressedTensors => compressed_tensors::check(self, checkpoint, layer, shape),
+            QuantFormat::CompressedTensors => {
+                compressed_tensors::check(self, checkpoint, layer, shape)
+            }
         }
     }
 
@@ -52,14 +69,22 @@ impl QuantizationConfig {
     /// # Errors
     /// Those of [`check_layer`](Self::check_layer); [`Error::InvalidFile`] for a group of a column that there is not, a zero
     /// point that two readers would take for two, or a negative scale; [`Error::NotFinite`].
-    pub fn read_layer(&self, checkpoint: &Checkpoint, layer: &str, shape: [usize; 2]) -> Result<QuantizedMatrix> {
+    pub fn read_layer(
+        &self,
+        checkpoint: &Checkpoint,
+        layer: &str,
+        shape: [usize; 2],
+    ) -> Result<QuantizedMatrix> {
         self.check_layer(checkpoint, layer, shape)?;
         let parts = match self.format() {
             QuantFormat::Gptq | QuantFormat::GptqV2 => gptq::read(self, checkpoint, layer, shape)?,
-            QuantFormat::CompressedTensors => compressed_tensors::read(self, checkpoint, layer, shape)?,
+            QuantFormat::CompressedTensors => {
+                compressed_tensors::read(self, checkpoint, layer, shape)?
+            }
         };
-        QuantizedMatrix::new(parts)
-            .map_err(|reason| Error::invalid_file(checkpoint.path(), format!("layer `{layer}`: {reason}")))
+        QuantizedMatrix::new(parts).map_err(|reason| {
+            Error::invalid_file(checkpoint.path(), format!("layer `{layer}`: {reason}"))
+        })
     }
 
     /// The tensors of a layer, each made when its turn comes to be written.
@@ -71,7 +96,11 @@ impl QuantizationConfig {
     /// [`Error::Unsupported`], naming the tensor, for what the format cannot hold: sizes that are no whole words, a zero
     /// point of 0 in GPTQ v1, columns in an order of their own in compressed-tensors; [`Error::InvalidArgument`] for a matrix
     /// whose bits or groups are not those of this config.
-    pub fn layer_tensors<'a>(&self, layer: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<HostTensor<'a>>> {
+    pub fn layer_tensors<'a>(
+        &self,
+        layer: &str,
+        matrix: &'a QuantizedMatrix,
+    ) -> Result<Vec<HostTensor<'a>>> {
         if matrix.parts().bits != self.bits() {
             let expected = format!("{}, as the config of `{layer}` says", self.bits());
             return Err(Error::argument("bits", matrix.parts().bits, expected));
@@ -81,10 +110,18 @@ impl QuantizationConfig {
             || matrix.groups() > 1 && matrix.parts().group_size != group_size
         {
             let expected = format!("{group_size}, as the config of `{layer}` says");
-            return Err(Error::argument("group_size", matrix.parts().group_size, expected));
+            return Err(Error::argument(
+                "group_size",
+                matrix.parts().group_size,
+                expected,
+            ));
         }
         if self.symmetric() && !matrix.parts().symmetric {
-            return Err(Error::argument("symmetric", false, format!("true, as the config of `{layer}` says")));
+            return Err(Error::argument(
+                "symmetric",
+                false,
+                format!("true, as the config of `{layer}` says"),
+            ));
         }
         match self.format() {
             QuantFormat::Gptq | QuantFormat::GptqV2 => gptq::tensors(self, layer, matrix),

@@ -14,11 +14,19 @@ use crate::io::hf::LinearLayer;
 use crate::io::testing::{pick, shared};
 use crate::io::{Checkpoint, DType, HostTensor, tensors::write_safetensors};
 
-const FORMATS: [QuantFormat; 3] = [QuantFormat::Gptq, QuantFormat::GptqV2, QuantFormat::CompressedTensors];
+const FORMATS: [QuantFormat; 3] = [
+    QuantFormat::Gptq,
+    QuantFormat::GptqV2,
+    QuantFormat::CompressedTensors,
+];
 const LAYER: &str = "model.layers.0.mlp.up_proj";
 
 fn config_of(format: QuantFormat, matrix: &QuantizedMatrix) -> Result<QuantizationConfig> {
-    QuantizationConfig::for_layers(format, &BTreeMap::from([(LAYER.to_string(), matrix.clone())]), &[])
+    QuantizationConfig::for_layers(
+        format,
+        &BTreeMap::from([(LAYER.to_string(), matrix.clone())]),
+        &[],
+    )
 }
 
 fn parse(value: &Value) -> Result<QuantizationConfig> {
@@ -26,7 +34,12 @@ fn parse(value: &Value) -> Result<QuantizationConfig> {
 }
 
 fn write(path: &Path, config: &QuantizationConfig, matrix: &QuantizedMatrix) {
-    write_safetensors(path, config.layer_tensors(LAYER, matrix).unwrap(), &BTreeMap::new()).unwrap();
+    write_safetensors(
+        path,
+        config.layer_tensors(LAYER, matrix).unwrap(),
+        &BTreeMap::new(),
+    )
+    .unwrap();
 }
 
 fn changed(matrix: QuantizedMatrix, change: impl FnOnce(&mut QuantizedParts)) -> QuantizedMatrix {
@@ -43,15 +56,27 @@ fn every_layer_comes_back_as_it_was() {
     for case in 0..240 {
         let format = FORMATS[case % 3];
         let gptq = format != QuantFormat::CompressedTensors;
-        let bits = if gptq { [2, 3, 4, 8][case / 3 % 4] } else { [2, 4, 8][case / 3 % 3] };
+        let bits = if gptq {
+            [2, 3, 4, 8][case / 3 % 4]
+        } else {
+            [2, 4, 8][case / 3 % 3]
+        };
         // GPTQ wants whole words, in groups of any length; compressed-tensors whole groups.
-        let unit = if bits == 3 { 32 } else { 32 / usize::from(bits) };
+        let unit = if bits == 3 {
+            32
+        } else {
+            32 / usize::from(bits)
+        };
         let (rows, cols, group_size) = if gptq {
             let (rows, cols) = (unit * rng.random_range(1..4), unit * rng.random_range(1..6));
             (rows, cols, [16, 17, 32, cols][rng.random_range(0..4)])
         } else {
             let group_size = rng.random_range(1..40);
-            (rng.random_range(1..40), group_size * rng.random_range(1..5), group_size)
+            (
+                rng.random_range(1..40),
+                group_size * rng.random_range(1..5),
+                group_size,
+            )
         };
         let symmetric = rng.random();
         let mut matrix = random_quantized(rows, cols, bits, group_size, symmetric, &mut rng);
@@ -72,14 +97,27 @@ fn every_layer_comes_back_as_it_was() {
             matrix = changed(matrix, |parts| parts.zeros[0] = 1 + u8::from(bits == 2) * 2);
         }
         let config = config_of(format, &matrix).unwrap();
-        assert_eq!((config.format(), config.bits(), config.symmetric()), (format, bits, symmetric));
+        assert_eq!(
+            (config.format(), config.bits(), config.symmetric()),
+            (format, bits, symmetric)
+        );
         assert_eq!(parse(&Value::Object(config.raw().clone())).unwrap(), config);
         write(&path, &config, &matrix);
         let file = Checkpoint::open(&path).unwrap();
-        assert!(config.has_layer(&file, LAYER) && !config.has_layer(&file, "model.layers.0.mlp.down_proj"));
+        assert!(
+            config.has_layer(&file, LAYER)
+                && !config.has_layer(&file, "model.layers.0.mlp.down_proj")
+        );
         let scales = if gptq { "scales" } else { "weight_scale" };
-        assert_eq!(file.info(&format!("{LAYER}.{scales}")).unwrap().dtype, dtype);
-        assert_eq!(config.read_layer(&file, LAYER, [rows, cols]).unwrap(), matrix, "{format:?} {bits} {group_size}");
+        assert_eq!(
+            file.info(&format!("{LAYER}.{scales}")).unwrap().dtype,
+            dtype
+        );
+        assert_eq!(
+            config.read_layer(&file, LAYER, [rows, cols]).unwrap(),
+            matrix,
+            "{format:?} {bits} {group_size}"
+        );
     }
 }
 
@@ -110,38 +148,62 @@ fn words_hold_what_the_format_says() {
                 }
             }
             if symmetric {
-                assert_eq!(word(&file, "qzeros", 0), if less == 1 { 0x7777_7777 } else { 0x8888_8888 });
+                assert_eq!(
+                    word(&file, "qzeros", 0),
+                    if less == 1 { 0x7777_7777 } else { 0x8888_8888 }
+                );
             }
             assert_eq!((word(&file, "g_idx", 9), word(&file, "g_idx", 10)), (0, 1));
         }
         let matrix = random_quantized(11, 20, 4, 10, symmetric, &mut rng);
         let parts = matrix.parts();
-        write(&path, &config_of(QuantFormat::CompressedTensors, &matrix).unwrap(), &matrix);
+        write(
+            &path,
+            &config_of(QuantFormat::CompressedTensors, &matrix).unwrap(),
+            &matrix,
+        );
         let file = Checkpoint::open(&path).unwrap();
         for output in 0..11 {
             for input in 0..20 {
-                let found = nibble(word(&file, "weight_packed", output * 3 + input / 8), input % 8);
+                let found = nibble(
+                    word(&file, "weight_packed", output * 3 + input / 8),
+                    input % 8,
+                );
                 assert_eq!(found, u32::from(parts.codes[output * 20 + input]));
             }
             assert_eq!(word(&file, "weight_packed", output * 3 + 2) >> 16, 0);
             for group in (0..2).filter(|_| !symmetric) {
-                let found = nibble(word(&file, "weight_zero_point", output / 8 * 2 + group), output % 8);
+                let found = nibble(
+                    word(&file, "weight_zero_point", output / 8 * 2 + group),
+                    output % 8,
+                );
                 assert_eq!(found, u32::from(parts.zeros[output * 2 + group]));
             }
         }
-        assert_eq!(file.contains(&format!("{LAYER}.weight_zero_point")), !symmetric);
+        assert_eq!(
+            file.contains(&format!("{LAYER}.weight_zero_point")),
+            !symmetric
+        );
     }
 }
 
 /// AutoGPTQ's own test: its product, by its half-precision kernel.
 #[test]
 fn autogptqs_product() {
-    let Some(path) = shared("vectors/gptq/reference_old_no_half_256x256.safetensors") else { return };
+    let Some(path) = shared("vectors/gptq/reference_old_no_half_256x256.safetensors") else {
+        return;
+    };
     let file = Checkpoint::open(path).unwrap();
-    let config = parse(&json!({"bits": 4, "group_size": 128, "sym": false, "desc_act": false})).unwrap();
+    let config =
+        parse(&json!({"bits": 4, "group_size": 128, "sym": false, "desc_act": false})).unwrap();
     let matrix = config.read_layer(&file, "", [256, 256]).unwrap();
-    assert!(matrix.parts().zeros.iter().all(|zero| *zero == 1) && matrix.parts().group_of.is_none());
-    let (x, y) = (file.load_f32("input_recovered").unwrap(), file.load_f32("expected").unwrap());
+    assert!(
+        matrix.parts().zeros.iter().all(|zero| *zero == 1) && matrix.parts().group_of.is_none()
+    );
+    let (x, y) = (
+        file.load_f32("input_recovered").unwrap(),
+        file.load_f32("expected").unwrap(),
+    );
     let weight = matrix.dequantize();
     let mut worst = 0.0_f32;
     for (row, expected) in y.iter().enumerate() {
@@ -153,10 +215,19 @@ fn autogptqs_product() {
     // And back, to the bit.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("layer.safetensors");
-    write_safetensors(&path, config.layer_tensors("", &matrix).unwrap(), &BTreeMap::new()).unwrap();
+    write_safetensors(
+        &path,
+        config.layer_tensors("", &matrix).unwrap(),
+        &BTreeMap::new(),
+    )
+    .unwrap();
     let again = Checkpoint::open(path).unwrap();
     for name in ["qweight", "qzeros", "scales", "g_idx"] {
-        assert_eq!(again.bytes(name).unwrap(), file.bytes(name).unwrap(), "{name}");
+        assert_eq!(
+            again.bytes(name).unwrap(),
+            file.bytes(name).unwrap(),
+            "{name}"
+        );
     }
 }
 
@@ -165,43 +236,84 @@ fn what_a_format_cannot_hold_is_not_written() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let good = random_quantized(32, 64, 4, 16, false, &mut rng);
     let refused = |format, matrix: &QuantizedMatrix| {
-        let error = config_of(format, matrix).and_then(|config| config.layer_tensors(LAYER, matrix).map(|_| ()));
+        let error = config_of(format, matrix)
+            .and_then(|config| config.layer_tensors(LAYER, matrix).map(|_| ()));
         error.map_or_else(|error| error.to_string(), |()| String::new())
     };
     let zero = changed(good.clone(), |parts| parts.zeros[7] = 0);
     let text = refused(QuantFormat::Gptq, &zero);
-    assert!(text.contains("up_proj.qzeros") && text.contains("output 1, group 3") && text.contains("v1"), "{text}");
+    assert!(
+        text.contains("up_proj.qzeros")
+            && text.contains("output 1, group 3")
+            && text.contains("v1"),
+        "{text}"
+    );
     assert_eq!(refused(QuantFormat::GptqV2, &zero), "");
     assert_eq!(refused(QuantFormat::CompressedTensors, &zero), "");
-    for (rows, cols, bits, name) in
-        [(31, 64, 4, "qzeros"), (32, 60, 4, "qweight"), (32, 48, 3, "qweight"), (8, 16, 2, "qzeros")]
-    {
-        let text = refused(QuantFormat::Gptq, &random_quantized(rows, cols, bits, 16, true, &mut rng));
-        assert!(text.contains(name) && text.contains("whole words"), "{text}");
+    for (rows, cols, bits, name) in [
+        (31, 64, 4, "qzeros"),
+        (32, 60, 4, "qweight"),
+        (32, 48, 3, "qweight"),
+        (8, 16, 2, "qzeros"),
+    ] {
+        let text = refused(
+            QuantFormat::Gptq,
+            &random_quantized(rows, cols, bits, 16, true, &mut rng),
+        );
+        assert!(
+            text.contains(name) && text.contains("whole words"),
+            "{text}"
+        );
     }
-    let ordered = changed(good.clone(), |parts| parts.group_of = Some((0..64).rev().map(|i| i / 16).collect()));
+    let ordered = changed(good.clone(), |parts| {
+        parts.group_of = Some((0..64).rev().map(|i| i / 16).collect())
+    });
     assert!(refused(QuantFormat::CompressedTensors, &ordered).contains("out of order"));
     assert_eq!(refused(QuantFormat::Gptq, &ordered), "");
     assert!(
-        refused(QuantFormat::CompressedTensors, &random_quantized(32, 65, 4, 16, true, &mut rng)).contains("65 inputs")
+        refused(
+            QuantFormat::CompressedTensors,
+            &random_quantized(32, 65, 4, 16, true, &mut rng)
+        )
+        .contains("65 inputs")
     );
     assert!(
-        refused(QuantFormat::CompressedTensors, &random_quantized(32, 64, 3, 16, true, &mut rng)).contains("two ways")
+        refused(
+            QuantFormat::CompressedTensors,
+            &random_quantized(32, 64, 3, 16, true, &mut rng)
+        )
+        .contains("two ways")
     );
 
     // A matrix beside the config of another.
     let config = config_of(QuantFormat::Gptq, &good).unwrap();
     for (other, name) in [
         (random_quantized(32, 64, 8, 16, false, &mut rng), "bits"),
-        (random_quantized(32, 64, 4, 32, false, &mut rng), "group_size"),
-        (random_quantized(32, 64, 4, 64, false, &mut rng), "group_size"),
+        (
+            random_quantized(32, 64, 4, 32, false, &mut rng),
+            "group_size",
+        ),
+        (
+            random_quantized(32, 64, 4, 64, false, &mut rng),
+            "group_size",
+        ),
         (ordered.clone(), "desc_act"),
     ] {
         let text = config.layer_tensors(LAYER, &other).unwrap_err().to_string();
         assert!(text.contains(name), "{text}");
     }
-    let symmetric = config_of(QuantFormat::GptqV2, &random_quantized(32, 64, 4, 16, true, &mut rng)).unwrap();
-    assert!(symmetric.layer_tensors(LAYER, &good).unwrap_err().to_string().contains("symmetric"));
+    let symmetric = config_of(
+        QuantFormat::GptqV2,
+        &random_quantized(32, 64, 4, 16, true, &mut rng),
+    )
+    .unwrap();
+    assert!(
+        symmetric
+            .layer_tensors(LAYER, &good)
+            .unwrap_err()
+            .to_string()
+            .contains("symmetric")
+    );
 }
 
 #[test]
@@ -221,34 +333,74 @@ fn configs_of_folders() {
         .collect();
     let matrix = random_quantized(32, 32, 4, 32, true, &mut rng);
     let layers = |names: &[&str]| -> BTreeMap<String, QuantizedMatrix> {
-        names.iter().map(|name| (format!("model.layers.{name}"), matrix.clone())).collect()
+        names
+            .iter()
+            .map(|name| (format!("model.layers.{name}"), matrix.clone()))
+            .collect()
     };
     let whole: Vec<String> = all.iter().map(|layer| layer.name.clone()).collect();
-    let whole = whole.into_iter().map(|name| (name, matrix.clone())).collect();
+    let whole = whole
+        .into_iter()
+        .map(|name| (name, matrix.clone()))
+        .collect();
     let config = QuantizationConfig::for_layers(QuantFormat::Gptq, &whole, &all).unwrap();
     assert_eq!(config.group_size(), None);
     assert_eq!(config.raw()["group_size"], -1);
-    assert!(!config.raw().contains_key("dynamic") && !config.raw().contains_key("modules_in_block_to_quantize"));
+    assert!(
+        !config.raw().contains_key("dynamic")
+            && !config.raw().contains_key("modules_in_block_to_quantize")
+    );
 
-    let some = layers(&["0.self_attn.q_proj", "1.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.down_proj"]);
+    let some = layers(&[
+        "0.self_attn.q_proj",
+        "1.self_attn.q_proj",
+        "0.mlp.down_proj",
+        "1.mlp.down_proj",
+    ]);
     let config = QuantizationConfig::for_layers(QuantFormat::GptqV2, &some, &all).unwrap();
-    assert_eq!(config.raw()["modules_in_block_to_quantize"], json!([["self_attn.q_proj", "mlp.down_proj"]]));
-    assert_eq!(config.raw()["dynamic"], json!({"-:.*\\.mlp\\.up_proj$": {}}));
+    assert_eq!(
+        config.raw()["modules_in_block_to_quantize"],
+        json!([["self_attn.q_proj", "mlp.down_proj"]])
+    );
+    assert_eq!(
+        config.raw()["dynamic"],
+        json!({"-:.*\\.mlp\\.up_proj$": {}})
+    );
     assert_eq!(config.raw()["checkpoint_format"], "gptq_v2");
 
     let uneven = layers(&["0.self_attn.q_proj", "1.mlp.down_proj"]);
-    let error = QuantizationConfig::for_layers(QuantFormat::Gptq, &uneven, &all).unwrap_err().to_string();
-    assert!(error.contains("model.layers.0.self_attn.q_proj") && error.contains("another block"), "{error}");
-    let config = QuantizationConfig::for_layers(QuantFormat::CompressedTensors, &uneven, &all).unwrap();
+    let error = QuantizationConfig::for_layers(QuantFormat::Gptq, &uneven, &all)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("model.layers.0.self_attn.q_proj") && error.contains("another block"),
+        "{error}"
+    );
+    let config =
+        QuantizationConfig::for_layers(QuantFormat::CompressedTensors, &uneven, &all).unwrap();
     assert_eq!(config.raw()["ignore"].as_array().unwrap().len(), 5);
     let weights = &config.raw()["config_groups"]["group_0"]["weights"];
-    assert_eq!((&weights["strategy"], &weights["group_size"]), (&json!("channel"), &Value::Null));
+    assert_eq!(
+        (&weights["strategy"], &weights["group_size"]),
+        (&json!("channel"), &Value::Null)
+    );
 
     let mut mixed = uneven.clone();
-    mixed.insert("model.layers.1.mlp.up_proj".into(), random_quantized(32, 32, 8, 32, true, &mut rng));
-    let error = QuantizationConfig::for_layers(QuantFormat::CompressedTensors, &mixed, &all).unwrap_err().to_string();
-    assert!(error.contains("model.layers.1.mlp.up_proj") && error.contains("8 bits"), "{error}");
-    mixed.insert("model.layers.1.mlp.up_proj".into(), random_quantized(32, 32, 4, 16, true, &mut rng));
+    mixed.insert(
+        "model.layers.1.mlp.up_proj".into(),
+        random_quantized(32, 32, 8, 32, true, &mut rng),
+    );
+    let error = QuantizationConfig::for_layers(QuantFormat::CompressedTensors, &mixed, &all)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("model.layers.1.mlp.up_proj") && error.contains("8 bits"),
+        "{error}"
+    );
+    mixed.insert(
+        "model.layers.1.mlp.up_proj".into(),
+        random_quantized(32, 32, 4, 16, true, &mut rng),
+    );
     assert!(QuantizationConfig::for_layers(QuantFormat::CompressedTensors, &mixed, &all).is_err());
     assert!(QuantizationConfig::for_layers(QuantFormat::Gptq, &BTreeMap::new(), &all).is_err());
 }
@@ -257,7 +409,10 @@ fn configs_of_folders() {
 fn configs_of_others_are_read_or_refused() {
     // As AutoGPTQ, transformers and GPTQModel write them.
     for (value, expected) in [
-        (json!({"bits": 4, "group_size": 128, "desc_act": true, "sym": true}), (QuantFormat::Gptq, Some(128), true)),
+        (
+            json!({"bits": 4, "group_size": 128, "desc_act": true, "sym": true}),
+            (QuantFormat::Gptq, Some(128), true),
+        ),
         (
             json!({"bits": 3, "group_size": -1, "sym": false, "quant_method": "gptq", "checkpoint_format": "gptq_v2",
                 "pack_dtype": "int32", "dynamic": {"-:.*mlp.*": {}}, "meta": {"quantizer": ["x:1"]}}),
@@ -269,7 +424,10 @@ fn configs_of_others_are_read_or_refused() {
         ),
     ] {
         let config = parse(&value).unwrap();
-        assert_eq!((config.format(), config.group_size(), config.symmetric()), expected);
+        assert_eq!(
+            (config.format(), config.group_size(), config.symmetric()),
+            expected
+        );
     }
     let weights = json!({"num_bits": 8, "type": "int", "symmetric": false, "strategy": "group", "group_size": 64,
         "actorder": "weight", "dynamic": false, "observer": "minmax"});
@@ -278,7 +436,12 @@ fn configs_of_others_are_read_or_refused() {
         "config_groups": {"g": {"targets": ["Linear"], "weights": weights, "input_activations": null}}});
     let config = parse(&good).unwrap();
     assert_eq!(
-        (config.bits(), config.group_size(), config.symmetric(), config.act_order()),
+        (
+            config.bits(),
+            config.group_size(),
+            config.symmetric(),
+            config.act_order()
+        ),
         (8, Some(64), false, false)
     );
 
@@ -296,31 +459,70 @@ fn configs_of_others_are_read_or_refused() {
         (gptq("quant_method", json!("awq")), "awq"),
         (gptq("checkpoint_format", json!("marlin")), "marlin"),
         (gptq("pack_dtype", json!("int64")), "int64"),
-        (gptq("dynamic", json!({"+:.*up.*": {"bits": 8}})), "+:.*up.*"),
+        (
+            gptq("dynamic", json!({"+:.*up.*": {"bits": 8}})),
+            "+:.*up.*",
+        ),
         (gptq("bits", json!(5)), "bits`: 5"),
         (gptq("bits", json!(260)), "260"),
         (gptq("bits", Value::Null), "bits`: missing"),
         (gptq("group_size", json!(0)), "group_size"),
         (gptq("group_size", json!(-2)), "group_size"),
         (gptq("sym", json!("yes")), "sym"),
-        (packed("/format", json!("float-quantized")), "float-quantized"),
+        (
+            packed("/format", json!("float-quantized")),
+            "float-quantized",
+        ),
         (packed("/config_groups", json!({})), "one group"),
         (packed("/config_groups", json!(3)), "config_groups"),
         (packed("/config_groups/g/weights", Value::Null), "weights"),
-        (packed("/config_groups/g/input_activations", json!({"num_bits": 8})), "input_activations"),
-        (packed("/config_groups/g/weights/num_bits", json!(3)), "two ways"),
+        (
+            packed("/config_groups/g/input_activations", json!({"num_bits": 8})),
+            "input_activations",
+        ),
+        (
+            packed("/config_groups/g/weights/num_bits", json!(3)),
+            "two ways",
+        ),
         (packed("/config_groups/g/weights/num_bits", json!(6)), "6"),
-        (packed("/config_groups/g/weights/type", json!("float")), "float"),
-        (packed("/config_groups/g/weights/strategy", json!("tensor")), "tensor"),
-        (packed("/config_groups/g/weights/group_size", Value::Null), "group_size"),
-        (packed("/config_groups/g/weights/dynamic", json!(true)), "dynamic"),
-        (packed("/sparsity_config", json!({"format": "sparse-24-bitmask"})), "sparse-24-bitmask"),
-        (packed("/transform_config", json!({"a": 1})), "transform_config"),
-        (packed("/kv_cache_scheme", json!({"num_bits": 8})), "kv_cache_scheme"),
+        (
+            packed("/config_groups/g/weights/type", json!("float")),
+            "float",
+        ),
+        (
+            packed("/config_groups/g/weights/strategy", json!("tensor")),
+            "tensor",
+        ),
+        (
+            packed("/config_groups/g/weights/group_size", Value::Null),
+            "group_size",
+        ),
+        (
+            packed("/config_groups/g/weights/dynamic", json!(true)),
+            "dynamic",
+        ),
+        (
+            packed("/sparsity_config", json!({"format": "sparse-24-bitmask"})),
+            "sparse-24-bitmask",
+        ),
+        (
+            packed("/transform_config", json!({"a": 1})),
+            "transform_config",
+        ),
+        (
+            packed("/kv_cache_scheme", json!({"num_bits": 8})),
+            "kv_cache_scheme",
+        ),
     ];
     for (value, expected) in bad {
         let error = parse(&value).unwrap_err();
-        assert!(matches!(error, Error::Unsupported { .. } | Error::InvalidConfig { .. }), "{error:?}");
+        assert!(
+            matches!(
+                error,
+                Error::Unsupported { .. } | Error::InvalidConfig { .. }
+            ),
+            "{error:?}"
+        );
         assert!(error.to_string().contains(expected), "{expected}: {error}");
     }
 }
@@ -338,7 +540,14 @@ fn read_spoiled(
         .map(|name| {
             let info = good.info(name).unwrap();
             let suffix = name.strip_prefix(LAYER).unwrap()[1..].to_string();
-            (suffix, (info.dtype, info.shape.clone(), good.bytes(name).unwrap().to_vec()))
+            (
+                suffix,
+                (
+                    info.dtype,
+                    info.shape.clone(),
+                    good.bytes(name).unwrap().to_vec(),
+                ),
+            )
         })
         .collect();
     spoil(&mut parts);
@@ -358,7 +567,12 @@ fn a_bad_file_for_every_rule() {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let matrix = random_quantized(32, 64, 4, 16, false, &mut rng);
     // A zero point under 15, so that not every stored one is ambiguous.
-    let matrix = changed(matrix, |parts| parts.zeros.iter_mut().for_each(|zero| *zero = (*zero).min(14)));
+    let matrix = changed(matrix, |parts| {
+        parts
+            .zeros
+            .iter_mut()
+            .for_each(|zero| *zero = (*zero).min(14))
+    });
     fn reshape(parts: &mut Parts, name: &str, shape: &[usize]) {
         parts.get_mut(name).unwrap().1 = shape.to_vec();
     }
@@ -370,53 +584,105 @@ fn a_bad_file_for_every_rule() {
         ("qweight", "missing", |parts| drop(parts.remove("qweight"))),
         ("qzeros", "missing", |parts| drop(parts.remove("qzeros"))),
         ("scales", "missing", |parts| drop(parts.remove("scales"))),
-        ("qweight", "[32, 8]", |parts| reshape(parts, "qweight", &[32, 8])),
-        ("qweight", "F32", |parts| parts.get_mut("qweight").unwrap().0 = DType::F32),
+        ("qweight", "[32, 8]", |parts| {
+            reshape(parts, "qweight", &[32, 8])
+        }),
+        ("qweight", "F32", |parts| {
+            parts.get_mut("qweight").unwrap().0 = DType::F32
+        }),
         ("qzeros", "[16]", |parts| reshape(parts, "qzeros", &[16])),
-        ("scales", "I16", |parts| parts.get_mut("scales").unwrap().0 = DType::I16),
-        ("scales", "[32, 4]", |parts| reshape(parts, "scales", &[32, 4])),
-        ("scales", "NaN", |parts| set(parts, "scales", 6, &[0x00, 0x7E])),
-        ("scale", "-1", |parts| set(parts, "scales", 6, &[0x00, 0xBC])),
-        ("g_idx", "element 5 is 4", |parts| set(parts, "g_idx", 20, &[4, 0, 0, 0])),
-        ("g_idx", "is -2", |parts| set(parts, "g_idx", 8, &[0xFE, 0xFF, 0xFF, 0xFF])),
+        ("scales", "I16", |parts| {
+            parts.get_mut("scales").unwrap().0 = DType::I16
+        }),
+        ("scales", "[32, 4]", |parts| {
+            reshape(parts, "scales", &[32, 4])
+        }),
+        ("scales", "NaN", |parts| {
+            set(parts, "scales", 6, &[0x00, 0x7E])
+        }),
+        ("scale", "-1", |parts| {
+            set(parts, "scales", 6, &[0x00, 0xBC])
+        }),
+        ("g_idx", "element 5 is 4", |parts| {
+            set(parts, "g_idx", 20, &[4, 0, 0, 0])
+        }),
+        ("g_idx", "is -2", |parts| {
+            set(parts, "g_idx", 8, &[0xFE, 0xFF, 0xFF, 0xFF])
+        }),
     ];
     for format in [QuantFormat::Gptq, QuantFormat::GptqV2] {
         let config = config_of(format, &matrix).unwrap();
         write(&path, &config, &matrix);
         let good = Checkpoint::open(&path).unwrap();
         assert_eq!(read_spoiled(&config, &good, |_| {}).unwrap(), matrix);
-        assert_eq!(read_spoiled(&config, &good, |parts| drop(parts.remove("g_idx"))).unwrap(), matrix);
+        assert_eq!(
+            read_spoiled(&config, &good, |parts| drop(parts.remove("g_idx"))).unwrap(),
+            matrix
+        );
         for (tensor, expected, spoil) in gptq {
             let error = read_spoiled(&config, &good, spoil).unwrap_err().to_string();
-            assert!(error.contains(tensor) && error.contains(expected), "{tensor} {expected}: {error}");
+            assert!(
+                error.contains(tensor) && error.contains(expected),
+                "{tensor} {expected}: {error}"
+            );
         }
         // A zero point of 16 or 0.
         let full = read_spoiled(&config, &good, |parts| set(parts, "qzeros", 3, &[0xF3]));
         match full {
             Err(error) if format == QuantFormat::Gptq => {
-                assert!(error.to_string().contains("qzeros") && error.to_string().contains("16 or of 0"), "{error}");
+                assert!(
+                    error.to_string().contains("qzeros")
+                        && error.to_string().contains("16 or of 0"),
+                    "{error}"
+                );
             }
             other => assert_eq!(other.unwrap().grid(7, 0).1, 15),
         }
         // A symmetric v1 file that is called v2, and the other way round.
         let mut raw = Value::Object(config.raw().clone());
         raw["sym"] = true.into();
-        let error = read_spoiled(&parse(&raw).unwrap(), &good, |_| {}).unwrap_err().to_string();
-        assert!(["bad.safetensors", "qzeros", "symmetric"].iter().all(|part| error.contains(part)), "{error}");
+        let error = read_spoiled(&parse(&raw).unwrap(), &good, |_| {})
+            .unwrap_err()
+            .to_string();
+        assert!(
+            ["bad.safetensors", "qzeros", "symmetric"]
+                .iter()
+                .all(|part| error.contains(part)),
+            "{error}"
+        );
         raw["sym"] = false.into();
         raw["desc_act"] = true.into();
-        let error = read_spoiled(&parse(&raw).unwrap(), &good, |parts| drop(parts.remove("g_idx"))).unwrap_err();
+        let error = read_spoiled(&parse(&raw).unwrap(), &good, |parts| {
+            drop(parts.remove("g_idx"))
+        })
+        .unwrap_err();
         assert!(matches!(error, Error::MissingTensor { .. }));
     }
     let packed: [Rule; 9] = [
-        ("weight_packed", "missing", |parts| drop(parts.remove("weight_packed"))),
-        ("weight_scale", "missing", |parts| drop(parts.remove("weight_scale"))),
-        ("weight_shape", "missing", |parts| drop(parts.remove("weight_shape"))),
-        ("weight_zero_point", "missing", |parts| drop(parts.remove("weight_zero_point"))),
-        ("weight_packed", "[8, 32]", |parts| reshape(parts, "weight_packed", &[8, 32])),
-        ("weight_shape", "[32, 65]", |parts| set(parts, "weight_shape", 8, &[65])),
-        ("weight_shape", "[-1, 64]", |parts| set(parts, "weight_shape", 0, &[0xFF; 8])),
-        ("weight_zero_point", "[16, 1]", |parts| reshape(parts, "weight_zero_point", &[16, 1])),
+        ("weight_packed", "missing", |parts| {
+            drop(parts.remove("weight_packed"))
+        }),
+        ("weight_scale", "missing", |parts| {
+            drop(parts.remove("weight_scale"))
+        }),
+        ("weight_shape", "missing", |parts| {
+            drop(parts.remove("weight_shape"))
+        }),
+        ("weight_zero_point", "missing", |parts| {
+            drop(parts.remove("weight_zero_point"))
+        }),
+        ("weight_packed", "[8, 32]", |parts| {
+            reshape(parts, "weight_packed", &[8, 32])
+        }),
+        ("weight_shape", "[32, 65]", |parts| {
+            set(parts, "weight_shape", 8, &[65])
+        }),
+        ("weight_shape", "[-1, 64]", |parts| {
+            set(parts, "weight_shape", 0, &[0xFF; 8])
+        }),
+        ("weight_zero_point", "[16, 1]", |parts| {
+            reshape(parts, "weight_zero_point", &[16, 1])
+        }),
         ("weight_g_idx", "9", |parts| {
             let bytes = [9_u8, 0, 0, 0].repeat(64);
             parts.insert("weight_g_idx".into(), (DType::I32, vec![64], bytes));
@@ -427,22 +693,46 @@ fn a_bad_file_for_every_rule() {
     let good = Checkpoint::open(&path).unwrap();
     for (tensor, expected, spoil) in packed {
         let error = read_spoiled(&config, &good, spoil).unwrap_err().to_string();
-        assert!(error.contains(tensor) && error.contains(expected), "{tensor} {expected}: {error}");
+        assert!(
+            error.contains(tensor) && error.contains(expected),
+            "{tensor} {expected}: {error}"
+        );
     }
     // What older versions wrote: an order that is not used, and one that is.
     let order = |group: fn(usize) -> i32| {
-        let bytes = (0..64).flat_map(|column| group(column).to_le_bytes()).collect();
-        read_spoiled(&config, &good, |parts| drop(parts.insert("weight_g_idx".into(), (DType::I32, vec![64], bytes))))
+        let bytes = (0..64)
+            .flat_map(|column| group(column).to_le_bytes())
+            .collect();
+        read_spoiled(&config, &good, |parts| {
+            drop(parts.insert("weight_g_idx".into(), (DType::I32, vec![64], bytes)))
+        })
     };
     assert_eq!(order(|_| -1).unwrap(), matrix);
     let turned: Vec<u32> = (0..64).map(|column| 3 - column / 16).collect();
-    assert_eq!(order(|column| 3 - column as i32 / 16).unwrap().parts().group_of, Some(turned));
+    assert_eq!(
+        order(|column| 3 - column as i32 / 16)
+            .unwrap()
+            .parts()
+            .group_of,
+        Some(turned)
+    );
     let mut raw = Value::Object(config.raw().clone());
     raw["config_groups"]["group_0"]["weights"]["symmetric"] = true.into();
-    let error = read_spoiled(&parse(&raw).unwrap(), &good, |_| {}).unwrap_err().to_string();
-    assert!(error.contains("weight_zero_point") && error.contains("symmetric"), "{error}");
+    let error = read_spoiled(&parse(&raw).unwrap(), &good, |_| {})
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("weight_zero_point") && error.contains("symmetric"),
+        "{error}"
+    );
 
-    for shape in [[0, 64], [32, 0], [usize::MAX, 64], [32, usize::MAX / 32], [usize::MAX, usize::MAX]] {
+    for shape in [
+        [0, 64],
+        [32, 0],
+        [usize::MAX, 64],
+        [32, usize::MAX / 32],
+        [usize::MAX, usize::MAX],
+    ] {
         assert!(config.read_layer(&good, LAYER, shape).is_err());
     }
 }
@@ -479,7 +769,9 @@ fn mutated_layers_never_panic() {
             }
             let target = folder.path().join(format!("m{}.safetensors", round % 2));
             fs::write(&target, &bytes).unwrap();
-            let Ok(file) = Checkpoint::open(&target) else { continue };
+            let Ok(file) = Checkpoint::open(&target) else {
+                continue;
+            };
             if let Ok(matrix) = config.read_layer(&file, LAYER, [32, 64]) {
                 assert_eq!((matrix.rows(), matrix.cols()), (32, 64));
                 read += 1;
@@ -492,13 +784,22 @@ fn mutated_layers_never_panic() {
             let mut text = text.clone();
             for _ in 0..rng.random_range(1..3) {
                 let at = rng.random_range(0..text.len());
-                text[at] = if rng.random_bool(0.2) { rng.random() } else { pick(&mut rng, b"0123456789[]{},:\"-efl") };
+                text[at] = if rng.random_bool(0.2) {
+                    rng.random()
+                } else {
+                    pick(&mut rng, b"0123456789[]{},:\"-efl")
+                };
             }
-            let Ok(Value::Object(raw)) = serde_json::from_slice(&text) else { continue };
+            let Ok(Value::Object(raw)) = serde_json::from_slice(&text) else {
+                continue;
+            };
             if let Ok(config) = QuantizationConfig::from_json(raw) {
                 let _ = config.read_layer(&file, LAYER, [32, 64]);
             }
         }
     }
-    assert!(read > 100, "the loop should also reach what lies behind the header: {read}");
+    assert!(
+        read > 100,
+        "the loop should also reach what lies behind the header: {read}"
+    );
 }

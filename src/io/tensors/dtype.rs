@@ -120,7 +120,9 @@ pub(super) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
         if out.len() <= PARALLEL_CHUNK {
             run((&mut out, bytes));
         } else {
-            out.par_chunks_mut(PARALLEL_CHUNK).zip(bytes.par_chunks(PARALLEL_CHUNK * N)).for_each(run);
+            out.par_chunks_mut(PARALLEL_CHUNK)
+                .zip(bytes.par_chunks(PARALLEL_CHUNK * N))
+                .for_each(run);
         }
         out
     }
@@ -135,7 +137,13 @@ pub(super) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
 
 /// Converts finite `values` to `dtype` (round to nearest, ties to even) and appends the little-endian bytes to `out`.
 /// `first` is the index of `values[0]` in the tensor, for the error.
-pub(super) fn encode(tensor: &str, dtype: DType, first: usize, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
+pub(super) fn encode(
+    tensor: &str,
+    dtype: DType,
+    first: usize,
+    values: &[f32],
+    out: &mut Vec<u8>,
+) -> Result<()> {
     fn each<const N: usize>(
         values: &[f32],
         out: &mut Vec<u8>,
@@ -151,9 +159,19 @@ pub(super) fn encode(tensor: &str, dtype: DType, first: usize, values: &[f32], o
     }
     let bad = match dtype {
         DType::F32 => each(values, out, |v| v.is_finite().then(|| v.to_le_bytes())),
-        DType::F64 => each(values, out, |v| v.is_finite().then(|| f64::from(v).to_le_bytes())),
-        DType::F16 => each(values, out, |v| Some(f16::from_f32(v)).filter(|h| h.is_finite()).map(f16::to_le_bytes)),
-        DType::BF16 => each(values, out, |v| Some(bf16::from_f32(v)).filter(|h| h.is_finite()).map(bf16::to_le_bytes)),
+        DType::F64 => each(values, out, |v| {
+            v.is_finite().then(|| f64::from(v).to_le_bytes())
+        }),
+        DType::F16 => each(values, out, |v| {
+            Some(f16::from_f32(v))
+                .filter(|h| h.is_finite())
+                .map(f16::to_le_bytes)
+        }),
+        DType::BF16 => each(values, out, |v| {
+            Some(bf16::from_f32(v))
+                .filter(|h| h.is_finite())
+                .map(bf16::to_le_bytes)
+        }),
         _ => {
             return Err(Error::TensorDtype {
                 tensor: tensor.into(),
@@ -170,7 +188,11 @@ pub(super) fn encode(tensor: &str, dtype: DType, first: usize, values: &[f32], o
             value: values[i],
             dtype: dtype.name(),
         }),
-        Some(i) => Err(Error::NotFinite { tensor: tensor.into(), index: first + i, value: values[i] }),
+        Some(i) => Err(Error::NotFinite {
+            tensor: tensor.into(),
+            index: first + i,
+            value: values[i],
+        }),
     }
 }
 
@@ -184,7 +206,10 @@ mod tests {
             assert_eq!(row.0 as usize, i);
             assert_eq!(row.0.name(), row.1.to_string());
             assert_eq!(row.0.size() * 8, row.1.bitsize());
-            assert_eq!(DType::from_torch_name(&format!("torch.{}", row.3)), Some(row.0));
+            assert_eq!(
+                DType::from_torch_name(&format!("torch.{}", row.3)),
+                Some(row.0)
+            );
         }
     }
 
@@ -192,21 +217,49 @@ mod tests {
     fn rounding_is_to_nearest_even_and_overflow_is_refused() {
         let mut out = Vec::new();
         // Halfway between 1 and the next f16 (1 + 2^-10), and between that and the one after it.
-        encode("t", DType::F16, 0, &[1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 65519.0], &mut out).unwrap();
-        assert_eq!(decode(DType::F16, &out).unwrap(), [1.0, 1.0 + 2f32.powi(-9), 65504.0]);
+        encode(
+            "t",
+            DType::F16,
+            0,
+            &[1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 65519.0],
+            &mut out,
+        )
+        .unwrap();
+        assert_eq!(
+            decode(DType::F16, &out).unwrap(),
+            [1.0, 1.0 + 2f32.powi(-9), 65504.0]
+        );
         let mut out = Vec::new();
-        encode("t", DType::BF16, 0, &[1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8)], &mut out).unwrap();
-        assert_eq!(decode(DType::BF16, &out).unwrap(), [1.0, 1.0 + 2f32.powi(-6)]);
+        encode(
+            "t",
+            DType::BF16,
+            0,
+            &[1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8)],
+            &mut out,
+        )
+        .unwrap();
+        assert_eq!(
+            decode(DType::BF16, &out).unwrap(),
+            [1.0, 1.0 + 2f32.powi(-6)]
+        );
         for (dtype, v) in [(DType::F16, 65520.0), (DType::BF16, f32::MAX)] {
             match encode("t", dtype, 10, &[1.0, -v], &mut Vec::new()) {
-                Err(Error::TensorOverflow { index: 11, value, .. }) => assert_eq!(value, -v),
+                Err(Error::TensorOverflow {
+                    index: 11, value, ..
+                }) => assert_eq!(value, -v),
                 other => panic!("{other:?}"),
             }
         }
         for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
-            assert!(matches!(encode("t", dtype, 0, &[f32::NAN], &mut Vec::new()), Err(Error::NotFinite { .. })));
+            assert!(matches!(
+                encode("t", dtype, 0, &[f32::NAN], &mut Vec::new()),
+                Err(Error::NotFinite { .. })
+            ));
         }
-        assert!(matches!(encode("t", DType::I8, 0, &[1.0], &mut Vec::new()), Err(Error::TensorDtype { .. })));
+        assert!(matches!(
+            encode("t", DType::I8, 0, &[1.0], &mut Vec::new()),
+            Err(Error::TensorDtype { .. })
+        ));
     }
 
     #[test]

@@ -46,7 +46,12 @@ struct Shard {
 
 impl std::fmt::Debug for Shard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Shard({}, {} bytes)", self.path.display(), (*self.bytes).as_ref().len())
+        write!(
+            f,
+            "Shard({}, {} bytes)",
+            self.path.display(),
+            (*self.bytes).as_ref().len()
+        )
     }
 }
 
@@ -101,35 +106,51 @@ impl Checkpoint {
         if index.exists() {
             return Self::from_index(path, &index, mmap);
         }
-        let hint = if path.join("pytorch_model.bin").exists() || path.join("pytorch_model.bin.index.json").exists() {
+        let hint = if path.join("pytorch_model.bin").exists()
+            || path.join("pytorch_model.bin.index.json").exists()
+        {
             " (there is a pytorch_model.bin, but pickled weights are not read: save them as safetensors)"
         } else {
             ""
         };
-        Err(Error::invalid_file(path, format!("no model.safetensors and no model.safetensors.index.json{hint}")))
+        Err(Error::invalid_file(
+            path,
+            format!("no model.safetensors and no model.safetensors.index.json{hint}"),
+        ))
     }
 
     fn from_index(folder: &Path, index: &Path, mmap: bool) -> Result<Self> {
         let object = read_json_object(index)?;
         let Some(map) = object.get("weight_map").and_then(|v| v.as_object()) else {
-            return Err(Error::invalid_file(index, "`weight_map` is missing or not an object"));
+            return Err(Error::invalid_file(
+                index,
+                "`weight_map` is missing or not an object",
+            ));
         };
         // Shards in the order of their first mention, each once.
         let mut files: Vec<&str> = Vec::new();
         let mut number_of: BTreeMap<&str, usize> = BTreeMap::new();
         for (tensor, file) in map {
             let Some(file) = file.as_str() else {
-                return Err(Error::invalid_file(index, format!("tensor `{tensor}`: its shard is {file}, not a name")));
+                return Err(Error::invalid_file(
+                    index,
+                    format!("tensor `{tensor}`: its shard is {file}, not a name"),
+                ));
             };
             if !is_plain_file_name(file) {
                 return Err(Error::invalid_file(
                     index,
-                    format!("tensor `{tensor}`: shard `{file}` is not the name of a file in this folder"),
+                    format!(
+                        "tensor `{tensor}`: shard `{file}` is not the name of a file in this folder"
+                    ),
                 ));
             }
             if !number_of.contains_key(file) {
                 if files.len() == MAX_SHARDS {
-                    return Err(Error::invalid_file(index, format!("more than {MAX_SHARDS} shards")));
+                    return Err(Error::invalid_file(
+                        index,
+                        format!("more than {MAX_SHARDS} shards"),
+                    ));
                 }
                 number_of.insert(file, files.len());
                 files.push(file);
@@ -141,15 +162,22 @@ impl Checkpoint {
         for file in &files {
             let shard = folder.join(file);
             if !shard.exists() {
-                return Err(Error::invalid_file(index, format!("shard `{file}` is missing")));
+                return Err(Error::invalid_file(
+                    index,
+                    format!("shard `{file}` is missing"),
+                ));
             }
         }
-        let checkpoint = Self::from_shards(folder, files.iter().map(|f| folder.join(f)).collect(), mmap)?;
+        let checkpoint =
+            Self::from_shards(folder, files.iter().map(|f| folder.join(f)).collect(), mmap)?;
         for (tensor, file) in map {
             let expected = file.as_str().and_then(|f| number_of.get(f)).copied();
             if checkpoint.tensors.get(tensor).map(|e| e.shard) != expected {
                 let path = folder.join(file.as_str().unwrap_or_default());
-                return Err(Error::MissingTensor { path, tensor: tensor.clone() });
+                return Err(Error::MissingTensor {
+                    path,
+                    tensor: tensor.clone(),
+                });
             }
         }
         Ok(checkpoint)
@@ -171,7 +199,10 @@ impl Checkpoint {
     fn add_shard(&mut self, path: PathBuf, mmap: bool) -> Result<()> {
         let (file, len) = open_regular(&path)?;
         if len < LENGTH_BYTES as u64 {
-            return Err(Error::invalid_file(&path, format!("{len} bytes, too short for a safetensors file")));
+            return Err(Error::invalid_file(
+                &path,
+                format!("{len} bytes, too short for a safetensors file"),
+            ));
         }
         let bytes: Bytes = if mmap {
             // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
@@ -183,21 +214,34 @@ impl Checkpoint {
         let (start, header) = parse_header(&path, (*bytes).as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
-            let Some(info) = header.info(&name) else { continue };
+            let Some(info) = header.info(&name) else {
+                continue;
+            };
             let Some(dtype) = DType::from_safetensors(info.dtype) else {
                 return Err(Error::Unsupported {
                     what: format!("{}: tensor `{name}`: dtype {}", path.display(), info.dtype),
                 });
             };
             let range = start + info.data_offsets.0..start + info.data_offsets.1;
-            let entry = Entry { shard: number, range, info: TensorInfo { dtype, shape: info.shape.clone() } };
+            let entry = Entry {
+                shard: number,
+                range,
+                info: TensorInfo {
+                    dtype,
+                    shape: info.shape.clone(),
+                },
+            };
             if let Some(other) = self.tensors.insert(name.clone(), entry) {
                 let first = self.shards.get(other.shard).map_or(&path, |s| &s.path);
-                return Err(Error::invalid_file(&path, format!("tensor `{name}` is also in {}", first.display())));
+                return Err(Error::invalid_file(
+                    &path,
+                    format!("tensor `{name}` is also in {}", first.display()),
+                ));
             }
         }
         if let Some(metadata) = header.metadata() {
-            self.metadata.extend(metadata.iter().map(|(k, v)| (k.clone(), v.clone())));
+            self.metadata
+                .extend(metadata.iter().map(|(k, v)| (k.clone(), v.clone())));
         }
         self.shards.push(Shard { path, bytes });
         Ok(())
@@ -246,7 +290,10 @@ impl Checkpoint {
         self.shards
             .get(entry.shard)
             .and_then(|shard| (*shard.bytes).as_ref().get(entry.range.clone()))
-            .ok_or_else(|| Error::MissingTensor { path: self.path.clone(), tensor: name.into() })
+            .ok_or_else(|| Error::MissingTensor {
+                path: self.path.clone(),
+                tensor: name.into(),
+            })
     }
 
     /// [`bytes`](Self::bytes) that stay when the checkpoint goes; nothing is copied.
@@ -255,7 +302,10 @@ impl Checkpoint {
     /// [`Error::MissingTensor`].
     pub fn buffer(&self, name: &str) -> Result<Buffer> {
         let entry = self.entry(name)?;
-        let missing = || Error::MissingTensor { path: self.path.clone(), tensor: name.into() };
+        let missing = || Error::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.into(),
+        };
         let shard = self.shards.get(entry.shard).ok_or_else(missing)?;
         Buffer::new(shard.bytes.clone(), entry.range.clone())
     }
@@ -317,13 +367,20 @@ impl Checkpoint {
     pub fn check_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
         let found = &self.entry(name)?.info.shape;
         if found != expected {
-            return Err(Error::TensorShape { tensor: name.into(), expected: expected.to_vec(), found: found.clone() });
+            return Err(Error::TensorShape {
+                tensor: name.into(),
+                expected: expected.to_vec(),
+                found: found.clone(),
+            });
         }
         Ok(())
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
-        self.tensors.get(name).ok_or_else(|| Error::MissingTensor { path: self.path.clone(), tensor: name.into() })
+        self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.into(),
+        })
     }
 }
 
@@ -331,8 +388,15 @@ impl Checkpoint {
 fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
     let mut bytes = Vec::new();
     let size = usize::try_from(len).unwrap_or(usize::MAX);
-    bytes.try_reserve_exact(size).map_err(|_| Error::OutOfMemory { what: "a file", bytes: size })?;
-    file.take(len).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    bytes
+        .try_reserve_exact(size)
+        .map_err(|_| Error::OutOfMemory {
+            what: "a file",
+            bytes: size,
+        })?;
+    file.take(len)
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::io(path, e))?;
     Ok(Buffer::from_vec(bytes))
 }
 
@@ -340,7 +404,11 @@ fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
 fn check_finite(name: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
-        Some(index) => Err(Error::NotFinite { tensor: name.into(), index, value: values[index] }),
+        Some(index) => Err(Error::NotFinite {
+            tensor: name.into(),
+            index,
+            value: values[index],
+        }),
     }
 }
 
@@ -350,7 +418,10 @@ fn check_finite(name: &str, values: &[f32]) -> Result<()> {
 fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     let bad = |reason: String| Error::invalid_file(path, reason);
     let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
-        return Err(bad(format!("{} bytes, too short for a safetensors file", file.len())));
+        return Err(bad(format!(
+            "{} bytes, too short for a safetensors file",
+            file.len()
+        )));
     };
     let length = u64::from_le_bytes(*length);
     if length > super::MAX_HEADER_BYTES {
@@ -361,13 +432,25 @@ fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     }
     let length = length as usize;
     let Some((header, data)) = rest.split_at_checked(length) else {
-        return Err(bad(format!("cut off: a header of {length} bytes in a file of {}", file.len())));
+        return Err(bad(format!(
+            "cut off: a header of {length} bytes in a file of {}",
+            file.len()
+        )));
     };
-    let header: Metadata = serde_json::from_slice(header).map_err(|e| bad(format!("header: {e}")))?;
+    let header: Metadata =
+        serde_json::from_slice(header).map_err(|e| bad(format!("header: {e}")))?;
     // The crate has checked that the tensors follow each other without holes and that offsets, shapes and types agree.
     if header.data_len() != data.len() {
-        let what = if header.data_len() > data.len() { "cut off" } else { "too long" };
-        return Err(bad(format!("{what}: {} bytes of data, the header names {}", data.len(), header.data_len())));
+        let what = if header.data_len() > data.len() {
+            "cut off"
+        } else {
+            "too long"
+        };
+        return Err(bad(format!(
+            "{what}: {} bytes of data, the header names {}",
+            data.len(),
+            header.data_len()
+        )));
     }
     Ok((LENGTH_BYTES + length, header))
 }

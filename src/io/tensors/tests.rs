@@ -50,7 +50,12 @@ fn every_type_round_trips_in_a_fixed_order() {
         if reversed {
             tensors.reverse();
         }
-        write_safetensors(&path, tensors, &BTreeMap::from([("note".into(), "x".into())])).unwrap();
+        write_safetensors(
+            &path,
+            tensors,
+            &BTreeMap::from([("note".into(), "x".into())]),
+        )
+        .unwrap();
         fs::read(&path).unwrap()
     };
     let bytes = write(false);
@@ -61,16 +66,28 @@ fn every_type_round_trips_in_a_fixed_order() {
     assert_eq!(theirs.len(), 8);
 
     let ours = Checkpoint::open(&path).unwrap();
-    assert_eq!(ours.names().collect::<Vec<_>>(), ["a", "b", "c", "d", "empty", "i32", "i8", "scalar"]);
+    assert_eq!(
+        ours.names().collect::<Vec<_>>(),
+        ["a", "b", "c", "d", "empty", "i32", "i8", "scalar"]
+    );
     assert_eq!(ours.metadata()["format"], "pt");
     assert_eq!(ours.metadata()["note"], "x");
     assert_eq!(ours.load_f32("a").unwrap(), v);
     assert_eq!(ours.load_f32("d").unwrap(), v);
     assert_eq!(ours.load_matrix("b", [3, 17]).unwrap().as_slice(), halves);
-    assert_eq!(ours.load_vector("empty", 0).unwrap_err().to_string(), "tensor `empty`: shape [0, 4], expected [0]");
+    assert_eq!(
+        ours.load_vector("empty", 0).unwrap_err().to_string(),
+        "tensor `empty`: shape [0, 4], expected [0]"
+    );
     assert_eq!(ours.load_f32("scalar").unwrap(), [0.25]);
     assert_eq!(ours.bytes("i8").unwrap(), [1, 255, 128]);
-    assert_eq!(ours.info("c").unwrap(), &TensorInfo { dtype: DType::BF16, shape: vec![17, 3] });
+    assert_eq!(
+        ours.info("c").unwrap(),
+        &TensorInfo {
+            dtype: DType::BF16,
+            shape: vec![17, 3]
+        }
+    );
     assert_eq!(ours.total_bytes(), 51 * (2 + 4 + 2 + 8) + 3 + 4 + 4);
 }
 
@@ -87,14 +104,30 @@ fn errors_name_the_tensor() {
     ];
     write_safetensors(&path, tensors, &BTreeMap::new()).unwrap();
     let file = Checkpoint::open(&path).unwrap();
-    assert!(matches!(file.load_f32("nan"), Err(Error::NotFinite { index: 1, tensor, .. }) if tensor == "nan"));
+    assert!(
+        matches!(file.load_f32("nan"), Err(Error::NotFinite { index: 1, tensor, .. }) if tensor == "nan")
+    );
     assert!(file.load_f32_unchecked("nan").unwrap()[1].is_nan());
-    assert!(matches!(file.load_f32("inf"), Err(Error::NotFinite { index: 0, .. })));
-    assert!(matches!(file.load_f32("huge"), Err(Error::NotFinite { .. })));
-    assert!(matches!(file.load_f32("ints"), Err(Error::TensorDtype { tensor, .. }) if tensor == "ints"));
-    assert!(matches!(file.load_matrix("nan", [2, 1]), Err(Error::TensorShape { .. })));
+    assert!(matches!(
+        file.load_f32("inf"),
+        Err(Error::NotFinite { index: 0, .. })
+    ));
+    assert!(matches!(
+        file.load_f32("huge"),
+        Err(Error::NotFinite { .. })
+    ));
+    assert!(
+        matches!(file.load_f32("ints"), Err(Error::TensorDtype { tensor, .. }) if tensor == "ints")
+    );
+    assert!(matches!(
+        file.load_matrix("nan", [2, 1]),
+        Err(Error::TensorShape { .. })
+    ));
     let missing = file.load_f32("none").unwrap_err().to_string();
-    assert!(missing.contains("`none`") && missing.contains("t.safetensors"), "{missing}");
+    assert!(
+        missing.contains("`none`") && missing.contains("t.safetensors"),
+        "{missing}"
+    );
 
     // Nothing that cannot be written leaves a file.
     let out = folder.path().join("out.safetensors");
@@ -111,7 +144,10 @@ fn errors_name_the_tensor() {
     for tensor in bad {
         let shown = format!("{tensor:?}");
         let error = write_safetensors(&out, vec![tensor], &empty).unwrap_err();
-        assert!(matches!(error, Error::Interrupted) || error.to_string().contains("`t`"), "{shown}: {error}");
+        assert!(
+            matches!(error, Error::Interrupted) || error.to_string().contains("`t`"),
+            "{shown}: {error}"
+        );
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{shown}");
     }
     let one = || HostTensor::from_f32("t", DType::F32, [1], vec![1.0]);
@@ -136,7 +172,11 @@ fn one_bad_file_per_rule() {
         let last_end = u64::MAX - 7;
         let mut parts: Vec<String> = (0..7)
             .map(|i| {
-                format!(r#""t{i}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{},{}]}}"#, i * size, (i + 1) * size)
+                format!(
+                    r#""t{i}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{},{}]}}"#,
+                    i * size,
+                    (i + 1) * size
+                )
             })
             .collect();
         parts.push(format!(
@@ -161,36 +201,83 @@ fn one_bad_file_per_rule() {
             f[10] = 0xff;
             f
         }),
-        ("deeply nested", file_of(&format!("{{\"a\":{}", "[".repeat(100_000)), &[])),
-        ("offsets out of range", file_of(&format!(r#"{{"w":{}}}"#, tensor("[4]", 0, 16)), &[0; 8])),
+        (
+            "deeply nested",
+            file_of(&format!("{{\"a\":{}", "[".repeat(100_000)), &[]),
+        ),
+        (
+            "offsets out of range",
+            file_of(&format!(r#"{{"w":{}}}"#, tensor("[4]", 0, 16)), &[0; 8]),
+        ),
         (
             "offsets past 2^64",
-            file_of(r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,99999999999999999999]}}"#, &[0]),
+            file_of(
+                r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,99999999999999999999]}}"#,
+                &[0],
+            ),
         ),
-        ("negative offset", file_of(r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[-1,0]}}"#, &[])),
-        ("end before begin", file_of(&format!(r#"{{"w":{}}}"#, tensor("[2]", 8, 0)), &[0; 8])),
-        ("overlap", file_of(&pair(tensor("[2]", 0, 8), tensor("[2]", 4, 12)), &[0; 12])),
-        ("hole", file_of(&pair(tensor("[1]", 0, 4), tensor("[1]", 8, 12)), &[0; 12])),
-        ("shape larger than the data", file_of(&format!(r#"{{"w":{}}}"#, tensor("[3]", 0, 8)), &[0; 8])),
+        (
+            "negative offset",
+            file_of(
+                r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[-1,0]}}"#,
+                &[],
+            ),
+        ),
+        (
+            "end before begin",
+            file_of(&format!(r#"{{"w":{}}}"#, tensor("[2]", 8, 0)), &[0; 8]),
+        ),
+        (
+            "overlap",
+            file_of(&pair(tensor("[2]", 0, 8), tensor("[2]", 4, 12)), &[0; 12]),
+        ),
+        (
+            "hole",
+            file_of(&pair(tensor("[1]", 0, 4), tensor("[1]", 8, 12)), &[0; 12]),
+        ),
+        (
+            "shape larger than the data",
+            file_of(&format!(r#"{{"w":{}}}"#, tensor("[3]", 0, 8)), &[0; 8]),
+        ),
         (
             "shape whose product overflows",
-            file_of(&format!(r#"{{"w":{}}}"#, tensor("[4294967296,4294967296]", 0, 8)), &[0; 8]),
+            file_of(
+                &format!(r#"{{"w":{}}}"#, tensor("[4294967296,4294967296]", 0, 8)),
+                &[0; 8],
+            ),
         ),
         ("sum of lengths that wraps around", file_of(&wrapping, &[])),
-        ("unknown dtype", file_of(&one.replace("F32", "F31"), &[0; 8])),
+        (
+            "unknown dtype",
+            file_of(&one.replace("F32", "F31"), &[0; 8]),
+        ),
         (
             "metadata of numbers",
-            file_of(&format!(r#"{{"__metadata__":{{"a":1}},"w":{}}}"#, tensor("[2]", 0, 8)), &[0; 8]),
+            file_of(
+                &format!(
+                    r#"{{"__metadata__":{{"a":1}},"w":{}}}"#,
+                    tensor("[2]", 0, 8)
+                ),
+                &[0; 8],
+            ),
         ),
     ];
     for (rule, bytes) in cases {
         match open_bytes(&bytes) {
-            Err(error @ Error::InvalidFile { .. }) => assert!(error.to_string().contains("bad.safetensors"), "{error}"),
+            Err(error @ Error::InvalidFile { .. }) => {
+                assert!(error.to_string().contains("bad.safetensors"), "{error}")
+            }
             other => panic!("{rule}: {other:?}"),
         }
     }
-    let complex = file_of(r#"{"w":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}"#, &[0; 8]);
-    assert!(matches!(open_bytes(&complex), Err(Error::Unsupported { .. })));
+    let complex = file_of(
+        r#"{"w":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}"#,
+        &[0; 8],
+    );
+    assert!(matches!(
+        open_bytes(&complex),
+        Err(Error::Unsupported { .. })
+    ));
 }
 
 #[test]
@@ -198,7 +285,9 @@ fn shards_round_trip_and_bad_indexes_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let v = values(2, 300);
     let tensors = || -> Vec<HostTensor<'_>> {
-        (0..5).map(|i| HostTensor::from_f32(format!("t{i}"), DType::F32, [20 * i], &v[..20 * i])).collect()
+        (0..5)
+            .map(|i| HostTensor::from_f32(format!("t{i}"), DType::F32, [20 * i], &v[..20 * i]))
+            .collect()
     };
     write_sharded(folder.path(), tensors(), 300).unwrap();
     let index_path = folder.path().join("model.safetensors.index.json");
@@ -207,7 +296,10 @@ fn shards_round_trip_and_bad_indexes_are_refused() {
     assert_eq!(good["weight_map"]["t4"], "model-00003-of-00003.safetensors");
     let file = Checkpoint::open(folder.path()).unwrap();
     for i in 0..5 {
-        assert_eq!(file.load_vector(&format!("t{i}"), 20 * i).unwrap(), v[..20 * i]);
+        assert_eq!(
+            file.load_vector(&format!("t{i}"), 20 * i).unwrap(),
+            v[..20 * i]
+        );
     }
     drop(file);
 
@@ -220,9 +312,21 @@ fn shards_round_trip_and_bad_indexes_are_refused() {
         index["weight_map"][tensor] = shard.into();
         index
     };
-    for escaping in ["../model.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "c:x"] {
+    for escaping in [
+        "../model.safetensors",
+        "/etc/passwd",
+        "a/b",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "c:x",
+    ] {
         let error = refused(with("t1", escaping));
-        assert!(error.contains("`t1`") && error.contains("not the name"), "{escaping}: {error}");
+        assert!(
+            error.contains("`t1`") && error.contains("not the name"),
+            "{escaping}: {error}"
+        );
     }
     assert!(refused(with("t1", "absent.safetensors")).contains("`absent.safetensors` is missing"));
     assert!(refused(with("t9", "model-00001-of-00003.safetensors")).contains("`t9` is missing"));
@@ -231,22 +335,44 @@ fn shards_round_trip_and_bad_indexes_are_refused() {
     assert!(refused(json!({"weight_map": {"t1": 3}})).contains("`t1`"));
     assert!(refused(json!([])).contains("index.json"));
     // The same tensor in two shards.
-    fs::copy(folder.path().join("model-00003-of-00003.safetensors"), folder.path().join("copy.safetensors")).unwrap();
+    fs::copy(
+        folder.path().join("model-00003-of-00003.safetensors"),
+        folder.path().join("copy.safetensors"),
+    )
+    .unwrap();
     assert!(refused(with("t0", "copy.safetensors")).contains("`t4` is also in"));
 
     assert!(write_sharded(folder.path(), tensors(), 0).is_err());
     let empty = tempfile::tempdir().unwrap();
-    assert!(Checkpoint::open(empty.path()).unwrap_err().to_string().contains("no model.safetensors"));
+    assert!(
+        Checkpoint::open(empty.path())
+            .unwrap_err()
+            .to_string()
+            .contains("no model.safetensors")
+    );
     fs::write(empty.path().join("pytorch_model.bin"), b"x").unwrap();
-    assert!(Checkpoint::open(empty.path()).unwrap_err().to_string().contains("pytorch_model.bin"));
-    assert!(matches!(Checkpoint::open(empty.path().join("none")), Err(Error::Io { .. })));
+    assert!(
+        Checkpoint::open(empty.path())
+            .unwrap_err()
+            .to_string()
+            .contains("pytorch_model.bin")
+    );
+    assert!(matches!(
+        Checkpoint::open(empty.path().join("none")),
+        Err(Error::Io { .. })
+    ));
     fs::create_dir(empty.path().join("model.safetensors")).unwrap();
-    assert!(matches!(Checkpoint::open(empty.path()), Err(Error::InvalidFile { .. })));
+    assert!(matches!(
+        Checkpoint::open(empty.path()),
+        Err(Error::InvalidFile { .. })
+    ));
 }
 
 /// Opens and reads everything; the result does not matter, that there is one does.
 fn exercise(path: &Path) -> bool {
-    let Ok(file) = Checkpoint::open(path) else { return false };
+    let Ok(file) = Checkpoint::open(path) else {
+        return false;
+    };
     for name in file.names() {
         let _ = file.load_f32(name);
         assert_eq!(
@@ -292,20 +418,30 @@ fn mutated_files_never_panic() {
         fs::write(&target, &bytes).unwrap();
         opened += usize::from(exercise(&target));
     }
-    assert!(opened > 50, "the loop should also reach what lies behind the header: {opened}");
+    assert!(
+        opened > 50,
+        "the loop should also reach what lies behind the header: {opened}"
+    );
 }
 
 #[test]
 fn other_models_read_and_rewritten() {
     for name in ["stories260K", "story-llama-0.6M"] {
-        let Some(source) = shared(&format!("models/{name}")) else { return };
+        let Some(source) = shared(&format!("models/{name}")) else {
+            return;
+        };
         let source = Checkpoint::open(source).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let tensors = source
             .names()
             .map(|n| {
                 let source = &source;
-                HostTensor::lazy_f32(n, DType::F32, source.info(n).unwrap().shape.clone(), move || source.load_f32(n))
+                HostTensor::lazy_f32(
+                    n,
+                    DType::F32,
+                    source.info(n).unwrap().shape.clone(),
+                    move || source.load_f32(n),
+                )
             })
             .collect();
         write_sharded(folder.path(), tensors, 1 << 19).unwrap();
@@ -321,8 +457,9 @@ fn other_models_read_and_rewritten() {
 fn mutated_indexes_never_panic() {
     let folder = tempfile::tempdir().unwrap();
     let v = values(5, 12);
-    let tensors =
-        (1..4).map(|i| HostTensor::from_f32(format!("t{i}"), DType::F32, [4], &v[4 * i - 4..4 * i])).collect();
+    let tensors = (1..4)
+        .map(|i| HostTensor::from_f32(format!("t{i}"), DType::F32, [4], &v[4 * i - 4..4 * i]))
+        .collect();
     write_sharded(folder.path(), tensors, 20).unwrap();
     let index = folder.path().join("model.safetensors.index.json");
     let good = fs::read(&index).unwrap();
@@ -331,7 +468,11 @@ fn mutated_indexes_never_panic() {
         let mut bytes = good.clone();
         for _ in 0..rng.random_range(1..3) {
             let at = rng.random_range(0..bytes.len());
-            bytes[at] = if rng.random_bool(0.3) { rng.random() } else { pick(&mut rng, b"0123456789./\\{}\",:tm-") };
+            bytes[at] = if rng.random_bool(0.3) {
+                rng.random()
+            } else {
+                pick(&mut rng, b"0123456789./\\{}\",:tm-")
+            };
         }
         fs::write(&index, &bytes).unwrap();
         exercise(folder.path());

@@ -32,7 +32,11 @@ pub struct HostTensor<'a> {
 
 impl std::fmt::Debug for HostTensor<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "HostTensor({} {} {:?})", self.name, self.dtype, self.shape)
+        write!(
+            f,
+            "HostTensor({} {} {:?})",
+            self.name, self.dtype, self.shape
+        )
     }
 }
 
@@ -44,7 +48,12 @@ impl<'a> HostTensor<'a> {
         shape: impl Into<Vec<usize>>,
         values: impl Into<Cow<'a, [f32]>>,
     ) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into(), source: Source::Values(values.into()) }
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+            source: Source::Values(values.into()),
+        }
     }
 
     /// [`from_f32`](Self::from_f32) whose values are made when they are written, and dropped right after.
@@ -54,7 +63,12 @@ impl<'a> HostTensor<'a> {
         shape: impl Into<Vec<usize>>,
         values: impl FnOnce() -> Result<Vec<f32>> + Send + 'a,
     ) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into(), source: Source::LazyValues(Box::new(values)) }
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+            source: Source::LazyValues(Box::new(values)),
+        }
     }
 
     /// Bytes as they are to lie in the file: row-major, little-endian.
@@ -64,7 +78,12 @@ impl<'a> HostTensor<'a> {
         shape: impl Into<Vec<usize>>,
         bytes: impl Into<Cow<'a, [u8]>>,
     ) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into(), source: Source::Bytes(bytes.into()) }
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+            source: Source::Bytes(bytes.into()),
+        }
     }
 
     /// [`from_bytes`](Self::from_bytes) whose bytes are made when they are written, and dropped right after.
@@ -74,7 +93,12 @@ impl<'a> HostTensor<'a> {
         shape: impl Into<Vec<usize>>,
         bytes: impl FnOnce() -> Result<Vec<u8>> + Send + 'a,
     ) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into(), source: Source::LazyBytes(Box::new(bytes)) }
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+            source: Source::LazyBytes(Box::new(bytes)),
+        }
     }
 
     /// The name.
@@ -97,8 +121,16 @@ impl<'a> HostTensor<'a> {
     }
 
     fn n_elements(&self) -> Result<usize> {
-        let overflow = || Error::TensorShape { tensor: self.name.clone(), expected: vec![], found: self.shape.clone() };
-        let n = self.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(overflow)?;
+        let overflow = || Error::TensorShape {
+            tensor: self.name.clone(),
+            expected: vec![],
+            found: self.shape.clone(),
+        };
+        let n = self
+            .shape
+            .iter()
+            .try_fold(1usize, |n, &d| n.checked_mul(d))
+            .ok_or_else(overflow)?;
         n.checked_mul(self.dtype.size()).ok_or_else(overflow)?;
         Ok(n)
     }
@@ -116,7 +148,10 @@ impl<'a> HostTensor<'a> {
             return Ok(());
         }
         Err(Error::ShapeMismatch {
-            what: format!("{unit} of tensor `{}` with shape {:?}", self.name, self.shape),
+            what: format!(
+                "{unit} of tensor `{}` with shape {:?}",
+                self.name, self.shape
+            ),
             expected: vec![expected],
             found: vec![found],
         })
@@ -163,7 +198,12 @@ pub fn write_safetensors(
     mut tensors: Vec<HostTensor<'_>>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
+    tensors.sort_by(|a, b| {
+        b.dtype
+            .size()
+            .cmp(&a.dtype.size())
+            .then_with(|| a.name.cmp(&b.name))
+    });
     let mut metadata = metadata.clone();
     metadata.insert("format".into(), "pt".into());
     write_in_order(path.as_ref(), tensors, &metadata, 8)
@@ -182,23 +222,37 @@ pub(crate) fn write_in_order(
     header.insert("__metadata__".into(), json!(metadata));
     let mut begin = 0usize;
     for tensor in &tensors {
-        let end = begin.checked_add(tensor.n_bytes()?).ok_or_else(|| Error::invalid_file(path, "too large"))?;
+        let end = begin
+            .checked_add(tensor.n_bytes()?)
+            .ok_or_else(|| Error::invalid_file(path, "too large"))?;
         header.insert(
             tensor.name.clone(),
             json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [begin, end]}),
         );
         begin = end;
     }
-    let mut header = serde_json::to_vec(&Value::Object(header)).map_err(|e| Error::json(path, e))?;
+    let mut header =
+        serde_json::to_vec(&Value::Object(header)).map_err(|e| Error::json(path, e))?;
     let length = size_of::<u64>();
-    header.resize((length + header.len()).next_multiple_of(align) - length, b' ');
+    header.resize(
+        (length + header.len()).next_multiple_of(align) - length,
+        b' ',
+    );
     if header.len() as u64 > super::MAX_HEADER_BYTES {
-        return Err(Error::invalid_file(path, format!("a header of {} bytes is more than readers take", header.len())));
+        return Err(Error::invalid_file(
+            path,
+            format!(
+                "a header of {} bytes is more than readers take",
+                header.len()
+            ),
+        ));
     }
     atomic::write_file(path, |sink| {
         sink.put(&(header.len() as u64).to_le_bytes())?;
         sink.put(&header)?;
-        tensors.into_iter().try_for_each(|tensor| tensor.write_to(sink))
+        tensors
+            .into_iter()
+            .try_for_each(|tensor| tensor.write_to(sink))
     })
 }
 
@@ -208,10 +262,18 @@ pub(crate) fn write_in_order(
 /// # Errors
 /// Those of [`write_safetensors`], and [`Error::InvalidArgument`] for a limit of zero. Each file appears whole or not at all;
 /// for the folder as a whole use [`FolderWriter`](crate::io::FolderWriter).
-pub fn write_sharded(folder: impl AsRef<Path>, tensors: Vec<HostTensor<'_>>, max_shard_bytes: u64) -> Result<()> {
+pub fn write_sharded(
+    folder: impl AsRef<Path>,
+    tensors: Vec<HostTensor<'_>>,
+    max_shard_bytes: u64,
+) -> Result<()> {
     let folder = folder.as_ref();
     if max_shard_bytes == 0 {
-        return Err(Error::argument("max_shard_bytes", max_shard_bytes, "at least 1"));
+        return Err(Error::argument(
+            "max_shard_bytes",
+            max_shard_bytes,
+            "at least 1",
+        ));
     }
     check_names(folder, &tensors)?;
     let mut shards: Vec<Vec<HostTensor<'_>>> = vec![Vec::new()];
@@ -231,9 +293,9 @@ pub fn write_sharded(folder: impl AsRef<Path>, tensors: Vec<HostTensor<'_>>, max
     let metadata = BTreeMap::new();
     let n = shards.len();
     if n == 1 {
-        return shards
-            .into_iter()
-            .try_for_each(|tensors| write_safetensors(folder.join("model.safetensors"), tensors, &metadata));
+        return shards.into_iter().try_for_each(|tensors| {
+            write_safetensors(folder.join("model.safetensors"), tensors, &metadata)
+        });
     }
     let mut weight_map = BTreeMap::new();
     for (i, tensors) in shards.into_iter().enumerate() {
@@ -251,7 +313,10 @@ fn check_names(path: &Path, tensors: &[HostTensor<'_>]) -> Result<()> {
     let mut seen = BTreeSet::new();
     for tensor in tensors {
         if tensor.name == "__metadata__" || !seen.insert(tensor.name.as_str()) {
-            return Err(Error::invalid_file(path, format!("two tensors named `{}`", tensor.name)));
+            return Err(Error::invalid_file(
+                path,
+                format!("two tensors named `{}`", tensor.name),
+            ));
         }
     }
     Ok(())

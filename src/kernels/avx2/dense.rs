@@ -11,7 +11,12 @@ use crate::kernels::input::Input;
 /// # Safety
 /// As for [`super::multiply`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn multiply(weight: &Dense, rows: Range<usize>, input: &Input<'_>, output: Output) {
+pub(super) unsafe fn multiply(
+    weight: &Dense,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+) {
     let stride = weight.cols * weight.number.bytes();
     let values: &[u8] = &weight.values;
     for row in rows {
@@ -77,7 +82,13 @@ pub(super) unsafe fn products<const N: u8, const R: usize>(
     for i in 0..R {
         let last: f32 = rest.iter().zip(&x[i][whole..]).map(|(w, x)| w * x).sum();
         // SAFETY: the caller's promise.
-        unsafe { output.set(first + i, row, sum_of(_mm256_add_ps(sums[i][0], sums[i][1])) + last) };
+        unsafe {
+            output.set(
+                first + i,
+                row,
+                sum_of(_mm256_add_ps(sums[i][0], sums[i][1])) + last,
+            )
+        };
     }
     R
 }

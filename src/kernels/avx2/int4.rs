@@ -75,10 +75,16 @@ unsafe fn products_of<const WIDE: bool, const SMALL: bool>(
                 let even = _mm256_and_si256(pairs, low);
                 let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), low);
                 let part = |plane: usize| {
-                    let at =
-                        |odd: usize| _mm256_loadu_si256(x.as_ptr().add(BLOCK * plane + 64 * odd + 32 * half).cast());
+                    let at = |odd: usize| {
+                        _mm256_loadu_si256(
+                            x.as_ptr().add(BLOCK * plane + 64 * odd + 32 * half).cast(),
+                        )
+                    };
                     // At most 4 * 15 * 128: no sum of 16 bits overflows.
-                    let words = _mm256_add_epi16(_mm256_maddubs_epi16(even, at(0)), _mm256_maddubs_epi16(odd, at(1)));
+                    let words = _mm256_add_epi16(
+                        _mm256_maddubs_epi16(even, at(0)),
+                        _mm256_maddubs_epi16(odd, at(1)),
+                    );
                     _mm256_madd_epi16(words, ones)
                 };
                 *sum = part(0);
@@ -92,7 +98,8 @@ unsafe fn products_of<const WIDE: bool, const SMALL: bool>(
             if SMALL {
                 let lanes = _mm256_loadu_si256(lane.as_ptr().cast());
                 for (half, sum) in sums.into_iter().enumerate() {
-                    let scales = _mm256_loadu_ps(products.as_ptr().add((2 * block + half) * (64 / unit)));
+                    let scales =
+                        _mm256_loadu_ps(products.as_ptr().add((2 * block + half) * (64 / unit)));
                     let scales = _mm256_permutevar8x32_ps(scales, lanes);
                     total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scales, total);
                 }

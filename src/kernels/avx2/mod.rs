@@ -26,13 +26,21 @@ const MANY: usize = 3;
 /// The order in which packed codes want so many rows of inputs.
 pub(super) fn packed_order(bits: u8, rows: usize) -> Order {
     // Those of 4 bits multiply as bytes, unpacked again for each row.
-    if bits == 4 && rows < MANY { Order::EvenOdd } else { Order::Words }
+    if bits == 4 && rows < MANY {
+        Order::EvenOdd
+    } else {
+        Order::Words
+    }
 }
 
 /// Numbers of scratch memory for a thread.
 pub(super) fn scratch_floats(rows: usize, inputs: usize, units: usize) -> usize {
     // A row of the weight, as numbers, or as words of half their size beside what is known of units.
-    let row = if rows >= MANY { inputs.next_multiple_of(BLOCK) } else { 0 };
+    let row = if rows >= MANY {
+        inputs.next_multiple_of(BLOCK)
+    } else {
+        0
+    };
     row.max(row / 2 + units::floats(units))
 }
 
@@ -70,7 +78,10 @@ pub(super) unsafe fn multiply(
 #[inline]
 #[target_feature(enable = "avx")]
 fn sum_of(lanes: __m256) -> f32 {
-    let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+    let four = _mm_add_ps(
+        _mm256_castps256_ps128(lanes),
+        _mm256_extractf128_ps::<1>(lanes),
+    );
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }

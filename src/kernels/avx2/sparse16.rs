@@ -212,7 +212,11 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const R: usize>(
         }
         for i in 0..R {
             let [a, b, c, d] = sums[i];
-            output.set(i, row, sum_of(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d))));
+            output.set(
+                i,
+                row,
+                sum_of(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d))),
+            );
         }
     }
 }

@@ -82,13 +82,21 @@ struct Sparse<'a, const CHECKED: bool> {
 
 impl<'a, const CHECKED: bool> Sparse<'a, CHECKED> {
     fn new(bits: &'a [[u8; 8]], codes: &'a [u8], start: usize) -> Self {
-        Self { bits, codes, at: [start; 2] }
+        Self {
+            bits,
+            codes,
+            at: [start; 2],
+        }
     }
 
     /// Where codes are, or a copy.
     #[inline(always)]
     fn from(&self, at: usize, end: &mut [u8; LOADED]) -> *const __m128i {
-        if CHECKED { readable(self.codes, at, end).cast() } else { self.codes.as_ptr().wrapping_add(at).cast() }
+        if CHECKED {
+            readable(self.codes, at, end).cast()
+        } else {
+            self.codes.as_ptr().wrapping_add(at).cast()
+        }
     }
 }
 
@@ -105,7 +113,8 @@ impl<const CHECKED: bool> Codes for Sparse<'_, CHECKED> {
         unsafe {
             let word = self.bits.as_ptr().add(index).cast::<u8>();
             // Of the word, not of its bytes, so that the next word need not wait for them.
-            self.at[usize::from(HIGH)] = at + word.cast::<u64>().read_unaligned().count_ones() as usize;
+            self.at[usize::from(HIGH)] =
+                at + word.cast::<u64>().read_unaligned().count_ones() as usize;
             let low = _mm256_set1_epi16(0x0F);
             for (part, out) in out.iter_mut().enumerate() {
                 let mut ends = [[0; LOADED]; 2];
@@ -116,11 +125,18 @@ impl<const CHECKED: bool> Codes for Sparse<'_, CHECKED> {
                 let then = self.from(at, &mut ends[1]);
                 at += second.count_ones() as usize;
                 let place = |byte: u64| PLACES.0.as_ptr().add(byte as usize);
-                let places = _mm_loadh_pd(_mm_castsi128_pd(_mm_loadl_epi64(place(first).cast())), place(second).cast());
+                let places = _mm_loadh_pd(
+                    _mm_castsi128_pd(_mm_loadl_epi64(place(first).cast())),
+                    place(second).cast(),
+                );
                 // The upper bytes of words are any of these; they are cut off.
                 let places = _mm256_cvtepu8_epi16(_mm_castpd_si128(places));
                 let spread = _mm256_shuffle_epi8(_mm256_loadu2_m128i(then, from), places);
-                let codes = if HIGH { _mm256_srli_epi16::<4>(spread) } else { spread };
+                let codes = if HIGH {
+                    _mm256_srli_epi16::<4>(spread)
+                } else {
+                    spread
+                };
                 *out = _mm256_blendv_epi8(_mm256_and_si256(codes, low), *out, places);
             }
         }

@@ -43,9 +43,21 @@ impl<'a, 'b> Units<'a, 'b> {
         products.fill(0.0);
         scales.fill(0.0);
         let zeros = bytemuck::cast_slice_mut::<f32, u32>(zeros);
-        zeros.fill(if grid.symmetric { twice(1 << (grid.bits - 1)) } else { 0 });
+        zeros.fill(if grid.symmetric {
+            twice(1 << (grid.bits - 1))
+        } else {
+            0
+        });
         let count = units.next_multiple_of(8);
-        Self { grid, unit, count, prepared: input.units_at(unit), scales, zeros, products }
+        Self {
+            grid,
+            unit,
+            count,
+            prepared: input.units_at(unit),
+            scales,
+            zeros,
+            products,
+        }
     }
 
     /// Zero points, each in both halves of a unit's 32 bits; 8 more may be read.
@@ -65,8 +77,16 @@ impl<'a, 'b> Units<'a, 'b> {
         let (grid, groups) = (self.grid, self.grid.groups());
         if grid.group_size != self.unit {
             // Groups are larger.
-            let units = if grid.group_size >= grid.cols { usize::MAX } else { grid.group_size / self.unit };
-            let all = self.scales.chunks_mut(units).zip(self.zeros.chunks_mut(units)).take(groups);
+            let units = if grid.group_size >= grid.cols {
+                usize::MAX
+            } else {
+                grid.group_size / self.unit
+            };
+            let all = self
+                .scales
+                .chunks_mut(units)
+                .zip(self.zeros.chunks_mut(units))
+                .take(groups);
             for (group, (scales, zeros)) in all.enumerate() {
                 let (scale, zero) = grid.at(row, group);
                 scales.fill(scale);
@@ -77,7 +97,10 @@ impl<'a, 'b> Units<'a, 'b> {
         let known = groups.min(self.count);
         if grid.wide {
             let scales = &grid.scales.as_chunks::<4>().0[row * groups..][..known];
-            self.scales.iter_mut().zip(scales).for_each(|(out, bytes)| *out = f32::from_le_bytes(*bytes));
+            self.scales
+                .iter_mut()
+                .zip(scales)
+                .for_each(|(out, bytes)| *out = f32::from_le_bytes(*bytes));
         } else {
             let bytes = &grid.scales[2 * row * groups..2 * (row * groups + known)];
             for (out, bytes) in self.scales.chunks_exact_mut(8).zip(bytes.chunks(16)) {
@@ -95,7 +118,9 @@ impl<'a, 'b> Units<'a, 'b> {
             for (index, out) in self.zeros[..known].chunks_mut(64).enumerate() {
                 let some = &mut some[..out.len()];
                 grid.some_zeros(row, 64 * index, some);
-                out.iter_mut().zip(some).for_each(|(out, zero)| *out = twice(*zero));
+                out.iter_mut()
+                    .zip(some)
+                    .for_each(|(out, zero)| *out = twice(*zero));
             }
         }
     }
@@ -112,14 +137,21 @@ impl<'a, 'b> Units<'a, 'b> {
         let mut taken = _mm256_setzero_ps();
         let stride = self.scales.len();
         let products = self.products[i * stride..].chunks_exact_mut(8);
-        let all = self.scales.chunks_exact(8).zip(self.zeros.chunks_exact(8)).zip(products);
+        let all = self
+            .scales
+            .chunks_exact(8)
+            .zip(self.zeros.chunks_exact(8))
+            .zip(products);
         for (index, ((scale, zero), product)) in all.take(self.count / 8).enumerate() {
             // SAFETY: eights of slices; what was prepared has as many units, and at least 16 zeros after them.
             unsafe {
                 let scale = _mm256_loadu_ps(scale.as_ptr());
                 let of_inputs = _mm256_loadu_ps(scales.add(8 * index));
                 _mm256_storeu_ps(product.as_mut_ptr(), _mm256_mul_ps(scale, of_inputs));
-                let zero = _mm256_and_si256(_mm256_loadu_si256(zero.as_ptr().cast()), _mm256_set1_epi32(0xFF));
+                let zero = _mm256_and_si256(
+                    _mm256_loadu_si256(zero.as_ptr().cast()),
+                    _mm256_set1_epi32(0xFF),
+                );
                 let with_zero = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(zero));
                 taken = _mm256_fmadd_ps(with_zero, _mm256_loadu_ps(sums.add(8 * index)), taken);
             }

@@ -38,7 +38,10 @@ pub(super) unsafe fn multiply(
     output: Output,
     scratch: &mut [f32],
 ) {
-    let (bits, stride) = (usize::from(weight.bits()), packed_len(weight.cols(), weight.bits()));
+    let (bits, stride) = (
+        usize::from(weight.bits()),
+        packed_len(weight.cols(), weight.bits()),
+    );
     let spread = Spread::new(bits);
     let codes: &[u8] = weight.codes();
     let (row_words, scratch) = split(input, scratch);
@@ -46,15 +49,27 @@ pub(super) unsafe fn multiply(
     let call = Call::new(unit, input, output);
     for row in rows {
         units.read(row);
-        let source = Packed { codes, at: row * stride, bits, spread };
+        let source = Packed {
+            codes,
+            at: row * stride,
+            bits,
+            spread,
+        };
         // SAFETY: the caller's promise.
         unsafe { products(source, &mut units, row, &call, row_words) };
     }
 }
 
 /// Memory for the codes of a row where there are many rows of inputs, and what is left.
-pub(super) fn split<'a>(input: &Input<'_>, scratch: &'a mut [f32]) -> (&'a mut [f32], &'a mut [f32]) {
-    scratch.split_at_mut(if input.rows >= MANY { input.inputs.next_multiple_of(BLOCK) / 2 } else { 0 })
+pub(super) fn split<'a>(
+    input: &Input<'_>,
+    scratch: &'a mut [f32],
+) -> (&'a mut [f32], &'a mut [f32]) {
+    scratch.split_at_mut(if input.rows >= MANY {
+        input.inputs.next_multiple_of(BLOCK) / 2
+    } else {
+        0
+    })
 }
 
 /// How packed codes become words: each word gets the two bytes that its code begins in, a product moves the code to the top of the word,
@@ -125,7 +140,12 @@ impl Codes for Stored {
         // SAFETY: the words of the row's columns are there.
         unsafe {
             let [a, b, c, d] = [from, from.add(1), from.add(2), from.add(3)];
-            [_mm256_loadu_si256(a), _mm256_loadu_si256(b), _mm256_loadu_si256(c), _mm256_loadu_si256(d)]
+            [
+                _mm256_loadu_si256(a),
+                _mm256_loadu_si256(b),
+                _mm256_loadu_si256(c),
+                _mm256_loadu_si256(d),
+            ]
         }
     }
 }
@@ -159,9 +179,17 @@ pub(super) unsafe fn products(
         let words = memory.as_mut_ptr().cast::<u8>();
         let zeros = units.zeros().as_ptr().cast();
         for index in 0..input.inputs.div_ceil(64) {
-            let zeros = if unit < 64 { call.zeros::<true>(zeros, index) } else { call.zeros::<false>(zeros, index) };
+            let zeros = if unit < 64 {
+                call.zeros::<true>(zeros, index)
+            } else {
+                call.zeros::<false>(zeros, index)
+            };
             let high = codes.is_high(index);
-            let some = if high { codes.next::<true>(index, zeros) } else { codes.next::<false>(index, zeros) };
+            let some = if high {
+                codes.next::<true>(index, zeros)
+            } else {
+                codes.next::<false>(index, zeros)
+            };
             for (part, some) in some.into_iter().enumerate() {
                 _mm256_storeu_si256(words.add(128 * index + 32 * part).cast(), some);
             }
@@ -193,7 +221,12 @@ pub(super) struct Call<'a> {
 impl<'a> Call<'a> {
     #[target_feature(enable = "avx2")]
     pub fn new(unit: usize, input: &'a Input<'a>, output: Output) -> Self {
-        Self { lanes: lanes(unit), unit, input, output }
+        Self {
+            lanes: lanes(unit),
+            unit,
+            input,
+            output,
+        }
     }
 
     /// Of the units of columns from word `index` on, those of each 16 columns; numbers of 32 bits.
@@ -207,8 +240,16 @@ impl<'a> Call<'a> {
         unsafe {
             if SMALL {
                 let (eight, [a, b, c, d]) = (_mm256_loadu_ps(first), self.lanes);
-                let [a, b] = [_mm256_permutevar8x32_ps(eight, a), _mm256_permutevar8x32_ps(eight, b)];
-                [a, b, _mm256_permutevar8x32_ps(eight, c), _mm256_permutevar8x32_ps(eight, d)]
+                let [a, b] = [
+                    _mm256_permutevar8x32_ps(eight, a),
+                    _mm256_permutevar8x32_ps(eight, b),
+                ];
+                [
+                    a,
+                    b,
+                    _mm256_permutevar8x32_ps(eight, c),
+                    _mm256_permutevar8x32_ps(eight, d),
+                ]
             } else {
                 [_mm256_broadcast_ss(&*first); 4]
             }
@@ -224,7 +265,14 @@ impl<'a> Call<'a> {
         // SAFETY: the caller's promise.
         let [a, b, c, d] = unsafe { self.some::<SMALL>(zeros, index) };
         // SAFETY: as above.
-        unsafe { [_mm256_castps_si256(a), _mm256_castps_si256(b), _mm256_castps_si256(c), _mm256_castps_si256(d)] }
+        unsafe {
+            [
+                _mm256_castps_si256(a),
+                _mm256_castps_si256(b),
+                _mm256_castps_si256(c),
+                _mm256_castps_si256(d),
+            ]
+        }
     }
 }
 
@@ -261,7 +309,8 @@ unsafe fn tile<C: Codes, const SMALL: bool, const R: usize>(
         }
         let units = &*units;
         let scales: [*const f32; R] = std::array::from_fn(|i| units.products(i).as_ptr());
-        let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::Words).as_ptr());
+        let x: [*const u8; R] =
+            std::array::from_fn(|i| input.codes(from + i, Order::Words).as_ptr());
         let mut sums = [_mm256_setzero_ps(); R];
         let zeros = units.zeros().as_ptr().cast();
         let words = input.inputs.div_ceil(64);
@@ -313,7 +362,8 @@ unsafe fn word<C: Codes, const SMALL: bool, const HIGH: bool, const R: usize>(
             let scales = call.some::<SMALL>(scales[i], index);
             if SMALL {
                 for part in 0..4 {
-                    sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[part]), scales[part], sums[i]);
+                    sums[i] =
+                        _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[part]), scales[part], sums[i]);
                 }
             } else {
                 let [a, b, c, d] = products;

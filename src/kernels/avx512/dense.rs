@@ -15,7 +15,12 @@ pub(super) const BF16: u8 = 2;
 /// # Safety
 /// As for [`super::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")]
-pub(super) unsafe fn multiply(weight: &Dense, rows: Range<usize>, input: &Input<'_>, output: Output) {
+pub(super) unsafe fn multiply(
+    weight: &Dense,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         match weight.number {
@@ -35,7 +40,11 @@ unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>,
     assert!(rows.end * stride <= values.len() && input.inputs <= weight.cols);
     let first = values.as_ptr();
     // A row of inputs that is long is read once for rows that are far from each other; else rows follow each other.
-    let part = if input.rows == 1 && input.inputs > LONG { rows.len() / ROWS } else { 0 };
+    let part = if input.rows == 1 && input.inputs > LONG {
+        rows.len() / ROWS
+    } else {
+        0
+    };
     let at = |row: usize| first.wrapping_add(row * stride);
     let rest = rows.start + ROWS * part..rows.end;
     // SAFETY: the rows are in the values, as was asserted; the rest is the caller's promise.
@@ -138,7 +147,8 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
                     xs[i] = _mm512_loadu_ps(x[i].add(column + 16 * part));
                 }
                 for w in 0..W {
-                    let ws = sixteen::<N>(weight.add(w * apart * stride + (column + 16 * part) * size));
+                    let ws =
+                        sixteen::<N>(weight.add(w * apart * stride + (column + 16 * part) * size));
                     for i in 0..R {
                         sums[w][i][part] = _mm512_fmadd_ps(ws, xs[i], sums[w][i][part]);
                     }
@@ -157,7 +167,8 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
                     _ => from_bf16(some_words(at, rest)),
                 };
                 for i in 0..R {
-                    sums[w][i][0] = _mm512_fmadd_ps(ws, some_floats(x[i].add(column), rest), sums[w][i][0]);
+                    sums[w][i][0] =
+                        _mm512_fmadd_ps(ws, some_floats(x[i].add(column), rest), sums[w][i][0]);
                 }
             }
             column += 16;

@@ -70,13 +70,27 @@ pub(super) unsafe fn multiply(
     let codes: &[u8] = weight.codes();
     assert!(rows.end * stride <= codes.len() && input.inputs <= weight.cols());
     let units = Units::new(weight.whole_grid(), unit, false, input, scratch);
-    let call = Call { codes: codes.as_ptr(), spread: Spread::new(weight.bits()), unit, stride, input, output, units };
+    let call = Call {
+        codes: codes.as_ptr(),
+        spread: Spread::new(weight.bits()),
+        unit,
+        stride,
+        input,
+        output,
+        units,
+    };
     // SAFETY: the rows are in the codes, as was asserted; the rest is the caller's promise.
     unsafe {
         match (input.wide(), unit < BLOCK) {
-            (true, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide(&call, row, from)),
-            (true, true) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide_small(&call, row, from)),
-            (false, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow(&call, row, from)),
+            (true, false) => {
+                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide(&call, row, from))
+            }
+            (true, true) => {
+                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide_small(&call, row, from))
+            }
+            (false, false) => {
+                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow(&call, row, from))
+            }
             (false, true) => {
                 for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow_small(&call, row, from))
             }
@@ -98,7 +112,9 @@ macro_rules! tile {
     ($name:ident, $wide:literal, $small:literal) => {
         /// # Safety
         /// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's.
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma,f16c,bmi2")]
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma,f16c,bmi2"
+        )]
         unsafe fn $name<const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
             // SAFETY: the caller's promise.
             unsafe { tile::<$wide, $small, W, R>(call, row, from) };
@@ -121,9 +137,21 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     row: usize,
     from: usize,
 ) {
-    let Call { codes, spread, unit, stride, input, output, units } = *call;
+    let Call {
+        codes,
+        spread,
+        unit,
+        stride,
+        input,
+        output,
+        units,
+    } = *call;
     let mut sums = [[_mm512_setzero_ps(); R]; W];
-    let lanes = if SMALL { lanes(4, unit) } else { _mm512_setzero_si512() };
+    let lanes = if SMALL {
+        lanes(4, unit)
+    } else {
+        _mm512_setzero_si512()
+    };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::InOrder).as_ptr());
     let size = input.layout.block_bytes();
     let prepared = units.prepared::<R>(from);
@@ -146,7 +174,10 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                     }
                     let scales = units.products(w, i);
                     let scale = if SMALL {
-                        _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(scales.add(index * (64 / unit))))
+                        _mm512_permutexvar_ps(
+                            lanes,
+                            _mm512_loadu_ps(scales.add(index * (64 / unit))),
+                        )
                     } else {
                         _mm512_set1_ps(*scales.add(index / 2))
                     };

@@ -24,13 +24,26 @@ pub(super) unsafe fn multiply(
     let codes: &[u8] = weight.codes();
     assert!(rows.end * stride <= codes.len() && input.inputs <= weight.cols());
     let units = Units::new(weight.whole_grid(), unit, false, input, scratch);
-    let call = Call { weight, unit, stride, input, output, units };
+    let call = Call {
+        weight,
+        unit,
+        stride,
+        input,
+        output,
+        units,
+    };
     // SAFETY: the rows are in the codes, as was asserted; the rest is the caller's promise.
     unsafe {
         match (input.wide(), unit < BLOCK) {
-            (true, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide(&call, row, from)),
-            (true, true) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide_small(&call, row, from)),
-            (false, false) => for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow(&call, row, from)),
+            (true, false) => {
+                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide(&call, row, from))
+            }
+            (true, true) => {
+                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_wide_small(&call, row, from))
+            }
+            (false, false) => {
+                for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow(&call, row, from))
+            }
             (false, true) => {
                 for_tiles!(rows, input.rows, 2 x 1, 2 x 4, |row, from| tile_narrow_small(&call, row, from))
             }
@@ -74,10 +87,21 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     row: usize,
     from: usize,
 ) {
-    let Call { weight, unit, stride, input, output, units } = *call;
+    let Call {
+        weight,
+        unit,
+        stride,
+        input,
+        output,
+        units,
+    } = *call;
     let codes = weight.codes().as_ptr();
     let mut sums = [[_mm512_setzero_ps(); R]; W];
-    let lanes = if SMALL { lanes(8, unit) } else { _mm512_setzero_si512() };
+    let lanes = if SMALL {
+        lanes(8, unit)
+    } else {
+        _mm512_setzero_si512()
+    };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::EvenOdd).as_ptr());
     let size = input.layout.block_bytes();
     let prepared = units.prepared::<R>(from);
@@ -106,14 +130,19 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                     let x = x[i].add(block * size);
                     let at = |part: usize| _mm512_loadu_si512(x.add(64 * part).cast());
                     let none = _mm512_setzero_si512();
-                    let mut sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, at(0)), odd, at(1));
+                    let mut sum =
+                        _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, at(0)), odd, at(1));
                     if WIDE {
-                        let low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, at(2)), odd, at(3));
+                        let low =
+                            _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, at(2)), odd, at(3));
                         sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sum), low);
                     }
                     let scales = units.products(w, i);
                     let scale = if SMALL {
-                        _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(scales.add(block * (BLOCK / unit))))
+                        _mm512_permutexvar_ps(
+                            lanes,
+                            _mm512_loadu_ps(scales.add(block * (BLOCK / unit))),
+                        )
                     } else {
                         _mm512_set1_ps(*scales.add(block))
                     };

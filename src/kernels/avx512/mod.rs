@@ -13,7 +13,8 @@ mod units;
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m256i, __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16, _mm512_maskz_loadu_ps,
+    __m256i, __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_maskz_loadu_epi16,
+    _mm512_maskz_loadu_ps,
 };
 use std::ops::Range;
 
@@ -33,12 +34,20 @@ pub(super) const MANY: usize = 9;
 
 /// The order in which packed codes want so many rows of inputs.
 pub(super) fn packed_order(bits: u8, rows: usize) -> Order {
-    if bits == 4 && rows < MANY { Order::EvenOdd } else { Order::InOrder }
+    if bits == 4 && rows < MANY {
+        Order::EvenOdd
+    } else {
+        Order::InOrder
+    }
 }
 
 /// Numbers of scratch memory for a thread.
 pub(super) fn scratch_floats(rows: usize, inputs: usize, units: usize) -> usize {
-    if rows >= MANY { panel::floats(inputs, units) } else { units::floats(units) }
+    if rows >= MANY {
+        panel::floats(inputs, units)
+    } else {
+        units::floats(units)
+    }
 }
 
 /// Products of the inputs with some rows of a weight. False where there is no kernel for it.
@@ -68,8 +77,12 @@ pub(super) unsafe fn multiply(
             (Body::Int(weight), Some(unit)) if weight.bits() != 4 => {
                 int::multiply(weight, unit, rows, input, output, scratch);
             }
-            (Body::Int(weight), Some(unit)) => int4::multiply(weight, unit, rows, input, output, scratch),
-            (Body::SparseInt4(weight), Some(unit)) => sparse_int4::multiply(weight, unit, rows, input, output, scratch),
+            (Body::Int(weight), Some(unit)) => {
+                int4::multiply(weight, unit, rows, input, output, scratch)
+            }
+            (Body::SparseInt4(weight), Some(unit)) => {
+                sparse_int4::multiply(weight, unit, rows, input, output, scratch)
+            }
             _ => return false,
         }
     }
@@ -101,7 +114,11 @@ unsafe fn some_words(at: *const u8, count: usize) -> __m256i {
 /// A mask of the first `count` of 16 lanes.
 #[inline]
 fn first_lanes(count: usize) -> u16 {
-    if count >= 16 { u16::MAX } else { (1 << count) - 1 }
+    if count >= 16 {
+        u16::MAX
+    } else {
+        (1 << count) - 1
+    }
 }
 
 /// Bytes that are asked for ahead of those that are needed: 128 lines, what memory delivers in some of its latencies.

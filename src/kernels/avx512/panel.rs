@@ -47,7 +47,11 @@ impl Place {
         let mask = first_lanes(self.columns.saturating_sub(16 * half));
         // SAFETY: the mask covers outputs alone.
         unsafe {
-            let sums = if self.add { _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out)) } else { sums };
+            let sums = if self.add {
+                _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out))
+            } else {
+                sums
+            };
             _mm512_mask_storeu_ps(out, mask, sums);
         }
     }
@@ -67,7 +71,12 @@ unsafe fn put(panel: *mut i32, first: usize, half: usize, rows: &[__m512i; 16]) 
         pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
     }
     for i in 0..4 {
-        let [a, b, c, d] = [pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]];
+        let [a, b, c, d] = [
+            pairs[4 * i],
+            pairs[4 * i + 1],
+            pairs[4 * i + 2],
+            pairs[4 * i + 3],
+        ];
         fours[4 * i] = _mm512_unpacklo_epi64(a, c);
         fours[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
         fours[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
@@ -75,9 +84,19 @@ unsafe fn put(panel: *mut i32, first: usize, half: usize, rows: &[__m512i; 16]) 
     }
     for i in 0..4 {
         let [a, b, c, d] = [fours[i], fours[4 + i], fours[8 + i], fours[12 + i]];
-        let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
-        let odd = [_mm512_shuffle_i32x4::<0xDD>(a, b), _mm512_shuffle_i32x4::<0xDD>(c, d)];
-        let at = |column: usize| panel.wrapping_add((first + column) * WIDTH + 16 * half).cast();
+        let even = [
+            _mm512_shuffle_i32x4::<0x88>(a, b),
+            _mm512_shuffle_i32x4::<0x88>(c, d),
+        ];
+        let odd = [
+            _mm512_shuffle_i32x4::<0xDD>(a, b),
+            _mm512_shuffle_i32x4::<0xDD>(c, d),
+        ];
+        let at = |column: usize| {
+            panel
+                .wrapping_add((first + column) * WIDTH + 16 * half)
+                .cast()
+        };
         // SAFETY: the caller's promise.
         unsafe {
             _mm512_storeu_si512(at(i), _mm512_shuffle_i32x4::<0x88>(even[0], even[1]));
@@ -123,9 +142,15 @@ pub(super) unsafe fn multiply(
         // SAFETY: the caller's promise.
         unsafe {
             match (weight, unit) {
-                (Body::Dense(dense), _) => numbers(Source::Dense(dense), rows, input, output, scratch),
-                (Body::Sparse16(sparse), _) => numbers(Source::Sparse(sparse), rows, input, output, scratch),
-                (Body::Int(_) | Body::SparseInt4(_), Some(unit)) => codes(weight, unit, rows, input, output, scratch),
+                (Body::Dense(dense), _) => {
+                    numbers(Source::Dense(dense), rows, input, output, scratch)
+                }
+                (Body::Sparse16(sparse), _) => {
+                    numbers(Source::Sparse(sparse), rows, input, output, scratch)
+                }
+                (Body::Int(_) | Body::SparseInt4(_), Some(unit)) => {
+                    codes(weight, unit, rows, input, output, scratch)
+                }
                 _ => return false,
             }
         }
@@ -141,7 +166,13 @@ enum Source<'a> {
 /// # Safety
 /// As for [`multiply`], for at most [`WIDTH`] rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
-unsafe fn numbers(source: Source<'_>, rows: Range<usize>, input: &Input<'_>, output: Output, scratch: &mut [f32]) {
+unsafe fn numbers(
+    source: Source<'_>,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+    scratch: &mut [f32],
+) {
     let panel = &mut scratch[..COLUMNS * WIDTH];
     let mut at: [usize; WIDTH] = std::array::from_fn(|index| match &source {
         Source::Sparse(sparse) if index < rows.len() => 2 * sparse.offsets.get(rows.start + index),
@@ -155,12 +186,25 @@ unsafe fn numbers(source: Source<'_>, rows: Range<usize>, input: &Input<'_>, out
         unsafe {
             match &source {
                 Source::Dense(dense) => widen(dense, rows.clone(), columns.clone(), panel),
-                Source::Sparse(sparse) => spread(sparse, rows.clone(), columns.clone(), &mut at, panel),
+                Source::Sparse(sparse) => {
+                    spread(sparse, rows.clone(), columns.clone(), &mut at, panel)
+                }
             }
-            let place =
-                Place { out: output.first.add(rows.start), stride: output.stride, columns: rows.len(), add: from > 0 };
+            let place = Place {
+                out: output.first.add(rows.start),
+                stride: output.stride,
+                columns: rows.len(),
+                add: from > 0,
+            };
             let x = input.values.as_ptr().wrapping_add(from);
-            float_tiles(panel.as_ptr(), columns.len(), x, input.stride, input.rows, place);
+            float_tiles(
+                panel.as_ptr(),
+                columns.len(),
+                x,
+                input.stride,
+                input.rows,
+                place,
+            );
         }
         from += COLUMNS;
         if from >= input.inputs {
@@ -172,13 +216,23 @@ unsafe fn numbers(source: Source<'_>, rows: Range<usize>, input: &Input<'_>, out
 /// # Safety
 /// The panel has `count` columns, `x` as many in each of `rows`, and the place is this task's.
 #[target_feature(enable = "avx512f,fma")]
-unsafe fn float_tiles(panel: *const f32, count: usize, x: *const f32, stride: usize, rows: usize, place: Place) {
+unsafe fn float_tiles(
+    panel: *const f32,
+    count: usize,
+    x: *const f32,
+    stride: usize,
+    rows: usize,
+    place: Place,
+) {
     let mut row = 0;
     // SAFETY: the caller's promise.
     unsafe {
         while row < rows {
             let x = x.wrapping_add(row * stride);
-            let place = Place { out: place.out.wrapping_add(row * place.stride), ..place };
+            let place = Place {
+                out: place.out.wrapping_add(row * place.stride),
+                ..place
+            };
             row += match rows - row {
                 12.. => float_tile::<12>(panel, count, x, stride, place),
                 8.. => float_tile::<8>(panel, count, x, stride, place),
@@ -230,20 +284,22 @@ unsafe fn widen(dense: &Dense, rows: Range<usize>, columns: Range<usize>, panel:
     assert!(rows.end * dense.cols * size <= values.len() && columns.end <= dense.cols);
     let panel = panel.as_mut_ptr().cast();
     let words = columns.len().div_ceil(16);
-    let at = values.as_ptr().wrapping_add((rows.start * dense.cols + columns.start) * size);
+    let at = values
+        .as_ptr()
+        .wrapping_add((rows.start * dense.cols + columns.start) * size);
     let (stride, rows, count) = (dense.cols * size, rows.len(), columns.len());
     // SAFETY: the rows and columns are there, as was asserted; panels have whole words.
     unsafe {
         match dense.number {
-            Number::F32 => {
-                fill_panel(panel, rows, words, |row, word| some_columns::<F32>(at, row * stride, word, count))
-            }
-            Number::F16 => {
-                fill_panel(panel, rows, words, |row, word| some_columns::<F16>(at, row * stride, word, count))
-            }
-            Number::Bf16 => {
-                fill_panel(panel, rows, words, |row, word| some_columns::<BF16>(at, row * stride, word, count))
-            }
+            Number::F32 => fill_panel(panel, rows, words, |row, word| {
+                some_columns::<F32>(at, row * stride, word, count)
+            }),
+            Number::F16 => fill_panel(panel, rows, words, |row, word| {
+                some_columns::<F16>(at, row * stride, word, count)
+            }),
+            Number::Bf16 => fill_panel(panel, rows, words, |row, word| {
+                some_columns::<BF16>(at, row * stride, word, count)
+            }),
         }
     }
 }
@@ -254,7 +310,12 @@ unsafe fn widen(dense: &Dense, rows: Range<usize>, columns: Range<usize>, panel:
 /// The row is there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
-unsafe fn some_columns<const N: u8>(at: *const u8, row: usize, word: usize, count: usize) -> __m512i {
+unsafe fn some_columns<const N: u8>(
+    at: *const u8,
+    row: usize,
+    word: usize,
+    count: usize,
+) -> __m512i {
     let size = if N == F32 { 4 } else { 2 };
     let at = at.wrapping_add(row + 16 * word * size);
     near(at.wrapping_add(512));
@@ -309,7 +370,14 @@ unsafe fn spread(
             }
             for (part, block) in block.iter().enumerate() {
                 // SAFETY: panels have whole words.
-                unsafe { put(panel.cast(), column - columns.start + 16 * part, half, block) };
+                unsafe {
+                    put(
+                        panel.cast(),
+                        column - columns.start + 16 * part,
+                        half,
+                        block,
+                    )
+                };
             }
         }
     }
@@ -340,12 +408,19 @@ unsafe fn codes(
     };
     let of_weight = Units::of(grid, unit);
     for (index, row) in rows.clone().enumerate() {
-        for_sixteens(&of_weight, row, units, |from, some_scales, some_with_zeros| {
-            for (at, (scale, with_zero)) in (from..units).zip(some_scales.iter().zip(some_with_zeros)) {
-                scales[at * WIDTH + index] = *scale;
-                with_zeros[at * WIDTH + index] = *with_zero;
-            }
-        });
+        for_sixteens(
+            &of_weight,
+            row,
+            units,
+            |from, some_scales, some_with_zeros| {
+                for (at, (scale, with_zero)) in
+                    (from..units).zip(some_scales.iter().zip(some_with_zeros))
+                {
+                    scales[at * WIDTH + index] = *scale;
+                    with_zeros[at * WIDTH + index] = *with_zero;
+                }
+            },
+        );
     }
     // What is past the last row is not stored; zeros, so that it is nothing that takes time.
     for index in rows.len()..WIDTH {
@@ -369,10 +444,18 @@ unsafe fn codes(
                 fill_panel(words, rows.len(), 2 * blocks, some);
             }
             Body::SparseInt4(sparse) => {
-                let start = |index| if index < rows.len() { sparse.offsets.get(rows.start + index) } else { 0 };
+                let start = |index| {
+                    if index < rows.len() {
+                        sparse.offsets.get(rows.start + index)
+                    } else {
+                        0
+                    }
+                };
                 let mut at: [[usize; 2]; WIDTH] = std::array::from_fn(|index| [start(index); 2]);
                 let unpack = Unpack::new(sparse);
-                let some = |index: usize, word: usize| unpack.word(rows.start + index, word, &mut at[index]);
+                let some = |index: usize, word: usize| {
+                    unpack.word(rows.start + index, word, &mut at[index])
+                };
                 fill_panel(words, rows.len(), 2 * blocks, some);
             }
             _ => return,
@@ -409,7 +492,12 @@ unsafe fn codes(
 /// It has room for the words.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn fill_panel(panel: *mut i32, rows: usize, words: usize, mut some: impl FnMut(usize, usize) -> __m512i) {
+unsafe fn fill_panel(
+    panel: *mut i32,
+    rows: usize,
+    words: usize,
+    mut some: impl FnMut(usize, usize) -> __m512i,
+) {
     for half in 0..2 {
         for word in 0..words {
             let mut block = [_mm512_setzero_si512(); 16];
@@ -455,8 +543,18 @@ unsafe fn narrow_tile<const R: usize>(call: &Codes<'_>, row: usize) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
 unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Codes<'_>, row: usize) {
-    let Codes { panel, scales, with_zeros, unit, units, input, prepared, place } = *call;
-    let x: [*const i32; R] = std::array::from_fn(|i| input.codes(row + i, Order::InOrder).as_ptr().cast());
+    let Codes {
+        panel,
+        scales,
+        with_zeros,
+        unit,
+        units,
+        input,
+        prepared,
+        place,
+    } = *call;
+    let x: [*const i32; R] =
+        std::array::from_fn(|i| input.codes(row + i, Order::InOrder).as_ptr().cast());
     let block_words = input.layout.block_bytes() / 4;
     let (of_block, fours) = (BLOCK / unit, unit / 4);
     let (first, half_bytes, bytes) = prepared;
@@ -469,7 +567,8 @@ unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Codes<'_>, row: usi
             let panel = panel.add(at * fours * WIDTH);
             let start = at / of_block * block_words + at % of_block * fours;
             for four in 0..fours {
-                let w = [0, 16].map(|half| _mm512_loadu_si512(panel.add(four * WIDTH + half).cast()));
+                let w =
+                    [0, 16].map(|half| _mm512_loadu_si512(panel.add(four * WIDTH + half).cast()));
                 for i in 0..R {
                     let x_high = _mm512_set1_epi32(*x[i].add(start + four));
                     high[i][0] = _mm512_dpbusd_epi32(high[i][0], w[0], x_high);
@@ -494,12 +593,19 @@ unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Codes<'_>, row: usi
                         high[i][half]
                     };
                     let total = _mm512_fnmadd_ps(with_zero, sum, totals[i][half]);
-                    totals[i][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_mul_ps(scale, of_input), total);
+                    totals[i][half] = _mm512_fmadd_ps(
+                        _mm512_cvtepi32_ps(all),
+                        _mm512_mul_ps(scale, of_input),
+                        total,
+                    );
                 }
             }
         }
         for i in 0..R {
-            let place = Place { out: place.out.wrapping_add(row * place.stride), ..place };
+            let place = Place {
+                out: place.out.wrapping_add(row * place.stride),
+                ..place
+            };
             place.store(i, 0, totals[i][0]);
             place.store(i, 1, totals[i][1]);
         }
@@ -524,7 +630,9 @@ pub(in crate::kernels) unsafe fn add_update(
     scratch: &mut [f32],
 ) {
     let (size, values) = (bt.number.bytes(), &*bt.values);
-    assert!(h.len() >= rows * rank && columns.end <= bt.cols && rank * bt.cols * size <= values.len());
+    assert!(
+        h.len() >= rows * rank && columns.end <= bt.cols && rank * bt.cols * size <= values.len()
+    );
     let panel = &mut scratch[..COLUMNS * WIDTH];
     for first in columns.clone().step_by(WIDTH) {
         let width = WIDTH.min(columns.end - first);
@@ -535,10 +643,23 @@ pub(in crate::kernels) unsafe fn add_update(
                 bt.number.read(&values[at..at + width * size], out);
                 out.iter_mut().for_each(|out| *out *= scale);
             }
-            let place =
-                Place { out: output.first.wrapping_add(first), stride: output.stride, columns: width, add: true };
+            let place = Place {
+                out: output.first.wrapping_add(first),
+                stride: output.stride,
+                columns: width,
+                add: true,
+            };
             // SAFETY: the caller's promise.
-            unsafe { float_tiles(panel.as_ptr(), count, h.as_ptr().wrapping_add(from), rank, rows, place) };
+            unsafe {
+                float_tiles(
+                    panel.as_ptr(),
+                    count,
+                    h.as_ptr().wrapping_add(from),
+                    rank,
+                    rows,
+                    place,
+                )
+            };
         }
     }
 }

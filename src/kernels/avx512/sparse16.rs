@@ -15,14 +15,31 @@ const LOADED: usize = 128;
 /// # Safety
 /// As for [`super::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
-pub(super) unsafe fn multiply(weight: &Sparse16, rows: Range<usize>, input: &Input<'_>, output: Output) {
+pub(super) unsafe fn multiply(
+    weight: &Sparse16,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+) {
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
     let starts = weight.offsets.starts();
     // A row of inputs that is long is read once for rows that are far from each other; else rows follow each other.
-    let part = if input.rows == 1 && input.inputs > LONG { rows.len() / ROWS } else { 0 };
+    let part = if input.rows == 1 && input.inputs > LONG {
+        rows.len() / ROWS
+    } else {
+        0
+    };
     let (bits, values) = (weight.bits.bytes.as_ptr(), &*weight.values);
-    let mut call = Call { starts, words, bits, values, input, output, apart: part };
+    let mut call = Call {
+        starts,
+        words,
+        bits,
+        values,
+        input,
+        output,
+        apart: part,
+    };
     let rest = rows.start + ROWS * part..rows.end;
     // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
     unsafe {
@@ -61,7 +78,8 @@ macro_rules! tile {
         unsafe fn $name<const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
             let far = |w: usize| {
                 // As far as a row's values may reach, whatever its bits are.
-                2 * call.starts.get(row + w * call.apart) + LOADED * (call.words + 1) <= call.values.len()
+                2 * call.starts.get(row + w * call.apart) + LOADED * (call.words + 1)
+                    <= call.values.len()
             };
             // SAFETY: the caller's promise; what is not checked was.
             unsafe {
@@ -90,12 +108,24 @@ unsafe fn expand<const HALF: bool>(values: *const u8, word: *const u64) -> ([__m
     let bits = u64::from_le(unsafe { word.read_unaligned() });
     for (part, numbers) in numbers.iter_mut().enumerate() {
         // Counted from the word's beginning, so that no part waits for the one before.
-        let before = if part == 0 { 0 } else { (bits << (64 - 16 * part)).count_ones() as usize };
+        let before = if part == 0 {
+            0
+        } else {
+            (bits << (64 - 16 * part)).count_ones() as usize
+        };
         // SAFETY: at most 32 bytes for each of the parts before, and two of the bits.
-        let (some, mask) =
-            unsafe { (_mm256_loadu_si256(values.add(2 * before).cast()), mask16(word.cast::<u16>().add(part))) };
+        let (some, mask) = unsafe {
+            (
+                _mm256_loadu_si256(values.add(2 * before).cast()),
+                mask16(word.cast::<u16>().add(part)),
+            )
+        };
         let spread = _mm256_maskz_expand_epi16(mask, some);
-        *numbers = if HALF { _mm512_cvtph_ps(spread) } else { from_bf16(spread) };
+        *numbers = if HALF {
+            _mm512_cvtph_ps(spread)
+        } else {
+            from_bf16(spread)
+        };
     }
     (numbers, bits.count_ones() as usize)
 }
@@ -110,7 +140,15 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
     row: usize,
     from: usize,
 ) {
-    let Call { starts, words, bits, values, input, output, apart } = *call;
+    let Call {
+        starts,
+        words,
+        bits,
+        values,
+        input,
+        output,
+        apart,
+    } = *call;
     // One for each 16 columns of a word, so that no addition waits for the one before.
     let mut sums = [[[_mm512_setzero_ps(); 4]; R]; W];
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
@@ -119,10 +157,15 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
     // SAFETY: words are in the bits' rows; values are read where as many bytes are left, and copied where they are not; inputs are read
     // where they are, the last ones masked.
     unsafe {
-        let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
+        let bits: [*const u64; W] =
+            std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
         let mut next = |w: usize, block: usize| {
             let word = bits[w].add(block);
-            let from = if CHECKED { readable(values, at[w], &mut end) } else { values.as_ptr().add(at[w]) };
+            let from = if CHECKED {
+                readable(values, at[w], &mut end)
+            } else {
+                values.as_ptr().add(at[w])
+            };
             // Two lines, since a word's values may be as many.
             prefetch(from);
             prefetch(from.wrapping_add(64));
@@ -174,9 +217,20 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
 /// The word is there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
-pub(super) unsafe fn some_numbers(half: bool, values: &[u8], at: usize, word: *const u64) -> ([__m512; 4], usize) {
+pub(super) unsafe fn some_numbers(
+    half: bool,
+    values: &[u8],
+    at: usize,
+    word: *const u64,
+) -> ([__m512; 4], usize) {
     let mut end = [0; LOADED];
     let from = readable(values, at, &mut end);
     // SAFETY: as many bytes are there, and the word by the caller's promise.
-    unsafe { if half { expand::<true>(from, word) } else { expand::<false>(from, word) } }
+    unsafe {
+        if half {
+            expand::<true>(from, word)
+        } else {
+            expand::<false>(from, word)
+        }
+    }
 }

@@ -18,7 +18,9 @@ const LOADED: usize = 64;
 
 /// # Safety
 /// As for [`super::multiply`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt")]
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt"
+)]
 pub(super) unsafe fn multiply(
     weight: &SparseInt4,
     unit: usize,
@@ -32,7 +34,16 @@ pub(super) unsafe fn multiply(
     let units = Units::new(&weight.grid, unit, true, input, scratch);
     let (bits, codes) = (weight.bits.bytes.as_ptr(), &*weight.codes);
     let starts = weight.offsets.starts();
-    let call = Call { starts, unit, words, bits, codes, input, output, units };
+    let call = Call {
+        starts,
+        unit,
+        words,
+        bits,
+        codes,
+        input,
+        output,
+        units,
+    };
     // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
     unsafe {
         match (input.wide(), unit < BLOCK) {
@@ -111,7 +122,9 @@ unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m5
 ///
 /// # Safety
 /// The rows of the weight and `R` of the inputs are there, and their outputs this task's.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt")]
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt"
+)]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
 #[allow(unused_assignments)] // a stream's last step
 unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
@@ -120,12 +133,26 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     apart: usize,
     from: usize,
 ) {
-    let Call { starts, unit, words, bits, codes, input, output, units } = *call;
-    let lanes = if SMALL { lanes(4, unit) } else { _mm512_setzero_si512() };
+    let Call {
+        starts,
+        unit,
+        words,
+        bits,
+        codes,
+        input,
+        output,
+        units,
+    } = *call;
+    let lanes = if SMALL {
+        lanes(4, unit)
+    } else {
+        _mm512_setzero_si512()
+    };
     let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::InOrder).as_ptr());
     let size = if WIDE { 2 * BLOCK } else { BLOCK };
     let (blocks, of_block) = (input.inputs.div_ceil(BLOCK), BLOCK / unit);
-    let products: [[*const f32; R]; W] = std::array::from_fn(|w| std::array::from_fn(|i| units.products(w, i)));
+    let products: [[*const f32; R]; W] =
+        std::array::from_fn(|w| std::array::from_fn(|i| units.products(w, i)));
     let zeros: [*const u32; W] = std::array::from_fn(|w| units.zeros(w));
     let prepared = units.prepared::<R>(from);
     let mut end = [0; LOADED];
@@ -136,13 +163,18 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
         macro_rules! next {
             ($checked:literal, $from:ident, $at:expr, $word:expr, $zeros:expr) => {{
                 let word: *const u64 = $word;
-                let from = if $checked { readable(codes, $at, &mut end) } else { codes.as_ptr().add($at) };
+                let from = if $checked {
+                    readable(codes, $at, &mut end)
+                } else {
+                    codes.as_ptr().add($at)
+                };
                 $at += word.read_unaligned().count_ones() as usize;
                 expand::<$from>(from, word, $zeros)
             }};
         }
         for row in rows {
-            let bits: [*const u64; W] = std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
+            let bits: [*const u64; W] =
+                std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
             let mut low: [usize; W] = std::array::from_fn(|w| starts.get(row + w * apart));
             let mut high = low;
             // Not the arrays that are filled, for these have addresses.
@@ -174,28 +206,41 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                                 for i in 0..R {
                                     let mut sum = _mm512_dpbusd_epi32(none, codes, at(i, half));
                                     if WIDE {
-                                        sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), codes, at(i, 2 + half));
+                                        sum = _mm512_dpbusd_epi32(
+                                            _mm512_slli_epi32::<8>(sum),
+                                            codes,
+                                            at(i, 2 + half),
+                                        );
                                     }
                                     let scale = _mm512_loadu_ps(products[w][i].add(first));
                                     let scale = _mm512_permutexvar_ps(lanes, scale);
-                                    sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
+                                    sums[w][i] =
+                                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
                                 }
                             }
                         } else {
                             let zeros = _mm512_set1_epi32(*zeros[w].add(block) as i32);
                             let first = next!($checked, $from, $at[w], word, zeros);
-                            let second =
-                                if whole { next!($checked, $second, $second_at[w], word.add(1), zeros) } else { zeros };
+                            let second = if whole {
+                                next!($checked, $second, $second_at[w], word.add(1), zeros)
+                            } else {
+                                zeros
+                            };
                             for i in 0..R {
                                 let mut sum = _mm512_dpbusd_epi32(none, first, at(i, 0));
                                 sum = _mm512_dpbusd_epi32(sum, second, at(i, 1));
                                 if WIDE {
                                     // One sum, so that there is nothing to add to it.
-                                    sum = _mm512_dpbusd_epi32(_mm512_slli_epi32::<8>(sum), first, at(i, 2));
+                                    sum = _mm512_dpbusd_epi32(
+                                        _mm512_slli_epi32::<8>(sum),
+                                        first,
+                                        at(i, 2),
+                                    );
                                     sum = _mm512_dpbusd_epi32(sum, second, at(i, 3));
                                 }
                                 let scale = _mm512_set1_ps(*products[w][i].add(block));
-                                sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
+                                sums[w][i] =
+                                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
                             }
                         }
                     }
@@ -250,10 +295,18 @@ impl<'a> Unpack<'a> {
             words: weight.bits.cols.div_ceil(64),
             bits: weight.bits.bytes.as_chunks().0,
             codes: &weight.codes,
-            zeros: if grid.symmetric { None } else { Some(&grid.zeros) },
+            zeros: if grid.symmetric {
+                None
+            } else {
+                Some(&grid.zeros)
+            },
             row_zeros: grid.groups().div_ceil(2),
             groups: grid.groups(),
-            group: if grid.group_size >= grid.cols { usize::MAX } else { grid.group_size },
+            group: if grid.group_size >= grid.cols {
+                usize::MAX
+            } else {
+                grid.group_size
+            },
         }
     }
 
@@ -275,14 +328,20 @@ impl<'a> Unpack<'a> {
             Some(zeros) => {
                 let zeros = &zeros[row * self.row_zeros..(row + 1) * self.row_zeros];
                 let zero = |group: usize| {
-                    if group < self.groups { zeros[group / 2] >> (4 * (group % 2)) & 0x0F } else { 0 }
+                    if group < self.groups {
+                        zeros[group / 2] >> (4 * (group % 2)) & 0x0F
+                    } else {
+                        0
+                    }
                 };
                 if self.group >= 64 {
                     _mm512_set1_epi8(zero(64 * index / self.group) as i8)
                 } else {
                     // A unit is no less than eight columns.
-                    let eight =
-                        |eight: usize| u64::from(zero((64 * index + 8 * eight) / self.group)) * 0x0101_0101_0101_0101;
+                    let eight = |eight: usize| {
+                        u64::from(zero((64 * index + 8 * eight) / self.group))
+                            * 0x0101_0101_0101_0101
+                    };
                     let zeros: [u64; 8] = std::array::from_fn(eight);
                     // SAFETY: an array of 64 bytes.
                     unsafe { _mm512_loadu_si512(zeros.as_ptr().cast()) }

@@ -56,7 +56,13 @@ impl<'a> Units<'a> {
     ///
     /// # Panics
     /// Where the memory is less than [`floats`] says.
-    pub fn new(grid: &'a Grid, unit: usize, turns: bool, input: &Input<'_>, scratch: &mut [f32]) -> Self {
+    pub fn new(
+        grid: &'a Grid,
+        unit: usize,
+        turns: bool,
+        input: &Input<'_>,
+        scratch: &mut [f32],
+    ) -> Self {
         let count = input.inputs.div_ceil(BLOCK) * (BLOCK / unit);
         assert!(scratch.len() >= floats(count));
         let units = Self {
@@ -71,7 +77,11 @@ impl<'a> Units<'a> {
             prepared: input.units_at(unit),
             count,
             middle: 1 << (grid.bits - 1),
-            high: if turns { second_blocks(BLOCK / unit) } else { [0; 2] },
+            high: if turns {
+                second_blocks(BLOCK / unit)
+            } else {
+                [0; 2]
+            },
         };
         if grid.symmetric {
             let middle = four_times(units.middle);
@@ -106,7 +116,8 @@ impl<'a> Units<'a> {
     }
 
     fn array(&self, w: usize, index: usize) -> *mut f32 {
-        self.first.wrapping_add((w * (2 + ROWS) + index) * self.stride)
+        self.first
+            .wrapping_add((w * (2 + ROWS) + index) * self.stride)
     }
 
     /// Products of scales of row `w` of the weight and row `i` of the inputs; 16 more may be read.
@@ -167,7 +178,10 @@ impl<'a> Units<'a> {
     ) -> [__m512; R] {
         let mut taken = [_mm512_setzero_ps(); R];
         let scales = self.scales.as_ptr().wrapping_add(2 * row * self.groups);
-        let zeros = self.zeros.as_ptr().wrapping_add(row * self.groups.div_ceil(2));
+        let zeros = self
+            .zeros
+            .as_ptr()
+            .wrapping_add(row * self.groups.div_ceil(2));
         let (zeros_out, products) = (self.array(w, 1).cast::<u32>(), self.array(w, 2));
         let (sixteenth, low) = (_mm512_set1_ps(1.0 / 16.0), _mm_set1_epi8(0x0F));
         // The lowest byte of each number to all four.
@@ -178,14 +192,16 @@ impl<'a> Units<'a> {
             while at < self.count {
                 let high = self.high[at / 16 % 2];
                 let left = self.groups.saturating_sub(at);
-                let half = _mm256_maskz_loadu_epi16(first_lanes(left), scales.wrapping_add(2 * at).cast());
+                let half =
+                    _mm256_maskz_loadu_epi16(first_lanes(left), scales.wrapping_add(2 * at).cast());
                 let scale = _mm512_cvtph_ps(half);
                 let mut with_zero = scale;
                 if !SYMMETRIC {
                     let mask = first_lanes(left.min(16).div_ceil(2));
                     let pairs = _mm_maskz_loadu_epi8(mask, zeros.wrapping_add(at / 2).cast());
                     let second = _mm_and_si128(_mm_srli_epi16::<4>(pairs), low);
-                    let each = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(pairs, low), second));
+                    let each =
+                        _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(pairs, low), second));
                     let four = _mm512_shuffle_epi8(each, lowest);
                     let four = _mm512_mask_slli_epi32::<4>(four, high, four);
                     _mm512_storeu_si512(zeros_out.wrapping_add(at).cast(), four);
@@ -194,13 +210,24 @@ impl<'a> Units<'a> {
                 let placed = _mm512_mask_mul_ps(scale, high, scale, sixteenth);
                 for i in 0..R {
                     let of_inputs = _mm512_loadu_ps(prepared[i].0.add(at));
-                    _mm512_storeu_ps(products.wrapping_add(i * self.stride + at), _mm512_mul_ps(of_inputs, placed));
-                    taken[i] = _mm512_fmadd_ps(_mm512_loadu_ps(prepared[i].1.add(at)), with_zero, taken[i]);
+                    _mm512_storeu_ps(
+                        products.wrapping_add(i * self.stride + at),
+                        _mm512_mul_ps(of_inputs, placed),
+                    );
+                    taken[i] = _mm512_fmadd_ps(
+                        _mm512_loadu_ps(prepared[i].1.add(at)),
+                        with_zero,
+                        taken[i],
+                    );
                 }
                 at += 16;
             }
         }
-        let middle = if SYMMETRIC { -f32::from(self.middle) } else { -1.0 };
+        let middle = if SYMMETRIC {
+            -f32::from(self.middle)
+        } else {
+            -1.0
+        };
         for i in 0..R {
             taken[i] = _mm512_mul_ps(taken[i], _mm512_set1_ps(middle));
         }
@@ -224,7 +251,11 @@ impl<'a> Units<'a> {
             }
             for at in (0..self.count).step_by(16) {
                 let high = self.high[at / 16 % 2];
-                let scale = if self.direct { self.scales(row, at) } else { _mm512_loadu_ps(scales.add(at)) };
+                let scale = if self.direct {
+                    self.scales(row, at)
+                } else {
+                    _mm512_loadu_ps(scales.add(at))
+                };
                 let four = if self.grid.symmetric {
                     _mm512_set1_epi32(four_times(self.middle) as i32)
                 } else if self.direct {
@@ -232,13 +263,19 @@ impl<'a> Units<'a> {
                 } else {
                     _mm512_loadu_si512(zeros.add(at).cast())
                 };
-                _mm512_storeu_si512(zeros.add(at).cast(), _mm512_mask_slli_epi32::<4>(four, high, four));
+                _mm512_storeu_si512(
+                    zeros.add(at).cast(),
+                    _mm512_mask_slli_epi32::<4>(four, high, four),
+                );
                 let zero = _mm512_cvtepi32_ps(_mm512_and_si512(four, _mm512_set1_epi32(0xFF)));
                 let with_zero = _mm512_mul_ps(scale, zero);
                 let placed = _mm512_mask_mul_ps(scale, high, scale, _mm512_set1_ps(1.0 / 16.0));
                 for i in 0..R {
                     let of_inputs = _mm512_loadu_ps(prepared[i].0.add(at));
-                    _mm512_storeu_ps(self.array(w, 2 + i).add(at), _mm512_mul_ps(of_inputs, placed));
+                    _mm512_storeu_ps(
+                        self.array(w, 2 + i).add(at),
+                        _mm512_mul_ps(of_inputs, placed),
+                    );
                     let sum = _mm512_loadu_ps(prepared[i].1.add(at));
                     taken[i] = _mm512_fnmadd_ps(sum, with_zero, taken[i]);
                 }
@@ -273,7 +310,11 @@ impl<'a> Units<'a> {
     fn some_zeros(&self, row: usize, at: usize) -> __m512i {
         if self.grid.bits != 4 {
             let mut zeros = [0; 16];
-            self.grid.some_zeros(row, at, &mut zeros[..(self.groups.saturating_sub(at)).min(16)]);
+            self.grid.some_zeros(
+                row,
+                at,
+                &mut zeros[..(self.groups.saturating_sub(at)).min(16)],
+            );
             // SAFETY: an array of 16 bytes.
             return unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast())) };
         }
@@ -287,7 +328,10 @@ impl<'a> Units<'a> {
         });
         let word = u64::from_le_bytes(word);
         let spread = 0x0F0F_0F0F_0F0F_0F0F;
-        let bytes = _mm_set_epi64x(_pdep_u64(word >> 32, spread) as i64, _pdep_u64(word, spread) as i64);
+        let bytes = _mm_set_epi64x(
+            _pdep_u64(word >> 32, spread) as i64,
+            _pdep_u64(word, spread) as i64,
+        );
         _mm512_cvtepu8_epi32(bytes)
     }
 }
@@ -306,7 +350,11 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, ze
     let mut at = 0;
     for group in 0..groups {
         let (scale, zero) = grid.at(row, group);
-        let end = if group + 1 == groups { count } else { (at + units).min(count) };
+        let end = if group + 1 == groups {
+            count
+        } else {
+            (at + units).min(count)
+        };
         while at < end {
             // SAFETY: the arrays have room.
             unsafe {
@@ -350,14 +398,24 @@ pub(super) fn for_sixteens(
                     units.some_zeros(row, at)
                 };
                 _mm512_storeu_ps(scales.as_mut_ptr(), scale);
-                _mm512_storeu_ps(with_zeros.as_mut_ptr(), _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
+                _mm512_storeu_ps(
+                    with_zeros.as_mut_ptr(),
+                    _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)),
+                );
             }
         } else {
             let groups = units.grid.groups();
-            let wide = units.grid.group_size.min(units.grid.cols.next_multiple_of(BLOCK));
+            let wide = units
+                .grid
+                .group_size
+                .min(units.grid.cols.next_multiple_of(BLOCK));
             for index in 0..16 {
                 let group = (at + index) * BLOCK / wide;
-                let (scale, zero) = if group < groups { units.grid.at(row, group) } else { (0.0, 0) };
+                let (scale, zero) = if group < groups {
+                    units.grid.at(row, group)
+                } else {
+                    (0.0, 0)
+                };
                 (scales[index], with_zeros[index]) = (scale, scale * f32::from(zero));
             }
         }

@@ -76,14 +76,26 @@ trait Dots {
 macro_rules! with_features {
     ($features:literal, $dots:ident) => {
         #[inline(always)]
-        unsafe fn tile<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+        unsafe fn tile<
+            S: Source,
+            const WIDE: bool,
+            const SMALL: bool,
+            const W: usize,
+            const R: usize,
+        >(
             call: &Call<'_, S>,
             row: usize,
             from: usize,
         ) {
             #[inline(never)] // several in one function have too few registers
             #[target_feature(enable = $features)]
-            unsafe fn with<S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+            unsafe fn with<
+                S: Source,
+                const WIDE: bool,
+                const SMALL: bool,
+                const W: usize,
+                const R: usize,
+            >(
                 call: &Call<'_, S>,
                 row: usize,
                 from: usize,
@@ -113,7 +125,12 @@ impl Dots for Products {
     #[inline(always)]
     unsafe fn add(sums: [int16x8_t; 2], codes: int8x16_t, x: int8x16_t) -> [int16x8_t; 2] {
         // SAFETY: as above.
-        unsafe { [vmlal_s8(sums[0], vget_low_s8(codes), vget_low_s8(x)), vmlal_high_s8(sums[1], codes, x)] }
+        unsafe {
+            [
+                vmlal_s8(sums[0], vget_low_s8(codes), vget_low_s8(x)),
+                vmlal_high_s8(sums[1], codes, x),
+            ]
+        }
     }
 
     #[inline(always)]
@@ -212,7 +229,11 @@ struct Call<'a, S> {
 /// The order of the inputs' bytes.
 #[inline(always)]
 fn order<S: Source>() -> Order {
-    if S::PAIRED { Order::EvenOdd } else { Order::InOrder }
+    if S::PAIRED {
+        Order::EvenOdd
+    } else {
+        Order::InOrder
+    }
 }
 
 /// Products of the inputs with some rows of a weight.
@@ -235,8 +256,12 @@ pub(super) unsafe fn multiply<S: Source + Copy>(
         match (dots, input.rows >= MANY) {
             (true, false) => few::<Fours, S>(source, grid, unit, rows, input, output, scratch),
             (true, true) => many::<Fours, S>(source, grid, unit, rows, input, output, scratch),
-            (false, false) if S::WHOLE_BYTES => few::<Wide, S>(source, grid, unit, rows, input, output, scratch),
-            (false, true) if S::WHOLE_BYTES => many::<Wide, S>(source, grid, unit, rows, input, output, scratch),
+            (false, false) if S::WHOLE_BYTES => {
+                few::<Wide, S>(source, grid, unit, rows, input, output, scratch)
+            }
+            (false, true) if S::WHOLE_BYTES => {
+                many::<Wide, S>(source, grid, unit, rows, input, output, scratch)
+            }
             (false, false) => few::<Products, S>(source, grid, unit, rows, input, output, scratch),
             (false, true) => many::<Products, S>(source, grid, unit, rows, input, output, scratch),
         }
@@ -254,7 +279,14 @@ unsafe fn few<D: Dots, S: Source>(
     output: Output,
     scratch: &mut [f32],
 ) {
-    let call = Call { source, unit, units: Units::new(grid, unit, input, scratch), filled: None, input, output };
+    let call = Call {
+        source,
+        unit,
+        units: Units::new(grid, unit, input, scratch),
+        filled: None,
+        input,
+        output,
+    };
     macro_rules! tile {
         ($w:literal, $r:literal, $wide:literal, $small:literal, $row:expr, $from:expr) => {
             D::tile::<S, $wide, $small, $w, $r>(&call, $row, $from)
@@ -263,10 +295,18 @@ unsafe fn few<D: Dots, S: Source>(
     // SAFETY: the caller's promise.
     unsafe {
         match (input.wide(), unit < BLOCK) {
-            (true, false) => for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(true, false, row, from)),
-            (true, true) => for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(true, true, row, from)),
-            (false, false) => for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(false, false, row, from)),
-            (false, true) => for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(false, true, row, from)),
+            (true, false) => {
+                for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(true, false, row, from))
+            }
+            (true, true) => {
+                for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(true, true, row, from))
+            }
+            (false, false) => {
+                for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(false, false, row, from))
+            }
+            (false, true) => {
+                for_tiles!(rows, input.rows, 2 x 1, 1 x 4, |row, from| tile(false, true, row, from))
+            }
         }
     }
 }
@@ -308,11 +348,39 @@ unsafe fn many<D: Dots, S: Source>(
         // SAFETY: the caller's promise; the slots of the rows are filled.
         unsafe {
             if S::PAIRED {
-                let source = Panel::<true> { first: panel, base: first, stride };
-                unpacked::<D, true>(&Call { source, unit, units, filled: Some(first), input, output }, rows);
+                let source = Panel::<true> {
+                    first: panel,
+                    base: first,
+                    stride,
+                };
+                unpacked::<D, true>(
+                    &Call {
+                        source,
+                        unit,
+                        units,
+                        filled: Some(first),
+                        input,
+                        output,
+                    },
+                    rows,
+                );
             } else {
-                let source = Panel::<false> { first: panel, base: first, stride };
-                unpacked::<D, false>(&Call { source, unit, units, filled: Some(first), input, output }, rows);
+                let source = Panel::<false> {
+                    first: panel,
+                    base: first,
+                    stride,
+                };
+                unpacked::<D, false>(
+                    &Call {
+                        source,
+                        unit,
+                        units,
+                        filled: Some(first),
+                        input,
+                        output,
+                    },
+                    rows,
+                );
             }
         }
     }
@@ -323,13 +391,21 @@ unsafe fn many<D: Dots, S: Source>(
 /// # Safety
 /// They have room, and the row's zero points are there.
 #[target_feature(enable = "neon")]
-unsafe fn unpack<S: Source, const SMALL: bool>(source: &S, mut row: S::Row, count: usize, out: *mut u8) {
+unsafe fn unpack<S: Source, const SMALL: bool>(
+    source: &S,
+    mut row: S::Row,
+    count: usize,
+    out: *mut u8,
+) {
     for block in 0..count / BLOCK {
         // SAFETY: the caller's promise.
         unsafe {
             let codes = source.block::<SMALL>(&mut row, block);
             for index in 0..8 {
-                vst1q_s8(out.add(BLOCK * block + 16 * index).cast(), S::vector(&codes, index));
+                vst1q_s8(
+                    out.add(BLOCK * block + 16 * index).cast(),
+                    S::vector(&codes, index),
+                );
             }
         }
     }
@@ -371,7 +447,10 @@ impl<const PAIRED: bool> Source for Panel<PAIRED> {
 ///
 /// # Safety
 /// As for [`body`]; the slots of the rows are filled.
-unsafe fn unpacked<D: Dots, const PAIRED: bool>(call: &Call<'_, Panel<PAIRED>>, rows: Range<usize>) {
+unsafe fn unpacked<D: Dots, const PAIRED: bool>(
+    call: &Call<'_, Panel<PAIRED>>,
+    rows: Range<usize>,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         match (call.input.wide(), call.unit < BLOCK) {
@@ -400,8 +479,12 @@ unsafe fn panel_tiles<D: Dots, const PAIRED: bool, const WIDE: bool, const SMALL
             // SAFETY: the caller's promise.
             unsafe {
                 match (whole, two) {
-                    (true, true) if D::ROWS == 4 => D::tile::<Panel<PAIRED>, WIDE, SMALL, 4, 2>(call, row, from),
-                    (true, false) if D::ROWS == 4 => D::tile::<Panel<PAIRED>, WIDE, SMALL, 4, 1>(call, row, from),
+                    (true, true) if D::ROWS == 4 => {
+                        D::tile::<Panel<PAIRED>, WIDE, SMALL, 4, 2>(call, row, from)
+                    }
+                    (true, false) if D::ROWS == 4 => {
+                        D::tile::<Panel<PAIRED>, WIDE, SMALL, 4, 1>(call, row, from)
+                    }
                     (true, true) => D::tile::<Panel<PAIRED>, WIDE, SMALL, 2, 2>(call, row, from),
                     (true, false) => D::tile::<Panel<PAIRED>, WIDE, SMALL, 2, 1>(call, row, from),
                     (false, true) => D::tile::<Panel<PAIRED>, WIDE, SMALL, 1, 2>(call, row, from),
@@ -420,14 +503,29 @@ unsafe fn panel_tiles<D: Dots, const PAIRED: bool, const WIDE: bool, const SMALL
 /// The rows are there, and their outputs this task's; the processor has what `D` needs.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
-unsafe fn body<D: Dots, S: Source, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+unsafe fn body<
+    D: Dots,
+    S: Source,
+    const WIDE: bool,
+    const SMALL: bool,
+    const W: usize,
+    const R: usize,
+>(
     call: &Call<'_, S>,
     row: usize,
     from: usize,
 ) {
-    let Call { source, unit, units, filled, input, output } = call;
+    let Call {
+        source,
+        unit,
+        units,
+        filled,
+        input,
+        output,
+    } = call;
     let (size, of_block) = (input.layout.block_bytes(), BLOCK / unit);
-    let x: [*const i8; R] = std::array::from_fn(|i| input.codes(from + i, order::<S>()).as_ptr().cast());
+    let x: [*const i8; R] =
+        std::array::from_fn(|i| input.codes(from + i, order::<S>()).as_ptr().cast());
     let slot = filled.map_or(0, |first| row - first);
     // SAFETY: `W` slots are there, and `W * R` pairs; what was prepared has whole blocks, and so has each row of the weight or what stands
     // for it, by the promises of `Source`.
@@ -443,9 +541,11 @@ unsafe fn body<D: Dots, S: Source, const WIDE: bool, const SMALL: bool, const W:
                 sums[w][i] = units.multiply(slot + w, w * R + i, from + i);
             }
         }
-        let mut rows: [S::Row; W] = std::array::from_fn(|w| source.row(row + w, units.zeros(slot + w)));
-        let products: [[*const f32; R]; W] =
-            std::array::from_fn(|w| std::array::from_fn(|i| units.products(w * R + i).cast_const()));
+        let mut rows: [S::Row; W] =
+            std::array::from_fn(|w| source.row(row + w, units.zeros(slot + w)));
+        let products: [[*const f32; R]; W] = std::array::from_fn(|w| {
+            std::array::from_fn(|i| units.products(w * R + i).cast_const())
+        });
         let lanes = lanes(if S::PAIRED { 8 } else { 4 }, *unit);
         for block in 0..input.inputs.div_ceil(BLOCK) {
             // Not by a closure, which would not always be inlined.
@@ -462,11 +562,16 @@ unsafe fn body<D: Dots, S: Source, const WIDE: bool, const SMALL: bool, const W:
                     for i in 0..R {
                         for w in 0..W {
                             let [mut high, mut low] = [D::none(); 2];
-                            for index in [step, step + 4].into_iter().take(if S::PAIRED { 2 } else { 1 }) {
+                            for index in
+                                [step, step + 4]
+                                    .into_iter()
+                                    .take(if S::PAIRED { 2 } else { 1 })
+                            {
                                 let codes = S::vector(&blocks[w], index);
                                 high = D::add(high, codes, vld1q_s8(x[i].add(16 * index)));
                                 if WIDE {
-                                    low = D::add(low, codes, vld1q_s8(x[i].add(BLOCK + 16 * index)));
+                                    low =
+                                        D::add(low, codes, vld1q_s8(x[i].add(BLOCK + 16 * index)));
                                 }
                             }
                             let scales = vreinterpretq_u8_f32(vld1q_f32(products[w][i].add(at)));
@@ -480,7 +585,11 @@ unsafe fn body<D: Dots, S: Source, const WIDE: bool, const SMALL: bool, const W:
                 for index in 0..8 {
                     for i in 0..R {
                         let x_high = vld1q_s8(x[i].add(16 * index));
-                        let x_low = if WIDE { vld1q_s8(x[i].add(BLOCK + 16 * index)) } else { x_high };
+                        let x_low = if WIDE {
+                            vld1q_s8(x[i].add(BLOCK + 16 * index))
+                        } else {
+                            x_high
+                        };
                         for w in 0..W {
                             let codes = S::vector(&blocks[w], index);
                             high[w][i] = D::add(high[w][i], codes, x_high);
@@ -493,7 +602,8 @@ unsafe fn body<D: Dots, S: Source, const WIDE: bool, const SMALL: bool, const W:
                 for w in 0..W {
                     for i in 0..R {
                         let scale = *products[w][i].add(block);
-                        sums[w][i] = vfmaq_n_f32(sums[w][i], whole::<D, WIDE>(high[w][i], low[w][i]), scale);
+                        sums[w][i] =
+                            vfmaq_n_f32(sums[w][i], whole::<D, WIDE>(high[w][i], low[w][i]), scale);
                     }
                 }
             }
@@ -512,14 +622,19 @@ fn whole<D: Dots, const WIDE: bool>(high: D::Sums, low: D::Sums) -> float32x4_t 
     // SAFETY: NEON is there, or nobody would call.
     unsafe {
         let high = D::of_fours(high);
-        vcvtq_f32_s32(if WIDE { vaddq_s32(vshlq_n_s32::<8>(high), D::of_fours(low)) } else { high })
+        vcvtq_f32_s32(if WIDE {
+            vaddq_s32(vshlq_n_s32::<8>(high), D::of_fours(low))
+        } else {
+            high
+        })
     }
 }
 
 /// Indices of the bytes of each lane's unit among four units, where a lane has `columns`.
 #[inline(always)]
 fn lanes(columns: usize, unit: usize) -> uint8x16_t {
-    let lanes: [u8; 16] = std::array::from_fn(|byte| (4 * (byte / 4 * columns / unit) + byte % 4) as u8);
+    let lanes: [u8; 16] =
+        std::array::from_fn(|byte| (4 * (byte / 4 * columns / unit) + byte % 4) as u8);
     // SAFETY: an array of 16 bytes.
     unsafe { vld1q_u8(lanes.as_ptr()) }
 }

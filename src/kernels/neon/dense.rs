@@ -10,7 +10,12 @@ use crate::kernels::input::Input;
 
 /// # Safety
 /// As for [`super::multiply`].
-pub(super) unsafe fn multiply(weight: &Dense, rows: Range<usize>, input: &Input<'_>, output: Output) {
+pub(super) unsafe fn multiply(
+    weight: &Dense,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         match weight.number {
@@ -32,7 +37,13 @@ unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>,
     macro_rules! tile {
         ($w:literal, $r:literal, $row:expr, $from:expr) => {{
             let x = input.values.as_ptr().wrapping_add($from * input.stride);
-            let sums = tile::<N, $w, $r>(first.add($row * stride), stride, x, input.stride, input.inputs);
+            let sums = tile::<N, $w, $r>(
+                first.add($row * stride),
+                stride,
+                x,
+                input.stride,
+                input.inputs,
+            );
             for (i, sums) in sums.into_iter().enumerate() {
                 for (w, sum) in sums.into_iter().enumerate() {
                     output.set($from + i, $row + w, sum);

@@ -67,13 +67,20 @@ impl Word {
         let counts = unsafe { vget_lane_u64::<0>(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(bits)))) };
         // Each byte becomes the sum of those up to it, at most 64.
         let sums = counts.wrapping_mul(0x0101_0101_0101_0101);
-        Self { bits, before: sums << 8, stored: (sums >> 56) as usize }
+        Self {
+            bits,
+            before: sums << 8,
+            stored: (sums >> 56) as usize,
+        }
     }
 
     /// The mask of eight columns, and what is stored before them: at most 8 for each of the eights before.
     #[inline(always)]
     fn part(self, eight: usize) -> (usize, usize) {
-        (usize::from((self.bits >> (8 * eight)) as u8), usize::from((self.before >> (8 * eight)) as u8))
+        (
+            usize::from((self.bits >> (8 * eight)) as u8),
+            usize::from((self.before >> (8 * eight)) as u8),
+        )
     }
 
     /// Numbers of two bytes at their columns, eight of them, zeros where none is stored.
@@ -95,7 +102,11 @@ impl Word {
     /// # Safety
     /// From `codes` on 64 bytes are there.
     #[inline(always)]
-    pub unsafe fn halves<const HIGH: bool>(self, codes: *const u8, others: [uint8x16_t; 4]) -> [int8x16_t; 4] {
+    pub unsafe fn halves<const HIGH: bool>(
+        self,
+        codes: *const u8,
+        others: [uint8x16_t; 4],
+    ) -> [int8x16_t; 4] {
         let [a, b, c, d] = others;
         // SAFETY: the caller's promise.
         unsafe {
@@ -111,13 +122,24 @@ impl Word {
     /// # Safety
     /// As above, and `SIXTEEN < 4`.
     #[inline(always)]
-    unsafe fn sixteen<const HIGH: bool, const SIXTEEN: usize>(self, codes: *const u8, others: uint8x16_t) -> int8x16_t {
+    unsafe fn sixteen<const HIGH: bool, const SIXTEEN: usize>(
+        self,
+        codes: *const u8,
+        others: uint8x16_t,
+    ) -> int8x16_t {
         let (first, second) = (self.part(2 * SIXTEEN), self.part(2 * SIXTEEN + 1));
         // SAFETY: at most 8 bytes for each of the eights before, so that 8 bytes are in the 64.
         unsafe {
             let stored = vcombine_u8(vld1_u8(codes.add(first.1)), vld1_u8(codes.add(second.1)));
-            let indices = vcombine_u8(vld1_u8(FIRST[first.0].as_ptr()), vld1_u8(SECOND[second.0].as_ptr()));
-            let stored = if HIGH { vshrq_n_u8::<4>(stored) } else { vandq_u8(stored, vdupq_n_u8(0x0F)) };
+            let indices = vcombine_u8(
+                vld1_u8(FIRST[first.0].as_ptr()),
+                vld1_u8(SECOND[second.0].as_ptr()),
+            );
+            let stored = if HIGH {
+                vshrq_n_u8::<4>(stored)
+            } else {
+                vandq_u8(stored, vdupq_n_u8(0x0F))
+            };
             vreinterpretq_s8_u8(vqtbx1q_u8(others, stored, indices))
         }
     }
@@ -133,7 +155,8 @@ mod tests {
         // Each byte beside three others, at each place.
         for byte in 0..=255_u8 {
             let neighbours = [0, 0x6B, 0xFF, 0x10][usize::from(byte % 4)];
-            let bytes: [u8; 8] = std::array::from_fn(|k| if k % 3 == 1 { byte } else { neighbours });
+            let bytes: [u8; 8] =
+                std::array::from_fn(|k| if k % 3 == 1 { byte } else { neighbours });
             let word = Word::new(u64::from_le_bytes(bytes));
             let mut next = 0;
             for column in 0..64 {
@@ -143,18 +166,30 @@ mod tests {
                 // SAFETY: 128 bytes are there; arrays of 64 and 16 bytes are written.
                 unsafe {
                     let others = [vdupq_n_u8(0x77); 4];
-                    let [low, high] =
-                        [word.halves::<false>(stored.as_ptr(), others), word.halves::<true>(stored.as_ptr(), others)];
+                    let [low, high] = [
+                        word.halves::<false>(stored.as_ptr(), others),
+                        word.halves::<true>(stored.as_ptr(), others),
+                    ];
                     for sixteen in 0..4 {
                         vst1q_s8(halves[0].as_mut_ptr().add(16 * sixteen), low[sixteen]);
                         vst1q_s8(halves[1].as_mut_ptr().add(16 * sixteen), high[sixteen]);
                     }
                     vst1q_u16(pairs.as_mut_ptr(), word.pairs(stored.as_ptr(), column / 8));
                 }
-                let (low, high) = if set { (stored[next] & 15, stored[next] >> 4) } else { (0x77, 0x77) };
-                assert_eq!([halves[0][column] as u8, halves[1][column] as u8], [low, high]);
+                let (low, high) = if set {
+                    (stored[next] & 15, stored[next] >> 4)
+                } else {
+                    (0x77, 0x77)
+                };
+                assert_eq!(
+                    [halves[0][column] as u8, halves[1][column] as u8],
+                    [low, high]
+                );
                 let pair = [stored[(2 * next).min(127)], stored[(2 * next + 1).min(127)]];
-                assert_eq!(pairs[column % 8], if set { u16::from_le_bytes(pair) } else { 0 });
+                assert_eq!(
+                    pairs[column % 8],
+                    if set { u16::from_le_bytes(pair) } else { 0 }
+                );
                 next += usize::from(set);
             }
             assert_eq!(word.stored, next);

@@ -35,7 +35,11 @@ const BF16: u8 = 2;
 
 /// Numbers of scratch memory for a thread.
 pub(super) fn scratch_floats(rows: usize, inputs: usize, units: usize) -> usize {
-    if rows >= MANY { panel::floats(inputs, units) } else { units::floats(units) }
+    if rows >= MANY {
+        panel::floats(inputs, units)
+    } else {
+        units::floats(units)
+    }
 }
 
 /// Products of the inputs with some rows of a weight; `dots` says whether the processor has `sdot`. False where there is no kernel for it.
@@ -57,13 +61,24 @@ pub(super) unsafe fn multiply(
         match (weight, unit) {
             (Body::Dense(weight), _) if many => panel::dense(weight, rows, input, output, scratch),
             (Body::Dense(weight), _) => dense::multiply(weight, rows, input, output),
-            (Body::Sparse16(weight), _) if many => panel::sparse(weight, rows, input, output, scratch),
+            (Body::Sparse16(weight), _) if many => {
+                panel::sparse(weight, rows, input, output, scratch)
+            }
             (Body::Sparse16(weight), _) => sparse16::multiply(weight, rows, input, output),
             (Body::Int(weight), Some(unit)) => {
                 macro_rules! of {
                     ($bits:literal) => {{
                         let source = packed::Packed::<$bits>::new(weight, rows.end, input);
-                        codes::multiply(dots, source, weight.whole_grid(), unit, rows, input, output, scratch);
+                        codes::multiply(
+                            dots,
+                            source,
+                            weight.whole_grid(),
+                            unit,
+                            rows,
+                            input,
+                            output,
+                            scratch,
+                        );
                     }};
                 }
                 match weight.bits() {
@@ -76,7 +91,16 @@ pub(super) unsafe fn multiply(
             }
             (Body::SparseInt4(weight), Some(unit)) => {
                 let source = sparse_int4::Sparse::new(weight, unit, rows.end, input);
-                codes::multiply(dots, source, &weight.grid, unit, rows, input, output, scratch);
+                codes::multiply(
+                    dots,
+                    source,
+                    &weight.grid,
+                    unit,
+                    rows,
+                    input,
+                    output,
+                    scratch,
+                );
             }
             _ => return false,
         }
@@ -128,7 +152,10 @@ fn widen<const HALF: bool>(words: uint16x8_t) -> [float32x4_t; 2] {
             let words = vreinterpretq_f16_u16(words);
             return [vcvt_f32_f16(vget_low_f16(words)), vcvt_high_f32_f16(words)];
         }
-        let (low, high) = (vshll_n_u16::<16>(vget_low_u16(words)), vshll_high_n_u16::<16>(words));
+        let (low, high) = (
+            vshll_n_u16::<16>(vget_low_u16(words)),
+            vshll_high_n_u16::<16>(words),
+        );
         [vreinterpretq_f32_u32(low), vreinterpretq_f32_u32(high)]
     }
 }
@@ -140,7 +167,10 @@ fn sums_of<const W: usize>(lanes: [float32x4_t; W]) -> [f32; W] {
     // SAFETY: NEON is there, or nobody would call; four numbers are written where there are four.
     unsafe {
         if W == 4 {
-            let all = vpaddq_f32(vpaddq_f32(lanes[0], lanes[1]), vpaddq_f32(lanes[2], lanes[3]));
+            let all = vpaddq_f32(
+                vpaddq_f32(lanes[0], lanes[1]),
+                vpaddq_f32(lanes[2], lanes[3]),
+            );
             vst1q_f32(sums.as_mut_ptr(), all);
         } else {
             for w in 0..W {

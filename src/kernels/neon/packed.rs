@@ -73,7 +73,10 @@ unsafe fn of_two(from: *const u8) -> [int8x16_t; 8] {
         for half in 0..2 {
             let fours = vld1q_u8(from.add(16 * half));
             let [a, c] = [vandq_u8(fours, low), vandq_u8(vshrq_n_u8::<4>(fours), low)];
-            let [b, d] = [vandq_u8(vshrq_n_u8::<2>(fours), low), vshrq_n_u8::<6>(fours)];
+            let [b, d] = [
+                vandq_u8(vshrq_n_u8::<2>(fours), low),
+                vshrq_n_u8::<6>(fours),
+            ];
             codes[2 * half] = vreinterpretq_s8_u8(vzip1q_u8(a, c));
             codes[2 * half + 1] = vreinterpretq_s8_u8(vzip2q_u8(a, c));
             codes[2 * half + 4] = vreinterpretq_s8_u8(vzip1q_u8(b, d));

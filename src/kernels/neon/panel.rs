@@ -20,7 +20,13 @@ pub(super) fn floats(inputs: usize, units: usize) -> usize {
 
 /// # Safety
 /// As for [`super::multiply`].
-pub(super) unsafe fn dense(weight: &Dense, rows: Range<usize>, input: &Input<'_>, output: Output, scratch: &mut [f32]) {
+pub(super) unsafe fn dense(
+    weight: &Dense,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+    scratch: &mut [f32],
+) {
     let (size, values): (usize, &[u8]) = (weight.number.bytes(), &weight.values);
     let stride = weight.cols * size;
     assert!(rows.end * stride <= values.len() && input.inputs <= weight.cols);
@@ -28,12 +34,18 @@ pub(super) unsafe fn dense(weight: &Dense, rows: Range<usize>, input: &Input<'_>
     // SAFETY: rows and columns are in the values, as was asserted; the panel has room for as many; the rest is the caller's promise.
     unsafe {
         for_panels(rows, input, output, |rows, columns| {
-            let first = values.as_ptr().add(rows.start * stride + columns.start * size);
+            let first = values
+                .as_ptr()
+                .add(rows.start * stride + columns.start * size);
             match weight.number {
                 // As it is.
                 Number::F32 => return (first, stride),
-                Number::F16 => copy::<F16>(first, stride, rows.len(), columns.len(), panel.as_mut_ptr()),
-                Number::Bf16 => copy::<BF16>(first, stride, rows.len(), columns.len(), panel.as_mut_ptr()),
+                Number::F16 => {
+                    copy::<F16>(first, stride, rows.len(), columns.len(), panel.as_mut_ptr())
+                }
+                Number::Bf16 => {
+                    copy::<BF16>(first, stride, rows.len(), columns.len(), panel.as_mut_ptr())
+                }
             }
             (panel.as_ptr().cast(), 4 * COLUMNS)
         });
@@ -60,7 +72,13 @@ pub(super) unsafe fn sparse(
                 if columns.start == 0 {
                     *at = 2 * weight.offsets.get(row);
                 }
-                sparse16::spread(weight, row, columns.start, at, &mut out.as_chunks_mut().0[..words]);
+                sparse16::spread(
+                    weight,
+                    row,
+                    columns.start,
+                    at,
+                    &mut out.as_chunks_mut().0[..words],
+                );
             }
             (panel.as_ptr().cast(), 4 * COLUMNS)
         });
@@ -109,7 +127,10 @@ unsafe fn tiles(
 ) {
     macro_rules! tile {
         ($w:literal, $r:literal, $row:expr, $from:expr) => {{
-            let x = input.values.as_ptr().wrapping_add($from * input.stride + columns.start);
+            let x = input
+                .values
+                .as_ptr()
+                .wrapping_add($from * input.stride + columns.start);
             let weight = panel.add(($row - rows.start) * stride);
             let sums = tile::<F32, $w, $r>(weight, stride, x, input.stride, columns.len());
             for (i, sums) in sums.iter().enumerate() {
@@ -152,7 +173,13 @@ unsafe fn tiles(
 /// # Safety
 /// They are there, and the panel has room.
 #[target_feature(enable = "neon")]
-unsafe fn copy<const N: u8>(first: *const u8, stride: usize, rows: usize, columns: usize, panel: *mut f32) {
+unsafe fn copy<const N: u8>(
+    first: *const u8,
+    stride: usize,
+    rows: usize,
+    columns: usize,
+    panel: *mut f32,
+) {
     for row in 0..rows {
         // SAFETY: the caller's promise; a panel's rows are multiples of eight numbers long.
         unsafe {
@@ -160,7 +187,11 @@ unsafe fn copy<const N: u8>(first: *const u8, stride: usize, rows: usize, column
             for column in (0..columns).step_by(8) {
                 let at = from.add(column * size_of_number(N));
                 let left = columns - column;
-                let numbers = if left >= 8 { eight::<N>(at) } else { some::<N>(at, left) };
+                let numbers = if left >= 8 {
+                    eight::<N>(at)
+                } else {
+                    some::<N>(at, left)
+                };
                 vst1q_f32(out.add(column), numbers[0]);
                 vst1q_f32(out.add(column + 4), numbers[1]);
             }

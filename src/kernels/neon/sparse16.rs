@@ -14,11 +14,23 @@ const LOADED: usize = 128;
 
 /// # Safety
 /// As for [`super::multiply`].
-pub(super) unsafe fn multiply(weight: &Sparse16, rows: Range<usize>, input: &Input<'_>, output: Output) {
+pub(super) unsafe fn multiply(
+    weight: &Sparse16,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: Output,
+) {
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
     let bits: &[[u8; 8]] = weight.bits.bytes.as_chunks().0;
-    let call = Call { starts: weight.offsets.starts(), words, bits, values: &weight.values, input, output };
+    let call = Call {
+        starts: weight.offsets.starts(),
+        words,
+        bits,
+        values: &weight.values,
+        input,
+        output,
+    };
     macro_rules! f16 {
         ($w:literal, $r:literal, $row:expr, $from:expr) => {
             tile::<true, $w, $r>(&call, $row, $from)
@@ -52,17 +64,30 @@ struct Call<'a> {
 /// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's.
 #[target_feature(enable = "neon")]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
-unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(call: &Call<'_>, row: usize, from: usize) {
-    let Call { starts, words, bits, values, input, output } = *call;
+unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(
+    call: &Call<'_>,
+    row: usize,
+    from: usize,
+) {
+    let Call {
+        starts,
+        words,
+        bits,
+        values,
+        input,
+        output,
+    } = *call;
     let chains = (8 / (W * R)).clamp(1, 4);
     let mut sums = [[[vdupq_n_f32(0.0); 4]; R]; W];
     let x: [&[f32]; R] = std::array::from_fn(|i| input.row(from + i));
     let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w));
-    let bits: [&[[u8; 8]]; W] = std::array::from_fn(|w| &bits[(row + w) * words..(row + w + 1) * words]);
+    let bits: [&[[u8; 8]]; W] =
+        std::array::from_fn(|w| &bits[(row + w) * words..(row + w + 1) * words]);
     let mut copies = [[0_u8; LOADED]; W];
     let mut last = [[0.0_f32; 64]; R];
     for block in 0..input.inputs.div_ceil(64) {
-        let mut x: [*const f32; R] = std::array::from_fn(|i| x[i].as_ptr().wrapping_add(64 * block));
+        let mut x: [*const f32; R] =
+            std::array::from_fn(|i| x[i].as_ptr().wrapping_add(64 * block));
         let left = input.inputs - 64 * block;
         if left < 64 {
             for i in 0..R {
@@ -118,7 +143,13 @@ unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(call: &Call<'_>
 /// # Panics
 /// For words that there are not, or numbers that have no room.
 #[target_feature(enable = "neon")]
-pub(super) fn spread(weight: &Sparse16, row: usize, first: usize, at: &mut usize, out: &mut [[f32; 64]]) {
+pub(super) fn spread(
+    weight: &Sparse16,
+    row: usize,
+    first: usize,
+    at: &mut usize,
+    out: &mut [[f32; 64]],
+) {
     let words = weight.bits.cols.div_ceil(64);
     let (bits, values): (&[[u8; 8]], &[u8]) = (weight.bits.bytes.as_chunks().0, &weight.values);
     let bits = &bits[row * words..(row + 1) * words][first / 64..][..out.len()];
@@ -131,7 +162,11 @@ pub(super) fn spread(weight: &Sparse16, row: usize, first: usize, at: &mut usize
             // SAFETY: 128 bytes of values are there, as `readable` says, and room for eight numbers.
             unsafe {
                 let pairs = word.pairs(from, part);
-                let numbers = if weight.number == Number::F16 { widen::<true>(pairs) } else { widen::<false>(pairs) };
+                let numbers = if weight.number == Number::F16 {
+                    widen::<true>(pairs)
+                } else {
+                    widen::<false>(pairs)
+                };
                 vst1q_f32(out.as_mut_ptr(), numbers[0]);
                 vst1q_f32(out.as_mut_ptr().add(4), numbers[1]);
             }

@@ -31,9 +31,17 @@ impl<'a> Sparse<'a> {
         let words = weight.bits.cols.div_ceil(64);
         let bits = weight.bits.bytes.as_chunks().0;
         assert!(end * words <= bits.len() && input.inputs <= weight.bits.cols);
-        let of_columns =
-            std::array::from_fn(|index| std::array::from_fn(|column| ((16 * index + column) / unit) as u8));
-        Self { starts: weight.offsets.starts(), words, bits, codes: &weight.codes, units: BLOCK / unit, of_columns }
+        let of_columns = std::array::from_fn(|index| {
+            std::array::from_fn(|column| ((16 * index + column) / unit) as u8)
+        });
+        Self {
+            starts: weight.offsets.starts(),
+            words,
+            bits,
+            codes: &weight.codes,
+            units: BLOCK / unit,
+            of_columns,
+        }
     }
 
     /// The codes of half a block, which go on in its stream. `zeros` are the block's zero points: for each column, or, where `SMALL`, for
@@ -62,10 +70,17 @@ impl<'a> Sparse<'a> {
             let mut others = [zeros; 4];
             if SMALL {
                 for (sixteen, others) in others.iter_mut().enumerate() {
-                    *others = vqtbl1q_u8(zeros, vld1q_u8(self.of_columns[4 * HALF + sixteen].as_ptr()));
+                    *others = vqtbl1q_u8(
+                        zeros,
+                        vld1q_u8(self.of_columns[4 * HALF + sixteen].as_ptr()),
+                    );
                 }
             }
-            if high { word.halves::<true>(from, others) } else { word.halves::<false>(from, others) }
+            if high {
+                word.halves::<true>(from, others)
+            } else {
+                word.halves::<false>(from, others)
+            }
         }
     }
 }
@@ -87,14 +102,22 @@ impl<'a> Source for Sparse<'a> {
     #[inline(always)]
     fn row(&self, row: usize, zeros: *const u8) -> Row<'a> {
         let bits = &self.bits[row * self.words..(row + 1) * self.words];
-        Row { bits, at: [self.starts.get(row); 2], zeros }
+        Row {
+            bits,
+            at: [self.starts.get(row); 2],
+            zeros,
+        }
     }
 
     #[inline(always)]
     unsafe fn block<const SMALL: bool>(&self, row: &mut Row<'a>, block: usize) -> [int8x16_t; 8] {
         // SAFETY: 16 zero points are there from each block's first one on, by the caller's promise.
         let zeros = unsafe {
-            if SMALL { vld1q_u8(row.zeros.add(block * self.units)) } else { vdupq_n_u8(*row.zeros.add(block)) }
+            if SMALL {
+                vld1q_u8(row.zeros.add(block * self.units))
+            } else {
+                vdupq_n_u8(*row.zeros.add(block))
+            }
         };
         let [a, b, c, d] = self.half::<SMALL, 0>(row, block, zeros);
         let [e, f, g, h] = self.half::<SMALL, 1>(row, block, zeros);

@@ -43,7 +43,14 @@ impl<'a> Units<'a> {
         let count = input.inputs.div_ceil(BLOCK) * (BLOCK / unit);
         assert!(scratch.len() >= floats(count));
         let (first, stride) = (scratch.as_mut_ptr(), stride(count));
-        Self { first, stride, grid, unit, prepared: input.units_at(unit), count }
+        Self {
+            first,
+            stride,
+            grid,
+            unit,
+            prepared: input.units_at(unit),
+            count,
+        }
     }
 
     fn scales(&self, slot: usize) -> *mut f32 {
@@ -56,12 +63,16 @@ impl<'a> Units<'a> {
 
     /// Zero points of a slot's row, a byte for each unit; 16 more may be read.
     pub fn zeros(&self, slot: usize) -> *mut u8 {
-        self.first.wrapping_add(2 * SLOTS * self.stride).cast::<u8>().wrapping_add(slot * self.stride)
+        self.first
+            .wrapping_add(2 * SLOTS * self.stride)
+            .cast::<u8>()
+            .wrapping_add(slot * self.stride)
     }
 
     /// Products of the scales of a pair; 16 more may be read.
     pub fn products(&self, pair: usize) -> *mut f32 {
-        self.first.wrapping_add((2 * SLOTS + SLOTS / 4 + pair) * self.stride)
+        self.first
+            .wrapping_add((2 * SLOTS + SLOTS / 4 + pair) * self.stride)
     }
 
     /// Fills a slot with what belongs to a row of the weight. Past its last group scales are 0, or the last group's, where inputs are 0.
@@ -89,11 +100,19 @@ impl<'a> Units<'a> {
         let known = groups.min(self.count);
         if grid.group_size != self.unit || grid.wide {
             // A group is one unit, or several whole ones, or all.
-            let of_group = if grid.group_size >= grid.cols { usize::MAX } else { (grid.group_size / self.unit).max(1) };
+            let of_group = if grid.group_size >= grid.cols {
+                usize::MAX
+            } else {
+                (grid.group_size / self.unit).max(1)
+            };
             let mut at = 0_usize;
             for group in 0..known {
                 let (scale, zero) = grid.at(row, group);
-                let end = if group + 1 == groups { self.count } else { at.saturating_add(of_group).min(self.count) };
+                let end = if group + 1 == groups {
+                    self.count
+                } else {
+                    at.saturating_add(of_group).min(self.count)
+                };
                 scales[at..end].fill(scale);
                 with_zeros[at..end].fill(scale * (f32::from(zero) - less));
                 zeros[at..end].fill(zero);
@@ -121,7 +140,10 @@ impl<'a> Units<'a> {
                     let at = at + 4 * half;
                     let zero = vsubq_f32(vcvtq_f32_u32(zero[half]), vdupq_n_f32(less));
                     vst1q_f32(scales.as_mut_ptr().add(at), scale[half]);
-                    vst1q_f32(with_zeros.as_mut_ptr().add(at), vmulq_f32(scale[half], zero));
+                    vst1q_f32(
+                        with_zeros.as_mut_ptr().add(at),
+                        vmulq_f32(scale[half], zero),
+                    );
                 }
             }
         }
@@ -138,14 +160,22 @@ impl<'a> Units<'a> {
         let (first, half, bytes) = self.prepared;
         let of_inputs: *const f32 = first.wrapping_add(row * bytes).cast();
         let sums: *const f32 = first.wrapping_add(row * bytes + half).cast();
-        let (scales, with_zeros, products) = (self.scales(slot), self.with_zeros(slot), self.products(pair));
+        let (scales, with_zeros, products) = (
+            self.scales(slot),
+            self.with_zeros(slot),
+            self.products(pair),
+        );
         // SAFETY: arrays are 16 longer than units, and so is what was prepared of the inputs, with zeros there.
         unsafe {
             let mut taken = vdupq_n_f32(0.0);
             for at in (0..self.count).step_by(4) {
                 let product = vmulq_f32(vld1q_f32(scales.add(at)), vld1q_f32(of_inputs.add(at)));
                 vst1q_f32(products.add(at), product);
-                taken = vfmsq_f32(taken, vld1q_f32(with_zeros.add(at)), vld1q_f32(sums.add(at)));
+                taken = vfmsq_f32(
+                    taken,
+                    vld1q_f32(with_zeros.add(at)),
+                    vld1q_f32(sums.add(at)),
+                );
             }
             taken
         }

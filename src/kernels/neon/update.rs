@@ -22,8 +22,17 @@ pub(in crate::kernels) unsafe fn add_update(
     output: Output,
 ) {
     let (size, values): (usize, &[u8]) = (bt.number.bytes(), &bt.values);
-    assert!(h.len() >= rows * rank && columns.end <= bt.cols && rank * bt.cols * size <= values.len());
-    let update = Update { values: values.as_ptr(), stride: bt.cols * size, scale, h, rank, output };
+    assert!(
+        h.len() >= rows * rank && columns.end <= bt.cols && rank * bt.cols * size <= values.len()
+    );
+    let update = Update {
+        values: values.as_ptr(),
+        stride: bt.cols * size,
+        scale,
+        h,
+        rank,
+        output,
+    };
     // SAFETY: the ranks and columns are in the values, as was asserted; the rest is the caller's promise.
     unsafe {
         match bt.number {
@@ -65,7 +74,11 @@ impl Update<'_> {
     /// # Safety
     /// As for [`add_update`].
     #[target_feature(enable = "neon")]
-    unsafe fn rows<const N: u8, const R: usize, const C: usize>(&self, row: usize, columns: Range<usize>) -> usize {
+    unsafe fn rows<const N: u8, const R: usize, const C: usize>(
+        &self,
+        row: usize,
+        columns: Range<usize>,
+    ) -> usize {
         let mut column = columns.start;
         // SAFETY: the caller's promise.
         unsafe {
@@ -90,8 +103,11 @@ impl Update<'_> {
     #[target_feature(enable = "neon")]
     #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
     unsafe fn tile<const N: u8, const R: usize, const C: usize>(&self, row: usize, column: usize) {
-        let out: [*mut f32; R] =
-            std::array::from_fn(|i| self.output.first.wrapping_add((row + i) * self.output.stride + column));
+        let out: [*mut f32; R] = std::array::from_fn(|i| {
+            self.output
+                .first
+                .wrapping_add((row + i) * self.output.stride + column)
+        });
         let mut sums = [[[vdupq_n_f32(0.0); 2]; C]; R];
         // SAFETY: the caller's promise.
         unsafe {
@@ -101,9 +117,12 @@ impl Update<'_> {
                 }
             }
             for rank in 0..self.rank {
-                let h: [f32; R] = std::array::from_fn(|i| self.scale * self.h[(row + i) * self.rank + rank]);
+                let h: [f32; R] =
+                    std::array::from_fn(|i| self.scale * self.h[(row + i) * self.rank + rank]);
                 for c in 0..C {
-                    let at = self.values.add(rank * self.stride + (column + 8 * c) * size_of_number(N));
+                    let at = self
+                        .values
+                        .add(rank * self.stride + (column + 8 * c) * size_of_number(N));
                     let numbers = eight::<N>(at);
                     for i in 0..R {
                         for half in 0..2 {
@@ -134,9 +153,17 @@ impl Update<'_> {
                 let out = self.output.slice(row + i, column..column + count);
                 let mut sums = some::<F32>(out.as_ptr().cast(), count);
                 for rank in 0..self.rank {
-                    let at = self.values.add(rank * self.stride + column * size_of_number(N));
-                    let (numbers, h) = (some::<N>(at, count), self.scale * self.h[(row + i) * self.rank + rank]);
-                    sums = [vfmaq_n_f32(sums[0], numbers[0], h), vfmaq_n_f32(sums[1], numbers[1], h)];
+                    let at = self
+                        .values
+                        .add(rank * self.stride + column * size_of_number(N));
+                    let (numbers, h) = (
+                        some::<N>(at, count),
+                        self.scale * self.h[(row + i) * self.rank + rank],
+                    );
+                    sums = [
+                        vfmaq_n_f32(sums[0], numbers[0], h),
+                        vfmaq_n_f32(sums[1], numbers[1], h),
+                    ];
                 }
                 let mut all = [0.0; 8];
                 vst1q_f32(all.as_mut_ptr(), sums[0]);

@@ -27,7 +27,11 @@ impl AtTheEnd {
         file.write_all(bytes).unwrap();
         // SAFETY: nobody else has the file.
         let map = unsafe { MmapOptions::new().len(end + PAGES).map_copy(&file).unwrap() };
-        Self { map, first, len: bytes.len() }
+        Self {
+            map,
+            first,
+            len: bytes.len(),
+        }
     }
 
     fn of_numbers(numbers: &[f32]) -> Self {
@@ -58,7 +62,9 @@ fn moved(weight: &StoredMatrix, lie: bool, rng: &mut Rng) -> Option<StoredMatrix
         match lie {
             1 => bytes.iter_mut().for_each(|byte| *byte = rng.random()),
             2 => bytes.fill(0xFF),
-            3 if ["values", "codes"].contains(&name) => bytes.truncate(rng.random_range(0..=bytes.len() / 2) * 2),
+            3 if ["values", "codes"].contains(&name) => {
+                bytes.truncate(rng.random_range(0..=bytes.len() / 2) * 2)
+            }
             4 if ["mask", "offsets"].contains(&name) => bytes.fill(0xFF),
             5 if name == "mask" => bytes.fill(0xFF),
             _ => (),
@@ -81,30 +87,62 @@ fn nothing_beyond_the_end_is_touched() {
         };
         let mut case = Case::random(number % FORMATS, cols, &mut rng);
         let lie = rng.random_bool(0.6);
-        let Some(weight) = moved(&case.weight, lie, &mut rng) else { continue };
+        let Some(weight) = moved(&case.weight, lie, &mut rng) else {
+            continue;
+        };
         case.weight = weight;
         // The last row is the one that matters.
         if rng.random_bool(0.7) {
             case.outputs = case.weight.rows();
         }
         case.adapter = case.adapter.take().and_then(|(a, bt, rank, scale)| {
-            Some((moved(&a, false, &mut rng)?, moved(&bt, false, &mut rng)?, rank, scale))
+            Some((
+                moved(&a, false, &mut rng)?,
+                moved(&bt, false, &mut rng)?,
+                rank,
+                scale,
+            ))
         });
         let layers = [case.linear()];
-        let inputs = if rng.random() { cols } else { rng.random_range(1..=cols) };
+        let inputs = if rng.random() {
+            cols
+        } else {
+            rng.random_range(1..=cols)
+        };
         let rows = *[1, 2, 3, 5, 8, 9, 14].choose(&mut rng).unwrap();
         let stride = inputs + rng.random_range(0..3);
         let mut x = AtTheEnd::of_numbers(&super::inputs((rows - 1) * stride + inputs, &mut rng));
-        let x = Rows { values: x.numbers_mut(), rows, stride };
-        let activations = *[Activations::Int16, Activations::Int8].choose(&mut rng).unwrap();
+        let x = Rows {
+            values: x.numbers_mut(),
+            rows,
+            stride,
+        };
+        let activations = *[Activations::Int16, Activations::Int8]
+            .choose(&mut rng)
+            .unwrap();
         for level in Level::available() {
             let mut y = AtTheEnd::of_numbers(&vec![0.0; rows * case.outputs]);
-            let mut y = [RowsMut { values: y.numbers_mut(), rows, stride: case.outputs }];
+            let mut y = [RowsMut {
+                values: y.numbers_mut(),
+                rows,
+                stride: case.outputs,
+            }];
             // From a line of the cache on, so that nothing is left at the end.
-            let bytes = scratch_bytes(&pool, &layers, rows, inputs, activations).next_multiple_of(64);
+            let bytes =
+                scratch_bytes(&pool, &layers, rows, inputs, activations).next_multiple_of(64);
             let mut memory = AtTheEnd::new(&vec![0xA5; bytes]);
             let mut scratch = Scratch::new(memory.bytes_mut());
-            forward_on(level, &pool, &layers, x, inputs, &mut y, activations, &mut scratch).unwrap();
+            forward_on(
+                level,
+                &pool,
+                &layers,
+                x,
+                inputs,
+                &mut y,
+                activations,
+                &mut scratch,
+            )
+            .unwrap();
         }
     }
 }

@@ -22,7 +22,12 @@ macro_rules! backward {
         impl<B: DecoderOps> Backward<B, $n> for $name {
             type State = $state;
 
-            fn backward(self, ops: Ops<Self::State, $n>, grads: &mut Gradients, _: &mut Checkpointer) {
+            fn backward(
+                self,
+                ops: Ops<Self::State, $n>,
+                grads: &mut Gradients,
+                _: &mut Checkpointer,
+            ) {
                 let $grad = grads.consume::<B>(&ops.node);
                 let $saved = ops.state;
                 let $wanted = ops.parents.each_ref().map(Option::is_some);
@@ -37,9 +42,18 @@ macro_rules! backward {
     };
 }
 
-backward!(RmsNorm, 2, (Float<B>, Float<B>, f64), |(x, weight, eps), grad, [want_x, want_weight]| {
-    let grad_weight = want_weight.then(|| B::rms_norm_backward_weight(x.clone(), grad.clone(), eps));
-    [want_x.then(|| B::rms_norm_backward(x, weight, grad, eps)), grad_weight]
+backward!(RmsNorm, 2, (Float<B>, Float<B>, f64), |(x, weight, eps),
+                                                  grad,
+                                                  [
+    want_x,
+    want_weight,
+]| {
+    let grad_weight =
+        want_weight.then(|| B::rms_norm_backward_weight(x.clone(), grad.clone(), eps));
+    [
+        want_x.then(|| B::rms_norm_backward(x, weight, grad, eps)),
+        grad_weight,
+    ]
 });
 
 backward!(Swiglu, 2, (Float<B>, Float<B>), |(gate, up), grad, _| {
@@ -47,10 +61,18 @@ backward!(Swiglu, 2, (Float<B>, Float<B>), |(gate, up), grad, _| {
     [Some(gate), Some(up)]
 });
 
-backward!(Linear, 2, (Option<Float<B>>, Option<Float<B>>), |(x, weight), grad, _| {
-    let grad_weight = x.map(|x| B::mixed_linear_backward_weight(x, grad.clone(), false));
-    [weight.map(|weight| B::mixed_linear_backward_input(weight, grad)), grad_weight]
-});
+backward!(
+    Linear,
+    2,
+    (Option<Float<B>>, Option<Float<B>>),
+    |(x, weight), grad, _| {
+        let grad_weight = x.map(|x| B::mixed_linear_backward_weight(x, grad.clone(), false));
+        [
+            weight.map(|weight| B::mixed_linear_backward_input(weight, grad)),
+            grad_weight,
+        ]
+    }
+);
 
 /// A constant weight as the tape keeps it: a stored one stays so, and is unpacked in the backward pass.
 #[derive(Clone, Debug)]
@@ -76,36 +98,64 @@ backward!(StoredLinear, 1, StoredWeight, |weight, grad, _| {
 
 type LoraState<B> = (Constant<B>, [Float<B>; 4], LoraTerm);
 
-backward!(LoraLinear, 3, LoraState<B>, |(weight, [x, a, b, h], term), grad, [want_x, want_a, want_b]| {
-    let max_rank = a.shape()[1];
-    let (grad_x, g) = if want_x {
-        let (grad_x, g) = B::lora_backward_input(weight.dense(&grad), a, b, grad.clone(), term);
-        (Some(grad_x), g)
-    } else {
-        (None, B::lora_backward_inner(b, grad.clone(), term))
-    };
-    let factors = (want_a || want_b).then(|| B::lora_backward_factors(x, h, g, grad, max_rank, term));
-    let (grad_a, grad_b) = factors.unzip();
-    [grad_x, grad_a, grad_b]
-});
+backward!(
+    LoraLinear,
+    3,
+    LoraState<B>,
+    |(weight, [x, a, b, h], term), grad, [want_x, want_a, want_b]| {
+        let max_rank = a.shape()[1];
+        let (grad_x, g) = if want_x {
+            let (grad_x, g) = B::lora_backward_input(weight.dense(&grad), a, b, grad.clone(), term);
+            (Some(grad_x), g)
+        } else {
+            (None, B::lora_backward_inner(b, grad.clone(), term))
+        };
+        let factors =
+            (want_a || want_b).then(|| B::lora_backward_factors(x, h, g, grad, max_rank, term));
+        let (grad_a, grad_b) = factors.unzip();
+        [grad_x, grad_a, grad_b]
+    }
+);
 
-backward!(SummedWeight, 2, (BoolTensor<B>, [Float<B>; 2], LoraTerm), |(mask, [a, b], term), grad, _| {
-    let (a, b) = B::summed_weight_backward(mask, a, b, grad, term);
-    [Some(a), Some(b)]
-});
+backward!(
+    SummedWeight,
+    2,
+    (BoolTensor<B>, [Float<B>; 2], LoraTerm),
+    |(mask, [a, b], term), grad, _| {
+        let (a, b) = B::summed_weight_backward(mask, a, b, grad, term);
+        [Some(a), Some(b)]
+    }
+);
 
 /// A mask, the layer's input, the sum, and the factors.
 type SummedState<B> = (BoolTensor<B>, [Float<B>; 4], LoraTerm, bool);
 
-backward!(SummedLinear, 3, SummedState<B>, |(mask, [x, sum, a, b], term, rounded), grad, [want_x, want_a, want_b]| {
+backward!(SummedLinear, 3, SummedState<B>, |(
+    mask,
+    [x, sum, a, b],
+    term,
+    rounded,
+),
+                                            grad,
+                                            [
+    want_x,
+    want_a,
+    want_b,
+]| {
     let grad_x = want_x.then(|| B::mixed_linear_backward_input(sum, grad.clone()));
-    let factors = (want_a || want_b).then(|| B::summed_linear_backward_factors(x, mask, a, b, grad, term, rounded));
+    let factors = (want_a || want_b)
+        .then(|| B::summed_linear_backward_factors(x, mask, a, b, grad, term, rounded));
     let (grad_a, grad_b) = factors.unzip();
     [grad_x, grad_a, grad_b]
 });
 
 /// What the gradient of trained scales needs: the weight, the scales and the zero points.
-type GridState<B> = (BoolTensor<B>, [Float<B>; 2], Option<[Float<B>; 3]>, GridTerm);
+type GridState<B> = (
+    BoolTensor<B>,
+    [Float<B>; 2],
+    Option<[Float<B>; 3]>,
+    GridTerm,
+);
 
 /// Gradient of trained scales, from that of the rounded sum.
 fn of_scales<B: DecoderOps>(
@@ -116,64 +166,113 @@ fn of_scales<B: DecoderOps>(
     term: GridTerm,
 ) -> Float<B> {
     // As it was before it was rounded to anything.
-    let weight = if weight.dtype() == DType::BF16 { B::float_cast(weight, FloatDType::F32) } else { weight };
+    let weight = if weight.dtype() == DType::BF16 {
+        B::float_cast(weight, FloatDType::F32)
+    } else {
+        weight
+    };
     let sum = B::summed_weight(weight, mask, a, b, term.lora);
     B::quantized_sum_backward_scales(sum, scales, zeros, grad, term)
 }
 
 // Straight through: the factors get the gradient of the rounded sum as if it were the sum, clamped or not.
-backward!(QuantizedSum, 3, GridState<B>, |(mask, [a, b], grid, term), grad, [want_a, want_b, _]| {
-    let beside = [a.clone(), b.clone()];
-    let grad_scales = grid.map(|grid| of_scales::<B>(grid, mask.clone(), beside, grad.clone(), term.clone()));
-    let factors = (want_a || want_b).then(|| B::summed_weight_backward(mask, a, b, grad, term.lora));
-    let (grad_a, grad_b) = factors.unzip();
-    [grad_a, grad_b, grad_scales]
-});
+backward!(
+    QuantizedSum,
+    3,
+    GridState<B>,
+    |(mask, [a, b], grid, term), grad, [want_a, want_b, _]| {
+        let beside = [a.clone(), b.clone()];
+        let grad_scales =
+            grid.map(|grid| of_scales::<B>(grid, mask.clone(), beside, grad.clone(), term.clone()));
+        let factors =
+            (want_a || want_b).then(|| B::summed_weight_backward(mask, a, b, grad, term.lora));
+        let (grad_a, grad_b) = factors.unzip();
+        [grad_a, grad_b, grad_scales]
+    }
+);
 
 /// As [`SummedState`], and as [`GridState`].
-type QuantizedState<B> = (BoolTensor<B>, [Float<B>; 4], Option<[Float<B>; 3]>, GridTerm, bool);
+type QuantizedState<B> = (
+    BoolTensor<B>,
+    [Float<B>; 4],
+    Option<[Float<B>; 3]>,
+    GridTerm,
+    bool,
+);
 
-backward!(QuantizedLinear, 4, QuantizedState<B>, |(mask, [x, sum, a, b], grid, term, rounded), grad, wanted| {
-    let [want_x, want_a, want_b, _] = wanted;
-    let grad_x = want_x.then(|| B::mixed_linear_backward_input(sum, grad.clone()));
-    let (want_factors, lora) = (want_a || want_b, term.lora);
-    let (factors, grad_scales) = match grid {
-        None => {
-            let of = || B::summed_linear_backward_factors(x, mask, a, b, grad, lora, rounded);
-            (want_factors.then(of), None)
-        }
-        // The scales need what the factors alone do not: the gradient of the sum as a whole.
-        Some(grid) => {
-            let slope = B::mixed_linear_backward_weight(x, grad, rounded);
-            let beside = [a.clone(), b.clone()];
-            let scales = of_scales::<B>(grid, mask.clone(), beside, slope.clone(), term);
-            (want_factors.then(|| B::summed_weight_backward(mask, a, b, slope, lora)), Some(scales))
-        }
-    };
-    let (grad_a, grad_b) = factors.unzip();
-    [grad_x, grad_a, grad_b, grad_scales]
-});
+backward!(
+    QuantizedLinear,
+    4,
+    QuantizedState<B>,
+    |(mask, [x, sum, a, b], grid, term, rounded), grad, wanted| {
+        let [want_x, want_a, want_b, _] = wanted;
+        let grad_x = want_x.then(|| B::mixed_linear_backward_input(sum, grad.clone()));
+        let (want_factors, lora) = (want_a || want_b, term.lora);
+        let (factors, grad_scales) = match grid {
+            None => {
+                let of = || B::summed_linear_backward_factors(x, mask, a, b, grad, lora, rounded);
+                (want_factors.then(of), None)
+            }
+            // The scales need what the factors alone do not: the gradient of the sum as a whole.
+            Some(grid) => {
+                let slope = B::mixed_linear_backward_weight(x, grad, rounded);
+                let beside = [a.clone(), b.clone()];
+                let scales = of_scales::<B>(grid, mask.clone(), beside, slope.clone(), term);
+                (
+                    want_factors.then(|| B::summed_weight_backward(mask, a, b, slope, lora)),
+                    Some(scales),
+                )
+            }
+        };
+        let (grad_a, grad_b) = factors.unzip();
+        [grad_x, grad_a, grad_b, grad_scales]
+    }
+);
 
-backward!(HeadLoss, 2, (Float<B>, Option<Float<B>>), |(hidden, weight), grad, _| {
-    let scaled = |gradient: Float<B>| B::float_mul(gradient, B::float_reshape(grad.clone(), Shape::from([1, 1])));
-    [Some(scaled(hidden)), weight.map(scaled)]
-});
+backward!(
+    HeadLoss,
+    2,
+    (Float<B>, Option<Float<B>>),
+    |(hidden, weight), grad, _| {
+        let scaled = |gradient: Float<B>| {
+            B::float_mul(
+                gradient,
+                B::float_reshape(grad.clone(), Shape::from([1, 1])),
+            )
+        };
+        [Some(scaled(hidden)), weight.map(scaled)]
+    }
+);
 
 backward!(DistilledLoss, 1, Float<B>, |hidden, grad, _| {
-    [Some(B::float_mul(hidden, B::float_reshape(grad, Shape::from([1, 1]))))]
+    [Some(B::float_mul(
+        hidden,
+        B::float_reshape(grad, Shape::from([1, 1])),
+    ))]
 });
 
-backward!(CausalAttention, 3, ([Float<B>; 4], f64, AttentionMask), |([q, k, v, log_sum_exp], scale, mask), grad, _| {
-    let (q, k, v) = B::causal_attention_backward(q, k, v, log_sum_exp, grad, scale, mask);
-    [Some(q), Some(k), Some(v)]
-});
+backward!(
+    CausalAttention,
+    3,
+    ([Float<B>; 4], f64, AttentionMask),
+    |([q, k, v, log_sum_exp], scale, mask), grad, _| {
+        let (q, k, v) = B::causal_attention_backward(q, k, v, log_sum_exp, grad, scale, mask);
+        [Some(q), Some(k), Some(v)]
+    }
+);
 
-backward!(Rotary, 1, (Float<B>, Float<B>), |(cos, sin), grad, _| [Some(B::rotary_backward(cos, sin, grad))]);
+backward!(Rotary, 1, (Float<B>, Float<B>), |(cos, sin), grad, _| [
+    Some(B::rotary_backward(cos, sin, grad))
+]);
 
 impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
     fn rms_norm(x: Float<Self>, weight: Float<Self>, eps: f64) -> Float<Self> {
         let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
-        match RmsNorm.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
+        match RmsNorm
+            .prepare::<C>([x_node, weight_node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => {
                 let y = B::rms_norm(x.clone(), weight.clone(), eps);
                 prep.finish((x, weight, eps), y)
@@ -184,7 +283,11 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
 
     fn swiglu(gate: Float<Self>, up: Float<Self>) -> Float<Self> {
         let ((gate, gate_node), (up, up_node)) = (gate.into_parts(), up.into_parts());
-        match Swiglu.prepare::<C>([gate_node, up_node]).compute_bound().stateful() {
+        match Swiglu
+            .prepare::<C>([gate_node, up_node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => {
                 let y = B::swiglu(gate.clone(), up.clone());
                 prep.finish((gate, up), y)
@@ -198,8 +301,14 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         let (want_x, want_weight) = (x.is_tracked(), weight.is_tracked());
         let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
         let y = B::mixed_linear(x.clone(), weight.clone());
-        match Linear.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((want_weight.then_some(x), want_x.then_some(weight)), y),
+        match Linear
+            .prepare::<C>([x_node, weight_node])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                prep.finish((want_weight.then_some(x), want_x.then_some(weight)), y)
+            }
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
@@ -211,11 +320,18 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         b: Float<Self>,
         term: LoraTerm,
     ) -> (Float<Self>, Float<Self>) {
-        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
+        let ((x, x_node), (a, a_node), (b, b_node)) =
+            (x.into_parts(), a.into_parts(), b.into_parts());
         let weight = weight.into_primitive();
         let (y, h) = B::lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
-        let y = match LoraLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((Constant::Dense(weight), [x, a, b, h.clone()], term), y),
+        let y = match LoraLinear
+            .prepare::<C>([x_node, a_node, b_node])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                prep.finish((Constant::Dense(weight), [x, a, b, h.clone()], term), y)
+            }
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(h))
@@ -241,10 +357,17 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         b: Float<Self>,
         term: LoraTerm,
     ) -> (Float<Self>, Float<Self>) {
-        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
+        let ((x, x_node), (a, a_node), (b, b_node)) =
+            (x.into_parts(), a.into_parts(), b.into_parts());
         let (y, h) = B::stored_lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
-        let y = match LoraLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((Constant::Stored(weight), [x, a, b, h.clone()], term), y),
+        let y = match LoraLinear
+            .prepare::<C>([x_node, a_node, b_node])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                prep.finish((Constant::Stored(weight), [x, a, b, h.clone()], term), y)
+            }
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(h))
@@ -260,11 +383,24 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         term: GridTerm,
     ) -> Float<Self> {
         let want_scales = scales.is_tracked();
-        let ((a, a_node), (b, b_node), (scales, node)) = (a.into_parts(), b.into_parts(), scales.into_parts());
+        let ((a, a_node), (b, b_node), (scales, node)) =
+            (a.into_parts(), b.into_parts(), scales.into_parts());
         let (weight, zeros) = (weight.into_primitive(), zeros.into_primitive());
         let grid = want_scales.then(|| [weight.clone(), scales.clone(), zeros.clone()]);
-        let sum = B::quantized_sum(weight, mask.clone(), a.clone(), b.clone(), scales, zeros, term.clone());
-        match QuantizedSum.prepare::<C>([a_node, b_node, node]).compute_bound().stateful() {
+        let sum = B::quantized_sum(
+            weight,
+            mask.clone(),
+            a.clone(),
+            b.clone(),
+            scales,
+            zeros,
+            term.clone(),
+        );
+        match QuantizedSum
+            .prepare::<C>([a_node, b_node, node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => prep.finish((mask, [a, b], grid, term), sum),
             OpsKind::UnTracked(prep) => prep.finish(sum),
         }
@@ -278,8 +414,18 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         term: LoraTerm,
     ) -> Float<Self> {
         let ((a, a_node), (b, b_node)) = (a.into_parts(), b.into_parts());
-        let sum = B::summed_weight(weight.into_primitive(), mask.clone(), a.clone(), b.clone(), term);
-        match SummedWeight.prepare::<C>([a_node, b_node]).compute_bound().stateful() {
+        let sum = B::summed_weight(
+            weight.into_primitive(),
+            mask.clone(),
+            a.clone(),
+            b.clone(),
+            term,
+        );
+        match SummedWeight
+            .prepare::<C>([a_node, b_node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => prep.finish((mask, [a, b], term), sum),
             OpsKind::UnTracked(prep) => prep.finish(sum),
         }
@@ -294,10 +440,21 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         term: LoraTerm,
         rounded: bool,
     ) -> Float<Self> {
-        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
-        let sum = B::summed_weight(weight.into_primitive(), mask.clone(), a.clone(), b.clone(), term);
+        let ((x, x_node), (a, a_node), (b, b_node)) =
+            (x.into_parts(), a.into_parts(), b.into_parts());
+        let sum = B::summed_weight(
+            weight.into_primitive(),
+            mask.clone(),
+            a.clone(),
+            b.clone(),
+            term,
+        );
         let y = B::mixed_linear(x.clone(), sum.clone());
-        match SummedLinear.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
+        match SummedLinear
+            .prepare::<C>([x_node, a_node, b_node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => prep.finish((mask, [x, sum, a, b], term, rounded), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
@@ -315,22 +472,44 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         rounded: bool,
     ) -> Float<Self> {
         let want_scales = scales.is_tracked();
-        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
+        let ((x, x_node), (a, a_node), (b, b_node)) =
+            (x.into_parts(), a.into_parts(), b.into_parts());
         let (scales, scales_node) = scales.into_parts();
         let (weight, zeros) = (weight.into_primitive(), zeros.into_primitive());
         let grid = want_scales.then(|| [weight.clone(), scales.clone(), zeros.clone()]);
-        let sum = B::quantized_sum(weight, mask.clone(), a.clone(), b.clone(), scales, zeros, term.clone());
+        let sum = B::quantized_sum(
+            weight,
+            mask.clone(),
+            a.clone(),
+            b.clone(),
+            scales,
+            zeros,
+            term.clone(),
+        );
         let y = B::mixed_linear(x.clone(), sum.clone());
-        match QuantizedLinear.prepare::<C>([x_node, a_node, b_node, scales_node]).compute_bound().stateful() {
+        match QuantizedLinear
+            .prepare::<C>([x_node, a_node, b_node, scales_node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => prep.finish((mask, [x, sum, a, b], grid, term, rounded), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
 
-    fn head_loss(hidden: Float<Self>, weight: Float<Self>, targets: IntTensor<Self>) -> Float<Self> {
+    fn head_loss(
+        hidden: Float<Self>,
+        weight: Float<Self>,
+        targets: IntTensor<Self>,
+    ) -> Float<Self> {
         let want_weight = weight.is_tracked();
-        let ((hidden, hidden_node), (weight, weight_node)) = (hidden.into_parts(), weight.into_parts());
-        match HeadLoss.prepare::<C>([hidden_node, weight_node]).compute_bound().stateful() {
+        let ((hidden, hidden_node), (weight, weight_node)) =
+            (hidden.into_parts(), weight.into_parts());
+        match HeadLoss
+            .prepare::<C>([hidden_node, weight_node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) if want_weight => {
                 let (loss, hidden, weight) = B::head_loss_and_gradients(hidden, weight, targets);
                 prep.finish((hidden, Some(weight)), loss)
@@ -352,9 +531,14 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
     ) -> (Float<Self>, Float<Self>) {
         let (hidden, node) = hidden.into_parts();
         let (weight, teacher) = (weight.into_primitive(), teacher.into_primitive());
-        match DistilledLoss.prepare::<C>([node]).compute_bound().stateful() {
+        match DistilledLoss
+            .prepare::<C>([node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => {
-                let (loss, nll, gradient) = B::distilled_loss_and_gradient(hidden, weight, teacher, targets, mix);
+                let (loss, nll, gradient) =
+                    B::distilled_loss_and_gradient(hidden, weight, teacher, targets, mix);
                 (prep.finish(gradient, loss), constant::<B, C>(nll))
             }
             OpsKind::UnTracked(prep) => {
@@ -371,9 +555,15 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         scale: f64,
         mask: AttentionMask,
     ) -> (Float<Self>, Float<Self>) {
-        let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
-        let (y, log_sum_exp) = B::causal_attention(q.clone(), k.clone(), v.clone(), scale, mask.clone());
-        let y = match CausalAttention.prepare::<C>([q_node, k_node, v_node]).compute_bound().stateful() {
+        let ((q, q_node), (k, k_node), (v, v_node)) =
+            (q.into_parts(), k.into_parts(), v.into_parts());
+        let (y, log_sum_exp) =
+            B::causal_attention(q.clone(), k.clone(), v.clone(), scale, mask.clone());
+        let y = match CausalAttention
+            .prepare::<C>([q_node, k_node, v_node])
+            .compute_bound()
+            .stateful()
+        {
             OpsKind::Tracked(prep) => prep.finish(([q, k, v, log_sum_exp.clone()], scale, mask), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         };

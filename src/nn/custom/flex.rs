@@ -9,8 +9,8 @@ use rayon::prelude::*;
 
 use super::flex_linear::{self, Head, Teacher};
 use super::{
-    AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized, flex_summed,
-    host_stored, portable,
+    AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized,
+    flex_summed, host_stored, portable,
 };
 use crate::simd::{self, Level};
 
@@ -24,7 +24,11 @@ pub(super) fn task_rows(width: usize) -> usize {
 
 /// The tensor with its elements in row-major order.
 pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
-    if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
+    if tensor.is_contiguous() {
+        tensor
+    } else {
+        tensor.to_contiguous()
+    }
 }
 
 /// Row-major elements; none where the tensor is not `f32`, which callers have checked.
@@ -53,15 +57,24 @@ pub(super) fn dims(tensor: &FlexTensor) -> &[usize] {
 }
 
 /// A new tensor that `fill` writes completely, in chunks of `chunk` elements given with their index.
-fn build(shape: Shape, chunk: usize, fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync) -> FlexTensor {
+fn build(
+    shape: Shape,
+    chunk: usize,
+    fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync,
+) -> FlexTensor {
     let n = shape.num_elements();
     let mut values = Vec::with_capacity(n);
     let out = &mut values.spare_capacity_mut()[..n];
     if n <= chunk.max(TASK) {
-        out.chunks_mut(chunk.max(1)).enumerate().for_each(|(index, out)| fill(index, out));
+        out.chunks_mut(chunk.max(1))
+            .enumerate()
+            .for_each(|(index, out)| fill(index, out));
     } else {
         let at_least = (TASK / chunk).max(1);
-        out.par_chunks_mut(chunk).enumerate().with_min_len(at_least).for_each(|(index, out)| fill(index, out));
+        out.par_chunks_mut(chunk)
+            .enumerate()
+            .with_min_len(at_least)
+            .for_each(|(index, out)| fill(index, out));
     }
     // SAFETY: `fill` has written every element of every chunk.
     unsafe { values.set_len(n) };
@@ -82,7 +95,10 @@ pub(super) enum Targets<'a> {
 
 impl<'a> Targets<'a> {
     pub(super) fn new(tensor: &'a FlexTensor) -> Option<Self> {
-        tensor.as_slice().map(Self::I64).or_else(|| tensor.as_slice().map(Self::I32))
+        tensor
+            .as_slice()
+            .map(Self::I64)
+            .or_else(|| tensor.as_slice().map(Self::I32))
     }
 
     pub(super) fn len(&self) -> usize {
@@ -104,7 +120,10 @@ impl<'a> Targets<'a> {
 
 /// Whether `x` is rows of `[.., width]` and the weight one of them.
 fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
-    is_f32(&[x, weight]) && dims(weight).len() == 1 && dims(x).last() == dims(weight).last() && !dims(x).contains(&0)
+    is_f32(&[x, weight])
+        && dims(weight).len() == 1
+        && dims(x).last() == dims(weight).last()
+        && !dims(x).contains(&0)
 }
 
 impl DecoderOps for Flex {
@@ -124,7 +143,12 @@ impl DecoderOps for Flex {
         })
     }
 
-    fn rms_norm_backward(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, eps: f64) -> FlexTensor {
+    fn rms_norm_backward(
+        x: FlexTensor,
+        weight: FlexTensor,
+        grad: FlexTensor,
+        eps: f64,
+    ) -> FlexTensor {
         if !norm_fits(&x, &weight) || !is_f32(&[&grad]) || dims(&x) != dims(&grad) {
             return portable::rms_norm_backward::<Self>(x, weight, grad, eps);
         }
@@ -157,7 +181,10 @@ impl DecoderOps for Flex {
             .collect();
         let mut total = vec![0.0; width];
         for sum in &parts {
-            total.iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
+            total
+                .iter_mut()
+                .zip(sum)
+                .for_each(|(total, sum)| *total += sum);
         }
         tensor(total, Shape::from([width]))
     }
@@ -169,11 +196,20 @@ impl DecoderOps for Flex {
         let (gate, up) = (contiguous(gate), contiguous(up));
         let (gate_values, up, level) = (floats(&gate), floats(&up), Level::detect());
         build(gate.layout().shape().clone(), TASK, |index, out| {
-            simd::swiglu(level, part(gate_values, index, TASK), part(up, index, TASK), out);
+            simd::swiglu(
+                level,
+                part(gate_values, index, TASK),
+                part(up, index, TASK),
+                out,
+            );
         })
     }
 
-    fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
+    fn swiglu_backward(
+        gate: FlexTensor,
+        up: FlexTensor,
+        grad: FlexTensor,
+    ) -> (FlexTensor, FlexTensor) {
         if !is_f32(&[&gate, &up, &grad]) || dims(&gate) != dims(&up) || dims(&gate) != dims(&grad) {
             return portable::swiglu_backward::<Self>(gate, up, grad);
         }
@@ -184,7 +220,10 @@ impl DecoderOps for Flex {
         if gates.len() <= TASK {
             simd::swiglu_backward(level, gates, ups, grad);
         } else {
-            let parts = gates.par_chunks_mut(TASK).zip(ups.par_chunks_mut(TASK)).zip(grad.par_chunks(TASK));
+            let parts = gates
+                .par_chunks_mut(TASK)
+                .zip(ups.par_chunks_mut(TASK))
+                .zip(grad.par_chunks(TASK));
             parts.for_each(|((gate, up), grad)| simd::swiglu_backward(level, gate, up, grad));
         }
         (gate, up)
@@ -239,11 +278,18 @@ impl DecoderOps for Flex {
         max_rank: usize,
         term: LoraTerm,
     ) -> (FlexTensor, FlexTensor) {
-        flex_linear::lora_backward_factors(&x, &h, &g, &grad, max_rank, term)
-            .unwrap_or_else(|| portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term))
+        flex_linear::lora_backward_factors(&x, &h, &g, &grad, max_rank, term).unwrap_or_else(|| {
+            portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term)
+        })
     }
 
-    fn summed_weight(weight: FlexTensor, mask: FlexTensor, a: FlexTensor, b: FlexTensor, term: LoraTerm) -> FlexTensor {
+    fn summed_weight(
+        weight: FlexTensor,
+        mask: FlexTensor,
+        a: FlexTensor,
+        b: FlexTensor,
+        term: LoraTerm,
+    ) -> FlexTensor {
         let mask = contiguous(mask);
         flex_summed::summed_weight(&weight, &mask, a.clone(), b.clone(), term)
             .unwrap_or_else(|| portable::summed_weight::<Self>(weight, mask, a, b, term))
@@ -274,10 +320,11 @@ impl DecoderOps for Flex {
         rounded: bool,
     ) -> (FlexTensor, FlexTensor) {
         let mask = contiguous(mask);
-        flex_summed::backward_factors(&x, &mask, a.clone(), b.clone(), &grad, term, rounded).unwrap_or_else(|| {
-            let slope = Self::mixed_linear_backward_weight(x, grad, rounded);
-            Self::summed_weight_backward(mask, a, b, slope, term)
-        })
+        flex_summed::backward_factors(&x, &mask, a.clone(), b.clone(), &grad, term, rounded)
+            .unwrap_or_else(|| {
+                let slope = Self::mixed_linear_backward_weight(x, grad, rounded);
+                Self::summed_weight_backward(mask, a, b, slope, term)
+            })
     }
 
     fn quantized_sum(
@@ -290,10 +337,12 @@ impl DecoderOps for Flex {
         term: GridTerm,
     ) -> FlexTensor {
         let (mask, grid) = (contiguous(mask), [contiguous(scales), contiguous(zeros)]);
-        flex_quantized::sum(&weight, &mask, [a.clone(), b.clone()], &grid, &term).unwrap_or_else(|| {
-            let [scales, zeros] = grid;
-            portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
-        })
+        flex_quantized::sum(&weight, &mask, [a.clone(), b.clone()], &grid, &term).unwrap_or_else(
+            || {
+                let [scales, zeros] = grid;
+                portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
+            },
+        )
     }
 
     fn quantized_sum_backward_scales(
@@ -304,8 +353,9 @@ impl DecoderOps for Flex {
         term: GridTerm,
     ) -> FlexTensor {
         let [sum, scales, zeros, grad] = [sum, scales, zeros, grad].map(contiguous);
-        flex_quantized::backward_scales(&sum, &scales, &zeros, &grad, &term)
-            .unwrap_or_else(|| portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term))
+        flex_quantized::backward_scales(&sum, &scales, &zeros, &grad, &term).unwrap_or_else(|| {
+            portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term)
+        })
     }
 
     fn head_loss(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
@@ -315,9 +365,17 @@ impl DecoderOps for Flex {
         }
     }
 
-    fn head_loss_and_gradient(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> (FlexTensor, FlexTensor) {
+    fn head_loss_and_gradient(
+        hidden: FlexTensor,
+        weight: FlexTensor,
+        targets: FlexTensor,
+    ) -> (FlexTensor, FlexTensor) {
         match flex_linear::head(&hidden, &weight, &targets, None, true, false) {
-            Some(Head { loss, hidden: Some(hidden), .. }) => (loss, hidden),
+            Some(Head {
+                loss,
+                hidden: Some(hidden),
+                ..
+            }) => (loss, hidden),
             _ => portable::head_loss_and_gradient::<Self>(hidden, weight, targets),
         }
     }
@@ -328,7 +386,12 @@ impl DecoderOps for Flex {
         targets: FlexTensor,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         match flex_linear::head(&hidden, &weight, &targets, None, true, true) {
-            Some(Head { loss, hidden: Some(hidden), weight: Some(weight), .. }) => (loss, hidden, weight),
+            Some(Head {
+                loss,
+                hidden: Some(hidden),
+                weight: Some(weight),
+                ..
+            }) => (loss, hidden, weight),
             _ => portable::head_loss_and_gradients::<Self>(hidden, weight, targets),
         }
     }
@@ -340,7 +403,10 @@ impl DecoderOps for Flex {
         targets: FlexTensor,
         mix: f64,
     ) -> (FlexTensor, FlexTensor) {
-        let states = Teacher { hidden: teacher.clone(), mix };
+        let states = Teacher {
+            hidden: teacher.clone(),
+            mix,
+        };
         match flex_linear::head(&hidden, &weight, &targets, Some(states), false, false) {
             Some(head) => (head.loss, head.nll),
             None => portable::distilled_loss::<Self>(hidden, weight, teacher, targets, mix),
@@ -354,10 +420,20 @@ impl DecoderOps for Flex {
         targets: FlexTensor,
         mix: f64,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        let states = Teacher { hidden: teacher.clone(), mix };
+        let states = Teacher {
+            hidden: teacher.clone(),
+            mix,
+        };
         match flex_linear::head(&hidden, &weight, &targets, Some(states), true, false) {
-            Some(Head { loss, nll, hidden: Some(hidden), .. }) => (loss, nll, hidden),
-            _ => portable::distilled_loss_and_gradient::<Self>(hidden, weight, teacher, targets, mix),
+            Some(Head {
+                loss,
+                nll,
+                hidden: Some(hidden),
+                ..
+            }) => (loss, nll, hidden),
+            _ => {
+                portable::distilled_loss_and_gradient::<Self>(hidden, weight, teacher, targets, mix)
+            }
         }
     }
 
@@ -369,7 +445,9 @@ impl DecoderOps for Flex {
         mask: AttentionMask,
     ) -> (FlexTensor, FlexTensor) {
         match flex_attention::Sizes::of(&q, &k, &v) {
-            Some(sizes) if is_f32(&[&q, &k, &v]) => flex_attention::forward(sizes, &q, &k, &v, scale as f32, &mask),
+            Some(sizes) if is_f32(&[&q, &k, &v]) => {
+                flex_attention::forward(sizes, &q, &k, &v, scale as f32, &mask)
+            }
             _ => portable::causal_attention::<Self>(q, k, v, scale, mask),
         }
     }
@@ -384,32 +462,53 @@ impl DecoderOps for Flex {
         mask: AttentionMask,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         match flex_attention::Sizes::of(&q, &k, &v) {
-            Some(sizes) if is_f32(&[&q, &k, &v, &log_sum_exp, &grad]) && sizes.fit(&log_sum_exp, &grad) => {
+            Some(sizes)
+                if is_f32(&[&q, &k, &v, &log_sum_exp, &grad]) && sizes.fit(&log_sum_exp, &grad) =>
+            {
                 let (log_sum_exp, grad) = (contiguous(log_sum_exp), contiguous(grad));
-                flex_attention::backward(sizes, [&q, &k, &v], &log_sum_exp, &grad, scale as f32, &mask)
+                flex_attention::backward(
+                    sizes,
+                    [&q, &k, &v],
+                    &log_sum_exp,
+                    &grad,
+                    scale as f32,
+                    &mask,
+                )
             }
-            _ => portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask),
+            _ => {
+                portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask)
+            }
         }
     }
 
     fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, n_heads: usize) -> FlexTensor {
-        let &[batch, seq, width] = dims(&x) else { return portable::rotary::<Self>(x, cos, sin, n_heads) };
+        let &[batch, seq, width] = dims(&x) else {
+            return portable::rotary::<Self>(x, cos, sin, n_heads);
+        };
         let half = width / n_heads.max(1) / 2;
         let fits = half > 0 && seq > 0 && 2 * half * n_heads == width;
-        if !fits || !is_f32(&[&x, &cos, &sin]) || dims(&cos) != [seq, half] || dims(&sin) != [seq, half] {
+        if !fits
+            || !is_f32(&[&x, &cos, &sin])
+            || dims(&cos) != [seq, half]
+            || dims(&sin) != [seq, half]
+        {
             return portable::rotary::<Self>(x, cos, sin, n_heads);
         }
         let (x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
         let (x, cos, sin, level) = (floats(&x), floats(&cos), floats(&sin), Level::detect());
         // One chunk per sequence and head.
-        build(Shape::from([batch, n_heads, seq, 2 * half]), seq * 2 * half, |index, out| {
-            let (row, head) = (index / n_heads, index % n_heads);
-            for (position, out) in out.chunks_exact_mut(2 * half).enumerate() {
-                let from = (row * seq + position) * width + head * 2 * half;
-                let (cos, sin) = (part(cos, position, half), part(sin, position, half));
-                simd::turn(level, &x[from..from + 2 * half], cos, sin, out);
-            }
-        })
+        build(
+            Shape::from([batch, n_heads, seq, 2 * half]),
+            seq * 2 * half,
+            |index, out| {
+                let (row, head) = (index / n_heads, index % n_heads);
+                for (position, out) in out.chunks_exact_mut(2 * half).enumerate() {
+                    let from = (row * seq + position) * width + head * 2 * half;
+                    let (cos, sin) = (part(cos, position, half), part(sin, position, half));
+                    simd::turn(level, &x[from..from + 2 * half], cos, sin, out);
+                }
+            },
+        )
     }
 
     fn rotary_backward(cos: FlexTensor, sin: FlexTensor, grad: FlexTensor) -> FlexTensor {
@@ -418,28 +517,46 @@ impl DecoderOps for Flex {
         };
         let half = head_dim / 2;
         let fits = half > 0 && n_heads > 0 && seq > 0 && 2 * half == head_dim;
-        if !fits || !is_f32(&[&grad, &cos, &sin]) || dims(&cos) != [seq, half] || dims(&sin) != [seq, half] {
+        if !fits
+            || !is_f32(&[&grad, &cos, &sin])
+            || dims(&cos) != [seq, half]
+            || dims(&sin) != [seq, half]
+        {
             return portable::rotary_backward::<Self>(cos, sin, grad);
         }
         let (grad, cos, sin) = (contiguous(grad), contiguous(cos), contiguous(sin));
         let (grad, cos, sin, level) = (floats(&grad), floats(&cos), floats(&sin), Level::detect());
         // One chunk per token.
-        build(Shape::from([batch, seq, n_heads * head_dim]), n_heads * head_dim, |index, out| {
-            let (row, position) = (index / seq, index % seq);
-            let (cos, sin) = (part(cos, position, half), part(sin, position, half));
-            for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                let from = ((row * n_heads + head) * seq + position) * head_dim;
-                simd::turn_back(level, &grad[from..from + head_dim], cos, sin, out);
-            }
-        })
+        build(
+            Shape::from([batch, seq, n_heads * head_dim]),
+            n_heads * head_dim,
+            |index, out| {
+                let (row, position) = (index / seq, index % seq);
+                let (cos, sin) = (part(cos, position, half), part(sin, position, half));
+                for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                    let from = ((row * n_heads + head) * seq + position) * head_dim;
+                    simd::turn_back(level, &grad[from..from + head_dim], cos, sin, out);
+                }
+            },
+        )
     }
 }
 
 /// Works on `values` in place, in chunks given with their index.
-pub(super) fn for_chunks(values: &mut [f32], chunk: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+pub(super) fn for_chunks(
+    values: &mut [f32],
+    chunk: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync,
+) {
     if values.len() <= chunk.max(TASK) {
-        values.chunks_mut(chunk).enumerate().for_each(|(index, part)| work(index, part));
+        values
+            .chunks_mut(chunk)
+            .enumerate()
+            .for_each(|(index, part)| work(index, part));
     } else {
-        values.par_chunks_mut(chunk).enumerate().for_each(|(index, part)| work(index, part));
+        values
+            .par_chunks_mut(chunk)
+            .enumerate()
+            .for_each(|(index, part)| work(index, part));
     }
 }

@@ -31,11 +31,19 @@ pub(super) struct Sizes {
 impl Sizes {
     /// None where the tensors do not form an attention that the kernels cover.
     pub(super) fn of(q: &FlexTensor, k: &FlexTensor, v: &FlexTensor) -> Option<Self> {
-        let dims = |tensor: &FlexTensor| <[usize; 4]>::try_from(tensor.layout().shape().as_slice()).ok();
+        let dims =
+            |tensor: &FlexTensor| <[usize; 4]>::try_from(tensor.layout().shape().as_slice()).ok();
         let ([batch, n_heads, seq_q, head_dim], keys) = (dims(q)?, dims(k)?);
         let [batch_k, n_kv_heads, seq_k, head_dim_k] = keys;
         let fits = dims(v)? == keys && batch_k == batch && head_dim_k == head_dim && seq_k >= seq_q;
-        let sizes = Sizes { batch, n_heads, n_kv_heads, seq_q, seq_k, head_dim };
+        let sizes = Sizes {
+            batch,
+            n_heads,
+            n_kv_heads,
+            seq_q,
+            seq_k,
+            head_dim,
+        };
         let empty = [batch, n_heads, n_kv_heads, seq_q, head_dim].contains(&0);
         (fits && !empty && n_heads % n_kv_heads == 0).then_some(sizes)
     }
@@ -67,9 +75,16 @@ impl Sizes {
 fn matrix_of_head(tensor: &FlexTensor, batch: usize, head: usize, start: usize) -> Matrix {
     let (values, layout) = (tensor.storage::<f32>(), tensor.layout());
     let strides = layout.strides();
-    let offset = [batch, head, start].into_iter().zip(strides).map(|(index, stride)| index as isize * stride);
+    let offset = [batch, head, start]
+        .into_iter()
+        .zip(strides)
+        .map(|(index, stride)| index as isize * stride);
     let offset = layout.start_offset() as isize + offset.sum::<isize>();
-    Matrix { first: values.as_ptr().wrapping_offset(offset), row: strides[2], column: strides[3] }
+    Matrix {
+        first: values.as_ptr().wrapping_offset(offset),
+        row: strides[2],
+        column: strides[3],
+    }
 }
 
 /// A block of queries of one head: its rows of scores, over the keys that any of them sees.
@@ -87,13 +102,29 @@ impl<'a> Block<'a> {
         let len = sizes.block().min(sizes.seq_q - first);
         let visible = |query| mask.visible(batch, query, sizes.seq_q, sizes.seq_k);
         let (start, end) = (visible(first).start, visible(first + len - 1).end);
-        Self { sizes, mask, batch, first, len, keys: start.min(end)..end }
+        Self {
+            sizes,
+            mask,
+            batch,
+            first,
+            len,
+            keys: start.min(end)..end,
+        }
     }
 
     /// Calls `row` with each query's number in the block, its row of `scores`, and the range of it that the query sees.
-    fn each_row(&self, scores: &mut [f32], mut row: impl FnMut(usize, &mut [f32], std::ops::Range<usize>)) {
+    fn each_row(
+        &self,
+        scores: &mut [f32],
+        mut row: impl FnMut(usize, &mut [f32], std::ops::Range<usize>),
+    ) {
         for (query, scores) in scores.chunks_exact_mut(self.keys.len()).enumerate() {
-            let visible = self.mask.visible(self.batch, self.first + query, self.sizes.seq_q, self.sizes.seq_k);
+            let visible = self.mask.visible(
+                self.batch,
+                self.first + query,
+                self.sizes.seq_q,
+                self.sizes.seq_k,
+            );
             let start = visible.start.max(self.keys.start).min(self.keys.end) - self.keys.start;
             let end = visible.end.max(self.keys.start).min(self.keys.end) - self.keys.start;
             row(query, scores, start..end.max(start));
@@ -102,7 +133,11 @@ impl<'a> Block<'a> {
 
     fn products(&self) -> ([usize; 3], [usize; 3], [usize; 3]) {
         let (keys, head_dim) = (self.keys.len(), self.sizes.head_dim);
-        ([self.len, keys, head_dim], [self.len, head_dim, keys], [keys, head_dim, self.len])
+        (
+            [self.len, keys, head_dim],
+            [self.len, head_dim, keys],
+            [keys, head_dim, self.len],
+        )
     }
 }
 
@@ -127,14 +162,24 @@ pub(super) fn forward(
     scale: f32,
     mask: &AttentionMask,
 ) -> (FlexTensor, FlexTensor) {
-    let Sizes { batch, n_heads, seq_q, head_dim, .. } = sizes;
+    let Sizes {
+        batch,
+        n_heads,
+        seq_q,
+        head_dim,
+        ..
+    } = sizes;
     let mut context: Vec<f32> = Vec::with_capacity(batch * seq_q * sizes.width());
     let mut sums: Vec<f32> = Vec::with_capacity(batch * n_heads * seq_q);
     let (out, log_sum_exp) = (Shared(context.as_mut_ptr()), Shared(sums.as_mut_ptr()));
     let blocks = seq_q.div_ceil(sizes.block());
     let level = Level::detect();
     let task = |buffer: &mut Vec<f32>, index: usize| {
-        let (row, head, first) = (index / blocks / n_heads, index / blocks % n_heads, index % blocks * sizes.block());
+        let (row, head, first) = (
+            index / blocks / n_heads,
+            index / blocks % n_heads,
+            index % blocks * sizes.block(),
+        );
         let block = Block::new(sizes, mask, row, first);
         let kv_head = head / sizes.group();
         let out_at = |query: usize| out.at((row * seq_q + query) * sizes.width() + head * head_dim);
@@ -154,17 +199,43 @@ pub(super) fn forward(
         let queries = matrix_of_head(q, row, head, first);
         let keys = matrix_of_head(k, row, kv_head, block.keys.start).transposed();
         // SAFETY: the layouts of `q`, `k` and `v` stay within their storage; `scores` has the product's size.
-        unsafe { product(for_scores, queries, keys, scale, scores.as_mut_ptr(), block.keys.len(), false, false) };
+        unsafe {
+            product(
+                for_scores,
+                queries,
+                keys,
+                scale,
+                scores.as_mut_ptr(),
+                block.keys.len(),
+                false,
+                false,
+            )
+        };
         block.each_row(scores, |query, scores, visible| {
             hide(scores, &visible);
-            let sum = if visible.is_empty() { 0.0 } else { simd::softmax(level, &mut scores[visible]) };
+            let sum = if visible.is_empty() {
+                0.0
+            } else {
+                simd::softmax(level, &mut scores[visible])
+            };
             // SAFETY: this task's row, within the capacity.
             unsafe { sum_at(first + query).write(sum) };
         });
         let weights = Matrix::rows(scores, block.keys.len());
         let values = matrix_of_head(v, row, kv_head, block.keys.start);
         // SAFETY: as above; the rows of the context are this task's.
-        unsafe { product(for_queries, weights, values, 1.0, out_at(first), sizes.width(), false, false) };
+        unsafe {
+            product(
+                for_queries,
+                weights,
+                values,
+                1.0,
+                out_at(first),
+                sizes.width(),
+                false,
+                false,
+            )
+        };
     };
     let tasks = batch * n_heads * blocks;
     if sizes.serial() {
@@ -178,7 +249,10 @@ pub(super) fn forward(
         context.set_len(batch * seq_q * sizes.width());
         sums.set_len(batch * n_heads * seq_q);
     }
-    (tensor(context, Shape::from([batch, seq_q, sizes.width()])), tensor(sums, Shape::from([batch, n_heads, seq_q])))
+    (
+        tensor(context, Shape::from([batch, seq_q, sizes.width()])),
+        tensor(sums, Shape::from([batch, n_heads, seq_q])),
+    )
 }
 
 /// What a task of the backward pass writes: gradients of queries, keys and values.
@@ -194,7 +268,14 @@ pub(super) fn backward(
     scale: f32,
     mask: &AttentionMask,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
-    let Sizes { batch, n_heads, n_kv_heads, seq_q, seq_k, head_dim } = sizes;
+    let Sizes {
+        batch,
+        n_heads,
+        n_kv_heads,
+        seq_q,
+        seq_k,
+        head_dim,
+    } = sizes;
     let (level, group, width) = (Level::detect(), sizes.group(), sizes.width());
     let (log_sum_exp, grad) = (floats(log_sum_exp), floats(grad));
     let mut grad_q = vec![0.0; batch * n_heads * seq_q * head_dim];
@@ -217,15 +298,36 @@ pub(super) fn backward(
                 let queries = matrix_of_head(q, row, head, first);
                 let keys = matrix_of_head(k, row, kv_head, block.keys.start);
                 let values = matrix_of_head(v, row, kv_head, block.keys.start);
-                let grads = Matrix::rows(&grad[(row * seq_q + first) * width + head * head_dim..], width);
+                let grads = Matrix::rows(
+                    &grad[(row * seq_q + first) * width + head * head_dim..],
+                    width,
+                );
                 let grad_q = &mut grad_q[first * head_dim..(first + block.len) * head_dim];
                 let of_keys = block.keys.start * head_dim..block.keys.end * head_dim;
                 let (grad_k, grad_v) = (&mut grad_k[of_keys.clone()], &mut grad_v[of_keys]);
                 // SAFETY: the layouts of `q`, `k` and `v` stay within their storage, and `grad` is contiguous; the
                 // destinations have the products' sizes. So below.
                 unsafe {
-                    product(for_scores, queries, keys.transposed(), scale, weights.as_mut_ptr(), n_keys, false, false);
-                    product(for_scores, grads, values.transposed(), 1.0, slopes.as_mut_ptr(), n_keys, false, false);
+                    product(
+                        for_scores,
+                        queries,
+                        keys.transposed(),
+                        scale,
+                        weights.as_mut_ptr(),
+                        n_keys,
+                        false,
+                        false,
+                    );
+                    product(
+                        for_scores,
+                        grads,
+                        values.transposed(),
+                        1.0,
+                        slopes.as_mut_ptr(),
+                        n_keys,
+                        false,
+                        false,
+                    );
                 }
                 block.each_row(weights, |query, weights, visible| {
                     hide(weights, &visible);
@@ -235,23 +337,59 @@ pub(super) fn backward(
                     hide(slopes, &visible);
                     simd::softmax_backward(level, &weights[visible.clone()], &mut slopes[visible]);
                 });
-                let (weights, slopes) = (Matrix::rows(weights, n_keys), Matrix::rows(slopes, n_keys));
+                let (weights, slopes) =
+                    (Matrix::rows(weights, n_keys), Matrix::rows(slopes, n_keys));
                 // SAFETY: as above.
                 unsafe {
-                    product(for_keys, weights.transposed(), grads, 1.0, grad_v.as_mut_ptr(), head_dim, true, false);
-                    product(for_keys, slopes.transposed(), queries, scale, grad_k.as_mut_ptr(), head_dim, true, false);
-                    product(for_queries, slopes, keys, scale, grad_q.as_mut_ptr(), head_dim, false, false);
+                    product(
+                        for_keys,
+                        weights.transposed(),
+                        grads,
+                        1.0,
+                        grad_v.as_mut_ptr(),
+                        head_dim,
+                        true,
+                        false,
+                    );
+                    product(
+                        for_keys,
+                        slopes.transposed(),
+                        queries,
+                        scale,
+                        grad_k.as_mut_ptr(),
+                        head_dim,
+                        true,
+                        false,
+                    );
+                    product(
+                        for_queries,
+                        slopes,
+                        keys,
+                        scale,
+                        grad_q.as_mut_ptr(),
+                        head_dim,
+                        false,
+                        false,
+                    );
                 }
             }
         }
     };
     let (of_q, of_k) = (group * seq_q * head_dim, seq_k * head_dim);
     if sizes.serial() {
-        let chunks = grad_q.chunks_mut(of_q).zip(grad_k.chunks_mut(of_k)).zip(grad_v.chunks_mut(of_k));
+        let chunks = grad_q
+            .chunks_mut(of_q)
+            .zip(grad_k.chunks_mut(of_k))
+            .zip(grad_v.chunks_mut(of_k));
         let mut buffers = Default::default();
-        chunks.enumerate().for_each(|chunk| task(&mut buffers, chunk));
+        chunks
+            .enumerate()
+            .for_each(|chunk| task(&mut buffers, chunk));
     } else {
-        let chunks = grad_q.par_chunks_mut(of_q).zip(grad_k.par_chunks_mut(of_k)).zip(grad_v.par_chunks_mut(of_k));
+        let chunks = grad_q
+            .par_chunks_mut(of_q)
+            .zip(grad_k.par_chunks_mut(of_k))
+            .zip(grad_v.par_chunks_mut(of_k));
         chunks.enumerate().for_each_init(Default::default, task);
     }
     let of_keys = Shape::from([batch, n_kv_heads, seq_k, head_dim]);

@@ -35,7 +35,12 @@ impl Output {
     /// The part is within the output, has been written, and nobody else uses it.
     unsafe fn row<'a>(self, row: usize, columns: std::ops::Range<usize>) -> &'a mut [f32] {
         // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.out.at(row * self.width + columns.start), columns.len()) }
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.out.at(row * self.width + columns.start),
+                columns.len(),
+            )
+        }
     }
 
     /// Writes zeros into the columns of `m` rows, where the product is not added.
@@ -46,7 +51,11 @@ impl Output {
         if !self.add {
             for row in 0..m {
                 // SAFETY: the caller's promise.
-                unsafe { self.out.at(row * self.width + columns.start).write_bytes(0, columns.len()) };
+                unsafe {
+                    self.out
+                        .at(row * self.width + columns.start)
+                        .write_bytes(0, columns.len())
+                };
             }
         }
     }
@@ -94,7 +103,9 @@ unsafe fn multiply_at<T: Stored>(
     for row in 0..m {
         let first = a.first.wrapping_offset(row as isize * a.row);
         // SAFETY: the caller's promise.
-        x.extend((0..k as isize).map(|column| unsafe { *first.wrapping_offset(column * a.column) }));
+        x.extend(
+            (0..k as isize).map(|column| unsafe { *first.wrapping_offset(column * a.column) }),
+        );
     }
     // SAFETY: the caller's promise; so below.
     unsafe {
@@ -126,7 +137,11 @@ unsafe fn along_outputs<T: Stored>(
         let (part, columns) = (index / blocks, columns(index % blocks));
         let output = match part {
             0 => output,
-            _ => Output { out: Shared(others.at((part - 1) * m * n)), width: n, add: true },
+            _ => Output {
+                out: Shared(others.at((part - 1) * m * n)),
+                width: n,
+                add: true,
+            },
         };
         // SAFETY: the caller's promise; these columns of this part's sums are this task's, so below.
         unsafe { output.begin(m, columns.clone()) };
@@ -136,7 +151,13 @@ unsafe fn along_outputs<T: Stored>(
             for (row, x) in x.chunks_exact(k).enumerate() {
                 // SAFETY: as above.
                 let out = unsafe { output.row(row, columns.clone()) };
-                add_lines(level, &x[first..first + count], &values[first * stride + columns.start..], stride, out);
+                add_lines(
+                    level,
+                    &x[first..first + count],
+                    &values[first * stride + columns.start..],
+                    stride,
+                    out,
+                );
             }
         }
     };
@@ -187,9 +208,13 @@ mod tests {
     /// A product by its definition, added to what `out` holds where asked for.
     fn naive(x: &[f32], weight: impl Fn(usize, usize) -> f32, [m, n, k]: [usize; 3]) -> Vec<f32> {
         let element = |row: usize, column: usize| {
-            (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(weight(i, column))).sum::<f64>() as f32
+            (0..k)
+                .map(|i| f64::from(x[row * k + i]) * f64::from(weight(i, column)))
+                .sum::<f64>() as f32
         };
-        (0..m * n).map(|index| element(index / n, index % n)).collect()
+        (0..m * n)
+            .map(|index| element(index / n, index % n))
+            .collect()
     }
 
     fn check<T: Stored>(name: &str, narrow: impl Fn(f32) -> T, size: [usize; 3]) {
@@ -197,18 +222,43 @@ mod tests {
         let mut random = Random::new((m * n + k) as u64);
         let x = random.values(m * k, 1.0);
         // Rows and columns with something between them, that must not be read as part of the weight.
-        for (strides, len) in [([n + 3, 1], k * (n + 3)), ([1, k + 5], n * (k + 5)), ([2 * n, 2], 2 * k * n)] {
+        for (strides, len) in [
+            ([n + 3, 1], k * (n + 3)),
+            ([1, k + 5], n * (k + 5)),
+            ([2 * n, 2], 2 * k * n),
+        ] {
             let values: Vec<T> = random.values(len, 1.0).into_iter().map(&narrow).collect();
-            let want = naive(&x, |i, j| values[i * strides[0] + j * strides[1]].widen(), size);
-            for (level, add) in Level::available().into_iter().flat_map(|level| [(level, false), (level, true)]) {
+            let want = naive(
+                &x,
+                |i, j| values[i * strides[0] + j * strides[1]].widen(),
+                size,
+            );
+            for (level, add) in Level::available()
+                .into_iter()
+                .flat_map(|level| [(level, false), (level, true)])
+            {
                 let name = format!("{name} {size:?} {strides:?} {level:?} {add}");
                 let width = n + 2;
                 let before = if add { 0.5 } else { f32::NAN };
                 let run = || {
                     let mut out = vec![before; m * width];
-                    let output = Output { out: Shared(out.as_mut_ptr()), width, add };
+                    let output = Output {
+                        out: Shared(out.as_mut_ptr()),
+                        width,
+                        add,
+                    };
                     // SAFETY: `x` and `out` have the sizes that are said.
-                    let done = unsafe { multiply_at(level, m, Matrix::rows(&x, k), &values, [k, n], strides, output) };
+                    let done = unsafe {
+                        multiply_at(
+                            level,
+                            m,
+                            Matrix::rows(&x, k),
+                            &values,
+                            [k, n],
+                            strides,
+                            output,
+                        )
+                    };
                     assert_eq!(done, strides.contains(&1), "{name}");
                     out
                 };
@@ -225,9 +275,17 @@ mod tests {
                     assert!(row[n..].iter().all(untouched), "{name}");
                 }
                 for threads in [1, 3] {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let pool = rayon::ThreadPoolBuilder::new()
+                        .num_threads(threads)
+                        .build()
+                        .unwrap();
                     let again = pool.install(run);
-                    assert!(out.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}");
+                    assert!(
+                        out.iter()
+                            .zip(&again)
+                            .all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{name}"
+                    );
                 }
             }
         }
@@ -235,7 +293,14 @@ mod tests {
 
     #[test]
     fn products_of_few_rows_are_the_naive_sums() {
-        for size in [[1, 1, 1], [2, 3, 17], [4, 33, 8], [3, 17, 100], [1, 4200, 129], [2, 130, 1031]] {
+        for size in [
+            [1, 1, 1],
+            [2, 3, 17],
+            [4, 33, 8],
+            [3, 17, 100],
+            [1, 4200, 129],
+            [2, 130, 1031],
+        ] {
             check("f32", |x| x, size);
             check("bf16", bf16::from_f32, size);
             check("f16", f16::from_f32, size);

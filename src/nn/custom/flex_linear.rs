@@ -68,26 +68,46 @@ pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> O
     let grad = contiguous(grad.clone());
     // SAFETY: as above.
     let dx = matrix(rows * d_input, |dx| unsafe {
-        of.multiply(rows, Matrix::rows(floats(&grad), d_output), dx, d_input, false);
+        of.multiply(
+            rows,
+            Matrix::rows(floats(&grad), d_output),
+            dx,
+            d_input,
+            false,
+        );
     });
     Some(tensor(dx, with_width(&grad, d_input)))
 }
 
 /// `x^T grad`; of numbers rounded to bf16 where that is said and the processor multiplies them as such.
-pub(super) fn linear_backward_weight(x: &FlexTensor, grad: &FlexTensor, rounded: bool) -> Option<FlexTensor> {
+pub(super) fn linear_backward_weight(
+    x: &FlexTensor,
+    grad: &FlexTensor,
+    rounded: bool,
+) -> Option<FlexTensor> {
     let (rows, d_input, d_output) = (n_rows(x), *dims(x).last()?, *dims(grad).last()?);
     if !is_f32(&[x, grad]) || n_rows(grad) != rows || [rows, d_input, d_output].contains(&0) {
         return None;
     }
     let (x, grad) = (contiguous(x.clone()), contiguous(grad.clone()));
     let dw = matrix(d_input * d_output, |dw| {
-        let (x, grad) = (Matrix::rows(floats(&x), d_input).transposed(), Matrix::rows(floats(&grad), d_output));
+        let (x, grad) = (
+            Matrix::rows(floats(&x), d_input).transposed(),
+            Matrix::rows(floats(&grad), d_output),
+        );
         let size = [d_input, d_output, rows];
         // SAFETY: as above.
         unsafe {
-            match Engine::new(Kind::Bf16, true).filter(|_| rounded && size.iter().product::<usize>() >= SERIAL) {
+            match Engine::new(Kind::Bf16, true)
+                .filter(|_| rounded && size.iter().product::<usize>() >= SERIAL)
+            {
                 Some(engine) => {
-                    let output = Output { out: dw, width: d_output, factor: 1.0, add: false };
+                    let output = Output {
+                        out: dw,
+                        width: d_output,
+                        factor: 1.0,
+                        add: false,
+                    };
                     engine.product([d_input, d_output], x.left(rows), grad.right(rows), output);
                 }
                 None => product(size, x, grad, 1.0, dw.at(0), d_output, false, true),
@@ -108,11 +128,20 @@ pub(super) struct Factors {
 
 impl Factors {
     pub fn new(a: FlexTensor, b: FlexTensor, rank: usize) -> Option<Self> {
-        let (&[d_input, max_rank], &[rows, d_output]) = (dims(&a), dims(&b)) else { return None };
-        let fits = rows == max_rank && (1..=max_rank).contains(&rank) && d_input > 0 && d_output > 0;
+        let (&[d_input, max_rank], &[rows, d_output]) = (dims(&a), dims(&b)) else {
+            return None;
+        };
+        let fits =
+            rows == max_rank && (1..=max_rank).contains(&rank) && d_input > 0 && d_output > 0;
         (fits && is_f32(&[&a, &b])).then(|| {
             let (a, b) = (contiguous(a), contiguous(b));
-            Self { a, b, max_rank, d_input, d_output }
+            Self {
+                a,
+                b,
+                max_rank,
+                d_input,
+                d_output,
+            }
         })
     }
 
@@ -130,9 +159,12 @@ fn dropped(x: &[f32], dropout: Dropout) -> Option<Vec<f32>> {
     const CHUNK: usize = 16 * 1024;
     dropout.is_active().then(|| {
         let mut dropped = x.to_vec();
-        dropped.par_chunks_mut(CHUNK).enumerate().for_each(|(index, values)| {
-            dropout.for_each(index * CHUNK, values, |value, factor| *value *= factor);
-        });
+        dropped
+            .par_chunks_mut(CHUNK)
+            .enumerate()
+            .for_each(|(index, values)| {
+                dropout.for_each(index * CHUNK, values, |value, factor| *value *= factor);
+            });
         dropped
     })
 }
@@ -154,9 +186,22 @@ pub(super) fn lora_linear(
     let base_rows = Matrix::rows(floats(&x), d_input);
     let dropped = dropped(floats(&x), term.dropout);
     let of_h = |h: Shared| {
-        let x = dropped.as_ref().map_or(base_rows, |dropped| Matrix::rows(dropped, d_input));
+        let x = dropped
+            .as_ref()
+            .map_or(base_rows, |dropped| Matrix::rows(dropped, d_input));
         // SAFETY: the operands are alive, and the output is this one's; so below.
-        unsafe { product([rows, rank, d_input], x, factors.a(), term.scale as f32, h.at(0), rank, false, true) };
+        unsafe {
+            product(
+                [rows, rank, d_input],
+                x,
+                factors.a(),
+                term.scale as f32,
+                h.at(0),
+                rank,
+                false,
+                true,
+            )
+        };
     };
     let y_shape = with_width(&x, d_output);
     let (y, h) = if let Some(engine) = of.engine(rows) {
@@ -169,13 +214,23 @@ pub(super) fn lora_linear(
                 if dropped.is_some() {
                     of_h(h);
                 } else {
-                    let output = Output { out: h, width: rank, factor: term.scale as f32, add: false };
+                    let output = Output {
+                        out: h,
+                        width: rank,
+                        factor: term.scale as f32,
+                        add: false,
+                    };
                     left.times(rank, &[factors.a().right(d_input)], output);
                 }
             });
             left.pack(1, Matrix::rows(&h, rank).left(rank));
             let y = matrix(rows * d_output, |y| {
-                let output = Output { out: y, width: d_output, factor: 1.0, add: false };
+                let output = Output {
+                    out: y,
+                    width: d_output,
+                    factor: 1.0,
+                    add: false,
+                };
                 left.times(d_output, &[of.right(), factors.b().right(rank)], output);
             });
             (y, h)
@@ -186,7 +241,16 @@ pub(super) fn lora_linear(
         let y = matrix(rows * d_output, |y| unsafe {
             of.multiply(rows, base_rows, y, d_output, false);
             let size = [rows, d_output, rank];
-            product(size, Matrix::rows(&h, rank), factors.b(), 1.0, y.at(0), d_output, true, true);
+            product(
+                size,
+                Matrix::rows(&h, rank),
+                factors.b(),
+                1.0,
+                y.at(0),
+                d_output,
+                true,
+                true,
+            );
         });
         (y, h)
     };
@@ -194,17 +258,41 @@ pub(super) fn lora_linear(
 }
 
 /// `g = s grad B_r^T`, `[n, rank]`.
-pub(super) fn lora_backward_inner(b: &FlexTensor, grad: &FlexTensor, term: LoraTerm) -> Option<FlexTensor> {
-    let (&[max_rank, d_output], rows) = (dims(b), n_rows(grad)) else { return None };
-    if !is_f32(&[b, grad]) || dims(grad).last() != Some(&d_output) || rows == 0 || term.rank > max_rank {
+pub(super) fn lora_backward_inner(
+    b: &FlexTensor,
+    grad: &FlexTensor,
+    term: LoraTerm,
+) -> Option<FlexTensor> {
+    let (&[max_rank, d_output], rows) = (dims(b), n_rows(grad)) else {
+        return None;
+    };
+    if !is_f32(&[b, grad])
+        || dims(grad).last() != Some(&d_output)
+        || rows == 0
+        || term.rank > max_rank
+    {
         return None;
     }
     let (b, grad) = (contiguous(b.clone()), contiguous(grad.clone()));
     let g = matrix(rows * term.rank, |g| {
-        let (size, grad) = ([rows, term.rank, d_output], Matrix::rows(floats(&grad), d_output));
+        let (size, grad) = (
+            [rows, term.rank, d_output],
+            Matrix::rows(floats(&grad), d_output),
+        );
         let b = Matrix::rows(floats(&b), d_output).transposed();
         // SAFETY: as above.
-        unsafe { product(size, grad, b, term.scale as f32, g.at(0), term.rank, false, true) };
+        unsafe {
+            product(
+                size,
+                grad,
+                b,
+                term.scale as f32,
+                g.at(0),
+                term.rank,
+                false,
+                true,
+            )
+        };
     });
     Some(tensor(g, Shape::from([rows, term.rank])))
 }
@@ -217,14 +305,21 @@ pub(super) fn lora_backward_input(
     grad: &FlexTensor,
     term: LoraTerm,
 ) -> Option<(FlexTensor, FlexTensor)> {
-    let (of, factors) = (Weight::new(weight)?.transposed(), Factors::new(a, b, term.rank)?);
+    let (of, factors) = (
+        Weight::new(weight)?.transposed(),
+        Factors::new(a, b, term.rank)?,
+    );
     let ([d_output, d_input], rows, rank) = (of.dims(), n_rows(grad), term.rank);
-    let fits = [d_input, d_output] == [factors.d_input, factors.d_output] && dims(grad).last() == Some(&d_output);
+    let fits = [d_input, d_output] == [factors.d_input, factors.d_output]
+        && dims(grad).last() == Some(&d_output);
     if !fits || !is_f32(&[grad]) || rows == 0 {
         return None;
     }
     let grad = contiguous(grad.clone());
-    let (shape, grads) = (with_width(&grad, d_input), Matrix::rows(floats(&grad), d_output));
+    let (shape, grads) = (
+        with_width(&grad, d_input),
+        Matrix::rows(floats(&grad), d_output),
+    );
     let (a, b) = (factors.a().transposed(), factors.b().transposed());
     let (dx, g) = match of.engine(rows) {
         Some(engine) => {
@@ -234,15 +329,33 @@ pub(super) fn lora_backward_input(
             unsafe {
                 left.pack(0, grads.left(d_output));
                 let g = matrix(rows * rank, |g| {
-                    let output = Output { out: g, width: rank, factor: term.scale as f32, add: false };
+                    let output = Output {
+                        out: g,
+                        width: rank,
+                        factor: term.scale as f32,
+                        add: false,
+                    };
                     left.times(rank, &[b.right(d_output)], output);
                 });
                 left.pack(1, Matrix::rows(&g, rank).left(rank));
                 let right = [of.right(), a.right(rank)];
                 // A dropped update is added below.
-                let parts = if term.dropout.is_active() { &right[..1] } else { &right };
+                let parts = if term.dropout.is_active() {
+                    &right[..1]
+                } else {
+                    &right
+                };
                 let dx = matrix(rows * d_input, |dx| {
-                    left.times(d_input, parts, Output { out: dx, width: d_input, factor: 1.0, add: false });
+                    left.times(
+                        d_input,
+                        parts,
+                        Output {
+                            out: dx,
+                            width: d_input,
+                            factor: 1.0,
+                            add: false,
+                        },
+                    );
                 });
                 (dx, g)
             }
@@ -250,14 +363,32 @@ pub(super) fn lora_backward_input(
         None => {
             // SAFETY: as above.
             let g = matrix(rows * rank, |g| unsafe {
-                product([rows, rank, d_output], grads, b, term.scale as f32, g.at(0), rank, false, true);
+                product(
+                    [rows, rank, d_output],
+                    grads,
+                    b,
+                    term.scale as f32,
+                    g.at(0),
+                    rank,
+                    false,
+                    true,
+                );
             });
             // SAFETY: as above.
             let dx = matrix(rows * d_input, |dx| unsafe {
                 of.multiply(rows, grads, dx, d_input, false);
                 if !term.dropout.is_active() {
                     let size = [rows, d_input, rank];
-                    product(size, Matrix::rows(&g, rank), a, 1.0, dx.at(0), d_input, true, true);
+                    product(
+                        size,
+                        Matrix::rows(&g, rank),
+                        a,
+                        1.0,
+                        dx.at(0),
+                        d_input,
+                        true,
+                        true,
+                    );
                 }
             });
             (dx, g)
@@ -280,10 +411,26 @@ fn add_dropped(dx: &mut [f32], g: &[f32], a: Matrix, d_input: usize, term: LoraT
         let size = [part.len() / rank, d_input, rank];
         let mut update = matrix(out.len(), |update| {
             // SAFETY: the operands are alive, and the output is this one's.
-            unsafe { product(size, Matrix::rows(part, rank), a, 1.0, update.at(0), d_input, false, false) };
+            unsafe {
+                product(
+                    size,
+                    Matrix::rows(part, rank),
+                    a,
+                    1.0,
+                    update.at(0),
+                    d_input,
+                    false,
+                    false,
+                )
+            };
         });
-        term.dropout.for_each(index * block * d_input, &mut update, |value, factor| *value *= factor);
-        out.iter_mut().zip(update).for_each(|(out, update)| *out += update);
+        term.dropout
+            .for_each(index * block * d_input, &mut update, |value, factor| {
+                *value *= factor
+            });
+        out.iter_mut()
+            .zip(update)
+            .for_each(|(out, update)| *out += update);
     });
 }
 
@@ -296,8 +443,12 @@ pub(super) fn lora_backward_factors(
     max_rank: usize,
     term: LoraTerm,
 ) -> Option<(FlexTensor, FlexTensor)> {
-    let (rows, rank, d_input, d_output) = (n_rows(x), term.rank, *dims(x).last()?, *dims(grad).last()?);
-    let fits = dims(h) == [rows, rank] && dims(g) == [rows, rank] && n_rows(grad) == rows && rank <= max_rank;
+    let (rows, rank, d_input, d_output) =
+        (n_rows(x), term.rank, *dims(x).last()?, *dims(grad).last()?);
+    let fits = dims(h) == [rows, rank]
+        && dims(g) == [rows, rank]
+        && n_rows(grad) == rows
+        && rank <= max_rank;
     if !fits || !is_f32(&[x, h, g, grad]) {
         return None;
     }
@@ -306,24 +457,60 @@ pub(super) fn lora_backward_factors(
     let x = Matrix::rows(dropped.as_deref().unwrap_or(floats(&x)), d_input);
     let mut da = vec![0.0_f32; d_input * max_rank];
     let mut db = vec![0.0_f32; max_rank * d_output];
-    let (h, g, grad) =
-        (Matrix::rows(floats(&h), rank), Matrix::rows(floats(&g), rank), Matrix::rows(floats(&grad), d_output));
+    let (h, g, grad) = (
+        Matrix::rows(floats(&h), rank),
+        Matrix::rows(floats(&g), rank),
+        Matrix::rows(floats(&grad), d_output),
+    );
     // SAFETY: as above.
     unsafe {
-        product([d_input, rank, rows], x.transposed(), g, 1.0, da.as_mut_ptr(), max_rank, false, true);
+        product(
+            [d_input, rank, rows],
+            x.transposed(),
+            g,
+            1.0,
+            da.as_mut_ptr(),
+            max_rank,
+            false,
+            true,
+        );
         if Engine::new(Kind::F32, true).is_some() {
-            product([rank, d_output, rows], h.transposed(), grad, 1.0, db.as_mut_ptr(), d_output, false, true);
+            product(
+                [rank, d_output, rows],
+                h.transposed(),
+                grad,
+                1.0,
+                db.as_mut_ptr(),
+                d_output,
+                false,
+                true,
+            );
         } else {
             // The thin matrix on the right and the result turned afterwards: twice as fast by the `gemm` crate.
             let turned = matrix(d_output * rank, |turned| {
-                product([d_output, rank, rows], grad.transposed(), h, 1.0, turned.at(0), rank, false, true);
+                product(
+                    [d_output, rank, rows],
+                    grad.transposed(),
+                    h,
+                    1.0,
+                    turned.at(0),
+                    rank,
+                    false,
+                    true,
+                );
             });
             for (output, turned) in turned.chunks_exact(rank).enumerate() {
-                turned.iter().enumerate().for_each(|(row, value)| db[row * d_output + output] = *value);
+                turned
+                    .iter()
+                    .enumerate()
+                    .for_each(|(row, value)| db[row * d_output + output] = *value);
             }
         }
     }
-    Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
+    Some((
+        tensor(da, Shape::from([d_input, max_rank])),
+        tensor(db, Shape::from([max_rank, d_output])),
+    ))
 }
 
 /// What [`head`] finds: the summed loss, that against the targets alone, and the gradients that were asked for.
@@ -356,11 +543,17 @@ pub(super) fn head(
     if dims(hidden) != [n, d_model] {
         return None;
     }
-    if teacher.as_ref().is_some_and(|teacher| !is_f32(&[&teacher.hidden]) || dims(&teacher.hidden) != [n, d_model]) {
+    if teacher
+        .as_ref()
+        .is_some_and(|teacher| !is_f32(&[&teacher.hidden]) || dims(&teacher.hidden) != [n, d_model])
+    {
         return None;
     }
     let (hidden, level) = (contiguous(hidden.clone()), Level::detect());
-    let teacher = teacher.map(|teacher| Teacher { hidden: contiguous(teacher.hidden), ..teacher });
+    let teacher = teacher.map(|teacher| Teacher {
+        hidden: contiguous(teacher.hidden),
+        ..teacher
+    });
     let values = floats(&hidden);
     let mut grad_hidden = vec![0.0_f32; if want_hidden { n * d_model } else { 0 }];
     let mut grad_weight = vec![0.0_f32; if want_weight { d_model * n_classes } else { 0 }];
@@ -375,7 +568,10 @@ pub(super) fn head(
         // SAFETY: the operands are alive, and the outputs are this one's; so below.
         unsafe { of.multiply(rows, chunk, Shared(logits.as_mut_ptr()), n_classes, false) };
         let want_gradient = want_hidden || want_weight;
-        let lines = logits.par_chunks_exact_mut(n_classes).with_min_len(task_rows(n_classes)).enumerate();
+        let lines = logits
+            .par_chunks_exact_mut(n_classes)
+            .with_min_len(task_rows(n_classes))
+            .enumerate();
         // By row: the loss, and that against the target.
         let losses: Vec<[f32; 2]> = if let Some(Teacher { hidden, mix }) = &teacher {
             let taught = &mut taught[..rows * n_classes];
@@ -392,7 +588,10 @@ pub(super) fn head(
                 let nll = log_sum_exp - target;
                 [soft * cross_entropy + hard * nll, nll]
             };
-            lines.zip(taught.par_chunks_exact_mut(n_classes)).map(row).collect()
+            lines
+                .zip(taught.par_chunks_exact_mut(n_classes))
+                .map(row)
+                .collect()
         } else {
             let row = |(row, logits): (usize, &mut [f32])| {
                 let class = classes.get(first + row);
@@ -417,7 +616,18 @@ pub(super) fn head(
         if want_weight {
             let (size, out) = ([d_model, n_classes, rows], grad_weight.as_mut_ptr());
             // SAFETY: as above.
-            unsafe { product(size, chunk.transposed(), slopes, 1.0, out, n_classes, true, true) };
+            unsafe {
+                product(
+                    size,
+                    chunk.transposed(),
+                    slopes,
+                    1.0,
+                    out,
+                    n_classes,
+                    true,
+                    true,
+                )
+            };
         }
     }
     let scalar = |value: f64| tensor(vec![value as f32], Shape::from([1]));

@@ -35,16 +35,29 @@ unsafe impl Sync for Matrix {}
 impl Matrix {
     /// Row-major, with `width` elements from row to row.
     pub fn rows(values: &[f32], width: usize) -> Self {
-        Self { first: values.as_ptr(), row: width as isize, column: 1 }
+        Self {
+            first: values.as_ptr(),
+            row: width as isize,
+            column: 1,
+        }
     }
 
     pub fn transposed(self) -> Self {
-        Self { row: self.column, column: self.row, ..self }
+        Self {
+            row: self.column,
+            column: self.row,
+            ..self
+        }
     }
 
     /// Its rows as the lines of a product's left operand with an inner dimension of `inner`.
     pub fn left(self, inner: usize) -> Operand {
-        Operand { first: Numbers::F32(self.first), line: self.row, step: self.column, inner }
+        Operand {
+            first: Numbers::F32(self.first),
+            line: self.row,
+            step: self.column,
+            inner,
+        }
     }
 
     /// Its columns as the lines of a right operand.
@@ -55,7 +68,10 @@ impl Matrix {
     /// The same matrix from row `row` and column `column` on.
     pub fn from(self, row: usize, column: usize) -> Self {
         let offset = row as isize * self.row + column as isize * self.column;
-        Self { first: self.first.wrapping_offset(offset), ..self }
+        Self {
+            first: self.first.wrapping_offset(offset),
+            ..self
+        }
     }
 }
 
@@ -93,12 +109,21 @@ pub(super) unsafe fn product(
         && m * n * k >= PACKED
         && let Some(engine) = Engine::new(Kind::F32, parallel)
     {
-        let output = Output { out: Shared(out), width, factor, add };
+        let output = Output {
+            out: Shared(out),
+            width,
+            factor,
+            add,
+        };
         // SAFETY: the caller's promise.
         unsafe { engine.product([m, n], a.left(k), b.right(k), output) };
         return;
     }
-    let threads = if parallel && m * n * k >= SERIAL { Parallelism::Rayon(0) } else { Parallelism::None };
+    let threads = if parallel && m * n * k >= SERIAL {
+        Parallelism::Rayon(0)
+    } else {
+        Parallelism::None
+    };
     let (ac, ar, bc, br) = (a.column, a.row, b.column, b.row);
     // SAFETY: the caller's promise.
     unsafe {
@@ -167,15 +192,31 @@ impl<'a> Weight<'a> {
     }
 
     pub fn transposed(self) -> Self {
-        Self { dims: [self.dims[1], self.dims[0]], strides: [self.strides[1], self.strides[0]], ..self }
+        Self {
+            dims: [self.dims[1], self.dims[0]],
+            strides: [self.strides[1], self.strides[0]],
+            ..self
+        }
     }
 
     /// The elements in `rows` and `columns` as `f32` in `scratch`, in the order in which they lie in memory.
-    fn widen(&self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>, scratch: &mut Vec<f32>) -> Matrix {
+    fn widen(
+        &self,
+        rows: std::ops::Range<usize>,
+        columns: std::ops::Range<usize>,
+        scratch: &mut Vec<f32>,
+    ) -> Matrix {
         let turned = self.strides[0] < self.strides[1];
-        let (lines, line) = if turned { (columns.clone(), rows.clone()) } else { (rows.clone(), columns.clone()) };
-        let (line_stride, step) =
-            if turned { (self.strides[1], self.strides[0]) } else { (self.strides[0], self.strides[1]) };
+        let (lines, line) = if turned {
+            (columns.clone(), rows.clone())
+        } else {
+            (rows.clone(), columns.clone())
+        };
+        let (line_stride, step) = if turned {
+            (self.strides[1], self.strides[0])
+        } else {
+            (self.strides[0], self.strides[1])
+        };
         let width = line.len();
         if scratch.len() < lines.len() * width {
             scratch.resize(lines.len() * width, 0.0);
@@ -213,7 +254,9 @@ impl<'a> Weight<'a> {
             for row in 0..rows.len() as isize {
                 let line = matrix.first.wrapping_offset(row * matrix.row);
                 // SAFETY: `lines` holds these elements, in the order that the strides tell.
-                scratch.extend((0..n as isize).map(|column| unsafe { *line.offset(column * matrix.column) }));
+                scratch.extend(
+                    (0..n as isize).map(|column| unsafe { *line.offset(column * matrix.column) }),
+                );
             }
             return;
         }
@@ -227,7 +270,12 @@ impl<'a> Weight<'a> {
             Values::Bf16(values) => Numbers::Bf16(values.as_ptr().wrapping_add(self.start)),
             Values::F16(values) => Numbers::F16(values.as_ptr().wrapping_add(self.start)),
         };
-        Operand { first, line: self.strides[1], step: self.strides[0], inner: self.dims[0] }
+        Operand {
+            first,
+            line: self.strides[1],
+            step: self.strides[0],
+            inner: self.dims[0],
+        }
     }
 
     /// What multiplies `m` rows by this weight, where there is enough to do and the processor has the instructions: bf16 as
@@ -240,7 +288,9 @@ impl<'a> Weight<'a> {
             Values::F32(_) => Engine::new(Kind::F32, true),
             _ if multiplications < SERIAL => None,
             Values::F16(_) => Engine::new(Kind::F32, true),
-            Values::Bf16(_) => Engine::new(Kind::Bf16, true).or_else(|| Engine::new(Kind::F32, true)),
+            Values::Bf16(_) => {
+                Engine::new(Kind::Bf16, true).or_else(|| Engine::new(Kind::F32, true))
+            }
         }
     }
 
@@ -257,9 +307,15 @@ impl<'a> Weight<'a> {
             // SAFETY: the caller's promise.
             let done = unsafe {
                 match self.values {
-                    Values::F32(values) => flex_few::multiply(m, a, &values[start..], self.dims, strides, output),
-                    Values::Bf16(values) => flex_few::multiply(m, a, &values[start..], self.dims, strides, output),
-                    Values::F16(values) => flex_few::multiply(m, a, &values[start..], self.dims, strides, output),
+                    Values::F32(values) => {
+                        flex_few::multiply(m, a, &values[start..], self.dims, strides, output)
+                    }
+                    Values::Bf16(values) => {
+                        flex_few::multiply(m, a, &values[start..], self.dims, strides, output)
+                    }
+                    Values::F16(values) => {
+                        flex_few::multiply(m, a, &values[start..], self.dims, strides, output)
+                    }
                 }
             };
             if done {
@@ -268,17 +324,37 @@ impl<'a> Weight<'a> {
         }
         if let Some(engine) = self.engine(m) {
             // SAFETY: the caller's promise.
-            unsafe { engine.product([m, n], a.left(k), self.right(), Output { out, width, factor: 1.0, add }) };
+            unsafe {
+                engine.product(
+                    [m, n],
+                    a.left(k),
+                    self.right(),
+                    Output {
+                        out,
+                        width,
+                        factor: 1.0,
+                        add,
+                    },
+                )
+            };
             return;
         }
         if let Values::F32(values) = self.values {
             let first = values.as_ptr().wrapping_add(self.start);
-            let matrix = Matrix { first, row: self.strides[0], column: self.strides[1] };
+            let matrix = Matrix {
+                first,
+                row: self.strides[0],
+                column: self.strides[1],
+            };
             // SAFETY: the layout stays within the storage, and the caller's promise.
             unsafe { product([m, n, k], a, matrix, 1.0, out.at(0), width, add, true) };
             return;
         }
-        let threads = if m * n * k >= SERIAL { rayon::current_num_threads() } else { 1 };
+        let threads = if m * n * k >= SERIAL {
+            rayon::current_num_threads()
+        } else {
+            1
+        };
         let columns = n.div_ceil(threads).next_multiple_of(16).min(PANEL_COLUMNS);
         let panel = |scratch: &mut Vec<f32>, index: usize| {
             let range = index * columns..((index + 1) * columns).min(n);
@@ -287,7 +363,18 @@ impl<'a> Weight<'a> {
                 let panel = self.widen(rows.clone(), range.clone(), scratch);
                 let (size, add) = ([m, range.len(), rows.len()], add || first > 0);
                 // SAFETY: as above; the columns of `out` are this task's.
-                unsafe { product(size, a.from(0, first), panel, 1.0, out.at(range.start), width, add, false) };
+                unsafe {
+                    product(
+                        size,
+                        a.from(0, first),
+                        panel,
+                        1.0,
+                        out.at(range.start),
+                        width,
+                        add,
+                        false,
+                    )
+                };
             }
         };
         let panels = n.div_ceil(columns);

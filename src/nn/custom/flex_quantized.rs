@@ -24,10 +24,17 @@ impl<'a> Grid<'a> {
         [d_input, d_output]: [usize; 2],
         term: &GridTerm,
     ) -> Option<Self> {
-        let &[n_groups, width] = dims(scales) else { return None };
+        let &[n_groups, width] = dims(scales) else {
+            return None;
+        };
         let fits = width == d_output && dims(zeros) == dims(scales) && is_f32(&[scales, zeros]);
         let known = (0..d_input).all(|row| term.groups.of(row) < n_groups);
-        (fits && known).then(|| Self { scales: floats(scales), zeros: floats(zeros), d_output, n_groups })
+        (fits && known).then(|| Self {
+            scales: floats(scales),
+            zeros: floats(zeros),
+            d_output,
+            n_groups,
+        })
     }
 
     fn group(&self, group: usize) -> (&'a [f32], &'a [f32]) {
@@ -44,8 +51,14 @@ pub(super) fn sum(
     [scales, zeros]: &[FlexTensor; 2],
     term: &GridTerm,
 ) -> Option<FlexTensor> {
-    let &[d_input, d_output] = dims(weight) else { return None };
-    let (grid, level, top) = (Grid::new(scales, zeros, [d_input, d_output], term)?, Level::detect(), term.top());
+    let &[d_input, d_output] = dims(weight) else {
+        return None;
+    };
+    let (grid, level, top) = (
+        Grid::new(scales, zeros, [d_input, d_output], term)?,
+        Level::detect(),
+        term.top(),
+    );
     summed_rows(weight, mask, a, b, term.lora, |row, out, base, mask| {
         let (scales, zeros) = grid.group(term.groups.of(row));
         simd::quantize_sum(level, out, base, mask, scales, zeros, top);
@@ -60,7 +73,9 @@ pub(super) fn backward_scales(
     grad: &FlexTensor,
     term: &GridTerm,
 ) -> Option<FlexTensor> {
-    let &[d_input, d_output] = dims(sum) else { return None };
+    let &[d_input, d_output] = dims(sum) else {
+        return None;
+    };
     let grid = Grid::new(scales, zeros, [d_input, d_output], term)?;
     if !is_f32(&[sum, grad]) || dims(grad) != dims(sum) || d_output == 0 {
         return None;
@@ -73,7 +88,15 @@ pub(super) fn backward_scales(
         let (scales, zeros) = grid.group(group);
         for row in &members[group] {
             let range = row * d_output..(row + 1) * d_output;
-            simd::scale_gradient(level, sums, &weights[range.clone()], &grads[range], scales, zeros, top);
+            simd::scale_gradient(
+                level,
+                sums,
+                &weights[range.clone()],
+                &grads[range],
+                scales,
+                zeros,
+                top,
+            );
         }
     });
     Some(tensor(sums, Shape::from([grid.n_groups, d_output])))

@@ -38,7 +38,9 @@ pub(super) fn summed_weight(
     term: LoraTerm,
 ) -> Option<FlexTensor> {
     let level = Level::detect();
-    summed_rows(weight, mask, a, b, term, |_, out, base, mask| masked::add_masked(level, out, base, mask))
+    summed_rows(weight, mask, a, b, term, |_, out, base, mask| {
+        masked::add_masked(level, out, base, mask)
+    })
 }
 
 /// A matrix of the weight's shape, row block by row block: `finish` is given a row's number, its part of `s A_r B_r`, to be
@@ -61,18 +63,33 @@ pub(super) fn summed_rows(
     // Rows from block `index` on, as far as `out` goes, which is written completely.
     let fill = |index: usize, out: &mut [MaybeUninit<f32>], scratch: &mut Vec<f32>| {
         let range = index * rows..index * rows + out.len() / d_output;
-        let a = Matrix::rows(&floats(&factors.a)[range.start * factors.max_rank..], factors.max_rank);
+        let a = Matrix::rows(
+            &floats(&factors.a)[range.start * factors.max_rank..],
+            factors.max_rank,
+        );
         let size = [range.len(), d_output, term.rank];
         // SAFETY: the operands are alive, and the rows are this task's; the product writes all of them.
         unsafe {
             let first = out.as_mut_ptr().cast();
-            product(size, a, factors.b(), term.scale as f32, first, d_output, false, false);
+            product(
+                size,
+                a,
+                factors.b(),
+                term.scale as f32,
+                first,
+                d_output,
+                false,
+                false,
+            );
         }
         // SAFETY: as above.
         let out = unsafe { out.assume_init_mut() };
         let mask = &mask[range.start * d_output..];
         base.copy_rows(range.clone(), scratch);
-        let lines = out.chunks_exact_mut(d_output).zip(scratch.chunks_exact(d_output)).zip(mask.chunks_exact(d_output));
+        let lines = out
+            .chunks_exact_mut(d_output)
+            .zip(scratch.chunks_exact(d_output))
+            .zip(mask.chunks_exact(d_output));
         for (row, ((out, base), mask)) in range.zip(lines) {
             finish(row, out, base, mask);
         }
@@ -80,21 +97,28 @@ pub(super) fn summed_rows(
     let shape = Shape::from([d_input, d_output]);
     if weight.dtype() == DType::BF16 {
         let (mut sum, level) = (Vec::<bf16>::with_capacity(n), Level::detect());
-        let blocks = sum.spare_capacity_mut()[..n].par_chunks_mut(rows * d_output).enumerate();
-        blocks.for_each_init(Default::default, |(wide, scratch): &mut (Vec<f32>, Vec<f32>), (index, out)| {
-            wide.clear();
-            wide.reserve(out.len());
-            let wide = &mut wide.spare_capacity_mut()[..out.len()];
-            fill(index, wide, scratch);
-            // SAFETY: filled.
-            masked::round_to_bf16(level, unsafe { wide.assume_init_ref() }, out);
-        });
+        let blocks = sum.spare_capacity_mut()[..n]
+            .par_chunks_mut(rows * d_output)
+            .enumerate();
+        blocks.for_each_init(
+            Default::default,
+            |(wide, scratch): &mut (Vec<f32>, Vec<f32>), (index, out)| {
+                wide.clear();
+                wide.reserve(out.len());
+                let wide = &mut wide.spare_capacity_mut()[..out.len()];
+                fill(index, wide, scratch);
+                // SAFETY: filled.
+                masked::round_to_bf16(level, unsafe { wide.assume_init_ref() }, out);
+            },
+        );
         // SAFETY: every element of every block was written.
         unsafe { sum.set_len(n) };
         return Some(FlexTensor::from_data(TensorData::new(sum, shape)));
     }
     let mut sum = Vec::<f32>::with_capacity(n);
-    let blocks = sum.spare_capacity_mut()[..n].par_chunks_mut(rows * d_output).enumerate();
+    let blocks = sum.spare_capacity_mut()[..n]
+        .par_chunks_mut(rows * d_output)
+        .enumerate();
     blocks.for_each_init(Vec::new, |scratch, (index, out)| fill(index, out, scratch));
     // SAFETY: as above.
     unsafe { sum.set_len(n) };
@@ -115,14 +139,30 @@ pub(super) fn backward_factors(
     rounded: bool,
 ) -> Option<(FlexTensor, FlexTensor)> {
     let factors = Factors::new(a, b, term.rank)?;
-    let (d_input, d_output, rank, max_rank) = (factors.d_input, factors.d_output, term.rank, factors.max_rank);
+    let (d_input, d_output, rank, max_rank) = (
+        factors.d_input,
+        factors.d_output,
+        term.rank,
+        factors.max_rank,
+    );
     let (rows, mask) = (n_rows(x), mask_bytes(mask, [d_input, d_output])?);
-    let fits = dims(x).last() == Some(&d_input) && dims(grad).last() == Some(&d_output) && n_rows(grad) == rows;
+    let fits = dims(x).last() == Some(&d_input)
+        && dims(grad).last() == Some(&d_output)
+        && n_rows(grad) == rows;
     if !fits || !is_f32(&[x, grad]) || rows * d_input * d_output < SERIAL {
         return None;
     }
-    let engine = Engine::new(Kind::Bf16, true).filter(|_| rounded).or_else(|| Engine::new(Kind::F32, true))?;
-    let (thin, level, scale) = (Engine { parallel: false, ..engine }, Level::detect(), term.scale as f32);
+    let engine = Engine::new(Kind::Bf16, true)
+        .filter(|_| rounded)
+        .or_else(|| Engine::new(Kind::F32, true))?;
+    let (thin, level, scale) = (
+        Engine {
+            parallel: false,
+            ..engine
+        },
+        Level::detect(),
+        term.scale as f32,
+    );
     let (x, grad) = (contiguous(x.clone()), contiguous(grad.clone()));
     let left = Left::new(engine, d_input, &[rows]);
     // SAFETY: the operand is alive and of this size.
@@ -140,16 +180,41 @@ pub(super) fn backward_factors(
             let each = |first: usize, strip: &mut [f32]| {
                 let n = strip.len() / count;
                 for (row, strip) in strip.chunks_exact_mut(count).enumerate() {
-                    masked::keep_masked(level, strip, &mask[(first + row) * d_output + start..][..count]);
+                    masked::keep_masked(
+                        level,
+                        strip,
+                        &mask[(first + row) * d_output + start..][..count],
+                    );
                 }
                 let strip = Matrix::rows(strip, count);
-                let (a, b) = (factors.a().from(first, 0).transposed(), factors.b().from(0, start).transposed());
-                let (of_a, of_b) = (Shared(da[first * rank..].as_mut_ptr()), Shared(of_b.at(start)));
-                let output = |out, width| Output { out, width, factor: scale, add: true };
+                let (a, b) = (
+                    factors.a().from(first, 0).transposed(),
+                    factors.b().from(0, start).transposed(),
+                );
+                let (of_a, of_b) = (
+                    Shared(da[first * rank..].as_mut_ptr()),
+                    Shared(of_b.at(start)),
+                );
+                let output = |out, width| Output {
+                    out,
+                    width,
+                    factor: scale,
+                    add: true,
+                };
                 // SAFETY: the operands are alive, and the outputs this task's: its share, and its columns.
                 unsafe {
-                    thin.product([n, rank], strip.left(count), b.right(count), output(of_a, rank));
-                    thin.product([rank, count], a.left(n), strip.right(n), output(of_b, d_output));
+                    thin.product(
+                        [n, rank],
+                        strip.left(count),
+                        b.right(count),
+                        output(of_a, rank),
+                    );
+                    thin.product(
+                        [rank, count],
+                        a.left(n),
+                        strip.right(n),
+                        output(of_b, d_output),
+                    );
                 }
             };
             // SAFETY: the left operand is packed, and the right one is alive and of these sizes.
@@ -157,7 +222,11 @@ pub(super) fn backward_factors(
         }
         da
     };
-    let shares: Vec<Vec<f32>> = (0..tasks).into_par_iter().with_max_len(1).map(task).collect();
+    let shares: Vec<Vec<f32>> = (0..tasks)
+        .into_par_iter()
+        .with_max_len(1)
+        .map(task)
+        .collect();
     drop(left);
     let mut da = vec![0.0; d_input * max_rank];
     let some = weight_rows(max_rank);
@@ -165,11 +234,16 @@ pub(super) fn backward_factors(
         for (row, da) in da.chunks_exact_mut(max_rank).enumerate() {
             let first = (index * some + row) * rank;
             for share in &shares {
-                da.iter_mut().zip(&share[first..first + rank]).for_each(|(da, share)| *da += share);
+                da.iter_mut()
+                    .zip(&share[first..first + rank])
+                    .for_each(|(da, share)| *da += share);
             }
         }
     });
-    Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
+    Some((
+        tensor(da, Shape::from([d_input, max_rank])),
+        tensor(db, Shape::from([max_rank, d_output])),
+    ))
 }
 
 /// Gradients of the factors from that of the summed weight: `s (grad * M) B_r^T` and `s A_r^T (grad * M)`, one pass over the
@@ -182,7 +256,12 @@ pub(super) fn summed_weight_backward(
     term: LoraTerm,
 ) -> Option<(FlexTensor, FlexTensor)> {
     let factors = Factors::new(a, b, term.rank)?;
-    let (d_input, d_output, rank, max_rank) = (factors.d_input, factors.d_output, term.rank, factors.max_rank);
+    let (d_input, d_output, rank, max_rank) = (
+        factors.d_input,
+        factors.d_output,
+        term.rank,
+        factors.max_rank,
+    );
     let mask = mask_bytes(mask, [d_input, d_output])?;
     if !is_f32(&[&grad]) || dims(&grad) != [d_input, d_output] {
         return None;
@@ -192,7 +271,10 @@ pub(super) fn summed_weight_backward(
     let grad: &mut [f32] = grad.storage_mut();
     let mut da = vec![0.0; d_input * max_rank];
     // A task's share of B's gradient; they are added in the order of rows, whatever the threads. Few, so that they are small.
-    let tasks = grad.par_chunks_mut(rows * d_output).zip(da.par_chunks_mut(rows * max_rank)).enumerate();
+    let tasks = grad
+        .par_chunks_mut(rows * d_output)
+        .zip(da.par_chunks_mut(rows * max_rank))
+        .enumerate();
     let shares: Vec<Vec<f32>> = tasks
         .map(|(index, (grad, da))| {
             let (first, count) = (index * rows, grad.len() / d_output);
@@ -202,9 +284,27 @@ pub(super) fn summed_weight_backward(
             // SAFETY: as above.
             unsafe {
                 let b = factors.b().transposed();
-                product([count, rank, d_output], grad, b, scale, da.as_mut_ptr(), max_rank, false, false);
+                product(
+                    [count, rank, d_output],
+                    grad,
+                    b,
+                    scale,
+                    da.as_mut_ptr(),
+                    max_rank,
+                    false,
+                    false,
+                );
                 matrix(rank * d_output, |db| {
-                    product([rank, d_output, count], a, grad, scale, db.at(0), d_output, false, false);
+                    product(
+                        [rank, d_output, count],
+                        a,
+                        grad,
+                        scale,
+                        db.at(0),
+                        d_output,
+                        false,
+                        false,
+                    );
                 })
             }
         })
@@ -212,8 +312,13 @@ pub(super) fn summed_weight_backward(
     let mut db = vec![0.0; max_rank * d_output];
     for_chunks(&mut db[..rank * d_output], d_output, |row, db| {
         for share in &shares {
-            db.iter_mut().zip(&share[row * d_output..]).for_each(|(db, share)| *db += share);
+            db.iter_mut()
+                .zip(&share[row * d_output..])
+                .for_each(|(db, share)| *db += share);
         }
     });
-    Some((tensor(da, Shape::from([d_input, max_rank])), tensor(db, Shape::from([max_rank, d_output]))))
+    Some((
+        tensor(da, Shape::from([d_input, max_rank])),
+        tensor(db, Shape::from([max_rank, d_output])),
+    ))
 }

@@ -19,12 +19,34 @@ fn pool() -> &'static Pool {
 /// `x W^T`, row-major `[rows, out]`, for `x` `[rows, in]`; none where the shapes do not fit.
 fn multiply(weight: &StoredMatrix, x: &[f32], rows: usize) -> Option<Vec<f32>> {
     let (inputs, outputs) = (weight.cols(), weight.rows());
-    let layer = [Linear { weight, outputs, bias: None, adapter: None }];
+    let layer = [Linear {
+        weight,
+        outputs,
+        bias: None,
+        adapter: None,
+    }];
     let mut y = vec![0.0; rows * outputs];
     let mut scratch = vec![0; scratch_bytes(pool(), &layer, rows, inputs, Activations::default())];
-    let x = Rows { values: x, rows, stride: inputs };
-    let mut out = [RowsMut { values: &mut y, rows, stride: outputs }];
-    forward(pool(), &layer, x, inputs, &mut out, Activations::default(), &mut Scratch::new(&mut scratch)).ok()?;
+    let x = Rows {
+        values: x,
+        rows,
+        stride: inputs,
+    };
+    let mut out = [RowsMut {
+        values: &mut y,
+        rows,
+        stride: outputs,
+    }];
+    forward(
+        pool(),
+        &layer,
+        x,
+        inputs,
+        &mut out,
+        Activations::default(),
+        &mut Scratch::new(&mut scratch),
+    )
+    .ok()?;
     Some(y)
 }
 

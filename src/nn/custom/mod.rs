@@ -25,7 +25,13 @@
 )]
 
 mod autodiff;
-#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm"))]
+#[cfg(any(
+    feature = "wgpu",
+    feature = "vulkan",
+    feature = "metal",
+    feature = "cuda",
+    feature = "rocm"
+))]
 mod cube;
 #[cfg(feature = "flex")]
 mod flex;
@@ -121,7 +127,11 @@ pub trait DecoderOps: Backend {
     }
 
     /// Gradient of the weight, apart from that of `x` because a frozen weight needs none.
-    fn rms_norm_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+    fn rms_norm_backward_weight(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self> {
         portable::rms_norm_backward_weight::<Self>(x, grad, eps)
     }
 
@@ -145,13 +155,20 @@ pub trait DecoderOps: Backend {
     }
 
     /// Gradient of `x`.
-    fn mixed_linear_backward_input(weight: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn mixed_linear_backward_input(
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
         portable::linear_backward_input::<Self>(weight, grad)
     }
 
     /// Gradient of the weight, apart from that of `x` because a frozen weight needs none. `rounded` as in
     /// [`Self::summed_linear_backward_factors`].
-    fn mixed_linear_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>, rounded: bool) -> FloatTensor<Self> {
+    fn mixed_linear_backward_weight(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        rounded: bool,
+    ) -> FloatTensor<Self> {
         let _ = rounded;
         portable::linear_backward_weight::<Self>(x, grad)
     }
@@ -168,7 +185,11 @@ pub trait DecoderOps: Backend {
     }
 
     /// `g = s grad B_r^T`, `[n, rank]`, from which the other gradients follow.
-    fn lora_backward_inner(b: FloatTensor<Self>, grad: FloatTensor<Self>, term: LoraTerm) -> FloatTensor<Self> {
+    fn lora_backward_inner(
+        b: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        term: LoraTerm,
+    ) -> FloatTensor<Self> {
         portable::lora_backward_inner::<Self>(b, grad, term)
     }
 
@@ -271,7 +292,10 @@ pub trait DecoderOps: Backend {
         rounded: bool,
     ) -> FloatTensor<Self> {
         let _ = rounded;
-        Self::mixed_linear(x, Self::quantized_sum(weight, mask, a, b, scales, zeros, term))
+        Self::mixed_linear(
+            x,
+            Self::quantized_sum(weight, mask, a, b, scales, zeros, term),
+        )
     }
 
     /// Gradients of `A` and `B` from `x` and the gradient of `x V`: those of [`Self::summed_weight_backward`]. If `rounded`, their
@@ -317,7 +341,11 @@ pub trait DecoderOps: Backend {
     }
 
     /// Cross-entropy of `hidden W` summed over rows, `[1]`.
-    fn head_loss(hidden: FloatTensor<Self>, weight: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+    fn head_loss(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
         portable::head_loss::<Self>(hidden, weight, targets)
     }
 
@@ -397,7 +425,11 @@ pub trait DecoderOps: Backend {
     }
 
     /// Gradient of `x`: turns back and merges heads.
-    fn rotary_backward(cos: FloatTensor<Self>, sin: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn rotary_backward(
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
         portable::rotary_backward::<Self>(cos, sin, grad)
     }
 }

@@ -100,7 +100,9 @@ impl<B: Backend> Val<B> {
 
 /// `1 / sqrt(mean(x^2) + eps)`, the last dimension 1.
 fn inverse_rms<B: Backend>(x: Val<B>, eps: f64) -> Val<B> {
-    Val(B::float_recip(B::float_sqrt(((x.clone() * x).mean_last() + eps).0)))
+    Val(B::float_recip(B::float_sqrt(
+        ((x.clone() * x).mean_last() + eps).0,
+    )))
 }
 
 /// A row as a tensor that broadcasts over `rank` dimensions.
@@ -111,7 +113,11 @@ fn row<B: Backend>(weight: Val<B>, rank: usize) -> Val<B> {
     Val(B::float_reshape(weight.0, Shape::from(dims)))
 }
 
-pub(super) fn rms_norm<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f64) -> FloatTensor<B> {
+pub(super) fn rms_norm<B: Backend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    eps: f64,
+) -> FloatTensor<B> {
     let (x, weight) = (Val::<B>(x), Val::<B>(weight));
     let rank = x.0.rank();
     let inverse = inverse_rms(x.clone(), eps);
@@ -143,7 +149,11 @@ pub(super) fn rms_norm_backward_weight<B: Backend>(
     let width = shape[shape.num_dims() - 1];
     let rows = shape.num_elements() / width.max(1);
     let normed = x.clone() * inverse_rms(x, eps);
-    (grad * normed).reshape([rows, width]).sum_dim(0).reshape([width]).0
+    (grad * normed)
+        .reshape([rows, width])
+        .sum_dim(0)
+        .reshape([width])
+        .0
 }
 
 pub(super) fn swiglu<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
@@ -184,7 +194,11 @@ fn shaped_as<B: Backend>(x: Val<B>, like: &Shape) -> FloatTensor<B> {
 
 impl<B: Backend> Val<B> {
     fn cast(self, dtype: DType) -> Self {
-        if self.0.dtype() == dtype { self } else { Val(B::float_cast(self.0, dtype.into())) }
+        if self.0.dtype() == dtype {
+            self
+        } else {
+            Val(B::float_cast(self.0, dtype.into()))
+        }
     }
 
     /// The first `n` of dimension `dim` of two.
@@ -231,12 +245,21 @@ pub(super) fn linear<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>) -> F
     shaped_as(product(rows(Val::<B>(x)), Val(weight)), &shape)
 }
 
-pub(super) fn linear_backward_input<B: Backend>(weight: FloatTensor<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn linear_backward_input<B: Backend>(
+    weight: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
     let shape = grad.shape();
-    shaped_as(product(rows(Val::<B>(grad)), Val::<B>(weight).swap_dims(0, 1)), &shape)
+    shaped_as(
+        product(rows(Val::<B>(grad)), Val::<B>(weight).swap_dims(0, 1)),
+        &shape,
+    )
 }
 
-pub(super) fn linear_backward_weight<B: Backend>(x: FloatTensor<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn linear_backward_weight<B: Backend>(
+    x: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
     rows(Val::<B>(x)).swap_dims(0, 1).matmul(rows(Val(grad))).0
 }
 
@@ -248,7 +271,11 @@ pub(super) fn lora_linear<B: Backend>(
     term: LoraTerm,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (shape, x) = (x.shape(), rows(Val::<B>(x)));
-    let h = x.clone().dropped(term.dropout).matmul(Val(a).first(1, term.rank)) * term.scale;
+    let h = x
+        .clone()
+        .dropped(term.dropout)
+        .matmul(Val(a).first(1, term.rank))
+        * term.scale;
     let y = product(x, Val(weight)) + h.clone().matmul(Val(b).first(0, term.rank));
     (shaped_as(y, &shape), h.0)
 }
@@ -284,8 +311,13 @@ pub(super) fn lora_backward_input<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let g = lora_backward_inner::<B>(b, grad.clone(), term);
     let (shape, grad) = (grad.shape(), rows(Val::<B>(grad)));
-    let update = Val::<B>(g.clone()).matmul(Val(a).first(1, term.rank).swap_dims(0, 1)).dropped(term.dropout);
-    (shaped_as(product(grad, Val(weight).swap_dims(0, 1)) + update, &shape), g)
+    let update = Val::<B>(g.clone())
+        .matmul(Val(a).first(1, term.rank).swap_dims(0, 1))
+        .dropped(term.dropout);
+    (
+        shaped_as(product(grad, Val(weight).swap_dims(0, 1)) + update, &shape),
+        g,
+    )
 }
 
 pub(super) fn lora_backward_factors<B: Backend>(
@@ -296,14 +328,22 @@ pub(super) fn lora_backward_factors<B: Backend>(
     max_rank: usize,
     term: LoraTerm,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let (x, h, grad) = (rows(Val::<B>(x)).dropped(term.dropout), Val::<B>(h), rows(Val::<B>(grad)));
+    let (x, h, grad) = (
+        rows(Val::<B>(x)).dropped(term.dropout),
+        Val::<B>(h),
+        rows(Val::<B>(grad)),
+    );
     let a = x.swap_dims(0, 1).matmul(Val(g)).padded(1, max_rank);
     (a.0, h.swap_dims(0, 1).matmul(grad).padded(0, max_rank).0)
 }
 
 /// A sum in its weight's format where that is bf16, else as it is.
 fn stored_as<B: Backend>(sum: Val<B>, stored: DType) -> FloatTensor<B> {
-    if stored == DType::BF16 { sum.cast(stored).0 } else { sum.0 }
+    if stored == DType::BF16 {
+        sum.cast(stored).0
+    } else {
+        sum.0
+    }
 }
 
 pub(super) fn summed_weight<B: Backend>(
@@ -326,10 +366,24 @@ pub(super) fn summed_weight_backward<B: Backend>(
     grad: FloatTensor<B>,
     term: LoraTerm,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let (a, b, grad) = (Val::<B>(a), Val::<B>(b), masked(Val::<B>(grad), mask) * term.scale);
+    let (a, b, grad) = (
+        Val::<B>(a),
+        Val::<B>(b),
+        masked(Val::<B>(grad), mask) * term.scale,
+    );
     let [_, max_rank] = a.dims();
-    let grad_a = grad.clone().matmul(b.first(0, term.rank).swap_dims(0, 1)).padded(1, max_rank);
-    (grad_a.0, a.first(1, term.rank).swap_dims(0, 1).matmul(grad).padded(0, max_rank).0)
+    let grad_a = grad
+        .clone()
+        .matmul(b.first(0, term.rank).swap_dims(0, 1))
+        .padded(1, max_rank);
+    (
+        grad_a.0,
+        a.first(1, term.rank)
+            .swap_dims(0, 1)
+            .matmul(grad)
+            .padded(0, max_rank)
+            .0,
+    )
 }
 
 /// Zero where the mask is false.
@@ -361,20 +415,35 @@ impl<B: Backend> Steps<B> {
         let settings = get_device_settings::<B>(&device);
         let (int, truth) = (settings.int_dtype, settings.bool_dtype);
         let groups: Vec<i32> = (0..d_input).map(|row| term.groups.of(row) as i32).collect();
-        let groups = B::int_from_data(TensorData::new(groups, [d_input]).convert_dtype(int.into()), &device);
+        let groups = B::int_from_data(
+            TensorData::new(groups, [d_input]).convert_dtype(int.into()),
+            &device,
+        );
         let spread = |grid: FloatTensor<B>| Val::<B>(B::float_select(grid, 0, groups.clone()));
         let (scales, zeros) = (spread(scales), spread(zeros));
         let none = B::float_lower_equal_elem(scales.0.clone(), 0.0.into(), truth);
         let scales = Val::<B>(B::float_mask_fill(scales.0, none.clone(), 1.0.into()));
-        let exact = Val::<B>(B::float_mask_fill((sum / scales.clone()).0, none, 0.0.into()));
+        let exact = Val::<B>(B::float_mask_fill(
+            (sum / scales.clone()).0,
+            none,
+            0.0.into(),
+        ));
         let low = zeros * -1.0;
         let high = low.clone() + f64::from(term.top());
         let under = B::float_lower(exact.0.clone(), low.0.clone(), truth);
         let over = B::float_greater(exact.0.clone(), high.0.clone(), truth);
         let clamped = B::float_mask_where(exact.0.clone(), under.clone(), low.0);
         let clamped = B::float_mask_where(clamped, over.clone(), high.0);
-        let inside = B::float_mask_fill(B::float_mask_fill(exact.0.clone(), under, 0.0.into()), over, 0.0.into());
-        Self { inside: Val(inside), nearest: Val(B::float_round(clamped)), scales }
+        let inside = B::float_mask_fill(
+            B::float_mask_fill(exact.0.clone(), under, 0.0.into()),
+            over,
+            0.0.into(),
+        );
+        Self {
+            inside: Val(inside),
+            nearest: Val(B::float_round(clamped)),
+            scales,
+        }
     }
 }
 
@@ -401,7 +470,8 @@ pub(super) fn quantized_sum_backward_scales<B: Backend>(
     grad: FloatTensor<B>,
     term: GridTerm,
 ) -> FloatTensor<B> {
-    let ([groups, d_output], device, dtype) = (Val::<B>(scales.clone()).dims(), sum.device(), grad.dtype());
+    let ([groups, d_output], device, dtype) =
+        (Val::<B>(scales.clone()).dims(), sum.device(), grad.dtype());
     let [d_input, _] = Val::<B>(sum.clone()).dims();
     let steps = Steps::<B>::new(Val(sum), scales, zeros, &term);
     let share = Val::<B>(grad) * (steps.nearest - steps.inside);
@@ -436,8 +506,10 @@ fn head<B: Backend>(
 ) -> Head<B> {
     let (hidden, weight) = (Val::<B>(hidden), Val::<B>(weight));
     let [n, d_model] = hidden.dims();
-    let total = |parts: Vec<FloatTensor<B>>| Val::<B>(B::float_sum(B::float_cat(parts, 0))).reshape([1]);
-    let (mut losses, mut nlls, mut slopes, mut grad_weight) = (Vec::new(), Vec::new(), Vec::new(), None::<Val<B>>);
+    let total =
+        |parts: Vec<FloatTensor<B>>| Val::<B>(B::float_sum(B::float_cat(parts, 0))).reshape([1]);
+    let (mut losses, mut nlls, mut slopes, mut grad_weight) =
+        (Vec::new(), Vec::new(), Vec::new(), None::<Val<B>>);
     for first in (0..n).step_by(HEAD_ROWS) {
         let rows = first..(first + HEAD_ROWS).min(n);
         let (count, range) = (rows.len(), [rows.clone(), 0..d_model].map(Slice::from));
@@ -450,14 +522,18 @@ fn head<B: Backend>(
         let nll = Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0)).reshape([1]);
         // The teacher's probabilities, times its share.
         let taught = teacher.as_ref().map(|(teacher, mix)| {
-            let logits = product(Val::<B>(B::float_slice(teacher.clone(), &range)), weight.clone());
+            let logits = product(
+                Val::<B>(B::float_slice(teacher.clone(), &range)),
+                weight.clone(),
+            );
             let (terms, sum, _) = logits.exponentials(1);
             terms / sum * *mix
         });
         let hard = teacher.as_ref().map_or(1.0, |(_, mix)| 1.0 - mix);
         match &taught {
             Some(taught) => {
-                let soft = Val::<B>(B::float_sum((taught.clone() * (logits - log_sum_exp)).0)).reshape([1]);
+                let soft = Val::<B>(B::float_sum((taught.clone() * (logits - log_sum_exp)).0))
+                    .reshape([1]);
                 losses.push((nll.clone() * hard - soft).0);
                 nlls.push(nll.0);
             }
@@ -468,8 +544,19 @@ fn head<B: Backend>(
         }
         let softmax = terms / sum;
         let dtype: FloatDType = softmax.0.dtype().into();
-        let picked = B::float_full(Shape::from([count, 1]), (-hard).into(), &softmax.0.device(), dtype);
-        let slope = Val::<B>(B::float_scatter(1, softmax.0, targets, picked, IndexingUpdateOp::Add));
+        let picked = B::float_full(
+            Shape::from([count, 1]),
+            (-hard).into(),
+            &softmax.0.device(),
+            dtype,
+        );
+        let slope = Val::<B>(B::float_scatter(
+            1,
+            softmax.0,
+            targets,
+            picked,
+            IndexingUpdateOp::Add,
+        ));
         let slope = match taught {
             Some(taught) => slope - taught,
             None => slope,
@@ -498,7 +585,9 @@ pub(super) fn head_loss<B: Backend>(
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
 ) -> FloatTensor<B> {
-    head::<B>(hidden, weight, targets, None, [false, false]).loss.0
+    head::<B>(hidden, weight, targets, None, [false, false])
+        .loss
+        .0
 }
 
 pub(super) fn head_loss_and_gradient<B: Backend>(
@@ -518,7 +607,11 @@ pub(super) fn head_loss_and_gradients<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let (like_hidden, like_weight) = (hidden.clone(), weight.clone());
     let head = head::<B>(hidden, weight, targets, None, [true, true]);
-    (head.loss.0, head.hidden.map_or(like_hidden, |grad| grad.0), head.weight.map_or(like_weight, |grad| grad.0))
+    (
+        head.loss.0,
+        head.hidden.map_or(like_hidden, |grad| grad.0),
+        head.weight.map_or(like_weight, |grad| grad.0),
+    )
 }
 
 pub(super) fn distilled_loss<B: Backend>(
@@ -528,7 +621,13 @@ pub(super) fn distilled_loss<B: Backend>(
     targets: IntTensor<B>,
     mix: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let head = head::<B>(hidden, weight, targets, Some((teacher, mix)), [false, false]);
+    let head = head::<B>(
+        hidden,
+        weight,
+        targets,
+        Some((teacher, mix)),
+        [false, false],
+    );
     (head.loss.0.clone(), head.nll.unwrap_or(head.loss).0)
 }
 
@@ -541,7 +640,11 @@ pub(super) fn distilled_loss_and_gradient<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let like = hidden.clone();
     let head = head::<B>(hidden, weight, targets, Some((teacher, mix)), [true, false]);
-    (head.loss.0.clone(), head.nll.unwrap_or(head.loss).0, head.hidden.map_or(like, |grad| grad.0))
+    (
+        head.loss.0.clone(),
+        head.nll.unwrap_or(head.loss).0,
+        head.hidden.map_or(like, |grad| grad.0),
+    )
 }
 
 /// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`: the heads of a group share
@@ -550,8 +653,12 @@ fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) ->
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, seq_k, _] = k.dims();
     let rows = n_heads / n_kv_heads.max(1) * seq_q;
-    let scores = (q * scale).reshape([batch, n_kv_heads, rows, head_dim]).matmul(k.swap_dims(2, 3));
-    let Some((hidden, mask_rows)) = mask.hidden(batch, seq_q, seq_k) else { return scores };
+    let scores = (q * scale)
+        .reshape([batch, n_kv_heads, rows, head_dim])
+        .matmul(k.swap_dims(2, 3));
+    let Some((hidden, mask_rows)) = mask.hidden(batch, seq_q, seq_k) else {
+        return scores;
+    };
     let scores = scores.reshape([batch, n_heads, seq_q, seq_k]);
     let device = scores.0.device();
     // A backend refuses truth values that are stored in another way than its own.
@@ -559,7 +666,8 @@ fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) ->
     let hidden = TensorData::new(hidden, [mask_rows, 1, seq_q, seq_k]).convert_dtype(stored.into());
     let hidden = B::bool_from_data(hidden, &device);
     let hidden = B::bool_expand(hidden, Shape::from([batch, n_heads, seq_q, seq_k]));
-    Val::<B>(B::float_mask_fill(scores.0, hidden, (-1e30).into())).reshape([batch, n_kv_heads, rows, seq_k])
+    Val::<B>(B::float_mask_fill(scores.0, hidden, (-1e30).into()))
+        .reshape([batch, n_kv_heads, rows, seq_k])
 }
 
 pub(super) fn causal_attention<B: Backend>(
@@ -573,8 +681,13 @@ pub(super) fn causal_attention<B: Backend>(
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let scores = scores(q, k, scale, &mask);
     let log_sum_exp = scores.clone().log_sum_exp(3);
-    let context = (scores - log_sum_exp.clone()).exp().matmul(v).reshape([batch, n_heads, seq_q, head_dim]);
-    let context = context.swap_dims(1, 2).reshape([batch, seq_q, n_heads * head_dim]);
+    let context = (scores - log_sum_exp.clone())
+        .exp()
+        .matmul(v)
+        .reshape([batch, n_heads, seq_q, head_dim]);
+    let context = context
+        .swap_dims(1, 2)
+        .reshape([batch, seq_q, n_heads * head_dim]);
     (context.0, log_sum_exp.reshape([batch, n_heads, seq_q]).0)
 }
 
@@ -591,7 +704,9 @@ pub(super) fn causal_attention_backward<B: Backend>(
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, _, _] = k.dims();
     let rows = n_heads / n_kv_heads.max(1) * seq_q;
-    let grad = grad.reshape([batch, seq_q, n_heads, head_dim]).swap_dims(1, 2);
+    let grad = grad
+        .reshape([batch, seq_q, n_heads, head_dim])
+        .swap_dims(1, 2);
     let grad = grad.reshape([batch, n_kv_heads, rows, head_dim]);
     let log_sum_exp = Val::<B>(log_sum_exp).reshape([batch, n_kv_heads, rows, 1]);
     let weights = (scores(q.clone(), k.clone(), scale, &mask) - log_sum_exp).exp();
@@ -599,8 +714,13 @@ pub(super) fn causal_attention_backward<B: Backend>(
     let grad_weights = grad.matmul(v.swap_dims(2, 3));
     let along = (weights.clone() * grad_weights.clone()).sum_dim(3);
     let grad_scores = weights * (grad_weights - along) * scale;
-    let grad_q = grad_scores.clone().matmul(k).reshape([batch, n_heads, seq_q, head_dim]);
-    let grad_k = grad_scores.swap_dims(2, 3).matmul(q.reshape([batch, n_kv_heads, rows, head_dim]));
+    let grad_q = grad_scores
+        .clone()
+        .matmul(k)
+        .reshape([batch, n_heads, seq_q, head_dim]);
+    let grad_k = grad_scores
+        .swap_dims(2, 3)
+        .matmul(q.reshape([batch, n_kv_heads, rows, head_dim]));
     (grad_q.0, grad_k.0, grad_v.0)
 }
 
@@ -619,7 +739,10 @@ pub(super) fn rotary<B: Backend>(
 ) -> FloatTensor<B> {
     let (x, cos, sin) = (Val::<B>(x), table::<B>(cos), table::<B>(sin));
     let [batch, seq, width] = x.dims();
-    let (low, high) = x.reshape([batch, seq, n_heads, width / n_heads.max(1)]).swap_dims(1, 2).halves();
+    let (low, high) = x
+        .reshape([batch, seq, n_heads, width / n_heads.max(1)])
+        .swap_dims(1, 2)
+        .halves();
     let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
     turned_low.cat(high * cos + low * sin, 3).0
 }
@@ -634,5 +757,7 @@ pub(super) fn rotary_backward<B: Backend>(
     let (low, high) = grad.halves();
     let back_low = low.clone() * cos.clone() + high.clone() * sin.clone();
     let back = back_low.cat(high * cos - low * sin, 3);
-    back.swap_dims(1, 2).reshape([batch, seq, n_heads * head_dim]).0
+    back.swap_dims(1, 2)
+        .reshape([batch, seq, n_heads * head_dim])
+        .0
 }

@@ -41,7 +41,11 @@ fn adapters() -> Vec<Device> {
 /// How much more than on the host a device may be off. Vulkan lets `exp(x)` be off by `3 + 2 |x|` units in the last place,
 /// which is some 3e-6 of it at the `|x| < 12` of these tests, and divisions by 2.5; on the host all are within one.
 pub(super) fn slack(device: &Device) -> f32 {
-    if hosts().contains(&device.clone().without_autodiff()) { 1.0 } else { 10.0 }
+    if hosts().contains(&device.clone().without_autodiff()) {
+        1.0
+    } else {
+        10.0
+    }
 }
 
 /// Reproducible inputs, drawn on the host: the same on every device.
@@ -56,7 +60,12 @@ impl Random {
         (0..n).map(|_| self.0.random_range(-size..size)).collect()
     }
 
-    pub(super) fn tensor<const D: usize>(&mut self, shape: [usize; D], size: f32, device: &Device) -> Tensor<D> {
+    pub(super) fn tensor<const D: usize>(
+        &mut self,
+        shape: [usize; D],
+        size: f32,
+        device: &Device,
+    ) -> Tensor<D> {
         let values = self.values(shape.iter().product(), size);
         Tensor::from_data(TensorData::new(values, shape), device)
     }
@@ -71,7 +80,10 @@ pub(super) fn close(name: &str, got: &[f32], want: &[f32], tolerance: f32) {
     assert_eq!(got.len(), want.len(), "{name}: length");
     let size = want.iter().fold(1e-2_f32, |size, x| size.max(x.abs()));
     for (index, (got, want)) in got.iter().zip(want).enumerate() {
-        assert!((got - want).abs() <= tolerance * size, "{name}[{index}]: {got} instead of {want}, of at most {size}");
+        assert!(
+            (got - want).abs() <= tolerance * size,
+            "{name}[{index}]: {got} instead of {want}, of at most {size}"
+        );
     }
 }
 
@@ -83,7 +95,12 @@ pub(super) fn compare<const D: usize, const R: usize, const N: usize>(
     plain: impl Fn([Tensor<D>; N]) -> Tensor<R>,
 ) {
     let array = |inputs: Vec<Tensor<D>>| <[Tensor<D>; N]>::try_from(inputs).unwrap();
-    compare_all(name, inputs.to_vec(), |inputs| fused(array(inputs)), |inputs| plain(array(inputs)));
+    compare_all(
+        name,
+        inputs.to_vec(),
+        |inputs| fused(array(inputs)),
+        |inputs| plain(array(inputs)),
+    );
 }
 
 /// Runs `fused` and `plain` on the same tracked inputs, of any shapes, under the same weighted sum, on the inputs' device;
@@ -98,25 +115,44 @@ pub(super) fn compare_all<const D: usize, const R: usize>(
     let (tape, slack) = (device.clone().autodiff(), slack(&device));
     let name = format!("{name} on {device:?}");
     let run = |op: &dyn Fn(Vec<Tensor<D>>) -> Tensor<R>| {
-        let tracked: Vec<Tensor<D>> =
-            inputs.iter().map(|input| Tensor::from_data(input.to_data(), &tape).require_grad()).collect();
+        let tracked: Vec<Tensor<D>> = inputs
+            .iter()
+            .map(|input| Tensor::from_data(input.to_data(), &tape).require_grad())
+            .collect();
         let result = op(tracked.clone());
         let weights = Random::new(7).tensor(result.dims(), 1.0, &tape);
         let gradients = (result.clone() * weights).sum().backward();
-        let gradients: Vec<_> = tracked.iter().map(|input| values(input.grad(&gradients).unwrap())).collect();
+        let gradients: Vec<_> = tracked
+            .iter()
+            .map(|input| values(input.grad(&gradients).unwrap()))
+            .collect();
         (values(result.inner()), gradients)
     };
     let ((got, got_gradients), (want, want_gradients)) = (run(&fused), run(&plain));
     close(&name, &got, &want, 2e-6 * slack);
     for (index, (got, want)) in got_gradients.iter().zip(&want_gradients).enumerate() {
-        close(&format!("{name}, gradient {index}"), got, want, 5e-6 * slack);
+        close(
+            &format!("{name}, gradient {index}"),
+            got,
+            want,
+            5e-6 * slack,
+        );
     }
     // The kernels without a tape, and the portable definitions on the tape of plain tensors' constants.
-    close(&format!("{name}, untracked"), &values(fused(inputs.clone())), &want, 2e-6 * slack);
+    close(
+        &format!("{name}, untracked"),
+        &values(fused(inputs.clone())),
+        &want,
+        2e-6 * slack,
+    );
     let loss = |inputs: Vec<Tensor<D>>| {
         let result = values(fused(inputs));
         let weights = Random::new(7).values(result.len(), 1.0);
-        result.iter().zip(weights).map(|(x, weight)| f64::from(*x) * f64::from(weight)).sum::<f64>()
+        result
+            .iter()
+            .zip(weights)
+            .map(|(x, weight)| f64::from(*x) * f64::from(weight))
+            .sum::<f64>()
     };
     for (index, gradient) in got_gradients.iter().enumerate() {
         let n = gradient.len();
@@ -126,12 +162,16 @@ pub(super) fn compare_all<const D: usize, const R: usize>(
                 let mut moved = inputs.clone();
                 let mut data = values(moved[index].clone());
                 data[element] += by;
-                moved[index] = Tensor::from_data(TensorData::new(data, moved[index].dims()), &device);
+                moved[index] =
+                    Tensor::from_data(TensorData::new(data, moved[index].dims()), &device);
                 loss(moved)
             };
             let slope = ((moved(1e-2) - moved(-1e-2)) / 2e-2) as f32;
             let got = gradient[element];
-            assert!((slope - got).abs() < 0.02 * size, "{name}, gradient {index}[{element}]: {got}, measured {slope}");
+            assert!(
+                (slope - got).abs() < 0.02 * size,
+                "{name}, gradient {index}[{element}]: {got}, measured {slope}"
+            );
         }
     }
 }

@@ -21,19 +21,30 @@ type Rng = ChaCha8Rng;
 /// tiny scales, or columns in an order of their own.
 fn quantized([rows, cols]: [usize; 2], bits: u8, case: usize, rng: &mut Rng) -> QuantizedMatrix {
     let group_size = [32, 128, 7, 10_000, 24][case % 5];
-    let mut parts = random_quantized(rows, cols, bits, group_size, case.is_multiple_of(2), rng).into_parts();
+    let mut parts =
+        random_quantized(rows, cols, bits, group_size, case.is_multiple_of(2), rng).into_parts();
     let groups = cols.div_ceil(group_size);
     if case % 3 == 1 {
-        parts.group_of = Some((0..cols).map(|_| rng.random_range(0..groups as u32)).collect());
+        parts.group_of = Some(
+            (0..cols)
+                .map(|_| rng.random_range(0..groups as u32))
+                .collect(),
+        );
     }
     match case % 4 {
         1 => parts.scales[0] = 0.1,
-        2 => parts.scales.iter_mut().for_each(|scale| *scale = f16::from_f32(*scale * 1e-4).to_f32()),
+        2 => parts
+            .scales
+            .iter_mut()
+            .for_each(|scale| *scale = f16::from_f32(*scale * 1e-4).to_f32()),
         _ => {}
     }
     for row in 0..rows {
         for col in 0..cols {
-            let group = parts.group_of.as_ref().map_or(col / group_size, |of| of[col] as usize);
+            let group = parts
+                .group_of
+                .as_ref()
+                .map_or(col / group_size, |of| of[col] as usize);
             if row == rows / 2 || (row, group) == (0, 0) || rng.random_bool(0.5) {
                 parts.codes[row * cols + col] = parts.zeros[row * groups + group];
             }
@@ -46,7 +57,11 @@ fn quantized([rows, cols]: [usize; 2], bits: u8, case: usize, rng: &mut Rng) -> 
 fn numbers([rows, cols]: [usize; 2], density: f64, rng: &mut Rng) -> Matrix {
     let mut matrix = Matrix::from_fn(rows, cols, |row, col| {
         let size = if row % 3 == 0 { 2e-5 } else { 2.0 };
-        if col % 4 < 2 && rng.random_bool(density) { rng.random_range(-size..size) } else { 0.0 }
+        if col % 4 < 2 && rng.random_bool(density) {
+            rng.random_range(-size..size)
+        } else {
+            0.0
+        }
     });
     matrix.row_mut(rows / 2).fill(0.0);
     matrix
@@ -56,9 +71,15 @@ fn stored(size: [usize; 2], case: usize, rng: &mut Rng) -> Vec<StoredMatrix> {
     use WeightFormat as F;
     let mut all = Vec::new();
     let density = [0.9, 0.3, 1.0][case % 3];
-    for format in
-        [F::F32, F::F16, F::Bf16, F::SparseF16, F::SparseBf16, F::NmF16 { n: 2, m: 4 }, F::NmBf16 { n: 2, m: 4 }]
-    {
+    for format in [
+        F::F32,
+        F::F16,
+        F::Bf16,
+        F::SparseF16,
+        F::SparseBf16,
+        F::NmF16 { n: 2, m: 4 },
+        F::NmBf16 { n: 2, m: 4 },
+    ] {
         all.push(StoredMatrix::from_matrix(&numbers(size, density, rng), format).unwrap());
     }
     for (bits, sparse) in [(2, false), (3, false), (4, false), (8, false), (4, true)] {
@@ -71,13 +92,31 @@ fn stored(size: [usize; 2], case: usize, rng: &mut Rng) -> Vec<StoredMatrix> {
 fn check(name: &str, matrix: &StoredMatrix, x: &[f32], got: &[f32]) {
     let (outputs, cols) = (matrix.rows(), matrix.cols());
     let dense = matrix.to_matrix();
-    let layer = Linear { weight: matrix, outputs, bias: None, adapter: None };
+    let layer = Linear {
+        weight: matrix,
+        outputs,
+        bias: None,
+        adapter: None,
+    };
     assert_eq!(got.len(), x.len() / cols * outputs, "{name}");
     for (x, got) in x.chunks(cols).zip(got.chunks(outputs)) {
-        for (row, (want, got)) in reference::forward_row(&layer, x).unwrap().iter().zip(got).enumerate() {
-            let size: f64 = dense.row(row).iter().zip(x).map(|(w, x)| f64::from((w * x).abs())).sum();
+        for (row, (want, got)) in reference::forward_row(&layer, x)
+            .unwrap()
+            .iter()
+            .zip(got)
+            .enumerate()
+        {
+            let size: f64 = dense
+                .row(row)
+                .iter()
+                .zip(x)
+                .map(|(w, x)| f64::from((w * x).abs()))
+                .sum();
             let off = (want - f64::from(*got)).abs();
-            assert!(off <= 2e-6 * size + 1e-30, "{name}, row {row}: {got} instead of {want}, of {size}");
+            assert!(
+                off <= 2e-6 * size + 1e-30,
+                "{name}, row {row}: {got} instead of {want}, of {size}"
+            );
         }
     }
 }
@@ -95,16 +134,26 @@ fn the_kernel_agrees_with_the_oracle() {
                 // Each number of inputs is a kernel of its own, which takes longer to compile than to run.
                 let several = if case == 3 { FEW_ROWS } else { 2 + case };
                 for inputs in [1, several] {
-                    let name = format!("{:?} {size:?}, {inputs} inputs, {device:?}", matrix.format());
+                    let name = format!(
+                        "{:?} {size:?}, {inputs} inputs, {device:?}",
+                        matrix.format()
+                    );
                     let x = Random::new(case as u64).tensor::<3>([1, inputs, cols], 1.0, device);
                     let y = ops::stored_linear(x.clone(), &weight);
                     assert_eq!(y.dims(), [1, inputs, rows], "{name}");
                     check(&name, matrix, &values(x), &values(y));
                 }
                 // Inputs that lie otherwise in memory.
-                let x = Random::new(7).tensor::<2>([cols, several], 1.0, device).transpose();
+                let x = Random::new(7)
+                    .tensor::<2>([cols, several], 1.0, device)
+                    .transpose();
                 let name = format!("{:?} {size:?}, a view, {device:?}", matrix.format());
-                check(&name, matrix, &host_values(x.clone()), &values(ops::stored_linear(x, &weight)));
+                check(
+                    &name,
+                    matrix,
+                    &host_values(x.clone()),
+                    &values(ops::stored_linear(x, &weight)),
+                );
                 // One copy serves them all: the kernel has run, and the weight was moved once.
                 assert_eq!(weight.copies(), 1, "{name}");
             }
@@ -124,25 +173,49 @@ fn many_rows_are_multiplied_with_what_the_kernel_unpacks() {
                 let name = format!("{:?} {size:?}, {device:?}", matrix.format());
                 // The identity gives the weight back, exactly.
                 let identity = Matrix::from_fn(cols, cols, |row, col| f32::from(row == col));
-                let identity = Tensor::<1>::from_floats(identity.as_slice(), device).reshape([cols, cols]);
+                let identity =
+                    Tensor::<1>::from_floats(identity.as_slice(), device).reshape([cols, cols]);
                 let got = values(ops::stored_linear(identity, &weight).transpose());
                 assert_eq!(got, matrix.to_matrix().as_slice(), "{name}");
 
                 let tape = device.clone().autodiff();
                 for inputs in [3, FEW_ROWS + 3] {
                     let grad = Random::new(3).tensor::<2>([inputs, rows], 1.0, device);
-                    let x = Random::new(4).tensor::<2>([inputs, cols], 1.0, &tape).require_grad();
-                    let [a, b] = [[cols, 3], [3, rows]].map(|size| Random::new(5).tensor::<2>(size, 0.1, &tape));
-                    let term = LoraTerm { rank: 2, scale: 0.0, dropout: Dropout { probability: 0.3, seed: 5 } };
+                    let x = Random::new(4)
+                        .tensor::<2>([inputs, cols], 1.0, &tape)
+                        .require_grad();
+                    let [a, b] = [[cols, 3], [3, rows]]
+                        .map(|size| Random::new(5).tensor::<2>(size, 0.1, &tape));
+                    let term = LoraTerm {
+                        rank: 2,
+                        scale: 0.0,
+                        dropout: Dropout {
+                            probability: 0.3,
+                            seed: 5,
+                        },
+                    };
                     let y = ops::stored_lora_linear(x.clone(), &weight, a, b, term);
-                    let y_grad = (y.clone() * Tensor::from_data(grad.to_data(), &tape)).sum().backward();
-                    check(&name, matrix, &values(x.clone().inner()), &values(y.inner()));
+                    let y_grad = (y.clone() * Tensor::from_data(grad.to_data(), &tape))
+                        .sum()
+                        .backward();
+                    check(
+                        &name,
+                        matrix,
+                        &values(x.clone().inner()),
+                        &values(y.inner()),
+                    );
                     // The transposed weight's products, by the same oracle.
                     let dense = matrix.to_matrix();
                     let transposed = Matrix::from_fn(cols, rows, |row, col| dense.row(col)[row]);
-                    let transposed = StoredMatrix::from_matrix(&transposed, WeightFormat::F32).unwrap();
+                    let transposed =
+                        StoredMatrix::from_matrix(&transposed, WeightFormat::F32).unwrap();
                     let slopes = values(x.grad(&y_grad).unwrap());
-                    check(&format!("{name}, gradient"), &transposed, &values(grad), &slopes);
+                    check(
+                        &format!("{name}, gradient"),
+                        &transposed,
+                        &values(grad),
+                        &slopes,
+                    );
                 }
                 assert_eq!(weight.copies(), 1, "{name}");
             }
@@ -156,7 +229,11 @@ fn a_vocabulary_is_multiplied_too() {
     let mut rng = Rng::seed_from_u64(3);
     for device in devices().iter().filter(|device| !hosts().contains(device)) {
         for matrix in [
-            StoredMatrix::from_matrix(&numbers([70_001, 9], 0.9, &mut rng), WeightFormat::SparseF16).unwrap(),
+            StoredMatrix::from_matrix(
+                &numbers([70_001, 9], 0.9, &mut rng),
+                WeightFormat::SparseF16,
+            )
+            .unwrap(),
             StoredMatrix::from_quantized(&quantized([70_001, 9], 4, 0, &mut rng), false).unwrap(),
         ] {
             let weight = StoredWeight::new(matrix);
@@ -180,10 +257,17 @@ fn halves_are_widened_exactly() {
             let beside = Tensor::<2>::zeros([FEW_ROWS + 1, 256], device);
             let got = Dispatch::stored_dense(beside.into_dispatch(), weight.clone());
             let got = values(Tensor::<2>::from_dispatch(got).transpose());
-            for (index, (got, want)) in got.iter().zip(weight.matrix().to_matrix().as_slice()).enumerate() {
+            for (index, (got, want)) in got
+                .iter()
+                .zip(weight.matrix().to_matrix().as_slice())
+                .enumerate()
+            {
                 // A device may take `f32`s below the normal range for zeros; only bfloat16 has such.
                 let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
-                assert!(same || want.is_subnormal() && *got == 0.0, "{format:?} {index:#x}: {got} instead of {want}");
+                assert!(
+                    same || want.is_subnormal() && *got == 0.0,
+                    "{format:?} {index:#x}: {got} instead of {want}"
+                );
             }
         }
     }
@@ -200,7 +284,9 @@ fn inputs_of_other_types_and_no_inputs_are_served() {
             if !device.supports_dtype(DType::F16) {
                 continue;
             }
-            let x = Random::new(1).tensor::<2>([2, 40], 1.0, device).cast(FloatDType::F16);
+            let x = Random::new(1)
+                .tensor::<2>([2, 40], 1.0, device)
+                .cast(FloatDType::F16);
             let y = ops::stored_linear(x.clone(), &weight);
             assert_eq!(y.dtype(), DType::F16);
             let want = ops::stored_linear(x.cast(FloatDType::F32), &weight);

@@ -3,7 +3,9 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape};
-use burn_fusion::custom::{CustomOpIr, HandleContainer, OperationFn, OperationIr, StreamId, TensorIr};
+use burn_fusion::custom::{
+    CustomOpIr, HandleContainer, OperationFn, OperationIr, StreamId, TensorIr,
+};
 use burn_fusion::{Fusion, FusionBackend, FusionHandle, FusionTensor};
 
 use super::{DecoderOps, StoredWeight};
@@ -18,20 +20,30 @@ fn queued<B: FusionBackend>(
     let client = x.client.clone();
     let input = x.into_ir();
     let output = TensorIr::uninit(client.create_empty_handle(), shape, dtype);
-    let described =
-        CustomOpIr { id: name.into(), inputs: vec![input.clone()], outputs: vec![output.clone()], scalars: Vec::new() };
-    let run = OperationFn(move |handles: &mut HandleContainer<FusionHandle<B::FusionRuntime>>| {
-        let y = run(handles.get_float_tensor::<B>(&input));
-        handles.register_float_tensor::<B>(&output.id, y);
-        Ok(())
-    });
-    client.register(StreamId::current(), OperationIr::Custom(described), run).swap_remove(0)
+    let described = CustomOpIr {
+        id: name.into(),
+        inputs: vec![input.clone()],
+        outputs: vec![output.clone()],
+        scalars: Vec::new(),
+    };
+    let run = OperationFn(
+        move |handles: &mut HandleContainer<FusionHandle<B::FusionRuntime>>| {
+            let y = run(handles.get_float_tensor::<B>(&input));
+            handles.register_float_tensor::<B>(&output.id, y);
+            Ok(())
+        },
+    );
+    client
+        .register(StreamId::current(), OperationIr::Custom(described), run)
+        .swap_remove(0)
 }
 
 impl<B: FusionBackend + DecoderOps> DecoderOps for Fusion<B> {
     fn stored_dense(beside: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
         let result = (Shape::from(weight.dims()), DType::F32);
-        queued::<B>("stored_dense", beside, result, move |beside| B::stored_dense(beside, weight.clone()))
+        queued::<B>("stored_dense", beside, result, move |beside| {
+            B::stored_dense(beside, weight.clone())
+        })
     }
 
     fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
@@ -40,6 +52,8 @@ impl<B: FusionBackend + DecoderOps> DecoderOps for Fusion<B> {
             *last = weight.dims()[1];
         }
         let result = (Shape::from(shape), x.dtype);
-        queued::<B>("stored_linear", x, result, move |x| B::stored_linear(x, weight.clone()))
+        queued::<B>("stored_linear", x, result, move |x| {
+            B::stored_linear(x, weight.clone())
+        })
     }
 }

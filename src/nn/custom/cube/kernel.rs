@@ -43,13 +43,21 @@ fn number(stored: u32, #[comptime] elements: Elements) -> f32 {
 /// The scale of a group, counted over all rows.
 #[cube]
 fn scale_of(grid: &[u32], group: usize, #[comptime] form: Form) -> f32 {
-    if comptime!(form.wide) { f32::reinterpret(grid[2 * group]) } else { half_value(grid[group] & 0xFFFF) }
+    if comptime!(form.wide) {
+        f32::reinterpret(grid[2 * group])
+    } else {
+        half_value(grid[group] & 0xFFFF)
+    }
 }
 
 /// Its zero point.
 #[cube]
 fn zero_of(grid: &[u32], group: usize, #[comptime] form: Form) -> f32 {
-    if comptime!(form.wide) { f32::cast_from(grid[2 * group + 1]) } else { f32::cast_from(grid[group] >> 16) }
+    if comptime!(form.wide) {
+        f32::cast_from(grid[2 * group + 1])
+    } else {
+        f32::cast_from(grid[group] >> 16)
+    }
 }
 
 /// The group of a column among those of its row.
@@ -90,7 +98,14 @@ fn element(words: &[u32], index: u32, #[comptime] elements: Elements) -> u32 {
 
 /// Adds a weight's products to the sums.
 #[cube]
-fn add(sums: &mut Array<f32>, weight: f32, x: &[f32], column: usize, cols: usize, #[comptime] inputs: usize) {
+fn add(
+    sums: &mut Array<f32>,
+    weight: f32,
+    x: &[f32],
+    column: usize,
+    cols: usize,
+    #[comptime] inputs: usize,
+) {
     #[unroll]
     for input in 0..inputs {
         sums[input] += weight * x[input * cols + column];

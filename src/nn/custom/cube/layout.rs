@@ -66,18 +66,34 @@ pub(super) struct Form {
 
 impl Form {
     fn of_numbers(number: Number, sparse: bool) -> Self {
-        Self { elements: number.into(), sparse, group_size: Some(1), wide: false }
+        Self {
+            elements: number.into(),
+            sparse,
+            group_size: Some(1),
+            wide: false,
+        }
     }
 
     fn of_codes(grid: &Grid, sparse: bool) -> Self {
-        let group_size = grid.group_of.is_none().then_some(grid.group_size.min(grid.cols));
-        Self { elements: Elements::Codes(grid.bits.into()), sparse, group_size, wide: grid.wide }
+        let group_size = grid
+            .group_of
+            .is_none()
+            .then_some(grid.group_size.min(grid.cols));
+        Self {
+            elements: Elements::Codes(grid.bits.into()),
+            sparse,
+            group_size,
+            wide: grid.wide,
+        }
     }
 
     /// Whether all codes of a word are of one group.
     pub fn one_group(self) -> bool {
         let per_word = self.elements.per_word();
-        self.elements.is_code() && self.group_size.is_some_and(|size| size.is_multiple_of(per_word))
+        self.elements.is_code()
+            && self
+                .group_size
+                .is_some_and(|size| size.is_multiple_of(per_word))
     }
 }
 
@@ -127,7 +143,12 @@ fn rows(bytes: &[u8], n_rows: usize, row_words: usize) -> Vec<u32> {
 
 /// Codes, [`Elements::per_word`] to a word.
 fn packed(codes: &[u8], elements: Elements) -> impl Iterator<Item = u32> + '_ {
-    let word = move |codes: &[u8]| codes.iter().rev().fold(0, |word, code| word << elements.bits() | u32::from(*code));
+    let word = move |codes: &[u8]| {
+        codes
+            .iter()
+            .rev()
+            .fold(0, |word, code| word << elements.bits() | u32::from(*code))
+    };
     codes.chunks(elements.per_word()).map(word)
 }
 
@@ -142,7 +163,14 @@ impl Layout {
         let mut layout = match weight.body() {
             Body::Dense(dense) => {
                 let form = Form::of_numbers(dense.number, false);
-                Self::dense(form, rows(&dense.values, n_rows, cols.div_ceil(form.elements.per_word())))
+                Self::dense(
+                    form,
+                    rows(
+                        &dense.values,
+                        n_rows,
+                        cols.div_ceil(form.elements.per_word()),
+                    ),
+                )
             }
             Body::Int(packed_codes) => {
                 let form = Form::of_codes(packed_codes.whole_grid(), false);
@@ -174,7 +202,15 @@ impl Layout {
     }
 
     fn dense(form: Form, words: Vec<u32>) -> Self {
-        Self { form, words, mask: vec![0], starts: vec![0], grid: vec![0], n_groups: 1, groups: vec![0] }
+        Self {
+            form,
+            words,
+            mask: vec![0],
+            starts: vec![0],
+            grid: vec![0],
+            n_groups: 1,
+            groups: vec![0],
+        }
     }
 
     fn sparse_numbers(sparse: &Sparse16) -> Self {
@@ -195,12 +231,20 @@ impl Layout {
             let mut kept = Vec::with_capacity(cols);
             for (word, codes) in sparse.bits.row(row).zip(codes.chunks(64)) {
                 kept.extend(
-                    codes.iter().enumerate().filter(|(index, _)| word >> index & 1 == 1).map(|(_, code)| *code),
+                    codes
+                        .iter()
+                        .enumerate()
+                        .filter(|(index, _)| word >> index & 1 == 1)
+                        .map(|(_, code)| *code),
                 );
             }
             packed(&kept, form.elements).collect::<Vec<u32>>()
         };
-        let words = (0..sparse.bits.rows).into_par_iter().map(row_words).collect::<Vec<_>>().concat();
+        let words = (0..sparse.bits.rows)
+            .into_par_iter()
+            .map(row_words)
+            .collect::<Vec<_>>()
+            .concat();
         Self::dense(form, words).with_mask(sparse.bits.rows, cols, &sparse.bits.bytes)
     }
 
@@ -231,7 +275,8 @@ impl Layout {
                 if grid.wide {
                     self.grid.extend([scale.to_bits(), zero]);
                 } else {
-                    self.grid.push(u32::from(f16::from_f32(scale).to_bits()) | zero << 16);
+                    self.grid
+                        .push(u32::from(f16::from_f32(scale).to_bits()) | zero << 16);
                 }
             }
         }

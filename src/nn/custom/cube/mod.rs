@@ -93,8 +93,17 @@ fn launch(x: CubeTensor, weight: &StoredWeight, inputs: usize) -> Option<CubeTen
     let copy = copy_beside(&x, weight);
     let held = copy.weight.as_ref()?;
     let [cols, rows] = weight.dims();
-    let shape = if inputs == 0 { [rows, cols] } else { [inputs, rows] };
-    let y = empty_device_contiguous_dtype(client.clone(), x.device.clone(), Shape::from(shape), DType::F32);
+    let shape = if inputs == 0 {
+        [rows, cols]
+    } else {
+        [inputs, rows]
+    };
+    let y = empty_device_contiguous_dtype(
+        client.clone(),
+        x.device.clone(),
+        Shape::from(shape),
+        DType::F32,
+    );
     let cubes = [rows.min(MOST_CUBES), rows.div_ceil(MOST_CUBES)].map(|count| count as u32);
     // SAFETY: `Layout` makes arrays of which no index that follows from them and these sizes is outside; `x` and `y` have the sizes
     // said here.
@@ -125,17 +134,29 @@ fn few(x: &CubeTensor, weight: &StoredWeight) -> Option<CubeTensor> {
     let mut shape = x.meta.shape().to_vec();
     let inputs = stored_rows(shape.iter().product(), weight)?;
     let dtype = x.dtype;
-    let x = if dtype == DType::F32 { x.clone() } else { cast(x.clone(), DType::F32) };
+    let x = if dtype == DType::F32 {
+        x.clone()
+    } else {
+        cast(x.clone(), DType::F32)
+    };
     let y = launch(into_contiguous(x), weight, inputs)?;
     *shape.last_mut()? = weight.dims()[1];
     let y = CubeBackend::float_reshape(y, Shape::from(shape));
-    Some(if dtype == DType::F32 { y } else { cast(y, dtype) })
+    Some(if dtype == DType::F32 {
+        y
+    } else {
+        cast(y, dtype)
+    })
 }
 
 impl DecoderOps for CubeBackend {
     fn stored_dense(beside: CubeTensor, weight: StoredWeight) -> CubeTensor {
         let usable = beside.dtype == DType::F32 && beside.meta.shape().num_elements() > 0;
-        let dense = if usable { launch(into_contiguous(beside.clone()), &weight, 0) } else { None };
+        let dense = if usable {
+            launch(into_contiguous(beside.clone()), &weight, 0)
+        } else {
+            None
+        };
         match dense {
             Some(dense) => Self::float_swap_dims(dense, 0, 1),
             None => portable::unpacked::<Self>(&weight, &beside),

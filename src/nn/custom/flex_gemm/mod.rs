@@ -115,7 +115,10 @@ fn split([rows, columns]: [usize; 2], threads: usize, most: usize) -> [usize; 2]
     }
     let wanted = TASKS * threads;
     let time = |[column_blocks, row_blocks]: [usize; 2]| {
-        let (panels, lines) = (columns.div_ceil(column_blocks) as f64, rows.div_ceil(row_blocks) as f64);
+        let (panels, lines) = (
+            columns.div_ceil(column_blocks) as f64,
+            rows.div_ceil(row_blocks) as f64,
+        );
         (column_blocks * row_blocks).div_ceil(threads) as f64 * panels * (lines + PACKING)
     };
     let mut best = [least, 1];
@@ -144,11 +147,19 @@ pub(super) struct Engine {
 impl Engine {
     /// None where the processor lacks the instructions.
     pub fn new(kind: Kind, parallel: bool) -> Option<Self> {
-        Level::detect(kind).map(|level| Self { level, kind, parallel })
+        Level::detect(kind).map(|level| Self {
+            level,
+            kind,
+            parallel,
+        })
     }
 
     fn threads(&self, multiplications: usize) -> usize {
-        if self.parallel && multiplications >= SERIAL { rayon::current_num_threads() } else { 1 }
+        if self.parallel && multiplications >= SERIAL {
+            rayon::current_num_threads()
+        } else {
+            1
+        }
     }
 
     /// `left right`, for `m` lines of the left operand and `n` of the right one.
@@ -156,14 +167,22 @@ impl Engine {
     /// # Safety
     /// The operands have so many lines and the same inner size, in living memory; the output has room, and nobody else writes it.
     pub unsafe fn product(self, [m, n]: [usize; 2], left: Operand, right: Operand, output: Output) {
-        let most = (LEFT / m.max(1)).max(BLOCK_UNITS) / BLOCK_UNITS * BLOCK_UNITS * self.kind.numbers();
+        let most =
+            (LEFT / m.max(1)).max(BLOCK_UNITS) / BLOCK_UNITS * BLOCK_UNITS * self.kind.numbers();
         for first in (0..left.inner).step_by(most) {
             let steps = first..(first + most).min(left.inner);
             // SAFETY: the caller's promise; so below.
             unsafe {
                 let packed = Left::new(self, m, &[steps.len()]);
                 packed.pack(0, left.steps(steps.clone()));
-                packed.times(n, &[right.steps(steps)], Output { add: output.add || first > 0, ..output });
+                packed.times(
+                    n,
+                    &[right.steps(steps)],
+                    Output {
+                        add: output.add || first > 0,
+                        ..output
+                    },
+                );
             }
         }
     }
@@ -190,7 +209,14 @@ impl Left {
         }
         let mut buffer = Buffer::new(&LEFT_BUFFER, m.div_ceil(ROWS) * ROWS * units);
         let first = Units(buffer.first());
-        Self { engine, m, starts, units, _buffer: buffer, first }
+        Self {
+            engine,
+            m,
+            starts,
+            units,
+            _buffer: buffer,
+            first,
+        }
     }
 
     /// Packs a part.
@@ -206,12 +232,19 @@ impl Left {
         let pack = |index: usize| {
             let lines = index * some * ROWS..((index + 1) * some * ROWS).min(self.m);
             let first = self.first.at((index * some * self.units + start) * ROWS);
-            let panels = Panels { first, stride: self.units * ROWS };
+            let panels = Panels {
+                first,
+                stride: self.units * ROWS,
+            };
             // SAFETY: the caller's promise; the panels are this task's.
             unsafe { operand.pack::<ROWS>(level, kind, lines, 0..units, panels) };
         };
         let tasks = panels.div_ceil(some);
-        if threads > 1 { (0..tasks).into_par_iter().with_max_len(1).for_each(pack) } else { (0..tasks).for_each(pack) }
+        if threads > 1 {
+            (0..tasks).into_par_iter().with_max_len(1).for_each(pack)
+        } else {
+            (0..tasks).for_each(pack)
+        }
     }
 
     /// The product of the first parts with as many parts of a right operand of `n` lines.
@@ -232,8 +265,12 @@ impl Left {
         let [column_blocks, row_blocks] = split([row_panels, panels], threads, most);
         let task = |index: usize| {
             let (column, row) = (index / row_blocks, index % row_blocks);
-            let share = |index: usize, of: usize, all: usize| index * all / of..(index + 1) * all / of;
-            let (columns, rows) = (share(column, column_blocks, panels), share(row, row_blocks, row_panels));
+            let share =
+                |index: usize, of: usize, all: usize| index * all / of..(index + 1) * all / of;
+            let (columns, rows) = (
+                share(column, column_blocks, panels),
+                share(row, row_blocks, row_panels),
+            );
             // SAFETY: the caller's promise; rows and columns are this task's.
             unsafe { self.block(n, right, output, block_units, units, columns, rows) };
         };
@@ -268,10 +305,15 @@ impl Left {
                 let end = start + part.units(kind);
                 let (from, to) = (first.max(start), last.min(end));
                 if from < to {
-                    let panels = Panels { first: packed.at((from - first) * COLUMNS), stride: count * COLUMNS };
+                    let panels = Panels {
+                        first: packed.at((from - first) * COLUMNS),
+                        stride: count * COLUMNS,
+                    };
                     let lines = columns.start * COLUMNS..(columns.end * COLUMNS).min(n);
                     // SAFETY: the caller's promise, and the buffer has room for these panels.
-                    unsafe { part.pack::<COLUMNS>(level, kind, lines, from - start..to - start, panels) };
+                    unsafe {
+                        part.pack::<COLUMNS>(level, kind, lines, from - start..to - start, panels)
+                    };
                 }
                 start = end;
             }
@@ -287,7 +329,9 @@ impl Left {
                         add: output.add || first > 0,
                     };
                     // SAFETY: both panels are packed, and the place is this task's part of the output.
-                    unsafe { level.tile(kind, a, packed.at(number * count * COLUMNS), count, place) };
+                    unsafe {
+                        level.tile(kind, a, packed.at(number * count * COLUMNS), count, place)
+                    };
                 }
             }
         }

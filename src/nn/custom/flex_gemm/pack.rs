@@ -39,7 +39,10 @@ unsafe impl Sync for Operand {}
 impl Operand {
     /// Steps `range` of it alone.
     pub fn steps(self, range: std::ops::Range<usize>) -> Self {
-        Self { inner: range.len(), ..self.from(0, range.start) }
+        Self {
+            inner: range.len(),
+            ..self.from(0, range.start)
+        }
     }
 
     /// The same from a line and a step on.
@@ -86,20 +89,27 @@ impl Operand {
         panels: Panels,
     ) {
         let step = units.start * kind.numbers();
-        let part =
-            Self { inner: (self.inner - step).min(units.len() * kind.numbers()), ..self.from(lines.start, step) };
+        let part = Self {
+            inner: (self.inner - step).min(units.len() * kind.numbers()),
+            ..self.from(lines.start, step)
+        };
         let lines = lines.len();
         // SAFETY: the caller's promise.
         unsafe {
             match (level, kind) {
                 #[cfg(target_arch = "x86_64")]
-                (Level::Avx512, Kind::F32) if part.step == 1 || part.line == 1 => match part.first {
-                    Numbers::F32(at) => avx512::f32_of_f32::<W>(part, at, lines, panels),
-                    Numbers::Bf16(at) => avx512::f32_of_bf16::<W>(part, at.cast(), lines, panels),
-                    Numbers::F16(at) => avx512::f32_of_f16::<W>(part, at.cast(), lines, panels),
-                },
+                (Level::Avx512, Kind::F32) if part.step == 1 || part.line == 1 => {
+                    match part.first {
+                        Numbers::F32(at) => avx512::f32_of_f32::<W>(part, at, lines, panels),
+                        Numbers::Bf16(at) => {
+                            avx512::f32_of_bf16::<W>(part, at.cast(), lines, panels)
+                        }
+                        Numbers::F16(at) => avx512::f32_of_f16::<W>(part, at.cast(), lines, panels),
+                    }
+                }
                 #[cfg(target_arch = "x86_64")]
-                (Level::Avx512, Kind::Bf16) if part.step == 1 || part.line == 1 => match part.first {
+                (Level::Avx512, Kind::Bf16) if part.step == 1 || part.line == 1 => match part.first
+                {
                     Numbers::F32(at) => avx512::bf16_of_f32::<W>(part, at, lines, panels),
                     Numbers::Bf16(at) => avx512::bf16_of_bf16::<W>(part, at.cast(), lines, panels),
                     Numbers::F16(_) => part.pack_any::<W>(kind, lines, panels),
@@ -114,17 +124,29 @@ impl Operand {
     /// # Safety
     /// As for [`Operand::pack`].
     unsafe fn pack_any<const W: usize>(self, kind: Kind, lines: usize, panels: Panels) {
-        for (unit, line) in (0..self.units(kind)).flat_map(|unit| (0..lines).map(move |line| (unit, line))) {
+        for (unit, line) in
+            (0..self.units(kind)).flat_map(|unit| (0..lines).map(move |line| (unit, line)))
+        {
             // SAFETY: the caller's promise.
             unsafe {
                 let bits = match kind {
                     Kind::F32 => self.value(line, unit).to_bits(),
                     Kind::Bf16 => {
-                        let bits = |step: usize| u32::from(bf16::from_f32(self.value(line, step)).to_bits());
-                        bits(2 * unit) | if 2 * unit + 1 < self.inner { bits(2 * unit + 1) << 16 } else { 0 }
+                        let bits = |step: usize| {
+                            u32::from(bf16::from_f32(self.value(line, step)).to_bits())
+                        };
+                        bits(2 * unit)
+                            | if 2 * unit + 1 < self.inner {
+                                bits(2 * unit + 1) << 16
+                            } else {
+                                0
+                            }
                     }
                 };
-                panels.first.add(line / W * panels.stride + unit * W + line % W).write(bits);
+                panels
+                    .first
+                    .add(line / W * panels.stride + unit * W + line % W)
+                    .write(bits);
             }
         }
     }
@@ -133,11 +155,12 @@ impl Operand {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m256i, __m512i, __mmask16, __mmask32, _MM_HINT_T0, _mm_prefetch, _mm256_maskz_loadu_epi16,
-        _mm512_castps_si512, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_cvtph_ps,
-        _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi16, _mm512_maskz_loadu_ps, _mm512_or_si512,
-        _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-        _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m256i, __m512i, __mmask16, __mmask32, _MM_HINT_T0, _mm_prefetch,
+        _mm256_maskz_loadu_epi16, _mm512_castps_si512, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh,
+        _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi16,
+        _mm512_maskz_loadu_ps, _mm512_or_si512, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+        _mm512_slli_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        _mm512_unpacklo_epi64,
     };
 
     use super::{Operand, Panels};
@@ -163,8 +186,10 @@ mod avx512 {
         let mut fours = [_mm512_setzero_si512(); 16];
         for g in 0..4 {
             for j in 0..2 {
-                fours[4 * g + 2 * j] = _mm512_unpacklo_epi64(pairs[4 * g + j], pairs[4 * g + 2 + j]);
-                fours[4 * g + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[4 * g + j], pairs[4 * g + 2 + j]);
+                fours[4 * g + 2 * j] =
+                    _mm512_unpacklo_epi64(pairs[4 * g + j], pairs[4 * g + 2 + j]);
+                fours[4 * g + 2 * j + 1] =
+                    _mm512_unpackhi_epi64(pairs[4 * g + j], pairs[4 * g + 2 + j]);
             }
         }
         for j in 0..4 {
@@ -200,7 +225,9 @@ mod avx512 {
                         .step_by(16)
                         .map(move |group| (line, group, (W.min(lines - line) - group).min(16)))
                 });
-                let place = |line: usize, group: usize| panels.first.wrapping_add(line / W * panels.stride + group);
+                let place = |line: usize, group: usize| {
+                    panels.first.wrapping_add(line / W * panels.stride + group)
+                };
                 if from.step == 1 {
                     for (line, group, n) in groups {
                         let at = at.wrapping_offset((line + group) as isize * from.line);
@@ -223,7 +250,11 @@ mod avx512 {
                                     // SAFETY: there is room for the panel, which has `W - group` lines from here on.
                                     unsafe {
                                         let out = place(line, group).add((unit + i) * W);
-                                        _mm512_mask_storeu_epi32(out.cast(), first(W - group), block);
+                                        _mm512_mask_storeu_epi32(
+                                            out.cast(),
+                                            first(W - group),
+                                            block,
+                                        );
                                     }
                                 }
                             }
@@ -239,9 +270,15 @@ mod avx512 {
                             let next = some.then(|| at.wrapping_offset(from.step));
                             // SAFETY: so many lines are there, and the room as above. What is prefetched need not exist.
                             unsafe {
-                                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(AHEAD * from.step).cast());
+                                _mm_prefetch::<_MM_HINT_T0>(
+                                    at.wrapping_offset(AHEAD * from.step).cast(),
+                                );
                                 let out = place(line, group).add(unit * W);
-                                _mm512_mask_storeu_epi32(out.cast(), first(W - group), $across(at, next, n));
+                                _mm512_mask_storeu_epi32(
+                                    out.cast(),
+                                    first(W - group),
+                                    $across(at, next, n),
+                                );
                             }
                         }
                     }
@@ -333,17 +370,55 @@ mod avx512 {
         // SAFETY: the caller's promise; both types are 256 bits without meaning beyond them.
         unsafe {
             let rounded = |at| {
-                let bits: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(n), at)));
+                let bits: __m256i =
+                    std::mem::transmute(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(n), at)));
                 _mm512_cvtepu16_epi32(bits)
             };
             let low = rounded(at);
-            next.map_or(low, |next| _mm512_or_si512(low, _mm512_slli_epi32::<16>(rounded(next))))
+            next.map_or(low, |next| {
+                _mm512_or_si512(low, _mm512_slli_epi32::<16>(rounded(next)))
+            })
         }
     }
 
-    pack!("avx512f,avx512bw,avx512vl", f32_of_f32, f32, 1, f32s, f32s_across);
-    pack!("avx512f,avx512bw,avx512vl", f32_of_bf16, i16, 1, bf16s, bf16s_across);
-    pack!("avx512f,avx512bw,avx512vl", f32_of_f16, i16, 1, f16s, f16s_across);
-    pack!("avx512f,avx512bw,avx512vl,avx512bf16", bf16_of_f32, f32, 2, rounded_pairs, rounded_pairs_across);
-    pack!("avx512f,avx512bw,avx512vl,avx512bf16", bf16_of_bf16, i16, 2, bf16_pairs, bf16_pairs_across);
+    pack!(
+        "avx512f,avx512bw,avx512vl",
+        f32_of_f32,
+        f32,
+        1,
+        f32s,
+        f32s_across
+    );
+    pack!(
+        "avx512f,avx512bw,avx512vl",
+        f32_of_bf16,
+        i16,
+        1,
+        bf16s,
+        bf16s_across
+    );
+    pack!(
+        "avx512f,avx512bw,avx512vl",
+        f32_of_f16,
+        i16,
+        1,
+        f16s,
+        f16s_across
+    );
+    pack!(
+        "avx512f,avx512bw,avx512vl,avx512bf16",
+        bf16_of_f32,
+        f32,
+        2,
+        rounded_pairs,
+        rounded_pairs_across
+    );
+    pack!(
+        "avx512f,avx512bw,avx512vl,avx512bf16",
+        bf16_of_bf16,
+        i16,
+        2,
+        bf16_pairs,
+        bf16_pairs_across
+    );
 }

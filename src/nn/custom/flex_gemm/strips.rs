@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use super::{BLOCK, Buffer, COLUMNS, Left, Operand, Panels, Place, RIGHT_BUFFER, ROWS, Shared, Units};
+use super::{
+    BLOCK, Buffer, COLUMNS, Left, Operand, Panels, Place, RIGHT_BUFFER, ROWS, Shared, Units,
+};
 
 /// Rows of a strip.
 const STRIP: usize = 8 * ROWS;
@@ -14,7 +16,9 @@ const PARTS: usize = 8;
 impl Left {
     /// Columns of a strip of a product with `n` columns; follows from sizes alone.
     pub fn strip_columns(&self, n: usize) -> usize {
-        let most = (BLOCK / self.units.max(1)).min(n.div_ceil(PARTS)).clamp(COLUMNS, WIDEST);
+        let most = (BLOCK / self.units.max(1))
+            .min(n.div_ceil(PARTS))
+            .clamp(COLUMNS, WIDEST);
         most.next_multiple_of(COLUMNS).min(WIDEST)
     }
 
@@ -23,15 +27,28 @@ impl Left {
     ///
     /// # Safety
     /// There is one part, which is packed; the right operand has its inner size and these columns, in living memory.
-    pub unsafe fn strips(&self, right: Operand, columns: Range<usize>, mut each: impl FnMut(usize, &mut [f32])) {
-        let (kind, level, units, width) = (self.engine.kind, self.engine.level, self.units, columns.len());
+    pub unsafe fn strips(
+        &self,
+        right: Operand,
+        columns: Range<usize>,
+        mut each: impl FnMut(usize, &mut [f32]),
+    ) {
+        let (kind, level, units, width) = (
+            self.engine.kind,
+            self.engine.level,
+            self.units,
+            columns.len(),
+        );
         if self.m == 0 || width == 0 || units == 0 {
             return;
         }
         let panels = width.div_ceil(COLUMNS);
         let mut buffer = Buffer::new(&RIGHT_BUFFER, panels * units * COLUMNS);
         let packed = Units(buffer.first());
-        let place = Panels { first: packed.at(0), stride: units * COLUMNS };
+        let place = Panels {
+            first: packed.at(0),
+            stride: units * COLUMNS,
+        };
         // SAFETY: the caller's promise, and the buffer has room for these panels.
         unsafe { right.pack::<COLUMNS>(level, kind, columns, 0..units, place) };
         let mut strip = vec![0.0_f32; STRIP.min(self.m) * width];

@@ -77,7 +77,11 @@ impl Place {
     /// The part from column `first` on.
     #[cfg(target_arch = "x86_64")]
     fn columns_from(self, first: usize, columns: usize) -> Self {
-        Self { out: self.out.wrapping_add(first), columns, ..self }
+        Self {
+            out: self.out.wrapping_add(first),
+            columns,
+            ..self
+        }
     }
 }
 
@@ -90,14 +94,21 @@ macro_rules! tile {
         /// The processor has the features; `a` and `b` are panels of `units`, and the place is writable.
         #[target_feature(enable = $features)]
         #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
-        unsafe fn $name<const R: usize, const V: usize>(a: *const u32, b: *const u32, units: usize, place: Place) {
+        unsafe fn $name<const R: usize, const V: usize>(
+            a: *const u32,
+            b: *const u32,
+            units: usize,
+            place: Place,
+        ) {
             let mut sums = [[$ops::zero(); V]; R];
             let (mut a, mut b) = (a, b);
             // SAFETY: the panels have as many units.
             unsafe {
                 for row in 0..R.min(place.rows) {
                     _mm_prefetch::<_MM_HINT_T0>(place.out.wrapping_add(row * place.width).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(place.out.wrapping_add(row * place.width + 16).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(
+                        place.out.wrapping_add(row * place.width + 16).cast(),
+                    );
                 }
                 for _ in 0..units {
                     let mut columns = [$ops::none(); V];
@@ -144,7 +155,12 @@ macro_rules! choose {
                     9..=16 => $wide::<R, 1>(a, b, units, place),
                     17..=24 => {
                         $wide::<R, 1>(a, b, units, place.columns_from(0, 16));
-                        $narrow::<R, 1>(a, b.add(16), units, place.columns_from(16, place.columns - 16));
+                        $narrow::<R, 1>(
+                            a,
+                            b.add(16),
+                            units,
+                            place.columns_from(16, place.columns - 16),
+                        );
                     }
                     _ => $wide::<R, 2>(a, b, units, place),
                 }
@@ -165,7 +181,8 @@ mod avx512 {
          $scale:ident, $load_some:ident, $store_some:ident) => {
             mod $name {
                 use std::arch::x86_64::{
-                    $add, $fma, $load, $load_some, $mask, $scale, $splat, $store_some, $vector, $zero,
+                    $add, $fma, $load, $load_some, $mask, $scale, $splat, $store_some, $vector,
+                    $zero,
                 };
 
                 #[inline]
@@ -202,11 +219,21 @@ mod avx512 {
 
                 #[inline]
                 #[target_feature(enable = "avx512f,avx512vl")]
-                pub unsafe fn store(out: *mut f32, mask: $mask, sums: $vector, factor: f32, add: bool) {
+                pub unsafe fn store(
+                    out: *mut f32,
+                    mask: $mask,
+                    sums: $vector,
+                    factor: f32,
+                    add: bool,
+                ) {
                     let sums = $scale(sums, $splat(factor));
                     // SAFETY: the caller's promise.
                     unsafe {
-                        let sums = if add { $add(sums, $load_some(mask, out)) } else { sums };
+                        let sums = if add {
+                            $add(sums, $load_some(mask, out))
+                        } else {
+                            sums
+                        };
                         $store_some(out, mask, sums);
                     }
                 }
@@ -307,12 +334,50 @@ mod avx512 {
         _mm256_setzero_si256
     );
 
-    tile!("avx512f,avx512vl,avx512bw,avx512dq,fma", f32_wide, 16, __m512, u16, sixteen);
-    tile!("avx512f,avx512vl,avx512bw,avx512dq,fma", f32_narrow, 8, __m256, u8, eight);
-    tile!("avx512f,avx512vl,avx512bw,avx512dq,fma,avx512bf16", bf16_wide, 16, __m512, u16, sixteen_pairs);
-    tile!("avx512f,avx512vl,avx512bw,avx512dq,fma,avx512bf16", bf16_narrow, 8, __m256, u8, eight_pairs);
-    choose!("avx512f,avx512vl,avx512bw,avx512dq,fma", f32_rows, f32_wide, f32_narrow);
-    choose!("avx512f,avx512vl,avx512bw,avx512dq,fma,avx512bf16", bf16_rows, bf16_wide, bf16_narrow);
+    tile!(
+        "avx512f,avx512vl,avx512bw,avx512dq,fma",
+        f32_wide,
+        16,
+        __m512,
+        u16,
+        sixteen
+    );
+    tile!(
+        "avx512f,avx512vl,avx512bw,avx512dq,fma",
+        f32_narrow,
+        8,
+        __m256,
+        u8,
+        eight
+    );
+    tile!(
+        "avx512f,avx512vl,avx512bw,avx512dq,fma,avx512bf16",
+        bf16_wide,
+        16,
+        __m512,
+        u16,
+        sixteen_pairs
+    );
+    tile!(
+        "avx512f,avx512vl,avx512bw,avx512dq,fma,avx512bf16",
+        bf16_narrow,
+        8,
+        __m256,
+        u8,
+        eight_pairs
+    );
+    choose!(
+        "avx512f,avx512vl,avx512bw,avx512dq,fma",
+        f32_rows,
+        f32_wide,
+        f32_narrow
+    );
+    choose!(
+        "avx512f,avx512vl,avx512bw,avx512dq,fma,avx512bf16",
+        bf16_rows,
+        bf16_wide,
+        bf16_narrow
+    );
 
     /// # Safety
     /// The processor has AVX-512; the panels have `units`, and the place is writable.
@@ -346,20 +411,35 @@ mod portable {
     use super::{COLUMNS, Kind, Place, ROWS};
 
     fn halves(unit: u32) -> [f32; 2] {
-        [f32::from_bits(unit << 16), f32::from_bits(unit & 0xFFFF_0000)]
+        [
+            f32::from_bits(unit << 16),
+            f32::from_bits(unit & 0xFFFF_0000),
+        ]
     }
 
     /// # Safety
     /// The panels have `units`, and the place is writable.
-    pub(super) unsafe fn tile(kind: Kind, a: *const u32, b: *const u32, units: usize, place: Place) {
-        for (row, column) in (0..place.rows).flat_map(|row| (0..place.columns).map(move |column| (row, column))) {
+    pub(super) unsafe fn tile(
+        kind: Kind,
+        a: *const u32,
+        b: *const u32,
+        units: usize,
+        place: Place,
+    ) {
+        for (row, column) in
+            (0..place.rows).flat_map(|row| (0..place.columns).map(move |column| (row, column)))
+        {
             let mut sum = 0.0_f32;
             for unit in 0..units {
                 // SAFETY: the caller's promise; so below.
-                let (a, b) = unsafe { (*a.add(unit * ROWS + row), *b.add(unit * COLUMNS + column)) };
+                let (a, b) =
+                    unsafe { (*a.add(unit * ROWS + row), *b.add(unit * COLUMNS + column)) };
                 match kind {
                     Kind::F32 => sum = f32::from_bits(a).mul_add(f32::from_bits(b), sum),
-                    Kind::Bf16 => halves(a).into_iter().zip(halves(b)).for_each(|(a, b)| sum += a * b),
+                    Kind::Bf16 => halves(a)
+                        .into_iter()
+                        .zip(halves(b))
+                        .for_each(|(a, b)| sum += a * b),
                 }
             }
             unsafe {
@@ -375,7 +455,14 @@ impl Level {
     ///
     /// # Safety
     /// The panels have `units` of this kind, the place is writable, and the level is one that [`Level::detect`] found.
-    pub(super) unsafe fn tile(self, kind: Kind, a: *const u32, b: *const u32, units: usize, place: Place) {
+    pub(super) unsafe fn tile(
+        self,
+        kind: Kind,
+        a: *const u32,
+        b: *const u32,
+        units: usize,
+        place: Place,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             match (self, kind) {
