@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
+use elastic_lora::arch::Architecture;
 use elastic_lora::format::{
     Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat,
 };
@@ -181,7 +182,7 @@ fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut made: HashMap<[usize; 2], StoredMatrix> = HashMap::new();
     let matrix = |name: &str, shape: [usize; 2]| {
-        if name == HfConfig::EMBEDDING {
+        if name == Architecture::EMBEDDING {
             return random(Kind::F16, shape, &mut rng);
         }
         if let Some(matrix) = made.get(&shape) {

@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use clap::Parser;
 use elastic_lora::format::WeightFormat;
+use elastic_lora::model::DeviceSession;
 use elastic_lora::runtime::{
-    CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig,
-    Session, SessionConfig,
+    CacheFormat, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session,
+    SessionConfig,
 };
 use elastic_lora::{Error, Result, SuperNet};
 

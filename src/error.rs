@@ -127,8 +127,8 @@ pub enum Error {
     UnsupportedArchitecture {
         /// `model_type` as found.
         found: String,
-        /// Those that are.
-        supported: &'static str,
+        /// The families that are.
+        supported: String,
     },
     /// A feature of a file, model or adapter that this crate does not implement.
     #[error("{what} is not supported")]

@@ -42,20 +42,15 @@
 //! tensors alone panic on shapes other than those that their docs state, as Burn's own do.
 #![warn(missing_docs)]
 
-pub mod adapter;
-pub mod calib;
+pub mod arch;
 pub mod data;
 pub mod error;
-pub mod eval;
 #[cfg(feature = "capi")]
 mod ffi;
 pub mod format;
 pub mod io;
 pub mod kernels;
 pub mod linalg;
-pub mod merge;
-pub mod model;
-pub mod nn;
 pub mod quant;
 pub mod runtime;
 pub mod search;
@@ -63,14 +58,33 @@ pub mod search;
 mod simd;
 pub mod space;
 pub mod sparsity;
+
+// The half that trains, on Burn. Nothing above names it.
+#[cfg(feature = "burn")]
+pub mod adapter;
+#[cfg(feature = "burn")]
+pub mod calib;
+#[cfg(feature = "burn")]
+pub mod eval;
+#[cfg(feature = "burn")]
+pub mod merge;
+#[cfg(feature = "burn")]
+pub mod model;
+#[cfg(feature = "burn")]
+pub mod nn;
+#[cfg(feature = "burn")]
 pub mod supernet;
+#[cfg(feature = "burn")]
 pub mod train;
 
+#[cfg(feature = "burn")]
 pub use adapter::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use error::{Error, Result};
+#[cfg(feature = "burn")]
 pub use merge::Merger;
 pub use search::Searcher;
 pub use space::{SearchSpace, SubnetConfig};
+#[cfg(feature = "burn")]
 pub use supernet::SuperNet;
 
 #[cfg(doctest)]

@@ -5,11 +5,12 @@ mod common;
 use burn::tensor::Device;
 use common::{max_diff, random_ids, random_values, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
+use elastic_lora::arch::{BlockDims, Family, LinearKind, SubBlock};
 use elastic_lora::data::{Batcher, Sequence};
-use elastic_lora::io::hf::{BlockDims, HfConfig, LlamaDims};
-use elastic_lora::io::{Checkpoint, DType, Family};
+use elastic_lora::io::hf::{HfConfig, LlamaDims};
+use elastic_lora::io::{Checkpoint, DType};
 use elastic_lora::linalg::Matrix;
-use elastic_lora::model::{Decoder, LinearKind, Unit};
+use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, KvCache, host_values};
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::{SubnetCost, SuperNetConfig};
@@ -494,7 +495,8 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
     );
     assert_eq!(deci.raw()["block_configs"][7]["attention"]["no_op"], true);
     let names: Vec<String> = deci
-        .tensor_shapes()
+        .arch()
+        .tensors()
         .into_iter()
         .map(|(name, _)| name)
         .collect();
@@ -775,7 +777,7 @@ fn a_space_may_have_no_ranks_at_all() -> Result<()> {
         net.model()
             .layers
             .iter()
-            .all(|block| block.runs(Unit::Mlp) && block.has(Unit::Attention))
+            .all(|block| block.runs(SubBlock::Mlp) && block.has(SubBlock::Attention))
     );
     let extracted = Merger::new().extract(&net, &[])?.model;
     assert_eq!(extracted.config().intermediate_size(), 20);

@@ -6,8 +6,9 @@ use common::{load, load_i32, max_diff, random_ids, shared, tiny, tiny_mistral};
 use elastic_lora::Error;
 use elastic_lora::io::Checkpoint;
 use elastic_lora::model::Decoder;
+use elastic_lora::model::{DeviceSession, generate_batch};
 use elastic_lora::nn::{KvCache, host_values};
-use elastic_lora::runtime::{DeviceSession, GenerateConfig, SampleConfig, generate_batch};
+use elastic_lora::runtime::{GenerateConfig, SampleConfig};
 
 const CONTEXT: usize = 40;
 

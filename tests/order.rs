@@ -8,6 +8,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use common::{is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
+use elastic_lora::arch::{LinearKind, SubBlock};
 use elastic_lora::calib::{
     BlockScores, ChannelOrder, InfluenceMeasure, TaylorConfig, block_influence, channel_scores,
     sort_channels, taylor_scores,
@@ -20,7 +21,7 @@ use elastic_lora::data::{
 use elastic_lora::eval::{mean_loss, perplexity};
 use elastic_lora::io::{DType, HfConfig};
 use elastic_lora::linalg::Matrix;
-use elastic_lora::model::{Block, Decoder, LinearKind, Pretrained, Unit};
+use elastic_lora::model::{Block, Decoder, Pretrained};
 use elastic_lora::nn::host_values;
 use elastic_lora::sparsity::{ChannelScore, InputNorms, activation_scores};
 use elastic_lora::supernet::SuperNetConfig;
@@ -523,12 +524,17 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
                 &after,
             ),
             (
-                Unit::Attention.name(block),
+                SubBlock::Attention.name(block),
                 &[LinearKind::O],
                 &state,
                 &between,
             ),
-            (Unit::Mlp.name(block), &[LinearKind::Down], &between, &after),
+            (
+                SubBlock::Mlp.name(block),
+                &[LinearKind::Down],
+                &between,
+                &after,
+            ),
         ] {
             let (a, b) = (host_values(from.clone()), host_values(to.clone()));
             let expected: f64 = (a.chunks(24).zip(b.chunks(24)))
@@ -559,9 +565,9 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     }
     // What does not run is not listed, and its block is what is left of it.
     let mut shallow = model.clone();
-    shallow.layers[1].set_runs(Unit::Mlp, false);
-    shallow.layers[2].set_runs(Unit::Attention, false);
-    shallow.layers[2].set_runs(Unit::Mlp, false);
+    shallow.layers[1].set_runs(SubBlock::Mlp, false);
+    shallow.layers[2].set_runs(SubBlock::Attention, false);
+    shallow.layers[2].set_runs(SubBlock::Mlp, false);
     let units = block_influence(&shallow, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
     let change = |name: &str| {
         units

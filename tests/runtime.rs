@@ -11,17 +11,19 @@ use common::{
     load, load_i32, max_diff, random_ids, shared, tiny, tiny_dims, tiny_mistral, tiny_on,
 };
 use elastic_lora::Error;
+use elastic_lora::arch::BlockDims;
 use elastic_lora::format::{PackedMatrix, WeightFormat};
-use elastic_lora::io::hf::{BlockDims, HfFolder, LlamaDims};
+use elastic_lora::io::hf::{HfFolder, LlamaDims};
 use elastic_lora::io::{Checkpoint, DType, HfConfig, QuantFormat};
 use elastic_lora::kernels::Activations;
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
+use elastic_lora::model::DeviceSession;
 use elastic_lora::nn::{BaseLinear, host_values};
 use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
 use elastic_lora::runtime::{
-    CacheFormat, DeviceSession, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig,
-    Session, SessionConfig,
+    CacheFormat, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session,
+    SessionConfig,
 };
 
 /// The tests' models: families, tied and not, biases, windows, rotary scalings, blocks that differ or lack a part.

@@ -1,10 +1,11 @@
 //! Mode B: elastic widths, heads and depth, and models that are really smaller.
 
+use elastic_lora::arch::SubBlock;
 use elastic_lora::calib::{InfluenceMeasure, block_influence, sort_channels};
 use elastic_lora::eval::{Metric, Phase, SubnetObjective, mean_loss, measure_ms};
 use elastic_lora::io::atomic;
 use elastic_lora::merge::MergeMode;
-use elastic_lora::model::{Decoder, Pretrained, Unit};
+use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::train::{Distillation, Sampling, TrainConfig};
 use elastic_lora::{Error, Merger, Result, SearchSpace, SubnetConfig, SuperNet};
@@ -78,7 +79,7 @@ fn depth_group(args: &Args, model: &Decoder, samples: &[Vec<u32>]) -> Result<Opt
     let units: Vec<String> = ranked
         .into_iter()
         .map(|unit| unit.name)
-        .filter(|name| Unit::parse(name).is_some_and(|(_, units)| units.len() == 1))
+        .filter(|name| SubBlock::parse(name).is_some_and(|(_, units)| units.len() == 1))
         .collect();
     let least = units.len().saturating_sub(args.depth);
     if least == 0 {

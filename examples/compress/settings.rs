@@ -180,7 +180,7 @@ impl Settings {
     /// Checks that the files' format can hold the integers of every layer of a model.
     pub fn check_format(&self, args: &Args, config: &HfConfig) -> Result<()> {
         let mut shapes = BTreeSet::new();
-        for layer in config.linear_layers() {
+        for layer in config.arch().linears() {
             if !shapes.insert([layer.d_output, layer.d_input]) {
                 continue;
             }

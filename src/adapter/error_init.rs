@@ -107,8 +107,8 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    use super::super::lora::LoraConfig;
     use super::*;
+    use crate::space::LoraConfig;
 
     fn random(rows: usize, cols: usize, seed: u64) -> Matrix {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);

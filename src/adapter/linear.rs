@@ -3,10 +3,11 @@
 use burn::module::Module;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 
-use super::lora::{ElasticLora, LoraConfig, ScaleRule};
+use super::lora::ElasticLora;
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 use crate::nn::{BaseLinear, matrix_from_tensor, ops};
+use crate::space::{LoraConfig, ScaleRule};
 
 /// Settings of an [`ElasticLoraLinear`] that stands on its own.
 ///

@@ -10,7 +10,8 @@ mod lora;
 mod reparam;
 
 pub use crate::nn::mix_seed;
+pub use crate::space::{LoraConfig, MAX_RANK, ScaleRule};
 pub use grid::WeightGrid;
 pub use linear::{ElasticLoraLinear, ElasticLoraLinearConfig};
-pub use lora::{ElasticLora, LoraConfig, MAX_RANK, ScaleRule, seeded_dropout};
+pub use lora::{ElasticLora, seeded_dropout};
 pub use reparam::{ElasticLoraReparam, ElasticLoraReparameterizer, RankSwitches};

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::tensor::Tensor;
 
-use super::lora::{LoraConfig, summed_weight};
+use super::lora::{fresh_factors, summed_weight};
 use crate::error::{Error, Result};
 use crate::nn::mix_seed;
+use crate::space::LoraConfig;
 use crate::space::{LayerShape, SearchSpace, SubnetConfig};
 
 /// The active ranks of a reparameterized module, by parameter path. Clones share them, and so do clones of the module.
@@ -167,9 +168,13 @@ impl Reparameterizer for &mut ElasticLoraReparameterizer {
         let dims = param.lazy_shape();
         let (d_input, d_output) = (dims[0], dims[1]);
         let seed = mix_seed(self.seed, self.switches.ranks.len() as u64);
-        let (lora_a, lora_b) =
-            self.config
-                .fresh_factors(d_input, d_output, seed, &param.lazy_device());
+        let (lora_a, lora_b) = fresh_factors(
+            self.config.rank,
+            d_input,
+            d_output,
+            seed,
+            &param.lazy_device(),
+        );
         let active = Arc::new(AtomicUsize::new(self.config.rank));
         let switch = Switch {
             active: active.clone(),

@@ -9,16 +9,17 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::{TOKENS_AT_ONCE, batches, targets};
+use crate::arch::{LinearKind, SubBlock};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, LinearKind, Unit};
+use crate::model::Decoder;
 use crate::nn::host_values;
 
 /// What of block `block` may be left out: its name, and the parts that it is. The whole comes before its parts.
-fn candidates(block: usize) -> [(String, &'static [Unit]); 3] {
+fn candidates(block: usize) -> [(String, &'static [SubBlock]); 3] {
     [
-        (format!("model.layers.{block}"), &Unit::ALL),
-        (Unit::Attention.name(block), &[Unit::Attention]),
-        (Unit::Mlp.name(block), &[Unit::Mlp]),
+        (format!("model.layers.{block}"), &SubBlock::ALL),
+        (SubBlock::Attention.name(block), &[SubBlock::Attention]),
+        (SubBlock::Mlp.name(block), &[SubBlock::Mlp]),
     ]
 }
 
@@ -36,8 +37,8 @@ pub enum InfluenceMeasure {
 
 /// How much a unit matters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct UnitInfluence {
-    /// Hugging Face's module path, such as `model.layers.3` or `model.layers.3.self_attn`; [`Unit::parse`] reads it, and a group of
+pub struct SubBlockInfluence {
+    /// Hugging Face's module path, such as `model.layers.3` or `model.layers.3.self_attn`; [`SubBlock::parse`] reads it, and a group of
     /// elastic depth lists such names.
     pub name: String,
     /// 1 minus the cosine of the residual stream before and after the unit, mean over tokens, in 0..=2.
@@ -61,7 +62,7 @@ pub fn block_influence(
     samples: &[Vec<u32>],
     measure: InfluenceMeasure,
     mut progress: impl FnMut(usize, usize),
-) -> Result<Vec<UnitInfluence>> {
+) -> Result<Vec<SubBlockInfluence>> {
     let model = model.valid();
     let batches = batches(samples, TOKENS_AT_ONCE);
     if batches.is_empty() {
@@ -100,7 +101,7 @@ pub fn block_influence(
                 ),
                 None => None,
             };
-            units.push(UnitInfluence {
+            units.push(SubBlockInfluence {
                 name,
                 cosine_change: 0.0,
                 loss_increase,
@@ -115,7 +116,7 @@ pub fn block_influence(
         }
         progress(block + 1, n_blocks);
     }
-    let key = |unit: &UnitInfluence| unit.loss_increase.unwrap_or(unit.cosine_change);
+    let key = |unit: &SubBlockInfluence| unit.loss_increase.unwrap_or(unit.cosine_change);
     if let Some(index) = units.iter().position(|unit| !key(unit).is_finite()) {
         let tensor = format!("influence of {}", units[index].name);
         return Err(Error::NotFinite {
@@ -187,7 +188,7 @@ fn cosines(a: Tensor<3>, b: Tensor<3>) -> Vec<f32> {
 }
 
 /// The model that leaves parts of a block out. Weights are shared.
-fn without(model: &Decoder, block: usize, parts: &[Unit]) -> Decoder {
+fn without(model: &Decoder, block: usize, parts: &[SubBlock]) -> Decoder {
     let mut model = model.clone();
     parts
         .iter()

@@ -10,7 +10,7 @@ mod prune;
 mod quantize;
 mod taylor;
 
-pub use influence::{InfluenceMeasure, UnitInfluence, block_influence};
+pub use influence::{InfluenceMeasure, SubBlockInfluence, block_influence};
 pub use order::{BlockOrder, BlockScores, ChannelOrder, channel_scores, sort_channels};
 pub use prune::{PruneConfig, PrunedLayer, prune_model, prune_model_with};
 pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model};
@@ -20,8 +20,9 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 
+use crate::arch::LinearKind;
 use crate::error::Result;
-use crate::model::{Decoder, LinearKind};
+use crate::model::Decoder;
 use crate::nn::{BaseLinear, host_values};
 
 /// Hidden-state tokens that go through a block at once.

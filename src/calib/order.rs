@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use super::taylor::{TaylorConfig, taylor_scores};
 use super::{column_squares, embed_samples};
+use crate::arch::LinearKind;
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
-use crate::model::{Block, Decoder, LinearKind};
+use crate::model::{Block, Decoder};
 use crate::sparsity::{
     ChannelScore, InputNorms, UnitPart, activation_scores, importance_order, l1_scores, l2_scores,
 };

@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use super::input::{InputStatistic, in_layer};
 use super::walk_blocks;
+use crate::arch::LinearKind;
 use crate::error::{Error, Result};
 use crate::linalg::FactorConfig;
-use crate::model::{Decoder, LinearKind};
+use crate::model::Decoder;
 use crate::sparsity::{
     Method, OwlConfig, Pattern, SparseGptConfig, outlier_share, prune, sparsegpt,
 };

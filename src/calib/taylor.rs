@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::order::BlockScores;
 use super::{batches, targets};
 use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
+use crate::arch::LinearKind;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, LinearKind};
+use crate::model::Decoder;
 use crate::nn::host_values;
 use crate::sparsity::sum_units;
 

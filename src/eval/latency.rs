@@ -6,9 +6,9 @@ use std::time::Instant;
 use burn::tensor::{Device, Distribution, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::arch::BlockDims;
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
-use crate::io::hf::BlockDims;
 use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
 use crate::space::{Elastic, SubnetConfig};

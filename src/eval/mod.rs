@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{PromptTemplate, Record, TextTokenizer, answers};
 use crate::error::{Error, Result};
-use crate::model::Decoder;
+use crate::model::{Decoder, generate_batch};
 use crate::nn::{KvCache, host_values};
-use crate::runtime::{GenerateConfig, generate_batch};
+use crate::runtime::GenerateConfig;
 
 /// Tokens that go through the model at once.
 const TOKENS_AT_ONCE: usize = 4096;

@@ -14,7 +14,7 @@ pub mod report;
 pub mod tensors;
 
 pub use atomic::FolderWriter;
-pub use hf::{Family, HfConfig, LinearLayer, RopeScaling};
+pub use hf::HfConfig;
 pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};
 pub use report::{Report, Row};

@@ -9,9 +9,10 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::ElasticLoraLinear;
+use crate::arch::BlockDims;
 use crate::error::{Error, Result};
 use crate::format::PackedMatrix;
-use crate::io::hf::BlockDims;
+use crate::io::hf::DECI_MULTIPLE;
 use crate::model::{Block, Decoder, Mlp};
 use crate::nn::{RmsNorm, host_values, matrix_from_tensor};
 use crate::sparsity::Mask;
@@ -237,8 +238,8 @@ impl Merger {
                 .zip(&mut blocks)
                 .filter(|(dims, _)| !dims.has_mlp())
             {
-                dims.d_mlp = BlockDims::DECI_MULTIPLE;
-                let mlp = Mlp::zeros(config.hidden_size(), dims.d_mlp, config.mlp_bias(), &device)?;
+                dims.d_mlp = DECI_MULTIPLE;
+                let mlp = Mlp::zeros(config.arch(), dims.d_mlp, &device)?;
                 let gains = Tensor::ones([config.hidden_size()], &device);
                 block.set_mlp(RmsNorm::from_tensor(gains, config.rms_norm_eps()), mlp);
             }

@@ -4,83 +4,10 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 use crate::adapter::ElasticLoraLinear;
+use crate::arch::{Architecture, BlockDims, LinearKind, NormKind, SubBlock};
 use crate::error::Result;
 use crate::nn::ops::{self, AttentionMask};
 use crate::nn::{BaseLinear, KvCache, RmsNorm};
-
-/// Which linear layer of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum LinearKind {
-    /// Queries.
-    Q,
-    /// Keys.
-    K,
-    /// Values.
-    V,
-    /// Attention's output.
-    O,
-    /// The MLP's gate.
-    Gate,
-    /// The MLP's up projection.
-    Up,
-    /// The MLP's down projection.
-    Down,
-}
-
-impl LinearKind {
-    /// All, in the order of computation.
-    pub const ALL: [Self; 7] = [
-        Self::Q,
-        Self::K,
-        Self::V,
-        Self::O,
-        Self::Gate,
-        Self::Up,
-        Self::Down,
-    ];
-
-    /// The part of the block that it is in.
-    pub fn unit(self) -> Unit {
-        match self {
-            Self::Q | Self::K | Self::V | Self::O => Unit::Attention,
-            Self::Gate | Self::Up | Self::Down => Unit::Mlp,
-        }
-    }
-
-    /// Path inside the block, as Hugging Face names it.
-    pub fn path(self) -> &'static str {
-        match self {
-            Self::Q => "self_attn.q_proj",
-            Self::K => "self_attn.k_proj",
-            Self::V => "self_attn.v_proj",
-            Self::O => "self_attn.o_proj",
-            Self::Gate => "mlp.gate_proj",
-            Self::Up => "mlp.up_proj",
-            Self::Down => "mlp.down_proj",
-        }
-    }
-
-    /// The first of the layers that see the same input: queries for keys and values, the gate for the up projection.
-    pub fn input(self) -> Self {
-        match self {
-            Self::Q | Self::K | Self::V => Self::Q,
-            Self::Gate | Self::Up => Self::Gate,
-            Self::O | Self::Down => self,
-        }
-    }
-
-    /// Hugging Face's module path of this layer in block `block`.
-    pub fn name(self, block: usize) -> String {
-        format!("model.layers.{block}.{}", self.path())
-    }
-
-    /// The inverse of [`name`](Self::name).
-    pub fn parse(name: &str) -> Option<(usize, Self)> {
-        let (block, path) = name.strip_prefix("model.layers.")?.split_once('.')?;
-        let kind = Self::ALL.into_iter().find(|kind| kind.path() == path)?;
-        Some((block.parse().ok()?, kind))
-    }
-}
 
 /// Is shown the input of each linear layer just before it is used, `[batch, seq, d_input]`.
 pub type Tap<'a> = dyn FnMut(LinearKind, &Tensor<3>) + 'a;
@@ -160,16 +87,24 @@ pub struct Mlp {
 
 impl Mlp {
     /// One that gives nothing but zeros.
-    pub(crate) fn zeros(d_model: usize, d_mlp: usize, bias: bool, device: &Device) -> Result<Self> {
-        let linear = |d_input: usize, d_output: usize| {
-            let bias = bias.then(|| Tensor::zeros([d_output], device));
-            BaseLinear::from_tensors(Tensor::zeros([d_input, d_output], device), bias)
-                .map(ElasticLoraLinear::plain)
+    pub(crate) fn zeros(arch: &Architecture, d_mlp: usize, device: &Device) -> Result<Self> {
+        let dims = BlockDims {
+            n_heads: 0,
+            n_kv_heads: 0,
+            d_mlp,
+        };
+        let linear = |kind: LinearKind| {
+            let [d_input, d_output] = arch.linear_dims(&dims, kind);
+            let bias = arch
+                .has_bias(kind)
+                .then(|| Tensor::zeros([d_output], device));
+            let weight = Tensor::zeros([d_input, d_output], device);
+            BaseLinear::from_tensors(weight, bias).map(ElasticLoraLinear::plain)
         };
         Ok(Self {
-            gate_proj: linear(d_model, d_mlp)?,
-            up_proj: linear(d_model, d_mlp)?,
-            down_proj: linear(d_mlp, d_model)?,
+            gate_proj: linear(LinearKind::Gate)?,
+            up_proj: linear(LinearKind::Up)?,
+            down_proj: linear(LinearKind::Down)?,
         })
     }
 
@@ -178,45 +113,6 @@ impl Mlp {
         let hidden = ops::swiglu(self.gate_proj.forward(x.clone()), self.up_proj.forward(x));
         pass.show(&[LinearKind::Down], &hidden);
         self.down_proj.forward(hidden)
-    }
-}
-
-/// A part of a block that can be left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Unit {
-    /// Attention, with its norm.
-    Attention,
-    /// The MLP, with its norm.
-    Mlp,
-}
-
-impl Unit {
-    /// Both, in the order of computation.
-    pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
-
-    /// Path inside the block, as Hugging Face names it.
-    pub fn path(self) -> &'static str {
-        match self {
-            Self::Attention => "self_attn",
-            Self::Mlp => "mlp",
-        }
-    }
-
-    /// Hugging Face's module path of this part of block `block`.
-    pub fn name(self, block: usize) -> String {
-        format!("model.layers.{block}.{}", self.path())
-    }
-
-    /// The block and the units that a path names: `model.layers.3` both of block 3, `model.layers.3.mlp` its MLP.
-    pub fn parse(name: &str) -> Option<(usize, &'static [Self])> {
-        let rest = name.strip_prefix("model.layers.")?;
-        let (block, units): (&str, &'static [Self]) = match rest.split_once('.') {
-            None => (rest, &Self::ALL),
-            Some((block, "self_attn")) => (block, &[Self::Attention]),
-            Some((block, "mlp")) => (block, &[Self::Mlp]),
-            Some(_) => return None,
-        };
-        Some((block.parse().ok()?, units))
     }
 }
 
@@ -279,33 +175,33 @@ impl Block {
     }
 
     /// Whether the block has a part.
-    pub fn has(&self, unit: Unit) -> bool {
-        match unit {
-            Unit::Attention => self.self_attn.is_some(),
-            Unit::Mlp => self.mlp.is_some(),
+    pub fn has(&self, part: SubBlock) -> bool {
+        match part {
+            SubBlock::Attention => self.self_attn.is_some(),
+            SubBlock::Mlp => self.mlp.is_some(),
         }
     }
 
     /// Whether a part is there and runs.
-    pub fn runs(&self, unit: Unit) -> bool {
-        self.has(unit)
-            && match unit {
-                Unit::Attention => self.runs.attention,
-                Unit::Mlp => self.runs.mlp,
+    pub fn runs(&self, part: SubBlock) -> bool {
+        self.has(part)
+            && match part {
+                SubBlock::Attention => self.runs.attention,
+                SubBlock::Mlp => self.runs.mlp,
             }
     }
 
     /// Leaves a part out, or lets it run again; of a part that is missing, nothing comes of it.
-    pub fn set_runs(&mut self, unit: Unit, runs: bool) {
-        match unit {
-            Unit::Attention => self.runs.attention = runs,
-            Unit::Mlp => self.runs.mlp = runs,
+    pub fn set_runs(&mut self, part: SubBlock, runs: bool) {
+        match part {
+            SubBlock::Attention => self.runs.attention = runs,
+            SubBlock::Mlp => self.runs.mlp = runs,
         }
     }
 
     /// The block without the parts that are left out; none where nothing is left.
     pub(crate) fn running(self) -> Option<Self> {
-        let (attention, mlp) = (self.runs(Unit::Attention), self.runs(Unit::Mlp));
+        let (attention, mlp) = (self.runs(SubBlock::Attention), self.runs(SubBlock::Mlp));
         let attention = self
             .input_layernorm
             .zip(self.self_attn)
@@ -327,12 +223,18 @@ impl Block {
         (self.post_attention_layernorm, self.mlp) = (Some(norm), Some(mlp));
     }
 
-    /// The norm before a part, where the block has it.
-    pub fn norm(&self, unit: Unit) -> Option<&RmsNorm> {
-        match unit {
-            Unit::Attention => self.input_layernorm.as_ref(),
-            Unit::Mlp => self.post_attention_layernorm.as_ref(),
+    /// One of its norms, where the block has it.
+    pub fn norm(&self, kind: NormKind) -> Option<&RmsNorm> {
+        match kind {
+            NormKind::Attention => self.input_layernorm.as_ref(),
+            NormKind::Mlp => self.post_attention_layernorm.as_ref(),
         }
+    }
+
+    /// The norms that the block has, in the order of computation.
+    pub fn norms(&self) -> impl Iterator<Item = (NormKind, &RmsNorm)> {
+        let kinds = NormKind::ALL.into_iter();
+        kinds.filter_map(|kind| Some((kind, self.norm(kind)?)))
     }
 
     /// One of its linear layers, where the block has it.

@@ -6,12 +6,13 @@ use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::block::{Attention, Block, LinearKind, Mlp, Pass, Tap, Unit};
+use super::block::{Attention, Block, Mlp, Pass, Tap};
 use crate::adapter::ElasticLoraLinear;
+use crate::arch::{Architecture, LinearKind, NormKind, Rope, SubBlock};
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
 use crate::nn::ops::{self, AttentionMask};
-use crate::nn::{BaseLinear, KvCache, RmsNorm, Rope, host_values};
+use crate::nn::{BaseLinear, KvCache, RmsNorm, host_values};
 use crate::space::LayerShape;
 
 /// A decoder-only language model. Its weights start frozen; adapters ride on its linear layers.
@@ -87,7 +88,8 @@ impl Decoder {
         let residual_std = 0.02 / (2.0 * config.num_hidden_layers() as f64).sqrt();
         let mut source = Source {
             linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
-                let writes_residual = name.ends_with("o_proj") || name.ends_with("down_proj");
+                let kind = LinearKind::parse(name).map(|(_, kind)| kind);
+                let writes_residual = kind.is_some_and(LinearKind::writes_residual);
                 let std = if writes_residual { residual_std } else { 0.02 };
                 let weight = TensorData::new(normal(d_input * d_output, std), [d_input, d_output]);
                 let bias = bias.then(|| Tensor::zeros([d_output], device));
@@ -104,32 +106,21 @@ impl Decoder {
     }
 
     fn assemble(config: &HfConfig, source: &mut Source<'_>) -> Result<Self> {
-        let (d_model, eps) = (config.hidden_size(), config.rms_norm_eps());
+        let arch = config.arch();
+        let (d_model, eps) = (arch.d_model, arch.norm_eps);
         let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?)
             .set_require_grad(false);
         let mut layers = Vec::with_capacity(config.num_hidden_layers());
-        for (block, dims) in config.blocks().iter().enumerate() {
-            let (d_attention, d_kv) = (
-                dims.n_heads * config.head_dim(),
-                dims.n_kv_heads * config.head_dim(),
-            );
+        for (block, dims) in arch.blocks.iter().enumerate() {
             let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
-                let (d_input, d_output, bias) = match kind {
-                    LinearKind::Q => (d_model, d_attention, config.attention_bias()),
-                    LinearKind::K | LinearKind::V => (d_model, d_kv, config.attention_bias()),
-                    LinearKind::O => (d_attention, d_model, config.attention_bias()),
-                    LinearKind::Gate | LinearKind::Up => (d_model, dims.d_mlp, config.mlp_bias()),
-                    LinearKind::Down => (dims.d_mlp, d_model, config.mlp_bias()),
-                };
-                Ok(ElasticLoraLinear::plain((source.linear)(
-                    &kind.name(block),
-                    d_input,
-                    d_output,
-                    bias,
-                )?))
+                let [d_input, d_output] = arch.linear_dims(dims, kind);
+                let (name, bias) = (kind.name(block), arch.has_bias(kind));
+                let base = (source.linear)(&name, d_input, d_output, bias)?;
+                Ok(ElasticLoraLinear::plain(base))
             };
-            let mut norm = |name: String| -> Result<RmsNorm> {
-                Ok(RmsNorm::from_tensor((source.norm)(&name, d_model)?, eps))
+            let mut norm = |kind: NormKind| -> Result<RmsNorm> {
+                let gain = (source.norm)(&arch.norm_tensor(block, kind), d_model)?;
+                Ok(RmsNorm::from_tensor(gain, eps))
             };
             let attention = if dims.has_attention() {
                 let attention = Attention {
@@ -137,9 +128,9 @@ impl Decoder {
                     k_proj: linear(LinearKind::K)?,
                     v_proj: linear(LinearKind::V)?,
                     o_proj: linear(LinearKind::O)?,
-                    head_dim: config.head_dim(),
+                    head_dim: arch.head_dim,
                 };
-                Some((norm(HfConfig::input_norm(block))?, attention))
+                Some((norm(NormKind::Attention)?, attention))
             } else {
                 None
             };
@@ -149,13 +140,13 @@ impl Decoder {
                     up_proj: linear(LinearKind::Up)?,
                     down_proj: linear(LinearKind::Down)?,
                 };
-                Some((norm(HfConfig::post_attention_norm(block))?, mlp))
+                Some((norm(NormKind::Mlp)?, mlp))
             } else {
                 None
             };
             layers.push(Block::new(attention, mlp));
         }
-        let norm = RmsNorm::from_tensor((source.norm)(HfConfig::FINAL_NORM, d_model)?, eps);
+        let norm = RmsNorm::from_tensor((source.norm)(Architecture::FINAL_NORM, d_model)?, eps);
         let lm_head = if config.tie_word_embeddings() {
             None
         } else {
@@ -166,11 +157,7 @@ impl Decoder {
                 false,
             )?)
         };
-        let rope = Rope::new(
-            config.head_dim(),
-            config.rope_theta(),
-            config.rope_scaling(),
-        );
+        let rope = arch.rope();
         Ok(Self {
             embed_tokens,
             layers,
@@ -270,7 +257,7 @@ impl Decoder {
         cache: Option<&'a mut KvCache>,
     ) -> Pass<'a> {
         let device = self.device().without_autodiff();
-        let (cos, sin) = self.rope.tables(start, n, &device);
+        let (cos, sin) = rotary_tables(&self.rope, start, n, &device);
         let window = self.config.sliding_window();
         let mask = match &cache {
             Some(cache) => cache.mask(window),
@@ -471,18 +458,17 @@ impl Decoder {
         };
         self.layers
             .get(block)
-            .is_some_and(|block| block.runs(kind.unit()))
+            .is_some_and(|block| block.runs(kind.sub_block()))
     }
 
     /// The parts of blocks that are there but left out, as `model.layers.3.mlp`.
     pub fn left_out(&self) -> Vec<String> {
-        let units = |(index, block): (usize, &Block)| {
-            let units = Unit::ALL
-                .into_iter()
-                .filter(|unit| block.has(*unit) && !block.runs(*unit));
-            units.map(|unit| unit.name(index)).collect::<Vec<_>>()
+        let parts = |(index, block): (usize, &Block)| {
+            let parts = SubBlock::ALL.into_iter();
+            let parts = parts.filter(|part| block.has(*part) && !block.runs(*part));
+            parts.map(|part| part.name(index)).collect::<Vec<_>>()
         };
-        self.layers.iter().enumerate().flat_map(units).collect()
+        self.layers.iter().enumerate().flat_map(parts).collect()
     }
 
     /// The model with other blocks, which are those that `config` describes.
@@ -530,7 +516,7 @@ impl Decoder {
         add(host_values(self.embed_tokens.val()));
         add(host_values(self.norm.weight.val()));
         for block in &self.layers {
-            for norm in Unit::ALL.into_iter().filter_map(|unit| block.norm(unit)) {
+            for (_, norm) in block.norms() {
                 add(host_values(norm.weight.val()));
             }
         }
@@ -546,6 +532,25 @@ impl Decoder {
         }
         count
     }
+}
+
+/// Cosines and sines for positions `start..start + n`.
+///
+/// # Shapes
+/// - results: `[n, head_dim / 2]` each
+fn rotary_tables(rope: &Rope, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
+    let half = rope.inv_freq().len();
+    let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
+    let rows = cos
+        .chunks_exact_mut(half.max(1))
+        .zip(sin.chunks_exact_mut(half.max(1)));
+    (start..)
+        .zip(rows)
+        .for_each(|(position, (cos, sin))| rope.rotation_at(position, cos, sin));
+    (
+        Tensor::from_data(TensorData::new(cos, [n, half]), device),
+        Tensor::from_data(TensorData::new(sin, [n, half]), device),
+    )
 }
 
 /// Target ids as a tensor beside the hidden states.

@@ -1,8 +1,9 @@
 //! A decoder's weights as named tensors, to be written.
 
-use super::{Decoder, Unit};
+use super::Decoder;
+use crate::arch::Architecture;
 use crate::error::Result;
-use crate::io::{DType, HfConfig, HostTensor};
+use crate::io::{DType, HostTensor};
 use crate::nn::{BaseLinear, host_values};
 
 impl Decoder {
@@ -16,18 +17,14 @@ impl Decoder {
         let (vocab_size, d_model) = (config.vocab_size(), config.hidden_size());
         let embedding = self.embed_tokens.clone();
         let mut tensors = vec![HostTensor::lazy_f32(
-            HfConfig::EMBEDDING,
+            Architecture::EMBEDDING,
             dtype,
             [vocab_size, d_model],
             move || Ok(host_values(embedding.val())),
         )];
         for (index, block) in self.layers.iter().enumerate() {
-            let norms = [
-                (HfConfig::input_norm(index), block.norm(Unit::Attention)),
-                (HfConfig::post_attention_norm(index), block.norm(Unit::Mlp)),
-            ];
-            for (name, norm) in norms {
-                let Some(norm) = norm else { continue };
+            for (kind, norm) in block.norms() {
+                let name = config.arch().norm_tensor(index, kind);
                 let weight = norm.weight.clone();
                 tensors.push(HostTensor::lazy_f32(name, dtype, [d_model], move || {
                     Ok(host_values(weight.val()))
@@ -39,13 +36,13 @@ impl Decoder {
         }
         let norm = self.norm.weight.clone();
         tensors.push(HostTensor::lazy_f32(
-            HfConfig::FINAL_NORM,
+            Architecture::FINAL_NORM,
             dtype,
             [d_model],
             move || Ok(host_values(norm.val())),
         ));
         if let Some(head) = &self.lm_head {
-            push_linear(&mut tensors, "lm_head", head, dtype);
+            push_linear(&mut tensors, Architecture::HEAD_LAYER, head, dtype);
         }
         Ok(tensors)
     }

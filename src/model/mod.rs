@@ -4,10 +4,14 @@
 mod block;
 mod decoder;
 mod export;
+mod generate;
 mod permute;
 mod precision;
 mod pretrained;
+mod session;
 
-pub use block::{Attention, Block, LinearKind, Mlp, Tap, Unit};
+pub use block::{Attention, Block, Mlp, Tap};
 pub use decoder::{Decoder, ParamCount};
+pub use generate::generate_batch;
 pub use pretrained::Pretrained;
+pub use session::DeviceSession;

@@ -6,7 +6,8 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData};
 
-use super::{Block, Decoder, LinearKind};
+use super::{Block, Decoder};
+use crate::arch::LinearKind;
 use crate::error::{Error, Result};
 use crate::nn::BaseLinear;
 

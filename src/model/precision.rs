@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use burn::tensor::{FloatDType, Tensor};
 
 use super::Decoder;
+use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::format::{PackedMatrix, QuantizedMatrix};
-use crate::io::{DType, HfConfig};
+use crate::io::DType;
 use crate::nn::{BaseLinear, host_values};
 
 impl Decoder {
@@ -93,7 +94,7 @@ impl Decoder {
             }
             Ok(())
         };
-        check(HfConfig::EMBEDDING.into(), &self.embed_tokens.val())?;
+        check(Architecture::EMBEDDING.into(), &self.embed_tokens.val())?;
         for (name, layer) in self.linears() {
             check(format!("{name}.weight"), &layer.base.stored())?;
         }

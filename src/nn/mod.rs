@@ -9,7 +9,6 @@ mod norm;
 pub mod ops;
 #[cfg(all(test, feature = "flex"))]
 mod plain;
-mod rope;
 mod stored;
 
 pub use cache::KvCache;
@@ -17,5 +16,4 @@ pub use dropout::{Dropout, mix_seed};
 pub(crate) use linear::prefix;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
 pub use norm::RmsNorm;
-pub use rope::Rope;
 pub use stored::{InputGroups, StoredWeight};

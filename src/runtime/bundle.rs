@@ -7,13 +7,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::adapter::LoraConfig;
+use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::bundle::{Bundle, BundleWriter};
-use crate::space::{SearchSpace, SubnetConfig};
+use crate::space::{LoraConfig, SearchSpace, SubnetConfig};
 
-use super::build::{A, BT, make_tokenizer, named};
+use super::build::{A, BT, block_norms, make_tokenizer, named};
 use super::model::{Model, ModelOptions, ModelParts, Verify};
 use super::weights::{AdapterWeights, LayerWeights, Weight};
 
@@ -83,21 +83,15 @@ impl Model {
         let mut writer = BundleWriter::new(document);
         // In the order of use, so that a mapped file is read from front to back.
         writer.matrix(weights.embedding.name(), weights.embedding.get()?);
-        let vectors: Vec<(String, &[f32])> = vectors(&weights.config)
-            .into_iter()
-            .filter_map(|(name, place)| {
-                let values = match place {
-                    Place::Norm(block, part) => weights.norms[block][part].as_deref()?,
-                    Place::Final => &weights.final_norm,
-                };
-                Some((name, values))
-            })
-            .collect();
-        vectors
-            .iter()
-            .for_each(|(name, values)| writer.vector(name, values));
+        let arch = weights.config.arch();
+        for (block, norms) in weights.norms.iter().enumerate() {
+            for (kind, gains) in norms {
+                writer.vector(&arch.norm_tensor(block, *kind), gains);
+            }
+        }
+        writer.vector(Architecture::FINAL_NORM, &weights.final_norm);
         for layer in &weights.layers {
-            if layer.name == "lm_head" && weights.config.tie_word_embeddings() {
+            if layer.name == Architecture::HEAD_LAYER && arch.tied {
                 continue;
             }
             for (suffix, weight) in SUFFIXES.iter().zip(layer.weights()) {
@@ -117,26 +111,6 @@ impl Model {
 /// A layer's matrices in the order of [`LayerWeights::weights`].
 const SUFFIXES: [&str; 3] = ["weight", A, BT];
 
-enum Place {
-    Norm(usize, usize),
-    Final,
-}
-
-/// The norms of a model, by name.
-fn vectors(config: &HfConfig) -> Vec<(String, Place)> {
-    let mut all = Vec::new();
-    for (block, dims) in config.blocks().iter().enumerate() {
-        if dims.has_attention() {
-            all.push((HfConfig::input_norm(block), Place::Norm(block, 0)));
-        }
-        if dims.has_mlp() {
-            all.push((HfConfig::post_attention_norm(block), Place::Norm(block, 1)));
-        }
-    }
-    all.push((HfConfig::FINAL_NORM.to_string(), Place::Final));
-    all
-}
-
 /// What a bundle holds; weights stay in the file.
 pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
     let bundle = Arc::new(Bundle::open(path, options.mmap)?);
@@ -152,23 +126,18 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
             options.verify != Verify::Never,
         ))
     };
-    let embedding = matrix(HfConfig::EMBEDDING.to_string())?;
-    let mut norms = vec![[None, None]; config.num_hidden_layers()];
-    let mut final_norm = Vec::new();
-    for (name, place) in vectors(&config) {
-        let values = bundle.vector(&name, config.hidden_size())?;
-        match place {
-            Place::Norm(block, part) => norms[block][part] = Some(values),
-            Place::Final => final_norm = values,
-        }
-    }
+    let embedding = matrix(Architecture::EMBEDDING.to_string())?;
+    let arch = config.arch();
+    let mut vector = |name: &str, len: usize| bundle.vector(name, len);
+    let norms = block_norms(arch, &mut vector)?;
+    let final_norm = vector(Architecture::FINAL_NORM, arch.d_model)?.into();
     let mut adapters = document.adapters;
     let mut layers = Vec::new();
-    let linear = config
-        .linear_layers()
+    let linear = arch
+        .linears()
         .into_iter()
         .map(|layer| (layer.name, layer.bias.then_some(layer.d_output)));
-    let head = (!config.tie_word_embeddings()).then(|| ("lm_head".to_string(), None));
+    let head = (!arch.tied).then(|| (Architecture::HEAD_LAYER.to_string(), None));
     for (name, bias) in linear.chain(head) {
         let weight = matrix(format!("{name}.{}", SUFFIXES[0]))?;
         let bias = match bias {

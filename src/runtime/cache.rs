@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use half::f16;
 
+use crate::arch::BlockDims;
 use crate::error::{Error, Result};
-use crate::io::hf::BlockDims;
 use crate::simd::attention::TILE;
 use crate::simd::lines::Stored;
 

@@ -1,10 +1,10 @@
 //! Models out of models: in other formats, or a subnet as a model of its own.
 
+use crate::arch::{Architecture, BlockDims, LinearKind};
 use crate::error::{Error, Result};
 use crate::format::{QuantizedMatrix, StoredMatrix, WeightFormat};
-use crate::io::hf::BlockDims;
 use crate::linalg::Matrix;
-use crate::model::LinearKind;
+use crate::space::LoraConfig;
 
 use super::build::reformat;
 use super::model::{Model, ModelParts, Weights};
@@ -40,7 +40,7 @@ impl Model {
         let mut layers = Vec::new();
         for (index, layer) in weights.layers.iter().enumerate() {
             let [inputs, outputs] = shape.dims(weights, index);
-            let head = layer.name == "lm_head";
+            let head = layer.name == Architecture::HEAD_LAYER;
             if inputs == 0 || outputs == 0 || head && config.tie_word_embeddings() {
                 continue;
             }
@@ -64,7 +64,7 @@ impl Model {
                 (Some(adapter), rank) if rank > 0 => {
                     // The scale at this rank, whatever the rule, as that of a plain LoRA of this rank.
                     let alpha = adapter.lora.scale(rank) * rank as f64;
-                    let lora = crate::adapter::LoraConfig::new(rank).with_alpha(alpha);
+                    let lora = LoraConfig::new(rank).with_alpha(alpha);
                     Some(AdapterWeights {
                         a: part(&adapter.a, super::build::A, rank, inputs)?,
                         bt: part(&adapter.bt, super::build::BT, rank, outputs)?,
@@ -83,21 +83,18 @@ impl Model {
             });
         }
         let mut norms = Vec::new();
-        for (dims, [attention, mlp]) in shape
-            .blocks
-            .iter()
-            .zip(&weights.norms)
-            .filter(|(dims, _)| left(dims))
-        {
-            let attention = attention.as_deref().filter(|_| dims.has_attention());
-            let mlp = mlp.as_deref().filter(|_| dims.has_mlp());
-            norms.push([attention.map(<[f32]>::to_vec), mlp.map(<[f32]>::to_vec)]);
+        for (dims, all) in shape.blocks.iter().zip(&weights.norms) {
+            if left(dims) {
+                let mut kept = all.clone();
+                kept.retain(|kind, _| dims.has(kind.sub_block()));
+                norms.push(kept);
+            }
         }
         let parts = ModelParts {
             config,
             embedding: weights.embedding.clone(),
             norms,
-            final_norm: weights.final_norm.to_vec(),
+            final_norm: weights.final_norm.clone(),
             layers,
             space: None,
             subnets: Vec::new(),
@@ -157,12 +154,8 @@ impl Model {
         let parts = ModelParts {
             config: weights.config,
             embedding: weights.embedding,
-            norms: weights
-                .norms
-                .iter()
-                .map(|norms| norms.each_ref().map(|n| n.as_deref().map(<[f32]>::to_vec)))
-                .collect(),
-            final_norm: weights.final_norm.to_vec(),
+            norms: weights.norms,
+            final_norm: weights.final_norm,
             layers: weights.layers,
             space: None,
             subnets: Vec::new(),

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::arch::NormKind;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Activations, Adapter, Linear, Pool, Rows, RowsMut, Scratch};
 use crate::simd::{self, Level};
@@ -116,9 +117,11 @@ impl Pass<'_> {
             )?;
             let position = (self.caches)(row / self.n).n_tokens() + row % self.n;
             let range = row * half..(row + 1) * half;
-            self.weights
-                .rope
-                .turn_at(position, &mut work.cos[range.clone()], &mut work.sin[range]);
+            self.weights.rope.rotation_at(
+                position,
+                &mut work.cos[range.clone()],
+                &mut work.sin[range],
+            );
         }
         for (block, dims) in self.shape.blocks.iter().enumerate() {
             let [attention, mlp] = self.weights.first[block];
@@ -136,7 +139,7 @@ impl Pass<'_> {
         let (config, dims, rows) = (&self.weights.config, self.shape.blocks[block], self.rows());
         let (d_model, head_dim) = (config.hidden_size(), config.head_dim());
         let (queries, keys) = (dims.n_heads * head_dim, dims.n_kv_heads * head_dim);
-        self.norm(self.weights.norms[block][0].as_deref(), work);
+        self.norm(block, NormKind::Attention, work);
         let layer = |at, outputs| linear(self.weights, self.shape, first + at, outputs);
         let layers = [layer(0, queries)?, layer(1, keys)?, layer(2, keys)?];
         let mut y = [
@@ -183,7 +186,7 @@ impl Pass<'_> {
             self.shape.blocks[block].d_mlp,
             self.rows(),
         );
-        self.norm(self.weights.norms[block][1].as_deref(), work);
+        self.norm(block, NormKind::Mlp, work);
         let layer = |at| linear(self.weights, self.shape, first + at, d_mlp);
         let layers = [layer(0)?, layer(1)?];
         let mut y = [
@@ -240,9 +243,11 @@ impl Pass<'_> {
     }
 
     /// Normalizes the residual stream.
-    fn norm(&self, gain: Option<&[f32]>, work: &mut Workspace) {
-        // A block's part that has layers has a norm: that was checked when the model was put together.
-        let Some(gain) = gain else { return };
+    fn norm(&self, block: usize, kind: NormKind, work: &mut Workspace) {
+        // Each sub-block has its norm: that was checked when the model was put together.
+        let Some(gain) = self.weights.norms[block].get(&kind) else {
+            return;
+        };
         let (out, x, eps, level) = (
             Shared::new(&mut work.normed),
             &work.x,

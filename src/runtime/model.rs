@@ -3,19 +3,18 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::arch::{Architecture, LinearSpec, NormKind, NormSpec, Rope, SubBlock};
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::format::{StoredMatrix, WeightFormat};
 use crate::io::HfConfig;
 use crate::kernels::Pool;
 use crate::linalg::Matrix;
-use crate::nn::Rope;
-use crate::space::{Elastic, SearchSpace, SubnetConfig};
-use crate::supernet::widths;
+use crate::space::{Elastic, SearchSpace, SubnetConfig, widths};
 
 use super::linear::LinearLayer;
 use super::shape::Shape;
-use super::weights::{LayerWeights, Weight};
+use super::weights::{LayerWeights, Norms, Weight};
 
 /// What is compared with its checksum, and when. Whatever is chosen, the contents of a weight are checked before its first use as far
 /// as they could lead outside of it.
@@ -106,19 +105,19 @@ pub(super) const WHOLE: &str = "whole";
 
 /// The tokenizer, and the text that it was made of.
 #[derive(Clone, Debug)]
-pub(super) struct Tokenizer {
+pub(crate) struct Tokenizer {
     pub json: Arc<str>,
     pub inner: TextTokenizer,
 }
 
 /// Everything that does not change.
 #[derive(Clone, Debug)]
-pub(super) struct Weights {
+pub(crate) struct Weights {
     pub config: HfConfig,
     /// `[vocab_size, d_model]`; the head as well where they are tied.
     pub embedding: Weight,
-    /// The gain of the norms before attention and MLP of each block.
-    pub norms: Vec<[Option<Arc<[f32]>>; 2]>,
+    /// The norms of each block.
+    pub norms: Vec<Norms>,
     pub final_norm: Arc<[f32]>,
     /// The linear layers of the blocks in the config's order, and the head at last.
     pub layers: Vec<LayerWeights>,
@@ -134,11 +133,11 @@ pub(super) struct Weights {
 }
 
 /// What a model is made of; see [`Weights`].
-pub(super) struct ModelParts {
+pub(crate) struct ModelParts {
     pub config: HfConfig,
     pub embedding: Weight,
-    pub norms: Vec<[Option<Vec<f32>>; 2]>,
-    pub final_norm: Vec<f32>,
+    pub norms: Vec<Norms>,
+    pub final_norm: Arc<[f32]>,
     /// Without a tied head.
     pub layers: Vec<LayerWeights>,
     pub space: Option<SearchSpace>,
@@ -178,110 +177,100 @@ fn finite(tensor: &str, values: &[f32]) -> Result<()> {
     }
 }
 
+fn expect_vector(tensor: &str, len: usize, values: Option<&[f32]>) -> Result<()> {
+    let values = values.unwrap_or(&[]);
+    expect(tensor, &[len], &[values.len()])?;
+    finite(tensor, values)
+}
+
+/// Checks a layer against what the config asks for at this index; without a specification that is the
+/// head, `[vocab_size, d_model]`.
+fn check_layer(
+    layer: Option<&LayerWeights>,
+    index: usize,
+    spec: Option<&LinearSpec>,
+    head: [usize; 2],
+) -> Result<()> {
+    let (name, [d_output, d_input], bias) = match spec {
+        Some(spec) => (spec.name.as_str(), [spec.d_output, spec.d_input], spec.bias),
+        None => (Architecture::HEAD_LAYER, head, false),
+    };
+    let Some(layer) = layer.filter(|layer| layer.name == name) else {
+        return Err(Error::UnknownLayer {
+            context: format!("layers of a model, at {index} `{name}`"),
+            layer: layer.map_or(name, |layer| &layer.name).into(),
+        });
+    };
+    expect_matrix(&layer.weight, d_output, d_input)?;
+    if bias || layer.bias.is_some() {
+        let len = if bias { d_output } else { 0 };
+        expect_vector(&format!("{name}.bias"), len, layer.bias.as_deref())?;
+    }
+    if let Some(adapter) = &layer.adapter {
+        adapter.lora.validate()?;
+        expect_matrix(&adapter.a, adapter.lora.rank, d_input)?;
+        expect_matrix(&adapter.bt, adapter.lora.rank, d_output)?;
+    }
+    Ok(())
+}
+
 impl Weights {
     /// Puts a model together, checking every size against the config and the space.
     pub fn new(parts: ModelParts) -> Result<Self> {
         let config = parts.config.with_quantization(None);
-        let (d_model, vocab_size) = (config.hidden_size(), config.vocab_size());
+        let arch = config.arch();
+        let (d_model, vocab_size) = (arch.d_model, arch.vocab_size);
         expect_matrix(&parts.embedding, vocab_size, d_model)?;
-        expect(HfConfig::FINAL_NORM, &[d_model], &[parts.final_norm.len()])?;
-        finite(HfConfig::FINAL_NORM, &parts.final_norm)?;
+        expect_vector(Architecture::FINAL_NORM, d_model, Some(&parts.final_norm))?;
         let mut layers = parts.layers;
-        let wanted = config.linear_layers();
-        if config.tie_word_embeddings() {
-            let (name, weight) = ("lm_head".to_string(), parts.embedding.clone());
+        if arch.tied {
             layers.push(LayerWeights {
-                name,
-                weight,
+                name: Architecture::HEAD_LAYER.into(),
+                weight: parts.embedding.clone(),
                 bias: None,
                 adapter: None,
             });
         }
-        let mut first = vec![[None, None]; config.num_hidden_layers()];
-        for index in 0..wanted.len().max(layers.len()) {
-            let head = ("lm_head", vocab_size, d_model, false, None);
-            let (name, d_output, d_input, bias, block) = match wanted.get(index) {
-                Some(layer) => (
-                    layer.name.as_str(),
-                    layer.d_output,
-                    layer.d_input,
-                    layer.bias,
-                    Some(layer.block),
-                ),
-                None => head,
-            };
-            let Some(layer) = layers
-                .get(index)
-                .filter(|layer| layer.name == name && index <= wanted.len())
-            else {
-                let layer = layers
-                    .get(index)
-                    .map_or(name, |layer| &layer.name)
-                    .to_string();
-                return Err(Error::UnknownLayer {
-                    context: format!("layers of a model, at {index} `{name}`"),
-                    layer,
-                });
-            };
-            expect_matrix(&layer.weight, d_output, d_input)?;
-            let found = layer.bias.as_ref().map(|bias| bias.len());
-            if found != bias.then_some(d_output) {
-                expect(
-                    &format!("{name}.bias"),
-                    &[if bias { d_output } else { 0 }],
-                    &[found.unwrap_or(0)],
-                )?;
-            }
-            finite(
-                &format!("{name}.bias"),
-                layer.bias.as_deref().unwrap_or(&[]),
-            )?;
-            if let Some(adapter) = &layer.adapter {
-                adapter.lora.validate()?;
-                expect_matrix(&adapter.a, adapter.lora.rank, d_input)?;
-                expect_matrix(&adapter.bt, adapter.lora.rank, d_output)?;
-            }
-            if let Some(block) = block {
-                let part = usize::from(name.contains(".mlp."));
-                first[block][part].get_or_insert(index);
+        let linears = arch.linears();
+        let wanted = linears.iter().map(Some).chain([None]);
+        let mut first = vec![[None; SubBlock::ALL.len()]; arch.blocks.len()];
+        for (index, spec) in wanted.enumerate() {
+            check_layer(layers.get(index), index, spec, [vocab_size, d_model])?;
+            if let Some(LinearSpec { block, kind, .. }) = spec {
+                first[*block][kind.sub_block() as usize].get_or_insert(index);
             }
         }
-        if layers.len() != wanted.len() + 1 {
+        if let Some(surplus) = layers.get(linears.len() + 1) {
             return Err(Error::UnknownLayer {
                 context: "layers of a model".into(),
-                layer: "lm_head".into(),
+                layer: surplus.name.clone(),
             });
         }
-        if parts.norms.len() != first.len() {
-            expect("norms of the blocks", &[first.len()], &[parts.norms.len()])?;
+        if parts.norms.len() != arch.blocks.len() {
+            expect(
+                "norms of the blocks",
+                &[arch.blocks.len()],
+                &[parts.norms.len()],
+            )?;
         }
-        for (block, (norms, first)) in parts.norms.iter().zip(&first).enumerate() {
-            let names = [
-                HfConfig::input_norm(block),
-                HfConfig::post_attention_norm(block),
-            ];
-            for ((name, norm), first) in names.iter().zip(norms).zip(first) {
-                let expected = if first.is_some() { d_model } else { 0 };
-                expect(name, &[expected], &[norm.as_ref().map_or(0, Vec::len)])?;
-                finite(name, norm.as_deref().unwrap_or(&[]))?;
+        for (block, norms) in parts.norms.iter().enumerate() {
+            let wanted: Vec<NormSpec> = arch.block_norms(block).collect();
+            for norm in &wanted {
+                let gains = norms.get(&norm.kind).map(|gains| &gains[..]);
+                expect_vector(&norm.tensor, norm.len, gains)?;
+            }
+            let known = |kind: &NormKind| wanted.iter().any(|norm| norm.kind == *kind);
+            if let Some((kind, gains)) = norms.iter().find(|(kind, _)| !known(kind)) {
+                expect(&arch.norm_tensor(block, *kind), &[0], &[gains.len()])?;
             }
         }
-        let norms = parts
-            .norms
-            .into_iter()
-            .map(|norms| norms.map(|norm| norm.map(Arc::from)))
-            .collect();
         let infos = layers.iter().map(info).collect();
-        let rope = Rope::new(
-            config.head_dim(),
-            config.rope_theta(),
-            config.rope_scaling(),
-        );
+        let rope = arch.rope();
         let mut weights = Self {
             config,
             embedding: parts.embedding,
-            norms,
-            final_norm: parts.final_norm.into(),
+            norms: parts.norms,
+            final_norm: parts.final_norm,
             layers,
             first,
             rope,
@@ -317,7 +306,7 @@ impl Weights {
                 }),
             };
         };
-        let linear = self.config.linear_layers();
+        let linear = self.config.arch().linears();
         let shapes: Vec<_> = linear
             .iter()
             .map(|layer| crate::space::LayerShape::new(&layer.name, layer.d_input, layer.d_output))
@@ -428,7 +417,7 @@ pub struct Model {
 }
 
 impl Model {
-    pub(super) fn from_weights(weights: Weights, n_threads: usize) -> Self {
+    pub(crate) fn from_weights(weights: Weights, n_threads: usize) -> Self {
         Self {
             weights: Arc::new(weights),
             pool: Arc::new(Pool::new(n_threads)),
@@ -544,24 +533,21 @@ impl Model {
         self.weights.embedding.get()
     }
 
-    /// The gain of a norm, by its tensor's name ([`HfConfig::input_norm`] and the like).
+    /// The gains of a norm, by the name of its tensor ([`Architecture::norm_tensor`]).
     pub fn norm(&self, tensor: &str) -> Option<&[f32]> {
-        if tensor == HfConfig::FINAL_NORM {
+        if tensor == Architecture::FINAL_NORM {
             return Some(&self.weights.final_norm);
         }
-        let names = |block| {
-            [
-                HfConfig::input_norm(block),
-                HfConfig::post_attention_norm(block),
-            ]
-        };
+        let arch = self.weights.config.arch();
         self.weights
             .norms
             .iter()
             .enumerate()
-            .find_map(|(block, gains)| {
-                let at = names(block).iter().position(|name| name == tensor)?;
-                gains[at].as_deref()
+            .find_map(|(block, norms)| {
+                let found = norms
+                    .iter()
+                    .find(|(kind, _)| arch.norm_tensor(block, **kind) == tensor);
+                found.map(|(_, gains)| &gains[..])
             })
     }
 
@@ -570,7 +556,7 @@ impl Model {
     /// # Shapes
     /// - `cos`, `sin`: `[head_dim / 2]` each
     pub fn rotary(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
-        self.weights.rope.turn_at(position, cos, sin);
+        self.weights.rope.rotation_at(position, cos, sin);
     }
 
     /// The weight of a layer, `[d_output, d_input]`, without its adapter.

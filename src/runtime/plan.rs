@@ -54,7 +54,7 @@ impl FormatPlan {
         self
     }
 
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         match self.adapters {
             WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => Ok(()),
             other => Err(Error::argument(
@@ -85,7 +85,7 @@ fn named(name: &str, error: Error) -> Error {
 }
 
 /// Stores a weight of numbers. Codes are rounded to nearest, zeros kept; what was quantized better comes with codes of its own.
-pub(super) fn encode(name: &str, weight: &Matrix, format: WeightFormat) -> Result<StoredMatrix> {
+pub(crate) fn encode(name: &str, weight: &Matrix, format: WeightFormat) -> Result<StoredMatrix> {
     let (bits, group_size, symmetric, sparse) = match format {
         WeightFormat::Int {
             bits,

@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::kernels::Activations;
 use crate::space::SubnetConfig;
 
-use super::batch::GenerateConfig;
 use super::cache::{Cache, CacheFormat};
 use super::forward::Pass;
+use super::generate::GenerateConfig;
 use super::model::Model;
 use super::sample::Sampler;
 use super::shape::Shape;

@@ -1,17 +1,14 @@
 //! What of a model is active under a subnet: the sizes of the blocks and the ranks of the adapters.
 
-use crate::adapter::LoraConfig;
+use crate::arch::{BlockDims, LinearKind};
 use crate::error::{Error, Result};
-use crate::io::hf::BlockDims;
-use crate::model::LinearKind;
-use crate::space::{SearchSpace, SubnetConfig};
-use crate::supernet::widths;
+use crate::space::{LoraConfig, SearchSpace, SubnetConfig, widths};
 
 use super::model::Weights;
 
 /// A subnet, as the executor needs it. No weight moves for it: everything is a prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(crate) struct Shape {
     /// The active sizes of each block; 0 of what is left out.
     pub blocks: Vec<BlockDims>,
     /// The active rank of each linear layer, in the model's order; 0 without an adapter.
@@ -97,14 +94,7 @@ impl Shape {
         let Some(dims) = self.blocks.get(block) else {
             return full;
         };
-        let head_dim = weights.config.head_dim();
-        match kind {
-            LinearKind::Q => [full[0], dims.n_heads * head_dim],
-            LinearKind::K | LinearKind::V => [full[0], dims.n_kv_heads * head_dim],
-            LinearKind::O => [dims.n_heads * head_dim, full[1]],
-            LinearKind::Gate | LinearKind::Up => [full[0], dims.d_mlp],
-            LinearKind::Down => [dims.d_mlp, full[1]],
-        }
+        weights.config.arch().linear_dims(dims, kind)
     }
 }
 

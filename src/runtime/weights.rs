@@ -1,16 +1,21 @@
 //! The weights of a model, each looked at before its first use.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::adapter::LoraConfig;
+use crate::arch::NormKind;
 use crate::error::{Error, Result};
 use crate::format::StoredMatrix;
 use crate::io::bundle::Bundle;
+use crate::space::LoraConfig;
+
+/// The gains of the norms that a block has.
+pub(crate) type Norms = BTreeMap<NormKind, Arc<[f32]>>;
 
 /// A weight that may come from a file, of which nothing was read yet. Clones share it.
 #[derive(Clone, Debug)]
-pub(super) struct Weight(Arc<Inner>);
+pub(crate) struct Weight(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -116,7 +121,7 @@ impl Weight {
 
 /// The factors of a low-rank adapter.
 #[derive(Clone, Debug)]
-pub(super) struct AdapterWeights {
+pub(crate) struct AdapterWeights {
     /// PEFT's `lora_A`, `[r_max, d_input]`.
     pub a: Weight,
     /// PEFT's `lora_B`, turned, `[r_max, d_output]`.
@@ -127,7 +132,7 @@ pub(super) struct AdapterWeights {
 
 /// A linear layer.
 #[derive(Clone, Debug)]
-pub(super) struct LayerWeights {
+pub(crate) struct LayerWeights {
     /// Hugging Face's module path.
     pub name: String,
     /// `[d_output, d_input]`.

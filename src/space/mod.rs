@@ -11,8 +11,10 @@
 
 mod config;
 mod import;
+mod lora;
 #[cfg(test)]
 mod tests;
+pub(crate) mod widths;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
@@ -23,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 pub use config::SubnetConfig;
+pub use lora::{LoraConfig, MAX_RANK, ScaleRule};
 
 /// The name and the size of one linear layer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

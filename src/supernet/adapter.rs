@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::module::Module;
 
 use super::cost::Nonzeros;
-use super::{SuperNet, SuperNetConfig, widths};
+use super::{SuperNet, SuperNetConfig, shape};
 use crate::adapter::{ElasticLora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::io::peft::LoraAdapter;
@@ -76,7 +76,7 @@ impl SuperNet {
         }
         let lora = largest.unwrap_or_else(|| LoraConfig::new(1));
         let config = SuperNetConfig::new(lora).with_sparse_peft(adapter.sparse);
-        let (space, blocks) = (SearchSpace::new(groups)?, widths::full_dims(&model));
+        let (space, blocks) = (SearchSpace::new(groups)?, shape::full_dims(&model));
         let mut net = Self {
             model,
             space,

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::arch::{BlockDims, LinearKind, NormKind};
 use crate::error::{Error, Result};
 use crate::format::WeightFormat;
 use crate::io::HfConfig;
-use crate::io::hf::BlockDims;
-use crate::model::{Decoder, LinearKind, ParamCount, Unit};
+use crate::model::{Decoder, ParamCount};
 use crate::nn::{BaseLinear, host_values};
 
 /// Sizes and costs of one subnet, adapters counted apart from the base.
@@ -55,7 +55,7 @@ impl SubnetCost {
                 context: "cost of a subnet".into(),
                 layer: name.clone(),
             })?;
-            let [d_input, d_output] = layer_dims(config, block, kind);
+            let [d_input, d_output] = config.arch().linear_dims(block, kind);
             if d_input > 0 && d_output > 0 {
                 adapters += rank * (d_input + d_output);
             }
@@ -114,29 +114,6 @@ impl SubnetCost {
     }
 }
 
-/// `[d_input, d_output]` of a linear layer in a block of these sizes; 0 where it is not there.
-pub(super) fn layer_dims(config: &HfConfig, block: &BlockDims, kind: LinearKind) -> [usize; 2] {
-    let d_model = config.hidden_size();
-    let (queries, keys) = (
-        block.n_heads * config.head_dim(),
-        block.n_kv_heads * config.head_dim(),
-    );
-    match kind {
-        LinearKind::Q => [d_model, queries],
-        LinearKind::K | LinearKind::V => [d_model, keys],
-        LinearKind::O => [queries, d_model],
-        LinearKind::Gate | LinearKind::Up => [d_model, block.d_mlp],
-        LinearKind::Down => [block.d_mlp, d_model],
-    }
-}
-
-fn has(block: &BlockDims, unit: Unit) -> bool {
-    match unit {
-        Unit::Attention => block.has_attention(),
-        Unit::Mlp => block.has_mlp(),
-    }
-}
-
 /// Parameters of a model with blocks of these sizes, and multiply-accumulates of its linear layers for a token.
 fn base(config: &HfConfig, blocks: &[BlockDims]) -> (usize, usize) {
     let (d_model, embedding) = (
@@ -147,24 +124,12 @@ fn base(config: &HfConfig, blocks: &[BlockDims]) -> (usize, usize) {
     if !config.tie_word_embeddings() {
         rest += embedding;
     }
+    let arch = config.arch();
     for block in blocks {
-        rest += d_model
-            * Unit::ALL
-                .into_iter()
-                .filter(|unit| has(block, *unit))
-                .count();
-        for kind in LinearKind::ALL
-            .into_iter()
-            .filter(|kind| has(block, kind.unit()))
-        {
-            let [d_input, d_output] = layer_dims(config, block, kind);
+        rest += arch.norms_of(block).map(|(_, len)| len).sum::<usize>();
+        for (kind, [d_input, d_output]) in arch.linears_of(block) {
             linear += d_input * d_output;
-            let biased = if kind.unit() == Unit::Attention {
-                config.attention_bias()
-            } else {
-                config.mlp_bias()
-            };
-            rest += if biased { d_output } else { 0 };
+            rest += if arch.has_bias(kind) { d_output } else { 0 };
         }
     }
     (rest + linear, linear + embedding)
@@ -181,7 +146,7 @@ pub(super) struct Nonzeros {
 
 #[derive(Clone, Debug, Default)]
 struct BlockNonzeros {
-    norms: BTreeMap<Unit, usize>,
+    norms: BTreeMap<NormKind, usize>,
     /// By number of channels, from 0 to all: output channels, or inputs for the layers that put out the residual stream.
     layers: BTreeMap<LinearKind, Vec<usize>>,
     /// Of biases, by number of output channels.
@@ -218,12 +183,9 @@ impl Nonzeros {
         let mut blocks = Vec::with_capacity(model.layers.len());
         for block in &model.layers {
             let mut counts = BlockNonzeros::default();
-            for unit in Unit::ALL {
-                if let Some(norm) = block.norm(unit) {
-                    counts
-                        .norms
-                        .insert(unit, tally(host_values(norm.weight.val())));
-                }
+            for (kind, norm) in block.norms() {
+                let nonzero = tally(host_values(norm.weight.val()));
+                counts.norms.insert(kind, nonzero);
             }
             for kind in LinearKind::ALL {
                 let Some(layer) = block.linear(kind) else {
@@ -231,7 +193,7 @@ impl Nonzeros {
                 };
                 counts
                     .layers
-                    .insert(kind, sums(by_channel(&layer.base, by_input(kind))));
+                    .insert(kind, sums(by_channel(&layer.base, kind.writes_residual())));
                 if let Some(bias) = &layer.base.bias {
                     let bias = host_values(bias.val());
                     counts
@@ -266,17 +228,19 @@ impl Nonzeros {
     /// Those that blocks of these sizes have.
     fn of(&self, config: &HfConfig, blocks: &[BlockDims]) -> usize {
         let of_block = |(counts, dims): (&BlockNonzeros, &BlockDims)| {
-            counts.count(|kind| has(dims, kind.unit()).then(|| layer_dims(config, dims, kind)))
+            counts.count(|kind| {
+                dims.has(kind.sub_block())
+                    .then(|| config.arch().linear_dims(dims, kind))
+            })
         };
         self.outside + self.blocks.iter().zip(blocks).map(of_block).sum::<usize>()
     }
 
     /// Those of one linear layer's weight, of these sizes.
     fn of_layer(&self, block: usize, kind: LinearKind, dims: [usize; 2]) -> usize {
-        self.blocks[block]
-            .layers
-            .get(&kind)
-            .map_or(0, |sums| at(sums, dims[usize::from(!by_input(kind))]))
+        self.blocks[block].layers.get(&kind).map_or(0, |sums| {
+            at(sums, dims[usize::from(!kind.writes_residual())])
+        })
     }
 }
 
@@ -289,18 +253,16 @@ impl BlockNonzeros {
     /// Where `dims` gives the sizes of the layers that are there.
     fn count(&self, dims: impl Fn(LinearKind) -> Option<[usize; 2]>) -> usize {
         let of_layer = |(kind, sums): (&LinearKind, &Vec<usize>)| {
-            dims(*kind).map_or(0, |dims| at(sums, dims[usize::from(!by_input(*kind))]))
+            dims(*kind).map_or(0, |dims| {
+                at(sums, dims[usize::from(!kind.writes_residual())])
+            })
         };
         let of_bias = |(kind, sums): (&LinearKind, &Vec<usize>)| {
             dims(*kind).map_or(0, |dims| at(sums, dims[1]))
         };
-        let of_norm = |(unit, norm): (&Unit, &usize)| {
-            let kind = if *unit == Unit::Attention {
-                LinearKind::Q
-            } else {
-                LinearKind::Up
-            };
-            dims(kind).map_or(0, |_| *norm)
+        let of_norm = |(kind, norm): (&NormKind, &usize)| {
+            let present = dims(kind.sub_block().linears()[0]);
+            present.map_or(0, |_| *norm)
         };
         self.layers.iter().map(of_layer).sum::<usize>()
             + self.biases.iter().map(of_bias).sum::<usize>()
@@ -319,22 +281,13 @@ pub(super) fn stored_bytes(
     let (params, _) = base(config, blocks);
     let (mut linear, mut bytes) = (0, 0);
     for (index, block) in blocks.iter().enumerate() {
-        for kind in LinearKind::ALL
-            .into_iter()
-            .filter(|kind| has(block, kind.unit()))
-        {
-            let dims = layer_dims(config, block, kind);
+        for (kind, dims) in config.arch().linears_of(block) {
             linear += dims[0] * dims[1];
             bytes += format.bytes(dims[1], dims[0], nonzeros.of_layer(index, kind, dims));
         }
     }
     let rest = if format == WeightFormat::F32 { 4 } else { 2 };
     bytes + rest * (params - linear)
-}
-
-/// Whether a layer's elastic channels are its inputs: it puts out the residual stream.
-fn by_input(kind: LinearKind) -> bool {
-    matches!(kind, LinearKind::O | LinearKind::Down)
 }
 
 /// The non-zero weights of each input or output channel.

@@ -2,8 +2,9 @@
 
 mod adapter;
 mod cost;
+mod deploy;
 mod quantization;
-pub(crate) mod widths;
+mod shape;
 
 pub use cost::SubnetCost;
 pub use quantization::{QaConfig, QaSummary};
@@ -15,13 +16,13 @@ use burn::module::Module;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
+use crate::adapter::{ElasticLora, mix_seed};
+use crate::arch::BlockDims;
 use crate::error::{Error, Result};
 use crate::format::WeightFormat;
-use crate::io::hf::BlockDims;
 use crate::io::peft::{LoraAdapter, LoraWeights};
 use crate::model::{Decoder, ParamCount};
-use crate::space::{Elastic, SearchSpace, SubnetConfig};
+use crate::space::{Elastic, LoraConfig, SearchSpace, SubnetConfig, widths};
 use cost::Nonzeros;
 
 /// Settings of a super-network's adapters.
@@ -101,11 +102,7 @@ impl SuperNet {
         };
         space.validate_layers(&model.layer_shapes(), config.lora.rank)?;
         model.refuse_adapters("merge it first")?;
-        widths::check(
-            &widths::full_dims(&model),
-            model.config().head_dim(),
-            &space,
-        )?;
+        widths::check(&shape::full_dims(&model), model.config().head_dim(), &space)?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
         // A model that was trained as a whole still wants gradients everywhere.
         let mut model = model.set_require_grad(false);
@@ -139,7 +136,7 @@ impl SuperNet {
             }
         }
         let active = space.maximal();
-        let blocks = widths::full_dims(&model);
+        let blocks = shape::full_dims(&model);
         let mut net = Self {
             model,
             space,
@@ -174,7 +171,7 @@ impl SuperNet {
         );
         Ok(Self {
             active: space.maximal(),
-            blocks: widths::full_dims(&model),
+            blocks: shape::full_dims(&model),
             model,
             space,
             config,
@@ -249,7 +246,7 @@ impl SuperNet {
                 })?;
             layer.set_active_rank(*rank)?;
         }
-        widths::activate(&mut self.model, &blocks)?;
+        shape::activate(&mut self.model, &blocks)?;
         self.active = subnet.clone();
         Ok(())
     }

@@ -11,8 +11,9 @@ use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use rayon::prelude::*;
 
 use crate::adapter::ElasticLora;
+use crate::arch::LinearKind;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, LinearKind};
+use crate::model::Decoder;
 use crate::nn::host_values;
 
 /// Gradients by parameter path, flattened.
@@ -139,7 +140,7 @@ fn for_each_factor(model: &Decoder, mut f: impl FnMut(String, usize, &ElasticLor
     for (name, layer) in model.linears() {
         if let Some(adapter) = &layer.adapter {
             let runs = LinearKind::parse(&name)
-                .is_none_or(|(block, kind)| model.layers[block].runs(kind.unit()));
+                .is_none_or(|(block, kind)| model.layers[block].runs(kind.sub_block()));
             // The module's own path lacks the prefix that Hugging Face has.
             let path = name.strip_prefix("model.").unwrap_or(&name);
             f(format!("{path}.adapter.lora_a"), 1, adapter, runs);

@@ -9,17 +9,17 @@
 //! without an MLP is skipped by llama.cpp; a first block without attention neither it nor vLLM can run; llama.cpp's converter drops
 //! linear scaling of positions, and has Llama 3.1's start from 8192 whatever the config says.
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::config::{Family, HfConfig, MAX_HEADS, MAX_WIDTH};
-use super::rope::{self, RopeScaling};
+use super::config::{HfConfig, MAX_HEADS, MAX_WIDTH};
+use super::rope;
+use crate::arch::{BlockDims, Family, RopeScaling};
 use crate::error::Result;
 use crate::io::fields::{Fields, bad_field};
 
 const FIELD: &str = "block_configs";
 /// DeciLM's widths are multiples of this.
-const MULTIPLE: usize = 256;
+pub const DECI_MULTIPLE: usize = 256;
 /// What blocks may have beyond this crate's model, where it is neither null nor false.
 const ATTENTION_OPTIONS: [&str; 6] = [
     "window_length",
@@ -30,32 +30,6 @@ const ATTENTION_OPTIONS: [&str; 6] = [
     "llama4",
 ];
 const MLP_OPTIONS: [&str; 1] = ["moe"];
-
-/// The sizes of one block: an attention without heads or an MLP without width is not there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct BlockDims {
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key/value heads; divides the query heads.
-    pub n_kv_heads: usize,
-    /// Width inside the MLP.
-    pub d_mlp: usize,
-}
-
-impl BlockDims {
-    /// What DeciLM's MLP widths are multiples of.
-    pub const DECI_MULTIPLE: usize = MULTIPLE;
-
-    /// Whether there is an attention.
-    pub fn has_attention(&self) -> bool {
-        self.n_heads > 0
-    }
-
-    /// Whether there is an MLP.
-    pub fn has_mlp(&self) -> bool {
-        self.d_mlp > 0
-    }
-}
 
 /// Whether a config says sizes per block.
 pub(super) fn has(raw: &Map<String, Value>) -> bool {
@@ -230,7 +204,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         // transformers refuses a Llama whose heads do not divide its width, whatever `head_dim` says. Without biases a Mistral that
         // sees all positions is the same model, and there it does not.
         let uneven = !config.hidden_size().is_multiple_of(first.n_heads);
-        let biased = config.attention_bias() || config.mlp_bias();
+        let biased = !config.arch().biased.is_empty();
         if uneven && !biased && config.sliding_window().is_none() {
             family(&mut raw, Family::Mistral);
             raw.insert("sliding_window".into(), Value::Null);
@@ -332,5 +306,6 @@ fn rounded(factor: f64) -> f64 {
 /// The width that DeciLM makes of a factor.
 fn deci_width(hidden_size: usize, factor: f64) -> Option<usize> {
     let width = (2.0 * rounded(factor) * hidden_size as f64 / 3.0).trunc();
-    (width >= 1.0 && width <= MAX_WIDTH as f64).then(|| (width as usize).next_multiple_of(MULTIPLE))
+    (width >= 1.0 && width <= MAX_WIDTH as f64)
+        .then(|| (width as usize).next_multiple_of(DECI_MULTIPLE))
 }

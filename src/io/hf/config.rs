@@ -4,84 +4,15 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::blocks::{self, BlockDims};
-use super::rope::{self, RopeScaling};
+use super::blocks;
+use super::rope;
+use crate::arch::family::{Biases, FAMILIES, FamilyRow, Windows};
+use crate::arch::{Architecture, BlockDims, Family, LinearKind, RopeScaling, SubBlock};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
 use crate::io::quantized::QuantizationConfig;
 use crate::io::tensors::{Checkpoint, DType};
 use crate::io::{atomic, read_json_object};
-
-/// The model families that are read. A family is a row of settings; the decoder is one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Family {
-    /// Llama 1 to 3.2 and everything that calls itself `llama`.
-    Llama,
-    /// Mistral 7B, Nemo and kin: Llama with a sliding window and without biases.
-    Mistral,
-    /// Llama whose blocks differ in key/value heads and MLP width or lack an attention: DeciLM, "Nemotron-NAS" (`block_configs`).
-    Deci,
-    /// Llama whose blocks differ in more than `block_configs` can say elsewhere, such as their number of query heads: this
-    /// crate's own, `block_configs` with the sizes in full.
-    ElasticLlama,
-}
-
-/// How a family differs from the others; absent fields take these values, which are transformers'.
-struct Traits {
-    family: Family,
-    model_type: &'static str,
-    architecture: &'static str,
-    /// Key/value heads where the field is absent; `None` for as many as heads.
-    key_value_heads: Option<usize>,
-    /// Whether `sliding_window` is read, and its value where the field is absent.
-    sliding_window: Option<Option<usize>>,
-    /// Whether `attention_bias` and `mlp_bias` are read.
-    biases: bool,
-    max_positions: usize,
-}
-
-const FAMILIES: [Traits; 4] = [
-    Traits {
-        family: Family::Llama,
-        model_type: "llama",
-        architecture: "LlamaForCausalLM",
-        key_value_heads: None,
-        sliding_window: None,
-        biases: true,
-        max_positions: 2048,
-    },
-    Traits {
-        family: Family::Mistral,
-        model_type: "mistral",
-        architecture: "MistralForCausalLM",
-        key_value_heads: Some(8),
-        sliding_window: Some(Some(4096)),
-        biases: false,
-        max_positions: 131_072,
-    },
-    Traits {
-        family: Family::Deci,
-        model_type: "nemotron-nas",
-        architecture: "DeciLMForCausalLM",
-        key_value_heads: None,
-        sliding_window: None,
-        biases: true,
-        max_positions: 2048,
-    },
-    Traits {
-        family: Family::ElasticLlama,
-        model_type: "elastic-llama",
-        architecture: "ElasticLlamaForCausalLM",
-        key_value_heads: None,
-        sliding_window: Some(None),
-        biases: true,
-        max_positions: 2048,
-    },
-];
-
-const SUPPORTED: &str = "llama (LlamaForCausalLM), mistral (MistralForCausalLM), nemotron-nas (DeciLMForCausalLM), \
-                         elastic-llama (ElasticLlamaForCausalLM)";
 
 // Caps, well above any model there is, so that no product of two of them overflows and no list of layers fills memory.
 pub(super) const MAX_WIDTH: usize = 1 << 22;
@@ -90,42 +21,6 @@ pub(super) const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_VOCABULARY: usize = 1 << 26;
 const MAX_POSITIONS: usize = 1 << 31;
-
-impl Family {
-    fn traits(self) -> &'static Traits {
-        match self {
-            Family::Llama => &FAMILIES[0],
-            Family::Mistral => &FAMILIES[1],
-            Family::Deci => &FAMILIES[2],
-            Family::ElasticLlama => &FAMILIES[3],
-        }
-    }
-
-    /// `model_type` as it stands in `config.json`.
-    pub fn model_type(self) -> &'static str {
-        self.traits().model_type
-    }
-
-    /// The class that transformers loads it with.
-    pub fn architecture(self) -> &'static str {
-        self.traits().architecture
-    }
-}
-
-/// A linear layer inside a block, as a config implies it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LinearLayer {
-    /// Module path, such as `model.layers.0.self_attn.q_proj`; the weight is `<name>.weight`, `[d_output, d_input]`.
-    pub name: String,
-    /// The block it is in, from 0.
-    pub block: usize,
-    /// Output features.
-    pub d_output: usize,
-    /// Input features.
-    pub d_input: usize,
-    /// Whether there is a `<name>.bias`, `[d_output]`.
-    pub bias: bool,
-}
 
 /// The sizes of a Llama made from code; see [`HfConfig::new_llama`].
 #[derive(Clone, Debug, PartialEq)]
@@ -166,23 +61,10 @@ pub struct LlamaDims {
 #[derive(Clone, Debug, PartialEq)]
 pub struct HfConfig {
     raw: Map<String, Value>,
-    family: Family,
-    hidden_size: usize,
+    arch: Architecture,
     intermediate_size: usize,
-    num_hidden_layers: usize,
     num_attention_heads: usize,
     num_key_value_heads: usize,
-    blocks: Vec<BlockDims>,
-    head_dim: usize,
-    vocab_size: usize,
-    max_position_embeddings: usize,
-    rms_norm_eps: f64,
-    rope_theta: f64,
-    rope_scaling: RopeScaling,
-    sliding_window: Option<usize>,
-    tie_word_embeddings: bool,
-    attention_bias: bool,
-    mlp_bias: bool,
     bos_token_id: Option<u32>,
     eos_token_ids: Vec<u32>,
     pad_token_id: Option<u32>,
@@ -232,7 +114,7 @@ impl HfConfig {
             map: &raw,
             prefix: "",
         };
-        let traits = find_family(&fields)?;
+        let row = find_family(&fields)?;
         refuse_unsupported(&fields)?;
 
         let hidden_size = fields.required_size("hidden_size", MAX_WIDTH)?;
@@ -246,7 +128,7 @@ impl HfConfig {
         let num_attention_heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
         let num_key_value_heads = match (
             fields.size("num_key_value_heads", MAX_HEADS)?,
-            traits.key_value_heads,
+            row.key_value_heads,
         ) {
             (Some(n), _) => n,
             (None, Some(default)) if !raw.contains_key("num_key_value_heads") => default,
@@ -302,7 +184,7 @@ impl HfConfig {
         let vocab_size = fields.required_size("vocab_size", MAX_VOCABULARY)?;
         let max_position_embeddings = fields
             .size("max_position_embeddings", MAX_POSITIONS)?
-            .unwrap_or(traits.max_positions);
+            .unwrap_or(row.max_positions);
         let rms_norm_eps = fields.f64("rms_norm_eps")?.unwrap_or(1e-6);
         // f32 arithmetic sees a smaller one as zero, and a norm of zeros would then be NaN.
         if !(rms_norm_eps >= f64::from(f32::MIN_POSITIVE) && rms_norm_eps < 1.0) {
@@ -312,41 +194,48 @@ impl HfConfig {
             ));
         }
         let (rope_theta, rope_scaling) = rope::parse(&raw)?;
-        let sliding_window = match traits.sliding_window {
-            None => None,
-            Some(default) if !raw.contains_key("sliding_window") => default,
-            Some(_) => fields.size("sliding_window", MAX_POSITIONS)?,
+        let window = match row.windows {
+            Windows::Full => None,
+            Windows::AllLayers { default } if !raw.contains_key("sliding_window") => default,
+            Windows::AllLayers { .. } => fields.size("sliding_window", MAX_POSITIONS)?,
         };
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
-        let (attention_bias, mlp_bias) = if traits.biases {
-            (flag("attention_bias")?, flag("mlp_bias")?)
-        } else {
-            (false, false)
+        let biased = match row.biases {
+            Biases::Always(kinds) => kinds.to_vec(),
+            Biases::ByFields => {
+                let (attention, mlp) = (flag("attention_bias")?, flag("mlp_bias")?);
+                let has = |kind: &LinearKind| match kind.sub_block() {
+                    SubBlock::Attention => attention,
+                    SubBlock::Mlp => mlp,
+                };
+                LinearKind::ALL.into_iter().filter(has).collect()
+            }
         };
-        let tie_word_embeddings = flag("tie_word_embeddings")?;
+        let tied = flag("tie_word_embeddings")?;
         let one = |name: &str| Ok::<_, Error>(fields.token_ids(name)?.first().copied());
         let (bos_token_id, pad_token_id) = (one("bos_token_id")?, one("pad_token_id")?);
         let eos_token_ids = fields.token_ids("eos_token_id")?;
         let dtype = parse_dtype(&fields)?;
         let quantization = parse_quantization(&raw)?;
-        Ok(Self {
-            family: traits.family,
-            hidden_size,
-            intermediate_size,
-            num_hidden_layers,
-            num_attention_heads,
-            num_key_value_heads,
-            blocks,
+        let arch = Architecture {
+            family: row.family,
+            d_model: hidden_size,
             head_dim,
             vocab_size,
-            max_position_embeddings,
-            rms_norm_eps,
+            max_positions: max_position_embeddings,
+            blocks,
+            biased,
+            norm_eps: rms_norm_eps,
             rope_theta,
             rope_scaling,
-            sliding_window,
-            tie_word_embeddings,
-            attention_bias,
-            mlp_bias,
+            window,
+            tied,
+        };
+        Ok(Self {
+            arch,
+            intermediate_size,
+            num_attention_heads,
+            num_key_value_heads,
             bos_token_id,
             eos_token_ids,
             pad_token_id,
@@ -428,41 +317,14 @@ impl HfConfig {
         )
     }
 
-    /// The linear layers of all blocks in model order: q, k, v, o, gate, up, down of block 0, then of block 1, and so on; those
-    /// that a block lacks are left out.
-    pub fn linear_layers(&self) -> Vec<LinearLayer> {
-        let hidden = self.hidden_size;
-        let of_block = |(block, dims): (usize, &BlockDims)| {
-            let (attention, key_value) = (
-                dims.n_heads * self.head_dim,
-                dims.n_kv_heads * self.head_dim,
-            );
-            let shapes = [
-                ("self_attn.q_proj", attention, hidden, self.attention_bias),
-                ("self_attn.k_proj", key_value, hidden, self.attention_bias),
-                ("self_attn.v_proj", key_value, hidden, self.attention_bias),
-                ("self_attn.o_proj", hidden, attention, self.attention_bias),
-                ("mlp.gate_proj", dims.d_mlp, hidden, self.mlp_bias),
-                ("mlp.up_proj", dims.d_mlp, hidden, self.mlp_bias),
-                ("mlp.down_proj", hidden, dims.d_mlp, self.mlp_bias),
-            ];
-            shapes
-                .into_iter()
-                .filter(|shape| shape.1 > 0 && shape.2 > 0)
-                .map(move |(name, d_output, d_input, bias)| LinearLayer {
-                    name: format!("model.layers.{block}.{name}"),
-                    block,
-                    d_output,
-                    d_input,
-                    bias,
-                })
-        };
-        self.blocks.iter().enumerate().flat_map(of_block).collect()
+    /// What the decoder is made of.
+    pub fn arch(&self) -> &Architecture {
+        &self.arch
     }
 
     /// The sizes of each block.
     pub fn blocks(&self) -> &[BlockDims] {
-        &self.blocks
+        &self.arch.blocks
     }
 
     /// The same model with blocks of these sizes. Where all are alike, the family stays; else it becomes [`Family::Deci`],
@@ -474,70 +336,21 @@ impl HfConfig {
         Self::from_json(blocks::write(self, blocks)?)
     }
 
-    /// Name of the embedding, `[vocab_size, hidden_size]`.
-    pub const EMBEDDING: &'static str = "model.embed_tokens.weight";
-    /// Name of the head, `[vocab_size, hidden_size]`; absent where it is tied.
-    pub const HEAD: &'static str = "lm_head.weight";
-    /// Name of the last norm, `[hidden_size]`.
-    pub const FINAL_NORM: &'static str = "model.norm.weight";
-
-    /// Name of the norm before the attention of `block`, `[hidden_size]`.
-    pub fn input_norm(block: usize) -> String {
-        format!("model.layers.{block}.input_layernorm.weight")
-    }
-
-    /// Name of the norm before the MLP of `block`, `[hidden_size]`.
-    pub fn post_attention_norm(block: usize) -> String {
-        format!("model.layers.{block}.post_attention_layernorm.weight")
-    }
-
     /// Where `checkpoint` keeps the embedding: under its own name or, when tied, possibly under the head's.
     ///
     /// # Errors
     /// [`Error::MissingTensor`] where it is under neither.
     pub fn embedding_name(&self, checkpoint: &Checkpoint) -> Result<&'static str> {
-        if checkpoint.contains(Self::EMBEDDING) {
-            Ok(Self::EMBEDDING)
-        } else if self.tie_word_embeddings && checkpoint.contains(Self::HEAD) {
-            Ok(Self::HEAD)
+        if checkpoint.contains(Architecture::EMBEDDING) {
+            Ok(Architecture::EMBEDDING)
+        } else if self.arch.tied && checkpoint.contains(Architecture::HEAD) {
+            Ok(Architecture::HEAD)
         } else {
             Err(Error::MissingTensor {
                 path: checkpoint.path().to_path_buf(),
-                tensor: Self::EMBEDDING.into(),
+                tensor: Architecture::EMBEDDING.into(),
             })
         }
-    }
-
-    /// The names and shapes of all tensors that a checkpoint of this config holds, in model order; a tied head is not among
-    /// them.
-    pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let hidden = self.hidden_size;
-        let mut all = vec![(Self::EMBEDDING.to_string(), vec![self.vocab_size, hidden])];
-        let mut block = None;
-        for layer in self.linear_layers() {
-            if block != Some(layer.block) {
-                block = Some(layer.block);
-                let dims = self.blocks[layer.block];
-                if dims.has_attention() {
-                    all.push((Self::input_norm(layer.block), vec![hidden]));
-                }
-                if dims.has_mlp() {
-                    all.push((Self::post_attention_norm(layer.block), vec![hidden]));
-                }
-            }
-            all.push((
-                format!("{}.weight", layer.name),
-                vec![layer.d_output, layer.d_input],
-            ));
-            if layer.bias {
-                all.push((format!("{}.bias", layer.name), vec![layer.d_output]));
-            }
-        }
-        all.push((Self::FINAL_NORM.into(), vec![hidden]));
-        if !self.tie_word_embeddings {
-            all.push((Self::HEAD.into(), vec![self.vocab_size, hidden]));
-        }
-        all
     }
 
     /// Checks that `checkpoint` holds every tensor in its shape, before anything is loaded.
@@ -546,12 +359,12 @@ impl HfConfig {
     /// [`Error::MissingTensor`] and [`Error::TensorShape`]; [`Error::InvalidFile`] for the parts of a quantized weight.
     pub fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
         let embedding = self.embedding_name(checkpoint)?;
-        for (name, shape) in self.tensor_shapes() {
+        for (name, shape) in self.arch.tensors() {
             if self.check_quantized(checkpoint, &name, &shape)? {
                 continue;
             }
             checkpoint.check_shape(
-                if name == Self::EMBEDDING {
+                if name == Architecture::EMBEDDING {
                     embedding
                 } else {
                     &name
@@ -593,58 +406,59 @@ impl HfConfig {
 }
 
 macro_rules! getters {
-    ($($(#[$doc:meta])* $name:ident: $type:ty,)*) => {
+    ($($(#[$doc:meta])* $name:ident: $type:ty = $($field:ident).+,)*) => {
         impl HfConfig {
-            $($(#[$doc])* pub fn $name(&self) -> $type { self.$name })*
+            $($(#[$doc])* pub fn $name(&self) -> $type { self.$($field).+ })*
         }
     };
 }
 
 getters! {
     /// The family.
-    family: Family,
+    family: Family = arch.family,
     /// Width of the residual stream.
-    hidden_size: usize,
+    hidden_size: usize = arch.d_model,
     /// Width inside the MLP; the widest block's where they differ.
-    intermediate_size: usize,
-    /// Number of blocks.
-    num_hidden_layers: usize,
-    /// Query heads, where [`blocks`](HfConfig::blocks) do not differ.
-    num_attention_heads: usize,
-    /// Key/value heads, where [`blocks`](HfConfig::blocks) do not differ; divides the query heads.
-    num_key_value_heads: usize,
-    /// Features per head; even.
-    head_dim: usize,
-    /// Tokens in the vocabulary.
-    vocab_size: usize,
+    intermediate_size: usize = intermediate_size,
+    /// Number of query heads, where [`blocks`](HfConfig::blocks) do not differ.
+    num_attention_heads: usize = num_attention_heads,
+    /// Number of key/value heads, where [`blocks`](HfConfig::blocks) do not differ; divides the query heads.
+    num_key_value_heads: usize = num_key_value_heads,
+    /// Number of features of a head; even.
+    head_dim: usize = arch.head_dim,
+    /// Number of tokens in the vocabulary.
+    vocab_size: usize = arch.vocab_size,
     /// Context length in tokens.
-    max_position_embeddings: usize,
+    max_position_embeddings: usize = arch.max_positions,
     /// Epsilon of the norms.
-    rms_norm_eps: f64,
+    rms_norm_eps: f64 = arch.norm_eps,
     /// Base of the rotary embedding.
-    rope_theta: f64,
+    rope_theta: f64 = arch.rope_theta,
     /// Scaling of the rotary embedding.
-    rope_scaling: RopeScaling,
+    rope_scaling: RopeScaling = arch.rope_scaling,
     /// Number of last positions, its own among them, that a token attends to; `None` for all.
-    sliding_window: Option<usize>,
+    sliding_window: Option<usize> = arch.window,
     /// Whether embedding and head are one matrix.
-    tie_word_embeddings: bool,
-    /// Whether q, k, v and o have biases.
-    attention_bias: bool,
-    /// Whether gate, up and down have biases.
-    mlp_bias: bool,
+    tie_word_embeddings: bool = arch.tied,
     /// First token of a sequence.
-    bos_token_id: Option<u32>,
-    /// Filler.
-    pad_token_id: Option<u32>,
-    /// Element type of the weights, as the config says; the checkpoint's own types are what counts.
-    dtype: Option<DType>,
+    bos_token_id: Option<u32> = bos_token_id,
+    /// Padding token.
+    pad_token_id: Option<u32> = pad_token_id,
+    /// Number type of the weights according to the config; the checkpoint's own types are what counts.
+    dtype: Option<DType> = dtype,
 }
 
-fn find_family(fields: &Fields<'_>) -> Result<&'static Traits> {
+impl HfConfig {
+    /// Number of blocks.
+    pub fn num_hidden_layers(&self) -> usize {
+        self.arch.blocks.len()
+    }
+}
+
+fn find_family(fields: &Fields<'_>) -> Result<&'static FamilyRow> {
     let unsupported = |found: &str| Error::UnsupportedArchitecture {
         found: found.into(),
-        supported: SUPPORTED,
+        supported: Family::supported(),
     };
     let architecture = match fields.map.get("architectures") {
         None | Some(Value::Null) => None,
@@ -669,19 +483,19 @@ fn find_family(fields: &Fields<'_>) -> Result<&'static Traits> {
     let Some(found) = model_type.or(architecture) else {
         return Err(bad_field("model_type", "missing"));
     };
-    let traits = FAMILIES
+    let row = FAMILIES
         .iter()
-        .find(|t| {
+        .find(|row| {
             if model_type.is_some() {
-                t.model_type == found
+                row.model_type == found
             } else {
-                t.architecture == found
+                row.architecture == found
             }
         })
         .ok_or_else(|| unsupported(found))?;
     match architecture {
-        Some(name) if name != traits.architecture => Err(unsupported(name)),
-        _ => Ok(traits),
+        Some(name) if name != row.architecture => Err(unsupported(name)),
+        _ => Ok(row),
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::config::HfConfig;
+use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::io::tensors::{DType, HostTensor, write_sharded};
 use crate::io::{FolderWriter, atomic, open_regular};
@@ -98,19 +99,20 @@ impl HfFolder {
         let destination = self.writer.destination();
         if config.tie_word_embeddings() {
             let named = |name: &str| tensors.iter().position(|t| t.name() == name);
-            match (named(HfConfig::EMBEDDING), named(HfConfig::HEAD)) {
+            match (named(Architecture::EMBEDDING), named(Architecture::HEAD)) {
                 (Some(_), Some(_)) => {
                     return Err(Error::invalid_file(
                         destination,
                         "embedding and head are tied, but both were given",
                     ));
                 }
-                (None, Some(head)) => tensors[head].rename(HfConfig::EMBEDDING),
+                (None, Some(head)) => tensors[head].rename(Architecture::EMBEDDING),
                 _ => {}
             }
         }
         for (name, shape) in config
-            .tensor_shapes()
+            .arch()
+            .tensors()
             .into_iter()
             .filter(|(name, _)| !replaced(name))
         {

@@ -6,10 +6,9 @@ mod folder;
 mod quantized;
 mod rope;
 
-pub use blocks::BlockDims;
-pub use config::{Family, HfConfig, LinearLayer, LlamaDims};
+pub use blocks::DECI_MULTIPLE;
+pub use config::{HfConfig, LlamaDims};
 pub use folder::{CARRIED_FILES, HfFolder};
-pub use rope::RopeScaling;
 
 #[cfg(test)]
 mod tests;

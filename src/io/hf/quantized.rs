@@ -62,7 +62,7 @@ impl HfConfig {
         checkpoint: &Checkpoint,
     ) -> Result<BTreeMap<String, QuantizedMatrix>> {
         let mut layers = BTreeMap::new();
-        for layer in self.linear_layers() {
+        for layer in self.arch().linears() {
             if let Some(matrix) =
                 self.load_quantized(checkpoint, &layer.name, [layer.d_output, layer.d_input])?
             {
@@ -110,7 +110,7 @@ impl HfFolder {
         layers: &'a BTreeMap<String, QuantizedMatrix>,
         format: QuantFormat,
     ) -> Result<()> {
-        let all = config.linear_layers();
+        let all = config.arch().linears();
         for (name, matrix) in layers {
             let Some(layer) = all.iter().find(|layer| layer.name == *name) else {
                 return Err(Error::UnknownLayer {

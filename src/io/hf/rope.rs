@@ -2,32 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::arch::RopeScaling;
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
-
-/// How the rotary embedding's frequencies are changed to reach longer contexts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum RopeScaling {
-    /// Not at all: frequency `j` is `theta^(-2j / head_dim)`.
-    Default,
-    /// All frequencies divided by `factor`.
-    Linear {
-        /// The divisor, at least 1.
-        factor: f64,
-    },
-    /// Llama 3.1's: low frequencies divided, high ones kept, a linear blend between.
-    Llama3 {
-        /// The divisor of low frequencies, at least 1.
-        factor: f64,
-        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are divided.
-        low_freq_factor: f64,
-        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept; above `low_freq_factor`.
-        high_freq_factor: f64,
-        /// The context length that the frequencies were trained for, in tokens.
-        original_max_position_embeddings: usize,
-    },
-}
 
 /// transformers' default base.
 const DEFAULT_THETA: f64 = 10_000.0;

@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
 use super::*;
+use crate::arch::{Architecture, Family, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::testing::{pick, shared};
 use crate::io::{Checkpoint, DType, HostTensor, tensors::write_safetensors};
@@ -58,10 +59,10 @@ fn fields_and_layers_of_a_llama() {
     assert_eq!(config.rope_scaling(), RopeScaling::Default);
     assert!(
         !config.tie_word_embeddings()
-            && !config.attention_bias()
+            && config.arch().biased.is_empty()
             && config.sliding_window().is_none()
     );
-    let layers = config.linear_layers();
+    let layers = config.arch().linears();
     assert_eq!(layers.len(), 21);
     let shapes: Vec<_> = layers[7..14]
         .iter()
@@ -79,7 +80,7 @@ fn fields_and_layers_of_a_llama() {
             ("model.layers.1.mlp.down_proj", 48, 100, false),
         ]
     );
-    assert_eq!(config.tensor_shapes().len(), 1 + 3 * 9 + 2);
+    assert_eq!(config.arch().tensors().len(), 1 + 3 * 9 + 2);
 }
 
 #[test]
@@ -159,13 +160,13 @@ fn mistral_has_its_own_defaults() {
     assert_eq!(
         (
             config.sliding_window(),
-            config.attention_bias(),
+            config.arch().biased.len(),
             config.head_dim()
         ),
-        (Some(4096), false, 10)
+        (Some(4096), 0, 10)
     );
-    assert_eq!(config.linear_layers()[0].d_output, 60);
-    assert_eq!(config.linear_layers()[3].d_input, 60);
+    assert_eq!(config.arch().linears()[0].d_output, 60);
+    assert_eq!(config.arch().linears()[3].d_input, 60);
     value["sliding_window"] = Value::Null;
     assert_eq!(parse(&value).unwrap().sliding_window(), None);
     value["sliding_window"] = 16.into();
@@ -177,8 +178,8 @@ fn mistral_has_its_own_defaults() {
 #[test]
 fn biases_are_listed() {
     let config = parse(&with(json!({"attention_bias": true, "mlp_bias": true}))).unwrap();
-    assert!(config.linear_layers().iter().all(|l| l.bias));
-    assert_eq!(config.tensor_shapes().len(), 1 + 3 * 16 + 2);
+    assert!(config.arch().linears().iter().all(|l| l.bias));
+    assert_eq!(config.arch().tensors().len(), 1 + 3 * 16 + 2);
 }
 
 #[test]
@@ -329,7 +330,7 @@ fn dims() -> LlamaDims {
 
 fn random_tensors<'a>(config: &HfConfig, dtype: DType) -> Vec<HostTensor<'a>> {
     let mut rng = ChaCha8Rng::seed_from_u64(8);
-    let shapes = config.tensor_shapes().into_iter();
+    let shapes = config.arch().tensors().into_iter();
     shapes
         .map(|(name, shape)| {
             let values: Vec<f32> = (0..shape.iter().product())
@@ -391,8 +392,11 @@ fn a_model_of_our_own_is_written_whole() {
     assert_eq!(back.raw(), config.raw());
     let weights = Checkpoint::open(&out).unwrap();
     back.check(&weights).unwrap();
-    assert_eq!(weights.info(HfConfig::EMBEDDING).unwrap().dtype, DType::F16);
-    assert!(!weights.contains(HfConfig::HEAD));
+    assert_eq!(
+        weights.info(Architecture::EMBEDDING).unwrap().dtype,
+        DType::F16
+    );
+    assert!(!weights.contains(Architecture::HEAD));
 
     // What does not fit leaves nothing.
     for broken in 0..3 {
@@ -401,7 +405,7 @@ fn a_model_of_our_own_is_written_whole() {
             0 => drop(tensors.pop()),
             1 => tensors[3] = HostTensor::from_f32(tensors[3].name(), DType::F16, [1], vec![1.0]),
             _ => tensors.push(HostTensor::from_f32(
-                HfConfig::HEAD,
+                Architecture::HEAD,
                 DType::F16,
                 [31, 12],
                 vec![0.5; 31 * 12],
@@ -432,12 +436,15 @@ fn a_tied_matrix_is_found_under_either_name_and_written_under_one() {
     let path = root.path().join("head.safetensors");
     write_safetensors(
         &path,
-        renamed(HfConfig::EMBEDDING, HfConfig::HEAD),
+        renamed(Architecture::EMBEDDING, Architecture::HEAD),
         &BTreeMap::new(),
     )
     .unwrap();
     let head_only = Checkpoint::open(&path).unwrap();
-    assert_eq!(config.embedding_name(&head_only).unwrap(), HfConfig::HEAD);
+    assert_eq!(
+        config.embedding_name(&head_only).unwrap(),
+        Architecture::HEAD
+    );
     config.check(&head_only).unwrap();
     let untied = HfConfig::new_llama(&LlamaDims {
         tie_word_embeddings: false,
@@ -454,18 +461,18 @@ fn a_tied_matrix_is_found_under_either_name_and_written_under_one() {
         .write_model(
             &config,
             DType::F32,
-            renamed(HfConfig::EMBEDDING, HfConfig::HEAD),
+            renamed(Architecture::EMBEDDING, Architecture::HEAD),
         )
         .unwrap();
     folder.commit().unwrap();
     let out = Checkpoint::open(root.path().join("out")).unwrap();
-    assert!(out.contains(HfConfig::EMBEDDING) && !out.contains(HfConfig::HEAD));
+    assert!(out.contains(Architecture::EMBEDDING) && !out.contains(Architecture::HEAD));
     assert_eq!(
-        out.bytes(HfConfig::EMBEDDING).unwrap(),
-        head_only.bytes(HfConfig::HEAD).unwrap()
+        out.bytes(Architecture::EMBEDDING).unwrap(),
+        head_only.bytes(Architecture::HEAD).unwrap()
     );
     assert!(
-        matches!(untied.check(&out), Err(Error::MissingTensor { tensor, .. }) if tensor == HfConfig::HEAD)
+        matches!(untied.check(&out), Err(Error::MissingTensor { tensor, .. }) if tensor == Architecture::HEAD)
     );
 }
 
@@ -524,8 +531,8 @@ fn mutated_configs_never_panic() {
         };
         if let Some(config) = parsed.and_then(|map| HfConfig::from_json(map).ok()) {
             accepted += 1;
-            assert!(config.linear_layers().len() <= 7 << 12);
-            for (_, shape) in config.tensor_shapes() {
+            assert!(config.arch().linears().len() <= 7 << 12);
+            for (_, shape) in config.arch().tensors() {
                 assert!(
                     shape
                         .iter()
@@ -542,8 +549,8 @@ fn mutated_configs_never_panic() {
 #[test]
 fn other_models_read_and_rewritten() {
     for (name, tied_name, theta) in [
-        ("stories260K", HfConfig::EMBEDDING, 1e4),
-        ("story-llama-0.6M", HfConfig::HEAD, 1e4),
+        ("stories260K", Architecture::EMBEDDING, 1e4),
+        ("story-llama-0.6M", Architecture::HEAD, 1e4),
     ] {
         let Some(source) = shared(&format!("models/{name}")) else {
             return;
@@ -565,8 +572,8 @@ fn other_models_read_and_rewritten() {
             Checkpoint::open(&out).unwrap(),
         );
         config2.check(&weights2).unwrap();
-        for (n, _) in config.tensor_shapes() {
-            let from = if n == HfConfig::EMBEDDING {
+        for (n, _) in config.arch().tensors() {
+            let from = if n == Architecture::EMBEDDING {
                 tied_name
             } else {
                 &n

@@ -155,7 +155,8 @@ impl LoraAdapter {
     /// [`Error::UnknownLayer`]; [`Error::TensorShape`] with the shape of the product.
     pub fn check(&self, config: &HfConfig) -> Result<()> {
         let shapes: BTreeMap<String, [usize; 2]> = config
-            .linear_layers()
+            .arch()
+            .linears()
             .into_iter()
             .map(|l| (l.name, [l.d_output, l.d_input]))
             .collect();

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
+use crate::arch::LinearSpec;
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 use crate::io::fields::{Fields, bad_field};
-use crate::io::hf::LinearLayer;
 
 const PREFIX: &str = "quantization_config.";
 const MAX_GROUP_SIZE: usize = 1 << 22;
@@ -219,7 +219,7 @@ impl QuantizationConfig {
     pub fn for_layers(
         format: QuantFormat,
         layers: &BTreeMap<String, QuantizedMatrix>,
-        all: &[LinearLayer],
+        all: &[LinearSpec],
     ) -> Result<Self> {
         let Some((first, matrix)) = layers.first_key_value() else {
             return Err(Error::argument(
@@ -249,7 +249,7 @@ impl QuantizationConfig {
         let act_order = layers
             .values()
             .any(|matrix| matrix.parts().group_of.is_some());
-        let dense: Vec<&LinearLayer> = all
+        let dense: Vec<&LinearSpec> = all
             .iter()
             .filter(|layer| !layers.contains_key(&layer.name))
             .collect();
@@ -346,18 +346,12 @@ impl QuantizationConfig {
 }
 
 /// Names within a block of the layers that are quantized, and of those that are not, in model order.
-fn kinds_in_every_block<'a>(
+fn kinds_in_every_block(
     layers: &BTreeMap<String, QuantizedMatrix>,
-    all: &'a [LinearLayer],
-    dense: &[&'a LinearLayer],
-) -> Result<(Vec<&'a str>, Vec<&'a str>)> {
-    fn kind(layer: &LinearLayer) -> &str {
-        let block = format!(".{}.", layer.block);
-        layer
-            .name
-            .split_once(&block)
-            .map_or(layer.name.as_str(), |(_, kind)| kind)
-    }
+    all: &[LinearSpec],
+    dense: &[&LinearSpec],
+) -> Result<(Vec<&'static str>, Vec<&'static str>)> {
+    let kind = |layer: &LinearSpec| layer.kind.path();
     let left: BTreeSet<&str> = dense.iter().map(|layer| kind(layer)).collect();
     if let Some(layer) = all
         .iter()

@@ -7,10 +7,10 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::arch::{LinearKind, LinearSpec};
 use crate::error::{Error, Result};
 use crate::format::testing::random_quantized;
 use crate::format::{QuantizedMatrix, QuantizedParts};
-use crate::io::hf::LinearLayer;
 use crate::io::testing::{pick, shared};
 use crate::io::{Checkpoint, DType, HostTensor, tensors::write_safetensors};
 
@@ -319,12 +319,13 @@ fn what_a_format_cannot_hold_is_not_written() {
 #[test]
 fn configs_of_folders() {
     let mut rng = ChaCha8Rng::seed_from_u64(4);
-    let kinds = ["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"];
-    let all: Vec<LinearLayer> = (0..2)
+    let kinds = [LinearKind::Q, LinearKind::Up, LinearKind::Down];
+    let all: Vec<LinearSpec> = (0..2)
         .flat_map(|block| {
-            kinds.map(|kind| LinearLayer {
-                name: format!("model.layers.{block}.{kind}"),
+            kinds.map(|kind| LinearSpec {
+                name: kind.name(block),
                 block,
+                kind,
                 d_output: 32,
                 d_input: 32,
                 bias: false,

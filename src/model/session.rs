@@ -1,13 +1,12 @@
 //! One sequence on a Burn device.
 
-use super::batch::GenerateConfig;
-use super::sample::Sampler;
+use super::Decoder;
 use crate::error::{Error, Result};
-use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
+use crate::runtime::{GenerateConfig, Sampler};
 
 /// One sequence on a [`Decoder`], with its key/value cache, on any Burn device. Many sessions can share a model. On the CPU,
-/// [`Session`](super::Session) does the same faster, with compressed weights.
+/// [`Session`](crate::runtime::Session) does the same faster, with compressed weights.
 #[derive(Clone, Debug)]
 pub struct DeviceSession {
     model: Decoder,
@@ -60,7 +59,7 @@ impl DeviceSession {
     /// `false` from it ends the generation. A stop token ends it too and is not part of the output.
     ///
     /// # Errors
-    /// As [`decode`](Self::decode), and [`SampleConfig::validate`](super::SampleConfig::validate).
+    /// As [`decode`](Self::decode), and [`SampleConfig::validate`](crate::runtime::SampleConfig::validate).
     pub fn generate(
         &mut self,
         prompt: &[u32],

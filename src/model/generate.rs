@@ -1,34 +1,9 @@
 //! Generation for many prompts at once.
 
-use super::sample::{SampleConfig, Sampler};
+use super::Decoder;
 use crate::error::{Error, Result};
-use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
-
-/// Settings of a generation.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GenerateConfig {
-    /// New tokens at most, for each prompt.
-    pub max_new_tokens: usize,
-    /// Tokens that end a sequence; they are not part of the output.
-    pub stop_ids: Vec<u32>,
-    /// How tokens are drawn.
-    pub sample: SampleConfig,
-    /// Prompts decoded together.
-    pub batch_size: usize,
-}
-
-impl GenerateConfig {
-    /// Greedy, in batches of 64.
-    pub fn new(max_new_tokens: usize, stop_ids: Vec<u32>) -> Self {
-        Self {
-            max_new_tokens,
-            stop_ids,
-            sample: SampleConfig::default(),
-            batch_size: 64,
-        }
-    }
-}
+use crate::runtime::{GenerateConfig, Sampler};
 
 /// Continues every prompt; the outputs are in the prompts' order and without the prompts. A sequence ends at a stop token,
 /// after `max_new_tokens`, or at the end of the context.

@@ -1,8 +1,28 @@
 //! Rotary position tables (Su et al., arXiv 2104.09864), with the frequency scalings that checkpoints ask for.
 
-use burn::tensor::{Device, Tensor, TensorData};
-
-use crate::io::RopeScaling;
+/// How the rotary embedding's frequencies are changed to reach longer contexts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum RopeScaling {
+    /// Not at all: frequency `j` is `theta^(-2j / head_dim)`.
+    Default,
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// The divisor, at least 1.
+        factor: f64,
+    },
+    /// Llama 3.1's: low frequencies divided, high ones kept, a linear blend between.
+    Llama3 {
+        /// The divisor of low frequencies, at least 1.
+        factor: f64,
+        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are divided.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept; above `low_freq_factor`.
+        high_freq_factor: f64,
+        /// The context length that the frequencies were trained for, in tokens.
+        original_max_position_embeddings: usize,
+    },
+}
 
 /// The frequencies of a head's pairs.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,31 +72,12 @@ impl Rope {
     ///
     /// # Shapes
     /// - `cos`, `sin`: `[head_dim / 2]` each
-    pub fn turn_at(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+    pub fn rotation_at(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         for (freq, (cos, sin)) in self.inv_freq.iter().zip(cos.iter_mut().zip(sin)) {
             // As the reference does, the angle is rounded to f32 before the sine is taken.
             let angle = position as f32 * *freq as f32;
             (*cos, *sin) = (angle.cos(), angle.sin());
         }
-    }
-
-    /// Cosines and sines for positions `start..start + n`.
-    ///
-    /// # Shapes
-    /// - results: `[n, head_dim / 2]` each
-    pub fn tables(&self, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
-        let half = self.inv_freq.len();
-        let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
-        let rows = cos
-            .chunks_exact_mut(half.max(1))
-            .zip(sin.chunks_exact_mut(half.max(1)));
-        (start..)
-            .zip(rows)
-            .for_each(|(position, (cos, sin))| self.turn_at(position, cos, sin));
-        (
-            Tensor::from_data(TensorData::new(cos, [n, half]), device),
-            Tensor::from_data(TensorData::new(sin, [n, half]), device),
-        )
     }
 }
 

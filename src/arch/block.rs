@@ -1,0 +1,143 @@
+//! The parts of a block and their sizes.
+
+use serde::{Deserialize, Serialize};
+
+use super::linear::LinearKind;
+
+/// A part of a block that can be left out: attention or MLP, with its norms and its residual connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SubBlock {
+    /// Attention, with its norm.
+    Attention,
+    /// The MLP, with its norm.
+    Mlp,
+}
+
+impl SubBlock {
+    /// Both, in the order of computation.
+    pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
+
+    /// Its linear layers, in the order of computation.
+    pub fn linears(self) -> &'static [LinearKind] {
+        match self {
+            Self::Attention => &LinearKind::ALL[..4],
+            Self::Mlp => &LinearKind::ALL[4..],
+        }
+    }
+
+    /// The linear layers whose outputs share one elastic width: queries, keys and values, or gate and up
+    /// projection.
+    pub fn tied_outputs(self) -> &'static [LinearKind] {
+        match self {
+            Self::Attention => &LinearKind::ALL[..3],
+            Self::Mlp => &LinearKind::ALL[4..6],
+        }
+    }
+
+    /// The norm before it.
+    pub fn norm(self) -> NormKind {
+        match self {
+            Self::Attention => NormKind::Attention,
+            Self::Mlp => NormKind::Mlp,
+        }
+    }
+
+    /// Path inside the block, as Hugging Face names it.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Attention => "self_attn",
+            Self::Mlp => "mlp",
+        }
+    }
+
+    /// Hugging Face's module path of this part of block `block`.
+    pub fn name(self, block: usize) -> String {
+        format!("model.layers.{block}.{}", self.path())
+    }
+
+    /// The block and the sub-blocks that a path names: `model.layers.3` both of block 3,
+    /// `model.layers.3.mlp` its MLP.
+    pub fn parse(name: &str) -> Option<(usize, &'static [Self])> {
+        let rest = name.strip_prefix("model.layers.")?;
+        let (block, parts): (&str, &'static [Self]) = match rest.split_once('.') {
+            None => (rest, &Self::ALL),
+            Some((block, "self_attn")) => (block, &[Self::Attention]),
+            Some((block, "mlp")) => (block, &[Self::Mlp]),
+            Some(_) => return None,
+        };
+        Some((block.parse().ok()?, parts))
+    }
+}
+
+/// Which norm of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum NormKind {
+    /// Before attention.
+    Attention,
+    /// Before the MLP.
+    Mlp,
+}
+
+impl NormKind {
+    /// All, in the order of computation.
+    pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
+
+    /// The sub-block that it belongs to.
+    pub fn sub_block(self) -> SubBlock {
+        match self {
+            Self::Attention => SubBlock::Attention,
+            Self::Mlp => SubBlock::Mlp,
+        }
+    }
+}
+
+/// The sizes of one block. An attention without heads or an MLP without width is absent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockDims {
+    /// Number of query heads.
+    pub n_heads: usize,
+    /// Number of key/value heads; divides the query heads.
+    pub n_kv_heads: usize,
+    /// Width inside the MLP.
+    pub d_mlp: usize,
+}
+
+impl BlockDims {
+    /// Whether the block has a sub-block.
+    pub fn has(&self, part: SubBlock) -> bool {
+        match part {
+            SubBlock::Attention => self.has_attention(),
+            SubBlock::Mlp => self.has_mlp(),
+        }
+    }
+
+    /// Whether the block has an attention.
+    pub fn has_attention(&self) -> bool {
+        self.n_heads > 0
+    }
+
+    /// Whether the block has an MLP.
+    pub fn has_mlp(&self) -> bool {
+        self.d_mlp > 0
+    }
+
+    /// Removes a sub-block.
+    pub fn remove(&mut self, part: SubBlock) {
+        match part {
+            SubBlock::Attention => (self.n_heads, self.n_kv_heads) = (0, 0),
+            SubBlock::Mlp => self.d_mlp = 0,
+        }
+    }
+
+    /// Sizes `[d_input, d_output]` of a linear layer in a decoder of width `d_model` with heads of
+    /// `head_dim` features; one of them is 0 where the layer is absent.
+    pub fn linear(&self, kind: LinearKind, d_model: usize, head_dim: usize) -> [usize; 2] {
+        match kind {
+            LinearKind::Q => [d_model, self.n_heads * head_dim],
+            LinearKind::K | LinearKind::V => [d_model, self.n_kv_heads * head_dim],
+            LinearKind::O => [self.n_heads * head_dim, d_model],
+            LinearKind::Gate | LinearKind::Up => [d_model, self.d_mlp],
+            LinearKind::Down => [self.d_mlp, d_model],
+        }
+    }
+}

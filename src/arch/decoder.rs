@@ -1,0 +1,196 @@
+//! The description of a whole decoder.
+
+use super::block::{BlockDims, NormKind, SubBlock};
+use super::family::Family;
+use super::linear::LinearKind;
+use super::rope::{Rope, RopeScaling};
+
+/// What a decoder-only transformer is made of, without its weights.
+///
+/// It computes, for each block, `x + attention(norm(x))` and then `x + mlp(norm(x))`, with rotary
+/// positions and grouped key/value heads, `mlp(x) = down(silu(gate(x)) * up(x))`, and at the end
+/// `head(norm(x))`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Architecture {
+    /// The family.
+    pub family: Family,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Number of features of a head; even.
+    pub head_dim: usize,
+    /// Number of tokens in the vocabulary.
+    pub vocab_size: usize,
+    /// Context length in tokens.
+    pub max_positions: usize,
+    /// The sizes of each block, first to last.
+    pub blocks: Vec<BlockDims>,
+    /// The linear layers that have a bias.
+    pub biased: Vec<LinearKind>,
+    /// Epsilon of the norms.
+    pub norm_eps: f64,
+    /// Base of the rotary embedding.
+    pub rope_theta: f64,
+    /// Scaling of the rotary embedding.
+    pub rope_scaling: RopeScaling,
+    /// Number of last positions, its own among them, that a token attends to; `None` for all.
+    pub window: Option<usize>,
+    /// Whether embedding and head are one matrix.
+    pub tied: bool,
+}
+
+/// A linear layer inside a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// Module path, such as `model.layers.0.self_attn.q_proj`; the weight is `<name>.weight`,
+    /// `[d_output, d_input]`.
+    pub name: String,
+    /// Index of the block.
+    pub block: usize,
+    /// Which layer of the block.
+    pub kind: LinearKind,
+    /// Number of output features.
+    pub d_output: usize,
+    /// Number of input features.
+    pub d_input: usize,
+    /// Whether there is a `<name>.bias`, `[d_output]`.
+    pub bias: bool,
+}
+
+/// A norm inside a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NormSpec {
+    /// Name of the tensor, such as `model.layers.0.input_layernorm.weight`.
+    pub tensor: String,
+    /// Which norm of the block.
+    pub kind: NormKind,
+    /// Number of gains.
+    pub len: usize,
+}
+
+impl Architecture {
+    /// Name of the embedding, `[vocab_size, d_model]`.
+    pub const EMBEDDING: &'static str = "model.embed_tokens.weight";
+    /// Module path of the head.
+    pub const HEAD_LAYER: &'static str = "lm_head";
+    /// Name of the head's weight, `[vocab_size, d_model]`; absent where it is tied to the embedding.
+    pub const HEAD: &'static str = "lm_head.weight";
+    /// Name of the last norm, `[d_model]`.
+    pub const FINAL_NORM: &'static str = "model.norm.weight";
+
+    /// Sizes `[d_input, d_output]` of a linear layer in a block of sizes `dims`; one of them is 0 where
+    /// the layer is absent.
+    pub fn linear_dims(&self, dims: &BlockDims, kind: LinearKind) -> [usize; 2] {
+        dims.linear(kind, self.d_model, self.head_dim)
+    }
+
+    /// Whether a linear layer has a bias.
+    pub fn has_bias(&self, kind: LinearKind) -> bool {
+        self.biased.contains(&kind)
+    }
+
+    /// The linear layers of a block of sizes `dims` with their sizes `[d_input, d_output]`, in the order
+    /// of computation.
+    pub fn linears_of(
+        &self,
+        dims: &BlockDims,
+    ) -> impl Iterator<Item = (LinearKind, [usize; 2])> + use<> {
+        let (dims, d_model, head_dim) = (*dims, self.d_model, self.head_dim);
+        LinearKind::ALL.into_iter().filter_map(move |kind| {
+            let sizes = dims.linear(kind, d_model, head_dim);
+            (!sizes.contains(&0)).then_some((kind, sizes))
+        })
+    }
+
+    /// The linear layers of one block, in the order of computation.
+    pub fn block_linears(&self, block: usize) -> impl Iterator<Item = LinearSpec> {
+        let dims = self.blocks.get(block).into_iter();
+        dims.flat_map(|dims| self.linears_of(dims))
+            .map(move |(kind, [d_input, d_output])| LinearSpec {
+                name: kind.name(block),
+                block,
+                kind,
+                d_output,
+                d_input,
+                bias: self.has_bias(kind),
+            })
+    }
+
+    /// The linear layers of all blocks, in the order of computation; the head is not among them.
+    pub fn linears(&self) -> Vec<LinearSpec> {
+        (0..self.blocks.len())
+            .flat_map(|block| self.block_linears(block))
+            .collect()
+    }
+
+    /// The norms of a block of sizes `dims` with their number of gains, in the order of computation.
+    pub fn norms_of(&self, dims: &BlockDims) -> impl Iterator<Item = (NormKind, usize)> + use<> {
+        let (dims, len) = (*dims, self.d_model);
+        let norms = self.family.row().norms.iter();
+        norms.filter_map(move |(kind, _)| dims.has(kind.sub_block()).then_some((*kind, len)))
+    }
+
+    /// The norms of one block, in the order of computation.
+    pub fn block_norms(&self, block: usize) -> impl Iterator<Item = NormSpec> {
+        let dims = self.blocks.get(block).into_iter();
+        dims.flat_map(|dims| self.norms_of(dims))
+            .map(move |(kind, len)| NormSpec {
+                tensor: self.norm_tensor(block, kind),
+                kind,
+                len,
+            })
+    }
+
+    /// Name of a block's norm, in a file of this family.
+    pub fn norm_tensor(&self, block: usize, kind: NormKind) -> String {
+        let name = self
+            .family
+            .row()
+            .norms
+            .iter()
+            .find(|(norm, _)| *norm == kind);
+        let name = name.map_or("norm", |(_, name)| name);
+        format!("model.layers.{block}.{name}.weight")
+    }
+
+    /// Names and shapes of all tensors that a dense checkpoint holds, in the order of computation; a tied
+    /// head is not among them.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let table = vec![self.vocab_size, self.d_model];
+        let mut all = vec![(Self::EMBEDDING.to_string(), table.clone())];
+        for block in 0..self.blocks.len() {
+            all.extend(
+                self.block_norms(block)
+                    .map(|norm| (norm.tensor, vec![norm.len])),
+            );
+            for layer in self.block_linears(block) {
+                all.push((
+                    format!("{}.weight", layer.name),
+                    vec![layer.d_output, layer.d_input],
+                ));
+                if layer.bias {
+                    all.push((format!("{}.bias", layer.name), vec![layer.d_output]));
+                }
+            }
+        }
+        all.push((Self::FINAL_NORM.into(), vec![self.d_model]));
+        if !self.tied {
+            all.push((Self::HEAD.into(), table));
+        }
+        all
+    }
+
+    /// The frequencies of the rotary embedding.
+    pub fn rope(&self) -> Rope {
+        Rope::new(self.head_dim, self.rope_theta, self.rope_scaling)
+    }
+
+    /// Factor on the products of queries and keys.
+    pub fn attention_scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+
+    /// Whether sub-block `part` of a block is there.
+    pub fn has(&self, block: usize, part: SubBlock) -> bool {
+        self.blocks.get(block).is_some_and(|dims| dims.has(part))
+    }
+}
