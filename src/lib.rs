@@ -87,6 +87,6 @@ pub use space::{SearchSpace, SubnetConfig};
 #[cfg(feature = "burn")]
 pub use supernet::SuperNet;
 
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "flex"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -1,4 +1,5 @@
 //! Elastic adapters on one layer: what a rank means, what is trained, what a merge gives.
+#![cfg(feature = "flex")]
 
 mod common;
 

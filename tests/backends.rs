@@ -1,5 +1,6 @@
 //! One model, on Flex and on every other device that the build has a backend for and the machine offers: the same outputs,
 //! gradients and training, within what another device's `f32` may differ by.
+#![cfg(feature = "flex")]
 #![cfg(any(
     feature = "ndarray",
     feature = "wgpu",

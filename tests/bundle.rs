@@ -1,4 +1,5 @@
 //! A model as one file: what was written comes back, and nothing else passes.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -3,6 +3,7 @@
 //!
 //! The library is built by `cargo rustc`, so this needs cargo; a test whose tools are missing says `skipped`. Linux
 //! only: sonames, exported symbols and run paths are looked at.
+#![cfg(feature = "flex")]
 #![cfg(target_os = "linux")]
 
 mod common;

@@ -1,4 +1,5 @@
 //! Elastic widths, heads and depth: what a subnet computes and costs, and that an extracted model is the subnet.
+#![cfg(feature = "flex")]
 
 mod common;
 

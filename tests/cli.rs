@@ -1,5 +1,6 @@
 //! The examples as a user meets them: what is refused, how, and what is left behind. `cargo test` builds them; where they are
 //! not there (a test built alone), nothing is checked.
+#![cfg(feature = "flex")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,4 +1,5 @@
 //! Prune, train, search, merge, write, read back: what the whole way promises.
+#![cfg(feature = "flex")]
 
 mod common;
 

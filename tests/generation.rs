@@ -1,4 +1,5 @@
 //! Generation: one prompt or many, to the end of the context, with a window, and as another implementation does it.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -2,6 +2,7 @@
 //!
 //! Where a Python with torch, transformers and peft is found (`ELASTIC_LORA_PYTHON`, else `python3`), the scripts beside this
 //! test load the written folders and compare logits; without one, those tests say that they were skipped.
+#![cfg(feature = "flex")]
 
 mod common;
 
@@ -559,7 +560,12 @@ fn uneven_llama(bias: bool, seed: u64) -> Decoder {
     }
     let config = config.with_blocks(&blocks).unwrap();
     assert_eq!(config.family(), Family::Deci);
-    let mut model = Decoder::init(&config, seed, &Device::flex()).unwrap();
+    random_model(&config, seed)
+}
+
+/// A model of a configuration with random weights and biases, large enough to matter.
+fn random_model(config: &HfConfig, seed: u64) -> Decoder {
+    let mut model = Decoder::init(config, seed, &Device::flex()).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     model
         .try_for_each_linear(|_, layer| {
@@ -567,12 +573,45 @@ fn uneven_llama(bias: bool, seed: u64) -> Decoder {
             let bound = (3.0 / d_input as f32).sqrt();
             let weight = Matrix::from_fn(d_output, d_input, |_, _| rng.random_range(-bound..bound));
             let biases: Vec<f32> = (0..d_output).map(|_| rng.random_range(-0.3..0.3)).collect();
-            layer.base =
-                BaseLinear::from_matrix(&weight, bias.then_some(&biases[..]), &Device::flex())?;
+            let biases = layer.base.bias.is_some().then_some(&biases[..]);
+            layer.base = BaseLinear::from_matrix(&weight, biases, &Device::flex())?;
             Ok(())
         })
         .unwrap();
     model
+}
+
+/// Qwen2 with biases on some projections only, tied and untied, with a size of heads of its own.
+#[test]
+fn transformers_reads_qwen2() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut arguments = Vec::new();
+    for (tied, seed) in [(true, 91), (false, 92)] {
+        let config = serde_json::json!({
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+            "vocab_size": 301, "hidden_size": 56, "intermediate_size": 99, "num_hidden_layers": 3,
+            "num_attention_heads": 7, "num_key_value_heads": 1, "max_position_embeddings": 128,
+            "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": tied,
+            "use_sliding_window": false, "torch_dtype": "float32",
+        });
+        let serde_json::Value::Object(config) = config else {
+            unreachable!()
+        };
+        let model = random_model(&HfConfig::from_json(config).unwrap(), seed);
+        let folder = scratch.path().join(format!("qwen2-{tied}"));
+        let writer = HfFolder::create(&folder, false).unwrap();
+        let tensors = model.tensors(DType::F32).unwrap();
+        writer
+            .write_model(model.config(), DType::F32, tensors)
+            .unwrap();
+        writer.commit().unwrap();
+        let vectors = folder.with_extension("safetensors");
+        let ids = random_ids(&model, 41, seed);
+        write_vectors(&vectors, &load(&folder), &ids, Vec::new(), &BTreeMap::new());
+        arguments.extend([folder, vectors]);
+    }
+    run(python, "check_transformers.py", &arguments);
 }
 
 /// DeciLM's form, which llama.cpp converts and runs: uneven MLPs, uneven key/value heads, a block without an attention, one without

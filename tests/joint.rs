@@ -1,4 +1,5 @@
 //! Pruning and rounding in one pass beside one after the other, on the shipped model and three draws of calibration data.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! What a subnet takes on this machine and in a file: tables of measured times, stored bytes, and both as a search's cost. No time is
 //! compared with another: machines have other things to do.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! One linear layer on the caller's numbers, and that a token is decoded without taking memory.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Importance order of channels, heads and blocks: what moving, scoring and measuring them promises.
+#![cfg(feature = "flex")]
 
 mod common;
 

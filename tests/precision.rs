@@ -1,5 +1,6 @@
 //! Frozen weights of 16 bits: the same training as with their values in f32, exact merging, and clear refusals.
 #![cfg(feature = "flex")]
+#![cfg(feature = "flex")]
 
 mod common;
 

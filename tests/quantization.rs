@@ -1,4 +1,5 @@
 //! Quantizing and pruning a whole model, layer by layer: what a caller sees.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Adapters on quantized bases, and training through a grid: what is merged is what was trained, bit for bit.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -2,6 +2,7 @@
 //!
 //! The scripts beside this test want transformers with GPTQModel and optimum, and with compressed-tensors; those of them that
 //! the Python at hand lacks (`ELASTIC_LORA_PYTHON`, else `python3`) are skipped, and so said.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The decoder against transformers' outputs for two real models.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The lean executor computes what the decoder does: every family and format, with a cache and without, and real models.
+#![cfg(feature = "flex")]
 
 mod common;
 

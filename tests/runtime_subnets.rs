@@ -1,4 +1,5 @@
 //! A session's subnet is the super-network's: ranks, widths and depth, alone and in a batch, from many threads.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! Training by the sandwich rule, with distillation in place, and in stages: what a step's gradient is, and what a run promises
 //! whatever its rule.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The super-network: its space on a model, what subnets cost, and what extracting one gives.
+#![cfg(feature = "flex")]
 
 mod common;
 

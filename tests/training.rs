@@ -1,4 +1,5 @@
 //! Training: what changes and what does not, the same bits after an interruption, and what goes wrong loudly.
+#![cfg(feature = "flex")]
 
 mod common;
 

@@ -15,11 +15,14 @@ pub enum Family {
     /// Mistral 7B, Nemo and their relatives: Llama with a sliding window and without biases
     /// (arXiv 2310.06825).
     Mistral,
+    /// Qwen2 and Qwen2.5 (arXiv 2407.10671): Llama with biases on queries, keys and values.
+    Qwen2,
     /// Llama whose blocks differ in key/value heads and MLP width or lack an attention: DeciLM,
     /// "Nemotron-NAS" (`block_configs`).
     Deci,
     /// Llama whose blocks differ in more than `block_configs` can say elsewhere, such as their number of
-    /// query heads. This crate's own: `block_configs` with the sizes in full.
+    /// query heads. This crate's own: `block_configs` with the sizes in full. A model of another family
+    /// takes this form, too, and keeps its family; see [`FamilyRow::elastic_base`].
     ElasticLlama,
 }
 
@@ -33,6 +36,8 @@ pub enum Windows {
         /// The window where the field is absent; `None` for all positions.
         default: Option<usize>,
     },
+    /// All positions, unless this field is true, which is refused.
+    FullUnless(&'static str),
 }
 
 /// Which linear layers have biases, as a config says it.
@@ -61,6 +66,9 @@ pub struct FamilyRow {
     pub biases: Biases,
     /// `max_position_embeddings` where the field is absent.
     pub max_positions: usize,
+    /// Whether the family's models can take the form of [`Family::ElasticLlama`] and stay what they are:
+    /// `base_model_type` in the config then names the family.
+    pub elastic_base: bool,
     /// The norms of a block with the names of their modules inside it, in the order of computation.
     pub norms: &'static [(NormKind, &'static str)],
 }
@@ -79,11 +87,12 @@ const LLAMA: FamilyRow = FamilyRow {
     windows: Windows::Full,
     biases: Biases::ByFields,
     max_positions: 2048,
+    elastic_base: false,
     norms: PRE_NORMS,
 };
 
 /// All families.
-pub const FAMILIES: &[FamilyRow] = &[
+pub static FAMILIES: &[FamilyRow] = &[
     LLAMA,
     FamilyRow {
         family: Family::Mistral,
@@ -95,6 +104,17 @@ pub const FAMILIES: &[FamilyRow] = &[
         },
         biases: Biases::Always(&[]),
         max_positions: 131_072,
+        ..LLAMA
+    },
+    FamilyRow {
+        family: Family::Qwen2,
+        model_type: "qwen2",
+        architecture: "Qwen2ForCausalLM",
+        key_value_heads: Some(32),
+        windows: Windows::FullUnless("use_sliding_window"),
+        biases: Biases::Always(&[LinearKind::Q, LinearKind::K, LinearKind::V]),
+        max_positions: 32_768,
+        elastic_base: true,
         ..LLAMA
     },
     FamilyRow {

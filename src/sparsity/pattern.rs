@@ -67,7 +67,7 @@ impl Pattern {
     }
 
     /// The same pattern with another ratio; N:M as it is.
-    pub(crate) fn with_ratio(self, ratio: f64) -> Self {
+    pub fn with_ratio(self, ratio: f64) -> Self {
         match self {
             Pattern::Unstructured { .. } => Pattern::Unstructured { ratio },
             Pattern::Layer { .. } => Pattern::Layer { ratio },

@@ -18,6 +18,8 @@ use crate::error::Result;
 use crate::io::fields::{Fields, bad_field};
 
 const FIELD: &str = "block_configs";
+/// The family of a model in the form of [`Family::ElasticLlama`], where it is not a plain Llama.
+pub(super) const BASE_FAMILY: &str = "base_model_type";
 /// DeciLM's widths are multiples of this.
 pub const DECI_MULTIPLE: usize = 256;
 /// What blocks may have beyond this crate's model, where it is neither null nor false.
@@ -179,6 +181,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         return Err(bad_field("num_hidden_layers", "a model without a block"));
     };
     raw.remove(FIELD);
+    raw.remove(BASE_FAMILY);
     raw.insert("num_hidden_layers".into(), blocks.len().into());
     raw.insert("head_dim".into(), config.head_dim().into());
     let family = |raw: &mut Map<String, Value>, family: Family| {
@@ -191,28 +194,28 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         raw.insert("num_attention_heads".into(), first.n_heads.into());
         raw.insert("num_key_value_heads".into(), first.n_kv_heads.into());
         raw.insert("intermediate_size".into(), first.d_mlp.into());
-        if matches!(config.family(), Family::Deci | Family::ElasticLlama) {
-            family(
-                &mut raw,
-                if config.sliding_window().is_some() {
-                    Family::Mistral
-                } else {
-                    Family::Llama
-                },
-            );
-        }
-        // transformers refuses a Llama whose heads do not divide its width, whatever `head_dim` says. Without biases a Mistral that
-        // sees all positions is the same model, and there it does not.
+        let stock = match config.family() {
+            Family::Deci | Family::ElasticLlama if config.sliding_window().is_some() => {
+                Family::Mistral
+            }
+            Family::Deci | Family::ElasticLlama => Family::Llama,
+            stock => stock,
+        };
+        family(&mut raw, stock);
+        // transformers refuses a Llama whose heads do not divide its width, whatever `head_dim` says.
+        // Without biases a Mistral that sees all positions is the same model, and is not refused.
         let uneven = !config.hidden_size().is_multiple_of(first.n_heads);
         let biased = !config.arch().biased.is_empty();
-        if uneven && !biased && config.sliding_window().is_none() {
+        if stock == Family::Llama && uneven && !biased {
             family(&mut raw, Family::Mistral);
             raw.insert("sliding_window".into(), Value::Null);
         }
         return Ok(raw);
     }
     let heads = most(|block| block.n_heads);
-    let deci = config.sliding_window().is_none()
+    let base = config.family().row();
+    let deci = !base.elastic_base
+        && config.sliding_window().is_none()
         && first.has_attention()
         && heads * config.head_dim() == config.hidden_size()
         && positions_as_deci(config.rope_scaling())
@@ -231,6 +234,9 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
             Family::ElasticLlama
         },
     );
+    if base.elastic_base {
+        raw.insert(BASE_FAMILY.into(), base.model_type.into());
+    }
     // Of a model without any attention, the number of heads says nothing; the field must be there all the same.
     raw.insert(
         "num_attention_heads".into(),

@@ -198,6 +198,11 @@ impl HfConfig {
             Windows::Full => None,
             Windows::AllLayers { default } if !raw.contains_key("sliding_window") => default,
             Windows::AllLayers { .. } => fields.size("sliding_window", MAX_POSITIONS)?,
+            Windows::FullUnless(field) if fields.bool(field)?.unwrap_or(false) => {
+                let what = format!("config field `{field}` = true");
+                return Err(Error::Unsupported { what });
+            }
+            Windows::FullUnless(_) => None,
         };
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
         let biased = match row.biases {
@@ -493,8 +498,15 @@ fn find_family(fields: &Fields<'_>) -> Result<&'static FamilyRow> {
             }
         })
         .ok_or_else(|| unsupported(found))?;
-    match architecture {
-        Some(name) if name != row.architecture => Err(unsupported(name)),
+    if let Some(name) = architecture.filter(|name| *name != row.architecture) {
+        return Err(unsupported(name));
+    }
+    // The form for blocks that differ; what else the model is, another family says.
+    match fields.str(blocks::BASE_FAMILY)? {
+        Some(base) if row.family == Family::ElasticLlama => FAMILIES
+            .iter()
+            .find(|row| row.elastic_base && row.model_type == base)
+            .ok_or_else(|| unsupported(base)),
         _ => Ok(row),
     }
 }

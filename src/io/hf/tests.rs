@@ -176,6 +176,50 @@ fn mistral_has_its_own_defaults() {
 }
 
 #[test]
+fn qwen2_has_biases_on_queries_keys_and_values() {
+    let mut value = with(
+        json!({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+        "num_key_value_heads": 3, "sliding_window": 64, "use_sliding_window": false,
+        "attention_bias": false}),
+    );
+    let config = parse(&value).unwrap();
+    assert_eq!(config.family(), Family::Qwen2);
+    assert_eq!(config.sliding_window(), None);
+    for layer in config.arch().linears() {
+        let biased = ["q_proj", "k_proj", "v_proj"];
+        assert_eq!(
+            layer.bias,
+            biased.iter().any(|name| layer.name.ends_with(name)),
+            "{}",
+            layer.name
+        );
+    }
+    // Blocks that differ are written in this crate's own form, and the model stays a Qwen2.
+    let mut blocks = config.blocks().to_vec();
+    blocks[1].d_mlp -= 1;
+    let uneven = config.with_blocks(&blocks).unwrap();
+    assert_eq!(uneven.raw()["model_type"], "elastic-llama");
+    assert_eq!(uneven.raw()["base_model_type"], "qwen2");
+    assert_eq!(
+        (uneven.family(), uneven.blocks()),
+        (Family::Qwen2, &blocks[..])
+    );
+    assert_eq!(uneven.arch().biased, config.arch().biased);
+    let even = uneven.with_blocks(config.blocks()).unwrap();
+    assert_eq!(even.raw()["model_type"], "qwen2");
+    assert_eq!(even.arch(), config.arch());
+    value["use_sliding_window"] = true.into();
+    let error = parse(&value).unwrap_err().to_string();
+    assert!(error.contains("use_sliding_window"), "{error}");
+    value = with(json!({"model_type": "elastic-llama",
+        "architectures": ["ElasticLlamaForCausalLM"], "base_model_type": "mistral"}));
+    assert!(matches!(
+        parse(&value),
+        Err(Error::UnsupportedArchitecture { .. })
+    ));
+}
+
+#[test]
 fn biases_are_listed() {
     let config = parse(&with(json!({"attention_bias": true, "mlp_bias": true}))).unwrap();
     assert!(config.arch().linears().iter().all(|l| l.bias));
