@@ -13,9 +13,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod common;
+pub(crate) mod disjoint;
 mod forward;
 mod input;
-mod level;
+pub(crate) mod level;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod plain;

@@ -5,10 +5,11 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::kernels::{self, Activations, Adapter, Linear, Pool, Rows, RowsMut, Scratch};
-use crate::simd::{self, Level};
+use crate::kernels::disjoint::Disjoint;
+use crate::kernels::{self, Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch};
+use crate::simd;
 
-use super::attention::{Call, Heads, Shared, attend};
+use super::attention::{Call, Heads, attend};
 use super::cache::Cache;
 use super::model::Weights;
 use super::shape::{self, Shape};
@@ -165,12 +166,12 @@ impl Pass<'_> {
                 n_seqs: self.n_seqs,
                 n: self.n,
                 caches: self.caches,
-                q: Shared::new(&mut work.a),
-                k: Shared::new(&mut work.b),
+                q: Disjoint::new(&mut work.a),
+                k: Disjoint::new(&mut work.b),
                 v: &work.c,
                 cos: &work.cos,
                 sin: &work.sin,
-                out: Shared::new(&mut work.context),
+                out: Disjoint::new(&mut work.context),
                 level: Level::detect(),
             },
         );
@@ -197,7 +198,7 @@ impl Pass<'_> {
             &mut y,
             &mut work.scratch,
         )?;
-        let (gate, up, level) = (Shared::new(&mut work.a), &work.b, Level::detect());
+        let (gate, up, level) = (Disjoint::new(&mut work.a), &work.b, Level::detect());
         self.in_parts(rows * d_mlp, 1, |range| {
             // SAFETY: parts do not overlap.
             let gate = unsafe { gate.part(range.clone()) };
@@ -228,7 +229,7 @@ impl Pass<'_> {
         );
         *input(work) = x;
         done?;
-        let (x, added) = (Shared::new(&mut work.x), &work.added);
+        let (x, added) = (Disjoint::new(&mut work.x), &work.added);
         self.in_parts(rows * d_model, 1, |range| {
             // SAFETY: parts do not overlap.
             let x = unsafe { x.part(range.clone()) };
@@ -244,7 +245,7 @@ impl Pass<'_> {
         // A block's part that has layers has a norm: that was checked when the model was put together.
         let Some(gain) = gain else { return };
         let (out, x, eps, level) = (
-            Shared::new(&mut work.normed),
+            Disjoint::new(&mut work.normed),
             &work.x,
             self.weights.config.rms_norm_eps() as f32,
             Level::detect(),

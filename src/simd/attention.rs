@@ -4,8 +4,9 @@
 //! as they are, `[TILE, head_dim]`. The softmax is taken tile by tile with a running maximum (arXiv 1805.02867), so that no score is
 //! kept for longer than its tile is in the first-level cache.
 
+use super::exp;
 use super::lines::Stored;
-use super::{Kind, Level, exp, mul_add};
+use crate::kernels::level::{dispatch, mul_add};
 
 /// Tokens of a tile.
 pub(crate) const TILE: usize = 64;
@@ -172,10 +173,10 @@ fn attend<const FMA: bool, const N: usize, S: Stored>(
     }
 }
 
-kernel! {
+dispatch! {
     /// Lets up to [`QUERIES`] queries see one tile of keys, `[head_dim, TILE]`, and values, `[TILE, head_dim]`; scores are multiplied by
     /// `scale`.
-    fn attend_tile<const FMA: bool, S: Stored>(queries: &mut [Query<'_>], keys: &[S], values: &[S], scale: f32) {
+    pub(crate) fn attend_tile<const FMA: bool, S: Stored>(queries: &mut [Query<'_>], keys: &[S], values: &[S], scale: f32) {
         match queries.len() {
             1 => attend::<FMA, 1, S>(queries, keys, values, scale),
             2 => attend::<FMA, 2, S>(queries, keys, values, scale),
@@ -190,6 +191,7 @@ mod tests {
     use half::f16;
 
     use super::*;
+    use crate::kernels::Level;
 
     fn wave(n: usize, step: f32) -> Vec<f32> {
         (0..n).map(|i| (i as f32 * step).sin() * 1.5).collect()

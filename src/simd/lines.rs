@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::{Kind, LANES, Level, mul_add};
+use super::LANES;
+use crate::kernels::level::{dispatch, mul_add};
 
 /// A number as a weight holds it.
 pub(crate) trait Stored: Copy + Send + Sync {
@@ -61,9 +62,9 @@ fn dot<const FMA: bool, T: Stored>(x: &[f32], line: &[T]) -> f32 {
     sum
 }
 
-kernel! {
+dispatch! {
     /// `out += x L`: as many lines as `x` has numbers, `stride` numbers from one to the next, each as long as `out`.
-    fn add_lines<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
+    pub(crate) fn add_lines<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
         let width = out.len();
         let (groups, rest) = x.as_chunks::<ADDED>();
         for (group, [x0, x1, x2, x3]) in groups.iter().enumerate() {
@@ -85,9 +86,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// `out += x L^T`: as many lines as `out` has numbers, `stride` numbers from one to the next, each as long as `x`.
-    fn add_dots<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
+    pub(crate) fn add_dots<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
         for (index, out) in out.iter_mut().enumerate() {
             *out += dot::<FMA, T>(x, &lines[index * stride..][..x.len()]);
         }

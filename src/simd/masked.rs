@@ -4,29 +4,29 @@ use std::mem::MaybeUninit;
 
 use half::bf16;
 
-use super::{Kind, Level};
+use crate::kernels::level::dispatch;
 
-kernel! {
+dispatch! {
     /// Adds an update, where the mask is not 0, to a row of weights; the sum takes the update's place.
-    fn add_masked<const FMA: bool>(update: &mut [f32], weight: &[f32], mask: &[u8]) {
+    pub(crate) fn add_masked<const FMA: bool>(update: &mut [f32], weight: &[f32], mask: &[u8]) {
         for ((update, weight), mask) in update.iter_mut().zip(weight).zip(mask) {
             *update = if *mask != 0 { *weight + *update } else { *weight };
         }
     }
 }
 
-kernel! {
+dispatch! {
     /// Zeros where the mask is 0.
-    fn keep_masked<const FMA: bool>(row: &mut [f32], mask: &[u8]) {
+    pub(crate) fn keep_masked<const FMA: bool>(row: &mut [f32], mask: &[u8]) {
         for (value, mask) in row.iter_mut().zip(mask) {
             *value = if *mask != 0 { *value } else { 0.0 };
         }
     }
 }
 
-kernel! {
+dispatch! {
     /// Rounds to bf16, to nearest and ties to even; what is not a number stays none.
-    fn round_to_bf16<const FMA: bool>(row: &[f32], out: &mut [MaybeUninit<bf16>]) {
+    pub(crate) fn round_to_bf16<const FMA: bool>(row: &[f32], out: &mut [MaybeUninit<bf16>]) {
         for (out, value) in out.iter_mut().zip(row) {
             let bits = value.to_bits();
             let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
@@ -39,6 +39,7 @@ kernel! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Level;
 
     #[test]
     fn rounding_to_bf16_is_to_nearest_with_every_instruction_set() {

@@ -6,97 +6,14 @@
 
 use std::mem::MaybeUninit;
 
+use crate::kernels::level::{dispatch, mul_add};
+
 /// Partial results of a reduction.
 const LANES: usize = 16;
 
-/// An instruction set that this machine has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Level(Kind);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-impl Level {
-    /// The widest that there is. The standard library remembers what the processor said.
-    pub(crate) fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            if avx2 && is_x86_feature_detected!("avx512f") {
-                return Level(Kind::Avx512);
-            }
-            if avx2 {
-                return Level(Kind::Avx2);
-            }
-        }
-        Level(Kind::Portable)
-    }
-
-    /// Every level up to the widest.
-    #[cfg(test)]
-    pub(crate) fn available() -> Vec<Self> {
-        #[allow(unused_mut)] // but on other machines
-        let mut levels = vec![Level(Kind::Portable)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let best = Self::detect();
-            if best != Level(Kind::Portable) {
-                levels.push(Level(Kind::Avx2));
-            }
-            if best == Level(Kind::Avx512) {
-                levels.push(best);
-            }
-        }
-        levels
-    }
-}
-
-/// Compiles a function, which may have a parameter of type, for each [`Level`]. `FMA` says whether a fused multiply-add is one instruction: where it is not, the
-/// standard library's is a call.
-macro_rules! kernel {
-    ($(#[$doc:meta])* fn $name:ident<const $fma:ident: bool $(, $t:ident: $bound:ident)?>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
-        $(#[$doc])*
-        pub(crate) fn $name$(<$t: $bound>)?(level: Level, $($arg: $type),*) $(-> $ret)? {
-            #[inline(always)]
-            fn body<const $fma: bool $(, $t: $bound)?>($($arg: $type),*) $(-> $ret)? $body
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2$(<$t: $bound>)?($($arg: $type),*) $(-> $ret)? {
-                body::<true $(, $t)?>($($arg),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,avx512f")]
-            fn avx512$(<$t: $bound>)?($($arg: $type),*) $(-> $ret)? {
-                body::<true $(, $t)?>($($arg),*)
-            }
-            match level.0 {
-                Kind::Portable => body::<{ cfg!(target_arch = "aarch64") } $(, $t)?>($($arg),*),
-                // SAFETY: a `Level` beyond `Portable` comes from `Level::detect` alone, which asked the processor.
-                #[cfg(target_arch = "x86_64")]
-                Kind::Avx2 => unsafe { avx2$(::<$t>)?($($arg),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Kind::Avx512 => unsafe { avx512$(::<$t>)?($($arg),*) },
-            }
-        }
-    };
-}
-
-// Below the macro, which is not there before.
 pub(crate) mod attention;
 pub(crate) mod lines;
 pub(crate) mod masked;
-
-#[inline(always)]
-pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FMA { a.mul_add(b, c) } else { a * b + c }
-}
 
 /// `e^x` with a relative error below 2e-7 for x in -87..88, 0 below, e^88.37 above, NaN for NaN (the polynomial is that of
 /// Cephes' `expf`, S. Moshier).
@@ -173,27 +90,27 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum_of(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
 }
 
-kernel! {
+dispatch! {
     /// `out = silu(gate) * up`.
-    fn swiglu<const FMA: bool>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
+    pub(crate) fn swiglu<const FMA: bool>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             out.write(gate * sigmoid::<FMA>(*gate) * up);
         }
     }
 }
 
-kernel! {
+dispatch! {
     /// Replaces `gate` by `silu(gate) * up`.
-    fn swiglu_in_place<const FMA: bool>(gate: &mut [f32], up: &[f32]) {
+    pub(crate) fn swiglu_in_place<const FMA: bool>(gate: &mut [f32], up: &[f32]) {
         for (gate, up) in gate.iter_mut().zip(up) {
             *gate = *gate * sigmoid::<FMA>(*gate) * up;
         }
     }
 }
 
-kernel! {
+dispatch! {
     /// Replaces `gate` and `up` by their gradients.
-    fn swiglu_backward<const FMA: bool>(gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
+    pub(crate) fn swiglu_backward<const FMA: bool>(gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
         for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
             let sigmoid = sigmoid::<FMA>(*gate);
             let silu = *gate * sigmoid;
@@ -204,9 +121,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Rows of `x / sqrt(mean(x^2) + eps) * weight`.
-    fn rms_norm<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [MaybeUninit<f32>]) {
+    pub(crate) fn rms_norm<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [MaybeUninit<f32>]) {
         for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
             let inverse = inverse_rms(x, eps);
             for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
@@ -216,9 +133,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Replaces rows of the gradient of the result by that of `x`.
-    fn rms_norm_backward<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, grad: &mut [f32]) {
+    pub(crate) fn rms_norm_backward<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, grad: &mut [f32]) {
         let width = weight.len();
         for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact_mut(width)) {
             let inverse = inverse_rms(x, eps);
@@ -233,9 +150,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Adds the rows' share to the gradient of the weight.
-    fn rms_norm_backward_weight<const FMA: bool>(x: &[f32], grad: &[f32], eps: f32, sum: &mut [f32]) {
+    pub(crate) fn rms_norm_backward_weight<const FMA: bool>(x: &[f32], grad: &[f32], eps: f32, sum: &mut [f32]) {
         let width = sum.len();
         for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
             let inverse = inverse_rms(x, eps);
@@ -257,9 +174,9 @@ fn nearest_step(x: f32, zero: f32, top: f32) -> f32 {
     x + ROUND - ROUND
 }
 
-kernel! {
+dispatch! {
     /// Replaces a row of an update by the weight's row with the update where the mask is set, on its grids.
-    fn quantize_sum<const FMA: bool>(
+    pub(crate) fn quantize_sum<const FMA: bool>(
         row: &mut [f32],
         weight: &[f32],
         mask: &[u8],
@@ -276,9 +193,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Adds to each scale's gradient what a row of weights, not yet rounded, and the gradients of the rounded ones give.
-    fn scale_gradient<const FMA: bool>(
+    pub(crate) fn scale_gradient<const FMA: bool>(
         sum: &mut [f32],
         weight: &[f32],
         grad: &[f32],
@@ -297,26 +214,26 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// `ln(sum(exp(row)))`, by way of the largest element.
-    fn log_sum_exp<const FMA: bool>(row: &[f32]) -> f32 {
+    pub(crate) fn log_sum_exp<const FMA: bool>(row: &[f32]) -> f32 {
         let max = max_of(row);
         sum_of(row, row, |x, _| exp::<FMA>(x - max)).ln() + max
     }
 }
 
-kernel! {
+dispatch! {
     /// Replaces `row` by `exp(row - shift) * factor`.
-    fn exp_shifted<const FMA: bool>(row: &mut [f32], shift: f32, factor: f32) {
+    pub(crate) fn exp_shifted<const FMA: bool>(row: &mut [f32], shift: f32, factor: f32) {
         for x in row {
             *x = exp::<FMA>(*x - shift) * factor;
         }
     }
 }
 
-kernel! {
+dispatch! {
     /// Replaces `row` by its softmax and returns `ln(sum(exp(row)))`.
-    fn softmax<const FMA: bool>(row: &mut [f32]) -> f32 {
+    pub(crate) fn softmax<const FMA: bool>(row: &mut [f32]) -> f32 {
         let max = max_of(row);
         for x in row.iter_mut() {
             *x = exp::<FMA>(*x - max);
@@ -330,10 +247,10 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Replaces `row` by its softmax less `mix` times the probabilities of `taught`. Returns `ln(sum(exp(row)))` and the
     /// cross-entropy of `row` against `taught`.
-    fn softmax_less<const FMA: bool>(row: &mut [f32], taught: &[f32], mix: f32) -> (f32, f32) {
+    pub(crate) fn softmax_less<const FMA: bool>(row: &mut [f32], taught: &[f32], mix: f32) -> (f32, f32) {
         let max = max_of(row);
         let below = sum_of(taught, row, |p, x| p * (max - x));
         for x in row.iter_mut() {
@@ -348,9 +265,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// The gradient of scores under a softmax: replaces `grad`, that of `weights`, by `weights * (grad - grad . weights)`.
-    fn softmax_backward<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
+    pub(crate) fn softmax_backward<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
         let along = sum_of(weights, grad, |a, b| a * b);
         for (grad, weight) in grad.iter_mut().zip(weights) {
             *grad = weight * (*grad - along);
@@ -358,9 +275,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Turns one head: `(low cos - high sin, high cos + low sin)`.
-    fn turn<const FMA: bool>(head: &[f32], cos: &[f32], sin: &[f32], out: &mut [MaybeUninit<f32>]) {
+    pub(crate) fn turn<const FMA: bool>(head: &[f32], cos: &[f32], sin: &[f32], out: &mut [MaybeUninit<f32>]) {
         let half = cos.len();
         let ((low, high), (out_low, out_high)) = (head.split_at(half), out.split_at_mut(half));
         let turned = out_low.iter_mut().zip(out_high).zip(low.iter().zip(high)).zip(cos.iter().zip(sin));
@@ -371,9 +288,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Replaces a head by itself, turned; see [`turn`].
-    fn turn_in_place<const FMA: bool>(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    pub(crate) fn turn_in_place<const FMA: bool>(head: &mut [f32], cos: &[f32], sin: &[f32]) {
         let (low, high) = head.split_at_mut(cos.len());
         for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
             (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
@@ -381,9 +298,9 @@ kernel! {
     }
 }
 
-kernel! {
+dispatch! {
     /// Turns one head back: `(low cos + high sin, high cos - low sin)`.
-    fn turn_back<const FMA: bool>(head: &[f32], cos: &[f32], sin: &[f32], out: &mut [MaybeUninit<f32>]) {
+    pub(crate) fn turn_back<const FMA: bool>(head: &[f32], cos: &[f32], sin: &[f32], out: &mut [MaybeUninit<f32>]) {
         let half = cos.len();
         let ((low, high), (out_low, out_high)) = (head.split_at(half), out.split_at_mut(half));
         let turned = out_low.iter_mut().zip(out_high).zip(low.iter().zip(high)).zip(cos.iter().zip(sin));
@@ -397,6 +314,7 @@ kernel! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Level;
 
     #[test]
     fn exp_is_accurate_at_every_level() {
@@ -485,7 +403,7 @@ mod tests {
                     .chain(slopes)
                     .collect()
             };
-            let want: Vec<f32> = run(Level(Kind::Portable));
+            let want: Vec<f32> = run(Level::PORTABLE);
             for level in Level::available() {
                 for (got, want) in run(level).iter().zip(&want) {
                     assert!(

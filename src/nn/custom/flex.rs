@@ -12,7 +12,8 @@ use super::{
     AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized,
     flex_summed, host_stored, portable,
 };
-use crate::simd::{self, Level};
+use crate::kernels::Level;
+use crate::simd;
 
 /// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
 const TASK: usize = 16 * 1024;

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 use super::AttentionMask;
 use super::flex::{floats, tensor};
 use super::flex_matmul::{Matrix, Shared, product};
-use crate::simd::{self, Level};
+use crate::kernels::Level;
+use crate::simd;
 
 /// Scores that one block holds at a time, so that they stay in the second-level cache.
 const BLOCK_SCORES: usize = 32 * 1024;

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::flex_matmul::{Matrix, Shared};
-use crate::simd::Level;
+use crate::kernels::Level;
 use crate::simd::lines::{ADDED, Stored, add_dots, add_lines};
 
 /// Most rows.

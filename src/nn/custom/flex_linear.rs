@@ -7,9 +7,10 @@ use rayon::prelude::*;
 use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_rows, tensor};
 use super::flex_gemm::{Engine, Kind, Left, Output};
 use super::flex_matmul::{Matrix, SERIAL, Shared, Weight, product};
+use crate::kernels::Level;
 use crate::nn::custom::LoraTerm;
 use crate::nn::dropout::Dropout;
-use crate::simd::{self, Level};
+use crate::simd;
 
 /// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's weight is read and packed
 /// anew for each such chunk.

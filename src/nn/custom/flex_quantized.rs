@@ -6,7 +6,8 @@ use burn::tensor::Shape;
 use super::GridTerm;
 use super::flex::{dims, floats, for_chunks, is_f32, tensor};
 use super::flex_summed::summed_rows;
-use crate::simd::{self, Level};
+use crate::kernels::Level;
+use crate::simd;
 
 /// Scales and zero points, row-major, `[groups, d_output]`.
 struct Grid<'a> {

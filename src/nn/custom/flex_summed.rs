@@ -12,7 +12,8 @@ use super::flex::{contiguous, dims, floats, for_chunks, is_f32, tensor, whole};
 use super::flex_gemm::{Engine, Kind, Left, Output};
 use super::flex_linear::{Factors, matrix, n_rows};
 use super::flex_matmul::{Matrix, SERIAL, Shared, Weight, product};
-use crate::simd::{Level, masked};
+use crate::kernels::Level;
+use crate::simd::masked;
 
 /// Most shares of A's gradient that exist at a time; as many tasks there are at most.
 const SHARES: usize = 64;
