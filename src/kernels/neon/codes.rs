@@ -223,7 +223,7 @@ struct Call<'a, S> {
     /// The row of the first slot where the slots are filled; else a tile fills those of its rows.
     filled: Option<usize>,
     input: &'a Input<'a>,
-    output: DisjointRows<'_>,
+    output: DisjointRows<'a>,
 }
 
 /// The order of the inputs' bytes.

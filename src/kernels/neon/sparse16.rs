@@ -58,7 +58,7 @@ struct Call<'a> {
     bits: &'a [[u8; 8]],
     values: &'a [u8],
     input: &'a Input<'a>,
-    output: DisjointRows<'_>,
+    output: DisjointRows<'a>,
 }
 
 /// # Safety
