@@ -15,6 +15,9 @@ mod avx512;
 mod common;
 pub(crate) mod disjoint;
 mod forward;
+#[cfg(any(feature = "flex", test))]
+#[cfg_attr(not(feature = "flex"), allow(dead_code))] // Burn's operations on Flex use it
+pub(crate) mod gemm;
 mod input;
 pub(crate) mod level;
 #[cfg(target_arch = "aarch64")]

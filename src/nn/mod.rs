@@ -1,14 +1,11 @@
 //! Building blocks of a decoder: operations, linear layers and their storage, normalization, rotary tables, key/value cache.
 
 mod cache;
-pub mod custom;
 mod dropout;
 mod linear;
 mod mask;
 mod norm;
 pub mod ops;
-#[cfg(all(test, feature = "flex"))]
-mod plain;
 mod rope;
 mod stored;
 

@@ -1,6 +1,14 @@
 //! What the tests of the custom operations share: devices, reproducible inputs, and the comparison with a plain
 //! composition.
 
+mod blocks;
+mod linear;
+mod plain;
+mod quantized;
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+mod stored;
+mod summed;
+
 use std::sync::OnceLock;
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -8,13 +16,13 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Every device that this build has a backend for and this machine offers, off the tape: Flex first.
-pub(super) fn devices() -> &'static [Device] {
+fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| hosts().into_iter().chain(adapters()).collect())
 }
 
 /// The devices that compute with the processor's own `f32`.
-pub(super) fn hosts() -> Vec<Device> {
+fn hosts() -> Vec<Device> {
     vec![
         #[cfg(feature = "flex")]
         Device::flex(),
@@ -40,7 +48,7 @@ fn adapters() -> Vec<Device> {
 
 /// How much more than on the host a device may be off. Vulkan lets `exp(x)` be off by `3 + 2 |x|` units in the last place,
 /// which is some 3e-6 of it at the `|x| < 12` of these tests, and divisions by 2.5; on the host all are within one.
-pub(super) fn slack(device: &Device) -> f32 {
+fn slack(device: &Device) -> f32 {
     if hosts().contains(&device.clone().without_autodiff()) {
         1.0
     } else {
@@ -49,18 +57,18 @@ pub(super) fn slack(device: &Device) -> f32 {
 }
 
 /// Reproducible inputs, drawn on the host: the same on every device.
-pub(super) struct Random(pub(super) ChaCha8Rng);
+struct Random(ChaCha8Rng);
 
 impl Random {
-    pub(super) fn new(seed: u64) -> Self {
+    fn new(seed: u64) -> Self {
         Self(ChaCha8Rng::seed_from_u64(seed))
     }
 
-    pub(super) fn values(&mut self, n: usize, size: f32) -> Vec<f32> {
+    fn values(&mut self, n: usize, size: f32) -> Vec<f32> {
         (0..n).map(|_| self.0.random_range(-size..size)).collect()
     }
 
-    pub(super) fn tensor<const D: usize>(
+    fn tensor<const D: usize>(
         &mut self,
         shape: [usize; D],
         size: f32,
@@ -71,12 +79,12 @@ impl Random {
     }
 }
 
-pub(super) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_to_vec().unwrap()
 }
 
 /// Fails where an element is further off than `tolerance` times the largest of `want`.
-pub(super) fn close(name: &str, got: &[f32], want: &[f32], tolerance: f32) {
+fn close(name: &str, got: &[f32], want: &[f32], tolerance: f32) {
     assert_eq!(got.len(), want.len(), "{name}: length");
     let size = want.iter().fold(1e-2_f32, |size, x| size.max(x.abs()));
     for (index, (got, want)) in got.iter().zip(want).enumerate() {
@@ -88,7 +96,7 @@ pub(super) fn close(name: &str, got: &[f32], want: &[f32], tolerance: f32) {
 }
 
 /// [`compare_all`] for a number of inputs that is known.
-pub(super) fn compare<const D: usize, const R: usize, const N: usize>(
+fn compare<const D: usize, const R: usize, const N: usize>(
     name: &str,
     inputs: [Tensor<D>; N],
     fused: impl Fn([Tensor<D>; N]) -> Tensor<R>,
@@ -105,7 +113,7 @@ pub(super) fn compare<const D: usize, const R: usize, const N: usize>(
 
 /// Runs `fused` and `plain` on the same tracked inputs, of any shapes, under the same weighted sum, on the inputs' device;
 /// compares results and all gradients, and the gradients with finite differences.
-pub(super) fn compare_all<const D: usize, const R: usize>(
+fn compare_all<const D: usize, const R: usize>(
     name: &str,
     inputs: Vec<Tensor<D>>,
     fused: impl Fn(Vec<Tensor<D>>) -> Tensor<R>,

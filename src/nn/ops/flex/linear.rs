@@ -1,49 +1,21 @@
-//! Linear layers on Flex, with and without an adapter, and the head with its loss: matrix products around one output buffer.
+//! Linear layers on Flex, with and without an adapter: matrix products around one output buffer.
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 use rayon::prelude::*;
 
-use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_rows, tensor};
-use super::flex_gemm::{Engine, Kind, Left, Output};
-use super::flex_matmul::{Matrix, SERIAL, Shared, Weight, product};
-use crate::kernels::Level;
-use crate::nn::custom::LoraTerm;
+use super::util::{
+    contiguous, dims, floats, for_chunks, is_f32, matrix, n_rows, task_rows, tensor, weight,
+    with_width,
+};
+use crate::kernels::disjoint::Disjoint;
+use crate::kernels::gemm::{Engine, Kind, Left, Matrix, Output, SERIAL, Weight, product};
 use crate::nn::dropout::Dropout;
-use crate::simd;
-
-/// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's weight is read and packed
-/// anew for each such chunk.
-const HEAD_ROWS: usize = 512;
-/// Most logits at a time, 64 MiB of them, over which chunks get fewer rows.
-const HEAD_LOGITS: usize = 16 << 20;
-
-/// A new matrix that `fill` writes completely.
-pub(super) fn matrix(n: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
-    let mut values: Vec<f32> = Vec::with_capacity(n);
-    fill(Shared(values.as_mut_ptr()));
-    // SAFETY: `fill` has written every element.
-    unsafe { values.set_len(n) };
-    values
-}
-
-/// Rows of the last dimension.
-pub(super) fn n_rows(x: &FlexTensor) -> usize {
-    dims(x).iter().rev().skip(1).product()
-}
-
-/// `x`'s shape with another last dimension.
-fn with_width(x: &FlexTensor, width: usize) -> Shape {
-    let mut shape = dims(x).to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = width;
-    }
-    Shape::from(shape)
-}
+use crate::nn::ops::LoraTerm;
 
 /// `x` and the weight where they form a product that the kernels cover: `f32` rows that are not empty.
-fn operands<'a>(x: &FlexTensor, weight: &'a FlexTensor) -> Option<Weight<'a>> {
-    let weight = Weight::new(weight)?;
+pub(super) fn operands<'a>(x: &FlexTensor, of: &'a FlexTensor) -> Option<Weight<'a>> {
+    let weight = weight(of)?;
     let fits = is_f32(&[x]) && dims(x).last() == Some(&weight.dims()[0]) && n_rows(x) > 0;
     fits.then_some(weight)
 }
@@ -54,14 +26,18 @@ pub(super) fn linear(x: &FlexTensor, weight: &FlexTensor) -> Option<FlexTensor> 
     let ([d_input, d_output], rows, x) = (of.dims(), n_rows(x), contiguous(x.clone()));
     // SAFETY: the operands are alive, and the output is this one's.
     let y = matrix(rows * d_output, |y| unsafe {
-        of.multiply(rows, Matrix::rows(floats(&x), d_input), y, d_output, false);
+        of.multiply(
+            rows,
+            Matrix::rows(floats(&x), d_input),
+            Output::new(y, d_output),
+        );
     });
     Some(tensor(y, with_width(&x, d_output)))
 }
 
 /// `grad W^T`.
 pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> Option<FlexTensor> {
-    let of = Weight::new(weight)?.transposed();
+    let of = self::weight(weight)?.transposed();
     let ([d_output, d_input], rows) = (of.dims(), n_rows(grad));
     if !is_f32(&[grad]) || dims(grad).last() != Some(&d_output) || rows == 0 {
         return None;
@@ -72,9 +48,7 @@ pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> O
         of.multiply(
             rows,
             Matrix::rows(floats(&grad), d_output),
-            dx,
-            d_input,
-            false,
+            Output::new(dx, d_input),
         );
     });
     Some(tensor(dx, with_width(&grad, d_input)))
@@ -103,15 +77,10 @@ pub(super) fn linear_backward_weight(
                 .filter(|_| rounded && size.iter().product::<usize>() >= SERIAL)
             {
                 Some(engine) => {
-                    let output = Output {
-                        out: dw,
-                        width: d_output,
-                        factor: 1.0,
-                        add: false,
-                    };
+                    let output = Output::new(dw, d_output);
                     engine.product([d_input, d_output], x.left(rows), grad.right(rows), output);
                 }
-                None => product(size, x, grad, 1.0, dw.at(0), d_output, false, true),
+                None => product(size, x, grad, Output::new(dw, d_output), true),
             }
         }
     });
@@ -186,7 +155,7 @@ pub(super) fn lora_linear(
     let x = contiguous(x.clone());
     let base_rows = Matrix::rows(floats(&x), d_input);
     let dropped = dropped(floats(&x), term.dropout);
-    let of_h = |h: Shared| {
+    let of_h = |h: Disjoint<'_, f32>| {
         let x = dropped
             .as_ref()
             .map_or(base_rows, |dropped| Matrix::rows(dropped, d_input));
@@ -196,10 +165,7 @@ pub(super) fn lora_linear(
                 [rows, rank, d_input],
                 x,
                 factors.a(),
-                term.scale as f32,
-                h.at(0),
-                rank,
-                false,
+                Output::new(h, rank).times(term.scale as f32),
                 true,
             )
         };
@@ -207,7 +173,7 @@ pub(super) fn lora_linear(
     let y_shape = with_width(&x, d_output);
     let (y, h) = if let Some(engine) = of.engine(rows) {
         // `[x h] [W; B]`, with `x` packed once for both of its products.
-        let left = Left::new(engine, rows, &[d_input, rank]);
+        let mut left = Left::new(engine, rows, &[d_input, rank]);
         // SAFETY: as above; what a product reads has been packed.
         unsafe {
             left.pack(0, base_rows.left(d_input));
@@ -215,23 +181,13 @@ pub(super) fn lora_linear(
                 if dropped.is_some() {
                     of_h(h);
                 } else {
-                    let output = Output {
-                        out: h,
-                        width: rank,
-                        factor: term.scale as f32,
-                        add: false,
-                    };
+                    let output = Output::new(h, rank).times(term.scale as f32);
                     left.times(rank, &[factors.a().right(d_input)], output);
                 }
             });
             left.pack(1, Matrix::rows(&h, rank).left(rank));
             let y = matrix(rows * d_output, |y| {
-                let output = Output {
-                    out: y,
-                    width: d_output,
-                    factor: 1.0,
-                    add: false,
-                };
+                let output = Output::new(y, d_output);
                 left.times(d_output, &[of.right(), factors.b().right(rank)], output);
             });
             (y, h)
@@ -240,16 +196,13 @@ pub(super) fn lora_linear(
         let h = matrix(rows * rank, of_h);
         // SAFETY: as above.
         let y = matrix(rows * d_output, |y| unsafe {
-            of.multiply(rows, base_rows, y, d_output, false);
+            of.multiply(rows, base_rows, Output::new(y, d_output));
             let size = [rows, d_output, rank];
             product(
                 size,
                 Matrix::rows(&h, rank),
                 factors.b(),
-                1.0,
-                y.at(0),
-                d_output,
-                true,
+                Output::new(y, d_output).added(),
                 true,
             );
         });
@@ -287,10 +240,7 @@ pub(super) fn lora_backward_inner(
                 size,
                 grad,
                 b,
-                term.scale as f32,
-                g.at(0),
-                term.rank,
-                false,
+                Output::new(g, term.rank).times(term.scale as f32),
                 true,
             )
         };
@@ -307,7 +257,7 @@ pub(super) fn lora_backward_input(
     term: LoraTerm,
 ) -> Option<(FlexTensor, FlexTensor)> {
     let (of, factors) = (
-        Weight::new(weight)?.transposed(),
+        self::weight(weight)?.transposed(),
         Factors::new(a, b, term.rank)?,
     );
     let ([d_output, d_input], rows, rank) = (of.dims(), n_rows(grad), term.rank);
@@ -325,17 +275,12 @@ pub(super) fn lora_backward_input(
     let (dx, g) = match of.engine(rows) {
         Some(engine) => {
             // `[grad g] [W^T; A^T]`, as in the forward pass.
-            let left = Left::new(engine, rows, &[d_output, rank]);
+            let mut left = Left::new(engine, rows, &[d_output, rank]);
             // SAFETY: the operands are alive, each output is this one's, and what a product reads has been packed.
             unsafe {
                 left.pack(0, grads.left(d_output));
                 let g = matrix(rows * rank, |g| {
-                    let output = Output {
-                        out: g,
-                        width: rank,
-                        factor: term.scale as f32,
-                        add: false,
-                    };
+                    let output = Output::new(g, rank).times(term.scale as f32);
                     left.times(rank, &[b.right(d_output)], output);
                 });
                 left.pack(1, Matrix::rows(&g, rank).left(rank));
@@ -347,16 +292,7 @@ pub(super) fn lora_backward_input(
                     &right
                 };
                 let dx = matrix(rows * d_input, |dx| {
-                    left.times(
-                        d_input,
-                        parts,
-                        Output {
-                            out: dx,
-                            width: d_input,
-                            factor: 1.0,
-                            add: false,
-                        },
-                    );
+                    left.times(d_input, parts, Output::new(dx, d_input));
                 });
                 (dx, g)
             }
@@ -368,26 +304,20 @@ pub(super) fn lora_backward_input(
                     [rows, rank, d_output],
                     grads,
                     b,
-                    term.scale as f32,
-                    g.at(0),
-                    rank,
-                    false,
+                    Output::new(g, rank).times(term.scale as f32),
                     true,
                 );
             });
             // SAFETY: as above.
             let dx = matrix(rows * d_input, |dx| unsafe {
-                of.multiply(rows, grads, dx, d_input, false);
+                of.multiply(rows, grads, Output::new(dx, d_input));
                 if !term.dropout.is_active() {
                     let size = [rows, d_input, rank];
                     product(
                         size,
                         Matrix::rows(&g, rank),
                         a,
-                        1.0,
-                        dx.at(0),
-                        d_input,
-                        true,
+                        Output::new(dx, d_input).added(),
                         true,
                     );
                 }
@@ -417,10 +347,7 @@ fn add_dropped(dx: &mut [f32], g: &[f32], a: Matrix, d_input: usize, term: LoraT
                     size,
                     Matrix::rows(part, rank),
                     a,
-                    1.0,
-                    update.at(0),
-                    d_input,
-                    false,
+                    Output::new(update, d_input),
                     false,
                 )
             };
@@ -469,10 +396,7 @@ pub(super) fn lora_backward_factors(
             [d_input, rank, rows],
             x.transposed(),
             g,
-            1.0,
-            da.as_mut_ptr(),
-            max_rank,
-            false,
+            Output::over(&mut da, max_rank),
             true,
         );
         if Engine::new(Kind::F32, true).is_some() {
@@ -480,28 +404,22 @@ pub(super) fn lora_backward_factors(
                 [rank, d_output, rows],
                 h.transposed(),
                 grad,
-                1.0,
-                db.as_mut_ptr(),
-                d_output,
-                false,
+                Output::over(&mut db, d_output),
                 true,
             );
         } else {
-            // The thin matrix on the right and the result turned afterwards: twice as fast by the `gemm` crate.
-            let turned = matrix(d_output * rank, |turned| {
+            // The thin matrix on the right and the result transposed afterwards: twice as fast by the `gemm` crate.
+            let transposed = matrix(d_output * rank, |transposed| {
                 product(
                     [d_output, rank, rows],
                     grad.transposed(),
                     h,
-                    1.0,
-                    turned.at(0),
-                    rank,
-                    false,
+                    Output::new(transposed, rank),
                     true,
                 );
             });
-            for (output, turned) in turned.chunks_exact(rank).enumerate() {
-                turned
+            for (output, transposed) in transposed.chunks_exact(rank).enumerate() {
+                transposed
                     .iter()
                     .enumerate()
                     .for_each(|(row, value)| db[row * d_output + output] = *value);
@@ -512,130 +430,4 @@ pub(super) fn lora_backward_factors(
         tensor(da, Shape::from([d_input, max_rank])),
         tensor(db, Shape::from([max_rank, d_output])),
     ))
-}
-
-/// What [`head`] finds: the summed loss, that against the targets alone, and the gradients that were asked for.
-pub(super) struct Head {
-    pub loss: FlexTensor,
-    pub nll: FlexTensor,
-    pub hidden: Option<FlexTensor>,
-    pub weight: Option<FlexTensor>,
-}
-
-/// A teacher's hidden states, and its share of the loss.
-pub(super) struct Teacher {
-    pub hidden: FlexTensor,
-    pub mix: f64,
-}
-
-/// The cross-entropy of `hidden W` summed over rows, and on request its gradients. The logits of [`HEAD_ROWS`] rows exist at
-/// a time, a teacher's beside them, and their gradient takes their place.
-pub(super) fn head(
-    hidden: &FlexTensor,
-    weight: &FlexTensor,
-    targets: &FlexTensor,
-    teacher: Option<Teacher>,
-    want_hidden: bool,
-    want_weight: bool,
-) -> Option<Head> {
-    let (of, targets) = (operands(hidden, weight)?, contiguous(targets.clone()));
-    let (classes, [d_model, n_classes]) = (Targets::new(&targets)?, of.dims());
-    let n = classes.len();
-    if dims(hidden) != [n, d_model] {
-        return None;
-    }
-    if teacher
-        .as_ref()
-        .is_some_and(|teacher| !is_f32(&[&teacher.hidden]) || dims(&teacher.hidden) != [n, d_model])
-    {
-        return None;
-    }
-    let (hidden, level) = (contiguous(hidden.clone()), Level::detect());
-    let teacher = teacher.map(|teacher| Teacher {
-        hidden: contiguous(teacher.hidden),
-        ..teacher
-    });
-    let values = floats(&hidden);
-    let mut grad_hidden = vec![0.0_f32; if want_hidden { n * d_model } else { 0 }];
-    let mut grad_weight = vec![0.0_f32; if want_weight { d_model * n_classes } else { 0 }];
-    let chunk_rows = (HEAD_LOGITS / n_classes).clamp(64, HEAD_ROWS).min(n);
-    let mut logits = vec![0.0_f32; chunk_rows * n_classes];
-    let mut taught = vec![0.0_f32; if teacher.is_some() { logits.len() } else { 0 }];
-    let (mut loss, mut nll) = (0.0_f64, 0.0_f64);
-    for first in (0..n).step_by(chunk_rows) {
-        let rows = chunk_rows.min(n - first);
-        let logits = &mut logits[..rows * n_classes];
-        let chunk = Matrix::rows(&values[first * d_model..], d_model);
-        // SAFETY: the operands are alive, and the outputs are this one's; so below.
-        unsafe { of.multiply(rows, chunk, Shared(logits.as_mut_ptr()), n_classes, false) };
-        let want_gradient = want_hidden || want_weight;
-        let lines = logits
-            .par_chunks_exact_mut(n_classes)
-            .with_min_len(task_rows(n_classes))
-            .enumerate();
-        // By row: the loss, and that against the target.
-        let losses: Vec<[f32; 2]> = if let Some(Teacher { hidden, mix }) = &teacher {
-            let taught = &mut taught[..rows * n_classes];
-            let chunk = Matrix::rows(&floats(hidden)[first * d_model..], d_model);
-            // SAFETY: as above.
-            unsafe { of.multiply(rows, chunk, Shared(taught.as_mut_ptr()), n_classes, false) };
-            let (soft, hard) = (*mix as f32, (1.0 - mix) as f32);
-            let row = |((row, logits), taught): ((usize, &mut [f32]), &mut [f32])| {
-                let class = classes.get(first + row);
-                let target = logits[class];
-                simd::softmax(level, taught);
-                let (log_sum_exp, cross_entropy) = simd::softmax_less(level, logits, taught, soft);
-                logits[class] -= hard;
-                let nll = log_sum_exp - target;
-                [soft * cross_entropy + hard * nll, nll]
-            };
-            lines
-                .zip(taught.par_chunks_exact_mut(n_classes))
-                .map(row)
-                .collect()
-        } else {
-            let row = |(row, logits): (usize, &mut [f32])| {
-                let class = classes.get(first + row);
-                let target = logits[class];
-                if !want_gradient {
-                    return [simd::log_sum_exp(level, logits) - target; 2];
-                }
-                let log_sum_exp = simd::softmax(level, logits);
-                logits[class] -= 1.0;
-                [log_sum_exp - target; 2]
-            };
-            lines.map(row).collect()
-        };
-        loss += losses.iter().map(|row| f64::from(row[0])).sum::<f64>();
-        nll += losses.iter().map(|row| f64::from(row[1])).sum::<f64>();
-        let slopes = Matrix::rows(logits, n_classes);
-        if want_hidden {
-            let out = Shared(grad_hidden[first * d_model..].as_mut_ptr());
-            // SAFETY: as above.
-            unsafe { of.transposed().multiply(rows, slopes, out, d_model, false) };
-        }
-        if want_weight {
-            let (size, out) = ([d_model, n_classes, rows], grad_weight.as_mut_ptr());
-            // SAFETY: as above.
-            unsafe {
-                product(
-                    size,
-                    chunk.transposed(),
-                    slopes,
-                    1.0,
-                    out,
-                    n_classes,
-                    true,
-                    true,
-                )
-            };
-        }
-    }
-    let scalar = |value: f64| tensor(vec![value as f32], Shape::from([1]));
-    Some(Head {
-        loss: scalar(loss),
-        nll: scalar(nll),
-        hidden: want_hidden.then(|| tensor(grad_hidden, Shape::from([n, d_model]))),
-        weight: want_weight.then(|| tensor(grad_weight, Shape::from([d_model, n_classes]))),
-    })
 }

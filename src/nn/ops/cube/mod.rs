@@ -17,7 +17,8 @@ use cubecl::server::Handle;
 
 use self::kernel::{UNITS, stored_product};
 use self::layout::{Form, Layout};
-use super::{DecoderOps, StoredWeight, portable, stored_rows};
+use super::extension::DecoderOps;
+use super::{StoredWeight, portable, stored_rows};
 
 mod fusion;
 mod kernel;

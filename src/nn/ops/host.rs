@@ -6,7 +6,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, TensorData, try_read_sync};
 
-use super::{DecoderOps, StoredWeight, stored_rows};
+use super::extension::DecoderOps;
+use super::{StoredWeight, stored_rows};
 use crate::format::StoredMatrix;
 use crate::kernels::{Activations, Linear, Pool, Rows, RowsMut, Scratch, forward, scratch_bytes};
 
@@ -66,4 +67,11 @@ fn few<B: Backend>(x: &FloatTensor<B>, weight: &StoredWeight) -> Option<FloatTen
     let last = shape.num_dims() - 1;
     shape[last] = weight.dims()[1];
     Some(B::float_from_data(TensorData::new(y, shape), &x.device()))
+}
+
+#[cfg(feature = "ndarray")]
+impl DecoderOps for burn::backend::NdArray {
+    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
+        linear::<Self>(x, &weight)
+    }
 }

@@ -8,27 +8,22 @@
 //!
 //! How sums are split depends on sizes alone: results are the same bits with any number of threads.
 
-mod pack;
-mod strips;
-#[cfg(test)]
-mod tests;
-mod tile;
-
 use std::cell::Cell;
+use std::ops::Range;
+use std::thread::LocalKey;
 
 use rayon::prelude::*;
 
-use pack::Panels;
-pub(super) use pack::{Numbers, Operand};
-pub(super) use tile::{Kind, Level};
-
-use super::flex_matmul::Shared;
-use tile::{COLUMNS, Place, ROWS};
+use super::operand::{Operand, Output};
+use super::pack::Panels;
+use super::tile::{COLUMNS, Kind, Place, ROWS, tile};
+use crate::kernels::Level;
+use crate::kernels::disjoint::Disjoint;
 
 /// Units along the inner dimension after which sums go to memory.
 const BLOCK_UNITS: usize = 576;
 /// Units of a packed block of the right operand: 512 KiB.
-const BLOCK: usize = 128 * 1024;
+pub(super) const BLOCK: usize = 128 * 1024;
 /// Most columns of such a block.
 const BLOCK_COLUMNS: usize = 512;
 /// Most units of a left operand that is packed for one product: 4 MiB, which stay in the cache.
@@ -44,10 +39,8 @@ const SERIAL: usize = 128 * 128 * 128;
 
 /// Sixteen units in one line of the cache.
 #[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line {
-    _units: [u32; 16],
-}
+#[repr(C, align(64))]
+struct Line([u32; 16]);
 
 thread_local! {
     static LEFT_BUFFER: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
@@ -55,25 +48,38 @@ thread_local! {
 }
 
 /// Memory for packed units that a thread keeps from product to product: fresh memory costs a page fault every 4 KiB.
-struct Buffer {
+pub(super) struct Buffer {
     lines: Vec<Line>,
-    home: &'static std::thread::LocalKey<Cell<Vec<Line>>>,
+    home: &'static LocalKey<Cell<Vec<Line>>>,
 }
 
 impl Buffer {
     /// Room for so many units, of any content. A product inside another on one thread finds the place empty and gets memory
     /// of its own.
-    fn new(home: &'static std::thread::LocalKey<Cell<Vec<Line>>>, units: usize) -> Self {
+    fn new(home: &'static LocalKey<Cell<Vec<Line>>>, units: usize) -> Self {
         let mut lines = home.take();
         let n = units.div_ceil(16);
         if lines.len() < n {
-            lines.resize(n, Line { _units: [0; 16] });
+            lines.resize(n, Line([0; 16]));
         }
         Self { lines, home }
     }
 
-    fn first(&mut self) -> *mut u32 {
-        self.lines.as_mut_ptr().cast()
+    /// For blocks of a right operand.
+    pub(super) fn right(units: usize) -> Self {
+        Self::new(&RIGHT_BUFFER, units)
+    }
+
+    fn units(&self) -> &[u32] {
+        let n = 16 * self.lines.len();
+        // SAFETY: a line is sixteen units and nothing else.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), n) }
+    }
+
+    pub(super) fn units_mut(&mut self) -> &mut [u32] {
+        let n = 16 * self.lines.len();
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), n) }
     }
 }
 
@@ -81,29 +87,6 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         self.home.set(std::mem::take(&mut self.lines));
     }
-}
-
-/// Units in memory in which tasks write disjoint parts.
-#[derive(Clone, Copy)]
-struct Units(*mut u32);
-// SAFETY: every task writes its own elements, and nobody reads before all are done.
-unsafe impl Send for Units {}
-// SAFETY: as above.
-unsafe impl Sync for Units {}
-
-impl Units {
-    fn at(self, index: usize) -> *mut u32 {
-        self.0.wrapping_add(index)
-    }
-}
-
-/// Where a product goes: `out = factor * product`, or `out += factor * product`, row-major with `width` numbers from row to row.
-#[derive(Clone, Copy)]
-pub(super) struct Output {
-    pub out: Shared,
-    pub width: usize,
-    pub factor: f32,
-    pub add: bool,
 }
 
 /// Into how many blocks of columns, of at most `most` panels, and of rows to split a product of so many panels, so that all
@@ -137,7 +120,7 @@ fn split([rows, columns]: [usize; 2], threads: usize, most: usize) -> [usize; 2]
 
 /// How a product is computed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Engine {
+pub(crate) struct Engine {
     pub level: Level,
     pub kind: Kind,
     /// Whether on all threads, where it is worth it.
@@ -147,7 +130,8 @@ pub(super) struct Engine {
 impl Engine {
     /// None where the processor lacks the instructions.
     pub fn new(kind: Kind, parallel: bool) -> Option<Self> {
-        Level::detect(kind).map(|level| Self {
+        let level = Level::detect();
+        kind.is_fast(level).then_some(Self {
             level,
             kind,
             parallel,
@@ -166,37 +150,36 @@ impl Engine {
     ///
     /// # Safety
     /// The operands have so many lines and the same inner size, in living memory; the output has room, and nobody else writes it.
-    pub unsafe fn product(self, [m, n]: [usize; 2], left: Operand, right: Operand, output: Output) {
+    pub unsafe fn product(
+        self,
+        [m, n]: [usize; 2],
+        left: Operand,
+        right: Operand,
+        output: Output<'_>,
+    ) {
         let most =
             (LEFT / m.max(1)).max(BLOCK_UNITS) / BLOCK_UNITS * BLOCK_UNITS * self.kind.numbers();
         for first in (0..left.inner).step_by(most) {
             let steps = first..(first + most).min(left.inner);
             // SAFETY: the caller's promise; so below.
             unsafe {
-                let packed = Left::new(self, m, &[steps.len()]);
+                let mut packed = Left::new(self, m, &[steps.len()]);
                 packed.pack(0, left.steps(steps.clone()));
-                packed.times(
-                    n,
-                    &[right.steps(steps)],
-                    Output {
-                        add: output.add || first > 0,
-                        ..output
-                    },
-                );
+                packed.times(n, &[right.steps(steps)], output.added_if(first > 0));
             }
         }
     }
 }
 
 /// A left operand of one or more parts, packed in panels.
-pub(super) struct Left {
-    engine: Engine,
-    m: usize,
-    /// Units before each part, and of all together.
+pub(crate) struct Left {
+    pub(super) engine: Engine,
+    pub(super) m: usize,
+    /// Units before each part.
     starts: Vec<usize>,
-    units: usize,
-    _buffer: Buffer,
-    first: Units,
+    /// Units of all parts.
+    pub(super) units: usize,
+    buffer: Buffer,
 }
 
 impl Left {
@@ -207,15 +190,12 @@ impl Left {
             starts.push(units);
             units += inner.div_ceil(engine.kind.numbers());
         }
-        let mut buffer = Buffer::new(&LEFT_BUFFER, m.div_ceil(ROWS) * ROWS * units);
-        let first = Units(buffer.first());
         Self {
             engine,
             m,
             starts,
             units,
-            _buffer: buffer,
-            first,
+            buffer: Buffer::new(&LEFT_BUFFER, m.div_ceil(ROWS) * ROWS * units),
         }
     }
 
@@ -223,20 +203,21 @@ impl Left {
     ///
     /// # Safety
     /// The operand has the lines and the inner size that were said, in living memory.
-    pub unsafe fn pack(&self, part: usize, operand: Operand) {
+    pub unsafe fn pack(&mut self, part: usize, operand: Operand) {
         let Engine { level, kind, .. } = self.engine;
-        let (start, units) = (self.starts[part], operand.units(kind));
-        let panels = self.m.div_ceil(ROWS);
-        let threads = self.engine.threads(self.m * operand.inner * PACKED);
+        let (m, stride, start) = (self.m, self.units, self.starts[part]);
+        let units = operand.units(kind);
+        let panels = m.div_ceil(ROWS);
+        let threads = self.engine.threads(m * operand.inner * PACKED);
         let some = panels.div_ceil(if threads > 1 { TASKS * threads } else { 1 });
+        let packed = Disjoint::new(self.buffer.units_mut());
         let pack = |index: usize| {
-            let lines = index * some * ROWS..((index + 1) * some * ROWS).min(self.m);
-            let first = self.first.at((index * some * self.units + start) * ROWS);
+            let lines = index * some * ROWS..((index + 1) * some * ROWS).min(m);
             let panels = Panels {
-                first,
-                stride: self.units * ROWS,
+                first: packed.at((index * some * stride + start) * ROWS),
+                stride: stride * ROWS,
             };
-            // SAFETY: the caller's promise; the panels are this task's.
+            // SAFETY: the caller's promise; the buffer has room for these panels, which are this task's.
             unsafe { operand.pack::<ROWS>(level, kind, lines, 0..units, panels) };
         };
         let tasks = panels.div_ceil(some);
@@ -247,12 +228,17 @@ impl Left {
         }
     }
 
+    /// The packed panel of line `line`, a multiple of [`ROWS`], from unit `unit` on.
+    pub(super) fn panel(&self, line: usize, unit: usize) -> *const u32 {
+        self.buffer.units()[line * self.units + unit * ROWS..].as_ptr()
+    }
+
     /// The product of the first parts with as many parts of a right operand of `n` lines.
     ///
     /// # Safety
-    /// These parts are packed; the right ones have their inner sizes and `n` lines, in living memory; the output has room, and
-    /// nobody else writes it.
-    pub unsafe fn times(&self, n: usize, right: &[Operand], output: Output) {
+    /// These parts are packed; the right ones have their inner sizes and `n` lines, in living memory; the output has room for
+    /// the product, and nobody else uses it.
+    pub unsafe fn times(&self, n: usize, right: &[Operand], output: Output<'_>) {
         let kind = self.engine.kind;
         let units: usize = right.iter().map(|part| part.units(kind)).sum();
         if self.m == 0 || n == 0 || units == 0 {
@@ -288,15 +274,15 @@ impl Left {
         &self,
         n: usize,
         right: &[Operand],
-        output: Output,
+        output: Output<'_>,
         block_units: usize,
         units: usize,
-        columns: std::ops::Range<usize>,
-        rows: std::ops::Range<usize>,
+        columns: Range<usize>,
+        rows: Range<usize>,
     ) {
         let Engine { level, kind, .. } = self.engine;
-        let mut buffer = Buffer::new(&RIGHT_BUFFER, columns.len() * block_units * COLUMNS);
-        let packed = Units(buffer.first());
+        let mut buffer = Buffer::right(columns.len() * block_units * COLUMNS);
+        let packed = buffer.units_mut().as_mut_ptr();
         for first in (0..units).step_by(block_units) {
             let last = (first + block_units).min(units);
             let count = last - first;
@@ -306,7 +292,7 @@ impl Left {
                 let (from, to) = (first.max(start), last.min(end));
                 if from < to {
                     let panels = Panels {
-                        first: packed.at((from - first) * COLUMNS),
+                        first: packed.wrapping_add((from - first) * COLUMNS),
                         stride: count * COLUMNS,
                     };
                     let lines = columns.start * COLUMNS..(columns.end * COLUMNS).min(n);
@@ -318,20 +304,19 @@ impl Left {
                 start = end;
             }
             for row in rows.clone() {
-                let a = self.first.at((row * self.units + first) * ROWS);
+                let a = self.panel(row * ROWS, first);
                 for (number, panel) in columns.clone().enumerate() {
                     let place = Place {
-                        out: output.out.at(row * ROWS * output.width + panel * COLUMNS),
-                        width: output.width,
+                        out: output.to.at(row * ROWS, panel * COLUMNS),
+                        width: output.to.stride,
                         rows: ROWS.min(self.m - row * ROWS),
                         columns: COLUMNS.min(n - panel * COLUMNS),
                         factor: output.factor,
                         add: output.add || first > 0,
                     };
+                    let b = packed.wrapping_add(number * count * COLUMNS);
                     // SAFETY: both panels are packed, and the place is this task's part of the output.
-                    unsafe {
-                        level.tile(kind, a, packed.at(number * count * COLUMNS), count, place)
-                    };
+                    unsafe { tile(level, kind, a, b, count, place) };
                 }
             }
         }

@@ -1,123 +1,25 @@
 //! Flex kernels: `f32` on the CPU, in parallel over rows. What they do not cover falls back to the portable definition.
 
-use std::mem::MaybeUninit;
+mod attention;
+mod head;
+mod linear;
+mod quantized;
+mod summed;
+mod util;
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Shape, TensorData};
+use burn::tensor::Shape;
 use rayon::prelude::*;
 
-use super::flex_linear::{self, Head, Teacher};
-use super::{
-    AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight, flex_attention, flex_quantized,
-    flex_summed, host_stored, portable,
+use self::head::{Head, Teacher};
+use self::util::{
+    TASK, build, contiguous, dims, floats, for_chunks, is_f32, part, task_rows, tensor, whole,
 };
+use super::extension::DecoderOps;
+use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight, host, portable};
 use crate::kernels::Level;
 use crate::simd;
-
-/// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
-const TASK: usize = 16 * 1024;
-
-/// How many rows of `width` elements make one task.
-pub(super) fn task_rows(width: usize) -> usize {
-    (TASK / width.max(1)).max(1)
-}
-
-/// The tensor with its elements in row-major order.
-pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
-    if tensor.is_contiguous() {
-        tensor
-    } else {
-        tensor.to_contiguous()
-    }
-}
-
-/// Row-major elements; none where the tensor is not `f32`, which callers have checked.
-pub(super) fn floats(tensor: &FlexTensor) -> &[f32] {
-    tensor.as_slice().unwrap_or_default()
-}
-
-/// A tensor that holds its elements and nothing else, so that its storage may be written in place. The storage is copied
-/// on the first write if another tensor shares it.
-pub(super) fn whole(tensor: FlexTensor) -> FlexTensor {
-    let whole = tensor.to_contiguous();
-    drop(tensor);
-    whole
-}
-
-pub(super) fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
-    FlexTensor::from_data(TensorData::new(values, shape))
-}
-
-pub(super) fn is_f32(tensors: &[&FlexTensor]) -> bool {
-    tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
-}
-
-pub(super) fn dims(tensor: &FlexTensor) -> &[usize] {
-    tensor.layout().shape().as_slice()
-}
-
-/// A new tensor that `fill` writes completely, in chunks of `chunk` elements given with their index.
-fn build(
-    shape: Shape,
-    chunk: usize,
-    fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync,
-) -> FlexTensor {
-    let n = shape.num_elements();
-    let mut values = Vec::with_capacity(n);
-    let out = &mut values.spare_capacity_mut()[..n];
-    if n <= chunk.max(TASK) {
-        out.chunks_mut(chunk.max(1))
-            .enumerate()
-            .for_each(|(index, out)| fill(index, out));
-    } else {
-        let at_least = (TASK / chunk).max(1);
-        out.par_chunks_mut(chunk)
-            .enumerate()
-            .with_min_len(at_least)
-            .for_each(|(index, out)| fill(index, out));
-    }
-    // SAFETY: `fill` has written every element of every chunk.
-    unsafe { values.set_len(n) };
-    tensor(values, shape)
-}
-
-/// The part of `values` that belongs to the chunk `index` of `len` elements, of which the last may be short.
-fn part(values: &[f32], index: usize, len: usize) -> &[f32] {
-    let start = (index * len).min(values.len());
-    &values[start..(start + len).min(values.len())]
-}
-
-/// Class numbers as Flex holds them.
-pub(super) enum Targets<'a> {
-    I64(&'a [i64]),
-    I32(&'a [i32]),
-}
-
-impl<'a> Targets<'a> {
-    pub(super) fn new(tensor: &'a FlexTensor) -> Option<Self> {
-        tensor
-            .as_slice()
-            .map(Self::I64)
-            .or_else(|| tensor.as_slice().map(Self::I32))
-    }
-
-    pub(super) fn len(&self) -> usize {
-        match self {
-            Self::I64(values) => values.len(),
-            Self::I32(values) => values.len(),
-        }
-    }
-
-    /// Out of range for every row if negative.
-    pub(super) fn get(&self, row: usize) -> usize {
-        let class = match self {
-            Self::I64(values) => values[row],
-            Self::I32(values) => i64::from(values[row]),
-        };
-        usize::try_from(class).unwrap_or(usize::MAX)
-    }
-}
 
 /// Whether `x` is rows of `[.., width]` and the weight one of them.
 fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
@@ -129,7 +31,7 @@ fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
 
 impl DecoderOps for Flex {
     fn stored_linear(x: FlexTensor, weight: StoredWeight) -> FlexTensor {
-        host_stored::linear::<Self>(x, &weight)
+        host::linear::<Self>(x, &weight)
     }
 
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
@@ -231,16 +133,16 @@ impl DecoderOps for Flex {
     }
 
     fn mixed_linear(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
-        flex_linear::linear(&x, &weight).unwrap_or_else(|| portable::linear::<Self>(x, weight))
+        linear::linear(&x, &weight).unwrap_or_else(|| portable::linear::<Self>(x, weight))
     }
 
     fn mixed_linear_backward_input(weight: FlexTensor, grad: FlexTensor) -> FlexTensor {
-        flex_linear::linear_backward_input(&weight, &grad)
+        linear::linear_backward_input(&weight, &grad)
             .unwrap_or_else(|| portable::linear_backward_input::<Self>(weight, grad))
     }
 
     fn mixed_linear_backward_weight(x: FlexTensor, grad: FlexTensor, rounded: bool) -> FlexTensor {
-        flex_linear::linear_backward_weight(&x, &grad, rounded)
+        linear::linear_backward_weight(&x, &grad, rounded)
             .unwrap_or_else(|| portable::linear_backward_weight::<Self>(x, grad))
     }
 
@@ -251,12 +153,12 @@ impl DecoderOps for Flex {
         b: FlexTensor,
         term: LoraTerm,
     ) -> (FlexTensor, FlexTensor) {
-        flex_linear::lora_linear(&x, &weight, a.clone(), b.clone(), term)
+        linear::lora_linear(&x, &weight, a.clone(), b.clone(), term)
             .unwrap_or_else(|| portable::lora_linear::<Self>(x, weight, a, b, term))
     }
 
     fn lora_backward_inner(b: FlexTensor, grad: FlexTensor, term: LoraTerm) -> FlexTensor {
-        flex_linear::lora_backward_inner(&b, &grad, term)
+        linear::lora_backward_inner(&b, &grad, term)
             .unwrap_or_else(|| portable::lora_backward_inner::<Self>(b, grad, term))
     }
 
@@ -267,7 +169,7 @@ impl DecoderOps for Flex {
         grad: FlexTensor,
         term: LoraTerm,
     ) -> (FlexTensor, FlexTensor) {
-        flex_linear::lora_backward_input(&weight, a.clone(), b.clone(), &grad, term)
+        linear::lora_backward_input(&weight, a.clone(), b.clone(), &grad, term)
             .unwrap_or_else(|| portable::lora_backward_input::<Self>(weight, a, b, grad, term))
     }
 
@@ -279,7 +181,7 @@ impl DecoderOps for Flex {
         max_rank: usize,
         term: LoraTerm,
     ) -> (FlexTensor, FlexTensor) {
-        flex_linear::lora_backward_factors(&x, &h, &g, &grad, max_rank, term).unwrap_or_else(|| {
+        linear::lora_backward_factors(&x, &h, &g, &grad, max_rank, term).unwrap_or_else(|| {
             portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term)
         })
     }
@@ -292,7 +194,7 @@ impl DecoderOps for Flex {
         term: LoraTerm,
     ) -> FlexTensor {
         let mask = contiguous(mask);
-        flex_summed::summed_weight(&weight, &mask, a.clone(), b.clone(), term)
+        summed::summed_weight(&weight, &mask, a.clone(), b.clone(), term)
             .unwrap_or_else(|| portable::summed_weight::<Self>(weight, mask, a, b, term))
     }
 
@@ -307,7 +209,7 @@ impl DecoderOps for Flex {
         if !is_f32(&[&a, &b, &grad]) {
             return portable::summed_weight_backward::<Self>(mask, a, b, grad, term);
         }
-        flex_summed::summed_weight_backward(&mask, a.clone(), b.clone(), grad.clone(), term)
+        summed::summed_weight_backward(&mask, a.clone(), b.clone(), grad.clone(), term)
             .unwrap_or_else(|| portable::summed_weight_backward::<Self>(mask, a, b, grad, term))
     }
 
@@ -321,7 +223,7 @@ impl DecoderOps for Flex {
         rounded: bool,
     ) -> (FlexTensor, FlexTensor) {
         let mask = contiguous(mask);
-        flex_summed::backward_factors(&x, &mask, a.clone(), b.clone(), &grad, term, rounded)
+        summed::backward_factors(&x, &mask, a.clone(), b.clone(), &grad, term, rounded)
             .unwrap_or_else(|| {
                 let slope = Self::mixed_linear_backward_weight(x, grad, rounded);
                 Self::summed_weight_backward(mask, a, b, slope, term)
@@ -338,12 +240,10 @@ impl DecoderOps for Flex {
         term: GridTerm,
     ) -> FlexTensor {
         let (mask, grid) = (contiguous(mask), [contiguous(scales), contiguous(zeros)]);
-        flex_quantized::sum(&weight, &mask, [a.clone(), b.clone()], &grid, &term).unwrap_or_else(
-            || {
-                let [scales, zeros] = grid;
-                portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
-            },
-        )
+        quantized::sum(&weight, &mask, [a.clone(), b.clone()], &grid, &term).unwrap_or_else(|| {
+            let [scales, zeros] = grid;
+            portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
+        })
     }
 
     fn quantized_sum_backward_scales(
@@ -354,13 +254,13 @@ impl DecoderOps for Flex {
         term: GridTerm,
     ) -> FlexTensor {
         let [sum, scales, zeros, grad] = [sum, scales, zeros, grad].map(contiguous);
-        flex_quantized::backward_scales(&sum, &scales, &zeros, &grad, &term).unwrap_or_else(|| {
+        quantized::backward_scales(&sum, &scales, &zeros, &grad, &term).unwrap_or_else(|| {
             portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term)
         })
     }
 
     fn head_loss(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
-        match flex_linear::head(&hidden, &weight, &targets, None, false, false) {
+        match head::head(&hidden, &weight, &targets, None, false, false) {
             Some(head) => head.loss,
             None => portable::head_loss::<Self>(hidden, weight, targets),
         }
@@ -371,7 +271,7 @@ impl DecoderOps for Flex {
         weight: FlexTensor,
         targets: FlexTensor,
     ) -> (FlexTensor, FlexTensor) {
-        match flex_linear::head(&hidden, &weight, &targets, None, true, false) {
+        match head::head(&hidden, &weight, &targets, None, true, false) {
             Some(Head {
                 loss,
                 hidden: Some(hidden),
@@ -386,7 +286,7 @@ impl DecoderOps for Flex {
         weight: FlexTensor,
         targets: FlexTensor,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        match flex_linear::head(&hidden, &weight, &targets, None, true, true) {
+        match head::head(&hidden, &weight, &targets, None, true, true) {
             Some(Head {
                 loss,
                 hidden: Some(hidden),
@@ -408,7 +308,7 @@ impl DecoderOps for Flex {
             hidden: teacher.clone(),
             mix,
         };
-        match flex_linear::head(&hidden, &weight, &targets, Some(states), false, false) {
+        match head::head(&hidden, &weight, &targets, Some(states), false, false) {
             Some(head) => (head.loss, head.nll),
             None => portable::distilled_loss::<Self>(hidden, weight, teacher, targets, mix),
         }
@@ -425,7 +325,7 @@ impl DecoderOps for Flex {
             hidden: teacher.clone(),
             mix,
         };
-        match flex_linear::head(&hidden, &weight, &targets, Some(states), true, false) {
+        match head::head(&hidden, &weight, &targets, Some(states), true, false) {
             Some(Head {
                 loss,
                 nll,
@@ -445,9 +345,9 @@ impl DecoderOps for Flex {
         scale: f64,
         mask: AttentionMask,
     ) -> (FlexTensor, FlexTensor) {
-        match flex_attention::Sizes::of(&q, &k, &v) {
+        match attention::Sizes::of(&q, &k, &v) {
             Some(sizes) if is_f32(&[&q, &k, &v]) => {
-                flex_attention::forward(sizes, &q, &k, &v, scale as f32, &mask)
+                attention::forward(sizes, &q, &k, &v, scale as f32, &mask)
             }
             _ => portable::causal_attention::<Self>(q, k, v, scale, mask),
         }
@@ -462,12 +362,12 @@ impl DecoderOps for Flex {
         scale: f64,
         mask: AttentionMask,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        match flex_attention::Sizes::of(&q, &k, &v) {
+        match attention::Sizes::of(&q, &k, &v) {
             Some(sizes)
                 if is_f32(&[&q, &k, &v, &log_sum_exp, &grad]) && sizes.fit(&log_sum_exp, &grad) =>
             {
                 let (log_sum_exp, grad) = (contiguous(log_sum_exp), contiguous(grad));
-                flex_attention::backward(
+                attention::backward(
                     sizes,
                     [&q, &k, &v],
                     &log_sum_exp,
@@ -540,24 +440,5 @@ impl DecoderOps for Flex {
                 }
             },
         )
-    }
-}
-
-/// Works on `values` in place, in chunks given with their index.
-pub(super) fn for_chunks(
-    values: &mut [f32],
-    chunk: usize,
-    work: impl Fn(usize, &mut [f32]) + Sync,
-) {
-    if values.len() <= chunk.max(TASK) {
-        values
-            .chunks_mut(chunk)
-            .enumerate()
-            .for_each(|(index, part)| work(index, part));
-    } else {
-        values
-            .par_chunks_mut(chunk)
-            .enumerate()
-            .for_each(|(index, part)| work(index, part));
     }
 }

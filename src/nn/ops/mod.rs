@@ -1,17 +1,93 @@
-//! The operations a decoder is made of, as functions of Burn tensors.
+//! The operations of a decoder, as functions of Burn tensors.
 //!
-//! Each is differentiable on an autodiff device and runs on every backend that the build enables. Callers name what they
-//! want (`rms_norm`, `swiglu`, ...); [`super::custom`] says how it is computed. Tensors of the plain device and of its autodiff
-//! device may be mixed in one call: the plain ones are constants.
+//! Each is differentiable on an autodiff device and runs on every backend that the build enables; a call on another backend
+//! panics. Tensors of the plain device and of its autodiff device may be mixed in one call: the plain ones are constants.
+//!
+//! Burn would record every elementary step on the tape and run each as a pass over memory. Here an operation is one node of
+//! the tape, saves only its inputs (and a number per row), and recomputes the rest in its backward pass. [`DecoderOps`]
+//! has a portable definition in terms of a backend's own operations, which every backend gets; Flex, Burn's CPU backend, has
+//! kernels for contiguous and strided `f32`. Weights that stay as they are stored have kernels on the CPU and on GPUs.
+
+// `NdArray` is deprecated upstream, and supported here for as long as it exists.
+#![cfg_attr(feature = "ndarray", allow(deprecated))]
+// Without a backend the generated dispatch has no arm that uses its arguments.
+#![cfg_attr(
+    not(any(
+        feature = "flex",
+        feature = "ndarray",
+        feature = "wgpu",
+        feature = "vulkan",
+        feature = "metal",
+        feature = "cuda",
+        feature = "rocm"
+    )),
+    allow(unused_variables)
+)]
+
+mod autodiff;
+#[cfg(any(
+    feature = "wgpu",
+    feature = "vulkan",
+    feature = "metal",
+    feature = "cuda",
+    feature = "rocm"
+))]
+mod cube;
+mod extension;
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod host;
+mod portable;
+#[cfg(all(test, feature = "flex"))]
+mod tests;
 
 use burn::backend::Dispatch;
 use burn::tensor::{Bool, Int, Tensor};
 
-use super::custom::DecoderOps;
-pub use super::custom::{GridTerm, LoraTerm};
 pub use super::dropout::Dropout;
 pub use super::mask::AttentionMask;
-use super::stored::StoredWeight;
+use super::stored::{InputGroups, StoredWeight};
+use extension::DecoderOps;
+
+/// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraTerm {
+    /// Ranks in use: the first columns of A and rows of B, at least 1.
+    pub rank: usize,
+    /// Factor of the update.
+    pub scale: f64,
+    /// Of the adapter's input.
+    pub dropout: Dropout,
+}
+
+/// A low-rank update whose sum with its weight is rounded to a grid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GridTerm {
+    /// The update; its dropout is not used.
+    pub lora: LoraTerm,
+    /// Bits of a code: the codes are `0..2^bits`.
+    pub bits: u8,
+    /// Which rows of the weight share a scale and a zero point.
+    pub groups: InputGroups,
+}
+
+impl GridTerm {
+    /// The largest code.
+    fn top(&self) -> f32 {
+        f32::from(u8::MAX >> (8 - self.bits.clamp(1, 8)))
+    }
+}
+
+/// Most rows of a product that reads a stored weight as it is stored; for more, it is unpacked once, and the product is dense.
+const FEW_ROWS: usize = 8;
+
+/// Rows of a product of so many numbers with a stored weight, where they are few.
+fn stored_rows(elements: usize, weight: &StoredWeight) -> Option<usize> {
+    let [d_input, _] = weight.dims();
+    let rows = elements.checked_div(d_input)?;
+    (rows * d_input == elements && (1..=FEW_ROWS).contains(&rows)).then_some(rows)
+}
 
 /// Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467): `y = x / sqrt(mean(x^2) + eps) * weight` over the
 /// last dimension.
@@ -34,7 +110,7 @@ pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
 }
 
-/// Splits heads and turns each by its position (rotary embedding, Su et al., arXiv 2104.09864), in the half-split
+/// Splits heads and rotates each by its position (rotary embedding, Su et al., arXiv 2104.09864), in the half-split
 /// ("NEOX") pairing that Hugging Face checkpoints use. The tables are constants: no gradient reaches them.
 ///
 /// # Shapes

@@ -4,10 +4,10 @@ use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Bool, Device, FloatDType, Int, Tensor, TensorData};
 use rand::RngExt;
 
-use super::flex_gemm::{Engine, Kind};
-use super::testing::{Random, close, compare_all, devices, hosts, slack, values};
+use super::plain;
+use super::{Random, close, compare_all, devices, hosts, slack, values};
+use crate::kernels::gemm::{Engine, Kind};
 use crate::nn::ops::{self, Dropout, LoraTerm};
-use crate::nn::plain;
 
 fn three<const D: usize>(inputs: Vec<Tensor<D>>) -> [Tensor<D>; 3] {
     inputs.try_into().unwrap()

@@ -6,12 +6,13 @@ use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::testing::{Random, devices, hosts, values};
-use super::{DecoderOps, FEW_ROWS};
+use super::{Random, devices, hosts, values};
 use crate::format::testing::random_quantized;
 use crate::format::{Buffer, MatrixHeader, QuantizedMatrix, StoredMatrix, WeightFormat};
 use crate::kernels::{Linear, reference};
 use crate::linalg::Matrix;
+use crate::nn::ops::FEW_ROWS;
+use crate::nn::ops::extension::DecoderOps;
 use crate::nn::ops::{self, Dropout, LoraTerm};
 use crate::nn::{StoredWeight, host_values};
 

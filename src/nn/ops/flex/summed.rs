@@ -7,12 +7,14 @@ use burn::tensor::{DType, Shape, TensorData};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::LoraTerm;
-use super::flex::{contiguous, dims, floats, for_chunks, is_f32, tensor, whole};
-use super::flex_gemm::{Engine, Kind, Left, Output};
-use super::flex_linear::{Factors, matrix, n_rows};
-use super::flex_matmul::{Matrix, SERIAL, Shared, Weight, product};
+use super::linear::Factors;
+use super::util::{
+    contiguous, dims, floats, for_chunks, is_f32, matrix, n_rows, tensor, weight, whole,
+};
 use crate::kernels::Level;
+use crate::kernels::disjoint::Disjoint;
+use crate::kernels::gemm::{Engine, Kind, Left, Matrix, Output, SERIAL, product};
+use crate::nn::ops::LoraTerm;
 use crate::simd::masked;
 
 /// Most shares of A's gradient that exist at a time; as many tasks there are at most.
@@ -56,7 +58,10 @@ pub(super) fn summed_rows(
 ) -> Option<FlexTensor> {
     let factors = Factors::new(a, b, term.rank)?;
     let (d_input, d_output) = (factors.d_input, factors.d_output);
-    let (base, mask) = (Weight::new(weight)?, mask_bytes(mask, [d_input, d_output])?);
+    let (base, mask) = (
+        self::weight(weight)?,
+        mask_bytes(mask, [d_input, d_output])?,
+    );
     if base.dims() != [d_input, d_output] {
         return None;
     }
@@ -71,15 +76,12 @@ pub(super) fn summed_rows(
         let size = [range.len(), d_output, term.rank];
         // SAFETY: the operands are alive, and the rows are this task's; the product writes all of them.
         unsafe {
-            let first = out.as_mut_ptr().cast();
+            let first = Disjoint::uninit(out);
             product(
                 size,
                 a,
                 factors.b(),
-                term.scale as f32,
-                first,
-                d_output,
-                false,
+                Output::new(first, d_output).times(term.scale as f32),
                 false,
             );
         }
@@ -165,13 +167,13 @@ pub(super) fn backward_factors(
         term.scale as f32,
     );
     let (x, grad) = (contiguous(x.clone()), contiguous(grad.clone()));
-    let left = Left::new(engine, d_input, &[rows]);
+    let mut left = Left::new(engine, d_input, &[rows]);
     // SAFETY: the operand is alive and of this size.
     unsafe { left.pack(0, Matrix::rows(floats(&x), d_input).transposed().left(rows)) };
     let right = Matrix::rows(floats(&grad), d_output).right(rows);
     let width = left.strip_columns(d_output);
     let (blocks, mut db) = (d_output.div_ceil(width), vec![0.0; max_rank * d_output]);
-    let (tasks, of_b) = (blocks.min(SHARES), Shared(db.as_mut_ptr()));
+    let (tasks, of_b) = (blocks.min(SHARES), Disjoint::new(&mut db));
     // A task's share of A's gradient is from its columns; they are added in the order of columns, whatever the threads.
     let task = |index: usize| {
         let mut da = vec![0.0_f32; d_input * rank];
@@ -192,16 +194,8 @@ pub(super) fn backward_factors(
                     factors.a().from(first, 0).transposed(),
                     factors.b().from(0, start).transposed(),
                 );
-                let (of_a, of_b) = (
-                    Shared(da[first * rank..].as_mut_ptr()),
-                    Shared(of_b.at(start)),
-                );
-                let output = |out, width| Output {
-                    out,
-                    width,
-                    factor: scale,
-                    add: true,
-                };
+                let (of_a, of_b) = (Disjoint::new(&mut da[first * rank..]), of_b.from(start));
+                let output = |out, width| Output::new(out, width).times(scale).added();
                 // SAFETY: the operands are alive, and the outputs this task's: its share, and its columns.
                 unsafe {
                     thin.product(
@@ -289,10 +283,7 @@ pub(super) fn summed_weight_backward(
                     [count, rank, d_output],
                     grad,
                     b,
-                    scale,
-                    da.as_mut_ptr(),
-                    max_rank,
-                    false,
+                    Output::over(da, max_rank).times(scale),
                     false,
                 );
                 matrix(rank * d_output, |db| {
@@ -300,10 +291,7 @@ pub(super) fn summed_weight_backward(
                         [rank, d_output, count],
                         a,
                         grad,
-                        scale,
-                        db.at(0),
-                        d_output,
-                        false,
+                        Output::new(db, d_output).times(scale),
                         false,
                     );
                 })

@@ -5,10 +5,11 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 use rayon::prelude::*;
 
-use super::AttentionMask;
-use super::flex::{floats, tensor};
-use super::flex_matmul::{Matrix, Shared, product};
+use super::util::{floats, tensor};
 use crate::kernels::Level;
+use crate::kernels::disjoint::Disjoint;
+use crate::kernels::gemm::{Matrix, Output, product};
+use crate::nn::ops::AttentionMask;
 use crate::simd;
 
 /// Scores that one block holds at a time, so that they stay in the second-level cache.
@@ -170,9 +171,11 @@ pub(super) fn forward(
         head_dim,
         ..
     } = sizes;
-    let mut context: Vec<f32> = Vec::with_capacity(batch * seq_q * sizes.width());
-    let mut sums: Vec<f32> = Vec::with_capacity(batch * n_heads * seq_q);
-    let (out, log_sum_exp) = (Shared(context.as_mut_ptr()), Shared(sums.as_mut_ptr()));
+    let (of_context, of_sums) = (batch * seq_q * sizes.width(), batch * n_heads * seq_q);
+    let mut context: Vec<f32> = Vec::with_capacity(of_context);
+    let mut sums: Vec<f32> = Vec::with_capacity(of_sums);
+    let out = Disjoint::uninit(&mut context.spare_capacity_mut()[..of_context]);
+    let log_sum_exp = Disjoint::uninit(&mut sums.spare_capacity_mut()[..of_sums]);
     let blocks = seq_q.div_ceil(sizes.block());
     let level = Level::detect();
     let task = |buffer: &mut Vec<f32>, index: usize| {
@@ -183,13 +186,14 @@ pub(super) fn forward(
         );
         let block = Block::new(sizes, mask, row, first);
         let kv_head = head / sizes.group();
-        let out_at = |query: usize| out.at((row * seq_q + query) * sizes.width() + head * head_dim);
+        let out_at =
+            |query: usize| out.from((row * seq_q + query) * sizes.width() + head * head_dim);
         let sum_at = |query: usize| log_sum_exp.at((row * n_heads + head) * seq_q + query);
         if block.keys.is_empty() {
             for query in first..first + block.len {
                 // SAFETY: this task's rows, within the capacity.
                 unsafe {
-                    out_at(query).write_bytes(0, head_dim);
+                    out_at(query).at(0).write_bytes(0, head_dim);
                     sum_at(query).write(0.0);
                 }
             }
@@ -205,10 +209,7 @@ pub(super) fn forward(
                 for_scores,
                 queries,
                 keys,
-                scale,
-                scores.as_mut_ptr(),
-                block.keys.len(),
-                false,
+                Output::over(scores, block.keys.len()).times(scale),
                 false,
             )
         };
@@ -230,10 +231,7 @@ pub(super) fn forward(
                 for_queries,
                 weights,
                 values,
-                1.0,
-                out_at(first),
-                sizes.width(),
-                false,
+                Output::new(out_at(first), sizes.width()),
                 false,
             )
         };
@@ -247,8 +245,8 @@ pub(super) fn forward(
     }
     // SAFETY: the tasks have written every row of every head.
     unsafe {
-        context.set_len(batch * seq_q * sizes.width());
-        sums.set_len(batch * n_heads * seq_q);
+        context.set_len(of_context);
+        sums.set_len(of_sums);
     }
     (
         tensor(context, Shape::from([batch, seq_q, sizes.width()])),
@@ -313,20 +311,14 @@ pub(super) fn backward(
                         for_scores,
                         queries,
                         keys.transposed(),
-                        scale,
-                        weights.as_mut_ptr(),
-                        n_keys,
-                        false,
+                        Output::over(weights, n_keys).times(scale),
                         false,
                     );
                     product(
                         for_scores,
                         grads,
                         values.transposed(),
-                        1.0,
-                        slopes.as_mut_ptr(),
-                        n_keys,
-                        false,
+                        Output::over(slopes, n_keys),
                         false,
                     );
                 }
@@ -346,30 +338,21 @@ pub(super) fn backward(
                         for_keys,
                         weights.transposed(),
                         grads,
-                        1.0,
-                        grad_v.as_mut_ptr(),
-                        head_dim,
-                        true,
+                        Output::over(grad_v, head_dim).added(),
                         false,
                     );
                     product(
                         for_keys,
                         slopes.transposed(),
                         queries,
-                        scale,
-                        grad_k.as_mut_ptr(),
-                        head_dim,
-                        true,
+                        Output::over(grad_k, head_dim).times(scale).added(),
                         false,
                     );
                     product(
                         for_queries,
                         slopes,
                         keys,
-                        scale,
-                        grad_q.as_mut_ptr(),
-                        head_dim,
-                        false,
+                        Output::over(grad_q, head_dim).times(scale),
                         false,
                     );
                 }

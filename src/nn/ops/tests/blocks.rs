@@ -1,8 +1,9 @@
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 
-use super::DecoderOps;
-use super::testing::{Random, close, compare, devices, hosts, slack, values};
-use crate::nn::{mask::AttentionMask, ops, plain};
+use super::plain;
+use super::{Random, close, compare, devices, hosts, slack, values};
+use crate::nn::ops::extension::DecoderOps;
+use crate::nn::ops::{self, AttentionMask};
 
 /// The head's loss of logits: hidden states under the identity.
 fn loss_of(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
@@ -320,7 +321,7 @@ fn inputs_survive_their_gradients() {
 
 #[test]
 fn portable_definitions_agree_with_the_kernels() {
-    use super::portable;
+    use crate::nn::ops::portable;
     use burn::backend::Flex;
     let mut random = Random::new(12);
     let mut make = |shape: [usize; 4]| random.tensor::<4>(shape, 1.5, &Device::flex());

@@ -8,7 +8,8 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
 
-use super::{AttentionMask, DecoderOps, GridTerm, LoraTerm, StoredWeight};
+use super::extension::DecoderOps;
+use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight};
 
 type Float<B> = FloatTensor<B>;
 

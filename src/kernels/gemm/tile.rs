@@ -4,6 +4,10 @@
 //! panel is `[units, ROWS]`, a right one `[units, COLUMNS]`. With 12 x 32 sums, 24 of the 32 registers are sums, and a step
 //! along the inner dimension is 14 loads for 24 multiplications.
 
+use crate::kernels::Level;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::level::Set;
+
 /// Rows of a tile, and of a panel of the left operand.
 pub(super) const ROWS: usize = 12;
 /// Columns of a tile, and of a panel of the right operand: two registers.
@@ -11,7 +15,7 @@ pub(super) const COLUMNS: usize = 32;
 
 /// What a unit of 32 bits of a packed operand is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Kind {
+pub(crate) enum Kind {
     /// One number.
     F32,
     /// Two numbers of 16 bits, the first in the lower half.
@@ -26,36 +30,17 @@ impl Kind {
             Kind::Bf16 => 2,
         }
     }
-}
 
-/// How tiles are computed and operands packed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Level {
-    /// By the processor's instructions for 512 bits.
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    /// Number by number: what the instructions are compared with, and what tests run on machines without them.
-    #[cfg(any(test, not(target_arch = "x86_64")))]
-    #[cfg_attr(not(test), allow(dead_code))] // nothing but tests makes it
-    Portable,
-}
-
-impl Level {
-    /// The fast one, where this machine has the instructions that units of this kind need.
-    #[cfg(target_arch = "x86_64")]
-    pub fn detect(kind: Kind) -> Option<Self> {
-        let wide = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq");
-        let found = wide && (kind == Kind::F32 || is_x86_feature_detected!("avx512bf16"));
-        found.then_some(Level::Avx512)
-    }
-
-    /// None: the `gemm` crate knows the other processors' instructions.
-    #[cfg(not(target_arch = "x86_64"))]
-    pub fn detect(_: Kind) -> Option<Self> {
-        None
+    /// Whether units of this kind are packed and multiplied by instructions for 512 bits. If not, that happens number by
+    /// number, as tests do to compare.
+    pub(super) fn is_fast(self, level: Level) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Kind::F32 => level.set() >= Set::Avx512,
+            #[cfg(not(target_arch = "x86_64"))]
+            Kind::F32 => false,
+            Kind::Bf16 => level.bf16(),
+        }
     }
 }
 
@@ -406,7 +391,6 @@ mod avx512 {
     }
 }
 
-#[cfg(any(test, not(target_arch = "x86_64")))]
 mod portable {
     use super::{COLUMNS, Kind, Place, ROWS};
 
@@ -450,29 +434,28 @@ mod portable {
     }
 }
 
-impl Level {
-    /// Computes a tile.
-    ///
-    /// # Safety
-    /// The panels have `units` of this kind, the place is writable, and the level is one that [`Level::detect`] found.
-    pub(super) unsafe fn tile(
-        self,
-        kind: Kind,
-        a: *const u32,
-        b: *const u32,
-        units: usize,
-        place: Place,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match (self, kind) {
-                #[cfg(target_arch = "x86_64")]
-                (Level::Avx512, Kind::F32) => avx512::f32_tile(a, b, units, place),
-                #[cfg(target_arch = "x86_64")]
-                (Level::Avx512, Kind::Bf16) => avx512::bf16_tile(a, b, units, place),
-                #[cfg(any(test, not(target_arch = "x86_64")))]
-                (Level::Portable, kind) => portable::tile(kind, a, b, units, place),
+/// Computes a tile.
+///
+/// # Safety
+/// The panels have `units` of this kind, and the place is writable.
+pub(super) unsafe fn tile(
+    level: Level,
+    kind: Kind,
+    a: *const u32,
+    b: *const u32,
+    units: usize,
+    place: Place,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if kind.is_fast(level) {
+        // SAFETY: the caller's promise, and the processor has the instructions, as was asked.
+        return unsafe {
+            match kind {
+                Kind::F32 => avx512::f32_tile(a, b, units, place),
+                Kind::Bf16 => avx512::bf16_tile(a, b, units, place),
             }
-        }
+        };
     }
+    // SAFETY: the caller's promise.
+    unsafe { portable::tile(kind, a, b, units, place) }
 }

@@ -3,10 +3,10 @@
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 
-use super::GridTerm;
-use super::flex::{dims, floats, for_chunks, is_f32, tensor};
-use super::flex_summed::summed_rows;
+use super::summed::summed_rows;
+use super::util::{dims, floats, for_chunks, is_f32, tensor};
 use crate::kernels::Level;
+use crate::nn::ops::GridTerm;
 use crate::simd;
 
 /// Scales and zero points, row-major, `[groups, d_output]`.

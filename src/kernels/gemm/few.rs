@@ -1,12 +1,13 @@
-//! Products of few rows on Flex, as decoding has them: what they cost is reading the weight, so it is read once, in the order in which
-//! it lies in memory, by all threads, and widened in registers.
-//!
-//! How sums are split depends on sizes alone: results are the same bits with any number of threads.
+//! Products of few rows, as decoding has them: their cost is reading the weight. So it is read once, in the order in which it lies in
+//! memory, by all threads, and widened in registers.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::flex_matmul::{Matrix, Shared};
+use super::operand::{Matrix, Output};
 use crate::kernels::Level;
+use crate::kernels::disjoint::Disjoint;
 use crate::simd::lines::{ADDED, Stored, add_dots, add_lines};
 
 /// Most rows.
@@ -20,43 +21,16 @@ const COLUMNS: usize = 4096;
 /// Lines whose products with all rows are computed before the next, so that they are read once.
 const DOTTED: usize = 4;
 
-/// Where a product goes: `out = product`, or `out += product`, with `width` numbers from row to row.
-#[derive(Clone, Copy)]
-pub(super) struct Output {
-    pub out: Shared,
-    pub width: usize,
-    pub add: bool,
-}
-
-impl Output {
-    /// Part of a row.
-    ///
-    /// # Safety
-    /// The part is within the output, has been written, and nobody else uses it.
-    unsafe fn row<'a>(self, row: usize, columns: std::ops::Range<usize>) -> &'a mut [f32] {
-        // SAFETY: the caller's promise.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.out.at(row * self.width + columns.start),
-                columns.len(),
-            )
-        }
-    }
-
-    /// Writes zeros into the columns of `m` rows, where the product is not added.
-    ///
-    /// # Safety
-    /// The columns are within the output, and nobody else uses them.
-    unsafe fn begin(self, m: usize, columns: std::ops::Range<usize>) {
-        if !self.add {
-            for row in 0..m {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    self.out
-                        .at(row * self.width + columns.start)
-                        .write_bytes(0, columns.len())
-                };
-            }
+/// Writes zeros into some columns of `m` rows, unless the product is added.
+///
+/// # Safety
+/// The columns are within the output, and nobody else uses them.
+unsafe fn begin(output: Output<'_>, m: usize, columns: Range<usize>) {
+    if !output.add {
+        for row in 0..m {
+            let first = output.to.at(row, columns.start);
+            // SAFETY: the caller's promise.
+            unsafe { first.write_bytes(0, columns.len()) };
         }
     }
 }
@@ -74,14 +48,14 @@ fn each(tasks: usize, parallel: bool, task: impl Fn(usize) + Sync + Send) {
 /// contiguous.
 ///
 /// # Safety
-/// `a` lies in memory that is alive, and `output`, with room for the product, is written by nobody else.
+/// `a` lies in memory that is alive, and the output has room for the product, and nobody else uses it.
 pub(super) unsafe fn multiply<T: Stored>(
     m: usize,
     a: Matrix,
     values: &[T],
     dims: [usize; 2],
     strides: [usize; 2],
-    output: Output,
+    output: Output<'_>,
 ) -> bool {
     // SAFETY: the caller's promise.
     unsafe { multiply_at(Level::detect(), m, a, values, dims, strides, output) }
@@ -94,7 +68,7 @@ unsafe fn multiply_at<T: Stored>(
     values: &[T],
     [k, n]: [usize; 2],
     strides: [usize; 2],
-    output: Output,
+    output: Output<'_>,
 ) -> bool {
     if !strides.contains(&1) {
         return false;
@@ -104,7 +78,8 @@ unsafe fn multiply_at<T: Stored>(
         let first = a.first.wrapping_offset(row as isize * a.row);
         // SAFETY: the caller's promise.
         x.extend(
-            (0..k as isize).map(|column| unsafe { *first.wrapping_offset(column * a.column) }),
+            (0..k as isize)
+                .map(|column| output.factor * unsafe { *first.wrapping_offset(column * a.column) }),
         );
     }
     // SAFETY: the caller's promise; so below.
@@ -125,32 +100,28 @@ unsafe fn along_outputs<T: Stored>(
     values: &[T],
     [k, n]: [usize; 2],
     stride: usize,
-    output: Output,
+    output: Output<'_>,
 ) {
     let (m, blocks) = (x.len() / k, n.div_ceil(COLUMNS));
     let some = (k.div_ceil((k * n / TASK).clamp(1, PARTS))).next_multiple_of(ADDED);
     let parts = k.div_ceil(some);
     let columns = |block: usize| block * COLUMNS..((block + 1) * COLUMNS).min(n);
     let mut sums = vec![0.0_f32; (parts - 1) * m * n];
-    let others = Shared(sums.as_mut_ptr());
+    let others = Disjoint::new(&mut sums);
     let task = |index: usize| {
         let (part, columns) = (index / blocks, columns(index % blocks));
         let output = match part {
             0 => output,
-            _ => Output {
-                out: Shared(others.at((part - 1) * m * n)),
-                width: n,
-                add: true,
-            },
+            _ => Output::new(others.from((part - 1) * m * n), n).added(),
         };
         // SAFETY: the caller's promise; these columns of this part's sums are this task's, so below.
-        unsafe { output.begin(m, columns.clone()) };
+        unsafe { begin(output, m, columns.clone()) };
         let lines = part * some..((part + 1) * some).min(k);
         for first in lines.clone().step_by(ADDED) {
             let count = ADDED.min(lines.end - first);
             for (row, x) in x.chunks_exact(k).enumerate() {
                 // SAFETY: as above.
-                let out = unsafe { output.row(row, columns.clone()) };
+                let out = unsafe { output.to.row(row, columns.clone()) };
                 add_lines(
                     level,
                     &x[first..first + count],
@@ -165,7 +136,7 @@ unsafe fn along_outputs<T: Stored>(
     for part in sums.chunks_exact(m * n) {
         for (row, sums) in part.chunks_exact(n).enumerate() {
             // SAFETY: the tasks have written it, and are done.
-            let out = unsafe { output.row(row, 0..n) };
+            let out = unsafe { output.to.row(row, 0..n) };
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
         }
     }
@@ -178,19 +149,19 @@ unsafe fn along_inputs<T: Stored>(
     values: &[T],
     [k, n]: [usize; 2],
     stride: usize,
-    output: Output,
+    output: Output<'_>,
 ) {
     let m = x.len() / k;
     let some = (TASK / k).max(1).next_multiple_of(DOTTED);
     let task = |index: usize| {
         let columns = index * some..((index + 1) * some).min(n);
         // SAFETY: the caller's promise; these columns are this task's, so below.
-        unsafe { output.begin(m, columns.clone()) };
+        unsafe { begin(output, m, columns.clone()) };
         for first in columns.clone().step_by(DOTTED) {
             let columns = first..(first + DOTTED).min(columns.end);
             for (row, x) in x.chunks_exact(k).enumerate() {
                 // SAFETY: as above.
-                let out = unsafe { output.row(row, columns.clone()) };
+                let out = unsafe { output.to.row(row, columns.clone()) };
                 add_dots(level, x, &values[first * stride..], stride, out);
             }
         }
@@ -201,16 +172,20 @@ unsafe fn along_inputs<T: Stored>(
 #[cfg(test)]
 mod tests {
     use half::{bf16, f16};
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::nn::custom::testing::{Random, close};
 
-    /// A product by its definition, added to what `out` holds where asked for.
+    const FACTOR: f32 = -0.5;
+
+    /// `FACTOR` times a product by its definition.
     fn naive(x: &[f32], weight: impl Fn(usize, usize) -> f32, [m, n, k]: [usize; 3]) -> Vec<f32> {
         let element = |row: usize, column: usize| {
             (0..k)
                 .map(|i| f64::from(x[row * k + i]) * f64::from(weight(i, column)))
                 .sum::<f64>() as f32
+                * FACTOR
         };
         (0..m * n)
             .map(|index| element(index / n, index % n))
@@ -219,15 +194,17 @@ mod tests {
 
     fn check<T: Stored>(name: &str, narrow: impl Fn(f32) -> T, size: [usize; 3]) {
         let [m, n, k] = size;
-        let mut random = Random::new((m * n + k) as u64);
-        let x = random.values(m * k, 1.0);
+        let mut rng = ChaCha8Rng::seed_from_u64((m * n + k) as u64);
+        let mut random =
+            |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0..1.0)).collect() };
+        let x = random(m * k);
         // Rows and columns with something between them, that must not be read as part of the weight.
         for (strides, len) in [
             ([n + 3, 1], k * (n + 3)),
             ([1, k + 5], n * (k + 5)),
             ([2 * n, 2], 2 * k * n),
         ] {
-            let values: Vec<T> = random.values(len, 1.0).into_iter().map(&narrow).collect();
+            let values: Vec<T> = random(len).into_iter().map(&narrow).collect();
             let want = naive(
                 &x,
                 |i, j| values[i * strides[0] + j * strides[1]].widen(),
@@ -242,11 +219,9 @@ mod tests {
                 let before = if add { 0.5 } else { f32::NAN };
                 let run = || {
                     let mut out = vec![before; m * width];
-                    let output = Output {
-                        out: Shared(out.as_mut_ptr()),
-                        width,
-                        add,
-                    };
+                    let output = Output::new(Disjoint::new(&mut out), width)
+                        .times(FACTOR)
+                        .added_if(add);
                     // SAFETY: `x` and `out` have the sizes that are said.
                     let done = unsafe {
                         multiply_at(
@@ -270,8 +245,11 @@ mod tests {
                 }
                 let more = if add { before } else { 0.0 };
                 for (row, want) in out.chunks_exact(width).zip(want.chunks_exact(n)) {
-                    let want: Vec<f32> = want.iter().map(|want| want + more).collect();
-                    close(&name, &row[..n], &want, 3e-6);
+                    let size = want.iter().fold(1e-2_f32, |size, x| size.max(x.abs()));
+                    for (got, want) in row.iter().zip(want) {
+                        let error = (got - (want + more)).abs();
+                        assert!(error <= 3e-6 * size.max(more), "{name}: off by {error}");
+                    }
                     assert!(row[n..].iter().all(untouched), "{name}");
                 }
                 for threads in [1, 3] {

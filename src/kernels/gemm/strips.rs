@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use super::{
-    BLOCK, Buffer, COLUMNS, Left, Operand, Panels, Place, RIGHT_BUFFER, ROWS, Shared, Units,
-};
+use super::operand::Operand;
+use super::pack::Panels;
+use super::packed::{BLOCK, Buffer, Engine, Left};
+use super::tile::{COLUMNS, Place, ROWS, tile};
 
 /// Rows of a strip.
 const STRIP: usize = 8 * ROWS;
@@ -33,20 +34,16 @@ impl Left {
         columns: Range<usize>,
         mut each: impl FnMut(usize, &mut [f32]),
     ) {
-        let (kind, level, units, width) = (
-            self.engine.kind,
-            self.engine.level,
-            self.units,
-            columns.len(),
-        );
+        let Engine { level, kind, .. } = self.engine;
+        let (units, width) = (self.units, columns.len());
         if self.m == 0 || width == 0 || units == 0 {
             return;
         }
         let panels = width.div_ceil(COLUMNS);
-        let mut buffer = Buffer::new(&RIGHT_BUFFER, panels * units * COLUMNS);
-        let packed = Units(buffer.first());
+        let mut buffer = Buffer::right(panels * units * COLUMNS);
+        let packed = buffer.units_mut().as_mut_ptr();
         let place = Panels {
-            first: packed.at(0),
+            first: packed,
             stride: units * COLUMNS,
         };
         // SAFETY: the caller's promise, and the buffer has room for these panels.
@@ -54,22 +51,23 @@ impl Left {
         let mut strip = vec![0.0_f32; STRIP.min(self.m) * width];
         for first in (0..self.m).step_by(STRIP) {
             let rows = STRIP.min(self.m - first);
-            let out = Shared(strip.as_mut_ptr());
+            let out = strip.as_mut_ptr();
             for row in (0..rows).step_by(ROWS) {
                 for panel in 0..panels {
                     let place = Place {
-                        out: out.at(row * width + panel * COLUMNS),
+                        out: out.wrapping_add(row * width + panel * COLUMNS),
                         width,
                         rows: ROWS.min(rows - row),
                         columns: COLUMNS.min(width - panel * COLUMNS),
                         factor: 1.0,
                         add: false,
                     };
+                    let (a, b) = (
+                        self.panel(first + row, 0),
+                        packed.wrapping_add(panel * units * COLUMNS),
+                    );
                     // SAFETY: both panels are packed, and the place is within the strip.
-                    unsafe {
-                        let left = self.first.at((first + row) * units);
-                        level.tile(kind, left, packed.at(panel * units * COLUMNS), units, place);
-                    }
+                    unsafe { tile(level, kind, a, b, units, place) };
                 }
             }
             each(first, &mut strip[..rows * width]);

@@ -743,8 +743,8 @@ pub(super) fn rotary<B: Backend>(
         .reshape([batch, seq, n_heads, width / n_heads.max(1)])
         .swap_dims(1, 2)
         .halves();
-    let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
-    turned_low.cat(high * cos + low * sin, 3).0
+    let rotated_low = low.clone() * cos.clone() - high.clone() * sin.clone();
+    rotated_low.cat(high * cos + low * sin, 3).0
 }
 
 pub(super) fn rotary_backward<B: Backend>(

@@ -2,29 +2,29 @@
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
-use super::mask::AttentionMask;
+use crate::nn::ops::{self, AttentionMask};
 
-pub(crate) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     let rms = (x.clone().square().mean_dim(D - 1) + eps).sqrt();
     (x / rms) * weight.unsqueeze()
 }
 
-pub(crate) fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     activation::silu(gate) * up
 }
 
-pub(crate) fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
-    let x = super::ops::split_heads(x, n_heads);
+pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
+    let x = ops::split_heads(x, n_heads);
     let half = x.dims()[3] / 2;
     let (cos, sin) = (cos.unsqueeze::<4>(), sin.unsqueeze::<4>());
     let low = x.clone().narrow(3, 0, half);
     let high = x.narrow(3, half, half);
-    let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
-    let turned_high = high * cos + low * sin;
-    Tensor::cat(vec![turned_low, turned_high], 3)
+    let rotated_low = low.clone() * cos.clone() - high.clone() * sin.clone();
+    let rotated_high = high * cos + low * sin;
+    Tensor::cat(vec![rotated_low, rotated_high], 3)
 }
 
-pub(crate) fn causal_attention(
+pub fn causal_attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
@@ -61,7 +61,7 @@ pub(crate) fn causal_attention(
         .reshape([batch, seq_q, n_heads * head_dim])
 }
 
-pub(crate) fn cross_entropy_sum(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+pub fn cross_entropy_sum(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     activation::log_softmax(logits, 1)
         .gather(1, targets.unsqueeze_dim(1))
         .sum()

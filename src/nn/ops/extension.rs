@@ -1,107 +1,11 @@
-//! Custom operations: what a decoder spends its time on besides matrix products, each as one forward and one backward
-//! kernel.
-//!
-//! Burn would record every elementary step on the tape and run each as a pass over memory. Here an operation is one node of
-//! the tape, saves only its inputs (and a number per row), and recomputes the rest in its backward pass. [`DecoderOps`] has
-//! a portable definition in terms of a backend's own operations, which every backend gets; Flex, Burn's CPU backend, has
-//! kernels for contiguous and strided `f32`. Weights that stay as they are stored have kernels on the CPU and on GPUs.
-//!
-//! Callers use the functions of [`super::ops`]. A call on a backend that none of this crate's features names panics.
-
-// `NdArray` is deprecated upstream, and supported here for as long as it exists.
-#![cfg_attr(feature = "ndarray", allow(deprecated))]
-// Without a backend the generated dispatch has no arm that uses its arguments.
-#![cfg_attr(
-    not(any(
-        feature = "flex",
-        feature = "ndarray",
-        feature = "wgpu",
-        feature = "vulkan",
-        feature = "metal",
-        feature = "cuda",
-        feature = "rocm"
-    )),
-    allow(unused_variables)
-)]
-
-mod autodiff;
-#[cfg(any(
-    feature = "wgpu",
-    feature = "vulkan",
-    feature = "metal",
-    feature = "cuda",
-    feature = "rocm"
-))]
-mod cube;
-#[cfg(feature = "flex")]
-mod flex;
-#[cfg(feature = "flex")]
-mod flex_attention;
-#[cfg(feature = "flex")]
-mod flex_few;
-#[cfg(feature = "flex")]
-mod flex_gemm;
-#[cfg(feature = "flex")]
-mod flex_linear;
-#[cfg(feature = "flex")]
-mod flex_matmul;
-#[cfg(feature = "flex")]
-mod flex_quantized;
-#[cfg(feature = "flex")]
-mod flex_summed;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod host_stored;
-mod portable;
-#[cfg(all(test, feature = "flex"))]
-mod testing;
-#[cfg(all(test, feature = "flex"))]
-mod tests;
-#[cfg(all(test, feature = "flex"))]
-mod tests_linear;
-#[cfg(all(test, feature = "flex"))]
-mod tests_quantized;
-#[cfg(all(test, any(feature = "wgpu", feature = "vulkan", feature = "metal")))]
-mod tests_stored;
-#[cfg(all(test, feature = "flex"))]
-mod tests_summed;
+//! The operations as a backend has them: a portable definition, which a backend may replace by a kernel of its own.
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata, backend_extension};
 
-use super::dropout::Dropout;
-use super::mask::AttentionMask;
-use super::stored::{InputGroups, StoredWeight};
+use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight, portable, stored_rows};
 
-/// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LoraTerm {
-    /// Ranks in use: the first columns of A and rows of B, at least 1.
-    pub rank: usize,
-    /// Factor of the update.
-    pub scale: f64,
-    /// Of the adapter's input.
-    pub dropout: Dropout,
-}
-
-/// A low-rank update whose sum with its weight is rounded to a grid.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GridTerm {
-    /// The update; its dropout is not used.
-    pub lora: LoraTerm,
-    /// Bits of a code: the codes are `0..2^bits`.
-    pub bits: u8,
-    /// Which rows of the weight share a scale and a zero point.
-    pub groups: InputGroups,
-}
-
-impl GridTerm {
-    /// The largest code.
-    fn top(&self) -> f32 {
-        f32::from(u8::MAX >> (8 - self.bits.clamp(1, 8)))
-    }
-}
-
-/// The decoder's operations on a backend's own tensors. Shapes are those of the functions in [`super::ops`].
+/// The decoder's operations on a backend's own tensors. Shapes are those of the functions in [`super`].
 ///
 /// A method `x_backward` takes what `x` took, what it saved, and the gradient of its result.
 #[backend_extension(
@@ -110,7 +14,7 @@ impl GridTerm {
     Cube: cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda", feature = "rocm")),
     Autodiff
 )]
-pub trait DecoderOps: Backend {
+pub(crate) trait DecoderOps: Backend {
     /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
         portable::rms_norm::<Self>(x, weight, eps)
@@ -414,7 +318,7 @@ pub trait DecoderOps: Backend {
         portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask)
     }
 
-    /// Splits heads and turns them by position. The tables are constants: no gradient reaches them.
+    /// Splits heads and rotates them by position. The tables are constants: no gradient reaches them.
     fn rotary(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -424,29 +328,12 @@ pub trait DecoderOps: Backend {
         portable::rotary::<Self>(x, cos, sin, n_heads)
     }
 
-    /// Gradient of `x`: turns back and merges heads.
+    /// Gradient of `x`: rotates back and merges heads.
     fn rotary_backward(
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
         grad: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         portable::rotary_backward::<Self>(cos, sin, grad)
-    }
-}
-
-/// Most rows of a product that reads a stored weight as it is stored; for more, it is unpacked once, and the product is dense.
-const FEW_ROWS: usize = 8;
-
-/// Rows of a product of so many numbers with a stored weight, where they are few.
-fn stored_rows(elements: usize, weight: &StoredWeight) -> Option<usize> {
-    let [d_input, _] = weight.dims();
-    let rows = elements.checked_div(d_input)?;
-    (rows * d_input == elements && (1..=FEW_ROWS).contains(&rows)).then_some(rows)
-}
-
-#[cfg(feature = "ndarray")]
-impl DecoderOps for burn::backend::NdArray {
-    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
-        host_stored::linear::<Self>(x, &weight)
     }
 }

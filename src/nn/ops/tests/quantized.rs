@@ -6,7 +6,7 @@ use burn::tensor::{Bool, Device, Tensor};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use super::testing::{Random, close, compare_all, devices, slack, values};
+use super::{Random, close, compare_all, devices, slack, values};
 use crate::format::testing::random_quantized;
 use crate::format::{PackedMatrix, QuantizedMatrix, StoredMatrix, WeightFormat};
 use crate::linalg::Matrix;

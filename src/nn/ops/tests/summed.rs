@@ -3,7 +3,7 @@
 use burn::tensor::{Bool, Device, FloatDType, Tensor, TensorData};
 use half::bf16;
 
-use super::testing::{Random, close, compare_all, devices, slack, values};
+use super::{Random, close, compare_all, devices, slack, values};
 use crate::nn::InputGroups;
 use crate::nn::ops::{self, Dropout, GridTerm, LoraTerm};
 

@@ -1,16 +1,12 @@
 //! Packing: operands in any order and format become panels of units in the order in which a tile reads them.
 
-use half::{bf16, f16};
+use std::ops::Range;
 
-use super::tile::{Kind, Level};
+use half::bf16;
 
-/// Where an operand's numbers lie, and as what.
-#[derive(Clone, Copy)]
-pub(in super::super) enum Numbers {
-    F32(*const f32),
-    Bf16(*const bf16),
-    F16(*const f16),
-}
+use super::operand::{Numbers, Operand};
+use super::tile::Kind;
+use crate::kernels::Level;
 
 /// Where packed panels go.
 #[derive(Clone, Copy)]
@@ -20,57 +16,9 @@ pub(super) struct Panels {
     pub stride: usize,
 }
 
-/// A matrix of any strides as an operand: rows of the left one and columns of the right one are its lines.
-#[derive(Clone, Copy)]
-pub(in super::super) struct Operand {
-    pub first: Numbers,
-    /// Numbers from line to line.
-    pub line: isize,
-    /// Numbers from step to step along the inner dimension.
-    pub step: isize,
-    /// Size of the inner dimension.
-    pub inner: usize,
-}
-// SAFETY: it is only read through, by functions whose callers promise that the memory is alive.
-unsafe impl Send for Operand {}
-// SAFETY: as above.
-unsafe impl Sync for Operand {}
-
 impl Operand {
-    /// Steps `range` of it alone.
-    pub fn steps(self, range: std::ops::Range<usize>) -> Self {
-        Self {
-            inner: range.len(),
-            ..self.from(0, range.start)
-        }
-    }
-
-    /// The same from a line and a step on.
-    fn from(self, line: usize, step: usize) -> Self {
-        let offset = line as isize * self.line + step as isize * self.step;
-        let first = match self.first {
-            Numbers::F32(first) => Numbers::F32(first.wrapping_offset(offset)),
-            Numbers::Bf16(first) => Numbers::Bf16(first.wrapping_offset(offset)),
-            Numbers::F16(first) => Numbers::F16(first.wrapping_offset(offset)),
-        };
-        Self { first, ..self }
-    }
-
-    /// # Safety
-    /// There is such an element in living memory.
-    unsafe fn value(self, line: usize, step: usize) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.from(line, step).first {
-                Numbers::F32(at) => *at,
-                Numbers::Bf16(at) => (*at).to_f32(),
-                Numbers::F16(at) => (*at).to_f32(),
-            }
-        }
-    }
-
     /// Units along the inner dimension.
-    pub fn units(&self, kind: Kind) -> usize {
+    pub(super) fn units(&self, kind: Kind) -> usize {
         self.inner.div_ceil(kind.numbers())
     }
 
@@ -78,14 +26,13 @@ impl Operand {
     /// beyond the last line is anything.
     ///
     /// # Safety
-    /// The operand has these lines and units, in living memory, at least one of each; there is room for the panels, and
-    /// [`Level::detect`] found this level for this kind.
+    /// The operand has these lines and units, in living memory, at least one of each, and there is room for the panels.
     pub(super) unsafe fn pack<const W: usize>(
         self,
         level: Level,
         kind: Kind,
-        lines: std::ops::Range<usize>,
-        units: std::ops::Range<usize>,
+        lines: Range<usize>,
+        units: Range<usize>,
         panels: Panels,
     ) {
         let step = units.start * kind.numbers();
@@ -94,29 +41,32 @@ impl Operand {
             ..self.from(lines.start, step)
         };
         let lines = lines.len();
-        // SAFETY: the caller's promise.
-        unsafe {
-            match (level, kind) {
-                #[cfg(target_arch = "x86_64")]
-                (Level::Avx512, Kind::F32) if part.step == 1 || part.line == 1 => {
-                    match part.first {
-                        Numbers::F32(at) => avx512::f32_of_f32::<W>(part, at, lines, panels),
-                        Numbers::Bf16(at) => {
-                            avx512::f32_of_bf16::<W>(part, at.cast(), lines, panels)
-                        }
-                        Numbers::F16(at) => avx512::f32_of_f16::<W>(part, at.cast(), lines, panels),
+        #[cfg(target_arch = "x86_64")]
+        if kind.is_fast(level) && (part.step == 1 || part.line == 1) {
+            // SAFETY: the caller's promise, one of the strides is 1, and the processor has the instructions, as was asked.
+            unsafe {
+                match (kind, part.first) {
+                    (Kind::F32, Numbers::F32(at)) => {
+                        return avx512::f32_of_f32::<W>(part, at, lines, panels);
                     }
+                    (Kind::F32, Numbers::Bf16(at)) => {
+                        return avx512::f32_of_bf16::<W>(part, at.cast(), lines, panels);
+                    }
+                    (Kind::F32, Numbers::F16(at)) => {
+                        return avx512::f32_of_f16::<W>(part, at.cast(), lines, panels);
+                    }
+                    (Kind::Bf16, Numbers::F32(at)) => {
+                        return avx512::bf16_of_f32::<W>(part, at, lines, panels);
+                    }
+                    (Kind::Bf16, Numbers::Bf16(at)) => {
+                        return avx512::bf16_of_bf16::<W>(part, at.cast(), lines, panels);
+                    }
+                    (Kind::Bf16, Numbers::F16(_)) => {}
                 }
-                #[cfg(target_arch = "x86_64")]
-                (Level::Avx512, Kind::Bf16) if part.step == 1 || part.line == 1 => match part.first
-                {
-                    Numbers::F32(at) => avx512::bf16_of_f32::<W>(part, at, lines, panels),
-                    Numbers::Bf16(at) => avx512::bf16_of_bf16::<W>(part, at.cast(), lines, panels),
-                    Numbers::F16(_) => part.pack_any::<W>(kind, lines, panels),
-                },
-                _ => part.pack_any::<W>(kind, lines, panels),
             }
         }
+        // SAFETY: the caller's promise.
+        unsafe { part.pack_any::<W>(kind, lines, panels) }
     }
 
     /// Number by number.
@@ -173,10 +123,10 @@ mod avx512 {
         ((1_u32 << n.min(16)) - 1) as __mmask16
     }
 
-    /// Turns sixteen lines of sixteen units.
+    /// Transposes sixteen lines of sixteen units.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn turn(lines: &mut [__m512i; 16]) {
+    fn transpose(lines: &mut [__m512i; 16]) {
         let mut pairs = [_mm512_setzero_si512(); 16];
         for i in 0..8 {
             pairs[2 * i] = _mm512_unpacklo_epi32(lines[2 * i], lines[2 * i + 1]);
@@ -243,7 +193,7 @@ mod avx512 {
                                     block[i] = unsafe { $along(at.wrapping_offset(line), numbers) };
                                 }
                             }
-                            turn(&mut block);
+                            transpose(&mut block);
                             let count = (units - unit).min(16);
                             for (i, block) in block.into_iter().enumerate() {
                                 if i < count {

@@ -1,8 +1,14 @@
-use super::super::flex_matmul::Shared;
-use super::*;
+//! Packed products, by the processor's instructions and number by number, against sums in `f64`.
+
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+use super::operand::{Numbers, Operand, Output};
+use super::packed::{Engine, Left};
+use super::tile::Kind;
+use crate::kernels::Level;
+use crate::kernels::disjoint::Disjoint;
 
 /// A random matrix of `lines` x `inner` in memory with gaps, and its numbers.
 struct Random {
@@ -67,7 +73,7 @@ impl Random {
 fn engines() -> Vec<Engine> {
     let kinds = [Kind::F32, Kind::Bf16];
     let portable = kinds.map(|kind| Engine {
-        level: Level::Portable,
+        level: Level::PORTABLE,
         kind,
         parallel: false,
     });
@@ -100,12 +106,9 @@ fn products_of_odd_sizes_in_every_order_and_format() {
             {
                 let add = (order + size) % 2 == 1;
                 let mut out = vec![0.5; m * (n + 1)];
-                let output = Output {
-                    out: Shared(out.as_mut_ptr()),
-                    width: n + 1,
-                    factor: -1.5,
-                    add,
-                };
+                let output = Output::new(Disjoint::new(&mut out), n + 1)
+                    .times(-1.5)
+                    .added_if(add);
                 // SAFETY: the operands are alive and of these sizes.
                 unsafe { engine.product([m, n], left.operand(0), right.operand(format), output) };
                 for (row, out) in out.chunks_exact(n + 1).enumerate() {
@@ -137,27 +140,15 @@ fn parts_are_one_product_and_threads_do_not_matter() {
     for engine in engines() {
         let run = || {
             let mut out = vec![0.25; m * n];
-            let left = Left::new(engine, m, &inner);
+            let mut left = Left::new(engine, m, &inner);
             // SAFETY: the operands are alive and of these sizes.
             unsafe {
                 (0..2).for_each(|part| left.pack(part, lefts[part].operand(0)));
                 let rights = rights.each_ref().map(|right| right.operand(0));
                 // The first part alone, then both.
-                let output = Output {
-                    out: Shared(out.as_mut_ptr()),
-                    width: n,
-                    factor: 0.5,
-                    add: true,
-                };
-                left.times(n, &rights[..1], output);
-                left.times(
-                    n,
-                    &rights,
-                    Output {
-                        factor: 1.0,
-                        ..output
-                    },
-                );
+                let output = Output::new(Disjoint::new(&mut out), n).added();
+                left.times(n, &rights[..1], output.times(0.5));
+                left.times(n, &rights, output);
             }
             out
         };
@@ -194,7 +185,7 @@ fn strips_are_the_product_whatever_the_columns() {
             let left = Random::new(&mut rng, m, inner, order % 3);
             let right = Random::new(&mut rng, n, inner, order / 3);
             for engine in engines() {
-                let packed = Left::new(engine, m, &[inner]);
+                let mut packed = Left::new(engine, m, &[inner]);
                 let width = packed.strip_columns(n);
                 let mut out = vec![f32::NAN; m * n];
                 // SAFETY: the operands are alive and of these sizes.
