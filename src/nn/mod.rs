@@ -5,7 +5,7 @@ mod dropout;
 mod linear;
 mod mask;
 mod norm;
-pub mod ops;
+pub(crate) mod ops;
 mod rope;
 mod stored;
 
@@ -13,6 +13,7 @@ pub use cache::KvCache;
 pub use dropout::{Dropout, mix_seed};
 pub(crate) use linear::prefix;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
+pub use mask::AttentionMask;
 pub use norm::RmsNorm;
 pub use rope::Rope;
 pub use stored::{InputGroups, StoredWeight};

@@ -1,5 +1,5 @@
-//! Products of few rows, as decoding has them: their cost is reading the weight. So it is read once, in the order in which it lies in
-//! memory, by all threads, and widened in registers.
+//! Products of few rows, as decoding has them: their cost is reading the weight. So it is read
+//! once, in the order in which it lies in memory, by all threads, and widened in registers.
 
 use std::ops::Range;
 
@@ -14,7 +14,8 @@ use crate::simd::lines::{ADDED, Stored, add_dots, add_lines};
 pub(super) const MOST_ROWS: usize = 4;
 /// Numbers of the weight that one task reads at least.
 const TASK: usize = 64 * 1024;
-/// Most parts into which the inner dimension is split. Each has sums of its own, so that more parts are more to add up.
+/// Most parts into which the inner dimension is split. Each has sums of its own, so that more parts
+/// are more to add up.
 const PARTS: usize = 8;
 /// Columns of one task, so that its sums stay in the first-level cache.
 const COLUMNS: usize = 4096;
@@ -44,11 +45,12 @@ fn each(tasks: usize, parallel: bool, task: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// `a W` for `a` `[m, k]` and the weight `[k, n]` in `values`. False, with nothing done, where neither of the weight's axes is
-/// contiguous.
+/// `a W` for `a` `[m, k]` and the weight `[k, n]` in `values`. False, with nothing done, where
+/// neither of the weight's axes is contiguous.
 ///
 /// # Safety
-/// `a` lies in memory that is alive, and the output has room for the product, and nobody else uses it.
+/// `a` lies in memory that is alive, and the output has room for the product, and nobody else uses
+/// it.
 pub(super) unsafe fn multiply<T: Stored>(
     m: usize,
     a: Matrix,
@@ -93,7 +95,8 @@ unsafe fn multiply_at<T: Stored>(
     true
 }
 
-/// The weight's lines are its rows, `stride` numbers apart: each is added to all results, times its number of `x`.
+/// The weight's lines are its rows, `stride` numbers apart: each is added to all results, times its
+/// number of `x`.
 unsafe fn along_outputs<T: Stored>(
     level: Level,
     x: &[f32],
@@ -114,7 +117,8 @@ unsafe fn along_outputs<T: Stored>(
             0 => output,
             _ => Output::new(others.from((part - 1) * m * n), n).added(),
         };
-        // SAFETY: the caller's promise; these columns of this part's sums are this task's, so below.
+        // SAFETY: the caller's promise; these columns of this part's sums are this task's, so
+        // below.
         unsafe { begin(output, m, columns.clone()) };
         let lines = part * some..((part + 1) * some).min(k);
         for first in lines.clone().step_by(ADDED) {
@@ -142,7 +146,8 @@ unsafe fn along_outputs<T: Stored>(
     }
 }
 
-/// The weight's lines are its columns, `stride` numbers apart: each gives one result of a row of `x`.
+/// The weight's lines are its columns, `stride` numbers apart: each gives one result of a row of
+/// `x`.
 unsafe fn along_inputs<T: Stored>(
     level: Level,
     x: &[f32],
@@ -198,7 +203,8 @@ mod tests {
         let mut random =
             |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0..1.0)).collect() };
         let x = random(m * k);
-        // Rows and columns with something between them, that must not be read as part of the weight.
+        // Rows and columns with something between them, that must not be read as part of the
+        // weight.
         for (strides, len) in [
             ([n + 3, 1], k * (n + 3)),
             ([1, k + 5], n * (k + 5)),

@@ -1,8 +1,9 @@
 //! Matrix products of floats on the host, for operands of any strides.
 //!
-//! [`product`] multiplies two matrices of `f32`; [`Weight`] is a right operand of 16 or 32 bits, which is never widened as a
-//! whole. There are three ways: with few rows, the weight is read once, as it lies in memory ([`few`]); on processors with
-//! AVX-512, operands are packed and tiles are kept in registers ([`packed`]); all else is left to the `gemm` crate.
+//! [`product`] multiplies two matrices of `f32`; [`Weight`] is a right operand of 16 or 32 bits,
+//! which is never widened as a whole. There are three ways: with few rows, the weight is read once,
+//! as it lies in memory ([`few`]); on processors with AVX-512, operands are packed and tiles are
+//! kept in registers ([`packed`]); all else is left to the `gemm` crate.
 //!
 //! How sums are split depends on sizes alone: results are the same bits with any number of threads.
 

@@ -69,7 +69,8 @@ pub(super) enum Numbers {
     F16(*const f16),
 }
 
-/// A matrix of any strides as an operand: its lines are rows of the left one and columns of the right one.
+/// A matrix of any strides as an operand: its lines are rows of the left one and columns of the
+/// right one.
 #[derive(Clone, Copy)]
 pub(crate) struct Operand {
     pub(super) first: Numbers,
@@ -159,8 +160,8 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// The same from a column on.
-    pub(super) fn from_column(self, column: usize) -> Self {
+    /// The columns from `column` on.
+    pub(super) fn after_column(self, column: usize) -> Self {
         let all = self.to.all.from(column);
         Self {
             to: DisjointRows { all, ..self.to },

@@ -1,4 +1,5 @@
-//! Packing: operands in any order and format become panels of units in the order in which a tile reads them.
+//! Packing: operands in any order and format become panels of units in the order in which a tile
+//! reads them.
 
 use std::ops::Range;
 
@@ -22,11 +23,12 @@ impl Operand {
         self.inner.div_ceil(kind.numbers())
     }
 
-    /// Packs `units` of some lines as panels `[units, W]`. A last unit that has but one number gets a zero; what a panel has
-    /// beyond the last line is anything.
+    /// Packs `units` of some lines as panels `[units, W]`. A last unit that has but one number gets
+    /// a zero; what a panel has beyond the last line is anything.
     ///
     /// # Safety
-    /// The operand has these lines and units, in living memory, at least one of each, and there is room for the panels.
+    /// The operand has these lines and units, in living memory, at least one of each, and there is
+    /// room for the panels.
     pub(super) unsafe fn pack<const W: usize>(
         self,
         level: Level,
@@ -43,7 +45,8 @@ impl Operand {
         let lines = lines.len();
         #[cfg(target_arch = "x86_64")]
         if kind.is_fast(level) && (part.step == 1 || part.line == 1) {
-            // SAFETY: the caller's promise, one of the strides is 1, and the processor has the instructions, as was asked.
+            // SAFETY: the caller's promise, one of the strides is 1, and the processor has the
+            // instructions, as was asked.
             unsafe {
                 match (kind, part.first) {
                     (Kind::F32, Numbers::F32(at)) => {
@@ -115,7 +118,8 @@ mod avx512 {
 
     use super::{Operand, Panels};
 
-    /// Steps along the inner dimension by which memory is asked for ahead, where each is a place of its own.
+    /// Steps along the inner dimension by which memory is asked for ahead, where each is a place of
+    /// its own.
     const AHEAD: isize = 16;
 
     /// The first `n` of sixteen.
@@ -154,8 +158,9 @@ mod avx512 {
         }
     }
 
-    /// Defines a function that packs one format as one kind. `$along` loads at most 16 units from numbers that follow each
-    /// other along the inner dimension; `$across` loads one unit of at most 16 lines that follow each other.
+    /// Defines a function that packs one format as one kind. `$along` loads at most 16 units from
+    /// numbers that follow each other along the inner dimension; `$across` loads one unit of at
+    /// most 16 lines that follow each other.
     macro_rules! pack {
         ($features:literal, $name:ident, $number:ty, $per_unit:literal, $along:ident, $across:ident) => {
             /// # Safety
@@ -169,7 +174,8 @@ mod avx512 {
                 panels: Panels,
             ) {
                 let units = from.inner.div_ceil($per_unit);
-                // Groups of up to sixteen lines within a panel: where they begin and how many there are.
+                // Groups of up to sixteen lines within a panel: where they begin and how many there
+                // are.
                 let groups = (0..lines).step_by(W).flat_map(|line| {
                     (0..W.min(lines - line))
                         .step_by(16)
@@ -186,7 +192,8 @@ mod avx512 {
                             let numbers = (from.inner - unit * $per_unit).min(16 * $per_unit);
                             let mut block = [_mm512_setzero_si512(); 16];
                             for i in 0..16 {
-                                // A line that is not there is read as the last that is; so no branch is needed.
+                                // A line that is not there is read as the last that is; so no
+                                // branch is needed.
                                 if i < if W < 16 { W } else { 16 } {
                                     let line = i.min(n - 1) as isize * from.line;
                                     // SAFETY: so many numbers of this line are there.
@@ -197,7 +204,8 @@ mod avx512 {
                             let count = (units - unit).min(16);
                             for (i, block) in block.into_iter().enumerate() {
                                 if i < count {
-                                    // SAFETY: there is room for the panel, which has `W - group` lines from here on.
+                                    // SAFETY: there is room for the panel, which has `W - group`
+                                    // lines from here on.
                                     unsafe {
                                         let out = place(line, group).add((unit + i) * W);
                                         _mm512_mask_storeu_epi32(
@@ -218,7 +226,8 @@ mod avx512 {
                         for (line, group, n) in groups.clone() {
                             let at = at.wrapping_add(line + group);
                             let next = some.then(|| at.wrapping_offset(from.step));
-                            // SAFETY: so many lines are there, and the room as above. What is prefetched need not exist.
+                            // SAFETY: so many lines are there, and the room as above. What is
+                            // prefetched need not exist.
                             unsafe {
                                 _mm_prefetch::<_MM_HINT_T0>(
                                     at.wrapping_offset(AHEAD * from.step).cast(),

@@ -1,10 +1,13 @@
-//! Matrix products on processors with AVX-512, of `f32` or of bf16 numbers with `f32` sums: packed operands, tiles in registers.
+//! Matrix products on processors with AVX-512, of `f32` or of bf16 numbers with `f32` sums: packed
+//! operands, tiles in registers.
 //!
-//! The left operand is packed once ([`Left`]) and may then be multiplied by several right ones. Those are packed block by block,
-//! each by the task that needs it, into a buffer that stays in the second-level cache. An operand may have several parts along the
-//! inner dimension, so that `x W + h B` is one product, `[x h] [W; B]`, which passes over its result once.
+//! The left operand is packed once ([`Left`]) and may then be multiplied by several right ones.
+//! Those are packed block by block, each by the task that needs it, into a buffer that stays in the
+//! second-level cache. An operand may have several parts along the inner dimension, so that
+//! `x W + h B` is one product, `[x h] [W; B]`, which passes over its result once.
 //!
-//! A product that is only needed on the way to something else comes in strips, and never lies in memory as a whole.
+//! A product that is only needed on the way to something else comes in strips, and never lies in
+//! memory as a whole.
 //!
 //! How sums are split depends on sizes alone: results are the same bits with any number of threads.
 
@@ -47,15 +50,16 @@ thread_local! {
     static RIGHT_BUFFER: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Memory for packed units that a thread keeps from product to product: fresh memory costs a page fault every 4 KiB.
+/// Memory for packed units that a thread keeps from product to product: fresh memory costs a page
+/// fault every 4 KiB.
 pub(super) struct Buffer {
     lines: Vec<Line>,
     home: &'static LocalKey<Cell<Vec<Line>>>,
 }
 
 impl Buffer {
-    /// Room for so many units, of any content. A product inside another on one thread finds the place empty and gets memory
-    /// of its own.
+    /// Room for so many units, of any content. A product inside another on one thread finds the
+    /// place empty and gets memory of its own.
     fn new(home: &'static LocalKey<Cell<Vec<Line>>>, units: usize) -> Self {
         let mut lines = home.take();
         let n = units.div_ceil(16);
@@ -89,8 +93,9 @@ impl Drop for Buffer {
     }
 }
 
-/// Into how many blocks of columns, of at most `most` panels, and of rows to split a product of so many panels, so that all
-/// threads end at about the same time and few panels are packed more than once.
+/// Into how many blocks of columns, of at most `most` panels, and of rows to split a product of so
+/// many panels, so that all threads end at about the same time and few panels are packed more than
+/// once.
 fn split([rows, columns]: [usize; 2], threads: usize, most: usize) -> [usize; 2] {
     let least = columns.div_ceil(most);
     if threads == 1 {
@@ -149,7 +154,8 @@ impl Engine {
     /// `left right`, for `m` lines of the left operand and `n` of the right one.
     ///
     /// # Safety
-    /// The operands have so many lines and the same inner size, in living memory; the output has room, and nobody else writes it.
+    /// The operands have so many lines and the same inner size, in living memory; the output has
+    /// room, and nobody else writes it.
     pub unsafe fn product(
         self,
         [m, n]: [usize; 2],
@@ -183,7 +189,8 @@ pub(crate) struct Left {
 }
 
 impl Left {
-    /// Room for `m` lines of parts with such inner sizes, of which each is to be packed before it is used.
+    /// Room for `m` lines of parts with such inner sizes, of which each is to be packed before it
+    /// is used.
     pub fn new(engine: Engine, m: usize, inner: &[usize]) -> Self {
         let (mut units, mut starts) = (0, Vec::with_capacity(inner.len()));
         for inner in inner {
@@ -217,7 +224,8 @@ impl Left {
                 first: packed.at((index * some * stride + start) * ROWS),
                 stride: stride * ROWS,
             };
-            // SAFETY: the caller's promise; the buffer has room for these panels, which are this task's.
+            // SAFETY: the caller's promise; the buffer has room for these panels, which are this
+            // task's.
             unsafe { operand.pack::<ROWS>(level, kind, lines, 0..units, panels) };
         };
         let tasks = panels.div_ceil(some);
@@ -236,8 +244,8 @@ impl Left {
     /// The product of the first parts with as many parts of a right operand of `n` lines.
     ///
     /// # Safety
-    /// These parts are packed; the right ones have their inner sizes and `n` lines, in living memory; the output has room for
-    /// the product, and nobody else uses it.
+    /// These parts are packed; the right ones have their inner sizes and `n` lines, in living
+    /// memory; the output has room for the product, and nobody else uses it.
     pub unsafe fn times(&self, n: usize, right: &[Operand], output: Output<'_>) {
         let kind = self.engine.kind;
         let units: usize = right.iter().map(|part| part.units(kind)).sum();
@@ -315,7 +323,8 @@ impl Left {
                         add: output.add || first > 0,
                     };
                     let b = packed.wrapping_add(number * count * COLUMNS);
-                    // SAFETY: both panels are packed, and the place is this task's part of the output.
+                    // SAFETY: both panels are packed, and the place is this task's part of the
+                    // output.
                     unsafe { tile(level, kind, a, b, count, place) };
                 }
             }

@@ -14,7 +14,8 @@ use super::tile::Kind;
 
 /// Multiplications below which other threads are not worth waking.
 pub(crate) const SERIAL: usize = 128 * 128 * 128;
-/// Multiplications below which packing is not worth it, and rows below which packing the other operand is not.
+/// Multiplications below which packing is not worth it, and rows below which packing the other
+/// operand is not.
 const PACKED: usize = 32 * 32 * 32;
 const PACKED_ROWS: usize = 8;
 /// Rows of a right-hand side that are widened at a time.
@@ -25,7 +26,8 @@ const PANEL_COLUMNS: usize = 2048;
 /// `a b` for `a` `[m, k]` and `b` `[k, n]`, on all threads where `parallel` and it is worth it.
 ///
 /// # Safety
-/// The matrices lie in memory that is alive; the output has room for the product, and nobody else uses it.
+/// The matrices lie in memory that is alive; the output has room for the product, and nobody else
+/// uses it.
 pub(crate) unsafe fn product(
     [m, n, k]: [usize; 3],
     a: Matrix,
@@ -137,7 +139,8 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// The elements in `rows` and `columns` as `f32` in `scratch`, in the order in which they lie in memory.
+    /// The elements in `rows` and `columns` as `f32` in `scratch`, in the order in which they lie
+    /// in memory.
     fn widen(&self, rows: Range<usize>, columns: Range<usize>, scratch: &mut Vec<f32>) -> Matrix {
         let transposed = self.strides[0] < self.strides[1];
         let (lines, line, stride, step) = if transposed {
@@ -210,8 +213,8 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// What multiplies `m` rows by this weight, where there is enough to do and the processor has the instructions: bf16 as
-    /// such if it can, other formats as `f32`.
+    /// What multiplies `m` rows by this weight, where there is enough to do and the processor has
+    /// the instructions: bf16 as such if it can, other formats as `f32`.
     pub fn engine(&self, m: usize) -> Option<Engine> {
         let multiplications = m * self.dims[0] * self.dims[1];
         match self.values {
@@ -229,7 +232,8 @@ impl<'a> Weight<'a> {
     /// `a self` for `a` `[m, k]`. A weight of 16 bits is never widened whole, but panel by panel.
     ///
     /// # Safety
-    /// `a` lies in memory that is alive; the output has room for the product, and nobody else uses it.
+    /// `a` lies in memory that is alive; the output has room for the product, and nobody else uses
+    /// it.
     pub unsafe fn multiply(&self, m: usize, a: Matrix, output: Output<'_>) {
         let [k, n] = self.dims;
         // SAFETY: the caller's promise.
@@ -237,7 +241,8 @@ impl<'a> Weight<'a> {
             return;
         }
         if let Some(engine) = self.engine(m) {
-            // SAFETY: the caller's promise, and the weight is within its values, as `new` checked; so below.
+            // SAFETY: the caller's promise, and the weight is within its values, as `new` checked;
+            // so below.
             unsafe { engine.product([m, n], a.left(k), self.right(), output) };
             return;
         }
@@ -263,7 +268,7 @@ impl<'a> Weight<'a> {
                 let rows = first..(first + PANEL_ROWS).min(k);
                 let panel = self.widen(rows.clone(), range.clone(), scratch);
                 let (a, size) = (a.from(0, first), [m, range.len(), rows.len()]);
-                let output = output.from_column(range.start).added_if(first > 0);
+                let output = output.after_column(range.start).added_if(first > 0);
                 // SAFETY: as above; the columns of the output are this task's.
                 unsafe { product(size, a, panel, output, false) };
             }

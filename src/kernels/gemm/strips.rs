@@ -1,4 +1,5 @@
-//! A product that nobody keeps: its rows come strip by strip, from some columns at a time, and are used while in the cache.
+//! A product that nobody keeps: its rows come strip by strip, from some columns at a time, and are
+//! used while in the cache.
 
 use std::ops::Range;
 
@@ -23,11 +24,12 @@ impl Left {
         most.next_multiple_of(COLUMNS).min(WIDEST)
     }
 
-    /// The product with some columns of a right operand. Each strip, row-major, is given to `each` with the number of its first row,
-    /// to be changed as that likes, and is then forgotten.
+    /// The product with some columns of a right operand. Each strip, row-major, is given to `each`
+    /// with the number of its first row, to be changed as that likes, and is then forgotten.
     ///
     /// # Safety
-    /// There is one part, which is packed; the right operand has its inner size and these columns, in living memory.
+    /// There is one part, which is packed; the right operand has its inner size and these columns,
+    /// in living memory.
     pub unsafe fn strips(
         &self,
         right: Operand,

@@ -1,8 +1,10 @@
-//! What happens in registers: a tile of [`ROWS`] x [`COLUMNS`] sums, to which packed operands stream.
+//! What happens in registers: a tile of [`ROWS`] x [`COLUMNS`] sums, to which packed operands
+//! stream.
 //!
-//! Operands come in units of 32 bits: an `f32`, or two bf16 numbers that follow each other along the inner dimension. A left
-//! panel is `[units, ROWS]`, a right one `[units, COLUMNS]`. With 12 x 32 sums, 24 of the 32 registers are sums, and a step
-//! along the inner dimension is 14 loads for 24 multiplications.
+//! Operands come in units of 32 bits: an `f32`, or two bf16 numbers that follow each other along
+//! the inner dimension. A left panel is `[units, ROWS]`, a right one `[units, COLUMNS]`. With 12 x
+//! 32 sums, 24 of the 32 registers are sums, and a step along the inner dimension is 14 loads for
+//! 24 multiplications.
 
 use crate::kernels::Level;
 #[cfg(target_arch = "x86_64")]
@@ -31,8 +33,8 @@ impl Kind {
         }
     }
 
-    /// Whether units of this kind are packed and multiplied by instructions for 512 bits. If not, that happens number by
-    /// number, as tests do to compare.
+    /// Whether units of this kind are packed and multiplied by instructions for 512 bits. If not,
+    /// that happens number by number, as tests do to compare.
     pub(super) fn is_fast(self, level: Level) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -70,13 +72,14 @@ impl Place {
     }
 }
 
-/// Defines a function that computes a tile of `R` rows and `V` registers of columns; `R` rows of the panel are read, and no
-/// more than the place has are written.
+/// Defines a function that computes a tile of `R` rows and `V` registers of columns; `R` rows of
+/// the panel are read, and no more than the place has are written.
 #[cfg(target_arch = "x86_64")]
 macro_rules! tile {
     ($features:literal, $name:ident, $lanes:literal, $vector:ty, $mask:ty, $ops:ident) => {
         /// # Safety
-        /// The processor has the features; `a` and `b` are panels of `units`, and the place is writable.
+        /// The processor has the features; `a` and `b` are panels of `units`, and the place is
+        /// writable.
         #[target_feature(enable = $features)]
         #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
         unsafe fn $name<const R: usize, const V: usize>(
@@ -133,7 +136,8 @@ macro_rules! choose {
         /// As for the tiles.
         #[target_feature(enable = $features)]
         unsafe fn $name<const R: usize>(a: *const u32, b: *const u32, units: usize, place: Place) {
-            // SAFETY: the caller's promise; the narrower tiles read the first columns of the panel, or those from 16 on.
+            // SAFETY: the caller's promise; the narrower tiles read the first columns of the panel,
+            // or those from 16 on.
             unsafe {
                 match place.columns {
                     0..=8 => $narrow::<R, 1>(a, b, units, place),

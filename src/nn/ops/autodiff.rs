@@ -8,13 +8,14 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
 
-use super::extension::DecoderOps;
+use super::extension::{DecoderOps, Head, Teacher, Weight};
 use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight};
 
 type Float<B> = FloatTensor<B>;
 
-/// Declares a backward step: its name, the number of tracked inputs, its state and what turns a gradient of the result into
-/// gradients of the tracked inputs. `$wanted` says, input by input, whether one is tracked.
+/// Declares a backward step: its name, the number of tracked inputs, its state and what turns a
+/// gradient of the result into gradients of the tracked inputs. `$wanted` says, input by input,
+/// whether one is tracked.
 macro_rules! backward {
     ($name:ident, $n:literal, $state:ty, |$saved:pat_param, $grad:ident, $wanted:pat_param| $body:expr) => {
         #[derive(Debug)]
@@ -75,29 +76,13 @@ backward!(
     }
 );
 
-/// A constant weight as the tape keeps it: a stored one stays so, and is unpacked in the backward pass.
-#[derive(Clone, Debug)]
-enum Constant<B: DecoderOps> {
-    Dense(Float<B>),
-    Stored(StoredWeight),
-}
-
-impl<B: DecoderOps> Constant<B> {
-    /// The weight, beside a tensor.
-    fn dense(self, beside: &Float<B>) -> Float<B> {
-        match self {
-            Self::Dense(weight) => weight,
-            Self::Stored(weight) => B::stored_dense(beside.clone(), weight),
-        }
-    }
-}
-
+// The tape keeps a weight as it is stored, and the backward pass unpacks it.
 backward!(StoredLinear, 1, StoredWeight, |weight, grad, _| {
     let weight = B::stored_dense(grad.clone(), weight);
     [Some(B::mixed_linear_backward_input(weight, grad))]
 });
 
-type LoraState<B> = (Constant<B>, [Float<B>; 4], LoraTerm);
+type LoraState<B> = (Weight<B>, [Float<B>; 4], LoraTerm);
 
 backward!(
     LoraLinear,
@@ -176,7 +161,8 @@ fn of_scales<B: DecoderOps>(
     B::quantized_sum_backward_scales(sum, scales, zeros, grad, term)
 }
 
-// Straight through: the factors get the gradient of the rounded sum as if it were the sum, clamped or not.
+// Straight through: the factors get the gradient of the rounded sum as if it were the sum, clamped
+// or not.
 backward!(
     QuantizedSum,
     3,
@@ -233,24 +219,12 @@ backward!(
 backward!(
     HeadLoss,
     2,
-    (Float<B>, Option<Float<B>>),
+    (Option<Float<B>>, Option<Float<B>>),
     |(hidden, weight), grad, _| {
-        let scaled = |gradient: Float<B>| {
-            B::float_mul(
-                gradient,
-                B::float_reshape(grad.clone(), Shape::from([1, 1])),
-            )
-        };
-        [Some(scaled(hidden)), weight.map(scaled)]
+        let grad = B::float_reshape(grad, Shape::from([1, 1]));
+        [hidden, weight].map(|slope| slope.map(|slope| B::float_mul(slope, grad.clone())))
     }
 );
-
-backward!(DistilledLoss, 1, Float<B>, |hidden, grad, _| {
-    [Some(B::float_mul(
-        hidden,
-        B::float_reshape(grad, Shape::from([1, 1])),
-    ))]
-});
 
 backward!(
     CausalAttention,
@@ -297,11 +271,27 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         }
     }
 
-    fn mixed_linear(x: Float<Self>, weight: Float<Self>) -> Float<Self> {
+    fn mixed_linear(x: Float<Self>, weight: Weight<Self>) -> Float<Self> {
+        let want_x = x.is_tracked();
+        let (x, x_node) = x.into_parts();
+        let weight = match weight {
+            Weight::Dense(weight) => weight,
+            Weight::Stored(weight) => {
+                let y = B::mixed_linear(x, Weight::Stored(weight.clone()));
+                return match StoredLinear
+                    .prepare::<C>([x_node])
+                    .compute_bound()
+                    .stateful()
+                {
+                    OpsKind::Tracked(prep) => prep.finish(weight, y),
+                    OpsKind::UnTracked(prep) => prep.finish(y),
+                };
+            }
+        };
         // Each gradient needs the other operand, and nothing is kept for one that is not wanted.
-        let (want_x, want_weight) = (x.is_tracked(), weight.is_tracked());
-        let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
-        let y = B::mixed_linear(x.clone(), weight.clone());
+        let want_weight = weight.is_tracked();
+        let (weight, weight_node) = weight.into_parts();
+        let y = B::mixed_linear(x.clone(), Weight::Dense(weight.clone()));
         match Linear
             .prepare::<C>([x_node, weight_node])
             .compute_bound()
@@ -316,23 +306,24 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
 
     fn lora_linear(
         x: Float<Self>,
-        weight: Float<Self>,
+        weight: Weight<Self>,
         a: Float<Self>,
         b: Float<Self>,
         term: LoraTerm,
     ) -> (Float<Self>, Float<Self>) {
         let ((x, x_node), (a, a_node), (b, b_node)) =
             (x.into_parts(), a.into_parts(), b.into_parts());
-        let weight = weight.into_primitive();
+        let weight = match weight {
+            Weight::Dense(weight) => Weight::Dense(weight.into_primitive()),
+            Weight::Stored(weight) => Weight::Stored(weight),
+        };
         let (y, h) = B::lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
         let y = match LoraLinear
             .prepare::<C>([x_node, a_node, b_node])
             .compute_bound()
             .stateful()
         {
-            OpsKind::Tracked(prep) => {
-                prep.finish((Constant::Dense(weight), [x, a, b, h.clone()], term), y)
-            }
+            OpsKind::Tracked(prep) => prep.finish((weight, [x, a, b, h.clone()], term), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(h))
@@ -340,38 +331,6 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
 
     fn stored_dense(beside: Float<Self>, weight: StoredWeight) -> Float<Self> {
         constant::<B, C>(B::stored_dense(beside.into_primitive(), weight))
-    }
-
-    fn stored_linear(x: Float<Self>, weight: StoredWeight) -> Float<Self> {
-        let (x, node) = x.into_parts();
-        let y = B::stored_linear(x, weight.clone());
-        match StoredLinear.prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(weight, y),
-            OpsKind::UnTracked(prep) => prep.finish(y),
-        }
-    }
-
-    fn stored_lora_linear(
-        x: Float<Self>,
-        weight: StoredWeight,
-        a: Float<Self>,
-        b: Float<Self>,
-        term: LoraTerm,
-    ) -> (Float<Self>, Float<Self>) {
-        let ((x, x_node), (a, a_node), (b, b_node)) =
-            (x.into_parts(), a.into_parts(), b.into_parts());
-        let (y, h) = B::stored_lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), term);
-        let y = match LoraLinear
-            .prepare::<C>([x_node, a_node, b_node])
-            .compute_bound()
-            .stateful()
-        {
-            OpsKind::Tracked(prep) => {
-                prep.finish((Constant::Stored(weight), [x, a, b, h.clone()], term), y)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(y),
-        };
-        (y, constant::<B, C>(h))
     }
 
     fn quantized_sum(
@@ -450,7 +409,7 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
             b.clone(),
             term,
         );
-        let y = B::mixed_linear(x.clone(), sum.clone());
+        let y = B::mixed_linear(x.clone(), Weight::Dense(sum.clone()));
         match SummedLinear
             .prepare::<C>([x_node, a_node, b_node])
             .compute_bound()
@@ -487,7 +446,7 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
             zeros,
             term.clone(),
         );
-        let y = B::mixed_linear(x.clone(), sum.clone());
+        let y = B::mixed_linear(x.clone(), Weight::Dense(sum.clone()));
         match QuantizedLinear
             .prepare::<C>([x_node, a_node, b_node, scales_node])
             .compute_bound()
@@ -498,55 +457,40 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         }
     }
 
-    fn head_loss(
+    fn head(
         hidden: Float<Self>,
         weight: Float<Self>,
         targets: IntTensor<Self>,
-    ) -> Float<Self> {
+        teacher: Teacher<Self>,
+        _: [bool; 2],
+    ) -> Head<Float<Self>> {
+        // Beside a teacher, the weight is a constant.
+        let (weight, teacher) = match teacher {
+            Teacher::None => (weight, Teacher::None),
+            Teacher::States(hidden, mix) => (
+                constant::<B, C>(weight.into_primitive()),
+                Teacher::States(hidden.into_primitive(), mix),
+            ),
+        };
         let want_weight = weight.is_tracked();
         let ((hidden, hidden_node), (weight, weight_node)) =
             (hidden.into_parts(), weight.into_parts());
-        match HeadLoss
+        let (loss, nll) = match HeadLoss
             .prepare::<C>([hidden_node, weight_node])
             .compute_bound()
             .stateful()
         {
-            OpsKind::Tracked(prep) if want_weight => {
-                let (loss, hidden, weight) = B::head_loss_and_gradients(hidden, weight, targets);
-                prep.finish((hidden, Some(weight)), loss)
-            }
             OpsKind::Tracked(prep) => {
-                let (loss, hidden) = B::head_loss_and_gradient(hidden, weight, targets);
-                prep.finish((hidden, None), loss)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(B::head_loss(hidden, weight, targets)),
-        }
-    }
-
-    fn distilled_loss(
-        hidden: Float<Self>,
-        weight: Float<Self>,
-        teacher: Float<Self>,
-        targets: IntTensor<Self>,
-        mix: f64,
-    ) -> (Float<Self>, Float<Self>) {
-        let (hidden, node) = hidden.into_parts();
-        let (weight, teacher) = (weight.into_primitive(), teacher.into_primitive());
-        match DistilledLoss
-            .prepare::<C>([node])
-            .compute_bound()
-            .stateful()
-        {
-            OpsKind::Tracked(prep) => {
-                let (loss, nll, gradient) =
-                    B::distilled_loss_and_gradient(hidden, weight, teacher, targets, mix);
-                (prep.finish(gradient, loss), constant::<B, C>(nll))
+                let want = [true, want_weight];
+                let (loss, nll, hidden, weight) = B::head(hidden, weight, targets, teacher, want);
+                (prep.finish((hidden, weight), loss), nll)
             }
             OpsKind::UnTracked(prep) => {
-                let (loss, nll) = B::distilled_loss(hidden, weight, teacher, targets, mix);
-                (prep.finish(loss), constant::<B, C>(nll))
+                let (loss, nll, ..) = B::head(hidden, weight, targets, teacher, [false; 2]);
+                (prep.finish(loss), nll)
             }
-        }
+        };
+        (loss, constant::<B, C>(nll), None, None)
     }
 
     fn causal_attention(
@@ -580,7 +524,8 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
-    // The backward methods keep their portable definitions, whose steps are differentiable; nothing calls them here.
+    // The backward methods keep their portable definitions, whose steps are differentiable; nothing
+    // calls them here.
 }
 
 /// A tensor beside the tape.

@@ -1,11 +1,63 @@
-//! The operations as a backend has them: a portable definition, which a backend may replace by a kernel of its own.
+//! The operations as a backend has them: a portable definition, which a backend may replace by a
+//! kernel of its own.
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
-use burn::backend::{Backend, TensorMetadata, backend_extension};
+use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata, backend_extension};
+use burn::tensor::Tensor;
 
 use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight, portable, stored_rows};
 
-/// The decoder's operations on a backend's own tensors. Shapes are those of the functions in [`super`].
+/// A linear layer's weight: a tensor, or a constant that stays as it is stored.
+#[derive(Clone, Debug, ExtensionType)]
+pub(crate) enum Weight<B: Backend> {
+    /// `[d_input, d_output]`, in any float format.
+    Dense(FloatTensor<B>),
+    Stored(StoredWeight),
+}
+
+impl From<Tensor<2>> for Weight<Dispatch> {
+    fn from(weight: Tensor<2>) -> Self {
+        Self::Dense(weight.into_dispatch())
+    }
+}
+
+impl From<&StoredWeight> for Weight<Dispatch> {
+    fn from(weight: &StoredWeight) -> Self {
+        Self::Stored(weight.clone())
+    }
+}
+
+impl<B: DecoderOps> Weight<B> {
+    /// The weight as a tensor. A stored one is unpacked, to where `beside` is.
+    pub(super) fn dense(self, beside: &FloatTensor<B>) -> FloatTensor<B> {
+        match self {
+            Self::Dense(weight) => weight,
+            Self::Stored(weight) => B::stored_dense(beside.clone(), weight),
+        }
+    }
+
+    /// Whether it is stored and multiplied by a few rows of `x`, as which it is not unpacked.
+    pub(super) fn is_read_as_stored(&self, x: &FloatTensor<B>) -> bool {
+        match self {
+            Self::Dense(_) => false,
+            Self::Stored(weight) => stored_rows(x.shape().num_elements(), weight).is_some(),
+        }
+    }
+}
+
+/// Another model that the head's loss compares with.
+#[derive(Clone, Debug, ExtensionType)]
+pub(crate) enum Teacher<B: Backend> {
+    None,
+    /// Its hidden states, and its share of the loss.
+    States(FloatTensor<B>, f64),
+}
+
+/// What [`DecoderOps::head`] gives.
+pub(super) type Head<T> = (T, T, Option<T>, Option<T>);
+
+/// The decoder's operations on a backend's own tensors. Shapes are those of the functions in
+/// [`super`].
 ///
 /// A method `x_backward` takes what `x` took, what it saved, and the gradient of its result.
 #[backend_extension(
@@ -53,8 +105,13 @@ pub(crate) trait DecoderOps: Backend {
         portable::swiglu_backward::<Self>(gate, up, grad)
     }
 
-    /// `x W`; `weight` may be stored in another float format than `x`.
-    fn mixed_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+    /// `x W`; a dense weight may be of another float format than `x`. Where a backend has no kernel
+    /// for a stored one, it is unpacked for this product and forgotten.
+    fn mixed_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] weight: Weight<Self>,
+    ) -> FloatTensor<Self> {
+        let weight = weight.dense(&x);
         portable::linear::<Self>(x, weight)
     }
 
@@ -66,8 +123,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::linear_backward_input::<Self>(weight, grad)
     }
 
-    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none. `rounded` as in
-    /// [`Self::summed_linear_backward_factors`].
+    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none. `rounded`
+    /// as in [`Self::summed_linear_backward_factors`].
     fn mixed_linear_backward_weight(
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -77,10 +134,11 @@ pub(crate) trait DecoderOps: Backend {
         portable::linear_backward_weight::<Self>(x, grad)
     }
 
-    /// `x W + h B_r`, and `h = s dropout(x) A_r`, `[n, rank]`, for `n` rows of `x`. `W` is a constant.
+    /// `x W + h B_r`, and `h = s dropout(x) A_r`, `[n, rank]`, for `n` rows of `x`. `W` is a
+    /// constant.
     fn lora_linear(
         x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
+        #[extension_type] weight: Weight<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         term: LoraTerm,
@@ -97,7 +155,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::lora_backward_inner::<Self>(b, grad, term)
     }
 
-    /// Gradient of `x`, `grad W^T + dropout(g A_r^T)`, and the `g` of [`Self::lora_backward_inner`].
+    /// Gradient of `x`, `grad W^T + dropout(g A_r^T)`, and the `g` of
+    /// [`Self::lora_backward_inner`].
     fn lora_backward_input(
         weight: FloatTensor<Self>,
         a: FloatTensor<Self>,
@@ -120,7 +179,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term)
     }
 
-    /// `W + (s A_r B_r) * M`, in bf16 where `W` is, else in the adapter's float format. `W` is a constant.
+    /// `W + (s A_r B_r) * M`, in bf16 where `W` is, else in the adapter's float format. `W` is a
+    /// constant.
     fn summed_weight(
         weight: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -142,8 +202,9 @@ pub(crate) trait DecoderOps: Backend {
         portable::summed_weight_backward::<Self>(mask, a, b, grad, term)
     }
 
-    /// `scale * (Q - zero)` for `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and `V` the summed weight; scale and zero point
-    /// by group of rows and column, `[groups, d_output]`. A scale of 0 gives 0. In bf16 where `W` is, rounded once more.
+    /// `scale * (Q - zero)` for `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and `V` the
+    /// summed weight; scale and zero point by group of rows and column, `[groups, d_output]`. A
+    /// scale of 0 gives 0. In bf16 where `W` is, rounded once more.
     fn quantized_sum(
         weight: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -156,8 +217,9 @@ pub(crate) trait DecoderOps: Backend {
         portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
     }
 
-    /// Gradient of the scales, from the summed weight before it was rounded and the gradient of the result: `Q - zero - V / scale`
-    /// by weight, or `Q - zero` where the clamp acts, times the gradient, summed by group.
+    /// Gradient of the scales, from the summed weight before it was rounded and the gradient of the
+    /// result: `Q - zero - V / scale` by weight, or `Q - zero` where the clamp acts, times the
+    /// gradient, summed by group.
     fn quantized_sum_backward_scales(
         sum: FloatTensor<Self>,
         scales: FloatTensor<Self>,
@@ -179,7 +241,8 @@ pub(crate) trait DecoderOps: Backend {
         rounded: bool,
     ) -> FloatTensor<Self> {
         let _ = rounded;
-        Self::mixed_linear(x, Self::summed_weight(weight, mask, a, b, term))
+        let sum = Self::summed_weight(weight, mask, a, b, term);
+        Self::mixed_linear(x, Weight::Dense(sum))
     }
 
     /// `x V` for the quantized sum `V`.
@@ -196,14 +259,13 @@ pub(crate) trait DecoderOps: Backend {
         rounded: bool,
     ) -> FloatTensor<Self> {
         let _ = rounded;
-        Self::mixed_linear(
-            x,
-            Self::quantized_sum(weight, mask, a, b, scales, zeros, term),
-        )
+        let sum = Self::quantized_sum(weight, mask, a, b, scales, zeros, term);
+        Self::mixed_linear(x, Weight::Dense(sum))
     }
 
-    /// Gradients of `A` and `B` from `x` and the gradient of `x V`: those of [`Self::summed_weight_backward`]. If `rounded`, their
-    /// products may take bf16 numbers, with sums in `f32`, where that is faster.
+    /// Gradients of `A` and `B` from `x` and the gradient of `x V`: those of
+    /// [`Self::summed_weight_backward`]. If `rounded`, their products may take bf16 numbers, with
+    /// sums in `f32`, where that is faster.
     fn summed_linear_backward_factors(
         x: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -222,79 +284,28 @@ pub(crate) trait DecoderOps: Backend {
         portable::unpacked::<Self>(&weight, &beside)
     }
 
-    /// `x W` for a stored weight. Where a backend has no kernel for it, it is unpacked for this product and forgotten.
-    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
-        let weight = Self::stored_dense(x.clone(), weight);
-        Self::mixed_linear(x, weight)
-    }
-
-    /// [`Self::lora_linear`] for a stored weight.
-    fn stored_lora_linear(
-        x: FloatTensor<Self>,
-        weight: StoredWeight,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        term: LoraTerm,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if stored_rows(x.shape().num_elements(), &weight).is_some() {
-            let y = Self::stored_linear(x.clone(), weight);
-            return portable::updated::<Self>(y, x, a, b, term);
-        }
-        let weight = Self::stored_dense(x.clone(), weight);
-        Self::lora_linear(x, weight, a, b, term)
-    }
-
-    /// Cross-entropy of `hidden W` summed over rows, `[1]`.
-    fn head_loss(
+    /// The cross-entropy of `hidden W` against the target classes; with a teacher, `mix` times that
+    /// against its predictions and `1 - mix` times that against the targets. Then that against the
+    /// targets alone. Each is summed over rows, `[1]`. And, while logits are at hand, the gradients
+    /// of `hidden` and of the weight by the former, where they are wanted.
+    #[allow(clippy::type_complexity)] // the macro has to see the tensors
+    fn head(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
-    ) -> FloatTensor<Self> {
-        portable::head_loss::<Self>(hidden, weight, targets)
+        #[extension_type] teacher: Teacher<Self>,
+        want: [bool; 2],
+    ) -> (
+        FloatTensor<Self>,
+        FloatTensor<Self>,
+        Option<FloatTensor<Self>>,
+        Option<FloatTensor<Self>>,
+    ) {
+        portable::head::<Self>(hidden, weight, targets, teacher, want)
     }
 
-    /// The loss and, while its logits are at hand, the gradient of `hidden`.
-    fn head_loss_and_gradient(
-        hidden: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        portable::head_loss_and_gradient::<Self>(hidden, weight, targets)
-    }
-
-    /// The loss and the gradients of `hidden` and the weight.
-    fn head_loss_and_gradients(
-        hidden: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        portable::head_loss_and_gradients::<Self>(hidden, weight, targets)
-    }
-
-    /// `mix` times the cross-entropy of `hidden W` against `softmax(teacher W)` and `1 - mix` times that against the targets;
-    /// and the latter alone. Each is summed over rows, `[1]`; all but `hidden` are constants.
-    fn distilled_loss(
-        hidden: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        teacher: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-        mix: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        portable::distilled_loss::<Self>(hidden, weight, teacher, targets, mix)
-    }
-
-    /// Both losses and, while its logits are at hand, the gradient of `hidden` by the first.
-    fn distilled_loss_and_gradient(
-        hidden: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        teacher: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-        mix: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        portable::distilled_loss_and_gradient::<Self>(hidden, weight, teacher, targets, mix)
-    }
-
-    /// The context, `[batch, seq_q, n_heads * head_dim]`, and each query's `ln(sum(exp(scores)))`, `[batch, n_heads, seq_q]`.
+    /// The context, `[batch, seq_q, n_heads * head_dim]`, and each query's `ln(sum(exp(scores)))`,
+    /// `[batch, n_heads, seq_q]`.
     fn causal_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -318,7 +329,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask)
     }
 
-    /// Splits heads and rotates them by position. The tables are constants: no gradient reaches them.
+    /// Splits heads and rotates them by position. The tables are constants: no gradient reaches
+    /// them.
     fn rotary(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,

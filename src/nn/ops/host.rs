@@ -6,8 +6,10 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, TensorData, try_read_sync};
 
+#[cfg(feature = "ndarray")]
 use super::extension::DecoderOps;
-use super::{StoredWeight, stored_rows};
+use super::extension::Weight;
+use super::stored_rows;
 use crate::format::StoredMatrix;
 use crate::kernels::{Activations, Linear, Pool, Rows, RowsMut, Scratch, forward, scratch_bytes};
 
@@ -51,15 +53,11 @@ fn multiply(weight: &StoredMatrix, x: &[f32], rows: usize) -> Option<Vec<f32>> {
     Some(y)
 }
 
-/// `x W`, by the kernels where the rows are few.
-pub(super) fn linear<B: DecoderOps>(x: FloatTensor<B>, weight: &StoredWeight) -> FloatTensor<B> {
-    few::<B>(&x, weight).unwrap_or_else(|| {
-        let weight = B::stored_dense(x.clone(), weight.clone());
-        B::mixed_linear(x, weight)
-    })
-}
-
-fn few<B: Backend>(x: &FloatTensor<B>, weight: &StoredWeight) -> Option<FloatTensor<B>> {
+/// `x W` for a stored weight and a few rows of `x`.
+pub(super) fn few<B: Backend>(x: &FloatTensor<B>, weight: &Weight<B>) -> Option<FloatTensor<B>> {
+    let Weight::Stored(weight) = weight else {
+        return None;
+    };
     let rows = stored_rows(x.shape().num_elements(), weight).filter(|_| x.dtype() == DType::F32)?;
     let data = try_read_sync(B::float_into_data(x.clone()))?.ok()?;
     let y = multiply(weight.matrix(), data.as_slice().ok()?, rows)?;
@@ -71,7 +69,10 @@ fn few<B: Backend>(x: &FloatTensor<B>, weight: &StoredWeight) -> Option<FloatTen
 
 #[cfg(feature = "ndarray")]
 impl DecoderOps for burn::backend::NdArray {
-    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
-        linear::<Self>(x, &weight)
+    fn mixed_linear(x: FloatTensor<Self>, weight: Weight<Self>) -> FloatTensor<Self> {
+        few::<Self>(&x, &weight).unwrap_or_else(|| {
+            let weight = weight.dense(&x);
+            super::portable::linear::<Self>(x, weight)
+        })
     }
 }

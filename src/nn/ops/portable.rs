@@ -6,6 +6,7 @@ use burn::backend::tensor::{BoolTensor, FloatTensor, IndexingUpdateOp, IntTensor
 use burn::backend::{Backend, TensorMetadata, get_device_settings};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
+use super::extension::{DecoderOps, Head, Teacher, Weight};
 use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight};
 use crate::nn::dropout::Dropout;
 
@@ -74,8 +75,9 @@ impl<B: Backend> Val<B> {
         self.exponentials(dim).2
     }
 
-    /// The terms of a softmax over `dim`, of which the largest is 1, their sum, and `ln(sum(exp(self)))`. The quotient is exact where
-    /// `self` is large; `exp(self - ln(sum(exp(self))))` is not.
+    /// The terms of a softmax over `dim`, of which the largest is 1, their sum, and
+    /// `ln(sum(exp(self)))`. The quotient is exact where `self` is large;
+    /// `exp(self - ln(sum(exp(self))))` is not.
     fn exponentials(self, dim: usize) -> (Self, Self, Self) {
         let max = Val::<B>(B::float_max_dim(self.0.clone(), dim));
         let terms = (self - max.clone()).exp();
@@ -230,8 +232,8 @@ impl<B: Backend> Val<B> {
     }
 }
 
-/// A product with a weight that may be stored in another format. With bf16 it is one of bf16 numbers, which is what it was
-/// chosen for; f16, whose range gradients leave, is widened.
+/// A product with a weight that may be stored in another format. With bf16 it is one of bf16
+/// numbers, which is what it was chosen for; f16, whose range gradients leave, is widened.
 fn product<B: Backend>(x: Val<B>, weight: Val<B>) -> Val<B> {
     let dtype = x.0.dtype();
     if weight.0.dtype() == DType::BF16 {
@@ -263,34 +265,23 @@ pub(super) fn linear_backward_weight<B: Backend>(
     rows(Val::<B>(x)).swap_dims(0, 1).matmul(rows(Val(grad))).0
 }
 
-pub(super) fn lora_linear<B: Backend>(
+pub(super) fn lora_linear<B: DecoderOps>(
     x: FloatTensor<B>,
-    weight: FloatTensor<B>,
+    weight: Weight<B>,
     a: FloatTensor<B>,
     b: FloatTensor<B>,
     term: LoraTerm,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let (shape, x) = (x.shape(), rows(Val::<B>(x)));
-    let h = x
-        .clone()
-        .dropped(term.dropout)
-        .matmul(Val(a).first(1, term.rank))
-        * term.scale;
-    let y = product(x, Val(weight)) + h.clone().matmul(Val(b).first(0, term.rank));
-    (shaped_as(y, &shape), h.0)
-}
-
-/// `y + h B_r`, and `h`, for the `y = x W` of a layer.
-pub(super) fn updated<B: Backend>(
-    y: FloatTensor<B>,
-    x: FloatTensor<B>,
-    a: FloatTensor<B>,
-    b: FloatTensor<B>,
-    term: LoraTerm,
-) -> (FloatTensor<B>, FloatTensor<B>) {
+    // A backend may have a product of its own for a weight that is not unpacked.
+    let base = if weight.is_read_as_stored(&x) {
+        rows(Val::<B>(B::mixed_linear(x.clone(), weight)))
+    } else {
+        let weight = weight.dense(&x);
+        product(rows(Val(x.clone())), Val(weight))
+    };
     let (shape, x) = (x.shape(), rows(Val::<B>(x)));
     let h = x.dropped(term.dropout).matmul(Val(a).first(1, term.rank)) * term.scale;
-    let y = rows(Val(y)) + h.clone().matmul(Val(b).first(0, term.rank));
+    let y = base + h.clone().matmul(Val(b).first(0, term.rank));
     (shaped_as(y, &shape), h.0)
 }
 
@@ -487,23 +478,19 @@ pub(super) fn quantized_sum_backward_scales<B: Backend>(
 /// Rows whose logits exist at a time.
 const HEAD_ROWS: usize = 1024;
 
-/// What [`head`] finds. The likelihood of the targets is the loss, unless there is a teacher.
-struct Head<B: Backend> {
-    loss: Val<B>,
-    nll: Option<Val<B>>,
-    hidden: Option<Val<B>>,
-    weight: Option<Val<B>>,
-}
-
-/// The summed loss and, on request, gradients of the hidden states and the weight. A teacher's hidden states come with their
-/// share of the loss.
-fn head<B: Backend>(
+/// The summed loss, that of the targets alone, and the gradients that are wanted: of the hidden
+/// states and of the weight.
+pub(super) fn head<B: Backend>(
     hidden: FloatTensor<B>,
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
-    teacher: Option<(FloatTensor<B>, f64)>,
+    teacher: Teacher<B>,
     [want_hidden, want_weight]: [bool; 2],
-) -> Head<B> {
+) -> Head<FloatTensor<B>> {
+    let teacher = match teacher {
+        Teacher::None => None,
+        Teacher::States(hidden, mix) => Some((hidden, mix)),
+    };
     let (hidden, weight) = (Val::<B>(hidden), Val::<B>(weight));
     let [n, d_model] = hidden.dims();
     let total =
@@ -572,83 +559,17 @@ fn head<B: Backend>(
             slopes.push(product(slope, weight.clone().swap_dims(0, 1)).0);
         }
     }
-    Head {
-        loss: total(losses),
-        nll: teacher.is_some().then(|| total(nlls)),
-        hidden: want_hidden.then(|| Val(B::float_cat(slopes, 0))),
-        weight: grad_weight,
-    }
+    let loss = total(losses).0;
+    let nll = match teacher {
+        Some(_) => total(nlls).0,
+        None => loss.clone(),
+    };
+    let grad_hidden = want_hidden.then(|| B::float_cat(slopes, 0));
+    (loss, nll, grad_hidden, grad_weight.map(|grad| grad.0))
 }
 
-pub(super) fn head_loss<B: Backend>(
-    hidden: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    targets: IntTensor<B>,
-) -> FloatTensor<B> {
-    head::<B>(hidden, weight, targets, None, [false, false])
-        .loss
-        .0
-}
-
-pub(super) fn head_loss_and_gradient<B: Backend>(
-    hidden: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    targets: IntTensor<B>,
-) -> (FloatTensor<B>, FloatTensor<B>) {
-    let like = hidden.clone();
-    let head = head::<B>(hidden, weight, targets, None, [true, false]);
-    (head.loss.0, head.hidden.map_or(like, |grad| grad.0))
-}
-
-pub(super) fn head_loss_and_gradients<B: Backend>(
-    hidden: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    targets: IntTensor<B>,
-) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let (like_hidden, like_weight) = (hidden.clone(), weight.clone());
-    let head = head::<B>(hidden, weight, targets, None, [true, true]);
-    (
-        head.loss.0,
-        head.hidden.map_or(like_hidden, |grad| grad.0),
-        head.weight.map_or(like_weight, |grad| grad.0),
-    )
-}
-
-pub(super) fn distilled_loss<B: Backend>(
-    hidden: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    teacher: FloatTensor<B>,
-    targets: IntTensor<B>,
-    mix: f64,
-) -> (FloatTensor<B>, FloatTensor<B>) {
-    let head = head::<B>(
-        hidden,
-        weight,
-        targets,
-        Some((teacher, mix)),
-        [false, false],
-    );
-    (head.loss.0.clone(), head.nll.unwrap_or(head.loss).0)
-}
-
-pub(super) fn distilled_loss_and_gradient<B: Backend>(
-    hidden: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    teacher: FloatTensor<B>,
-    targets: IntTensor<B>,
-    mix: f64,
-) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let like = hidden.clone();
-    let head = head::<B>(hidden, weight, targets, Some((teacher, mix)), [true, false]);
-    (
-        head.loss.0.clone(),
-        head.nll.unwrap_or(head.loss).0,
-        head.hidden.map_or(like, |grad| grad.0),
-    )
-}
-
-/// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`: the heads of a group share
-/// keys, so they are more rows of one product and no key is copied.
+/// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`:
+/// the heads of a group share keys, so they are more rows of one product and no key is copied.
 fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) -> Val<B> {
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, seq_k, _] = k.dims();

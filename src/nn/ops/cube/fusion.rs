@@ -1,5 +1,6 @@
-//! The same under Burn's fusion, which defers operations: one that it does not know is queued among its own and run, when its turn
-//! comes, by the backend inside. All other operations stay elementary, so that they can be fused.
+//! The same under Burn's fusion, which defers operations: one that it does not know is queued among
+//! its own and run, when its turn comes, by the backend inside. All other operations stay
+//! elementary, so that they can be fused.
 
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape};
@@ -8,7 +9,7 @@ use burn_fusion::custom::{
 };
 use burn_fusion::{Fusion, FusionBackend, FusionHandle, FusionTensor};
 
-use super::{DecoderOps, StoredWeight};
+use super::{DecoderOps, StoredWeight, Weight, portable};
 
 /// Queues an operation of one input and a result of this shape and type.
 fn queued<B: FusionBackend>(
@@ -46,14 +47,18 @@ impl<B: FusionBackend + DecoderOps> DecoderOps for Fusion<B> {
         })
     }
 
-    fn stored_linear(x: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
+    fn mixed_linear(x: FloatTensor<Self>, weight: Weight<Self>) -> FloatTensor<Self> {
+        let weight = match weight {
+            Weight::Dense(weight) => return portable::linear::<Self>(x, weight),
+            Weight::Stored(weight) => weight,
+        };
         let mut shape = x.shape.to_vec();
         if let Some(last) = shape.last_mut() {
             *last = weight.dims()[1];
         }
         let result = (Shape::from(shape), x.dtype);
         queued::<B>("stored_linear", x, result, move |x| {
-            B::stored_linear(x, weight.clone())
+            B::mixed_linear(x, Weight::Stored(weight.clone()))
         })
     }
 }

@@ -1,8 +1,9 @@
 //! The kernel.
 //!
-//! A cube has a row of the weight. Its units take words of a dense row in turn, each several at a time, so that loads are under
-//! way together and lie side by side. A block of a sparse row is a team's of 32 units: each has one column of each word of the
-//! mask, and finds its element by counting the bits before.
+//! A cube has a row of the weight. Its units take words of a dense row in turn, each several at a
+//! time, so that loads are under way together and lie side by side. A block of a sparse row is a
+//! team's of 32 units: each has one column of each word of the mask, and finds its element by
+//! counting the bits before.
 
 use cubecl::prelude::*;
 

@@ -100,15 +100,17 @@ impl Form {
 /// A weight's arrays. None is empty, since not every GPU has empty buffers.
 pub(super) struct Layout {
     pub form: Form,
-    /// The elements, [`Elements::per_word`] to a word from its low end. Of a dense weight, each row begins at a word; of a sparse
-    /// one, the elements that are stored, in order of rows and columns, where rows of codes begin at a word and rows of numbers at
-    /// the next element. A word more than that.
+    /// The elements, [`Elements::per_word`] to a word from its low end. Of a dense weight, each row
+    /// begins at a word; of a sparse one, the elements that are stored, in order of rows and
+    /// columns, where rows of codes begin at a word and rows of numbers at the next element. A word
+    /// more than that.
     pub words: Vec<u32>,
     /// Where a weight is sparse: a bit for each, rows of whole blocks.
     pub mask: Vec<u32>,
     /// The index of the first element of each block of the mask.
     pub starts: Vec<u32>,
-    /// By row and group: the scale as `f16` and above it the zero point, or two words, where scales are wide.
+    /// By row and group: the scale as `f16` and above it the zero point, or two words, where scales
+    /// are wide.
     pub grid: Vec<u32>,
     pub n_groups: usize,
     /// The group of each column, where it is not `column / group_size`.
@@ -153,7 +155,8 @@ fn packed(codes: &[u8], elements: Elements) -> impl Iterator<Item = u32> + '_ {
 }
 
 impl Layout {
-    /// None for a weight that is empty, has parts that contradict each other, or more elements than 32 bits count.
+    /// None for a weight that is empty, has parts that contradict each other, or more elements than
+    /// 32 bits count.
     pub fn new(weight: &StoredMatrix) -> Option<Self> {
         let (n_rows, cols) = (weight.rows(), weight.cols());
         let size = n_rows.checked_mul(cols.next_multiple_of(BLOCK))?;

@@ -1,8 +1,10 @@
-//! Products with a stored weight on GPUs: a device holds it compressed, and it is widened in registers.
+//! Products with a stored weight on GPUs: a device holds it compressed, and it is widened in
+//! registers.
 //!
-//! That serves decoding, which has few rows and is bound by reading the weight. For more rows, and in a backward pass, the same
-//! kernel writes the dense weight, in the device's own memory, for one product. Everything is read as words of 32 bits and widened
-//! by integer arithmetic, since not every device has 16-bit numbers or bytes.
+//! That serves decoding, which has few rows and is bound by reading the weight. For more rows, and
+//! in a backward pass, the same kernel writes the dense weight, in the device's own memory, for one
+//! product. Everything is read as words of 32 bits and widened by integer arithmetic, since not
+//! every device has 16-bit numbers or bytes.
 
 use std::sync::Arc;
 
@@ -17,7 +19,7 @@ use cubecl::server::Handle;
 
 use self::kernel::{UNITS, stored_product};
 use self::layout::{Form, Layout};
-use super::extension::DecoderOps;
+use super::extension::{DecoderOps, Weight};
 use super::{StoredWeight, portable, stored_rows};
 
 mod fusion;
@@ -84,8 +86,8 @@ fn copy_beside(x: &CubeTensor, weight: &StoredWeight) -> Arc<Copy> {
     )
 }
 
-/// `[inputs, d_output]` for a contiguous `x` `[inputs, d_input]` in `f32`; for no `inputs`, the dense weight, `[d_output, d_input]`, and
-/// `x` is not read.
+/// `[inputs, d_output]` for a contiguous `x` `[inputs, d_input]` in `f32`; for no `inputs`, the
+/// dense weight, `[d_output, d_input]`, and `x` is not read.
 fn launch(x: CubeTensor, weight: &StoredWeight, inputs: usize) -> Option<CubeTensor> {
     let client = x.client.clone();
     if client.properties().hardware.max_units_per_cube < UNITS as u32 {
@@ -106,8 +108,8 @@ fn launch(x: CubeTensor, weight: &StoredWeight, inputs: usize) -> Option<CubeTen
         DType::F32,
     );
     let cubes = [rows.min(MOST_CUBES), rows.div_ceil(MOST_CUBES)].map(|count| count as u32);
-    // SAFETY: `Layout` makes arrays of which no index that follows from them and these sizes is outside; `x` and `y` have the sizes
-    // said here.
+    // SAFETY: `Layout` makes arrays of which no index that follows from them and these sizes is
+    // outside; `x` and `y` have the sizes said here.
     unsafe {
         stored_product::launch_unchecked(
             &client,
@@ -130,7 +132,8 @@ fn launch(x: CubeTensor, weight: &StoredWeight, inputs: usize) -> Option<CubeTen
     Some(y)
 }
 
-/// `x W` for a few rows of `x`; none, with nothing done, where there are more, or the weight has no such form.
+/// `x W` for a few rows of `x`; none, with nothing done, where there are more, or the weight has no
+/// such form.
 fn few(x: &CubeTensor, weight: &StoredWeight) -> Option<CubeTensor> {
     let mut shape = x.meta.shape().to_vec();
     let inputs = stored_rows(shape.iter().product(), weight)?;
@@ -164,11 +167,13 @@ impl DecoderOps for CubeBackend {
         }
     }
 
-    fn stored_linear(x: CubeTensor, weight: StoredWeight) -> CubeTensor {
-        if let Some(y) = few(&x, &weight) {
+    fn mixed_linear(x: CubeTensor, weight: Weight<Self>) -> CubeTensor {
+        if let Weight::Stored(stored) = &weight
+            && let Some(y) = few(&x, stored)
+        {
             return y;
         }
-        let dense = Self::stored_dense(x.clone(), weight);
-        Self::mixed_linear(x, dense)
+        let weight = weight.dense(&x);
+        portable::linear::<Self>(x, weight)
     }
 }

@@ -1,5 +1,6 @@
-//! Causal attention on Flex: blocks of queries against the keys that they see, probabilities recomputed in the backward
-//! pass (the idea of FlashAttention, Dao et al., arXiv 2205.14135, with whole rows of scores, which fit a CPU's cache).
+//! Causal attention on Flex: blocks of queries against the keys that they see, probabilities
+//! recomputed in the backward pass (the idea of FlashAttention, Dao et al., arXiv 2205.14135, with
+//! whole rows of scores, which fit a CPU's cache).
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
@@ -14,7 +15,8 @@ use crate::simd;
 
 /// Scores that one block holds at a time, so that they stay in the second-level cache.
 const BLOCK_SCORES: usize = 32 * 1024;
-/// Most queries of a block: smaller blocks skip more of the keys that come after a query, larger ones are better products.
+/// Most queries of a block: smaller blocks skip more of the keys that come after a query, larger
+/// ones are better products.
 const BLOCK_QUERIES: usize = 64;
 /// Multiplications below which other threads are not worth waking.
 const SERIAL: usize = 64 * 1024;
@@ -73,7 +75,8 @@ impl Sizes {
     }
 }
 
-/// The matrix `[seq, head_dim]` of a head of a tensor `[batch, n_heads, seq, head_dim]` with any strides, from row `start` on.
+/// The matrix `[seq, head_dim]` of a head of a tensor `[batch, n_heads, seq, head_dim]` with any
+/// strides, from row `start` on.
 fn matrix_of_head(tensor: &FlexTensor, batch: usize, head: usize, start: usize) -> Matrix {
     let (values, layout) = (tensor.storage::<f32>(), tensor.layout());
     let strides = layout.strides();
@@ -114,7 +117,8 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Calls `row` with each query's number in the block, its row of `scores`, and the range of it that the query sees.
+    /// Calls `row` with each query's number in the block, its row of `scores`, and the range of it
+    /// that the query sees.
     fn each_row(
         &self,
         scores: &mut [f32],
@@ -203,7 +207,8 @@ pub(super) fn forward(
         let (for_scores, for_queries, _) = block.products();
         let queries = matrix_of_head(q, row, head, first);
         let keys = matrix_of_head(k, row, kv_head, block.keys.start).transposed();
-        // SAFETY: the layouts of `q`, `k` and `v` stay within their storage; `scores` has the product's size.
+        // SAFETY: the layouts of `q`, `k` and `v` stay within their storage; `scores` has the
+        // product's size.
         unsafe {
             product(
                 for_scores,
@@ -257,8 +262,8 @@ pub(super) fn forward(
 /// What a task of the backward pass writes: gradients of queries, keys and values.
 type Gradients<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [f32]);
 
-/// Gradients of `q`, `k` and `v`; `log_sum_exp` and `grad` are contiguous. A task is a batch row's key/value head, whose
-/// gradient gathers from every query of its group.
+/// Gradients of `q`, `k` and `v`; `log_sum_exp` and `grad` are contiguous. A task is a batch row's
+/// key/value head, whose gradient gathers from every query of its group.
 pub(super) fn backward(
     sizes: Sizes,
     [q, k, v]: [&FlexTensor; 3],
@@ -304,8 +309,8 @@ pub(super) fn backward(
                 let grad_q = &mut grad_q[first * head_dim..(first + block.len) * head_dim];
                 let of_keys = block.keys.start * head_dim..block.keys.end * head_dim;
                 let (grad_k, grad_v) = (&mut grad_k[of_keys.clone()], &mut grad_v[of_keys]);
-                // SAFETY: the layouts of `q`, `k` and `v` stay within their storage, and `grad` is contiguous; the
-                // destinations have the products' sizes. So below.
+                // SAFETY: the layouts of `q`, `k` and `v` stay within their storage, and `grad` is
+                // contiguous; the destinations have the products' sizes. So below.
                 unsafe {
                     product(
                         for_scores,

@@ -1,5 +1,6 @@
 //! A model's head with its loss on Flex.
 
+use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 use rayon::prelude::*;
@@ -8,10 +9,11 @@ use super::linear::operands;
 use super::util::{contiguous, dims, floats, is_f32, task_rows, tensor};
 use crate::kernels::Level;
 use crate::kernels::gemm::{Matrix, Output, product};
+use crate::nn::ops::extension::{Head, Teacher};
 use crate::simd;
 
-/// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's weight is read and packed
-/// anew for each such chunk.
+/// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's
+/// weight is read and packed anew for each such chunk.
 const HEAD_ROWS: usize = 512;
 /// Most logits at a time, 64 MiB of them, over which chunks get fewer rows.
 const HEAD_LOGITS: usize = 16 << 20;
@@ -47,47 +49,30 @@ impl<'a> Targets<'a> {
     }
 }
 
-/// What [`head`] finds: the summed loss, that against the targets alone, and the gradients that were asked for.
-pub(super) struct Head {
-    pub loss: FlexTensor,
-    pub nll: FlexTensor,
-    pub hidden: Option<FlexTensor>,
-    pub weight: Option<FlexTensor>,
-}
-
-/// A teacher's hidden states, and its share of the loss.
-pub(super) struct Teacher {
-    pub hidden: FlexTensor,
-    pub mix: f64,
-}
-
-/// The cross-entropy of `hidden W` summed over rows, and on request its gradients. The logits of [`HEAD_ROWS`] rows exist at
+/// The cross-entropy of `hidden W` summed over rows, or with a teacher the mixture; that against
+/// the targets alone; and the gradients that are wanted. The logits of [`HEAD_ROWS`] rows exist at
 /// a time, a teacher's beside them, and their gradient takes their place.
 pub(super) fn head(
     hidden: &FlexTensor,
     weight: &FlexTensor,
     targets: &FlexTensor,
-    teacher: Option<Teacher>,
-    want_hidden: bool,
-    want_weight: bool,
-) -> Option<Head> {
+    teacher: &Teacher<Flex>,
+    [want_hidden, want_weight]: [bool; 2],
+) -> Option<Head<FlexTensor>> {
     let (of, targets) = (operands(hidden, weight)?, contiguous(targets.clone()));
     let (classes, [d_model, n_classes]) = (Targets::new(&targets)?, of.dims());
     let n = classes.len();
     if dims(hidden) != [n, d_model] {
         return None;
     }
-    if teacher
-        .as_ref()
-        .is_some_and(|teacher| !is_f32(&[&teacher.hidden]) || dims(&teacher.hidden) != [n, d_model])
-    {
-        return None;
-    }
+    let teacher = match teacher {
+        Teacher::None => None,
+        Teacher::States(hidden, _) if !is_f32(&[hidden]) || dims(hidden) != [n, d_model] => {
+            return None;
+        }
+        Teacher::States(hidden, mix) => Some((contiguous(hidden.clone()), *mix)),
+    };
     let (hidden, level) = (contiguous(hidden.clone()), Level::detect());
-    let teacher = teacher.map(|teacher| Teacher {
-        hidden: contiguous(teacher.hidden),
-        ..teacher
-    });
     let values = floats(&hidden);
     let mut grad_hidden = vec![0.0_f32; if want_hidden { n * d_model } else { 0 }];
     let mut grad_weight = vec![0.0_f32; if want_weight { d_model * n_classes } else { 0 }];
@@ -107,7 +92,7 @@ pub(super) fn head(
             .with_min_len(task_rows(n_classes))
             .enumerate();
         // By row: the loss, and that against the target.
-        let losses: Vec<[f32; 2]> = if let Some(Teacher { hidden, mix }) = &teacher {
+        let losses: Vec<[f32; 2]> = if let Some((hidden, mix)) = &teacher {
             let taught = &mut taught[..rows * n_classes];
             let chunk = Matrix::rows(&floats(hidden)[first * d_model..], d_model);
             // SAFETY: as above.
@@ -165,10 +150,10 @@ pub(super) fn head(
         }
     }
     let scalar = |value: f64| tensor(vec![value as f32], Shape::from([1]));
-    Some(Head {
-        loss: scalar(loss),
-        nll: scalar(nll),
-        hidden: want_hidden.then(|| tensor(grad_hidden, Shape::from([n, d_model]))),
-        weight: want_weight.then(|| tensor(grad_weight, Shape::from([d_model, n_classes]))),
-    })
+    Some((
+        scalar(loss),
+        scalar(nll),
+        want_hidden.then(|| tensor(grad_hidden, Shape::from([n, d_model]))),
+        want_weight.then(|| tensor(grad_weight, Shape::from([d_model, n_classes]))),
+    ))
 }

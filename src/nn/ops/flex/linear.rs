@@ -13,7 +13,8 @@ use crate::kernels::gemm::{Engine, Kind, Left, Matrix, Output, SERIAL, Weight, p
 use crate::nn::dropout::Dropout;
 use crate::nn::ops::LoraTerm;
 
-/// `x` and the weight where they form a product that the kernels cover: `f32` rows that are not empty.
+/// `x` and the weight where they form a product that the kernels cover: `f32` rows that are not
+/// empty.
 pub(super) fn operands<'a>(x: &FlexTensor, of: &'a FlexTensor) -> Option<Weight<'a>> {
     let weight = weight(of)?;
     let fits = is_f32(&[x]) && dims(x).last() == Some(&weight.dims()[0]) && n_rows(x) > 0;
@@ -54,7 +55,8 @@ pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> O
     Some(tensor(dx, with_width(&grad, d_input)))
 }
 
-/// `x^T grad`; of numbers rounded to bf16 where that is said and the processor multiplies them as such.
+/// `x^T grad`; of numbers rounded to bf16 where that is said and the processor multiplies them as
+/// such.
 pub(super) fn linear_backward_weight(
     x: &FlexTensor,
     grad: &FlexTensor,
@@ -87,7 +89,8 @@ pub(super) fn linear_backward_weight(
     Some(tensor(dw, Shape::from([d_input, d_output])))
 }
 
-/// The factors of an adapter with `rank` of their ranks active: `a` `[d_input, r_max]`, `b` `[r_max, d_output]`.
+/// The factors of an adapter with `rank` of their ranks active: `a` `[d_input, r_max]`, `b`
+/// `[r_max, d_output]`.
 pub(super) struct Factors {
     pub a: FlexTensor,
     pub b: FlexTensor,
@@ -276,7 +279,8 @@ pub(super) fn lora_backward_input(
         Some(engine) => {
             // `[grad g] [W^T; A^T]`, as in the forward pass.
             let mut left = Left::new(engine, rows, &[d_output, rank]);
-            // SAFETY: the operands are alive, each output is this one's, and what a product reads has been packed.
+            // SAFETY: the operands are alive, each output is this one's, and what a product reads
+            // has been packed.
             unsafe {
                 left.pack(0, grads.left(d_output));
                 let g = matrix(rows * rank, |g| {
@@ -362,7 +366,8 @@ fn add_dropped(dx: &mut [f32], g: &[f32], a: Matrix, d_input: usize, term: LoraT
     });
 }
 
-/// Gradients of the factors: `dropout(x)^T g` in the first columns and `h^T grad` in the first rows; the rest is zero.
+/// Gradients of the factors: `dropout(x)^T g` in the first columns and `h^T grad` in the first
+/// rows; the rest is zero.
 pub(super) fn lora_backward_factors(
     x: &FlexTensor,
     h: &FlexTensor,
@@ -408,7 +413,8 @@ pub(super) fn lora_backward_factors(
                 true,
             );
         } else {
-            // The thin matrix on the right and the result transposed afterwards: twice as fast by the `gemm` crate.
+            // The thin matrix on the right and the result transposed afterwards: twice as fast by
+            // the `gemm` crate.
             let transposed = matrix(d_output * rank, |transposed| {
                 product(
                     [d_output, rank, rows],

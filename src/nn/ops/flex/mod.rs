@@ -1,4 +1,5 @@
-//! Flex kernels: `f32` on the CPU, in parallel over rows. What they do not cover falls back to the portable definition.
+//! Flex kernels: `f32` on the CPU, in parallel over rows. What they do not cover falls back to the
+//! portable definition.
 
 mod attention;
 mod head;
@@ -12,12 +13,11 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 use rayon::prelude::*;
 
-use self::head::{Head, Teacher};
 use self::util::{
     TASK, build, contiguous, dims, floats, for_chunks, is_f32, part, task_rows, tensor, whole,
 };
-use super::extension::DecoderOps;
-use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight, host, portable};
+use super::extension::{DecoderOps, Head, Teacher, Weight};
+use super::{AttentionMask, GridTerm, LoraTerm, host, portable};
 use crate::kernels::Level;
 use crate::simd;
 
@@ -30,10 +30,6 @@ fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
 }
 
 impl DecoderOps for Flex {
-    fn stored_linear(x: FlexTensor, weight: StoredWeight) -> FlexTensor {
-        host::linear::<Self>(x, &weight)
-    }
-
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
         if !norm_fits(&x, &weight) {
             return portable::rms_norm::<Self>(x, weight, eps);
@@ -72,7 +68,8 @@ impl DecoderOps for Flex {
         let (x, grad) = (contiguous(x), contiguous(grad));
         let (x, grad, level) = (floats(&x), floats(&grad), Level::detect());
         let chunk = task_rows(width) * width;
-        // Chunks are summed in their order, whatever the threads, so that a result can be reproduced.
+        // Chunks are summed in their order, whatever the threads, so that a result can be
+        // reproduced.
         let parts: Vec<Vec<f32>> = (0..x.len().div_ceil(chunk))
             .into_par_iter()
             .map(|index| {
@@ -132,7 +129,11 @@ impl DecoderOps for Flex {
         (gate, up)
     }
 
-    fn mixed_linear(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    fn mixed_linear(x: FlexTensor, weight: Weight<Self>) -> FlexTensor {
+        if let Some(y) = host::few::<Self>(&x, &weight) {
+            return y;
+        }
+        let weight = weight.dense(&x);
         linear::linear(&x, &weight).unwrap_or_else(|| portable::linear::<Self>(x, weight))
     }
 
@@ -148,13 +149,17 @@ impl DecoderOps for Flex {
 
     fn lora_linear(
         x: FlexTensor,
-        weight: FlexTensor,
+        weight: Weight<Self>,
         a: FlexTensor,
         b: FlexTensor,
         term: LoraTerm,
     ) -> (FlexTensor, FlexTensor) {
+        if weight.is_read_as_stored(&x) {
+            return portable::lora_linear::<Self>(x, weight, a, b, term);
+        }
+        let weight = weight.dense(&x);
         linear::lora_linear(&x, &weight, a.clone(), b.clone(), term)
-            .unwrap_or_else(|| portable::lora_linear::<Self>(x, weight, a, b, term))
+            .unwrap_or_else(|| portable::lora_linear::<Self>(x, Weight::Dense(weight), a, b, term))
     }
 
     fn lora_backward_inner(b: FlexTensor, grad: FlexTensor, term: LoraTerm) -> FlexTensor {
@@ -259,83 +264,15 @@ impl DecoderOps for Flex {
         })
     }
 
-    fn head_loss(hidden: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
-        match head::head(&hidden, &weight, &targets, None, false, false) {
-            Some(head) => head.loss,
-            None => portable::head_loss::<Self>(hidden, weight, targets),
-        }
-    }
-
-    fn head_loss_and_gradient(
+    fn head(
         hidden: FlexTensor,
         weight: FlexTensor,
         targets: FlexTensor,
-    ) -> (FlexTensor, FlexTensor) {
-        match head::head(&hidden, &weight, &targets, None, true, false) {
-            Some(Head {
-                loss,
-                hidden: Some(hidden),
-                ..
-            }) => (loss, hidden),
-            _ => portable::head_loss_and_gradient::<Self>(hidden, weight, targets),
-        }
-    }
-
-    fn head_loss_and_gradients(
-        hidden: FlexTensor,
-        weight: FlexTensor,
-        targets: FlexTensor,
-    ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        match head::head(&hidden, &weight, &targets, None, true, true) {
-            Some(Head {
-                loss,
-                hidden: Some(hidden),
-                weight: Some(weight),
-                ..
-            }) => (loss, hidden, weight),
-            _ => portable::head_loss_and_gradients::<Self>(hidden, weight, targets),
-        }
-    }
-
-    fn distilled_loss(
-        hidden: FlexTensor,
-        weight: FlexTensor,
-        teacher: FlexTensor,
-        targets: FlexTensor,
-        mix: f64,
-    ) -> (FlexTensor, FlexTensor) {
-        let states = Teacher {
-            hidden: teacher.clone(),
-            mix,
-        };
-        match head::head(&hidden, &weight, &targets, Some(states), false, false) {
-            Some(head) => (head.loss, head.nll),
-            None => portable::distilled_loss::<Self>(hidden, weight, teacher, targets, mix),
-        }
-    }
-
-    fn distilled_loss_and_gradient(
-        hidden: FlexTensor,
-        weight: FlexTensor,
-        teacher: FlexTensor,
-        targets: FlexTensor,
-        mix: f64,
-    ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        let states = Teacher {
-            hidden: teacher.clone(),
-            mix,
-        };
-        match head::head(&hidden, &weight, &targets, Some(states), true, false) {
-            Some(Head {
-                loss,
-                nll,
-                hidden: Some(hidden),
-                ..
-            }) => (loss, nll, hidden),
-            _ => {
-                portable::distilled_loss_and_gradient::<Self>(hidden, weight, teacher, targets, mix)
-            }
-        }
+        teacher: Teacher<Self>,
+        want: [bool; 2],
+    ) -> Head<FlexTensor> {
+        head::head(&hidden, &weight, &targets, &teacher, want)
+            .unwrap_or_else(|| portable::head::<Self>(hidden, weight, targets, teacher, want))
     }
 
     fn causal_attention(

@@ -18,7 +18,8 @@ struct Grid<'a> {
 }
 
 impl<'a> Grid<'a> {
-    /// None where they are not of these shapes, or a row of the weight is in a group that there is not.
+    /// None where they are not of these shapes, or a row of the weight is in a group that there is
+    /// not.
     fn new(
         scales: &'a FlexTensor,
         zeros: &'a FlexTensor,
@@ -66,7 +67,8 @@ pub(super) fn sum(
     })
 }
 
-/// Gradient of the scales: each group adds up its rows in their order, whatever the threads. All tensors are contiguous.
+/// Gradient of the scales: each group adds up its rows in their order, whatever the threads. All
+/// tensors are contiguous.
 pub(super) fn backward_scales(
     sum: &FlexTensor,
     scales: &FlexTensor,

@@ -1,4 +1,5 @@
-//! A weight with a masked update on Flex: the sum, and gradients of its factors, which need no gradient of the sum in memory.
+//! A weight with a masked update on Flex: the sum, and gradients of its factors, which need no
+//! gradient of the sum in memory.
 
 use std::mem::MaybeUninit;
 
@@ -46,8 +47,9 @@ pub(super) fn summed_weight(
     })
 }
 
-/// A matrix of the weight's shape, row block by row block: `finish` is given a row's number, its part of `s A_r B_r`, to be
-/// replaced, and the weight's and the mask's rows. It is rounded to bf16 where the weight is of bf16.
+/// A matrix of the weight's shape, row block by row block: `finish` is given a row's number, its
+/// part of `s A_r B_r`, to be replaced, and the weight's and the mask's rows. It is rounded to bf16
+/// where the weight is of bf16.
 pub(super) fn summed_rows(
     weight: &FlexTensor,
     mask: &FlexTensor,
@@ -74,7 +76,8 @@ pub(super) fn summed_rows(
             factors.max_rank,
         );
         let size = [range.len(), d_output, term.rank];
-        // SAFETY: the operands are alive, and the rows are this task's; the product writes all of them.
+        // SAFETY: the operands are alive, and the rows are this task's; the product writes all of
+        // them.
         unsafe {
             let first = Disjoint::uninit(out);
             product(
@@ -128,9 +131,10 @@ pub(super) fn summed_rows(
     Some(tensor(sum, shape))
 }
 
-/// Gradients of the factors straight from the layer's input and the gradient of its output: as [`summed_weight_backward`] has them
-/// from `x^T grad`, of which only a strip at a time exists. In f32, or `rounded`: operands of every product rounded to bf16, sums in
-/// f32. None where that is not worth it, or the processor lacks the instructions.
+/// Gradients of the factors straight from the layer's input and the gradient of its output: as
+/// [`summed_weight_backward`] has them from `x^T grad`, of which only a strip at a time exists. In
+/// f32, or `rounded`: operands of every product rounded to bf16, sums in f32. None where that is
+/// not worth it, or the processor lacks the instructions.
 #[allow(clippy::too_many_arguments)] // the layer's
 pub(super) fn backward_factors(
     x: &FlexTensor,
@@ -174,7 +178,8 @@ pub(super) fn backward_factors(
     let width = left.strip_columns(d_output);
     let (blocks, mut db) = (d_output.div_ceil(width), vec![0.0; max_rank * d_output]);
     let (tasks, of_b) = (blocks.min(SHARES), Disjoint::new(&mut db));
-    // A task's share of A's gradient is from its columns; they are added in the order of columns, whatever the threads.
+    // A task's share of A's gradient is from its columns; they are added in the order of columns,
+    // whatever the threads.
     let task = |index: usize| {
         let mut da = vec![0.0_f32; d_input * rank];
         for block in index * blocks / tasks..(index + 1) * blocks / tasks {
@@ -196,7 +201,8 @@ pub(super) fn backward_factors(
                 );
                 let (of_a, of_b) = (Disjoint::new(&mut da[first * rank..]), of_b.from(start));
                 let output = |out, width| Output::new(out, width).times(scale).added();
-                // SAFETY: the operands are alive, and the outputs this task's: its share, and its columns.
+                // SAFETY: the operands are alive, and the outputs this task's: its share, and its
+                // columns.
                 unsafe {
                     thin.product(
                         [n, rank],
@@ -241,8 +247,8 @@ pub(super) fn backward_factors(
     ))
 }
 
-/// Gradients of the factors from that of the summed weight: `s (grad * M) B_r^T` and `s A_r^T (grad * M)`, one pass over the
-/// gradient.
+/// Gradients of the factors from that of the summed weight: `s (grad * M) B_r^T` and
+/// `s A_r^T (grad * M)`, one pass over the gradient.
 pub(super) fn summed_weight_backward(
     mask: &FlexTensor,
     a: FlexTensor,
@@ -265,7 +271,8 @@ pub(super) fn summed_weight_backward(
     let rows = weight_rows(d_output);
     let grad: &mut [f32] = grad.storage_mut();
     let mut da = vec![0.0; d_input * max_rank];
-    // A task's share of B's gradient; they are added in the order of rows, whatever the threads. Few, so that they are small.
+    // A task's share of B's gradient; they are added in the order of rows, whatever the threads.
+    // Few, so that they are small.
     let tasks = grad
         .par_chunks_mut(rows * d_output)
         .zip(da.par_chunks_mut(rows * max_rank))

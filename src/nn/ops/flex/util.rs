@@ -9,7 +9,8 @@ use rayon::prelude::*;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Values, Weight};
 
-/// Elements that one task works on: enough to be worth handing to another thread, and to stay in its cache.
+/// Elements that one task works on: enough to be worth handing to another thread, and to stay in
+/// its cache.
 pub(super) const TASK: usize = 16 * 1024;
 
 /// How many rows of `width` elements make one task.
@@ -31,8 +32,8 @@ pub(super) fn floats(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice().unwrap_or_default()
 }
 
-/// A tensor that holds its elements and nothing else, so that its storage may be written in place. The storage is copied
-/// on the first write if another tensor shares it.
+/// A tensor that holds its elements and nothing else, so that its storage may be written in place.
+/// The storage is copied on the first write if another tensor shares it.
 pub(super) fn whole(tensor: FlexTensor) -> FlexTensor {
     let whole = tensor.to_contiguous();
     drop(tensor);
@@ -54,7 +55,8 @@ pub(super) fn dims(tensor: &FlexTensor) -> &[usize] {
     tensor.layout().shape().as_slice()
 }
 
-/// A new tensor that `fill` writes completely, in chunks of `chunk` elements given with their index.
+/// A new tensor that `fill` writes completely, in chunks of `chunk` elements given with their
+/// index.
 pub(super) fn build(
     shape: Shape,
     chunk: usize,
@@ -79,7 +81,8 @@ pub(super) fn build(
     tensor(values, shape)
 }
 
-/// The part of `values` that belongs to the chunk `index` of `len` elements, of which the last may be short.
+/// The part of `values` that belongs to the chunk `index` of `len` elements, of which the last may
+/// be short.
 pub(super) fn part(values: &[f32], index: usize, len: usize) -> &[f32] {
     let start = (index * len).min(values.len());
     &values[start..(start + len).min(values.len())]
@@ -127,7 +130,8 @@ pub(super) fn with_width(x: &FlexTensor, width: usize) -> Shape {
     Shape::from(shape)
 }
 
-/// The tensor as a weight; none where it is of another rank or dtype, is empty, or is read backwards.
+/// The tensor as a weight; none where it is of another rank or dtype, is empty, or is read
+/// backwards.
 pub(super) fn weight(tensor: &FlexTensor) -> Option<Weight<'_>> {
     let layout = tensor.layout();
     let dims = <[usize; 2]>::try_from(layout.shape().as_slice()).ok()?;

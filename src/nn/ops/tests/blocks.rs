@@ -124,7 +124,8 @@ fn attention_is_the_plain_composition() {
                 window,
                 left_pad: pads.map(<[usize]>::to_vec),
             };
-            // The plain composition spreads a query without keys over all of them, so none of these cases' queries is one.
+            // The plain composition spreads a query without keys over all of them, so none of these
+            // cases' queries is one.
             let first = seq_k - seq_q;
             let seen = pads.is_none_or(|pads| pads.iter().all(|pad| *pad <= first));
             let name =
@@ -193,7 +194,8 @@ fn any_strides_will_do() {
         let mut random = Random::new(8);
         let run = |views: bool| {
             let mut random = Random::new(9);
-            // `[batch, seq, heads, size]` seen as `[batch, heads, seq, size]`, and keys narrowed from a longer cache.
+            // `[batch, seq, heads, size]` seen as `[batch, heads, seq, size]`, and keys narrowed
+            // from a longer cache.
             let q = random.tensor::<4>([2, 3, 4, 6], 1.0, &tape).require_grad();
             let k = random.tensor::<4>([2, 2, 9, 6], 1.0, &tape).require_grad();
             let v = random.tensor::<4>([2, 2, 6, 9], 1.0, &tape).require_grad();
@@ -440,7 +442,8 @@ fn half_precision_takes_the_portable_way() {
 
 #[test]
 fn double_precision_takes_the_portable_way_on_the_tape() {
-    // On a GPU, `f64` has sums and products but need not have `exp` or `cos`: Vulkan defines those of `f32` at most.
+    // On a GPU, `f64` has sums and products but need not have `exp` or `cos`: Vulkan defines those
+    // of `f32` at most.
     for device in &hosts() {
         let tape = device.clone().autodiff();
         let run = |dtype: FloatDType| {

@@ -464,7 +464,8 @@ fn weights_of_16_bits_multiply_as_their_values() {
                     all.extend([&x, &a, &b].map(|leaf| values(leaf.grad(&gradients).unwrap())));
                     all
                 };
-                // Sums of up to 2100 terms in another order; and with bf16, summed weights and often inputs are rounded to 8 bits.
+                // Sums of up to 2100 terms in another order; and with bf16, summed weights and
+                // often inputs are rounded to 8 bits.
                 let rounded = dtype == FloatDType::BF16;
                 let tolerance = if rounded { 2e-2 } else { 2e-5 };
                 for (index, (got, want)) in run(half).iter().zip(run(wide)).enumerate() {

@@ -1,5 +1,5 @@
-//! What the tests of the custom operations share: devices, reproducible inputs, and the comparison with a plain
-//! composition.
+//! What the tests of the custom operations share: devices, reproducible inputs, and the comparison
+//! with a plain composition.
 
 mod blocks;
 mod linear;
@@ -15,7 +15,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Every device that this build has a backend for and this machine offers, off the tape: Flex first.
+/// Every device that this build has a backend for and this machine offers, off the tape: Flex
+/// first.
 fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| hosts().into_iter().chain(adapters()).collect())
@@ -31,7 +32,8 @@ fn hosts() -> Vec<Device> {
     ]
 }
 
-/// What Burn reaches through wgpu. Listing adapters opens none, so a machine without one only has fewer devices.
+/// What Burn reaches through wgpu. Listing adapters opens none, so a machine without one only has
+/// fewer devices.
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 fn adapters() -> Vec<Device> {
     let adapters = Device::enumerate(burn::tensor::DeviceType::Wgpu);
@@ -46,8 +48,9 @@ fn adapters() -> Vec<Device> {
     Vec::new()
 }
 
-/// How much more than on the host a device may be off. Vulkan lets `exp(x)` be off by `3 + 2 |x|` units in the last place,
-/// which is some 3e-6 of it at the `|x| < 12` of these tests, and divisions by 2.5; on the host all are within one.
+/// How much more than on the host a device may be off. Vulkan lets `exp(x)` be off by `3 + 2 |x|`
+/// units in the last place, which is some 3e-6 of it at the `|x| < 12` of these tests, and
+/// divisions by 2.5; on the host all are within one.
 fn slack(device: &Device) -> f32 {
     if hosts().contains(&device.clone().without_autodiff()) {
         1.0
@@ -111,8 +114,9 @@ fn compare<const D: usize, const R: usize, const N: usize>(
     );
 }
 
-/// Runs `fused` and `plain` on the same tracked inputs, of any shapes, under the same weighted sum, on the inputs' device;
-/// compares results and all gradients, and the gradients with finite differences.
+/// Runs `fused` and `plain` on the same tracked inputs, of any shapes, under the same weighted sum,
+/// on the inputs' device; compares results and all gradients, and the gradients with finite
+/// differences.
 fn compare_all<const D: usize, const R: usize>(
     name: &str,
     inputs: Vec<Tensor<D>>,
@@ -146,7 +150,8 @@ fn compare_all<const D: usize, const R: usize>(
             5e-6 * slack,
         );
     }
-    // The kernels without a tape, and the portable definitions on the tape of plain tensors' constants.
+    // The kernels without a tape, and the portable definitions on the tape of plain tensors'
+    // constants.
     close(
         &format!("{name}, untracked"),
         &values(fused(inputs.clone())),

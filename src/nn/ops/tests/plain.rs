@@ -1,4 +1,5 @@
-//! The operations as plain compositions of Burn tensors: what the custom operations are compared with.
+//! The operations as plain compositions of Burn tensors: what the custom operations are compared
+//! with.
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 

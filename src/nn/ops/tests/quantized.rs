@@ -13,7 +13,8 @@ use crate::linalg::Matrix;
 use crate::nn::ops::{self, Dropout, GridTerm, LoraTerm};
 use crate::nn::{InputGroups, StoredWeight, tensor_from_matrix};
 
-/// One weight with everything around it. Ranks of 5, of which some are active; a factor that is not 1.
+/// One weight with everything around it. Ranks of 5, of which some are active; a factor that is not
+/// 1.
 struct Case {
     weight: Tensor<2>,
     mask: Tensor<2, Bool>,
@@ -86,7 +87,8 @@ impl Case {
         ops::quantized_sum(weight, mask, a, b, scales, zeros, self.term.clone())
     }
 
-    /// Plain operations: rounding is a constant that is added, so that gradients are straight through.
+    /// Plain operations: rounding is a constant that is added, so that gradients are straight
+    /// through.
     fn plain(&self, a: Tensor<2>, b: Tensor<2>, scales: Tensor<2>) -> Tensor<2> {
         let [d_input, _] = self.weight.dims();
         let rank = self.term.lora.rank;
@@ -156,7 +158,8 @@ fn results_and_straight_through_gradients_are_those_of_plain_operations() {
                 for (index, (got, want)) in got.iter().zip(&want).enumerate() {
                     close(&format!("{name}, {index}"), got, want, 2e-5 * slack(device));
                 }
-                // Off the tape the same bits, and with scales that nobody trains the same gradients.
+                // Off the tape the same bits, and with scales that nobody trains the same
+                // gradients.
                 let plain = case.sum(case.a.clone(), case.b.clone(), case.scales.clone());
                 assert_eq!(values(plain), got[0], "{name}: off the tape");
                 let fixed = run(&|[a, b, scales]| {
@@ -181,7 +184,8 @@ fn results_and_straight_through_gradients_are_those_of_plain_operations() {
     }
 }
 
-/// With steps far smaller than anything that is told apart here, a grid is no grid, and slopes are what is measured.
+/// With steps far smaller than anything that is told apart here, a grid is no grid, and slopes are
+/// what is measured.
 #[test]
 fn gradients_on_a_fine_grid_are_slopes() {
     let device = Device::flex();
@@ -317,8 +321,8 @@ fn a_stored_weight_gives_what_the_dense_one_gives() {
                     random.tensor([3, d_output], 0.1, device),
                 ];
                 let both = |x: Tensor<3>, [a, b]: [Tensor<2>; 2]| {
-                    let got = ops::stored_linear(x.clone(), &weight)
-                        + ops::stored_lora_linear(x.clone(), &weight, a.clone(), b.clone(), term);
+                    let got = ops::linear(x.clone(), &weight)
+                        + ops::lora_linear(x.clone(), &weight, a.clone(), b.clone(), term);
                     let want = ops::linear(x.clone(), dense.clone())
                         + ops::lora_linear(x, dense.clone(), a, b, term);
                     [got, want]

@@ -18,8 +18,8 @@ use crate::nn::{StoredWeight, host_values};
 
 type Rng = ChaCha8Rng;
 
-/// Codes of which a part is the zero point, with a row and a group of nothing else, in some case or other with scales of 32 bits,
-/// tiny scales, or columns in an order of their own.
+/// Codes of which a part is the zero point, with a row and a group of nothing else, in some case or
+/// other with scales of 32 bits, tiny scales, or columns in an order of their own.
 fn quantized([rows, cols]: [usize; 2], bits: u8, case: usize, rng: &mut Rng) -> QuantizedMatrix {
     let group_size = [32, 128, 7, 10_000, 24][case % 5];
     let mut parts =
@@ -54,7 +54,8 @@ fn quantized([rows, cols]: [usize; 2], bits: u8, case: usize, rng: &mut Rng) -> 
     QuantizedMatrix::new(parts).unwrap()
 }
 
-/// Two of four numbers and fewer, small ones among them that half precision has below its normal range; one row without any.
+/// Two of four numbers and fewer, small ones among them that half precision has below its normal
+/// range; one row without any.
 fn numbers([rows, cols]: [usize; 2], density: f64, rng: &mut Rng) -> Matrix {
     let mut matrix = Matrix::from_fn(rows, cols, |row, col| {
         let size = if row % 3 == 0 { 2e-5 } else { 2.0 };
@@ -132,7 +133,8 @@ fn the_kernel_agrees_with_the_oracle() {
                 let [rows, cols] = size;
                 let weight = StoredWeight::new(matrix);
                 let matrix = weight.matrix();
-                // Each number of inputs is a kernel of its own, which takes longer to compile than to run.
+                // Each number of inputs is a kernel of its own, which takes longer to compile than
+                // to run.
                 let several = if case == 3 { FEW_ROWS } else { 2 + case };
                 for inputs in [1, several] {
                     let name = format!(
@@ -140,7 +142,7 @@ fn the_kernel_agrees_with_the_oracle() {
                         matrix.format()
                     );
                     let x = Random::new(case as u64).tensor::<3>([1, inputs, cols], 1.0, device);
-                    let y = ops::stored_linear(x.clone(), &weight);
+                    let y = ops::linear(x.clone(), &weight);
                     assert_eq!(y.dims(), [1, inputs, rows], "{name}");
                     check(&name, matrix, &values(x), &values(y));
                 }
@@ -153,7 +155,7 @@ fn the_kernel_agrees_with_the_oracle() {
                     &name,
                     matrix,
                     &host_values(x.clone()),
-                    &values(ops::stored_linear(x, &weight)),
+                    &values(ops::linear(x, &weight)),
                 );
                 // One copy serves them all: the kernel has run, and the weight was moved once.
                 assert_eq!(weight.copies(), 1, "{name}");
@@ -176,7 +178,7 @@ fn many_rows_are_multiplied_with_what_the_kernel_unpacks() {
                 let identity = Matrix::from_fn(cols, cols, |row, col| f32::from(row == col));
                 let identity =
                     Tensor::<1>::from_floats(identity.as_slice(), device).reshape([cols, cols]);
-                let got = values(ops::stored_linear(identity, &weight).transpose());
+                let got = values(ops::linear(identity, &weight).transpose());
                 assert_eq!(got, matrix.to_matrix().as_slice(), "{name}");
 
                 let tape = device.clone().autodiff();
@@ -195,7 +197,7 @@ fn many_rows_are_multiplied_with_what_the_kernel_unpacks() {
                             seed: 5,
                         },
                     };
-                    let y = ops::stored_lora_linear(x.clone(), &weight, a, b, term);
+                    let y = ops::lora_linear(x.clone(), &weight, a, b, term);
                     let y_grad = (y.clone() * Tensor::from_data(grad.to_data(), &tape))
                         .sum()
                         .backward();
@@ -239,7 +241,7 @@ fn a_vocabulary_is_multiplied_too() {
         ] {
             let weight = StoredWeight::new(matrix);
             let x = Random::new(1).tensor::<2>([2, 9], 1.0, device);
-            let y = values(ops::stored_linear(x.clone(), &weight));
+            let y = values(ops::linear(x.clone(), &weight));
             check(&format!("{device:?}"), weight.matrix(), &values(x), &y);
             assert_eq!(weight.copies(), 1);
         }
@@ -263,7 +265,8 @@ fn halves_are_widened_exactly() {
                 .zip(weight.matrix().to_matrix().as_slice())
                 .enumerate()
             {
-                // A device may take `f32`s below the normal range for zeros; only bfloat16 has such.
+                // A device may take `f32`s below the normal range for zeros; only bfloat16 has
+                // such.
                 let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
                 assert!(
                     same || want.is_subnormal() && *got == 0.0,
@@ -280,7 +283,7 @@ fn inputs_of_other_types_and_no_inputs_are_served() {
     for device in devices().iter().filter(|device| !hosts().contains(device)) {
         for matrix in stored([6, 40], 0, &mut rng) {
             let weight = StoredWeight::new(matrix);
-            let none = ops::stored_linear(Tensor::<2>::zeros([0, 40], device), &weight);
+            let none = ops::linear(Tensor::<2>::zeros([0, 40], device), &weight);
             assert_eq!(none.dims(), [0, 6]);
             if !device.supports_dtype(DType::F16) {
                 continue;
@@ -288,9 +291,9 @@ fn inputs_of_other_types_and_no_inputs_are_served() {
             let x = Random::new(1)
                 .tensor::<2>([2, 40], 1.0, device)
                 .cast(FloatDType::F16);
-            let y = ops::stored_linear(x.clone(), &weight);
+            let y = ops::linear(x.clone(), &weight);
             assert_eq!(y.dtype(), DType::F16);
-            let want = ops::stored_linear(x.cast(FloatDType::F32), &weight);
+            let want = ops::linear(x.cast(FloatDType::F32), &weight);
             let size = values(want.clone().abs().max())[0];
             let off = values((y.cast(FloatDType::F32) - want).abs().max())[0];
             assert!(off <= 1e-3 * size, "{off} of {size}");

@@ -200,7 +200,8 @@ fn beside_a_weight_of_bf16_the_sum_is_the_nearest_of_bf16() {
                 .into_iter()
                 .map(|value| bf16::from_f32(value).to_f32())
                 .collect();
-            // Elsewhere the product may be off in its last bit, and then be rounded to the other side.
+            // Elsewhere the product may be off in its last bit, and then be rounded to the other
+            // side.
             let tolerance = if device == &Device::flex() { 0.0 } else { 5e-3 };
             close("sum", &values(got.cast(FloatDType::F32)), &want, tolerance);
         }
