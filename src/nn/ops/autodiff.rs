@@ -8,8 +8,9 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
 
-use super::extension::{DecoderOps, Head, Teacher, Weight};
-use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight};
+use super::extension::DecoderOps;
+use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
+use crate::nn::{AttentionMask, StoredWeight};
 
 type Float<B> = FloatTensor<B>;
 

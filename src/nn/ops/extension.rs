@@ -2,30 +2,11 @@
 //! kernel of its own.
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
-use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata, backend_extension};
-use burn::tensor::Tensor;
+use burn::backend::{Backend, backend_extension};
 
-use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight, portable, stored_rows};
-
-/// A linear layer's weight: a tensor, or a constant that stays as it is stored.
-#[derive(Clone, Debug, ExtensionType)]
-pub(crate) enum Weight<B: Backend> {
-    /// `[d_input, d_output]`, in any float format.
-    Dense(FloatTensor<B>),
-    Stored(StoredWeight),
-}
-
-impl From<Tensor<2>> for Weight<Dispatch> {
-    fn from(weight: Tensor<2>) -> Self {
-        Self::Dense(weight.into_dispatch())
-    }
-}
-
-impl From<&StoredWeight> for Weight<Dispatch> {
-    fn from(weight: &StoredWeight) -> Self {
-        Self::Stored(weight.clone())
-    }
-}
+use super::portable;
+use super::terms::{GridTerm, LoraTerm, Teacher, Weight};
+use crate::nn::{AttentionMask, StoredWeight};
 
 impl<B: DecoderOps> Weight<B> {
     /// The weight as a tensor. A stored one is unpacked, to where `beside` is.
@@ -35,26 +16,7 @@ impl<B: DecoderOps> Weight<B> {
             Self::Stored(weight) => B::stored_dense(beside.clone(), weight),
         }
     }
-
-    /// Whether it is stored and multiplied by a few rows of `x`, as which it is not unpacked.
-    pub(super) fn is_read_as_stored(&self, x: &FloatTensor<B>) -> bool {
-        match self {
-            Self::Dense(_) => false,
-            Self::Stored(weight) => stored_rows(x.shape().num_elements(), weight).is_some(),
-        }
-    }
 }
-
-/// Another model that the head's loss compares with.
-#[derive(Clone, Debug, ExtensionType)]
-pub(crate) enum Teacher<B: Backend> {
-    None,
-    /// Its hidden states, and its share of the loss.
-    States(FloatTensor<B>, f64),
-}
-
-/// What [`DecoderOps::head`] gives.
-pub(super) type Head<T> = (T, T, Option<T>, Option<T>);
 
 /// The decoder's operations on a backend's own tensors. Shapes are those of the functions in
 /// [`super`].

@@ -8,8 +8,7 @@ use burn::tensor::{DType, TensorData, try_read_sync};
 
 #[cfg(feature = "ndarray")]
 use super::extension::DecoderOps;
-use super::extension::Weight;
-use super::stored_rows;
+use super::terms::{Weight, stored_rows};
 use crate::format::StoredMatrix;
 use crate::kernels::{Activations, Linear, Pool, Rows, RowsMut, Scratch, forward, scratch_bytes};
 

@@ -41,6 +41,7 @@ mod flex;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod host;
 mod portable;
+mod terms;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
@@ -49,49 +50,9 @@ use burn::tensor::{Bool, Int, Tensor};
 
 pub use super::dropout::Dropout;
 pub use super::mask::AttentionMask;
-use super::stored::{InputGroups, StoredWeight};
-pub(crate) use extension::Weight;
-use extension::{DecoderOps, Teacher};
-
-/// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LoraTerm {
-    /// Ranks in use: the first columns of A and rows of B, at least 1.
-    pub rank: usize,
-    /// Factor of the update.
-    pub scale: f64,
-    /// Of the adapter's input.
-    pub dropout: Dropout,
-}
-
-/// A low-rank update whose sum with its weight is rounded to a grid.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GridTerm {
-    /// The update; its dropout is not used.
-    pub lora: LoraTerm,
-    /// Bits of a code: the codes are `0..2^bits`.
-    pub bits: u8,
-    /// Which rows of the weight share a scale and a zero point.
-    pub groups: InputGroups,
-}
-
-impl GridTerm {
-    /// The largest code.
-    fn top(&self) -> f32 {
-        f32::from(u8::MAX >> (8 - self.bits.clamp(1, 8)))
-    }
-}
-
-/// Most rows of a product that reads a stored weight as it is stored; for more, it is unpacked
-/// once, and the product is dense.
-const FEW_ROWS: usize = 8;
-
-/// Rows of a product of so many numbers with a stored weight, where they are few.
-fn stored_rows(elements: usize, weight: &StoredWeight) -> Option<usize> {
-    let [d_input, _] = weight.dims();
-    let rows = elements.checked_div(d_input)?;
-    (rows * d_input == elements && (1..=FEW_ROWS).contains(&rows)).then_some(rows)
-}
+use extension::DecoderOps;
+use terms::Teacher;
+pub use terms::{GridTerm, LoraTerm, Weight};
 
 /// Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467):
 /// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension.

@@ -6,9 +6,9 @@ use burn::backend::tensor::{BoolTensor, FloatTensor, IndexingUpdateOp, IntTensor
 use burn::backend::{Backend, TensorMetadata, get_device_settings};
 use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
-use super::extension::{DecoderOps, Head, Teacher, Weight};
-use super::{AttentionMask, GridTerm, LoraTerm, StoredWeight};
-use crate::nn::dropout::Dropout;
+use super::extension::DecoderOps;
+use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
+use crate::nn::{AttentionMask, Dropout, StoredWeight};
 
 /// A backend's tensor, with operators, so that what follows reads like mathematics.
 struct Val<B: Backend>(FloatTensor<B>);

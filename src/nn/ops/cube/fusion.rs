@@ -9,7 +9,10 @@ use burn_fusion::custom::{
 };
 use burn_fusion::{Fusion, FusionBackend, FusionHandle, FusionTensor};
 
-use super::{DecoderOps, StoredWeight, Weight, portable};
+use crate::nn::StoredWeight;
+use crate::nn::ops::extension::DecoderOps;
+use crate::nn::ops::portable;
+use crate::nn::ops::terms::Weight;
 
 /// Queues an operation of one input and a result of this shape and type.
 fn queued<B: FusionBackend>(

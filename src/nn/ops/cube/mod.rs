@@ -19,8 +19,10 @@ use cubecl::server::Handle;
 
 use self::kernel::{UNITS, stored_product};
 use self::layout::{Form, Layout};
-use super::extension::{DecoderOps, Weight};
-use super::{StoredWeight, portable, stored_rows};
+use super::extension::DecoderOps;
+use super::portable;
+use super::terms::{Weight, stored_rows};
+use crate::nn::StoredWeight;
 
 mod fusion;
 mod kernel;

@@ -10,7 +10,7 @@ use super::util::{floats, tensor};
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Matrix, Output, product};
-use crate::nn::ops::AttentionMask;
+use crate::nn::AttentionMask;
 use crate::simd;
 
 /// Scores that one block holds at a time, so that they stay in the second-level cache.

@@ -9,7 +9,7 @@ use super::linear::operands;
 use super::util::{contiguous, dims, floats, is_f32, task_rows, tensor};
 use crate::kernels::Level;
 use crate::kernels::gemm::{Matrix, Output, product};
-use crate::nn::ops::extension::{Head, Teacher};
+use crate::nn::ops::terms::{Head, Teacher};
 use crate::simd;
 
 /// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's

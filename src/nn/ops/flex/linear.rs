@@ -10,8 +10,8 @@ use super::util::{
 };
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Engine, Kind, Left, Matrix, Output, SERIAL, Weight, product};
-use crate::nn::dropout::Dropout;
-use crate::nn::ops::LoraTerm;
+use crate::nn::Dropout;
+use crate::nn::ops::terms::LoraTerm;
 
 /// `x` and the weight where they form a product that the kernels cover: `f32` rows that are not
 /// empty.

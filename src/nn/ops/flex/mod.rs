@@ -16,9 +16,11 @@ use rayon::prelude::*;
 use self::util::{
     TASK, build, contiguous, dims, floats, for_chunks, is_f32, part, task_rows, tensor, whole,
 };
-use super::extension::{DecoderOps, Head, Teacher, Weight};
-use super::{AttentionMask, GridTerm, LoraTerm, host, portable};
+use super::extension::DecoderOps;
+use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
+use super::{host, portable};
 use crate::kernels::Level;
+use crate::nn::AttentionMask;
 use crate::simd;
 
 /// Whether `x` is rows of `[.., width]` and the weight one of them.

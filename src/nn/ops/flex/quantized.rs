@@ -6,7 +6,7 @@ use burn::tensor::Shape;
 use super::summed::summed_rows;
 use super::util::{dims, floats, for_chunks, is_f32, tensor};
 use crate::kernels::Level;
-use crate::nn::ops::GridTerm;
+use crate::nn::ops::terms::GridTerm;
 use crate::simd;
 
 /// Scales and zero points, row-major, `[groups, d_output]`.

@@ -11,8 +11,8 @@ use crate::format::testing::random_quantized;
 use crate::format::{Buffer, MatrixHeader, QuantizedMatrix, StoredMatrix, WeightFormat};
 use crate::kernels::{Linear, reference};
 use crate::linalg::Matrix;
-use crate::nn::ops::FEW_ROWS;
 use crate::nn::ops::extension::DecoderOps;
+use crate::nn::ops::terms::FEW_ROWS;
 use crate::nn::ops::{self, Dropout, LoraTerm};
 use crate::nn::{StoredWeight, host_values};
 
