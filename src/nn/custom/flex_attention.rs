@@ -9,7 +9,7 @@ use super::AttentionMask;
 use super::flex::{floats, tensor};
 use super::flex_matmul::{Matrix, Shared, product};
 use crate::kernels::Level;
-use crate::simd;
+use crate::kernels::rows;
 
 /// Scores that one block holds at a time, so that they stay in the second-level cache.
 const BLOCK_SCORES: usize = 32 * 1024;
@@ -217,7 +217,7 @@ pub(super) fn forward(
             let sum = if visible.is_empty() {
                 0.0
             } else {
-                simd::softmax(level, &mut scores[visible])
+                rows::softmax(level, &mut scores[visible])
             };
             // SAFETY: this task's row, within the capacity.
             unsafe { sum_at(first + query).write(sum) };
@@ -333,10 +333,10 @@ pub(super) fn backward(
                 block.each_row(weights, |query, weights, visible| {
                     hide(weights, &visible);
                     let sum = log_sum_exp[(row * n_heads + head) * seq_q + first + query];
-                    simd::exp_shifted(level, &mut weights[visible.clone()], sum, 1.0);
+                    rows::exp_shifted(level, &mut weights[visible.clone()], sum, 1.0);
                     let slopes = &mut slopes[query * n_keys..(query + 1) * n_keys];
                     hide(slopes, &visible);
-                    simd::softmax_backward(level, &weights[visible.clone()], &mut slopes[visible]);
+                    rows::softmax_backward(level, &weights[visible.clone()], &mut slopes[visible]);
                 });
                 let (weights, slopes) =
                     (Matrix::rows(weights, n_keys), Matrix::rows(slopes, n_keys));

@@ -8,9 +8,9 @@ use super::flex::{Targets, contiguous, dims, floats, for_chunks, is_f32, task_ro
 use super::flex_gemm::{Engine, Kind, Left, Output};
 use super::flex_matmul::{Matrix, SERIAL, Shared, Weight, product};
 use crate::kernels::Level;
+use crate::kernels::rows;
 use crate::nn::custom::LoraTerm;
 use crate::nn::dropout::Dropout;
-use crate::simd;
 
 /// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's weight is read and packed
 /// anew for each such chunk.
@@ -583,8 +583,8 @@ pub(super) fn head(
             let row = |((row, logits), taught): ((usize, &mut [f32]), &mut [f32])| {
                 let class = classes.get(first + row);
                 let target = logits[class];
-                simd::softmax(level, taught);
-                let (log_sum_exp, cross_entropy) = simd::softmax_less(level, logits, taught, soft);
+                rows::softmax(level, taught);
+                let (log_sum_exp, cross_entropy) = rows::softmax_less(level, logits, taught, soft);
                 logits[class] -= hard;
                 let nll = log_sum_exp - target;
                 [soft * cross_entropy + hard * nll, nll]
@@ -598,9 +598,9 @@ pub(super) fn head(
                 let class = classes.get(first + row);
                 let target = logits[class];
                 if !want_gradient {
-                    return [simd::log_sum_exp(level, logits) - target; 2];
+                    return [rows::log_sum_exp(level, logits) - target; 2];
                 }
-                let log_sum_exp = simd::softmax(level, logits);
+                let log_sum_exp = rows::softmax(level, logits);
                 logits[class] -= 1.0;
                 [log_sum_exp - target; 2]
             };

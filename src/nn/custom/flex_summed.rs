@@ -13,7 +13,7 @@ use super::flex_gemm::{Engine, Kind, Left, Output};
 use super::flex_linear::{Factors, matrix, n_rows};
 use super::flex_matmul::{Matrix, SERIAL, Shared, Weight, product};
 use crate::kernels::Level;
-use crate::simd::masked;
+use crate::kernels::rows::masked;
 
 /// Most shares of A's gradient that exist at a time; as many tasks there are at most.
 const SHARES: usize = 64;
