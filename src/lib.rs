@@ -60,7 +60,6 @@ pub mod quant;
 pub mod runtime;
 pub mod search;
 #[cfg_attr(not(feature = "flex"), allow(dead_code))]
-mod simd;
 pub mod space;
 pub mod sparsity;
 pub mod supernet;

@@ -25,6 +25,7 @@ mod neon;
 mod plain;
 mod pool;
 pub mod reference;
+pub(crate) mod rows;
 #[cfg(test)]
 mod tests;
 

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use crate::kernels::disjoint::Disjoint;
+use crate::kernels::rows::attention::{QUERIES, Query, Running, TILE, attend_tile};
+use crate::kernels::rows::rotate_in_place;
 use crate::kernels::{Level, Pool};
-use crate::simd::attention::{QUERIES, Query, Running, TILE, attend_tile};
-use crate::simd::turn_in_place;
 
 use super::cache::{Cache, Kept, LayerCache, Layers};
 
@@ -110,8 +110,8 @@ impl Call<'_, '_> {
             };
             queries
                 .chunks_exact_mut(head_dim)
-                .for_each(|query| turn_in_place(self.level, query, cos, sin));
-            turn_in_place(self.level, key, cos, sin);
+                .for_each(|query| rotate_in_place(self.level, query, cos, sin));
+            rotate_in_place(self.level, key, cos, sin);
         }
         let mut done = 0;
         while done < self.n {
@@ -121,7 +121,7 @@ impl Call<'_, '_> {
             let (keys, values) = unsafe { layer.tile_mut(tile, head) };
             for (at, row) in (rows.start + done..).take(count).enumerate() {
                 let first = (row * n_kv_heads + head) * head_dim;
-                // SAFETY: as above; the keys were turned by this task.
+                // SAFETY: as above; the keys were rotated by this task.
                 let key = unsafe { self.k.part(first..first + head_dim) };
                 for (line, value) in keys.as_chunks_mut::<TILE>().0.iter_mut().zip(key.iter()) {
                     line[slot + at] = S::keep(*value);

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::kernels::disjoint::Disjoint;
+use crate::kernels::rows;
 use crate::kernels::{self, Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch};
-use crate::simd;
 
 use super::attention::{Call, Heads, attend};
 use super::cache::Cache;
@@ -202,7 +202,7 @@ impl Pass<'_> {
         self.in_parts(rows * d_mlp, 1, |range| {
             // SAFETY: parts do not overlap.
             let gate = unsafe { gate.part(range.clone()) };
-            simd::swiglu_in_place(level, gate, &up[range]);
+            rows::swiglu_in_place(level, gate, &up[range]);
         });
         self.add_product(first + 2, d_mlp, work, |work| &mut work.a)
     }
@@ -254,7 +254,7 @@ impl Pass<'_> {
             let range = range.start * gain.len()..range.end * gain.len();
             // SAFETY: parts do not overlap.
             let out = unsafe { out.part(range.clone()) };
-            simd::rms_norm(level, &x[range], gain, eps, simd::as_uninit(out));
+            rows::rms_norm(level, &x[range], gain, eps, rows::as_uninit(out));
         });
     }
 
@@ -294,8 +294,8 @@ impl Pass<'_> {
             });
         }
         let range = wanted.start * d_model..wanted.end * d_model;
-        let normed = simd::as_uninit(&mut work.normed[..n * d_model]);
-        simd::rms_norm(
+        let normed = rows::as_uninit(&mut work.normed[..n * d_model]);
+        rows::rms_norm(
             Level::detect(),
             &work.x[range],
             &self.weights.final_norm,

@@ -10,8 +10,8 @@ use super::util::{floats, tensor};
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Matrix, Output, product};
+use crate::kernels::rows;
 use crate::nn::AttentionMask;
-use crate::simd;
 
 /// Scores that one block holds at a time, so that they stay in the second-level cache.
 const BLOCK_SCORES: usize = 32 * 1024;
@@ -223,7 +223,7 @@ pub(super) fn forward(
             let sum = if visible.is_empty() {
                 0.0
             } else {
-                simd::softmax(level, &mut scores[visible])
+                rows::softmax(level, &mut scores[visible])
             };
             // SAFETY: this task's row, within the capacity.
             unsafe { sum_at(first + query).write(sum) };
@@ -330,10 +330,10 @@ pub(super) fn backward(
                 block.each_row(weights, |query, weights, visible| {
                     hide(weights, &visible);
                     let sum = log_sum_exp[(row * n_heads + head) * seq_q + first + query];
-                    simd::exp_shifted(level, &mut weights[visible.clone()], sum, 1.0);
+                    rows::exp_shifted(level, &mut weights[visible.clone()], sum, 1.0);
                     let slopes = &mut slopes[query * n_keys..(query + 1) * n_keys];
                     hide(slopes, &visible);
-                    simd::softmax_backward(level, &weights[visible.clone()], &mut slopes[visible]);
+                    rows::softmax_backward(level, &weights[visible.clone()], &mut slopes[visible]);
                 });
                 let (weights, slopes) =
                     (Matrix::rows(weights, n_keys), Matrix::rows(slopes, n_keys));

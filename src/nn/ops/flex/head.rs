@@ -9,8 +9,8 @@ use super::linear::operands;
 use super::util::{contiguous, dims, floats, is_f32, task_rows, tensor};
 use crate::kernels::Level;
 use crate::kernels::gemm::{Matrix, Output, product};
+use crate::kernels::rows;
 use crate::nn::ops::terms::{Head, Teacher};
-use crate::simd;
 
 /// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's
 /// weight is read and packed anew for each such chunk.
@@ -101,8 +101,8 @@ pub(super) fn head(
             let row = |((row, logits), taught): ((usize, &mut [f32]), &mut [f32])| {
                 let class = classes.get(first + row);
                 let target = logits[class];
-                simd::softmax(level, taught);
-                let (log_sum_exp, cross_entropy) = simd::softmax_less(level, logits, taught, soft);
+                rows::softmax(level, taught);
+                let (log_sum_exp, cross_entropy) = rows::softmax_less(level, logits, taught, soft);
                 logits[class] -= hard;
                 let nll = log_sum_exp - target;
                 [soft * cross_entropy + hard * nll, nll]
@@ -116,9 +116,9 @@ pub(super) fn head(
                 let class = classes.get(first + row);
                 let target = logits[class];
                 if !want_gradient {
-                    return [simd::log_sum_exp(level, logits) - target; 2];
+                    return [rows::log_sum_exp(level, logits) - target; 2];
                 }
-                let log_sum_exp = simd::softmax(level, logits);
+                let log_sum_exp = rows::softmax(level, logits);
                 logits[class] -= 1.0;
                 [log_sum_exp - target; 2]
             };

@@ -20,8 +20,8 @@ use super::extension::DecoderOps;
 use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
 use super::{host, portable};
 use crate::kernels::Level;
+use crate::kernels::rows;
 use crate::nn::AttentionMask;
-use crate::simd;
 
 /// Whether `x` is rows of `[.., width]` and the weight one of them.
 fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
@@ -40,7 +40,7 @@ impl DecoderOps for Flex {
         let (values, weight, level) = (floats(&x), floats(&weight), Level::detect());
         let chunk = task_rows(weight.len()) * weight.len();
         build(x.layout().shape().clone(), chunk, |index, out| {
-            simd::rms_norm(level, part(values, index, chunk), weight, eps as f32, out);
+            rows::rms_norm(level, part(values, index, chunk), weight, eps as f32, out);
         })
     }
 
@@ -57,7 +57,7 @@ impl DecoderOps for Flex {
         let (x, weight, level) = (floats(&x), floats(&weight), Level::detect());
         let chunk = task_rows(weight.len()) * weight.len();
         for_chunks(grad.storage_mut(), chunk, |index, grad| {
-            simd::rms_norm_backward(level, part(x, index, chunk), weight, eps as f32, grad);
+            rows::rms_norm_backward(level, part(x, index, chunk), weight, eps as f32, grad);
         });
         grad
     }
@@ -77,7 +77,7 @@ impl DecoderOps for Flex {
             .map(|index| {
                 let mut sum = vec![0.0; width];
                 let (x, grad) = (part(x, index, chunk), part(grad, index, chunk));
-                simd::rms_norm_backward_weight(level, x, grad, eps as f32, &mut sum);
+                rows::rms_norm_backward_weight(level, x, grad, eps as f32, &mut sum);
                 sum
             })
             .collect();
@@ -98,7 +98,7 @@ impl DecoderOps for Flex {
         let (gate, up) = (contiguous(gate), contiguous(up));
         let (gate_values, up, level) = (floats(&gate), floats(&up), Level::detect());
         build(gate.layout().shape().clone(), TASK, |index, out| {
-            simd::swiglu(
+            rows::swiglu(
                 level,
                 part(gate_values, index, TASK),
                 part(up, index, TASK),
@@ -120,13 +120,13 @@ impl DecoderOps for Flex {
         let (grad, level) = (floats(&grad), Level::detect());
         let (gates, ups): (&mut [f32], &mut [f32]) = (gate.storage_mut(), up.storage_mut());
         if gates.len() <= TASK {
-            simd::swiglu_backward(level, gates, ups, grad);
+            rows::swiglu_backward(level, gates, ups, grad);
         } else {
             let parts = gates
                 .par_chunks_mut(TASK)
                 .zip(ups.par_chunks_mut(TASK))
                 .zip(grad.par_chunks(TASK));
-            parts.for_each(|((gate, up), grad)| simd::swiglu_backward(level, gate, up, grad));
+            parts.for_each(|((gate, up), grad)| rows::swiglu_backward(level, gate, up, grad));
         }
         (gate, up)
     }
@@ -345,7 +345,7 @@ impl DecoderOps for Flex {
                 for (position, out) in out.chunks_exact_mut(2 * half).enumerate() {
                     let from = (row * seq + position) * width + head * 2 * half;
                     let (cos, sin) = (part(cos, position, half), part(sin, position, half));
-                    simd::turn(level, &x[from..from + 2 * half], cos, sin, out);
+                    rows::rotate(level, &x[from..from + 2 * half], cos, sin, out);
                 }
             },
         )
@@ -375,7 +375,7 @@ impl DecoderOps for Flex {
                 let (cos, sin) = (part(cos, position, half), part(sin, position, half));
                 for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
                     let from = ((row * n_heads + head) * seq + position) * head_dim;
-                    simd::turn_back(level, &grad[from..from + head_dim], cos, sin, out);
+                    rows::rotate_back(level, &grad[from..from + head_dim], cos, sin, out);
                 }
             },
         )

@@ -6,8 +6,8 @@ use burn::tensor::Shape;
 use super::summed::summed_rows;
 use super::util::{dims, floats, for_chunks, is_f32, tensor};
 use crate::kernels::Level;
+use crate::kernels::rows::quantize;
 use crate::nn::ops::terms::GridTerm;
-use crate::simd;
 
 /// Scales and zero points, row-major, `[groups, d_output]`.
 struct Grid<'a> {
@@ -63,7 +63,7 @@ pub(super) fn sum(
     );
     summed_rows(weight, mask, a, b, term.lora, |row, out, base, mask| {
         let (scales, zeros) = grid.group(term.groups.of(row));
-        simd::quantize_sum(level, out, base, mask, scales, zeros, top);
+        quantize::quantize_sum(level, out, base, mask, scales, zeros, top);
     })
 }
 
@@ -91,7 +91,7 @@ pub(super) fn backward_scales(
         let (scales, zeros) = grid.group(group);
         for row in &members[group] {
             let range = row * d_output..(row + 1) * d_output;
-            simd::scale_gradient(
+            quantize::scale_gradient(
                 level,
                 sums,
                 &weights[range.clone()],

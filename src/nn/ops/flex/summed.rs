@@ -15,8 +15,8 @@ use super::util::{
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Engine, Kind, Left, Matrix, Output, SERIAL, product};
+use crate::kernels::rows::masked;
 use crate::nn::ops::terms::LoraTerm;
-use crate::simd::masked;
 
 /// Most shares of A's gradient that exist at a time; as many tasks there are at most.
 const SHARES: usize = 64;

@@ -39,7 +39,7 @@ dispatch! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::Level;
+    use crate::kernels::level::Level;
 
     #[test]
     fn rounding_to_bf16_is_to_nearest_with_every_instruction_set() {

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::LANES;
+use super::math::LANES;
 use crate::kernels::level::{dispatch, mul_add};
 
 /// A number as a weight holds it.

@@ -1,11 +1,11 @@
 //! Causal attention over keys and values that lie in tiles of [`TILE`] tokens.
 //!
-//! A tile holds its keys turned, `[head_dim, TILE]`, so that the scores of its tokens are lanes of vector registers, and its values
+//! A tile holds its keys transposed, `[head_dim, TILE]`, so that the scores of its tokens are lanes of vector registers, and its values
 //! as they are, `[TILE, head_dim]`. The softmax is taken tile by tile with a running maximum (arXiv 1805.02867), so that no score is
 //! kept for longer than its tile is in the first-level cache.
 
-use super::exp;
 use super::lines::Stored;
+use super::math::exp;
 use crate::kernels::level::{dispatch, mul_add};
 
 /// Tokens of a tile.
@@ -191,7 +191,7 @@ mod tests {
     use half::f16;
 
     use super::*;
-    use crate::kernels::Level;
+    use crate::kernels::level::Level;
 
     fn wave(n: usize, step: f32) -> Vec<f32> {
         (0..n).map(|i| (i as f32 * step).sin() * 1.5).collect()
