@@ -45,6 +45,24 @@ enum Instructions {
     Portable,
     Avx2,
     Avx512,
+    Avx512Vnni,
+    Neon,
+    NeonDot,
+}
+
+impl Instructions {
+    fn level(self) -> Option<Level> {
+        let name = match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "AVX2",
+            Self::Avx512 => "AVX-512",
+            Self::Avx512Vnni => "AVX-512 VNNI",
+            Self::Neon => "NEON",
+            Self::NeonDot => "NEON with dot products",
+        };
+        let mut levels = Level::available().into_iter();
+        levels.find(|level| level.name() == name)
+    }
 }
 
 /// Measure kernels.
@@ -274,10 +292,10 @@ fn bench(args: &Args) -> Result<()> {
     let pool = Pool::new(args.threads);
     let level = match args.instructions {
         None => Level::detect(),
-        Some(wanted) => {
-            let levels = Level::available();
-            levels[(wanted as usize).min(levels.len() - 1)]
-        }
+        Some(wanted) => wanted.level().ok_or_else(|| {
+            let what = "instructions that this machine has";
+            elastic_lora::Error::argument("instructions", format!("{wanted:?}"), what)
+        })?,
     };
     let activations = if args.int8 {
         Activations::Int8

@@ -54,8 +54,6 @@ pub mod linalg;
 pub mod quant;
 pub mod runtime;
 pub mod search;
-#[cfg_attr(not(feature = "flex"), allow(dead_code))]
-mod simd;
 pub mod space;
 pub mod sparsity;
 

@@ -161,7 +161,7 @@ impl ElasticLoraLinear {
 
     /// Applies the layer with its active rank.
     ///
-    /// The weight is a constant for [`ops::lora_linear`]; where somebody trains it beside its adapter, plain operations see
+    /// The weight is a constant of the fused product; where somebody trains it beside its adapter, plain operations see
     /// to its gradient. A masked adapter takes one product with the summed weight, the very weight that a merge gives, or with
     /// dropout two. Beside a base weight of bf16 the sum is rounded to bf16, as it is where it is merged.
     ///

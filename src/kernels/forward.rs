@@ -2,14 +2,13 @@
 
 use std::ops::Range;
 
-use super::common::{Memory, Output, lines};
+use super::common::lines;
+use super::disjoint::{Disjoint, DisjointRows};
 use super::input::{Input, Layout, Needs, Order, unit_of};
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-use super::level::Kind;
-use super::level::Level;
+use super::level::{Level, Set};
 #[cfg(target_arch = "aarch64")]
 use super::neon;
-use super::{Activations, Linear, Pool, Rows, RowsMut, Scratch, plain};
+use super::{Activations, Adapter, Linear, Pool, Rows, RowsMut, Scratch, plain};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::error::{Error, Result};
@@ -63,7 +62,7 @@ impl Places {
             ]
         });
         let of_thread = cols.map(plain::scratch_bytes).max().unwrap_or(0).max(lines(
-            4 * level.scratch_floats(rows, inputs, layout.most_units()),
+            4 * scratch_floats(level, rows, inputs, layout.most_units()),
         ));
         Self {
             layout,
@@ -87,9 +86,9 @@ pub(super) fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Orde
     let (grid, order) = match weight {
         Body::Int(packed) => (
             packed.whole_grid(),
-            level.packed_order(packed.bits(), rows)?,
+            packed_order(level, packed.bits(), rows)?,
         ),
-        Body::SparseInt4(sparse) => (&sparse.grid, level.sparse_order()?),
+        Body::SparseInt4(sparse) => (&sparse.grid, sparse_order(level)?),
         _ => return None,
     };
     let unit = if grid.group_of.is_none() {
@@ -98,6 +97,59 @@ pub(super) fn units_of(level: Level, rows: usize, weight: &Body) -> Option<(Orde
         None
     };
     unit.map(|unit| (order, unit))
+}
+
+/// The order in which packed codes of some bits want so many rows of inputs; none where there is no kernel for them.
+#[allow(unused_variables)] // but on other machines
+fn packed_order(level: Level, bits: u8, rows: usize) -> Option<Order> {
+    match level.set() {
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx512Vnni => Some(avx512::packed_order(bits, rows)),
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx2 | Set::Avx512 => Some(avx2::packed_order(bits, rows)),
+        #[cfg(target_arch = "aarch64")]
+        Set::Neon | Set::NeonDot => Some(Order::EvenOdd),
+        Set::Portable => None,
+    }
+}
+
+/// The same of sparse codes of 4 bits.
+fn sparse_order(level: Level) -> Option<Order> {
+    match level.set() {
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx512Vnni => Some(Order::InOrder),
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx2 | Set::Avx512 => Some(Order::Words),
+        #[cfg(target_arch = "aarch64")]
+        Set::Neon | Set::NeonDot => Some(Order::InOrder),
+        Set::Portable => None,
+    }
+}
+
+/// Numbers of scratch memory that a thread needs for so many rows of inputs, of so many units.
+#[allow(unused_variables)] // but on other machines
+fn scratch_floats(level: Level, rows: usize, inputs: usize, units: usize) -> usize {
+    match level.set() {
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx512Vnni => avx512::scratch_floats(rows, inputs, units),
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx2 | Set::Avx512 => avx2::scratch_floats(rows, inputs, units),
+        #[cfg(target_arch = "aarch64")]
+        Set::Neon | Set::NeonDot => neon::scratch_floats(rows, inputs, units),
+        Set::Portable => 0,
+    }
+}
+
+/// Outputs of a task are a multiple of it, but for the last one's; and the most of them where there are many rows.
+#[allow(unused_variables)] // but on other machines
+fn task_outputs(level: Level, rows: usize) -> Option<usize> {
+    match level.set() {
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx512Vnni if rows >= avx512::MANY => Some(avx512::panel::WIDTH),
+        #[cfg(target_arch = "aarch64")]
+        Set::Neon | Set::NeonDot if rows >= neon::MANY => Some(neon::WIDTH),
+        _ => None,
+    }
 }
 
 /// Bytes of scratch memory that [`forward`] needs for so many rows on this pool.
@@ -165,7 +217,13 @@ pub fn forward_on(
         return Ok(());
     }
     let places = Places::new(level, pool.threads(), layers, x.rows, inputs, activations);
-    let memory = Memory::new(scratch.bytes);
+    // From the first line of the cache on.
+    let skip = scratch
+        .bytes
+        .as_ptr()
+        .align_offset(64)
+        .min(scratch.bytes.len());
+    let memory = Disjoint::new(&mut scratch.bytes[skip..]);
     if memory.len() < places.bytes {
         return Err(mismatch(
             "bytes of scratch memory",
@@ -198,7 +256,7 @@ pub fn forward_on(
         places: &places,
         memory,
     };
-    let most = level.task_outputs(x.rows);
+    let most = task_outputs(level, x.rows);
     let tasks = |product| Tasks {
         layers,
         product,
@@ -215,42 +273,27 @@ pub fn forward_on(
         });
     }
     let outer = tasks(Product::Outer);
-    let outputs = Outputs::new(y);
+    let outputs = Disjoint::new(y);
     pool.for_each(outer.count(), |thread, task| {
         if let Some((layer, range)) = outer.get(task) {
             // SAFETY: the columns are this task's, and the thread's memory is its own; `check` saw that they are in `y`.
-            unsafe { call.outer(thread, layer, range, outputs.get(layer)) };
+            unsafe { call.outer(thread, layer, range, rows_of(outputs, layer)) };
         }
     });
     Ok(())
 }
 
-/// The outputs of all layers.
-struct Outputs<'a, 'b>(
-    *mut RowsMut<'a>,
-    usize,
-    std::marker::PhantomData<&'b mut RowsMut<'a>>,
-);
-
-// SAFETY: tasks write columns of their own, by the pointers alone.
-unsafe impl Sync for Outputs<'_, '_> {}
-
-impl<'a, 'b> Outputs<'a, 'b> {
-    fn new(y: &'b mut [RowsMut<'a>]) -> Self {
-        Self(y.as_mut_ptr(), y.len(), std::marker::PhantomData)
-    }
-
-    fn get(&self, layer: usize) -> Output {
-        assert!(layer < self.1);
-        // SAFETY: in the slice that is borrowed mutably for as long as this lives; no reference to the numbers is made, and the
-        // pointer to them is only read.
-        unsafe {
-            let rows = self.0.add(layer);
-            let values: *const &mut [f32] = &raw const (*rows).values;
-            Output {
-                first: values.cast::<*mut f32>().read(),
-                stride: (*rows).stride,
-            }
+/// Where a layer's outputs go.
+fn rows_of<'a>(y: Disjoint<'a, RowsMut<'_>>, layer: usize) -> DisjointRows<'a> {
+    assert!(layer < y.len());
+    // SAFETY: the index was checked. Tasks only read the descriptions of the outputs, and no reference to the numbers is made: the
+    // slice's length and pointer are copied.
+    unsafe {
+        let rows = y.at(layer);
+        let values: *mut [f32] = (&raw const (*rows).values).cast::<*mut [f32]>().read();
+        DisjointRows {
+            all: Disjoint::from_raw(values.cast(), values.len()),
+            stride: (*rows).stride,
         }
     }
 }
@@ -260,43 +303,41 @@ struct Call<'a> {
     layers: &'a [Linear<'a>],
     input: Input<'a>,
     places: &'a Places,
-    memory: Memory,
+    memory: Disjoint<'a, u8>,
 }
 
-impl Call<'_> {
-    /// Where `x A^T` of a layer lies.
-    fn inner_at(&self, layer: usize) -> usize {
+impl<'a> Call<'a> {
+    /// `x A^T` of a layer.
+    fn h(&self, layer: usize, adapter: &Adapter<'_>) -> Disjoint<'a, f32> {
         let before = self.layers[..layer]
             .iter()
             .map(|layer| inner_bytes(layer, self.input.rows));
-        self.places.inner + before.sum::<usize>()
+        let from = self.places.inner + before.sum::<usize>();
+        self.memory.floats(from, self.input.rows * adapter.rank)
     }
 
     /// # Safety
     /// The ranks are this task's, the thread's memory is its own.
     unsafe fn inner(&self, thread: usize, layer: usize, ranks: Range<usize>) {
         if let Some(adapter) = &self.layers[layer].adapter {
-            let first = self
-                .memory
-                .pointer(self.inner_at(layer), self.input.rows * adapter.rank);
+            let output = DisjointRows {
+                all: self.h(layer, adapter),
+                stride: adapter.rank,
+            };
             // SAFETY: the caller's promise, and the memory is as long.
-            unsafe {
-                self.multiply(
-                    thread,
-                    adapter.a,
-                    ranks,
-                    Output {
-                        first,
-                        stride: adapter.rank,
-                    },
-                );
-            }
+            unsafe { self.multiply(thread, adapter.a, ranks, output) };
         }
     }
 
     /// # Safety
     /// As above, and they are in the output's memory.
-    unsafe fn outer(&self, thread: usize, layer: usize, range: Range<usize>, output: Output) {
+    unsafe fn outer(
+        &self,
+        thread: usize,
+        layer: usize,
+        range: Range<usize>,
+        output: DisjointRows<'_>,
+    ) {
         let Linear {
             weight,
             bias,
@@ -308,7 +349,7 @@ impl Call<'_> {
         if let Some(bias) = bias {
             for row in 0..self.input.rows {
                 // SAFETY: the caller's promise.
-                let y = unsafe { output.slice(row, range.clone()) };
+                let y = unsafe { output.row(row, range.clone()) };
                 y.iter_mut()
                     .zip(&bias[range.clone()])
                     .for_each(|(y, bias)| *y += bias);
@@ -319,12 +360,12 @@ impl Call<'_> {
         {
             // SAFETY: written by the tasks of the inner products, which are all done.
             let h = unsafe {
-                self.memory
-                    .numbers(self.inner_at(layer), self.input.rows * adapter.rank)
+                let h = self.h(layer, &adapter);
+                h.shared(0..h.len())
             };
             let (rank, rows) = (adapter.rank, self.input.rows);
             #[cfg(target_arch = "x86_64")]
-            if self.level.kind() == Kind::Avx512 && rows >= avx512::MANY {
+            if self.level.set() == Set::Avx512Vnni && rows >= avx512::MANY {
                 // SAFETY: the caller's promise, and the level's.
                 unsafe {
                     let scratch = self.scratch(thread);
@@ -357,10 +398,13 @@ impl Call<'_> {
     /// # Safety
     /// The thread's memory is its own, and no other slice of it lives.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    unsafe fn scratch<'b>(&self, thread: usize) -> &'b mut [f32] {
+    unsafe fn scratch(&self, thread: usize) -> &'a mut [f32] {
         let at = self.places.threads + thread * self.places.of_thread;
         // SAFETY: the caller's promise.
-        unsafe { self.memory.floats(at, self.places.of_thread / 4) }
+        unsafe {
+            let all = self.memory.floats(at, self.places.of_thread / 4);
+            all.part(0..all.len())
+        }
     }
 
     /// # Safety
@@ -370,7 +414,7 @@ impl Call<'_> {
         thread: usize,
         weight: &StoredMatrix,
         range: Range<usize>,
-        output: Output,
+        output: DisjointRows<'_>,
     ) {
         let at = self.places.threads + thread * self.places.of_thread;
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -379,14 +423,14 @@ impl Call<'_> {
             let unit = units_of(self.level, self.input.rows, body).map(|(_, unit)| unit);
             // SAFETY: the caller's promise, and the level's.
             let done = unsafe {
-                match self.level.kind() {
-                    Kind::Portable => false,
+                match self.level.set() {
+                    Set::Portable => false,
                     #[cfg(target_arch = "x86_64")]
-                    Kind::Avx2 => {
+                    Set::Avx2 | Set::Avx512 => {
                         avx2::multiply(body, unit, rows, &self.input, output, self.scratch(thread))
                     }
                     #[cfg(target_arch = "x86_64")]
-                    Kind::Avx512 => avx512::multiply(
+                    Set::Avx512Vnni => avx512::multiply(
                         body,
                         unit,
                         rows,
@@ -395,7 +439,7 @@ impl Call<'_> {
                         self.scratch(thread),
                     ),
                     #[cfg(target_arch = "aarch64")]
-                    Kind::Neon => neon::multiply(
+                    Set::Neon => neon::multiply(
                         false,
                         body,
                         unit,
@@ -405,7 +449,7 @@ impl Call<'_> {
                         self.scratch(thread),
                     ),
                     #[cfg(target_arch = "aarch64")]
-                    Kind::NeonDot => neon::multiply(
+                    Set::NeonDot => neon::multiply(
                         true,
                         body,
                         unit,
@@ -424,8 +468,8 @@ impl Call<'_> {
         // SAFETY: the caller's promise.
         unsafe {
             let (numbers, codes) = (
-                self.memory.floats(at, cols),
-                self.memory.bytes(at + lines(4 * cols), cols),
+                self.memory.floats(at, cols).part(0..cols),
+                self.memory.from(at + lines(4 * cols)).part(0..cols),
             );
             plain::multiply(
                 self.level,

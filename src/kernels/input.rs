@@ -4,8 +4,9 @@
 //! `w = sw (code - zero)` in groups, so that `x . w = sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)` over units `u`
 //! of columns that have one scale of both. What the second sum needs of `x` is computed here, once for all rows of the weight.
 
-use super::common::{Memory, lines};
-use super::level::{Level, leveled};
+use super::common::lines;
+use super::disjoint::Disjoint;
+use super::level::{Level, dispatch};
 
 /// Inputs of one scale.
 pub(super) const BLOCK: usize = 128;
@@ -153,7 +154,7 @@ pub(super) struct Input<'a> {
     pub inputs: usize,
     pub layout: Layout,
     /// Rows of `layout.bytes`.
-    pub memory: Memory,
+    pub memory: Disjoint<'a, u8>,
     pub at: usize,
 }
 
@@ -166,7 +167,10 @@ impl<'a> Input<'a> {
     pub fn codes(&self, row: usize, order: Order) -> &'a [u8] {
         let from = self.at + row * self.layout.bytes + self.layout.codes_at(order);
         // SAFETY: written by `prepare` before any task reads.
-        unsafe { self.memory.shared(from, self.layout.codes_bytes(order)) }
+        unsafe {
+            self.memory
+                .shared(from..from + self.layout.codes_bytes(order))
+        }
     }
 
     /// Where the scales of the first row's units are, with 16 zeros after them; how far from there their sums (`scale * sum q`), and the
@@ -179,7 +183,7 @@ impl<'a> Input<'a> {
         // As far as the last row's.
         let reach = (self.rows.max(1) - 1) * self.layout.bytes + all;
         (
-            self.memory.pointer(from, reach / 4).cast(),
+            self.memory.floats(from, reach / 4).at(0).cast(),
             all / 2,
             self.layout.bytes,
         )
@@ -205,7 +209,11 @@ impl<'a> Input<'a> {
                 self.layout.codes_bytes(order),
             );
             // SAFETY: the caller's promise; the parts of a row do not overlap.
-            let codes = unsafe { self.memory.bytes(start + self.layout.codes_at(order), len) };
+            let codes = unsafe {
+                self.memory
+                    .from(start + self.layout.codes_at(order))
+                    .part(0..len)
+            };
             for (index, (x, codes)) in x
                 .chunks(BLOCK)
                 .zip(codes.chunks_exact_mut(size))
@@ -228,8 +236,12 @@ impl<'a> Input<'a> {
                 );
                 for from in [from, from + half] {
                     // SAFETY: as above.
-                    unsafe { self.memory.floats(from + 4 * self.layout.units(unit), PAD) }
-                        .fill(0.0);
+                    unsafe {
+                        self.memory
+                            .floats(from + 4 * self.layout.units(unit), PAD)
+                            .part(0..PAD)
+                    }
+                    .fill(0.0);
                 }
             }
         }
@@ -248,8 +260,8 @@ impl<'a> Input<'a> {
             let (scales, sums) = unsafe {
                 let half = self.layout.unit_bytes(unit) / 2;
                 (
-                    self.memory.floats(from, count),
-                    self.memory.floats(from + half, count),
+                    self.memory.floats(from, count).part(0..count),
+                    self.memory.floats(from + half, count).part(0..count),
                 )
             };
             for ((scale_out, sum), q) in scales.iter_mut().zip(sums).zip(q.chunks_exact(unit)) {
@@ -260,7 +272,7 @@ impl<'a> Input<'a> {
     }
 }
 
-leveled! {
+dispatch! {
     /// Rounds up to a block of inputs to integers; returns their scale, NaN where an input is not finite.
     fn round<const FMA: bool>(x: &[f32], wide: bool, q: &mut [i32; BLOCK]) -> f32 {
         let mut padded = [0.0_f32; BLOCK];
@@ -295,7 +307,7 @@ leveled! {
     }
 }
 
-leveled! {
+dispatch! {
     /// Splits integers into bytes: 128 high ones, then as many low ones where there is room. Or writes words.
     fn place<const FMA: bool>(q: &[i32; BLOCK], order: Order, out: &mut [u8]) {
         let mut turned = [0; BLOCK];

@@ -13,14 +13,20 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod common;
+pub(crate) mod disjoint;
 mod forward;
+#[cfg(any(feature = "flex", test))]
+#[cfg_attr(not(feature = "flex"), allow(dead_code))] // Burn's operations on Flex use it
+pub(crate) mod gemm;
 mod input;
-mod level;
+pub(crate) mod level;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod plain;
 mod pool;
 pub mod reference;
+#[cfg_attr(not(feature = "flex"), allow(dead_code))] // half of them serve training on Flex
+pub(crate) mod rows;
 #[cfg(test)]
 mod tests;
 

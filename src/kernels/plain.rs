@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use super::common::{Output, lines};
+use super::common::lines;
+use super::disjoint::DisjointRows;
 use super::input::Input;
-use super::level::{Level, leveled};
+use super::level::{Level, dispatch, mul_add};
 use crate::format::{Body, Dense, Number};
 
 /// Partial sums.
@@ -24,7 +25,7 @@ pub(super) unsafe fn multiply(
     weight: &Body,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     numbers: &mut [f32],
     codes: &mut [u8],
 ) {
@@ -43,12 +44,7 @@ pub(super) unsafe fn multiply(
     }
 }
 
-#[inline(always)]
-fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FMA { a.mul_add(b, c) } else { a * b + c }
-}
-
-leveled! {
+dispatch! {
     /// The sum of products of as many numbers as `x` has.
     fn dot<const FMA: bool>(weight: &[f32], x: &[f32]) -> f32 {
         let mut sums = [0.0_f32; LANES];
@@ -64,7 +60,7 @@ leveled! {
     }
 }
 
-leveled! {
+dispatch! {
     /// `y += factor * row`.
     fn add_row<const FMA: bool>(y: &mut [f32], factor: f32, number: Number, row: &[u8]) {
         match number {
@@ -105,13 +101,13 @@ pub(super) unsafe fn add_update(
     rank: usize,
     columns: Range<usize>,
     rows: usize,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     let (size, stride) = (bt.number.bytes(), bt.cols * bt.number.bytes());
     let values: &[u8] = &bt.values;
     for row in 0..rows {
         // SAFETY: the caller's promise.
-        let y = unsafe { output.slice(row, columns.clone()) };
+        let y = unsafe { output.row(row, columns.clone()) };
         for (r, h) in h[row * rank..(row + 1) * rank].iter().enumerate() {
             let from = r * stride;
             add_row(

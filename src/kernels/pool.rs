@@ -18,7 +18,7 @@ const OPEN: u64 = 1 << 31;
 const JOINED: u64 = OPEN - 1;
 const NEXT: u64 = 1 << 32;
 
-struct Shared {
+struct State {
     /// See [`OPEN`].
     state: AtomicU64,
     job: UnsafeCell<Option<Job>>,
@@ -31,11 +31,11 @@ struct Shared {
 
 // SAFETY: `job` is written by the thread that holds `busy` alone, while the state is not open and nobody has joined; it is read by
 // threads that have joined. What it points to may be called from any thread.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for State {}
 // SAFETY: the pointer is only used as above.
-unsafe impl Send for Shared {}
+unsafe impl Send for State {}
 
-impl Shared {
+impl State {
     fn work(&self, number: usize) {
         let mut last = 0;
         let mut spins = 0;
@@ -94,7 +94,7 @@ impl Shared {
 /// One caller at a time has them; for another its work runs on its own thread alone, with the same results. They wait awake for some
 /// tens of microseconds, since the parts of a model follow each other closely, and sleep after that.
 pub struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<State>,
     workers: Vec<(JoinHandle<()>, Thread)>,
 }
 
@@ -104,7 +104,7 @@ impl Pool {
     pub fn new(threads: usize) -> Self {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { available() } else { threads }.min(JOINED as usize);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(State {
             state: AtomicU64::new(NEXT),
             job: UnsafeCell::new(None),
             busy: AtomicBool::new(false),
@@ -163,7 +163,7 @@ impl Pool {
     fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.shared;
         // Ends the job, whatever happens to the caller's part of it.
-        struct Close<'a>(&'a Shared);
+        struct Close<'a>(&'a State);
         impl Drop for Close<'_> {
             fn drop(&mut self) {
                 let mut state = self.0.state.fetch_and(!OPEN, Ordering::AcqRel);

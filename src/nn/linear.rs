@@ -1,5 +1,6 @@
 //! The frozen linear layer that adapters ride on, and the one place where `[out, in]` becomes `[in, out]`.
 
+use burn::backend::Dispatch;
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 
@@ -331,15 +332,20 @@ impl BaseLinear {
         }
     }
 
+    /// The active part of the weight, for a product.
+    fn operand(&self) -> ops::Weight<Dispatch> {
+        match &self.packed {
+            Some(packed) => packed.into(),
+            None => self.stored().into(),
+        }
+    }
+
     /// Applies the layer's active part.
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let y = match &self.packed {
-            Some(packed) => ops::stored_linear(x, packed),
-            None => ops::linear(x, self.stored()),
-        };
+        let y = ops::linear(x, self.operand());
         self.with_bias(y)
     }
 
@@ -354,10 +360,7 @@ impl BaseLinear {
         b: Tensor<2>,
         term: LoraTerm,
     ) -> Tensor<D> {
-        let y = match &self.packed {
-            Some(packed) => ops::stored_lora_linear(x, packed, a, b, term),
-            None => ops::lora_linear(x, self.stored(), a, b, term),
-        };
+        let y = ops::lora_linear(x, self.operand(), a, b, term);
         self.with_bias(y)
     }
 

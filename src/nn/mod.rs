@@ -1,19 +1,17 @@
 //! Building blocks of a decoder: operations, linear layers and their storage, normalization, rotary tables, key/value cache.
 
 mod cache;
-pub mod custom;
 mod dropout;
 mod linear;
 mod mask;
 mod norm;
-pub mod ops;
-#[cfg(all(test, feature = "flex"))]
-mod plain;
+pub(crate) mod ops;
 mod stored;
 
 pub use cache::KvCache;
 pub use dropout::{Dropout, mix_seed};
 pub(crate) use linear::prefix;
 pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
+pub use mask::AttentionMask;
 pub use norm::RmsNorm;
 pub use stored::{InputGroups, StoredWeight};

@@ -23,7 +23,7 @@ impl RmsNorm {
         }
     }
 
-    /// Normalizes the last dimension; see [`ops::rms_norm`].
+    /// Normalizes the last dimension: `x / sqrt(mean(x^2) + eps) * weight`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         ops::rms_norm(x, self.weight.val(), self.eps)
     }

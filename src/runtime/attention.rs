@@ -1,53 +1,16 @@
 //! Rotary positions, the key/value cache and attention of one layer, in parallel over sequences, heads and blocks of queries.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::kernels::Pool;
-use crate::simd::attention::{QUERIES, Query, Running, TILE, attend_tile};
-use crate::simd::{Level, turn_in_place};
+use crate::kernels::disjoint::Disjoint;
+use crate::kernels::rows::attention::{QUERIES, Query, Running, TILE, attend_tile};
+use crate::kernels::rows::rotate_in_place;
+use crate::kernels::{Level, Pool};
 
 use super::cache::{Cache, Kept, LayerCache, Layers};
 
 /// Queries of one task, all of one key/value head: enough for a tile to be worth reading.
 const BLOCK: usize = 64;
-
-/// Memory that tasks write to, each its own part.
-#[derive(Clone, Copy)]
-pub(super) struct Shared<'a> {
-    start: *mut f32,
-    len: usize,
-    borrowed: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: `part` is what gives access, and who calls it promises that parts do not overlap.
-unsafe impl Send for Shared<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    pub fn new(all: &'a mut [f32]) -> Self {
-        Self {
-            start: all.as_mut_ptr(),
-            len: all.len(),
-            borrowed: PhantomData,
-        }
-    }
-
-    /// A part of it.
-    ///
-    /// # Safety
-    /// Nobody has a part that overlaps it meanwhile.
-    pub unsafe fn part(self, range: Range<usize>) -> &'a mut [f32] {
-        assert!(
-            range.start <= range.end && range.end <= self.len,
-            "a part of {} numbers: {range:?}",
-            self.len
-        );
-        // SAFETY: in bounds, alive as long as the borrow, and by the caller's promise nobody else's.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
-}
 
 /// The sizes of a layer's attention.
 #[derive(Clone, Copy, Debug)]
@@ -68,9 +31,9 @@ pub(super) struct Call<'a, 'c> {
     pub n: usize,
     pub caches: &'c (dyn Fn(usize) -> &'c Cache + Sync),
     /// `[rows, n_heads * head_dim]`.
-    pub q: Shared<'a>,
+    pub q: Disjoint<'a, f32>,
     /// `[rows, n_kv_heads * head_dim]`.
-    pub k: Shared<'a>,
+    pub k: Disjoint<'a, f32>,
     /// `[rows, n_kv_heads * head_dim]`.
     pub v: &'a [f32],
     /// `[rows, head_dim / 2]`.
@@ -78,7 +41,7 @@ pub(super) struct Call<'a, 'c> {
     /// `[rows, head_dim / 2]`.
     pub sin: &'a [f32],
     /// `[rows, n_heads * head_dim]`.
-    pub out: Shared<'a>,
+    pub out: Disjoint<'a, f32>,
     pub level: Level,
 }
 
@@ -147,8 +110,8 @@ impl Call<'_, '_> {
             };
             queries
                 .chunks_exact_mut(head_dim)
-                .for_each(|query| turn_in_place(self.level, query, cos, sin));
-            turn_in_place(self.level, key, cos, sin);
+                .for_each(|query| rotate_in_place(self.level, query, cos, sin));
+            rotate_in_place(self.level, key, cos, sin);
         }
         let mut done = 0;
         while done < self.n {
@@ -158,7 +121,7 @@ impl Call<'_, '_> {
             let (keys, values) = unsafe { layer.tile_mut(tile, head) };
             for (at, row) in (rows.start + done..).take(count).enumerate() {
                 let first = (row * n_kv_heads + head) * head_dim;
-                // SAFETY: as above; the keys were turned by this task.
+                // SAFETY: as above; the keys were rotated by this task.
                 let key = unsafe { self.k.part(first..first + head_dim) };
                 for (line, value) in keys.as_chunks_mut::<TILE>().0.iter_mut().zip(key.iter()) {
                     line[slot + at] = S::keep(*value);

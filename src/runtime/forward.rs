@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use crate::arch::NormKind;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Activations, Adapter, Linear, Pool, Rows, RowsMut, Scratch};
-use crate::simd::{self, Level};
+use crate::kernels::disjoint::Disjoint;
+use crate::kernels::rows;
+use crate::kernels::{self, Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch};
 
-use super::attention::{Call, Heads, Shared, attend};
+use super::attention::{Call, Heads, attend};
 use super::cache::Cache;
 use super::model::Weights;
 use super::shape::{self, Shape};
@@ -168,12 +169,12 @@ impl Pass<'_> {
                 n_seqs: self.n_seqs,
                 n: self.n,
                 caches: self.caches,
-                q: Shared::new(&mut work.a),
-                k: Shared::new(&mut work.b),
+                q: Disjoint::new(&mut work.a),
+                k: Disjoint::new(&mut work.b),
                 v: &work.c,
                 cos: &work.cos,
                 sin: &work.sin,
-                out: Shared::new(&mut work.context),
+                out: Disjoint::new(&mut work.context),
                 level: Level::detect(),
             },
         );
@@ -200,11 +201,11 @@ impl Pass<'_> {
             &mut y,
             &mut work.scratch,
         )?;
-        let (gate, up, level) = (Shared::new(&mut work.a), &work.b, Level::detect());
+        let (gate, up, level) = (Disjoint::new(&mut work.a), &work.b, Level::detect());
         self.in_parts(rows * d_mlp, 1, |range| {
             // SAFETY: parts do not overlap.
             let gate = unsafe { gate.part(range.clone()) };
-            simd::swiglu_in_place(level, gate, &up[range]);
+            rows::swiglu_in_place(level, gate, &up[range]);
         });
         self.add_product(first + 2, d_mlp, work, |work| &mut work.a)
     }
@@ -231,7 +232,7 @@ impl Pass<'_> {
         );
         *input(work) = x;
         done?;
-        let (x, added) = (Shared::new(&mut work.x), &work.added);
+        let (x, added) = (Disjoint::new(&mut work.x), &work.added);
         self.in_parts(rows * d_model, 1, |range| {
             // SAFETY: parts do not overlap.
             let x = unsafe { x.part(range.clone()) };
@@ -249,7 +250,7 @@ impl Pass<'_> {
             return;
         };
         let (out, x, eps, level) = (
-            Shared::new(&mut work.normed),
+            Disjoint::new(&mut work.normed),
             &work.x,
             self.weights.config.rms_norm_eps() as f32,
             Level::detect(),
@@ -258,7 +259,7 @@ impl Pass<'_> {
             let range = range.start * gain.len()..range.end * gain.len();
             // SAFETY: parts do not overlap.
             let out = unsafe { out.part(range.clone()) };
-            simd::rms_norm(level, &x[range], gain, eps, simd::as_uninit(out));
+            rows::rms_norm(level, &x[range], gain, eps, rows::as_uninit(out));
         });
     }
 
@@ -298,8 +299,8 @@ impl Pass<'_> {
             });
         }
         let range = wanted.start * d_model..wanted.end * d_model;
-        let normed = simd::as_uninit(&mut work.normed[..n * d_model]);
-        simd::rms_norm(
+        let normed = rows::as_uninit(&mut work.normed[..n * d_model]);
+        rows::rms_norm(
             Level::detect(),
             &work.x[range],
             &self.weights.final_norm,

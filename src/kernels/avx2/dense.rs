@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::sum_of;
 use crate::format::{Dense, Number};
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::Input;
 
 /// # Safety
@@ -15,7 +15,7 @@ pub(super) unsafe fn multiply(
     weight: &Dense,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     let stride = weight.cols * weight.number.bytes();
     let values: &[u8] = &weight.values;
@@ -49,7 +49,7 @@ pub(super) unsafe fn products<const N: u8, const R: usize>(
     row: usize,
     input: &Input<'_>,
     first: usize,
-    output: Output,
+    output: DisjointRows<'_>,
 ) -> usize {
     let number = [Number::F32, Number::F16, Number::Bf16][usize::from(N)];
     let (size, whole) = (number.bytes(), input.inputs / 16 * 16);

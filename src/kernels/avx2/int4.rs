@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::sum_of;
 use super::units::Units;
 use crate::format::PackedMatrix;
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// # Safety
@@ -17,7 +17,7 @@ pub(super) unsafe fn multiply(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let stride = weight.cols().div_ceil(2);

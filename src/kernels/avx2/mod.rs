@@ -13,7 +13,7 @@ mod words;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::common::Output;
+use super::disjoint::DisjointRows;
 use super::input::{BLOCK, Input, Order};
 use crate::format::Body;
 
@@ -54,7 +54,7 @@ pub(super) unsafe fn multiply(
     unit: Option<usize>,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) -> bool {
     // SAFETY: the caller's promise.

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::{byte_at, dense, sum_of};
 use crate::format::{Number, Sparse16};
-use crate::kernels::common::{Output, readable};
+use crate::kernels::common::readable;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::Input;
 
 /// Bytes that are read for eight columns, as many as their numbers may take.
@@ -54,7 +55,7 @@ pub(super) unsafe fn multiply(
     weight: &Sparse16,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let words = weight.bits.cols.div_ceil(64);
@@ -142,7 +143,7 @@ unsafe fn products<const HALF: bool, const CHECKED: bool>(
     mut source: Source<'_>,
     row: usize,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     // SAFETY: the caller's promise; memory has room for as many words as there are.
@@ -180,7 +181,7 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const R: usize>(
     mut source: Source<'_>,
     row: usize,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     // Several for a row, so that not each addition waits for the one before; as many as there are registers for.
     let mut sums = [[_mm256_setzero_ps(); 4]; R];

@@ -7,7 +7,8 @@ use super::byte_at;
 use super::units::Units;
 use super::words::{Call, Codes, products, split};
 use crate::format::{SparseInt4, is_high};
-use crate::kernels::common::{Output, readable};
+use crate::kernels::common::readable;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::Input;
 
 /// Bytes that are read for eight columns: more than their codes take.
@@ -44,7 +45,7 @@ pub(super) unsafe fn multiply(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let words = weight.bits.cols.div_ceil(64);

@@ -10,7 +10,8 @@ use super::units::Units;
 use super::{MANY, sum_of};
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
-use crate::kernels::common::{Output, readable};
+use crate::kernels::common::readable;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Where a row's codes come from.
@@ -35,7 +36,7 @@ pub(super) unsafe fn multiply(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let (bits, stride) = (
@@ -215,12 +216,12 @@ pub(super) struct Call<'a> {
     lanes: [__m256i; 4],
     unit: usize,
     input: &'a Input<'a>,
-    output: Output,
+    output: DisjointRows<'a>,
 }
 
 impl<'a> Call<'a> {
     #[target_feature(enable = "avx2")]
-    pub fn new(unit: usize, input: &'a Input<'a>, output: Output) -> Self {
+    pub fn new(unit: usize, input: &'a Input<'a>, output: DisjointRows<'a>) -> Self {
         Self {
             lanes: lanes(unit),
             unit,

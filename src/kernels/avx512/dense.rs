@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{LONG, ROWS, for_tiles, prefetch, some_floats, some_words};
 use crate::format::{Dense, Number};
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::Input;
 
 pub(super) const F32: u8 = 0;
@@ -19,7 +19,7 @@ pub(super) unsafe fn multiply(
     weight: &Dense,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -34,7 +34,12 @@ pub(super) unsafe fn multiply(
 /// # Safety
 /// As for [`super::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")]
-unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>, output: Output) {
+unsafe fn of<const N: u8>(
+    weight: &Dense,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: DisjointRows<'_>,
+) {
     let stride = weight.cols * weight.number.bytes();
     let values: &[u8] = &weight.values;
     assert!(rows.end * stride <= values.len() && input.inputs <= weight.cols);
@@ -98,7 +103,7 @@ macro_rules! tile {
             row: usize,
             input: &Input<'_>,
             from: usize,
-            output: Output,
+            output: DisjointRows<'_>,
         ) {
             // SAFETY: the caller's promise.
             unsafe { tile::<$number, W, R>(weight, stride, row, 1, input, from, output) };
@@ -124,7 +129,7 @@ unsafe fn tile<const N: u8, const W: usize, const R: usize>(
     apart: usize,
     input: &Input<'_>,
     from: usize,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     let size = if N == F32 { 4 } else { 2 };
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());

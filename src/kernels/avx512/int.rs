@@ -8,7 +8,7 @@ use super::units::{Units, lanes};
 use super::{for_tiles, prefetch};
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// How codes come out of their bytes.
@@ -63,7 +63,7 @@ pub(super) unsafe fn multiply(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let stride = packed_len(weight.cols(), weight.bits());
@@ -104,7 +104,7 @@ struct Call<'a> {
     unit: usize,
     stride: usize,
     input: &'a Input<'a>,
-    output: Output,
+    output: DisjointRows<'a>,
     units: Units<'a>,
 }
 

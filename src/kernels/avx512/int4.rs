@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::units::{Units, lanes};
 use super::{for_tiles, prefetch};
 use crate::format::PackedMatrix;
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// # Safety
@@ -17,7 +17,7 @@ pub(super) unsafe fn multiply(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let stride = weight.cols().div_ceil(2);
@@ -56,7 +56,7 @@ struct Call<'a> {
     unit: usize,
     stride: usize,
     input: &'a Input<'a>,
-    output: Output,
+    output: DisjointRows<'a>,
     units: Units<'a>,
 }
 

@@ -18,7 +18,7 @@ use std::arch::x86_64::{
 };
 use std::ops::Range;
 
-use super::common::Output;
+use super::disjoint::DisjointRows;
 use super::input::{Input, Order};
 use crate::format::Body;
 
@@ -62,7 +62,7 @@ pub(super) unsafe fn multiply(
     unit: Option<usize>,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) -> bool {
     if input.rows >= MANY {

@@ -14,7 +14,7 @@ use super::units::{Units, for_sixteens};
 use super::{first_lanes, near, some_floats, some_words, sparse16};
 use crate::format::bits::packed_len;
 use crate::format::{Body, Dense, Number, Sparse16};
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Rows of a weight in a panel: two registers.
@@ -134,7 +134,7 @@ pub(super) unsafe fn multiply(
     unit: Option<usize>,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) -> bool {
     for first in rows.clone().step_by(WIDTH) {
@@ -170,7 +170,7 @@ unsafe fn numbers(
     source: Source<'_>,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let panel = &mut scratch[..COLUMNS * WIDTH];
@@ -191,7 +191,7 @@ unsafe fn numbers(
                 }
             }
             let place = Place {
-                out: output.first.add(rows.start),
+                out: output.at(0, rows.start),
                 stride: output.stride,
                 columns: rows.len(),
                 add: from > 0,
@@ -393,7 +393,7 @@ unsafe fn codes(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let blocks = input.inputs.div_ceil(BLOCK);
@@ -470,7 +470,7 @@ unsafe fn codes(
         input,
         prepared: input.units_at(unit),
         place: Place {
-            out: output.first.wrapping_add(rows.start),
+            out: output.at(0, rows.start),
             stride: output.stride,
             columns: rows.len(),
             add: false,
@@ -626,7 +626,7 @@ pub(in crate::kernels) unsafe fn add_update(
     rank: usize,
     columns: Range<usize>,
     rows: usize,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let (size, values) = (bt.number.bytes(), &*bt.values);
@@ -644,7 +644,7 @@ pub(in crate::kernels) unsafe fn add_update(
                 out.iter_mut().for_each(|out| *out *= scale);
             }
             let place = Place {
-                out: output.first.wrapping_add(first),
+                out: output.at(0, first),
                 stride: output.stride,
                 columns: width,
                 add: true,

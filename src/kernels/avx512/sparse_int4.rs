@@ -10,7 +10,8 @@ use std::ops::Range;
 use super::units::{Units, lanes};
 use super::{LONG, ROWS, near};
 use crate::format::{SparseInt4, Starts, is_high};
-use crate::kernels::common::{Output, readable};
+use crate::kernels::common::readable;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Bytes that are read for 64 columns, as many as their codes may take.
@@ -26,7 +27,7 @@ pub(super) unsafe fn multiply(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let words = weight.bits.cols.div_ceil(64);
@@ -90,7 +91,7 @@ struct Call<'a> {
     bits: *const u8,
     codes: &'a [u8],
     input: &'a Input<'a>,
-    output: Output,
+    output: DisjointRows<'a>,
     units: Units<'a>,
 }
 

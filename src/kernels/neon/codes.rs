@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::units::{SLOTS, Units};
 use super::{MANY, for_tiles, units};
 use crate::format::Grid;
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::{BLOCK, Input, Order};
 
 /// Where codes come from, in blocks of 128: eight vectors, in the order of the inputs' bytes.
@@ -223,7 +223,7 @@ struct Call<'a, S> {
     /// The row of the first slot where the slots are filled; else a tile fills those of its rows.
     filled: Option<usize>,
     input: &'a Input<'a>,
-    output: Output,
+    output: DisjointRows<'a>,
 }
 
 /// The order of the inputs' bytes.
@@ -248,7 +248,7 @@ pub(super) unsafe fn multiply<S: Source + Copy>(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     // SAFETY: the caller's promise.
@@ -276,7 +276,7 @@ unsafe fn few<D: Dots, S: Source>(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let call = Call {
@@ -324,7 +324,7 @@ unsafe fn many<D: Dots, S: Source>(
     unit: usize,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let stride = input.inputs.next_multiple_of(BLOCK);

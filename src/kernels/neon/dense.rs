@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{BF16, F16, F32, eight, for_tiles, size_of_number, some, sums_of};
 use crate::format::{Dense, Number};
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::Input;
 
 /// # Safety
@@ -14,7 +14,7 @@ pub(super) unsafe fn multiply(
     weight: &Dense,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -28,7 +28,12 @@ pub(super) unsafe fn multiply(
 
 /// # Safety
 /// As for [`super::multiply`].
-unsafe fn of<const N: u8>(weight: &Dense, rows: Range<usize>, input: &Input<'_>, output: Output) {
+unsafe fn of<const N: u8>(
+    weight: &Dense,
+    rows: Range<usize>,
+    input: &Input<'_>,
+    output: DisjointRows<'_>,
+) {
     let stride = weight.cols * weight.number.bytes();
     let values: &[u8] = &weight.values;
     assert!(rows.end * stride <= values.len() && input.inputs <= weight.cols);

@@ -20,7 +20,7 @@ use std::ops::Range;
 
 pub(super) use update::add_update;
 
-use super::common::Output;
+use super::disjoint::DisjointRows;
 use super::input::Input;
 use crate::format::Body;
 
@@ -52,7 +52,7 @@ pub(super) unsafe fn multiply(
     unit: Option<usize>,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) -> bool {
     let many = input.rows >= MANY;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::dense::tile;
 use super::{BF16, F16, F32, WIDTH, codes, eight, size_of_number, some, sparse16};
 use crate::format::{Dense, Number, Sparse16};
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::Input;
 use std::arch::aarch64::*;
 
@@ -24,7 +24,7 @@ pub(super) unsafe fn dense(
     weight: &Dense,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     let (size, values): (usize, &[u8]) = (weight.number.bytes(), &weight.values);
@@ -58,7 +58,7 @@ pub(super) unsafe fn sparse(
     weight: &Sparse16,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     scratch: &mut [f32],
 ) {
     assert!(input.inputs <= weight.bits.cols);
@@ -93,7 +93,7 @@ pub(super) unsafe fn sparse(
 unsafe fn for_panels(
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
     mut unpack: impl FnMut(Range<usize>, Range<usize>) -> (*const u8, usize),
 ) {
     for first in rows.clone().step_by(WIDTH) {
@@ -123,7 +123,7 @@ unsafe fn tiles(
     rows: Range<usize>,
     columns: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     macro_rules! tile {
         ($w:literal, $r:literal, $row:expr, $from:expr) => {{
@@ -134,7 +134,7 @@ unsafe fn tiles(
             let weight = panel.add(($row - rows.start) * stride);
             let sums = tile::<F32, $w, $r>(weight, stride, x, input.stride, columns.len());
             for (i, sums) in sums.iter().enumerate() {
-                let out = output.slice($from + i, $row..$row + $w);
+                let out = output.row($from + i, $row..$row + $w);
                 for (out, sum) in out.iter_mut().zip(sums) {
                     *out = if columns.start == 0 { *sum } else { *out + sum };
                 }

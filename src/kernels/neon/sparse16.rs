@@ -6,7 +6,8 @@ use std::ops::Range;
 use super::expand::Word;
 use super::{F32, eight, for_tiles, sums_of, widen};
 use crate::format::{Number, Sparse16, Starts};
-use crate::kernels::common::{Output, readable};
+use crate::kernels::common::readable;
+use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::input::Input;
 
 /// Bytes that are read for 64 columns, as many as their values may take.
@@ -18,7 +19,7 @@ pub(super) unsafe fn multiply(
     weight: &Sparse16,
     rows: Range<usize>,
     input: &Input<'_>,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
@@ -57,7 +58,7 @@ struct Call<'a> {
     bits: &'a [[u8; 8]],
     values: &'a [u8],
     input: &'a Input<'a>,
-    output: Output,
+    output: DisjointRows<'a>,
 }
 
 /// # Safety

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{BF16, F16, F32, eight, size_of_number, some};
 use crate::format::{Dense, Number};
-use crate::kernels::common::Output;
+use crate::kernels::disjoint::DisjointRows;
 
 /// Adds an update to some columns of all rows.
 ///
@@ -19,7 +19,7 @@ pub(in crate::kernels) unsafe fn add_update(
     rank: usize,
     columns: Range<usize>,
     rows: usize,
-    output: Output,
+    output: DisjointRows<'_>,
 ) {
     let (size, values): (usize, &[u8]) = (bt.number.bytes(), &bt.values);
     assert!(
@@ -49,7 +49,7 @@ struct Update<'a> {
     scale: f32,
     h: &'a [f32],
     rank: usize,
-    output: Output,
+    output: DisjointRows<'a>,
 }
 
 impl Update<'_> {
@@ -103,11 +103,7 @@ impl Update<'_> {
     #[target_feature(enable = "neon")]
     #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
     unsafe fn tile<const N: u8, const R: usize, const C: usize>(&self, row: usize, column: usize) {
-        let out: [*mut f32; R] = std::array::from_fn(|i| {
-            self.output
-                .first
-                .wrapping_add((row + i) * self.output.stride + column)
-        });
+        let out: [*mut f32; R] = std::array::from_fn(|i| self.output.at(row + i, column));
         let mut sums = [[[vdupq_n_f32(0.0); 2]; C]; R];
         // SAFETY: the caller's promise.
         unsafe {
@@ -150,7 +146,7 @@ impl Update<'_> {
         for i in 0..R {
             // SAFETY: the caller's promise.
             unsafe {
-                let out = self.output.slice(row + i, column..column + count);
+                let out = self.output.row(row + i, column..column + count);
                 let mut sums = some::<F32>(out.as_ptr().cast(), count);
                 for rank in 0..self.rank {
                     let at = self

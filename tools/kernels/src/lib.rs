@@ -10,7 +10,5 @@ pub mod format;
 pub mod kernels;
 #[path = "../../../src/linalg/mod.rs"]
 pub mod linalg;
-#[path = "../../../src/simd/mod.rs"]
-pub mod simd;
 
 pub use error::{Error, Result};

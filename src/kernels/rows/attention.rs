@@ -1,0 +1,295 @@
+//! Causal attention over keys and values that lie in tiles of [`TILE`] tokens.
+//!
+//! A tile holds its keys transposed, `[head_dim, TILE]`, so that the scores of its tokens are lanes of vector registers, and its values
+//! as they are, `[TILE, head_dim]`. The softmax is taken tile by tile with a running maximum (arXiv 1805.02867), so that no score is
+//! kept for longer than its tile is in the first-level cache.
+
+use super::lines::Stored;
+use super::math::exp;
+use crate::kernels::level::{dispatch, mul_add};
+
+/// Tokens of a tile.
+pub(crate) const TILE: usize = 64;
+/// Queries that are taken together, so that keys and values are read once for them.
+pub(crate) const QUERIES: usize = 4;
+/// Lanes of the sums that are in registers at a time.
+const WIDE: usize = 32;
+
+/// What the softmax of one query has seen so far.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Running {
+    /// The largest score.
+    pub max: f32,
+    /// Sum of the scores' exponentials, each by way of `max`.
+    pub sum: f32,
+}
+
+impl Running {
+    /// Nothing yet.
+    pub const NONE: Self = Self {
+        max: f32::NEG_INFINITY,
+        sum: 0.0,
+    };
+}
+
+/// One query, and what is known of its result.
+#[derive(Debug)]
+pub(crate) struct Query<'a> {
+    /// `[head_dim]`.
+    pub q: &'a [f32],
+    /// The first of the tile's tokens that it sees.
+    pub from: usize,
+    /// The one behind the last.
+    pub to: usize,
+    /// The softmax so far.
+    pub running: &'a mut Running,
+    /// Sum of the values seen, weighted by the exponentials, `[head_dim]`.
+    pub out: &'a mut [f32],
+}
+
+/// The scores of `N` queries with a tile's keys, not yet scaled.
+#[inline(always)]
+fn scores<const FMA: bool, const N: usize, S: Stored>(
+    queries: &[Query<'_>],
+    keys: &[S],
+) -> [[f32; TILE]; N] {
+    let head_dim = keys.len() / TILE;
+    let q: [&[f32]; N] = std::array::from_fn(|n| &queries[n].q[..head_dim]);
+    let mut scores = [[0.0_f32; TILE]; N];
+    for part in 0..TILE / WIDE {
+        let mut sums = [[0.0_f32; WIDE]; N];
+        for (d, line) in keys.as_chunks::<TILE>().0.iter().enumerate() {
+            let mut key = [0.0_f32; WIDE];
+            for (lane, key) in key.iter_mut().enumerate() {
+                *key = line[part * WIDE + lane].widen();
+            }
+            for n in 0..N {
+                let x = q[n][d];
+                for lane in 0..WIDE {
+                    sums[n][lane] = mul_add::<FMA>(x, key[lane], sums[n][lane]);
+                }
+            }
+        }
+        for n in 0..N {
+            scores[n][part * WIDE..(part + 1) * WIDE].copy_from_slice(&sums[n]);
+        }
+    }
+    scores
+}
+
+/// Makes weights of a query's scores, and says by what its result so far is to be multiplied.
+#[inline(always)]
+fn weigh<const FMA: bool>(scores: &mut [f32; TILE], query: &mut Query<'_>, scale: f32) -> f32 {
+    let mut max = [f32::NEG_INFINITY; 16];
+    for (index, score) in scores.iter_mut().enumerate() {
+        *score = if index >= query.from && index < query.to {
+            *score * scale
+        } else {
+            f32::NEG_INFINITY
+        };
+    }
+    for chunk in scores.as_chunks::<16>().0 {
+        for lane in 0..16 {
+            max[lane] = if chunk[lane] > max[lane] {
+                chunk[lane]
+            } else {
+                max[lane]
+            };
+        }
+    }
+    let max = max
+        .iter()
+        .fold(query.running.max, |a, b| if *b > a { *b } else { a });
+    if max == f32::NEG_INFINITY {
+        // Nothing to see, and nothing seen: a difference of infinities would be no number.
+        *scores = [0.0; TILE];
+        return 1.0;
+    }
+    let mut sums = [0.0_f32; 16];
+    for chunk in scores.as_chunks_mut::<16>().0 {
+        for lane in 0..16 {
+            chunk[lane] = exp::<FMA>(chunk[lane] - max);
+            sums[lane] += chunk[lane];
+        }
+    }
+    let factor = exp::<FMA>(query.running.max - max);
+    let sum: f32 = sums.iter().sum();
+    *query.running = Running {
+        max,
+        sum: query.running.sum * factor + sum,
+    };
+    factor
+}
+
+#[inline(always)]
+fn attend<const FMA: bool, const N: usize, S: Stored>(
+    queries: &mut [Query<'_>],
+    keys: &[S],
+    values: &[S],
+    scale: f32,
+) {
+    let mut weights = scores::<FMA, N, S>(queries, keys);
+    let mut factors = [0.0_f32; N];
+    let (mut from, mut to) = (TILE, 0);
+    for n in 0..N {
+        factors[n] = weigh::<FMA>(&mut weights[n], &mut queries[n], scale);
+        (from, to) = (from.min(queries[n].from), to.max(queries[n].to));
+    }
+    let head_dim = values.len() / TILE;
+    let whole = head_dim / WIDE * WIDE;
+    for start in (0..whole).step_by(WIDE) {
+        let mut sums = [[0.0_f32; WIDE]; N];
+        for n in 0..N {
+            for (sum, out) in sums[n].iter_mut().zip(&queries[n].out[start..start + WIDE]) {
+                *sum = out * factors[n];
+            }
+        }
+        for token in from..to {
+            let line = &values[token * head_dim + start..][..WIDE];
+            let mut value = [0.0_f32; WIDE];
+            for (value, stored) in value.iter_mut().zip(line) {
+                *value = stored.widen();
+            }
+            for n in 0..N {
+                let weight = weights[n][token];
+                for lane in 0..WIDE {
+                    sums[n][lane] = mul_add::<FMA>(weight, value[lane], sums[n][lane]);
+                }
+            }
+        }
+        for n in 0..N {
+            queries[n].out[start..start + WIDE].copy_from_slice(&sums[n]);
+        }
+    }
+    for n in 0..N {
+        let out = &mut queries[n].out[whole..head_dim];
+        out.iter_mut().for_each(|out| *out *= factors[n]);
+        for token in from..to {
+            let weight = weights[n][token];
+            for (out, stored) in out.iter_mut().zip(&values[token * head_dim + whole..]) {
+                *out = mul_add::<FMA>(weight, stored.widen(), *out);
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Lets up to [`QUERIES`] queries see one tile of keys, `[head_dim, TILE]`, and values, `[TILE, head_dim]`; scores are multiplied by
+    /// `scale`.
+    pub(crate) fn attend_tile<const FMA: bool, S: Stored>(queries: &mut [Query<'_>], keys: &[S], values: &[S], scale: f32) {
+        match queries.len() {
+            1 => attend::<FMA, 1, S>(queries, keys, values, scale),
+            2 => attend::<FMA, 2, S>(queries, keys, values, scale),
+            3 => attend::<FMA, 3, S>(queries, keys, values, scale),
+            _ => attend::<FMA, 4, S>(queries, keys, values, scale),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::kernels::level::Level;
+
+    fn wave(n: usize, step: f32) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * step).sin() * 1.5).collect()
+    }
+
+    /// The definition, in f64.
+    fn expected(
+        q: &[f32],
+        keys: &[f32],
+        values: &[f32],
+        seen: std::ops::Range<usize>,
+        scale: f32,
+    ) -> Vec<f64> {
+        let head_dim = q.len();
+        let score = |token: usize| -> f64 {
+            let at = (token / TILE * head_dim * TILE) + token % TILE;
+            let dot: f64 = (0..head_dim)
+                .map(|d| f64::from(q[d]) * f64::from(keys[at + d * TILE]))
+                .sum();
+            dot * f64::from(scale)
+        };
+        let scores: Vec<f64> = seen.clone().map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+        (0..head_dim)
+            .map(|d| {
+                let weighted = seen.clone().zip(&scores);
+                weighted
+                    .map(|(token, score)| {
+                        (score - max).exp() * f64::from(values[token * head_dim + d])
+                    })
+                    .sum::<f64>()
+                    / total
+            })
+            .collect()
+    }
+
+    fn check<S: Stored>(store: impl Fn(f32) -> S, head_dim: usize, n: usize, level: Level) {
+        let tiles = 3;
+        let size = head_dim * TILE;
+        let (keys, values): (Vec<S>, Vec<S>) = (
+            wave(tiles * size, 0.37).into_iter().map(&store).collect(),
+            wave(tiles * size, 0.73).into_iter().map(&store).collect(),
+        );
+        let widened = |values: &[S]| {
+            values
+                .iter()
+                .map(|value| value.widen())
+                .collect::<Vec<f32>>()
+        };
+        let queries: Vec<Vec<f32>> = (0..n).map(|i| wave(head_dim, 0.11 + i as f32)).collect();
+        // One sees nothing of the first tile, one nothing of the last.
+        let seen = [3..130, 70..191, 0..60, 64..129];
+        let (mut running, mut out) = ([Running::NONE; 4], vec![vec![0.0_f32; head_dim]; 4]);
+        for tile in 0..tiles {
+            let inside = |token: usize| token.saturating_sub(tile * TILE).min(TILE);
+            let mut now: Vec<Query<'_>> = queries
+                .iter()
+                .zip(running.iter_mut().zip(&mut out))
+                .zip(&seen)
+                .map(|((q, (running, out)), seen)| Query {
+                    q,
+                    from: inside(seen.start),
+                    to: inside(seen.end),
+                    running,
+                    out,
+                })
+                .collect();
+            let range = tile * size..(tile + 1) * size;
+            attend_tile(level, &mut now, &keys[range.clone()], &values[range], 0.4);
+        }
+        for i in 0..n {
+            let want = expected(
+                &queries[i],
+                &widened(&keys),
+                &widened(&values),
+                seen[i].clone(),
+                0.4,
+            );
+            for (got, want) in out[i].iter().zip(want) {
+                let got = f64::from(got / running[i].sum);
+                assert!(
+                    (got - want).abs() < 1e-5,
+                    "{level:?}, {head_dim}, query {i} of {n}: {got} and {want}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_add_up_to_the_softmax_over_all_of_them() {
+        for level in Level::available() {
+            for head_dim in [2, 6, 32, 40, 64] {
+                for n in 1..=QUERIES {
+                    check(|value| value, head_dim, n, level);
+                    check(f16::from_f32, head_dim, n, level);
+                }
+            }
+        }
+    }
+}

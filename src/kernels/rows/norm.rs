@@ -1,0 +1,54 @@
+//! Root-mean-square normalization (arXiv 1910.07467).
+
+use std::mem::MaybeUninit;
+
+use super::math::sum_of;
+use crate::kernels::level::{dispatch, mul_add};
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum_of(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
+}
+
+dispatch! {
+    /// Rows of `x / sqrt(mean(x^2) + eps) * weight`.
+    pub(crate) fn rms_norm<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [MaybeUninit<f32>]) {
+        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+            let inverse = inverse_rms(x, eps);
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                out.write(x * inverse * weight);
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Replaces rows of the gradient of the result by that of `x`.
+    pub(crate) fn rms_norm_backward<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, grad: &mut [f32]) {
+        let width = weight.len();
+        for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact_mut(width)) {
+            let inverse = inverse_rms(x, eps);
+            for (grad, weight) in grad.iter_mut().zip(weight) {
+                *grad *= weight;
+            }
+            let along = sum_of(x, grad, |x, grad| x * grad) / width as f32 * inverse * inverse;
+            for (grad, x) in grad.iter_mut().zip(x) {
+                *grad = inverse * (*grad - x * along);
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Adds the rows' share to the gradient of the weight.
+    pub(crate) fn rms_norm_backward_weight<const FMA: bool>(x: &[f32], grad: &[f32], eps: f32, sum: &mut [f32]) {
+        let width = sum.len();
+        for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
+            let inverse = inverse_rms(x, eps);
+            for ((sum, x), grad) in sum.iter_mut().zip(x).zip(grad) {
+                *sum = mul_add::<FMA>(x * inverse, *grad, *sum);
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! Softmax of a row, and what losses make of it.
+
+use super::math::{exp, max_of, sum_of};
+use crate::kernels::level::{dispatch, mul_add};
+
+dispatch! {
+    /// `ln(sum(exp(row)))`, by way of the largest element.
+    pub(crate) fn log_sum_exp<const FMA: bool>(row: &[f32]) -> f32 {
+        let max = max_of(row);
+        sum_of(row, row, |x, _| exp::<FMA>(x - max)).ln() + max
+    }
+}
+
+dispatch! {
+    /// Replaces `row` by `exp(row - shift) * factor`.
+    pub(crate) fn exp_shifted<const FMA: bool>(row: &mut [f32], shift: f32, factor: f32) {
+        for x in row {
+            *x = exp::<FMA>(*x - shift) * factor;
+        }
+    }
+}
+
+dispatch! {
+    /// Replaces `row` by its softmax and returns `ln(sum(exp(row)))`.
+    pub(crate) fn softmax<const FMA: bool>(row: &mut [f32]) -> f32 {
+        let max = max_of(row);
+        for x in row.iter_mut() {
+            *x = exp::<FMA>(*x - max);
+        }
+        let sum = sum_of(row, row, |x, _| x);
+        let inverse = 1.0 / sum;
+        for x in row.iter_mut() {
+            *x *= inverse;
+        }
+        sum.ln() + max
+    }
+}
+
+dispatch! {
+    /// Replaces `row` by its softmax less `mix` times the probabilities of `taught`. Returns `ln(sum(exp(row)))` and the
+    /// cross-entropy of `row` against `taught`.
+    pub(crate) fn softmax_less<const FMA: bool>(row: &mut [f32], taught: &[f32], mix: f32) -> (f32, f32) {
+        let max = max_of(row);
+        let below = sum_of(taught, row, |p, x| p * (max - x));
+        for x in row.iter_mut() {
+            *x = exp::<FMA>(*x - max);
+        }
+        let sum = sum_of(row, row, |x, _| x);
+        let inverse = 1.0 / sum;
+        for (x, p) in row.iter_mut().zip(taught) {
+            *x = mul_add::<FMA>(-mix, *p, *x * inverse);
+        }
+        (sum.ln() + max, sum.ln() + below)
+    }
+}
+
+dispatch! {
+    /// The gradient of scores under a softmax: replaces `grad`, that of `weights`, by `weights * (grad - grad . weights)`.
+    pub(crate) fn softmax_backward<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
+        let along = sum_of(weights, grad, |a, b| a * b);
+        for (grad, weight) in grad.iter_mut().zip(weights) {
+            *grad = weight * (*grad - along);
+        }
+    }
+}

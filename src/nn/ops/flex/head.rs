@@ -1,0 +1,159 @@
+//! A model's head with its loss on Flex.
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::tensor::Shape;
+use rayon::prelude::*;
+
+use super::linear::operands;
+use super::util::{contiguous, dims, floats, is_f32, task_rows, tensor};
+use crate::kernels::Level;
+use crate::kernels::gemm::{Matrix, Output, product};
+use crate::kernels::rows;
+use crate::nn::ops::terms::{Head, Teacher};
+
+/// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's
+/// weight is read and packed anew for each such chunk.
+const HEAD_ROWS: usize = 512;
+/// Most logits at a time, 64 MiB of them, over which chunks get fewer rows.
+const HEAD_LOGITS: usize = 16 << 20;
+
+/// Numbers of classes as Flex holds them.
+enum Targets<'a> {
+    I64(&'a [i64]),
+    I32(&'a [i32]),
+}
+
+impl<'a> Targets<'a> {
+    fn new(tensor: &'a FlexTensor) -> Option<Self> {
+        tensor
+            .as_slice()
+            .map(Self::I64)
+            .or_else(|| tensor.as_slice().map(Self::I32))
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::I64(values) => values.len(),
+            Self::I32(values) => values.len(),
+        }
+    }
+
+    /// Out of range for every row if negative.
+    fn get(&self, row: usize) -> usize {
+        let class = match self {
+            Self::I64(values) => values[row],
+            Self::I32(values) => i64::from(values[row]),
+        };
+        usize::try_from(class).unwrap_or(usize::MAX)
+    }
+}
+
+/// The cross-entropy of `hidden W` summed over rows, or with a teacher the mixture; that against
+/// the targets alone; and the gradients that are wanted. The logits of [`HEAD_ROWS`] rows exist at
+/// a time, a teacher's beside them, and their gradient takes their place.
+pub(super) fn head(
+    hidden: &FlexTensor,
+    weight: &FlexTensor,
+    targets: &FlexTensor,
+    teacher: &Teacher<Flex>,
+    [want_hidden, want_weight]: [bool; 2],
+) -> Option<Head<FlexTensor>> {
+    let (of, targets) = (operands(hidden, weight)?, contiguous(targets.clone()));
+    let (classes, [d_model, n_classes]) = (Targets::new(&targets)?, of.dims());
+    let n = classes.len();
+    if dims(hidden) != [n, d_model] {
+        return None;
+    }
+    let teacher = match teacher {
+        Teacher::None => None,
+        Teacher::States(hidden, _) if !is_f32(&[hidden]) || dims(hidden) != [n, d_model] => {
+            return None;
+        }
+        Teacher::States(hidden, mix) => Some((contiguous(hidden.clone()), *mix)),
+    };
+    let (hidden, level) = (contiguous(hidden.clone()), Level::detect());
+    let values = floats(&hidden);
+    let mut grad_hidden = vec![0.0_f32; if want_hidden { n * d_model } else { 0 }];
+    let mut grad_weight = vec![0.0_f32; if want_weight { d_model * n_classes } else { 0 }];
+    let chunk_rows = (HEAD_LOGITS / n_classes).clamp(64, HEAD_ROWS).min(n);
+    let mut logits = vec![0.0_f32; chunk_rows * n_classes];
+    let mut taught = vec![0.0_f32; if teacher.is_some() { logits.len() } else { 0 }];
+    let (mut loss, mut nll) = (0.0_f64, 0.0_f64);
+    for first in (0..n).step_by(chunk_rows) {
+        let rows = chunk_rows.min(n - first);
+        let logits = &mut logits[..rows * n_classes];
+        let chunk = Matrix::rows(&values[first * d_model..], d_model);
+        // SAFETY: the operands are alive, and the outputs are this one's; so below.
+        unsafe { of.multiply(rows, chunk, Output::over(logits, n_classes)) };
+        let want_gradient = want_hidden || want_weight;
+        let lines = logits
+            .par_chunks_exact_mut(n_classes)
+            .with_min_len(task_rows(n_classes))
+            .enumerate();
+        // By row: the loss, and that against the target.
+        let losses: Vec<[f32; 2]> = if let Some((hidden, mix)) = &teacher {
+            let taught = &mut taught[..rows * n_classes];
+            let chunk = Matrix::rows(&floats(hidden)[first * d_model..], d_model);
+            // SAFETY: as above.
+            unsafe { of.multiply(rows, chunk, Output::over(taught, n_classes)) };
+            let (soft, hard) = (*mix as f32, (1.0 - mix) as f32);
+            let row = |((row, logits), taught): ((usize, &mut [f32]), &mut [f32])| {
+                let class = classes.get(first + row);
+                let target = logits[class];
+                rows::softmax(level, taught);
+                let (log_sum_exp, cross_entropy) = rows::softmax_less(level, logits, taught, soft);
+                logits[class] -= hard;
+                let nll = log_sum_exp - target;
+                [soft * cross_entropy + hard * nll, nll]
+            };
+            lines
+                .zip(taught.par_chunks_exact_mut(n_classes))
+                .map(row)
+                .collect()
+        } else {
+            let row = |(row, logits): (usize, &mut [f32])| {
+                let class = classes.get(first + row);
+                let target = logits[class];
+                if !want_gradient {
+                    return [rows::log_sum_exp(level, logits) - target; 2];
+                }
+                let log_sum_exp = rows::softmax(level, logits);
+                logits[class] -= 1.0;
+                [log_sum_exp - target; 2]
+            };
+            lines.map(row).collect()
+        };
+        loss += losses.iter().map(|row| f64::from(row[0])).sum::<f64>();
+        nll += losses.iter().map(|row| f64::from(row[1])).sum::<f64>();
+        let slopes = Matrix::rows(logits, n_classes);
+        if want_hidden {
+            let out = &mut grad_hidden[first * d_model..];
+            // SAFETY: as above.
+            unsafe {
+                of.transposed()
+                    .multiply(rows, slopes, Output::over(out, d_model))
+            };
+        }
+        if want_weight {
+            let (size, out) = ([d_model, n_classes, rows], &mut grad_weight);
+            // SAFETY: as above.
+            unsafe {
+                product(
+                    size,
+                    chunk.transposed(),
+                    slopes,
+                    Output::over(out, n_classes).added(),
+                    true,
+                )
+            };
+        }
+    }
+    let scalar = |value: f64| tensor(vec![value as f32], Shape::from([1]));
+    Some((
+        scalar(loss),
+        scalar(nll),
+        want_hidden.then(|| tensor(grad_hidden, Shape::from([n, d_model]))),
+        want_weight.then(|| tensor(grad_weight, Shape::from([d_model, n_classes]))),
+    ))
+}

@@ -1,0 +1,484 @@
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+
+use super::plain;
+use super::{Random, close, compare, devices, hosts, slack, values};
+use crate::nn::ops::extension::DecoderOps;
+use crate::nn::ops::{self, AttentionMask};
+
+/// The head's loss of logits: hidden states under the identity.
+fn loss_of(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let identity = Tensor::<2>::eye(logits.dims()[1], &logits.device().without_autodiff())
+        .cast(logits.dtype());
+    ops::head_loss(logits, identity, targets)
+}
+
+#[test]
+fn swiglu_is_the_plain_composition() {
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(1);
+        for shape in [[1, 1, 1], [2, 3, 17], [3, 41, 211]] {
+            let inputs = [
+                random.tensor(shape, 3.0, device),
+                random.tensor(shape, 2.0, device),
+            ];
+            let plain = |[gate, up]: [Tensor<3>; 2]| plain::swiglu(gate, up);
+            compare("swiglu", inputs, |[gate, up]| ops::swiglu(gate, up), plain);
+        }
+        let gate = Tensor::<1>::from_floats([-200.0, -90.0, -30.0, -0.0, 30.0, 90.0, 200.0], &tape)
+            .require_grad();
+        let up =
+            Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], &tape).require_grad();
+        let y = ops::swiglu(gate.clone(), up.clone());
+        let gradients = y.clone().sum().backward();
+        close(
+            "saturated",
+            &values(y.inner()),
+            &[0.0, 0.0, 0.0, 0.0, 150.0, 540.0, 1400.0],
+            1e-6 * slack(device),
+        );
+        close(
+            "slope",
+            &values(gate.grad(&gradients).unwrap()),
+            &[0.0, 0.0, 0.0, 2.0, 5.0, 6.0, 7.0],
+            1e-6 * slack(device),
+        );
+        close(
+            "up",
+            &values(up.grad(&gradients).unwrap()),
+            &[0.0, 0.0, 0.0, 0.0, 30.0, 90.0, 200.0],
+            1e-6 * slack(device),
+        );
+    }
+}
+
+#[test]
+fn rms_norm_is_the_plain_composition() {
+    for device in devices() {
+        let mut random = Random::new(2);
+        for shape in [[1, 1, 1], [2, 5, 17], [3, 1, 64], [3, 97, 129]] {
+            let weight = random.tensor([shape[2]], 2.0, device);
+            let inputs = [random.tensor(shape, 3.0, device)];
+            // The weight is a constant of the plain device beside a tracked input.
+            let fused = |[x]: [Tensor<3>; 1]| ops::rms_norm(x, weight.clone(), 1e-2);
+            compare("rms_norm", inputs, fused, |[x]| {
+                plain::rms_norm(x, weight.clone(), 1e-2)
+            });
+            let x = random.tensor(shape, 3.0, device);
+            let fused = |[weight]: [Tensor<1>; 1]| ops::rms_norm(x.clone(), weight, 1e-2);
+            compare("rms_norm's weight", [weight.clone()], fused, |[weight]| {
+                plain::rms_norm(x.clone(), weight, 1e-2)
+            });
+        }
+        let both = [
+            random.tensor([19], 1.0, device),
+            random.tensor([19], 1.0, device),
+        ];
+        compare(
+            "rms_norm's both",
+            both,
+            |[x, weight]: [Tensor<1>; 2]| ops::rms_norm(x, weight, 1e-5),
+            |[x, weight]| plain::rms_norm(x, weight, 1e-5),
+        );
+    }
+}
+
+#[test]
+fn rotary_is_the_plain_composition() {
+    for device in devices() {
+        let mut random = Random::new(4);
+        for [batch, seq, n_heads, half] in [[1, 1, 1, 1], [2, 5, 3, 4], [3, 31, 8, 33]] {
+            let angles = random.tensor([seq, half], 3.0, device);
+            let (cos, sin) = (angles.clone().cos(), angles.sin());
+            let inputs = [random.tensor([batch, seq, n_heads * 2 * half], 2.0, device)];
+            compare(
+                "rotary",
+                inputs,
+                |[x]: [Tensor<3>; 1]| ops::rotary(x, n_heads, cos.clone(), sin.clone()),
+                |[x]| plain::rotary(x, n_heads, cos.clone(), sin.clone()),
+            );
+        }
+    }
+}
+
+#[test]
+fn attention_is_the_plain_composition() {
+    for device in devices() {
+        let mut random = Random::new(5);
+        // batch, heads, key/value heads, queries, keys, head size, window, left padding
+        type Case<'a> = ([usize; 6], Option<usize>, Option<&'a [usize]>);
+        let cases: [Case; 10] = [
+            ([1, 1, 1, 1, 1, 1], None, None),
+            ([2, 4, 2, 7, 7, 5], None, None),
+            ([3, 4, 1, 3, 11, 8], Some(4), None),
+            ([2, 2, 2, 1, 9, 6], None, None),
+            ([2, 2, 1, 1, 9, 6], Some(3), None),
+            ([2, 4, 4, 9, 9, 4], None, Some(&[0, 3])),
+            ([3, 8, 2, 6, 13, 7], Some(5), Some(&[2, 0, 4])),
+            ([1, 2, 1, 1, 3, 4], None, Some(&[2])),
+            ([2, 4, 2, 150, 163, 16], None, Some(&[0, 9])),
+            ([1, 2, 2, 200, 200, 8], Some(33), None),
+        ];
+        for ([batch, n_heads, n_kv_heads, seq_q, seq_k, head_dim], window, pads) in cases {
+            let mask = AttentionMask {
+                window,
+                left_pad: pads.map(<[usize]>::to_vec),
+            };
+            // The plain composition spreads a query without keys over all of them, so none of these
+            // cases' queries is one.
+            let first = seq_k - seq_q;
+            let seen = pads.is_none_or(|pads| pads.iter().all(|pad| *pad <= first));
+            let name =
+                format!("{batch} {n_heads} {n_kv_heads} {seq_q} {seq_k} {head_dim} {mask:?}");
+            let q = random.tensor([batch, n_heads, seq_q, head_dim], 2.0, device);
+            let keys = [batch, n_kv_heads, seq_k, head_dim];
+            let (k, v) = (
+                random.tensor(keys, 2.0, device),
+                random.tensor(keys, 2.0, device),
+            );
+            // Of padded queries nothing is said: their results are multiplied away.
+            let keep: Vec<f32> = (0..batch * seq_q)
+                .flat_map(|index| {
+                    let empty = mask
+                        .visible(index / seq_q, index % seq_q, seq_q, seq_k)
+                        .is_empty();
+                    vec![if empty { 0.0 } else { 1.0 }; n_heads * head_dim]
+                })
+                .collect();
+            assert!(seen || keep.contains(&0.0));
+            let keep = Tensor::<3>::from_data(
+                TensorData::new(keep, [batch, seq_q, n_heads * head_dim]),
+                device,
+            );
+            compare(
+                &name,
+                [q, k, v],
+                |[q, k, v]: [Tensor<4>; 3]| {
+                    ops::causal_attention(q, k, v, 0.3, &mask) * keep.clone()
+                },
+                |[q, k, v]| plain::causal_attention(q, k, v, 0.3, &mask) * keep.clone(),
+            );
+        }
+    }
+}
+
+#[test]
+fn large_scores_stay_finite() {
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(6);
+        let [q, k, v] =
+            [(); 3].map(|()| random.tensor::<4>([1, 2, 5, 4], 1.0, &tape).require_grad());
+        let y = ops::causal_attention(
+            q.clone() * 1e4,
+            k.clone() * 10.0,
+            v.clone(),
+            1.0,
+            &AttentionMask::default(),
+        );
+        let gradients = y.clone().sum().backward();
+        for values in [
+            values(y.inner()),
+            values(q.grad(&gradients).unwrap()),
+            values(v.grad(&gradients).unwrap()),
+        ] {
+            assert!(values.iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn any_strides_will_do() {
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(8);
+        let run = |views: bool| {
+            let mut random = Random::new(9);
+            // `[batch, seq, heads, size]` seen as `[batch, heads, seq, size]`, and keys narrowed
+            // from a longer cache.
+            let q = random.tensor::<4>([2, 3, 4, 6], 1.0, &tape).require_grad();
+            let k = random.tensor::<4>([2, 2, 9, 6], 1.0, &tape).require_grad();
+            let v = random.tensor::<4>([2, 2, 6, 9], 1.0, &tape).require_grad();
+            let solid = |x: Tensor<4>| {
+                if views {
+                    x
+                } else {
+                    Tensor::cat(vec![x.clone().narrow(0, 0, 1), x.narrow(0, 1, 1)], 0)
+                }
+            };
+            let (qs, ks) = (
+                solid(q.clone().swap_dims(1, 2)),
+                solid(k.clone().narrow(2, 1, 7)),
+            );
+            let vs = solid(v.clone().swap_dims(2, 3).narrow(2, 2, 7));
+            let y = ops::causal_attention(qs, ks, vs, 0.5, &AttentionMask::default());
+            let weight = random.tensor::<1>([48], 1.0, &tape).narrow(0, 12, 24);
+            let turned = if views {
+                y.clone().transpose().swap_dims(1, 2)
+            } else {
+                y.clone()
+            };
+            let normed = ops::rms_norm(turned, weight, 1e-5);
+            let (gate, up) = (
+                normed.clone().narrow(2, 0, 12),
+                normed.clone().narrow(2, 12, 12),
+            );
+            let h = ops::swiglu(gate, up);
+            let angles = random.tensor::<2>([2, 3], 1.0, &tape).transpose();
+            let turned = ops::rotary(h, 3, angles.clone().cos(), angles.sin());
+            let logits = turned
+                .swap_dims(0, 3)
+                .narrow(1, 1, 2)
+                .reshape([4, 12])
+                .transpose();
+            let targets = Tensor::<1, Int>::from_ints([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3], &tape);
+            let loss = loss_of(logits, targets);
+            let gradients = loss.backward();
+            let mut all = values(loss.inner());
+            for input in [q, k, v] {
+                all.extend(values(input.grad(&gradients).unwrap()));
+            }
+            all
+        };
+        close("views", &run(true), &run(false), 1e-6 * slack(device));
+        // An expanded tensor has a stride of zero.
+        let row = random.tensor::<2>([1, 9], 1.0, device);
+        let up = random.tensor::<2>([5, 9], 1.0, device);
+        let fused = ops::swiglu(row.clone().expand([5, 9]), up.clone());
+        close(
+            "expanded",
+            &values(fused),
+            &values(plain::swiglu(row.expand([5, 9]), up)),
+            1e-6 * slack(device),
+        );
+    }
+}
+
+#[test]
+fn constants_stay_off_the_tape() {
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        let mut random = Random::new(10);
+        let x = random.tensor::<2>([3, 8], 1.0, device);
+        let w = random.tensor::<1>([8], 1.0, device);
+        assert!(
+            !ops::rms_norm(x.clone(), w.clone(), 1e-5)
+                .device()
+                .is_autodiff()
+        );
+        let on_tape = Tensor::<2>::from_data(x.to_data(), &tape);
+        assert!(!ops::rms_norm(on_tape.clone(), w.clone(), 1e-5).is_tracked());
+        assert!(!ops::swiglu(on_tape.clone(), x.clone()).is_tracked());
+        let tracked = on_tape.clone().require_grad();
+        assert!(ops::rms_norm(tracked.clone(), w.clone(), 1e-5).is_tracked());
+        assert!(ops::swiglu(x.clone(), tracked.clone()).is_tracked());
+        // Plain first, tracked second, and the other way round.
+        for swapped in [false, true] {
+            let y = if swapped {
+                ops::swiglu(tracked.clone(), x.clone())
+            } else {
+                ops::swiglu(x.clone(), tracked.clone())
+            };
+            let gradients = y.sum().backward();
+            assert!(
+                values(tracked.grad(&gradients).unwrap())
+                    .iter()
+                    .any(|x| *x != 0.0)
+            );
+        }
+        // Keys and values from a plain cache.
+        let q = random.tensor::<4>([1, 2, 3, 4], 1.0, &tape).require_grad();
+        let cache = random.tensor::<4>([1, 1, 5, 4], 1.0, device);
+        let y = ops::causal_attention(
+            q.clone(),
+            cache.clone(),
+            cache,
+            1.0,
+            &AttentionMask::default(),
+        );
+        assert!(
+            values(q.grad(&y.sum().backward()).unwrap())
+                .iter()
+                .any(|x| *x != 0.0)
+        );
+    }
+}
+
+#[test]
+fn inputs_survive_their_gradients() {
+    for device in devices() {
+        let tape = device.clone().autodiff();
+        // The backward kernels write in place where nobody else holds a tensor; here somebody does.
+        let mut random = Random::new(11);
+        let shape = [130, 129];
+        let [gate, up] = [(); 2].map(|()| random.tensor::<2>(shape, 1.0, &tape).require_grad());
+        let before = [values(gate.clone().inner()), values(up.clone().inner())];
+        let targets = Tensor::<1, Int>::zeros([130], &tape);
+        let y = ops::swiglu(gate.clone(), up.clone()).sum() + loss_of(gate.clone(), targets);
+        let weight = random.tensor::<1>([129], 1.0, &tape);
+        let _ = (y + ops::rms_norm(up.clone(), weight, 1e-5).sum()).backward();
+        assert_eq!(before, [values(gate.inner()), values(up.inner())]);
+    }
+}
+
+#[test]
+fn portable_definitions_agree_with_the_kernels() {
+    use crate::nn::ops::portable;
+    use burn::backend::Flex;
+    let mut random = Random::new(12);
+    let mut make = |shape: [usize; 4]| random.tensor::<4>(shape, 1.5, &Device::flex());
+    let (q, k, v, grad) = (
+        make([2, 4, 5, 6]),
+        make([2, 2, 8, 6]),
+        make([2, 2, 8, 6]),
+        make([2, 5, 24, 1]),
+    );
+    let grad = grad.reshape([2, 5, 24]);
+    let raw = |x: &Tensor<4>| x.clone().try_into_primitive::<Flex>().unwrap();
+    let mask = AttentionMask {
+        window: Some(4),
+        left_pad: Some(vec![0, 2]),
+    };
+    let same =
+        |name: &str, a: burn::backend::flex::FlexTensor, b: burn::backend::flex::FlexTensor| {
+            close(
+                name,
+                a.to_contiguous().as_slice().unwrap(),
+                b.to_contiguous().as_slice().unwrap(),
+                5e-6,
+            );
+        };
+    let (y, sums) = Flex::causal_attention(raw(&q), raw(&k), raw(&v), 0.4, mask.clone());
+    let (py, psums) =
+        portable::causal_attention::<Flex>(raw(&q), raw(&k), raw(&v), 0.4, mask.clone());
+    same("context", y, py);
+    same("sums", sums.clone(), psums.clone());
+    let grad = grad.try_into_primitive::<Flex>().unwrap();
+    let fused = Flex::causal_attention_backward(
+        raw(&q),
+        raw(&k),
+        raw(&v),
+        sums,
+        grad.clone(),
+        0.4,
+        mask.clone(),
+    );
+    let plain = portable::causal_attention_backward::<Flex>(
+        raw(&q),
+        raw(&k),
+        raw(&v),
+        psums,
+        grad,
+        0.4,
+        mask,
+    );
+    same("q", fused.0, plain.0);
+    same("k", fused.1, plain.1);
+    same("v", fused.2, plain.2);
+
+    let (x, g) = (raw(&make([2, 3, 4, 17])), raw(&make([2, 3, 4, 17])));
+    let weight =
+        || Tensor::<1>::from_data(TensorData::new(vec![0.5_f32; 17], [17]), &Device::flex());
+    let weight = || weight().try_into_primitive::<Flex>().unwrap();
+    same(
+        "norm",
+        Flex::rms_norm(x.clone(), weight(), 0.1),
+        portable::rms_norm::<Flex>(x.clone(), weight(), 0.1),
+    );
+    let fused = Flex::rms_norm_backward(x.clone(), weight(), g.clone(), 0.1);
+    same(
+        "norm x",
+        fused,
+        portable::rms_norm_backward::<Flex>(x.clone(), weight(), g.clone(), 0.1),
+    );
+    let fused = Flex::rms_norm_backward_weight(x.clone(), g.clone(), 0.1);
+    same(
+        "norm w",
+        fused,
+        portable::rms_norm_backward_weight::<Flex>(x.clone(), g.clone(), 0.1),
+    );
+    same(
+        "swiglu",
+        Flex::swiglu(x.clone(), g.clone()),
+        portable::swiglu::<Flex>(x.clone(), g.clone()),
+    );
+    let fused = Flex::swiglu_backward(x.clone(), g.clone(), x.clone());
+    let plain = portable::swiglu_backward::<Flex>(x.clone(), g.clone(), x.clone());
+    same("gate", fused.0, plain.0);
+    same("up", fused.1, plain.1);
+
+    let table = || make_table(5, 3);
+    let heads = raw(&make([2, 4, 5, 6]));
+    let fused = Flex::rotary_backward(table(), table(), heads.clone());
+    same(
+        "rotary",
+        fused,
+        portable::rotary_backward::<Flex>(table(), table(), heads),
+    );
+}
+
+fn make_table(seq: usize, half: usize) -> burn::backend::flex::FlexTensor {
+    let table = Random::new(13).tensor::<2>([seq, half], 1.0, &Device::flex());
+    table.try_into_primitive::<burn::backend::Flex>().unwrap()
+}
+
+#[test]
+fn half_precision_takes_the_portable_way() {
+    for device in devices()
+        .iter()
+        .filter(|device| device.supports_dtype(FloatDType::BF16))
+    {
+        let x = Random::new(15).tensor::<2>([3, 8], 1.0, device);
+        let half = x.clone().cast(FloatDType::BF16);
+        let y = ops::swiglu(half.clone(), half).cast(FloatDType::F32);
+        close(
+            "bf16",
+            &values(y),
+            &values(plain::swiglu(x.clone(), x)),
+            0.03,
+        );
+    }
+}
+
+#[test]
+fn double_precision_takes_the_portable_way_on_the_tape() {
+    // On a GPU, `f64` has sums and products but need not have `exp` or `cos`: Vulkan defines those
+    // of `f32` at most.
+    for device in &hosts() {
+        let tape = device.clone().autodiff();
+        let run = |dtype: FloatDType| {
+            let mut random = Random::new(14);
+            let mut all = Vec::new();
+            let mut leaf = |shape: [usize; 4]| {
+                random
+                    .tensor::<4>(shape, 1.5, &tape)
+                    .cast(dtype)
+                    .require_grad()
+            };
+            let (q, k, v, w) = (
+                leaf([2, 4, 5, 6]),
+                leaf([2, 2, 7, 6]),
+                leaf([2, 2, 7, 6]),
+                leaf([1, 1, 1, 24]),
+            );
+            let angles = random.tensor::<2>([5, 3], 1.0, &tape).cast(dtype);
+            let mask = AttentionMask {
+                window: Some(3),
+                left_pad: Some(vec![1, 2]),
+            };
+            let context = ops::causal_attention(q.clone(), k.clone(), v.clone(), 0.7, &mask);
+            let turned = ops::rotary(context, 4, angles.clone().cos(), angles.sin());
+            let normed = ops::rms_norm(turned.reshape([10, 24]), w.clone().reshape([24]), 1e-3);
+            let logits = ops::swiglu(normed.clone(), normed + 1.0);
+            let targets = Tensor::<1, Int>::from_ints([0, 5, 23, 7, 7, 1, 2, 3, 4, 11], &tape);
+            let loss = loss_of(logits, targets);
+            let gradients = loss.backward();
+            all.extend(values(loss.inner().cast(FloatDType::F32)));
+            for leaf in [q, k, v, w] {
+                all.extend(values(leaf.grad(&gradients).unwrap().cast(FloatDType::F32)));
+            }
+            all
+        };
+        close("double", &run(FloatDType::F32), &run(FloatDType::F64), 2e-6);
+    }
+}
