@@ -42,6 +42,9 @@
 //! tensors alone panic on shapes other than those that their docs state, as Burn's own do.
 #![warn(missing_docs)]
 
+#[macro_use]
+mod settings;
+
 pub mod adapter;
 pub mod calib;
 pub mod data;

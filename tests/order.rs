@@ -9,8 +9,8 @@ use burn::tensor::Tensor;
 use common::{is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{
-    BlockScores, ChannelOrder, InfluenceMeasure, TaylorConfig, block_influence, channel_scores,
-    sort_channels, taylor_scores,
+    BlockScores, ChannelOrder, ChannelScore, InfluenceMeasure, TaylorConfig, block_influence,
+    channel_scores, sort_channels, taylor_scores,
 };
 use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{
@@ -22,7 +22,7 @@ use elastic_lora::io::{DType, HfConfig};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::{Block, Decoder, LinearKind, Pretrained, Unit};
 use elastic_lora::nn::host_values;
-use elastic_lora::sparsity::{ChannelScore, InputNorms, activation_scores};
+use elastic_lora::sparsity::InputNorms;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::{Error, SearchSpace, SuperNet};
 use rand::seq::SliceRandom;
@@ -354,8 +354,21 @@ fn activation_scores_are_those_of_the_inputs_as_they_are() {
             *state = model.block(block, state.clone(), Some(&mut tap));
         }
         let weight = |kind| model.layers[block].linear(kind).unwrap().base.to_matrix();
-        let heads = activation_scores(&weight(LinearKind::O), 8, &norms[0]).unwrap();
-        let mlp = activation_scores(&weight(LinearKind::Down), 1, &norms[1]).unwrap();
+        // Sums of Wanda's scores over the columns that are a channel's.
+        let sums = |kind, width: usize, norms: &InputNorms| -> Vec<f64> {
+            let (weight, norms) = (weight(kind), norms.mean_sq_norms());
+            let score = |i: usize, j: usize| f64::from(weight.row(i)[j].abs() * norms[j].sqrt());
+            (0..weight.cols() / width)
+                .map(|channel| {
+                    let columns = channel * width..(channel + 1) * width;
+                    let rows = 0..weight.rows();
+                    rows.map(|i| columns.clone().map(|j| score(i, j)).sum::<f64>())
+                        .sum()
+                })
+                .collect()
+        };
+        let heads = sums(LinearKind::O, 8, &norms[0]);
+        let mlp = sums(LinearKind::Down, 1, &norms[1]);
         assert_eq!((scores.mlp.len(), scores.kv_groups.len()), (37, 3));
         for (a, b) in scores
             .mlp

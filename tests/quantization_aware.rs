@@ -8,6 +8,7 @@ use burn::module::Module;
 use common::{is_factor, max_diff, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
+use elastic_lora::eval::mean_loss;
 use elastic_lora::format::{QuantizedMatrix, QuantizedParts};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::merge::MergeMode;
@@ -17,7 +18,7 @@ use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
 use elastic_lora::space::Elastic;
 use elastic_lora::sparsity::Mask;
 use elastic_lora::supernet::{QaConfig, SuperNetConfig};
-use elastic_lora::train::{Checkpointing, TrainConfig, Trainer, mean_loss};
+use elastic_lora::train::{Checkpointing, TrainConfig, Trainer};
 use elastic_lora::{Error, Merger, SearchSpace, SuperNet};
 use rand::SeedableRng;
 

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Gradients, Int, Tensor};
 use common::{is_factor, random_ids, tiny, weight_bits};
@@ -17,7 +17,7 @@ use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{
     Checkpointing, Distillation, Sampling, Schedule, Stage, StepLog, TrainConfig, TrainReport,
-    Trainer, targets,
+    Trainer, for_each_param, targets,
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 
@@ -138,36 +138,17 @@ fn factors(net: &SuperNet) -> BTreeMap<String, Vec<f32>> {
 }
 
 /// Adds a model's gradients to `into`, in double precision.
-fn add_gradients(model: &Decoder, gradients: Gradients, into: &mut BTreeMap<String, Vec<f64>>) {
-    struct Collect<'a> {
-        path: Vec<String>,
-        gradients: Gradients,
-        into: &'a mut BTreeMap<String, Vec<f64>>,
-    }
-    impl ModuleVisitor for Collect<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if let Some(gradient) = param.base().grad(&self.gradients) {
-                let values = host_values(gradient);
-                let sum = self
-                    .into
-                    .entry(self.path.join("."))
-                    .or_insert_with(|| vec![0.0; values.len()]);
-                sum.iter_mut()
-                    .zip(values)
-                    .for_each(|(sum, value)| *sum += f64::from(value));
-            }
+fn add_gradients(model: &Decoder, mut gradients: Gradients, into: &mut BTreeMap<String, Vec<f64>>) {
+    for_each_param(model, |path, param| {
+        if let Some(gradient) = param.take_gradient(&mut gradients) {
+            let values = host_values(gradient);
+            let sum = into
+                .entry(path.to_string())
+                .or_insert_with(|| vec![0.0; values.len()]);
+            sum.iter_mut()
+                .zip(values)
+                .for_each(|(sum, value)| *sum += f64::from(value));
         }
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.to_string());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-    }
-    model.visit(&mut Collect {
-        path: Vec::new(),
-        gradients,
-        into,
     });
 }
 

@@ -11,12 +11,12 @@ use burn::tensor::Device;
 use common::{is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, collate, fixed_batches};
+use elastic_lora::eval::mean_loss;
 use elastic_lora::linalg::Matrix;
 use elastic_lora::nn::BaseLinear;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{
-    Checkpointing, Sampling, Schedule, StepLog, TrainConfig, TrainReport, Trainer, mean_loss,
-    targets,
+    Checkpointing, Sampling, Schedule, StepLog, TrainConfig, TrainReport, Trainer, targets,
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 

@@ -243,7 +243,7 @@ impl Run<'_> {
         // As written: the base in its checkpoint's type, a PEFT adapter in its own.
         let base = (cost.params - cost.adapter_params) * pretrained.dtype.size();
         row.bytes = Some((base + cost.adapter_params * PeftOptions::default().dtype.size()) as u64);
-        if net.space().len() > 0 {
+        if !net.space().is_empty() {
             row.ranks = Some(net.space().values(net.active())?);
         }
         let accuracy = row

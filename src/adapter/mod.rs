@@ -9,7 +9,6 @@ mod linear;
 mod lora;
 mod reparam;
 
-pub use crate::nn::mix_seed;
 pub use grid::WeightGrid;
 pub use linear::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use lora::{ElasticLora, LoraConfig, MAX_RANK, ScaleRule, seeded_dropout};

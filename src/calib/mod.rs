@@ -3,6 +3,7 @@
 //! What layers that see the same input have gathered is shared: queries, keys and values have one Hessian. As in Wanda (arXiv 2306.11695), a block's statistics come from its weights as they were, on inputs that the blocks before
 //! it, already changed, put out. One block's statistics are in memory at a time; the hidden states of all samples are.
 
+mod channels;
 mod influence;
 mod input;
 mod order;
@@ -10,8 +11,9 @@ mod prune;
 mod quantize;
 mod taylor;
 
-pub use influence::{InfluenceMeasure, UnitInfluence, block_influence};
-pub use order::{BlockOrder, BlockScores, ChannelOrder, channel_scores, sort_channels};
+pub use channels::{BlockScores, ChannelScore};
+pub use influence::{BlockInfluence, InfluenceMeasure, block_influence};
+pub use order::{BlockOrder, ChannelOrder, channel_scores, sort_channels};
 pub use prune::{PruneConfig, PrunedLayer, prune_model, prune_model_with};
 pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model};
 pub use taylor::{TaylorConfig, taylor_scores};

@@ -51,22 +51,10 @@ impl PruneConfig {
         }
     }
 
-    /// Sets how SparseGPT's Hessians are made ready.
-    pub fn with_factor(mut self, factor: FactorConfig) -> Self {
-        self.factor = factor;
-        self
-    }
-
-    /// Sets SparseGPT's settings.
-    pub fn with_sparsegpt(mut self, sparsegpt: SparseGptConfig) -> Self {
-        self.sparsegpt = sparsegpt;
-        self
-    }
-
-    /// Sets that blocks with more outliers keep more of their weights.
-    pub fn with_owl(mut self, owl: OwlConfig) -> Self {
-        self.owl = Some(owl);
-        self
+    setters! {
+        with_factor(factor: FactorConfig);
+        with_sparsegpt(sparsegpt: SparseGptConfig);
+        with_owl(owl: OwlConfig) = Some(owl);
     }
 
     /// Checks the fields.

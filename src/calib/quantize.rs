@@ -58,16 +58,9 @@ impl QuantizeConfig {
         }
     }
 
-    /// Sets the grids and GPTQ's settings.
-    pub fn with_gptq(mut self, gptq: GptqConfig) -> Self {
-        self.gptq = gptq;
-        self
-    }
-
-    /// Sets how GPTQ's Hessians are made ready.
-    pub fn with_factor(mut self, factor: FactorConfig) -> Self {
-        self.factor = factor;
-        self
+    setters! {
+        with_gptq(gptq: GptqConfig);
+        with_factor(factor: FactorConfig);
     }
 
     /// Checks the fields.

@@ -10,13 +10,12 @@ use burn::module::Module;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
-use super::order::BlockScores;
+use super::channels::{BlockScores, sum_channels};
 use super::{batches, targets};
-use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
+use crate::adapter::{ElasticLora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LinearKind};
-use crate::nn::host_values;
-use crate::sparsity::sum_units;
+use crate::nn::{host_values, mix_seed};
 
 /// The layers whose rows are scored; what reads them (o, down) tells nothing more.
 const SCORED: [LinearKind; 5] = [
@@ -47,6 +46,19 @@ impl Default for TaylorConfig {
             batch_tokens: 512,
             seed: 0,
         }
+    }
+}
+
+impl TaylorConfig {
+    /// Rank 32, 512 tokens a batch, seed 0.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    setters! {
+        with_rank(rank: usize);
+        with_batch_tokens(batch_tokens: usize);
+        with_seed(seed: u64);
     }
 }
 
@@ -121,13 +133,13 @@ pub fn taylor_scores(
                         value: terms[index],
                     });
                 }
-                let units = match kind {
+                let channels = match kind {
                     LinearKind::Gate | LinearKind::Up => &mut scores.mlp,
                     _ => &mut scores.kv_groups,
                 };
-                let width = terms.len() / units.len();
+                let width = terms.len() / channels.len();
                 let share = sketch_scale(adapter) / batches.len() as f64;
-                for (score, term) in units.iter_mut().zip(sum_units(&terms, width)?) {
+                for (score, term) in channels.iter_mut().zip(sum_channels(&terms, width)?) {
                     *score += share * term;
                 }
             }

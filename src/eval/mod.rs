@@ -3,7 +3,7 @@
 mod latency;
 mod objective;
 
-pub use crate::train::mean_loss;
+pub use crate::train::loss::mean_loss;
 pub use latency::{LatencyTable, Phase, measure_ms};
 pub use objective::{Cost, Metric, SubnetObjective};
 

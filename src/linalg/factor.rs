@@ -34,16 +34,9 @@ impl FactorConfig {
         Self::default()
     }
 
-    /// Sets what is added to the diagonal, as a share of its mean.
-    pub fn with_damping(mut self, damping: f64) -> Self {
-        self.damping = damping;
-        self
-    }
-
-    /// Sets whether the columns of the largest input are rounded first.
-    pub fn with_activation_order(mut self, activation_order: bool) -> Self {
-        self.activation_order = activation_order;
-        self
+    setters! {
+        with_damping(damping: f64);
+        with_activation_order(activation_order: bool);
     }
 
     /// Checks the fields.

@@ -54,16 +54,9 @@ impl GptqConfig {
         }
     }
 
-    /// Sets from which weights the grids of groups are found.
-    pub fn with_groups(mut self, groups: GroupGrids) -> Self {
-        self.groups = groups;
-        self
-    }
-
-    /// Sets the columns that are rounded before the rest is told.
-    pub fn with_block_size(mut self, block_size: usize) -> Self {
-        self.block_size = block_size;
-        self
+    setters! {
+        with_groups(groups: GroupGrids);
+        with_block_size(block_size: usize);
     }
 
     /// Checks the fields.

@@ -58,28 +58,11 @@ impl GridConfig {
         }
     }
 
-    /// Sets the columns that share a grid; none for the whole row.
-    pub fn with_group_size(mut self, group_size: Option<usize>) -> Self {
-        self.group_size = group_size;
-        self
-    }
-
-    /// Sets whether the zero point is the middle of the grid.
-    pub fn with_symmetric(mut self, symmetric: bool) -> Self {
-        self.symmetric = symmetric;
-        self
-    }
-
-    /// Sets the format that scales are rounded to.
-    pub fn with_scale_dtype(mut self, scale_dtype: ScaleDtype) -> Self {
-        self.scale_dtype = scale_dtype;
-        self
-    }
-
-    /// Sets whether a zero point of 0 is avoided.
-    pub fn with_zero_from_one(mut self, zero_from_one: bool) -> Self {
-        self.zero_from_one = zero_from_one;
-        self
+    setters! {
+        with_group_size(group_size: Option<usize>);
+        with_symmetric(symmetric: bool);
+        with_scale_dtype(scale_dtype: ScaleDtype);
+        with_zero_from_one(zero_from_one: bool);
     }
 
     /// Checks the fields.

@@ -21,11 +21,18 @@ const MAX_LINE_BYTES: u64 = 16 << 20;
 /// Settings of a [`Study`].
 #[derive(Clone, Debug)]
 pub struct StudyConfig {
-    n_evals: usize,
-    batch: usize,
-    log: Option<PathBuf>,
-    tag: String,
-    interrupt: Option<Arc<AtomicBool>>,
+    /// Most different subnets that a search may propose.
+    pub n_evals: usize,
+    /// Most subnets that [`Study::run_parallel`] evaluates side by side. It does not change the result.
+    pub batch: usize,
+    /// A JSON Lines file to which each evaluation is appended as soon as it is there. If the file exists already, its evaluations
+    /// are reused: a search that was interrupted and is run again with the same seed goes on where it stopped, and ends
+    /// as if it had never been interrupted.
+    pub log: Option<PathBuf>,
+    /// A text that says what is evaluated (model, data, ...). A log of another tag is refused.
+    pub tag: String,
+    /// A flag that stops the search before the next evaluation once it is true.
+    pub interrupt: Option<Arc<AtomicBool>>,
 }
 
 impl StudyConfig {
@@ -40,30 +47,11 @@ impl StudyConfig {
         }
     }
 
-    /// Sets how many subnets at most are evaluated side by side by [`Study::run_parallel`]. It does not change the result.
-    pub fn with_batch(mut self, batch: usize) -> Self {
-        self.batch = batch;
-        self
-    }
-
-    /// Sets a JSON Lines file to which every evaluation is appended as soon as it is there. If the file exists already, its
-    /// evaluations are taken for granted: a search that was interrupted and is run again with the same seed goes on where it
-    /// stopped, and ends as if it had never been interrupted.
-    pub fn with_log(mut self, path: impl Into<PathBuf>) -> Self {
-        self.log = Some(path.into());
-        self
-    }
-
-    /// Sets a text that says what is evaluated (model, data, ...). A log of another tag is refused.
-    pub fn with_tag(mut self, tag: impl Into<String>) -> Self {
-        self.tag = tag.into();
-        self
-    }
-
-    /// Sets a flag that stops the search before the next evaluation once it is true.
-    pub fn with_interrupt(mut self, flag: Arc<AtomicBool>) -> Self {
-        self.interrupt = Some(flag);
-        self
+    setters! {
+        with_batch(batch: usize);
+        with_log(log: impl Into<PathBuf>) = Some(log.into());
+        with_tag(tag: impl Into<String>) = tag.into();
+        with_interrupt(interrupt: Arc<AtomicBool>) = Some(interrupt);
     }
 
     /// The study over `space`; reads the log if there is one.
@@ -106,7 +94,8 @@ impl Study {
     }
 
     /// Number of different subnets whose objectives are known, from this run, runs before it, and the log.
-    pub fn n_known(&self) -> usize {
+    #[cfg(test)]
+    pub(super) fn n_known(&self) -> usize {
         self.cache.len()
     }
 

@@ -314,7 +314,7 @@ impl SearchSpace {
         Self::new(self.groups)
     }
 
-    /// The space without a choice: one subnet, which is the model as it stands.
+    /// The space without groups: its one subnet is the model as it is.
     pub fn single() -> Self {
         Self {
             groups: Vec::new(),
@@ -438,10 +438,14 @@ impl SearchSpace {
         &self.groups
     }
 
-    /// Number of groups; at least one.
-    #[allow(clippy::len_without_is_empty)] // a space is never empty
+    /// Number of groups; 0 for [`single`](Self::single) alone.
     pub fn len(&self) -> usize {
         self.groups.len()
+    }
+
+    /// Whether there is no group, and so nothing to choose; see [`single`](Self::single).
+    pub fn is_empty(&self) -> bool {
+        self.groups.is_empty()
     }
 
     /// The group of this id.

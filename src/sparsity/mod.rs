@@ -1,4 +1,4 @@
-//! Which weights to remove: magnitude, Wanda and RIA scores, SparseGPT, patterns, masks; which channels and heads matter.
+//! Which weights to remove: magnitude, Wanda and RIA scores, SparseGPT, patterns, masks.
 //!
 //! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695); RIA: "Plug-and-Play: An
 //! Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024); [`sparsegpt`]. Everything here is a pure
@@ -6,7 +6,6 @@
 //! gathers those lives elsewhere. Departures: N:M means "at most N of M stay" (as hardware names it), where Wanda's code
 //! counts the pruned ones; for 2:4 and 4:8 the two agree. A last group shorter than M keeps its share, rounded up.
 
-mod channels;
 pub(crate) mod compensate;
 mod mask;
 mod norms;
@@ -14,9 +13,6 @@ mod owl;
 mod pattern;
 mod sparsegpt;
 
-pub use channels::{
-    ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units,
-};
 pub use mask::Mask;
 pub use norms::InputNorms;
 pub use owl::{OwlConfig, outlier_share};

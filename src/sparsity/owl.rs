@@ -33,16 +33,9 @@ impl OwlConfig {
         Self::default()
     }
 
-    /// Sets how many times the mean of scores an outlier is over.
-    pub fn with_threshold(mut self, threshold: f64) -> Self {
-        self.threshold = threshold;
-        self
-    }
-
-    /// Sets how far ratios may be from the model's.
-    pub fn with_spread(mut self, spread: f64) -> Self {
-        self.spread = spread;
-        self
+    setters! {
+        with_threshold(threshold: f64);
+        with_spread(spread: f64);
     }
 
     /// Checks the fields.

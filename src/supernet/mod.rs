@@ -15,12 +15,13 @@ use burn::module::Module;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
+use crate::adapter::{ElasticLora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::format::WeightFormat;
 use crate::io::hf::BlockDims;
 use crate::io::peft::{LoraAdapter, LoraWeights};
 use crate::model::{Decoder, ParamCount};
+use crate::nn::mix_seed;
 use crate::space::{Elastic, SearchSpace, SubnetConfig};
 use cost::Nonzeros;
 
@@ -52,22 +53,10 @@ impl SuperNetConfig {
         }
     }
 
-    /// Adapts further layers at the largest rank.
-    pub fn with_fixed_layers(mut self, layers: Vec<String>) -> Self {
-        self.fixed_layers = layers;
-        self
-    }
-
-    /// Confines updates to the base's non-zeros.
-    pub fn with_sparse_peft(mut self, sparse_peft: bool) -> Self {
-        self.sparse_peft = sparse_peft;
-        self
-    }
-
-    /// Sets the seed.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
+    setters! {
+        with_fixed_layers(fixed_layers: Vec<String>);
+        with_sparse_peft(sparse_peft: bool);
+        with_seed(seed: u64);
     }
 }
 

@@ -10,11 +10,10 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::SuperNet;
-use crate::adapter::mix_seed;
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 use crate::model::Decoder;
-use crate::nn::{host_values, tensor_from_matrix};
+use crate::nn::{host_values, mix_seed, tensor_from_matrix};
 use crate::sparsity::Mask;
 
 /// Through which grids a super-network is trained.
@@ -39,16 +38,9 @@ impl QaConfig {
         }
     }
 
-    /// Says which weights may be other than 0.
-    pub fn with_masks(mut self, masks: BTreeMap<String, Mask>) -> Self {
-        self.masks = masks;
-        self
-    }
-
-    /// Trains the scales as well.
-    pub fn with_train_scales(mut self, train_scales: bool) -> Self {
-        self.train_scales = train_scales;
-        self
+    setters! {
+        with_masks(masks: BTreeMap<String, Mask>);
+        with_train_scales(train_scales: bool);
     }
 }
 

@@ -11,6 +11,7 @@
 mod backward;
 mod checkpoint;
 mod config;
+pub(crate) mod loss;
 mod observe;
 mod optimizer;
 mod progress;
@@ -20,6 +21,7 @@ mod subnets;
 
 pub use backward::Checkpointing;
 pub use config::TrainConfig;
+pub use loss::targets;
 pub use progress::StepLog;
 pub use schedule::Schedule;
 pub use subnets::{Distillation, Sampling, Stage};
@@ -36,10 +38,11 @@ use burn::tensor::DType;
 use crate::data::{Batch, Batcher};
 use crate::error::{Error, Result};
 use crate::io::atomic;
-use crate::model::Decoder;
-use crate::nn::host_values;
 use crate::supernet::SuperNet;
+use loss::mean_loss;
 use optimizer::{NamedAdamW, clip_factor, trainable};
+#[doc(hidden)]
+pub use optimizer::{Parameter, for_each_param};
 use progress::TrainBar;
 use step::{StepGradients, gradients};
 
@@ -382,43 +385,4 @@ impl Trainer {
         }
         atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
     }
-}
-
-/// Positions whose next token counts in the loss, row-major, with that token.
-pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
-    let counted = batch
-        .loss_mask
-        .iter()
-        .enumerate()
-        .filter(|(index, counts)| **counts && index % batch.len > 0);
-    counted
-        .map(|(index, _)| (index - 1, batch.ids[index]))
-        .collect()
-}
-
-/// Mean negative log-likelihood a target, in nats, of fixed batches; summed in `f64` in their order.
-///
-/// # Errors
-/// [`Error::InvalidArgument`] where there is no target at all; those of [`Decoder::tokens`].
-pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
-    let mut sum = 0.0;
-    let mut n = 0;
-    for batch in batches {
-        let targets = targets(batch);
-        if targets.is_empty() {
-            continue;
-        }
-        n += targets.len();
-        sum += f64::from(
-            host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0],
-        );
-    }
-    if n == 0 {
-        return Err(Error::argument(
-            "batches",
-            "no target",
-            "at least one token to be predicted",
-        ));
-    }
-    Ok(sum / n as f64)
 }

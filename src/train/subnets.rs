@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::TrainConfig;
-use crate::adapter::mix_seed;
+use crate::nn::mix_seed;
 use crate::space::{Elastic, SearchSpace, SubnetConfig};
 
 /// Which subnets are trained, and when new ones are drawn.

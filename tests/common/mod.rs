@@ -6,13 +6,14 @@ pub mod runtime;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::io::{Checkpoint, DType, HfConfig};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::train::for_each_param;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -146,31 +147,13 @@ pub fn random_ids(n: usize, vocab: u32, seed: u64) -> Vec<u32> {
 
 /// Every parameter by path, as bits: for comparisons to the last one.
 pub fn weight_bits<M: Module>(module: &M) -> BTreeMap<String, Vec<u32>> {
-    struct Collect {
-        path: Vec<String>,
-        out: BTreeMap<String, Vec<u32>>,
-    }
-    impl ModuleVisitor for Collect {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let bits = host_values(param.base())
-                .into_iter()
-                .map(f32::to_bits)
-                .collect();
-            assert!(self.out.insert(self.path.join("."), bits).is_none());
-        }
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.to_string());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-    }
-    let mut collect = Collect {
-        path: Vec::new(),
-        out: BTreeMap::new(),
-    };
-    module.visit(&mut collect);
-    collect.out
+    let mut out = BTreeMap::new();
+    for_each_param(module, |path, param| {
+        let bits = host_values(param.flattened());
+        let bits = bits.into_iter().map(f32::to_bits).collect();
+        assert!(out.insert(path.to_string(), bits).is_none());
+    });
+    out
 }
 
 /// Whether a parameter's path is an adapter's factor.
