@@ -81,7 +81,7 @@ fn layer_errors(
                         .collect()
                 };
                 (0..weight.rows())
-                    .map(|index| hessian.energy(&row(index)).unwrap())
+                    .map(|index| output_error(hessian, &row(index)))
                     .sum()
             };
             sums[0] += error(
@@ -97,6 +97,20 @@ fn layer_errors(
     )
     .unwrap();
     sums
+}
+
+/// `e H e^T`, the squared output error that an error `e` of one output's weights makes.
+fn output_error(hessian: &Hessian, error: &[f32]) -> f64 {
+    let h = hessian.to_matrix();
+    let dot = |row: &[f32]| -> f64 {
+        row.iter()
+            .zip(error)
+            .map(|(h, e)| f64::from(*h) * f64::from(*e))
+            .sum()
+    };
+    (0..error.len())
+        .map(|i| f64::from(error[i]) * dot(h.row(i)))
+        .sum()
 }
 
 fn observed(hessian: &mut Hessian, x: &burn::tensor::Tensor<3>) -> elastic_lora::Result<()> {

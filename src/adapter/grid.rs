@@ -31,7 +31,6 @@ struct Layout {
     bits: u8,
     symmetric: bool,
     groups: InputGroups,
-    trained: bool,
     /// Whether scales are rounded to `f16`.
     half: bool,
 }
@@ -70,7 +69,6 @@ impl WeightGrid {
                     size: parts.group_size,
                     order,
                 },
-                trained,
                 half: trained && all_f16(&parts.scales) && device.supports_dtype(FloatDType::F16),
             },
         }
@@ -84,11 +82,6 @@ impl WeightGrid {
     /// Which inputs share a scale and a zero point.
     pub fn groups(&self) -> &InputGroups {
         &self.layout.groups
-    }
-
-    /// Whether the scales are trained.
-    pub fn is_trained(&self) -> bool {
-        self.layout.trained
     }
 
     /// The mask of an update that has none.

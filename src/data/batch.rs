@@ -86,7 +86,7 @@ pub struct Position {
 /// An epoch shuffles all sequences, sorts each run of [`BUCKET`](Self::BUCKET) batches by length, cuts it into batches, and
 /// shuffles those. Every sequence comes once per epoch; the last batch of the last run may be smaller.
 #[derive(Clone, Debug)]
-pub struct BatchPlan {
+pub(crate) struct BatchPlan {
     lengths: Vec<usize>,
     batch_size: usize,
     seed: u64,
@@ -133,23 +133,6 @@ impl BatchPlan {
         batches.shuffle(&mut rng);
         batches
     }
-
-    /// Share of padding among all tokens of an epoch's batches, in 0..1.
-    pub fn padding_share(&self, epoch: u64) -> f64 {
-        let longest =
-            |batch: &Vec<usize>| batch.iter().map(|i| self.lengths[*i]).max().unwrap_or(0);
-        let padded: usize = self
-            .epoch(epoch)
-            .iter()
-            .map(|batch| batch.len() * longest(batch))
-            .sum();
-        let tokens: usize = self.lengths.iter().sum();
-        if padded == 0 {
-            0.0
-        } else {
-            (padded - tokens) as f64 / padded as f64
-        }
-    }
 }
 
 /// Endless batches for training. After [`seek`](Self::seek), they go on as they would have for a batcher that got there by
@@ -168,7 +151,7 @@ impl Batcher {
     /// Starts at the first batch of the first epoch.
     ///
     /// # Errors
-    /// As [`BatchPlan::new`].
+    /// [`Error::InvalidArgument`] where there is no sequence or `batch_size` is 0.
     pub fn new(
         sequences: Vec<Sequence>,
         batch_size: usize,
@@ -235,7 +218,7 @@ impl Batcher {
     }
 
     /// The plan behind it.
-    pub fn plan(&self) -> &BatchPlan {
+    pub(crate) fn plan(&self) -> &BatchPlan {
         &self.plan
     }
 

@@ -110,7 +110,7 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
 ///
 /// # Errors
 /// As [`load_records`].
-pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
+pub(super) fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     let is_text = path
         .extension()
         .is_some_and(|e| e.eq_ignore_ascii_case("txt"));
@@ -160,19 +160,6 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
         });
     }
     Ok(records.into_iter().filter(|r| !blank(r)).collect())
-}
-
-/// Records as JSON Lines, one per line.
-///
-/// # Errors
-/// [`Error::Json`] where a record cannot be written.
-pub fn to_json_lines<'a>(records: impl IntoIterator<Item = &'a Record>) -> Result<String> {
-    let mut out = String::new();
-    for record in records {
-        out.push_str(&serde_json::to_string(record).map_err(|e| Error::json("records", e))?);
-        out.push('\n');
-    }
-    Ok(out)
 }
 
 fn bad_record(path: &Path, index: usize, reason: String) -> Error {

@@ -70,25 +70,11 @@ impl TokenizeOptions {
     }
 }
 
-/// Tokenizes an example; `what` names it in errors.
-///
-/// The ids of the prompt, as a generation would be given them, are always a prefix of the sequence. Prompt and completion are
-/// tokenized as one text where the prompt's own tokens come out unchanged; where a token would straddle the two, they are
-/// tokenized apart and joined.
+/// Tokenizes an example as [`tokenize_records`] says, and tells whether it was cut; `what` names it in errors.
 ///
 /// # Errors
 /// [`Error::SequenceTooLong`] where the sequence is longer than `max_len` and may not be cut; [`Error::Tokenizer`].
-pub fn tokenize(
-    example: &Example,
-    tokenizer: &TextTokenizer,
-    options: &TokenizeOptions,
-    what: &str,
-) -> Result<Sequence> {
-    Ok(tokenize_uncut(example, tokenizer, options, what)?.0)
-}
-
-/// The sequence, and whether it was cut.
-fn tokenize_uncut(
+pub(super) fn tokenize(
     example: &Example,
     tokenizer: &TextTokenizer,
     options: &TokenizeOptions,
@@ -154,9 +140,13 @@ impl TokenizedSet {
 
 /// Words and tokenizes records, in parallel, in their order.
 ///
+/// The ids of the prompt, as a generation would be given them, are always a prefix of the sequence. Prompt and completion are
+/// tokenized as one text where the prompt's own tokens come out unchanged; where a token would straddle the two, they are
+/// tokenized apart and joined.
+///
 /// # Errors
-/// As [`tokenize`], for the first record that fails, named by its number from 1; [`Error::InvalidArgument`] where none is
-/// left with a token to be predicted.
+/// [`Error::SequenceTooLong`] where a sequence is longer than `max_len` and may not be cut, and [`Error::Tokenizer`], for the
+/// first record that fails, named by its number from 1; [`Error::InvalidArgument`] where none is left with a token to be predicted.
 pub fn tokenize_records(
     records: &[Record],
     template: PromptTemplate,
@@ -167,7 +157,7 @@ pub fn tokenize_records(
         .par_iter()
         .enumerate()
         .map(|(i, r)| {
-            tokenize_uncut(
+            tokenize(
                 &template.render(r),
                 tokenizer,
                 options,

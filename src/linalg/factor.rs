@@ -167,13 +167,13 @@ impl Factor {
     }
 
     /// `U_ik / U_kk`, by position in the order of rounding; 1 on the diagonal.
-    pub fn couplings(&self) -> &Matrix {
+    pub(crate) fn couplings(&self) -> &Matrix {
         &self.couplings
     }
 
     /// `U_kk`, by position: its square is what a unit error of that weight costs once all later ones have made up for it, the
     /// inverse of the `[H^-1]_kk` that SparseGPT divides by.
-    pub fn pivots(&self) -> &[f32] {
+    pub(crate) fn pivots(&self) -> &[f32] {
         &self.pivots
     }
 
@@ -183,7 +183,7 @@ impl Factor {
     }
 
     /// Columns that were 0 in all of the input, ascending.
-    pub fn dead(&self) -> &[u32] {
+    pub(crate) fn dead(&self) -> &[u32] {
         &self.dead
     }
 

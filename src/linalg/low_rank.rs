@@ -19,7 +19,7 @@ const NEGLIGIBLE: f64 = 1e-6;
 
 /// A matrix as a sum of `rank` products of a column and a row, by decreasing singular value: `left * right`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct LowRank {
+pub(crate) struct LowRank {
     /// `[rows, rank]`; column `i` has the length of the root of singular value `i`.
     pub left: Matrix,
     /// `[rank, cols]`; row `i` has that length too.
@@ -35,7 +35,7 @@ pub struct LowRank {
 ///
 /// # Errors
 /// [`Error::NotFinite`] where the matrix holds NaN or an infinity; [`Error::InvalidArgument`] for a rank of 0.
-pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
+pub(crate) fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
     if rank == 0 {
         return Err(Error::argument("rank", 0, "at least 1"));
     }

@@ -250,7 +250,7 @@ impl Merger {
     ///
     /// # Errors
     /// As [`merge`](Self::merge); the layer is then as before.
-    pub fn merge_layer(
+    fn merge_layer(
         &self,
         name: &str,
         layer: &mut ElasticLoraLinear,

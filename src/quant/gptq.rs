@@ -9,7 +9,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::rtn::{check_finite, empty_parts, find_grids};
-use super::{Grid, GridConfig};
+use super::{GridConfig, GroupGrid};
 use crate::error::{Error, Result};
 use crate::format::{QuantizedMatrix, QuantizedParts};
 use crate::linalg::{Factor, Matrix};
@@ -212,13 +212,13 @@ impl GridRow<'_> {
             .map_or(position, |order| order[position] as usize)
     }
 
-    fn grid(&self, position: usize) -> Grid {
+    fn grid(&self, position: usize) -> GroupGrid {
         let group = if self.fixed {
             self.column(position)
         } else {
             position
         } / self.group_size;
-        Grid {
+        GroupGrid {
             scale: self.scales[group],
             zero: self.zeros[group],
             top: self.top,

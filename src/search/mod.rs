@@ -154,22 +154,22 @@ impl Evaluation {
 /// A number, or the name of one that JSON lacks.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Number {
+enum JsonNumber {
     Finite(f64),
     Named(String),
 }
 
 fn write_objectives<S: Serializer>(objectives: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(objectives.iter().map(|&value| match value.is_finite() {
-        true => Number::Finite(value),
-        false => Number::Named(value.to_string()),
+        true => JsonNumber::Finite(value),
+        false => JsonNumber::Named(value.to_string()),
     }))
 }
 
 fn read_objectives<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
-    let number = |number: Number| match number {
-        Number::Finite(value) => Ok(value),
-        Number::Named(name) => match name.as_str() {
+    let number = |number: JsonNumber| match number {
+        JsonNumber::Finite(value) => Ok(value),
+        JsonNumber::Named(name) => match name.as_str() {
             "NaN" => Ok(f64::NAN),
             "inf" => Ok(f64::INFINITY),
             "-inf" => Ok(f64::NEG_INFINITY),
@@ -178,7 +178,7 @@ fn read_objectives<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64
             ))),
         },
     };
-    Vec::<Number>::deserialize(deserializer)?
+    Vec::<JsonNumber>::deserialize(deserializer)?
         .into_iter()
         .map(number)
         .collect()

@@ -488,7 +488,7 @@ impl SearchSpace {
     }
 
     /// Number of subnets, where it fits into 128 bits.
-    pub fn n_subnets_exact(&self) -> Option<u128> {
+    pub(crate) fn n_subnets_exact(&self) -> Option<u128> {
         self.groups.iter().try_fold(1u128, |product, group| {
             product.checked_mul(group.choices.len() as u128)
         })
@@ -590,18 +590,6 @@ impl SearchSpace {
             .iter()
             .map(|group| self.value_of(config, group))
             .collect()
-    }
-
-    /// The active rank of `layer` in `config`; `None` where no group of elastic rank names the layer.
-    ///
-    /// # Errors
-    /// [`Error::UnknownGroup`] where `config` leaves the layer's group out, [`Error::InvalidChoice`] for a value not on offer.
-    pub fn rank_of(&self, config: &SubnetConfig, layer: &str) -> Result<Option<usize>> {
-        let Some(group) = self.group_of_layer(layer) else {
-            return Ok(None);
-        };
-        let rank = self.value_of(config, group)?;
-        group.index_of(rank).map(|_| Some(rank))
     }
 
     /// The active rank of every layer of elastic rank, by module path.

@@ -15,7 +15,8 @@ mod sparsegpt;
 
 pub use mask::Mask;
 pub use norms::InputNorms;
-pub use owl::{OwlConfig, outlier_share};
+pub use owl::OwlConfig;
+pub(crate) use owl::outlier_share;
 pub use pattern::Pattern;
 pub use sparsegpt::{SparseGptConfig, sparsegpt};
 
@@ -131,7 +132,7 @@ pub fn magnitude_scores(weight: &Matrix) -> Matrix {
 /// # Errors
 /// [`Error::ShapeMismatch`] where `input_sq_norms` has another length than `weight` has columns; [`Error::NotFinite`]
 /// where one of them is negative, NaN or infinite.
-pub fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
+fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     check_norms(weight, input_sq_norms)?;
     let mut scores = weight.clone();
     if weight.cols() == 0 {
@@ -157,7 +158,7 @@ pub fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
 ///
 /// # Errors
 /// As [`wanda_scores`].
-pub fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
+fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     check_norms(weight, input_sq_norms)?;
     let mut scores = weight.clone();
     if weight.cols() == 0 {

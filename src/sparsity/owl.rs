@@ -95,7 +95,7 @@ impl OwlConfig {
 }
 
 /// The share, in 0..=1, of scores over `threshold` times the mean of them all.
-pub fn outlier_share(scores: &[Matrix], threshold: f64) -> f64 {
+pub(crate) fn outlier_share(scores: &[Matrix], threshold: f64) -> f64 {
     let count: usize = scores.iter().map(|scores| scores.as_slice().len()).sum();
     if count == 0 {
         return 0.0;
