@@ -86,7 +86,7 @@ pub struct Position {
 /// An epoch shuffles all sequences, sorts each run of [`BUCKET`](Self::BUCKET) batches by length, cuts it into batches, and
 /// shuffles those. Every sequence comes once per epoch; the last batch of the last run may be smaller.
 #[derive(Clone, Debug)]
-pub(crate) struct BatchPlan {
+pub struct BatchPlan {
     lengths: Vec<usize>,
     batch_size: usize,
     seed: u64,
@@ -151,7 +151,7 @@ impl Batcher {
     /// Starts at the first batch of the first epoch.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where there is no sequence or `batch_size` is 0.
+    /// As [`BatchPlan::new`].
     pub fn new(
         sequences: Vec<Sequence>,
         batch_size: usize,
@@ -218,7 +218,7 @@ impl Batcher {
     }
 
     /// The plan behind it.
-    pub(crate) fn plan(&self) -> &BatchPlan {
+    pub fn plan(&self) -> &BatchPlan {
         &self.plan
     }
 

@@ -110,7 +110,7 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
 ///
 /// # Errors
 /// As [`load_records`].
-pub(super) fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
+pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     let is_text = path
         .extension()
         .is_some_and(|e| e.eq_ignore_ascii_case("txt"));

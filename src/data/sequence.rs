@@ -70,11 +70,25 @@ impl TokenizeOptions {
     }
 }
 
-/// Tokenizes an example as [`tokenize_records`] says, and tells whether it was cut; `what` names it in errors.
+/// Tokenizes an example; `what` names it in errors.
+///
+/// The ids of the prompt, as a generation would be given them, are always a prefix of the sequence. Prompt and completion are
+/// tokenized as one text where the prompt's own tokens come out unchanged; where a token would straddle the two, they are
+/// tokenized apart and joined.
 ///
 /// # Errors
 /// [`Error::SequenceTooLong`] where the sequence is longer than `max_len` and may not be cut; [`Error::Tokenizer`].
-pub(super) fn tokenize(
+pub fn tokenize(
+    example: &Example,
+    tokenizer: &TextTokenizer,
+    options: &TokenizeOptions,
+    what: &str,
+) -> Result<Sequence> {
+    Ok(tokenize_uncut(example, tokenizer, options, what)?.0)
+}
+
+/// The sequence, and whether it was cut.
+fn tokenize_uncut(
     example: &Example,
     tokenizer: &TextTokenizer,
     options: &TokenizeOptions,
@@ -140,13 +154,9 @@ impl TokenizedSet {
 
 /// Words and tokenizes records, in parallel, in their order.
 ///
-/// The ids of the prompt, as a generation would be given them, are always a prefix of the sequence. Prompt and completion are
-/// tokenized as one text where the prompt's own tokens come out unchanged; where a token would straddle the two, they are
-/// tokenized apart and joined.
-///
 /// # Errors
-/// [`Error::SequenceTooLong`] where a sequence is longer than `max_len` and may not be cut, and [`Error::Tokenizer`], for the
-/// first record that fails, named by its number from 1; [`Error::InvalidArgument`] where none is left with a token to be predicted.
+/// As [`tokenize`], for the first record that fails, named by its number from 1; [`Error::InvalidArgument`] where none is
+/// left with a token to be predicted.
 pub fn tokenize_records(
     records: &[Record],
     template: PromptTemplate,
@@ -157,7 +167,7 @@ pub fn tokenize_records(
         .par_iter()
         .enumerate()
         .map(|(i, r)| {
-            tokenize(
+            tokenize_uncut(
                 &template.render(r),
                 tokenizer,
                 options,
