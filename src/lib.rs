@@ -56,6 +56,7 @@ pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod nn;
+pub mod progress;
 pub mod quant;
 pub mod runtime;
 pub mod search;

@@ -14,6 +14,7 @@ use super::{column_squares, embed_samples};
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 use crate::model::{Block, Decoder, LinearKind};
+use crate::progress::{Progress, Task};
 use crate::sparsity::{
     ChannelScore, InputNorms, UnitPart, activation_scores, importance_order, l1_scores, l2_scores,
 };
@@ -107,7 +108,7 @@ fn invert(order: &[usize]) -> Result<Vec<usize>> {
 /// Puts the MLP channels and the key/value groups of every block in the order of their importance, most important first,
 /// and returns where each was. Logits stay equal but for the rounding of sums; equally important units keep their order.
 ///
-/// All scores are those of the model as it stands. `progress` is told the pieces of work done, and of all.
+/// All scores are those of the model as it stands.
 ///
 /// # Errors
 /// Those of [`channel_scores`]. The model is then unchanged.
@@ -115,7 +116,7 @@ pub fn sort_channels(
     model: &mut Decoder,
     samples: &[Vec<u32>],
     score: ChannelScore,
-    progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<ChannelOrder> {
     let scores = channel_scores(model, samples, score, progress)?;
     let blocks = scores.iter().map(|block| {
@@ -137,8 +138,7 @@ pub fn sort_channels(
 /// goes by down and o alone, [`ChannelScore::Taylor`] as [`taylor_scores`] says. A part that a block lacks has no scores; of one
 /// that is left out for the time being, those that need data are all 0.
 ///
-/// Token sequences in `samples` are the calibration data, where the score needs any. `progress` is told the pieces of work
-/// done, and of all.
+/// Token sequences in `samples` are the calibration data, where the score needs any.
 ///
 /// # Errors
 /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
@@ -149,7 +149,7 @@ pub fn channel_scores(
     model: &Decoder,
     samples: &[Vec<u32>],
     score: ChannelScore,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<BlockScores>> {
     model.check_reorderable()?;
     if score == ChannelScore::Taylor {
@@ -164,6 +164,7 @@ pub fn channel_scores(
         ));
     }
     let n_blocks = model.layers.len();
+    let mut task = Task::begin(progress, "score channels", n_blocks, "blocks")?;
     let mut states = if score.needs_calibration() {
         embed_samples(&model, samples)?
     } else {
@@ -173,7 +174,7 @@ pub fn channel_scores(
     for (index, block) in model.layers.iter().enumerate() {
         scores.push(match score {
             ChannelScore::Activation => {
-                let norms = output_norms(&model, index, &mut states)?;
+                let norms = output_norms(&model, index, &mut states, &task)?;
                 let scores =
                     |kind: LinearKind, n_units: usize| match (block.linear(kind), norms.get(&kind))
                     {
@@ -191,7 +192,7 @@ pub fn channel_scores(
             ChannelScore::L2 => weight_scores(block, l2_scores)?,
             _ => weight_scores(block, l1_scores)?,
         });
-        progress(index + 1, n_blocks);
+        task.step("")?;
     }
     Ok(scores)
 }
@@ -232,6 +233,7 @@ fn output_norms(
     model: &Decoder,
     block: usize,
     states: &mut [Tensor<3>],
+    task: &Task<'_>,
 ) -> Result<BTreeMap<LinearKind, InputNorms>> {
     let mut norms: BTreeMap<LinearKind, InputNorms> = [LinearKind::O, LinearKind::Down]
         .into_iter()
@@ -244,6 +246,7 @@ fn output_norms(
         .collect();
     let mut failure = None;
     for state in states {
+        task.check()?;
         let mut tap = |kind: LinearKind, x: &Tensor<3>| {
             if let (None, Some(norms)) = (&failure, norms.get_mut(&kind)) {
                 failure = norms.update_sums(&column_squares(x), x.dims()[0]).err();

@@ -16,6 +16,7 @@ use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LinearKind};
 use crate::nn::host_values;
+use crate::progress::{Progress, Task};
 use crate::sparsity::sum_units;
 
 /// The layers whose rows are scored; what reads them (o, down) tells nothing more.
@@ -53,7 +54,7 @@ impl Default for TaylorConfig {
 /// The mean over batches of `|<w, dL/dw>|`, summed over the rows `w` of gate and up that are an MLP channel's, and over those of
 /// q, k and v that are a key/value group's. L is the mean loss of a batch, and the gradient a sketch.
 ///
-/// Samples of fewer than two tokens predict nothing and are left out. `progress` is told the batches done, and of all.
+/// Samples of fewer than two tokens predict nothing and are left out.
 ///
 /// # Errors
 /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
@@ -64,7 +65,7 @@ pub fn taylor_scores(
     model: &Decoder,
     samples: &[Vec<u32>],
     config: &TaylorConfig,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<BlockScores>> {
     model.check_reorderable()?;
     let lora = LoraConfig::new(config.rank).with_alpha(config.rank as f64);
@@ -81,6 +82,7 @@ pub fn taylor_scores(
             "at least one of two tokens, for the taylor score",
         ));
     }
+    let mut task = Task::begin(progress, "score channels", batches.len(), "batches")?;
     let mut probe = model.clone().set_require_grad(false).train();
     let tape = probe.device();
     let mut scores: Vec<BlockScores> = (probe.layers.iter())
@@ -132,7 +134,7 @@ pub fn taylor_scores(
                 }
             }
         }
-        progress(index + 1, batches.len());
+        task.step("")?;
     }
     Ok(scores)
 }
