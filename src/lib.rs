@@ -67,6 +67,9 @@ pub mod sparsity;
 pub mod supernet;
 pub mod train;
 
+/// The version of this crate.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
 pub use adapter::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use error::{Error, Result};
 pub use merge::Merger;

@@ -52,6 +52,13 @@ pub struct Silent;
 
 impl Progress for Silent {}
 
+/// Shows nothing, and interrupts once it is true.
+impl Progress for AtomicBool {
+    fn is_interrupted(&self) -> bool {
+        self.load(Ordering::Relaxed)
+    }
+}
+
 /// A piece of long work with a known number of steps. It ends when it is dropped.
 pub struct Task<'a> {
     progress: &'a dyn Progress,
@@ -244,8 +251,8 @@ impl Progress for TerminalProgress {
     }
 
     fn is_interrupted(&self) -> bool {
-        let set = |flag: &Arc<AtomicBool>| flag.load(Ordering::Relaxed);
-        self.interrupt.as_ref().is_some_and(set)
+        let flag = self.interrupt.as_ref();
+        flag.is_some_and(|flag| flag.is_interrupted())
     }
 }
 
