@@ -179,10 +179,7 @@ fn settings(args: &Args, stop_ids: Vec<u32>) -> GenerateConfig {
         min_p,
         seed,
     };
-    GenerateConfig {
-        sample,
-        ..GenerateConfig::new(args.max_new_tokens, stop_ids)
-    }
+    GenerateConfig::new(args.max_new_tokens, stop_ids).with_sample(sample)
 }
 
 /// On a Burn device, as the other examples run models.

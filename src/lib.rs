@@ -59,6 +59,7 @@ pub mod linalg;
 pub mod merge;
 pub mod model;
 pub mod nn;
+pub mod progress;
 pub mod quant;
 pub mod runtime;
 pub mod search;
@@ -68,6 +69,9 @@ pub mod space;
 pub mod sparsity;
 pub mod supernet;
 pub mod train;
+
+/// The version of this crate.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 pub use adapter::{ElasticLoraLinear, ElasticLoraLinearConfig};
 pub use error::{Error, Result};

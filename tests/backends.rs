@@ -19,6 +19,7 @@ use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::format::{StoredMatrix, WeightFormat};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::quant::{GridConfig, round_to_nearest};
 use elastic_lora::runtime::{DeviceSession, GenerateConfig, generate_batch};
 use elastic_lora::supernet::SuperNetConfig;
@@ -139,7 +140,7 @@ fn trained(masked: bool, device: &Device) -> (Vec<StepLog>, BTreeMap<String, Vec
     let valid = fixed_batches(&sequences(), 4, 0).unwrap();
     let report = Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batcher, &valid)
+        .run(&mut net, &mut batcher, &valid, &Silent)
         .unwrap();
     for (path, after) in factors(net.model()) {
         let before = moved.get_mut(&path).unwrap();
@@ -186,7 +187,7 @@ fn training_and_merging_are_the_same_on_every_device() {
             if masked {
                 let calibration = [random_ids(13, 41, 8)];
                 let merged = |net: &SuperNet| {
-                    let merged = Merger::new().merge(net, &calibration).unwrap();
+                    let merged = Merger::new().merge(net, &calibration, &Silent).unwrap();
                     assert_eq!(merged.report.zeros_lost, 0);
                     let weights = weight_bits(&merged.model)
                         .into_values()
@@ -237,10 +238,10 @@ fn outputs_are_the_same_on_every_device() {
             &logits(&model),
         );
         // Left padding, and a cache.
-        let generated = generate_batch(&other, &prompts, &greedy).unwrap();
+        let generated = generate_batch(&other, &prompts, &greedy, &Silent).unwrap();
         assert_eq!(
             generated,
-            generate_batch(&model, &prompts, &greedy).unwrap()
+            generate_batch(&model, &prompts, &greedy, &Silent).unwrap()
         );
     }
 }

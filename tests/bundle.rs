@@ -8,6 +8,7 @@ use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::HfConfig;
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
     FormatPlan, GenerateConfig, Model, ModelOptions, Session, SessionConfig, Verify,
 };
@@ -75,6 +76,7 @@ fn net() -> SuperNet {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     net

@@ -21,6 +21,7 @@ use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
     GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch,
 };
@@ -77,6 +78,7 @@ fn net() -> &'static SuperNet {
                 &mut net,
                 &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
                 &[],
+                &Silent,
             )
             .unwrap();
         net

@@ -11,6 +11,7 @@ use elastic_lora::io::{Checkpoint, DType, Family};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::{Decoder, LinearKind, Unit};
 use elastic_lora::nn::{BaseLinear, KvCache, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::{SubnetCost, SuperNetConfig};
 use elastic_lora::train::{TrainConfig, Trainer};
@@ -120,6 +121,7 @@ fn net(tied: bool) -> SuperNet {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     net
@@ -182,10 +184,12 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             assert!(max_diff(&expected, &full) > 1e-2, "{subnet}");
             let merged = Merger::new().with_mode(elastic_lora::merge::MergeMode::Dense);
             assert!(matches!(
-                merged.merge(&net, &[]),
+                merged.merge(&net, &[], &Silent),
                 Err(Error::Unsupported { .. })
             ));
-            let merged = merged.extract(&net, &[random_ids(9, 41, 3)]).unwrap();
+            let merged = merged
+                .extract(&net, &[random_ids(9, 41, 3)], &Silent)
+                .unwrap();
             let off = max_diff(&logits(&merged.model), &expected);
             assert!(off < 1e-4 * size, "{subnet}: {off} of {size}");
             assert!(merged.report.max_logit_difference.unwrap() < 1e-4 * size);
@@ -259,7 +263,7 @@ fn what_is_left_of_blocks_is_put_together() {
             for zero_mlps in [false, true] {
                 let merged = Merger::new()
                     .with_zero_mlps(zero_mlps)
-                    .extract(&net, &[random_ids(9, 41, 3)])
+                    .extract(&net, &[random_ids(9, 41, 3)], &Silent)
                     .unwrap();
                 let config = merged.model.config();
                 let found: Vec<_> = config
@@ -298,7 +302,7 @@ fn zeros_are_counted_channel_by_channel() {
     for subnet in subnets(net.space()) {
         net.activate(&subnet).unwrap();
         // Fresh adapters add nothing, so that the merged weights are the base's own.
-        let merged = Merger::new().extract(&net, &[]).unwrap();
+        let merged = Merger::new().extract(&net, &[], &Silent).unwrap();
         let (cost, count) = (net.cost(&subnet).unwrap(), merged.model.count_base_params());
         assert_eq!(
             cost.nonzero_params - cost.adapter_params,
@@ -348,7 +352,7 @@ fn a_width_is_a_prefix_of_the_channels() {
     let dense = elastic_lora::merge::MergeMode::Dense;
     let mut by_hand = Merger::new()
         .with_mode(dense)
-        .merge(&net, &[])
+        .merge(&net, &[], &Silent)
         .unwrap()
         .model;
     net.activate(&subnet).unwrap();
@@ -375,7 +379,7 @@ fn extracted_models_are_written_and_read_back() {
         let mode = elastic_lora::merge::MergeMode::Dense;
         let model = Merger::new()
             .with_mode(mode)
-            .extract(&net, &[])
+            .extract(&net, &[], &Silent)
             .unwrap()
             .model;
         let alike = model
@@ -777,7 +781,7 @@ fn a_space_may_have_no_ranks_at_all() -> Result<()> {
             .iter()
             .all(|block| block.runs(Unit::Mlp) && block.has(Unit::Attention))
     );
-    let extracted = Merger::new().extract(&net, &[])?.model;
+    let extracted = Merger::new().extract(&net, &[], &Silent)?.model;
     assert_eq!(extracted.config().intermediate_size(), 20);
     assert_eq!(
         max_diff(&logits(&extracted), &logits(&net.eval_model())),

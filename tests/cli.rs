@@ -1,6 +1,10 @@
 //! The examples as a user meets them: what is refused, how, and what is left behind. `cargo test` builds them; where they are
 //! not there (a test built alone), nothing is checked.
 
+#[allow(dead_code)]
+#[path = "../examples/compress/report.rs"]
+mod report;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

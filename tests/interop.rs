@@ -3,6 +3,10 @@
 //! Where a Python with torch, transformers and peft is found (`ELASTIC_LORA_PYTHON`, else `python3`), the scripts beside this
 //! test load the written folders and compare logits; without one, those tests say that they were skipped.
 
+#[path = "../examples/common/arithmetic.rs"]
+mod arithmetic;
+#[path = "../examples/common/bpe.rs"]
+mod bpe;
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,11 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use arithmetic::{Kind, Split, problems};
+use bpe::{bpe_tokenizer_config, train_bpe};
 use burn::tensor::Device;
 use common::{load, load_i32, max_diff, shared};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
-use elastic_lora::data::arithmetic::{Kind, Split, problems};
-use elastic_lora::data::{Batcher, Sequence, TextTokenizer, bpe_tokenizer_config, train_bpe};
+use elastic_lora::data::{Batcher, Sequence, TextTokenizer};
 use elastic_lora::io::hf::{BlockDims, HfConfig, HfFolder, LlamaDims};
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::tensors::write_safetensors;
@@ -23,6 +28,7 @@ use elastic_lora::linalg::Matrix;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group, SearchSpace, SubnetConfig};
 use elastic_lora::sparsity::{Pattern, magnitude_scores, prune};
 use elastic_lora::supernet::SuperNetConfig;
@@ -216,7 +222,7 @@ fn trained(model: Decoder, lora: LoraConfig) -> SuperNet {
     };
     Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batcher, &[])
+        .run(&mut net, &mut batcher, &[], &Silent)
         .unwrap();
     net
 }
@@ -385,7 +391,7 @@ fn transformers_reads_pruned_and_merged_models() {
         let net = SuperNet::from_adapter(model.clone(), &random_adapter(&model)).unwrap();
         let ids = random_ids(&model, 41, 33);
         let unmerged = logits(net.model(), &ids);
-        let merged = Merger::new().merge(&net, &[]).unwrap().model;
+        let merged = Merger::new().merge(&net, &[], &Silent).unwrap().model;
         assert!(max_diff(&logits(&model, &ids), &unmerged) > 1e-2);
         assert!(max_diff(&logits(&merged, &ids), &unmerged) < 1e-4);
         assert_eq!(zeros(&merged), zeros(&model));
@@ -465,6 +471,7 @@ fn transformers_reads_extracted_models() {
                 &mut net,
                 &mut Batcher::new(sequences, 2, 0, 5).unwrap(),
                 &[],
+                &Silent,
             )
             .unwrap();
         for (n_kv_heads, depth) in groups
@@ -485,7 +492,7 @@ fn transformers_reads_extracted_models() {
             let unmerged = logits(&net.eval_model(), &ids);
             let extracted = Merger::new()
                 .with_mode(MergeMode::Dense)
-                .extract(&net, &[])
+                .extract(&net, &[], &Silent)
                 .unwrap()
                 .model;
             assert!(max_diff(&logits(&extracted, &ids), &unmerged) < 1e-4);
@@ -626,6 +633,7 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
                 &mut net,
                 &mut Batcher::new(sequences, 2, 0, 5).unwrap(),
                 &[],
+                &Silent,
             )
             .unwrap();
         for depth in [2, 1, 0] {
@@ -644,7 +652,7 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
             subnet.set("depth", depth);
             net.activate(&subnet).unwrap();
             let merger = Merger::new().with_mode(MergeMode::Dense);
-            let extracted = merger.extract(&net, &[]).unwrap().model;
+            let extracted = merger.extract(&net, &[], &Silent).unwrap().model;
             // The block without an MLP makes it this crate's own form, unless that gets one of zeros.
             assert_eq!(
                 extracted.config().family(),
@@ -656,7 +664,7 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
             );
             let filled = merger
                 .with_zero_mlps(true)
-                .extract(&net, &[])
+                .extract(&net, &[], &Silent)
                 .unwrap()
                 .model;
             assert_eq!(filled.config().family(), Family::Deci);
@@ -739,7 +747,7 @@ fn an_adapter_of_peft_gives_pefts_logits() {
     let unmerged = max_diff(&logits(net.model(), &ids), &expected);
 
     // Merged twice: by the merger, and by the file's own product on the host.
-    let by_merger = Merger::new().merge(&net, &[]).unwrap().model;
+    let by_merger = Merger::new().merge(&net, &[], &Silent).unwrap().model;
     let mut by_hand = model;
     by_hand
         .try_for_each_linear(|name, layer| {

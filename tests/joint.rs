@@ -1,16 +1,19 @@
 //! Pruning and rounding in one pass beside one after the other, on the shipped model and three draws of calibration data.
 
+#[path = "../examples/common/arithmetic.rs"]
+mod arithmetic;
 mod common;
 
+use arithmetic::{Kind, Problem, Split};
 use common::load;
 use elastic_lora::calib::{
-    QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
+    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
 };
-use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{PromptTemplate, Record, TextTokenizer, calibration_samples};
 use elastic_lora::linalg::{Factor, FactorConfig, Hessian, Matrix};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::quant::{GptqConfig, GridConfig, gptq, sparse_gptq};
 use elastic_lora::sparsity::{Method, Pattern, SparseGptConfig, sparsegpt};
 
@@ -64,6 +67,7 @@ fn layer_errors(
     walk_blocks(
         &mut model,
         calibration,
+        "walk",
         Hessian::new,
         observe,
         |_, layer, hessian| {
@@ -94,6 +98,7 @@ fn layer_errors(
             sums[1] += error(&gptq(&sparse, &factor, config, Some(&mask))?.dequantize());
             Ok(())
         },
+        &Silent,
     )
     .unwrap();
     sums
@@ -143,7 +148,7 @@ fn one_pass_is_no_worse_than_two() {
                     &mut model,
                     &calibration,
                     &QuantizeConfig::new(method, grid),
-                    |_, _| {},
+                    &Silent,
                 )
                 .unwrap();
                 off(&model)
@@ -153,9 +158,8 @@ fn one_pass_is_no_worse_than_two() {
             prune_model(
                 &mut sparse,
                 &calibration,
-                Method::SparseGpt,
-                &pattern,
-                |_, _| {},
+                &PruneConfig::new(Method::SparseGpt, pattern),
+                &Silent,
             )
             .unwrap();
             let two = quantized(sparse, QuantizeMethod::Gptq);

@@ -13,6 +13,7 @@ use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
     CacheFormat, FormatPlan, LinearLayer, Model, ModelOptions, Number, Session, SessionConfig,
     decode_batch,
@@ -97,6 +98,7 @@ fn supernet(format: WeightFormat) -> Model {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     let plan = FormatPlan::new(format).with_adapters(WeightFormat::F32);

@@ -1,18 +1,20 @@
 //! Importance order of channels, heads and blocks: what moving, scoring and measuring them promises.
 
+#[path = "../examples/common/arithmetic.rs"]
+mod arithmetic;
 mod common;
 
 use std::path::Path;
 
+use arithmetic::{Kind, Problem, Split};
 use burn::module::Module;
 use burn::tensor::Tensor;
-use common::{is_factor, max_diff, random_ids, shared, tiny, weight_bits};
+use common::{Heard, is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{
     BlockScores, ChannelOrder, ChannelScore, InfluenceMeasure, TaylorConfig, block_influence,
     channel_scores, sort_channels, taylor_scores,
 };
-use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{
     PromptTemplate, Record, Sequence, TokenizeOptions, fixed_batches, join_documents,
     tokenize_records,
@@ -22,6 +24,7 @@ use elastic_lora::io::{DType, HfConfig};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::{Block, Decoder, LinearKind, Pretrained, Unit};
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::sparsity::InputNorms;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::{Error, SearchSpace, SuperNet};
@@ -164,7 +167,7 @@ fn what_is_no_order_of_the_units_is_refused() {
     assert!(model.permute_heads(0, &[0, 1, 2, 3, 4, 5]).is_err());
     assert!(model.permute_heads(0, &[0, 1, 1]).is_err());
     assert!(model.permute_mlp(3, &identity).is_err());
-    let order = sort_channels(&mut model.clone(), &[], ChannelScore::L1, |_, _| {}).unwrap();
+    let order = sort_channels(&mut model.clone(), &[], ChannelScore::L1, &Silent).unwrap();
     let mut broken = order.clone();
     broken.blocks[2].kv_groups = vec![0, 2, 2];
     assert!(broken.apply(&mut model).is_err() && broken.inverse().is_err());
@@ -176,7 +179,7 @@ fn what_is_no_order_of_the_units_is_refused() {
     for score in [ChannelScore::Activation, ChannelScore::Taylor] {
         for none in [vec![], vec![vec![]]] {
             assert!(matches!(
-                sort_channels(&mut model, &none, score, |_, _| {}),
+                sort_channels(&mut model, &none, score, &Silent),
                 Err(Error::InvalidArgument {
                     name: "samples",
                     ..
@@ -185,19 +188,19 @@ fn what_is_no_order_of_the_units_is_refused() {
         }
         let outside = vec![vec![3, 41, 2]];
         assert!(matches!(
-            sort_channels(&mut model, &outside, score, |_, _| {}),
+            sort_channels(&mut model, &outside, score, &Silent),
             Err(Error::TokenOutOfRange { found: 41, .. })
         ));
-        assert!(sort_channels(&mut model, &[vec![1; 41]], score, |_, _| {}).is_err());
+        assert!(sort_channels(&mut model, &[vec![1; 41]], score, &Silent).is_err());
     }
-    assert!(sort_channels(&mut model, &[vec![7]], ChannelScore::Taylor, |_, _| {}).is_err());
-    assert!(block_influence(&model, &[], InfluenceMeasure::Cosine, |_, _| {}).is_err());
-    assert!(block_influence(&model, &[vec![7]], InfluenceMeasure::Loss, |_, _| {}).is_err());
+    assert!(sort_channels(&mut model, &[vec![7]], ChannelScore::Taylor, &Silent).is_err());
+    assert!(block_influence(&model, &[], InfluenceMeasure::Cosine, &Silent).is_err());
+    assert!(block_influence(&model, &[vec![7]], InfluenceMeasure::Loss, &Silent).is_err());
     let rank = TaylorConfig {
         rank: 0,
         ..TaylorConfig::default()
     };
-    assert!(taylor_scores(&model, &[vec![7, 8]], &rank, |_, _| {}).is_err());
+    assert!(taylor_scores(&model, &[vec![7, 8]], &rank, &Silent).is_err());
     assert_eq!(weight_bits(&model), before);
 
     let space = SearchSpace::fixed(&model.layer_shapes(), 2).unwrap();
@@ -217,7 +220,7 @@ fn what_is_no_order_of_the_units_is_refused() {
         Err(Error::HasAdapter { .. })
     ));
     for score in ChannelScore::ALL {
-        let refused = sort_channels(&mut adapted, &[vec![7, 8]], score, |_, _| {});
+        let refused = sort_channels(&mut adapted, &[vec![7, 8]], score, &Silent);
         assert!(matches!(refused, Err(Error::HasAdapter { .. })));
     }
 }
@@ -228,16 +231,12 @@ fn sorting_puts_scores_in_order_and_can_be_undone() {
     let (before, data) = (weight_bits(&model), samples(7, 13, 1));
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
-        let mut told = Vec::new();
-        let order = sort_channels(&mut sorted, &data, score, |done, all| {
-            told.push((done, all))
-        })
-        .unwrap();
-        assert_eq!(told.last().map(|(done, all)| done == all), Some(true));
-        assert!(told.iter().enumerate().all(|(i, (done, _))| *done == i + 1));
+        let heard = Heard::default();
+        let order = sort_channels(&mut sorted, &data, score, &heard).unwrap();
+        heard.assert_all("score channels", heard.steps().len());
         let (first, after) = (logits(&model), logits(&sorted));
         assert!(max_diff(&first, &after) < 1e-4, "{score}");
-        let old = channel_scores(&model, &data, score, |_, _| {}).unwrap();
+        let old = channel_scores(&model, &data, score, &Silent).unwrap();
         for (block, (scores, order)) in old.iter().zip(&order.blocks).enumerate() {
             for (scores, order) in [
                 (&scores.mlp, &order.mlp),
@@ -267,7 +266,7 @@ fn parts_that_are_missing_or_narrowed() {
     model.layers[1].mlp = None;
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
-        let order = sort_channels(&mut sorted, &samples(4, 13, 1), score, |_, _| {}).unwrap();
+        let order = sort_channels(&mut sorted, &samples(4, 13, 1), score, &Silent).unwrap();
         let lengths: Vec<_> = order
             .blocks
             .iter()
@@ -288,7 +287,7 @@ fn parts_that_are_missing_or_narrowed() {
         .set_active_dims([24, 30])
         .unwrap();
     for score in ChannelScore::ALL {
-        let refused = sort_channels(&mut narrowed, &samples(4, 13, 1), score, |_, _| {});
+        let refused = sort_channels(&mut narrowed, &samples(4, 13, 1), score, &Silent);
         assert!(matches!(refused, Err(Error::Unsupported { .. })), "{score}");
     }
     assert!(matches!(
@@ -308,7 +307,7 @@ fn equal_units_stay_where_they_are() {
                 .set_matrix(&Matrix::from_fn(d_output, d_input, |_, _| 0.25))
         })
         .unwrap();
-    let order = sort_channels(&mut model, &samples(3, 9, 2), ChannelScore::L2, |_, _| {}).unwrap();
+    let order = sort_channels(&mut model, &samples(3, 9, 2), ChannelScore::L2, &Silent).unwrap();
     for block in &order.blocks {
         assert_eq!(block.mlp, (0..37).collect::<Vec<_>>());
         assert_eq!(block.kv_groups, [0, 1]);
@@ -327,8 +326,8 @@ fn scores_and_influence_are_the_same_at_any_number_of_threads() {
     let runs = pools.map(|pool| {
         pool.install(|| {
             let scores = ChannelScore::ALL
-                .map(|score| channel_scores(&model, &data, score, |_, _| {}).unwrap());
-            let units = block_influence(&model, &data, InfluenceMeasure::Loss, |_, _| {}).unwrap();
+                .map(|score| channel_scores(&model, &data, score, &Silent).unwrap());
+            let units = block_influence(&model, &data, InfluenceMeasure::Loss, &Silent).unwrap();
             (scores, units)
         })
     });
@@ -338,7 +337,7 @@ fn scores_and_influence_are_the_same_at_any_number_of_threads() {
 #[test]
 fn activation_scores_are_those_of_the_inputs_as_they_are() {
     let (model, data) = (biased(6), samples(5, 11, 4));
-    let scores = channel_scores(&model, &data, ChannelScore::Activation, |_, _| {}).unwrap();
+    let scores = channel_scores(&model, &data, ChannelScore::Activation, &Silent).unwrap();
     let mut states: Vec<Tensor<3>> = data
         .iter()
         .map(|ids| model.embed(model.tokens(ids, 1).unwrap()))
@@ -453,7 +452,7 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
             seed: 3,
             ..TaylorConfig::default()
         };
-        let scores = taylor_scores(&model, &data, &config, |_, _| {}).unwrap();
+        let scores = taylor_scores(&model, &data, &config, &Silent).unwrap();
         for (scores, exact) in scores.iter().zip(&exact) {
             let found = rank_correlation(&scores.mlp, &exact.mlp);
             assert!(found > expected, "rank {rank}: {found}");
@@ -470,20 +469,20 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
         seed: 4,
         ..TaylorConfig::default()
     };
-    let first = taylor_scores(&model, &data, &config, |_, _| {}).unwrap();
+    let first = taylor_scores(&model, &data, &config, &Silent).unwrap();
     assert_eq!(
         first,
-        taylor_scores(&model, &data, &config, |_, _| {}).unwrap()
+        taylor_scores(&model, &data, &config, &Silent).unwrap()
     );
     assert_ne!(
         first,
-        taylor_scores(&model, &data, &TaylorConfig::default(), |_, _| {}).unwrap()
+        taylor_scores(&model, &data, &TaylorConfig::default(), &Silent).unwrap()
     );
     // The model that is scored is left without adapters, whether its weights were trained or not.
     let trained = SuperNet::dense(model.clone()).unwrap().into_model().train();
     assert_eq!(
         first,
-        taylor_scores(&trained, &data, &config, |_, _| {}).unwrap()
+        taylor_scores(&trained, &data, &config, &Silent).unwrap()
     );
     assert!(weight_bits(&trained).keys().all(|path| !is_factor(path)));
 }
@@ -492,15 +491,16 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
 fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     let model = biased(8);
     let data: Vec<Vec<u32>> = (0..5).map(|i| random_ids(12, 41, 40 + i)).collect();
-    let mut told = 0;
-    let units = block_influence(&model, &data, InfluenceMeasure::Loss, |_, _| told += 1).unwrap();
-    assert_eq!((units.len(), told), (9, 3));
+    let heard = Heard::default();
+    let units = block_influence(&model, &data, InfluenceMeasure::Loss, &heard).unwrap();
+    assert_eq!(units.len(), 9);
+    heard.assert_all("measure influence", 3);
     assert!(
         units
             .windows(2)
             .all(|w| w[0].loss_increase >= w[1].loss_increase)
     );
-    let by_cosine = block_influence(&model, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
+    let by_cosine = block_influence(&model, &data, InfluenceMeasure::Cosine, &Silent).unwrap();
     assert!(
         by_cosine
             .windows(2)
@@ -509,7 +509,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     assert!(by_cosine.iter().all(|unit| unit.loss_increase.is_none()));
 
     let ids: Vec<u32> = data.concat();
-    let loss = |model: &Decoder| perplexity(model, &ids, 12).unwrap().nll;
+    let loss = |model: &Decoder| perplexity(model, &ids, 12, &Silent).unwrap().nll;
     let silent = |block: usize, kinds: &[LinearKind]| {
         let mut model = model.clone();
         for kind in kinds {
@@ -575,7 +575,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     shallow.layers[1].set_runs(Unit::Mlp, false);
     shallow.layers[2].set_runs(Unit::Attention, false);
     shallow.layers[2].set_runs(Unit::Mlp, false);
-    let units = block_influence(&shallow, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
+    let units = block_influence(&shallow, &data, InfluenceMeasure::Cosine, &Silent).unwrap();
     let change = |name: &str| {
         units
             .iter()
@@ -641,7 +641,7 @@ fn compare(
     report("none", model);
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
-        sort_channels(&mut sorted, calibration, score, |_, _| {}).unwrap();
+        sort_channels(&mut sorted, calibration, score, &Silent).unwrap();
         assert!((loss(&sorted) - loss(model)).abs() < 1e-3);
         report(&score.to_string(), &sorted);
     }
@@ -669,7 +669,7 @@ fn sorted_channels_are_worth_more_than_unsorted_ones() {
         .map(|sequence| sequence.ids)
         .collect();
     let held_out = fixed_batches(&sequences(Split::Test, 128), 32, shipped.pad_id()).unwrap();
-    let loss = |model: &Decoder| mean_loss(model, &held_out).unwrap();
+    let loss = |model: &Decoder| mean_loss(model, &held_out, &Silent).unwrap();
     let halves = compare("arithmetic-llama", &shipped.model, &calibration, &loss);
     assert!(
         halves[1..].iter().all(|half| *half < halves[0]),
@@ -692,7 +692,7 @@ fn sorted_channels_are_worth_more_than_unsorted_ones() {
         .map(<[u32]>::to_vec)
         .collect();
     let held_out = &held_out[..held_out.len().min(8192)];
-    let loss = |model: &Decoder| perplexity(model, held_out, 128).unwrap().nll;
+    let loss = |model: &Decoder| perplexity(model, held_out, 128, &Silent).unwrap().nll;
     let halves = compare("story-llama-0.6M", &story.model, &calibration, &loss);
     // Magnitudes alone say nothing of what this model's channels do: they come out worse than no order.
     let [none, _, _, activation, taylor] = halves[..] else {

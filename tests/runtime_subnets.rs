@@ -8,6 +8,7 @@ use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{CacheFormat, Model, Session, SessionConfig, decode_batch};
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
@@ -71,6 +72,7 @@ fn net(tied: bool, rule: ScaleRule) -> SuperNet {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     net
@@ -170,7 +172,7 @@ fn a_sessions_subnet_is_the_super_networks() {
             );
             let merger = Merger::new()
                 .with_mode(elastic_lora::merge::MergeMode::Dense)
-                .extract(&net, &[])
+                .extract(&net, &[], &Silent)
                 .unwrap();
             assert_eq!(merger.model.config().blocks(), merged.config().blocks());
         }
@@ -267,7 +269,7 @@ fn adapters_that_no_pair_of_factors_expresses_are_refused() {
         "{error}"
     );
     assert!(error.to_string().contains("merge it first"));
-    let merged = Merger::new().merge(&net, &[]).unwrap().model;
+    let merged = Merger::new().merge(&net, &[], &Silent).unwrap().model;
     agrees(
         &merged,
         &mut session(&Model::from_decoder(&merged, F32).unwrap()),

@@ -13,6 +13,7 @@ use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{
@@ -113,7 +114,7 @@ fn config() -> TrainConfig {
 
 fn run(config: TrainConfig, net: &mut SuperNet) -> Result<TrainReport> {
     let valid = fixed_batches(&sequences(9, 2), 4, 0).unwrap();
-    Trainer::new(config)?.run(net, &mut batcher(), &valid)
+    Trainer::new(config)?.run(net, &mut batcher(), &valid, &Silent)
 }
 
 /// Weights that are not at their start, where B is zero.
@@ -365,7 +366,7 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
     };
     // Ended at its first validation, as if the process had been.
     let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
-    let outcome = trainer(settings.clone()).run(&mut net(), &mut batcher(), &broken);
+    let outcome = trainer(settings.clone()).run(&mut net(), &mut batcher(), &broken, &Silent);
     assert!(matches!(outcome, Err(Error::TokenOutOfRange { .. })));
 
     let valid = fixed_batches(&sequences(9, 2), 4, 0).unwrap();
@@ -387,14 +388,14 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
             ..settings.clone()
         },
     ] {
-        let outcome = trainer(other).run(&mut net(), &mut batcher(), &valid);
+        let outcome = trainer(other).run(&mut net(), &mut batcher(), &valid, &Silent);
         assert!(
             matches!(&outcome, Err(Error::CheckpointMismatch { field, .. }) if field == "settings")
         );
     }
     let mut resumed = net();
     let report = trainer(settings)
-        .run(&mut resumed, &mut batcher(), &valid)
+        .run(&mut resumed, &mut batcher(), &valid, &Silent)
         .unwrap();
     assert_eq!((report.steps_done, &report.logs), (9, &expected.logs));
     assert_eq!(weight_bits(resumed.model()), weight_bits(whole.model()));

@@ -9,6 +9,7 @@ use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::space::Group;
 use elastic_lora::supernet::{SubnetCost, SuperNetConfig};
 use elastic_lora::train::{Schedule, TrainConfig, Trainer};
@@ -238,7 +239,7 @@ fn trained(mut net: SuperNet) -> SuperNet {
     let mut batcher = Batcher::new(sequences, 4, 0, 1).unwrap();
     Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batcher, &[])
+        .run(&mut net, &mut batcher, &[], &Silent)
         .unwrap();
     net
 }

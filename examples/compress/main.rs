@@ -7,6 +7,7 @@
 mod common;
 mod lonas;
 mod pipeline;
+mod report;
 mod settings;
 mod sqft;
 mod task;

@@ -12,6 +12,7 @@ use super::{TOKENS_AT_ONCE, batches, targets};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LinearKind, Unit};
 use crate::nn::host_values;
+use crate::progress::{Progress, Task};
 
 /// What of block `block` may be left out: its name, and the parts that it is. The whole comes before its parts.
 fn candidates(block: usize) -> [(String, &'static [Unit]); 3] {
@@ -50,7 +51,7 @@ pub struct BlockInfluence {
 /// first. Equal ones come in the order of computation, the whole block before its parts. What is missing or left out already is
 /// not listed.
 ///
-/// An active adapter counts as part of its layer. `progress` is told the blocks done, and of all.
+/// An active adapter counts as part of its layer.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] without a sample, or for [`InfluenceMeasure::Loss`] without one of two tokens; those of
@@ -60,9 +61,11 @@ pub fn block_influence(
     model: &Decoder,
     samples: &[Vec<u32>],
     measure: InfluenceMeasure,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<BlockInfluence>> {
     let model = model.valid();
+    let n_blocks = model.layers.len();
+    let mut task = Task::begin(progress, "measure influence", n_blocks, "blocks")?;
     let batches = batches(samples, TOKENS_AT_ONCE);
     if batches.is_empty() {
         return Err(Error::argument(
@@ -81,11 +84,10 @@ pub fn block_influence(
         .collect();
     let by_loss = measure == InfluenceMeasure::Loss;
     let whole = if by_loss {
-        Some(loss_from(&model, 0, &states, &expected)?)
+        Some(loss_from(&model, 0, &states, &expected, &task)?)
     } else {
         None
     };
-    let n_blocks = model.layers.len();
     let mut found = Vec::with_capacity(3 * n_blocks);
     for block in 0..n_blocks {
         let here = found.len();
@@ -95,9 +97,10 @@ pub fn block_influence(
                 continue;
             }
             let loss_increase = match whole {
-                Some(whole) => Some(
-                    loss_from(&without(&model, block, parts), block, &states, &expected)? - whole,
-                ),
+                Some(whole) => {
+                    let without = without(&model, block, parts);
+                    Some(loss_from(&without, block, &states, &expected, &task)? - whole)
+                }
                 None => None,
             };
             found.push(BlockInfluence {
@@ -106,14 +109,14 @@ pub fn block_influence(
                 loss_increase,
             });
         }
-        let changes = cosine_changes(&model, block, &mut states)?;
+        let changes = cosine_changes(&model, block, &mut states, &task)?;
         for ((name, _), change) in candidates(block).iter().zip(changes) {
             found[here..]
                 .iter_mut()
                 .filter(|part| part.name == *name)
                 .for_each(|part| part.cosine_change = change);
         }
-        progress(block + 1, n_blocks);
+        task.step("")?;
     }
     let key = |part: &BlockInfluence| part.loss_increase.unwrap_or(part.cosine_change);
     if let Some(index) = found.iter().position(|part| !key(part).is_finite()) {
@@ -134,10 +137,16 @@ pub fn block_influence(
 
 /// Runs one block, which takes `states` to the next, and gives the mean change over all tokens by each of the
 /// [`candidates`].
-fn cosine_changes(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Result<[f64; 3]> {
+fn cosine_changes(
+    model: &Decoder,
+    block: usize,
+    states: &mut [Tensor<3>],
+    task: &Task<'_>,
+) -> Result<[f64; 3]> {
     let mut sums = [0.0; 3];
     let mut n = 0;
     for state in states {
+        task.check()?;
         let mut context = None;
         let mut tap = |kind: LinearKind, x: &Tensor<3>| {
             if kind == LinearKind::O {
@@ -201,6 +210,7 @@ fn loss_from(
     first: usize,
     states: &[Tensor<3>],
     targets: &[Vec<(usize, u32)>],
+    task: &Task<'_>,
 ) -> Result<f64> {
     let n: usize = targets.iter().map(Vec::len).sum();
     if n == 0 {
@@ -216,6 +226,7 @@ fn loss_from(
         .zip(targets)
         .filter(|(_, targets)| !targets.is_empty())
     {
+        task.check()?;
         let last =
             (first..model.layers.len()).fold(state.clone(), |x, block| model.block(block, x, None));
         let (hidden, targets) = model.at_positions(model.norm.forward(last), targets)?;

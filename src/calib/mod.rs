@@ -14,7 +14,7 @@ mod taylor;
 pub use channels::{BlockScores, ChannelScore};
 pub use influence::{BlockInfluence, InfluenceMeasure, block_influence};
 pub use order::{BlockOrder, ChannelOrder, channel_scores, sort_channels};
-pub use prune::{PruneConfig, PrunedLayer, prune_model, prune_model_with};
+pub use prune::{PruneConfig, PrunedLayer, prune_model};
 pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model};
 pub use taylor::{TaylorConfig, taylor_scores};
 
@@ -25,6 +25,7 @@ use burn::tensor::Tensor;
 use crate::error::Result;
 use crate::model::{Decoder, LinearKind};
 use crate::nn::{BaseLinear, host_values};
+use crate::progress::{Progress, Task};
 
 /// Hidden-state tokens that go through a block at once.
 const TOKENS_AT_ONCE: usize = 2048;
@@ -33,17 +34,21 @@ const TOKENS_AT_ONCE: usize = 2048;
 /// (`[sequences, seq, d_input]`, several times), then `change` may change each layer given what was gathered of its input, and
 /// may leave something there for the next layer of that input; the changed block's output is the next block's input.
 ///
-/// Without samples, nothing is observed and `change` is given `new`'s empty statistic.
+/// Without samples, nothing is observed and `change` is given `new`'s empty statistic. Progress is by layers; `label` names it.
 ///
 /// # Errors
-/// Those of [`Decoder::tokens`] for a sample outside vocabulary or context; the first that a closure gives.
+/// Those of [`Decoder::tokens`] for a sample outside vocabulary or context; the first that a closure gives;
+/// [`Error::Interrupted`](crate::Error::Interrupted), after which the model is changed in part.
 pub fn walk_blocks<S>(
     model: &mut Decoder,
     samples: &[Vec<u32>],
+    label: &str,
     new: impl Fn(usize) -> S,
     mut observe: impl FnMut(&mut S, &Tensor<3>) -> Result<()>,
     mut change: impl FnMut(&str, &mut BaseLinear, &mut S) -> Result<()>,
+    progress: &dyn Progress,
 ) -> Result<()> {
+    let mut task = Task::begin(progress, label, model.linears().count(), "layers")?;
     let mut states = embed_samples(model, samples)?;
     for block in 0..model.layers.len() {
         let mut statistics: BTreeMap<LinearKind, S> = LinearKind::ALL
@@ -53,6 +58,7 @@ pub fn walk_blocks<S>(
             .collect();
         let mut failure = None;
         for state in &states {
+            task.check()?;
             let mut tap = |kind: LinearKind, x: &Tensor<3>| {
                 if let (None, Some(statistic)) = (&failure, statistics.get_mut(&kind)) {
                     failure = observe(statistic, x)
@@ -72,10 +78,12 @@ pub fn walk_blocks<S>(
             {
                 if let Some(layer) = model.layers[block].linear_mut(kind) {
                     change(&kind.name(block), &mut layer.base, &mut statistic)?;
+                    task.step("")?;
                 }
             }
         }
         for state in &mut states {
+            task.check()?;
             *state = model.block(block, state.clone(), None);
         }
     }

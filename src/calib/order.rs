@@ -18,6 +18,7 @@ use super::{column_squares, embed_samples};
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 use crate::model::{Block, Decoder, LinearKind};
+use crate::progress::{Progress, Task};
 use crate::sparsity::InputNorms;
 
 /// Where a block's channels were: place `i` holds what was at element `i`.
@@ -100,7 +101,7 @@ fn invert(order: &[usize]) -> Result<Vec<usize>> {
 /// Puts the MLP channels and the key/value groups of every block in the order of their importance, most important first,
 /// and returns where each was. Logits stay equal but for the rounding of sums; equally important channels keep their order.
 ///
-/// All scores are those of the model as it stands. `progress` is told the pieces of work done, and of all.
+/// All scores are those of the model as it stands.
 ///
 /// # Errors
 /// Those of [`channel_scores`]. The model is then unchanged.
@@ -108,7 +109,7 @@ pub fn sort_channels(
     model: &mut Decoder,
     samples: &[Vec<u32>],
     score: ChannelScore,
-    progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<ChannelOrder> {
     let scores = channel_scores(model, samples, score, progress)?;
     let blocks = scores.iter().map(|block| {
@@ -130,8 +131,7 @@ pub fn sort_channels(
 /// goes by down and o alone, [`ChannelScore::Taylor`] as [`taylor_scores`] says. A part that a block lacks has no scores; of one
 /// that is left out for the time being, those that need data are all 0.
 ///
-/// Token sequences in `samples` are the calibration data, where the score needs any. `progress` is told the pieces of work
-/// done, and of all.
+/// Token sequences in `samples` are the calibration data, where the score needs any.
 ///
 /// # Errors
 /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
@@ -142,7 +142,7 @@ pub fn channel_scores(
     model: &Decoder,
     samples: &[Vec<u32>],
     score: ChannelScore,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<BlockScores>> {
     model.check_reorderable()?;
     if score == ChannelScore::Taylor {
@@ -157,6 +157,7 @@ pub fn channel_scores(
         ));
     }
     let n_blocks = model.layers.len();
+    let mut task = Task::begin(progress, "score channels", n_blocks, "blocks")?;
     let mut states = if score.needs_calibration() {
         embed_samples(&model, samples)?
     } else {
@@ -166,7 +167,7 @@ pub fn channel_scores(
     for (index, block) in model.layers.iter().enumerate() {
         scores.push(match score {
             ChannelScore::Activation => {
-                let norms = output_norms(&model, index, &mut states)?;
+                let norms = output_norms(&model, index, &mut states, &task)?;
                 let scores = |kind: LinearKind, n_channels: usize| match (
                     block.linear(kind),
                     norms.get(&kind),
@@ -185,7 +186,7 @@ pub fn channel_scores(
             ChannelScore::L2 => weight_scores(block, l2_scores)?,
             _ => weight_scores(block, l1_scores)?,
         });
-        progress(index + 1, n_blocks);
+        task.step("")?;
     }
     Ok(scores)
 }
@@ -226,6 +227,7 @@ fn output_norms(
     model: &Decoder,
     block: usize,
     states: &mut [Tensor<3>],
+    task: &Task<'_>,
 ) -> Result<BTreeMap<LinearKind, InputNorms>> {
     let mut norms: BTreeMap<LinearKind, InputNorms> = [LinearKind::O, LinearKind::Down]
         .into_iter()
@@ -238,6 +240,7 @@ fn output_norms(
         .collect();
     let mut failure = None;
     for state in states {
+        task.check()?;
         let mut tap = |kind: LinearKind, x: &Tensor<3>| {
             if let (None, Some(norms)) = (&failure, norms.get_mut(&kind)) {
                 failure = norms.update_sums(&column_squares(x), x.dims()[0]).err();

@@ -16,6 +16,7 @@ use crate::adapter::{ElasticLora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, LinearKind};
 use crate::nn::{host_values, mix_seed};
+use crate::progress::{Progress, Task};
 
 /// The layers whose rows are scored; what reads them (o, down) tells nothing more.
 const SCORED: [LinearKind; 5] = [
@@ -65,7 +66,7 @@ impl TaylorConfig {
 /// The mean over batches of `|<w, dL/dw>|`, summed over the rows `w` of gate and up that are an MLP channel's, and over those of
 /// q, k and v that are a key/value group's. L is the mean loss of a batch, and the gradient a sketch.
 ///
-/// Samples of fewer than two tokens predict nothing and are left out. `progress` is told the batches done, and of all.
+/// Samples of fewer than two tokens predict nothing and are left out.
 ///
 /// # Errors
 /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
@@ -76,7 +77,7 @@ pub fn taylor_scores(
     model: &Decoder,
     samples: &[Vec<u32>],
     config: &TaylorConfig,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<BlockScores>> {
     model.check_reorderable()?;
     let lora = LoraConfig::new(config.rank).with_alpha(config.rank as f64);
@@ -93,6 +94,7 @@ pub fn taylor_scores(
             "at least one of two tokens, for the taylor score",
         ));
     }
+    let mut task = Task::begin(progress, "score channels", batches.len(), "batches")?;
     let mut probe = model.clone().set_require_grad(false).train();
     let tape = probe.device();
     let mut scores: Vec<BlockScores> = (probe.layers.iter())
@@ -144,7 +146,7 @@ pub fn taylor_scores(
                 }
             }
         }
-        progress(index + 1, batches.len());
+        task.step("")?;
     }
     Ok(scores)
 }

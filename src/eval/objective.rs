@@ -3,6 +3,7 @@
 use super::{LatencyTable, ProblemSet, mean_loss};
 use crate::data::{Batch, TextTokenizer};
 use crate::error::{Error, Result};
+use crate::progress::Progress;
 use crate::runtime::GenerateConfig;
 use crate::search::ObjectiveNames;
 use crate::space::SubnetConfig;
@@ -90,20 +91,20 @@ impl<'a> SubnetObjective<'a> {
     ///
     /// # Errors
     /// A subnet outside the space; those of the evaluation.
-    pub fn evaluate(&self, subnet: &SubnetConfig) -> Result<Vec<f64>> {
+    pub fn evaluate(&self, subnet: &SubnetConfig, progress: &dyn Progress) -> Result<Vec<f64>> {
         // A clone shares every weight: several subnets can be scored at once.
         let mut net = self.net.clone();
         net.activate(subnet)?;
         let model = net.eval_model();
         let cost = self.cost(&net, subnet)?;
         let score = match &self.metric {
-            Metric::Loss(batches) => mean_loss(&model, batches)?,
+            Metric::Loss(batches) => mean_loss(&model, batches, progress)?,
             Metric::Accuracy {
                 problems,
                 tokenizer,
                 generate,
             } => -problems
-                .exact_match(&model, tokenizer, generate)?
+                .exact_match(&model, tokenizer, generate, progress)?
                 .accuracy(),
         };
         Ok(vec![score, cost])

@@ -14,6 +14,7 @@ use crate::format::PackedMatrix;
 use crate::io::hf::BlockDims;
 use crate::model::{Block, Decoder, Mlp};
 use crate::nn::{RmsNorm, host_values, matrix_from_tensor};
+use crate::progress::{Progress, Task};
 use crate::sparsity::Mask;
 use crate::supernet::SuperNet;
 
@@ -33,7 +34,7 @@ pub enum MergeMode {
 /// ```
 /// # use burn::tensor::Device;
 /// # use elastic_lora::{adapter::LoraConfig, io::{DType, hf::{HfConfig, LlamaDims}}, model::Decoder};
-/// # use elastic_lora::{supernet::SuperNetConfig, Merger, SearchSpace, SuperNet};
+/// # use elastic_lora::{progress::Silent, supernet::SuperNetConfig, Merger, SearchSpace, SuperNet};
 /// # fn main() -> elastic_lora::Result<()> {
 /// # let config = HfConfig::new_llama(&LlamaDims {
 /// #     vocab_size: 11, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 1, num_attention_heads: 2,
@@ -44,7 +45,7 @@ pub enum MergeMode {
 /// let space = SearchSpace::per_layer(&model.layer_shapes(), &[4, 2])?;
 /// let settings = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(true);
 /// let net = SuperNet::new(model, space, settings)?;
-/// let merged = Merger::new().merge(&net, &[vec![1, 2, 3]])?;
+/// let merged = Merger::new().merge(&net, &[vec![1, 2, 3]], &Silent)?;
 /// assert_eq!(merged.report.zeros_lost, 0);
 /// # Ok(())
 /// # }
@@ -128,7 +129,12 @@ impl Merger {
     /// [`Error::NotFinite`] where a merged weight is not a number; [`Error::OffGrid`] as
     /// [`ElasticLoraLinear::merged_quantized`] says; [`Error::Unsupported`] for a subnet of smaller widths or
     /// depth; those of [`Decoder::tokens`] for `sample`.
-    pub fn merge(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
+    pub fn merge(
+        &self,
+        net: &SuperNet,
+        sample: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<Merged> {
         let narrowed =
             |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
         if let Some((name, _)) = net.model().linears().find(narrowed) {
@@ -141,7 +147,7 @@ impl Merger {
                 what: format!("merging with `{unit}` left out, not extracting,"),
             });
         }
-        self.extract(net, sample)
+        self.extract(net, sample, progress)
     }
 
     /// The active subnet as a plain model of its own: adapters merged, and only those channels, heads and parts of blocks left that
@@ -153,7 +159,12 @@ impl Merger {
     ///
     /// # Errors
     /// As [`merge`](Self::merge), whatever is left out; [`Error::InvalidConfig`] where nothing is left.
-    pub fn extract(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
+    pub fn extract(
+        &self,
+        net: &SuperNet,
+        sample: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<Merged> {
         let unmerged = net.eval_model();
         let (mut model, left_out) = (unmerged.clone(), unmerged.left_out());
         let mut layers = Vec::new();
@@ -162,6 +173,7 @@ impl Merger {
             .map(|(name, _)| name)
             .filter(|name| unmerged.runs(name))
             .collect();
+        let mut task = Task::begin(progress, "merge", running.len(), "layers")?;
         for name in &running {
             let Some(layer) = model.linear_mut(name) else {
                 continue;
@@ -172,7 +184,9 @@ impl Merger {
                 let weight = matrix_from_tensor(layer.base.active_weight());
                 layer.base = layer.base.replaced(&weight)?;
             }
+            task.step("")?;
         }
+        drop(task);
         let blocks: Vec<BlockDims> = net.block_dims(net.active())?;
         let blocks: Vec<BlockDims> = blocks
             .into_iter()
@@ -184,6 +198,7 @@ impl Merger {
             model = model.with_layers(running, config);
         }
         let mut max_logit_difference = None;
+        let mut task = Task::begin(progress, "compare", sample.len(), "sequences")?;
         for tokens in sample {
             let before = host_values(unmerged.forward(unmerged.tokens(tokens, 1)?));
             let after = host_values(model.forward(model.tokens(tokens, 1)?));
@@ -193,6 +208,7 @@ impl Merger {
                 .map(|(a, b)| (a - b).abs())
                 .fold(0.0, f32::max);
             max_logit_difference = Some(difference.max(max_logit_difference.unwrap_or(0.0)));
+            task.step("")?;
         }
         let zeros_lost = layers.iter().map(|layer| layer.zeros_lost).sum();
         Ok(Merged {

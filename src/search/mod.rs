@@ -12,17 +12,19 @@
 //! evaluations finish or on how many it was asked for at a time, so a search gives the same front at any thread count.
 //!
 //! ```
+//! use elastic_lora::progress::Silent;
 //! use elastic_lora::search::{NsgaConfig, StudyConfig};
 //! use elastic_lora::space::{LayerShape, SearchSpace};
 //!
 //! let layers: Vec<_> = (0..6).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
 //! let space = SearchSpace::per_layer(&layers, &[32, 24, 16])?;
 //! let mut searcher = NsgaConfig::new().with_population(8).with_seed(1).init(&space)?;
-//! let outcome = StudyConfig::new(60).init(&space)?.run(&mut searcher, |config| {
+//! let objective = |config: &_| {
 //!     let ranks = space.values(config)?;
 //!     let loss = ranks.iter().enumerate().map(|(i, &rank)| 1.0 / (rank * (i + 1)) as f64).sum();
 //!     Ok(vec![loss, ranks.iter().sum::<usize>() as f64])
-//! })?;
+//! };
+//! let outcome = StudyConfig::new(60).init(&space)?.run(&mut searcher, objective, &Silent)?;
 //! assert!(outcome.front().count() > 3);
 //! # Ok::<(), elastic_lora::Error>(())
 //! ```

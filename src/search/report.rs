@@ -91,17 +91,15 @@ impl<'a> SearchReport<'a> {
         }
     }
 
-    /// Writes `search_progression.svg`, `.csv` and `.json` into a folder that exists, each whole or not at all, and returns
-    /// their paths.
+    /// Writes `search_progression.svg`, `.csv` and `.json` into a folder, which is made where it is missing, each whole or not
+    /// at all, and returns their paths.
     ///
     /// # Errors
     /// [`Error::Io`], naming the file.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<[PathBuf; 3]> {
-        let path = |extension: &str| {
-            folder
-                .as_ref()
-                .join(format!("search_progression.{extension}"))
-        };
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+        let path = |extension: &str| folder.join(format!("search_progression.{extension}"));
         let paths = [path("svg"), path("csv"), path("json")];
         for (path, text) in paths
             .iter()

@@ -7,8 +7,8 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::TrainConfig;
+use super::log::StepLog;
 use super::optimizer::{NamedAdamW, load_trainable, rank_counts, trainable};
-use super::progress::StepLog;
 use crate::data::{Batcher, Position};
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, DType, FolderWriter, HostTensor, atomic, tensors::write_safetensors};

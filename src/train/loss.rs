@@ -4,6 +4,7 @@ use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
 use crate::nn::host_values;
+use crate::progress::{Progress, Task};
 
 /// Positions whose next token counts in the loss, row-major, with that token.
 pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
@@ -21,18 +22,19 @@ pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] where there is no target at all; those of [`Decoder::tokens`].
-pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
+pub fn mean_loss(model: &Decoder, batches: &[Batch], progress: &dyn Progress) -> Result<f64> {
+    let mut task = Task::begin(progress, "evaluate", batches.len(), "batches")?;
     let mut sum = 0.0;
     let mut n = 0;
     for batch in batches {
         let targets = targets(batch);
-        if targets.is_empty() {
-            continue;
+        if !targets.is_empty() {
+            n += targets.len();
+            sum += f64::from(
+                host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0],
+            );
         }
-        n += targets.len();
-        sum += f64::from(
-            host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0],
-        );
+        task.step("")?;
     }
     if n == 0 {
         return Err(Error::argument(

@@ -1,13 +1,20 @@
+//! From files to batches; the sample problems and the tokenizer of the shipped model.
+
+#[path = "../examples/common/arithmetic.rs"]
+mod arithmetic;
+#[path = "../examples/common/bpe.rs"]
+mod bpe;
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use arithmetic::{Kind, Problem, Split, available, mixture, problems};
+use bpe::{BPE_BOS, BPE_EOS, BPE_PAD, bpe_tokenizer_config, train_bpe};
+use elastic_lora::Error;
+use elastic_lora::data::answers::{exact_match, extract_answer, normalize_number};
+use elastic_lora::data::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-
-use super::answers::{exact_match, extract_answer, normalize_number};
-use super::arithmetic::{Kind, Problem, Split, available, mixture, problems};
-use super::*;
-use crate::error::Error;
 
 fn shared() -> Option<PathBuf> {
     let path = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(
