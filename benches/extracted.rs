@@ -112,7 +112,7 @@ fn config(args: &Args) -> Result<HfConfig> {
     })
 }
 
-/// The super-network: no ranks, two widths, two numbers of heads, two depths.
+/// The supernet: no ranks, two widths, two numbers of heads, two depths.
 fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
     let model = Decoder::init(config, 1, &common::device("flex")?)?;
     let layers = model.layer_shapes();

@@ -27,7 +27,7 @@ struct Args {
     /// PEFT adapter folder, used unmerged
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// The subnet of a super-network, by name [default: all of it]
+    /// The subnet of a supernet, by name [default: all of it]
     #[arg(long)]
     subnet: Option<String>,
     /// Store the linear layers as f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4, sparse-int4 or, sparse with so many non-zeros

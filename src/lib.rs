@@ -22,7 +22,7 @@
 //!    one and the smallest.
 //! 5. A [`Searcher`], driven by a [`search::Study`], finds the [`SubnetConfig`] that is worth its cost
 //!    ([`eval::SubnetObjective`]).
-//! 6. [`SuperNet::extract`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
+//! 6. [`SuperNet::extract_adapter`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
 //!    [`model::Pretrained::write_variant`] writes the result.
 //! 7. [`runtime::Model`] runs what came out, with weights as they are stored ([`mod@format`], [`kernels`]), from a bundle or a folder; from C and C++
 //!    by `include/elastic_lora.h` (feature `capi`).

@@ -116,7 +116,7 @@ fn gradients(net: SuperNet, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) 
     (host_values(loss.inner())[0], gradients)
 }
 
-/// A few steps on subnets that are drawn: the log, how far each factor moved, and the super-network.
+/// A few steps on subnets that are drawn: the log, how far each factor moved, and the supernet.
 fn trained(masked: bool, device: &Device) -> (Vec<StepLog>, BTreeMap<String, Vec<f32>>, SuperNet) {
     let mut net = net(masked, device);
     let factors = |model: &Decoder| -> BTreeMap<String, Vec<f32>> {

@@ -44,7 +44,7 @@ fn logits(model: &Model, subnet: usize) -> Result<Vec<f32>> {
     Ok(logits)
 }
 
-/// A super-network with two subnets beside the whole, its adapters trained for a few steps.
+/// A supernet with two subnets beside the whole, its adapters trained for a few steps.
 fn net() -> SuperNet {
     let dims = LlamaDims {
         num_attention_heads: 6,

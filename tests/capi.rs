@@ -44,7 +44,7 @@ const SPARSE_INT4: WeightFormat = WeightFormat::SparseInt4 {
     symmetric: false,
 };
 
-/// A super-network of elastic ranks and widths, its adapters trained for a few steps.
+/// A supernet of elastic ranks and widths, its adapters trained for a few steps.
 fn net() -> &'static SuperNet {
     static NET: OnceLock<SuperNet> = OnceLock::new();
     NET.get_or_init(|| {

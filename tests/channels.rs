@@ -100,7 +100,7 @@ fn space(model: &Decoder) -> SearchSpace {
     .unwrap()
 }
 
-/// A super-network with adapters that are not zero.
+/// A supernet with adapters that are not zero.
 fn net(tied: bool) -> SuperNet {
     let model = model(tied);
     let space = space(&model);
@@ -217,7 +217,7 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             );
             assert_eq!(plain.attention_macs(10), cost.attention_width * 110);
 
-            // Cached decoding of the narrowed super-network is its full forward pass.
+            // Cached decoding of the narrowed supernet is its full forward pass.
             if index == 3 {
                 let (model, ids) = (net.eval_model(), random_ids(7, 41, 8));
                 let mut cache = KvCache::new(model.layers.len());
@@ -787,7 +787,7 @@ fn a_space_may_have_no_ranks_at_all() -> Result<()> {
         max_diff(&logits(&extracted), &logits(&net.eval_model())),
         0.0
     );
-    assert!(net.extract()?.layers.is_empty());
+    assert!(net.extract_adapter()?.layers.is_empty());
     Ok(())
 }
 
@@ -797,7 +797,7 @@ fn factors_are_as_wide_as_the_layer() {
     let mut net = net(true);
     let subnet = subnet(net.space(), 3, [11, 29, 37], [16, 24, 8], 2);
     net.activate(&subnet).unwrap();
-    let lora = net.extract().unwrap();
+    let lora = net.extract_adapter().unwrap();
     let up = &lora.layers["model.layers.0.mlp.up_proj"];
     assert_eq!((up.rank(), up.d_input(), up.d_output()), (3, 24, 11));
     let q = &lora.layers["model.layers.2.self_attn.q_proj"];

@@ -216,7 +216,7 @@ fn pruning_refuses_what_it_cannot_do() {
     assert_eq!(weight(&model, "model.layers.0.mlp.up_proj"), before);
 }
 
-/// A super-network on a half-pruned model, trained a few steps so that its adapters are not zero.
+/// A supernet on a half-pruned model, trained a few steps so that its adapters are not zero.
 fn trained(masked: bool) -> SuperNet {
     let mut model = tiny(5);
     let pattern = Pattern::Unstructured { ratio: 0.5 };

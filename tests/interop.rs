@@ -187,7 +187,7 @@ fn write_vectors(
     write_safetensors(path, tensors, metadata).unwrap();
 }
 
-/// A super-network whose factors are all set by training: two steps at a rate that moves them far.
+/// A supernet whose factors are all set by training: two steps at a rate that moves them far.
 fn trained(model: Decoder, lora: LoraConfig) -> SuperNet {
     let layers: Vec<_> = model
         .layer_shapes()
@@ -247,7 +247,7 @@ fn peft_computes_our_adapters_logits() {
             );
             let subnet = net.sample(&mut ChaCha8Rng::seed_from_u64(7));
             net.activate(&subnet).unwrap();
-            let adapter = net.extract().unwrap();
+            let adapter = net.extract_adapter().unwrap();
             let ranks: std::collections::BTreeSet<usize> =
                 adapter.layers.values().map(LoraWeights::rank).collect();
             assert!(ranks.len() > 1, "{ranks:?}");
@@ -743,7 +743,7 @@ fn an_adapter_of_peft_gives_pefts_logits() {
         "an adapter that does nothing proves nothing"
     );
     let net = SuperNet::from_adapter(model.clone(), &adapter).unwrap();
-    assert_eq!(net.extract().unwrap().layers, adapter.layers);
+    assert_eq!(net.extract_adapter().unwrap().layers, adapter.layers);
     let unmerged = max_diff(&logits(net.model(), &ids), &expected);
 
     // Merged twice: by the merger, and by the file's own product on the host.
@@ -787,7 +787,7 @@ fn an_adapter_for_another_model_is_refused() {
     assert_eq!(net.active(), &net.maximal());
     assert_ne!(net.active(), &SubnetConfig::new());
     let folder = scratch.path().join("adapter");
-    net.extract()
+    net.extract_adapter()
         .unwrap()
         .write(&folder, &PeftOptions::default())
         .unwrap();

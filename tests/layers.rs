@@ -66,7 +66,7 @@ const FORMATS: [WeightFormat; 5] = [
     },
 ];
 
-/// A super-network with two widths and two ranks, its adapters trained for a few steps.
+/// A supernet with two widths and two ranks, its adapters trained for a few steps.
 fn supernet(format: WeightFormat) -> Model {
     let dims = LlamaDims {
         num_attention_heads: 6,

@@ -298,7 +298,10 @@ fn without_a_mask_every_weight_moves_and_with_widths_a_part_is_merged() {
         .unwrap();
     train(&mut whole, config(10));
     check_merge(&whole, &all.collect(), "no mask");
-    assert!(matches!(whole.extract(), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        whole.extract_adapter(),
+        Err(Error::Unsupported { .. })
+    ));
 
     let widths = SearchSpace::groups_by_block(
         Elastic::Width,
@@ -490,7 +493,7 @@ fn a_packed_base_trains_and_infers_as_its_dense_twin() {
                     .linears()
                     .all(|(_, layer)| layer.base.quantized().is_none())
             );
-            assert_eq!(of_packed.extract().is_ok(), !masked);
+            assert_eq!(of_packed.extract_adapter().is_ok(), !masked);
         }
     }
 }

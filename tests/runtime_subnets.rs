@@ -1,4 +1,4 @@
-//! A session's subnet is the super-network's: ranks, widths and depth, alone and in a batch, from many threads.
+//! A session's subnet is the supernet's: ranks, widths and depth, alone and in a batch, from many threads.
 
 mod common;
 
@@ -250,7 +250,7 @@ fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
     let mut wrong = net.maximal();
     wrong.set("depth", 9);
     assert!(session.set_config(&wrong).is_err());
-    // A model that is no super-network has its one subnet.
+    // A model that is no supernet has its one subnet.
     let plain = Model::from_decoder(&base, F32).unwrap();
     let mut session = Session::new(&plain, &SessionConfig::default()).unwrap();
     state(session.set_config(&net.minimal()).unwrap_err());

@@ -1,4 +1,4 @@
-//! The super-network: its space on a model, what subnets cost, and what extracting one gives.
+//! The supernet: its space on a model, what subnets cost, and what extracting one gives.
 
 mod common;
 
@@ -228,7 +228,7 @@ fn outputs(net: &mut SuperNet, subnet: &elastic_lora::SubnetConfig) -> Vec<f32> 
     logits(net.model())
 }
 
-/// The same super-network with factors far from fresh: a few large steps on noise.
+/// The same supernet with factors far from fresh: a few large steps on noise.
 fn trained(mut net: SuperNet) -> SuperNet {
     let mut config = TrainConfig::new(5);
     config.lr = 0.05;
@@ -323,7 +323,7 @@ fn an_extracted_subnet_on_the_base_is_the_active_subnet() {
                 let subnet = net.space().from_values(&values).unwrap();
                 let expected = outputs(&mut net, &subnet);
                 assert!(max_diff(&expected, &base) > 0.1);
-                let lora = net.extract().unwrap();
+                let lora = net.extract_adapter().unwrap();
                 lora.check(net.model().config()).unwrap();
                 assert_eq!(lora.layers.len(), 9);
                 assert_eq!(
@@ -347,7 +347,10 @@ fn an_extracted_subnet_on_the_base_is_the_active_subnet() {
         }
     }
     let net = net(true, SuperNetConfig::new(lora()).with_sparse_peft(true));
-    assert!(matches!(net.extract(), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        net.extract_adapter(),
+        Err(Error::Unsupported { .. })
+    ));
 }
 
 #[test]

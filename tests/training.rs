@@ -327,7 +327,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         "number of base weights"
     );
 
-    // Broken files; the super-network stays as it was, off the tape.
+    // Broken files; the supernet stays as it was, off the tape.
     let checkpoint = dir.path().join("checkpoint");
     let (json, tensors) = (
         checkpoint.join("trainer.json"),
@@ -426,7 +426,7 @@ fn plain_lora_is_the_space_of_one_choice() {
             &mut net,
         )
         .unwrap();
-        assert_eq!(net.extract().unwrap().layers.len(), 2);
+        assert_eq!(net.extract_adapter().unwrap().layers.len(), 2);
         (weight_bits(net.model()), report.logs)
     };
     assert_eq!(trained(Sampling::PerStep), trained(Sampling::Fixed));

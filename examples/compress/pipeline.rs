@@ -323,7 +323,7 @@ impl Run<'_> {
         name: &str,
         dtype: DType,
     ) -> Result<PathBuf> {
-        let mut adapter = net.extract()?;
+        let mut adapter = net.extract_adapter()?;
         // So that PEFT finds the weights which the adapter is for by itself.
         let base = self.out.join(base);
         let base = base.canonicalize().map_err(|e| Error::io(&base, e))?;

@@ -1,4 +1,4 @@
-//! A super-network's subnets as points of a search.
+//! A supernet's subnets as points of a search.
 
 use super::{LatencyTable, ProblemSet, mean_loss};
 use crate::data::{Batch, TextTokenizer};
@@ -38,7 +38,7 @@ pub enum Cost {
     Latency,
 }
 
-/// Scores subnets of one super-network: `[loss or -accuracy, cost]`, both to be minimised.
+/// Scores subnets of one supernet: `[loss or -accuracy, cost]`, both to be minimised.
 pub struct SubnetObjective<'a> {
     net: SuperNet,
     metric: Metric<'a>,
@@ -48,7 +48,7 @@ pub struct SubnetObjective<'a> {
 }
 
 impl<'a> SubnetObjective<'a> {
-    /// Shares the super-network's weights; the caller's active subnet stays as it is.
+    /// Shares the supernet's weights; the caller's active subnet stays as it is.
     pub fn new(net: &SuperNet, metric: Metric<'a>, cost: Cost) -> Self {
         Self {
             net: net.clone(),
@@ -65,7 +65,7 @@ impl<'a> SubnetObjective<'a> {
         self
     }
 
-    /// Takes latency as the cost, as this table of the same super-network has it.
+    /// Takes latency as the cost, as this table of the same supernet has it.
     pub fn with_latency(mut self, table: LatencyTable) -> Self {
         (self.cost, self.latency) = (Cost::Latency, Some(table));
         self

@@ -29,11 +29,11 @@ pub enum MergeMode {
     Dense,
 }
 
-/// Merges the active subnet of a super-network into its base.
+/// Merges the active subnet of a supernet into its base.
 ///
 /// ```
 /// # use burn::tensor::Device;
-/// # use elastic_lora::{adapter::LoraConfig, io::{DType, hf::{HfConfig, LlamaDims}}, model::Decoder};
+/// # use elastic_lora::{io::{DType, hf::{HfConfig, LlamaDims}}, model::Decoder};
 /// # use elastic_lora::{progress::Silent, supernet::SuperNetConfig, Merger, SearchSpace, SuperNet};
 /// # fn main() -> elastic_lora::Result<()> {
 /// # let config = HfConfig::new_llama(&LlamaDims {
@@ -43,7 +43,7 @@ pub enum MergeMode {
 /// # })?;
 /// # let model = Decoder::init(&config, 1, &Device::flex())?;
 /// let space = SearchSpace::per_layer(&model.layer_shapes(), &[4, 2])?;
-/// let settings = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(true);
+/// let settings = SuperNetConfig::for_space(&space).with_sparse_peft(true);
 /// let net = SuperNet::new(model, space, settings)?;
 /// let merged = Merger::new().merge(&net, &[vec![1, 2, 3]], &Silent)?;
 /// assert_eq!(merged.report.zeros_lost, 0);
@@ -84,7 +84,7 @@ pub struct MergeReport {
     /// Sizes of the blocks of the merged model.
     #[serde(default)]
     pub blocks: Vec<BlockDims>,
-    /// Parts of the super-network's blocks that are left out, as `model.layers.3.mlp`.
+    /// Parts of the supernet's blocks that are left out, as `model.layers.3.mlp`.
     #[serde(default)]
     pub left_out: Vec<String>,
     /// Largest absolute difference between the logits of the unmerged and the merged model on the sample input; absent

@@ -299,18 +299,18 @@ fn sparsegpt_errs_less_than_masks_of_the_same_share() {
             );
         }
         let ordered = Factor::new(&h, &FactorConfig::new().with_activation_order(true)).unwrap();
-        let mut turned = w.clone();
+        let mut changed = w.clone();
         let mask = sparsegpt(
-            &mut turned,
+            &mut changed,
             &ordered,
             &Pattern::Layer { ratio: 0.5 },
             &SparseGptConfig::new(),
         )
         .unwrap();
-        assert_eq!(mask, Mask::from_nonzero(&turned));
+        assert_eq!(mask, Mask::from_nonzero(&changed));
         assert_eq!(mask.count_kept(), 700);
         let refused = sparsegpt(
-            &mut turned,
+            &mut changed,
             &ordered,
             &Pattern::NM { n: 2, m: 4 },
             &SparseGptConfig::new(),
@@ -558,8 +558,9 @@ fn thread_count_does_not_matter() {
                 &Pattern::Unstructured { ratio: 0.5 },
             )
             .unwrap();
-            let turned = Factor::new(&h, &FactorConfig::new().with_activation_order(true)).unwrap();
-            (joint, gptq(&w, &turned, &config, None).unwrap())
+            let ordered =
+                Factor::new(&h, &FactorConfig::new().with_activation_order(true)).unwrap();
+            (joint, gptq(&w, &ordered, &config, None).unwrap())
         })
     };
     let first = run(1);
@@ -600,13 +601,13 @@ impl Vectors {
 }
 
 fn same(a: &Matrix, b: &Matrix, scale: f32) -> f64 {
-    let near = a
+    let close = a
         .as_slice()
         .iter()
         .zip(b.as_slice())
         .filter(|(a, b)| (*a - *b).abs() <= 1e-3 * scale)
         .count();
-    near as f64 / a.as_slice().len() as f64
+    close as f64 / a.as_slice().len() as f64
 }
 
 #[test]

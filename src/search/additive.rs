@@ -40,7 +40,7 @@ pub struct AdditiveModel {
 
 /// One group goes down to a smaller choice.
 struct Descent {
-    /// Loss for a unit of cost.
+    /// Increase of the loss by decrease of the cost.
     slope: f64,
     group: usize,
     choice: usize,

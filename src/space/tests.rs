@@ -544,7 +544,7 @@ fn widths_and_depths_are_prefixes_too() {
         &[5, 7],
     )
     .unwrap();
-    let units = [
+    let parts = [
         "model.layers.0",
         "model.layers.2",
         "model.layers.1.mlp",
@@ -552,7 +552,7 @@ fn widths_and_depths_are_prefixes_too() {
     ]
     .map(String::from)
     .to_vec();
-    let depth = Group::of_kind(Elastic::Depth, "depth", units, vec![2, 4, 3]).unwrap();
+    let depth = Group::of_kind(Elastic::Depth, "depth", parts, vec![2, 4, 3]).unwrap();
     let ranks = SearchSpace::grouped(&layers, &SHEARS, &[4, 2]).unwrap();
     let space = ranks
         .clone()
@@ -625,7 +625,7 @@ fn widths_and_depths_that_make_no_sense_are_refused() {
     assert!(error(group(Elastic::Depth, &["model.layers.0"], &[])).contains("no choices"));
     assert!(
         error(group(Elastic::Depth, &["model.layers.0"], &[2]))
-            .contains("cannot keep 2 of 1 units")
+            .contains("cannot keep 2 of 1 parts")
     );
     assert!(
         error(group(
@@ -667,8 +667,8 @@ fn widths_and_depths_that_make_no_sense_are_refused() {
     );
     assert!(wide.to_string().contains("1000000 is more than"), "{wide}");
 
-    let depth = |id: &str, unit: &str| {
-        Group::of_kind(Elastic::Depth, id, vec![unit.into()], vec![1, 0]).unwrap()
+    let depth = |id: &str, part: &str| {
+        Group::of_kind(Elastic::Depth, id, vec![part.into()], vec![1, 0]).unwrap()
     };
     let overlap = SearchSpace::new(vec![
         depth("a", "model.layers.1.mlp"),

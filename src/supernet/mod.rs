@@ -25,7 +25,7 @@ use crate::nn::mix_seed;
 use crate::space::{Elastic, SearchSpace, SubnetConfig};
 use cost::Nonzeros;
 
-/// Settings of a super-network's adapters.
+/// Settings of a supernet's adapters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SuperNetConfig {
     /// Largest rank, alpha, dropout, scale rule: the same for every adapter.
@@ -53,14 +53,20 @@ impl SuperNetConfig {
         }
     }
 
+    /// As [`new`](Self::new) with [`LoraConfig::new`] of the largest rank that the space offers (1 where it offers none).
+    pub fn for_space(space: &SearchSpace) -> Self {
+        Self::new(LoraConfig::new(space.max_rank().max(1)))
+    }
+
     setters! {
+        with_lora(lora: LoraConfig);
         with_fixed_layers(fixed_layers: Vec<String>);
         with_sparse_peft(sparse_peft: bool);
         with_seed(seed: u64);
     }
 }
 
-/// A super-network: a decoder whose adapters take any shape of a search space.
+/// A supernet: a decoder whose adapters take any shape of a search space.
 #[derive(Clone, Debug)]
 pub struct SuperNet {
     model: Decoder,
@@ -212,7 +218,7 @@ impl SuperNet {
         &self.config
     }
 
-    /// Weights of the base, adapters left out, as they were when the super-network was made.
+    /// Weights of the base, adapters left out, as they were when the supernet was made.
     pub fn base_params(&self) -> ParamCount {
         self.nonzeros.all()
     }
@@ -331,7 +337,7 @@ impl SuperNet {
     /// # Errors
     /// [`Error::Unsupported`] for SparsePEFT's masked adapters and for quantization-aware ones, which no plain LoRA expresses: merge
     /// them.
-    pub fn extract(&self) -> Result<LoraAdapter> {
+    pub fn extract_adapter(&self) -> Result<LoraAdapter> {
         let mut layers = BTreeMap::new();
         for (name, layer) in self.model.linears() {
             if let Some(adapter) = layer.adapter.as_ref().filter(|_| self.model.runs(&name)) {
@@ -345,7 +351,7 @@ impl SuperNet {
         })
     }
 
-    /// Takes the super-network apart, leaving the model with the active subnet.
+    /// Takes the supernet apart, leaving the model with the active subnet.
     pub fn into_model(self) -> Decoder {
         self.model
     }

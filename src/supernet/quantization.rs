@@ -1,4 +1,4 @@
-//! A super-network whose every subnet is trained through a grid of integers (QA-SparsePEFT of SQFT, arXiv 2410.03750).
+//! A supernet whose every subnet is trained through a grid of integers (QA-SparsePEFT of SQFT, arXiv 2410.03750).
 //!
 //! The authors start from the sparse weight in 16 bits where they have it, and else from GPTQ's integers. Here that is what the model
 //! holds: dense weights, or quantized ones. Departures: the grid's bits, groups and order are whatever quantized it (theirs: 4 bits,
@@ -16,7 +16,7 @@ use crate::model::Decoder;
 use crate::nn::{host_values, mix_seed, tensor_from_matrix};
 use crate::sparsity::Mask;
 
-/// Through which grids a super-network is trained.
+/// Through which grids a supernet is trained.
 #[derive(Clone, Debug, Default)]
 pub struct QaConfig {
     /// The grid of each adapted layer, by Hugging Face's module path; its codes do not matter. A layer with a quantized weight that
@@ -44,7 +44,7 @@ impl QaConfig {
     }
 }
 
-/// What a super-network's settings say of its grids.
+/// What a supernet's settings say of its grids.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QaSummary {
     /// Bits of a code, by layer.
@@ -70,7 +70,7 @@ impl SuperNet {
                 .linear(name)
                 .is_none_or(|layer| layer.adapter.is_none())
             {
-                let context = "adapted layers of a quantization-aware super-network".to_string();
+                let context = "adapted layers of a quantization-aware supernet".to_string();
                 return Err(Error::UnknownLayer {
                     context,
                     layer: name.clone(),

@@ -23,7 +23,7 @@ const TENSORS: &str = "trainer.safetensors";
 pub(crate) struct State {
     version: u32,
     pub config: TrainConfig,
-    /// A summary of the super-network and data that the run is about; a checkpoint of another is refused.
+    /// A summary of the supernet and data that the run is about; a checkpoint of another is refused.
     pub about: BTreeMap<String, String>,
     pub step: usize,
     pub position: Position,

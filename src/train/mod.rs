@@ -1,4 +1,4 @@
-//! Neural low-rank adapter search (Shears, arXiv 2404.10934): train all subnets of a super-network at once, by a random one
+//! Neural low-rank adapter search (Shears, arXiv 2404.10934): train all subnets of a supernet at once, by a random one
 //! at each step; or by the sandwich rule, with distillation in place, and in stages ([`Sampling`], [`Distillation`],
 //! [`Stage`]).
 //!
@@ -64,7 +64,7 @@ impl TrainReport {
     }
 }
 
-/// Trains a super-network.
+/// Trains a supernet.
 #[derive(Clone, Debug)]
 pub struct Trainer {
     config: TrainConfig,
@@ -119,7 +119,7 @@ impl Trainer {
     /// [`Error::CheckpointMismatch`], and those of reading a checkpoint; those of the model for tokens outside the vocabulary
     /// or context; [`Error::InvalidArgument`] where there is nothing to train or a stage names a kind that no group has;
     /// [`Error::Unsupported`] where weights to be trained are stored in 16 bits, or distillation meets a head that is trained.
-    /// The super-network keeps the weights of the last good step.
+    /// The supernet keeps the weights of the last good step.
     pub fn run(
         &self,
         net: &mut SuperNet,
