@@ -18,6 +18,7 @@ use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, LlamaDims};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{KvCache, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::{SubnetCost, SuperNetConfig};
 use elastic_lora::{Error, Merger, Result, SearchSpace, SubnetConfig, SuperNet};
@@ -111,7 +112,7 @@ fn config(args: &Args) -> Result<HfConfig> {
     })
 }
 
-/// The super-network: no ranks, two widths, two numbers of heads, two depths.
+/// The supernet: no ranks, two widths, two numbers of heads, two depths.
 fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
     let model = Decoder::init(config, 1, &common::device("flex")?)?;
     let layers = model.layer_shapes();
@@ -315,7 +316,7 @@ fn bench(args: &Args) -> Result<()> {
         let name = change
             .to_possible_value()
             .map_or(String::new(), |value| value.get_name().to_string());
-        small.push((name, Merger::new().extract(&net, &[])?.model));
+        small.push((name, Merger::new().extract(&net, &[], &Silent)?.model));
     }
     net.activate(&net.maximal())?;
     let threads = std::thread::available_parallelism().map_or(0, usize::from);
@@ -339,7 +340,7 @@ fn bench(args: &Args) -> Result<()> {
         let told = if args.foretell {
             // Of the same storage: the widths' sizes are those of the space, the model's own weights play no part.
             let stored = SuperNet::new(full.clone(), net.space().clone(), net.config().clone())?;
-            let table = |phase, repeats| LatencyTable::measure(&stored, phase, repeats, |_, _| {});
+            let table = |phase, repeats| LatencyTable::measure(&stored, phase, repeats, &Silent);
             Some(Foretold {
                 prefill: table(
                     Phase::Prefill {

@@ -19,6 +19,7 @@ use elastic_lora::format::QuantizedMatrix;
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, LlamaDims};
 use elastic_lora::model::Decoder;
+use elastic_lora::progress::Silent;
 use elastic_lora::quant::{GridConfig, round_to_nearest};
 use elastic_lora::sparsity::{self, Pattern};
 use elastic_lora::supernet::{QaConfig, SuperNetConfig};
@@ -273,7 +274,7 @@ fn run(net: &mut SuperNet, data: &mut Batcher, steps: usize, seed: u64) -> Resul
     let mut config = TrainConfig::new(steps);
     config.schedule = Schedule::Constant;
     config.seed = seed;
-    Ok(1e3 * Trainer::new(config)?.run(net, data, &[])?.seconds)
+    Ok(1e3 * Trainer::new(config)?.run(net, data, &[], &Silent)?.seconds)
 }
 
 /// Measures in this process. A run has one timed step, since a report has but the sum of its steps' times.

@@ -6,7 +6,7 @@ mod common;
 use std::path::PathBuf;
 
 use clap::Parser;
-use elastic_lora::data::arithmetic::{self, Kind, Split};
+use common::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{PromptTemplate, load_records, load_text};
 use elastic_lora::eval::{ProblemSet, perplexity};
 use elastic_lora::runtime::GenerateConfig;
@@ -55,6 +55,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), &args.device)?;
     let model = &pretrained.model;
+    let progress = common::progress();
     if let Some(text) = &args.text {
         let ids = pretrained.tokenizer.encode_prompt(&load_text(text)?)?;
         if ids.len() < 2 {
@@ -67,7 +68,7 @@ fn run(args: &Args) -> Result<()> {
         let context = args
             .context
             .unwrap_or(model.config().max_position_embeddings());
-        let result = perplexity(model, &ids, context)?;
+        let result = perplexity(model, &ids, context, &progress)?;
         if args.json {
             common::say!("{}", serde_json::json!(result));
         } else {
@@ -84,7 +85,7 @@ fn run(args: &Args) -> Result<()> {
     let generate = GenerateConfig::new(args.max_new_tokens.min(room), pretrained.stop_ids());
     let measure = |records: &[_]| -> Result<_> {
         let problems = ProblemSet::new(records, args.template, &pretrained.tokenizer)?;
-        problems.exact_match(model, &pretrained.tokenizer, &generate)
+        problems.exact_match(model, &pretrained.tokenizer, &generate, &progress)
     };
     let sets: Vec<(String, Vec<_>)> = match &args.exact_match {
         Some(file) => vec![(file.display().to_string(), load_records(file)?)],

@@ -28,7 +28,7 @@ struct Args {
     /// PEFT adapter folder, used unmerged
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// The subnet of a super-network, by name [default: all of it]
+    /// The subnet of a supernet, by name [default: all of it]
     #[arg(long)]
     subnet: Option<String>,
     /// Store the linear layers as f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4, sparse-int4 or, sparse with so many non-zeros
@@ -180,10 +180,7 @@ fn settings(args: &Args, stop_ids: Vec<u32>) -> GenerateConfig {
         min_p,
         seed,
     };
-    GenerateConfig {
-        sample,
-        ..GenerateConfig::new(args.max_new_tokens, stop_ids)
-    }
+    GenerateConfig::new(args.max_new_tokens, stop_ids).with_sample(sample)
 }
 
 /// On a Burn device, as the other examples run models.

@@ -3,17 +3,20 @@
 //! Its text is generated, so whoever runs this gets the same model; the kinds of problem that `compress` fine-tunes it on
 //! are rare in it.
 
+#[path = "common/bpe.rs"]
+mod bpe;
 #[path = "common/mod.rs"]
 mod common;
 
 use std::path::PathBuf;
 
+use bpe::{bpe_tokenizer_config, train_bpe};
 use burn::tensor::Device;
 use clap::Parser;
-use elastic_lora::data::arithmetic::{self, Kind, Split};
+use common::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{
-    Batcher, PromptTemplate, Record, TextTokenizer, TokenizeOptions, bpe_tokenizer_config,
-    fixed_batches, tokenize_records, train_bpe,
+    Batcher, PromptTemplate, Record, TextTokenizer, TokenizeOptions, fixed_batches,
+    tokenize_records,
 };
 use elastic_lora::eval::ProblemSet;
 use elastic_lora::io::DType;
@@ -145,7 +148,7 @@ fn run(args: &Args) -> Result<()> {
     );
     let mut net = SuperNet::dense(model)?;
 
-    let stop = common::stop_flag();
+    let progress = common::progress();
     let mut train_config = TrainConfig::new(args.steps);
     train_config.lr = args.lr;
     train_config.warmup = (args.steps / 20).min(200);
@@ -155,14 +158,12 @@ fn run(args: &Args) -> Result<()> {
     train_config.seed = args.seed;
     train_config.eval_every = (args.steps / 20).max(1);
     train_config.checkpoint_every = (args.steps / 20).max(1);
-    let mut trainer = Trainer::new(train_config)?
-        .with_progress("pretrain")
-        .with_stop(stop);
+    let mut trainer = Trainer::new(train_config)?.with_label("pretrain");
     if let Some(work) = &args.work {
         trainer = trainer.with_folder(work).with_resume(true);
     }
     let mut batcher = Batcher::new(sequences, args.batch, pad_id, args.seed)?;
-    let report = trainer.run(&mut net, &mut batcher, &valid)?;
+    let report = trainer.run(&mut net, &mut batcher, &valid, &progress)?;
     common::say!(
         "{} steps in {:.0} s, {:.0} tokens/s, validation loss {:.4}",
         report.steps_done,
@@ -176,7 +177,7 @@ fn run(args: &Args) -> Result<()> {
     for kind in Kind::ALL {
         let test = records(arithmetic::problems(kind, Split::Test, 300, args.seed)?);
         let result = ProblemSet::new(&test, template, &tokenizer)?
-            .exact_match(&model, &tokenizer, &generate)?;
+            .exact_match(&model, &tokenizer, &generate, &progress)?;
         common::say!(
             "{:>12}: {:5.1} %",
             kind.to_string(),

@@ -1,12 +1,15 @@
 //! The one error type of the crate: a variant per broken rule, with fields that name what broke it.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// Shorthand for `std::result::Result<T, elastic_lora::Error>`.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong on user input. Programming errors inside the crate are panics; nothing a caller passes is.
-#[derive(Debug, thiserror::Error)]
+///
+/// `Debug` gives the same text as `Display`, so that a `main` that returns a [`Result`] prints it.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     // --- files -------------------------------------------------------------------------------------------------
@@ -313,9 +316,18 @@ pub enum Error {
         /// The checkpoint's value.
         found: String,
     },
-    /// The caller asked to stop.
-    #[error("interrupted")]
-    Interrupted,
+    /// The caller asked to stop; see [`Progress::is_interrupted`](crate::progress::Progress::is_interrupted).
+    #[error("{task}: interrupted")]
+    Interrupted {
+        /// What was going on, such as `prune`.
+        task: String,
+    },
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl Error {
@@ -346,7 +358,7 @@ impl Error {
     /// An argument outside its range.
     pub fn argument(
         name: &'static str,
-        found: impl std::fmt::Display,
+        found: impl fmt::Display,
         expected: impl Into<String>,
     ) -> Self {
         Error::InvalidArgument {

@@ -22,7 +22,7 @@
 //!    one and the smallest.
 //! 5. A [`Searcher`], driven by a [`search::Study`], finds the [`SubnetConfig`] that is worth its cost
 //!    ([`eval::SubnetObjective`]).
-//! 6. [`SuperNet::extract`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
+//! 6. [`SuperNet::extract_adapter`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
 //!    [`model::Pretrained::write_variant`] writes the result.
 //! 7. [`runtime::Model`] runs what came out, with weights as they are stored ([`mod@format`], [`kernels`]), from a bundle or a folder; from C and C++
 //!    by `include/elastic_lora.h` (feature `capi`).
@@ -41,6 +41,11 @@
 //! any number of threads. Files, data and settings that are wrong come back as an [`Error`] that names them; functions of
 //! tensors alone panic on shapes other than those that their docs state, as Burn's own do.
 #![warn(missing_docs)]
+// What only the training half calls is unused in a build without it.
+#![cfg_attr(not(feature = "burn"), allow(dead_code, unused_imports))]
+
+#[macro_use]
+mod settings;
 
 pub mod arch;
 pub mod data;
@@ -51,6 +56,7 @@ pub mod format;
 pub mod io;
 pub mod kernels;
 pub mod linalg;
+pub mod progress;
 pub mod quant;
 pub mod runtime;
 pub mod search;
@@ -74,6 +80,9 @@ pub mod nn;
 pub mod supernet;
 #[cfg(feature = "burn")]
 pub mod train;
+
+/// The version of this crate.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 #[cfg(feature = "burn")]
 pub use adapter::{ElasticLoraLinear, ElasticLoraLinearConfig};

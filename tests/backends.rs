@@ -12,8 +12,8 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
 use common::{is_factor, random_ids, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
@@ -21,10 +21,11 @@ use elastic_lora::format::{StoredMatrix, WeightFormat};
 use elastic_lora::model::Decoder;
 use elastic_lora::model::{DeviceSession, generate_batch};
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::quant::{GridConfig, round_to_nearest};
 use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::supernet::SuperNetConfig;
-use elastic_lora::train::{StepLog, TrainConfig, Trainer, targets};
+use elastic_lora::train::{StepLog, TrainConfig, Trainer, for_each_param, targets};
 use elastic_lora::{Merger, SearchSpace, SuperNet};
 
 /// Differences allowed, as a part of the largest value: a model's depth adds up what single operations are off by.
@@ -100,24 +101,6 @@ fn net(masked: bool, device: &Device) -> SuperNet {
 
 /// The loss of a batch, and its gradient for every factor.
 fn gradients(net: SuperNet, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) {
-    struct Collect {
-        path: Vec<String>,
-        gradients: Gradients,
-        out: BTreeMap<String, Vec<f32>>,
-    }
-    impl ModuleVisitor for Collect {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if let Some(gradient) = param.base().grad(&self.gradients) {
-                self.out.insert(self.path.join("."), host_values(gradient));
-            }
-        }
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.to_string());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-    }
     let model = net.into_model().train();
     let loss = model
         .nll_sum(
@@ -125,17 +108,17 @@ fn gradients(net: SuperNet, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) 
             &targets(batch),
         )
         .unwrap();
-    let gradients = loss.clone().backward();
-    let mut collect = Collect {
-        path: Vec::new(),
-        gradients,
-        out: BTreeMap::new(),
-    };
-    model.visit(&mut collect);
-    (host_values(loss.inner())[0], collect.out)
+    let mut tape = loss.clone().backward();
+    let mut gradients = BTreeMap::new();
+    for_each_param(&model, |path, param| {
+        if let Some(gradient) = param.take_gradient(&mut tape) {
+            gradients.insert(path.to_string(), host_values(gradient));
+        }
+    });
+    (host_values(loss.inner())[0], gradients)
 }
 
-/// A few steps on subnets that are drawn: the log, how far each factor moved, and the super-network.
+/// A few steps on subnets that are drawn: the log, how far each factor moved, and the supernet.
 fn trained(masked: bool, device: &Device) -> (Vec<StepLog>, BTreeMap<String, Vec<f32>>, SuperNet) {
     let mut net = net(masked, device);
     let factors = |model: &Decoder| -> BTreeMap<String, Vec<f32>> {
@@ -159,7 +142,7 @@ fn trained(masked: bool, device: &Device) -> (Vec<StepLog>, BTreeMap<String, Vec
     let valid = fixed_batches(&sequences(), 4, 0).unwrap();
     let report = Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batcher, &valid)
+        .run(&mut net, &mut batcher, &valid, &Silent)
         .unwrap();
     for (path, after) in factors(net.model()) {
         let before = moved.get_mut(&path).unwrap();
@@ -206,7 +189,7 @@ fn training_and_merging_are_the_same_on_every_device() {
             if masked {
                 let calibration = [random_ids(13, 41, 8)];
                 let merged = |net: &SuperNet| {
-                    let merged = Merger::new().merge(net, &calibration).unwrap();
+                    let merged = Merger::new().merge(net, &calibration, &Silent).unwrap();
                     assert_eq!(merged.report.zeros_lost, 0);
                     let weights = weight_bits(&merged.model)
                         .into_values()
@@ -257,10 +240,10 @@ fn outputs_are_the_same_on_every_device() {
             &logits(&model),
         );
         // Left padding, and a cache.
-        let generated = generate_batch(&other, &prompts, &greedy).unwrap();
+        let generated = generate_batch(&other, &prompts, &greedy, &Silent).unwrap();
         assert_eq!(
             generated,
-            generate_batch(&model, &prompts, &greedy).unwrap()
+            generate_batch(&model, &prompts, &greedy, &Silent).unwrap()
         );
     }
 }

@@ -9,6 +9,7 @@ use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::HfConfig;
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
     FormatPlan, GenerateConfig, Model, ModelOptions, Session, SessionConfig, Verify,
 };
@@ -44,7 +45,7 @@ fn logits(model: &Model, subnet: usize) -> Result<Vec<f32>> {
     Ok(logits)
 }
 
-/// A super-network with two subnets beside the whole, its adapters trained for a few steps.
+/// A supernet with two subnets beside the whole, its adapters trained for a few steps.
 fn net() -> SuperNet {
     let dims = LlamaDims {
         num_attention_heads: 6,
@@ -76,6 +77,7 @@ fn net() -> SuperNet {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     net

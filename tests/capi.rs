@@ -22,6 +22,7 @@ use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
     GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch,
 };
@@ -44,7 +45,7 @@ const SPARSE_INT4: WeightFormat = WeightFormat::SparseInt4 {
     symmetric: false,
 };
 
-/// A super-network of elastic ranks and widths, its adapters trained for a few steps.
+/// A supernet of elastic ranks and widths, its adapters trained for a few steps.
 fn net() -> &'static SuperNet {
     static NET: OnceLock<SuperNet> = OnceLock::new();
     NET.get_or_init(|| {
@@ -78,6 +79,7 @@ fn net() -> &'static SuperNet {
                 &mut net,
                 &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
                 &[],
+                &Silent,
             )
             .unwrap();
         net

@@ -13,6 +13,7 @@ use elastic_lora::io::{Checkpoint, DType};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, KvCache, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::{SubnetCost, SuperNetConfig};
 use elastic_lora::train::{TrainConfig, Trainer};
@@ -101,7 +102,7 @@ fn space(model: &Decoder) -> SearchSpace {
     .unwrap()
 }
 
-/// A super-network with adapters that are not zero.
+/// A supernet with adapters that are not zero.
 fn net(tied: bool) -> SuperNet {
     let model = model(tied);
     let space = space(&model);
@@ -122,6 +123,7 @@ fn net(tied: bool) -> SuperNet {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     net
@@ -184,10 +186,12 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             assert!(max_diff(&expected, &full) > 1e-2, "{subnet}");
             let merged = Merger::new().with_mode(elastic_lora::merge::MergeMode::Dense);
             assert!(matches!(
-                merged.merge(&net, &[]),
+                merged.merge(&net, &[], &Silent),
                 Err(Error::Unsupported { .. })
             ));
-            let merged = merged.extract(&net, &[random_ids(9, 41, 3)]).unwrap();
+            let merged = merged
+                .extract(&net, &[random_ids(9, 41, 3)], &Silent)
+                .unwrap();
             let off = max_diff(&logits(&merged.model), &expected);
             assert!(off < 1e-4 * size, "{subnet}: {off} of {size}");
             assert!(merged.report.max_logit_difference.unwrap() < 1e-4 * size);
@@ -215,7 +219,7 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             );
             assert_eq!(plain.attention_macs(10), cost.attention_width * 110);
 
-            // Cached decoding of the narrowed super-network is its full forward pass.
+            // Cached decoding of the narrowed supernet is its full forward pass.
             if index == 3 {
                 let (model, ids) = (net.eval_model(), random_ids(7, 41, 8));
                 let mut cache = KvCache::new(model.layers.len());
@@ -261,7 +265,7 @@ fn what_is_left_of_blocks_is_put_together() {
             for zero_mlps in [false, true] {
                 let merged = Merger::new()
                     .with_zero_mlps(zero_mlps)
-                    .extract(&net, &[random_ids(9, 41, 3)])
+                    .extract(&net, &[random_ids(9, 41, 3)], &Silent)
                     .unwrap();
                 let config = merged.model.config();
                 let found: Vec<_> = config
@@ -300,7 +304,7 @@ fn zeros_are_counted_channel_by_channel() {
     for subnet in subnets(net.space()) {
         net.activate(&subnet).unwrap();
         // Fresh adapters add nothing, so that the merged weights are the base's own.
-        let merged = Merger::new().extract(&net, &[]).unwrap();
+        let merged = Merger::new().extract(&net, &[], &Silent).unwrap();
         let (cost, count) = (net.cost(&subnet).unwrap(), merged.model.count_base_params());
         assert_eq!(
             cost.nonzero_params - cost.adapter_params,
@@ -350,7 +354,7 @@ fn a_width_is_a_prefix_of_the_channels() {
     let dense = elastic_lora::merge::MergeMode::Dense;
     let mut by_hand = Merger::new()
         .with_mode(dense)
-        .merge(&net, &[])
+        .merge(&net, &[], &Silent)
         .unwrap()
         .model;
     net.activate(&subnet).unwrap();
@@ -377,7 +381,7 @@ fn extracted_models_are_written_and_read_back() {
         let mode = elastic_lora::merge::MergeMode::Dense;
         let model = Merger::new()
             .with_mode(mode)
-            .extract(&net, &[])
+            .extract(&net, &[], &Silent)
             .unwrap()
             .model;
         let alike = model
@@ -780,13 +784,13 @@ fn a_space_may_have_no_ranks_at_all() -> Result<()> {
             .iter()
             .all(|block| block.runs(SubBlock::Mlp) && block.has(SubBlock::Attention))
     );
-    let extracted = Merger::new().extract(&net, &[])?.model;
+    let extracted = Merger::new().extract(&net, &[], &Silent)?.model;
     assert_eq!(extracted.config().intermediate_size(), 20);
     assert_eq!(
         max_diff(&logits(&extracted), &logits(&net.eval_model())),
         0.0
     );
-    assert!(net.extract()?.layers.is_empty());
+    assert!(net.extract_adapter()?.layers.is_empty());
     Ok(())
 }
 
@@ -796,7 +800,7 @@ fn factors_are_as_wide_as_the_layer() {
     let mut net = net(true);
     let subnet = subnet(net.space(), 3, [11, 29, 37], [16, 24, 8], 2);
     net.activate(&subnet).unwrap();
-    let lora = net.extract().unwrap();
+    let lora = net.extract_adapter().unwrap();
     let up = &lora.layers["model.layers.0.mlp.up_proj"];
     assert_eq!((up.rank(), up.d_input(), up.d_output()), (3, 24, 11));
     let q = &lora.layers["model.layers.2.self_attn.q_proj"];

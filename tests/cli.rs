@@ -2,6 +2,10 @@
 //! not there (a test built alone), nothing is checked.
 #![cfg(feature = "flex")]
 
+#[allow(dead_code)]
+#[path = "../examples/compress/report.rs"]
+mod report;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

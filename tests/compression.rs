@@ -4,10 +4,10 @@
 mod common;
 
 use burn::tensor::Device;
-use common::{max_diff, shared};
+use common::{Heard, max_diff, shared};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::LinearKind;
-use elastic_lora::calib::prune_model;
+use elastic_lora::calib::{PruneConfig, prune_model};
 use elastic_lora::data::{Batcher, Sequence, TextTokenizer, fixed_batches, join_documents, pack};
 use elastic_lora::eval::{Cost, Metric, SubnetObjective, mean_loss, perplexity};
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
@@ -16,6 +16,7 @@ use elastic_lora::linalg::Matrix;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::search::{NsgaConfig, StudyConfig};
 use elastic_lora::sparsity::{InputNorms, Method, Pattern, prune};
 use elastic_lora::supernet::SuperNetConfig;
@@ -85,16 +86,10 @@ fn each_block_is_calibrated_on_what_the_pruned_ones_before_it_put_out() {
     let calibration = samples(7, 19, 3);
     let original = tiny(1);
     let mut pruned = original.clone();
-    let mut told = 0;
-    let report = prune_model(
-        &mut pruned,
-        &calibration,
-        Method::Wanda,
-        &pattern,
-        |done, all| told = all - done,
-    )
-    .unwrap();
-    assert_eq!((report.len(), told), (21, 0));
+    let (config, heard) = (PruneConfig::new(Method::Wanda, pattern), Heard::default());
+    let report = prune_model(&mut pruned, &calibration, &config, &heard).unwrap();
+    assert_eq!(report.len(), 21);
+    heard.assert_all("prune", 21);
     assert_eq!(
         host_values(pruned.embed_tokens.val()),
         host_values(original.embed_tokens.val())
@@ -154,9 +149,8 @@ fn n_of_m_and_magnitude_prune_without_touching_what_they_should_not() {
     let report = prune_model(
         &mut model,
         &[],
-        Method::Magnitude,
-        &Pattern::NM { n: 2, m: 4 },
-        |_, _| {},
+        &PruneConfig::new(Method::Magnitude, Pattern::NM { n: 2, m: 4 }),
+        &Silent,
     )
     .unwrap();
     assert!(report.iter().all(|layer| 2 * layer.zeros == layer.params));
@@ -178,7 +172,12 @@ fn pruning_refuses_what_it_cannot_do() {
     let mut model = tiny(2);
     let before = weight(&model, "model.layers.0.mlp.up_proj");
     assert!(matches!(
-        prune_model(&mut model, &[], Method::Wanda, &pattern, |_, _| {}),
+        prune_model(
+            &mut model,
+            &[],
+            &PruneConfig::new(Method::Wanda, pattern),
+            &Silent
+        ),
         Err(Error::InvalidArgument {
             name: "samples",
             ..
@@ -188,9 +187,8 @@ fn pruning_refuses_what_it_cannot_do() {
         prune_model(
             &mut model,
             &[vec![1, 999]],
-            Method::Wanda,
-            &pattern,
-            |_, _| {}
+            &PruneConfig::new(Method::Wanda, pattern),
+            &Silent
         ),
         Err(Error::TokenOutOfRange { found: 999, .. })
     ));
@@ -198,9 +196,8 @@ fn pruning_refuses_what_it_cannot_do() {
         prune_model(
             &mut model,
             &[vec![1; 33]],
-            Method::Wanda,
-            &pattern,
-            |_, _| {}
+            &PruneConfig::new(Method::Wanda, pattern),
+            &Silent
         ),
         Err(Error::SequenceTooLong {
             found: 33,
@@ -213,25 +210,23 @@ fn pruning_refuses_what_it_cannot_do() {
         prune_model(
             &mut model,
             &samples(1, 5, 1),
-            Method::Wanda,
-            &ratio,
-            |_, _| {}
+            &PruneConfig::new(Method::Wanda, ratio),
+            &Silent
         )
         .is_err()
     );
     assert_eq!(weight(&model, "model.layers.0.mlp.up_proj"), before);
 }
 
-/// A super-network on a half-pruned model, trained a few steps so that its adapters are not zero.
+/// A supernet on a half-pruned model, trained a few steps so that its adapters are not zero.
 fn trained(masked: bool) -> SuperNet {
     let mut model = tiny(5);
     let pattern = Pattern::Unstructured { ratio: 0.5 };
     prune_model(
         &mut model,
         &samples(4, 16, 8),
-        Method::Wanda,
-        &pattern,
-        |_, _| {},
+        &PruneConfig::new(Method::Wanda, pattern),
+        &Silent,
     )
     .unwrap();
     let groups = [
@@ -256,7 +251,7 @@ fn trained(masked: bool) -> SuperNet {
     config.lr = 2e-2;
     Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batches, &[])
+        .run(&mut net, &mut batches, &[], &Silent)
         .unwrap();
     net
 }
@@ -268,7 +263,7 @@ fn sparse_peft_merges_without_losing_a_zero_and_reads_back_equal() {
     for subnet in [net.maximal(), net.heuristic(), net.minimal()] {
         net.activate(&subnet).unwrap();
         let merged = Merger::new()
-            .merge(&net, std::slice::from_ref(ids))
+            .merge(&net, std::slice::from_ref(ids), &Silent)
             .unwrap();
         assert_eq!(merged.report.zeros_lost, 0);
         assert_eq!(merged.report.layers.len(), 18);
@@ -331,12 +326,12 @@ fn an_unmasked_adapter_is_merged_into_zeros_only_when_asked() {
     let net = trained(false);
     let ids = &samples(1, 20, 12)[0];
     assert!(matches!(
-        Merger::new().merge(&net, &[]),
+        Merger::new().merge(&net, &[], &Silent),
         Err(Error::ZerosLost { lost: 1.., .. })
     ));
     let merged = Merger::new()
         .with_mode(MergeMode::Dense)
-        .merge(&net, std::slice::from_ref(ids))
+        .merge(&net, std::slice::from_ref(ids), &Silent)
         .unwrap();
     assert!(merged.report.zeros_lost > 1000);
     assert!(merged.report.max_logit_difference.unwrap() < 1e-4);
@@ -362,21 +357,24 @@ fn an_objective_leaves_the_super_network_as_it_is() {
     )
     .unwrap();
     let objective = SubnetObjective::new(&net, Metric::Loss(&valid), Cost::Macs);
-    let small = objective.evaluate(&net.minimal()).unwrap();
-    let large = objective.evaluate(&net.maximal()).unwrap();
+    let small = objective.evaluate(&net.minimal(), &Silent).unwrap();
+    let large = objective.evaluate(&net.maximal(), &Silent).unwrap();
     assert!(small[1] < large[1] && small[0] != large[0]);
     assert_eq!(net.active(), &net.maximal());
-    assert_eq!(objective.evaluate(&net.minimal()).unwrap(), small);
+    assert_eq!(objective.evaluate(&net.minimal(), &Silent).unwrap(), small);
     let mut by_hand = net.clone();
     by_hand.activate(&net.minimal()).unwrap();
-    assert_eq!(mean_loss(by_hand.model(), &valid).unwrap(), small[0]);
+    assert_eq!(
+        mean_loss(by_hand.model(), &valid, &Silent).unwrap(),
+        small[0]
+    );
 }
 
 #[test]
 fn perplexity_predicts_every_token_but_the_first_of_each_window() {
     let model = tiny(4);
     let ids = &samples(1, 23, 6)[0];
-    let result = perplexity(&model, ids, 8).unwrap();
+    let result = perplexity(&model, ids, 8, &Silent).unwrap();
     // Windows of 8, 8 and 7 tokens.
     assert_eq!(result.predicted_tokens, 7 + 7 + 6);
     let mut sum = 0.0;
@@ -396,11 +394,11 @@ fn perplexity_predicts_every_token_but_the_first_of_each_window() {
     }
     approx::assert_relative_eq!(result.nll, sum / 20.0, epsilon = 1e-5);
     approx::assert_relative_eq!(result.perplexity, result.nll.exp());
-    assert!(perplexity(&model, &ids[..1], 8).is_err());
-    assert!(perplexity(&model, ids, 1).is_err());
+    assert!(perplexity(&model, &ids[..1], 8, &Silent).is_err());
+    assert!(perplexity(&model, ids, 1, &Silent).is_err());
     let long = &samples(1, 40, 6)[0];
     assert!(matches!(
-        perplexity(&model, long, 40),
+        perplexity(&model, long, 40, &Silent),
         Err(Error::SequenceTooLong {
             found: 40,
             max: 32,
@@ -413,7 +411,7 @@ fn perplexity_predicts_every_token_but_the_first_of_each_window() {
 fn a_window_too_long_for_one_piece_gives_the_same_perplexity() {
     let model = tiny_with_context(4, 6000);
     let ids = &samples(1, 5000, 6)[0];
-    let whole = perplexity(&model, ids, 6000).unwrap();
+    let whole = perplexity(&model, ids, 6000, &Silent).unwrap();
     let targets: Vec<(usize, u32)> = (1..ids.len()).map(|t| (t - 1, ids[t])).collect();
     let sum = host_values(
         model
@@ -455,9 +453,8 @@ fn a_model_with_adapters_is_neither_pruned_nor_written_as_if_it_had_none() {
     let pruned = prune_model(
         &mut net.into_model(),
         &[],
-        Method::Magnitude,
-        &pattern,
-        |_, _| {},
+        &PruneConfig::new(Method::Magnitude, pattern),
+        &Silent,
     );
     assert!(matches!(pruned, Err(Error::HasAdapter { .. })));
 }
@@ -481,19 +478,18 @@ fn on_a_real_model_pruning_hurts_training_recovers_and_the_search_beats_the_heur
         cut(0, 200_000),
         fixed_batches(&cut(300_000, 20_000), 16, 0).unwrap(),
     );
-    let base = mean_loss(&pretrained.model, &valid).unwrap();
+    let base = mean_loss(&pretrained.model, &valid, &Silent).unwrap();
     let calibration: Vec<Vec<u32>> = train.iter().take(32).map(|s| s.ids.clone()).collect();
     let mut pruned = pretrained.model.clone();
     let pattern = Pattern::Unstructured { ratio: 0.5 };
     prune_model(
         &mut pruned,
         &calibration,
-        Method::Wanda,
-        &pattern,
-        |_, _| {},
+        &PruneConfig::new(Method::Wanda, pattern),
+        &Silent,
     )
     .unwrap();
-    let hurt = mean_loss(&pruned, &valid).unwrap();
+    let hurt = mean_loss(&pruned, &valid, &Silent).unwrap();
     assert!(hurt > base + 0.2, "{base} {hurt}");
 
     let groups = [
@@ -509,9 +505,9 @@ fn on_a_real_model_pruning_hurts_training_recovers_and_the_search_beats_the_heur
     let mut batches = Batcher::new(train, 16, 0, 0).unwrap();
     Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batches, &[])
+        .run(&mut net, &mut batches, &[], &Silent)
         .unwrap();
-    let recovered = mean_loss(&net.eval_model(), &valid).unwrap();
+    let recovered = mean_loss(&net.eval_model(), &valid, &Silent).unwrap();
     assert!(
         recovered < hurt - 0.5 * (hurt - base),
         "{base} {hurt} {recovered}"
@@ -525,7 +521,11 @@ fn on_a_real_model_pruning_hurts_training_recovers_and_the_search_beats_the_heur
     let objective = SubnetObjective::new(&net, Metric::Loss(&valid), Cost::Macs);
     let mut study = StudyConfig::new(18).init(net.space()).unwrap();
     let outcome = study
-        .run(&mut searcher, |subnet| objective.evaluate(subnet))
+        .run(
+            &mut searcher,
+            |subnet| objective.evaluate(subnet, &Silent),
+            &Silent,
+        )
         .unwrap();
     let heuristic = outcome.get(&net.heuristic()).unwrap();
     let best = outcome.best_under(heuristic.cost()).unwrap();

@@ -9,6 +9,7 @@ use elastic_lora::io::Checkpoint;
 use elastic_lora::model::Decoder;
 use elastic_lora::model::{DeviceSession, generate_batch};
 use elastic_lora::nn::{KvCache, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{GenerateConfig, SampleConfig};
 
 const CONTEXT: usize = 40;
@@ -77,7 +78,7 @@ fn a_padded_batch_generates_what_each_prompt_does_alone() {
             for batch_size in [1, 3, 64] {
                 config.batch_size = batch_size;
                 assert_eq!(
-                    generate_batch(&model, &prompts, &config).unwrap(),
+                    generate_batch(&model, &prompts, &config, &Silent).unwrap(),
                     expected,
                     "batches of {batch_size}"
                 );
@@ -104,14 +105,21 @@ fn generation_ends_with_the_context_and_padding_takes_none_of_it() {
         assert_eq!(prompt.len() + output.len(), CONTEXT + 1);
         assert_eq!(&without_cache(&model, prompt, &config), output);
     }
-    assert_eq!(generate_batch(&model, &prompts, &config).unwrap(), expected);
+    assert_eq!(
+        generate_batch(&model, &prompts, &config, &Silent).unwrap(),
+        expected
+    );
     let none = vec![Vec::<u32>::new(); prompts.len()];
     assert_eq!(
-        generate_batch(&model, &prompts, &greedy(0, &[])).unwrap(),
+        generate_batch(&model, &prompts, &greedy(0, &[]), &Silent).unwrap(),
         none
     );
     assert_eq!(one_by_one(&model, &prompts, &greedy(0, &[])), none);
-    assert!(generate_batch(&model, &[], &config).unwrap().is_empty());
+    assert!(
+        generate_batch(&model, &[], &config, &Silent)
+            .unwrap()
+            .is_empty()
+    );
 }
 
 #[test]
@@ -119,7 +127,7 @@ fn bad_prompts_and_settings_are_refused() {
     let model = tiny(true, 1);
     let good = vec![1, 2, 3];
     let batch = |prompt: Vec<u32>| {
-        generate_batch(&model, &[good.clone(), prompt], &greedy(4, &[])).unwrap_err()
+        generate_batch(&model, &[good.clone(), prompt], &greedy(4, &[]), &Silent).unwrap_err()
     };
     assert!(matches!(batch(vec![]), Error::InvalidArgument { .. }));
     assert!(matches!(
@@ -176,7 +184,7 @@ fn bad_prompts_and_settings_are_refused() {
         let mut config = greedy(4, &[]);
         change(&mut config);
         assert!(matches!(
-            generate_batch(&model, std::slice::from_ref(&good), &config),
+            generate_batch(&model, std::slice::from_ref(&good), &config, &Silent),
             Err(Error::InvalidArgument { .. })
         ));
     };
@@ -235,6 +243,7 @@ fn draws_follow_the_seed_and_not_the_batch() {
                 batch_size,
                 ..greedy(12, &[])
             },
+            &Silent,
         )
         .unwrap()
     };
@@ -254,6 +263,7 @@ fn draws_follow_the_seed_and_not_the_batch() {
             sample,
             ..greedy(12, &[])
         },
+        &Silent,
     )
     .unwrap();
     assert_ne!(outputs[0], outputs[1]);
@@ -270,11 +280,12 @@ fn draws_follow_the_seed_and_not_the_batch() {
             sample,
             ..greedy(6, &[])
         },
+        &Silent,
     )
     .unwrap();
     assert_eq!(
         one,
-        generate_batch(&model, &prompts, &greedy(6, &[])).unwrap()
+        generate_batch(&model, &prompts, &greedy(6, &[]), &Silent).unwrap()
     );
 }
 
@@ -345,7 +356,7 @@ fn greedy_continuations_are_those_of_transformers() {
         // Beside another prompt, and so padded.
         let batch = vec![random_ids(11, 512, 1), prompt];
         assert_eq!(
-            generate_batch(&model, &batch, &config).unwrap()[1],
+            generate_batch(&model, &batch, &config, &Silent).unwrap()[1],
             &expected[4..],
             "{name}"
         );

@@ -4,6 +4,10 @@
 //! test load the written folders and compare logits; without one, those tests say that they were skipped.
 #![cfg(feature = "flex")]
 
+#[path = "../examples/common/arithmetic.rs"]
+mod arithmetic;
+#[path = "../examples/common/bpe.rs"]
+mod bpe;
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,12 +15,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use arithmetic::{Kind, Split, problems};
+use bpe::{bpe_tokenizer_config, train_bpe};
 use burn::tensor::Device;
 use common::{load, load_i32, max_diff, shared};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::arch::{BlockDims, Family};
-use elastic_lora::data::arithmetic::{Kind, Split, problems};
-use elastic_lora::data::{Batcher, Sequence, TextTokenizer, bpe_tokenizer_config, train_bpe};
+use elastic_lora::data::{Batcher, Sequence, TextTokenizer};
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::tensors::write_safetensors;
@@ -25,6 +30,7 @@ use elastic_lora::linalg::Matrix;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group, SearchSpace, SubnetConfig};
 use elastic_lora::sparsity::{Pattern, magnitude_scores, prune};
 use elastic_lora::supernet::SuperNetConfig;
@@ -183,7 +189,7 @@ fn write_vectors(
     write_safetensors(path, tensors, metadata).unwrap();
 }
 
-/// A super-network whose factors are all set by training: two steps at a rate that moves them far.
+/// A supernet whose factors are all set by training: two steps at a rate that moves them far.
 fn trained(model: Decoder, lora: LoraConfig) -> SuperNet {
     let layers: Vec<_> = model
         .layer_shapes()
@@ -218,7 +224,7 @@ fn trained(model: Decoder, lora: LoraConfig) -> SuperNet {
     };
     Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batcher, &[])
+        .run(&mut net, &mut batcher, &[], &Silent)
         .unwrap();
     net
 }
@@ -243,7 +249,7 @@ fn peft_computes_our_adapters_logits() {
             );
             let subnet = net.sample(&mut ChaCha8Rng::seed_from_u64(7));
             net.activate(&subnet).unwrap();
-            let adapter = net.extract().unwrap();
+            let adapter = net.extract_adapter().unwrap();
             let ranks: std::collections::BTreeSet<usize> =
                 adapter.layers.values().map(LoraWeights::rank).collect();
             assert!(ranks.len() > 1, "{ranks:?}");
@@ -387,7 +393,7 @@ fn transformers_reads_pruned_and_merged_models() {
         let net = SuperNet::from_adapter(model.clone(), &random_adapter(&model)).unwrap();
         let ids = random_ids(&model, 41, 33);
         let unmerged = logits(net.model(), &ids);
-        let merged = Merger::new().merge(&net, &[]).unwrap().model;
+        let merged = Merger::new().merge(&net, &[], &Silent).unwrap().model;
         assert!(max_diff(&logits(&model, &ids), &unmerged) > 1e-2);
         assert!(max_diff(&logits(&merged, &ids), &unmerged) < 1e-4);
         assert_eq!(zeros(&merged), zeros(&model));
@@ -467,6 +473,7 @@ fn transformers_reads_extracted_models() {
                 &mut net,
                 &mut Batcher::new(sequences, 2, 0, 5).unwrap(),
                 &[],
+                &Silent,
             )
             .unwrap();
         for (n_kv_heads, depth) in groups
@@ -487,7 +494,7 @@ fn transformers_reads_extracted_models() {
             let unmerged = logits(&net.eval_model(), &ids);
             let extracted = Merger::new()
                 .with_mode(MergeMode::Dense)
-                .extract(&net, &[])
+                .extract(&net, &[], &Silent)
                 .unwrap()
                 .model;
             assert!(max_diff(&logits(&extracted, &ids), &unmerged) < 1e-4);
@@ -666,6 +673,7 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
                 &mut net,
                 &mut Batcher::new(sequences, 2, 0, 5).unwrap(),
                 &[],
+                &Silent,
             )
             .unwrap();
         for depth in [2, 1, 0] {
@@ -684,7 +692,7 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
             subnet.set("depth", depth);
             net.activate(&subnet).unwrap();
             let merger = Merger::new().with_mode(MergeMode::Dense);
-            let extracted = merger.extract(&net, &[]).unwrap().model;
+            let extracted = merger.extract(&net, &[], &Silent).unwrap().model;
             // The block without an MLP makes it this crate's own form, unless that gets one of zeros.
             assert_eq!(
                 extracted.config().family(),
@@ -696,7 +704,7 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
             );
             let filled = merger
                 .with_zero_mlps(true)
-                .extract(&net, &[])
+                .extract(&net, &[], &Silent)
                 .unwrap()
                 .model;
             assert_eq!(filled.config().family(), Family::Deci);
@@ -775,11 +783,11 @@ fn an_adapter_of_peft_gives_pefts_logits() {
         "an adapter that does nothing proves nothing"
     );
     let net = SuperNet::from_adapter(model.clone(), &adapter).unwrap();
-    assert_eq!(net.extract().unwrap().layers, adapter.layers);
+    assert_eq!(net.extract_adapter().unwrap().layers, adapter.layers);
     let unmerged = max_diff(&logits(net.model(), &ids), &expected);
 
     // Merged twice: by the merger, and by the file's own product on the host.
-    let by_merger = Merger::new().merge(&net, &[]).unwrap().model;
+    let by_merger = Merger::new().merge(&net, &[], &Silent).unwrap().model;
     let mut by_hand = model;
     by_hand
         .try_for_each_linear(|name, layer| {
@@ -819,7 +827,7 @@ fn an_adapter_for_another_model_is_refused() {
     assert_eq!(net.active(), &net.maximal());
     assert_ne!(net.active(), &SubnetConfig::new());
     let folder = scratch.path().join("adapter");
-    net.extract()
+    net.extract_adapter()
         .unwrap()
         .write(&folder, &PeftOptions::default())
         .unwrap();

@@ -1,17 +1,20 @@
 //! Pruning and rounding in one pass beside one after the other, on the shipped model and three draws of calibration data.
 #![cfg(feature = "flex")]
 
+#[path = "../examples/common/arithmetic.rs"]
+mod arithmetic;
 mod common;
 
+use arithmetic::{Kind, Problem, Split};
 use common::load;
 use elastic_lora::calib::{
-    QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
+    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
 };
-use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{PromptTemplate, Record, TextTokenizer, calibration_samples};
 use elastic_lora::linalg::{Factor, FactorConfig, Hessian, Matrix};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::quant::{GptqConfig, GridConfig, gptq, sparse_gptq};
 use elastic_lora::sparsity::{Method, Pattern, SparseGptConfig, sparsegpt};
 
@@ -65,6 +68,7 @@ fn layer_errors(
     walk_blocks(
         &mut model,
         calibration,
+        "walk",
         Hessian::new,
         observe,
         |_, layer, hessian| {
@@ -82,7 +86,7 @@ fn layer_errors(
                         .collect()
                 };
                 (0..weight.rows())
-                    .map(|index| hessian.energy(&row(index)).unwrap())
+                    .map(|index| output_error(hessian, &row(index)))
                     .sum()
             };
             sums[0] += error(
@@ -95,9 +99,24 @@ fn layer_errors(
             sums[1] += error(&gptq(&sparse, &factor, config, Some(&mask))?.dequantize());
             Ok(())
         },
+        &Silent,
     )
     .unwrap();
     sums
+}
+
+/// `e H e^T`, the squared output error that an error `e` of one output's weights makes.
+fn output_error(hessian: &Hessian, error: &[f32]) -> f64 {
+    let h = hessian.to_matrix();
+    let dot = |row: &[f32]| -> f64 {
+        row.iter()
+            .zip(error)
+            .map(|(h, e)| f64::from(*h) * f64::from(*e))
+            .sum()
+    };
+    (0..error.len())
+        .map(|i| f64::from(error[i]) * dot(h.row(i)))
+        .sum()
 }
 
 fn observed(hessian: &mut Hessian, x: &burn::tensor::Tensor<3>) -> elastic_lora::Result<()> {
@@ -130,7 +149,7 @@ fn one_pass_is_no_worse_than_two() {
                     &mut model,
                     &calibration,
                     &QuantizeConfig::new(method, grid),
-                    |_, _| {},
+                    &Silent,
                 )
                 .unwrap();
                 off(&model)
@@ -140,9 +159,8 @@ fn one_pass_is_no_worse_than_two() {
             prune_model(
                 &mut sparse,
                 &calibration,
-                Method::SparseGpt,
-                &pattern,
-                |_, _| {},
+                &PruneConfig::new(Method::SparseGpt, pattern),
+                &Silent,
             )
             .unwrap();
             let two = quantized(sparse, QuantizeMethod::Gptq);

@@ -7,7 +7,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use burn::tensor::Device;
-use common::{random_ids, random_values, tiny_dims, tiny_on};
+use common::{Heard, random_ids, random_values, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::BlockDims;
 use elastic_lora::data::{Sequence, fixed_batches};
@@ -16,6 +16,7 @@ use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::{Error, Merger, SearchSpace, SuperNet};
@@ -74,9 +75,8 @@ const PHASES: [Phase; 2] = [Phase::Prefill { n_tokens: 9 }, Phase::Decode { cont
 fn a_table_has_every_size_and_foretells_the_sum_of_parts() {
     let net = net();
     for phase in PHASES {
-        let mut seen = Vec::new();
-        let table =
-            LatencyTable::measure(&net, phase, 2, |done, of| seen.push((done, of))).unwrap();
+        let heard = Heard::default();
+        let table = LatencyTable::measure(&net, phase, 2, &heard).unwrap();
         assert_eq!(table.phase, phase);
         let heads: Vec<(usize, usize)> = table
             .attention_ms
@@ -93,7 +93,7 @@ fn a_table_has_every_size_and_foretells_the_sum_of_parts() {
             BTreeSet::from([11, 29, 37])
         );
         assert_eq!((heads.len(), widths.len()), (2, 3));
-        assert_eq!(seen, (1..=6).map(|done| (done, 6)).collect::<Vec<_>>());
+        heard.assert_all("time parts", 6);
         let times = table
             .attention_ms
             .iter()
@@ -167,7 +167,7 @@ fn what_cannot_be_timed_is_refused() {
     ] {
         assert!(measure_ms(net.model(), phase, 1).is_err(), "{phase:?}");
         assert!(
-            LatencyTable::measure(&net, phase, 1, |_, _| {}).is_err(),
+            LatencyTable::measure(&net, phase, 1, &Silent).is_err(),
             "{phase:?}"
         );
     }
@@ -187,7 +187,7 @@ fn stored_bytes_are_those_of_the_extracted_weights() {
     for subnet in [net.maximal(), net.heuristic(), net.minimal()] {
         net.activate(&subnet).unwrap();
         // Fresh adapters add nothing, so that the extracted weights are the base's own.
-        let extracted = Merger::new().extract(&net, &[]).unwrap().model;
+        let extracted = Merger::new().extract(&net, &[], &Silent).unwrap().model;
         let mut by_hand = [0; 4];
         for (_, layer) in extracted.linears() {
             let weight = layer.base.to_matrix();
@@ -232,7 +232,7 @@ fn stored_bytes_are_those_of_the_extracted_weights() {
 #[test]
 fn latency_is_a_cost_of_a_search() {
     let net = net();
-    let table = LatencyTable::measure(&net, PHASES[1], 1, |_, _| {}).unwrap();
+    let table = LatencyTable::measure(&net, PHASES[1], 1, &Silent).unwrap();
     let sequences: Vec<Sequence> = (0..2)
         .map(|seed| Sequence::unmasked(random_ids(12, 41, seed)))
         .collect();
@@ -241,17 +241,17 @@ fn latency_is_a_cost_of_a_search() {
         SubnetObjective::new(&net, Metric::Loss(&batches), Cost::Macs).with_latency(table.clone());
     assert!(format!("{:?}", objective.names()).contains("latency"));
     for subnet in [net.minimal(), net.maximal()] {
-        let scores = objective.evaluate(&subnet).unwrap();
+        let scores = objective.evaluate(&subnet, &Silent).unwrap();
         assert_eq!(
             scores[1],
             table.predict_ms(&net.block_dims(&subnet).unwrap()).unwrap()
         );
         let plain = SubnetObjective::new(&net, Metric::Loss(&batches), Cost::Macs);
-        assert_eq!(scores[0], plain.evaluate(&subnet).unwrap()[0]);
+        assert_eq!(scores[0], plain.evaluate(&subnet, &Silent).unwrap()[0]);
     }
     let without = SubnetObjective::new(&net, Metric::Loss(&batches), Cost::Latency);
     assert!(matches!(
-        without.evaluate(&net.maximal()),
+        without.evaluate(&net.maximal(), &Silent),
         Err(Error::InvalidArgument { .. })
     ));
     // A table of another network has not the sizes.
@@ -262,7 +262,7 @@ fn latency_is_a_cost_of_a_search() {
     let objective =
         SubnetObjective::new(&net, Metric::Loss(&batches), Cost::Macs).with_latency(other);
     assert!(matches!(
-        objective.evaluate(&net.maximal()),
+        objective.evaluate(&net.maximal(), &Silent),
         Err(Error::InvalidArgument { .. })
     ));
 }

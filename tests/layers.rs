@@ -14,6 +14,7 @@ use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
     CacheFormat, FormatPlan, LinearLayer, Model, ModelOptions, Number, Session, SessionConfig,
     decode_batch,
@@ -66,7 +67,7 @@ const FORMATS: [WeightFormat; 5] = [
     },
 ];
 
-/// A super-network with two widths and two ranks, its adapters trained for a few steps.
+/// A supernet with two widths and two ranks, its adapters trained for a few steps.
 fn supernet(format: WeightFormat) -> Model {
     let dims = LlamaDims {
         num_attention_heads: 6,
@@ -98,6 +99,7 @@ fn supernet(format: WeightFormat) -> Model {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     let plan = FormatPlan::new(format).with_adapters(WeightFormat::F32);

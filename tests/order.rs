@@ -1,20 +1,22 @@
 //! Importance order of channels, heads and blocks: what moving, scoring and measuring them promises.
 #![cfg(feature = "flex")]
 
+#[path = "../examples/common/arithmetic.rs"]
+mod arithmetic;
 mod common;
 
 use std::path::Path;
 
+use arithmetic::{Kind, Problem, Split};
 use burn::module::Module;
 use burn::tensor::Tensor;
-use common::{is_factor, max_diff, random_ids, shared, tiny, weight_bits};
+use common::{Heard, is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::{LinearKind, SubBlock};
 use elastic_lora::calib::{
-    BlockScores, ChannelOrder, InfluenceMeasure, TaylorConfig, block_influence, channel_scores,
-    sort_channels, taylor_scores,
+    BlockScores, ChannelOrder, ChannelScore, InfluenceMeasure, TaylorConfig, block_influence,
+    channel_scores, sort_channels, taylor_scores,
 };
-use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{
     PromptTemplate, Record, Sequence, TokenizeOptions, fixed_batches, join_documents,
     tokenize_records,
@@ -24,7 +26,8 @@ use elastic_lora::io::{DType, HfConfig};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::{Block, Decoder, Pretrained};
 use elastic_lora::nn::host_values;
-use elastic_lora::sparsity::{ChannelScore, InputNorms, activation_scores};
+use elastic_lora::progress::Silent;
+use elastic_lora::sparsity::InputNorms;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::{Error, SearchSpace, SuperNet};
 use rand::seq::SliceRandom;
@@ -166,7 +169,7 @@ fn what_is_no_order_of_the_units_is_refused() {
     assert!(model.permute_heads(0, &[0, 1, 2, 3, 4, 5]).is_err());
     assert!(model.permute_heads(0, &[0, 1, 1]).is_err());
     assert!(model.permute_mlp(3, &identity).is_err());
-    let order = sort_channels(&mut model.clone(), &[], ChannelScore::L1, |_, _| {}).unwrap();
+    let order = sort_channels(&mut model.clone(), &[], ChannelScore::L1, &Silent).unwrap();
     let mut broken = order.clone();
     broken.blocks[2].kv_groups = vec![0, 2, 2];
     assert!(broken.apply(&mut model).is_err() && broken.inverse().is_err());
@@ -178,7 +181,7 @@ fn what_is_no_order_of_the_units_is_refused() {
     for score in [ChannelScore::Activation, ChannelScore::Taylor] {
         for none in [vec![], vec![vec![]]] {
             assert!(matches!(
-                sort_channels(&mut model, &none, score, |_, _| {}),
+                sort_channels(&mut model, &none, score, &Silent),
                 Err(Error::InvalidArgument {
                     name: "samples",
                     ..
@@ -187,19 +190,19 @@ fn what_is_no_order_of_the_units_is_refused() {
         }
         let outside = vec![vec![3, 41, 2]];
         assert!(matches!(
-            sort_channels(&mut model, &outside, score, |_, _| {}),
+            sort_channels(&mut model, &outside, score, &Silent),
             Err(Error::TokenOutOfRange { found: 41, .. })
         ));
-        assert!(sort_channels(&mut model, &[vec![1; 41]], score, |_, _| {}).is_err());
+        assert!(sort_channels(&mut model, &[vec![1; 41]], score, &Silent).is_err());
     }
-    assert!(sort_channels(&mut model, &[vec![7]], ChannelScore::Taylor, |_, _| {}).is_err());
-    assert!(block_influence(&model, &[], InfluenceMeasure::Cosine, |_, _| {}).is_err());
-    assert!(block_influence(&model, &[vec![7]], InfluenceMeasure::Loss, |_, _| {}).is_err());
+    assert!(sort_channels(&mut model, &[vec![7]], ChannelScore::Taylor, &Silent).is_err());
+    assert!(block_influence(&model, &[], InfluenceMeasure::Cosine, &Silent).is_err());
+    assert!(block_influence(&model, &[vec![7]], InfluenceMeasure::Loss, &Silent).is_err());
     let rank = TaylorConfig {
         rank: 0,
         ..TaylorConfig::default()
     };
-    assert!(taylor_scores(&model, &[vec![7, 8]], &rank, |_, _| {}).is_err());
+    assert!(taylor_scores(&model, &[vec![7, 8]], &rank, &Silent).is_err());
     assert_eq!(weight_bits(&model), before);
 
     let space = SearchSpace::fixed(&model.layer_shapes(), 2).unwrap();
@@ -219,7 +222,7 @@ fn what_is_no_order_of_the_units_is_refused() {
         Err(Error::HasAdapter { .. })
     ));
     for score in ChannelScore::ALL {
-        let refused = sort_channels(&mut adapted, &[vec![7, 8]], score, |_, _| {});
+        let refused = sort_channels(&mut adapted, &[vec![7, 8]], score, &Silent);
         assert!(matches!(refused, Err(Error::HasAdapter { .. })));
     }
 }
@@ -230,16 +233,12 @@ fn sorting_puts_scores_in_order_and_can_be_undone() {
     let (before, data) = (weight_bits(&model), samples(7, 13, 1));
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
-        let mut told = Vec::new();
-        let order = sort_channels(&mut sorted, &data, score, |done, all| {
-            told.push((done, all))
-        })
-        .unwrap();
-        assert_eq!(told.last().map(|(done, all)| done == all), Some(true));
-        assert!(told.iter().enumerate().all(|(i, (done, _))| *done == i + 1));
+        let heard = Heard::default();
+        let order = sort_channels(&mut sorted, &data, score, &heard).unwrap();
+        heard.assert_all("score channels", heard.steps().len());
         let (first, after) = (logits(&model), logits(&sorted));
         assert!(max_diff(&first, &after) < 1e-4, "{score}");
-        let old = channel_scores(&model, &data, score, |_, _| {}).unwrap();
+        let old = channel_scores(&model, &data, score, &Silent).unwrap();
         for (block, (scores, order)) in old.iter().zip(&order.blocks).enumerate() {
             for (scores, order) in [
                 (&scores.mlp, &order.mlp),
@@ -269,7 +268,7 @@ fn parts_that_are_missing_or_narrowed() {
     model.layers[1].mlp = None;
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
-        let order = sort_channels(&mut sorted, &samples(4, 13, 1), score, |_, _| {}).unwrap();
+        let order = sort_channels(&mut sorted, &samples(4, 13, 1), score, &Silent).unwrap();
         let lengths: Vec<_> = order
             .blocks
             .iter()
@@ -290,7 +289,7 @@ fn parts_that_are_missing_or_narrowed() {
         .set_active_dims([24, 30])
         .unwrap();
     for score in ChannelScore::ALL {
-        let refused = sort_channels(&mut narrowed, &samples(4, 13, 1), score, |_, _| {});
+        let refused = sort_channels(&mut narrowed, &samples(4, 13, 1), score, &Silent);
         assert!(matches!(refused, Err(Error::Unsupported { .. })), "{score}");
     }
     assert!(matches!(
@@ -310,7 +309,7 @@ fn equal_units_stay_where_they_are() {
                 .set_matrix(&Matrix::from_fn(d_output, d_input, |_, _| 0.25))
         })
         .unwrap();
-    let order = sort_channels(&mut model, &samples(3, 9, 2), ChannelScore::L2, |_, _| {}).unwrap();
+    let order = sort_channels(&mut model, &samples(3, 9, 2), ChannelScore::L2, &Silent).unwrap();
     for block in &order.blocks {
         assert_eq!(block.mlp, (0..37).collect::<Vec<_>>());
         assert_eq!(block.kv_groups, [0, 1]);
@@ -329,8 +328,8 @@ fn scores_and_influence_are_the_same_at_any_number_of_threads() {
     let runs = pools.map(|pool| {
         pool.install(|| {
             let scores = ChannelScore::ALL
-                .map(|score| channel_scores(&model, &data, score, |_, _| {}).unwrap());
-            let units = block_influence(&model, &data, InfluenceMeasure::Loss, |_, _| {}).unwrap();
+                .map(|score| channel_scores(&model, &data, score, &Silent).unwrap());
+            let units = block_influence(&model, &data, InfluenceMeasure::Loss, &Silent).unwrap();
             (scores, units)
         })
     });
@@ -340,7 +339,7 @@ fn scores_and_influence_are_the_same_at_any_number_of_threads() {
 #[test]
 fn activation_scores_are_those_of_the_inputs_as_they_are() {
     let (model, data) = (biased(6), samples(5, 11, 4));
-    let scores = channel_scores(&model, &data, ChannelScore::Activation, |_, _| {}).unwrap();
+    let scores = channel_scores(&model, &data, ChannelScore::Activation, &Silent).unwrap();
     let mut states: Vec<Tensor<3>> = data
         .iter()
         .map(|ids| model.embed(model.tokens(ids, 1).unwrap()))
@@ -356,8 +355,21 @@ fn activation_scores_are_those_of_the_inputs_as_they_are() {
             *state = model.block(block, state.clone(), Some(&mut tap));
         }
         let weight = |kind| model.layers[block].linear(kind).unwrap().base.to_matrix();
-        let heads = activation_scores(&weight(LinearKind::O), 8, &norms[0]).unwrap();
-        let mlp = activation_scores(&weight(LinearKind::Down), 1, &norms[1]).unwrap();
+        // Sums of Wanda's scores over the columns that are a channel's.
+        let sums = |kind, width: usize, norms: &InputNorms| -> Vec<f64> {
+            let (weight, norms) = (weight(kind), norms.mean_sq_norms());
+            let score = |i: usize, j: usize| f64::from(weight.row(i)[j].abs() * norms[j].sqrt());
+            (0..weight.cols() / width)
+                .map(|channel| {
+                    let columns = channel * width..(channel + 1) * width;
+                    let rows = 0..weight.rows();
+                    rows.map(|i| columns.clone().map(|j| score(i, j)).sum::<f64>())
+                        .sum()
+                })
+                .collect()
+        };
+        let heads = sums(LinearKind::O, 8, &norms[0]);
+        let mlp = sums(LinearKind::Down, 1, &norms[1]);
         assert_eq!((scores.mlp.len(), scores.kv_groups.len()), (37, 3));
         for (a, b) in scores
             .mlp
@@ -442,7 +454,7 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
             seed: 3,
             ..TaylorConfig::default()
         };
-        let scores = taylor_scores(&model, &data, &config, |_, _| {}).unwrap();
+        let scores = taylor_scores(&model, &data, &config, &Silent).unwrap();
         for (scores, exact) in scores.iter().zip(&exact) {
             let found = rank_correlation(&scores.mlp, &exact.mlp);
             assert!(found > expected, "rank {rank}: {found}");
@@ -459,20 +471,20 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
         seed: 4,
         ..TaylorConfig::default()
     };
-    let first = taylor_scores(&model, &data, &config, |_, _| {}).unwrap();
+    let first = taylor_scores(&model, &data, &config, &Silent).unwrap();
     assert_eq!(
         first,
-        taylor_scores(&model, &data, &config, |_, _| {}).unwrap()
+        taylor_scores(&model, &data, &config, &Silent).unwrap()
     );
     assert_ne!(
         first,
-        taylor_scores(&model, &data, &TaylorConfig::default(), |_, _| {}).unwrap()
+        taylor_scores(&model, &data, &TaylorConfig::default(), &Silent).unwrap()
     );
     // The model that is scored is left without adapters, whether its weights were trained or not.
     let trained = SuperNet::dense(model.clone()).unwrap().into_model().train();
     assert_eq!(
         first,
-        taylor_scores(&trained, &data, &config, |_, _| {}).unwrap()
+        taylor_scores(&trained, &data, &config, &Silent).unwrap()
     );
     assert!(weight_bits(&trained).keys().all(|path| !is_factor(path)));
 }
@@ -481,15 +493,16 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
 fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     let model = biased(8);
     let data: Vec<Vec<u32>> = (0..5).map(|i| random_ids(12, 41, 40 + i)).collect();
-    let mut told = 0;
-    let units = block_influence(&model, &data, InfluenceMeasure::Loss, |_, _| told += 1).unwrap();
-    assert_eq!((units.len(), told), (9, 3));
+    let heard = Heard::default();
+    let units = block_influence(&model, &data, InfluenceMeasure::Loss, &heard).unwrap();
+    assert_eq!(units.len(), 9);
+    heard.assert_all("measure influence", 3);
     assert!(
         units
             .windows(2)
             .all(|w| w[0].loss_increase >= w[1].loss_increase)
     );
-    let by_cosine = block_influence(&model, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
+    let by_cosine = block_influence(&model, &data, InfluenceMeasure::Cosine, &Silent).unwrap();
     assert!(
         by_cosine
             .windows(2)
@@ -498,7 +511,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     assert!(by_cosine.iter().all(|unit| unit.loss_increase.is_none()));
 
     let ids: Vec<u32> = data.concat();
-    let loss = |model: &Decoder| perplexity(model, &ids, 12).unwrap().nll;
+    let loss = |model: &Decoder| perplexity(model, &ids, 12, &Silent).unwrap().nll;
     let silent = |block: usize, kinds: &[LinearKind]| {
         let mut model = model.clone();
         for kind in kinds {
@@ -569,7 +582,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     shallow.layers[1].set_runs(SubBlock::Mlp, false);
     shallow.layers[2].set_runs(SubBlock::Attention, false);
     shallow.layers[2].set_runs(SubBlock::Mlp, false);
-    let units = block_influence(&shallow, &data, InfluenceMeasure::Cosine, |_, _| {}).unwrap();
+    let units = block_influence(&shallow, &data, InfluenceMeasure::Cosine, &Silent).unwrap();
     let change = |name: &str| {
         units
             .iter()
@@ -635,7 +648,7 @@ fn compare(
     report("none", model);
     for score in ChannelScore::ALL {
         let mut sorted = model.clone();
-        sort_channels(&mut sorted, calibration, score, |_, _| {}).unwrap();
+        sort_channels(&mut sorted, calibration, score, &Silent).unwrap();
         assert!((loss(&sorted) - loss(model)).abs() < 1e-3);
         report(&score.to_string(), &sorted);
     }
@@ -663,7 +676,7 @@ fn sorted_channels_are_worth_more_than_unsorted_ones() {
         .map(|sequence| sequence.ids)
         .collect();
     let held_out = fixed_batches(&sequences(Split::Test, 128), 32, shipped.pad_id()).unwrap();
-    let loss = |model: &Decoder| mean_loss(model, &held_out).unwrap();
+    let loss = |model: &Decoder| mean_loss(model, &held_out, &Silent).unwrap();
     let halves = compare("arithmetic-llama", &shipped.model, &calibration, &loss);
     assert!(
         halves[1..].iter().all(|half| *half < halves[0]),
@@ -686,7 +699,7 @@ fn sorted_channels_are_worth_more_than_unsorted_ones() {
         .map(<[u32]>::to_vec)
         .collect();
     let held_out = &held_out[..held_out.len().min(8192)];
-    let loss = |model: &Decoder| perplexity(model, held_out, 128).unwrap().nll;
+    let loss = |model: &Decoder| perplexity(model, held_out, 128, &Silent).unwrap().nll;
     let halves = compare("story-llama-0.6M", &story.model, &calibration, &loss);
     // Magnitudes alone say nothing of what this model's channels do: they come out worse than no order.
     let [none, _, _, activation, taylor] = halves[..] else {

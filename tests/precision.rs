@@ -11,6 +11,7 @@ use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::io::DType;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
 use elastic_lora::{Error, Merger, SearchSpace, SuperNet};
@@ -39,7 +40,7 @@ fn trained(model: Decoder, masked: bool) -> SuperNet {
     config.lr = 0.02;
     Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batches(), &[])
+        .run(&mut net, &mut batches(), &[], &Silent)
         .unwrap();
     net
 }
@@ -88,7 +89,9 @@ fn a_model_of_16_bits_trains_as_its_rounded_weights_do() {
 fn merging_into_16_bits_loses_nothing() {
     let mut net = trained(tiny(false, 3).with_weight_dtype(DType::BF16).unwrap(), true);
     net.activate(&net.minimal()).unwrap();
-    let merged = Merger::new().merge(&net, &[vec![1, 5, 9, 2]]).unwrap();
+    let merged = Merger::new()
+        .merge(&net, &[vec![1, 5, 9, 2]], &Silent)
+        .unwrap();
     assert_eq!(
         (merged.report.layers.len(), merged.report.zeros_lost),
         (6, 0)
@@ -111,7 +114,7 @@ fn what_cannot_be_stored_or_trained_is_refused() {
     let mut dense = SuperNet::dense(model().with_weight_dtype(DType::BF16).unwrap()).unwrap();
     let error = Trainer::new(TrainConfig::new(1))
         .unwrap()
-        .run(&mut dense, &mut batches(), &[])
+        .run(&mut dense, &mut batches(), &[], &Silent)
         .unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
 

@@ -3,16 +3,16 @@
 
 mod common;
 
-use common::{load, max_diff, random_ids, shared, tiny, weight_bits};
+use common::{Heard, load, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::Error;
 use elastic_lora::calib::{
-    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, prune_model_with, quantize_model,
-    walk_blocks,
+    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
 };
 use elastic_lora::data::TextTokenizer;
 use elastic_lora::linalg::FactorConfig;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::quant::GridConfig;
 use elastic_lora::sparsity::{Mask, Method, OwlConfig, Pattern};
 
@@ -38,18 +38,21 @@ fn the_model_has_the_weights_that_the_codes_stand_for_and_every_zero() {
     let calibration = samples(12);
     let pattern = Pattern::Unstructured { ratio: 0.4 };
     let mut sparse = tiny(true, 3);
-    prune_model(&mut sparse, &calibration, Method::Ria, &pattern, |_, _| {}).unwrap();
+    prune_model(
+        &mut sparse,
+        &calibration,
+        &PruneConfig::new(Method::Ria, pattern),
+        &Silent,
+    )
+    .unwrap();
     let grid = GridConfig::new(4).with_group_size(Some(10));
     let joint = QuantizeMethod::SparseGptq(Pattern::NM { n: 2, m: 4 });
     for method in [QuantizeMethod::Nearest, QuantizeMethod::Gptq, joint] {
         let mut model = sparse.clone();
-        let mut told = (0, 0);
-        let config = QuantizeConfig::new(method, grid);
-        let quantized = quantize_model(&mut model, &calibration, &config, |done, all| {
-            told = (done, all)
-        })
-        .unwrap();
-        assert_eq!((quantized.len(), told), (14, (14, 14)));
+        let (config, heard) = (QuantizeConfig::new(method, grid), Heard::default());
+        let quantized = quantize_model(&mut model, &calibration, &config, &heard).unwrap();
+        assert_eq!(quantized.len(), 14);
+        heard.assert_all("quantize", 14);
         for (name, found) in &quantized {
             let now = model.linear(name).unwrap().base.to_matrix();
             assert_eq!(now, found.dequantize(), "{name}");
@@ -84,7 +87,7 @@ fn gptq_and_sparsegpt_leave_more_of_a_trained_model() {
         let mut model = model.clone();
         let config = QuantizeConfig::new(method, GridConfig::new(bits).with_group_size(Some(64)))
             .with_factor(FactorConfig::new().with_activation_order(order));
-        quantize_model(&mut model, calibration, &config, |_, _| {}).unwrap();
+        quantize_model(&mut model, calibration, &config, &Silent).unwrap();
         off(&model)
     };
     for bits in [3, 4] {
@@ -104,7 +107,13 @@ fn gptq_and_sparsegpt_leave_more_of_a_trained_model() {
     ] {
         let pruned = |method| {
             let mut model = model.clone();
-            prune_model(&mut model, calibration, method, &pattern, |_, _| {}).unwrap();
+            prune_model(
+                &mut model,
+                calibration,
+                &PruneConfig::new(method, pattern),
+                &Silent,
+            )
+            .unwrap();
             off(&model)
         };
         let [magnitude, wanda, ria, sparsegpt] = Method::ALL.map(pruned);
@@ -119,16 +128,15 @@ fn gptq_and_sparsegpt_leave_more_of_a_trained_model() {
         prune_model(
             &mut after,
             calibration,
-            Method::SparseGpt,
-            &pattern,
-            |_, _| {},
+            &PruneConfig::new(Method::SparseGpt, pattern),
+            &Silent,
         )
         .unwrap();
         let config = QuantizeConfig::new(
             QuantizeMethod::Gptq,
             GridConfig::new(4).with_group_size(Some(64)),
         );
-        quantize_model(&mut after, calibration, &config, |_, _| {}).unwrap();
+        quantize_model(&mut after, calibration, &config, &Silent).unwrap();
         eprintln!(
             "{pattern} at 4 bits: jointly {joint:.0}, one after the other {:.0}",
             off(&after)
@@ -143,8 +151,7 @@ fn owl_gives_blocks_ratios_of_their_own() {
     let config = PruneConfig::new(Method::Wanda, Pattern::Unstructured { ratio: 0.5 });
     let owl = OwlConfig::new().with_threshold(3.0);
     let mut model = tiny(true, 5);
-    let report =
-        prune_model_with(&mut model, &calibration, &config.with_owl(owl), |_, _| {}).unwrap();
+    let report = prune_model(&mut model, &calibration, &config.with_owl(owl), &Silent).unwrap();
     let share = |block: usize| {
         let layers = &report[block * 7..(block + 1) * 7];
         layers.iter().map(|l| l.zeros).sum::<usize>() as f64
@@ -154,7 +161,7 @@ fn owl_gives_blocks_ratios_of_their_own() {
     assert!((share(0) - share(1)).abs() > 0.1 && (share(0) + share(1) - 1.0).abs() < 0.06);
     let nm = PruneConfig::new(Method::Wanda, Pattern::NM { n: 2, m: 4 }).with_owl(owl);
     assert!(matches!(
-        prune_model_with(&mut model, &calibration, &nm, |_, _| {}),
+        prune_model(&mut model, &calibration, &nm, &Silent),
         Err(Error::InvalidArgument { name: "owl", .. })
     ));
 }
@@ -167,6 +174,7 @@ fn layers_of_one_input_share_what_was_seen_of_it() {
     walk_blocks(
         &mut model,
         &samples(3),
+        "walk",
         |d_input| {
             made.set(made.get() + 1);
             vec![d_input]
@@ -185,6 +193,7 @@ fn layers_of_one_input_share_what_was_seen_of_it() {
             ));
             Ok(())
         },
+        &Silent,
     )
     .unwrap();
     let expected = [
@@ -216,7 +225,7 @@ fn results_are_the_same_at_any_number_of_threads() {
                 GridConfig::new(3).with_group_size(None),
             );
             (
-                quantize_model(&mut model, &samples(5), &config, |_, _| {}).unwrap(),
+                quantize_model(&mut model, &samples(5), &config, &Silent).unwrap(),
                 logits(&model, &samples(2)),
             )
         })
@@ -232,7 +241,7 @@ fn what_cannot_be_quantized_is_refused() {
     let before = weight_bits(&model);
     let good = QuantizeConfig::new(QuantizeMethod::Gptq, GridConfig::new(4));
     let refused = |model: &mut Decoder, samples: &[Vec<u32>], config: &QuantizeConfig| {
-        quantize_model(model, samples, config, |_, _| {})
+        quantize_model(model, samples, config, &Silent)
             .unwrap_err()
             .to_string()
     };

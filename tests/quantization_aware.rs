@@ -9,16 +9,18 @@ use burn::module::Module;
 use common::{is_factor, max_diff, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
+use elastic_lora::eval::mean_loss;
 use elastic_lora::format::{QuantizedMatrix, QuantizedParts};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{host_values, matrix_from_tensor};
+use elastic_lora::progress::Silent;
 use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
 use elastic_lora::space::Elastic;
 use elastic_lora::sparsity::Mask;
 use elastic_lora::supernet::{QaConfig, SuperNetConfig};
-use elastic_lora::train::{Checkpointing, TrainConfig, Trainer, mean_loss};
+use elastic_lora::train::{Checkpointing, TrainConfig, Trainer};
 use elastic_lora::{Error, Merger, SearchSpace, SuperNet};
 use rand::SeedableRng;
 
@@ -111,7 +113,7 @@ fn train(net: &mut SuperNet, config: TrainConfig) -> Vec<f64> {
     let mut data = Batcher::new(sequences(37, 1), 4, 0, 5).unwrap();
     let report = Trainer::new(config)
         .unwrap()
-        .run(net, &mut data, &[])
+        .run(net, &mut data, &[], &Silent)
         .unwrap();
     report.logs.iter().map(|log| log.loss).collect()
 }
@@ -141,7 +143,9 @@ fn trained_weights(net: &SuperNet) -> BTreeMap<String, Matrix> {
 /// Merges the active subnet and holds it against what training computes. Zeros that must stay are those of the masks.
 fn check_merge(net: &SuperNet, masks: &BTreeMap<String, Mask>, context: &str) -> Decoder {
     let expected = trained_weights(net);
-    let merged = Merger::new().merge(net, &[random_ids(9, 41, 3)]).unwrap();
+    let merged = Merger::new()
+        .merge(net, &[random_ids(9, 41, 3)], &Silent)
+        .unwrap();
     assert_eq!(
         (merged.report.zeros_lost, merged.report.layers.len()),
         (0, expected.len()),
@@ -248,9 +252,9 @@ fn a_merge_is_the_training_forward_bit_for_bit() {
                         "{context}: `{name}`, before training"
                     );
                 }
-                let before = mean_loss(&net.eval_model(), &valid()).unwrap();
+                let before = mean_loss(&net.eval_model(), &valid(), &Silent).unwrap();
                 train(&mut net, config(25));
-                let after = mean_loss(&net.eval_model(), &valid()).unwrap();
+                let after = mean_loss(&net.eval_model(), &valid(), &Silent).unwrap();
                 assert!(after < before, "{context}: {before} {after}");
                 let mut subnets = vec![net.maximal(), net.heuristic(), net.minimal()];
                 subnets.push(net.sample(&mut rand_chacha::ChaCha8Rng::from_seed([3; 32])));
@@ -295,7 +299,10 @@ fn without_a_mask_every_weight_moves_and_with_widths_a_part_is_merged() {
         .unwrap();
     train(&mut whole, config(10));
     check_merge(&whole, &all.collect(), "no mask");
-    assert!(matches!(whole.extract(), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        whole.extract_adapter(),
+        Err(Error::Unsupported { .. })
+    ));
 
     let widths = SearchSpace::groups_by_block(
         Elastic::Width,
@@ -315,7 +322,7 @@ fn without_a_mask_every_weight_moves_and_with_widths_a_part_is_merged() {
     net.activate(&net.minimal()).unwrap();
     let expected = trained_weights(&net);
     let merged = Merger::new()
-        .extract(&net, &[random_ids(9, 41, 3)])
+        .extract(&net, &[random_ids(9, 41, 3)], &Silent)
         .unwrap();
     for (name, layer) in merged.model.linears() {
         let got = layer.base.quantized().unwrap().unpack().dequantize();
@@ -378,7 +385,7 @@ fn an_interrupted_run_goes_on_with_its_scales_and_refuses_another_grid() {
     let mut whole = make(4);
     Trainer::new(settings.clone())
         .unwrap()
-        .run(&mut whole, &mut data(), &[])
+        .run(&mut whole, &mut data(), &[], &Silent)
         .unwrap();
     let dir = tempfile::tempdir().unwrap();
     let trainer = Trainer::new(TrainConfig {
@@ -389,13 +396,17 @@ fn an_interrupted_run_goes_on_with_its_scales_and_refuses_another_grid() {
     let trainer = trainer.with_folder(dir.path()).with_resume(true);
     // Ends at the validation of step 4, with the checkpoint of step 3.
     let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
-    assert!(trainer.run(&mut make(4), &mut data(), &broken).is_err());
+    assert!(
+        trainer
+            .run(&mut make(4), &mut data(), &broken, &Silent)
+            .is_err()
+    );
     assert!(matches!(
-        trainer.run(&mut make(3), &mut data(), &[]),
+        trainer.run(&mut make(3), &mut data(), &[], &Silent),
         Err(Error::CheckpointMismatch { .. })
     ));
     let mut late = make(4);
-    let report = trainer.run(&mut late, &mut data(), &[]).unwrap();
+    let report = trainer.run(&mut late, &mut data(), &[], &Silent).unwrap();
     assert_eq!(report.steps_done, 3);
     assert_eq!(weight_bits(late.model()), weight_bits(whole.model()));
 }
@@ -471,10 +482,10 @@ fn a_packed_base_trains_and_infers_as_its_dense_twin() {
             );
             // Into floats: the grid cannot hold the sum.
             let merger = Merger::new();
-            assert_eq!(merger.merge(&of_packed, &[]).is_ok(), masked);
+            assert_eq!(merger.merge(&of_packed, &[], &Silent).is_ok(), masked);
             let merged = merger
                 .with_mode(MergeMode::Dense)
-                .merge(&of_packed, &[random_ids(9, 41, 3)])
+                .merge(&of_packed, &[random_ids(9, 41, 3)], &Silent)
                 .unwrap();
             assert!(merged.report.max_logit_difference.unwrap() < 1e-3);
             assert!(
@@ -483,7 +494,7 @@ fn a_packed_base_trains_and_infers_as_its_dense_twin() {
                     .linears()
                     .all(|(_, layer)| layer.base.quantized().is_none())
             );
-            assert_eq!(of_packed.extract().is_ok(), !masked);
+            assert_eq!(of_packed.extract_adapter().is_ok(), !masked);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A session's subnet is the super-network's: ranks, widths and depth, alone and in a batch, from many threads.
+//! A session's subnet is the supernet's: ranks, widths and depth, alone and in a batch, from many threads.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -9,6 +9,7 @@ use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{CacheFormat, Model, Session, SessionConfig, decode_batch};
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
@@ -72,6 +73,7 @@ fn net(tied: bool, rule: ScaleRule) -> SuperNet {
             &mut net,
             &mut Batcher::new(sequences, 2, 0, 1).unwrap(),
             &[],
+            &Silent,
         )
         .unwrap();
     net
@@ -171,7 +173,7 @@ fn a_sessions_subnet_is_the_super_networks() {
             );
             let merger = Merger::new()
                 .with_mode(elastic_lora::merge::MergeMode::Dense)
-                .extract(&net, &[])
+                .extract(&net, &[], &Silent)
                 .unwrap();
             assert_eq!(merger.model.config().blocks(), merged.config().blocks());
         }
@@ -249,7 +251,7 @@ fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
     let mut wrong = net.maximal();
     wrong.set("depth", 9);
     assert!(session.set_config(&wrong).is_err());
-    // A model that is no super-network has its one subnet.
+    // A model that is no supernet has its one subnet.
     let plain = Model::from_decoder(&base, F32).unwrap();
     let mut session = Session::new(&plain, &SessionConfig::default()).unwrap();
     state(session.set_config(&net.minimal()).unwrap_err());
@@ -268,7 +270,7 @@ fn adapters_that_no_pair_of_factors_expresses_are_refused() {
         "{error}"
     );
     assert!(error.to_string().contains("merge it first"));
-    let merged = Merger::new().merge(&net, &[]).unwrap().model;
+    let merged = Merger::new().merge(&net, &[], &Silent).unwrap().model;
     agrees(
         &merged,
         &mut session(&Model::from_decoder(&merged, F32).unwrap()),

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Gradients, Int, Tensor};
 use common::{is_factor, random_ids, tiny, weight_bits};
@@ -14,11 +14,12 @@ use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{
     Checkpointing, Distillation, Sampling, Schedule, Stage, StepLog, TrainConfig, TrainReport,
-    Trainer, targets,
+    Trainer, for_each_param, targets,
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 
@@ -114,7 +115,7 @@ fn config() -> TrainConfig {
 
 fn run(config: TrainConfig, net: &mut SuperNet) -> Result<TrainReport> {
     let valid = fixed_batches(&sequences(9, 2), 4, 0).unwrap();
-    Trainer::new(config)?.run(net, &mut batcher(), &valid)
+    Trainer::new(config)?.run(net, &mut batcher(), &valid, &Silent)
 }
 
 /// Weights that are not at their start, where B is zero.
@@ -139,36 +140,17 @@ fn factors(net: &SuperNet) -> BTreeMap<String, Vec<f32>> {
 }
 
 /// Adds a model's gradients to `into`, in double precision.
-fn add_gradients(model: &Decoder, gradients: Gradients, into: &mut BTreeMap<String, Vec<f64>>) {
-    struct Collect<'a> {
-        path: Vec<String>,
-        gradients: Gradients,
-        into: &'a mut BTreeMap<String, Vec<f64>>,
-    }
-    impl ModuleVisitor for Collect<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if let Some(gradient) = param.base().grad(&self.gradients) {
-                let values = host_values(gradient);
-                let sum = self
-                    .into
-                    .entry(self.path.join("."))
-                    .or_insert_with(|| vec![0.0; values.len()]);
-                sum.iter_mut()
-                    .zip(values)
-                    .for_each(|(sum, value)| *sum += f64::from(value));
-            }
+fn add_gradients(model: &Decoder, mut gradients: Gradients, into: &mut BTreeMap<String, Vec<f64>>) {
+    for_each_param(model, |path, param| {
+        if let Some(gradient) = param.take_gradient(&mut gradients) {
+            let values = host_values(gradient);
+            let sum = into
+                .entry(path.to_string())
+                .or_insert_with(|| vec![0.0; values.len()]);
+            sum.iter_mut()
+                .zip(values)
+                .for_each(|(sum, value)| *sum += f64::from(value));
         }
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.to_string());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-    }
-    model.visit(&mut Collect {
-        path: Vec::new(),
-        gradients,
-        into,
     });
 }
 
@@ -385,7 +367,7 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
     };
     // Ended at its first validation, as if the process had been.
     let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
-    let outcome = trainer(settings.clone()).run(&mut net(), &mut batcher(), &broken);
+    let outcome = trainer(settings.clone()).run(&mut net(), &mut batcher(), &broken, &Silent);
     assert!(matches!(outcome, Err(Error::TokenOutOfRange { .. })));
 
     let valid = fixed_batches(&sequences(9, 2), 4, 0).unwrap();
@@ -407,14 +389,14 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
             ..settings.clone()
         },
     ] {
-        let outcome = trainer(other).run(&mut net(), &mut batcher(), &valid);
+        let outcome = trainer(other).run(&mut net(), &mut batcher(), &valid, &Silent);
         assert!(
             matches!(&outcome, Err(Error::CheckpointMismatch { field, .. }) if field == "settings")
         );
     }
     let mut resumed = net();
     let report = trainer(settings)
-        .run(&mut resumed, &mut batcher(), &valid)
+        .run(&mut resumed, &mut batcher(), &valid, &Silent)
         .unwrap();
     assert_eq!((report.steps_done, &report.logs), (9, &expected.logs));
     assert_eq!(weight_bits(resumed.model()), weight_bits(whole.model()));

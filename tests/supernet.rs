@@ -1,4 +1,4 @@
-//! The super-network: its space on a model, what subnets cost, and what extracting one gives.
+//! The supernet: its space on a model, what subnets cost, and what extracting one gives.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -10,6 +10,7 @@ use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::Silent;
 use elastic_lora::space::Group;
 use elastic_lora::supernet::{SubnetCost, SuperNetConfig};
 use elastic_lora::train::{Schedule, TrainConfig, Trainer};
@@ -228,7 +229,7 @@ fn outputs(net: &mut SuperNet, subnet: &elastic_lora::SubnetConfig) -> Vec<f32> 
     logits(net.model())
 }
 
-/// The same super-network with factors far from fresh: a few large steps on noise.
+/// The same supernet with factors far from fresh: a few large steps on noise.
 fn trained(mut net: SuperNet) -> SuperNet {
     let mut config = TrainConfig::new(5);
     config.lr = 0.05;
@@ -239,7 +240,7 @@ fn trained(mut net: SuperNet) -> SuperNet {
     let mut batcher = Batcher::new(sequences, 4, 0, 1).unwrap();
     Trainer::new(config)
         .unwrap()
-        .run(&mut net, &mut batcher, &[])
+        .run(&mut net, &mut batcher, &[], &Silent)
         .unwrap();
     net
 }
@@ -323,7 +324,7 @@ fn an_extracted_subnet_on_the_base_is_the_active_subnet() {
                 let subnet = net.space().from_values(&values).unwrap();
                 let expected = outputs(&mut net, &subnet);
                 assert!(max_diff(&expected, &base) > 0.1);
-                let lora = net.extract().unwrap();
+                let lora = net.extract_adapter().unwrap();
                 lora.check(net.model().config()).unwrap();
                 assert_eq!(lora.layers.len(), 9);
                 assert_eq!(
@@ -347,7 +348,10 @@ fn an_extracted_subnet_on_the_base_is_the_active_subnet() {
         }
     }
     let net = net(true, SuperNetConfig::new(lora()).with_sparse_peft(true));
-    assert!(matches!(net.extract(), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        net.extract_adapter(),
+        Err(Error::Unsupported { .. })
+    ));
 }
 
 #[test]

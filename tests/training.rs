@@ -12,12 +12,13 @@ use burn::tensor::Device;
 use common::{is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, collate, fixed_batches};
+use elastic_lora::eval::mean_loss;
 use elastic_lora::linalg::Matrix;
 use elastic_lora::nn::BaseLinear;
+use elastic_lora::progress::{Progress, Silent};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{
-    Checkpointing, Sampling, Schedule, StepLog, TrainConfig, TrainReport, Trainer, mean_loss,
-    targets,
+    Checkpointing, Sampling, Schedule, StepLog, TrainConfig, TrainReport, Trainer, targets,
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 
@@ -85,14 +86,22 @@ fn every_third_zero(base: &BaseLinear) -> Matrix {
 }
 
 fn run(trainer: &Trainer, net: &mut SuperNet) -> Result<TrainReport> {
-    trainer.run(net, &mut batcher(), &valid())
+    run_until(trainer, net, &Silent)
+}
+
+fn run_until(
+    trainer: &Trainer,
+    net: &mut SuperNet,
+    progress: &dyn Progress,
+) -> Result<TrainReport> {
+    trainer.run(net, &mut batcher(), &valid(), progress)
 }
 
 /// A run that ends at its first validation, for which it is given a token outside the vocabulary: what it leaves is the
 /// checkpoint before that, as if the process had been ended.
 fn end_at_validation(trainer: &Trainer, net: &mut SuperNet) {
     let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
-    let outcome = trainer.run(net, &mut batcher(), &broken);
+    let outcome = trainer.run(net, &mut batcher(), &broken, &Silent);
     assert!(matches!(outcome, Err(Error::TokenOutOfRange { .. })));
 }
 
@@ -101,7 +110,7 @@ fn only_adapters_change_and_the_loss_falls() {
     let mut net = net();
     let home = net.active().clone();
     let before = weight_bits(net.model());
-    let untrained = mean_loss(&net.eval_model(), &valid()).unwrap();
+    let untrained = mean_loss(&net.eval_model(), &valid(), &Silent).unwrap();
     let mut config = config(60);
     config.clip_norm = None;
     let report = run(&Trainer::new(config).unwrap(), &mut net).unwrap();
@@ -124,7 +133,7 @@ fn only_adapters_change_and_the_loss_falls() {
     );
     assert_eq!(
         report.valid_loss().unwrap(),
-        mean_loss(&net.eval_model(), &valid()).unwrap()
+        mean_loss(&net.eval_model(), &valid(), &Silent).unwrap()
     );
     assert_eq!(net.active(), &home);
     assert!(!net.model().device().is_autodiff());
@@ -227,8 +236,8 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
         // Stopped before its first step, and again and again in the midst of it, each time a little later.
         let trainer = trainer.with_folder(dir.path()).with_resume(true);
         let stop = Arc::new(AtomicBool::new(true));
-        let stopped = run(&trainer.clone().with_stop(stop), &mut make());
-        assert!(matches!(stopped, Err(Error::Interrupted)));
+        let stopped = run_until(&trainer, &mut make(), &*stop);
+        assert!(matches!(stopped, Err(Error::Interrupted { .. })));
         let mut interruptions = 0;
         let (report, weights) = loop {
             let stop = Arc::new(AtomicBool::new(false));
@@ -238,11 +247,11 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
                 flag.store(true, Ordering::Relaxed);
             });
             let mut net = make();
-            let outcome = run(&trainer.clone().with_stop(stop), &mut net);
+            let outcome = run_until(&trainer, &mut net, &*stop);
             watcher.join().unwrap();
             match outcome {
                 Ok(report) => break (report, weight_bits(net.model())),
-                Err(Error::Interrupted) => interruptions += 1,
+                Err(Error::Interrupted { .. }) => interruptions += 1,
                 Err(other) => panic!("{other}"),
             }
         };
@@ -310,7 +319,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         Batcher::new(sequences(37, 1), 4, 0, 6).unwrap(),
         Batcher::new(sequences(36, 1), 4, 0, 5).unwrap(),
     ] {
-        mismatch(resume(settings.clone()).run(&mut net(), &mut data, &[]));
+        mismatch(resume(settings.clone()).run(&mut net(), &mut data, &[], &Silent));
     }
     let model = tiny_on(&tiny_dims(true), 4, &Device::flex());
     let mut other = SuperNet::new(model, net().space().clone(), net().config().clone()).unwrap();
@@ -319,7 +328,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         "number of base weights"
     );
 
-    // Broken files; the super-network stays as it was, off the tape.
+    // Broken files; the supernet stays as it was, off the tape.
     let checkpoint = dir.path().join("checkpoint");
     let (json, tensors) = (
         checkpoint.join("trainer.json"),
@@ -418,7 +427,7 @@ fn plain_lora_is_the_space_of_one_choice() {
             &mut net,
         )
         .unwrap();
-        assert_eq!(net.extract().unwrap().layers.len(), 2);
+        assert_eq!(net.extract_adapter().unwrap().layers.len(), 2);
         (weight_bits(net.model()), report.logs)
     };
     assert_eq!(trained(Sampling::PerStep), trained(Sampling::Fixed));
@@ -444,7 +453,7 @@ fn divergence_is_an_error_and_the_weights_stay_finite() {
         };
         let error = Trainer::new(wild.clone())
             .unwrap()
-            .run(&mut net, &mut batcher(), &[])
+            .run(&mut net, &mut batcher(), &[], &Silent)
             .unwrap_err();
         assert!(
             matches!(error, Error::Diverged { step: 2.., .. }),
@@ -481,7 +490,7 @@ fn accumulated_micro_batches_are_one_batch() {
         };
         let report = Trainer::new(config)
             .unwrap()
-            .run(&mut net, &mut data, &[])
+            .run(&mut net, &mut data, &[], &Silent)
             .unwrap();
         (weight_bits(net.model()), report.logs)
     };
@@ -566,7 +575,7 @@ fn a_dense_run_trains_every_weight_and_may_be_adapted_after() {
     let mut net = SuperNet::dense(tiny(false, 4)).unwrap();
     assert_eq!(net.n_subnets(), 1.0);
     let before = weight_bits(net.model());
-    let untrained = mean_loss(net.model(), &valid()).unwrap();
+    let untrained = mean_loss(net.model(), &valid(), &Silent).unwrap();
     let report = run(
         &Trainer::new(TrainConfig {
             lr: 3e-3,
@@ -605,7 +614,7 @@ fn a_dense_run_trains_every_weight_and_may_be_adapted_after() {
 #[test]
 fn a_tied_dense_model_trains_too() {
     let mut net = SuperNet::dense(tiny(true, 4)).unwrap();
-    let untrained = mean_loss(net.model(), &valid()).unwrap();
+    let untrained = mean_loss(net.model(), &valid(), &Silent).unwrap();
     let report = run(
         &Trainer::new(TrainConfig {
             lr: 3e-3,
@@ -654,7 +663,7 @@ fn a_masked_run_keeps_the_zeros_of_the_merge() {
 fn odd_data_gives_errors_or_nothing_but_no_panic() {
     let run_on = |sequences: Vec<Sequence>, net: &mut SuperNet| {
         let mut data = Batcher::new(sequences, 2, 0, 1)?;
-        Trainer::new(config(3))?.run(net, &mut data, &[])
+        Trainer::new(config(3))?.run(net, &mut data, &[], &Silent)
     };
     // A token outside the vocabulary, a sequence over the context, an empty one.
     let mut net = net();
@@ -728,7 +737,7 @@ fn odd_data_gives_errors_or_nothing_but_no_panic() {
     };
     assert_eq!(targets(&collate(&[&first, &first], 0)), [(0, 8), (2, 8)]);
     assert!(matches!(
-        mean_loss(&net.eval_model(), &[]),
+        mean_loss(&net.eval_model(), &[], &Silent),
         Err(Error::InvalidArgument {
             name: "batches",
             ..

@@ -1,6 +1,8 @@
 //! What the examples share.
 #![allow(dead_code)]
 
+pub mod arithmetic;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use burn::tensor::Device;
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::model::Pretrained;
+use elastic_lora::progress::TerminalProgress;
 use elastic_lora::{Error, Result, SuperNet};
 
 /// `println!` that does not mind when nobody reads any more (`| head`): what counts is in files.
@@ -74,29 +77,26 @@ pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Resul
     Ok(pretrained)
 }
 
-/// A flag that the first interrupt sets; the second ends the process.
-pub fn stop_flag() -> Arc<AtomicBool> {
+/// Progress on standard error. The first Ctrl-C interrupts the work; the second ends the process.
+pub fn progress() -> TerminalProgress {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     let handler = move || {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("stopping after this step; interrupt again to stop at once");
+        eprintln!("stopping; interrupt again to stop at once");
     };
     // Without a handler an interrupt ends the process, which loses no more than the steps since the last checkpoint.
     let _ = ctrlc::set_handler(handler);
-    stop
+    TerminalProgress::new().with_interrupt(stop)
 }
 
-/// Prints an error with its cause and ends the process with 1.
+/// Prints an error with its cause and ends the process with 1, or with 130 after an interrupt.
 pub fn exit_on_error(result: Result<()>) {
     if let Err(error) = result {
         eprintln!("error: {error}");
-        std::process::exit(if matches!(error, Error::Interrupted) {
-            130
-        } else {
-            1
-        });
+        let interrupted = matches!(error, Error::Interrupted { .. });
+        std::process::exit(if interrupted { 130 } else { 1 });
     }
 }

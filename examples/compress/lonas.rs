@@ -6,11 +6,13 @@ use elastic_lora::eval::{Metric, Phase, SubnetObjective, mean_loss, measure_ms};
 use elastic_lora::io::atomic;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::{Decoder, Pretrained};
+use elastic_lora::progress::Progress;
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::train::{Distillation, Sampling, TrainConfig};
 use elastic_lora::{Error, Merger, Result, SearchSpace, SubnetConfig, SuperNet};
 
-use crate::pipeline::{Run, generate_config, supernet};
+use crate::pipeline::{Run, supernet};
+use crate::report::Row;
 use crate::{Args, Subnets, common};
 
 /// Runs of which the least is a model's time.
@@ -70,11 +72,16 @@ fn choices(shares: &[f64], full: usize, step: usize) -> Vec<usize> {
 }
 
 /// The parts of blocks that may be left out: the least influential ones, behind all that stay.
-fn depth_group(args: &Args, model: &Decoder, samples: &[Vec<u32>]) -> Result<Option<Group>> {
+fn depth_group(
+    args: &Args,
+    model: &Decoder,
+    samples: &[Vec<u32>],
+    progress: &dyn Progress,
+) -> Result<Option<Group>> {
     if args.depth == 0 {
         return Ok(None);
     }
-    let ranked = block_influence(model, samples, InfluenceMeasure::Loss, |_, _| {})?;
+    let ranked = block_influence(model, samples, InfluenceMeasure::Loss, progress)?;
     // Attentions and MLPs apart: a whole block goes where both do.
     let units: Vec<String> = ranked
         .into_iter()
@@ -150,9 +157,7 @@ impl Run<'_> {
     ) -> Result<()> {
         self.row(name, model, None)?;
         let times = Times::of(model)?;
-        let score = |row: &elastic_lora::io::report::Row| {
-            row.accuracy.or(row.loss.map(|loss| (-loss).exp()))
-        };
+        let score = |row: &Row| row.accuracy.or(row.loss.map(|loss| (-loss).exp()));
         let lora = self
             .report
             .rows
@@ -187,7 +192,7 @@ impl Run<'_> {
                 false,
             )?;
             self.train(&mut lora, "lora-dense", Sampling::Fixed)?;
-            let lora = merger.extract(&lora, &[])?.model;
+            let lora = merger.extract(&lora, &[], &self.progress)?.model;
             let full = Times::of(&lora)?;
             self.table_1_row(LORA, &lora, None, &full)?;
             (full, Some(self.valid_score(&lora)?))
@@ -195,16 +200,13 @@ impl Run<'_> {
 
         let mut sorted = base.clone();
         if let Some(score) = self.settings.order {
-            let bar = indicatif::ProgressBar::new(0).with_prefix("order");
-            let order = sort_channels(&mut sorted, &self.task.calibration, score, |done, all| {
-                bar.set_length(all as u64);
-                bar.set_position(done as u64);
-            })?;
-            bar.finish_and_clear();
+            let samples = &self.task.calibration;
+            let order = sort_channels(&mut sorted, samples, score, &self.progress)?;
             atomic::write_json(self.out.join("channel_order.json"), &order)?;
         }
         let mut space = lonas_space(args, &sorted, ranks.clone())?;
-        if let Some(depth) = depth_group(args, &sorted, &self.task.calibration)? {
+        let samples = &self.task.calibration;
+        if let Some(depth) = depth_group(args, &sorted, samples, &self.progress)? {
             space = space.with_groups([depth])?;
         }
         common::say!("{} subnets in {} groups", space.n_subnets(), space.len());
@@ -213,7 +215,7 @@ impl Run<'_> {
             net.activate(&subnet)?;
             common::say!(
                 "{name}, untrained: validation loss {:.4}",
-                mean_loss(&net.eval_model(), &self.task.valid)?
+                mean_loss(&net.eval_model(), &self.task.valid, &self.progress)?
             );
         }
         net.activate(&net.maximal())?;
@@ -294,7 +296,7 @@ impl Run<'_> {
     ) -> Result<()> {
         net.activate(subnet)?;
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(2).cloned().collect();
-        let extracted = merger.extract(net, &sample)?;
+        let extracted = merger.extract(net, &sample, &self.progress)?;
         let mut model = extracted.model;
         if let Some(folder) = folder {
             let pretrained = &self.task.pretrained;
@@ -314,13 +316,8 @@ impl Run<'_> {
     /// How good a model is on the validation set, more being better: accuracy, or else the likelihood of a token.
     fn valid_score(&self, model: &Decoder) -> Result<f64> {
         match &self.task.valid_problems {
-            Some(problems) => {
-                let config = generate_config(self.task);
-                Ok(problems
-                    .exact_match(model, &self.task.pretrained.tokenizer, &config)?
-                    .accuracy())
-            }
-            None => Ok((-mean_loss(model, &self.task.valid)?).exp()),
+            Some(problems) => self.accuracy(problems, model),
+            None => Ok((-mean_loss(model, &self.task.valid, &self.progress)?).exp()),
         }
     }
 }

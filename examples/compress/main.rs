@@ -7,6 +7,7 @@
 mod common;
 mod lonas;
 mod pipeline;
+mod report;
 mod settings;
 mod sqft;
 mod task;
@@ -86,7 +87,7 @@ pub struct Args {
     /// lonas: which subnets a step trains
     #[arg(long, value_enum, default_value_t = Subnets::Sandwich)]
     subnets: Subnets,
-    /// lonas: the super-network alone, without LoRA beside it and without a search
+    /// lonas: the supernet alone, without LoRA beside it and without a search
     #[arg(long)]
     elastic_only: bool,
     /// sqft: bits of a weight: 2, 3, 4 or 8

@@ -2,28 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use elastic_lora::calib::prune_model;
+use elastic_lora::calib::{PruneConfig, prune_model};
 use elastic_lora::data::Batcher;
-use elastic_lora::eval::{Metric, SubnetObjective, mean_loss};
+use elastic_lora::eval::{Metric, ProblemSet, SubnetObjective, mean_loss};
 use elastic_lora::io::peft::PeftOptions;
-use elastic_lora::io::report::{Report, Row};
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
+use elastic_lora::progress::TerminalProgress;
 use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::search::{
     Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport,
-    StopReason, StudyConfig,
+    StudyConfig,
 };
-use elastic_lora::sparsity::Pattern;
+use elastic_lora::sparsity::{self, Pattern};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{Sampling, TrainConfig, TrainReport, Trainer};
 use elastic_lora::{Error, Merger, Result, SearchSpace, Searcher, SubnetConfig, SuperNet};
 use serde_json::Value;
 
+use crate::report::{Report, Row};
 use crate::settings::{Settings, lora_config};
 use crate::task::{Task, fingerprint};
 use crate::{Args, Method, Search, SearchMetric, common};
@@ -33,7 +32,7 @@ pub struct Run<'a> {
     pub settings: &'a Settings,
     pub task: &'a Task,
     pub out: PathBuf,
-    stop: Arc<AtomicBool>,
+    pub progress: TerminalProgress,
     pub report: Report,
 }
 
@@ -53,7 +52,9 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
     let made = settings.prepare_out(args, identity)?;
     let result = steps(args, settings, task, &space);
     match &result {
-        Err(Error::Interrupted) => eprintln!("the same command with --resume goes on from here"),
+        Err(Error::Interrupted { .. }) => {
+            eprintln!("the same command with --resume goes on from here")
+        }
         Err(_) => settings.discard_unless_resumable(made),
         Ok(()) => {}
     }
@@ -63,15 +64,13 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
 fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> Result<()> {
     let started = Instant::now();
     let command = std::env::args().collect::<Vec<_>>().join(" ");
-    let mut report = Report::new(command, args.seed);
-    report.versions.insert("burn".into(), burn_version().into());
     let mut run = Run {
         args,
         settings,
         task,
         out: settings.out.clone(),
-        stop: common::stop_flag(),
-        report,
+        progress: common::progress(),
+        report: Report::new(command, args.seed),
     };
 
     let base = task.pretrained.model.clone();
@@ -158,7 +157,7 @@ pub fn supernet(
 }
 
 /// How answers are generated.
-pub fn generate_config(task: &Task) -> GenerateConfig {
+fn generate_config(task: &Task) -> GenerateConfig {
     GenerateConfig::new(task.max_new_tokens, task.pretrained.stop_ids())
 }
 
@@ -167,58 +166,38 @@ fn percent(share: f64) -> f64 {
     (1000.0 * share).round() / 10.0
 }
 
-/// The version of Burn that the lock file pins.
-fn burn_version() -> &'static str {
-    let lock = include_str!("../../Cargo.lock");
-    let after = lock
-        .split_once("name = \"burn\"\nversion = \"")
-        .map_or("", |(_, after)| after);
-    after.split('"').next().unwrap_or("")
-}
-
 impl Run<'_> {
     /// Prunes a model, adds its row and writes it.
     pub fn pruned(&mut self, base: &Decoder) -> Result<Decoder> {
-        let (args, task, pattern) = (self.args, self.task, &self.settings.pattern);
-        let mut pruned = base.clone();
-        let bar = indicatif::ProgressBar::new(0);
-        prune_model(
-            &mut pruned,
-            &task.calibration,
-            args.prune,
-            pattern,
-            |done, all| {
-                bar.set_length(all as u64);
-                bar.set_position(done as u64);
-            },
-        )?;
-        bar.finish_and_clear();
-        let name = match pattern {
+        let pruned = self.pruned_by(base, self.args.prune)?;
+        let name = match self.settings.pattern {
             Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => {
-                format!("pruned to {} %", percent(*ratio))
+                format!("pruned to {} %", percent(ratio))
             }
-            Pattern::NM { .. } => format!("pruned to {pattern}"),
+            pattern => format!("pruned to {pattern}"),
         };
         self.row(&name, &pruned, None)?;
-        task.pretrained
-            .write_variant(&pruned, self.out.join("pruned"), true)?;
+        let folder = self.out.join("pruned");
+        self.task.pretrained.write_variant(&pruned, folder, true)?;
+        Ok(pruned)
+    }
+
+    /// Prunes a model by this method.
+    pub fn pruned_by(&self, base: &Decoder, method: sparsity::Method) -> Result<Decoder> {
+        let mut pruned = base.clone();
+        let config = PruneConfig::new(method, self.settings.pattern);
+        let samples = &self.task.calibration;
+        prune_model(&mut pruned, samples, &config, &self.progress)?;
         Ok(pruned)
     }
 
     /// Measures a model as it stands and adds its row; `net` tells costs and ranks where adapters stay apart.
     pub fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
         let pretrained = &self.task.pretrained;
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
         let mut row = Row::new(name);
-        row.loss = Some(mean_loss(model, &self.task.test)?);
+        row.loss = Some(mean_loss(model, &self.task.test, &self.progress)?);
         if let Some(problems) = &self.task.problems {
-            row.accuracy = Some(
-                problems
-                    .exact_match(model, &pretrained.tokenizer, &generate_config(self.task))?
-                    .accuracy(),
-            );
+            row.accuracy = Some(self.accuracy(problems, model)?);
         }
         let (mut zeros, mut all) = (0, 0);
         for (_, layer) in model.linears() {
@@ -243,7 +222,7 @@ impl Run<'_> {
         // As written: the base in its checkpoint's type, a PEFT adapter in its own.
         let base = (cost.params - cost.adapter_params) * pretrained.dtype.size();
         row.bytes = Some((base + cost.adapter_params * PeftOptions::default().dtype.size()) as u64);
-        if net.space().len() > 0 {
+        if !net.space().is_empty() {
             row.ranks = Some(net.space().values(net.active())?);
         }
         let accuracy = row
@@ -252,6 +231,13 @@ impl Run<'_> {
         common::say!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
         self.report.rows.push(row);
         Ok(())
+    }
+
+    /// Share of the problems that a model answers right.
+    pub fn accuracy(&self, problems: &ProblemSet, model: &Decoder) -> Result<f64> {
+        let (tokenizer, config) = (&self.task.pretrained.tokenizer, generate_config(self.task));
+        let found = problems.exact_match(model, tokenizer, &config, &self.progress)?;
+        Ok(found.accuracy())
     }
 
     pub fn train(&self, net: &mut SuperNet, name: &str, sampling: Sampling) -> Result<TrainReport> {
@@ -281,9 +267,8 @@ impl Run<'_> {
         let report = Trainer::new(config)?
             .with_folder(self.out.join(name))
             .with_resume(args.resume)
-            .with_progress(name)
-            .with_stop(self.stop.clone())
-            .run(net, &mut batcher, &self.task.valid)?;
+            .with_label(name)
+            .run(net, &mut batcher, &self.task.valid, &self.progress)?;
         if report.steps_done > 0 {
             let per_step = 1000.0 * report.seconds / report.steps_done as f64;
             common::say!(
@@ -338,7 +323,7 @@ impl Run<'_> {
         name: &str,
         dtype: DType,
     ) -> Result<PathBuf> {
-        let mut adapter = net.extract()?;
+        let mut adapter = net.extract_adapter()?;
         // So that PEFT finds the weights which the adapter is for by itself.
         let base = self.out.join(base);
         let base = base.canonicalize().map_err(|e| Error::io(&base, e))?;
@@ -404,12 +389,7 @@ impl Run<'_> {
         let mut study = StudyConfig::new(args.evals)
             .with_log(log)
             .with_tag(tag)
-            .with_interrupt(self.stop.clone())
             .init(space)?;
-        let bar = indicatif::ProgressBar::new(args.evals as u64);
-        bar.set_prefix("search");
-        let shown = bar.clone();
-        study.on_evaluation(move |_| shown.inc(1));
         let pretrained = &self.task.pretrained;
         let metric = match (args.metric, &self.task.valid_problems) {
             (SearchMetric::Loss, _) => Metric::Loss(&self.task.valid),
@@ -423,11 +403,9 @@ impl Run<'_> {
         let objective = SubnetObjective::new(net, metric, args.cost.into()).with_merged(merged);
         let names = objective.names();
         let started = Instant::now();
-        let outcome = study.run(&mut searcher, |subnet| objective.evaluate(subnet))?;
-        bar.finish_and_clear();
-        if outcome.stopped() == StopReason::Interrupted {
-            return Err(Error::Interrupted);
-        }
+        let progress = &self.progress;
+        let evaluate = |subnet: &_| objective.evaluate(subnet, progress);
+        let outcome = study.run(&mut searcher, evaluate, progress)?;
         common::say!(
             "searched by {}: {} subnets in {:.0} s, {} on the front",
             outcome.searcher(),
@@ -444,7 +422,7 @@ impl Run<'_> {
         let mut best: Option<(f64, SubnetConfig)> = None;
         for subnet in [net.heuristic(), net.maximal()] {
             net.activate(&subnet)?;
-            let loss = mean_loss(net.model(), &self.task.valid)?;
+            let loss = mean_loss(net.model(), &self.task.valid, &self.progress)?;
             if best.as_ref().is_none_or(|(least, _)| loss < *least) {
                 best = Some((loss, subnet));
             }
@@ -460,7 +438,7 @@ impl Run<'_> {
         // A merged rank costs nothing.
         let chosen = self.better_of_two(&mut net)?;
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
-        let merged = Merger::new().merge(&net, &sample)?;
+        let merged = Merger::new().merge(&net, &sample, &self.progress)?;
         // What is measured is what was written: in the checkpoint's own type, read back.
         let pretrained = &self.task.pretrained;
         let folder = self.out.join("merged");

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use elastic_lora::adapter::LoraConfig;
+use elastic_lora::calib::ChannelScore;
 use elastic_lora::io::{HfConfig, QuantizationConfig, atomic};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
-use elastic_lora::sparsity::{ChannelScore, Pattern};
+use elastic_lora::sparsity::Pattern;
 use elastic_lora::train::{Checkpointing, TrainConfig};
 use elastic_lora::{Error, Result};
 use serde_json::{Map, Value};

@@ -5,12 +5,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use elastic_lora::calib::{
-    QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
-};
+use elastic_lora::calib::{QuantizeConfig, QuantizeMethod, quantize_model, walk_blocks};
 use elastic_lora::format::{PackedMatrix, QuantizedMatrix};
 use elastic_lora::io::peft::LoraAdapter;
-use elastic_lora::io::report::Row;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::{BaseLinear, host_values};
@@ -20,6 +17,7 @@ use elastic_lora::train::Sampling;
 use elastic_lora::{Error, Merger, Result, SearchSpace, SuperNet};
 
 use crate::pipeline::{Run, max_logit_difference, supernet, zeros_lost};
+use crate::report::Row;
 use crate::{Init, Method, QaStart, Quantize};
 
 /// The row that the others are relative to.
@@ -81,15 +79,7 @@ impl Run<'_> {
             ));
         }
         if all && args.prune != sparsity::Method::SparseGpt {
-            let mut sparse = base.clone();
-            let (samples, pattern) = (&self.task.calibration, &self.settings.pattern);
-            prune_model(
-                &mut sparse,
-                samples,
-                sparsity::Method::SparseGpt,
-                pattern,
-                |_, _| {},
-            )?;
+            let sparse = self.pruned_by(base, sparsity::Method::SparseGpt)?;
             self.rounded(
                 "SparseGPT, then GPTQ",
                 "sparsegpt-gptq",
@@ -207,17 +197,8 @@ impl Run<'_> {
     ) -> Result<Quantized> {
         let mut rounded = model.clone();
         let config = QuantizeConfig::new(method, self.settings.grid);
-        let bar = indicatif::ProgressBar::new(0).with_prefix("quantize");
-        let layers = quantize_model(
-            &mut rounded,
-            &self.task.calibration,
-            &config,
-            |done, all| {
-                bar.set_length(all as u64);
-                bar.set_position(done as u64);
-            },
-        )?;
-        bar.finish_and_clear();
+        let samples = &self.task.calibration;
+        let layers = quantize_model(&mut rounded, samples, &config, &self.progress)?;
         let model = self.written(&rounded, &layers, folder)?;
         self.row(name, &model, None)?;
         self.stored_as(self.integers(), &[&self.out.join(folder)])?;
@@ -283,6 +264,7 @@ impl Run<'_> {
         walk_blocks(
             &mut model.clone(),
             &self.task.calibration,
+            "measure inputs",
             InputNorms::new,
             |norms, x| norms.update(&host_values(x.clone()), x.dims()[0]),
             |name, _, found| {
@@ -290,6 +272,7 @@ impl Run<'_> {
                 norms.insert(name.to_string(), roots.collect());
                 Ok(())
             },
+            &self.progress,
         )?;
         Ok(norms)
     }
@@ -329,7 +312,7 @@ impl Run<'_> {
         let chosen = self.better_of_two(&mut net)?;
 
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
-        let merged = Merger::new().merge(&net, &sample)?;
+        let merged = Merger::new().merge(&net, &sample, &self.progress)?;
         let integers = merged
             .model
             .linears()

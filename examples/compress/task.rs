@@ -1,7 +1,6 @@
 //! The model and the data.
 
 use burn::tensor::Device;
-use elastic_lora::data::arithmetic::{self, Kind, Problem, Split};
 use elastic_lora::data::{
     Batch, PromptTemplate, Record, Sequence, TokenizeOptions, calibration_samples, fixed_batches,
     join_documents, load_records, pack, tokenize_records,
@@ -11,6 +10,7 @@ use elastic_lora::model::Pretrained;
 use elastic_lora::{Error, Result};
 use serde_json::{Map, Value};
 
+use crate::common::arithmetic::{self, Kind, Problem, Split};
 use crate::{Args, SearchMetric, common};
 
 /// Problems of two steps: three kinds that the shipped model has hardly seen, and three that it has never seen put together.

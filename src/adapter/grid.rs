@@ -31,7 +31,6 @@ struct Layout {
     bits: u8,
     symmetric: bool,
     groups: InputGroups,
-    trained: bool,
     /// Whether scales are rounded to `f16`.
     half: bool,
 }
@@ -70,7 +69,6 @@ impl WeightGrid {
                     size: parts.group_size,
                     order,
                 },
-                trained,
                 half: trained && all_f16(&parts.scales) && device.supports_dtype(FloatDType::F16),
             },
         }
@@ -84,11 +82,6 @@ impl WeightGrid {
     /// Which inputs share a scale and a zero point.
     pub fn groups(&self) -> &InputGroups {
         &self.layout.groups
-    }
-
-    /// Whether the scales are trained.
-    pub fn is_trained(&self) -> bool {
-        self.layout.trained
     }
 
     /// The mask of an update that has none.
@@ -124,13 +117,16 @@ impl WeightGrid {
         let (rows, cols) = (weight.rows(), weight.cols());
         let (scales, zeros) = self.active([cols, rows]);
         let groups = scales.dims()[0];
-        let turned = |grid: Tensor<2>| host_values(grid.without_autodiff().transpose());
+        let transposed = |grid: Tensor<2>| host_values(grid.without_autodiff().transpose());
         // What is not over 0 was 0 to the rounding.
-        let scales: Vec<f32> = turned(scales)
+        let scales: Vec<f32> = transposed(scales)
             .into_iter()
             .map(|scale| if scale > 0.0 { scale } else { 0.0 })
             .collect();
-        let zeros: Vec<u8> = turned(zeros).into_iter().map(|zero| zero as u8).collect();
+        let zeros: Vec<u8> = transposed(zeros)
+            .into_iter()
+            .map(|zero| zero as u8)
+            .collect();
         let top = u8::MAX >> (8 - self.layout.bits);
         let mut codes = Vec::with_capacity(rows * cols);
         for row in 0..rows {

@@ -68,16 +68,9 @@ impl ElasticLoraLinearConfig {
         self
     }
 
-    /// Sets whether the base has a bias.
-    pub fn with_bias(mut self, bias: bool) -> Self {
-        self.bias = bias;
-        self
-    }
-
-    /// Sets the seed of the adapter's first factor.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
+    setters! {
+        with_bias(bias: bool);
+        with_seed(seed: u64);
     }
 
     /// A layer with a random frozen base (uniform in `±1 / sqrt(d_input)`, from the device's generator) and a fresh adapter.

@@ -525,7 +525,7 @@ impl ElasticLora {
     }
 
     /// A seed for the dropout of this layer at a step, from the run's seed.
-    pub fn step_seed(seed: u64, step: u64, layer: u64) -> u64 {
+    pub(crate) fn step_seed(seed: u64, step: u64, layer: u64) -> u64 {
         mix_seed(mix_seed(seed, step), layer)
     }
 }

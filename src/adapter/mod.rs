@@ -9,7 +9,6 @@ mod linear;
 mod lora;
 mod reparam;
 
-pub use crate::nn::mix_seed;
 pub use crate::space::{LoraConfig, MAX_RANK, ScaleRule};
 pub use grid::WeightGrid;
 pub use linear::{ElasticLoraLinear, ElasticLoraLinearConfig};

@@ -1,7 +1,7 @@
 //! How much each block, and each block's attention and MLP, does to the residual stream and to the loss: what to leave out
 //! first where depth is elastic.
 //!
-//! The first measure is ShortGPT's block influence (arXiv 2403.03853), `1 - mean cosine` of a unit's input and output, which
+//! The first measure is ShortGPT's block influence (arXiv 2403.03853), `1 - mean cosine` of a part's input and output, which
 //! takes one pass. Departure: it is taken for attention and MLP apart, too.
 
 use burn::module::Module;
@@ -13,6 +13,7 @@ use crate::arch::{LinearKind, SubBlock};
 use crate::error::{Error, Result};
 use crate::model::Decoder;
 use crate::nn::host_values;
+use crate::progress::{Progress, Task};
 
 /// What of block `block` may be left out: its name, and the parts that it is. The whole comes before its parts.
 fn candidates(block: usize) -> [(String, &'static [SubBlock]); 3] {
@@ -23,27 +24,27 @@ fn candidates(block: usize) -> [(String, &'static [SubBlock]); 3] {
     ]
 }
 
-/// By what units are ranked.
+/// By what parts are ranked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InfluenceMeasure {
     /// The change of the residual stream: one pass over the samples.
     #[default]
     Cosine,
-    /// The increase of the loss where the unit is left out: a pass over the blocks behind each unit, so that time goes with the
+    /// The increase of the loss where the part is left out: a pass over the blocks behind each part, so that time goes with the
     /// square of the number of blocks.
     Loss,
 }
 
-/// How much a unit matters.
+/// How much a block, or its attention or MLP, matters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SubBlockInfluence {
+pub struct BlockInfluence {
     /// Hugging Face's module path, such as `model.layers.3` or `model.layers.3.self_attn`; [`SubBlock::parse`] reads it, and a group of
     /// elastic depth lists such names.
     pub name: String,
-    /// 1 minus the cosine of the residual stream before and after the unit, mean over tokens, in 0..=2.
+    /// 1 minus the cosine of the residual stream before and after the part, mean over tokens, in 0..=2.
     pub cosine_change: f64,
-    /// How much more the loss is without the unit, in nats a token; where it was asked for.
+    /// How much more the loss is without the part, in nats a token; where it was asked for.
     pub loss_increase: Option<f64>,
 }
 
@@ -51,7 +52,7 @@ pub struct SubBlockInfluence {
 /// first. Equal ones come in the order of computation, the whole block before its parts. What is missing or left out already is
 /// not listed.
 ///
-/// An active adapter counts as part of its layer. `progress` is told the blocks done, and of all.
+/// An active adapter counts as part of its layer.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] without a sample, or for [`InfluenceMeasure::Loss`] without one of two tokens; those of
@@ -61,9 +62,11 @@ pub fn block_influence(
     model: &Decoder,
     samples: &[Vec<u32>],
     measure: InfluenceMeasure,
-    mut progress: impl FnMut(usize, usize),
-) -> Result<Vec<SubBlockInfluence>> {
+    progress: &dyn Progress,
+) -> Result<Vec<BlockInfluence>> {
     let model = model.valid();
+    let n_blocks = model.layers.len();
+    let mut task = Task::begin(progress, "measure influence", n_blocks, "blocks")?;
     let batches = batches(samples, TOKENS_AT_ONCE);
     if batches.is_empty() {
         return Err(Error::argument(
@@ -82,63 +85,69 @@ pub fn block_influence(
         .collect();
     let by_loss = measure == InfluenceMeasure::Loss;
     let whole = if by_loss {
-        Some(loss_from(&model, 0, &states, &expected)?)
+        Some(loss_from(&model, 0, &states, &expected, &task)?)
     } else {
         None
     };
-    let n_blocks = model.layers.len();
-    let mut units = Vec::with_capacity(3 * n_blocks);
+    let mut found = Vec::with_capacity(3 * n_blocks);
     for block in 0..n_blocks {
-        let here = units.len();
+        let here = found.len();
         for (name, parts) in candidates(block) {
             // What is missing or left out already does nothing.
             if !parts.iter().any(|unit| model.layers[block].runs(*unit)) {
                 continue;
             }
             let loss_increase = match whole {
-                Some(whole) => Some(
-                    loss_from(&without(&model, block, parts), block, &states, &expected)? - whole,
-                ),
+                Some(whole) => {
+                    let without = without(&model, block, parts);
+                    Some(loss_from(&without, block, &states, &expected, &task)? - whole)
+                }
                 None => None,
             };
-            units.push(SubBlockInfluence {
+            found.push(BlockInfluence {
                 name,
                 cosine_change: 0.0,
                 loss_increase,
             });
         }
-        let changes = cosine_changes(&model, block, &mut states)?;
+        let changes = cosine_changes(&model, block, &mut states, &task)?;
         for ((name, _), change) in candidates(block).iter().zip(changes) {
-            units[here..]
+            found[here..]
                 .iter_mut()
-                .filter(|unit| unit.name == *name)
-                .for_each(|unit| unit.cosine_change = change);
+                .filter(|part| part.name == *name)
+                .for_each(|part| part.cosine_change = change);
         }
-        progress(block + 1, n_blocks);
+        task.step("")?;
     }
-    let key = |unit: &SubBlockInfluence| unit.loss_increase.unwrap_or(unit.cosine_change);
-    if let Some(index) = units.iter().position(|unit| !key(unit).is_finite()) {
-        let tensor = format!("influence of {}", units[index].name);
+    let key = |part: &BlockInfluence| part.loss_increase.unwrap_or(part.cosine_change);
+    if let Some(index) = found.iter().position(|part| !key(part).is_finite()) {
+        let tensor = format!("influence of {}", found[index].name);
         return Err(Error::NotFinite {
             tensor,
             index: 0,
-            value: key(&units[index]) as f32,
+            value: key(&found[index]) as f32,
         });
     }
-    units.sort_by(|a, b| {
+    found.sort_by(|a, b| {
         key(b)
             .partial_cmp(&key(a))
             .unwrap_or(std::cmp::Ordering::Equal)
     });
-    Ok(units)
+    Ok(found)
 }
 
 /// Runs one block, which takes `states` to the next, and gives the mean change over all tokens by each of the
 /// [`candidates`].
-fn cosine_changes(model: &Decoder, block: usize, states: &mut [Tensor<3>]) -> Result<[f64; 3]> {
+fn cosine_changes(
+    model: &Decoder,
+    block: usize,
+    states: &mut [Tensor<3>],
+    task: &Task<'_>,
+) -> Result<[f64; 3]> {
     let mut sums = [0.0; 3];
     let mut n = 0;
     for state in states {
+        task.check()?;
         let mut context = None;
         let mut tap = |kind: LinearKind, x: &Tensor<3>| {
             if kind == LinearKind::O {
@@ -202,6 +211,7 @@ fn loss_from(
     first: usize,
     states: &[Tensor<3>],
     targets: &[Vec<(usize, u32)>],
+    task: &Task<'_>,
 ) -> Result<f64> {
     let n: usize = targets.iter().map(Vec::len).sum();
     if n == 0 {
@@ -217,6 +227,7 @@ fn loss_from(
         .zip(targets)
         .filter(|(_, targets)| !targets.is_empty())
     {
+        task.check()?;
         let last =
             (first..model.layers.len()).fold(state.clone(), |x, block| model.block(block, x, None));
         let (hidden, targets) = model.at_positions(model.norm.forward(last), targets)?;

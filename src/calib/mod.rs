@@ -3,6 +3,7 @@
 //! What layers that see the same input have gathered is shared: queries, keys and values have one Hessian. As in Wanda (arXiv 2306.11695), a block's statistics come from its weights as they were, on inputs that the blocks before
 //! it, already changed, put out. One block's statistics are in memory at a time; the hidden states of all samples are.
 
+mod channels;
 mod influence;
 mod input;
 mod order;
@@ -10,9 +11,10 @@ mod prune;
 mod quantize;
 mod taylor;
 
-pub use influence::{InfluenceMeasure, SubBlockInfluence, block_influence};
-pub use order::{BlockOrder, BlockScores, ChannelOrder, channel_scores, sort_channels};
-pub use prune::{PruneConfig, PrunedLayer, prune_model, prune_model_with};
+pub use channels::{BlockScores, ChannelScore};
+pub use influence::{BlockInfluence, InfluenceMeasure, block_influence};
+pub use order::{BlockOrder, ChannelOrder, channel_scores, sort_channels};
+pub use prune::{PruneConfig, PrunedLayer, prune_model};
 pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model};
 pub use taylor::{TaylorConfig, taylor_scores};
 
@@ -24,6 +26,7 @@ use crate::arch::LinearKind;
 use crate::error::Result;
 use crate::model::Decoder;
 use crate::nn::{BaseLinear, host_values};
+use crate::progress::{Progress, Task};
 
 /// Hidden-state tokens that go through a block at once.
 const TOKENS_AT_ONCE: usize = 2048;
@@ -32,17 +35,21 @@ const TOKENS_AT_ONCE: usize = 2048;
 /// (`[sequences, seq, d_input]`, several times), then `change` may change each layer given what was gathered of its input, and
 /// may leave something there for the next layer of that input; the changed block's output is the next block's input.
 ///
-/// Without samples, nothing is observed and `change` is given `new`'s empty statistic.
+/// Without samples, nothing is observed and `change` is given `new`'s empty statistic. Progress is by layers; `label` names it.
 ///
 /// # Errors
-/// Those of [`Decoder::tokens`] for a sample outside vocabulary or context; the first that a closure gives.
+/// Those of [`Decoder::tokens`] for a sample outside vocabulary or context; the first that a closure gives;
+/// [`Error::Interrupted`](crate::Error::Interrupted), after which the model is changed in part.
 pub fn walk_blocks<S>(
     model: &mut Decoder,
     samples: &[Vec<u32>],
+    label: &str,
     new: impl Fn(usize) -> S,
     mut observe: impl FnMut(&mut S, &Tensor<3>) -> Result<()>,
     mut change: impl FnMut(&str, &mut BaseLinear, &mut S) -> Result<()>,
+    progress: &dyn Progress,
 ) -> Result<()> {
+    let mut task = Task::begin(progress, label, model.linears().count(), "layers")?;
     let mut states = embed_samples(model, samples)?;
     for block in 0..model.layers.len() {
         let mut statistics: BTreeMap<LinearKind, S> = LinearKind::ALL
@@ -52,6 +59,7 @@ pub fn walk_blocks<S>(
             .collect();
         let mut failure = None;
         for state in &states {
+            task.check()?;
             let mut tap = |kind: LinearKind, x: &Tensor<3>| {
                 if let (None, Some(statistic)) = (&failure, statistics.get_mut(&kind)) {
                     failure = observe(statistic, x)
@@ -71,10 +79,12 @@ pub fn walk_blocks<S>(
             {
                 if let Some(layer) = model.layers[block].linear_mut(kind) {
                     change(&kind.name(block), &mut layer.base, &mut statistic)?;
+                    task.step("")?;
                 }
             }
         }
         for state in &mut states {
+            task.check()?;
             *state = model.block(block, state.clone(), None);
         }
     }

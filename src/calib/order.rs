@@ -9,26 +9,20 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
+use super::channels::{
+    BlockScores, ChannelPart, ChannelScore, activation_scores, importance_order, l1_scores,
+    l2_scores,
+};
 use super::taylor::{TaylorConfig, taylor_scores};
 use super::{column_squares, embed_samples};
 use crate::arch::LinearKind;
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 use crate::model::{Block, Decoder};
-use crate::sparsity::{
-    ChannelScore, InputNorms, UnitPart, activation_scores, importance_order, l1_scores, l2_scores,
-};
+use crate::progress::{Progress, Task};
+use crate::sparsity::InputNorms;
 
-/// The scores of a block's units; larger is more important. Scores of different kinds of units do not compare.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct BlockScores {
-    /// Of each channel of the MLP.
-    pub mlp: Vec<f64>,
-    /// Of each key/value head with its query heads.
-    pub kv_groups: Vec<f64>,
-}
-
-/// Where a block's units were: place `i` holds what was at element `i`.
+/// Where a block's channels were: place `i` holds what was at element `i`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockOrder {
     /// Of the MLP's channels.
@@ -64,7 +58,7 @@ impl ChannelOrder {
         })
     }
 
-    /// Puts the units of a model in this order.
+    /// Puts the channels of a model in this order.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] where the model has another number of blocks; those of [`Decoder::permute_mlp`] and
@@ -90,13 +84,13 @@ impl ChannelOrder {
 
 fn invert(order: &[usize]) -> Result<Vec<usize>> {
     let mut inverse = vec![None; order.len()];
-    for (place, unit) in order.iter().enumerate() {
-        match inverse.get_mut(*unit) {
+    for (place, channel) in order.iter().enumerate() {
+        match inverse.get_mut(*channel) {
             Some(slot @ None) => *slot = Some(place),
             _ => {
                 return Err(Error::argument(
                     "channel order",
-                    unit,
+                    channel,
                     format!("each of 0..{} once", order.len()),
                 ));
             }
@@ -106,9 +100,9 @@ fn invert(order: &[usize]) -> Result<Vec<usize>> {
 }
 
 /// Puts the MLP channels and the key/value groups of every block in the order of their importance, most important first,
-/// and returns where each was. Logits stay equal but for the rounding of sums; equally important units keep their order.
+/// and returns where each was. Logits stay equal but for the rounding of sums; equally important channels keep their order.
 ///
-/// All scores are those of the model as it stands. `progress` is told the pieces of work done, and of all.
+/// All scores are those of the model as it stands.
 ///
 /// # Errors
 /// Those of [`channel_scores`]. The model is then unchanged.
@@ -116,7 +110,7 @@ pub fn sort_channels(
     model: &mut Decoder,
     samples: &[Vec<u32>],
     score: ChannelScore,
-    progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<ChannelOrder> {
     let scores = channel_scores(model, samples, score, progress)?;
     let blocks = scores.iter().map(|block| {
@@ -138,8 +132,7 @@ pub fn sort_channels(
 /// goes by down and o alone, [`ChannelScore::Taylor`] as [`taylor_scores`] says. A part that a block lacks has no scores; of one
 /// that is left out for the time being, those that need data are all 0.
 ///
-/// Token sequences in `samples` are the calibration data, where the score needs any. `progress` is told the pieces of work
-/// done, and of all.
+/// Token sequences in `samples` are the calibration data, where the score needs any.
 ///
 /// # Errors
 /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
@@ -150,7 +143,7 @@ pub fn channel_scores(
     model: &Decoder,
     samples: &[Vec<u32>],
     score: ChannelScore,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<BlockScores>> {
     model.check_reorderable()?;
     if score == ChannelScore::Taylor {
@@ -165,6 +158,7 @@ pub fn channel_scores(
         ));
     }
     let n_blocks = model.layers.len();
+    let mut task = Task::begin(progress, "score channels", n_blocks, "blocks")?;
     let mut states = if score.needs_calibration() {
         embed_samples(&model, samples)?
     } else {
@@ -174,16 +168,17 @@ pub fn channel_scores(
     for (index, block) in model.layers.iter().enumerate() {
         scores.push(match score {
             ChannelScore::Activation => {
-                let norms = output_norms(&model, index, &mut states)?;
-                let scores =
-                    |kind: LinearKind, n_units: usize| match (block.linear(kind), norms.get(&kind))
-                    {
-                        (Some(layer), Some(norms)) => {
-                            let weight = layer.base.to_matrix();
-                            activation_scores(&weight, weight.cols() / n_units, norms)
-                        }
-                        _ => Ok(Vec::new()),
-                    };
+                let norms = output_norms(&model, index, &mut states, &task)?;
+                let scores = |kind: LinearKind, n_channels: usize| match (
+                    block.linear(kind),
+                    norms.get(&kind),
+                ) {
+                    (Some(layer), Some(norms)) => {
+                        let weight = layer.base.to_matrix();
+                        activation_scores(&weight, weight.cols() / n_channels, norms)
+                    }
+                    _ => Ok(Vec::new()),
+                };
                 BlockScores {
                     mlp: scores(LinearKind::Down, block.n_mlp_channels())?,
                     kv_groups: scores(LinearKind::O, block.n_kv_groups())?,
@@ -192,7 +187,7 @@ pub fn channel_scores(
             ChannelScore::L2 => weight_scores(block, l2_scores)?,
             _ => weight_scores(block, l1_scores)?,
         });
-        progress(index + 1, n_blocks);
+        task.step("")?;
     }
     Ok(scores)
 }
@@ -200,17 +195,17 @@ pub fn channel_scores(
 /// Scores that need no data.
 fn weight_scores(
     block: &Block,
-    score: impl Fn(&[UnitPart<'_>]) -> Result<Vec<f64>>,
+    score: impl Fn(&[ChannelPart<'_>]) -> Result<Vec<f64>>,
 ) -> Result<BlockScores> {
-    let of = |writers: &[LinearKind], reader: LinearKind, n_units: usize| -> Result<Vec<f64>> {
+    let of = |writers: &[LinearKind], reader: LinearKind, n_channels: usize| -> Result<Vec<f64>> {
         let weight = |kind: &LinearKind| Some(block.linear(*kind)?.base.to_matrix());
         let Some(read) = weight(&reader) else {
             return Ok(Vec::new());
         };
         let written: Vec<Matrix> = writers.iter().filter_map(weight).collect();
-        let mut parts = vec![UnitPart::columns(&read, read.cols() / n_units)?];
+        let mut parts = vec![ChannelPart::columns(&read, read.cols() / n_channels)?];
         for weight in &written {
-            parts.push(UnitPart::rows(weight, weight.rows() / n_units)?);
+            parts.push(ChannelPart::rows(weight, weight.rows() / n_channels)?);
         }
         score(&parts)
     };
@@ -233,6 +228,7 @@ fn output_norms(
     model: &Decoder,
     block: usize,
     states: &mut [Tensor<3>],
+    task: &Task<'_>,
 ) -> Result<BTreeMap<LinearKind, InputNorms>> {
     let mut norms: BTreeMap<LinearKind, InputNorms> = [LinearKind::O, LinearKind::Down]
         .into_iter()
@@ -245,6 +241,7 @@ fn output_norms(
         .collect();
     let mut failure = None;
     for state in states {
+        task.check()?;
         let mut tap = |kind: LinearKind, x: &Tensor<3>| {
             if let (None, Some(norms)) = (&failure, norms.get_mut(&kind)) {
                 failure = norms.update_sums(&column_squares(x), x.dims()[0]).err();

@@ -10,6 +10,7 @@ use crate::arch::LinearKind;
 use crate::error::{Error, Result};
 use crate::linalg::FactorConfig;
 use crate::model::Decoder;
+use crate::progress::Progress;
 use crate::sparsity::{
     Method, OwlConfig, Pattern, SparseGptConfig, outlier_share, prune, sparsegpt,
 };
@@ -52,22 +53,10 @@ impl PruneConfig {
         }
     }
 
-    /// Sets how SparseGPT's Hessians are made ready.
-    pub fn with_factor(mut self, factor: FactorConfig) -> Self {
-        self.factor = factor;
-        self
-    }
-
-    /// Sets SparseGPT's settings.
-    pub fn with_sparsegpt(mut self, sparsegpt: SparseGptConfig) -> Self {
-        self.sparsegpt = sparsegpt;
-        self
-    }
-
-    /// Sets that blocks with more outliers keep more of their weights.
-    pub fn with_owl(mut self, owl: OwlConfig) -> Self {
-        self.owl = Some(owl);
-        self
+    setters! {
+        with_factor(factor: FactorConfig);
+        with_sparsegpt(sparsegpt: SparseGptConfig);
+        with_owl(owl: OwlConfig) = Some(owl);
     }
 
     /// Checks the fields.
@@ -94,51 +83,31 @@ impl PruneConfig {
 }
 
 /// Prunes every linear layer inside the blocks, block by block, each calibrated on what the pruned ones before it put out;
-/// embedding, head and norms are left alone. Token sequences in `samples` are the calibration data.
-///
-/// `progress` is told the number of layers done, and of all.
-///
-/// # Errors
-/// Those of [`prune_model_with`].
-pub fn prune_model(
-    model: &mut Decoder,
-    samples: &[Vec<u32>],
-    method: Method,
-    pattern: &Pattern,
-    progress: impl FnMut(usize, usize),
-) -> Result<Vec<PrunedLayer>> {
-    prune_model_with(
-        model,
-        samples,
-        &PruneConfig::new(method, *pattern),
-        progress,
-    )
-}
-
-/// [`prune_model`] with all its settings. OWL takes a pass over the samples of its own, through the model as it is.
+/// embedding, head and norms are left alone. Token sequences in `samples` are the calibration data. OWL takes a pass over the
+/// samples of its own, through the model as it is.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for bad settings and for a method that needs samples without any; [`Error::HasAdapter`] for a
 /// model with adapters; those of [`walk_blocks`], of [`Method::scores`] and of [`sparsegpt`].
-pub fn prune_model_with(
+pub fn prune_model(
     model: &mut Decoder,
     samples: &[Vec<u32>],
     config: &PruneConfig,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<PrunedLayer>> {
     config.validate()?;
     model.refuse_adapters("prune before adapters are put on, or merge them first")?;
     let method = config.method;
     let samples = needed_samples(samples, method.needs_calibration(), method)?;
     let patterns = match &config.owl {
-        Some(owl) => owl_patterns(model, samples, config, owl)?,
+        Some(owl) => owl_patterns(model, samples, config, owl, progress)?,
         None => vec![config.pattern; model.layers.len()],
     };
-    let n_layers = model.linears().count();
-    let mut report: Vec<PrunedLayer> = Vec::with_capacity(n_layers);
+    let mut report = Vec::new();
     walk_blocks(
         model,
         samples,
+        "prune",
         |d_input| InputStatistic::of_method(method, d_input),
         InputStatistic::observe,
         |name, layer, input| {
@@ -161,9 +130,9 @@ pub fn prune_model_with(
                 params: weight.as_slice().len(),
                 zeros: weight.count_zeros(),
             });
-            progress(report.len(), n_layers);
             Ok(())
         },
+        progress,
     )?;
     Ok(report)
 }
@@ -193,6 +162,7 @@ fn owl_patterns(
     samples: &[Vec<u32>],
     config: &PruneConfig,
     owl: &OwlConfig,
+    progress: &dyn Progress,
 ) -> Result<Vec<Pattern>> {
     let method = if config.method.needs_calibration() {
         Method::Wanda
@@ -206,6 +176,7 @@ fn owl_patterns(
     walk_blocks(
         model,
         samples,
+        "find outliers",
         |d_input| InputStatistic::of_method(method, d_input),
         InputStatistic::observe,
         |name, layer, input| {
@@ -223,6 +194,7 @@ fn owl_patterns(
             }
             Ok(())
         },
+        progress,
     )?;
     let found: Vec<f64> = shares.values().copied().collect();
     let ratios = owl.ratios(&found, config.pattern.ratio())?;

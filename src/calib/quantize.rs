@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::format::QuantizedMatrix;
 use crate::linalg::{FactorConfig, Hessian, Matrix};
 use crate::model::Decoder;
+use crate::progress::Progress;
 use crate::quant::{GptqConfig, GridConfig, gptq, round_to_nearest, sparse_gptq};
 use crate::sparsity::{Mask, Pattern};
 
@@ -58,16 +59,9 @@ impl QuantizeConfig {
         }
     }
 
-    /// Sets the grids and GPTQ's settings.
-    pub fn with_gptq(mut self, gptq: GptqConfig) -> Self {
-        self.gptq = gptq;
-        self
-    }
-
-    /// Sets how GPTQ's Hessians are made ready.
-    pub fn with_factor(mut self, factor: FactorConfig) -> Self {
-        self.factor = factor;
-        self
+    setters! {
+        with_gptq(gptq: GptqConfig);
+        with_factor(factor: FactorConfig);
     }
 
     /// Checks the fields.
@@ -88,7 +82,7 @@ impl QuantizeConfig {
 /// out; embedding, head and norms are left alone. Weights that are 0 stay 0.
 ///
 /// Returns each layer's quantized weight by Hugging Face's module path; the model's own weights are what those stand for, in
-/// the format that they were stored in. `progress` is told the number of layers done, and of all.
+/// the format that they were stored in.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for bad settings and for a method that needs samples without any; [`Error::HasAdapter`](crate::Error::HasAdapter) for a
@@ -97,17 +91,17 @@ pub fn quantize_model(
     model: &mut Decoder,
     samples: &[Vec<u32>],
     config: &QuantizeConfig,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<BTreeMap<String, QuantizedMatrix>> {
     config.validate()?;
     model.refuse_adapters("quantize before adapters are put on, or merge them first")?;
     let nearest = config.method == QuantizeMethod::Nearest;
     let samples = needed_samples(samples, !nearest, config.method)?;
-    let n_layers = model.linears().count();
     let mut quantized = BTreeMap::new();
     walk_blocks(
         model,
         samples,
+        "quantize",
         |d_input| {
             if nearest {
                 InputStatistic::Nothing
@@ -122,9 +116,9 @@ pub fn quantize_model(
                 .map_err(|error| in_layer(name, error))?;
             layer.set_matrix(&found.dequantize())?;
             quantized.insert(name.to_string(), found);
-            progress(quantized.len(), n_layers);
             Ok(())
         },
+        progress,
     )?;
     Ok(quantized)
 }

@@ -10,14 +10,14 @@ use burn::module::Module;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
-use super::order::BlockScores;
+use super::channels::{BlockScores, sum_channels};
 use super::{batches, targets};
-use crate::adapter::{ElasticLora, LoraConfig, mix_seed};
+use crate::adapter::{ElasticLora, LoraConfig};
 use crate::arch::LinearKind;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
-use crate::nn::host_values;
-use crate::sparsity::sum_units;
+use crate::nn::{host_values, mix_seed};
+use crate::progress::{Progress, Task};
 
 /// The layers whose rows are scored; what reads them (o, down) tells nothing more.
 const SCORED: [LinearKind; 5] = [
@@ -51,10 +51,23 @@ impl Default for TaylorConfig {
     }
 }
 
+impl TaylorConfig {
+    /// Rank 32, 512 tokens a batch, seed 0.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    setters! {
+        with_rank(rank: usize);
+        with_batch_tokens(batch_tokens: usize);
+        with_seed(seed: u64);
+    }
+}
+
 /// The mean over batches of `|<w, dL/dw>|`, summed over the rows `w` of gate and up that are an MLP channel's, and over those of
 /// q, k and v that are a key/value group's. L is the mean loss of a batch, and the gradient a sketch.
 ///
-/// Samples of fewer than two tokens predict nothing and are left out. `progress` is told the batches done, and of all.
+/// Samples of fewer than two tokens predict nothing and are left out.
 ///
 /// # Errors
 /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
@@ -65,7 +78,7 @@ pub fn taylor_scores(
     model: &Decoder,
     samples: &[Vec<u32>],
     config: &TaylorConfig,
-    mut progress: impl FnMut(usize, usize),
+    progress: &dyn Progress,
 ) -> Result<Vec<BlockScores>> {
     model.check_reorderable()?;
     let lora = LoraConfig::new(config.rank).with_alpha(config.rank as f64);
@@ -82,6 +95,7 @@ pub fn taylor_scores(
             "at least one of two tokens, for the taylor score",
         ));
     }
+    let mut task = Task::begin(progress, "score channels", batches.len(), "batches")?;
     let mut probe = model.clone().set_require_grad(false).train();
     let tape = probe.device();
     let mut scores: Vec<BlockScores> = (probe.layers.iter())
@@ -122,18 +136,18 @@ pub fn taylor_scores(
                         value: terms[index],
                     });
                 }
-                let units = match kind {
+                let channels = match kind {
                     LinearKind::Gate | LinearKind::Up => &mut scores.mlp,
                     _ => &mut scores.kv_groups,
                 };
-                let width = terms.len() / units.len();
+                let width = terms.len() / channels.len();
                 let share = sketch_scale(adapter) / batches.len() as f64;
-                for (score, term) in units.iter_mut().zip(sum_units(&terms, width)?) {
+                for (score, term) in channels.iter_mut().zip(sum_channels(&terms, width)?) {
                     *score += share * term;
                 }
             }
         }
-        progress(index + 1, batches.len());
+        task.step("")?;
     }
     Ok(scores)
 }

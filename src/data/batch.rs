@@ -133,23 +133,6 @@ impl BatchPlan {
         batches.shuffle(&mut rng);
         batches
     }
-
-    /// Share of padding among all tokens of an epoch's batches, in 0..1.
-    pub fn padding_share(&self, epoch: u64) -> f64 {
-        let longest =
-            |batch: &Vec<usize>| batch.iter().map(|i| self.lengths[*i]).max().unwrap_or(0);
-        let padded: usize = self
-            .epoch(epoch)
-            .iter()
-            .map(|batch| batch.len() * longest(batch))
-            .sum();
-        let tokens: usize = self.lengths.iter().sum();
-        if padded == 0 {
-            0.0
-        } else {
-            (padded - tokens) as f64 / padded as f64
-        }
-    }
 }
 
 /// Endless batches for training. After [`seek`](Self::seek), they go on as they would have for a batcher that got there by

@@ -1,14 +1,11 @@
-//! From files to batches: records, prompt templates, tokenizing, label masks, batches by length, calibration windows; and the
-//! generator of the word problems that the crate's own model is made of.
+//! From files to batches: records, prompt templates, tokenizing, label masks, batches by length, calibration windows.
 //!
 //! A [`Record`] is what a file holds. A [`PromptTemplate`] makes an [`Example`] of it (prompt, completion), [`tokenize`] a
 //! [`Sequence`] (ids and which of them are learned), and a [`Batcher`] batches of those, in an order that follows from a
 //! seed and can be taken up at any point.
 
 pub mod answers;
-pub mod arithmetic;
 mod batch;
-mod bpe;
 mod record;
 mod sequence;
 mod template;
@@ -16,12 +13,8 @@ mod tokenizer;
 mod window;
 
 pub use batch::{Batch, BatchPlan, Batcher, Position, collate, fixed_batches};
-pub use bpe::{BPE_BOS, BPE_EOS, BPE_PAD, bpe_tokenizer_config, train_bpe};
-pub use record::{MAX_FILE_BYTES, Record, load_records, load_text, parse_records, to_json_lines};
+pub use record::{MAX_FILE_BYTES, Record, load_records, load_text, parse_records};
 pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
 pub use template::{Example, PromptTemplate};
 pub use tokenizer::TextTokenizer;
 pub use window::{calibration_samples, join_documents, pack, windows};
-
-#[cfg(test)]
-mod tests;

@@ -162,19 +162,6 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     Ok(records.into_iter().filter(|r| !blank(r)).collect())
 }
 
-/// Records as JSON Lines, one per line.
-///
-/// # Errors
-/// [`Error::Json`] where a record cannot be written.
-pub fn to_json_lines<'a>(records: impl IntoIterator<Item = &'a Record>) -> Result<String> {
-    let mut out = String::new();
-    for record in records {
-        out.push_str(&serde_json::to_string(record).map_err(|e| Error::json("records", e))?);
-        out.push('\n');
-    }
-    Ok(out)
-}
-
 fn bad_record(path: &Path, index: usize, reason: String) -> Error {
     Error::InvalidRecord {
         path: path.to_path_buf(),

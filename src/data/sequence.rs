@@ -63,22 +63,10 @@ impl TokenizeOptions {
         }
     }
 
-    /// Sets [`mask_prompt`](Self::mask_prompt).
-    pub fn with_mask_prompt(mut self, mask_prompt: bool) -> Self {
-        self.mask_prompt = mask_prompt;
-        self
-    }
-
-    /// Sets [`add_eos`](Self::add_eos).
-    pub fn with_add_eos(mut self, add_eos: bool) -> Self {
-        self.add_eos = add_eos;
-        self
-    }
-
-    /// Sets [`truncate`](Self::truncate).
-    pub fn with_truncate(mut self, truncate: bool) -> Self {
-        self.truncate = truncate;
-        self
+    setters! {
+        with_mask_prompt(mask_prompt: bool);
+        with_add_eos(add_eos: bool);
+        with_truncate(truncate: bool);
     }
 }
 

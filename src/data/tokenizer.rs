@@ -158,11 +158,6 @@ impl TextTokenizer {
         self.inner.get_vocab_size(true)
     }
 
-    /// The largest token id, which is `vocab_size() - 1` unless the ids have gaps; `None` for an empty vocabulary.
-    pub fn max_id(&self) -> Option<u32> {
-        self.inner.get_vocab(true).into_values().max()
-    }
-
     /// The id of a token.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
@@ -171,16 +166,6 @@ impl TextTokenizer {
     /// The token of an id.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
-    }
-
-    /// Whether the tokenizer puts a token (BOS) before a text.
-    pub fn adds_bos(&self) -> bool {
-        !self.prefix.is_empty()
-    }
-
-    /// Whether the tokenizer puts a token (EOS) after a text.
-    pub fn adds_eos(&self) -> bool {
-        !self.suffix.is_empty()
     }
 
     /// What the tokenizer puts before a text.

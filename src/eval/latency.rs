@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
+use crate::progress::{Progress, Task};
 use crate::space::{Elastic, SubnetConfig};
 use crate::supernet::{SubnetCost, SuperNet};
 
@@ -122,8 +123,7 @@ pub struct LatencyTable {
 }
 
 impl LatencyTable {
-    /// Times each part of `net`'s model at each size that its space offers, the least of `repeats` runs. `progress` is told the
-    /// number of parts done, and of all.
+    /// Times each part of `net`'s model at each size that its space offers, the least of `repeats` runs.
     ///
     /// # Errors
     /// As [`measure_ms`].
@@ -131,7 +131,7 @@ impl LatencyTable {
         net: &SuperNet,
         phase: Phase,
         repeats: usize,
-        mut progress: impl FnMut(usize, usize),
+        progress: &dyn Progress,
     ) -> Result<Self> {
         let model = net.eval_model();
         let config = model.config();
@@ -151,12 +151,7 @@ impl LatencyTable {
             1 + attentions.len() + widths.len(),
             model.device().without_autodiff(),
         );
-        let mut done = 0;
-        let mut told = |ms: f64| {
-            done += 1;
-            progress(done, all);
-            ms
-        };
+        let mut task = Task::begin(progress, "time parts", all, "parts")?;
         let (before, timed) = phase.tokens();
         let ids = model.tokens(&vec![0; timed], 1)?;
         // As in the model, after a block.
@@ -167,13 +162,16 @@ impl LatencyTable {
                 None,
             ))
         };
-        let rest_ms = told(least_ms_after(repeats, block, || {
+        let rest_ms = least_ms_after(repeats, block, || {
             let hidden = model.norm.forward(model.embed(ids.clone()));
             wait(&model.logits(hidden.narrow(1, timed - 1, 1)));
-        }));
+        });
+        task.step("")?;
         let mut part = |dims: BlockDims| -> Result<f64> {
             let part = part_model(&model, dims, timed, &device)?;
-            Ok(told(time_blocks(&part, before, timed, repeats, &device)))
+            let ms = time_blocks(&part, before, timed, repeats, &device);
+            task.step("")?;
+            Ok(ms)
         };
         let mut attention_ms = Vec::with_capacity(attentions.len());
         for (n_heads, n_kv_heads) in attentions {

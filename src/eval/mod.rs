@@ -3,7 +3,7 @@
 mod latency;
 mod objective;
 
-pub use crate::train::mean_loss;
+pub use crate::train::loss::mean_loss;
 pub use latency::{LatencyTable, Phase, measure_ms};
 pub use objective::{Cost, Metric, SubnetObjective};
 
@@ -14,6 +14,7 @@ use crate::data::{PromptTemplate, Record, TextTokenizer, answers};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, generate_batch};
 use crate::nn::{KvCache, host_values};
+use crate::progress::{Progress, Task};
 use crate::runtime::GenerateConfig;
 
 /// Tokens that go through the model at once.
@@ -36,7 +37,12 @@ pub struct Perplexity {
 /// # Errors
 /// [`Error::InvalidArgument`] for a context under 2 or fewer than 2 tokens; [`Error::SequenceTooLong`] for one over the model's;
 /// those of [`Decoder::tokens`].
-pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perplexity> {
+pub fn perplexity(
+    model: &Decoder,
+    ids: &[u32],
+    context: usize,
+    progress: &dyn Progress,
+) -> Result<Perplexity> {
     if context < 2 {
         return Err(Error::argument("context", context, "at least 2 tokens"));
     }
@@ -49,6 +55,7 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
         });
     }
     let full = ids.len() / context * context;
+    let mut task = Task::begin(progress, "perplexity", ids.len(), "tokens")?;
     let mut sum = 0.0;
     let mut n = 0;
     let mut add = |ids: &[u32], rows: usize| -> Result<()> {
@@ -76,6 +83,8 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
                     sum += f64::from(host_values(model.nll_of_hidden(hidden, targets))[0]);
                     n += targets.len();
                 }
+                task.advance(piece.len(), "");
+                task.check()?;
             }
             return Ok(());
         }
@@ -87,7 +96,8 @@ pub fn perplexity(model: &Decoder, ids: &[u32], context: usize) -> Result<Perple
             sum += f64::from(host_values(model.nll_sum(model.tokens(ids, rows)?, &targets)?)[0]);
             n += targets.len();
         }
-        Ok(())
+        task.advance(ids.len(), "");
+        task.check()
     };
     let rows = (TOKENS_AT_ONCE / context).max(1);
     for chunk in ids[..full].chunks(rows * context) {
@@ -191,8 +201,9 @@ impl ProblemSet {
         model: &Decoder,
         tokenizer: &TextTokenizer,
         config: &GenerateConfig,
+        progress: &dyn Progress,
     ) -> Result<ExactMatch> {
-        let outputs = generate_batch(model, &self.prompts, config)?;
+        let outputs = generate_batch(model, &self.prompts, config, progress)?;
         let mut correct = 0;
         for (output, reference) in outputs.iter().zip(&self.references) {
             // Many models have rows in their vocabulary that no token of the tokenizer stands for.

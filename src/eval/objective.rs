@@ -1,8 +1,9 @@
-//! A super-network's subnets as points of a search.
+//! A supernet's subnets as points of a search.
 
 use super::{LatencyTable, ProblemSet, mean_loss};
 use crate::data::{Batch, TextTokenizer};
 use crate::error::{Error, Result};
+use crate::progress::Progress;
 use crate::runtime::GenerateConfig;
 use crate::search::ObjectiveNames;
 use crate::space::SubnetConfig;
@@ -37,7 +38,7 @@ pub enum Cost {
     Latency,
 }
 
-/// Scores subnets of one super-network: `[loss or -accuracy, cost]`, both to be minimised.
+/// Scores subnets of one supernet: `[loss or -accuracy, cost]`, both to be minimised.
 pub struct SubnetObjective<'a> {
     net: SuperNet,
     metric: Metric<'a>,
@@ -47,7 +48,7 @@ pub struct SubnetObjective<'a> {
 }
 
 impl<'a> SubnetObjective<'a> {
-    /// Shares the super-network's weights; the caller's active subnet stays as it is.
+    /// Shares the supernet's weights; the caller's active subnet stays as it is.
     pub fn new(net: &SuperNet, metric: Metric<'a>, cost: Cost) -> Self {
         Self {
             net: net.clone(),
@@ -64,7 +65,7 @@ impl<'a> SubnetObjective<'a> {
         self
     }
 
-    /// Takes latency as the cost, as this table of the same super-network has it.
+    /// Takes latency as the cost, as this table of the same supernet has it.
     pub fn with_latency(mut self, table: LatencyTable) -> Self {
         (self.cost, self.latency) = (Cost::Latency, Some(table));
         self
@@ -90,20 +91,20 @@ impl<'a> SubnetObjective<'a> {
     ///
     /// # Errors
     /// A subnet outside the space; those of the evaluation.
-    pub fn evaluate(&self, subnet: &SubnetConfig) -> Result<Vec<f64>> {
+    pub fn evaluate(&self, subnet: &SubnetConfig, progress: &dyn Progress) -> Result<Vec<f64>> {
         // A clone shares every weight: several subnets can be scored at once.
         let mut net = self.net.clone();
         net.activate(subnet)?;
         let model = net.eval_model();
         let cost = self.cost(&net, subnet)?;
         let score = match &self.metric {
-            Metric::Loss(batches) => mean_loss(&model, batches)?,
+            Metric::Loss(batches) => mean_loss(&model, batches, progress)?,
             Metric::Accuracy {
                 problems,
                 tokenizer,
                 generate,
             } => -problems
-                .exact_match(&model, tokenizer, generate)?
+                .exact_match(&model, tokenizer, generate, progress)?
                 .accuracy(),
         };
         Ok(vec![score, cost])

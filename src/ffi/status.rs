@@ -109,7 +109,7 @@ impl From<Error> for Failure {
             }
             Error::SequenceTooLong { .. } => ELORA_STATUS_CONTEXT_FULL,
             Error::OutOfMemory { .. } => ELORA_STATUS_OUT_OF_MEMORY,
-            Error::Interrupted => ELORA_STATUS_CANCELLED,
+            Error::Interrupted { .. } => ELORA_STATUS_CANCELLED,
             _ => ELORA_STATUS_INVALID_ARGUMENT,
         };
         Self::new(status, error.to_string())

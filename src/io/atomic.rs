@@ -291,7 +291,7 @@ mod tests {
         assert!(entries(root.path()).is_empty());
         write_file(&path, |sink| sink.put(b"one")).unwrap();
         // A failed second write leaves the first as it was.
-        assert!(write_file(&path, |_| Err(Error::Interrupted)).is_err());
+        assert!(write_file(&path, |_| Err(Error::argument("x", 1, "2"))).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"one");
         write_file(&path, |sink| sink.put(b"two")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"two");

@@ -1,5 +1,5 @@
 //! Files to named tensors and back: safetensors, Hugging Face model folders, quantized layers, PEFT
-//! adapters, bundles, reports.
+//! adapters, bundles.
 //!
 //! Nothing here knows Burn. Everything read is treated as hostile: sizes are checked before memory is taken, every error
 //! names the file, tensor or field. Everything written appears whole or not at all ([`atomic`]). Matrices are `[out, in]`.
@@ -10,14 +10,12 @@ mod fields;
 pub mod hf;
 pub mod peft;
 pub mod quantized;
-pub mod report;
 pub mod tensors;
 
 pub use atomic::FolderWriter;
 pub use hf::HfConfig;
 pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};
-pub use report::{Report, Row};
 pub use tensors::{Checkpoint, DType, HostTensor, TensorInfo};
 
 use std::fs::File;

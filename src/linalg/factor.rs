@@ -34,16 +34,9 @@ impl FactorConfig {
         Self::default()
     }
 
-    /// Sets what is added to the diagonal, as a share of its mean.
-    pub fn with_damping(mut self, damping: f64) -> Self {
-        self.damping = damping;
-        self
-    }
-
-    /// Sets whether the columns of the largest input are rounded first.
-    pub fn with_activation_order(mut self, activation_order: bool) -> Self {
-        self.activation_order = activation_order;
-        self
+    setters! {
+        with_damping(damping: f64);
+        with_activation_order(activation_order: bool);
     }
 
     /// Checks the fields.
@@ -174,13 +167,13 @@ impl Factor {
     }
 
     /// `U_ik / U_kk`, by position in the order of rounding; 1 on the diagonal.
-    pub fn couplings(&self) -> &Matrix {
+    pub(crate) fn couplings(&self) -> &Matrix {
         &self.couplings
     }
 
     /// `U_kk`, by position: its square is what a unit error of that weight costs once all later ones have made up for it, the
     /// inverse of the `[H^-1]_kk` that SparseGPT divides by.
-    pub fn pivots(&self) -> &[f32] {
+    pub(crate) fn pivots(&self) -> &[f32] {
         &self.pivots
     }
 
@@ -190,7 +183,7 @@ impl Factor {
     }
 
     /// Columns that were 0 in all of the input, ascending.
-    pub fn dead(&self) -> &[u32] {
+    pub(crate) fn dead(&self) -> &[u32] {
         &self.dead
     }
 

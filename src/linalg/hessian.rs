@@ -65,7 +65,7 @@ impl Hessian {
     }
 
     /// The diagonal: each column's sum of squares.
-    pub fn diagonal(&self) -> Vec<f32> {
+    pub(crate) fn diagonal(&self) -> Vec<f32> {
         (0..self.d_input()).map(|i| self.sum.row(i)[i]).collect()
     }
 
@@ -134,30 +134,6 @@ impl Hessian {
             None => Ok(()),
         }
     }
-
-    /// `e H e^T` in `f64`, the squared output error that an error `e` of one output's weights makes.
-    ///
-    /// # Errors
-    /// [`Error::ShapeMismatch`] where `error` has another length than the input has columns.
-    pub fn energy(&self, error: &[f32]) -> Result<f64> {
-        let d = self.d_input();
-        if error.len() != d {
-            let what = "error of a row of weights".into();
-            return Err(Error::ShapeMismatch {
-                what,
-                expected: vec![d],
-                found: vec![error.len()],
-            });
-        }
-        let twice = |i: usize| {
-            let row = self.sum.row(i);
-            let rest: f64 = (i + 1..d)
-                .map(|j| f64::from(row[j]) * f64::from(error[j]))
-                .sum();
-            f64::from(error[i]) * (f64::from(row[i]) * f64::from(error[i]) + 2.0 * rest)
-        };
-        Ok((0..d).filter(|i| error[*i] != 0.0).map(twice).sum())
-    }
 }
 
 #[cfg(test)]
@@ -189,18 +165,6 @@ mod tests {
                     assert!((f64::from(parts.to_matrix().row(i)[j]) - exact).abs() < 1e-4);
                 }
             }
-            let error: Vec<f32> = (0..d).map(|_| rng.random_range(-1.0..1.0)).collect();
-            let exact: f64 = x
-                .chunks_exact(d)
-                .map(|x| {
-                    x.iter()
-                        .zip(&error)
-                        .map(|(x, e)| f64::from(*x) * f64::from(*e))
-                        .sum::<f64>()
-                        .powi(2)
-                })
-                .sum();
-            assert!((whole.energy(&error).unwrap() / exact - 1.0).abs() < 1e-4);
         }
     }
 
@@ -218,7 +182,6 @@ mod tests {
             Err(Error::NotFinite { index: 1, .. })
         ));
         assert_eq!(hessian, before);
-        assert!(hessian.energy(&[1.0; 2]).is_err());
         assert!(Hessian::from_matrix(Matrix::zeros(2, 3)).is_err());
         let nan = Matrix::from_fn(2, 2, |i, j| if (i, j) == (0, 1) { f32::NAN } else { 1.0 });
         assert!(matches!(

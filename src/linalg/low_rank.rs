@@ -19,7 +19,7 @@ const NEGLIGIBLE: f64 = 1e-6;
 
 /// A matrix as a sum of `rank` products of a column and a row, by decreasing singular value: `left * right`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct LowRank {
+pub(crate) struct LowRank {
     /// `[rows, rank]`; column `i` has the length of the root of singular value `i`.
     pub left: Matrix,
     /// `[rank, cols]`; row `i` has that length too.
@@ -35,7 +35,7 @@ pub struct LowRank {
 ///
 /// # Errors
 /// [`Error::NotFinite`] where the matrix holds NaN or an infinity; [`Error::InvalidArgument`] for a rank of 0.
-pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
+pub(crate) fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
     if rank == 0 {
         return Err(Error::argument("rank", 0, "at least 1"));
     }
@@ -60,20 +60,20 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
     if k == 0 {
         return Ok(found);
     }
-    let turned = matrix.transposed();
+    let transposed = matrix.transposed();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     // Rows of these are directions.
     let mut right = Matrix::from_fn(k, cols, |_, _| rng.random_range(-1.0..1.0));
     let mut left = products(matrix, &right);
     for _ in 0..PASSES {
         orthonormalize(&mut left);
-        right = products(&turned, &left);
+        right = products(&transposed, &left);
         orthonormalize(&mut right);
         left = products(matrix, &right);
     }
     orthonormalize(&mut left);
     // The matrix on that basis, k rows, whose own singular vectors follow from a small symmetric matrix.
-    right = products(&turned, &left);
+    right = products(&transposed, &left);
     // Each product from the same two rows in the same order, so that it is symmetric to the last bit.
     let entry = |i: usize, j: usize| dot(right.row(i.max(j)), right.row(i.min(j)));
     let gram = (0..k)
@@ -90,16 +90,16 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
         }
         found.singular[term] = value;
         // `u = Q w`, and `w^T Q^T M = value * v^T`.
-        let turn = |of: &Matrix, position: usize| -> f64 {
+        let rotated = |of: &Matrix, position: usize| -> f64 {
             (0..k)
                 .map(|i| vectors[i][index] * f64::from(of.row(i)[position]))
                 .sum()
         };
         for row in 0..rows {
-            found.left.row_mut(row)[term] = (turn(&left, row) * value.sqrt()) as f32;
+            found.left.row_mut(row)[term] = (rotated(&left, row) * value.sqrt()) as f32;
         }
         for (column, out) in found.right.row_mut(term).iter_mut().enumerate() {
-            *out = (turn(&right, column) / value.sqrt()) as f32;
+            *out = (rotated(&right, column) / value.sqrt()) as f32;
         }
     }
     Ok(found)
@@ -109,12 +109,12 @@ pub fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
 fn products(matrix: &Matrix, directions: &Matrix) -> Matrix {
     let (rows, cols, k) = (matrix.rows(), matrix.cols(), directions.rows());
     let mut out = vec![0.0_f32; rows * k];
-    let turned = View::rows(directions.as_slice(), [k, cols], cols).transposed();
+    let transposed = View::rows(directions.as_slice(), [k, cols], cols).transposed();
     out.par_chunks_mut(ROWS * k)
         .zip(matrix.as_slice().par_chunks(ROWS * cols))
         .for_each(|(out, part)| {
             let part = View::rows(part, [out.len() / k, cols], cols);
-            add_product(out, k, 1.0, part, turned);
+            add_product(out, k, 1.0, part, transposed);
         });
     Matrix::from_fn(k, rows, |index, row| out[row * k + index])
 }

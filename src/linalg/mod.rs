@@ -8,7 +8,7 @@ pub(crate) mod product;
 
 pub use factor::{Factor, FactorConfig};
 pub use hessian::Hessian;
-pub use low_rank::{LowRank, low_rank};
+pub(crate) use low_rank::low_rank;
 
 use crate::error::{Error, Result};
 

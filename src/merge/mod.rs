@@ -15,6 +15,7 @@ use crate::format::PackedMatrix;
 use crate::io::hf::DECI_MULTIPLE;
 use crate::model::{Block, Decoder, Mlp};
 use crate::nn::{RmsNorm, host_values, matrix_from_tensor};
+use crate::progress::{Progress, Task};
 use crate::sparsity::Mask;
 use crate::supernet::SuperNet;
 
@@ -29,12 +30,12 @@ pub enum MergeMode {
     Dense,
 }
 
-/// Merges the active subnet of a super-network into its base.
+/// Merges the active subnet of a supernet into its base.
 ///
 /// ```
 /// # use burn::tensor::Device;
-/// # use elastic_lora::{adapter::LoraConfig, io::{DType, hf::{HfConfig, LlamaDims}}, model::Decoder};
-/// # use elastic_lora::{supernet::SuperNetConfig, Merger, SearchSpace, SuperNet};
+/// # use elastic_lora::{io::{DType, hf::{HfConfig, LlamaDims}}, model::Decoder};
+/// # use elastic_lora::{progress::Silent, supernet::SuperNetConfig, Merger, SearchSpace, SuperNet};
 /// # fn main() -> elastic_lora::Result<()> {
 /// # let config = HfConfig::new_llama(&LlamaDims {
 /// #     vocab_size: 11, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 1, num_attention_heads: 2,
@@ -43,9 +44,9 @@ pub enum MergeMode {
 /// # })?;
 /// # let model = Decoder::init(&config, 1, &Device::flex())?;
 /// let space = SearchSpace::per_layer(&model.layer_shapes(), &[4, 2])?;
-/// let settings = SuperNetConfig::new(LoraConfig::new(4)).with_sparse_peft(true);
+/// let settings = SuperNetConfig::for_space(&space).with_sparse_peft(true);
 /// let net = SuperNet::new(model, space, settings)?;
-/// let merged = Merger::new().merge(&net, &[vec![1, 2, 3]])?;
+/// let merged = Merger::new().merge(&net, &[vec![1, 2, 3]], &Silent)?;
 /// assert_eq!(merged.report.zeros_lost, 0);
 /// # Ok(())
 /// # }
@@ -84,7 +85,7 @@ pub struct MergeReport {
     /// Sizes of the blocks of the merged model.
     #[serde(default)]
     pub blocks: Vec<BlockDims>,
-    /// Parts of the super-network's blocks that are left out, as `model.layers.3.mlp`.
+    /// Parts of the supernet's blocks that are left out, as `model.layers.3.mlp`.
     #[serde(default)]
     pub left_out: Vec<String>,
     /// Largest absolute difference between the logits of the unmerged and the merged model on the sample input; absent
@@ -129,7 +130,12 @@ impl Merger {
     /// [`Error::NotFinite`] where a merged weight is not a number; [`Error::OffGrid`] as
     /// [`ElasticLoraLinear::merged_quantized`] says; [`Error::Unsupported`] for a subnet of smaller widths or
     /// depth; those of [`Decoder::tokens`] for `sample`.
-    pub fn merge(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
+    pub fn merge(
+        &self,
+        net: &SuperNet,
+        sample: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<Merged> {
         let narrowed =
             |(_, layer): &(String, &ElasticLoraLinear)| layer.active_dims() != layer.base.dims();
         if let Some((name, _)) = net.model().linears().find(narrowed) {
@@ -142,7 +148,7 @@ impl Merger {
                 what: format!("merging with `{unit}` left out, not extracting,"),
             });
         }
-        self.extract(net, sample)
+        self.extract(net, sample, progress)
     }
 
     /// The active subnet as a plain model of its own: adapters merged, and only those channels, heads and parts of blocks left that
@@ -154,7 +160,12 @@ impl Merger {
     ///
     /// # Errors
     /// As [`merge`](Self::merge), whatever is left out; [`Error::InvalidConfig`] where nothing is left.
-    pub fn extract(&self, net: &SuperNet, sample: &[Vec<u32>]) -> Result<Merged> {
+    pub fn extract(
+        &self,
+        net: &SuperNet,
+        sample: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<Merged> {
         let unmerged = net.eval_model();
         let (mut model, left_out) = (unmerged.clone(), unmerged.left_out());
         let mut layers = Vec::new();
@@ -163,6 +174,7 @@ impl Merger {
             .map(|(name, _)| name)
             .filter(|name| unmerged.runs(name))
             .collect();
+        let mut task = Task::begin(progress, "merge", running.len(), "layers")?;
         for name in &running {
             let Some(layer) = model.linear_mut(name) else {
                 continue;
@@ -173,7 +185,9 @@ impl Merger {
                 let weight = matrix_from_tensor(layer.base.active_weight());
                 layer.base = layer.base.replaced(&weight)?;
             }
+            task.step("")?;
         }
+        drop(task);
         let blocks: Vec<BlockDims> = net.block_dims(net.active())?;
         let blocks: Vec<BlockDims> = blocks
             .into_iter()
@@ -185,6 +199,7 @@ impl Merger {
             model = model.with_layers(running, config);
         }
         let mut max_logit_difference = None;
+        let mut task = Task::begin(progress, "compare", sample.len(), "sequences")?;
         for tokens in sample {
             let before = host_values(unmerged.forward(unmerged.tokens(tokens, 1)?));
             let after = host_values(model.forward(model.tokens(tokens, 1)?));
@@ -194,6 +209,7 @@ impl Merger {
                 .map(|(a, b)| (a - b).abs())
                 .fold(0.0, f32::max);
             max_logit_difference = Some(difference.max(max_logit_difference.unwrap_or(0.0)));
+            task.step("")?;
         }
         let zeros_lost = layers.iter().map(|layer| layer.zeros_lost).sum();
         Ok(Merged {
@@ -251,7 +267,7 @@ impl Merger {
     ///
     /// # Errors
     /// As [`merge`](Self::merge); the layer is then as before.
-    pub fn merge_layer(
+    fn merge_layer(
         &self,
         name: &str,
         layer: &mut ElasticLoraLinear,

@@ -3,6 +3,7 @@
 use super::Decoder;
 use crate::error::{Error, Result};
 use crate::nn::{KvCache, host_values};
+use crate::progress::{Progress, Task};
 use crate::runtime::{GenerateConfig, Sampler};
 
 /// Continues every prompt; the outputs are in the prompts' order and without the prompts. A sequence ends at a stop token,
@@ -16,6 +17,7 @@ pub fn generate_batch(
     model: &Decoder,
     prompts: &[Vec<u32>],
     config: &GenerateConfig,
+    progress: &dyn Progress,
 ) -> Result<Vec<Vec<u32>>> {
     config.sample.validate()?;
     if config.batch_size == 0 {
@@ -42,11 +44,10 @@ pub fn generate_batch(
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|index| prompts[*index].len());
     let mut outputs = vec![Vec::new(); prompts.len()];
+    let mut task = Task::begin(progress, "generate", prompts.len(), "sequences")?;
     for chunk in order.chunks(config.batch_size) {
-        for (index, output) in chunk
-            .iter()
-            .zip(generate_chunk(model, prompts, chunk, config)?)
-        {
+        let chunk_outputs = generate_chunk(model, prompts, chunk, config, &mut task)?;
+        for (index, output) in chunk.iter().zip(chunk_outputs) {
             outputs[*index] = output;
         }
     }
@@ -58,6 +59,7 @@ fn generate_chunk(
     prompts: &[Vec<u32>],
     chunk: &[usize],
     config: &GenerateConfig,
+    task: &mut Task<'_>,
 ) -> Result<Vec<Vec<u32>>> {
     let context = model.config().max_position_embeddings();
     let vocab = model.config().vocab_size();
@@ -94,7 +96,9 @@ fn generate_chunk(
         })
         .collect();
     rows.retain(|row| rooms[*row] > 0);
+    task.advance(chunk.len() - rows.len(), "");
     while !rows.is_empty() {
+        task.check()?;
         let seq = ids.len() / rows.len();
         let hidden = model.hidden_states(model.tokens(&ids, rows.len())?, Some(&mut cache));
         let logits = host_values(model.logits(hidden.narrow(1, seq - 1, 1)));
@@ -110,6 +114,9 @@ fn generate_chunk(
                 going.push(place);
                 ids.push(next);
             }
+        }
+        if going.len() < rows.len() {
+            task.advance(rows.len() - going.len(), "");
         }
         if going.is_empty() {
             break;

@@ -9,7 +9,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::rtn::{check_finite, empty_parts, find_grids};
-use super::{Grid, GridConfig};
+use super::{GridConfig, GroupGrid};
 use crate::error::{Error, Result};
 use crate::format::{QuantizedMatrix, QuantizedParts};
 use crate::linalg::{Factor, Matrix};
@@ -54,16 +54,9 @@ impl GptqConfig {
         }
     }
 
-    /// Sets from which weights the grids of groups are found.
-    pub fn with_groups(mut self, groups: GroupGrids) -> Self {
-        self.groups = groups;
-        self
-    }
-
-    /// Sets the columns that are rounded before the rest is told.
-    pub fn with_block_size(mut self, block_size: usize) -> Self {
-        self.block_size = block_size;
-        self
+    setters! {
+        with_groups(groups: GroupGrids);
+        with_block_size(block_size: usize);
     }
 
     /// Checks the fields.
@@ -219,13 +212,13 @@ impl GridRow<'_> {
             .map_or(position, |order| order[position] as usize)
     }
 
-    fn grid(&self, position: usize) -> Grid {
+    fn grid(&self, position: usize) -> GroupGrid {
         let group = if self.fixed {
             self.column(position)
         } else {
             position
         } / self.group_size;
-        Grid {
+        GroupGrid {
             scale: self.scales[group],
             zero: self.zeros[group],
             top: self.top,

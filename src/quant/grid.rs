@@ -58,28 +58,11 @@ impl GridConfig {
         }
     }
 
-    /// Sets the columns that share a grid; none for the whole row.
-    pub fn with_group_size(mut self, group_size: Option<usize>) -> Self {
-        self.group_size = group_size;
-        self
-    }
-
-    /// Sets whether the zero point is the middle of the grid.
-    pub fn with_symmetric(mut self, symmetric: bool) -> Self {
-        self.symmetric = symmetric;
-        self
-    }
-
-    /// Sets the format that scales are rounded to.
-    pub fn with_scale_dtype(mut self, scale_dtype: ScaleDtype) -> Self {
-        self.scale_dtype = scale_dtype;
-        self
-    }
-
-    /// Sets whether a zero point of 0 is avoided.
-    pub fn with_zero_from_one(mut self, zero_from_one: bool) -> Self {
-        self.zero_from_one = zero_from_one;
-        self
+    setters! {
+        with_group_size(group_size: Option<usize>);
+        with_symmetric(symmetric: bool);
+        with_scale_dtype(scale_dtype: ScaleDtype);
+        with_zero_from_one(zero_from_one: bool);
     }
 
     /// Checks the fields.
@@ -97,7 +80,7 @@ impl GridConfig {
     }
 
     /// Columns of a group in rows of `cols`, at least 1 and at most the row.
-    pub fn group_len(&self, cols: usize) -> usize {
+    pub(crate) fn group_len(&self, cols: usize) -> usize {
         self.group_size.unwrap_or(cols).min(cols).max(1)
     }
 
@@ -110,7 +93,7 @@ impl GridConfig {
     /// # Errors
     /// [`Error::NotFinite`] for a weight that is NaN or infinite, [`Error::TensorOverflow`] for a scale that its format
     /// cannot hold.
-    pub fn grid(&self, weights: &[f32]) -> Result<Grid> {
+    pub fn grid(&self, weights: &[f32]) -> Result<GroupGrid> {
         let (mut min, mut max) = (0.0_f32, 0.0_f32);
         for (index, weight) in weights.iter().enumerate() {
             if !weight.is_finite() {
@@ -147,14 +130,14 @@ impl GridConfig {
         };
         let scale = stored((max - min) / f32::from(top))?;
         if scale == 0.0 {
-            return Ok(Grid {
+            return Ok(GroupGrid {
                 scale,
                 zero: middle,
                 top,
             });
         }
         if self.symmetric {
-            return Ok(Grid {
+            return Ok(GroupGrid {
                 scale,
                 zero: middle,
                 top,
@@ -163,19 +146,19 @@ impl GridConfig {
         let zero = (-min / scale).round_ties_even().clamp(0.0, f32::from(top)) as u8;
         if zero == 0 && self.zero_from_one {
             let scale = stored((max / f32::from(top - 1)).max(scale))?;
-            return Ok(Grid {
+            return Ok(GroupGrid {
                 scale,
                 zero: 1,
                 top,
             });
         }
-        Ok(Grid { scale, zero, top })
+        Ok(GroupGrid { scale, zero, top })
     }
 }
 
 /// A group's grid: the weights `scale * (code - zero)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Grid {
+pub struct GroupGrid {
     /// Distance between neighbours; 0 where the only weight is 0.
     pub scale: f32,
     /// The code of 0.
@@ -184,7 +167,7 @@ pub struct Grid {
     pub top: u8,
 }
 
-impl Grid {
+impl GroupGrid {
     /// The code nearest to a weight: `clamp(round(w / scale) + zero)`, ties to even.
     pub fn code(&self, weight: f32) -> u8 {
         if self.scale == 0.0 {

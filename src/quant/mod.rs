@@ -8,7 +8,7 @@ mod grid;
 mod rtn;
 
 pub use gptq::{GptqConfig, GroupGrids, gptq, sparse_gptq};
-pub use grid::{Grid, GridConfig, ScaleDtype};
+pub use grid::{GridConfig, GroupGrid, ScaleDtype};
 pub use rtn::round_to_nearest;
 
 #[cfg(test)]

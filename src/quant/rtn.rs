@@ -61,7 +61,7 @@ pub fn round_to_nearest(
                 .zip(row.chunks(group_size))
                 .zip(scales.iter().zip(zeros));
             for ((codes, weights), (scale, zero)) in groups {
-                let grid = super::Grid {
+                let grid = super::GroupGrid {
                     scale: *scale,
                     zero: *zero,
                     top,

@@ -31,6 +31,20 @@ fn correlated(d: usize, tokens: usize, seed: u64) -> Hessian {
     hessian
 }
 
+/// `e H e^T`, the squared output error that an error `e` of one output's weights makes.
+fn output_error(hessian: &Hessian, error: &[f32]) -> f64 {
+    let h = hessian.to_matrix();
+    let dot = |row: &[f32]| -> f64 {
+        row.iter()
+            .zip(error)
+            .map(|(h, e)| f64::from(*h) * f64::from(*e))
+            .sum()
+    };
+    (0..error.len())
+        .map(|i| f64::from(error[i]) * dot(h.row(i)))
+        .sum()
+}
+
 fn energy(hessian: &Hessian, weight: &Matrix, found: &Matrix) -> f64 {
     (0..weight.rows())
         .map(|i| {
@@ -40,7 +54,7 @@ fn energy(hessian: &Hessian, weight: &Matrix, found: &Matrix) -> f64 {
                 .zip(found.row(i))
                 .map(|(a, b)| b - a)
                 .collect();
-            hessian.energy(&error).unwrap()
+            output_error(hessian, &error)
         })
         .sum()
 }
@@ -86,7 +100,7 @@ fn textbook(
         .collect();
     let mut codes = vec![0; weight.rows() * d];
     let mut grids = vec![
-        Grid {
+        GroupGrid {
             scale: 0.0,
             zero: 0,
             top: 0
@@ -285,18 +299,18 @@ fn sparsegpt_errs_less_than_masks_of_the_same_share() {
             );
         }
         let ordered = Factor::new(&h, &FactorConfig::new().with_activation_order(true)).unwrap();
-        let mut turned = w.clone();
+        let mut changed = w.clone();
         let mask = sparsegpt(
-            &mut turned,
+            &mut changed,
             &ordered,
             &Pattern::Layer { ratio: 0.5 },
             &SparseGptConfig::new(),
         )
         .unwrap();
-        assert_eq!(mask, Mask::from_nonzero(&turned));
+        assert_eq!(mask, Mask::from_nonzero(&changed));
         assert_eq!(mask.count_kept(), 700);
         let refused = sparsegpt(
-            &mut turned,
+            &mut changed,
             &ordered,
             &Pattern::NM { n: 2, m: 4 },
             &SparseGptConfig::new(),
@@ -363,7 +377,7 @@ fn grids_reach_their_ends_and_zero() {
     let config = GridConfig::new(4);
     assert_eq!(
         config.grid(&[0.0, -0.0]).unwrap(),
-        Grid {
+        GroupGrid {
             scale: 0.0,
             zero: 8,
             top: 15
@@ -544,8 +558,9 @@ fn thread_count_does_not_matter() {
                 &Pattern::Unstructured { ratio: 0.5 },
             )
             .unwrap();
-            let turned = Factor::new(&h, &FactorConfig::new().with_activation_order(true)).unwrap();
-            (joint, gptq(&w, &turned, &config, None).unwrap())
+            let ordered =
+                Factor::new(&h, &FactorConfig::new().with_activation_order(true)).unwrap();
+            (joint, gptq(&w, &ordered, &config, None).unwrap())
         })
     };
     let first = run(1);
@@ -586,13 +601,13 @@ impl Vectors {
 }
 
 fn same(a: &Matrix, b: &Matrix, scale: f32) -> f64 {
-    let near = a
+    let close = a
         .as_slice()
         .iter()
         .zip(b.as_slice())
         .filter(|(a, b)| (*a - *b).abs() <= 1e-3 * scale)
         .count();
-    near as f64 / a.as_slice().len() as f64
+    close as f64 / a.as_slice().len() as f64
 }
 
 #[test]

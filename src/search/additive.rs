@@ -40,7 +40,7 @@ pub struct AdditiveModel {
 
 /// One group goes down to a smaller choice.
 struct Descent {
-    /// Loss for a unit of cost.
+    /// Increase of the loss by decrease of the cost.
     slope: f64,
     group: usize,
     choice: usize,
@@ -291,7 +291,11 @@ mod tests {
         ));
         let model = AdditiveModel::fit(&space, &observed).unwrap();
         assert!(model.predict(&SubnetConfig::new()).is_err());
-        assert!(model.path(3, |_| Err(Error::Interrupted)).is_err());
+        assert!(
+            model
+                .path(3, |_| Err(Error::argument("x", 1, "2")))
+                .is_err()
+        );
         // What saves nothing stays.
         assert_eq!(model.path(3, |_| Ok(1.0)).unwrap(), [space.maximal()]);
     }

@@ -11,7 +11,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::pareto::nan_is_worst;
-use super::proposals::{Arity, Batch, Genome, Unseen, decode_all};
+use super::proposals::{Batch, Genome, Unseen};
 use super::{COST, Evaluation, SCORE, Searcher};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
@@ -32,12 +32,20 @@ pub enum CostBudget {
 /// Settings of [`HillClimbing`].
 #[derive(Clone, Debug)]
 pub struct HillClimbingConfig {
-    seed: u64,
-    start: Option<SubnetConfig>,
-    n_restarts: usize,
-    budget: CostBudget,
-    neighbours_per_step: usize,
-    exchanges: bool,
+    /// Seed of all draws.
+    pub seed: u64,
+    /// Subnet to start from; with none, the heuristic one.
+    pub start: Option<SubnetConfig>,
+    /// How often it begins anew from a random subnet after it has reached a local optimum.
+    pub restarts: usize,
+    /// Limit on the cost.
+    pub budget: CostBudget,
+    /// Number of neighbours that are evaluated before it decides on a move, at least 1. With 1 the first improvement is taken,
+    /// with a large number the steepest; numbers in between can be evaluated in parallel.
+    pub neighbours_per_step: usize,
+    /// Whether neighbours include exchanges, one group a step larger and another a step smaller. They matter where the budget
+    /// is tight: without them a subnet at the limit can only shrink.
+    pub exchanges: bool,
 }
 
 impl Default for HillClimbingConfig {
@@ -52,49 +60,20 @@ impl HillClimbingConfig {
         Self {
             seed: 0,
             start: None,
-            n_restarts: usize::MAX,
+            restarts: usize::MAX,
             budget: CostBudget::OfStart,
             neighbours_per_step: 8,
             exchanges: true,
         }
     }
 
-    /// Sets the seed.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
-    }
-
-    /// Sets the subnet to start from.
-    pub fn with_start(mut self, start: SubnetConfig) -> Self {
-        self.start = Some(start);
-        self
-    }
-
-    /// Sets how often it begins anew from a random subnet after it has reached a local optimum.
-    pub fn with_restarts(mut self, n_restarts: usize) -> Self {
-        self.n_restarts = n_restarts;
-        self
-    }
-
-    /// Sets the limit on the cost.
-    pub fn with_budget(mut self, budget: CostBudget) -> Self {
-        self.budget = budget;
-        self
-    }
-
-    /// Sets how many neighbours are evaluated before it decides on a move, at least 1. With 1 the first improvement is taken,
-    /// with a large number the steepest; what lies between can be evaluated in parallel.
-    pub fn with_neighbours_per_step(mut self, n: usize) -> Self {
-        self.neighbours_per_step = n;
-        self
-    }
-
-    /// Sets whether neighbours include exchanges, one group a step larger and another a step smaller. They matter where the
-    /// budget is tight: without them a subnet at the limit can only shrink.
-    pub fn with_exchanges(mut self, exchanges: bool) -> Self {
-        self.exchanges = exchanges;
-        self
+    setters! {
+        with_seed(seed: u64);
+        with_start(start: SubnetConfig) = Some(start);
+        with_restarts(restarts: usize);
+        with_budget(budget: CostBudget);
+        with_neighbours_per_step(neighbours_per_step: usize);
+        with_exchanges(exchanges: bool);
     }
 
     /// The searcher over `space`.
@@ -122,7 +101,6 @@ impl HillClimbingConfig {
         unseen.insert(&start);
         Ok(HillClimbing {
             settings: self.clone(),
-            space: space.clone(),
             rng: ChaCha8Rng::seed_from_u64(self.seed),
             unseen,
             limit,
@@ -130,10 +108,9 @@ impl HillClimbingConfig {
             current: None,
             untried: Vec::new(),
             candidates: Vec::new(),
-            batch: Batch::new(vec![start]),
-            restarts_left: self.n_restarts,
+            batch: Batch::new(space, vec![start]),
+            restarts_left: self.restarts,
             finished: false,
-            arity: Arity::default(),
         })
     }
 }
@@ -148,7 +125,6 @@ impl HillClimbingConfig {
 #[derive(Clone, Debug)]
 pub struct HillClimbing {
     settings: HillClimbingConfig,
-    space: SearchSpace,
     rng: ChaCha8Rng,
     unseen: Unseen,
     /// None until the start has been told.
@@ -161,7 +137,6 @@ pub struct HillClimbing {
     batch: Batch,
     restarts_left: usize,
     finished: bool,
-    arity: Arity,
 }
 
 impl Searcher for HillClimbing {
@@ -170,15 +145,12 @@ impl Searcher for HillClimbing {
     }
 
     fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
-        decode_all(&self.space, self.batch.ask(n))
+        self.batch.ask(n)
     }
 
     fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
         for evaluation in evaluated {
-            self.arity.check(evaluation)?;
-            self.batch
-                .tell(&self.space.encode(&evaluation.config)?, evaluation)?;
-            if self.batch.is_complete() {
+            if self.batch.tell(evaluation)? {
                 self.known.extend(self.batch.take());
                 self.advance();
             }
@@ -236,7 +208,7 @@ impl HillClimbing {
                 for genome in &unknown {
                     self.unseen.insert(genome);
                 }
-                self.batch = Batch::new(unknown);
+                self.batch.replace(unknown);
                 return;
             }
         }

@@ -12,17 +12,19 @@
 //! evaluations finish or on how many it was asked for at a time, so a search gives the same front at any thread count.
 //!
 //! ```
+//! use elastic_lora::progress::Silent;
 //! use elastic_lora::search::{NsgaConfig, StudyConfig};
 //! use elastic_lora::space::{LayerShape, SearchSpace};
 //!
 //! let layers: Vec<_> = (0..6).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
 //! let space = SearchSpace::per_layer(&layers, &[32, 24, 16])?;
 //! let mut searcher = NsgaConfig::new().with_population(8).with_seed(1).init(&space)?;
-//! let outcome = StudyConfig::new(60).init(&space)?.run(&mut searcher, |config| {
+//! let objective = |config: &_| {
 //!     let ranks = space.values(config)?;
 //!     let loss = ranks.iter().enumerate().map(|(i, &rank)| 1.0 / (rank * (i + 1)) as f64).sum();
 //!     Ok(vec![loss, ranks.iter().sum::<usize>() as f64])
-//! })?;
+//! };
+//! let outcome = StudyConfig::new(60).init(&space)?.run(&mut searcher, objective, &Silent)?;
 //! assert!(outcome.front().count() > 3);
 //! # Ok::<(), elastic_lora::Error>(())
 //! ```
@@ -154,22 +156,22 @@ impl Evaluation {
 /// A number, or the name of one that JSON lacks.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Number {
+enum JsonNumber {
     Finite(f64),
     Named(String),
 }
 
 fn write_objectives<S: Serializer>(objectives: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(objectives.iter().map(|&value| match value.is_finite() {
-        true => Number::Finite(value),
-        false => Number::Named(value.to_string()),
+        true => JsonNumber::Finite(value),
+        false => JsonNumber::Named(value.to_string()),
     }))
 }
 
 fn read_objectives<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
-    let number = |number: Number| match number {
-        Number::Finite(value) => Ok(value),
-        Number::Named(name) => match name.as_str() {
+    let number = |number: JsonNumber| match number {
+        JsonNumber::Finite(value) => Ok(value),
+        JsonNumber::Named(name) => match name.as_str() {
             "NaN" => Ok(f64::NAN),
             "inf" => Ok(f64::INFINITY),
             "-inf" => Ok(f64::NEG_INFINITY),
@@ -178,7 +180,7 @@ fn read_objectives<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64
             ))),
         },
     };
-    Vec::<Number>::deserialize(deserializer)?
+    Vec::<JsonNumber>::deserialize(deserializer)?
         .into_iter()
         .map(number)
         .collect()

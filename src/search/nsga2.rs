@@ -12,7 +12,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::pareto::{crowding_distance, fast_non_dominated_sort};
-use super::proposals::{Arity, Batch, Genome, Unseen, decode_all};
+use super::proposals::{Batch, Genome, Unseen};
 use super::surrogate::Surrogate;
 use super::{Evaluation, Searcher};
 use crate::error::{Error, Result};
@@ -24,14 +24,26 @@ const MAX_MATINGS: usize = 20;
 /// Settings of [`Nsga2`].
 #[derive(Clone, Debug)]
 pub struct NsgaConfig {
-    population: usize,
-    seed: u64,
-    initial: Option<Vec<SubnetConfig>>,
-    crossover_probability: f64,
-    crossover_eta: f64,
-    mutation_probability: Option<f64>,
-    mutation_eta: f64,
-    screening: usize,
+    /// Number of subnets that a generation holds, at least 2. LoNAS uses 8 for language models.
+    pub population: usize,
+    /// Seed of all draws.
+    pub seed: u64,
+    /// Subnets that the first population holds beside random ones; those past the population's size are left out. With none, it
+    /// holds the heuristic, the maximal and the minimal subnet.
+    pub initial: Option<Vec<SubnetConfig>>,
+    /// Probability that a pair is crossed, in 0..=1.
+    pub crossover_probability: f64,
+    /// Distribution index of the crossover, at least 0; the larger, the closer are children to their parents.
+    pub crossover_eta: f64,
+    /// Probability that a gene mutates, in 0..=1; with none, one in the number of groups.
+    pub mutation_probability: Option<f64>,
+    /// Distribution index of the mutation, at least 0.
+    pub mutation_eta: f64,
+    /// Number of children bred for each one that is proposed, in 1..=1000. With 1 it is plain NSGA-II. With more, an additive
+    /// ridge regression on all objectives told so far predicts the children's, and those that it ranks best are proposed; a quarter of
+    /// each generation is taken unscreened. Where evaluations are expensive and the budget is small (a few hundred), 10 to 30
+    /// find better fronts the more nearly the objectives add up over groups.
+    pub screening: usize,
 }
 
 impl Default for NsgaConfig {
@@ -56,44 +68,22 @@ impl NsgaConfig {
         }
     }
 
-    /// Sets the number of subnets that a generation holds, at least 2. LoNAS uses 8 for language models.
-    pub fn with_population(mut self, population: usize) -> Self {
-        self.population = population;
-        self
+    setters! {
+        with_population(population: usize);
+        with_seed(seed: u64);
+        with_initial(initial: Vec<SubnetConfig>) = Some(initial);
+        with_screening(screening: usize);
     }
 
-    /// Sets the seed.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
-    }
-
-    /// Sets the subnets that the first population holds beside random ones; an empty list for none. Those past the
-    /// population's size are left out.
-    pub fn with_initial(mut self, initial: Vec<SubnetConfig>) -> Self {
-        self.initial = Some(initial);
-        self
-    }
-
-    /// Sets the probability that a pair is crossed, in 0..=1, and the distribution index eta >= 0 (larger: closer to the
-    /// parents).
+    /// Sets the probability and the distribution index of the crossover.
     pub fn with_crossover(mut self, probability: f64, eta: f64) -> Self {
         (self.crossover_probability, self.crossover_eta) = (probability, eta);
         self
     }
 
-    /// Sets the probability that a gene mutates, in 0..=1, and the distribution index eta >= 0.
+    /// Sets the probability and the distribution index of the mutation.
     pub fn with_mutation(mut self, probability: f64, eta: f64) -> Self {
         (self.mutation_probability, self.mutation_eta) = (Some(probability), eta);
-        self
-    }
-
-    /// Sets how many children are bred for each one that is proposed, at least 1. With 1 (the default) it is plain NSGA-II. With
-    /// more, an additive ridge regression on all objectives told so far guesses at the children's, and those that it ranks
-    /// best are proposed, with a quarter of each generation taken unscreened. Where an evaluation is dear and the
-    /// budget small (a few hundred), 10 to 30 find better fronts the more nearly the objectives add up over groups.
-    pub fn with_screening(mut self, children_per_proposal: usize) -> Self {
-        self.screening = children_per_proposal;
         self
     }
 
@@ -118,7 +108,7 @@ impl NsgaConfig {
         }
         let mutation_probability = self
             .mutation_probability
-            .unwrap_or(1.0 / space.len() as f64);
+            .unwrap_or(1.0 / space.len().max(1) as f64);
         let probabilities = [
             ("crossover_probability", self.crossover_probability),
             ("mutation_probability", mutation_probability),
@@ -157,18 +147,13 @@ impl NsgaConfig {
             genomes.push(genome);
         }
         Ok(Nsga2 {
-            settings: NsgaConfig {
-                mutation_probability: Some(mutation_probability),
-                ..self.clone()
-            },
+            settings: self.clone(),
             mutation_probability,
-            space: space.clone(),
             rng,
             unseen,
             parents: Vec::new(),
             told: Vec::new(),
-            batch: Batch::new(genomes),
-            arity: Arity::default(),
+            batch: Batch::new(space, genomes),
         })
     }
 }
@@ -181,14 +166,12 @@ impl NsgaConfig {
 pub struct Nsga2 {
     settings: NsgaConfig,
     mutation_probability: f64,
-    space: SearchSpace,
     rng: ChaCha8Rng,
     unseen: Unseen,
     parents: Vec<Individual>,
     /// Everything told, for the surrogate; empty without screening.
     told: Vec<(Genome, Vec<f64>)>,
     batch: Batch,
-    arity: Arity,
 }
 
 #[derive(Clone, Debug)]
@@ -211,17 +194,15 @@ impl Searcher for Nsga2 {
     }
 
     fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
-        decode_all(&self.space, self.batch.ask(n))
+        self.batch.ask(n)
     }
 
     fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
         for evaluation in evaluated {
-            self.arity.check(evaluation)?;
-            self.batch
-                .tell(&self.space.encode(&evaluation.config)?, evaluation)?;
-            if self.batch.is_complete() {
+            if self.batch.tell(evaluation)? {
                 self.survive();
-                self.batch = Batch::new(self.breed());
+                let children = self.breed();
+                self.batch.replace(children);
             }
         }
         Ok(())

@@ -18,8 +18,6 @@ pub enum StopReason {
     Budget,
     /// The searcher had nothing more to propose.
     Exhausted,
-    /// The caller asked to stop.
-    Interrupted,
 }
 
 /// Every evaluation of a search, and the Pareto front among them.

@@ -4,12 +4,12 @@
 //! dimensions is WFG's (While, Bradstreet, Barone, 2012). NaN counts as positive infinity everywhere.
 
 /// The value itself, or positive infinity for NaN.
-pub fn nan_is_worst(value: f64) -> f64 {
+pub(super) fn nan_is_worst(value: f64) -> f64 {
     if value.is_nan() { f64::INFINITY } else { value }
 }
 
 /// Whether `a` is nowhere worse than `b` and somewhere better. Points must have equally many objectives.
-pub fn dominates(a: &[f64], b: &[f64]) -> bool {
+pub(super) fn dominates(a: &[f64], b: &[f64]) -> bool {
     let mut better = false;
     for (&x, &y) in a.iter().zip(b) {
         let (x, y) = (nan_is_worst(x), nan_is_worst(y));
@@ -22,7 +22,7 @@ pub fn dominates(a: &[f64], b: &[f64]) -> bool {
 }
 
 /// Indices, ascending, of the points that no other point dominates. Equal points stand or fall together. O(M N^2).
-pub fn non_dominated<P: AsRef<[f64]>>(points: &[P]) -> Vec<usize> {
+pub(super) fn non_dominated<P: AsRef<[f64]>>(points: &[P]) -> Vec<usize> {
     let dominated = |point: &P| {
         points
             .iter()
@@ -35,7 +35,7 @@ pub fn non_dominated<P: AsRef<[f64]>>(points: &[P]) -> Vec<usize> {
 
 /// The fronts of a set: the non-dominated points, then those that only the first front dominates, and so on. Each lists its
 /// indices in ascending order. O(M N^2).
-pub fn fast_non_dominated_sort<P: AsRef<[f64]>>(points: &[P]) -> Vec<Vec<usize>> {
+pub(super) fn fast_non_dominated_sort<P: AsRef<[f64]>>(points: &[P]) -> Vec<Vec<usize>> {
     let n = points.len();
     let mut beaten_by_count = vec![0usize; n];
     let mut beats: Vec<Vec<usize>> = vec![Vec::new(); n];
@@ -71,7 +71,7 @@ pub fn fast_non_dominated_sort<P: AsRef<[f64]>>(points: &[P]) -> Vec<Vec<usize>>
 
 /// Crowding distance of each point of one front: the sum over objectives of the normalised gap between its neighbours, infinite
 /// at the ends. Where an objective is the same for all points it adds nothing; a gap to infinity counts as 1.
-pub fn crowding_distance<P: AsRef<[f64]>>(front: &[P]) -> Vec<f64> {
+pub(super) fn crowding_distance<P: AsRef<[f64]>>(front: &[P]) -> Vec<f64> {
     let n = front.len();
     let n_objectives = front.first().map_or(0, |point| point.as_ref().len());
     if n <= 2 {

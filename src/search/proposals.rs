@@ -86,9 +86,11 @@ impl Unseen {
     }
 }
 
-/// Genomes in the order of proposing, handed out piece by piece, and their objectives as they come in, in any order.
-#[derive(Clone, Debug, Default)]
+/// A batch of different genomes, proposed in their order and piece by piece, and their objectives as they come in, in any order.
+#[derive(Clone, Debug)]
 pub(super) struct Batch {
+    space: SearchSpace,
+    arity: Arity,
     genomes: Vec<Genome>,
     objectives: Vec<Option<Vec<f64>>>,
     position: HashMap<Genome, usize>,
@@ -97,35 +99,48 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// The genomes must differ.
-    pub(super) fn new(genomes: Vec<Genome>) -> Self {
+    pub(super) fn new(space: &SearchSpace, genomes: Vec<Genome>) -> Self {
+        let mut batch = Self {
+            space: space.clone(),
+            arity: Arity::default(),
+            genomes: Vec::new(),
+            objectives: Vec::new(),
+            position: HashMap::new(),
+            n_asked: 0,
+            n_told: 0,
+        };
+        batch.replace(genomes);
+        batch
+    }
+
+    /// Begins the next batch, of `genomes`, which must differ.
+    pub(super) fn replace(&mut self, genomes: Vec<Genome>) {
         let position = genomes
             .iter()
             .cloned()
             .enumerate()
-            .map(|(at, genome)| (genome, at))
-            .collect();
-        Self {
-            objectives: vec![None; genomes.len()],
-            genomes,
-            position,
-            n_asked: 0,
-            n_told: 0,
-        }
+            .map(|(at, genome)| (genome, at));
+        self.position = position.collect();
+        self.objectives = vec![None; genomes.len()];
+        self.genomes = genomes;
+        (self.n_asked, self.n_told) = (0, 0);
     }
 
-    pub(super) fn ask(&mut self, n: usize) -> &[Genome] {
+    /// The next subnets, at most `n`, as [`Searcher::ask`](super::Searcher::ask) returns them.
+    pub(super) fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
         let start = self.n_asked;
         self.n_asked = start.saturating_add(n).min(self.genomes.len());
-        &self.genomes[start..self.n_asked]
+        decode_all(&self.space, &self.genomes[start..self.n_asked])
     }
 
-    pub(super) fn tell(&mut self, genome: &Genome, evaluation: &Evaluation) -> Result<()> {
-        match self.position.get(genome) {
+    /// Takes the objectives of a subnet that was asked for; returns whether the batch is complete now.
+    pub(super) fn tell(&mut self, evaluation: &Evaluation) -> Result<bool> {
+        self.arity.check(evaluation)?;
+        match self.position.get(&self.space.encode(&evaluation.config)?) {
             Some(&at) if at < self.n_asked && self.objectives[at].is_none() => {
                 self.objectives[at] = Some(evaluation.objectives.clone());
                 self.n_told += 1;
-                Ok(())
+                Ok(self.is_complete())
             }
             _ => Err(not_asked(&evaluation.config)),
         }
@@ -135,13 +150,11 @@ impl Batch {
         self.n_told == self.genomes.len()
     }
 
-    /// Genomes and objectives in the order of proposing; those without objectives are left out.
+    /// Genomes and objectives in the order of proposing; those without objectives are left out. The batch is empty afterwards.
     pub(super) fn take(&mut self) -> Vec<(Genome, Vec<f64>)> {
-        let Batch {
-            genomes,
-            objectives,
-            ..
-        } = std::mem::take(self);
+        let genomes = std::mem::take(&mut self.genomes);
+        let objectives = std::mem::take(&mut self.objectives);
+        self.replace(Vec::new());
         genomes
             .into_iter()
             .zip(objectives)

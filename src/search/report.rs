@@ -21,7 +21,7 @@ pub struct ObjectiveNames {
     /// Its unit, such as `nats per token`; may be empty.
     pub score_unit: String,
     /// Whether a larger score is better. The objective is minimised all the same, so it is then taken for the negated score, and
-    /// shown with its sign turned.
+    /// shown with its sign reversed.
     pub score_larger_is_better: bool,
     /// Name of the cost, such as `MACs per token`.
     pub cost: String,
@@ -91,17 +91,15 @@ impl<'a> SearchReport<'a> {
         }
     }
 
-    /// Writes `search_progression.svg`, `.csv` and `.json` into a folder that exists, each whole or not at all, and returns
-    /// their paths.
+    /// Writes `search_progression.svg`, `.csv` and `.json` into a folder, which is made where it is missing, each whole or not
+    /// at all, and returns their paths.
     ///
     /// # Errors
     /// [`Error::Io`], naming the file.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<[PathBuf; 3]> {
-        let path = |extension: &str| {
-            folder
-                .as_ref()
-                .join(format!("search_progression.{extension}"))
-        };
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+        let path = |extension: &str| folder.join(format!("search_progression.{extension}"));
         let paths = [path("svg"), path("csv"), path("json")];
         for (path, text) in paths
             .iter()
@@ -121,7 +119,7 @@ impl<'a> SearchReport<'a> {
     }
 
     /// One row per evaluation, in the order of proposals: number (from 1), cost and score as shown (a score of which more is
-    /// better has its sign turned back), whether it is on the front, its role (`heuristic`, `maximal`, `minimal`), whether it
+    /// better has its sign restored), whether it is on the front, its role (`heuristic`, `maximal`, `minimal`), whether it
     /// was cached, seconds, and its values in the space's order of groups.
     pub fn to_csv(&self) -> String {
         let references = self.references();

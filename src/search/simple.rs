@@ -104,8 +104,10 @@ impl Searcher for FixedList {
 /// Settings of [`RandomSearch`].
 #[derive(Clone, Debug, Default)]
 pub struct RandomSearchConfig {
-    seed: u64,
-    initial: Vec<SubnetConfig>,
+    /// Seed of the draws.
+    pub seed: u64,
+    /// Subnets to propose before the first draw.
+    pub initial: Vec<SubnetConfig>,
 }
 
 impl RandomSearchConfig {
@@ -114,16 +116,9 @@ impl RandomSearchConfig {
         Self::default()
     }
 
-    /// Sets the seed of the draws.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
-    }
-
-    /// Sets subnets to propose before the first draw.
-    pub fn with_initial(mut self, initial: Vec<SubnetConfig>) -> Self {
-        self.initial = initial;
-        self
+    setters! {
+        with_seed(seed: u64);
+        with_initial(initial: Vec<SubnetConfig>);
     }
 
     /// The searcher over `space`.

@@ -4,8 +4,6 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -13,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Evaluation, SearchOutcome, Searcher, StopReason};
 use crate::error::{Error, Result};
+use crate::progress::{Progress, Task};
 use crate::space::{SearchSpace, SubnetConfig};
 
 /// The longest line of a log that is read.
@@ -21,11 +20,16 @@ const MAX_LINE_BYTES: u64 = 16 << 20;
 /// Settings of a [`Study`].
 #[derive(Clone, Debug)]
 pub struct StudyConfig {
-    n_evals: usize,
-    batch: usize,
-    log: Option<PathBuf>,
-    tag: String,
-    interrupt: Option<Arc<AtomicBool>>,
+    /// Most different subnets that a search may propose.
+    pub n_evals: usize,
+    /// Most subnets that [`Study::run_parallel`] evaluates side by side. It does not change the result.
+    pub batch: usize,
+    /// A JSON Lines file to which each evaluation is appended as soon as it is there. If the file exists already, its evaluations
+    /// are reused: a search that was interrupted and is run again with the same seed goes on where it stopped, and ends
+    /// as if it had never been interrupted.
+    pub log: Option<PathBuf>,
+    /// A text that says what is evaluated (model, data, ...). A log of another tag is refused.
+    pub tag: String,
 }
 
 impl StudyConfig {
@@ -36,34 +40,13 @@ impl StudyConfig {
             batch: 16,
             log: None,
             tag: String::new(),
-            interrupt: None,
         }
     }
 
-    /// Sets how many subnets at most are evaluated side by side by [`Study::run_parallel`]. It does not change the result.
-    pub fn with_batch(mut self, batch: usize) -> Self {
-        self.batch = batch;
-        self
-    }
-
-    /// Sets a JSON Lines file to which every evaluation is appended as soon as it is there. If the file exists already, its
-    /// evaluations are taken for granted: a search that was interrupted and is run again with the same seed goes on where it
-    /// stopped, and ends as if it had never been interrupted.
-    pub fn with_log(mut self, path: impl Into<PathBuf>) -> Self {
-        self.log = Some(path.into());
-        self
-    }
-
-    /// Sets a text that says what is evaluated (model, data, ...). A log of another tag is refused.
-    pub fn with_tag(mut self, tag: impl Into<String>) -> Self {
-        self.tag = tag.into();
-        self
-    }
-
-    /// Sets a flag that stops the search before the next evaluation once it is true.
-    pub fn with_interrupt(mut self, flag: Arc<AtomicBool>) -> Self {
-        self.interrupt = Some(flag);
-        self
+    setters! {
+        with_batch(batch: usize);
+        with_log(log: impl Into<PathBuf>) = Some(log.into());
+        with_tag(tag: impl Into<String>) = tag.into();
     }
 
     /// The study over `space`; reads the log if there is one.
@@ -84,7 +67,6 @@ impl StudyConfig {
             settings: self.clone(),
             cache,
             log,
-            on_evaluation: None,
         })
     }
 }
@@ -94,41 +76,38 @@ pub struct Study {
     settings: StudyConfig,
     cache: HashMap<SubnetConfig, Vec<f64>>,
     log: Option<Log>,
-    on_evaluation: Option<Callback>,
 }
 
-type Callback = Box<dyn FnMut(&Evaluation) + Send>;
-
 impl Study {
-    /// Sets what is called after every evaluation, cached ones included; for progress bars.
-    pub fn on_evaluation(&mut self, callback: impl FnMut(&Evaluation) + Send + 'static) {
-        self.on_evaluation = Some(Box::new(callback));
-    }
-
     /// Number of different subnets whose objectives are known, from this run, runs before it, and the log.
-    pub fn n_known(&self) -> usize {
+    #[cfg(test)]
+    pub(super) fn n_known(&self) -> usize {
         self.cache.len()
     }
 
     /// Searches, one evaluation at a time.
     ///
-    /// Ends when `n_evals` different subnets have been proposed (whether evaluated or known), the searcher is finished, or the
-    /// flag is set. `objective` returns at least one number, all to be minimised; see [`super::SCORE`].
+    /// Ends when `n_evals` different subnets have been proposed (whether evaluated or known) or the searcher is finished.
+    /// `objective` returns at least one number, all to be minimised; see [`super::SCORE`].
     ///
     /// # Errors
     /// Those of `objective` and of the searcher; [`Error::ShapeMismatch`] for a varying number of objectives; [`Error::Io`] for
-    /// a log that cannot be written. What was evaluated before stays in cache and log.
-    pub fn run<S, F>(&mut self, searcher: &mut S, mut objective: F) -> Result<SearchOutcome>
+    /// a log that cannot be written; [`Error::Interrupted`]. What was evaluated before stays in cache and log.
+    pub fn run<S, F>(
+        &mut self,
+        searcher: &mut S,
+        mut objective: F,
+        progress: &dyn Progress,
+    ) -> Result<SearchOutcome>
     where
         S: Searcher + ?Sized,
         F: FnMut(&SubnetConfig) -> Result<Vec<f64>>,
     {
-        self.drive(searcher, 1, &mut |configs, interrupted| {
-            configs
-                .iter()
-                .map(|config| (!interrupted()).then(|| timed(|| objective(config))))
-                .collect()
-        })
+        let mut evaluate = |configs: &[SubnetConfig], task: &Task<'_>| -> Vec<Timed> {
+            let one = |config| timed(|| task.check().and_then(|()| objective(config)));
+            configs.iter().map(one).collect()
+        };
+        self.drive(searcher, 1, &mut evaluate, progress)
     }
 
     /// Searches, with the subnets of a batch evaluated in parallel by Rayon's current pool. The outcome is that of
@@ -136,18 +115,22 @@ impl Study {
     ///
     /// # Errors
     /// As [`run`](Self::run); of several failures in a batch, the first in the order of proposals.
-    pub fn run_parallel<S, F>(&mut self, searcher: &mut S, objective: F) -> Result<SearchOutcome>
+    pub fn run_parallel<S, F>(
+        &mut self,
+        searcher: &mut S,
+        objective: F,
+        progress: &dyn Progress,
+    ) -> Result<SearchOutcome>
     where
         S: Searcher + ?Sized,
         F: Fn(&SubnetConfig) -> Result<Vec<f64>> + Sync,
     {
         let batch = self.settings.batch;
-        self.drive(searcher, batch, &mut |configs, interrupted| {
-            configs
-                .par_iter()
-                .map(|config| (!interrupted()).then(|| timed(|| objective(config))))
-                .collect()
-        })
+        let mut evaluate = |configs: &[SubnetConfig], task: &Task<'_>| -> Vec<Timed> {
+            let one = |config| timed(|| task.check().and_then(|()| objective(config)));
+            configs.par_iter().map(one).collect()
+        };
+        self.drive(searcher, batch, &mut evaluate, progress)
     }
 
     fn drive<S: Searcher + ?Sized>(
@@ -155,12 +138,9 @@ impl Study {
         searcher: &mut S,
         batch: usize,
         evaluate: &mut Evaluate<'_>,
+        progress: &dyn Progress,
     ) -> Result<SearchOutcome> {
-        let flag = self.settings.interrupt.clone();
-        let interrupted = move || {
-            flag.as_ref()
-                .is_some_and(|flag| flag.load(Ordering::Relaxed))
-        };
+        let mut task = Task::begin(progress, "search", self.settings.n_evals, "subnets")?;
         let mut evaluations: Vec<Evaluation> = Vec::new();
         let mut proposed: HashSet<SubnetConfig> = HashSet::new();
         let mut n_repeats = 0usize;
@@ -168,9 +148,6 @@ impl Study {
             let left = self.settings.n_evals.saturating_sub(proposed.len());
             if left == 0 {
                 break StopReason::Budget;
-            }
-            if interrupted() {
-                break StopReason::Interrupted;
             }
             let asked = searcher.ask(batch.min(left));
             // Everything asked has been told by now, so nothing can come any more from a searcher that proposes nothing; nor
@@ -186,17 +163,16 @@ impl Study {
                     fresh.push(config.clone());
                 }
             }
-            let results = evaluate(&fresh, &interrupted);
+            let results = evaluate(&fresh, &task);
             let mut done: HashMap<SubnetConfig, f64> = HashMap::new();
-            let (mut failure, mut cut_short) = (None, false);
-            for (config, result) in fresh.into_iter().zip(results) {
+            let mut failure = None;
+            for (config, (result, seconds)) in fresh.into_iter().zip(results) {
                 match result {
-                    Some((Ok(objectives), seconds)) => {
+                    Ok(objectives) => {
                         self.remember(&config, objectives, seconds)?;
                         done.insert(config, seconds);
                     }
-                    Some((Err(error), _)) => failure = failure.or(Some(error)),
-                    None => cut_short = true,
+                    Err(error) => failure = failure.or(Some(error)),
                 }
             }
             if let Some(error) = failure {
@@ -217,12 +193,7 @@ impl Study {
                 });
             }
             searcher.tell(&evaluations[first..])?;
-            if let Some(callback) = &mut self.on_evaluation {
-                evaluations[first..].iter().for_each(callback);
-            }
-            if cut_short {
-                break StopReason::Interrupted;
-            }
+            task.advance(proposed.len() - task.done(), "");
         };
         Ok(SearchOutcome::new(searcher.name(), stopped, evaluations))
     }
@@ -265,9 +236,8 @@ impl Study {
 /// Objectives and seconds.
 type Timed = (Result<Vec<f64>>, f64);
 
-/// Evaluates subnets, asking before each one whether to stop; none for those it stopped before.
-type Evaluate<'a> =
-    dyn FnMut(&[SubnetConfig], &(dyn Fn() -> bool + Sync)) -> Vec<Option<Timed>> + 'a;
+/// Evaluates subnets, asking before each one whether to stop.
+type Evaluate<'a> = dyn FnMut(&[SubnetConfig], &Task<'_>) -> Vec<Timed> + 'a;
 
 fn timed(objective: impl FnOnce() -> Result<Vec<f64>>) -> Timed {
     let start = Instant::now();

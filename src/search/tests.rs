@@ -2,7 +2,6 @@ use std::collections::HashSet;
 use std::f64::consts::PI;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rand::seq::SliceRandom;
@@ -12,6 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use super::pareto::*;
 use super::*;
 use crate::error::Error;
+use crate::progress::Silent;
 use crate::space::{LayerShape, SearchSpace};
 
 fn space(n_groups: usize, choices: &[usize]) -> SearchSpace {
@@ -43,7 +43,7 @@ fn run_toy(space: &SearchSpace, searcher: &mut dyn Searcher, n: usize) -> Search
     StudyConfig::new(n)
         .init(space)
         .unwrap()
-        .run(searcher, |config| toy(space, config))
+        .run(searcher, |config| toy(space, config), &Silent)
         .unwrap()
 }
 
@@ -269,7 +269,7 @@ fn same_seed_same_result_however_it_is_driven() {
                 .unwrap();
             let parallel = pool.install(|| {
                 study
-                    .run_parallel(&mut make(7), |c| toy(&space, c))
+                    .run_parallel(&mut make(7), |c| toy(&space, c), &Silent)
                     .unwrap()
             });
             assert_eq!(without_times(&parallel), without_times(&reference));
@@ -446,7 +446,11 @@ fn screening_beats_plain_nsga2_at_a_small_budget() {
             };
             let mut study = StudyConfig::new(200).init(&space).unwrap();
             hypervolume(
-                &objectives(&study.run(&mut config.init(&space).unwrap(), value).unwrap()),
+                &objectives(
+                    &study
+                        .run(&mut config.init(&space).unwrap(), value, &Silent)
+                        .unwrap(),
+                ),
                 &reference,
             )
         };
@@ -512,10 +516,9 @@ fn searchers_survive_nan() {
     let space = space(6, &[32, 24, 16]);
     for mut searcher in searchers(&space, 4) {
         let mut n = 0;
-        let outcome = StudyConfig::new(90)
-            .init(&space)
-            .unwrap()
-            .run(&mut searcher, |config| {
+        let outcome = StudyConfig::new(90).init(&space).unwrap().run(
+            &mut searcher,
+            |config| {
                 n += 1;
                 let mut values = toy(&space, config)?;
                 if n % 3 == 0 {
@@ -525,7 +528,9 @@ fn searchers_survive_nan() {
                     values[1] = f64::INFINITY;
                 }
                 Ok(values)
-            });
+            },
+            &Silent,
+        );
         let outcome = outcome.unwrap();
         assert!(outcome.best_score().unwrap().score().is_finite());
         assert!(outcome.knee().unwrap().score().is_finite());
@@ -607,7 +612,7 @@ fn distances(
         let outcome = StudyConfig::new(n_evals)
             .init(&space)
             .unwrap()
-            .run(searcher, value)
+            .run(searcher, value, &Silent)
             .unwrap();
         let found: Vec<&[f64]> = outcome.front().map(|e| e.objectives.as_slice()).collect();
         igd(&found, &front)
@@ -660,10 +665,11 @@ fn nothing_is_evaluated_twice() {
     let mut study = StudyConfig::new(40).init(&space).unwrap();
     let seen = std::cell::RefCell::new(HashSet::new());
     for mut searcher in searchers(&space, 3) {
-        let outcome = study.run(&mut searcher, |config| {
+        let objective = |config: &SubnetConfig| {
             assert!(seen.borrow_mut().insert(config.clone()), "{config} twice");
             toy(&space, config)
-        });
+        };
+        let outcome = study.run(&mut searcher, objective, &Silent);
         let outcome = outcome.unwrap();
         assert_eq!(outcome.evaluations().len(), 40);
         assert!(
@@ -677,7 +683,7 @@ fn nothing_is_evaluated_twice() {
     assert_eq!(study.n_known(), seen.borrow().len());
     // All known: nothing runs, everything is told.
     let outcome = study
-        .run(&mut searchers(&space, 3)[2], |_| panic!("cached"))
+        .run(&mut searchers(&space, 3)[2], |_| panic!("cached"), &Silent)
         .unwrap();
     assert!(
         outcome
@@ -701,20 +707,21 @@ fn a_search_resumes_from_its_log() {
             .with_batch(4);
 
         // Interrupted by a flag after some evaluations ...
-        let flag = Arc::new(AtomicBool::new(false));
+        let flag = AtomicBool::new(false);
         let n = AtomicUsize::new(0);
-        let mut study = settings
-            .clone()
-            .with_interrupt(flag.clone())
-            .init(&space)
-            .unwrap();
-        let part = study.run_parallel(&mut make(), |config| {
+        let mut study = settings.clone().init(&space).unwrap();
+        let objective = |config: &SubnetConfig| {
             flag.store(n.fetch_add(1, Ordering::SeqCst) >= 20, Ordering::SeqCst);
             toy(&space, config)
-        });
-        let part = part.unwrap();
-        assert_eq!(part.stopped(), StopReason::Interrupted);
-        assert!((21..28).contains(&part.evaluations().len()));
+        };
+        let interrupted = study.run_parallel(&mut make(), objective, &flag);
+        let error = interrupted.unwrap_err();
+        assert!(
+            matches!(&error, Error::Interrupted { task } if task == "search"),
+            "{error}"
+        );
+        let n_part = study.n_known();
+        assert!((21..28).contains(&n_part));
         drop(study);
         // ... and killed while writing a line.
         let mut text = fs::read_to_string(&path).unwrap();
@@ -722,14 +729,15 @@ fn a_search_resumes_from_its_log() {
         fs::write(&path, text).unwrap();
 
         let mut study = settings.init(&space).unwrap();
-        assert_eq!(study.n_known(), part.evaluations().len());
+        assert_eq!(study.n_known(), n_part);
         let n = AtomicUsize::new(0);
-        let resumed = study.run_parallel(&mut make(), |config| {
+        let objective = |config: &SubnetConfig| {
             n.fetch_add(1, Ordering::SeqCst);
             toy(&space, config)
-        });
+        };
+        let resumed = study.run_parallel(&mut make(), objective, &Silent);
         assert_eq!(without_times(&resumed.unwrap()), without_times(&whole));
-        assert_eq!(n.into_inner(), 60 - part.evaluations().len());
+        assert_eq!(n.into_inner(), 60 - n_part);
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 61);
     }
 }
@@ -786,22 +794,24 @@ fn failures_come_through() {
     let space = space(3, &[32, 24]);
     let mut study = StudyConfig::new(8).init(&space).unwrap();
     let mut n = 0;
-    let result = study.run(&mut searchers(&space, 1)[2], |config| {
+    let objective = |config: &SubnetConfig| {
         n += 1;
         if n == 4 {
-            Err(Error::Interrupted)
+            Err(Error::argument("n", 4, "less"))
         } else {
             toy(&space, config)
         }
-    });
-    assert!(matches!(result, Err(Error::Interrupted)));
+    };
+    let result = study.run(&mut searchers(&space, 1)[2], objective, &Silent);
+    assert!(matches!(result, Err(Error::InvalidArgument { .. })));
     assert_eq!(study.n_known(), 3);
-    let result = study.run(&mut searchers(&space, 1)[2], |_| Ok(vec![1.0]));
+    let result = study.run(&mut searchers(&space, 1)[2], |_| Ok(vec![1.0]), &Silent);
     assert!(matches!(result, Err(Error::ShapeMismatch { .. })));
-    let result = StudyConfig::new(8)
-        .init(&space)
-        .unwrap()
-        .run(&mut searchers(&space, 1)[0], |_| Ok(vec![]));
+    let result = StudyConfig::new(8).init(&space).unwrap().run(
+        &mut searchers(&space, 1)[0],
+        |_| Ok(vec![]),
+        &Silent,
+    );
     assert!(matches!(result, Err(Error::ShapeMismatch { .. })));
 }
 

@@ -3,11 +3,9 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::import::read_text;
 use crate::error::{Error, Result};
 
 /// The value (a rank, in mode A) of each group of a [`SearchSpace`](super::SearchSpace), by the group's id.
@@ -67,15 +65,6 @@ impl SubnetConfig {
     /// [`Error::Json`] with line and column.
     pub fn from_json(text: &str) -> Result<Self> {
         serde_json::from_str(text).map_err(|source| Error::json("subnet configuration", source))
-    }
-
-    /// Reads a file that holds a JSON object of group ids and values.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::InvalidFile`] (over 16 MiB) or [`Error::Json`], naming the file.
-    pub fn from_json_file(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        serde_json::from_str(&read_text(path)?).map_err(|source| Error::json(path, source))
     }
 
     /// The configuration as indented JSON.

@@ -2,9 +2,9 @@
 //!
 //! A [`SearchSpace`] is a list of [`Group`]s. The layers of a group share one value (q, k and v of a block have one rank), and
 //! a [`SubnetConfig`] fixes that value for every group. What the value counts is the group's [`Elastic`] kind: active ranks
-//! (mode A; Shears, arXiv 2404.10934, and SQFT, arXiv 2410.03750), output channels (mode B; LoNAS, LREC-COLING 2024) or units of
+//! (mode A; Shears, arXiv 2404.10934, and SQFT, arXiv 2410.03750), output channels (mode B; LoNAS, LREC-COLING 2024) or parts in
 //! depth, which the papers do not have. Every choice nests in the larger ones: it is a prefix of ranks,
-//! channels or units. Choices are kept in descending order, as the papers' code does, so the genome `[0, 0, ...]` is the
+//! channels or parts. Choices are kept in descending order, as the papers' code does, so the genome `[0, 0, ...]` is the
 //! largest subnet. Nothing here knows a tensor.
 //!
 //! Layers go by their Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
@@ -61,7 +61,7 @@ pub enum Elastic {
     /// many inputs, or those of an attention's queries, a whole number of heads, with keys and values in step and as many
     /// inputs of the output projection.
     Width,
-    /// Units of the group's list that stay, the first ones. A unit is a whole block (`model.layers.3`), its attention
+    /// Parts of the model in the group's list that stay, the first ones. A part is a whole block (`model.layers.3`), its attention
     /// (`model.layers.3.self_attn`) or its MLP (`model.layers.3.mlp`).
     Depth,
 }
@@ -118,11 +118,11 @@ impl Group {
     }
 
     /// A group of any kind. The choices are sorted in descending order, and repeated ones dropped. For [`Elastic::Depth`],
-    /// `layers` are units, those that stay longest first, and 0 is a choice like any other.
+    /// `layers` are parts of the model, those that stay longest first, and 0 is a choice like any other.
     ///
     /// # Errors
     /// [`Error::InvalidSpace`] for an empty id, no layers, a layer named twice, no choices, a rank or width of 0, or a depth of
-    /// more units than there are.
+    /// more parts than there are.
     pub fn of_kind(
         kind: Elastic,
         id: impl Into<String>,
@@ -156,7 +156,7 @@ impl Group {
             (kind, choices.iter().find(|depth| **depth > layers.len()))
         {
             return Err(broken(format!(
-                "it cannot keep {depth} of {} units",
+                "it cannot keep {depth} of {} parts",
                 layers.len()
             )));
         }
@@ -180,7 +180,7 @@ impl Group {
         self.kind
     }
 
-    /// Module paths of the layers that share the value, or of the units that a depth counts; at least one.
+    /// Module paths of the layers that share the value, or of the parts that a depth counts; at least one.
     pub fn layers(&self) -> &[String] {
         &self.layers
     }
@@ -253,7 +253,7 @@ impl SearchSpace {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for no groups at all; [`Error::InvalidSpace`] for an id used twice, a layer in two groups of one
-    /// kind, or a unit of depth that is part of another group's.
+    /// kind, or a part that lies inside another group's.
     pub fn new(groups: Vec<Group>) -> Result<Self> {
         if groups.is_empty() {
             return Err(Error::argument(
@@ -286,16 +286,16 @@ impl SearchSpace {
                 }
             }
         }
-        let units = by_layer.get(&Elastic::Depth).into_iter().flatten();
-        for (unit, index) in units.clone() {
-            let around = units
+        let parts = by_layer.get(&Elastic::Depth).into_iter().flatten();
+        for (part, index) in parts.clone() {
+            let around = parts
                 .clone()
-                .find(|(outer, other)| *other != index && is_inside(unit, outer));
+                .find(|(outer, other)| *other != index && is_inside(part, outer));
             if let Some((outer, other)) = around {
                 return Err(Error::InvalidSpace {
                     group: groups[*index].id.clone(),
                     reason: format!(
-                        "`{unit}` is part of `{outer}`, which group `{}` has",
+                        "`{part}` is part of `{outer}`, which group `{}` has",
                         groups[*other].id
                     ),
                 });
@@ -317,7 +317,7 @@ impl SearchSpace {
         Self::new(self.groups)
     }
 
-    /// The space without a choice: one subnet, which is the model as it stands.
+    /// The space without groups: its one subnet is the model as it is.
     pub fn single() -> Self {
         Self {
             groups: Vec::new(),
@@ -441,10 +441,14 @@ impl SearchSpace {
         &self.groups
     }
 
-    /// Number of groups; at least one.
-    #[allow(clippy::len_without_is_empty)] // a space is never empty
+    /// Number of groups; 0 for [`single`](Self::single) alone.
     pub fn len(&self) -> usize {
         self.groups.len()
+    }
+
+    /// Whether there is no group, and so nothing to choose; see [`single`](Self::single).
+    pub fn is_empty(&self) -> bool {
+        self.groups.is_empty()
     }
 
     /// The group of this id.
@@ -457,7 +461,7 @@ impl SearchSpace {
         self.group_of(Elastic::Rank, layer)
     }
 
-    /// The group that sets what `kind` counts of this layer or unit.
+    /// The group that sets what `kind` counts of this layer or part.
     pub fn group_of(&self, kind: Elastic, layer: &str) -> Option<&Group> {
         self.by_layer
             .get(&kind)?
@@ -487,7 +491,7 @@ impl SearchSpace {
     }
 
     /// Number of subnets, where it fits into 128 bits.
-    pub fn n_subnets_exact(&self) -> Option<u128> {
+    pub(crate) fn n_subnets_exact(&self) -> Option<u128> {
         self.groups.iter().try_fold(1u128, |product, group| {
             product.checked_mul(group.choices.len() as u128)
         })
@@ -591,18 +595,6 @@ impl SearchSpace {
             .collect()
     }
 
-    /// The active rank of `layer` in `config`; `None` where no group of elastic rank names the layer.
-    ///
-    /// # Errors
-    /// [`Error::UnknownGroup`] where `config` leaves the layer's group out, [`Error::InvalidChoice`] for a value not on offer.
-    pub fn rank_of(&self, config: &SubnetConfig, layer: &str) -> Result<Option<usize>> {
-        let Some(group) = self.group_of_layer(layer) else {
-            return Ok(None);
-        };
-        let rank = self.value_of(config, group)?;
-        group.index_of(rank).map(|_| Some(rank))
-    }
-
     /// The active rank of every layer of elastic rank, by module path.
     ///
     /// # Errors
@@ -619,7 +611,7 @@ impl SearchSpace {
         self.by_name(config, Elastic::Width)
     }
 
-    /// The units of depth that a subnet leaves out.
+    /// The parts that a subnet leaves out.
     ///
     /// # Errors
     /// As [`validate`](Self::validate).
@@ -655,7 +647,7 @@ impl SearchSpace {
             .unwrap_or(0)
     }
 
-    /// Checks the space against a model: every layer and unit exists, no rank is over `max_rank`, the layers of a width have one
+    /// Checks the space against a model: every layer and part exists, no rank is over `max_rank`, the layers of a width have one
     /// number of inputs and as many outputs as its largest choice, or more. What a width means to a model
     /// ([`SuperNet::new`](crate::SuperNet::new)) is not checked.
     ///

@@ -185,24 +185,6 @@ fn configs_are_checked() {
         Err(Error::InvalidChoice { found: 20, .. })
     ));
     config.set("layers.0.down_proj", 16);
-    assert_eq!(
-        space
-            .rank_of(&config, "model.layers.0.mlp.down_proj")
-            .unwrap(),
-        Some(16)
-    );
-    assert_eq!(
-        space
-            .rank_of(&config, "model.layers.0.self_attn.k_proj")
-            .unwrap(),
-        Some(32)
-    );
-    assert_eq!(
-        space
-            .rank_of(&config, "model.layers.0.self_attn.o_proj")
-            .unwrap(),
-        None
-    );
     let ranks = space.ranks(&config).unwrap();
     assert_eq!(
         (ranks.len(), ranks["model.layers.0.mlp.down_proj"]),
@@ -399,10 +381,6 @@ fn reads_subnets_in_three_forms() {
     for text in [custom, "[4, 2]", &expected.to_json().unwrap()] {
         assert_eq!(space.config_from_file(write(&dir, text)).unwrap(), expected);
     }
-    assert_eq!(
-        SubnetConfig::from_json_file(write(&dir, &expected.to_json().unwrap())).unwrap(),
-        expected
-    );
 
     let bad = [
         ("[4]", "expected [2]"),
@@ -566,7 +544,7 @@ fn widths_and_depths_are_prefixes_too() {
         &[5, 7],
     )
     .unwrap();
-    let units = [
+    let parts = [
         "model.layers.0",
         "model.layers.2",
         "model.layers.1.mlp",
@@ -574,7 +552,7 @@ fn widths_and_depths_are_prefixes_too() {
     ]
     .map(String::from)
     .to_vec();
-    let depth = Group::of_kind(Elastic::Depth, "depth", units, vec![2, 4, 3]).unwrap();
+    let depth = Group::of_kind(Elastic::Depth, "depth", parts, vec![2, 4, 3]).unwrap();
     let ranks = SearchSpace::grouped(&layers, &SHEARS, &[4, 2]).unwrap();
     let space = ranks
         .clone()
@@ -647,7 +625,7 @@ fn widths_and_depths_that_make_no_sense_are_refused() {
     assert!(error(group(Elastic::Depth, &["model.layers.0"], &[])).contains("no choices"));
     assert!(
         error(group(Elastic::Depth, &["model.layers.0"], &[2]))
-            .contains("cannot keep 2 of 1 units")
+            .contains("cannot keep 2 of 1 parts")
     );
     assert!(
         error(group(
@@ -689,8 +667,8 @@ fn widths_and_depths_that_make_no_sense_are_refused() {
     );
     assert!(wide.to_string().contains("1000000 is more than"), "{wide}");
 
-    let depth = |id: &str, unit: &str| {
-        Group::of_kind(Elastic::Depth, id, vec![unit.into()], vec![1, 0]).unwrap()
+    let depth = |id: &str, part: &str| {
+        Group::of_kind(Elastic::Depth, id, vec![part.into()], vec![1, 0]).unwrap()
     };
     let overlap = SearchSpace::new(vec![
         depth("a", "model.layers.1.mlp"),

@@ -44,7 +44,7 @@ impl Mask {
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] where its length is not `rows * cols`.
-    pub fn from_bools(rows: usize, cols: usize, keep: &[bool]) -> Result<Self> {
+    pub(crate) fn from_bools(rows: usize, cols: usize, keep: &[bool]) -> Result<Self> {
         if rows.checked_mul(cols) != Some(keep.len()) {
             return Err(Error::ShapeMismatch {
                 what: "mask elements".into(),
@@ -168,7 +168,8 @@ impl Mask {
     }
 
     /// The mask row-major, `true` where an element stays.
-    pub fn to_bools(&self) -> Vec<bool> {
+    #[cfg(test)]
+    pub(crate) fn to_bools(&self) -> Vec<bool> {
         (0..self.rows)
             .flat_map(|i| (0..self.cols).map(move |j| self.get(i, j)))
             .collect()

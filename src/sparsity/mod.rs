@@ -1,4 +1,4 @@
-//! Which weights to remove: magnitude, Wanda and RIA scores, SparseGPT, patterns, masks; which channels and heads matter.
+//! Which weights to remove: magnitude, Wanda and RIA scores, SparseGPT, patterns, masks.
 //!
 //! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695); RIA: "Plug-and-Play: An
 //! Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024); [`sparsegpt`]. Everything here is a pure
@@ -6,7 +6,6 @@
 //! gathers those lives elsewhere. Departures: N:M means "at most N of M stay" (as hardware names it), where Wanda's code
 //! counts the pruned ones; for 2:4 and 4:8 the two agree. A last group shorter than M keeps its share, rounded up.
 
-mod channels;
 pub(crate) mod compensate;
 mod mask;
 mod norms;
@@ -14,12 +13,10 @@ mod owl;
 mod pattern;
 mod sparsegpt;
 
-pub use channels::{
-    ChannelScore, UnitPart, activation_scores, importance_order, l1_scores, l2_scores, sum_units,
-};
 pub use mask::Mask;
 pub use norms::InputNorms;
-pub use owl::{OwlConfig, outlier_share};
+pub use owl::OwlConfig;
+pub(crate) use owl::outlier_share;
 pub use pattern::Pattern;
 pub use sparsegpt::{SparseGptConfig, sparsegpt};
 
@@ -135,7 +132,7 @@ pub fn magnitude_scores(weight: &Matrix) -> Matrix {
 /// # Errors
 /// [`Error::ShapeMismatch`] where `input_sq_norms` has another length than `weight` has columns; [`Error::NotFinite`]
 /// where one of them is negative, NaN or infinite.
-pub fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
+fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     check_norms(weight, input_sq_norms)?;
     let mut scores = weight.clone();
     if weight.cols() == 0 {
@@ -161,7 +158,7 @@ pub fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
 ///
 /// # Errors
 /// As [`wanda_scores`].
-pub fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
+fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     check_norms(weight, input_sq_norms)?;
     let mut scores = weight.clone();
     if weight.cols() == 0 {

@@ -74,7 +74,7 @@ impl InputNorms {
     ///
     /// # Errors
     /// As [`update`](Self::update).
-    pub fn update_sums(&mut self, sums: &[f32], sequences: usize) -> Result<()> {
+    pub(crate) fn update_sums(&mut self, sums: &[f32], sequences: usize) -> Result<()> {
         if sums.len() != self.mean.len() {
             return Err(Error::ShapeMismatch {
                 what: "sums of squares, one per input column".into(),

@@ -33,16 +33,9 @@ impl OwlConfig {
         Self::default()
     }
 
-    /// Sets how many times the mean of scores an outlier is over.
-    pub fn with_threshold(mut self, threshold: f64) -> Self {
-        self.threshold = threshold;
-        self
-    }
-
-    /// Sets how far ratios may be from the model's.
-    pub fn with_spread(mut self, spread: f64) -> Self {
-        self.spread = spread;
-        self
+    setters! {
+        with_threshold(threshold: f64);
+        with_spread(spread: f64);
     }
 
     /// Checks the fields.
@@ -102,7 +95,7 @@ impl OwlConfig {
 }
 
 /// The share, in 0..=1, of scores over `threshold` times the mean of them all.
-pub fn outlier_share(scores: &[Matrix], threshold: f64) -> f64 {
+pub(crate) fn outlier_share(scores: &[Matrix], threshold: f64) -> f64 {
     let count: usize = scores.iter().map(|scores| scores.as_slice().len()).sum();
     if count == 0 {
         return 0.0;

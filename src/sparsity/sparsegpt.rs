@@ -32,10 +32,8 @@ impl SparseGptConfig {
         Self::default()
     }
 
-    /// Sets the columns that are decided together.
-    pub fn with_block_size(mut self, block_size: usize) -> Self {
-        self.block_size = block_size;
-        self
+    setters! {
+        with_block_size(block_size: usize);
     }
 
     /// Checks the fields.

@@ -1,4 +1,4 @@
-//! A super-network out of an adapter that was trained elsewhere.
+//! A supernet out of an adapter that was trained elsewhere.
 
 use std::sync::Arc;
 
@@ -153,7 +153,7 @@ mod tests {
     fn extraction_gives_the_adapter_back() {
         let adapter = adapter(&model());
         let mut net = SuperNet::from_adapter(model(), &adapter).unwrap();
-        assert_eq!(net.extract().unwrap(), adapter);
+        assert_eq!(net.extract_adapter().unwrap(), adapter);
         assert_eq!(net.n_subnets(), 1.0);
         let ranks: Vec<usize> = adapter.layers.values().map(LoraWeights::rank).collect();
         assert_eq!(
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(order, blocks);
         let subnet = net.heuristic();
         net.activate(&subnet).unwrap();
-        assert_eq!(net.extract().unwrap(), adapter);
+        assert_eq!(net.extract_adapter().unwrap(), adapter);
     }
 
     #[test]
@@ -223,7 +223,10 @@ mod tests {
                 assert_eq!(merged.row(i)[j] == 0.0, w == 0.0);
             }
         }
-        assert!(matches!(net.extract(), Err(Error::Unsupported { .. })));
+        assert!(matches!(
+            net.extract_adapter(),
+            Err(Error::Unsupported { .. })
+        ));
     }
 
     #[test]

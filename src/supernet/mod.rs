@@ -16,16 +16,17 @@ use burn::module::Module;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{ElasticLora, mix_seed};
+use crate::adapter::ElasticLora;
 use crate::arch::BlockDims;
 use crate::error::{Error, Result};
 use crate::format::WeightFormat;
 use crate::io::peft::{LoraAdapter, LoraWeights};
 use crate::model::{Decoder, ParamCount};
+use crate::nn::mix_seed;
 use crate::space::{Elastic, LoraConfig, SearchSpace, SubnetConfig, widths};
 use cost::Nonzeros;
 
-/// Settings of a super-network's adapters.
+/// Settings of a supernet's adapters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SuperNetConfig {
     /// Largest rank, alpha, dropout, scale rule: the same for every adapter.
@@ -53,26 +54,20 @@ impl SuperNetConfig {
         }
     }
 
-    /// Adapts further layers at the largest rank.
-    pub fn with_fixed_layers(mut self, layers: Vec<String>) -> Self {
-        self.fixed_layers = layers;
-        self
+    /// As [`new`](Self::new) with [`LoraConfig::new`] of the largest rank that the space offers (1 where it offers none).
+    pub fn for_space(space: &SearchSpace) -> Self {
+        Self::new(LoraConfig::new(space.max_rank().max(1)))
     }
 
-    /// Confines updates to the base's non-zeros.
-    pub fn with_sparse_peft(mut self, sparse_peft: bool) -> Self {
-        self.sparse_peft = sparse_peft;
-        self
-    }
-
-    /// Sets the seed.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
+    setters! {
+        with_lora(lora: LoraConfig);
+        with_fixed_layers(fixed_layers: Vec<String>);
+        with_sparse_peft(sparse_peft: bool);
+        with_seed(seed: u64);
     }
 }
 
-/// A super-network: a decoder whose adapters take any shape of a search space.
+/// A supernet: a decoder whose adapters take any shape of a search space.
 #[derive(Clone, Debug)]
 pub struct SuperNet {
     model: Decoder,
@@ -220,7 +215,7 @@ impl SuperNet {
         &self.config
     }
 
-    /// Weights of the base, adapters left out, as they were when the super-network was made.
+    /// Weights of the base, adapters left out, as they were when the supernet was made.
     pub fn base_params(&self) -> ParamCount {
         self.nonzeros.all()
     }
@@ -339,7 +334,7 @@ impl SuperNet {
     /// # Errors
     /// [`Error::Unsupported`] for SparsePEFT's masked adapters and for quantization-aware ones, which no plain LoRA expresses: merge
     /// them.
-    pub fn extract(&self) -> Result<LoraAdapter> {
+    pub fn extract_adapter(&self) -> Result<LoraAdapter> {
         let mut layers = BTreeMap::new();
         for (name, layer) in self.model.linears() {
             if let Some(adapter) = layer.adapter.as_ref().filter(|_| self.model.runs(&name)) {
@@ -353,7 +348,7 @@ impl SuperNet {
         })
     }
 
-    /// Takes the super-network apart, leaving the model with the active subnet.
+    /// Takes the supernet apart, leaving the model with the active subnet.
     pub fn into_model(self) -> Decoder {
         self.model
     }

@@ -1,4 +1,4 @@
-//! A super-network whose every subnet is trained through a grid of integers (QA-SparsePEFT of SQFT, arXiv 2410.03750).
+//! A supernet whose every subnet is trained through a grid of integers (QA-SparsePEFT of SQFT, arXiv 2410.03750).
 //!
 //! The authors start from the sparse weight in 16 bits where they have it, and else from GPTQ's integers. Here that is what the model
 //! holds: dense weights, or quantized ones. Departures: the grid's bits, groups and order are whatever quantized it (theirs: 4 bits,
@@ -10,14 +10,13 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::SuperNet;
-use crate::adapter::mix_seed;
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 use crate::model::Decoder;
-use crate::nn::{host_values, tensor_from_matrix};
+use crate::nn::{host_values, mix_seed, tensor_from_matrix};
 use crate::sparsity::Mask;
 
-/// Through which grids a super-network is trained.
+/// Through which grids a supernet is trained.
 #[derive(Clone, Debug, Default)]
 pub struct QaConfig {
     /// The grid of each adapted layer, by Hugging Face's module path; its codes do not matter. A layer with a quantized weight that
@@ -39,20 +38,13 @@ impl QaConfig {
         }
     }
 
-    /// Says which weights may be other than 0.
-    pub fn with_masks(mut self, masks: BTreeMap<String, Mask>) -> Self {
-        self.masks = masks;
-        self
-    }
-
-    /// Trains the scales as well.
-    pub fn with_train_scales(mut self, train_scales: bool) -> Self {
-        self.train_scales = train_scales;
-        self
+    setters! {
+        with_masks(masks: BTreeMap<String, Mask>);
+        with_train_scales(train_scales: bool);
     }
 }
 
-/// What a super-network's settings say of its grids.
+/// What a supernet's settings say of its grids.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QaSummary {
     /// Bits of a code, by layer.
@@ -78,7 +70,7 @@ impl SuperNet {
                 .linear(name)
                 .is_none_or(|layer| layer.adapter.is_none())
             {
-                let context = "adapted layers of a quantization-aware super-network".to_string();
+                let context = "adapted layers of a quantization-aware supernet".to_string();
                 return Err(Error::UnknownLayer {
                     context,
                     layer: name.clone(),

@@ -7,8 +7,8 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::TrainConfig;
+use super::log::StepLog;
 use super::optimizer::{NamedAdamW, load_trainable, rank_counts, trainable};
-use super::progress::StepLog;
 use crate::data::{Batcher, Position};
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, DType, FolderWriter, HostTensor, atomic, tensors::write_safetensors};
@@ -23,7 +23,7 @@ const TENSORS: &str = "trainer.safetensors";
 pub(crate) struct State {
     version: u32,
     pub config: TrainConfig,
-    /// A summary of the super-network and data that the run is about; a checkpoint of another is refused.
+    /// A summary of the supernet and data that the run is about; a checkpoint of another is refused.
     pub about: BTreeMap<String, String>,
     pub step: usize,
     pub position: Position,

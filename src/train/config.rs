@@ -75,6 +75,24 @@ impl TrainConfig {
         }
     }
 
+    setters! {
+        with_accumulation(accumulation: usize);
+        with_lr(lr: f64);
+        with_warmup(warmup: usize);
+        with_schedule(schedule: Schedule);
+        with_weight_decay(weight_decay: f64);
+        with_betas(betas: (f64, f64));
+        with_eps(eps: f64);
+        with_clip_norm(clip_norm: Option<f64>);
+        with_sampling(sampling: Sampling);
+        with_distillation(distillation: Option<Distillation>);
+        with_stages(stages: Vec<Stage>);
+        with_seed(seed: u64);
+        with_eval_every(eval_every: usize);
+        with_checkpoint_every(checkpoint_every: usize);
+        with_checkpointing(checkpointing: Checkpointing);
+    }
+
     /// Checks the settings.
     ///
     /// # Errors

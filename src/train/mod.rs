@@ -1,4 +1,4 @@
-//! Neural low-rank adapter search (Shears, arXiv 2404.10934): train all subnets of a super-network at once, by a random one
+//! Neural low-rank adapter search (Shears, arXiv 2404.10934): train all subnets of a supernet at once, by a random one
 //! at each step; or by the sandwich rule, with distillation in place, and in stages ([`Sampling`], [`Distillation`],
 //! [`Stage`]).
 //!
@@ -11,23 +11,23 @@
 mod backward;
 mod checkpoint;
 mod config;
+mod log;
+pub(crate) mod loss;
 mod observe;
 mod optimizer;
-mod progress;
 mod schedule;
 mod step;
 mod subnets;
 
 pub use backward::Checkpointing;
 pub use config::TrainConfig;
-pub use progress::StepLog;
+pub use log::StepLog;
+pub use loss::targets;
 pub use schedule::Schedule;
 pub use subnets::{Distillation, Sampling, Stage};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::module::Module;
@@ -36,11 +36,12 @@ use burn::tensor::DType;
 use crate::data::{Batch, Batcher};
 use crate::error::{Error, Result};
 use crate::io::atomic;
-use crate::model::Decoder;
-use crate::nn::host_values;
+use crate::progress::{Progress, Task};
 use crate::supernet::SuperNet;
+use loss::mean_loss;
 use optimizer::{NamedAdamW, clip_factor, trainable};
-use progress::TrainBar;
+#[doc(hidden)]
+pub use optimizer::{Parameter, for_each_param};
 use step::{StepGradients, gradients};
 
 /// What a run did.
@@ -63,18 +64,17 @@ impl TrainReport {
     }
 }
 
-/// Trains a super-network.
+/// Trains a supernet.
 #[derive(Clone, Debug)]
 pub struct Trainer {
     config: TrainConfig,
     folder: Option<PathBuf>,
     resume: bool,
-    progress: Option<String>,
-    stop: Option<Arc<AtomicBool>>,
+    label: String,
 }
 
 impl Trainer {
-    /// A trainer without a folder, progress bar or stop signal.
+    /// A trainer without a folder.
     ///
     /// # Errors
     /// As [`TrainConfig::validate`].
@@ -84,8 +84,7 @@ impl Trainer {
             config,
             folder: None,
             resume: false,
-            progress: None,
-            stop: None,
+            label: "train".into(),
         })
     }
 
@@ -101,15 +100,9 @@ impl Trainer {
         self
     }
 
-    /// Shows a progress bar with this label.
-    pub fn with_progress(mut self, label: impl Into<String>) -> Self {
-        self.progress = Some(label.into());
-        self
-    }
-
-    /// Ends the run, with a checkpoint where it has a folder, soon after the flag is set.
-    pub fn with_stop(mut self, stop: Arc<AtomicBool>) -> Self {
-        self.stop = Some(stop);
+    /// Names the run in its progress; `train` if not set.
+    pub fn with_label(mut self, label: impl Into<String>) -> Self {
+        self.label = label.into();
         self
     }
 
@@ -121,16 +114,18 @@ impl Trainer {
     /// the tape and the subnet that was active before is active again. Validation uses that subnet too.
     ///
     /// # Errors
-    /// [`Error::Diverged`] for a loss or gradient that is no finite number; [`Error::Interrupted`] on the stop signal;
+    /// [`Error::Diverged`] for a loss or gradient that is no finite number; [`Error::Interrupted`], after a checkpoint where the run has
+    /// a folder;
     /// [`Error::CheckpointMismatch`], and those of reading a checkpoint; those of the model for tokens outside the vocabulary
     /// or context; [`Error::InvalidArgument`] where there is nothing to train or a stage names a kind that no group has;
     /// [`Error::Unsupported`] where weights to be trained are stored in 16 bits, or distillation meets a head that is trained.
-    /// The super-network keeps the weights of the last good step.
+    /// The supernet keeps the weights of the last good step.
     pub fn run(
         &self,
         net: &mut SuperNet,
         train: &mut Batcher,
         valid: &[Batch],
+        progress: &dyn Progress,
     ) -> Result<TrainReport> {
         if let Some(folder) = &self.folder {
             // Now rather than after hours of training.
@@ -156,8 +151,17 @@ impl Trainer {
             _ => Ok(()),
         };
         let first = logs.len();
-        let outcome = restored
-            .and_then(|()| self.steps(net, train, valid, &mut optimizer, &mut logs, &about));
+        let outcome = restored.and_then(|()| {
+            self.steps(
+                net,
+                train,
+                valid,
+                &mut optimizer,
+                &mut logs,
+                &about,
+                progress,
+            )
+        });
         net.activate(&home)?;
         net.replace_model(|model| Ok(model.valid()))?;
         let seconds = outcome?;
@@ -175,6 +179,7 @@ impl Trainer {
         })
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn steps(
         &self,
         net: &mut SuperNet,
@@ -183,6 +188,7 @@ impl Trainer {
         optimizer: &mut NamedAdamW,
         logs: &mut Vec<StepLog>,
         about: &BTreeMap<String, String>,
+        progress: &dyn Progress,
     ) -> Result<f64> {
         let config = &self.config;
         let trained = trainable(net.model());
@@ -226,13 +232,6 @@ impl Trainer {
             ));
         }
         let home = net.active().clone();
-        let label = self.progress.as_deref();
-        let mut bar = TrainBar::new(
-            label.is_some(),
-            label.unwrap_or(""),
-            logs.len(),
-            config.steps,
-        );
         let save =
             |net: &SuperNet, optimizer: &NamedAdamW, train: &Batcher, logs: &[StepLog]| match &self
                 .folder
@@ -250,23 +249,44 @@ impl Trainer {
                 }
                 None => Ok(()),
             };
-        let mut seconds = 0.0;
-        while logs.len() < config.steps {
-            if self
-                .stop
-                .as_ref()
-                .is_some_and(|stop| stop.load(Ordering::Relaxed))
-            {
-                save(net, optimizer, train, logs)?;
-                bar.finish();
-                return Err(Error::Interrupted);
+        let validates = |step: usize| {
+            let due = step == config.steps
+                || (config.eval_every > 0 && step.is_multiple_of(config.eval_every));
+            due && !valid.is_empty()
+        };
+        // A run that was interrupted in a validation goes on with it.
+        if let Some(last) = logs.last_mut()
+            && last.valid_loss.is_none()
+            && validates(last.step)
+        {
+            let loss = mean_loss(&net.eval_model(), valid, progress)?;
+            if !loss.is_finite() {
+                let (step, grad_norm) = (last.step, last.grad_norm);
+                return Err(Error::Diverged {
+                    step,
+                    loss,
+                    grad_norm,
+                });
             }
+            last.valid_loss = Some(loss);
+        }
+        let mut task = Task::resume(progress, &self.label, logs.len(), config.steps, "steps")?;
+        let (mut seconds, mut tokens, mut shown_loss) = (0.0, 0, None);
+        while logs.len() < config.steps {
             let started = Instant::now();
-            let step = logs.len();
+            let (step, position) = (logs.len(), train.position());
             let batches: Vec<Batch> = (0..config.accumulation)
                 .map(|_| train.next_batch())
                 .collect();
-            let found = gradients(net, config, &batches, step)?;
+            let found = match gradients(net, config, &batches, step, &task) {
+                Err(error @ Error::Interrupted { .. }) => {
+                    // As if the step had not begun.
+                    train.seek(position)?;
+                    save(net, optimizer, train, logs)?;
+                    return Err(error);
+                }
+                found => found?,
+            };
             let StepGradients {
                 mut grads,
                 used,
@@ -284,13 +304,10 @@ impl Trainer {
                 .filter(|smallest| !smallest.is_finite())
                 .unwrap_or(loss);
             if !(loudest.is_finite() && grad_norm.is_finite()) {
-                bar.finish();
                 return Err(diverged(loudest));
             }
             let last = step + 1 == config.steps;
-            let due =
-                last || (config.eval_every > 0 && (step + 1).is_multiple_of(config.eval_every));
-            let due = due && !valid.is_empty();
+            let due = validates(step + 1);
             // Held only where validation may call for it: weights that are held twice are copied.
             let before = due.then(|| net.model().clone());
             let clip = config
@@ -300,20 +317,26 @@ impl Trainer {
             net.update_model(|model| optimizer.step(model, grads, &used, clip, lr));
             seconds += started.elapsed().as_secs_f64();
 
-            let valid_loss = if let Some(before) = before {
-                net.activate(&home)?;
-                let loss = mean_loss(&net.eval_model(), valid)?;
-                if !loss.is_finite() {
-                    bar.finish();
-                    net.replace_model(|_| Ok(before))?;
-                    return Err(diverged(loss));
+            let validation = match before {
+                Some(before) => {
+                    net.activate(&home)?;
+                    let loss = mean_loss(&net.eval_model(), valid, progress);
+                    if let Ok(loss) = loss
+                        && !loss.is_finite()
+                    {
+                        net.replace_model(|_| Ok(before))?;
+                        return Err(diverged(loss));
+                    }
+                    loss.map(Some)
                 }
-                Some(loss)
-            } else {
-                None
+                None => Ok(None),
+            };
+            let (valid_loss, interrupted) = match validation {
+                Err(error @ Error::Interrupted { .. }) => (None, Some(error)),
+                validation => (validation?, None),
             };
             let n_tokens = batches.iter().map(Batch::n_tokens).sum();
-            let log = StepLog {
+            logs.push(StepLog {
                 step: step + 1,
                 loss,
                 smallest_loss,
@@ -322,16 +345,23 @@ impl Trainer {
                 lr,
                 grad_norm,
                 n_tokens,
-            };
-            bar.step(&log, std::time::Duration::from_secs_f64(seconds));
-            logs.push(log);
+            });
+            if let Some(error) = interrupted {
+                save(net, optimizer, train, logs)?;
+                return Err(error);
+            }
+            tokens += n_tokens;
+            // Smoothed over about 20 steps: single batches jump.
+            let smooth = shown_loss.map_or(loss, |before: f64| before + (loss - before) / 20.0);
+            shown_loss = Some(smooth);
+            let rate = tokens as f64 / seconds.max(1e-9);
+            task.advance(1, &format!("loss {smooth:.4}, {rate:.0} tokens/s"));
             if config.checkpoint_every > 0
                 && (last || (step + 1).is_multiple_of(config.checkpoint_every))
             {
                 save(net, optimizer, train, logs)?;
             }
         }
-        bar.finish();
         Ok(seconds)
     }
 
@@ -382,43 +412,4 @@ impl Trainer {
         }
         atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
     }
-}
-
-/// Positions whose next token counts in the loss, row-major, with that token.
-pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
-    let counted = batch
-        .loss_mask
-        .iter()
-        .enumerate()
-        .filter(|(index, counts)| **counts && index % batch.len > 0);
-    counted
-        .map(|(index, _)| (index - 1, batch.ids[index]))
-        .collect()
-}
-
-/// Mean negative log-likelihood a target, in nats, of fixed batches; summed in `f64` in their order.
-///
-/// # Errors
-/// [`Error::InvalidArgument`] where there is no target at all; those of [`Decoder::tokens`].
-pub fn mean_loss(model: &Decoder, batches: &[Batch]) -> Result<f64> {
-    let mut sum = 0.0;
-    let mut n = 0;
-    for batch in batches {
-        let targets = targets(batch);
-        if targets.is_empty() {
-            continue;
-        }
-        n += targets.len();
-        sum += f64::from(
-            host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0],
-        );
-    }
-    if n == 0 {
-        return Err(Error::argument(
-            "batches",
-            "no target",
-            "at least one token to be predicted",
-        ));
-    }
-    Ok(sum / n as f64)
 }

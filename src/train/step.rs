@@ -8,6 +8,7 @@ use crate::adapter::ElasticLora;
 use crate::data::Batch;
 use crate::error::Result;
 use crate::model::Decoder;
+use crate::progress::Task;
 use crate::supernet::SuperNet;
 
 /// What a step found.
@@ -27,12 +28,13 @@ pub(crate) struct StepGradients {
 /// The gradients of a step (from 0) on its micro-batches. Leaves the last subnet active.
 ///
 /// # Errors
-/// Those of the model for tokens outside the vocabulary or context.
+/// Those of the model for tokens outside the vocabulary or context; [`Error::Interrupted`](crate::Error::Interrupted).
 pub(crate) fn gradients(
     net: &mut SuperNet,
     config: &TrainConfig,
     batches: &[Batch],
     step: usize,
+    task: &Task<'_>,
 ) -> Result<StepGradients> {
     let targets: Vec<_> = batches.iter().map(targets).collect();
     let n_targets = targets.iter().map(Vec::len).sum();
@@ -54,6 +56,7 @@ pub(crate) fn gradients(
         let n_subnets = subnets.len().max(1);
         let mut teacher = None;
         for which in 0..n_subnets {
+            task.check()?;
             if let Some(subnet) = subnets.get(which) {
                 net.activate(subnet)?;
             }

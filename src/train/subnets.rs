@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::TrainConfig;
-use crate::adapter::mix_seed;
+use crate::nn::mix_seed;
 use crate::space::{Elastic, SearchSpace, SubnetConfig};
 
 /// Which subnets are trained, and when new ones are drawn.
@@ -212,11 +212,11 @@ mod tests {
         // Kinds join one after the other.
         let group = |kind: Elastic, id: &str, choices: &[usize]| {
             let name = |i: usize| format!("model.layers.{i}.mlp.up_proj");
-            let unit = |i: usize| format!("model.layers.{i}");
+            let block = |i: usize| format!("model.layers.{i}");
             let layers = (0..3)
                 .map(|i| {
                     if kind == Elastic::Depth {
-                        unit(i)
+                        block(i)
                     } else {
                         name(i)
                     }

@@ -5,14 +5,17 @@ pub mod runtime;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::io::{Checkpoint, DType, HfConfig};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::host_values;
+use elastic_lora::progress::{Progress, Task};
+use elastic_lora::train::for_each_param;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -45,6 +48,44 @@ pub fn load_i32(checkpoint: &Checkpoint, name: &str) -> Vec<u32> {
         .chunks_exact(4)
         .map(|b| u32::try_from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])).unwrap())
         .collect()
+}
+
+/// Every step that it hears of, as (label, done, total); interrupts once there are `stop_after` of them.
+#[derive(Default)]
+pub struct Heard {
+    steps: Mutex<Vec<(String, usize, usize)>>,
+    stop_after: Option<usize>,
+}
+
+impl Heard {
+    pub fn stopping_after(steps: usize) -> Self {
+        Self {
+            stop_after: Some(steps),
+            ..Self::default()
+        }
+    }
+
+    pub fn steps(&self) -> Vec<(String, usize, usize)> {
+        self.steps.lock().unwrap().clone()
+    }
+
+    /// Asserts that a single task went through all of its steps.
+    pub fn assert_all(&self, label: &str, total: usize) {
+        let expected: Vec<_> = (1..=total).map(|n| (label.into(), n, total)).collect();
+        assert_eq!(self.steps(), expected);
+    }
+}
+
+impl Progress for Heard {
+    fn step(&self, task: &Task<'_>, _note: &str) {
+        let step = (task.label().to_string(), task.done(), task.total());
+        self.steps.lock().unwrap().push(step);
+    }
+
+    fn is_interrupted(&self) -> bool {
+        let heard = self.steps.lock().unwrap().len();
+        self.stop_after.is_some_and(|most| heard >= most)
+    }
 }
 
 /// The largest absolute difference.
@@ -146,31 +187,13 @@ pub fn random_ids(n: usize, vocab: u32, seed: u64) -> Vec<u32> {
 
 /// Every parameter by path, as bits: for comparisons to the last one.
 pub fn weight_bits<M: Module>(module: &M) -> BTreeMap<String, Vec<u32>> {
-    struct Collect {
-        path: Vec<String>,
-        out: BTreeMap<String, Vec<u32>>,
-    }
-    impl ModuleVisitor for Collect {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let bits = host_values(param.base())
-                .into_iter()
-                .map(f32::to_bits)
-                .collect();
-            assert!(self.out.insert(self.path.join("."), bits).is_none());
-        }
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.to_string());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-    }
-    let mut collect = Collect {
-        path: Vec::new(),
-        out: BTreeMap::new(),
-    };
-    module.visit(&mut collect);
-    collect.out
+    let mut out = BTreeMap::new();
+    for_each_param(module, |path, param| {
+        let bits = host_values(param.flattened());
+        let bits = bits.into_iter().map(f32::to_bits).collect();
+        assert!(out.insert(path.to_string(), bits).is_none());
+    });
+    out
 }
 
 /// Whether a parameter's path is an adapter's factor.

@@ -40,6 +40,21 @@ impl Default for PeftOptions {
     }
 }
 
+impl PeftOptions {
+    /// F32, ranks as they are, into a new or empty folder.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    setters! {
+        with_dtype(dtype: DType);
+        with_pad_to_max_rank(pad_to_max_rank: bool);
+        with_overwrite(overwrite: bool);
+        with_model_layers(model_layers: Vec<String>);
+        with_dropout(dropout: f64);
+    }
+}
+
 impl LoraAdapter {
     /// Writes the adapter as a PEFT folder, atomically.
     ///

@@ -3,17 +3,17 @@
 //! A problem is a cell (kind, wording, numbers) and a dressing (names, things). A hash of the cell alone decides the split,
 //! so the numbers of a test problem never occur in training in that wording, whatever the names and however many problems
 //! are drawn. Numbers stay small: sums below 100, products of one-digit factors.
+#![allow(dead_code)] // Each program takes some of it.
 
 use std::fmt;
 use std::str::FromStr;
 
+use elastic_lora::data::Record;
+use elastic_lora::{Error, Result};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-
-use super::Record;
-use crate::error::{Error, Result};
 
 /// What has to be worked out. `x`, `y`, `z` are the numbers in the question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

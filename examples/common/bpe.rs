@@ -1,5 +1,7 @@
 //! A tokenizer of our own: byte-level BPE in which every digit is a token.
+#![allow(dead_code)] // Each program takes some of it.
 
+use elastic_lora::{Error, Result};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::models::{ModelWrapper, TrainerWrapper};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -10,8 +12,6 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, TokenizerBuilder,
 };
-
-use crate::error::{Error, Result};
 
 /// Padding, id 0.
 pub const BPE_PAD: &str = "<pad>";

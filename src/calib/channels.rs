@@ -1,8 +1,9 @@
-//! How much each unit of a layer matters: an MLP channel, or a key/value group with its query heads.
+//! How much each channel of a block matters: one of the MLP, or a key/value head with its query heads, which here is a channel
+//! of several rows and columns.
 //!
-//! A unit owns rows of some weights `[out, in]` (what writes it) and columns of others (what reads it). Its score is a sum
+//! A channel owns rows of some weights `[out, in]` (what writes it) and columns of others (what reads it). Its score is a sum
 //! over what it owns: magnitudes, as MultiPruner and NNCF take them, or Wanda's products (arXiv 2306.11695) summed over the
-//! column that reads it. Departure from NNCF, which sums one L2 norm a layer: L2 here is the norm of all that a unit owns.
+//! column that reads it. Departure from NNCF, which sums one L2 norm a layer: L2 here is the norm of all that a channel owns.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,9 +11,9 @@ use std::str::FromStr;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::InputNorms;
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
+use crate::sparsity::InputNorms;
 
 /// How channels and heads are ranked before they are put in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -22,10 +23,10 @@ pub enum ChannelScore {
     L1,
     /// Root of the sum of the squared weights; needs no data.
     L2,
-    /// What the unit writes, by magnitude: `sum over outputs o of |W[o, j]| * ||x_j||` of the layer that reads it. Needs
+    /// What the channel writes, by magnitude: `sum over outputs o of |W[o, j]| * ||x_j||` of the layer that reads it. Needs
     /// calibration.
     Activation,
-    /// How the loss changes to first order as the unit's weights shrink, `|<w, dL/dw>|`, from a sketch of the gradient that
+    /// How the loss changes to first order as the channel's weights shrink, `|<w, dL/dw>|`, from a sketch of the gradient that
     /// low-rank adapters give. Needs calibration.
     Taylor,
 }
@@ -73,27 +74,36 @@ impl FromStr for ChannelScore {
     }
 }
 
-/// What units own of one weight: each the next `width` rows, or columns.
+/// The scores of a block's channels; larger is more important. Scores of the two kinds do not compare.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockScores {
+    /// Of each channel of the MLP.
+    pub mlp: Vec<f64>,
+    /// Of each key/value head with its query heads.
+    pub kv_groups: Vec<f64>,
+}
+
+/// What channels own of one weight: each the next `width` rows, or columns.
 #[derive(Clone, Copy, Debug)]
-pub struct UnitPart<'a> {
+pub(super) struct ChannelPart<'a> {
     weight: &'a Matrix,
     width: usize,
     columns: bool,
 }
 
-impl<'a> UnitPart<'a> {
-    /// Each unit owns the next `width` rows of `weight` `[out, in]`: it is written by them.
+impl<'a> ChannelPart<'a> {
+    /// Each channel owns the next `width` rows of `weight` `[out, in]`: it is written by them.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the rows are no whole number of units.
+    /// [`Error::ShapeMismatch`] where the rows are no whole number of channels.
     pub fn rows(weight: &'a Matrix, width: usize) -> Result<Self> {
         Self::new(weight, width, false)
     }
 
-    /// Each unit owns the next `width` columns of `weight` `[out, in]`: it is read through them.
+    /// Each channel owns the next `width` columns of `weight` `[out, in]`: it is read through them.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the columns are no whole number of units.
+    /// [`Error::ShapeMismatch`] where the columns are no whole number of channels.
     pub fn columns(weight: &'a Matrix, width: usize) -> Result<Self> {
         Self::new(weight, width, true)
     }
@@ -112,7 +122,7 @@ impl<'a> UnitPart<'a> {
         })
     }
 
-    fn n_units(&self) -> usize {
+    fn n_channels(&self) -> usize {
         (if self.columns {
             self.weight.cols()
         } else {
@@ -120,16 +130,16 @@ impl<'a> UnitPart<'a> {
         }) / self.width
     }
 
-    /// For each unit, the sum over the elements `w` of column `j` that it owns of `f(j, w)`. Each sum is taken by one thread,
+    /// For each channel, the sum over the elements `w` of column `j` that it owns of `f(j, w)`. Each sum is taken by one thread,
     /// in the same order at any number of them.
     fn sums(&self, f: impl Fn(usize, f32) -> f64 + Sync) -> Vec<f64> {
-        // Columns of many units at once, so that a row is read in pieces and not element by element.
+        // Columns of many channels at once, so that a row is read in pieces and not element by element.
         let at_once = if self.columns {
             (256 / self.width).max(1)
         } else {
             1
         };
-        let mut sums = vec![0.0; self.n_units()];
+        let mut sums = vec![0.0; self.n_channels()];
         sums.par_chunks_mut(at_once)
             .enumerate()
             .for_each(|(chunk, sums)| {
@@ -146,12 +156,12 @@ impl<'a> UnitPart<'a> {
                     self.weight.cols().max(1)
                 };
                 for row in rows {
-                    for (unit, values) in self.weight.row(row)[columns.clone()]
+                    for (channel, values) in self.weight.row(row)[columns.clone()]
                         .chunks(width)
                         .enumerate()
                     {
-                        let first = columns.start + unit * width;
-                        sums[unit] += values
+                        let first = columns.start + channel * width;
+                        sums[channel] += values
                             .iter()
                             .enumerate()
                             .map(|(j, w)| f(first + j, *w))
@@ -166,7 +176,7 @@ impl<'a> UnitPart<'a> {
 fn check_width(len: usize, width: usize) -> Result<()> {
     if width == 0 || !len.is_multiple_of(width) {
         return Err(Error::ShapeMismatch {
-            what: "rows or columns of whole units".into(),
+            what: "rows or columns of whole channels".into(),
             expected: vec![len.checked_div(width).unwrap_or(0), width],
             found: vec![len],
         });
@@ -174,35 +184,35 @@ fn check_width(len: usize, width: usize) -> Result<()> {
     Ok(())
 }
 
-/// Sum of the absolute weights of each unit, over all that it owns.
+/// Sum of the absolute weights of each channel, over all that it owns.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for no parts, [`Error::ShapeMismatch`] where they differ in the number of units.
-pub fn l1_scores(parts: &[UnitPart<'_>]) -> Result<Vec<f64>> {
+/// [`Error::InvalidArgument`] for no parts, [`Error::ShapeMismatch`] where they differ in the number of channels.
+pub(super) fn l1_scores(parts: &[ChannelPart<'_>]) -> Result<Vec<f64>> {
     sum_parts(parts, |w| f64::from(w).abs())
 }
 
-/// Root of the sum of the squared weights of each unit, over all that it owns.
+/// Root of the sum of the squared weights of each channel, over all that it owns.
 ///
 /// # Errors
 /// As [`l1_scores`].
-pub fn l2_scores(parts: &[UnitPart<'_>]) -> Result<Vec<f64>> {
+pub(super) fn l2_scores(parts: &[ChannelPart<'_>]) -> Result<Vec<f64>> {
     let mut scores = sum_parts(parts, |w| f64::from(w) * f64::from(w))?;
     scores.iter_mut().for_each(|score| *score = score.sqrt());
     Ok(scores)
 }
 
-fn sum_parts(parts: &[UnitPart<'_>], f: impl Fn(f32) -> f64 + Sync) -> Result<Vec<f64>> {
+fn sum_parts(parts: &[ChannelPart<'_>], f: impl Fn(f32) -> f64 + Sync) -> Result<Vec<f64>> {
     let Some(first) = parts.first() else {
         return Err(Error::argument("parts", "none", "at least one"));
     };
-    let mut scores = vec![0.0; first.n_units()];
+    let mut scores = vec![0.0; first.n_channels()];
     for part in parts {
-        if part.n_units() != scores.len() {
+        if part.n_channels() != scores.len() {
             return Err(Error::ShapeMismatch {
-                what: "units of a group of weights".into(),
+                what: "channels of a group of weights".into(),
                 expected: vec![scores.len()],
-                found: vec![part.n_units()],
+                found: vec![part.n_channels()],
             });
         }
         scores
@@ -213,16 +223,20 @@ fn sum_parts(parts: &[UnitPart<'_>], f: impl Fn(f32) -> f64 + Sync) -> Result<Ve
     Ok(scores)
 }
 
-/// What each unit adds to the output of the layer that reads it: the sum over its columns `j` and all rows `o` of
+/// What each channel adds to the output of the layer that reads it: the sum over its columns `j` and all rows `o` of
 /// `|W[o, j]| * sqrt(mean ||x_j||^2)`, Wanda's scores summed.
 ///
 /// # Shapes
-/// - `weight`: `[out, in]`, of which each unit owns the next `width` columns; `norms`: of its input
+/// - `weight`: `[out, in]`, of which each channel owns the next `width` columns; `norms`: of its input
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] where the columns are no whole number of units, or `norms` are of another width.
-pub fn activation_scores(weight: &Matrix, width: usize, norms: &InputNorms) -> Result<Vec<f64>> {
-    let part = UnitPart::columns(weight, width)?;
+/// [`Error::ShapeMismatch`] where the columns are no whole number of channels, or `norms` are of another width.
+pub(super) fn activation_scores(
+    weight: &Matrix,
+    width: usize,
+    norms: &InputNorms,
+) -> Result<Vec<f64>> {
+    let part = ChannelPart::columns(weight, width)?;
     if norms.d_input() != weight.cols() {
         return Err(Error::ShapeMismatch {
             what: "input norms, one per column of the weight".into(),
@@ -238,23 +252,23 @@ pub fn activation_scores(weight: &Matrix, width: usize, norms: &InputNorms) -> R
     Ok(part.sums(|j, w| f64::from(w).abs() * norms[j]))
 }
 
-/// Sums of each `width` consecutive values: a layer's rows become units.
+/// Sums of each `width` consecutive values: a layer's rows become channels.
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`] where there is no whole number of them.
-pub fn sum_units(values: &[f32], width: usize) -> Result<Vec<f64>> {
+pub(super) fn sum_channels(values: &[f32], width: usize) -> Result<Vec<f64>> {
     check_width(values.len(), width)?;
     Ok(values
         .chunks_exact(width)
-        .map(|unit| unit.iter().map(|v| f64::from(*v)).sum())
+        .map(|channel| channel.iter().map(|v| f64::from(*v)).sum())
         .collect())
 }
 
-/// The order that puts the most important units first: place `i` is for unit `order[i]`. Equal ones keep their order.
+/// The order that puts the most important channels first: place `i` is for channel `order[i]`. Equal ones keep their order.
 ///
 /// # Errors
 /// [`Error::NotFinite`] where a score is NaN or infinite.
-pub fn importance_order(scores: &[f64]) -> Result<Vec<usize>> {
+pub(super) fn importance_order(scores: &[f64]) -> Result<Vec<usize>> {
     if let Some(index) = scores.iter().position(|score| !score.is_finite()) {
         return Err(Error::NotFinite {
             tensor: "channel scores".into(),
@@ -284,35 +298,35 @@ mod tests {
     }
 
     #[test]
-    fn scores_are_sums_over_what_a_unit_owns() {
-        // Seven units: three rows each of one weight, one row of another, two columns of a third.
+    fn scores_are_sums_over_what_a_channel_owns() {
+        // Seven channels: three rows each of one weight, one row of another, two columns of a third.
         let (a, b, c) = (random(21, 5, 1), random(7, 9, 2), random(11, 14, 3));
         let parts = [
-            UnitPart::rows(&a, 3).unwrap(),
-            UnitPart::rows(&b, 1).unwrap(),
-            UnitPart::columns(&c, 2).unwrap(),
+            ChannelPart::rows(&a, 3).unwrap(),
+            ChannelPart::rows(&b, 1).unwrap(),
+            ChannelPart::columns(&c, 2).unwrap(),
         ];
         let (l1, l2) = (l1_scores(&parts).unwrap(), l2_scores(&parts).unwrap());
         let mut norms = InputNorms::new(14);
         let x = random(10, 14, 4);
         norms.update(x.as_slice(), 2).unwrap();
         let activation = activation_scores(&c, 2, &norms).unwrap();
-        for unit in 0..7 {
+        for channel in 0..7 {
             let mut own: Vec<f64> = Vec::new();
             (0..21)
-                .filter(|i| i / 3 == unit)
+                .filter(|i| i / 3 == channel)
                 .for_each(|i| own.extend(a.row(i).iter().map(|v| f64::from(*v))));
-            own.extend(b.row(unit).iter().map(|v| f64::from(*v)));
+            own.extend(b.row(channel).iter().map(|v| f64::from(*v)));
             (0..11).for_each(|o| {
                 own.extend(
-                    c.row(o)[2 * unit..2 * unit + 2]
+                    c.row(o)[2 * channel..2 * channel + 2]
                         .iter()
                         .map(|v| f64::from(*v)),
                 )
             });
-            assert!((l1[unit] - own.iter().map(|v| v.abs()).sum::<f64>()).abs() < 1e-9);
-            assert!((l2[unit] - own.iter().map(|v| v * v).sum::<f64>().sqrt()).abs() < 1e-9);
-            let expected: f64 = (2 * unit..2 * unit + 2)
+            assert!((l1[channel] - own.iter().map(|v| v.abs()).sum::<f64>()).abs() < 1e-9);
+            assert!((l2[channel] - own.iter().map(|v| v * v).sum::<f64>().sqrt()).abs() < 1e-9);
+            let expected: f64 = (2 * channel..2 * channel + 2)
                 .map(|j| {
                     let norm =
                         ((0..10).map(|t| f64::from(x.row(t)[j]).powi(2)).sum::<f64>() / 2.0).sqrt();
@@ -321,7 +335,7 @@ mod tests {
                         .sum::<f64>()
                 })
                 .sum();
-            assert!((activation[unit] - expected).abs() < 1e-5);
+            assert!((activation[channel] - expected).abs() < 1e-5);
         }
         let pools = [1, 3].map(|n| {
             rayon::ThreadPoolBuilder::new()
@@ -332,7 +346,7 @@ mod tests {
         let [one, three] = pools.map(|pool| pool.install(|| l1_scores(&parts).unwrap()));
         assert_eq!(one, three);
         assert_eq!(
-            sum_units(&[0.5, 1.0, -2.0, 4.0, 0.25, 0.0], 3).unwrap(),
+            sum_channels(&[0.5, 1.0, -2.0, 4.0, 0.25, 0.0], 3).unwrap(),
             [-0.5, 4.25]
         );
     }
@@ -353,19 +367,19 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let (a, b) = (random(21, 5, 1), random(7, 9, 2));
-        assert!(UnitPart::rows(&a, 4).is_err() && UnitPart::rows(&a, 0).is_err());
-        assert!(UnitPart::columns(&b, 2).is_err());
+        assert!(ChannelPart::rows(&a, 4).is_err() && ChannelPart::rows(&a, 0).is_err());
+        assert!(ChannelPart::columns(&b, 2).is_err());
         assert!(l1_scores(&[]).is_err());
         let parts = [
-            UnitPart::rows(&a, 7).unwrap(),
-            UnitPart::rows(&b, 1).unwrap(),
+            ChannelPart::rows(&a, 7).unwrap(),
+            ChannelPart::rows(&b, 1).unwrap(),
         ];
         assert!(matches!(
             l2_scores(&parts),
             Err(Error::ShapeMismatch { .. })
         ));
         assert!(activation_scores(&b, 3, &InputNorms::new(8)).is_err());
-        assert!(sum_units(&[1.0; 5], 2).is_err());
+        assert!(sum_channels(&[1.0; 5], 2).is_err());
         for score in ChannelScore::ALL {
             assert_eq!(score.to_string().parse::<ChannelScore>().unwrap(), score);
             assert_eq!(

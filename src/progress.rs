@@ -1,0 +1,610 @@
+//! What long work tells the caller, and how the caller stops it.
+//!
+//! Functions that may run for minutes take a `&dyn Progress` as their last argument: [`Silent`] for none,
+//! [`TerminalProgress`] for a bar on a terminal and a line every 30 seconds elsewhere, or an implementation of one's own.
+//!
+//! ```
+//! use elastic_lora::progress::{Progress, Silent, Task};
+//!
+//! fn work(progress: &dyn Progress) -> elastic_lora::Result<()> {
+//!     let mut task = Task::begin(progress, "sum", 3, "numbers")?;
+//!     for number in 1..=3 {
+//!         task.step(&format!("number {number}"))?;
+//!     }
+//!     Ok(())
+//! }
+//! work(&Silent)?;
+//! # Ok::<(), elastic_lora::Error>(())
+//! ```
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::error::{Error, Result};
+
+/// Hears of long work, and may stop it. Every method has a default that does nothing.
+///
+/// Tasks may lie within each other (a validation within a training), and those of different threads may overlap.
+pub trait Progress: Sync {
+    /// A task begins.
+    fn begin(&self, _task: &Task<'_>) {}
+
+    /// Steps of a task are done: [`Task::done`] of [`Task::total`]. `note` is a short text such as `loss 0.1234`, or empty.
+    fn step(&self, _task: &Task<'_>, _note: &str) {}
+
+    /// A task has ended, whether or not all of its steps are done.
+    fn end(&self, _task: &Task<'_>) {}
+
+    /// Whether the work should stop with [`Error::Interrupted`]. It is asked often: between batches, layers and tokens.
+    fn is_interrupted(&self) -> bool {
+        false
+    }
+}
+
+/// Shows nothing and never interrupts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Progress for Silent {}
+
+/// Shows nothing, and interrupts once it is true.
+impl Progress for AtomicBool {
+    fn is_interrupted(&self) -> bool {
+        self.load(Ordering::Relaxed)
+    }
+}
+
+/// A piece of long work with a known number of steps. It ends when it is dropped.
+pub struct Task<'a> {
+    progress: &'a dyn Progress,
+    id: u64,
+    label: String,
+    unit: &'static str,
+    first: usize,
+    done: usize,
+    total: usize,
+}
+
+impl<'a> Task<'a> {
+    /// Begins a task of `total` steps. `unit` names several of them, such as `layers`.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub fn begin(
+        progress: &'a dyn Progress,
+        label: impl Into<String>,
+        total: usize,
+        unit: &'static str,
+    ) -> Result<Self> {
+        Self::resume(progress, label, 0, total, unit)
+    }
+
+    /// Begins a task of which `done` steps were done before.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub fn resume(
+        progress: &'a dyn Progress,
+        label: impl Into<String>,
+        done: usize,
+        total: usize,
+        unit: &'static str,
+    ) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let task = Self {
+            progress,
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            label: label.into(),
+            unit,
+            first: done,
+            done,
+            total,
+        };
+        progress.begin(&task);
+        task.check()?;
+        Ok(task)
+    }
+
+    /// Counts one more step as done.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn step(&mut self, note: &str) -> Result<()> {
+        self.advance(1, note);
+        self.check()
+    }
+
+    /// Counts `n` more steps as done, and does not ask whether to stop.
+    pub fn advance(&mut self, n: usize, note: &str) {
+        self.done += n;
+        self.progress.step(self, note);
+    }
+
+    /// Asks whether to stop.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`], which names the task.
+    pub fn check(&self) -> Result<()> {
+        if self.progress.is_interrupted() {
+            let task = self.label.clone();
+            return Err(Error::Interrupted { task });
+        }
+        Ok(())
+    }
+
+    /// A number that no other task of the process has.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// What is done, such as `prune`.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Name of several steps, such as `layers`.
+    pub fn unit(&self) -> &'static str {
+        self.unit
+    }
+
+    /// Number of steps that were done before the task began.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Number of steps done, those before the task began among them.
+    pub fn done(&self) -> usize {
+        self.done
+    }
+
+    /// Number of all steps.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+}
+
+impl Drop for Task<'_> {
+    fn drop(&mut self) {
+        self.progress.end(self);
+    }
+}
+
+/// Shows a bar on standard error if that is a terminal. Otherwise writes a line with the time, the task, its share, its rate
+/// and the remaining time every 30 seconds, and one at the end of each task.
+///
+/// Of tasks within each other the outermost has the bar, and the innermost is named behind it.
+pub struct TerminalProgress {
+    shown: Arc<Mutex<Shown>>,
+    interrupt: Option<Arc<AtomicBool>>,
+}
+
+/// Time between two lines.
+const INTERVAL: Duration = Duration::from_secs(30);
+
+/// Longest label beside a bar, in characters.
+const LABEL: usize = 20;
+
+impl TerminalProgress {
+    /// Shows progress on standard error.
+    pub fn new() -> Self {
+        let stderr = std::io::stderr();
+        if stderr.is_terminal() {
+            Self::with_output(Output::Bar(None))
+        } else {
+            Self::to_writer(stderr)
+        }
+    }
+
+    /// Writes lines to `writer`, whether or not it is a terminal.
+    pub fn to_writer(writer: impl Write + Send + 'static) -> Self {
+        let last = SystemTime::now();
+        Self::with_output(Output::Lines(Box::new(writer), last))
+    }
+
+    fn with_output(output: Output) -> Self {
+        let tasks = Vec::new();
+        let shown = Arc::new(Mutex::new(Shown { tasks, output }));
+        // A step may take longer than the time between two lines: the clock is not left to the steps.
+        let board = Arc::downgrade(&shown);
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_secs(1));
+                let Some(shown) = Weak::upgrade(&board) else {
+                    return;
+                };
+                lock(&shown).tick(SystemTime::now());
+            }
+        });
+        let interrupt = None;
+        Self { shown, interrupt }
+    }
+
+    /// Interrupts the work once the flag is set, by a handler of Ctrl-C say.
+    pub fn with_interrupt(mut self, flag: Arc<AtomicBool>) -> Self {
+        self.interrupt = Some(flag);
+        self
+    }
+}
+
+impl Default for TerminalProgress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Progress for TerminalProgress {
+    fn begin(&self, task: &Task<'_>) {
+        lock(&self.shown).begin(task, SystemTime::now());
+    }
+
+    fn step(&self, task: &Task<'_>, note: &str) {
+        lock(&self.shown).step(task, note, SystemTime::now());
+    }
+
+    fn end(&self, task: &Task<'_>) {
+        lock(&self.shown).end(task, SystemTime::now());
+    }
+
+    fn is_interrupted(&self) -> bool {
+        let flag = self.interrupt.as_ref();
+        flag.is_some_and(|flag| flag.is_interrupted())
+    }
+}
+
+fn lock(shown: &Mutex<Shown>) -> MutexGuard<'_, Shown> {
+    shown.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where progress goes: to a bar while there is a task, or to a writer, with the time of the last line.
+enum Output {
+    Bar(Option<ProgressBar>),
+    Lines(Box<dyn Write + Send>, SystemTime),
+}
+
+/// The tasks that run, outermost first. All methods are told the time.
+struct Shown {
+    tasks: Vec<Running>,
+    output: Output,
+}
+
+struct Running {
+    id: u64,
+    label: String,
+    unit: &'static str,
+    first: usize,
+    done: usize,
+    total: usize,
+    started: SystemTime,
+    note: String,
+}
+
+impl Shown {
+    fn begin(&mut self, task: &Task<'_>, now: SystemTime) {
+        self.tasks.push(Running {
+            id: task.id,
+            label: task.label.clone(),
+            unit: task.unit,
+            first: task.first,
+            done: task.done,
+            total: task.total,
+            started: now,
+            note: String::new(),
+        });
+        if self.tasks.len() == 1 {
+            match &mut self.output {
+                Output::Bar(bar) => *bar = Some(new_bar(task)),
+                Output::Lines(_, last) => *last = now,
+            }
+        }
+        self.tick(now);
+    }
+
+    fn step(&mut self, task: &Task<'_>, note: &str, now: SystemTime) {
+        if let Some(running) = self.tasks.iter_mut().find(|running| running.id == task.id) {
+            running.done = task.done;
+            running.note = note.to_string();
+        }
+        self.tick(now);
+    }
+
+    fn end(&mut self, task: &Task<'_>, now: SystemTime) {
+        let Some(index) = self.tasks.iter().position(|running| running.id == task.id) else {
+            return;
+        };
+        let ended = self.tasks.remove(index);
+        if index > 0 {
+            return;
+        }
+        match &mut self.output {
+            Output::Bar(bar) => {
+                if let Some(bar) = bar.take() {
+                    bar.finish_and_clear();
+                }
+            }
+            Output::Lines(writer, last) => {
+                let (stamp, text) = (time_stamp(now), ended.summary(now));
+                let _ = writeln!(writer, "{stamp} {}: {text}", ended.label);
+                *last = now;
+            }
+        }
+    }
+
+    /// Shows how the work stands, if it is time to.
+    fn tick(&mut self, now: SystemTime) {
+        let Some(outer) = self.tasks.first() else {
+            return;
+        };
+        let inner = self.tasks.last().filter(|inner| inner.id != outer.id);
+        let inner = inner.map_or(String::new(), |inner| {
+            format!("; {} {}/{}", inner.label, inner.done, inner.total)
+        });
+        match &mut self.output {
+            Output::Bar(Some(bar)) => {
+                bar.set_position(outer.done as u64);
+                bar.set_message(outer.brief(now) + &inner);
+            }
+            Output::Bar(None) => {}
+            Output::Lines(writer, last) => {
+                if now.duration_since(*last).unwrap_or_default() >= INTERVAL {
+                    let (stamp, text) = (time_stamp(now), outer.state(now));
+                    let _ = writeln!(writer, "{stamp} {}: {text}{inner}", outer.label);
+                    *last = now;
+                }
+            }
+        }
+    }
+}
+
+/// A bar that leaves the rest of the line to the message, which is cut where the terminal ends.
+fn new_bar(task: &Task<'_>) -> ProgressBar {
+    let bar = ProgressBar::new(task.total as u64);
+    if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:16}] {wide_msg}") {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    let mut label: String = task.label.chars().take(LABEL).collect();
+    if label.len() < task.label.len() {
+        label.pop();
+        label.push('…');
+    }
+    bar.set_prefix(label);
+    bar
+}
+
+impl Running {
+    /// Such as `12/35 layers (34 %), 4.2 layers/s, 0:05 left, loss 0.1234`.
+    fn state(&self, now: SystemTime) -> String {
+        let share = 100.0 * self.done as f64 / self.total.max(1) as f64;
+        let mut text = format!("{}/{} {} ({share:.0} %)", self.done, self.total, self.unit);
+        let rate = self.rate(now);
+        if rate > 0.0 {
+            let _ = write!(text, ", {}", per_time(rate, self.unit));
+        }
+        self.with_note(text + &self.left(now))
+    }
+
+    /// Such as `12/35, 0:05 left, loss 0.1234`, for the end of a line.
+    fn brief(&self, now: SystemTime) -> String {
+        self.with_note(format!("{}/{}{}", self.done, self.total, self.left(now)))
+    }
+
+    /// Such as `, 0:05 left`, or nothing where no step is done.
+    fn left(&self, now: SystemTime) -> String {
+        let rate = self.rate(now);
+        if rate == 0.0 {
+            return String::new();
+        }
+        let left = self.total.saturating_sub(self.done) as f64 / rate;
+        format!(", {} left", clock(left))
+    }
+
+    /// Such as `35 layers in 0:08, 4.4 layers/s`.
+    fn summary(&self, now: SystemTime) -> String {
+        let seconds = clock(self.seconds(now));
+        let mut text = if self.done < self.total {
+            let (done, total) = (self.done, self.total);
+            format!("ended at {done} of {total} {}, {seconds}", self.unit)
+        } else {
+            format!("{} {} in {seconds}", self.done - self.first, self.unit)
+        };
+        let rate = self.rate(now);
+        if rate > 0.0 {
+            let _ = write!(text, ", {}", per_time(rate, self.unit));
+        }
+        self.with_note(text)
+    }
+
+    fn with_note(&self, mut text: String) -> String {
+        if !self.note.is_empty() {
+            let _ = write!(text, ", {}", self.note);
+        }
+        text
+    }
+
+    fn seconds(&self, now: SystemTime) -> f64 {
+        let elapsed = now.duration_since(self.started).unwrap_or_default();
+        elapsed.as_secs_f64()
+    }
+
+    /// Steps a second; 0 where there is nothing to tell it by.
+    fn rate(&self, now: SystemTime) -> f64 {
+        let seconds = self.seconds(now);
+        if seconds > 0.0 {
+            (self.done - self.first) as f64 / seconds
+        } else {
+            0.0
+        }
+    }
+}
+
+/// A rate by the second, minute or hour, whichever gives the first number of at least 1.
+fn per_time(rate: f64, unit: &str) -> String {
+    let (factor, time) = [(1.0, "s"), (60.0, "min")]
+        .into_iter()
+        .find(|(factor, _)| rate * factor >= 1.0)
+        .unwrap_or((3600.0, "h"));
+    format!("{:.1} {unit}/{time}", rate * factor)
+}
+
+/// `1:05` or `2:03:20`.
+fn clock(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}")
+    } else {
+        format!("{minutes}:{seconds:02}")
+    }
+}
+
+/// Such as `2026-02-28T23:59:59Z`.
+fn time_stamp(now: SystemTime) -> String {
+    let since = now
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let seconds = since.as_secs();
+    // Days are counted from 1 March of the year 0, so that leap days come last in their years, in cycles of 400 years.
+    let days = seconds / 86_400 + 719_468;
+    let (cycle, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = 400 * cycle + year + u64::from(month <= 2);
+    let (hours, minutes, seconds) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A writer that a test can read.
+    #[derive(Clone, Default)]
+    struct Page(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Page {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Page {
+        fn take(&self) -> String {
+            String::from_utf8(std::mem::take(&mut self.0.lock().unwrap())).unwrap()
+        }
+    }
+
+    fn at(seconds: u64) -> SystemTime {
+        // 2024-02-29T23:59:00Z
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_709_251_140 + seconds)
+    }
+
+    #[test]
+    fn lines_come_every_30_seconds_and_at_the_end_of_outermost_tasks() {
+        let page = Page::default();
+        let mut shown = Shown {
+            tasks: Vec::new(),
+            output: Output::Lines(Box::new(page.clone()), at(0)),
+        };
+        let mut outer = Task::resume(&Silent, "search", 4, 40, "subnets").unwrap();
+        shown.begin(&outer, at(0));
+        for second in 1..30 {
+            shown.tick(at(second));
+        }
+        assert_eq!(page.take(), "");
+        // No step yet: a share, and no rate.
+        shown.tick(at(30));
+        assert_eq!(
+            page.take(),
+            "2024-02-29T23:59:30Z search: 4/40 subnets (10 %)\n"
+        );
+        outer.advance(6, "");
+        shown.step(&outer, "loss 0.5", at(40));
+        let mut inner = Task::begin(&Silent, "evaluate", 12, "batches").unwrap();
+        shown.begin(&inner, at(50));
+        inner.advance(3, "");
+        shown.step(&inner, "", at(60));
+        assert_eq!(
+            page.take(),
+            "2024-03-01T00:00:00Z search: 10/40 subnets (25 %), 6.0 subnets/min, 5:00 left, loss 0.5; evaluate 3/12\n"
+        );
+        shown.end(&inner, at(61));
+        shown.tick(at(89));
+        assert_eq!(page.take(), "");
+        outer.advance(30, "");
+        shown.step(&outer, "", at(89));
+        shown.end(&outer, at(90));
+        assert_eq!(
+            page.take(),
+            "2024-03-01T00:00:30Z search: 36 subnets in 1:30, 24.0 subnets/min\n"
+        );
+        shown.tick(at(500));
+        assert_eq!(page.take(), "");
+    }
+
+    #[test]
+    fn a_task_that_fails_says_how_far_it_came() {
+        let page = Page::default();
+        let progress = TerminalProgress::to_writer(page.clone());
+        let result = (|| {
+            let mut task = Task::begin(&progress, "prune", 7, "layers")?;
+            task.step("")?;
+            Err::<(), _>(Error::OutOfMemory {
+                what: "x",
+                bytes: 1,
+            })
+        })();
+        assert!(result.is_err());
+        let text = page.take();
+        assert!(
+            text.contains("Z prune: ended at 1 of 7 layers, 0:00"),
+            "{text}"
+        );
+        assert_eq!(text.lines().count(), 1);
+    }
+
+    #[test]
+    fn the_flag_interrupts_by_name() {
+        let flag = Arc::new(AtomicBool::new(false));
+        let progress = TerminalProgress::to_writer(std::io::sink()).with_interrupt(flag.clone());
+        let mut task = Task::begin(&progress, "merge", 2, "layers").unwrap();
+        task.step("").unwrap();
+        flag.store(true, Ordering::Relaxed);
+        let error = task.step("").unwrap_err();
+        assert_eq!(error.to_string(), "merge: interrupted");
+        assert!(Task::begin(&progress, "x", 1, "layers").is_err());
+        assert_eq!((task.done(), task.total()), (2, 2));
+    }
+
+    #[test]
+    fn times_and_rates_are_short() {
+        let shown = [(0.4, "0:00"), (65.0, "1:05"), (7400.0, "2:03:20")];
+        for (seconds, text) in shown {
+            assert_eq!(clock(seconds), text);
+        }
+        let rates = [(12.34, "12.3 x/s"), (0.5, "30.0 x/min"), (0.001, "3.6 x/h")];
+        for (rate, text) in rates {
+            assert_eq!(per_time(rate, "x"), text);
+        }
+        let stamps = [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ];
+        for (seconds, text) in stamps {
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+            assert_eq!(time_stamp(time), text);
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! What a batch is to predict, and how well a model does.
+
+use crate::data::Batch;
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::nn::host_values;
+use crate::progress::{Progress, Task};
+
+/// Positions whose next token counts in the loss, row-major, with that token.
+pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
+    let counted = batch
+        .loss_mask
+        .iter()
+        .enumerate()
+        .filter(|(index, counts)| **counts && index % batch.len > 0);
+    counted
+        .map(|(index, _)| (index - 1, batch.ids[index]))
+        .collect()
+}
+
+/// Mean negative log-likelihood a target, in nats, of fixed batches; summed in `f64` in their order.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] where there is no target at all; those of [`Decoder::tokens`].
+pub fn mean_loss(model: &Decoder, batches: &[Batch], progress: &dyn Progress) -> Result<f64> {
+    let mut task = Task::begin(progress, "evaluate", batches.len(), "batches")?;
+    let mut sum = 0.0;
+    let mut n = 0;
+    for batch in batches {
+        let targets = targets(batch);
+        if !targets.is_empty() {
+            n += targets.len();
+            sum += f64::from(
+                host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0],
+            );
+        }
+        task.step("")?;
+    }
+    if n == 0 {
+        return Err(Error::argument(
+            "batches",
+            "no target",
+            "at least one token to be predicted",
+        ));
+    }
+    Ok(sum / n as f64)
+}
