@@ -90,7 +90,7 @@ fn measure(args: &Args, method: Method) -> Result<Measured> {
     let weight = Matrix::from_fn(args.rows, args.cols, |_, _| {
         rng.random_range(-0.04_f32..0.04)
     });
-    let (mut seconds, mut parts) = (Vec::new(), Vec::new());
+    let (mut seconds, mut parts) = (Vec::new(), Vec::<(String, f64)>::new());
     let mut run = |run: &mut dyn FnMut() -> Result<()>| -> Result<()> {
         for _ in 0..args.repeats {
             seconds.push(timed(&mut *run)?.as_secs_f64());
@@ -118,8 +118,10 @@ fn measure(args: &Args, method: Method) -> Result<Measured> {
             run(&mut || {
                 let start = Instant::now();
                 let factor = Factor::new(&hessian, &FactorConfig::new())?;
-                parts.push(("factor".to_string(), start.elapsed().as_secs_f64()));
+                let factored = start.elapsed().as_secs_f64();
                 gptq(&weight, &factor, &config, None)?;
+                let columns = start.elapsed().as_secs_f64() - factored;
+                parts.extend([("factor".into(), factored), ("columns".into(), columns)]);
                 Ok(())
             })?;
         }
