@@ -5,28 +5,24 @@
 //! run before and after each model, divided by the bytes of a token: weights, head, keys and values. `share` is how much of it is
 //! reached. Prefill is bound by arithmetic: it stands beside the rate of the `gemm` crate's `f32` product of the same shape, on as many
 //! threads. Random weights do, since neither depends on what they are.
+//!
+//! A program of its own because `benches/llama_cpp/compare.py` compares it with llama.cpp, and because it measures memory.
 
-#[path = "../examples/common/mod.rs"]
 mod common;
 
 use std::collections::HashMap;
-use std::hint::black_box;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
+use common::{copy, gemm_rate, name, sum, weight};
 use elastic_lora::arch::Architecture;
-use elastic_lora::format::{
-    Buffer, MatrixHeader, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat,
-};
+use elastic_lora::format::{StoredMatrix, WeightFormat};
 use elastic_lora::io::DType;
 use elastic_lora::io::hf::{HfConfig, LlamaDims};
-use elastic_lora::kernels::Activations;
-use elastic_lora::linalg::Matrix;
+use elastic_lora::kernels::{Activations, Pool};
 use elastic_lora::runtime::{CacheFormat, Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::{Error, Result};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Size {
@@ -85,9 +81,9 @@ struct Args {
     /// Write each model as a bundle into this folder, and time opening it
     #[arg(long)]
     bundles: Option<PathBuf>,
-    /// What cargo passes to a bench
-    #[arg(long, hide = true)]
-    bench: bool,
+    /// The smallest model in f16 and INT4, two turns
+    #[arg(long)]
+    quick: bool,
 }
 
 fn config(size: Size, kind: Kind) -> Result<HfConfig> {
@@ -118,78 +114,37 @@ fn config(size: Size, kind: Kind) -> Result<HfConfig> {
     })
 }
 
-/// A random weight.
-fn random(kind: Kind, [rows, cols]: [usize; 2], rng: &mut ChaCha8Rng) -> Result<StoredMatrix> {
-    let sparse = matches!(kind, Kind::SparseF16 | Kind::SparseInt4);
-    if matches!(kind, Kind::Int4 | Kind::SparseInt4) {
-        let groups = cols.div_ceil(128);
-        let mut codes: Vec<u8> = vec![0; rows * cols];
-        rng.fill(codes.as_mut_slice());
-        // The lower bits are the code, a higher one says whether the weight is there.
-        codes.iter_mut().for_each(|code| {
-            *code = if sparse && *code & 0x40 != 0 {
-                8
-            } else {
-                *code & 15
-            }
-        });
-        let parts = QuantizedParts {
-            rows,
-            cols,
+/// How a weight is stored.
+fn format(kind: Kind) -> WeightFormat {
+    let (group_size, symmetric) = (Some(128), false);
+    match kind {
+        Kind::F16 | Kind::ExtractedF16 => WeightFormat::F16,
+        Kind::SparseF16 => WeightFormat::SparseF16,
+        Kind::Int4 => WeightFormat::Int {
             bits: 4,
-            group_size: 128,
-            symmetric: false,
-            codes,
-            scales: vec![0.003_906_25; rows * groups],
-            zeros: vec![8; rows * groups],
-            group_of: None,
-        };
-        return StoredMatrix::from_quantized(&QuantizedMatrix::new(parts)?, sparse);
-    }
-    let mut value = || {
-        let bits: u32 = rng.random();
-        if sparse && bits & 1 != 0 {
-            0.0
-        } else {
-            (bits >> 8) as f32 * (0.06 / 16_777_216.0) - 0.03
-        }
-    };
-    let weight = Matrix::from_fn(rows, cols, |_, _| value());
-    StoredMatrix::from_matrix(
-        &weight,
-        if sparse {
-            WeightFormat::SparseF16
-        } else {
-            WeightFormat::F16
+            group_size,
+            symmetric,
         },
-    )
-}
-
-/// A copy in memory of its own.
-fn copied(matrix: &StoredMatrix) -> Result<StoredMatrix> {
-    let parts = matrix.parts();
-    let find = |name: &str| {
-        let part = parts.iter().find(|part| part.name == name)?;
-        Some(Buffer::from_vec(part.bytes.to_vec()))
-    };
-    let header: MatrixHeader = matrix.header();
-    StoredMatrix::from_parts(&header, find)
+        Kind::SparseInt4 => WeightFormat::SparseInt4 {
+            group_size,
+            symmetric,
+        },
+    }
 }
 
 /// A model whose weights of one shape are copies of each other: no two of them share memory.
 fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
     let config = config(size, kind)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut made: HashMap<[usize; 2], StoredMatrix> = HashMap::new();
     let matrix = |name: &str, shape: [usize; 2]| {
         if name == Architecture::EMBEDDING {
-            return random(Kind::F16, shape, &mut rng);
+            return weight(WeightFormat::F16, shape, 0.0);
         }
         if let Some(matrix) = made.get(&shape) {
-            return copied(matrix);
+            return copy(matrix);
         }
-        let matrix = random(kind, shape, &mut rng)?;
-        let copy = copied(&matrix)?;
+        let matrix = weight(format(kind), shape, 0.5)?;
+        let copy = copy(&matrix)?;
         made.insert(shape, matrix);
         Ok(copy)
     };
@@ -197,71 +152,9 @@ fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
 }
 
 /// Bytes per second that all threads together read, the best of some runs over memory far beyond the caches.
-fn bandwidth(memory: &[u64], threads: usize) -> f64 {
-    let read = || {
-        let started = Instant::now();
-        std::thread::scope(|scope| {
-            for part in memory.chunks(memory.len().div_ceil(threads)) {
-                scope.spawn(move || {
-                    // Plain sums, eight at a time, which become vector code.
-                    let mut sums = [0_u64; 32];
-                    for chunk in part.as_chunks::<32>().0 {
-                        sums.iter_mut()
-                            .zip(chunk)
-                            .for_each(|(sum, value)| *sum = sum.wrapping_add(*value));
-                    }
-                    black_box(sums)
-                });
-            }
-        });
-        size_of_val(memory) as f64 / started.elapsed().as_secs_f64()
-    };
-    (0..4).map(|_| read()).fold(0.0, f64::max)
-}
-
-/// Multiply-accumulates per second of the `gemm` crate, `[rows, k] x [k, n]`, columns split among the threads.
-fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
-    let (a, b) = (vec![0.5_f32; rows * k], vec![0.25_f32; k * n]);
-    let part = n.div_ceil(threads);
-    let run = || {
-        let started = Instant::now();
-        std::thread::scope(|scope| {
-            for first in (0..n).step_by(part) {
-                let (a, b) = (&a, &b);
-                scope.spawn(move || {
-                    let n = part.min(b.len() / k - first);
-                    let mut c = vec![0.0_f32; rows * n];
-                    // SAFETY: the sizes and strides are those of the slices; `b` is [n, k] as a weight lies in memory.
-                    unsafe {
-                        gemm::gemm(
-                            rows,
-                            n,
-                            k,
-                            c.as_mut_ptr(),
-                            1,
-                            n as isize,
-                            false,
-                            a.as_ptr(),
-                            1,
-                            k as isize,
-                            b.as_ptr().add(first * k),
-                            k as isize,
-                            1,
-                            0.0,
-                            1.0,
-                            false,
-                            false,
-                            false,
-                            gemm::Parallelism::None,
-                        );
-                    }
-                    black_box(c[0])
-                });
-            }
-        });
-        (rows * k * n) as f64 / started.elapsed().as_secs_f64()
-    };
-    (0..3).map(|_| run()).fold(0.0, f64::max)
+fn bandwidth(memory: &[u64], pool: &Pool) -> f64 {
+    let least = (0..4).map(|_| sum(pool, memory)).min().unwrap_or_default();
+    size_of_val(memory) as f64 / least.as_secs_f64()
 }
 
 /// Megabytes of memory that this process has touched.
@@ -285,7 +178,7 @@ struct Measured {
 }
 
 fn measure(args: &Args, model: &Model, memory: &[u64]) -> Result<Measured> {
-    let threads = model.n_threads();
+    let pool = Pool::new(model.n_threads());
     let config = model.config();
     let mut settings = SessionConfig::default();
     if args.int8 {
@@ -301,7 +194,7 @@ fn measure(args: &Args, model: &Model, memory: &[u64]) -> Result<Measured> {
             .collect::<Vec<u32>>()
     };
     let mut logits = vec![0.0; config.vocab_size()];
-    let before = bandwidth(memory, threads);
+    let before = bandwidth(memory, &pool);
     session.decode(&ids(args.context.max(1)), None)?;
     let (mut best, mut during) = (f64::INFINITY, 0.0_f64);
     for turn in 0..args.turns {
@@ -312,7 +205,7 @@ fn measure(args: &Args, model: &Model, memory: &[u64]) -> Result<Measured> {
             best = best.min(started.elapsed().as_secs_f64());
         }
         if turn % 2 == 1 {
-            during = during.max(bandwidth(memory, threads));
+            during = during.max(bandwidth(memory, &pool));
         }
     }
     let bandwidth = before.max(during);
@@ -361,7 +254,7 @@ fn bundle(folder: &std::path::Path, name: &str, model: &Model) -> Result<()> {
     opened.verify()?;
     let verified = started.elapsed().as_secs_f64();
     let bytes = opened.bytes() as f64;
-    common::say!(
+    println!(
         "{name:<14} bundle of {:.0} MB: opened in {ms:.1} ms, {touched:.1} MB touched; verified in {verified:.2} s, {:.1} GB/s",
         bytes / 1e6,
         bytes / verified / 1e9
@@ -370,7 +263,11 @@ fn bundle(folder: &std::path::Path, name: &str, model: &Model) -> Result<()> {
     std::fs::remove_file(&path).map_err(|error| Error::io(&path, error))
 }
 
-fn bench(args: &Args) -> Result<()> {
+fn bench(args: &mut Args) -> Result<()> {
+    if args.quick {
+        (args.sizes, args.formats) = (vec![Size::Half], vec![Kind::F16, Kind::Int4]);
+        (args.turns, args.prefills) = (2, 1);
+    }
     // 512 MB.
     let memory: Vec<u64> = (0..64 << 20).collect();
     for size in &args.sizes {
@@ -378,9 +275,7 @@ fn bench(args: &Args) -> Result<()> {
         let mut printed = false;
         for kind in &args.formats {
             let model = model(*size, *kind, args.threads)?;
-            let name = kind
-                .to_possible_value()
-                .map_or(String::new(), |value| value.get_name().to_string());
+            let name = name(*kind);
             if !printed {
                 printed = true;
                 let params: usize = model
@@ -395,7 +290,7 @@ fn bench(args: &Args) -> Result<()> {
                     model.config().intermediate_size(),
                     model.n_threads(),
                 );
-                common::say!(
+                println!(
                     "{:.2} billion weights a token, {} threads, {} tokens of context, prompts of {}; gemm's f32: {:.0} GMAC/s",
                     params as f64 / 1e9,
                     model.n_threads(),
@@ -412,7 +307,7 @@ fn bench(args: &Args) -> Result<()> {
                     "prefill/s",
                     "GMAC/s",
                 ];
-                common::say!(
+                println!(
                     "{:<14} {}",
                     "",
                     head.map(|cell| format!("{cell:>10}")).join(" ")
@@ -429,7 +324,7 @@ fn bench(args: &Args) -> Result<()> {
                 format!("{:.0}", measured.prefill),
                 format!("{:.0}", measured.macs / 1e9),
             ];
-            common::say!(
+            println!(
                 "{name:<14} {}",
                 cells.map(|cell| format!("{cell:>10}")).join(" ")
             );
@@ -442,11 +337,5 @@ fn bench(args: &Args) -> Result<()> {
 }
 
 fn main() {
-    let args: Args = common::parse();
-    // `cargo test --all-targets` runs benches too; there it is enough that they build.
-    if args.bench {
-        common::exit_on_error(bench(&args));
-    } else {
-        common::say!("nothing is measured without --bench, which `cargo bench` passes");
-    }
+    common::program(bench);
 }

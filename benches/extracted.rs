@@ -1,17 +1,24 @@
-//! What an extracted model is worth: a random Llama at LLaMA's shape against its subnets of smaller widths, fewer heads and less
-//! depth, extracted, in prefill and in decoding: `cargo bench --bench extracted -- --weights f32,bf16`.
+//! What an extracted model is worth: a random Llama at LLaMA's shape against its subnets of smaller widths,
+//! fewer heads and less depth, extracted, in prefill and in decoding:
+//! `cargo bench --bench extracted -- bf16/mlp`, or any other part of a name.
 //!
-//! Ideally a model that does half the multiply-accumulates takes half the time of prefill, and one of half the bytes half the time of
-//! decoding. The last column says how near it comes: the ratio of times divided by that of the costs. Full and extracted models take
-//! turns, so that whatever else the machine does falls on both. Adapters play no part: they are merged.
+//! Ideally a model that does half the multiply-accumulates takes half the time of prefill, and one of half
+//! the bytes half the time of decoding. The table after criterion's figures says how near it comes: the
+//! ratio of times divided by that of the costs. Full and extracted models take turns, so that whatever else
+//! the machine does falls on both. Adapters play no part: they are merged.
+//!
+//! Settings: `BENCH_WEIGHTS` (f32, bf16, f16), `BENCH_HIDDEN`, `BENCH_MLP`, `BENCH_BLOCKS`, `BENCH_HEADS`,
+//! `BENCH_VOCAB`, `BENCH_PROMPT` (tokens), `BENCH_CONTEXT` (tokens before the one that is decoded), and
+//! `BENCH_FORETELL=1`, which foretells the times from a table of parts' times, too.
 
-#[path = "../examples/common/mod.rs"]
 mod common;
 
-use std::time::Instant;
+use std::cell::OnceCell;
+use std::time::Duration;
 
 use burn::tensor::{Int, Tensor};
-use clap::{Parser, ValueEnum};
+use common::{Subject, flag, in_turns, median, ok, quantile, setting, settings, timed};
+use criterion::Criterion;
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::eval::{LatencyTable, Phase};
 use elastic_lora::io::DType;
@@ -23,75 +30,18 @@ use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::{SubnetCost, SuperNetConfig};
 use elastic_lora::{Error, Merger, Result, SearchSpace, SubnetConfig, SuperNet};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Weights {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl Weights {
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::Bf16 => DType::BF16,
-            Self::F16 => DType::F16,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Change {
-    /// MLPs of half the width
-    Mlp,
-    /// Two thirds of the heads
-    Heads,
-    /// Two thirds of the blocks
-    Depth,
-    /// All of these
-    All,
-}
-
-/// Time extracted models against the full one.
-#[derive(Parser)]
 struct Args {
-    /// Width of the residual stream
-    #[arg(long, default_value_t = 1536)]
     hidden: usize,
-    /// Width of the MLPs
-    #[arg(long, default_value_t = 4096)]
     mlp: usize,
-    /// Blocks
-    #[arg(long, default_value_t = 12)]
     blocks: usize,
-    /// Heads
-    #[arg(long, default_value_t = 12)]
     heads: usize,
-    /// Vocabulary
-    #[arg(long, default_value_t = 8000)]
     vocab: usize,
-    /// How weights are stored
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Weights::F32, Weights::Bf16])]
-    weights: Vec<Weights>,
-    /// What is made smaller
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Change::Mlp, Change::Heads, Change::Depth, Change::All])]
-    changes: Vec<Change>,
-    /// Tokens of the prompt
-    #[arg(long, default_value_t = 256)]
     prompt: usize,
-    /// Tokens before the one that is decoded
-    #[arg(long, default_value_t = 128)]
     context: usize,
-    /// Turns of prefill; each has five runs of decoding
-    #[arg(long, default_value_t = 5)]
-    turns: usize,
-    /// Foretell the times from a table of parts' times, too
-    #[arg(long)]
-    foretell: bool,
-    /// What cargo passes to a bench
-    #[arg(long, hide = true)]
-    bench: bool,
 }
+
+/// What is made smaller: MLPs to half the width, heads or blocks to two thirds, or all of these.
+const CHANGES: [&str; 4] = ["mlp", "heads", "depth", "all"];
 
 fn config(args: &Args) -> Result<HfConfig> {
     HfConfig::new_llama(&LlamaDims {
@@ -114,7 +64,7 @@ fn config(args: &Args) -> Result<HfConfig> {
 
 /// The supernet: no ranks, two widths, two numbers of heads, two depths.
 fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
-    let model = Decoder::init(config, 1, &common::device("flex")?)?;
+    let model = Decoder::init(config, 1, &common::training::device("flex")?)?;
     let layers = model.layer_shapes();
     let width = |names: &[&str], choices: [usize; 2]| {
         SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], &choices)
@@ -146,68 +96,36 @@ fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
 }
 
 /// The largest subnet but for what is made smaller.
-fn subnet(net: &SuperNet, change: Change) -> SubnetConfig {
-    let changed = |group: &Group| match group.kind() {
-        Elastic::Depth => matches!(change, Change::Depth | Change::All),
-        _ if group.layers()[0].contains("mlp") => matches!(change, Change::Mlp | Change::All),
-        _ => matches!(change, Change::Heads | Change::All),
+fn subnet(net: &SuperNet, change: &str) -> SubnetConfig {
+    let value = |group: &Group| {
+        let kind = match group.kind() {
+            Elastic::Depth => "depth",
+            _ if group.layers()[0].contains("mlp") => "mlp",
+            _ => "heads",
+        };
+        group.choices()[usize::from(["all", kind].contains(&change))]
     };
-    let value = |group: &Group| group.choices()[usize::from(changed(group))];
-    net.space()
-        .groups()
-        .iter()
+    let groups = net.space().groups().iter();
+    groups
         .map(|group| (group.id().to_string(), value(group)))
         .collect()
 }
 
-/// One phase of one model: what is in the cache before, and the tokens that are timed.
-struct Timed<'a> {
-    model: &'a Decoder,
-    before: usize,
-    tokens: Tensor<2, Int>,
-    cache: KvCache,
-    ms: Vec<f64>,
-}
-
-impl<'a> Timed<'a> {
-    fn new(model: &'a Decoder, before: usize, n: usize) -> Result<Self> {
-        let ids = |n: usize| (0..n as u32).map(|id| id % 97).collect::<Vec<_>>();
-        let mut cache = KvCache::new(model.layers.len());
-        if before > 0 {
-            host_values(model.hidden_states(model.tokens(&ids(before), 1)?, Some(&mut cache)));
-        }
-        let mut timed = Self {
-            model,
-            before,
-            tokens: model.tokens(&ids(n), 1)?,
-            cache,
-            ms: Vec::new(),
-        };
-        timed.run();
-        timed.ms.clear();
-        Ok(timed)
+/// One phase of a model: some tokens after those that are in the cache before.
+fn phase(model: &Decoder, before: usize, n: usize) -> Result<impl FnMut() -> Result<Duration>> {
+    let ids = |n: usize| (0..n as u32).map(|id| id % 97).collect::<Vec<_>>();
+    let mut cache = KvCache::new(model.layers.len());
+    if before > 0 {
+        host_values(model.hidden_states(model.tokens(&ids(before), 1)?, Some(&mut cache)));
     }
-
-    fn run(&mut self) {
-        self.cache.truncate(self.before);
-        let n = self.tokens.dims()[1];
-        let started = Instant::now();
-        let hidden = self
-            .model
-            .hidden_states(self.tokens.clone(), Some(&mut self.cache));
-        host_values(self.model.logits(hidden.narrow(1, n - 1, 1)));
-        self.ms.push(1e3 * started.elapsed().as_secs_f64());
-    }
-
-    fn least(&self) -> f64 {
-        self.ms.iter().copied().fold(f64::INFINITY, f64::min)
-    }
-
-    fn median(&self) -> f64 {
-        let mut ms = self.ms.clone();
-        ms.sort_by(f64::total_cmp);
-        (ms[(ms.len() - 1) / 2] + ms[ms.len() / 2]) / 2.0
-    }
+    let tokens: Tensor<2, Int> = model.tokens(&ids(n), 1)?;
+    Ok(move || {
+        cache.truncate(before);
+        timed(|| {
+            let hidden = model.hidden_states(tokens.clone(), Some(&mut cache));
+            Ok(host_values(model.logits(hidden.narrow(1, n - 1, 1))))
+        })
+    })
 }
 
 /// Multiply-accumulates of a prompt, of which the head sees the last token alone; and bytes that one token after `context` reads:
@@ -227,156 +145,132 @@ fn costs(config: &HfConfig, args: &Args, dtype: DType) -> (f64, f64) {
     )
 }
 
-struct Foretold {
-    prefill: LatencyTable,
-    decode: LatencyTable,
-}
-
-fn line(name: &str, what: &str, cells: &[String]) {
-    let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:>9}")).collect();
-    common::say!("{name:<12} {what:<8} {}", cells.join(" "));
-}
-
-fn compare(
-    args: &Args,
-    name: &str,
-    dtype: DType,
-    full: &Decoder,
-    small: &Decoder,
-    told: Option<&Foretold>,
-) -> Result<()> {
-    let (of_full, of_small) = (
-        costs(full.config(), args, dtype),
-        costs(small.config(), args, dtype),
-    );
-    let phases = [
-        (
-            "prefill",
-            0,
-            args.prompt,
-            1,
-            of_full.0 / of_small.0,
-            told.map(|told| &told.prefill),
-        ),
-        (
-            "decode",
-            args.context,
-            1,
-            5,
-            of_full.1 / of_small.1,
-            told.map(|told| &told.decode),
-        ),
-    ];
-    for (what, before, n, runs, cost, table) in phases {
-        let mut both = [Timed::new(full, before, n)?, Timed::new(small, before, n)?];
-        for _ in 0..args.turns {
-            for timed in &mut both {
-                (0..runs).for_each(|_| timed.run());
-            }
-        }
-        let [a, b] = &both;
-        let (least, median) = (a.least() / b.least(), a.median() / b.median());
-        let mut cells: Vec<String> = [a.least(), b.least(), a.median(), b.median()]
-            .iter()
-            .map(|ms| format!("{ms:.1}"))
-            .collect();
-        cells.extend(
-            [least, median, cost, least / cost, median / cost]
-                .iter()
-                .map(|ratio| format!("{ratio:.3}")),
-        );
-        if let Some(table) = table {
-            for timed in &both {
-                let foretold = table.predict_ms(timed.model.config().blocks())?;
-                cells.extend([
-                    format!("{foretold:.1}"),
-                    format!("{:+.1}%", 100.0 * (foretold / timed.least() - 1.0)),
-                ]);
-            }
-        }
-        line(name, what, &cells);
-    }
-    Ok(())
-}
-
-fn bench(args: &Args) -> Result<()> {
+fn bench(criterion: &mut Criterion) -> Result<()> {
+    // Either the model of the published figures or one that is done in a minute.
+    let of = |name, full, quick| setting(name, if common::quick() { quick } else { full });
+    let args = Args {
+        hidden: of("BENCH_HIDDEN", "1536", "512"),
+        mlp: of("BENCH_MLP", "4096", "1408"),
+        blocks: of("BENCH_BLOCKS", "12", "6"),
+        heads: of("BENCH_HEADS", "12", "8"),
+        vocab: of("BENCH_VOCAB", "8000", "8000"),
+        prompt: of("BENCH_PROMPT", "256", "256"),
+        context: of("BENCH_CONTEXT", "128", "128"),
+    };
     if args.heads < 2 || args.blocks < 2 {
-        return Err(Error::argument(
-            "heads, blocks",
-            args.heads.min(args.blocks),
-            "at least 2",
-        ));
+        let found = args.heads.min(args.blocks);
+        return Err(Error::argument("heads, blocks", found, "at least 2"));
     }
-    let config = config(args)?;
-    let mut net = net(args, &config)?;
+    let all_weights: Vec<String> = settings(
+        "BENCH_WEIGHTS",
+        if common::quick() { "f32" } else { "f32,bf16" },
+    );
+    let foretell = flag("BENCH_FORETELL");
+    let config = config(&args)?;
+    let mut net = net(&args, &config)?;
     let full = net.eval_model();
-    let mut small = Vec::new();
-    for change in &args.changes {
-        net.activate(&subnet(&net, *change))?;
-        let name = change
-            .to_possible_value()
-            .map_or(String::new(), |value| value.get_name().to_string());
-        small.push((name, Merger::new().extract(&net, &[], &Silent)?.model));
+    let mut lines = Vec::new();
+    for weights in all_weights {
+        let dtype = match weights.as_str() {
+            "bf16" => DType::BF16,
+            "f16" => DType::F16,
+            _ => DType::F32,
+        };
+        let full = full.clone().with_weight_dtype(dtype)?;
+        let tables = OnceCell::new();
+        for change in CHANGES {
+            net.activate(&subnet(&net, change))?;
+            let small = Merger::new()
+                .extract(&net, &[], &Silent)?
+                .model
+                .with_weight_dtype(dtype)?;
+            net.activate(&net.maximal())?;
+            let (a, b) = (
+                costs(full.config(), &args, dtype),
+                costs(small.config(), &args, dtype),
+            );
+            let phases = [
+                ("prefill", 0, args.prompt, a.0 / b.0),
+                ("decode", args.context, 1, a.1 / b.1),
+            ];
+            for (index, (what, before, n, cost)) in phases.into_iter().enumerate() {
+                let mut group = criterion.benchmark_group(format!("extracted/{weights}/{change}"));
+                group.sample_size(10);
+                let make = || {
+                    Ok([
+                        Box::new(phase(&small, before, n)?) as Subject,
+                        Box::new(phase(&full, before, n)?),
+                    ])
+                };
+                let Some([of_small, of_full]) = in_turns(&mut group, what, make) else {
+                    continue;
+                };
+                let ms =
+                    |share: fn(&[f64]) -> f64| [share(&of_full), share(&of_small)].map(|s| 1e3 * s);
+                let (least, median) = (ms(|all| quantile(all, 0.0)), ms(median));
+                let mut cells = [least, median]
+                    .concat()
+                    .iter()
+                    .map(|ms| format!("{ms:.1}"))
+                    .collect::<Vec<_>>();
+                let ratios = [least, median].map(|[full, small]| full / small);
+                let ratios = [
+                    ratios[0],
+                    ratios[1],
+                    cost,
+                    ratios[0] / cost,
+                    ratios[1] / cost,
+                ];
+                cells.extend(ratios.map(|ratio| format!("{ratio:.3}")));
+                if foretell {
+                    let tables = tables.get_or_init(|| ok(foretold(&net, &full, &args)));
+                    for (model, least) in [&full, &small].into_iter().zip(least) {
+                        let ms = tables[index].predict_ms(model.config().blocks())?;
+                        cells.extend([
+                            format!("{ms:.1}"),
+                            format!("{:+.1}%", 100.0 * (ms / least - 1.0)),
+                        ]);
+                    }
+                }
+                lines.push((format!("{weights} {change} {what}"), cells));
+            }
+        }
     }
-    net.activate(&net.maximal())?;
-    let threads = std::thread::available_parallelism().map_or(0, usize::from);
-    common::say!(
-        "{} million parameters, {} prompt, {} context, {} turns, {threads} threads; ms, least and median; then the ratios of times \
+    println!(
+        "{} million parameters, {} prompt, {} context; ms, least and median; then the ratios of times \
          (full / extracted, by least and by median), of costs, and their quotients",
         SubnetCost::of_config(&config).params / 1_000_000,
         args.prompt,
         args.context,
-        args.turns
     );
-    let mut head: Vec<&str> = vec![
-        "full", "small", "full", "small", "least", "median", "cost", "least", "median",
+    let head = [
+        "full", "small", "full", "small", "least", "median", "cost", "least", "median", "full",
+        "off", "small", "off",
     ];
-    if args.foretell {
-        head.extend(["full", "off", "small", "off"]);
-    }
-    for weights in &args.weights {
-        let dtype = weights.dtype();
-        let full = full.clone().with_weight_dtype(dtype)?;
-        let told = if args.foretell {
-            // Of the same storage: the widths' sizes are those of the space, the model's own weights play no part.
-            let stored = SuperNet::new(full.clone(), net.space().clone(), net.config().clone())?;
-            let table = |phase, repeats| LatencyTable::measure(&stored, phase, repeats, &Silent);
-            Some(Foretold {
-                prefill: table(
-                    Phase::Prefill {
-                        n_tokens: args.prompt,
-                    },
-                    3,
-                )?,
-                decode: table(
-                    Phase::Decode {
-                        context: args.context,
-                    },
-                    10,
-                )?,
-            })
-        } else {
-            None
-        };
-        line(
-            &format!("{weights:?}").to_lowercase(),
-            "",
-            &head.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        );
-        for (name, small) in &small {
-            let small = small.clone().with_weight_dtype(dtype)?;
-            compare(args, name, dtype, &full, &small, told.as_ref())?;
-        }
+    let head = &head[..if foretell { 13 } else { 9 }];
+    let head = (
+        String::new(),
+        head.iter().map(ToString::to_string).collect(),
+    );
+    for (name, cells) in std::iter::once(head).chain(lines) {
+        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:>9}")).collect();
+        println!("{name:<20} {}", cells.join(" "));
     }
     Ok(())
 }
 
+/// Tables for prefill and for decoding, of the model as it is stored: the widths' sizes are those of the
+/// space, the supernet's own weights play no part.
+fn foretold(net: &SuperNet, full: &Decoder, args: &Args) -> Result<[LatencyTable; 2]> {
+    let stored = SuperNet::new(full.clone(), net.space().clone(), net.config().clone())?;
+    let (n_tokens, context) = (args.prompt, args.context);
+    let table = |phase, repeats| LatencyTable::measure(&stored, phase, repeats, &Silent);
+    Ok([
+        table(Phase::Prefill { n_tokens }, 3)?,
+        table(Phase::Decode { context }, 10)?,
+    ])
+}
+
 fn main() {
-    let args: Args = common::parse();
-    // `cargo test --all-targets` runs benches too; there it is enough that they build.
-    if args.bench {
-        common::exit_on_error(bench(&args));
-    } else {
-        common::say!("nothing is measured without --bench, which `cargo bench` passes");
-    }
+    common::main(bench);
 }

@@ -1,13 +1,16 @@
 //! Wanda, the Hessian and GPTQ (4 bits, groups of 128) on one layer; with `--pytorch`, beside the plain algorithms in PyTorch
 //! (`benches/pytorch/quantize.py`): `cargo bench --bench quantize -- --pytorch python3`.
 //!
-//! Each method runs in a process of its own, so that the peak of its memory is its own, and both programs take turns.
+//! Each method runs in a process of its own, so that the peak of its memory is its own, and both programs take turns. That makes it a program of its own.
+
+mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
+use common::{ask, gemm_rate, median, name, status_mib, timed};
 use elastic_lora::linalg::{Factor, FactorConfig, Hessian, Matrix};
 use elastic_lora::quant::{GptqConfig, GridConfig, gptq};
 use elastic_lora::sparsity::{InputNorms, Method as PruneMethod, Pattern, prune};
@@ -50,9 +53,9 @@ struct Args {
     /// Measure the one method that is named, in this process
     #[arg(long, hide = true)]
     child: bool,
-    /// What cargo passes to a bench
-    #[arg(long, hide = true)]
-    bench: bool,
+    /// One process for each method, and a layer of 1024 x 1024
+    #[arg(long)]
+    quick: bool,
 }
 
 /// What a process printed.
@@ -65,30 +68,6 @@ struct Measured {
     parts: Vec<(String, f64)>,
     #[serde(default)]
     version: String,
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    if n == 0 {
-        f64::NAN
-    } else {
-        (values[(n - 1) / 2] + values[n / 2]) / 2.0
-    }
-}
-
-/// A size of this process in MiB by its name in the kernel's account, where there is one.
-fn status_mib(field: &str) -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let value = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    value
-        .split_whitespace()
-        .next()?
-        .parse::<f64>()
-        .ok()
-        .map(|kib| kib / 1024.0)
 }
 
 /// Activations whose columns depend on the ones before them and differ in size.
@@ -111,44 +90,40 @@ fn measure(args: &Args, method: Method) -> Result<Measured> {
     let weight = Matrix::from_fn(args.rows, args.cols, |_, _| {
         rng.random_range(-0.04_f32..0.04)
     });
-    let (mut seconds, mut parts) = (Vec::new(), Vec::new());
+    let (mut seconds, mut parts) = (Vec::new(), Vec::<(String, f64)>::new());
+    let mut run = |run: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+        for _ in 0..args.repeats {
+            seconds.push(timed(&mut *run)?.as_secs_f64());
+        }
+        Ok(())
+    };
     match method {
         Method::Wanda => {
             let mut norms = InputNorms::new(args.cols);
             norms.update(&x, 1)?;
             drop(x);
-            for _ in 0..args.repeats {
-                let start = Instant::now();
+            run(&mut || {
                 let mut pruned = weight.clone();
                 let scores = PruneMethod::Wanda.scores(&pruned, Some(&norms))?;
                 prune(&mut pruned, &scores, &Pattern::Unstructured { ratio: 0.5 })?;
-                seconds.push(start.elapsed().as_secs_f64());
-            }
+                Ok(())
+            })?;
         }
-        Method::Hessian => {
-            for _ in 0..args.repeats {
-                let start = Instant::now();
-                Hessian::new(args.cols).update(&x)?;
-                seconds.push(start.elapsed().as_secs_f64());
-            }
-        }
+        Method::Hessian => run(&mut || Hessian::new(args.cols).update(&x))?,
         Method::Gptq => {
             let mut hessian = Hessian::new(args.cols);
             hessian.update(&x)?;
             drop(x);
             let config = GptqConfig::new(GridConfig::new(4));
-            for _ in 0..args.repeats {
+            run(&mut || {
                 let start = Instant::now();
                 let factor = Factor::new(&hessian, &FactorConfig::new())?;
                 let factored = start.elapsed().as_secs_f64();
                 gptq(&weight, &factor, &config, None)?;
-                let all = start.elapsed().as_secs_f64();
-                seconds.push(all);
-                parts.extend([
-                    ("factor".to_string(), factored),
-                    ("columns".to_string(), all - factored),
-                ]);
-            }
+                let columns = start.elapsed().as_secs_f64() - factored;
+                parts.extend([("factor".into(), factored), ("columns".into(), columns)]);
+                Ok(())
+            })?;
         }
     }
     Ok(Measured {
@@ -159,74 +134,58 @@ fn measure(args: &Args, method: Method) -> Result<Measured> {
     })
 }
 
-/// Runs a program that prints [`Measured`] as its last line.
-fn run(program: &Path, first: &[&str], args: &Args, method: Method) -> Result<Measured> {
-    let name = method
-        .to_possible_value()
-        .map(|value| value.get_name().to_string())
-        .unwrap_or_default();
-    let option = if first.contains(&"--child") {
-        "--methods"
-    } else {
-        "--method"
-    };
-    let output = Command::new(program)
-        .args(first)
-        .args([
-            option,
-            &name,
-            "--rows",
-            &args.rows.to_string(),
-            "--cols",
-            &args.cols.to_string(),
-        ])
-        .args([
-            "--tokens",
-            &args.tokens.to_string(),
-            "--repeats",
-            &args.repeats.to_string(),
-        ])
-        .output()
-        .map_err(|source| Error::io(program, source))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(Error::io(program, std::io::Error::other(stderr)));
+/// Asks a program for what it measures.
+fn run(program: &Path, first: [&str; 2], args: &Args, method: Method) -> Result<Measured> {
+    let mut command = Command::new(program);
+    command.args(first).arg(name(method));
+    let sizes = [
+        ("--rows", args.rows),
+        ("--cols", args.cols),
+        ("--tokens", args.tokens),
+        ("--repeats", args.repeats),
+    ];
+    for (option, size) in sizes {
+        command.args([option, &size.to_string()]);
     }
-    serde_json::from_str(text.lines().last().unwrap_or_default())
-        .map_err(|source| Error::json(program, source))
+    ask(command)
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn bench(args: &mut Args) -> Result<()> {
+    if args.quick {
+        (args.rows, args.cols, args.rounds) = (1024, 1024, 1);
+    }
     if let (true, Some(method)) = (args.child, args.methods.first()) {
-        let measured = measure(&args, *method)?;
-        println!(
-            "{}",
-            serde_json::to_string(&measured).map_err(|source| Error::json("measured", source))?
-        );
+        println!("{}", serde_json::json!(measure(args, *method)?));
         return Ok(());
     }
     let own = std::env::current_exe().map_err(|source| Error::io("this program", source))?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/pytorch/quantize.py");
+    let rate = gemm_rate(args.tokens, args.cols, args.rows, 0);
+    let forward = (args.tokens * args.rows * args.cols) as f64 / rate;
     println!(
-        "layer of {} x {}, Hessian of {} tokens",
+        "layer of {} x {}, {} tokens; its product with them takes the `gemm` crate {forward:.3} s",
         args.rows, args.cols, args.tokens
     );
     for method in &args.methods {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..args.rounds {
-            ours.push(run(&own, &["--child"], &args, *method)?);
+            ours.push(run(&own, ["--child", "--methods"], args, *method)?);
             if let Some(python) = &args.pytorch {
-                theirs.push(run(python, &[script], &args, *method)?);
+                theirs.push(run(python, [script, "--method"], args, *method)?);
             }
         }
-        let time =
-            |all: &[Measured]| median(all.iter().flat_map(|one| one.seconds.clone()).collect());
-        let peak = |all: &[Measured]| median(all.iter().filter_map(|one| one.peak_mib).collect());
+        let time = |all: &[Measured]| {
+            let seconds: Vec<f64> = all.iter().flat_map(|one| one.seconds.clone()).collect();
+            median(&seconds)
+        };
+        let peak = |all: &[Measured]| {
+            let peaks: Vec<f64> = all.iter().filter_map(|one| one.peak_mib).collect();
+            median(&peaks)
+        };
         print!(
-            "{method:?}: {:.3} s, peak {:.0} MiB",
+            "{method:?}: {:.3} s, {:.2} of that product, peak {:.0} MiB",
             time(&ours),
+            time(&ours) / forward,
             peak(&ours)
         );
         for (part, seconds) in ours.first().map(|one| &one.parts).into_iter().flatten() {
@@ -234,14 +193,18 @@ fn main() -> Result<()> {
         }
         if let Some(one) = theirs.first() {
             print!(
-                "; PyTorch {} {:.3} s, peak {:.0} MiB",
+                "; PyTorch {} {:.3} s, peak {:.0} MiB; {:.2} times as fast",
                 one.version,
                 time(&theirs),
-                peak(&theirs)
+                peak(&theirs),
+                time(&theirs) / time(&ours)
             );
-            print!("; {:.2} times as fast", time(&theirs) / time(&ours));
         }
         println!();
     }
     Ok(())
+}
+
+fn main() {
+    common::program(bench);
 }

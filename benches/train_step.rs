@@ -4,59 +4,25 @@
 //!
 //! Each configuration runs in a process of its own, so that the peak of its memory is its own, and all take turns, so that
 //! whatever else the machine does falls on each.
+//!
+//! A program of its own because it compares processes and measures their memory.
 
-#[path = "../examples/common/mod.rs"]
 mod common;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
-use clap::{Parser, ValueEnum};
-use elastic_lora::adapter::LoraConfig;
-use elastic_lora::data::{Batcher, Sequence};
-use elastic_lora::format::QuantizedMatrix;
-use elastic_lora::io::DType;
-use elastic_lora::io::hf::{HfConfig, LlamaDims};
-use elastic_lora::model::Decoder;
-use elastic_lora::progress::Silent;
-use elastic_lora::quant::{GridConfig, round_to_nearest};
-use elastic_lora::sparsity::{self, Pattern};
-use elastic_lora::supernet::{QaConfig, SuperNetConfig};
-use elastic_lora::train::{Schedule, TrainConfig, Trainer};
-use elastic_lora::{Error, Result, SearchSpace, SuperNet};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use clap::Parser;
+use common::training::{Case, LEN, Method, RANKS, ROWS, VOCAB, Weights, data, net, run};
+use common::{ask, median, name, status_mib};
+use elastic_lora::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-const VOCAB: usize = 32_000;
-const ROWS: usize = 4;
-const LEN: usize = 256;
-const RANKS: [usize; 3] = [32, 24, 16];
 /// Steps before the timed ones. Two, so that the second has the optimizer's moments beside the activations in memory.
 const WARM_UP: usize = 2;
 
 /// Width of the residual stream, blocks, heads.
 const SIZES: [[usize; 3]; 3] = [[288, 6, 6], [512, 8, 8], [1024, 12, 16]];
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-enum Method {
-    Lora,
-    Nls,
-    SparsePeft,
-    /// Through a grid of 4 bits, in groups of 32
-    QaSparsePeft,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-enum Weights {
-    F32,
-    Bf16,
-    /// Packed integers, in groups of 32
-    Int4,
-}
 
 /// Measure a training step.
 #[derive(Parser)]
@@ -91,20 +57,9 @@ struct Args {
     /// Measure the one configuration that is named, in this process
     #[arg(long, hide = true)]
     child: bool,
-    /// What cargo passes to a bench
-    #[arg(long, hide = true)]
-    bench: bool,
-}
-
-/// What is measured in a process.
-#[derive(Clone, Copy, Serialize)]
-struct Case {
-    hidden: usize,
-    layers: usize,
-    heads: usize,
-    method: Method,
-    weights: Weights,
-    bf16_gradient: bool,
+    /// One process for the smallest model with f32 weights, of two steps
+    #[arg(long)]
+    quick: bool,
 }
 
 /// What a process printed; the other program's has further fields.
@@ -134,11 +89,11 @@ impl Figures {
             .iter()
             .flat_map(|round| round.steps_ms.clone())
             .collect();
-        let peaks = rounds.iter().filter_map(|round| round.peak_mib).collect();
+        let peaks: Vec<f64> = rounds.iter().filter_map(|round| round.peak_mib).collect();
         Some(Self {
             min_ms: steps.iter().copied().min_by(f64::total_cmp)?,
-            median_ms: median(steps)?,
-            peak_mib: median(peaks),
+            median_ms: median(&steps),
+            peak_mib: (!peaks.is_empty()).then(|| median(&peaks)),
             rounds,
         })
     }
@@ -152,131 +107,6 @@ struct Line {
     pytorch: Option<Figures>,
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    (n > 0).then(|| (values[(n - 1) / 2] + values[n / 2]) / 2.0)
-}
-
-/// A size of this process in MiB by its name in the kernel's account, where there is one.
-fn status_mib(field: &str) -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let value = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    value
-        .split_whitespace()
-        .next()?
-        .parse::<f64>()
-        .ok()
-        .map(|kib| kib / 1024.0)
-}
-
-/// The layers' weights in 4 bits.
-fn quantized(model: &Decoder) -> Result<BTreeMap<String, QuantizedMatrix>> {
-    let grid = GridConfig::new(4).with_group_size(Some(32));
-    model
-        .linears()
-        .map(|(name, layer)| {
-            Ok((
-                name,
-                round_to_nearest(&layer.base.to_matrix(), &grid, None)?,
-            ))
-        })
-        .collect()
-}
-
-fn with_weights(model: Decoder, weights: Weights) -> Result<Decoder> {
-    match weights {
-        Weights::F32 => model.with_weight_dtype(DType::F32),
-        Weights::Bf16 => model.with_weight_dtype(DType::BF16),
-        Weights::Int4 => {
-            let layers = quantized(&model)?;
-            model.with_quantized(&layers)
-        }
-    }
-}
-
-/// What all methods train: the adapters of q, k, v, up, gate and down.
-fn net(case: &Case, device: &str) -> Result<SuperNet> {
-    let config = HfConfig::new_llama(&LlamaDims {
-        vocab_size: VOCAB,
-        hidden_size: case.hidden,
-        intermediate_size: case.hidden * 8 / 3,
-        num_hidden_layers: case.layers,
-        num_attention_heads: case.heads,
-        num_key_value_heads: case.heads,
-        max_position_embeddings: LEN,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
-        tie_word_embeddings: true,
-        bos_token_id: None,
-        eos_token_id: None,
-        pad_token_id: None,
-        dtype: DType::F32,
-    })?;
-    let mut model = Decoder::init(&config, 1, &common::device(device)?)?;
-    let aware = case.method == Method::QaSparsePeft;
-    let sparse = aware || case.method == Method::SparsePeft;
-    if sparse {
-        model.try_for_each_linear(|_, layer| {
-            let mut weight = layer.base.to_matrix();
-            let scores = sparsity::magnitude_scores(&weight);
-            sparsity::prune(&mut weight, &scores, &Pattern::Unstructured { ratio: 0.5 })?;
-            layer.base.set_matrix(&weight)
-        })?;
-    }
-    let model = with_weights(model, case.weights)?;
-    let choices = if case.method == Method::Nls {
-        &RANKS[..]
-    } else {
-        &RANKS[..1]
-    };
-    let groups = [
-        &["q_proj", "k_proj", "v_proj"][..],
-        &["up_proj", "gate_proj"],
-        &["down_proj"],
-    ];
-    let space = SearchSpace::grouped(&model.layer_shapes(), &groups, choices)?;
-    let mut grids = if aware {
-        quantized(&model)?
-    } else {
-        BTreeMap::new()
-    };
-    let lora = LoraConfig::new(RANKS[0]).with_bf16_gradient(case.bf16_gradient);
-    let net = SuperNet::new(
-        model,
-        space,
-        SuperNetConfig::new(lora).with_sparse_peft(sparse),
-    )?;
-    if !aware {
-        return Ok(net);
-    }
-    let adapted = net.ranks(net.active())?;
-    grids.retain(|name, _| adapted.contains_key(name));
-    net.with_quantization(&QaConfig::new(grids))
-}
-
-fn data() -> Result<Batcher> {
-    let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let mut sequence = || {
-        Sequence::unmasked(
-            (0..LEN)
-                .map(|_| rng.random_range(0..VOCAB as u32))
-                .collect(),
-        )
-    };
-    Batcher::new((0..4 * ROWS).map(|_| sequence()).collect(), ROWS, 0, 3)
-}
-
-/// Milliseconds of a run's steps together, without the run's own beginning and end.
-fn run(net: &mut SuperNet, data: &mut Batcher, steps: usize, seed: u64) -> Result<f64> {
-    let mut config = TrainConfig::new(steps);
-    config.schedule = Schedule::Constant;
-    config.seed = seed;
-    Ok(1e3 * Trainer::new(config)?.run(net, data, &[], &Silent)?.seconds)
-}
-
 /// Measures in this process. A run has one timed step, since a report has but the sum of its steps' times.
 fn measure(case: &Case, steps: usize, device: &str) -> Result<Measured> {
     let on_host = ["flex", "ndarray"].contains(&device);
@@ -287,10 +117,8 @@ fn measure(case: &Case, steps: usize, device: &str) -> Result<Measured> {
     let steps_ms = (1..=steps as u64)
         .map(|seed| run(&mut net, &mut data, 1, seed))
         .collect::<Result<Vec<_>>>()?;
-    let median_ms =
-        median(steps_ms.clone()).ok_or_else(|| Error::argument("steps", 0, "at least 1"))?;
     Ok(Measured {
-        median_ms,
+        median_ms: median(&steps_ms),
         steps_ms,
         peak_mib: size("VmHWM"),
         start_mib,
@@ -298,25 +126,9 @@ fn measure(case: &Case, steps: usize, device: &str) -> Result<Measured> {
     })
 }
 
-fn name(value: impl ValueEnum) -> String {
-    value
-        .to_possible_value()
-        .map_or(String::new(), |value| value.get_name().to_string())
-}
-
-/// Runs a program that prints what it measured; where it does not, what it said is passed on.
-fn ask(mut command: Command) -> Option<Measured> {
-    let output = command.output();
-    let told = output
-        .map_err(|error| error.to_string())
-        .and_then(|output| {
-            let text = String::from_utf8_lossy(&output.stdout);
-            let line = text.lines().next_back().unwrap_or_default();
-            serde_json::from_str(line)
-                .map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_string())
-        });
-    told.inspect_err(|error| eprintln!("{}: {error}", command.get_program().display()))
-        .ok()
+/// What was measured; where nothing was, the reason is printed.
+fn told(measured: Result<Measured>) -> Option<Measured> {
+    measured.inspect_err(|error| eprintln!("{error}")).ok()
 }
 
 fn ours(case: &Case, steps: usize, device: &str) -> Option<Measured> {
@@ -337,7 +149,7 @@ fn ours(case: &Case, steps: usize, device: &str) -> Option<Measured> {
         device,
     ]);
     command.args(case.bf16_gradient.then_some("--bf16-gradient"));
-    ask(command)
+    told(ask(command))
 }
 
 fn pytorch(python: &PathBuf, case: &Case, steps: usize, device: &str) -> Option<Measured> {
@@ -375,7 +187,7 @@ fn pytorch(python: &PathBuf, case: &Case, steps: usize, device: &str) -> Option<
             "cpu"
         },
     ]);
-    ask(command)
+    told(ask(command))
 }
 
 /// The cases of one size and one kind of weights, in turns.
@@ -413,7 +225,7 @@ fn show(lines: &[Line]) {
             .find(|base| base.case.method == Method::Lora && line.case.method != Method::Lora);
         let ms = |figures: Option<&Figures>| figures.map(|figures| figures.median_ms);
         let mib = |figures: Option<&Figures>| figures.and_then(|figures| figures.peak_mib);
-        common::say!(
+        println!(
             "{:<24} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9}",
             format!(
                 "{}/{} {} {}",
@@ -438,7 +250,11 @@ fn show(lines: &[Line]) {
     }
 }
 
-fn bench(args: &Args) -> Result<()> {
+fn bench(args: &mut Args) -> Result<()> {
+    if args.quick {
+        (args.sizes, args.weights) = (vec![SIZES[0][0]], vec![Weights::F32]);
+        (args.steps, args.rounds) = (Some(2), 1);
+    }
     let mut sizes = Vec::new();
     for hidden in &args.sizes {
         let size = SIZES
@@ -466,16 +282,16 @@ fn bench(args: &Args) -> Result<()> {
             let cases: Vec<Case> = args.methods.iter().map(case).collect();
             if args.child {
                 for case in &cases {
-                    common::say!("{}", serde_json::json!(measure(case, steps, &args.device)?));
+                    println!("{}", serde_json::json!(measure(case, steps, &args.device)?));
                 }
                 continue;
             }
             if !std::mem::replace(&mut head, true) {
-                common::say!(
+                println!(
                     "{ROWS} x {LEN} tokens, vocabulary {VOCAB}, rank {}; medians of steps",
                     RANKS[0]
                 );
-                common::say!(
+                println!(
                     "{:<24} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9}",
                     "",
                     "ours, ms",
@@ -505,11 +321,5 @@ fn bench(args: &Args) -> Result<()> {
 }
 
 fn main() {
-    let args: Args = common::parse();
-    // `cargo test --all-targets` runs benches too; there it is enough that they build.
-    if args.bench || args.child {
-        common::exit_on_error(bench(&args));
-    } else {
-        common::say!("nothing is measured without --bench, which `cargo bench` passes");
-    }
+    common::program(bench);
 }

@@ -115,6 +115,7 @@ pub fn cargo(crate_types: &str, rustc: &[&str]) -> Command {
         "--lib",
         "--profile",
         &profile(),
+        "--no-default-features",
         "--features",
         "capi",
         "--crate-type",
@@ -124,17 +125,12 @@ pub fn cargo(crate_types: &str, rustc: &[&str]) -> Command {
     command
 }
 
-/// A folder with the library under all its names. It is built once, into this test's own target folder and profile,
-/// so that Burn is not built again.
+/// A folder with the library under all its names. It is built once, into this test's own target folder and profile.
 pub fn library() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let soname = soname();
-        let link = format!("link-arg=-Wl,-soname,{soname}");
-        succeed(&mut cargo(
-            "cdylib,staticlib",
-            &[RUSTC_FLAGS[0], RUSTC_FLAGS[1], "-C", &link],
-        ));
+        succeed(&mut cargo("cdylib,staticlib", &RUSTC_FLAGS));
         let folder = scratch("lib");
         let shared = profile_dir().join("libelastic_lora.so");
         for name in [soname.as_str(), "libelastic_lora.so"] {

@@ -1,0 +1,337 @@
+//! What the benches share.
+//!
+//! `cargo bench -- --quick` runs all of them on small inputs, about a minute each. Those that criterion runs
+//! take its options and a filter of names; their other settings come from the environment ([`setting`]).
+//! Programs of their own are those that compare processes or measure a process's memory: they explain
+//! themselves with `--help`.
+#![allow(dead_code)] // no bench uses everything
+
+#[cfg(feature = "flex")]
+pub mod training;
+
+use std::hint::black_box;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion};
+use elastic_lora::format::{Buffer, QuantizedMatrix, QuantizedParts, StoredMatrix, WeightFormat};
+use elastic_lora::kernels::Pool;
+use elastic_lora::linalg::Matrix;
+use elastic_lora::{Error, Result};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn has(flag: &str) -> bool {
+    std::env::args().any(|argument| argument == flag)
+}
+
+/// Whether something shall be measured. `cargo test --all-targets` runs benches, too, without `--bench`;
+/// there it is enough that they build.
+fn wanted() -> bool {
+    let wanted = has("--bench") || has("--child");
+    if !wanted {
+        println!("nothing is measured without --bench, which `cargo bench` passes");
+    }
+    wanted
+}
+
+/// Whether a short run was asked for.
+pub fn quick() -> bool {
+    has("--quick")
+}
+
+/// The value; an error is printed and ends the process.
+pub fn ok<T>(result: Result<T>) -> T {
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        std::process::exit(1)
+    })
+}
+
+/// The main function of a bench that criterion runs.
+pub fn main(bench: impl FnOnce(&mut Criterion) -> Result<()>) {
+    if wanted() {
+        // Where it is quick, criterion measures until the times deviate by no more than the second figure.
+        let (seconds, deviation) = if quick() { (1, 0.01) } else { (5, 0.05) };
+        let mut criterion = Criterion::default()
+            .without_plots()
+            .nresamples(10_000)
+            .sample_size(20)
+            .warm_up_time(Duration::from_secs(1))
+            .measurement_time(Duration::from_secs(seconds))
+            .significance_level(deviation)
+            .configure_from_args();
+        ok(bench(&mut criterion));
+        criterion.final_summary();
+    }
+}
+
+/// The main function of a bench that is a program of its own.
+pub fn program<A: clap::Parser>(bench: impl FnOnce(&mut A) -> Result<()>) {
+    if wanted() {
+        let arguments = std::env::args().filter(|argument| argument != "--bench");
+        ok(bench(&mut A::parse_from(arguments)));
+    }
+}
+
+/// A value of an environment variable of such a name, or of the text that stands for it.
+pub fn setting<T: FromStr>(name: &str, default: &str) -> T {
+    settings(name, default).swap_remove(0) // a text has at least one part
+}
+
+/// The same of several values, separated by commas.
+pub fn settings<T: FromStr>(name: &str, default: &str) -> Vec<T> {
+    let text = std::env::var(name).unwrap_or_else(|_| default.into());
+    let value = |part: &str| {
+        part.trim().parse().unwrap_or_else(|_| {
+            eprintln!("error: {name} cannot be `{part}`; {default}, for example, it can be");
+            std::process::exit(1)
+        })
+    };
+    text.split(',').map(value).collect()
+}
+
+/// Whether an environment variable of such a name is 1.
+pub fn flag(name: &str) -> bool {
+    setting::<u8>(name, "0") == 1
+}
+
+/// Name of a value, as it is typed.
+pub fn name(value: impl ValueEnum) -> String {
+    let value = value.to_possible_value();
+    value.map_or(String::new(), |value| value.get_name().to_string())
+}
+
+/// Sizes of a matrix: outputs x inputs.
+#[derive(Clone, Copy)]
+pub struct Shape(pub [usize; 2]);
+
+impl FromStr for Shape {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        let (rows, cols) = text.split_once('x').unwrap_or((text, ""));
+        Ok(Self([rows.parse()?, cols.parse()?]))
+    }
+}
+
+/// Something that is measured: it returns the time that counts.
+pub type Subject<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
+
+/// The time that something takes.
+pub fn timed<T>(run: impl FnOnce() -> Result<T>) -> Result<Duration> {
+    let started = Instant::now();
+    black_box(run()?);
+    Ok(started.elapsed())
+}
+
+/// Measures several subjects, which take turns, so that whatever else the machine does falls on all. criterion
+/// reports the first. Returns the seconds of each one's calls: none where criterion's filter leaves the
+/// first out, and then `make` is not called.
+pub fn in_turns<'a, const N: usize>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    id: &str,
+    make: impl Fn() -> Result<[Subject<'a>; N]>,
+) -> Option<[Vec<f64>; N]> {
+    let mut subjects = None;
+    let mut seconds = [const { Vec::new() }; N];
+    group.bench_function(id, |bencher| {
+        let subjects = subjects.get_or_insert_with(|| ok(make()));
+        bencher.iter_custom(|turns| {
+            let mut first = Duration::ZERO;
+            for _ in 0..turns {
+                let times = subjects.each_mut().map(|subject| ok(subject()));
+                first += times[0];
+                for (all, time) in seconds.iter_mut().zip(times) {
+                    all.push(time.as_secs_f64());
+                }
+            }
+            first
+        });
+    });
+    subjects.map(|_| seconds)
+}
+
+/// What a share of the values stay under; not a number where there are none.
+pub fn quantile(values: &[f64], share: f64) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let at = (share * values.len() as f64) as usize;
+    values.get(at).copied().unwrap_or(f64::NAN)
+}
+
+/// What a twentieth of the values stay under: of times, what other processes disturb least.
+pub fn best(values: &[f64]) -> f64 {
+    quantile(values, 0.05)
+}
+
+pub fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+    (at(values.len().saturating_sub(1) / 2) + at(values.len() / 2)) / 2.0
+}
+
+/// A size of this process in MiB by its name in the kernel's account, where there is one.
+pub fn status_mib(field: &str) -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let mut lines = status.lines();
+    let value = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    let kib: f64 = value.split_whitespace().next()?.parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+/// Time to read memory and add it up, on all threads, which is as fast as a machine reads.
+pub fn sum(pool: &Pool, memory: &[u64]) -> Duration {
+    const PART: usize = 1 << 15;
+    let started = Instant::now();
+    let total = AtomicU64::new(0);
+    pool.for_each(memory.len().div_ceil(PART), |_, task| {
+        let part = &memory[task * PART..memory.len().min((task + 1) * PART)];
+        // Plain sums, which become vector code.
+        let mut sums = [0_u64; 32];
+        for words in part.as_chunks::<32>().0 {
+            let both = sums.iter_mut().zip(words);
+            both.for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
+        }
+        let sum = sums.into_iter().fold(0, u64::wrapping_add);
+        total.fetch_add(sum, Ordering::Relaxed);
+    });
+    black_box(total.into_inner());
+    started.elapsed()
+}
+
+/// Multiply-accumulates per second of the `gemm` crate, `[rows, k] x [k, n]`, columns split among the threads; 0 for all.
+pub fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
+    let available = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if threads == 0 { available() } else { threads };
+    let (a, b) = (vec![0.5_f32; rows * k], vec![0.25_f32; k * n]);
+    let part = n.div_ceil(threads);
+    let run = || {
+        let started = Instant::now();
+        std::thread::scope(|scope| {
+            for first in (0..n).step_by(part) {
+                let (a, b) = (&a, &b);
+                scope.spawn(move || {
+                    let n = part.min(b.len() / k - first);
+                    let mut c = vec![0.0_f32; rows * n];
+                    // SAFETY: the sizes and strides are those of the slices; `b` is [n, k] as a weight lies in memory.
+                    unsafe {
+                        gemm::gemm(
+                            rows,
+                            n,
+                            k,
+                            c.as_mut_ptr(),
+                            1,
+                            n as isize,
+                            false,
+                            a.as_ptr(),
+                            1,
+                            k as isize,
+                            b.as_ptr().add(first * k),
+                            k as isize,
+                            1,
+                            0.0,
+                            1.0,
+                            false,
+                            false,
+                            false,
+                            gemm::Parallelism::None,
+                        );
+                    }
+                    black_box(c[0])
+                });
+            }
+        });
+        (rows * k * n) as f64 / started.elapsed().as_secs_f64()
+    };
+    (0..3).map(|_| run()).fold(0.0, f64::max)
+}
+
+/// A random weight; of sparse formats, so large a share is zero.
+pub fn weight(
+    format: WeightFormat,
+    [rows, cols]: [usize; 2],
+    sparsity: f64,
+) -> Result<StoredMatrix> {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let threshold = (sparsity * 65536.0) as u32;
+    let (bits, group_size, symmetric, sparse) = match format {
+        WeightFormat::Int {
+            bits,
+            group_size,
+            symmetric,
+        } => (bits, group_size, symmetric, false),
+        WeightFormat::SparseInt4 {
+            group_size,
+            symmetric,
+        } => (4, group_size, symmetric, true),
+        _ => {
+            let value = |row: usize, col: usize| {
+                let random: u32 = rng.random();
+                let zero = match format {
+                    WeightFormat::SparseF16 | WeightFormat::SparseBf16 => {
+                        (random & 0xFFFF) < threshold
+                    }
+                    WeightFormat::NmF16 { n, m } | WeightFormat::NmBf16 { n, m } => {
+                        (row + col) % usize::from(m) >= usize::from(n)
+                    }
+                    _ => false,
+                };
+                let value = ((random >> 16) as f32 / 32768.0 - 1.0) / 32.0;
+                if zero { 0.0 } else { value }
+            };
+            return StoredMatrix::from_matrix(&Matrix::from_fn(rows, cols, value), format);
+        }
+    };
+    let zero = (1 << (bits - 1)) - u8::from(!symmetric);
+    let mut code = || {
+        let random: u32 = rng.random();
+        let code = (random >> (32 - bits)) as u8;
+        match sparse {
+            // Any code but the zero point's, or that.
+            true if (random & 0xFFFF) < threshold => zero,
+            true if code == zero => zero + 1,
+            _ => code,
+        }
+    };
+    let group_size = group_size.unwrap_or(cols);
+    let groups = rows * cols.div_ceil(group_size);
+    let parts = QuantizedParts {
+        rows,
+        cols,
+        bits,
+        group_size,
+        symmetric,
+        codes: (0..rows * cols).map(|_| code()).collect(),
+        scales: vec![1.0 / 256.0; groups],
+        zeros: vec![zero; groups],
+        group_of: None,
+    };
+    StoredMatrix::from_quantized(&QuantizedMatrix::new(parts)?, sparse)
+}
+
+/// The same weight in other memory.
+pub fn copy(weight: &StoredMatrix) -> Result<StoredMatrix> {
+    StoredMatrix::from_parts(&weight.header(), |name| {
+        let part = weight.parts().into_iter().find(|part| part.name == name)?;
+        Some(Buffer::from_vec(part.bytes.to_vec()))
+    })
+}
+
+/// The last line of what a program printed, as JSON.
+pub fn ask<T: serde::de::DeserializeOwned>(mut command: std::process::Command) -> Result<T> {
+    let program = std::path::PathBuf::from(command.get_program());
+    let output = command
+        .output()
+        .map_err(|source| Error::io(&program, source))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().next_back().unwrap_or_default();
+    serde_json::from_str(line).map_err(|_| {
+        let told = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        Error::io(&program, std::io::Error::other(told))
+    })
+}
