@@ -20,11 +20,10 @@ mod step;
 mod subnets;
 
 pub use backward::Checkpointing;
-pub use config::TrainConfig;
+pub use config::{Distillation, Sampling, Stage, TrainConfig};
 pub use log::StepLog;
 pub use loss::targets;
 pub use schedule::Schedule;
-pub use subnets::{Distillation, Sampling, Stage};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,77 +1,11 @@
-//! Which subnets a step trains, and what they learn from.
+//! Which subnets a step trains.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
-use super::TrainConfig;
+use super::config::{Sampling, TrainConfig};
 use crate::nn::mix_seed;
-use crate::space::{Elastic, SearchSpace, SubnetConfig};
-
-/// Which subnets are trained, and when new ones are drawn.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Sampling {
-    /// One, drawn once per optimizer step.
-    #[default]
-    PerStep,
-    /// One, drawn once per micro-batch, as the authors do: with accumulation, a step averages several subnets.
-    PerMicroBatch,
-    /// The active subnet, always.
-    Fixed,
-    /// The sandwich rule (Yu and Huang, arXiv 1903.05134; BigNAS, arXiv 2003.11142): each step trains the largest subnet,
-    /// some that are drawn once per step, and the smallest, all on the same batches and with the same dropout. The gradient is the
-    /// mean of theirs (each counts `1 / (random + 2)`; the papers add them up), so that rate and clipping mean what they mean
-    /// for one subnet. A step costs as much as `random + 2` of the others.
-    ///
-    /// Where nothing varies, in a space or stage of one subnet, that one is trained alone and counts in full.
-    Sandwich {
-        /// Subnets drawn, beside the largest and the smallest. May be 0.
-        random: usize,
-    },
-}
-
-/// Distillation in place (arXiv 1903.05134, 2003.11142): under the sandwich rule the largest subnet learns from the data, and
-/// every other one from the largest's predictions in the same step, at the same positions and with the same dropout, to which no
-/// gradient flows back. Temperature 1.
-///
-/// At a [`weight`](Self::weight) of 1 only the largest's share of a step pulls the shared weights towards the data, and all
-/// others hold them to what it predicts so far: fit for a base that has the task in it, slow where there is much to learn.
-///
-/// The head's weight is a constant for it: training the head as well is [`Unsupported`](crate::Error::Unsupported).
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Distillation {
-    /// Share of the loss against the largest's predictions; the rest is that against the data. In 0..=1.
-    pub weight: f64,
-}
-
-impl Default for Distillation {
-    /// Half and half. The largest's predictions alone, as in BigNAS, leave most of a step's loss to a teacher that has not learned
-    /// the task yet where training starts from a model that is new to it.
-    fn default() -> Self {
-        Self { weight: 0.5 }
-    }
-}
-
-/// A part of a run in which only some kinds of groups vary (progressive shrinking, arXiv 1908.09791); all others stay at their
-/// largest choice.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stage {
-    /// Optimizer steps.
-    pub steps: usize,
-    /// The kinds that vary; with none, the largest subnet alone is trained.
-    pub kinds: Vec<Elastic>,
-}
-
-impl Stage {
-    /// A stage of `steps` steps in which these kinds vary.
-    pub fn new(steps: usize, kinds: impl Into<Vec<Elastic>>) -> Self {
-        Self {
-            steps,
-            kinds: kinds.into(),
-        }
-    }
-}
+use crate::space::{SearchSpace, SubnetConfig};
 
 impl TrainConfig {
     /// The subnets that a step (from 0) trains, a list for each of its micro-batches: under the sandwich rule the largest first
@@ -126,7 +60,8 @@ impl TrainConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::space::{Group, LayerShape};
+    use crate::space::{Elastic, Group, LayerShape};
+    use crate::train::Stage;
 
     fn space() -> SearchSpace {
         let layers: Vec<_> = (0..7)
