@@ -54,6 +54,7 @@ pub mod error;
 mod ffi;
 pub mod format;
 pub mod io;
+#[doc(hidden)] // the benches use it
 pub mod kernels;
 pub mod linalg;
 pub mod progress;

@@ -15,6 +15,7 @@ use crate::nn::{InputGroups, host_values, prefix, tensor_from_matrix};
 /// Scales that are trained and were exact as `f16` are rounded to `f16` wherever they are used, straight through, so that files keep
 /// them as they were used. One that training brings to 0 or below counts as 0: its group is then 0.
 #[derive(Module, Debug)]
+#[doc(hidden)]
 pub struct WeightGrid {
     /// `[groups, d_output]`, before any rounding.
     pub scales: Param<Tensor<2>>,

@@ -66,6 +66,7 @@ pub(crate) fn summed_weight(
 ///
 /// # Shapes
 /// - `x` and the result: any, the same
+#[doc(hidden)]
 pub fn seeded_dropout<const D: usize>(x: Tensor<D>, probability: f64, seed: u64) -> Tensor<D> {
     let dropout = Dropout { probability, seed };
     if !dropout.is_active() {

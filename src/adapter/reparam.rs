@@ -199,6 +199,7 @@ struct ActiveRank(Arc<AtomicUsize>);
 
 /// The state that [`ElasticLoraReparameterizer`] attaches to a parameter.
 #[derive(Module, Debug)]
+#[doc(hidden)]
 pub struct ElasticLoraReparam {
     /// `[d_input, r_max]`.
     pub lora_a: Param<Tensor<2>>,

@@ -71,6 +71,7 @@ impl SubBlock {
 
 /// Which norm of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[doc(hidden)]
 pub enum NormKind {
     /// Before attention.
     Attention,

@@ -40,6 +40,7 @@ pub struct Architecture {
 
 /// A linear layer inside a block.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct LinearSpec {
     /// Module path, such as `model.layers.0.self_attn.q_proj`; the weight is `<name>.weight`,
     /// `[d_output, d_input]`.
@@ -58,6 +59,7 @@ pub struct LinearSpec {
 
 /// A norm inside a block.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct NormSpec {
     /// Name of the tensor, such as `model.layers.0.input_layernorm.weight`.
     pub tensor: String,

@@ -22,13 +22,13 @@ pub enum Family {
     Deci,
     /// Llama whose blocks differ in more than `block_configs` can say elsewhere, such as their number of
     /// query heads. This crate's own: `block_configs` with the sizes in full. A model of another family
-    /// takes this form, too, and keeps its family; see [`FamilyRow::elastic_base`].
+    /// takes this form, too, and keeps its family; see `elastic_base` of its row.
     ElasticLlama,
 }
 
 /// Which positions attention sees, as a config says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Windows {
+pub(crate) enum Windows {
     /// All positions; the config has no such field, or it is ignored.
     Full,
     /// `sliding_window` on all layers, with its value where the field is absent.
@@ -42,7 +42,7 @@ pub enum Windows {
 
 /// Which linear layers have biases, as a config says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Biases {
+pub(crate) enum Biases {
     /// Those of attention by `attention_bias`, those of the MLP by `mlp_bias`; absent means false.
     ByFields,
     /// These, whatever the config says.
@@ -51,7 +51,7 @@ pub enum Biases {
 
 /// How a family differs from the others.
 #[derive(Debug)]
-pub struct FamilyRow {
+pub(crate) struct FamilyRow {
     /// The family.
     pub family: Family,
     /// `model_type` in `config.json`.
@@ -92,7 +92,7 @@ const LLAMA: FamilyRow = FamilyRow {
 };
 
 /// All families.
-pub static FAMILIES: &[FamilyRow] = &[
+pub(crate) static FAMILIES: &[FamilyRow] = &[
     LLAMA,
     FamilyRow {
         family: Family::Mistral,
@@ -134,7 +134,7 @@ pub static FAMILIES: &[FamilyRow] = &[
 
 impl Family {
     /// The family's row.
-    pub fn row(self) -> &'static FamilyRow {
+    pub(crate) fn row(self) -> &'static FamilyRow {
         FAMILIES
             .iter()
             .find(|row| row.family == self)

@@ -4,12 +4,12 @@
 //! [`Architecture`] is the description that everything else asks: the readers of configs fill it in, the
 //! Burn decoder ([`model`](crate::model)) and the slice executor ([`runtime`](crate::runtime)) are
 //! driven by it, and costs, elastic widths and exports take sizes and names from it. A new family is one
-//! row in [`family`] (and, where it brings an operation that no family had, that operation in the two
+//! row in `family.rs` (and, where it brings an operation that no family had, that operation in the two
 //! executors).
 
 mod block;
 mod decoder;
-pub mod family;
+pub(crate) mod family;
 mod linear;
 mod rope;
 

@@ -26,6 +26,7 @@ pub enum RopeScaling {
 
 /// The frequencies of a head's pairs.
 #[derive(Clone, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct Rope {
     inv_freq: Vec<f64>,
 }

@@ -76,6 +76,7 @@ impl FromStr for ChannelScore {
 
 /// The scores of a block's channels; larger is more important. Scores of the two kinds do not compare.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct BlockScores {
     /// Of each channel of the MLP.
     pub mlp: Vec<f64>,

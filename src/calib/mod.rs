@@ -40,6 +40,7 @@ const TOKENS_AT_ONCE: usize = 2048;
 /// # Errors
 /// Those of [`Decoder::tokens`] for a sample outside vocabulary or context; the first that a closure gives;
 /// [`Error::Interrupted`](crate::Error::Interrupted), after which the model is changed in part.
+#[doc(hidden)]
 pub fn walk_blocks<S>(
     model: &mut Decoder,
     samples: &[Vec<u32>],

@@ -24,6 +24,7 @@ use crate::sparsity::InputNorms;
 
 /// Where a block's channels were: place `i` holds what was at element `i`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct BlockOrder {
     /// Of the MLP's channels.
     pub mlp: Vec<usize>,
@@ -139,6 +140,7 @@ pub fn sort_channels(
 /// [`Error::InvalidArgument`] for a score that needs samples without any; those of
 /// [`Decoder::tokens`] for a sample outside vocabulary or context; [`Error::NotFinite`] where the model gives NaN or an
 /// infinity.
+#[doc(hidden)]
 pub fn channel_scores(
     model: &Decoder,
     samples: &[Vec<u32>],

@@ -17,6 +17,7 @@ use crate::sparsity::{
 
 /// What pruning did to one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct PrunedLayer {
     /// Hugging Face's module path.
     pub name: String,

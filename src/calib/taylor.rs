@@ -30,6 +30,7 @@ const SCORED: [LinearKind; 5] = [
 
 /// Settings of [`taylor_scores`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct TaylorConfig {
     /// Rank of the adapters: the sketch's error goes with `1 / sqrt(rank)`, memory and part of the time with the rank.
     pub rank: usize,
@@ -74,6 +75,7 @@ impl TaylorConfig {
 /// [`Error::InvalidArgument`] for a rank of 0 or over [`MAX_RANK`](crate::adapter::MAX_RANK), or
 /// without a sample of two tokens; those of [`Decoder::tokens`] for a sample outside vocabulary or context;
 /// [`Error::NotFinite`] where a gradient holds NaN or an infinity.
+#[doc(hidden)]
 pub fn taylor_scores(
     model: &Decoder,
     samples: &[Vec<u32>],

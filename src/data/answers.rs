@@ -5,6 +5,7 @@
 ///
 /// The number comes back normalized: no commas, no `+`, no leading zeros, no trailing zeros after the point (`1,012.50` is
 /// `1012.5`, `12.0` is `12`, `-0` is `0`).
+#[doc(hidden)]
 pub fn extract_answer(text: &str) -> Option<String> {
     text.split("####").skip(1).find_map(leading_number)
 }
@@ -46,6 +47,7 @@ fn stated(text: &str) -> Option<&str> {
 }
 
 /// A text that is a number and nothing else, normalized as [`extract_answer`] does.
+#[doc(hidden)]
 pub fn normalize_number(text: &str) -> Option<String> {
     let text = text.trim();
     let end = number_end(text);

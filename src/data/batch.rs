@@ -37,6 +37,7 @@ impl Batch {
 }
 
 /// Pads `sequences` at the right, with `pad_id`, to the length of the longest.
+#[doc(hidden)]
 pub fn collate(sequences: &[&Sequence], pad_id: u32) -> Batch {
     let len = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
     let mut ids = Vec::with_capacity(sequences.len() * len);
@@ -74,6 +75,7 @@ pub fn fixed_batches(sequences: &[Sequence], batch_size: usize, pad_id: u32) -> 
 
 /// Where a run stands in the data; all that a checkpoint has to keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct Position {
     /// Passes over the data that are done.
     pub epoch: u64,
@@ -86,6 +88,7 @@ pub struct Position {
 /// An epoch shuffles all sequences, sorts each run of [`BUCKET`](Self::BUCKET) batches by length, cuts it into batches, and
 /// shuffles those. Every sequence comes once per epoch; the last batch of the last run may be smaller.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct BatchPlan {
     lengths: Vec<usize>,
     batch_size: usize,

@@ -110,6 +110,7 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
 ///
 /// # Errors
 /// As [`load_records`].
+#[doc(hidden)]
 pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     let is_text = path
         .extension()

@@ -78,6 +78,7 @@ impl TokenizeOptions {
 ///
 /// # Errors
 /// [`Error::SequenceTooLong`] where the sequence is longer than `max_len` and may not be cut; [`Error::Tokenizer`].
+#[doc(hidden)]
 pub fn tokenize(
     example: &Example,
     tokenizer: &TextTokenizer,

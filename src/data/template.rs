@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 
 /// What a model is given, and what it should go on with.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct Example {
     /// The prompt; empty for plain text.
     pub prompt: String,

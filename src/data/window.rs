@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Tokenizer`].
+#[doc(hidden)]
 pub fn join_documents<S: AsRef<str> + Sync>(
     documents: &[S],
     tokenizer: &TextTokenizer,
@@ -33,6 +34,7 @@ pub fn join_documents<S: AsRef<str> + Sync>(
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] where `context` is 0.
+#[doc(hidden)]
 pub fn windows(ids: &[u32], context: usize) -> Result<impl ExactSizeIterator<Item = &[u32]>> {
     if context == 0 {
         return Err(Error::argument("context", 0, "at least 1"));
@@ -45,6 +47,7 @@ pub fn windows(ids: &[u32], context: usize) -> Result<impl ExactSizeIterator<Ite
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] where `len` is below 2, or `ids` too short for one target.
+#[doc(hidden)]
 pub fn pack(ids: &[u32], len: usize) -> Result<Vec<Sequence>> {
     if len < 2 {
         return Err(Error::argument("len", len, "at least 2"));

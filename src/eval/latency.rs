@@ -89,6 +89,7 @@ fn wait(x: &Tensor<3>) {
 ///
 /// # Errors
 /// [`Error::SequenceTooLong`] for more tokens than the model's context.
+#[doc(hidden)]
 pub fn measure_ms(model: &Decoder, phase: Phase, repeats: usize) -> Result<f64> {
     phase.check(model.config())?;
     let (before, timed) = phase.tokens();

@@ -81,6 +81,7 @@ impl AsFlattenedBytes for [Line] {
 
 /// Bytes that do not change, shared by all clones: a range of what an owner holds, which lives as long as the last clone.
 #[derive(Clone)]
+#[doc(hidden)]
 pub struct Buffer {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,

@@ -8,6 +8,7 @@ const BITS: [u8; 4] = [2, 3, 4, 8];
 
 /// What makes a [`QuantizedMatrix`], not yet checked.
 #[derive(Clone, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct QuantizedParts {
     /// Output features.
     pub rows: usize,

@@ -22,6 +22,7 @@ const BLOCK: usize = 256;
 ///
 /// and, once for all rows, `4 * cols` bytes for the group of each column where the matrix has its own order.
 #[derive(Clone, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct PackedMatrix {
     codes: Buffer,
     grid: Grid,

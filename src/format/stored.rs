@@ -15,6 +15,7 @@ use crate::linalg::Matrix;
 
 /// Type of a [`Part`]'s elements, all little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[doc(hidden)]
 pub enum Element {
     /// Bytes.
     U8,
@@ -32,6 +33,7 @@ pub enum Element {
 
 /// One of the arrays that a stored weight consists of.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct Part<'a> {
     /// `values`, `codes`, `mask`, `offsets`, `scales`, `zeros` or `groups`.
     pub name: &'static str,
@@ -45,6 +47,7 @@ pub struct Part<'a> {
 
 /// What must be known of a weight to read its parts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct MatrixHeader {
     /// How it is stored.
     pub format: WeightFormat,

@@ -90,6 +90,7 @@ pub fn write_json<T: Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> R
 ///
 /// Dropped without [`commit`](Self::commit), it vanishes with all that was written into it.
 #[derive(Debug)]
+#[doc(hidden)]
 pub struct FolderWriter {
     destination: PathBuf,
     overwrite: bool,

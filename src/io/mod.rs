@@ -4,7 +4,9 @@
 //! Nothing here knows Burn. Everything read is treated as hostile: sizes are checked before memory is taken, every error
 //! names the file, tensor or field. Everything written appears whole or not at all ([`atomic`]). Matrices are `[out, in]`.
 
+#[doc(hidden)]
 pub mod atomic;
+#[doc(hidden)]
 pub mod bundle;
 mod fields;
 pub mod hf;

@@ -12,6 +12,7 @@ const MAX_DAMPING: f64 = 1.0;
 
 /// How a Hessian is made ready.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct FactorConfig {
     /// What is added to the diagonal, as a share of its mean.
     pub damping: f64,
@@ -62,6 +63,7 @@ impl FactorConfig {
 /// (*The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm*, arXiv 2507.18553), and this one needs no
 /// inverse: a quarter of the arithmetic.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct Factor {
     couplings: Matrix,
     pivots: Vec<f32>,

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 /// The Hessian of the layer's squared output error is twice that. GPTQ and SparseGPT depend on it up to a factor only, so
 /// none is applied. Kept in `f32`; the upper triangle alone is computed.
 #[derive(Clone, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct Hessian {
     // The lower triangle is not kept in step.
     sum: Matrix,

@@ -59,6 +59,7 @@ pub struct Merger {
 
 /// What a merge did to one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct MergedLayer {
     /// Hugging Face's module path.
     pub name: String,

@@ -33,6 +33,7 @@ impl Pass<'_> {
 
 /// Causal self-attention with rotary positions and grouped key/value heads.
 #[derive(Module, Debug)]
+#[doc(hidden)]
 pub struct Attention {
     /// `[d_model] -> [n_heads * head_dim]`.
     pub q_proj: ElasticLoraLinear,
@@ -76,6 +77,7 @@ impl Attention {
 
 /// The gated MLP: `down(silu(gate(x)) * up(x))`.
 #[derive(Module, Debug)]
+#[doc(hidden)]
 pub struct Mlp {
     /// `[d_model] -> [d_mlp]`.
     pub gate_proj: ElasticLoraLinear,
@@ -126,6 +128,7 @@ struct Running {
 /// A block: `x + attention(norm(x))`, then `x + mlp(norm(x))`. Either part may be missing for good (none), or left out for the time
 /// being ([`set_runs`](Self::set_runs)).
 #[derive(Module, Debug)]
+#[doc(hidden)]
 pub struct Block {
     /// Before attention.
     pub input_layernorm: Option<RmsNorm>,

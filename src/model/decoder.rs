@@ -561,6 +561,7 @@ fn class_ids(targets: &[u32], device: &Device) -> Tensor<1, Int> {
 
 /// A number of weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct ParamCount {
     /// All.
     pub total: usize,

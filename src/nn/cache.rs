@@ -17,6 +17,7 @@ struct LayerCache {
 /// It keeps room for tokens to come, and grows by half where that is used up, so that appending a token writes that token alone
 /// on a device that writes in place. A clone shares what it holds until one of the two appends.
 #[derive(Clone, Debug, Default)]
+#[doc(hidden)]
 pub struct KvCache {
     layers: Vec<LayerCache>,
     n_tokens: usize,

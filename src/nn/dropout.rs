@@ -1,7 +1,7 @@
 //! Dropout whose mask is a function of a seed, so that a resumed run, a recomputed layer and a backward pass draw the same one.
 
 /// Mixes a seed with a stream's number (splitmix64, Steele et al. 2014): streams are independent of each other.
-pub fn mix_seed(seed: u64, stream: u64) -> u64 {
+pub(crate) fn mix_seed(seed: u64, stream: u64) -> u64 {
     let mut z = seed
         .wrapping_add(stream.wrapping_mul(0x9E37_79B9_7F4A_7C15))
         .wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -14,6 +14,7 @@ pub fn mix_seed(seed: u64, stream: u64) -> u64 {
 ///
 /// The mask depends on the seed and the element's row-major index alone.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct Dropout {
     /// In 0..1; 0 leaves everything as it is.
     pub probability: f64,

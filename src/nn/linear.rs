@@ -14,7 +14,7 @@ use crate::nn::ops::{self, LoraTerm};
 ///
 /// # Shapes
 /// - `weight`: `[d_output, d_input]`; result: `[d_input, d_output]`
-pub fn tensor_from_matrix(weight: &Matrix, device: &Device) -> Tensor<2> {
+pub(crate) fn tensor_from_matrix(weight: &Matrix, device: &Device) -> Tensor<2> {
     let turned = weight.transposed();
     let shape = [turned.rows(), turned.cols()];
     Tensor::from_data(TensorData::new(turned.into_vec(), shape), device)
@@ -24,6 +24,7 @@ pub fn tensor_from_matrix(weight: &Matrix, device: &Device) -> Tensor<2> {
 ///
 /// # Shapes
 /// - `weight`: `[d_input, d_output]`; result: `[d_output, d_input]`
+#[doc(hidden)]
 pub fn matrix_from_tensor(weight: Tensor<2>) -> Matrix {
     let [d_input, d_output] = weight.dims();
     let values = host_values(weight);
@@ -31,6 +32,7 @@ pub fn matrix_from_tensor(weight: Tensor<2>) -> Matrix {
 }
 
 /// A tensor's elements on the host, row-major, as `f32`.
+#[doc(hidden)]
 pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     let n = tensor.shape().num_elements();
     let data = tensor.into_data_dtype(DType::F32);

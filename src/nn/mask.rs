@@ -4,6 +4,7 @@ use std::ops::Range;
 
 /// Which keys a query may see, besides none after itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct AttentionMask {
     /// Only the last `window` keys, the query's own among them (Mistral's sliding window).
     pub window: Option<usize>,

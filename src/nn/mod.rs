@@ -9,9 +9,11 @@ pub(crate) mod ops;
 mod stored;
 
 pub use cache::KvCache;
-pub use dropout::{Dropout, mix_seed};
+pub use dropout::Dropout;
+pub(crate) use dropout::mix_seed;
 pub(crate) use linear::prefix;
-pub use linear::{BaseLinear, host_values, matrix_from_tensor, tensor_from_matrix};
+pub(crate) use linear::tensor_from_matrix;
+pub use linear::{BaseLinear, host_values, matrix_from_tensor};
 pub use mask::AttentionMask;
 pub use norm::RmsNorm;
 pub use stored::{InputGroups, StoredWeight};

@@ -7,6 +7,7 @@ use super::ops;
 
 /// RMSNorm with a learned gain (arXiv 1910.07467).
 #[derive(Module, Debug)]
+#[doc(hidden)]
 pub struct RmsNorm {
     /// `[d_model]`.
     pub weight: Param<Tensor<1>>,

@@ -13,6 +13,7 @@ const TASK: usize = 64 * 1024;
 
 /// A stored weight as the operations take it: in host memory, shared by all clones, with the copies that devices hold of it.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct StoredWeight(Arc<Held>);
 
 struct Held {
@@ -91,6 +92,7 @@ impl StoredWeight {
 
 /// Which group each row of a weight `[d_input, d_output]` is in: an input's scale and zero point are its group's.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct InputGroups {
     /// Inputs of a group where they are in order; the last group may be shorter.
     pub size: usize,

@@ -22,6 +22,7 @@ const BLOCK: usize = 128;
 /// From which weights the grids of groups are found. A grid for the whole row is always found from the weights as they were.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[doc(hidden)]
 pub enum GroupGrids {
     /// As they stand when the group begins.
     #[default]
@@ -101,6 +102,7 @@ pub fn gptq(
 ///
 /// # Errors
 /// Those of [`gptq`] and of [`sparsegpt`](crate::sparsity::sparsegpt).
+#[doc(hidden)]
 pub fn sparse_gptq(
     weight: &Matrix,
     factor: &Factor,

@@ -158,6 +158,7 @@ impl GridConfig {
 
 /// A group's grid: the weights `scale * (code - zero)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct GroupGrid {
     /// Distance between neighbours; 0 where the only weight is 0.
     pub scale: f32,

@@ -11,6 +11,7 @@ use super::weights::LayerWeights;
 use super::workspace::{Line, bytes_of, grow};
 
 /// A number that a [`LinearLayer`] takes and gives.
+#[doc(hidden)]
 pub trait Number: Copy + Send + Sync + 'static + sealed::Sealed {
     /// As `f32`, exactly.
     fn to_f32(self) -> f32;

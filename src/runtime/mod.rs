@@ -22,6 +22,7 @@ mod shape;
 mod weights;
 mod workspace;
 
+pub use crate::kernels::Activations;
 pub use cache::CacheFormat;
 pub use generate::GenerateConfig;
 pub use linear::{LinearLayer, Number};

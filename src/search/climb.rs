@@ -123,6 +123,7 @@ impl HillClimbingConfig {
 /// by score, then by cost. With no better neighbour left it begins anew from a random subnet. Known subnets are not proposed
 /// again.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct HillClimbing {
     settings: HillClimbingConfig,
     rng: ChaCha8Rng,

@@ -163,6 +163,7 @@ impl NsgaConfig {
 /// It proposes one generation after another; while some of a generation's objectives are missing, nothing of the next one.
 /// Finished only when the space is exhausted.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct Nsga2 {
     settings: NsgaConfig,
     mutation_probability: f64,

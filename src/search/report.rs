@@ -15,6 +15,7 @@ use crate::space::{SearchSpace, SubnetConfig};
 
 /// What the objectives are called where people read them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct ObjectiveNames {
     /// Name of the score, such as `validation loss`.
     pub score: String,

@@ -45,6 +45,7 @@ impl Searcher for Heuristic {
 
 /// Proposes the subnets of a list, in its order, each once.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct FixedList {
     left: VecDeque<SubnetConfig>,
     outstanding: HashSet<SubnetConfig>,
@@ -146,6 +147,7 @@ impl RandomSearchConfig {
 
 /// Proposes subnets drawn uniformly, none of them twice, until the space is exhausted.
 #[derive(Clone, Debug)]
+#[doc(hidden)]
 pub struct RandomSearch {
     space: SearchSpace,
     rng: ChaCha8Rng,

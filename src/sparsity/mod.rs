@@ -1,7 +1,7 @@
 //! Which weights to remove: magnitude, Wanda and RIA scores, SparseGPT, patterns, masks.
 //!
 //! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695); RIA: "Plug-and-Play: An
-//! Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024); [`sparsegpt`]. Everything here is a pure
+//! Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024); `sparsegpt`. Everything here is a pure
 //! function of a weight matrix `[out, in]` and of statistics of the layer's input; the pass over calibration data that
 //! gathers those lives elsewhere. Departures: N:M means "at most N of M stay" (as hardware names it), where Wanda's code
 //! counts the pruned ones; for 2:4 and 4:8 the two agree. A last group shorter than M keeps its share, rounded up.
@@ -41,7 +41,7 @@ pub enum Method {
     /// [`InputNorms`].
     Ria,
     /// By what the removal costs once the other weights have made up for it, which they then do; needs a Hessian, and is
-    /// [`sparsegpt`], not a score.
+    /// `sparsegpt`, not a score.
     SparseGpt,
 }
 
@@ -115,6 +115,7 @@ impl FromStr for Method {
 ///
 /// # Shapes
 /// `weight` and the result: `[out, in]`.
+#[doc(hidden)]
 pub fn magnitude_scores(weight: &Matrix) -> Matrix {
     let mut scores = weight.clone();
     scores

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 /// `s += ||x_j||^2 / (n + b)`, where the norm runs over all tokens of the batch. Kept in `f64`, so that the order of
 /// sequences hardly matters.
 #[derive(Clone, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct InputNorms {
     mean: Vec<f64>,
     sequences: usize,

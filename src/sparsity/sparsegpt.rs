@@ -62,6 +62,7 @@ impl SparseGptConfig {
 /// [`Error::ShapeMismatch`] for a factor of another width, [`Error::NotFinite`] for a weight that is NaN or infinite,
 /// [`Error::InvalidArgument`] for a bad pattern or block size, and for N:M with a factor in activation order. `weight` is
 /// then unchanged.
+#[doc(hidden)]
 pub fn sparsegpt(
     weight: &mut Matrix,
     factor: &Factor,

@@ -46,6 +46,7 @@ impl QaConfig {
 
 /// What a supernet's settings say of its grids.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct QaSummary {
     /// Bits of a code, by layer.
     pub bits: BTreeMap<String, u8>,

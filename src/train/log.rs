@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// One optimizer step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[doc(hidden)]
 pub struct StepLog {
     /// From 1.
     pub step: usize,

@@ -7,6 +7,7 @@ use crate::nn::host_values;
 use crate::progress::{Progress, Task};
 
 /// Positions whose next token counts in the loss, row-major, with that token.
+#[doc(hidden)]
 pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
     let counted = batch
         .loss_mask
@@ -22,6 +23,7 @@ pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] where there is no target at all; those of [`Decoder::tokens`].
+#[doc(hidden)]
 pub fn mean_loss(model: &Decoder, batches: &[Batch], progress: &dyn Progress) -> Result<f64> {
     let mut task = Task::begin(progress, "evaluate", batches.len(), "batches")?;
     let mut sum = 0.0;

@@ -47,6 +47,7 @@ const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 /// # }
 /// ```
 #[derive(Debug)]
+#[doc(hidden)]
 pub struct HfFolder {
     writer: FolderWriter,
     max_shard_bytes: u64,
@@ -76,7 +77,7 @@ impl HfFolder {
     /// names it came under: that is what transformers expects.
     ///
     /// # Errors
-    /// Those of [`write_sharded`](crate::io::tensors::write_sharded); [`Error::InvalidFile`] for a tied model with both
+    /// Those of writing the tensors; [`Error::InvalidFile`] for a tied model with both
     /// matrices or neither; [`Error::MissingTensor`] and [`Error::TensorShape`] where the tensors are not those of the config.
     pub fn write_model(
         &self,

@@ -18,6 +18,7 @@ use crate::linalg::Matrix;
 
 /// One layer's low-rank pair: the layer's weight gains `scale * B A`.
 #[derive(Clone, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct LoraWeights {
     a: Matrix,
     b: Matrix,

@@ -38,6 +38,7 @@ impl QuantFormat {
 
 /// A checked `quantization_config`. Fields that are not read here are kept when it is written again.
 #[derive(Clone, Debug, PartialEq)]
+#[doc(hidden)]
 pub struct QuantizationConfig {
     raw: Map<String, Value>,
     format: QuantFormat,

@@ -10,7 +10,8 @@ mod write;
 pub use dtype::DType;
 pub use read::{Checkpoint, TensorInfo};
 pub(crate) use write::write_in_order;
-pub use write::{HostTensor, write_safetensors, write_sharded};
+pub(crate) use write::write_sharded;
+pub use write::{HostTensor, write_safetensors};
 
 /// Headers above this are refused, as the reference implementation does.
 pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;

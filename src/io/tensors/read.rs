@@ -22,6 +22,7 @@ const MAX_SHARDS: usize = 4096;
 
 /// What a header says about a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct TensorInfo {
     /// Element type.
     pub dtype: DType,

@@ -23,6 +23,7 @@ enum Source<'a> {
 }
 
 /// A tensor to be written: name, type, shape, and its elements or a closure that makes them when their turn comes.
+#[doc(hidden)]
 pub struct HostTensor<'a> {
     name: String,
     dtype: DType,
@@ -193,6 +194,7 @@ impl<'a> HostTensor<'a> {
 /// [`Error::Io`]; [`Error::NotFinite`] for NaN or an infinity among values; [`Error::TensorOverflow`] for a value too large
 /// for its type; [`Error::ShapeMismatch`] for a shape that does not fit the elements; [`Error::InvalidFile`] for two tensors
 /// of one name; and what a closure returns. No file is left behind then.
+#[doc(hidden)]
 pub fn write_safetensors(
     path: impl AsRef<Path>,
     mut tensors: Vec<HostTensor<'_>>,
@@ -262,7 +264,7 @@ pub(crate) fn write_in_order(
 /// # Errors
 /// Those of [`write_safetensors`], and [`Error::InvalidArgument`] for a limit of zero. Each file appears whole or not at all;
 /// for the folder as a whole use [`FolderWriter`](crate::io::FolderWriter).
-pub fn write_sharded(
+pub(crate) fn write_sharded(
     folder: impl AsRef<Path>,
     tensors: Vec<HostTensor<'_>>,
     max_shard_bytes: u64,
