@@ -140,6 +140,8 @@ fn subnets_are_activated_and_foreign_ones_refused() {
         SuperNetConfig::new(lora()).with_fixed_layers(vec!["model.layers.0.mlp.down_proj".into()]),
     );
     assert_eq!(net.n_subnets(), 256.0);
+    let follows = SuperNetConfig::for_space(net.space());
+    assert_eq!(follows, SuperNetConfig::new(LoraConfig::new(6)));
     assert_eq!(net.active(), &net.maximal());
     let values = |net: &SuperNet, subnet| net.space().values(&subnet).unwrap();
     assert_eq!(values(&net, net.maximal()), [6; 4]);
