@@ -121,8 +121,10 @@ impl<'a> Task<'a> {
 
     /// Counts `n` more steps as done, and does not ask whether to stop.
     pub fn advance(&mut self, n: usize, note: &str) {
-        self.done += n;
-        self.progress.step(self, note);
+        if n > 0 {
+            self.done += n;
+            self.progress.step(self, note);
+        }
     }
 
     /// Asks whether to stop.

@@ -1,4 +1,5 @@
 //! From files to batches; the sample problems and the tokenizer of the shipped model.
+#![cfg(feature = "flex")]
 
 #[path = "../examples/common/arithmetic.rs"]
 mod arithmetic;
@@ -434,6 +435,29 @@ fn mixtures_follow_weights_and_seed() {
     assert_eq!(first.answer, "41 + 28 = 69\n69 - 19 = 50\n#### 50");
     assert_eq!("mul_sub".parse::<Kind>().unwrap(), Kind::MulSub);
     assert!("root".parse::<Kind>().is_err());
+}
+
+#[test]
+fn the_shipped_problems_are_the_generators() {
+    let kinds = [
+        Kind::MulAdd,
+        Kind::MulSub,
+        Kind::Times,
+        Kind::ShareAdd,
+        Kind::SubShare,
+        Kind::AddMul,
+    ];
+    let draw = |split, n| mixture(&kinds.map(|kind| (kind, 1.0)), split, n, 0).unwrap();
+    let all = draw(Split::Train, 900)
+        .into_iter()
+        .chain(draw(Split::Valid, 100));
+    let records: Vec<Record> = all.map(Problem::into_record).collect();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-problems.jsonl");
+    let shipped = std::fs::read_to_string(path).unwrap();
+    let lines = records
+        .iter()
+        .map(|record| format!("{}\n", serde_json::to_string(record).unwrap()));
+    assert!(shipped == lines.collect::<String>());
 }
 
 // --- tokenizing --------------------------------------------------------------------------------------------------
