@@ -7,7 +7,8 @@ use rayon::prelude::*;
 
 use super::flex_matmul::{Matrix, Shared};
 use crate::kernels::Level;
-use crate::kernels::rows::lines::{ADDED, Stored, add_dots, add_lines};
+use crate::kernels::number::Stored;
+use crate::kernels::rows::lines::{ADDED, add_dots, add_lines};
 
 /// Most rows.
 pub(super) const MOST_ROWS: usize = 4;
