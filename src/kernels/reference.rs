@@ -1,6 +1,6 @@
 //! What the kernels are compared with: sums in `f64`, weight by weight.
 
-use super::Linear;
+use super::linear::Linear;
 use crate::error::Result;
 
 /// `y = x W^T + s (x A^T) B^T + b` of one row, whose length is that of the active inputs.

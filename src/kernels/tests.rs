@@ -7,7 +7,7 @@ use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::forward::units_of;
+use super::linear::units_of;
 use super::{
     Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch, forward_on, reference,
     scratch_bytes,

@@ -7,8 +7,8 @@ use half::f16;
 
 use crate::arch::BlockDims;
 use crate::error::{Error, Result};
+use crate::kernels::number::Stored;
 use crate::kernels::rows::attention::TILE;
-use crate::kernels::rows::lines::Stored;
 
 /// Tiles that are allocated at a time.
 const STEP: usize = 4;

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 use super::operand::{Matrix, Output};
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
-use crate::kernels::rows::lines::{ADDED, Stored, add_dots, add_lines};
+use crate::kernels::number::Stored;
+use crate::kernels::rows::lines::{ADDED, add_dots, add_lines};
 
 /// Most rows.
 pub(super) const MOST_ROWS: usize = 4;
