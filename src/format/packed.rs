@@ -18,9 +18,9 @@ const BLOCK: usize = 256;
 ///
 /// | part | bytes per row |
 /// |---|---|
-/// | codes | `ceil(cols * bits / 8)`: code `i` starts at bit `i * bits`, little-endian, without gaps |
+/// | codes | `ceil(cols * bits / 8)`: code `i` starts at bit `i * bits`, little-endian, no gaps |
 /// | scales | `2 * groups` as `f16`, or `4 * groups` as `f32` if any scale is not an exact `f16` |
-/// | zero points | `ceil(groups * bits / 8)`, packed like the codes; none if the grid is symmetric |
+/// | zero points | `ceil(groups * bits / 8)`, packed like codes; none if the grid is symmetric |
 ///
 /// If the matrix has its own order of columns, another `4 * cols` bytes hold the group of each
 /// column, once for all rows.

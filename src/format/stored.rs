@@ -152,9 +152,9 @@ impl StoredMatrix {
 
     /// Creates a weight from its [`parts`](Self::parts). Only the groups of columns are copied.
     ///
-    /// Only sizes are checked here, so that a mapped file is not read; [`check`](Self::check)
-    /// checks the contents. Even if the contents are invalid, reading the weight never accesses
-    /// memory outside the parts.
+    /// Only sizes and the groups of columns are checked here, so that a mapped file is not read;
+    /// [`check`](Self::check) checks the contents. Even if the contents are invalid, reading the
+    /// weight never accesses memory outside the parts.
     ///
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if a part is missing or the header is invalid, and
