@@ -248,7 +248,8 @@ impl Nsga2 {
             let mut order: Vec<usize> = (0..front.len()).collect();
             let free = self.settings.population - chosen.len();
             if order.len() > free {
-                order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a])); // stable: ties go to the older
+                // The sort is stable, so the older subnet wins ties.
+                order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a]));
                 order.truncate(free);
             }
             chosen.extend(order.into_iter().map(|at| (front[at], rank, crowding[at])));

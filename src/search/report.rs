@@ -57,7 +57,7 @@ impl ObjectiveNames {
 
     fn shown(&self, score: f64) -> f64 {
         match self.score_larger_is_better {
-            true => 0.0 - score, // not -score: no "-0"
+            true => 0.0 - score, // Unlike -score, this never gives "-0".
             false => score,
         }
     }
