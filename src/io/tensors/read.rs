@@ -1,4 +1,4 @@
-//! Reading checkpoints.
+//! Reads checkpoints.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -15,29 +15,30 @@ use crate::format::Buffer;
 use crate::io::{is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
-/// Bytes of the length before a header.
+/// Size in bytes of the length field before a header.
 const LENGTH_BYTES: usize = 8;
-/// The most shards an index may name; each is a mapping that the system must keep.
+/// Maximum number of shards in an index. Each shard is a memory mapping.
 const MAX_SHARDS: usize = 4096;
 
-/// What a header says about a tensor.
+/// Dtype and shape of a tensor, from the header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[doc(hidden)]
 pub struct TensorInfo {
-    /// Element type.
+    /// Dtype of the elements.
     pub dtype: DType,
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl TensorInfo {
-    /// Number of elements. Cannot overflow: a file of that size was checked when it was opened.
+    /// Returns the number of elements. The product cannot overflow, because it was checked against
+    /// the file size on opening.
     pub fn n_elements(&self) -> usize {
         self.shape.iter().product()
     }
 }
 
-/// A file's bytes.
+/// Bytes of a file.
 type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 struct Shard {
@@ -65,8 +66,8 @@ struct Entry {
 
 /// A checkpoint opened for reading: one safetensors file or a folder of shards, memory-mapped.
 ///
-/// Nothing is read before it is asked for; opening costs the headers alone. The files must not be changed while the
-/// checkpoint is open (a file cut off under a mapping ends the process; that is the price of mapping).
+/// Opening reads only the headers; tensor data is read on access. The files must not change while
+/// the checkpoint is open: truncating a mapped file can terminate the process.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -76,29 +77,32 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, or a folder that holds `model.safetensors` or else `model.safetensors.index.json` and
-    /// its shards.
+    /// Opens a safetensors file, or a folder that contains `model.safetensors`, or else
+    /// `model.safetensors.index.json` and its shards.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Json`] as usual; [`Error::InvalidFile`] for a header that is cut off, lies about lengths,
-    /// leaves holes or overlaps, for an index that names a file outside the folder or a shard that lacks the tensor, and
-    /// for a tensor that two shards hold; [`Error::MissingTensor`] for a tensor that is not in the shard that the index
-    /// names; [`Error::Unsupported`] for an element type unknown here.
+    /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed. Returns
+    /// [`Error::InvalidFile`] if a header is truncated, states wrong lengths, leaves holes or
+    /// overlaps; if the index names a file outside the folder or a shard that does not exist; and
+    /// if two shards hold the same tensor. Returns [`Error::MissingTensor`] if a tensor is not in
+    /// the shard that the index names, and [`Error::Unsupported`] for an unknown dtype.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, true)
     }
 
-    /// [`open`](Self::open) that maps the files, or reads them as a whole: then they may change while the checkpoint is open.
+    /// Opens a checkpoint like [`open`](Self::open), and either maps the files or reads them into
+    /// memory. Files that were read into memory may change while the checkpoint is open.
     ///
     /// # Errors
-    /// As [`open`](Self::open), and [`Error::OutOfMemory`].
+    /// Returns the errors of [`open`](Self::open), and [`Error::OutOfMemory`] if a file does not
+    /// fit into memory.
     pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
         let path = path.as_ref();
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if !meta.is_dir() {
             return Self::from_shards(path, vec![path.to_path_buf()], mmap);
         }
-        // The order that transformers looks in.
+        // transformers looks for the files in this order.
         let single = path.join("model.safetensors");
         if single.exists() {
             return Self::from_shards(&single, vec![single.clone()], mmap);
@@ -128,7 +132,7 @@ impl Checkpoint {
                 "`weight_map` is missing or not an object",
             ));
         };
-        // Shards in the order of their first mention, each once.
+        // List each shard once, in the order of first mention.
         let mut files: Vec<&str> = Vec::new();
         let mut number_of: BTreeMap<&str, usize> = BTreeMap::new();
         for (tensor, file) in map {
@@ -206,8 +210,9 @@ impl Checkpoint {
             ));
         }
         let bytes: Bytes = if mmap {
-            // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
-            // that changes the file meanwhile is outside what can be checked; the type's documentation says so.
+            // SAFETY: the mapping is read-only, and all accesses go through bounds-checked slices
+            // of bytes. A change of the file by another process cannot be checked; the type's
+            // documentation forbids it.
             Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?)
         } else {
             Arc::new(read_whole(&path, file, len)?)
@@ -248,46 +253,47 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The file or folder that was opened.
+    /// Returns the file or folder that was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Whether there is a tensor of this name.
+    /// Returns whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    /// Element type and shape.
+    /// Returns the dtype and shape of a tensor.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
         Ok(&self.entry(name)?.info)
     }
 
-    /// The `__metadata__` of the file, or of all shards together.
+    /// Returns the `__metadata__` of the file, or of all shards combined.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
-    /// Bytes of all tensors together, without headers.
+    /// Returns the total size of all tensors in bytes, without headers.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|e| e.range.len() as u64).sum()
     }
 
-    /// A tensor's bytes as they lie in the file: row-major, little-endian, at any alignment.
+    /// Returns a tensor's bytes as stored in the file: row-major, little-endian, at any alignment.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let entry = self.entry(name)?;
-        // In range by construction; `get` rather than an index so that a mistake there is an error and not a panic.
+        // The range was checked on opening. `get` turns a mistake there into an error instead of a
+        // panic.
         self.shards
             .get(entry.shard)
             .and_then(|shard| (*shard.bytes).as_ref().get(entry.range.clone()))
@@ -297,10 +303,11 @@ impl Checkpoint {
             })
     }
 
-    /// [`bytes`](Self::bytes) that stay when the checkpoint goes; nothing is copied.
+    /// Returns a tensor's [`bytes`](Self::bytes) without a copy, in a buffer that may outlive the
+    /// checkpoint.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn buffer(&self, name: &str) -> Result<Buffer> {
         let entry = self.entry(name)?;
         let missing = || Error::MissingTensor {
@@ -311,29 +318,29 @@ impl Checkpoint {
         Buffer::new(shard.bytes.clone(), entry.range.clone())
     }
 
-    /// Where in its file a tensor begins.
+    /// Returns the offset in bytes of a tensor in its file.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn offset(&self, name: &str) -> Result<usize> {
         Ok(self.entry(name)?.range.start)
     }
 
-    /// A float tensor (f64, f32, f16 or bf16) as `f32`, row-major.
+    /// Loads a float tensor (f64, f32, f16 or bf16) as row-major `f32`.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::TensorDtype`] for another element type; [`Error::NotFinite`] for NaN, an
-    /// infinity, or an f64 that is one as f32.
+    /// Returns [`Error::MissingTensor`], [`Error::TensorDtype`] for another dtype, and
+    /// [`Error::NotFinite`] if a value is NaN or infinite, or is an f64 that overflows f32.
     pub fn load_f32(&self, name: &str) -> Result<Vec<f32>> {
         let values = self.load_f32_unchecked(name)?;
         check_finite(name, &values)?;
         Ok(values)
     }
 
-    /// [`load_f32`](Self::load_f32) that lets NaN and infinities pass.
+    /// Loads a float tensor like [`load_f32`](Self::load_f32), but accepts NaN and infinities.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::TensorDtype`].
+    /// Returns [`Error::MissingTensor`], or [`Error::TensorDtype`] for another dtype.
     pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
         let dtype = self.entry(name)?.info.dtype;
         dtype::decode(dtype, self.bytes(name)?).ok_or_else(|| Error::TensorDtype {
@@ -343,28 +350,30 @@ impl Checkpoint {
         })
     }
 
-    /// A float matrix whose shape must be `[rows, cols]`.
+    /// Loads a float matrix of shape `[rows, cols]`.
     ///
     /// # Errors
-    /// Those of [`load_f32`](Self::load_f32), and [`Error::TensorShape`].
+    /// Returns the errors of [`load_f32`](Self::load_f32), and [`Error::TensorShape`] if the shape
+    /// differs.
     pub fn load_matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
         self.check_shape(name, &shape)?;
         Matrix::new(shape[0], shape[1], self.load_f32(name)?)
     }
 
-    /// A float vector whose length must be `len`.
+    /// Loads a float vector of length `len`.
     ///
     /// # Errors
-    /// Those of [`load_f32`](Self::load_f32), and [`Error::TensorShape`].
+    /// Returns the errors of [`load_f32`](Self::load_f32), and [`Error::TensorShape`] if the shape
+    /// differs.
     pub fn load_vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         self.check_shape(name, &[len])?;
         self.load_f32(name)
     }
 
-    /// Checks a tensor's shape without reading it.
+    /// Checks a tensor's shape without reading its contents.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::TensorShape`].
+    /// Returns [`Error::MissingTensor`], or [`Error::TensorShape`] if the shape differs.
     pub fn check_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
         let found = &self.entry(name)?.info.shape;
         if found != expected {
@@ -385,7 +394,7 @@ impl Checkpoint {
     }
 }
 
-/// A file's bytes in memory, from a line of the cache on.
+/// Reads a file into memory, aligned to a cache line.
 fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
     let mut bytes = Vec::new();
     let size = usize::try_from(len).unwrap_or(usize::MAX);
@@ -401,7 +410,7 @@ fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
     Ok(Buffer::from_vec(bytes))
 }
 
-/// Refuses the first value that is NaN or infinite.
+/// Returns an error for the first value that is NaN or infinite.
 fn check_finite(name: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
@@ -413,9 +422,11 @@ fn check_finite(name: &str, values: &[f32]) -> Result<()> {
     }
 }
 
-/// Checks the header and returns where the data starts. Every tensor it names lies inside `file`.
+/// Checks the header and returns the offset of the data. Every tensor in the header is inside
+/// `file`.
 ///
-/// `SafeTensors::read_metadata` would do, but for a file whose last offset is close to 2^64, where its sum overflows.
+/// `SafeTensors::read_metadata` is not used, because its sum overflows for a file whose last offset
+/// is close to 2^64.
 fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     let bad = |reason: String| Error::invalid_file(path, reason);
     let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
@@ -440,7 +451,8 @@ fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     };
     let header: Metadata =
         serde_json::from_slice(header).map_err(|e| bad(format!("header: {e}")))?;
-    // The crate has checked that the tensors follow each other without holes and that offsets, shapes and types agree.
+    // The safetensors crate has checked that tensors are contiguous and that offsets, shapes and
+    // dtypes agree.
     if header.data_len() != data.len() {
         let what = if header.data_len() > data.len() {
             "cut off"
