@@ -54,8 +54,8 @@ struct Slab<S>(Box<[UnsafeCell<S>]>);
 // being written through a shared reference.
 unsafe impl<S: Send + Sync> Sync for Slab<S> {}
 
-/// Keys and values of one layer. For each tile and key/value head it stores keys `[head_dim,
-/// TILE]`, then values `[TILE, head_dim]`.
+/// Keys and values of one layer. For each tile and key/value head it stores keys
+/// `[head_dim, TILE]`, then values `[TILE, head_dim]`.
 #[derive(Debug)]
 pub(super) struct LayerCache<S> {
     slabs: Vec<Slab<S>>,

@@ -577,8 +577,9 @@ impl Model {
         self.layer(layer)?.weight.get()
     }
 
-    /// Returns the factors of a layer's adapter, A `[r_max, d_input]` and B transposed `[r_max,
-    /// d_output]`, and the scale at the largest rank. Returns `None` if the layer has no adapter.
+    /// Returns the factors of a layer's adapter, A `[r_max, d_input]` and B transposed
+    /// `[r_max, d_output]`, and the scale at the largest rank. Returns `None` if the layer has no
+    /// adapter.
     ///
     /// # Errors
     /// Returns the same errors as [`weight`](Self::weight).
