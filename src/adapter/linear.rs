@@ -227,7 +227,8 @@ impl ElasticLoraLinear {
     ///
     /// # Errors
     /// Returns [`Error::ShapeMismatch`] if a size is 0 or above the full size, and
-    /// [`Error::Unsupported`] if the layer cannot be split there. The layer is then unchanged.
+    /// [`Error::Unsupported`] for a part of a quantized weight or for fewer inputs of a grid whose
+    /// groups are not in order. The layer is then unchanged.
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
         let before = self.base.active_dims();
         self.base.set_active_dims(active)?;
