@@ -22,8 +22,8 @@ impl ElasticLora {
     /// independent inputs, `sum((error - s B A)^2 * norm^2)`.
     ///
     /// Under a mask, the part of `error` inside the mask is approximated as if there were no mask.
-    /// What the mask then removes from the update is not accounted for, so this start is good but
-    /// not optimal.
+    /// The part of the update that the mask then removes is not accounted for, so this start is
+    /// good but not optimal.
     ///
     /// # Errors
     /// Returns [`Error::ShapeMismatch`] if `error` or `norms` has the wrong size,

@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::model::Decoder;
 use crate::nn::host_values;
 
-/// What a training step keeps of its forward pass. The gradients are the same with either choice,
-/// except for the rounding of sums taken in another order.
+/// Choice of the activations that a training step keeps for its backward pass. The gradients are
+/// the same with either choice, except for the rounding of sums taken in another order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Checkpointing {

@@ -124,8 +124,8 @@ pub struct TrainConfig {
     /// Number of steps between checkpoints, if the run has a folder. The last step is always saved
     /// too. With 0, a checkpoint is only written on interruption.
     pub checkpoint_every: usize,
-    /// What a step keeps of its forward pass, a trade of memory for time. A run may be resumed with
-    /// another choice, but its results are then no longer bit-identical.
+    /// Activations that a step keeps for its backward pass, a trade of memory for time. A run may
+    /// be resumed with another choice, but its results are then no longer bit-identical.
     #[serde(default)]
     pub checkpointing: Checkpointing,
 }

@@ -176,7 +176,7 @@ pub(super) fn swiglu_backward<B: Backend>(
     ((grad.clone() * up * slope).0, (grad * silu).0)
 }
 
-/// `x` as a matrix, with the last dimension as its rows.
+/// `x` as a matrix whose rows are along the last dimension.
 fn rows<B: Backend>(x: Val<B>) -> Val<B> {
     let shape = x.0.shape();
     let width = shape[shape.num_dims() - 1];

@@ -211,8 +211,8 @@ pub(super) fn stored_product(
                 for index in 0..per_word {
                     let column = first + index;
                     let stored = rest & comptime!(form.elements.mask());
-                    // If an element fills the whole word, the shift is 0 and not 32, which would be
-                    // undefined.
+                    // Shifts by 0 if one element fills the word: a shift by 32 would be undefined,
+                    // and nothing is left to shift.
                     rest >>= comptime!(form.elements.bits() as u32 % 32);
                     if column < cols {
                         let weight = if comptime!(form.one_group()) {
