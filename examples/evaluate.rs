@@ -12,39 +12,41 @@ use elastic_lora::eval::{ProblemSet, perplexity};
 use elastic_lora::runtime::GenerateConfig;
 use elastic_lora::{Error, Result};
 
-/// Perplexity or exact-match accuracy of a model, with or without an adapter.
+/// Measure a model, with or without an adapter: perplexity or exact-match accuracy.
 ///
-/// Without arguments: the shipped model on generated arithmetic problems of every kind.
+/// Without arguments, measures the shipped model on generated arithmetic problems of every kind.
 ///
-/// Perplexity: the whole text is tokenized once, BOS first where the tokenizer adds one; windows of the context length do not
-/// overlap; the mean is over every token but the first of each window.
+/// For perplexity, the whole text is tokenized once, with BOS if the tokenizer adds one, and cut
+/// into windows of the context length that do not overlap. The mean is over all tokens except the
+/// first of each window. A problem counts as correct if the final answer of the generated text
+/// (`#### 12`, or `answer is 12`) equals that of the record.
 #[derive(Parser)]
 struct Args {
     /// Model folder [default: the shipped model]
     #[arg(long)]
     model: Option<PathBuf>,
-    /// PEFT adapter folder, used unmerged
+    /// PEFT adapter folder; the adapter is not merged
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// Text file: print its perplexity
+    /// Text file whose perplexity is printed
     #[arg(long, conflicts_with = "exact_match")]
     text: Option<PathBuf>,
-    /// Problems (JSON or JSON Lines, Alpaca or GSM8K form): print the accuracy
+    /// File of problems (JSON or JSON Lines, Alpaca or GSM8K form) whose accuracy is printed
     #[arg(long)]
     exact_match: Option<PathBuf>,
-    /// Window of the perplexity, in tokens [default: the model's context]
+    /// Window of the perplexity in tokens [default: the model's context]
     #[arg(long, requires = "text")]
     context: Option<usize>,
-    /// How problems are worded: auto, alpaca, question_answer or raw
+    /// Prompt template: auto, alpaca, question_answer or raw
     #[arg(long, default_value = "auto")]
     template: PromptTemplate,
-    /// Longest answer, in tokens
+    /// Maximum length of an answer in tokens
     #[arg(long, default_value_t = 256)]
     max_new_tokens: usize,
-    /// Backend: flex, or another that the build has a feature for
+    /// Backend: flex, or another whose feature is enabled in the build
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Print JSON: one object, a line for each set of problems
+    /// Print JSON, one object per line for each set of problems
     #[arg(long)]
     json: bool,
 }

@@ -15,59 +15,62 @@ use elastic_lora::runtime::{
 };
 use elastic_lora::{Error, Result, SuperNet};
 
-/// Continue a prompt with a model, with or without an adapter; greedy unless a temperature is given.
+/// Continue a prompt with a model, with or without an adapter. Decoding is greedy unless a
+/// temperature is given.
 ///
-/// Without arguments: the shipped model answers an arithmetic problem. `--model llama --format int4 --save llama.elora` makes a bundle
-/// of a Hugging Face folder, and `--model llama.elora` runs it.
+/// Without arguments, the shipped model answers an arithmetic problem. `--model llama --format int4
+/// --save llama.elora` converts a Hugging Face folder to a bundle, and `--model llama.elora` runs
+/// it.
 #[derive(Parser)]
 struct Args {
     /// Bundle or model folder [default: the shipped model]
     #[arg(long)]
     model: Option<PathBuf>,
-    /// PEFT adapter folder, used unmerged
+    /// PEFT adapter folder; the adapter is not merged
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// The subnet of a supernet, by name [default: all of it]
+    /// Name of a subnet of a supernet bundle [default: the whole supernet]
     #[arg(long)]
     subnet: Option<String>,
-    /// Store the linear layers as f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4, sparse-int4 or, sparse with so many non-zeros
-    /// of so many weights, 2:4; codes are rounded to nearest in groups of 128
+    /// Format of the linear layers: f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4,
+    /// sparse-int4, or N:M such as 2:4; integers are rounded to nearest in groups of 128
     #[arg(long, value_parser = parse_format)]
     format: Option<WeightFormat>,
-    /// Write the model as a bundle, and do not generate unless there is a prompt
+    /// Write the model to this bundle; generates only if a prompt is given too
     #[arg(long)]
     save: Option<PathBuf>,
-    /// Replace a bundle of that name
+    /// Replace the bundle if it exists
     #[arg(long)]
     overwrite: bool,
-    /// The prompt; `\n` is a line break
+    /// Prompt, in which `\n` stands for a line break
     #[arg(long)]
     prompt: Option<String>,
-    /// New tokens at most
+    /// Maximum number of new tokens
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
-    /// 0 is greedy
+    /// Sampling temperature; 0 is greedy
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// Only the k most likely tokens; 0 for all
+    /// Sample from the k most likely tokens; 0 for all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
-    /// Only the most likely tokens that together reach this probability
+    /// Sample from the most likely tokens that together reach this probability
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
-    /// Only tokens at least this share as likely as the most likely one; 0 for all
+    /// Sample from tokens whose probability is at least this share of the largest; 0 for all
     #[arg(long, default_value_t = 0.0)]
     min_p: f64,
-    /// Seed of the draws
+    /// Random seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Threads; 0 for one per core
+    /// Number of threads; 0 for one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Keep keys and values at 16 bits
+    /// Store keys and values as 16-bit floats
     #[arg(long)]
     half_cache: bool,
-    /// Run the uncompressed model on a Burn backend instead: flex, or another that the build has a feature for
+    /// Run the uncompressed model on a Burn backend: flex, or another whose feature is enabled in
+    /// the build
     #[arg(long)]
     device: Option<String>,
 }

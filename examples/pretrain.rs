@@ -29,34 +29,34 @@ use elastic_lora::{Result, SuperNet};
 /// Train a small Llama on generated arithmetic word problems and write it as a Hugging Face folder.
 #[derive(Parser)]
 struct Args {
-    /// Where the model goes; must not exist yet unless --overwrite is given
+    /// Folder for the model, which must not exist unless --overwrite is given
     #[arg(long, default_value = "arithmetic-llama")]
     out: PathBuf,
-    /// Replace --out
+    /// Replace the folder if it exists
     #[arg(long)]
     overwrite: bool,
     /// Optimizer steps
     #[arg(long, default_value_t = 4000)]
     steps: usize,
-    /// Problems per step
+    /// Number of problems per step
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// Peak learning rate
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
-    /// Blocks
+    /// Number of blocks
     #[arg(long, default_value_t = 5)]
     layers: usize,
-    /// Width of the residual stream; 3 times that inside the MLP
+    /// Width of the residual stream; the MLP is 3 times as wide
     #[arg(long, default_value_t = 128)]
     hidden: usize,
     /// Number of problems generated for training
     #[arg(long, default_value_t = 200_000)]
     problems: usize,
-    /// Seed of data, weights and order
+    /// Random seed of data, weights and order
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Keep checkpoints here and go on from the last one
+    /// Folder for checkpoints; training continues from the last one
     #[arg(long)]
     work: Option<PathBuf>,
 }

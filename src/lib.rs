@@ -4,6 +4,12 @@
 //! elastic channels, which end in a smaller model; Shears' neural low-rank adapter search on a pruned model; and SQFT's
 //! SparsePEFT, whose adapters merge into the sparse weights without losing a zero.
 //!
+//! From a model folder to a smaller one (`examples/quickstart.rs`, which takes a minute on two cores):
+//!
+//! ```no_run
+#![doc = include_str!("../examples/quickstart.rs")]
+//! ```
+//!
 //! # The way of a model
 //!
 //! ```text
@@ -37,7 +43,8 @@
 //! # Conventions
 //!
 //! Files, [`linalg::Matrix`], masks and merging speak Hugging Face's `[out, in]`; Burn tensors `[in, out]`. A fraction is in
-//! 0..=1. Losses are in nats. Everything random has a seed, and the same seed gives the same result on the same machine, at
+//! 0..=1. Losses are in nats. Long work takes a [`progress::Progress`] as its last argument, which may interrupt it; the library
+//! prints nothing by itself. Everything random has a seed, and the same seed gives the same result on the same machine, at
 //! any number of threads. Files, data and settings that are wrong come back as an [`Error`] that names them; functions of
 //! tensors alone panic on shapes other than those that their docs state, as Burn's own do.
 #![warn(missing_docs)]

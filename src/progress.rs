@@ -1,7 +1,8 @@
 //! What long work tells the caller, and how the caller stops it.
 //!
-//! Functions that may run for minutes take a `&dyn Progress` as their last argument: [`Silent`] for none,
-//! [`TerminalProgress`] for a bar on a terminal and a line every 30 seconds elsewhere, or an implementation of one's own.
+//! Functions that may run for minutes take a `&dyn Progress` as their last argument: [`Silent`] for
+//! none, [`TerminalProgress`] for a bar on a terminal and a line every 30 seconds elsewhere, or an
+//! implementation of one's own.
 //!
 //! ```
 //! use elastic_lora::progress::{Progress, Silent, Task};
@@ -29,18 +30,21 @@ use crate::error::{Error, Result};
 
 /// Hears of long work, and may stop it. Every method has a default that does nothing.
 ///
-/// Tasks may lie within each other (a validation within a training), and those of different threads may overlap.
+/// Tasks may lie within each other (a validation within a training), and those of different threads
+/// may overlap.
 pub trait Progress: Sync {
     /// A task begins.
     fn begin(&self, _task: &Task<'_>) {}
 
-    /// Steps of a task are done: [`Task::done`] of [`Task::total`]. `note` is a short text such as `loss 0.1234`, or empty.
+    /// Steps of a task are done: [`Task::done`] of [`Task::total`]. `note` is a short text such as
+    /// `loss 0.1234`, or empty.
     fn step(&self, _task: &Task<'_>, _note: &str) {}
 
     /// A task has ended, whether or not all of its steps are done.
     fn end(&self, _task: &Task<'_>) {}
 
-    /// Whether the work should stop with [`Error::Interrupted`]. It is asked often: between batches, layers and tokens.
+    /// Whether the work should stop with [`Error::Interrupted`]. It is asked often: between
+    /// batches, layers and tokens.
     fn is_interrupted(&self) -> bool {
         false
     }
@@ -121,8 +125,10 @@ impl<'a> Task<'a> {
 
     /// Counts `n` more steps as done, and does not ask whether to stop.
     pub fn advance(&mut self, n: usize, note: &str) {
-        self.done += n;
-        self.progress.step(self, note);
+        if n > 0 {
+            self.done += n;
+            self.progress.step(self, note);
+        }
     }
 
     /// Asks whether to stop.
@@ -174,8 +180,9 @@ impl Drop for Task<'_> {
     }
 }
 
-/// Shows a bar on standard error if that is a terminal. Otherwise writes a line with the time, the task, its share, its rate
-/// and the remaining time every 30 seconds, and one at the end of each task.
+/// Shows a bar on standard error if that is a terminal. Otherwise writes a line with the time, the
+/// task, its share, its rate and the remaining time every 30 seconds, and one at the end of each
+/// task.
 ///
 /// Of tasks within each other the outermost has the bar, and the innermost is named behind it.
 pub struct TerminalProgress {
@@ -209,7 +216,8 @@ impl TerminalProgress {
     fn with_output(output: Output) -> Self {
         let tasks = Vec::new();
         let shown = Arc::new(Mutex::new(Shown { tasks, output }));
-        // A step may take longer than the time between two lines: the clock is not left to the steps.
+        // A step may take longer than the time between two lines: the clock is not left to the
+        // steps.
         let board = Arc::downgrade(&shown);
         std::thread::spawn(move || {
             loop {
@@ -260,7 +268,8 @@ fn lock(shown: &Mutex<Shown>) -> MutexGuard<'_, Shown> {
     shown.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where progress goes: to a bar while there is a task, or to a writer, with the time of the last line.
+/// Where progress goes: to a bar while there is a task, or to a writer, with the time of the last
+/// line.
 enum Output {
     Bar(Option<ProgressBar>),
     Lines(Box<dyn Write + Send>, SystemTime),
@@ -467,7 +476,8 @@ fn time_stamp(now: SystemTime) -> String {
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     let seconds = since.as_secs();
-    // Days are counted from 1 March of the year 0, so that leap days come last in their years, in cycles of 400 years.
+    // Days are counted from 1 March of the year 0, so that leap days come last in their years, in
+    // cycles of 400 years.
     let days = seconds / 86_400 + 719_468;
     let (cycle, day) = (days / 146_097, days % 146_097);
     let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;

@@ -436,6 +436,26 @@ fn mixtures_follow_weights_and_seed() {
     assert!("root".parse::<Kind>().is_err());
 }
 
+#[test]
+fn the_shipped_problems_are_the_generators() {
+    let kinds = [
+        Kind::MulAdd,
+        Kind::MulSub,
+        Kind::Times,
+        Kind::ShareAdd,
+        Kind::SubShare,
+        Kind::AddMul,
+    ];
+    let draw = |split, n| mixture(&kinds.map(|kind| (kind, 1.0)), split, n, 0).unwrap();
+    let all = draw(Split::Train, 900)
+        .into_iter()
+        .chain(draw(Split::Valid, 100));
+    let records: Vec<Record> = all.map(Problem::into_record).collect();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-problems.jsonl");
+    let shipped = std::fs::read_to_string(path).unwrap();
+    assert!(shipped == to_json_lines(&records).unwrap());
+}
+
 // --- tokenizing --------------------------------------------------------------------------------------------------
 
 #[test]

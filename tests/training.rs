@@ -2,13 +2,11 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use burn::tensor::Device;
-use common::{is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits};
+use common::{Heard, is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, collate, fixed_batches};
 use elastic_lora::eval::mean_loss;
@@ -232,29 +230,26 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
         assert_eq!((late.steps_done, &late.logs), (9, &expected.logs));
         assert_eq!(weight_bits(net.model()), weight_bits(whole.model()));
 
-        // Stopped before its first step, and again and again in the midst of it, each time a little later.
+        // Stopped before its first step, and again and again, each time a little later: between steps, in the midst of them
+        // and of validations.
         let trainer = trainer.with_folder(dir.path()).with_resume(true);
-        let stop = Arc::new(AtomicBool::new(true));
-        let stopped = run_until(&trainer, &mut make(), &*stop);
-        assert!(matches!(stopped, Err(Error::Interrupted { .. })));
-        let mut interruptions = 0;
+        let (mut interruptions, mut tasks) = (0, BTreeSet::new());
         let (report, weights) = loop {
-            let stop = Arc::new(AtomicBool::new(false));
-            let flag = stop.clone();
-            let watcher = std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(4 + 2 * interruptions));
-                flag.store(true, Ordering::Relaxed);
-            });
+            let stop = Heard::stopping_at(interruptions);
             let mut net = make();
-            let outcome = run_until(&trainer, &mut net, &*stop);
-            watcher.join().unwrap();
-            match outcome {
+            match run_until(&trainer, &mut net, &stop) {
                 Ok(report) => break (report, weight_bits(net.model())),
-                Err(Error::Interrupted { .. }) => interruptions += 1,
+                Err(Error::Interrupted { task }) => {
+                    // Asked once, it stops at once.
+                    assert_eq!(stop.asked(), interruptions + 1);
+                    tasks.insert(task);
+                    interruptions += 1;
+                }
                 Err(other) => panic!("{other}"),
             }
         };
-        eprintln!("{interruptions} interruptions");
+        assert_eq!(tasks, ["evaluate", "train"].map(String::from).into());
+        assert!(interruptions > 6, "{interruptions}");
         assert_eq!(weights, weight_bits(whole.model()));
         assert_eq!(report.logs, expected.logs);
         let csv = |dir: &Path| std::fs::read_to_string(dir.join("losses.csv")).unwrap();

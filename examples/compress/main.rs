@@ -1,7 +1,8 @@
-//! The main job: prune a model, train an elastic supernet of adapters on it, search it, merge a subnet without losing a
-//! zero, and write the results, with one table of what each step was worth.
+//! The main job: prune a model, train an elastic supernet of adapters on it, search it, merge a
+//! subnet without losing a zero, and write the results, with one table of what each step was worth.
 //!
-//! Without arguments it runs on the model that the crate ships, on generated arithmetic word problems.
+//! Without arguments it runs on the model that the crate ships, on generated arithmetic word
+//! problems.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -22,14 +23,16 @@ use serde::Serialize;
 
 /// Prune, fine-tune, search and merge a language model.
 ///
-/// Without arguments: the shipped model, generated arithmetic problems, all methods.
-// Serialized are the arguments that a resumed run must share; the skipped ones are compared by content or do not matter.
+/// Without arguments, runs LoRA, Shears and SparsePEFT on the shipped model and on generated
+/// arithmetic problems.
+// Serialized are the arguments that a resumed run must share; the skipped ones are compared by
+// content or do not matter.
 #[derive(Parser, Debug, Serialize)]
 #[command(
     version,
-    after_help = "Training files: JSON or JSON Lines with `instruction`, `input`, `output` (Alpaca) or \
-    `question`, `answer` (GSM8K), or plain text. Accuracy is by exact match of the final answer (`#### 12`, or the Alpaca \
-    form's `answer`); without final answers the table has losses alone."
+    after_help = "Training files are JSON or JSON Lines with `instruction`, `input`, `output` (Alpaca) or \
+    `question`, `answer` (GSM8K), or plain text. Accuracy is the exact match of the final answer (`#### 12`, or the field \
+    `answer` of the Alpaca form). If records have no final answers, the table shows losses only."
 )]
 pub struct Args {
     /// Model folder (config.json, safetensors, tokenizer.json) [default: the shipped model]
@@ -40,81 +43,88 @@ pub struct Args {
     #[arg(long, requires = "valid")]
     #[serde(skip)]
     train: Option<PathBuf>,
-    /// Validation file: what the search sees
+    /// Validation file, on which the search evaluates subnets
     #[arg(long, requires = "train")]
     #[serde(skip)]
     valid: Option<PathBuf>,
-    /// Test file: what the table is measured on [default: the validation file]
+    /// Test file, on which the table is measured [default: the validation file]
     #[arg(long, requires = "train")]
     #[serde(skip)]
     test: Option<PathBuf>,
-    /// What to run on the pruned model
+    /// Method to run on the pruned model
     #[arg(long, value_enum, default_value_t = Method::All)]
     method: Method,
-    /// How weights are chosen for pruning: wanda, sparsegpt, ria or magnitude
+    /// Criterion that chooses the weights to prune: wanda, sparsegpt, ria or magnitude
     #[arg(long, default_value = "wanda")]
     prune: sparsity::Method,
-    /// Share of weights to remove, 0 to 1; N:M has its own
+    /// Share of weights to remove, from 0 to 1; ignored with an N:M pattern
     #[arg(long, default_value_t = 0.5)]
     sparsity: f64,
-    /// unstructured (the share goes from each row), layer (from each matrix), or N:M (N of M consecutive inputs stay)
+    /// Pattern of the zeros: unstructured (the share is removed from each row), layer (from each
+    /// matrix), or N:M (N of M consecutive inputs are kept)
     #[arg(long, default_value = "unstructured")]
     pattern: String,
-    /// Ranks that the supernet offers; the largest is plain LoRA's
+    /// Ranks that the supernet offers; plain LoRA uses the largest
     #[arg(long, value_delimiter = ',', default_value = "32,24,16")]
     ranks: Vec<usize>,
-    /// Layers that share a choice, by the end of their names: groups separated by ';'
+    /// Layers of a block that share a rank, by the ends of their names; ';' separates groups
     #[arg(
         long,
         default_value = "q_proj,k_proj,v_proj;up_proj,gate_proj;down_proj"
     )]
     groups: String,
-    /// lonas: widths that each MLP offers, as shares
+    /// lonas: widths that each MLP offers, as shares of the full width
     #[arg(long, value_delimiter = ',', default_value = "1,0.875,0.75,0.625,0.5")]
     widths: Vec<f64>,
-    /// lonas: numbers of heads that each attention offers, as shares; whole groups of heads that share keys and values
+    /// lonas: numbers of heads that each attention offers, as shares of all heads, rounded to whole
+    /// key/value groups
     #[arg(long, value_delimiter = ',', default_value = "1")]
     heads: Vec<f64>,
-    /// lonas: how many attentions and MLPs, the least influential ones, a subnet may leave out
+    /// lonas: maximum number of attention and MLP sub-blocks a subnet may drop, least influential
+    /// first
     #[arg(long, default_value_t = 0)]
     depth: usize,
-    /// lonas: what widths are multiples of
+    /// lonas: round MLP widths to a multiple of this number
     #[arg(long, default_value_t = 32)]
     multiple: usize,
-    /// lonas: how channels are ranked before they are sorted: l1, l2, activation, taylor, or none
+    /// lonas: importance score by which channels are sorted before training: l1, l2, activation,
+    /// taylor, or none
     #[arg(long, default_value = "activation")]
     order: String,
-    /// lonas: which subnets a step trains
+    /// lonas: subnets that each step trains
     #[arg(long, value_enum, default_value_t = Subnets::Sandwich)]
     subnets: Subnets,
-    /// lonas: the supernet alone, without LoRA beside it and without a search
+    /// lonas: train the supernet only, without the LoRA baseline and without a search
     #[arg(long)]
     elastic_only: bool,
-    /// sqft: bits of a weight: 2, 3, 4 or 8
+    /// sqft: bits per weight: 2, 3, 4 or 8
     #[arg(long, default_value_t = 4)]
     bits: u8,
-    /// sqft: consecutive weights of a row that share a scale and a zero point: a number, or row
+    /// sqft: number of consecutive weights of a row that share a scale and a zero point, or `row`
+    /// for the whole row
     #[arg(long, default_value = "32")]
     group_size: String,
-    /// sqft: the zero point is the middle of each grid
+    /// sqft: use symmetric grids, whose zero point is in the middle
     #[arg(long)]
     symmetric: bool,
-    /// sqft: how the base is rounded
+    /// sqft: method that quantizes the base
     #[arg(long, value_enum, default_value_t = Quantize::Gptq)]
     quantize: Quantize,
-    /// sqft: how integers are stored in files
+    /// sqft: checkpoint format of the quantized models
     #[arg(long, value_enum, default_value_t = FileFormat::Gptq)]
     file_format: FileFormat,
-    /// sqft: from which weights training through the grid starts [default: sparse; gptq with --quantize joint]
+    /// sqft: weights that quantization-aware training starts from [default: sparse; gptq with
+    /// --quantize joint]
     #[arg(long, value_enum)]
     qa_start: Option<QaStart>,
-    /// sqft: how adapters that stay apart from a compressed base begin
+    /// sqft: initialization of adapters that are not merged
     #[arg(long, value_enum, default_value_t = Init::Fresh)]
     init: Init,
-    /// sqft: train the grids' scales, too, which the authors do not
+    /// sqft: train the scales of the grids too (the paper's authors do not)
     #[arg(long, action = ArgAction::Set, default_value_t = true, default_missing_value = "true", num_args = 0..=1)]
     train_scales: bool,
-    /// A search space from a file instead: ours, elastic_adapter_config.json, or an NNCF config
+    /// Read the search space from a file: this crate's JSON, elastic_adapter_config.json, or an
+    /// NNCF config
     #[arg(long)]
     #[serde(skip)]
     space: Option<PathBuf>,
@@ -127,51 +137,53 @@ pub struct Args {
     /// Peak learning rate
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
-    /// Alpha of the adapters [default: twice the largest rank]
+    /// LoRA alpha of the adapters [default: twice the largest rank]
     #[arg(long)]
     alpha: Option<f64>,
-    /// Dropout of the adapters' inputs
+    /// Dropout on the adapters' inputs
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
-    /// Let the prompt count in the loss, too
+    /// Include the prompt's tokens in the loss
     #[arg(long)]
     train_on_inputs: bool,
-    /// How the frozen weights are kept in memory: f32, or bf16 or f16 for half of it
+    /// Type of the frozen weights in memory; bf16 and f16 take half the memory of f32
     #[arg(long, value_enum, default_value_t = Weights::F32)]
     weights: Weights,
-    /// Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time
+    /// Recompute activations in the backward pass (gradient checkpointing): less memory, more time
     #[arg(long)]
     checkpointing: bool,
-    /// Longest sequence in tokens; longer records are cut [default: the model's context, at most 512]
+    /// Maximum length of a sequence in tokens; longer records are cut [default: the model's
+    /// context, at most 512]
     #[arg(long)]
     max_len: Option<usize>,
-    /// How subnets are searched
+    /// Search algorithm
     #[arg(long, value_enum, default_value_t = Search::Nsga2)]
     search: Search,
-    /// Subnets that the search may evaluate
+    /// Number of subnets that the search evaluates
     #[arg(long, default_value_t = 40)]
     evals: usize,
-    /// What the search wants to be good, on the validation file
+    /// Score that the search optimizes, on the validation file
     #[arg(long, value_enum, default_value_t = SearchMetric::Loss)]
     metric: SearchMetric,
-    /// What the search trades that against
+    /// Cost that the search trades against the score
     #[arg(long, value_enum, default_value_t = SearchCost::Macs)]
     cost: SearchCost,
-    /// Seed of everything
+    /// Random seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Backend: flex, or another that the build has a feature for
+    /// Backend: flex, or another whose feature is enabled in the build
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Folder for the results, new or empty [default: target/compress, replaced at each run]
+    /// Folder for the results, which must be new or empty [default: target/compress, replaced at
+    /// each run]
     #[arg(long)]
     #[serde(skip)]
     out: Option<PathBuf>,
-    /// Go on with the interrupted run in --out; its arguments must be the same
+    /// Continue the interrupted run in --out; the arguments must be the same
     #[arg(long)]
     #[serde(skip)]
     resume: bool,
-    /// Replace the results of a former run in --out; other files there stay
+    /// Replace the results of an earlier run in --out; other files are kept
     #[arg(long, conflicts_with = "resume")]
     #[serde(skip)]
     overwrite: bool,
@@ -184,41 +196,42 @@ enum Method {
     All,
     /// Plain LoRA
     Lora,
-    /// Elastic adapters, searched, kept apart
+    /// Elastic adapters, searched, not merged
     Shears,
-    /// Elastic adapters under the weights' mask, merged
+    /// Elastic adapters that keep the zeros of the weights, merged
     SparsePeft,
-    /// Elastic channels and adapters on the dense model, searched, extracted as smaller models: the paper's table 1
+    /// Elastic widths and adapters on the dense model, searched, extracted as smaller models: the
+    /// paper's table 1
     Lonas,
-    /// Elastic adapters beside a sparse base of integers
+    /// Elastic adapters on a sparse quantized base, not merged
     Sqft,
-    /// Elastic adapters under the weights' mask, merged, as one row of table 2
+    /// SparsePEFT as a row of table 2
     SqftSparsePeft,
-    /// Elastic adapters trained through the base's integer grid under its mask, merged into sparse integers
+    /// Elastic adapters trained with quantization, merged into sparse quantized weights
     SqftQaSparsePeft,
-    /// All of them, with LoRA, Shears and what rounds without training: the paper's table 2
+    /// All of these, LoRA, Shears, and quantization without training: the paper's table 2
     Table2,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Quantize {
-    /// By GPTQ, the pruned model's zeros kept
+    /// GPTQ, which keeps the pruned model's zeros
     Gptq,
-    /// To nearest
+    /// Rounding to nearest
     Rtn,
-    /// By GPTQ, pruned by SparseGPT in the same pass, whatever --prune says
+    /// SparseGPT and GPTQ in one pass; ignores --prune
     Joint,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum FileFormat {
-    /// GPTQ as AutoGPTQ has it
+    /// GPTQ as written by AutoGPTQ
     Gptq,
-    /// GPTQ with zero points as they are
+    /// GPTQ v2, whose zero points are stored without an offset
     GptqV2,
-    /// compressed-tensors, pack-quantized
+    /// compressed-tensors, `pack-quantized`
     CompressedTensors,
 }
 
@@ -235,27 +248,27 @@ impl From<FileFormat> for QuantFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum QaStart {
-    /// The pruned weights as they were before rounding
+    /// Pruned weights before quantization
     Sparse,
-    /// What they were rounded to
+    /// Quantized weights
     Gptq,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Init {
-    /// As nothing: LoRA's
+    /// Standard LoRA initialization (the update is zero)
     Fresh,
-    /// As what pruning and rounding took from the weight, as far as the ranks go, inputs weighted by their norms
+    /// Low-rank approximation of the error of compression, weighted by the norms of the inputs
     Error,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Subnets {
-    /// One drawn at random, as the authors do
+    /// One random subnet, as the paper's authors do
     Uniform,
-    /// The largest, a random one and the smallest, the largest teaching the others
+    /// Largest, random and smallest subnet (sandwich rule), with distillation from the largest
     Sandwich,
 }
 
@@ -289,24 +302,24 @@ enum SearchMetric {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Search {
-    /// Evolution of a front of score against cost
+    /// Evolution of the Pareto front of score against cost
     Nsga2,
-    /// Subnets drawn at random
+    /// Random subnets
     Random,
-    /// Steps to better neighbours, from the heuristic subnet on
+    /// Steps to better neighbours, starting from the heuristic subnet
     HillClimbing,
-    /// The heuristic subnet alone: the middle choice of every group
+    /// Heuristic subnet only: the middle choice of every group
     Heuristic,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum SearchCost {
-    /// Multiply-accumulates a token
+    /// Multiply-accumulates per token
     Macs,
-    /// Weights, zeros included
+    /// Number of weights, zeros included
     Params,
-    /// Bytes of weights at 16 bits each
+    /// Bytes of the weights at 16 bits each
     Bytes,
 }
 

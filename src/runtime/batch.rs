@@ -146,9 +146,7 @@ fn generate_chunk(
                 ids.push(next);
             }
         }
-        if going.len() < rows.len() {
-            task.advance(rows.len() - going.len(), "");
-        }
+        task.advance(rows.len() - going.len(), "");
         if going.is_empty() {
             break;
         }

@@ -6,6 +6,7 @@ pub mod runtime;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -50,19 +51,26 @@ pub fn load_i32(checkpoint: &Checkpoint, name: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Every step that it hears of, as (label, done, total); interrupts once there are `stop_after` of them.
+/// Every step that it hears of, as (label, done, total); interrupts from a time on that it is asked.
 #[derive(Default)]
 pub struct Heard {
     steps: Mutex<Vec<(String, usize, usize)>>,
-    stop_after: Option<usize>,
+    asked: AtomicUsize,
+    stop_at: Option<usize>,
 }
 
 impl Heard {
-    pub fn stopping_after(steps: usize) -> Self {
+    /// Interrupts when it has been asked `n` times before.
+    pub fn stopping_at(n: usize) -> Self {
         Self {
-            stop_after: Some(steps),
+            stop_at: Some(n),
             ..Self::default()
         }
+    }
+
+    /// How often it was asked.
+    pub fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
     }
 
     pub fn steps(&self) -> Vec<(String, usize, usize)> {
@@ -83,8 +91,8 @@ impl Progress for Heard {
     }
 
     fn is_interrupted(&self) -> bool {
-        let heard = self.steps.lock().unwrap().len();
-        self.stop_after.is_some_and(|most| heard >= most)
+        let before = self.asked.fetch_add(1, Ordering::Relaxed);
+        self.stop_at.is_some_and(|n| before >= n)
     }
 }
 
