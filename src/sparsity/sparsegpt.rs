@@ -51,7 +51,7 @@ impl SparseGptConfig {
 /// Removes from `weight` what `pattern` says and changes the weights that stay so that the layer's output changes little;
 /// returns the mask of what stays.
 ///
-/// A weight `w` costs `(w U_kk)^2` to remove ([`Factor::pivots`]). With a ratio, the weights of a block of columns, of all
+/// A weight `w` costs `(w U_kk)^2` to remove, with `U` the [`Factor`]. With a ratio, the weights of a block of columns, of all
 /// rows, compete with one another, whether the pattern is by row or by layer; rows may differ in sparsity. N:M groups are
 /// decided one by one, after all columns before them. O(out * in^2), the same result at any number of threads.
 ///
