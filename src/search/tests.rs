@@ -928,10 +928,17 @@ fn reports_are_complete() {
     if let Some(keep) = std::env::var_os("ELASTIC_LORA_KEEP_PLOTS") {
         fs::write(PathBuf::from(keep).join("toy.svg"), &svg).unwrap();
     }
+    let report = SearchReport::new(&space, &outcome, &names);
     let missing = dir.path().join("missing");
-    let error = SearchReport::new(&space, &outcome, &names)
-        .write(&missing)
-        .unwrap_err();
+    assert!(
+        report
+            .write(&missing)
+            .unwrap()
+            .iter()
+            .all(|path| path.is_file())
+    );
+    let error = report.write(dir.path().join("missing/search_progression.svg"));
+    let error = error.unwrap_err();
     assert!(
         error.to_string().contains("search_progression.svg"),
         "{error}"
