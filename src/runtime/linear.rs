@@ -86,8 +86,21 @@ pub struct LinearLayer {
     activations: Activations,
 }
 
+impl Model {
+    /// Returns one linear layer under a subnet, to be applied to the caller's buffers. It keeps the
+    /// model alive.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if there is no such layer or subnet, or if the subnet
+    /// leaves the layer out, and [`Error::InvalidFile`] if the contents of one of its weights are
+    /// damaged.
+    pub fn linear(&self, layer: usize, subnet: usize) -> Result<LinearLayer> {
+        LinearLayer::new(self, layer, subnet)
+    }
+}
+
 impl LinearLayer {
-    pub(super) fn new(model: &Model, layer: usize, subnet: usize) -> Result<Self> {
+    fn new(model: &Model, layer: usize, subnet: usize) -> Result<Self> {
         let stored = model.layer(layer)?;
         let shape = model.shape(subnet)?;
         let [inputs, outputs] = shape.dims(&model.weights, layer);

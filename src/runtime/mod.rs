@@ -17,6 +17,7 @@ mod forward;
 mod generate;
 mod linear;
 mod model;
+mod open;
 mod plan;
 mod sample;
 mod session;

@@ -1,6 +1,5 @@
 //! The model that sessions and layers run on.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::arch::{Architecture, LinearSpec, NormKind, NormSpec, Rope, SubBlock};
@@ -12,7 +11,6 @@ use crate::kernels::Pool;
 use crate::linalg::Matrix;
 use crate::space::{Elastic, SearchSpace, SubnetConfig, widths};
 
-use super::linear::LinearLayer;
 use super::shape::Shape;
 use super::weights::{LayerWeights, Norms, Weight};
 
@@ -595,17 +593,6 @@ impl Model {
         )))
     }
 
-    /// Returns one linear layer under a subnet, to be applied to the caller's buffers. It keeps the
-    /// model alive.
-    ///
-    /// # Errors
-    /// Returns [`Error::InvalidArgument`] if there is no such layer or subnet, or if the subnet
-    /// leaves the layer out, and [`Error::InvalidFile`] if the contents of one of its weights are
-    /// damaged.
-    pub fn linear(&self, layer: usize, subnet: usize) -> Result<LinearLayer> {
-        LinearLayer::new(self, layer, subnet)
-    }
-
     /// Reads all weights, checks their contents, and compares checksums if the model came from a
     /// bundle.
     ///
@@ -650,29 +637,5 @@ impl Model {
                 format!("under the number of subnets, {n}"),
             )
         })
-    }
-
-    /// Opens a bundle, or a Hugging Face folder with dense, GPTQ or compressed-tensors weights.
-    /// Dense weights are used in place.
-    ///
-    /// # Errors
-    /// Returns the errors of [`Bundle::open`](crate::io::bundle::Bundle::open), or of
-    /// [`HfConfig::open`] and [`Checkpoint::open`](crate::io::Checkpoint::open). If the parts do
-    /// not form a model, the error names the part.
-    pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
-        let path = path.as_ref();
-        let is_folder = std::fs::metadata(path)
-            .map_err(|e| Error::io(path, e))?
-            .is_dir();
-        let parts = if is_folder {
-            super::build::from_folder(path, options)?
-        } else {
-            super::bundle::read(path, options)?
-        };
-        let model = Self::from_weights(Weights::new(parts)?, options.n_threads);
-        if options.verify == Verify::OnOpen {
-            model.verify()?;
-        }
-        Ok(model)
     }
 }
