@@ -8,9 +8,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong because of user input.
 ///
-/// Invalid input is an error; panics are left to bugs inside the crate and, as in Burn, to tensors
-/// of the wrong shape. `Debug` prints the same text as `Display`, so a `main` that returns a
-/// [`Result`] shows a readable message.
+/// Panics are reserved for programming errors: bugs inside the crate, and arguments that break a
+/// documented requirement, such as tensors of the wrong shape. `Debug` prints the same text as
+/// `Display`, so a `main` that returns a [`Result`] shows a readable message.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -138,8 +138,8 @@ impl Grid {
             .unzip()
     }
 
-    /// Creates a grid from stored parts. It checks the sizes, and the groups of columns if the
-    /// columns have their own order; there are few of those.
+    /// Creates a grid from stored parts. It checks the sizes and, if the columns have their own
+    /// order, the group of each column.
     #[allow(clippy::too_many_arguments)] // the fields of a header
     pub fn from_parts(
         [rows, cols]: [usize; 2],
