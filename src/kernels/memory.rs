@@ -1,11 +1,13 @@
-//! Sizes of memory, and reading near its end.
+//! Memory sizes, and safe reads near the end of a buffer.
 
-/// The next multiple of a line of the cache.
+/// Rounds a number of bytes up to a multiple of the cache line size.
 pub(super) fn lines(bytes: usize) -> usize {
     bytes.next_multiple_of(64)
 }
 
-/// Where `N` bytes from `at` on may be read: in `bytes`, or, where not as many are left, in a copy that zeros follow.
+/// Returns a pointer from which `N` bytes may be read, beginning at `at`: into `bytes` itself, or,
+/// if fewer than `N` bytes are left, into `copy`, which holds the remaining bytes followed by
+/// zeros.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 pub(super) fn readable<const N: usize>(bytes: &[u8], at: usize, copy: &mut [u8; N]) -> *const u8 {

@@ -1,12 +1,15 @@
-//! `y = x W^T + s (x A^T) B^T + b` for weights as they are stored, on slices: a few rows (decoding) or many (a prompt).
+//! Computes `y = x W^T + s (x A^T) B^T + b` on slices, directly on the stored format of the
+//! weights, for a few rows of inputs (decoding) or many (a prompt).
 //!
-//! Decoding is bound by memory: a kernel reads each byte of the weight once and unpacks it in registers. Dense and sparse weights of
-//! numbers multiply `f32` inputs. Weights of codes multiply integers: each 128 inputs become 16-bit integers of one scale, so
-//! that they keep 16 bits of their largest ([`Activations`]).
+//! Decoding is bound by memory bandwidth: a kernel reads each byte of the weight once and unpacks
+//! it in registers. Dense and sparse floating-point weights are multiplied by `f32` inputs. Integer
+//! codes are multiplied by integers: each block of 128 inputs is rounded to 16-bit integers that
+//! share one scale, so that the largest input keeps 16 bits ([`Activations`]).
 //!
-//! Each result is one sum in an order that depends on sizes and the instruction set alone: the same bits at any number of threads.
-//! What the parts of a weight hold is trusted nowhere: a weight that [`StoredMatrix::check`](crate::format::StoredMatrix::check) would refuse gives wrong numbers, no
-//! access outside of its memory.
+//! Each result is one sum whose order depends only on the sizes and the instruction set, so results
+//! are bit-identical for any number of threads. Kernels never trust the contents of a weight: a
+//! weight that [`StoredMatrix::check`](crate::format::StoredMatrix::check) would reject gives wrong
+//! results, but no out-of-bounds access.
 
 pub(crate) mod disjoint;
 #[cfg(any(feature = "flex", test))]

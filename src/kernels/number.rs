@@ -1,14 +1,14 @@
-//! Types of numbers as weights and caches hold them.
+//! Number types in which weights and caches are stored.
 
 use half::{bf16, f16};
 
 use crate::format::Number;
 
-/// A type of stored numbers, for code that is compiled for each.
+/// A stored number type, for code that is compiled once for each type.
 pub(crate) trait Stored: Copy + Send + Sync + 'static {
     const NUMBER: Number;
 
-    /// As `f32`, which is exact; in a form that becomes vector code.
+    /// Converts to `f32`, which is exact. The implementations vectorize well.
     fn widen(self) -> f32;
 }
 
@@ -35,7 +35,7 @@ impl Stored for f16 {
 
     #[inline(always)]
     fn widen(self) -> f32 {
-        // The exponent's offset is 15 here and 127 there.
+        // The exponent bias is 15 in `f16` and 127 in `f32`.
         const REBIASED: f32 = f32::from_bits((127 + 112) << 23);
         let bits = u32::from(self.to_bits());
         let size = f32::from_bits((bits & 0x7fff) << 13) * REBIASED;
@@ -48,7 +48,7 @@ impl Stored for f16 {
     }
 }
 
-/// An expression with a type for what a [`Number`] says at run time.
+/// Evaluates an expression with a type alias for the type that a [`Number`] names at run time.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! with_type_of {
     ($number:expr, $t:ident => $body:expr) => {
