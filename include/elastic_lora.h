@@ -22,9 +22,9 @@
  * and not be written by another thread during the call. Matrices are row-major.
  *
  * Structs of options and descriptions begin with their own size, so that later versions can add
- * fields: set struct_size to sizeof of the struct as it was compiled, or call the _init function,
- * which sets it. A field that this version of the library does not know must be 0; otherwise the
- * call fails with ELORA_STATUS_UNSUPPORTED. */
+ * fields. Set struct_size to sizeof of the struct; the _init function of an options struct does so.
+ * In an options struct, a field that this version of the library does not know must be 0; otherwise
+ * the call fails with ELORA_STATUS_UNSUPPORTED. In a description, such a field is set to 0. */
 
 #ifndef ELASTIC_LORA_H
 #define ELASTIC_LORA_H
