@@ -7,8 +7,8 @@ use std::process::Command;
 use common::{Heard, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{
-    InfluenceMeasure, PruneConfig, QuantizeConfig, QuantizeMethod, block_influence, prune_model,
-    quantize_model, sort_channels,
+    ChannelScore, InfluenceMeasure, PruneConfig, QuantizeConfig, QuantizeMethod, block_influence,
+    prune_model, quantize_model, sort_channels,
 };
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::eval::{
@@ -18,7 +18,7 @@ use elastic_lora::progress::{Progress, Silent};
 use elastic_lora::quant::GridConfig;
 use elastic_lora::runtime::{GenerateConfig, generate_batch};
 use elastic_lora::search::{RandomSearchConfig, StudyConfig};
-use elastic_lora::sparsity::{ChannelScore, Method, OwlConfig, Pattern};
+use elastic_lora::sparsity::{Method, OwlConfig, Pattern};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
 use elastic_lora::{Error, Merger, Result, SearchSpace, SuperNet};
