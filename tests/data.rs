@@ -72,11 +72,7 @@ fn records_are_told_apart_by_content() {
     let finals: Vec<_> = records.iter().map(Record::final_answer).collect();
     assert_eq!(finals, [Some("3".into()), None, Some("7".into())]);
     // Written as JSON Lines and read again they are the same.
-    let lines: Vec<String> = records
-        .iter()
-        .map(|record| serde_json::to_string(record).unwrap())
-        .collect();
-    assert_eq!(parse(&lines.join("\n")).unwrap(), records);
+    assert_eq!(parse(&json_lines(&records)).unwrap(), records);
     assert_eq!(
         parse("{\"text\": \"a\"}\n\n{\"text\":\n \"b\"}")
             .unwrap()
@@ -437,6 +433,11 @@ fn mixtures_follow_weights_and_seed() {
     assert!("root".parse::<Kind>().is_err());
 }
 
+fn json_lines(records: &[Record]) -> String {
+    let line = |record| serde_json::to_string(record).unwrap() + "\n";
+    records.iter().map(line).collect()
+}
+
 #[test]
 fn the_shipped_problems_are_the_generators() {
     let kinds = [
@@ -454,10 +455,7 @@ fn the_shipped_problems_are_the_generators() {
     let records: Vec<Record> = all.map(Problem::into_record).collect();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-problems.jsonl");
     let shipped = std::fs::read_to_string(path).unwrap();
-    let lines = records
-        .iter()
-        .map(|record| format!("{}\n", serde_json::to_string(record).unwrap()));
-    assert!(shipped == lines.collect::<String>());
+    assert!(shipped == json_lines(&records));
 }
 
 // --- tokenizing --------------------------------------------------------------------------------------------------

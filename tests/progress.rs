@@ -9,8 +9,8 @@ use common::{Heard, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::ChannelScore;
 use elastic_lora::calib::{
-    InfluenceMeasure, PruneConfig, QuantizeConfig, QuantizeMethod, block_influence, prune_model,
-    quantize_model, sort_channels,
+    ChannelScore, InfluenceMeasure, PruneConfig, QuantizeConfig, QuantizeMethod, block_influence,
+    prune_model, quantize_model, sort_channels,
 };
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::eval::{
