@@ -98,12 +98,11 @@ struct Call<'a> {
     units: Units<'a>,
 }
 
-/// Where the codes of a word are in their bytes, and how they are extracted. `LOW`: in the low
-/// halves.
+/// How the codes of a word are extracted from their bytes: from the low halves.
 const LOW: u8 = 0;
-/// In the high halves, extracted as 16 times their value.
+/// From the high halves, as 16 times their value.
 const HIGH: u8 = 1;
-/// In the high halves, extracted as their value, for a block whose other half is in the low halves.
+/// From the high halves, as their value, for a block whose other half is in the low halves.
 const DOWN: u8 = 2;
 
 /// Returns the codes of 64 columns, one in each byte. Columns without a stored code get their zero
