@@ -3,9 +3,9 @@
 //! This program turns a model folder into a smaller one and generates text with it. It is
 //! `examples/quickstart.rs`, and runs for about a minute on two cores:
 //!
-//! ```no_run
-#![doc = include_str!("../examples/quickstart.rs")]
-//! ```
+#![cfg_attr(feature = "flex", doc = "```no_run")]
+#![cfg_attr(feature = "flex", doc = include_str!("../examples/quickstart.rs"))]
+#![cfg_attr(feature = "flex", doc = "```")]
 //!
 //! # Step by step
 //!

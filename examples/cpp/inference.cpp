@@ -145,7 +145,7 @@ private:
         }
     }
 
-    void turn(std::vector<float> &rows) const {
+    void rotate(std::vector<float> &rows) const {
         const std::size_t dim = net_.info.head_dim, half = dim / 2;
         for (std::size_t start = 0; start < rows.size(); start += dim) {
             for (std::size_t i = 0; i < half; ++i) {
@@ -161,8 +161,8 @@ private:
         apply(*block.q, normed_, q_);
         apply(*block.k, normed_, k_);
         apply(*block.v, normed_, v_);
-        turn(q_);
-        turn(k_);
+        rotate(q_);
+        rotate(k_);
         keys.insert(keys.end(), k_.begin(), k_.end());
         values.insert(values.end(), v_.begin(), v_.end());
         const std::size_t dim = net_.info.head_dim, width = k_.size();

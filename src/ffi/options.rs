@@ -85,7 +85,7 @@ pub(super) unsafe fn write<T: Growing>(pointer: *mut T, struct_size: usize, valu
     Ok(())
 }
 
-/// Writes like [`write`], with the size from the struct's first field.
+/// Writes like [`write()`], with the size from the struct's first field.
 ///
 /// # Safety
 /// `pointer` must be `NULL` or point to as many bytes as its first field states, and at least to a

@@ -1,4 +1,4 @@
-//! The forward pass: computes on slices what [`Decoder`](crate::model::Decoder) computes.
+//! The forward pass: computes on slices what the Burn decoder (`model::Decoder`) computes.
 //!
 //! Each matrix product is parallel internally. Between products, the work for one token is too
 //! small to share between threads; the work for many tokens is split by rows.

@@ -175,7 +175,7 @@ impl Session {
     /// while tokens are in the cache.
     pub fn set_config(&mut self, subnet: &SubnetConfig) -> Result<()> {
         let Some(space) = self.model.space() else {
-            let reason = "the model is no super-network".to_string();
+            let reason = "the model is no supernet".to_string();
             return Err(Error::InvalidState {
                 what: "choosing a subnet",
                 reason,

@@ -928,21 +928,13 @@ fn reports_are_complete() {
     if let Some(keep) = std::env::var_os("ELASTIC_LORA_KEEP_PLOTS") {
         fs::write(PathBuf::from(keep).join("toy.svg"), &svg).unwrap();
     }
+    // A folder that is missing is made; a file in its place is named.
     let report = SearchReport::new(&space, &outcome, &names);
-    let missing = dir.path().join("missing");
-    assert!(
-        report
-            .write(&missing)
-            .unwrap()
-            .iter()
-            .all(|path| path.is_file())
-    );
-    let error = report.write(dir.path().join("missing/search_progression.svg"));
-    let error = error.unwrap_err();
-    assert!(
-        error.to_string().contains("search_progression.svg"),
-        "{error}"
-    );
+    let made = report.write(dir.path().join("made/twice")).unwrap();
+    assert!(made.iter().all(|path| path.is_file()));
+    let error = report.write(dir.path().join("search_progression.csv"));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("search_progression.csv"), "{error}");
 }
 
 #[test]

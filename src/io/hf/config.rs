@@ -162,7 +162,7 @@ impl HfConfig {
         if head_dim % 2 != 0 {
             return Err(bad_field(
                 "head_dim",
-                format!("{head_dim} is odd; the rotary embedding turns pairs"),
+                format!("{head_dim} is odd; the rotary embedding rotates pairs"),
             ));
         }
         if head_dim > MAX_HEAD_DIM || num_attention_heads * head_dim > MAX_WIDTH {

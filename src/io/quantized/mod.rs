@@ -101,7 +101,7 @@ impl QuantizationConfig {
     /// Returns [`Error::Unsupported`], naming the tensor, if the format cannot represent the layer:
     /// sizes that do not fill whole words, a zero point of 0 in GPTQ v1, or columns with groups out
     /// of order in compressed-tensors. Returns [`Error::InvalidArgument`] if the matrix has other
-    /// bits, groups or symmetry than this config.
+    /// bits or groups than this config, or is not symmetric although the config is.
     pub fn layer_tensors<'a>(
         &self,
         layer: &str,
