@@ -1,4 +1,5 @@
-//! Checks that `include/elastic_lora.h` is what the build script generates from `src/ffi`. To run it:
+//! Checks that `include/elastic_lora.h` is what the build script generates from `src/ffi`. To run
+//! the check:
 //!
 //! ```sh
 //! cargo test --release --no-default-features --features header --test header

@@ -59,8 +59,8 @@ fn net() -> SuperNet {
     net_of(&[5, 3, 2], 0.2, false)
 }
 
-/// Ranks, widths, heads and a depth that leaves out the first block. All trained factors are below
-/// the second block.
+/// Ranks, widths, heads and a depth that can leave out the first block, and with it all trained
+/// factors below the second block.
 fn mixed_net(dropout: f64) -> SuperNet {
     let model = tiny(false, 4);
     let layers = model.layer_shapes();

@@ -5,7 +5,7 @@
 //! cell decides the split, so the numbers of a test problem never occur in training in the same
 //! wording, for any names and any number of problems drawn. Numbers are small: sums below 100,
 //! products of one-digit factors.
-#![allow(dead_code)] // Each program takes some of it.
+#![allow(dead_code)] // each example uses a part of it
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,5 +1,5 @@
 //! A tokenizer for the small model: byte-level BPE in which every digit is its own token.
-#![allow(dead_code)] // Each program takes some of it.
+#![allow(dead_code)] // each example uses a part of it
 
 use elastic_lora::{Error, Result};
 use tokenizers::models::bpe::{BPE, BpeTrainer};

@@ -104,7 +104,7 @@ impl<L: Lanes, T: Stored, const W: usize, const R: usize> Work<L> for Products<T
     type Output = [[f32; W]; R];
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn run(self) -> [[f32; W]; R] {
         let Self {
             weight,

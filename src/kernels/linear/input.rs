@@ -25,7 +25,7 @@ const PAD: usize = 16;
 
 /// Order of the bytes of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(clippy::enum_variant_names)] // in what order they are
+#[allow(clippy::enum_variant_names)] // the names describe the order
 pub(in crate::kernels) enum Order {
     /// Columns 0, 2, .. 126, then 1, 3, .. 127: the order in which packed 4-bit codes are unpacked
     /// from their bytes.

@@ -64,7 +64,7 @@ impl<T: Stored> Add<'_, T> {
     /// The caller must have the features of `L`, since this is inlined into it, and `C` groups of
     /// columns must exist.
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn tile<L: Lanes, const R: usize, const C: usize>(&self, row: usize, column: usize) {
         let out: [*mut f32; R] = std::array::from_fn(|i| self.output.at(row + i, column));
         // SAFETY: the caller upholds this function's contract.

@@ -198,7 +198,7 @@ unsafe fn products<const HALF: bool, const CHECKED: bool>(
 /// # Safety
 /// As for [`products`].
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn tile<const HALF: bool, const CHECKED: bool, const R: usize>(
     mut source: Source<'_>,
     row: usize,

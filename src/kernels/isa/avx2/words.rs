@@ -236,7 +236,7 @@ pub(super) struct Call<'a> {
 /// The rows must exist, and their outputs must belong to this task.
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn tile<C: Codes<Step = Word>, const SMALL: bool, const R: usize>(
     codes: &C,
     units: &mut Units<'_, '_>,
@@ -304,7 +304,7 @@ impl<C: Codes<Step = Word>, const SMALL: bool, const R: usize> Products<'_, C, S
     /// The caller must have the features of [`tile`], since this is always inlined into it. The
     /// word, its units and its inputs must exist.
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // over constants
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn add<const HIGH: bool>(&mut self, index: usize) {
         let sums = &mut *self.sums;
         // SAFETY: the caller upholds this function's contract.

@@ -245,7 +245,7 @@ unsafe fn float_tiles(
 /// # Safety
 /// As for [`float_tiles`], for `R` rows.
 #[target_feature(enable = "avx512f,fma")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn float_tile<const R: usize>(
     panel: *const f32,
     count: usize,
@@ -536,7 +536,7 @@ unsafe fn narrow_tile<const R: usize>(call: &Panel<'_>, row: usize) {
 /// As for [`wide_tile`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Panel<'_>, row: usize) {
     let Panel {
         panel,

@@ -153,7 +153,7 @@ impl<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize> Work
     type Output = ();
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn run(self) {
         let Tile {
             call,

@@ -133,8 +133,8 @@ unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m5
 #[target_feature(
     enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt"
 )]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
-#[allow(unused_assignments)] // a stream's last step
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
+#[allow(unused_assignments)] // the last position in a stream
 unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
     call: &Call<'_>,
     rows: Range<usize>,

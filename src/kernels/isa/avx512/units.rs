@@ -149,7 +149,7 @@ impl<'a> Units<'a> {
     /// As for [`fill`](Self::fill).
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    #[allow(clippy::needless_range_loop)] // over constants
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn fill_plain<const SYMMETRIC: bool, const R: usize>(
         &self,
         row: usize,
@@ -219,7 +219,7 @@ impl<'a> Units<'a> {
 
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    #[allow(clippy::needless_range_loop)] // over constants
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn fill_any<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
         let (weight, inputs) = (&self.weight, &self.inputs);
         let mut taken = [_mm512_setzero_ps(); R];

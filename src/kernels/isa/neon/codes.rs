@@ -351,7 +351,7 @@ impl<const PAIRED: bool> Codes for Panel<PAIRED> {
     } else {
         Order::InOrder
     };
-    const BITS: u8 = 8; // for all that is known
+    const BITS: u8 = 8; // the maximum, since panels hold codes of any width
 
     #[inline(always)]
     fn row(&self, row: usize, _zeros: *const u8) -> *const u8 {
@@ -452,7 +452,7 @@ impl<
     type Output = ();
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn run(self) {
         let Self { tiles, row, from } = self;
         let Tiles {

@@ -64,7 +64,7 @@ impl<const HALF: bool> Tiles for Of<'_, HALF> {
 /// `W` rows of the weight and `R` rows of inputs must exist, and their outputs must belong to this
 /// task.
 #[target_feature(enable = "neon")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(
     call: &Call<'_>,
     row: usize,
