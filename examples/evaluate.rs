@@ -1,4 +1,4 @@
-//! Measures a model: perplexity of a text, or exact match on problems with a final answer.
+//! Measures a model: perplexity on a text, or exact match on problems with a final answer.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -14,27 +14,27 @@ use elastic_lora::{Error, Result};
 
 /// Measure a model, with or without an adapter: perplexity or exact-match accuracy.
 ///
-/// Without arguments, measures the shipped model on generated arithmetic problems of every kind.
+/// Without arguments, measures the bundled model on generated arithmetic problems of every kind.
 ///
 /// For perplexity, the whole text is tokenized once, with BOS if the tokenizer adds one, and cut
-/// into windows of the context length that do not overlap. The mean is over all tokens except the
-/// first of each window. A problem counts as correct if the final answer of the generated text
-/// (`#### 12`, or `answer is 12`) equals that of the record.
+/// into non-overlapping windows of the context length. The mean is over all tokens except the first
+/// of each window. A problem counts as correct if the final answer of the generated text (`####
+/// 12`, or `answer is 12`) equals the answer of the record.
 #[derive(Parser)]
 struct Args {
-    /// Model folder [default: the shipped model]
+    /// Model folder [default: the bundled model]
     #[arg(long)]
     model: Option<PathBuf>,
     /// PEFT adapter folder; the adapter is not merged
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// Text file whose perplexity is printed
+    /// Text file on which to compute perplexity
     #[arg(long, conflicts_with = "exact_match")]
     text: Option<PathBuf>,
-    /// File of problems (JSON or JSON Lines, Alpaca or GSM8K form) whose accuracy is printed
+    /// File of problems (JSON or JSON Lines, in Alpaca or GSM8K form) on which to compute accuracy
     #[arg(long)]
     exact_match: Option<PathBuf>,
-    /// Window of the perplexity in tokens [default: the model's context]
+    /// Window of the perplexity in tokens [default: the model's context length]
     #[arg(long, requires = "text")]
     context: Option<usize>,
     /// Prompt template: auto, alpaca, question_answer or raw

@@ -1,4 +1,4 @@
-//! Continues a prompt, token by token; turns a model folder into a bundle.
+//! Continues a prompt, token by token, and converts model folders to bundles.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -19,12 +19,12 @@ use elastic_lora::{Error, Result, SuperNet};
 /// Continue a prompt with a model, with or without an adapter. Decoding is greedy unless a
 /// temperature is given.
 ///
-/// Without arguments, the shipped model answers an arithmetic problem. `--model llama --format int4
+/// Without arguments, the bundled model answers an arithmetic problem. `--model llama --format int4
 /// --save llama.elora` converts a Hugging Face folder to a bundle, and `--model llama.elora` runs
 /// it.
 #[derive(Parser)]
 struct Args {
-    /// Bundle or model folder [default: the shipped model]
+    /// Bundle or model folder [default: the bundled model]
     #[arg(long)]
     model: Option<PathBuf>,
     /// PEFT adapter folder; the adapter is not merged
@@ -37,13 +37,13 @@ struct Args {
     /// sparse-int4, or N:M such as 2:4; integers are rounded to nearest in groups of 128
     #[arg(long, value_parser = parse_format)]
     format: Option<WeightFormat>,
-    /// Write the model to this bundle; generates only if a prompt is given too
+    /// Write the model to this bundle; then text is only generated if a prompt is given too
     #[arg(long)]
     save: Option<PathBuf>,
     /// Replace the bundle if it exists
     #[arg(long)]
     overwrite: bool,
-    /// Prompt, in which `\n` stands for a line break
+    /// Prompt; `\n` is replaced by a line break
     #[arg(long)]
     prompt: Option<String>,
     /// Maximum number of new tokens
@@ -58,7 +58,7 @@ struct Args {
     /// Sample from the most likely tokens that together reach this probability
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
-    /// Sample from tokens whose probability is at least this share of the largest; 0 for all
+    /// Sample from tokens whose probability is at least this fraction of the largest; 0 for all
     #[arg(long, default_value_t = 0.0)]
     min_p: f64,
     /// Random seed
@@ -109,7 +109,7 @@ fn parse_format(text: &str) -> std::result::Result<WeightFormat, String> {
     })
 }
 
-/// Shows what is generated as soon as it is text.
+/// Prints generated text as soon as its tokens are complete characters.
 struct Shown<'a> {
     decode: &'a dyn Fn(&[u32]) -> Result<String>,
     so_far: Vec<u32>,
@@ -119,7 +119,8 @@ struct Shown<'a> {
 impl Shown<'_> {
     fn token(&mut self, token: u32) -> bool {
         self.so_far.push(token);
-        // A token can be a part of a character: what is incomplete waits for the next one.
+        // A token can be a part of a character. An incomplete character is printed with the next
+        // token.
         if let Ok(text) = (self.decode)(&self.so_far)
             && !text.ends_with('\u{FFFD}')
             && text.is_char_boundary(self.bytes)
@@ -127,14 +128,14 @@ impl Shown<'_> {
             let mut stdout = std::io::stdout();
             let written = write!(stdout, "{}", &text[self.bytes..]).and_then(|()| stdout.flush());
             self.bytes = text.len();
-            // Where nobody reads any more (`| head`), there is no more to do.
+            // If the reader has closed the pipe (`| head`), generation stops.
             return written.is_ok();
         }
         true
     }
 }
 
-/// Generates, shows, and tells how fast it was.
+/// Generates text, prints it, and reports the speed.
 fn show(
     prompt: &str,
     n_prompt: usize,
@@ -186,7 +187,7 @@ fn settings(args: &Args, stop_ids: Vec<u32>) -> GenerateConfig {
     GenerateConfig::new(args.max_new_tokens, stop_ids).with_sample(sample)
 }
 
-/// On a Burn device, as the other examples run models.
+/// Runs the model on a Burn device, as the other examples do.
 fn run_on_device(args: &Args, device: &str, prompt: &str) -> Result<()> {
     let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), device)?;
     let ids = pretrained.tokenizer.encode_prompt(prompt)?;

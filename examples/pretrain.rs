@@ -1,7 +1,8 @@
-//! Makes the small model that lies in `assets/`: a Llama of about a million weights that has read arithmetic word problems.
+//! Trains the small model in `assets/`: a Llama of about a million weights, trained on arithmetic
+//! word problems.
 //!
-//! Its text is generated, so whoever runs this gets the same model; the kinds of problem that `compress` fine-tunes it on
-//! are rare in it.
+//! The text is generated from a seed, so every run produces the same model. The kinds of problem
+//! that `compress` fine-tunes on are rare in it.
 
 #[path = "common/bpe.rs"]
 mod bpe;
@@ -61,8 +62,8 @@ struct Args {
     work: Option<PathBuf>,
 }
 
-/// What the model reads, by weight: hardly any of the last three, and none at all of the kinds that are not named, which are
-/// left for fine-tuning.
+/// Kinds of problem in the training text, with their weights. The last three are rare, and the
+/// kinds that are not listed do not occur at all; they are left for fine-tuning.
 const MIXTURE: [(Kind, f64); 9] = [
     (Kind::Sum, 0.20),
     (Kind::Difference, 0.14),
@@ -86,7 +87,7 @@ fn records(problems: Vec<arithmetic::Problem>) -> Vec<Record> {
 }
 
 fn run(args: &Args) -> Result<()> {
-    // Whether it can be written is found out before the training, not after it.
+    // Check that the folder can be written before training, not after it.
     drop(HfFolder::create(&args.out, args.overwrite)?);
     let device = Device::flex();
     let train = records(arithmetic::mixture(
@@ -108,7 +109,8 @@ fn run(args: &Args) -> Result<()> {
     let tokenizer = tokenizer.with_special_ids(bos, eos);
     let pad_id = pad.unwrap_or(0);
 
-    // Most problems count from the answer on: that is where there is something to learn. The others teach the language.
+    // For most problems, only the tokens of the answer count in the loss. The others teach the
+    // language of the questions.
     let (language, solve) = train.split_at(train.len() / 4);
     let options = TokenizeOptions::new(CONTEXT);
     let mut sequences = tokenize_records(
@@ -124,7 +126,7 @@ fn run(args: &Args) -> Result<()> {
     let valid = fixed_batches(&valid, 64, pad_id)?;
 
     let config = HfConfig::new_llama(&LlamaDims {
-        // A round number: some formats pack outputs in groups of 64.
+        // A multiple of 64, because some formats pack outputs in groups of 64.
         vocab_size: tokenizer.vocab_size().next_multiple_of(64),
         hidden_size: args.hidden,
         intermediate_size: 3 * args.hidden,

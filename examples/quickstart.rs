@@ -1,6 +1,6 @@
-// Prunes a small language model, trains adapters whose ranks are a choice, searches for the best
-// choice, merges it without losing a zero, and runs the result. With a model and data of your own,
-// change the two paths.
+// Prunes a small language model, trains adapters with several possible ranks, searches for the best
+// rank of each, merges the adapters into the pruned weights, and runs the result. To use your own
+// model and data, change the two paths.
 use burn::tensor::Device;
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{PruneConfig, prune_model};
@@ -23,8 +23,8 @@ fn main() -> elastic_lora::Result<()> {
     let base = Pretrained::open("assets/arithmetic-llama", &Device::flex())?;
     let records = load_records("assets/arithmetic-problems.jsonl")?;
 
-    // Tokens: the last tenth of the records is for validation, some of the others calibrate the
-    // pruning.
+    // Tokenize: the last tenth of the records is for validation. The rest is for training, and 64
+    // of these sequences also calibrate the pruning.
     let options = TokenizeOptions::new(128);
     let all =
         tokenize_records(&records, PromptTemplate::Auto, &base.tokenizer, &options)?.sequences;
@@ -32,17 +32,18 @@ fn main() -> elastic_lora::Result<()> {
     let valid = fixed_batches(valid, 32, base.pad_id())?;
     let samples: Vec<Vec<u32>> = train.iter().take(64).map(|s| s.ids.clone()).collect();
 
-    // Prune: half of the weights become zero.
+    // Prune: set half of the weights to zero.
     let mut model = base.model.clone();
     let half = PruneConfig::new(Method::Wanda, Pattern::Unstructured { ratio: 0.5 });
     prune_model(&mut model, &samples, &half, &progress)?;
 
-    // Supernet: every layer gets an adapter of rank 32, 24 or 16 that leaves the zeros alone.
+    // Supernet: every layer gets an adapter whose rank can be 32, 24 or 16. The adapters are masked
+    // by the zeros of the weights, so that merging them keeps every zero.
     let space = SearchSpace::per_layer(&model.layer_shapes(), &[32, 24, 16])?;
     let adapters = SuperNetConfig::new(LoraConfig::new(32)).with_sparse_peft(true);
     let mut net = SuperNet::new(model, space, adapters)?;
 
-    // Train: all choices of ranks at once, a random one at each step.
+    // Train: each step trains one random choice of ranks, so that all choices are trained at once.
     let mut batches = Batcher::new(train.to_vec(), 16, base.pad_id(), 0)?;
     let config = TrainConfig {
         lr: 2e-3,
@@ -50,7 +51,7 @@ fn main() -> elastic_lora::Result<()> {
     };
     Trainer::new(config)?.run(&mut net, &mut batches, &valid, &progress)?;
 
-    // Search: which choice has the best validation loss for its cost?
+    // Search: find the choices with the best validation loss for their cost.
     let objective = SubnetObjective::new(&net, Metric::Loss(&valid), Cost::Macs);
     let mut searcher = NsgaConfig::new().with_population(8).init(net.space())?;
     let evaluate = |subnet: &_| objective.evaluate(subnet, &progress);
@@ -61,8 +62,7 @@ fn main() -> elastic_lora::Result<()> {
         println!("loss {loss:.4} at {macs} MACs per token");
     }
 
-    // Merge: the best subnet becomes part of the weights, and the result is written as a Hugging
-    // Face folder.
+    // Merge: add the best subnet to the weights, and write the result as a Hugging Face folder.
     if let Some(best) = outcome.best_score() {
         net.activate(&best.config)?;
     }
@@ -70,7 +70,7 @@ fn main() -> elastic_lora::Result<()> {
     println!("{} zeros lost", merged.report.zeros_lost);
     base.write_variant(&merged.model, "target/quickstart", true)?;
 
-    // Run it with its zeros stored in no space.
+    // Run: the weights are stored in a sparse format, in which each zero takes one bit.
     let model = Model::from_decoder(&merged.model, WeightFormat::SparseF16)?;
     let question = "Question: Ida buys 7 boxes of 6 eggs. Tom adds 5 more. How many eggs are there in total?\nAnswer:";
     let prompt = base.tokenizer.encode_prompt(question)?;

@@ -1,4 +1,5 @@
-//! Elastic adapters on one layer: what a rank means, what is trained, what a merge gives.
+//! Elastic adapters on one layer: the meaning of a rank, what is trained, and the result of a
+//! merge.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -33,7 +34,7 @@ fn config(rule: ScaleRule) -> LoraConfig {
     LoraConfig::new(RANK).with_alpha(11.0).with_scale_rule(rule)
 }
 
-/// A base whose weight has zeros, with a bias.
+/// A base layer with a bias, and with zeros in its weight.
 fn base(device: &Device) -> BaseLinear {
     let weight = random_matrix(D_OUT, D_IN, 1);
     let sparse = Matrix::from_fn(D_OUT, D_IN, |o, i| {
@@ -63,7 +64,7 @@ fn layer(config: &LoraConfig, masked: bool, device: &Device) -> ElasticLoraLinea
     layer
 }
 
-/// `y = x W^T + b + s (x A^T) B^T`, masked where asked, in f64 by hand.
+/// Computes `y = x W^T + b + s (x A^T) B^T` in `f64` by hand, masked if requested.
 fn by_hand(x: &[f32], rank: usize, scale: f64, masked: bool) -> Vec<f32> {
     let (a, b) = factors();
     let base = base(&Device::flex());
@@ -105,7 +106,7 @@ fn every_rank_and_scale_rule_computes_what_the_formula_says() {
                     max_diff(&y, &expected) < 2e-5,
                     "{rule:?} rank {rank} masked {masked}"
                 );
-                // A merged layer is a plain one.
+                // A merged layer is a plain layer.
                 let merged = BaseLinear::from_tensors(
                     layer.merged_weight(),
                     layer.base.bias.as_ref().map(|bias| bias.val()),
@@ -267,7 +268,7 @@ fn dropout_acts_in_training_alone_and_follows_its_seed() {
         let evaluated = training.valid();
         assert_eq!(still, host_values(evaluated.forward(x.clone().inner())));
     }
-    // Neighbouring seeds' masks are not shifts of each other.
+    // The masks of neighboring seeds are not shifts of each other.
     let ones = Tensor::<1>::ones([4096], &Device::flex());
     let (a, b) = (
         host_values(seeded_dropout(ones.clone(), 0.5, 10)),
@@ -394,7 +395,7 @@ fn a_fresh_adapter_adds_nothing_and_its_seed_makes_it() {
     assert_ne!(a, host_values(other.lora_a.val()));
 }
 
-// --- on any Burn module --------------------------------------------------------------------------------------------
+// --- on any Burn module ---
 
 fn burn_linear(device: &Device) -> Linear {
     let base = base(device);
@@ -404,7 +405,7 @@ fn burn_linear(device: &Device) -> Linear {
     linear
 }
 
-/// The linear layer with adapters on it whose factors are those of [`factors`].
+/// Returns the linear layer with adapters whose factors are those of [`factors`].
 fn reparameterized(rule: ScaleRule, masked: bool, device: &Device) -> (Linear, RankSwitches) {
     let mut adapters = ElasticLoraReparameterizer::new(config(rule), 1).unwrap();
     if masked {
@@ -543,7 +544,7 @@ fn a_search_space_switches_a_whole_burn_module() {
     );
     let space = SearchSpace::per_layer(&layers, &[4, 2, 1]).unwrap();
     let x = random([2, D_IN], 3, &device);
-    // Fresh adapters: every subnet is the base.
+    // With fresh adapters, every subnet equals the base.
     let forward = |x: Tensor<2>| host_values(model.second.forward(model.first.forward(x)));
     let fresh = forward(x.clone());
     switches.activate(&space, &space.minimal()).unwrap();
@@ -560,7 +561,7 @@ fn a_search_space_switches_a_whole_burn_module() {
         (Some(2), Some(4))
     );
 
-    // What does not fit changes nothing.
+    // Settings that do not fit change nothing.
     let over = SearchSpace::per_layer(&layers, &[5, 1]).unwrap();
     assert!(matches!(
         switches.activate(&over, &over.from_values(&[1, 5]).unwrap()),
@@ -596,7 +597,7 @@ fn a_search_space_switches_a_whole_burn_module() {
     ));
     assert_eq!(switches.get("third.weight"), None);
 
-    // A filter picks.
+    // A filter selects layers.
     let model = TwoLayers {
         first: burn_linear(&device),
         second: LinearConfig::new(D_OUT, 9).init(&device),

@@ -1,5 +1,6 @@
-//! One model, on Flex and on every other device that the build has a backend for and the machine offers: the same outputs,
-//! gradients and training, within what another device's `f32` may differ by.
+//! Compares one model on Flex and on every other device for which the build has a backend and the
+//! machine has the hardware. Outputs, gradients and training must be the same, within the `f32`
+//! differences between devices.
 #![cfg(feature = "flex")]
 #![cfg(any(
     feature = "ndarray",
@@ -28,7 +29,8 @@ use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{StepLog, TrainConfig, Trainer, for_each_param, targets};
 use elastic_lora::{Merger, SearchSpace, SuperNet};
 
-/// Differences allowed, as a part of the largest value: a model's depth adds up what single operations are off by.
+/// Allowed difference relative to the largest value. The differences of single operations add up
+/// over the depth of a model.
 const TOLERANCE: f32 = 1e-4;
 
 fn others() -> Vec<Device> {
@@ -55,7 +57,7 @@ fn close(name: &str, got: &[f32], want: &[f32]) {
     assert!(off <= TOLERANCE, "{name}: off by {off:.1e} of {size}");
 }
 
-/// Values by path, in one row.
+/// Concatenates the values of all paths.
 fn flat(values: &BTreeMap<String, Vec<f32>>) -> Vec<f32> {
     values.values().flatten().copied().collect()
 }
@@ -68,7 +70,7 @@ fn sequences() -> Vec<Sequence> {
     (0..6).map(sequence).collect()
 }
 
-/// Half of each layer's weights pruned, adapters that keep off the zeros or do not, dropout.
+/// Half of the weights of each layer are pruned. The adapters are masked or not, and use dropout.
 fn net(masked: bool, device: &Device) -> SuperNet {
     let mut model = tiny_on(&tiny_dims(!masked), 4, device);
     model
@@ -99,7 +101,7 @@ fn net(masked: bool, device: &Device) -> SuperNet {
     .unwrap()
 }
 
-/// The loss of a batch, and its gradient for every factor.
+/// Returns the loss of a batch, and its gradient for every factor.
 fn gradients(net: SuperNet, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) {
     let model = net.into_model().train();
     let loss = model
@@ -118,7 +120,8 @@ fn gradients(net: SuperNet, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) 
     (host_values(loss.inner())[0], gradients)
 }
 
-/// A few steps on subnets that are drawn: the log, how far each factor moved, and the supernet.
+/// Trains a few steps on random subnets. Returns the log, how far each factor moved, and the
+/// supernet.
 fn trained(masked: bool, device: &Device) -> (Vec<StepLog>, BTreeMap<String, Vec<f32>>, SuperNet) {
     let mut net = net(masked, device);
     let factors = |model: &Decoder| -> BTreeMap<String, Vec<f32>> {
@@ -129,7 +132,8 @@ fn trained(masked: bool, device: &Device) -> (Vec<StepLog>, BTreeMap<String, Vec
             .collect()
     };
     let mut moved = factors(net.model());
-    // An epsilon beside which no gradient is noise: AdamW would blow that up to a whole step.
+    // The epsilon is large enough that no gradient is mere noise, which AdamW would scale up to a
+    // whole step.
     let config = TrainConfig {
         accumulation: 2,
         lr: 1e-2,
@@ -204,7 +208,7 @@ fn training_and_merging_are_the_same_on_every_device() {
                 );
             }
 
-            // Trained factors, so that no gradient is zero.
+            // The factors are trained, so that no gradient is zero.
             let batch = &fixed_batches(&sequences(), 6, 0).unwrap()[0];
             let ((loss, got), (want_loss, want)) =
                 (gradients(net, batch), gradients(want_net, batch));
@@ -239,7 +243,7 @@ fn outputs_are_the_same_on_every_device() {
             &logits(&other),
             &logits(&model),
         );
-        // Left padding, and a cache.
+        // With left padding, and a cache.
         let generated = generate_batch(&other, &prompts, &greedy, &Silent).unwrap();
         assert_eq!(
             generated,
@@ -248,14 +252,15 @@ fn outputs_are_the_same_on_every_device() {
     }
 }
 
-/// The model with the linear layers of its blocks stored in all ways in turn, from the `first` on; or, dense, with the same weights.
+/// The model with the linear layers of its blocks in each storage format in turn, starting from
+/// format `first`. If `dense`, the layers have the same weights but are dense.
 fn compressed(first: usize, dense: bool, device: &Device) -> Decoder {
     let mut model = tiny_on(&tiny_dims(true), 3, device);
     let mut which = first;
     model
         .try_for_each_linear(|_, layer| {
             let mut weight = layer.base.to_matrix();
-            // Two of four, as all of the sparse formats can hold it.
+            // The pattern 2:4, which all of the sparse formats can hold.
             let cols = weight.cols();
             let pruned = weight
                 .as_mut_slice()

@@ -1,4 +1,4 @@
-//! A model as one file: what was written comes back, and nothing else passes.
+//! Bundles, models in one file: what was written is read back, and damaged files are rejected.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -45,7 +45,7 @@ fn logits(model: &Model, subnet: usize) -> Result<Vec<f32>> {
     Ok(logits)
 }
 
-/// A supernet with two subnets beside the whole, its adapters trained for a few steps.
+/// A supernet with two named subnets. Its adapters are trained for a few steps.
 fn net() -> SuperNet {
     let dims = LlamaDims {
         num_attention_heads: 6,
@@ -132,7 +132,7 @@ fn a_saved_model_is_the_model() {
                 );
             }
             opened.verify().unwrap();
-            // Written again, it is the same file.
+            // Writing the bundle again gives the same file.
             let again = folder.path().join("again.elora");
             opened.save(&again, true).unwrap();
             assert_eq!(
@@ -176,7 +176,7 @@ fn the_tokenizer_and_the_stop_tokens_come_along() {
     assert_eq!(answer(&bundle), answer(&model));
     assert!(answer(&model).1.contains("41"), "{:?}", answer(&model));
     assert!(!bundle.stop_ids().is_empty());
-    // A decoder has none, until it is given a folder.
+    // A decoder has no tokenizer until it is given a folder.
     let decoder = common::load(shipped.as_ref());
     let made = Model::from_decoder(&decoder, WeightFormat::F32).unwrap();
     assert!(made.tokenizer().is_none());
@@ -191,7 +191,7 @@ fn the_tokenizer_and_the_stop_tokens_come_along() {
     }
 }
 
-/// The position and length of a file's header.
+/// Returns the position of the data behind the header of a file, and the header.
 fn header(bytes: &[u8]) -> (usize, serde_json::Value) {
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     (
@@ -228,7 +228,7 @@ fn a_changed_weight_is_named_when_it_is_used() {
         };
         named(Model::open(&bad, &options(Verify::OnOpen)).unwrap_err());
         match Model::open(&bad, &options(Verify::OnUse)) {
-            // Norms and texts are read on opening.
+            // Norms and texts are read when the file is opened.
             Err(error) => named(error),
             Ok(model) => {
                 named(model.verify().unwrap_err());
@@ -236,20 +236,20 @@ fn a_changed_weight_is_named_when_it_is_used() {
                     let mut session = Session::new(&model, &SessionConfig::default()).unwrap();
                     let mut logits = vec![0.0; 41];
                     named(session.decode(&[1, 2], Some(&mut logits)).unwrap_err());
-                    // It stays so, and nothing was appended.
+                    // The error stays, and nothing was appended.
                     named(session.decode(&[1], Some(&mut logits)).unwrap_err());
                     assert_eq!(session.position(), 0);
                 }
             }
         }
-        // Whoever wants no checksums gets numbers, or an error; and never more than that.
+        // Without checksums, the result is numbers or an error, and never anything worse.
         if let Ok(model) = Model::open(&bad, &options(Verify::Never)) {
             let _ = logits(&model, 0);
         }
     }
 }
 
-/// A file with another index, whose checksum fits.
+/// Returns a file with a changed index and a matching checksum.
 fn lie(bytes: &[u8], change: impl FnOnce(&str) -> String) -> Vec<u8> {
     let (start, mut header) = header(bytes);
     let index = change(header["__metadata__"]["index"].as_str().unwrap());
@@ -366,16 +366,17 @@ fn no_mutation_crashes_or_computes_something_else() {
                 _ => changed[at] ^= 1 << rng.random_range(0..8),
             }
             std::fs::write(&bad, changed).unwrap();
-            // What is not used may be wrong; what is used is right.
+            // Parts that are not used may be damaged; the used parts are correct.
             if let Ok(got) =
                 Model::open(&bad, &options(Verify::OnUse)).and_then(|model| logits(&model, 1))
             {
                 assert_eq!(got, want);
             }
-            // Without checksums the numbers may be any, but nothing is read outside of them.
+            // Without checksums the numbers may be wrong, but no access is out of bounds.
             let _ = Model::open(&bad, &options(Verify::Never)).and_then(|model| logits(&model, 2));
         }
-        // Lies whose checksums fit: any number of the index is another one.
+        // Changed indices with matching checksums: each time, a random number of the index is
+        // changed.
         for _ in 0..250 {
             let changed = lie(&bytes, |index| {
                 let digits: Vec<usize> = index

@@ -1,8 +1,9 @@
-//! The C and C++ interfaces as their users meet them: headers that compile alone, programs that link either way and
-//! run, results that are the Rust API's bit by bit, misuse that is refused, and packages that other projects find.
+//! The C and C++ interfaces as users see them. Headers compile alone, programs link to both kinds
+//! of library and run, results are bit-identical to those of the Rust API, misuse is refused, and
+//! other projects find the packages.
 //!
-//! The library is built by `cargo rustc`, so this needs cargo; a test whose tools are missing says `skipped`. Linux
-//! only: sonames, exported symbols and run paths are looked at.
+//! The library is built by `cargo rustc`, so these tests need cargo. A test whose tools are missing
+//! prints `skipped`. Linux only, because sonames, exported symbols and run paths are examined.
 #![cfg(feature = "flex")]
 #![cfg(target_os = "linux")]
 
@@ -45,7 +46,7 @@ const SPARSE_INT4: WeightFormat = WeightFormat::SparseInt4 {
     symmetric: false,
 };
 
-/// A supernet of elastic ranks and widths, its adapters trained for a few steps.
+/// A supernet with elastic ranks and widths. Its adapters are trained for a few steps.
 fn net() -> &'static SuperNet {
     static NET: OnceLock<SuperNet> = OnceLock::new();
     NET.get_or_init(|| {
@@ -95,7 +96,7 @@ fn model(format: WeightFormat) -> Model {
         .with_stop_ids(vec![2, 5])
 }
 
-/// The bundle that most programs are given.
+/// The bundle that most programs read.
 fn bundle() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
@@ -105,7 +106,7 @@ fn bundle() -> &'static Path {
     })
 }
 
-/// A model with a tokenizer, or `-`.
+/// A model folder with a tokenizer, or `-`.
 fn folder() -> PathBuf {
     let path = root().join("assets/arithmetic-llama");
     if path.join("model.safetensors").is_file() {
@@ -115,7 +116,7 @@ fn folder() -> PathBuf {
     }
 }
 
-/// The C test program linked in this way; compiled once.
+/// Returns the C test program linked in this way. It is compiled once.
 fn program(kind: Link) -> Option<&'static Path> {
     static PROGRAMS: [OnceLock<Option<PathBuf>>; 2] = [OnceLock::new(), OnceLock::new()];
     let (index, compiler, name) = match kind {
@@ -130,7 +131,7 @@ fn program(kind: Link) -> Option<&'static Path> {
     built.as_deref()
 }
 
-/// Runs `f` with a test program of each kind of link.
+/// Runs `f` with a test program for each way of linking.
 fn with_programs(f: impl Fn(&Path)) {
     [Link::Shared, Link::Static]
         .into_iter()
@@ -138,7 +139,7 @@ fn with_programs(f: impl Fn(&Path)) {
         .for_each(f);
 }
 
-/// Names of the functions that the header declares.
+/// Returns the names of the functions that the header declares.
 fn declared() -> BTreeSet<String> {
     let header = std::fs::read_to_string(root().join("include/elastic_lora.h")).unwrap();
     let code: Vec<&str> = header
@@ -221,7 +222,7 @@ fn only_the_functions_of_the_header_are_exported() {
         declared.len() > 50 && declared.contains("elora_session_decode"),
         "{declared:?}"
     );
-    // Each is tried with what it must refuse.
+    // Each function must be called with arguments that it must refuse.
     let hostile = std::fs::read_to_string(root().join("tests/c/hostile.c")).unwrap();
     let missing: Vec<_> = declared
         .iter()
@@ -291,12 +292,12 @@ fn a_panic_is_a_status_and_the_host_lives_on() {
     });
 }
 
-/// As in `tests/c/check.h`.
+/// Same as in `tests/c/check.h`.
 fn number(i: usize) -> f32 {
     (i.wrapping_mul(2_654_435_761) % 2001) as f32 / 1000.0 - 1.0
 }
 
-/// What `tests/c/dump.c` computes, by the Rust API.
+/// Computes with the Rust API what `tests/c/dump.c` computes.
 fn dump(model: &Model) -> Vec<f32> {
     const PROMPT: [u32; 7] = [1, 17, 40, 3, 0, 22, 9];
     let (vocab, mut all) = (model.config().vocab_size(), Vec::new());
@@ -433,7 +434,8 @@ fn results_are_those_of_the_rust_api_bit_by_bit() {
     }
 }
 
-/// One layer with its adapter against Burn's own product. What C gets is the same bits, as the test above says.
+/// Compares one layer with its adapter to Burn's own product. C gets the same bits, as the test
+/// above checks.
 #[test]
 fn a_layer_is_the_decoders_own() {
     let (model, name) = (model(WeightFormat::F32), "model.layers.1.mlp.down_proj");
@@ -537,8 +539,7 @@ fn programs_are_clean_under_valgrind() {
     if !has("valgrind") {
         return;
     }
-    // Valgrind says to the program that the machine has no AVX-512, so the kernels choose narrower instructions by
-    // themselves.
+    // Valgrind reports no AVX-512 to the program, so the kernels choose narrower instructions.
     let Some(program) = program(Link::Shared) else {
         return;
     };
@@ -555,9 +556,10 @@ fn programs_are_clean_under_valgrind() {
             .arg(format!("--show-leak-kinds={kinds}"));
         succeed(command.arg(program).args(arguments));
     };
-    // The standard library keeps a handle of the main thread, 48 bytes, once a file is written or something panics,
-    // by a pointer into its middle, which valgrind calls possibly lost. Reading a tokenizer takes most of the time,
-    // and is not what is looked for.
+    // The standard library keeps a handle of the main thread, 48 bytes, once a file is written or
+    // something panics. It keeps it by a pointer into its middle, which valgrind reports as
+    // possibly lost. Without a tokenizer, because reading it would take most of the time and is not
+    // tested here.
     valgrind(
         "definite,indirect",
         &[
@@ -587,7 +589,7 @@ fn a_call_costs_well_under_a_microsecond() {
         vec![0.0; outputs],
         vec![0u8; linear.scratch_bytes(1).unwrap()],
     );
-    // Others may have the machine: the best of several attempts counts.
+    // Other processes may use the machine, so the best of several attempts counts.
     let mut best = f64::INFINITY;
     for _ in 0..5 {
         let mut rust = f64::INFINITY;
@@ -630,7 +632,8 @@ fn a_build_whose_panics_abort_is_refused() {
     );
 }
 
-/// CMake's first call on a project, with the crate built as the other tests have it, so that cargo has nothing to do.
+/// CMake's first call on a project. The crate is built as in the other tests, so that cargo has
+/// nothing to do.
 fn configure(source: &Path, build: &Path) -> Command {
     let mut command = Command::new("cmake");
     command
@@ -653,7 +656,7 @@ fn cmake_build(build: &Path) {
     succeed(Command::new("cmake").arg("--build").arg(build));
 }
 
-/// Runs the examples that lie in these folders, and looks at what they print.
+/// Runs the examples in these folders, and checks what they print.
 fn try_examples(c: &Path, cpp: &Path) {
     let printed = succeed(
         Command::new(c.join("apply_linear"))
@@ -700,7 +703,7 @@ fn other_projects_find_the_library() {
     }
     library();
     let work = scratch("consumers");
-    // The examples use the source that they lie in, which CMake has cargo build.
+    // The examples use the source tree that they are in. CMake has cargo build it.
     let (c, cpp) = (work.join("c"), work.join("cpp"));
     succeed(&mut configure(&root().join("examples/c"), &c));
     cmake_build(&c);
@@ -708,7 +711,7 @@ fn other_projects_find_the_library() {
     cmake_build(&cpp);
     try_examples(&c, &cpp);
 
-    // Installed, then moved: nothing in it says where it was.
+    // The installation is moved afterwards: no file in it contains its path.
     let (build, stage, prefix) = (work.join("build"), work.join("stage"), work.join("prefix"));
     let install = format!("-DCMAKE_INSTALL_PREFIX={}", stage.display());
     succeed(configure(root(), &build).args([install.as_str(), "-DCMAKE_INSTALL_LIBDIR=lib"]));
@@ -717,7 +720,7 @@ fn other_projects_find_the_library() {
     std::fs::rename(&stage, &prefix).unwrap();
     assert!(prefix.join("include/elastic_lora.hpp").is_file());
 
-    // A project that knows of nothing but the installation.
+    // A project that only knows the installation.
     let outside = tempfile::tempdir().unwrap();
     std::fs::copy(
         root().join("tests/cpp/results.cpp"),
@@ -752,7 +755,7 @@ fn other_projects_find_the_library() {
     cmake_build(&build);
     succeed(Command::new(build.join("app")).arg(bundle()));
     succeed(Command::new(build.join("app_static")).arg(bundle()));
-    // Another minor version is another binary interface.
+    // Another minor version has another binary interface.
     let wrong = outside.path().join("wrong");
     std::fs::create_dir(&wrong).unwrap();
     std::fs::write(
@@ -774,7 +777,7 @@ fn other_projects_find_the_library() {
 
     let lib = prefix.join("lib");
     let rpath = format!("-Wl,-rpath,{}", lib.display());
-    // The compiler lines of README: shared and static.
+    // The compiler commands of the README, shared and static.
     let compiler = compilers("c")[0];
     let app = outside.path().join("plain");
     let source = outside.path().join("app.c");

@@ -1,4 +1,5 @@
-//! Elastic widths, heads and depth: what a subnet computes and costs, and that an extracted model is the subnet.
+//! Elastic widths, heads and depth: results and costs of a subnet, and that an extracted model
+//! equals the subnet.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -24,7 +25,7 @@ use rand_chacha::ChaCha8Rng;
 const QKV: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
 const GATE_UP: [&str; 2] = ["gate_proj", "up_proj"];
 
-/// Three blocks of 6 heads of 4 over 3 key/value heads, MLPs of 37.
+/// Three blocks with 6 heads of size 4, 3 key/value heads, and MLPs of width 37.
 fn dims(tied: bool) -> LlamaDims {
     LlamaDims {
         num_hidden_layers: 3,
@@ -34,7 +35,7 @@ fn dims(tied: bool) -> LlamaDims {
     }
 }
 
-/// With biases everywhere, a third of the weights zero.
+/// A model with biases everywhere and a third of the weights zero.
 fn model(tied: bool) -> Decoder {
     let mut raw = HfConfig::new_llama(&dims(tied)).unwrap().raw().clone();
     raw.insert("attention_bias".into(), true.into());
@@ -82,7 +83,7 @@ fn units() -> Vec<String> {
     .to_vec()
 }
 
-/// Ranks, MLP widths, head counts (in channels) and a depth.
+/// A space with ranks, MLP widths, head counts (in channels) and a depth.
 fn space(model: &Decoder) -> SearchSpace {
     let layers = model.layer_shapes();
     let width = |groups: &[&[&str]], choices: &[usize]| {
@@ -134,7 +135,7 @@ fn logits(model: &Decoder) -> Vec<f32> {
     host_values(model.forward(model.tokens(&ids, 3).unwrap()))
 }
 
-/// A subnet by what its kinds of groups are set to.
+/// Returns the subnet with the given choice for each kind of group.
 fn subnet(
     space: &SearchSpace,
     rank: usize,
@@ -198,7 +199,8 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             assert_eq!(merged.report.blocks, merged.model.config().blocks());
             assert_eq!(merged.report.left_out, net.model().left_out());
 
-            // What was counted is what is there: the base's share of the costs, weight by weight.
+            // The costs that were counted are those of the extracted model: the base's part of
+            // them, weight by weight.
             let (cost, count) = (net.cost(&subnet).unwrap(), merged.model.count_base_params());
             assert_eq!(cost.params - cost.adapter_params, count.total, "{subnet}");
             let plain = SubnetCost::of_config(merged.model.config());
@@ -219,7 +221,7 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
             );
             assert_eq!(plain.attention_macs(10), cost.attention_width * 110);
 
-            // Cached decoding of the narrowed supernet is its full forward pass.
+            // Cached decoding of the narrowed supernet equals its full forward pass.
             if index == 3 {
                 let (model, ids) = (net.eval_model(), random_ids(7, 41, 8));
                 let mut cache = KvCache::new(model.layers.len());
@@ -236,7 +238,8 @@ fn an_extracted_model_gives_the_subnets_logits_and_costs_what_was_counted() {
     }
 }
 
-/// Halves of blocks that come to follow each other are one block, and a missing MLP may be one of zeros.
+/// Remaining halves of consecutive blocks are combined into one block, and a missing MLP may be
+/// replaced by one of zeros.
 #[test]
 fn what_is_left_of_blocks_is_put_together() {
     for tied in [true, false] {
@@ -253,7 +256,7 @@ fn what_is_left_of_blocks_is_put_together() {
         .unwrap();
         let space = SearchSpace::new(vec![depth]).unwrap();
         let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(4))).unwrap();
-        // Of the listed parts that many stay: which each block then has.
+        // For each number of listed sub-blocks that stay: the sub-blocks of each block.
         let shapes = [
             (0, vec![(true, true), (true, false)]),
             (2, vec![(true, false), (true, true), (true, true)]),
@@ -345,7 +348,7 @@ fn choosing_another_subnet_moves_no_weight() {
     }
 }
 
-/// A smaller width is the same model with the channels beyond it cut off by hand.
+/// A smaller width equals the same model with the other channels cut off by hand.
 #[test]
 fn a_width_is_a_prefix_of_the_channels() {
     let mut net = net(true);
@@ -441,7 +444,7 @@ fn llama_7b() -> HfConfig {
     .unwrap()
 }
 
-/// LoNAS, table 1: parameters, and what the paper calls TFLOPs.
+/// LoNAS, table 1: numbers of parameters, and the numbers that the paper calls TFLOPs.
 #[test]
 fn costs_of_llama_7b_are_the_published_ones() {
     let config = llama_7b();
@@ -470,7 +473,8 @@ fn costs_of_llama_7b_are_the_published_ones() {
             cost.macs(256)
         );
     }
-    // By hand: embedding and head, 32 blocks of attention, MLP and two norms, the last norm.
+    // Counted by hand: embedding and head, 32 blocks of attention, MLP and two norms, and the last
+    // norm.
     let by_hand = 2 * 32_000 * 4096 + 32 * (4 * 4096 * 4096 + 3 * 4096 * 11_008 + 2 * 4096) + 4096;
     assert_eq!(SubnetCost::of_config(&config).params, by_hand);
 }
@@ -509,7 +513,7 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
     assert!(!names.contains(&"model.layers.7.input_layernorm.weight".to_string()));
     assert!(names.contains(&"model.layers.7.post_attention_layernorm.weight".to_string()));
 
-    // Its readers round factors to 6 decimals; no width comes out another.
+    // Readers of this form round factors to 6 decimals; every width survives this.
     for heads in [7, 12, 32, 64] {
         let mut raw = config.raw().clone();
         raw.insert("hidden_size".into(), (128 * heads).into());
@@ -540,7 +544,7 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
             }
         }
     }
-    // Some of them take the hidden size by the number of heads for the size of a head.
+    // Some readers compute the size of a head as the hidden size divided by the number of heads.
     let fewer: Vec<BlockDims> = (1..5)
         .map(|n| BlockDims {
             n_heads: 16,
@@ -552,7 +556,7 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         config.with_blocks(&fewer).unwrap().family(),
         Family::ElasticLlama
     );
-    // What other blocks have and this crate's have not.
+    // Fields that other models' blocks have and this crate's do not.
     for (part, field, value) in [
         ("attention", "window_length", serde_json::json!(512)),
         ("attention", "unshifted_sink", true.into()),
@@ -581,7 +585,8 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         }
     }
 
-    // Fewer query heads in one block, or a width that is no multiple of 256, only this crate's own form says.
+    // Fewer query heads in one block, or a width that is not a multiple of 256, can only be written
+    // in this crate's own form.
     for change in [
         |b: &mut BlockDims| b.n_heads = 16,
         |b: &mut BlockDims| b.d_mlp = 300,
@@ -594,7 +599,7 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
             (own.family(), own.blocks()),
             (Family::ElasticLlama, &blocks[..])
         );
-        // And back to a stock config, where all are alike again.
+        // Blocks that are all alike again are written as a stock config.
         let alike = own
             .with_blocks(
                 &[BlockDims {
@@ -614,8 +619,8 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
             (5, 100, 128)
         );
     }
-    // What some readers of DeciLM's form would compute otherwise, or not at all: a first block without attention, a block without
-    // an MLP, positions that are scaled.
+    // Configurations that some readers of DeciLM's form would compute differently, or not at all: a
+    // first block without attention, a block without an MLP, scaled positions.
     let own = |config: &HfConfig, blocks: &[BlockDims]| {
         let other = config.with_blocks(blocks).unwrap();
         assert_eq!(
@@ -650,7 +655,7 @@ fn blocks_that_differ_are_said_as_decilm_says_them_where_it_can() {
         &blocks,
     );
     own(&scaled(llama3(4096)), &blocks);
-    // One that they do know is spelled in the old way as well.
+    // A scaling that they know is also written in the old way.
     let known = scaled(llama3(8192));
     let other = known.with_blocks(&blocks).unwrap();
     assert_eq!(
@@ -717,7 +722,7 @@ fn spaces_that_make_no_model_are_refused() {
             other => panic!("{other:?}"),
         }
     };
-    // 6 heads of 4 over 3 key/value heads: steps of 8.
+    // 6 heads of size 4 over 3 key/value heads: steps of 8.
     for width in [23, 12, 4] {
         let reason = refused(Elastic::Width, qkv(0), &[24, width]);
         assert!(
@@ -748,7 +753,7 @@ fn spaces_that_make_no_model_are_refused() {
         "{empty}"
     );
 
-    // A group over blocks that differ in size.
+    // A group over blocks of different sizes.
     let mut blocks = model.config().blocks().to_vec();
     blocks[1].d_mlp = 20;
     let config = model.config().with_blocks(&blocks).unwrap();
@@ -794,7 +799,7 @@ fn a_space_may_have_no_ranks_at_all() -> Result<()> {
     Ok(())
 }
 
-/// The lowest rank of all is still an adapter that trains at every width.
+/// Even the lowest rank is an adapter that trains at every width.
 #[test]
 fn factors_are_as_wide_as_the_layer() {
     let mut net = net(true);
@@ -805,7 +810,7 @@ fn factors_are_as_wide_as_the_layer() {
     assert_eq!((up.rank(), up.d_input(), up.d_output()), (3, 24, 11));
     let q = &lora.layers["model.layers.2.self_attn.q_proj"];
     assert_eq!((q.rank(), q.d_input(), q.d_output()), (3, 24, 8));
-    // Left out: the second block, and the MLP of the last.
+    // The second block and the MLP of the last block are left out.
     assert!(
         !lora
             .layers

@@ -1,5 +1,6 @@
-//! The examples as a user meets them: what is refused, how, and what is left behind. `cargo test` builds them; where they are
-//! not there (a test built alone), nothing is checked.
+//! The examples as users see them: what they refuse, with which message, and which files they
+//! leave. `cargo test` builds the examples. If they do not exist because this test was built alone,
+//! nothing is checked.
 #![cfg(feature = "flex")]
 
 #[allow(dead_code)]
@@ -13,7 +14,7 @@ fn shipped_model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-llama")
 }
 
-/// The example beside this test's own binary, to be run in `folder`.
+/// Returns a command for the example next to this test's own binary, to be run in `folder`.
 fn example(name: &str, folder: &Path) -> Option<Command> {
     let test = std::env::current_exe().ok()?;
     let path = test
@@ -35,7 +36,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// `n` problems in GSM8K's form.
+/// Writes `n` problems in GSM8K's form.
 fn problems(path: &Path, n: usize) {
     let line = |i: usize| {
         let (a, b) = (11 + i, 3 + 2 * i);
@@ -143,7 +144,7 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         if name == "compress" {
             command.args(["--out", "out"]);
         }
-        // A negative number would be taken for an option.
+        // A negative number would be parsed as an option.
         let arguments: Vec<String> = match arguments {
             [option, value] => vec![format!("{option}={value}")],
             more => more.iter().map(ToString::to_string).collect(),
@@ -223,7 +224,7 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
         entries(&out),
         ["lora", "notes.txt", "pruned", "report.json", "run.json"]
     );
-    // A folder that no run made is not touched at all.
+    // A folder that no run made is not changed at all.
     std::fs::remove_file(out.join("run.json")).unwrap();
     let before = entries(&out);
     assert!(stderr(&run(&["--overwrite"]).unwrap()).contains("run.json"));
@@ -259,7 +260,7 @@ fn a_bundle_answers_as_its_folder_does() {
     }
     assert!(String::from_utf8_lossy(&folder.stdout).contains("#### 41"));
     assert_eq!(run(&["--device", "flex"]).unwrap().stdout, folder.stdout);
-    // Codes take less; nothing is written over unless told.
+    // Codes take less space. Existing files are only replaced on request.
     let bytes = || {
         std::fs::metadata(root.path().join("model.elora"))
             .unwrap()
@@ -336,7 +337,7 @@ fn table_2_measures_sparse_integers_as_written() {
         assert_eq!(row(name)["precision"], precision, "{name}");
     }
     assert_eq!(row("LoRA")["relative"], 1.0);
-    // No zero is lost on the way, and rounding makes some more.
+    // No zero is lost on the way, and rounding adds some.
     let sparsity = |name: &str| row(name)["sparsity"].as_f64().unwrap();
     let merged = sparsity("SQFT + QA-SparsePEFT");
     assert!(
@@ -356,7 +357,7 @@ fn table_2_measures_sparse_integers_as_written() {
     let resumed = run(&["--resume"]).unwrap();
     assert!(resumed.status.success(), "{}", stderr(&resumed));
     assert_eq!(report()["rows"], expected);
-    // All that a run makes is listed: nothing of it is left by the next.
+    // All files and folders that a run makes are listed, so the next run removes all of them.
     let overwrite = ["--overwrite", "--method", "sqft-sparse-peft"];
     let mut command = example("compress", root.path()).unwrap();
     command.args([

@@ -1,4 +1,4 @@
-//! Prune, train, search, merge, write, read back: what the whole way promises.
+//! The whole pipeline: prune, train, search, merge, write and read back.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -50,7 +50,7 @@ fn tiny_with_context(seed: u64, context: usize) -> Decoder {
     })
     .unwrap();
     let mut model = Decoder::init(&config, seed, &Device::flex()).unwrap();
-    // Larger weights than a fresh model has, so that every layer matters.
+    // The weights are larger than those of a fresh model, so that every layer matters.
     model
         .try_for_each_linear(|_, layer| {
             let mut weight = layer.base.to_matrix();
@@ -95,7 +95,8 @@ fn each_block_is_calibrated_on_what_the_pruned_ones_before_it_put_out() {
         host_values(original.embed_tokens.val())
     );
 
-    // By hand: the inputs of block 1's layers, in a model whose block 0 alone is pruned.
+    // Computed by hand: the inputs of the layers of block 1 in a model in which only block 0 is
+    // pruned.
     let mut partly = original.clone();
     for kind in LinearKind::ALL {
         let name = kind.name(0);
@@ -127,7 +128,7 @@ fn each_block_is_calibrated_on_what_the_pruned_ones_before_it_put_out() {
             .zip(found.as_slice())
             .filter(|(a, b)| a == b)
             .count();
-        // Scores are summed in another order: a tie at the threshold may fall the other way.
+        // Scores are summed in another order, so ties at the threshold may be decided differently.
         assert!(
             same + 2 >= w.as_slice().len(),
             "{:?}: {same} of {}",
@@ -218,7 +219,7 @@ fn pruning_refuses_what_it_cannot_do() {
     assert_eq!(weight(&model, "model.layers.0.mlp.up_proj"), before);
 }
 
-/// A supernet on a half-pruned model, trained a few steps so that its adapters are not zero.
+/// A supernet on a half-pruned model, trained for a few steps so that its adapters are not zero.
 fn trained(masked: bool) -> SuperNet {
     let mut model = tiny(5);
     let pattern = Pattern::Unstructured { ratio: 0.5 };
@@ -277,7 +278,7 @@ fn sparse_peft_merges_without_losing_a_zero_and_reads_back_equal() {
         assert!(merged.report.max_logit_difference.unwrap() < 1e-4);
         let difference = max_diff(&logits(net.model(), ids), &logits(&merged.model, ids));
         assert!(difference < 1e-4, "{difference}");
-        // Training changed something, so the equality above means something.
+        // Training changed something, so the equality above is meaningful.
         let base = weight(net.model(), "model.layers.1.mlp.up_proj");
         assert!(
             max_diff(

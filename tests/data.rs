@@ -1,4 +1,4 @@
-//! From files to batches; the sample problems and the tokenizer of the shipped model.
+//! Data, from files to batches, and the sample problems and the tokenizer of the bundled model.
 #![cfg(feature = "flex")]
 
 #[path = "../examples/common/arithmetic.rs"]
@@ -50,7 +50,7 @@ fn parse(text: &str) -> Result<Vec<Record>, Error> {
     parse_records(text, Path::new("some.file"))
 }
 
-// --- records -----------------------------------------------------------------------------------------------------
+// --- records ---
 
 #[test]
 fn records_are_told_apart_by_content() {
@@ -202,7 +202,7 @@ fn real_files_are_read() {
     );
 }
 
-// --- templates and answers ---------------------------------------------------------------------------------------
+// --- templates and answers ---
 
 #[test]
 fn templates_word_records() {
@@ -294,9 +294,9 @@ fn answers_are_extracted_and_compared() {
     assert_eq!(normalize_number("true"), None);
 }
 
-// --- arithmetic --------------------------------------------------------------------------------------------------
+// --- arithmetic ---
 
-/// Works the steps out again, apart from the generator.
+/// Computes the steps independently of the generator.
 fn check(problem: &Problem) {
     let mut lines: Vec<&str> = problem.answer.lines().collect();
     let last: i64 = lines
@@ -375,7 +375,7 @@ fn problems_are_right_distinct_and_split() {
 
 #[test]
 fn cells_do_not_cross_splits_under_other_names() {
-    // The wording and the numbers of a question, without its names and things.
+    // Returns the wording and the numbers of a question, without its names and things.
     let cell = |p: &Problem| {
         let words = p
             .question
@@ -422,7 +422,7 @@ fn mixtures_follow_weights_and_seed() {
     }
     assert!(mixture(&[(Kind::Sum, 1.0), (Kind::Sum, 1.0)], Split::Train, 5, 1).is_err());
     assert!(mixture(&[(Kind::Sum, 1.0)], Split::Train, usize::MAX, 1).is_err());
-    // Pinned: the shipped model's data must not change unnoticed.
+    // Fixed here, so that the data of the bundled model cannot change unnoticed.
     let first = problems(Kind::AddSub, Split::Test, 1, 0).unwrap().remove(0);
     assert_eq!(
         first.question,
@@ -458,7 +458,7 @@ fn the_shipped_problems_are_the_generators() {
     assert!(shipped == json_lines(&records));
 }
 
-// --- tokenizing --------------------------------------------------------------------------------------------------
+// --- tokenizing ---
 
 #[test]
 fn trained_tokenizer_is_deterministic_and_lossless() {
@@ -509,7 +509,7 @@ fn trained_tokenizer_is_deterministic_and_lossless() {
         t.decode(&[480]),
         Err(Error::TokenOutOfRange { found: 480, .. })
     ));
-    // Few words: the texts run out of pairs before the vocabulary is full.
+    // With few words, the texts run out of pairs before the vocabulary is full.
     let full = TextTokenizer::from_json(&train_bpe(&texts, 1000).unwrap(), "x").unwrap();
     assert!(
         (480..600).contains(&full.vocab_size()),
@@ -575,7 +575,7 @@ fn tokenizer_files_beside_each_other() {
 #[test]
 fn mutated_tokenizers_never_panic() {
     let json = train_bpe(&corpus(30), 280).unwrap();
-    // The vocabulary makes most of the file, and the least interesting part.
+    // The vocabulary is the largest part of the file and the least interesting one.
     let (vocab, merges) = (
         json.find("\"vocab\"").unwrap(),
         json.find("\"merges\"").unwrap(),
@@ -663,7 +663,7 @@ fn prompts_are_prefixes_and_masked() {
     assert_eq!(open.ids, s.ids[..s.len() - 1]);
     assert_eq!(open.n_targets(), open.len() - 1);
 
-    // A token would straddle the two: the prompt's tokens stay as they are.
+    // A token would span the boundary; the prompt's own tokens must stay unchanged.
     let torn = Example {
         prompt: "How many app".into(),
         completion: "les".into(),
@@ -746,7 +746,7 @@ fn sets_name_the_record_and_count() {
     assert!(tokenize_records(&[], PromptTemplate::Auto, &t, &options).is_err());
 }
 
-// --- batches and windows -----------------------------------------------------------------------------------------
+// --- batches and windows ---
 
 fn random_sequences(n: usize, seed: u64) -> Vec<Sequence> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

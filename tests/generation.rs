@@ -1,4 +1,5 @@
-//! Generation: one prompt or many, to the end of the context, with a window, and as another implementation does it.
+//! Generation: one prompt or many, up to the end of the context, with a sliding window, and
+//! compared with another implementation.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -18,7 +19,7 @@ fn greedy(max_new_tokens: usize, stop_ids: &[u32]) -> GenerateConfig {
     GenerateConfig::new(max_new_tokens, stop_ids.to_vec())
 }
 
-/// Prompts of lengths 1 to 12, in no order.
+/// Prompts of lengths 1 to 12 in mixed order.
 fn prompts() -> Vec<Vec<u32>> {
     [5, 1, 12, 3, 7, 7, 2, 9]
         .into_iter()
@@ -38,7 +39,7 @@ fn one_by_one(model: &Decoder, prompts: &[Vec<u32>], config: &GenerateConfig) ->
         .collect()
 }
 
-/// The definition: the whole sequence through the model for each token.
+/// Generates by definition: the whole sequence is run through the model for each token.
 fn without_cache(model: &Decoder, prompt: &[u32], config: &GenerateConfig) -> Vec<u32> {
     let mut ids = prompt.to_vec();
     while ids.len() - prompt.len() < config.max_new_tokens && ids.len() <= CONTEXT {
@@ -67,7 +68,7 @@ fn a_padded_batch_generates_what_each_prompt_does_alone() {
         let prompts = prompts();
         let free = one_by_one(&model, &prompts, &greedy(14, &[]));
         assert!(free.iter().all(|output| output.len() == 14));
-        // Stop at tokens that come at different times, so that rows leave the batch one by one.
+        // The stop tokens occur at different times, so that rows leave the batch one by one.
         let stop: Vec<u32> = vec![free[0][3], free[2][6], free[4][0]];
         for stop in [&[][..], &stop] {
             let mut config = greedy(14, stop);
@@ -101,7 +102,7 @@ fn generation_ends_with_the_context_and_padding_takes_none_of_it() {
     let config = greedy(1000, &[]);
     let expected = one_by_one(&model, &prompts, &config);
     for (prompt, output) in prompts.iter().zip(&expected) {
-        // The last token is drawn from a full context.
+        // The last token is sampled from a full context.
         assert_eq!(prompt.len() + output.len(), CONTEXT + 1);
         assert_eq!(&without_cache(&model, prompt, &config), output);
     }
@@ -250,7 +251,7 @@ fn draws_follow_the_seed_and_not_the_batch() {
     assert_eq!(drawn(1, 64), drawn(1, 64));
     assert_eq!(drawn(1, 64), drawn(1, 3));
     assert_ne!(drawn(1, 64), drawn(2, 64));
-    // The same prompt twice in a batch is drawn for twice.
+    // If a prompt occurs twice in a batch, each occurrence is sampled separately.
     let sample = SampleConfig {
         temperature: 2.0,
         ..SampleConfig::default()
@@ -267,7 +268,7 @@ fn draws_follow_the_seed_and_not_the_batch() {
     )
     .unwrap();
     assert_ne!(outputs[0], outputs[1]);
-    // One choice is greedy.
+    // Sampling from a single choice is greedy.
     let sample = SampleConfig {
         temperature: 1.0,
         top_k: 1,
@@ -299,7 +300,7 @@ fn a_sliding_window_limits_what_is_seen_with_a_cache_as_without() {
     let (open, wide, narrow) = (logits(None), logits(Some(17)), logits(Some(5)));
     assert!(max_diff(&open, &wide) < 1e-5);
     assert!(max_diff(&open, &narrow) > 0.05);
-    // The first five queries of a row see the same keys either way.
+    // The first five queries of a row attend to the same keys with and without the window.
     for row in 0..2 {
         let at = row * 17 * 41;
         assert!(max_diff(&open[at..at + 5 * 41], &narrow[at..at + 5 * 41]) < 1e-5);
@@ -343,7 +344,7 @@ fn greedy_continuations_are_those_of_transformers() {
         let vectors = Checkpoint::open(vectors).unwrap();
         let expected = load_i32(&vectors, "greedy_from_first4");
         let prompt = load_i32(&vectors, "input_ids")[..4].to_vec();
-        // The file's continuation begins with the prompt.
+        // The continuation in the file begins with the prompt.
         assert_eq!(&expected[..4], &prompt);
         let config = greedy(expected.len() - 4, &[]);
         assert_eq!(
@@ -353,7 +354,7 @@ fn greedy_continuations_are_those_of_transformers() {
             &expected[4..],
             "{name}"
         );
-        // Beside another prompt, and so padded.
+        // In a batch with another prompt, and therefore padded.
         let batch = vec![random_ids(11, 512, 1), prompt];
         assert_eq!(
             generate_batch(&model, &batch, &config, &Silent).unwrap()[1],

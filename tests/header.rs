@@ -1,10 +1,11 @@
-//! `include/elastic_lora.h` is what the build script makes of `src/ffi`:
+//! Checks that `include/elastic_lora.h` is what the build script generates from `src/ffi`. To run
+//! the check:
 //!
 //! ```sh
 //! cargo test --release --no-default-features --features header --test header
 //! ```
 //!
-//! compares them; with `ELASTIC_LORA_WRITE_HEADER=1` in the environment it writes the header instead.
+//! With `ELASTIC_LORA_WRITE_HEADER=1` in the environment, this writes the header instead.
 
 #[test]
 fn the_header_is_in_step_with_the_source() {

@@ -1,7 +1,8 @@
-//! PEFT and transformers on what this crate reads and writes.
+//! PEFT and transformers on folders that this crate reads and writes.
 //!
-//! Where a Python with torch, transformers and peft is found (`ELASTIC_LORA_PYTHON`, else `python3`), the scripts beside this
-//! test load the written folders and compare logits; without one, those tests say that they were skipped.
+//! If there is a Python with torch, transformers and peft (`ELASTIC_LORA_PYTHON`, else `python3`),
+//! the scripts of this test load the written folders and compare logits. Otherwise these tests
+//! print that they were skipped.
 #![cfg(feature = "flex")]
 
 #[path = "../examples/common/arithmetic.rs"]
@@ -42,7 +43,7 @@ use rand_chacha::ChaCha8Rng;
 const TEXT: &str =
     "Once upon a time, Tom had 12 apples and 345 pears.\nHe gave 7 away: how many were left?";
 
-/// A Python that has the modules.
+/// Returns a Python that has the modules.
 fn python() -> Option<&'static Path> {
     static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
@@ -63,7 +64,8 @@ fn python() -> Option<&'static Path> {
     found.as_deref()
 }
 
-/// Runs a script of `fixtures/interop` without network; what it says goes to stderr. Whether it had its modules.
+/// Runs a script of `fixtures/interop` without network access and copies its output to stderr.
+/// Returns whether its modules were found.
 fn run(python: &Path, script: &str, arguments: &[PathBuf]) -> bool {
     let script = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/interop")
@@ -91,8 +93,9 @@ fn run(python: &Path, script: &str, arguments: &[PathBuf]) -> bool {
     true
 }
 
-/// A random Llama with all that may differ: grouped heads, an untied head, a vocabulary of its own tokenizer, sizes that
-/// are no powers of two. Weights are large enough for every layer to matter.
+/// A random Llama with everything that can differ: grouped heads, an untied head, a vocabulary from
+/// its own tokenizer, and sizes that are not powers of two. The weights are large enough for every
+/// layer to matter.
 fn write_tiny_llama(folder: &Path) {
     let texts: Vec<String> = problems(Kind::AddSub, Split::Train, 200, 1)
         .unwrap()
@@ -143,7 +146,7 @@ fn write_tiny_llama(folder: &Path) {
     out.commit().unwrap();
 }
 
-/// The models that are tried: a random one, and a trained one where it is there.
+/// The models to test: a random one, and a trained one if it exists.
 fn bases(scratch: &Path) -> Vec<PathBuf> {
     let tiny = scratch.join("tiny");
     write_tiny_llama(&tiny);
@@ -164,13 +167,13 @@ fn random_ids(model: &Decoder, n: usize, seed: u64) -> Vec<u32> {
         .collect()
 }
 
-/// A tensor of token ids.
+/// Returns a tensor of token ids.
 fn ids_tensor<'a>(name: &str, ids: &[u32]) -> HostTensor<'a> {
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     HostTensor::from_bytes(name, DType::I32, [ids.len()], bytes)
 }
 
-/// What the scripts compare with.
+/// Writes the values that the scripts compare with.
 fn write_vectors(
     path: &Path,
     model: &Decoder,
@@ -202,7 +205,8 @@ fn trained(model: Decoder, lora: LoraConfig) -> SuperNet {
         .collect();
     let space = SearchSpace::per_layer(&layers, &[8, 5, 3]).unwrap();
     let ids = random_ids(&model, 30, 21);
-    // Every `up_proj` but one has an adapter of fixed rank, so that names alone do not say which layers are adapted.
+    // Every `up_proj` except one has an adapter of fixed rank, so that the names alone do not tell
+    // which layers are adapted.
     let fixed = vec!["model.layers.1.mlp.up_proj".to_string()];
     let config = SuperNetConfig::new(lora)
         .with_fixed_layers(fixed)
@@ -284,7 +288,7 @@ fn peft_computes_our_adapters_logits() {
     }
 }
 
-/// Name of each linear layer's weight with its zeros.
+/// Returns the number of zeros of each linear layer by the name of its weight.
 fn zeros(model: &Decoder) -> BTreeMap<String, usize> {
     model
         .linears()
@@ -297,7 +301,7 @@ fn zeros(model: &Decoder) -> BTreeMap<String, usize> {
         .collect()
 }
 
-/// Writes a model, reads it back, and notes what transformers must find in it.
+/// Writes a model, reads it back, and records what transformers must find in it.
 fn write_checked(
     model: &Decoder,
     source: &Path,
@@ -380,7 +384,7 @@ fn transformers_reads_pruned_and_merged_models() {
                 .map(|l| l.d_input * l.d_output)
                 .sum::<usize>() as f64;
         assert!((0.49..=0.51).contains(&sparsity), "{sparsity}");
-        // Half precision in shards, bfloat16 in one file.
+        // Half precision in shards, and bfloat16 in one file.
         let (dtype, shard) = if which == 0 {
             (DType::BF16, u64::MAX)
         } else {
@@ -389,7 +393,7 @@ fn transformers_reads_pruned_and_merged_models() {
         let folder = scratch.path().join(format!("pruned-{which}"));
         arguments.extend(write_checked(&model, &base, &folder, dtype, shard));
 
-        // SparsePEFT, merged: other weights, the same zeros.
+        // Merged with SparsePEFT: other weights, the same zeros.
         let net = SuperNet::from_adapter(model.clone(), &random_adapter(&model)).unwrap();
         let ids = random_ids(&model, 41, 33);
         let unmerged = logits(net.model(), &ids);
@@ -403,7 +407,8 @@ fn transformers_reads_pruned_and_merged_models() {
     run(python, "check_transformers.py", &arguments);
 }
 
-/// The subnets of smaller width, fewer heads and less depth that are alike in all blocks have stock configs.
+/// Subnets of smaller width, fewer heads and less depth that are the same in all blocks have stock
+/// configs.
 #[test]
 fn transformers_reads_extracted_models() {
     let Some(python) = python() else { return };
@@ -418,7 +423,8 @@ fn transformers_reads_extracted_models() {
             .filter(|l| l.name.ends_with("q_proj") || l.name.ends_with("down_proj"))
             .cloned()
             .collect();
-        // Fewer heads that divide the hidden size, as transformers wants of a Llama, and fewer that may not.
+        // Fewer heads whose number divides the hidden size, as transformers requires of a Llama,
+        // and fewer heads whose number does not.
         let of_groups = |n: usize| BlockDims {
             n_heads: all.n_heads / all.n_kv_heads * n,
             n_kv_heads: n,
@@ -519,7 +525,8 @@ fn transformers_reads_extracted_models() {
                 ));
                 continue;
             }
-            // The same model under another name, whose tokenizers are of another class there.
+            // The same model under another name, for which transformers uses another class of
+            // tokenizers.
             assert_eq!(config.family(), Family::Mistral);
             let out = HfFolder::create(&folder, false).unwrap();
             out.write_model(config, DType::F32, extracted.tensors(DType::F32).unwrap())
@@ -539,7 +546,8 @@ fn transformers_reads_extracted_models() {
     run(python, "check_transformers.py", &arguments);
 }
 
-/// A random Llama whose blocks differ in key/value heads and MLP width already, with biases if `bias`.
+/// A random Llama whose blocks already differ in key/value heads and MLP width, with biases if
+/// `bias`.
 fn uneven_llama(bias: bool, seed: u64) -> Decoder {
     let config = HfConfig::new_llama(&LlamaDims {
         vocab_size: 300,
@@ -570,7 +578,7 @@ fn uneven_llama(bias: bool, seed: u64) -> Decoder {
     random_model(&config, seed)
 }
 
-/// A model of a configuration with random weights and biases, large enough to matter.
+/// A model of a configuration with random weights and biases that are large enough to matter.
 fn random_model(config: &HfConfig, seed: u64) -> Decoder {
     let mut model = Decoder::init(config, seed, &Device::flex()).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -588,7 +596,7 @@ fn random_model(config: &HfConfig, seed: u64) -> Decoder {
     model
 }
 
-/// Qwen2 with biases on some projections only, tied and untied, with a size of heads of its own.
+/// Qwen2 with biases on some projections only, tied and untied, with an explicit head size.
 #[test]
 fn transformers_reads_qwen2() {
     let Some(python) = python() else { return };
@@ -621,8 +629,9 @@ fn transformers_reads_qwen2() {
     run(python, "check_transformers.py", &arguments);
 }
 
-/// DeciLM's form, which llama.cpp converts and runs: uneven MLPs, uneven key/value heads, a block without an attention, one without
-/// an MLP. Where `ELASTIC_LORA_LLAMA_CPP` names llama.cpp's sources and Python has `llama_cpp`.
+/// DeciLM's form, which llama.cpp converts and runs: uneven MLPs, uneven key/value heads, one block
+/// without attention, and one without an MLP. Runs if `ELASTIC_LORA_LLAMA_CPP` is the path of
+/// llama.cpp's sources and Python has `llama_cpp`.
 #[test]
 fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
     let Some(python) = python() else { return };
@@ -693,7 +702,8 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
             net.activate(&subnet).unwrap();
             let merger = Merger::new().with_mode(MergeMode::Dense);
             let extracted = merger.extract(&net, &[], &Silent).unwrap().model;
-            // The block without an MLP makes it this crate's own form, unless that gets one of zeros.
+            // A block without an MLP requires this crate's own form, unless the block gets an MLP
+            // of zeros.
             assert_eq!(
                 extracted.config().family(),
                 if depth == 0 {
@@ -726,7 +736,7 @@ fn llama_cpp_reads_extracted_models_whose_blocks_differ() {
     run(python, "check_llama_cpp.py", &arguments);
 }
 
-/// A script that finds a difference says so: the tests above would pass otherwise.
+/// A script that finds a difference must report it. Otherwise the tests above would always pass.
 #[test]
 fn the_scripts_can_fail() {
     let Some(python) = python() else { return };
@@ -786,7 +796,7 @@ fn an_adapter_of_peft_gives_pefts_logits() {
     assert_eq!(net.extract_adapter().unwrap().layers, adapter.layers);
     let unmerged = max_diff(&logits(net.model(), &ids), &expected);
 
-    // Merged twice: by the merger, and by the file's own product on the host.
+    // Merged in two ways: by the merger, and by a product of the factors in the file on the host.
     let by_merger = Merger::new().merge(&net, &[], &Silent).unwrap().model;
     let mut by_hand = model;
     by_hand
@@ -847,7 +857,8 @@ fn an_adapter_for_another_model_is_refused() {
     );
 }
 
-/// What a config may ask for, each in a model of its own: sequences are longer than windows and original contexts.
+/// Every option that a config can have, each in a model of its own. Sequences are longer than the
+/// windows and the original contexts.
 #[test]
 fn transformers_computes_the_same_for_every_variant_of_a_family() {
     let Some(python) = python() else { return };

@@ -1,4 +1,5 @@
-//! Pruning and rounding in one pass beside one after the other, on the shipped model and three draws of calibration data.
+//! Pruning and rounding in one pass, compared with two passes, on the bundled model and three
+//! samples of calibration data.
 #![cfg(feature = "flex")]
 
 #[path = "../examples/common/arithmetic.rs"]
@@ -33,7 +34,7 @@ fn texts(split: Split, n: usize, seed: u64) -> Vec<String> {
         .collect()
 }
 
-/// Logarithms of the probabilities of every token, text by text.
+/// Returns the logarithms of the probabilities of every token, text by text.
 fn log_probabilities(model: &Decoder, texts: &[Vec<u32>]) -> Vec<Vec<f64>> {
     let mut rows = Vec::new();
     for ids in texts {
@@ -46,7 +47,8 @@ fn log_probabilities(model: &Decoder, texts: &[Vec<u32>]) -> Vec<Vec<f64>> {
     rows
 }
 
-/// How far a model's predictions are from the original's: the mean Kullback-Leibler divergence of a token.
+/// Returns the distance of a model's predictions from the original's: the mean Kullback-Leibler
+/// divergence per token.
 fn divergence(of: &[Vec<f64>], from: &[Vec<f64>]) -> f64 {
     let row = |(p, q): (&Vec<f64>, &Vec<f64>)| {
         p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
@@ -54,7 +56,8 @@ fn divergence(of: &[Vec<f64>], from: &[Vec<f64>]) -> f64 {
     from.iter().zip(of).map(row).sum::<f64>() / of.len() as f64
 }
 
-/// The errors of all layers of the original model, each on its own input, by one pass and by two, added up.
+/// Returns the sum of the errors of all layers of the original model, each on its own input, for
+/// one pass and for two.
 fn layer_errors(
     model: &Decoder,
     calibration: &[Vec<u32>],
@@ -105,7 +108,7 @@ fn layer_errors(
     sums
 }
 
-/// `e H e^T`, the squared output error that an error `e` of one output's weights makes.
+/// Returns `e H e^T`, the squared output error caused by an error `e` of the weights of one output.
 fn output_error(hessian: &Hessian, error: &[f32]) -> f64 {
     let h = hessian.to_matrix();
     let dot = |row: &[f32]| -> f64 {
@@ -175,7 +178,7 @@ fn one_pass_is_no_worse_than_two() {
             means[0] += one / 3.0;
             means[1] += two / 3.0;
         }
-        // Draws of the data move a divergence by some 20 % either way.
+        // Different samples of the data change a divergence by some 20 % in either direction.
         assert!(means[0] < 1.3 * means[1], "{pattern}: KL {means:?}");
     }
 }

@@ -1,5 +1,6 @@
-//! What a subnet takes on this machine and in a file: tables of measured times, stored bytes, and both as a search's cost. No time is
-//! compared with another: machines have other things to do.
+//! Costs of a subnet on this machine and in a file: tables of measured times, stored bytes, and
+//! both as the cost of a search. No test compares one time with another, because other processes
+//! may use the machine.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -21,7 +22,8 @@ use elastic_lora::space::{Elastic, Group};
 use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::{Error, Merger, SearchSpace, SuperNet};
 
-/// Two blocks of 6 heads of 4 over 3 key/value heads, MLPs of 37, with every third weight or so zero.
+/// Two blocks with 6 heads of size 4, 3 key/value heads and MLPs of width 37. About every third
+/// weight is zero.
 fn model() -> Decoder {
     let dims = LlamaDims {
         num_attention_heads: 6,
@@ -150,7 +152,7 @@ fn a_table_has_every_size_and_foretells_the_sum_of_parts() {
         }
         let text = serde_json::to_string(&table).unwrap();
         assert_eq!(serde_json::from_str::<LatencyTable>(&text).unwrap(), table);
-        // Every subnet has its time, however its choices are mixed.
+        // Every subnet has a time, for any combination of choices.
         for subnet in [net.minimal(), net.heuristic(), net.maximal()] {
             assert!(table.predict_ms(&net.block_dims(&subnet).unwrap()).unwrap() > 0.0);
         }
@@ -194,10 +196,12 @@ fn stored_bytes_are_those_of_the_extracted_weights() {
             let (rows, cols) = (weight.rows(), weight.cols());
             by_hand[0] += 4 * rows * cols;
             by_hand[1] += 2 * rows * cols;
-            // Half a byte for a code; two for a scale and half for a zero point of each group; rows end at whole bytes.
+            // Half a byte for each code, and for each group two bytes for a scale and half a byte
+            // for a zero point. Rows end at whole bytes.
             let groups = cols.div_ceil(8);
             by_hand[2] += rows * (cols.div_ceil(2) + 2 * groups + groups.div_ceil(2));
-            // A bit for each weight, in words of 64, an offset a row, and what is not zero.
+            // A bit for each weight, in words of 64, an offset for each row, and the nonzero
+            // values.
             by_hand[3] +=
                 rows * (8 * cols.div_ceil(64) + 4) + 2 * (rows * cols - weight.count_zeros());
         }
@@ -254,7 +258,7 @@ fn latency_is_a_cost_of_a_search() {
         without.evaluate(&net.maximal(), &Silent),
         Err(Error::InvalidArgument { .. })
     ));
-    // A table of another network has not the sizes.
+    // A table of another network does not have these sizes.
     let other = LatencyTable {
         mlp_ms: vec![(5, 1.0)],
         ..table

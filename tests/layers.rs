@@ -1,4 +1,4 @@
-//! One linear layer on the caller's numbers, and that a token is decoded without taking memory.
+//! Single linear layers on buffers of the caller, and decoding of tokens without memory allocation.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -24,23 +24,23 @@ use elastic_lora::supernet::SuperNetConfig;
 use elastic_lora::train::{TrainConfig, Trainer};
 use half::{bf16, f16};
 
-/// Counts what each thread takes.
+/// An allocator that counts the allocations of each thread.
 struct Counting;
 
 thread_local! {
     static TAKEN: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: the system's allocator does the work.
+// SAFETY: all calls are forwarded to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let _ = TAKEN.try_with(|taken| taken.set(taken.get() + 1));
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::dealloc`.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
@@ -67,7 +67,7 @@ const FORMATS: [WeightFormat; 5] = [
     },
 ];
 
-/// A supernet with two widths and two ranks, its adapters trained for a few steps.
+/// A supernet with two widths and two ranks. Its adapters are trained for a few steps.
 fn supernet(format: WeightFormat) -> Model {
     let dims = LlamaDims {
         num_attention_heads: 6,
@@ -106,7 +106,8 @@ fn supernet(format: WeightFormat) -> Model {
     Model::from_supernet(&net, &[("least".into(), net.minimal())], plan).unwrap()
 }
 
-/// The definition, in f64: the leading part of the weight, and of the factors as the model keeps them.
+/// Computes the layer by definition in `f64`, from the leading part of the weight and of the
+/// factors as the model stores them.
 fn expected(model: &Model, layer: &LinearLayer, index: usize, x: &[f32]) -> Vec<f64> {
     let weight = model.weight(index).unwrap().to_matrix();
     let factors = model.factors(index).unwrap();
@@ -134,7 +135,7 @@ fn expected(model: &Model, layer: &LinearLayer, index: usize, x: &[f32]) -> Vec<
     y
 }
 
-/// Applies a layer to rows with gaps, with scratch memory of an odd beginning, and compares.
+/// Applies a layer to rows with gaps, with unaligned scratch memory, and compares the results.
 fn check<T: Number + std::fmt::Debug + PartialEq>(
     model: &Model,
     index: usize,
@@ -176,7 +177,7 @@ fn check<T: Number + std::fmt::Debug + PartialEq>(
             "a gap was written to"
         );
     }
-    // The same without scratch memory of the caller's.
+    // The same without scratch memory of the caller.
     let mut again = vec![gap; rows * ldy];
     layer.forward(rows, &x, ldx, &mut again, ldy, None).unwrap();
     assert_eq!(again, y);
@@ -225,7 +226,7 @@ fn what_does_not_fit_a_layer_is_refused() {
         Err(Error::InvalidArgument { name: "subnet", .. })
     ));
     let layer = model.linear(0, 0).unwrap();
-    // The model goes; the layer keeps it.
+    // The model is dropped; the layer keeps it alive.
     drop(model);
     let (x, mut y) = (vec![1.0_f32; 60], vec![0.0_f32; 60]);
     let mut scratch = vec![0; layer.scratch_bytes(2).unwrap()];
@@ -301,7 +302,7 @@ fn models_and_sessions_go_where_they_are_needed() {
     shared::<LinearLayer>();
     moved::<Session>();
     shared::<ModelOptions>();
-    // Of a model whose weights the caller has.
+    // A model whose weights the caller also has.
     let decoder = tiny(true, 3);
     let made = Model::from_matrices(
         decoder.config(),

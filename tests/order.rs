@@ -1,4 +1,4 @@
-//! Importance order of channels, heads and blocks: what moving, scoring and measuring them promises.
+//! Importance order of channels, heads and blocks: moving, scoring and measuring them.
 #![cfg(feature = "flex")]
 
 #[path = "../examples/common/arithmetic.rs"]
@@ -34,7 +34,8 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Six heads over three key/value heads, so that groups are of two; an MLP of 37; biases everywhere.
+/// Six heads over three key/value heads, so that groups have two heads, an MLP of width 37, and
+/// biases everywhere.
 fn biased(seed: u64) -> Decoder {
     let value = serde_json::json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 41, "hidden_size": 24,
@@ -48,7 +49,7 @@ fn biased(seed: u64) -> Decoder {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     model
         .try_for_each_linear(|_, layer| {
-            // Units of different size, so that their order is not a matter of rounding.
+            // The units have different magnitudes, so that their order does not depend on rounding.
             let [d_input, d_output] = layer.base.dims();
             let weight = Matrix::from_fn(d_output, d_input, |o, i| {
                 let size = 0.15 + 0.05 * ((o * 7 + i * 5) % 11) as f32;
@@ -262,7 +263,7 @@ fn sorting_puts_scores_in_order_and_can_be_undone() {
 
 #[test]
 fn parts_that_are_missing_or_narrowed() {
-    // No attention in the first block, no MLP in the second.
+    // No attention in the first block, and no MLP in the second.
     let mut model = biased(4);
     model.layers[0].self_attn = None;
     model.layers[1].mlp = None;
@@ -355,7 +356,7 @@ fn activation_scores_are_those_of_the_inputs_as_they_are() {
             *state = model.block(block, state.clone(), Some(&mut tap));
         }
         let weight = |kind| model.layers[block].linear(kind).unwrap().base.to_matrix();
-        // Sums of Wanda's scores over the columns that are a channel's.
+        // Sums of Wanda's scores over the columns of each channel.
         let sums = |kind, width: usize, norms: &InputNorms| -> Vec<f64> {
             let (weight, norms) = (weight(kind), norms.mean_sq_norms());
             let score = |i: usize, j: usize| f64::from(weight.row(i)[j].abs() * norms[j].sqrt());
@@ -382,7 +383,7 @@ fn activation_scores_are_those_of_the_inputs_as_they_are() {
     }
 }
 
-/// `|<w, dL/dw>|` from the weights' own gradients.
+/// Returns `|<w, dL/dw>|` from the gradients of the weights themselves.
 fn exact_taylor(model: &Decoder, ids: &[u32], rows: usize) -> Vec<BlockScores> {
     let trained = SuperNet::dense(model.clone()).unwrap().into_model().train();
     let length = ids.len() / rows;
@@ -425,7 +426,7 @@ fn exact_taylor(model: &Decoder, ids: &[u32], rows: usize) -> Vec<BlockScores> {
         .collect()
 }
 
-/// Spearman's correlation; ties do not occur.
+/// Returns Spearman's rank correlation. Ties do not occur.
 fn rank_correlation(a: &[f64], b: &[f64]) -> f64 {
     let ranks = |values: &[f64]| {
         let mut order: Vec<usize> = (0..values.len()).collect();
@@ -447,7 +448,7 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
     let ids = random_ids(8 * 15, 41, 6);
     let data: Vec<Vec<u32>> = ids.chunks(15).map(<[u32]>::to_vec).collect();
     let exact = exact_taylor(&model, &ids, 8);
-    // Of its error, a part in sqrt(rank) of |w| |dL/dw| is left.
+    // The remaining error is a fraction 1/sqrt(rank) of |w| |dL/dw|.
     for (rank, expected) in [(32, 0.4), (1 << 16, 0.99)] {
         let config = TaylorConfig {
             rank,
@@ -466,7 +467,7 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
             }
         }
     }
-    // A seed is a seed.
+    // The same seed gives the same result.
     let config = TaylorConfig {
         seed: 4,
         ..TaylorConfig::default()
@@ -480,7 +481,7 @@ fn the_sketch_of_the_gradient_tends_to_the_gradient() {
         first,
         taylor_scores(&model, &data, &TaylorConfig::default(), &Silent).unwrap()
     );
-    // The model that is scored is left without adapters, whether its weights were trained or not.
+    // The scored model is left without adapters, whether its weights were trained or not.
     let trained = SuperNet::dense(model.clone()).unwrap().into_model().train();
     assert_eq!(
         first,
@@ -528,7 +529,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     let mut state = model.embed(model.tokens(&ids, 5).unwrap());
     for block in 0..3 {
         let after = model.block(block, state.clone(), None);
-        // Without the MLP, a block gives what is between the two.
+        // Without the MLP, the output of a block is its intermediate state after the attention.
         let between = silent(block, &[LinearKind::Down]).block(block, state.clone(), None);
         for (name, kinds, from, to) in [
             (
@@ -577,7 +578,8 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
         }
         state = after;
     }
-    // What does not run is not listed, and its block is what is left of it.
+    // Sub-blocks that do not run are not listed, and a block is represented by its remaining
+    // sub-block.
     let mut shallow = model.clone();
     shallow.layers[1].set_runs(SubBlock::Mlp, false);
     shallow.layers[2].set_runs(SubBlock::Attention, false);
@@ -594,7 +596,7 @@ fn influence_is_what_a_unit_does_to_the_stream_and_to_the_loss() {
     assert_eq!(change("model.layers.1"), change("model.layers.1.self_attn"));
 }
 
-/// The model of which the MLP's first channels, a share of them, are left.
+/// Returns the model with only the given share of the MLP channels, the first ones.
 fn first_channels(model: &Decoder, share: f64) -> Decoder {
     let mut model = model.clone();
     for block in 0..model.layers.len() {
@@ -610,7 +612,7 @@ fn first_channels(model: &Decoder, share: f64) -> Decoder {
     model
 }
 
-/// The model of which one key/value group a block is left out, the last.
+/// Returns the model without the last key/value group of each block.
 fn all_but_one_group(model: &Decoder) -> Decoder {
     let mut model = model.clone();
     for block in 0..model.layers.len() {
@@ -624,7 +626,8 @@ fn all_but_one_group(model: &Decoder) -> Decoder {
     model
 }
 
-/// Prints losses of prefixes of the unsorted model and of each order, and gives those of half the channels.
+/// Prints the losses of prefixes of the unsorted model and of each order, and returns those for
+/// half of the channels.
 fn compare(
     name: &str,
     model: &Decoder,
@@ -701,7 +704,8 @@ fn sorted_channels_are_worth_more_than_unsorted_ones() {
     let held_out = &held_out[..held_out.len().min(8192)];
     let loss = |model: &Decoder| perplexity(model, held_out, 128, &Silent).unwrap().nll;
     let halves = compare("story-llama-0.6M", &story.model, &calibration, &loss);
-    // Magnitudes alone say nothing of what this model's channels do: they come out worse than no order.
+    // Magnitudes alone do not show which channels of this model matter: their order is worse than
+    // none.
     let [none, _, _, activation, taylor] = halves[..] else {
         panic!("{halves:?}")
     };

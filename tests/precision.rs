@@ -1,4 +1,5 @@
-//! Frozen weights of 16 bits: the same training as with their values in f32, exact merging, and clear refusals.
+//! Frozen weights of 16 bits: the same training as with their values in `f32`, exact merging, and
+//! clear errors.
 #![cfg(feature = "flex")]
 #![cfg(feature = "flex")]
 
@@ -28,7 +29,7 @@ fn batches() -> Batcher {
     .unwrap()
 }
 
-/// Three steps with random subnets on adapters of two layers a block.
+/// Trains three steps on random subnets, with adapters on two layers of each block.
 fn trained(model: Decoder, masked: bool) -> SuperNet {
     let groups = [&["q_proj", "v_proj"][..], &["down_proj"]];
     let space = SearchSpace::grouped(&model.layer_shapes(), &groups, &[4, 3]).unwrap();
@@ -55,7 +56,8 @@ fn a_model_of_16_bits_trains_as_its_rounded_weights_do() {
         for masked in [false, true] {
             let (half, wide) = (trained(half.clone(), masked), trained(wide.clone(), masked));
             let (got, want) = (weight_bits(half.model()), weight_bits(wide.model()));
-            // Beside bf16 the summed weight is rounded, at every step, and AdamW makes much of any difference where a gradient is small.
+            // With bf16 the summed weight is rounded at every step, and AdamW amplifies small
+            // differences where a gradient is small.
             let rounded = masked && dtype == DType::BF16;
             let floats = |bits: &Vec<u32>| {
                 bits.iter()

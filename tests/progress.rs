@@ -1,4 +1,4 @@
-//! Long work: every kind of it tells its steps, stops at once when it is asked to, and prints nothing by itself.
+//! Long work: each kind reports its steps, stops at once on request, and prints nothing by itself.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -7,7 +7,6 @@ use std::process::Command;
 
 use common::{Heard, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
-use elastic_lora::calib::ChannelScore;
 use elastic_lora::calib::{
     ChannelScore, InfluenceMeasure, PruneConfig, QuantizeConfig, QuantizeMethod, block_influence,
     prune_model, quantize_model, sort_channels,
@@ -41,7 +40,7 @@ fn net() -> SuperNet {
     SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(5))).unwrap()
 }
 
-/// A kind of long work, at least so many steps, and the tasks that it may be interrupted in.
+/// A kind of long work, its minimum number of steps, and the tasks in which it may be interrupted.
 type Work = (
     &'static str,
     usize,
@@ -140,7 +139,7 @@ fn every_kind_of_work_stops_where_it_is_told_to() {
                 }
                 other => panic!("{name}, {n}: {other:?}"),
             }
-            // Not asked again, but by threads that run already.
+            // No more checks, except by threads that are already running.
             if name != "parallel search" {
                 assert_eq!(stopping.asked(), n + 1, "{name}");
             }
@@ -168,7 +167,7 @@ fn nothing_is_printed_unasked() {
     );
     assert!(child.status.success(), "{stderr}");
     assert_eq!(stderr, "");
-    // The test's own lines.
+    // The lines that the test itself prints.
     let ours =
         |line: &str| line.is_empty() || line.starts_with("running 1") || line.starts_with("test ");
     assert!(stdout.lines().all(ours), "{stdout}");

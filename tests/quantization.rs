@@ -1,4 +1,4 @@
-//! Quantizing and pruning a whole model, layer by layer: what a caller sees.
+//! Quantizing and pruning a whole model, layer by layer, as seen by the caller.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -157,7 +157,7 @@ fn owl_gives_blocks_ratios_of_their_own() {
         layers.iter().map(|l| l.zeros).sum::<usize>() as f64
             / layers.iter().map(|l| l.params).sum::<usize>() as f64
     };
-    // Two blocks lie at both ends of the spread; rows are too short to meet ratios to the weight.
+    // The blocks are at the two ends of the range of ratios. Rows are too short for exact ratios.
     assert!((share(0) - share(1)).abs() > 0.1 && (share(0) + share(1) - 1.0).abs() < 0.06);
     let nm = PruneConfig::new(Method::Wanda, Pattern::NM { n: 2, m: 4 }).with_owl(owl);
     assert!(matches!(
@@ -251,7 +251,7 @@ fn what_cannot_be_quantized_is_refused() {
     assert!(refused(&mut model, &[], &bits).contains("bits = 7"));
     let damping = good.with_factor(FactorConfig::new().with_damping(-1.0));
     assert!(refused(&mut model, &samples(2), &damping).contains("damping"));
-    // Three tokens say too little of 24 columns.
+    // Three tokens contain too little information about 24 columns.
     let undamped = good.with_factor(FactorConfig::new().with_damping(0.0));
     let error = refused(&mut model, &[vec![1, 2, 3]], &undamped);
     assert!(
@@ -278,7 +278,7 @@ fn what_cannot_be_quantized_is_refused() {
         error.contains(name) && error.contains("element 5"),
         "{error}"
     );
-    // With data, the next layer's input tells first.
+    // With data, the error is first found in the input of the next layer.
     let error = refused(&mut model, &samples(2), &good);
     assert!(
         error.contains("model.layers.1.mlp.down_proj") && error.contains("NaN"),

@@ -1,4 +1,5 @@
-//! Adapters on quantized bases, and training through a grid: what is merged is what was trained, bit for bit.
+//! Adapters on quantized bases, and training through a grid: the merged weights are the trained
+//! ones, bit for bit.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -26,7 +27,7 @@ use rand::SeedableRng;
 
 type Layers = BTreeMap<String, QuantizedMatrix>;
 
-/// Two fifths of each linear layer zero.
+/// Two fifths of each linear layer are zero.
 fn sparse(seed: u64) -> Decoder {
     let mut model = tiny(false, seed);
     model
@@ -131,7 +132,7 @@ fn bits(matrix: &Matrix) -> Vec<u32> {
         .collect()
 }
 
-/// The weights of the training forward pass, on the tape, by layer.
+/// Returns the weights of the training forward pass, on the autodiff tape, by layer.
 fn trained_weights(net: &SuperNet) -> BTreeMap<String, Matrix> {
     let model = net.model().clone().train();
     let adapted = model.linears().filter(|(_, layer)| layer.adapter.is_some());
@@ -140,7 +141,8 @@ fn trained_weights(net: &SuperNet) -> BTreeMap<String, Matrix> {
         .collect()
 }
 
-/// Merges the active subnet and holds it against what training computes. Zeros that must stay are those of the masks.
+/// Merges the active subnet and compares it with what training computes. The zeros that must stay
+/// are those of the masks.
 fn check_merge(net: &SuperNet, masks: &BTreeMap<String, Mask>, context: &str) -> Decoder {
     let expected = trained_weights(net);
     let merged = Merger::new()
@@ -217,7 +219,8 @@ fn masks(model: &Decoder) -> BTreeMap<String, Mask> {
 fn a_merge_is_the_training_forward_bit_for_bit() {
     for (index, width) in [2, 3, 4, 8].into_iter().enumerate() {
         for symmetric in [false, true] {
-            // Ragged groups, groups that fit, one group; scales of 16 and of 32 bits.
+            // Groups with a ragged last one, groups that fit, and one group; scales of 16 and of 32
+            // bits.
             let group = [Some(7), Some(8), None, Some(5)][index];
             let mut grid = grid(width, group, symmetric);
             grid.scale_dtype = if symmetric {
@@ -227,7 +230,7 @@ fn a_merge_is_the_training_forward_bit_for_bit() {
             };
             let model = sparse(4);
             let (layers, masks) = (rounded(&model, &grid), masks(&model));
-            // From the sparse weight, with fixed scales, and from the integers, with trained ones.
+            // From the sparse weights with fixed scales, and from the integers with trained scales.
             for (packed, scales) in [(false, false), (false, true), (true, true)] {
                 let context = format!(
                     "{width} bits, symmetric {symmetric}, packed {packed}, scales {scales}"
@@ -275,7 +278,7 @@ fn a_merge_is_the_training_forward_bit_for_bit() {
                         );
                         assert_eq!(now.parts().zeros, then.zeros);
                         assert_ne!(now.parts().codes, then.codes, "{context}: `{name}`, codes");
-                        // A grid that fits into 16 bits still does.
+                        // A grid that fits into 16 bits still fits.
                         let half = |scale: &f32| half::f16::from_f32(*scale).to_f32() == *scale;
                         assert!(!symmetric || now.parts().scales.iter().all(half));
                     }
@@ -394,7 +397,7 @@ fn an_interrupted_run_goes_on_with_its_scales_and_refuses_another_grid() {
     })
     .unwrap();
     let trainer = trainer.with_folder(dir.path()).with_resume(true);
-    // Ends at the validation of step 4, with the checkpoint of step 3.
+    // The run ends at the validation of step 4, with the checkpoint of step 3.
     let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
     assert!(
         trainer
@@ -480,7 +483,7 @@ fn a_packed_base_trains_and_infers_as_its_dense_twin() {
                 of_packed.cost(of_packed.active()).unwrap(),
                 of_dense.cost(of_dense.active()).unwrap()
             );
-            // Into floats: the grid cannot hold the sum.
+            // Merged into floats, because the grid cannot represent the sum.
             let merger = Merger::new();
             assert_eq!(merger.merge(&of_packed, &[], &Silent).is_ok(), masked);
             let merged = merger
@@ -560,7 +563,7 @@ fn what_cannot_be_is_refused_by_name() {
     assert_eq!(layer.active_dims(), [d_input, d_output]);
     assert!(make().into_model().with_quantized(&layers).is_err());
 
-    // Groups in an order of their own are fine, as long as all inputs are active.
+    // Groups in a custom order are allowed as long as all inputs are active.
     let mut parts: QuantizedParts = layers[&first].clone().into_parts();
     parts.group_of = Some((0..d_input as u32).map(|input| (input * 5) % 3).collect());
     let mut ordered = layers;
@@ -612,7 +615,7 @@ fn adapters_that_begin_as_the_error_of_compression_are_nearer_to_the_original() 
         before = now;
     }
     assert!(before < 0.6 * fresh, "{before} {fresh}");
-    // What the model computes is nearer too.
+    // The output of the model is closer, too.
     let off = |model: &Decoder| {
         let (got, want) = (logits(model), logits(&original));
         got.iter()
@@ -626,7 +629,7 @@ fn adapters_that_begin_as_the_error_of_compression_are_nearer_to_the_original() 
     );
     assert!(begun < 0.9 * plain, "{begun} {plain}");
     train(&mut net, config(3));
-    // Under a mask too, and never through a grid.
+    // This also holds under a mask, and never through a grid.
     let sparse_layers = rounded(&sparse(4), &grid(3, Some(8), false));
     let mut masked = self::net(
         sparse(4).with_quantized(&sparse_layers).unwrap(),

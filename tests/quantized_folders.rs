@@ -1,7 +1,9 @@
-//! Model folders with quantized layers: what is written is read back, and other tools compute the same from it.
+//! Model folders with quantized layers: they are read back as written, and other tools compute the
+//! same results from them.
 //!
-//! The scripts beside this test want transformers with GPTQModel and optimum, and with compressed-tensors; those of them that
-//! the Python at hand lacks (`ELASTIC_LORA_PYTHON`, else `python3`) are skipped, and so said.
+//! The scripts of this test need transformers with GPTQModel and optimum, and with
+//! compressed-tensors. Scripts whose modules the Python (`ELASTIC_LORA_PYTHON`, else `python3`)
+//! lacks are skipped, and the test prints so.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -28,17 +30,17 @@ const FORMATS: [QuantFormat; 3] = [
     QuantFormat::CompressedTensors,
 ];
 
-/// How the layers of a test are quantized.
+/// Quantization of the layers of a test.
 #[derive(Clone, Copy)]
 struct Grid {
     bits: u8,
-    /// `None` for one group a row.
+    /// Group size, or `None` for one group per row.
     group_size: Option<usize>,
     symmetric: bool,
     act_order: bool,
 }
 
-/// A Llama whose every width is whole words at any bits, with biases.
+/// A Llama with biases whose widths all fill whole words at any number of bits.
 fn model(seed: u64) -> Decoder {
     let config = HfConfig::new_llama(&LlamaDims {
         vocab_size: 61,
@@ -59,7 +61,7 @@ fn model(seed: u64) -> Decoder {
     let mut raw = config.unwrap().raw().clone();
     raw.insert("attention_bias".into(), true.into());
     let model = Decoder::init(&HfConfig::from_json(raw).unwrap(), seed, &Device::flex()).unwrap();
-    // Weights and biases that f16 holds, and that are large enough to matter.
+    // Weights and biases that f16 can represent, and that are large enough to matter.
     let mut model = model.with_weight_dtype(DType::F32).unwrap();
     let mut salt = seed;
     model
@@ -99,7 +101,7 @@ fn model(seed: u64) -> Decoder {
     model
 }
 
-/// Rounds a layer's weights to a grid that spans them.
+/// Rounds the weights of a layer to a grid that spans them.
 fn quantize(weight: &Matrix, grid: Grid, seed: u64) -> QuantizedMatrix {
     let (rows, cols) = (weight.rows(), weight.cols());
     let group_size = grid.group_size.unwrap_or(cols);
@@ -168,7 +170,7 @@ fn quantize(weight: &Matrix, grid: Grid, seed: u64) -> QuantizedMatrix {
     QuantizedMatrix::new(parts).unwrap()
 }
 
-/// Quantizes the layers whose names end in one of `kinds`, in the model too.
+/// Quantizes the layers whose names end in one of `kinds`, also in the model itself.
 fn quantize_model(
     model: &mut Decoder,
     grid: Grid,
@@ -278,7 +280,8 @@ fn folders_come_back_with_every_code_and_the_same_logits() {
                 "{which} {format:?}"
             );
 
-            // The packed weights take what their layout says, which is near what the file takes.
+            // The packed weights take the size of their layout, which is close to the size of the
+            // file.
             let packed: usize = layers
                 .values()
                 .map(|matrix| PackedMatrix::new(matrix).bytes())
@@ -336,7 +339,7 @@ fn an_old_gptq_folder_has_its_config_beside() {
             .unwrap(),
         layers
     );
-    // A folder that says nothing of it lacks its weights.
+    // Without a quantization config, the weights of the folder count as missing.
     std::fs::remove_file(folder.join("quantize_config.json")).unwrap();
     let config = HfConfig::open(&folder).unwrap();
     let checkpoint = Checkpoint::open(&folder).unwrap();
@@ -443,8 +446,8 @@ fn a_trained_model_keeps_its_tokenizer() {
     }
 }
 
-/// Runs a script of `fixtures/interop` on folders and vectors: its exit code and what it said; `None` where something of its
-/// is missing.
+/// Runs a script of `fixtures/interop` on folders and vectors. Returns its exit code and its
+/// output, or `None` if one of its modules is missing.
 fn run(script: &str, arguments: &[PathBuf]) -> Option<(Option<i32>, String)> {
     let python =
         std::env::var_os("ELASTIC_LORA_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
@@ -479,13 +482,13 @@ fn run(script: &str, arguments: &[PathBuf]) -> Option<(Option<i32>, String)> {
     Some((output.status.code(), format!("{out}\n{err}")))
 }
 
-/// The scripts must agree with what is right, and must not with what is not.
+/// Checks that the scripts accept correct folders and report wrong ones.
 fn check(script: &str, arguments: &[PathBuf]) {
     let Some((code, said)) = run(script, arguments) else {
         return;
     };
     assert_eq!(code, Some(0), "{said}");
-    // The first folder beside the second one's vectors.
+    // The first folder with the vectors of the second one.
     let Some((code, said)) = run(script, &[arguments[0].clone(), arguments[3].clone()]) else {
         return;
     };
@@ -495,7 +498,8 @@ fn check(script: &str, arguments: &[PathBuf]) {
     );
 }
 
-/// Writes models of these grids and formats, and what they compute; the script's arguments.
+/// Writes models with these grids and formats, and their outputs. Returns the arguments of the
+/// script.
 fn folders(scratch: &Path, cases: &[(Grid, QuantFormat, &[&str])]) -> Vec<PathBuf> {
     let mut arguments = Vec::new();
     for (which, (grid, format, kinds)) in cases.iter().enumerate() {
@@ -503,7 +507,7 @@ fn folders(scratch: &Path, cases: &[(Grid, QuantFormat, &[&str])]) -> Vec<PathBu
         let layers = quantize_model(&mut model, *grid, kinds);
         let folder = scratch.join(format!("{which}-{}-{}", format.name(), grid.bits));
         write(&model, &layers, *format, &folder, DType::F16);
-        // What is compared with is the folder as it is read here, its f16 head and norms included.
+        // The reference is the folder as it is read here, including its f16 head and norms.
         let model = load(&folder);
         let ids = random_ids(33, 61, which as u64);
         let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();

@@ -1,4 +1,4 @@
-//! The decoder against transformers' outputs for two real models.
+//! The decoder compared with the outputs of transformers for two real models.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -31,7 +31,8 @@ fn check(model: &str) {
     let hidden = host_values(decoder.hidden_states(decoder.tokens(&ids, 1).unwrap(), None));
     assert!(max_diff(&hidden, &vectors.load_f32("last_hidden").unwrap()) < 1e-4);
 
-    // Cached: a prefill of 5, then token by token, and a piece of 11 at the end.
+    // With a cache: a prefill of 5 tokens, then token by token, and a piece of 11 tokens at the
+    // end.
     let mut cache = KvCache::new(decoder.config().num_hidden_layers());
     let mut cached = Vec::new();
     let mut start = 0;

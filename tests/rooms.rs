@@ -1,16 +1,17 @@
-//! The order of the crate's modules: each names only those above it, and Burn stops at a line.
+//! Checks the order of the crate's modules: each uses only the modules above it, and only the
+//! modules below a certain line use Burn.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The modules of the crate, from the top down. A module may name itself and those before it.
+/// The modules of the crate, from the top down. A module may use itself and the modules before it.
 const ROOMS: [&str; 23] = [
     "settings", "error", "progress", "arch", "space", "linalg", "format", "sparsity", "quant",
     "kernels", "io", "data", "search", "runtime", "ffi", "nn", "adapter", "model", "supernet",
     "calib", "train", "eval", "merge",
 ];
 
-/// The last module that does without Burn.
+/// The last module that does not use Burn.
 const LAST_WITHOUT_BURN: &str = "ffi";
 
 fn rank(room: &str) -> Option<usize> {
@@ -31,7 +32,7 @@ fn source_files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The code of a file, without line comments (documentation may point anywhere).
+/// Returns the code of a file without line comments, because documentation may refer to any module.
 fn code(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap();
     let lines = text
@@ -40,7 +41,8 @@ fn code(path: &Path) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// The modules that code names behind `crate::`, in paths and in groups such as `crate::{a, b::c}`.
+/// Returns the modules that follow `crate::` in the code, in paths and in groups such as
+/// `crate::{a, b::c}`.
 fn named(code: &str) -> Vec<String> {
     let mut names = Vec::new();
     for (at, _) in code.match_indices("crate::") {

@@ -1,4 +1,5 @@
-//! The lean executor computes what the decoder does: every family and format, with a cache and without, and real models.
+//! The runtime computes the same as the decoder: every family and format, with and without a cache,
+//! and real models.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -27,7 +28,8 @@ use elastic_lora::runtime::{
     SessionConfig,
 };
 
-/// The tests' models: families, tied and not, biases, windows, rotary scalings, blocks that differ or lack a part.
+/// The models of the tests: all families, tied and untied, with biases, windows, rotary scalings,
+/// and blocks that differ or lack a sub-block.
 fn models() -> Vec<(&'static str, Decoder)> {
     let dims = tiny_dims(false);
     let long = LlamaDims {
@@ -157,7 +159,7 @@ fn contexts_of_many_tiles_are_the_decoders() {
             let got = in_pieces(&mut session, &ids, &[300, 63, 1, 1, 200]);
             let off = max_diff(&got, &want) / largest(&want);
             assert!(off < 1e-4, "{threads} threads: off by {off}");
-            // What was forgotten is written over.
+            // Discarded tokens are overwritten.
             session.truncate(65);
             let again = in_pieces(&mut session, &ids[65..], &[7, 400]);
             assert!(max_diff(&again, &want[65 * 41..]) / largest(&want) < 1e-4);
@@ -165,7 +167,7 @@ fn contexts_of_many_tiles_are_the_decoders() {
     }
 }
 
-/// The decoder with the numbers that the model stores.
+/// Returns the decoder with the numbers that the model stores.
 fn as_stored(decoder: &Decoder, model: &Model) -> Decoder {
     let mut decoder = decoder.clone();
     let device = Device::flex();
@@ -315,7 +317,7 @@ fn formats_turn_into_each_other_exactly_or_not_at_all() {
         matches!(&error, Error::Unsupported { what } if what.contains("q_proj")),
         "{error}"
     );
-    // More than 2 of 4.
+    // More than 2 of 4 weights are not zero.
     let error = Model::from_decoder(&decoder, F::NmF16 { n: 2, m: 4 }).unwrap_err();
     assert!(
         error
@@ -358,7 +360,7 @@ fn generation_is_the_decoders_and_stops_where_it_should() {
                 true
             };
             let got = session(&model).generate(&prompt, &config, show).unwrap();
-            // To the end of the context.
+            // Generation up to the end of the context.
             assert_eq!((got.len(), &got, &shown), (35, &want, &want));
             config.stop_ids = vec![want[7]];
             let first = want.iter().position(|id| *id == want[7]).unwrap();
@@ -459,7 +461,7 @@ fn quantized_folders_run_with_the_codes_that_they_hold() {
         ..tiny_dims(false)
     };
     let mut decoder = llama(&dims, serde_json::json!({"attention_bias": true}), 21);
-    // Smaller, so that no score is so large that it makes much of the last bits of its inputs.
+    // Smaller weights, so that no score is large enough to amplify the last bits of its inputs.
     decoder
         .try_for_each_linear(|_, layer| {
             let weight = layer.base.to_matrix();
@@ -525,7 +527,7 @@ fn quantized_folders_run_with_the_codes_that_they_hold() {
             5e-4,
             &format!("{format:?}, sparse"),
         );
-        // Of a decoder whose weights stayed packed.
+        // From a decoder whose weights stayed packed.
         let mut packed = decoder.clone();
         packed
             .try_for_each_linear(|name, layer| {
@@ -576,7 +578,8 @@ fn real_models_give_transformers_logits() {
             &expected[4..],
             "{name}"
         );
-        // What rounding the inputs of integer weights costs, against the same weights in 32 bits.
+        // The error of rounding the inputs of integer weights, compared with the same weights in 32
+        // bits.
         let format = WeightFormat::Int {
             bits: 4,
             group_size: Some(32),
@@ -599,7 +602,7 @@ fn real_models_give_transformers_logits() {
             println!("{name}: {activations:?}: {off:.1e} of the largest logit");
             assert!(off < most, "{name}, {activations:?}: {off}");
         }
-        // Of the same file read as a whole, and of the decoder.
+        // From the same file read as a whole, and from the decoder.
         let read = Model::open(&dir, &ModelOptions::default().with_mmap(false)).unwrap();
         let made = Model::from_decoder(&load(&dir), F32).unwrap();
         let mapped = in_pieces(&mut session(&model), &ids, &[ids.len()]);

@@ -1,4 +1,5 @@
-//! A session's subnet is the supernet's: ranks, widths and depth, alone and in a batch, from many threads.
+//! A session's subnet equals that of the supernet: ranks, widths and depth, alone and in a batch,
+//! from many threads.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -30,7 +31,7 @@ fn units() -> Vec<String> {
     .to_vec()
 }
 
-/// Ranks, widths, head counts and depth on three blocks with biases; alpha is not the rank.
+/// Ranks, widths, head counts and depth on three blocks with biases. Alpha differs from the rank.
 fn net(tied: bool, rule: ScaleRule) -> SuperNet {
     let dims = LlamaDims {
         num_hidden_layers: 3,
@@ -59,7 +60,7 @@ fn net(tied: bool, rule: ScaleRule) -> SuperNet {
     let config =
         SuperNetConfig::new(lora).with_fixed_layers(vec!["model.layers.1.self_attn.o_proj".into()]);
     let mut net = SuperNet::new(model, space, config).unwrap();
-    // A fresh adapter adds nothing; a few steps make it matter.
+    // A fresh adapter adds nothing, so it is trained for a few steps.
     let sequences = (0..4)
         .map(|seed| Sequence::unmasked(random_ids(12, 41, seed)))
         .collect();
@@ -125,7 +126,7 @@ fn a_sessions_subnet_is_the_super_networks() {
     ] {
         let mut net = net(tied, rule);
         let named = subnets(net.space());
-        // Whatever is active in the net while it is read.
+        // The result must not depend on which subnet is active while the net is read.
         net.activate(&net.minimal()).unwrap();
         let model = Model::from_supernet(&net, &named, F32).unwrap();
         let whole = model.subnets()[0].config.clone();
@@ -146,7 +147,7 @@ fn a_sessions_subnet_is_the_super_networks() {
             agrees(&net.eval_model(), &mut session, &ids, 1e-4, name);
             session.reset();
             seen.push(in_pieces(&mut session, &ids, &[ids.len()]));
-            // The same by its values, and as a model of its own.
+            // The same subnet by its values, and as a model of its own.
             let mut other = Session::new(&model, &SessionConfig::default()).unwrap();
             other.set_config(config).unwrap();
             assert_eq!(
@@ -177,7 +178,7 @@ fn a_sessions_subnet_is_the_super_networks() {
                 .unwrap();
             assert_eq!(merger.model.config().blocks(), merged.config().blocks());
         }
-        // Back to the first, nothing has moved; and no two are the same.
+        // Back at the first subnet, the result is unchanged, and all other results differ.
         assert_eq!(seen[0], seen[5]);
         assert!((1..5).all(|i| max_diff(&seen[0], &seen[i]) > 1e-3));
     }
@@ -189,7 +190,7 @@ fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
     let model = Model::from_supernet(&net, &subnets(net.space()), F32).unwrap();
     let mut session = session(&model);
     let ids = random_ids(9, 41, 3);
-    // All off is the base.
+    // With all adapters off, the model is the base.
     let none = vec![0; model.layers().len()];
     session.set_ranks(&none).unwrap();
     let mut base = net.eval_model();
@@ -199,7 +200,7 @@ fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
     })
     .unwrap();
     agrees(&base, &mut session, &ids, 1e-4, "base");
-    // One at a rank that no group offers.
+    // One layer at a rank that no group offers.
     session.reset();
     let mut ranks: Vec<u32> = model
         .layers()
@@ -251,7 +252,7 @@ fn ranks_are_set_one_by_one_and_a_cache_belongs_to_its_subnet() {
     let mut wrong = net.maximal();
     wrong.set("depth", 9);
     assert!(session.set_config(&wrong).is_err());
-    // A model that is no supernet has its one subnet.
+    // A model that is not a supernet has exactly one subnet.
     let plain = Model::from_decoder(&base, F32).unwrap();
     let mut session = Session::new(&plain, &SessionConfig::default()).unwrap();
     state(session.set_config(&net.minimal()).unwrap_err());
@@ -340,7 +341,7 @@ fn sessions_in_a_batch_are_what_they_are_alone() {
         let positions: Vec<usize> = together.iter().map(Session::position).collect();
         assert_eq!(positions, [6, 10, 14, 18]);
     }
-    // What cannot be together.
+    // Sessions that cannot be in one batch.
     let (mut a, mut b) = (session(&models[0]), session(&models[1]));
     let mut logits = vec![0.0; 82];
     assert!(matches!(

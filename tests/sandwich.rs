@@ -1,5 +1,5 @@
-//! Training by the sandwich rule, with distillation in place, and in stages: what a step's gradient is, and what a run promises
-//! whatever its rule.
+//! Training by the sandwich rule, with in-place distillation, and in stages: the gradient of a
+//! step, and the guarantees of a run under every rule.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -23,7 +23,7 @@ use elastic_lora::train::{
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 
-/// Arithmetic progressions of tokens, of many lengths; the first two tokens are given.
+/// Arithmetic progressions of tokens with various lengths. The first two tokens are given.
 fn sequences(n: usize, seed: u64) -> Vec<Sequence> {
     let draws = random_ids(3 * n, 40, seed);
     draws
@@ -59,7 +59,8 @@ fn net() -> SuperNet {
     net_of(&[5, 3, 2], 0.2, false)
 }
 
-/// Ranks, widths, heads and a depth that leaves out the first block, with all that is trained below the second.
+/// Ranks, widths, heads and a depth that can leave out the first block, and with it all trained
+/// factors below the second block.
 fn mixed_net(dropout: f64) -> SuperNet {
     let model = tiny(false, 4);
     let layers = model.layer_shapes();
@@ -92,7 +93,8 @@ fn mixed_net(dropout: f64) -> SuperNet {
     net
 }
 
-/// Everything on, three stages of which the first leaves the largest subnet alone, distillation.
+/// Everything enabled: three stages, the first of which trains only the largest subnet, and
+/// distillation.
 fn config() -> TrainConfig {
     TrainConfig {
         accumulation: 2,
@@ -118,7 +120,7 @@ fn run(config: TrainConfig, net: &mut SuperNet) -> Result<TrainReport> {
     Trainer::new(config)?.run(net, &mut batcher(), &valid, &Silent)
 }
 
-/// Weights that are not at their start, where B is zero.
+/// Moves the weights away from their start, where B is zero.
 fn trained(mut net: SuperNet) -> SuperNet {
     run(
         TrainConfig {
@@ -139,7 +141,7 @@ fn factors(net: &SuperNet) -> BTreeMap<String, Vec<f32>> {
         .collect()
 }
 
-/// Adds a model's gradients to `into`, in double precision.
+/// Adds the gradients of a model to `into`, in double precision.
 fn add_gradients(model: &Decoder, mut gradients: Gradients, into: &mut BTreeMap<String, Vec<f64>>) {
     for_each_param(model, |path, param| {
         if let Some(gradient) = param.take_gradient(&mut gradients) {
@@ -154,7 +156,7 @@ fn add_gradients(model: &Decoder, mut gradients: Gradients, into: &mut BTreeMap<
     });
 }
 
-/// By plain operations: the logits that predict a batch's targets, and those targets.
+/// Returns, by plain operations, the logits that predict the targets of a batch, and these targets.
 fn predictions(model: &Decoder, batch: &Batch) -> (Tensor<2>, Tensor<1, Int>) {
     let targets = targets(batch);
     let rows: Vec<i32> = targets.iter().map(|(row, _)| *row as i32).collect();
@@ -171,7 +173,8 @@ fn predictions(model: &Decoder, batch: &Batch) -> (Tensor<2>, Tensor<1, Int>) {
 
 #[test]
 fn a_step_is_the_mean_of_its_subnets_gradients() {
-    // With so large an epsilon AdamW's first step is the gradient, times the rate over epsilon.
+    // With such a large epsilon, the first step of AdamW is the gradient times the learning rate
+    // over epsilon.
     const LARGE: f64 = 1e3;
     let cases = [
         (None, 2, false, false),
@@ -343,7 +346,7 @@ fn the_same_seed_gives_the_same_bits_and_each_rule_its_own() {
 
 #[test]
 fn an_interrupted_run_resumes_to_the_same_bits() {
-    // The checkpoint of step 3 lies within a stage.
+    // The checkpoint of step 3 is within a stage.
     let kinds = [Elastic::Rank, Elastic::Width, Elastic::Depth];
     let stages = vec![
         Stage::new(2, []),
@@ -365,7 +368,7 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
             .with_folder(dir.path())
             .with_resume(true)
     };
-    // Ended at its first validation, as if the process had been.
+    // The run ends with an error at its first validation, as if the process had been killed.
     let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
     let outcome = trainer(settings.clone()).run(&mut net(), &mut batcher(), &broken, &Silent);
     assert!(matches!(outcome, Err(Error::TokenOutOfRange { .. })));
@@ -472,7 +475,7 @@ fn a_stage_leaves_what_it_does_not_name_at_its_largest() {
         Sampling::Sandwich { random: 1 },
     ] {
         let logs = staged(sampling);
-        // The largest subnet alone, bit for bit; then not.
+        // First the largest subnet alone, bit for bit; then other subnets, too.
         assert_eq!(logs[..5], alone[..5], "{sampling:?}");
         assert!(
             logs[5..]
@@ -492,7 +495,7 @@ fn a_stage_leaves_what_it_does_not_name_at_its_largest() {
 
 #[test]
 fn a_step_moves_what_any_of_its_subnets_used_and_no_more() {
-    // Of 5 ranks the largest subnet has 4 and the smallest 1.
+    // Of 5 ranks, the largest subnet has 4 and the smallest 1.
     let mut net = net_of(&[4, 1], 0.2, false);
     let before = factors(&net);
     let config = TrainConfig {
@@ -601,7 +604,7 @@ fn settings_that_do_not_fit_are_refused() {
         );
     }
 
-    // A head that is trained would get no gradient from it; a kind that no group has would never vary.
+    // A trained head would get no gradient from it, and a kind that no group has would never vary.
     let mut dense = SuperNet::dense(tiny(true, 4)).unwrap();
     let before = weight_bits(dense.model());
     let unstaged = TrainConfig {

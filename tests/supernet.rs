@@ -1,4 +1,4 @@
-//! The supernet: its space on a model, what subnets cost, and what extracting one gives.
+//! The supernet: its space on a model, the costs of subnets, and the results of extracting them.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -24,7 +24,7 @@ fn lora() -> LoraConfig {
     LoraConfig::new(6).with_alpha(9.0)
 }
 
-/// Two groups a block: q, k, v and up.
+/// Two groups per block: q, k and v, and up.
 fn space(model: &Decoder) -> SearchSpace {
     SearchSpace::grouped(
         &model.layer_shapes(),
@@ -117,7 +117,7 @@ fn what_does_not_fit_the_model_is_refused() {
         assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
     }
 
-    // A model that carries an adapter, named by the space or not.
+    // A model that already has an adapter, on a layer that is in the space or not.
     for (adapted, in_space) in [(q, q), ("model.layers.1.mlp.gate_proj", q)] {
         let mut model = tiny(true, 3);
         let layer = model.linear_mut(adapted).unwrap();
@@ -231,7 +231,7 @@ fn outputs(net: &mut SuperNet, subnet: &elastic_lora::SubnetConfig) -> Vec<f32> 
     logits(net.model())
 }
 
-/// The same supernet with factors far from fresh: a few large steps on noise.
+/// Moves the factors far from their fresh values by a few large steps on noise.
 fn trained(mut net: SuperNet) -> SuperNet {
     let mut config = TrainConfig::new(5);
     config.lr = 0.05;
@@ -372,7 +372,7 @@ fn seeds_make_the_factors() {
             .zip(&two)
             .all(|(a, b)| a.0.ends_with("lora_b") || a.1 != b.1)
     );
-    // No two layers of one shape share their factors.
+    // Layers of the same shape do not share their factors.
     let as_: Vec<_> = one
         .iter()
         .filter(|(path, _)| path.ends_with("lora_a"))

@@ -1,4 +1,5 @@
-//! Training: what changes and what does not, the same bits after an interruption, and what goes wrong loudly.
+//! Training: what changes and what stays, bit-identical results after an interruption, and clear
+//! errors.
 #![cfg(feature = "flex")]
 
 mod common;
@@ -20,7 +21,7 @@ use elastic_lora::train::{
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
 
-/// Arithmetic progressions of tokens, of many lengths; the first two tokens are given.
+/// Arithmetic progressions of tokens with various lengths. The first two tokens are given.
 fn sequences(n: usize, seed: u64) -> Vec<Sequence> {
     let draws = random_ids(3 * n, 40, seed);
     draws
@@ -59,7 +60,8 @@ fn net() -> SuperNet {
     net
 }
 
-/// Everything on: accumulation, clipping that bites, warm-up, decay, validation, a subnet drawn at each step.
+/// Everything enabled: accumulation, clipping that takes effect, warm-up, decay, validation, and a
+/// random subnet at each step.
 fn config(steps: usize) -> TrainConfig {
     let mut config = TrainConfig::new(steps);
     config.accumulation = 2;
@@ -72,7 +74,7 @@ fn config(steps: usize) -> TrainConfig {
     config
 }
 
-/// The layer's weight with every third element set to zero.
+/// Returns the layer's weight with every third element set to zero.
 fn every_third_zero(base: &BaseLinear) -> Matrix {
     let mut weight = base.to_matrix();
     weight
@@ -95,8 +97,8 @@ fn run_until(
     trainer.run(net, &mut batcher(), &valid(), progress)
 }
 
-/// A run that ends at its first validation, for which it is given a token outside the vocabulary: what it leaves is the
-/// checkpoint before that, as if the process had been ended.
+/// Runs until the first validation, which fails because of a token outside the vocabulary. The
+/// remaining checkpoint is the one before it, as if the process had been killed.
 fn end_at_validation(trainer: &Trainer, net: &mut SuperNet) {
     let broken = fixed_batches(&[Sequence::unmasked(vec![1, 41])], 1, 0).unwrap();
     let outcome = trainer.run(net, &mut batcher(), &broken, &Silent);
@@ -137,7 +139,7 @@ fn only_adapters_change_and_the_loss_falls() {
     assert!(!net.model().device().is_autodiff());
     assert_eq!((report.steps_done, report.logs.len()), (60, 60));
 
-    // A second run goes on from there, and still leaves the base alone.
+    // A second run continues from there, and still leaves the base unchanged.
     let trained_loss = report.valid_loss().unwrap();
     let report = run(
         &Trainer::new(TrainConfig {
@@ -219,7 +221,7 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
         })
         .unwrap();
         let expected = run(&trainer.clone().with_folder(whole_dir.path()), &mut whole).unwrap();
-        // Ended after step 4, and so resumed from the checkpoint of step 3.
+        // Ended after step 4, and therefore resumed from the checkpoint of step 3.
         let ended_dir = tempfile::tempdir().unwrap();
         let ended = trainer
             .clone()
@@ -231,8 +233,8 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
         assert_eq!((late.steps_done, &late.logs), (9, &expected.logs));
         assert_eq!(weight_bits(net.model()), weight_bits(whole.model()));
 
-        // Stopped before its first step, and again and again, each time a little later: between steps, in the midst of them
-        // and of validations.
+        // Interrupted before its first step, and again and again, each time a little later: between
+        // steps, and within steps and validations.
         let trainer = trainer.with_folder(dir.path()).with_resume(true);
         let (mut interruptions, mut tasks) = (0, BTreeSet::new());
         let (report, weights) = loop {
@@ -241,7 +243,7 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
             match run_until(&trainer, &mut net, &stop) {
                 Ok(report) => break (report, weight_bits(net.model())),
                 Err(Error::Interrupted { task }) => {
-                    // Asked once, it stops at once.
+                    // The run stops at the first check that requests it.
                     assert_eq!(stop.asked(), interruptions + 1);
                     tasks.insert(task);
                     interruptions += 1;
@@ -255,7 +257,7 @@ fn an_interrupted_run_resumes_to_the_same_bits() {
         assert_eq!(report.logs, expected.logs);
         let csv = |dir: &Path| std::fs::read_to_string(dir.join("losses.csv")).unwrap();
         assert_eq!(csv(dir.path()), csv(whole_dir.path()));
-        // Once more, from the last checkpoint on: the same again.
+        // Once more from the last checkpoint: the same result again.
         let mut net = make();
         assert_eq!(run(&trainer, &mut net).unwrap().logs, expected.logs);
         assert_eq!(weight_bits(net.model()), weights);
@@ -282,7 +284,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
             .with_resume(true)
     };
 
-    // Other settings, space, adapters, data, order.
+    // Other settings, space, adapters, data, or order.
     let mismatch = |outcome: Result<TrainReport>| match outcome {
         Err(Error::CheckpointMismatch { field, .. }) => field,
         other => panic!("{other:?}"),
@@ -323,7 +325,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         "number of base weights"
     );
 
-    // Broken files; the supernet stays as it was, off the tape.
+    // Damaged files. The supernet stays unchanged and off the autodiff tape.
     let checkpoint = dir.path().join("checkpoint");
     let (json, tensors) = (
         checkpoint.join("trainer.json"),
@@ -391,7 +393,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     std::fs::remove_file(&tensors).unwrap();
     refused("no tensors");
 
-    // And the good one is still good.
+    // The undamaged files still work.
     std::fs::write(&tensors, &good_tensors).unwrap();
     let mut resumed = net();
     let report = run(&resume(settings.clone()), &mut resumed).unwrap();
@@ -437,7 +439,7 @@ fn divergence_is_an_error_and_the_weights_stay_finite() {
             .all(|bits| f32::from_bits(*bits).is_finite())
     };
     for clip_norm in [None, Some(1.0)] {
-        // So large a rate that the next loss is not a number.
+        // A learning rate so large that the next loss is NaN.
         let mut net = net();
         let wild = TrainConfig {
             lr: 1e30,
@@ -456,7 +458,7 @@ fn divergence_is_an_error_and_the_weights_stay_finite() {
         );
         assert!(finite(&net));
         assert!(!net.model().device().is_autodiff());
-        // The only step: what validation finds counts.
+        // The run has only one step, so the result of its validation counts.
         let mut net = self::net();
         let before = weight_bits(net.model());
         let error = run(
@@ -476,7 +478,7 @@ fn accumulated_micro_batches_are_one_batch() {
         let model = tiny(false, 4);
         let space = SearchSpace::fixed(&model.layer_shapes(), 3).unwrap();
         let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(3))).unwrap();
-        // 8 sequences make an epoch, and a step: their order does not matter.
+        // 8 sequences are one epoch and one step, so their order does not matter.
         let mut data = Batcher::new(all.clone(), batch, 0, 1).unwrap();
         let config = TrainConfig {
             accumulation,
@@ -540,7 +542,7 @@ fn the_log_has_every_step_with_its_rate_and_validation() {
     assert!(report.logs[0].lr < report.logs[2].lr && report.logs[9].lr < report.logs[5].lr);
     let total: usize = report.logs.iter().map(|log| log.n_tokens).sum();
     assert!((report.tokens_per_second * report.seconds - total as f64).abs() < 1.0);
-    // A step's tokens are those of its two batches.
+    // The tokens of a step are those of its two batches.
     let mut data = batcher();
     assert_eq!(
         report.logs[0].n_tokens,
@@ -590,7 +592,7 @@ fn a_dense_run_trains_every_weight_and_may_be_adapted_after() {
         net.model().count_base_params().total
     );
 
-    // Adapters on the model that was just trained: its own weights are frozen then.
+    // Adapters on the model that was just trained; its own weights are frozen then.
     let model = net.into_model();
     let space = SearchSpace::fixed(&model.layer_shapes(), 2).unwrap();
     let mut net = SuperNet::new(model, space, SuperNetConfig::new(LoraConfig::new(2))).unwrap();
@@ -660,7 +662,7 @@ fn odd_data_gives_errors_or_nothing_but_no_panic() {
         let mut data = Batcher::new(sequences, 2, 0, 1)?;
         Trainer::new(config(3))?.run(net, &mut data, &[], &Silent)
     };
-    // A token outside the vocabulary, a sequence over the context, an empty one.
+    // A token outside the vocabulary, a sequence longer than the context, and an empty sequence.
     let mut net = net();
     let before = weight_bits(net.model());
     let error = run_on(vec![Sequence::unmasked(vec![1, 41, 2])], &mut net).unwrap_err();
@@ -690,7 +692,7 @@ fn odd_data_gives_errors_or_nothing_but_no_panic() {
     assert!(run_on(Vec::new(), &mut net).is_err());
     assert_eq!(before, weight_bits(net.model()));
     assert!(!net.model().device().is_autodiff());
-    // Nothing to predict: nothing is learned.
+    // Nothing to predict, so nothing is learned.
     let nothing = Sequence {
         ids: vec![1, 2, 3],
         loss_mask: vec![false; 3],
@@ -725,7 +727,7 @@ fn odd_data_gives_errors_or_nothing_but_no_panic() {
         Err(Error::InvalidArgument { .. })
     ));
 
-    // A first token cannot be predicted, whatever the mask says.
+    // A first token cannot be predicted for any mask.
     let first = Sequence {
         ids: vec![7, 8],
         loss_mask: vec![true, true],
@@ -799,7 +801,7 @@ fn a_model_on_the_autodiff_device_trains_to_the_same_bits() {
 #[test]
 fn ranks_that_no_subnet_used_stay_as_they_were() {
     let mut net = net();
-    // Momentum first, of all ranks.
+    // First build up momentum for all ranks.
     let maximal = net.maximal();
     net.activate(&maximal).unwrap();
     let fixed = TrainConfig {
@@ -814,7 +816,7 @@ fn ranks_that_no_subnet_used_stay_as_they_were() {
     run(&Trainer::new(fixed).unwrap(), &mut net).unwrap();
     let after = weight_bits(net.model());
     for (path, bits) in before.iter().filter(|(path, _)| is_factor(path)) {
-        // Of 5 ranks 2 are active: columns of A, rows of B.
+        // 2 of 5 ranks are active: columns of A and rows of B.
         let d_output = bits.len() / 5;
         let active = |i: usize| {
             if path.ends_with("lora_a") {
@@ -856,7 +858,8 @@ fn checkpointing_changes_nothing_but_rounding() {
         )
         .unwrap()
     };
-    // Adapters above the first block alone: nothing below is to be gone through again.
+    // The adapters are above the first block only, so the backward pass does not recompute anything
+    // below.
     let upper = || {
         let model = tiny(false, 4);
         let shapes: Vec<_> = model
@@ -896,7 +899,8 @@ fn checkpointing_changes_nothing_but_rounding() {
     for (what, make, sampling) in cases {
         let trained = |checkpointing: Checkpointing| {
             let mut net = make();
-            // A larger epsilon, for AdamW divides rounding by the root of what may be little else.
+            // A larger epsilon, because AdamW divides rounding errors by the root of a number that
+            // may contain little else.
             let config = TrainConfig {
                 sampling,
                 checkpointing,

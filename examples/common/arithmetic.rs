@@ -1,9 +1,11 @@
-//! Arithmetic word problems with worked steps that end in `#### answer`, in the form of GSM8K (arXiv 2110.14168).
+//! Arithmetic word problems with worked steps that end in `#### answer`, in the form of GSM8K
+//! (arXiv 2110.14168).
 //!
-//! A problem is a cell (kind, wording, numbers) and a dressing (names, things). A hash of the cell alone decides the split,
-//! so the numbers of a test problem never occur in training in that wording, whatever the names and however many problems
-//! are drawn. Numbers stay small: sums below 100, products of one-digit factors.
-#![allow(dead_code)] // Each program takes some of it.
+//! A problem combines a cell (kind, wording, numbers) with names and things. Only a hash of the
+//! cell decides the split, so the numbers of a test problem never occur in training in the same
+//! wording, for any names and any number of problems drawn. Numbers are small: sums below 100,
+//! products of one-digit factors.
+#![allow(dead_code)] // each example uses a part of it
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,15 +17,15 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-/// What has to be worked out. `x`, `y`, `z` are the numbers in the question.
+/// Kinds of problem. `x`, `y` and `z` are the numbers in the question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// `x + y`, at most 99.
     Sum,
-    /// `x - y` of things lost or given away.
+    /// `x - y`, where things are lost or given away.
     Difference,
-    /// `x - y` of two people's things.
+    /// `x - y`, where the things of two people are compared.
     Compare,
     /// `x * y`, one-digit factors.
     Product,
@@ -35,7 +37,8 @@ pub enum Kind {
     MulAdd,
     /// `x * y`, then `- z`.
     MulSub,
-    /// `x * y`, then `x +` that: one has `y` times as many as the other, and how many are there in total?
+    /// `x * y`, then `x +` the product: one person has `y` times as many as the other, and the
+    /// total is asked for.
     Times,
     /// `x / y`, then `+ z`.
     ShareAdd,
@@ -45,31 +48,31 @@ pub enum Kind {
     AddMul,
 }
 
-/// Which part of all problems.
+/// Part of all problems.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Split {
     /// Eight tenths of the cells.
     Train,
-    /// One tenth.
+    /// One tenth of the cells.
     Valid,
-    /// One tenth.
+    /// One tenth of the cells.
     Test,
 }
 
 /// A word problem.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Problem {
-    /// What has to be worked out.
+    /// Kind of the problem.
     pub kind: Kind,
-    /// The question, one paragraph.
+    /// The question, in one paragraph.
     pub question: String,
-    /// One step per line, then `#### answer`.
+    /// The worked answer, one step per line, then `#### answer`.
     pub answer: String,
 }
 
 impl Problem {
-    /// The problem as a record in GSM8K's form.
+    /// Converts the problem to a record in GSM8K's form.
     pub fn into_record(self) -> Record {
         Record::Question {
             question: self.question,
@@ -79,7 +82,7 @@ impl Problem {
 }
 
 impl Kind {
-    /// Every kind.
+    /// All kinds.
     pub const ALL: [Kind; 12] = [
         Kind::Sum,
         Kind::Difference,
@@ -112,7 +115,7 @@ impl Kind {
         }
     }
 
-    /// Wordings. `{A}`, `{B}` stand for names, `{o}` for things.
+    /// Returns the wordings. `{A}` and `{B}` stand for names, `{o}` for things.
     fn wordings(self) -> &'static [&'static str] {
         match self {
             Kind::Sum => &[
@@ -183,7 +186,7 @@ impl Kind {
         }
     }
 
-    /// All triples of numbers; `z` is 0 where the kind has two.
+    /// Returns all triples of numbers. `z` is 0 for kinds with two numbers.
     fn numbers(self) -> Vec<[u32; 3]> {
         let mut all = Vec::new();
         let factors = || (2..=9u32).flat_map(|x| (2..=9u32).map(move |y| (x, y)));
@@ -245,7 +248,8 @@ impl Kind {
         }
     }
 
-    /// The cells of a split: wording, numbers, and how many problems come before this cell's.
+    /// Returns the cells of a split, each with its wording, its numbers, and the number of problems
+    /// in the cells before it, and the total number of problems.
     fn cells(self, split: Split) -> (Vec<Cell>, usize) {
         let mut cells = Vec::new();
         let mut total = 0;
@@ -282,7 +286,7 @@ const THINGS: [&str; 16] = [
     "keys", "nuts", "balls", "beads", "rocks", "cakes",
 ];
 
-/// In how many ways a wording can be dressed in names and things.
+/// Returns the number of combinations of names and things for a wording.
 fn dressings(wording: &str) -> usize {
     let second = if wording.contains("{B}") {
         NAMES.len() - 1
@@ -293,7 +297,8 @@ fn dressings(wording: &str) -> usize {
 }
 
 fn split_of(kind: Kind, wording: usize, numbers: [u32; 3]) -> Split {
-    // SplitMix64's finalizer: the same on every machine and in every release of the standard library.
+    // The finalizer of SplitMix64, which gives the same result on every machine and in every
+    // release of the standard library.
     let mix = |state: u64, value: u64| {
         let mut z = state
             .wrapping_add(value)
@@ -314,15 +319,16 @@ fn split_of(kind: Kind, wording: usize, numbers: [u32; 3]) -> Split {
     }
 }
 
-/// Number of distinct problems of a kind in a split.
+/// Returns the number of distinct problems of a kind in a split.
 pub fn available(kind: Kind, split: Split) -> usize {
     kind.cells(split).1
 }
 
-/// Draws `n` distinct problems of one kind, in random order. The same arguments give the same problems on every machine.
+/// Draws `n` distinct problems of one kind, in random order. The same arguments give the same
+/// problems on every machine.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where the split has fewer than `n` (see [`available`]).
+/// Returns [`Error::InvalidArgument`] if the split has fewer than `n` problems (see [`available`]).
 pub fn problems(kind: Kind, split: Split, n: usize, seed: u64) -> Result<Vec<Problem>> {
     let (cells, total) = kind.cells(split);
     if n > total {
@@ -341,11 +347,12 @@ pub fn problems(kind: Kind, split: Split, n: usize, seed: u64) -> Result<Vec<Pro
         .collect())
 }
 
-/// Draws `n` distinct problems of several kinds, shared out by weight (largest remainders), in random order.
+/// Draws `n` distinct problems of several kinds, in numbers proportional to their weights (by
+/// largest remainders) and in random order.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where there is no kind, one is named twice, a weight is negative or not finite, all are zero,
-/// or a kind has too few problems.
+/// Returns [`Error::InvalidArgument`] if `kinds` is empty, a kind is repeated, a weight is negative
+/// or not finite, all weights are zero, or a kind has too few problems.
 pub fn mixture(kinds: &[(Kind, f64)], split: Split, n: usize, seed: u64) -> Result<Vec<Problem>> {
     let sum: f64 = kinds.iter().map(|(_, weight)| weight).sum();
     if let Some((kind, weight)) = kinds.iter().find(|(_, w)| !w.is_finite() || *w < 0.0) {
@@ -394,14 +401,14 @@ pub fn mixture(kinds: &[(Kind, f64)], split: Split, n: usize, seed: u64) -> Resu
 }
 
 fn dress(kind: Kind, cells: &[Cell], index: usize) -> Problem {
-    // The cell that this index falls into: the last that does not start after it.
+    // The cell that contains this index: the last one that does not start after it.
     let cell = &cells[cells.partition_point(|c| c.first <= index) - 1];
     let wording = kind.wordings()[cell.wording];
     let mut rest = index - cell.first;
     let thing = rest % THINGS.len();
     rest /= THINGS.len();
     let first = rest % NAMES.len();
-    // Any name but the first one.
+    // Any name except the first one.
     let second = rest / NAMES.len();
     let second = second + usize::from(second >= first);
     let [x, y, z] = cell.numbers;

@@ -1,5 +1,5 @@
-//! A tokenizer of our own: byte-level BPE in which every digit is a token.
-#![allow(dead_code)] // Each program takes some of it.
+//! A tokenizer for the small model: byte-level BPE in which every digit is its own token.
+#![allow(dead_code)] // each example uses a part of it
 
 use elastic_lora::{Error, Result};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -13,21 +13,22 @@ use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, TokenizerBuilder,
 };
 
-/// Padding, id 0.
+/// Padding token, id 0.
 pub const BPE_PAD: &str = "<pad>";
-/// Begins a text, id 1; the tokenizer puts it there by itself.
+/// Token at the beginning of a text, id 1. The tokenizer adds it by itself.
 pub const BPE_BOS: &str = "<s>";
-/// Ends a text, id 2.
+/// Token at the end of a text, id 2.
 pub const BPE_EOS: &str = "</s>";
 
 /// Trains a byte-level BPE on `texts` and returns its `tokenizer.json`.
 ///
-/// All 256 bytes are tokens, so any text can be encoded and decoding gives it back; digits are never merged; `<s>` is put
-/// before a text. The same texts give the same file, byte by byte. Fewer than `vocab_size` tokens come out where the texts
-/// have no more pairs to merge.
+/// All 256 bytes are tokens, so any text can be encoded and is recovered by decoding. Digits are
+/// never merged, and `<s>` is added before a text. The same texts give the same file, byte by byte.
+/// The vocabulary is smaller than `vocab_size` if the texts have no more pairs to merge.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where `vocab_size` is below 259 (bytes and special tokens); [`Error::Tokenizer`].
+/// Returns [`Error::InvalidArgument`] if `vocab_size` is below 259 (bytes and special tokens), and
+/// [`Error::Tokenizer`] if training fails.
 pub fn train_bpe<S: AsRef<str> + Sync>(texts: &[S], vocab_size: usize) -> Result<String> {
     let special = [BPE_PAD, BPE_BOS, BPE_EOS];
     let least = 256 + special.len();
@@ -80,7 +81,7 @@ pub fn train_bpe<S: AsRef<str> + Sync>(texts: &[S], vocab_size: usize) -> Result
     tokenizer.to_string(true).map_err(|e| fail(e.to_string()))
 }
 
-/// The `tokenizer_config.json` that goes with [`train_bpe`]; `max_len` is the model's context.
+/// Returns the `tokenizer_config.json` for [`train_bpe`]. `max_len` is the model's context length.
 pub fn bpe_tokenizer_config(max_len: usize) -> String {
     let config = serde_json::json!({
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-//! What the examples share.
+//! Code shared by the examples.
 #![allow(dead_code)]
 
 pub mod arithmetic;
@@ -13,7 +13,7 @@ use elastic_lora::model::Pretrained;
 use elastic_lora::progress::TerminalProgress;
 use elastic_lora::{Error, Result, SuperNet};
 
-/// `println!` that does not mind when nobody reads any more (`| head`): what counts is in files.
+/// Same as `println!`, but ignores a closed pipe (`| head`), because the results are in files.
 macro_rules! say {
     ($($text:tt)*) => {{
         use std::io::Write;
@@ -23,7 +23,7 @@ macro_rules! say {
 #[allow(unused_imports)]
 pub(crate) use say;
 
-/// The model that the crate ships.
+/// Returns the path of the bundled model.
 pub fn shipped_model() -> PathBuf {
     PathBuf::from(concat!(
         env!("CARGO_MANIFEST_DIR"),
@@ -31,7 +31,7 @@ pub fn shipped_model() -> PathBuf {
     ))
 }
 
-/// A device by the name of its backend's feature.
+/// Returns a device by the name of its backend's feature.
 pub fn device(name: &str) -> Result<Device> {
     match name {
         #[cfg(feature = "flex")]
@@ -58,8 +58,8 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
-/// The arguments of the command line. What is wrong with them is told on stderr and ends the
-/// process with 1, as every error.
+/// Parses the command line. Errors are printed to stderr and end the process with exit code 1, as
+/// all errors do.
 pub fn parse<T: clap::Parser>() -> T {
     T::try_parse().unwrap_or_else(|error| {
         let _ = error.print();
@@ -67,7 +67,7 @@ pub fn parse<T: clap::Parser>() -> T {
     })
 }
 
-/// A model folder, or the shipped model, with an adapter on it where one is named.
+/// Opens a model folder, or the bundled model, and adds an adapter if one is given.
 pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Result<Pretrained> {
     let folder = model.map_or_else(shipped_model, Path::to_path_buf);
     let mut pretrained = Pretrained::open(folder, &self::device(device)?)?;
@@ -78,7 +78,8 @@ pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Resul
     Ok(pretrained)
 }
 
-/// Progress on standard error. The first Ctrl-C interrupts the work; the second ends the process.
+/// Reports progress on standard error. The first Ctrl-C interrupts the work; the second ends the
+/// process.
 pub fn progress() -> TerminalProgress {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
@@ -88,13 +89,13 @@ pub fn progress() -> TerminalProgress {
         }
         eprintln!("stopping; interrupt again to stop at once");
     };
-    // Without a handler an interrupt ends the process, which loses no more than the steps since the
-    // last checkpoint.
+    // Without a handler, an interrupt ends the process and loses only the steps since the last
+    // checkpoint.
     let _ = ctrlc::set_handler(handler);
     TerminalProgress::new().with_interrupt(stop)
 }
 
-/// Prints an error with its cause and ends the process with 1, or with 130 after an interrupt.
+/// Prints an error with its cause and ends the process with exit code 1, or 130 after an interrupt.
 pub fn exit_on_error(result: Result<()>) {
     if let Err(error) = result {
         eprintln!("error: {error}");

@@ -1,4 +1,4 @@
-//! Mode B: elastic widths, heads and depth, and models that are really smaller.
+//! Methods with elastic widths, heads and depth (LoNAS), whose results are smaller models.
 
 use elastic_lora::arch::SubBlock;
 use elastic_lora::calib::{InfluenceMeasure, block_influence, sort_channels};
@@ -15,15 +15,16 @@ use crate::pipeline::{Run, supernet};
 use crate::report::Row;
 use crate::{Args, Subnets, common};
 
-/// Runs of which the least is a model's time.
+/// Number of timed runs, of which the shortest is the time of a model.
 const REPEATS: usize = 15;
 
-/// The subnets that the paper's table 1 has.
+/// Names of the subnets in table 1 of the paper.
 const HEURISTIC: &str = "LoNAS, heuristic";
 const BEST: &str = "LoNAS, searched: best";
 const SMALLEST: &str = "LoNAS, searched: smallest within 1 %";
 
-/// Ranks as the other methods have them, and of each block the MLP's width, the heads where asked for, and the depth.
+/// Returns the search space: the given ranks and, for each block, the width of the MLP and, if
+/// requested, the number of heads.
 pub fn lonas_space(args: &Args, model: &Decoder, ranks: SearchSpace) -> Result<SearchSpace> {
     let mut space = ranks;
     for (block, dims) in model.config().blocks().iter().enumerate() {
@@ -57,7 +58,8 @@ pub fn lonas_space(args: &Args, model: &Decoder, ranks: SearchSpace) -> Result<S
     Ok(space)
 }
 
-/// Shares of `full`, each a multiple of `step` (but for the whole), at least one of it.
+/// Returns the given shares of `full`, each rounded to a multiple of `step` (except `full` itself),
+/// at least one step.
 fn choices(shares: &[f64], full: usize, step: usize) -> Vec<usize> {
     let size = |share: &f64| {
         if *share >= 1.0 {
@@ -71,7 +73,8 @@ fn choices(shares: &[f64], full: usize, step: usize) -> Vec<usize> {
     sizes
 }
 
-/// The parts of blocks that may be left out: the least influential ones, behind all that stay.
+/// Returns the group of the sub-blocks that a subnet may drop: the least influential ones, after
+/// all that always stay.
 fn depth_group(
     args: &Args,
     model: &Decoder,
@@ -82,7 +85,7 @@ fn depth_group(
         return Ok(None);
     }
     let ranked = block_influence(model, samples, InfluenceMeasure::Loss, progress)?;
-    // Attentions and MLPs apart: a whole block goes where both do.
+    // Attention and MLP sub-blocks are ranked separately; a whole block is dropped if both are.
     let units: Vec<String> = ranked
         .into_iter()
         .map(|unit| unit.name)
@@ -100,7 +103,7 @@ fn depth_group(
     Group::of_kind(Elastic::Depth, "depth", units, choices).map(Some)
 }
 
-/// What a subnet looks like: run-length coded sizes of its blocks.
+/// Describes the shape of a subnet: run-length coded sizes of its blocks.
 fn shape(net: &SuperNet, subnet: &SubnetConfig) -> Result<String> {
     let blocks = net.block_dims(subnet)?;
     let runs = |sizes: Vec<usize>| {
@@ -124,7 +127,8 @@ fn shape(net: &SuperNet, subnet: &SubnetConfig) -> Result<String> {
     Ok(text)
 }
 
-/// Milliseconds of the whole context in one go, and of one token after half of it.
+/// Times in milliseconds: of the whole context as one prompt, and of one token after half of the
+/// context.
 struct Times {
     prefill: f64,
     decode: f64,
@@ -147,7 +151,7 @@ impl Times {
 }
 
 impl Run<'_> {
-    /// A row of table 1: an extracted model beside the full one.
+    /// Fills a row of table 1: an extracted model compared with the full one.
     fn table_1_row(
         &mut self,
         name: &str,
@@ -173,7 +177,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// LoRA, the heuristic subnet and two searched ones, each a plain model.
+    /// Runs LoRA, the heuristic subnet and two searched subnets, each as a plain model.
     pub fn lonas(&mut self, base: &Decoder, ranks: &SearchSpace) -> Result<()> {
         let args = self.args;
         let merger = Merger::new().with_mode(MergeMode::Dense);
@@ -244,7 +248,7 @@ impl Run<'_> {
             return Ok(());
         };
         let outcome = self.search(&net, "lonas", true)?;
-        // Scores are dear where they are accuracies, so that only the front's subnets get one.
+        // If the score is accuracy, it is expensive, so only the subnets of the front get one.
         let (mut best, mut small): (Option<Scored>, Option<Scored>) = (None, None);
         let objective =
             SubnetObjective::new(&net, Metric::Loss(&self.task.valid), args.cost.into())
@@ -284,7 +288,8 @@ impl Run<'_> {
         }
     }
 
-    /// Extracts a subnet and adds its row; with a folder's name, writes it, and measures what was written.
+    /// Extracts a subnet and adds its row. If a folder name is given, writes the model to it and
+    /// measures the written model.
     fn extracted_row(
         &mut self,
         name: &str,
@@ -313,7 +318,8 @@ impl Run<'_> {
         self.table_1_row(name, &model, Some(text), full)
     }
 
-    /// How good a model is on the validation set, more being better: accuracy, or else the likelihood of a token.
+    /// Returns the quality of a model on the validation set, where more is better: the accuracy if
+    /// there are answers, or else the likelihood of a token.
     fn valid_score(&self, model: &Decoder) -> Result<f64> {
         match &self.task.valid_problems {
             Some(problems) => self.accuracy(problems, model),
@@ -322,7 +328,7 @@ impl Run<'_> {
     }
 }
 
-/// The row that the others are relative to.
+/// Name of the row that the others are relative to.
 const LORA: &str = "LoRA";
 
 #[derive(Clone)]

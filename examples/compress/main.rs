@@ -1,8 +1,8 @@
-//! The main job: prune a model, train an elastic supernet of adapters on it, search it, merge a
-//! subnet without losing a zero, and write the results, with one table of what each step was worth.
+//! The main program: prunes a model, trains an elastic supernet of adapters on it, searches the
+//! supernet, merges a subnet without losing a zero, and writes the results, with one table that
+//! shows the effect of each step.
 //!
-//! Without arguments it runs on the model that the crate ships, on generated arithmetic word
-//! problems.
+//! Without arguments it uses the bundled model and generated arithmetic word problems.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -23,10 +23,10 @@ use serde::Serialize;
 
 /// Prune, fine-tune, search and merge a language model.
 ///
-/// Without arguments, runs LoRA, Shears and SparsePEFT on the shipped model and on generated
+/// Without arguments, runs LoRA, Shears and SparsePEFT on the bundled model and on generated
 /// arithmetic problems.
-// Serialized are the arguments that a resumed run must share; the skipped ones are compared by
-// content or do not matter.
+// The serialized fields are the arguments that a resumed run must share. The skipped ones are
+// compared by content or do not matter.
 #[derive(Parser, Debug, Serialize)]
 #[command(
     version,
@@ -35,7 +35,7 @@ use serde::Serialize;
     `answer` of the Alpaca form). If records have no final answers, the table shows losses only."
 )]
 pub struct Args {
-    /// Model folder (config.json, safetensors, tokenizer.json) [default: the shipped model]
+    /// Model folder (config.json, safetensors, tokenizer.json) [default: the bundled model]
     #[arg(long, requires = "train")]
     #[serde(skip)]
     model: Option<PathBuf>,
@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long, requires = "train")]
     #[serde(skip)]
     valid: Option<PathBuf>,
-    /// Test file, on which the table is measured [default: the validation file]
+    /// Test file, on which the models in the table are measured [default: the validation file]
     #[arg(long, requires = "train")]
     #[serde(skip)]
     test: Option<PathBuf>,
@@ -57,27 +57,27 @@ pub struct Args {
     /// Criterion that chooses the weights to prune: wanda, sparsegpt, ria or magnitude
     #[arg(long, default_value = "wanda")]
     prune: sparsity::Method,
-    /// Share of weights to remove, from 0 to 1; ignored with an N:M pattern
+    /// Fraction of weights to remove, from 0 to 1; ignored with an N:M pattern
     #[arg(long, default_value_t = 0.5)]
     sparsity: f64,
-    /// Pattern of the zeros: unstructured (the share is removed from each row), layer (from each
+    /// Pattern of the zeros: unstructured (the fraction is removed from each row), layer (from each
     /// matrix), or N:M (N of M consecutive inputs are kept)
     #[arg(long, default_value = "unstructured")]
     pattern: String,
     /// Ranks that the supernet offers; plain LoRA uses the largest
     #[arg(long, value_delimiter = ',', default_value = "32,24,16")]
     ranks: Vec<usize>,
-    /// Layers of a block that share a rank, by the ends of their names; ';' separates groups
+    /// Layers of a block that share a rank, given by the ends of their names; ';' separates groups
     #[arg(
         long,
         default_value = "q_proj,k_proj,v_proj;up_proj,gate_proj;down_proj"
     )]
     groups: String,
-    /// lonas: widths that each MLP offers, as shares of the full width
+    /// lonas: widths that each MLP offers, as fractions of the full width
     #[arg(long, value_delimiter = ',', default_value = "1,0.875,0.75,0.625,0.5")]
     widths: Vec<f64>,
-    /// lonas: numbers of heads that each attention offers, as shares of all heads, rounded to whole
-    /// key/value groups
+    /// lonas: numbers of heads that each attention offers, as fractions of all heads, rounded to
+    /// whole key/value groups
     #[arg(long, value_delimiter = ',', default_value = "1")]
     heads: Vec<f64>,
     /// lonas: maximum number of attention and MLP sub-blocks a subnet may drop, least influential
@@ -91,7 +91,7 @@ pub struct Args {
     /// taylor, or none
     #[arg(long, default_value = "activation")]
     order: String,
-    /// lonas: subnets that each step trains
+    /// lonas: which subnets each step trains
     #[arg(long, value_enum, default_value_t = Subnets::Sandwich)]
     subnets: Subnets,
     /// lonas: train the supernet only, without the LoRA baseline and without a search
@@ -146,7 +146,7 @@ pub struct Args {
     /// Include the prompt's tokens in the loss
     #[arg(long)]
     train_on_inputs: bool,
-    /// Type of the frozen weights in memory; bf16 and f16 take half the memory of f32
+    /// Data type of the frozen weights in memory; bf16 and f16 take half the memory of f32
     #[arg(long, value_enum, default_value_t = Weights::F32)]
     weights: Weights,
     /// Recompute activations in the backward pass (gradient checkpointing): less memory, more time
@@ -205,7 +205,7 @@ enum Method {
     Lonas,
     /// Elastic adapters on a sparse quantized base, not merged
     Sqft,
-    /// SparsePEFT as a row of table 2
+    /// SparsePEFT, as a row of table 2
     SqftSparsePeft,
     /// Elastic adapters trained with quantization, merged into sparse quantized weights
     SqftQaSparsePeft,
@@ -306,7 +306,7 @@ enum Search {
     Nsga2,
     /// Random subnets
     Random,
-    /// Steps to better neighbours, starting from the heuristic subnet
+    /// Repeated moves to better neighbors, starting from the heuristic subnet
     HillClimbing,
     /// Heuristic subnet only: the middle choice of every group
     Heuristic,
@@ -346,14 +346,14 @@ impl Method {
             || (self == Method::Table2 && of_table_2.contains(&other))
     }
 
-    /// Whether it makes rows of table 2.
+    /// Returns whether the method produces rows of table 2.
     fn is_sqft(self) -> bool {
         self == Method::Table2 || Method::Table2.includes(self)
     }
 }
 
 fn run(args: &Args) -> Result<()> {
-    // What can be told from the arguments alone, before anything is read.
+    // Check everything that depends only on the arguments before reading any file.
     let device = common::device(&args.device)?;
     let settings = settings::Settings::new(args)?;
     let task = task::Task::load(args, &device)?;

@@ -1,4 +1,4 @@
-//! Prune, train, search, merge, and the table.
+//! The pipeline: prune, train, search, merge, and report.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -38,7 +38,8 @@ pub struct Run<'a> {
 
 pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
     let space = search_space(args, &task.pretrained.model)?;
-    // Built once for its checks: what is wrong with the adapters' settings shows before anything is trained.
+    // Built once for its checks, so that errors in the adapters' settings are found before
+    // training.
     supernet(args, &task.pretrained.model, space.clone(), false)?;
     if args.method.is_sqft() {
         settings.check_format(args, task.pretrained.model.config())?;
@@ -90,7 +91,7 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
     Ok(())
 }
 
-/// What starts from a pruned model.
+/// Runs the methods that start from a pruned model.
 fn pruned_methods(run: &mut Run<'_>, base: &Decoder, space: &SearchSpace) -> Result<()> {
     let args = run.args;
     let pruned = run.pruned(base)?;
@@ -126,7 +127,7 @@ fn search_space(args: &Args, model: &Decoder) -> Result<SearchSpace> {
             SearchSpace::grouped(&layers, &groups, &args.ranks)?
         }
     };
-    // More than the smaller side of a matrix adds nothing to its rank.
+    // A rank larger than the smaller side of a matrix adds nothing.
     for layer in &layers {
         let Some(group) = space.group_of_layer(&layer.name) else {
             continue;
@@ -156,12 +157,12 @@ pub fn supernet(
     SuperNet::new(model.clone(), space, config)
 }
 
-/// How answers are generated.
+/// Returns the settings for generating answers.
 fn generate_config(task: &Task) -> GenerateConfig {
     GenerateConfig::new(task.max_new_tokens, task.pretrained.stop_ids())
 }
 
-/// To one digit after the point at most.
+/// Converts a fraction to a percentage, rounded to at most one decimal.
 fn percent(share: f64) -> f64 {
     (1000.0 * share).round() / 10.0
 }
@@ -182,7 +183,7 @@ impl Run<'_> {
         Ok(pruned)
     }
 
-    /// Prunes a model by this method.
+    /// Prunes a model by the given method.
     pub fn pruned_by(&self, base: &Decoder, method: sparsity::Method) -> Result<Decoder> {
         let mut pruned = base.clone();
         let config = PruneConfig::new(method, self.settings.pattern);
@@ -191,7 +192,8 @@ impl Run<'_> {
         Ok(pruned)
     }
 
-    /// Measures a model as it stands and adds its row; `net` tells costs and ranks where adapters stay apart.
+    /// Measures a model as it is and adds its row. `net` provides costs and ranks for adapters that
+    /// are not merged.
     pub fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
         let pretrained = &self.task.pretrained;
         let mut row = Row::new(name);
@@ -219,7 +221,8 @@ impl Run<'_> {
         row.params = Some(cost.params as u64);
         row.nonzero_params = Some(cost.nonzero_params as u64);
         row.macs_per_token = Some(cost.macs_per_token as u64);
-        // As written: the base in its checkpoint's type, a PEFT adapter in its own.
+        // Sizes as written: the base in the type of its checkpoint, the adapter in the type of PEFT
+        // files.
         let base = (cost.params - cost.adapter_params) * pretrained.dtype.size();
         row.bytes = Some((base + cost.adapter_params * PeftOptions::default().dtype.size()) as u64);
         if !net.space().is_empty() {
@@ -233,7 +236,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Share of the problems that a model answers right.
+    /// Returns the fraction of problems that a model answers correctly.
     pub fn accuracy(&self, problems: &ProblemSet, model: &Decoder) -> Result<f64> {
         let (tokenizer, config) = (&self.task.pretrained.tokenizer, generate_config(self.task));
         let found = problems.exact_match(model, tokenizer, &config, &self.progress)?;
@@ -301,7 +304,8 @@ impl Run<'_> {
         self.row("Shears, heuristic", net.model(), Some(&net))?;
 
         let outcome = self.search(&net, "shears", false)?;
-        // The best on the validation set among those that cost no more than the heuristic, itself one of them.
+        // The best subnet on the validation set among those that cost no more than the heuristic
+        // subnet, which is one of them.
         let objective =
             SubnetObjective::new(&net, Metric::Loss(&self.task.valid), self.args.cost.into());
         let chosen = match outcome.best_under(objective.cost(&net, &net.heuristic())?) {
@@ -315,7 +319,8 @@ impl Run<'_> {
         self.write_subnet(&net, &chosen, "adapter")
     }
 
-    /// Writes the active subnet's adapters as a PEFT folder, for the base in the folder of that name.
+    /// Writes the adapters of the active subnet as a PEFT folder, for the base model in the folder
+    /// `base`.
     pub fn write_adapter(
         &self,
         net: &SuperNet,
@@ -324,7 +329,7 @@ impl Run<'_> {
         dtype: DType,
     ) -> Result<PathBuf> {
         let mut adapter = net.extract_adapter()?;
-        // So that PEFT finds the weights which the adapter is for by itself.
+        // Lets PEFT find the base weights of the adapter by itself.
         let base = self.out.join(base);
         let base = base.canonicalize().map_err(|e| Error::io(&base, e))?;
         adapter.base_model = Some(base.to_string_lossy().into_owned());
@@ -345,10 +350,12 @@ impl Run<'_> {
         Ok(folder)
     }
 
-    /// Searches the subnets of what was trained in `folder`; `merged`: adapters cost nothing.
+    /// Searches the subnets of the supernet that was trained in `folder`. If `merged`, adapters
+    /// have no cost.
     pub fn search(&self, net: &SuperNet, folder: &str, merged: bool) -> Result<SearchOutcome> {
         let (args, space) = (self.args, net.space());
-        // The reference points are evaluated whatever the searcher: the report draws them.
+        // The reference subnets are evaluated with every search algorithm, because the report shows
+        // them.
         let seeds = vec![net.heuristic(), net.maximal(), net.minimal()];
         let mut searcher: Box<dyn Searcher> = match args.search {
             Search::Nsga2 => {
@@ -417,7 +424,8 @@ impl Run<'_> {
         Ok(outcome)
     }
 
-    /// Activates and returns the better of the two choices that no search finds, on the validation set.
+    /// Activates and returns the better, on the validation set, of the two subnets that need no
+    /// search.
     pub fn better_of_two(&self, net: &mut SuperNet) -> Result<SubnetConfig> {
         let mut best: Option<(f64, SubnetConfig)> = None;
         for subnet in [net.heuristic(), net.maximal()] {
@@ -435,11 +443,11 @@ impl Run<'_> {
     pub fn sparse_peft(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
         let mut net = supernet(self.args, pruned, space.clone(), true)?;
         self.train(&mut net, "sparse-peft", Sampling::PerStep)?;
-        // A merged rank costs nothing.
+        // Ranks have no cost after merging, so no search is needed.
         let chosen = self.better_of_two(&mut net)?;
         let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
         let merged = Merger::new().merge(&net, &sample, &self.progress)?;
-        // What is measured is what was written: in the checkpoint's own type, read back.
+        // The model is measured as it was written: in the checkpoint's own type, and read back.
         let pretrained = &self.task.pretrained;
         let folder = self.out.join("merged");
         pretrained.write_variant(&merged.model, &folder, true)?;
@@ -460,7 +468,7 @@ impl Run<'_> {
         self.write_subnet(&net, &chosen, "merged")
     }
 
-    /// The space and the subnet beside what was made of it.
+    /// Writes the search space and the subnet next to the model that was made from it.
     pub fn write_subnet(&self, net: &SuperNet, subnet: &SubnetConfig, name: &str) -> Result<()> {
         let path = |what: &str| -> PathBuf { self.out.join(format!("{name}_{what}.json")) };
         atomic::write_json(path("space"), net.space())?;
@@ -470,7 +478,7 @@ impl Run<'_> {
     }
 }
 
-/// Zeros of a model's linear layers that another's have not.
+/// Returns the number of zeros in the linear layers of `before` that are not zero in `after`.
 pub fn zeros_lost(before: &Decoder, after: &Decoder) -> usize {
     let layers = before.linears().zip(after.linears());
     let lost = layers.map(|((_, before), (_, after))| {
@@ -485,7 +493,7 @@ pub fn zeros_lost(before: &Decoder, after: &Decoder) -> usize {
     lost.sum()
 }
 
-/// The largest absolute difference between two models' logits on token sequences.
+/// Returns the largest absolute difference between the logits of two models on token sequences.
 pub fn max_logit_difference(a: &Decoder, b: &Decoder, sample: &[Vec<u32>]) -> Result<f32> {
     let mut largest = 0.0;
     for ids in sample {

@@ -1,4 +1,5 @@
-//! `report.json`: what a run measured, a row per model, and the same as a table for a terminal.
+//! The report of a run, with a row per model: `report.json`, and the same as a table for a
+//! terminal.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,41 +9,41 @@ use elastic_lora::Result;
 use elastic_lora::io::atomic;
 use serde::Serialize;
 
-/// What was measured of one model. `None` is written as `null`.
+/// Measurements of one model. `None` is written as `null`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Row {
-    /// Which model.
+    /// Name of the model.
     pub name: String,
-    /// Share of answers that match exactly, in 0..=1.
+    /// Fraction of answers that match exactly, in 0..=1.
     pub accuracy: Option<f64>,
-    /// The score (accuracy, or the likelihood of a token) as a share of that of the row which others are compared with.
+    /// Score (accuracy, or the likelihood of a token) relative to the reference row.
     pub relative: Option<f64>,
     /// Mean negative log-likelihood per token, in nats.
     pub loss: Option<f64>,
-    /// Share of zeros among the prunable weights, in 0..=1.
+    /// Fraction of zeros among the prunable weights, in 0..=1.
     pub sparsity: Option<f64>,
-    /// Parameters that are not zero.
+    /// Number of parameters that are not zero.
     pub nonzero_params: Option<u64>,
-    /// Parameters.
+    /// Number of parameters.
     pub params: Option<u64>,
     /// Multiply-accumulates per token.
     pub macs_per_token: Option<u64>,
     /// Bytes of the weights as stored.
     pub bytes: Option<u64>,
-    /// How the weights are stored, and what rides on them.
+    /// Storage type of the weights, and of the adapter.
     pub precision: Option<String>,
-    /// How many times as fast as the full model a prompt is read.
+    /// Speed of reading a prompt relative to the full model.
     pub prefill_speedup: Option<f64>,
-    /// How many times as fast as the full model a token follows another.
+    /// Speed of decoding relative to the full model.
     pub decode_speedup: Option<f64>,
-    /// Sizes of the blocks, where they are a choice.
+    /// Sizes of the blocks, if they are elastic.
     pub shape: Option<String>,
-    /// The active rank of each group of adapters, in the search space's order.
+    /// Active rank of each group of adapters, in the order of the search space.
     pub ranks: Option<Vec<usize>>,
 }
 
 impl Row {
-    /// A row without measurements.
+    /// Creates a row without measurements.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -51,21 +52,21 @@ impl Row {
     }
 }
 
-/// The rows of a run, and what made them.
+/// The rows of a run, and the parameters of the run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
-    /// One per model, in the order measured.
+    /// One row per model, in the order of measurement.
     pub rows: Vec<Row>,
     /// The command line.
     pub command: String,
-    /// The seed that everything random came from.
+    /// Random seed.
     pub seed: u64,
-    /// Versions of what took part, by name.
+    /// Versions of the software involved, by name.
     pub versions: BTreeMap<String, String>,
 }
 
 impl Report {
-    /// A report without rows, `versions` holding this crate's.
+    /// Creates a report without rows. `versions` holds the version of this crate.
     pub fn new(command: impl Into<String>, seed: u64) -> Self {
         let versions = [("elastic-lora".into(), elastic_lora::VERSION.into())].into();
         Self {
@@ -82,7 +83,7 @@ impl Report {
     }
 }
 
-/// An aligned table; columns that no row has are left out.
+/// An aligned table. Columns without any value are omitted.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         type Cell = fn(&Row) -> Option<String>;
@@ -127,7 +128,7 @@ impl fmt::Display for Report {
             let mut text = String::new();
             for (c, cell) in line.iter().enumerate() {
                 let width = widths[c];
-                // Names and the list of ranks to the left, numbers to the right.
+                // Names and the list of ranks are left-aligned, numbers right-aligned.
                 text += &match c {
                     0 => format!("{cell:<width$}"),
                     _ if c == last && ["ranks", "shape"].contains(&table[0][c].as_str()) => {
@@ -154,7 +155,8 @@ fn percent(share: f64) -> String {
 }
 
 fn count(n: u64) -> String {
-    // Where each unit begins; millions do early, so that small models, a little above and below one, compare at a glance.
+    // The smallest number for each unit. Millions begin below one million, so that small models
+    // slightly above and below it are easy to compare.
     const UNITS: [(f64, f64, &str); 4] = [
         (1e12, 1e12, "T"),
         (1e9, 1e9, "G"),
@@ -168,7 +170,8 @@ fn count(n: u64) -> String {
     )
 }
 
-/// `32` where all are equal, `32,24,16` where they are few, `32x5 24x3 16x4` where they are many.
+/// Formats ranks as `32` if all are equal, as `32,24,16` if they are few, and as `32x5 24x3 16x4`
+/// if they are many.
 fn ranks(ranks: &[usize]) -> String {
     let mut counts: BTreeMap<std::cmp::Reverse<usize>, usize> = BTreeMap::new();
     for &r in ranks {

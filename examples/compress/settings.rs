@@ -1,4 +1,4 @@
-//! What the arguments alone decide, and the folder of results.
+//! Settings that depend on the arguments alone, and the folder of results.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::{Args, FileFormat, QaStart, Quantize};
 
-/// Folders that a run makes.
+/// Folders that a run creates.
 const FOLDERS: [&str; 21] = [
     "lora",
     "shears",
@@ -40,7 +40,7 @@ const FOLDERS: [&str; 21] = [
     "merged-quantized",
 ];
 
-/// Files that a run makes.
+/// Files that a run creates.
 const FILES: [&str; 22] = [
     RUN,
     "report.json",
@@ -66,21 +66,23 @@ const FILES: [&str; 22] = [
     "merged-quantized_ranks.json",
 ];
 
-/// The arguments of the run that a folder belongs to, and what it read: there from the run's first moment on.
+/// File with the arguments and the inputs of the run that a folder belongs to. It exists from the
+/// start of the run.
 const RUN: &str = "run.json";
 
 /// Checked settings.
 pub struct Settings {
     pub pattern: Pattern,
     pub train: TrainConfig,
-    /// How channels are ranked, where they are sorted.
+    /// Score by which channels are sorted, if they are sorted.
     pub order: Option<ChannelScore>,
-    /// To which grids weights are rounded.
+    /// Quantization grid of the weights.
     pub grid: GridConfig,
     pub out: PathBuf,
 }
 
-/// The grids that the arguments ask for, for what the files can hold.
+/// Returns the quantization grid that the arguments select, restricted to zero points that the file
+/// format can store.
 fn grid(args: &Args) -> Result<GridConfig> {
     let group_size = match args.group_size.as_str() {
         "row" => None,
@@ -109,7 +111,7 @@ fn grid(args: &Args) -> Result<GridConfig> {
     Ok(grid)
 }
 
-/// The adapters' settings at a largest rank.
+/// Returns the settings of the adapters for a largest rank.
 pub fn lora_config(args: &Args, max_rank: usize) -> LoraConfig {
     let lora = LoraConfig::new(max_rank).with_dropout(args.dropout);
     match args.alpha {
@@ -119,7 +121,7 @@ pub fn lora_config(args: &Args, max_rank: usize) -> LoraConfig {
 }
 
 impl Settings {
-    /// Checks all that can be checked without the model and the data.
+    /// Checks everything that can be checked without the model and the data.
     pub fn new(args: &Args) -> Result<Self> {
         let pattern = Pattern::from_name(&args.pattern, args.sparsity)?;
         for (name, value, least) in [
@@ -178,7 +180,7 @@ impl Settings {
         })
     }
 
-    /// Checks that the files' format can hold the integers of every layer of a model.
+    /// Checks that the file format can hold the integers of every layer of a model.
     pub fn check_format(&self, args: &Args, config: &HfConfig) -> Result<()> {
         let mut shapes = BTreeSet::new();
         for layer in config.arch().linears() {
@@ -206,8 +208,8 @@ impl Settings {
         Ok(())
     }
 
-    /// Makes the folder of results ready for a new run, or for one that goes on where `identity` and the arguments are those
-    /// it began with. Returns whether the folder is new.
+    /// Prepares the folder of results for a new run, or for a resumed run if `identity` and the
+    /// arguments equal those of the original run. Returns whether the folder is new.
     pub fn prepare_out(&self, args: &Args, identity: Map<String, Value>) -> Result<bool> {
         let out = &self.out;
         let file = out.join(RUN);
@@ -231,8 +233,8 @@ impl Settings {
         written.map(|()| made)
     }
 
-    /// Cleans up after a run that failed before its first checkpoint: there is nothing to go on with. `made`: whether the
-    /// folder itself is the run's.
+    /// Cleans up after a run that failed before its first checkpoint, since it cannot be resumed.
+    /// `made` is set if the run created the folder itself.
     pub fn discard_unless_resumable(&self, made: bool) {
         if FOLDERS
             .iter()
@@ -244,7 +246,7 @@ impl Settings {
             );
             return;
         }
-        // The error that led here is the one to tell.
+        // The original error is reported, not one from cleaning up.
         let _ = remove_results(&self.out);
         if made {
             let _ = std::fs::remove_dir(&self.out);
@@ -252,7 +254,7 @@ impl Settings {
     }
 }
 
-/// Whether results may be written to `out`.
+/// Checks that results may be written to `out`.
 fn check_out(args: &Args, out: &Path) -> Result<()> {
     let refused = |expected: &str| Err(Error::argument("out", out.display(), expected));
     let occupied = match std::fs::read_dir(out) {
@@ -283,7 +285,7 @@ fn check_out(args: &Args, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what a killed run was in the middle of writing.
+/// Removes files that a killed run had not finished writing.
 fn sweep(out: &Path) -> Result<()> {
     let names = FOLDERS
         .iter()
@@ -311,7 +313,7 @@ fn sweep(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what a run makes, and nothing else.
+/// Removes the files and folders that a run creates, and nothing else.
 fn remove_results(out: &Path) -> Result<()> {
     sweep(out)?;
     let gone = |path: PathBuf, result: std::io::Result<()>| match result {
@@ -331,7 +333,7 @@ fn remove_results(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether a run may go on: the first difference is an error that names it.
+/// Checks that a run may be resumed. The error names the first difference.
 fn same(file: &Path, expected: &Map<String, Value>, found: &Map<String, Value>) -> Result<()> {
     for (name, expected) in expected {
         let found = found.get(name).unwrap_or(&Value::Null);

@@ -1,6 +1,7 @@
-//! Sparse models of integers, tuned: the rows of the paper's table 2, all by the same trainer.
+//! Fine-tuned sparse quantized models (SQFT): the rows of table 2 of the paper, all trained by the
+//! same trainer.
 //!
-//! What a row measures is what was written: models and adapters are read back from their folders.
+//! Each row measures the written files: models and adapters are read back from their folders.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,13 +21,13 @@ use crate::pipeline::{Run, max_logit_difference, supernet, zeros_lost};
 use crate::report::Row;
 use crate::{Init, Method, QaStart, Quantize};
 
-/// The row that the others are relative to.
+/// Name of the row that the others are relative to.
 const LORA: &str = "LoRA";
 
-/// The type that adapters are written in.
+/// Data type of written adapters.
 const ADAPTER: DType = DType::F16;
 
-/// A model of integers as its folder gives it.
+/// A quantized model as read from its folder.
 struct Quantized {
     model: Decoder,
     layers: BTreeMap<String, QuantizedMatrix>,
@@ -34,7 +35,7 @@ struct Quantized {
 }
 
 impl Quantized {
-    /// The model with the weights of these layers packed in memory as in the files.
+    /// Returns the model with the weights of the selected layers packed in memory as in the files.
     fn packed(&self, of: &Decoder, which: impl Fn(&str) -> bool) -> Result<Decoder> {
         let (mut model, device) = (of.clone(), of.device());
         model.try_for_each_linear(|name, layer| {
@@ -53,7 +54,7 @@ impl Quantized {
 }
 
 impl Run<'_> {
-    /// The rows of table 2 that `--method` asks for.
+    /// Adds the rows of table 2 that `--method` selects.
     pub fn table_2(&mut self, base: &Decoder, space: &SearchSpace) -> Result<()> {
         let (args, dtype) = (self.args, self.task.pretrained.dtype);
         let all = args.method == Method::Table2;
@@ -170,7 +171,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Says of the last row how it is stored, and in which folders.
+    /// Sets the precision of the last row, and its size from the files in some folders.
     fn stored_as(&mut self, precision: String, folders: &[&Path]) -> Result<()> {
         let mut bytes = 0;
         for folder in folders {
@@ -182,12 +183,12 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// How integers of a weight are called.
+    /// Returns the name of the integer format of the weights.
     fn integers(&self) -> String {
         format!("INT{}", self.args.bits)
     }
 
-    /// Rounds a model without training, and adds its row.
+    /// Quantizes a model without training, and adds its row.
     fn rounded(
         &mut self,
         name: &str,
@@ -209,7 +210,7 @@ impl Run<'_> {
         })
     }
 
-    /// Writes a model with these layers as integers, and reads it back.
+    /// Writes a model whose given layers are quantized, and reads it back.
     fn written(
         &self,
         model: &Decoder,
@@ -221,7 +222,8 @@ impl Run<'_> {
         Ok(Pretrained::open(&path, &pretrained.model.device())?.model)
     }
 
-    /// Trains adapters that stay apart from their base, which `original` was made smaller to, and adds their row.
+    /// Trains adapters that are not merged into their compressed base, and adds their row.
+    /// `original` is the model before compression.
     fn apart(
         &mut self,
         row: &Apart,
@@ -258,7 +260,7 @@ impl Run<'_> {
         }
     }
 
-    /// The norms of the inputs of a model's layers on the calibration data.
+    /// Returns the norms of the inputs of a model's layers on the calibration data.
     fn input_norms(&self, model: &Decoder) -> Result<BTreeMap<String, Vec<f32>>> {
         let mut norms = BTreeMap::new();
         walk_blocks(
@@ -277,7 +279,8 @@ impl Run<'_> {
         Ok(norms)
     }
 
-    /// Trains through the grids of `rounded` under the sparse weights' mask, merges, and adds the row.
+    /// Trains through the grids of `rounded` with the mask of the sparse weights, merges, and adds
+    /// the row.
     fn quantization_aware(
         &mut self,
         pruned: &Decoder,
@@ -292,7 +295,7 @@ impl Run<'_> {
             QaStart::Sparse
         });
         let adapted = |name: &str| space.group_of_layer(name).is_some();
-        // Layers without an adapter are what they were rounded to in any case.
+        // Layers without an adapter keep their quantized weights in any case.
         let base = rounded.packed(pruned, |name| start == QaStart::Gptq || !adapted(name))?;
         let sparse = if joint { &rounded.model } else { pruned };
         let layers = sparse.linears().filter(|(name, _)| adapted(name));
@@ -339,7 +342,8 @@ impl Run<'_> {
     }
 }
 
-/// A row whose adapters stay apart: its name, and the folders of its training, its adapters and its base.
+/// A row whose adapters are not merged: its name, and the folders of its training, its adapters and
+/// its base.
 struct Apart {
     name: &'static str,
     training: &'static str,
@@ -353,7 +357,7 @@ fn read_is_quantized(folder: &Path) -> Result<bool> {
         .is_some())
 }
 
-/// Bytes of the weight files of a folder.
+/// Returns the number of bytes of the weight files in a folder.
 fn weight_file_bytes(folder: &Path) -> Result<u64> {
     let failed = |e| Error::io(folder, e);
     let mut bytes = 0;

@@ -1,4 +1,4 @@
-//! The model and the data.
+//! The model and the data sets of a run.
 
 use burn::tensor::Device;
 use elastic_lora::data::{
@@ -13,7 +13,8 @@ use serde_json::{Map, Value};
 use crate::common::arithmetic::{self, Kind, Problem, Split};
 use crate::{Args, SearchMetric, common};
 
-/// Problems of two steps: three kinds that the shipped model has hardly seen, and three that it has never seen put together.
+/// Problems with two steps: three kinds that are rare in the training data of the bundled model,
+/// and three combinations that do not occur in it.
 const KINDS: [(Kind, f64); 6] = [
     (Kind::MulAdd, 1.0),
     (Kind::MulSub, 1.0),
@@ -23,7 +24,7 @@ const KINDS: [(Kind, f64); 6] = [
     (Kind::AddMul, 1.0),
 ];
 
-/// Sequences of calibration data, and their length at most.
+/// Number of calibration sequences, and their maximum length.
 const CALIBRATION: (usize, usize) = (128, 2048);
 
 pub struct Task {
@@ -31,9 +32,9 @@ pub struct Task {
     pub train: Vec<Sequence>,
     pub valid: Vec<Batch>,
     pub test: Vec<Batch>,
-    /// Test problems, where they have final answers.
+    /// Test problems, if they have final answers.
     pub problems: Option<ProblemSet>,
-    /// Validation problems, likewise.
+    /// Validation problems, if they have final answers.
     pub valid_problems: Option<ProblemSet>,
     pub calibration: Vec<Vec<u32>>,
     pub max_new_tokens: usize,
@@ -148,7 +149,7 @@ impl Task {
             .max()
             .unwrap_or(0);
         let train = sequences(&train)?;
-        // A data set of fewer tokens than the context is one short sample.
+        // If the data set has fewer tokens than the context, calibration uses one short sample.
         let tokens: usize = train.iter().map(Sequence::len).sum();
         let sample_len = context
             .min(CALIBRATION.1)
@@ -166,13 +167,13 @@ impl Task {
                 sample_len,
                 args.seed,
             )?,
-            // Room for an answer half as long again as the longest expected one.
+            // Allows answers that are half as long again as the longest expected one.
             max_new_tokens: (longest_answer * 3 / 2 + 8).min(context),
             pretrained,
         })
     }
 
-    /// The error for a search by accuracy without answers.
+    /// Returns the error for a search by accuracy without answers.
     pub fn no_answers() -> Error {
         Error::argument(
             "metric",
@@ -181,7 +182,8 @@ impl Task {
         )
     }
 
-    /// Numbers that tell whether a resumed run reads what the interrupted one did: the model by its first and last layer.
+    /// Returns fingerprints of the inputs, which show whether a resumed run reads the same inputs
+    /// as the original. The model is represented by its first and last layer.
     pub fn fingerprints(&self) -> Map<String, Value> {
         let layers: Vec<_> = self.pretrained.model.linears().collect();
         let ends = layers.first().into_iter().chain(layers.last());
@@ -208,7 +210,8 @@ impl Task {
     }
 }
 
-/// FNV-1a, by words: not against malice, but a file swapped by mistake shows.
+/// FNV-1a hash over words. It is not secure against manipulation, but detects files that were
+/// swapped by mistake.
 pub fn fingerprint(words: impl Iterator<Item = u32>) -> String {
     let hash = words.fold(0xcbf2_9ce4_8422_2325u64, |hash, word| {
         (hash ^ u64::from(word)).wrapping_mul(0x100_0000_01b3)

@@ -27,7 +27,7 @@ unsafe impl<T: Send> Send for Disjoint<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
-#[allow(dead_code)] // where nothing trains
+#[allow(dead_code)] // unused in builds without training
 impl<'a, T> Disjoint<'a, T> {
     pub fn new(all: &'a mut [T]) -> Self {
         Self {

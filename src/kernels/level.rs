@@ -150,7 +150,7 @@ impl Level {
     }
 
     /// Returns whether the processor has dot products of pairs of bf16 numbers (AVX-512 BF16).
-    #[allow(dead_code)] // where nothing trains
+    #[allow(dead_code)] // unused in builds without training
     pub(crate) fn bf16(self) -> bool {
         self.bf16
     }

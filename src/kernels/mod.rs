@@ -23,7 +23,8 @@ pub(crate) mod number;
 mod pool;
 #[cfg(test)]
 pub(crate) mod reference;
-#[cfg_attr(not(feature = "flex"), allow(dead_code))] // half of them serve training on Flex
+#[cfg_attr(not(feature = "flex"), allow(dead_code))]
+// half of them are only used by training on Flex
 pub(crate) mod rows;
 #[cfg(test)]
 mod tests;

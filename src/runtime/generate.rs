@@ -26,15 +26,8 @@ impl GenerateConfig {
         }
     }
 
-    /// Sets the sampling settings.
-    pub fn with_sample(mut self, sample: SampleConfig) -> Self {
-        self.sample = sample;
-        self
-    }
-
-    /// Sets the number of prompts decoded together.
-    pub fn with_batch_size(mut self, batch_size: usize) -> Self {
-        self.batch_size = batch_size;
-        self
+    setters! {
+        with_sample(sample: SampleConfig);
+        with_batch_size(batch_size: usize);
     }
 }

@@ -58,28 +58,11 @@ impl LoraConfig {
         }
     }
 
-    /// Sets alpha.
-    pub fn with_alpha(mut self, alpha: f64) -> Self {
-        self.alpha = alpha;
-        self
-    }
-
-    /// Sets the dropout probability.
-    pub fn with_dropout(mut self, dropout: f64) -> Self {
-        self.dropout = dropout;
-        self
-    }
-
-    /// Sets the scale rule.
-    pub fn with_scale_rule(mut self, scale_rule: ScaleRule) -> Self {
-        self.scale_rule = scale_rule;
-        self
-    }
-
-    /// Sets whether the gradients of a masked update may be computed from bf16 products.
-    pub fn with_bf16_gradient(mut self, bf16_gradient: bool) -> Self {
-        self.bf16_gradient = bf16_gradient;
-        self
+    setters! {
+        with_alpha(alpha: f64);
+        with_dropout(dropout: f64);
+        with_scale_rule(scale_rule: ScaleRule);
+        with_bf16_gradient(bf16_gradient: bool);
     }
 
     /// Checks the settings.

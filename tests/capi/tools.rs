@@ -1,18 +1,20 @@
-//! The library as a C user has it, compilers, and programs linked to it.
+//! Tools of the C API tests: the library as a C user has it, compilers, and programs linked to the
+//! library.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
-/// What a static link needs beside the library: what rustc says by `--print native-static-libs`.
+/// Libraries that a static link needs in addition, as listed by rustc with `--print
+/// native-static-libs`.
 const SYSTEM: &[&str] = &["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"];
 
-/// The folder of the crate.
+/// Returns the folder of the crate.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A folder of these tests' own, under `target`.
+/// Returns a folder under `target` for these tests.
 pub fn scratch(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .join("capi")
@@ -22,7 +24,7 @@ pub fn scratch(name: &str) -> PathBuf {
     path
 }
 
-/// Whether a tool is there; says so if it is not.
+/// Returns whether a tool exists, and prints a message if it does not.
 pub fn has(tool: &str) -> bool {
     let found = Command::new(tool)
         .arg("--version")
@@ -36,7 +38,7 @@ pub fn has(tool: &str) -> bool {
     found
 }
 
-/// The C and C++ compilers that there are, each with its language's name: gcc's first.
+/// Returns the available C or C++ compilers, gcc's first.
 pub fn compilers(language: &str) -> Vec<&'static str> {
     let all = if language == "c" {
         ["gcc", "clang"]
@@ -52,7 +54,7 @@ pub fn run(command: &mut Command) -> Output {
         .unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
 
-/// Runs a command that must succeed, and gives what it wrote.
+/// Runs a command that must succeed, and returns its output.
 pub fn succeed(command: &mut Command) -> String {
     let output = run(command);
     let (out, err) = (
@@ -67,7 +69,7 @@ pub fn succeed(command: &mut Command) -> String {
     out.into_owned()
 }
 
-/// The profile's folder that this test lies in, such as `target/release`.
+/// Returns the profile's folder that this test is in, such as `target/release`.
 pub fn profile_dir() -> PathBuf {
     std::env::current_exe()
         .unwrap()
@@ -78,7 +80,7 @@ pub fn profile_dir() -> PathBuf {
         .to_path_buf()
 }
 
-/// The profile's name.
+/// Returns the name of the profile.
 pub fn profile() -> String {
     let name = profile_dir()
         .file_name()
@@ -88,7 +90,7 @@ pub fn profile() -> String {
     if name == "debug" { "dev".into() } else { name }
 }
 
-/// Further arguments of rustc: the hooks that only tests have.
+/// Further arguments of rustc, which enable the hooks for tests.
 pub const RUSTC_FLAGS: [&str; 2] = ["--cfg", "elastic_lora_test_hooks"];
 
 pub fn soname() -> String {
@@ -104,7 +106,8 @@ pub fn soname() -> String {
     format!("libelastic_lora.so.{abi}")
 }
 
-/// `cargo rustc` on the library with these crate types, as README and CMakeLists.txt have it.
+/// Returns a `cargo rustc` command for the library with these crate types, as in the README and
+/// CMakeLists.txt.
 pub fn cargo(crate_types: &str, rustc: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
@@ -125,7 +128,8 @@ pub fn cargo(crate_types: &str, rustc: &[&str]) -> Command {
     command
 }
 
-/// A folder with the library under all its names. It is built once, into this test's own target folder and profile.
+/// Returns a folder with the library under all its names. It is built once, into the target folder
+/// and profile of this test.
 pub fn library() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
@@ -142,14 +146,14 @@ pub fn library() -> &'static Path {
     })
 }
 
-/// How a program is linked.
+/// Ways to link a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
     Shared,
     Static,
 }
 
-/// A compiler's call up to the output: warnings are errors.
+/// Returns a compiler command without its output. Warnings are errors.
 pub fn compile(compiler: &str, standard: &str) -> Command {
     let mut command = Command::new(compiler);
     command.arg(format!("-std={standard}")).args([
@@ -164,7 +168,7 @@ pub fn compile(compiler: &str, standard: &str) -> Command {
     command
 }
 
-/// Links what `command` compiles to the library, and gives the program's path.
+/// Links the output of `command` to the library, and returns the path of the program.
 pub fn link(mut command: Command, link: Link, name: &str) -> PathBuf {
     let program = scratch(name).join("program");
     command.arg("-o").arg(&program);
@@ -187,7 +191,7 @@ pub fn link(mut command: Command, link: Link, name: &str) -> PathBuf {
     program
 }
 
-/// The sources of the C test program.
+/// Returns the sources of the C test program.
 pub fn c_sources() -> Vec<PathBuf> {
     [
         "main", "dump", "hostile", "order", "overhead", "panic", "threads",

@@ -283,7 +283,7 @@ impl Left {
     }
 
     /// Computes the product for some panels of columns and of rows.
-    #[allow(clippy::too_many_arguments)] // the product's, and a task's ranges
+    #[allow(clippy::too_many_arguments)] // those of the product, and the ranges of a task
     unsafe fn block(
         &self,
         n: usize,

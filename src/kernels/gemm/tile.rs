@@ -81,7 +81,7 @@ macro_rules! tile {
         /// The processor must have the features, `a` and `b` must be panels of `units`, and the
         /// place must be writable.
         #[target_feature(enable = $features)]
-        #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+        #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
         unsafe fn $name<const R: usize, const V: usize>(
             a: *const u32,
             b: *const u32,

@@ -10,11 +10,11 @@ mod neon;
 use super::level::{Level, Set};
 use super::linear::task::Kernels;
 
-/// The kernels that go with a level; none with the portable one.
+/// Returns the kernels for a level, or `None` for the portable level.
 pub(super) fn kernels(level: Level) -> Option<&'static dyn Kernels> {
     match level.set() {
         Set::Portable => None,
-        // There are none for AVX-512 without its products of bytes.
+        // There are no kernels for AVX-512 without VNNI; the AVX2 kernels are used.
         #[cfg(target_arch = "x86_64")]
         Set::Avx2 | Set::Avx512 => Some(&avx2::Avx2),
         #[cfg(target_arch = "x86_64")]

@@ -1,36 +1,39 @@
-//! How integer codes come out of storage.
+//! Interface for unpacking stored integer codes.
 
 use super::input::Order;
 
-/// The codes of a weight, unpacked in registers: the columns of a row step after step.
+/// The codes of a weight. They are unpacked in registers, step by step along the columns of a row.
 pub(in crate::kernels) trait Codes: Copy {
-    /// A row, and how far it was read.
+    /// A row, with the current read position.
     type Row;
-    /// The codes of a step, or where they are.
+    /// The codes of a step, or a pointer to them.
     type Step: Copy;
 
-    /// The order of the inputs that the codes of a step have.
+    /// The order of inputs that matches the order of codes in a step.
     const ORDER: Order;
-    /// Bits of a code, at most.
+    /// Maximum number of bits of a code.
     const BITS: u8;
 
-    /// A row from its first step on. `zeros` are its zero points by units, as the instruction set keeps them.
+    /// Returns a row, positioned at its first step. `zeros` are its zero points by unit, in the
+    /// form that the instruction set uses.
     ///
     /// # Panics
-    /// For a row that there is not.
+    /// Panics if the row is out of range.
     fn row(&self, row: usize, zeros: *const u8) -> Self::Row;
 
-    /// Whether a step reads the second of two streams, for those who ask.
+    /// Returns whether a step reads the second of two streams. Only implementations with two
+    /// streams override it.
     fn is_high(&self, _index: usize) -> bool {
         false
     }
 
-    /// The next step, number `index`. `SMALL` where it has more than one unit; `HIGH` is what [`is_high`](Self::is_high) says of
-    /// it, where that is not always false.
+    /// Reads the next step, whose number is `index`. `SMALL` is set if a step has more than one
+    /// unit. `HIGH` is the result of [`is_high`](Self::is_high) for the step, for implementations
+    /// that override it.
     ///
     /// # Safety
-    /// The caller has the features of the instruction set, into which this is inlined; the step has inputs, and the row's zero
-    /// points are there.
+    /// The caller must have the features of the instruction set, since this is inlined into it. The
+    /// step must have inputs, and the zero points of the row must exist.
     unsafe fn step<const SMALL: bool, const HIGH: bool>(
         &self,
         row: &mut Self::Row,

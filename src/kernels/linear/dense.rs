@@ -1,4 +1,4 @@
-//! Products of dense numbers.
+//! Products with dense floating-point weights.
 
 use std::marker::PhantomData;
 
@@ -8,16 +8,17 @@ use super::tiles::{FAR, Tiles, Work, for_tiles};
 use crate::format::Dense;
 use crate::kernels::number::{Stored, with_type_of};
 
-/// Groups of columns at a time.
+/// Number of groups of columns that are processed at a time.
 const GROUPS: usize = 2;
 
-/// Products of some rows of a dense weight.
+/// Computes the products of some rows of a dense weight.
 ///
 /// # Safety
-/// The processor has the features of `L`; the outputs are this task's and in the output's memory.
+/// The processor must have the features of `L`. The outputs must belong to this task and lie within
+/// the output's memory.
 ///
 /// # Panics
-/// Where the weight has not the rows or columns.
+/// Panics if the weight has too few rows or columns.
 pub(in crate::kernels) unsafe fn multiply<L: Lanes>(weight: &Dense, task: Task<'_>) {
     let stride = weight.cols * weight.number.bytes();
     let values: &[u8] = &weight.values;
@@ -25,7 +26,8 @@ pub(in crate::kernels) unsafe fn multiply<L: Lanes>(weight: &Dense, task: Task<'
     let first = values.as_ptr();
     with_type_of!(weight.number, T => {
         let rows = Rows::<L, T> { first, stride, task: &task, of: PhantomData };
-        // SAFETY: the rows and columns are in the values, as was asserted; the rest is the caller's promise.
+        // SAFETY: the rows and columns are within the values, as asserted above; the caller
+        // guarantees the rest.
         unsafe { for_tiles(&rows, task.rows.clone(), task.input) }
     });
 }
@@ -39,7 +41,7 @@ struct Rows<'a, L, T> {
 
 impl<L: Lanes, T: Stored> Rows<'_, L, T> {
     /// # Safety
-    /// The rows are there, `apart` from each other, and their outputs this task's.
+    /// The rows must exist, `apart` from each other, and their outputs must belong to this task.
     #[inline(always)]
     unsafe fn products<const W: usize, const R: usize>(
         &self,
@@ -48,7 +50,7 @@ impl<L: Lanes, T: Stored> Rows<'_, L, T> {
         from: usize,
     ) {
         let Task { input, output, .. } = self.task;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             let products = L::run(Products::<T, W, R> {
                 weight: self.first.add(row * self.stride),
@@ -74,24 +76,25 @@ impl<L: Lanes, T: Stored> Tiles for Rows<'_, L, T> {
 
     #[inline(always)]
     unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { self.products::<W, R>(row, 1, from) };
     }
 
     #[inline(always)]
     unsafe fn far(&self, row: usize, apart: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { self.products::<FAR, 1>(row, apart, 0) };
     }
 }
 
-/// Products of `W` rows of numbers with `R` of inputs, by rows of inputs. Each row has `count` numbers.
+/// The products of `W` rows of numbers with `R` rows of inputs, as an array over the rows of
+/// inputs. Each row has `count` numbers.
 pub(in crate::kernels) struct Products<T, const W: usize, const R: usize> {
     pub weight: *const u8,
-    /// Bytes from one row of the weight to the next.
+    /// Distance between rows of the weight, in bytes.
     pub stride: usize,
     pub x: *const f32,
-    /// Numbers from one row of inputs to the next.
+    /// Distance between rows of inputs, in numbers.
     pub x_stride: usize,
     pub count: usize,
     pub of: PhantomData<T>,
@@ -101,7 +104,7 @@ impl<L: Lanes, T: Stored, const W: usize, const R: usize> Work<L> for Products<T
     type Output = [[f32; W]; R];
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn run(self) -> [[f32; W]; R] {
         let Self {
             weight,
@@ -115,7 +118,8 @@ impl<L: Lanes, T: Stored, const W: usize, const R: usize> Work<L> for Products<T
         let chains = L::chains(W * R);
         let whole = count / step * step;
         let mut column = 0;
-        // SAFETY: all loads are of the `count` numbers of rows that are there by the caller's promise.
+        // SAFETY: all loads are within the `count` numbers of each row, which exist as the caller
+        // guarantees.
         unsafe {
             let mut sums = [[[L::zero(); 4]; R]; W];
             while column < whole {

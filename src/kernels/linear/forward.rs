@@ -1,4 +1,5 @@
-//! Layers on the same inputs: what is prepared, which tasks there are, and who computes them.
+//! Computes several layers on the same inputs: prepares the inputs, divides the work into tasks and
+//! runs them.
 
 use std::ops::Range;
 
@@ -14,19 +15,20 @@ use crate::kernels::level::Level;
 use crate::kernels::memory::lines;
 use crate::kernels::pool::Pool;
 
-/// Bytes of a weight that a task reads, about.
+/// Approximate number of bytes of a weight that a task reads.
 const TASK_BYTES: usize = 1024 * 1024;
-/// Tasks for each thread, at least, so that one that is held up is helped by the others.
+/// Minimum number of tasks per thread, so that other threads can take over work from a delayed one.
 const TASKS: usize = 4;
-/// Outputs of a task are a multiple of it, but for the last one's.
+/// The number of outputs of each task, except the last, is a multiple of this.
 const OUTPUTS: usize = 16;
-/// Rows of inputs that a task prepares.
+/// Number of rows of inputs that one task prepares.
 const PREPARED: usize = 8;
 
-/// Scratch memory, part after part.
+/// Layout of the scratch memory. Prepared inputs come first, then the inner results of adapters,
+/// then the memory of each thread.
 struct Places {
     layout: Layout,
-    /// Prepared inputs come first, then the inner results of adapters, then each thread's own.
+    /// Offset of the inner results of adapters, in bytes.
     inner: usize,
     threads: usize,
     of_thread: usize,
@@ -76,14 +78,15 @@ impl Places {
     }
 }
 
-/// Bytes of `x A^T` of a layer.
+/// Returns the number of bytes of `x A^T` of a layer.
 fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
     layer
         .adapter
         .map_or(0, |adapter| lines(4 * rows * adapter.rank))
 }
 
-/// In which order and units the kernel of a weight of codes wants the inputs; none where there is no kernel for it.
+/// Returns the order and the size of units in which the kernel for a weight of codes expects its
+/// inputs. Returns `None` if there is no kernel for the weight.
 pub(in crate::kernels) fn units_of(
     level: Level,
     rows: usize,
@@ -106,7 +109,8 @@ pub(in crate::kernels) fn units_of(
     unit.map(|unit| (order, unit))
 }
 
-/// Bytes of scratch memory that [`forward`] needs for so many rows on this pool.
+/// Returns the number of bytes of scratch memory that [`forward`] needs for `rows` rows on this
+/// pool.
 pub fn scratch_bytes(
     pool: &Pool,
     layers: &[Linear<'_>],
@@ -114,22 +118,25 @@ pub fn scratch_bytes(
     inputs: usize,
     activations: Activations,
 ) -> usize {
-    // Of all instruction sets, so that any may be forced; and up to a line to begin at one.
+    // The maximum over all instruction sets, so that any of them may be forced, plus one cache line
+    // for alignment.
     let needed =
         |level| Places::new(level, pool.threads(), layers, rows, inputs, activations).bytes;
     Level::up_to_widest().map(needed).max().unwrap_or(0) + 64
 }
 
-/// Several layers on the same inputs in one go, such as the queries, keys and values of a block: the first `inputs` columns of each
-/// weight multiply the rows of `x`. With no layer, or no row, nothing happens. Nothing is allocated.
+/// Computes several layers on the same inputs in one call, such as the queries, keys and values of
+/// a block. The first `inputs` columns of each weight are multiplied by the rows of `x`. Without
+/// any layer or row, nothing happens. Does not allocate memory.
 ///
 /// # Shapes
 /// - `x`: `[rows, inputs]`
 /// - `y`: for each layer `[rows, outputs]`
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] where shapes do not fit each other, or the scratch memory is less than [`scratch_bytes`] says;
-/// [`Error::InvalidArgument`] for an adapter whose `bt` is not dense.
+/// Returns [`Error::ShapeMismatch`] if the shapes do not fit each other or the scratch memory is
+/// smaller than [`scratch_bytes`], and [`Error::InvalidArgument`] if the `bt` of an adapter is not
+/// dense.
 pub fn forward(
     pool: &Pool,
     layers: &[Linear<'_>],
@@ -151,7 +158,7 @@ pub fn forward(
     )
 }
 
-/// [`forward`] by the instructions that are named.
+/// Same as [`forward`], with the given instruction set.
 ///
 /// # Errors
 /// As for [`forward`].
@@ -171,7 +178,7 @@ pub fn forward_on(
         return Ok(());
     }
     let places = Places::new(level, pool.threads(), layers, x.rows, inputs, activations);
-    // From the first line of the cache on.
+    // Align the memory to a cache line.
     let skip = scratch
         .bytes
         .as_ptr()
@@ -198,7 +205,7 @@ pub fn forward_on(
     if places.layout.bytes > 0 {
         pool.for_each(x.rows.div_ceil(PREPARED), |_, task| {
             for row in task * PREPARED..((task + 1) * PREPARED).min(x.rows) {
-                // SAFETY: each row is one task's.
+                // SAFETY: each row belongs to one task only.
                 unsafe { input.prepare(row) };
             }
         });
@@ -221,7 +228,7 @@ pub fn forward_on(
     if inner.count() > 0 {
         pool.for_each(inner.count(), |thread, task| {
             if let Some((layer, ranks)) = inner.get(task) {
-                // SAFETY: the ranks are this task's, and the thread's memory is its own.
+                // SAFETY: the ranks belong to this task, and each thread has its own memory.
                 unsafe { call.inner(thread, layer, ranks) };
             }
         });
@@ -230,18 +237,19 @@ pub fn forward_on(
     let outputs = Disjoint::new(y);
     pool.for_each(outer.count(), |thread, task| {
         if let Some((layer, range)) = outer.get(task) {
-            // SAFETY: the columns are this task's, and the thread's memory is its own; `check` saw that they are in `y`.
+            // SAFETY: the columns belong to this task, and each thread has its own memory. `check`
+            // verified that the columns are within `y`.
             unsafe { call.outer(thread, layer, range, rows_of(outputs, layer)) };
         }
     });
     Ok(())
 }
 
-/// Where a layer's outputs go.
+/// Returns the destination of a layer's outputs.
 fn rows_of<'a>(y: Disjoint<'a, RowsMut<'_>>, layer: usize) -> DisjointRows<'a> {
     assert!(layer < y.len());
-    // SAFETY: the index was checked. Tasks only read the descriptions of the outputs, and no reference to the numbers is made: the
-    // slice's length and pointer are copied.
+    // SAFETY: the index was checked above. Tasks only read the descriptions of the outputs, and no
+    // reference to the numbers is made: only the length and pointer of the slice are copied.
     unsafe {
         let rows = y.at(layer);
         let values: *mut [f32] = (&raw const (*rows).values).cast::<*mut [f32]>().read();
@@ -261,7 +269,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// `x A^T` of a layer.
+    /// Returns the memory for `x A^T` of a layer.
     fn h(&self, layer: usize, adapter: &Adapter<'_>) -> Disjoint<'a, f32> {
         let before = self.layers[..layer]
             .iter()
@@ -270,21 +278,27 @@ impl<'a> Call<'a> {
         self.memory.floats(from, self.input.rows * adapter.rank)
     }
 
+    /// Computes some columns of `x A^T`.
+    ///
     /// # Safety
-    /// The ranks are this task's, the thread's memory is its own.
+    /// The ranks must belong to this task, and the memory of `thread` to the current thread.
     unsafe fn inner(&self, thread: usize, layer: usize, ranks: Range<usize>) {
         if let Some(adapter) = &self.layers[layer].adapter {
             let output = DisjointRows {
                 all: self.h(layer, adapter),
                 stride: adapter.rank,
             };
-            // SAFETY: the caller's promise, and the memory is as long.
+            // SAFETY: the caller upholds this function's contract, and the memory has room for all
+            // ranks.
             unsafe { self.multiply(thread, adapter.a, self.task(ranks, output)) };
         }
     }
 
+    /// Computes some outputs of a layer.
+    ///
     /// # Safety
-    /// As above, and they are in the output's memory.
+    /// The outputs must belong to this task and lie within the output's memory, and the memory of
+    /// `thread` must belong to the current thread.
     unsafe fn outer(
         &self,
         thread: usize,
@@ -299,11 +313,11 @@ impl<'a> Call<'a> {
             ..
         } = self.layers[layer];
         let task = self.task(range.clone(), output);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { self.multiply(thread, weight, task.clone()) };
         if let Some(bias) = bias {
             for row in 0..self.input.rows {
-                // SAFETY: the caller's promise.
+                // SAFETY: the caller upholds this function's contract.
                 let y = unsafe { output.row(row, range.clone()) };
                 y.iter_mut()
                     .zip(&bias[range.clone()])
@@ -314,7 +328,8 @@ impl<'a> Call<'a> {
             && let Body::Dense(bt) = adapter.bt.body()
         {
             let h = self.h(layer, &adapter);
-            // SAFETY: `h` was written by the tasks of the inner products, which are all done; the rest is the caller's promise.
+            // SAFETY: `h` was written by the tasks of the inner products, which are all done; the
+            // caller guarantees the rest.
             unsafe {
                 let update = Update {
                     bt,
@@ -339,27 +354,30 @@ impl<'a> Call<'a> {
     }
 
     /// # Safety
-    /// The thread's memory is its own, and no other slice of it lives.
+    /// The memory of `thread` must belong to the current thread, and no other slice of it may be
+    /// alive.
     unsafe fn scratch(&self, thread: usize) -> &'a mut [f32] {
         let at = self.places.threads + thread * self.places.of_thread;
         let all = self.memory.floats(at, self.places.of_thread / 4);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { all.part(0..all.len()) }
     }
 
     /// # Safety
-    /// The outputs are this task's, and in the output's memory; the thread's memory is its own.
+    /// The outputs must belong to this task and lie within the output's memory, and the memory of
+    /// `thread` must belong to the current thread.
     unsafe fn multiply(&self, thread: usize, weight: &StoredMatrix, task: Task<'_>) {
         let (body, cols) = (weight.body(), weight.cols());
         if let Some(kernels) = isa::kernels(self.level) {
             let unit = units_of(self.level, self.input.rows, body).map(|(_, unit)| unit);
-            // SAFETY: the caller's promise; the level came from the processor.
+            // SAFETY: the caller upholds this function's contract; `Level` values exist only for
+            // instruction sets that the processor supports.
             if unsafe { kernels.multiply(body, unit, task.clone(), self.scratch(thread)) } {
                 return;
             }
         }
         let at = self.places.threads + thread * self.places.of_thread;
-        // SAFETY: the caller's promise; the two parts do not overlap.
+        // SAFETY: the caller upholds this function's contract; the two parts do not overlap.
         unsafe {
             let numbers = self.memory.floats(at, cols).part(0..cols);
             let codes = self.memory.from(at + lines(4 * cols)).part(0..cols);
@@ -368,24 +386,24 @@ impl<'a> Call<'a> {
     }
 }
 
-/// What tasks compute: the inner results of adapters, or the outputs.
+/// Results that tasks compute: the inner results of adapters, or the outputs.
 #[derive(Clone, Copy)]
 enum Product {
     Inner,
     Outer,
 }
 
-/// The tasks of a call: each some outputs of one layer.
+/// The tasks of a call. Each computes some outputs of one layer.
 struct Tasks<'a> {
     layers: &'a [Linear<'a>],
     product: Product,
     threads: usize,
-    /// Outputs of a task, where the kernel says.
+    /// Number of outputs of a task, if the kernel prescribes it.
     most: Option<usize>,
 }
 
 impl Tasks<'_> {
-    /// Outputs of a layer, and of a task in it.
+    /// Returns the number of outputs of a layer and of each of its tasks.
     fn split(&self, layer: &Linear<'_>) -> (usize, usize) {
         let (outputs, weight) = match (self.product, &layer.adapter) {
             (Product::Outer, _) => (layer.outputs, layer.weight),
@@ -433,7 +451,7 @@ fn mismatch(what: &str, expected: &[usize], found: &[usize]) -> Error {
     }
 }
 
-/// Whether rows of a width are in a slice.
+/// Returns whether `rows` rows of `width` numbers fit into a slice.
 fn fits(len: usize, rows: usize, stride: usize, width: usize) -> bool {
     let end = rows
         .saturating_sub(1)

@@ -1,33 +1,38 @@
-//! Inputs as kernels want them: as they are, and as integers.
+//! Inputs in the forms that the kernels need: as `f32`, and as integers.
 //!
-//! Each block of 128 inputs has one scale: `x = scale * q`, `q = 256 hi + lo` with signed bytes `hi` and `lo`. Weights of codes are
-//! `w = sw (code - zero)` in groups, so that `x . w = sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)` over units `u`
-//! of columns that have one scale of both. What the second sum needs of `x` is computed here, once for all rows of the weight.
+//! Each block of 128 inputs has one scale: `x = scale * q`, `q = 256 hi + lo` with signed bytes
+//! `hi` and `lo`. Weights of codes are `w = sw (code - zero)` in groups. A *unit* is a run of
+//! columns that share both the scale of the weight and the scale of the inputs, so that `x . w =
+//! sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)` over units `u`. The factors
+//! `scale_u sum q` of the second sum depend on `x` alone and are computed here, once for all rows
+//! of the weight.
 
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::level::{Level, dispatch};
 use crate::kernels::memory::lines;
 
-/// Inputs of one scale.
+/// Number of inputs that share a scale.
 pub(in crate::kernels) const BLOCK: usize = 128;
-/// Largest of the integers: `127 * 256 + 127`.
+/// Largest magnitude of the integers: `127 * 256 + 127`.
 const LARGEST: f32 = 32639.0;
-/// Blocks that have no larger input count as zeros: the scale would be no normal number.
+/// Blocks without a larger input are treated as zeros, because their scale would not be a normal
+/// number.
 const TINY: f32 = 1e-33;
-/// The units that kernels have.
+/// Sizes of units that the kernels support.
 const UNITS: [usize; 5] = [8, 16, 32, 64, 128];
-/// Numbers that may be read past the last unit.
+/// Count of numbers past the last unit that may be read.
 const PAD: usize = 16;
 
-/// In which order a block's bytes are.
+/// Order of the bytes of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(clippy::enum_variant_names)] // in what order they are
+#[allow(clippy::enum_variant_names)] // the names describe the order
 pub(in crate::kernels) enum Order {
-    /// Columns 0, 2, .. 126, then 1, 3, .. 127: as packed codes of 4 bits come out of their bytes.
+    /// Columns 0, 2, .. 126, then 1, 3, .. 127: the order in which packed 4-bit codes are unpacked
+    /// from their bytes.
     EvenOdd,
-    /// As they are.
+    /// In column order, as bytes.
     InOrder,
-    /// As they are, each a word of 16 bits.
+    /// In column order, as 16-bit words.
     Words,
 }
 
@@ -35,7 +40,7 @@ impl Order {
     const ALL: [Self; 3] = [Self::EvenOdd, Self::InOrder, Self::Words];
 }
 
-/// The unit for groups of a size, where kernels have one.
+/// Returns the size of units for groups of a size, if the kernels support it.
 pub(super) fn unit_of(group_size: usize, cols: usize) -> Option<usize> {
     if group_size >= cols || group_size.is_multiple_of(BLOCK) {
         return Some(BLOCK);
@@ -43,7 +48,7 @@ pub(super) fn unit_of(group_size: usize, cols: usize) -> Option<usize> {
     UNITS.contains(&group_size).then_some(group_size)
 }
 
-/// What must be prepared for the layers of a call.
+/// Forms of the inputs that the layers of a call need.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
     orders: [bool; 3],
@@ -61,7 +66,7 @@ impl Needs {
     }
 }
 
-/// Where in a row's memory things lie.
+/// Layout of the memory of a row of inputs.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::kernels) struct Layout {
     needs: Needs,
@@ -86,7 +91,8 @@ impl Layout {
         layout
     }
 
-    /// The orders that are needed; a row has its codes in each, one after another.
+    /// Returns the orders that are needed. A row stores its codes in each of them, one after the
+    /// other.
     fn orders(&self) -> impl Iterator<Item = Order> {
         Order::ALL
             .into_iter()
@@ -94,7 +100,7 @@ impl Layout {
             .filter_map(|(order, need)| need.then_some(order))
     }
 
-    /// Bytes of a row in one order.
+    /// Returns the number of bytes of a row in one order.
     fn codes_bytes(&self, order: Order) -> usize {
         self.inputs.div_ceil(BLOCK) * self.bytes_of_block(order)
     }
@@ -107,12 +113,13 @@ impl Layout {
         }
     }
 
-    /// Bytes of a block in an order of bytes: 128 of `hi`, then, if wide, 128 of `lo`.
+    /// Returns the number of bytes of a block in an order of bytes: 128 of `hi`, then, if wide, 128
+    /// of `lo`.
     pub fn block_bytes(&self) -> usize {
         if self.needs.wide { 2 * BLOCK } else { BLOCK }
     }
 
-    /// Bytes of scales and sums for one size of units.
+    /// Returns the number of bytes of the scales and sums for one size of units.
     fn unit_bytes(&self, unit: usize) -> usize {
         2 * lines(4 * (self.units(unit) + PAD))
     }
@@ -121,7 +128,7 @@ impl Layout {
         self.inputs.div_ceil(BLOCK) * (BLOCK / unit)
     }
 
-    /// Units of a row, the smallest that are there.
+    /// Returns the number of units of a row for the smallest size that is needed.
     pub fn most_units(&self) -> usize {
         let smallest = UNITS
             .into_iter()
@@ -137,9 +144,9 @@ impl Layout {
             .sum()
     }
 
-    /// Where the scales of units lie; the sums lie `unit_bytes / 2` behind.
+    /// Returns the offset of the scales of units. The sums follow `unit_bytes / 2` later.
     fn unit_at(&self, unit: usize) -> usize {
-        // Units are 8, 16 ..
+        // Sizes of units are 8, 16, and so on.
         self.units_at[unit.trailing_zeros() as usize - 3]
     }
 }
@@ -153,33 +160,34 @@ pub(in crate::kernels) struct Input<'a> {
     pub stride: usize,
     pub inputs: usize,
     pub layout: Layout,
-    /// Rows of `layout.bytes`.
+    /// Memory of the prepared rows, each of `layout.bytes`.
     pub memory: Disjoint<'a, u8>,
     pub at: usize,
 }
 
-/// The units of inputs, row by row, with 16 zeros after the last one's.
+/// Scales and sums of the units of inputs, row by row. The last unit of a row is followed by 16
+/// zeros.
 #[derive(Clone, Copy)]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(in crate::kernels) struct Units {
     first: *const u8,
-    /// Bytes from scales to sums.
+    /// Distance from the scales to the sums, in bytes.
     half: usize,
-    /// Bytes from one row to the next.
+    /// Distance between rows, in bytes.
     stride: usize,
-    /// Units of a row.
+    /// Number of units of a row.
     pub count: usize,
 }
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 impl Units {
-    /// Scales of a row's units.
+    /// Returns the scales of the units of a row.
     #[inline(always)]
     pub fn scales(&self, row: usize) -> *const f32 {
         self.first.wrapping_add(row * self.stride).cast()
     }
 
-    /// Sums of a row's units: of its integers, each times their scale.
+    /// Returns the sums of the units of a row: the sum of the integers of a unit times their scale.
     #[inline(always)]
     pub fn sums(&self, row: usize) -> *const f32 {
         self.first
@@ -193,24 +201,24 @@ impl<'a> Input<'a> {
         &self.values[row * self.stride..row * self.stride + self.inputs]
     }
 
-    /// The bytes of a row, block by block.
+    /// Returns the bytes of a row, block by block.
     pub fn codes(&self, row: usize, order: Order) -> &'a [u8] {
         let from = self.at + row * self.layout.bytes + self.layout.codes_at(order);
-        // SAFETY: written by `prepare` before any task reads.
+        // SAFETY: `prepare` wrote the bytes before any task reads them.
         unsafe {
             self.memory
                 .shared(from..from + self.layout.codes_bytes(order))
         }
     }
 
-    /// What is known of units of a size.
+    /// Returns the scales and sums for units of a size.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub fn units(&self, unit: usize) -> Units {
         let (from, all) = (
             self.at + self.layout.unit_at(unit),
             self.layout.unit_bytes(unit),
         );
-        // As far as the last row's.
+        // Up to the end of the last row.
         let reach = (self.rows.max(1) - 1) * self.layout.bytes + all;
         Units {
             first: self.memory.floats(from, reach / 4).at(0).cast(),
@@ -224,10 +232,10 @@ impl<'a> Input<'a> {
         self.layout.needs.wide
     }
 
-    /// Writes a row's memory.
+    /// Prepares a row: writes its codes, scales and sums.
     ///
     /// # Safety
-    /// Nobody else reads or writes it.
+    /// Nothing else may read or write the memory of the row.
     pub unsafe fn prepare(&self, row: usize) {
         let (x, needs, start) = (
             self.row(row),
@@ -239,7 +247,8 @@ impl<'a> Input<'a> {
                 self.layout.bytes_of_block(order),
                 self.layout.codes_bytes(order),
             );
-            // SAFETY: the caller's promise; the parts of a row do not overlap.
+            // SAFETY: the caller upholds this function's contract, and the parts of a row do not
+            // overlap.
             let codes = unsafe {
                 self.memory
                     .from(start + self.layout.codes_at(order))
@@ -287,7 +296,7 @@ impl<'a> Input<'a> {
             }
             let count = BLOCK / unit;
             let from = start + self.layout.unit_at(unit) + 4 * block * count;
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             let (scales, sums) = unsafe {
                 let half = self.layout.unit_bytes(unit) / 2;
                 (
@@ -304,7 +313,8 @@ impl<'a> Input<'a> {
 }
 
 dispatch! {
-    /// Rounds up to a block of inputs to integers; returns their scale, NaN where an input is not finite.
+    /// Rounds up to one block of inputs to integers and returns their scale, which is NaN if an
+    /// input is not finite.
     fn round<const FMA: bool>(x: &[f32], wide: bool, q: &mut [i32; BLOCK]) -> f32 {
         let mut padded = [0.0_f32; BLOCK];
         padded[..x.len()].copy_from_slice(x);
@@ -314,7 +324,7 @@ dispatch! {
             for lane in 0..16 {
                 let size = chunk[lane].abs();
                 most[lane] = if size > most[lane] { size } else { most[lane] };
-                // NaN and infinities become NaN.
+                // Zero for finite inputs, NaN for infinities and NaN.
                 sum[lane] += chunk[lane] * 0.0;
             }
         }
@@ -328,7 +338,8 @@ dispatch! {
             return 0.0;
         }
         let largest = if wide { LARGEST } else { 127.0 };
-        // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
+        // Adding this constant leaves the nearest integer of a number in the lowest bits of the
+        // mantissa.
         const ROUND: f32 = 12_582_912.0;
         let inverse = largest / most;
         for (q, x) in q.iter_mut().zip(padded) {
@@ -339,7 +350,8 @@ dispatch! {
 }
 
 dispatch! {
-    /// Splits integers into bytes: 128 high ones, then as many low ones where there is room. Or writes words.
+    /// Stores integers in an order: as words, or as 128 high bytes followed, if there is room, by
+    /// as many low bytes.
     fn place<const FMA: bool>(q: &[i32; BLOCK], order: Order, out: &mut [u8]) {
         let mut sorted = [0; BLOCK];
         let q = match order {

@@ -1,75 +1,79 @@
-//! A layer and what it works on.
+//! Descriptions of a layer, its inputs and its outputs.
 
 use crate::format::StoredMatrix;
 
-/// Rows of numbers, row-major.
+/// Rows of numbers to read, row-major.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     /// The numbers.
     pub values: &'a [f32],
-    /// Rows.
+    /// Number of rows.
     pub rows: usize,
-    /// Numbers from one row's first to the next one's.
+    /// Distance from the start of one row to the start of the next, in numbers.
     pub stride: usize,
 }
 
-/// Rows of numbers that are written, row-major.
+/// Rows of numbers to write, row-major.
 #[derive(Debug)]
 pub struct RowsMut<'a> {
     /// The numbers.
     pub values: &'a mut [f32],
-    /// Rows.
+    /// Number of rows.
     pub rows: usize,
-    /// Numbers from one row's first to the next one's.
+    /// Distance from the start of one row to the start of the next, in numbers.
     pub stride: usize,
 }
 
-/// A layer, or the part of it that is active: `y = x W^T + s (x A^T) B^T + b` on the first outputs.
+/// A linear layer, or its active part: `y = x W^T + s (x A^T) B^T + b` for the first `outputs`
+/// outputs.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear<'a> {
-    /// `[out, in]`.
+    /// Weight, `[out, in]`.
     pub weight: &'a StoredMatrix,
-    /// Active outputs, the first ones.
+    /// Number of active outputs, which are the first ones.
     pub outputs: usize,
-    /// A number for each output; may be longer.
+    /// Bias, one number for each output. It may be longer.
     pub bias: Option<&'a [f32]>,
-    /// What is added to the weight.
+    /// Low-rank update that is added to the weight.
     pub adapter: Option<Adapter<'a>>,
 }
 
-/// A low-rank update of a weight, or the part of it that is active.
+/// A low-rank update of a weight, or its active part.
 #[derive(Clone, Copy, Debug)]
 pub struct Adapter<'a> {
-    /// `[max_rank, in]`.
+    /// `A`, `[max_rank, in]`.
     pub a: &'a StoredMatrix,
-    /// `B` transposed, `[max_rank, out]`; dense.
+    /// `B` transposed, `[max_rank, out]`, in a dense format.
     pub bt: &'a StoredMatrix,
-    /// Active rank, the first rows.
+    /// Active rank: the number of rows of `a` and `bt` that are used, which are the first ones.
     pub rank: usize,
-    /// Factor of the update.
+    /// Factor of the update, `s`.
     pub scale: f32,
 }
 
-/// How inputs are rounded where a weight is one of codes. Other weights multiply them as they are.
+/// Precision to which inputs are rounded for weights that consist of integer codes. Other weights
+/// are multiplied by the unrounded inputs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Activations {
-    /// To 16-bit integers, one scale for each 128: an error of at most 1.6e-5 of the largest of these.
+    /// 16-bit integers with one scale for each 128 inputs. The error is at most 1.6e-5 of the
+    /// largest of these inputs.
     #[default]
     Int16,
-    /// To 8-bit integers, one scale for each 128: an error of at most 0.4 % of the largest of these, for about half the work. An option
-    /// where work, not memory, is the limit.
+    /// 8-bit integers with one scale for each 128 inputs. The error is at most 0.4 % of the largest
+    /// of these inputs, for about half the work. Useful if compute, not memory bandwidth, is the
+    /// limit.
     Int8,
 }
 
-/// Memory of the caller for what lies between input and output.
+/// Memory of the caller for intermediate results.
 #[derive(Debug)]
 pub struct Scratch<'a> {
     pub(super) bytes: &'a mut [u8],
 }
 
 impl<'a> Scratch<'a> {
-    /// Any bytes; what they hold does not matter.
+    /// Wraps any bytes. Their contents do not matter.
     pub fn new(bytes: &'a mut [u8]) -> Self {
         Self { bytes }
     }

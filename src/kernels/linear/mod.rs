@@ -1,5 +1,8 @@
-//! Products of layers with rows of inputs. What is one instruction set's own is in `isa`; this room has what is common to
-//! them: the description of a layer, prepared inputs, tasks, and code that is generic over lanes and over storage.
+//! Products of layers with rows of inputs.
+//!
+//! This module holds the parts that all instruction sets share: the description of a layer,
+//! prepared inputs, tasks, and code that is generic over vector registers and storage formats. The
+//! parts of each instruction set are in `isa`.
 
 mod forward;
 pub(super) mod input;

@@ -1,22 +1,24 @@
-//! The way for every format and machine: a row of the weight becomes numbers, which multiply the inputs in plain loops.
+//! Fallback for every format and machine: each row of the weight is dequantized and multiplied by
+//! the inputs in plain loops.
 
 use super::task::{Task, Update};
 use crate::format::{Body, Number};
 use crate::kernels::level::{Level, dispatch, mul_add};
 use crate::kernels::memory::lines;
 
-/// Partial sums.
+/// Number of partial sums.
 const LANES: usize = 16;
 
-/// Bytes that a thread needs for weights of so many columns: a row of numbers, and of codes.
+/// Returns the number of bytes that a thread needs for weights with `cols` columns: one row of
+/// numbers and one of codes.
 pub(super) fn scratch_bytes(cols: usize) -> usize {
     lines(4 * cols) + lines(cols)
 }
 
-/// Products of the inputs with some rows of a weight.
+/// Computes the products of the inputs with some rows of a weight.
 ///
 /// # Safety
-/// The outputs are this task's.
+/// The outputs must belong to this task.
 pub(super) unsafe fn multiply(
     level: Level,
     weight: &Body,
@@ -32,20 +34,20 @@ pub(super) unsafe fn multiply(
     for row in rows {
         match weight {
             Body::Dense(dense) => dense.dequantize_row(row, numbers),
-            // As many as there are, so that it cannot fail.
+            // The slice has the length of a row, so this cannot fail.
             Body::Int(packed) => drop(packed.dequantize_rows(row, numbers)),
             Body::Sparse16(sparse) => sparse.dequantize_row(row, numbers),
             Body::SparseInt4(sparse) => sparse.dequantize_row(row, codes, numbers),
         }
         for index in 0..input.rows {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe { output.set(index, row, dot(level, numbers, input.row(index))) };
         }
     }
 }
 
 dispatch! {
-    /// The sum of products of as many numbers as `x` has.
+    /// Returns the sum of the products of the numbers of `x` with as many weights.
     fn dot<const FMA: bool>(weight: &[f32], x: &[f32]) -> f32 {
         let mut sums = [0.0_f32; LANES];
         let (x, x_rest) = x.as_chunks::<LANES>();
@@ -61,7 +63,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// `y += factor * row`.
+    /// Computes `y += factor * row`.
     fn add_row<const FMA: bool>(y: &mut [f32], factor: f32, number: Number, row: &[u8]) {
         let mut part = [0.0; 64];
         for (y, row) in y.chunks_mut(64).zip(row.chunks(64 * number.bytes())) {
@@ -74,10 +76,10 @@ dispatch! {
 /// Adds an update to the outputs of a task.
 ///
 /// # Safety
-/// The outputs are this task's, and written.
+/// The outputs must belong to this task and be initialized.
 ///
 /// # Panics
-/// Where the update has not the rows or columns.
+/// Panics if the update has too few rows or columns.
 pub(super) unsafe fn add_update(level: Level, update: &Update<'_>, task: Task<'_>) {
     let Task {
         rows: columns,
@@ -87,7 +89,7 @@ pub(super) unsafe fn add_update(level: Level, update: &Update<'_>, task: Task<'_
     let (number, stride) = (update.bt.number, update.stride(input.rows, &columns));
     let size = number.bytes();
     for row in 0..input.rows {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         let y = unsafe { output.row(row, columns.clone()) };
         for rank in 0..update.rank {
             let from = rank * stride;

@@ -1,4 +1,4 @@
-//! What a thread does at a time, and who does it.
+//! Tasks, the pieces of work of a thread, and the trait of the kernels that run them.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use super::input::{Input, Order};
 use crate::format::{Body, Dense};
 use crate::kernels::disjoint::DisjointRows;
 
-/// Products of all rows of inputs with some rows of a weight.
+/// The products of all rows of inputs with some rows of a weight.
 #[derive(Clone)]
 pub(in crate::kernels) struct Task<'a> {
     /// Rows of the weight, which are columns of the output.
@@ -15,21 +15,21 @@ pub(in crate::kernels) struct Task<'a> {
     pub output: DisjointRows<'a>,
 }
 
-/// What an adapter adds: `scale * h bt`.
+/// The update of an adapter: `scale * h bt`.
 #[derive(Clone, Copy)]
 pub(in crate::kernels) struct Update<'a> {
     pub bt: &'a Dense,
     pub scale: f32,
-    /// `[rows, rank]`.
+    /// `x A^T`, `[rows, rank]`.
     pub h: &'a [f32],
     pub rank: usize,
 }
 
 impl Update<'_> {
-    /// Bytes from one rank of `bt` to the next.
+    /// Returns the distance between rows of `bt`, in bytes.
     ///
     /// # Panics
-    /// Where `h` or `bt` has less than so many rows and columns.
+    /// Panics if `h` or `bt` has too few rows or columns.
     pub fn stride(&self, rows: usize, columns: &Range<usize>) -> usize {
         let stride = self.bt.cols * self.bt.number.bytes();
         assert!(
@@ -43,23 +43,27 @@ impl Update<'_> {
 
 /// The kernels of an instruction set.
 pub(in crate::kernels) trait Kernels: Sync {
-    /// The order in which packed codes of some bits want so many rows of inputs.
+    /// Returns the order of inputs for packed codes of `bits` bits with `rows` rows of inputs.
     fn packed_order(&self, bits: u8, rows: usize) -> Order;
 
-    /// The order in which sparse codes of 4 bits want inputs.
+    /// Returns the order of inputs for sparse 4-bit codes.
     fn sparse_order(&self) -> Order;
 
-    /// Numbers of scratch memory that a thread needs for so many rows of inputs, of so many units.
+    /// Returns the count of numbers of scratch memory that a thread needs for `rows` rows of inputs
+    /// with `units` units each.
     fn scratch_floats(&self, rows: usize, inputs: usize, units: usize) -> usize;
 
-    /// How many outputs each task but the last of a layer must have; none where any multiple of 16 will do.
+    /// Returns how many outputs each task of a layer, except the last, must have, or `None` if any
+    /// multiple of 16 is allowed.
     fn task_outputs(&self, rows: usize) -> Option<usize>;
 
-    /// Computes a task; `unit` is that of the weight's codes. False where there is no kernel for the weight.
+    /// Computes a task. `unit` is the size of the units of the weight's codes. Returns false if
+    /// there is no kernel for the weight.
     ///
     /// # Safety
-    /// The processor has the instructions; the outputs are this task's and in the output's memory; `scratch` is as long as
-    /// [`scratch_floats`](Self::scratch_floats) says.
+    /// The processor must have the instructions. The outputs must belong to this task and lie
+    /// within the output's memory. `scratch` must be as long as
+    /// [`scratch_floats`](Self::scratch_floats) requires.
     unsafe fn multiply(
         &self,
         weight: &Body,
@@ -68,9 +72,9 @@ pub(in crate::kernels) trait Kernels: Sync {
         scratch: &mut [f32],
     ) -> bool;
 
-    /// Adds an update to the outputs of a task, which are computed.
+    /// Adds an update to the outputs of a task, which must have been computed.
     ///
     /// # Safety
-    /// As for [`multiply`](Self::multiply), and `h` has the rows of inputs.
+    /// As for [`multiply`](Self::multiply), and `h` must have as many rows as the inputs.
     unsafe fn add_update(&self, update: &Update<'_>, task: Task<'_>, scratch: &mut [f32]);
 }

@@ -1,21 +1,26 @@
-//! Tiles: a few rows of a weight with a few of inputs, whose sums are in registers; and the features that they are compiled with.
+//! Tiles, which multiply a few rows of a weight by a few rows of inputs with all sums in registers,
+//! and the instruction set features that they are compiled with.
 
 use std::ops::Range;
 
 use super::input::{BLOCK, Input};
 
-/// Work that is compiled with the features of an instruction set. Implementations are always inlined, so that they have them.
+/// Work that is compiled with the features of an instruction set. Implementations must always be
+/// inlined, so that they get these features.
 pub(in crate::kernels) trait Work<I> {
     type Output;
 
+    /// Runs the work.
+    ///
     /// # Safety
-    /// The processor has the features of `I`; what else the work says.
+    /// The processor must have the features of `I`, and the requirements of the implementation must
+    /// hold.
     unsafe fn run(self) -> Self::Output;
 }
 
 /// An instruction set, or the part of it that some kernels need.
 pub(in crate::kernels) trait Features: Sized {
-    /// Does work with the features.
+    /// Runs work that is compiled with the features.
     ///
     /// # Safety
     /// As for [`Work::run`].
@@ -33,10 +38,10 @@ macro_rules! features {
                 unsafe fn with<W: $crate::kernels::linear::tiles::Work<$name>>(
                     work: W,
                 ) -> W::Output {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: the caller of `run` upholds the contract of the work.
                     unsafe { work.run() }
                 }
-                // SAFETY: the caller's promise.
+                // SAFETY: the caller of `run` guarantees that the processor has the features.
                 unsafe { with(work) }
             }
         }
@@ -44,34 +49,37 @@ macro_rules! features {
 }
 pub(in crate::kernels) use features;
 
-/// Rows of a weight that are far from each other in one tile; see [`Tiles::LONG`].
+/// Number of distant rows of a weight in one tile; see [`Tiles::LONG`].
 pub(in crate::kernels) const FAR: usize = 4;
 
 /// Tiles of a product.
 pub(in crate::kernels) trait Tiles {
-    /// Rows of the weight at a time with one row of inputs: 1, 2 or 4.
+    /// Number of rows of the weight in a tile with one row of inputs: 1, 2 or 4.
     const ONE: usize;
-    /// The same with more.
+    /// Number of rows of the weight in a tile with several rows of inputs: 1, 2 or 4.
     const MORE: usize;
-    /// A single row of more inputs than these is read once for [`FAR`] rows of the weight, a quarter of a task apart, so that what
-    /// memory reads ahead is needed.
+    /// If a single row of inputs is longer than this, it is read once for [`FAR`] rows of the
+    /// weight that are a quarter of a task apart, so that the memory that the processor reads ahead
+    /// is used.
     const LONG: usize = usize::MAX;
 
-    /// Products of `W` rows of the weight from `row` on with `R` of inputs from `from` on.
+    /// Computes the products of `W` rows of the weight, from `row` on, with `R` rows of inputs,
+    /// from `from` on.
     ///
     /// # Safety
-    /// The rows are there, and their outputs this task's.
+    /// The rows must exist, and their outputs must belong to this task.
     unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize);
 
-    /// Products of [`FAR`] rows, `apart` from each other, with the one row of inputs.
+    /// Computes the products of [`FAR`] rows, `apart` from each other, with the only row of inputs.
     ///
     /// # Safety
     /// As for [`tile`](Self::tile).
     unsafe fn far(&self, _row: usize, _apart: usize) {}
 }
 
-/// Computes all tiles of some rows of a weight: 1, 2 or 4 rows of inputs at a time, and rows of the weight one by one where not
-/// enough are left. Tasks begin at multiples of 16 rows, so that a row is in the same tile in whatever task it is.
+/// Computes all tiles of some rows of a weight, with 1, 2 or 4 rows of inputs at a time. Rows of
+/// the weight that do not fill a tile are computed one by one. Tasks begin at multiples of 16 rows,
+/// so that a row is computed in the same kind of tile for any division into tasks.
 ///
 /// # Safety
 /// As for [`Tiles::tile`].
@@ -85,7 +93,7 @@ pub(in crate::kernels) unsafe fn for_tiles<T: Tiles>(
     if const { T::LONG != usize::MAX } && input.rows == 1 && input.inputs > T::LONG {
         let apart = rows.len() / FAR;
         for row in rows.start..rows.start + apart {
-            // SAFETY: the caller's promise; so below.
+            // SAFETY: the caller upholds this function's contract, here and below.
             unsafe { tiles.far(row, apart) };
         }
         row += FAR * apart;
@@ -116,7 +124,7 @@ unsafe fn some_rows<T: Tiles, const R: usize>(
     count: usize,
     from: usize,
 ) -> usize {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         if const { T::ONE == 4 || T::MORE == 4 } && count == 4 {
             tiles.tile::<4, R>(row, from);
@@ -129,7 +137,8 @@ unsafe fn some_rows<T: Tiles, const R: usize>(
     R
 }
 
-/// [`Tiles`] of codes: `WIDE` where inputs have two bytes, `SMALL` where a block has several units.
+/// [`Tiles`] of codes. `WIDE` is set if inputs have two bytes, `SMALL` if a block has several
+/// units.
 pub(in crate::kernels) trait CodeTiles {
     /// See [`Tiles::ONE`].
     const ONE: usize;
@@ -145,7 +154,7 @@ pub(in crate::kernels) trait CodeTiles {
     );
 }
 
-/// The tiles of inputs and units of one kind.
+/// The tiles for one choice of `WIDE` and `SMALL`.
 struct Of<'a, T, const WIDE: bool, const SMALL: bool>(&'a T);
 
 impl<T: CodeTiles, const WIDE: bool, const SMALL: bool> Tiles for Of<'_, T, WIDE, SMALL> {
@@ -154,7 +163,7 @@ impl<T: CodeTiles, const WIDE: bool, const SMALL: bool> Tiles for Of<'_, T, WIDE
 
     #[inline(always)]
     unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { self.0.tile::<WIDE, SMALL, W, R>(row, from) };
     }
 }
@@ -169,7 +178,7 @@ pub(in crate::kernels) unsafe fn for_code_tiles<T: CodeTiles>(
     input: &Input<'_>,
     unit: usize,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         match (input.wide(), unit < BLOCK) {
             (true, false) => for_tiles(&Of::<_, true, false>(tiles), rows, input),

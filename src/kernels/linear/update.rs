@@ -1,4 +1,5 @@
-//! What an adapter adds to a few rows, `y += scale * h bt`: some columns of some rows stay in registers while the ranks go by.
+//! Adds the update of an adapter, `y += scale * h bt`. Some columns of a few rows stay in registers
+//! while all ranks are added.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -12,10 +13,11 @@ use crate::kernels::number::{Stored, with_type_of};
 /// Adds an update to the outputs of a task.
 ///
 /// # Safety
-/// The processor has the features of `L`; the outputs are this task's, in the output's memory and written.
+/// The processor must have the features of `L`. The outputs must belong to this task, lie within
+/// the output's memory and be initialized.
 ///
 /// # Panics
-/// Where the update has not the rows or columns.
+/// Panics if the update has too few rows or columns.
 pub(in crate::kernels) unsafe fn add<L: Lanes>(update: &Update<'_>, task: Task<'_>) {
     let Task {
         rows: columns,
@@ -28,7 +30,8 @@ pub(in crate::kernels) unsafe fn add<L: Lanes>(update: &Update<'_>, task: Task<'
         let add = Add::<T> { update, first, stride, columns, output, of: PhantomData };
         let mut row = 0;
         while row < input.rows {
-            // SAFETY: ranks and columns are there, as `stride` checked; the rest is the caller's promise.
+            // SAFETY: `Update::stride` checked that the ranks and columns exist; the caller
+            // guarantees the rest.
             unsafe {
                 row += match input.rows - row {
                     1 => L::run(Some::<T, 1, 8> { add: &add, row }),
@@ -42,7 +45,7 @@ pub(in crate::kernels) unsafe fn add<L: Lanes>(update: &Update<'_>, task: Task<'
 
 struct Add<'a, T> {
     update: &'a Update<'a>,
-    /// The first column of the first rank.
+    /// First column of the first rank.
     first: *const u8,
     stride: usize,
     columns: Range<usize>,
@@ -51,19 +54,20 @@ struct Add<'a, T> {
 }
 
 impl<T: Stored> Add<'_, T> {
-    /// The factor of a rank in a row.
+    /// Returns the factor of a rank in a row.
     #[inline(always)]
     fn factor(&self, row: usize, rank: usize) -> f32 {
         self.update.scale * self.update.h[row * self.update.rank + rank]
     }
 
     /// # Safety
-    /// The caller has the features of `L`, into which this is inlined; `C` groups of columns are there.
+    /// The caller must have the features of `L`, since this is inlined into it, and `C` groups of
+    /// columns must exist.
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn tile<L: Lanes, const R: usize, const C: usize>(&self, row: usize, column: usize) {
         let out: [*mut f32; R] = std::array::from_fn(|i| self.output.at(row + i, column));
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             let mut sums = [[L::splat(0.0); C]; R];
             for i in 0..R {
@@ -93,14 +97,14 @@ impl<T: Stored> Add<'_, T> {
         }
     }
 
-    /// The last `count` columns, fewer than a group.
+    /// Updates the last `count` columns, fewer than a group.
     ///
     /// # Safety
     /// As for [`tile`](Self::tile).
     #[inline(always)]
     unsafe fn last<L: Lanes>(&self, row: usize, column: usize, count: usize) {
         let out = self.output.at(row, column);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             let mut sums = L::load_some::<f32>(out.cast(), count);
             let mut at = self.first.add(column * size_of::<T>());
@@ -114,14 +118,14 @@ impl<T: Stored> Add<'_, T> {
     }
 }
 
-/// `R` rows from `row` on, `C` groups of columns at a time.
+/// The update of `R` rows, from `row` on, for `C` groups of columns at a time.
 struct Some<'a, T, const R: usize, const C: usize> {
     add: &'a Add<'a, T>,
     row: usize,
 }
 
 impl<L: Lanes, T: Stored, const R: usize, const C: usize> Work<L> for Some<'_, T, R, C> {
-    /// `R`.
+    /// The number of rows, `R`.
     type Output = usize;
 
     #[inline(always)]
@@ -129,7 +133,7 @@ impl<L: Lanes, T: Stored, const R: usize, const C: usize> Work<L> for Some<'_, T
         let Self { add, row } = self;
         let Range { start, end } = add.columns;
         let mut column = start;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             while end - column >= C * L::COLUMNS {
                 add.tile::<L, R, C>(row, column);

@@ -1,53 +1,55 @@
-//! Causal attention over keys and values that lie in tiles of [`TILE`] tokens.
+//! Causal attention over keys and values that are stored in tiles of [`TILE`] tokens.
 //!
-//! A tile holds its keys transposed, `[head_dim, TILE]`, so that the scores of its tokens are lanes of vector registers, and its values
-//! as they are, `[TILE, head_dim]`. The softmax is taken tile by tile with a running maximum (arXiv 1805.02867), so that no score is
-//! kept for longer than its tile is in the first-level cache.
+//! A tile holds its keys transposed, `[head_dim, TILE]`, so that the scores of its tokens are lanes
+//! of vector registers, and its values as they are, `[TILE, head_dim]`. The softmax is computed
+//! tile by tile with a running maximum (arXiv 1805.02867), so that scores are needed only while
+//! their tile is in the first-level cache.
 
 use super::math::exp;
 use crate::kernels::level::{dispatch, mul_add};
 use crate::kernels::number::Stored;
 
-/// Tokens of a tile.
+/// Number of tokens of a tile.
 pub(crate) const TILE: usize = 64;
-/// Queries that are taken together, so that keys and values are read once for them.
+/// Maximum number of queries that are processed together, so that keys and values are read once for
+/// them.
 pub(crate) const QUERIES: usize = 4;
-/// Lanes of the sums that are in registers at a time.
+/// Number of lanes whose sums are in registers at a time.
 const WIDE: usize = 32;
 
-/// What the softmax of one query has seen so far.
+/// State of the softmax of one query.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Running {
-    /// The largest score.
+    /// Largest score so far.
     pub max: f32,
-    /// Sum of the scores' exponentials, each by way of `max`.
+    /// Sum of `exp(score - max)` so far.
     pub sum: f32,
 }
 
 impl Running {
-    /// Nothing yet.
+    /// The state before the first tile.
     pub const NONE: Self = Self {
         max: f32::NEG_INFINITY,
         sum: 0.0,
     };
 }
 
-/// One query, and what is known of its result.
+/// One query and its partial result.
 #[derive(Debug)]
 pub(crate) struct Query<'a> {
-    /// `[head_dim]`.
+    /// The query, `[head_dim]`.
     pub q: &'a [f32],
-    /// The first of the tile's tokens that it sees.
+    /// First token of the tile that the query attends to.
     pub from: usize,
-    /// The one behind the last.
+    /// End (exclusive) of the tokens of the tile that the query attends to.
     pub to: usize,
-    /// The softmax so far.
+    /// State of the softmax.
     pub running: &'a mut Running,
-    /// Sum of the values seen, weighted by the exponentials, `[head_dim]`.
+    /// Sum of the values so far, weighted by the exponentials, `[head_dim]`.
     pub out: &'a mut [f32],
 }
 
-/// The scores of `N` queries with a tile's keys, not yet scaled.
+/// Returns the unscaled scores of `N` queries with the keys of a tile.
 #[inline(always)]
 fn scores<const FMA: bool, const N: usize, S: Stored>(
     queries: &[Query<'_>],
@@ -77,7 +79,8 @@ fn scores<const FMA: bool, const N: usize, S: Stored>(
     scores
 }
 
-/// Makes weights of a query's scores, and says by what its result so far is to be multiplied.
+/// Replaces the scores of a query by weights, and returns the factor by which its partial result
+/// must be multiplied.
 #[inline(always)]
 fn weigh<const FMA: bool>(scores: &mut [f32; TILE], query: &mut Query<'_>, scale: f32) -> f32 {
     let mut max = [f32::NEG_INFINITY; 16];
@@ -101,7 +104,7 @@ fn weigh<const FMA: bool>(scores: &mut [f32; TILE], query: &mut Query<'_>, scale
         .iter()
         .fold(query.running.max, |a, b| if *b > a { *b } else { a });
     if max == f32::NEG_INFINITY {
-        // Nothing to see, and nothing seen: a difference of infinities would be no number.
+        // The query attends to no token so far. The difference of two infinities would be NaN.
         *scores = [0.0; TILE];
         return 1.0;
     }
@@ -174,8 +177,8 @@ fn attend<const FMA: bool, const N: usize, S: Stored>(
 }
 
 dispatch! {
-    /// Lets up to [`QUERIES`] queries see one tile of keys, `[head_dim, TILE]`, and values, `[TILE, head_dim]`; scores are multiplied by
-    /// `scale`.
+    /// Computes attention of up to [`QUERIES`] queries over one tile of keys, `[head_dim, TILE]`,
+    /// and values, `[TILE, head_dim]`. Scores are multiplied by `scale`.
     pub(crate) fn attend_tile<const FMA: bool, S: Stored>(queries: &mut [Query<'_>], keys: &[S], values: &[S], scale: f32) {
         match queries.len() {
             1 => attend::<FMA, 1, S>(queries, keys, values, scale),
@@ -197,7 +200,7 @@ mod tests {
         (0..n).map(|i| (i as f32 * step).sin() * 1.5).collect()
     }
 
-    /// The definition, in f64.
+    /// Computes attention by its definition, in `f64`.
     fn expected(
         q: &[f32],
         keys: &[f32],
@@ -243,7 +246,7 @@ mod tests {
                 .collect::<Vec<f32>>()
         };
         let queries: Vec<Vec<f32>> = (0..n).map(|i| wave(head_dim, 0.11 + i as f32)).collect();
-        // One sees nothing of the first tile, one nothing of the last.
+        // One query attends to no token of the first tile, and one to no token of the last.
         let seen = [3..130, 70..191, 0..60, 64..129];
         let (mut running, mut out) = ([Running::NONE; 4], vec![vec![0.0_f32; head_dim]; 4]);
         for tile in 0..tiles {

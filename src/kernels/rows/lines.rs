@@ -1,17 +1,17 @@
-//! What a product of few rows is made of: sums over lines of a weight, in whatever format it is stored.
+//! Building blocks of products with few rows: sums over lines of a weight in any number format.
 
 use super::math::LANES;
 use crate::kernels::level::{dispatch, mul_add};
 use crate::kernels::number::Stored;
 
-/// Lines that are read side by side where each is added to all results.
+/// Number of lines that are read side by side when each line is added to all results.
 pub(crate) const ADDED: usize = 4;
 
-/// The product of `x` and a line of its length.
+/// Returns the dot product of `x` and a line of the same length.
 #[inline(always)]
 fn dot<const FMA: bool, T: Stored>(x: &[f32], line: &[T]) -> f32 {
     let ((chunks, rest), (parts, line_rest)) = (x.as_chunks::<LANES>(), line.as_chunks::<LANES>());
-    // One set of sums is as fast as memory.
+    // One set of sums is enough to keep up with memory.
     let mut sums = [0.0_f32; LANES];
     for (x, part) in chunks.iter().zip(parts) {
         for lane in 0..LANES {
@@ -26,7 +26,8 @@ fn dot<const FMA: bool, T: Stored>(x: &[f32], line: &[T]) -> f32 {
 }
 
 dispatch! {
-    /// `out += x L`: as many lines as `x` has numbers, `stride` numbers from one to the next, each as long as `out`.
+    /// Computes `out += x L`. `lines` has as many lines as `x` has numbers. Lines start `stride`
+    /// numbers apart, and each is as long as `out`.
     pub(crate) fn add_lines<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
         let width = out.len();
         let (groups, rest) = x.as_chunks::<ADDED>();
@@ -34,7 +35,8 @@ dispatch! {
             let lines = &lines[ADDED * group * stride..];
             let (a, b) = (&lines[..width], &lines[stride..][..width]);
             let (c, d) = (&lines[2 * stride..][..width], &lines[3 * stride..][..width]);
-            // In this form, and not over arrays, it becomes vector code for every format and instruction set.
+            // Written with iterators instead of arrays, this loop is vectorized for every format
+            // and instruction set.
             for ((((out, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
                 let sum = mul_add::<FMA>(*x1, b.widen(), mul_add::<FMA>(*x0, a.widen(), *out));
                 *out = mul_add::<FMA>(*x3, d.widen(), mul_add::<FMA>(*x2, c.widen(), sum));
@@ -50,7 +52,8 @@ dispatch! {
 }
 
 dispatch! {
-    /// `out += x L^T`: as many lines as `out` has numbers, `stride` numbers from one to the next, each as long as `x`.
+    /// Computes `out += x L^T`. `lines` has as many lines as `out` has numbers. Lines start
+    /// `stride` numbers apart, and each is as long as `x`.
     pub(crate) fn add_dots<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
         for (index, out) in out.iter_mut().enumerate() {
             *out += dot::<FMA, T>(x, &lines[index * stride..][..x.len()]);

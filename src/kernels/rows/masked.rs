@@ -1,4 +1,4 @@
-//! Rows of a weight with an update that a mask confines.
+//! Rows of a weight with an update that is restricted by a mask.
 
 use std::mem::MaybeUninit;
 
@@ -7,7 +7,7 @@ use half::bf16;
 use crate::kernels::level::dispatch;
 
 dispatch! {
-    /// Adds an update, where the mask is not 0, to a row of weights; the sum takes the update's place.
+    /// Adds an update, where the mask is not 0, to a row of weights. The sum replaces the update.
     pub(crate) fn add_masked<const FMA: bool>(update: &mut [f32], weight: &[f32], mask: &[u8]) {
         for ((update, weight), mask) in update.iter_mut().zip(weight).zip(mask) {
             *update = if *mask != 0 { *weight + *update } else { *weight };
@@ -16,7 +16,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// Zeros where the mask is 0.
+    /// Sets the elements to zero where the mask is 0.
     pub(crate) fn keep_masked<const FMA: bool>(row: &mut [f32], mask: &[u8]) {
         for (value, mask) in row.iter_mut().zip(mask) {
             *value = if *mask != 0 { *value } else { 0.0 };
@@ -25,7 +25,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// Rounds to bf16, to nearest and ties to even; what is not a number stays none.
+    /// Rounds to bf16, to nearest with ties to even. NaN stays NaN.
     pub(crate) fn round_to_bf16<const FMA: bool>(row: &[f32], out: &mut [MaybeUninit<bf16>]) {
         for (out, value) in out.iter_mut().zip(row) {
             let bits = value.to_bits();
@@ -46,7 +46,7 @@ mod tests {
         let mut values: Vec<f32> = (0..40_000_u32)
             .map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761)))
             .collect();
-        // Ties of both kinds, what overflows, and what has no nearest.
+        // Ties of both kinds, values that overflow, and values without a nearest bf16 number.
         values.extend(
             [
                 0x3f80_8000,
@@ -62,7 +62,7 @@ mod tests {
             let mut out = vec![MaybeUninit::uninit(); values.len()];
             round_to_bf16(level, &values, &mut out);
             for (out, value) in out.into_iter().zip(&values) {
-                // SAFETY: every element was written.
+                // SAFETY: `round_to_bf16` wrote every element.
                 let (got, want) = (unsafe { out.assume_init() }, bf16::from_f32(*value));
                 assert!(
                     got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),

@@ -1,24 +1,26 @@
-//! What the row kernels compute with: functions without branches, and sums in [`LANES`] parts, which compilers turn into vector
-//! code.
+//! Building blocks of the row kernels: functions without branches, and sums in [`LANES`] parts,
+//! which compilers can vectorize.
 
 use crate::kernels::level::mul_add;
 
-/// Partial results of a reduction, since the order of a floating-point sum is not the compiler's to change.
+/// Number of partial results of a reduction. They are explicit because the compiler must not change
+/// the order of a floating-point sum.
 pub(super) const LANES: usize = 16;
 
-/// `e^x` with a relative error below 2e-7 for x in -87..88, 0 below, e^88.37 above, NaN for NaN (the polynomial is that of
-/// Cephes' `expf`, S. Moshier).
+/// Returns `e^x` with a relative error below 2e-7 for `x` in -87..88. The result is 0 below,
+/// e^88.37 above, and NaN for NaN. (The polynomial is that of `expf` in Cephes by S. Moshier.)
 #[inline(always)]
 pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     const LOWEST: f32 = -87.3;
     const HIGHEST: f32 = 88.37;
-    // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
+    // Adding this constant leaves the nearest integer of a number in the lowest bits of the
+    // mantissa.
     const ROUND: f32 = 12_582_912.0;
     let clamped = if x < LOWEST { LOWEST } else { x };
     let clamped = if clamped > HIGHEST { HIGHEST } else { clamped };
     let rounded = mul_add::<FMA>(clamped, std::f32::consts::LOG2_E, ROUND);
     let power = rounded - ROUND;
-    // ln 2 in two parts, the first of few bits, so that the difference is exact.
+    // `ln 2` is split into two parts. The first has few bits, so that the difference is exact.
     let rest = mul_add::<FMA>(power, -0.693_359_4, clamped);
     let rest = mul_add::<FMA>(power, 2.121_944_4e-4, rest);
     let p = mul_add::<FMA>(1.987_569_1e-4, rest, 1.398_2e-3);
@@ -36,7 +38,7 @@ pub(super) fn sigmoid<const FMA: bool>(x: f32) -> f32 {
     1.0 / (1.0 + exp::<FMA>(-x))
 }
 
-/// Sum of `f` over the elements of two rows.
+/// Returns the sum of `f` over the elements of two rows.
 #[inline(always)]
 pub(super) fn sum_of(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut sums = [0.0_f32; LANES];

@@ -1,7 +1,7 @@
-//! Kernels on rows of numbers, compiled once for each instruction set and chosen at run time. Training and the runtime share
-//! them.
+//! Kernels on rows of numbers, compiled once for each instruction set and chosen at run time.
+//! Training and the runtime share them.
 //!
-//! The loops are plain Rust that the compiler turns into vector code.
+//! The loops are plain Rust that the compiler vectorizes.
 
 #![allow(dead_code, unused_imports)] // builds without training call only some of them
 
@@ -24,8 +24,9 @@ pub(crate) use swiglu::*;
 
 use std::mem::MaybeUninit;
 
-/// Memory to be written, all of it, as kernels take it.
+/// Converts initialized memory to the type that kernels take for memory that they overwrite
+/// completely.
 pub(crate) fn as_uninit(out: &mut [f32]) -> &mut [MaybeUninit<f32>] {
-    // SAFETY: same layout. No kernel writes anything but numbers, so that what comes back is initialized.
+    // SAFETY: both types have the same layout, and kernels write only initialized numbers.
     unsafe { &mut *(std::ptr::from_mut(out) as *mut [MaybeUninit<f32>]) }
 }

@@ -1,18 +1,18 @@
-//! Root-mean-square normalization (arXiv 1910.07467).
+//! Root-mean-square normalization (RMSNorm, arXiv 1910.07467).
 
 use std::mem::MaybeUninit;
 
 use super::math::sum_of;
 use crate::kernels::level::{dispatch, mul_add};
 
-/// `1 / sqrt(mean(x^2) + eps)`.
+/// Returns `1 / sqrt(mean(x^2) + eps)`.
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum_of(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
 }
 
 dispatch! {
-    /// Rows of `x / sqrt(mean(x^2) + eps) * weight`.
+    /// Computes `x / sqrt(mean(x^2) + eps) * weight` for each row.
     pub(crate) fn rms_norm<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [MaybeUninit<f32>]) {
         for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
             let inverse = inverse_rms(x, eps);
@@ -24,7 +24,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// Replaces rows of the gradient of the result by that of `x`.
+    /// Replaces rows of the gradient of the result by the gradient of `x`.
     pub(crate) fn rms_norm_backward<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, grad: &mut [f32]) {
         let width = weight.len();
         for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact_mut(width)) {
@@ -41,7 +41,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// Adds the rows' share to the gradient of the weight.
+    /// Adds the contribution of these rows to the gradient of the weight.
     pub(crate) fn rms_norm_backward_weight<const FMA: bool>(x: &[f32], grad: &[f32], eps: f32, sum: &mut [f32]) {
         let width = sum.len();
         for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {

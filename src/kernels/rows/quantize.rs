@@ -1,11 +1,13 @@
-//! Weights on the grids that they are trained for.
+//! Fake quantization for training: weights on their quantization grids, and gradients of the
+//! scales.
 
 use crate::kernels::level::dispatch;
 
-/// The step of a grid nearest to `x`, both counted from the zero point; ties to even. What is NaN stays so.
+/// Returns the step of a grid nearest to `x`, with ties to even. Both are counted from the zero
+/// point. NaN stays NaN.
 #[inline(always)]
 fn nearest_step(x: f32, zero: f32, top: f32) -> f32 {
-    // Adding and taking it away again rounds what is under 2^22, without a call.
+    // Adding and subtracting this constant rounds numbers below 2^22 without a function call.
     const ROUND: f32 = 12_582_912.0;
     let (low, high) = (-zero, top - zero);
     let x = if x < low { low } else { x };
@@ -14,7 +16,8 @@ fn nearest_step(x: f32, zero: f32, top: f32) -> f32 {
 }
 
 dispatch! {
-    /// Replaces a row of an update by the weight's row with the update where the mask is set, on its grids.
+    /// Replaces a row of an update by the quantized sum of the weight's row and the update. Where
+    /// the mask is 0, the update is not added.
     pub(crate) fn quantize_sum<const FMA: bool>(
         row: &mut [f32],
         weight: &[f32],
@@ -33,7 +36,8 @@ dispatch! {
 }
 
 dispatch! {
-    /// Adds to each scale's gradient what a row of weights, not yet rounded, and the gradients of the rounded ones give.
+    /// Adds the contribution of a row to the gradient of each scale. `weight` is the row before
+    /// rounding, and `grad` the gradient of the rounded weights.
     pub(crate) fn scale_gradient<const FMA: bool>(
         sum: &mut [f32],
         weight: &[f32],

@@ -1,4 +1,5 @@
-//! Rotary positions (arXiv 2104.09864): the halves of a head are rotated against each other.
+//! Rotary position embedding (arXiv 2104.09864). The two halves of a head are the coordinates that
+//! are rotated.
 
 use std::mem::MaybeUninit;
 

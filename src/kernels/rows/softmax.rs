@@ -1,10 +1,10 @@
-//! Softmax of a row, and what losses make of it.
+//! Softmax of a row, and the losses and gradients based on it.
 
 use super::math::{exp, max_of, sum_of};
 use crate::kernels::level::{dispatch, mul_add};
 
 dispatch! {
-    /// `ln(sum(exp(row)))`, by way of the largest element.
+    /// Returns `ln(sum(exp(row)))`, computed relative to the largest element.
     pub(crate) fn log_sum_exp<const FMA: bool>(row: &[f32]) -> f32 {
         let max = max_of(row);
         sum_of(row, row, |x, _| exp::<FMA>(x - max)).ln() + max
@@ -37,8 +37,8 @@ dispatch! {
 }
 
 dispatch! {
-    /// Replaces `row` by its softmax less `mix` times the probabilities of `taught`. Returns `ln(sum(exp(row)))` and the
-    /// cross-entropy of `row` against `taught`.
+    /// Replaces `row` by its softmax minus `mix` times the probabilities `taught`. Returns
+    /// `ln(sum(exp(row)))` and the cross-entropy of `row` against `taught`.
     pub(crate) fn softmax_less<const FMA: bool>(row: &mut [f32], taught: &[f32], mix: f32) -> (f32, f32) {
         let max = max_of(row);
         let below = sum_of(taught, row, |p, x| p * (max - x));
@@ -55,7 +55,8 @@ dispatch! {
 }
 
 dispatch! {
-    /// The gradient of scores under a softmax: replaces `grad`, that of `weights`, by `weights * (grad - grad . weights)`.
+    /// Computes the gradient of scores through a softmax: replaces `grad`, the gradient of
+    /// `weights`, by `weights * (grad - grad . weights)`.
     pub(crate) fn softmax_backward<const FMA: bool>(weights: &[f32], grad: &mut [f32]) {
         let along = sum_of(weights, grad, |a, b| a * b);
         for (grad, weight) in grad.iter_mut().zip(weights) {

@@ -6,7 +6,7 @@ use super::math::sigmoid;
 use crate::kernels::level::{dispatch, mul_add};
 
 dispatch! {
-    /// `out = silu(gate) * up`.
+    /// Computes `out = silu(gate) * up`.
     pub(crate) fn swiglu<const FMA: bool>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             out.write(gate * sigmoid::<FMA>(*gate) * up);

@@ -1,4 +1,5 @@
-//! No kernel reads or writes outside of what it is given, whatever the parts of a weight hold: here all of it ends where memory does.
+//! Checks that no kernel reads or writes out of bounds for any contents of a weight. All buffers in
+//! these tests end where readable memory ends.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -8,10 +9,11 @@ use rand::seq::IndexedRandom;
 
 use super::*;
 
-/// A multiple of a page's size, on every machine.
+/// A multiple of the page size of every machine.
 const PAGES: usize = 1 << 16;
 
-/// Bytes behind which there are pages of a file that it does not have: who touches these is ended by a signal.
+/// Bytes that are followed by mapped pages beyond the end of a file. Accessing these pages ends the
+/// process with a signal.
 struct AtTheEnd {
     map: MmapMut,
     first: usize,
@@ -25,7 +27,7 @@ impl AtTheEnd {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![0xA5; first]).unwrap();
         file.write_all(bytes).unwrap();
-        // SAFETY: nobody else has the file.
+        // SAFETY: nothing else uses the file.
         let map = unsafe { MmapOptions::new().len(end + PAGES).map_copy(&file).unwrap() };
         Self {
             map,
@@ -53,7 +55,8 @@ impl AsRef<[u8]> for AtTheEnd {
     }
 }
 
-/// A weight whose parts end where memory does, and lie where they should; none where that is refused.
+/// Copies a weight into buffers that end where readable memory ends. If `lie` is set, the contents
+/// of its parts are corrupted. Returns `None` if the copy is rejected.
 fn moved(weight: &StoredMatrix, lie: bool, rng: &mut Rng) -> Option<StoredMatrix> {
     let lie = if lie { rng.random_range(1..6) } else { 0 };
     let find = |name: &str| {
@@ -91,7 +94,7 @@ fn nothing_beyond_the_end_is_touched() {
             continue;
         };
         case.weight = weight;
-        // The last row is the one that matters.
+        // The last row is the most important one.
         if rng.random_bool(0.7) {
             case.outputs = case.weight.rows();
         }
@@ -127,7 +130,8 @@ fn nothing_beyond_the_end_is_touched() {
                 rows,
                 stride: case.outputs,
             }];
-            // From a line of the cache on, so that nothing is left at the end.
+            // The scratch memory begins at a cache line, so that no bytes are left unused at its
+            // end.
             let bytes =
                 scratch_bytes(&pool, &layers, rows, inputs, activations).next_multiple_of(64);
             let mut memory = AtTheEnd::new(&vec![0xA5; bytes]);

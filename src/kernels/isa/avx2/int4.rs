@@ -1,4 +1,5 @@
-//! Packed codes of 4 bits with a few rows of inputs: bytes multiply bytes, 64 bytes of codes are 128 columns.
+//! Packed 4-bit codes with a few rows of inputs. Bytes are multiplied by bytes; 64 bytes of codes
+//! are 128 columns.
 
 use std::arch::x86_64::*;
 
@@ -30,7 +31,8 @@ pub(super) unsafe fn multiply(
         let codes = &codes[row * stride..(row + 1) * stride];
         units.read(row);
         for index in 0..input.rows {
-            // SAFETY: the caller's promise; products are as many as the units of inputs, and 8 more.
+            // SAFETY: the caller upholds this function's contract; there are as many products as
+            // units of inputs, plus 8.
             unsafe {
                 let taken = units.multiply(0, index);
                 let (x, products) = (input.codes(index, Order::EvenOdd), units.products(0));
@@ -46,10 +48,11 @@ pub(super) unsafe fn multiply(
     }
 }
 
-/// The sum of products of codes with a row's inputs. A lane of 32 bits has eight columns of 64.
+/// Returns the sum of products of codes with a row of inputs. A lane of 32 bits accumulates eight
+/// columns of 64.
 ///
 /// # Safety
-/// `products` has the units of `x`, and 8 more.
+/// `products` must have as many elements as there are units of `x`, plus 8.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn products_of<const WIDE: bool, const SMALL: bool>(
     codes: &[u8],
@@ -66,7 +69,7 @@ unsafe fn products_of<const WIDE: bool, const SMALL: bool>(
         let codes = readable(codes, 64 * block, &mut end);
         let mut sums = [_mm256_setzero_si256(); 2];
         for (half, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: 64 bytes of codes and a block of inputs are there.
+            // SAFETY: 64 bytes of codes and a block of inputs exist.
             unsafe {
                 let pairs = _mm256_loadu_si256(codes.add(32 * half).cast());
                 let even = _mm256_and_si256(pairs, low);
@@ -77,7 +80,7 @@ unsafe fn products_of<const WIDE: bool, const SMALL: bool>(
                             x.as_ptr().add(BLOCK * plane + 64 * odd + 32 * half).cast(),
                         )
                     };
-                    // At most 4 * 15 * 128: no sum of 16 bits overflows.
+                    // The sum is at most 4 * 15 * 128, so the 16-bit sums do not overflow.
                     let words = _mm256_add_epi16(
                         _mm256_maddubs_epi16(even, at(0)),
                         _mm256_maddubs_epi16(odd, at(1)),
@@ -90,7 +93,7 @@ unsafe fn products_of<const WIDE: bool, const SMALL: bool>(
                 }
             }
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             if SMALL {
                 let lanes = _mm256_loadu_si256(lane.as_ptr().cast());

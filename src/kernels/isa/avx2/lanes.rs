@@ -1,4 +1,4 @@
-//! Eight numbers in a register.
+//! Vector operations on registers of eight numbers.
 
 use std::arch::x86_64::*;
 
@@ -22,7 +22,7 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn zero() -> __m256 {
-        // SAFETY: the caller's promise, here and below.
+        // SAFETY: the caller upholds the method's contract, here and below.
         unsafe { _mm256_setzero_ps() }
     }
 
@@ -79,7 +79,7 @@ impl Lanes for Avx2 {
     }
 }
 
-/// Eight numbers of half precision, or in bfloat16.
+/// Converts eight numbers from half precision or bfloat16 to `f32`.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn widen<const HALF: bool>(words: __m128i) -> __m256 {

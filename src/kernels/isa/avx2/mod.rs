@@ -1,7 +1,8 @@
-//! AVX2 with FMA, F16C and BMI: one file for each family of formats.
+//! Kernels for AVX2 with FMA, F16C and BMI, one file for each family of formats.
 //!
-//! There is no instruction that expands what is packed: sparse weights go by tables, eight columns for each byte of their bits. All
-//! functions here need the features that `Level::detect` asks for before it gives the level.
+//! AVX2 has no expand instruction, so sparse weights are expanded through lookup tables, eight
+//! columns for each byte of the mask. All functions here need the features that `Level::detect`
+//! checks before it returns this level.
 
 mod int4;
 mod lanes;
@@ -19,7 +20,7 @@ pub(super) use lanes::Avx2;
 
 impl Kernels for Avx2 {
     fn packed_order(&self, bits: u8, rows: usize) -> Order {
-        // Those of 4 bits multiply as bytes, unpacked again for each row.
+        // 4-bit codes are multiplied as bytes and unpacked again for each row of inputs.
         if bits == 4 && rows < words::MANY {
             Order::EvenOdd
         } else {
@@ -32,7 +33,8 @@ impl Kernels for Avx2 {
     }
 
     fn scratch_floats(&self, rows: usize, inputs: usize, units: usize) -> usize {
-        // A row of the weight, as numbers, or as words of half their size beside what is known of units.
+        // Room for a row of the weight: as numbers, or as words of half their size next to the data
+        // of its units.
         let row = if rows >= words::MANY {
             inputs.next_multiple_of(BLOCK)
         } else {
@@ -52,7 +54,7 @@ impl Kernels for Avx2 {
         task: Task<'_>,
         scratch: &mut [f32],
     ) -> bool {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match (weight, unit) {
                 (Body::Dense(weight), _) => dense::multiply::<Self>(weight, task),
@@ -73,7 +75,7 @@ impl Kernels for Avx2 {
     }
 
     unsafe fn add_update(&self, update: &Update<'_>, task: Task<'_>, _scratch: &mut [f32]) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { update::add::<Self>(update, task) };
     }
 }

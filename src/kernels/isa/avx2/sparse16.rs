@@ -1,4 +1,5 @@
-//! Sparse numbers of 16 bits: a table puts the numbers of each eight columns at their places.
+//! Sparse 16-bit numbers. A lookup table moves the stored numbers of each eight columns to their
+//! columns.
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -10,31 +11,34 @@ use crate::kernels::linear::task::Task;
 use crate::kernels::linear::tiles::Features;
 use crate::kernels::memory::readable;
 
-/// Bytes that are read for eight columns, as many as their numbers may take.
+/// Number of bytes that are read for eight columns, which is the maximum that their numbers take.
 const LOADED: usize = 16;
-/// Bytes that are asked for ahead of those that are needed: what memory delivers in some of its latencies. Codes want none: their products take longer than
-/// what the processor asks for by itself.
+/// Prefetch distance in bytes: the amount that memory delivers within a few latencies. Codes do not
+/// need prefetching, because their products take longer than the reads that the hardware prefetcher
+/// issues.
 const AHEAD: usize = 4096;
 
-/// Asks for what lies [`AHEAD`] of a place of a stream to come into the second-level cache.
+/// Prefetches the bytes that are [`AHEAD`] of a position of a stream into the second-level cache.
 #[inline(always)]
 fn prefetch(at: *const u8) {
-    // SAFETY: nothing is read, whatever the address.
+    // SAFETY: a prefetch does not access memory, so any address is allowed.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD).cast()) };
 }
 
-/// A byte of the bits. Volatile, so that it is read by itself: compilers see that bytes are a word's, and shift them out of it, which
-/// takes three instructions for each.
+/// Reads a byte of the mask. The read is volatile so that it stays a separate load. Otherwise the
+/// compiler loads the whole word and shifts the bytes out of it, which takes three instructions per
+/// byte.
 ///
 /// # Safety
-/// It is there.
+/// The byte must be readable.
 #[inline(always)]
 pub(super) unsafe fn byte_at(at: *const u8) -> u64 {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees that the byte is readable.
     unsafe { u64::from(at.read_volatile()) }
 }
 
-/// For each eight bits the bytes of a `vpshufb` that puts words one after another at the bits' places; 0 elsewhere.
+/// For each byte of the mask, the operand of a `vpshufb` that moves consecutive words to the
+/// positions of the set bits. The other positions become 0.
 static PLACES: Places = Places(places());
 
 #[repr(align(64))]
@@ -68,9 +72,10 @@ pub(super) unsafe fn multiply(weight: &Sparse16, task: Task<'_>, scratch: &mut [
         let bits = &bits[row * words..(row + 1) * words];
         let at = weight.offsets.get(row);
         let source = Source { bits, values, at };
-        // As far as a row's values may reach, whatever its bits are.
+        // The largest extent of the row's values for any contents of the mask.
         let far = 2 * at + 128 * words + LOADED <= values.len();
-        // SAFETY: the caller's promise; what is not checked was.
+        // SAFETY: the caller upholds this function's contract; `far` was checked for the unchecked
+        // variants.
         unsafe {
             match (weight.number == Number::F16, far) {
                 (true, true) => products::<true, false>(source, row, &task, scratch),
@@ -82,36 +87,39 @@ pub(super) unsafe fn multiply(weight: &Sparse16, task: Task<'_>, scratch: &mut [
     }
 }
 
-/// The numbers of a row, and where the next ones are.
+/// The numbers of a row, with the current read position.
 #[derive(Clone, Copy)]
 struct Source<'a> {
     bits: &'a [[u8; 8]],
     values: &'a [u8],
-    /// In numbers.
+    /// Position of the next number, in numbers.
     at: usize,
 }
 
 impl Source<'_> {
-    /// Calls `take` with the numbers of each eight columns of word `index` of 64.
+    /// Calls `take` with the numbers of each eight columns of word `index` of 64 columns.
     ///
     /// # Safety
-    /// The caller has AVX2, F16C and BMI, and the row the columns; if not `CHECKED`, as many bytes are left of the values as the bits may
-    /// ask for. (Always inlined, so that it has them too.)
+    /// The caller must have AVX2, F16C and BMI, since this is always inlined into it, and the row
+    /// must have the columns. If not `CHECKED`, at least as many bytes of the values must be left
+    /// as any mask can ask for.
     #[inline(always)]
     unsafe fn next<const HALF: bool, const CHECKED: bool>(
         &mut self,
         index: usize,
         mut take: impl FnMut(usize, __m256),
     ) {
-        // SAFETY: the caller's promise; the table has all bytes.
+        // SAFETY: the caller upholds this function's contract, and the table has an entry for every
+        // byte.
         unsafe {
             let bits = self.bits.as_ptr().add(index).cast::<u8>();
-            // Two lines, since a word's values may be as many.
+            // Prefetch two lines, since the values of a word may take as many.
             let from = self.values.as_ptr().wrapping_add(2 * self.at);
             prefetch(from);
             prefetch(from.wrapping_add(64));
             let mut at = self.at;
-            // Of the word, not of its bytes, so that the next word need not wait for them.
+            // Count the bits of the whole word instead of adding up its bytes, so that the next
+            // word need not wait for them.
             self.at += bits.cast::<u64>().read_unaligned().count_ones() as usize;
             for eight in 0..8 {
                 let mut end = [0; LOADED];
@@ -130,10 +138,11 @@ impl Source<'_> {
     }
 }
 
-/// Products of a row with all rows of inputs.
+/// Computes the products of a row with all rows of inputs.
 ///
 /// # Safety
-/// The outputs are this task's; the row has the inputs; if not `CHECKED`, as many bytes are left of the values as the bits may ask for.
+/// The outputs must belong to this task, and the row must have as many columns as there are inputs.
+/// If not `CHECKED`, at least as many bytes of the values must be left as any mask can ask for.
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
 unsafe fn products<const HALF: bool, const CHECKED: bool>(
     mut source: Source<'_>,
@@ -142,7 +151,8 @@ unsafe fn products<const HALF: bool, const CHECKED: bool>(
     scratch: &mut [f32],
 ) {
     let Task { input, output, .. } = task;
-    // SAFETY: the caller's promise; memory has room for as many words as there are.
+    // SAFETY: the caller upholds this function's contract, and `memory` has room for all words of
+    // the row.
     unsafe {
         match input.rows {
             1 => return tile::<HALF, CHECKED, 1>(source, row, task),
@@ -183,24 +193,26 @@ unsafe fn products<const HALF: bool, const CHECKED: bool>(
     }
 }
 
-/// Products of a row with all `R` rows of inputs.
+/// Computes the products of a row with all `R` rows of inputs.
 ///
 /// # Safety
-/// As above.
+/// As for [`products`].
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn tile<const HALF: bool, const CHECKED: bool, const R: usize>(
     mut source: Source<'_>,
     row: usize,
     task: &Task<'_>,
 ) {
     let Task { input, output, .. } = task;
-    // Several for a row, so that not each addition waits for the one before; as many as there are registers for.
+    // Several sums per row, so that an addition need not wait for the one before. Their number is
+    // limited by the number of registers.
     let mut sums = [[_mm256_setzero_ps(); 4]; R];
     let chains = if R == 1 { 4 } else { 2 };
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(i).as_ptr());
     let whole = input.inputs / 64;
-    // SAFETY: the caller's promise; inputs are read where they are, what is left of them in a copy.
+    // SAFETY: the caller upholds this function's contract; whole words of inputs are read in place,
+    // and the remaining inputs from a padded copy.
     unsafe {
         for index in 0..whole {
             source.next::<HALF, CHECKED>(index, |eight, numbers| {

@@ -1,4 +1,5 @@
-//! Sparse codes of 4 bits: a table puts the codes of each eight columns at their places, among their zero points.
+//! Sparse 4-bit codes. A lookup table moves the stored codes of each eight columns to their
+//! columns, and the other columns get their zero points.
 
 use std::arch::x86_64::*;
 
@@ -11,10 +12,11 @@ use crate::kernels::linear::input::Order;
 use crate::kernels::linear::task::Task;
 use crate::kernels::memory::readable;
 
-/// Bytes that are read for eight columns: more than their codes take.
+/// Number of bytes that are read for eight columns, which is more than their codes take.
 const LOADED: usize = 16;
 
-/// For each eight bits the bytes of a `vpshufb` that puts bytes one after another at the bits' places; what is 128 gives 0.
+/// For each byte of the mask, the operand of a `vpshufb` that moves consecutive bytes to the
+/// positions of the set bits. An index of 128 gives 0.
 static PLACES: Places = Places(places());
 
 #[repr(align(64))]
@@ -60,9 +62,10 @@ pub(super) unsafe fn multiply(
     };
     for row in task.rows.clone() {
         units.read(row);
-        // As far as a row's codes may reach, whatever its bits are.
+        // The largest extent of the row's codes for any contents of the mask.
         let reach = far.starts.get(row).saturating_add(64 * far.words + LOADED);
-        // SAFETY: the caller's promise; what is not checked was.
+        // SAFETY: the caller upholds this function's contract; `reach` was checked for the
+        // unchecked variant.
         unsafe {
             if reach <= far.codes.len() {
                 products(&far, &mut units, row, &call, memory);
@@ -73,7 +76,8 @@ pub(super) unsafe fn multiply(
     }
 }
 
-/// The codes of a weight; if not `CHECKED`, those of a row lie in the weight's, wherever they may begin.
+/// The codes of a weight. If not `CHECKED`, the largest extent of each row that is read must be
+/// within the codes.
 #[derive(Clone, Copy)]
 struct Sparse<'a, const CHECKED: bool> {
     starts: Starts<'a>,
@@ -83,7 +87,7 @@ struct Sparse<'a, const CHECKED: bool> {
     columns: Columns,
 }
 
-/// A row, and where the next codes of low and of high words are.
+/// A row, with the positions of the next codes of its low and of its high words.
 struct Row<'a> {
     bits: &'a [[u8; 8]],
     at: [usize; 2],
@@ -101,7 +105,7 @@ impl<'a, const CHECKED: bool> Sparse<'a, CHECKED> {
         }
     }
 
-    /// Where codes are, or a copy.
+    /// Returns a pointer to codes, or to a padded copy of them.
     #[inline(always)]
     fn from(&self, at: usize, end: &mut [u8; LOADED]) -> *const __m128i {
         if CHECKED {
@@ -139,11 +143,13 @@ impl<'a, const CHECKED: bool> Codes for Sparse<'a, CHECKED> {
         index: usize,
     ) -> Word {
         let mut at = row.at[usize::from(HIGH)];
-        // SAFETY: the row has the columns; the table has all bytes, and codes are read where as many are left, and copied where not.
+        // SAFETY: the row has the columns, and the table has an entry for every byte. Codes are
+        // read in place if enough bytes are left, and from a copy otherwise.
         unsafe {
             let zeros = self.columns.some::<SMALL>(row.zeros, index);
             let word = row.bits.as_ptr().add(index).cast::<u8>();
-            // Of the word, not of its bytes, so that the next word need not wait for them.
+            // Count the bits of the whole word instead of adding up its bytes, so that the next
+            // word need not wait for them.
             row.at[usize::from(HIGH)] =
                 at + word.cast::<u64>().read_unaligned().count_ones() as usize;
             let low = _mm256_set1_epi16(0x0F);
@@ -161,7 +167,7 @@ impl<'a, const CHECKED: bool> Codes for Sparse<'a, CHECKED> {
                     _mm_castsi128_pd(_mm_loadl_epi64(place(first).cast())),
                     place(second).cast(),
                 );
-                // The upper bytes of words are any of these; they are cut off.
+                // The upper bytes of the words are arbitrary here; they are masked out.
                 let places = _mm256_cvtepu8_epi16(_mm_castpd_si128(places));
                 let spread = _mm256_shuffle_epi8(_mm256_loadu2_m128i(then, from), places);
                 let codes = if HIGH {

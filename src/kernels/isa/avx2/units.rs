@@ -1,4 +1,5 @@
-//! Scales and zero points of a row of codes, by units of columns that have one scale of weight and inputs.
+//! Scales and zero points of a row of codes, by units: runs of columns that share a scale of the
+//! weight and a scale of the inputs.
 
 use std::arch::x86_64::*;
 
@@ -6,27 +7,28 @@ use super::lanes::sum_of;
 use crate::format::Grid;
 use crate::kernels::linear::input::{self, Input};
 
-/// Rows of inputs at a time.
+/// Number of rows of inputs at a time.
 const ROWS: usize = 4;
 
-/// Numbers that may be read past the last unit.
+/// Count of numbers past the last unit that may be read.
 const PAD: usize = 8;
 
-/// Numbers from one array to the next.
+/// Returns the distance between arrays, in numbers.
 fn stride(units: usize) -> usize {
     units.next_multiple_of(8) + PAD
 }
 
-/// Numbers of scratch memory: scales, zero points, and the products of scales for some rows of inputs.
+/// Returns the count of numbers of scratch memory, for scales, zero points, and the products of
+/// scales for a few rows of inputs.
 pub(super) fn floats(units: usize) -> usize {
     (2 + ROWS) * stride(units)
 }
 
-/// What is known of a row of the weight.
+/// Scales and zero points of a row of the weight, and their products with the scales of inputs.
 pub(super) struct Units<'a, 'b> {
     grid: &'a Grid,
     unit: usize,
-    /// Units, rounded up to 8.
+    /// Number of units, rounded up to a multiple of 8.
     count: usize,
     inputs: input::Units,
     scales: &'b mut [f32],
@@ -36,7 +38,7 @@ pub(super) struct Units<'a, 'b> {
 
 impl<'a, 'b> Units<'a, 'b> {
     /// # Panics
-    /// Where the memory is less than [`floats`] says.
+    /// Panics if the memory is smaller than [`floats`] requires.
     pub fn new(grid: &'a Grid, unit: usize, input: &Input<'_>, scratch: &'b mut [f32]) -> Self {
         let inputs = input.units(unit);
         let units = inputs.count;
@@ -63,23 +65,24 @@ impl<'a, 'b> Units<'a, 'b> {
         }
     }
 
-    /// Zero points, each in both halves of a unit's 32 bits; 8 more may be read.
+    /// Returns the zero points, each in both halves of the 32 bits of its unit. 8 more elements may
+    /// be read.
     pub fn zeros(&self) -> &[u32] {
         self.zeros
     }
 
-    /// Products of scales for the `i`-th row of inputs; 8 more may be read.
+    /// Returns the products of scales for the `i`-th row of inputs. 8 more elements may be read.
     pub fn products(&self, i: usize) -> &[f32] {
         let stride = self.scales.len();
         &self.products[i * stride..(i + 1) * stride]
     }
 
-    /// Reads what belongs to a row of the weight. Scales past the last group are 0.
+    /// Reads the scales and zero points of a row of the weight. Scales past the last group are 0.
     #[target_feature(enable = "avx2,f16c")]
     pub fn read(&mut self, row: usize) {
         let (grid, groups) = (self.grid, self.grid.groups());
         if grid.group_size != self.unit {
-            // Groups are larger.
+            // Groups are larger than units.
             let units = if grid.group_size >= grid.cols {
                 usize::MAX
             } else {
@@ -109,7 +112,7 @@ impl<'a, 'b> Units<'a, 'b> {
             for (out, bytes) in self.scales.chunks_exact_mut(8).zip(bytes.chunks(16)) {
                 let mut words = [0; 16];
                 words[..bytes.len()].copy_from_slice(bytes);
-                // SAFETY: arrays of 16 and 32 bytes.
+                // SAFETY: the arrays have 16 and 32 bytes.
                 unsafe {
                     let eight = _mm256_cvtph_ps(_mm_loadu_si128(words.as_ptr().cast()));
                     _mm256_storeu_ps(out.as_mut_ptr(), eight);
@@ -128,10 +131,11 @@ impl<'a, 'b> Units<'a, 'b> {
         }
     }
 
-    /// Multiplies the scales with those of a row of inputs, as the `i`-th products. Returns what the zero points take from all products.
+    /// Multiplies the scales by those of a row of inputs and stores them as the `i`-th products.
+    /// Returns the sum of the zero-point terms, which must be subtracted from the sum of products.
     ///
     /// # Safety
-    /// The row of inputs is there.
+    /// The row of inputs must exist.
     #[target_feature(enable = "avx2,fma")]
     pub unsafe fn multiply(&mut self, i: usize, row: usize) -> f32 {
         let (scales, sums) = (self.inputs.scales(row), self.inputs.sums(row));
@@ -144,7 +148,8 @@ impl<'a, 'b> Units<'a, 'b> {
             .zip(self.zeros.chunks_exact(8))
             .zip(products);
         for (index, ((scale, zero), product)) in all.take(self.count / 8).enumerate() {
-            // SAFETY: eights of slices; what was prepared has as many units, and at least 16 zeros after them.
+            // SAFETY: all accesses are to groups of eight in slices; the prepared inputs have as
+            // many units, followed by at least 16 zeros.
             unsafe {
                 let scale = _mm256_loadu_ps(scale.as_ptr());
                 let of_inputs = _mm256_loadu_ps(scales.add(8 * index));
@@ -165,10 +170,11 @@ fn twice(zero: u8) -> u32 {
     u32::from(zero) * 0x0001_0001
 }
 
-/// Which unit the columns of a word of 64 are in.
+/// The units that the columns of a word of 64 columns belong to.
 #[derive(Clone, Copy)]
 pub(super) struct Columns {
-    /// Of each 16 columns, the unit of each two, counted from the word's first.
+    /// For each 16 columns, the unit of each pair of columns, counted from the first unit of the
+    /// word.
     lanes: [__m256i; 4],
     pub unit: usize,
 }
@@ -179,20 +185,22 @@ impl Columns {
         let lanes = std::array::from_fn(|part| {
             let lanes: [i32; 8] =
                 std::array::from_fn(|lane| ((16 * part + 2 * lane) / unit) as i32);
-            // SAFETY: an array of 32 bytes.
+            // SAFETY: the array has 32 bytes.
             unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
         });
         Self { lanes, unit }
     }
 
-    /// Of the units of columns from word `index` on, those of each 16 columns; numbers of 32 bits.
+    /// Returns, for each 16 columns of word `index`, the 32-bit numbers of the units that they
+    /// belong to.
     ///
     /// # Safety
-    /// The caller has AVX2, and the units are there, and 8 numbers more. (Always inlined.)
+    /// The caller must have AVX2, since this is always inlined into it. The units must exist,
+    /// followed by 8 more numbers.
     #[inline(always)]
     pub unsafe fn some<const SMALL: bool>(&self, units: *const f32, index: usize) -> [__m256; 4] {
         let first = units.wrapping_add((64 * index) >> self.unit.trailing_zeros());
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             if SMALL {
                 let (eight, [a, b, c, d]) = (_mm256_loadu_ps(first), self.lanes);

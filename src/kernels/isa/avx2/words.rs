@@ -1,7 +1,9 @@
-//! Codes as words of 16 bits, which multiply 16-bit inputs: one way for codes of all widths, packed or sparse.
+//! Codes as 16-bit words that are multiplied by 16-bit inputs. This one method serves codes of all
+//! widths, packed or sparse.
 //!
-//! A source gives the codes of 64 columns after 64, as four registers of 16. With a few rows of inputs these multiply at once; with many,
-//! a row's codes are written to memory first, from where all rows of inputs take them.
+//! A source provides the codes of 64 columns at a time, as four registers of 16. With a few rows of
+//! inputs, these are multiplied immediately. With many, the codes of a row are first written to
+//! memory, from where they are multiplied by all rows of inputs.
 
 use std::arch::x86_64::*;
 
@@ -14,10 +16,10 @@ use crate::kernels::linear::input::{BLOCK, Input, Order};
 use crate::kernels::linear::task::Task;
 use crate::kernels::memory::readable;
 
-/// Rows of inputs from which on a row of a weight is unpacked once for all of them.
+/// Number of rows of inputs from which on a row of a weight is unpacked once for all of them.
 pub(super) const MANY: usize = 3;
 
-/// The codes of a word of 64 columns, each in 16 bits.
+/// The codes of a word of 64 columns, 16 bits each.
 pub(super) type Word = [__m256i; 4];
 
 /// # Safety
@@ -38,12 +40,13 @@ pub(super) unsafe fn multiply(
     };
     for row in task.rows.clone() {
         units.read(row);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { products(&codes, &mut units, row, &call, row_words) };
     }
 }
 
-/// Memory for the codes of a row where there are many rows of inputs, and what is left.
+/// Splits the scratch memory into room for the codes of a row, which is needed with many rows of
+/// inputs, and the rest.
 pub(super) fn split<'a>(
     input: &Input<'_>,
     scratch: &'a mut [f32],
@@ -55,12 +58,13 @@ pub(super) fn split<'a>(
     })
 }
 
-/// Packed codes of up to 8 bits; the last bytes of a row may be the next one's, which inputs of 0 multiply. Each word gets the two bytes
-/// that its code begins in, a product moves the code to the top of the word, a shift from there to the bottom.
+/// Packed codes of up to 8 bits. The last bytes that are read for a row may belong to the next row;
+/// they are multiplied by inputs of 0. Each word gets the two bytes in which its code begins. A
+/// multiplication moves the code to the top of the word, and a shift moves it to the bottom.
 #[derive(Clone, Copy)]
 struct Packed<'a> {
     codes: &'a [u8],
-    /// Bytes of a row.
+    /// Number of bytes of a row.
     len: usize,
     bits: usize,
     bytes: __m256i,
@@ -72,14 +76,14 @@ impl<'a> Packed<'a> {
     #[target_feature(enable = "avx2")]
     fn new(weight: &'a PackedMatrix) -> Self {
         let bits = usize::from(weight.bits());
-        // The second byte only where the code goes on in it, which a code of 8 bits does not.
+        // The second byte is used only if the code extends into it, which an 8-bit code does not.
         let bytes: [u8; 32] = std::array::from_fn(|at| {
             let (first, last) = (at / 2 * bits, (at / 2 + 1) * bits - 1);
             let byte = first / 8 + at % 2;
             if byte <= last / 8 { byte as u8 } else { 0x80 }
         });
         let up: [u16; 16] = std::array::from_fn(|at| 1 << (16 - bits - at * bits % 8));
-        // SAFETY: arrays of 32 bytes.
+        // SAFETY: the arrays have 32 bytes.
         unsafe {
             Self {
                 codes: weight.codes(),
@@ -94,7 +98,7 @@ impl<'a> Packed<'a> {
 }
 
 impl Codes for Packed<'_> {
-    /// Its first byte.
+    /// Offset of the row's first byte.
     type Row = usize;
     type Step = Word;
 
@@ -112,12 +116,12 @@ impl Codes for Packed<'_> {
         first: &mut usize,
         index: usize,
     ) -> Word {
-        // The last of four loads reads from byte 6 * bits on, 16 bytes.
+        // The last of the four loads reads 16 bytes from byte 6 * bits on.
         let mut end = [0; 64];
         let from = readable(self.codes, *first + 8 * self.bits * index, &mut end);
         let mut out = [self.up; 4];
         for (part, out) in out.iter_mut().enumerate() {
-            // SAFETY: the caller's promise; 64 bytes are there, of which at most 6 * 8 + 16 are read.
+            // SAFETY: `readable` provides 64 bytes, of which at most 6 * 8 + 16 are read.
             unsafe {
                 let some = _mm_loadu_si128(from.add(2 * self.bits * part).cast());
                 let pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(some), self.bytes);
@@ -128,7 +132,7 @@ impl Codes for Packed<'_> {
     }
 }
 
-/// Codes that are words in memory.
+/// Codes that were unpacked to words in memory.
 #[derive(Clone, Copy)]
 struct Unpacked(*const u8);
 
@@ -151,7 +155,7 @@ impl Codes for Unpacked {
         index: usize,
     ) -> Word {
         let from = row.wrapping_add(128 * index).cast::<__m256i>();
-        // SAFETY: the words of the row's columns are there.
+        // SAFETY: the words of all columns of the row exist.
         unsafe {
             let [a, b, c, d] = [from, from.add(1), from.add(2), from.add(3)];
             [
@@ -164,10 +168,11 @@ impl Codes for Unpacked {
     }
 }
 
-/// Products of a row of the weight, whose units are read, with all rows of inputs.
+/// Computes the products of a row of the weight with all rows of inputs. The units of the row must
+/// have been read.
 ///
 /// # Safety
-/// The outputs are this task's; `memory` is as [`split`] gives it.
+/// The outputs must belong to this task, and `memory` must come from [`split`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
 pub(super) unsafe fn products(
@@ -178,7 +183,7 @@ pub(super) unsafe fn products(
     memory: &mut [f32],
 ) {
     let (input, unit) = (call.task.input, call.columns.unit);
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         if input.rows < MANY {
             match (input.rows, unit < 64) {
@@ -218,19 +223,20 @@ pub(super) unsafe fn products(
     }
 }
 
-/// What all rows have in common.
+/// Parameters shared by all rows.
 pub(super) struct Call<'a> {
     pub columns: Columns,
     pub task: &'a Task<'a>,
 }
 
-/// A row of the weight with `R` of the inputs; returns `R`. For itself, so that registers go to its loop.
+/// Computes the products of a row of the weight with `R` rows of inputs and returns `R`. This is a
+/// separate function so that its loop gets all registers.
 ///
 /// # Safety
-/// The rows are there, and their outputs this task's.
+/// The rows must exist, and their outputs must belong to this task.
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn tile<C: Codes<Step = Word>, const SMALL: bool, const R: usize>(
     codes: &C,
     units: &mut Units<'_, '_>,
@@ -239,7 +245,8 @@ unsafe fn tile<C: Codes<Step = Word>, const SMALL: bool, const R: usize>(
     from: usize,
 ) -> usize {
     let Task { input, output, .. } = call.task;
-    // SAFETY: inputs are prepared in whole blocks of words, and as many units; the rest is the caller's promise.
+    // SAFETY: inputs are prepared in whole blocks of words, with as many units; the caller
+    // guarantees the rest.
     unsafe {
         let mut taken = [0.0; R];
         for i in 0..R {
@@ -280,7 +287,7 @@ unsafe fn tile<C: Codes<Step = Word>, const SMALL: bool, const R: usize>(
     R
 }
 
-/// What a row's words are added up with.
+/// State of the sums of a row.
 struct Products<'a, C: Codes, const SMALL: bool, const R: usize> {
     codes: &'a C,
     row: &'a mut C::Row,
@@ -294,17 +301,19 @@ impl<C: Codes<Step = Word>, const SMALL: bool, const R: usize> Products<'_, C, S
     /// Adds the products of word `index` of 64 columns.
     ///
     /// # Safety
-    /// The caller has the features of [`tile`]; the word is there, and the units, and the inputs. (Always inlined.)
+    /// The caller must have the features of [`tile`], since this is always inlined into it. The
+    /// word, its units and its inputs must exist.
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // over constants
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn add<const HIGH: bool>(&mut self, index: usize) {
         let sums = &mut *self.sums;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             let codes = self.codes.step::<SMALL, HIGH>(self.row, index);
             for i in 0..R {
                 let x = self.x[i].add(128 * index).cast::<__m256i>();
-                // At most 64 * 255 * 32639 in all lanes: no sum of 32 bits overflows.
+                // All lanes together are at most 64 * 255 * 32639, so the 32-bit sums do not
+                // overflow.
                 let mut products = codes;
                 for part in 0..4 {
                     products[part] =

@@ -1,6 +1,7 @@
-//! Packed codes with a few rows of inputs. Codes of 4 bits come out of their bytes by a mask and a shift, 128 columns a step, the
-//! even ones apart from the odd ones. Codes of any width come out in the order of columns, 64 a step: `vpermb` gives each eight of
-//! them eight bytes of their own, in which `vpmultishiftqb` finds them.
+//! Packed codes with a few rows of inputs. 4-bit codes are unpacked by a mask and a shift, 128
+//! columns a step, even columns apart from odd ones. Codes of any width are unpacked in column
+//! order, 64 a step: `vpermb` gives each eight codes their own eight bytes, and `vpmultishiftqb`
+//! extracts the codes from them.
 
 use std::arch::x86_64::*;
 
@@ -18,13 +19,13 @@ use crate::kernels::linear::tiles::{CodeTiles, Features, Work, for_code_tiles};
 #[derive(Clone, Copy)]
 struct Rows {
     first: *const u8,
-    /// Bytes of a row.
+    /// Number of bytes of a row.
     len: usize,
 }
 
 impl Rows {
     /// # Panics
-    /// Where the weight has not the rows and columns of the task.
+    /// Panics if the weight has fewer rows or columns than the task.
     fn new(weight: &PackedMatrix, task: &Task<'_>) -> Self {
         let len = packed_len(weight.cols(), weight.bits());
         let codes: &[u8] = weight.codes();
@@ -41,7 +42,7 @@ impl Rows {
     }
 }
 
-/// Codes of 4 bits.
+/// 4-bit codes.
 #[derive(Clone, Copy)]
 struct Halves(Rows);
 
@@ -65,7 +66,8 @@ impl Codes for Halves {
     ) -> [__m512i; 2] {
         let at = row.wrapping_add(64 * index);
         prefetch(at);
-        // SAFETY: the caller's promise; loads are in the row, a last one that is not whole by a mask.
+        // SAFETY: the caller upholds this function's contract; loads are within the row, and a
+        // partial last load is masked.
         unsafe {
             let low = _mm512_set1_epi8(0x0F);
             let pairs = if index < self.0.len / 64 {
@@ -94,13 +96,13 @@ pub(super) struct Packed {
 
 impl Packed {
     /// # Panics
-    /// Where the weight has not the rows and columns of the task.
+    /// Panics if the weight has fewer rows or columns than the task.
     pub fn new(weight: &PackedMatrix, task: &Task<'_>) -> Self {
         let bits = usize::from(weight.bits());
         let bytes: [u8; 64] = std::array::from_fn(|at| (at / 8 * bits + at % 8) as u8);
         let shifts: [u8; 64] = std::array::from_fn(|at| (at % 8 * bits) as u8);
         let mask = [u8::MAX >> (8 - bits); 64];
-        // SAFETY: only arrays of 64 bytes become vectors.
+        // SAFETY: both types are plain values of 64 bytes.
         let vector = |bytes: [u8; 64]| unsafe { std::mem::transmute::<[u8; 64], __m512i>(bytes) };
         Self {
             rows: Rows::new(weight, task),
@@ -133,7 +135,8 @@ impl Codes for Packed {
         let from = 8 * self.bits * index;
         let at = row.wrapping_add(from);
         prefetch(at);
-        // SAFETY: the caller's promise; the mask covers bytes of the row alone.
+        // SAFETY: the caller upholds this function's contract; the mask covers only bytes of the
+        // row.
         unsafe {
             let left = self.rows.len.saturating_sub(from).min(8 * self.bits);
             let mask = _bzhi_u64(u64::MAX, left as u32);
@@ -153,7 +156,7 @@ pub(super) unsafe fn multiply(
     task: Task<'_>,
     scratch: &mut [f32],
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         let units = Units::new(weight.whole_grid(), unit, false, task.input, scratch);
         if weight.bits() == 4 {
@@ -165,7 +168,7 @@ pub(super) unsafe fn multiply(
 }
 
 /// # Safety
-/// The codes have the task's rows; the rest as for [`multiply`].
+/// The codes must have the rows of the task; the rest as for [`multiply`].
 unsafe fn products<const N: usize>(
     codes: impl Codes<Step = [__m512i; N]>,
     unit: usize,
@@ -178,7 +181,7 @@ unsafe fn products<const N: usize>(
         units,
         task,
     };
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe { for_code_tiles(&call, task.rows.clone(), task.input, unit) };
 }
 
@@ -200,12 +203,13 @@ impl<const N: usize, C: Codes<Step = [__m512i; N]>> CodeTiles for Call<'_, C> {
         from: usize,
     ) {
         let call = self;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { Avx512::run(Tile::<C, WIDE, SMALL, W, R> { call, row, from }) };
     }
 }
 
-/// `W` rows of the weight with `R` of the inputs. They are there, and their outputs this task's.
+/// The products of `W` rows of the weight with `R` rows of inputs. The rows must exist, and their
+/// outputs must belong to this task.
 struct Tile<'a, C, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize> {
     call: &'a Call<'a, C>,
     row: usize,
@@ -224,7 +228,7 @@ impl<
     type Output = ();
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn run(self) {
         let Self { call, row, from } = self;
         let Call {
@@ -234,7 +238,8 @@ impl<
             task,
         } = *call;
         let Task { input, output, .. } = task;
-        // SAFETY: the caller's promise; inputs and units are read in what was prepared.
+        // SAFETY: the caller upholds this function's contract; inputs and units are read within the
+        // prepared memory.
         unsafe {
             let lanes = if SMALL {
                 lanes(4 * N, unit)
@@ -268,7 +273,7 @@ impl<
                         let mut sum = dots(none, 0);
                         if WIDE {
                             let high = _mm512_slli_epi32::<8>(sum);
-                            // One sum, or, where there is more to wait for, two.
+                            // Use one sum, or two if more products wait for each other.
                             sum = if N == 1 {
                                 dots(high, 1)
                             } else {

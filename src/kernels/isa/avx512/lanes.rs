@@ -1,4 +1,4 @@
-//! Sixteen numbers in a register.
+//! Vector operations on registers of sixteen numbers.
 
 use std::arch::x86_64::*;
 
@@ -16,7 +16,8 @@ features!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi1,bmi2,popcnt,lzcnt"
 );
 
-/// Inputs that do not stay in the first-level cache beside what streams past them.
+/// Number of inputs above which they do not stay in the first-level cache next to the data that
+/// streams through it.
 pub(super) const LONG: usize = 6144;
 
 impl Lanes for Avx512 {
@@ -30,7 +31,7 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {
-        // SAFETY: the caller's promise, here and below.
+        // SAFETY: the caller upholds the method's contract, here and below.
         unsafe { _mm512_setzero_ps() }
     }
 

@@ -1,7 +1,7 @@
-//! AVX-512 with VNNI, VBMI and VBMI2: one file for each family of formats.
+//! Kernels for AVX-512 with VNNI, VBMI and VBMI2, one file for each family of formats.
 //!
-//! A few rows of the weight go at a time with a few of the inputs. All functions here need the features that `Level::detect` asks
-//! for before it gives the level.
+//! A few rows of the weight are multiplied by a few rows of inputs at a time. All functions here
+//! need the features that `Level::detect` checks before it returns this level.
 
 mod codes;
 mod lanes;
@@ -18,7 +18,7 @@ use crate::kernels::linear::{dense, update};
 
 pub(super) use lanes::Avx512;
 
-/// Rows of inputs from which on a weight is unpacked for all of them.
+/// Number of rows of inputs from which on a weight is unpacked once for all of them.
 const MANY: usize = 9;
 
 impl Kernels for Avx512 {
@@ -54,7 +54,7 @@ impl Kernels for Avx512 {
         scratch: &mut [f32],
     ) -> bool {
         let many = task.input.rows >= MANY;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match (weight, unit) {
                 (Body::Dense(dense), _) if many => panel::dense(dense, task, scratch),
@@ -78,7 +78,7 @@ impl Kernels for Avx512 {
     }
 
     unsafe fn add_update(&self, update: &Update<'_>, task: Task<'_>, scratch: &mut [f32]) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             if task.input.rows >= MANY {
                 panel::add_update(update, task, scratch);

@@ -1,8 +1,8 @@
-//! Many rows of inputs: 32 rows of a weight are unpacked once into a panel, which stays in the second-level cache, and tiles of
-//! products with all inputs run along it.
+//! Many rows of inputs: 32 rows of a weight are unpacked once into a panel, which stays in the
+//! second-level cache. Tiles of products with all inputs are then computed along the panel.
 //!
-//! A panel of numbers is `[columns, 32]`. A panel of codes is `[columns / 4, 32, 4]`: each 32 bits hold four columns of one row, which
-//! `vpdpbusd` multiplies with four inputs at once.
+//! A panel of numbers is `[columns, 32]`. A panel of codes is `[columns / 4, 32, 4]`: each 32 bits
+//! hold four columns of one row, which `vpdpbusd` multiplies by four inputs at once.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -21,18 +21,18 @@ use crate::kernels::linear::lanes::Lanes;
 use crate::kernels::linear::task::{Task, Update};
 use crate::kernels::number::{Stored, with_type_of};
 
-/// Rows of a weight in a panel: two registers.
+/// Number of rows of a weight in a panel: two registers.
 pub(super) const WIDTH: usize = 32;
-/// Columns of a panel of numbers at a time: 128 KiB.
+/// Number of columns of a panel of numbers at a time: 128 KiB.
 const COLUMNS: usize = 1024;
 
-/// Numbers of scratch memory for a thread.
+/// Returns the count of numbers of scratch memory for a thread.
 pub(super) fn floats(inputs: usize, units: usize) -> usize {
     let codes = inputs.next_multiple_of(BLOCK) * WIDTH / 4 + 2 * units * WIDTH;
     codes.max(COLUMNS * WIDTH)
 }
 
-/// Columns of a tile's place: 32 outputs at most.
+/// Destination of the sums of a tile: at most 32 outputs of each row.
 #[derive(Clone, Copy)]
 struct Place {
     out: *mut f32,
@@ -42,7 +42,7 @@ struct Place {
 }
 
 impl Place {
-    /// The outputs of at most [`WIDTH`] rows of a weight.
+    /// Returns the place of the outputs of at most [`WIDTH`] rows of a weight.
     fn new(output: DisjointRows<'_>, rows: &Range<usize>, add: bool) -> Self {
         Self {
             out: output.at(0, rows.start),
@@ -53,13 +53,13 @@ impl Place {
     }
 
     /// # Safety
-    /// The outputs are there.
+    /// The outputs must exist and belong to this task.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn store(self, row: usize, half: usize, sums: __m512) {
         let out = self.out.wrapping_add(row * self.stride + 16 * half);
         let mask = first_lanes(self.columns.saturating_sub(16 * half));
-        // SAFETY: the mask covers outputs alone.
+        // SAFETY: the mask covers only existing outputs.
         unsafe {
             let sums = if self.add {
                 _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, out))
@@ -71,10 +71,10 @@ impl Place {
     }
 }
 
-/// Writes 16 rows of 16 numbers of 32 bits as 16 rows of a panel, from `first` on.
+/// Transposes 16 rows of 16 32-bit numbers into 16 rows of a panel, from `first` on.
 ///
 /// # Safety
-/// They have room.
+/// The panel must have room for them.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn put(panel: *mut i32, first: usize, half: usize, rows: &[__m512i; 16]) {
@@ -111,7 +111,7 @@ unsafe fn put(panel: *mut i32, first: usize, half: usize, rows: &[__m512i; 16]) 
                 .wrapping_add((first + column) * WIDTH + 16 * half)
                 .cast()
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             _mm512_storeu_si512(at(i), _mm512_shuffle_i32x4::<0x88>(even[0], even[1]));
             _mm512_storeu_si512(at(8 + i), _mm512_shuffle_i32x4::<0xDD>(even[0], even[1]));
@@ -121,7 +121,7 @@ unsafe fn put(panel: *mut i32, first: usize, half: usize, rows: &[__m512i; 16]) 
     }
 }
 
-/// Calls a function that computes some rows for all rows, six at a time.
+/// Calls a function that computes the tiles of up to six rows until all rows are done.
 macro_rules! by_six {
     ($rows:expr, |$row:ident| $tile:ident($($arg:expr),* $(,)?)) => {{
         let mut $row = 0;
@@ -136,7 +136,8 @@ macro_rules! by_six {
     }};
 }
 
-/// Numbers, of which `fill` puts some columns of some rows into a panel: rounded up to 16.
+/// Multiplies by floating-point weights. `fill` unpacks some columns of some rows into a panel,
+/// rounded up to 16.
 ///
 /// # Safety
 /// As for [`multiply`](crate::kernels::linear::task::Kernels::multiply).
@@ -150,13 +151,13 @@ unsafe fn numbers(
     for first in task.rows.clone().step_by(WIDTH) {
         let rows = first..task.rows.end.min(first + WIDTH);
         let mut from = 0;
-        // At least once, so that outputs are written where no input is active.
+        // Run at least once, so that outputs are written even if no input is active.
         loop {
             let columns = from..input.inputs.min(from + COLUMNS);
             fill(rows.clone(), columns.clone(), panel);
             let place = Place::new(output, &rows, from > 0);
             let x = input.values.as_ptr().wrapping_add(from);
-            // SAFETY: the caller's promise; the panel has the columns.
+            // SAFETY: the caller upholds this function's contract, and the panel has the columns.
             unsafe {
                 float_tiles(
                     panel.as_ptr(),
@@ -181,7 +182,7 @@ pub(super) unsafe fn dense(weight: &Dense, task: Task<'_>, scratch: &mut [f32]) 
     let (stride, values) = (weight.cols * weight.number.bytes(), &*weight.values);
     assert!(task.rows.end * stride <= values.len() && task.input.inputs <= weight.cols);
     with_type_of!(weight.number, T => {
-        // SAFETY: the rows and columns are there, as was asserted; the rest is the caller's promise.
+        // SAFETY: the rows and columns exist, as asserted above; the caller guarantees the rest.
         unsafe {
             numbers(task, scratch, |rows, columns, panel| {
                 let at = rows.start * stride + columns.start * size_of::<T>();
@@ -195,7 +196,8 @@ pub(super) unsafe fn dense(weight: &Dense, task: Task<'_>, scratch: &mut [f32]) 
 /// As for [`numbers`].
 pub(super) unsafe fn sparse(weight: &Sparse16, task: Task<'_>, scratch: &mut [f32]) {
     let mut at = [0; WIDTH];
-    // SAFETY: the caller's promise; all but the last columns are whole words.
+    // SAFETY: the caller upholds this function's contract; every range of columns except the last
+    // consists of whole words.
     unsafe {
         numbers(task, scratch, |rows, columns, panel| {
             if columns.start == 0 {
@@ -209,7 +211,8 @@ pub(super) unsafe fn sparse(weight: &Sparse16, task: Task<'_>, scratch: &mut [f3
 }
 
 /// # Safety
-/// The panel has `count` columns, `x` as many in each of `rows`, and the place is this task's.
+/// The panel must have `count` columns, `x` as many in each of `rows`, and the place must belong to
+/// this task.
 #[target_feature(enable = "avx512f,fma")]
 unsafe fn float_tiles(
     panel: *const f32,
@@ -220,7 +223,7 @@ unsafe fn float_tiles(
     place: Place,
 ) {
     let mut row = 0;
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         while row < rows {
             let x = x.wrapping_add(row * stride);
@@ -240,9 +243,9 @@ unsafe fn float_tiles(
 }
 
 /// # Safety
-/// As above, for `R` rows.
+/// As for [`float_tiles`], for `R` rows.
 #[target_feature(enable = "avx512f,fma")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn float_tile<const R: usize>(
     panel: *const f32,
     count: usize,
@@ -251,7 +254,7 @@ unsafe fn float_tile<const R: usize>(
     place: Place,
 ) -> usize {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         for column in 0..count {
             let w = [0, 16].map(|half| _mm512_loadu_ps(panel.add(column * WIDTH + half)));
@@ -269,10 +272,10 @@ unsafe fn float_tile<const R: usize>(
     R
 }
 
-/// Some columns of some rows of a dense weight as a panel.
+/// Unpacks some columns of some rows of a dense weight into a panel.
 ///
 /// # Safety
-/// They are there, and the panel has room for them, rounded up to 16.
+/// The columns must exist, and the panel must have room for them, rounded up to 16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
 unsafe fn widen<T: Stored>(
     first: *const u8,
@@ -281,7 +284,7 @@ unsafe fn widen<T: Stored>(
     columns: usize,
     panel: &mut [f32],
 ) {
-    // SAFETY: the caller's promise; panels have whole words.
+    // SAFETY: the caller upholds this function's contract, and panels consist of whole words.
     unsafe {
         fill_panel(
             panel.as_mut_ptr().cast(),
@@ -301,10 +304,11 @@ unsafe fn widen<T: Stored>(
     }
 }
 
-/// Some columns of some rows of a sparse weight; `at` says where the values of each row go on.
+/// Unpacks some columns of some rows of a sparse weight into a panel. `at` holds the positions of
+/// the next values of each row.
 ///
 /// # Safety
-/// As for [`widen`]; the columns begin at a word.
+/// As for [`widen`], and the columns must begin at a word.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
 unsafe fn spread(
     sparse: &Sparse16,
@@ -327,7 +331,7 @@ unsafe fn spread(
                 }
                 let at = &mut at[16 * half + index];
                 near(values.as_ptr().wrapping_add(*at + 256));
-                // SAFETY: the word is there, as was asserted.
+                // SAFETY: the word exists, as asserted above.
                 let (numbers, count) = unsafe {
                     let word = bits.as_ptr().add((row * words + column / 64) * 8).cast();
                     sparse16::some_numbers(sparse.number == Number::F16, values, *at, word)
@@ -338,7 +342,7 @@ unsafe fn spread(
                 }
             }
             for (part, block) in block.iter().enumerate() {
-                // SAFETY: panels have whole words.
+                // SAFETY: panels consist of whole words.
                 unsafe {
                     put(
                         panel.cast(),
@@ -361,7 +365,7 @@ pub(super) unsafe fn packed(
     scratch: &mut [f32],
 ) {
     let codes = Packed::new(weight, &task);
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe { multiply_codes(codes, weight.whole_grid(), unit, task, scratch) };
 }
 
@@ -373,7 +377,7 @@ pub(super) unsafe fn sparse_int4(
     task: Task<'_>,
     scratch: &mut [f32],
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe { multiply_codes(Unpack::new(weight), &weight.grid, unit, task, scratch) };
 }
 
@@ -396,7 +400,7 @@ unsafe fn multiply_codes<C: Codes<Step = [__m512i; 1]>>(
             rows,
             ..task.clone()
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { some_codes(codes, &of_weight, unit, task, scratch) };
     }
 }
@@ -439,7 +443,8 @@ unsafe fn some_codes<C: Codes<Step = [__m512i; 1]>>(
             },
         );
     }
-    // What is past the last row is not stored; zeros, so that it is nothing that takes time.
+    // Results past the last row are not stored. The rows are zero so that they hold no values that
+    // are slow to compute with.
     for index in rows.len()..WIDTH {
         for at in 0..units {
             scales[at * WIDTH + index] = 0.0;
@@ -447,7 +452,7 @@ unsafe fn some_codes<C: Codes<Step = [__m512i; 1]>>(
         }
     }
     let words: *mut i32 = panel.as_mut_ptr().cast();
-    // SAFETY: the panel has room for all blocks; the rows are there.
+    // SAFETY: the panel has room for all blocks, and the rows exist.
     unsafe {
         let mut of_rows: [C::Row; WIDTH] = std::array::from_fn(|index| {
             codes.row((rows.start + index).min(rows.end - 1), std::ptr::null())
@@ -466,7 +471,7 @@ unsafe fn some_codes<C: Codes<Step = [__m512i; 1]>>(
         order: C::ORDER,
         place: Place::new(output, &rows, false),
     };
-    // SAFETY: the caller's promise; the panel is whole.
+    // SAFETY: the caller upholds this function's contract, and the panel is complete.
     unsafe {
         if input.wide() {
             by_six!(input.rows, |row| wide_tile(&call, row));
@@ -476,10 +481,10 @@ unsafe fn some_codes<C: Codes<Step = [__m512i; 1]>>(
     }
 }
 
-/// Writes what `some` gives by row and word as a panel; a word is 16 numbers of 32 bits.
+/// Fills a panel with the words that `some` returns by row and word. A word is 16 32-bit numbers.
 ///
 /// # Safety
-/// It has room for the words.
+/// The panel must have room for the words.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn fill_panel(
@@ -494,7 +499,7 @@ unsafe fn fill_panel(
             for (index, row) in (16 * half..rows).zip(&mut block) {
                 *row = some(index, word);
             }
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe { put(panel, 16 * word, half, &block) };
         }
     }
@@ -512,26 +517,26 @@ struct Panel<'a> {
 }
 
 /// # Safety
-/// The panel is whole, the inputs prepared, the place this task's.
+/// The panel must be complete, the inputs must be prepared, and the place must belong to this task.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
 unsafe fn wide_tile<const R: usize>(call: &Panel<'_>, row: usize) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe { code_tile::<true, R>(call, row) };
 }
 
 /// # Safety
-/// As above.
+/// As for [`wide_tile`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
 unsafe fn narrow_tile<const R: usize>(call: &Panel<'_>, row: usize) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe { code_tile::<false, R>(call, row) };
 }
 
 /// # Safety
-/// As above.
+/// As for [`wide_tile`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Panel<'_>, row: usize) {
     let Panel {
         panel,
@@ -547,7 +552,7 @@ unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Panel<'_>, row: usi
     let block_words = input.layout.block_bytes() / 4;
     let (of_block, fours) = (BLOCK / unit, unit / 4);
     let mut totals = [[_mm512_setzero_ps(); 2]; R];
-    // SAFETY: the panel and what was prepared of the inputs have as many units.
+    // SAFETY: the panel and the prepared inputs have this many units.
     unsafe {
         for at in 0..of_inputs.count {
             let mut high = [[_mm512_setzero_si512(); 2]; R];
@@ -626,7 +631,8 @@ pub(super) unsafe fn add_update(update: &Update<'_>, task: Task<'_>, scratch: &m
                 out.iter_mut().for_each(|out| *out *= scale);
             }
             let h = h.as_ptr().wrapping_add(from);
-            // SAFETY: ranks and columns are there, as `stride` checked; the rest is the caller's promise.
+            // SAFETY: `Update::stride` checked that the ranks and columns exist; the caller
+            // guarantees the rest.
             unsafe { float_tiles(panel.as_ptr(), count, h, rank, input.rows, place) };
         }
     }

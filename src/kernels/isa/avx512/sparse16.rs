@@ -1,4 +1,4 @@
-//! Sparse numbers of 16 bits: `vpexpandw` puts them at their columns.
+//! Sparse 16-bit numbers. `vpexpandw` moves them to their columns.
 
 use std::arch::x86_64::*;
 
@@ -9,7 +9,7 @@ use crate::kernels::linear::task::Task;
 use crate::kernels::linear::tiles::{FAR, Features, Tiles, Work, for_tiles};
 use crate::kernels::memory::readable;
 
-/// Bytes that are read for 64 columns, as many as their values may take.
+/// Number of bytes that are read for 64 columns, which is the maximum that their values take.
 const LOADED: usize = 128;
 
 /// # Safety
@@ -27,7 +27,7 @@ pub(super) unsafe fn multiply(weight: &Sparse16, task: Task<'_>) {
         values: &weight.values,
         task: &task,
     };
-    // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
+    // SAFETY: the rows are within the mask, as asserted above; the caller guarantees the rest.
     unsafe {
         if weight.number == Number::F16 {
             for_tiles(&Of::<true>(&call), task.rows.clone(), task.input);
@@ -45,12 +45,13 @@ struct Call<'a> {
     task: &'a Task<'a>,
 }
 
-/// Numbers of half precision, or of bfloat16.
+/// Numbers in half precision, or in bfloat16.
 struct Of<'a, const HALF: bool>(&'a Call<'a>);
 
 impl<const HALF: bool> Of<'_, HALF> {
     /// # Safety
-    /// `W` rows of the weight, `apart` from each other, and `R` of the inputs are there, and their outputs this task's.
+    /// `W` rows of the weight, `apart` from each other, and `R` rows of inputs must exist, and
+    /// their outputs must belong to this task.
     #[inline(always)]
     unsafe fn products<const W: usize, const R: usize>(
         &self,
@@ -59,7 +60,7 @@ impl<const HALF: bool> Of<'_, HALF> {
         from: usize,
     ) {
         let call = self.0;
-        // As far as a row's values may reach, whatever its bits are.
+        // The largest extent of the row's values for any contents of the mask.
         let far = |w: usize| {
             2 * call.starts.get(row + w * apart) + LOADED * (call.words + 1) <= call.values.len()
         };
@@ -69,7 +70,8 @@ impl<const HALF: bool> Of<'_, HALF> {
             apart,
             from,
         };
-        // SAFETY: the caller's promise; what is not checked was.
+        // SAFETY: the caller upholds this function's contract; `far` was checked for the unchecked
+        // variant.
         unsafe {
             if (0..W).all(far) {
                 Avx512::run(Run::<HALF, false, W, R>(tile));
@@ -87,35 +89,35 @@ impl<const HALF: bool> Tiles for Of<'_, HALF> {
 
     #[inline(always)]
     unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { self.products::<W, R>(row, 1, from) };
     }
 
     #[inline(always)]
     unsafe fn far(&self, row: usize, apart: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { self.products::<FAR, 1>(row, apart, 0) };
     }
 }
 
-/// The numbers of 64 columns, 16 after 16, and how many are stored.
+/// Returns the numbers of 64 columns, 16 in each vector, and how many of them are stored.
 ///
 /// # Safety
-/// [`LOADED`] bytes of values and the word are there.
+/// [`LOADED`] bytes of values and the word must be readable.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
 unsafe fn expand<const HALF: bool>(values: *const u8, word: *const u64) -> ([__m512; 4], usize) {
     let mut numbers = [_mm512_setzero_ps(); 4];
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     let bits = u64::from_le(unsafe { word.read_unaligned() });
     for (part, numbers) in numbers.iter_mut().enumerate() {
-        // Counted from the word's beginning, so that no part waits for the one before.
+        // Counted from the beginning of the word, so that no part waits for the part before.
         let before = if part == 0 {
             0
         } else {
             (bits << (64 - 16 * part)).count_ones() as usize
         };
-        // SAFETY: at most 32 bytes for each of the parts before, and two of the bits.
+        // SAFETY: the parts before take at most 32 bytes each, and the mask of a part is two bytes.
         let (some, mask) = unsafe {
             (
                 _mm256_loadu_si256(values.add(2 * before).cast()),
@@ -132,17 +134,17 @@ unsafe fn expand<const HALF: bool>(values: *const u8, word: *const u64) -> ([__m
     (numbers, bits.count_ones() as usize)
 }
 
-/// Some rows of the weight with some of the inputs.
+/// Some rows of the weight with some rows of inputs.
 struct Tile<'a> {
     call: &'a Call<'a>,
     row: usize,
-    /// How far the rows are from each other.
+    /// Distance between the rows of the weight, in rows.
     apart: usize,
     from: usize,
 }
 
-/// `W` rows of the weight with `R` of the inputs; if not `CHECKED`, [`LOADED`] bytes for each word and once more are left from the
-/// rows' values on.
+/// The products of `W` rows of the weight with `R` rows of inputs. If not `CHECKED`, [`LOADED`]
+/// bytes for each word, and as many again, must be left from the start of each row's values on.
 struct Run<'a, const HALF: bool, const CHECKED: bool, const W: usize, const R: usize>(Tile<'a>);
 
 impl<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize> Work<Avx512>
@@ -151,7 +153,7 @@ impl<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize> Work
     type Output = ();
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn run(self) {
         let Tile {
             call,
@@ -167,15 +169,16 @@ impl<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize> Work
             task,
         } = *call;
         let Task { input, output, .. } = task;
-        // SAFETY: the caller has the features.
+        // SAFETY: the caller has the features, since this is inlined into it.
         let zero = unsafe { _mm512_setzero_ps() };
-        // One for each 16 columns of a word, so that no addition waits for the one before.
+        // One sum for each 16 columns of a word, so that no addition waits for the one before.
         let mut sums = [[[zero; 4]; R]; W];
         let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
         let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w * apart));
         let mut end = [0; LOADED];
-        // SAFETY: words are in the bits' rows; values are read where as many bytes are left, and copied where they are not; inputs are read
-        // where they are, the last ones masked.
+        // SAFETY: the words are within the rows of the mask. Values are read in place if enough
+        // bytes are left, and from a copy otherwise. Inputs are read in place, the last ones with a
+        // mask.
         unsafe {
             let bits: [*const u64; W] =
                 std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
@@ -186,7 +189,7 @@ impl<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize> Work
                 } else {
                     values.as_ptr().add(at[w])
                 };
-                // Two lines, since a word's values may be as many.
+                // Prefetch two lines, since the values of a word may take as many.
                 prefetch(from);
                 prefetch(from.wrapping_add(64));
                 if block.is_multiple_of(8) {
@@ -232,10 +235,11 @@ impl<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize> Work
     }
 }
 
-/// The numbers of 64 columns, whose values begin at byte `at`, and how many are stored.
+/// Returns the numbers of 64 columns, whose values begin at byte `at`, and how many of them are
+/// stored.
 ///
 /// # Safety
-/// The word is there.
+/// The word must be readable.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
 pub(super) unsafe fn some_numbers(
@@ -246,7 +250,7 @@ pub(super) unsafe fn some_numbers(
 ) -> ([__m512; 4], usize) {
     let mut end = [0; LOADED];
     let from = readable(values, at, &mut end);
-    // SAFETY: as many bytes are there, and the word by the caller's promise.
+    // SAFETY: `readable` provides enough bytes, and the caller guarantees the word.
     unsafe {
         if half {
             expand::<true>(from, word)

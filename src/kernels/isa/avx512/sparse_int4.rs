@@ -1,8 +1,11 @@
-//! Sparse codes of 4 bits: `vpexpandb` puts them at their columns, among their zero point. Lane `i` of 64 columns has four.
+//! Sparse 4-bit codes. `vpexpandb` moves them to their columns, and the other columns get their
+//! zero point. Each lane of 32 bits has four columns.
 //!
-//! What `vpexpandb`, masks and products take of the processor is all that it has while memory delivers, so nothing may come on top: a
-//! word's codes are one `and` away, in place, be they in the low halves of bytes or, as 16 times themselves, in the high ones. Nothing is
-//! asked for ahead of time either: the processor does so by itself as well as is needed here, and into its second-level cache worse.
+//! The expansions, masks and products alone take all the time that memory needs to deliver the
+//! weight, so nothing else may be added. Therefore a single `and` extracts the codes of a word in
+//! place: from the low halves of bytes, or, as 16 times their value, from the high halves. Software
+//! prefetching is not used: the hardware prefetcher is sufficient here, and prefetching into the
+//! second-level cache is slower.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -17,7 +20,7 @@ use crate::kernels::linear::task::Task;
 use crate::kernels::linear::tiles::FAR;
 use crate::kernels::memory::readable;
 
-/// Bytes that are read for 64 columns, as many as their codes may take.
+/// Number of bytes that are read for 64 columns, which is the maximum that their codes take.
 const LOADED: usize = 64;
 
 /// # Safety
@@ -46,7 +49,7 @@ pub(super) unsafe fn multiply(
         task: &task,
         units,
     };
-    // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
+    // SAFETY: the rows are within the mask, as asserted above; the caller guarantees the rest.
     unsafe {
         match (input.wide(), unit < BLOCK) {
             (true, false) => for_inputs!(&call, rows, input.rows, true, false),
@@ -57,7 +60,7 @@ pub(super) unsafe fn multiply(
     }
 }
 
-/// All rows of the weight with 1, 2 or 4 of inputs at a time.
+/// Computes all rows of the weight with 1, 2 or 4 rows of inputs at a time.
 macro_rules! for_inputs {
     ($call:expr, $rows:expr, $inputs:expr, $wide:literal, $small:literal) => {{
         if $inputs == 1 {
@@ -95,21 +98,23 @@ struct Call<'a> {
     units: Units<'a>,
 }
 
-/// Where the codes of a word are in their bytes, and how they come out.
+/// How the codes of a word are extracted from their bytes: from the low halves.
 const LOW: u8 = 0;
-/// In the high halves, as 16 times what they are.
+/// From the high halves, as 16 times their value.
 const HIGH: u8 = 1;
-/// In the high halves, as what they are: of a block the other half of which is in the low ones.
+/// From the high halves, as their value, for a block whose other half is in the low halves.
 const DOWN: u8 = 2;
 
-/// The codes of 64 columns, one in each byte, zero points where none is stored.
+/// Returns the codes of 64 columns, one in each byte. Columns without a stored code get their zero
+/// point.
 ///
 /// # Safety
-/// [`LOADED`] bytes and the word are there.
+/// [`LOADED`] bytes of codes and the word must be readable.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2")]
 unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m512i) -> __m512i {
-    // SAFETY: the caller's promise. The word is counted too, so that it is in a register.
+    // SAFETY: the caller upholds this function's contract. The word is loaded into a register
+    // because its bits are counted too.
     let (pairs, mask) = unsafe { (_mm512_loadu_si512(codes.cast()), word.read_unaligned()) };
     let some = match FROM {
         LOW => _mm512_and_si512(pairs, _mm512_set1_epi8(0x0F)),
@@ -119,15 +124,17 @@ unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m5
     _mm512_mask_expand_epi8(zeros, mask, some)
 }
 
-/// Rows of the weight, each with the `W - 1` that follow `apart` from each other.
+/// Computes the products of rows of the weight. Each row in `rows` is processed together with the
+/// `W - 1` rows that follow it at distances of `apart`.
 ///
 /// # Safety
-/// The rows of the weight and `R` of the inputs are there, and their outputs this task's.
+/// The rows of the weight and `R` rows of inputs must exist, and their outputs must belong to this
+/// task.
 #[target_feature(
     enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt"
 )]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
-#[allow(unused_assignments)] // a stream's last step
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
+#[allow(unused_assignments)] // the last position in a stream
 unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
     call: &Call<'_>,
     rows: Range<usize>,
@@ -156,10 +163,10 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
         std::array::from_fn(|w| std::array::from_fn(|i| units.products(w, i)));
     let zeros: [*const u32; W] = std::array::from_fn(|w| units.zeros(w));
     let mut end = [0; LOADED];
-    // SAFETY: words are in the bits' rows; codes are read where as many bytes are left, and copied where they are not; inputs and units
-    // are read in what was prepared.
+    // SAFETY: the words are within the rows of the mask. Codes are read in place if enough bytes
+    // are left, and from a copy otherwise. Inputs and units are read within the prepared memory.
     unsafe {
-        // The codes of a word, and on to those of the next one in the same stream.
+        // Returns the codes of a word and advances to the next word of the same stream.
         macro_rules! next {
             ($checked:literal, $from:ident, $at:expr, $word:expr, $zeros:expr) => {{
                 let word: *const u64 = $word;
@@ -177,13 +184,15 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                 std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
             let mut low: [usize; W] = std::array::from_fn(|w| starts.get(row + w * apart));
             let mut high = low;
-            // Not the arrays that are filled, for these have addresses.
+            // Do not use the arrays that `fill` returns, because they have addresses and would not
+            // stay in registers.
             let mut sums = [[_mm512_setzero_ps(); R]; W];
             for w in 0..W {
                 let filled = units.fill::<R>(row + w * apart, w, from);
                 sums[w] = std::array::from_fn(|i| filled[i]);
             }
-            // A block whose halves come from these streams. Past the last word inputs are zeros.
+            // Adds a block whose two halves come from the given streams. Inputs past the last word
+            // are zeros.
             macro_rules! block {
                 ($checked:literal, $block:expr, $from:ident, $at:ident, $second:ident, $second_at:ident) => {{
                     let block: usize = $block;
@@ -230,7 +239,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                                 let mut sum = _mm512_dpbusd_epi32(none, first, at(i, 0));
                                 sum = _mm512_dpbusd_epi32(sum, second, at(i, 1));
                                 if WIDE {
-                                    // One sum, so that there is nothing to add to it.
+                                    // Use one sum, so that no extra addition is needed.
                                     sum = _mm512_dpbusd_epi32(
                                         _mm512_slli_epi32::<8>(sum),
                                         first,
@@ -247,7 +256,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                 }};
             }
             let mut block = 0;
-            // Two blocks that are whole, whose codes cannot reach past the last one.
+            // Pairs of whole blocks, whose codes cannot extend past the last word.
             let pairs = (blocks / 2).min(words / 4);
             if let Some(last) = codes.len().checked_sub(2 * LOADED) {
                 while block < 2 * pairs && (0..W).all(|w| low[w].max(high[w]) <= last) {
@@ -275,18 +284,19 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     }
 }
 
-/// The codes of a weight word by word.
+/// The codes of a weight, word by word.
 #[derive(Clone, Copy)]
 pub(super) struct Unpack<'a> {
     starts: Starts<'a>,
     words: usize,
     bits: &'a [[u8; 8]],
     codes: &'a [u8],
-    /// The zero points of all rows, where they are not all the same.
+    /// The zero points of all rows, or `None` if all are the same.
     zeros: Option<&'a [u8]>,
     row_zeros: usize,
     groups: usize,
-    /// Columns of a group; more than there are, where there is one group.
+    /// Number of columns of a group. It is larger than the number of columns if there is only one
+    /// group.
     group: usize,
 }
 
@@ -313,10 +323,11 @@ impl<'a> Unpack<'a> {
         }
     }
 
-    /// The codes of word `index`, where those that follow in the row's two streams begin at bytes `at`.
+    /// Returns the codes of word `index`. The next codes of the row's two streams begin at bytes
+    /// `at`.
     ///
     /// # Panics
-    /// For a row that there is not.
+    /// Panics if the row is out of range.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
     fn word(&self, (row, at): &mut (usize, [usize; 2]), index: usize) -> __m512i {
@@ -340,13 +351,13 @@ impl<'a> Unpack<'a> {
                 if self.group >= 64 {
                     _mm512_set1_epi8(zero(64 * index / self.group) as i8)
                 } else {
-                    // A unit is no less than eight columns.
+                    // A unit has at least eight columns.
                     let eight = |eight: usize| {
                         u64::from(zero((64 * index + 8 * eight) / self.group))
                             * 0x0101_0101_0101_0101
                     };
                     let zeros: [u64; 8] = std::array::from_fn(eight);
-                    // SAFETY: an array of 64 bytes.
+                    // SAFETY: the array has 64 bytes.
                     unsafe { _mm512_loadu_si512(zeros.as_ptr().cast()) }
                 }
             }
@@ -357,7 +368,7 @@ impl<'a> Unpack<'a> {
         near(self.codes.as_ptr().wrapping_add(*at + 256));
         let from = readable(self.codes, *at, &mut end);
         *at += u64::from_le_bytes(*bits).count_ones() as usize;
-        // SAFETY: as many bytes are there, and the word.
+        // SAFETY: `readable` provides enough bytes, and the word exists.
         unsafe {
             if high {
                 expand::<DOWN>(from, bits.as_ptr().cast(), zeros)
@@ -369,7 +380,7 @@ impl<'a> Unpack<'a> {
 }
 
 impl Codes for Unpack<'_> {
-    /// Its number, and where its two streams go on.
+    /// The index of the row, and the positions of the next codes of its two streams.
     type Row = (usize, [usize; 2]);
     type Step = [__m512i; 1];
 
@@ -387,7 +398,7 @@ impl Codes for Unpack<'_> {
         row: &mut (usize, [usize; 2]),
         index: usize,
     ) -> [__m512i; 1] {
-        // SAFETY: the caller has the features.
+        // SAFETY: the caller has the features, since this is inlined into it.
         [unsafe { self.word(row, index) }]
     }
 }

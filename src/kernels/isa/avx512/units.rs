@@ -1,4 +1,5 @@
-//! Scales and zero points of a row of codes, by units of columns that have one scale of weight and inputs.
+//! Scales and zero points of a row of codes, by units: runs of columns that share a scale of the
+//! weight and a scale of the inputs.
 
 use std::arch::x86_64::*;
 
@@ -6,13 +7,15 @@ use super::loads::first_lanes;
 use crate::format::Grid;
 use crate::kernels::linear::input::{self, BLOCK, Input};
 
-/// Rows of a weight and of inputs at a time, at most.
+/// Maximum number of rows of a weight, and of inputs, at a time.
 const ROWS: usize = 4;
 
-/// Numbers that may be read past the last unit.
+/// Count of numbers past the last unit that may be read.
 const PAD: usize = 16;
 
-/// Which of 16 units are in second blocks of as many units each, of each first 16 of a row and of each second.
+/// Returns masks of the units, among 16, that are in the second block of a pair of blocks. The
+/// first mask is for the 1st, 3rd, .. 16 units of a row, and the second for the 2nd, 4th, .. 16
+/// units.
 fn second_blocks(of_block: usize) -> [u16; 2] {
     match of_block {
         1 => [0xAAAA; 2],
@@ -23,47 +26,48 @@ fn second_blocks(of_block: usize) -> [u16; 2] {
     }
 }
 
-/// Numbers from one array to the next.
+/// Returns the distance between arrays, in numbers.
 fn stride(units: usize) -> usize {
     units.next_multiple_of(16) + PAD
 }
 
-/// Numbers of scratch memory: for each row of the weight its scales and zero points, and the products of scales for each row of inputs.
+/// Returns the count of numbers of scratch memory: for each row of the weight its scales and zero
+/// points, and the products of scales for each row of inputs.
 pub(super) fn floats(units: usize) -> usize {
     ROWS * (2 + ROWS) * stride(units)
 }
 
-/// Scales and zero points of rows of a weight.
+/// Scales and zero points of the rows of a weight.
 #[derive(Clone, Copy)]
 pub(super) struct OfWeight<'a> {
     grid: &'a Grid,
     scales: &'a [u8],
     zeros: &'a [u8],
     groups: usize,
-    /// Whether groups are units.
+    /// Whether each group is one unit.
     direct: bool,
-    /// The zero point of symmetric codes.
+    /// Zero point of symmetric codes.
     middle: u8,
 }
 
-/// What is known of some rows.
+/// Scales, zero points and products of scales of the current rows.
 #[derive(Clone, Copy)]
 pub(super) struct Units<'a> {
     first: *mut f32,
     stride: usize,
     weight: OfWeight<'a>,
     inputs: input::Units,
-    /// Which of 16 units are in a second block, of each first 16 of a row and of each second: there codes are multiplied in the high
-    /// halves of bytes, as 16 times what they are.
+    /// Masks of the units in second blocks, as returned by [`second_blocks`]. Codes of these blocks
+    /// are multiplied in the high halves of bytes, as 16 times their value.
     high: [u16; 2],
 }
 
 impl<'a> Units<'a> {
-    /// Where blocks `alternate`, the zero points of each second one are 16 times what they are, and the products of scales a
-    /// sixteenth.
+    /// Prepares the units of a weight. If `alternate` is set, the zero points of every second block
+    /// are multiplied by 16, and its products of scales are divided by 16.
     ///
     /// # Panics
-    /// Where the memory is less than [`floats`] says.
+    /// Panics if the memory is smaller than [`floats`] requires.
     pub fn new(
         grid: &'a Grid,
         unit: usize,
@@ -90,7 +94,7 @@ impl<'a> Units<'a> {
                 let zeros = units.array(w, 1).cast::<u32>();
                 for at in 0..inputs.count.next_multiple_of(16) {
                     let high = units.high[at / 16 % 2] >> (at % 16) & 1 == 1;
-                    // SAFETY: in the memory, as was asserted.
+                    // SAFETY: the index is within the memory, as asserted above.
                     unsafe { *zeros.add(at) = if high { middle << 4 } else { middle } };
                 }
             }
@@ -103,27 +107,31 @@ impl<'a> Units<'a> {
             .wrapping_add((w * (2 + ROWS) + index) * self.stride)
     }
 
-    /// Products of scales of row `w` of the weight and row `i` of the inputs; 16 more may be read.
+    /// Returns the products of the scales of row `w` of the weight and row `i` of inputs. 16 more
+    /// elements may be read.
     pub fn products(&self, w: usize, i: usize) -> *const f32 {
         self.array(w, 2 + i)
     }
 
-    /// Zero points of row `w` of the weight, each in all four bytes of a unit's number of 32 bits.
+    /// Returns the zero points of row `w` of the weight, each repeated in all four bytes of the
+    /// 32-bit number of its unit.
     pub fn zeros(&self, w: usize) -> *const u32 {
         self.array(w, 1).cast()
     }
 
-    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with `R` rows of inputs from `from` on. Returns what
-    /// the zero points take from their products, in any lanes.
+    /// Fills slot `w` with the scales and zero points of row `row` of the weight, and with the
+    /// products of scales for `R` rows of inputs, from `from` on. Returns, for each row of inputs,
+    /// the sum of the zero-point terms, distributed over the lanes, which must be subtracted from
+    /// the sum of products.
     ///
     /// # Safety
-    /// `w < ROWS` and `R <= ROWS`; the rows are there.
+    /// `w < ROWS` and `R <= ROWS`, and the rows must exist.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
     pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
         let grid = self.weight.grid;
         let plain = self.weight.direct && !grid.wide && (grid.symmetric || grid.bits == 4);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match (plain, grid.symmetric) {
                 (true, true) => self.fill_plain::<true, R>(row, w, from),
@@ -133,14 +141,15 @@ impl<'a> Units<'a> {
         }
     }
 
-    /// [`fill`](Self::fill) where groups are units and their scales have 16 bits: what most weights have, and for one row of inputs it counts.
-    /// If `SYMMETRIC`, zero points are what they were from the start.
+    /// Same as [`fill`](Self::fill), for weights whose groups are units and whose scales have 16
+    /// bits. Most weights are like this, and the time matters with one row of inputs. If
+    /// `SYMMETRIC`, the zero points stay as initialized.
     ///
     /// # Safety
-    /// As there.
+    /// As for [`fill`](Self::fill).
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    #[allow(clippy::needless_range_loop)] // over constants
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn fill_plain<const SYMMETRIC: bool, const R: usize>(
         &self,
         row: usize,
@@ -158,10 +167,10 @@ impl<'a> Units<'a> {
             std::array::from_fn(|i| [inputs.scales(from + i), inputs.sums(from + i)]);
         let (zeros_out, products) = (self.array(w, 1).cast::<u32>(), self.array(w, 2));
         let (sixteenth, low) = (_mm512_set1_ps(1.0 / 16.0), _mm_set1_epi8(0x0F));
-        // The lowest byte of each number to all four.
+        // Copies the lowest byte of each number to all four bytes.
         let lowest = _mm512_set4_epi32(0x0C0C_0C0C, 0x0808_0808, 0x0404_0404, 0);
         let mut at = 0;
-        // SAFETY: masks cover groups of the row alone; the rest is as in `fill_any`.
+        // SAFETY: the masks cover only groups of the row; the rest is as in `fill_any`.
         unsafe {
             while at < inputs.count {
                 let high = self.high[at / 16 % 2];
@@ -210,12 +219,13 @@ impl<'a> Units<'a> {
 
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    #[allow(clippy::needless_range_loop)] // over constants
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn fill_any<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
         let (weight, inputs) = (&self.weight, &self.inputs);
         let mut taken = [_mm512_setzero_ps(); R];
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
-        // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units, with zeros.
+        // SAFETY: the arrays are as long as the units, rounded up to 16, and their padding. The
+        // prepared inputs are followed by 16 zeros.
         unsafe {
             if !weight.direct {
                 one_by_one(weight.grid, row, inputs.count, scales, zeros);
@@ -268,16 +278,16 @@ impl<'a> OfWeight<'a> {
         }
     }
 
-    /// Scales of 16 groups of a row from `at` on; past the last they are 0.
+    /// Returns the scales of 16 groups of a row, from `at` on. They are 0 past the last group.
     ///
     /// # Safety
-    /// The row is there.
+    /// The row must exist.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
     unsafe fn some_scales(&self, row: usize, at: usize) -> __m512 {
         let mask = first_lanes(self.groups.saturating_sub(at));
         let first = row * self.groups + at;
-        // SAFETY: masks cover groups of the row alone.
+        // SAFETY: the masks cover only groups of the row.
         unsafe {
             if self.grid.wide {
                 _mm512_maskz_loadu_ps(mask, self.scales.as_ptr().wrapping_add(4 * first).cast())
@@ -288,7 +298,7 @@ impl<'a> OfWeight<'a> {
         }
     }
 
-    /// Zero points of 16 groups of a row from `at` on; past the last they are 0.
+    /// Returns the zero points of 16 groups of a row, from `at` on. They are 0 past the last group.
     #[inline]
     #[target_feature(enable = "avx512f,bmi2")]
     fn some_zeros(&self, row: usize, at: usize) -> __m512i {
@@ -299,7 +309,7 @@ impl<'a> OfWeight<'a> {
                 at,
                 &mut zeros[..(self.groups.saturating_sub(at)).min(16)],
             );
-            // SAFETY: an array of 16 bytes.
+            // SAFETY: the array has 16 bytes.
             return unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast())) };
         }
         let len = self.groups.div_ceil(2);
@@ -320,15 +330,15 @@ impl<'a> OfWeight<'a> {
     }
 }
 
-/// A byte in all four of a number's.
+/// Returns a number with the same byte four times.
 fn four_times(byte: u8) -> u32 {
     u32::from(byte) * 0x0101_0101
 }
 
-/// Units of groups that are larger.
+/// Fills the units of a row one by one, for groups that are larger than units.
 ///
 /// # Safety
-/// The arrays have room for `count`, rounded up to 16.
+/// The arrays must have room for `count` units, rounded up to 16.
 unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, zeros: *mut u32) {
     let (groups, units) = (grid.groups(), (grid.group_size / 128).max(1));
     let mut at = 0;
@@ -340,7 +350,7 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, ze
             (at + units).min(count)
         };
         while at < end {
-            // SAFETY: the arrays have room.
+            // SAFETY: the caller guarantees that the arrays have room.
             unsafe {
                 *scales.add(at) = scale;
                 *zeros.add(at) = four_times(zero);
@@ -357,11 +367,11 @@ unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, ze
     }
 }
 
-/// Calls `put` with 16 units of a row after 16, their scales and the products of these with their zero points. Scales past the last
-/// group are 0.
+/// Calls `put` for each 16 units of a row with their scales and the products of the scales with the
+/// zero points. Scales past the last group are 0.
 ///
 /// # Panics
-/// For a row that there is not.
+/// Panics if the row is out of range.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
 pub(super) fn for_sixteens(
     weight: &OfWeight<'_>,
@@ -373,7 +383,7 @@ pub(super) fn for_sixteens(
     assert!(row < weight.grid.rows);
     for at in (0..count).step_by(16) {
         if weight.direct {
-            // SAFETY: the row is there, as was asserted; the arrays have 16 numbers.
+            // SAFETY: the row exists, as asserted above, and the arrays have 16 numbers.
             unsafe {
                 let scale = weight.some_scales(row, at);
                 let zero = if weight.grid.symmetric {
@@ -407,11 +417,12 @@ pub(super) fn for_sixteens(
     }
 }
 
-/// For each lane the unit that its columns are in, counted from the first one's, where a lane has `columns` and a unit `unit`.
+/// Returns, for each lane, the unit of its columns, counted from the first lane's, if a lane has
+/// `columns` columns and a unit has `unit`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn lanes(columns: usize, unit: usize) -> __m512i {
     let lane: [i32; 16] = std::array::from_fn(|lane| (lane * columns / unit) as i32);
-    // SAFETY: an array of 64 bytes.
+    // SAFETY: the array has 64 bytes.
     unsafe { _mm512_loadu_si512(lane.as_ptr().cast()) }
 }

@@ -1,5 +1,5 @@
-//! Products of codes, however they are stored, with inputs that were rounded to bytes; and with many rows of inputs, for which
-//! 16 rows of the weight are unpacked to bytes.
+//! Products of codes, in any storage format, with inputs that were rounded to bytes. With many rows
+//! of inputs, 16 rows of the weight are first unpacked to bytes.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -15,10 +15,10 @@ use crate::kernels::linear::tiles::{CodeTiles, Features, Work, features, for_cod
 
 /// The codes of a block of 128 columns: eight vectors, in the order of the inputs' bytes.
 pub(super) trait Block: Copy {
-    /// Vector `index`.
+    /// Returns vector number `index`.
     ///
     /// # Safety
-    /// `index < 8`, and what the block was made of is there.
+    /// `index < 8`, and the data that the block refers to must be readable.
     unsafe fn vector(&self, index: usize) -> int8x16_t;
 }
 
@@ -29,8 +29,9 @@ impl Block for [int8x16_t; 8] {
     }
 }
 
-/// Whether a block's first four vectors are its even columns, and the others the odd ones: a lane of four bytes of one and of its
-/// partner are eight columns. Else columns are in order, and a lane is four.
+/// Returns whether the first four vectors of a block are its even columns, and the others its odd
+/// ones. Then a lane of four bytes of one vector and the same lane of its partner are eight
+/// columns. Otherwise columns are in order, and a lane is four columns.
 #[inline(always)]
 fn paired<C: Codes>() -> bool {
     matches!(C::ORDER, Order::EvenOdd)
@@ -40,20 +41,21 @@ fn paired<C: Codes>() -> bool {
 trait Sums: Copy {
     fn none() -> Self;
 
-    /// The sums of each four bytes.
+    /// Returns the sum of each four bytes' products.
     fn of_fours(self) -> int32x4_t;
 }
 
 impl Sums for [int16x8_t; 2] {
     #[inline(always)]
     fn none() -> Self {
-        // SAFETY: every caller has NEON.
+        // SAFETY: `Level::detect` found NEON before it returned the level of these kernels.
         unsafe { [vdupq_n_s16(0); 2] }
     }
 
     #[inline(always)]
     fn of_fours(self) -> int32x4_t {
-        // SAFETY: as above. Two sums of eight products are at most `16 * 15 * 128`, which 16 bits hold.
+        // SAFETY: as above. Two sums of eight products are at most `16 * 15 * 128`, which fits into
+        // 16 bits.
         unsafe { vpaddlq_s16(vpaddq_s16(self[0], self[1])) }
     }
 }
@@ -61,7 +63,7 @@ impl Sums for [int16x8_t; 2] {
 impl Sums for int32x4_t {
     #[inline(always)]
     fn none() -> Self {
-        // SAFETY: every caller has NEON.
+        // SAFETY: `Level::detect` found NEON before it returned the level of these kernels.
         unsafe { vdupq_n_s32(0) }
     }
 
@@ -71,20 +73,22 @@ impl Sums for int32x4_t {
     }
 }
 
-/// How bytes are multiplied.
+/// A method of multiplying bytes.
 trait Dots: Features {
     type Sums: Sums;
-    /// Rows of a weight that is unpacked at a time, as many as registers hold sums of: 2 or 4.
+    /// Number of rows of an unpacked weight at a time, limited by the registers for their sums: 2
+    /// or 4.
     const ROWS: usize;
 
     /// Adds the products of codes and bytes.
     ///
     /// # Safety
-    /// The processor has the features.
+    /// The processor must have the features.
     unsafe fn add(sums: Self::Sums, codes: int8x16_t, x: int8x16_t) -> Self::Sums;
 }
 
-/// What NEON has: products of 16 bits, of codes up to 15, so at most `15 * 128`, of which eight are added.
+/// Plain NEON: 16-bit products of codes up to 15. Each is at most `15 * 128`, and eight of them are
+/// added.
 struct Products;
 
 features!(Products, "neon");
@@ -95,7 +99,7 @@ impl Dots for Products {
 
     #[inline(always)]
     unsafe fn add(sums: [int16x8_t; 2], codes: int8x16_t, x: int8x16_t) -> [int16x8_t; 2] {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the processor has the features.
         unsafe {
             [
                 vmlal_s8(sums[0], vget_low_s8(codes), vget_low_s8(x)),
@@ -105,7 +109,8 @@ impl Dots for Products {
     }
 }
 
-/// The same of codes that are bytes: two such products may be too many for 16 bits.
+/// Plain NEON for codes that are whole bytes. The sum of two such products may not fit into 16
+/// bits.
 struct Wide;
 
 features!(Wide, "neon");
@@ -116,7 +121,7 @@ impl Dots for Wide {
 
     #[inline(always)]
     unsafe fn add(sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the processor has the features.
         unsafe {
             let low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(x)));
             let high = vpaddlq_s16(vmull_high_s8(codes, x));
@@ -125,7 +130,7 @@ impl Dots for Wide {
     }
 }
 
-/// Dot products of four bytes.
+/// Dot products of four bytes (`sdot`).
 struct Fours;
 
 features!(Fours, "neon,dotprod");
@@ -136,11 +141,11 @@ impl Dots for Fours {
 
     #[inline(always)]
     unsafe fn add(sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
-        /// The standard library's is not stable.
+        /// The intrinsic of the standard library is not stable yet.
         #[inline]
         #[target_feature(enable = "neon,dotprod")]
         fn sdot(mut sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
-            // SAFETY: works on registers alone.
+            // SAFETY: the instruction only uses registers.
             unsafe {
                 asm!(
                     "sdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
@@ -152,12 +157,12 @@ impl Dots for Fours {
             }
             sums
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the processor has the features.
         unsafe { sdot(sums, codes, x) }
     }
 }
 
-/// Products of a task with codes.
+/// The products of a task with codes.
 pub(super) struct Call<'a> {
     dots: bool,
     many: bool,
@@ -167,7 +172,8 @@ pub(super) struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// `dots` says whether the processor has `sdot`, `many` whether rows of the weight are unpacked for all rows of inputs.
+    /// `dots` is set if the processor has `sdot`, and `many` if rows of the weight are unpacked for
+    /// all rows of inputs.
     pub fn new(dots: bool, many: bool, grid: &'a Grid, unit: usize, task: Task<'a>) -> Self {
         Self {
             dots,
@@ -179,9 +185,10 @@ impl<'a> Call<'a> {
     }
 
     /// # Safety
-    /// As for [`multiply`](crate::kernels::linear::task::Kernels::multiply); the codes have the task's rows.
+    /// As for [`multiply`](crate::kernels::linear::task::Kernels::multiply), and the codes must
+    /// have the rows of the task.
     pub unsafe fn multiply<C: Codes<Step: Block>>(&self, codes: C, scratch: &mut [f32]) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             if self.dots {
                 self.by::<Fours, C>(codes, scratch);
@@ -194,9 +201,9 @@ impl<'a> Call<'a> {
     }
 
     /// # Safety
-    /// As for [`multiply`](Self::multiply), and the processor has the features of `D`.
+    /// As for [`multiply`](Self::multiply), and the processor must have the features of `D`.
     unsafe fn by<D: Dots, C: Codes<Step: Block>>(&self, codes: C, scratch: &mut [f32]) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             if self.many {
                 self.unpacked::<D, C>(codes, scratch);
@@ -226,7 +233,8 @@ impl<'a> Call<'a> {
         for first in rows.clone().step_by(SLOTS) {
             let rows = first..rows.end.min(first + SLOTS);
             for (slot, row) in rows.clone().enumerate() {
-                // SAFETY: there are as many slots; the panel has room for as many rows of whole blocks.
+                // SAFETY: there are as many slots, and the panel has room for as many rows of whole
+                // blocks.
                 unsafe {
                     units.decode(row, slot);
                     let out = panel.add(slot * stride);
@@ -238,7 +246,8 @@ impl<'a> Call<'a> {
                     }
                 }
             }
-            // SAFETY: the caller's promise; the slots of the rows are filled.
+            // SAFETY: the caller upholds this function's contract, and the slots of the rows are
+            // filled.
             unsafe {
                 if paired::<C>() {
                     self.panel::<D, true>(panel, stride, units, rows);
@@ -249,10 +258,10 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Products of all inputs with some rows that are unpacked.
+    /// Computes the products of all inputs with some unpacked rows.
     ///
     /// # Safety
-    /// As for [`by`](Self::by); the slots of the rows are filled.
+    /// As for [`by`](Self::by), and the slots of the rows must be filled.
     unsafe fn panel<D: Dots, const PAIRED: bool>(
         &self,
         first: *const u8,
@@ -272,7 +281,7 @@ impl<'a> Call<'a> {
             task: &self.task,
             of: PhantomData,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match (self.task.input.wide(), self.unit < BLOCK) {
                 (true, false) => tiles.by_two::<true, false>(rows),
@@ -284,15 +293,15 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Numbers of scratch memory for rows that are unpacked.
+/// Returns the count of numbers of scratch memory for unpacked rows.
 pub(super) fn panel_floats(inputs: usize, units: usize) -> usize {
     units::floats(units) + SLOTS * inputs.next_multiple_of(BLOCK) / 4
 }
 
-/// Writes a row's codes, a byte each, as many as `count`, in whole blocks.
+/// Writes `count` codes of a row in whole blocks, one byte each.
 ///
 /// # Safety
-/// They have room, and the row's zero points are there.
+/// There must be room for them, and the zero points of the row must exist.
 #[target_feature(enable = "neon")]
 unsafe fn unpack<C: Codes<Step: Block>, const SMALL: bool>(
     codes: &C,
@@ -301,7 +310,7 @@ unsafe fn unpack<C: Codes<Step: Block>, const SMALL: bool>(
     out: *mut u8,
 ) {
     for block in 0..count / BLOCK {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             let step = codes.step::<SMALL, false>(&mut row, block);
             for index in 0..8 {
@@ -312,11 +321,11 @@ unsafe fn unpack<C: Codes<Step: Block>, const SMALL: bool>(
     }
 }
 
-/// Rows that are unpacked, in the order of what they come from.
+/// Unpacked rows. Their codes are in the order of the codes that they were unpacked from.
 #[derive(Clone, Copy)]
 struct Panel<const PAIRED: bool> {
     first: *const u8,
-    /// The row that is the panel's first.
+    /// Index of the first row of the panel.
     base: usize,
     stride: usize,
 }
@@ -328,7 +337,7 @@ struct InPanel(*const u8);
 impl Block for InPanel {
     #[inline(always)]
     unsafe fn vector(&self, index: usize) -> int8x16_t {
-        // SAFETY: a block of a row is there, by the caller's promise.
+        // SAFETY: the caller guarantees that the block of the row exists.
         unsafe { vld1q_s8(self.0.add(16 * index).cast()) }
     }
 }
@@ -342,7 +351,7 @@ impl<const PAIRED: bool> Codes for Panel<PAIRED> {
     } else {
         Order::InOrder
     };
-    const BITS: u8 = 8; // for all that is known
+    const BITS: u8 = 8; // the maximum, since panels hold codes of any width
 
     #[inline(always)]
     fn row(&self, row: usize, _zeros: *const u8) -> *const u8 {
@@ -364,7 +373,8 @@ struct Tiles<'a, D, C> {
     codes: C,
     unit: usize,
     units: Units<'a>,
-    /// The row of the first slot where the slots are filled; else a tile fills those of its rows.
+    /// The row of the first slot, if the slots are filled already. Otherwise each tile fills the
+    /// slots of its rows.
     filled: Option<usize>,
     task: &'a Task<'a>,
     of: PhantomData<D>,
@@ -381,16 +391,17 @@ impl<D: Dots, C: Codes<Step: Block>> CodeTiles for Tiles<'_, D, C> {
         from: usize,
     ) {
         let tiles = self;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { D::run(Tile::<D, C, WIDE, SMALL, W, R> { tiles, row, from }) };
     }
 }
 
 impl<D: Dots, const PAIRED: bool> Tiles<'_, D, Panel<PAIRED>> {
-    /// Products of two rows of inputs at a time with all rows of a panel, so that the inputs' bytes come from the first-level cache.
+    /// Computes the products of two rows of inputs at a time with all rows of a panel, so that the
+    /// inputs' bytes stay in the first-level cache.
     ///
     /// # Safety
-    /// As for [`CodeTiles::tile`]; the slots of the rows are filled.
+    /// As for [`CodeTiles::tile`], and the slots of the rows must be filled.
     unsafe fn by_two<const WIDE: bool, const SMALL: bool>(&self, rows: Range<usize>) {
         let inputs = self.task.input.rows;
         let mut from = 0;
@@ -399,7 +410,7 @@ impl<D: Dots, const PAIRED: bool> Tiles<'_, D, Panel<PAIRED>> {
             let mut row = rows.start;
             while row < rows.end {
                 let whole = rows.end - row >= D::ROWS;
-                // SAFETY: the caller's promise.
+                // SAFETY: the caller upholds this function's contract.
                 unsafe {
                     match (whole, two) {
                         (true, true) if D::ROWS == 4 => {
@@ -421,7 +432,8 @@ impl<D: Dots, const PAIRED: bool> Tiles<'_, D, Panel<PAIRED>> {
     }
 }
 
-/// `W` rows of the weight with `R` of the inputs. They are there, and their outputs this task's.
+/// The products of `W` rows of the weight with `R` rows of inputs. The rows must exist, and their
+/// outputs must belong to this task.
 struct Tile<'a, D, C, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize> {
     tiles: &'a Tiles<'a, D, C>,
     row: usize,
@@ -440,7 +452,7 @@ impl<
     type Output = ();
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn run(self) {
         let Self { tiles, row, from } = self;
         let Tiles {
@@ -456,8 +468,8 @@ impl<
         let x: [*const i8; R] =
             std::array::from_fn(|i| input.codes(from + i, C::ORDER).as_ptr().cast());
         let slot = filled.map_or(0, |first| row - first);
-        // SAFETY: `W` slots are there, and `W * R` pairs; what was prepared has whole blocks, and so has each row of the weight or what
-        // stands for it, by the promises of `Codes`.
+        // SAFETY: `W` slots and `W * R` pairs exist. The prepared inputs have whole blocks, and so
+        // has each row of the weight or its padded copy, as the contract of `Codes` requires.
         unsafe {
             if filled.is_none() && from == 0 {
                 for w in 0..W {
@@ -477,7 +489,7 @@ impl<
             });
             let lanes = lanes(if paired::<C>() { 8 } else { 4 }, unit);
             for block in 0..input.inputs.div_ceil(BLOCK) {
-                // Not by a closure, which would not always be inlined.
+                // A closure would not always be inlined here.
                 let mut blocks = [codes.step::<SMALL, false>(&mut rows[0], block); W];
                 for w in 1..W {
                     blocks[w] = codes.step::<SMALL, false>(&mut rows[w], block);
@@ -486,7 +498,7 @@ impl<
                 if SMALL {
                     let steps = if paired::<C>() { 4 } else { 8 };
                     for step in 0..steps {
-                        // The first unit of this vector, or pair of them.
+                        // The first unit of this vector or pair of vectors.
                         let at = block * of_block + step * of_block / steps;
                         for i in 0..R {
                             for w in 0..W {
@@ -554,10 +566,10 @@ impl<
     }
 }
 
-/// The sums of products with inputs, of their high bytes and, where there are some, their low ones.
+/// Returns the sums of products with inputs: with their high bytes and, if `WIDE`, their low bytes.
 #[inline(always)]
 fn whole<D: Dots, const WIDE: bool>(high: D::Sums, low: D::Sums) -> float32x4_t {
-    // SAFETY: every caller has NEON.
+    // SAFETY: `Level::detect` found NEON before it returned the level of these kernels.
     unsafe {
         let high = high.of_fours();
         vcvtq_f32_s32(if WIDE {
@@ -568,11 +580,12 @@ fn whole<D: Dots, const WIDE: bool>(high: D::Sums, low: D::Sums) -> float32x4_t 
     }
 }
 
-/// Indices of the bytes of each lane's unit among four units, where a lane has `columns`.
+/// Returns the indices of the bytes of each lane's unit among four units, if a lane has `columns`
+/// columns.
 #[inline(always)]
 fn lanes(columns: usize, unit: usize) -> uint8x16_t {
     let lanes: [u8; 16] =
         std::array::from_fn(|byte| (4 * (byte / 4 * columns / unit) + byte % 4) as u8);
-    // SAFETY: an array of 16 bytes.
+    // SAFETY: the array has 16 bytes.
     unsafe { vld1q_u8(lanes.as_ptr()) }
 }

@@ -1,11 +1,13 @@
-//! What puts stored numbers at their columns: for each byte of a mask, which of the stored ones belongs to each of its eight columns.
+//! Moves stored numbers to their columns. Lookup tables tell, for each byte of a mask, which of the
+//! stored numbers belongs to each of its eight columns.
 
 use std::arch::aarch64::*;
 
-/// An index that `tbl` answers with 0, and `tbx` with what was there.
+/// An out-of-range index: `tbl` returns 0 for it, and `tbx` keeps the previous value.
 const NONE: u8 = 0xFF;
 
-/// For each byte of a mask the index of each column's number among the stored ones, from `first` on.
+/// For each byte of a mask, the index of each column's number among the stored numbers, counted
+/// from `first`.
 const fn indices(first: u8) -> [[u8; 8]; 256] {
     let mut table = [[NONE; 8]; 256];
     let mut mask = 0;
@@ -23,7 +25,7 @@ const fn indices(first: u8) -> [[u8; 8]; 256] {
     table
 }
 
-/// The same of numbers of two bytes.
+/// The same for numbers of two bytes.
 const fn pairs() -> [[u8; 16]; 256] {
     let of_bytes = indices(0);
     let mut table = [[NONE; 16]; 256];
@@ -45,27 +47,27 @@ const fn pairs() -> [[u8; 16]; 256] {
 
 /// Indices of bytes, for the first half of a vector.
 static FIRST: [[u8; 8]; 256] = indices(0);
-/// Indices of bytes, for the second half, whose stored ones begin at byte 8.
+/// Indices of bytes, for the second half, whose stored bytes begin at byte 8.
 static SECOND: [[u8; 8]; 256] = indices(8);
 /// Indices of pairs of bytes.
 static PAIRS: [[u8; 16]; 256] = pairs();
 
-/// A mask of 64 columns, and how many are stored before each eight of them.
+/// A mask of 64 columns, with the number of stored elements before each eight columns.
 #[derive(Clone, Copy)]
 pub(super) struct Word {
     bits: u64,
-    /// A byte for each eight columns.
+    /// One byte for each eight columns.
     before: u64,
-    /// Stored numbers of all columns.
+    /// Number of stored elements of all columns.
     pub stored: usize,
 }
 
 impl Word {
     #[inline(always)]
     pub fn new(bits: u64) -> Self {
-        // SAFETY: every caller has NEON.
+        // SAFETY: `Level::detect` found NEON before it returned the level of these kernels.
         let counts = unsafe { vget_lane_u64::<0>(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(bits)))) };
-        // Each byte becomes the sum of those up to it, at most 64.
+        // Each byte becomes the sum of the bytes up to and including it, at most 64.
         let sums = counts.wrapping_mul(0x0101_0101_0101_0101);
         Self {
             bits,
@@ -74,7 +76,8 @@ impl Word {
         }
     }
 
-    /// The mask of eight columns, and what is stored before them: at most 8 for each of the eights before.
+    /// Returns the mask of eight columns, and the number of stored elements before them: at most 8
+    /// for each of the eights before.
     #[inline(always)]
     fn part(self, eight: usize) -> (usize, usize) {
         (
@@ -83,24 +86,26 @@ impl Word {
         )
     }
 
-    /// Numbers of two bytes at their columns, eight of them, zeros where none is stored.
+    /// Returns eight two-byte numbers at their columns, with zeros where none is stored.
     ///
     /// # Safety
-    /// From `values` on 128 bytes are there, and `eight < 8`.
+    /// 128 bytes from `values` on must be readable, and `eight < 8`.
     #[inline(always)]
     pub unsafe fn pairs(self, values: *const u8, eight: usize) -> uint16x8_t {
         let (mask, before) = self.part(eight);
-        // SAFETY: at most 8 numbers for each of the eights before, so that 16 bytes are in the 128.
+        // SAFETY: each of the eights before has at most 8 numbers, so the 16 bytes are within the
+        // 128.
         unsafe {
             let stored = vld1q_u8(values.add(2 * before));
             vreinterpretq_u16_u8(vqtbl1q_u8(stored, vld1q_u8(PAIRS[mask].as_ptr())))
         }
     }
 
-    /// Halves of bytes, the high ones or the low ones, at their columns, with what is in `others` where none is stored.
+    /// Returns the high or the low halves of bytes at their columns, with the elements of `others`
+    /// where none is stored.
     ///
     /// # Safety
-    /// From `codes` on 64 bytes are there.
+    /// 64 bytes from `codes` on must be readable.
     #[inline(always)]
     pub unsafe fn halves<const HIGH: bool>(
         self,
@@ -108,7 +113,7 @@ impl Word {
         others: [uint8x16_t; 4],
     ) -> [int8x16_t; 4] {
         let [a, b, c, d] = others;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             [
                 self.sixteen::<HIGH, 0>(codes, a),
@@ -120,7 +125,7 @@ impl Word {
     }
 
     /// # Safety
-    /// As above, and `SIXTEEN < 4`.
+    /// As for [`halves`](Self::halves), and `SIXTEEN < 4`.
     #[inline(always)]
     unsafe fn sixteen<const HIGH: bool, const SIXTEEN: usize>(
         self,
@@ -128,7 +133,7 @@ impl Word {
         others: uint8x16_t,
     ) -> int8x16_t {
         let (first, second) = (self.part(2 * SIXTEEN), self.part(2 * SIXTEEN + 1));
-        // SAFETY: at most 8 bytes for each of the eights before, so that 8 bytes are in the 64.
+        // SAFETY: each of the eights before has at most 8 bytes, so the 8 bytes are within the 64.
         unsafe {
             let stored = vcombine_u8(vld1_u8(codes.add(first.1)), vld1_u8(codes.add(second.1)));
             let indices = vcombine_u8(
@@ -152,7 +157,7 @@ mod tests {
     #[test]
     fn every_byte_of_a_mask_finds_its_columns() {
         let stored: [u8; 128] = std::array::from_fn(|index| index as u8 ^ 0x5A);
-        // Each byte beside three others, at each place.
+        // Test each byte of a mask next to three other bytes, at each place.
         for byte in 0..=255_u8 {
             let neighbours = [0, 0x6B, 0xFF, 0x10][usize::from(byte % 4)];
             let bytes: [u8; 8] =
@@ -163,7 +168,8 @@ mod tests {
                 let set = bytes[column / 8] >> (column % 8) & 1 == 1;
                 let mut halves = [[0_i8; 64]; 2];
                 let mut pairs = [0; 8];
-                // SAFETY: 128 bytes are there; arrays of 64 and 16 bytes are written.
+                // SAFETY: 128 bytes are readable, and the arrays that are written have 64 and 16
+                // bytes.
                 unsafe {
                     let others = [vdupq_n_u8(0x77); 4];
                     let [low, high] = [

@@ -1,4 +1,4 @@
-//! Eight numbers in two registers.
+//! Vector operations on eight numbers in two registers.
 
 use std::arch::aarch64::*;
 
@@ -22,7 +22,7 @@ impl lanes::Lanes for Lanes {
 
     #[inline(always)]
     unsafe fn zero() -> float32x4_t {
-        // SAFETY: the caller's promise, here and below.
+        // SAFETY: the caller upholds the method's contract, here and below.
         unsafe { vdupq_n_f32(0.0) }
     }
 
@@ -84,17 +84,20 @@ impl lanes::Lanes for Lanes {
     }
 }
 
-/// Eight sums in all, so that additions wait less for each other, but at most four for each pair of rows.
+/// Returns the number of sums for each pair of rows: at most four, and eight for all pairs
+/// together, so that additions wait less for each other.
 #[inline(always)]
 pub(super) fn chains(pairs: usize) -> usize {
     (8 / pairs).clamp(1, 4)
 }
 
-/// For each of `W` rows the sum of the lanes of its first sums, each `(0 + 1) + (2 + 3)` whatever `W` is.
+/// Returns, for each of `W` rows, the sum of the lanes of its first sums. The order is `(0 + 1) +
+/// (2 + 3)` for any `W`.
 #[inline(always)]
 pub(super) fn totals<const W: usize>(sums: [[float32x4_t; 4]; W], chains: usize) -> [f32; W] {
     let mut totals = [0.0; W];
-    // SAFETY: every caller has NEON; four numbers are written where there are four.
+    // SAFETY: `Level::detect` found NEON before it returned the level of these kernels; four
+    // numbers are written into an array of four.
     unsafe {
         let mut lanes = [vdupq_n_f32(0.0); W];
         for w in 0..W {
@@ -118,10 +121,10 @@ pub(super) fn totals<const W: usize>(sums: [[float32x4_t; 4]; W], chains: usize)
     totals
 }
 
-/// Eight numbers of half precision, or in bfloat16.
+/// Converts eight numbers from half precision or bfloat16 to `f32`.
 #[inline(always)]
 pub(super) fn widen<const HALF: bool>(words: uint16x8_t) -> [float32x4_t; 2] {
-    // SAFETY: every caller has NEON.
+    // SAFETY: `Level::detect` found NEON before it returned the level of these kernels.
     unsafe {
         if HALF {
             let words = vreinterpretq_f16_u16(words);

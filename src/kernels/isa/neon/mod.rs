@@ -1,11 +1,12 @@
-//! NEON, as every 64-bit Arm processor with floating-point numbers has it; and, where there are some, the dot products of bytes
-//! (`sdot`).
+//! Kernels for NEON, which every 64-bit Arm processor with floating-point numbers has, and for the
+//! dot products of bytes (`sdot`) of some processors.
 //!
-//! A few rows of the weight go at a time with a few of the inputs. What is sparse is put at its columns by `tbl`, which a table of 256
-//! tells for each byte of the mask which stored number belongs to which of eight columns.
+//! A few rows of the weight are multiplied by a few rows of inputs at a time. Sparse weights are
+//! expanded by `tbl`, with a table of 256 entries that tells, for each byte of the mask, which
+//! stored number belongs to which of eight columns.
 //!
-//! Functions without a target feature of their own are inlined into ones that have it, or need none but NEON, which
-//! `Level::detect` saw before it gave the level.
+//! Functions without a target feature of their own are inlined into functions that have it, or need
+//! only NEON, which `Level::detect` checks before it returns this level.
 
 mod codes;
 mod expand;
@@ -21,10 +22,10 @@ use crate::kernels::linear::input::Order;
 use crate::kernels::linear::task::{Kernels, Task, Update};
 use crate::kernels::linear::{dense, update};
 
-/// Rows of inputs from which on a weight is unpacked for all of them.
+/// Number of rows of inputs from which on a weight is unpacked once for all of them.
 const MANY: usize = 9;
 
-/// `dots` says whether the processor has `sdot`.
+/// `dots` is set if the processor has `sdot`.
 pub(super) struct Neon {
     pub dots: bool,
 }
@@ -58,7 +59,7 @@ impl Kernels for Neon {
         scratch: &mut [f32],
     ) -> bool {
         let many = task.input.rows >= MANY;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match (weight, unit) {
                 (Body::Dense(weight), _) if many => panel::dense(weight, task, scratch),
@@ -86,7 +87,7 @@ impl Kernels for Neon {
     }
 
     unsafe fn add_update(&self, update: &Update<'_>, task: Task<'_>, _scratch: &mut [f32]) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { update::add::<lanes::Lanes>(update, task) };
     }
 }

@@ -1,5 +1,5 @@
-//! Packed codes of 2, 3, 4 or 8 bits. However many they are, the even columns of a block come out first, then the odd ones, so that layers
-//! on the same inputs want these in one order.
+//! Packed codes of 2, 3, 4 or 8 bits. For every width, the even columns of a block are unpacked
+//! first, then the odd ones, so that layers on the same inputs need them in only one order.
 
 use std::arch::aarch64::*;
 
@@ -19,7 +19,7 @@ pub(super) struct Packed<'a, const BITS: u8> {
 
 impl<'a, const BITS: u8> Packed<'a, BITS> {
     /// # Panics
-    /// Where the weight has not the rows and columns of the task.
+    /// Panics if the weight has fewer rows or columns than the task.
     pub fn new(weight: &'a PackedMatrix, task: &Task<'_>) -> Self {
         let stride = packed_len(weight.cols(), BITS);
         let codes: &[u8] = weight.codes();
@@ -29,7 +29,8 @@ impl<'a, const BITS: u8> Packed<'a, BITS> {
 }
 
 impl<'a, const BITS: u8> Codes for Packed<'a, BITS> {
-    /// From its first byte on, and what follows it: past the row's end inputs are zeros.
+    /// The bytes from the row's first byte to the end of the weight. Inputs past the end of the row
+    /// are zeros.
     type Row = &'a [u8];
     type Step = [int8x16_t; 8];
 
@@ -48,7 +49,7 @@ impl<'a, const BITS: u8> Codes for Packed<'a, BITS> {
         block: usize,
     ) -> [int8x16_t; 8] {
         let at = BLOCK / 8 * usize::from(BITS) * block;
-        // SAFETY: as many bytes are there as `readable` says.
+        // SAFETY: `readable` provides enough bytes.
         unsafe {
             match BITS {
                 2 => of_two(readable(row, at, &mut [0; 32])),
@@ -60,13 +61,13 @@ impl<'a, const BITS: u8> Codes for Packed<'a, BITS> {
     }
 }
 
-/// A byte has columns 0 to 3 of four.
+/// Unpacks 2-bit codes. A byte holds four consecutive columns.
 ///
 /// # Safety
-/// 32 bytes are there.
+/// 32 bytes must be readable.
 #[inline(always)]
 unsafe fn of_two(from: *const u8) -> [int8x16_t; 8] {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         let mut codes = [vdupq_n_s8(0); 8];
         let low = vdupq_n_u8(3);
@@ -86,8 +87,9 @@ unsafe fn of_two(from: *const u8) -> [int8x16_t; 8] {
     }
 }
 
-/// Where the codes of 3 bits of 32 columns lie in 12 bytes: for the even columns and for the odd ones, eight after eight, the first of the
-/// two bytes that have all of a code, and the next.
+/// Positions of the 3-bit codes of 32 columns in 12 bytes: for the even columns and for the odd
+/// ones, in two groups of eight, the first of the two bytes that contain the code, and the byte
+/// after it.
 static WINDOWS: [[[u8; 16]; 2]; 2] = {
     let mut windows = [[[0; 16]; 2]; 2];
     let mut column = 0;
@@ -101,7 +103,8 @@ static WINDOWS: [[[u8; 16]; 2]; 2] = {
     windows
 };
 
-/// By how many bits to the left to shift what [`WINDOWS`] finds: to the right, that is. The same for each eight, which take six bytes.
+/// Shifts for the words that [`WINDOWS`] selects. They are shifts to the left by negative amounts,
+/// so to the right. They are the same for each eight columns, which take six bytes.
 static SHIFTS: [[i16; 8]; 2] = {
     let mut shifts = [[0; 8]; 2];
     let mut column = 0;
@@ -112,17 +115,17 @@ static SHIFTS: [[i16; 8]; 2] = {
     shifts
 };
 
-/// A code of 3 bits lies in two bytes at most.
+/// Unpacks 3-bit codes. A code extends over at most two bytes.
 ///
 /// # Safety
-/// 52 bytes are there, the last ones of any value.
+/// 52 bytes must be readable; the last ones may have any value.
 #[inline(always)]
 unsafe fn of_three(from: *const u8) -> [int8x16_t; 8] {
-    // SAFETY: the caller's promise; arrays of 16 bytes.
+    // SAFETY: the caller guarantees that the bytes are readable; the arrays have 16 bytes.
     unsafe {
         let mut codes = [vdupq_n_s8(0); 8];
         for part in 0..4 {
-            // 12 of them are this part's.
+            // 12 of these bytes belong to this part.
             let bytes = vld1q_u8(from.add(12 * part));
             for odd in 0..2 {
                 let shifts = vld1q_s16(SHIFTS[odd].as_ptr());
@@ -138,13 +141,13 @@ unsafe fn of_three(from: *const u8) -> [int8x16_t; 8] {
     }
 }
 
-/// The even columns are in the lower halves.
+/// Unpacks 4-bit codes. The even columns are in the lower halves.
 ///
 /// # Safety
-/// 64 bytes are there.
+/// 64 bytes must be readable.
 #[inline(always)]
 unsafe fn of_four(from: *const u8) -> [int8x16_t; 8] {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         let mut codes = [vdupq_n_s8(0); 8];
         for part in 0..4 {
@@ -156,13 +159,13 @@ unsafe fn of_four(from: *const u8) -> [int8x16_t; 8] {
     }
 }
 
-/// Less 128, so that they are signed bytes.
+/// Unpacks 8-bit codes and subtracts 128, so that they are signed bytes.
 ///
 /// # Safety
-/// 128 bytes are there.
+/// 128 bytes must be readable.
 #[inline(always)]
 unsafe fn of_eight(from: *const u8) -> [int8x16_t; 8] {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         let mut codes = [vdupq_n_s8(0); 8];
         for part in 0..4 {

@@ -1,5 +1,5 @@
-//! Many rows of inputs with a weight of numbers: some columns of 32 rows are unpacked to `f32` once, and stay in a near cache while tiles of
-//! products with all inputs run along them.
+//! Many rows of inputs with a floating-point weight: some columns of 32 rows are unpacked to `f32`
+//! once, and stay in a near cache while the tiles of products with all inputs are computed.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -13,12 +13,12 @@ use crate::kernels::linear::task::Task;
 use crate::kernels::linear::tiles::{Features, Tiles, for_tiles};
 use crate::kernels::number::{Stored, with_type_of};
 
-/// Rows of a weight in a panel.
+/// Number of rows of a weight in a panel.
 pub(super) const WIDTH: usize = 32;
-/// Columns of a panel, whole words of masks: 32 KiB.
+/// Number of columns of a panel, a multiple of the words of masks: 32 KiB.
 const COLUMNS: usize = 256;
 
-/// Numbers of scratch memory for a thread.
+/// Returns the count of numbers of scratch memory for a thread.
 pub(super) fn floats(inputs: usize, units: usize) -> usize {
     codes::panel_floats(inputs, units).max(COLUMNS * WIDTH)
 }
@@ -30,14 +30,15 @@ pub(super) unsafe fn dense(weight: &Dense, task: Task<'_>, scratch: &mut [f32]) 
     let stride = weight.cols * size;
     assert!(task.rows.end * stride <= values.len() && task.input.inputs <= weight.cols);
     let panel = &mut scratch[..COLUMNS * WIDTH];
-    // SAFETY: rows and columns are in the values, as was asserted; the panel has room for as many; the rest is the caller's promise.
+    // SAFETY: rows and columns are within the values, as asserted above, and the panel has room for
+    // them; the caller guarantees the rest.
     unsafe {
         for_panels(task, |rows, columns| {
             let first = values
                 .as_ptr()
                 .add(rows.start * stride + columns.start * size);
             if weight.number == Number::F32 {
-                // As it is.
+                // `f32` weights are used in place.
                 return (first, stride);
             }
             let out = panel.as_mut_ptr();
@@ -53,7 +54,7 @@ pub(super) unsafe fn sparse(weight: &Sparse16, task: Task<'_>, scratch: &mut [f3
     assert!(task.input.inputs <= weight.bits.cols);
     let panel = &mut scratch[..COLUMNS * WIDTH];
     let mut at = [0; WIDTH];
-    // SAFETY: the panel has room for rows of whole words; the rest is the caller's promise.
+    // SAFETY: the panel has room for rows of whole words; the caller guarantees the rest.
     unsafe {
         for_panels(task, |rows, columns| {
             let words = columns.len().div_ceil(64);
@@ -74,11 +75,12 @@ pub(super) unsafe fn sparse(weight: &Sparse16, task: Task<'_>, scratch: &mut [f3
     }
 }
 
-/// Calls `unpack` for some columns after some of each 32 rows, and multiplies what it gives: where numbers of 32 bits are, and how many
-/// bytes from one row to the next.
+/// For each 32 rows, calls `unpack` for one range of columns after another and multiplies the
+/// numbers that it returns: a pointer to 32-bit numbers, and the distance between rows in bytes.
 ///
 /// # Safety
-/// As for [`multiply`](crate::kernels::linear::task::Kernels::multiply); the numbers are there.
+/// As for [`multiply`](crate::kernels::linear::task::Kernels::multiply), and the numbers must
+/// exist.
 unsafe fn for_panels(
     task: Task<'_>,
     mut unpack: impl FnMut(Range<usize>, Range<usize>) -> (*const u8, usize),
@@ -87,7 +89,7 @@ unsafe fn for_panels(
     for first in task.rows.clone().step_by(WIDTH) {
         let rows = first..task.rows.end.min(first + WIDTH);
         let mut from = 0;
-        // At least once, so that outputs are written where no input is active.
+        // Run at least once, so that outputs are written even if no input is active.
         loop {
             let columns = from..input.inputs.min(from + COLUMNS);
             let (first, stride) = unpack(rows.clone(), columns.clone());
@@ -98,7 +100,7 @@ unsafe fn for_panels(
                 columns,
                 task: &task,
             };
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe { for_tiles(&panel, rows.clone(), input) };
             from += COLUMNS;
             if from >= input.inputs {
@@ -108,10 +110,11 @@ unsafe fn for_panels(
     }
 }
 
-/// Some columns of rows from `base` on, whose products are set for the first columns and added for others.
+/// Some columns of the rows from `base` on. The products of the first columns are stored, and those
+/// of later columns are added.
 struct Panel<'a> {
     first: *const u8,
-    /// Bytes from one row to the next.
+    /// Distance between rows, in bytes.
     stride: usize,
     base: usize,
     columns: Range<usize>,
@@ -126,7 +129,7 @@ impl Tiles for Panel<'_> {
     unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
         let Task { input, output, .. } = self.task;
         let start = self.columns.start;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             let products = Lanes::run(Products::<f32, W, R> {
                 weight: self.first.add((row - self.base) * self.stride),
@@ -149,10 +152,10 @@ impl Tiles for Panel<'_> {
     }
 }
 
-/// Some columns of some rows as numbers of 32 bits.
+/// Copies some columns of some rows as 32-bit numbers.
 ///
 /// # Safety
-/// They are there, and the panel has room.
+/// The columns must exist, and the panel must have room for them.
 #[target_feature(enable = "neon")]
 unsafe fn copy<T: Stored>(
     first: *const u8,
@@ -162,7 +165,8 @@ unsafe fn copy<T: Stored>(
     panel: *mut f32,
 ) {
     for row in 0..rows {
-        // SAFETY: the caller's promise; a panel's rows are multiples of eight numbers long.
+        // SAFETY: the caller upholds this function's contract; the length of a panel's rows is a
+        // multiple of eight numbers.
         unsafe {
             let (from, out) = (first.add(row * stride), panel.add(row * COLUMNS));
             for column in (0..columns).step_by(Lanes::COLUMNS) {

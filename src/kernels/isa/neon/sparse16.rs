@@ -1,4 +1,4 @@
-//! Sparse numbers of 16 bits.
+//! Sparse 16-bit numbers.
 
 use std::arch::aarch64::*;
 
@@ -10,7 +10,7 @@ use crate::kernels::linear::task::Task;
 use crate::kernels::linear::tiles::{Tiles, for_tiles};
 use crate::kernels::memory::readable;
 
-/// Bytes that are read for 64 columns, as many as their values may take.
+/// Number of bytes that are read for 64 columns, which is the maximum that their values take.
 const LOADED: usize = 128;
 
 /// # Safety
@@ -28,7 +28,7 @@ pub(super) unsafe fn multiply(weight: &Sparse16, task: Task<'_>) {
         values: &weight.values,
         task: &task,
     };
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         if weight.number == Number::F16 {
             for_tiles(&Of::<true>(&call), task.rows.clone(), task.input);
@@ -46,7 +46,7 @@ struct Call<'a> {
     task: &'a Task<'a>,
 }
 
-/// Numbers of half precision, or of bfloat16.
+/// Numbers in half precision, or in bfloat16.
 struct Of<'a, const HALF: bool>(&'a Call<'a>);
 
 impl<const HALF: bool> Tiles for Of<'_, HALF> {
@@ -55,15 +55,16 @@ impl<const HALF: bool> Tiles for Of<'_, HALF> {
 
     #[inline(always)]
     unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { tile::<HALF, W, R>(self.0, row, from) };
     }
 }
 
 /// # Safety
-/// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's.
+/// `W` rows of the weight and `R` rows of inputs must exist, and their outputs must belong to this
+/// task.
 #[target_feature(enable = "neon")]
-#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
 unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(
     call: &Call<'_>,
     row: usize,
@@ -104,7 +105,8 @@ unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(
             at[w] += 2 * of_rows[w].stored;
         }
         for part in 0..8 {
-            // SAFETY: 64 inputs are there, or their copy; 128 bytes of values, as `readable` says.
+            // SAFETY: 64 inputs are readable, in place or in a copy, and `readable` provides 128
+            // bytes of values.
             unsafe {
                 let mut xs = [[vdupq_n_f32(0.0); 2]; R];
                 for i in 0..R {
@@ -128,17 +130,18 @@ unsafe fn tile<const HALF: bool, const W: usize, const R: usize>(
             of_row[w] = sums[w][i];
         }
         for (w, total) in totals(of_row, chains).into_iter().enumerate() {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe { output.set(from + i, row + w, total) };
         }
     }
 }
 
-/// Some columns of a row as numbers, from a whole word on; `at` says where the row's values go on, in bytes. What is written beyond the
-/// last column, up to a whole word, does not matter.
+/// Expands some columns of a row to numbers, beginning at a whole word. `at` is the position of the
+/// row's next values, in bytes. Numbers written beyond the last column, up to a whole word, have no
+/// meaning.
 ///
 /// # Panics
-/// For words that there are not, or numbers that have no room.
+/// Panics if a word does not exist or there is no room for the numbers.
 #[target_feature(enable = "neon")]
 pub(super) fn spread(
     weight: &Sparse16,
@@ -156,7 +159,7 @@ pub(super) fn spread(
         let from = readable(values, *at, &mut copy);
         *at += 2 * word.stored;
         for (part, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            // SAFETY: 128 bytes of values are there, as `readable` says, and room for eight numbers.
+            // SAFETY: `readable` provides 128 bytes of values, and there is room for eight numbers.
             unsafe {
                 let pairs = word.pairs(from, part);
                 let numbers = if weight.number == Number::F16 {

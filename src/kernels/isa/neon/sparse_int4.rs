@@ -1,4 +1,4 @@
-//! Sparse codes of 4 bits, put at their columns among their zero points.
+//! Sparse 4-bit codes, moved to their columns. The other columns get their zero points.
 
 use std::arch::aarch64::*;
 
@@ -9,7 +9,7 @@ use crate::kernels::linear::input::{BLOCK, Order};
 use crate::kernels::linear::task::Task;
 use crate::kernels::memory::readable;
 
-/// Bytes that are read for 64 columns, as many as their codes may take.
+/// Number of bytes that are read for 64 columns, which is the maximum that their codes take.
 const LOADED: usize = 64;
 
 /// The codes of a sparse weight.
@@ -19,15 +19,16 @@ pub(super) struct Sparse<'a> {
     words: usize,
     bits: &'a [[u8; 8]],
     codes: &'a [u8],
-    /// Units of a block.
+    /// Number of units of a block.
     units: usize,
-    /// For each vector of a block the unit of each of its columns, counted from the block's first one.
+    /// For each vector of a block, the unit of each of its columns, counted from the first unit of
+    /// the block.
     of_columns: [[u8; 16]; 8],
 }
 
 impl<'a> Sparse<'a> {
     /// # Panics
-    /// Where the weight has not the rows and columns of the task.
+    /// Panics if the weight has fewer rows or columns than the task.
     pub fn new(weight: &'a SparseInt4, unit: usize, task: &Task<'_>) -> Self {
         let words = weight.bits.cols.div_ceil(64);
         let bits = weight.bits.bytes.as_chunks().0;
@@ -45,8 +46,8 @@ impl<'a> Sparse<'a> {
         }
     }
 
-    /// The codes of half a block, which go on in its stream. `zeros` are the block's zero points: for each column, or, where `SMALL`, for
-    /// each unit.
+    /// Returns the codes of half a block and advances the position in its stream. `zeros` are the
+    /// block's zero points: one for each column, or, if `SMALL`, one for each unit.
     #[inline(always)]
     fn half<const SMALL: bool, const HALF: usize>(
         &self,
@@ -56,8 +57,8 @@ impl<'a> Sparse<'a> {
     ) -> [int8x16_t; 4] {
         let index = 2 * block + HALF;
         let Some(bits) = row.bits.get(index) else {
-            // Past the last word inputs are zeros.
-            // SAFETY: every caller has NEON.
+            // Inputs past the last word are zeros.
+            // SAFETY: `Level::detect` found NEON before it returned the level of these kernels.
             return unsafe { [vdupq_n_s8(0); 4] };
         };
         let word = Word::new(u64::from_le_bytes(*bits));
@@ -66,7 +67,7 @@ impl<'a> Sparse<'a> {
         let mut copy = [0; LOADED];
         let from = readable(self.codes, *at, &mut copy);
         *at += word.stored;
-        // SAFETY: arrays of 16 bytes; 64 bytes of codes are there, as `readable` says.
+        // SAFETY: the arrays have 16 bytes, and `readable` provides 64 bytes of codes.
         unsafe {
             let mut others = [zeros; 4];
             if SMALL {
@@ -86,7 +87,7 @@ impl<'a> Sparse<'a> {
     }
 }
 
-/// A row, and where the codes of its two streams go on.
+/// A row, with the positions of the next codes of its two streams.
 pub(super) struct Row<'a> {
     bits: &'a [[u8; 8]],
     at: [usize; 2],
@@ -116,7 +117,7 @@ impl<'a> Codes for Sparse<'a> {
         row: &mut Row<'a>,
         block: usize,
     ) -> [int8x16_t; 8] {
-        // SAFETY: 16 zero points are there from each block's first one on, by the caller's promise.
+        // SAFETY: the caller guarantees 16 zero points from the first zero point of each block on.
         let zeros = unsafe {
             if SMALL {
                 vld1q_u8(row.zeros.add(block * self.units))

@@ -1,4 +1,5 @@
-//! Scales and zero points of rows of codes, by units of columns that have one scale of weight and inputs.
+//! Scales and zero points of rows of codes, by units: runs of columns that share a scale of the
+//! weight and a scale of the inputs.
 
 use std::arch::aarch64::*;
 
@@ -6,25 +7,25 @@ use super::lanes::widen;
 use crate::format::Grid;
 use crate::kernels::linear::input::{self, Input};
 
-/// Rows of a weight whose scales are known at a time.
+/// Number of rows of a weight whose scales are kept at a time.
 pub(super) const SLOTS: usize = 16;
-/// Pairs of a row of the weight and one of inputs that are multiplied at a time, at most.
+/// Maximum number of pairs of a row of the weight and a row of inputs at a time.
 pub(super) const PAIRS: usize = 8;
-/// Numbers that may be read past the last unit.
+/// Count of numbers past the last unit that may be read.
 const PAD: usize = 16;
 
-/// Numbers from one array to the next.
+/// Returns the distance between arrays, in numbers.
 fn stride(units: usize) -> usize {
     units.next_multiple_of(16) + PAD
 }
 
-/// Numbers of scratch memory: for each slot scales, their products with zero points, and zero points, which are bytes; for each pair
-/// products of scales.
+/// Returns the count of numbers of scratch memory: for each slot its scales, their products with
+/// zero points, and its zero points, which are bytes; for each pair its products of scales.
 pub(super) fn floats(units: usize) -> usize {
     (2 * SLOTS + SLOTS / 4 + PAIRS) * stride(units)
 }
 
-/// What is known of some rows.
+/// Scales, zero points and products of scales of the current rows.
 #[derive(Clone, Copy)]
 pub(super) struct Units<'a> {
     first: *mut f32,
@@ -36,7 +37,7 @@ pub(super) struct Units<'a> {
 
 impl<'a> Units<'a> {
     /// # Panics
-    /// Where the memory is less than [`floats`] says.
+    /// Panics if the memory is smaller than [`floats`] requires.
     pub fn new(grid: &'a Grid, unit: usize, input: &Input<'_>, scratch: &mut [f32]) -> Self {
         let inputs = input.units(unit);
         assert!(scratch.len() >= floats(inputs.count));
@@ -58,7 +59,8 @@ impl<'a> Units<'a> {
         self.first.wrapping_add((SLOTS + slot) * self.stride)
     }
 
-    /// Zero points of a slot's row, a byte for each unit; 16 more may be read.
+    /// Returns the zero points of the row in a slot, one byte for each unit. 16 more bytes may be
+    /// read.
     pub fn zeros(&self, slot: usize) -> *mut u8 {
         self.first
             .wrapping_add(2 * SLOTS * self.stride)
@@ -66,24 +68,26 @@ impl<'a> Units<'a> {
             .wrapping_add(slot * self.stride)
     }
 
-    /// Products of the scales of a pair; 16 more may be read.
+    /// Returns the products of scales of a pair. 16 more elements may be read.
     pub fn products(&self, pair: usize) -> *mut f32 {
         self.first
             .wrapping_add((2 * SLOTS + SLOTS / 4 + pair) * self.stride)
     }
 
-    /// Fills a slot with what belongs to a row of the weight. Past its last group scales are 0, or the last group's, where inputs are 0.
+    /// Fills a slot with the scales and zero points of a row of the weight. Past the last group of
+    /// the row, where inputs are 0, scales are either 0 or those of the last group.
     ///
     /// # Safety
-    /// `slot < SLOTS`, and no other reference to the scratch memory is used.
+    /// `slot < SLOTS`, and no other reference to the scratch memory may be used.
     ///
     /// # Panics
-    /// For a row that there is not.
+    /// Panics if the row is out of range.
     #[inline(never)]
     #[target_feature(enable = "neon")]
     pub unsafe fn decode(&self, row: usize, slot: usize) {
         let (grid, len) = (self.grid, self.stride);
-        // SAFETY: arrays of the scratch memory, which `new` saw to be long enough; any bytes are numbers.
+        // SAFETY: the arrays are within the scratch memory, whose length `new` checked; any bytes
+        // are valid numbers.
         let (scales, with_zeros, zeros) = unsafe {
             (
                 std::slice::from_raw_parts_mut(self.scales(slot), len),
@@ -91,12 +95,12 @@ impl<'a> Units<'a> {
                 std::slice::from_raw_parts_mut(self.zeros(slot), len),
             )
         };
-        // Codes of whole bytes are multiplied as signed ones.
+        // 8-bit codes are multiplied as signed bytes.
         let less = if grid.bits == 8 { 128.0 } else { 0.0 };
         let groups = grid.groups();
         let known = groups.min(self.inputs.count);
         if grid.group_size != self.unit || grid.wide {
-            // A group is one unit, or several whole ones, or all.
+            // A group is one unit, several whole units, or all units.
             let of_group = if grid.group_size >= grid.cols {
                 usize::MAX
             } else {
@@ -128,7 +132,8 @@ impl<'a> Units<'a> {
             let end = known.min(at + 8);
             let mut words = [0; 16];
             words[..2 * (end - at)].copy_from_slice(&of_row[2 * at..2 * end]);
-            // SAFETY: an array of 16 bytes; from `at` on, a multiple of 8, all arrays have room for 8 numbers.
+            // SAFETY: the array has 16 bytes; from `at` on, a multiple of 8, all arrays have room
+            // for 8 numbers.
             unsafe {
                 let scale = widen::<true>(vld1q_u16(words.as_ptr().cast()));
                 let zero = vmovl_u8(vld1_u8(zeros.as_ptr().add(at)));
@@ -147,11 +152,12 @@ impl<'a> Units<'a> {
         clear(known, scales, with_zeros, zeros);
     }
 
-    /// Fills the products of a pair: a slot's scales by those of a row of inputs. Returns what the zero points take from the products of
-    /// codes, negative, in any lanes.
+    /// Fills the products of a pair: the scales of a slot times those of a row of inputs. Returns
+    /// the sum of the zero-point terms, negated and distributed over the lanes, to be added to the
+    /// sum of products.
     ///
     /// # Safety
-    /// The slot is filled, `pair < PAIRS`, and the row of inputs is there.
+    /// The slot must be filled, `pair < PAIRS`, and the row of inputs must exist.
     #[inline(always)]
     pub unsafe fn multiply(&self, slot: usize, pair: usize, row: usize) -> float32x4_t {
         let (of_inputs, sums) = (self.inputs.scales(row), self.inputs.sums(row));
@@ -160,7 +166,8 @@ impl<'a> Units<'a> {
             self.with_zeros(slot),
             self.products(pair),
         );
-        // SAFETY: arrays are 16 longer than units, and so is what was prepared of the inputs, with zeros there.
+        // SAFETY: the arrays are 16 longer than the units, and the prepared inputs are followed by
+        // 16 zeros.
         unsafe {
             let mut taken = vdupq_n_f32(0.0);
             for at in (0..self.inputs.count).step_by(4) {
