@@ -45,10 +45,7 @@ fn main() -> elastic_lora::Result<()> {
 
     // Train: each step trains one random choice of ranks, so that all choices are trained at once.
     let mut batches = Batcher::new(train.to_vec(), 16, base.pad_id(), 0)?;
-    let config = TrainConfig {
-        lr: 2e-3,
-        ..TrainConfig::new(150)
-    };
+    let config = TrainConfig::new(150).with_lr(2e-3);
     Trainer::new(config)?.run(&mut net, &mut batches, &valid, &progress)?;
 
     // Search: find the choices with the best validation loss for their cost.
