@@ -54,10 +54,7 @@ pub(super) unsafe fn multiply(
         Sparse::<true>::new(weight, columns),
         Sparse::<false>::new(weight, columns),
     );
-    let call = Call {
-        columns,
-        task: &task,
-    };
+    let call = Call::new(columns, &task);
     for row in task.rows.clone() {
         units.read(row);
         // As far as a row's codes may reach, whatever its bits are.
