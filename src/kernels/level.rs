@@ -52,32 +52,19 @@ impl Set {
     /// Returns whether this machine supports the instructions that the set adds to the set before
     /// it.
     fn found(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        macro_rules! has {
+            ($($feature:tt),*) => { $(is_x86_feature_detected!($feature))&&* };
+        }
         match self {
             Self::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c")
-                    && is_x86_feature_detected!("bmi1")
-                    && is_x86_feature_detected!("bmi2")
-                    && is_x86_feature_detected!("lzcnt")
-                    && is_x86_feature_detected!("popcnt")
-            }
+            Self::Avx2 => has!("avx2", "fma", "f16c", "bmi1", "bmi2", "lzcnt", "popcnt"),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => {
-                is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-            }
+            Self::Avx512 => has!("avx512f", "avx512bw", "avx512dq", "avx512vl"),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => {
-                is_x86_feature_detected!("avx512vnni")
-                    && is_x86_feature_detected!("avx512vbmi")
-                    && is_x86_feature_detected!("avx512vbmi2")
-            }
-            // Weights are stored little-endian, and the kernels read them without conversion.
+            Self::Avx512Vnni => has!("avx512vnni", "avx512vbmi", "avx512vbmi2"),
+            // Weights are little-endian, and the kernels read them as they are.
             #[cfg(target_arch = "aarch64")]
             Self::Neon => {
                 cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("neon")
@@ -162,7 +149,7 @@ impl Level {
 macro_rules! dispatch {
     ($(#[$doc:meta])* $vis:vis fn $name:ident<const $fma:ident: bool $(, $t:ident: $bound:ident)?>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
-        $vis fn $name$(<$t: $bound>)?(level: $crate::kernels::Level, $($arg: $type),*) $(-> $ret)? {
+        $vis fn $name$(<$t: $bound>)?(level: $crate::kernels::level::Level, $($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
             fn body<const $fma: bool $(, $t: $bound)?>($($arg: $type),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]

@@ -1,10 +1,11 @@
 //! Products with dense floating-point weights.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::lanes::Lanes;
 use super::task::Task;
-use super::tiles::{FAR, Tiles, Work, for_tiles};
+use super::tiles::{Tiles, Work, firsts, for_tiles};
 use crate::format::Dense;
 use crate::kernels::number::{Stored, with_type_of};
 
@@ -39,51 +40,37 @@ struct Rows<'a, L, T> {
     of: PhantomData<(L, T)>,
 }
 
-impl<L: Lanes, T: Stored> Rows<'_, L, T> {
-    /// # Safety
-    /// The rows must exist, `apart` from each other, and their outputs must belong to this task.
-    #[inline(always)]
-    unsafe fn products<const W: usize, const R: usize>(
-        &self,
-        row: usize,
-        apart: usize,
-        from: usize,
-    ) {
-        let Task { input, output, .. } = self.task;
-        // SAFETY: the caller upholds this function's contract.
-        unsafe {
-            let products = L::run(Products::<T, W, R> {
-                weight: self.first.add(row * self.stride),
-                stride: apart * self.stride,
-                x: input.values.as_ptr().wrapping_add(from * input.stride),
-                x_stride: input.stride,
-                count: input.inputs,
-                of: PhantomData,
-            });
-            for (i, products) in products.into_iter().enumerate() {
-                for (w, product) in products.into_iter().enumerate() {
-                    output.set(from + i, row + w * apart, product);
-                }
-            }
-        }
-    }
-}
-
 impl<L: Lanes, T: Stored> Tiles for Rows<'_, L, T> {
     const ONE: usize = L::ONE;
     const MORE: usize = L::MORE;
     const LONG: usize = L::LONG;
 
     #[inline(always)]
-    unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { self.products::<W, R>(row, 1, from) };
-    }
-
-    #[inline(always)]
-    unsafe fn far(&self, row: usize, apart: usize) {
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { self.products::<FAR, 1>(row, apart, 0) };
+    unsafe fn tile<const W: usize, const R: usize>(
+        &self,
+        rows: Range<usize>,
+        apart: usize,
+        from: usize,
+    ) {
+        let Task { input, output, .. } = self.task;
+        for row in firsts::<W>(rows, apart) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let products = L::run(Products::<T, W, R> {
+                    weight: self.first.add(row * self.stride),
+                    stride: apart * self.stride,
+                    x: input.values.as_ptr().wrapping_add(from * input.stride),
+                    x_stride: input.stride,
+                    count: input.inputs,
+                    of: PhantomData,
+                });
+                for (i, products) in products.into_iter().enumerate() {
+                    for (w, product) in products.into_iter().enumerate() {
+                        output.set(from + i, row + w * apart, product);
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -165,8 +165,24 @@ pub(in crate::kernels) struct Input<'a> {
     pub at: usize,
 }
 
-/// Scales and sums of the units of inputs, row by row. The last unit of a row is followed by 16
-/// zeros.
+/// The bytes of inputs in an order, row by row.
+#[derive(Clone, Copy)]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(in crate::kernels) struct Quantized {
+    first: *const u8,
+    stride: usize,
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+impl Quantized {
+    /// The first block of a row.
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> *const u8 {
+        self.first.wrapping_add(row * self.stride)
+    }
+}
+
+/// The units of inputs, row by row, with 16 zeros after the last one's.
 #[derive(Clone, Copy)]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(in crate::kernels) struct Units {
@@ -187,7 +203,13 @@ impl Units {
         self.first.wrapping_add(row * self.stride).cast()
     }
 
-    /// Returns the sums of the units of a row: the sum of the integers of a unit times their scale.
+    /// Scales and sums of `R` rows from `from` on.
+    #[inline(always)]
+    pub fn rows<const R: usize>(&self, from: usize) -> [[*const f32; 2]; R] {
+        std::array::from_fn(|i| [self.scales(from + i), self.sums(from + i)])
+    }
+
+    /// Sums of a row's units: of its integers, each times their scale.
     #[inline(always)]
     pub fn sums(&self, row: usize) -> *const f32 {
         self.first
@@ -211,7 +233,21 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// Returns the scales and sums for units of a size.
+    /// Where the bytes of all rows are in an order.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub fn quantized(&self, order: Order) -> Quantized {
+        let all = self.memory.from(self.at + self.layout.codes_at(order));
+        let stride = self.layout.bytes;
+        // As far as the last row's.
+        let reach = (self.rows.max(1) - 1) * stride + self.layout.codes_bytes(order);
+        assert!(reach <= all.len());
+        Quantized {
+            first: all.at(0),
+            stride,
+        }
+    }
+
+    /// What is known of units of a size.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub fn units(&self, unit: usize) -> Units {
         let (from, all) = (

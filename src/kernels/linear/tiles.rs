@@ -63,18 +63,26 @@ pub(in crate::kernels) trait Tiles {
     /// is used.
     const LONG: usize = usize::MAX;
 
-    /// Computes the products of `W` rows of the weight, from `row` on, with `R` rows of inputs,
-    /// from `from` on.
+    /// Products of some rows of the weight with `R` of inputs from `from` on, `W` rows of the weight at a time, which are `apart` from
+    /// each other: the first of them are the [`firsts`] of `rows`.
     ///
     /// # Safety
-    /// The rows must exist, and their outputs must belong to this task.
-    unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize);
+    /// The rows are there, and their outputs this task's.
+    unsafe fn tile<const W: usize, const R: usize>(
+        &self,
+        rows: Range<usize>,
+        apart: usize,
+        from: usize,
+    );
+}
 
-    /// Computes the products of [`FAR`] rows, `apart` from each other, with the only row of inputs.
-    ///
-    /// # Safety
-    /// As for [`tile`](Self::tile).
-    unsafe fn far(&self, _row: usize, _apart: usize) {}
+/// The first row of each tile: each `W`-th of rows that follow each other, each of rows that are apart.
+#[inline(always)]
+pub(in crate::kernels) fn firsts<const W: usize>(
+    rows: Range<usize>,
+    apart: usize,
+) -> impl Iterator<Item = usize> {
+    rows.step_by(if apart == 1 { W } else { 1 })
 }
 
 /// Computes all tiles of some rows of a weight, with 1, 2 or 4 rows of inputs at a time. Rows of
@@ -86,52 +94,57 @@ pub(in crate::kernels) trait Tiles {
 #[inline(always)]
 pub(in crate::kernels) unsafe fn for_tiles<T: Tiles>(
     tiles: &T,
-    rows: Range<usize>,
+    mut rows: Range<usize>,
     input: &Input<'_>,
 ) {
-    let mut row = rows.start;
-    if const { T::LONG != usize::MAX } && input.rows == 1 && input.inputs > T::LONG {
-        let apart = rows.len() / FAR;
-        for row in rows.start..rows.start + apart {
-            // SAFETY: the caller upholds this function's contract, here and below.
-            unsafe { tiles.far(row, apart) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        if input.rows == 1 {
+            if const { T::LONG != usize::MAX } && input.inputs > T::LONG {
+                let apart = rows.len() / FAR;
+                tiles.tile::<FAR, 1>(rows.start..rows.start + apart, apart, 0);
+                rows.start += FAR * apart;
+            }
+            let whole = rows.end - rows.len() % T::ONE;
+            some_rows::<T, 1>(tiles, rows.start..whole, T::ONE, 0);
+            some_rows::<T, 1>(tiles, whole..rows.end, 1, 0);
+            return;
         }
-        row += FAR * apart;
-    }
-    let most = if input.rows == 1 { T::ONE } else { T::MORE };
-    while row < rows.end {
-        let count = if rows.end - row >= most { most } else { 1 };
-        let mut from = 0;
-        while from < input.rows {
-            unsafe {
+        while !rows.is_empty() {
+            let count = if rows.len() >= T::MORE { T::MORE } else { 1 };
+            let some = rows.start..rows.start + count;
+            let mut from = 0;
+            while from < input.rows {
                 from += match input.rows - from {
-                    1 => some_rows::<T, 1>(tiles, row, count, from),
-                    2..=3 => some_rows::<T, 2>(tiles, row, count, from),
-                    _ => some_rows::<T, 4>(tiles, row, count, from),
+                    1 => some_rows::<T, 1>(tiles, some.clone(), count, from),
+                    2..=3 => some_rows::<T, 2>(tiles, some.clone(), count, from),
+                    _ => some_rows::<T, 4>(tiles, some.clone(), count, from),
                 };
             }
+            rows.start += count;
         }
-        row += count;
     }
 }
 
+/// `count` rows of the weight at a time; returns `R`.
+///
 /// # Safety
 /// As for [`Tiles::tile`].
 #[inline(always)]
 unsafe fn some_rows<T: Tiles, const R: usize>(
     tiles: &T,
-    row: usize,
+    rows: Range<usize>,
     count: usize,
     from: usize,
 ) -> usize {
     // SAFETY: the caller upholds this function's contract.
     unsafe {
         if const { T::ONE == 4 || T::MORE == 4 } && count == 4 {
-            tiles.tile::<4, R>(row, from);
+            tiles.tile::<4, R>(rows, 1, from);
         } else if const { T::ONE == 2 || T::MORE == 2 } && count == 2 {
-            tiles.tile::<2, R>(row, from);
+            tiles.tile::<2, R>(rows, 1, from);
         } else {
-            tiles.tile::<1, R>(row, from);
+            tiles.tile::<1, R>(rows, 1, from);
         }
     }
     R
@@ -144,12 +157,15 @@ pub(in crate::kernels) trait CodeTiles {
     const ONE: usize;
     /// See [`Tiles::MORE`].
     const MORE: usize;
+    /// See [`Tiles::LONG`].
+    const LONG: usize = usize::MAX;
 
     /// # Safety
     /// As for [`Tiles::tile`].
     unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
         &self,
-        row: usize,
+        rows: Range<usize>,
+        apart: usize,
         from: usize,
     );
 }
@@ -160,11 +176,17 @@ struct Of<'a, T, const WIDE: bool, const SMALL: bool>(&'a T);
 impl<T: CodeTiles, const WIDE: bool, const SMALL: bool> Tiles for Of<'_, T, WIDE, SMALL> {
     const ONE: usize = T::ONE;
     const MORE: usize = T::MORE;
+    const LONG: usize = T::LONG;
 
     #[inline(always)]
-    unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { self.0.tile::<WIDE, SMALL, W, R>(row, from) };
+    unsafe fn tile<const W: usize, const R: usize>(
+        &self,
+        rows: Range<usize>,
+        apart: usize,
+        from: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.tile::<WIDE, SMALL, W, R>(rows, apart, from) };
     }
 }
 

@@ -56,10 +56,7 @@ pub(super) unsafe fn multiply(
         Sparse::<true>::new(weight, columns),
         Sparse::<false>::new(weight, columns),
     );
-    let call = Call {
-        columns,
-        task: &task,
-    };
+    let call = Call::new(columns, &task);
     for row in task.rows.clone() {
         units.read(row);
         // The largest extent of the row's codes for any contents of the mask.

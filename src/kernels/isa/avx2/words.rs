@@ -12,7 +12,7 @@ use super::units::{Columns, Units};
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
 use crate::kernels::linear::codes::Codes;
-use crate::kernels::linear::input::{BLOCK, Input, Order};
+use crate::kernels::linear::input::{BLOCK, Input, Order, Quantized};
 use crate::kernels::linear::task::Task;
 use crate::kernels::memory::readable;
 
@@ -34,10 +34,7 @@ pub(super) unsafe fn multiply(
     let (row_words, scratch) = split(task.input, scratch);
     let mut units = Units::new(weight.whole_grid(), unit, task.input, scratch);
     let codes = Packed::new(weight);
-    let call = Call {
-        columns: Columns::new(unit),
-        task: &task,
-    };
+    let call = Call::new(Columns::new(unit), &task);
     for row in task.rows.clone() {
         units.read(row);
         // SAFETY: the caller upholds this function's contract.
@@ -225,8 +222,19 @@ pub(super) unsafe fn products(
 
 /// Parameters shared by all rows.
 pub(super) struct Call<'a> {
-    pub columns: Columns,
-    pub task: &'a Task<'a>,
+    columns: Columns,
+    x: Quantized,
+    task: &'a Task<'a>,
+}
+
+impl<'a> Call<'a> {
+    pub fn new(columns: Columns, task: &'a Task<'a>) -> Self {
+        Self {
+            columns,
+            x: task.input.quantized(Order::Words),
+            task,
+        }
+    }
 }
 
 /// Computes the products of a row of the weight with `R` rows of inputs and returns `R`. This is a
@@ -254,8 +262,7 @@ unsafe fn tile<C: Codes<Step = Word>, const SMALL: bool, const R: usize>(
         }
         let units = &*units;
         let scales: [*const f32; R] = std::array::from_fn(|i| units.products(i).as_ptr());
-        let x: [*const u8; R] =
-            std::array::from_fn(|i| input.codes(from + i, Order::Words).as_ptr());
+        let x: [*const u8; R] = std::array::from_fn(|i| call.x.row(from + i));
         let mut sums = [_mm256_setzero_ps(); R];
         let mut of_row = codes.row(row, units.zeros().as_ptr().cast());
         let mut word = Products::<C, SMALL, R> {

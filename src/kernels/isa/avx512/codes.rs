@@ -4,16 +4,16 @@
 //! extracts the codes from them.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use super::lanes::Avx512;
 use super::loads::prefetch;
 use super::units::{Units, lanes};
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
 use crate::kernels::linear::codes::Codes;
-use crate::kernels::linear::input::{BLOCK, Order};
+use crate::kernels::linear::input::{BLOCK, Order, Quantized};
 use crate::kernels::linear::task::Task;
-use crate::kernels::linear::tiles::{CodeTiles, Features, Work, for_code_tiles};
+use crate::kernels::linear::tiles::{CodeTiles, firsts, for_code_tiles};
 
 /// The rows of a packed weight.
 #[derive(Clone, Copy)]
@@ -168,9 +168,9 @@ pub(super) unsafe fn multiply(
 }
 
 /// # Safety
-/// The codes must have the rows of the task; the rest as for [`multiply`].
-unsafe fn products<const N: usize>(
-    codes: impl Codes<Step = [__m512i; N]>,
+/// The codes have the task's rows; the rest as for [`multiply`].
+unsafe fn products<const N: usize, C: Codes<Step = [__m512i; N]>>(
+    codes: C,
     unit: usize,
     units: Units<'_>,
     task: &Task<'_>,
@@ -179,6 +179,7 @@ unsafe fn products<const N: usize>(
         codes,
         unit,
         units,
+        x: task.input.quantized(C::ORDER),
         task,
     };
     // SAFETY: the caller upholds this function's contract.
@@ -189,6 +190,7 @@ struct Call<'a, C> {
     codes: C,
     unit: usize,
     units: Units<'a>,
+    x: Quantized,
     task: &'a Task<'a>,
 }
 
@@ -199,67 +201,61 @@ impl<const N: usize, C: Codes<Step = [__m512i; N]>> CodeTiles for Call<'_, C> {
     #[inline(always)]
     unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
         &self,
-        row: usize,
+        rows: Range<usize>,
+        _apart: usize,
         from: usize,
     ) {
-        let call = self;
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { Avx512::run(Tile::<C, WIDE, SMALL, W, R> { call, row, from }) };
+        // SAFETY: the caller's promise.
+        unsafe { tile::<N, C, WIDE, SMALL, W, R>(self, rows, from) };
     }
 }
 
-/// The products of `W` rows of the weight with `R` rows of inputs. The rows must exist, and their
-/// outputs must belong to this task.
-struct Tile<'a, C, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize> {
-    call: &'a Call<'a, C>,
-    row: usize,
-    from: usize,
-}
-
-impl<
+/// # Safety
+/// As for [`CodeTiles::tile`], for rows that follow each other.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma,f16c,bmi2")]
+#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+unsafe fn tile<
     const N: usize,
     C: Codes<Step = [__m512i; N]>,
     const WIDE: bool,
     const SMALL: bool,
     const W: usize,
     const R: usize,
-> Work<Avx512> for Tile<'_, C, WIDE, SMALL, W, R>
-{
-    type Output = ();
-
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
-    unsafe fn run(self) {
-        let Self { call, row, from } = self;
-        let Call {
-            codes,
-            unit,
-            units,
-            task,
-        } = *call;
-        let Task { input, output, .. } = task;
-        // SAFETY: the caller upholds this function's contract; inputs and units are read within the
-        // prepared memory.
+>(
+    call: &Call<'_, C>,
+    rows: Range<usize>,
+    from: usize,
+) {
+    let Call {
+        codes,
+        unit,
+        units,
+        x,
+        task,
+    } = *call;
+    let Task { input, output, .. } = task;
+    let lanes = if SMALL {
+        lanes(4 * N, unit)
+    } else {
+        _mm512_setzero_si512()
+    };
+    let x: [*const u8; R] = std::array::from_fn(|i| x.row(from + i));
+    let size = input.layout.block_bytes();
+    let none = _mm512_setzero_si512();
+    for row in firsts::<W>(rows, 1) {
+        let mut sums = [[_mm512_setzero_ps(); R]; W];
+        let mut of_rows: [C::Row; W] =
+            std::array::from_fn(|w| codes.row(row + w, std::ptr::null()));
+        // SAFETY: codes are read in their rows; inputs and units in what was prepared.
         unsafe {
-            let lanes = if SMALL {
-                lanes(4 * N, unit)
-            } else {
-                _mm512_setzero_si512()
-            };
-            let x: [*const u8; R] =
-                std::array::from_fn(|i| input.codes(from + i, C::ORDER).as_ptr());
-            let size = input.layout.block_bytes();
-            let mut sums = [[_mm512_setzero_ps(); R]; W];
             for w in 0..W {
                 sums[w] = units.fill(row + w, w, from);
             }
-            let mut rows: [C::Row; W] =
-                std::array::from_fn(|w| codes.row(row + w, std::ptr::null()));
             for index in 0..input.inputs.div_ceil(64 * N) {
                 let column = 64 * N * index;
                 let part = column / BLOCK * size + column % BLOCK;
                 for w in 0..W {
-                    let codes = codes.step::<SMALL, false>(&mut rows[w], index);
+                    let codes = codes.step::<SMALL, false>(&mut of_rows[w], index);
                     for i in 0..R {
                         let x = x[i].add(part);
                         let dots = |mut sum: __m512i, plane: usize| {
@@ -269,7 +265,6 @@ impl<
                             }
                             sum
                         };
-                        let none = _mm512_setzero_si512();
                         let mut sum = dots(none, 0);
                         if WIDE {
                             let high = _mm512_slli_epi32::<8>(sum);

@@ -16,7 +16,7 @@ use super::units::{OfWeight, for_sixteens};
 use crate::format::{Dense, Grid, Number, PackedMatrix, Sparse16, SparseInt4};
 use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::linear::codes::Codes;
-use crate::kernels::linear::input::{self, BLOCK, Input, Order};
+use crate::kernels::linear::input::{self, BLOCK, Input, Quantized};
 use crate::kernels::linear::lanes::Lanes;
 use crate::kernels::linear::task::{Task, Update};
 use crate::kernels::number::{Stored, with_type_of};
@@ -468,7 +468,7 @@ unsafe fn some_codes<C: Codes<Step = [__m512i; 1]>>(
         unit,
         input,
         of_inputs: input.units(unit),
-        order: C::ORDER,
+        x: input.quantized(C::ORDER),
         place: Place::new(output, &rows, false),
     };
     // SAFETY: the caller upholds this function's contract, and the panel is complete.
@@ -512,7 +512,7 @@ struct Panel<'a> {
     unit: usize,
     input: &'a Input<'a>,
     of_inputs: input::Units,
-    order: Order,
+    x: Quantized,
     place: Place,
 }
 
@@ -545,10 +545,10 @@ unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Panel<'_>, row: usi
         unit,
         input,
         of_inputs,
-        order,
+        x,
         place,
     } = *call;
-    let x: [*const i32; R] = std::array::from_fn(|i| input.codes(row + i, order).as_ptr().cast());
+    let x: [*const i32; R] = std::array::from_fn(|i| x.row(row + i).cast());
     let block_words = input.layout.block_bytes() / 4;
     let (of_block, fours) = (BLOCK / unit, unit / 4);
     let mut totals = [[_mm512_setzero_ps(); 2]; R];

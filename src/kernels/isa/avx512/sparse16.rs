@@ -1,12 +1,13 @@
 //! Sparse 16-bit numbers. `vpexpandw` moves them to their columns.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use super::lanes::{Avx512, LONG, from_bf16};
+use super::lanes::{LONG, from_bf16};
 use super::loads::{mask16, prefetch, some_floats};
 use crate::format::{Number, Sparse16, Starts};
 use crate::kernels::linear::task::Task;
-use crate::kernels::linear::tiles::{FAR, Features, Tiles, Work, for_tiles};
+use crate::kernels::linear::tiles::{Tiles, firsts, for_tiles};
 use crate::kernels::memory::readable;
 
 /// Number of bytes that are read for 64 columns, which is the maximum that their values take.
@@ -48,55 +49,34 @@ struct Call<'a> {
 /// Numbers in half precision, or in bfloat16.
 struct Of<'a, const HALF: bool>(&'a Call<'a>);
 
-impl<const HALF: bool> Of<'_, HALF> {
-    /// # Safety
-    /// `W` rows of the weight, `apart` from each other, and `R` rows of inputs must exist, and
-    /// their outputs must belong to this task.
-    #[inline(always)]
-    unsafe fn products<const W: usize, const R: usize>(
-        &self,
-        row: usize,
-        apart: usize,
-        from: usize,
-    ) {
-        let call = self.0;
-        // The largest extent of the row's values for any contents of the mask.
-        let far = |w: usize| {
-            2 * call.starts.get(row + w * apart) + LOADED * (call.words + 1) <= call.values.len()
-        };
-        let tile = Tile {
-            call,
-            row,
-            apart,
-            from,
-        };
-        // SAFETY: the caller upholds this function's contract; `far` was checked for the unchecked
-        // variant.
-        unsafe {
-            if (0..W).all(far) {
-                Avx512::run(Run::<HALF, false, W, R>(tile));
-            } else {
-                Avx512::run(Run::<HALF, true, W, R>(tile));
-            }
-        }
-    }
-}
-
 impl<const HALF: bool> Tiles for Of<'_, HALF> {
     const ONE: usize = 2;
     const MORE: usize = 2;
     const LONG: usize = LONG;
 
     #[inline(always)]
-    unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { self.products::<W, R>(row, 1, from) };
-    }
-
-    #[inline(always)]
-    unsafe fn far(&self, row: usize, apart: usize) {
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { self.products::<FAR, 1>(row, apart, 0) };
+    unsafe fn tile<const W: usize, const R: usize>(
+        &self,
+        rows: Range<usize>,
+        apart: usize,
+        from: usize,
+    ) {
+        let call = self.0;
+        for row in firsts::<W>(rows, apart) {
+            // As far as a row's values may reach, whatever its bits are.
+            let far = |w: usize| {
+                2 * call.starts.get(row + w * apart) + LOADED * (call.words + 1)
+                    <= call.values.len()
+            };
+            // SAFETY: the caller's promise; what is not checked was.
+            unsafe {
+                if (0..W).all(far) {
+                    tile::<HALF, false, W, R>(call, row, apart, from);
+                } else {
+                    tile::<HALF, true, W, R>(call, row, apart, from);
+                }
+            }
+        }
     }
 }
 
@@ -134,102 +114,81 @@ unsafe fn expand<const HALF: bool>(values: *const u8, word: *const u64) -> ([__m
     (numbers, bits.count_ones() as usize)
 }
 
-/// Some rows of the weight with some rows of inputs.
-struct Tile<'a> {
-    call: &'a Call<'a>,
+/// # Safety
+/// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's; if not `CHECKED`, [`LOADED`] bytes for each word and once more are left from the rows' values on.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
+#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize>(
+    call: &Call<'_>,
     row: usize,
-    /// Distance between the rows of the weight, in rows.
     apart: usize,
     from: usize,
-}
-
-/// The products of `W` rows of the weight with `R` rows of inputs. If not `CHECKED`, [`LOADED`]
-/// bytes for each word, and as many again, must be left from the start of each row's values on.
-struct Run<'a, const HALF: bool, const CHECKED: bool, const W: usize, const R: usize>(Tile<'a>);
-
-impl<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize> Work<Avx512>
-    for Run<'_, HALF, CHECKED, W, R>
-{
-    type Output = ();
-
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
-    unsafe fn run(self) {
-        let Tile {
-            call,
-            row,
-            apart,
-            from,
-        } = self.0;
-        let Call {
-            starts,
-            words,
-            bits,
-            values,
-            task,
-        } = *call;
-        let Task { input, output, .. } = task;
-        // SAFETY: the caller has the features, since this is inlined into it.
-        let zero = unsafe { _mm512_setzero_ps() };
-        // One sum for each 16 columns of a word, so that no addition waits for the one before.
-        let mut sums = [[[zero; 4]; R]; W];
-        let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
-        let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w * apart));
-        let mut end = [0; LOADED];
-        // SAFETY: the words are within the rows of the mask. Values are read in place if enough
-        // bytes are left, and from a copy otherwise. Inputs are read in place, the last ones with a
-        // mask.
-        unsafe {
-            let bits: [*const u64; W] =
-                std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
-            let mut next = |w: usize, block: usize| {
-                let word = bits[w].add(block);
-                let from = if CHECKED {
-                    readable(values, at[w], &mut end)
-                } else {
-                    values.as_ptr().add(at[w])
-                };
-                // Prefetch two lines, since the values of a word may take as many.
-                prefetch(from);
-                prefetch(from.wrapping_add(64));
-                if block.is_multiple_of(8) {
-                    prefetch(word.cast());
-                }
-                let (numbers, count) = expand::<HALF>(from, word);
-                at[w] += 2 * count;
-                numbers
+) {
+    let Call {
+        starts,
+        words,
+        bits,
+        values,
+        task,
+    } = *call;
+    let Task { input, output, .. } = task;
+    // One for each 16 columns of a word, so that no addition waits for the one before.
+    let mut sums = [[[_mm512_setzero_ps(); 4]; R]; W];
+    let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
+    let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w * apart));
+    let mut end = [0; LOADED];
+    // SAFETY: words are in the bits' rows; values are read where as many bytes are left, and copied where they are not; inputs are read
+    // where they are, the last ones masked.
+    unsafe {
+        let bits: [*const u64; W] =
+            std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
+        let mut next = |w: usize, block: usize| {
+            let word = bits[w].add(block);
+            let from = if CHECKED {
+                readable(values, at[w], &mut end)
+            } else {
+                values.as_ptr().add(at[w])
             };
-            let whole = input.inputs / 64;
-            for block in 0..whole {
-                for w in 0..W {
-                    let numbers = next(w, block);
-                    for i in 0..R {
-                        for part in 0..4 {
-                            let x = _mm512_loadu_ps(x[i].add(64 * block + 16 * part));
-                            sums[w][i][part] = _mm512_fmadd_ps(numbers[part], x, sums[w][i][part]);
-                        }
-                    }
-                }
+            // Two lines, since a word's values may be as many.
+            prefetch(from);
+            prefetch(from.wrapping_add(64));
+            if block.is_multiple_of(8) {
+                prefetch(word.cast());
             }
-            let left = input.inputs - 64 * whole;
-            if left > 0 {
-                for w in 0..W {
-                    let numbers = next(w, whole);
-                    for i in 0..R {
-                        for part in 0..4 {
-                            let x = x[i].wrapping_add(64 * whole + 16 * part);
-                            let x = some_floats(x, left.saturating_sub(16 * part));
-                            sums[w][i][part] = _mm512_fmadd_ps(numbers[part], x, sums[w][i][part]);
-                        }
-                    }
-                }
-            }
+            let (numbers, count) = expand::<HALF>(from, word);
+            at[w] += 2 * count;
+            numbers
+        };
+        let whole = input.inputs / 64;
+        for block in 0..whole {
             for w in 0..W {
+                let numbers = next(w, block);
                 for i in 0..R {
-                    let [a, b, c, d] = sums[w][i];
-                    let sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
-                    output.set(from + i, row + w * apart, _mm512_reduce_add_ps(sum));
+                    for part in 0..4 {
+                        let x = _mm512_loadu_ps(x[i].add(64 * block + 16 * part));
+                        sums[w][i][part] = _mm512_fmadd_ps(numbers[part], x, sums[w][i][part]);
+                    }
                 }
+            }
+        }
+        let left = input.inputs - 64 * whole;
+        if left > 0 {
+            for w in 0..W {
+                let numbers = next(w, whole);
+                for i in 0..R {
+                    for part in 0..4 {
+                        let x = x[i].wrapping_add(64 * whole + 16 * part);
+                        let x = some_floats(x, left.saturating_sub(16 * part));
+                        sums[w][i][part] = _mm512_fmadd_ps(numbers[part], x, sums[w][i][part]);
+                    }
+                }
+            }
+        }
+        for w in 0..W {
+            for i in 0..R {
+                let [a, b, c, d] = sums[w][i];
+                let sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+                output.set(from + i, row + w * apart, _mm512_reduce_add_ps(sum));
             }
         }
     }

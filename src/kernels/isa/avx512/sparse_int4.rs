@@ -15,9 +15,9 @@ use super::loads::near;
 use super::units::{Units, lanes};
 use crate::format::{SparseInt4, Starts, is_high};
 use crate::kernels::linear::codes::Codes;
-use crate::kernels::linear::input::{BLOCK, Order};
+use crate::kernels::linear::input::{BLOCK, Order, Quantized};
 use crate::kernels::linear::task::Task;
-use crate::kernels::linear::tiles::FAR;
+use crate::kernels::linear::tiles::{CodeTiles, firsts, for_code_tiles};
 use crate::kernels::memory::readable;
 
 /// Number of bytes that are read for 64 columns, which is the maximum that their codes take.
@@ -46,47 +46,13 @@ pub(super) unsafe fn multiply(
         words,
         bits,
         codes,
+        x: input.quantized(Order::InOrder),
         task: &task,
         units,
     };
-    // SAFETY: the rows are within the mask, as asserted above; the caller guarantees the rest.
-    unsafe {
-        match (input.wide(), unit < BLOCK) {
-            (true, false) => for_inputs!(&call, rows, input.rows, true, false),
-            (true, true) => for_inputs!(&call, rows, input.rows, true, true),
-            (false, false) => for_inputs!(&call, rows, input.rows, false, false),
-            (false, true) => for_inputs!(&call, rows, input.rows, false, true),
-        }
-    }
+    // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
+    unsafe { for_code_tiles(&call, rows, input, unit) };
 }
-
-/// Computes all rows of the weight with 1, 2 or 4 rows of inputs at a time.
-macro_rules! for_inputs {
-    ($call:expr, $rows:expr, $inputs:expr, $wide:literal, $small:literal) => {{
-        if $inputs == 1 {
-            let part = $rows.len() / FAR;
-            if part > 0 && $call.task.input.inputs > LONG {
-                tile::<$wide, $small, FAR, 1>($call, $rows.start..$rows.start + part, part, 0);
-                tile::<$wide, $small, 1, 1>($call, $rows.start + FAR * part..$rows.end, 0, 0);
-            } else {
-                tile::<$wide, $small, 1, 1>($call, $rows, 0, 0);
-            }
-        } else {
-            for row in $rows {
-                let mut from = 0;
-                while from < $inputs {
-                    let rows = row..row + 1;
-                    from += match $inputs - from {
-                        1 => (tile::<$wide, $small, 1, 1>($call, rows, 0, from), 1).1,
-                        2..=3 => (tile::<$wide, $small, 1, 2>($call, rows, 0, from), 2).1,
-                        _ => (tile::<$wide, $small, 1, 4>($call, rows, 0, from), 4).1,
-                    };
-                }
-            }
-        }
-    }};
-}
-use for_inputs;
 
 struct Call<'a> {
     starts: Starts<'a>,
@@ -94,11 +60,29 @@ struct Call<'a> {
     words: usize,
     bits: *const u8,
     codes: &'a [u8],
+    x: Quantized,
     task: &'a Task<'a>,
     units: Units<'a>,
 }
 
-/// How the codes of a word are extracted from their bytes: from the low halves.
+impl CodeTiles for Call<'_> {
+    const ONE: usize = 1;
+    const MORE: usize = 1;
+    const LONG: usize = LONG;
+
+    #[inline(always)]
+    unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+        &self,
+        rows: Range<usize>,
+        apart: usize,
+        from: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tile::<WIDE, SMALL, W, R>(self, rows, apart, from) };
+    }
+}
+
+/// Where the codes of a word are in their bytes, and how they come out.
 const LOW: u8 = 0;
 /// From the high halves, as 16 times their value.
 const HIGH: u8 = 1;
@@ -124,12 +108,8 @@ unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m5
     _mm512_mask_expand_epi8(zeros, mask, some)
 }
 
-/// Computes the products of rows of the weight. Each row in `rows` is processed together with the
-/// `W - 1` rows that follow it at distances of `apart`.
-///
 /// # Safety
-/// The rows of the weight and `R` rows of inputs must exist, and their outputs must belong to this
-/// task.
+/// As for [`CodeTiles::tile`].
 #[target_feature(
     enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt"
 )]
@@ -147,6 +127,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
         words,
         bits,
         codes,
+        x,
         task,
         units,
     } = *call;
@@ -156,7 +137,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     } else {
         _mm512_setzero_si512()
     };
-    let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::InOrder).as_ptr());
+    let x: [*const u8; R] = std::array::from_fn(|i| x.row(from + i));
     let size = if WIDE { 2 * BLOCK } else { BLOCK };
     let (blocks, of_block) = (input.inputs.div_ceil(BLOCK), BLOCK / unit);
     let products: [[*const f32; R]; W] =
@@ -179,7 +160,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                 expand::<$from>(from, word, $zeros)
             }};
         }
-        for row in rows {
+        for row in firsts::<W>(rows, apart) {
             let bits: [*const u64; W] =
                 std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
             let mut low: [usize; W] = std::array::from_fn(|w| starts.get(row + w * apart));

@@ -46,7 +46,9 @@ pub(super) struct OfWeight<'a> {
     groups: usize,
     /// Whether each group is one unit.
     direct: bool,
-    /// Zero point of symmetric codes.
+    /// Whether they are, and have scales of 16 bits and zero points that are found by shifts.
+    plain: bool,
+    /// The zero point of symmetric codes.
     middle: u8,
 }
 
@@ -129,11 +131,9 @@ impl<'a> Units<'a> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
     pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
-        let grid = self.weight.grid;
-        let plain = self.weight.direct && !grid.wide && (grid.symmetric || grid.bits == 4);
-        // SAFETY: the caller upholds this function's contract.
+        // SAFETY: the caller's promise.
         unsafe {
-            match (plain, grid.symmetric) {
+            match (self.weight.plain, self.weight.grid.symmetric) {
                 (true, true) => self.fill_plain::<true, R>(row, w, from),
                 (true, false) => self.fill_plain::<false, R>(row, w, from),
                 (false, _) => self.fill_any(row, w, from),
@@ -156,15 +156,14 @@ impl<'a> Units<'a> {
         w: usize,
         from: usize,
     ) -> [__m512; R] {
-        let (weight, inputs) = (&self.weight, &self.inputs);
+        let (weight, count) = (&self.weight, self.inputs.count);
+        let inputs = self.inputs.rows::<R>(from);
         let mut taken = [_mm512_setzero_ps(); R];
         let scales = weight.scales.as_ptr().wrapping_add(2 * row * weight.groups);
         let zeros = weight
             .zeros
             .as_ptr()
             .wrapping_add(row * weight.groups.div_ceil(2));
-        let of_inputs: [[*const f32; 2]; R] =
-            std::array::from_fn(|i| [inputs.scales(from + i), inputs.sums(from + i)]);
         let (zeros_out, products) = (self.array(w, 1).cast::<u32>(), self.array(w, 2));
         let (sixteenth, low) = (_mm512_set1_ps(1.0 / 16.0), _mm_set1_epi8(0x0F));
         // Copies the lowest byte of each number to all four bytes.
@@ -172,7 +171,7 @@ impl<'a> Units<'a> {
         let mut at = 0;
         // SAFETY: the masks cover only groups of the row; the rest is as in `fill_any`.
         unsafe {
-            while at < inputs.count {
+            while at < count {
                 let high = self.high[at / 16 % 2];
                 let left = weight.groups.saturating_sub(at);
                 let half =
@@ -192,16 +191,13 @@ impl<'a> Units<'a> {
                 }
                 let placed = _mm512_mask_mul_ps(scale, high, scale, sixteenth);
                 for i in 0..R {
-                    let of_row = _mm512_loadu_ps(of_inputs[i][0].add(at));
+                    let of_row = _mm512_loadu_ps(inputs[i][0].add(at));
                     _mm512_storeu_ps(
                         products.wrapping_add(i * self.stride + at),
                         _mm512_mul_ps(of_row, placed),
                     );
-                    taken[i] = _mm512_fmadd_ps(
-                        _mm512_loadu_ps(of_inputs[i][1].add(at)),
-                        with_zero,
-                        taken[i],
-                    );
+                    taken[i] =
+                        _mm512_fmadd_ps(_mm512_loadu_ps(inputs[i][1].add(at)), with_zero, taken[i]);
                 }
                 at += 16;
             }
@@ -221,16 +217,17 @@ impl<'a> Units<'a> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
     #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
     unsafe fn fill_any<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
-        let (weight, inputs) = (&self.weight, &self.inputs);
+        let (weight, count) = (&self.weight, self.inputs.count);
+        let inputs = self.inputs.rows::<R>(from);
         let mut taken = [_mm512_setzero_ps(); R];
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
         // SAFETY: the arrays are as long as the units, rounded up to 16, and their padding. The
         // prepared inputs are followed by 16 zeros.
         unsafe {
             if !weight.direct {
-                one_by_one(weight.grid, row, inputs.count, scales, zeros);
+                one_by_one(weight.grid, row, count, scales, zeros);
             }
-            for at in (0..inputs.count).step_by(16) {
+            for at in (0..count).step_by(16) {
                 let high = self.high[at / 16 % 2];
                 let scale = if weight.direct {
                     weight.some_scales(row, at)
@@ -252,12 +249,12 @@ impl<'a> Units<'a> {
                 let with_zero = _mm512_mul_ps(scale, zero);
                 let placed = _mm512_mask_mul_ps(scale, high, scale, _mm512_set1_ps(1.0 / 16.0));
                 for i in 0..R {
-                    let of_inputs = _mm512_loadu_ps(inputs.scales(from + i).add(at));
+                    let of_inputs = _mm512_loadu_ps(inputs[i][0].add(at));
                     _mm512_storeu_ps(
                         self.array(w, 2 + i).add(at),
                         _mm512_mul_ps(of_inputs, placed),
                     );
-                    let sum = _mm512_loadu_ps(inputs.sums(from + i).add(at));
+                    let sum = _mm512_loadu_ps(inputs[i][1].add(at));
                     taken[i] = _mm512_fnmadd_ps(sum, with_zero, taken[i]);
                 }
             }
@@ -274,6 +271,7 @@ impl<'a> OfWeight<'a> {
             zeros: &grid.zeros,
             groups: grid.groups(),
             direct: grid.group_size == unit,
+            plain: grid.group_size == unit && !grid.wide && (grid.symmetric || grid.bits == 4),
             middle: 1 << (grid.bits - 1),
         }
     }

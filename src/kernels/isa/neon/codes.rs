@@ -9,9 +9,9 @@ use std::ops::Range;
 use super::units::{self, SLOTS, Units};
 use crate::format::Grid;
 use crate::kernels::linear::codes::Codes;
-use crate::kernels::linear::input::{BLOCK, Order};
+use crate::kernels::linear::input::{BLOCK, Order, Quantized};
 use crate::kernels::linear::task::Task;
-use crate::kernels::linear::tiles::{CodeTiles, Features, Work, features, for_code_tiles};
+use crate::kernels::linear::tiles::{CodeTiles, Features, Work, features, firsts, for_code_tiles};
 
 /// The codes of a block of 128 columns: eight vectors, in the order of the inputs' bytes.
 pub(super) trait Block: Copy {
@@ -214,6 +214,7 @@ impl<'a> Call<'a> {
                 unit: self.unit,
                 units: Units::new(self.grid, self.unit, self.task.input, scratch),
                 filled: None,
+                x: self.task.input.quantized(C::ORDER),
                 task: &self.task,
                 of: PhantomData,
             };
@@ -278,6 +279,7 @@ impl<'a> Call<'a> {
             unit: self.unit,
             units,
             filled: Some(rows.start),
+            x: self.task.input.quantized(Panel::<PAIRED>::ORDER),
             task: &self.task,
             of: PhantomData,
         };
@@ -376,6 +378,7 @@ struct Tiles<'a, D, C> {
     /// The row of the first slot, if the slots are filled already. Otherwise each tile fills the
     /// slots of its rows.
     filled: Option<usize>,
+    x: Quantized,
     task: &'a Task<'a>,
     of: PhantomData<D>,
 }
@@ -387,12 +390,15 @@ impl<D: Dots, C: Codes<Step: Block>> CodeTiles for Tiles<'_, D, C> {
     #[inline(always)]
     unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
         &self,
-        row: usize,
+        rows: Range<usize>,
+        apart: usize,
         from: usize,
     ) {
         let tiles = self;
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { D::run(Tile::<D, C, WIDE, SMALL, W, R> { tiles, row, from }) };
+        for row in firsts::<W>(rows, apart) {
+            // SAFETY: the caller's promise.
+            unsafe { D::run(Tile::<D, C, WIDE, SMALL, W, R> { tiles, row, from }) };
+        }
     }
 }
 
@@ -409,23 +415,24 @@ impl<D: Dots, const PAIRED: bool> Tiles<'_, D, Panel<PAIRED>> {
             let two = inputs - from >= 2;
             let mut row = rows.start;
             while row < rows.end {
-                let whole = rows.end - row >= D::ROWS;
-                // SAFETY: the caller upholds this function's contract.
+                let count = if rows.end - row >= D::ROWS {
+                    D::ROWS
+                } else {
+                    1
+                };
+                let some = row..row + count;
+                // SAFETY: the caller's promise.
                 unsafe {
-                    match (whole, two) {
-                        (true, true) if D::ROWS == 4 => {
-                            self.tile::<WIDE, SMALL, 4, 2>(row, from);
-                        }
-                        (true, false) if D::ROWS == 4 => {
-                            self.tile::<WIDE, SMALL, 4, 1>(row, from);
-                        }
-                        (true, true) => self.tile::<WIDE, SMALL, 2, 2>(row, from),
-                        (true, false) => self.tile::<WIDE, SMALL, 2, 1>(row, from),
-                        (false, true) => self.tile::<WIDE, SMALL, 1, 2>(row, from),
-                        (false, false) => self.tile::<WIDE, SMALL, 1, 1>(row, from),
+                    match (count, two) {
+                        (4, true) => self.tile::<WIDE, SMALL, 4, 2>(some, 1, from),
+                        (4, false) => self.tile::<WIDE, SMALL, 4, 1>(some, 1, from),
+                        (2, true) => self.tile::<WIDE, SMALL, 2, 2>(some, 1, from),
+                        (2, false) => self.tile::<WIDE, SMALL, 2, 1>(some, 1, from),
+                        (_, true) => self.tile::<WIDE, SMALL, 1, 2>(some, 1, from),
+                        (_, false) => self.tile::<WIDE, SMALL, 1, 1>(some, 1, from),
                     }
                 }
-                row += if whole { D::ROWS } else { 1 };
+                row += count;
             }
             from += if two { 2 } else { 1 };
         }
@@ -460,13 +467,13 @@ impl<
             unit,
             units,
             filled,
+            x,
             task,
             ..
         } = tiles;
         let (Task { input, output, .. }, unit) = (task, *unit);
         let (size, of_block) = (input.layout.block_bytes(), BLOCK / unit);
-        let x: [*const i8; R] =
-            std::array::from_fn(|i| input.codes(from + i, C::ORDER).as_ptr().cast());
+        let x: [*const i8; R] = std::array::from_fn(|i| x.row(from + i).cast());
         let slot = filled.map_or(0, |first| row - first);
         // SAFETY: `W` slots and `W * R` pairs exist. The prepared inputs have whole blocks, and so
         // has each row of the weight or its padded copy, as the contract of `Codes` requires.

@@ -10,7 +10,7 @@ use crate::format::{Dense, Number, Sparse16};
 use crate::kernels::linear::dense::Products;
 use crate::kernels::linear::lanes::Lanes as _;
 use crate::kernels::linear::task::Task;
-use crate::kernels::linear::tiles::{Features, Tiles, for_tiles};
+use crate::kernels::linear::tiles::{Features, Tiles, firsts, for_tiles};
 use crate::kernels::number::{Stored, with_type_of};
 
 /// Number of rows of a weight in a panel.
@@ -126,26 +126,33 @@ impl Tiles for Panel<'_> {
     const MORE: usize = 4;
 
     #[inline(always)]
-    unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
+    unsafe fn tile<const W: usize, const R: usize>(
+        &self,
+        rows: Range<usize>,
+        apart: usize,
+        from: usize,
+    ) {
         let Task { input, output, .. } = self.task;
         let start = self.columns.start;
-        // SAFETY: the caller upholds this function's contract.
-        unsafe {
-            let products = Lanes::run(Products::<f32, W, R> {
-                weight: self.first.add((row - self.base) * self.stride),
-                stride: self.stride,
-                x: input
-                    .values
-                    .as_ptr()
-                    .wrapping_add(from * input.stride + start),
-                x_stride: input.stride,
-                count: self.columns.len(),
-                of: PhantomData,
-            });
-            for (i, products) in products.iter().enumerate() {
-                let out = output.row(from + i, row..row + W);
-                for (out, product) in out.iter_mut().zip(products) {
-                    *out = if start == 0 { *product } else { *out + product };
+        for row in firsts::<W>(rows, apart) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let products = Lanes::run(Products::<f32, W, R> {
+                    weight: self.first.add((row - self.base) * self.stride),
+                    stride: self.stride,
+                    x: input
+                        .values
+                        .as_ptr()
+                        .wrapping_add(from * input.stride + start),
+                    x_stride: input.stride,
+                    count: self.columns.len(),
+                    of: PhantomData,
+                });
+                for (i, products) in products.iter().enumerate() {
+                    let out = output.row(from + i, row..row + W);
+                    for (out, product) in out.iter_mut().zip(products) {
+                        *out = if start == 0 { *product } else { *out + product };
+                    }
                 }
             }
         }

@@ -1,13 +1,14 @@
 //! Sparse 16-bit numbers.
 
 use std::arch::aarch64::*;
+use std::ops::Range;
 
 use super::expand::Word;
 use super::lanes::{Lanes, chains, totals, widen};
 use crate::format::{Number, Sparse16, Starts};
 use crate::kernels::linear::lanes::Lanes as _;
 use crate::kernels::linear::task::Task;
-use crate::kernels::linear::tiles::{Tiles, for_tiles};
+use crate::kernels::linear::tiles::{Tiles, firsts, for_tiles};
 use crate::kernels::memory::readable;
 
 /// Number of bytes that are read for 64 columns, which is the maximum that their values take.
@@ -54,9 +55,16 @@ impl<const HALF: bool> Tiles for Of<'_, HALF> {
     const MORE: usize = 2;
 
     #[inline(always)]
-    unsafe fn tile<const W: usize, const R: usize>(&self, row: usize, from: usize) {
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { tile::<HALF, W, R>(self.0, row, from) };
+    unsafe fn tile<const W: usize, const R: usize>(
+        &self,
+        rows: Range<usize>,
+        apart: usize,
+        from: usize,
+    ) {
+        for row in firsts::<W>(rows, apart) {
+            // SAFETY: the caller's promise.
+            unsafe { tile::<HALF, W, R>(self.0, row, from) };
+        }
     }
 }
 
