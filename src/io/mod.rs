@@ -1,5 +1,5 @@
 //! Files to named tensors and back: safetensors, Hugging Face model folders, quantized layers, PEFT
-//! adapters, bundles.
+//! adapters, bundles, GGUF.
 //!
 //! Nothing here knows Burn. Everything read is treated as hostile: sizes are checked before memory is taken, every error
 //! names the file, tensor or field. Everything written appears whole or not at all ([`atomic`]). Matrices are `[out, in]`.
@@ -9,12 +9,14 @@ pub mod atomic;
 #[doc(hidden)]
 pub mod bundle;
 mod fields;
+pub(crate) mod gguf;
 pub mod hf;
 pub mod peft;
 pub mod quantized;
 pub mod tensors;
 
 pub use atomic::FolderWriter;
+pub use gguf::Gguf;
 pub use hf::HfConfig;
 pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};

@@ -15,7 +15,7 @@ use crate::io::{Checkpoint, DType, HfConfig, QuantFormat};
 /// A model with its tokenizer and where both came from.
 #[derive(Clone, Debug)]
 pub struct Pretrained {
-    /// The folder.
+    /// The folder or GGUF file.
     pub folder: PathBuf,
     /// The weights, as `f32`, on the device asked for.
     pub model: Decoder,
@@ -26,7 +26,7 @@ pub struct Pretrained {
 }
 
 impl Pretrained {
-    /// Reads `config.json`, the weights and `tokenizer.json` of a folder.
+    /// Reads `config.json`, the weights and `tokenizer.json` of a folder, or all of a GGUF file.
     ///
     /// # Errors
     /// Those of [`HfConfig::open`], [`Checkpoint::open`], [`Decoder::load`] and [`TextTokenizer::from_dir`].

@@ -7,7 +7,8 @@ use crate::arch::Architecture;
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::format::{MatrixHeader, StoredMatrix, WeightFormat};
-use crate::io::{Checkpoint, DType, HfConfig};
+use crate::io::gguf::is_gguf;
+use crate::io::{Checkpoint, DType, Gguf, HfConfig};
 use crate::space::SubnetConfig;
 
 use super::model::{Model, ModelOptions, ModelParts, Tokenizer, Weights};
@@ -138,6 +139,11 @@ pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> 
 }
 
 fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>> {
+    if is_gguf(folder) {
+        let files = Gguf::open(folder)?.tokenizer()?;
+        let made = files.map(|files| make_tokenizer(files.json.into(), folder, config));
+        return made.transpose();
+    }
     let path = folder.join("tokenizer.json");
     if !path.exists() {
         return Ok(None);
@@ -153,15 +159,17 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     Ok(Some(tokenizer))
 }
 
-/// A Hugging Face folder: weights in place, where they lie as the kernels take them.
+/// A Hugging Face folder or GGUF file: weights in place, where they lie as the kernels take them.
 pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<ModelParts> {
     let config = HfConfig::open(folder)?;
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
     config.check(&checkpoint)?;
-    let embedding = dense(
+    let table = [config.vocab_size(), config.hidden_size()];
+    let embedding = weight(
+        &config,
         &checkpoint,
         config.embedding_name(&checkpoint)?,
-        [config.vocab_size(), config.hidden_size()],
+        table,
     )?;
     let mut layers = Vec::new();
     for layer in config.arch().linears() {
@@ -175,11 +183,7 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         } else {
             None
         };
-        let tensor = format!("{name}.weight");
-        let weight = match config.load_quantized(&checkpoint, &name, shape)? {
-            Some(codes) => Weight::made(tensor, StoredMatrix::from_quantized(&codes, false)?),
-            None => dense(&checkpoint, &tensor, shape)?,
-        };
+        let weight = weight(&config, &checkpoint, &format!("{name}.weight"), shape)?;
         layers.push(LayerWeights {
             name,
             weight,
@@ -188,17 +192,8 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         });
     }
     if !config.tie_word_embeddings() {
-        let (name, shape) = (
-            Architecture::HEAD_LAYER.to_string(),
-            [config.vocab_size(), config.hidden_size()],
-        );
-        let weight = match config.load_quantized(&checkpoint, &name, shape)? {
-            Some(codes) => Weight::made(
-                Architecture::HEAD,
-                StoredMatrix::from_quantized(&codes, false)?,
-            ),
-            None => dense(&checkpoint, Architecture::HEAD, shape)?,
-        };
+        let name = Architecture::HEAD_LAYER.to_string();
+        let weight = weight(&config, &checkpoint, Architecture::HEAD, table)?;
         layers.push(LayerWeights {
             name,
             weight,
@@ -221,6 +216,23 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         tokenizer,
         config,
     })
+}
+
+/// A weight as codes, where the file holds them, or dense.
+fn weight(
+    config: &HfConfig,
+    checkpoint: &Checkpoint,
+    name: &str,
+    shape: [usize; 2],
+) -> Result<Weight> {
+    let layer = name.strip_suffix(".weight").unwrap_or(name);
+    match config.load_quantized(checkpoint, layer, shape)? {
+        Some(codes) => Ok(Weight::made(
+            name,
+            StoredMatrix::from_quantized(&codes, false)?,
+        )),
+        None => dense(checkpoint, name, shape),
+    }
 }
 
 /// A dense weight as it lies in the file; of 64 bits, rounded to 32.

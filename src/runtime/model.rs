@@ -637,7 +637,8 @@ impl Model {
         })
     }
 
-    /// Opens a bundle, or a Hugging Face folder: dense, GPTQ or compressed-tensors. Dense weights are used as they lie in the file.
+    /// Opens a bundle, a Hugging Face folder (dense, GPTQ or compressed-tensors) or a GGUF file. Dense weights are used as they lie
+    /// in the file, and the codes of blocks stay the codes that they are.
     ///
     /// # Errors
     /// Those of [`Bundle::open`](crate::io::bundle::Bundle::open) or [`HfConfig::open`] and
@@ -647,7 +648,7 @@ impl Model {
         let is_folder = std::fs::metadata(path)
             .map_err(|e| Error::io(path, e))?
             .is_dir();
-        let parts = if is_folder {
+        let parts = if is_folder || crate::io::gguf::is_gguf(path) {
             super::build::from_folder(path, options)?
         } else {
             super::bundle::read(path, options)?

@@ -10,6 +10,7 @@ use crate::arch::family::{Biases, FAMILIES, FamilyRow, Windows};
 use crate::arch::{Architecture, BlockDims, Family, LinearKind, RopeScaling, SubBlock};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
+use crate::io::gguf::{Gguf, is_gguf};
 use crate::io::quantized::QuantizationConfig;
 use crate::io::tensors::{Checkpoint, DType};
 use crate::io::{atomic, read_json_object};
@@ -74,12 +75,16 @@ pub struct HfConfig {
 
 impl HfConfig {
     /// Reads `config.json` of a model folder, the end-of-sequence tokens that `generation_config.json` adds to it, and the
-    /// `quantize_config.json` that old GPTQ folders have in place of `quantization_config`.
+    /// `quantize_config.json` that old GPTQ folders have in place of `quantization_config`. Of a GGUF file, its metadata
+    /// are read.
     ///
     /// # Errors
     /// [`Error::Io`] and [`Error::Json`] for the files, and those of [`from_json`](Self::from_json).
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
+        if is_gguf(folder) {
+            return Self::from_json(Gguf::open(folder)?.config()?);
+        }
         let mut config = Self::from_json(read_json_object(&folder.join("config.json"))?)?;
         let quantize = folder.join("quantize_config.json");
         if config.quantization.is_none() && quantize.exists() {

@@ -13,13 +13,13 @@ use crate::io::tensors::{Checkpoint, DType, HostTensor};
 use crate::linalg::Matrix;
 
 impl HfConfig {
-    /// A layer's codes, or `None` where the checkpoint holds it dense.
+    /// A layer's codes, or `None` where the checkpoint holds it dense, or in blocks that no codes stand for.
     ///
     /// # Shapes
     /// - `shape`: `[d_output, d_input]` of the layer
     ///
     /// # Errors
-    /// Those of [`QuantizationConfig::read_layer`].
+    /// Those of [`QuantizationConfig::read_layer`] and [`Checkpoint::load_quantized`].
     pub fn load_quantized(
         &self,
         checkpoint: &Checkpoint,
@@ -30,7 +30,7 @@ impl HfConfig {
             Some(config) if config.has_layer(checkpoint, layer) => {
                 config.read_layer(checkpoint, layer, shape).map(Some)
             }
-            _ => Ok(None),
+            _ => checkpoint.load_quantized(&format!("{layer}.weight"), shape),
         }
     }
 

@@ -11,7 +11,8 @@ use safetensors::tensor::Metadata;
 
 use super::dtype::{self, DType};
 use crate::error::{Error, Result};
-use crate::format::Buffer;
+use crate::format::{Buffer, QuantizedMatrix};
+use crate::io::gguf::{Gguf, Layout, is_gguf};
 use crate::io::{is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
@@ -38,7 +39,7 @@ impl TensorInfo {
 }
 
 /// A file's bytes.
-type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+pub(in crate::io) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 struct Shard {
     path: PathBuf,
@@ -61,9 +62,13 @@ struct Entry {
     shard: usize,
     range: Range<usize>,
     info: TensorInfo,
+    layout: Layout,
 }
 
-/// A checkpoint opened for reading: one safetensors file or a folder of shards, memory-mapped.
+/// A checkpoint opened for reading: one safetensors file, a folder of shards, or a GGUF model, memory-mapped.
+///
+/// A GGUF model's tensors have Hugging Face's names and order of rows. Those in quantized blocks are `f32` here:
+/// numbers are computed when they are asked for, [`load_quantized`](Self::load_quantized) gives codes.
 ///
 /// Nothing is read before it is asked for; opening costs the headers alone. The files must not be changed while the
 /// checkpoint is open (a file cut off under a mapping ends the process; that is the price of mapping).
@@ -76,8 +81,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, or a folder that holds `model.safetensors` or else `model.safetensors.index.json` and
-    /// its shards.
+    /// Opens a safetensors file, a folder that holds `model.safetensors` or else `model.safetensors.index.json` and
+    /// its shards, or a GGUF file (of a model in parts, the first).
     ///
     /// # Errors
     /// [`Error::Io`] and [`Error::Json`] as usual; [`Error::InvalidFile`] for a header that is cut off, lies about lengths,
@@ -95,6 +100,9 @@ impl Checkpoint {
     pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
         let path = path.as_ref();
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if is_gguf(path) {
+            return Self::from_gguf(path, mmap);
+        }
         if !meta.is_dir() {
             return Self::from_shards(path, vec![path.to_path_buf()], mmap);
         }
@@ -184,6 +192,30 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    fn from_gguf(path: &Path, mmap: bool) -> Result<Self> {
+        let model = Gguf::open_with(path, mmap)?;
+        let tensors = model.entries()?.into_iter().map(|entry| {
+            let (name, shard) = (entry.name, entry.file);
+            let (range, info, layout) = (entry.range, entry.info, entry.layout);
+            let entry = Entry {
+                shard,
+                range,
+                info,
+                layout,
+            };
+            (name, entry)
+        });
+        Ok(Self {
+            path: path.to_path_buf(),
+            tensors: tensors.collect(),
+            shards: model
+                .files()
+                .map(|(path, bytes)| Shard { path, bytes })
+                .collect(),
+            metadata: BTreeMap::new(),
+        })
+    }
+
     fn from_shards(path: &Path, files: Vec<PathBuf>, mmap: bool) -> Result<Self> {
         let mut checkpoint = Self {
             path: path.to_path_buf(),
@@ -198,20 +230,7 @@ impl Checkpoint {
     }
 
     fn add_shard(&mut self, path: PathBuf, mmap: bool) -> Result<()> {
-        let (file, len) = open_regular(&path)?;
-        if len < LENGTH_BYTES as u64 {
-            return Err(Error::invalid_file(
-                &path,
-                format!("{len} bytes, too short for a safetensors file"),
-            ));
-        }
-        let bytes: Bytes = if mmap {
-            // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
-            // that changes the file meanwhile is outside what can be checked; the type's documentation says so.
-            Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?)
-        } else {
-            Arc::new(read_whole(&path, file, len)?)
-        };
+        let bytes = read_file(&path, mmap)?;
         let (start, header) = parse_header(&path, (*bytes).as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
@@ -231,6 +250,7 @@ impl Checkpoint {
                     dtype,
                     shape: info.shape.clone(),
                 },
+                layout: Layout::default(),
             };
             if let Some(other) = self.tensors.insert(name.clone(), entry) {
                 let first = self.shards.get(other.shard).map_or(&path, |s| &s.path);
@@ -284,9 +304,21 @@ impl Checkpoint {
     /// A tensor's bytes as they lie in the file: row-major, little-endian, at any alignment.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// [`Error::MissingTensor`]; [`Error::TensorDtype`] for one of a GGUF file that lies there in another way.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let entry = self.entry(name)?;
+        if !entry.layout.is_plain() {
+            return Err(Error::TensorDtype {
+                tensor: name.into(),
+                expected: "numbers in the order of a Hugging Face folder",
+                found: entry.layout.name(),
+            });
+        }
+        self.raw(name, entry)
+    }
+
+    /// A tensor's bytes in the file, whatever their layout.
+    fn raw(&self, name: &str, entry: &Entry) -> Result<&[u8]> {
         // In range by construction; `get` rather than an index so that a mistake there is an error and not a panic.
         self.shards
             .get(entry.shard)
@@ -297,12 +329,17 @@ impl Checkpoint {
             })
     }
 
-    /// [`bytes`](Self::bytes) that stay when the checkpoint goes; nothing is copied.
+    /// [`bytes`](Self::bytes) that stay when the checkpoint goes; nothing is copied, unless the file has them in
+    /// another layout: then they are made here.
     ///
     /// # Errors
     /// [`Error::MissingTensor`].
     pub fn buffer(&self, name: &str) -> Result<Buffer> {
         let entry = self.entry(name)?;
+        if !entry.layout.is_plain() {
+            let bytes = entry.layout.bytes(&entry.info, self.raw(name, entry)?);
+            return Ok(Buffer::from_vec(bytes));
+        }
         let missing = || Error::MissingTensor {
             path: self.path.clone(),
             tensor: name.into(),
@@ -335,12 +372,40 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::MissingTensor`] and [`Error::TensorDtype`].
     pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
-        let dtype = self.entry(name)?.info.dtype;
-        dtype::decode(dtype, self.bytes(name)?).ok_or_else(|| Error::TensorDtype {
+        let entry = self.entry(name)?;
+        let (raw, dtype) = (self.raw(name, entry)?, entry.info.dtype);
+        if entry.layout.blocks.is_some() {
+            return Ok(entry.layout.numbers(&entry.info, raw));
+        }
+        let values = if entry.layout.is_plain() {
+            dtype::decode(dtype, raw)
+        } else {
+            dtype::decode(dtype, &entry.layout.bytes(&entry.info, raw))
+        };
+        values.ok_or_else(|| Error::TensorDtype {
             tensor: name.into(),
             expected: "F64, F32, F16 or BF16",
             found: dtype.to_string(),
         })
+    }
+
+    /// A matrix that a GGUF file holds in blocks, as codes that give the same numbers; nothing where it holds
+    /// numbers, or blocks whose minimum is no multiple of their scale. The shape must be `[rows, cols]`.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] and [`Error::TensorShape`]; [`Error::InvalidFile`] for a scale that is not finite.
+    pub fn load_quantized(&self, name: &str, shape: [usize; 2]) -> Result<Option<QuantizedMatrix>> {
+        let Some(entry) = self
+            .tensors
+            .get(name)
+            .filter(|entry| entry.layout.blocks.is_some())
+        else {
+            return Ok(None);
+        };
+        self.check_shape(name, &shape)?;
+        let codes = entry.layout.quantized(&entry.info, self.raw(name, entry)?);
+        codes
+            .map_err(|reason| Error::invalid_file(&self.path, format!("tensor `{name}`: {reason}")))
     }
 
     /// A float matrix whose shape must be `[rows, cols]`.
@@ -383,6 +448,18 @@ impl Checkpoint {
             tensor: name.into(),
         })
     }
+}
+
+/// Maps a file, or reads it as a whole.
+pub(in crate::io) fn read_file(path: &Path, mmap: bool) -> Result<Bytes> {
+    let (file, len) = open_regular(path)?;
+    if !mmap {
+        return Ok(Arc::new(read_whole(path, file, len)?));
+    }
+    // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
+    // that changes the file meanwhile is outside what can be checked; the type's documentation says so.
+    let map = unsafe { Mmap::map(&file) };
+    Ok(Arc::new(map.map_err(|e| Error::io(path, e))?))
 }
 
 /// A file's bytes in memory, from a line of the cache on.
