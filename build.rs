@@ -1,10 +1,10 @@
-//! Names the shared library of the C ABI and, with the feature `header`, writes its header.
+//! Names the shared library of the C ABI and, with the feature `header`, generates the C header.
 
 use std::env;
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // Without this line any changed file, a test's too, would compile the library again.
+    // Without this line, a change to any file, including tests, would recompile the library.
     println!("cargo::rerun-if-changed=build.rs");
     if cfg!(feature = "capi") {
         name_library()?;
@@ -14,8 +14,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Gives the shared library the name by which loaders look for it. It holds the versions that share a
-/// binary interface: of 0.x, those with the same x. CMakeLists.txt and cargo-c have the same rule.
+/// Sets the name by which loaders look for the shared library. Versions with the same name have the
+/// same binary interface: for 0.x, those with the same x. CMakeLists.txt and cargo-c follow the
+/// same rule.
 fn name_library() -> Result<(), Box<dyn Error>> {
     let major = env::var("CARGO_PKG_VERSION_MAJOR")?;
     let abi = match major.as_str() {
@@ -23,14 +24,15 @@ fn name_library() -> Result<(), Box<dyn Error>> {
         _ => major,
     };
     let is = |name: &str, value: &str| env::var(name).is_ok_and(|found| found == value);
-    // cargo warns of an argument for cdylibs alone where Cargo.toml names no such crate type. A soname is
-    // given to all that is linked, as linkers ignore it for programs; an install name they would refuse.
+    // cargo warns about an argument for cdylibs if Cargo.toml names no such crate type. A soname is
+    // therefore passed to every link, because linkers ignore it for programs; they would refuse an
+    // install name.
     if is("CARGO_CFG_TARGET_VENDOR", "apple") {
         println!(
             "cargo::rustc-cdylib-link-arg=-Wl,-install_name,@rpath/libelastic_lora.{abi}.dylib"
         );
     } else if is("CARGO_CFG_TARGET_OS", "android") {
-        // Android's packages hold no versioned names.
+        // Android packages cannot contain versioned library names.
         println!("cargo::rustc-link-arg=-Wl,-soname,libelastic_lora.so");
     } else if is("CARGO_CFG_TARGET_FAMILY", "unix") {
         println!("cargo::rustc-link-arg=-Wl,-soname,libelastic_lora.so.{abi}");
@@ -44,11 +46,11 @@ mod header {
     use std::error::Error;
     use std::path::Path;
 
-    /// The files whose items are in the header, in its order. cbindgen is given files because it would
-    /// walk the whole crate otherwise.
+    /// Source files of the items in the header, in the header's order. cbindgen is given files
+    /// because it would otherwise walk the whole crate.
     const SOURCES: [&str; 6] = ["status", "model", "tokenizer", "parts", "linear", "session"];
 
-    /// Writes `elastic_lora.h` to the build's own folder, where `tests/header.rs` finds it.
+    /// Writes `elastic_lora.h` to the build's output folder, where `tests/header.rs` reads it.
     pub fn write() -> Result<(), Box<dyn Error>> {
         println!("cargo::rerun-if-changed=cbindgen.toml");
         let mut builder =

@@ -1,12 +1,15 @@
-//! What compressed weights are worth in time: random models at LLaMA's shapes, by format, in decoding and in prefill:
-//! `cargo bench --bench decode`.
+//! Measures the speed of compressed weights in decoding and prefill, by format, on random models of
+//! LLaMA's shapes: `cargo bench --bench decode`.
 //!
-//! Decoding reads every weight once a token. What the bytes alone allow is the read bandwidth of all threads, measured in the same
-//! run before and after each model, divided by the bytes of a token: weights, head, keys and values. `share` is how much of it is
-//! reached. Prefill is bound by arithmetic: it stands beside the rate of the `gemm` crate's `f32` product of the same shape, on as many
-//! threads. Random weights do, since neither depends on what they are.
+//! Decoding reads every weight once per token, so memory bandwidth limits it. The limit is the read
+//! bandwidth of all threads, measured in the same run before and after each model, divided by the
+//! bytes read per token: weights, head, keys and values. `share` is the fraction of this limit that
+//! is reached. Arithmetic limits prefill, so its rate is shown next to that of the `gemm` crate's
+//! `f32` product of the same shape on the same number of threads. Random weights suffice, since
+//! neither speed depends on their values.
 //!
-//! A program of its own because `benches/llama_cpp/compare.py` compares it with llama.cpp, and because it measures memory.
+//! This bench is a separate program because `benches/llama_cpp/compare.py` compares it with
+//! llama.cpp, and because it measures memory.
 
 mod common;
 
@@ -44,44 +47,44 @@ enum Kind {
     Int4,
     /// Half of the weights zero, 4 bits, groups of 128
     SparseInt4,
-    /// Dense, 16 bits, MLPs of half the width: what LoNAS extracts
+    /// Dense, 16 bits, MLPs of half the width, as extracted by LoNAS
     ExtractedF16,
 }
 
-/// Time compressed models.
+/// Measure the speed of compressed models.
 #[derive(Parser)]
 struct Args {
-    /// Sizes of the model
+    /// Model sizes
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Size::Half, Size::One])]
     sizes: Vec<Size>,
-    /// How weights are stored
+    /// Weight formats
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Kind::F16, Kind::SparseF16, Kind::Int4, Kind::SparseInt4, Kind::ExtractedF16])]
     formats: Vec<Kind>,
-    /// Threads; 0 for one per core
+    /// Number of threads; 0 for one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Tokens before those that are decoded
+    /// Number of tokens in the cache before decoding
     #[arg(long, default_value_t = 64)]
     context: usize,
-    /// Tokens of a prompt
+    /// Number of tokens in the prompt
     #[arg(long, default_value_t = 256)]
     prompt: usize,
-    /// Turns; each decodes eight tokens
+    /// Number of turns; each decodes eight tokens
     #[arg(long, default_value_t = 6)]
     turns: usize,
-    /// Runs of prefill
+    /// Number of prefill runs
     #[arg(long, default_value_t = 2)]
     prefills: usize,
     /// Round the inputs of integer weights to 8 bits
     #[arg(long)]
     int8: bool,
-    /// Keep keys and values at 16 bits
+    /// Store keys and values in 16 bits
     #[arg(long)]
     half_cache: bool,
-    /// Write each model as a bundle into this folder, and time opening it
+    /// Write each model as a bundle into this folder, and measure opening it
     #[arg(long)]
     bundles: Option<PathBuf>,
-    /// The smallest model in f16 and INT4, two turns
+    /// Measure only the smallest model in f16 and INT4, with two turns
     #[arg(long)]
     quick: bool,
 }
@@ -114,7 +117,7 @@ fn config(size: Size, kind: Kind) -> Result<HfConfig> {
     })
 }
 
-/// How a weight is stored.
+/// Returns the weight format of a kind.
 fn format(kind: Kind) -> WeightFormat {
     let (group_size, symmetric) = (Some(128), false);
     match kind {
@@ -132,7 +135,8 @@ fn format(kind: Kind) -> WeightFormat {
     }
 }
 
-/// A model whose weights of one shape are copies of each other: no two of them share memory.
+/// Creates a model in which weights of the same shape have the same values. Each weight has memory
+/// of its own.
 fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
     let config = config(size, kind)?;
     let mut made: HashMap<[usize; 2], StoredMatrix> = HashMap::new();
@@ -151,13 +155,14 @@ fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
     Ok(Model::from_matrices(&config, matrix, |_, len| Ok(vec![1.0; len]))?.with_n_threads(threads))
 }
 
-/// Bytes per second that all threads together read, the best of some runs over memory far beyond the caches.
+/// Returns the read bandwidth of all threads in bytes per second: the best of several runs over
+/// memory far larger than the caches.
 fn bandwidth(memory: &[u64], pool: &Pool) -> f64 {
     let least = (0..4).map(|_| sum(pool, memory)).min().unwrap_or_default();
     size_of_val(memory) as f64 / least.as_secs_f64()
 }
 
-/// Megabytes of memory that this process has touched.
+/// Returns the resident memory of this process in megabytes.
 fn resident_mb() -> f64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages: f64 = text
@@ -291,7 +296,7 @@ fn bench(args: &mut Args) -> Result<()> {
                     model.n_threads(),
                 );
                 println!(
-                    "{:.2} billion weights a token, {} threads, {} tokens of context, prompts of {}; gemm's f32: {:.0} GMAC/s",
+                    "{:.2} billion weights per token, {} threads, context of {}, prompts of {}; gemm in f32: {:.0} GMAC/s",
                     params as f64 / 1e9,
                     model.n_threads(),
                     args.context,

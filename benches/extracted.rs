@@ -1,15 +1,16 @@
-//! What an extracted model is worth: a random Llama at LLaMA's shape against its subnets of smaller widths,
-//! fewer heads and less depth, extracted, in prefill and in decoding:
+//! Measures extracted models: a random Llama of LLaMA's shape against extracted subnets with
+//! smaller widths, fewer heads or fewer blocks, in prefill and decoding:
 //! `cargo bench --bench extracted -- bf16/mlp`, or any other part of a name.
 //!
-//! Ideally a model that does half the multiply-accumulates takes half the time of prefill, and one of half
-//! the bytes half the time of decoding. The table after criterion's figures says how near it comes: the
-//! ratio of times divided by that of the costs. Full and extracted models take turns, so that whatever else
-//! the machine does falls on both. Adapters play no part: they are merged.
+//! Ideally, half the multiply-accumulates take half the time in prefill, and half the bytes take
+//! half the time in decoding. The table after criterion's output compares this with the
+//! measurement: it shows the ratio of times divided by the ratio of costs. Full and extracted
+//! models take turns, so that other load on the machine affects both. Adapters are merged, so they
+//! have no effect.
 //!
-//! Settings: `BENCH_WEIGHTS` (f32, bf16, f16), `BENCH_HIDDEN`, `BENCH_MLP`, `BENCH_BLOCKS`, `BENCH_HEADS`,
-//! `BENCH_VOCAB`, `BENCH_PROMPT` (tokens), `BENCH_CONTEXT` (tokens before the one that is decoded), and
-//! `BENCH_FORETELL=1`, which foretells the times from a table of parts' times, too.
+//! Settings: `BENCH_WEIGHTS` (f32, bf16, f16), `BENCH_HIDDEN`, `BENCH_MLP`, `BENCH_BLOCKS`,
+//! `BENCH_HEADS`, `BENCH_VOCAB`, `BENCH_PROMPT` (tokens), `BENCH_CONTEXT` (tokens in the cache
+//! before decoding), and `BENCH_FORETELL=1`, which also predicts the times from a latency table.
 
 mod common;
 
@@ -40,7 +41,7 @@ struct Args {
     context: usize,
 }
 
-/// What is made smaller: MLPs to half the width, heads or blocks to two thirds, or all of these.
+/// Reductions: MLPs to half the width, heads to two thirds, blocks to two thirds, or all of them.
 const CHANGES: [&str; 4] = ["mlp", "heads", "depth", "all"];
 
 fn config(args: &Args) -> Result<HfConfig> {
@@ -62,7 +63,7 @@ fn config(args: &Args) -> Result<HfConfig> {
     })
 }
 
-/// The supernet: no ranks, two widths, two numbers of heads, two depths.
+/// Creates the supernet: no ranks, two widths, two numbers of heads, two depths.
 fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
     let model = Decoder::init(config, 1, &common::training::device("flex")?)?;
     let layers = model.layer_shapes();
@@ -75,7 +76,7 @@ fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
         &["q_proj", "k_proj", "v_proj"],
         [args.hidden, args.heads * 2 / 3 * head_dim],
     )?);
-    // The blocks in the middle go first.
+    // The middle blocks are removed first.
     let mut blocks: Vec<usize> = (0..args.blocks).collect();
     blocks.sort_by_key(|block| std::cmp::Reverse((2 * block + 1).abs_diff(args.blocks)));
     let names = blocks
@@ -95,7 +96,7 @@ fn net(args: &Args, config: &HfConfig) -> Result<SuperNet> {
     )
 }
 
-/// The largest subnet but for what is made smaller.
+/// Returns the largest subnet with one reduction.
 fn subnet(net: &SuperNet, change: &str) -> SubnetConfig {
     let value = |group: &Group| {
         let kind = match group.kind() {
@@ -111,7 +112,7 @@ fn subnet(net: &SuperNet, change: &str) -> SubnetConfig {
         .collect()
 }
 
-/// One phase of a model: some tokens after those that are in the cache before.
+/// Returns a measurement of a model on `n` tokens with `before` tokens in the cache.
 fn phase(model: &Decoder, before: usize, n: usize) -> Result<impl FnMut() -> Result<Duration>> {
     let ids = |n: usize| (0..n as u32).map(|id| id % 97).collect::<Vec<_>>();
     let mut cache = KvCache::new(model.layers.len());
@@ -128,8 +129,9 @@ fn phase(model: &Decoder, before: usize, n: usize) -> Result<impl FnMut() -> Res
     })
 }
 
-/// Multiply-accumulates of a prompt, of which the head sees the last token alone; and bytes that one token after `context` reads:
-/// every weight but the embedding, keys and values.
+/// Returns the multiply-accumulates of a prompt, where the head is applied to the last token only,
+/// and the bytes read for one token after `context`: every weight except the embedding, and keys
+/// and values.
 fn costs(config: &HfConfig, args: &Args, dtype: DType) -> (f64, f64) {
     let cost = SubnetCost::of_config(config);
     let head = config.vocab_size() * config.hidden_size();
@@ -146,7 +148,7 @@ fn costs(config: &HfConfig, args: &Args, dtype: DType) -> (f64, f64) {
 }
 
 fn bench(criterion: &mut Criterion) -> Result<()> {
-    // Either the model of the published figures or one that is done in a minute.
+    // The full sizes are those of the published figures; the quick ones take about a minute.
     let of = |name, full, quick| setting(name, if common::quick() { quick } else { full });
     let args = Args {
         hidden: of("BENCH_HIDDEN", "1536", "512"),
@@ -237,15 +239,15 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
         }
     }
     println!(
-        "{} million parameters, {} prompt, {} context; ms, least and median; then the ratios of times \
-         (full / extracted, by least and by median), of costs, and their quotients",
+        "{} million parameters, prompt of {}, context of {}; minimum and median times in ms, ratios \
+         of times (full / extracted), ratio of costs, and quotients of the ratios",
         SubnetCost::of_config(&config).params / 1_000_000,
         args.prompt,
         args.context,
     );
     let head = [
-        "full", "small", "full", "small", "least", "median", "cost", "least", "median", "full",
-        "off", "small", "off",
+        "full", "small", "full", "small", "min", "median", "cost", "min", "median", "full", "off",
+        "small", "off",
     ];
     let head = &head[..if foretell { 13 } else { 9 }];
     let head = (
@@ -259,8 +261,8 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
-/// Tables for prefill and for decoding, of the model as it is stored: the widths' sizes are those of the
-/// space, the supernet's own weights play no part.
+/// Measures latency tables for prefill and decoding with the weights as stored. Only the sizes of
+/// the choices matter, not the supernet's own weights.
 fn foretold(net: &SuperNet, full: &Decoder, args: &Args) -> Result<[LatencyTable; 2]> {
     let stored = SuperNet::new(full.clone(), net.space().clone(), net.config().clone())?;
     let (n_tokens, context) = (args.prompt, args.context);

@@ -1,15 +1,17 @@
-//! Products with weights as they are stored, against the machine's read bandwidth and dense f16:
+//! Compares products with stored weights with the machine's read bandwidth and with dense f16:
 //! `cargo bench --bench kernels -- 4096x4096`, or any other part of a name.
 //!
-//! Each format cycles through copies of its weight, `BENCH_MIB` together, so that no cache holds them. It
-//! takes turns with the product of the same sizes in f16 and with a plain sum over a part of a buffer, by
-//! the same threads. After criterion's figures a table shows the time that a twentieth of the products stay
-//! under, which other processes disturb least, and the median. `share` is the rate at which the weight's
-//! bytes are read, as a share of the sum's; `f16/` says how many times as fast as f16 a product is.
+//! Each format cycles through copies of its weight with a total size of `BENCH_MIB`, so that they
+//! do not fit into a cache. It takes turns with the f16 product of the same shape and with a plain
+//! sum over a part of a buffer, on the same threads. A table after criterion's output shows the
+//! fifth percentile of the times, which other processes disturb least, and the median. `share` is
+//! the rate at which the bytes of the weight are read, divided by that of the sum. `f16/` is the
+//! speed of a product divided by that of f16.
 //!
-//! Settings: `BENCH_SHAPES` (outputs x inputs), `BENCH_ROWS` of inputs, `BENCH_GROUP` (columns of a group),
-//! `BENCH_SPARSITY`, `BENCH_THREADS` (0 for all), `BENCH_MIB`, `BENCH_INT8=1` for 8-bit inputs, `BENCH_LEVELS=1`
-//! for every instruction set that the machine has instead of the best.
+//! Settings: `BENCH_SHAPES` (outputs x inputs), `BENCH_ROWS` (rows of inputs), `BENCH_GROUP`
+//! (columns per group), `BENCH_SPARSITY`, `BENCH_THREADS` (0 for all), `BENCH_MIB`, `BENCH_INT8=1`
+//! for 8-bit inputs, and `BENCH_LEVELS=1` for every instruction set of the machine instead of the
+//! best one.
 
 mod common;
 
@@ -55,7 +57,7 @@ fn formats(group: usize) -> [(&'static str, WeightFormat); 13] {
     ]
 }
 
-/// Copies of a random weight, so many bytes together.
+/// Returns copies of a random weight with a total size of at least `bytes`.
 fn copies(format: WeightFormat, shape: [usize; 2], bytes: usize) -> Result<Vec<StoredMatrix>> {
     let weight = common::weight(format, shape, setting("BENCH_SPARSITY", "0.5"))?;
     let count = bytes.div_ceil(weight.bytes()).max(1);
@@ -66,7 +68,7 @@ fn copies(format: WeightFormat, shape: [usize; 2], bytes: usize) -> Result<Vec<S
     Ok(copies)
 }
 
-/// The product with one copy after another.
+/// Returns a measurement of the product, which uses one copy after another.
 fn product<'a>(
     level: Level,
     pool: &'a Pool,
@@ -118,13 +120,13 @@ fn product<'a>(
     }
 }
 
-/// Sums over one 8 MiB of a buffer after another.
+/// Returns a measurement of the sum over consecutive parts of 8 MiB of a buffer.
 fn sums<'a>(pool: &'a Pool, buffer: &'a [u64]) -> impl FnMut() -> Result<Duration> + 'a {
     let mut parts = buffer.chunks_exact(SUMMED).cycle();
     move || Ok(common::sum(pool, parts.next().unwrap_or_default()))
 }
 
-/// Numbers that a sum adds up.
+/// Number of values in a sum.
 const SUMMED: usize = 1 << 20;
 
 fn bench(criterion: &mut Criterion) -> Result<()> {
@@ -147,7 +149,7 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
     let all_rows: Vec<usize> = settings("BENCH_ROWS", "1");
     let buffer = vec![1; bytes.div_ceil(8).max(SUMMED)];
     println!(
-        "{} threads, inputs of codes {activations:?}",
+        "{} threads, inputs quantized to {activations:?}",
         pool.threads()
     );
     for Shape(shape) in shapes {

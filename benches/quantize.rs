@@ -1,7 +1,9 @@
-//! Wanda, the Hessian and GPTQ (4 bits, groups of 128) on one layer; with `--pytorch`, beside the plain algorithms in PyTorch
-//! (`benches/pytorch/quantize.py`): `cargo bench --bench quantize -- --pytorch python3`.
+//! Measures Wanda, the Hessian and GPTQ (4 bits, groups of 128) on one layer. With `--pytorch`, it
+//! also measures the plain algorithms in PyTorch (`benches/pytorch/quantize.py`):
+//! `cargo bench --bench quantize -- --pytorch python3`.
 //!
-//! Each method runs in a process of its own, so that the peak of its memory is its own, and both programs take turns. That makes it a program of its own.
+//! Each method runs in its own process, so that the peak memory is that of the method, and both
+//! programs take turns. For that reason this bench is a separate program.
 
 mod common;
 
@@ -29,48 +31,48 @@ enum Method {
 /// Measure pruning and quantization of a layer.
 #[derive(Parser)]
 struct Args {
-    /// Outputs of the layer
+    /// Number of outputs of the layer
     #[arg(long, default_value_t = 4096)]
     rows: usize,
-    /// Inputs of the layer
+    /// Number of inputs of the layer
     #[arg(long, default_value_t = 11008)]
     cols: usize,
-    /// Tokens that the Hessian is computed from
+    /// Number of tokens for the Hessian
     #[arg(long, default_value_t = 2048)]
     tokens: usize,
-    /// What is measured
+    /// Methods to measure
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Method::Wanda, Method::Hessian, Method::Gptq])]
     methods: Vec<Method>,
-    /// Runs in a process
+    /// Number of runs per process
     #[arg(long, default_value_t = 1)]
     repeats: usize,
-    /// Processes of each program for a method
+    /// Number of processes per method and program
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Measure PyTorch as well, with this interpreter
+    /// Also measure PyTorch with this interpreter
     #[arg(long, num_args = 0..=1, default_missing_value = "python3", value_name = "PYTHON")]
     pytorch: Option<PathBuf>,
-    /// Measure the one method that is named, in this process
+    /// Measure the given method in this process
     #[arg(long, hide = true)]
     child: bool,
-    /// One process for each method, and a layer of 1024 x 1024
+    /// Use one process per method and a layer of 1024 x 1024
     #[arg(long)]
     quick: bool,
 }
 
-/// What a process printed.
+/// Output of a process.
 #[derive(Serialize, Deserialize)]
 struct Measured {
     seconds: Vec<f64>,
     peak_mib: Option<f64>,
-    /// Parts of the time, in seconds.
+    /// Parts of the time in seconds.
     #[serde(default)]
     parts: Vec<(String, f64)>,
     #[serde(default)]
     version: String,
 }
 
-/// Activations whose columns depend on the ones before them and differ in size.
+/// Returns activations whose columns depend on the previous ones and differ in size.
 fn inputs(tokens: usize, cols: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut x = vec![0.0_f32; tokens * cols];
@@ -134,7 +136,7 @@ fn measure(args: &Args, method: Method) -> Result<Measured> {
     })
 }
 
-/// Asks a program for what it measures.
+/// Runs a program and returns its measurement.
 fn run(program: &Path, first: [&str; 2], args: &Args, method: Method) -> Result<Measured> {
     let mut command = Command::new(program);
     command.args(first).arg(name(method));
@@ -163,7 +165,7 @@ fn bench(args: &mut Args) -> Result<()> {
     let rate = gemm_rate(args.tokens, args.cols, args.rows, 0);
     let forward = (args.tokens * args.rows * args.cols) as f64 / rate;
     println!(
-        "layer of {} x {}, {} tokens; its product with them takes the `gemm` crate {forward:.3} s",
+        "layer of {} x {}, {} tokens; the `gemm` crate computes their product in {forward:.3} s",
         args.rows, args.cols, args.tokens
     );
     for method in &args.methods {

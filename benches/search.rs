@@ -1,7 +1,8 @@
-//! What a search costs beside its evaluations: NSGA-II's ask and tell, for each subnet, at a population of
-//! 100 and 200 groups of four choices: `cargo bench --bench search`.
+//! Measures the overhead of a search: NSGA-II's ask and tell per subnet, with a population of 100
+//! and 200 groups of four choices: `cargo bench --bench search`.
 //!
-//! Random search takes turns with it, and the toy objective as well, whose time is left out of both.
+//! NSGA-II takes turns with random search and with the toy objective. The time of the objective is
+//! not included in the other two.
 
 mod common;
 
@@ -15,7 +16,7 @@ use elastic_lora::{Result, SearchSpace, Searcher, SubnetConfig};
 
 const GROUPS: usize = 200;
 const POPULATION: usize = 100;
-/// Microseconds for each evaluation that a search may take.
+/// Target for the overhead of a search, in microseconds per evaluation.
 const TARGET_US: f64 = 1000.0;
 
 fn space() -> Result<SearchSpace> {
@@ -31,7 +32,7 @@ fn space() -> Result<SearchSpace> {
     SearchSpace::new((0..GROUPS).map(group).collect::<Result<_>>()?)
 }
 
-/// Two objectives that are at odds: a cost, and a score that each group has another share in.
+/// Two conflicting objectives: a cost, and a score to which each group contributes differently.
 fn objective(config: SubnetConfig) -> Evaluation {
     let (mut score, mut cost) = (0.0, 0.0);
     for (index, (_, choice)) in config.iter().enumerate() {
@@ -42,7 +43,7 @@ fn objective(config: SubnetConfig) -> Evaluation {
     Evaluation::new(config, vec![score, cost])
 }
 
-/// A generation's ask and tell.
+/// Returns a measurement of the ask and tell of one generation.
 fn generation(mut searcher: impl Searcher) -> impl FnMut() -> Result<Duration> {
     move || {
         let started = Instant::now();
@@ -74,7 +75,7 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
     group.finish();
     if let Some([nsga, random, toy]) = measured {
         let us = |seconds: f64| 1e6 * seconds / POPULATION as f64;
-        println!("us for each evaluation:           best   median");
+        println!("us per evaluation:                best   median");
         for (name, seconds) in [
             ("NSGA-II", &nsga),
             ("random search", &random),

@@ -1,11 +1,13 @@
-//! One optimizer step of LoRA, of NLS (a random subnet a step), of SparsePEFT and of QA-SparsePEFT (half the base zero), through the
-//! public trainer; with `--pytorch`, beside the same step in eager PyTorch (`benches/pytorch/train_step.py`):
+//! Measures one optimizer step of LoRA, NLS (a random subnet per step), SparsePEFT and
+//! QA-SparsePEFT (with half of the base weights zero) through the public trainer. With `--pytorch`,
+//! it also measures the same step in eager PyTorch (`benches/pytorch/train_step.py`):
 //! `cargo bench --bench train_step -- --pytorch python3`.
 //!
-//! Each configuration runs in a process of its own, so that the peak of its memory is its own, and all take turns, so that
-//! whatever else the machine does falls on each.
+//! Each configuration runs in its own process, so that the peak memory is that of the
+//! configuration. All configurations take turns, so that other load on the machine affects all of
+//! them.
 //!
-//! A program of its own because it compares processes and measures their memory.
+//! This bench is a separate program because it compares processes and measures their memory.
 
 mod common;
 
@@ -18,63 +20,65 @@ use common::{ask, median, name, status_mib};
 use elastic_lora::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// Steps before the timed ones. Two, so that the second has the optimizer's moments beside the activations in memory.
+/// Number of steps before the timed ones. In the second one, the optimizer's moments are in memory
+/// together with the activations.
 const WARM_UP: usize = 2;
 
-/// Width of the residual stream, blocks, heads.
+/// Width of the residual stream, number of blocks and number of heads.
 const SIZES: [[usize; 3]; 3] = [[288, 6, 6], [512, 8, 8], [1024, 12, 16]];
 
-/// Measure a training step.
+/// Measure training steps.
 #[derive(Parser)]
 struct Args {
     /// Widths of the models
     #[arg(long, value_delimiter = ',', default_values_t = SIZES.map(|size| size[0]))]
     sizes: Vec<usize>,
-    /// What is trained
+    /// Training methods
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Method::Lora, Method::Nls, Method::SparsePeft, Method::QaSparsePeft])]
     methods: Vec<Method>,
-    /// How the frozen weights are stored
+    /// Storage of the frozen weights
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Weights::F32, Weights::Bf16, Weights::Int4])]
     weights: Vec<Weights>,
-    /// Timed steps of a process [default: 8, 5 and 3 for the three sizes]
+    /// Number of timed steps per process [default: 8, 5 and 3 for the three sizes]
     #[arg(long)]
     steps: Option<usize>,
-    /// Processes per configuration
+    /// Number of processes per configuration
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Measure PyTorch as well, with this interpreter
+    /// Also measure PyTorch with this interpreter
     #[arg(long, num_args = 0..=1, default_missing_value = "python3", value_name = "PYTHON")]
     pytorch: Option<PathBuf>,
-    /// Make the gradients of masked updates of products of bf16 numbers
+    /// Compute the gradients of masked updates from bf16 products
     #[arg(long)]
     bf16_gradient: bool,
-    /// Where the model lies: the name of a backend's feature
+    /// Device of the model: the name of a backend feature
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Write the figures, those of every step too, as JSON
+    /// Write the results, including those of every step, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Measure the one configuration that is named, in this process
+    /// Measure the given configuration in this process
     #[arg(long, hide = true)]
     child: bool,
-    /// One process for the smallest model with f32 weights, of two steps
+    /// Use one process, the smallest model with f32 weights, and two steps
     #[arg(long)]
     quick: bool,
 }
 
-/// What a process printed; the other program's has further fields.
+/// Output of a process. PyTorch's output has further fields.
 #[derive(Serialize, Deserialize)]
 struct Measured {
     median_ms: f64,
     steps_ms: Vec<f64>,
-    /// Peak of the process's memory, and what it had before there was a model: on the host, so none for other devices.
+    /// Peak memory of the process, and memory before the model was created. Both are host memory,
+    /// and `None` for other devices.
     peak_mib: Option<f64>,
     start_mib: Option<f64>,
     #[serde(flatten)]
     more: serde_json::Map<String, serde_json::Value>,
 }
 
-/// All rounds of one program on one case.
+/// All rounds of one program for one case.
 #[derive(Serialize)]
 struct Figures {
     median_ms: f64,
@@ -107,7 +111,8 @@ struct Line {
     pytorch: Option<Figures>,
 }
 
-/// Measures in this process. A run has one timed step, since a report has but the sum of its steps' times.
+/// Measures in this process. Each run has a single timed step, because a report only has the total
+/// time of its steps.
 fn measure(case: &Case, steps: usize, device: &str) -> Result<Measured> {
     let on_host = ["flex", "ndarray"].contains(&device);
     let size = |field| if on_host { status_mib(field) } else { None };
@@ -126,7 +131,7 @@ fn measure(case: &Case, steps: usize, device: &str) -> Result<Measured> {
     })
 }
 
-/// What was measured; where nothing was, the reason is printed.
+/// Returns the measurement, or prints the error.
 fn told(measured: Result<Measured>) -> Option<Measured> {
     measured.inspect_err(|error| eprintln!("{error}")).ok()
 }
@@ -190,13 +195,13 @@ fn pytorch(python: &PathBuf, case: &Case, steps: usize, device: &str) -> Option<
     told(ask(command))
 }
 
-/// The cases of one size and one kind of weights, in turns.
+/// Measures the cases of one size and one storage of weights in turns.
 fn turns(args: &Args, cases: &[Case], steps: usize) -> Vec<Line> {
     let mut rounds: Vec<_> = cases.iter().map(|_| (Vec::new(), Vec::new())).collect();
     for _ in 0..args.rounds {
         for (case, (of_ours, of_pytorch)) in cases.iter().zip(&mut rounds) {
             of_ours.extend(ours(case, steps, &args.device));
-            // The other program has neither grids nor packed weights.
+            // The PyTorch program has neither grids nor packed weights.
             let both = case.method != Method::QaSparsePeft && case.weights != Weights::Int4;
             if let Some(python) = args.pytorch.as_ref().filter(|_| both) {
                 of_pytorch.extend(pytorch(python, case, steps, &args.device));
@@ -288,17 +293,17 @@ fn bench(args: &mut Args) -> Result<()> {
             }
             if !std::mem::replace(&mut head, true) {
                 println!(
-                    "{ROWS} x {LEN} tokens, vocabulary {VOCAB}, rank {}; medians of steps",
+                    "{ROWS} x {LEN} tokens, vocabulary {VOCAB}, rank {}; median step times",
                     RANKS[0]
                 );
                 println!(
                     "{:<24} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8} {:>9} {:>9} {:>9}",
                     "",
                     "ours, ms",
-                    "least",
+                    "min",
                     "MiB",
                     "PyTorch",
-                    "least",
+                    "min",
                     "MiB",
                     "x faster",
                     "x smaller",

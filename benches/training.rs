@@ -1,11 +1,12 @@
-//! One adapted layer, forward and backward, and one training step, by method:
+//! Measures one adapted layer, forward and backward, and one training step, by method:
 //! `cargo bench --bench training -- layer`, or any other part of a name.
 //!
-//! A layer takes turns with its frozen base alone, a step with that of LoRA; a table after criterion's
-//! figures has the ratios. Beside other programs, and with memory, steps are measured by `train_step`.
+//! A layer takes turns with its frozen base, and a step takes turns with that of LoRA. A table
+//! after criterion's output shows the ratios. The `train_step` bench compares steps with other
+//! programs and measures memory.
 //!
-//! Settings: `BENCH_SHAPE` (inputs x outputs) and `BENCH_TOKENS` of the layer, `BENCH_HIDDEN` and
-//! `BENCH_BLOCKS` of the model.
+//! Settings: `BENCH_SHAPE` (inputs x outputs) and `BENCH_TOKENS` for the layer, `BENCH_HIDDEN` and
+//! `BENCH_BLOCKS` for the model.
 
 mod common;
 
@@ -21,7 +22,8 @@ use elastic_lora::adapter::ElasticLoraLinear;
 use elastic_lora::nn::host_values;
 use elastic_lora::{ElasticLoraLinearConfig, Result};
 
-/// A layer, forward and backward: gradients of its input and of its adapter, where it has one.
+/// Returns a measurement of a layer, forward and backward: the gradients of its input and of its
+/// adapter, if it has one.
 fn layer(layer: ElasticLoraLinear, tokens: usize) -> impl FnMut() -> Result<Duration> {
     let layer = layer.train();
     let shape = [1, tokens, layer.base.dims()[0]];

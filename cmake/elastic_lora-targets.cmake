@@ -1,7 +1,7 @@
-# The targets, for the tree that was built and for the one that is installed.
+# Defines the targets, for both the build tree and the installed tree.
 
-# The system libraries that Rust's standard library needs in a static link: what rustc says by `--print
-# native-static-libs`.
+# System libraries that Rust's standard library needs in a static link, as listed by
+# `rustc --print native-static-libs`.
 function(elastic_lora_system_libraries result)
     if(WIN32)
         set(${result} kernel32 ntdll userenv ws2_32 dbghelp bcrypt advapi32 PARENT_SCOPE)

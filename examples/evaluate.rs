@@ -16,9 +16,10 @@ use elastic_lora::{Error, Result};
 ///
 /// Without arguments, measures the shipped model on generated arithmetic problems of every kind.
 ///
-/// For perplexity, the whole text is tokenized once, with BOS if the tokenizer adds one, and cut into windows of the context
-/// length that do not overlap. The mean is over all tokens except the first of each window. A problem counts as correct if the
-/// final answer of the generated text (`#### 12`, or `answer is 12`) equals that of the record.
+/// For perplexity, the whole text is tokenized once, with BOS if the tokenizer adds one, and cut
+/// into windows of the context length that do not overlap. The mean is over all tokens except the
+/// first of each window. A problem counts as correct if the final answer of the generated text
+/// (`#### 12`, or `answer is 12`) equals that of the record.
 #[derive(Parser)]
 struct Args {
     /// Model folder [default: the shipped model]

@@ -16,10 +16,12 @@ use elastic_lora::runtime::{
 };
 use elastic_lora::{Error, Result, SuperNet};
 
-/// Continue a prompt with a model, with or without an adapter. Decoding is greedy unless a temperature is given.
+/// Continue a prompt with a model, with or without an adapter. Decoding is greedy unless a
+/// temperature is given.
 ///
-/// Without arguments, the shipped model answers an arithmetic problem. `--model llama --format int4 --save llama.elora` converts a
-/// Hugging Face folder to a bundle, and `--model llama.elora` runs it.
+/// Without arguments, the shipped model answers an arithmetic problem. `--model llama --format int4
+/// --save llama.elora` converts a Hugging Face folder to a bundle, and `--model llama.elora` runs
+/// it.
 #[derive(Parser)]
 struct Args {
     /// Bundle or model folder [default: the shipped model]
@@ -31,8 +33,8 @@ struct Args {
     /// Name of a subnet of a supernet bundle [default: the whole supernet]
     #[arg(long)]
     subnet: Option<String>,
-    /// Format of the linear layers: f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4, sparse-int4, or N:M such as 2:4;
-    /// integers are rounded to nearest in groups of 128
+    /// Format of the linear layers: f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4,
+    /// sparse-int4, or N:M such as 2:4; integers are rounded to nearest in groups of 128
     #[arg(long, value_parser = parse_format)]
     format: Option<WeightFormat>,
     /// Write the model to this bundle; generates only if a prompt is given too
@@ -68,7 +70,8 @@ struct Args {
     /// Store keys and values as 16-bit floats
     #[arg(long)]
     half_cache: bool,
-    /// Run the uncompressed model on a Burn backend: flex, or another whose feature is enabled in the build
+    /// Run the uncompressed model on a Burn backend: flex, or another whose feature is enabled in
+    /// the build
     #[arg(long)]
     device: Option<String>,
 }

@@ -1,5 +1,6 @@
-// Prunes a small language model, trains adapters whose ranks are a choice, searches for the best choice, merges it without
-// losing a zero, and runs the result. With a model and data of your own, change the two paths.
+// Prunes a small language model, trains adapters whose ranks are a choice, searches for the best
+// choice, merges it without losing a zero, and runs the result. With a model and data of your own,
+// change the two paths.
 use burn::tensor::Device;
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{PruneConfig, prune_model};
@@ -22,10 +23,12 @@ fn main() -> elastic_lora::Result<()> {
     let base = Pretrained::open("assets/arithmetic-llama", &Device::flex())?;
     let records = load_records("assets/arithmetic-problems.jsonl")?;
 
-    // Tokens: the last tenth of the records is for validation, some of the others calibrate the pruning.
+    // Tokens: the last tenth of the records is for validation, some of the others calibrate the
+    // pruning.
     let options = TokenizeOptions::new(128);
-    let set = tokenize_records(&records, PromptTemplate::Auto, &base.tokenizer, &options)?;
-    let (train, valid) = set.sequences.split_at(records.len() * 9 / 10);
+    let all =
+        tokenize_records(&records, PromptTemplate::Auto, &base.tokenizer, &options)?.sequences;
+    let (train, valid) = all.split_at(all.len() * 9 / 10);
     let valid = fixed_batches(valid, 32, base.pad_id())?;
     let samples: Vec<Vec<u32>> = train.iter().take(64).map(|s| s.ids.clone()).collect();
 
@@ -51,19 +54,15 @@ fn main() -> elastic_lora::Result<()> {
     let objective = SubnetObjective::new(&net, Metric::Loss(&valid), Cost::Macs);
     let mut searcher = NsgaConfig::new().with_population(8).init(net.space())?;
     let evaluate = |subnet: &_| objective.evaluate(subnet, &progress);
-    let outcome =
-        StudyConfig::new(24)
-            .init(net.space())?
-            .run(&mut searcher, evaluate, &progress)?;
+    let mut study = StudyConfig::new(24).init(net.space())?;
+    let outcome = study.run(&mut searcher, evaluate, &progress)?;
     for found in outcome.front() {
-        println!(
-            "loss {:.4} at {} MACs per token",
-            found.score(),
-            found.cost()
-        );
+        let (loss, macs) = (found.score(), found.cost());
+        println!("loss {loss:.4} at {macs} MACs per token");
     }
 
-    // Merge: the best subnet becomes part of the weights, and the result is written as a Hugging Face folder.
+    // Merge: the best subnet becomes part of the weights, and the result is written as a Hugging
+    // Face folder.
     if let Some(best) = outcome.best_score() {
         net.activate(&best.config)?;
     }
@@ -73,7 +72,7 @@ fn main() -> elastic_lora::Result<()> {
 
     // Run it with its zeros stored in no space.
     let model = Model::from_decoder(&merged.model, WeightFormat::SparseF16)?;
-    let question = "Question: Ida has 7 bags with 6 eggs each and 5 more eggs. How many eggs does Ida have?\nAnswer:";
+    let question = "Question: Ida buys 7 boxes of 6 eggs. Tom adds 5 more. How many eggs are there in total?\nAnswer:";
     let prompt = base.tokenizer.encode_prompt(question)?;
     let config = GenerateConfig::new(40, base.stop_ids());
     let answer =

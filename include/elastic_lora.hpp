@@ -1,12 +1,13 @@
-// elastic_lora.hpp: the C interface of elastic_lora.h for C++, in one header. C++11 or later; with C++17 also
-// std::string_view, with C++20 also std::span.
+// elastic_lora.hpp: header-only C++ wrapper of elastic_lora.h, which documents all functions and
+// options. Requires C++11. std::string_view is accepted from C++17 on, std::span from C++20 on.
 //
-// model and linear are shared handles: copies are cheap, and any number of threads may use one. session is one
-// thread's at a time, and moves. Each keeps what it needs of what it was made from.
+// model and linear are shared handles: copies are cheap, and any number of threads may use one at
+// once. A session is movable, not copyable, and may be used by one thread at a time. Each object
+// keeps alive what it needs of the object that made it.
 //
-// Functions that fail throw elora::error. With ELASTIC_LORA_NO_EXCEPTIONS defined, or exceptions turned off, they
-// return an elora::result<T> instead, which is a T or a status and a text. elora::returns<T> is T in the first case
-// and result<T> in the second.
+// Functions that fail throw elora::error. If ELASTIC_LORA_NO_EXCEPTIONS is defined or exceptions
+// are disabled, they return an elora::result<T> instead, which holds either a T or a status and an
+// error text. elora::returns<T> is T in the first case and result<T> in the second.
 
 #ifndef ELASTIC_LORA_HPP
 #define ELASTIC_LORA_HPP
@@ -48,9 +49,10 @@
 
 namespace elora {
 
+// Id of a token.
 using token = elora_token;
 
-// What went wrong.
+// Outcome of a call; see the ELORA_STATUS_ constants.
 enum class status : std::int32_t {
     ok = ELORA_STATUS_OK,
     null_pointer = ELORA_STATUS_NULL_POINTER,
@@ -67,12 +69,14 @@ enum class status : std::int32_t {
     panic = ELORA_STATUS_PANIC
 };
 
+// When checksums are verified; see elora_verify.
 enum class verify : std::int32_t {
     on_use = ELORA_VERIFY_ON_USE,
     on_load = ELORA_VERIFY_ON_LOAD,
     never = ELORA_VERIFY_NEVER
 };
 
+// Storage format of a weight; see elora_weight_format.
 enum class weight_format : std::int32_t {
     f32 = ELORA_WEIGHT_FORMAT_F32,
     f16 = ELORA_WEIGHT_FORMAT_F16,
@@ -86,19 +90,23 @@ enum class weight_format : std::int32_t {
     other = ELORA_WEIGHT_FORMAT_OTHER
 };
 
+// Precision of the activations; see elora_activations.
 enum class activations : std::int32_t { int16 = ELORA_ACTIVATIONS_INT16, int8 = ELORA_ACTIVATIONS_INT8 };
 
+// Type of the elements of a buffer; see elora_dtype.
 enum class dtype : std::int32_t { f32 = ELORA_DTYPE_F32, f16 = ELORA_DTYPE_F16, bf16 = ELORA_DTYPE_BF16 };
 
+// Storage format of the key/value cache; see elora_cache_format.
 enum class cache_format : std::int32_t { f32 = ELORA_CACHE_F32, f16 = ELORA_CACHE_F16 };
 
+// Special tokens that the tokenizer adds; see elora_special.
 enum class special : std::int32_t {
     none = ELORA_SPECIAL_NONE,
     prompt = ELORA_SPECIAL_PROMPT,
     full = ELORA_SPECIAL_FULL
 };
 
-// Elements that belong to somebody else: what std::span is from C++20 on.
+// A view of elements that it does not own, like std::span of C++20.
 template <class T>
 class span {
 public:
@@ -109,7 +117,8 @@ public:
     span(T *data, std::size_t size) noexcept : data_(data), size_(size) {}
     template <std::size_t N>
     span(T (&array)[N]) noexcept : data_(array), size_(N) {}
-    // Anything with data() and size(): std::vector, std::array, std::string, std::span.
+    // Accepts any container with data() and size(): std::vector, std::array, std::string,
+    // std::span.
     template <class C, class = typename std::enable_if<std::is_convertible<
                            typename std::remove_pointer<decltype(std::declval<C &>().data())>::type (*)[],
                            T (*)[]>::value>::type,
@@ -133,7 +142,8 @@ private:
     std::size_t size_;
 };
 
-// A string that somebody else holds and that ends in a NUL.
+// A NUL-terminated string argument. A const char * or std::string must stay alive during the call;
+// a std::string_view is copied to add the NUL.
 class text_arg {
 public:
     text_arg(const char *text) : pointer_(text) {}
@@ -152,15 +162,16 @@ private:
     const char *pointer_;
 };
 
+// Name of a status, such as "ELORA_STATUS_OK".
 inline const char *name(status code) { return elora_status_name(static_cast<elora_status>(code)); }
 
-// Version of the library that is linked.
+// Version of the linked library.
 inline const char *version() { return elora_version(); }
 
-// Whether the library that is linked has the binary interface of this header.
+// Whether the linked library has the binary interface of this header.
 inline bool abi_matches() { return elora_abi_version() == ELORA_ABI_VERSION; }
 
-// Text of this thread's last failed call.
+// Error text of this thread's last failed call.
 inline std::string last_error() {
     std::size_t size = 0;
     elora_last_error(nullptr, 0, &size);
@@ -174,7 +185,7 @@ inline std::string last_error() {
 
 #if defined(ELASTIC_LORA_NO_EXCEPTIONS)
 
-// A value, or a status and a text.
+// A value, or a status and an error text.
 template <class T>
 class ELASTIC_LORA_NODISCARD result {
 public:
@@ -185,7 +196,7 @@ public:
     explicit operator bool() const noexcept { return has_value(); }
     elora::status status() const noexcept { return status_; }
     const std::string &error() const noexcept { return text_; }
-    // The value. There must be one: the program ends otherwise.
+    // Returns the value. If there is none, the program is aborted.
     T &value() & { return check(), value_; }
     const T &value() const & { return check(), value_; }
     T &&value() && { return check(), std::move(value_); }
@@ -205,7 +216,7 @@ private:
     std::string text_;
 };
 
-// Success, or a status and a text.
+// Success, or a status and an error text.
 template <>
 class ELASTIC_LORA_NODISCARD result<void> {
 public:
@@ -227,7 +238,7 @@ using returns = result<T>;
 
 #else
 
-// A call that failed.
+// Exception thrown by a call that failed.
 class error : public std::runtime_error {
 public:
     error(elora::status code, const std::string &text) : std::runtime_error(text), status_(code) {}
@@ -244,7 +255,7 @@ using returns = T;
 
 namespace detail {
 
-// Ends a call that gives a value: the value, or what the library said.
+// Ends a call that returns a value: returns the value, or reports the failure.
 template <class T>
 returns<T> finish(elora_status code, T value) {
     if (code != ELORA_STATUS_OK) {
@@ -257,7 +268,7 @@ returns<T> finish(elora_status code, T value) {
     return returns<T>(std::move(value));
 }
 
-// Ends a call that gives nothing.
+// Ends a call that returns no value: reports a failure, if there is one.
 inline returns<void> finish(elora_status code) {
     if (code != ELORA_STATUS_OK) {
 #if defined(ELASTIC_LORA_NO_EXCEPTIONS)
@@ -269,7 +280,7 @@ inline returns<void> finish(elora_status code) {
     return returns<void>();
 }
 
-// A call that copies elements out, asked for the size first.
+// Makes a call that copies elements out: the first call gets the number, the second the elements.
 template <class T, class Call>
 returns<std::vector<T>> elements(Call call) {
     std::size_t size = 0;
@@ -282,7 +293,7 @@ returns<std::vector<T>> elements(Call call) {
     return finish(code, std::move(found));
 }
 
-// A call that copies a text out, asked for the size first.
+// Makes a call that copies a text out: the first call gets the length, the second the text.
 template <class Call>
 returns<std::string> text(Call call) {
     std::size_t size = 0;
@@ -296,7 +307,7 @@ returns<std::string> text(Call call) {
     return finish(code, std::move(found));
 }
 
-// A shared handle to something immutable.
+// A shared handle to an immutable object.
 template <class T, const T *(*Retain)(const T *), void (*Free)(const T *)>
 class shared_handle {
 public:
@@ -318,7 +329,7 @@ private:
     const T *pointer_;
 };
 
-// What is listed by index: something with size() and operator[].
+// An iterator over anything with size() and operator[].
 template <class List, class Item>
 class index_iterator {
 public:
@@ -347,7 +358,7 @@ private:
     std::size_t index_;
 };
 
-// What a range-based for goes over. It keeps its owner.
+// A range for range-based for loops. It keeps its owner alive.
 template <class Owner, class Item, std::size_t (Owner::*Count)() const, Item (Owner::*At)(std::size_t) const>
 class list {
 public:
@@ -365,7 +376,7 @@ private:
 
 } // namespace detail
 
-// How a model is loaded; see elora_model_options.
+// Options for loading a model; see elora_model_options.
 struct model_options {
     std::uint32_t n_threads = 0;
     bool use_mmap = true;
@@ -381,7 +392,7 @@ struct model_options {
     }
 };
 
-// What a session is like; see elora_session_options.
+// Session options; see elora_session_options.
 struct session_options {
     std::size_t n_ctx = 0;
     std::size_t prefill_rows = 0;
@@ -399,7 +410,8 @@ struct session_options {
     }
 };
 
-// How text goes on; see elora_generate_options.
+// Text-generation options; see elora_generate_options. max_new_tokens is also the size of the output
+// buffer and must be at least 1.
 struct generate_options {
     std::size_t max_new_tokens = 128;
     std::vector<token> stop_tokens;
@@ -426,7 +438,7 @@ struct generate_options {
     }
 };
 
-// A linear layer of a model, with its sizes in the whole model.
+// Description of a linear layer, with the sizes of the whole model; see elora_layer_info.
 struct layer_info {
     std::size_t index = 0;
     std::string name;
@@ -441,7 +453,7 @@ struct layer_info {
     bool has_bias = false;
 };
 
-// Sizes and numbers of a whole model.
+// Sizes and constants of a model; see elora_model_info.
 struct model_info {
     std::size_t vocab_size = 0;
     std::size_t context_size = 0;
@@ -452,7 +464,7 @@ struct model_info {
     double norm_epsilon = 0.0;
 };
 
-// A subnet that a model knows by name.
+// Index and name of a subnet.
 struct subnet_info {
     std::size_t index = 0;
     std::string name;
@@ -461,14 +473,15 @@ struct subnet_info {
 class linear;
 class session;
 
-// A model. Immutable; copies share it.
+// A model. Immutable; copies share it. Each function calls elora_model_ and its name.
 class model {
 public:
-    // No model; functions that need one fail.
+    // Creates an empty object, which holds no model. Functions that need a model fail on it.
     model() = default;
-    // Takes over a handle of the C interface.
+    // Takes ownership of a handle of the C interface.
     explicit model(const elora_model *handle) : handle_(handle) {}
 
+    // Loads a model from a bundle file or a Hugging Face folder.
     static returns<model> load(const text_arg &path, const model_options &options = model_options()) {
         const elora_model_options c = options.to_c();
         model loaded;
@@ -477,15 +490,17 @@ public:
     }
 
     explicit operator bool() const noexcept { return get() != nullptr; }
-    // The handle, which stays this object's.
+    // Returns the handle of the C interface; this object keeps its ownership.
     const elora_model *get() const noexcept { return handle_.get(); }
 
+    // Counts and sizes; see the functions of the C interface. An empty object returns 0.
     std::size_t vocab_size() const { return elora_model_vocab_size(get()); }
     std::size_t context_size() const { return elora_model_context_size(get()); }
     std::size_t weight_bytes() const { return elora_model_weight_bytes(get()); }
     std::size_t layer_count() const { return elora_model_layer_count(get()); }
     std::size_t subnet_count() const { return elora_model_subnet_count(get()); }
 
+    // Returns the description of a layer.
     returns<layer_info> layer(std::size_t index) const {
         elora_layer_info c = elora_layer_info();
         c.struct_size = sizeof c;
@@ -507,19 +522,21 @@ public:
         return detail::finish(code, std::move(info));
     }
 
+    // Returns the index of the layer with this name.
     returns<std::size_t> find_layer(const text_arg &layer_name) const {
         std::size_t index = 0;
         const elora_status code = elora_model_find_layer(get(), layer_name.c_str(), &index);
         return detail::finish(code, index);
     }
 
+    // Returns the index of the subnet with this name.
     returns<std::size_t> find_subnet(const text_arg &subnet_name) const {
         std::size_t index = 0;
         const elora_status code = elora_model_find_subnet(get(), subnet_name.c_str(), &index);
         return detail::finish(code, index);
     }
 
-    // The layer of an index that there is, and an empty description otherwise.
+    // Returns the description of a layer, or an empty one if there is no layer of this index.
     layer_info layer_at(std::size_t index) const {
         if (index >= layer_count()) {
             return layer_info();
@@ -532,7 +549,7 @@ public:
 #endif
     }
 
-    // The subnet of an index that there is, and an empty description otherwise.
+    // Returns the description of a subnet, or an empty one if there is no subnet of this index.
     subnet_info subnet_at(std::size_t index) const {
         subnet_info info;
         const char *found = elora_model_subnet_name(get(), index);
@@ -546,9 +563,9 @@ public:
     using layer_list = detail::list<model, layer_info, &model::layer_count, &model::layer_at>;
     using subnet_list = detail::list<model, subnet_info, &model::subnet_count, &model::subnet_at>;
 
-    // for (const elora::layer_info &layer : model.layers()) ...
+    // The layers, for use as: for (const elora::layer_info &layer : model.layers()) ...
     layer_list layers() const { return layer_list(*this); }
-    // for (const elora::subnet_info &subnet : model.subnets()) ...
+    // The subnets, for use as: for (const elora::subnet_info &subnet : model.subnets()) ...
     subnet_list subnets() const { return subnet_list(*this); }
 
     // The search space as JSON.
@@ -559,26 +576,29 @@ public:
         });
     }
 
-    // A subnet as a model of its own.
+    // Returns a subnet as a model of its own.
     returns<model> extract(std::size_t subnet) const {
         model cut;
         const elora_status code = elora_model_extract(get(), subnet, cut.handle_.out());
         return detail::finish(code, std::move(cut));
     }
 
-    // The model with its adapters put into its weights, which must be dense.
+    // Returns the model with its adapters added to its weights, which must be dense.
     returns<model> merge() const {
         model merged;
         const elora_status code = elora_model_merge(get(), merged.handle_.out());
         return detail::finish(code, std::move(merged));
     }
 
+    // Writes the model to a file as a bundle.
     returns<void> save(const text_arg &path, bool overwrite = false) const {
         return detail::finish(elora_model_save(get(), path.c_str(), overwrite));
     }
 
+    // Reads and checks all weights.
     returns<void> verify() const { return detail::finish(elora_model_verify(get())); }
 
+    // The tokens that end a generation.
     returns<std::vector<token>> stop_tokens() const {
         const elora_model *handle = get();
         return detail::elements<token>([handle](token *buf, std::size_t cap, std::size_t *n) {
@@ -586,8 +606,10 @@ public:
         });
     }
 
+    // Whether the model has a tokenizer.
     bool has_tokenizer() const { return elora_model_has_tokenizer(get()); }
 
+    // Converts a text to tokens.
     returns<std::vector<token>> tokenize(const text_arg &text, special around = special::prompt) const {
         const elora_model *handle = get();
         const char *pointer = text.c_str();
@@ -596,6 +618,7 @@ public:
         });
     }
 
+    // Converts tokens to text, without special tokens.
     returns<std::string> detokenize(span<const token> tokens) const {
         const elora_model *handle = get();
         return detail::text([=](char *buf, std::size_t cap, std::size_t *len) {
@@ -603,7 +626,7 @@ public:
         });
     }
 
-    // What a caller that runs the model itself needs beside the layers.
+    // Sizes and constants for a custom inference loop.
     returns<model_info> describe() const {
         elora_model_info c = elora_model_info();
         c.struct_size = sizeof c;
@@ -620,63 +643,67 @@ public:
         }
         return detail::finish(code, info);
     }
-    // Rows of hidden_size numbers.
+    // Writes the embeddings of tokens: one row of hidden_size elements for each.
     returns<void> embed(span<const token> tokens, span<float> out) const {
         return detail::finish(elora_model_embed(get(), tokens.data(), tokens.size(), out.data(), out.size()));
     }
-    // The gain of a norm, hidden_size numbers, by its tensor's name.
+    // Writes the gains of a norm, hidden_size elements. `tensor` is the name of its tensor.
     returns<void> norm(const text_arg &tensor, span<float> out) const {
         return detail::finish(elora_model_norm(get(), tensor.c_str(), out.data(), out.size()));
     }
-    // Cosines and sines of a position, head_dim / 2 numbers each.
+    // Writes the cosines and sines of the rotary embedding at a position, head_dim / 2 elements
+    // each.
     returns<void> rotary(std::size_t position, span<float> cos, span<float> sin) const {
         const std::size_t len = cos.size() < sin.size() ? cos.size() : sin.size();
         return detail::finish(elora_model_rotary(get(), position, cos.data(), sin.data(), len));
     }
 
-    // One layer as a subnet has it; 0 is the whole model.
+    // Returns a layer under a subnet; subnet 0 is the whole model.
     returns<elora::linear> linear(std::size_t layer, std::size_t subnet = 0,
                                   activations kept = activations::int16) const;
-    // An empty session.
+    // Creates an empty session.
     returns<elora::session> session(const session_options &options = session_options()) const;
 
 private:
     detail::shared_handle<elora_model, elora_model_retain, elora_model_free> handle_;
 };
 
-// A linear layer, to be applied to the caller's buffers. Immutable; copies share it.
+// A linear layer that is applied to the caller's buffers. Immutable; copies share it.
 class linear {
 public:
     linear() = default;
-    // Takes over a handle of the C interface.
+    // Takes ownership of a handle of the C interface.
     explicit linear(const elora_linear *handle) : handle_(handle) {}
 
     explicit operator bool() const noexcept { return get() != nullptr; }
     const elora_linear *get() const noexcept { return handle_.get(); }
+    // Active sizes and rank; see the functions of the C interface. An empty object returns 0.
     std::size_t in_features() const { return elora_linear_in_features(get()); }
     std::size_t out_features() const { return elora_linear_out_features(get()); }
     std::size_t rank() const { return elora_linear_rank(get()); }
 
+    // Returns the bytes of scratch memory for n_rows rows of any dtype.
     returns<std::size_t> scratch_size(std::size_t n_rows) const {
         std::size_t bytes = 0;
         const elora_status code = elora_linear_scratch_size(get(), n_rows, &bytes);
         return detail::finish(code, bytes);
     }
 
-    // Rows that lie one after the other. Without scratch memory the library allocates it.
+    // Applies the layer to contiguous rows. If `scratch` is empty, the library allocates the
+    // memory.
     returns<void> forward(std::size_t n_rows, span<const float> x, span<float> y,
                           span<unsigned char> scratch = span<unsigned char>()) const {
         return forward(n_rows, x, in_features(), y, out_features(), scratch);
     }
 
-    // Rows that begin every ldx and ldy numbers.
+    // Applies the layer to rows that begin every ldx and ldy elements.
     returns<void> forward(std::size_t n_rows, span<const float> x, std::size_t ldx, span<float> y, std::size_t ldy,
                           span<unsigned char> scratch = span<unsigned char>()) const {
         return detail::finish(elora_linear_forward(get(), n_rows, x.data(), x.size(), ldx, y.data(), y.size(), ldy,
                                                    scratch.data(), scratch.size()));
     }
 
-    // Numbers of another type; lengths count numbers, not bytes.
+    // Applies the layer to elements of another dtype. Lengths count elements, not bytes.
     returns<void> forward(std::size_t n_rows, dtype type, const void *x, std::size_t x_len, std::size_t ldx, void *y,
                           std::size_t y_len, std::size_t ldy,
                           span<unsigned char> scratch = span<unsigned char>()) const {
@@ -689,11 +716,11 @@ private:
     detail::shared_handle<elora_linear, elora_linear_retain, elora_linear_free> handle_;
 };
 
-// One sequence on a model. One thread at a time.
+// One sequence on a model. It may be used by one thread at a time.
 class session {
 public:
     session() noexcept : handle_(nullptr) {}
-    // Takes over a handle of the C interface.
+    // Takes ownership of a handle of the C interface.
     explicit session(elora_session *handle) noexcept : handle_(handle) {}
     session(session &&other) noexcept : handle_(other.handle_) { other.handle_ = nullptr; }
     session &operator=(session &&other) noexcept {
@@ -707,20 +734,22 @@ public:
     explicit operator bool() const noexcept { return handle_ != nullptr; }
     elora_session *get() const noexcept { return handle_; }
 
+    // Activates a subnet by index or by name. Fails if the session holds tokens.
     returns<void> set_subnet(std::size_t subnet) {
         return detail::finish(elora_session_set_subnet(handle_, subnet));
     }
     returns<void> set_subnet(const text_arg &subnet_name) {
         return detail::finish(elora_session_set_subnet_named(handle_, subnet_name.c_str()));
     }
-    // A value for each group of the search space, as JSON.
+    // Activates the subnet given by a JSON object with a value for each group of the search space.
     returns<void> set_subnet_json(const text_arg &json) {
         return detail::finish(elora_session_set_subnet_json(handle_, json.c_str()));
     }
-    // A rank for each linear layer of the model.
+    // Sets the active ranks, one for each linear layer of the model.
     returns<void> set_ranks(span<const std::uint32_t> ranks) {
         return detail::finish(elora_session_set_ranks(handle_, ranks.data(), ranks.size()));
     }
+    // The active rank of each linear layer.
     returns<std::vector<std::uint32_t>> ranks() {
         elora_session *handle = handle_;
         return detail::elements<std::uint32_t>([handle](std::uint32_t *buf, std::size_t cap, std::size_t *n) {
@@ -728,24 +757,30 @@ public:
         });
     }
 
+    // Removes all tokens.
     returns<void> reset() { return detail::finish(elora_session_reset(handle_)); }
+    // Removes all tokens but the first n_tokens.
     returns<void> truncate(std::size_t n_tokens) { return detail::finish(elora_session_truncate(handle_, n_tokens)); }
+    // Number of tokens that the session holds.
     std::size_t position() { return elora_session_position(handle_); }
+    // Largest number of tokens that the session can hold.
     std::size_t capacity() { return elora_session_capacity(handle_); }
 
-    // Appends tokens. The logits after the last go to `logits`, which may be empty.
+    // Appends tokens and writes the logits after the last one to `logits`, unless `logits` is
+    // empty.
     returns<void> decode(span<const token> tokens, span<float> logits = span<float>()) {
         return detail::finish(
             elora_session_decode(handle_, tokens.data(), tokens.size(), logits.data(), logits.size()));
     }
-    // Appends tokens. The logits after each go to `logits`, row by row.
+    // Appends tokens and writes the logits after each one to a row of `logits`.
     returns<void> decode_all(span<const token> tokens, span<float> logits) {
         return detail::finish(
             elora_session_decode_all(handle_, tokens.data(), tokens.size(), logits.data(), logits.size()));
     }
 
-    // Goes on from a prompt. `on_token` sees each new token; where it returns false, what there is so far is
-    // returned. What it throws comes out of this function.
+    // Appends a prompt and generates tokens. `on_token` is called with each new token; if it
+    // returns false, the tokens generated until then are returned. An exception thrown by it is
+    // rethrown from this function.
     returns<std::vector<token>> generate(span<const token> prompt,
                                          const generate_options &options = generate_options(),
                                          const std::function<bool(token)> &on_token = nullptr) {
@@ -776,7 +811,7 @@ public:
 private:
     friend class model;
 
-    // Nothing may be thrown through the library.
+    // Exceptions must not pass through the library, so the callback catches them.
     struct callback {
         const std::function<bool(token)> *on_token;
 #if !defined(ELASTIC_LORA_NO_EXCEPTIONS)
@@ -817,7 +852,8 @@ inline returns<session> model::session(const session_options &options) const {
     return detail::finish(code, elora::session(made));
 }
 
-// Appends one token to each of several sessions, which read the weights once. `logits` takes a row for each.
+// Appends one token to each of several sessions, reading the weights once for all of them. `logits`
+// receives one row for each session.
 inline returns<void> decode_batch(span<elora_session *const> sessions, span<const token> tokens, span<float> logits) {
     if (tokens.size() != sessions.size()) {
 #if defined(ELASTIC_LORA_NO_EXCEPTIONS)

@@ -1,4 +1,4 @@
-//! The one error type of the crate: a variant per broken rule, with fields that name what broke it.
+//! The crate's error type: one variant per broken rule, with fields that name the cause.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -6,27 +6,29 @@ use std::path::{Path, PathBuf};
 /// Shorthand for `std::result::Result<T, elastic_lora::Error>`.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong on user input. Programming errors inside the crate are panics; nothing a caller passes is.
+/// Everything that can go wrong because of user input.
 ///
-/// `Debug` gives the same text as `Display`, so that a `main` that returns a [`Result`] prints it.
+/// Panics are reserved for programming errors: bugs inside the crate, and arguments that break a
+/// documented requirement, such as tensors of the wrong shape. `Debug` prints the same text as
+/// `Display`, so a `main` that returns a [`Result`] shows a readable message.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    // --- files -------------------------------------------------------------------------------------------------
+    // --- files -----------------------------------------------------------------------------------
     /// Reading or writing a file failed.
     #[error("{path}: {source}", path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: std::io::Error,
     },
-    /// A file is not well-formed JSON, or not the JSON that was expected.
+    /// A file is not well-formed JSON, or lacks the expected structure.
     #[error("{path}: not the JSON expected: {source}", path = path.display())]
     Json {
-        /// The file, or a description of the text's origin.
+        /// The file, or a description of where the text came from.
         path: PathBuf,
-        /// Where and why parsing stopped.
+        /// The parser's error, with line and column.
         source: serde_json::Error,
     },
     /// A file breaks a rule of its format.
@@ -34,11 +36,11 @@ pub enum Error {
     InvalidFile {
         /// The file.
         path: PathBuf,
-        /// The rule, with the values found.
+        /// The broken rule, with the values found.
         reason: String,
     },
-    // --- tensors -----------------------------------------------------------------------------------------------
-    /// A tensor that the configuration requires is not in the checkpoint.
+    // --- tensors ---------------------------------------------------------------------------------
+    /// A tensor that the configuration requires is missing from the checkpoint.
     #[error("{path}: tensor `{tensor}` is missing", path = path.display())]
     MissingTensor {
         /// The checkpoint.
@@ -46,24 +48,24 @@ pub enum Error {
         /// The tensor's name.
         tensor: String,
     },
-    /// A tensor's shape is not what the configuration implies.
+    /// A tensor's shape differs from the shape that the configuration implies.
     #[error("tensor `{tensor}`: shape {found:?}, expected {expected:?}")]
     TensorShape {
         /// The tensor's name.
         tensor: String,
-        /// What the configuration implies.
+        /// The shape that the configuration implies.
         expected: Vec<usize>,
-        /// What the file holds.
+        /// The shape in the file.
         found: Vec<usize>,
     },
-    /// A tensor has an element type that cannot be used here.
+    /// A tensor has a dtype that cannot be used here.
     #[error("tensor `{tensor}`: dtype {found} cannot be read here (expected {expected})")]
     TensorDtype {
         /// The tensor's name.
         tensor: String,
-        /// The types that can.
+        /// The dtypes that can be used.
         expected: &'static str,
-        /// The type found.
+        /// The dtype found.
         found: String,
     },
     /// A tensor holds NaN or an infinity.
@@ -76,26 +78,26 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
-    /// A symmetric matrix that should have a Cholesky factor has none.
+    /// A symmetric matrix is not positive definite, so it has no Cholesky factor.
     #[error(
         "{what}: not positive definite, pivot {index} is {pivot} (more damping, or more calibration data)"
     )]
     NotPositiveDefinite {
         /// The matrix.
         what: String,
-        /// Row of the first pivot that fails, in the matrix's own order.
+        /// Row of the first pivot that is not positive, in the matrix's original order.
         index: usize,
-        /// Its value.
+        /// The value of that pivot.
         pivot: f64,
     },
-    /// A weight that is no value of the grid that it was rounded to.
+    /// A weight is not a value of the quantization grid that it should be on.
     #[error(
         "weight [{row}, {column}] is {value}, which is not on its grid of scale {scale} and zero point {zero}"
     )]
     OffGrid {
-        /// Output feature.
+        /// Index of the output feature.
         row: usize,
-        /// Input feature.
+        /// Index of the input feature.
         column: usize,
         /// The weight.
         value: f32,
@@ -104,7 +106,7 @@ pub enum Error {
         /// The zero point of its group.
         zero: u8,
     },
-    /// A value too large for the element type it was to be written in.
+    /// A value is too large for the dtype that it should be written in.
     #[error("tensor `{tensor}`: element {index} is {value}, too large for {dtype}")]
     TensorOverflow {
         /// The tensor's name.
@@ -113,128 +115,128 @@ pub enum Error {
         index: usize,
         /// Its value.
         value: f32,
-        /// The element type.
+        /// The dtype.
         dtype: &'static str,
     },
-    // --- model configuration -----------------------------------------------------------------------------------
-    /// A field of `config.json` is missing or has a value that makes no model.
+    // --- model configuration ---------------------------------------------------------------------
+    /// A field of `config.json` is missing or has a value that describes no valid model.
     #[error("config field `{field}`: {reason}")]
     InvalidConfig {
         /// The field.
         field: String,
-        /// The rule, with the value found.
+        /// The broken rule, with the value found.
         reason: String,
     },
-    /// The architecture is none that this crate implements.
+    /// This crate does not implement the architecture.
     #[error("architecture `{found}` is not supported (supported: {supported})")]
     UnsupportedArchitecture {
         /// `model_type` as found.
         found: String,
-        /// The families that are.
+        /// The supported families.
         supported: String,
     },
-    /// A feature of a file, model or adapter that this crate does not implement.
+    /// This crate does not implement a feature of a file, model or adapter.
     #[error("{what} is not supported")]
     Unsupported {
         /// The feature, with the value found.
         what: String,
     },
-    // --- search space ------------------------------------------------------------------------------------------
-    /// A layer name that the model does not have.
+    // --- search space ----------------------------------------------------------------------------
+    /// The model has no layer of this name.
     #[error("{context}: there is no layer `{layer}`")]
     UnknownLayer {
-        /// Where the name stood (a group, an adapter file, ...).
+        /// Where the name appears (a group, an adapter file, ...).
         context: String,
         /// The name.
         layer: String,
     },
-    /// A group that the space does not have, or that a configuration leaves out.
+    /// The space has no such group, or a configuration leaves the group out.
     #[error("{context}: there is no group `{group}`")]
     UnknownGroup {
-        /// Where the name stood.
+        /// Where the name appears, or should appear.
         context: String,
         /// The name.
         group: String,
     },
-    /// A choice that the group does not offer.
+    /// The group does not offer this choice.
     #[error("group `{group}`: {found} is not one of its choices {choices:?}")]
     InvalidChoice {
         /// The group.
         group: String,
-        /// The value asked for.
+        /// The requested value.
         found: usize,
-        /// What the group offers.
+        /// The group's choices.
         choices: Vec<usize>,
     },
-    /// A search space that breaks a rule (no choices, a layer in two groups, ...).
+    /// A search space breaks a rule (no choices, a layer in two groups, ...).
     #[error("search space, group `{group}`: {reason}")]
     InvalidSpace {
         /// The group.
         group: String,
-        /// The rule.
+        /// The broken rule.
         reason: String,
     },
-    /// A rank over the adapter's maximum, or zero.
+    /// A rank is 0 or larger than the adapter's maximum.
     #[error("layer `{layer}`: rank {found} is not in 1..={max}")]
     InvalidRank {
         /// The layer.
         layer: String,
-        /// The rank asked for.
+        /// The requested rank.
         found: usize,
         /// The largest rank.
         max: usize,
     },
-    // --- arguments ---------------------------------------------------------------------------------------------
-    /// An argument outside its range.
+    // --- arguments -------------------------------------------------------------------------------
+    /// An argument is outside its range.
     #[error("{name} = {found}: {expected}")]
     InvalidArgument {
         /// The argument.
         name: &'static str,
         /// Its value.
         found: String,
-        /// The rule.
+        /// The broken rule.
         expected: String,
     },
-    /// Two things that must agree in size do not.
+    /// Two sizes that must agree differ.
     #[error("{what}: {found:?}, expected {expected:?}")]
     ShapeMismatch {
         /// What was compared.
         what: String,
-        /// The size that was needed.
+        /// The required size.
         expected: Vec<usize>,
-        /// The size that was given.
+        /// The given size.
         found: Vec<usize>,
     },
-    // --- data --------------------------------------------------------------------------------------------------
-    /// A data set without a usable record.
+    // --- data ------------------------------------------------------------------------------------
+    /// A data set has no usable record.
     #[error("{path}: no usable record{detail}", path = path.display())]
     EmptyDataset {
         /// The file.
         path: PathBuf,
-        /// Why those that were there could not be used; empty when there was none.
+        /// Why its records could not be used; empty if it has none.
         detail: String,
     },
-    /// A record that breaks its form.
+    /// A record breaks the rules of its format.
     #[error("{path}: record {record}: {reason}", path = path.display())]
     InvalidRecord {
         /// The file.
         path: PathBuf,
         /// Number of the record, from 1.
         record: usize,
-        /// The rule.
+        /// The broken rule.
         reason: String,
     },
-    /// A sequence longer than the model can take.
+    /// A sequence is longer than the model's context.
     #[error("{what}: {found} tokens, but the model's context is {max}")]
     SequenceTooLong {
-        /// Which sequence.
+        /// Which sequence it is.
         what: String,
         /// Its length.
         found: usize,
         /// The model's context length.
         max: usize,
     },
-    /// A token id outside the vocabulary.
+    /// A token id is outside the vocabulary.
     #[error("token id {found} is outside the vocabulary of {vocab_size}")]
     TokenOutOfRange {
         /// The id.
@@ -242,25 +244,25 @@ pub enum Error {
         /// The vocabulary's size.
         vocab_size: usize,
     },
-    /// The tokenizer refused a file or a text.
+    /// The tokenizer rejected a file or a text.
     #[error("{path}: tokenizer: {reason}", path = path.display())]
     Tokenizer {
-        /// `tokenizer.json`.
+        /// Path of `tokenizer.json`.
         path: PathBuf,
-        /// What it said.
+        /// The tokenizer's message.
         reason: String,
     },
-    /// A merge that would fill zeros of the base.
+    /// A merge would fill zeros of the base weight.
     #[error(
         "layer `{layer}`: merging would fill {lost} zeros of the weight (train its adapter with SparsePEFT, or merge densely)"
     )]
     ZerosLost {
         /// The layer.
         layer: String,
-        /// Zeros that the merged weight would lose.
+        /// Number of zeros that the merged weight would lose.
         lost: usize,
     },
-    /// A model with adapters where a plain one is needed.
+    /// A model has adapters where one without them is required.
     #[error("layer `{layer}` has an adapter: {reason}")]
     HasAdapter {
         /// The layer.
@@ -268,38 +270,38 @@ pub enum Error {
         /// What to do about it.
         reason: &'static str,
     },
-    // --- inference ---------------------------------------------------------------------------------------------
-    /// A session or model is in a state in which what was asked cannot be done.
+    // --- inference -------------------------------------------------------------------------------
+    /// The state of a session or model does not allow the requested operation.
     #[error("{what}: {reason}")]
     InvalidState {
-        /// What was asked for.
+        /// The requested operation.
         what: &'static str,
-        /// Why it cannot be done, and what to do first.
+        /// Why it is not possible, and what to do first.
         reason: String,
     },
-    /// A subnet name that the model does not have.
+    /// The model has no subnet of this name.
     #[error("there is no subnet `{name}` (there are: {known})")]
     UnknownSubnet {
         /// The name.
         name: String,
-        /// Those that there are.
+        /// The names of the model's subnets.
         known: String,
     },
-    /// The system gave no memory.
+    /// An allocation failed.
     #[error("{what}: no memory for {bytes} bytes")]
     OutOfMemory {
-        /// What it was for.
+        /// Purpose of the memory.
         what: &'static str,
-        /// How much was asked for.
+        /// Number of bytes requested.
         bytes: usize,
     },
-    // --- runs --------------------------------------------------------------------------------------------------
-    /// Training met a loss or a gradient that is no finite number.
+    // --- runs ------------------------------------------------------------------------------------
+    /// The loss or the gradient became NaN or infinite during training.
     #[error("step {step}: training diverged (loss {loss}, gradient norm {grad_norm})")]
     Diverged {
         /// The optimizer step, from 1.
         step: usize,
-        /// The loss, of the step's batch or of the validation after it, in nats a target.
+        /// The loss of the step's batch, or of the validation after it, in nats per target token.
         loss: f64,
         /// Norm of the step's gradient.
         grad_norm: f64,
@@ -316,10 +318,11 @@ pub enum Error {
         /// The checkpoint's value.
         found: String,
     },
-    /// The caller asked to stop; see [`Progress::is_interrupted`](crate::progress::Progress::is_interrupted).
+    /// The caller asked to stop; see
+    /// [`Progress::is_interrupted`](crate::progress::Progress::is_interrupted).
     #[error("{task}: interrupted")]
     Interrupted {
-        /// What was going on, such as `prune`.
+        /// The interrupted task, such as `prune`.
         task: String,
     },
 }
@@ -331,7 +334,7 @@ impl fmt::Debug for Error {
 }
 
 impl Error {
-    /// Names `path` in an I/O error.
+    /// Creates an [`Error::Io`] for `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Error::Io {
             path: path.as_ref().to_path_buf(),
@@ -339,7 +342,7 @@ impl Error {
         }
     }
 
-    /// Names `path` in a JSON error.
+    /// Creates an [`Error::Json`] for `path`.
     pub fn json(path: impl AsRef<Path>, source: serde_json::Error) -> Self {
         Error::Json {
             path: path.as_ref().to_path_buf(),
@@ -347,7 +350,7 @@ impl Error {
         }
     }
 
-    /// A file that breaks a rule of its format.
+    /// Creates an [`Error::InvalidFile`].
     pub fn invalid_file(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
         Error::InvalidFile {
             path: path.as_ref().to_path_buf(),
@@ -355,7 +358,7 @@ impl Error {
         }
     }
 
-    /// An argument outside its range.
+    /// Creates an [`Error::InvalidArgument`].
     pub fn argument(
         name: &'static str,
         found: impl fmt::Display,

@@ -1,16 +1,13 @@
 //! Prune, fine-tune, search, merge and run large language models with elastic low-rank adapters.
 //!
-//! The methods are those of *Low-Rank Adapters Meet Neural Architecture Search for LLM Compression* (arXiv 2501.16372): LoNAS'
-//! elastic channels, which end in a smaller model; Shears' neural low-rank adapter search on a pruned model; and SQFT's
-//! SparsePEFT, whose adapters merge into the sparse weights without losing a zero.
+//! This program turns a model folder into a smaller one and generates text with it. It is
+//! `examples/quickstart.rs`, and runs for about a minute on two cores:
 //!
-//! From a model folder to a smaller one (`examples/quickstart.rs`, which takes a minute on two cores):
+#![cfg_attr(feature = "flex", doc = "```no_run")]
+#![cfg_attr(feature = "flex", doc = include_str!("../examples/quickstart.rs"))]
+#![cfg_attr(feature = "flex", doc = "```")]
 //!
-//! ```no_run
-#![doc = include_str!("../examples/quickstart.rs")]
-//! ```
-//!
-//! # The way of a model
+//! # Step by step
 //!
 //! ```text
 //! io --> model --> supernet --> train --> trained supernet --> search <--> eval
@@ -19,36 +16,55 @@
 //!                                               merge --> compressed model --> io, runtime
 //! ```
 //!
-//! 1. [`model::Pretrained::open`] reads a Hugging Face folder into a [`model::Decoder`].
-//! 2. [`calib::prune_model`] prunes it, layer by layer, by [`sparsity::Method`] and [`sparsity::Pattern`];
-//!    [`calib::quantize_model`] rounds its weights to integers, with GPTQ if wanted, and keeps every zero.
-//! 3. A [`SearchSpace`] says which layers share a rank and which ranks there are; [`SuperNet::new`] puts elastic adapters
-//!    ([`ElasticLoraLinear`]) on the model.
-//! 4. A [`train::Trainer`] trains all subnets at once, a random one at each step or, by the sandwich rule, the largest, a random
-//!    one and the smallest.
-//! 5. A [`Searcher`], driven by a [`search::Study`], finds the [`SubnetConfig`] that is worth its cost
-//!    ([`eval::SubnetObjective`]).
-//! 6. [`SuperNet::extract_adapter`] gives it as a plain LoRA for PEFT ([`io::peft`]); [`Merger`] merges it;
-//!    [`model::Pretrained::write_variant`] writes the result.
-//! 7. [`runtime::Model`] runs what came out, with weights as they are stored ([`mod@format`], [`kernels`]), from a bundle or a folder; from C and C++
-//!    by `include/elastic_lora.h` (feature `capi`).
+//! 1. **Open a model.** [`model::Pretrained::open`] reads a Hugging Face folder: weights,
+//!    configuration and tokenizer. Its [`model::Decoder`] is the model.
+//! 2. **Compress it.** [`calib::prune_model`] sets weights to zero, layer by layer; choose the
+//!    [`sparsity::Method`] and the [`sparsity::Pattern`]. [`calib::quantize_model`] rounds weights
+//!    to integers, optionally with GPTQ, and keeps every zero.
+//! 3. **Add elastic adapters.** A [`SearchSpace`] says which layers share a rank and which ranks
+//!    each may have. [`SuperNet::new`] adds the adapters ([`ElasticLoraLinear`]) to the model.
+//! 4. **Train.** A [`train::Trainer`] trains all subnets at once. Each step trains one random
+//!    subnet or, by the sandwich rule, the largest, a random and the smallest one.
+//! 5. **Search.** A [`Searcher`], driven by a [`search::Study`], finds the [`SubnetConfig`] with
+//!    the best quality for its cost. [`eval::SubnetObjective`] measures both.
+//! 6. **Export or merge.** [`SuperNet::extract_adapter`] returns a plain LoRA, and [`io::peft`]
+//!    writes it for PEFT. [`Merger`] merges the adapters into the weights, and
+//!    [`model::Pretrained::write_variant`] writes the result as a folder.
+//! 7. **Run.** [`runtime::Model`] opens a folder or a bundle, and computes directly on the stored
+//!    weights ([`mod@format`], [`kernels`]). From C and C++, use `include/elastic_lora.h` (feature
+//!    `capi`).
 //!
-//! A space may also have elastic widths and depth ([`space::Elastic`]): then [`calib::sort_channels`] comes before step 3, so that what
-//! matters most is in every prefix, and [`Merger::extract`] gives a model with fewer channels, heads and blocks. What a subnet
-//! costs is counted ([`supernet::SubnetCost`]) or foretold from measured parts ([`eval::LatencyTable`]).
+//! A space can also have elastic widths and depth ([`space::Elastic`]). Then call
+//! [`calib::sort_channels`] before step 3, so that every prefix holds the most important channels;
+//! [`Merger::extract`] returns a model with fewer channels, heads and blocks. The cost of a subnet
+//! is counted ([`supernet::SubnetCost`]) or predicted from timings of its parts
+//! ([`eval::LatencyTable`]).
 //!
-//! The adapters work in any Burn model: [`ElasticLoraLinear`] as a layer, [`adapter::ElasticLoraReparameterizer`] on modules
-//! that exist already.
+//! The adapters work in any Burn model: use [`ElasticLoraLinear`] as a layer, or
+//! [`adapter::ElasticLoraReparameterizer`] on existing modules.
+//!
+//! # Methods
+//!
+//! The crate implements the methods of *Low-Rank Adapters Meet Neural Architecture Search for LLM
+//! Compression* (arXiv 2501.16372):
+//!
+//! - LoNAS: elastic channels, which result in a smaller model.
+//! - Shears: neural low-rank adapter search on a pruned model.
+//! - SQFT: with SparsePEFT, adapters that merge into the sparse weights without losing a zero.
 //!
 //! # Conventions
 //!
-//! Files, [`linalg::Matrix`], masks and merging speak Hugging Face's `[out, in]`; Burn tensors `[in, out]`. A fraction is in
-//! 0..=1. Losses are in nats. Long work takes a [`progress::Progress`] as its last argument, which may interrupt it; the library
-//! prints nothing by itself. Everything random has a seed, and the same seed gives the same result on the same machine, at
-//! any number of threads. Files, data and settings that are wrong come back as an [`Error`] that names them; functions of
-//! tensors alone panic on shapes other than those that their docs state, as Burn's own do.
+//! - Files, [`linalg::Matrix`], masks and merging use Hugging Face's orientation `[out, in]`; Burn
+//!   tensors use `[in, out]`.
+//! - A fraction is in 0..=1. A loss is in nats.
+//! - Long work takes a [`progress::Progress`] as its last argument, which can interrupt it. The
+//!   library itself prints nothing.
+//! - All randomness is seeded. The same seed gives the same result on the same machine, with any
+//!   number of threads.
+//! - Invalid files, data and settings return an [`Error`] that names them. Functions that take only
+//!   tensors panic on shapes other than the documented ones, as Burn's own functions do.
 #![warn(missing_docs)]
-// What only the training half calls is unused in a build without it.
+// Items that only the training half calls are unused in a build without it.
 #![cfg_attr(not(feature = "burn"), allow(dead_code, unused_imports))]
 
 #[macro_use]
@@ -61,7 +77,7 @@ pub mod error;
 mod ffi;
 pub mod format;
 pub mod io;
-#[doc(hidden)] // the benches use it
+#[doc(hidden)] // used by the benches
 pub mod kernels;
 pub mod linalg;
 pub mod progress;
@@ -71,7 +87,7 @@ pub mod search;
 pub mod space;
 pub mod sparsity;
 
-// The half that trains, on Burn. Nothing above names it.
+// The training half, built on Burn. No module above uses it.
 #[cfg(feature = "burn")]
 pub mod adapter;
 #[cfg(feature = "burn")]

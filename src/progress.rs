@@ -1,7 +1,8 @@
-//! What long work tells the caller, and how the caller stops it.
+//! Progress reports of long work, and its interruption.
 //!
-//! Functions that may run for minutes take a `&dyn Progress` as their last argument: [`Silent`] for none,
-//! [`TerminalProgress`] for a bar on a terminal and a line every 30 seconds elsewhere, or an implementation of one's own.
+//! Functions that may run for minutes take a `&dyn Progress` as their last argument. Pass
+//! [`Silent`] to show nothing, [`TerminalProgress`] for a bar on a terminal and a line every 30
+//! seconds elsewhere, or your own implementation.
 //!
 //! ```
 //! use elastic_lora::progress::{Progress, Silent, Task};
@@ -27,20 +28,23 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
 
-/// Hears of long work, and may stop it. Every method has a default that does nothing.
+/// Receives reports of long work, and can stop it.
 ///
-/// Tasks may lie within each other (a validation within a training), and those of different threads may overlap.
+/// Every method has a default that does nothing. Tasks may be nested (a validation within a
+/// training), and tasks of different threads may overlap.
 pub trait Progress: Sync {
-    /// A task begins.
+    /// Reports that a task begins.
     fn begin(&self, _task: &Task<'_>) {}
 
-    /// Steps of a task are done: [`Task::done`] of [`Task::total`]. `note` is a short text such as `loss 0.1234`, or empty.
+    /// Reports that steps of a task are done: [`Task::done`] of [`Task::total`]. `note` is a short
+    /// text such as `loss 0.1234`, or empty.
     fn step(&self, _task: &Task<'_>, _note: &str) {}
 
-    /// A task has ended, whether or not all of its steps are done.
+    /// Reports that a task has ended, whether or not all of its steps are done.
     fn end(&self, _task: &Task<'_>) {}
 
-    /// Whether the work should stop with [`Error::Interrupted`]. It is asked often: between batches, layers and tokens.
+    /// Returns whether the work should stop with [`Error::Interrupted`]. It is called often:
+    /// between batches, layers and tokens.
     fn is_interrupted(&self) -> bool {
         false
     }
@@ -52,14 +56,14 @@ pub struct Silent;
 
 impl Progress for Silent {}
 
-/// Shows nothing, and interrupts once it is true.
+/// Shows nothing, and interrupts the work once the flag is true.
 impl Progress for AtomicBool {
     fn is_interrupted(&self) -> bool {
         self.load(Ordering::Relaxed)
     }
 }
 
-/// A piece of long work with a known number of steps. It ends when it is dropped.
+/// A piece of long work with a known number of steps. Dropping it ends the task.
 pub struct Task<'a> {
     progress: &'a dyn Progress,
     id: u64,
@@ -71,10 +75,10 @@ pub struct Task<'a> {
 }
 
 impl<'a> Task<'a> {
-    /// Begins a task of `total` steps. `unit` names several of them, such as `layers`.
+    /// Begins a task of `total` steps. `unit` is the plural name of a step, such as `layers`.
     ///
     /// # Errors
-    /// [`Error::Interrupted`].
+    /// Returns [`Error::Interrupted`] if the caller asked to stop.
     pub fn begin(
         progress: &'a dyn Progress,
         label: impl Into<String>,
@@ -84,10 +88,10 @@ impl<'a> Task<'a> {
         Self::resume(progress, label, 0, total, unit)
     }
 
-    /// Begins a task of which `done` steps were done before.
+    /// Begins a task of `total` steps, `done` of which were done earlier.
     ///
     /// # Errors
-    /// [`Error::Interrupted`].
+    /// Returns [`Error::Interrupted`] if the caller asked to stop.
     pub fn resume(
         progress: &'a dyn Progress,
         label: impl Into<String>,
@@ -110,16 +114,16 @@ impl<'a> Task<'a> {
         Ok(task)
     }
 
-    /// Counts one more step as done.
+    /// Counts one more step as done, and checks for an interruption.
     ///
     /// # Errors
-    /// As [`check`](Self::check).
+    /// Returns the error of [`check`](Self::check).
     pub fn step(&mut self, note: &str) -> Result<()> {
         self.advance(1, note);
         self.check()
     }
 
-    /// Counts `n` more steps as done, and does not ask whether to stop.
+    /// Counts `n` more steps as done, without checking for an interruption.
     pub fn advance(&mut self, n: usize, note: &str) {
         if n > 0 {
             self.done += n;
@@ -127,10 +131,10 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Asks whether to stop.
+    /// Checks whether the caller asked to stop.
     ///
     /// # Errors
-    /// [`Error::Interrupted`], which names the task.
+    /// Returns [`Error::Interrupted`], which names the task, if so.
     pub fn check(&self) -> Result<()> {
         if self.progress.is_interrupted() {
             let task = self.label.clone();
@@ -139,17 +143,17 @@ impl<'a> Task<'a> {
         Ok(())
     }
 
-    /// A number that no other task of the process has.
+    /// Identifier of the task, unique within the process.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// What is done, such as `prune`.
+    /// Name of the work, such as `prune`.
     pub fn label(&self) -> &str {
         &self.label
     }
 
-    /// Name of several steps, such as `layers`.
+    /// Plural name of a step, such as `layers`.
     pub fn unit(&self) -> &'static str {
         self.unit
     }
@@ -159,12 +163,12 @@ impl<'a> Task<'a> {
         self.first
     }
 
-    /// Number of steps done, those before the task began among them.
+    /// Number of steps done, including those done before the task began.
     pub fn done(&self) -> usize {
         self.done
     }
 
-    /// Number of all steps.
+    /// Total number of steps.
     pub fn total(&self) -> usize {
         self.total
     }
@@ -176,10 +180,12 @@ impl Drop for Task<'_> {
     }
 }
 
-/// Shows a bar on standard error if that is a terminal. Otherwise writes a line with the time, the task, its share, its rate
-/// and the remaining time every 30 seconds, and one at the end of each task.
+/// Shows progress on a terminal or in a log.
 ///
-/// Of tasks within each other the outermost has the bar, and the innermost is named behind it.
+/// If standard error is a terminal, shows a bar there. Otherwise writes a line every 30 seconds
+/// with the time, the task, its completed share, its rate and the remaining time, and one line at
+/// the end of each outermost task. Of nested tasks, the outermost has the bar, and the innermost is
+/// named after it.
 pub struct TerminalProgress {
     shown: Arc<Mutex<Shown>>,
     interrupt: Option<Arc<AtomicBool>>,
@@ -188,7 +194,7 @@ pub struct TerminalProgress {
 /// Time between two lines.
 const INTERVAL: Duration = Duration::from_secs(30);
 
-/// Longest label beside a bar, in characters.
+/// Maximum length of the label beside a bar, in characters.
 const LABEL: usize = 20;
 
 impl TerminalProgress {
@@ -211,7 +217,8 @@ impl TerminalProgress {
     fn with_output(output: Output) -> Self {
         let tasks = Vec::new();
         let shown = Arc::new(Mutex::new(Shown { tasks, output }));
-        // A step may take longer than the time between two lines: the clock is not left to the steps.
+        // A thread keeps the time, because a single step may take longer than the time between two
+        // lines.
         let board = Arc::downgrade(&shown);
         std::thread::spawn(move || {
             loop {
@@ -226,7 +233,7 @@ impl TerminalProgress {
         Self { shown, interrupt }
     }
 
-    /// Interrupts the work once the flag is set, by a handler of Ctrl-C say.
+    /// Interrupts the work once the flag is set, for example by a Ctrl-C handler.
     pub fn with_interrupt(mut self, flag: Arc<AtomicBool>) -> Self {
         self.interrupt = Some(flag);
         self
@@ -262,13 +269,13 @@ fn lock(shown: &Mutex<Shown>) -> MutexGuard<'_, Shown> {
     shown.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where progress goes: to a bar while there is a task, or to a writer, with the time of the last line.
+/// Destination of the reports: a bar while a task runs, or a writer with the time of its last line.
 enum Output {
     Bar(Option<ProgressBar>),
     Lines(Box<dyn Write + Send>, SystemTime),
 }
 
-/// The tasks that run, outermost first. All methods are told the time.
+/// The running tasks, outermost first. All methods take the current time as an argument.
 struct Shown {
     tasks: Vec<Running>,
     output: Output,
@@ -336,7 +343,7 @@ impl Shown {
         }
     }
 
-    /// Shows how the work stands, if it is time to.
+    /// Updates the bar, or writes a line if the last one is at least [`INTERVAL`] old.
     fn tick(&mut self, now: SystemTime) {
         let Some(outer) = self.tasks.first() else {
             return;
@@ -362,7 +369,7 @@ impl Shown {
     }
 }
 
-/// A bar that leaves the rest of the line to the message, which is cut where the terminal ends.
+/// Creates a bar whose message fills the rest of the line and is cut at the edge of the terminal.
 fn new_bar(task: &Task<'_>) -> ProgressBar {
     let bar = ProgressBar::new(task.total as u64);
     if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:16}] {wide_msg}") {
@@ -378,7 +385,7 @@ fn new_bar(task: &Task<'_>) -> ProgressBar {
 }
 
 impl Running {
-    /// Such as `12/35 layers (34 %), 4.2 layers/s, 0:05 left, loss 0.1234`.
+    /// Formats a line such as `12/35 layers (34 %), 4.2 layers/s, 0:05 left, loss 0.1234`.
     fn state(&self, now: SystemTime) -> String {
         let share = 100.0 * self.done as f64 / self.total.max(1) as f64;
         let mut text = format!("{}/{} {} ({share:.0} %)", self.done, self.total, self.unit);
@@ -389,12 +396,12 @@ impl Running {
         self.with_note(text + &self.left(now))
     }
 
-    /// Such as `12/35, 0:05 left, loss 0.1234`, for the end of a line.
+    /// Formats a short state such as `12/35, 0:05 left, loss 0.1234`, for the message of a bar.
     fn brief(&self, now: SystemTime) -> String {
         self.with_note(format!("{}/{}{}", self.done, self.total, self.left(now)))
     }
 
-    /// Such as `, 0:05 left`, or nothing where no step is done.
+    /// Formats the remaining time, such as `, 0:05 left`; empty if the rate is not known yet.
     fn left(&self, now: SystemTime) -> String {
         let rate = self.rate(now);
         if rate == 0.0 {
@@ -404,7 +411,7 @@ impl Running {
         format!(", {} left", clock(left))
     }
 
-    /// Such as `35 layers in 0:08, 4.4 layers/s`.
+    /// Formats a summary such as `35 layers in 0:08, 4.4 layers/s`.
     fn summary(&self, now: SystemTime) -> String {
         let seconds = clock(self.seconds(now));
         let mut text = if self.done < self.total {
@@ -432,7 +439,7 @@ impl Running {
         elapsed.as_secs_f64()
     }
 
-    /// Steps a second; 0 where there is nothing to tell it by.
+    /// Number of steps per second; 0 if no time has passed.
     fn rate(&self, now: SystemTime) -> f64 {
         let seconds = self.seconds(now);
         if seconds > 0.0 {
@@ -443,7 +450,8 @@ impl Running {
     }
 }
 
-/// A rate by the second, minute or hour, whichever gives the first number of at least 1.
+/// Formats a rate per second, minute or hour: the first of them that gives at least 1, else per
+/// hour.
 fn per_time(rate: f64, unit: &str) -> String {
     let (factor, time) = [(1.0, "s"), (60.0, "min")]
         .into_iter()
@@ -452,7 +460,7 @@ fn per_time(rate: f64, unit: &str) -> String {
     format!("{:.1} {unit}/{time}", rate * factor)
 }
 
-/// `1:05` or `2:03:20`.
+/// Formats a duration such as `1:05` or `2:03:20`.
 fn clock(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
@@ -463,13 +471,14 @@ fn clock(seconds: f64) -> String {
     }
 }
 
-/// Such as `2026-02-28T23:59:59Z`.
+/// Formats a time such as `2026-02-28T23:59:59Z`.
 fn time_stamp(now: SystemTime) -> String {
     let since = now
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     let seconds = since.as_secs();
-    // Days are counted from 1 March of the year 0, so that leap days come last in their years, in cycles of 400 years.
+    // Days are counted from 1 March of year 0 in cycles of 400 years, so that a leap day is the
+    // last day of its year.
     let days = seconds / 86_400 + 719_468;
     let (cycle, day) = (days / 146_097, days % 146_097);
     let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
@@ -524,7 +533,7 @@ mod tests {
             shown.tick(at(second));
         }
         assert_eq!(page.take(), "");
-        // No step yet: a share, and no rate.
+        // No step is done yet, so the line shows the share but no rate.
         shown.tick(at(30));
         assert_eq!(
             page.take(),

@@ -1,10 +1,10 @@
-//! What the benches share.
+//! Code shared by the benches.
 //!
-//! `cargo bench -- --quick` runs all of them on small inputs, about a minute each. Those that criterion runs
-//! take its options and a filter of names; their other settings come from the environment ([`setting`]).
-//! Programs of their own are those that compare processes or measure a process's memory: they explain
-//! themselves with `--help`.
-#![allow(dead_code)] // no bench uses everything
+//! `cargo bench -- --quick` runs all of them on small inputs, which takes about a minute each.
+//! Benches that use criterion take its options and a filter of names; their other settings come
+//! from the environment ([`setting`]). Benches that compare processes or measure the memory of a
+//! process are separate programs, whose options `--help` describes.
+#![allow(dead_code)] // No bench uses everything.
 
 #[cfg(feature = "flex")]
 pub mod training;
@@ -28,8 +28,8 @@ fn has(flag: &str) -> bool {
     std::env::args().any(|argument| argument == flag)
 }
 
-/// Whether something shall be measured. `cargo test --all-targets` runs benches, too, without `--bench`;
-/// there it is enough that they build.
+/// Returns whether to measure. `cargo test --all-targets` runs benches without `--bench`, and only
+/// needs to build them.
 fn wanted() -> bool {
     let wanted = has("--bench") || has("--child");
     if !wanted {
@@ -38,12 +38,12 @@ fn wanted() -> bool {
     wanted
 }
 
-/// Whether a short run was asked for.
+/// Returns whether a short run was requested.
 pub fn quick() -> bool {
     has("--quick")
 }
 
-/// The value; an error is printed and ends the process.
+/// Returns the value, or prints the error and exits.
 pub fn ok<T>(result: Result<T>) -> T {
     result.unwrap_or_else(|error| {
         eprintln!("error: {error}");
@@ -51,10 +51,10 @@ pub fn ok<T>(result: Result<T>) -> T {
     })
 }
 
-/// The main function of a bench that criterion runs.
+/// Main function of a bench that uses criterion.
 pub fn main(bench: impl FnOnce(&mut Criterion) -> Result<()>) {
     if wanted() {
-        // Where it is quick, criterion measures until the times deviate by no more than the second figure.
+        // With `--quick`, criterion measures until the relative deviation is at most `deviation`.
         let (seconds, deviation) = if quick() { (1, 0.01) } else { (5, 0.05) };
         let mut criterion = Criterion::default()
             .without_plots()
@@ -69,7 +69,7 @@ pub fn main(bench: impl FnOnce(&mut Criterion) -> Result<()>) {
     }
 }
 
-/// The main function of a bench that is a program of its own.
+/// Main function of a bench that is a separate program.
 pub fn program<A: clap::Parser>(bench: impl FnOnce(&mut A) -> Result<()>) {
     if wanted() {
         let arguments = std::env::args().filter(|argument| argument != "--bench");
@@ -77,12 +77,12 @@ pub fn program<A: clap::Parser>(bench: impl FnOnce(&mut A) -> Result<()>) {
     }
 }
 
-/// A value of an environment variable of such a name, or of the text that stands for it.
+/// Returns the value of an environment variable, or a default value.
 pub fn setting<T: FromStr>(name: &str, default: &str) -> T {
-    settings(name, default).swap_remove(0) // a text has at least one part
+    settings(name, default).swap_remove(0) // `split` returns at least one part.
 }
 
-/// The same of several values, separated by commas.
+/// Returns the comma-separated values of an environment variable, or default values.
 pub fn settings<T: FromStr>(name: &str, default: &str) -> Vec<T> {
     let text = std::env::var(name).unwrap_or_else(|_| default.into());
     let value = |part: &str| {
@@ -94,18 +94,18 @@ pub fn settings<T: FromStr>(name: &str, default: &str) -> Vec<T> {
     text.split(',').map(value).collect()
 }
 
-/// Whether an environment variable of such a name is 1.
+/// Returns whether an environment variable is 1.
 pub fn flag(name: &str) -> bool {
     setting::<u8>(name, "0") == 1
 }
 
-/// Name of a value, as it is typed.
+/// Returns the name of a value on the command line.
 pub fn name(value: impl ValueEnum) -> String {
     let value = value.to_possible_value();
     value.map_or(String::new(), |value| value.get_name().to_string())
 }
 
-/// Sizes of a matrix: outputs x inputs.
+/// Shape of a matrix: outputs x inputs.
 #[derive(Clone, Copy)]
 pub struct Shape(pub [usize; 2]);
 
@@ -118,19 +118,19 @@ impl FromStr for Shape {
     }
 }
 
-/// Something that is measured: it returns the time that counts.
+/// A measurement, which returns the time of one call.
 pub type Subject<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
 
-/// The time that something takes.
+/// Returns the time of a call.
 pub fn timed<T>(run: impl FnOnce() -> Result<T>) -> Result<Duration> {
     let started = Instant::now();
     black_box(run()?);
     Ok(started.elapsed())
 }
 
-/// Measures several subjects, which take turns, so that whatever else the machine does falls on all. criterion
-/// reports the first. Returns the seconds of each one's calls: none where criterion's filter leaves the
-/// first out, and then `make` is not called.
+/// Measures several subjects in turns, so that other load on the machine affects all of them.
+/// criterion reports the first one. Returns the seconds of each call of each subject, or `None` if
+/// criterion's filter excludes the bench; `make` is not called then.
 pub fn in_turns<'a, const N: usize>(
     group: &mut BenchmarkGroup<'_, WallTime>,
     id: &str,
@@ -155,7 +155,7 @@ pub fn in_turns<'a, const N: usize>(
     subjects.map(|_| seconds)
 }
 
-/// What a share of the values stay under; not a number where there are none.
+/// Returns a quantile of the values, or NaN if there are none.
 pub fn quantile(values: &[f64], share: f64) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
@@ -163,7 +163,7 @@ pub fn quantile(values: &[f64], share: f64) -> f64 {
     values.get(at).copied().unwrap_or(f64::NAN)
 }
 
-/// What a twentieth of the values stay under: of times, what other processes disturb least.
+/// Returns the fifth percentile of times, which other processes disturb least.
 pub fn best(values: &[f64]) -> f64 {
     quantile(values, 0.05)
 }
@@ -175,7 +175,7 @@ pub fn median(values: &[f64]) -> f64 {
     (at(values.len().saturating_sub(1) / 2) + at(values.len() / 2)) / 2.0
 }
 
-/// A size of this process in MiB by its name in the kernel's account, where there is one.
+/// Returns a field of `/proc/self/status` in MiB, if that file exists.
 pub fn status_mib(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let mut lines = status.lines();
@@ -184,14 +184,14 @@ pub fn status_mib(field: &str) -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// Time to read memory and add it up, on all threads, which is as fast as a machine reads.
+/// Returns the time to read memory and sum it on all threads, which measures the read bandwidth.
 pub fn sum(pool: &Pool, memory: &[u64]) -> Duration {
     const PART: usize = 1 << 15;
     let started = Instant::now();
     let total = AtomicU64::new(0);
     pool.for_each(memory.len().div_ceil(PART), |_, task| {
         let part = &memory[task * PART..memory.len().min((task + 1) * PART)];
-        // Plain sums, which become vector code.
+        // Plain sums, which the compiler vectorizes.
         let mut sums = [0_u64; 32];
         for words in part.as_chunks::<32>().0 {
             let both = sums.iter_mut().zip(words);
@@ -204,7 +204,8 @@ pub fn sum(pool: &Pool, memory: &[u64]) -> Duration {
     started.elapsed()
 }
 
-/// Multiply-accumulates per second of the `gemm` crate, `[rows, k] x [k, n]`, columns split among the threads; 0 for all.
+/// Returns the multiply-accumulates per second of the `gemm` crate for `[rows, k] x [k, n]`, with
+/// the columns split among the threads (0 for all).
 pub fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
     let available = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { available() } else { threads };
@@ -218,7 +219,9 @@ pub fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
                 scope.spawn(move || {
                     let n = part.min(b.len() / k - first);
                     let mut c = vec![0.0_f32; rows * n];
-                    // SAFETY: the sizes and strides are those of the slices; `b` is [n, k] as a weight lies in memory.
+                    // SAFETY: `a` is [rows, k], `c` is [rows, n], and `b`, stored as [n, k], has at
+                    // least `(first + n) * k` elements, because `n` is at most
+                    // `b.len() / k - first`. The strides match these shapes.
                     unsafe {
                         gemm::gemm(
                             rows,
@@ -251,7 +254,7 @@ pub fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
     (0..3).map(|_| run()).fold(0.0, f64::max)
 }
 
-/// A random weight; of sparse formats, so large a share is zero.
+/// Returns a random weight. In sparse formats, a fraction of `sparsity` is zero.
 pub fn weight(
     format: WeightFormat,
     [rows, cols]: [usize; 2],
@@ -292,7 +295,7 @@ pub fn weight(
         let random: u32 = rng.random();
         let code = (random >> (32 - bits)) as u8;
         match sparse {
-            // Any code but the zero point's, or that.
+            // A fraction of `sparsity` of the codes is the zero point, and the others are not.
             true if (random & 0xFFFF) < threshold => zero,
             true if code == zero => zero + 1,
             _ => code,
@@ -314,7 +317,7 @@ pub fn weight(
     StoredMatrix::from_quantized(&QuantizedMatrix::new(parts)?, sparse)
 }
 
-/// The same weight in other memory.
+/// Copies a weight to other memory.
 pub fn copy(weight: &StoredMatrix) -> Result<StoredMatrix> {
     StoredMatrix::from_parts(&weight.header(), |name| {
         let part = weight.parts().into_iter().find(|part| part.name == name)?;
@@ -322,7 +325,7 @@ pub fn copy(weight: &StoredMatrix) -> Result<StoredMatrix> {
     })
 }
 
-/// The last line of what a program printed, as JSON.
+/// Runs a program and parses the last line of its output as JSON.
 pub fn ask<T: serde::de::DeserializeOwned>(mut command: std::process::Command) -> Result<T> {
     let program = std::path::PathBuf::from(command.get_program());
     let output = command

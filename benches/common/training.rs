@@ -1,4 +1,4 @@
-//! A supernet of each method, and its training steps.
+//! Creates a supernet for each method and runs its training steps.
 
 #[allow(unused_macros)]
 #[path = "../../examples/common/mod.rs"]
@@ -35,7 +35,7 @@ pub enum Method {
     Lora,
     Nls,
     SparsePeft,
-    /// Through a grid of 4 bits, in groups of 32
+    /// With a grid of 4 bits and groups of 32
     QaSparsePeft,
 }
 
@@ -44,11 +44,11 @@ pub enum Method {
 pub enum Weights {
     F32,
     Bf16,
-    /// Packed integers, in groups of 32
+    /// Packed 4-bit integers with groups of 32
     Int4,
 }
 
-/// What is trained.
+/// A training configuration.
 #[derive(Clone, Copy, Serialize)]
 pub struct Case {
     pub hidden: usize,
@@ -59,7 +59,7 @@ pub struct Case {
     pub bf16_gradient: bool,
 }
 
-/// The layers' weights in 4 bits.
+/// Quantizes the weights of the layers to 4 bits.
 fn quantized(model: &Decoder) -> Result<BTreeMap<String, QuantizedMatrix>> {
     let grid = GridConfig::new(4).with_group_size(Some(32));
     model
@@ -84,7 +84,7 @@ fn with_weights(model: Decoder, weights: Weights) -> Result<Decoder> {
     }
 }
 
-/// What all methods train: the adapters of q, k, v, up, gate and down.
+/// Creates a supernet with adapters on q, k, v, up, gate and down.
 pub fn net(case: &Case, device: &str) -> Result<SuperNet> {
     let config = HfConfig::new_llama(&LlamaDims {
         vocab_size: VOCAB,
@@ -156,7 +156,8 @@ pub fn data() -> Result<Batcher> {
     Batcher::new((0..4 * ROWS).map(|_| sequence()).collect(), ROWS, 0, 3)
 }
 
-/// Milliseconds of a run's steps together, without the run's own beginning and end.
+/// Returns the total time of the steps of a run in milliseconds, without the setup and the end of
+/// the run.
 pub fn run(net: &mut SuperNet, data: &mut Batcher, steps: usize, seed: u64) -> Result<f64> {
     let mut config = TrainConfig::new(steps);
     config.schedule = Schedule::Constant;

@@ -1,13 +1,15 @@
-"""llama.cpp beside this crate, on the same machine in one go: a random Q4_0 model of 0.95 billion weights at LLaMA's shape (hidden
-2048, MLP 5632, 16 layers, 32 heads, vocabulary 32000) and `benches/decode.rs` at the same shape.
+"""Compares llama.cpp with this crate on the same machine in one run: a random Q4_0 model of 0.95
+billion weights with LLaMA's shape (hidden 2048, MLP 5632, 16 layers, 32 heads, vocabulary 32000),
+and `benches/decode.rs` with the same shape.
 
     pip install gguf numpy
     pip install --no-binary llama-cpp-python llama-cpp-python    # builds for this machine, some minutes
     python benches/llama_cpp/compare.py --threads 2
 
-The two take turns, so that whatever else the machine does falls on both; the best of each counts. llama.cpp rounds the inputs of Q4_0
-layers to 8 bits (Q8_0, groups of 32); this crate keeps 16 of them unless told `--int8`. Q4_0 has 4.5 bits a weight, groups of 32;
-groups of 128 have 4.16, with zero points.
+The two take turns, so that other load on the machine affects both, and the best result of each
+counts. llama.cpp rounds the inputs of Q4_0 layers to 8 bits (Q8_0, groups of 32); this crate rounds
+them to 16 bits, or to 8 bits with `--int8`. Q4_0 takes 4.5 bits per weight with groups of 32; this
+crate takes 4.16 bits with groups of 128, zero points included.
 """
 
 import argparse
@@ -23,7 +25,7 @@ HIDDEN, MLP, LAYERS, HEADS, VOCAB = 2048, 5632, 16, 32, 32000
 
 
 def q4_0(rng, rows, cols):
-    """Random blocks of 32 weights: a scale of 16 bits and 16 bytes of codes."""
+    """Returns random blocks of 32 weights: a 16-bit scale and 16 bytes of codes."""
     blocks = rng.integers(0, 256, size=(rows, cols // 32, 18), dtype=np.uint8)
     scale = np.frombuffer(np.float16(0.004).tobytes(), dtype=np.uint8)
     blocks[:, :, :2] = scale
@@ -46,7 +48,7 @@ def write(path):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCAB)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    # A vocabulary that nobody looks at.
+    # llama.cpp requires a vocabulary, but this program does not use it.
     writer.add_tokenizer_model("llama")
     tokens = [b"<unk>", b"<s>", b"</s>"] + [b"<0x%02X>" % i for i in range(256)]
     tokens += [b"t%d" % i for i in range(VOCAB - len(tokens))]
@@ -104,7 +106,7 @@ class LlamaCpp:
 
 
 def ours(binary, arguments):
-    """Decode and prefill rates by format."""
+    """Returns the decode and prefill rates by format."""
     command = [binary, "--bench"] if binary else ["cargo", "bench", "--locked", "--bench", "decode", "--"]
     output = subprocess.run([*command, "--sizes", "one", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
     rates = {}
@@ -121,8 +123,8 @@ def main():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--int8", action="store_true", help="this crate rounds inputs to 8 bits, too")
-    parser.add_argument("--binary", help="the bench, built before; else cargo runs it")
+    parser.add_argument("--int8", action="store_true", help="round inputs to 8 bits in this crate too")
+    parser.add_argument("--binary", help="path of the built bench; by default cargo builds and runs it")
     args = parser.parse_args()
     arguments = ["--formats", "int4,sparse-int4", "--threads", str(args.threads), "--context", str(args.context)]
     arguments += ["--prompt", str(args.prompt)] + (["--int8"] if args.int8 else [])

@@ -1,6 +1,6 @@
-"""Wanda and GPTQ on one layer, the plain algorithms in PyTorch: what benches/quantize.rs measures itself against.
+"""Plain Wanda and GPTQ on one layer in PyTorch, the baseline of benches/quantize.rs.
 
-One process measures one method, so that the peak of its memory is that method's.
+A process measures one method, so that its peak memory is that of the method.
 """
 
 import argparse
@@ -15,7 +15,7 @@ DAMPING = 0.01
 
 
 def status_mib(field):
-    """A size from the kernel's account of this process, in MiB; none where there is no such account."""
+    """Returns a field of /proc/self/status in MiB, or None if that file does not exist."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field + ":"))
@@ -24,7 +24,7 @@ def status_mib(field):
 
 
 def inputs(tokens, cols):
-    """Activations whose columns depend on the ones before them and differ in size."""
+    """Returns activations whose columns depend on the previous ones and differ in size."""
     x = torch.randn(tokens, cols)
     for j in range(1, cols):
         x[:, j] += 0.8 * x[:, j - 1]
@@ -41,7 +41,7 @@ def wanda(weight, norms, ratio):
 
 
 def grid(weights):
-    """Scale and zero point of each row of a group."""
+    """Returns the scale and zero point of each row of a group."""
     low = weights.min(dim=1)[0].clamp(max=0)
     high = weights.max(dim=1)[0].clamp(min=0)
     empty = (low == 0) & (high == 0)
@@ -51,7 +51,7 @@ def grid(weights):
 
 
 def gptq(weight, hessian, group):
-    """GPTQ as its paper has it: errors are passed on by the Cholesky factor of the inverse Hessian."""
+    """GPTQ as in its paper: the Cholesky factor of the inverse Hessian distributes the errors."""
     weight = weight.clone()
     cols = weight.shape[1]
     diagonal = hessian.diagonal()

@@ -1,7 +1,8 @@
-"""One optimizer step of LoRA, NLS or SparsePEFT in eager PyTorch: what benches/train_step.rs measures itself against.
+"""One optimizer step of LoRA, NLS or SparsePEFT in eager PyTorch, for benches/train_step.rs.
 
-The same model, shapes, batch and optimizer, each operation in the fused form that PyTorch has for it. One process measures one
-configuration, so that the peak of its memory is that configuration's.
+The model, shapes, batch and optimizer are the same, and PyTorch's fused operations are used where
+they exist. A process measures one configuration, so that its peak memory is that of the
+configuration.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The layers that get an adapter, by the groups that share a rank; o has none.
+# The layers with an adapter, in groups that share a rank. The o projection has none.
 GROUPS = (("q", "k", "v"), ("up", "gate"), ("down",))
 CHOICES = (32, 24, 16)
 WARM_UP = 2
@@ -22,7 +23,7 @@ EPS = 1e-5
 
 
 def status_mib(field):
-    """A size from the kernel's account of this process, in MiB; none where there is no such account."""
+    """Returns a field of /proc/self/status in MiB, or None if that file does not exist."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field + ":"))
@@ -31,7 +32,7 @@ def status_mib(field):
 
 
 class WideProduct(torch.autograd.Function):
-    """x W^T with a narrow frozen weight that is widened for the product alone, in the backward pass once more."""
+    """x W^T with a narrow frozen weight that is widened for each product, forward and backward."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -44,7 +45,7 @@ class WideProduct(torch.autograd.Function):
 
 
 class Wide(nn.Module):
-    """The operations where activations are of the adapters' type, f32, whatever that of the frozen weights is."""
+    """Operations with activations in f32, the adapters' dtype, for any dtype of the weights."""
 
     def product(self, x, weight):
         return F.linear(x, weight) if weight.dtype == x.dtype else WideProduct.apply(x, weight)
@@ -57,7 +58,7 @@ class Wide(nn.Module):
 
 
 class Narrow(nn.Module):
-    """The operations where activations are of the frozen weights' type; the f32 adapters are cast at each use."""
+    """Operations with activations in the weights' dtype; the f32 adapters are cast at each use."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -74,7 +75,7 @@ class Narrow(nn.Module):
 
 
 class Linear(nn.Module):
-    """A frozen linear layer with, where there is a rank, a low-rank adapter: A uniform, B zero, as PEFT has it."""
+    """A frozen linear layer, with a low-rank adapter if rank > 0: A uniform, B zero, as in PEFT."""
 
     def __init__(self, d_input, d_output, rank, args, ops):
         super().__init__()
@@ -105,7 +106,7 @@ class Linear(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, the two halves of a head being the pairs' two members."""
+    """Applies the rotary embedding; each pair has one member in each half of a head."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -159,7 +160,10 @@ class Decoder(nn.Module):
 
 
 def fastest_compute(args):
-    """Where the processor lacks narrow products, emulating them takes many times as long as widening the weights."""
+    """Returns "autocast" if the processor supports narrow products, else "wide".
+
+    Emulated narrow products are many times slower than widening the weights.
+    """
     supported = {
         "f32": lambda: False,
         "bf16": lambda: args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -233,10 +237,10 @@ def main():
     parser.add_argument("--len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--method", choices=("lora", "nls", "sparse-peft"), default="lora")
-    parser.add_argument("--dtype", choices=("f32", "bf16", "f16"), default="f32", help="of the frozen weights")
+    parser.add_argument("--dtype", choices=("f32", "bf16", "f16"), default="f32", help="dtype of the frozen weights")
     parser.add_argument("--compute", choices=("wide", "narrow", "autocast"))
     parser.add_argument("--adamw", choices=("default", "foreach", "fused"), default="fused")
-    parser.add_argument("--steps", type=int, default=6, help="that are timed")
+    parser.add_argument("--steps", type=int, default=6, help="number of timed steps")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args()

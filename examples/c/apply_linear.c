@@ -1,9 +1,9 @@
-/* Lists what is in a model and applies one of its layers to rows of one's own.
+/* Lists the linear layers of a model and applies one of them to rows of this program.
  *
  *     apply_linear MODEL [LAYER [ROWS]]
  *
- * MODEL is a bundle or a Hugging Face folder, LAYER a name such as model.layers.0.mlp.up_proj. Every subnet of the model is
- * tried. */
+ * MODEL is a bundle or a Hugging Face folder. LAYER is a name such as model.layers.0.mlp.up_proj.
+ * The layer is applied under every subnet of the model. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -49,7 +49,7 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* One layer under one subnet, on rows between which there are a few numbers of somebody else's. */
+/* Applies one layer under one subnet. The rows are not contiguous, to show leading dimensions. */
 static void apply(const elora_model *model, size_t layer, size_t subnet, size_t n_rows) {
     const elora_linear *linear = NULL;
     elora_status status = elora_linear_new(model, layer, subnet, NULL, &linear);

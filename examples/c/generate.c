@@ -2,8 +2,8 @@
  *
  *     generate MODEL PROMPT [SUBNET [TEMPERATURE [SEED]]]
  *
- * MODEL is a bundle or a Hugging Face folder. Without a tokenizer in it, PROMPT is a list of token ids, such as
- * 1,17,5. */
+ * MODEL is a bundle or a Hugging Face folder. If it has no tokenizer, PROMPT is a list of token ids,
+ * such as 1,17,5. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,8 +21,8 @@ static void check(elora_status status, const char *what) {
     }
 }
 
-/* What the callback needs: a character may take several tokens, so the text of all is made anew, and what
- * is new is printed. */
+/* State of the callback. A character may consist of several tokens, so the callback converts all
+ * tokens so far to text each time, and prints the new part. */
 struct output {
     const elora_model *model;
     elora_token tokens[MAX_NEW];
@@ -45,7 +45,7 @@ static bool show(void *userdata, elora_token token) {
             ELORA_STATUS_OK) {
             return false;
         }
-        /* U+FFFD at the end: the character is not complete. */
+        /* A text that ends in U+FFFD has an incomplete character at the end. */
         const int broken = len >= 3 && memcmp(text + len - 3, "\xEF\xBF\xBD", 3) == 0;
         if (!broken && len > output->shown) {
             fwrite(text + output->shown, 1, len - output->shown, stdout);
@@ -56,7 +56,7 @@ static bool show(void *userdata, elora_token token) {
     return true;
 }
 
-/* Token ids from "1,17,5". */
+/* Parses token ids, such as "1,17,5". */
 static size_t parse(const char *list, elora_token *tokens, size_t cap) {
     size_t n = 0;
     while (n < cap) {

@@ -58,7 +58,8 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
-/// The arguments of the command line. What is wrong with them is told on stderr and ends the process with 1, as every error.
+/// The arguments of the command line. What is wrong with them is told on stderr and ends the
+/// process with 1, as every error.
 pub fn parse<T: clap::Parser>() -> T {
     T::try_parse().unwrap_or_else(|error| {
         let _ = error.print();
@@ -87,7 +88,8 @@ pub fn progress() -> TerminalProgress {
         }
         eprintln!("stopping; interrupt again to stop at once");
     };
-    // Without a handler an interrupt ends the process, which loses no more than the steps since the last checkpoint.
+    // Without a handler an interrupt ends the process, which loses no more than the steps since the
+    // last checkpoint.
     let _ = ctrlc::set_handler(handler);
     TerminalProgress::new().with_interrupt(stop)
 }

@@ -1,7 +1,8 @@
-//! The main job: prune a model, train an elastic supernet of adapters on it, search it, merge a subnet without losing a
-//! zero, and write the results, with one table of what each step was worth.
+//! The main job: prune a model, train an elastic supernet of adapters on it, search it, merge a
+//! subnet without losing a zero, and write the results, with one table of what each step was worth.
 //!
-//! Without arguments it runs on the model that the crate ships, on generated arithmetic word problems.
+//! Without arguments it runs on the model that the crate ships, on generated arithmetic word
+//! problems.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -22,8 +23,10 @@ use serde::Serialize;
 
 /// Prune, fine-tune, search and merge a language model.
 ///
-/// Without arguments, runs LoRA, Shears and SparsePEFT on the shipped model and on generated arithmetic problems.
-// Serialized are the arguments that a resumed run must share; the skipped ones are compared by content or do not matter.
+/// Without arguments, runs LoRA, Shears and SparsePEFT on the shipped model and on generated
+/// arithmetic problems.
+// Serialized are the arguments that a resumed run must share; the skipped ones are compared by
+// content or do not matter.
 #[derive(Parser, Debug, Serialize)]
 #[command(
     version,
@@ -57,8 +60,8 @@ pub struct Args {
     /// Share of weights to remove, from 0 to 1; ignored with an N:M pattern
     #[arg(long, default_value_t = 0.5)]
     sparsity: f64,
-    /// Pattern of the zeros: unstructured (the share is removed from each row), layer (from each matrix), or N:M (N of M
-    /// consecutive inputs are kept)
+    /// Pattern of the zeros: unstructured (the share is removed from each row), layer (from each
+    /// matrix), or N:M (N of M consecutive inputs are kept)
     #[arg(long, default_value = "unstructured")]
     pattern: String,
     /// Ranks that the supernet offers; plain LoRA uses the largest
@@ -73,16 +76,19 @@ pub struct Args {
     /// lonas: widths that each MLP offers, as shares of the full width
     #[arg(long, value_delimiter = ',', default_value = "1,0.875,0.75,0.625,0.5")]
     widths: Vec<f64>,
-    /// lonas: numbers of heads that each attention offers, as shares of all heads, rounded to whole key/value groups
+    /// lonas: numbers of heads that each attention offers, as shares of all heads, rounded to whole
+    /// key/value groups
     #[arg(long, value_delimiter = ',', default_value = "1")]
     heads: Vec<f64>,
-    /// lonas: maximum number of attention and MLP sub-blocks a subnet may drop, least influential first
+    /// lonas: maximum number of attention and MLP sub-blocks a subnet may drop, least influential
+    /// first
     #[arg(long, default_value_t = 0)]
     depth: usize,
     /// lonas: round MLP widths to a multiple of this number
     #[arg(long, default_value_t = 32)]
     multiple: usize,
-    /// lonas: importance score by which channels are sorted before training: l1, l2, activation, taylor, or none
+    /// lonas: importance score by which channels are sorted before training: l1, l2, activation,
+    /// taylor, or none
     #[arg(long, default_value = "activation")]
     order: String,
     /// lonas: subnets that each step trains
@@ -94,7 +100,8 @@ pub struct Args {
     /// sqft: bits per weight: 2, 3, 4 or 8
     #[arg(long, default_value_t = 4)]
     bits: u8,
-    /// sqft: number of consecutive weights of a row that share a scale and a zero point, or `row` for the whole row
+    /// sqft: number of consecutive weights of a row that share a scale and a zero point, or `row`
+    /// for the whole row
     #[arg(long, default_value = "32")]
     group_size: String,
     /// sqft: use symmetric grids, whose zero point is in the middle
@@ -106,7 +113,8 @@ pub struct Args {
     /// sqft: checkpoint format of the quantized models
     #[arg(long, value_enum, default_value_t = FileFormat::Gptq)]
     file_format: FileFormat,
-    /// sqft: weights that quantization-aware training starts from [default: sparse; gptq with --quantize joint]
+    /// sqft: weights that quantization-aware training starts from [default: sparse; gptq with
+    /// --quantize joint]
     #[arg(long, value_enum)]
     qa_start: Option<QaStart>,
     /// sqft: initialization of adapters that are not merged
@@ -115,7 +123,8 @@ pub struct Args {
     /// sqft: train the scales of the grids too (the paper's authors do not)
     #[arg(long, action = ArgAction::Set, default_value_t = true, default_missing_value = "true", num_args = 0..=1)]
     train_scales: bool,
-    /// Read the search space from a file: this crate's JSON, elastic_adapter_config.json, or an NNCF config
+    /// Read the search space from a file: this crate's JSON, elastic_adapter_config.json, or an
+    /// NNCF config
     #[arg(long)]
     #[serde(skip)]
     space: Option<PathBuf>,
@@ -143,7 +152,8 @@ pub struct Args {
     /// Recompute activations in the backward pass (gradient checkpointing): less memory, more time
     #[arg(long)]
     checkpointing: bool,
-    /// Maximum length of a sequence in tokens; longer records are cut [default: the model's context, at most 512]
+    /// Maximum length of a sequence in tokens; longer records are cut [default: the model's
+    /// context, at most 512]
     #[arg(long)]
     max_len: Option<usize>,
     /// Search algorithm
@@ -164,7 +174,8 @@ pub struct Args {
     /// Backend: flex, or another whose feature is enabled in the build
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Folder for the results, which must be new or empty [default: target/compress, replaced at each run]
+    /// Folder for the results, which must be new or empty [default: target/compress, replaced at
+    /// each run]
     #[arg(long)]
     #[serde(skip)]
     out: Option<PathBuf>,
@@ -189,7 +200,8 @@ enum Method {
     Shears,
     /// Elastic adapters that keep the zeros of the weights, merged
     SparsePeft,
-    /// Elastic widths and adapters on the dense model, searched, extracted as smaller models: the paper's table 1
+    /// Elastic widths and adapters on the dense model, searched, extracted as smaller models: the
+    /// paper's table 1
     Lonas,
     /// Elastic adapters on a sparse quantized base, not merged
     Sqft,

@@ -1,6 +1,7 @@
-// An inference loop that is not elastic-lora's: its own buffers, key/value cache, attention and threads. Compressed
-// layers, embedding, norms and rotary turns are the library's. Each thread continues a prompt of its own, all of them
-// share the layers, and in the end each sequence is compared with what a session of the library computes.
+// A custom inference loop, with its own buffers, key/value cache, attention and threads. The
+// library provides the compressed layers, the embedding, the norms' gains and the rotary angles.
+// Each thread continues its own prompt, and all threads share the layers. At the end, the logits of
+// each sequence are compared with those of a session of the library.
 //
 //     inference MODEL [SUBNET [TOKENS [THREADS]]]
 #include <algorithm>
@@ -18,11 +19,11 @@
 
 namespace {
 
-// What is the same for all threads.
+// The immutable data that all threads share.
 struct network {
     struct block {
         std::vector<float> attention_norm, mlp_norm;
-        // A subnet may leave out a block's attention or MLP.
+        // Empty if the subnet leaves out the block's attention or MLP.
         std::optional<elora::linear> q, k, v, o, gate, up, down;
     };
 
@@ -86,7 +87,7 @@ private:
     }
 };
 
-// One sequence: everything that is written.
+// The mutable state of one sequence.
 class sequence {
 public:
     explicit sequence(const network &net)
@@ -94,7 +95,7 @@ public:
           normed_(net.info.hidden_size), cos_(net.info.head_dim / 2), sin_(net.info.head_dim / 2),
           logits_(net.info.vocab_size), scratch_(net.scratch_bytes) {}
 
-    // Takes a token in; the logits after it.
+    // Appends a token and returns the logits after it.
     const std::vector<float> &step(elora::token token) {
         net_.model.embed({&token, 1}, x_);
         net_.model.rotary(position_, cos_, sin_);
@@ -144,7 +145,7 @@ private:
         }
     }
 
-    void turn(std::vector<float> &rows) const {
+    void rotate(std::vector<float> &rows) const {
         const std::size_t dim = net_.info.head_dim, half = dim / 2;
         for (std::size_t start = 0; start < rows.size(); start += dim) {
             for (std::size_t i = 0; i < half; ++i) {
@@ -160,8 +161,8 @@ private:
         apply(*block.q, normed_, q_);
         apply(*block.k, normed_, k_);
         apply(*block.v, normed_, v_);
-        turn(q_);
-        turn(k_);
+        rotate(q_);
+        rotate(k_);
         keys.insert(keys.end(), k_.begin(), k_.end());
         values.insert(values.end(), v_.begin(), v_.end());
         const std::size_t dim = net_.info.head_dim, width = k_.size();
@@ -207,14 +208,15 @@ private:
     }
 };
 
-// What a thread found.
+// Results of a thread.
 struct outcome {
     std::vector<elora::token> tokens;
     float difference = 0.0f;
     std::exception_ptr failed;
 };
 
-// Continues a prompt of one token, greedily, beside a session of the library that is given the same tokens.
+// Continues a prompt of one token greedily, and compares the logits with those of a session that
+// gets the same tokens.
 void run(const network &net, std::size_t subnet, elora::token token, std::size_t n, outcome &result) try {
     sequence own(net);
     elora::session theirs = net.model.session();
@@ -248,7 +250,7 @@ int main(int argc, char **argv) try {
         std::fprintf(stderr, "the library %s has another binary interface than this program\n", elora::version());
         return 1;
     }
-    // The threads are the program's: one thread works on each call of a layer.
+    // This program runs its own threads, so the library uses one thread per call.
     elora::model_options options;
     options.n_threads = 1;
     const elora::model model = elora::model::load(argv[1], options);

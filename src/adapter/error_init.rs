@@ -1,7 +1,8 @@
-//! Adapters that begin as what compression took from a weight (LoftQ, arXiv 2310.08659; EoRA, arXiv 2410.21271).
+//! Initializes adapters with the error that compression made in a weight (LoftQ, arXiv 2310.08659;
+//! EoRA, arXiv 2410.21271).
 //!
-//! Departures: one singular value decomposition, with no turns between quantizing and fitting; inputs are weighted by their norms, not
-//! by all of their covariance.
+//! Departures: a single singular value decomposition replaces LoftQ's alternation between
+//! quantizing and fitting; inputs are weighted by their norms, not by their full covariance.
 
 use super::lora::ElasticLora;
 use crate::error::{Error, Result};
@@ -9,21 +10,26 @@ use crate::linalg::{Matrix, low_rank};
 use crate::nn::{matrix_from_tensor, tensor_from_matrix};
 
 impl ElasticLora {
-    /// Makes the update at the largest rank, `s B A`, the nearest to `error` that there is, `[d_output, d_input]`: the original weight
-    /// less the compressed one. Ranks are in order of what they take away, so that with a scale that all ranks share a smaller one
-    /// begins as the best of its size; with another scale rule it is too strong. Ranks beyond the error's own begin as they were made,
-    /// as nothing.
+    /// Sets the update `s B A` at the largest rank to the best low-rank approximation of `error`,
+    /// `[d_output, d_input]`: the original weight minus the compressed one.
     ///
-    /// With `norms`, one per input, what counts is the error of the layer's output, inputs taken as independent: near is
-    /// `sum((error - s B A)^2 * norm^2)`.
+    /// Ranks are ordered by how much of the error they remove. If all ranks share one scale, each
+    /// smaller rank therefore starts as the best approximation of its size; under another scale
+    /// rule, its update starts too strong. Ranks beyond the rank of `error` keep their fresh
+    /// factors, whose update is zero.
     ///
-    /// Under a mask only the part of the error that the mask lets through is approximated, as if there were no mask: what the mask
-    /// cuts off the update then is not accounted for, so this is a good beginning and not the best one.
+    /// With `norms`, one per input, the approximation minimizes the error of the layer's output for
+    /// independent inputs, `sum((error - s B A)^2 * norm^2)`.
+    ///
+    /// Under a mask, the part of `error` inside the mask is approximated as if there were no mask.
+    /// The part of the update that the mask then removes is not accounted for, so this start is
+    /// good but not optimal.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for an error or norms of another size; [`Error::NotFinite`] where one is NaN or infinite;
-    /// [`Error::InvalidArgument`] for a norm under 0; [`Error::Unsupported`] for an adapter whose sum goes through a grid, since that
-    /// makes the error anew.
+    /// Returns [`Error::ShapeMismatch`] if `error` or `norms` has the wrong size,
+    /// [`Error::NotFinite`] if the error holds NaN or an infinity, [`Error::InvalidArgument`] if a
+    /// norm is negative or not finite, and [`Error::Unsupported`] if the adapter has a grid:
+    /// rounding to the grid makes the error anew.
     pub fn init_from_error(
         &mut self,
         error: &Matrix,
@@ -79,7 +85,7 @@ impl ElasticLora {
             match (found.singular[term] > 0.0, norm(input) > 0.0) {
                 (true, true) => share * found.right.row(term)[input] / norm(input),
                 (true, false) => 0.0,
-                // B's row is 0: A must not be, or neither would ever be trained.
+                // B's row is 0. A's row must not be, or neither would ever be trained.
                 (false, _) => fresh.row(term)[input],
             }
         });
@@ -90,7 +96,8 @@ impl ElasticLora {
         Ok(())
     }
 
-    /// Replaces the factors, in PEFT's orientation and of their shapes.
+    /// Replaces the factors. `a` and `b` are in PEFT's orientation and have the shapes of the old
+    /// ones.
     fn set_factors(&mut self, a: &Matrix, b: &Matrix) {
         for (param, value) in [(&mut self.lora_a, a), (&mut self.lora_b, b)] {
             *param = param.clone().map(|before| {
@@ -115,7 +122,7 @@ mod tests {
         Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0..1.0))
     }
 
-    /// What is left of an error, inputs weighted.
+    /// Remaining squared error, with inputs weighted.
     fn left(error: &Matrix, adapter: &ElasticLora, norms: &[f32]) -> f64 {
         let delta = matrix_from_tensor(adapter.delta());
         let part =
@@ -155,7 +162,7 @@ mod tests {
                 rest < before && rest_weighted < before_weighted,
                 "rank {rank}"
             );
-            // Each is best by its own measure.
+            // Each adapter is the better one by its own measure.
             assert!(
                 rest < left(&error, &weighted, &plain)
                     && rest_weighted < left(&error, &adapter, &norms)

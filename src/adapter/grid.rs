@@ -1,4 +1,4 @@
-//! The grid that an adapter's sum with its base weight is rounded to.
+//! The quantization grid to which the sum of base weight and update is rounded.
 
 use std::sync::Arc;
 
@@ -10,18 +10,19 @@ use crate::format::{QuantizedMatrix, QuantizedParts, all_f16};
 use crate::linalg::Matrix;
 use crate::nn::{InputGroups, host_values, prefix, tensor_from_matrix};
 
-/// Scales and zero points of a weight `[d_input, d_output]`, by group of inputs and output.
+/// Scales and zero points of a weight `[d_input, d_output]`, one per group of inputs and output.
 ///
-/// Scales that are trained and were exact as `f16` are rounded to `f16` wherever they are used, straight through, so that files keep
-/// them as they were used. One that training brings to 0 or below counts as 0: its group is then 0.
+/// Trained scales that were exact in `f16` at the start are rounded to `f16` at every use (with a
+/// straight-through gradient), so that files store exactly the scales that were used. A scale that
+/// training brings to 0 or below counts as 0, and so do the weights of its group.
 #[derive(Module, Debug)]
 #[doc(hidden)]
 pub struct WeightGrid {
-    /// `[groups, d_output]`, before any rounding.
+    /// `[groups, d_output]`, before rounding to `f16`.
     pub scales: Param<Tensor<2>>,
     /// `[groups, d_output]`.
     zeros: Tensor<2>,
-    /// True throughout, `[d_input, d_output]`: the mask of an update that has none.
+    /// `[d_input, d_output]`, all true: stands in for the mask of an unmasked update.
     everywhere: Option<Tensor<2, Bool>>,
     #[module(skip)]
     layout: Layout,
@@ -41,7 +42,8 @@ fn everywhere(dims: [usize; 2], device: &Device) -> Tensor<2, Bool> {
 }
 
 impl WeightGrid {
-    /// The grid of a quantized weight, `[d_output, d_input]`, for an update that is masked or not.
+    /// Creates the grid of a quantized weight, `[d_output, d_input]`. `masked` says whether the
+    /// update has a mask.
     pub(super) fn new(
         matrix: &QuantizedMatrix,
         trained: bool,
@@ -75,17 +77,17 @@ impl WeightGrid {
         }
     }
 
-    /// Bits of a code.
+    /// Bits per code.
     pub fn bits(&self) -> u8 {
         self.layout.bits
     }
 
-    /// Which inputs share a scale and a zero point.
+    /// Groups of inputs that share a scale and a zero point.
     pub fn groups(&self) -> &InputGroups {
         &self.layout.groups
     }
 
-    /// The mask of an update that has none.
+    /// An all-true mask, for an update without a mask.
     pub(super) fn everywhere(&self, dims: [usize; 2]) -> Tensor<2, Bool> {
         let device = || self.zeros.device().without_autodiff();
         self.everywhere
@@ -93,7 +95,8 @@ impl WeightGrid {
             .unwrap_or_else(|| everywhere(dims, &device()))
     }
 
-    /// Scales and zero points of the first inputs and outputs, as they are used.
+    /// Scales and zero points of the first `d_input` inputs and `d_output` outputs, as the forward
+    /// pass uses them.
     pub(super) fn active(&self, [d_input, d_output]: [usize; 2]) -> (Tensor<2>, Tensor<2>) {
         let scales = self.scales.val();
         let count = self.layout.groups.count(d_input, scales.dims()[0]);
@@ -101,7 +104,7 @@ impl WeightGrid {
         let scales = part(scales);
         let scales = if self.layout.half {
             let exact = scales.clone().without_autodiff();
-            // Exact: a number and what it rounds to differ by a number of the same format.
+            // Exact: the difference between a number and its rounded value is representable.
             let rounding = exact.clone().cast(FloatDType::F16).cast(FloatDType::F32) - exact;
             scales + rounding
         } else {
@@ -110,16 +113,17 @@ impl WeightGrid {
         (scales, part(self.zeros.clone()))
     }
 
-    /// The integers of a weight that was rounded to the first inputs' and outputs' grids, `[d_output, d_input]`.
+    /// Recovers the codes of a weight that was rounded to the grid of the first inputs and outputs,
+    /// `[d_output, d_input]`.
     ///
     /// # Errors
-    /// [`Error::OffGrid`] for a weight that was not.
+    /// Returns [`Error::OffGrid`] if a value is not on the grid.
     pub(super) fn codes_of(&self, weight: &Matrix) -> Result<QuantizedMatrix> {
         let (rows, cols) = (weight.rows(), weight.cols());
         let (scales, zeros) = self.active([cols, rows]);
         let groups = scales.dims()[0];
         let transposed = |grid: Tensor<2>| host_values(grid.without_autodiff().transpose());
-        // What is not over 0 was 0 to the rounding.
+        // Rounding treated every scale that is not positive as 0.
         let scales: Vec<f32> = transposed(scales)
             .into_iter()
             .map(|scale| if scale > 0.0 { scale } else { 0.0 })
@@ -134,14 +138,15 @@ impl WeightGrid {
             for (column, value) in weight.row(row).iter().enumerate() {
                 let at = row * groups + self.layout.groups.of(column);
                 let (scale, zero) = (scales[at], zeros[at]);
-                // A multiple by at most 255, rounded once, divided by what it is a multiple of.
+                // The value is `steps * scale` rounded once, with at most 255 steps, so the
+                // quotient rounds to the exact number of steps.
                 let steps = if scale > 0.0 {
                     (value / scale).round()
                 } else {
                     0.0
                 };
                 let code = (steps + f32::from(zero)).clamp(0.0, f32::from(top)) as u8;
-                // Equal numbers, of which 0 may have had a sign.
+                // Compares as numbers: the sign of 0 does not matter.
                 if QuantizedMatrix::value(scale, zero, code) != *value {
                     return Err(Error::OffGrid {
                         row,

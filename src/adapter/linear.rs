@@ -9,7 +9,7 @@ use crate::format::QuantizedMatrix;
 use crate::nn::{BaseLinear, matrix_from_tensor, ops};
 use crate::space::{LoraConfig, ScaleRule};
 
-/// Settings of an [`ElasticLoraLinear`] that stands on its own.
+/// Settings of a standalone [`ElasticLoraLinear`].
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -17,7 +17,8 @@ use crate::space::{LoraConfig, ScaleRule};
 ///
 /// # fn main() -> elastic_lora::Result<()> {
 /// let device = Device::flex();
-/// let mut layer = ElasticLoraLinearConfig::new(17, 5, 8).with_alpha(12.0).with_bias(true).init(&device)?;
+/// let mut layer =
+///     ElasticLoraLinearConfig::new(17, 5, 8).with_alpha(12.0).with_bias(true).init(&device)?;
 /// layer.set_active_rank(3)?;
 /// let x = Tensor::<2>::random([2, 17], Distribution::Default, &device);
 /// assert_eq!(layer.forward(x).dims(), [2, 5]);
@@ -26,20 +27,21 @@ use crate::space::{LoraConfig, ScaleRule};
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct ElasticLoraLinearConfig {
-    /// Inputs.
+    /// Number of inputs.
     pub d_input: usize,
-    /// Outputs.
+    /// Number of outputs.
     pub d_output: usize,
     /// Whether the base has a bias.
     pub bias: bool,
     /// Rank, alpha, dropout and scale rule of the adapter.
     pub lora: LoraConfig,
-    /// Seed of the adapter's first factor.
+    /// Seed of the adapter's factor A.
     pub seed: u64,
 }
 
 impl ElasticLoraLinearConfig {
-    /// A layer without a bias and with an adapter of [`LoraConfig::new`]'s settings.
+    /// Creates the settings of a layer without a bias, with an adapter configured by
+    /// [`LoraConfig::new`].
     pub fn new(d_input: usize, d_output: usize, rank: usize) -> Self {
         Self {
             d_input,
@@ -50,7 +52,7 @@ impl ElasticLoraLinearConfig {
         }
     }
 
-    /// Sets the numerator of the scale.
+    /// Sets alpha, the numerator of the scale.
     pub fn with_alpha(mut self, alpha: f64) -> Self {
         self.lora = self.lora.with_alpha(alpha);
         self
@@ -73,10 +75,12 @@ impl ElasticLoraLinearConfig {
         with_seed(seed: u64);
     }
 
-    /// A layer with a random frozen base (uniform in `±1 / sqrt(d_input)`, from the device's generator) and a fresh adapter.
+    /// Creates a layer with a random frozen base (uniform in `±1 / sqrt(d_input)`, from the
+    /// device's generator) and a fresh adapter.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a size or rank of 0, or an alpha or dropout outside its range.
+    /// Returns [`Error::InvalidArgument`] if a size or the rank is 0, or if alpha or dropout is out
+    /// of range.
     pub fn init(&self, device: &Device) -> Result<ElasticLoraLinear> {
         let adapter = ElasticLora::new(&self.lora, self.d_input, self.d_output, self.seed, device)?;
         let bound = 1.0 / (self.d_input as f64).sqrt();
@@ -91,10 +95,11 @@ impl ElasticLoraLinearConfig {
         })
     }
 
-    /// A fresh adapter on a layer that exists.
+    /// Puts a fresh adapter on an existing layer.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the base has other sizes; [`Error::InvalidArgument`] as for [`init`](Self::init).
+    /// Returns [`Error::ShapeMismatch`] if the base has other sizes, and [`Error::InvalidArgument`]
+    /// as [`init`](Self::init) does.
     pub fn init_on(&self, base: BaseLinear, device: &Device) -> Result<ElasticLoraLinear> {
         if base.dims() != [self.d_input, self.d_output] {
             return Err(Error::ShapeMismatch {
@@ -111,24 +116,26 @@ impl ElasticLoraLinearConfig {
     }
 }
 
-/// A frozen linear layer with, where there is one, an elastic low-rank adapter:
-/// `y = x W + b + s (dropout(x) A_r) B_r`, or with SparsePEFT's mask `y = x (W + s A_r B_r * M) + b`, or with a grid
-/// `y = x grid(W + s A_r B_r * M) + b`.
+/// A frozen linear layer with an optional elastic low-rank adapter. It computes
 ///
-/// Usable in any Burn model. Dropout acts on an autodiff device only.
+/// - with a plain adapter, `y = x W + b + s (dropout(x) A_r) B_r`;
+/// - with SparsePEFT's mask `M`, `y = x (W + s A_r B_r * M) + b`;
+/// - with a grid, `y = x grid(W + s A_r B_r * M) + b`.
+///
+/// It fits into any Burn model. Dropout is applied only on an autodiff device.
 #[derive(Module, Debug)]
 pub struct ElasticLoraLinear {
     /// The frozen layer.
     pub base: BaseLinear,
-    /// The update; none leaves the base as it is.
+    /// The adapter, if any.
     pub adapter: Option<ElasticLora>,
 }
 
 impl ElasticLoraLinear {
-    /// A layer with an adapter.
+    /// Creates a layer with an adapter.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the adapter is for other sizes.
+    /// Returns [`Error::ShapeMismatch`] if the adapter was made for other sizes.
     pub fn new(base: BaseLinear, adapter: ElasticLora) -> Result<Self> {
         let found = [adapter.d_input(), adapter.d_output()];
         if base.dims() != found {
@@ -144,7 +151,7 @@ impl ElasticLoraLinear {
         })
     }
 
-    /// A layer without an adapter.
+    /// Creates a layer without an adapter.
     pub fn plain(base: BaseLinear) -> Self {
         Self {
             base,
@@ -154,16 +161,19 @@ impl ElasticLoraLinear {
 
     /// Applies the layer with its active rank.
     ///
-    /// The weight is a constant of the fused product; where somebody trains it beside its adapter, plain operations see
-    /// to its gradient. A masked adapter takes one product with the summed weight, the very weight that a merge gives, or with
-    /// dropout two. Beside a base weight of bf16 the sum is rounded to bf16, as it is where it is merged.
+    /// The fused operation treats the base weight as a constant. If the weight is trained beside
+    /// its adapter, plain operations are used, which give it a gradient. A masked adapter takes one
+    /// product with the summed weight, exactly the weight that a merge produces; with dropout it
+    /// takes two products. Beside a base weight in bf16 the sum is rounded to bf16, as a merge
+    /// rounds it.
     ///
-    /// With a grid, the summed weight is on it, and the base weight a constant in every case. What dropout then acts on is the input
-    /// of all that the adapter changes, `x W + dropout(x) (grid(W + s A_r B_r * M) - W)`, so that, as with the other adapters and
-    /// unlike in the authors' code, none of the base's input is dropped.
+    /// With a grid, the summed weight is rounded to the grid, and the base weight is always a
+    /// constant. Dropout then acts on the input of everything that the adapter changes,
+    /// `x W + dropout(x) (grid(W + s A_r B_r * M) - W)`. As with the other adapters, and unlike in
+    /// the authors' code, no input of the base weight is dropped.
     ///
     /// # Shapes
-    /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
+    /// - `x`: `[.., d_input]`; result: `[.., d_output]`, with the active sizes
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let Some(adapter) = &self.adapter else {
             return self.base.forward(x);
@@ -191,10 +201,11 @@ impl ElasticLoraLinear {
         self.base.forward_with(x, a, b, term)
     }
 
-    /// Makes a rank the active one. Moves no weight.
+    /// Sets the active rank. No weights are moved.
     ///
     /// # Errors
-    /// [`Error::InvalidRank`] where there is no adapter, for 0, or for more than the maximum.
+    /// Returns [`Error::InvalidRank`] if there is no adapter, or if `rank` is 0 or above the
+    /// maximum.
     pub fn set_active_rank(&mut self, rank: usize) -> Result<()> {
         match &mut self.adapter {
             Some(adapter) => adapter.set_active_rank(rank),
@@ -206,17 +217,18 @@ impl ElasticLoraLinear {
         }
     }
 
-    /// Inputs and outputs that are active, all of them at first.
+    /// Numbers of active inputs and outputs; all of them at first.
     pub fn active_dims(&self) -> [usize; 2] {
         self.base.active_dims()
     }
 
-    /// Makes the first `d_input` inputs and `d_output` outputs the active ones, of base and adapter alike (mode B). Moves no
-    /// weight.
+    /// Restricts the base and the adapter to the first `d_input` inputs and `d_output` outputs
+    /// (mode B). No weights are moved.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for 0 or more than there are, [`Error::Unsupported`] for a part of what has none; the layer is then as
-    /// before.
+    /// Returns [`Error::ShapeMismatch`] if a size is 0 or above the full size, and
+    /// [`Error::Unsupported`] for a part of a quantized weight or for fewer inputs of a grid whose
+    /// groups are not in order. The layer is then unchanged.
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
         let before = self.base.active_dims();
         self.base.set_active_dims(active)?;
@@ -228,15 +240,16 @@ impl ElasticLoraLinear {
             .or_else(|error| self.base.set_active_dims(before).and(Err(error)))
     }
 
-    /// The active rank; 0 without an adapter.
+    /// The active rank, or 0 without an adapter.
     pub fn active_rank(&self) -> usize {
         self.adapter.as_ref().map_or(0, ElasticLora::active_rank)
     }
 
-    /// Confines the update to the base weight's non-zeros (SparsePEFT); does nothing without an adapter.
+    /// Confines the update to the non-zeros of the base weight (SparsePEFT). Does nothing without
+    /// an adapter.
     ///
     /// # Errors
-    /// None for a layer that this crate built.
+    /// Currently infallible for layers created by this crate.
     pub fn mask_by_base(&mut self) -> Result<()> {
         if let Some(adapter) = &mut self.adapter {
             let weight = self.base.weight().without_autodiff();
@@ -245,10 +258,12 @@ impl ElasticLoraLinear {
         Ok(())
     }
 
-    /// What a merge gives where the adapter has a grid: the integers that training saw, `[d_output, d_input]` as far as active.
+    /// The codes that training saw, `[d_output, d_input]` with the active sizes, if the adapter has
+    /// a grid: the result of a merge.
     ///
     /// # Errors
-    /// [`Error::OffGrid`] where the device computed a value that is none of its grid's, NaN for one.
+    /// Returns [`Error::OffGrid`] if the device computed a value that is not on the grid, such as
+    /// NaN.
     pub fn merged_quantized(&self) -> Result<Option<QuantizedMatrix>> {
         match self
             .adapter
@@ -262,11 +277,11 @@ impl ElasticLoraLinear {
         }
     }
 
-    /// The weight that a plain layer needs to give this layer's output: base plus active update, `[d_input, d_output]` as far as
-    /// active.
+    /// The weight with which a plain layer gives this layer's output: base plus active update,
+    /// `[d_input, d_output]` with the active sizes.
     pub fn merged_weight(&self) -> Tensor<2> {
         match &self.adapter {
-            // Rounded as it is in training.
+            // The sum is rounded as in training.
             Some(adapter) if adapter.is_masked() && adapter.grid.is_none() => {
                 let sum = adapter.added_to(self.base.stored());
                 if sum.dtype() == DType::F32 {

@@ -1,4 +1,4 @@
-//! The low-rank update whose active rank is a choice made at run time.
+//! The low-rank update, whose active rank is chosen at run time.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Bool, DType, Device, Tensor, TensorData};
@@ -13,8 +13,9 @@ use crate::nn::ops::{self, Dropout, GridTerm, LoraTerm};
 use crate::nn::{matrix_from_tensor, mix_seed, prefix, tensor_from_matrix};
 use crate::space::LoraConfig;
 
-/// Fresh factors: A uniform in `±1 / sqrt(d_input)` (PEFT's Kaiming-uniform with `a = sqrt(5)`), B zero, so that the
-/// update starts at nothing. Same seed, same factors, on every backend.
+/// Creates fresh factors: A is uniform in `±1 / sqrt(d_input)` (PEFT's Kaiming-uniform with
+/// `a = sqrt(5)`), B is zero, so the update starts at zero. The same seed gives the same factors on
+/// every backend.
 pub(super) fn fresh_factors(
     rank: usize,
     d_input: usize,
@@ -32,11 +33,12 @@ pub(super) fn fresh_factors(
     (Param::from_tensor(a), Param::from_tensor(b))
 }
 
-/// The weight with the update, `W + s A_r B_r`, the update masked where there is a mask: the one definition that training of
-/// SparsePEFT, merging and the reparameterization share.
+/// The weight plus the update, `W + s A_r B_r`, with the update masked if there is a mask.
+/// SparsePEFT's training, merging and the reparameterization all use this one definition.
 ///
 /// # Shapes
-/// - `lora_a`: `[d_input, r_max]`, `lora_b`: `[r_max, d_output]`; `weight`, `mask` and result: `[d_input, d_output]`
+/// - `lora_a`: `[d_input, r_max]`, `lora_b`: `[r_max, d_output]`; `weight`, `mask` and result:
+///   `[d_input, d_output]`
 pub(crate) fn summed_weight(
     weight: Tensor<2>,
     lora_a: Tensor<2>,
@@ -57,15 +59,15 @@ pub(crate) fn summed_weight(
                 dropout: Dropout::NONE,
             },
         ),
-        // The scale goes onto the thin factor: that is the smaller product.
+        // The scale is applied to the thin factor, which has fewer elements.
         None => weight + (lora_a.narrow(1, 0, rank) * scale).matmul(lora_b.narrow(0, 0, rank)),
     }
 }
 
-/// `x` with dropout as [`Dropout`] says, by plain operations.
+/// Applies dropout to `x` as [`Dropout`] defines it, with plain operations.
 ///
 /// # Shapes
-/// - `x` and the result: any, the same
+/// - `x`: any; result: the same
 #[doc(hidden)]
 pub fn seeded_dropout<const D: usize>(x: Tensor<D>, probability: f64, seed: u64) -> Tensor<D> {
     let dropout = Dropout { probability, seed };
@@ -88,19 +90,19 @@ fn check_sizes(d_input: usize, d_output: usize) -> Result<()> {
     Ok(())
 }
 
-/// One layer's elastic low-rank update.
+/// The elastic low-rank update of one layer.
 ///
-/// All ranks share one pair of factors: rank `r` is the first `r` columns of `lora_a` and rows of `lora_b`, so choosing
-/// another moves no weight (mode A of arXiv 2501.16372, figure 1).
+/// All ranks share one pair of factors: rank `r` uses the first `r` columns of `lora_a` and rows of
+/// `lora_b`, so changing the rank moves no weights (mode A of arXiv 2501.16372, figure 1).
 #[derive(Module, Debug)]
 pub struct ElasticLora {
     /// `[d_input, r_max]`; the transpose of PEFT's `lora_A`.
     pub lora_a: Param<Tensor<2>>,
     /// `[r_max, d_output]`; the transpose of PEFT's `lora_B`.
     pub lora_b: Param<Tensor<2>>,
-    /// SparsePEFT's mask, true where the base weight is not zero, `[d_input, d_output]`.
+    /// SparsePEFT's mask, `[d_input, d_output]`: true where the base weight is not zero.
     mask: Option<Tensor<2, Bool>>,
-    /// The grid that the sum with the base weight is rounded to (QA-SparsePEFT).
+    /// The grid to which the sum with the base weight is rounded (QA-SparsePEFT).
     pub grid: Option<WeightGrid>,
     #[module(skip)]
     config: LoraConfig,
@@ -113,10 +115,11 @@ pub struct ElasticLora {
 }
 
 impl ElasticLora {
-    /// Fresh factors for a layer, all ranks active; see [`LoraConfig::new`]. The update is zero until trained.
+    /// Creates fresh factors for a layer, with all ranks active; see [`LoraConfig::new`]. The
+    /// update is zero until trained.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] as [`LoraConfig::validate`] says, or for a size of 0.
+    /// Returns [`Error::InvalidArgument`] if a size is 0, and as [`LoraConfig::validate`] does.
     pub fn new(
         config: &LoraConfig,
         d_input: usize,
@@ -139,14 +142,14 @@ impl ElasticLora {
         })
     }
 
-    /// Takes trained factors in PEFT's orientation, all ranks active.
+    /// Takes trained factors in PEFT's orientation, with all ranks active.
     ///
     /// # Shapes
     /// - `a`: `[r_max, d_input]`, `b`: `[d_output, r_max]`
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the ranks differ from each other or from `config.rank`; [`Error::InvalidArgument`] as
-    /// for [`new`](Self::new).
+    /// Returns [`Error::ShapeMismatch`] if the ranks differ from each other or from `config.rank`,
+    /// and [`Error::InvalidArgument`] as [`new`](Self::new) does.
     pub fn from_factors(
         config: &LoraConfig,
         a: &Matrix,
@@ -174,13 +177,14 @@ impl ElasticLora {
         })
     }
 
-    /// Confines the update to where `mask` is true (SparsePEFT, arXiv 2410.03750), or frees it.
+    /// Confines the update to the elements where `mask` is true (SparsePEFT, arXiv 2410.03750);
+    /// `None` removes the mask.
     ///
     /// # Shapes
     /// - `mask`: `[d_input, d_output]`
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for another shape.
+    /// Returns [`Error::ShapeMismatch`] if the mask has another shape.
     pub fn set_mask(&mut self, mask: Option<Tensor<2, Bool>>) -> Result<()> {
         let expected = [self.d_input(), self.d_output()];
         if let Some(mask) = &mask
@@ -196,7 +200,7 @@ impl ElasticLora {
         Ok(())
     }
 
-    /// SparsePEFT's mask, true where the update acts, where there is one.
+    /// SparsePEFT's mask, if there is one: true where the update acts.
     ///
     /// # Shapes
     /// - `[d_input, d_output]`
@@ -204,12 +208,12 @@ impl ElasticLora {
         self.mask.as_ref()
     }
 
-    /// From now on the sum of base weight and update is rounded to a grid, of which the scales are trained too if `train_scales`
-    /// (QA-SparsePEFT, arXiv 2410.03750; trained scales as NNCF's absorbable LoRA has them). Of `grid`, everything but the codes is
-    /// taken.
+    /// Rounds the sum of base weight and update to a grid from now on (QA-SparsePEFT, arXiv
+    /// 2410.03750). With `train_scales`, the grid's scales are trained too, as in NNCF's absorbable
+    /// LoRA. Everything in `grid` but its codes is used.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the grid is of another shape.
+    /// Returns [`Error::ShapeMismatch`] if the grid has another shape.
     pub fn set_grid(&mut self, grid: &QuantizedMatrix, train_scales: bool) -> Result<()> {
         let (expected, found) = (
             [self.d_output(), self.d_input()],
@@ -231,22 +235,22 @@ impl ElasticLora {
         Ok(())
     }
 
-    /// Whether the update is confined by a mask.
+    /// Whether the update has a mask.
     pub fn is_masked(&self) -> bool {
         self.mask.is_some()
     }
 
-    /// Settings.
+    /// Settings of the adapter.
     pub fn config(&self) -> &LoraConfig {
         &self.config
     }
 
-    /// Inputs of the layer.
+    /// Number of inputs of the layer.
     pub fn d_input(&self) -> usize {
         self.lora_a.lazy_shape()[0]
     }
 
-    /// Outputs of the layer.
+    /// Number of outputs of the layer.
     pub fn d_output(&self) -> usize {
         self.lora_b.lazy_shape()[1]
     }
@@ -261,17 +265,18 @@ impl ElasticLora {
         self.active_rank
     }
 
-    /// Inputs and outputs that are active, all of them at first.
+    /// Numbers of active inputs and outputs; all of them at first.
     pub fn active_dims(&self) -> [usize; 2] {
         self.active_dims
     }
 
-    /// Makes the first inputs and outputs the active ones, as those of the layer that the adapter rides on (mode B). Moves no
-    /// weight.
+    /// Restricts the update to the first inputs and outputs, like the layer that it belongs to
+    /// (mode B). No weights are moved.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for 0 or more than there are, [`Error::Unsupported`] for fewer inputs of a grid whose groups are not in
-    /// order; they are then as before.
+    /// Returns [`Error::ShapeMismatch`] if a size is 0 or above the full size, and
+    /// [`Error::Unsupported`] for fewer inputs of a grid whose groups are not in order. The active
+    /// sizes are then unchanged.
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
         let dims = [self.d_input(), self.d_output()];
         if active.contains(&0) || active[0] > dims[0] || active[1] > dims[1] {
@@ -295,7 +300,7 @@ impl ElasticLora {
         Ok(())
     }
 
-    /// A and B, of all ranks, as far as inputs and outputs are active: views.
+    /// Views of A and B with all ranks, for the active inputs and outputs.
     pub(crate) fn factors(&self) -> (Tensor<2>, Tensor<2>) {
         let [d_input, d_output] = self.active_dims;
         (
@@ -309,10 +314,11 @@ impl ElasticLora {
         self.config.scale(self.active_rank)
     }
 
-    /// Makes the first `rank` columns of A and rows of B the active ones. Moves no weight.
+    /// Activates the first `rank` columns of A and rows of B. No weights are moved.
     ///
     /// # Errors
-    /// [`Error::InvalidRank`] for 0 or more than the maximum; the active rank is then as before.
+    /// Returns [`Error::InvalidRank`] if `rank` is 0 or above the maximum. The active rank is then
+    /// unchanged.
     pub fn set_active_rank(&mut self, rank: usize) -> Result<()> {
         if rank == 0 || rank > self.max_rank() {
             return Err(Error::InvalidRank {
@@ -325,19 +331,19 @@ impl ElasticLora {
         Ok(())
     }
 
-    /// Fixes the next forward pass's dropout mask. The trainer sets it once a step.
+    /// Sets the seed of the next forward pass's dropout mask. The trainer sets it once a step.
     pub fn set_dropout_seed(&mut self, seed: u64) {
         self.dropout_seed = seed;
     }
 
-    /// The active weight-space update, `s A_r B_r`, masked where there is a mask; `[d_input, d_output]` as far as active. It is what
-    /// comes before any rounding to a grid.
+    /// The active update of the weight, `s A_r B_r`, masked if there is a mask, before any rounding
+    /// to a grid: `[d_input, d_output]` with the active sizes.
     pub fn delta(&self) -> Tensor<2> {
         let device = self.lora_a.val().device().without_autodiff();
         self.summed_with(Tensor::zeros(self.active_dims, &device))
     }
 
-    /// A weight with the active update, before any rounding to a grid.
+    /// `weight` plus the active update, before any rounding to a grid.
     fn summed_with(&self, weight: Tensor<2>) -> Tensor<2> {
         let (a, b) = self.factors();
         summed_weight(
@@ -350,7 +356,7 @@ impl ElasticLora {
         )
     }
 
-    /// The mask as far as inputs and outputs are active: a view.
+    /// A view of the mask for the active inputs and outputs.
     pub(crate) fn active_mask(&self) -> Option<Tensor<2, Bool>> {
         self.mask.as_ref().map(|mask| self.active_part(mask))
     }
@@ -365,10 +371,11 @@ impl ElasticLora {
         }
     }
 
-    /// A weight with the active update, on the grid where there is one; the weight is then a constant.
+    /// `weight` plus the active update, rounded to the grid if there is one. With a grid, no
+    /// gradient reaches `weight`.
     ///
     /// # Shapes
-    /// - `weight` and result: `[d_input, d_output]`, as far as active
+    /// - `weight` and result: `[d_input, d_output]`, with the active sizes
     pub fn added_to(&self, weight: Tensor<2>) -> Tensor<2> {
         let Some(grid) = &self.grid else {
             return self.summed_with(weight);
@@ -394,10 +401,12 @@ impl ElasticLora {
         ops::quantized_sum(weight, mask, a, b, scales, zeros, term)
     }
 
-    /// The product with [`added_to`](Self::added_to), or none where there is neither mask nor grid.
+    /// The product of `x` with [`added_to`](Self::added_to)'s weight; `None` if there is neither a
+    /// mask nor a grid.
     ///
     /// # Shapes
-    /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, as far as active; result: `[.., d_output]`
+    /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, with the active sizes; result:
+    ///   `[.., d_output]`
     pub(crate) fn product_with_sum<const D: usize>(
         &self,
         x: Tensor<D>,
@@ -445,9 +454,10 @@ impl ElasticLora {
         ))
     }
 
-    /// What the adapter adds to its layer's output, by plain operations: `s (dropout(x) A_r) B_r`, two thin products, or with
-    /// a mask the product with [`delta`](Self::delta); no grid has a part in it. Dropout acts on an autodiff device only.
-    /// [`ElasticLoraLinear`](super::ElasticLoraLinear) does the same at less cost.
+    /// The adapter's contribution to its layer's output, by plain operations: the two thin products
+    /// `s (dropout(x) A_r) B_r`, or with a mask the product with [`delta`](Self::delta). A grid is
+    /// ignored. Dropout is applied only on an autodiff device.
+    /// [`ElasticLoraLinear`](super::ElasticLoraLinear) computes the same at less cost.
     ///
     /// # Shapes
     /// - `x`: `[.., d_input]`; result: `[.., d_output]`
@@ -477,7 +487,7 @@ impl ElasticLora {
         ops::linear(ops::linear(dropped, a) * self.scale(), b)
     }
 
-    /// What the custom operations need to know.
+    /// The parameters of the fused operations: active rank, scale and dropout.
     pub(crate) fn term(&self) -> LoraTerm {
         let dropout = Dropout {
             probability: self.dropout(),
@@ -490,12 +500,12 @@ impl ElasticLora {
         }
     }
 
-    /// `x` with this step's dropout.
+    /// `x` with the dropout of this step.
     pub(crate) fn dropped<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         seeded_dropout(x, self.dropout(), self.dropout_seed)
     }
 
-    /// The probability that acts here: none off the tape.
+    /// The dropout probability in effect: 0 unless gradients are tracked.
     fn dropout(&self) -> f64 {
         if self.lora_a.val().is_autodiff() {
             self.config.dropout
@@ -504,10 +514,12 @@ impl ElasticLora {
         }
     }
 
-    /// The active factors in PEFT's orientation: A `[r, d_input]`, B `[d_output, r]`, as far as active, and the scale.
+    /// The active factors in PEFT's orientation, A `[r, d_input]` and B `[d_output, r]` with the
+    /// active sizes, and the scale.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a masked update, which no pair of factors expresses, and for one that goes through a grid.
+    /// Returns [`Error::Unsupported`] for a masked update or one with a grid: no pair of factors
+    /// expresses either.
     pub fn active_factors(&self) -> Result<(Matrix, Matrix, f64)> {
         if self.grid.is_some() {
             return Err(Error::Unsupported {
@@ -525,7 +537,7 @@ impl ElasticLora {
         Ok((a, b, self.scale()))
     }
 
-    /// A seed for the dropout of this layer at a step, from the run's seed.
+    /// The dropout seed of one layer at one step, derived from the run's seed.
     pub(crate) fn step_seed(seed: u64, step: u64, layer: u64) -> u64 {
         mix_seed(mix_seed(seed, step), layer)
     }

@@ -1,7 +1,8 @@
-//! Elastic low-rank adapters (LoRA, arXiv 2106.09685; elastic ranks, SparsePEFT and QA-SparsePEFT, arXiv 2501.16372 and 2410.03750).
+//! Elastic low-rank adapters (LoRA, arXiv 2106.09685; elastic ranks, arXiv 2501.16372; SparsePEFT
+//! and QA-SparsePEFT, arXiv 2410.03750).
 //!
-//! [`ElasticLoraLinear`] is a layer for any Burn model; [`ElasticLoraReparameterizer`] attaches the same adapters to a module
-//! that already exists.
+//! [`ElasticLoraLinear`] is a layer for any Burn model; [`ElasticLoraReparameterizer`] attaches the
+//! same adapters to an existing module.
 
 mod error_init;
 mod grid;

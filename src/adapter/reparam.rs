@@ -1,4 +1,4 @@
-//! The same elastic adapters on any existing Burn module, through Burn's reparameterizations.
+//! Elastic adapters on any existing Burn module, through Burn's reparameterizations.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use crate::nn::mix_seed;
 use crate::space::LoraConfig;
 use crate::space::{LayerShape, SearchSpace, SubnetConfig};
 
-/// The active ranks of a reparameterized module, by parameter path. Clones share them, and so do clones of the module.
+/// The active ranks of a reparameterized module, by parameter path. Clones of the switches and of
+/// the module share them.
 #[derive(Clone, Debug, Default)]
 pub struct RankSwitches {
     ranks: BTreeMap<String, Switch>,
@@ -28,7 +29,8 @@ struct Switch {
 }
 
 impl RankSwitches {
-    /// The adapted parameters as layers of a search space, named by their path (`encoder.0.weight`).
+    /// The adapted parameters as layers of a search space, named by their path
+    /// (`encoder.0.weight`).
     pub fn layers(&self) -> Vec<LayerShape> {
         self.ranks
             .iter()
@@ -36,10 +38,11 @@ impl RankSwitches {
             .collect()
     }
 
-    /// Makes a rank the active one of a parameter.
+    /// Sets the active rank of a parameter.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] for a path that has no adapter, [`Error::InvalidRank`] for 0 or more than the maximum.
+    /// Returns [`Error::UnknownLayer`] if the path has no adapter, and [`Error::InvalidRank`] if
+    /// `rank` is 0 or above the maximum.
     pub fn set(&self, path: &str, rank: usize) -> Result<()> {
         let switch = self.ranks.get(path).ok_or_else(|| Error::UnknownLayer {
             context: "rank switches".into(),
@@ -56,7 +59,7 @@ impl RankSwitches {
         Ok(())
     }
 
-    /// The active rank of a parameter, where it has an adapter.
+    /// The active rank of a parameter, or `None` if it has no adapter.
     pub fn get(&self, path: &str) -> Option<usize> {
         self.ranks
             .get(path)
@@ -66,7 +69,8 @@ impl RankSwitches {
     /// Activates a subnet of a space over [`layers`](Self::layers).
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`] and [`set`](Self::set); nothing is changed then.
+    /// Returns the errors of [`SearchSpace::validate`] and [`set`](Self::set). No rank is changed
+    /// then.
     pub fn activate(&self, space: &SearchSpace, config: &SubnetConfig) -> Result<()> {
         let ranks = space.ranks(config)?;
         for (path, rank) in &ranks {
@@ -88,12 +92,14 @@ impl RankSwitches {
     }
 }
 
-/// Attaches elastic adapters to the two-dimensional parameters of a Burn module that a filter picks.
+/// Attaches elastic adapters to the two-dimensional parameters of a Burn module that a filter
+/// selects.
 ///
-/// Every parameter of the module is frozen; the factors are trainable. Burn forms the summed weight at every use, so this
-/// suits any module; [`ElasticLoraLinear`](super::ElasticLoraLinear)'s two thin products cost less. With
-/// [`masked`](Self::masked), the update keeps the weight's zeros (SparsePEFT). Dropout is not applied: a reparameterization
-/// sees the weight, not the input.
+/// Every parameter of the module is frozen; the factors are trainable. Burn computes the summed
+/// weight at every use, so this works for any module, but costs more than the two thin products of
+/// [`ElasticLoraLinear`](super::ElasticLoraLinear). With [`masked`](Self::masked), the update keeps
+/// the weight's zeros (SparsePEFT). Dropout is not applied, because a reparameterization sees the
+/// weight and not the input.
 ///
 /// ```
 /// use burn::module::Module;
@@ -120,10 +126,10 @@ pub struct ElasticLoraReparameterizer {
 }
 
 impl ElasticLoraReparameterizer {
-    /// Adapters for every two-dimensional parameter.
+    /// Creates adapters for every two-dimensional parameter.
     ///
     /// # Errors
-    /// As [`LoraConfig::validate`].
+    /// Returns the errors of [`LoraConfig::validate`].
     pub fn new(config: LoraConfig, seed: u64) -> Result<Self> {
         config.validate()?;
         Ok(Self {
@@ -135,7 +141,7 @@ impl ElasticLoraReparameterizer {
         })
     }
 
-    /// Adapters only for parameters whose path the filter accepts.
+    /// Restricts the adapters to parameters whose path the filter accepts.
     pub fn matching(mut self, filter: impl Fn(&str) -> bool + Send + 'static) -> Self {
         self.filter = Box::new(filter);
         self

@@ -1,10 +1,11 @@
-//! The parts of a block and their sizes.
+//! The sub-blocks of a decoder block and their sizes.
 
 use serde::{Deserialize, Serialize};
 
 use super::linear::LinearKind;
 
-/// A part of a block that can be left out: attention or MLP, with its norms and its residual connection.
+/// A sub-block, which a subnet may leave out: attention or MLP, with its norm and its residual
+/// connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SubBlock {
     /// Attention, with its norm.
@@ -14,10 +15,10 @@ pub enum SubBlock {
 }
 
 impl SubBlock {
-    /// Both, in the order of computation.
+    /// Both sub-blocks, in the order of computation.
     pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
 
-    /// Its linear layers, in the order of computation.
+    /// The linear layers of the sub-block, in the order of computation.
     pub fn linears(self) -> &'static [LinearKind] {
         match self {
             Self::Attention => &LinearKind::ALL[..4],
@@ -25,8 +26,8 @@ impl SubBlock {
         }
     }
 
-    /// The linear layers whose outputs share one elastic width: queries, keys and values, or gate and up
-    /// projection.
+    /// The linear layers whose outputs share one elastic width: queries, keys and values, or gate
+    /// and up projection.
     pub fn tied_outputs(self) -> &'static [LinearKind] {
         match self {
             Self::Attention => &LinearKind::ALL[..3],
@@ -34,7 +35,7 @@ impl SubBlock {
         }
     }
 
-    /// The norm before it.
+    /// The norm in front of the sub-block.
     pub fn norm(self) -> NormKind {
         match self {
             Self::Attention => NormKind::Attention,
@@ -42,7 +43,7 @@ impl SubBlock {
         }
     }
 
-    /// Path inside the block, as Hugging Face names it.
+    /// Module path inside the block, as in Hugging Face checkpoints.
     pub fn path(self) -> &'static str {
         match self {
             Self::Attention => "self_attn",
@@ -50,13 +51,13 @@ impl SubBlock {
         }
     }
 
-    /// Hugging Face's module path of this part of block `block`.
+    /// Hugging Face module path of this sub-block of block `block`.
     pub fn name(self, block: usize) -> String {
         format!("model.layers.{block}.{}", self.path())
     }
 
-    /// The block and the sub-blocks that a path names: `model.layers.3` both of block 3,
-    /// `model.layers.3.mlp` its MLP.
+    /// Parses a module path into a block and its sub-blocks: `model.layers.3` gives both sub-blocks
+    /// of block 3, `model.layers.3.mlp` its MLP.
     pub fn parse(name: &str) -> Option<(usize, &'static [Self])> {
         let rest = name.strip_prefix("model.layers.")?;
         let (block, parts): (&str, &'static [Self]) = match rest.split_once('.') {
@@ -69,7 +70,7 @@ impl SubBlock {
     }
 }
 
-/// Which norm of a block.
+/// The norms of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[doc(hidden)]
 pub enum NormKind {
@@ -80,10 +81,10 @@ pub enum NormKind {
 }
 
 impl NormKind {
-    /// All, in the order of computation.
+    /// All norms, in the order of computation.
     pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
 
-    /// The sub-block that it belongs to.
+    /// The sub-block that the norm belongs to.
     pub fn sub_block(self) -> SubBlock {
         match self {
             Self::Attention => SubBlock::Attention,
@@ -92,19 +93,19 @@ impl NormKind {
     }
 }
 
-/// The sizes of one block. An attention without heads or an MLP without width is absent.
+/// The sizes of one block. Attention is absent if it has no heads, and the MLP if its width is 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct BlockDims {
     /// Number of query heads.
     pub n_heads: usize,
-    /// Number of key/value heads; divides the query heads.
+    /// Number of key/value heads, a divisor of the number of query heads.
     pub n_kv_heads: usize,
     /// Width inside the MLP.
     pub d_mlp: usize,
 }
 
 impl BlockDims {
-    /// Whether the block has a sub-block.
+    /// Whether the block has the sub-block `part`.
     pub fn has(&self, part: SubBlock) -> bool {
         match part {
             SubBlock::Attention => self.has_attention(),
@@ -112,7 +113,7 @@ impl BlockDims {
         }
     }
 
-    /// Whether the block has an attention.
+    /// Whether the block has attention.
     pub fn has_attention(&self) -> bool {
         self.n_heads > 0
     }
@@ -122,7 +123,7 @@ impl BlockDims {
         self.d_mlp > 0
     }
 
-    /// Removes a sub-block.
+    /// Removes the sub-block `part`.
     pub fn remove(&mut self, part: SubBlock) {
         match part {
             SubBlock::Attention => (self.n_heads, self.n_kv_heads) = (0, 0),
@@ -131,7 +132,7 @@ impl BlockDims {
     }
 
     /// Sizes `[d_input, d_output]` of a linear layer in a decoder of width `d_model` with heads of
-    /// `head_dim` features; one of them is 0 where the layer is absent.
+    /// `head_dim` features. One of them is 0 if the layer is absent.
     pub fn linear(&self, kind: LinearKind, d_model: usize, head_dim: usize) -> [usize; 2] {
         match kind {
             LinearKind::Q => [d_model, self.n_heads * head_dim],

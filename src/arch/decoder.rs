@@ -5,26 +5,26 @@ use super::family::Family;
 use super::linear::LinearKind;
 use super::rope::{Rope, RopeScaling};
 
-/// What a decoder-only transformer is made of, without its weights.
+/// Describes a decoder-only transformer, without its weights.
 ///
-/// It computes, for each block, `x + attention(norm(x))` and then `x + mlp(norm(x))`, with rotary
-/// positions and grouped key/value heads, `mlp(x) = down(silu(gate(x)) * up(x))`, and at the end
-/// `head(norm(x))`.
+/// The decoder computes `x + attention(norm(x))` and then `x + mlp(norm(x))` for each block, and
+/// finally `head(norm(x))`. Attention has rotary positions and grouped key/value heads, and
+/// `mlp(x) = down(silu(gate(x)) * up(x))`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {
-    /// The family.
+    /// The model family.
     pub family: Family,
     /// Width of the residual stream.
     pub d_model: usize,
-    /// Number of features of a head; even.
+    /// Number of features per head; even.
     pub head_dim: usize,
     /// Number of tokens in the vocabulary.
     pub vocab_size: usize,
     /// Context length in tokens.
     pub max_positions: usize,
-    /// The sizes of each block, first to last.
+    /// The sizes of each block, from first to last.
     pub blocks: Vec<BlockDims>,
-    /// The linear layers that have a bias.
+    /// The kinds of linear layer that have a bias.
     pub biased: Vec<LinearKind>,
     /// Epsilon of the norms.
     pub norm_eps: f64,
@@ -32,9 +32,9 @@ pub struct Architecture {
     pub rope_theta: f64,
     /// Scaling of the rotary embedding.
     pub rope_scaling: RopeScaling,
-    /// Number of last positions, its own among them, that a token attends to; `None` for all.
+    /// Number of positions that a token attends to: its own and those before it. `None` for all.
     pub window: Option<usize>,
-    /// Whether embedding and head are one matrix.
+    /// Whether the embedding and the head share one matrix.
     pub tied: bool,
 }
 
@@ -42,12 +42,12 @@ pub struct Architecture {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[doc(hidden)]
 pub struct LinearSpec {
-    /// Module path, such as `model.layers.0.self_attn.q_proj`; the weight is `<name>.weight`,
+    /// Module path, such as `model.layers.0.self_attn.q_proj`. The weight is `<name>.weight`,
     /// `[d_output, d_input]`.
     pub name: String,
     /// Index of the block.
     pub block: usize,
-    /// Which layer of the block.
+    /// The layer's kind.
     pub kind: LinearKind,
     /// Number of output features.
     pub d_output: usize,
@@ -63,7 +63,7 @@ pub struct LinearSpec {
 pub struct NormSpec {
     /// Name of the tensor, such as `model.layers.0.input_layernorm.weight`.
     pub tensor: String,
-    /// Which norm of the block.
+    /// The norm's kind.
     pub kind: NormKind,
     /// Number of gains.
     pub len: usize,
@@ -74,13 +74,13 @@ impl Architecture {
     pub const EMBEDDING: &'static str = "model.embed_tokens.weight";
     /// Module path of the head.
     pub const HEAD_LAYER: &'static str = "lm_head";
-    /// Name of the head's weight, `[vocab_size, d_model]`; absent where it is tied to the embedding.
+    /// Name of the head's weight, `[vocab_size, d_model]`; absent if tied to the embedding.
     pub const HEAD: &'static str = "lm_head.weight";
-    /// Name of the last norm, `[d_model]`.
+    /// Name of the final norm, `[d_model]`.
     pub const FINAL_NORM: &'static str = "model.norm.weight";
 
-    /// Sizes `[d_input, d_output]` of a linear layer in a block of sizes `dims`; one of them is 0 where
-    /// the layer is absent.
+    /// Sizes `[d_input, d_output]` of a linear layer in a block of sizes `dims`. One of them is 0
+    /// if the layer is absent.
     pub fn linear_dims(&self, dims: &BlockDims, kind: LinearKind) -> [usize; 2] {
         dims.linear(kind, self.d_model, self.head_dim)
     }
@@ -90,8 +90,8 @@ impl Architecture {
         self.biased.contains(&kind)
     }
 
-    /// The linear layers of a block of sizes `dims` with their sizes `[d_input, d_output]`, in the order
-    /// of computation.
+    /// The linear layers of a block of sizes `dims` and their sizes `[d_input, d_output]`, in the
+    /// order of computation.
     pub fn linears_of(
         &self,
         dims: &BlockDims,
@@ -117,14 +117,15 @@ impl Architecture {
             })
     }
 
-    /// The linear layers of all blocks, in the order of computation; the head is not among them.
+    /// The linear layers of all blocks, in the order of computation, without the head.
     pub fn linears(&self) -> Vec<LinearSpec> {
         (0..self.blocks.len())
             .flat_map(|block| self.block_linears(block))
             .collect()
     }
 
-    /// The norms of a block of sizes `dims` with their number of gains, in the order of computation.
+    /// The norms of a block of sizes `dims` and their numbers of gains, in the order of
+    /// computation.
     pub fn norms_of(&self, dims: &BlockDims) -> impl Iterator<Item = (NormKind, usize)> + use<> {
         let (dims, len) = (*dims, self.d_model);
         let norms = self.family.row().norms.iter();
@@ -142,7 +143,7 @@ impl Architecture {
             })
     }
 
-    /// Name of a block's norm, in a file of this family.
+    /// Name of a block's norm in a checkpoint of this family.
     pub fn norm_tensor(&self, block: usize, kind: NormKind) -> String {
         let name = self
             .family
@@ -154,8 +155,8 @@ impl Architecture {
         format!("model.layers.{block}.{name}.weight")
     }
 
-    /// Names and shapes of all tensors that a dense checkpoint holds, in the order of computation; a tied
-    /// head is not among them.
+    /// Names and shapes of all tensors of a dense checkpoint, in the order of computation. A tied
+    /// head is not listed.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let table = vec![self.vocab_size, self.d_model];
         let mut all = vec![(Self::EMBEDDING.to_string(), table.clone())];
@@ -186,12 +187,12 @@ impl Architecture {
         Rope::new(self.head_dim, self.rope_theta, self.rope_scaling)
     }
 
-    /// Factor on the products of queries and keys.
+    /// Factor on the dot products of queries and keys.
     pub fn attention_scale(&self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
     }
 
-    /// Whether sub-block `part` of a block is there.
+    /// Whether block `block` has the sub-block `part`.
     pub fn has(&self, block: usize, part: SubBlock) -> bool {
         self.blocks.get(block).is_some_and(|dims| dims.has(part))
     }

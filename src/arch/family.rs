@@ -1,79 +1,82 @@
-//! The model families, as rows of data.
+//! The model families, as a table with one row each.
 //!
-//! A row says how a family's `config.json` is read where fields are absent, which layers have biases,
-//! which norms a block has and what their tensors are called. Defaults are those of transformers.
+//! A row defines how absent fields of the family's `config.json` are filled in, which layers have
+//! biases, and which norms a block has and how their tensors are named. The defaults are those of
+//! transformers.
 
 use super::block::NormKind;
 use super::linear::LinearKind;
 
-/// The model families that can be read.
+/// The supported model families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Family {
-    /// Llama 1 to 3.3, SmolLM and every other checkpoint of model type `llama` (arXiv 2302.13971).
+    /// Llama 1 to 3.3, SmolLM and all other checkpoints of model type `llama` (arXiv 2302.13971).
     Llama,
-    /// Mistral 7B, Nemo and their relatives: Llama with a sliding window and without biases
-    /// (arXiv 2310.06825).
+    /// Mistral 7B, Nemo and related models: Llama with a sliding window and without biases (arXiv
+    /// 2310.06825).
     Mistral,
     /// Qwen2 and Qwen2.5 (arXiv 2407.10671): Llama with biases on queries, keys and values.
     Qwen2,
-    /// Llama whose blocks differ in key/value heads and MLP width or lack an attention: DeciLM,
-    /// "Nemotron-NAS" (`block_configs`).
+    /// DeciLM, also called "Nemotron-NAS": Llama whose blocks differ in key/value heads and MLP
+    /// width or have no attention (`block_configs`).
     Deci,
-    /// Llama whose blocks differ in more than `block_configs` can say elsewhere, such as their number of
-    /// query heads. This crate's own: `block_configs` with the sizes in full. A model of another family
-    /// takes this form, too, and keeps its family; see `elastic_base` of its row.
+    /// Llama whose blocks differ in more than DeciLM's `block_configs` can describe, such as the
+    /// number of query heads. The format is this crate's own: its `block_configs` hold all sizes of
+    /// each block. Models of some other families can be saved in this form too; the config then
+    /// names their family as `base_model_type`.
     ElasticLlama,
 }
 
-/// Which positions attention sees, as a config says it.
+/// The positions that attention sees, according to a config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Windows {
-    /// All positions; the config has no such field, or it is ignored.
+    /// All positions; the config has no such field, or the field is ignored.
     Full,
-    /// `sliding_window` on all layers, with its value where the field is absent.
+    /// `sliding_window` applies to all layers.
     AllLayers {
-        /// The window where the field is absent; `None` for all positions.
+        /// The window if the field is absent; `None` for all positions.
         default: Option<usize>,
     },
-    /// All positions, unless this field is true, which is refused.
+    /// All positions; a config in which this field is true is rejected.
     FullUnless(&'static str),
 }
 
-/// Which linear layers have biases, as a config says it.
+/// The linear layers that have biases, according to a config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Biases {
-    /// Those of attention by `attention_bias`, those of the MLP by `mlp_bias`; absent means false.
+    /// `attention_bias` decides for the layers of attention, `mlp_bias` for those of the MLP; an
+    /// absent field means false.
     ByFields,
-    /// These, whatever the config says.
+    /// These layers always; the config is not consulted.
     Always(&'static [LinearKind]),
 }
 
-/// How a family differs from the others.
+/// The properties in which families differ.
 #[derive(Debug)]
 pub(crate) struct FamilyRow {
     /// The family.
     pub family: Family,
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
-    /// The class that transformers loads it with: `architectures` in `config.json`.
+    /// The model class in transformers, which is `architectures` in `config.json`.
     pub architecture: &'static str,
-    /// Number of key/value heads where the field is absent; `None` for as many as query heads.
+    /// Number of key/value heads if the field is absent; `None` for the number of query heads.
     pub key_value_heads: Option<usize>,
-    /// Sliding windows.
+    /// The rule for sliding windows.
     pub windows: Windows,
-    /// Biases.
+    /// The rule for biases.
     pub biases: Biases,
-    /// `max_position_embeddings` where the field is absent.
+    /// `max_position_embeddings` if the field is absent.
     pub max_positions: usize,
-    /// Whether the family's models can take the form of [`Family::ElasticLlama`] and stay what they are:
-    /// `base_model_type` in the config then names the family.
+    /// Whether models of the family can be saved as [`Family::ElasticLlama`] and remain of this
+    /// family, which `base_model_type` in the config then names.
     pub elastic_base: bool,
-    /// The norms of a block with the names of their modules inside it, in the order of computation.
+    /// The norms of a block and the names of their modules inside it, in the order of computation.
     pub norms: &'static [(NormKind, &'static str)],
 }
 
-/// The norms of Llama and of most families after it.
+/// The norms of Llama and of most later families.
 const PRE_NORMS: &[(NormKind, &str)] = &[
     (NormKind::Attention, "input_layernorm"),
     (NormKind::Mlp, "post_attention_layernorm"),
@@ -141,17 +144,17 @@ impl Family {
             .unwrap_or(&LLAMA)
     }
 
-    /// `model_type` as it stands in `config.json`.
+    /// The family's `model_type` in `config.json`.
     pub fn model_type(self) -> &'static str {
         self.row().model_type
     }
 
-    /// The class that transformers loads it with.
+    /// The model class in transformers.
     pub fn architecture(self) -> &'static str {
         self.row().architecture
     }
 
-    /// Every family that is read, for error messages: `llama (LlamaForCausalLM), ...`.
+    /// Lists all supported families, for error messages: `llama (LlamaForCausalLM), ...`.
     pub fn supported() -> String {
         let names = FAMILIES
             .iter()

@@ -2,27 +2,27 @@
 
 use super::block::SubBlock;
 
-/// Which linear layer of a block.
+/// The linear layers of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LinearKind {
-    /// Queries.
+    /// The query projection.
     Q,
-    /// Keys.
+    /// The key projection.
     K,
-    /// Values.
+    /// The value projection.
     V,
-    /// Attention's output.
+    /// The output projection of attention.
     O,
-    /// The MLP's gate.
+    /// The gate projection of the MLP.
     Gate,
-    /// The MLP's up projection.
+    /// The up projection of the MLP.
     Up,
-    /// The MLP's down projection.
+    /// The down projection of the MLP.
     Down,
 }
 
 impl LinearKind {
-    /// All, in the order of computation.
+    /// All kinds, in the order of computation.
     pub const ALL: [Self; 7] = [
         Self::Q,
         Self::K,
@@ -33,7 +33,7 @@ impl LinearKind {
         Self::Down,
     ];
 
-    /// The sub-block that it belongs to.
+    /// The sub-block that the layer belongs to.
     pub fn sub_block(self) -> SubBlock {
         match self {
             Self::Q | Self::K | Self::V | Self::O => SubBlock::Attention,
@@ -41,7 +41,7 @@ impl LinearKind {
         }
     }
 
-    /// Path inside the block, as Hugging Face names it.
+    /// Module path inside the block, as in Hugging Face checkpoints.
     pub fn path(self) -> &'static str {
         match self {
             Self::Q => "self_attn.q_proj",
@@ -54,8 +54,8 @@ impl LinearKind {
         }
     }
 
-    /// The first of the layers that see the same input: queries for keys and values, the gate for the
-    /// up projection.
+    /// The first of the layers that have the same input as this one: queries for keys and values,
+    /// the gate for the up projection.
     pub fn input(self) -> Self {
         match self {
             Self::Q | Self::K | Self::V => Self::Q,
@@ -64,18 +64,18 @@ impl LinearKind {
         }
     }
 
-    /// Whether its output is added to the residual stream. Such a layer's elastic channels are its
-    /// inputs, for the width of the residual stream is fixed.
+    /// Whether the layer's output is added to the residual stream. The elastic channels of such a
+    /// layer are its inputs, because the width of the residual stream is fixed.
     pub fn writes_residual(self) -> bool {
         matches!(self, Self::O | Self::Down)
     }
 
-    /// Hugging Face's module path of this layer in block `block`.
+    /// Hugging Face module path of this layer in block `block`.
     pub fn name(self, block: usize) -> String {
         format!("model.layers.{block}.{}", self.path())
     }
 
-    /// The inverse of [`name`](Self::name).
+    /// Parses a path written by [`name`](Self::name) into the block and the kind.
     pub fn parse(name: &str) -> Option<(usize, Self)> {
         let (block, path) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let kind = Self::ALL.into_iter().find(|kind| kind.path() == path)?;

@@ -1,11 +1,11 @@
-//! What a decoder is, described once: families, the parts of a block, their sizes and names, rotary
-//! positions.
+//! The single description of a decoder: model families, sub-blocks with their sizes and names, and
+//! rotary positions.
 //!
-//! [`Architecture`] is the description that everything else asks: the readers of configs fill it in, the
-//! Burn decoder ([`model`](crate::model)) and the slice executor ([`runtime`](crate::runtime)) are
-//! driven by it, and costs, elastic widths and exports take sizes and names from it. A new family is one
-//! row in `family.rs` (and, where it brings an operation that no family had, that operation in the two
-//! executors).
+//! Everything else takes its facts from [`Architecture`]. Config readers fill it in; the Burn
+//! decoder ([`model`](crate::model)) and the executor on slices ([`runtime`](crate::runtime)) are
+//! driven by it; costs, elastic widths and exports take sizes and names from it. A new family is
+//! one new row in `family.rs`. If it needs an operation that no other family has, the two executors
+//! must implement that operation as well.
 
 mod block;
 mod decoder;

@@ -1,30 +1,35 @@
-//! Rotary position tables (Su et al., arXiv 2104.09864), with the frequency scalings that checkpoints ask for.
+//! Rotary position tables (Su et al., arXiv 2104.09864), with the frequency scalings that
+//! checkpoints use.
 
-/// How the rotary embedding's frequencies are changed to reach longer contexts.
+/// Scaling of the rotary frequencies, which extends the context.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum RopeScaling {
-    /// Not at all: frequency `j` is `theta^(-2j / head_dim)`.
+    /// No scaling: frequency `j` is `theta^(-2j / head_dim)`.
     Default,
-    /// All frequencies divided by `factor`.
+    /// Divides all frequencies by `factor`.
     Linear {
         /// The divisor, at least 1.
         factor: f64,
     },
-    /// Llama 3.1's: low frequencies divided, high ones kept, a linear blend between.
+    /// Llama 3.1's scaling: divides low frequencies, keeps high ones, and blends linearly in
+    /// between.
     Llama3 {
-        /// The divisor of low frequencies, at least 1.
+        /// Divisor of the low frequencies, at least 1.
         factor: f64,
-        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are divided.
+        /// Frequencies with a wavelength above `original_max_position_embeddings / low_freq_factor`
+        /// are divided.
         low_freq_factor: f64,
-        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept; above `low_freq_factor`.
+        /// Frequencies with a wavelength below
+        /// `original_max_position_embeddings / high_freq_factor` are kept. Larger than
+        /// `low_freq_factor`.
         high_freq_factor: f64,
-        /// The context length that the frequencies were trained for, in tokens.
+        /// Context length of the original training, in tokens.
         original_max_position_embeddings: usize,
     },
 }
 
-/// The frequencies of a head's pairs.
+/// The rotary frequencies, one for each pair of a head's features.
 #[derive(Clone, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct Rope {
@@ -32,7 +37,8 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// Frequencies `theta^(-2 i / head_dim)` for `i` in `0..head_dim / 2`, stretched as `scaling` says.
+    /// Computes the frequencies `theta^(-2 i / head_dim)` for `i` in `0..head_dim / 2`, and applies
+    /// `scaling`.
     pub fn new(head_dim: usize, theta: f64, scaling: RopeScaling) -> Self {
         let inv_freq = (0..head_dim / 2)
             .map(|i| {
@@ -69,13 +75,13 @@ impl Rope {
         &self.inv_freq
     }
 
-    /// Cosines and sines of one position.
+    /// Computes the cosines and sines of one position.
     ///
     /// # Shapes
     /// - `cos`, `sin`: `[head_dim / 2]` each
     pub fn rotation_at(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         for (freq, (cos, sin)) in self.inv_freq.iter().zip(cos.iter_mut().zip(sin)) {
-            // As the reference does, the angle is rounded to f32 before the sine is taken.
+            // As in the reference implementation, the angle is computed in f32.
             let angle = position as f32 * *freq as f32;
             (*cos, *sin) = (angle.cos(), angle.sin());
         }
@@ -105,7 +111,8 @@ mod tests {
             scaled.inv_freq()[31],
             epsilon = 1e-12
         );
-        // Published middle value: 2 pi / freq between 2048 and 8192 is interpolated, so it lies strictly between.
+        // Wavelengths (2 pi / freq) from 2048 to 8192 are interpolated, so these frequencies are
+        // strictly between the kept and the divided ones.
         let between = plain
             .inv_freq()
             .iter()

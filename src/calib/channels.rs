@@ -1,9 +1,10 @@
-//! How much each channel of a block matters: one of the MLP, or a key/value head with its query heads, which here is a channel
-//! of several rows and columns.
+//! Importance scores of the channels of a block. A channel is one of the MLP's, or a key/value head
+//! with its query heads, which spans several rows and columns.
 //!
-//! A channel owns rows of some weights `[out, in]` (what writes it) and columns of others (what reads it). Its score is a sum
-//! over what it owns: magnitudes, as MultiPruner and NNCF take them, or Wanda's products (arXiv 2306.11695) summed over the
-//! column that reads it. Departure from NNCF, which sums one L2 norm a layer: L2 here is the norm of all that a channel owns.
+//! A channel consists of rows of some weights `[out, in]`, which write it, and columns of others,
+//! which read it. Its score is a sum over these weights: of magnitudes, as in MultiPruner and NNCF,
+//! or of Wanda's products (arXiv 2306.11695) over the columns that read it. Departure: NNCF sums
+//! one L2 norm per layer; here, L2 is the norm of all weights of a channel.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,24 +16,24 @@ use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 use crate::sparsity::InputNorms;
 
-/// How channels and heads are ranked before they are put in order.
+/// How channels and heads are scored before they are sorted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ChannelScore {
-    /// Sum of the absolute weights; needs no data.
+    /// Sum of the absolute weights. Needs no data.
     L1,
-    /// Root of the sum of the squared weights; needs no data.
+    /// Square root of the sum of the squared weights. Needs no data.
     L2,
-    /// What the channel writes, by magnitude: `sum over outputs o of |W[o, j]| * ||x_j||` of the layer that reads it. Needs
-    /// calibration.
+    /// Magnitude of the channel's contribution to the layer that reads it:
+    /// `sum over outputs o of |W[o, j]| * ||x_j||`. Needs calibration.
     Activation,
-    /// How the loss changes to first order as the channel's weights shrink, `|<w, dL/dw>|`, from a sketch of the gradient that
-    /// low-rank adapters give. Needs calibration.
+    /// First-order change of the loss as the channel's weights shrink, `|<w, dL/dw>|`, from a
+    /// sketch of the gradient by low-rank adapters. Needs calibration.
     Taylor,
 }
 
 impl ChannelScore {
-    /// Every score, for help texts.
+    /// All scores, for help texts.
     pub const ALL: [ChannelScore; 4] = [
         ChannelScore::L1,
         ChannelScore::L2,
@@ -40,7 +41,7 @@ impl ChannelScore {
         ChannelScore::Taylor,
     ];
 
-    /// Whether it needs calibration samples.
+    /// Whether the score needs calibration samples.
     pub fn needs_calibration(self) -> bool {
         matches!(self, ChannelScore::Activation | ChannelScore::Taylor)
     }
@@ -74,17 +75,18 @@ impl FromStr for ChannelScore {
     }
 }
 
-/// The scores of a block's channels; larger is more important. Scores of the two kinds do not compare.
+/// The scores of a block's channels; larger is more important. MLP and head scores are not
+/// comparable with each other.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct BlockScores {
-    /// Of each channel of the MLP.
+    /// Score of each MLP channel.
     pub mlp: Vec<f64>,
-    /// Of each key/value head with its query heads.
+    /// Score of each key/value head with its query heads.
     pub kv_groups: Vec<f64>,
 }
 
-/// What channels own of one weight: each the next `width` rows, or columns.
+/// The part that channels have in one weight: each channel has the next `width` rows or columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ChannelPart<'a> {
     weight: &'a Matrix,
@@ -93,18 +95,18 @@ pub(super) struct ChannelPart<'a> {
 }
 
 impl<'a> ChannelPart<'a> {
-    /// Each channel owns the next `width` rows of `weight` `[out, in]`: it is written by them.
+    /// Gives each channel the next `width` rows of `weight`, `[out, in]`, which write it.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the rows are no whole number of channels.
+    /// Returns [`Error::ShapeMismatch`] if the rows are not a whole number of channels.
     pub fn rows(weight: &'a Matrix, width: usize) -> Result<Self> {
         Self::new(weight, width, false)
     }
 
-    /// Each channel owns the next `width` columns of `weight` `[out, in]`: it is read through them.
+    /// Gives each channel the next `width` columns of `weight`, `[out, in]`, which read it.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the columns are no whole number of channels.
+    /// Returns [`Error::ShapeMismatch`] if the columns are not a whole number of channels.
     pub fn columns(weight: &'a Matrix, width: usize) -> Result<Self> {
         Self::new(weight, width, true)
     }
@@ -131,10 +133,11 @@ impl<'a> ChannelPart<'a> {
         }) / self.width
     }
 
-    /// For each channel, the sum over the elements `w` of column `j` that it owns of `f(j, w)`. Each sum is taken by one thread,
-    /// in the same order at any number of them.
+    /// For each channel, the sum of `f(j, w)` over its elements `w`, which are in columns `j`. One
+    /// thread computes each sum, in the same order for any number of threads.
     fn sums(&self, f: impl Fn(usize, f32) -> f64 + Sync) -> Vec<f64> {
-        // Columns of many channels at once, so that a row is read in pieces and not element by element.
+        // Processes the columns of many channels at once, so that rows are read in contiguous
+        // pieces.
         let at_once = if self.columns {
             (256 / self.width).max(1)
         } else {
@@ -185,18 +188,19 @@ fn check_width(len: usize, width: usize) -> Result<()> {
     Ok(())
 }
 
-/// Sum of the absolute weights of each channel, over all that it owns.
+/// Sum of the absolute weights of each channel, over all parts.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for no parts, [`Error::ShapeMismatch`] where they differ in the number of channels.
+/// Returns [`Error::InvalidArgument`] if there are no parts, and [`Error::ShapeMismatch`] if they
+/// differ in the number of channels.
 pub(super) fn l1_scores(parts: &[ChannelPart<'_>]) -> Result<Vec<f64>> {
     sum_parts(parts, |w| f64::from(w).abs())
 }
 
-/// Root of the sum of the squared weights of each channel, over all that it owns.
+/// Square root of the sum of the squared weights of each channel, over all parts.
 ///
 /// # Errors
-/// As [`l1_scores`].
+/// Returns the errors of [`l1_scores`].
 pub(super) fn l2_scores(parts: &[ChannelPart<'_>]) -> Result<Vec<f64>> {
     let mut scores = sum_parts(parts, |w| f64::from(w) * f64::from(w))?;
     scores.iter_mut().for_each(|score| *score = score.sqrt());
@@ -224,14 +228,16 @@ fn sum_parts(parts: &[ChannelPart<'_>], f: impl Fn(f32) -> f64 + Sync) -> Result
     Ok(scores)
 }
 
-/// What each channel adds to the output of the layer that reads it: the sum over its columns `j` and all rows `o` of
-/// `|W[o, j]| * sqrt(mean ||x_j||^2)`, Wanda's scores summed.
+/// Contribution of each channel to the output of the layer that reads it: the sum over its columns
+/// `j` and all rows `o` of `|W[o, j]| * sqrt(mean ||x_j||^2)`, which are Wanda's scores.
 ///
 /// # Shapes
-/// - `weight`: `[out, in]`, of which each channel owns the next `width` columns; `norms`: of its input
+/// - `weight`: `[out, in]`, of which each channel has the next `width` columns; `norms`: of the
+///   layer's input
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] where the columns are no whole number of channels, or `norms` are of another width.
+/// Returns [`Error::ShapeMismatch`] if the columns are not a whole number of channels, or if
+/// `norms` has another width.
 pub(super) fn activation_scores(
     weight: &Matrix,
     width: usize,
@@ -253,10 +259,10 @@ pub(super) fn activation_scores(
     Ok(part.sums(|j, w| f64::from(w).abs() * norms[j]))
 }
 
-/// Sums of each `width` consecutive values: a layer's rows become channels.
+/// Sums each `width` consecutive values, which turns scores of rows into scores of channels.
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] where there is no whole number of them.
+/// Returns [`Error::ShapeMismatch`] if the values are not a whole number of channels.
 pub(super) fn sum_channels(values: &[f32], width: usize) -> Result<Vec<f64>> {
     check_width(values.len(), width)?;
     Ok(values
@@ -265,10 +271,11 @@ pub(super) fn sum_channels(values: &[f32], width: usize) -> Result<Vec<f64>> {
         .collect())
 }
 
-/// The order that puts the most important channels first: place `i` is for channel `order[i]`. Equal ones keep their order.
+/// The order that puts the most important channels first: position `i` is for channel `order[i]`.
+/// Equally important channels keep their order.
 ///
 /// # Errors
-/// [`Error::NotFinite`] where a score is NaN or infinite.
+/// Returns [`Error::NotFinite`] if a score is NaN or infinite.
 pub(super) fn importance_order(scores: &[f64]) -> Result<Vec<usize>> {
     if let Some(index) = scores.iter().position(|score| !score.is_finite()) {
         return Err(Error::NotFinite {
@@ -278,7 +285,7 @@ pub(super) fn importance_order(scores: &[f64]) -> Result<Vec<usize>> {
         });
     }
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    // All are finite, and both zeros are one.
+    // All scores are finite, and -0 equals 0.
     order.sort_by(|a, b| {
         scores[*b]
             .partial_cmp(&scores[*a])
@@ -300,7 +307,8 @@ mod tests {
 
     #[test]
     fn scores_are_sums_over_what_a_channel_owns() {
-        // Seven channels: three rows each of one weight, one row of another, two columns of a third.
+        // Seven channels: three rows each of one weight, one row of another, two columns of a
+        // third.
         let (a, b, c) = (random(21, 5, 1), random(7, 9, 2), random(11, 14, 3));
         let parts = [
             ChannelPart::rows(&a, 3).unwrap(),

@@ -1,8 +1,9 @@
-//! How much each block, and each block's attention and MLP, does to the residual stream and to the loss: what to leave out
-//! first where depth is elastic.
+//! The influence of each block, and of each block's attention and MLP, on the residual stream and
+//! on the loss. The parts with the least influence are left out first if depth is elastic.
 //!
-//! The first measure is ShortGPT's block influence (arXiv 2403.03853), `1 - mean cosine` of a part's input and output, which
-//! takes one pass. Departure: it is taken for attention and MLP apart, too.
+//! The first measure is ShortGPT's block influence (arXiv 2403.03853), `1 - mean cosine` of a
+//! part's input and output, which takes one pass. Departure: it is also measured for attention and
+//! MLP separately.
 
 use burn::module::Module;
 use burn::tensor::Tensor;
@@ -15,7 +16,8 @@ use crate::model::Decoder;
 use crate::nn::host_values;
 use crate::progress::{Progress, Task};
 
-/// What of block `block` may be left out: its name, and the parts that it is. The whole comes before its parts.
+/// The candidates for leaving out in block `block`: names and the sub-blocks that they cover. The
+/// whole block comes first.
 fn candidates(block: usize) -> [(String, &'static [SubBlock]); 3] {
     [
         (format!("model.layers.{block}"), &SubBlock::ALL),
@@ -24,40 +26,41 @@ fn candidates(block: usize) -> [(String, &'static [SubBlock]); 3] {
     ]
 }
 
-/// By what parts are ranked.
+/// The measure by which parts are ranked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InfluenceMeasure {
-    /// The change of the residual stream: one pass over the samples.
+    /// Change of the residual stream. Takes one pass over the samples.
     #[default]
     Cosine,
-    /// The increase of the loss where the part is left out: a pass over the blocks behind each part, so that time goes with the
-    /// square of the number of blocks.
+    /// Increase of the loss without the part. Takes a pass over the following blocks for each part,
+    /// so the time is quadratic in the number of blocks.
     Loss,
 }
 
-/// How much a block, or its attention or MLP, matters.
+/// Influence of a block, or of its attention or MLP.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockInfluence {
-    /// Hugging Face's module path, such as `model.layers.3` or `model.layers.3.self_attn`; [`SubBlock::parse`] reads it, and a group of
-    /// elastic depth lists such names.
+    /// Hugging Face's module path, such as `model.layers.3` or `model.layers.3.self_attn`.
+    /// [`SubBlock::parse`] reads it, and groups of elastic depth contain such names.
     pub name: String,
-    /// 1 minus the cosine of the residual stream before and after the part, mean over tokens, in 0..=2.
+    /// 1 minus the cosine of the residual stream before and after the part, averaged over tokens,
+    /// in 0..=2.
     pub cosine_change: f64,
-    /// How much more the loss is without the part, in nats a token; where it was asked for.
+    /// Increase of the loss without the part, in nats per token, if it was measured.
     pub loss_increase: Option<f64>,
 }
 
-/// Measures each block, and each block's attention and MLP, on token sequences; returns them by importance, most important
-/// first. Equal ones come in the order of computation, the whole block before its parts. What is missing or left out already is
-/// not listed.
+/// Measures the influence of each block and of its attention and MLP on token sequences. Returns
+/// them with the most influential first; equal ones are in the order of computation, with the whole
+/// block before its sub-blocks. Parts that are missing or already disabled are not listed.
 ///
 /// An active adapter counts as part of its layer.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] without a sample, or for [`InfluenceMeasure::Loss`] without one of two tokens; those of
-/// [`Decoder::tokens`] for a sample outside vocabulary or context; [`Error::NotFinite`] where the model gives NaN or an
-/// infinity.
+/// Returns [`Error::InvalidArgument`] if there are no samples, or for [`InfluenceMeasure::Loss`] if
+/// no sample has two tokens; the errors of [`Decoder::tokens`] for a sample outside the vocabulary
+/// or context; and [`Error::NotFinite`] if the model computes NaN or an infinity.
 pub fn block_influence(
     model: &Decoder,
     samples: &[Vec<u32>],
@@ -93,7 +96,7 @@ pub fn block_influence(
     for block in 0..n_blocks {
         let here = found.len();
         for (name, parts) in candidates(block) {
-            // What is missing or left out already does nothing.
+            // A part that is missing or already disabled does nothing.
             if !parts.iter().any(|unit| model.layers[block].runs(*unit)) {
                 continue;
             }
@@ -136,8 +139,8 @@ pub fn block_influence(
     Ok(found)
 }
 
-/// Runs one block, which takes `states` to the next, and gives the mean change over all tokens by each of the
-/// [`candidates`].
+/// Runs one block, which replaces `states` by its output, and returns the mean change over all
+/// tokens by each of the [`candidates`].
 fn cosine_changes(
     model: &Decoder,
     block: usize,
@@ -155,7 +158,7 @@ fn cosine_changes(
             }
         };
         let after = model.block(block, state.clone(), Some(&mut tap));
-        // The stream between attention and MLP, which a block does not show.
+        // The residual stream between attention and MLP, which a block does not expose.
         let between = match (context, model.layers[block].linear(LinearKind::O)) {
             (Some(context), Some(o)) => state.clone() + o.forward(context),
             _ => state.clone(),
@@ -178,7 +181,7 @@ fn cosine_changes(
     Ok(sums.map(|sum| sum / n as f64))
 }
 
-/// Cosine of each token's two vectors; 1 for two that are both zero, which did not change.
+/// Cosine of each token's two vectors. Two zero vectors count as unchanged, with cosine 1.
 fn cosines(a: Tensor<3>, b: Tensor<3>) -> Vec<f32> {
     let dot = host_values((a.clone() * b.clone()).sum_dim(2));
     let (a, b) = (
@@ -196,7 +199,7 @@ fn cosines(a: Tensor<3>, b: Tensor<3>) -> Vec<f32> {
     .collect()
 }
 
-/// The model that leaves parts of a block out. Weights are shared.
+/// The model with some sub-blocks of a block disabled. The weights are shared.
 fn without(model: &Decoder, block: usize, parts: &[SubBlock]) -> Decoder {
     let mut model = model.clone();
     parts
@@ -205,7 +208,7 @@ fn without(model: &Decoder, block: usize, parts: &[SubBlock]) -> Decoder {
     model
 }
 
-/// Mean loss a target, in nats, where `states` are the inputs of block `first`.
+/// Mean loss per target, in nats, if `states` are the inputs of block `first`.
 fn loss_from(
     model: &Decoder,
     first: usize,

@@ -1,4 +1,4 @@
-//! What a method has to know of a layer's input.
+//! The statistics of a layer's input that pruning and quantization methods need.
 
 use burn::tensor::Tensor;
 
@@ -8,17 +8,17 @@ use crate::linalg::{Factor, FactorConfig, Hessian};
 use crate::nn::host_values;
 use crate::sparsity::{InputNorms, Method};
 
-/// A statistic of one input, which all layers of that input share.
+/// A statistic of one input, shared by all layers with that input.
 pub(super) enum InputStatistic {
     Nothing,
     Norms(InputNorms),
     Hessian(Hessian),
-    /// A Hessian that the first layer has made use of.
+    /// The factor of a Hessian, computed for the first layer that needed it.
     Factor(Factor),
 }
 
 impl InputStatistic {
-    /// What pruning by `method` needs, nothing observed yet.
+    /// Creates the empty statistic that pruning by `method` needs.
     pub fn of_method(method: Method, d_input: usize) -> Self {
         match method {
             Method::Magnitude => Self::Nothing,
@@ -27,7 +27,7 @@ impl InputStatistic {
         }
     }
 
-    /// Adds what some sequences feed the layer, `[sequences, seq, d_input]`.
+    /// Adds a layer input from some sequences, `[sequences, seq, d_input]`.
     pub fn observe(&mut self, x: &Tensor<3>) -> Result<()> {
         match self {
             Self::Nothing | Self::Factor(_) => Ok(()),
@@ -36,7 +36,7 @@ impl InputStatistic {
         }
     }
 
-    /// The norms, where they are what was gathered.
+    /// The norms, if this statistic is norms.
     pub fn norms(&self) -> Option<&InputNorms> {
         match self {
             Self::Norms(norms) => Some(norms),
@@ -44,10 +44,10 @@ impl InputStatistic {
         }
     }
 
-    /// The factor of the Hessian, which takes the Hessian's place.
+    /// The factor of the Hessian, which replaces the Hessian.
     pub fn factor(&mut self, name: &str, config: &FactorConfig) -> Result<&Factor> {
         if let Self::Hessian(hessian) = self {
-            // All columns would count as dead, and all weights as 0.
+            // Without data, all columns would count as dead, and all weights as 0.
             if hessian.rows() == 0 {
                 return Err(Error::argument(
                     "layer",
@@ -68,7 +68,7 @@ impl InputStatistic {
     }
 }
 
-/// Says of which layer an error is that knows of matrices only.
+/// Adds the layer's name to an error from matrix code.
 pub(super) fn in_layer(name: &str, error: Error) -> Error {
     let of = |what: String| format!("{name}: {what}");
     match error {

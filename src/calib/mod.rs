@@ -1,7 +1,10 @@
-//! Runs a model over calibration data, block by block, and hands each linear layer what it was fed.
+//! Runs a model over calibration data block by block, and gives each linear layer statistics of its
+//! input.
 //!
-//! What layers that see the same input have gathered is shared: queries, keys and values have one Hessian. As in Wanda (arXiv 2306.11695), a block's statistics come from its weights as they were, on inputs that the blocks before
-//! it, already changed, put out. One block's statistics are in memory at a time; the hidden states of all samples are.
+//! Layers with the same input share a statistic: queries, keys and values have one Hessian. As in
+//! Wanda (arXiv 2306.11695), a block's statistics are taken with its original weights, on the
+//! outputs of the preceding blocks, which are already changed. Memory holds the statistics of one
+//! block at a time and the hidden states of all samples.
 
 mod channels;
 mod influence;
@@ -28,18 +31,22 @@ use crate::model::Decoder;
 use crate::nn::{BaseLinear, host_values};
 use crate::progress::{Progress, Task};
 
-/// Hidden-state tokens that go through a block at once.
+/// Number of tokens whose hidden states go through a block at once.
 const TOKENS_AT_ONCE: usize = 2048;
 
-/// Walks the blocks of `model` over `samples`. For each block, `observe` is shown every input of linear layers
-/// (`[sequences, seq, d_input]`, several times), then `change` may change each layer given what was gathered of its input, and
-/// may leave something there for the next layer of that input; the changed block's output is the next block's input.
+/// Walks the blocks of `model` over `samples`. For each block, `observe` is called with every input
+/// of its linear layers (`[sequences, seq, d_input]`, several times per layer). Then `change` is
+/// called for each layer with the statistic of its input. It may change the layer, and the
+/// statistic for the next layer with the same input. The output of the changed block is the input
+/// of the next one.
 ///
-/// Without samples, nothing is observed and `change` is given `new`'s empty statistic. Progress is by layers; `label` names it.
+/// Without samples, `observe` is not called, and `change` receives the empty statistic from `new`.
+/// Progress counts layers under the name `label`.
 ///
 /// # Errors
-/// Those of [`Decoder::tokens`] for a sample outside vocabulary or context; the first that a closure gives;
-/// [`Error::Interrupted`](crate::Error::Interrupted), after which the model is changed in part.
+/// Returns the errors of [`Decoder::tokens`] for a sample outside the vocabulary or context, the
+/// first error of a closure, and [`Error::Interrupted`](crate::Error::Interrupted). On an error the
+/// model may be partly changed.
 #[doc(hidden)]
 pub fn walk_blocks<S>(
     model: &mut Decoder,
@@ -92,7 +99,8 @@ pub fn walk_blocks<S>(
     Ok(())
 }
 
-/// The samples' embeddings, those of one length together, a few thousand tokens a tensor.
+/// The embeddings of the samples. Samples of the same length share tensors of a few thousand
+/// tokens.
 fn embed_samples(model: &Decoder, samples: &[Vec<u32>]) -> Result<Vec<Tensor<3>>> {
     batches(samples, TOKENS_AT_ONCE)
         .into_iter()
@@ -100,7 +108,8 @@ fn embed_samples(model: &Decoder, samples: &[Vec<u32>]) -> Result<Vec<Tensor<3>>
         .collect()
 }
 
-/// The samples, empty ones left out, those of one length together, about `tokens` at once: number of rows and their ids.
+/// Batches the non-empty samples of the same length, with about `tokens` tokens in a batch. Returns
+/// the number of rows and the token ids of each batch.
 fn batches(samples: &[Vec<u32>], tokens: usize) -> Vec<(usize, Vec<u32>)> {
     let mut by_length: BTreeMap<usize, Vec<&Vec<u32>>> = BTreeMap::new();
     for sample in samples.iter().filter(|sample| !sample.is_empty()) {
@@ -121,7 +130,8 @@ fn batches(samples: &[Vec<u32>], tokens: usize) -> Vec<(usize, Vec<u32>)> {
     batches
 }
 
-/// What is to be predicted in a batch of whole samples: each token from those before it, as [`Decoder::nll_sum`] takes it.
+/// The targets of a batch of whole samples: each token is predicted from those before it. In the
+/// form that [`Decoder::nll_sum`] takes.
 fn targets(rows: usize, ids: &[u32]) -> Vec<(usize, u32)> {
     let length = ids.len() / rows;
     (0..ids.len())
@@ -130,7 +140,7 @@ fn targets(rows: usize, ids: &[u32]) -> Vec<(usize, u32)> {
         .collect()
 }
 
-/// Sums of the squares of each input column over all tokens of `x` `[sequences, seq, d_input]`.
+/// Sums of the squares of each input column over all tokens of `x`, `[sequences, seq, d_input]`.
 fn column_squares(x: &Tensor<3>) -> Vec<f32> {
     let d_input = x.dims()[2];
     let sums: Tensor<2> = x.clone().square().reshape([-1, d_input as i32]).sum_dim(0);

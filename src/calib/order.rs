@@ -1,7 +1,8 @@
-//! Importance order: MLP channels and key/value groups are scored and moved so that prefixes keep what matters.
+//! Importance order: scores MLP channels and key/value groups, and sorts them so that prefixes keep
+//! the most important ones.
 //!
-//! LoNAS (in arXiv 2501.16372) cuts unsorted prefixes; sorting first is what Once-for-All (arXiv 1908.09791) and MultiPruner
-//! do. The move is lossless, so it costs nothing but the calibration.
+//! LoNAS (in arXiv 2501.16372) cuts unsorted prefixes. Sorting first follows Once-for-All (arXiv
+//! 1908.09791) and MultiPruner. Sorting is lossless, so it costs only the calibration.
 
 use std::collections::BTreeMap;
 
@@ -22,22 +23,23 @@ use crate::model::{Block, Decoder};
 use crate::progress::{Progress, Task};
 use crate::sparsity::InputNorms;
 
-/// Where a block's channels were: place `i` holds what was at element `i`.
+/// The old positions of a block's channels: position `i` holds the channel that was at element `i`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct BlockOrder {
-    /// Of the MLP's channels.
+    /// Old positions of the MLP channels.
     pub mlp: Vec<usize>,
-    /// Of the key/value heads with their query heads.
+    /// Old positions of the key/value heads with their query heads.
     pub kv_groups: Vec<usize>,
 }
 
-/// The record of a reordering, a permutation a block: with it a channel of the new model is traced to the old one.
+/// Record of a reordering, with permutations for each block, which traces a channel of the new
+/// model to the old one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChannelOrder {
-    /// What it was made by.
+    /// The score that the order was made by.
     pub score: ChannelScore,
-    /// First block to last.
+    /// The orders of the blocks, from first to last.
     pub blocks: Vec<BlockOrder>,
 }
 
@@ -45,7 +47,8 @@ impl ChannelOrder {
     /// The order that undoes this one.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a record that holds no permutations (one that was read from a file, say).
+    /// Returns [`Error::InvalidArgument`] if the record does not hold permutations, for example
+    /// after reading it from a file.
     pub fn inverse(&self) -> Result<Self> {
         let blocks = self.blocks.iter().map(|block| {
             Ok(BlockOrder {
@@ -62,8 +65,8 @@ impl ChannelOrder {
     /// Puts the channels of a model in this order.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the model has another number of blocks; those of [`Decoder::permute_mlp`] and
-    /// [`Decoder::permute_heads`]. The model is then unchanged.
+    /// Returns [`Error::ShapeMismatch`] if the model has another number of blocks, and the errors
+    /// of [`Decoder::permute_mlp`] and [`Decoder::permute_heads`]. The model is then unchanged.
     pub fn apply(&self, model: &mut Decoder) -> Result<()> {
         if self.blocks.len() != model.layers.len() {
             return Err(Error::ShapeMismatch {
@@ -72,7 +75,8 @@ impl ChannelOrder {
                 found: vec![self.blocks.len()],
             });
         }
-        // On a clone, which shares the weights, so that an order that is wrong further on changes nothing.
+        // Works on a clone, which shares the weights, so that a wrong order in a later block
+        // changes nothing.
         let mut moved = model.clone();
         for (index, block) in self.blocks.iter().enumerate() {
             moved.permute_mlp(index, &block.mlp)?;
@@ -100,13 +104,14 @@ fn invert(order: &[usize]) -> Result<Vec<usize>> {
     Ok(inverse.into_iter().flatten().collect())
 }
 
-/// Puts the MLP channels and the key/value groups of every block in the order of their importance, most important first,
-/// and returns where each was. Logits stay equal but for the rounding of sums; equally important channels keep their order.
+/// Sorts the MLP channels and key/value groups of every block by importance, most important first,
+/// and returns their old positions. Logits are unchanged except for the rounding of sums. Equally
+/// important channels keep their order.
 ///
-/// All scores are those of the model as it stands.
+/// All scores are computed before any channel is moved.
 ///
 /// # Errors
-/// Those of [`channel_scores`]. The model is then unchanged.
+/// Returns the errors of [`channel_scores`]. The model is then unchanged.
 pub fn sort_channels(
     model: &mut Decoder,
     samples: &[Vec<u32>],
@@ -128,18 +133,19 @@ pub fn sort_channels(
     Ok(order)
 }
 
-/// The scores of every block's MLP channels and key/value groups: for each channel over its rows of gate and up and its column
-/// of down, for each group over its rows of q, k and v and its columns of o; biases are left out. [`ChannelScore::Activation`]
-/// goes by down and o alone, [`ChannelScore::Taylor`] as [`taylor_scores`] says. A part that a block lacks has no scores; of one
-/// that is left out for the time being, those that need data are all 0.
+/// Scores every block's MLP channels and key/value groups. A channel's weights are its rows of gate
+/// and up and its column of down; a group's weights are its rows of q, k and v and its columns of
+/// o. Biases are left out. [`ChannelScore::Activation`] uses only down and o, and
+/// [`ChannelScore::Taylor`] is described at [`taylor_scores`]. A missing sub-block has no scores;
+/// in a disabled one, scores that need data are all 0.
 ///
-/// Token sequences in `samples` are the calibration data, where the score needs any.
+/// The token sequences in `samples` are the calibration data, if the score needs any.
 ///
 /// # Errors
-/// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
-/// [`Error::InvalidArgument`] for a score that needs samples without any; those of
-/// [`Decoder::tokens`] for a sample outside vocabulary or context; [`Error::NotFinite`] where the model gives NaN or an
-/// infinity.
+/// Returns [`Error::HasAdapter`] for a model with adapters, [`Error::Unsupported`] if a layer has
+/// only part of its channels active, [`Error::InvalidArgument`] if the score needs samples and
+/// there are none, the errors of [`Decoder::tokens`] for a sample outside the vocabulary or
+/// context, and [`Error::NotFinite`] if the model computes NaN or an infinity.
 #[doc(hidden)]
 pub fn channel_scores(
     model: &Decoder,
@@ -194,7 +200,7 @@ pub fn channel_scores(
     Ok(scores)
 }
 
-/// Scores that need no data.
+/// Computes the scores that need no data.
 fn weight_scores(
     block: &Block,
     score: impl Fn(&[ChannelPart<'_>]) -> Result<Vec<f64>>,
@@ -225,7 +231,8 @@ fn weight_scores(
     })
 }
 
-/// Runs one block, which takes `states` to the next, and gives the norms of the inputs of o and of down, where it has them.
+/// Runs one block, which replaces `states` by its output, and returns the norms of the inputs of o
+/// and of down, if present.
 fn output_norms(
     model: &Decoder,
     block: usize,

@@ -1,4 +1,4 @@
-//! Pruning of a model, block by block.
+//! Prunes a model block by block.
 
 use std::collections::BTreeMap;
 
@@ -15,35 +15,36 @@ use crate::sparsity::{
     Method, OwlConfig, Pattern, SparseGptConfig, outlier_share, prune, sparsegpt,
 };
 
-/// What pruning did to one layer.
+/// Report of pruning one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct PrunedLayer {
-    /// Hugging Face's module path.
+    /// Hugging Face's module path of the layer.
     pub name: String,
-    /// Weights.
+    /// Number of weights.
     pub params: usize,
-    /// Weights that are zero now.
+    /// Number of weights that are zero after pruning.
     pub zeros: usize,
 }
 
-/// How a model is pruned.
+/// Settings of pruning.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PruneConfig {
     /// How weights are ranked.
     pub method: Method,
-    /// Where the zeros may lie.
+    /// Pattern that the zeros must follow.
     pub pattern: Pattern,
-    /// How SparseGPT's Hessians are made ready.
+    /// Preparation of SparseGPT's Hessians.
     pub factor: FactorConfig,
     /// SparseGPT's settings.
     pub sparsegpt: SparseGptConfig,
-    /// Whether blocks with more outliers keep more of their weights.
+    /// OWL settings, with which blocks with more outliers keep more of their weights; `None` prunes
+    /// all blocks alike.
     pub owl: Option<OwlConfig>,
 }
 
 impl PruneConfig {
-    /// The same share in every block.
+    /// Creates settings that prune the same fraction of every block.
     pub fn new(method: Method, pattern: Pattern) -> Self {
         Self {
             method,
@@ -60,11 +61,11 @@ impl PruneConfig {
         with_owl(owl: OwlConfig) = Some(owl);
     }
 
-    /// Checks the fields.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for one that breaks its rule, for OWL with an N:M pattern, and for SparseGPT's N:M in
-    /// activation order.
+    /// Returns [`Error::InvalidArgument`] for an invalid field, for OWL with an N:M pattern, and
+    /// for SparseGPT with an N:M pattern in activation order.
     pub fn validate(&self) -> Result<()> {
         self.pattern.validate()?;
         self.factor.validate()?;
@@ -83,13 +84,15 @@ impl PruneConfig {
     }
 }
 
-/// Prunes every linear layer inside the blocks, block by block, each calibrated on what the pruned ones before it put out;
-/// embedding, head and norms are left alone. Token sequences in `samples` are the calibration data. OWL takes a pass over the
-/// samples of its own, through the model as it is.
+/// Prunes every linear layer inside the blocks, block by block. Each block is calibrated on the
+/// output of the pruned blocks before it. Embedding, head and norms are unchanged. The token
+/// sequences in `samples` are the calibration data. OWL takes an extra pass over the samples
+/// through the unpruned model.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for bad settings and for a method that needs samples without any; [`Error::HasAdapter`] for a
-/// model with adapters; those of [`walk_blocks`], of [`Method::scores`] and of [`sparsegpt`].
+/// Returns [`Error::InvalidArgument`] for invalid settings or if the method needs samples and there
+/// are none, [`Error::HasAdapter`] for a model with adapters, and the errors of [`walk_blocks`],
+/// [`Method::scores`] and [`sparsegpt`].
 pub fn prune_model(
     model: &mut Decoder,
     samples: &[Vec<u32>],
@@ -138,7 +141,7 @@ pub fn prune_model(
     Ok(report)
 }
 
-/// The samples where they are needed, else none.
+/// The samples if they are needed, and otherwise none.
 pub(super) fn needed_samples(
     samples: &[Vec<u32>],
     needed: bool,
@@ -157,7 +160,8 @@ pub(super) fn needed_samples(
     Ok(samples)
 }
 
-/// Each block's pattern by the outliers among its scores, of Wanda where there are samples.
+/// The pattern of each block, derived from the outliers among its scores (Wanda's if there are
+/// samples).
 fn owl_patterns(
     model: &mut Decoder,
     samples: &[Vec<u32>],

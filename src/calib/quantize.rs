@@ -1,4 +1,4 @@
-//! Quantization of a model, block by block.
+//! Quantizes a model block by block.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,11 +20,11 @@ use crate::sparsity::{Mask, Pattern};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum QuantizeMethod {
-    /// To nearest; needs no data.
+    /// Round to nearest. Needs no data.
     Nearest,
-    /// By GPTQ.
+    /// GPTQ.
     Gptq,
-    /// By GPTQ, and pruned by SparseGPT in the same pass.
+    /// GPTQ, with SparseGPT pruning in the same pass.
     SparseGptq(Pattern),
 }
 
@@ -38,19 +38,19 @@ impl fmt::Display for QuantizeMethod {
     }
 }
 
-/// How a model is quantized.
+/// Settings of quantization.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QuantizeConfig {
     /// How weights are rounded.
     pub method: QuantizeMethod,
-    /// The grids, and GPTQ's settings.
+    /// The grids, and the settings of GPTQ.
     pub gptq: GptqConfig,
-    /// How GPTQ's Hessians are made ready.
+    /// Preparation of GPTQ's Hessians.
     pub factor: FactorConfig,
 }
 
 impl QuantizeConfig {
-    /// Rounds to these grids by `method`.
+    /// Creates settings that round to these grids by `method`.
     pub fn new(method: QuantizeMethod, grid: GridConfig) -> Self {
         Self {
             method,
@@ -64,10 +64,10 @@ impl QuantizeConfig {
         with_factor(factor: FactorConfig);
     }
 
-    /// Checks the fields.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for one that breaks its rule.
+    /// Returns [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an invalid field.
     pub fn validate(&self) -> Result<()> {
         self.gptq.validate()?;
         self.factor.validate()?;
@@ -78,15 +78,18 @@ impl QuantizeConfig {
     }
 }
 
-/// Quantizes every linear layer inside the blocks, block by block, each calibrated on what the quantized ones before it put
-/// out; embedding, head and norms are left alone. Weights that are 0 stay 0.
+/// Quantizes every linear layer inside the blocks, block by block. Each block is calibrated on the
+/// output of the quantized blocks before it. Embedding, head and norms are unchanged. Weights that
+/// are 0 stay 0.
 ///
-/// Returns each layer's quantized weight by Hugging Face's module path; the model's own weights are what those stand for, in
-/// the format that they were stored in.
+/// Returns the quantized weights by Hugging Face's module path. The model's own weights become the
+/// dequantized values, in the dtype in which they were stored.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for bad settings and for a method that needs samples without any; [`Error::HasAdapter`](crate::Error::HasAdapter) for a
-/// model with adapters; those of [`walk_blocks`], [`gptq`] and [`round_to_nearest`], with the layer's name.
+/// Returns [`Error::InvalidArgument`](crate::Error::InvalidArgument) for invalid settings or if the
+/// method needs samples and there are none, [`Error::HasAdapter`](crate::Error::HasAdapter) for a
+/// model with adapters, and the errors of [`walk_blocks`], [`gptq`] and [`round_to_nearest`], with
+/// the layer's name.
 pub fn quantize_model(
     model: &mut Decoder,
     samples: &[Vec<u32>],

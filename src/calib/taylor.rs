@@ -1,10 +1,11 @@
-//! First-order importance of channels and heads from the gradients of low-rank adapters alone.
+//! First-order importance of channels and heads, from gradients of low-rank adapters alone.
 //!
-//! As LoRAPrune (arXiv 2305.18403) has it, an adapter's gradients stand in for the weight's, which are never formed; the
-//! criterion `|<w, dL/dw>|` is that of Molchanov et al. (arXiv 1611.06440). Departure: LoRAPrune goes by trained factors, this
-//! by fresh ones. With A random and B zero the model computes what it did, `dL/dB = s A^T dL/dW`, and since `E[A A^T] =
-//! r E[a^2] I`, the expectation of `A dL/dB / (s r E[a^2])` is `dL/dW`. Only its product with the weight is needed, for which
-//! `A^T W` and `dL/dB`, both `[r, out]`, suffice.
+//! As in LoRAPrune (arXiv 2305.18403), the gradients of an adapter stand in for those of the
+//! weight, which are never computed. The criterion `|<w, dL/dw>|` is that of Molchanov et al.
+//! (arXiv 1611.06440). Departure: LoRAPrune uses trained factors, this module fresh ones. With A
+//! random and B zero, the model's output is unchanged and `dL/dB = s A^T dL/dW`. Since
+//! `E[A A^T] = r E[a^2] I`, the expectation of `A dL/dB / (s r E[a^2])` is `dL/dW`. Only its
+//! product with the weight is needed, which follows from `A^T W` and `dL/dB`, both `[r, out]`.
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -19,7 +20,8 @@ use crate::model::Decoder;
 use crate::nn::{host_values, mix_seed};
 use crate::progress::{Progress, Task};
 
-/// The layers whose rows are scored; what reads them (o, down) tells nothing more.
+/// The layers whose rows are scored. The layers that read the channels (o, down) add no
+/// information.
 const SCORED: [LinearKind; 5] = [
     LinearKind::Q,
     LinearKind::K,
@@ -32,12 +34,14 @@ const SCORED: [LinearKind; 5] = [
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct TaylorConfig {
-    /// Rank of the adapters: the sketch's error goes with `1 / sqrt(rank)`, memory and part of the time with the rank.
+    /// Rank of the adapters. The error of the sketch is proportional to `1 / sqrt(rank)`; memory
+    /// and part of the time are proportional to the rank.
     pub rank: usize,
-    /// Tokens of a batch, each of which adds the absolute value of its term; one sample where samples are longer. A tape of
-    /// the whole model over so many tokens is in memory.
+    /// Number of tokens in a batch, or one sample if samples are longer. Each batch adds the
+    /// absolute value of its term. Memory must hold the activations of the whole model for one
+    /// batch.
     pub batch_tokens: usize,
-    /// Seed of the random factors, which are drawn anew for each batch.
+    /// Seed of the random factors, which are drawn again for each batch.
     pub seed: u64,
 }
 
@@ -65,16 +69,18 @@ impl TaylorConfig {
     }
 }
 
-/// The mean over batches of `|<w, dL/dw>|`, summed over the rows `w` of gate and up that are an MLP channel's, and over those of
-/// q, k and v that are a key/value group's. L is the mean loss of a batch, and the gradient a sketch.
+/// The mean over batches of `|<w, dL/dw>|`, summed over a channel's rows `w`: those of gate and up
+/// for an MLP channel, those of q, k and v for a key/value group. `L` is the mean loss of a batch,
+/// and its gradient is a sketch.
 ///
-/// Samples of fewer than two tokens predict nothing and are left out.
+/// Samples of fewer than two tokens have nothing to predict and are left out.
 ///
 /// # Errors
-/// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active;
-/// [`Error::InvalidArgument`] for a rank of 0 or over [`MAX_RANK`](crate::adapter::MAX_RANK), or
-/// without a sample of two tokens; those of [`Decoder::tokens`] for a sample outside vocabulary or context;
-/// [`Error::NotFinite`] where a gradient holds NaN or an infinity.
+/// Returns [`Error::HasAdapter`] for a model with adapters, [`Error::Unsupported`] if a layer has
+/// only part of its channels active, [`Error::InvalidArgument`] if the rank is 0 or above
+/// [`MAX_RANK`](crate::adapter::MAX_RANK) or if no sample has two tokens, the errors of
+/// [`Decoder::tokens`] for a sample outside the vocabulary or context, and [`Error::NotFinite`] if
+/// a gradient holds NaN or an infinity.
 #[doc(hidden)]
 pub fn taylor_scores(
     model: &Decoder,
@@ -154,7 +160,7 @@ pub fn taylor_scores(
     Ok(scores)
 }
 
-/// Gives each scored layer an adapter with random A and zero B, in place of the one that it has.
+/// Gives each scored layer an adapter with random A and zero B, replacing any previous one.
 fn put_on_adapters(
     model: &mut Decoder,
     lora: &LoraConfig,

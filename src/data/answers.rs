@@ -1,20 +1,23 @@
-//! The final answer of a worked solution, and whether two agree.
+//! Extracts and compares the final answers of worked solutions.
 
-/// The number after the first `####`, as GSM8K's own scorer takes it (its pattern is `#### (\-?[0-9\.\,]+)`, its search
-/// stops at the first hit); `$` before it and blanks around it are let pass as well. `None` where there is none.
+/// Returns the number after the first `####` that is followed by a number, or `None` if there is
+/// none. This follows GSM8K's scorer, which searches for the first match of `#### (\-?[0-9\.\,]+)`,
+/// but also accepts other blanks and a `$` before the number.
 ///
-/// The number comes back normalized: no commas, no `+`, no leading zeros, no trailing zeros after the point (`1,012.50` is
-/// `1012.5`, `12.0` is `12`, `-0` is `0`).
+/// The number is normalized: without commas, `+`, leading zeros, and trailing zeros after the point
+/// (`1,012.50` becomes `1012.5`, `12.0` becomes `12`, `-0` becomes `0`).
 #[doc(hidden)]
 pub fn extract_answer(text: &str) -> Option<String> {
     text.split("####").skip(1).find_map(leading_number)
 }
 
-/// Whether the final answer of `generated` is that of `reference`, which may be a worked solution with `####`, the number
-/// alone, or a word (`true`, `answer2`, `C`). `false` where either has none.
+/// Returns whether the final answers of `generated` and `reference` are equal. `reference` is a
+/// worked solution with `####`, a number, or a word (`true`, `answer2`, `C`). The result is `false`
+/// if either has no answer.
 ///
-/// The final answer of `generated` stands after `####`, or else after the first `answer is`, as LLM-Adapters' files end
-/// (`The answer is 4.`, `the correct answer is true`); words are compared without regard to case.
+/// The final answer of `generated` is taken after `####`, or else after the first `answer is`,
+/// which ends the solutions in LLM-Adapters' files (`The answer is 4.`,
+/// `the correct answer is true`). Words are compared case-insensitively.
 pub fn exact_match(generated: &str, reference: &str) -> bool {
     match extract_answer(reference).or_else(|| normalize_number(reference)) {
         Some(number) => {
@@ -27,26 +30,27 @@ pub fn exact_match(generated: &str, reference: &str) -> bool {
                     .unwrap_or("")
                     .to_lowercase()
             };
-            // A reference of several words is no answer that could be told from what follows it.
+            // Only the first word after `answer is` is compared, so a reference of several words
+            // never matches.
             let expected = reference.trim().to_lowercase();
             !expected.is_empty() && stated(generated).is_some_and(|text| word(text) == expected)
         }
     }
 }
 
-/// What follows the first `answer is`.
+/// Returns the text after the first `answer is`.
 fn stated(text: &str) -> Option<&str> {
     const MARK: &str = "answer is";
     let at = text
         .as_bytes()
         .windows(MARK.len())
         .position(|window| window.eq_ignore_ascii_case(MARK.as_bytes()))?;
-    // The mark is ASCII, so what follows it begins a character.
+    // The mark is ASCII, so the text after it begins at a character boundary.
     text.get(at + MARK.len()..)
         .map(|rest| rest.trim_start_matches([':', ' ', '\t', '\n', '*']))
 }
 
-/// A text that is a number and nothing else, normalized as [`extract_answer`] does.
+/// Returns a text that is only a number, normalized as in [`extract_answer`], or `None`.
 #[doc(hidden)]
 pub fn normalize_number(text: &str) -> Option<String> {
     let text = text.trim();
@@ -62,7 +66,7 @@ fn leading_number(text: &str) -> Option<String> {
     normalize(&text[..number_end(text)])
 }
 
-/// Length of the sign, currency sign, digits, commas and points at the start.
+/// Returns the length of the signs, currency signs, digits, commas and points at the start.
 fn number_end(text: &str) -> usize {
     let head = text
         .bytes()
@@ -80,7 +84,7 @@ fn normalize(raw: &str) -> Option<String> {
         .chars()
         .filter(|c| c.is_ascii_digit() || *c == '.')
         .collect();
-    // A point that ends the sentence is not part of the number.
+    // A trailing point ends the sentence and is not part of the number.
     let digits = digits.trim_end_matches('.');
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
     if fraction.contains('.') || (whole.is_empty() && fraction.is_empty()) {

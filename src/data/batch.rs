@@ -1,4 +1,4 @@
-//! Batches by length, in an order that a seed fixes.
+//! Batches of sequences of similar length, in an order determined by a seed.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -8,35 +8,35 @@ use serde::{Deserialize, Serialize};
 use super::Sequence;
 use crate::error::{Error, Result};
 
-/// Sequences of one optimizer (micro-)step, padded at the right.
+/// Sequences of one optimizer step or micro-step, padded on the right.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     /// Token ids, row-major `[rows, len]`.
     pub ids: Vec<u32>,
-    /// Whether token `(r, t)` is to be predicted, from the tokens before it, `[rows, len]`; `false` at `t = 0` and on padding.
-    /// The logits at `t - 1` are compared with the token at `t`.
+    /// Whether token `(r, t)` is a target, predicted from the tokens before it, `[rows, len]`;
+    /// `false` at `t = 0` and on padding. The logits at `t - 1` are compared with the token at `t`.
     pub loss_mask: Vec<bool>,
     /// Number of sequences.
     pub rows: usize,
-    /// Length of the longest.
+    /// Length of the longest sequence.
     pub len: usize,
     /// Length of each sequence without padding, `[rows]`.
     pub lengths: Vec<usize>,
 }
 
 impl Batch {
-    /// Number of tokens, padding left out.
+    /// Returns the number of tokens without padding.
     pub fn n_tokens(&self) -> usize {
         self.lengths.iter().sum()
     }
 
-    /// Number of tokens to be predicted.
+    /// Returns the number of target tokens.
     pub fn n_targets(&self) -> usize {
         self.loss_mask.iter().filter(|m| **m).count()
     }
 }
 
-/// Pads `sequences` at the right, with `pad_id`, to the length of the longest.
+/// Pads `sequences` on the right with `pad_id` to the length of the longest one.
 #[doc(hidden)]
 pub fn collate(sequences: &[&Sequence], pad_id: u32) -> Batch {
     let len = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
@@ -57,10 +57,11 @@ pub fn collate(sequences: &[&Sequence], pad_id: u32) -> Batch {
     }
 }
 
-/// All sequences once, sorted by length (ties in their own order), for validation.
+/// Batches all sequences once, sorted by length, for validation. Sequences of equal length keep
+/// their order.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where `batch_size` is 0.
+/// Returns [`Error::InvalidArgument`] if `batch_size` is 0.
 pub fn fixed_batches(sequences: &[Sequence], batch_size: usize, pad_id: u32) -> Result<Vec<Batch>> {
     if batch_size == 0 {
         return Err(Error::argument("batch_size", 0, "at least 1"));
@@ -73,20 +74,21 @@ pub fn fixed_batches(sequences: &[Sequence], batch_size: usize, pad_id: u32) -> 
         .collect())
 }
 
-/// Where a run stands in the data; all that a checkpoint has to keep.
+/// Position of a run in the data. A checkpoint needs no other state of the batcher.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct Position {
-    /// Passes over the data that are done.
+    /// Number of completed passes over the data.
     pub epoch: u64,
-    /// Batches of the current pass that are done.
+    /// Number of completed batches in the current pass.
     pub index: usize,
 }
 
-/// Which sequences make which batch, for every epoch, as a function of lengths, batch size and seed.
+/// Assigns sequences to batches for every epoch, as a function of lengths, batch size and seed.
 ///
-/// An epoch shuffles all sequences, sorts each run of [`BUCKET`](Self::BUCKET) batches by length, cuts it into batches, and
-/// shuffles those. Every sequence comes once per epoch; the last batch of the last run may be smaller.
+/// An epoch shuffles all sequences, sorts each run of [`BUCKET`](Self::BUCKET) batches by length,
+/// cuts it into batches, and shuffles all batches. Every sequence occurs once per epoch. The last
+/// batch of the last run may be smaller.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct BatchPlan {
@@ -96,13 +98,14 @@ pub struct BatchPlan {
 }
 
 impl BatchPlan {
-    /// Number of batches that are sorted by length together: large enough for little padding, small enough for chance.
+    /// Number of batches that are sorted by length together: large enough to limit padding, small
+    /// enough to keep batches random.
     pub const BUCKET: usize = 32;
 
-    /// A plan for sequences of these `lengths`.
+    /// Creates a plan for sequences of these `lengths`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where there is no sequence or `batch_size` is 0.
+    /// Returns [`Error::InvalidArgument`] if `lengths` is empty or `batch_size` is 0.
     pub fn new(lengths: Vec<usize>, batch_size: usize, seed: u64) -> Result<Self> {
         if lengths.is_empty() {
             return Err(Error::argument("sequences", 0, "at least 1"));
@@ -117,12 +120,12 @@ impl BatchPlan {
         })
     }
 
-    /// Number of batches in an epoch.
+    /// Returns the number of batches in an epoch.
     pub fn batches_per_epoch(&self) -> usize {
         self.lengths.len().div_ceil(self.batch_size)
     }
 
-    /// The batches of an epoch, as indices of sequences. O(n log n).
+    /// Returns the batches of an epoch as indices of sequences. The cost is O(n log n).
     pub fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(epoch);
@@ -138,23 +141,23 @@ impl BatchPlan {
     }
 }
 
-/// Endless batches for training. After [`seek`](Self::seek), they go on as they would have for a batcher that got there by
-/// itself.
+/// Endless sequence of batches for training. After [`seek`](Self::seek) it returns the same batches
+/// as a batcher that reached the position by itself.
 #[derive(Clone, Debug)]
 pub struct Batcher {
     sequences: Vec<Sequence>,
     plan: BatchPlan,
     pad_id: u32,
     position: Position,
-    // The batches of `position.epoch`.
+    // Batches of `position.epoch`.
     current: Vec<Vec<usize>>,
 }
 
 impl Batcher {
-    /// Starts at the first batch of the first epoch.
+    /// Creates a batcher at the first batch of the first epoch.
     ///
     /// # Errors
-    /// As [`BatchPlan::new`].
+    /// Returns the errors of [`BatchPlan::new`].
     pub fn new(
         sequences: Vec<Sequence>,
         batch_size: usize,
@@ -176,9 +179,10 @@ impl Batcher {
         })
     }
 
-    /// The next batch; after the last of an epoch comes the first of the next.
+    /// Returns the next batch. The first batch of an epoch follows the last one of the epoch
+    /// before.
     pub fn next_batch(&mut self) -> Batch {
-        // Half a microsecond for 4 x 256 tokens, where a step takes seconds: no thread of its own.
+        // This takes half a microsecond for 4 x 256 tokens, so a separate thread would not pay off.
         let rows: Vec<&Sequence> = self.current[self.position.index]
             .iter()
             .map(|i| &self.sequences[*i])
@@ -195,15 +199,16 @@ impl Batcher {
         batch
     }
 
-    /// What was handed out so far.
+    /// Returns the current position.
     pub fn position(&self) -> Position {
         self.position
     }
 
-    /// Goes to a position, as [`position`](Self::position) told it.
+    /// Moves to a position that [`position`](Self::position) returned.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where an epoch has no such batch; the batcher then stays where it is.
+    /// Returns [`Error::InvalidArgument`] if an epoch has no such batch. The batcher then does not
+    /// move.
     pub fn seek(&mut self, position: Position) -> Result<()> {
         let per_epoch = self.plan.batches_per_epoch();
         if position.index >= per_epoch {
@@ -220,12 +225,12 @@ impl Batcher {
         Ok(())
     }
 
-    /// The plan behind it.
+    /// Returns the plan that assigns sequences to batches.
     pub fn plan(&self) -> &BatchPlan {
         &self.plan
     }
 
-    /// All sequences, in their own order.
+    /// Returns all sequences in their original order.
     pub fn sequences(&self) -> &[Sequence] {
         &self.sequences
     }

@@ -1,8 +1,10 @@
-//! From files to batches: records, prompt templates, tokenizing, label masks, batches by length, calibration windows.
+//! Turns files into batches: records, prompt templates, tokenization, loss masks, batches by length
+//! and calibration windows.
 //!
-//! A [`Record`] is what a file holds. A [`PromptTemplate`] makes an [`Example`] of it (prompt, completion), [`tokenize`] a
-//! [`Sequence`] (ids and which of them are learned), and a [`Batcher`] batches of those, in an order that follows from a
-//! seed and can be taken up at any point.
+//! A [`Record`] is an entry of a data file. A [`PromptTemplate`] renders it to an [`Example`]
+//! (prompt and completion), [`tokenize`] converts that to a [`Sequence`] (token ids and a loss
+//! mask), and a [`Batcher`] groups sequences into batches. The order of batches depends only on a
+//! seed and can be resumed at any point.
 
 pub mod answers;
 mod batch;

@@ -1,4 +1,4 @@
-//! Records, and the files that they come from.
+//! Records and the files that contain them.
 
 use std::io::Read;
 use std::path::Path;
@@ -9,30 +9,30 @@ use serde_json::{Map, Value};
 use super::answers::{extract_answer, normalize_number};
 use crate::error::{Error, Result};
 
-/// Files over this size are refused (they are read whole).
+/// Largest file that is read. Files are read into memory as a whole.
 pub const MAX_FILE_BYTES: u64 = 2 << 30;
 
-/// The mark that GPT-2's text files put between documents.
+/// Separator of documents in GPT-2's text files.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// One record of a data set. Serializes to the form that it was read from.
+/// A record of a data set. It serializes to the format that it was read from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Record {
-    /// Alpaca's form, with the `answer` that LLM-Adapters' files add.
+    /// Alpaca's format, with the additional `answer` of LLM-Adapters' files.
     Instruction {
         /// The task.
         instruction: String,
-        /// What the task is about; empty where the instruction says all.
+        /// Input of the task; empty if the instruction is complete.
         #[serde(default)]
         input: String,
         /// The response.
         output: String,
-        /// The final answer alone, where the file has one.
+        /// The final answer alone, if the file has it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         answer: Option<String>,
     },
-    /// GSM8K's form.
+    /// GSM8K's format.
     Question {
         /// The question.
         question: String,
@@ -47,8 +47,8 @@ pub enum Record {
 }
 
 impl Record {
-    /// The final answer to compare with: the `answer` of an instruction, else the number after `####`. Numbers are normalized
-    /// (see [`extract_answer`]).
+    /// Returns the reference for the final answer: the `answer` of an instruction, or else the
+    /// number after `####`. Numbers are normalized (see [`extract_answer`]).
     pub fn final_answer(&self) -> Option<String> {
         match self {
             Record::Instruction {
@@ -62,29 +62,33 @@ impl Record {
     }
 }
 
-/// Reads the records of a file: a JSON array, JSON Lines, or plain text, told apart by the first character (`[`, `{`, other);
-/// a name that ends in `.txt` is text whatever it starts with.
+/// Reads the records of a file: a JSON array, JSON Lines or plain text. The first character selects
+/// the format (`[`, `{`, or any other), except that a file whose name ends in `.txt` is always
+/// plain text.
 ///
-/// JSON records are in Alpaca's form (`instruction`, `output`, optional `input` and `answer`), GSM8K's (`question`, `answer`),
-/// or `{"text": ...}`. Plain text is cut at `<|endoftext|>` if it has that, else at blank lines; empty pieces are dropped.
+/// JSON records have Alpaca's fields (`instruction`, `output`, optional `input` and `answer`),
+/// GSM8K's fields (`question`, `answer`), or the single field `text`. Plain text is split at
+/// `<|endoftext|>` if it contains that, else at blank lines. Empty pieces are dropped.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::InvalidFile`] over [`MAX_FILE_BYTES`] or where it is not UTF-8; [`Error::Json`];
-/// [`Error::InvalidRecord`] with the number of the record; [`Error::EmptyDataset`].
+/// Returns [`Error::Io`]; [`Error::InvalidFile`] if the file is larger than [`MAX_FILE_BYTES`] or
+/// not UTF-8; [`Error::Json`] if it is not valid JSON; [`Error::InvalidRecord`] with the number of
+/// an invalid record; and [`Error::EmptyDataset`] if it has no records.
 pub fn load_records(path: impl AsRef<Path>) -> Result<Vec<Record>> {
     let path = path.as_ref();
     parse_records(&load_text(path)?, path)
 }
 
-/// Reads a whole text file, without a byte order mark.
+/// Reads a whole text file and removes a byte order mark.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::InvalidFile`] over [`MAX_FILE_BYTES`] or where it is not UTF-8.
+/// Returns [`Error::Io`], or [`Error::InvalidFile`] if the file is larger than [`MAX_FILE_BYTES`]
+/// or not UTF-8.
 pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
     let mut bytes = Vec::new();
-    // Counted while reading, since the size of a pipe is not known before.
+    // Limit the size while reading, because the size of a pipe is unknown.
     file.take(MAX_FILE_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| Error::io(path, e))?;
@@ -106,10 +110,11 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
     Ok(text)
 }
 
-/// [`load_records`] on a text at hand; `path` only names it in errors (and tells `.txt`).
+/// Parses records like [`load_records`] from a text in memory. `path` is used in errors and to
+/// recognize `.txt`.
 ///
 /// # Errors
-/// As [`load_records`].
+/// Returns the errors of [`load_records`], except those of reading the file.
 #[doc(hidden)]
 pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     let is_text = path
@@ -130,7 +135,7 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
                 .collect::<Result<Vec<_>>>()?
         }
         Some('{') => {
-            // A stream of objects: JSON Lines, and objects that span several lines as well.
+            // A stream of objects covers JSON Lines, and also objects that span several lines.
             let mut records = Vec::new();
             for (i, value) in serde_json::Deserializer::from_str(text)
                 .into_iter::<Value>()
@@ -231,7 +236,7 @@ fn text_field(map: &mut Map<String, Value>, field: &str) -> Result<String, Strin
     }
 }
 
-/// A field that may be missing or null; numbers and booleans are taken as written.
+/// Returns a field that may be missing or null. Numbers and booleans are converted to text.
 fn optional_field(map: &mut Map<String, Value>, field: &str) -> Result<Option<String>, String> {
     match map.get_mut(field).map(Value::take) {
         None | Some(Value::Null) => Ok(None),

@@ -1,4 +1,4 @@
-//! Token ids with the labels that count.
+//! Token ids with a loss mask.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -11,49 +11,50 @@ use crate::error::{Error, Result};
 pub struct Sequence {
     /// Token ids, `[len]`.
     pub ids: Vec<u32>,
-    /// Whether token `t` is to be predicted (from those before it), `[len]`; never the first one.
+    /// Whether token `t` is a target, predicted from the tokens before it, `[len]`; always `false`
+    /// for the first token.
     pub loss_mask: Vec<bool>,
 }
 
 impl Sequence {
-    /// A sequence of which every token but the first is to be predicted.
+    /// Creates a sequence in which every token but the first is a target.
     pub fn unmasked(ids: Vec<u32>) -> Self {
         let mut loss_mask = vec![true; ids.len()];
         loss_mask.iter_mut().take(1).for_each(|m| *m = false);
         Self { ids, loss_mask }
     }
 
-    /// Number of tokens.
+    /// Returns the number of tokens.
     pub fn len(&self) -> usize {
         self.ids.len()
     }
 
-    /// Whether there is no token.
+    /// Returns whether the sequence has no tokens.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }
 
-    /// Number of tokens to be predicted.
+    /// Returns the number of target tokens.
     pub fn n_targets(&self) -> usize {
         self.loss_mask.iter().filter(|m| **m).count()
     }
 }
 
-/// How examples become sequences.
+/// Settings for tokenizing examples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenizeOptions {
-    /// Longest sequence, in tokens; at most the model's context.
+    /// Maximum length of a sequence in tokens; at most the model's context length.
     pub max_len: usize,
-    /// Whether the prompt's tokens do not count in the loss (`train_on_inputs = false`).
+    /// Whether the tokens of the prompt are excluded from the loss (`train_on_inputs = false`).
     pub mask_prompt: bool,
-    /// Whether an EOS token follows the completion. Without one known to the tokenizer, none does.
+    /// Whether an EOS token follows the completion, if the tokenizer has one.
     pub add_eos: bool,
-    /// Whether a longer sequence is cut at its end instead of refused.
+    /// Whether a sequence that is too long is truncated at its end instead of refused.
     pub truncate: bool,
 }
 
 impl TokenizeOptions {
-    /// Prompt masked, EOS added, longer sequences refused.
+    /// Creates settings that mask the prompt, add EOS, and refuse sequences that are too long.
     pub fn new(max_len: usize) -> Self {
         Self {
             max_len,
@@ -70,14 +71,15 @@ impl TokenizeOptions {
     }
 }
 
-/// Tokenizes an example; `what` names it in errors.
+/// Tokenizes an example. `what` names it in errors.
 ///
-/// The ids of the prompt, as a generation would be given them, are always a prefix of the sequence. Prompt and completion are
-/// tokenized as one text where the prompt's own tokens come out unchanged; where a token would straddle the two, they are
-/// tokenized apart and joined.
+/// The sequence always begins with the ids that the prompt alone would have in generation. Prompt
+/// and completion are tokenized as one text if that leaves the tokens of the prompt unchanged. If a
+/// token would span both, they are tokenized separately and joined.
 ///
 /// # Errors
-/// [`Error::SequenceTooLong`] where the sequence is longer than `max_len` and may not be cut; [`Error::Tokenizer`].
+/// Returns [`Error::SequenceTooLong`] if the sequence is longer than `max_len` and `truncate` is
+/// false, and [`Error::Tokenizer`] if the tokenizer fails.
 #[doc(hidden)]
 pub fn tokenize(
     example: &Example,
@@ -88,7 +90,7 @@ pub fn tokenize(
     Ok(tokenize_uncut(example, tokenizer, options, what)?.0)
 }
 
-/// The sequence, and whether it was cut.
+/// Returns the sequence and whether it was truncated.
 fn tokenize_uncut(
     example: &Example,
     tokenizer: &TextTokenizer,
@@ -130,34 +132,34 @@ fn tokenize_uncut(
     } else {
         tokenizer.prefix().len()
     };
-    // The first token has nothing before it to be predicted from.
+    // The first token has no tokens before it to be predicted from.
     let loss_mask = (0..ids.len()).map(|t| t >= masked.max(1)).collect();
     Ok((Sequence { ids, loss_mask }, too_long))
 }
 
-/// What [`tokenize_records`] made.
+/// Result of [`tokenize_records`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenizedSet {
-    /// The sequences, in the order of the records.
+    /// Sequences in the order of the records.
     pub sequences: Vec<Sequence>,
-    /// How many were cut.
+    /// Number of truncated sequences.
     pub truncated: usize,
-    /// How many records were left out, since nothing of them remained to be predicted.
+    /// Number of records that were dropped because they had no target tokens.
     pub dropped: usize,
 }
 
 impl TokenizedSet {
-    /// Number of tokens in all sequences.
+    /// Returns the number of tokens in all sequences.
     pub fn n_tokens(&self) -> usize {
         self.sequences.iter().map(Sequence::len).sum()
     }
 }
 
-/// Words and tokenizes records, in parallel, in their order.
+/// Renders and tokenizes records in parallel, and keeps their order.
 ///
 /// # Errors
-/// As [`tokenize`], for the first record that fails, named by its number from 1; [`Error::InvalidArgument`] where none is
-/// left with a token to be predicted.
+/// Returns the errors of [`tokenize`] for the first record that fails, named by its number starting
+/// from 1, and [`Error::InvalidArgument`] if no record has a target token.
 pub fn tokenize_records(
     records: &[Record],
     template: PromptTemplate,

@@ -1,4 +1,4 @@
-//! From a record to a prompt and what should follow it.
+//! Renders records as prompts and completions.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,34 +8,35 @@ use serde::{Deserialize, Serialize};
 use super::Record;
 use crate::error::{Error, Result};
 
-/// What a model is given, and what it should go on with.
+/// A prompt and its expected continuation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[doc(hidden)]
 pub struct Example {
     /// The prompt; empty for plain text.
     pub prompt: String,
-    /// The continuation, to be learned.
+    /// The continuation to be learned.
     pub completion: String,
 }
 
-/// How a [`Record`] is worded. Plain text is worded as it is by all of them.
+/// Template that renders a [`Record`]. Every template renders plain text unchanged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PromptTemplate {
-    /// What fits the record: [`Alpaca`](Self::Alpaca) for instructions, [`QuestionAnswer`](Self::QuestionAnswer) for
-    /// questions.
+    /// Depends on the record: [`Alpaca`](Self::Alpaca) for instructions,
+    /// [`QuestionAnswer`](Self::QuestionAnswer) for questions.
     #[default]
     Auto,
-    /// Stanford Alpaca's two wordings, with and without input.
+    /// Stanford Alpaca's two prompts, with and without input.
     Alpaca,
-    /// `Question: ...`, newline, `Answer:`, then a blank and the answer, as lm-evaluation-harness asks GSM8K.
+    /// `Question: ...`, newline, `Answer:`, then a space and the answer, as in
+    /// lm-evaluation-harness for GSM8K.
     QuestionAnswer,
-    /// The question or instruction (and input) on lines of its own, nothing around it.
+    /// Only the question or instruction, followed by the input, each on its own line.
     Raw,
 }
 
 impl PromptTemplate {
-    /// Words a record.
+    /// Renders a record as prompt and completion.
     pub fn render(self, record: &Record) -> Example {
         let (question, input, answer) = match record {
             Record::Instruction {

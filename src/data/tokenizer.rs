@@ -1,4 +1,4 @@
-//! Text to token ids and back, through a Hugging Face `tokenizer.json`.
+//! Converts text to token ids and back with a Hugging Face `tokenizer.json`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -36,11 +36,13 @@ impl std::fmt::Debug for TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Reads a `tokenizer.json`. If a `tokenizer_config.json` lies beside it, `bos_token` and `eos_token` are taken from
-    /// there, where the post-processor itself does not show them. Truncation and padding settings in the file are ignored.
+    /// Reads a `tokenizer.json`. If there is a `tokenizer_config.json` next to it, its `bos_token`
+    /// and `eos_token` are used where the post-processor does not determine them. Truncation and
+    /// padding settings in the file are ignored.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Json`] for the configuration; [`Error::Tokenizer`] where the file makes no tokenizer.
+    /// Returns [`Error::Io`], [`Error::Json`] if the `tokenizer_config.json` is not valid JSON, and
+    /// [`Error::Tokenizer`] if the file does not describe a tokenizer.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut tokenizer = Self::from_json(&load_text(path)?, path)?;
@@ -56,7 +58,8 @@ impl TextTokenizer {
     /// Reads the `tokenizer.json` of a model folder, or the tokenizer of a GGUF file; see [`from_file`](Self::from_file).
     ///
     /// # Errors
-    /// As [`from_file`](Self::from_file); those of a GGUF file's reader, [`Error::Tokenizer`] if it holds no tokenizer.
+    /// Returns the errors of [`from_file`](Self::from_file) or of reading a GGUF file, and
+    /// [`Error::Tokenizer`] if such a file contains no tokenizer.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !is_gguf(dir) {
@@ -83,23 +86,24 @@ impl TextTokenizer {
         self.with_special_ids(bos, eos)
     }
 
-    /// Makes a tokenizer of the text of a `tokenizer.json`; `path` names it in errors.
+    /// Parses the text of a `tokenizer.json`. `path` names it in errors.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// Returns [`Error::Tokenizer`] if the text does not describe a tokenizer.
     pub fn from_json(json: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let fail = |reason: String| Error::Tokenizer {
             path: path.clone(),
             reason,
         };
-        // The `tokenizers` crate panics on some text that is not JSON; so that is found out before.
+        // The `tokenizers` crate panics on some text that is not JSON, so check that first.
         serde_json::from_str::<serde::de::IgnoredAny>(json)
             .map_err(|e| fail(format!("not JSON: {e}")))?;
         let mut inner: Tokenizer = guarded(|| json.parse()).map_err(&fail)?;
         inner.with_padding(None);
         guarded(|| inner.with_truncation(None).map(|_| ())).map_err(&fail)?;
-        // What the post-processor puts around a text is seen by trying it on one that the vocabulary can say.
+        // Find out what the post-processor adds around a text by encoding a text that the
+        // vocabulary contains.
         let probe = |text: &str, special| {
             let encoding = guarded(|| inner.encode_fast(text, special)).map_err(&fail)?;
             Ok::<_, Error>(encoding.get_ids().to_vec())
@@ -130,10 +134,11 @@ impl TextTokenizer {
         })
     }
 
-    /// Token ids of `text`; with `special`, what the tokenizer puts before and after a text is added.
+    /// Returns the token ids of `text`. If `special` is true, the tokens that the tokenizer puts
+    /// before and after a text are added.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// Returns [`Error::Tokenizer`] if the tokenizer fails.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.fail(e))?;
         if !special {
@@ -147,19 +152,21 @@ impl TextTokenizer {
         .concat())
     }
 
-    /// The ids of a text that goes on: [`encode`](Self::encode) with what stands before a text, but not what ends it.
+    /// Returns the token ids of a text to be continued: [`encode`](Self::encode) with the special
+    /// tokens before the text, but without those after it.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// Returns [`Error::Tokenizer`] if the tokenizer fails.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.fail(e))?;
         Ok([self.prefix.as_slice(), encoding.get_ids()].concat())
     }
 
-    /// The text of `ids`, special tokens left out.
+    /// Returns the text of `ids` without special tokens.
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`] for an id that no token has; [`Error::Tokenizer`].
+    /// Returns [`Error::TokenOutOfRange`] if an id is not in the vocabulary, and
+    /// [`Error::Tokenizer`] if the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         if let Some(id) = ids.iter().find(|id| self.inner.id_to_token(**id).is_none()) {
             return Err(Error::TokenOutOfRange {
@@ -170,44 +177,45 @@ impl TextTokenizer {
         guarded(|| self.inner.decode(ids, true)).map_err(|e| self.fail(e))
     }
 
-    /// Number of tokens, added ones included.
+    /// Returns the number of tokens, including added ones.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
 
-    /// The id of a token.
+    /// Returns the id of a token.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// The token of an id.
+    /// Returns the token with an id.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// What the tokenizer puts before a text.
+    /// Returns the special tokens that the tokenizer puts before a text.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix
     }
 
-    /// The token that begins a text, whether or not the tokenizer adds it by itself.
+    /// Returns the token that begins a text, whether or not the tokenizer adds it.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos
     }
 
-    /// The token that ends a text, whether or not the tokenizer adds it by itself.
+    /// Returns the token that ends a text, whether or not the tokenizer adds it.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos
     }
 
-    /// Fills in special tokens that the tokenizer's files do not tell, as from a model's `config.json`. Those known stay.
+    /// Sets special tokens that the tokenizer's files do not define, for example from a model's
+    /// `config.json`. Known tokens are kept.
     pub fn with_special_ids(mut self, bos: Option<u32>, eos: Option<u32>) -> Self {
         self.bos = self.bos.or(bos);
         self.eos = self.eos.or(eos);
         self
     }
 
-    /// The file, or whatever stood for it.
+    /// Returns the path of the file, or the path given to [`from_json`](Self::from_json).
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -220,8 +228,8 @@ impl TextTokenizer {
     }
 }
 
-/// Runs a call of the `tokenizers` crate. On some files it panics (a template that names a token which it does not declare,
-/// say) where it should refuse; a file is input, so that becomes an error, too.
+/// Runs a call of the `tokenizers` crate and turns panics into errors. The crate panics on some
+/// invalid files, such as one with a template that names an undeclared token.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|e| e.to_string()),

@@ -1,4 +1,4 @@
-//! Long text in windows: for training, perplexity and calibration.
+//! Splits long text into windows for training, perplexity and calibration.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -7,11 +7,11 @@ use rayon::prelude::*;
 use super::{Sequence, TextTokenizer};
 use crate::error::{Error, Result};
 
-/// Tokenizes documents and joins them into one stream: each begins with what the tokenizer puts before a text, and ends, if
-/// asked, with EOS (where one is known).
+/// Tokenizes documents and joins them into one stream. Each document begins with the tokenizer's
+/// prefix and, if `add_eos` is true, ends with EOS (if one is known).
 ///
 /// # Errors
-/// [`Error::Tokenizer`].
+/// Returns [`Error::Tokenizer`] if the tokenizer fails.
 #[doc(hidden)]
 pub fn join_documents<S: AsRef<str> + Sync>(
     documents: &[S],
@@ -30,10 +30,11 @@ pub fn join_documents<S: AsRef<str> + Sync>(
     Ok(ids)
 }
 
-/// Consecutive windows of `context` tokens without overlap; the last may be shorter.
+/// Splits ids into consecutive windows of `context` tokens without overlap. The last window may be
+/// shorter.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where `context` is 0.
+/// Returns [`Error::InvalidArgument`] if `context` is 0.
 #[doc(hidden)]
 pub fn windows(ids: &[u32], context: usize) -> Result<impl ExactSizeIterator<Item = &[u32]>> {
     if context == 0 {
@@ -42,11 +43,11 @@ pub fn windows(ids: &[u32], context: usize) -> Result<impl ExactSizeIterator<Ite
     Ok(ids.chunks(context))
 }
 
-/// Cuts a stream into training sequences of `len` tokens, every token but the first of each to be predicted. A rest of fewer
-/// than two tokens is dropped.
+/// Splits a stream into training sequences of `len` tokens. Every token of a sequence except the
+/// first is a target. A remainder of fewer than two tokens is dropped.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where `len` is below 2, or `ids` too short for one target.
+/// Returns [`Error::InvalidArgument`] if `len` is less than 2, or if `ids` has fewer than 2 tokens.
 #[doc(hidden)]
 pub fn pack(ids: &[u32], len: usize) -> Result<Vec<Sequence>> {
     if len < 2 {
@@ -66,14 +67,15 @@ pub fn pack(ids: &[u32], len: usize) -> Result<Vec<Sequence>> {
     Ok(packed)
 }
 
-/// Draws `n` windows of `seq_len` tokens at random places of the joined documents, as Wanda's loader does on a joined corpus
-/// (GPTQ's, too). Windows may overlap; the same arguments give the same windows.
+/// Draws `n` windows of `seq_len` tokens at random positions of the joined documents, as the
+/// loaders of Wanda and GPTQ do. Windows may overlap. The same arguments give the same windows.
 ///
 /// # Shapes
-/// The result: `n` rows of `seq_len` ids.
+/// - result: `n` rows of `seq_len` ids
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where `seq_len` is 0 or the documents have fewer tokens in all; [`Error::Tokenizer`].
+/// Returns [`Error::InvalidArgument`] if `seq_len` is 0 or larger than the number of tokens in all
+/// documents, and [`Error::Tokenizer`] if the tokenizer fails.
 pub fn calibration_samples<S: AsRef<str> + Sync>(
     documents: &[S],
     tokenizer: &TextTokenizer,
@@ -95,7 +97,7 @@ pub fn calibration_samples<S: AsRef<str> + Sync>(
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     Ok((0..n)
         .map(|_| {
-            // A fixed width, so that 32-bit machines draw the same.
+            // Draw from a fixed width, so that 32-bit machines get the same windows.
             let start = rng.random_range(0..=(ids.len() - seq_len) as u64) as usize;
             ids[start..start + seq_len].to_vec()
         })

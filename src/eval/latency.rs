@@ -1,4 +1,5 @@
-//! How long a model takes on this machine, measured whole, or foretold from a table of its parts' times.
+//! The latency of a model on this machine: measured as a whole, or predicted from a table of its
+//! parts' times.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -15,24 +16,24 @@ use crate::progress::{Progress, Task};
 use crate::space::{Elastic, SubnetConfig};
 use crate::supernet::{SubnetCost, SuperNet};
 
-/// What a model is timed at.
+/// The workload that is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// A prompt of so many tokens, and the logits after its last.
+    /// Processing a prompt and computing the logits after its last token.
     Prefill {
-        /// Tokens of the prompt.
+        /// Number of tokens in the prompt.
         n_tokens: usize,
     },
-    /// One token after so many others.
+    /// Generating one token after `context` others.
     Decode {
-        /// Tokens in the cache.
+        /// Number of tokens in the cache.
         context: usize,
     },
 }
 
 impl Phase {
-    /// Tokens in the cache before the clock starts, and tokens that are timed.
+    /// Number of tokens in the cache before timing starts, and number of timed tokens.
     fn tokens(self) -> (usize, usize) {
         match self {
             Phase::Prefill { n_tokens } => (0, n_tokens),
@@ -57,15 +58,16 @@ impl Phase {
     }
 }
 
-/// Weights of this many bytes are in no cache by the time the last of them has been read.
+/// Reading this many bytes of weights evicts them from every cache.
 const PAST_CACHES: usize = 256 << 20;
 
-/// The least of `repeats` runs after one that is not counted, in milliseconds: what else the machine does only adds to it.
+/// Runs once untimed and then `repeats` times. Returns the minimum in milliseconds, since other
+/// load on the machine only adds to a time.
 fn least_ms(repeats: usize, mut run: impl FnMut()) -> f64 {
     least_ms_after(repeats, || {}, &mut run)
 }
 
-/// As [`least_ms`], with something before each run that is not timed.
+/// Like [`least_ms`], with an untimed call of `before` ahead of each run.
 fn least_ms_after(repeats: usize, mut before: impl FnMut(), mut run: impl FnMut()) -> f64 {
     run();
     let mut time = || {
@@ -79,16 +81,16 @@ fn least_ms_after(repeats: usize, mut before: impl FnMut(), mut run: impl FnMut(
         .fold(f64::INFINITY, f64::min)
 }
 
-/// Waits until a tensor is there: some devices compute later.
+/// Waits until a tensor is computed: some devices compute asynchronously.
 fn wait(x: &Tensor<3>) {
     let [_, seq, _] = x.dims();
     host_values(x.clone().narrow(1, seq - 1, 1).narrow(2, 0, 1));
 }
 
-/// Milliseconds that a model takes, the least of `repeats` runs, on one sequence of token 0.
+/// Latency of a model on one sequence of token 0 in milliseconds, the minimum of `repeats` runs.
 ///
 /// # Errors
-/// [`Error::SequenceTooLong`] for more tokens than the model's context.
+/// Returns [`Error::SequenceTooLong`] for more tokens than the model's context.
 #[doc(hidden)]
 pub fn measure_ms(model: &Decoder, phase: Phase, repeats: usize) -> Result<f64> {
     phase.check(model.config())?;
@@ -105,29 +107,33 @@ pub fn measure_ms(model: &Decoder, phase: Phase, repeats: usize) -> Result<f64> 
     }))
 }
 
-/// Measured times of a model's parts, at every size that a search space offers: the latency of a subnet is their sum, so that a
-/// search runs none of them (the table of ProxylessNAS, arXiv 1812.00332).
+/// Measured times of a model's parts at every size in a search space. The latency of a subnet is
+/// predicted as their sum, so that a search need not run any subnet (the lookup table of
+/// ProxylessNAS, arXiv 1812.00332).
 ///
-/// The parts are timed as they are when a subnet has been extracted: dense, adapters merged. One token costs the reading of the
-/// weights, which a part that is run again and again would find in the processor's cache and in a model does not: so as many copies
-/// of it are timed, one after the other, as no cache holds, or as the model has blocks.
+/// Parts are timed as they are in an extracted subnet: dense, with adapters merged. Generating one
+/// token is bound by reading the weights. A part that runs repeatedly would find its weights in the
+/// processor's cache, which does not happen in a whole model. Therefore as many copies of the part
+/// are timed in turn as exceed any cache, or as the model has blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LatencyTable {
-    /// What was timed.
+    /// The workload that was timed.
     pub phase: Phase,
-    /// Embedding, last norm and head, in milliseconds.
+    /// Time of embedding, final norm and head, in milliseconds.
     pub rest_ms: f64,
-    /// Attention with its norm, by query heads and key/value heads, in milliseconds.
+    /// Time of attention with its norm in milliseconds, by numbers of query heads and key/value
+    /// heads.
     pub attention_ms: Vec<(usize, usize, f64)>,
-    /// MLP with its norm, by width, in milliseconds.
+    /// Time of the MLP with its norm in milliseconds, by width.
     pub mlp_ms: Vec<(usize, f64)>,
 }
 
 impl LatencyTable {
-    /// Times each part of `net`'s model at each size that its space offers, the least of `repeats` runs.
+    /// Times each part of `net`'s model at each size in its space, as the minimum of `repeats`
+    /// runs.
     ///
     /// # Errors
-    /// As [`measure_ms`].
+    /// Returns the errors of [`measure_ms`].
     pub fn measure(
         net: &SuperNet,
         phase: Phase,
@@ -155,7 +161,7 @@ impl LatencyTable {
         let mut task = Task::begin(progress, "time parts", all, "parts")?;
         let (before, timed) = phase.tokens();
         let ids = model.tokens(&vec![0; timed], 1)?;
-        // As in the model, after a block.
+        // Runs a block first, as in the model.
         let block = || {
             wait(&model.block(
                 config.num_hidden_layers() - 1,
@@ -205,10 +211,10 @@ impl LatencyTable {
         })
     }
 
-    /// Milliseconds of a model with blocks of these sizes.
+    /// Predicted latency in milliseconds of a model with blocks of these sizes.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a size that was not measured.
+    /// Returns [`Error::InvalidArgument`] for a size that was not measured.
     pub fn predict_ms(&self, blocks: &[BlockDims]) -> Result<f64> {
         let missing = |block: &BlockDims| {
             Error::argument("block", format!("{block:?}"), "of sizes that were measured")
@@ -235,7 +241,8 @@ impl LatencyTable {
     }
 }
 
-/// The largest subnet, and it with one group at another of its choices: together they have every size that there is.
+/// The largest subnet, and its variants with one width group at another choice. Together they
+/// contain every block size.
 fn one_change(net: &SuperNet) -> Vec<SubnetConfig> {
     let largest = net.maximal();
     let mut subnets = vec![largest.clone()];
@@ -249,7 +256,7 @@ fn one_change(net: &SuperNet) -> Vec<SubnetConfig> {
     subnets
 }
 
-/// `n` blocks of these sizes and next to no vocabulary.
+/// Configuration of `n` blocks with these sizes and a minimal vocabulary.
 fn part_config(config: &HfConfig, dims: BlockDims, n: usize) -> Result<HfConfig> {
     let mut raw = config.with_blocks(&vec![dims; n])?.raw().clone();
     raw.insert("vocab_size".into(), 8.into());
@@ -259,7 +266,8 @@ fn part_config(config: &HfConfig, dims: BlockDims, n: usize) -> Result<HfConfig>
     HfConfig::from_json(raw)
 }
 
-/// Random blocks of these sizes, stored as `model`'s: one, or for one token as many as no cache holds, but no more than `model` has.
+/// A model of random blocks with these sizes, stored in the dtype of `model`: a single block, or
+/// for one timed token as many as exceed any cache, but no more than `model` has.
 fn part_model(model: &Decoder, dims: BlockDims, timed: usize, device: &Device) -> Result<Decoder> {
     let (config, dtype) = (part_config(model.config(), dims, 1)?, model.weight_dtype());
     let part = Decoder::init(&config, 1, device)?.with_weight_dtype(dtype)?;
@@ -273,12 +281,12 @@ fn part_model(model: &Decoder, dims: BlockDims, timed: usize, device: &Device) -
     };
     let blocks = vec![part.layers[0].clone(); n];
     let mut part = part.with_layers(blocks, part_config(model.config(), dims, n)?);
-    // Each in memory of its own.
+    // Gives each copy its own memory.
     part.try_for_each_linear(|_, layer| layer.base.set_matrix(&layer.base.to_matrix()))?;
     Ok(part)
 }
 
-/// Milliseconds of one of a model's blocks, which are alike.
+/// Time per block in milliseconds of a model whose blocks are all alike.
 fn time_blocks(
     model: &Decoder,
     before: usize,

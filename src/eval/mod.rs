@@ -1,4 +1,4 @@
-//! How good a model is and how fast: perplexity, exact match, latency, and all as objectives for a search.
+//! Evaluation of quality and speed: perplexity, exact match, latency, and objectives for a search.
 
 mod latency;
 mod objective;
@@ -17,26 +17,28 @@ use crate::nn::{KvCache, host_values};
 use crate::progress::{Progress, Task};
 use crate::runtime::GenerateConfig;
 
-/// Tokens that go through the model at once.
+/// Number of tokens that go through the model at once.
 const TOKENS_AT_ONCE: usize = 4096;
 
 /// Perplexity of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
-    /// Mean negative log-likelihood a predicted token, in nats.
+    /// Mean negative log-likelihood per predicted token, in nats.
     pub nll: f64,
     /// `exp(nll)`.
     pub perplexity: f64,
-    /// Tokens that were predicted.
+    /// Number of predicted tokens.
     pub predicted_tokens: usize,
 }
 
-/// Perplexity of a token sequence: cut into windows of `context` tokens without overlap, the last one shorter; every token
-/// but the first of each window is predicted from those before it in the window.
+/// Perplexity of a token sequence. The sequence is cut into windows of `context` tokens without
+/// overlap; the last one may be shorter. In each window, every token but the first is predicted
+/// from the tokens before it.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for a context under 2 or fewer than 2 tokens; [`Error::SequenceTooLong`] for one over the model's;
-/// those of [`Decoder::tokens`].
+/// Returns [`Error::InvalidArgument`] if `context` is below 2 or there are fewer than 2 tokens,
+/// [`Error::SequenceTooLong`] if `context` is above the model's, and the errors of
+/// [`Decoder::tokens`].
 pub fn perplexity(
     model: &Decoder,
     ids: &[u32],
@@ -61,7 +63,8 @@ pub fn perplexity(
     let mut add = |ids: &[u32], rows: usize| -> Result<()> {
         let len = ids.len() / rows;
         if len > TOKENS_AT_ONCE {
-            // Through the cache, piece by piece: the same values, and memory for a piece at a time.
+            // Runs the window piece by piece through a cache: the values are the same, and only one
+            // piece needs memory at a time.
             let mut cache = KvCache::new(model.config().num_hidden_layers());
             for (index, piece) in ids.chunks(TOKENS_AT_ONCE).enumerate() {
                 let hidden: Tensor<2> = model
@@ -121,17 +124,17 @@ pub fn perplexity(
     })
 }
 
-/// Exact match on problems with a final answer.
+/// Result of exact match on problems with a final answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExactMatch {
-    /// Problems whose generated final answer equals the reference's.
+    /// Number of problems whose generated final answer equals the reference's.
     pub correct: usize,
-    /// Problems.
+    /// Number of problems.
     pub total: usize,
 }
 
 impl ExactMatch {
-    /// In 0..=1.
+    /// Fraction of correct answers, in 0..=1.
     pub fn accuracy(&self) -> f64 {
         if self.total == 0 {
             0.0
@@ -141,7 +144,7 @@ impl ExactMatch {
     }
 }
 
-/// Problems worded and tokenized, ready to be put to models.
+/// A set of problems, formatted as prompts and tokenized.
 #[derive(Clone, Debug)]
 pub struct ProblemSet {
     prompts: Vec<Vec<u32>>,
@@ -149,10 +152,11 @@ pub struct ProblemSet {
 }
 
 impl ProblemSet {
-    /// Words records with a final answer.
+    /// Formats records with a final answer as prompts.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a record without a final answer, by its number; [`Error::Tokenizer`].
+    /// Returns [`Error::InvalidArgument`] with the number of a record without a final answer, and
+    /// [`Error::Tokenizer`].
     pub fn new(
         records: &[Record],
         template: PromptTemplate,
@@ -182,20 +186,20 @@ impl ProblemSet {
         self.prompts.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no problems.
     pub fn is_empty(&self) -> bool {
         self.prompts.is_empty()
     }
 
-    /// Tokens of the longest prompt.
+    /// Number of tokens in the longest prompt.
     pub fn longest_prompt(&self) -> usize {
         self.prompts.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// Generates an answer to each problem and counts those that are right.
+    /// Generates an answer to each problem and counts the correct ones.
     ///
     /// # Errors
-    /// As [`generate_batch`]; [`Error::Tokenizer`].
+    /// Returns the errors of [`generate_batch`], and [`Error::Tokenizer`].
     pub fn exact_match(
         &self,
         model: &Decoder,
@@ -206,7 +210,7 @@ impl ProblemSet {
         let outputs = generate_batch(model, &self.prompts, config, progress)?;
         let mut correct = 0;
         for (output, reference) in outputs.iter().zip(&self.references) {
-            // Many models have rows in their vocabulary that no token of the tokenizer stands for.
+            // Many models have ids in their vocabulary for which the tokenizer has no token.
             let known: Vec<u32> = output
                 .iter()
                 .copied()

@@ -9,36 +9,37 @@ use crate::search::ObjectiveNames;
 use crate::space::SubnetConfig;
 use crate::supernet::SuperNet;
 
-/// What makes a subnet good.
+/// The quality measure of a subnet.
 pub enum Metric<'a> {
-    /// Mean negative log-likelihood a target on these batches.
+    /// Mean negative log-likelihood per target on these batches.
     Loss(&'a [Batch]),
-    /// Share of problems answered right.
+    /// Fraction of problems answered correctly.
     Accuracy {
         /// The problems.
         problems: &'a ProblemSet,
         /// The model's tokenizer.
         tokenizer: &'a TextTokenizer,
-        /// How answers are generated.
+        /// Generation settings for the answers.
         generate: GenerateConfig,
     },
 }
 
-/// What makes a subnet cheap.
+/// The cost measure of a subnet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cost {
-    /// Multiply-accumulates a token.
+    /// Multiply-accumulates per token.
     #[default]
     Macs,
-    /// Weights, zeros included.
+    /// Number of weights, zeros included.
     Params,
     /// Bytes of weights at 16 bits each.
     Bytes,
-    /// Milliseconds by a table of this machine's times; see [`SubnetObjective::with_latency`].
+    /// Latency in milliseconds, predicted from times measured on this machine; see
+    /// [`SubnetObjective::with_latency`].
     Latency,
 }
 
-/// Scores subnets of one supernet: `[loss or -accuracy, cost]`, both to be minimised.
+/// Scores subnets of one supernet with `[loss or -accuracy, cost]`, both to be minimized.
 pub struct SubnetObjective<'a> {
     net: SuperNet,
     metric: Metric<'a>,
@@ -48,7 +49,8 @@ pub struct SubnetObjective<'a> {
 }
 
 impl<'a> SubnetObjective<'a> {
-    /// Shares the supernet's weights; the caller's active subnet stays as it is.
+    /// Creates an objective that shares the supernet's weights. The caller's active subnet is
+    /// unchanged.
     pub fn new(net: &SuperNet, metric: Metric<'a>, cost: Cost) -> Self {
         Self {
             net: net.clone(),
@@ -59,19 +61,20 @@ impl<'a> SubnetObjective<'a> {
         }
     }
 
-    /// Counts costs as they are once the subnet's adapters are merged, rather than beside the base.
+    /// Sets whether costs are counted with the subnet's adapters merged, rather than separate from
+    /// the base.
     pub fn with_merged(mut self, merged: bool) -> Self {
         self.merged = merged;
         self
     }
 
-    /// Takes latency as the cost, as this table of the same supernet has it.
+    /// Uses latency as the cost, predicted from this table, which must be of the same supernet.
     pub fn with_latency(mut self, table: LatencyTable) -> Self {
         (self.cost, self.latency) = (Cost::Latency, Some(table));
         self
     }
 
-    /// Names for reports.
+    /// Names of the objectives, for reports.
     pub fn names(&self) -> ObjectiveNames {
         let cost = match self.cost {
             Cost::Macs => "MACs per token",
@@ -90,9 +93,9 @@ impl<'a> SubnetObjective<'a> {
     /// Scores a subnet.
     ///
     /// # Errors
-    /// A subnet outside the space; those of the evaluation.
+    /// Returns an error if the subnet is not in the space, and the errors of the evaluation.
     pub fn evaluate(&self, subnet: &SubnetConfig, progress: &dyn Progress) -> Result<Vec<f64>> {
-        // A clone shares every weight: several subnets can be scored at once.
+        // The clone shares all weights, so several subnets can be scored at once.
         let mut net = self.net.clone();
         net.activate(subnet)?;
         let model = net.eval_model();
@@ -110,10 +113,11 @@ impl<'a> SubnetObjective<'a> {
         Ok(vec![score, cost])
     }
 
-    /// What a subnet costs.
+    /// The cost of a subnet.
     ///
     /// # Errors
-    /// A subnet outside the space; [`Error::InvalidArgument`] for [`Cost::Latency`] without a table, or one of other sizes.
+    /// Returns an error if the subnet is not in the space, and [`Error::InvalidArgument`] for
+    /// [`Cost::Latency`] without a table or with one of other sizes.
     pub fn cost(&self, net: &SuperNet, subnet: &SubnetConfig) -> Result<f64> {
         let costs = net.cost(subnet)?;
         let costs = if self.merged { costs.merged() } else { costs };

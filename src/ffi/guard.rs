@@ -1,4 +1,5 @@
-//! The one way in: a call's body runs here, and neither an error nor a panic leaves but as a status.
+//! Entry guards of the exported functions: the body of every call runs here, and each error or
+//! panic leaves as a status.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,17 +13,18 @@ pub(super) fn status(body: impl FnOnce() -> Outcome) -> elora_status {
     finish(run(body)).map_or_else(|status| status, |()| ELORA_STATUS_OK)
 }
 
-/// Runs a call that returns a value, and `failed` where it fails; the status is then in the text alone.
+/// Runs a call that returns a value, or `failed` if it fails. The caller then learns the reason
+/// only from the thread's error text.
 pub(super) fn value<T>(failed: T, body: impl FnOnce() -> Outcome<T>) -> T {
     finish(run(body)).unwrap_or(failed)
 }
 
-/// [`status`] that leaves the thread's text as it is.
+/// Runs a call like [`status`], but keeps the thread's error text.
 pub(super) fn silent(body: impl FnOnce() -> Outcome) -> elora_status {
     run(body).map_or_else(|failure| failure.status, |()| ELORA_STATUS_OK)
 }
 
-/// Runs a call that returns nothing and cannot fail but by a bug.
+/// Runs a call that returns nothing and fails only by a bug.
 pub(super) fn quiet(body: impl FnOnce()) {
     value((), || {
         body();
@@ -31,7 +33,8 @@ pub(super) fn quiet(body: impl FnOnce()) {
 }
 
 fn run<T>(body: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
-    // What a panic may leave half-done is a session's state alone, and a session that panicked is not used again.
+    // A panic can leave only a session in an inconsistent state, and a session that panicked is
+    // refused in later calls.
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(of_panic(panic)))
 }
 
@@ -49,7 +52,7 @@ fn of_panic(panic: Box<dyn Any + Send>) -> Failure {
         .or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("no message");
     let failure = Failure::new(ELORA_STATUS_PANIC, format!("a bug in elastic-lora: {text}"));
-    // A payload may panic when it is dropped.
+    // Dropping the payload may panic again.
     if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {
         std::mem::forget(again);
     }

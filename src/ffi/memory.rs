@@ -1,4 +1,4 @@
-//! The caller's pointers, looked at as far as that is possible.
+//! Checks of the caller's pointers and buffers, as far as they can be checked.
 
 use std::ffi::{CStr, c_char};
 use std::ops::Range;
@@ -20,25 +20,27 @@ fn aligned<T>(pointer: *const T, name: &str) -> Outcome {
     )))
 }
 
-/// A handle, or whatever is passed by a pointer that must not be `NULL`.
+/// Returns a reference to a handle, or to another argument whose pointer must not be `NULL`.
 ///
 /// # Safety
-/// A pointer that is not `NULL` is to a live `T`.
+/// A pointer that is not `NULL` must point to a live `T`.
 pub(super) unsafe fn required<'a, T>(pointer: *const T, name: &str) -> Outcome<&'a T> {
     if pointer.is_null() {
         return Err(null(name));
     }
     aligned(pointer, name)?;
-    // SAFETY: not NULL, aligned, and alive, says the caller.
+    // SAFETY: the pointer is not NULL and is aligned, and the caller guarantees that the value is
+    // alive.
     Ok(unsafe { &*pointer })
 }
 
-/// A handle's count, one more of it.
+/// Adds a reference to a handle and returns it.
 ///
 /// # Safety
-/// A pointer that is not `NULL` came from [`Arc::into_raw`] and was not freed.
+/// A pointer that is not `NULL` must come from [`Arc::into_raw`] and must not have been freed.
 pub(super) unsafe fn shared<T>(pointer: *const T, name: &str) -> Outcome<Arc<T>> {
-    // SAFETY: as asked of the caller.
+    // SAFETY: `required` checked the pointer, and the caller guarantees that it came from
+    // `Arc::into_raw`.
     unsafe {
         required(pointer, name)?;
         Arc::increment_strong_count(pointer);
@@ -46,22 +48,23 @@ pub(super) unsafe fn shared<T>(pointer: *const T, name: &str) -> Outcome<Arc<T>>
     }
 }
 
-/// Gives back one of a handle's counts; `NULL` is none.
+/// Releases one reference to a handle. `NULL` is ignored.
 ///
 /// # Safety
-/// As [`shared`].
+/// The requirements are those of [`shared`].
 pub(super) unsafe fn free<T>(pointer: *const T) {
     if !pointer.is_null() {
-        // SAFETY: as asked of the caller.
+        // SAFETY: the pointer is not NULL, and the caller guarantees that it came from
+        // `Arc::into_raw`.
         drop(unsafe { Arc::from_raw(pointer) });
     }
 }
 
-/// Where a result goes, looked at before anything is computed.
+/// A place for a result, checked before anything is computed.
 pub(super) struct Out<T>(*mut T);
 
 impl<T> Out<T> {
-    /// A place that must be there.
+    /// A place that must not be `NULL`.
     pub fn required(pointer: *mut T, name: &str) -> Outcome<Self> {
         if pointer.is_null() {
             return Err(null(name));
@@ -78,13 +81,14 @@ impl<T> Out<T> {
         Ok(Self(pointer))
     }
 
-    /// Writes the result, if it is wanted.
+    /// Writes the result unless the pointer is `NULL`.
     ///
     /// # Safety
-    /// A pointer that is not `NULL` is to memory for a `T` that may be written.
+    /// A pointer that is not `NULL` must point to writable memory for a `T`.
     pub unsafe fn write(self, value: T) {
         if !self.0.is_null() {
-            // SAFETY: as asked of the caller.
+            // SAFETY: the pointer is not NULL and was checked for alignment; the caller guarantees
+            // the memory.
             unsafe { self.0.write(value) }
         }
     }
@@ -99,10 +103,11 @@ fn count<T>(len: usize, name: &str) -> Outcome {
     }
 }
 
-/// A buffer to read; it may be `NULL` where it has no elements.
+/// Returns a buffer for reading. It may be `NULL` if it has no elements.
 ///
 /// # Safety
-/// A pointer that is not `NULL` is to `len` elements which nobody writes meanwhile.
+/// A pointer that is not `NULL` must point to `len` elements that nothing writes while the slice is
+/// in use.
 pub(super) unsafe fn slice<'a, T>(pointer: *const T, len: usize, name: &str) -> Outcome<&'a [T]> {
     if len == 0 {
         return Ok(&[]);
@@ -112,14 +117,15 @@ pub(super) unsafe fn slice<'a, T>(pointer: *const T, len: usize, name: &str) -> 
     }
     aligned(pointer, name)?;
     count::<T>(len, name)?;
-    // SAFETY: as asked of the caller; the length was checked.
+    // SAFETY: NULL, alignment and length were checked; the caller guarantees the elements.
     Ok(unsafe { std::slice::from_raw_parts(pointer, len) })
 }
 
-/// A buffer to write; it may be `NULL` where it has no elements.
+/// Returns a buffer for writing. It may be `NULL` if it has no elements.
 ///
 /// # Safety
-/// A pointer that is not `NULL` is to `len` elements which nobody else reads or writes meanwhile.
+/// A pointer that is not `NULL` must point to `len` elements that nothing else reads or writes
+/// while the slice is in use.
 pub(super) unsafe fn slice_mut<'a, T>(
     pointer: *mut T,
     len: usize,
@@ -133,30 +139,31 @@ pub(super) unsafe fn slice_mut<'a, T>(
     }
     aligned(pointer, name)?;
     count::<T>(len, name)?;
-    // SAFETY: as asked of the caller; the length was checked.
+    // SAFETY: NULL, alignment and length were checked; the caller guarantees the elements.
     Ok(unsafe { std::slice::from_raw_parts_mut(pointer, len) })
 }
 
-/// A string.
+/// Returns a string argument.
 ///
 /// # Safety
-/// A pointer that is not `NULL` is to bytes that end in a NUL, which nobody writes meanwhile.
+/// A pointer that is not `NULL` must point to bytes that end in a NUL and that nothing writes while
+/// the string is in use.
 pub(super) unsafe fn text<'a>(pointer: *const c_char, name: &str) -> Outcome<&'a str> {
     if pointer.is_null() {
         return Err(null(name));
     }
-    // SAFETY: as asked of the caller.
+    // SAFETY: the pointer is not NULL, and the caller guarantees the NUL at the end.
     let bytes = unsafe { CStr::from_ptr(pointer) };
     bytes
         .to_str()
         .map_err(|error| Failure::argument(format!("`{name}` is not UTF-8: {error}")))
 }
 
-/// Copies a text with a NUL to the caller's buffer. The length without the NUL is written whether the buffer is long
-/// enough or not.
+/// Copies a text and a NUL to the caller's buffer. The length without the NUL is written even if
+/// the buffer is too short.
 ///
 /// # Safety
-/// `buf` is `NULL` or to `cap` bytes, `len` is `NULL` or to a `size_t`.
+/// `buf` must be `NULL` or point to `cap` bytes. `len` must be `NULL` or point to a `size_t`.
 pub(super) unsafe fn copy_text(
     text: &str,
     buf: *mut c_char,
@@ -165,7 +172,8 @@ pub(super) unsafe fn copy_text(
 ) -> Outcome {
     let len = Out::optional(len, "len")?;
     let needed = text.len().saturating_add(1);
-    // SAFETY: as asked of the caller; `needed` is at most the buffer's length.
+    // SAFETY: the caller guarantees `cap` bytes at `buf`, and `needed` was checked to be at most
+    // `cap` before anything is copied.
     unsafe {
         if cap > 0 && buf.is_null() {
             return Err(null("buf"));
@@ -180,10 +188,10 @@ pub(super) unsafe fn copy_text(
     Ok(())
 }
 
-/// Copies elements to the caller's buffer. Their number is written whether the buffer is long enough or not.
+/// Copies elements to the caller's buffer. Their number is written even if the buffer is too short.
 ///
 /// # Safety
-/// `buf` is `NULL` or to `cap` elements, `len` is `NULL` or to a `size_t`.
+/// `buf` must be `NULL` or point to `cap` elements. `len` must be `NULL` or point to a `size_t`.
 pub(super) unsafe fn copy_elements<T: Copy>(
     from: &[T],
     buf: *mut T,
@@ -191,7 +199,8 @@ pub(super) unsafe fn copy_elements<T: Copy>(
     len: *mut usize,
 ) -> Outcome {
     let len = Out::optional(len, "n")?;
-    // SAFETY: as asked of the caller.
+    // SAFETY: the caller guarantees the memory at `buf` and `len`; `slice_mut` checks `buf` and
+    // `cap`.
     unsafe {
         let to = slice_mut(buf, cap, "buf")?;
         len.write(from.len());
@@ -203,7 +212,7 @@ pub(super) unsafe fn copy_elements<T: Copy>(
     Ok(())
 }
 
-/// A buffer that is too short.
+/// The failure of a call whose buffer is too short.
 pub(super) fn short(name: &str, found: usize, needed: impl std::fmt::Display) -> Failure {
     Failure::new(
         ELORA_STATUS_INSUFFICIENT_SIZE,
@@ -211,7 +220,7 @@ pub(super) fn short(name: &str, found: usize, needed: impl std::fmt::Display) ->
     )
 }
 
-/// Refuses buffers of a call that share memory, before the library makes slices of them. Each is a name and its
+/// Refuses overlapping buffers before the library makes slices of them. Each is a name and its
 /// [`region`].
 pub(super) fn disjoint(buffers: &[(&str, Range<usize>)]) -> Outcome {
     for (index, (name, one)) in buffers.iter().enumerate() {
@@ -230,7 +239,7 @@ pub(super) fn disjoint(buffers: &[(&str, Range<usize>)]) -> Outcome {
     Ok(())
 }
 
-/// The addresses of a buffer.
+/// Returns the addresses of a buffer.
 pub(super) fn region<T>(pointer: *const T, len: usize) -> Range<usize> {
     let start = pointer.addr();
     start..start.saturating_add(len.saturating_mul(size_of::<T>()))
@@ -266,7 +275,7 @@ mod tests {
     #[test]
     fn texts_are_copied_whole_or_not_at_all() {
         let (mut buf, mut len) = ([7 as c_char; 8], 0);
-        // SAFETY: the buffers are as long as is said.
+        // SAFETY: `cap` is at most the size of `buf`.
         unsafe {
             assert!(copy_text("räder", buf.as_mut_ptr(), 6, &mut len).is_err());
             assert_eq!((buf, len), ([7; 8], 6));
@@ -280,7 +289,7 @@ mod tests {
     fn buffers_are_refused_by_pointer_and_size() {
         let values = [1.0f32; 4];
         let odd = values.as_ptr().cast::<u8>().wrapping_add(1).cast::<f32>();
-        // SAFETY: what would be read out of bounds is refused.
+        // SAFETY: the slices that would be read out of bounds are refused.
         unsafe {
             assert!(slice::<f32>(std::ptr::null(), 0, "x").unwrap().is_empty());
             assert!(slice::<f32>(std::ptr::null(), 1, "x").is_err());

@@ -1,18 +1,21 @@
 //! The C ABI (feature `capi`): models, layers and sessions for C and C++.
 //!
-//! `include/elastic_lora.h` is made of the `///` comments and signatures in this folder, by cbindgen, and committed;
-//! `include/elastic_lora.hpp` wraps it for C++. The rules are those of mature C libraries:
+//! cbindgen generates `include/elastic_lora.h` from the `///` comments and signatures in this
+//! folder; the file is committed. `include/elastic_lora.hpp` wraps it for C++. The rules are those
+//! of mature C libraries:
 //!
-//! - Handles are opaque, and each is an [`Arc`](std::sync::Arc) whose count the caller holds one of. An immutable one is
-//!   passed as `const *`, from any number of threads; a session is passed as `*`, one thread at a time, and what breaks
-//!   that rule is told so. A child holds its parent, so the order of freeing does not matter.
-//! - Every function that can fail gives an [`elora_status`](status::elora_status) and leaves a text with the thread. Every
-//!   function runs inside [`guard::status`] or [`guard::value`]: a panic becomes a status, and nothing unwinds into the
-//!   caller.
-//! - What comes from the caller is looked at before it is used: `NULL`, alignment, sizes, overlap, enumerators, UTF-8. What
-//!   cannot be looked at, whether memory is there at all, is in the header.
+//! - Handles are opaque, and each is a reference of an [`Arc`](std::sync::Arc) that the caller
+//!   owns. Immutable handles are passed as `const *` and may be used from any number of threads. A
+//!   session is passed as `*` and may be used by one thread at a time; a call that breaks this rule
+//!   is refused. A child keeps its parent alive, so handles may be freed in any order.
+//! - Every function that can fail returns an [`elora_status`](status::elora_status) and stores an
+//!   error text for the calling thread. Every function body runs inside [`guard::status`] or
+//!   [`guard::value`]: a panic becomes a status and never unwinds into the caller.
+//! - The caller's arguments are checked before use: `NULL`, alignment, sizes, overlap, enumerators,
+//!   UTF-8. The header states what cannot be checked, such as whether the memory exists.
 //!
-//! Nothing here changes the process: no allocator, no hook, no signal, no logger, no exit.
+//! The library does not change the process: it sets no allocator, hook, signal handler or logger,
+//! and never exits.
 
 // The names are those of the header.
 #![allow(non_camel_case_types)]

@@ -1,4 +1,4 @@
-//! Models: opened, listed, cut to a subnet, written.
+//! Models: loading, listing, saving, and extraction of subnets.
 
 use std::ffi::{CString, c_char};
 use std::sync::Arc;
@@ -12,44 +12,49 @@ use super::status::{
 use crate::format::WeightFormat;
 use crate::runtime::{Model, ModelOptions, Verify};
 
-/// A token's id: 0 to the size of the vocabulary - 1.
+/// Id of a token, from 0 to elora_model_vocab_size() - 1.
 pub type elora_token = i32;
 
-/// A model: weights, adapters, subnets, tokenizer. Immutable and reference-counted: any number of threads may use it
-/// at once.
+/// A model: weights, adapters, subnets and tokenizer. Immutable and reference-counted: any number
+/// of threads may use it at once.
 pub struct elora_model {
     inner: Model,
     layers: Vec<CString>,
     subnets: Vec<CString>,
 }
 
-/// What is compared with the checksums in a bundle, and when.
+/// When the checksums in a bundle are verified; one of the ELORA_VERIFY_ constants. In every mode,
+/// indices stored in a weight are bounds-checked before its first use, so a corrupt file cannot
+/// cause out-of-bounds access.
 pub type elora_verify = i32;
 
-/// A weight when it is first used, so that loading reads none.
+/// Each weight is verified when it is first used, so loading reads no weights.
 pub const ELORA_VERIFY_ON_USE: elora_verify = 0;
-/// All weights when the model is loaded.
+/// All weights are verified when the model is loaded.
 pub const ELORA_VERIFY_ON_LOAD: elora_verify = 1;
-/// Nothing. What could make the library read outside a weight is checked all the same.
+/// Checksums are not verified. Bounds are checked in this mode too.
 pub const ELORA_VERIFY_NEVER: elora_verify = 2;
 
-/// How a model is loaded. Fill it by elora_model_options_init(), then set fields.
+/// Options for loading a model. Initialize them with elora_model_options_init(), then set fields.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct elora_model_options {
-    /// sizeof(elora_model_options), set by elora_model_options_init().
+    /// sizeof(elora_model_options); elora_model_options_init() sets it.
     pub struct_size: usize,
-    /// Threads that work on one call, the caller's among them; 0 for one per core.
+    /// Number of threads that work on one call, including the calling thread; at most 4096. 0 uses
+    /// one per core. If several calls run at the same time, one of them uses the additional threads
+    /// and the others run on their calling threads alone. Default: 0.
     pub n_threads: u32,
-    /// Not 0: files are mapped, and must not change while the model lives. 0: they are read as a whole.
+    /// If not 0, files are memory-mapped, and must not change as long as the model is alive. If 0,
+    /// files are read into memory. Default: 1.
     pub use_mmap: u32,
-    /// An ELORA_VERIFY_ constant.
+    /// When checksums are verified: an ELORA_VERIFY_ constant. Default: ELORA_VERIFY_ON_USE.
     pub verify: elora_verify,
-    /// 0.
+    /// Must be 0.
     pub reserved: u32,
 }
 
-// SAFETY: integers, the first of which is the size; no padding.
+// SAFETY: `repr(C)` integers, the first of which is the size; no padding.
 unsafe impl Growing for elora_model_options {
     const NAME: &'static str = "elora_model_options";
 }
@@ -75,7 +80,7 @@ impl elora_model_options {
             }
         };
         reserved(self.reserved)?;
-        // More threads than any machine has are a mistake, and each takes a stack.
+        // Each thread takes a stack, and a number above this limit is a mistake.
         if self.n_threads > 4096 {
             return Err(Failure::argument(format!(
                 "n_threads = {}: at most 4096",
@@ -87,7 +92,7 @@ impl elora_model_options {
     }
 }
 
-/// Refuses what a later version may give a meaning.
+/// Refuses other values than 0, so that a later version can give the field a meaning.
 pub(super) fn reserved(value: u32) -> Outcome {
     if value == 0 {
         Ok(())
@@ -96,31 +101,34 @@ pub(super) fn reserved(value: u32) -> Outcome {
     }
 }
 
-/// How a weight is stored.
+/// Storage format of a weight; one of the ELORA_WEIGHT_FORMAT_ constants.
 pub type elora_weight_format = i32;
 
-/// Dense, 32 bits.
+/// Dense, 32-bit floats.
 pub const ELORA_WEIGHT_FORMAT_F32: elora_weight_format = 0;
 /// Dense, IEEE 754 half precision.
 pub const ELORA_WEIGHT_FORMAT_F16: elora_weight_format = 1;
 /// Dense, bfloat16.
 pub const ELORA_WEIGHT_FORMAT_BF16: elora_weight_format = 2;
-/// Codes of a few bits, with a scale for each group of columns.
+/// Dense integers of a few bits, with one scale for each group of columns.
 pub const ELORA_WEIGHT_FORMAT_INT: elora_weight_format = 3;
-/// A bit for each weight, and half-precision numbers for those that are not 0.
+/// Sparse: a bitmask of the nonzero weights, and their values in half precision.
 pub const ELORA_WEIGHT_FORMAT_SPARSE_F16: elora_weight_format = 4;
-/// A bit for each weight, and bfloat16 numbers for those that are not 0.
+/// Sparse: a bitmask of the nonzero weights, and their values in bfloat16.
 pub const ELORA_WEIGHT_FORMAT_SPARSE_BF16: elora_weight_format = 5;
-/// A bit for each weight, and 4-bit codes for those that are not 0, with a scale for each group of columns.
+/// Sparse: a bitmask of the nonzero weights, and their values as 4-bit integers, with one scale for
+/// each group of columns.
 pub const ELORA_WEIGHT_FORMAT_SPARSE_INT: elora_weight_format = 6;
-/// At most so many of each group of weights are not 0: a bit for each weight, and half-precision numbers.
+/// N:M sparse, with at most N nonzero weights in each group of M: a bitmask of the nonzero weights,
+/// and their values in half precision.
 pub const ELORA_WEIGHT_FORMAT_NM_F16: elora_weight_format = 7;
-/// At most so many of each group of weights are not 0: a bit for each weight, and bfloat16 numbers.
+/// N:M sparse, with at most N nonzero weights in each group of M: a bitmask of the nonzero weights,
+/// and their values in bfloat16.
 pub const ELORA_WEIGHT_FORMAT_NM_BF16: elora_weight_format = 8;
-/// A format that this version of the header does not know.
+/// A format that this version of the header has no constant for.
 pub const ELORA_WEIGHT_FORMAT_OTHER: elora_weight_format = 1000;
 
-/// A format's number, the bits of a stored weight, and the columns that share a scale.
+/// Returns a format's constant, the bits of a stored weight, and the columns that share a scale.
 fn format_parts(format: WeightFormat) -> (elora_weight_format, u32, usize) {
     match format {
         WeightFormat::F32 => (ELORA_WEIGHT_FORMAT_F32, 32, 0),
@@ -140,50 +148,52 @@ fn format_parts(format: WeightFormat) -> (elora_weight_format, u32, usize) {
         }
         WeightFormat::NmF16 { .. } => (ELORA_WEIGHT_FORMAT_NM_F16, 16, 0),
         WeightFormat::NmBf16 { .. } => (ELORA_WEIGHT_FORMAT_NM_BF16, 16, 0),
-        // A format that was added without a number: the caller is told, rather than something wrong.
+        // A format without a constant is reported as such, not as a wrong one.
         #[allow(unreachable_patterns)]
         _ => (ELORA_WEIGHT_FORMAT_OTHER, 0, 0),
     }
 }
 
-/// A linear layer of a model, with the sizes that it has in the whole model.
+/// Description of a linear layer of a model, with the sizes of the whole model.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct elora_layer_info {
-    /// In: sizeof(elora_layer_info).
+    /// Set it to sizeof(elora_layer_info) before the call.
     pub struct_size: usize,
-    /// Hugging Face's module path, such as "model.layers.0.self_attn.q_proj"; "lm_head" for the head. It lives as
-    /// long as the model.
+    /// Hugging Face's module path, such as "model.layers.0.self_attn.q_proj"; "lm_head" for the
+    /// head. The string is valid as long as the model is alive.
     pub name: *const c_char,
-    /// Numbers in a row of the layer's input.
+    /// Number of input features.
     pub in_features: usize,
-    /// Numbers in a row of its output.
+    /// Number of output features.
     pub out_features: usize,
-    /// Largest rank of its adapter; 0 where there is none.
+    /// Largest rank of the adapter; 0 without an adapter.
     pub max_rank: usize,
-    /// Bytes of its weight, those of the adapter left out.
+    /// Size of the weight in bytes, without the adapter. A head that shares the embedding reports
+    /// the embedding's size.
     pub weight_bytes: usize,
-    /// Bytes of its adapter.
+    /// Size of the adapter in bytes; 0 without an adapter.
     pub adapter_bytes: usize,
-    /// Columns that share a scale, in formats with codes; 0 where a row has one scale, or none.
+    /// Number of columns (input features) that share a scale, for integer formats. 0 if a row has
+    /// one scale, and for formats without scales.
     pub group_size: usize,
-    /// An ELORA_WEIGHT_FORMAT_ constant.
+    /// Storage format of the weight: an ELORA_WEIGHT_FORMAT_ constant.
     pub format: elora_weight_format,
-    /// Bits of a number or code.
+    /// Bits of a stored weight, such as 4 or 16.
     pub bits: u32,
-    /// 1 if it has a bias, else 0.
+    /// 1 if the layer has a bias, otherwise 0.
     pub has_bias: u32,
-    /// 0.
+    /// Reserved; 0.
     pub reserved: u32,
 }
 
-// SAFETY: integers and a pointer, the first of which is the size; no padding.
+// SAFETY: `repr(C)` integers and a pointer, the first of which is the size; no padding.
 unsafe impl Growing for elora_layer_info {
     const NAME: &'static str = "elora_layer_info";
 }
 
 impl elora_model {
-    /// A handle, whose one count is the caller's.
+    /// Makes a handle with one reference, which the caller owns.
     fn into_handle(inner: Model) -> Outcome<*const Self> {
         let names = |names: &mut dyn Iterator<Item = &str>| {
             let convert = |name: &str| {
@@ -206,25 +216,27 @@ impl elora_model {
     }
 }
 
-/// Sets every field to its default. `struct_size` is sizeof(elora_model_options).
+/// Sets every field of `*options` to its default. `struct_size` is sizeof(elora_model_options).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_options_init(
     options: *mut elora_model_options,
     struct_size: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe { options::write(options, struct_size, elora_model_options::DEFAULT) })
 }
 
-/// Loads a bundle, or a Hugging Face folder (dense, GPTQ or compressed-tensors). `options` may be NULL for the
-/// defaults. On success `*out` is a handle that elora_model_free() gives back.
+/// Loads a model from a bundle file or a Hugging Face folder (dense, GPTQ or compressed-tensors).
+///
+/// `path` is the file or folder. `options` may be NULL for the defaults. On success `*out` is a new
+/// handle; release it with elora_model_free().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_load(
     path: *const c_char,
     options: *const elora_model_options,
     out: *mut *const elora_model,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let path = memory::text(path, "path")?;
         let options = options::read(options, elora_model_options::DEFAULT)?.parse()?;
@@ -234,57 +246,61 @@ pub unsafe extern "C" fn elora_model_load(
     })
 }
 
-/// One more handle to the same model: the same pointer, to be given back once more. NULL for NULL.
+/// Adds a reference to a model and returns the same pointer. Each reference is released with
+/// elora_model_free(). Returns NULL if `model` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_retain(model: *const elora_model) -> *const elora_model {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(std::ptr::null(), || unsafe {
         memory::shared(model, "model").map(Arc::into_raw)
     })
 }
 
-/// Gives a handle back; NULL is ignored. Layers and sessions keep what they need of the model, so the order of
-/// freeing does not matter.
+/// Releases one reference to a model. NULL is ignored. Layers and sessions keep alive what they
+/// need of the model, so handles may be freed in any order.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_free(model: *const elora_model) {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::quiet(|| unsafe { memory::free(model) });
 }
 
-/// Writes the model to a file as a bundle: under another name first, then moved into place. A file that is there is
-/// replaced only where `overwrite` says so.
+/// Writes the model to the file `path` as a bundle. The data is written under a temporary name
+/// first and then moved into place. If the file exists, it is replaced if `overwrite` is true;
+/// otherwise the call fails with ELORA_STATUS_INVALID_FORMAT.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_save(
     model: *const elora_model,
     path: *const c_char,
     overwrite: bool,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         Ok(model.inner.save(memory::text(path, "path")?, overwrite)?)
     })
 }
 
-/// Reads all weights, and compares them with their checksums where the model came from a bundle.
-/// ELORA_STATUS_INVALID_FORMAT names the first weight that is not what was written.
+/// Reads and checks all weights, and verifies their checksums if the model came from a bundle.
+/// ELORA_STATUS_INVALID_FORMAT if a weight is damaged; the error text names the first one.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_verify(model: *const elora_model) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe { Ok(memory::required(model, "model")?.inner.verify()?) })
 }
 
-/// Cuts a subnet out: a model of its active ranks, channels and blocks alone, which computes what the whole model
-/// computes with that subnet. Formats stay as they are, and adapters stay apart; elora_model_merge() puts them into
-/// dense weights. On success `*out` is a handle of its own, that elora_model_free() gives back and elora_model_save()
-/// writes.
+/// Extracts a subnet as a model of its own, with only the active ranks, channels and blocks. The
+/// new model computes what the original computes under that subnet.
+///
+/// Weights keep their formats, and adapters stay separate; elora_model_merge() adds them to dense
+/// weights. `subnet` is an index below elora_model_subnet_count(). On success `*out` is a new
+/// handle, independent of `model`; release it with elora_model_free().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_extract(
     model: *const elora_model,
     subnet: usize,
     out: *mut *const elora_model,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let out = Out::required(out, "out")?;
@@ -293,15 +309,19 @@ pub unsafe extern "C" fn elora_model_extract(
     })
 }
 
-/// Puts the adapters into the weights, at their largest ranks: a model without adapters. The weights must be dense;
-/// ELORA_STATUS_INVALID_STATE names one that is sparse or quantized. On success `*out` is a handle of its own. For a
-/// subnet, call elora_model_extract() first.
+/// Adds the adapters, at their largest ranks, to the weights. The result is a model without
+/// adapters and with the whole model as its only subnet. To merge another subnet, call
+/// elora_model_extract() first.
+///
+/// On success `*out` is a new handle, independent of `model`; release it with elora_model_free().
+/// ELORA_STATUS_INVALID_STATE if a weight with an adapter is sparse or quantized; the error text
+/// names the layer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_merge(
     model: *const elora_model,
     out: *mut *const elora_model,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let out = Out::required(out, "out")?;
@@ -310,23 +330,25 @@ pub unsafe extern "C" fn elora_model_merge(
     })
 }
 
-/// Number of linear layers: those of the blocks in the order of computation, and the head at last. 0 for NULL.
+/// Number of linear layers: those of the blocks in order of computation, followed by the head.
+/// Returns 0 if `model` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_layer_count(model: *const elora_model) -> usize {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(0, || unsafe {
         Ok(memory::required(model, "model")?.layers.len())
     })
 }
 
-/// Describes a layer. Set `info->struct_size` before.
+/// Describes layer `layer`, an index below elora_model_layer_count(). Set `info->struct_size`
+/// before the call.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_layer_info(
     model: *const elora_model,
     layer: usize,
     info: *mut elora_layer_info,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         options::fill(info, || {
@@ -358,14 +380,15 @@ pub unsafe extern "C" fn elora_model_layer_info(
     })
 }
 
-/// Finds a layer by its name.
+/// Writes the index of the layer with this name to `*layer`. ELORA_STATUS_NOT_FOUND if there is
+/// none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_find_layer(
     model: *const elora_model,
     name: *const c_char,
     layer: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let name = memory::text(name, "name")?;
@@ -381,22 +404,24 @@ pub unsafe extern "C" fn elora_model_find_layer(
     })
 }
 
-/// Number of subnets with a name. The first is always there: the whole model. 0 for NULL.
+/// Number of named subnets. Subnet 0 always exists and is the whole model. Returns 0 if `model` is
+/// NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_subnet_count(model: *const elora_model) -> usize {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(0, || unsafe {
         Ok(memory::required(model, "model")?.subnets.len())
     })
 }
 
-/// A subnet's name, which lives as long as the model; NULL where there is no such subnet.
+/// Name of a subnet. The string is valid as long as the model is alive. Returns NULL if there is no
+/// such subnet, or if `model` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_subnet_name(
     model: *const elora_model,
     subnet: usize,
 ) -> *const c_char {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(std::ptr::null(), || unsafe {
         let model = memory::required(model, "model")?;
         let name = model.subnets.get(subnet).map(|name| name.as_ptr());
@@ -409,14 +434,15 @@ pub unsafe extern "C" fn elora_model_subnet_name(
     })
 }
 
-/// Finds a subnet by its name.
+/// Writes the index of the subnet with this name to `*subnet`. ELORA_STATUS_NOT_FOUND if there is
+/// none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_find_subnet(
     model: *const elora_model,
     name: *const c_char,
     subnet: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let out = Out::required(subnet, "subnet")?;
@@ -425,9 +451,9 @@ pub unsafe extern "C" fn elora_model_find_subnet(
     })
 }
 
-/// Copies the search space of the model's subnets to `buf` as JSON: groups of layers that share a value, and the
-/// values that each may take. ELORA_STATUS_NOT_FOUND where the model has none. `buf`, `cap` and `len` as in
-/// elora_last_error().
+/// Copies the model's search space to `buf` as JSON: the groups of layers that share a choice, and
+/// the values that each group may take. `buf`, `cap` and `len` are as in elora_last_error().
+/// ELORA_STATUS_NOT_FOUND if the model has no search space.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_space_json(
     model: *const elora_model,
@@ -435,7 +461,7 @@ pub unsafe extern "C" fn elora_model_space_json(
     cap: usize,
     len: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let space = model.inner.space();
@@ -445,10 +471,11 @@ pub unsafe extern "C" fn elora_model_space_json(
     })
 }
 
-/// Tokens of the model's vocabulary, which is the number of logits after each. 0 for NULL.
+/// Number of tokens in the vocabulary, which is the number of logits per token. Returns 0 if
+/// `model` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_vocab_size(model: *const elora_model) -> usize {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(0, || unsafe {
         Ok(memory::required(model, "model")?
             .inner
@@ -457,10 +484,10 @@ pub unsafe extern "C" fn elora_model_vocab_size(model: *const elora_model) -> us
     })
 }
 
-/// Tokens that the model can take in at most. 0 for NULL.
+/// Largest number of tokens in a session on this model. Returns 0 if `model` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_context_size(model: *const elora_model) -> usize {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(0, || unsafe {
         Ok(memory::required(model, "model")?
             .inner
@@ -469,18 +496,19 @@ pub unsafe extern "C" fn elora_model_context_size(model: *const elora_model) -> 
     })
 }
 
-/// Bytes of all weights, with embedding, adapters and head. 0 for NULL.
+/// Size of all weights in bytes, including the embedding, the adapters and the head, but not the
+/// norms and biases. Returns 0 if `model` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_weight_bytes(model: *const elora_model) -> usize {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(0, || unsafe {
         Ok(memory::required(model, "model")?.inner.bytes())
     })
 }
 
-/// Copies the tokens that end a generation to `tokens`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE,
-/// with only `*n` written, where there are more than `cap`; `tokens` may be NULL where `cap` is 0, and `n` may be
-/// NULL.
+/// Copies the tokens that end a generation to `tokens`, a buffer of `cap` elements, and writes
+/// their number to `*n`. `tokens` may be NULL if `cap` is 0, and `n` may be NULL.
+/// ELORA_STATUS_INSUFFICIENT_SIZE if there are more than `cap` tokens; then only `*n` is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_stop_tokens(
     model: *const elora_model,
@@ -488,15 +516,15 @@ pub unsafe extern "C" fn elora_model_stop_tokens(
     cap: usize,
     n: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
-        // The same bits: an id is under the vocabulary's size, which is far under 2^31.
+        // The cast keeps the bits: ids are below the vocabulary size, which is far below 2^31.
         memory::copy_elements(model.inner.stop_ids(), tokens.cast::<u32>(), cap, n)
     })
 }
 
-/// A model is shared by threads.
+/// Checks that a model can be shared between threads.
 const _: () = {
     const fn shared<T: Send + Sync>() {}
     shared::<elora_model>();

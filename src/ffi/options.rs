@@ -1,20 +1,21 @@
-//! Structs that grow: the caller says how large its own is.
+//! Versioned structs, whose first field is the size that the caller compiled.
 //!
-//! A field is only ever added at the end, without padding before it, so that a program that was compiled with an
-//! older header gives a prefix, and one with a newer header more than is known here.
+//! Fields are only added at the end, without padding before them. A program compiled with an older
+//! header therefore passes a prefix of the struct, and one with a newer header passes more than
+//! this version knows.
 
 use super::status::{ELORA_STATUS_NULL_POINTER, ELORA_STATUS_UNSUPPORTED, Failure, Outcome};
 
-/// More than any version of these structs will have: a size over it was never set.
+/// Upper limit of `struct_size`. A larger value means that the caller never set it.
 const LARGEST: usize = 4096;
 
 /// A struct of the header that begins with its own size.
 ///
 /// # Safety
-/// `repr(C)`, the first field a `usize` that is the struct's size, no padding, and every pattern of bits a value of every
-/// field.
+/// The type must be `repr(C)` without padding, its first field must be a `usize` that holds the
+/// struct's size, and every bit pattern must be valid for every field.
 pub(super) unsafe trait Growing: Copy {
-    /// Its name in C.
+    /// The name of the struct in C.
     const NAME: &'static str;
 }
 
@@ -32,16 +33,19 @@ fn null<T: Growing>() -> Failure {
     Failure::new(ELORA_STATUS_NULL_POINTER, format!("{} is NULL", T::NAME))
 }
 
-/// What the caller's struct says; `default` where it says nothing.
+/// Reads the caller's struct. Fields that the caller's version lacks have the values of `default`,
+/// and so have all fields if `pointer` is `NULL`.
 ///
 /// # Safety
-/// `pointer` is `NULL` or to as many bytes as its first field says, or to a `size_t` at least.
+/// `pointer` must be `NULL` or point to as many bytes as its first field states, and at least to a
+/// `size_t`.
 pub(super) unsafe fn read<T: Growing>(pointer: *const T, default: T) -> Outcome<T> {
     if pointer.is_null() {
         return Ok(default);
     }
     let mut value = default;
-    // SAFETY: as asked of the caller; `T` takes any bits.
+    // SAFETY: the caller guarantees `found` bytes; at most `size_of::<T>()` of them are copied, and
+    // `T` is valid for any bits.
     unsafe {
         let found = size::<T>(pointer.cast::<usize>().read_unaligned())?;
         let known = found.min(size_of::<T>());
@@ -58,18 +62,18 @@ pub(super) unsafe fn read<T: Growing>(pointer: *const T, default: T) -> Outcome<
     Ok(value)
 }
 
-/// Writes as much of `value` as the caller's struct has room for; what is unknown here becomes 0. The size stays the
-/// caller's.
+/// Writes as much of `value` as the caller's struct has room for. Bytes of unknown fields become 0,
+/// and `struct_size` keeps the caller's value.
 ///
 /// # Safety
-/// `pointer` is `NULL` or to `struct_size` bytes.
+/// `pointer` must be `NULL` or point to `struct_size` bytes.
 pub(super) unsafe fn write<T: Growing>(pointer: *mut T, struct_size: usize, value: T) -> Outcome {
     if pointer.is_null() {
         return Err(null::<T>());
     }
     let found = size::<T>(struct_size)?;
     let known = found.min(size_of::<T>());
-    // SAFETY: as asked of the caller.
+    // SAFETY: the pointer is not NULL, and the caller guarantees `found` bytes.
     unsafe {
         std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), pointer.cast::<u8>(), known);
         pointer
@@ -81,10 +85,11 @@ pub(super) unsafe fn write<T: Growing>(pointer: *mut T, struct_size: usize, valu
     Ok(())
 }
 
-/// [`write`], with the size that stands in the struct.
+/// Writes like [`write()`], with the size from the struct's first field.
 ///
 /// # Safety
-/// `pointer` is `NULL` or to as many bytes as its first field says, or to a `size_t` at least.
+/// `pointer` must be `NULL` or point to as many bytes as its first field states, and at least to a
+/// `size_t`.
 pub(super) unsafe fn fill<T: Growing>(
     pointer: *mut T,
     value: impl FnOnce() -> Outcome<T>,
@@ -92,7 +97,8 @@ pub(super) unsafe fn fill<T: Growing>(
     if pointer.is_null() {
         return Err(null::<T>());
     }
-    // SAFETY: as asked of the caller.
+    // SAFETY: the pointer is not NULL, and the caller guarantees as many bytes as the first field
+    // states.
     unsafe {
         let found = size::<T>(pointer.cast::<usize>().read_unaligned())?;
         write(pointer, found, value()?)
@@ -118,11 +124,11 @@ mod tests {
         b: u64,
     }
 
-    // SAFETY: integers, the first of which is the size; no padding.
+    // SAFETY: `repr(C)` integers, the first of which is the size; no padding.
     unsafe impl Growing for Small {
         const NAME: &'static str = "small";
     }
-    // SAFETY: as above.
+    // SAFETY: `repr(C)` integers, the first of which is the size; no padding.
     unsafe impl Growing for Large {
         const NAME: &'static str = "large";
     }
@@ -143,7 +149,8 @@ mod tests {
             a: 5,
             b: 0,
         };
-        // SAFETY: each is as long as its first field says.
+        // SAFETY: each struct is as long as its first field states, or as the size passed to
+        // `write`.
         unsafe {
             let read_old = read((&raw const old).cast::<Large>(), default).unwrap();
             assert_eq!((read_old.a, read_old.b), (5, 2));

@@ -1,4 +1,4 @@
-//! What a caller that runs the model itself needs beside the linear layers.
+//! The parts of a model, other than linear layers, that a custom inference loop needs.
 
 use std::ffi::c_char;
 
@@ -10,40 +10,41 @@ use super::status::{ELORA_STATUS_NOT_FOUND, Failure, elora_status};
 use super::tokenizer::ids_of;
 use crate::error::Error;
 
-/// Sizes and numbers of a whole model.
+/// Sizes and constants of a model.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct elora_model_info {
-    /// In: sizeof(elora_model_info).
+    /// Set it to sizeof(elora_model_info) before the call.
     pub struct_size: usize,
-    /// Tokens of the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocab_size: usize,
-    /// Tokens that the model can take in at most.
+    /// Largest number of tokens in a session.
     pub context_size: usize,
-    /// Numbers in a row between the blocks.
+    /// Width of the residual stream: the number of elements in a row between the blocks.
     pub hidden_size: usize,
-    /// Blocks.
+    /// Number of blocks.
     pub n_blocks: usize,
-    /// Numbers of an attention head.
+    /// Number of elements of an attention head.
     pub head_dim: usize,
-    /// Tokens that a query sees at most, its own included; 0 for all.
+    /// Number of tokens that a query attends to at most, including its own; 0 for no limit.
     pub sliding_window: usize,
-    /// What is added to the mean square in the norms.
+    /// Epsilon that the RMS norms add to the mean square.
     pub norm_epsilon: f64,
 }
 
-// SAFETY: integers and a number, the first of which is the size; no padding.
+// SAFETY: `repr(C)` integers and a float, the first of which is the size; no padding.
 unsafe impl Growing for elora_model_info {
     const NAME: &'static str = "elora_model_info";
 }
 
-/// Describes the model. Set `info->struct_size` before. Heads and widths of a block are those of its layers.
+/// Describes the whole model. Set `info->struct_size` before the call. The number of heads and the
+/// MLP width of a block follow from the sizes of its layers.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_describe(
     model: *const elora_model,
     info: *mut elora_model_info,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let config = model.inner().config();
@@ -62,7 +63,8 @@ pub unsafe extern "C" fn elora_model_describe(
     })
 }
 
-/// Writes the embeddings of tokens: `n_tokens` rows of hidden_size numbers, for which `out_len` must have room.
+/// Writes the embeddings of `n_tokens` tokens to `out`: `n_tokens` rows of hidden_size elements.
+/// `out_len` is the length of `out` in elements. ELORA_STATUS_INSUFFICIENT_SIZE if it is too short.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_embed(
     model: *const elora_model,
@@ -71,7 +73,7 @@ pub unsafe extern "C" fn elora_model_embed(
     out: *mut f32,
     out_len: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?.inner();
         let ids = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
@@ -96,9 +98,10 @@ pub unsafe extern "C" fn elora_model_embed(
     })
 }
 
-/// Copies the gain of a norm, hidden_size numbers, to `out`. `name` is that of its tensor in Hugging Face's files,
-/// such as "model.layers.0.input_layernorm.weight" or "model.norm.weight". ELORA_STATUS_NOT_FOUND where there is none
-/// of that name.
+/// Copies the gains of a norm, hidden_size elements, to `out`, a buffer of `out_len` elements.
+/// `name` is the tensor's name in Hugging Face's files, such as
+/// "model.layers.0.input_layernorm.weight" or "model.norm.weight". ELORA_STATUS_NOT_FOUND if there
+/// is no norm of that name; ELORA_STATUS_INSUFFICIENT_SIZE if `out` is too short.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_norm(
     model: *const elora_model,
@@ -106,7 +109,7 @@ pub unsafe extern "C" fn elora_model_norm(
     out: *mut f32,
     out_len: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?.inner();
         let name = memory::text(name, "name")?;
@@ -120,8 +123,9 @@ pub unsafe extern "C" fn elora_model_norm(
     })
 }
 
-/// Writes the cosines and sines of rotary attention at a position: head_dim / 2 numbers each, for which `len` must
-/// have room. Number i turns elements i and i + head_dim / 2 of a head.
+/// Writes the cosines and sines of the rotary embedding at `position`, head_dim / 2 elements each.
+/// `cos` and `sin` are buffers of `len` elements each and must not overlap. Element i rotates
+/// elements i and i + head_dim / 2 of a head. ELORA_STATUS_INSUFFICIENT_SIZE if `len` is too small.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_rotary(
     model: *const elora_model,
@@ -130,14 +134,14 @@ pub unsafe extern "C" fn elora_model_rotary(
     sin: *mut f32,
     len: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?.inner();
         let half = model.config().head_dim() / 2;
         if len < half {
             return Err(memory::short("cos", len, half));
         }
-        // Two buffers of the same size must both be there, whatever the size.
+        // Neither pointer may be NULL, even if the buffers are empty.
         Out::required(cos, "cos")?;
         Out::required(sin, "sin")?;
         memory::disjoint(&[

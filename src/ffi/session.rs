@@ -1,4 +1,4 @@
-//! Sequences on a model.
+//! Sessions, each one sequence on a model.
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_void};
@@ -19,20 +19,23 @@ use crate::runtime::{
 };
 use crate::space::SubnetConfig;
 
-/// One sequence on a model, with its key/value cache. Mutable: one thread at a time; a call that comes while another
-/// is in it, from another thread or from its own callback, is refused. It keeps what it needs of the model.
+/// One sequence on a model, with its key/value cache. Mutable: it may be used by one thread at a
+/// time. A call that comes while another call uses the session, from another thread or from the
+/// session's own callback, fails with ELORA_STATUS_INVALID_STATE. It keeps alive what it needs of
+/// the model.
 pub struct elora_session {
-    /// [`IDLE`], [`BUSY`] or [`BROKEN`].
+    /// One of [`IDLE`], [`BUSY`] and [`BROKEN`].
     state: AtomicU8,
     inner: UnsafeCell<Session>,
 }
 
 const IDLE: u8 = 0;
 const BUSY: u8 = 1;
-/// A call panicked, and left who knows what.
+/// A call panicked and may have left the session in an inconsistent state.
 const BROKEN: u8 = 2;
 
-// SAFETY: the session is touched only between `enter` and the drop of what it gave, by one thread at a time.
+// SAFETY: the inner session is accessed only through an `Entered`, and `enter` admits one thread at
+// a time.
 unsafe impl Sync for elora_session {}
 
 const _: () = {
@@ -40,7 +43,8 @@ const _: () = {
     sent::<Session>();
 };
 
-/// The right to use a session. Unless the call ends in [`leave`](Self::leave), it panicked.
+/// Exclusive access to a session. If it is dropped before [`leave`](Self::leave), the call
+/// panicked.
 struct Entered<'a> {
     session: &'a elora_session,
     next: u8,
@@ -67,7 +71,7 @@ impl elora_session {
         }
     }
 
-    /// Runs a call on the session.
+    /// Runs a call with exclusive access to the session.
     pub(super) fn with<T>(&self, body: impl FnOnce(&mut Session) -> Outcome<T>) -> Outcome<T> {
         let mut entered = self.enter()?;
         let outcome = body(entered.session());
@@ -78,7 +82,7 @@ impl elora_session {
 
 impl Entered<'_> {
     fn session(&mut self) -> &mut Session {
-        // SAFETY: no one else has entered.
+        // SAFETY: `enter` changed the state from idle to busy, so no other call has access.
         unsafe { &mut *self.session.inner.get() }
     }
 
@@ -93,31 +97,34 @@ impl Drop for Entered<'_> {
     }
 }
 
-/// How keys and values are kept.
+/// Storage format of the key/value cache; one of the ELORA_CACHE_ constants.
 pub type elora_cache_format = i32;
 
-/// At 32 bits: results are those without a cache.
+/// 32-bit floats. Keys and values are stored exactly as computed.
 pub const ELORA_CACHE_F32: elora_cache_format = 0;
-/// At 16 bits: half the memory.
+/// IEEE 754 half precision: half the memory. Keys and values are rounded to nearest.
 pub const ELORA_CACHE_F16: elora_cache_format = 1;
 
-/// What a session is like. Fill it by elora_session_options_init(), then set fields.
+/// Session options. Initialize them with elora_session_options_init(), then set fields.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct elora_session_options {
-    /// sizeof(elora_session_options), set by elora_session_options_init().
+    /// sizeof(elora_session_options); elora_session_options_init() sets it.
     pub struct_size: usize,
-    /// Tokens that it holds at most; 0 for as many as the model can take in.
+    /// Largest number of tokens that the session can hold, at most elora_model_context_size(). 0
+    /// uses elora_model_context_size(). Default: 0.
     pub n_ctx: usize,
-    /// Tokens of a prompt that are processed together; 0 for the default. More are faster, and take more memory.
+    /// Number of prompt tokens that are processed together. More are faster and take more memory. 0
+    /// uses 256. Default: 0.
     pub prefill_rows: usize,
-    /// An ELORA_CACHE_ constant.
+    /// Storage format of keys and values: an ELORA_CACHE_ constant. Default: ELORA_CACHE_F32.
     pub cache_format: elora_cache_format,
-    /// An ELORA_ACTIVATIONS_ constant.
+    /// Precision of the activations: an ELORA_ACTIVATIONS_ constant. Default:
+    /// ELORA_ACTIVATIONS_INT16.
     pub activations: elora_activations,
 }
 
-// SAFETY: integers, the first of which is the size; no padding.
+// SAFETY: `repr(C)` integers, the first of which is the size; no padding.
 unsafe impl Growing for elora_session_options {
     const NAME: &'static str = "elora_session_options";
 }
@@ -154,27 +161,27 @@ impl elora_session_options {
     }
 }
 
-/// Sets every field to its default. `struct_size` is sizeof(elora_session_options).
+/// Sets every field of `*options` to its default. `struct_size` is sizeof(elora_session_options).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_options_init(
     options: *mut elora_session_options,
     struct_size: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         options::write(options, struct_size, elora_session_options::DEFAULT)
     })
 }
 
-/// Makes an empty session on a model, with the whole model active. `options` may be NULL for the defaults. On success
-/// `*out` is a handle that elora_session_free() gives back.
+/// Creates an empty session on a model. The whole model (subnet 0) is active. `options` may be NULL
+/// for the defaults. On success `*out` is a new handle; release it with elora_session_free().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_new(
     model: *const elora_model,
     options: *const elora_session_options,
     out: *mut *mut elora_session,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let model = memory::required(model, "model")?;
         let config = options::read(options, elora_session_options::DEFAULT)?.parse()?;
@@ -189,34 +196,37 @@ pub unsafe extern "C" fn elora_session_new(
     })
 }
 
-/// Gives a session back; NULL is ignored.
+/// Frees a session. NULL is ignored. No other thread may be using the session. The callback of
+/// elora_session_generate() may free the session that calls it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_free(session: *mut elora_session) {
-    // SAFETY: as the header asks of the caller. A call that is in the session, as the one whose callback frees it,
-    // has a count of its own.
+    // SAFETY: the caller meets the requirements stated in the header. `elora_session_generate`
+    // holds a reference of its own, so its callback may free the session.
     guard::quiet(|| unsafe { memory::free(session.cast_const()) });
 }
 
-/// Makes a subnet the active one, by its index among the model's. ELORA_STATUS_INVALID_STATE while the session holds
-/// tokens: their keys belong to the subnet before; call elora_session_reset() first.
+/// Activates a subnet. `subnet` is an index below elora_model_subnet_count(); 0 is the whole model.
+/// ELORA_STATUS_INVALID_STATE if the subnet would change while the session holds tokens, because
+/// their keys and values belong to the previous subnet; call elora_session_reset() first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_subnet(
     session: *mut elora_session,
     subnet: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         memory::required(session, "session")?.with(|session| Ok(session.set_subnet(subnet)?))
     })
 }
 
-/// Makes a subnet the active one, by its name; otherwise as elora_session_set_subnet().
+/// Activates a subnet by name, as elora_session_set_subnet() does by index. ELORA_STATUS_NOT_FOUND
+/// if there is no subnet of that name.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_subnet_named(
     session: *mut elora_session,
     name: *const c_char,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
         let name = memory::text(name, "name")?;
@@ -224,15 +234,16 @@ pub unsafe extern "C" fn elora_session_set_subnet_named(
     })
 }
 
-/// Makes any subnet of the model's search space the active one. `json` is an object with a value for each group of
-/// the space, such as {"layers.0.q_proj+k_proj+v_proj": 24, ...}: what a search gives; otherwise as
-/// elora_session_set_subnet().
+/// Activates any subnet of the model's search space. `json` is an object with a value for each
+/// group of the space, such as {"layers.0.q_proj+k_proj+v_proj": 24, ...}, as a search produces it;
+/// see elora_model_space_json(). ELORA_STATUS_INVALID_STATE if the model has no search space, and
+/// as in elora_session_set_subnet().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_subnet_json(
     session: *mut elora_session,
     json: *const c_char,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
         let config = SubnetConfig::from_json(memory::text(json, "json")?)?;
@@ -240,15 +251,18 @@ pub unsafe extern "C" fn elora_session_set_subnet_json(
     })
 }
 
-/// Sets the active rank of every linear layer, in the order of elora_model_layer_info(); 0 turns an adapter off.
-/// Channels and blocks stay those of the subnet that is active; otherwise as elora_session_set_subnet().
+/// Sets the active rank of every linear layer. `ranks` has `n_ranks` elements, one for each layer
+/// in the order of elora_model_layer_info(); 0 disables the layer's adapter. The channels and
+/// blocks of the active subnet do not change. ELORA_STATUS_INVALID_ARGUMENT if `n_ranks` differs
+/// from elora_model_layer_count() or a rank is larger than the layer's max_rank;
+/// ELORA_STATUS_INVALID_STATE as in elora_session_set_subnet().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_ranks(
     session: *mut elora_session,
     ranks: *const u32,
     n_ranks: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
         let ranks = memory::slice(ranks, n_ranks, "ranks")?;
@@ -256,9 +270,9 @@ pub unsafe extern "C" fn elora_session_set_ranks(
     })
 }
 
-/// Copies the active rank of every linear layer to `ranks`, and their number to `*n`. ELORA_STATUS_INSUFFICIENT_SIZE,
-/// with only `*n` written, where there are more than `cap`; `ranks` may be NULL where `cap` is 0, and `n` may be
-/// NULL.
+/// Copies the active rank of every linear layer to `ranks`, a buffer of `cap` elements, and writes
+/// the number of layers to `*n`. `ranks` may be NULL if `cap` is 0, and `n` may be NULL.
+/// ELORA_STATUS_INSUFFICIENT_SIZE if there are more than `cap` layers; then only `*n` is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_ranks(
     session: *mut elora_session,
@@ -266,7 +280,7 @@ pub unsafe extern "C" fn elora_session_ranks(
     cap: usize,
     n: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         memory::required(session, "session")?.with(|session| {
             let found: Vec<u32> = session.ranks().iter().map(|rank| *rank as u32).collect();
@@ -275,10 +289,10 @@ pub unsafe extern "C" fn elora_session_ranks(
     })
 }
 
-/// Forgets all tokens.
+/// Removes all tokens from the session. Its memory is kept for the next tokens.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_reset(session: *mut elora_session) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         memory::required(session, "session")?.with(|session| {
             session.reset();
@@ -287,13 +301,14 @@ pub unsafe extern "C" fn elora_session_reset(session: *mut elora_session) -> elo
     })
 }
 
-/// Forgets all tokens but the first `n_tokens`; nothing where the session holds no more than that.
+/// Removes all tokens but the first `n_tokens`. Does nothing if the session holds no more than
+/// that.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_truncate(
     session: *mut elora_session,
     n_tokens: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         memory::required(session, "session")?.with(|session| {
             session.truncate(n_tokens);
@@ -302,28 +317,30 @@ pub unsafe extern "C" fn elora_session_truncate(
     })
 }
 
-/// Tokens that the session holds. 0 for NULL, and while another call is in the session.
+/// Number of tokens that the session holds. Returns 0 if `session` is NULL or another call is using
+/// it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_position(session: *mut elora_session) -> usize {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(0, || unsafe {
         memory::required(session, "session")?.with(|session| Ok(session.position()))
     })
 }
 
-/// Tokens that the session holds at most. 0 for NULL, and while another call is in the session.
+/// Largest number of tokens that the session can hold. Returns 0 if `session` is NULL or another
+/// call is using it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_capacity(session: *mut elora_session) -> usize {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(0, || unsafe {
         memory::required(session, "session")?.with(|session| Ok(session.n_ctx()))
     })
 }
 
-/// The caller's logits: none, or exactly as many as there are.
+/// Returns the caller's logits buffer, cut to the required length, or `None` if it is `NULL`.
 ///
 /// # Safety
-/// As [`memory::slice_mut`].
+/// The requirements are those of [`memory::slice_mut`].
 unsafe fn logits_of<'a>(
     logits: *mut f32,
     len: usize,
@@ -337,13 +354,17 @@ unsafe fn logits_of<'a>(
     if len < needed {
         return Err(memory::short("logits", len, needed));
     }
-    // SAFETY: as asked of the caller.
+    // SAFETY: the caller meets the requirements of `slice_mut`, and `needed` is at most `len`.
     unsafe { memory::slice_mut(logits, needed, "logits").map(Some) }
 }
 
-/// Appends tokens, one or many, and writes the logits after the last to `logits`: elora_model_vocab_size() numbers,
-/// for which `logits_len` must have room. `logits` may be NULL. On failure the session holds the tokens that it held
-/// before. ELORA_STATUS_CONTEXT_FULL where there is no room for so many.
+/// Appends one or more tokens and writes the logits after the last one to `logits`:
+/// elora_model_vocab_size() elements. `logits_len` is the length of `logits` in elements. `logits`
+/// may be NULL. If the call fails, the session holds the same tokens as before.
+///
+/// ELORA_STATUS_CONTEXT_FULL if the session has no room for all tokens.
+/// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is 0 or a token is not in the vocabulary.
+/// ELORA_STATUS_INSUFFICIENT_SIZE if `logits` is too short.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_decode(
     session: *mut elora_session,
@@ -352,7 +373,7 @@ pub unsafe extern "C" fn elora_session_decode(
     logits: *mut f32,
     logits_len: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
         let tokens = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
@@ -364,7 +385,8 @@ pub unsafe extern "C" fn elora_session_decode(
     })
 }
 
-/// elora_session_decode() with the logits after every token: `n_tokens` rows of elora_model_vocab_size() numbers.
+/// Same as elora_session_decode(), but writes the logits after every token: `n_tokens` rows of
+/// elora_model_vocab_size() elements.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_decode_all(
     session: *mut elora_session,
@@ -373,7 +395,7 @@ pub unsafe extern "C" fn elora_session_decode_all(
     logits: *mut f32,
     logits_len: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
         let tokens = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
@@ -387,10 +409,15 @@ pub unsafe extern "C" fn elora_session_decode_all(
     })
 }
 
-/// Appends one token to each of several sessions on one model with the same subnet: the weights are read once for all
-/// of them. `tokens` has one for each session, and `logits` has room for `n_sessions` rows of
-/// elora_model_vocab_size() numbers, or is NULL. No session may be there twice. On failure every session holds the
-/// tokens that it held before.
+/// Appends one token to each of several sessions on the same model with the same active subnet and
+/// activation precision. The weights are read once for all sessions.
+///
+/// `sessions` and `tokens` have `n_sessions` elements each; no session may occur twice. `logits`
+/// receives `n_sessions` rows of elora_model_vocab_size() elements, or is NULL; `logits_len` is its
+/// length in elements. If the call fails, all sessions hold the same tokens as before.
+///
+/// ELORA_STATUS_INVALID_STATE if the sessions differ in model, subnet or activation precision, or
+/// if a session occurs twice or is in use.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_decode_batch(
     sessions: *const *mut elora_session,
@@ -399,14 +426,15 @@ pub unsafe extern "C" fn elora_session_decode_batch(
     logits: *mut f32,
     logits_len: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let handles = memory::slice(sessions, n_sessions, "sessions")?;
         let tokens = ids_of(memory::slice(tokens, n_sessions, "tokens")?, "tokens")?;
         let enter = |session: &*mut elora_session| {
             memory::required(session.cast_const(), "sessions[i]")?.enter()
         };
-        // Those that were entered are left in any case: nothing was done to them before the call itself.
+        // If a session cannot be entered, the ones entered before are left unchanged: no call used
+        // them yet.
         let mut entered: Vec<Entered<'_>> = Vec::with_capacity(handles.len());
         let leave = |entered: &mut Vec<Entered<'_>>| entered.iter_mut().for_each(Entered::leave);
         for handle in handles {
@@ -436,37 +464,43 @@ pub unsafe extern "C" fn elora_session_decode_batch(
     })
 }
 
-/// Called with each new token; false stops the generation. The session must not be used from it, but may be freed.
+/// Callback that receives each new token. `userdata` is the pointer passed to
+/// elora_session_generate(). Return false to stop the generation. The callback runs on the thread
+/// that called elora_session_generate(). It must not use the session, but it may free it.
 pub type elora_token_fn =
     Option<unsafe extern "C" fn(userdata: *mut c_void, token: elora_token) -> bool>;
 
-/// How text goes on. Fill it by elora_generate_options_init(), then set fields.
+/// Text-generation options. Initialize them with elora_generate_options_init(), then set fields.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct elora_generate_options {
-    /// sizeof(elora_generate_options), set by elora_generate_options_init().
+    /// sizeof(elora_generate_options); elora_generate_options_init() sets it.
     pub struct_size: usize,
-    /// New tokens at most; 0 for as many as the output has room for.
+    /// Maximum number of new tokens. 0 uses the length of the output buffer. Default: 0.
     pub max_new_tokens: usize,
-    /// Tokens that end the generation, beside the model's own; they are not part of the output.
+    /// Additional tokens that end the generation; they are not part of the output. The array must
+    /// be valid during the call. May be NULL if n_stop_tokens is 0. Default: NULL.
     pub stop_tokens: *const elora_token,
-    /// Number of them.
+    /// Number of elements of stop_tokens. Default: 0.
     pub n_stop_tokens: usize,
-    /// Logits are divided by it; 0 takes the most likely token each time.
+    /// Temperature by which the logits are divided, at least 0. 0 selects the most likely token
+    /// each time (greedy decoding). Default: 0.
     pub temperature: f64,
-    /// Only the most likely tokens that together reach this probability, in 0..=1; 1 for all.
+    /// Sample only from the most likely tokens that together reach this probability, above 0 and at
+    /// most 1. 1 for no limit. Default: 1.
     pub top_p: f64,
-    /// Only tokens at least this share as likely as the most likely one, in 0..1; 0 for all.
+    /// Sample only from tokens whose probability is at least this fraction of the most likely
+    /// token's, at least 0 and below 1. 0 for no limit. Default: 0.
     pub min_p: f64,
-    /// Seed of the draws: the same seed gives the same tokens.
+    /// Seed of the random draws; the same seed gives the same tokens. Default: 0.
     pub seed: u64,
-    /// Only the most likely so many; 0 for all.
+    /// Sample only from this many most likely tokens. 0 for no limit. Default: 0.
     pub top_k: u32,
-    /// Not 0: the model's own stop tokens do not end the generation.
+    /// If not 0, the model's own stop tokens do not end the generation. Default: 0.
     pub ignore_stop_tokens: u32,
 }
 
-// SAFETY: integers, numbers and a pointer, the first of which is the size; no padding.
+// SAFETY: `repr(C)` integers, floats and a pointer, the first of which is the size; no padding.
 unsafe impl Growing for elora_generate_options {
     const NAME: &'static str = "elora_generate_options";
 }
@@ -486,26 +520,36 @@ impl elora_generate_options {
     };
 }
 
-/// Sets every field to its default, greedy decoding. `struct_size` is sizeof(elora_generate_options).
+/// Sets every field of `*options` to its default, which is greedy decoding. `struct_size` is
+/// sizeof(elora_generate_options).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_generate_options_init(
     options: *mut elora_generate_options,
     struct_size: usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         options::write(options, struct_size, elora_generate_options::DEFAULT)
     })
 }
 
-/// Appends a prompt and goes on from it, token by token, until a stop token, `options->max_new_tokens`, or the end of
-/// the context. `options` may be NULL for the defaults.
+/// Appends a prompt of `n_prompt` tokens, at least 1, and generates tokens from there. The
+/// generation ends at a stop token, after `options->max_new_tokens` tokens, or when the session is
+/// full. `options` may be NULL for the defaults.
 ///
-/// Each new token is shown to `on_token`, with `userdata`, as soon as it is there, if `on_token` is not NULL. All of
-/// them are written to `out`, which has room for `cap`, and their number to `*n_out`, if `out` and `n_out` are not
-/// NULL; without `out`, `options->max_new_tokens` must be set. ELORA_STATUS_CANCELLED where `on_token` returned
-/// false; the tokens so far are written then, too. Unless a stop token ended it, the last token of the output is not yet
-/// in the session: give it with what comes next.
+/// If `on_token` is not NULL, it is called with `userdata` and each new token as soon as the token
+/// is known. If `out` is not NULL, the new tokens are written to it; it has room for `cap` tokens.
+/// If `n_out` is not NULL, the number of new tokens is written to `*n_out`. If `out` is NULL,
+/// `options->max_new_tokens` must not be 0.
+///
+/// ELORA_STATUS_CANCELLED if `on_token` returned false; the tokens generated until then are written
+/// to `out` and `*n_out`. ELORA_STATUS_CONTEXT_FULL if the prompt does not fit into the session.
+/// ELORA_STATUS_INSUFFICIENT_SIZE if `options->max_new_tokens` is larger than `cap`. If memory runs
+/// out during the generation, `out` and `*n_out` are not written, and the session keeps the prompt
+/// and the tokens that it already holds.
+///
+/// Unless a stop token ended the generation, the session does not yet hold the last new token; pass
+/// it at the start of the next call.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_generate(
     session: *mut elora_session,
@@ -518,9 +562,9 @@ pub unsafe extern "C" fn elora_session_generate(
     cap: usize,
     n_out: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
-        // A count of its own, since the callback may free the session.
+        // This call holds a reference of its own, because the callback may free the session.
         let session = memory::shared(session.cast_const(), "session")?;
         let prompt = ids_of(memory::slice(prompt, n_prompt, "prompt")?, "prompt")?;
         let options = options::read(options, elora_generate_options::DEFAULT)?;

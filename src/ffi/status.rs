@@ -1,4 +1,4 @@
-//! What a call says: a status, and a text for people.
+//! The outcome of a call: a status and an error text.
 
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char};
@@ -13,7 +13,8 @@ pub const ELORA_VERSION_MAJOR: u32 = 0;
 pub const ELORA_VERSION_MINOR: u32 = 1;
 /// Patch version of the library that this header belongs to.
 pub const ELORA_VERSION_PATCH: u32 = 0;
-/// Counts the breaks of binary compatibility; compare with elora_abi_version().
+/// Version of the binary interface, which changes when binary compatibility breaks. Compare it with
+/// elora_abi_version().
 pub const ELORA_ABI_VERSION: u32 = 0;
 
 // The header has the version of the crate.
@@ -29,45 +30,48 @@ const _: () = {
     assert!(ELORA_VERSION_PATCH == number(env!("CARGO_PKG_VERSION_PATCH")));
 };
 
-/// Outcome of a call: ELORA_STATUS_OK or the kind of failure. Numbers are never reused; take one that you do not know
-/// for a failure.
+/// Outcome of a call: ELORA_STATUS_OK or another ELORA_STATUS_ constant. Numbers are never reused.
+/// Treat an unknown number as a failure.
 pub type elora_status = i32;
 
 /// Success.
 pub const ELORA_STATUS_OK: elora_status = 0;
-/// A pointer that must not be NULL is.
+/// A pointer that must not be NULL is NULL.
 pub const ELORA_STATUS_NULL_POINTER: elora_status = 1;
-/// An argument is out of its range: a size, an index, an enumerator, a string that is not UTF-8, buffers that overlap.
+/// An argument is out of its range: a size, an index, an enumerator, a string that is not UTF-8, or
+/// buffers that overlap.
 pub const ELORA_STATUS_INVALID_ARGUMENT: elora_status = 2;
-/// A buffer is too short for what would be written to it.
+/// A buffer is too short for its contents.
 pub const ELORA_STATUS_INSUFFICIENT_SIZE: elora_status = 3;
-/// The operating system refused to read or write a file.
+/// The operating system could not read or write a file.
 pub const ELORA_STATUS_IO: elora_status = 4;
-/// A file is damaged, or not what it should be.
+/// A file is damaged or does not have the expected format.
 pub const ELORA_STATUS_INVALID_FORMAT: elora_status = 5;
-/// The file or request is well-formed, but this library does not implement it.
+/// The file or request is valid, but this library does not support it.
 pub const ELORA_STATUS_UNSUPPORTED: elora_status = 6;
-/// There is nothing of that name.
+/// No item has the given name.
 pub const ELORA_STATUS_NOT_FOUND: elora_status = 7;
-/// The handle is not in a state for this call, as a session with tokens when its subnet is to change.
+/// The handle's state does not allow this call, such as changing the subnet of a session that holds
+/// tokens.
 pub const ELORA_STATUS_INVALID_STATE: elora_status = 8;
-/// The caller's callback asked to stop.
+/// The caller's callback stopped the call.
 pub const ELORA_STATUS_CANCELLED: elora_status = 9;
-/// The session has no room for so many tokens.
+/// The session has no room for the tokens.
 pub const ELORA_STATUS_CONTEXT_FULL: elora_status = 10;
-/// The system gave no memory.
+/// Memory could not be allocated.
 pub const ELORA_STATUS_OUT_OF_MEMORY: elora_status = 11;
-/// A bug in the library. The process goes on; free the handle, and do not use it again.
+/// A bug in the library. The process continues. Free the handle that was used and do not use it
+/// otherwise; a session refuses further calls with ELORA_STATUS_INVALID_STATE.
 pub const ELORA_STATUS_PANIC: elora_status = 100;
 
-/// A failed call: what it returns, and what it says.
+/// A failed call: its status and its error text.
 #[derive(Debug)]
 pub(super) struct Failure {
     pub status: elora_status,
     pub text: String,
 }
 
-/// What the body of a call gives.
+/// Result of the body of a call.
 pub(super) type Outcome<T = ()> = Result<T, Failure>;
 
 impl Failure {
@@ -120,17 +124,17 @@ thread_local! {
     static LAST: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Keeps the text of a failed call for its thread. A thread that is ending has nowhere to keep it.
+/// Stores the text of a failed call for its thread. If the thread is ending, the text is dropped.
 pub(super) fn remember(text: String) {
-    // The old text is dropped after the borrow.
+    // The old text is dropped after the borrow ends.
     let _old = LAST.try_with(|last| {
         last.try_borrow_mut()
             .map(|mut last| std::mem::replace(&mut *last, text))
     });
 }
 
-/// The name of a status, such as "ELORA_STATUS_OK"; "unknown status" for a number that this library does not know.
-/// Static, never NULL.
+/// Name of a status, such as "ELORA_STATUS_OK", or "unknown status" for a number that this library
+/// does not know. The string is static and never NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn elora_status_name(status: elora_status) -> *const c_char {
     let name: &CStr = match status {
@@ -152,11 +156,12 @@ pub extern "C" fn elora_status_name(status: elora_status) -> *const c_char {
     name.as_ptr()
 }
 
-/// Copies the text of this thread's last failed call to `buf`, with a NUL, and writes its length without the NUL to
-/// `*len`; an empty text before the first failure. Calls that succeed leave it as it is, and so does this one.
+/// Copies the error text of this thread's last failed call, with a terminating NUL, to `buf`, a
+/// buffer of `cap` bytes. Writes the length of the text without the NUL to `*len`. The text is
+/// empty before the first failure. Calls that succeed do not change it, and neither does this one.
 ///
-/// `buf` may be NULL where `cap` is 0, and `len` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE, with nothing written to
-/// `buf` but the length to `*len`, where `cap` is less than the length plus 1.
+/// `buf` may be NULL if `cap` is 0, and `len` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE if `cap`
+/// is less than the length plus 1; then only `*len` is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_last_error(
     buf: *mut c_char,
@@ -170,18 +175,19 @@ pub unsafe extern "C" fn elora_last_error(
                 .map(|text| text.clone())
                 .unwrap_or_default()
         });
-        // SAFETY: as the header asks of the caller.
+        // SAFETY: the caller meets the requirements stated in the header.
         unsafe { memory::copy_text(&text.unwrap_or_default(), buf, cap, len) }
     })
 }
 
-/// ELORA_ABI_VERSION of the library that is linked: a program must not go on if it differs from that of its header.
+/// ELORA_ABI_VERSION of the linked library. A program must stop if it differs from the header's
+/// ELORA_ABI_VERSION.
 #[unsafe(no_mangle)]
 pub extern "C" fn elora_abi_version() -> u32 {
     ELORA_ABI_VERSION
 }
 
-/// Version of the library that is linked, such as "0.1.0". Static, never NULL.
+/// Version of the linked library, such as "0.1.0". The string is static and never NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn elora_version() -> *const c_char {
     const TEXT: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");

@@ -1,5 +1,5 @@
-//! What the tests of the ABI need and a library does not have: built only with `--cfg elastic_lora_test_hooks`, not
-//! in the header.
+//! Functions for the tests of the ABI. They are built only with `--cfg elastic_lora_test_hooks` and
+//! are not in the header.
 
 use super::guard;
 use super::memory;
@@ -12,10 +12,10 @@ pub extern "C" fn elora_test_panic() -> elora_status {
     guard::status(|| panic!("asked for by elora_test_panic"))
 }
 
-/// Panics inside a call of a session.
+/// Panics inside a call that uses a session.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_test_panic_in_session(session: *mut elora_session) -> elora_status {
-    // SAFETY: as of the caller of any function with a session.
+    // SAFETY: the caller meets the requirements of every function that takes a session.
     guard::status(|| unsafe {
         memory::required(session.cast_const(), "session")?
             .with(|_| panic!("asked for by elora_test_panic_in_session"))

@@ -1,4 +1,4 @@
-//! Text to tokens and back, where the model has a tokenizer.
+//! Conversion of text to tokens and back, for models with a tokenizer.
 
 use std::ffi::c_char;
 
@@ -8,14 +8,14 @@ use super::model::{elora_model, elora_token};
 use super::status::{ELORA_STATUS_NOT_FOUND, Failure, Outcome, elora_status};
 use crate::data::TextTokenizer;
 
-/// What the tokenizer puts around a text.
+/// Special tokens that the tokenizer adds to a text; one of the ELORA_SPECIAL_ constants.
 pub type elora_special = i32;
 
-/// Nothing: the text alone.
+/// No special tokens.
 pub const ELORA_SPECIAL_NONE: elora_special = 0;
-/// What stands before a text, for one that goes on.
+/// The special tokens that begin a text, for a text that will be continued.
 pub const ELORA_SPECIAL_PROMPT: elora_special = 1;
-/// What stands before and after a text, for one that is complete.
+/// The special tokens that begin and end a text, for a complete text.
 pub const ELORA_SPECIAL_FULL: elora_special = 2;
 
 fn tokenizer(model: &elora_model) -> Outcome<&TextTokenizer> {
@@ -23,10 +23,10 @@ fn tokenizer(model: &elora_model) -> Outcome<&TextTokenizer> {
     found.ok_or_else(|| Failure::new(ELORA_STATUS_NOT_FOUND, "the model has no tokenizer"))
 }
 
-/// Whether the model has a tokenizer. false for NULL.
+/// Whether the model has a tokenizer. Returns false if `model` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_has_tokenizer(model: *const elora_model) -> bool {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::value(false, || unsafe {
         Ok(memory::required(model, "model")?
             .inner()
@@ -35,9 +35,12 @@ pub unsafe extern "C" fn elora_model_has_tokenizer(model: *const elora_model) ->
     })
 }
 
-/// Writes the tokens of a text to `tokens`, and their number to `*n`. `special` is an ELORA_SPECIAL_ constant. Where
-/// there are more than `cap`, ELORA_STATUS_INSUFFICIENT_SIZE with only `*n` written; `tokens` may be NULL where `cap`
-/// is 0, and `n` may be NULL. ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
+/// Converts a text to tokens. Writes them to `tokens`, a buffer of `cap` elements, and their number
+/// to `*n`. `special` is an ELORA_SPECIAL_ constant. `tokens` may be NULL if `cap` is 0, and `n`
+/// may be NULL.
+///
+/// ELORA_STATUS_INSUFFICIENT_SIZE if there are more than `cap` tokens; then only `*n` is written.
+/// ELORA_STATUS_NOT_FOUND if the model has no tokenizer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_tokenize(
     model: *const elora_model,
@@ -47,7 +50,7 @@ pub unsafe extern "C" fn elora_model_tokenize(
     cap: usize,
     n: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let tokenizer = tokenizer(memory::required(model, "model")?)?;
         let text = memory::text(text, "text")?;
@@ -65,11 +68,11 @@ pub unsafe extern "C" fn elora_model_tokenize(
     })
 }
 
-/// Copies the text of tokens to `buf`, special tokens left out. `buf`, `cap` and `len` as in elora_last_error().
-/// ELORA_STATUS_NOT_FOUND where the model has no tokenizer.
+/// Converts `n_tokens` tokens to text, without special tokens, and copies it to `buf`. `buf`, `cap`
+/// and `len` are as in elora_last_error(). ELORA_STATUS_NOT_FOUND if the model has no tokenizer.
 ///
-/// A character may take several tokens: text that is shown as it comes should be made of all tokens so far, not of
-/// each alone.
+/// A character may consist of several tokens. To show text while it is generated, convert all
+/// tokens so far, not each token alone.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_detokenize(
     model: *const elora_model,
@@ -79,7 +82,7 @@ pub unsafe extern "C" fn elora_model_detokenize(
     cap: usize,
     len: *mut usize,
 ) -> elora_status {
-    // SAFETY: as the header asks of the caller.
+    // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let tokenizer = tokenizer(memory::required(model, "model")?)?;
         let ids = memory::slice(tokens, n_tokens, "tokens")?;
@@ -88,7 +91,7 @@ pub unsafe extern "C" fn elora_model_detokenize(
     })
 }
 
-/// The same ids as the library counts them.
+/// Returns the ids as unsigned numbers, after checking that none is negative.
 pub(super) fn ids_of<'a>(tokens: &'a [elora_token], name: &str) -> Outcome<&'a [u32]> {
     match tokens.iter().position(|id| *id < 0) {
         Some(index) => Err(Failure::argument(format!(

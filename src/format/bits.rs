@@ -1,15 +1,17 @@
-//! Small integers as a stream of bits without gaps: code `i` lies at bits `i * bits ..` of little-endian bytes.
+//! Small integers as a stream of bits without gaps: code `i` starts at bit `i * bits` of
+//! little-endian bytes.
 //!
-//! Eight codes take `bits` bytes, whatever the bits, so no case needs a form of its own. Seen as little-endian words of 32
-//! bits, this is GPTQ's packing, its 3-bit codes over the borders of words included, and that of compressed-tensors.
+//! Eight codes take exactly `bits` bytes for every number of bits, so no width is a special case.
+//! Read as little-endian 32-bit words, this is the packing of GPTQ (including its 3-bit codes that
+//! cross word borders) and of compressed-tensors.
 
-/// Bytes that `n` codes take.
+/// Number of bytes that `n` codes take.
 pub(crate) fn packed_len(n: usize, bits: u8) -> usize {
-    // Without a product that could overflow.
+    // Divide first, so that no product can overflow.
     n / 8 * usize::from(bits) + (n % 8 * usize::from(bits)).div_ceil(8)
 }
 
-/// Packs codes that are under `2^bits`; bytes of `out` past the last code become 0.
+/// Packs codes below `2^bits`. Bytes of `out` after the last code are set to 0.
 pub(crate) fn pack(codes: &[u8], bits: u8, out: &mut [u8]) {
     let width = usize::from(bits);
     let used = packed_len(codes.len(), bits);
@@ -22,7 +24,7 @@ pub(crate) fn pack(codes: &[u8], bits: u8, out: &mut [u8]) {
     }
 }
 
-/// Unpacks as many codes as `codes` takes; the inverse of [`pack`]. `bytes` may be longer.
+/// Unpacks `codes.len()` codes; the inverse of [`pack`]. `bytes` may be longer than needed.
 pub(crate) fn unpack(bytes: &[u8], bits: u8, codes: &mut [u8]) {
     match bits {
         2 => unpack_width::<2>(bytes, codes),
@@ -55,7 +57,7 @@ fn unpack_width<const WIDTH: usize>(bytes: &[u8], codes: &mut [u8]) {
     }
 }
 
-/// The code at `index`.
+/// Returns the code at `index`.
 pub(crate) fn get(bytes: &[u8], bits: u8, index: usize) -> u8 {
     let at = index * usize::from(bits);
     let next = bytes.get(at / 8 + 1).copied().unwrap_or(0);
@@ -90,7 +92,8 @@ mod tests {
         }
     }
 
-    /// AutoGPTQ's words: ten codes, two bits of the eleventh; its last bit, ten more, one bit of the next; and so on.
+    /// Packs as AutoGPTQ does. The first word holds ten codes and two bits of the eleventh; the
+    /// second holds its last bit, ten more codes and one bit of the next; and so on.
     #[test]
     fn three_bits_cross_the_borders_of_words_as_gptq_has_it() {
         let mut rng = ChaCha8Rng::seed_from_u64(2);

@@ -1,4 +1,4 @@
-//! Bytes that several owners share: in memory of their own, or a part of a mapped file.
+//! Shared bytes, in owned memory or in a part of a mapped file.
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -7,17 +7,18 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 
-/// Bytes from which on memory comes from the operating system, page by page, large ones where there are.
+/// Size in bytes from which memory is mapped anonymously by the operating system, with huge pages
+/// if available.
 const MAPPED: usize = 1 << 18;
 
-/// A line of the cache.
+/// A cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Line {
     _bytes: [u8; 64],
 }
 
-/// Bytes that begin at a line of the cache, being written.
+/// Writable bytes that start at a cache line.
 pub(crate) struct Aligned(Memory);
 
 enum Memory {
@@ -26,12 +27,12 @@ enum Memory {
 }
 
 impl Aligned {
-    /// Zeros.
+    /// Allocates `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
         if len >= MAPPED
             && let Ok(pages) = MmapMut::map_anon(len)
         {
-            // A hint: where it is not taken, nothing changes.
+            // This is only a hint; failure has no effect.
             #[cfg(target_os = "linux")]
             let _ = pages.advise(memmap2::Advice::HugePage);
             return Self(Memory::Pages(pages));
@@ -45,7 +46,8 @@ impl Aligned {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.0 {
             Memory::Lines(lines, len) => {
-                // SAFETY: a line is 64 bytes without padding, and the slice covers the vector's lines alone.
+                // SAFETY: `Line` is 64 bytes without padding, and the slice covers exactly the
+                // elements of `lines`, which is borrowed mutably.
                 let all = unsafe {
                     std::slice::from_raw_parts_mut(
                         lines.as_mut_ptr().cast::<u8>(),
@@ -74,12 +76,14 @@ trait AsFlattenedBytes {
 
 impl AsFlattenedBytes for [Line] {
     fn as_flattened_bytes(&self) -> &[u8] {
-        // SAFETY: a line is 64 bytes without padding.
+        // SAFETY: `Line` is 64 bytes without padding, and the slice covers exactly the elements of
+        // `self`.
         unsafe { std::slice::from_raw_parts(self.as_ptr().cast::<u8>(), 64 * self.len()) }
     }
 }
 
-/// Bytes that do not change, shared by all clones: a range of what an owner holds, which lives as long as the last clone.
+/// Immutable bytes shared by all clones: a range of the bytes of an owner, which lives as long as
+/// the last clone.
 #[derive(Clone)]
 #[doc(hidden)]
 pub struct Buffer {
@@ -88,10 +92,11 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// A range of an owner's bytes, such as a memory map's; nothing is copied.
+    /// Creates a buffer from a range of an owner's bytes, such as those of a memory map, without
+    /// copying.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a range that is not in the owner's bytes.
+    /// Returns [`Error::InvalidArgument`] if the range is outside the owner's bytes.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Result<Self> {
         let len = (*owner).as_ref().len();
         if range.start > range.end || range.end > len {
@@ -104,17 +109,17 @@ impl Buffer {
         Ok(Self { owner, range })
     }
 
-    /// A copy of the bytes that begins at a line of the cache.
+    /// Copies the bytes into memory that starts at a cache line.
     pub fn from_vec(bytes: Vec<u8>) -> Self {
         let mut aligned = Aligned::zeroed(bytes.len());
         aligned.bytes_mut().copy_from_slice(&bytes);
         aligned.into()
     }
 
-    /// A part of these bytes; nothing is copied.
+    /// Returns a part of the buffer, without copying.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a range that is not in them.
+    /// Returns [`Error::InvalidArgument`] if the range is outside the buffer.
     pub fn slice(&self, range: Range<usize>) -> Result<Self> {
         if range.start > range.end || range.end > self.len() {
             return Err(Error::argument(

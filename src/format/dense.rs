@@ -1,4 +1,4 @@
-//! Weights one after another, row by row, without padding: as a Hugging Face file has them.
+//! Dense weights, stored row by row without padding, as in a Hugging Face file.
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use super::expect_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 
-/// How a single number is stored.
+/// The dtype of stored numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) enum Number {
     F32,
@@ -24,7 +24,7 @@ impl Number {
     /// Writes a number, rounded to nearest.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where a finite number becomes an infinity.
+    /// Returns [`Error::InvalidArgument`] if a finite number becomes infinite.
     pub fn write(self, value: f32, out: &mut [u8]) -> Result<()> {
         let finite = match self {
             Self::F32 => {
@@ -52,7 +52,7 @@ impl Number {
         ))
     }
 
-    /// What is stored for a value, as a value.
+    /// Rounds `value` to this dtype.
     pub fn rounded(self, value: f32) -> f32 {
         match self {
             Self::F32 => value,
@@ -61,7 +61,7 @@ impl Number {
         }
     }
 
-    /// Reads as many numbers as `out` takes.
+    /// Reads `out.len()` numbers.
     pub fn read(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             Self::F32 => {

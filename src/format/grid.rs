@@ -1,4 +1,4 @@
-//! The scales and zero points of a weight's groups, as they are stored beside packed codes.
+//! The scales and zero points of a weight's groups, as stored beside packed codes.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ use super::groups::QuantizedParts;
 use super::{all_f16, expect_bytes};
 use crate::error::{Error, Result};
 
-/// Scales and zero points by row and group, and the group of each column where it has its own order.
+/// Scales and zero points by row and group and, if the columns have their own order, the group of
+/// each column.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Grid {
     pub rows: usize,
@@ -21,7 +22,7 @@ pub(crate) struct Grid {
     /// Whether scales have 32 bits instead of 16.
     pub wide: bool,
     pub scales: Buffer,
-    /// As many bits each as a code, each row from a whole byte on; empty where the grid is symmetric.
+    /// Packed like codes, with each row starting at a whole byte; empty if the grid is symmetric.
     pub zeros: Buffer,
     pub group_of: Option<Arc<[u32]>>,
 }
@@ -59,12 +60,12 @@ impl Grid {
         }
     }
 
-    /// Groups of a row.
+    /// Number of groups per row.
     pub fn groups(&self) -> usize {
         self.cols.div_ceil(self.group_size)
     }
 
-    /// The scale and zero point of a row's group.
+    /// The scale and zero point of a group of a row.
     pub fn at(&self, row: usize, group: usize) -> (f32, u8) {
         let at = row * self.groups() + group;
         let scale = if self.wide {
@@ -78,13 +79,14 @@ impl Grid {
         (scale, bits::get(self.row_zeros(row), self.bits, group))
     }
 
-    /// The packed zero points of a row; the grid has some.
+    /// The packed zero points of a row. The grid must not be symmetric.
     pub fn row_zeros(&self, row: usize) -> &[u8] {
         let len = bits::packed_len(self.groups(), self.bits);
         &self.zeros[row * len..(row + 1) * len]
     }
 
-    /// Reads as many zero points of a row as `out` takes, from a group on that is a multiple of 8; the grid has some.
+    /// Reads `out.len()` zero points of a row, from group `first` on, which must be a multiple
+    /// of 8. The grid must not be symmetric.
     pub fn some_zeros(&self, row: usize, first: usize, out: &mut [u8]) {
         bits::unpack(
             &self.row_zeros(row)[bits::packed_len(first, self.bits)..],
@@ -93,7 +95,8 @@ impl Grid {
         );
     }
 
-    /// Calls `run` for each run of columns of one group in `start..end`, in order, with the run, its scale and its zero point.
+    /// Calls `run` for each run of columns of the same group in `start..end`, in order, with the
+    /// columns, the scale and the zero point.
     pub fn for_runs(
         &self,
         row: usize,
@@ -127,7 +130,7 @@ impl Grid {
                 .map_or(0, |group_of| 4 * group_of.len())
     }
 
-    /// The scales and zero points, one after another.
+    /// The scales and the zero points of all rows.
     pub fn values(&self) -> (Vec<f32>, Vec<u8>) {
         let groups = self.groups();
         (0..self.rows)
@@ -135,8 +138,9 @@ impl Grid {
             .unzip()
     }
 
-    /// Of parts, whose sizes are checked, and the groups of columns too: they are few.
-    #[allow(clippy::too_many_arguments)] // what a header says
+    /// Creates a grid from stored parts. It checks the sizes and, if the columns have their own
+    /// order, the group of each column.
+    #[allow(clippy::too_many_arguments)] // the fields of a header
     pub fn from_parts(
         [rows, cols]: [usize; 2],
         bits: u8,
@@ -190,7 +194,7 @@ impl Grid {
         })
     }
 
-    /// Refuses scales that are negative or not finite.
+    /// Returns an error if a scale is negative or not finite.
     pub fn check(&self) -> Result<()> {
         let refused = |scale: f32| !(scale.is_finite() && scale >= 0.0);
         let bad = if self.wide {
@@ -215,7 +219,7 @@ impl Grid {
     }
 }
 
-/// Packs rows of `len` codes, each row from a whole byte on.
+/// Packs rows of `len` codes, each row starting at a whole byte.
 pub(super) fn pack_rows(values: &[u8], rows: usize, len: usize, bits: u8) -> Buffer {
     let row_bytes = bits::packed_len(len, bits);
     let mut packed = Aligned::zeroed(rows * row_bytes);

@@ -1,49 +1,54 @@
-//! A weight on a grid of small integers, one scale and zero point for each group of a row's columns.
+//! Quantized weights: small integer codes, with one scale and zero point for each group of columns
+//! of a row.
 
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 
-/// Bits of a code that are supported.
+/// Supported numbers of bits per code.
 const BITS: [u8; 4] = [2, 3, 4, 8];
 
-/// What makes a [`QuantizedMatrix`], not yet checked.
+/// The contents of a [`QuantizedMatrix`], not yet checked.
 #[derive(Clone, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct QuantizedParts {
-    /// Output features.
+    /// Number of output features.
     pub rows: usize,
-    /// Input features.
+    /// Number of input features.
     pub cols: usize,
-    /// Bits of a code: 2, 3, 4 or 8.
+    /// Number of bits per code: 2, 3, 4 or 8.
     pub bits: u8,
-    /// Columns of a group; the last group of a row may be shorter.
+    /// Number of columns per group; the last group of a row may be shorter.
     pub group_size: usize,
     /// Whether every zero point is the middle of the grid, `2^(bits - 1)`.
     pub symmetric: bool,
-    /// Codes, row-major `[rows, cols]`, each under `2^bits`.
+    /// Codes, row-major `[rows, cols]`, each below `2^bits`.
     pub codes: Vec<u8>,
-    /// Scales, row-major `[rows, groups]`; finite, and 0 only for a group whose every weight is 0.
+    /// Scales, row-major `[rows, groups]`; finite, not negative, and 0 only for a group whose
+    /// weights are all 0.
     pub scales: Vec<f32>,
-    /// Zero points, row-major `[rows, groups]`, each under `2^bits`.
+    /// Zero points, row-major `[rows, groups]`, each below `2^bits`.
     pub zeros: Vec<u8>,
-    /// The group of each column, where it is not `column / group_size` (GPTQ's activation order without static groups).
+    /// The group of each column, if it is not `column / group_size` (GPTQ's activation order
+    /// without static groups).
     pub group_of: Option<Vec<u32>>,
 }
 
-/// An `[out, in]` weight as integer codes: `w = scale * (code - zero)`, scale and zero point by row and group of columns.
+/// An `[out, in]` weight as integer codes: `w = scale * (code - zero)`, with a scale and a zero
+/// point for each row and group of columns.
 ///
-/// A code that equals its zero point is exactly 0, so a pruned weight stays pruned.
+/// A code equal to its zero point is exactly 0, so a pruned weight stays pruned.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedMatrix {
     parts: QuantizedParts,
 }
 
 impl QuantizedMatrix {
-    /// Checks the parts.
+    /// Creates a matrix from its parts, and checks them.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for bits other than 2, 3, 4 and 8, a group size of 0, a code, zero point or group out of range, or a
-    /// scale that is negative or not finite; [`Error::ShapeMismatch`] for a vector of another length.
+    /// Returns [`Error::InvalidArgument`] if the number of bits is not 2, 3, 4 or 8, the group size
+    /// is 0, a code, zero point or group is out of range, or a scale is negative or not finite.
+    /// Returns [`Error::ShapeMismatch`] if a vector has the wrong length.
     pub fn new(parts: QuantizedParts) -> Result<Self> {
         let QuantizedParts {
             rows,
@@ -126,37 +131,37 @@ impl QuantizedMatrix {
         Ok(Self { parts })
     }
 
-    /// Takes parts that came from a matrix.
+    /// Creates a matrix from parts that are known to be valid.
     pub(super) fn from_valid(parts: QuantizedParts) -> Self {
         Self { parts }
     }
 
-    /// The parts.
+    /// The parts of the matrix.
     pub fn parts(&self) -> &QuantizedParts {
         &self.parts
     }
 
-    /// The parts, without the matrix.
+    /// Converts the matrix into its parts.
     pub fn into_parts(self) -> QuantizedParts {
         self.parts
     }
 
-    /// Output features.
+    /// Number of output features.
     pub fn rows(&self) -> usize {
         self.parts.rows
     }
 
-    /// Input features.
+    /// Number of input features.
     pub fn cols(&self) -> usize {
         self.parts.cols
     }
 
-    /// Groups of a row.
+    /// Number of groups per row.
     pub fn groups(&self) -> usize {
         self.parts.cols.div_ceil(self.parts.group_size)
     }
 
-    /// The group of a column.
+    /// The group of `column`.
     pub fn group_of(&self, column: usize) -> usize {
         match &self.parts.group_of {
             Some(group_of) => group_of[column] as usize,
@@ -164,18 +169,18 @@ impl QuantizedMatrix {
         }
     }
 
-    /// The scale and zero point of a row's group.
+    /// The scale and zero point of a group of a row.
     pub fn grid(&self, row: usize, group: usize) -> (f32, u8) {
         let at = row * self.groups() + group;
         (self.parts.scales[at], self.parts.zeros[at])
     }
 
-    /// The weight that a code stands for: one rounding, that of the product.
+    /// Computes the weight of a code. Only the product is rounded.
     pub fn value(scale: f32, zero: u8, code: u8) -> f32 {
         scale * (f32::from(code) - f32::from(zero))
     }
 
-    /// The weight, `[out, in]`.
+    /// Converts the codes to weights, `[out, in]`.
     pub fn dequantize(&self) -> Matrix {
         Matrix::from_fn(self.rows(), self.cols(), |row, column| {
             let (scale, zero) = self.grid(row, self.group_of(column));

@@ -1,4 +1,4 @@
-//! How a weight is stored, apart from any model: exact values, no tensor library.
+//! Storage formats of single weight matrices, independent of any model or tensor library.
 
 pub(crate) mod bits;
 mod buffer;
@@ -25,7 +25,8 @@ pub use stored::{Element, MatrixHeader, Part, StoredMatrix};
 
 use crate::error::{Error, Result};
 
-/// Refuses a part of another length than its shape says, the last size that of an element in bytes.
+/// Returns an error unless a part has the number of bytes that `shape` implies; the last entry of
+/// `shape` is the size of an element in bytes.
 fn expect_bytes(name: &str, bytes: &[u8], shape: &[usize]) -> Result<()> {
     let expected = shape
         .iter()
@@ -47,7 +48,8 @@ pub(crate) mod testing {
 
     use super::{QuantizedMatrix, QuantizedParts};
 
-    /// A random matrix whose scales are `f16` and whose zero points are at least 1, in the order of its columns.
+    /// A random matrix whose scales are `f16` and whose zero points are at least 1, in the order of
+    /// its columns.
     pub fn random_quantized(
         rows: usize,
         cols: usize,

@@ -1,4 +1,4 @@
-//! A quantized weight in as few bytes as its bits ask for.
+//! Quantized weights with densely packed codes.
 
 use super::bits;
 use super::buffer::Buffer;
@@ -7,20 +7,23 @@ use super::grid::{Grid, pack_rows};
 use super::groups::{QuantizedMatrix, QuantizedParts};
 use crate::error::{Error, Result};
 
-/// Columns that are unpacked at a time; a multiple of 8, so that each block begins at a byte.
+/// Number of columns unpacked at a time; a multiple of 8, so that each block starts at a whole
+/// byte.
 const BLOCK: usize = 256;
 
-/// A [`QuantizedMatrix`], packed. Nothing is lost: [`unpack`](Self::unpack) gives it back. Clones share the bytes.
+/// A [`QuantizedMatrix`] with packed codes. Packing is lossless: [`unpack`](Self::unpack) returns
+/// the original matrix. Clones share the bytes.
 ///
-/// The layout, of `rows` rows that depend on each other in nothing:
+/// Each of the `rows` rows is stored independently:
 ///
-/// | part | a row's bytes |
+/// | part | bytes per row |
 /// |---|---|
-/// | codes | `ceil(cols * bits / 8)`: code `i` at bits `i * bits ..`, little-endian, without gaps |
-/// | scales | `2 * groups` as `f16`, or `4 * groups` as `f32` where one of the matrix is no `f16` |
-/// | zero points | `ceil(groups * bits / 8)`, packed as the codes are; none where the grid is symmetric |
+/// | codes | `ceil(cols * bits / 8)`: code `i` starts at bit `i * bits`, little-endian, no gaps |
+/// | scales | `2 * groups` as `f16`, or `4 * groups` as `f32` if any scale is not an exact `f16` |
+/// | zero points | `ceil(groups * bits / 8)`, packed like codes; none if the grid is symmetric |
 ///
-/// and, once for all rows, `4 * cols` bytes for the group of each column where the matrix has its own order.
+/// If the matrix has its own order of columns, another `4 * cols` bytes hold the group of each
+/// column, once for all rows.
 #[derive(Clone, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct PackedMatrix {
@@ -49,7 +52,7 @@ impl PackedMatrix {
         Ok(Self { codes, grid })
     }
 
-    /// The matrix that was packed.
+    /// Unpacks the matrix.
     pub fn unpack(&self) -> QuantizedMatrix {
         let Grid {
             rows,
@@ -79,32 +82,32 @@ impl PackedMatrix {
         })
     }
 
-    /// Output features.
+    /// Number of output features.
     pub fn rows(&self) -> usize {
         self.grid.rows
     }
 
-    /// Input features.
+    /// Number of input features.
     pub fn cols(&self) -> usize {
         self.grid.cols
     }
 
-    /// Bits of a code.
+    /// Number of bits per code.
     pub fn bits(&self) -> u8 {
         self.grid.bits
     }
 
-    /// Columns of a group; the last group of a row may be shorter.
+    /// Number of columns per group; the last group of a row may be shorter.
     pub fn group_size(&self) -> usize {
         self.grid.group_size
     }
 
-    /// Groups of a row.
+    /// Number of groups per row.
     pub fn groups(&self) -> usize {
         self.grid.groups()
     }
 
-    /// The group of each column, where it is not `column / group_size`.
+    /// The group of each column, if it is not `column / group_size`.
     pub fn group_of(&self) -> Option<&[u32]> {
         self.grid.group_of.as_deref()
     }
@@ -112,21 +115,21 @@ impl PackedMatrix {
     /// The packed codes of a row.
     ///
     /// # Panics
-    /// For a row that there is not.
+    /// Panics if the row does not exist.
     pub fn row_codes(&self, row: usize) -> &[u8] {
         let len = bits::packed_len(self.cols(), self.bits());
         &self.codes[row * len..(row + 1) * len]
     }
 
-    /// The scale and zero point of a row's group.
+    /// The scale and zero point of a group of a row.
     ///
     /// # Panics
-    /// For a row or a group that there is not.
+    /// Panics if the row or the group does not exist.
     pub fn grid(&self, row: usize, group: usize) -> (f32, u8) {
         self.grid.at(row, group)
     }
 
-    /// Scales and zero points.
+    /// The scales and zero points of all rows.
     pub(crate) fn whole_grid(&self) -> &Grid {
         &self.grid
     }
@@ -136,19 +139,20 @@ impl PackedMatrix {
         &self.codes
     }
 
-    /// Bytes of codes, scales, zero points and groups: what the layout says.
+    /// Number of bytes of codes, scales, zero points and groups.
     pub fn bytes(&self) -> usize {
         self.codes.len() + self.grid.bytes()
     }
 
-    /// Writes the weights of as many rows as `out` takes, from row `first` on: the same values, bit for bit, as
-    /// [`QuantizedMatrix::dequantize`] gives.
+    /// Writes the weights of consecutive rows to `out`, starting at row `first`. The values are
+    /// bit-identical to those of [`QuantizedMatrix::dequantize`].
     ///
     /// # Shapes
-    /// - `out`: row-major `[n, cols]`
+    /// - `out`: row-major `[n, cols]`, for `n` rows
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where `out` is no whole number of rows, or more than there are.
+    /// Returns [`Error::ShapeMismatch`] if `out` does not consist of whole rows or the matrix has
+    /// too few rows.
     pub fn dequantize_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
         let n = out.len().checked_div(self.cols()).unwrap_or(0);
         if n * self.cols() != out.len() || first.checked_add(n).is_none_or(|end| end > self.rows())
@@ -189,7 +193,7 @@ impl PackedMatrix {
     }
 }
 
-/// Whether rounding to `f16` changes none of the values.
+/// Whether all values are exactly representable as `f16`.
 pub(crate) fn all_f16(values: &[f32]) -> bool {
     values
         .iter()

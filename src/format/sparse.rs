@@ -1,4 +1,4 @@
-//! Sparse weights: a bit for each, and the numbers of those that are not zero.
+//! Sparse weights: one bit per weight, and the values of those that are not zero.
 
 use super::buffer::{Aligned, Buffer};
 use super::dense::Number;
@@ -6,7 +6,7 @@ use super::expect_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 
-/// A bit for each weight; each row begins at a word of 64 bits. Bits past the last column are 0.
+/// One bit per weight. Each row starts at a 64-bit word, and bits after the last column are 0.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Bits {
     pub rows: usize,
@@ -55,7 +55,7 @@ impl Bits {
             .map(|bytes| u64::from_le_bytes(*bytes))
     }
 
-    /// Refuses bits past the last column.
+    /// Returns an error if a bit after the last column is set.
     pub fn check(&self) -> Result<()> {
         if self.cols.is_multiple_of(64) {
             return Ok(());
@@ -77,7 +77,8 @@ impl Bits {
     }
 }
 
-/// At most `n` of each `m` weights of a row are not zero; that many are stored, so that rows are of one length.
+/// At most `n` of each `m` consecutive weights of a row are not zero. Exactly `n` are stored, so
+/// all rows have the same length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pattern {
     pub n: usize,
@@ -99,18 +100,18 @@ impl Pattern {
         })
     }
 
-    /// Weights that a row of `cols` stores.
+    /// Number of weights stored for a row of `cols` columns.
     pub fn stored(self, cols: usize) -> usize {
         cols / self.m * self.n + self.n.min(cols % self.m)
     }
 }
 
-/// Where each row's numbers begin.
+/// The position where the values of each row start.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Offsets {
-    /// Little-endian `u32`, one for each row.
+    /// Little-endian `u32`, one per row.
     Stored(Buffer),
-    /// Rows of one length.
+    /// All rows have this length.
     Every(usize),
 }
 
@@ -122,7 +123,7 @@ impl Offsets {
         }
     }
 
-    /// The same without the owners of the bytes.
+    /// The same offsets, borrowed from the buffers.
     pub fn starts(&self) -> Starts<'_> {
         match self {
             Self::Stored(bytes) => Starts {
@@ -144,7 +145,8 @@ impl Offsets {
         }
     }
 
-    /// Refuses offsets at which rows of these lengths do not follow each other up to `end`.
+    /// Returns an error unless rows of these lengths follow each other at the offsets and end at
+    /// `end`.
     pub fn check(
         &self,
         mut lengths: impl Iterator<Item = usize>,
@@ -173,7 +175,7 @@ impl Offsets {
         Ok(())
     }
 
-    /// Of the lengths of rows.
+    /// Computes the offsets of rows of these lengths. Returns them and the total length.
     pub fn from_lengths(
         rows: usize,
         lengths: impl Iterator<Item = usize>,
@@ -197,7 +199,7 @@ impl Offsets {
     }
 }
 
-/// Where each row begins, for kernels.
+/// The start of each row, for kernels.
 #[derive(Clone, Copy)]
 pub(crate) struct Starts<'a> {
     stored: &'a [[u8; 4]],
@@ -214,7 +216,8 @@ impl Starts<'_> {
     }
 }
 
-/// A sparse weight of 16-bit numbers, row by row. With a [`Pattern`], zeros fill each group up to its number.
+/// A sparse weight with 16-bit values, stored row by row. With a [`Pattern`], groups with fewer
+/// non-zeros than the pattern allows are filled up with stored zeros.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Sparse16 {
     pub bits: Bits,
@@ -335,7 +338,7 @@ impl Sparse16 {
         self.bits.bytes.len() + self.values.len() + self.offsets.bytes()
     }
 
-    /// Numbers that the parts do not have are 0.
+    /// Writes the weights of a row. Values missing from the buffer are read as 0.
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         let values = self.values.get(2 * self.offsets.get(row)..).unwrap_or(&[]);
         let mut values = values.as_chunks::<2>().0.iter();

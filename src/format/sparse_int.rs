@@ -1,4 +1,5 @@
-//! Sparse weights of 4 bits: a bit for each, and the codes of those that are not their zero point.
+//! Sparse 4-bit weights: one bit per weight, and the codes of those that differ from their zero
+//! point.
 
 use super::buffer::{Aligned, Buffer};
 use super::grid::Grid;
@@ -6,30 +7,33 @@ use super::groups::{QuantizedMatrix, QuantizedParts};
 use super::sparse::{Bits, Offsets};
 use crate::error::{Error, Result};
 
-/// Bits of a code.
+/// Number of bits per code.
 const BITS: u8 = 4;
 
-/// A sparse INT4 weight: a code that is not stored is its zero point, so that the weight is 0.
+/// A sparse INT4 weight. A code that is not stored equals its zero point, so the weight is 0.
 ///
-/// The codes of a row are two streams, in the low and in the high halves of the same bytes. Blocks of 128 columns take turns (see
-/// [`is_high`]), so that the streams are about as long as each other, and a row takes as many bytes as the longer one. That way the 64
-/// codes of a word come out of their bytes by one `and`: whoever reads a stream never has to part the two halves of a byte.
+/// The codes of a row form two streams, one in the low and one in the high halves of the same
+/// bytes. Blocks of 128 columns alternate between the streams (see [`is_high`]), so that both have
+/// about the same length; a row takes as many bytes as the longer one. This way, one `and` extracts
+/// the 64 codes of a word from their bytes, and a reader of a stream never has to separate the two
+/// halves of a byte.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct SparseInt4 {
     pub bits: Bits,
     pub codes: Buffer,
-    /// In bytes.
+    /// Offsets in bytes.
     pub offsets: Offsets,
     pub grid: Grid,
 }
 
-/// Whether the codes of a word, 64 columns, of a row of so many words are in the high halves of bytes: those of each second block of 128
-/// columns, and of the second half of a last block that has no partner.
+/// Whether the codes of word `word` (64 columns) of a row of `words` words are in the high halves
+/// of bytes. They are for every second block of 128 columns, and for the second half of a final
+/// block that has no partner.
 pub(crate) fn is_high(word: usize, words: usize) -> bool {
     word % 4 >= 2 || (words % 4 == 2 && word + 1 == words)
 }
 
-/// Bytes of the codes of a row.
+/// Number of bytes of a row's codes.
 fn row_bytes(row: impl ExactSizeIterator<Item = u64>) -> usize {
     let words = row.len();
     let mut streams = [0; 2];
@@ -91,7 +95,7 @@ impl SparseInt4 {
         })
     }
 
-    #[allow(clippy::too_many_arguments)] // what a header says
+    #[allow(clippy::too_many_arguments)] // the fields of a header
     pub fn from_parts(
         size: [usize; 2],
         group_size: Option<usize>,
@@ -125,7 +129,7 @@ impl SparseInt4 {
         self.bits.bytes.len() + self.codes.len() + self.offsets.bytes() + self.grid.bytes()
     }
 
-    /// All codes of a row. Those that the parts do not have are 0.
+    /// Writes all codes of a row. Codes missing from the buffer are read as 0.
     pub fn row_codes(&self, row: usize, out: &mut [u8]) {
         let mut at = [self.offsets.get(row); 2];
         self.grid

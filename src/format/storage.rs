@@ -1,67 +1,69 @@
-//! The formats by name, and the bytes that each takes.
+//! The names of the storage formats, and their sizes in bytes.
 
 use serde::{Deserialize, Serialize};
 
 use super::bits::packed_len;
 use super::sparse_int::is_high;
 
-/// How an `[out, in]` weight is stored.
+/// Storage format of an `[out, in]` weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum WeightFormat {
-    /// Dense, 32 bits.
+    /// Dense, 32-bit floating point.
     F32,
     /// Dense, IEEE 754 half precision.
     F16,
     /// Dense, bfloat16.
     Bf16,
-    /// Codes of a few bits, a scale of 16 bits for each group of a row's columns and, unless symmetric, a zero point of as many bits
-    /// as a code.
+    /// Dense integer codes of a few bits. Each group of columns of a row has a 16-bit scale and,
+    /// unless symmetric, a zero point with as many bits as a code.
     Int {
-        /// Bits of a code.
+        /// Number of bits per code.
         bits: u8,
-        /// Columns of a group; none for a whole row.
+        /// Number of columns per group; `None` for the whole row.
         group_size: Option<usize>,
-        /// Whether the zero point is the middle of the grid, and not stored.
+        /// Whether the zero point is the middle of the grid and not stored.
         symmetric: bool,
     },
-    /// A bit for each weight, set where it is not zero, and those that are not, in half precision, row by row with an offset of 32
-    /// bits for each row.
+    /// Sparse, half precision. One bit per weight marks the non-zeros, whose values are stored row
+    /// by row, with a 32-bit offset for each row.
     SparseF16,
-    /// The same with numbers in bfloat16.
+    /// Like [`SparseF16`](Self::SparseF16), with values in bfloat16.
     SparseBf16,
-    /// A bit for each weight, set where it is not zero, and the 4-bit codes of those that are not; scales and zero points as in
-    /// [`Int`](Self::Int).
+    /// Sparse, 4-bit codes. One bit per weight marks the non-zeros, whose codes are stored; scales
+    /// and zero points are as in [`Int`](Self::Int).
     SparseInt4 {
-        /// Columns of a group; none for a whole row.
+        /// Number of columns per group; `None` for the whole row.
         group_size: Option<usize>,
-        /// Whether the zero point is the middle of the grid, and not stored.
+        /// Whether the zero point is the middle of the grid and not stored.
         symmetric: bool,
     },
-    /// At most `n` of each `m` weights of a row are not zero: a bit for each weight and `n` numbers in half precision for each `m`.
+    /// N:M sparse, half precision. At most `n` of each `m` consecutive weights of a row are not
+    /// zero; one bit per weight marks them, and `n` values are stored for each `m` weights.
     NmF16 {
-        /// Weights of a group that are stored.
+        /// Number of weights stored per group.
         n: u8,
-        /// Weights of a group; the last group of a row may be shorter.
+        /// Number of weights per group; the last group of a row may be shorter.
         m: u8,
     },
-    /// The same with numbers in bfloat16.
+    /// Like [`NmF16`](Self::NmF16), with values in bfloat16.
     NmBf16 {
-        /// Weights of a group that are stored.
+        /// Number of weights stored per group.
         n: u8,
-        /// Weights of a group; the last group of a row may be shorter.
+        /// Number of weights per group; the last group of a row may be shorter.
         m: u8,
     },
 }
 
 impl WeightFormat {
-    /// Bytes of a weight with `nonzero` elements that are not 0. Each row of codes or zero points ends at a whole byte, each row of
-    /// bits at a whole word of 64.
+    /// Number of bytes of a weight with `nonzero` elements that are not 0. Each row of codes or
+    /// zero points is padded to a whole byte, and each row of bits to a whole 64-bit word.
     ///
-    /// Exact but for two: scales that are no `f16` are stored in twice the bytes, and a row's sparse codes take as many bytes as the longer
-    /// of its two streams, for which the mean for random masks is counted.
-    /// [`StoredMatrix::bytes`](super::StoredMatrix::bytes) is exact.
+    /// The number is exact, with two exceptions. Scales that are not exact `f16` values take twice
+    /// the bytes assumed here. A row of sparse codes takes as many bytes as the longer of its two
+    /// streams, for which this function assumes the mean over random masks.
+    /// [`StoredMatrix::bytes`](super::StoredMatrix::bytes) is always exact.
     pub fn bytes(self, rows: usize, cols: usize, nonzero: usize) -> usize {
         let words = 8 * cols.div_ceil(64);
         match self {
@@ -88,7 +90,7 @@ impl WeightFormat {
     }
 }
 
-/// Bytes of sparse codes, on average over random masks.
+/// Number of bytes of sparse codes, on average over random masks.
 fn sparse_code_bytes(rows: usize, cols: usize, nonzero: usize) -> usize {
     if rows == 0 || cols == 0 {
         return 0;
@@ -100,14 +102,15 @@ fn sparse_code_bytes(rows: usize, cols: usize, nonzero: usize) -> usize {
         .sum();
     let of_row = nonzero as f64 / rows as f64;
     let share = of_row / cols as f64;
-    // How much longer a stream is: near enough the mean size of a normal variable, given its mean and variance.
+    // The expected difference of the streams' lengths, approximately the mean absolute value of a
+    // normal variable with this mean and variance.
     let mean = share * (cols as f64 - 2.0 * high as f64);
     let variance = cols as f64 * share * (1.0 - share).max(0.0);
     let longer = (mean * mean + variance * std::f64::consts::FRAC_2_PI).sqrt();
     (rows as f64 * (of_row + longer) / 2.0).ceil() as usize
 }
 
-/// Bytes of a row's scales and zero points.
+/// Number of bytes of a row's scales and zero points.
 fn grid_bytes(cols: usize, bits: u8, group_size: Option<usize>, symmetric: bool) -> usize {
     let groups = cols.div_ceil(group_size.unwrap_or(cols).max(1));
     2 * groups
@@ -139,7 +142,7 @@ mod tests {
         };
         assert_eq!(WeightFormat::F32.bytes(3, 70, 100), 840);
         assert_eq!(WeightFormat::Bf16.bytes(3, 70, 100), 420);
-        // 35 bytes of codes and three scales a row; with zero points 12 bits more.
+        // Each row has 35 bytes of codes and three scales; with zero points, 12 bits more.
         assert_eq!(int(4, Some(32), true), 3 * (35 + 6));
         assert_eq!(int(4, Some(32), false), 3 * (35 + 6 + 2));
         assert_eq!(int(3, None, true), 3 * (27 + 2));
@@ -151,7 +154,7 @@ mod tests {
             group_size: Some(32),
             symmetric: false,
         };
-        // 64 of the 70 columns are in one stream, so that nearly all codes are.
+        // 64 of the 70 columns are in one stream, and so are nearly all codes.
         assert_eq!(sparse.bytes(3, 70, 100), 3 * (16 + 4 + 6 + 2) + 92);
         assert_eq!(
             WeightFormat::NmBf16 { n: 2, m: 4 }.bytes(3, 70, 100),

@@ -1,4 +1,4 @@
-//! A weight in any of the formats, and the parts that a file holds of it.
+//! Weights in any storage format, and the parts of which a file stores them.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,11 +13,11 @@ use super::storage::WeightFormat;
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 
-/// Type of a [`Part`]'s elements, all little-endian.
+/// Type of the elements of a [`Part`], all little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[doc(hidden)]
 pub enum Element {
-    /// Bytes.
+    /// 8-bit unsigned integers.
     U8,
     /// 32-bit unsigned integers.
     U32,
@@ -31,40 +31,41 @@ pub enum Element {
     F32,
 }
 
-/// One of the arrays that a stored weight consists of.
+/// One of the arrays of a stored weight.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct Part<'a> {
-    /// `values`, `codes`, `mask`, `offsets`, `scales`, `zeros` or `groups`.
+    /// Name: `values`, `codes`, `mask`, `offsets`, `scales`, `zeros` or `groups`.
     pub name: &'static str,
     /// Type of the elements.
     pub element: Element,
-    /// Their sizes, row-major.
+    /// Shape of the array, row-major.
     pub shape: Vec<usize>,
-    /// Their bytes.
+    /// Bytes of the elements.
     pub bytes: &'a [u8],
 }
 
-/// What must be known of a weight to read its parts.
+/// The information about a weight that is needed to read its parts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct MatrixHeader {
-    /// How it is stored.
+    /// Storage format.
     pub format: WeightFormat,
-    /// Output features.
+    /// Number of output features.
     pub rows: usize,
-    /// Input features.
+    /// Number of input features.
     pub cols: usize,
     /// Whether the scales of groups have 32 bits instead of 16.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub wide_scales: bool,
-    /// Whether columns have groups in an order of their own.
+    /// Whether each column has an explicit group, instead of `column / group_size`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ordered: bool,
 }
 
 impl MatrixHeader {
-    /// Of a weight with scales of 16 bits and columns in the order of their groups, where it has groups.
+    /// Creates the header of a weight with 16-bit scales and groups of consecutive columns, if the
+    /// format has groups.
     pub fn new(format: WeightFormat, rows: usize, cols: usize) -> Self {
         Self {
             format,
@@ -82,7 +83,7 @@ pub struct StoredMatrix {
     body: Body,
 }
 
-/// The formats.
+/// The data, by kind of format.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Body {
     Dense(Dense),
@@ -100,12 +101,13 @@ impl From<PackedMatrix> for StoredMatrix {
 }
 
 impl StoredMatrix {
-    /// Stores a weight; numbers are rounded to the nearest that the format has. A zero of either sign is not stored by a sparse
-    /// format, and neither is what rounds to one.
+    /// Stores a weight, with numbers rounded to nearest. Sparse formats do not store zeros of
+    /// either sign, nor numbers that round to zero.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a number beyond the format's range, more weights in a group than an N:M pattern has, or a format
-    /// of codes, which [`from_quantized`](Self::from_quantized) makes.
+    /// Returns [`Error::InvalidArgument`] if a number is beyond the format's range, a group has
+    /// more non-zeros than an N:M pattern allows, or the format has codes; use
+    /// [`from_quantized`](Self::from_quantized) for those.
     pub fn from_matrix(weight: &Matrix, format: WeightFormat) -> Result<Self> {
         let body = match format {
             WeightFormat::F32 => Body::Dense(Dense::new(weight, Number::F32)?),
@@ -134,10 +136,11 @@ impl StoredMatrix {
         Ok(Self { body })
     }
 
-    /// Stores a quantized weight, exactly; sparse without the codes that are their zero point.
+    /// Stores a quantized weight exactly. If `sparse`, codes that equal their zero point are not
+    /// stored.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a sparse weight of other than 4 bits.
+    /// Returns [`Error::InvalidArgument`] if `sparse` and the weight does not have 4 bits.
     pub fn from_quantized(weight: &QuantizedMatrix, sparse: bool) -> Result<Self> {
         let body = if sparse {
             Body::SparseInt4(SparseInt4::new(weight)?)
@@ -147,13 +150,15 @@ impl StoredMatrix {
         Ok(Self { body })
     }
 
-    /// Puts together what [`parts`](Self::parts) gave; nothing is copied but the groups of columns. Sizes are checked here, contents by
-    /// [`check`](Self::check), so that a mapped file is not read. Whatever the contents, reading the weight touches no memory outside
-    /// of the parts.
+    /// Creates a weight from its [`parts`](Self::parts). Only the groups of columns are copied.
+    ///
+    /// Only sizes and the groups of columns are checked here, so that a mapped file is not read;
+    /// [`check`](Self::check) checks the contents. Even if the contents are invalid, reading the
+    /// weight never accesses memory outside the parts.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a part that is missing or a header that makes no sense; [`Error::ShapeMismatch`] for a part of
-    /// another size.
+    /// Returns [`Error::InvalidArgument`] if a part is missing or the header is invalid, and
+    /// [`Error::ShapeMismatch`] if a part has the wrong size.
     pub fn from_parts(
         header: &MatrixHeader,
         mut parts: impl FnMut(&str) -> Option<Buffer>,
@@ -165,7 +170,7 @@ impl StoredMatrix {
             })
         };
         let part: &mut dyn FnMut(&str) -> Result<Buffer> = &mut part;
-        // Sizes beyond any memory: no product below overflows after this.
+        // Reject sizes beyond any memory, so that no product below overflows.
         if header
             .rows
             .checked_mul(header.cols)
@@ -225,7 +230,7 @@ impl StoredMatrix {
         Ok(Self { body })
     }
 
-    /// The arrays that the weight consists of, in a fixed order.
+    /// The arrays of the weight, in a fixed order.
     pub fn parts(&self) -> Vec<Part<'_>> {
         let [rows, cols] = [self.rows(), self.cols()];
         let number = |number: Number| match number {
@@ -298,11 +303,11 @@ impl StoredMatrix {
         parts
     }
 
-    /// Reads all parts and refuses contents that no weight has.
+    /// Reads all parts and checks their contents.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for offsets or counts that do not fit the mask, bits past the last column, or a scale that is
-    /// negative or not finite.
+    /// Returns [`Error::InvalidArgument`] if offsets or counts do not match the mask, a bit after
+    /// the last column is set, or a scale is negative or not finite.
     pub fn check(&self) -> Result<()> {
         match &self.body {
             Body::Dense(_) => Ok(()),
@@ -312,7 +317,7 @@ impl StoredMatrix {
         }
     }
 
-    /// Output features.
+    /// Number of output features.
     pub fn rows(&self) -> usize {
         match &self.body {
             Body::Dense(dense) => dense.rows,
@@ -322,7 +327,7 @@ impl StoredMatrix {
         }
     }
 
-    /// Input features.
+    /// Number of input features.
     pub fn cols(&self) -> usize {
         match &self.body {
             Body::Dense(dense) => dense.cols,
@@ -332,7 +337,7 @@ impl StoredMatrix {
         }
     }
 
-    /// How it is stored.
+    /// Storage format.
     pub fn format(&self) -> WeightFormat {
         match &self.body {
             Body::Dense(dense) => match dense.number {
@@ -358,7 +363,7 @@ impl StoredMatrix {
                 pattern: Some(Pattern { n, m }),
                 ..
             }) => {
-                // A pattern is made of two bytes.
+                // A pattern is created from two `u8` numbers.
                 let (n, m) = (*n as u8, *m as u8);
                 if *number == Number::F16 {
                     WeightFormat::NmF16 { n, m }
@@ -382,7 +387,7 @@ impl StoredMatrix {
         }
     }
 
-    /// What must be known to read the parts.
+    /// The information needed to read the parts.
     pub fn header(&self) -> MatrixHeader {
         let grid = match &self.body {
             Body::Int(packed) => Some(packed.whole_grid()),
@@ -398,7 +403,7 @@ impl StoredMatrix {
         }
     }
 
-    /// Bytes of all parts.
+    /// Total number of bytes of all parts.
     pub fn bytes(&self) -> usize {
         match &self.body {
             Body::Dense(dense) => dense.values.len(),
@@ -408,13 +413,15 @@ impl StoredMatrix {
         }
     }
 
-    /// Writes the weights of as many rows as `out` takes, from row `first` on, exactly.
+    /// Writes the weights of consecutive rows to `out`, starting at row `first`. The values are
+    /// exact.
     ///
     /// # Shapes
-    /// - `out`: row-major `[n, cols]`
+    /// - `out`: row-major `[n, cols]`, for `n` rows
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where `out` is no whole number of rows, or more than there are.
+    /// Returns [`Error::ShapeMismatch`] if `out` does not consist of whole rows or the weight has
+    /// too few rows.
     pub fn dequantize_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
         let (rows, cols) = (self.rows(), self.cols());
         let n = out.len().checked_div(cols).unwrap_or(0);
@@ -443,15 +450,15 @@ impl StoredMatrix {
         Ok(())
     }
 
-    /// The weight.
+    /// The weight as a matrix.
     pub fn to_matrix(&self) -> Matrix {
         let mut matrix = Matrix::zeros(self.rows(), self.cols());
-        // All rows are asked for, so that it cannot fail.
+        // The range covers exactly all rows, so this cannot fail.
         let _ = self.dequantize_rows(0, matrix.as_mut_slice());
         matrix
     }
 
-    /// The quantized weight, where the format is one of codes.
+    /// The quantized weight, or `None` if the format does not have codes.
     pub fn to_quantized(&self) -> Option<QuantizedMatrix> {
         match &self.body {
             Body::Int(packed) => Some(packed.unpack()),
@@ -460,7 +467,7 @@ impl StoredMatrix {
         }
     }
 
-    /// The packed codes, where the format is dense and one of codes.
+    /// The packed codes, or `None` if the format is sparse or does not have codes.
     pub fn packed(&self) -> Option<&PackedMatrix> {
         if let Body::Int(packed) = &self.body {
             Some(packed)
@@ -721,7 +728,8 @@ mod tests {
                     if ["mask", "offsets"].contains(&target)
                         || (trial < 3 && !["zeros", "values"].contains(&target))
                     {
-                        // The bits of a mask that are counted by halves of bytes may hide behind each other.
+                        // The length of a row is that of the longer of its two streams, so a
+                        // flipped bit of the mask in the shorter one may go unnoticed.
                         let hidden = target == "mask"
                             && trial > 2
                             && matches!(made.body, Body::SparseInt4(_));

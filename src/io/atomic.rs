@@ -1,4 +1,4 @@
-//! Files and folders that appear whole or not at all: temporary name, flush, sync, rename.
+//! Writes files and folders atomically: under a temporary name, then flush, sync and rename.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -9,7 +9,7 @@ use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
 
-/// Where a file's bytes go while it is being written; errors name the file.
+/// Destination of the bytes of a file while it is written. Errors name the file.
 #[derive(Debug)]
 pub struct Sink<'a> {
     path: &'a Path,
@@ -20,14 +20,14 @@ impl Sink<'_> {
     /// Writes all of `bytes`.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// Returns [`Error::Io`] if the write fails.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.inner
             .write_all(bytes)
             .map_err(|e| Error::io(self.path, e))
     }
 
-    /// The name that the file will have.
+    /// Returns the final path of the file.
     pub fn path(&self) -> &Path {
         self.path
     }
@@ -43,10 +43,12 @@ impl Write for Sink<'_> {
     }
 }
 
-/// Writes the file `path` through `fill`: into a temporary file beside it, which is synced and then takes the name.
+/// Writes the file `path` atomically: `fill` writes into a temporary file in the same folder, which
+/// is synced and then renamed to `path`.
 ///
 /// # Errors
-/// [`Error::Io`], and whatever `fill` returns. Nothing is left behind then, and what `path` held before is untouched.
+/// Returns [`Error::Io`], or any error of `fill`. The temporary file is then removed, and an
+/// existing file at `path` is left unchanged.
 pub fn write_file(
     path: impl AsRef<Path>,
     fill: impl FnOnce(&mut Sink<'_>) -> Result<()>,
@@ -78,7 +80,7 @@ pub fn write_file(
 /// Writes `value` as indented JSON with a final newline; see [`write_file`].
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Json`] for a value that JSON cannot hold.
+/// Returns [`Error::Io`], or [`Error::Json`] if JSON cannot represent the value.
 pub fn write_json<T: Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> Result<()> {
     let path = path.as_ref();
     let mut text = serde_json::to_vec_pretty(value).map_err(|e| Error::json(path, e))?;
@@ -86,9 +88,11 @@ pub fn write_json<T: Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> R
     write_file(path, |sink| sink.put(&text))
 }
 
-/// Builds a folder under a temporary name beside its destination and renames it into place as a whole.
+/// Builds a folder under a temporary name next to its destination and renames it into place as a
+/// whole.
 ///
-/// Dropped without [`commit`](Self::commit), it vanishes with all that was written into it.
+/// If it is dropped without [`commit`](Self::commit), the temporary folder is removed with all its
+/// contents.
 #[derive(Debug)]
 #[doc(hidden)]
 pub struct FolderWriter {
@@ -98,16 +102,17 @@ pub struct FolderWriter {
 }
 
 impl FolderWriter {
-    /// Begins the folder `destination`; folders above it are made where they are missing.
+    /// Begins the folder `destination`, and creates missing parent folders.
     ///
-    /// An empty folder of that name is replaced. One that holds something is replaced only with `overwrite`.
+    /// An existing empty folder is replaced. A folder that is not empty is replaced only if
+    /// `overwrite` is true.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::InvalidFile`] where the destination is a file, or a folder that holds something and
-    /// `overwrite` is false.
+    /// Returns [`Error::Io`], or [`Error::InvalidFile`] if the destination is a file, or a folder
+    /// that is not empty while `overwrite` is false.
     pub fn create(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
         let destination = destination.as_ref();
-        // Through links and `..`, so that the temporary folder lies on the same file system.
+        // Resolve links and `..`, so that the temporary folder is on the same file system.
         let destination = match fs::canonicalize(destination) {
             Ok(path) => path,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -143,22 +148,22 @@ impl FolderWriter {
         })
     }
 
-    /// The temporary folder, to write into.
+    /// Returns the path of the temporary folder, to write files into.
     pub fn path(&self) -> &Path {
         self.temporary.path()
     }
 
-    /// Where the folder will be.
+    /// Returns the final path of the folder.
     pub fn destination(&self) -> &Path {
         &self.destination
     }
 
-    /// Puts the folder in its place. With `overwrite` the old one is renamed aside first and removed last, so that at
-    /// every moment one of the two is whole.
+    /// Moves the folder to its destination. With `overwrite`, the old folder is renamed first and
+    /// removed last, so that one complete folder exists at any moment.
     ///
     /// # Errors
-    /// [`Error::Io`], and [`Error::InvalidFile`] where something came to lie at the destination meanwhile. The new folder is
-    /// gone then and the old one is where it was.
+    /// Returns [`Error::Io`], or [`Error::InvalidFile`] if something was created at the destination
+    /// in the meantime. The new folder is then removed, and the old one is at its original path.
     pub fn commit(self) -> Result<()> {
         let Self {
             destination,
@@ -172,7 +177,7 @@ impl FolderWriter {
         if destination.exists()
             && let Err(e) = fs::remove_dir(&destination)
         {
-            // It holds something, or came to since it was checked.
+            // It is not empty, or was filled after the check.
             if !overwrite {
                 return Err(at(e));
             }
@@ -188,7 +193,7 @@ impl FolderWriter {
             if let Some(aside) = old
                 && fs::rename(aside.path().join("old"), &destination).is_err()
             {
-                // Keep the user's files, under whatever name, over tidiness.
+                // Keep the user's files, even if under a temporary name.
                 let kept = aside.keep();
                 return Err(Error::invalid_file(
                     &destination,
@@ -200,7 +205,7 @@ impl FolderWriter {
             }
             return Err(at(e));
         }
-        // It carries the final name now; nothing must remove the temporary one.
+        // The folder has its final name now, so the temporary name must not be removed.
         let _ = temporary.keep();
         if let Some(aside) = old {
             aside.close().map_err(at)?;
@@ -244,7 +249,8 @@ fn temporary_prefix(name: &std::ffi::OsStr) -> std::ffi::OsString {
     prefix
 }
 
-/// Temporary files are private by default; these become real ones and follow the user's umask.
+/// Gives temporary files, which are private by default, the permissions of ordinary files under the
+/// user's umask.
 #[cfg(unix)]
 fn readable(builder: &mut Builder<'_, '_>, mode: u32) {
     use std::os::unix::fs::PermissionsExt;
@@ -254,7 +260,7 @@ fn readable(builder: &mut Builder<'_, '_>, mode: u32) {
 #[cfg(not(unix))]
 fn readable(_builder: &mut Builder<'_, '_>, _mode: u32) {}
 
-/// Makes a rename last through a crash; only Unix can and must.
+/// Syncs a folder, so that a rename survives a crash. Only Unix needs this and supports it.
 fn sync_folder(folder: &Path) -> Result<()> {
     if cfg!(unix) {
         File::open(folder)
@@ -291,7 +297,7 @@ mod tests {
         assert!(failed.unwrap_err().to_string().contains("x.bin"));
         assert!(entries(root.path()).is_empty());
         write_file(&path, |sink| sink.put(b"one")).unwrap();
-        // A failed second write leaves the first as it was.
+        // A failed second write leaves the first file unchanged.
         assert!(write_file(&path, |_| Err(Error::argument("x", 1, "2"))).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"one");
         write_file(&path, |sink| sink.put(b"two")).unwrap();
@@ -372,7 +378,7 @@ mod tests {
         assert!(FolderWriter::create(&file, true).is_err());
         assert!(FolderWriter::create("/", true).is_err());
 
-        // Filled by someone else meanwhile.
+        // Another process filled the destination in the meantime.
         let late = root.path().join("late");
         let writer = FolderWriter::create(&late, false).unwrap();
         fs::create_dir(&late).unwrap();
@@ -382,7 +388,7 @@ mod tests {
         assert_eq!(entries(root.path()), ["empty", "file", "late"]);
     }
 
-    /// A file system of 64 KiB, where the user may mount one.
+    /// A file system of 64 KiB, if the user has the right to mount one.
     #[cfg(target_os = "linux")]
     struct Tiny(tempfile::TempDir);
 

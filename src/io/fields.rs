@@ -11,10 +11,10 @@ pub(crate) fn bad_field(field: impl Into<String>, reason: impl Into<String>) -> 
     }
 }
 
-/// Typed access to a JSON object; `null` counts as absent.
+/// Typed access to a JSON object. A `null` field counts as absent.
 pub(crate) struct Fields<'a> {
     pub map: &'a Map<String, Value>,
-    /// Put before a field's name in errors.
+    /// Prefix of field names in errors.
     pub prefix: &'a str,
 }
 
@@ -38,7 +38,7 @@ impl<'a> Fields<'a> {
         value.ok_or_else(|| bad_field(format!("{}{name}", self.prefix), "missing"))
     }
 
-    /// A whole number in `1..=max`.
+    /// Returns a whole number in `1..=max`.
     pub fn size(&self, name: &str, max: usize) -> Result<Option<usize>> {
         let Some(value) = self.get(name) else {
             return Ok(None);
@@ -87,7 +87,8 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.wrong(name, value, "a string"))
     }
 
-    /// A token id, a list of them, or none; -1 is an old way to say none.
+    /// Returns a token id or a list of them as a list, empty if absent. Ids of -1, an old spelling
+    /// of "none", are skipped.
     pub fn token_ids(&self, name: &str) -> Result<Vec<u32>> {
         let Some(value) = self.get(name) else {
             return Ok(Vec::new());

@@ -1,8 +1,9 @@
-//! Files to named tensors and back: safetensors, Hugging Face model folders, quantized layers, PEFT
-//! adapters, bundles, GGUF.
+//! Reads and writes named tensors: safetensors, Hugging Face model folders, quantized layers, PEFT
+//! adapters, bundles. Reads GGUF.
 //!
-//! Nothing here knows Burn. Everything read is treated as hostile: sizes are checked before memory is taken, every error
-//! names the file, tensor or field. Everything written appears whole or not at all ([`atomic`]). Matrices are `[out, in]`.
+//! This module does not depend on Burn. It treats all input as untrusted: sizes are checked before
+//! memory is allocated, and every error names the file, tensor or field. Files and folders are
+//! written atomically ([`atomic`]). Matrices are `[out, in]`.
 
 #[doc(hidden)]
 pub mod atomic;
@@ -28,10 +29,12 @@ use std::path::{Component, Path};
 
 use crate::error::{Error, Result};
 
-/// The largest JSON file that is read: far above any real one, far below what would hurt.
+/// Largest JSON file that is read. It is far larger than any real one, and small enough to be
+/// harmless.
 pub(crate) const MAX_JSON_BYTES: u64 = 100_000_000;
 
-/// Opens a regular file; a folder, pipe or device is refused (opening a pipe would wait for ever).
+/// Opens a regular file and returns its length. Folders, pipes and devices are refused, because
+/// opening a pipe could block forever.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if !meta.is_file() {
@@ -53,7 +56,7 @@ pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
         ));
     }
     let mut bytes = Vec::with_capacity(len as usize);
-    // The file may have grown since its length was asked for.
+    // The file may have grown since its length was read.
     file.take(max_bytes)
         .read_to_end(&mut bytes)
         .map_err(|e| Error::io(path, e))?;
@@ -63,10 +66,14 @@ pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
 /// Reads a JSON object.
 pub(crate) fn read_json_object(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>> {
     let bytes = read_capped(path, MAX_JSON_BYTES)?;
+    if bytes.starts_with(gguf::MAGIC) {
+        return Err(Error::invalid_file(path, "a GGUF file, expected JSON"));
+    }
     serde_json::from_slice(&bytes).map_err(|e| Error::json(path, e))
 }
 
-/// Whether `name` is that of a file right inside a folder, on any system: no separators, no `..`, no drive.
+/// Returns whether `name` names a file directly inside a folder on any system: no separators, no
+/// `..`, no drive.
 pub(crate) fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!(
@@ -81,12 +88,12 @@ pub(crate) mod testing {
 
     use rand::RngExt;
 
-    /// One of `bytes`, for loops that mutate files.
+    /// Picks one of `bytes`, for tests that mutate files.
     pub fn pick(rng: &mut impl RngExt, bytes: &[u8]) -> u8 {
         bytes[rng.random_range(0..bytes.len())]
     }
 
-    /// Other implementations' models and outputs, where that folder is there.
+    /// Returns the path of a file of reference models and outputs, or `None` if it does not exist.
     pub fn shared(relative: &str) -> Option<PathBuf> {
         let root = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(
             || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")),

@@ -1,10 +1,10 @@
-//! Memory in which tasks write disjoint parts at the same time.
+//! Memory that several tasks write at the same time, each task its own disjoint part.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// A mutable slice of which each task uses a part of its own.
+/// A mutable slice that is shared between tasks, each of which uses its own part.
 #[derive(Debug)]
 pub(crate) struct Disjoint<'a, T> {
     first: *mut T,
@@ -20,8 +20,9 @@ impl<T> Clone for Disjoint<'_, T> {
 
 impl<T> Copy for Disjoint<'_, T> {}
 
-// SAFETY: access is by `part` and `shared`, whose callers promise that no two tasks use an element that one of them writes, or by
-// pointers, whose use is unsafe itself; the memory is borrowed for as long as this lives.
+// SAFETY: elements are accessed through `part` and `shared`, whose callers guarantee that no two
+// tasks use an element that one of them writes, or through raw pointers, whose use is unsafe
+// itself. `borrowed` keeps the memory borrowed for `'a`.
 unsafe impl<T: Send> Send for Disjoint<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
@@ -36,7 +37,8 @@ impl<'a, T> Disjoint<'a, T> {
         }
     }
 
-    /// Memory that is not yet initialized, to be written by the pointers that [`at`](Self::at) gives.
+    /// Wraps memory that is not yet initialized and is to be written through the pointers that
+    /// [`at`](Self::at) returns.
     pub fn uninit(all: &'a mut [MaybeUninit<T>]) -> Self {
         Self {
             first: all.as_mut_ptr().cast(),
@@ -45,8 +47,10 @@ impl<'a, T> Disjoint<'a, T> {
         }
     }
 
+    /// Wraps `len` elements that begin at `first`.
+    ///
     /// # Safety
-    /// `len` elements from `first` on are memory that stays borrowed mutably for the lifetime.
+    /// The elements must be valid and exclusively borrowed for the lifetime `'a`.
     pub unsafe fn from_raw(first: *mut T, len: usize) -> Self {
         Self {
             first,
@@ -59,14 +63,15 @@ impl<'a, T> Disjoint<'a, T> {
         self.len
     }
 
-    /// A pointer to an element, which may be used while the index is under the length.
+    /// Returns a pointer to an element. It may be dereferenced only if `index` is less than the
+    /// length.
     #[inline(always)]
     pub fn at(self, index: usize) -> *mut T {
         debug_assert!(index <= self.len, "element {index} of {}", self.len);
         self.first.wrapping_add(index)
     }
 
-    /// The elements from an index on.
+    /// Returns the elements from `index` to the end.
     #[inline(always)]
     pub fn from(self, index: usize) -> Self {
         assert!(index <= self.len, "from {index} on of {}", self.len);
@@ -77,21 +82,24 @@ impl<'a, T> Disjoint<'a, T> {
         }
     }
 
-    /// A part of it, to write.
+    /// Returns a part of the slice for writing.
     ///
     /// # Safety
-    /// The elements are initialized, and until the slice is gone nothing else uses them.
+    /// The elements must be initialized, and nothing else may use them while the returned slice is
+    /// alive.
     #[inline(always)]
     pub unsafe fn part(self, range: Range<usize>) -> &'a mut [T] {
         let len = self.check(&range);
-        // SAFETY: in bounds, as was checked; alive as long as the borrow; the rest is the caller's promise.
+        // SAFETY: `check` verified that the range is in bounds, and the memory is borrowed for
+        // `'a`; the caller guarantees the rest.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(range.start), len) }
     }
 
-    /// A part of it, to read.
+    /// Returns a part of the slice for reading.
     ///
     /// # Safety
-    /// The elements are initialized, and until the slice is gone nothing writes them.
+    /// The elements must be initialized, and nothing may write them while the returned slice is
+    /// alive.
     #[inline(always)]
     pub unsafe fn shared(self, range: Range<usize>) -> &'a [T] {
         let len = self.check(&range);
@@ -111,10 +119,10 @@ impl<'a, T> Disjoint<'a, T> {
 }
 
 impl<'a> Disjoint<'a, u8> {
-    /// `count` numbers from a byte on.
+    /// Returns `count` numbers that begin at byte `from`.
     ///
     /// # Panics
-    /// Panics unless they are within the memory and aligned.
+    /// Panics if the numbers are not within the memory or not aligned.
     pub fn floats(self, from: usize, count: usize) -> Disjoint<'a, f32> {
         assert!(count <= self.len / 4 && from <= self.len - 4 * count);
         let first: *mut f32 = self.first.wrapping_add(from).cast();
@@ -131,37 +139,41 @@ impl<'a> Disjoint<'a, u8> {
     }
 }
 
-/// Rows of a matrix of which each task writes columns of its own.
+/// Rows of a matrix that several tasks write, each task its own columns.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DisjointRows<'a> {
     pub all: Disjoint<'a, f32>,
-    /// Numbers from one row's first to the next one's.
+    /// Distance from the start of one row to the start of the next, in numbers.
     pub stride: usize,
 }
 
 impl<'a> DisjointRows<'a> {
-    /// A pointer to an element, which may be used while the element is in the memory.
+    /// Returns a pointer to an element. It may be dereferenced only if the element is in the
+    /// memory.
     #[inline(always)]
     pub fn at(self, row: usize, column: usize) -> *mut f32 {
         self.all.at(row * self.stride + column)
     }
 
+    /// Writes an element.
+    ///
     /// # Safety
-    /// The element is in the memory, and this task's.
+    /// The element must be in the memory and belong to this task.
     #[inline(always)]
     pub unsafe fn set(self, row: usize, column: usize, value: f32) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the element is in the memory and belongs to this task.
         unsafe { self.at(row, column).write(value) };
     }
 
-    /// Some columns of a row.
+    /// Returns some columns of a row for writing.
     ///
     /// # Safety
-    /// The elements are initialized, and until the slice is gone nothing else uses them.
+    /// The elements must be initialized, and nothing else may use them while the returned slice is
+    /// alive.
     #[inline(always)]
     pub unsafe fn row(self, row: usize, columns: Range<usize>) -> &'a mut [f32] {
         let first = row * self.stride;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `part`, which is the same.
         unsafe { self.all.part(first + columns.start..first + columns.end) }
     }
 }

@@ -1,32 +1,35 @@
-//! Which instructions the kernels use: [`Level`], and [`dispatch!`], which compiles a function for each.
+//! Instruction sets that the kernels use: [`Level`], and [`dispatch!`], which compiles a function
+//! for each level.
 //!
-//! This module names no kernel: who has one for an instruction set matches on [`Level::set`] where it is called.
+//! This module does not depend on any kernel. Code that has a kernel for an instruction set matches
+//! on [`Level::set`] at the call site.
 
 use std::sync::OnceLock;
 
-/// A set of instructions that this machine has.
+/// An instruction set that this machine supports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level {
     set: Set,
     bf16: bool,
 }
 
-/// The sets that there are kernels for, each with all of the one before it on the same architecture.
+/// The instruction sets that kernels exist for. Each includes all sets before it of the same
+/// architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Set {
     Portable,
-    /// With FMA, F16C, BMI, LZCNT and POPCNT.
+    /// AVX2 with FMA, F16C, BMI, LZCNT and POPCNT.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// F, BW, DQ and VL: what every server with AVX-512 has.
+    /// AVX-512 F, BW, DQ and VL, which every server with AVX-512 supports.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// With VNNI, VBMI and VBMI2: dot products and permutations of bytes.
+    /// AVX-512 with VNNI, VBMI and VBMI2: dot products and permutations of bytes.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
     #[cfg(target_arch = "aarch64")]
     Neon,
-    /// With dot products of bytes.
+    /// NEON with dot products of bytes.
     #[cfg(target_arch = "aarch64")]
     NeonDot,
 }
@@ -46,7 +49,8 @@ impl Set {
         Self::NeonDot,
     ];
 
-    /// Whether this machine has what the set adds to the one before it.
+    /// Returns whether this machine supports the instructions that the set adds to the set before
+    /// it.
     fn found(self) -> bool {
         match self {
             Self::Portable => true,
@@ -73,7 +77,7 @@ impl Set {
                     && is_x86_feature_detected!("avx512vbmi")
                     && is_x86_feature_detected!("avx512vbmi2")
             }
-            // Weights are little-endian, and the kernels read them as they are.
+            // Weights are stored little-endian, and the kernels read them without conversion.
             #[cfg(target_arch = "aarch64")]
             Self::Neon => {
                 cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("neon")
@@ -85,13 +89,14 @@ impl Set {
 }
 
 impl Level {
-    /// What every machine has: plain loops, which the compiler turns into vector code where it can.
+    /// The level that every machine supports: plain loops, which the compiler vectorizes where it
+    /// can.
     pub const PORTABLE: Self = Self {
         set: Set::Portable,
         bf16: false,
     };
 
-    /// The widest that this machine has.
+    /// Returns the widest level that this machine supports.
     pub fn detect() -> Self {
         static DETECTED: OnceLock<Level> = OnceLock::new();
         *DETECTED.get_or_init(|| {
@@ -107,7 +112,7 @@ impl Level {
         })
     }
 
-    /// Every level up to the widest, for tests and benches that compare them.
+    /// Returns every level up to the widest, for tests and benchmarks that compare them.
     pub fn available() -> Vec<Self> {
         Self::up_to_widest().collect()
     }
@@ -123,7 +128,7 @@ impl Level {
             .chain(std::iter::once(best))
     }
 
-    /// A name for reports.
+    /// Returns the name of the level for reports.
     pub fn name(self) -> &'static str {
         match self.set {
             Set::Portable => "portable",
@@ -144,15 +149,16 @@ impl Level {
         self.set
     }
 
-    /// Whether there are dot products of pairs of bf16 numbers (AVX-512 BF16).
+    /// Returns whether the processor has dot products of pairs of bf16 numbers (AVX-512 BF16).
     #[allow(dead_code)] // where nothing trains
     pub(crate) fn bf16(self) -> bool {
         self.bf16
     }
 }
 
-/// Compiles a function, which may have a parameter of type, for each [`Level`], which becomes its first parameter. `FMA` says
-/// whether a fused multiply-add is one instruction: where it is not, the standard library's is a call.
+/// Compiles a function, which may have one type parameter, for each [`Level`]. The level becomes
+/// its first parameter. `FMA` is true if a fused multiply-add is one instruction; otherwise
+/// `f32::mul_add` would be a library call.
 macro_rules! dispatch {
     ($(#[$doc:meta])* $vis:vis fn $name:ident<const $fma:ident: bool $(, $t:ident: $bound:ident)?>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
@@ -170,14 +176,15 @@ macro_rules! dispatch {
                 body::<true $(, $t)?>($($arg),*)
             }
             match level.set() {
-                // SAFETY: `Level::detect` asked the processor for these features before it gave the level; so below.
+                // SAFETY: `Level::detect` returns this level only if the processor supports these
+                // features; the same holds for the next arm.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::level::Set::Avx2 => unsafe { avx2$(::<$t>)?($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::level::Set::Avx512 | $crate::kernels::level::Set::Avx512Vnni => unsafe {
                     avx512$(::<$t>)?($($arg),*)
                 },
-                // Every 64-bit Arm target has the fused multiply-add.
+                // Every 64-bit Arm target has a fused multiply-add.
                 _ => body::<{ cfg!(target_arch = "aarch64") } $(, $t)?>($($arg),*),
             }
         }
@@ -185,7 +192,7 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// `a * b + c`, fused where that is one instruction.
+/// Returns `a * b + c`, fused if that is one instruction.
 #[inline(always)]
 pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }

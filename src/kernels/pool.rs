@@ -1,4 +1,5 @@
-//! Threads that wait for work: first awake, for as long as the next piece of work of a running model is away, then asleep.
+//! A thread pool for the kernels. Waiting threads first spin for about as long as a running model
+//! takes to submit its next piece of work, then sleep.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -7,32 +8,34 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
-/// Rounds that a thread waits awake, some tens of nanoseconds each.
+/// Number of rounds that a thread spins before it sleeps. One round takes some tens of nanoseconds.
 const SPINS: usize = 4000;
 
-/// A job that threads take part in: called with a thread's number.
+/// A job that several threads run together. It is called with the number of the thread.
 type Job = *const (dyn Fn(usize) + Sync);
 
-/// The state's lower half: whether the job may be joined, and how many have. Above it is the job's number.
+/// Layout of the state. The lower half holds whether the job may be joined (`OPEN`) and how many
+/// threads have joined it (`JOINED`). The upper half is the number of the job.
 const OPEN: u64 = 1 << 31;
 const JOINED: u64 = OPEN - 1;
 const NEXT: u64 = 1 << 32;
 
 struct State {
-    /// See [`OPEN`].
+    /// See [`OPEN`] for the layout.
     state: AtomicU64,
     job: UnsafeCell<Option<Job>>,
-    /// Held by the session whose job runs.
+    /// Set by the caller whose job runs.
     busy: AtomicBool,
     asleep: Vec<AtomicBool>,
     ended: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `job` is written by the thread that holds `busy` alone, while the state is not open and nobody has joined; it is read by
-// threads that have joined. What it points to may be called from any thread.
+// SAFETY: `job` is written only by the thread that holds `busy`, while the state is not open and no
+// thread has joined. It is read only by threads that have joined. The job is `Sync`, so it may be
+// called from any thread.
 unsafe impl Sync for State {}
-// SAFETY: the pointer is only used as above.
+// SAFETY: the pointer is only used as described above.
 unsafe impl Send for State {}
 
 impl State {
@@ -64,7 +67,8 @@ impl State {
                 std::hint::spin_loop();
                 continue;
             }
-            // Whoever opens a job looks at `asleep` after it has: one of both sees what the other wrote.
+            // The thread that opens a job reads `asleep` after it has opened it. Therefore at least
+            // one of the two threads sees what the other wrote.
             self.asleep[number - 1].store(true, Ordering::SeqCst);
             fence(Ordering::SeqCst);
             let state = self.state.load(Ordering::SeqCst);
@@ -77,7 +81,8 @@ impl State {
     }
 
     fn take_part(&self, number: usize) {
-        // SAFETY: this thread has joined, so that the job was written before and stays until it leaves.
+        // SAFETY: this thread has joined, so the job was written before and stays valid until the
+        // thread leaves.
         let Some(job) = (unsafe { *self.job.get() }) else {
             return;
         };
@@ -89,18 +94,19 @@ impl State {
     }
 }
 
-/// Threads for the kernels, the caller's among them.
+/// A pool of threads for the kernels, which includes the caller's thread.
 ///
-/// One caller at a time has them; for another its work runs on its own thread alone, with the same results. They wait awake for some
-/// tens of microseconds, since the parts of a model follow each other closely, and sleep after that.
+/// One caller at a time uses the pool; the work of any other caller runs on its own thread alone,
+/// with the same results. Idle threads spin for some tens of microseconds, since the parts of a
+/// model follow each other closely, and sleep after that.
 pub struct Pool {
     shared: Arc<State>,
     workers: Vec<(JoinHandle<()>, Thread)>,
 }
 
 impl Pool {
-    /// A pool of `threads` threads, the caller's among them; 0 for as many as the machine has. Where the system gives fewer, the
-    /// pool has fewer.
+    /// Creates a pool of `threads` threads, including the caller's. 0 means as many as the machine
+    /// has. The pool is smaller if the operating system does not start that many.
     pub fn new(threads: usize) -> Self {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { available() } else { threads }.min(JOINED as usize);
@@ -125,16 +131,17 @@ impl Pool {
         Self { shared, workers }
     }
 
-    /// Threads, the caller's among them.
+    /// Returns the number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Calls `task` with each number under `tasks` once, on whichever thread is free, and with that thread's number, under
-    /// [`threads`](Self::threads); no two calls at a time have the same. Returns when all calls have.
+    /// Calls `task(thread, index)` once for each `index` less than `tasks`, on any free thread.
+    /// `thread` is less than [`threads`](Self::threads), and no two simultaneous calls have the
+    /// same. Returns when all calls have returned.
     ///
     /// # Panics
-    /// Where a call panics.
+    /// Panics if a call panics.
     pub fn for_each(&self, tasks: usize, task: impl Fn(usize, usize) + Sync) {
         let alone = self.workers.is_empty() || tasks < 2;
         if alone
@@ -159,10 +166,11 @@ impl Pool {
         });
     }
 
-    /// Runs a job on the threads that come in time, the caller's among them. The caller holds `busy`.
+    /// Runs a job on the caller's thread and on all threads that join in time. The caller holds
+    /// `busy`.
     fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.shared;
-        // Ends the job, whatever happens to the caller's part of it.
+        // Ends the job, even if the caller's part of it panics.
         struct Close<'a>(&'a State);
         impl Drop for Close<'_> {
             fn drop(&mut self) {
@@ -180,8 +188,9 @@ impl Pool {
                 self.0.busy.store(false, Ordering::Release);
             }
         }
-        // SAFETY: `busy` is held, the state is closed, and nobody has joined. The lifetime is extended until `Close` has waited for
-        // all that have joined, which is before this function returns or unwinds.
+        // SAFETY: `busy` is held, the state is closed, and no thread has joined. The lifetime is
+        // extended until `Close` has waited for all threads that have joined, which happens before
+        // this function returns or unwinds.
         unsafe {
             *shared.job.get() = Some(std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job));
         }
@@ -199,7 +208,7 @@ impl Pool {
         }
         job(0);
         drop(close);
-        // Of a worker; the caller's own unwinds by itself.
+        // A panic of a worker. A panic in the caller's own part has already unwound.
         let panic = shared
             .panic
             .lock()
@@ -216,7 +225,7 @@ impl Drop for Pool {
         self.shared.ended.store(true, Ordering::SeqCst);
         for (handle, thread) in self.workers.drain(..) {
             thread.unpark();
-            // A worker catches what its jobs throw.
+            // A worker catches the panics of its jobs, so that `join` does not fail.
             let _ = handle.join();
         }
     }
@@ -263,7 +272,7 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..300 {
                         pool.for_each(7, |_, task| {
-                            // Work inside work, too.
+                            // Nested calls are allowed, too.
                             pool.for_each(2, |_, inner| {
                                 total.fetch_add(task * inner, Ordering::Relaxed);
                             });

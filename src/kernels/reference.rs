@@ -1,12 +1,14 @@
-//! What the kernels are compared with: sums in `f64`, weight by weight.
+//! Reference implementation that the kernels are compared with: sums in `f64`, weight by weight.
 
-use super::Linear;
+use super::linear::Linear;
 use crate::error::Result;
 
-/// `y = x W^T + s (x A^T) B^T + b` of one row, whose length is that of the active inputs.
+/// Computes `y = x W^T + s (x A^T) B^T + b` for one row. `x` has as many elements as there are
+/// active inputs.
 ///
 /// # Errors
-/// Where the weight gives no rows; never for a weight that was made here.
+/// Returns an error if a row of the weight cannot be dequantized, which does not happen for a
+/// weight that this crate made.
 pub fn forward_row(layer: &Linear<'_>, x: &[f32]) -> Result<Vec<f64>> {
     let dot = |weight: &[f32]| -> f64 {
         weight

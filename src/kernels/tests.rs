@@ -1,4 +1,4 @@
-//! Every format on every instruction set against sums in `f64`.
+//! Compares the kernels for every format and instruction set with sums in `f64`.
 
 #[cfg(unix)]
 mod bounds;
@@ -7,7 +7,7 @@ use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::forward::units_of;
+use super::linear::units_of;
 use super::{
     Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch, forward_on, reference,
     scratch_bytes,
@@ -18,7 +18,7 @@ use crate::linalg::Matrix;
 
 type Rng = ChaCha8Rng;
 
-/// Relative to the sum of the products' sizes: what `f32` sums lose.
+/// Rounding error of `f32` sums, relative to the sum of the absolute values of the products.
 const F32_TOLERANCE: f64 = 2e-6;
 
 fn sparse_matrix(rows: usize, cols: usize, density: f64, rng: &mut Rng) -> Matrix {
@@ -65,7 +65,7 @@ fn quantized(rows: usize, cols: usize, bits: u8, rng: &mut Rng) -> QuantizedMatr
             }
         }
     }
-    // A group of zeros, scales of 32 bits, tiny scales, an order of its own.
+    // A group of zeros, 32-bit scales, tiny scales, and a custom order of groups.
     if rng.random_bool(0.3) {
         let at = rng.random_range(0..parts.scales.len());
         parts.scales[at] = 0.0;
@@ -101,7 +101,7 @@ fn stored(kind: usize, rows: usize, cols: usize, rng: &mut Rng) -> StoredMatrix 
     let density = [0.02, 0.5, 0.5, 0.9, 1.0][rng.random_range(0..5)];
     let mut matrix = sparse_matrix(rows, cols, density, rng);
     if rng.random_bool(0.1) {
-        // Subnormal numbers of half precision.
+        // Subnormal half-precision numbers.
         matrix
             .as_mut_slice()
             .iter_mut()
@@ -136,7 +136,7 @@ fn is_codes(weight: &StoredMatrix) -> bool {
     weight.to_quantized().is_some()
 }
 
-/// Numbers of several sizes, a block of zeros among them now and then.
+/// Returns random numbers of several magnitudes, with a block of zeros now and then.
 fn inputs(count: usize, rng: &mut Rng) -> Vec<f32> {
     let size = [1.0, 1.0, 1e-3, 100.0][rng.random_range(0..4)];
     let mut x: Vec<f32> = (0..count).map(|_| rng.random_range(-size..size)).collect();
@@ -195,7 +195,8 @@ impl Case {
         }
     }
 
-    /// What may be lost: of the sizes of products, and of the largest input in each block times the weights of codes in it.
+    /// Returns the error allowed for each output: a part of the absolute values of the products,
+    /// and, for codes, a part of the largest input in each block times the weights of that block.
     fn tolerances(&self, x: &[f32], rounding: f64) -> Vec<f64> {
         let weight = self.weight.to_matrix();
         let codes = is_codes(&self.weight);
@@ -210,7 +211,7 @@ impl Case {
         for (row, all) in all.iter_mut().enumerate() {
             let w = weight.row(row);
             let mut sizes = size(w);
-            // Codes of integers count from 0, not from their zero point.
+            // Integer codes count from 0, not from their zero point.
             if let Some(grid) = &grid {
                 let of = |col: usize| {
                     f64::from(grid.grid(row, grid.group_of(col)).0)
@@ -249,7 +250,8 @@ impl Case {
     }
 }
 
-/// Results of all layers, with a margin after each row of outputs that must stay.
+/// Returns the results of all layers. Each row of outputs is followed by a margin that must stay
+/// unchanged.
 fn run(
     level: Level,
     pool: &Pool,
@@ -339,7 +341,7 @@ fn every_format_agrees_with_the_oracle_on_every_instruction_set() {
         };
         let kind = number % FORMATS;
         let mut cases = vec![Case::random(kind, cols, &mut rng)];
-        // Other layers on the same inputs.
+        // Add more layers on the same inputs.
         while rng.random_bool(0.3) {
             let kind = rng.random_range(0..FORMATS);
             cases.push(Case::random(kind, cols, &mut rng));
@@ -410,7 +412,8 @@ fn codes_of_every_width_multiply_integers_wherever_there_is_vector_code() {
     }
 }
 
-/// Each kernel by itself, at the sizes at which something ends: words, blocks, two blocks, what memory holds after a row.
+/// Checks each kernel by itself at the sizes where something ends: words, blocks, two blocks, and
+/// the memory after a row.
 #[test]
 fn every_length_of_rows_agrees_with_the_oracle() {
     let mut rng = Rng::seed_from_u64(6);
@@ -446,7 +449,8 @@ fn every_length_of_rows_agrees_with_the_oracle() {
     }
 }
 
-/// Rows of inputs that do not stay in a first-level cache, for which rows of the weight go together.
+/// Checks rows of inputs that do not fit into a first-level cache, for which rows of the weight are
+/// grouped.
 #[test]
 fn long_rows_agree_with_the_oracle() {
     let mut rng = Rng::seed_from_u64(7);
@@ -519,7 +523,7 @@ fn one_row_is_the_same_alone_and_numbers_that_are_none_stay_so() {
                 let weight = cases[0].weight.to_matrix();
                 for (row, y) in y[0][..cases[0].outputs].iter().enumerate() {
                     let exact: f32 = weight.row(row).iter().zip(x).map(|(w, x)| w * x).sum();
-                    // A zero of a sparse weight may hide what it would have multiplied.
+                    // A zero in a sparse weight may hide the input that it would have multiplied.
                     let seen = weight.row(row)[7] != 0.0 && weight.row(row)[130] != 0.0;
                     assert!(
                         !seen || exact.is_finite() || !y.is_finite(),

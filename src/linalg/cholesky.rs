@@ -1,26 +1,27 @@
-//! A blocked Cholesky factorization from the last column to the first.
+//! A blocked Cholesky factorization, from the last column to the first.
 
 use rayon::prelude::*;
 
 use super::Matrix;
 use super::product::{View, add_product};
 
-/// Columns that are factored at a time.
+/// Number of columns factored at a time.
 const PANEL: usize = 128;
-/// Rows of a task.
+/// Number of rows per task.
 const CHUNK: usize = 256;
 
-/// A pivot that is not above what rounding leaves of nothing.
+/// A pivot that is NaN, infinite or not larger than rounding errors.
 pub(super) struct BadPivot {
     pub index: usize,
     pub value: f64,
 }
 
-/// Overwrites the upper triangle of the symmetric `a`, whose lower one is not read, with the upper triangular `u` of
-/// `a = u u^T`. What the lower triangle holds after it means nothing.
+/// Overwrites the upper triangle of the symmetric `a` with the upper triangular `u` of `a = u u^T`.
+/// The lower triangle is not read, and its contents are unspecified afterwards.
 ///
-/// Each panel of columns is one product of what is done already, then the factor of its diagonal block, in `f64`, then
-/// one product with that block's inverse. `n^3 / 3` multiplications, in `f32`; the same result at any number of threads.
+/// For each panel of columns, it subtracts one product of the columns already factored, factors the
+/// diagonal block in `f64`, and multiplies with the inverse of that block. This takes `n^3 / 3`
+/// multiplications in `f32`. The result is the same with any number of threads.
 pub(super) fn factor_upper(a: &mut Matrix) -> Result<(), BadPivot> {
     let n = a.rows();
     let diagonal: Vec<f32> = (0..n).map(|i| a.row(i)[i]).collect();
@@ -78,8 +79,8 @@ pub(super) fn factor_upper(a: &mut Matrix) -> Result<(), BadPivot> {
     Ok(())
 }
 
-/// Gives `change` some rows of the matrix, their number, and a copy of their columns in `columns`, and puts back what it makes
-/// of the copy.
+/// Calls `change` for each chunk of rows, with the rows, their number and a copy of their columns
+/// in `columns`, and writes the changed copy back.
 fn update_panel(
     values: &mut [f32],
     n: usize,
@@ -100,14 +101,15 @@ fn update_panel(
         });
 }
 
-/// [`factor_upper`] of one small block, whose original diagonal tells when a pivot is nothing but rounding.
+/// Does the work of [`factor_upper`] for one small block. A pivot is rejected if it is within
+/// rounding errors of 0, measured by the block's original diagonal.
 fn factor_block(a: &mut [f64], diagonal: &[f32]) -> Result<(), BadPivot> {
     let n = diagonal.len();
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     for j in (0..n).rev() {
         let (above, row) = a.split_at_mut(j * n);
         let value = row[j] - dot(&row[j + 1..n], &row[j + 1..n]);
-        // A NaN is no greater than anything.
+        // A NaN fails the first comparison.
         let sound =
             value > f64::from(f32::EPSILON) * f64::from(diagonal[j]).abs() && value.is_finite();
         if !sound {
@@ -124,14 +126,14 @@ fn factor_block(a: &mut [f64], diagonal: &[f32]) -> Result<(), BadPivot> {
     Ok(())
 }
 
-/// The inverse of an upper triangular block, which is one too.
+/// Returns the inverse of an upper triangular block, which is upper triangular as well.
 fn invert_block(a: &[f64], n: usize) -> Vec<f32> {
     let mut inverse = vec![0.0_f64; n * n];
     for i in (0..n).rev() {
         let (done, rest) = inverse.split_at_mut((i + 1) * n);
         let line = &mut done[i * n..];
         line[i] = 1.0;
-        // Row i of the inverse: the unit row less what the rows below it contribute.
+        // Row i of the inverse is the unit row minus the contributions of the rows below it.
         for (k, below) in (i + 1..n).zip(rest.chunks_exact(n)) {
             let factor = a[i * n + k];
             line[k..]

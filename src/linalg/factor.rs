@@ -1,4 +1,4 @@
-//! The factor of a damped Hessian by which rounding errors are passed on.
+//! The factor of a damped Hessian, with which rounding errors are propagated to later columns.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -7,16 +7,17 @@ use super::cholesky::factor_upper;
 use super::{Hessian, Matrix};
 use crate::error::{Error, Result};
 
-/// Most that damping is raised to, as a share of the diagonal's mean.
+/// Upper limit of the damping, as a fraction of the diagonal's mean.
 const MAX_DAMPING: f64 = 1.0;
 
-/// How a Hessian is made ready.
+/// Settings of the factorization of a Hessian.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct FactorConfig {
-    /// What is added to the diagonal, as a share of its mean.
+    /// Damping added to the diagonal, as a fraction of its mean.
     pub damping: f64,
-    /// Whether the columns of the largest input are rounded first (GPTQ's `desc_act`), not those on the left.
+    /// Whether the columns with the largest input are rounded first (GPTQ's `desc_act`), instead of
+    /// from left to right.
     pub activation_order: bool,
 }
 
@@ -30,7 +31,7 @@ impl Default for FactorConfig {
 }
 
 impl FactorConfig {
-    /// Damping of 0.01, columns from left to right.
+    /// Creates settings with a damping of 0.01 and columns from left to right.
     pub fn new() -> Self {
         Self::default()
     }
@@ -43,7 +44,7 @@ impl FactorConfig {
     /// Checks the fields.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a damping that is negative or not finite.
+    /// Returns [`Error::InvalidArgument`] if the damping is negative or not finite.
     pub fn validate(&self) -> Result<()> {
         if self.damping.is_finite() && self.damping >= 0.0 {
             return Ok(());
@@ -56,12 +57,14 @@ impl FactorConfig {
     }
 }
 
-/// The upper triangular `U` of `H + damping = U U^T`, its columns divided by their pivots; shared by all layers of one input.
+/// The upper triangular `U` of `H + damping = U U^T`, with its columns divided by their pivots. All
+/// layers with the same input share it.
 ///
-/// With errors `d_i` of the columns before column `k`, `-sum_i d_i U_ik / U_kk` is the change of column `k` that makes the
-/// best of them. GPTQ's own form has the Cholesky factor of the inverse instead, which is `U^-1`; both give the same weights
-/// (*The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm*, arXiv 2507.18553), and this one needs no
-/// inverse: a quarter of the arithmetic.
+/// Let `d_i` be the errors of the columns before column `k`. Then `-sum_i d_i U_ik / U_kk` is the
+/// change of column `k` that best compensates for them. GPTQ's original form uses the Cholesky
+/// factor of the inverse, which is `U^-1`. Both give the same weights (*The Geometry of LLM
+/// Quantization: GPTQ as Babai's Nearest Plane Algorithm*, arXiv 2507.18553), but this form needs
+/// no inverse and only a quarter of the arithmetic.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct Factor {
@@ -75,13 +78,15 @@ pub struct Factor {
 impl Factor {
     /// Factors a Hessian.
     ///
-    /// A column that was 0 in all of the input is dead: it couples to nothing, and the weights of it count as 0. Where the
-    /// damped matrix still has no factor, because it is singular to rounding, the damping (unless it is 0) is raised
-    /// tenfold, at most to the mean of the diagonal; [`damping`](Self::damping) tells.
+    /// A column that is 0 in all of the input is dead: it has no coupling to other columns, and its
+    /// weights are treated as 0. If the damped matrix has no factor because it is singular to
+    /// within rounding, and the damping is not 0, the damping is raised tenfold until it succeeds,
+    /// at most to the mean of the diagonal. [`damping`](Self::damping) returns the damping used.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a bad damping; [`Error::NotFinite`] for NaN or an infinity in the Hessian;
-    /// [`Error::NotPositiveDefinite`] where no damping helped.
+    /// Returns [`Error::InvalidArgument`] if the damping is invalid, [`Error::NotFinite`] if the
+    /// Hessian has a NaN or infinite element, and [`Error::NotPositiveDefinite`] if no damping
+    /// suffices.
     pub fn new(hessian: &Hessian, config: &FactorConfig) -> Result<Self> {
         config.validate()?;
         hessian.check_finite()?;
@@ -168,28 +173,30 @@ impl Factor {
         self.pivots.len()
     }
 
-    /// `U_ik / U_kk`, by position in the order of rounding; 1 on the diagonal.
+    /// `U_ik / U_kk` by position in rounding order; 1 on the diagonal.
     pub(crate) fn couplings(&self) -> &Matrix {
         &self.couplings
     }
 
-    /// `U_kk`, by position: its square is what a unit error of that weight costs once all later ones have made up for it, the
-    /// inverse of the `[H^-1]_kk` that SparseGPT divides by.
+    /// `U_kk` by position in rounding order. Its square is the cost of a unit error of that weight
+    /// after all later weights have compensated for it, which is the inverse of the `[H^-1]_kk`
+    /// that SparseGPT divides by.
     pub(crate) fn pivots(&self) -> &[f32] {
         &self.pivots
     }
 
-    /// The column at each position of the order of rounding; none where they go from left to right.
+    /// The column at each position of the rounding order; `None` if the order is from left to
+    /// right.
     pub fn order(&self) -> Option<&[u32]> {
         self.order.as_deref()
     }
 
-    /// Columns that were 0 in all of the input, ascending.
+    /// Columns that are 0 in all of the input, in ascending order.
     pub(crate) fn dead(&self) -> &[u32] {
         &self.dead
     }
 
-    /// The damping that was needed, as a share of the diagonal's mean.
+    /// The damping used, as a fraction of the diagonal's mean.
     pub fn damping(&self) -> f64 {
         self.damping
     }

@@ -1,4 +1,4 @@
-//! What GPTQ and SparseGPT need to know of a layer's input.
+//! The statistics of a layer's input that GPTQ and SparseGPT need.
 
 use rayon::prelude::*;
 
@@ -8,18 +8,19 @@ use crate::error::{Error, Result};
 
 /// The sum of `x^T x` over the rows of a layer's input, `[d_input, d_input]`.
 ///
-/// The Hessian of the layer's squared output error is twice that. GPTQ and SparseGPT depend on it up to a factor only, so
-/// none is applied. Kept in `f32`; the upper triangle alone is computed.
+/// The Hessian of the layer's squared output error is twice this sum. GPTQ and SparseGPT depend on
+/// it only up to a factor, so no factor is applied. The sum is in `f32`, and only its upper
+/// triangle is computed.
 #[derive(Clone, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct Hessian {
-    // The lower triangle is not kept in step.
+    // Only the upper triangle is up to date.
     sum: Matrix,
     rows: usize,
 }
 
 impl Hessian {
-    /// No row seen, for a layer with `d_input` input columns.
+    /// Creates an empty sum for a layer with `d_input` input columns.
     pub fn new(d_input: usize) -> Self {
         Self {
             sum: Matrix::zeros(d_input, d_input),
@@ -27,10 +28,12 @@ impl Hessian {
         }
     }
 
-    /// Takes a symmetric matrix that was computed elsewhere; of each pair of elements the upper one counts.
+    /// Creates a Hessian from a symmetric matrix that was computed elsewhere. Only its upper
+    /// triangle is used.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where it is not square, [`Error::NotFinite`] where it holds NaN or an infinity.
+    /// Returns [`Error::ShapeMismatch`] if the matrix is not square, and [`Error::NotFinite`] if it
+    /// has a NaN or infinite element.
     pub fn from_matrix(matrix: Matrix) -> Result<Self> {
         if matrix.rows() != matrix.cols() {
             return Err(Error::ShapeMismatch {
@@ -52,7 +55,7 @@ impl Hessian {
         self.sum.cols()
     }
 
-    /// Number of rows seen.
+    /// Number of rows added so far.
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -60,29 +63,29 @@ impl Hessian {
     /// Element `(i, j)`.
     ///
     /// # Panics
-    /// Where it lies outside the matrix.
+    /// Panics if it is outside the matrix.
     pub fn get(&self, i: usize, j: usize) -> f32 {
         self.sum.row(i.min(j))[i.max(j)]
     }
 
-    /// The diagonal: each column's sum of squares.
+    /// The diagonal, which holds each column's sum of squares.
     pub(crate) fn diagonal(&self) -> Vec<f32> {
         (0..self.d_input()).map(|i| self.sum.row(i)[i]).collect()
     }
 
-    /// The whole matrix, both triangles.
+    /// The whole symmetric matrix, with both triangles.
     pub fn to_matrix(&self) -> Matrix {
         Matrix::from_fn(self.d_input(), self.d_input(), |i, j| self.get(i, j))
     }
 
-    /// Adds the input of some tokens. The same result at any number of threads.
+    /// Adds the input of some tokens. The result is the same with any number of threads.
     ///
     /// # Shapes
     /// `x`: `[tokens, d_input]`, row-major.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where `x` is no whole number of rows, [`Error::NotFinite`] where it holds NaN or an infinity;
-    /// the sum is then unchanged.
+    /// Returns [`Error::ShapeMismatch`] if `x` does not consist of whole rows, and
+    /// [`Error::NotFinite`] if it has a NaN or infinite element. The sum is then unchanged.
     pub fn update(&mut self, x: &[f32]) -> Result<()> {
         let d = self.d_input();
         if (d == 0 && !x.is_empty()) || (d > 0 && !x.len().is_multiple_of(d)) {
@@ -103,7 +106,8 @@ impl Hessian {
             return Ok(());
         }
         let tokens = x.len() / d;
-        // Wide stripes keep the products efficient, many of them keep all threads busy.
+        // Wide stripes make the products efficient, and a large number of them keeps all threads
+        // busy.
         let stripe = (d / 16).clamp(32, 512);
         self.sum
             .as_mut_slice()
@@ -119,7 +123,7 @@ impl Hessian {
         Ok(())
     }
 
-    /// Refuses NaN and infinities.
+    /// Returns an error if an element is NaN or infinite.
     pub(super) fn check_finite(&self) -> Result<()> {
         match self
             .sum

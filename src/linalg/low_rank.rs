@@ -1,4 +1,5 @@
-//! The nearest matrices of low rank, by randomized subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061).
+//! Low-rank approximation by randomized subspace iteration (Halko, Martinsson, Tropp, arXiv
+//! 0909.4061).
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -8,33 +9,37 @@ use super::Matrix;
 use super::product::{View, add_product};
 use crate::error::{Error, Result};
 
-/// Directions beside those that are asked for, so that the last of these are found as well as the first.
+/// Number of directions beyond the requested rank, so that the last requested ones are as accurate
+/// as the first.
 const EXTRA: usize = 8;
-/// Rows of a product that one task makes.
+/// Number of rows of a product that one task computes.
 const ROWS: usize = 64;
-/// Passes over the matrix and back.
+/// Number of passes over the matrix and its transpose.
 const PASSES: usize = 4;
-/// Singular values below this share of the largest are rounding.
+/// Singular values below this fraction of the largest are treated as rounding errors.
 const NEGLIGIBLE: f64 = 1e-6;
 
-/// A matrix as a sum of `rank` products of a column and a row, by decreasing singular value: `left * right`.
+/// A matrix `left * right` of rank `rank`, with its terms in order of decreasing singular value.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct LowRank {
-    /// `[rows, rank]`; column `i` has the length of the root of singular value `i`.
+    /// `[rows, rank]`. The norm of column `i` is the square root of singular value `i`.
     pub left: Matrix,
-    /// `[rank, cols]`; row `i` has that length too.
+    /// `[rank, cols]`. The norm of row `i` is the square root of singular value `i`.
     pub right: Matrix,
-    /// Singular values, `[rank]`; 0 beyond the matrix's own rank, where column and row are 0.
+    /// Singular values, `[rank]`. They are 0 beyond the matrix's own rank, as are the columns of
+    /// `left` and the rows of `right` there.
     pub singular: Vec<f64>,
 }
 
-/// The matrix of a rank that is nearest to `matrix` in the sum of squares, to within what four passes find: exact for a matrix of
-/// that rank. The first terms are the nearest of a smaller rank.
+/// Approximates `matrix` by the matrix of rank `rank` nearest to it in the sum of squares.
 ///
-/// `O(rows * cols * rank)`; the same seed gives the same result at any number of threads.
+/// The result is exact for a matrix of that rank, and otherwise as accurate as four passes allow.
+/// Its first terms are the approximation of a smaller rank. The cost is `O(rows * cols * rank)`.
+/// The same seed gives the same result with any number of threads.
 ///
 /// # Errors
-/// [`Error::NotFinite`] where the matrix holds NaN or an infinity; [`Error::InvalidArgument`] for a rank of 0.
+/// Returns [`Error::NotFinite`] if the matrix has a NaN or infinite element, and
+/// [`Error::InvalidArgument`] if the rank is 0.
 pub(crate) fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRank> {
     if rank == 0 {
         return Err(Error::argument("rank", 0, "at least 1"));
@@ -62,7 +67,7 @@ pub(crate) fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRan
     }
     let transposed = matrix.transposed();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    // Rows of these are directions.
+    // The rows of `right` and `left` are directions.
     let mut right = Matrix::from_fn(k, cols, |_, _| rng.random_range(-1.0..1.0));
     let mut left = products(matrix, &right);
     for _ in 0..PASSES {
@@ -72,9 +77,11 @@ pub(crate) fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRan
         left = products(matrix, &right);
     }
     orthonormalize(&mut left);
-    // The matrix on that basis, k rows, whose own singular vectors follow from a small symmetric matrix.
+    // `right` is the matrix in the basis `left`. It has k rows, and its singular vectors follow
+    // from a small symmetric matrix.
     right = products(&transposed, &left);
-    // Each product from the same two rows in the same order, so that it is symmetric to the last bit.
+    // Both (i, j) and (j, i) multiply the same rows in the same order, so the matrix is exactly
+    // symmetric.
     let entry = |i: usize, j: usize| dot(right.row(i.max(j)), right.row(i.min(j)));
     let gram = (0..k)
         .map(|i| (0..k).map(|j| entry(i, j)).collect())
@@ -105,7 +112,7 @@ pub(crate) fn low_rank(matrix: &Matrix, rank: usize, seed: u64) -> Result<LowRan
     Ok(found)
 }
 
-/// The products of a matrix with each row of `directions`, as rows.
+/// Multiplies a matrix with each row of `directions`, and returns the products as rows.
 fn products(matrix: &Matrix, directions: &Matrix) -> Matrix {
     let (rows, cols, k) = (matrix.rows(), matrix.cols(), directions.rows());
     let mut out = vec![0.0_f32; rows * k];
@@ -126,7 +133,8 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
         .sum()
 }
 
-/// Makes the rows orthogonal and of length 1 (Gram and Schmidt, twice); one that depends on those before it becomes 0.
+/// Makes the rows orthonormal (Gram-Schmidt, twice). A row that depends linearly on earlier ones
+/// becomes 0.
 fn orthonormalize(rows: &mut Matrix) {
     for i in 0..rows.rows() {
         let before = dot(rows.row(i), rows.row(i)).sqrt();
@@ -152,7 +160,8 @@ fn orthonormalize(rows: &mut Matrix) {
     }
 }
 
-/// Eigenvalues of a symmetric matrix, and as columns its eigenvectors, by Jacobi's rotations.
+/// Returns the eigenvalues of a symmetric matrix and its eigenvectors, as columns, by Jacobi
+/// rotations.
 fn symmetric_eigen(mut matrix: Vec<Vec<f64>>) -> (Vec<f64>, Vec<Vec<f64>>) {
     const SWEEPS: usize = 30;
     let n = matrix.len();
@@ -227,7 +236,7 @@ mod tests {
             );
             assert_eq!(&found.singular[3..], [0.0, 0.0]);
             assert!(found.right.row(3).iter().all(|value| *value == 0.0));
-            // Columns and rows of equal length, those of the root of the singular value.
+            // The column and the row have the same norm, the square root of the singular value.
             for (term, singular) in found.singular.iter().enumerate() {
                 let left: f64 = (0..rows)
                     .map(|row| f64::from(found.left.row(row)[term]).powi(2))
@@ -244,7 +253,8 @@ mod tests {
     #[test]
     fn no_matrix_of_that_rank_is_much_nearer() {
         let matrix = random(50, 33, 3);
-        // All singular values: the squares of those that are left out are the least distance (Eckart and Young).
+        // With all singular values known: the squares of those that are left out sum to the least
+        // distance (Eckart and Young).
         let all = low_rank(&matrix, 33, 5).unwrap();
         assert!(square_distance(&product(&all.left, &all.right), &matrix) < 1e-6);
         for rank in [1, 4, 12] {

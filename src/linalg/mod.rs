@@ -1,4 +1,5 @@
-//! Plain matrices on the host, the Cholesky factor that GPTQ and SparseGPT work by, and nearest matrices of low rank.
+//! Plain matrices on the host, the Cholesky factor that GPTQ and SparseGPT use, and low-rank
+//! approximation.
 
 mod cholesky;
 mod factor;
@@ -12,7 +13,7 @@ pub(crate) use low_rank::low_rank;
 
 use crate::error::{Error, Result};
 
-/// A row-major `f32` matrix on the host. Weights are `[out, in]`, as Hugging Face stores them.
+/// A row-major `f32` matrix on the host. Weights are `[out, in]`, as in Hugging Face checkpoints.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Matrix {
     rows: usize,
@@ -21,10 +22,10 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Wraps row-major `data` of `rows * cols` elements.
+    /// Creates a matrix from row-major `data` of `rows * cols` elements.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the length is another.
+    /// Returns [`Error::ShapeMismatch`] if `data` has another length.
     pub fn new(rows: usize, cols: usize, data: Vec<f32>) -> Result<Self> {
         if rows.checked_mul(cols) != Some(data.len()) {
             return Err(Error::ShapeMismatch {
@@ -36,7 +37,7 @@ impl Matrix {
         Ok(Self { rows, cols, data })
     }
 
-    /// A matrix of zeros.
+    /// Creates a matrix of zeros.
     pub fn zeros(rows: usize, cols: usize) -> Self {
         Self {
             rows,
@@ -45,7 +46,7 @@ impl Matrix {
         }
     }
 
-    /// A matrix whose element `(i, j)` is `f(i, j)`.
+    /// Creates a matrix whose element `(i, j)` is `f(i, j)`.
     pub fn from_fn(rows: usize, cols: usize, mut f: impl FnMut(usize, usize) -> f32) -> Self {
         let mut data = Vec::with_capacity(rows * cols);
         for i in 0..rows {
@@ -71,12 +72,12 @@ impl Matrix {
         &self.data
     }
 
-    /// All elements, row-major.
+    /// All elements, row-major and mutable.
     pub fn as_mut_slice(&mut self) -> &mut [f32] {
         &mut self.data
     }
 
-    /// The elements, row-major, without the matrix.
+    /// Converts the matrix into its row-major elements.
     pub fn into_vec(self) -> Vec<f32> {
         self.data
     }
@@ -86,12 +87,12 @@ impl Matrix {
         &self.data[i * self.cols..(i + 1) * self.cols]
     }
 
-    /// Row `i`.
+    /// Row `i`, mutable.
     pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
         &mut self.data[i * self.cols..(i + 1) * self.cols]
     }
 
-    /// Columns become rows.
+    /// Returns the transposed matrix.
     pub fn transposed(&self) -> Self {
         const TILE: usize = 32;
         let mut data = vec![0.0; self.data.len()];

@@ -1,7 +1,7 @@
-//! Matrix products on slices, on one thread: callers split the work into parts whose sizes do not depend on how many threads
-//! there are, so that results do not either.
+//! Matrix products on slices, on one thread. Callers split the work into parts whose sizes do not
+//! depend on the number of threads, so the results do not either.
 
-/// A matrix of any strides in a slice.
+/// A view of a slice as a matrix with arbitrary strides.
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a> {
     values: &'a [f32],
@@ -10,7 +10,7 @@ pub(crate) struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// Row-major, with `stride` elements from row to row.
+    /// Creates a row-major view, with `stride` elements from row to row.
     pub fn rows(values: &'a [f32], [rows, cols]: [usize; 2], stride: usize) -> Self {
         Self {
             values,
@@ -28,7 +28,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Elements that the slice must have.
+    /// Number of elements that the slice must have.
     fn reach(&self) -> usize {
         let last = |axis: usize| (self.size[axis] - 1) * self.strides[axis];
         if self.size.contains(&0) {
@@ -39,10 +39,11 @@ impl<'a> View<'a> {
     }
 }
 
-/// `out += factor * a b`, for `a` `[m, k]`, `b` `[k, n]` and `out` row-major `[m, n]` with `stride` elements from row to row.
+/// Computes `out += factor * a b`, for `a` `[m, k]`, `b` `[k, n]` and row-major `out` `[m, n]` with
+/// `stride` elements from row to row.
 ///
 /// # Panics
-/// Where the sizes do not fit together or into the slices.
+/// Panics if the sizes do not match or exceed the slices.
 pub(crate) fn add_product(out: &mut [f32], stride: usize, factor: f32, a: View<'_>, b: View<'_>) {
     let ([m, k], [inner, n]) = (a.size, b.size);
     if m == 0 || n == 0 || k == 0 {
@@ -59,8 +60,8 @@ pub(crate) fn add_product(out: &mut [f32], stride: usize, factor: f32, a: View<'
     );
     let [a_row, a_col] = a.strides.map(|stride| stride as isize);
     let [b_row, b_col] = b.strides.map(|stride| stride as isize);
-    // SAFETY: all elements that the sizes and strides reach lie in the slices, as was asserted; `out` is borrowed mutably,
-    // so it overlaps neither operand.
+    // SAFETY: the assertions above check that all elements reached by the sizes and strides are in
+    // the slices; `out` is borrowed mutably, so it does not overlap `a` or `b`.
     unsafe {
         gemm::gemm(
             m,

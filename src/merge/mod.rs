@@ -1,9 +1,12 @@
-//! Adapters become part of the weights they ride on, and channels and blocks that a subnet leaves out go.
+//! Merges adapters into the base weights, and removes the channels and blocks that the active
+//! subnet does not use.
 //!
-//! A plain adapter fills a sparse weight's zeros when it is merged; one that was trained under SparsePEFT's mask (SQFT,
-//! arXiv 2410.03750) keeps each of them, and the merged model gives what training saw. One that was trained through a grid of
-//! integers as well (QA-SparsePEFT) gives a quantized weight, whose every value is that of the training forward, bit for bit. A subnet of smaller widths or depth (LoNAS,
-//! LREC-COLING 2024) becomes a plain model that is smaller, which the authors' code does not provide.
+//! Merging a plain adapter fills the zeros of a sparse weight. An adapter trained under
+//! SparsePEFT's mask (SQFT, arXiv 2410.03750) keeps each zero, and the merged model computes what
+//! training saw. An adapter that was also trained through a quantization grid (QA-SparsePEFT)
+//! merges into a quantized weight whose values equal those of the training forward pass, bit for
+//! bit. A subnet of smaller widths or depth (LoNAS, LREC-COLING 2024) becomes a smaller plain
+//! model; the authors' code does not provide this.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -19,14 +22,15 @@ use crate::progress::{Progress, Task};
 use crate::sparsity::Mask;
 use crate::supernet::SuperNet;
 
-/// What a merge does about the zeros of the base.
+/// How a merge treats the zeros of the base.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MergeMode {
-    /// Refuses to lose one: an adapter on a weight with zeros must have been trained under its mask (SparsePEFT).
+    /// Fails if a zero would be lost: an adapter on a weight with zeros must have been trained
+    /// under its mask (SparsePEFT).
     #[default]
     KeepZeros,
-    /// `W + s A B` whatever becomes of the zeros.
+    /// Merges `W + s A B` even if zeros are filled.
     Dense,
 }
 
@@ -38,9 +42,10 @@ pub enum MergeMode {
 /// # use elastic_lora::{progress::Silent, supernet::SuperNetConfig, Merger, SearchSpace, SuperNet};
 /// # fn main() -> elastic_lora::Result<()> {
 /// # let config = HfConfig::new_llama(&LlamaDims {
-/// #     vocab_size: 11, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 1, num_attention_heads: 2,
-/// #     num_key_value_heads: 1, max_position_embeddings: 16, rope_theta: 1e4, rms_norm_eps: 1e-5,
-/// #     tie_word_embeddings: true, bos_token_id: None, eos_token_id: None, pad_token_id: None, dtype: DType::F32,
+/// #     vocab_size: 11, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 1,
+/// #     num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 16,
+/// #     rope_theta: 1e4, rms_norm_eps: 1e-5, tie_word_embeddings: true, bos_token_id: None,
+/// #     eos_token_id: None, pad_token_id: None, dtype: DType::F32,
 /// # })?;
 /// # let model = Decoder::init(&config, 1, &Device::flex())?;
 /// let space = SearchSpace::per_layer(&model.layer_shapes(), &[4, 2])?;
@@ -57,80 +62,83 @@ pub struct Merger {
     zero_mlps: bool,
 }
 
-/// What a merge did to one layer.
+/// Report of merging one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct MergedLayer {
-    /// Hugging Face's module path.
+    /// Hugging Face's module path of the layer.
     pub name: String,
-    /// The rank that was merged.
+    /// Rank of the merged update.
     pub rank: usize,
-    /// Share of zeros of the base weight, in 0..=1.
+    /// Fraction of zeros in the base weight, in 0..=1.
     pub sparsity_before: f64,
-    /// Share of zeros of the merged weight, in 0..=1.
+    /// Fraction of zeros in the merged weight, in 0..=1.
     pub sparsity_after: f64,
-    /// Zeros of the base that are none any more. Where training went through a grid and under a mask, those that the mask keeps.
+    /// Number of zeros in the base weight that are no longer zero. After training through a grid
+    /// and under a mask, only zeros that the mask protects count.
     pub zeros_lost: usize,
-    /// Bits of a code, where the merged weight is quantized.
+    /// Bits per code, if the merged weight is quantized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits: Option<u8>,
 }
 
-/// What a merge did.
+/// Report of a merge.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MergeReport {
     /// The layers that had an adapter, in the order of computation.
     pub layers: Vec<MergedLayer>,
-    /// Zeros lost over all layers.
+    /// Number of zeros lost in all layers.
     pub zeros_lost: usize,
     /// Sizes of the blocks of the merged model.
     #[serde(default)]
     pub blocks: Vec<BlockDims>,
-    /// Parts of the supernet's blocks that are left out, as `model.layers.3.mlp`.
+    /// Sub-blocks of the supernet that the merged model leaves out, such as `model.layers.3.mlp`.
     #[serde(default)]
     pub left_out: Vec<String>,
-    /// Largest absolute difference between the logits of the unmerged and the merged model on the sample input; absent
-    /// without one.
+    /// Largest absolute difference between the logits of the unmerged and the merged model on the
+    /// sample input; `None` without a sample.
     pub max_logit_difference: Option<f32>,
 }
 
-/// A merged model, with no adapters left, and what was done.
+/// A merged model without adapters, and the report of the merge.
 #[derive(Clone, Debug)]
 pub struct Merged {
-    /// The model.
+    /// The merged model.
     pub model: Decoder,
-    /// What was done.
+    /// Report of the merge.
     pub report: MergeReport,
 }
 
 impl Merger {
-    /// Keeps every zero, or refuses.
+    /// Creates a merger that keeps every zero or fails.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sets what is done about zeros.
+    /// Sets how zeros are treated.
     pub fn with_mode(mut self, mode: MergeMode) -> Self {
         self.mode = mode;
         self
     }
 
-    /// Sets whether [`extract`](Self::extract) gives a block that is left without an MLP one of zeros, 256 channels wide, which changes
-    /// no output. It costs `3 * 256 * d_model` parameters a block, and is for readers of DeciLM's form that take a block
-    /// without an MLP for none at all, as llama.cpp does: without it, the model is written in this crate's own form.
+    /// Sets whether [`extract`](Self::extract) gives blocks without an MLP a zero MLP, 256 channels
+    /// wide, which does not change the output. It costs `3 * 256 * d_model` parameters per block.
+    /// Use it for readers of the DeciLM format that drop a block without an MLP altogether, as
+    /// llama.cpp does. Without it, such a model is written in this crate's own format.
     pub fn with_zero_mlps(mut self, zero_mlps: bool) -> Self {
         self.zero_mlps = zero_mlps;
         self
     }
 
-    /// Merges the active subnet, leaving `net` as it is. The logits of both are compared on `sample`, token sequences. A subnet
-    /// that leaves out channels or parts of blocks is for [`extract`](Self::extract).
+    /// Merges the active subnet into a new model; `net` is unchanged. The logits of both are
+    /// compared on `sample`, a list of token sequences. For a subnet that leaves out channels or
+    /// sub-blocks, use [`extract`](Self::extract).
     ///
     /// # Errors
-    /// [`Error::ZerosLost`] in [`MergeMode::KeepZeros`] where a zero would be filled;
-    /// [`Error::NotFinite`] where a merged weight is not a number; [`Error::OffGrid`] as
-    /// [`ElasticLoraLinear::merged_quantized`] says; [`Error::Unsupported`] for a subnet of smaller widths or
-    /// depth; those of [`Decoder::tokens`] for `sample`.
+    /// Returns [`Error::ZerosLost`] if [`MergeMode::KeepZeros`] is set and a zero would be filled,
+    /// [`Error::NotFinite`] if a merged weight is NaN or infinite, [`Error::OffGrid`] as
+    /// [`ElasticLoraLinear::merged_quantized`] does, [`Error::Unsupported`] for a subnet of smaller
+    /// widths or depth, and the errors of [`Decoder::tokens`] for `sample`.
     pub fn merge(
         &self,
         net: &SuperNet,
@@ -152,15 +160,18 @@ impl Merger {
         self.extract(net, sample, progress)
     }
 
-    /// The active subnet as a plain model of its own: adapters merged, and only those channels, heads and parts of blocks left that
-    /// are active. `net` stays as it is. The logits of both are compared on `sample`, token sequences.
+    /// Extracts the active subnet as a plain model: adapters are merged, and only active channels,
+    /// heads and sub-blocks remain. `net` is unchanged. The logits of both are compared on
+    /// `sample`, a list of token sequences.
     ///
-    /// Blocks of which nothing is left go, and those behind them move up. An attention without its MLP and an MLP without its attention
-    /// that come to follow each other become one block. The model's [`HfConfig`](crate::io::HfConfig) is a stock
-    /// one where all blocks are alike; see [`HfConfig::with_blocks`](crate::io::HfConfig::with_blocks).
+    /// Empty blocks are removed, and later blocks move up. An attention-only block followed by an
+    /// MLP-only block becomes one block. The model's [`HfConfig`](crate::io::HfConfig) is a
+    /// standard one if all blocks have the same sizes; see
+    /// [`HfConfig::with_blocks`](crate::io::HfConfig::with_blocks).
     ///
     /// # Errors
-    /// As [`merge`](Self::merge), whatever is left out; [`Error::InvalidConfig`] where nothing is left.
+    /// Returns the errors of [`merge`](Self::merge) except that smaller widths and depths are
+    /// supported, and [`Error::InvalidConfig`] if no block remains.
     pub fn extract(
         &self,
         net: &SuperNet,
@@ -225,7 +236,8 @@ impl Merger {
         })
     }
 
-    /// The running blocks of a model, whose sizes are `dims`, with halves joined and missing MLPs filled in.
+    /// Collects the blocks that still run, whose sizes are `dims`, joins attention-only with
+    /// MLP-only blocks, and fills in missing MLPs if asked to.
     fn reshaped(
         &self,
         model: &Decoder,
@@ -264,10 +276,11 @@ impl Merger {
         Ok((joined, blocks))
     }
 
-    /// Merges one layer, in place; nothing where it has no adapter. Of inputs and outputs, those that are active are left.
+    /// Merges one layer in place, keeping only active inputs and outputs. Returns `None` if the
+    /// layer has no adapter.
     ///
     /// # Errors
-    /// As [`merge`](Self::merge); the layer is then as before.
+    /// Returns the errors of [`merge`](Self::merge). The layer is then unchanged.
     fn merge_layer(
         &self,
         name: &str,
@@ -287,7 +300,8 @@ impl Merger {
         }
         let quantized = layer.merged_quantized()?;
         let kept = Mask::from_nonzero(&before);
-        // A weight that quantizing rounded to 0, and that training may move, is no zero of a pruned weight.
+        // A weight that quantization rounded to 0 and that training may move does not count as a
+        // pruned zero.
         let movable = adapter.active_mask().filter(|_| quantized.is_some());
         let movable = movable.map(|mask| Mask::from_nonzero(&matrix_from_tensor(mask.float())));
         let zero_kept = |i: usize, j: usize| {
@@ -312,7 +326,7 @@ impl Merger {
                 lost: report.zeros_lost,
             });
         }
-        // A base of 16 bits would round the sum: that is for whoever writes it.
+        // Stored as f32: a 16-bit base would round the sum, which is left to the writer.
         layer.base = match &quantized {
             Some(quantized) => layer
                 .base

@@ -1,4 +1,5 @@
-//! One transformer block: attention and SwiGLU MLP, each behind an RMSNorm and a residual.
+//! One transformer block: attention and a SwiGLU MLP, each with an RMSNorm before it and a residual
+//! connection.
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
@@ -9,10 +10,11 @@ use crate::error::Result;
 use crate::nn::ops::{self, AttentionMask};
 use crate::nn::{BaseLinear, KvCache, RmsNorm};
 
-/// Is shown the input of each linear layer just before it is used, `[batch, seq, d_input]`.
+/// A callback that sees the input of each linear layer, `[batch, seq, d_input]`, just before the
+/// layer runs.
 pub type Tap<'a> = dyn FnMut(LinearKind, &Tensor<3>) + 'a;
 
-/// What the blocks of one forward pass share.
+/// State shared by the blocks of one forward pass.
 pub(crate) struct Pass<'a> {
     /// `[seq, head_dim / 2]`.
     pub cos: Tensor<2>,
@@ -88,7 +90,7 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// One that gives nothing but zeros.
+    /// Creates an MLP whose output is always zero.
     pub(crate) fn zeros(arch: &Architecture, d_mlp: usize, device: &Device) -> Result<Self> {
         let dims = BlockDims {
             n_heads: 0,
@@ -118,25 +120,25 @@ impl Mlp {
     }
 }
 
-/// Which parts of a block run.
+/// Which sub-blocks of a block run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Running {
     attention: bool,
     mlp: bool,
 }
 
-/// A block: `x + attention(norm(x))`, then `x + mlp(norm(x))`. Either part may be missing for good (none), or left out for the time
-/// being ([`set_runs`](Self::set_runs)).
+/// A block: `x + attention(norm(x))`, then `x + mlp(norm(x))`. Each sub-block may be missing
+/// (`None`) or temporarily disabled by [`set_runs`](Self::set_runs).
 #[derive(Module, Debug)]
 #[doc(hidden)]
 pub struct Block {
-    /// Before attention.
+    /// Norm before attention.
     pub input_layernorm: Option<RmsNorm>,
-    /// Attention.
+    /// Attention sub-block.
     pub self_attn: Option<Attention>,
-    /// Before the MLP.
+    /// Norm before the MLP.
     pub post_attention_layernorm: Option<RmsNorm>,
-    /// MLP.
+    /// MLP sub-block.
     pub mlp: Option<Mlp>,
     #[module(skip)]
     runs: Running,
@@ -177,7 +179,7 @@ impl Block {
         }
     }
 
-    /// Whether the block has a part.
+    /// Whether the block has a sub-block.
     pub fn has(&self, part: SubBlock) -> bool {
         match part {
             SubBlock::Attention => self.self_attn.is_some(),
@@ -185,7 +187,7 @@ impl Block {
         }
     }
 
-    /// Whether a part is there and runs.
+    /// Whether a sub-block is present and enabled.
     pub fn runs(&self, part: SubBlock) -> bool {
         self.has(part)
             && match part {
@@ -194,7 +196,7 @@ impl Block {
             }
     }
 
-    /// Leaves a part out, or lets it run again; of a part that is missing, nothing comes of it.
+    /// Enables or disables a sub-block. Has no effect if the sub-block is missing.
     pub fn set_runs(&mut self, part: SubBlock, runs: bool) {
         match part {
             SubBlock::Attention => self.runs.attention = runs,
@@ -202,7 +204,7 @@ impl Block {
         }
     }
 
-    /// The block without the parts that are left out; none where nothing is left.
+    /// The block without its disabled sub-blocks; `None` if nothing remains.
     pub(crate) fn running(self) -> Option<Self> {
         let (attention, mlp) = (self.runs(SubBlock::Attention), self.runs(SubBlock::Mlp));
         let attention = self
@@ -213,7 +215,8 @@ impl Block {
         (attention.is_some() || mlp.is_some()).then(|| Self::new(attention, mlp))
     }
 
-    /// One block of two, of which the first has no MLP and the second no attention: the same function.
+    /// Joins a block without an MLP and a following block without attention into one block that
+    /// computes the same.
     pub(crate) fn joined(self, next: Self) -> Self {
         Self::new(
             self.input_layernorm.zip(self.self_attn),
@@ -221,12 +224,12 @@ impl Block {
         )
     }
 
-    /// Gives the block an MLP that it lacks.
+    /// Gives an MLP to a block without one.
     pub(crate) fn set_mlp(&mut self, norm: RmsNorm, mlp: Mlp) {
         (self.post_attention_layernorm, self.mlp) = (Some(norm), Some(mlp));
     }
 
-    /// One of its norms, where the block has it.
+    /// One of the block's norms, if present.
     pub fn norm(&self, kind: NormKind) -> Option<&RmsNorm> {
         match kind {
             NormKind::Attention => self.input_layernorm.as_ref(),
@@ -234,13 +237,13 @@ impl Block {
         }
     }
 
-    /// The norms that the block has, in the order of computation.
+    /// The norms of the block, in the order of computation.
     pub fn norms(&self) -> impl Iterator<Item = (NormKind, &RmsNorm)> {
         let kinds = NormKind::ALL.into_iter();
         kinds.filter_map(|kind| Some((kind, self.norm(kind)?)))
     }
 
-    /// One of its linear layers, where the block has it.
+    /// One of the block's linear layers, if present.
     pub fn linear(&self, kind: LinearKind) -> Option<&ElasticLoraLinear> {
         let (attention, mlp) = (self.self_attn.as_ref(), self.mlp.as_ref());
         match kind {
@@ -254,7 +257,7 @@ impl Block {
         }
     }
 
-    /// One of its linear layers, where the block has it.
+    /// One of the block's linear layers, if present.
     pub fn linear_mut(&mut self, kind: LinearKind) -> Option<&mut ElasticLoraLinear> {
         let (attention, mlp) = (self.self_attn.as_mut(), self.mlp.as_mut());
         match kind {

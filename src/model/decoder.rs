@@ -15,18 +15,19 @@ use crate::nn::ops::{self, AttentionMask};
 use crate::nn::{BaseLinear, KvCache, RmsNorm, host_values};
 use crate::space::LayerShape;
 
-/// A decoder-only language model. Its weights start frozen; adapters ride on its linear layers.
+/// A decoder-only language model. Its weights start frozen; adapters are attached to its linear
+/// layers.
 ///
-/// A family of models is a configuration of this one type; see [`HfConfig`].
+/// All model families use this one type with different configurations; see [`HfConfig`].
 #[derive(Module, Debug)]
 pub struct Decoder {
-    /// Token embedding, `[vocab_size, d_model]`; also the head's weight where they are tied.
+    /// Token embedding, `[vocab_size, d_model]`; also the weight of the head if the two are tied.
     pub embed_tokens: Param<Tensor<2>>,
-    /// Blocks, first to last.
+    /// Blocks, from first to last.
     pub layers: Vec<Block>,
     /// Final normalization.
     pub norm: RmsNorm,
-    /// `[d_model] -> [vocab_size]`; none where tied to the embedding.
+    /// The head, `[d_model] -> [vocab_size]`; `None` if tied to the embedding.
     pub lm_head: Option<BaseLinear>,
     #[module(skip)]
     config: HfConfig,
@@ -35,10 +36,12 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Reads the weights that `config` asks for from a checkpoint, as `f32`; quantized layers are dequantized.
+    /// Loads the weights that `config` describes from a checkpoint, as `f32`. Quantized layers are
+    /// dequantized.
     ///
     /// # Errors
-    /// Where a tensor is missing, has another shape or dtype, or holds NaN or an infinity: an error that names it.
+    /// Returns an error that names the tensor if one is missing, has another shape or dtype, or
+    /// holds NaN or an infinity.
     pub fn load(config: &HfConfig, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
         config.check(checkpoint)?;
         let mut source = Source {
@@ -67,18 +70,19 @@ impl Decoder {
         Self::assemble(config, &mut source)
     }
 
-    /// A model with random weights: normal with standard deviation 0.02 (0.02 / sqrt(2 n_layers) for the layers that
-    /// write into the residual stream, as GPT-2 has it), norms 1, biases 0. Same seed, same weights, on every backend.
+    /// Creates a model with random weights: normal with standard deviation 0.02
+    /// (`0.02 / sqrt(2 n_layers)` for the layers that write to the residual stream, as in GPT-2),
+    /// norms 1, biases 0. The same seed gives the same weights on every backend.
     ///
     /// # Errors
-    /// None for a configuration that was validated.
+    /// Currently infallible for a validated configuration.
     pub fn init(config: &HfConfig, seed: u64, device: &Device) -> Result<Self> {
         let rng = std::cell::RefCell::new(ChaCha8Rng::seed_from_u64(seed));
         let normal = |n: usize, std: f64| -> Vec<f32> {
             let mut rng = rng.borrow_mut();
             (0..n)
                 .map(|_| {
-                    // Box-Muller: no further dependency for one distribution.
+                    // Box-Muller, to avoid another dependency for one distribution.
                     let u: f64 = 1.0 - rng.random::<f64>();
                     let v: f64 = rng.random();
                     ((-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos() * std) as f32
@@ -168,7 +172,7 @@ impl Decoder {
         })
     }
 
-    /// Moves the model out, leaving one without blocks that is good for nothing.
+    /// Moves the model out and leaves an unusable placeholder without blocks.
     pub(crate) fn take(&mut self) -> Self {
         let device = self.device();
         let left = Self {
@@ -182,24 +186,25 @@ impl Decoder {
         std::mem::replace(self, left)
     }
 
-    /// The configuration it was built from.
+    /// The configuration that the model was built from.
     pub fn config(&self) -> &HfConfig {
         &self.config
     }
 
-    /// Where its weights lie, autodiff or not.
+    /// The device of the weights, with or without autodiff.
     pub fn device(&self) -> Device {
         self.embed_tokens.val().device()
     }
 
-    /// Token ids as a tensor.
+    /// Makes a tensor of token ids.
     ///
     /// # Shapes
     /// - `ids`: row-major `[rows, len]`; result: `[rows, len]`
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`], [`Error::SequenceTooLong`] for a `len` over the context length, and
-    /// [`Error::ShapeMismatch`] where `ids` is no whole number of rows or there are none.
+    /// Returns [`Error::TokenOutOfRange`] for an id outside the vocabulary,
+    /// [`Error::SequenceTooLong`] if `len` is above the context length, and
+    /// [`Error::ShapeMismatch`] if `ids` is empty or not a whole number of rows.
     pub fn tokens(&self, ids: &[u32], rows: usize) -> Result<Tensor<2, Int>> {
         if rows == 0 || ids.is_empty() || !ids.len().is_multiple_of(rows) {
             return Err(Error::ShapeMismatch {
@@ -227,7 +232,7 @@ impl Decoder {
         ))
     }
 
-    /// The embedding of tokens: what the first block is given.
+    /// Embeds tokens: the input of the first block.
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
@@ -240,7 +245,8 @@ impl Decoder {
         }
     }
 
-    /// One block, without a cache; `tap` is shown each linear layer's input just before it is used.
+    /// Applies one block, without a cache. `tap` sees the input of each linear layer just before
+    /// the layer runs.
     ///
     /// # Shapes
     /// - `x` and result: `[batch, seq, d_model]`
@@ -275,10 +281,10 @@ impl Decoder {
         }
     }
 
-    /// Final hidden states, normalized: what the head is given.
+    /// Final hidden states after the last norm: the input of the head.
     ///
-    /// With a cache, `tokens` follow those that it holds, and are added to it. Positions count the cache's tokens, padding
-    /// included: rotary attention depends on distances alone.
+    /// With a cache, `tokens` continue the cached tokens and are appended to them. Positions
+    /// include padding in the cache, because rotary attention depends only on distances.
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
@@ -302,7 +308,7 @@ impl Decoder {
         self.norm.forward(x)
     }
 
-    /// The head: scores of each token of the vocabulary.
+    /// Applies the head, which scores each token of the vocabulary.
     ///
     /// # Shapes
     /// - `hidden`: `[.., d_model]`; result: `[.., vocab_size]`
@@ -321,23 +327,25 @@ impl Decoder {
         self.logits(self.hidden_states(tokens, None))
     }
 
-    /// Sum of the negative log-likelihoods, in nats, of the given targets. The head runs on their positions alone.
+    /// Sum of the negative log-likelihoods of the given targets, in nats. The head is evaluated
+    /// only at their positions.
     ///
     /// # Shapes
-    /// - `tokens`: `[batch, seq]`; `positions`: row-major indices into it, each with the id of the token that follows there
+    /// - `tokens`: `[batch, seq]`; `positions`: row-major indices into it, each with the id of the
+    ///   token that follows there
     /// - result: `[1]`
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`] for a target outside the vocabulary, [`Error::InvalidArgument`] for a position outside
-    /// `tokens` or none at all.
+    /// Returns [`Error::TokenOutOfRange`] for a target outside the vocabulary, and
+    /// [`Error::InvalidArgument`] if a position is outside `tokens` or if there are no positions.
     pub fn nll_sum(&self, tokens: Tensor<2, Int>, positions: &[(usize, u32)]) -> Result<Tensor<1>> {
         self.nll_at(self.hidden_states(tokens, None), positions)
     }
 
-    /// [`nll_sum`](Self::nll_sum) from the final hidden states on.
+    /// [`nll_sum`](Self::nll_sum), starting from the final hidden states.
     ///
     /// # Shapes
-    /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[1]`
+    /// - `hidden`: `[batch, seq, d_model]`, after the last norm; result: `[1]`
     pub(crate) fn nll_at(
         &self,
         hidden: Tensor<3>,
@@ -347,10 +355,12 @@ impl Decoder {
         Ok(self.nll_of_hidden(hidden, &targets))
     }
 
-    /// The final hidden states at positions, and the targets there. Errors are those of [`nll_sum`](Self::nll_sum).
+    /// Selects the final hidden states at `positions`, and returns them with their targets. The
+    /// errors are those of [`nll_sum`](Self::nll_sum).
     ///
     /// # Shapes
-    /// - `hidden`: `[batch, seq, d_model]`, normalized; result: `[n, d_model]` for `n` positions
+    /// - `hidden`: `[batch, seq, d_model]`, after the last norm; result: `[n, d_model]` for `n`
+    ///   positions
     pub(crate) fn at_positions(
         &self,
         hidden: Tensor<3>,
@@ -387,20 +397,22 @@ impl Decoder {
         ))
     }
 
-    /// Sum of the negative log-likelihoods of one target a row; see [`ops::head_loss`].
+    /// Sum of the negative log-likelihoods of one target per row; see [`ops::head_loss`].
     ///
     /// # Shapes
-    /// - `hidden`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least one; result: `[1]`
+    /// - `hidden`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least one; result:
+    ///   `[1]`
     pub(crate) fn nll_of_hidden(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
         let ids = class_ids(targets, &hidden.device());
         ops::head_loss(hidden, self.head_weight(), ids)
     }
 
-    /// The loss of a student whose teacher's final hidden states are given, and its negative log-likelihood; see
-    /// [`ops::distilled_loss`].
+    /// Distillation loss of a student against its teacher's final hidden states, and the student's
+    /// negative log-likelihood; see [`ops::distilled_loss`].
     ///
     /// # Shapes
-    /// - `hidden` and `teacher`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least one; results: `[1]`
+    /// - `hidden` and `teacher`: `[n, d_model]`, `targets`: `n` ids of the vocabulary, at least
+    ///   one; results: `[1]`
     pub(crate) fn distilled_of_hidden(
         &self,
         hidden: Tensor<2>,
@@ -412,7 +424,7 @@ impl Decoder {
         ops::distilled_loss(hidden, self.head_weight(), teacher, ids, mix)
     }
 
-    /// The head's weight as it is stored, `[d_model, vocab_size]`.
+    /// The weight of the head as stored, `[d_model, vocab_size]`.
     pub(crate) fn head_weight(&self) -> Tensor<2> {
         match &self.lm_head {
             Some(head) => head.stored(),
@@ -430,7 +442,8 @@ impl Decoder {
             .collect()
     }
 
-    /// The linear layers inside the blocks with their Hugging Face paths, in the order of computation.
+    /// The linear layers inside the blocks with their Hugging Face paths, in the order of
+    /// computation.
     pub fn linears(&self) -> impl Iterator<Item = (String, &ElasticLoraLinear)> {
         self.layers.iter().enumerate().flat_map(|(index, block)| {
             LinearKind::ALL
@@ -439,19 +452,19 @@ impl Decoder {
         })
     }
 
-    /// A linear layer by its Hugging Face path.
+    /// A linear layer, by its Hugging Face path.
     pub fn linear(&self, name: &str) -> Option<&ElasticLoraLinear> {
         let (block, kind) = LinearKind::parse(name)?;
         self.layers.get(block)?.linear(kind)
     }
 
-    /// A linear layer by its Hugging Face path.
+    /// A linear layer, by its Hugging Face path.
     pub fn linear_mut(&mut self, name: &str) -> Option<&mut ElasticLoraLinear> {
         let (block, kind) = LinearKind::parse(name)?;
         self.layers.get_mut(block)?.linear_mut(kind)
     }
 
-    /// Whether a linear layer, by its Hugging Face path, is there and not left out with its part of the block.
+    /// Whether a linear layer, by its Hugging Face path, is present and its sub-block is enabled.
     pub fn runs(&self, name: &str) -> bool {
         let Some((block, kind)) = LinearKind::parse(name) else {
             return false;
@@ -461,7 +474,7 @@ impl Decoder {
             .is_some_and(|block| block.runs(kind.sub_block()))
     }
 
-    /// The parts of blocks that are there but left out, as `model.layers.3.mlp`.
+    /// Names of the sub-blocks that are present but disabled, such as `model.layers.3.mlp`.
     pub fn left_out(&self) -> Vec<String> {
         let parts = |(index, block): (usize, &Block)| {
             let parts = SubBlock::ALL.into_iter();
@@ -471,7 +484,7 @@ impl Decoder {
         self.layers.iter().enumerate().flat_map(parts).collect()
     }
 
-    /// The model with other blocks, which are those that `config` describes.
+    /// Replaces the blocks and the configuration. `config` must describe `layers`.
     pub(crate) fn with_layers(self, layers: Vec<Block>, config: HfConfig) -> Self {
         Self {
             layers,
@@ -483,7 +496,7 @@ impl Decoder {
     /// Runs `f` on each linear layer inside the blocks, in the order of computation.
     ///
     /// # Errors
-    /// The first that `f` gives.
+    /// Returns the first error of `f`.
     pub fn try_for_each_linear(
         &mut self,
         mut f: impl FnMut(&str, &mut ElasticLoraLinear) -> Result<()>,
@@ -498,7 +511,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Refuses a model with adapters, where they would be dropped without a word.
+    /// Fails for a model with adapters, where they would be silently dropped.
     pub(crate) fn refuse_adapters(&self, reason: &'static str) -> Result<()> {
         match self.linears().find(|(_, layer)| layer.adapter.is_some()) {
             Some((layer, _)) => Err(Error::HasAdapter { layer, reason }),
@@ -506,7 +519,7 @@ impl Decoder {
         }
     }
 
-    /// Weights of the base, adapters left out: all, and those that are not zero.
+    /// Counts the weights of the base without adapters: all of them, and the non-zero ones.
     pub fn count_base_params(&self) -> ParamCount {
         let mut count = ParamCount::default();
         let mut add = |values: Vec<f32>| {
@@ -534,7 +547,7 @@ impl Decoder {
     }
 }
 
-/// Cosines and sines for positions `start..start + n`.
+/// Cosines and sines of the positions `start..start + n`.
 ///
 /// # Shapes
 /// - results: `[n, head_dim / 2]` each
@@ -553,23 +566,23 @@ fn rotary_tables(rope: &Rope, start: usize, n: usize, device: &Device) -> (Tenso
     )
 }
 
-/// Target ids as a tensor beside the hidden states.
+/// Target ids as a tensor on the device of the hidden states.
 fn class_ids(targets: &[u32], device: &Device) -> Tensor<1, Int> {
     let ids: Vec<i32> = targets.iter().map(|target| *target as i32).collect();
     Tensor::from_data(ids.as_slice(), &device.clone().without_autodiff())
 }
 
-/// A number of weights.
+/// Counts of weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[doc(hidden)]
 pub struct ParamCount {
-    /// All.
+    /// All weights.
     pub total: usize,
-    /// Those that are not zero.
+    /// Weights that are not zero.
     pub nonzero: usize,
 }
 
-/// Where a decoder's tensors come from.
+/// Where the tensors of a decoder come from.
 struct Source<'a> {
     linear: &'a mut dyn FnMut(&str, usize, usize, bool) -> Result<BaseLinear>,
     norm: &'a mut dyn FnMut(&str, usize) -> Result<Tensor<1>>,

@@ -1,4 +1,4 @@
-//! A decoder's weights as named tensors, to be written.
+//! Exports a decoder's weights as named tensors.
 
 use super::Decoder;
 use crate::arch::Architecture;
@@ -7,11 +7,11 @@ use crate::io::{DType, HostTensor};
 use crate::nn::{BaseLinear, host_values};
 
 impl Decoder {
-    /// The base's weights under Hugging Face's names and in its orientation; adapters are left out. Each tensor is made
-    /// when its turn comes to be written.
+    /// The weights of the base, with Hugging Face's names and orientation; adapters are left out.
+    /// Each tensor is created only when it is written.
     ///
     /// # Errors
-    /// None for a model that this crate built.
+    /// Currently infallible for models built by this crate.
     pub fn tensors(&self, dtype: DType) -> Result<Vec<HostTensor<'_>>> {
         let config = self.config();
         let (vocab_size, d_model) = (config.vocab_size(), config.hidden_size());

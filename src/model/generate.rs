@@ -1,4 +1,4 @@
-//! Generation for many prompts at once.
+//! Batched text generation.
 
 use super::Decoder;
 use crate::error::{Error, Result};
@@ -6,13 +6,15 @@ use crate::nn::{KvCache, host_values};
 use crate::progress::{Progress, Task};
 use crate::runtime::{GenerateConfig, Sampler};
 
-/// Continues every prompt; the outputs are in the prompts' order and without the prompts. A sequence ends at a stop token,
-/// after `max_new_tokens`, or at the end of the context.
+/// Continues every prompt. The outputs are in the order of the prompts and do not include them. A
+/// sequence ends at a stop token, after `max_new_tokens`, or at the end of the context.
 ///
-/// Prompts of like length share a batch, padded at the left; padding is not attended to.
+/// Prompts of similar length share a batch, padded on the left; padding is never attended to.
 ///
 /// # Errors
-/// An empty prompt, one longer than the context, a token outside the vocabulary, settings out of range.
+/// Returns [`Error::InvalidArgument`] for an empty prompt or settings out of range,
+/// [`Error::SequenceTooLong`] for a prompt longer than the context, and [`Error::TokenOutOfRange`]
+/// for a token outside the vocabulary.
 pub fn generate_batch(
     model: &Decoder,
     prompts: &[Vec<u32>],
@@ -83,10 +85,12 @@ fn generate_chunk(
         .map(|index| Sampler::new(&config.sample, *index as u64))
         .collect::<Result<Vec<_>>>()?;
     let mut outputs = vec![Vec::new(); chunk.len()];
-    // Rows still running, by their place in the chunk; row `i` of the cache belongs to `rows[i]`.
+    // Indices in the chunk of the sequences still running; row `i` of the cache belongs to
+    // `rows[i]`.
     let mut rows: Vec<usize> = (0..chunk.len()).collect();
-    // What each prompt has room for, as if it were alone: padding takes none. Positions may pass the context's end, since
-    // rotary attention sees distances only.
+    // New tokens allowed for each prompt, the same as if it ran alone: padding does not count.
+    // Positions may therefore pass the end of the context, which is harmless because rotary
+    // attention depends only on distances.
     let rooms: Vec<usize> = chunk
         .iter()
         .map(|index| {

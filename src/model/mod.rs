@@ -1,5 +1,5 @@
-//! One decoder-only transformer for every family: a family is a configuration and a map of names (Llama, arXiv 2302.13971;
-//! Mistral, arXiv 2310.06825).
+//! A decoder-only transformer that covers all supported model families: a family is a configuration
+//! and a mapping of tensor names (Llama, arXiv 2302.13971; Mistral, arXiv 2310.06825).
 
 mod block;
 mod decoder;

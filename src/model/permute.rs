@@ -1,7 +1,8 @@
-//! Another order of MLP channels and heads, which leaves what the model computes as it is.
+//! Reorders MLP channels and attention heads without changing what the model computes.
 //!
-//! A channel of the MLP is a row of gate and up and a column of down; a key/value group is its rows of q, k and v and its
-//! columns of o. Moved together, they change nothing but the order of the sums in down and o.
+//! An MLP channel is a row of gate and up and a column of down. A key/value group is its rows of q,
+//! k and v and its columns of o. Moving all of these together changes only the order of the sums in
+//! down and o.
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData};
@@ -12,14 +13,15 @@ use crate::error::{Error, Result};
 use crate::nn::BaseLinear;
 
 impl Block {
-    /// Channels of the MLP; 0 without one.
+    /// Number of MLP channels; 0 without an MLP.
     pub fn n_mlp_channels(&self) -> usize {
         self.mlp
             .as_ref()
             .map_or(0, |mlp| mlp.down_proj.base.dims()[0])
     }
 
-    /// Key/value heads, each with the query heads that share it; 0 without attention.
+    /// Number of key/value heads, each grouped with the query heads that share it; 0 without
+    /// attention.
     pub fn n_kv_groups(&self) -> usize {
         self.self_attn.as_ref().map_or(0, |attention| {
             attention.k_proj.base.dims()[1] / attention.head_dim
@@ -28,12 +30,13 @@ impl Block {
 }
 
 impl Decoder {
-    /// Puts the MLP channels of a block in another order: place `i` gets what is at `order[i]`. Logits stay equal but for the
-    /// rounding of sums.
+    /// Reorders the MLP channels of a block: position `i` receives channel `order[i]`. Logits are
+    /// unchanged except for the rounding of sums.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a block that the model lacks or an `order` that is no permutation of its channels;
-    /// [`Error::HasAdapter`]; [`Error::Unsupported`] while a layer has less than all of its channels active. The model is then
+    /// Returns [`Error::InvalidArgument`] if the model has no such block or `order` is not a
+    /// permutation of its channels, [`Error::HasAdapter`] for a model with adapters, and
+    /// [`Error::Unsupported`] if a layer has only part of its channels active. The model is then
     /// unchanged.
     pub fn permute_mlp(&mut self, block: usize, order: &[usize]) -> Result<()> {
         let n = self.block_to_permute(block)?.n_mlp_channels();
@@ -46,11 +49,12 @@ impl Decoder {
         )
     }
 
-    /// Puts the heads of a block in another order, in units of a key/value head with its `n_heads / n_kv_heads` query heads:
-    /// place `i` gets what is at `order[i]`. Logits stay equal but for the rounding of sums.
+    /// Reorders the heads of a block in key/value groups, each a key/value head with its
+    /// `n_heads / n_kv_heads` query heads: position `i` receives group `order[i]`. Logits are
+    /// unchanged except for the rounding of sums.
     ///
     /// # Errors
-    /// As [`permute_mlp`](Self::permute_mlp).
+    /// Returns the errors of [`permute_mlp`](Self::permute_mlp).
     pub fn permute_heads(&mut self, block: usize, order: &[usize]) -> Result<()> {
         let n = self.block_to_permute(block)?.n_kv_groups();
         check_permutation("order of key/value groups", order, n)?;
@@ -70,7 +74,8 @@ impl Decoder {
             .ok_or_else(|| Error::argument("block", block, format!("under {n_blocks}")))
     }
 
-    /// Refuses a model in which a channel's place means something already.
+    /// Fails if something already depends on the order of the channels: an adapter, or a partly
+    /// active layer.
     pub(crate) fn check_reorderable(&self) -> Result<()> {
         self.refuse_adapters(
             "put channels in order before adapters are put on, or merge them first",
@@ -88,7 +93,8 @@ impl Decoder {
         }
     }
 
-    /// Moves the outputs of `writers` and the inputs of `reader`, each of which has `order.len()` units.
+    /// Reorders the outputs of `writers` and the inputs of `reader`. Each of these layers has
+    /// `order.len()` channels or groups of equal width.
     fn move_units(
         &mut self,
         block: usize,
@@ -99,7 +105,7 @@ impl Decoder {
         let block = &mut self.layers[block];
         for (kinds, dim) in [(writers, 1), (&[reader][..], 0)] {
             for kind in kinds {
-                // Of a part that is missing, no units are there to be moved.
+                // A missing sub-block has nothing to reorder.
                 let Some(layer) = block.linear_mut(*kind).filter(|_| !order.is_empty()) else {
                     continue;
                 };
@@ -114,7 +120,7 @@ impl Decoder {
     }
 }
 
-/// A layer with its inputs (`dim` 0) or its outputs (`dim` 1) in another order, in the format in which it is stored.
+/// Reorders the inputs (`dim` 0) or outputs (`dim` 1) of a layer, keeping its stored format.
 fn select(layer: &BaseLinear, dim: usize, indices: Vec<i32>) -> Result<BaseLinear> {
     let weight = layer.stored();
     let (trained, autodiff, n) = (
@@ -148,7 +154,7 @@ fn select(layer: &BaseLinear, dim: usize, indices: Vec<i32>) -> Result<BaseLinea
     })
 }
 
-/// Refuses what is no permutation of `0..n`.
+/// Fails if `order` is not a permutation of `0..n`.
 fn check_permutation(name: &'static str, order: &[usize], n: usize) -> Result<()> {
     if order.len() != n {
         return Err(Error::argument(

@@ -1,4 +1,4 @@
-//! In which format the frozen weights are kept.
+//! The storage formats of the frozen weights.
 
 use std::collections::BTreeMap;
 
@@ -12,12 +12,14 @@ use crate::io::DType;
 use crate::nn::{BaseLinear, host_values};
 
 impl Decoder {
-    /// Stores linear layers, by Hugging Face's module path, as these quantized weights, packed; biases stay as they are. Where a layer
-    /// held the same weights as floats, what the model computes stays the same but for the rounding of sums.
+    /// Stores linear layers, named by Hugging Face's module path, as the given quantized weights,
+    /// packed. Biases are kept. If a layer already held the same values as floats, the output
+    /// changes only by the rounding of sums.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] for a layer that there is not, [`Error::HasAdapter`] for one with an adapter, whose mask is the old
-    /// weight's; [`Error::ShapeMismatch`] for a weight of another shape.
+    /// Returns [`Error::UnknownLayer`] if there is no such layer, [`Error::HasAdapter`] if a layer
+    /// has an adapter (its mask belongs to the old weight), and [`Error::ShapeMismatch`] for a
+    /// weight of another shape.
     pub fn with_quantized(mut self, layers: &BTreeMap<String, QuantizedMatrix>) -> Result<Self> {
         for (name, weight) in layers {
             let unknown = || Error::UnknownLayer {
@@ -36,7 +38,8 @@ impl Decoder {
         Ok(self)
     }
 
-    /// What the embedding, and with it every frozen weight, is stored as; see [`with_weight_dtype`](Self::with_weight_dtype).
+    /// The dtype in which the embedding, and with it every frozen weight, is stored; see
+    /// [`with_weight_dtype`](Self::with_weight_dtype).
     pub fn weight_dtype(&self) -> DType {
         match self.embed_tokens.val().dtype() {
             burn::tensor::DType::BF16 => DType::BF16,
@@ -45,15 +48,18 @@ impl Decoder {
         }
     }
 
-    /// Stores the frozen weights of the linear layers, the head and the embedding as bf16 or f16, rounded to nearest, or as
-    /// `f32`. Norms and biases stay `f32`, and so do activations and adapters, which train as before.
+    /// Stores the frozen weights of the linear layers, the head and the embedding as `f32`, or
+    /// rounded to nearest as bf16 or f16. Norms, biases, activations and adapters stay `f32`, and
+    /// adapters train as before.
     ///
-    /// 16 bits halve the memory of the model. A weight that was pruned stays zero; with f16 one below 6e-8 becomes zero, so
-    /// make SparsePEFT's adapters after this, since their masks are where weights are not zero.
+    /// A 16-bit dtype halves the memory of the model. A pruned weight stays zero, but f16 also
+    /// turns weights below 6e-8 into zeros. Create SparsePEFT's adapters afterwards, since their
+    /// masks are derived from the non-zero weights.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for another format, or for 16 bits where the device lacks them or where a weight is being
-    /// trained; [`Error::TensorOverflow`] for a weight over 65504 and f16.
+    /// Returns [`Error::Unsupported`] for any other dtype, or for a 16-bit one if the device does
+    /// not support it or a weight is trainable, and [`Error::TensorOverflow`] if a weight is above
+    /// 65504 in magnitude and `dtype` is f16.
     pub fn with_weight_dtype(self, dtype: DType) -> Result<Self> {
         let target = match dtype {
             DType::F32 => FloatDType::F32,

@@ -1,4 +1,4 @@
-//! A Hugging Face folder, opened.
+//! Models opened from Hugging Face folders.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,16 +12,16 @@ use crate::format::QuantizedMatrix;
 use crate::io::hf::HfFolder;
 use crate::io::{Checkpoint, DType, HfConfig, QuantFormat};
 
-/// A model with its tokenizer and where both came from.
+/// A model with its tokenizer and the folder of both.
 #[derive(Clone, Debug)]
 pub struct Pretrained {
-    /// The folder or GGUF file.
+    /// The folder or GGUF file that was opened.
     pub folder: PathBuf,
-    /// The weights, as `f32`, on the device asked for.
+    /// The model on the requested device, with `f32` weights.
     pub model: Decoder,
-    /// Its tokenizer, which knows the special tokens of `config.json`.
+    /// The tokenizer, with the special tokens of `config.json`.
     pub tokenizer: TextTokenizer,
-    /// What most of the checkpoint's weights are stored as.
+    /// The dtype of the checkpoint's embedding, in which variants of the model are written.
     pub dtype: DType,
 }
 
@@ -29,7 +29,8 @@ impl Pretrained {
     /// Reads `config.json`, the weights and `tokenizer.json` of a folder, or all of a GGUF file.
     ///
     /// # Errors
-    /// Those of [`HfConfig::open`], [`Checkpoint::open`], [`Decoder::load`] and [`TextTokenizer::from_dir`].
+    /// Returns the errors of [`HfConfig::open`], [`Checkpoint::open`], [`Decoder::load`] and
+    /// [`TextTokenizer::from_dir`].
     pub fn open(folder: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
         let config = HfConfig::open(folder)?;
@@ -61,11 +62,11 @@ impl Pretrained {
         }
     }
 
-    /// The filler of padded batches: the config's padding token, or else the first one that ends a sequence. It is never
-    /// attended to nor predicted.
+    /// The filler token of padded batches: the padding token of the config, or else the first
+    /// end-of-sequence token. It is never attended to or predicted.
     pub fn pad_id(&self) -> u32 {
         let config = self.model.config();
-        // Some checkpoints name a padding token that was never added to their vocabulary.
+        // Some checkpoints name a padding token that is outside their vocabulary.
         let fits = |id: &u32| (*id as usize) < config.vocab_size();
         config
             .pad_token_id()
@@ -74,11 +75,13 @@ impl Pretrained {
             .unwrap_or(0)
     }
 
-    /// Writes another model of the same configuration (this one pruned, or merged) as a Hugging Face folder
-    /// with this one's tokenizer files, in this one's element type; whole or not at all.
+    /// Writes a variant of this model (such as a pruned or merged one) as a Hugging Face folder, in
+    /// this model's dtype and with its tokenizer files. The folder is written completely or not at
+    /// all.
     ///
     /// # Errors
-    /// [`Error::HasAdapter`](crate::Error::HasAdapter) for a model with adapters; those of [`HfFolder`].
+    /// Returns [`Error::HasAdapter`](crate::Error::HasAdapter) for a model with adapters, and the
+    /// errors of [`HfFolder`].
     pub fn write_variant(
         &self,
         model: &Decoder,
@@ -92,11 +95,12 @@ impl Pretrained {
         folder.commit()
     }
 
-    /// [`write_variant`](Self::write_variant) with the weights of these layers as codes in a checkpoint format; the model's
-    /// own weights of those layers are not looked at.
+    /// Like [`write_variant`](Self::write_variant), but stores the given layers as codes in a
+    /// checkpoint format. The weights that `model` holds for those layers are ignored.
     ///
     /// # Errors
-    /// Those of [`write_variant`](Self::write_variant) and [`HfFolder::write_quantized`].
+    /// Returns the errors of [`write_variant`](Self::write_variant) and
+    /// [`HfFolder::write_quantized`].
     pub fn write_quantized(
         &self,
         model: &Decoder,

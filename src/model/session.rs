@@ -1,12 +1,13 @@
-//! One sequence on a Burn device.
+//! Decoding of one sequence on a Burn device.
 
 use super::Decoder;
 use crate::error::{Error, Result};
 use crate::nn::{KvCache, host_values};
 use crate::runtime::{GenerateConfig, Sampler};
 
-/// One sequence on a [`Decoder`], with its key/value cache, on any Burn device. Many sessions can share a model. On the CPU,
-/// [`Session`](crate::runtime::Session) does the same faster, with compressed weights.
+/// One sequence decoded by a [`Decoder`] with a key/value cache, on any Burn device. Many sessions
+/// can share a model. On the CPU, [`Session`](crate::runtime::Session) does the same faster and
+/// with compressed weights.
 #[derive(Clone, Debug)]
 pub struct DeviceSession {
     model: Decoder,
@@ -14,7 +15,8 @@ pub struct DeviceSession {
 }
 
 impl DeviceSession {
-    /// An empty session on the model with the subnet that is active in it now. The weights are shared, not copied.
+    /// Creates an empty session on the model with its currently active subnet. The weights are
+    /// shared, not copied.
     pub fn new(model: &Decoder) -> Self {
         Self {
             model: model.clone(),
@@ -22,7 +24,7 @@ impl DeviceSession {
         }
     }
 
-    /// Tokens in the cache.
+    /// Number of tokens in the cache.
     pub fn position(&self) -> usize {
         self.cache.n_tokens()
     }
@@ -32,10 +34,12 @@ impl DeviceSession {
         self.cache = KvCache::new(self.model.config().num_hidden_layers());
     }
 
-    /// Appends tokens, one or many, and returns the logits after the last, `[vocab_size]`.
+    /// Appends one or more tokens and returns the logits after the last, `[vocab_size]`.
     ///
     /// # Errors
-    /// No tokens, one outside the vocabulary, or more than the context holds; the cache is then as before.
+    /// Returns [`Error::ShapeMismatch`] if there are no tokens, [`Error::TokenOutOfRange`] if one
+    /// is outside the vocabulary, and [`Error::SequenceTooLong`] if the context would be exceeded.
+    /// The cache is then unchanged.
     pub fn decode(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let max = self.model.config().max_position_embeddings();
         let found = self.position() + tokens.len();
@@ -55,11 +59,13 @@ impl DeviceSession {
         ))))
     }
 
-    /// Continues `prompt`, which is appended to what the session holds. Each new token is shown to `on_token` at once;
-    /// `false` from it ends the generation. A stop token ends it too and is not part of the output.
+    /// Appends `prompt` to the session's sequence and continues it. `on_token` receives each new
+    /// token immediately and ends the generation by returning `false`. A stop token also ends it
+    /// and is not part of the output.
     ///
     /// # Errors
-    /// As [`decode`](Self::decode), and [`SampleConfig::validate`](crate::runtime::SampleConfig::validate).
+    /// Returns the errors of [`decode`](Self::decode) and
+    /// [`SampleConfig::validate`](crate::runtime::SampleConfig::validate).
     pub fn generate(
         &mut self,
         prompt: &[u32],

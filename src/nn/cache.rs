@@ -1,10 +1,11 @@
-//! Keys and values of the tokens already seen.
+//! The key/value cache of the tokens already processed.
 
 use burn::tensor::Tensor;
 
 use super::ops::AttentionMask;
 
-/// One layer's keys and values, `[batch, n_kv_heads, room, head_dim]` each, of which the first `n_tokens` are held.
+/// Keys and values of one layer, each `[batch, n_kv_heads, capacity, head_dim]`, of which the first
+/// `n_tokens` are in use.
 #[derive(Clone, Debug, Default)]
 struct LayerCache {
     keys: Option<Tensor<4>>,
@@ -14,8 +15,9 @@ struct LayerCache {
 
 /// The key/value cache of a decoder for one batch of sequences, for inference.
 ///
-/// It keeps room for tokens to come, and grows by half where that is used up, so that appending a token writes that token alone
-/// on a device that writes in place. A clone shares what it holds until one of the two appends.
+/// It reserves capacity for further tokens and grows by half when that is used up. Appending a
+/// token therefore writes only that token on a device that writes in place. A clone shares its
+/// contents until either of the two appends.
 #[derive(Clone, Debug, Default)]
 #[doc(hidden)]
 pub struct KvCache {
@@ -24,14 +26,14 @@ pub struct KvCache {
     left_pad: Option<Vec<usize>>,
 }
 
-/// `held`, or a copy with more room, where `new` stands after the first `len` tokens.
+/// Writes `new` behind the first `len` tokens, into `held` or into a copy with more capacity.
 fn joined(held: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
     let Some(held) = held.filter(|_| len > 0) else {
         return new;
     };
     let [batch, n_heads, n, head_dim] = new.dims();
     if held.dims()[2] < len + n {
-        // What lies in the room is never read: the tokens themselves will do.
+        // The reserved part is never read, so any values will do: it is filled with old tokens.
         let held = held.narrow(2, 0, len);
         let room = held.clone().narrow(2, 0, len.div_ceil(2));
         return Tensor::cat(vec![held, new, room], 2);
@@ -40,7 +42,7 @@ fn joined(held: Option<Tensor<4>>, len: usize, new: Tensor<4>) -> Tensor<4> {
 }
 
 impl KvCache {
-    /// An empty cache of `n_layers` layers.
+    /// Creates an empty cache for `n_layers` layers.
     pub fn new(n_layers: usize) -> Self {
         Self {
             layers: vec![LayerCache::default(); n_layers],
@@ -49,7 +51,8 @@ impl KvCache {
         }
     }
 
-    /// An empty cache for a batch whose rows begin with that many padding tokens each.
+    /// Creates an empty cache for a batch whose rows start with the given numbers of padding
+    /// tokens.
     pub fn with_left_pad(n_layers: usize, left_pad: Vec<usize>) -> Self {
         Self {
             left_pad: Some(left_pad),
@@ -57,12 +60,12 @@ impl KvCache {
         }
     }
 
-    /// Tokens held, padding included.
+    /// Number of cached tokens, padding included.
     pub fn n_tokens(&self) -> usize {
         self.n_tokens
     }
 
-    /// Which keys are visible, given the model's window.
+    /// The attention mask of the cached batch, for the model's sliding window.
     pub fn mask(&self, window: Option<usize>) -> AttentionMask {
         AttentionMask {
             window,
@@ -70,7 +73,7 @@ impl KvCache {
         }
     }
 
-    /// Appends one layer's new keys and values and gives back all of that layer's.
+    /// Appends the new keys and values of one layer, and returns all keys and values of the layer.
     pub fn append(
         &mut self,
         layer: usize,
@@ -80,7 +83,7 @@ impl KvCache {
         let slot = &mut self.layers[layer];
         let (before, all) = (slot.n_tokens, slot.n_tokens + keys.dims()[2]);
         let append = |held: &mut Option<Tensor<4>>, new: Tensor<4>| {
-            // The only handle, so that it is written in place.
+            // Taken out, so that this is the only handle and the tensor is written in place.
             let joined = joined(held.take(), before, new);
             *held = Some(joined.clone());
             if joined.dims()[2] == all {
@@ -97,12 +100,12 @@ impl KvCache {
         both
     }
 
-    /// Counts `n` tokens as seen, after every layer has appended them.
+    /// Counts `n` tokens as processed, after every layer has appended them.
     pub fn advance(&mut self, n: usize) {
         self.n_tokens += n;
     }
 
-    /// Forgets all tokens but the first `n_tokens`; nothing where it holds no more than that.
+    /// Drops all tokens but the first `n_tokens`. Has no effect if the cache holds no more.
     pub fn truncate(&mut self, n_tokens: usize) {
         self.n_tokens = self.n_tokens.min(n_tokens);
         for slot in &mut self.layers {
@@ -158,7 +161,7 @@ mod tests {
             copies.push((cache.clone(), want.clone()));
             held = Some(want);
         }
-        // Clones are as they were, whatever was appended to the others since.
+        // Clones are unchanged by what was appended to others since.
         for (copy, (keys, values)) in &copies {
             for _ in 0..2 {
                 let (mut copy, new) = (copy.clone(), random(1));
@@ -175,7 +178,7 @@ mod tests {
                 assert_eq!(host_values(all_values.narrow(2, n, 1)), host_values(new));
             }
         }
-        // Forgotten tokens are written over.
+        // Truncated tokens are overwritten.
         let (keys, _) = held.unwrap();
         cache.truncate(6);
         cache.truncate(60);

@@ -1,6 +1,8 @@
-//! Dropout whose mask is a function of a seed, so that a resumed run, a recomputed layer and a backward pass draw the same one.
+//! Dropout with a mask derived from a seed, so that a resumed run, a recomputed layer and a
+//! backward pass all use the same mask.
 
-/// Mixes a seed with a stream's number (splitmix64, Steele et al. 2014): streams are independent of each other.
+/// Mixes a seed with the number of a random stream (splitmix64, Steele et al. 2014). The streams
+/// are independent of each other.
 pub(crate) fn mix_seed(seed: u64, stream: u64) -> u64 {
     let mut z = seed
         .wrapping_add(stream.wrapping_mul(0x9E37_79B9_7F4A_7C15))
@@ -10,15 +12,15 @@ pub(crate) fn mix_seed(seed: u64, stream: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Zeroes each element with a probability and scales the others by `1 / (1 - probability)`.
+/// Sets each element to zero with a probability, and scales the others by `1 / (1 - probability)`.
 ///
-/// The mask depends on the seed and the element's row-major index alone.
+/// The mask depends only on the seed and the element's row-major index.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct Dropout {
-    /// In 0..1; 0 leaves everything as it is.
+    /// Probability of dropping an element, in 0..1; 0 disables dropout.
     pub probability: f64,
-    /// Of the mask.
+    /// Seed of the mask.
     pub seed: u64,
 }
 
@@ -29,15 +31,16 @@ impl Dropout {
         seed: 0,
     };
 
-    /// Whether anything is dropped.
+    /// Whether any elements may be dropped.
     pub fn is_active(&self) -> bool {
         self.probability > 0.0
     }
 
-    /// Calls `f` with each element from index `start` on, which is even, and its factor.
+    /// Calls `f` with each element and its factor. `start`, the index of the first element, must be
+    /// even.
     pub(crate) fn for_each<T>(&self, start: usize, values: &mut [T], f: impl Fn(&mut T, f32)) {
         let keep = (1.0 / (1.0 - self.probability)) as f32;
-        // 32 bits of randomness an element: two elements a draw.
+        // Each draw gives 32 random bits to two elements.
         let threshold = (self.probability * 4_294_967_296.0) as u64;
         let factor = |bits: u64| if bits < threshold { 0.0 } else { keep };
         for (pair, values) in values.chunks_mut(2).enumerate() {

@@ -1,4 +1,5 @@
-//! The frozen linear layer that adapters ride on, and the one place where `[out, in]` becomes `[in, out]`.
+//! The frozen linear layer under an adapter. All conversion between `[out, in]` and `[in, out]` is
+//! here.
 
 use burn::backend::Dispatch;
 use burn::module::{Module, Param};
@@ -10,7 +11,7 @@ use crate::linalg::Matrix;
 use crate::nn::StoredWeight;
 use crate::nn::ops::{self, LoraTerm};
 
-/// A Hugging Face weight `[out, in]` as a Burn tensor `[in, out]`.
+/// Converts a Hugging Face weight `[out, in]` to a Burn tensor `[in, out]`.
 ///
 /// # Shapes
 /// - `weight`: `[d_output, d_input]`; result: `[d_input, d_output]`
@@ -20,7 +21,8 @@ pub(crate) fn tensor_from_matrix(weight: &Matrix, device: &Device) -> Tensor<2> 
     Tensor::from_data(TensorData::new(turned.into_vec(), shape), device)
 }
 
-/// A Burn weight `[in, out]` as a Hugging Face matrix `[out, in]`; the inverse of [`tensor_from_matrix`].
+/// Converts a Burn weight `[in, out]` to a Hugging Face matrix `[out, in]`; the inverse of
+/// [`tensor_from_matrix`].
 ///
 /// # Shapes
 /// - `weight`: `[d_input, d_output]`; result: `[d_output, d_input]`
@@ -31,7 +33,7 @@ pub fn matrix_from_tensor(weight: Tensor<2>) -> Matrix {
     Matrix::from_fn(d_input, d_output, |i, o| values[i * d_output + o]).transposed()
 }
 
-/// A tensor's elements on the host, row-major, as `f32`.
+/// The elements of a tensor on the host, in row-major order, as `f32`.
 #[doc(hidden)]
 pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     let n = tensor.shape().num_elements();
@@ -45,20 +47,22 @@ pub fn host_values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     values
 }
 
-/// A linear layer `y = x W + b`, as stored in the checkpoint: the frozen part of an adapted layer.
+/// A linear layer `y = x W + b` with a stored weight: the frozen part of an adapted layer.
 ///
-/// How the weight is stored is this type's business alone; the decoder has one form for every storage. A quantized or sparse
-/// weight stays as it is stored ([`StoredMatrix`]), in host memory and, from its first product on, in a GPU's; it cannot be trained.
-/// Products of a few rows read it so, for others it is unpacked, one at a time. Of inputs and outputs, a prefix may be active: the
-/// layer is then the smaller one with the leading part of weight and bias (mode B of arXiv 2501.16372, figure 1), and no weight
-/// moves.
+/// The storage of the weight is internal to this type, so the decoder is the same for every storage
+/// format. A quantized or sparse weight keeps its stored format ([`StoredMatrix`]) in host memory
+/// and, after its first product there, in GPU memory. It cannot be trained. Products with few rows
+/// read the stored format directly; for other products the weight is unpacked, one weight at a
+/// time. A prefix of inputs and outputs may be active. The layer then acts as a smaller one with
+/// the leading part of weight and bias (mode B of arXiv 2501.16372, figure 1); no weights are
+/// moved.
 #[derive(Module, Debug)]
 pub struct BaseLinear {
-    /// `[d_input, d_output]`; none where it is packed.
+    /// The dense weight, `[d_input, d_output]`; `None` if it is packed.
     weight: Option<Param<Tensor<2>>>,
     #[module(skip)]
     packed: Option<StoredWeight>,
-    /// Lies on the layer's device, which a packed weight does not.
+    /// A tensor on the layer's device, since a packed weight has no device.
     anchor: Tensor<1>,
     /// `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
@@ -66,7 +70,7 @@ pub struct BaseLinear {
     active: [usize; 2],
 }
 
-/// The first `len` along `axis`, where that is not all: a view.
+/// A view of the first `len` indices along `axis`, or the tensor itself if that is all.
 pub(crate) fn prefix<const D: usize>(tensor: Tensor<D>, axis: usize, len: usize) -> Tensor<D> {
     if tensor.dims()[axis] == len {
         tensor
@@ -76,10 +80,10 @@ pub(crate) fn prefix<const D: usize>(tensor: Tensor<D>, axis: usize, len: usize)
 }
 
 impl BaseLinear {
-    /// Takes a weight `[d_input, d_output]` and a bias `[d_output]`. They start frozen.
+    /// Creates a frozen layer from a weight `[d_input, d_output]` and a bias `[d_output]`.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the bias has another length.
+    /// Returns [`Error::ShapeMismatch`] if the bias has another length.
     pub fn from_tensors(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Result<Self> {
         let [d_input, d_output] = weight.dims();
         if let Some(bias) = &bias
@@ -101,10 +105,11 @@ impl BaseLinear {
         })
     }
 
-    /// Takes a quantized weight, `[d_output, d_input]`, which stays packed, and a bias `[d_output]`. They start frozen.
+    /// Creates a frozen layer from a quantized weight, `[d_output, d_input]`, which stays packed,
+    /// and a bias `[d_output]`.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the bias has another length.
+    /// Returns [`Error::ShapeMismatch`] if the bias has another length.
     pub fn from_quantized(
         weight: PackedMatrix,
         bias: Option<&[f32]>,
@@ -113,10 +118,12 @@ impl BaseLinear {
         Self::from_stored(weight.into(), bias, device)
     }
 
-    /// Takes a weight, `[d_output, d_input]`, that stays as it is stored, and a bias `[d_output]`. They start frozen.
+    /// Creates a frozen layer from a weight, `[d_output, d_input]`, which keeps its stored format,
+    /// and a bias `[d_output]`.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the bias has another length; those of [`StoredMatrix::check`].
+    /// Returns [`Error::ShapeMismatch`] if the bias has another length, and the errors of
+    /// [`StoredMatrix::check`].
     pub fn from_stored(
         weight: StoredMatrix,
         bias: Option<&[f32]>,
@@ -142,31 +149,31 @@ impl BaseLinear {
         })
     }
 
-    /// The packed weight, `[d_output, d_input]`, where it is quantized and not sparse.
+    /// The packed weight, `[d_output, d_input]`, if the weight is quantized and not sparse.
     pub fn quantized(&self) -> Option<&PackedMatrix> {
         self.stored_matrix()?.packed()
     }
 
-    /// The stored weight, `[d_output, d_input]`, where it is no tensor.
+    /// The stored weight, `[d_output, d_input]`, if the weight is not a tensor.
     pub fn stored_matrix(&self) -> Option<&StoredMatrix> {
         self.packed.as_ref().map(StoredWeight::matrix)
     }
 
-    /// The weight as it is stored; one that is packed, unpacked.
+    /// The weight as a tensor in its dtype; a packed weight is unpacked.
     fn value(&self) -> Tensor<2> {
         if let Some(weight) = &self.weight {
             return weight.val();
         }
         let (values, [d_input, d_output]) = match &self.packed {
             Some(packed) => (packed.values(), packed.dims()),
-            // No constructor makes a layer with neither.
+            // Unreachable: every constructor sets one of the two.
             None => (vec![0.0; self.active.iter().product()], self.active),
         };
         Tensor::<2>::from_data(TensorData::new(values, [d_output, d_input]), &self.device())
             .transpose()
     }
 
-    /// Where the layer computes, off the tape for a packed weight.
+    /// The device of the layer; for a packed weight, without autodiff.
     fn device(&self) -> Device {
         match &self.weight {
             Some(weight) => weight.val().device(),
@@ -174,17 +181,19 @@ impl BaseLinear {
         }
     }
 
-    /// Takes a Hugging Face weight `[d_output, d_input]` and a bias `[d_output]`. They start frozen.
+    /// Creates a frozen layer from a Hugging Face weight `[d_output, d_input]` and a bias
+    /// `[d_output]`.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the bias has another length.
+    /// Returns [`Error::ShapeMismatch`] if the bias has another length.
     pub fn from_matrix(weight: &Matrix, bias: Option<&[f32]>, device: &Device) -> Result<Self> {
         let bias = bias
             .map(|bias| Tensor::from_data(TensorData::new(bias.to_vec(), [bias.len()]), device));
         Self::from_tensors(tensor_from_matrix(weight, device), bias)
     }
 
-    /// The weight as a dense `f32` tensor, `[d_input, d_output]`; a copy where it is stored otherwise.
+    /// The weight as a dense `f32` tensor, `[d_input, d_output]`; a copy if the weight is stored in
+    /// another format.
     pub fn weight(&self) -> Tensor<2> {
         let weight = self.value();
         if weight.dtype() == DType::F32 {
@@ -194,16 +203,16 @@ impl BaseLinear {
         }
     }
 
-    /// The active part of the weight as it is stored: a view. A packed weight is unpacked.
+    /// A view of the active part of the weight in its dtype. A packed weight is unpacked.
     pub(crate) fn stored(&self) -> Tensor<2> {
         let [d_input, d_output] = self.active;
         prefix(prefix(self.value(), 0, d_input), 1, d_output)
     }
 
-    /// The active part as a layer of its own, with the weight given for it, in Hugging Face's orientation.
+    /// The active part as a separate layer with a new weight, given in Hugging Face's orientation.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the weight has another shape.
+    /// Returns [`Error::ShapeMismatch`] if the weight has another shape.
     pub(crate) fn replaced(&self, weight: &Matrix) -> Result<Self> {
         let [d_input, d_output] = self.active;
         if (weight.rows(), weight.cols()) != (d_output, d_input) {
@@ -222,10 +231,10 @@ impl BaseLinear {
         Self::from_tensors(tensor_from_matrix(weight, &device), bias)
     }
 
-    /// As [`replaced`](Self::replaced), with a quantized weight.
+    /// Like [`replaced`](Self::replaced), with a quantized weight.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where the weight has another shape.
+    /// Returns [`Error::ShapeMismatch`] if the weight has another shape.
     pub(crate) fn replaced_quantized(&self, weight: PackedMatrix) -> Result<Self> {
         let [d_input, d_output] = self.active;
         if (weight.rows(), weight.cols()) != (d_output, d_input) {
@@ -252,16 +261,17 @@ impl BaseLinear {
         }
     }
 
-    /// Inputs and outputs that are active, all of them at first.
+    /// Numbers of active inputs and outputs; all of them at first.
     pub fn active_dims(&self) -> [usize; 2] {
         self.active
     }
 
-    /// Makes the first `d_input` inputs and `d_output` outputs the active ones. Moves no weight.
+    /// Activates the first `d_input` inputs and `d_output` outputs. No weights are moved.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for 0 or more than there are, [`Error::Unsupported`] for fewer of a quantized weight; they are then
-    /// as before.
+    /// Returns [`Error::ShapeMismatch`] if a size is 0 or above the full size, and
+    /// [`Error::Unsupported`] for a part of a quantized weight. The active sizes are then
+    /// unchanged.
     pub fn set_active_dims(&mut self, active: [usize; 2]) -> Result<()> {
         let dims = self.dims();
         if active.contains(&0) || active[0] > dims[0] || active[1] > dims[1] {
@@ -280,8 +290,8 @@ impl BaseLinear {
         Ok(())
     }
 
-    /// Stores the weight in another float format, rounded to nearest; a quantized one stays as it is. A weight of 16 bits is half
-    /// the memory, and cannot be trained.
+    /// Stores the weight in another float dtype, rounded to nearest; a quantized weight is
+    /// unchanged. A 16-bit weight takes half the memory and cannot be trained.
     pub fn with_dtype(mut self, dtype: FloatDType) -> Self {
         self.weight = self.weight.map(|weight| {
             if weight.val().dtype() == dtype.into() {
@@ -299,11 +309,11 @@ impl BaseLinear {
         matrix_from_tensor(self.value())
     }
 
-    /// Replaces the weight by one of the same shape in Hugging Face's orientation. In place of a quantized one there is then a
-    /// dense one.
+    /// Replaces the weight by one of the same shape in Hugging Face's orientation. A quantized
+    /// weight becomes a dense one.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where it has another shape.
+    /// Returns [`Error::ShapeMismatch`] if the weight has another shape.
     pub fn set_matrix(&mut self, weight: &Matrix) -> Result<()> {
         let [d_input, d_output] = self.dims();
         if (weight.rows(), weight.cols()) != (d_output, d_input) {
@@ -325,7 +335,7 @@ impl BaseLinear {
         Ok(())
     }
 
-    /// `[d_input, d_output]`.
+    /// The full sizes, `[d_input, d_output]`.
     pub fn dims(&self) -> [usize; 2] {
         match (&self.weight, &self.packed) {
             (Some(weight), _) => weight.lazy_shape().dims(),
@@ -334,7 +344,7 @@ impl BaseLinear {
         }
     }
 
-    /// The active part of the weight, for a product.
+    /// The active part of the weight, as the operand of a product.
     fn operand(&self) -> ops::Weight<Dispatch> {
         match &self.packed {
             Some(packed) => packed.into(),
@@ -342,19 +352,20 @@ impl BaseLinear {
         }
     }
 
-    /// Applies the layer's active part.
+    /// Applies the active part of the layer.
     ///
     /// # Shapes
-    /// - `x`: `[.., d_input]`; result: `[.., d_output]`, both as far as active
+    /// - `x`: `[.., d_input]`; result: `[.., d_output]`, with the active sizes
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let y = ops::linear(x, self.operand());
         self.with_bias(y)
     }
 
-    /// Applies the layer's active part with a low-rank update of the same; see [`ops::lora_linear`].
+    /// Applies the active part of the layer with a low-rank update of the same size; see
+    /// [`ops::lora_linear`].
     ///
     /// # Shapes
-    /// - `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`, as far as active
+    /// - `a`: `[d_input, r_max]`, `b`: `[r_max, d_output]`, with the active sizes
     pub(crate) fn forward_with<const D: usize>(
         &self,
         x: Tensor<D>,
@@ -366,14 +377,14 @@ impl BaseLinear {
         self.with_bias(y)
     }
 
-    /// Whether somebody trains the weight.
+    /// Whether the weight is part of an autodiff graph.
     pub(crate) fn is_tracked(&self) -> bool {
         self.weight
             .as_ref()
             .is_some_and(|weight| weight.val().is_tracked())
     }
 
-    /// Adds the bias, where there is one.
+    /// Adds the bias, if there is one.
     pub(crate) fn with_bias<const D: usize>(&self, y: Tensor<D>) -> Tensor<D> {
         match &self.bias {
             Some(bias) => y + prefix(bias.val(), 0, self.active[1]).unsqueeze(),

@@ -1,20 +1,21 @@
-//! Which keys a query of causal attention may see.
+//! The mask of causal attention.
 
 use std::ops::Range;
 
-/// Which keys a query may see, besides none after itself.
+/// Restricts the keys that a query sees, in addition to causality.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[doc(hidden)]
 pub struct AttentionMask {
-    /// Only the last `window` keys, the query's own among them (Mistral's sliding window).
+    /// Number of most recent keys that are visible, including the query's own (Mistral's sliding
+    /// window).
     pub window: Option<usize>,
-    /// Per row of the batch, the number of leading keys that are padding.
+    /// Number of leading padding keys for each row of the batch.
     pub left_pad: Option<Vec<usize>>,
 }
 
 impl AttentionMask {
-    /// The keys that `query` of batch row `row` sees; empty if all of them are padding. The last query stands at the last
-    /// key.
+    /// The range of keys that `query` of batch row `row` sees; empty if all of them are padding.
+    /// The last query is at the position of the last key.
     pub(crate) fn visible(
         &self,
         row: usize,
@@ -36,8 +37,8 @@ impl AttentionMask {
         start.min(end)..end
     }
 
-    /// True where a query must not look, `[rows, 1, seq_q, seq_k]` with `rows` one of `batch` and 1, and that `rows`; nothing
-    /// where every key is visible.
+    /// Returns a mask `[rows, 1, seq_q, seq_k]` that is true where a key is hidden from a query,
+    /// and `rows`, which is `batch` or 1. Returns `None` if every key is visible.
     pub(crate) fn hidden(
         &self,
         batch: usize,

@@ -1,4 +1,5 @@
-//! Building blocks of a decoder: operations, linear layers and their storage, normalization, rotary tables, key/value cache.
+//! Building blocks of a decoder: operations, linear layers and their storage, normalization,
+//! dropout, attention masks, and the key/value cache.
 
 mod cache;
 mod dropout;

@@ -9,14 +9,14 @@ use super::ops;
 #[derive(Module, Debug)]
 #[doc(hidden)]
 pub struct RmsNorm {
-    /// `[d_model]`.
+    /// Gain, `[d_model]`.
     pub weight: Param<Tensor<1>>,
-    /// Added to the mean square.
+    /// Term added to the mean square.
     pub eps: f64,
 }
 
 impl RmsNorm {
-    /// Takes a gain `[d_model]`. It starts frozen.
+    /// Creates a frozen normalization with a gain `[d_model]`.
     pub fn from_tensor(weight: Tensor<1>, eps: f64) -> Self {
         Self {
             weight: Param::from_tensor(weight).set_require_grad(false),

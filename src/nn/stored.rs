@@ -1,4 +1,4 @@
-//! A frozen weight that stays as it is stored, and the grid that a weight is rounded to in training.
+//! Frozen weights that keep their stored format, and the input groups of a quantization grid.
 
 use std::any::Any;
 use std::fmt;
@@ -8,17 +8,18 @@ use rayon::prelude::*;
 
 use crate::format::StoredMatrix;
 
-/// Weights that one task unpacks.
+/// Number of weights that one task unpacks.
 const TASK: usize = 64 * 1024;
 
-/// A stored weight as the operations take it: in host memory, shared by all clones, with the copies that devices hold of it.
+/// A stored weight as the operations take it: in host memory, shared by all clones, along with its
+/// copies on devices.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct StoredWeight(Arc<Held>);
 
 struct Held {
     matrix: StoredMatrix,
-    /// What backends made of the matrix, each of its own type.
+    /// Copies made by backends, each of the backend's own type.
     copies: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
@@ -42,7 +43,8 @@ impl StoredWeight {
         &self.0.matrix
     }
 
-    /// A backend's copy: the one that is wanted or, where there is none, a new one. It lives as long as the weight.
+    /// A backend's copy of the weight. Returns the existing copy that satisfies the predicate, or
+    /// creates one. Copies live as long as the weight.
     #[allow(dead_code)] // not every build has a backend that keeps one
     pub(super) fn copy<T: Any + Send + Sync>(
         &self,
@@ -60,18 +62,18 @@ impl StoredWeight {
         })
     }
 
-    /// Copies that are there.
+    /// Number of copies.
     #[cfg(all(test, any(feature = "wgpu", feature = "vulkan", feature = "metal")))]
     pub(super) fn copies(&self) -> usize {
         self.0.copies.lock().unwrap().len()
     }
 
-    /// `[d_input, d_output]`.
+    /// The sizes `[d_input, d_output]`.
     pub fn dims(&self) -> [usize; 2] {
         [self.matrix().cols(), self.matrix().rows()]
     }
 
-    /// The weights as `f32`, row-major `[d_output, d_input]`; on all threads.
+    /// The weights as `f32`, row-major `[d_output, d_input]`, decoded on all threads.
     pub(crate) fn values(&self) -> Vec<f32> {
         let [d_input, d_output] = self.dims();
         let mut values = vec![0.0; d_input * d_output];
@@ -90,13 +92,14 @@ impl StoredWeight {
     }
 }
 
-/// Which group each row of a weight `[d_input, d_output]` is in: an input's scale and zero point are its group's.
+/// The groups of rows of a weight `[d_input, d_output]`: inputs of a group share a scale and a zero
+/// point.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[doc(hidden)]
 pub struct InputGroups {
-    /// Inputs of a group where they are in order; the last group may be shorter.
+    /// Number of inputs in a group, if groups are in order; the last group may be shorter.
     pub size: usize,
-    /// The group of each input where they are not.
+    /// The group of each input, if groups are not in order.
     pub order: Option<Arc<[u32]>>,
 }
 
@@ -109,7 +112,7 @@ impl InputGroups {
         }
     }
 
-    /// Groups that the first `d_input` inputs are in, where there are no more than `groups`.
+    /// Number of groups that the first `d_input` inputs belong to, at most `groups`.
     pub fn count(&self, d_input: usize, groups: usize) -> usize {
         if self.order.is_some() {
             groups

@@ -1,8 +1,9 @@
-//! GPTQ: columns are rounded one after the other, and the later ones make up for it.
+//! GPTQ: columns are rounded one after the other, and later ones compensate for the errors.
 //!
-//! "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv 2210.17323). Departures: the
-//! factor of the Hessian itself takes the place of its inverse's ([`Factor`]); a mask is kept, which GPTQ by itself undoes; a
-//! group's grid is by default found from its weights as they stand when its turn comes, not when its block's did.
+//! "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv
+//! 2210.17323). Departures: it uses the factor of the Hessian itself, not of its inverse
+//! ([`Factor`]). It preserves a mask, which plain GPTQ does not. By default it determines a group's
+//! grid from the weights at the start of the group, not of its block.
 
 use std::ops::Range;
 
@@ -16,37 +17,42 @@ use crate::linalg::{Factor, Matrix};
 use crate::sparsity::compensate::{Keep, Pass, RowRounding, block_length};
 use crate::sparsity::{Mask, Pattern};
 
-/// Columns that are rounded before the rest is told, unless said otherwise.
+/// Default number of columns that are rounded before the errors are applied to all later columns.
 const BLOCK: usize = 128;
 
-/// From which weights the grids of groups are found. A grid for the whole row is always found from the weights as they were.
+/// The weights from which the grids of groups are determined. A grid of a whole row is always
+/// determined from the original weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[doc(hidden)]
 pub enum GroupGrids {
-    /// As they stand when the group begins.
+    /// The weights when the group begins.
     #[default]
     Current,
-    /// As they stand when the group's block begins, as the authors' code does.
+    /// The weights when the group's block begins, as in the authors' code.
     Block,
-    /// As they were (GPTQ's static groups). With activation order, groups are then of consecutive columns all the same.
+    /// The original weights (GPTQ's static groups). Groups then consist of consecutive columns even
+    /// with activation order.
     Static,
 }
 
 /// Settings of GPTQ.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GptqConfig {
-    /// The grids.
+    /// Settings of the grids.
     pub grid: GridConfig,
-    /// From which weights they are found.
+    /// The weights from which the grids are determined.
     pub groups: GroupGrids,
-    /// Columns that are rounded before the rest is told; made a multiple of the group size. Results depend on it only by
-    /// rounding, but for [`GroupGrids::Block`] and for pruning by ratio, where a block's weights compete.
+    /// Number of columns that are rounded before the errors are applied to all later columns;
+    /// adjusted to a multiple of the group size.
+    ///
+    /// It changes results only by floating-point rounding, except with [`GroupGrids::Block`] and
+    /// when pruning by ratio, where the weights of a block are compared with one another.
     pub block_size: usize,
 }
 
 impl GptqConfig {
-    /// GPTQ on these grids.
+    /// Creates settings for GPTQ on these grids.
     pub fn new(grid: GridConfig) -> Self {
         Self {
             grid,
@@ -63,7 +69,8 @@ impl GptqConfig {
     /// Checks the fields.
     ///
     /// # Errors
-    /// Those of [`GridConfig::validate`], and [`Error::InvalidArgument`] for a block size of 0.
+    /// Returns the errors of [`GridConfig::validate`], and [`Error::InvalidArgument`] if the block
+    /// size is 0.
     pub fn validate(&self) -> Result<()> {
         self.grid.validate()?;
         if self.block_size == 0 {
@@ -73,17 +80,19 @@ impl GptqConfig {
     }
 }
 
-/// Rounds a weight to a grid so that the layer's output changes little. What `mask` does not keep is 0 whatever the errors
-/// before it, and the later weights make up for its removal as for a rounding.
+/// Rounds a weight matrix to a grid and keeps the change of the layer's output small. Weights that
+/// `mask` removes become 0, and later weights compensate for that as they do for rounding errors.
 ///
-/// O(out * in^2), the same result at any number of threads. Columns that are 0 in all of the input come out as 0.
+/// The time is O(out * in^2), and the result is the same with any number of threads. Weights of
+/// columns that are 0 in all of the input become 0.
 ///
 /// # Shapes
 /// `weight` and `mask`: `[out, in]`; `factor`: of `[in, in]`.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for bad settings, [`Error::ShapeMismatch`] for a factor or a mask of another size,
-/// [`Error::NotFinite`] for a weight that is NaN or infinite, [`Error::TensorOverflow`] for a scale too large for its format.
+/// Returns [`Error::InvalidArgument`] if the settings are invalid, [`Error::ShapeMismatch`] if the
+/// factor or the mask has another size, [`Error::NotFinite`] if a weight is NaN or infinite, and
+/// [`Error::TensorOverflow`] if a scale is too large for its dtype.
 pub fn gptq(
     weight: &Matrix,
     factor: &Factor,
@@ -94,14 +103,15 @@ pub fn gptq(
     quantize(weight, factor, config, keep, 1).map(|(quantized, _)| quantized)
 }
 
-/// Prunes by SparseGPT and rounds by GPTQ in one pass, so that each makes up for the other's errors; returns the mask of what
-/// stays, too. A weight that stays may be rounded to 0.
+/// Prunes with SparseGPT and rounds with GPTQ in one pass, so that each compensates for the other's
+/// errors. Returns the quantized weight and the mask of the weights that stay. A weight that stays
+/// may still be rounded to 0.
 ///
 /// # Shapes
-/// As [`gptq`].
+/// As for [`gptq`].
 ///
 /// # Errors
-/// Those of [`gptq`] and of [`sparsegpt`](crate::sparsity::sparsegpt).
+/// Returns the errors of [`gptq`] and of [`sparsegpt`](crate::sparsity::sparsegpt).
 #[doc(hidden)]
 pub fn sparse_gptq(
     weight: &Matrix,
@@ -131,7 +141,7 @@ fn quantize(
     let mut parts = empty_parts(weight, &config.grid);
     let (rows, cols, group_size) = (parts.rows, parts.cols, parts.group_size);
     let groups = cols.div_ceil(group_size);
-    // A whole row's grid cannot wait for the row's columns.
+    // The grid of a whole row must be known before its first column is rounded.
     let fixed = config.groups == GroupGrids::Static || groups < 2;
     if fixed && rows * cols > 0 && cols == factor.d_input() {
         find_grids(&as_seen(weight, factor, keep)?, &config.grid, &mut parts)?;
@@ -179,7 +189,7 @@ fn quantize(
     Ok((QuantizedMatrix::new(parts)?, done.keep))
 }
 
-/// The weight without what is known to go.
+/// Returns the weight with dead columns and weights removed by a given mask set to 0.
 fn as_seen(weight: &Matrix, factor: &Factor, keep: Keep<'_>) -> Result<Matrix> {
     let mut seen = weight.clone();
     if let Keep::These(mask) = keep {
@@ -195,12 +205,13 @@ fn as_seen(weight: &Matrix, factor: &Factor, keep: Keep<'_>) -> Result<Matrix> {
     Ok(seen)
 }
 
-/// One row's codes and grids.
+/// The codes and grids of one row.
 struct GridRow<'a> {
     config: &'a GridConfig,
     order: Option<&'a [u32]>,
     group_size: usize,
-    /// Whether the grids are there already, for groups of consecutive columns; else groups are of consecutive positions.
+    /// Whether the grids are already known. Groups are then of consecutive columns, otherwise of
+    /// consecutive positions in rounding order.
     fixed: bool,
     top: u8,
     codes: &'a mut [u8],

@@ -1,4 +1,4 @@
-//! The grid of a group of weights: a scale and an integer zero point.
+//! The quantization grid of a group of weights: a scale and an integer zero point.
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -6,22 +6,22 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 
-/// The format in which scales will be stored. They are rounded to it before codes are chosen, so that what is stored is what
-/// was meant.
+/// The dtype in which scales will be stored. Scales are rounded to it before codes are chosen, so
+/// the codes match the stored scales.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleDtype {
-    /// Not rounded.
+    /// Scales are not rounded.
     #[default]
     F32,
-    /// As GPTQ checkpoints have them.
+    /// The dtype of GPTQ checkpoints.
     F16,
-    /// As a bf16 model's compressed-tensors checkpoint has them.
+    /// The dtype of compressed-tensors checkpoints of bf16 models.
     Bf16,
 }
 
 impl ScaleDtype {
-    /// A scale as it will be read back.
+    /// Rounds a scale to this dtype.
     pub fn round(self, scale: f32) -> f32 {
         match self {
             Self::F32 => scale,
@@ -31,23 +31,26 @@ impl ScaleDtype {
     }
 }
 
-/// How grids are made.
+/// Settings of quantization grids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GridConfig {
-    /// Bits of a code: 2, 3, 4 or 8.
+    /// Number of bits per code: 2, 3, 4 or 8.
     pub bits: u8,
-    /// Columns of a row that share a grid, the last group may be shorter; none for the whole row.
+    /// Number of columns of a row that share a grid; `None` for the whole row. The last group may
+    /// be shorter.
     pub group_size: Option<usize>,
-    /// Whether the zero point is the middle of the grid, and the scale as large as the largest weight of either sign needs.
+    /// Whether the grid is symmetric: the zero point is the middle of the grid, and the scale
+    /// follows from the largest absolute value.
     pub symmetric: bool,
-    /// Format of the scales.
+    /// Dtype of the scales.
     pub scale_dtype: ScaleDtype,
-    /// Whether a zero point of 0, which a GPTQ v1 checkpoint cannot hold, is avoided.
+    /// Whether to avoid a zero point of 0, which a GPTQ v1 checkpoint cannot store.
     pub zero_from_one: bool,
 }
 
 impl GridConfig {
-    /// An asymmetric grid of that many bits for each group of 128 columns, its scales not rounded.
+    /// Creates settings for an asymmetric grid of `bits` bits for each group of 128 columns, with
+    /// unrounded scales.
     pub fn new(bits: u8) -> Self {
         Self {
             bits,
@@ -68,7 +71,8 @@ impl GridConfig {
     /// Checks the fields.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for bits other than 2, 3, 4 and 8 and for a group size of 0.
+    /// Returns [`Error::InvalidArgument`] if the number of bits is not 2, 3, 4 or 8, or the group
+    /// size is 0.
     pub fn validate(&self) -> Result<()> {
         if ![2, 3, 4, 8].contains(&self.bits) {
             return Err(Error::argument("bits", self.bits, "2, 3, 4 or 8"));
@@ -79,20 +83,25 @@ impl GridConfig {
         Ok(())
     }
 
-    /// Columns of a group in rows of `cols`, at least 1 and at most the row.
+    /// Number of columns per group in rows of `cols` columns; at least 1, and at most `cols` unless
+    /// that is 0.
     pub(crate) fn group_len(&self, cols: usize) -> usize {
         self.group_size.unwrap_or(cols).min(cols).max(1)
     }
 
-    /// The grid of a group: the least one whose ends reach the smallest and the largest of `weights`, and 0 on it.
+    /// Computes the grid of a group: the smallest one that contains 0 and reaches from the least to
+    /// the greatest of `weights`.
     ///
-    /// Asymmetric: `scale = (max - min) / (2^bits - 1)` with `min <= 0 <= max`, `zero = round(-min / scale)`. Symmetric:
-    /// `scale = 2 max |w| / (2^bits - 1)`, `zero = 2^(bits - 1)`, as GPTQ's code has them. The scale is 0 where no weight is
-    /// other than 0, or none is large enough for a scale of its format.
+    /// - Asymmetric: `scale = (max - min) / (2^bits - 1)` with `min <= 0 <= max`, and
+    ///   `zero = round(-min / scale)`.
+    /// - Symmetric: `scale = 2 max |w| / (2^bits - 1)` and `zero = 2^(bits - 1)`, as in GPTQ's
+    ///   code.
+    ///
+    /// The scale is 0 if all weights are 0, or too small for a scale of the chosen dtype.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] for a weight that is NaN or infinite, [`Error::TensorOverflow`] for a scale that its format
-    /// cannot hold.
+    /// Returns [`Error::NotFinite`] if a weight is NaN or infinite, and [`Error::TensorOverflow`]
+    /// if the scale is too large for its dtype.
     pub fn grid(&self, weights: &[f32]) -> Result<GroupGrid> {
         let (mut min, mut max) = (0.0_f32, 0.0_f32);
         for (index, weight) in weights.iter().enumerate() {
@@ -156,32 +165,32 @@ impl GridConfig {
     }
 }
 
-/// A group's grid: the weights `scale * (code - zero)`.
+/// The grid of a group: the values `scale * (code - zero)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct GroupGrid {
-    /// Distance between neighbours; 0 where the only weight is 0.
+    /// Distance between neighboring values; 0 if the only value is 0.
     pub scale: f32,
-    /// The code of 0.
+    /// The zero point, which is the code of 0.
     pub zero: u8,
     /// The largest code.
     pub top: u8,
 }
 
 impl GroupGrid {
-    /// The code nearest to a weight: `clamp(round(w / scale) + zero)`, ties to even.
+    /// Returns the code nearest to a weight: `clamp(round(w / scale) + zero)`, with ties to even.
     pub fn code(&self, weight: f32) -> u8 {
         if self.scale == 0.0 {
             return self.zero;
         }
-        // Adding and taking away 1.5 * 2^23 rounds as `round_ties_even` does, without a call, for what the clamp leaves; it
-        // is wide enough to change no code.
+        // Adding and subtracting 1.5 * 2^23 rounds like `round_ties_even`, without a function call,
+        // for all values that the clamp allows. The clamp is wide enough to change no code.
         const ROUND: f32 = 12_582_912.0;
         let steps = (weight / self.scale).clamp(-512.0, 512.0) + ROUND - ROUND;
         (steps + f32::from(self.zero)).clamp(0.0, f32::from(self.top)) as u8
     }
 
-    /// The weight that a code stands for.
+    /// Returns the weight of a code.
     pub fn value(&self, code: u8) -> f32 {
         QuantizedMatrix::value(self.scale, self.zero, code)
     }

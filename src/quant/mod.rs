@@ -1,7 +1,9 @@
-//! Weights on grids of small integers: grids, rounding to nearest, GPTQ, and GPTQ with pruning in one pass.
+//! Quantization of weight matrices: grids, rounding to nearest, GPTQ, and GPTQ combined with
+//! pruning in one pass.
 //!
-//! Everything here is a pure function of a weight `[out, in]` and of statistics of the layer's input, and gives a
-//! [`QuantizedMatrix`](crate::format::QuantizedMatrix). A pruned weight is its zero point, exactly 0, and stays so.
+//! Everything here is a pure function of a weight `[out, in]` and of statistics of the layer's
+//! input, and returns a [`QuantizedMatrix`](crate::format::QuantizedMatrix). The code of a pruned
+//! weight is its zero point, so the weight is exactly 0.
 
 mod gptq;
 mod grid;

@@ -1,4 +1,4 @@
-//! Rounding to nearest.
+//! Quantization by rounding to nearest.
 
 use rayon::prelude::*;
 
@@ -8,16 +8,18 @@ use crate::format::{QuantizedMatrix, QuantizedParts};
 use crate::linalg::Matrix;
 use crate::sparsity::Mask;
 
-/// Rounds every weight to the nearest one on its group's grid. What `mask` does not keep is 0, and counts for no grid.
+/// Rounds every weight to the nearest value on its group's grid. Weights that `mask` removes become
+/// 0 and do not affect any grid.
 ///
-/// O(out * in), the same result at any number of threads.
+/// The time is O(out * in), and the result is the same with any number of threads.
 ///
 /// # Shapes
 /// `weight` and `mask`: `[out, in]`.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for a bad grid, [`Error::ShapeMismatch`] for a mask of another shape, [`Error::NotFinite`] for
-/// a weight that is NaN or infinite, [`Error::TensorOverflow`] for a scale too large for its format.
+/// Returns [`Error::InvalidArgument`] if the grid settings are invalid, [`Error::ShapeMismatch`] if
+/// the mask has another shape, [`Error::NotFinite`] if a weight is NaN or infinite, and
+/// [`Error::TensorOverflow`] if a scale is too large for its dtype.
 pub fn round_to_nearest(
     weight: &Matrix,
     config: &GridConfig,
@@ -75,7 +77,7 @@ pub fn round_to_nearest(
     QuantizedMatrix::new(parts)
 }
 
-/// Names the first element of the weight that is NaN or infinite.
+/// Returns an error that names the first element that is NaN or infinite, if there is one.
 pub(super) fn check_finite(weight: &Matrix) -> Result<()> {
     match weight
         .as_slice()
@@ -91,7 +93,8 @@ pub(super) fn check_finite(weight: &Matrix) -> Result<()> {
     }
 }
 
-/// Parts of the right sizes, every code and zero point in the middle, every scale 0.
+/// Creates parts of the right sizes, with every code and zero point in the middle of the grid and
+/// every scale 0.
 pub(super) fn empty_parts(weight: &Matrix, config: &GridConfig) -> QuantizedParts {
     let (rows, cols) = (weight.rows(), weight.cols());
     let group_size = config.group_len(cols);
@@ -110,7 +113,7 @@ pub(super) fn empty_parts(weight: &Matrix, config: &GridConfig) -> QuantizedPart
     }
 }
 
-/// Finds the grid of each group of consecutive columns. The matrix has elements.
+/// Determines the grid of each group of consecutive columns. The matrix must not be empty.
 pub(super) fn find_grids(
     weight: &Matrix,
     config: &GridConfig,

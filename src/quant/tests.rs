@@ -15,7 +15,7 @@ fn random(rows: usize, cols: usize, seed: u64) -> Matrix {
     Matrix::from_fn(rows, cols, |_, _| rng.random_range(-0.3f32..0.25))
 }
 
-/// Inputs whose columns depend on one another, and differ in size.
+/// Creates inputs whose columns are correlated and differ in size.
 fn correlated(d: usize, tokens: usize, seed: u64) -> Hessian {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut hessian = Hessian::new(d);
@@ -31,7 +31,7 @@ fn correlated(d: usize, tokens: usize, seed: u64) -> Hessian {
     hessian
 }
 
-/// `e H e^T`, the squared output error that an error `e` of one output's weights makes.
+/// Computes `e H e^T`, the squared output error caused by an error `e` of one output's weights.
 fn output_error(hessian: &Hessian, error: &[f32]) -> f64 {
     let h = hessian.to_matrix();
     let dot = |row: &[f32]| -> f64 {
@@ -63,7 +63,8 @@ fn factor(hessian: &Hessian) -> Factor {
     Factor::new(hessian, &FactorConfig::new()).unwrap()
 }
 
-/// The textbook form, in `f64`: each column is rounded, the others are moved by the inverse of what is left of the Hessian.
+/// The textbook algorithm in `f64`: after each column is rounded, the remaining ones are adjusted
+/// with the inverse of the remaining Hessian.
 fn textbook(
     weight: &Matrix,
     hessian: &Hessian,
@@ -163,7 +164,7 @@ fn gptq_without_an_inverse_is_the_textbooks() {
         let mask = Mask::from_scores(&scores, &Pattern::Layer { ratio: 0.4 }).unwrap();
         let mut pruned = w.clone();
         mask.apply(&mut pruned).unwrap();
-        // The textbook knows of no masked weight while it looks for a group's grid.
+        // The textbook algorithm ignores the mask when it determines the grid of a group.
         let grid = grid.with_group_size(None);
         let found = gptq(
             &pruned,
@@ -266,9 +267,9 @@ fn a_mask_is_kept_and_joint_is_no_worse_than_one_after_the_other() {
     }
     let ratio = ((joint_sum - after_sum) / 16.0_f64).exp();
     eprintln!("joint over sequential: {ratio:.3}");
-    // 0.998 where this was written; another processor's roundings flip some codes.
+    // The ratio is 0.998 on one machine; rounding on another processor changes some codes.
     assert!(ratio <= 1.01);
-    // What GPTQ without a mask does.
+    // GPTQ without a mask fills many zeros.
     assert!(undone > 100);
 }
 
@@ -357,7 +358,8 @@ fn grids_reach_their_ends_and_zero() {
                         assert_eq!((grid.value(grid.zero), grid.code(0.0)), (0.0, grid.zero));
                         assert!(!zero_from_one || grid.zero >= 1);
                         assert!(!symmetric || grid.zero == 1 << (bits - 1));
-                        // A symmetric grid has one step less on the side of plus; rounded scales may fall short at the ends.
+                        // A symmetric grid has one step less on the positive side, and rounded
+                        // scales may not quite reach the ends.
                         let slack =
                             if symmetric { 1.01 } else { 0.51 } + f32::from(grid.top) / 256.0;
                         for w in &weights {
@@ -442,7 +444,7 @@ fn groups_of_zeros_and_ragged_ones() {
             }
         }
     }
-    // Columns that no input reaches.
+    // These columns are 0 in all of the input.
     let mut x = vec![0.0; 60 * 43];
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     x.chunks_exact_mut(43).for_each(|row| {

@@ -1,4 +1,5 @@
-//! Rotary positions, the key/value cache and attention of one layer, in parallel over sequences, heads and blocks of queries.
+//! Rotary embedding, key/value cache updates and attention of one layer, parallel over sequences,
+//! heads and blocks of queries.
 
 use std::ops::Range;
 
@@ -9,10 +10,11 @@ use crate::kernels::{Level, Pool};
 
 use super::cache::{Cache, Kept, LayerCache, Layers};
 
-/// Queries of one task, all of one key/value head: enough for a tile to be worth reading.
+/// Number of queries per task, all for the same key/value head. It is large enough that each tile
+/// read from memory is used many times.
 const BLOCK: usize = 64;
 
-/// The sizes of a layer's attention.
+/// Sizes of a layer's attention.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Heads {
     pub n_heads: usize,
@@ -21,34 +23,36 @@ pub(super) struct Heads {
     pub window: Option<usize>,
 }
 
-/// Where the queries, keys and values of this call are: `n` rows of each of the sequences, one after the other.
+/// Inputs and outputs of one attention call. Each sequence has `n` rows, and the sequences follow
+/// one another.
 pub(super) struct Call<'a, 'c> {
     pub heads: Heads,
-    /// The layer.
+    /// Index of the block in the model.
     pub block: usize,
     pub n_seqs: usize,
-    /// Rows of each sequence.
+    /// Number of rows of each sequence.
     pub n: usize,
     pub caches: &'c (dyn Fn(usize) -> &'c Cache + Sync),
-    /// `[rows, n_heads * head_dim]`.
+    /// Queries, `[rows, n_heads * head_dim]`.
     pub q: Disjoint<'a, f32>,
-    /// `[rows, n_kv_heads * head_dim]`.
+    /// Keys, `[rows, n_kv_heads * head_dim]`.
     pub k: Disjoint<'a, f32>,
-    /// `[rows, n_kv_heads * head_dim]`.
+    /// Values, `[rows, n_kv_heads * head_dim]`.
     pub v: &'a [f32],
-    /// `[rows, head_dim / 2]`.
+    /// Cosines of the rows' positions, `[rows, head_dim / 2]`.
     pub cos: &'a [f32],
-    /// `[rows, head_dim / 2]`.
+    /// Sines of the rows' positions, `[rows, head_dim / 2]`.
     pub sin: &'a [f32],
-    /// `[rows, n_heads * head_dim]`.
+    /// Output, `[rows, n_heads * head_dim]`.
     pub out: Disjoint<'a, f32>,
     pub level: Level,
 }
 
-/// Appends keys and values to the caches, and lets all queries look.
+/// Rotates queries and keys, appends keys and values to the caches, and computes attention for all
+/// queries.
 pub(super) fn attend(pool: &Pool, call: &Call<'_, '_>) {
     let queries = call.n * (call.heads.n_heads / call.heads.n_kv_heads.max(1));
-    // With few heads, smaller blocks, so that every thread has some.
+    // With few heads, use smaller blocks so that every thread gets some.
     let few = call.n_seqs * call.heads.n_kv_heads < 2 * pool.threads();
     let block = if few && queries > QUERIES {
         queries
@@ -67,7 +71,7 @@ pub(super) fn attend(pool: &Pool, call: &Call<'_, '_>) {
         return;
     }
     pool.for_each(heads, |_, head| call.prepare(head));
-    // The last queries see the most, and come first.
+    // The last queries attend to the most tokens, so their tasks start first.
     pool.for_each(heads * blocks, |_, task| {
         let (head, at) = (task % heads, blocks - 1 - task / heads);
         call.look(head, at * block..((at + 1) * block).min(queries));
@@ -75,7 +79,8 @@ pub(super) fn attend(pool: &Pool, call: &Call<'_, '_>) {
 }
 
 impl Call<'_, '_> {
-    /// Turns the queries and keys of a sequence's key/value head, and appends keys and values.
+    /// Rotates the queries and keys of one key/value head of one sequence, and appends the keys and
+    /// values to the cache.
     fn prepare(&self, task: usize) {
         let (seq, head) = (task / self.heads.n_kv_heads, task % self.heads.n_kv_heads);
         let cache = (self.caches)(seq);
@@ -100,7 +105,7 @@ impl Call<'_, '_> {
                 &self.sin[row * half..(row + 1) * half],
             );
             let first = row * n_heads * head_dim + head * group * head_dim;
-            // SAFETY: the queries and keys of this head and these rows are this task's alone.
+            // SAFETY: only this task accesses the queries and keys of this head and these rows.
             let (queries, key) = unsafe {
                 let key = (row * n_kv_heads + head) * head_dim;
                 (
@@ -117,11 +122,11 @@ impl Call<'_, '_> {
         while done < self.n {
             let (tile, slot) = ((start + done) / TILE, (start + done) % TILE);
             let count = (TILE - slot).min(self.n - done);
-            // SAFETY: this head's tiles are this task's alone until it is done.
+            // SAFETY: until it finishes, only this task accesses this head's tiles.
             let (keys, values) = unsafe { layer.tile_mut(tile, head) };
             for (at, row) in (rows.start + done..).take(count).enumerate() {
                 let first = (row * n_kv_heads + head) * head_dim;
-                // SAFETY: as above; the keys were rotated by this task.
+                // SAFETY: only this task accesses this key, which it rotated above.
                 let key = unsafe { self.k.part(first..first + head_dim) };
                 for (line, value) in keys.as_chunks_mut::<TILE>().0.iter_mut().zip(key.iter()) {
                     line[slot + at] = S::keep(*value);
@@ -135,7 +140,8 @@ impl Call<'_, '_> {
         }
     }
 
-    /// Lets some of the queries of a sequence's key/value head look. Query `i` is row `i / group` and head `i % group` of the group.
+    /// Computes attention for a range of the queries of one key/value head of one sequence. Query
+    /// `i` is row `i / group` and head `i % group` of the group.
     fn look(&self, task: usize, queries: Range<usize>) {
         let (seq, head) = (task / self.heads.n_kv_heads, task % self.heads.n_kv_heads);
         let cache = (self.caches)(seq);
@@ -159,7 +165,7 @@ impl Call<'_, '_> {
     ) {
         let mut running = [Running::NONE; BLOCK];
         for query in queries.clone() {
-            // SAFETY: the results of these queries are this task's alone.
+            // SAFETY: only this task accesses the outputs of these queries.
             unsafe { self.out.part(self.place(seq, head, query)) }.fill(0.0);
         }
         let (first, last) = (
@@ -167,7 +173,8 @@ impl Call<'_, '_> {
             self.visible(start, queries.end - 1),
         );
         for tile in first.start / TILE..last.end.div_ceil(TILE) {
-            // SAFETY: what is read was appended before.
+            // SAFETY: `prepare` appended these keys and values earlier, and no task writes them
+            // now.
             let (keys, values) = unsafe { layer.tile(tile, head) };
             let mut from = queries.start;
             while from < queries.end {
@@ -184,14 +191,14 @@ impl Call<'_, '_> {
             }
         }
         for (query, running) in queries.zip(&running) {
-            // SAFETY: as above.
+            // SAFETY: only this task accesses the outputs of these queries.
             let out = unsafe { self.out.part(self.place(seq, head, query)) };
             let inverse = 1.0 / running.sum;
             out.iter_mut().for_each(|out| *out *= inverse);
         }
     }
 
-    /// Lets `N` queries see a tile, where one of them sees any of it.
+    /// Updates `N` queries with one tile, unless none of them attends to a token in it.
     fn see<const N: usize, S: Kept>(
         &self,
         (seq, head, start, tile, first): (usize, usize, usize, usize, usize),
@@ -214,7 +221,8 @@ impl Call<'_, '_> {
         let mut queries = running.each_mut().map(|running| {
             let (query, range) = seen.next().unwrap_or((first, &ranges[0]));
             let place = self.place(seq, head, query);
-            // SAFETY: queries are only read now, and each result is this task's, and another one's than the others'.
+            // SAFETY: all tasks only read queries at this point. Each output belongs to one query,
+            // and each query belongs to one task.
             let (q, out) = unsafe { (&*self.q.part(place.clone()), self.out.part(place)) };
             Query {
                 q,
@@ -228,7 +236,7 @@ impl Call<'_, '_> {
         attend_tile(self.level, &mut queries, keys, values, scale);
     }
 
-    /// Where a query and its result are.
+    /// Position of a query in `q`, which is also the position of its result in `out`.
     fn place(&self, seq: usize, head: usize, query: usize) -> Range<usize> {
         let Heads {
             n_heads,
@@ -242,7 +250,7 @@ impl Call<'_, '_> {
         start..start + head_dim
     }
 
-    /// The tokens that a query sees.
+    /// Range of tokens that a query attends to.
     fn visible(&self, start: usize, query: usize) -> Range<usize> {
         let end = start + query / (self.heads.n_heads / self.heads.n_kv_heads) + 1;
         self.heads

@@ -1,4 +1,5 @@
-//! Models out of decoders, super-networks and Hugging Face folders.
+//! Builds models from the caller's matrices and from Hugging Face folders, and converts the formats
+//! of a model's weights.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,15 +16,19 @@ use super::model::{Model, ModelOptions, ModelParts, Tokenizer, Weights};
 use super::plan::{FormatPlan, convert, encode};
 use super::weights::{AdapterWeights, LayerWeights, Norms, Weight};
 
-/// The largest `tokenizer.json` that is read.
+/// Largest size of a `tokenizer.json` that is read, in bytes.
 const MAX_TOKENIZER_BYTES: u64 = 1 << 28;
 
 impl Model {
-    /// A model whose weights the caller has: `matrix` is asked for the embedding, the linear layers and an untied head, by the names of
-    /// their tensors and their shapes `[out, in]`, `vector` for norms and biases, by theirs.
+    /// Builds a model from weights that the caller provides.
+    ///
+    /// `matrix` is called with the tensor name and shape `[out, in]` of the embedding, of each
+    /// linear layer and of the head, unless the head is tied. `vector` is called with the tensor
+    /// name and length of each norm and bias.
     ///
     /// # Errors
-    /// What the two give; [`Error::TensorShape`] for another shape than asked for, [`Error::NotFinite`].
+    /// Returns any error of `matrix` and `vector`, [`Error::TensorShape`] if a shape differs from
+    /// the requested one, and [`Error::NotFinite`] if a norm or bias holds NaN or an infinity.
     pub fn from_matrices(
         config: &HfConfig,
         mut matrix: impl FnMut(&str, [usize; 2]) -> Result<StoredMatrix>,
@@ -72,7 +77,8 @@ impl Model {
         Ok(Self::from_weights(Weights::new(parts)?, 0))
     }
 
-    /// The same model with a tokenizer and the tokens that end a generation.
+    /// Returns the same model with the tokenizer of a Hugging Face folder. The folder's stop tokens
+    /// are added to the model's.
     pub fn with_tokenizer(&self, folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let mut weights = (*self.weights).clone();
@@ -86,7 +92,7 @@ impl Model {
         Ok(self.with_weights(weights))
     }
 
-    /// The same model with these tokens to end a generation.
+    /// Returns the same model with these stop tokens in place of its own.
     pub fn with_stop_ids(&self, stop_ids: Vec<u32>) -> Self {
         let mut weights = (*self.weights).clone();
         weights.stop_ids = stop_ids;
@@ -94,7 +100,7 @@ impl Model {
     }
 }
 
-/// The norms of all blocks.
+/// Reads the norms of all blocks through `vector`.
 pub(super) fn block_norms(
     arch: &Architecture,
     vector: &mut dyn FnMut(&str, usize) -> Result<Vec<f32>>,
@@ -108,11 +114,12 @@ pub(super) fn block_norms(
     (0..arch.blocks.len()).map(&mut of_block).collect()
 }
 
-/// The names of an adapter's factors behind its layer's.
+/// Suffixes of an adapter's factors, appended to the layer's name.
 pub(crate) const A: &str = "lora_A";
 pub(crate) const BT: &str = "lora_B_t";
 
-/// The tokens that end a generation: those of the config, or else the one that the tokenizer knows.
+/// Returns the tokens that end a generation: those of the config, or else the tokenizer's
+/// end-of-sequence token.
 fn stop_ids(config: &HfConfig, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
     let ids = config.eos_token_ids();
     if ids.is_empty() {
@@ -125,7 +132,7 @@ fn stop_ids(config: &HfConfig, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
     }
 }
 
-/// A tokenizer with the special tokens that a config names.
+/// Builds a tokenizer with the special tokens of a config.
 pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> Result<Tokenizer> {
     let inner = TextTokenizer::from_json(&json, path)?;
     let (bos, eos) = (
@@ -151,7 +158,7 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     let bytes = crate::io::read_capped(&path, MAX_TOKENIZER_BYTES)?;
     let json = String::from_utf8(bytes).map_err(|_| Error::invalid_file(&path, "not UTF-8"))?;
     let mut tokenizer = make_tokenizer(json.into(), &path, config)?;
-    // What lies beside it says more about its special tokens.
+    // The other tokenizer files in the folder may name more special tokens.
     let beside = TextTokenizer::from_dir(folder)?;
     tokenizer.inner = tokenizer
         .inner
@@ -159,7 +166,8 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     Ok(Some(tokenizer))
 }
 
-/// A Hugging Face folder or GGUF file: weights in place, where they lie as the kernels take them.
+/// Reads a Hugging Face folder or a GGUF file. A weight is used in place where its stored layout
+/// suits the kernels.
 pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<ModelParts> {
     let config = HfConfig::open(folder)?;
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
@@ -218,7 +226,7 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
     })
 }
 
-/// A weight as codes, where the file holds them, or dense.
+/// Loads a weight as codes if the checkpoint holds codes, or dense.
 fn weight(
     config: &HfConfig,
     checkpoint: &Checkpoint,
@@ -235,7 +243,8 @@ fn weight(
     }
 }
 
-/// A dense weight as it lies in the file; of 64 bits, rounded to 32.
+/// Loads a dense weight as stored in the file. Types other than f32, f16 and bf16 are converted to
+/// f32.
 fn dense(checkpoint: &Checkpoint, name: &str, [rows, cols]: [usize; 2]) -> Result<Weight> {
     checkpoint.check_shape(name, &[rows, cols])?;
     let (format, size) = match checkpoint.info(name)?.dtype {
@@ -260,7 +269,7 @@ fn dense(checkpoint: &Checkpoint, name: &str, [rows, cols]: [usize; 2]) -> Resul
     Ok(Weight::mapped(name, matrix))
 }
 
-/// Stores every weight of a model anew.
+/// Stores every weight of a model in the formats of a plan.
 pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> {
     plan.validate()?;
     let stored = |weight: &Weight, format| {
@@ -304,7 +313,7 @@ pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> 
     })
 }
 
-/// The subnets but the first, which every model has.
+/// Returns the named subnets without the first one, which every model has.
 pub(super) fn named(weights: &Weights) -> Vec<(String, SubnetConfig)> {
     let others = weights.subnets.iter().skip(1);
     others

@@ -1,4 +1,4 @@
-//! A model as a bundle, and back.
+//! Writes a model as a bundle and reads it back.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,16 +17,16 @@ use super::build::{A, BT, block_norms, make_tokenizer, named};
 use super::model::{Model, ModelOptions, ModelParts, Verify};
 use super::weights::{AdapterWeights, LayerWeights, Weight};
 
-/// The tensor that holds `tokenizer.json`.
+/// Name of the tensor that holds `tokenizer.json`.
 const TOKENIZER: &str = "tokenizer.json";
 
-/// What a bundle says of its model, beside the weights.
+/// Description of the model, stored in the bundle next to the weights.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Document {
-    /// `config.json`.
+    /// Contents of `config.json`.
     config: Map<String, Value>,
-    /// The layers that have an adapter.
+    /// Settings of the adapters, by layer name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     adapters: BTreeMap<String, LoraConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,10 +49,12 @@ struct Subnet {
 }
 
 impl Model {
-    /// Writes the model as a bundle: weights in the formats that they have, adapters, space and subnets, tokenizer. Whole or not at all.
+    /// Writes the model as a bundle: weights in their current formats, adapters, search space and
+    /// subnets, tokenizer. The file is written completely or not at all.
     ///
     /// # Errors
-    /// Those of [`BundleWriter::write`]; [`Error::InvalidFile`] where the model lies in a file whose contents are not what was written.
+    /// Returns the errors of [`BundleWriter::write`], and [`Error::InvalidFile`] if the contents of
+    /// a weight that is mapped from a file are damaged.
     pub fn save(&self, path: impl AsRef<Path>, overwrite: bool) -> Result<()> {
         let path = path.as_ref();
         let weights = &*self.weights;
@@ -81,7 +83,7 @@ impl Model {
         };
         let document = serde_json::to_value(document).map_err(|e| Error::json(path, e))?;
         let mut writer = BundleWriter::new(document);
-        // In the order of use, so that a mapped file is read from front to back.
+        // Tensors are written in order of use, so that a mapped file is read from front to back.
         writer.matrix(weights.embedding.name(), weights.embedding.get()?);
         let arch = weights.config.arch();
         for (block, norms) in weights.norms.iter().enumerate() {
@@ -108,10 +110,10 @@ impl Model {
     }
 }
 
-/// A layer's matrices in the order of [`LayerWeights::weights`].
+/// Suffixes of a layer's matrices, in the order of [`LayerWeights::weights`].
 const SUFFIXES: [&str; 3] = ["weight", A, BT];
 
-/// What a bundle holds; weights stay in the file.
+/// Reads a bundle. The weights stay in the file.
 pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
     let bundle = Arc::new(Bundle::open(path, options.mmap)?);
     let document = Document::deserialize(bundle.document())

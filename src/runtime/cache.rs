@@ -7,25 +7,27 @@ use half::f16;
 
 use crate::arch::BlockDims;
 use crate::error::{Error, Result};
+use crate::kernels::number::Stored;
 use crate::kernels::rows::attention::TILE;
-use crate::kernels::rows::lines::Stored;
 
-/// Tiles that are allocated at a time.
+/// Number of tiles allocated at a time.
 const STEP: usize = 4;
 
-/// How keys and values are kept.
+/// Storage format of keys and values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheFormat {
-    /// 32 bits: the results of a model are those without a cache.
+    /// 32-bit floats. Keys and values are stored exactly as computed.
     #[default]
     F32,
-    /// 16 bits, rounded to nearest: half the memory, and half the time of attention in long contexts.
+    /// IEEE 754 half precision, rounded to nearest. It takes half the memory, and attention over a
+    /// long context takes half the time.
     F16,
 }
 
-/// A number as the cache keeps it.
+/// An element of the cache.
 pub(super) trait Kept: Stored {
-    /// Rounded to nearest; what is too large becomes the largest there is.
+    /// Converts a value, rounding to nearest. Values out of range become the largest finite value
+    /// of the same sign.
     fn keep(value: f32) -> Self;
 }
 
@@ -44,14 +46,16 @@ impl Kept for f16 {
     }
 }
 
-/// [`STEP`] tiles of one layer.
+/// Storage of [`STEP`] tiles of one layer.
 #[derive(Debug)]
 struct Slab<S>(Box<[UnsafeCell<S>]>);
 
-// SAFETY: whoever writes through a shared reference has promised that nobody else has the part; see `tile`.
+// SAFETY: callers of `tile` and `tile_mut` guarantee that nothing else accesses a part while it is
+// being written through a shared reference.
 unsafe impl<S: Send + Sync> Sync for Slab<S> {}
 
-/// Keys and values of one layer: for each tile and key/value head keys `[head_dim, TILE]`, then values `[TILE, head_dim]`.
+/// Keys and values of one layer. For each tile and key/value head it stores keys
+/// `[head_dim, TILE]`, then values `[TILE, head_dim]`.
 #[derive(Debug)]
 pub(super) struct LayerCache<S> {
     slabs: Vec<Slab<S>>,
@@ -68,7 +72,7 @@ impl<S: Kept> LayerCache<S> {
         }
     }
 
-    /// Elements of keys and values of a head in one tile.
+    /// Number of elements that one head has in one tile, keys and values together.
     fn tile_len(&self) -> usize {
         2 * TILE * self.head_dim
     }
@@ -99,42 +103,45 @@ impl<S: Kept> LayerCache<S> {
         (tile / STEP, start..start + self.tile_len())
     }
 
-    /// Keys and values of a head in a tile.
+    /// Returns the keys and values of a head in a tile.
     ///
     /// # Safety
-    /// Nobody writes to this head's tile meanwhile.
+    /// Nothing may write to this head's tile while the slices are in use.
     pub unsafe fn tile(&self, tile: usize, head: usize) -> (&[S], &[S]) {
         let (slab, range) = self.range(tile, head);
         let cells = &self.slabs[slab].0[range];
-        // SAFETY: a cell has the layout of what is in it; the caller has seen to it that nobody writes.
+        // SAFETY: `UnsafeCell<S>` has the layout of `S`, and the caller guarantees that nothing
+        // writes to these cells.
         let all = unsafe { std::slice::from_raw_parts(cells.as_ptr().cast::<S>(), cells.len()) };
         all.split_at(all.len() / 2)
     }
 
-    /// As [`tile`](Self::tile), to be written.
+    /// Returns the keys and values of a head in a tile for writing.
     ///
     /// # Safety
-    /// Nobody reads this head's tile or writes to it meanwhile.
-    #[allow(clippy::mut_from_ref)] // the cells are there for it
+    /// Nothing else may read or write this head's tile while the slices are in use.
+    #[allow(clippy::mut_from_ref)] // `UnsafeCell` makes it sound
     pub unsafe fn tile_mut(&self, tile: usize, head: usize) -> (&mut [S], &mut [S]) {
         let (slab, range) = self.range(tile, head);
         let cells = &self.slabs[slab].0[range];
         let start = UnsafeCell::raw_get(cells.as_ptr());
-        // SAFETY: a cell has the layout of what is in it; the caller has seen to it that nobody else looks at these.
+        // SAFETY: `UnsafeCell<S>` has the layout of `S`, and the caller guarantees that nothing
+        // else accesses these cells.
         let all = unsafe { std::slice::from_raw_parts_mut(start, cells.len()) };
         let half = all.len() / 2;
         all.split_at_mut(half)
     }
 }
 
-/// All layers, in the format that was chosen.
+/// Caches of all layers, in the chosen format.
 #[derive(Debug)]
 pub(super) enum Layers {
     F32(Vec<LayerCache<f32>>),
     F16(Vec<LayerCache<f16>>),
 }
 
-/// The cache of one session. Memory is taken in steps of a few tiles, so that no token is copied when more come.
+/// The cache of one session. Memory is allocated a few tiles at a time, so no token is copied when
+/// the cache grows.
 #[derive(Debug)]
 pub(super) struct Cache {
     pub layers: Layers,
@@ -163,15 +170,16 @@ impl Cache {
         }
     }
 
-    /// Tokens held.
+    /// Number of tokens in the cache.
     pub fn n_tokens(&self) -> usize {
         self.n_tokens
     }
 
-    /// Makes room for so many tokens in all.
+    /// Makes room for `n_tokens` tokens in total.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; what was there is as before.
+    /// Returns [`Error::OutOfMemory`] if memory runs out. The tokens in the cache are then
+    /// unchanged.
     pub fn reserve(&mut self, n_tokens: usize) -> Result<()> {
         match &mut self.layers {
             Layers::F32(layers) => layers
@@ -183,12 +191,12 @@ impl Cache {
         }
     }
 
-    /// Counts `n` tokens as held, after every layer has got them.
+    /// Counts `n` more tokens as held, after all layers have stored them.
     pub fn advance(&mut self, n: usize) {
         self.n_tokens += n;
     }
 
-    /// Forgets all tokens but the first; memory stays.
+    /// Drops all tokens but the first `n_tokens`. The memory is kept.
     pub fn truncate(&mut self, n_tokens: usize) {
         self.n_tokens = self.n_tokens.min(n_tokens);
     }

@@ -1,4 +1,4 @@
-//! Models out of models: in other formats, or a subnet as a model of its own.
+//! Derives models from models: in other weight formats, cut to a subnet, or merged.
 
 use crate::arch::{Architecture, BlockDims, LinearKind};
 use crate::error::{Error, Result};
@@ -12,22 +12,29 @@ use super::plan::{FormatPlan, encode};
 use super::weights::{AdapterWeights, LayerWeights, Weight};
 
 impl Model {
-    /// The same model with its weights stored in other formats. Codes stay the codes that they are, whether sparse or not; numbers become
-    /// codes by rounding to nearest, and are rounded where a format has fewer bits.
+    /// Returns the same model with its weights stored in other formats.
+    ///
+    /// Quantized weights keep their codes when they change between dense and sparse storage, and
+    /// are dequantized for a float format. Float weights are quantized by rounding to nearest, or
+    /// rounded if the new format has fewer bits.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for codes in another grid, or numbers that a format cannot hold: too many in a group of an N:M pattern,
-    /// or one beyond its range.
+    /// Returns [`Error::Unsupported`] if codes would have to change to another grid, or if a format
+    /// cannot hold the values: too many nonzeros in a group of an N:M pattern, or a value out of
+    /// range.
     pub fn with_format(&self, plan: impl Into<FormatPlan>) -> Result<Self> {
         Ok(self.with_weights(reformat(&self.weights, &plan.into())?))
     }
 
-    /// A subnet as a model of its own, without what it leaves out. Weights keep their formats, codes are those that they were; adapters
-    /// are cut to their active ranks and stay apart ([`merged`](Self::merged) puts them into the weights).
+    /// Returns a subnet as a model of its own, without the parts that the subnet leaves out.
+    ///
+    /// Weights keep their formats and codes. Adapters are cut to their active ranks and stay
+    /// separate; [`merged`](Self::merged) adds them to the weights.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a subnet that there is not; [`Error::InvalidConfig`] where nothing is left; [`Error::Unsupported`]
-    /// for a part of the inputs of a weight whose groups are not in order.
+    /// Returns [`Error::InvalidArgument`] if there is no such subnet, [`Error::InvalidConfig`] if
+    /// nothing is left of the model, and [`Error::Unsupported`] if the subnet uses only part of the
+    /// inputs of a weight whose quantization groups are not in column order.
     pub fn extract(&self, subnet: usize) -> Result<Self> {
         let (weights, shape) = (&*self.weights, self.shape(subnet)?);
         let left = |dims: &BlockDims| dims.has_attention() || dims.has_mlp();
@@ -62,7 +69,8 @@ impl Model {
             };
             let adapter = match (&layer.adapter, shape.ranks[index]) {
                 (Some(adapter), rank) if rank > 0 => {
-                    // The scale at this rank, whatever the rule, as that of a plain LoRA of this rank.
+                    // This alpha gives the extracted LoRA the scale that the adapter has at this
+                    // rank, under any scale rule.
                     let alpha = adapter.lora.scale(rank) * rank as f64;
                     let lora = LoraConfig::new(rank).with_alpha(alpha);
                     Some(AdapterWeights {
@@ -104,13 +112,15 @@ impl Model {
         Ok(self.with_weights(Weights::new(parts)?))
     }
 
-    /// The model with its adapters, at their largest ranks, put into the weights, which must be dense numbers: a sum that is rounded to
-    /// their format. For a super-network, [`extract`](Self::extract) a subnet first; for sparse and quantized weights use
-    /// [`Merger`](crate::Merger), which knows what training saw.
+    /// Returns the model with its adapters, at their largest ranks, added to the weights. The
+    /// weights must be dense; each sum is rounded to the weight's format.
+    ///
+    /// For a supernet, [`extract`](Self::extract) a subnet first. For sparse and quantized weights
+    /// use [`Merger`](crate::Merger), which merges with the masks and grids used in training.
     ///
     /// # Errors
-    /// [`Error::HasAdapter`] where the weight under an adapter is sparse or quantized; [`Error::Unsupported`] for a sum beyond the
-    /// format's range.
+    /// Returns [`Error::HasAdapter`] if a weight with an adapter is sparse or quantized, and
+    /// [`Error::Unsupported`] if a sum is out of the format's range.
     pub fn merged(&self) -> Result<Self> {
         let mut weights = (*self.weights).clone();
         for layer in &mut weights.layers {
@@ -166,7 +176,7 @@ impl Model {
     }
 }
 
-/// The first rows and columns of a weight, in the format that it has.
+/// Returns the first rows and columns of a weight, in the same format.
 fn prefix(name: &str, stored: &StoredMatrix, rows: usize, cols: usize) -> Result<StoredMatrix> {
     if (rows, cols) == (stored.rows(), stored.cols()) {
         return Ok(stored.clone());

@@ -1,6 +1,7 @@
-//! The forward pass: what [`Decoder`](crate::model::Decoder) computes, on slices.
+//! The forward pass: computes on slices what the Burn decoder (`model::Decoder`) computes.
 //!
-//! A matrix product is parallel inside; between two of them, one token's work is too small to share, and that of many is split by rows.
+//! Each matrix product is parallel internally. Between products, the work for one token is too
+//! small to share between threads; the work for many tokens is split by rows.
 
 use std::sync::Arc;
 
@@ -16,23 +17,23 @@ use super::model::Weights;
 use super::shape::{self, Shape};
 use super::workspace::{Line, Workspace, bytes_of, grow};
 
-/// Numbers that are worth a task of their own.
+/// Number of elements that justify a task of their own.
 const TASK: usize = 16 * 1024;
 
-/// A pass over `n` new tokens of each of some sequences.
+/// A pass over `n` new tokens of each of several sequences.
 pub(super) struct Pass<'a> {
     pub weights: &'a Weights,
     pub shape: &'a Arc<Shape>,
     pub pool: &'a Pool,
     pub activations: Activations,
-    /// The caches of the sequences, with room for `n` more tokens each.
+    /// Returns the cache of a sequence, which has room for `n` more tokens.
     pub caches: &'a (dyn Fn(usize) -> &'a Cache + Sync),
     pub n_seqs: usize,
-    /// New tokens of each sequence.
+    /// Number of new tokens of each sequence.
     pub n: usize,
 }
 
-/// A layer as the kernels take it, with what of it is active.
+/// Describes the active part of a layer to the kernels.
 fn linear<'a>(
     weights: &'a Weights,
     shape: &Shape,
@@ -58,7 +59,7 @@ fn linear<'a>(
     })
 }
 
-/// Rows without gaps.
+/// Contiguous rows.
 fn packed(values: &[f32], rows: usize, stride: usize) -> Rows<'_> {
     Rows {
         values: &values[..rows * stride],
@@ -67,7 +68,7 @@ fn packed(values: &[f32], rows: usize, stride: usize) -> Rows<'_> {
     }
 }
 
-/// Rows without gaps, to be written.
+/// Contiguous rows, for writing.
 fn packed_mut(values: &mut [f32], rows: usize, stride: usize) -> RowsMut<'_> {
     RowsMut {
         values: &mut values[..rows * stride],
@@ -77,7 +78,7 @@ fn packed_mut(values: &mut [f32], rows: usize, stride: usize) -> RowsMut<'_> {
 }
 
 impl Pass<'_> {
-    /// Layers on the same inputs.
+    /// Applies several layers to the same inputs.
     fn multiply(
         &self,
         layers: &[Linear<'_>],
@@ -99,13 +100,14 @@ impl Pass<'_> {
         )
     }
 
-    /// New tokens of all sequences.
+    /// Number of new tokens of all sequences together.
     fn rows(&self) -> usize {
         self.n_seqs * self.n
     }
 
-    /// Runs the blocks. `tokens` are those of the first sequence, then those of the next, and must be in the vocabulary. The residual
-    /// stream is then in `work.x`; keys and values are in the caches, which do not count them yet.
+    /// Runs the blocks. `tokens` holds the tokens of the first sequence, then those of the next,
+    /// and so on; all must be in the vocabulary. The residual stream is left in `work.x`. The keys
+    /// and values are in the caches, which do not count the new tokens yet.
     pub fn blocks(&self, tokens: &[u32], work: &mut Workspace) -> Result<()> {
         let (config, rows) = (&self.weights.config, self.rows());
         let (d_model, half) = (config.hidden_size(), config.head_dim() / 2);
@@ -203,7 +205,7 @@ impl Pass<'_> {
         )?;
         let (gate, up, level) = (Disjoint::new(&mut work.a), &work.b, Level::detect());
         self.in_parts(rows * d_mlp, 1, |range| {
-            // SAFETY: parts do not overlap.
+            // SAFETY: the ranges given to the tasks do not overlap.
             let gate = unsafe { gate.part(range.clone()) };
             rows::swiglu_in_place(level, gate, &up[range]);
         });
@@ -220,7 +222,8 @@ impl Pass<'_> {
     ) -> Result<()> {
         let (d_model, rows) = (self.weights.config.hidden_size(), self.rows());
         let layers = [linear(self.weights, self.shape, layer, d_model)?];
-        // Taken out for the call, so that the other buffers can be borrowed beside it.
+        // Take the input out during the call, so that the other buffers can be borrowed at the same
+        // time.
         let x = std::mem::take(input(work));
         let mut y = [packed_mut(&mut work.added, rows, d_model)];
         let done = self.multiply(
@@ -234,7 +237,7 @@ impl Pass<'_> {
         done?;
         let (x, added) = (Disjoint::new(&mut work.x), &work.added);
         self.in_parts(rows * d_model, 1, |range| {
-            // SAFETY: parts do not overlap.
+            // SAFETY: the ranges given to the tasks do not overlap.
             let x = unsafe { x.part(range.clone()) };
             x.iter_mut()
                 .zip(&added[range])
@@ -243,9 +246,9 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Normalizes the residual stream.
+    /// Normalizes the residual stream into `work.normed`.
     fn norm(&self, block: usize, kind: NormKind, work: &mut Workspace) {
-        // Each sub-block has its norm: that was checked when the model was put together.
+        // Every sub-block has its norm: `Weights::new` checked that.
         let Some(gain) = self.weights.norms[block].get(&kind) else {
             return;
         };
@@ -257,13 +260,14 @@ impl Pass<'_> {
         );
         self.in_parts(self.rows(), gain.len(), |range| {
             let range = range.start * gain.len()..range.end * gain.len();
-            // SAFETY: parts do not overlap.
+            // SAFETY: the ranges given to the tasks do not overlap.
             let out = unsafe { out.part(range.clone()) };
             rows::rms_norm(level, &x[range], gain, eps, rows::as_uninit(out));
         });
     }
 
-    /// Calls `f` on ranges that make up `0..n`, in parallel where there is enough to do; one of them is `weight` numbers.
+    /// Calls `f` on ranges that together cover `0..n`, in parallel if there is enough work.
+    /// `weight` is the number of elements per item.
     fn in_parts(&self, n: usize, weight: usize, f: impl Fn(std::ops::Range<usize>) + Sync) {
         let part = (TASK / weight).max(1);
         if n <= 2 * part {
@@ -274,7 +278,7 @@ impl Pass<'_> {
         });
     }
 
-    /// Logits of some rows, from the residual stream on.
+    /// Computes the logits of the rows `wanted` from the residual stream.
     ///
     /// # Shapes
     /// - `logits`: `[wanted, vocab_size]`

@@ -1,22 +1,22 @@
-//! Settings of a generation.
+//! Generation settings.
 
 use super::sample::SampleConfig;
 
-/// Settings of a generation.
+/// Settings of text generation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateConfig {
-    /// New tokens at most, for each prompt.
+    /// Maximum number of new tokens for each prompt.
     pub max_new_tokens: usize,
-    /// Tokens that end a sequence; they are not part of the output.
+    /// Tokens that end a sequence. They are not part of the output.
     pub stop_ids: Vec<u32>,
-    /// How tokens are drawn.
+    /// Sampling settings.
     pub sample: SampleConfig,
-    /// Prompts decoded together.
+    /// Number of prompts decoded together.
     pub batch_size: usize,
 }
 
 impl GenerateConfig {
-    /// Greedy, in batches of 64.
+    /// Creates settings for greedy decoding in batches of 64 prompts.
     pub fn new(max_new_tokens: usize, stop_ids: Vec<u32>) -> Self {
         Self {
             max_new_tokens,
@@ -26,13 +26,13 @@ impl GenerateConfig {
         }
     }
 
-    /// Sets how tokens are drawn.
+    /// Sets the sampling settings.
     pub fn with_sample(mut self, sample: SampleConfig) -> Self {
         self.sample = sample;
         self
     }
 
-    /// Sets how many prompts are decoded together.
+    /// Sets the number of prompts decoded together.
     pub fn with_batch_size(mut self, batch_size: usize) -> Self {
         self.batch_size = batch_size;
         self

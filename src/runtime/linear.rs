@@ -1,4 +1,4 @@
-//! One linear layer on the caller's numbers.
+//! Applies one linear layer to the caller's buffers.
 
 use half::{bf16, f16};
 
@@ -10,18 +10,18 @@ use super::shape;
 use super::weights::LayerWeights;
 use super::workspace::{Line, bytes_of, grow};
 
-/// A number that a [`LinearLayer`] takes and gives.
+/// An element type that a [`LinearLayer`] reads and writes.
 #[doc(hidden)]
 pub trait Number: Copy + Send + Sync + 'static + sealed::Sealed {
-    /// As `f32`, exactly.
+    /// Converts to `f32`, exactly.
     fn to_f32(self) -> f32;
-    /// Rounded to nearest.
+    /// Converts from `f32`, rounding to nearest.
     fn from_f32(value: f32) -> Self;
-    /// Numbers that are `f32` already.
+    /// Returns the slice itself if its elements are `f32`.
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
     }
-    /// Numbers that are `f32` already, to be written.
+    /// Returns the slice itself, for writing, if its elements are `f32`.
     fn as_f32_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None
     }
@@ -72,8 +72,10 @@ impl Number for bf16 {
     }
 }
 
-/// One linear layer of a [`Model`] under a subnet: `y = x W^T + s (x A^T) B^T + b`, on what of it is active. It keeps the model alive,
-/// does not change, and may be used from any number of threads.
+/// One linear layer of a [`Model`] under a subnet.
+///
+/// It computes `y = x W^T + s (x A^T) B^T + b`, restricted to the active inputs, outputs and rank.
+/// It is immutable, keeps the model alive, and can be used from any number of threads at once.
 #[derive(Clone, Debug)]
 pub struct LinearLayer {
     model: Model,
@@ -84,8 +86,21 @@ pub struct LinearLayer {
     activations: Activations,
 }
 
+impl Model {
+    /// Returns one linear layer under a subnet, to be applied to the caller's buffers. It keeps the
+    /// model alive.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if there is no such layer or subnet, or if the subnet
+    /// leaves the layer out, and [`Error::InvalidFile`] if the contents of one of its weights are
+    /// damaged.
+    pub fn linear(&self, layer: usize, subnet: usize) -> Result<LinearLayer> {
+        LinearLayer::new(self, layer, subnet)
+    }
+}
+
 impl LinearLayer {
-    pub(super) fn new(model: &Model, layer: usize, subnet: usize) -> Result<Self> {
+    fn new(model: &Model, layer: usize, subnet: usize) -> Result<Self> {
         let stored = model.layer(layer)?;
         let shape = model.shape(subnet)?;
         let [inputs, outputs] = shape.dims(&model.weights, layer);
@@ -115,18 +130,18 @@ impl LinearLayer {
         })
     }
 
-    /// Sets how exactly the inputs of integer weights are kept.
+    /// Sets the precision to which inputs are quantized before multiplication with integer weights.
     pub fn with_activations(mut self, activations: Activations) -> Self {
         self.activations = activations;
         self
     }
 
-    /// Active inputs.
+    /// Number of active inputs.
     pub fn d_input(&self) -> usize {
         self.inputs
     }
 
-    /// Active outputs.
+    /// Number of active outputs.
     pub fn d_output(&self) -> usize {
         self.outputs
     }
@@ -136,7 +151,7 @@ impl LinearLayer {
         self.rank
     }
 
-    /// The model.
+    /// The model that the layer belongs to.
     pub fn model(&self) -> &Model {
         &self.model
     }
@@ -177,11 +192,12 @@ impl LinearLayer {
         Ok(bytes.next_multiple_of(64))
     }
 
-    /// Bytes of scratch memory that [`forward`](Self::forward) needs for so many rows, whatever their numbers; begins at a line of 64
-    /// bytes, or else takes up to 63 bytes more, which are counted.
+    /// Returns the bytes of scratch memory that [`forward`](Self::forward) needs for `n_rows` rows
+    /// of any element type. The size includes up to 63 bytes for aligning the scratch memory to 64
+    /// bytes.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for more rows than any memory holds.
+    /// Returns [`Error::InvalidArgument`] if so many rows cannot fit into memory.
     pub fn scratch_bytes(&self, n_rows: usize) -> Result<usize> {
         let numbers = n_rows
             .checked_mul(4 * (self.inputs + self.outputs))
@@ -196,16 +212,19 @@ impl LinearLayer {
         Ok(self.kernel_bytes(n_rows)? + numbers.next_multiple_of(64) + 128)
     }
 
-    /// Applies the layer to `n_rows` rows; row `i` of `x` begins at `i * ldx`, that of `y` at `i * ldy`. What lies between the rows of
-    /// `y` is left alone.
+    /// Applies the layer to `n_rows` rows. Row `i` of `x` begins at `i * ldx` and row `i` of `y` at
+    /// `i * ldy`. Elements between the rows of `y` are not changed.
     ///
     /// # Shapes
-    /// - `x`: `[n_rows, d_input]`, `y`: `[n_rows, d_output]`, the last row of either without what would come after it
-    /// - `scratch`: at least [`scratch_bytes`](Self::scratch_bytes), at any alignment; allocated here where there is none
+    /// - `x`: `[n_rows, d_input]`, `y`: `[n_rows, d_output]`; neither needs elements after its last
+    ///   row
+    /// - `scratch`: at least [`scratch_bytes`](Self::scratch_bytes) bytes, at any alignment; if
+    ///   `None`, the memory is allocated for this call
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a leading dimension under the row's length, [`Error::ShapeMismatch`] for a slice that is too
-    /// short, [`Error::OutOfMemory`].
+    /// Returns [`Error::InvalidArgument`] if a leading dimension is less than the row's length,
+    /// [`Error::ShapeMismatch`] if a slice is too short, and [`Error::OutOfMemory`] if memory runs
+    /// out.
     pub fn forward<T: Number>(
         &self,
         n_rows: usize,
@@ -221,7 +240,7 @@ impl LinearLayer {
         if n_rows == 0 {
             return Ok(());
         }
-        // Rows end where the last one does.
+        // Cut the slices at the end of the last row.
         let (x, y) = (
             &x[..(n_rows - 1) * ldx + d_input],
             &mut y[..(n_rows - 1) * ldy + d_output],
@@ -264,7 +283,7 @@ impl LinearLayer {
         let (kernel, numbers) = scratch[skipped..].split_at_mut(self.kernel_bytes(n_rows)?);
         let (input, numbers) = numbers.split_at_mut(4 * n_rows * d_input);
         let output = &mut numbers[..4 * n_rows * d_output];
-        // Both begin at multiples of 4 bytes from a line's start.
+        // Both begin at a multiple of 4 bytes after a 64-byte boundary.
         let (Ok(input), Ok(output)) = (
             bytemuck::try_cast_slice_mut::<u8, f32>(input),
             bytemuck::try_cast_slice_mut::<u8, f32>(output),

@@ -1,10 +1,12 @@
-//! Running a model on slices, without Burn: prefill, decode, generation for one sequence or many.
+//! Runs models on plain slices, without Burn: prefill, decoding and generation, for one sequence or
+//! several.
 //!
-//! [`Model`] holds compressed weights ([`StoredMatrix`](crate::format::StoredMatrix)), multiplies them as
-//! they are stored ([`kernels`](crate::kernels)), and may be a whole supernet with named subnets. It is
-//! opened from a bundle or a Hugging Face folder by memory map. A [`Session`] is one sequence on it. The
-//! executor is driven by the same [`Architecture`](crate::arch::Architecture) as the Burn decoder and
-//! computes the same.
+//! [`Model`] holds compressed weights ([`StoredMatrix`](crate::format::StoredMatrix)) and
+//! multiplies directly with their stored form ([`kernels`](crate::kernels)). It can also hold a
+//! whole supernet with named subnets. A model is opened from a bundle or a Hugging Face folder, by
+//! default through a memory map. A [`Session`] is one sequence on a model. The executor is driven
+//! by the same [`Architecture`](crate::arch::Architecture) as the Burn decoder and computes the
+//! same function.
 
 mod attention;
 mod build;
@@ -15,6 +17,7 @@ mod forward;
 mod generate;
 mod linear;
 mod model;
+mod open;
 mod plan;
 mod sample;
 mod session;
@@ -31,7 +34,7 @@ pub use plan::FormatPlan;
 pub use sample::{SampleConfig, Sampler};
 pub use session::{Session, SessionConfig, decode_batch};
 
-/// What a model is put together from, for the rooms that make one.
+/// The parts of a model, for the modules that build one.
 #[cfg(feature = "burn")]
 pub(crate) mod parts {
     pub(crate) use super::build::{A, BT};

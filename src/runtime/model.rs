@@ -1,6 +1,5 @@
-//! A model as it is run.
+//! The model that sessions and layers run on.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::arch::{Architecture, LinearSpec, NormKind, NormSpec, Rope, SubBlock};
@@ -12,31 +11,31 @@ use crate::kernels::Pool;
 use crate::linalg::Matrix;
 use crate::space::{Elastic, SearchSpace, SubnetConfig, widths};
 
-use super::linear::LinearLayer;
 use super::shape::Shape;
 use super::weights::{LayerWeights, Norms, Weight};
 
-/// What is compared with its checksum, and when. Whatever is chosen, the contents of a weight are checked before its first use as far
-/// as they could lead outside of it.
+/// When checksums are verified. In every mode, the indices stored in a weight are bounds-checked
+/// before its first use, so a corrupt file cannot cause out-of-bounds access.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
-    /// A weight at its first use, so that opening reads none.
+    /// Each weight is verified at its first use, so opening a model reads no weights.
     #[default]
     OnUse,
-    /// All weights on opening.
+    /// All weights are verified when the model is opened.
     OnOpen,
-    /// Nothing: where the file was verified before.
+    /// Checksums are never verified. Use this for files that were verified before.
     Never,
 }
 
-/// How a model is opened.
+/// Options for opening a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelOptions {
-    /// Threads of the kernels, the caller's among them; 0 for one per core.
+    /// Number of threads of the kernels, including the calling thread; 0 uses one per core.
     pub n_threads: usize,
-    /// Whether files are mapped, so that only what is used is read, or else read as a whole. A mapped file must not change.
+    /// Whether files are memory-mapped, so that only the parts in use are read, or else read
+    /// completely. A mapped file must not change while the model is in use.
     pub mmap: bool,
-    /// When checksums are compared; a Hugging Face folder has none.
+    /// When checksums are verified. Hugging Face folders have no checksums.
     pub verify: Verify,
 }
 
@@ -51,77 +50,79 @@ impl Default for ModelOptions {
 }
 
 impl ModelOptions {
-    /// Sets the number of threads; 0 for one per core.
+    /// Sets the number of threads, including the calling thread; 0 uses one per core.
     pub fn with_n_threads(mut self, n_threads: usize) -> Self {
         self.n_threads = n_threads;
         self
     }
 
-    /// Sets whether files are mapped.
+    /// Sets whether files are memory-mapped.
     pub fn with_mmap(mut self, mmap: bool) -> Self {
         self.mmap = mmap;
         self
     }
 
-    /// Sets when checksums are compared.
+    /// Sets when checksums are verified.
     pub fn with_verify(mut self, verify: Verify) -> Self {
         self.verify = verify;
         self
     }
 }
 
-/// A linear layer of a [`Model`].
+/// Description of a linear layer of a [`Model`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerInfo {
-    /// Hugging Face's module path, such as `model.layers.0.self_attn.q_proj`; `lm_head` for the head.
+    /// Hugging Face's module path, such as `model.layers.0.self_attn.q_proj`; `lm_head` for the
+    /// head.
     pub name: String,
-    /// Inputs of the whole layer.
+    /// Number of inputs of the whole layer.
     pub d_input: usize,
-    /// Outputs of the whole layer.
+    /// Number of outputs of the whole layer.
     pub d_output: usize,
-    /// Largest rank of its adapter; 0 where there is none.
+    /// Largest rank of the adapter; 0 without one.
     pub max_rank: usize,
-    /// How its weight is stored.
+    /// Storage format of the weight.
     pub format: WeightFormat,
-    /// Bytes of its weight, those of its adapter left out. A tied head's are the embedding's.
+    /// Size of the weight in bytes, without the adapter. A tied head reports the size of the
+    /// embedding.
     pub bytes: usize,
-    /// Bytes of its adapter.
+    /// Size of the adapter in bytes.
     pub adapter_bytes: usize,
-    /// Whether there is a bias.
+    /// Whether the layer has a bias.
     pub bias: bool,
 }
 
-/// A subnet that a [`Model`] knows by name.
+/// A subnet that a [`Model`] lists by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedSubnet {
-    /// The name.
+    /// Name of the subnet.
     pub name: String,
-    /// Its values; empty in a model without a search space.
+    /// Choices of the subnet; empty in a model without a search space.
     pub config: SubnetConfig,
 }
 
-/// The name of a model's first subnet, which is all of it.
+/// Name of a model's first subnet, which is the whole model.
 pub(super) const WHOLE: &str = "whole";
 
-/// The tokenizer, and the text that it was made of.
+/// The tokenizer and the JSON text that it was parsed from.
 #[derive(Clone, Debug)]
 pub(crate) struct Tokenizer {
     pub json: Arc<str>,
     pub inner: TextTokenizer,
 }
 
-/// Everything that does not change.
+/// The immutable contents of a model.
 #[derive(Clone, Debug)]
 pub(crate) struct Weights {
     pub config: HfConfig,
-    /// `[vocab_size, d_model]`; the head as well where they are tied.
+    /// Embedding, `[vocab_size, d_model]`; also the weight of a tied head.
     pub embedding: Weight,
-    /// The norms of each block.
+    /// Norms of each block.
     pub norms: Vec<Norms>,
     pub final_norm: Arc<[f32]>,
-    /// The linear layers of the blocks in the config's order, and the head at last.
+    /// Linear layers of the blocks in the config's order, followed by the head.
     pub layers: Vec<LayerWeights>,
-    /// The first layer of the attention and of the MLP of each block.
+    /// Index of the first layer of the attention and of the MLP of each block.
     pub first: Vec<[Option<usize>; 2]>,
     pub rope: Rope,
     pub space: Option<SearchSpace>,
@@ -132,13 +133,13 @@ pub(crate) struct Weights {
     pub stop_ids: Vec<u32>,
 }
 
-/// What a model is made of; see [`Weights`].
+/// Parts from which a model is built; see [`Weights`].
 pub(crate) struct ModelParts {
     pub config: HfConfig,
     pub embedding: Weight,
     pub norms: Vec<Norms>,
     pub final_norm: Arc<[f32]>,
-    /// Without a tied head.
+    /// Linear layers, without a tied head.
     pub layers: Vec<LayerWeights>,
     pub space: Option<SearchSpace>,
     pub subnets: Vec<(String, SubnetConfig)>,
@@ -183,8 +184,8 @@ fn expect_vector(tensor: &str, len: usize, values: Option<&[f32]>) -> Result<()>
     finite(tensor, values)
 }
 
-/// Checks a layer against what the config asks for at this index; without a specification that is the
-/// head, `[vocab_size, d_model]`.
+/// Checks a layer against what the config requires at this index. `spec` is `None` for the head,
+/// whose shape is `head`, `[vocab_size, d_model]`.
 fn check_layer(
     layer: Option<&LayerWeights>,
     index: usize,
@@ -215,7 +216,7 @@ fn check_layer(
 }
 
 impl Weights {
-    /// Puts a model together, checking every size against the config and the space.
+    /// Builds a model and checks every size against the config and the search space.
     pub fn new(parts: ModelParts) -> Result<Self> {
         let config = parts.config.with_quantization(None);
         let arch = config.arch();
@@ -285,7 +286,7 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Sets space and subnets, having checked them.
+    /// Checks the search space and the subnets, then sets them.
     fn set_space(
         &mut self,
         space: Option<SearchSpace>,
@@ -339,7 +340,7 @@ impl Weights {
         for (name, config) in std::iter::once((WHOLE.to_string(), space.maximal())).chain(subnets) {
             let shape = Arc::new(Shape::of_subnet(self, &space, &config)?);
             if name == WHOLE && self.subnets[0].config.is_empty() {
-                // The largest choices may be less than the model has.
+                // The largest choices of the space may be smaller than the model.
                 (self.subnets[0].config, self.shapes[0]) = (config, shape);
                 continue;
             }
@@ -360,8 +361,8 @@ impl Weights {
         Ok(())
     }
 
-    /// Every weight. A loop, since valgrind takes what the compiler makes of chained iterators for a read of nothing in particular, and
-    /// would say so to whoever loads a model.
+    /// Returns every weight. It uses a loop because valgrind reports a false uninitialized read in
+    /// the code that the compiler generates for chained iterators.
     pub fn all(&self) -> Vec<&Weight> {
         let mut all = vec![&self.embedding];
         for layer in &self.layers {
@@ -392,21 +393,25 @@ fn info(layer: &LayerWeights) -> LayerInfo {
     }
 }
 
-/// A model as it is run: compressed weights, adapters that are not merged, a search space with named subnets, a tokenizer.
+/// A compressed model for inference: weights, adapters that are not merged, a search space with
+/// named subnets, and a tokenizer.
 ///
-/// It does not change, is shared by all its clones, and may be used from any number of threads. What is active in it is a
-/// [`Session`](super::Session)'s business.
+/// A model is immutable, is shared by all its clones, and can be used from any number of threads.
+/// Each [`Session`](super::Session) selects the subnet that is active in it.
 ///
 /// ```no_run
 /// # use elastic_lora::format::WeightFormat;
 /// # use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
 /// # fn main() -> elastic_lora::Result<()> {
-/// // A Hugging Face folder, dense or quantized, becomes a bundle; a bundle is opened by memory map.
+/// // Convert a Hugging Face folder, dense or quantized, to a bundle of 4-bit weights.
 /// let folder = Model::open("llama", &ModelOptions::default())?;
-/// folder.with_format(WeightFormat::Int { bits: 4, group_size: Some(128), symmetric: false })?.save("llama.elora", false)?;
+/// let int4 = WeightFormat::Int { bits: 4, group_size: Some(128), symmetric: false };
+/// folder.with_format(int4)?.save("llama.elora", false)?;
+/// // Open the bundle through a memory map and generate.
 /// let model = Model::open("llama.elora", &ModelOptions::default())?;
 /// let mut session = Session::new(&model, &SessionConfig::default())?;
-/// let ids = session.generate(&[1, 2, 3], &GenerateConfig::new(64, model.stop_ids().to_vec()), |_| true)?;
+/// let config = GenerateConfig::new(64, model.stop_ids().to_vec());
+/// let ids = session.generate(&[1, 2, 3], &config, |_| true)?;
 /// # Ok(())
 /// # }
 /// ```
@@ -431,7 +436,8 @@ impl Model {
         }
     }
 
-    /// The same model with a pool of its own of so many threads; 0 for one per core. Weights are shared.
+    /// Returns the same model with its own pool of `n_threads` threads; 0 uses one per core. The
+    /// weights are shared.
     pub fn with_n_threads(&self, n_threads: usize) -> Self {
         Self {
             weights: self.weights.clone(),
@@ -439,22 +445,22 @@ impl Model {
         }
     }
 
-    /// The architecture, with the sizes of the whole model.
+    /// The config, with the sizes of the whole model.
     pub fn config(&self) -> &HfConfig {
         &self.weights.config
     }
 
-    /// Threads of the kernels, the caller's among them.
+    /// Number of threads of the kernels, including the calling thread.
     pub fn n_threads(&self) -> usize {
         self.pool.threads()
     }
 
-    /// The linear layers: those of the blocks in the order of computation, and the head at last.
+    /// The linear layers: those of the blocks in order of computation, followed by the head.
     pub fn layers(&self) -> &[LayerInfo] {
         &self.weights.infos
     }
 
-    /// The position of a layer in [`layers`](Self::layers).
+    /// Returns the index of a layer in [`layers`](Self::layers).
     pub fn layer_index(&self, name: &str) -> Option<usize> {
         self.weights
             .infos
@@ -462,15 +468,15 @@ impl Model {
             .position(|layer| layer.name == name)
     }
 
-    /// The subnets that it knows by name. The first is always there, and is the whole model.
+    /// The named subnets. The first always exists and is the whole model.
     pub fn subnets(&self) -> &[NamedSubnet] {
         &self.weights.subnets
     }
 
-    /// The position of a subnet in [`subnets`](Self::subnets).
+    /// Returns the index of a subnet in [`subnets`](Self::subnets).
     ///
     /// # Errors
-    /// [`Error::UnknownSubnet`].
+    /// Returns [`Error::UnknownSubnet`] if there is no subnet of that name.
     pub fn subnet_index(&self, name: &str) -> Result<usize> {
         let found = self
             .weights
@@ -491,12 +497,12 @@ impl Model {
         })
     }
 
-    /// The space of its subnets, where it is a super-network.
+    /// The search space, if the model is a supernet.
     pub fn space(&self) -> Option<&SearchSpace> {
         self.weights.space.as_ref()
     }
 
-    /// The tokenizer, where there is one.
+    /// The tokenizer, if the model has one.
     pub fn tokenizer(&self) -> Option<&TextTokenizer> {
         self.weights
             .tokenizer
@@ -504,12 +510,13 @@ impl Model {
             .map(|tokenizer| &tokenizer.inner)
     }
 
-    /// The tokens that end a generation.
+    /// Tokens that end a generation.
     pub fn stop_ids(&self) -> &[u32] {
         &self.weights.stop_ids
     }
 
-    /// Bytes of all weights, embedding, adapters and head included, norms and biases left out.
+    /// Size of all weights in bytes, including the embedding, the adapters and the head, but not
+    /// the norms and biases.
     pub fn bytes(&self) -> usize {
         let tied = self.weights.config.tie_word_embeddings();
         let shared = if tied {
@@ -528,12 +535,12 @@ impl Model {
     /// The embedding, `[vocab_size, d_model]`.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] where its contents are not those that were written.
+    /// Returns [`Error::InvalidFile`] if its contents are damaged.
     pub fn embedding(&self) -> Result<&StoredMatrix> {
         self.weights.embedding.get()
     }
 
-    /// The gains of a norm, by the name of its tensor ([`Architecture::norm_tensor`]).
+    /// Returns the gains of a norm by the name of its tensor ([`Architecture::norm_tensor`]).
     pub fn norm(&self, tensor: &str) -> Option<&[f32]> {
         if tensor == Architecture::FINAL_NORM {
             return Some(&self.weights.final_norm);
@@ -551,7 +558,7 @@ impl Model {
             })
     }
 
-    /// Cosines and sines of rotary attention at a position.
+    /// Writes the cosines and sines of the rotary embedding at a position.
     ///
     /// # Shapes
     /// - `cos`, `sin`: `[head_dim / 2]` each
@@ -562,16 +569,18 @@ impl Model {
     /// The weight of a layer, `[d_output, d_input]`, without its adapter.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a layer that there is not; [`Error::InvalidFile`] where its contents are not those that were written.
+    /// Returns [`Error::InvalidArgument`] if there is no such layer, and [`Error::InvalidFile`] if
+    /// the weight's contents are damaged.
     pub fn weight(&self, layer: usize) -> Result<&StoredMatrix> {
         self.layer(layer)?.weight.get()
     }
 
-    /// The factors of a layer's adapter, A `[r_max, d_input]` and B transposed `[r_max, d_output]`, and the scale of the largest rank;
-    /// nothing where there is no adapter.
+    /// Returns the factors of a layer's adapter, A `[r_max, d_input]` and B transposed
+    /// `[r_max, d_output]`, and the scale at the largest rank. Returns `None` if the layer has no
+    /// adapter.
     ///
     /// # Errors
-    /// As [`weight`](Self::weight).
+    /// Returns the same errors as [`weight`](Self::weight).
     pub fn factors(&self, layer: usize) -> Result<Option<(Matrix, Matrix, f32)>> {
         let Some(adapter) = &self.layer(layer)?.adapter else {
             return Ok(None);
@@ -584,21 +593,14 @@ impl Model {
         )))
     }
 
-    /// One linear layer under a subnet, to be applied to the caller's numbers. It keeps the model alive.
+    /// Reads all weights, checks their contents, and compares checksums if the model came from a
+    /// bundle.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a layer or subnet that there is not, or a layer that the subnet leaves out;
-    /// [`Error::InvalidFile`] where its contents are not those that were written.
-    pub fn linear(&self, layer: usize, subnet: usize) -> Result<LinearLayer> {
-        LinearLayer::new(self, layer, subnet)
-    }
-
-    /// Reads all weights, and compares them with their checksums where there are any.
-    ///
-    /// # Errors
-    /// [`Error::InvalidFile`] that names the first tensor whose contents are not those that were written.
+    /// Returns [`Error::InvalidFile`], naming the first damaged tensor.
     pub fn verify(&self) -> Result<()> {
-        // Of a bundle everything, gaps and texts included; the weights of a converted model lie in none.
+        // A bundle is verified completely, including gaps and texts. The weights of a converted
+        // model are not in a bundle.
         if let Some(bundle) = self.weights.embedding.bundle() {
             bundle.verify_on(&self.pool)?;
         }
@@ -635,28 +637,5 @@ impl Model {
                 format!("under the number of subnets, {n}"),
             )
         })
-    }
-
-    /// Opens a bundle, a Hugging Face folder (dense, GPTQ or compressed-tensors) or a GGUF file. Dense weights are used as they lie
-    /// in the file, and the codes of blocks stay the codes that they are.
-    ///
-    /// # Errors
-    /// Those of [`Bundle::open`](crate::io::bundle::Bundle::open) or [`HfConfig::open`] and
-    /// [`Checkpoint::open`](crate::io::Checkpoint::open); whatever makes no model, by name.
-    pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
-        let path = path.as_ref();
-        let is_folder = std::fs::metadata(path)
-            .map_err(|e| Error::io(path, e))?
-            .is_dir();
-        let parts = if is_folder || crate::io::gguf::is_gguf(path) {
-            super::build::from_folder(path, options)?
-        } else {
-            super::bundle::read(path, options)?
-        };
-        let model = Self::from_weights(Weights::new(parts)?, options.n_threads);
-        if options.verify == Verify::OnOpen {
-            model.verify()?;
-        }
-        Ok(model)
     }
 }

@@ -1,25 +1,26 @@
-//! In which formats a model's weights are stored.
+//! Storage formats of a model's weights.
 
 use crate::error::{Error, Result};
 use crate::format::{StoredMatrix, WeightFormat};
 use crate::linalg::Matrix;
 use crate::quant::{GridConfig, ScaleDtype, round_to_nearest};
 
-/// The formats of a model's weights, by their place. Norms and biases are always kept at 32 bits.
+/// Storage formats of a model's weights, by role. Norms and biases are always 32-bit floats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FormatPlan {
-    /// The linear layers inside the blocks.
+    /// Format of the linear layers inside the blocks.
     pub linears: WeightFormat,
-    /// The embedding, of which a token reads one row; the head as well where they are tied.
+    /// Format of the embedding, and of the head if they are tied. A token reads one row of it.
     pub embedding: WeightFormat,
-    /// The head, where it is not tied.
+    /// Format of the head, if it is not tied.
     pub head: WeightFormat,
-    /// The factors of low-rank adapters: a dense format of numbers.
+    /// Format of the adapters' factors; one of the dense float formats.
     pub adapters: WeightFormat,
 }
 
 impl FormatPlan {
-    /// `linears` inside the blocks; all else dense at 16 bits, or at 32 beside [`WeightFormat::F32`].
+    /// Uses `linears` inside the blocks. The other weights are dense: 32-bit floats if `linears` is
+    /// [`WeightFormat::F32`], otherwise 16-bit floats of the same kind.
     pub fn new(linears: WeightFormat) -> Self {
         let dense = match linears {
             WeightFormat::F32 => WeightFormat::F32,
@@ -36,19 +37,19 @@ impl FormatPlan {
         }
     }
 
-    /// Sets the head's format.
+    /// Sets the format of the head.
     pub fn with_head(mut self, head: WeightFormat) -> Self {
         self.head = head;
         self
     }
 
-    /// Sets the embedding's format.
+    /// Sets the format of the embedding.
     pub fn with_embedding(mut self, embedding: WeightFormat) -> Self {
         self.embedding = embedding;
         self
     }
 
-    /// Sets the format of adapters' factors.
+    /// Sets the format of the adapters' factors.
     pub fn with_adapters(mut self, adapters: WeightFormat) -> Self {
         self.adapters = adapters;
         self
@@ -72,7 +73,7 @@ impl From<WeightFormat> for FormatPlan {
     }
 }
 
-/// Names the tensor that could not be stored.
+/// Adds the name of the tensor that could not be stored.
 fn named(name: &str, error: Error) -> Error {
     match error {
         Error::InvalidArgument {
@@ -84,7 +85,8 @@ fn named(name: &str, error: Error) -> Error {
     }
 }
 
-/// Stores a weight of numbers. Codes are rounded to nearest, zeros kept; what was quantized better comes with codes of its own.
+/// Stores a matrix of floats. Integer formats round to nearest and keep zeros; a weight quantized
+/// by a better method is stored from its own codes instead.
 pub(crate) fn encode(name: &str, weight: &Matrix, format: WeightFormat) -> Result<StoredMatrix> {
     let (bits, group_size, symmetric, sparse) = match format {
         WeightFormat::Int {
@@ -106,8 +108,8 @@ pub(crate) fn encode(name: &str, weight: &Matrix, format: WeightFormat) -> Resul
     StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))
 }
 
-/// Stores a weight in another format. Codes stay the codes that they are, sparse or not; numbers are rounded where the format asks
-/// for it.
+/// Stores a weight in another format. Codes are kept when they change between dense and sparse
+/// storage. Floats are rounded if the format requires it.
 pub(super) fn convert(
     name: &str,
     stored: &StoredMatrix,
@@ -126,7 +128,7 @@ pub(super) fn convert(
     };
     let converted =
         StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))?;
-    // A row's only group has no size of its own.
+    // If a row is a single group, `None` and the row's length mean the same group size.
     let sizes = |format: WeightFormat| match format {
         WeightFormat::Int {
             bits,

@@ -1,4 +1,4 @@
-//! From logits to the next token.
+//! Samples the next token from logits.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -6,19 +6,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// How the next token is drawn. The default is greedy.
+/// Sampling settings. The default is greedy decoding.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SampleConfig {
-    /// Logits are divided by it; 0 takes the most likely token.
+    /// Temperature by which the logits are divided; 0 selects the most likely token.
     pub temperature: f64,
-    /// Only the most likely so many; 0 for all.
+    /// Sample only from the `top_k` most likely tokens; 0 for no limit.
     pub top_k: usize,
-    /// Only the most likely tokens that together reach this probability, in 0..=1; 1 for all.
+    /// Sample only from the most likely tokens that together reach this probability, in 0..=1; 1
+    /// for no limit.
     pub top_p: f64,
-    /// Only tokens at least this share as likely as the most likely one, in 0..1; 0 for all (arXiv 2407.01082).
+    /// Sample only from tokens whose probability is at least this fraction of the most likely
+    /// token's, in 0..1; 0 for no limit (arXiv 2407.01082).
     #[serde(default)]
     pub min_p: f64,
-    /// Seed of the draws.
+    /// Seed of the random draws.
     pub seed: u64,
 }
 
@@ -38,7 +40,7 @@ impl SampleConfig {
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] that names the one out of range.
+    /// Returns [`Error::InvalidArgument`], naming the setting that is out of range.
     pub fn validate(&self) -> Result<()> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return Err(Error::argument(
@@ -61,21 +63,22 @@ impl SampleConfig {
     }
 }
 
-/// Draws tokens for one sequence.
+/// Samples tokens for one sequence.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     config: SampleConfig,
     rng: ChaCha8Rng,
-    /// Kept from one draw to the next, so that none allocates.
+    /// Buffers reused between draws, so that sampling does not allocate.
     order: Vec<u32>,
     weights: Vec<f64>,
 }
 
 impl Sampler {
-    /// A sampler; `stream` tells sequences of one run apart.
+    /// Creates a sampler. Samplers with the same seed and different values of `stream` draw
+    /// independently, as for several sequences of one run.
     ///
     /// # Errors
-    /// As [`SampleConfig::validate`].
+    /// Returns the same errors as [`SampleConfig::validate`].
     pub fn new(config: &SampleConfig, stream: u64) -> Result<Self> {
         config.validate()?;
         let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
@@ -88,9 +91,11 @@ impl Sampler {
         })
     }
 
-    /// The next token's id; of equal logits the lowest id wins. NaN counts as the least.
+    /// Returns the id of the next token. Among equal logits the lowest id wins. NaN is never chosen
+    /// if there is another logit.
     ///
-    /// The cuts come one after the other, each on what the one before has left: top-k, min-p, top-p.
+    /// The limits apply in the order top-k, min-p, top-p, each to the tokens that the previous one
+    /// left.
     pub fn next(&mut self, logits: &[f32]) -> u32 {
         if self.config.temperature == 0.0 {
             let mut best = 0;
@@ -108,7 +113,7 @@ impl Sampler {
             weights,
         } = self;
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        // What is less likely by `min_p` than the first; known before anything is sorted.
+        // Logits below `least` fail the `min_p` limit. It is known before sorting.
         let least = f64::from(max) + config.temperature * config.min_p.ln();
         order.clear();
         order.extend((0..logits.len() as u32).filter(|id| {
@@ -195,7 +200,8 @@ mod tests {
             })[1],
             4000
         );
-        // A third as likely as the first passes a cut at 0.3, and not one at 0.4.
+        // A token with a third of the largest probability passes a limit of 0.3 and fails one of
+        // 0.4.
         let third = draw(&SampleConfig {
             min_p: 0.3,
             ..plain.clone()

@@ -1,4 +1,4 @@
-//! One sequence on a [`Model`], and several of them in one go.
+//! A [`Session`], which is one sequence on a [`Model`], and batched decoding of several sessions.
 
 use std::sync::Arc;
 
@@ -17,13 +17,13 @@ use super::workspace::{Workspace, grow};
 /// Settings of a [`Session`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct SessionConfig {
-    /// Tokens that it holds at most; none for as many as the model's context.
+    /// Maximum number of tokens in the session; `None` uses the model's context size.
     pub n_ctx: Option<usize>,
-    /// How keys and values are kept.
+    /// Storage format of keys and values.
     pub cache: CacheFormat,
-    /// Tokens of a prompt that are processed together: more are faster, and take more memory.
+    /// Number of prompt tokens processed together. More are faster and take more memory.
     pub prefill_rows: usize,
-    /// How exactly the inputs of layers with integer weights are kept.
+    /// Precision to which inputs are quantized before multiplication with integer weights.
     pub activations: Activations,
 }
 
@@ -39,42 +39,43 @@ impl Default for SessionConfig {
 }
 
 impl SessionConfig {
-    /// Sets how many tokens it holds at most.
+    /// Sets the maximum number of tokens in the session.
     pub fn with_n_ctx(mut self, n_ctx: usize) -> Self {
         self.n_ctx = Some(n_ctx);
         self
     }
 
-    /// Sets how keys and values are kept.
+    /// Sets the storage format of keys and values.
     pub fn with_cache(mut self, cache: CacheFormat) -> Self {
         self.cache = cache;
         self
     }
 
-    /// Sets how many tokens of a prompt are processed together.
+    /// Sets the number of prompt tokens processed together.
     pub fn with_prefill_rows(mut self, prefill_rows: usize) -> Self {
         self.prefill_rows = prefill_rows;
         self
     }
 
-    /// Sets how exactly the inputs of layers with integer weights are kept.
+    /// Sets the precision to which inputs are quantized before multiplication with integer weights.
     pub fn with_activations(mut self, activations: Activations) -> Self {
         self.activations = activations;
         self
     }
 }
 
-/// One sequence on a model, with its key/value cache. Many sessions share a model, from any number of threads; a session is one
-/// thread's at a time.
+/// One sequence on a model, with its key/value cache. Many sessions can share a model, from any
+/// number of threads; each session is used by one thread at a time.
 ///
-/// Memory is taken when the first tokens come, and for every few hundred tokens of context; decoding a token allocates nothing.
+/// Memory is allocated for the first tokens, and then once per few hundred tokens of context. Apart
+/// from that, decoding a token does not allocate.
 #[derive(Debug)]
 pub struct Session {
     model: Model,
     shape: Arc<Shape>,
     cache: Cache,
     work: Workspace,
-    /// Of the last token, while generating.
+    /// Logits of the last token, during generation.
     logits: Vec<f32>,
     n_ctx: usize,
     prefill_rows: usize,
@@ -83,10 +84,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// An empty session on the whole model.
+    /// Creates an empty session on the whole model.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a context of 0 or more than the model's, or a prefill of 0 rows.
+    /// Returns [`Error::InvalidArgument`] if the context size is 0 or larger than the model's, or
+    /// if `prefill_rows` is 0.
     pub fn new(model: &Model, config: &SessionConfig) -> Result<Self> {
         let max = model.config().max_position_embeddings();
         let n_ctx = config.n_ctx.unwrap_or(max);
@@ -115,61 +117,65 @@ impl Session {
         })
     }
 
-    /// The model.
+    /// The model that the session runs on.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// Tokens in the cache.
+    /// Number of tokens in the cache.
     pub fn position(&self) -> usize {
         self.cache.n_tokens()
     }
 
-    /// Tokens that fit into the cache.
+    /// Maximum number of tokens in the cache.
     pub fn n_ctx(&self) -> usize {
         self.n_ctx
     }
 
-    /// The active rank of each linear layer, in the model's order; 0 where no adapter acts.
+    /// Active rank of each linear layer, in the model's order; 0 if no adapter is active.
     pub fn ranks(&self) -> &[usize] {
         &self.shape.ranks
     }
 
-    /// Empties the cache. Its memory stays for the next tokens.
+    /// Empties the cache. Its memory is kept for the next tokens.
     pub fn reset(&mut self) {
         self.cache.truncate(0);
     }
 
-    /// Forgets all tokens but the first `n_tokens`; nothing where it holds no more than that.
+    /// Drops all tokens but the first `n_tokens`. Does nothing if the session holds no more than
+    /// that.
     pub fn truncate(&mut self, n_tokens: usize) {
         self.cache.truncate(n_tokens);
     }
 
-    /// Makes a subnet of [`Model::subnets`] the active one. No weight moves.
+    /// Activates a subnet by its index in [`Model::subnets`]. No weights are copied.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a subnet that there is not; [`Error::InvalidState`] while tokens are in the cache.
+    /// Returns [`Error::InvalidArgument`] if there is no such subnet, and [`Error::InvalidState`]
+    /// if the subnet would change while tokens are in the cache.
     pub fn set_subnet(&mut self, subnet: usize) -> Result<()> {
         let shape = self.model.shape(subnet)?.clone();
         self.set_shape(shape)
     }
 
-    /// Makes a subnet of [`Model::subnets`] the active one, by name.
+    /// Activates a subnet of [`Model::subnets`] by name.
     ///
     /// # Errors
-    /// [`Error::UnknownSubnet`]; [`Error::InvalidState`] while tokens are in the cache.
+    /// Returns [`Error::UnknownSubnet`] if there is no subnet of that name, and
+    /// [`Error::InvalidState`] if the subnet would change while tokens are in the cache.
     pub fn set_subnet_named(&mut self, name: &str) -> Result<()> {
         self.set_subnet(self.model.subnet_index(name)?)
     }
 
-    /// Makes any subnet of the model's space the active one.
+    /// Activates any subnet of the model's search space.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`](crate::SearchSpace::validate); [`Error::InvalidState`] for a model without a space, or while
-    /// tokens are in the cache.
+    /// Returns the errors of [`SearchSpace::validate`](crate::SearchSpace::validate), and
+    /// [`Error::InvalidState`] if the model has no search space, or if the subnet would change
+    /// while tokens are in the cache.
     pub fn set_config(&mut self, subnet: &SubnetConfig) -> Result<()> {
         let Some(space) = self.model.space() else {
-            let reason = "the model is no super-network".to_string();
+            let reason = "the model is no supernet".to_string();
             return Err(Error::InvalidState {
                 what: "choosing a subnet",
                 reason,
@@ -179,11 +185,13 @@ impl Session {
         self.set_shape(shape)
     }
 
-    /// Sets the active rank of every linear layer, in the order of [`Model::layers`]; 0 turns an adapter off. Widths and depth stay.
+    /// Sets the active rank of every linear layer, in the order of [`Model::layers`]; rank 0
+    /// disables an adapter. Widths and depth do not change.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for another number of ranks, [`Error::InvalidRank`] for one over its layer's largest;
-    /// [`Error::InvalidState`] while tokens are in the cache.
+    /// Returns [`Error::ShapeMismatch`] if the number of ranks differs from the number of layers,
+    /// [`Error::InvalidRank`] if a rank is larger than the layer's largest, and
+    /// [`Error::InvalidState`] if a rank would change while tokens are in the cache.
     pub fn set_ranks(&mut self, ranks: &[u32]) -> Result<()> {
         let shape = Arc::new(self.shape.with_ranks(&self.model.weights, ranks)?);
         self.set_shape(shape)
@@ -243,15 +251,17 @@ impl Session {
         }
     }
 
-    /// Appends tokens, one or many, and writes the logits after the last, where they are asked for.
+    /// Appends one or more tokens, and writes the logits after the last one if `logits` is given.
     ///
     /// # Shapes
     /// - `logits`: `[vocab_size]`
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for no tokens, [`Error::TokenOutOfRange`], [`Error::SequenceTooLong`], [`Error::ShapeMismatch`] for
-    /// logits of another length, [`Error::OutOfMemory`]; [`Error::InvalidFile`] where a weight is not what was written. The cache is
-    /// then as before.
+    /// Returns [`Error::InvalidArgument`] if there are no tokens, [`Error::TokenOutOfRange`] if a
+    /// token is not in the vocabulary, [`Error::SequenceTooLong`] if the session has no room for
+    /// all tokens, [`Error::ShapeMismatch`] if `logits` has another length, [`Error::OutOfMemory`]
+    /// if memory runs out, and [`Error::InvalidFile`] if the contents of a weight are damaged. The
+    /// session then holds the same tokens as before.
     pub fn decode(&mut self, tokens: &[u32], logits: Option<&mut [f32]>) -> Result<()> {
         self.check(tokens)?;
         let vocab_size = self.model.config().vocab_size();
@@ -278,13 +288,13 @@ impl Session {
         Ok(())
     }
 
-    /// [`decode`](Self::decode) with the logits after every token.
+    /// Appends tokens like [`decode`](Self::decode), and writes the logits after every token.
     ///
     /// # Shapes
     /// - `logits`: `[tokens, vocab_size]`
     ///
     /// # Errors
-    /// As [`decode`](Self::decode).
+    /// Returns the same errors as [`decode`](Self::decode).
     pub fn decode_all(&mut self, tokens: &[u32], logits: &mut [f32]) -> Result<()> {
         self.check(tokens)?;
         let vocab_size = self.model.config().vocab_size();
@@ -295,7 +305,8 @@ impl Session {
                 found: vec![logits.len()],
             });
         }
-        // No more rows than tokens: any number may be asked for, and the product must not overflow.
+        // Limited to the number of tokens: `prefill_rows` can be any number, and the product below
+        // must not overflow.
         let (start, rows) = (self.position(), self.prefill_rows.min(tokens.len()));
         for (piece, logits) in tokens
             .chunks(rows)
@@ -309,7 +320,8 @@ impl Session {
         Ok(())
     }
 
-    /// Appends tokens that were checked; logits are those from a row on.
+    /// Appends tokens that were checked. `wanted` is the first row whose logits are computed, and
+    /// the slice for them.
     fn append(&mut self, tokens: &[u32], wanted: Option<(usize, &mut [f32])>) -> Result<()> {
         let n = tokens.len();
         self.cache.reserve(self.position() + n)?;
@@ -331,11 +343,16 @@ impl Session {
         Ok(())
     }
 
-    /// Continues `prompt`, which is appended to what the session holds. Each new token is shown to `on_token` at once; `false` from it
-    /// ends the generation. A stop token ends it too and is not part of the output, and so does the end of the context.
+    /// Appends `prompt` and generates tokens from there.
+    ///
+    /// Each new token is passed to `on_token` immediately; the generation ends if it returns
+    /// `false`. It also ends at a stop token, which is not part of the output, at `max_new_tokens`,
+    /// and when the context is full. Unless a stop token ended the generation, the last token of
+    /// the output is not yet in the session.
     ///
     /// # Errors
-    /// As [`decode`](Self::decode), and [`SampleConfig::validate`](super::SampleConfig::validate).
+    /// Returns the errors of [`decode`](Self::decode) and of
+    /// [`SampleConfig::validate`](super::SampleConfig::validate).
     pub fn generate(
         &mut self,
         prompt: &[u32],
@@ -368,14 +385,17 @@ impl Session {
     }
 }
 
-/// Appends one token to each of several sessions on one model, all with the same subnet: the weights are read once for all of them.
+/// Appends one token to each of several sessions on one model with the same subnet. The weights are
+/// read once for all sessions.
 ///
 /// # Shapes
-/// - `tokens`: one for each session; `logits`: `[sessions, vocab_size]`, after each session's token
+/// - `tokens`: `[sessions]`
+/// - `logits`: `[sessions, vocab_size]`; row `i` is written after the token of session `i`
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] for other numbers of tokens or logits; [`Error::InvalidState`] where the sessions' models, subnets or
-/// precisions differ; otherwise as [`Session::decode`]. No session's cache has changed then.
+/// Returns [`Error::ShapeMismatch`] if the number of tokens or logits is wrong,
+/// [`Error::InvalidState`] if the sessions differ in model, subnet or activation precision, and
+/// otherwise the errors of [`Session::decode`]. All sessions then hold the same tokens as before.
 pub fn decode_batch(
     sessions: &mut [&mut Session],
     tokens: &[u32],

@@ -1,4 +1,4 @@
-//! What of a model is active under a subnet: the sizes of the blocks and the ranks of the adapters.
+//! The active part of a model under a subnet: sizes of the blocks and ranks of the adapters.
 
 use crate::arch::{BlockDims, LinearKind};
 use crate::error::{Error, Result};
@@ -6,17 +6,18 @@ use crate::space::{LoraConfig, SearchSpace, SubnetConfig, widths};
 
 use super::model::Weights;
 
-/// A subnet, as the executor needs it. No weight moves for it: everything is a prefix.
+/// A subnet in the form that the executor uses. Every active part is a prefix, so no weights are
+/// copied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
-    /// The active sizes of each block; 0 of what is left out.
+    /// Active sizes of each block; 0 for parts that are left out.
     pub blocks: Vec<BlockDims>,
-    /// The active rank of each linear layer, in the model's order; 0 without an adapter.
+    /// Active rank of each linear layer, in the model's order; 0 without an adapter.
     pub ranks: Vec<usize>,
 }
 
 impl Shape {
-    /// Everything.
+    /// The whole model.
     pub fn full(weights: &Weights) -> Self {
         Self {
             blocks: weights.config.blocks().to_vec(),
@@ -28,10 +29,10 @@ impl Shape {
         }
     }
 
-    /// A subnet of a space that was checked against the model.
+    /// A subnet of a search space that was checked against the model.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`].
+    /// Returns the same errors as [`SearchSpace::validate`].
     pub fn of_subnet(
         weights: &Weights,
         space: &SearchSpace,
@@ -49,10 +50,11 @@ impl Shape {
         Ok(shape)
     }
 
-    /// This subnet with other ranks, one for each linear layer.
+    /// Returns this subnet with other ranks, one for each linear layer.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for another number of ranks, [`Error::InvalidRank`] for one over the layer's largest.
+    /// Returns [`Error::ShapeMismatch`] if the number of ranks differs from the number of layers,
+    /// and [`Error::InvalidRank`] if a rank is larger than the layer's largest.
     pub fn with_ranks(&self, weights: &Weights, ranks: &[u32]) -> Result<Self> {
         if ranks.len() != self.ranks.len() {
             return Err(Error::ShapeMismatch {
@@ -78,7 +80,7 @@ impl Shape {
         })
     }
 
-    /// Active inputs and outputs of a linear layer; the head has all of them.
+    /// Active inputs and outputs of a linear layer. The head is always whole.
     pub fn dims(&self, weights: &Weights, layer: usize) -> [usize; 2] {
         let full = weights.layers.get(layer).map_or([0, 0], |layer| {
             let matrix = layer.weight.unchecked();
@@ -98,7 +100,7 @@ impl Shape {
     }
 }
 
-/// The scale of an update at a rank.
+/// Scale of an adapter's update at a rank.
 pub(super) fn scale(lora: &LoraConfig, rank: usize) -> f32 {
     lora.scale(rank.max(1)) as f32
 }

@@ -1,4 +1,4 @@
-//! The weights of a model, each looked at before its first use.
+//! Weights of a model, each checked before its first use.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use crate::format::StoredMatrix;
 use crate::io::bundle::Bundle;
 use crate::space::LoraConfig;
 
-/// The gains of the norms that a block has.
+/// Gains of the norms of a block.
 pub(crate) type Norms = BTreeMap<NormKind, Arc<[f32]>>;
 
-/// A weight that may come from a file, of which nothing was read yet. Clones share it.
+/// A weight, which may be in a file that has not been read yet. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Weight(Arc<Inner>);
 
@@ -21,13 +21,13 @@ pub(crate) struct Weight(Arc<Inner>);
 struct Inner {
     name: String,
     matrix: StoredMatrix,
-    /// The file, and whether its checksums are to be compared.
+    /// The bundle, and whether its checksums are verified.
     source: Option<(Arc<Bundle>, bool)>,
     checked: AtomicBool,
 }
 
 impl Weight {
-    /// One that was made here.
+    /// Wraps a matrix that was made in memory and needs no check.
     pub fn made(name: impl Into<String>, matrix: StoredMatrix) -> Self {
         Self(Arc::new(Inner {
             name: name.into(),
@@ -37,7 +37,8 @@ impl Weight {
         }))
     }
 
-    /// One that lies in a file without checksums.
+    /// Wraps a matrix that may be mapped from a file without checksums. Its contents are checked
+    /// before its first use.
     pub fn mapped(name: impl Into<String>, matrix: StoredMatrix) -> Self {
         Self(Arc::new(Inner {
             name: name.into(),
@@ -47,7 +48,8 @@ impl Weight {
         }))
     }
 
-    /// One that lies in a bundle; `compare` says whether its checksums are looked at before its first use.
+    /// Wraps a matrix of a bundle. If `compare` is true, its checksums are verified before its
+    /// first use.
     pub fn from_file(
         name: String,
         matrix: StoredMatrix,
@@ -62,20 +64,21 @@ impl Weight {
         }))
     }
 
-    /// The tensor's name.
+    /// Name of the tensor.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// The weight, its contents not looked at.
+    /// Returns the weight without checking its contents.
     pub fn unchecked(&self) -> &StoredMatrix {
         &self.0.matrix
     }
 
-    /// The weight. At the first time, its contents are compared with their checksums, and checked.
+    /// Returns the weight. The first call checks its contents, and its checksums if they are to be
+    /// verified.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] that names the tensor.
+    /// Returns [`Error::InvalidFile`], naming the tensor, if the contents are damaged.
     pub fn get(&self) -> Result<&StoredMatrix> {
         if !self.0.checked.load(Ordering::Acquire) {
             self.check()?;
@@ -91,10 +94,10 @@ impl Weight {
         self.check_contents()
     }
 
-    /// Checks the contents as far as they can be without checksums, whether that was done before or not.
+    /// Checks the contents without checksums, even if they were checked before.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] that names the tensor.
+    /// Returns [`Error::InvalidFile`], naming the tensor, if the contents are damaged.
     pub fn check_contents(&self) -> Result<()> {
         let Inner {
             name,
@@ -108,23 +111,23 @@ impl Weight {
         matrix
             .check()
             .map_err(|error| Error::invalid_file(path, format!("tensor `{name}`: {error}")))?;
-        // Two threads may come here at once, and then find the same.
+        // Two threads may check the same weight at once; both get the same result.
         checked.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// The file that it lies in, if that is a bundle.
+    /// The bundle that holds the weight, if there is one.
     pub fn bundle(&self) -> Option<&Arc<Bundle>> {
         self.0.source.as_ref().map(|(bundle, _)| bundle)
     }
 }
 
-/// The factors of a low-rank adapter.
+/// Factors of a low-rank adapter.
 #[derive(Clone, Debug)]
 pub(crate) struct AdapterWeights {
     /// PEFT's `lora_A`, `[r_max, d_input]`.
     pub a: Weight,
-    /// PEFT's `lora_B`, turned, `[r_max, d_output]`.
+    /// PEFT's `lora_B`, transposed, `[r_max, d_output]`.
     pub bt: Weight,
     /// Largest rank, alpha and scale rule.
     pub lora: LoraConfig,
@@ -135,21 +138,21 @@ pub(crate) struct AdapterWeights {
 pub(crate) struct LayerWeights {
     /// Hugging Face's module path.
     pub name: String,
-    /// `[d_output, d_input]`.
+    /// Weight, `[d_output, d_input]`.
     pub weight: Weight,
-    /// `[d_output]`.
+    /// Bias, `[d_output]`.
     pub bias: Option<Arc<[f32]>>,
-    /// The update that rides on it.
+    /// Low-rank adapter of the layer.
     pub adapter: Option<AdapterWeights>,
 }
 
 impl LayerWeights {
-    /// The largest rank; 0 without an adapter.
+    /// Largest rank of the adapter; 0 without one.
     pub fn max_rank(&self) -> usize {
         self.adapter.as_ref().map_or(0, |adapter| adapter.lora.rank)
     }
 
-    /// All its matrices.
+    /// Returns all matrices of the layer: the weight, then the adapter's factors.
     pub fn weights(&self) -> impl Iterator<Item = &Weight> {
         let factors = self
             .adapter

@@ -1,35 +1,35 @@
-//! The memory that a forward pass works in.
+//! Working memory of a forward pass.
 
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 
-/// Buffers for so many rows; they grow when more come, and otherwise stay.
+/// Buffers for a number of rows. They grow when more rows come and never shrink.
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
     rows: usize,
     /// The residual stream, `[rows, d_model]`.
     pub x: Vec<f32>,
-    /// Its normalized copy, `[rows, d_model]`.
+    /// The normalized residual stream, `[rows, d_model]`.
     pub normed: Vec<f32>,
-    /// What is added to it, `[rows, d_model]`.
+    /// Output of a sub-block, to be added to the residual stream, `[rows, d_model]`.
     pub added: Vec<f32>,
-    /// Queries, `[rows, n_heads * head_dim]`, or the gate, `[rows, d_mlp]`.
+    /// Queries, `[rows, n_heads * head_dim]`, or the gate projection, `[rows, d_mlp]`.
     pub a: Vec<f32>,
-    /// Keys, or the up projection.
+    /// Keys, `[rows, n_kv_heads * head_dim]`, or the up projection, `[rows, d_mlp]`.
     pub b: Vec<f32>,
-    /// Values.
+    /// Values, `[rows, n_kv_heads * head_dim]`.
     pub c: Vec<f32>,
-    /// Attention's result, `[rows, n_heads * head_dim]`.
+    /// Output of attention, `[rows, n_heads * head_dim]`.
     pub context: Vec<f32>,
-    /// `[rows, head_dim / 2]`.
+    /// Cosines of the rows' positions, `[rows, head_dim / 2]`.
     pub cos: Vec<f32>,
-    /// `[rows, head_dim / 2]`.
+    /// Sines of the rows' positions, `[rows, head_dim / 2]`.
     pub sin: Vec<f32>,
-    /// What the kernels ask for.
+    /// Scratch memory of the kernels.
     pub scratch: Vec<Line>,
 }
 
-/// A line of the cache.
+/// A cache line of 64 bytes.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 pub(super) struct Line(#[allow(dead_code)] [u8; 64]);
@@ -38,7 +38,7 @@ impl Line {
     pub const ZERO: Self = Self([0; 64]);
 }
 
-/// Makes a vector at least so long.
+/// Extends a vector to at least `len` elements.
 pub(super) fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, zero: T) -> Result<()> {
     if vector.len() < len {
         let fail = |_| Error::OutOfMemory {
@@ -52,10 +52,10 @@ pub(super) fn grow<T: Clone>(vector: &mut Vec<T>, len: usize, zero: T) -> Result
 }
 
 impl Workspace {
-    /// Makes room for so many rows.
+    /// Makes room for `rows` rows.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// Returns [`Error::OutOfMemory`] if memory runs out.
     pub fn reserve(&mut self, config: &HfConfig, rows: usize) -> Result<()> {
         if rows <= self.rows {
             return Ok(());
@@ -86,8 +86,8 @@ impl Workspace {
     }
 }
 
-/// Lines as bytes.
+/// Returns the bytes of the lines.
 pub(super) fn bytes_of(lines: &mut [Line]) -> &mut [u8] {
-    // SAFETY: a line is 64 bytes without padding.
+    // SAFETY: a `Line` is 64 initialized bytes without padding, and `lines` is borrowed mutably.
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast::<u8>(), size_of_val(lines)) }
 }

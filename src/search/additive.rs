@@ -1,26 +1,30 @@
-//! A guess at all subnets from the losses of a few, for a search to begin with: a loss that is additive over groups.
+//! Predicts the loss of all subnets from the losses of a few, as a sum over groups, to start a
+//! search.
 //!
-//! The losses may come for free, from the log of the training itself
-//! (`TrainConfig::observations`). NNCF's "min-loss" heuristic takes the subnet whose
-//! training loss was least, which the batch decides as much as the subnet; here all steps count, and each group's choices are
-//! told apart. Choosing by slope is what Puzzle (arXiv 2411.19146) and HAWQ have integer programs for; without a constraint but
-//! the cost, and up to the last step, it gives the same.
+//! The losses can come from the training log at no extra cost (`TrainConfig::observations`). NNCF's
+//! "min-loss" heuristic takes the subnet with the lowest training loss, which depends on the batch
+//! as much as on the subnet. This model uses all steps, and separates the effects of each group's
+//! choices. It orders choices by slope. Puzzle (arXiv 2411.19146) and HAWQ use integer programs
+//! instead; if the cost is the only constraint, the result is the same, except possibly for the
+//! last step.
 
 use super::surrogate::Surrogate;
 use crate::error::{Error, Result};
 use crate::space::{Group, SearchSpace, SubnetConfig};
 
-/// Fewest losses to fit.
+/// Minimum number of losses for a fit.
 const FEWEST: usize = 8;
 
-/// The loss of a subnet as a sum over its groups, by ridge regression.
+/// Models the loss of a subnet as a sum over its groups, fitted by ridge regression.
 ///
 /// ```
 /// use elastic_lora::search::{AdditiveModel, NsgaConfig};
 /// use elastic_lora::space::{LayerShape, SearchSpace};
 /// # use rand::SeedableRng;
 ///
-/// let layers: Vec<_> = (0..6).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
+/// let layers: Vec<_> = (0..6)
+///     .map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8))
+///     .collect();
 /// let space = SearchSpace::per_layer(&layers, &[32, 24, 16])?;
 /// let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
 /// let observed: Vec<_> = (0..50).map(|_| space.sample(&mut rng)).map(|subnet| {
@@ -38,20 +42,22 @@ pub struct AdditiveModel {
     model: Surrogate,
 }
 
-/// One group goes down to a smaller choice.
+/// A step that lowers one group to a smaller choice.
 struct Descent {
-    /// Increase of the loss by decrease of the cost.
+    /// Increase of the loss divided by decrease of the cost.
     slope: f64,
     group: usize,
     choice: usize,
 }
 
 impl AdditiveModel {
-    /// Fits subnets and their losses, of any origin; those that are no finite numbers are left out.
+    /// Fits the model to subnets and their losses from any source. Losses that are not finite are
+    /// ignored.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`]; [`Error::InvalidArgument`] for fewer than 8 losses, or a space of more than 1500 choices,
-    /// a group counting as one more.
+    /// Returns the errors of [`SearchSpace::validate`], and [`Error::InvalidArgument`] if there are
+    /// fewer than 8 finite losses, or if the number of choices plus the number of groups exceeds
+    /// 1500.
     pub fn fit(space: &SearchSpace, observed: &[(SubnetConfig, f64)]) -> Result<Self> {
         let mut told = Vec::with_capacity(observed.len());
         for (subnet, loss) in observed.iter().filter(|(_, loss)| loss.is_finite()) {
@@ -82,10 +88,10 @@ impl AdditiveModel {
         }
     }
 
-    /// The loss to expect.
+    /// Returns the predicted loss.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`].
+    /// Returns the errors of [`SearchSpace::validate`].
     pub fn predict(&self, subnet: &SubnetConfig) -> Result<f64> {
         Ok(self.of_genome(&self.space.encode(subnet)?))
     }
@@ -98,13 +104,15 @@ impl AdditiveModel {
             .unwrap_or(f64::NAN)
     }
 
-    /// At most `n` subnets from the largest down, evenly among those that are met when always the choice goes down that is to
-    /// cost the least loss for what it saves. What a choice saves is measured alone, from the largest subnet.
+    /// Returns at most `n` subnets, evenly spaced along a path from the largest subnet downwards.
+    /// Each step of the path lowers the choice of one group: the choice with the smallest predicted
+    /// increase of the loss per cost saved. The saving of a choice is measured separately for each
+    /// choice, relative to the largest subnet.
     ///
-    /// Calls `cost` once for each choice. A choice that saves nothing is not taken.
+    /// Calls `cost` once for each choice. Choices that save nothing are not used.
     ///
     /// # Errors
-    /// Those of `cost`.
+    /// Returns the errors of `cost`.
     pub fn path(
         &self,
         n: usize,
@@ -123,7 +131,8 @@ impl AdditiveModel {
             }
             descend(index, group, &points, &mut descents);
         }
-        // Stable, and slopes do not fall within a group: its choices go down in their order.
+        // The sort is stable and slopes do not decrease within a group, so its choices keep their
+        // order.
         descents.sort_by(|a, b| a.slope.total_cmp(&b.slope));
         let mut genome = largest;
         let mut genomes = vec![genome.clone()];
@@ -144,7 +153,8 @@ impl AdditiveModel {
     }
 }
 
-/// The lower convex hull of a group's choices, as `(saved, loss)`, from the largest on.
+/// Adds the lower convex hull of a group's choices, given as `(saved, loss)`, starting from the
+/// largest choice.
 fn descend(index: usize, group: &Group, points: &[(f64, f64)], into: &mut Vec<Descent>) {
     let mut at = 0;
     while at + 1 < group.choices().len() {
@@ -178,7 +188,7 @@ mod tests {
         SearchSpace::per_layer(&layers, &[32, 24, 16]).unwrap()
     }
 
-    /// Losses by group and choice, some of which a smaller choice lowers.
+    /// Losses by group and choice. Some smaller choices lower the loss.
     fn losses(n: usize, rng: &mut ChaCha8Rng) -> Vec<[f64; 3]> {
         (0..n)
             .map(|i| {
@@ -235,7 +245,8 @@ mod tests {
                     && path[path.len() - 1] == space.minimal()
             );
             assert!(path.windows(2).all(|pair| cost(&pair[1]) < cost(&pair[0])));
-            // Before the least loss each subnet is beaten by the next.
+            // Each subnet before the lowest loss is worse and more expensive than the next, so skip
+            // these.
             let predicted: Vec<f64> = path
                 .iter()
                 .map(|subnet| model.predict(subnet).unwrap())
@@ -296,7 +307,7 @@ mod tests {
                 .path(3, |_| Err(Error::argument("x", 1, "2")))
                 .is_err()
         );
-        // What saves nothing stays.
+        // Choices that save nothing are not used.
         assert_eq!(model.path(3, |_| Ok(1.0)).unwrap(), [space.maximal()]);
     }
 }

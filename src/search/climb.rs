@@ -1,7 +1,8 @@
 //! Hill climbing from the heuristic subnet, with restarts.
 //!
-//! Shears (arXiv 2404.10934) names hill climbing from the heuristic as a cheap search, but its code holds none; what stands
-//! here is this crate's own. It minimises the score under a limit on the cost.
+//! Shears (arXiv 2404.10934) mentions hill climbing from the heuristic as a cheap search, but its
+//! code does not contain one. This implementation is original: it minimises the score under a limit
+//! on the cost.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -16,35 +17,37 @@ use super::{COST, Evaluation, SCORE, Searcher};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// What a subnet may cost.
+/// Limit on the cost of subnets.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum CostBudget {
-    /// Anything; then larger subnets, which score better, are where it climbs to.
+    /// No limit. The search then moves to larger subnets, which score better.
     Unlimited,
-    /// No more than the first subnet that it starts from.
+    /// The cost of the first start.
     #[default]
     OfStart,
-    /// No more than this, in units of the cost objective.
+    /// A fixed limit in units of the cost objective.
     AtMost(f64),
 }
 
 /// Settings of [`HillClimbing`].
 #[derive(Clone, Debug)]
 pub struct HillClimbingConfig {
-    /// Seed of all draws.
+    /// Seed of all random draws.
     pub seed: u64,
-    /// Subnet to start from; with none, the heuristic one.
+    /// Subnet to start from; the heuristic subnet if `None`.
     pub start: Option<SubnetConfig>,
-    /// How often it begins anew from a random subnet after it has reached a local optimum.
+    /// Number of restarts from a random subnet after reaching a local optimum.
     pub restarts: usize,
     /// Limit on the cost.
     pub budget: CostBudget,
-    /// Number of neighbours that are evaluated before it decides on a move, at least 1. With 1 the first improvement is taken,
-    /// with a large number the steepest; numbers in between can be evaluated in parallel.
+    /// Number of neighbours that are evaluated before each move, at least 1. A value of 1 takes the
+    /// first improvement, and a large value takes the steepest one. Values in between allow
+    /// parallel evaluation.
     pub neighbours_per_step: usize,
-    /// Whether neighbours include exchanges, one group a step larger and another a step smaller. They matter where the budget
-    /// is tight: without them a subnet at the limit can only shrink.
+    /// Whether neighbours include exchanges, in which one group becomes a step larger and another a
+    /// step smaller. Exchanges matter under a tight budget: without them, a subnet at the limit can
+    /// only shrink.
     pub exchanges: bool,
 }
 
@@ -55,7 +58,8 @@ impl Default for HillClimbingConfig {
 }
 
 impl HillClimbingConfig {
-    /// Seed 0, from the heuristic subnet at no more than its cost, restarts without end, 8 neighbours a step, exchanges on.
+    /// Creates settings with seed 0, the heuristic subnet as start and its cost as limit, unlimited
+    /// restarts, 8 neighbours per step, and exchanges.
     pub fn new() -> Self {
         Self {
             seed: 0,
@@ -76,10 +80,11 @@ impl HillClimbingConfig {
         with_exchanges(exchanges: bool);
     }
 
-    /// The searcher over `space`.
+    /// Creates the searcher over `space`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for 0 neighbours a step or a budget of NaN; as [`SearchSpace::validate`] for the start.
+    /// Returns [`Error::InvalidArgument`] if `neighbours_per_step` is 0 or the budget is NaN, and
+    /// the errors of [`SearchSpace::validate`] for the start.
     pub fn init(&self, space: &SearchSpace) -> Result<HillClimbing> {
         if self.neighbours_per_step == 0 {
             return Err(Error::argument(
@@ -117,21 +122,22 @@ impl HillClimbingConfig {
 
 /// Minimises the first objective while the second stays within a budget.
 ///
-/// Neighbours of a subnet are those with one group one step larger or smaller, and as many random exchanges as there are groups
-/// (one group a step larger, another a step smaller). They are tried in random order, some at a time, and the best of each lot
-/// becomes the current subnet if it is better: within the budget before over it, over it by less before by more, then
-/// by score, then by cost. With no better neighbour left it begins anew from a random subnet. Known subnets are not proposed
-/// again.
+/// The neighbours of a subnet are all subnets with one group one step larger or smaller, and as
+/// many random exchanges as there are groups (one group a step larger, another a step smaller).
+/// They are evaluated in random order, several at a time, and the best of each lot becomes the
+/// current subnet if it is better. Subnets are compared by the amount of cost over the budget, then
+/// by score, then by cost. If no neighbour is better, the search restarts from a random subnet.
+/// Known subnets are not proposed again.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct HillClimbing {
     settings: HillClimbingConfig,
     rng: ChaCha8Rng,
     unseen: Unseen,
-    /// None until the start has been told.
+    /// `None` until the start has been evaluated.
     limit: Option<f64>,
     known: HashMap<Genome, Vec<f64>>,
-    /// None while a start is being evaluated.
+    /// `None` while a start is being evaluated.
     current: Option<Genome>,
     untried: Vec<Genome>,
     candidates: Vec<Genome>,
@@ -165,7 +171,7 @@ impl Searcher for HillClimbing {
 }
 
 impl HillClimbing {
-    /// Decides on moves until there is something to evaluate, or nothing left to do.
+    /// Moves until there are subnets to evaluate or the search is finished.
     fn advance(&mut self) {
         loop {
             let candidates = std::mem::take(&mut self.candidates);
@@ -176,7 +182,7 @@ impl HillClimbing {
                     self.move_to(best)
                 }
                 (None, None) => {
-                    // The very first start; it was never a candidate.
+                    // The first start was never a candidate.
                     let Some(start) = self.known.keys().next().cloned() else {
                         return;
                     };
@@ -258,7 +264,8 @@ impl HillClimbing {
 
     fn objective(&self, genome: &Genome, index: usize) -> f64 {
         let objectives = self.known.get(genome);
-        // A subnet without a cost costs nothing; one without a score cannot be told.
+        // A missing cost counts as 0. The score is never missing, because `tell` requires an
+        // objective.
         objectives
             .and_then(|objectives| objectives.get(index))
             .map_or(0.0, |&value| nan_is_worst(value))

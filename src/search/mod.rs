@@ -1,22 +1,26 @@
-//! Finds good subnets of a trained supernet: searchers that propose, a study that has their proposals evaluated, a report.
+//! Finds good subnets of a trained supernet with searchers, studies and reports.
 //!
-//! A [`Searcher`] is asked for subnets and told their objectives (ask/tell); it owns no model and runs nothing. A [`Study`]
-//! drives a searcher against an objective with a budget, a cache and a log, and returns a [`SearchOutcome`], which
-//! [`SearchReport`] draws like Figure 4 of "Low-Rank Adapters Meet Neural Architecture Search for LLM Compression"
-//! (arXiv 2501.16372).
+//! A [`Searcher`] proposes subnets and is told their objectives (ask/tell). It owns no model and
+//! evaluates nothing. A [`Study`] runs a searcher against an objective with a budget, a cache and a
+//! log, and returns a [`SearchOutcome`]. [`SearchReport`] plots the outcome like Figure 4 of
+//! "Low-Rank Adapters Meet Neural Architecture Search for LLM Compression" (arXiv 2501.16372).
 //!
-//! Objectives are minimised. By convention the first ([`SCORE`]) is the score, such as the validation loss or the negated
-//! accuracy, and the second ([`COST`]) the cost, such as MACs per token. NaN counts as positive infinity, the worst value.
+//! Objectives are minimised. By convention the first ([`SCORE`]) is the score, such as the
+//! validation loss or the negated accuracy, and the second ([`COST`]) is the cost, such as MACs per
+//! token. NaN counts as positive infinity, the worst value.
 //!
-//! Everything is seeded. What a searcher proposes depends on its seed and on the objectives, never on the order in which
-//! evaluations finish or on how many it was asked for at a time, so a search gives the same front at any thread count.
+//! Searches are deterministic. The proposals of a searcher depend on its seed and on the
+//! objectives, but not on the order in which evaluations finish or on the sizes of batches. A
+//! search therefore gives the same front at any number of threads.
 //!
 //! ```
 //! use elastic_lora::progress::Silent;
 //! use elastic_lora::search::{NsgaConfig, StudyConfig};
 //! use elastic_lora::space::{LayerShape, SearchSpace};
 //!
-//! let layers: Vec<_> = (0..6).map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8)).collect();
+//! let layers: Vec<_> = (0..6)
+//!     .map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8))
+//!     .collect();
 //! let space = SearchSpace::per_layer(&layers, &[32, 24, 16])?;
 //! let mut searcher = NsgaConfig::new().with_population(8).with_seed(1).init(&space)?;
 //! let objective = |config: &_| {
@@ -55,7 +59,7 @@ pub use report::{ObjectiveNames, SearchReport};
 pub use simple::{FixedList, Heuristic, RandomSearch, RandomSearchConfig};
 pub use study::{Study, StudyConfig};
 
-/// Index of the score among the objectives: a loss, or a negated accuracy.
+/// Index of the score among the objectives: a loss or a negated accuracy.
 pub const SCORE: usize = 0;
 
 /// Index of the cost among the objectives: MACs, parameters, bytes or milliseconds.
@@ -63,25 +67,26 @@ pub const COST: usize = 1;
 
 /// Proposes subnets and learns from their objectives.
 ///
-/// The caller alternates [`ask`](Self::ask) and [`tell`](Self::tell), in batches of any size and in any order within what was
-/// asked, until [`is_finished`](Self::is_finished), or until it has spent its budget.
+/// The caller alternates [`ask`](Self::ask) and [`tell`](Self::tell) until
+/// [`is_finished`](Self::is_finished) returns true or its budget is spent. Batches may have any
+/// size, and subnets that were asked for may be told in any order.
 pub trait Searcher: Send {
-    /// A short name for logs and plots, such as `nsga2`.
+    /// Returns a short name for logs and plots, such as `nsga2`.
     fn name(&self) -> &str;
 
-    /// The next subnets to evaluate, at most `n`. Fewer, or none, where the next ones depend on objectives that have not been
-    /// told yet, or where there are no more.
+    /// Returns at most `n` subnets to evaluate. Returns fewer or none if the next ones depend on
+    /// objectives that have not been told yet, or if there are no more.
     fn ask(&mut self, n: usize) -> Vec<SubnetConfig>;
 
     /// Takes the objectives of subnets that [`ask`](Self::ask) returned.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a subnet that was not asked for or has been told already,
-    /// [`Error::ShapeMismatch`](crate::Error::ShapeMismatch) for another number of objectives than before; what stood before
-    /// it in `evaluated` has been taken.
+    /// Returns [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a subnet that was not
+    /// asked for or was told before, and [`Error::ShapeMismatch`](crate::Error::ShapeMismatch) if
+    /// the number of objectives changes. The evaluations before the invalid one have been taken.
     fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()>;
 
-    /// Whether it will propose no more, whatever it is told.
+    /// Returns whether the searcher will make no more proposals, regardless of further objectives.
     fn is_finished(&self) -> bool;
 }
 
@@ -105,29 +110,29 @@ impl<S: Searcher + ?Sized> Searcher for Box<S> {
 
 /// A subnet and its objectives.
 ///
-/// In JSON an objective that is no finite number is written by name: `"NaN"`, `"inf"`, `"-inf"`.
+/// In JSON, an objective that is not finite is written by name: `"NaN"`, `"inf"` or `"-inf"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Position in the order of proposals, from 0.
     pub index: usize,
     /// The subnet.
     pub config: SubnetConfig,
-    /// Its objectives, to be minimised; see [`SCORE`] and [`COST`].
+    /// Objectives of the subnet, to be minimised; see [`SCORE`] and [`COST`].
     #[serde(
         serialize_with = "write_objectives",
         deserialize_with = "read_objectives"
     )]
     pub objectives: Vec<f64>,
-    /// Whether the objectives came from the cache or a log, without running the objective.
+    /// Whether the objectives came from the cache or a log instead of the objective function.
     #[serde(default)]
     pub cached: bool,
-    /// Wall time of the evaluation in seconds; 0 where cached.
+    /// Wall time of the evaluation in seconds; 0 if cached.
     #[serde(default)]
     pub seconds: f64,
 }
 
 impl Evaluation {
-    /// An evaluation of index 0 that took no time, for callers that drive a searcher themselves.
+    /// Creates an evaluation with index 0 and no time, for callers that run a searcher themselves.
     pub fn new(config: SubnetConfig, objectives: Vec<f64>) -> Self {
         Self {
             index: 0,
@@ -138,14 +143,14 @@ impl Evaluation {
         }
     }
 
-    /// The first objective; infinite where it is NaN or missing.
+    /// Returns the first objective, or infinity if it is NaN or missing.
     pub fn score(&self) -> f64 {
         self.objectives
             .get(SCORE)
             .map_or(f64::INFINITY, |&score| pareto::nan_is_worst(score))
     }
 
-    /// The second objective; infinite where it is NaN, 0 where there is none.
+    /// Returns the second objective, infinity if it is NaN, or 0 if there is none.
     pub fn cost(&self) -> f64 {
         self.objectives
             .get(COST)
@@ -153,7 +158,7 @@ impl Evaluation {
     }
 }
 
-/// A number, or the name of one that JSON lacks.
+/// A finite number, or the name of a number that JSON cannot represent.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum JsonNumber {

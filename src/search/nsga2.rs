@@ -1,10 +1,14 @@
 //! NSGA-II (Deb et al., 2002) on integer genomes.
 //!
-//! As LoNAS and NNCF run it: simulated binary crossover (probability 0.9, eta 10), polynomial mutation (eta 3), rounding,
-//! duplicates eliminated, each evaluation cached. Departures: genes vary over `[-0.5, n - 0.5]` before they are rounded, so that
-//! the outermost choices are as likely as the others; a gene mutates with probability 1 / n_groups instead of 0.02; no genome is
-//! ever proposed twice, where NNCF only keeps the living population free of duplicates; and the first population holds
-//! the heuristic, the maximal and the minimal subnet.
+//! The operators are those of LoNAS and NNCF: simulated binary crossover (probability 0.9, eta 10),
+//! polynomial mutation (eta 3), rounding, elimination of duplicates, and a cache of evaluations.
+//! Departures:
+//!
+//! - Genes vary over `[-0.5, n - 0.5]` before rounding, so that the outermost choices are as likely
+//!   as the others.
+//! - A gene mutates with probability 1 / n_groups instead of 0.02.
+//! - No genome is ever proposed twice. NNCF only keeps the current population free of duplicates.
+//! - The first population contains the heuristic, the maximal and the minimal subnet.
 
 use std::collections::HashSet;
 
@@ -18,31 +22,35 @@ use super::{Evaluation, Searcher};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// Matings that may yield nothing new, per missing child, before random subnets fill the generation.
+/// Maximum number of matings per missing child, before random subnets fill the generation.
 const MAX_MATINGS: usize = 20;
 
 /// Settings of [`Nsga2`].
 #[derive(Clone, Debug)]
 pub struct NsgaConfig {
-    /// Number of subnets that a generation holds, at least 2. LoNAS uses 8 for language models.
+    /// Number of subnets in a generation, at least 2. LoNAS uses 8 for language models.
     pub population: usize,
-    /// Seed of all draws.
+    /// Seed of all random draws.
     pub seed: u64,
-    /// Subnets that the first population holds beside random ones; those past the population's size are left out. With none, it
-    /// holds the heuristic, the maximal and the minimal subnet.
+    /// Subnets in the first population, in addition to random ones. Subnets beyond the size of the
+    /// population are ignored. With `None`, it contains the heuristic, the maximal and the minimal
+    /// subnet.
     pub initial: Option<Vec<SubnetConfig>>,
-    /// Probability that a pair is crossed, in 0..=1.
+    /// Probability that a pair of parents is crossed, in 0..=1.
     pub crossover_probability: f64,
-    /// Distribution index of the crossover, at least 0; the larger, the closer are children to their parents.
+    /// Distribution index of the crossover, at least 0. Larger values keep children closer to their
+    /// parents.
     pub crossover_eta: f64,
-    /// Probability that a gene mutates, in 0..=1; with none, one in the number of groups.
+    /// Probability that a gene mutates, in 0..=1; 1 / n_groups if `None`.
     pub mutation_probability: Option<f64>,
     /// Distribution index of the mutation, at least 0.
     pub mutation_eta: f64,
-    /// Number of children bred for each one that is proposed, in 1..=1000. With 1 it is plain NSGA-II. With more, an additive
-    /// ridge regression on all objectives told so far predicts the children's, and those that it ranks best are proposed; a quarter of
-    /// each generation is taken unscreened. Where evaluations are expensive and the budget is small (a few hundred), 10 to 30
-    /// find better fronts the more nearly the objectives add up over groups.
+    /// Number of children bred per proposed child, in 1..=1000. A value of 1 gives plain NSGA-II.
+    /// With a larger value, an additive ridge regression on all objectives so far predicts those of
+    /// the children, and the best predictions are proposed. A quarter of each generation is not
+    /// screened. If evaluations are expensive and the budget is small (a few hundred), values of 10
+    /// to 30 find better fronts; the gain is larger the closer the objectives are to sums over
+    /// groups.
     pub screening: usize,
 }
 
@@ -53,8 +61,9 @@ impl Default for NsgaConfig {
 }
 
 impl NsgaConfig {
-    /// Population 40, seed 0, crossover 0.9 / 10, mutation 1 / n_groups / 3, and the heuristic, maximal and minimal subnets in
-    /// the first population.
+    /// Creates settings with population 40, seed 0, crossover probability 0.9 and index 10,
+    /// mutation probability 1 / n_groups and index 3, no screening, and the heuristic, maximal and
+    /// minimal subnets in the first population.
     pub fn new() -> Self {
         Self {
             population: 40,
@@ -87,10 +96,11 @@ impl NsgaConfig {
         self
     }
 
-    /// The searcher over `space`.
+    /// Creates the searcher over `space`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a setting outside its range; as [`SearchSpace::validate`] for the initial subnets.
+    /// Returns [`Error::InvalidArgument`] if a setting is out of range, and the errors of
+    /// [`SearchSpace::validate`] for the initial subnets.
     pub fn init(&self, space: &SearchSpace) -> Result<Nsga2> {
         if !(2..=1 << 20).contains(&self.population) {
             return Err(Error::argument(
@@ -158,10 +168,10 @@ impl NsgaConfig {
     }
 }
 
-/// Multi-objective evolutionary search, for any number of objectives.
+/// Multi-objective evolutionary search for any number of objectives.
 ///
-/// It proposes one generation after another; while some of a generation's objectives are missing, nothing of the next one.
-/// Finished only when the space is exhausted.
+/// It proposes one generation at a time. It proposes nothing of the next generation until all
+/// objectives of the current one are told. It is finished only when the space is exhausted.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct Nsga2 {
@@ -170,7 +180,7 @@ pub struct Nsga2 {
     rng: ChaCha8Rng,
     unseen: Unseen,
     parents: Vec<Individual>,
-    /// Everything told, for the surrogate; empty without screening.
+    /// All evaluations so far, for the surrogate; empty without screening.
     told: Vec<(Genome, Vec<f64>)>,
     batch: Batch,
 }
@@ -210,13 +220,14 @@ impl Searcher for Nsga2 {
     }
 
     fn is_finished(&self) -> bool {
-        // With the space exhausted the last generations are empty, or still to be told.
+        // After the space is exhausted, the last batch is empty or waits for objectives.
         self.unseen.is_exhausted() && self.batch.is_complete()
     }
 }
 
 impl Nsga2 {
-    /// The best of parents and children become the parents: front by front, the last of them by crowding.
+    /// Selects the next parents from parents and children: whole fronts in order, and the last
+    /// front by crowding distance.
     fn survive(&mut self) {
         let children = self.batch.take();
         if self.settings.screening > 1 {
@@ -237,7 +248,8 @@ impl Nsga2 {
             let mut order: Vec<usize> = (0..front.len()).collect();
             let free = self.settings.population - chosen.len();
             if order.len() > free {
-                order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a])); // stable: ties go to the older
+                // The sort is stable, so the older subnet wins ties.
+                order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a]));
                 order.truncate(free);
             }
             chosen.extend(order.into_iter().map(|at| (front[at], rank, crowding[at])));
@@ -253,7 +265,8 @@ impl Nsga2 {
         self.parents = chosen.into_iter().map(survivor).collect();
     }
 
-    /// The next generation: children of the parents, screened where that was asked for, filled up with random genomes.
+    /// Returns the next generation: children of the parents, screened if requested, and random
+    /// genomes if there are too few children.
     fn breed(&mut self) -> Vec<Genome> {
         let population = self.settings.population;
         let surrogate = match self.settings.screening {
@@ -302,7 +315,8 @@ impl Nsga2 {
         children
     }
 
-    /// The children that the surrogate ranks best beside the living parents, and a few as they come, a population in all.
+    /// Selects a population of children: three quarters are those that the surrogate ranks best in
+    /// comparison with the parents, and the rest are taken in breeding order.
     fn screen(&self, surrogate: &Surrogate, children: Vec<Genome>) -> Vec<Genome> {
         let population = self.settings.population;
         let n_screened = population - population / 4;
@@ -340,7 +354,7 @@ impl Nsga2 {
             .collect()
     }
 
-    /// The better of two random parents, by rank and then by crowding.
+    /// Returns the better of two random parents, by rank and then by crowding distance.
     fn tournament(&mut self) -> usize {
         let n = self.parents.len();
         let (a, b) = (self.rng.random_range(0..n), self.rng.random_range(0..n));
@@ -351,7 +365,7 @@ impl Nsga2 {
         }
     }
 
-    /// Simulated binary crossover, bounded, in place.
+    /// Applies bounded simulated binary crossover in place.
     fn cross(&mut self, a: &mut Genome, b: &mut Genome) {
         if !self.rng.random_bool(self.settings.crossover_probability) {
             return;
@@ -384,7 +398,7 @@ impl Nsga2 {
         }
     }
 
-    /// Polynomial mutation, bounded, in place.
+    /// Applies bounded polynomial mutation in place.
     fn mutate(&mut self, genome: &mut Genome) {
         let (eta, probability) = (self.settings.mutation_eta, self.mutation_probability);
         for (gene, &n) in genome.iter_mut().zip(self.unseen.n_choices()) {

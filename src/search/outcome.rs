@@ -1,4 +1,4 @@
-//! What a search found, and how to choose from it.
+//! Result of a search, and rules to choose a subnet from it.
 
 use std::cmp::Ordering;
 use std::collections::HashSet;
@@ -9,20 +9,21 @@ use super::Evaluation;
 use super::pareto::non_dominated;
 use crate::space::SubnetConfig;
 
-/// Why a search ended.
+/// Reason why a search ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum StopReason {
-    /// The number of evaluations was used up.
+    /// The budget of evaluations was spent.
     Budget,
-    /// The searcher had nothing more to propose.
+    /// The searcher had no more proposals.
     Exhausted,
 }
 
-/// Every evaluation of a search, and the Pareto front among them.
+/// All evaluations of a search and their Pareto front.
 ///
-/// Where several subnets are equally good by a rule below, the one proposed first is taken.
+/// If several subnets are equally good by one of the rules below, the one proposed first is
+/// returned.
 #[derive(Clone, Debug)]
 pub struct SearchOutcome {
     searcher: String,
@@ -32,8 +33,8 @@ pub struct SearchOutcome {
 }
 
 impl SearchOutcome {
-    /// The outcome of these evaluations, in the order of proposals. [`super::Study`] makes them; so may callers that drive a
-    /// searcher themselves.
+    /// Creates an outcome from evaluations in the order of proposals. [`super::Study`] uses this,
+    /// and so can callers that run a searcher themselves.
     pub fn new(
         searcher: impl Into<String>,
         stopped: StopReason,
@@ -60,44 +61,45 @@ impl SearchOutcome {
         }
     }
 
-    /// Name of the searcher.
+    /// Returns the name of the searcher.
     pub fn searcher(&self) -> &str {
         &self.searcher
     }
 
-    /// Why the search ended.
+    /// Returns the reason why the search ended.
     pub fn stopped(&self) -> StopReason {
         self.stopped
     }
 
-    /// All evaluations in the order of proposals, cached ones included.
+    /// Returns all evaluations in the order of proposals, including cached ones.
     pub fn evaluations(&self) -> &[Evaluation] {
         &self.evaluations
     }
 
-    /// The subnets that no other dominates, cheapest first.
+    /// Returns the subnets that no other subnet dominates, cheapest first.
     pub fn front(&self) -> impl ExactSizeIterator<Item = &Evaluation> {
         self.front.iter().map(|&index| &self.evaluations[index])
     }
 
-    /// Whether the evaluation of this position in [`evaluations`](Self::evaluations) is on the front.
+    /// Returns whether the evaluation at this position in [`evaluations`](Self::evaluations) is on
+    /// the front.
     pub fn is_on_front(&self, index: usize) -> bool {
         self.front.contains(&index)
     }
 
-    /// The evaluation of a subnet, if it was proposed.
+    /// Returns the evaluation of a subnet, or `None` if it was not proposed.
     pub fn get(&self, config: &SubnetConfig) -> Option<&Evaluation> {
         self.evaluations
             .iter()
             .find(|evaluation| evaluation.config == *config)
     }
 
-    /// The best score; of several, the cheapest.
+    /// Returns the subnet with the best score; the cheapest one if several have it.
     pub fn best_score(&self) -> Option<&Evaluation> {
         self.evaluations.iter().min_by(|a, b| by_score(a, b))
     }
 
-    /// The best score among the subnets that cost at most `cost`.
+    /// Returns the subnet with the best score among those that cost at most `cost`.
     pub fn best_under(&self, cost: f64) -> Option<&Evaluation> {
         self.evaluations
             .iter()
@@ -105,8 +107,9 @@ impl SearchOutcome {
             .min_by(|a, b| by_score(a, b))
     }
 
-    /// The cheapest subnet whose score is at most `score` (scores are minimised); of several, the best. It is how LoNAS
-    /// chooses: fewest MACs at an accuracy no more than a tolerance below the reference's.
+    /// Returns the cheapest subnet with a score of at most `score` (scores are minimised); the one
+    /// with the best score if several are equally cheap. LoNAS chooses in this way: the fewest MACs
+    /// at an accuracy no more than a tolerance below the reference's.
     pub fn no_worse_than(&self, score: f64) -> Option<&Evaluation> {
         self.evaluations
             .iter()
@@ -114,8 +117,9 @@ impl SearchOutcome {
             .min_by(|a, b| by_cost(a, b))
     }
 
-    /// The knee of the front: the point farthest below the line from its cheapest to its best-scoring end, both objectives
-    /// scaled to 0..1. With fewer than three points, or none below the line, the best score.
+    /// Returns the knee of the front: the point farthest below the line between its cheapest and
+    /// its best-scoring point, with both objectives scaled to 0..1. Returns the subnet with the
+    /// best score if the front has fewer than three points or no point below the line.
     pub fn knee(&self) -> Option<&Evaluation> {
         let finite = |evaluation: &&Evaluation| {
             evaluation.score().is_finite() && evaluation.cost().is_finite()

@@ -1,14 +1,16 @@
-//! Dominance, fronts and their quality, for objectives that are minimised.
+//! Dominance, fronts and quality of fronts, for objectives that are minimised.
 //!
-//! Fast non-dominated sort and crowding distance are those of NSGA-II (Deb et al., 2002); the hypervolume in three and more
-//! dimensions is WFG's (While, Bradstreet, Barone, 2012). NaN counts as positive infinity everywhere.
+//! The fast non-dominated sort and the crowding distance are those of NSGA-II (Deb et al., 2002).
+//! The hypervolume in three or more dimensions uses WFG (While, Bradstreet, Barone, 2012). NaN
+//! counts as positive infinity everywhere.
 
-/// The value itself, or positive infinity for NaN.
+/// Returns the value, or positive infinity for NaN.
 pub(super) fn nan_is_worst(value: f64) -> f64 {
     if value.is_nan() { f64::INFINITY } else { value }
 }
 
-/// Whether `a` is nowhere worse than `b` and somewhere better. Points must have equally many objectives.
+/// Returns whether `a` is better than `b` in at least one objective and worse in none. Both must
+/// have the same number of objectives.
 pub(super) fn dominates(a: &[f64], b: &[f64]) -> bool {
     let mut better = false;
     for (&x, &y) in a.iter().zip(b) {
@@ -21,7 +23,8 @@ pub(super) fn dominates(a: &[f64], b: &[f64]) -> bool {
     better
 }
 
-/// Indices, ascending, of the points that no other point dominates. Equal points stand or fall together. O(M N^2).
+/// Returns the ascending indices of the points that no other point dominates. Equal points are all
+/// included or all excluded. The cost is O(M N^2).
 pub(super) fn non_dominated<P: AsRef<[f64]>>(points: &[P]) -> Vec<usize> {
     let dominated = |point: &P| {
         points
@@ -33,8 +36,9 @@ pub(super) fn non_dominated<P: AsRef<[f64]>>(points: &[P]) -> Vec<usize> {
         .collect()
 }
 
-/// The fronts of a set: the non-dominated points, then those that only the first front dominates, and so on. Each lists its
-/// indices in ascending order. O(M N^2).
+/// Returns the fronts of a set: the non-dominated points, then the points that are non-dominated
+/// without the first front, and so on. Each front lists its indices in ascending order. The cost is
+/// O(M N^2).
 pub(super) fn fast_non_dominated_sort<P: AsRef<[f64]>>(points: &[P]) -> Vec<Vec<usize>> {
     let n = points.len();
     let mut beaten_by_count = vec![0usize; n];
@@ -69,8 +73,9 @@ pub(super) fn fast_non_dominated_sort<P: AsRef<[f64]>>(points: &[P]) -> Vec<Vec<
     fronts
 }
 
-/// Crowding distance of each point of one front: the sum over objectives of the normalised gap between its neighbours, infinite
-/// at the ends. Where an objective is the same for all points it adds nothing; a gap to infinity counts as 1.
+/// Returns the crowding distance of each point of a front: the sum over objectives of the
+/// normalised gap between its neighbours, and infinity for the ends. An objective that is equal for
+/// all points adds nothing, and a gap to infinity counts as 1.
 pub(super) fn crowding_distance<P: AsRef<[f64]>>(front: &[P]) -> Vec<f64> {
     let n = front.len();
     let n_objectives = front.first().map_or(0, |point| point.as_ref().len());
@@ -111,8 +116,10 @@ pub(super) fn crowding_distance<P: AsRef<[f64]>>(front: &[P]) -> Vec<f64> {
     distance
 }
 
-/// Volume that the points dominate, up to `reference`. Exact. Points that are not better than the reference in every objective
-/// add nothing. O(N log N) in two dimensions; exponential in N at worst from three on, meant for fronts of up to about 100.
+/// Returns the exact volume that the points dominate up to `reference`. Points that are not better
+/// than the reference in every objective add nothing. The cost is O(N log N) in two dimensions. In
+/// three or more it is exponential in N in the worst case, so fronts should have at most about 100
+/// points.
 pub fn hypervolume<P: AsRef<[f64]>>(points: &[P], reference: &[f64]) -> f64 {
     let inside = |point: &&[f64]| {
         point.len() == reference.len() && point.iter().zip(reference).all(|(x, r)| x < r)
@@ -143,9 +150,10 @@ fn area(mut points: Vec<&[f64]>, reference: &[f64]) -> f64 {
     sum
 }
 
-/// Sum over the points of what each dominates alone, as against the points after it.
+/// Returns the sum over the points of the volume that each dominates and the points after it do
+/// not.
 fn wfg(mut front: Vec<Vec<f64>>, reference: &[f64]) -> f64 {
-    // Worst points first: they leave the smallest sets to recurse into.
+    // Sort the worst points first, which leaves the smallest sets for the recursion.
     front.sort_by(|a, b| {
         b.iter()
             .zip(a)
@@ -162,7 +170,7 @@ fn wfg(mut front: Vec<Vec<f64>>, reference: &[f64]) -> f64 {
             .collect();
         sum += volume;
         if !limited.is_empty() {
-            // Equal points must count once, and non_dominated keeps them all.
+            // Equal points must count once, but `non_dominated` keeps them all.
             let mut kept: Vec<Vec<f64>> = non_dominated(&limited)
                 .into_iter()
                 .map(|i| limited[i].clone())
@@ -181,8 +189,9 @@ fn wfg(mut front: Vec<Vec<f64>>, reference: &[f64]) -> f64 {
     sum
 }
 
-/// Inverted generational distance: mean Euclidean distance from the points of a reference front to the nearest found point.
-/// Infinite where nothing was found; 0 for an empty reference.
+/// Returns the inverted generational distance: the mean Euclidean distance from the points of a
+/// reference front to the nearest found point. It is infinite if nothing was found, and 0 for an
+/// empty reference.
 pub fn igd<P: AsRef<[f64]>, R: AsRef<[f64]>>(found: &[P], reference: &[R]) -> f64 {
     if reference.is_empty() {
         return 0.0;

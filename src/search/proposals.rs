@@ -1,4 +1,5 @@
-//! What searchers share: genomes not proposed before, and a batch that waits for its objectives.
+//! Parts shared by searchers: genomes that were not proposed before, and a batch that waits for its
+//! objectives.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,13 +9,13 @@ use super::Evaluation;
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// For each group an index into its choices.
+/// Index of the choice of each group.
 pub(super) type Genome = Vec<usize>;
 
-/// Draws that may fail before the search for an unseen genome turns systematic.
+/// Maximum number of failed random draws before the search for an unseen genome becomes systematic.
 const MAX_DRAWS: usize = 32;
 
-/// The genomes of a space, and which of them have been proposed.
+/// The genomes of a space, with a record of those that were proposed.
 #[derive(Clone, Debug)]
 pub(super) struct Unseen {
     n_choices: Vec<usize>,
@@ -39,7 +40,7 @@ impl Unseen {
         &self.n_choices
     }
 
-    /// Marks a genome as proposed; false where it was before.
+    /// Marks a genome as proposed. Returns whether it was new.
     pub(super) fn insert(&mut self, genome: &Genome) -> bool {
         self.seen.insert(genome.clone())
     }
@@ -59,8 +60,8 @@ impl Unseen {
             .collect()
     }
 
-    /// An unseen genome, now marked: uniform while such are easily drawn, else the next one up from a draw. None where the
-    /// space is exhausted.
+    /// Draws an unseen genome and marks it. The draw is uniform unless too many draws fail; then it
+    /// is the next unseen genome counting up from a draw. Returns `None` if the space is exhausted.
     pub(super) fn draw(&mut self, rng: &mut impl Rng) -> Option<Genome> {
         if self.is_exhausted() {
             return None;
@@ -71,7 +72,8 @@ impl Unseen {
                 return Some(genome);
             }
         }
-        // Counting up in mixed radix meets an unseen genome after at most as many steps as there are seen ones.
+        // Counting up in mixed radix reaches an unseen genome after at most as many steps as there
+        // are seen ones.
         let mut genome = self.random(rng);
         while !self.insert(&genome) {
             for (gene, &n) in genome.iter_mut().zip(&self.n_choices) {
@@ -86,7 +88,8 @@ impl Unseen {
     }
 }
 
-/// A batch of different genomes, proposed in their order and piece by piece, and their objectives as they come in, in any order.
+/// A batch of different genomes. They are proposed in order, any number at a time, and their
+/// objectives arrive in any order.
 #[derive(Clone, Debug)]
 pub(super) struct Batch {
     space: SearchSpace,
@@ -113,7 +116,7 @@ impl Batch {
         batch
     }
 
-    /// Begins the next batch, of `genomes`, which must differ.
+    /// Begins the next batch with `genomes`, which must be different.
     pub(super) fn replace(&mut self, genomes: Vec<Genome>) {
         let position = genomes
             .iter()
@@ -126,14 +129,15 @@ impl Batch {
         (self.n_asked, self.n_told) = (0, 0);
     }
 
-    /// The next subnets, at most `n`, as [`Searcher::ask`](super::Searcher::ask) returns them.
+    /// Returns at most `n` of the next subnets, as [`Searcher::ask`](super::Searcher::ask) does.
     pub(super) fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
         let start = self.n_asked;
         self.n_asked = start.saturating_add(n).min(self.genomes.len());
         decode_all(&self.space, &self.genomes[start..self.n_asked])
     }
 
-    /// Takes the objectives of a subnet that was asked for; returns whether the batch is complete now.
+    /// Takes the objectives of a subnet that was asked for, and returns whether the batch is
+    /// complete.
     pub(super) fn tell(&mut self, evaluation: &Evaluation) -> Result<bool> {
         self.arity.check(evaluation)?;
         match self.position.get(&self.space.encode(&evaluation.config)?) {
@@ -150,7 +154,8 @@ impl Batch {
         self.n_told == self.genomes.len()
     }
 
-    /// Genomes and objectives in the order of proposing; those without objectives are left out. The batch is empty afterwards.
+    /// Empties the batch and returns its genomes and objectives in the order of proposals, without
+    /// genomes that have no objectives.
     pub(super) fn take(&mut self) -> Vec<(Genome, Vec<f64>)> {
         let genomes = std::mem::take(&mut self.genomes);
         let objectives = std::mem::take(&mut self.objectives);
@@ -171,7 +176,7 @@ pub(super) fn not_asked(config: &SubnetConfig) -> Error {
     )
 }
 
-/// Holds the number of objectives to the first one told.
+/// Checks that all evaluations have as many objectives as the first one.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Arity(Option<usize>);
 
@@ -191,7 +196,7 @@ impl Arity {
     }
 }
 
-/// Subnets of genomes that this crate made, which always fit their space.
+/// Converts genomes, which are valid in this space, to subnets.
 pub(super) fn decode_all(space: &SearchSpace, genomes: &[Genome]) -> Vec<SubnetConfig> {
     genomes
         .iter()

@@ -1,4 +1,5 @@
-//! The course of a search as a plot (like Figure 4 of arXiv 2501.16372), a CSV table and JSON.
+//! Reports the progress of a search as a plot (like Figure 4 of arXiv 2501.16372), a CSV table and
+//! JSON.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -13,25 +14,25 @@ use crate::error::{Error, Result};
 use crate::io::atomic;
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// What the objectives are called where people read them.
+/// Display names of the objectives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct ObjectiveNames {
     /// Name of the score, such as `validation loss`.
     pub score: String,
-    /// Its unit, such as `nats per token`; may be empty.
+    /// Unit of the score, such as `nats per token`; may be empty.
     pub score_unit: String,
-    /// Whether a larger score is better. The objective is minimised all the same, so it is then taken for the negated score, and
-    /// shown with its sign reversed.
+    /// Whether a larger score is better. Objectives are always minimised, so the first objective is
+    /// then the negated score, and reports show it with its sign reversed.
     pub score_larger_is_better: bool,
     /// Name of the cost, such as `MACs per token`.
     pub cost: String,
-    /// Its unit, such as `ms`; may be empty. The plot scales large costs (by k, M, G, T).
+    /// Unit of the cost, such as `ms`; may be empty. The plot scales large costs (by k, M, G, T).
     pub cost_unit: String,
 }
 
 impl ObjectiveNames {
-    /// A score that is minimised, such as a loss, and a cost, without units.
+    /// Creates names without units, for a score that is minimised, such as a loss, and a cost.
     pub fn new(score: impl Into<String>, cost: impl Into<String>) -> Self {
         Self {
             score: score.into(),
@@ -56,7 +57,7 @@ impl ObjectiveNames {
 
     fn shown(&self, score: f64) -> f64 {
         match self.score_larger_is_better {
-            true => 0.0 - score, // not -score: no "-0"
+            true => 0.0 - score, // Unlike -score, this never gives "-0".
             false => score,
         }
     }
@@ -68,7 +69,7 @@ impl Default for ObjectiveNames {
     }
 }
 
-/// Writes what a search found.
+/// Writes reports of the outcome of a search.
 #[derive(Clone, Copy, Debug)]
 pub struct SearchReport<'a> {
     space: &'a SearchSpace,
@@ -79,7 +80,8 @@ pub struct SearchReport<'a> {
 const ROLES: [&str; 3] = ["heuristic", "maximal", "minimal"];
 
 impl<'a> SearchReport<'a> {
-    /// A report of `outcome`. The heuristic, maximal and minimal subnets of `space` are marked if they were evaluated.
+    /// Creates a report of `outcome`. It marks the heuristic, maximal and minimal subnets of
+    /// `space` if they were evaluated.
     pub fn new(
         space: &'a SearchSpace,
         outcome: &'a SearchOutcome,
@@ -92,11 +94,11 @@ impl<'a> SearchReport<'a> {
         }
     }
 
-    /// Writes `search_progression.svg`, `.csv` and `.json` into a folder, which is made where it is missing, each whole or not
-    /// at all, and returns their paths.
+    /// Writes `search_progression.svg`, `.csv` and `.json` into a folder and returns their paths.
+    /// The folder is created if it is missing, and each file is written atomically.
     ///
     /// # Errors
-    /// [`Error::Io`], naming the file.
+    /// Returns [`Error::Io`], naming the file, if a file cannot be written.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<[PathBuf; 3]> {
         let folder = folder.as_ref();
         std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
@@ -119,9 +121,10 @@ impl<'a> SearchReport<'a> {
         ]
     }
 
-    /// One row per evaluation, in the order of proposals: number (from 1), cost and score as shown (a score of which more is
-    /// better has its sign restored), whether it is on the front, its role (`heuristic`, `maximal`, `minimal`), whether it
-    /// was cached, seconds, and its values in the space's order of groups.
+    /// Returns a CSV table with one row per evaluation, in the order of proposals: number (from 1),
+    /// cost, score (with its original sign if a larger score is better), whether it is on the
+    /// front, role (`heuristic`, `maximal`, `minimal`), whether it was cached, seconds, and the
+    /// values in the space's order of groups.
     pub fn to_csv(&self) -> String {
         let references = self.references();
         let mut text = String::from("evaluation,cost,score,front,role,cached,seconds,values\n");
@@ -150,11 +153,12 @@ impl<'a> SearchReport<'a> {
         text
     }
 
-    /// Names, the evaluations as they are (objectives minimised, score first), the front as positions among them, cheapest
-    /// first, and the positions of heuristic, maximal and minimal subnet (null where not evaluated).
+    /// Returns JSON with the names, the unchanged evaluations (objectives minimised, score first),
+    /// the front as positions among the evaluations, cheapest first, and the positions of the
+    /// heuristic, maximal and minimal subnets (null if not evaluated).
     ///
     /// # Errors
-    /// [`Error::Json`] where it cannot be written as JSON, which no outcome brings about.
+    /// Returns [`Error::Json`] if serialization fails, which no outcome is known to cause.
     pub fn to_json(&self) -> Result<String> {
         let at =
             |config: &SubnetConfig| self.outcome.get(config).map(|evaluation| evaluation.index);
@@ -178,11 +182,13 @@ impl<'a> SearchReport<'a> {
         written().map_err(|source| Error::json("search report", source))
     }
 
-    /// The plot: cost against score; every evaluated subnet a point, darker the later it was proposed; the front a line; the
-    /// heuristic's score a dashed line across. Subnets whose objectives are not finite are left out.
+    /// Returns a plot of cost against score. Every evaluated subnet is a point, darker the later it
+    /// was proposed. The front is a line, and the heuristic's score is a dashed line. Subnets with
+    /// objectives that are not finite are omitted.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where the drawing library refuses, which no outcome brings about.
+    /// Returns [`Error::Unsupported`] if the drawing library fails, which no outcome is known to
+    /// cause.
     pub fn to_svg(&self) -> Result<String> {
         let mut svg = String::new();
         self.draw(&mut svg).map_err(|error| Error::Unsupported {
@@ -329,7 +335,8 @@ const GRID: RGBColor = RGBColor(225, 225, 225);
 const FRONT: RGBColor = RGBColor(214, 84, 40);
 const HEURISTIC: RGBColor = RGBColor(20, 130, 80);
 
-/// Outlines around a point, in pixels, for heuristic (diamond), maximal (up) and minimal (down).
+/// Outlines around a point in pixels: a diamond for heuristic, a triangle up for maximal and a
+/// triangle down for minimal.
 const MARKS: [(&[(i32, i32)], RGBColor); 3] = [
     (&[(0, -9), (9, 0), (0, 9), (-9, 0)], HEURISTIC),
     (&[(0, -9), (9, 7), (-9, 7)], RGBColor(120, 60, 160)),
@@ -346,14 +353,14 @@ fn mark_at((outline, color): (&[(i32, i32)], RGBColor), (x, y): (i32, i32)) -> P
     )
 }
 
-/// Light to dark blue over the course of the search.
+/// Returns a blue that darkens over the course of the search.
 fn shade(index: usize, n: usize) -> RGBColor {
     let t = index as f64 / (n.max(2) - 1) as f64;
     let mix = |from: f64, to: f64| (from + (to - from) * t.min(1.0)) as u8;
     RGBColor(mix(176.0, 8.0), mix(208.0, 42.0), mix(236.0, 100.0))
 }
 
-/// What the values span and a margin; of one value, some room around it.
+/// Returns the range of the values with a margin. A single value gets a margin on both sides.
 fn range(values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| {
         (low.min(x), high.max(x))
@@ -371,7 +378,7 @@ fn range(values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
     (low - margin).max(f64::MIN / 4.0)..(high + margin).min(f64::MAX / 4.0)
 }
 
-/// What to divide an axis by, and the unit that it then has.
+/// Returns the divisor of an axis and its unit after the division.
 fn scaled(largest: f64, unit: &str) -> (f64, String) {
     let scales = [
         (1e12, "T", "10¹² "),
@@ -389,7 +396,7 @@ fn scaled(largest: f64, unit: &str) -> (f64, String) {
     }
 }
 
-/// Digits after the point that tell about 8 labels apart.
+/// Returns the number of decimals needed to distinguish about 8 labels.
 fn digits(span: f64) -> usize {
     (1.0 - span.log10().floor()).clamp(0.0, 7.0) as usize
 }

@@ -10,14 +10,14 @@ use super::{Evaluation, Searcher};
 use crate::error::Result;
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// Proposes the papers' heuristic subnet, the middle choice of every group, and nothing else.
+/// Proposes only the papers' heuristic subnet, which has the middle choice of every group.
 #[derive(Clone, Debug)]
 pub struct Heuristic {
     list: FixedList,
 }
 
 impl Heuristic {
-    /// The searcher of this space's heuristic subnet.
+    /// Creates the searcher for the heuristic subnet of `space`.
     pub fn new(space: &SearchSpace) -> Self {
         Self {
             list: FixedList::unchecked([space.heuristic()]),
@@ -43,7 +43,7 @@ impl Searcher for Heuristic {
     }
 }
 
-/// Proposes the subnets of a list, in its order, each once.
+/// Proposes each subnet of a list once, in order.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct FixedList {
@@ -53,10 +53,10 @@ pub struct FixedList {
 }
 
 impl FixedList {
-    /// A searcher of these subnets; repeated ones are dropped.
+    /// Creates a searcher for these subnets. Repeated subnets are dropped.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`].
+    /// Returns the errors of [`SearchSpace::validate`].
     pub fn new(
         space: &SearchSpace,
         configs: impl IntoIterator<Item = SubnetConfig>,
@@ -107,12 +107,12 @@ impl Searcher for FixedList {
 pub struct RandomSearchConfig {
     /// Seed of the draws.
     pub seed: u64,
-    /// Subnets to propose before the first draw.
+    /// Subnets to propose before the random ones.
     pub initial: Vec<SubnetConfig>,
 }
 
 impl RandomSearchConfig {
-    /// Seed 0, no initial subnets.
+    /// Creates settings with seed 0 and no initial subnets.
     pub fn new() -> Self {
         Self::default()
     }
@@ -122,10 +122,10 @@ impl RandomSearchConfig {
         with_initial(initial: Vec<SubnetConfig>);
     }
 
-    /// The searcher over `space`.
+    /// Creates the searcher over `space`.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`], for the initial subnets.
+    /// Returns the errors of [`SearchSpace::validate`] for the initial subnets.
     pub fn init(&self, space: &SearchSpace) -> Result<RandomSearch> {
         let mut unseen = Unseen::new(space);
         let mut initial = VecDeque::new();
@@ -145,7 +145,7 @@ impl RandomSearchConfig {
     }
 }
 
-/// Proposes subnets drawn uniformly, none of them twice, until the space is exhausted.
+/// Proposes uniformly drawn subnets, each at most once, until the space is exhausted.
 #[derive(Clone, Debug)]
 #[doc(hidden)]
 pub struct RandomSearch {

@@ -1,4 +1,4 @@
-//! Drives a searcher against an objective: budget, cache, log, interruption.
+//! Runs a searcher against an objective, with a budget, a cache, a log and interruption.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
@@ -14,26 +14,27 @@ use crate::error::{Error, Result};
 use crate::progress::{Progress, Task};
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// The longest line of a log that is read.
+/// Largest line of a log that is read, in bytes.
 const MAX_LINE_BYTES: u64 = 16 << 20;
 
 /// Settings of a [`Study`].
 #[derive(Clone, Debug)]
 pub struct StudyConfig {
-    /// Most different subnets that a search may propose.
+    /// Maximum number of different subnets that a search proposes.
     pub n_evals: usize,
-    /// Most subnets that [`Study::run_parallel`] evaluates side by side. It does not change the result.
+    /// Maximum number of subnets that [`Study::run_parallel`] evaluates in parallel. It does not
+    /// change the result.
     pub batch: usize,
-    /// A JSON Lines file to which each evaluation is appended as soon as it is there. If the file exists already, its evaluations
-    /// are reused: a search that was interrupted and is run again with the same seed goes on where it stopped, and ends
-    /// as if it had never been interrupted.
+    /// A JSON Lines file to which each evaluation is appended when it completes. Evaluations in an
+    /// existing file are reused: if an interrupted search is run again with the same seed, it
+    /// continues and ends as if it had not been interrupted.
     pub log: Option<PathBuf>,
-    /// A text that says what is evaluated (model, data, ...). A log of another tag is refused.
+    /// Identifies what is evaluated (model, data, ...). A log with another tag is refused.
     pub tag: String,
 }
 
 impl StudyConfig {
-    /// A study of at most `n_evals` different subnets, no log.
+    /// Creates settings for at most `n_evals` different subnets, without a log.
     pub fn new(n_evals: usize) -> Self {
         Self {
             n_evals,
@@ -49,11 +50,12 @@ impl StudyConfig {
         with_tag(tag: impl Into<String>) = tag.into();
     }
 
-    /// The study over `space`; reads the log if there is one.
+    /// Creates the study over `space` and reads an existing log.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a batch of 0; [`Error::Io`], [`Error::InvalidRecord`] and [`Error::CheckpointMismatch`]
-    /// for a log that cannot be read, that holds a broken line or a subnet of another space, or that has another tag.
+    /// Returns [`Error::InvalidArgument`] if `batch` is 0. Returns [`Error::Io`] if the log cannot
+    /// be read, [`Error::InvalidRecord`] if it contains an invalid line or a subnet of another
+    /// space, and [`Error::CheckpointMismatch`] if it has another tag or version.
     pub fn init(&self, space: &SearchSpace) -> Result<Study> {
         if self.batch == 0 {
             return Err(Error::argument("batch", 0, "must be at least 1"));
@@ -71,7 +73,8 @@ impl StudyConfig {
     }
 }
 
-/// Runs searches and keeps what they found out: no subnet is evaluated twice, be it by one searcher or by several in turn.
+/// Runs searches and keeps their results, so that no subnet is evaluated twice, even by different
+/// searchers.
 pub struct Study {
     settings: StudyConfig,
     cache: HashMap<SubnetConfig, Vec<f64>>,
@@ -79,20 +82,22 @@ pub struct Study {
 }
 
 impl Study {
-    /// Number of different subnets whose objectives are known, from this run, runs before it, and the log.
+    /// Returns the number of different subnets with known objectives, from all runs and the log.
     #[cfg(test)]
     pub(super) fn n_known(&self) -> usize {
         self.cache.len()
     }
 
-    /// Searches, one evaluation at a time.
+    /// Searches with one evaluation at a time.
     ///
-    /// Ends when `n_evals` different subnets have been proposed (whether evaluated or known) or the searcher is finished.
-    /// `objective` returns at least one number, all to be minimised; see [`super::SCORE`].
+    /// The search ends when `n_evals` different subnets have been proposed (evaluated or already
+    /// known), or when the searcher is finished. `objective` returns at least one number; all are
+    /// minimised. See [`super::SCORE`].
     ///
     /// # Errors
-    /// Those of `objective` and of the searcher; [`Error::ShapeMismatch`] for a varying number of objectives; [`Error::Io`] for
-    /// a log that cannot be written; [`Error::Interrupted`]. What was evaluated before stays in cache and log.
+    /// Returns the errors of `objective` and of the searcher, [`Error::ShapeMismatch`] if the
+    /// number of objectives changes, [`Error::Io`] if the log cannot be written, and
+    /// [`Error::Interrupted`]. Completed evaluations stay in the cache and in the log.
     pub fn run<S, F>(
         &mut self,
         searcher: &mut S,
@@ -110,11 +115,12 @@ impl Study {
         self.drive(searcher, 1, &mut evaluate, progress)
     }
 
-    /// Searches, with the subnets of a batch evaluated in parallel by Rayon's current pool. The outcome is that of
-    /// [`run`](Self::run), but for the times.
+    /// Searches like [`run`](Self::run), but evaluates the subnets of a batch in parallel in
+    /// Rayon's current pool. The outcome is the same except for the times.
     ///
     /// # Errors
-    /// As [`run`](Self::run); of several failures in a batch, the first in the order of proposals.
+    /// Returns the errors of [`run`](Self::run). If several evaluations of a batch fail, the error
+    /// is that of the first one in the order of proposals.
     pub fn run_parallel<S, F>(
         &mut self,
         searcher: &mut S,
@@ -150,8 +156,8 @@ impl Study {
                 break StopReason::Budget;
             }
             let asked = searcher.ask(batch.min(left));
-            // Everything asked has been told by now, so nothing can come any more from a searcher that proposes nothing; nor
-            // from one that only repeats itself.
+            // All objectives have been told, so a searcher that proposes nothing is done. So is one
+            // that only repeats its proposals.
             if asked.is_empty() || n_repeats > 100 + 10 * self.settings.n_evals {
                 break StopReason::Exhausted;
             }
@@ -233,10 +239,10 @@ impl Study {
     }
 }
 
-/// Objectives and seconds.
+/// Objectives and seconds of an evaluation.
 type Timed = (Result<Vec<f64>>, f64);
 
-/// Evaluates subnets, asking before each one whether to stop.
+/// Evaluates subnets, and checks for interruption before each one.
 type Evaluate<'a> = dyn FnMut(&[SubnetConfig], &Task<'_>) -> Vec<Timed> + 'a;
 
 fn timed(objective: impl FnOnce() -> Result<Vec<f64>>) -> Timed {
@@ -260,8 +266,8 @@ struct Log {
 }
 
 impl Log {
-    /// Reads what is there into `cache`, and stands ready to append. A last line without its end, which a killed process leaves
-    /// behind, is cut off.
+    /// Reads the log into `cache` and opens it for appending. An incomplete last line, which a
+    /// killed process leaves behind, is removed.
     fn open(
         path: &Path,
         tag: &str,

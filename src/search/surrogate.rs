@@ -1,15 +1,17 @@
-//! A cheap guess at the objectives of a subnet: ridge regression, additive over groups.
+//! Predicts the objectives of a subnet by ridge regression, additive over groups.
 //!
-//! Costs of a subnet are sums over its layers, and losses nearly so while changes are small; additive models are what
-//! Puzzle (arXiv 2411.19146) and HAWQ choose configurations by. Here it only sorts proposals, it never replaces a measurement.
+//! The cost of a subnet is a sum over its layers, and the loss nearly so for small changes. Puzzle
+//! (arXiv 2411.19146) and HAWQ choose configurations with additive models. Here the model only
+//! orders proposals and never replaces a measurement.
 
 use super::proposals::Genome;
 
-/// Weight of a feature of one choice alone as against the linear one of its group: a straight line is the prior.
+/// Weight of the feature of a single choice, relative to the linear feature of its group. A small
+/// weight makes a straight line the prior.
 const STEP_WEIGHT: f64 = 0.3;
 const RIDGE: f64 = 0.03;
 
-/// Features beyond which fitting would take longer than it saves (their cube is the cost).
+/// Maximum number of features. The cost of a fit is cubic in it, and would exceed the gain.
 const MAX_FEATURES: usize = 1500;
 
 /// One linear model per objective.
@@ -25,7 +27,8 @@ struct Model {
 }
 
 impl Surrogate {
-    /// Fits what has been told. None where there is too little of it, too many features, or only one value.
+    /// Fits the evaluations. Returns `None` if fewer than 8 of them are finite or if there are too
+    /// many features.
     pub(super) fn fit(n_choices: &[usize], told: &[(Genome, Vec<f64>)]) -> Option<Self> {
         let told: Vec<_> = told
             .iter()
@@ -79,7 +82,7 @@ impl Surrogate {
         Some(surrogate)
     }
 
-    /// The objectives to expect of a genome.
+    /// Returns the predicted objectives of a genome.
     pub(super) fn predict(&self, genome: &Genome) -> Vec<f64> {
         let features = self.features(genome);
         let value = |model: &Model| {
@@ -104,7 +107,8 @@ impl Surrogate {
     }
 }
 
-/// Lower Cholesky factor in place of a symmetric positive definite matrix; None where it is not.
+/// Replaces a symmetric positive definite matrix by its lower Cholesky factor. Returns `None` if it
+/// is not positive definite.
 fn cholesky(a: &mut [f64], n: usize) -> Option<()> {
     for i in 0..n {
         for j in 0..=i {
@@ -124,7 +128,7 @@ fn cholesky(a: &mut [f64], n: usize) -> Option<()> {
     Some(())
 }
 
-/// Solves `L L^T x = b` in place of b.
+/// Solves `L L^T x = b` in place of `b`.
 fn solve(factor: &[f64], n: usize, b: &mut [f64]) {
     for i in 0..n {
         let dot: f64 = (0..i).map(|j| factor[i * n + j] * b[j]).sum();

@@ -21,7 +21,7 @@ fn space(n_groups: usize, choices: &[usize]) -> SearchSpace {
     SearchSpace::per_layer(&layers, choices).unwrap()
 }
 
-/// Loss against cost: layers differ in how much rank helps them and in what it costs, and neighbours interact.
+/// A toy loss and cost: layers differ in the benefit and the cost of rank, and neighbours interact.
 fn toy(space: &SearchSpace, config: &SubnetConfig) -> Result<Vec<f64>> {
     let ranks: Vec<f64> = space
         .values(config)?
@@ -96,7 +96,7 @@ fn searchers(space: &SearchSpace, seed: u64) -> Vec<Box<dyn Searcher>> {
     ]
 }
 
-// --- pareto -------------------------------------------------------------------------------------------------------------
+// --- pareto ---
 
 #[test]
 fn dominance() {
@@ -168,7 +168,7 @@ fn hypervolume_against_counting() {
     assert_eq!(hypervolume(&[[1.0], [3.0]], &[4.0]), 3.0);
     assert_eq!(hypervolume::<[f64; 2]>(&[], &[1.0, 1.0]), 0.0);
     assert_eq!(hypervolume(&[[f64::NAN, 0.0]], &[1.0, 1.0]), 0.0);
-    // Integer points: count the unit cells that some point dominates.
+    // With integer points, count the unit cells that some point dominates.
     let mut rng = ChaCha8Rng::seed_from_u64(8);
     for n_points in [1, 2, 5, 17] {
         let points: Vec<[f64; 3]> = (0..n_points)
@@ -202,7 +202,7 @@ fn igd_is_the_mean_distance() {
     assert_eq!(igd::<[f64; 2], _>(&[], &[[0.0, 1.0]]), f64::INFINITY);
 }
 
-// --- searchers ----------------------------------------------------------------------------------------------------------
+// --- searchers ---
 
 #[test]
 fn heuristic_and_list() {
@@ -237,7 +237,7 @@ fn every_searcher_exhausts_a_small_space_without_repeating() {
         assert!(searcher.is_finished());
         assert!(searcher.ask(5).is_empty());
     }
-    // A space of one subnet, which is plain LoRA.
+    // A space of one subnet is plain LoRA.
     let one = SearchSpace::fixed(&[LayerShape::new("l", 2, 2)], 8).unwrap();
     for mut searcher in searchers(&one, 2) {
         assert_eq!(run_toy(&one, &mut searcher, 9).evaluations().len(), 1);
@@ -278,7 +278,7 @@ fn same_seed_same_result_however_it_is_driven() {
                     && parallel.front().len() == reference.front().len()
             );
         }
-        // Told in any order, and by pieces.
+        // Tell the objectives in random order and in pieces.
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let (mut searcher, mut order, mut waiting) = (make(7), Vec::new(), Vec::new());
         while order.len() < 120 {
@@ -414,7 +414,7 @@ fn nsga2_beats_random_on_a_toy_space() {
 
         let front: Vec<&[f64]> = outcome.front().map(|e| e.objectives.as_slice()).collect();
         assert_eq!(non_dominated(&front).len(), front.len());
-        // Better than the heuristic at no more cost.
+        // The search finds a better subnet than the heuristic at no more cost.
         let heuristic = outcome.get(&space.heuristic()).unwrap();
         let better = outcome.best_under(heuristic.cost()).unwrap();
         assert!(better.score() < heuristic.score());
@@ -423,7 +423,8 @@ fn nsga2_beats_random_on_a_toy_space() {
     assert!(evolved > 1.03 * drawn, "{evolved} {drawn}");
 }
 
-/// Screening pays where a few hundred evaluations are all there is; on a loss that is nearly additive, and on one that is not.
+/// Screening pays off with a budget of a few hundred evaluations, on a nearly additive loss and on
+/// one that is not additive.
 #[test]
 fn screening_beats_plain_nsga2_at_a_small_budget() {
     let space = space(24, &[32, 28, 24, 20, 16]);
@@ -479,7 +480,7 @@ fn hill_climbing_keeps_its_budget_and_finds_optima() {
             start[0]
         );
     }
-    // Without limit and restarts it ends in a local optimum, here the largest subnet.
+    // Without a limit and restarts, it ends in a local optimum, here the largest subnet.
     let config = HillClimbingConfig::new()
         .with_budget(CostBudget::Unlimited)
         .with_restarts(0)
@@ -498,7 +499,7 @@ fn hill_climbing_keeps_its_budget_and_finds_optima() {
             }
         }
     }
-    // A start over the budget climbs down into it.
+    // A start over the budget moves into the budget.
     let limit = start[1] * 0.8;
     let mut searcher = HillClimbingConfig::new()
         .with_budget(CostBudget::AtMost(limit))
@@ -540,7 +541,7 @@ fn searchers_survive_nan() {
     }
 }
 
-// --- known fronts -------------------------------------------------------------------------------------------------------
+// --- known fronts ---
 
 fn shared() -> PathBuf {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared");
@@ -581,7 +582,8 @@ fn dtlz2(x: &[f64]) -> Vec<f64> {
     vec![g * a.cos() * b.cos(), g * a.cos() * b.sin(), g * a.sin()]
 }
 
-/// Distance of the front of NSGA-II, and of random search, from the true one; x in steps of 1 / (n_choices - 1).
+/// Returns the distances of the fronts of NSGA-II and of random search from the true front. x has
+/// steps of 1 / (n_choices - 1).
 fn distances(
     file: &str,
     n_groups: usize,
@@ -629,7 +631,7 @@ fn distances(
 
 #[test]
 fn nsga2_reaches_the_known_fronts() {
-    // The grid itself is 0.0159 away from ZDT3's front.
+    // The grid alone puts the front 0.0159 away from ZDT3's front.
     for (number, limit, n_evals) in [
         (1, 0.01, 6000),
         (2, 0.01, 6000),
@@ -657,7 +659,7 @@ fn nsga2_reaches_the_known_fronts() {
     );
 }
 
-// --- studies ------------------------------------------------------------------------------------------------------------
+// --- studies ---
 
 #[test]
 fn nothing_is_evaluated_twice() {
@@ -681,7 +683,7 @@ fn nothing_is_evaluated_twice() {
         );
     }
     assert_eq!(study.n_known(), seen.borrow().len());
-    // All known: nothing runs, everything is told.
+    // All subnets are known, so nothing is evaluated but everything is told.
     let outcome = study
         .run(&mut searchers(&space, 3)[2], |_| panic!("cached"), &Silent)
         .unwrap();
@@ -706,7 +708,7 @@ fn a_search_resumes_from_its_log() {
             .with_tag("toy")
             .with_batch(4);
 
-        // Interrupted by a flag after some evaluations ...
+        // Interrupt the search by a flag after some evaluations ...
         let flag = AtomicBool::new(false);
         let n = AtomicUsize::new(0);
         let mut study = settings.clone().init(&space).unwrap();
@@ -723,7 +725,7 @@ fn a_search_resumes_from_its_log() {
         let n_part = study.n_known();
         assert!((21..28).contains(&n_part));
         drop(study);
-        // ... and killed while writing a line.
+        // ... and kill it while it writes a line.
         let mut text = fs::read_to_string(&path).unwrap();
         text.push_str(r#"{"index": 99, "config": {"layers.0"#);
         fs::write(&path, text).unwrap();
@@ -815,7 +817,7 @@ fn failures_come_through() {
     assert!(matches!(result, Err(Error::ShapeMismatch { .. })));
 }
 
-// --- outcomes and reports -----------------------------------------------------------------------------------------------
+// --- outcomes and reports ---
 
 fn outcome(space: &SearchSpace, points: &[[f64; 2]]) -> SearchOutcome {
     let n = space.n_subnets_exact().unwrap() as usize;
@@ -926,14 +928,13 @@ fn reports_are_complete() {
     if let Some(keep) = std::env::var_os("ELASTIC_LORA_KEEP_PLOTS") {
         fs::write(PathBuf::from(keep).join("toy.svg"), &svg).unwrap();
     }
-    let missing = dir.path().join("missing");
-    let error = SearchReport::new(&space, &outcome, &names)
-        .write(&missing)
-        .unwrap_err();
-    assert!(
-        error.to_string().contains("search_progression.svg"),
-        "{error}"
-    );
+    // A folder that is missing is made; a file in its place is named.
+    let report = SearchReport::new(&space, &outcome, &names);
+    let made = report.write(dir.path().join("made/twice")).unwrap();
+    assert!(made.iter().all(|path| path.is_file()));
+    let error = report.write(dir.path().join("search_progression.csv"));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("search_progression.csv"), "{error}");
 }
 
 #[test]

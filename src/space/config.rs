@@ -1,4 +1,4 @@
-//! One subnet: a value for every group.
+//! Subnet configurations: one value for every group.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The value (a rank, in mode A) of each group of a [`SearchSpace`](super::SearchSpace), by the group's id.
+/// The value (in mode A, a rank) of each group of a [`SearchSpace`](super::SearchSpace), by the
+/// group's id.
 ///
-/// As JSON, a plain object: `{"layers.0.q_proj+k_proj+v_proj": 24, ...}`. Two subnets are equal where all their values are, so it
-/// serves as the key of a cache.
+/// The JSON form is a plain object: `{"layers.0.q_proj+k_proj+v_proj": 24, ...}`. Two
+/// configurations are equal if all their values are, so a configuration can be the key of a cache.
 ///
-/// [`Display`](fmt::Display) writes the values run-length coded, `32x4,24x2`, with the groups in the natural order of their ids
-/// (`layers.2` before `layers.10`).
+/// [`Display`](fmt::Display) writes the values run-length encoded, such as `32x4,24x2`, with the
+/// groups in the natural order of their ids (`layers.2` before `layers.10`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SubnetConfig {
@@ -22,23 +23,23 @@ pub struct SubnetConfig {
 }
 
 impl SubnetConfig {
-    /// A configuration without groups, to be filled by [`set`](Self::set).
+    /// Creates a configuration without groups, to be filled with [`set`](Self::set).
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The value of a group.
+    /// The value of a group, or `None` if the configuration does not have the group.
     pub fn get(&self, group: &str) -> Option<usize> {
         self.values.get(group).copied()
     }
 
-    /// Sets the value of a group and returns the one that it had. No space is asked whether it offers the value; see
-    /// [`SearchSpace::validate`](super::SearchSpace::validate).
+    /// Sets the value of a group and returns the previous one. The value is not checked against a
+    /// space; see [`SearchSpace::validate`](super::SearchSpace::validate).
     pub fn set(&mut self, group: impl Into<String>, value: usize) -> Option<usize> {
         self.values.insert(group.into(), value)
     }
 
-    /// Group ids and values, by id in byte order.
+    /// Group ids and values, in byte order of the ids.
     pub fn iter(&self) -> impl Iterator<Item = (&str, usize)> {
         self.values.iter().map(|(id, &value)| (id.as_str(), value))
     }
@@ -48,12 +49,12 @@ impl SubnetConfig {
         self.values.len()
     }
 
-    /// Whether it names no group.
+    /// Whether the configuration has no groups.
     pub fn is_empty(&self) -> bool {
         self.values.is_empty()
     }
 
-    /// Mean of the values; 0 where there are none. Serves tables and plots.
+    /// Mean of the values, for tables and plots; 0 if there are none.
     pub fn mean(&self) -> f64 {
         self.values.values().map(|&value| value as f64).sum::<f64>()
             / self.values.len().max(1) as f64
@@ -62,15 +63,15 @@ impl SubnetConfig {
     /// Reads a JSON object of group ids and values.
     ///
     /// # Errors
-    /// [`Error::Json`] with line and column.
+    /// Returns [`Error::Json`] with line and column if the text is malformed.
     pub fn from_json(text: &str) -> Result<Self> {
         serde_json::from_str(text).map_err(|source| Error::json("subnet configuration", source))
     }
 
-    /// The configuration as indented JSON.
+    /// Returns the configuration as indented JSON.
     ///
     /// # Errors
-    /// [`Error::Json`] where it cannot be written as JSON, which no value of this type brings about.
+    /// Returns [`Error::Json`] if serialization fails, which does not happen for this type.
     pub fn to_json(&self) -> Result<String> {
         serde_json::to_string_pretty(self)
             .map_err(|source| Error::json("subnet configuration", source))
@@ -100,13 +101,13 @@ impl fmt::Display for SubnetConfig {
     }
 }
 
-/// Compares dot-separated paths part by part, numbers by value.
+/// Compares dot-separated paths part by part, with numbers compared by value.
 fn natural_order(a: &str, b: &str) -> Ordering {
     let number = |part: &str| part.parse::<u64>().ok();
     let (mut left, mut right) = (a.split('.'), b.split('.'));
     loop {
         let order = match (left.next(), right.next()) {
-            (None, None) => return a.cmp(b), // "01" and "1" are equal numbers but not equal names
+            (None, None) => return a.cmp(b), // "01" and "1" are equal as numbers but not as names
             (None, Some(_)) => return Ordering::Less,
             (Some(_), None) => return Ordering::Greater,
             (Some(x), Some(y)) => match (number(x), number(y)) {

@@ -1,7 +1,8 @@
-//! Search spaces and subnets from files: this crate's own form, SQFT's, and NNCF's.
+//! Search spaces and subnets from files: this crate's own format, SQFT's, and NNCF's.
 //!
-//! The authors' forms as read in IntelLabs/Hardware-Aware-Automated-Machine-Learning `fc29bc7`. One departure: an NNCF template
-//! (`{re}...[{*}]...`) is expanded over the blocks that the model has, not over a count given beside the file.
+//! The authors' formats follow IntelLabs/Hardware-Aware-Automated-Machine-Learning `fc29bc7`. One
+//! departure: an NNCF template (`{re}...[{*}]...`) is expanded over the model's blocks, not over a
+//! number of blocks given beside the file.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -13,7 +14,8 @@ use serde_json::{Map, Value};
 use super::{Elastic, Group, LayerShape, SearchSpace, SubnetConfig, default_id};
 use crate::error::{Error, Result};
 
-/// A model of 1000 blocks needs about 1 MiB; as parsed values a file takes up to 20 times its size.
+/// Maximum file size. A model of 1000 blocks needs about 1 MiB; once parsed, a file takes up to 20
+/// times its size.
 const MAX_FILE_BYTES: u64 = 16 << 20;
 
 /// Reads a text file of at most [`MAX_FILE_BYTES`].
@@ -45,7 +47,7 @@ pub(super) fn space_from_file(path: &Path, layers: &[LayerShape]) -> Result<Sear
     match parse(path, &text)? {
         Value::Array(items) => from_elastic_adapter_config(path, &items, layers),
         Value::Object(map) if map.contains_key("groups") => {
-            // From the text again, for serde's line and column.
+            // Parse the text again, so that serde's errors have line and column.
             let space: SearchSpace =
                 serde_json::from_str(&text).map_err(|source| Error::json(path, source))?;
             match space.validate_layers(layers, usize::MAX) {
@@ -100,7 +102,7 @@ pub(super) fn config_from_file(space: &SearchSpace, path: &Path) -> Result<Subne
     }
 }
 
-/// Collects groups and holds each name against the model and against the groups before.
+/// Collects groups, and checks each name against the model and the previous groups.
 struct Groups<'a> {
     path: &'a Path,
     known: HashSet<&'a str>,
@@ -167,7 +169,7 @@ impl<'a> Groups<'a> {
     }
 }
 
-// --- SQFT: [{"target": [...], "search_space": [...]}] ---------------------------------------------------------------------
+// --- SQFT: [{"target": [...], "search_space": [...]}] --------------------------------------------
 
 fn from_elastic_adapter_config(
     path: &Path,
@@ -234,7 +236,8 @@ fn from_custom_config(space: &SearchSpace, path: &Path, items: &[Value]) -> Resu
     Ok(config)
 }
 
-/// The layers of `target`, without what PEFT puts around them; lora_A and lora_B of one layer count once.
+/// Returns the layers of `target` without PEFT's prefix and suffix. `lora_A` and `lora_B` of one
+/// layer count once.
 fn targets(path: &Path, field: &str, map: &Map<String, Value>) -> Result<Vec<String>> {
     let field = format!("{field}.target");
     let Some(Value::Array(items)) = map.get("target") else {
@@ -258,7 +261,8 @@ fn targets(path: &Path, field: &str, map: &Map<String, Value>) -> Result<Vec<Str
     Ok(layers)
 }
 
-/// `base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` without the prefix and all from `.lora_A` on.
+/// Reduces `base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` to the layer's
+/// path: removes the prefix, and everything from `.lora_A` on.
 fn strip_peft(name: &str) -> &str {
     let name = name.strip_prefix("base_model.model.").unwrap_or(name);
     let cut = [".lora_A", ".lora_B"].iter().filter_map(|mark| {
@@ -272,9 +276,9 @@ fn strip_peft(name: &str) -> &str {
     }
 }
 
-// --- NNCF: overwrite_groups, overwrite_groups_widths ----------------------------------------------------------------------
+// --- NNCF: overwrite_groups, overwrite_groups_widths ---------------------------------------------
 
-/// The first object, in order of the file, that holds `overwrite_groups`, and where it stands.
+/// Returns the first object, in file order, that contains `overwrite_groups`, and its field path.
 fn find_widths(map: &Map<String, Value>, field: String) -> Option<(String, &Map<String, Value>)> {
     if map.contains_key("overwrite_groups") {
         return Some((field, map));
@@ -343,7 +347,7 @@ fn from_nncf(
                     format!("`{name}`: ranks and widths in one group"),
                 ));
             }
-            // A width names a base weight and the B on it: one layer.
+            // A width lists both the base weight and `lora_B` of one layer.
             if of_node == Elastic::Rank || !layers_of_group.contains(&layer) {
                 layers_of_group.push(layer);
             }
@@ -360,9 +364,13 @@ fn from_nncf(
     groups.finish()
 }
 
-/// The layer of an NNCF node, and what its output channels are: `.../LlamaDecoderLayer[0]/LlamaAttention[self_attn]/
-/// Linear[q_proj]/ModuleDict[lora_A]/...` is the rank of `model.layers.0.self_attn.q_proj`; the same without `lora_A`, or with
-/// `lora_B`, its width. Each part is `Type[name]`; the first is a type alone, and the last an operation.
+/// Returns the layer of an NNCF node, and whether the node's output channels are its rank or its
+/// width.
+///
+/// `.../LlamaDecoderLayer[0]/LlamaAttention[self_attn]/Linear[q_proj]/ModuleDict[lora_A]/...` is
+/// the rank of `model.layers.0.self_attn.q_proj`. The same node without `lora_A`, or with `lora_B`,
+/// is its width. Each part has the form `Type[name]`, except that the first is a type alone and the
+/// last an operation.
 fn nncf_layer(path: &Path, field: &str, node: &str) -> Result<(Elastic, String)> {
     let parts: Vec<&str> = node
         .strip_prefix("{re}")
@@ -393,7 +401,7 @@ fn nncf_layer(path: &Path, field: &str, node: &str) -> Result<(Elastic, String)>
     };
     let path_of_layer = names[..end.unwrap_or(names.len())].join(".");
     let layer = strip_peft(&path_of_layer);
-    // What PEFT and NNCF call the linear layer inside an adapted one.
+    // Names that PEFT and NNCF give to the linear layer inside an adapted one.
     let inner = [".base_layer", ".self_linear"];
     match inner
         .iter()
@@ -405,7 +413,8 @@ fn nncf_layer(path: &Path, field: &str, node: &str) -> Result<(Elastic, String)>
     }
 }
 
-/// One list of layers per block of the model that `patterns` (each with one `{*}` for the block's number) fit.
+/// Returns one list of layers per block of the model that matches `patterns`, each of which has one
+/// `{*}` for the block's number.
 fn expand(
     path: &Path,
     field: &str,
@@ -453,7 +462,7 @@ fn expand(
     Ok(blocks.into_iter().map(|(_, names)| names).collect())
 }
 
-// --- JSON values ----------------------------------------------------------------------------------------------------------
+// --- JSON values ---------------------------------------------------------------------------------
 
 fn kind_of(value: &Value) -> &'static str {
     match value {

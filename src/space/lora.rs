@@ -4,44 +4,50 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// How the update's scale `s` follows from alpha and the ranks.
+/// How the scale `s` of the update is computed from alpha and the ranks.
 ///
-/// A file that is read elsewhere is scaled by its reader's rule, so exports state the rank and alpha that give the same `s`.
+/// Another program that reads an exported adapter applies its own rule, so exports store the rank
+/// and alpha that result in the same `s`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScaleRule {
-    /// `alpha / r_max` at every active rank, as in LoNAS, Shears and SQFT: the larger subnet's update is the smaller one's
-    /// plus more columns.
+    /// `alpha / r_max` at every active rank, as in LoNAS, Shears and SQFT. The update of a larger
+    /// subnet is then that of a smaller one plus the terms of the additional ranks.
     #[default]
     AlphaOverMaxRank,
-    /// `alpha / r` of the active rank (LoRA, arXiv 2106.09685, applied to each subnet).
+    /// `alpha / r` with the active rank `r` (LoRA, arXiv 2106.09685, applied to each subnet).
     AlphaOverRank,
-    /// `alpha / sqrt(r)` of the active rank (rsLoRA, arXiv 2312.03732).
+    /// `alpha / sqrt(r)` with the active rank `r` (rsLoRA, arXiv 2312.03732).
     AlphaOverSqrtRank,
 }
 
-/// The largest rank there may be; over the width of any model, so that no typing error asks for all the memory.
+/// The largest supported rank. It is larger than the width of any model, and prevents a typing
+/// error from requesting all memory.
 pub const MAX_RANK: usize = 1 << 16;
 
-/// Shape-independent settings of an elastic adapter.
+/// Settings of an elastic adapter that do not depend on the layer's shape.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
-    /// The largest rank; smaller ones are its prefixes.
+    /// The largest rank; smaller ranks are prefixes of it.
     pub rank: usize,
     /// Numerator of the scale.
     pub alpha: f64,
-    /// Probability with which an element of the adapter's input is dropped in training, in 0..1.
+    /// Probability of dropping an element of the adapter's input in training, at least 0 and
+    /// below 1.
     pub dropout: f64,
-    /// How the scale follows from alpha and rank.
+    /// How the scale is computed from alpha and the rank.
     pub scale_rule: ScaleRule,
-    /// Whether a masked update's gradients may be made of products of bf16 numbers with `f32` sums, where the processor has them
-    /// (AVX-512 BF16): twice as fast, and off by some 0.3 % of the gradient's norm. With base weights in bf16 they always are.
+    /// Whether the gradients of a masked update may be computed from bf16 products with `f32` sums
+    /// on processors that support this (AVX-512 BF16).
+    ///
+    /// This is twice as fast and changes the gradient by about 0.3 % of its norm. With base weights
+    /// in bf16, the gradients are always computed this way.
     #[serde(default)]
     pub bf16_gradient: bool,
 }
 
 impl LoraConfig {
-    /// `alpha = 2 * rank`, no dropout, the papers' scale rule.
+    /// Creates settings with `alpha = 2 * rank`, no dropout and the papers' scale rule.
     pub fn new(rank: usize) -> Self {
         Self {
             rank,
@@ -70,7 +76,7 @@ impl LoraConfig {
         self
     }
 
-    /// Sets whether a masked update's gradients may be made of products of bf16 numbers.
+    /// Sets whether the gradients of a masked update may be computed from bf16 products.
     pub fn with_bf16_gradient(mut self, bf16_gradient: bool) -> Self {
         self.bf16_gradient = bf16_gradient;
         self
@@ -79,7 +85,8 @@ impl LoraConfig {
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a rank of 0 or over [`MAX_RANK`], an alpha that is not finite and over 0, or a dropout outside 0..1.
+    /// Returns [`Error::InvalidArgument`] if the rank is 0 or larger than [`MAX_RANK`], alpha is
+    /// not finite or not positive, or the dropout is below 0 or not below 1.
     pub fn validate(&self) -> Result<()> {
         if !(1..=MAX_RANK).contains(&self.rank) {
             return Err(Error::argument(

@@ -1,13 +1,19 @@
-//! Which layers are elastic, which of them share a choice, and one choice for each: the search space and its subnets.
+//! Search spaces and subnets: which layers are elastic, which of them share a choice, and the
+//! choices themselves.
 //!
-//! A [`SearchSpace`] is a list of [`Group`]s. The layers of a group share one value (q, k and v of a block have one rank), and
-//! a [`SubnetConfig`] fixes that value for every group. What the value counts is the group's [`Elastic`] kind: active ranks
-//! (mode A; Shears, arXiv 2404.10934, and SQFT, arXiv 2410.03750), output channels (mode B; LoNAS, LREC-COLING 2024) or parts in
-//! depth, which the papers do not have. Every choice nests in the larger ones: it is a prefix of ranks,
-//! channels or parts. Choices are kept in descending order, as the papers' code does, so the genome `[0, 0, ...]` is the
-//! largest subnet. Nothing here knows a tensor.
+//! A [`SearchSpace`] is a list of [`Group`]s. The layers of a group share one value; for example,
+//! the queries, keys and values of a block have the same rank. A [`SubnetConfig`] sets the value of
+//! each group. The meaning of a value depends on the group's [`Elastic`] kind:
 //!
-//! Layers go by their Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
+//! - active rank (mode A; Shears, arXiv 2404.10934, and SQFT, arXiv 2410.03750);
+//! - number of output channels (mode B; LoNAS, LREC-COLING 2024);
+//! - number of parts kept in depth, which is not in the papers.
+//!
+//! A smaller choice uses a prefix of the ranks, channels or parts of a larger one. Choices are kept
+//! in descending order, as in the papers' code, so the genome `[0, 0, ...]` is the largest subnet.
+//! This module does not use tensors.
+//!
+//! Layers are named by their Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
 
 mod config;
 mod import;
@@ -27,7 +33,7 @@ use crate::error::{Error, Result};
 pub use config::SubnetConfig;
 pub use lora::{LoraConfig, MAX_RANK, ScaleRule};
 
-/// The name and the size of one linear layer.
+/// Name and size of one linear layer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LayerShape {
     /// Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
@@ -39,7 +45,7 @@ pub struct LayerShape {
 }
 
 impl LayerShape {
-    /// A layer `name` of `d_input` input and `d_output` output features.
+    /// Creates the shape of the layer `name` with `d_input` input and `d_output` output features.
     pub fn new(name: impl Into<String>, d_input: usize, d_output: usize) -> Self {
         Self {
             name: name.into(),
@@ -49,20 +55,24 @@ impl LayerShape {
     }
 }
 
-/// What a group's value counts.
+/// The meaning of a group's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Elastic {
-    /// The active rank of the group's adapters (mode A).
+    /// Active rank of the group's adapters (mode A).
     #[default]
     Rank,
-    /// Output channels of the group's layers (mode B): those of an MLP's gate and up projections, whose down projection takes as
-    /// many inputs, or those of an attention's queries, a whole number of heads, with keys and values in step and as many
-    /// inputs of the output projection.
+    /// Number of output channels of the group's layers (mode B).
+    ///
+    /// In an MLP, the width is that of the gate and up projections, and the down projection takes
+    /// the same number of inputs. In attention, the width is that of the queries and a whole number
+    /// of heads; keys and values shrink in proportion, and the output projection takes as many
+    /// inputs as there are query channels.
     Width,
-    /// Parts of the model in the group's list that stay, the first ones. A part is a whole block (`model.layers.3`), its attention
-    /// (`model.layers.3.self_attn`) or its MLP (`model.layers.3.mlp`).
+    /// Number of parts that stay, counted from the start of the group's list. A part is a whole
+    /// block (`model.layers.3`), its attention (`model.layers.3.self_attn`) or its MLP
+    /// (`model.layers.3.mlp`).
     Depth,
 }
 
@@ -72,7 +82,7 @@ impl Elastic {
     }
 }
 
-/// Layers that share one elastic value, and the values it may take.
+/// Layers that share one elastic value, and the choices for that value.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "GroupParts")]
 pub struct Group {
@@ -83,7 +93,7 @@ pub struct Group {
     choices: Vec<usize>,
 }
 
-/// [`Group`] as it stands in a file, before its rules are checked.
+/// A [`Group`] as stored in a file, not yet validated.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct GroupParts {
@@ -109,20 +119,24 @@ impl TryFrom<GroupParts> for Group {
 }
 
 impl Group {
-    /// A group of elastic rank. The choices are sorted in descending order, and repeated ones dropped.
+    /// Creates a group of elastic rank. The choices are sorted in descending order and
+    /// deduplicated.
     ///
     /// # Errors
-    /// As [`of_kind`](Self::of_kind).
+    /// Returns the errors of [`of_kind`](Self::of_kind).
     pub fn new(id: impl Into<String>, layers: Vec<String>, choices: Vec<usize>) -> Result<Self> {
         Self::of_kind(Elastic::Rank, id, layers, choices)
     }
 
-    /// A group of any kind. The choices are sorted in descending order, and repeated ones dropped. For [`Elastic::Depth`],
-    /// `layers` are parts of the model, those that stay longest first, and 0 is a choice like any other.
+    /// Creates a group of any kind. The choices are sorted in descending order and deduplicated.
+    ///
+    /// For [`Elastic::Depth`], `layers` are parts of the model in order of importance: the last
+    /// ones are left out first. The choice 0 is valid for a depth.
     ///
     /// # Errors
-    /// [`Error::InvalidSpace`] for an empty id, no layers, a layer named twice, no choices, a rank or width of 0, or a depth of
-    /// more parts than there are.
+    /// Returns [`Error::InvalidSpace`] if the id is empty, there are no layers, a layer is listed
+    /// twice, there are no choices, a rank or width is 0, or a depth is larger than the number of
+    /// parts.
     pub fn of_kind(
         kind: Elastic,
         id: impl Into<String>,
@@ -170,27 +184,29 @@ impl Group {
         })
     }
 
-    /// The name by which a [`SubnetConfig`] refers to this group.
+    /// The id by which a [`SubnetConfig`] refers to this group.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// What the value counts.
+    /// The meaning of the value.
     pub fn kind(&self) -> Elastic {
         self.kind
     }
 
-    /// Module paths of the layers that share the value, or of the parts that a depth counts; at least one.
+    /// Module paths of the layers that share the value, or of the parts that a depth counts; at
+    /// least one.
     pub fn layers(&self) -> &[String] {
         &self.layers
     }
 
-    /// The values on offer, strictly descending; at least one, and 0 only for a depth.
+    /// The choices in strictly descending order; at least one, and 0 only for a depth.
     pub fn choices(&self) -> &[usize] {
         &self.choices
     }
 
-    /// The papers' heuristic: `choices[(len - 1) / 2]` of the descending list, so `[32, 24, 16]` gives 24 and `[32, 28]` 32.
+    /// The papers' heuristic choice: `choices[(len - 1) / 2]` of the descending list, so
+    /// `[32, 24, 16]` gives 24 and `[32, 28]` gives 32.
     pub fn heuristic(&self) -> usize {
         self.choices[(self.choices.len() - 1) / 2]
     }
@@ -198,7 +214,7 @@ impl Group {
     /// Position of `value` in [`choices`](Self::choices).
     ///
     /// # Errors
-    /// [`Error::InvalidChoice`] where the group does not offer it.
+    /// Returns [`Error::InvalidChoice`] if the group does not offer `value`.
     pub fn index_of(&self, value: usize) -> Result<usize> {
         self.choices
             .iter()
@@ -211,10 +227,11 @@ impl Group {
     }
 }
 
-/// Every subnet that one supernet holds: the product of its groups' choices.
+/// All subnets of a supernet: the product of the choices of its groups.
 ///
-/// As JSON: `{"groups": [{"id": "layers.0.q_proj+k_proj", "layers": ["model.layers.0.self_attn.q_proj", ...], "choices":
-/// [32, 24, 16]}, ...]}`. Fields that this form does not have are refused.
+/// The JSON form is `{"groups": [{"id": "layers.0.q_proj+k_proj", "layers":
+/// ["model.layers.0.self_attn.q_proj", ...], "choices": [32, 24, 16]}, ...]}`. Unknown fields are
+/// rejected.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(try_from = "SpaceParts")]
 pub struct SearchSpace {
@@ -225,7 +242,7 @@ pub struct SearchSpace {
     by_layer: HashMap<Elastic, HashMap<String, usize>>,
 }
 
-/// [`SearchSpace`] as it stands in a file, before its rules are checked.
+/// A [`SearchSpace`] as stored in a file, not yet validated.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SpaceParts {
@@ -249,11 +266,13 @@ impl PartialEq for SearchSpace {
 impl Eq for SearchSpace {}
 
 impl SearchSpace {
-    /// A space of these groups, in this order, which is the order of genomes and of [`from_values`](Self::from_values).
+    /// Creates a space of these groups. Their order is that of genomes and of
+    /// [`from_values`](Self::from_values).
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for no groups at all; [`Error::InvalidSpace`] for an id used twice, a layer in two groups of one
-    /// kind, or a part that lies inside another group's.
+    /// Returns [`Error::InvalidArgument`] if there are no groups, and [`Error::InvalidSpace`] if an
+    /// id is used twice, two groups of the same kind share a layer, or a part is inside a part of
+    /// another group.
     pub fn new(groups: Vec<Group>) -> Result<Self> {
         if groups.is_empty() {
             return Err(Error::argument(
@@ -308,16 +327,16 @@ impl SearchSpace {
         })
     }
 
-    /// This space and further groups, behind its own.
+    /// Appends groups to the space.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// Returns the errors of [`new`](Self::new).
     pub fn with_groups(mut self, groups: impl IntoIterator<Item = Group>) -> Result<Self> {
         self.groups.extend(groups);
         Self::new(self.groups)
     }
 
-    /// The space without groups: its one subnet is the model as it is.
+    /// Creates the space without groups. Its only subnet is the unchanged model.
     pub fn single() -> Self {
         Self {
             groups: Vec::new(),
@@ -326,12 +345,15 @@ impl SearchSpace {
         }
     }
 
-    /// One group of elastic rank per block and list of suffixes: `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"],
-    /// ["down_proj"]]` is the space of Shears. Every group offers the same `choices`. See
+    /// Creates one group of elastic rank per block and list of suffixes.
+    ///
+    /// For example, `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]`
+    /// gives the space of Shears. Every group has the same `choices`. See
     /// [`groups_by_block`](Self::groups_by_block).
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] where a suffix fits no layer of any block; otherwise as [`Group::new`] and [`SearchSpace::new`].
+    /// Returns [`Error::UnknownLayer`] if a suffix matches no layer, and the errors of
+    /// [`Group::new`] and [`SearchSpace::new`].
     pub fn grouped<G, S>(
         layers: &[LayerShape],
         suffix_groups: &[G],
@@ -349,16 +371,21 @@ impl SearchSpace {
         )?)
     }
 
-    /// One group of a kind per block and list of suffixes, to make a space of or add to one:
-    /// `groups_by_block(Elastic::Width, &layers, &[["gate_proj", "up_proj"]], &[384, 288, 192])` makes the width of each MLP
-    /// elastic. Ids of ranks are named by the layers alone, others end in the kind.
+    /// Creates one group of a kind per block and list of suffixes, for a new space or for
+    /// [`with_groups`](Self::with_groups).
     ///
-    /// A block is what stands before and with the first number of a module path (`model.layers.0`). A suffix fits a layer
-    /// whose path ends in it at a dot. Blocks that lack a suffix go without that layer; layers that fit no suffix are not
-    /// elastic. For [`Elastic::Depth`], use [`Group::of_kind`].
+    /// For example, `groups_by_block(Elastic::Width, &layers, &[["gate_proj", "up_proj"]], &[384,
+    /// 288, 192])` makes the width of each MLP elastic. The id of a group is built from its layers;
+    /// the ids of widths also end in `.width`.
+    ///
+    /// A block is identified by the part of a module path up to and including its first number
+    /// (`model.layers.0`). A suffix matches a layer if the path ends with it and a dot precedes it.
+    /// If a block has no layer for a suffix, its group is made without that layer; layers that
+    /// match no suffix are not elastic. For [`Elastic::Depth`], use [`Group::of_kind`].
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] where a suffix fits no layer of any block; otherwise as [`Group::of_kind`].
+    /// Returns [`Error::UnknownLayer`] if a suffix matches no layer, and the errors of
+    /// [`Group::of_kind`].
     pub fn groups_by_block<G, S>(
         kind: Elastic,
         layers: &[LayerShape],
@@ -413,10 +440,11 @@ impl SearchSpace {
         Ok(groups)
     }
 
-    /// One group for each layer, named by its path, each with the same `choices`.
+    /// Creates one group of elastic rank per layer, named by the layer's path, with the same
+    /// `choices` for all.
     ///
     /// # Errors
-    /// As [`Group::new`] and [`SearchSpace::new`].
+    /// Returns the errors of [`Group::new`] and [`SearchSpace::new`].
     pub fn per_layer(layers: &[LayerShape], choices: &[usize]) -> Result<Self> {
         let group = |layer: &LayerShape| {
             Group::new(
@@ -428,10 +456,10 @@ impl SearchSpace {
         Self::new(layers.iter().map(group).collect::<Result<_>>()?)
     }
 
-    /// A space of one choice, which is plain LoRA of that rank.
+    /// Creates a space with a single choice, which is plain LoRA of that rank.
     ///
     /// # Errors
-    /// As [`per_layer`](Self::per_layer).
+    /// Returns the errors of [`per_layer`](Self::per_layer).
     pub fn fixed(layers: &[LayerShape], rank: usize) -> Result<Self> {
         Self::per_layer(layers, &[rank])
     }
@@ -441,27 +469,27 @@ impl SearchSpace {
         &self.groups
     }
 
-    /// Number of groups; 0 for [`single`](Self::single) alone.
+    /// Number of groups; 0 only for [`single`](Self::single).
     pub fn len(&self) -> usize {
         self.groups.len()
     }
 
-    /// Whether there is no group, and so nothing to choose; see [`single`](Self::single).
+    /// Whether the space has no groups; see [`single`](Self::single).
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
 
-    /// The group of this id.
+    /// The group with this id.
     pub fn group(&self, id: &str) -> Option<&Group> {
         self.by_id.get(id).map(|&index| &self.groups[index])
     }
 
-    /// The group that sets the rank of this layer.
+    /// The group that sets the rank of `layer`.
     pub fn group_of_layer(&self, layer: &str) -> Option<&Group> {
         self.group_of(Elastic::Rank, layer)
     }
 
-    /// The group that sets what `kind` counts of this layer or part.
+    /// The group of kind `kind` that contains `layer`, a layer or, for a depth, a part.
     pub fn group_of(&self, kind: Elastic, layer: &str) -> Option<&Group> {
         self.by_layer
             .get(&kind)?
@@ -469,12 +497,13 @@ impl SearchSpace {
             .map(|&index| &self.groups[index])
     }
 
-    /// The groups of a kind, in the order of genomes.
+    /// The groups of kind `kind`, in the order of genomes.
     pub fn groups_of_kind(&self, kind: Elastic) -> impl Iterator<Item = &Group> {
         self.groups.iter().filter(move |group| group.kind == kind)
     }
 
-    /// Number of subnets; infinite over about 1e308, where [`log10_n_subnets`](Self::log10_n_subnets) still serves.
+    /// Number of subnets. Above about 1e308 it is infinite; use
+    /// [`log10_n_subnets`](Self::log10_n_subnets) there.
     pub fn n_subnets(&self) -> f64 {
         self.groups
             .iter()
@@ -490,30 +519,31 @@ impl SearchSpace {
             .sum()
     }
 
-    /// Number of subnets, where it fits into 128 bits.
+    /// Number of subnets, or `None` if it does not fit into 128 bits.
     pub(crate) fn n_subnets_exact(&self) -> Option<u128> {
         self.groups.iter().try_fold(1u128, |product, group| {
             product.checked_mul(group.choices.len() as u128)
         })
     }
 
-    /// The largest choice of every group.
+    /// The subnet with the largest choice of every group.
     pub fn maximal(&self) -> SubnetConfig {
         self.pick(|group| group.choices[0])
     }
 
-    /// The smallest choice of every group.
+    /// The subnet with the smallest choice of every group.
     pub fn minimal(&self) -> SubnetConfig {
         self.pick(|group| group.choices[group.choices.len() - 1])
     }
 
-    /// The papers' heuristic, the middle choice of every group; see [`Group::heuristic`].
+    /// The papers' heuristic subnet, with the middle choice of every group; see
+    /// [`Group::heuristic`].
     pub fn heuristic(&self) -> SubnetConfig {
         self.pick(Group::heuristic)
     }
 
-    /// A uniformly drawn choice for every group, independently. One draw from `rng` per group, in order, so a seeded
-    /// generator gives the same subnets on every machine.
+    /// Draws a uniform, independent choice for every group. It makes one draw from `rng` per group,
+    /// in order, so a seeded generator gives the same subnets on every machine.
     pub fn sample<R: Rng + ?Sized>(&self, rng: &mut R) -> SubnetConfig {
         self.pick(|group| group.choices[rng.random_range(0..group.choices.len())])
     }
@@ -525,10 +555,11 @@ impl SearchSpace {
             .collect()
     }
 
-    /// The subnet of a genome: for each group, an index into its choices.
+    /// Returns the subnet of a genome, which holds an index into the choices of each group.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for another length; [`Error::InvalidSpace`] for an index past the choices.
+    /// Returns [`Error::ShapeMismatch`] if the genome has another length than the space, and
+    /// [`Error::InvalidSpace`] if an index is out of range.
     pub fn decode(&self, genome: &[usize]) -> Result<SubnetConfig> {
         self.check_len("genome", genome.len())?;
         let gene = |(group, &index): (&Group, &usize)| match group.choices.get(index) {
@@ -544,10 +575,10 @@ impl SearchSpace {
         self.groups.iter().zip(genome).map(gene).collect()
     }
 
-    /// The genome of a subnet; the inverse of [`decode`](Self::decode).
+    /// Returns the genome of a subnet; the inverse of [`decode`](Self::decode).
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
+    /// Returns the errors of [`validate`](Self::validate).
     pub fn encode(&self, config: &SubnetConfig) -> Result<Vec<usize>> {
         let genome = self
             .groups
@@ -563,18 +594,21 @@ impl SearchSpace {
         }
     }
 
-    /// Checks that `config` gives every group one of its choices, and names no other group.
+    /// Checks that `config` gives every group one of its choices, and has no other groups.
     ///
     /// # Errors
-    /// [`Error::UnknownGroup`] for a group left out or unknown, [`Error::InvalidChoice`] for a value not on offer.
+    /// Returns [`Error::UnknownGroup`] if a group is missing or unknown, and
+    /// [`Error::InvalidChoice`] if a group does not offer its value.
     pub fn validate(&self, config: &SubnetConfig) -> Result<()> {
         self.encode(config).map(drop)
     }
 
-    /// A subnet from one value per group, in the groups' order, such as SQFT's `--custom_config 32 24 ...`.
+    /// Creates a subnet from one value per group, in the order of the groups, such as SQFT's
+    /// `--custom_config 32 24 ...`.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for another number of values; [`Error::InvalidChoice`] for a value not on offer.
+    /// Returns [`Error::ShapeMismatch`] if the number of values differs from the number of groups,
+    /// and [`Error::InvalidChoice`] if a group does not offer its value.
     pub fn from_values(&self, values: &[usize]) -> Result<SubnetConfig> {
         self.check_len("values of a subnet", values.len())?;
         let value = |(group, &value): (&Group, &usize)| {
@@ -583,10 +617,11 @@ impl SearchSpace {
         self.groups.iter().zip(values).map(value).collect()
     }
 
-    /// The values of a subnet in the groups' order; the inverse of [`from_values`](Self::from_values).
+    /// The values of a subnet in the order of the groups; the inverse of
+    /// [`from_values`](Self::from_values).
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
+    /// Returns the errors of [`validate`](Self::validate).
     pub fn values(&self, config: &SubnetConfig) -> Result<Vec<usize>> {
         self.validate(config)?;
         self.groups
@@ -598,15 +633,15 @@ impl SearchSpace {
     /// The active rank of every layer of elastic rank, by module path.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
+    /// Returns the errors of [`validate`](Self::validate).
     pub fn ranks(&self, config: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
         self.by_name(config, Elastic::Rank)
     }
 
-    /// The output channels of every layer of elastic width, by module path, as its group counts them.
+    /// The value of its group for every layer of elastic width, by module path.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
+    /// Returns the errors of [`validate`](Self::validate).
     pub fn widths(&self, config: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
         self.by_name(config, Elastic::Width)
     }
@@ -614,7 +649,7 @@ impl SearchSpace {
     /// The parts that a subnet leaves out.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
+    /// Returns the errors of [`validate`](Self::validate).
     pub fn left_out(&self, config: &SubnetConfig) -> Result<BTreeSet<String>> {
         let values = self.values(config)?;
         let depths = self
@@ -639,7 +674,7 @@ impl SearchSpace {
             .collect())
     }
 
-    /// The largest rank that any group offers.
+    /// The largest rank of any group; 0 if no group has an elastic rank.
     pub fn max_rank(&self) -> usize {
         self.groups_of_kind(Elastic::Rank)
             .map(|group| group.choices[0])
@@ -647,12 +682,16 @@ impl SearchSpace {
             .unwrap_or(0)
     }
 
-    /// Checks the space against a model: every layer and part exists, no rank is over `max_rank`, the layers of a width have one
-    /// number of inputs and as many outputs as its largest choice, or more. What a width means to a model
-    /// ([`SuperNet::new`](crate::SuperNet::new)) is not checked.
+    /// Checks the space against a model.
+    ///
+    /// Every layer and part must exist, and no rank may exceed `max_rank`. The layers of a width
+    /// must have the same number of inputs, and the largest width must not exceed their largest
+    /// number of outputs. Whether the widths and depths give a valid model is checked by
+    /// [`SuperNet::new`](crate::SuperNet::new).
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] naming group and layer, [`Error::InvalidRank`] naming layer and rank, [`Error::InvalidSpace`].
+    /// Returns [`Error::UnknownLayer`] with the group and the layer, [`Error::InvalidRank`] with
+    /// the layer and the rank, or [`Error::InvalidSpace`] for a width.
     pub fn validate_layers(&self, layers: &[LayerShape], max_rank: usize) -> Result<()> {
         let known: HashMap<&str, &LayerShape> = layers
             .iter()
@@ -705,46 +744,53 @@ impl SearchSpace {
         Ok(())
     }
 
-    /// Reads the form that [`to_json`](Self::to_json) writes. For the authors' files see [`from_file`](Self::from_file).
+    /// Reads the format of [`to_json`](Self::to_json). For the papers' files, use
+    /// [`from_file`](Self::from_file).
     ///
     /// # Errors
-    /// [`Error::Json`] with line and column for a malformed text, an unknown field, or a broken rule of the space.
+    /// Returns [`Error::Json`] with line and column if the text is malformed, a field is unknown,
+    /// or the space breaks a rule.
     pub fn from_json(text: &str) -> Result<Self> {
         serde_json::from_str(text).map_err(|source| Error::json("search space", source))
     }
 
-    /// The space as indented JSON.
+    /// Returns the space as indented JSON.
     ///
     /// # Errors
-    /// [`Error::Json`] where it cannot be written as JSON, which no valid space brings about.
+    /// Returns [`Error::Json`] if serialization fails, which does not happen for a valid space.
     pub fn to_json(&self) -> Result<String> {
         serde_json::to_string_pretty(self).map_err(|source| Error::json("search space", source))
     }
 
-    /// Reads a search space from a JSON file of any of three forms, told apart by their content:
+    /// Reads a search space from a JSON file. The format is detected from the content:
     ///
     /// 1. this crate's own, `{"groups": [...]}`;
-    /// 2. SQFT's `elastic_adapter_config.json`, `[{"target": ["base_model.model.model.layers.0.self_attn.q_proj.lora_A",
-    ///    ...], "search_space": [32, 24, 16]}, ...]`;
-    /// 3. an NNCF configuration that holds `overwrite_groups` and `overwrite_groups_widths` at any depth (LoNAS, Shears, SQFT);
-    ///    a group whose names begin with `{re}` stands for one group in each block, and one over base weights and `lora_B` is a width.
+    /// 2. SQFT's `elastic_adapter_config.json`, `[{"target":
+    ///    ["base_model.model.model.layers.0.self_attn.q_proj.lora_A", ...], "search_space": [32,
+    ///    24, 16]}, ...]`;
+    /// 3. an NNCF configuration (LoNAS, Shears, SQFT) that contains `overwrite_groups` and
+    ///    `overwrite_groups_widths` at any depth. A group whose names begin with `{re}` is expanded
+    ///    to one group per block. A group over `lora_A` is a rank; one over base weights and
+    ///    `lora_B` is a width.
     ///
     /// Every name is checked against `layers`, the model's linear layers.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Json`] and [`Error::InvalidFile`] name the file and the field; [`Error::UnknownLayer`] a layer
-    /// that is not among `layers`.
+    /// Returns [`Error::Io`], [`Error::Json`] or [`Error::InvalidFile`] with the file and the
+    /// field, or [`Error::UnknownLayer`] if a layer is not among `layers`.
     pub fn from_file(path: impl AsRef<Path>, layers: &[LayerShape]) -> Result<Self> {
         import::space_from_file(path.as_ref(), layers)
     }
 
-    /// Reads one subnet of this space from a JSON file of any of three forms: this crate's own, `{"group id": 24, ...}`;
-    /// SQFT's custom configuration, `[{"target": [...], "active_rank_value": 24}, ...]`; a plain list of values in the groups'
-    /// order, `[24, 16, ...]`.
+    /// Reads one subnet of this space from a JSON file. The format is detected from the content:
+    ///
+    /// 1. this crate's own, `{"group id": 24, ...}`;
+    /// 2. SQFT's custom configuration, `[{"target": [...], "active_rank_value": 24}, ...]`;
+    /// 3. a plain list of values in the order of the groups, `[24, 16, ...]`.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Json`] and [`Error::InvalidFile`] name the file and the field;
-    /// otherwise as [`validate`](Self::validate).
+    /// Returns [`Error::Io`], [`Error::Json`] or [`Error::InvalidFile`] with the file and the
+    /// field, or [`Error::UnknownLayer`] if the space has no group for a layer.
     pub fn config_from_file(&self, path: impl AsRef<Path>) -> Result<SubnetConfig> {
         import::config_from_file(self, path.as_ref())
     }
@@ -768,18 +814,19 @@ impl SearchSpace {
     }
 }
 
-/// Whether a module path is `outer` or lies in it.
+/// Whether a module path is `outer` or is inside it.
 fn is_inside(path: &str, outer: &str) -> bool {
     path.strip_prefix(outer)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// A path without the `model.` that nearly all of them begin with.
+/// Removes the prefix `model.`, which nearly all paths have.
 fn strip_model(name: &str) -> &str {
     name.strip_prefix("model.").unwrap_or(name)
 }
 
-/// Splits a module path after its first number: (`model.layers.0`, `self_attn.q_proj`). A path without one has an empty block.
+/// Splits a module path after its first number: `model.layers.0` and `self_attn.q_proj`. The first
+/// part is empty if the path has no number.
 fn split_block(name: &str) -> (&str, &str) {
     let mut end = 0;
     for part in name.split('.') {
@@ -800,8 +847,8 @@ fn has_suffix(name: &str, suffix: &str) -> bool {
     }
 }
 
-/// A readable name for a group: `layers.0.q_proj+k_proj+v_proj` within a block, all paths joined across blocks; what is no rank
-/// says so at the end.
+/// Builds a readable group id: `layers.0.q_proj+k_proj+v_proj` for layers of one block, and
+/// otherwise all paths joined. Ids of widths and depths end in `.width` and `.depth`.
 fn default_id<S: AsRef<str>>(kind: Elastic, layers: &[S]) -> String {
     let names: Vec<&str> = layers.iter().map(AsRef::as_ref).collect();
     let block = names.first().map_or("", |first| split_block(first).0);

@@ -74,7 +74,7 @@ fn blocks_may_lack_a_suffix_but_not_all_of_them() {
     let wrong: [&[&str]; 2] = [&["q_proj"], &["c_fc", "c_proj"]];
     let error = SearchSpace::grouped(&layers, &wrong, &[4, 2]).unwrap_err();
     assert!(error.to_string().contains("c_fc"), "{error}");
-    // "proj" ends no path at a dot
+    // "proj" matches no path at a dot
     assert!(SearchSpace::grouped(&layers, &[["proj"]], &[4]).is_err());
     // a layer in two groups
     let error =
@@ -750,7 +750,7 @@ fn refuses_broken_nncf_files() {
     assert!(error.contains("overwrite_groups"), "{error}");
 }
 
-/// Whatever is done to a file, reading it ends in a value or an error.
+/// Reading a mutated file returns a value or an error, but never panics.
 #[test]
 fn mutated_files_do_not_panic() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! What elastic widths and depths mean to a decoder: which layers one width ties together, and the sizes of
-//! each block under a subnet.
+//! The effect of elastic widths and depths on a decoder: which layers share a width, and the sizes
+//! of each block in a subnet.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +14,7 @@ fn invalid(group: &Group, reason: String) -> Error {
     }
 }
 
-/// The blocks that a group of elastic width covers, and which part of them.
+/// Returns the sub-block and the blocks that a group of elastic width covers.
 fn blocks_of(group: &Group) -> Result<(SubBlock, Vec<usize>)> {
     let mut found: BTreeMap<usize, BTreeSet<LinearKind>> = BTreeMap::new();
     for name in group.layers() {
@@ -61,7 +61,8 @@ fn blocks_of(group: &Group) -> Result<(SubBlock, Vec<usize>)> {
     Ok((part, found.into_keys().collect()))
 }
 
-/// Checks that every width and depth of a space makes a model of blocks `full`; names and shapes were checked before.
+/// Checks that every width and depth of a space gives a valid model of the blocks `full`. The
+/// caller has already checked names and shapes.
 pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) -> Result<()> {
     for group in space.groups_of_kind(Elastic::Width) {
         let (part, blocks) = blocks_of(group)?;
@@ -125,10 +126,10 @@ pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) ->
     Ok(())
 }
 
-/// The sizes of blocks `full` under a subnet; a block may be left without either part.
+/// Returns the sizes of the blocks `full` in a subnet. A block may have neither sub-block left.
 ///
 /// # Errors
-/// As [`SearchSpace::validate`].
+/// Returns the errors of [`SearchSpace::validate`].
 pub(crate) fn block_dims(
     full: &[BlockDims],
     head_dim: usize,

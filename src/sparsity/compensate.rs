@@ -1,4 +1,5 @@
-//! Columns are rounded or removed one after the other, and the later ones make up for it: what SparseGPT and GPTQ share.
+//! The loop that SparseGPT and GPTQ share: columns are rounded or removed one after the other, and
+//! later columns compensate for the errors.
 
 use std::ops::Range;
 
@@ -10,22 +11,23 @@ use crate::error::{Error, Result};
 use crate::linalg::product::{View, add_product};
 use crate::linalg::{Factor, Matrix};
 
-/// What one row's weights are rounded to; told of positions in the order of rounding.
+/// Rounds the weights of one row. Positions are in rounding order.
 pub(crate) trait RowRounding: Send + Sync {
-    /// Where the group of columns that begins at `position` ends, if its grid is yet to be found.
+    /// Returns the end of the group of columns that begins at `position`, if a group begins there
+    /// and its grid is not known yet.
     fn group_end(&self, position: usize) -> Option<usize>;
 
-    /// Finds the grid of a group from its weights as they stand.
+    /// Determines the grid of a group from its current weights.
     fn begin_group(&mut self, group: Range<usize>, weights: &[f32]) -> Result<()>;
 
-    /// The weight that stands for `weight`.
+    /// Returns `weight` rounded to its grid.
     fn round(&mut self, position: usize, weight: f32) -> f32;
 
-    /// The weight is removed.
+    /// Records that the weight is removed.
     fn remove(&mut self, position: usize);
 }
 
-/// Keeps weights as they are.
+/// Keeps weights unchanged.
 pub(crate) struct Exact;
 
 impl RowRounding for Exact {
@@ -44,47 +46,50 @@ impl RowRounding for Exact {
     fn remove(&mut self, _: usize) {}
 }
 
-/// Which weights stay.
+/// The weights that stay.
 #[derive(Clone, Copy)]
 pub(crate) enum Keep<'a> {
     All,
     These(&'a Mask),
-    /// Those that cost most to remove, chosen as their columns' turn comes.
+    /// The weights with the highest cost of removal, chosen when their columns are reached.
     Best(Pattern),
 }
 
-/// How to go through the columns.
+/// Settings of the loop over columns.
 pub(crate) struct Pass<'a> {
     pub factor: &'a Factor,
     pub keep: Keep<'a>,
-    /// Columns that are decided together; a multiple of each group's length.
+    /// Number of columns that are decided together; a multiple of the length of each kind of group.
     pub block: usize,
-    /// Whether grids are found from the weights at the start of the block, not of the group.
+    /// Whether grids are determined from the weights at the start of the block, instead of the
+    /// group.
     pub grids_at_block: bool,
 }
 
-/// The weights as they became, and which stay.
+/// The resulting weights, and the mask of those that stay.
 pub(crate) struct Compensated {
     pub weight: Matrix,
     pub keep: Mask,
 }
 
-/// One block of one row, by position inside the block.
+/// One block of one row, indexed by position inside the block.
 struct RowBlock<'a> {
-    /// What the weights should be, given the errors of the columns before the block and of those done in it.
+    /// The ideal values of the weights, given the errors of the columns before the block and of
+    /// those already done in it.
     targets: &'a mut [f32],
-    /// What they were; what they became.
+    /// The original weights, replaced by the final ones as columns are done.
     weight: &'a mut [f32],
-    /// The change, once done.
+    /// The differences between final and original weights, for columns that are done.
     change: &'a mut [f32],
     keep: &'a mut [bool],
 }
 
 impl Pass<'_> {
-    /// Goes through the columns of `weight`, with one rounding for each of its rows.
+    /// Processes the columns of `weight`, with one rounding per row.
     ///
-    /// The targets of a block are its weights less what the errors of all columns before it come to, one product for the
-    /// block; inside it, each column's error goes to the later ones at once. The result is the same at any number of threads.
+    /// The targets of a block are its weights minus the effect of the errors of all columns before
+    /// it, computed as one product for the block. Inside the block, the error of each column is
+    /// applied to the later ones immediately. The result is the same with any number of threads.
     pub fn run<R: RowRounding>(&self, weight: &Matrix, roundings: &mut [R]) -> Result<Compensated> {
         let (rows, cols) = (weight.rows(), weight.cols());
         self.check(weight)?;
@@ -119,7 +124,8 @@ impl Pass<'_> {
             .for_each(|row| dead.iter().for_each(|p| row[*p] = 0.0));
         let mut change = vec![0.0_f32; rows * cols];
         let mut targets = vec![0.0_f32; rows * self.block.min(cols)];
-        // Enough of them to keep many threads busy, each with enough rows for an efficient product.
+        // There are enough panels to keep many threads busy, each with enough rows for an efficient
+        // product.
         let panel = rows.div_ceil(16).clamp(16, 512);
         let mut removed = 0;
         for start in (0..cols).step_by(self.block) {
@@ -234,7 +240,8 @@ impl Pass<'_> {
         }
     }
 
-    /// The matrix with each row rearranged where the order is not from left to right.
+    /// Returns the matrix with `rearrange` applied to each row, or a copy if the order is from left
+    /// to right.
     fn in_order(&self, matrix: &Matrix, rearrange: impl Fn(&[f32], &mut [f32]) + Sync) -> Matrix {
         let mut out = matrix.clone();
         if self.factor.order().is_some() {
@@ -261,7 +268,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Removes the `count` weights of a block, of all rows, whose removal costs least.
+    /// Removes the `count` weights of a block, over all rows, whose removal costs least.
     fn choose<R: RowRounding>(
         &self,
         block: &Range<usize>,
@@ -283,8 +290,8 @@ impl Pass<'_> {
         });
     }
 
-    /// The weights of a range as they would be without rounding: those that stay make up for all errors before them and for
-    /// those that will have to go.
+    /// Computes the weights of a range as [`finish`](Self::finish) would without rounding: the kept
+    /// weights compensate for all errors before them, and for the weights that will be removed.
     fn rehearse(
         &self,
         block: &Range<usize>,
@@ -311,8 +318,8 @@ impl Pass<'_> {
         )
     }
 
-    /// What the weights of a range would be if every one of the range could be what it should: those that stay make up for
-    /// all errors before them.
+    /// Computes the ideal weights of a range: each kept weight takes its target exactly, removed
+    /// ones are 0, and later weights compensate.
     fn settle(
         &self,
         block: &Range<usize>,
@@ -337,14 +344,14 @@ impl Pass<'_> {
         }
     }
 
-    /// Weights become what it costs to remove them.
+    /// Replaces weights by the cost of removing them.
     fn score(&self, start: usize, weights: &mut [f32]) {
         for (weight, pivot) in weights.iter_mut().zip(&self.factor.pivots()[start..]) {
             *weight = (*weight * pivot).powi(2);
         }
     }
 
-    /// Rounds a block of one row.
+    /// Processes a block of one row.
     fn finish<R: RowRounding>(
         &self,
         block: &Range<usize>,
@@ -395,7 +402,7 @@ impl Pass<'_> {
     }
 }
 
-/// The later targets make up for the error of one weight.
+/// Adjusts the later targets to compensate for the error of one weight.
 fn pass_on(targets: &mut [f32], error: f32, couplings: &[f32]) {
     if error != 0.0 {
         targets
@@ -405,7 +412,7 @@ fn pass_on(targets: &mut [f32], error: f32, couplings: &[f32]) {
     }
 }
 
-/// Each row's part of a block.
+/// Splits a block into its rows.
 fn rows_of<'a>(
     block: &Range<usize>,
     cols: usize,
@@ -428,8 +435,8 @@ fn rows_of<'a>(
         .collect()
 }
 
-/// The longest block up to `wanted` that is a multiple of each of `lengths`, or the least such multiple: so no group of columns
-/// lies in two blocks.
+/// Returns the longest block up to `wanted` that is a multiple of both `lengths`, or the least
+/// common multiple if that is longer, so that no group of columns is split between blocks.
 pub(crate) fn block_length(wanted: usize, lengths: [usize; 2]) -> usize {
     let [a, b] = lengths;
     let (mut gcd, mut rest) = (a, b);

@@ -1,4 +1,4 @@
-//! Which elements of a matrix stay.
+//! Masks of the elements of a matrix that stay.
 
 use rayon::prelude::*;
 
@@ -6,17 +6,18 @@ use super::Pattern;
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 
-/// A keep mask of a matrix `[out, in]`, one bit per element; each row starts at a word of its own.
+/// A mask of the elements of a matrix `[out, in]` that are kept, with one bit per element. Each row
+/// starts at a new word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mask {
     rows: usize,
     cols: usize,
-    // Bits past `cols` in a row's last word are zero, so that masks compare and count word by word.
+    // Bits after column `cols` are 0, so that masks can be compared and counted word by word.
     words: Vec<u64>,
 }
 
 impl Mask {
-    /// A mask that keeps everything (`keep`) or nothing.
+    /// Creates a mask that keeps all elements (`keep`) or none.
     pub fn filled(rows: usize, cols: usize, keep: bool) -> Self {
         let mut mask = Self {
             rows,
@@ -29,7 +30,8 @@ impl Mask {
         mask
     }
 
-    /// Keeps the elements of `matrix` that are not zero (NaN is not).
+    /// Creates a mask that keeps the elements of `matrix` that are not zero. NaN counts as not
+    /// zero.
     pub fn from_nonzero(matrix: &Matrix) -> Self {
         let mut mask = Self::filled(matrix.rows(), matrix.cols(), false);
         mask.fill_rows(|i, row| {
@@ -40,10 +42,10 @@ impl Mask {
         mask
     }
 
-    /// Keeps what `keep` says, row-major.
+    /// Creates a mask from row-major booleans.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where its length is not `rows * cols`.
+    /// Returns [`Error::ShapeMismatch`] if the length of `keep` is not `rows * cols`.
     pub(crate) fn from_bools(rows: usize, cols: usize, keep: &[bool]) -> Result<Self> {
         if rows.checked_mul(cols) != Some(keep.len()) {
             return Err(Error::ShapeMismatch {
@@ -61,10 +63,12 @@ impl Mask {
         Ok(mask)
     }
 
-    /// Removes the least `scores` that `pattern` allows; of equal ones, those of lower index first, as a stable sort would.
+    /// Creates a mask that removes the lowest `scores`, as many as `pattern` requires. Of equal
+    /// scores, those of lower index are removed first, as with a stable sort.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] where a score is NaN (infinities are ordered as usual); whatever [`Pattern::validate`] returns.
+    /// Returns [`Error::NotFinite`] if a score is NaN (infinities are ordered as usual), and the
+    /// errors of [`Pattern::validate`].
     pub fn from_scores(scores: &Matrix, pattern: &Pattern) -> Result<Self> {
         pattern.validate()?;
         if let Some(index) = scores.as_slice().par_iter().position_first(|v| v.is_nan()) {
@@ -109,10 +113,10 @@ impl Mask {
         self.cols
     }
 
-    /// Whether element `(i, j)` stays.
+    /// Whether element `(i, j)` is kept.
     ///
     /// # Panics
-    /// Where it lies outside the matrix.
+    /// Panics if it is outside the matrix.
     pub fn get(&self, i: usize, j: usize) -> bool {
         assert!(
             i < self.rows && j < self.cols,
@@ -123,10 +127,10 @@ impl Mask {
         self.words[i * self.cols.div_ceil(64) + j / 64] >> (j % 64) & 1 == 1
     }
 
-    /// Keeps element `(i, j)` or not.
+    /// Sets whether element `(i, j)` is kept.
     ///
     /// # Panics
-    /// Where it lies outside the matrix.
+    /// Panics if it is outside the matrix.
     pub fn set(&mut self, i: usize, j: usize, keep: bool) {
         assert!(
             i < self.rows && j < self.cols,
@@ -142,12 +146,12 @@ impl Mask {
         .put(j, keep);
     }
 
-    /// Number of elements that stay.
+    /// Number of elements that are kept.
     pub fn count_kept(&self) -> usize {
         self.words.iter().map(|w| w.count_ones() as usize).sum()
     }
 
-    /// Share of elements that go, in 0..=1; 0 for a mask without elements.
+    /// Share of elements that are removed, in 0..=1; 0 for a mask without elements.
     pub fn sparsity(&self) -> f64 {
         let total = self.rows * self.cols;
         if total == 0 {
@@ -157,7 +161,8 @@ impl Mask {
         }
     }
 
-    /// Whether everything that this mask keeps, `other` keeps too. `false` where the shapes differ.
+    /// Whether `other` keeps all elements that this mask keeps. Returns `false` if the shapes
+    /// differ.
     pub fn is_subset_of(&self, other: &Mask) -> bool {
         (self.rows, self.cols) == (other.rows, other.cols)
             && self
@@ -167,7 +172,7 @@ impl Mask {
                 .all(|(a, b)| a & !b == 0)
     }
 
-    /// The mask row-major, `true` where an element stays.
+    /// The mask in row-major order, `true` for elements that are kept.
     #[cfg(test)]
     pub(crate) fn to_bools(&self) -> Vec<bool> {
         (0..self.rows)
@@ -175,17 +180,17 @@ impl Mask {
             .collect()
     }
 
-    /// The mask as a matrix of ones and zeros, to multiply with.
+    /// The mask as a matrix of ones and zeros, for multiplication.
     pub fn to_matrix(&self) -> Matrix {
         Matrix::from_fn(self.rows, self.cols, |i, j| {
             f32::from(u8::from(self.get(i, j)))
         })
     }
 
-    /// Sets what does not stay to `+0.0`.
+    /// Sets the removed elements of `matrix` to `+0.0`.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where `matrix` has another shape.
+    /// Returns [`Error::ShapeMismatch`] if `matrix` has another shape.
     pub fn apply(&self, matrix: &mut Matrix) -> Result<()> {
         if (self.rows, self.cols) != (matrix.rows(), matrix.cols()) {
             return Err(Error::ShapeMismatch {
@@ -213,7 +218,7 @@ impl Mask {
 
     fn fill_rows(&mut self, f: impl Fn(usize, &mut RowBits<'_>) + Sync) {
         let cols = self.cols;
-        // No columns, no words, and no chunks of size 0.
+        // A mask without columns has no words, but a chunk size must not be 0.
         self.words
             .par_chunks_mut(cols.div_ceil(64).max(1))
             .enumerate()
@@ -245,12 +250,13 @@ impl RowBits<'_> {
     }
 }
 
-/// `floor(len * ratio)` in `f64`, as Python's `int(len * ratio)`.
+/// Computes `floor(len * ratio)` in `f64`, like Python's `int(len * ratio)`.
 pub(super) fn floor_share(len: usize, ratio: f64) -> usize {
     ((len as f64 * ratio) as usize).min(len)
 }
 
-/// What N:M leaves in a group of `len <= m`: N of a whole one, the share of a short one rounded up.
+/// Number of weights that N:M keeps in a group of `len <= m`: N in a full group, and its share,
+/// rounded up, in a shorter one.
 pub(super) fn kept_in_group(n: usize, m: usize, len: usize) -> usize {
     if len == m {
         n
@@ -259,8 +265,9 @@ pub(super) fn kept_in_group(n: usize, m: usize, len: usize) -> usize {
     }
 }
 
-/// Calls `drop` with the indices, ascending, of the `count` least of `scores` (no NaN). Of equal scores the first ones go:
-/// what a stable sort would put first. O(len) by selection instead of sorting.
+/// Calls `drop` with the indices, in ascending order, of the `count` lowest of `scores`, which must
+/// not be NaN. Of equal scores, the first ones are dropped, as with a stable sort. The cost is
+/// O(len), by selection instead of sorting.
 pub(super) fn drop_least(
     scores: &[f32],
     count: usize,
@@ -278,7 +285,8 @@ pub(super) fn drop_least(
     scratch.extend(scores.iter().map(|v| sort_key(*v)));
     let (below, threshold, _) = scratch.select_nth_unstable(count - 1);
     let threshold = *threshold;
-    // Those below the threshold all go; what is left of the count goes to the first ones that equal it.
+    // All scores below the threshold are dropped. The rest of the count is taken from the first
+    // scores that equal the threshold.
     let mut equal = count - below.iter().filter(|key| **key < threshold).count();
     for (k, v) in scores.iter().enumerate() {
         let key = sort_key(*v);
@@ -291,7 +299,7 @@ pub(super) fn drop_least(
     }
 }
 
-/// A `u32` that orders as the float does; both zeros are one.
+/// Maps a float to a `u32` with the same order. Both zeros map to the same number.
 fn sort_key(v: f32) -> u32 {
     let bits = (v + 0.0).to_bits();
     if bits >> 31 == 0 {

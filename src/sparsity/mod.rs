@@ -1,10 +1,17 @@
-//! Which weights to remove: magnitude, Wanda and RIA scores, SparseGPT, patterns, masks.
+//! Pruning of weight matrices: magnitude, Wanda and RIA scores, SparseGPT, sparsity patterns and
+//! masks.
 //!
-//! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695); RIA: "Plug-and-Play: An
-//! Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024); `sparsegpt`. Everything here is a pure
-//! function of a weight matrix `[out, in]` and of statistics of the layer's input; the pass over calibration data that
-//! gathers those lives elsewhere. Departures: N:M means "at most N of M stay" (as hardware names it), where Wanda's code
-//! counts the pruned ones; for 2:4 and 4:8 the two agree. A last group shorter than M keeps its share, rounded up.
+//! Wanda: "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695).
+//! RIA: "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR
+//! 2024). SparseGPT: see `sparsegpt`.
+//!
+//! Everything here is a pure function of a weight matrix `[out, in]` and of statistics of the
+//! layer's input. The pass over calibration data that collects the statistics is not in this
+//! module.
+//!
+//! Departures: N:M means that at most N of M weights stay, as in hardware, whereas Wanda's code
+//! counts the pruned weights; for 2:4 and 4:8 both are the same. A last group shorter than M keeps
+//! its share, rounded up.
 
 pub(crate) mod compensate;
 mod mask;
@@ -29,24 +36,25 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::linalg::Matrix;
 
-/// How weights are ranked before the least important ones are removed.
+/// How the importance of weights is determined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
-    /// By absolute value; needs no data.
+    /// The absolute value; needs no data.
     Magnitude,
-    /// By absolute value times the norm of the input column (Wanda); needs [`InputNorms`].
+    /// The absolute value times the norm of the input column (Wanda); needs [`InputNorms`].
     Wanda,
-    /// By share of the absolute values of row and column, times the root of the input column's norm (RIA); needs
-    /// [`InputNorms`].
+    /// The weight's share of the absolute values of its row and of its column, times the square
+    /// root of the norm of the input column (RIA); needs [`InputNorms`].
     Ria,
-    /// By what the removal costs once the other weights have made up for it, which they then do; needs a Hessian, and is
-    /// `sparsegpt`, not a score.
+    /// The error that removing the weight causes after the remaining weights have been adjusted to
+    /// compensate. This method needs a Hessian, and also adjusts the weights. It is `sparsegpt`,
+    /// and has no scores.
     SparseGpt,
 }
 
 impl Method {
-    /// Every method, for help texts.
+    /// All methods, for help texts.
     pub const ALL: [Method; 4] = [
         Method::Magnitude,
         Method::Wanda,
@@ -59,11 +67,12 @@ impl Method {
         self != Method::Magnitude
     }
 
-    /// Scores of every weight of `weight` `[out, in]`; the smaller, the sooner it is removed.
+    /// Computes a score for every element of `weight` `[out, in]`. The lowest scores are removed
+    /// first.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where Wanda or RIA is given no `norms`, and for SparseGPT; [`Error::ShapeMismatch`] where
-    /// they are of another width.
+    /// Returns [`Error::InvalidArgument`] if Wanda or RIA has no `norms`, and for SparseGPT.
+    /// Returns [`Error::ShapeMismatch`] if `norms` has another width than `weight`.
     pub fn scores(self, weight: &Matrix, norms: Option<&InputNorms>) -> Result<Matrix> {
         match (self, norms) {
             (Method::Magnitude, _) => Ok(magnitude_scores(weight)),
@@ -111,7 +120,7 @@ impl FromStr for Method {
     }
 }
 
-/// `|w|` for every weight.
+/// Computes `|w|` for every weight.
 ///
 /// # Shapes
 /// `weight` and the result: `[out, in]`.
@@ -125,14 +134,15 @@ pub fn magnitude_scores(weight: &Matrix) -> Matrix {
     scores
 }
 
-/// `|w| * sqrt(mean ||x_j||^2)` for every weight, in `f32` as Wanda's own code computes it.
+/// Computes `|w| * sqrt(mean ||x_j||^2)` for every weight, in `f32` as in Wanda's own code.
 ///
 /// # Shapes
-/// `weight` and the result: `[out, in]`; `input_sq_norms`: `[in]`, from [`InputNorms::mean_sq_norms`].
+/// `weight` and the result: `[out, in]`; `input_sq_norms`: `[in]`, from
+/// [`InputNorms::mean_sq_norms`].
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] where `input_sq_norms` has another length than `weight` has columns; [`Error::NotFinite`]
-/// where one of them is negative, NaN or infinite.
+/// Returns [`Error::ShapeMismatch`] if the length of `input_sq_norms` is not the number of columns
+/// of `weight`, and [`Error::NotFinite`] if one of its values is negative, NaN or infinite.
 fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     check_norms(weight, input_sq_norms)?;
     let mut scores = weight.clone();
@@ -151,14 +161,18 @@ fn wanda_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     Ok(scores)
 }
 
-/// `(|w_ij| / sum_j |w_ij| + |w_ij| / sum_i |w_ij|) * (mean ||x_j||^2)^(1/4)` for every weight: how much of its row and of its
-/// column it is, so that no input or output loses all its weights.
+/// Computes `(|w_ij| / sum_j |w_ij| + |w_ij| / sum_i |w_ij|) * (mean ||x_j||^2)^(1/4)` for every
+/// weight.
+///
+/// The first factor is the weight's share of its row and of its column, so no input or output loses
+/// all its weights.
 ///
 /// # Shapes
-/// `weight` and the result: `[out, in]`; `input_sq_norms`: `[in]`, from [`InputNorms::mean_sq_norms`].
+/// `weight` and the result: `[out, in]`; `input_sq_norms`: `[in]`, from
+/// [`InputNorms::mean_sq_norms`].
 ///
 /// # Errors
-/// As [`wanda_scores`].
+/// Returns the errors of [`wanda_scores`].
 fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
     check_norms(weight, input_sq_norms)?;
     let mut scores = weight.clone();
@@ -172,7 +186,7 @@ fn ria_scores(weight: &Matrix, input_sq_norms: &[f32]) -> Result<Matrix> {
             .zip(weight.row(i))
             .for_each(|(sum, v)| *sum += f64::from(v.abs()));
     }
-    // An empty row or column has zeros only, which score 0 whatever they are divided by.
+    // The weights of an empty row or column are all 0, and their score is 0 with any divisor.
     let inverse = |sum: f64| if sum > 0.0 { (1.0 / sum) as f32 } else { 0.0 };
     let columns: Vec<f32> = columns.into_iter().map(inverse).collect();
     let norms: Vec<f32> = input_sq_norms.iter().map(|v| v.sqrt().sqrt()).collect();
@@ -209,16 +223,19 @@ fn check_norms(weight: &Matrix, input_sq_norms: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// Removes from `weight` what `pattern` says, least `scores` first, and returns the mask of what stays.
+/// Removes the weights with the lowest `scores` from `weight`, as many as `pattern` requires, and
+/// returns the mask of those that stay.
 ///
-/// The result depends on nothing but the arguments: ties go by column (by row-major index for [`Pattern::Layer`]), the lower
-/// one is removed first, at any number of threads. O(out * in).
+/// The result depends only on the arguments, with any number of threads. Of equal scores, the lower
+/// column is removed first (the lower row-major index for [`Pattern::Layer`]). The cost is O(out *
+/// in).
 ///
 /// # Shapes
 /// `weight`, `scores` and the mask: `[out, in]`.
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] where the shapes differ, and whatever [`Mask::from_scores`] returns. `weight` is then unchanged.
+/// Returns [`Error::ShapeMismatch`] if the shapes differ, and the errors of [`Mask::from_scores`].
+/// `weight` is then unchanged.
 pub fn prune(weight: &mut Matrix, scores: &Matrix, pattern: &Pattern) -> Result<Mask> {
     if (weight.rows(), weight.cols()) != (scores.rows(), scores.cols()) {
         return Err(Error::ShapeMismatch {

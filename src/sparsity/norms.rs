@@ -1,12 +1,12 @@
-//! What Wanda needs to know of a layer's input.
+//! The statistics of a layer's input that Wanda needs.
 
 use crate::error::{Error, Result};
 
-/// Running mean, over calibration sequences, of each input column's squared L2 norm.
+/// Running mean of the squared L2 norm of each input column over calibration sequences.
 ///
-/// As Wanda's `scaler_row`: for a batch of `b` sequences after `n` others, `s *= n / (n + b)`, then
-/// `s += ||x_j||^2 / (n + b)`, where the norm runs over all tokens of the batch. Kept in `f64`, so that the order of
-/// sequences hardly matters.
+/// This is Wanda's `scaler_row`: for a batch of `b` sequences after `n` others, `s *= n / (n + b)`,
+/// then `s += ||x_j||^2 / (n + b)`, where the norm is over all tokens of the batch. The mean is in
+/// `f64`, so the order of sequences has almost no effect.
 #[derive(Clone, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct InputNorms {
@@ -15,7 +15,7 @@ pub struct InputNorms {
 }
 
 impl InputNorms {
-    /// No sequence seen, for a layer with `d_input` input columns.
+    /// Creates empty statistics for a layer with `d_input` input columns.
     pub fn new(d_input: usize) -> Self {
         Self {
             mean: vec![0.0; d_input],
@@ -28,7 +28,7 @@ impl InputNorms {
         self.mean.len()
     }
 
-    /// Number of sequences seen.
+    /// Number of sequences added so far.
     pub fn sequences(&self) -> usize {
         self.sequences
     }
@@ -39,8 +39,9 @@ impl InputNorms {
     /// `x`: `[tokens of all sequences, d_input]`, row-major.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where `x` is no whole number of rows; [`Error::NotFinite`] where it holds NaN or an infinity;
-    /// [`Error::InvalidArgument`] where `sequences` is 0. The statistics are then unchanged.
+    /// Returns [`Error::ShapeMismatch`] if `x` does not consist of whole rows, [`Error::NotFinite`]
+    /// if it has a NaN or infinite element, and [`Error::InvalidArgument`] if `sequences` is 0. The
+    /// statistics are then unchanged.
     pub fn update(&mut self, x: &[f32], sequences: usize) -> Result<()> {
         let d = self.mean.len();
         if (d == 0 && !x.is_empty()) || (d > 0 && !x.len().is_multiple_of(d)) {
@@ -68,13 +69,15 @@ impl InputNorms {
         self.fold(&sums, sequences)
     }
 
-    /// Adds `sequences` sequences whose squared column norms were summed elsewhere (on a device, say).
+    /// Adds `sequences` sequences whose squared column norms were summed elsewhere, for example on
+    /// a device.
     ///
     /// # Shapes
     /// `sums`: `[d_input]`; element `j` is the sum of `x_j^2` over all tokens of these sequences.
     ///
     /// # Errors
-    /// As [`update`](Self::update).
+    /// Returns [`Error::ShapeMismatch`] if `sums` has another length, and otherwise the errors of
+    /// [`update`](Self::update).
     pub(crate) fn update_sums(&mut self, sums: &[f32], sequences: usize) -> Result<()> {
         if sums.len() != self.mean.len() {
             return Err(Error::ShapeMismatch {
@@ -106,7 +109,7 @@ impl InputNorms {
         Ok(())
     }
 
-    /// Mean over sequences of the squared norm of each column, `[d_input]`, rounded to `f32`.
+    /// Mean of the squared norm of each column over the sequences, `[d_input]`, rounded to `f32`.
     pub fn mean_sq_norms(&self) -> Vec<f32> {
         self.mean.iter().map(|v| *v as f32).collect()
     }

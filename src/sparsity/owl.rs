@@ -1,6 +1,7 @@
-//! OWL: blocks of a model with more outliers keep more of their weights.
+//! OWL: the blocks of a model that have more outliers keep more of their weights.
 //!
-//! "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity" (arXiv 2310.05175).
+//! "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
+//! Sparsity" (arXiv 2310.05175).
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -11,10 +12,11 @@ use crate::linalg::Matrix;
 /// Settings of OWL.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OwlConfig {
-    /// A weight is an outlier whose score is over this many times the mean of its block's (the paper's M).
+    /// Threshold of outliers: a weight is an outlier if its score is more than this many times the
+    /// mean of its block's scores (the paper's M).
     pub threshold: f64,
-    /// No block's ratio is farther than about this from the model's; the least and the greatest are twice this apart (the
-    /// paper's lambda).
+    /// Approximate maximum distance of a block's ratio from the model's. The smallest and the
+    /// largest ratio are twice this apart (the paper's lambda).
     pub spread: f64,
 }
 
@@ -28,7 +30,7 @@ impl Default for OwlConfig {
 }
 
 impl OwlConfig {
-    /// The paper's settings: outliers of 5 times the mean, a spread of 0.08.
+    /// Creates the paper's settings: a threshold of 5 times the mean, and a spread of 0.08.
     pub fn new() -> Self {
         Self::default()
     }
@@ -41,7 +43,8 @@ impl OwlConfig {
     /// Checks the fields.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a threshold that is not finite or not positive, or a spread outside 0..=0.5.
+    /// Returns [`Error::InvalidArgument`] if the threshold is not finite or not positive, or the
+    /// spread is outside 0..=0.5.
     pub fn validate(&self) -> Result<()> {
         if !(self.threshold.is_finite() && self.threshold > 0.0) {
             return Err(Error::argument(
@@ -56,11 +59,13 @@ impl OwlConfig {
         Ok(())
     }
 
-    /// Each block's ratio of weights to remove, by its share of outliers: linear in it, `2 spread` apart from end to end, and
-    /// `ratio` on average.
+    /// Computes the ratio of weights to remove from each block, from the blocks' shares of
+    /// outliers. The ratio decreases linearly with the share; the extremes are `2 spread` apart,
+    /// and the mean is `ratio`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for bad settings, a share that is not finite, or a block's ratio outside 0..=1.
+    /// Returns [`Error::InvalidArgument`] if the settings are invalid, a share is not finite, or a
+    /// block's ratio is outside 0..=1.
     pub fn ratios(&self, shares: &[f64], ratio: f64) -> Result<Vec<f64>> {
         self.validate()?;
         if let Some(share) = shares.iter().find(|share| !share.is_finite()) {
@@ -94,13 +99,13 @@ impl OwlConfig {
     }
 }
 
-/// The share, in 0..=1, of scores over `threshold` times the mean of them all.
+/// The share, in 0..=1, of scores above `threshold` times the mean of all scores.
 pub(crate) fn outlier_share(scores: &[Matrix], threshold: f64) -> f64 {
     let count: usize = scores.iter().map(|scores| scores.as_slice().len()).sum();
     if count == 0 {
         return 0.0;
     }
-    // Row by row, so that the sum does not depend on how many threads share it.
+    // Sum row by row, so that the result does not depend on the number of threads.
     let sum = |scores: &Matrix| -> f64 {
         let rows: Vec<f64> = (0..scores.rows())
             .into_par_iter()
@@ -137,7 +142,7 @@ mod tests {
     fn shares_count_over_all_layers_of_a_block() {
         let small = Matrix::from_fn(3, 5, |_, _| 1.0);
         let large = Matrix::from_fn(1, 5, |_, j| if j == 2 { 40.0 } else { 1.0 });
-        // The mean is 59 / 20, five times that 14.75.
+        // The mean is 59 / 20, and five times the mean is 14.75.
         assert_eq!(outlier_share(&[small.clone(), large], 5.0), 0.05);
         assert_eq!(outlier_share(&[small], 5.0), 0.0);
         assert_eq!(outlier_share(&[], 5.0), 0.0);

@@ -1,4 +1,4 @@
-//! Where the zeros may lie.
+//! Sparsity patterns: where zeros may be.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,37 +7,39 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Which weights compete with one another for being kept, and how many are.
+/// The groups in which weights are compared, and how many weights of each group stay.
 ///
-/// Written as `unstructured:0.5`, `layer:0.5` or `2:4`; so it stands in JSON, too.
+/// A pattern is written as `unstructured:0.5`, `layer:0.5` or `2:4`, also in JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Pattern {
-    /// In each output row, the `floor(in * ratio)` weights of least score go (Wanda's comparison group).
+    /// Removes the `floor(in * ratio)` lowest scores of each output row (Wanda's comparison group).
     Unstructured {
         /// Share of weights to remove, in 0..=1.
         ratio: f64,
     },
-    /// In the whole matrix, the `floor(out * in * ratio)` weights of least score go; rows may differ in sparsity.
+    /// Removes the `floor(out * in * ratio)` lowest scores of the whole matrix. The sparsity of
+    /// rows may differ.
     Layer {
         /// Share of weights to remove, in 0..=1.
         ratio: f64,
     },
-    /// In each `m` consecutive inputs of a row, the `n` of largest score stay. A last group of `g < m` inputs keeps
-    /// `ceil(n * g / m)`, so there are never more than `n` non-zeros in a group.
+    /// Keeps the `n` highest scores of each `m` consecutive inputs of a row. A last group of
+    /// `g < m` inputs keeps `ceil(n * g / m)`, so no group has more than `n` non-zeros.
     NM {
-        /// Weights that stay.
+        /// Number of weights that stay.
         n: usize,
-        /// Size of the group.
+        /// Number of weights per group.
         m: usize,
     },
 }
 
 impl Pattern {
-    /// The pattern called `name`: `unstructured` and `layer` take `ratio`, `N:M` fixes its own.
+    /// Creates the pattern named `name`: `unstructured` and `layer` use `ratio`; `N:M` ignores it.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for an unknown name, a `ratio` outside 0..=1 (checked for N:M as well), N over M, or M = 0.
+    /// Returns [`Error::InvalidArgument`] if the name is unknown, `ratio` is outside 0..=1 (also
+    /// for N:M), N is larger than M, or M is 0.
     pub fn from_name(name: &str, ratio: f64) -> Result<Self> {
         check_ratio(ratio)?;
         let pattern = match name.trim().to_ascii_lowercase().as_str() {
@@ -52,7 +54,8 @@ impl Pattern {
     /// Checks the fields.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a ratio that is NaN or outside 0..=1, N over M, or M = 0.
+    /// Returns [`Error::InvalidArgument`] if the ratio is NaN or outside 0..=1, N is larger than M,
+    /// or M is 0.
     pub fn validate(&self) -> Result<()> {
         match *self {
             Pattern::Unstructured { ratio } | Pattern::Layer { ratio } => check_ratio(ratio),
@@ -66,7 +69,7 @@ impl Pattern {
         }
     }
 
-    /// The same pattern with another ratio; N:M as it is.
+    /// Returns the same pattern with another ratio. N:M is returned unchanged.
     pub fn with_ratio(self, ratio: f64) -> Self {
         match self {
             Pattern::Unstructured { .. } => Pattern::Unstructured { ratio },
@@ -75,7 +78,8 @@ impl Pattern {
         }
     }
 
-    /// Columns that compete with one another whatever the matrix's size: M of N:M, else 1.
+    /// Number of consecutive columns that form a group for any size of the matrix: M for N:M,
+    /// otherwise 1.
     pub(crate) fn group(&self) -> usize {
         match *self {
             Pattern::NM { m, .. } => m.max(1),
@@ -94,7 +98,7 @@ impl Pattern {
 }
 
 fn check_ratio(ratio: f64) -> Result<()> {
-    // A NaN is in no range.
+    // The range does not contain NaN.
     if (0.0..=1.0).contains(&ratio) {
         return Ok(());
     }
@@ -134,7 +138,7 @@ impl fmt::Display for Pattern {
 impl FromStr for Pattern {
     type Err = Error;
 
-    /// Reads what [`Display`](fmt::Display) writes: `unstructured:0.5`, `layer:0.5`, `2:4`.
+    /// Parses the format of [`Display`](fmt::Display): `unstructured:0.5`, `layer:0.5`, `2:4`.
     fn from_str(s: &str) -> Result<Self> {
         let (head, tail) = s.split_once(':').ok_or_else(|| unknown(s))?;
         match head.trim().to_ascii_lowercase().as_str() {

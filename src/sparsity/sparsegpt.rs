@@ -1,7 +1,9 @@
-//! SparseGPT: weights are removed column by column, and those that stay make up for it.
+//! SparseGPT: weights are removed column by column, and the remaining ones are adjusted to
+//! compensate.
 //!
-//! "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv 2301.00774). Departures: the factor of the
-//! Hessian itself takes the place of its inverse's ([`Factor`]), and the share that a ratio removes is met to the weight.
+//! "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv 2301.00774).
+//! Departures: it uses the factor of the Hessian itself, not of its inverse ([`Factor`]), and a
+//! ratio removes exactly the requested number of weights.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,13 +12,13 @@ use super::{Mask, Pattern};
 use crate::error::{Error, Result};
 use crate::linalg::{Factor, Matrix};
 
-/// Columns that compete with one another for being kept, unless said otherwise.
+/// Default number of columns whose weights are compared with one another.
 const BLOCK: usize = 128;
 
 /// Settings of SparseGPT.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SparseGptConfig {
-    /// Columns that are decided together.
+    /// Number of columns that are decided together.
     pub block_size: usize,
 }
 
@@ -27,7 +29,7 @@ impl Default for SparseGptConfig {
 }
 
 impl SparseGptConfig {
-    /// Blocks of 128 columns.
+    /// Creates settings with blocks of 128 columns.
     pub fn new() -> Self {
         Self::default()
     }
@@ -39,7 +41,7 @@ impl SparseGptConfig {
     /// Checks the fields.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a block size of 0.
+    /// Returns [`Error::InvalidArgument`] if the block size is 0.
     pub fn validate(&self) -> Result<()> {
         if self.block_size == 0 {
             return Err(Error::argument("block_size", 0, "at least 1"));
@@ -48,20 +50,21 @@ impl SparseGptConfig {
     }
 }
 
-/// Removes from `weight` what `pattern` says and changes the weights that stay so that the layer's output changes little;
-/// returns the mask of what stays.
+/// Removes weights from `weight` by `pattern`, adjusts the remaining ones to keep the change of the
+/// layer's output small, and returns the mask of those that stay.
 ///
-/// A weight `w` costs `(w U_kk)^2` to remove ([`Factor::pivots`]). With a ratio, the weights of a block of columns, of all
-/// rows, compete with one another, whether the pattern is by row or by layer; rows may differ in sparsity. N:M groups are
-/// decided one by one, after all columns before them. O(out * in^2), the same result at any number of threads.
+/// The cost of removing a weight `w` is `(w U_kk)^2` ([`Factor::pivots`]). For a ratio, by row or
+/// by layer, the weights of all rows in a block of columns are compared with one another, so the
+/// sparsity of rows may differ. N:M groups are decided one by one, each after all columns before
+/// it. The time is O(out * in^2), and the result is the same with any number of threads.
 ///
 /// # Shapes
 /// `weight` and the mask: `[out, in]`; `factor`: of `[in, in]`.
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] for a factor of another width, [`Error::NotFinite`] for a weight that is NaN or infinite,
-/// [`Error::InvalidArgument`] for a bad pattern or block size, and for N:M with a factor in activation order. `weight` is
-/// then unchanged.
+/// Returns [`Error::ShapeMismatch`] if the factor has another width, [`Error::NotFinite`] if a
+/// weight is NaN or infinite, and [`Error::InvalidArgument`] if the pattern or block size is
+/// invalid, or for N:M with a factor in activation order. `weight` is then unchanged.
 #[doc(hidden)]
 pub fn sparsegpt(
     weight: &mut Matrix,

@@ -11,7 +11,7 @@ fn random(rows: usize, cols: usize, seed: u64) -> Matrix {
     Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0f32..1.0))
 }
 
-/// The stable sort that selection has to agree with.
+/// A stable sort, which the selection must agree with.
 fn oracle(scores: &[f32], count: usize) -> Vec<bool> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|a, b| scores[*a].partial_cmp(&scores[*b]).unwrap());
@@ -94,7 +94,7 @@ fn selection_agrees_with_a_stable_sort_with_many_ties() {
         .enumerate()
     {
         let mut rng = ChaCha8Rng::seed_from_u64(seed as u64);
-        // Few distinct values, both zeros and negative ones among them.
+        // There are few distinct values, with both zeros and negative numbers among them.
         let scores = Matrix::from_fn(rows, cols, |_, _| -(rng.random_range(-3..4) as f32) * 0.5);
         for ratio in [0.0, 0.1, 0.3, 0.5, 0.77, 0.999, 1.0] {
             let mask = Mask::from_scores(&scores, &Pattern::Unstructured { ratio }).unwrap();

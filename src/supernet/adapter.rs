@@ -1,4 +1,4 @@
-//! A supernet out of an adapter that was trained elsewhere.
+//! Builds a supernet from an adapter that was trained elsewhere.
 
 use std::sync::Arc;
 
@@ -13,16 +13,19 @@ use crate::model::Decoder;
 use crate::space::{SearchSpace, SubnetConfig};
 
 impl SuperNet {
-    /// Puts a plain LoRA on `model`. Each layer keeps its own rank and scale; the space holds that one subnet.
+    /// Puts a plain LoRA on `model`. Each layer keeps its own rank and scale, and the search space
+    /// holds this one subnet.
     ///
-    /// An adapter that was trained under the base's mask ([`LoraAdapter::sparse`]) is masked by the zeros of `model`, so the
-    /// model must be the pruned one that it was trained on. [`SuperNet::config`] states the adapter's largest rank with that
-    /// layer's alpha; no dropout.
+    /// An adapter that was trained under the base's mask ([`LoraAdapter::sparse`]) is masked by the
+    /// zeros of `model`, so `model` must be the pruned model that it was trained on.
+    /// [`SuperNet::config`] reports the adapter's largest rank with that layer's alpha, and no
+    /// dropout.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] and [`Error::TensorShape`] as [`LoraAdapter::check`] says; [`Error::InvalidArgument`] for an
-    /// adapter without layers; [`Error::HasAdapter`] for a model that has an adapter already; [`Error::Unsupported`] for an
-    /// adapter that was trained through a quantizer, or a scale that is not over 0.
+    /// Returns [`Error::UnknownLayer`] and [`Error::TensorShape`] as [`LoraAdapter::check`] does,
+    /// [`Error::InvalidArgument`] for an adapter without layers, [`Error::HasAdapter`] if the model
+    /// already has an adapter, and [`Error::Unsupported`] if the adapter was trained through a
+    /// quantizer or a scale is not positive.
     pub fn from_adapter(model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
         if adapter.quantization_aware {
             return Err(Error::Unsupported {
@@ -44,7 +47,7 @@ impl SuperNet {
         let device = model.device();
         let mut groups = Vec::with_capacity(adapter.layers.len());
         let mut largest: Option<LoraConfig> = None;
-        // In the order of computation, which that of names is not from ten blocks on.
+        // Uses the order of computation. The order of names differs from ten blocks on.
         for shape in model.layer_shapes() {
             let (Some(weights), Some(layer)) = (
                 adapter.layers.get(&shape.name),
@@ -58,7 +61,8 @@ impl SuperNet {
                     what: format!("LoRA adapter, layer `{}`: scale {scale}", shape.name),
                 });
             }
-            // Exact: the product of 24 bits of scale and the rank's fits an f64, and dividing gives the scale back.
+            // Exact: the product of a 24-bit scale and the rank fits an f64, and dividing gives the
+            // scale back.
             let lora = LoraConfig::new(rank).with_alpha(scale * rank as f64);
             layer.adapter = Some(ElasticLora::from_factors(
                 &lora,
@@ -101,7 +105,7 @@ mod tests {
     use crate::io::{DType, LoraWeights};
     use crate::linalg::Matrix;
 
-    /// Twelve blocks, so that names sort in another order than blocks.
+    /// A model with twelve blocks, so that the order of names differs from the order of blocks.
     fn model() -> Decoder {
         let dims = LlamaDims {
             vocab_size: 19,
@@ -126,7 +130,7 @@ mod tests {
         Matrix::from_fn(rows, cols, |_, _| rng.random_range(-0.5..0.5))
     }
 
-    /// Rank and scale differ from layer to layer; alpha is never the rank.
+    /// An adapter whose rank and scale differ from layer to layer; alpha never equals the rank.
     fn adapter(model: &Decoder) -> LoraAdapter {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let mut adapter = LoraAdapter::default();

@@ -1,4 +1,4 @@
-//! What a subnet costs.
+//! The cost of a subnet.
 
 use std::collections::BTreeMap;
 
@@ -11,35 +11,37 @@ use crate::io::HfConfig;
 use crate::model::{Decoder, ParamCount};
 use crate::nn::{BaseLinear, host_values};
 
-/// Sizes and costs of one subnet, adapters counted apart from the base.
+/// Sizes and costs of one subnet, with adapters counted separately from the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SubnetCost {
-    /// Weights of base and active adapters; tied embeddings count once.
+    /// Number of weights in the base and the active adapters. Tied embeddings count once.
     pub params: usize,
-    /// Those of them that are not zero; every weight of an adapter counts.
+    /// Number of weights that are not zero. Every adapter weight counts as non-zero.
     pub nonzero_params: usize,
-    /// Multiply-accumulates a token of every linear layer, the head among them, as the papers count: zeros included, the
-    /// products of attention scores and the embedding left out.
+    /// Multiply-accumulates per token of all linear layers including the head, counted as in the
+    /// papers: zeros are included; attention scores and the embedding are not.
     pub macs_per_token: usize,
-    /// Those of them that are in adapters.
+    /// Number of weights in the active adapters.
     pub adapter_params: usize,
-    /// Weight bytes at 16 bits a weight, zeros included: what a search compares. A file's bytes follow from its own types.
+    /// Weight bytes at 16 bits per weight, zeros included: the size that a search compares. The
+    /// size of a file depends on its storage formats.
     pub weight_bytes: usize,
-    /// Channels of all query heads of all blocks, from which follow the [`attention_macs`](Self::attention_macs).
+    /// Total width of the query heads of all blocks, from which
+    /// [`attention_macs`](Self::attention_macs) is computed.
     pub attention_width: usize,
 }
 
 impl SubnetCost {
-    /// A plain model of a configuration, no weight of which is zero: what can be said without any weights.
+    /// The cost of a plain model with this configuration and no zero weights. Needs no weights.
     pub fn of_config(config: &HfConfig) -> Self {
         let (params, macs_per_token) = base(config, config.blocks());
         Self::new(config, config.blocks(), params, macs_per_token, params, 0)
     }
 
-    /// The subnet of a model: blocks of these sizes, adapters of these ranks.
+    /// Counts the cost of a subnet with blocks of these sizes and adapters of these ranks.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] where a rank names a layer that there is not.
+    /// Returns [`Error::UnknownLayer`] if `ranks` names a layer that does not exist.
     pub(super) fn count(
         config: &HfConfig,
         blocks: &[BlockDims],
@@ -91,8 +93,8 @@ impl SubnetCost {
         }
     }
 
-    /// The same once the adapters are merged: they cost nothing then. Under a mask they fill no zero; otherwise the zeros that they
-    /// fill are not counted.
+    /// The cost after merging, when adapters are free. Merging a masked adapter fills no zeros;
+    /// zeros that an unmasked adapter fills are not counted.
     pub fn merged(mut self) -> Self {
         self.params -= self.adapter_params;
         self.nonzero_params -= self.adapter_params;
@@ -102,19 +104,22 @@ impl SubnetCost {
         self
     }
 
-    /// Multiply-accumulates of the linear layers over a sequence: at 256 tokens, what the paper calls TFLOPs.
+    /// Multiply-accumulates of the linear layers over a sequence. At 256 tokens, this is what the
+    /// paper reports as TFLOPs.
     pub fn macs(&self, n_tokens: usize) -> usize {
         self.macs_per_token * n_tokens
     }
 
-    /// Multiply-accumulates of attention's two products (scores, and the sums of values) over a causal sequence, which
-    /// [`macs`](Self::macs) leaves out as the papers do: token `i` meets `i` keys.
+    /// Multiply-accumulates of attention's two products (scores, and the sums of values) over a
+    /// causal sequence, in which token `i` attends to `i` keys. [`macs`](Self::macs) excludes them,
+    /// as the papers do.
     pub fn attention_macs(&self, n_tokens: usize) -> usize {
         self.attention_width * n_tokens * (n_tokens + 1)
     }
 }
 
-/// Parameters of a model with blocks of these sizes, and multiply-accumulates of its linear layers for a token.
+/// Returns the number of parameters of a model with blocks of these sizes, and the
+/// multiply-accumulates of its linear layers per token.
 fn base(config: &HfConfig, blocks: &[BlockDims]) -> (usize, usize) {
     let (d_model, embedding) = (
         config.hidden_size(),
@@ -135,10 +140,10 @@ fn base(config: &HfConfig, blocks: &[BlockDims]) -> (usize, usize) {
     (rest + linear, linear + embedding)
 }
 
-/// The weights of a base that are not zero, counted so that any prefix of channels is known.
+/// Counts of the base's non-zero weights, from which the count for any prefix of channels follows.
 #[derive(Clone, Debug)]
 pub(super) struct Nonzeros {
-    /// Embedding, head and last norm.
+    /// Count in the embedding, the head and the final norm.
     outside: usize,
     blocks: Vec<BlockNonzeros>,
     all: ParamCount,
@@ -147,13 +152,14 @@ pub(super) struct Nonzeros {
 #[derive(Clone, Debug, Default)]
 struct BlockNonzeros {
     norms: BTreeMap<NormKind, usize>,
-    /// By number of channels, from 0 to all: output channels, or inputs for the layers that put out the residual stream.
+    /// Counts in the weights for each number of active channels, from 0 to all: input channels for
+    /// the layers that write to the residual stream, output channels for the others.
     layers: BTreeMap<LinearKind, Vec<usize>>,
-    /// Of biases, by number of output channels.
+    /// Counts in the biases for each number of output channels.
     biases: BTreeMap<LinearKind, Vec<usize>>,
 }
 
-/// Sums of the first 0, 1, 2 and so on.
+/// Prefix sums, starting with 0.
 fn sums(counts: impl IntoIterator<Item = usize>) -> Vec<usize> {
     let mut sum = 0;
     let sums = counts.into_iter().map(|count| {
@@ -168,7 +174,7 @@ fn count(values: &[f32]) -> usize {
 }
 
 impl Nonzeros {
-    /// Counts. Reads every weight once.
+    /// Counts the non-zero weights. Reads every weight once.
     pub fn new(model: &Decoder) -> Self {
         let mut total = 0;
         let mut tally = |values: Vec<f32>| {
@@ -220,12 +226,12 @@ impl Nonzeros {
         }
     }
 
-    /// All weights of the base, and those that are not zero.
+    /// Counts of all weights of the base and of the non-zero ones.
     pub fn all(&self) -> ParamCount {
         self.all
     }
 
-    /// Those that blocks of these sizes have.
+    /// The non-zero weights of blocks with these sizes.
     fn of(&self, config: &HfConfig, blocks: &[BlockDims]) -> usize {
         let of_block = |(counts, dims): (&BlockNonzeros, &BlockDims)| {
             counts.count(|kind| {
@@ -236,7 +242,7 @@ impl Nonzeros {
         self.outside + self.blocks.iter().zip(blocks).map(of_block).sum::<usize>()
     }
 
-    /// Those of one linear layer's weight, of these sizes.
+    /// The non-zero weights of one linear layer with these sizes, without its bias.
     fn of_layer(&self, block: usize, kind: LinearKind, dims: [usize; 2]) -> usize {
         self.blocks[block].layers.get(&kind).map_or(0, |sums| {
             at(sums, dims[usize::from(!kind.writes_residual())])
@@ -244,13 +250,13 @@ impl Nonzeros {
     }
 }
 
-/// The sum of the first `n`, or of all where there are fewer.
+/// The prefix sum of the first `n` counts, or of all if there are fewer.
 fn at(sums: &[usize], n: usize) -> usize {
     sums[n.min(sums.len() - 1)]
 }
 
 impl BlockNonzeros {
-    /// Where `dims` gives the sizes of the layers that are there.
+    /// Counts the layers for which `dims` returns sizes; the others are left out.
     fn count(&self, dims: impl Fn(LinearKind) -> Option<[usize; 2]>) -> usize {
         let of_layer = |(kind, sums): (&LinearKind, &Vec<usize>)| {
             dims(*kind).map_or(0, |dims| {
@@ -270,8 +276,8 @@ impl BlockNonzeros {
     }
 }
 
-/// Bytes of a subnet's base as it is stored, adapters merged: linear layers inside the blocks in a format, all else dense at 16
-/// bits, or 32 where the format has them.
+/// Bytes of a subnet's stored base with adapters merged: the linear layers inside the blocks in
+/// `format`, everything else dense at 16 bits per weight, or 32 for [`WeightFormat::F32`].
 pub(super) fn stored_bytes(
     config: &HfConfig,
     blocks: &[BlockDims],
@@ -290,7 +296,7 @@ pub(super) fn stored_bytes(
     bytes + rest * (params - linear)
 }
 
-/// The non-zero weights of each input or output channel.
+/// Counts the non-zero weights of each input or output channel.
 fn by_channel(layer: &BaseLinear, by_input: bool) -> Vec<usize> {
     let [d_input, d_output] = layer.dims();
     let values = host_values(layer.weight());

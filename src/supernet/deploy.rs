@@ -1,4 +1,4 @@
-//! From decoders and trained supernets to models that run without Burn.
+//! Conversion of decoders and trained supernets to models that run without Burn.
 
 use std::sync::Arc;
 
@@ -19,15 +19,17 @@ use crate::runtime::{FormatPlan, Model};
 use crate::space::{SearchSpace, SubnetConfig};
 
 impl Model {
-    /// A decoder's weights, dense ones in the formats of the plan, quantized ones with the codes that they have. Adapters stay apart.
+    /// Converts a decoder: dense weights are stored in the formats of the plan, and quantized
+    /// weights keep their codes. Adapters stay separate from the base.
     ///
-    /// What [`Merger`](crate::Merger) made is such a decoder: this is how a compressed model becomes a bundle. The tokenizer comes by
-    /// [`with_tokenizer`](Self::with_tokenizer).
+    /// Use this to write a compressed model, such as [`Merger`](crate::Merger) returns, as a
+    /// bundle. Add the tokenizer with [`with_tokenizer`](Self::with_tokenizer).
     ///
     /// # Errors
-    /// [`Error::HasAdapter`] for an adapter that no pair of factors expresses (SparsePEFT, QA-SparsePEFT): merge it first.
-    /// [`Error::Unsupported`] for channels or blocks that are left out ([`Merger::extract`](crate::Merger::extract) makes them go), or a
-    /// weight that its format cannot hold.
+    /// Returns [`Error::HasAdapter`] for an adapter that no pair of factors expresses (SparsePEFT,
+    /// QA-SparsePEFT), which must be merged first. Returns [`Error::Unsupported`] if channels or
+    /// sub-blocks are inactive ([`Merger::extract`](crate::Merger::extract) removes them), or if a
+    /// format cannot hold a weight.
     pub fn from_decoder(model: &Decoder, plan: impl Into<FormatPlan>) -> Result<Self> {
         if let Some(unit) = model.left_out().first() {
             return Err(Error::Unsupported {
@@ -45,10 +47,12 @@ impl Model {
         Ok(Self::from_weights(Weights::new(parts)?, 0))
     }
 
-    /// A whole super-network: base, adapters, space, and subnets by name. All of them share the weights.
+    /// Converts a whole supernet: base, adapters, search space, and named subnets. All subnets
+    /// share the weights.
     ///
     /// # Errors
-    /// As [`from_decoder`](Self::from_decoder) for adapters and formats; [`SearchSpace::validate`] for a subnet.
+    /// Returns the errors of [`from_decoder`](Self::from_decoder) for adapters and formats, and
+    /// those of [`SearchSpace::validate`] for a subnet.
     pub fn from_supernet(
         net: &SuperNet,
         subnets: &[(String, SubnetConfig)],
@@ -126,7 +130,7 @@ fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
     })
 }
 
-/// A base layer's weight and bias, all of them whatever is active.
+/// The full weight and bias of a base layer, including inactive channels.
 fn base(
     name: &str,
     base: &BaseLinear,
@@ -134,7 +138,7 @@ fn base(
 ) -> Result<(Weight, Option<Arc<[f32]>>)> {
     let tensor = format!("{name}.weight");
     let stored = match base.quantized() {
-        // Its codes stay what they are; only whether zeros are stored is the plan's to say.
+        // The codes are kept. The plan only decides whether zeros are stored.
         Some(packed) => match format {
             WeightFormat::SparseInt4 { .. } => {
                 StoredMatrix::from_quantized(&packed.unpack(), true)?

@@ -1,4 +1,5 @@
-//! A model, the adapters on it and the space of their shapes: all subnets share one set of weights.
+//! Supernets: a model with adapters and a search space of their shapes. All subnets share one set
+//! of weights.
 
 mod adapter;
 mod cost;
@@ -29,21 +30,23 @@ use cost::Nonzeros;
 /// Settings of a supernet's adapters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SuperNetConfig {
-    /// Largest rank, alpha, dropout, scale rule: the same for every adapter.
+    /// Largest rank, alpha, dropout and scale rule, the same for every adapter.
     pub lora: LoraConfig,
-    /// Layers that get an adapter of the largest rank without being in a group of the space.
+    /// Layers outside the groups of the space that also get an adapter, always of the largest rank.
     pub fixed_layers: Vec<String>,
-    /// Confine every update to its weight's non-zeros (SparsePEFT), so that merging keeps each zero.
+    /// Whether every update is confined to its weight's non-zeros (SparsePEFT), so that merging
+    /// keeps each zero.
     pub sparse_peft: bool,
-    /// Seed of the adapters' first factors.
+    /// Seed from which the adapters' factors A are drawn.
     pub seed: u64,
-    /// What [`SuperNet::with_quantization`] was given, in short; none for a net that is not quantization-aware.
+    /// Summary of the settings given to [`SuperNet::with_quantization`]; `None` without
+    /// quantization-aware training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<QaSummary>,
 }
 
 impl SuperNetConfig {
-    /// Adapters as `lora` says on the layers of the space, unmasked.
+    /// Creates unmasked adapters with the settings `lora` on the layers of the space.
     pub fn new(lora: LoraConfig) -> Self {
         Self {
             lora,
@@ -54,7 +57,8 @@ impl SuperNetConfig {
         }
     }
 
-    /// As [`new`](Self::new) with [`LoraConfig::new`] of the largest rank that the space offers (1 where it offers none).
+    /// Like [`new`](Self::new), with [`LoraConfig::new`] for the largest rank in the space (1 if it
+    /// has no ranks).
     pub fn for_space(space: &SearchSpace) -> Self {
         Self::new(LoraConfig::new(space.max_rank().max(1)))
     }
@@ -67,30 +71,32 @@ impl SuperNetConfig {
     }
 }
 
-/// A supernet: a decoder whose adapters take any shape of a search space.
+/// A supernet: a decoder with elastic adapters, whose shape is chosen from a search space.
 #[derive(Clone, Debug)]
 pub struct SuperNet {
     model: Decoder,
     space: SearchSpace,
     config: SuperNetConfig,
     active: SubnetConfig,
-    /// Sizes of the blocks with all channels and units active.
+    /// Sizes of the blocks with all channels and sub-blocks active.
     blocks: Vec<BlockDims>,
     nonzeros: Arc<Nonzeros>,
 }
 
 impl SuperNet {
-    /// Freezes `model` and puts fresh adapters on it. The maximal subnet is active; the model's output is as before until
-    /// trained.
+    /// Freezes `model` and adds fresh adapters. The maximal subnet is active, and the output equals
+    /// that of `model` until training.
     ///
     /// # Errors
-    /// Where the model has an adapter already, the space or `fixed_layers` names a layer that it lacks or names one twice, a
-    /// rank is over the largest, or the settings are out of range. [`Error::InvalidSpace`] for widths and depths that make no model: a
-    /// width that leaves out a layer tied to it (gate and up; q, k and v), mixes shapes, or is no whole number of heads and
-    /// key/value heads; a smallest depth that leaves nothing.
+    /// Returns an error if the model already has an adapter, if the space or `fixed_layers` names
+    /// an unknown layer or the same layer twice, if a rank is above the largest, or if the settings
+    /// are out of range. Returns [`Error::InvalidSpace`] if widths or depths do not make a model: a
+    /// width group that omits a layer tied to its layers (gate and up; q, k and v), mixes layers of
+    /// different shapes, or has a width that is not a whole number of heads and key/value heads; a
+    /// smallest depth that leaves no block.
     pub fn new(model: Decoder, space: SearchSpace, config: SuperNetConfig) -> Result<Self> {
         config.lora.validate()?;
-        // That is for `with_quantization` to say.
+        // Only `with_quantization` sets this.
         let config = SuperNetConfig {
             quantization: None,
             ..config
@@ -99,7 +105,7 @@ impl SuperNet {
         model.refuse_adapters("merge it first")?;
         widths::check(&shape::full_dims(&model), model.config().head_dim(), &space)?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
-        // A model that was trained as a whole still wants gradients everywhere.
+        // A model whose own weights were trained still requires gradients everywhere.
         let mut model = model.set_require_grad(false);
         let grouped = space
             .groups_of_kind(Elastic::Rank)
@@ -144,10 +150,12 @@ impl SuperNet {
         Ok(net)
     }
 
-    /// A model all of whose weights are trained and that has one subnet: itself.
+    /// Creates a supernet that trains all weights of the model and has one subnet, the model
+    /// itself.
     ///
     /// # Errors
-    /// [`Error::HasAdapter`] for a model with adapters, [`Error::Unsupported`] for one with quantized weights.
+    /// Returns [`Error::HasAdapter`] for a model with adapters, and [`Error::Unsupported`] for a
+    /// model with quantized weights.
     pub fn dense(model: Decoder) -> Result<Self> {
         model.refuse_adapters("merge it first")?;
         if let Some((name, _)) = model
@@ -179,12 +187,13 @@ impl SuperNet {
         &self.model
     }
 
-    /// The model, to be changed by a trainer; its layers and adapters must stay.
+    /// The model, for changes by a trainer. Layers and adapters must not be added or removed.
     pub(crate) fn model_mut(&mut self) -> &mut Decoder {
         &mut self.model
     }
 
-    /// Maps the model, as Burn's optimizers do; its layers and adapters must stay. On an error it is as before.
+    /// Maps the model, as Burn's optimizers do. Layers and adapters must not be added or removed.
+    /// On an error the model is unchanged.
     pub(crate) fn replace_model(
         &mut self,
         f: impl FnOnce(Decoder) -> Result<Decoder>,
@@ -193,29 +202,31 @@ impl SuperNet {
         Ok(())
     }
 
-    /// As [`replace_model`](Self::replace_model) for what cannot fail: `f` is given the only handle on weights that nobody
-    /// outside holds, and so may change them in place.
+    /// Like [`replace_model`](Self::replace_model), for an infallible `f`. The supernet gives up
+    /// its own handle first, so that `f` can change in place all weights that are not shared
+    /// elsewhere.
     pub(crate) fn update_model(&mut self, f: impl FnOnce(Decoder) -> Decoder) {
         let model = self.model.take();
         self.model = f(model);
     }
 
-    /// The model with the active subnet, off the tape: for evaluation. Weights are shared, not copied.
+    /// The model with the active subnet and without autodiff, for evaluation. The weights are
+    /// shared, not copied.
     pub fn eval_model(&self) -> Decoder {
         self.model.valid()
     }
 
-    /// The space of its subnets.
+    /// The search space.
     pub fn space(&self) -> &SearchSpace {
         &self.space
     }
 
-    /// Settings.
+    /// Settings of the adapters.
     pub fn config(&self) -> &SuperNetConfig {
         &self.config
     }
 
-    /// Weights of the base, adapters left out, as they were when the supernet was made.
+    /// Counts of the base's weights, without adapters, when the supernet was created.
     pub fn base_params(&self) -> ParamCount {
         self.nonzeros.all()
     }
@@ -225,10 +236,10 @@ impl SuperNet {
         &self.active
     }
 
-    /// Makes a subnet the active one. Moves no weight.
+    /// Activates a subnet. No weights are moved.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`]; the active subnet is then as before.
+    /// Returns the errors of [`SearchSpace::validate`]. The active subnet is then unchanged.
     pub fn activate(&mut self, subnet: &SubnetConfig) -> Result<()> {
         let (ranks, blocks) = (self.space.ranks(subnet)?, self.block_dims(subnet)?);
         for (name, rank) in &ranks {
@@ -246,7 +257,7 @@ impl SuperNet {
         Ok(())
     }
 
-    /// A uniformly drawn subnet, each group independently.
+    /// Draws a subnet uniformly, each group independently.
     pub fn sample<R: Rng + ?Sized>(&self, rng: &mut R) -> SubnetConfig {
         self.space.sample(rng)
     }
@@ -261,7 +272,7 @@ impl SuperNet {
         self.space.minimal()
     }
 
-    /// The paper's heuristic: each group's middle choice.
+    /// The paper's heuristic subnet: each group's middle choice.
     pub fn heuristic(&self) -> SubnetConfig {
         self.space.heuristic()
     }
@@ -271,10 +282,10 @@ impl SuperNet {
         self.space.n_subnets()
     }
 
-    /// Names of the adapted layers with their ranks under a subnet.
+    /// The rank of each adapted layer under a subnet, by layer name.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`].
+    /// Returns the errors of [`SearchSpace::validate`].
     pub fn ranks(&self, subnet: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
         let mut ranks = self.space.ranks(subnet)?;
         ranks.extend(
@@ -286,10 +297,10 @@ impl SuperNet {
         Ok(ranks)
     }
 
-    /// Sizes and costs of a subnet whose adapters stay apart from the base.
+    /// Sizes and costs of a subnet with unmerged adapters.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`].
+    /// Returns the errors of [`SearchSpace::validate`].
     pub fn cost(&self, subnet: &SubnetConfig) -> Result<SubnetCost> {
         let blocks = self.block_dims(subnet)?;
         SubnetCost::count(
@@ -300,11 +311,12 @@ impl SuperNet {
         )
     }
 
-    /// Bytes of a subnet's weights once it is extracted, its linear layers stored in `format` and all else dense at 16 bits (32
-    /// beside [`WeightFormat::F32`]). Zeros that merging an unmasked adapter fills are not counted.
+    /// Bytes of a subnet's weights after extraction, with linear layers stored in `format` and
+    /// everything else dense at 16 bits per weight (32 for [`WeightFormat::F32`]). Zeros that
+    /// merging an unmasked adapter fills are not counted.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`].
+    /// Returns the errors of [`SearchSpace::validate`].
     pub fn stored_bytes(&self, subnet: &SubnetConfig, format: WeightFormat) -> Result<usize> {
         let blocks = self.block_dims(subnet)?;
         Ok(cost::stored_bytes(
@@ -315,10 +327,11 @@ impl SuperNet {
         ))
     }
 
-    /// The sizes of each block under a subnet; what is left out has no heads or no width.
+    /// The sizes of each block under a subnet. A sub-block that is left out has no heads or width
+    /// 0.
     ///
     /// # Errors
-    /// As [`SearchSpace::validate`].
+    /// Returns the errors of [`SearchSpace::validate`].
     pub fn block_dims(&self, subnet: &SubnetConfig) -> Result<Vec<BlockDims>> {
         widths::block_dims(
             &self.blocks,
@@ -328,12 +341,12 @@ impl SuperNet {
         )
     }
 
-    /// The active subnet as a plain LoRA: each layer's first `r` rows and columns, with its scale; for a base of its widths, where
-    /// they are elastic.
+    /// The active subnet as a plain LoRA: the first `r` rows and columns of each layer's factors,
+    /// and its scale. If widths are elastic, the LoRA fits a base with the active widths.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for SparsePEFT's masked adapters and for quantization-aware ones, which no plain LoRA expresses: merge
-    /// them.
+    /// Returns [`Error::Unsupported`] for masked (SparsePEFT) and quantization-aware adapters,
+    /// which a plain LoRA cannot express. Merge them instead.
     pub fn extract_adapter(&self) -> Result<LoraAdapter> {
         let mut layers = BTreeMap::new();
         for (name, layer) in self.model.linears() {
@@ -348,7 +361,7 @@ impl SuperNet {
         })
     }
 
-    /// Takes the supernet apart, leaving the model with the active subnet.
+    /// Returns the model with the active subnet.
     pub fn into_model(self) -> Decoder {
         self.model
     }

@@ -1,8 +1,11 @@
-//! A supernet whose every subnet is trained through a grid of integers (QA-SparsePEFT of SQFT, arXiv 2410.03750).
+//! Quantization-aware supernets: every subnet is trained through quantization grids (QA-SparsePEFT
+//! of SQFT, arXiv 2410.03750).
 //!
-//! The authors start from the sparse weight in 16 bits where they have it, and else from GPTQ's integers. Here that is what the model
-//! holds: dense weights, or quantized ones. Departures: the grid's bits, groups and order are whatever quantized it (theirs: 4 bits,
-//! groups in order); scales may be trained (as in NNCF's absorbable LoRA); dropout leaves the base's input alone.
+//! The authors start from the sparse 16-bit weight if they have it, and otherwise from GPTQ's
+//! codes. Here, training starts from the weights that the model holds, dense or quantized.
+//! Departures: bits, groups and order of a grid are those of the quantizer that made it (the
+//! authors use 4 bits and groups in order); scales may be trained (as in NNCF's absorbable LoRA);
+//! dropout does not act on the base's input.
 
 use std::collections::BTreeMap;
 
@@ -16,21 +19,23 @@ use crate::model::Decoder;
 use crate::nn::{host_values, mix_seed, tensor_from_matrix};
 use crate::sparsity::Mask;
 
-/// Through which grids a supernet is trained.
+/// Settings of the grids that a supernet is trained through.
 #[derive(Clone, Debug, Default)]
 pub struct QaConfig {
-    /// The grid of each adapted layer, by Hugging Face's module path; its codes do not matter. A layer with a quantized weight that
-    /// is not in here keeps its own grid.
+    /// The grid of each adapted layer, by Hugging Face's module path. Its codes are ignored. A
+    /// layer that is missing here but has a quantized weight keeps its own grid.
     pub grids: BTreeMap<String, QuantizedMatrix>,
-    /// Which weights may be other than 0, for layers whose weights tell otherwise: of a pruned weight that was quantized, some became 0
-    /// by rounding, and training may move them again. Of other layers, those masked by SparsePEFT keep the mask that they have.
+    /// The weights that may be non-zero, for layers where the current zeros do not tell: in a
+    /// pruned and quantized weight, rounding also produced zeros, which training may move again.
+    /// Other layers keep the mask that they have, if any.
     pub masks: BTreeMap<String, Mask>,
-    /// Whether the scales are trained beside the adapters, at a tenth of their learning rate and without weight decay.
+    /// Whether the scales are trained along with the adapters, at a tenth of their learning rate
+    /// and without weight decay.
     pub train_scales: bool,
 }
 
 impl QaConfig {
-    /// These grids, fixed.
+    /// Creates settings with these grids and fixed scales.
     pub fn new(grids: BTreeMap<String, QuantizedMatrix>) -> Self {
         Self {
             grids,
@@ -44,25 +49,27 @@ impl QaConfig {
     }
 }
 
-/// What a supernet's settings say of its grids.
+/// Summary of a supernet's grids, kept in its settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct QaSummary {
-    /// Bits of a code, by layer.
+    /// Bits per code, by layer.
     pub bits: BTreeMap<String, u8>,
-    /// A number that tells grids and masks of one run from those of another.
+    /// Hash of the grids and masks, which distinguishes one run from another.
     pub fingerprint: u64,
     /// Whether scales are trained.
     pub train_scales: bool,
 }
 
 impl SuperNet {
-    /// From now on every adapted layer's weight, its update included, is on a grid: what is trained is what [`Merger`](crate::Merger)
-    /// makes of it. Updates are masked as they were before, with SparsePEFT or not.
+    /// Puts the weight of every adapted layer, update included, on a grid. From then on, the
+    /// weights used in training are exactly those that [`Merger`](crate::Merger) produces. Updates
+    /// stay masked (SparsePEFT) or unmasked as before.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for an adapted layer without a grid, or a net without adapters; [`Error::UnknownLayer`] for a grid or mask of a layer
-    /// without an adapter; [`Error::ShapeMismatch`] for one of another shape.
+    /// Returns [`Error::InvalidArgument`] if an adapted layer has no grid or the supernet has no
+    /// adapters, [`Error::UnknownLayer`] if a grid or mask names a layer without an adapter, and
+    /// [`Error::ShapeMismatch`] if a grid or mask has another shape.
     pub fn with_quantization(mut self, qa: &QaConfig) -> Result<Self> {
         let device = self.model.device().without_autodiff();
         for name in qa.grids.keys().chain(qa.masks.keys()) {
@@ -135,14 +142,19 @@ impl SuperNet {
 }
 
 impl SuperNet {
-    /// Every adapter begins as what compression took from its weight; see [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error),
-    /// under a mask an approximation. Off unless called, before training.
+    /// Initializes every adapter with the error that compression made in its weight; see
+    /// [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error). Under a mask
+    /// this is an approximation. Optional; call it before training.
     ///
-    /// `original` is the model as it was; `norms`, by Hugging Face's module path, are those of the layers' inputs (the roots of
-    /// [`InputNorms::mean_sq_norms`](crate::sparsity::InputNorms::mean_sq_norms)), by which the error is weighted where they are given.
+    /// `original` is the model before compression. `norms` holds the norms of the layers' inputs,
+    /// by Hugging Face's module path (the square roots of
+    /// [`InputNorms::mean_sq_norms`](crate::sparsity::InputNorms::mean_sq_norms)); layers with
+    /// norms weight the error by them.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] where `original` lacks an adapted layer; those of [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error).
+    /// Returns [`Error::UnknownLayer`] if `original` lacks an adapted layer,
+    /// [`Error::ShapeMismatch`] if its weight there has another shape, and the errors of
+    /// [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error).
     pub fn init_from_error(
         &mut self,
         original: &Decoder,
@@ -176,7 +188,7 @@ impl SuperNet {
     }
 }
 
-/// FNV-1a (Fowler, Noll, Vo) over grids and masks.
+/// FNV-1a hash (Fowler, Noll, Vo) of grids and masks.
 struct Fingerprint(u64);
 
 impl Fingerprint {

@@ -1,11 +1,11 @@
-//! The sizes of a decoder's blocks, and which prefix of them is active.
+//! The sizes of a decoder's blocks, and the activation of a prefix of them.
 
 use crate::adapter::ElasticLoraLinear;
 use crate::arch::{BlockDims, LinearKind, SubBlock};
 use crate::error::Result;
 use crate::model::{Block, Decoder};
 
-/// The sizes of a model's blocks as they stand, whatever is active.
+/// The full sizes of a model's blocks, regardless of the active subnet.
 pub(super) fn full_dims(model: &Decoder) -> Vec<BlockDims> {
     let head_dim = model.config().head_dim();
     let outputs = |layer: Option<&ElasticLoraLinear>| layer.map_or(0, |layer| layer.base.dims()[1]);
@@ -17,7 +17,7 @@ pub(super) fn full_dims(model: &Decoder) -> Vec<BlockDims> {
     model.layers.iter().map(of_block).collect()
 }
 
-/// Makes blocks of these sizes the active ones, leaving out sub-blocks without size.
+/// Activates the first channels of each block up to these sizes, and disables sub-blocks of size 0.
 pub(super) fn activate(model: &mut Decoder, blocks: &[BlockDims]) -> Result<()> {
     let (d_model, head_dim) = (model.config().hidden_size(), model.config().head_dim());
     for (block, dims) in model.layers.iter_mut().zip(blocks) {

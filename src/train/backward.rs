@@ -1,4 +1,5 @@
-//! A micro-batch's loss and gradients, from a tape of the whole model or of one block at a time.
+//! Computes the loss and gradients of a micro-batch, recording the whole model or one block at a
+//! time.
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
@@ -9,57 +10,59 @@ use crate::error::Result;
 use crate::model::Decoder;
 use crate::nn::host_values;
 
-/// What a step keeps of its forward pass. Either way the gradients are the same, but for the rounding of sums that a tape
-/// takes in another order.
+/// Choice of the activations that a training step keeps for its backward pass. The gradients are
+/// the same with either choice, except for the rounding of sums taken in another order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Checkpointing {
-    /// All that the backward pass needs: nothing is computed twice.
+    /// Keeps everything that the backward pass needs; nothing is computed twice.
     #[default]
     None,
-    /// Each block's input alone (arXiv 1604.06174): a block is computed again when its gradients are due, so one block's
-    /// activations exist at a time. More blocks a segment would keep fewer inputs, which are small beside a block's
-    /// activations.
+    /// Keeps only each block's input (arXiv 1604.06174). A block is recomputed when its gradients
+    /// are computed, so that the activations of only one block exist at a time. Segments of several
+    /// blocks would keep fewer inputs, but inputs are small compared with the activations of a
+    /// block.
     Blocks,
 }
 
-/// What a micro-batch's subnet learns from, and how much it counts in its step.
+/// The targets of a micro-batch's subnet, and its weight in the step.
 pub(crate) struct Share<'a> {
-    /// As [`Decoder::nll_sum`] takes them.
+    /// Positions and targets, as for [`Decoder::nll_sum`].
     pub positions: &'a [(usize, u32)],
-    /// Targets of the whole step.
+    /// Number of targets in the whole step.
     pub n_targets: usize,
-    /// Subnets that the micro-batch trains: each counts the same.
+    /// Number of subnets that the micro-batch trains; all have the same weight.
     pub n_subnets: usize,
-    /// Whose predictions the subnet learns; none learns the targets.
+    /// The teacher whose predictions the subnet learns; without one it learns the targets.
     pub teacher: Option<&'a Teacher>,
 }
 
-/// A subnet to learn from.
+/// A subnet that another subnet learns from.
 pub(crate) struct Teacher {
-    /// What its head was given at the same positions, off the tape.
+    /// Input of its head at the same positions, without autodiff.
     pub hidden: Tensor<2>,
-    /// Share of the loss against its predictions.
+    /// Weight of the loss against its predictions, in 0..=1.
     pub mix: f64,
 }
 
-/// What [`backward`] finds.
+/// Result of [`backward`].
 pub(crate) struct Found {
-    /// The negative log-likelihood of the micro-batch's targets, over the number of the step's.
+    /// Negative log-likelihood of the micro-batch's targets, divided by the number of targets in
+    /// the step.
     pub loss: f64,
-    /// Gradients of the step's loss: this subnet's share of it.
+    /// This subnet's share of the gradients of the step's loss.
     pub grads: Grads,
-    /// What the head was given, off the tape.
+    /// Input of the head, without autodiff.
     pub hidden: Tensor<2>,
 }
 
-/// A micro-batch's loss and gradients with the active subnet.
+/// Computes the loss and gradients of a micro-batch with the active subnet.
 ///
 /// # Shapes
 /// - `tokens`: `[batch, seq]`
 ///
 /// # Errors
-/// As [`Decoder::nll_sum`].
+/// Returns the errors of [`Decoder::nll_sum`].
 pub(crate) fn backward(
     model: &Decoder,
     tokens: Tensor<2, Int>,
@@ -72,7 +75,8 @@ pub(crate) fn backward(
     }
 }
 
-/// The scalar whose gradients are wanted, of final hidden states; and what else there is to find but those.
+/// Computes, from the final hidden states, the scalar to differentiate and a result that has no
+/// gradients yet.
 fn objective(model: &Decoder, hidden: Tensor<3>, share: &Share<'_>) -> Result<(Tensor<1>, Found)> {
     let (hidden, targets) = model.at_positions(hidden, share.positions)?;
     let kept = hidden.clone().inner();
@@ -99,7 +103,7 @@ fn objective(model: &Decoder, hidden: Tensor<3>, share: &Share<'_>) -> Result<(T
 
 fn whole(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Result<Found> {
     let (mean, mut found) = objective(model, model.hidden_states(tokens, None), share)?;
-    // A subnet may leave out all that is trained.
+    // A subnet may leave out everything that is trained.
     if mean.is_tracked() {
         collect(model, &mut mean.backward(), &mut found.grads);
     }
@@ -108,7 +112,7 @@ fn whole(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Result<F
 
 fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Result<Found> {
     let n_blocks = model.layers.len();
-    // Below the first trained block no gradient is wanted.
+    // No gradients are needed below the first trained block.
     let first = match model.embed_tokens.base().is_require_grad() {
         true => 0,
         false => (0..n_blocks)
@@ -118,7 +122,8 @@ fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Resul
     let mut pass = model.pass(0, tokens.dims()[1], None);
     let mut inputs = Vec::with_capacity(n_blocks - first);
     let last = {
-        // Still on the autodiff device, where dropout acts, but with nothing to be differentiated.
+        // This copy is still on the autodiff device, so that dropout applies, but requires no
+        // gradients.
         let untaped = model.clone().no_grad();
         let mut x = untaped.embed(tokens.clone());
         for (index, block) in untaped.layers.iter().enumerate() {
@@ -145,11 +150,11 @@ fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Resul
             _ => leaf(x),
         };
         let y = model.layers[index].forward(x.clone(), index, &mut pass);
-        // The lowest trained block, where the subnet leaves it out.
+        // The subnet leaves out the lowest trained block.
         if !y.is_tracked() {
             break;
         }
-        // A scalar whose gradient with respect to `y` is the one given, exactly.
+        // The gradient of this scalar with respect to `y` is exactly `grad`.
         let mut tape = (y * grad).sum().backward();
         given = x.grad_remove(&mut tape);
         collect(model, &mut tape, &mut found.grads);

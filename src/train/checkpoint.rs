@@ -1,4 +1,4 @@
-//! A run's state on disk: everything that a resumed run needs to go on as if it had never stopped.
+//! Checkpoints: everything that a resumed run needs to continue as if it had never stopped.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,21 +18,22 @@ use crate::nn::host_values;
 const STATE: &str = "trainer.json";
 const TENSORS: &str = "trainer.safetensors";
 
-/// What `trainer.json` holds. Random draws are functions of the seed and the step, so no generator's state is among it.
+/// Contents of `trainer.json`. Random draws depend only on the seed and the step, so no generator
+/// state is stored.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct State {
     version: u32,
     pub config: TrainConfig,
-    /// A summary of the supernet and data that the run is about; a checkpoint of another is refused.
+    /// Summary of the run's supernet and data. A checkpoint with another summary is rejected.
     pub about: BTreeMap<String, String>,
     pub step: usize,
     pub position: Position,
     pub logs: Vec<StepLog>,
-    /// By parameter, the optimizer's steps of each index that is counted on its own.
+    /// By parameter: the number of optimizer steps of each separately counted index.
     times: BTreeMap<String, Vec<usize>>,
 }
 
-/// Changes with what `trainer.json` and `trainer.safetensors` mean.
+/// Version of the format of `trainer.json` and `trainer.safetensors`.
 const VERSION: u32 = 2;
 
 #[derive(Deserialize)]
@@ -61,7 +62,7 @@ impl State {
     }
 }
 
-/// A number that tells sequences and their order in the first epoch apart from others (FNV-1a).
+/// A hash (FNV-1a) of the sequences and their order in the first epoch.
 pub(crate) fn fingerprint(train: &Batcher) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut add = |value: u64| hash = (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3);
@@ -78,12 +79,12 @@ pub(crate) fn fingerprint(train: &Batcher) -> u64 {
     hash
 }
 
-/// Where a run's checkpoint lies under its folder.
+/// Path of a run's checkpoint inside its folder.
 pub(crate) fn path(folder: &Path) -> PathBuf {
     folder.join("checkpoint")
 }
 
-/// Writes a checkpoint, replacing the one before as a whole.
+/// Writes a checkpoint, replacing the previous one atomically.
 pub(crate) fn save(
     folder: &Path,
     state: &State,
@@ -111,10 +112,10 @@ pub(crate) fn save(
     writer.commit()
 }
 
-/// Reads a checkpoint, if there is one, into the model and the optimizer.
+/// Loads a checkpoint, if there is one, into the model and the optimizer.
 ///
 /// # Errors
-/// [`Error::CheckpointMismatch`] where it belongs to a run with other settings.
+/// Returns [`Error::CheckpointMismatch`] if the checkpoint belongs to a run with other settings.
 pub(crate) fn load(
     folder: &Path,
     config: &TrainConfig,
@@ -135,7 +136,7 @@ pub(crate) fn load(
         expected,
         found,
     };
-    // Before the rest, which another version may hold in another form.
+    // Checked first, because the other fields may have another form in another version.
     let Version { version } = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
     if version != VERSION {
         return Err(mismatch(
@@ -145,7 +146,7 @@ pub(crate) fn load(
         ));
     }
     let state: State = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
-    // What a step keeps in memory is a matter of the machine, not of the run.
+    // The checkpointing of activations depends on the machine and may change between runs.
     if (TrainConfig {
         checkpointing: config.checkpointing,
         ..state.config.clone()

@@ -1,4 +1,4 @@
-//! Settings of a run.
+//! Settings of a training run.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,66 +7,74 @@ use super::schedule::Schedule;
 use crate::error::{Error, Result};
 use crate::space::Elastic;
 
-/// Most subnets that a step may draw beside the largest and the smallest.
+/// Maximum number of subnets that a step may draw in addition to the largest and the smallest.
 const MAX_RANDOM: usize = 1024;
 
 /// Which subnets are trained, and when new ones are drawn.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Sampling {
-    /// One, drawn once per optimizer step.
+    /// One subnet, drawn once per optimizer step.
     #[default]
     PerStep,
-    /// One, drawn once per micro-batch, as the authors do: with accumulation, a step averages several subnets.
+    /// One subnet, drawn once per micro-batch as in the authors' code. With gradient accumulation,
+    /// a step averages over several subnets.
     PerMicroBatch,
-    /// The active subnet, always.
+    /// Always the active subnet.
     Fixed,
-    /// The sandwich rule (Yu and Huang, arXiv 1903.05134; BigNAS, arXiv 2003.11142): each step trains the largest subnet,
-    /// some that are drawn once per step, and the smallest, all on the same batches and with the same dropout. The gradient is the
-    /// mean of theirs (each counts `1 / (random + 2)`; the papers add them up), so that rate and clipping mean what they mean
-    /// for one subnet. A step costs as much as `random + 2` of the others.
+    /// The sandwich rule (Yu and Huang, arXiv 1903.05134; BigNAS, arXiv 2003.11142). Each step
+    /// trains the largest subnet, `random` subnets drawn once per step, and the smallest, all on
+    /// the same batches and with the same dropout. Gradients are averaged with weight
+    /// `1 / (random + 2)` each (the papers add them up), so that learning rate and clipping mean
+    /// the same as for one subnet. A step costs as much as `random + 2` steps of the other
+    /// samplings.
     ///
-    /// Where nothing varies, in a space or stage of one subnet, that one is trained alone and counts in full.
+    /// In a space or stage with only one subnet, that subnet alone is trained, with full weight.
     Sandwich {
-        /// Subnets drawn, beside the largest and the smallest. May be 0.
+        /// Number of random subnets, in addition to the largest and the smallest. May be 0.
         random: usize,
     },
 }
 
-/// Distillation in place (arXiv 1903.05134, 2003.11142): under the sandwich rule the largest subnet learns from the data, and
-/// every other one from the largest's predictions in the same step, at the same positions and with the same dropout, to which no
-/// gradient flows back. Temperature 1.
+/// In-place distillation (arXiv 1903.05134, 2003.11142). Under the sandwich rule, the largest
+/// subnet learns from the data, and every other subnet learns from the largest subnet's predictions
+/// in the same step, at the same positions and with the same dropout. No gradient flows to those
+/// predictions. The temperature is 1.
 ///
-/// At a [`weight`](Self::weight) of 1 only the largest's share of a step pulls the shared weights towards the data, and all
-/// others hold them to what it predicts so far: fit for a base that has the task in it, slow where there is much to learn.
+/// At a [`weight`](Self::weight) of 1, only the largest subnet's share of a step pulls the shared
+/// weights towards the data; all other subnets hold them at its current predictions. This suits a
+/// base model that already knows the task, and is slow if there is much to learn.
 ///
-/// The head's weight is a constant for it: training the head as well is [`Unsupported`](crate::Error::Unsupported).
+/// The weight of the head is treated as a constant. Training the head as well is
+/// [`Unsupported`](crate::Error::Unsupported).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Distillation {
-    /// Share of the loss against the largest's predictions; the rest is that against the data. In 0..=1.
+    /// Weight of the loss against the largest subnet's predictions, in 0..=1. The loss against the
+    /// data has the remaining weight.
     pub weight: f64,
 }
 
 impl Default for Distillation {
-    /// Half and half. The largest's predictions alone, as in BigNAS, leave most of a step's loss to a teacher that has not learned
-    /// the task yet where training starts from a model that is new to it.
+    /// Equal weights, 0.5. BigNAS uses the largest subnet's predictions alone. If training starts
+    /// from a model that is new to the task, this would leave most of a step's loss to a teacher
+    /// that has not learned the task yet.
     fn default() -> Self {
         Self { weight: 0.5 }
     }
 }
 
-/// A part of a run in which only some kinds of groups vary (progressive shrinking, arXiv 1908.09791); all others stay at their
-/// largest choice.
+/// A part of a run in which only some kinds of groups vary (progressive shrinking, arXiv
+/// 1908.09791). All other groups stay at their largest choice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// Optimizer steps.
+    /// Number of optimizer steps.
     pub steps: usize,
-    /// The kinds that vary; with none, the largest subnet alone is trained.
+    /// The kinds of groups that vary. If empty, only the largest subnet is trained.
     pub kinds: Vec<Elastic>,
 }
 
 impl Stage {
-    /// A stage of `steps` steps in which these kinds vary.
+    /// Creates a stage of `steps` steps in which groups of these kinds vary.
     pub fn new(steps: usize, kinds: impl Into<Vec<Elastic>>) -> Self {
         Self {
             steps,
@@ -75,50 +83,55 @@ impl Stage {
     }
 }
 
-/// Settings of a run. Defaults are the papers': AdamW, peak rate 3e-4, cosine.
+/// Settings of a training run. Defaults follow the papers: AdamW, peak learning rate 3e-4, cosine
+/// schedule.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainConfig {
-    /// Optimizer steps.
+    /// Number of optimizer steps.
     pub steps: usize,
-    /// Micro-batches per step.
+    /// Number of micro-batches per step.
     pub accumulation: usize,
     /// Peak learning rate.
     pub lr: f64,
-    /// Steps over which the rate rises.
+    /// Number of warm-up steps, in which the learning rate rises.
     pub warmup: usize,
-    /// How it goes down.
+    /// How the learning rate falls after warm-up.
     pub schedule: Schedule,
     /// AdamW's decoupled weight decay.
     pub weight_decay: f64,
-    /// AdamW's decay rates.
+    /// AdamW's betas, the decay rates of both moments.
     pub betas: (f64, f64),
     /// AdamW's epsilon.
     pub eps: f64,
-    /// Largest joint norm of the gradients; none leaves them.
+    /// Maximum joint norm of the gradients; `None` disables clipping.
     pub clip_norm: Option<f64>,
     /// Which subnets are trained.
     pub sampling: Sampling,
-    /// What the subnets of the sandwich rule learn from each other; none has all learn from the data.
+    /// Distillation between the subnets of the sandwich rule; `None` lets all of them learn from
+    /// the data.
     #[serde(default)]
     pub distillation: Option<Distillation>,
-    /// Parts of the run in which only some kinds of groups vary; their steps add up to [`steps`](Self::steps). With none, all
-    /// vary from the first step on, as the authors have it. The rate's schedule goes over the run as a whole.
+    /// Stages in which only some kinds of groups vary. Their steps must add up to
+    /// [`steps`](Self::steps). Without stages, all groups vary from the first step on, as in the
+    /// authors' code. The learning rate schedule covers the whole run.
     #[serde(default)]
     pub stages: Vec<Stage>,
-    /// Seed of subnets and dropout. The data's order has its own, in the [`Batcher`](crate::data::Batcher).
+    /// Seed of subnets and dropout. The order of the data has its own seed in the
+    /// [`Batcher`](crate::data::Batcher).
     pub seed: u64,
-    /// Steps between validations; the last step always validates. 0: only the last.
+    /// Number of steps between validations. The last step always validates; 0 validates only then.
     pub eval_every: usize,
-    /// Steps between checkpoints, where the run has a folder; the last step is always kept. 0: none but on interruption.
+    /// Number of steps between checkpoints, if the run has a folder. The last step is always saved
+    /// too. With 0, a checkpoint is only written on interruption.
     pub checkpoint_every: usize,
-    /// What a step keeps of its forward pass: memory against time. A run may be resumed with another choice; its bits are
-    /// then its own.
+    /// Activations that a step keeps for its backward pass, a trade of memory for time. A run may
+    /// be resumed with another choice, but its results are then no longer bit-identical.
     #[serde(default)]
     pub checkpointing: Checkpointing,
 }
 
 impl TrainConfig {
-    /// The papers' settings for `steps` steps.
+    /// Creates the papers' settings for `steps` steps.
     pub fn new(steps: usize) -> Self {
         Self {
             steps,
@@ -161,7 +174,7 @@ impl TrainConfig {
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] that names the one out of range.
+    /// Returns [`Error::InvalidArgument`] with the name of the setting that is out of range.
     pub fn validate(&self) -> Result<()> {
         let positive = |name: &'static str, value: f64| {
             if value.is_finite() && value > 0.0 {

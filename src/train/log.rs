@@ -1,28 +1,31 @@
-//! What a run records.
+//! The log of a training run.
 
 use serde::{Deserialize, Serialize};
 
-/// One optimizer step.
+/// Log entry of one optimizer step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct StepLog {
-    /// From 1.
+    /// Number of the step, starting at 1.
     pub step: usize,
-    /// Mean negative log-likelihood a target, in nats, of the step's own subnet and batch; under the sandwich rule that of the
-    /// largest subnet.
+    /// Mean negative log-likelihood per target, in nats, of the step's subnet on the step's batch.
+    /// Under the sandwich rule, this is the largest subnet.
     pub loss: f64,
-    /// Under the sandwich rule the same of the smallest subnet, whatever it learned from.
+    /// The same for the smallest subnet under the sandwich rule, measured against the data even if
+    /// the subnet is distilled.
     #[serde(default)]
     pub smallest_loss: Option<f64>,
-    /// And of those that were drawn, in the order of [`TrainConfig::subnets`](super::TrainConfig::subnets).
+    /// The same for the randomly drawn subnets, in the order of
+    /// [`TrainConfig::subnets`](super::TrainConfig::subnets).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub random_losses: Vec<f64>,
-    /// On the validation set with the evaluated subnet, where it was measured after this step, in nats a target.
+    /// Validation loss of the evaluated subnet after this step, in nats per target, if it was
+    /// measured.
     pub valid_loss: Option<f64>,
     /// Learning rate.
     pub lr: f64,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// Tokens of the step's batches, padding left out.
+    /// Number of tokens in the step's batches, without padding.
     pub n_tokens: usize,
 }

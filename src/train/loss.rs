@@ -1,4 +1,4 @@
-//! What a batch is to predict, and how well a model does.
+//! The targets of a batch, and the loss of a model on them.
 
 use crate::data::Batch;
 use crate::error::{Error, Result};
@@ -6,7 +6,7 @@ use crate::model::Decoder;
 use crate::nn::host_values;
 use crate::progress::{Progress, Task};
 
-/// Positions whose next token counts in the loss, row-major, with that token.
+/// Positions whose next token counts in the loss, as row-major indices, each with that token.
 #[doc(hidden)]
 pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
     let counted = batch
@@ -19,10 +19,12 @@ pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
         .collect()
 }
 
-/// Mean negative log-likelihood a target, in nats, of fixed batches; summed in `f64` in their order.
+/// Mean negative log-likelihood per target, in nats, on fixed batches. Summed in `f64` in the order
+/// of the batches.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] where there is no target at all; those of [`Decoder::tokens`].
+/// Returns [`Error::InvalidArgument`] if there are no targets, and the errors of
+/// [`Decoder::tokens`].
 #[doc(hidden)]
 pub fn mean_loss(model: &Decoder, batches: &[Batch], progress: &dyn Progress) -> Result<f64> {
     let mut task = Task::begin(progress, "evaluate", batches.len(), "batches")?;

@@ -1,11 +1,12 @@
-//! Neural low-rank adapter search (Shears, arXiv 2404.10934): train all subnets of a supernet at once, by a random one
-//! at each step; or by the sandwich rule, with distillation in place, and in stages ([`Sampling`], [`Distillation`],
-//! [`Stage`]).
+//! Neural low-rank adapter search (Shears, arXiv 2404.10934): trains all subnets of a supernet at
+//! once, with a random subnet per step or by the sandwich rule, optionally with in-place
+//! distillation and in stages ([`Sampling`], [`Distillation`], [`Stage`]).
 //!
-//! Departures from the authors' code: a subnet is drawn once per optimizer step, by the trainer (theirs: once per micro-batch,
-//! inside layers); warm-up happens where it is asked for (theirs is ignored); the loss is the mean over the step's targets,
-//! whatever micro-batch they are in; ranks that a step's subnets left out are not moved by momentum or decay (theirs are).
-//! Plain LoRA is the same run on a space with one choice per group; training every weight is the same run on
+//! Departures from the authors' code: the trainer draws a subnet once per optimizer step (theirs:
+//! once per micro-batch, inside the layers); warm-up is applied if set (theirs ignores the
+//! setting); the loss is the mean over the step's targets, regardless of micro-batch; ranks that no
+//! subnet of a step used are not moved by momentum or weight decay (theirs are). Plain LoRA is the
+//! same run on a space with one choice per group. Training all weights is the same run on
 //! [`SuperNet::dense`](crate::SuperNet::dense).
 
 mod backward;
@@ -43,21 +44,21 @@ use optimizer::{NamedAdamW, clip_factor, trainable};
 pub use optimizer::{Parameter, for_each_param};
 use step::{StepGradients, gradients};
 
-/// What a run did.
+/// Report of a training run.
 #[derive(Clone, Debug)]
 pub struct TrainReport {
-    /// Every step, those before a resumption too.
+    /// Log entries of all steps, including those before a resumption.
     pub logs: Vec<StepLog>,
-    /// Steps that this process did.
+    /// Number of steps taken by this call.
     pub steps_done: usize,
-    /// Seconds that they took, validation left out.
+    /// Duration of those steps in seconds, without validation.
     pub seconds: f64,
-    /// Tokens a second in them, padding left out.
+    /// Tokens per second in those steps, without padding.
     pub tokens_per_second: f64,
 }
 
 impl TrainReport {
-    /// The last validation loss, in nats a target.
+    /// The last validation loss, in nats per target.
     pub fn valid_loss(&self) -> Option<f64> {
         self.logs.iter().rev().find_map(|log| log.valid_loss)
     }
@@ -73,10 +74,10 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A trainer without a folder.
+    /// Creates a trainer without a folder.
     ///
     /// # Errors
-    /// As [`TrainConfig::validate`].
+    /// Returns the errors of [`TrainConfig::validate`].
     pub fn new(config: TrainConfig) -> Result<Self> {
         config.validate()?;
         Ok(Self {
@@ -87,37 +88,45 @@ impl Trainer {
         })
     }
 
-    /// Keeps `losses.csv` and the checkpoint in a folder.
+    /// Sets a folder, where the run keeps `losses.csv` and its checkpoint.
     pub fn with_folder(mut self, folder: impl AsRef<Path>) -> Self {
         self.folder = Some(folder.as_ref().to_path_buf());
         self
     }
 
-    /// Goes on from the folder's checkpoint where there is one.
+    /// Sets whether the run continues from the folder's checkpoint, if there is one.
     pub fn with_resume(mut self, resume: bool) -> Self {
         self.resume = resume;
         self
     }
 
-    /// Names the run in its progress; `train` if not set.
+    /// Sets the name under which the run reports progress; the default is `train`.
     pub fn with_label(mut self, label: impl Into<String>) -> Self {
         self.label = label.into();
         self
     }
 
-    /// Runs. The same seed, data and machine give the same weights, bit for bit, whether or not the run was interrupted. A
-    /// checkpoint is refused where settings, space or data are others; that the base weights are the same is the caller's
-    /// promise, of which only their number and that of their zeros is checked.
+    /// Runs the training. The same seed, data and machine give bit-identical weights, whether or
+    /// not the run was interrupted. A checkpoint is rejected if settings, space or data have
+    /// changed. The caller must ensure that the base weights are the same; only their number and
+    /// the number of their zeros are checked.
     ///
-    /// Trained are the adapters, or all weights of [`SuperNet::dense`](crate::SuperNet::dense). On return the weights are off
-    /// the tape and the subnet that was active before is active again. Validation uses that subnet too.
+    /// Trains the adapters, or all weights of [`SuperNet::dense`](crate::SuperNet::dense). On
+    /// return, the weights no longer track gradients, and the previously active subnet is active
+    /// again. Validation uses that subnet too.
     ///
     /// # Errors
-    /// [`Error::Diverged`] for a loss or gradient that is no finite number; [`Error::Interrupted`], after a checkpoint where the run has
-    /// a folder;
-    /// [`Error::CheckpointMismatch`], and those of reading a checkpoint; those of the model for tokens outside the vocabulary
-    /// or context; [`Error::InvalidArgument`] where there is nothing to train or a stage names a kind that no group has;
-    /// [`Error::Unsupported`] where weights to be trained are stored in 16 bits, or distillation meets a head that is trained.
+    /// Returns
+    /// - [`Error::Diverged`] if a loss or gradient is not finite,
+    /// - [`Error::Interrupted`] after an interruption, having written a checkpoint if there is a
+    ///   folder,
+    /// - [`Error::CheckpointMismatch`] and the errors of reading a checkpoint,
+    /// - the model's errors for tokens outside the vocabulary or context,
+    /// - [`Error::InvalidArgument`] if there is nothing to train or a stage names a kind that no
+    ///   group has,
+    /// - [`Error::Unsupported`] if weights to train are stored in 16 bits, or if the head is
+    ///   trained under distillation.
+    ///
     /// The supernet keeps the weights of the last good step.
     pub fn run(
         &self,
@@ -127,7 +136,7 @@ impl Trainer {
         progress: &dyn Progress,
     ) -> Result<TrainReport> {
         if let Some(folder) = &self.folder {
-            // Now rather than after hours of training.
+            // Fails now rather than after hours of training.
             std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
         }
         let home = net.active().clone();
@@ -253,7 +262,7 @@ impl Trainer {
                 || (config.eval_every > 0 && step.is_multiple_of(config.eval_every));
             due && !valid.is_empty()
         };
-        // A run that was interrupted in a validation goes on with it.
+        // A run that was interrupted during validation repeats the validation.
         if let Some(last) = logs.last_mut()
             && last.valid_loss.is_none()
             && validates(last.step)
@@ -279,7 +288,7 @@ impl Trainer {
                 .collect();
             let found = match gradients(net, config, &batches, step, &task) {
                 Err(error @ Error::Interrupted { .. }) => {
-                    // As if the step had not begun.
+                    // Rewinds to the state before the step.
                     train.seek(position)?;
                     save(net, optimizer, train, logs)?;
                     return Err(error);
@@ -307,7 +316,8 @@ impl Trainer {
             }
             let last = step + 1 == config.steps;
             let due = validates(step + 1);
-            // Held only where validation may call for it: weights that are held twice are copied.
+            // The old weights are kept only if this step validates: shared weights are copied by
+            // the update.
             let before = due.then(|| net.model().clone());
             let clip = config
                 .clip_norm
@@ -350,7 +360,7 @@ impl Trainer {
                 return Err(error);
             }
             tokens += n_tokens;
-            // Smoothed over about 20 steps: single batches jump.
+            // Smoothed over about 20 steps, because the losses of single batches vary a lot.
             let smooth = shown_loss.map_or(loss, |before: f64| before + (loss - before) / 20.0);
             shown_loss = Some(smooth);
             let rate = tokens as f64 / seconds.max(1e-9);
@@ -364,7 +374,7 @@ impl Trainer {
         Ok(seconds)
     }
 
-    /// What must be the same for a checkpoint to fit.
+    /// The properties that must match for a checkpoint to be accepted.
     fn about(&self, net: &SuperNet, train: &Batcher) -> BTreeMap<String, String> {
         let base = net.base_params();
         let text =

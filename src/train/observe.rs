@@ -1,19 +1,21 @@
-//! What a run's log says about subnets, at no further cost.
+//! Losses of individual subnets, taken from a run's log at no extra cost.
 
 use super::{Sampling, StepLog, TrainConfig};
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// Steps before and after one whose mean loss it is compared with.
+/// Number of steps before and after a step over which its reference loss is averaged.
 const AROUND: usize = 8;
 
 impl TrainConfig {
-    /// The subnets that were drawn in the last `share` (0..=1) of a run, each with how much more than another its loss was, in
-    /// nats a target: for an [`AdditiveModel`](crate::search::AdditiveModel).
+    /// Returns the subnets drawn in the last fraction `share` (0..=1) of a run, each with the
+    /// difference between its loss and a reference loss, in nats per target. Use them to fit an
+    /// [`AdditiveModel`](crate::search::AdditiveModel).
     ///
-    /// Under the sandwich rule that other is the largest subnet on the same batches with the same dropout, and the smallest
-    /// counts too. With one subnet a step, it is the mean of the steps around, whose batches differ: a hundred times as many
-    /// steps are not too many. Training losses all of them, of weights that still change; and with dropout, where there is any.
-    /// Other samplings have nothing to say.
+    /// Under the sandwich rule, the reference is the largest subnet on the same batches with the
+    /// same dropout, and the smallest subnet is included. With one subnet per step, the reference
+    /// is the mean over the neighbouring steps, whose batches differ, so about a hundred times as
+    /// many steps are needed. All values are training losses of weights that still change, with
+    /// dropout if it is enabled. Other samplings give no observations.
     pub fn observations(
         &self,
         space: &SearchSpace,
@@ -78,7 +80,7 @@ mod tests {
             let logs: Vec<StepLog> = (0..40)
                 .map(|step| {
                     let subnets = config.subnets(&space, step).remove(0);
-                    // A batch has its own difficulty, which is nothing to the subnet.
+                    // The difficulty of a batch, which does not depend on the subnet.
                     let batch = 2.0 + step as f64 * 0.01;
                     let losses: Vec<f64> = subnets
                         .iter()

@@ -1,4 +1,4 @@
-//! Learning rates over a run.
+//! Learning rate schedules.
 
 use std::str::FromStr;
 
@@ -6,22 +6,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// How the learning rate goes down after warm-up.
+/// How the learning rate falls after warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Schedule {
-    /// Not at all.
+    /// Stays constant.
     Constant,
-    /// In a straight line to 0.
+    /// Falls linearly to 0.
     Linear,
-    /// Along half a cosine to 0 (arXiv 1608.03983, one period).
+    /// Falls to 0 along half a cosine (arXiv 1608.03983, one period).
     #[default]
     Cosine,
 }
 
 impl Schedule {
-    /// The factor on the peak rate at `step` (from 0) of `steps`: a straight line from 0 over `warmup` steps (the first step
-    /// has `1 / warmup`), then this schedule. In 0..=1.
+    /// The factor applied to the peak learning rate at `step` (from 0) of `steps`, in 0..=1. It
+    /// rises linearly over `warmup` steps (the first step has `1 / warmup`) and then follows this
+    /// schedule.
     pub fn factor(self, step: usize, warmup: usize, steps: usize) -> f64 {
         if step < warmup {
             return (step + 1) as f64 / warmup as f64;

@@ -1,4 +1,4 @@
-//! The gradients of one optimizer step: each micro-batch through each of its subnets.
+//! The gradients of one optimizer step, from each micro-batch with each of its subnets.
 
 use super::TrainConfig;
 use super::backward::{Share, Teacher, backward};
@@ -11,24 +11,26 @@ use crate::model::Decoder;
 use crate::progress::Task;
 use crate::supernet::SuperNet;
 
-/// What a step found.
+/// Result of a step's forward and backward passes.
 #[derive(Default)]
 pub(crate) struct StepGradients {
     pub grads: Grads,
-    /// What any of the step's subnets used.
+    /// The parts of the parameters that any of the step's subnets used.
     pub used: Prefixes,
-    /// Mean negative log-likelihood a target of the first subnet: the only one, or the largest.
+    /// Mean negative log-likelihood per target of the first subnet, which is the only one or the
+    /// largest.
     pub loss: f64,
-    /// That of the last, where there are several: the smallest.
+    /// The same for the last of several subnets, the smallest.
     pub smallest_loss: Option<f64>,
-    /// Those of the others.
+    /// The same for the subnets between them.
     pub random_losses: Vec<f64>,
 }
 
-/// The gradients of a step (from 0) on its micro-batches. Leaves the last subnet active.
+/// Computes the gradients of a step (from 0) on its micro-batches. The last subnet stays active.
 ///
 /// # Errors
-/// Those of the model for tokens outside the vocabulary or context; [`Error::Interrupted`](crate::Error::Interrupted).
+/// Returns the model's errors for tokens outside the vocabulary or context, and
+/// [`Error::Interrupted`](crate::Error::Interrupted).
 pub(crate) fn gradients(
     net: &mut SuperNet,
     config: &TrainConfig,
@@ -43,7 +45,7 @@ pub(crate) fn gradients(
     for (index, ((batch, positions), subnets)) in
         batches.iter().zip(&targets).zip(&lists).enumerate()
     {
-        // The same for all subnets: they differ in nothing but their shape.
+        // All subnets get the same dropout, so that they differ only in shape.
         seed_dropout(
             net.model_mut(),
             config.seed,

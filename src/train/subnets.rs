@@ -1,4 +1,4 @@
-//! Which subnets a step trains.
+//! The choice of the subnets that a step trains.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -8,10 +8,12 @@ use crate::nn::mix_seed;
 use crate::space::{SearchSpace, SubnetConfig};
 
 impl TrainConfig {
-    /// The subnets that a step (from 0) trains, a list for each of its micro-batches: under the sandwich rule the largest first
-    /// and the smallest last. The lists are empty under [`Sampling::Fixed`], where the active subnet is trained.
+    /// The subnets that a step (from 0) trains, as one list per micro-batch. Under the sandwich
+    /// rule the largest comes first and the smallest last. Under [`Sampling::Fixed`] the lists are
+    /// empty, and the active subnet is trained.
     ///
-    /// A function of the seed and the step, so that a log of losses need not name the subnets that they are of.
+    /// The result depends only on the seed and the step, so a log of losses need not name the
+    /// subnets.
     pub fn subnets(&self, space: &SearchSpace, step: usize) -> Vec<Vec<SubnetConfig>> {
         let mut rng = ChaCha8Rng::seed_from_u64(mix_seed(self.seed, step as u64));
         let within = |subnet: SubnetConfig| self.within_stage(space, subnet, step);
@@ -32,7 +34,7 @@ impl TrainConfig {
         }
     }
 
-    /// The subnet with every group that does not vary at a step at its largest choice.
+    /// The subnet with every group that does not vary at this step set to its largest choice.
     fn within_stage(
         &self,
         space: &SearchSpace,
@@ -144,7 +146,7 @@ mod tests {
                 }
             }
         }
-        // Kinds join one after the other.
+        // The kinds are added one after the other.
         let group = |kind: Elastic, id: &str, choices: &[usize]| {
             let name = |i: usize| format!("model.layers.{i}.mlp.up_proj");
             let block = |i: usize| format!("model.layers.{i}");
@@ -198,7 +200,7 @@ mod tests {
                 }
             }
         }
-        // One subnet is trained once.
+        // A single subnet is trained once per step.
         assert_eq!(
             config(Sampling::Sandwich { random: 2 }).subnets(&SearchSpace::single(), 1)[0].len(),
             1

@@ -1,4 +1,4 @@
-//! What the tests of promises share.
+//! Helpers shared by the integration tests.
 #![allow(dead_code)]
 
 pub mod runtime;
@@ -20,7 +20,8 @@ use elastic_lora::train::for_each_param;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// A file or folder of other implementations' models, data and outputs, where that folder is there.
+/// Returns the path of a file or folder of reference models, data and outputs, or `None` if it does
+/// not exist.
 pub fn shared(relative: &str) -> Option<PathBuf> {
     let root = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(
         || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")),
@@ -34,14 +35,14 @@ pub fn shared(relative: &str) -> Option<PathBuf> {
     None
 }
 
-/// A model folder on the Flex device.
+/// Loads a model folder on the Flex device.
 pub fn load(dir: &std::path::Path) -> Decoder {
     let config = HfConfig::open(dir).unwrap();
     let checkpoint = Checkpoint::open(dir).unwrap();
     Decoder::load(&config, &checkpoint, &Device::flex()).unwrap()
 }
 
-/// Integers of a safetensors file.
+/// Loads the i32 values of a tensor.
 pub fn load_i32(checkpoint: &Checkpoint, name: &str) -> Vec<u32> {
     checkpoint
         .bytes(name)
@@ -51,7 +52,7 @@ pub fn load_i32(checkpoint: &Checkpoint, name: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Every step that it hears of, as (label, done, total); interrupts from a time on that it is asked.
+/// Records every step as (label, done, total), and optionally interrupts after a number of checks.
 #[derive(Default)]
 pub struct Heard {
     steps: Mutex<Vec<(String, usize, usize)>>,
@@ -60,7 +61,7 @@ pub struct Heard {
 }
 
 impl Heard {
-    /// Interrupts when it has been asked `n` times before.
+    /// Interrupts after `n` checks.
     pub fn stopping_at(n: usize) -> Self {
         Self {
             stop_at: Some(n),
@@ -68,7 +69,7 @@ impl Heard {
         }
     }
 
-    /// How often it was asked.
+    /// Returns the number of checks for interruption.
     pub fn asked(&self) -> usize {
         self.asked.load(Ordering::Relaxed)
     }
@@ -77,7 +78,7 @@ impl Heard {
         self.steps.lock().unwrap().clone()
     }
 
-    /// Asserts that a single task went through all of its steps.
+    /// Asserts that a single task completed all of its steps.
     pub fn assert_all(&self, label: &str, total: usize) {
         let expected: Vec<_> = (1..=total).map(|n| (label.into(), n, total)).collect();
         assert_eq!(self.steps(), expected);
@@ -96,7 +97,7 @@ impl Progress for Heard {
     }
 }
 
-/// The largest absolute difference.
+/// Returns the largest absolute difference.
 pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter()
@@ -105,7 +106,7 @@ pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
         .fold(0.0, f32::max)
 }
 
-/// Gives every weight a size that matters: matrices are widened, norms get gains that differ.
+/// Gives all weights a relevant size: matrices are scaled up, and norms get different gains.
 struct Widen(f32);
 
 impl ModuleMapper for Widen {
@@ -123,7 +124,8 @@ impl ModuleMapper for Widen {
     }
 }
 
-/// Sizes that are odd where they can be: 4 heads of 6 over 2 key/value heads, an MLP of 37, 41 tokens, a context of 40.
+/// Returns sizes that are odd where possible: 4 heads of 6 features, 2 key/value heads, an MLP of
+/// width 37, 41 tokens, a context of 40.
 pub fn tiny_dims(tied: bool) -> LlamaDims {
     LlamaDims {
         vocab_size: 41,
@@ -143,7 +145,8 @@ pub fn tiny_dims(tied: bool) -> LlamaDims {
     }
 }
 
-/// A random model of these sizes on a device; its weights are large enough for attention to pick.
+/// Creates a random model of these sizes on a device. Its weights are large enough for attention to
+/// be selective.
 pub fn tiny_on(dims: &LlamaDims, seed: u64, device: &Device) -> Decoder {
     let config = HfConfig::new_llama(dims).unwrap();
     Decoder::init(&config, seed, device)
@@ -151,12 +154,12 @@ pub fn tiny_on(dims: &LlamaDims, seed: u64, device: &Device) -> Decoder {
         .map(&mut Widen(12.0))
 }
 
-/// A random tiny Llama on the Flex device.
+/// Creates a random tiny Llama on the Flex device.
 pub fn tiny(tied: bool, seed: u64) -> Decoder {
     tiny_on(&tiny_dims(tied), seed, &Device::flex())
 }
 
-/// A random tiny Mistral whose queries see that many keys.
+/// Creates a random tiny Mistral with a sliding window of this size.
 pub fn tiny_mistral(window: Option<usize>, seed: u64) -> Decoder {
     let value = serde_json::json!({
         "model_type": "mistral", "architectures": ["MistralForCausalLM"],
@@ -170,30 +173,30 @@ pub fn tiny_mistral(window: Option<usize>, seed: u64) -> Decoder {
         .map(&mut Widen(12.0))
 }
 
-/// Reproducible numbers in -1..1.
+/// Returns reproducible random numbers in -1..1.
 pub fn random_values(n: usize, seed: u64) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect()
 }
 
-/// A reproducible tensor with elements in -1..1.
+/// Returns a reproducible random tensor with elements in -1..1.
 pub fn random<const D: usize>(shape: [usize; D], seed: u64, device: &Device) -> Tensor<D> {
     let values = random_values(shape.iter().product(), seed);
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// A reproducible matrix with elements in -1..1.
+/// Returns a reproducible random matrix with elements in -1..1.
 pub fn random_matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
     Matrix::new(rows, cols, random_values(rows * cols, seed)).unwrap()
 }
 
-/// Reproducible token ids below `vocab`.
+/// Returns reproducible random token ids below `vocab`.
 pub fn random_ids(n: usize, vocab: u32, seed: u64) -> Vec<u32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..n).map(|_| rng.random_range(0..vocab)).collect()
 }
 
-/// Every parameter by path, as bits: for comparisons to the last one.
+/// Returns the bits of every parameter by path, for exact comparisons.
 pub fn weight_bits<M: Module>(module: &M) -> BTreeMap<String, Vec<u32>> {
     let mut out = BTreeMap::new();
     for_each_param(module, |path, param| {
@@ -204,7 +207,7 @@ pub fn weight_bits<M: Module>(module: &M) -> BTreeMap<String, Vec<u32>> {
     out
 }
 
-/// Whether a parameter's path is an adapter's factor.
+/// Returns whether a parameter's path is a factor of an adapter.
 pub fn is_factor(path: &str) -> bool {
     path.ends_with("lora_a") || path.ends_with("lora_b")
 }

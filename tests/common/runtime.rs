@@ -1,4 +1,4 @@
-//! What the runtime's tests share: the lean executor beside the decoder.
+//! Helpers shared by the runtime's tests, which compare the runtime with the decoder.
 
 use burn::tensor::Device;
 use elastic_lora::format::WeightFormat;
@@ -13,17 +13,18 @@ use super::{max_diff, random_values};
 
 pub const F32: WeightFormat = WeightFormat::F32;
 
-/// Logits of every position, by the decoder.
+/// Returns the decoder's logits at every position.
 pub fn full(model: &Decoder, ids: &[u32]) -> Vec<f32> {
     host_values(model.forward(model.tokens(ids, 1).unwrap()))
 }
 
-/// The largest size of a logit.
+/// Returns the largest absolute logit.
 pub fn largest(logits: &[f32]) -> f32 {
     logits.iter().fold(0.0, |a, b| a.max(b.abs()))
 }
 
-/// Logits of every position, the tokens coming in pieces.
+/// Returns the session's logits at every position. The tokens are passed in pieces of these sizes,
+/// and then one by one.
 pub fn in_pieces(session: &mut Session, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
     let vocab = session.model().config().vocab_size();
     let (mut out, mut start) = (Vec::new(), 0);
@@ -42,12 +43,13 @@ pub fn in_pieces(session: &mut Session, ids: &[u32], pieces: &[usize]) -> Vec<f3
     out
 }
 
-/// A session on the whole model, as it comes.
+/// Creates a session on the whole model with default settings.
 pub fn session(model: &Model) -> Session {
     Session::new(model, &SessionConfig::default()).unwrap()
 }
 
-/// Compares all positions, in one piece, in several, and one by one.
+/// Compares the logits at all positions, with the tokens passed at once, in several pieces, and one
+/// by one.
 pub fn agrees(decoder: &Decoder, session: &mut Session, ids: &[u32], tolerance: f32, what: &str) {
     let want = full(decoder, ids);
     for pieces in [vec![ids.len()], vec![5, 1, 7], vec![]] {
@@ -59,7 +61,7 @@ pub fn agrees(decoder: &Decoder, session: &mut Session, ids: &[u32], tolerance: 
             "{what}, {pieces:?}: off by {off} of the largest logit"
         );
     }
-    // The last alone is the last of all; the window that a prompt is cut into does not matter.
+    // `decode` returns the same last logits, also for a prompt in two pieces.
     session.reset();
     let vocab = decoder.config().vocab_size();
     let mut last = vec![0.0; vocab];
@@ -69,7 +71,7 @@ pub fn agrees(decoder: &Decoder, session: &mut Session, ids: &[u32], tolerance: 
     assert_eq!(session.position(), ids.len());
 }
 
-/// A Llama whose config has these fields as well, with random biases and norms.
+/// Creates a Llama with additional config fields, random weights and random biases.
 pub fn llama(dims: &LlamaDims, fields: serde_json::Value, seed: u64) -> Decoder {
     let mut raw = HfConfig::new_llama(dims).unwrap().raw().clone();
     raw.extend(fields.as_object().unwrap().clone());

@@ -1,20 +1,25 @@
-//! A compressed model in one file, to be used by memory map as it lies there.
+//! A compressed model in a single file that is used directly from a memory map.
 //!
-//! A bundle is a safetensors file, which other tools can look into. Its `__metadata__` holds `format` ([`FORMAT`]), `version`
-//! ([`VERSION`]), `index` and `checksum`:
+//! A bundle is a safetensors file, so other tools can inspect it. Its `__metadata__` holds `format`
+//! ([`FORMAT`]), `version` ([`VERSION`]), `index` and `checksum`:
 //!
-//! - `index` is JSON: `matrices`, the [`MatrixHeader`] of each weight by name; `checksums`, a CRC-32 of
-//!   each tensor's bytes; `document`, whatever the model's own description is, which is not looked at here;
+//! - `index` is JSON: `matrices` holds the [`MatrixHeader`] of each weight by name, `checksums`
+//!   holds a CRC-32 of each tensor's bytes, and `document` holds the model's own description, which
+//!   this module does not interpret;
 //! - `checksum` is the CRC-32 of `index`.
 //!
-//! A weight `name` of `rows` by `cols` is stored as the [parts](crate::format::StoredMatrix::parts) of its format, each a tensor
-//! `name.part`. Norms and biases are tensors of 32 bits, texts tensors of bytes. Every tensor begins at a multiple of 64 bytes; the gaps
-//! between them are tensors too, named `~0`, `~1` and so on, and so is the end of the file, over which a kernel may read.
+//! A weight `name` of `rows` by `cols` is stored as the [parts](crate::format::StoredMatrix::parts)
+//! of its format; each part is a tensor `name.part`. Norms and biases are 32-bit float tensors, and
+//! texts are byte tensors. Every tensor begins at a multiple of 64 bytes. The gaps between tensors
+//! are tensors too, named `~0`, `~1` and so on. So is the padding at the end of the file, which a
+//! kernel may read past the end of the last weight.
 //!
-//! On opening, everything is checked but the contents of weights: whatever the header says, nothing lies outside of the file or overlaps.
-//! Contents are compared with their checksums when they are used first ([`Bundle::verify_matrix`]), or all at once
-//! ([`Bundle::verify`]). CRC-32 finds every change of up to 32 bits in a row, and is as fast as memory where the processor multiplies
-//! without carries, which is looked for at run time. It is no signature: who writes a bundle can write any.
+//! Opening a bundle checks everything except the contents of weights, so that no tensor reaches
+//! outside the file or overlaps another, regardless of the header. Contents are compared with their
+//! checksums on first use ([`Bundle::verify_matrix`]) or all at once ([`Bundle::verify`]). CRC-32
+//! detects every change confined to 32 consecutive bits. It runs at memory speed on processors with
+//! carry-less multiplication, which is detected at run time. It is not a signature: anyone who can
+//! write a bundle can write matching checksums.
 
 mod read;
 mod write;
@@ -32,16 +37,16 @@ use std::collections::BTreeMap;
 use crate::format::{Element, MatrixHeader};
 use crate::io::DType;
 
-/// `format` in a bundle's metadata.
+/// Value of `format` in a bundle's metadata.
 pub const FORMAT: &str = "elastic-lora-bundle";
-/// The version that is written, and the only one that is read.
+/// Version that is written, and the only one that is read.
 pub const VERSION: u32 = 1;
-/// Where tensors begin: at multiples of this.
+/// Alignment of tensors in bytes.
 const ALIGN: usize = 64;
-/// Begins the names of gaps.
+/// First character of the names of gaps.
 const GAP: char = '~';
 
-/// What the metadata's `index` says.
+/// Content of the metadata's `index`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Index {

@@ -1,4 +1,4 @@
-//! Reading a bundle.
+//! Reads bundles.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +11,8 @@ use crate::format::StoredMatrix;
 use crate::io::tensors::{Checkpoint, DType};
 use crate::kernels::Pool;
 
-/// A bundle, opened: see the [module](super) for what was checked then, and what is checked later.
+/// An open bundle. The [module](super) documentation lists what is checked on opening and what is
+/// checked later.
 #[derive(Debug)]
 pub struct Bundle {
     checkpoint: Checkpoint,
@@ -19,12 +20,13 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Opens a bundle; `mmap` as for [`Checkpoint::open_with`].
+    /// Opens a bundle. `mmap` has the same meaning as for [`Checkpoint::open_with`].
     ///
     /// # Errors
-    /// Those of [`Checkpoint::open`]; [`Error::InvalidFile`] that names the tensor for anything that a bundle must not be: of another
-    /// format or version, an index that was changed, tensors that the index does not know or the other way round, parts of a weight that
-    /// are missing, of another type, size or alignment.
+    /// Returns the errors of [`Checkpoint::open`]. Returns [`Error::InvalidFile`] if the format or
+    /// version differs, if the index was changed, or, naming the tensor, if a tensor is missing in
+    /// the index or a part of a weight is missing or has another dtype, size or alignment. Returns
+    /// [`Error::MissingTensor`] if the file lacks a tensor of the index.
     pub fn open(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
         let path = path.as_ref();
         let checkpoint = Checkpoint::open_with(path, mmap)?;
@@ -99,31 +101,32 @@ impl Bundle {
         Ok(())
     }
 
-    /// The file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         self.checkpoint.path()
     }
 
-    /// The model's own description.
+    /// Returns the model's own description.
     pub fn document(&self) -> &Value {
         &self.index.document
     }
 
-    /// The names of its weights.
+    /// Returns the names of the weights.
     pub fn matrices(&self) -> impl Iterator<Item = &str> {
         self.index.matrices.keys().map(String::as_str)
     }
 
-    /// Whether there is a tensor of this name: a vector, a text or a part of a weight.
+    /// Returns whether there is a tensor of this name: a vector, a text or a part of a weight.
     pub fn contains(&self, name: &str) -> bool {
         self.checkpoint.contains(name)
     }
 
-    /// A weight, in place. Its sizes are checked, its contents not; see [`verify_matrix`](Self::verify_matrix) and
-    /// [`StoredMatrix::check`].
+    /// Returns a weight without copying it. Its sizes are checked, but not its contents; see
+    /// [`verify_matrix`](Self::verify_matrix) and [`StoredMatrix::check`].
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] where there is none of this name; [`Error::InvalidFile`].
+    /// Returns [`Error::MissingTensor`] if there is no weight of this name, and
+    /// [`Error::InvalidFile`] if its parts do not match its header.
     pub fn matrix(&self, name: &str) -> Result<StoredMatrix> {
         let missing = || Error::MissingTensor {
             path: self.path().into(),
@@ -135,20 +138,22 @@ impl Bundle {
             .map_err(|error| Error::invalid_file(self.path(), format!("tensor `{name}`: {error}")))
     }
 
-    /// A vector, compared with its checksum.
+    /// Returns a vector after comparing it with its checksum.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorDtype`], [`Error::NotFinite`], [`Error::InvalidFile`].
+    /// Returns [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorDtype`],
+    /// [`Error::NotFinite`], or [`Error::InvalidFile`] if the checksum differs.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         self.checkpoint.check_shape(name, &[len])?;
         self.verify_tensor(name)?;
         self.checkpoint.load_vector(name, len)
     }
 
-    /// A text, compared with its checksum.
+    /// Returns a text after comparing it with its checksum.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::InvalidFile`] where its bytes are no text, or not those that were written.
+    /// Returns [`Error::MissingTensor`], or [`Error::InvalidFile`] if the tensor is not UTF-8 text
+    /// or its checksum differs.
     pub fn text(&self, name: &str) -> Result<String> {
         self.verify_tensor(name)?;
         let bad =
@@ -162,7 +167,8 @@ impl Bundle {
     /// Compares the contents of a weight with their checksums.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] that names the tensor; [`Error::MissingTensor`].
+    /// Returns [`Error::InvalidFile`], naming the tensor, if a checksum differs, and
+    /// [`Error::MissingTensor`] if there is no weight of this name.
     pub fn verify_matrix(&self, name: &str) -> Result<()> {
         for part in self.matrix(name)?.parts() {
             self.verify_tensor(&format!("{name}.{}", part.name))?;
@@ -170,20 +176,21 @@ impl Bundle {
         Ok(())
     }
 
-    /// Compares all that the file holds with its checksums.
+    /// Compares the whole contents of the file with their checksums.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] that names the tensor.
+    /// Returns [`Error::InvalidFile`], naming the tensor, if a checksum differs.
     pub fn verify(&self) -> Result<()> {
         self.checkpoint
             .names()
             .try_for_each(|name| self.verify_tensor(name))
     }
 
-    /// [`verify`](Self::verify) on several threads.
+    /// Runs [`verify`](Self::verify) on several threads.
     ///
     /// # Errors
-    /// As [`verify`](Self::verify); of several, that of the first tensor by name.
+    /// Returns the errors of [`verify`](Self::verify). If several tensors fail, the error is that
+    /// of the first one by name.
     pub fn verify_on(&self, pool: &Pool) -> Result<()> {
         let names: Vec<&str> = self.checkpoint.names().collect();
         let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);

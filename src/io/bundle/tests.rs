@@ -11,7 +11,7 @@ use crate::linalg::Matrix;
 
 const TEXT: &str = "a text, of Ω bytes";
 
-/// One matrix of each kind, with odd sizes.
+/// One matrix of each format, with odd sizes.
 fn matrices() -> Vec<(String, StoredMatrix)> {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let mut random = |rows, cols| {
@@ -64,7 +64,7 @@ fn written(folder: &TempDir) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
 
-/// Opens bytes as a file; both ways of reading must agree.
+/// Opens bytes as a file, both mapped and read. Both ways must agree on whether it is valid.
 fn open(folder: &TempDir, bytes: &[u8]) -> Result<Bundle> {
     let path = folder.path().join("tried.elora");
     std::fs::write(&path, bytes).unwrap();
@@ -80,7 +80,7 @@ fn refused(folder: &TempDir, bytes: &[u8]) -> String {
         .to_string()
 }
 
-/// The file with another header; a checksum of the index that fits, if wanted.
+/// Rewrites the header, with a matching checksum of the index if `fix` is true.
 fn rewritten(
     bytes: &[u8],
     shift: usize,
@@ -145,7 +145,7 @@ fn what_was_written_is_read_in_place() {
         bytes,
         "the same parts give the same bytes"
     );
-    // Not over another file.
+    // An existing file is not overwritten.
     let writer = BundleWriter::new(Value::Null);
     assert!(
         writer
@@ -246,7 +246,8 @@ fn one_bad_file_for_each_rule() {
             "rule {number}, {message}: {error}"
         );
     }
-    // A lie about a size may also not fit the tensor; a beginning off the line; a file that ends early, or late.
+    // A wrong size may also not fit the tensor, a tensor may be misaligned, and the file may be
+    // truncated or too long.
     let error = refused(&folder, &rewritten(&good, 8, false, |_, _| ()));
     assert!(error.contains("no multiple of 64"), "{error}");
     for cut in [0, 7, 8, 100, good.len() / 2, good.len() - 1] {
@@ -279,7 +280,7 @@ fn changed_contents_are_found_where_they_are() {
                     inside,
                     "{tensor} and {name}"
                 );
-                // Whatever is in it, reading it stays inside.
+                // Reading corrupt contents stays in bounds.
                 bundle.matrix(name).unwrap().to_matrix();
             }
             assert_eq!(bundle.vector("norm", 13).is_err(), tensor == "norm");
@@ -297,7 +298,7 @@ fn no_mutation_passes_or_crashes() {
     for _ in 0..600 {
         let mut bad = good.clone();
         for _ in 0..rng.random_range(1..4) {
-            // The header is short, and where most rules are.
+            // The header is short but has most of the rules, so mutate it more often.
             let end = if rng.random_bool(0.6) {
                 8 + length
             } else {
@@ -321,7 +322,7 @@ fn no_mutation_passes_or_crashes() {
         for name in bundle.matrices() {
             bundle.matrix(name).unwrap().to_matrix();
         }
-        // A space of the header may have become another kind of one.
+        // A mutation may have replaced one whitespace character of the header by another.
         let same = bad.get(8 + length..) == good.get(8 + length..);
         assert!(same || bundle.verify().is_err());
     }

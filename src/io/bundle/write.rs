@@ -1,4 +1,4 @@
-//! Writing a bundle.
+//! Writes bundles.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::format::StoredMatrix;
 use crate::io::tensors::{DType, HostTensor, write_in_order};
 
-/// A bundle in the making; see the [module](super) for what it becomes.
+/// Collects the contents of a bundle and writes it. The [module](super) documentation describes the
+/// format.
 #[derive(Debug)]
 pub struct BundleWriter<'a> {
     index: Index,
@@ -19,7 +20,7 @@ pub struct BundleWriter<'a> {
 }
 
 impl<'a> BundleWriter<'a> {
-    /// A bundle with nothing but the model's own description.
+    /// Creates a bundle that holds only the model's own description.
     pub fn new(document: Value) -> Self {
         let index = Index {
             matrices: BTreeMap::new(),
@@ -33,7 +34,7 @@ impl<'a> BundleWriter<'a> {
         }
     }
 
-    /// Adds a weight. What is used one after the other is best added in that order.
+    /// Adds a weight. Add weights in the order of their use, so that they are read sequentially.
     pub fn matrix(&mut self, name: &str, matrix: &'a StoredMatrix) {
         self.index
             .matrices
@@ -105,10 +106,11 @@ impl<'a> BundleWriter<'a> {
         }
     }
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file atomically.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] where there is a file of that name and `overwrite` is false, or a name was added twice; [`Error::Io`].
+    /// Returns [`Error::InvalidFile`] if the file exists and `overwrite` is false, or if a name was
+    /// added twice, and [`Error::Io`] if writing fails.
     pub fn write(mut self, path: impl AsRef<Path>, overwrite: bool) -> Result<()> {
         let path = path.as_ref();
         if !overwrite && path.exists() {
@@ -117,7 +119,7 @@ impl<'a> BundleWriter<'a> {
                 "there is a file of that name already",
             ));
         }
-        // A kernel may read a line further than a weight's end.
+        // A kernel may read up to one cache line past the end of a weight.
         self.gap(self.at.next_multiple_of(ALIGN) - self.at + ALIGN);
         let index = serde_json::to_string(&self.index).map_err(|e| Error::json(path, e))?;
         let metadata = BTreeMap::from([

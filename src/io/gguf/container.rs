@@ -8,7 +8,7 @@ use super::blocks::Encoding;
 use crate::error::{Error, Result};
 use crate::io::tensors::Bytes;
 
-pub(super) const MAGIC: &[u8; 4] = b"GGUF";
+pub(in crate::io) const MAGIC: &[u8; 4] = b"GGUF";
 /// Where data begin, unless `general.alignment` says otherwise.
 const ALIGNMENT: u64 = 32;
 /// The most keys and tensors that are read: far above any real file.

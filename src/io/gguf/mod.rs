@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::io::open_regular;
 use crate::io::tensors::{Bytes, TensorInfo, read_file};
 use container::File;
+pub(in crate::io) use container::MAGIC;
 pub(in crate::io) use layout::Layout;
 pub(crate) use tokenizer::TokenizerFiles;
 
@@ -30,13 +31,11 @@ pub(crate) fn is_gguf(path: &Path) -> bool {
         return false;
     };
     let mut start = Vec::new();
-    let read = file
-        .take(container::MAGIC.len() as u64)
-        .read_to_end(&mut start);
+    let read = file.take(MAGIC.len() as u64).read_to_end(&mut start);
     let named = path
         .extension()
         .is_some_and(|ext| ext.eq_ignore_ascii_case("gguf"));
-    named || read.is_ok() && start == container::MAGIC
+    named || read.is_ok() && start == MAGIC
 }
 
 /// A GGUF model, opened for reading; of one file or of several parts.

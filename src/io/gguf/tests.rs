@@ -574,7 +574,10 @@ fn files_that_break_a_rule_are_refused() {
     let rows = [
         (with(0, b"GGUX"), "not a GGUF file"),
         (with(0, br#"{"a": 1}"#), "it seems to be JSON"),
-        (with(8, b"{"), "tensors in a file of"),
+        (
+            refused(b"\x08\0\0\0\0\0\0\0{\"a\":{}}"),
+            "it seems to be a safetensors file",
+        ),
         (with(4, &1_u32.to_le_bytes()), "GGUF of version 1"),
         (
             with(4, &3_u32.to_be_bytes()),
@@ -631,7 +634,7 @@ fn files_that_break_a_rule_are_refused() {
             refused(&good[..good.len() - 1]),
             "cut off: tensor `blk.0.attn_k.weight`",
         ),
-        (refused(&good[..100]), "cut off"),
+        (refused(&good[..400]), "cut off"),
         (refused(&good[..6]), "cut off: the version"),
         (refused(&[&good[..], &[0; 40]].concat()), "too long"),
         (refused(b""), "not a GGUF file"),
@@ -836,7 +839,7 @@ fn with_pieces(writer: Writer) -> Writer {
 }
 
 fn json_of(writer: &Writer) -> Result<serde_json::Value> {
-    let folder = tempfile::tempdir()?;
+    let folder = tempfile::tempdir().unwrap();
     let files = Gguf::open(writer.write(folder.path()))?
         .tokenizer()?
         .unwrap();
@@ -950,4 +953,142 @@ fn stories_are_those_of_the_folder() {
             "{name}"
         );
     }
+}
+
+/// The ids of a text by the tokenizer that a file describes.
+fn tokenizer_of(writer: &Writer) -> tokenizers::Tokenizer {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Gguf::open(writer.write(folder.path())).unwrap();
+    model.tokenizer().unwrap().unwrap().json.parse().unwrap()
+}
+
+/// Compares a tokenizer with llama.cpp's vectors for it.
+fn agrees(tokenizer: &tokenizers::Tokenizer, vectors: &Path) {
+    let read = |suffix: &str| {
+        let name = format!("{}{suffix}", vectors.display());
+        fs::read_to_string(name).unwrap()
+    };
+    let (inputs, outputs) = (read(".inp"), read(".out"));
+    let inputs: Vec<&str> = inputs.split("\n__ggml_vocab_test__\n").collect();
+    let mut compared = 0;
+    for (input, output) in inputs.iter().zip(outputs.lines()) {
+        let expected: Vec<u32> = output
+            .split_whitespace()
+            .map(|id| id.parse().unwrap())
+            .collect();
+        let found = tokenizer.encode(*input, false).unwrap();
+        assert_eq!(found.get_ids(), expected, "{input:?}");
+        compared += 1;
+    }
+    assert!(compared > 30);
+}
+
+#[test]
+fn byte_level_tokens_are_llama_cpps() {
+    let Some(folder) = shared("models/tokenizers") else {
+        return;
+    };
+    let json = fs::read_to_string(folder.join("gpt2/tokenizer.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let vocab = json["model"]["vocab"].as_object().unwrap();
+    let mut tokens = vec![""; vocab.len()];
+    for (text, id) in vocab {
+        tokens[id.as_u64().unwrap() as usize] = text;
+    }
+    let merges: Vec<String> = json["model"]["merges"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|pair| match pair.as_array() {
+            Some(pair) => format!(
+                "{} {}",
+                pair[0].as_str().unwrap(),
+                pair[1].as_str().unwrap()
+            ),
+            None => pair.as_str().unwrap().into(),
+        })
+        .collect();
+    let merges: Vec<&str> = merges.iter().map(String::as_str).collect();
+    let kinds: Vec<Vec<u8>> = tokens
+        .iter()
+        .map(|text| {
+            if *text == "<|endoftext|>" { 3_i32 } else { 1 }
+                .to_le_bytes()
+                .to_vec()
+        })
+        .collect();
+    let writer = llama()
+        .text("tokenizer.ggml.model", "gpt2")
+        .text("tokenizer.ggml.pre", "gpt-2")
+        .key("tokenizer.ggml.tokens", texts(&tokens))
+        .key("tokenizer.ggml.token_type", list(5, &kinds))
+        .key("tokenizer.ggml.merges", texts(&merges));
+    agrees(
+        &tokenizer_of(&writer),
+        &folder.join("ggml-vocab-gpt-2.gguf"),
+    );
+}
+
+/// A field of a protocol buffer: its number, its own bytes, and what follows.
+fn field(bytes: &[u8]) -> Option<(u64, &[u8], &[u8])> {
+    fn varint(mut bytes: &[u8]) -> Option<(u64, &[u8])> {
+        let (mut value, mut shift) = (0, 0);
+        loop {
+            let (byte, rest) = bytes.split_first()?;
+            value |= u64::from(byte & 127) << shift;
+            (bytes, shift) = (rest, shift + 7);
+            if byte & 128 == 0 {
+                return Some((value, bytes));
+            }
+        }
+    }
+    let (key, rest) = varint(bytes)?;
+    let (len, rest) = match key & 7 {
+        0 => (rest.len() - varint(rest)?.1.len(), rest),
+        1 => (8, rest),
+        2 => {
+            let (len, rest) = varint(rest)?;
+            (len as usize, rest)
+        }
+        _ => (4, rest),
+    };
+    let (value, rest) = rest.split_at_checked(len)?;
+    Some((key >> 3, value, rest))
+}
+
+#[test]
+fn pieces_are_llama_cpps() {
+    let Some(folder) = shared("models/tokenizers") else {
+        return;
+    };
+    let model = fs::read(folder.join("llama2.model")).unwrap();
+    let (mut tokens, mut scores, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
+    let mut rest = model.as_slice();
+    while let Some((number, value, after)) = field(rest) {
+        rest = after;
+        if number != 1 {
+            continue;
+        }
+        let (mut piece, mut kind) = (value, 1_i32);
+        while let Some((number, value, after)) = field(piece) {
+            piece = after;
+            match number {
+                1 => tokens.push(std::str::from_utf8(value).unwrap()),
+                2 => scores.push(value.to_vec()),
+                _ => kind = value[0].into(),
+            }
+        }
+        kinds.push(kind.to_le_bytes().to_vec());
+    }
+    let writer = llama()
+        .text("tokenizer.ggml.model", "llama")
+        .key("tokenizer.ggml.tokens", texts(&tokens))
+        .key("tokenizer.ggml.token_type", list(5, &kinds))
+        .key("tokenizer.ggml.scores", list(6, &scores))
+        .int("tokenizer.ggml.bos_token_id", 1);
+    let tokenizer = tokenizer_of(&writer);
+    agrees(&tokenizer, &folder.join("ggml-vocab-llama-spm.gguf"));
+    let ids = tokenizer.encode("a b", true).unwrap();
+    assert_eq!(ids.get_ids()[0], 1);
+    assert_eq!(tokenizer.decode(ids.get_ids(), true).unwrap(), "a b");
 }

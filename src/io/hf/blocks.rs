@@ -1,13 +1,24 @@
-//! The sizes of each block, where they differ: `block_configs`, as DeciLM ("Nemotron-NAS") has it.
+//! Sizes of each block in models whose blocks differ: the config field `block_configs`, in the form
+//! of DeciLM ("Nemotron-NAS").
 //!
-//! DeciLM says key/value heads as `attention.n_heads_in_group`, the query heads of each, and the MLP's width as a multiple of the
-//! hidden size, `ffn.ffn_mult`, which its readers round to 6 decimals: `int(2 * ffn_mult * hidden_size / 3)` rounded up to a multiple
-//! of 256. Query heads are the same in all blocks there, and some readers take the hidden size divided by their number as the size of
-//! a head, whatever `head_dim` says. What DeciLM cannot say, or what one of its readers gets wrong, stands in two fields of this crate's
-//! own, `attention.num_attention_heads` and `ffn.intermediate_size`, under another model type, so that no reader takes such a file for
-//! what it is not. Read in the sources of llama.cpp (2026), vLLM and mlx-lm, and tried with the first: a block with an attention and
-//! without an MLP is skipped by llama.cpp; a first block without attention neither it nor vLLM can run; llama.cpp's converter drops
-//! linear scaling of positions, and has Llama 3.1's start from 8192 whatever the config says.
+//! DeciLM stores the number of key/value heads as `attention.n_heads_in_group`, the number of query
+//! heads per key/value head. It stores the MLP's width as a multiple of the hidden size,
+//! `ffn.ffn_mult`. Readers round the multiple to 6 decimals, and the width is
+//! `int(2 * ffn_mult * hidden_size / 3)`, rounded up to a multiple of 256. All blocks have the same
+//! number of query heads. Some readers compute the head size as the hidden size divided by that
+//! number, and ignore `head_dim`.
+//!
+//! Sizes that DeciLM cannot express, or that one of its readers gets wrong, are stored in two
+//! fields of this crate, `attention.num_attention_heads` and `ffn.intermediate_size`. Such a file
+//! has another model type, so that no reader mistakes it for DeciLM.
+//!
+//! These limits come from the sources of llama.cpp (2026), vLLM and mlx-lm, and were tried with
+//! llama.cpp:
+//!
+//! - llama.cpp skips a block that has attention but no MLP.
+//! - Neither llama.cpp nor vLLM can run a model whose first block has no attention.
+//! - llama.cpp's converter drops linear scaling of positions, and always uses 8192 as the original
+//!   context length of Llama 3.1's scaling.
 
 use serde_json::{Map, Value, json};
 
@@ -18,11 +29,11 @@ use crate::error::Result;
 use crate::io::fields::{Fields, bad_field};
 
 const FIELD: &str = "block_configs";
-/// The family of a model in the form of [`Family::ElasticLlama`], where it is not a plain Llama.
+/// Family of a model in the form of [`Family::ElasticLlama`], if it is not a plain Llama.
 pub(super) const BASE_FAMILY: &str = "base_model_type";
-/// DeciLM's widths are multiples of this.
+/// DeciLM's MLP widths are multiples of this.
 pub const DECI_MULTIPLE: usize = 256;
-/// What blocks may have beyond this crate's model, where it is neither null nor false.
+/// Options of a block that this crate does not support, unless they are null or false.
 const ATTENTION_OPTIONS: [&str; 6] = [
     "window_length",
     "num_sink_tokens",
@@ -33,12 +44,12 @@ const ATTENTION_OPTIONS: [&str; 6] = [
 ];
 const MLP_OPTIONS: [&str; 1] = ["moe"];
 
-/// Whether a config says sizes per block.
+/// Returns whether a config has sizes per block.
 pub(super) fn has(raw: &Map<String, Value>) -> bool {
     raw.get(FIELD).is_some_and(|value| !value.is_null())
 }
 
-/// The blocks of a config whose model-wide sizes are `all`.
+/// Parses the blocks of a config. `all` holds the sizes for the whole model.
 pub(super) fn parse(
     raw: &Map<String, Value>,
     per_block: bool,
@@ -174,7 +185,7 @@ pub(super) fn parse(
     Ok(blocks)
 }
 
-/// The fields of `config` with other blocks.
+/// Returns the fields of `config` with other blocks.
 pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<String, Value>> {
     let mut raw = config.raw().clone();
     let Some(first) = blocks.first() else {
@@ -202,8 +213,9 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
             stock => stock,
         };
         family(&mut raw, stock);
-        // transformers refuses a Llama whose heads do not divide its width, whatever `head_dim` says.
-        // Without biases a Mistral that sees all positions is the same model, and is not refused.
+        // transformers refuses a Llama whose number of heads does not divide its width, even with
+        // `head_dim`. A Mistral without biases and with full attention computes the same, and
+        // transformers accepts it.
         let uneven = !config.hidden_size().is_multiple_of(first.n_heads);
         let biased = !config.arch().biased.is_empty();
         if stock == Family::Llama && uneven && !biased {
@@ -237,7 +249,8 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     if base.elastic_base {
         raw.insert(BASE_FAMILY.into(), base.model_type.into());
     }
-    // Of a model without any attention, the number of heads says nothing; the field must be there all the same.
+    // In a model without attention the number of heads has no meaning, but the field must be
+    // present.
     raw.insert(
         "num_attention_heads".into(),
         heads.max(config.num_attention_heads().min(1)).into(),
@@ -245,7 +258,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     if deci {
         raw.insert("num_key_value_heads".into(), Value::Null);
         raw.insert("intermediate_size".into(), Value::Null);
-        // Most of its readers are of a time when positions were spelled in this way alone.
+        // Most readers of DeciLM only know this older spelling of the rotary embedding's settings.
         raw.insert("rope_theta".into(), config.rope_theta().into());
         raw.insert("rope_scaling".into(), rope::value(config.rope_scaling()));
     } else {
@@ -288,7 +301,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     Ok(raw)
 }
 
-/// Whether DeciLM's readers place positions as the model does.
+/// Returns whether DeciLM's readers compute the same positions as this model.
 fn positions_as_deci(scaling: RopeScaling) -> bool {
     match scaling {
         RopeScaling::Default => true,
@@ -300,7 +313,7 @@ fn positions_as_deci(scaling: RopeScaling) -> bool {
     }
 }
 
-/// DeciLM's factor for a width.
+/// Returns DeciLM's `ffn_mult` for a width.
 fn factor(hidden_size: usize, width: usize) -> f64 {
     rounded(3.0 * width as f64 / (2.0 * hidden_size as f64))
 }
@@ -309,7 +322,7 @@ fn rounded(factor: f64) -> f64 {
     (factor * 1e6).round() / 1e6
 }
 
-/// The width that DeciLM makes of a factor.
+/// Returns the width that DeciLM computes from `ffn_mult`.
 fn deci_width(hidden_size: usize, factor: f64) -> Option<usize> {
     let width = (2.0 * rounded(factor) * hidden_size as f64 / 3.0).trunc();
     (width >= 1.0 && width <= MAX_WIDTH as f64)

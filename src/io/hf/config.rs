@@ -1,4 +1,4 @@
-//! `config.json`: what makes a decoder, checked.
+//! Parses and checks `config.json`, which describes a decoder.
 
 use std::path::Path;
 
@@ -15,7 +15,8 @@ use crate::io::quantized::QuantizationConfig;
 use crate::io::tensors::{Checkpoint, DType};
 use crate::io::{atomic, read_json_object};
 
-// Caps, well above any model there is, so that no product of two of them overflows and no list of layers fills memory.
+// Limits far above any existing model. They ensure that no product of two of them overflows and
+// that the list of blocks stays small.
 pub(super) const MAX_WIDTH: usize = 1 << 22;
 const MAX_LAYERS: usize = 1 << 12;
 pub(super) const MAX_HEADS: usize = 1 << 14;
@@ -23,10 +24,10 @@ const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_VOCABULARY: usize = 1 << 26;
 const MAX_POSITIONS: usize = 1 << 31;
 
-/// The sizes of a Llama made from code; see [`HfConfig::new_llama`].
+/// Sizes of a new Llama; see [`HfConfig::new_llama`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaDims {
-    /// Tokens in the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -34,9 +35,9 @@ pub struct LlamaDims {
     pub intermediate_size: usize,
     /// Number of blocks.
     pub num_hidden_layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub num_attention_heads: usize,
-    /// Key/value heads; divides the query heads.
+    /// Number of key/value heads; divides the number of query heads.
     pub num_key_value_heads: usize,
     /// Context length in tokens.
     pub max_position_embeddings: usize,
@@ -44,21 +45,22 @@ pub struct LlamaDims {
     pub rope_theta: f64,
     /// Epsilon of the norms.
     pub rms_norm_eps: f64,
-    /// Whether embedding and head are one matrix.
+    /// Whether embedding and head share one matrix.
     pub tie_word_embeddings: bool,
     /// First token of a sequence.
     pub bos_token_id: Option<u32>,
     /// Last token of a sequence.
     pub eos_token_id: Option<u32>,
-    /// Filler.
+    /// Padding token.
     pub pad_token_id: Option<u32>,
-    /// Element type that the weights will be stored in.
+    /// Dtype in which the weights will be stored.
     pub dtype: DType,
 }
 
 /// A checked `config.json`.
 ///
-/// The fields carry transformers' names. Fields that are not read here stay in the file when it is written again.
+/// The accessors have the names of transformers' fields. Fields that this crate does not read are
+/// kept when the config is written.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HfConfig {
     raw: Map<String, Value>,
@@ -74,12 +76,13 @@ pub struct HfConfig {
 }
 
 impl HfConfig {
-    /// Reads `config.json` of a model folder, the end-of-sequence tokens that `generation_config.json` adds to it, and the
-    /// `quantize_config.json` that old GPTQ folders have in place of `quantization_config`. Of a GGUF file, its metadata
-    /// are read.
+    /// Reads the `config.json` of a model folder. Adds the end-of-sequence tokens of
+    /// `generation_config.json`, and reads the `quantize_config.json` of old GPTQ folders if there
+    /// is no `quantization_config`. The configuration of a GGUF file is made from its metadata.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Json`] for the files, and those of [`from_json`](Self::from_json).
+    /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed, and the errors
+    /// of [`from_json`](Self::from_json).
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         if is_gguf(folder) {
@@ -112,8 +115,9 @@ impl HfConfig {
     /// Checks a parsed `config.json`.
     ///
     /// # Errors
-    /// [`Error::UnsupportedArchitecture`]; [`Error::Unsupported`] for a feature such as another activation or another kind
-    /// of rotary embedding; [`Error::InvalidConfig`] for a field that is missing, of another type, or makes no model.
+    /// Returns [`Error::UnsupportedArchitecture`] for an unknown model type, [`Error::Unsupported`]
+    /// for an unsupported feature such as another activation or another kind of rotary embedding,
+    /// and [`Error::InvalidConfig`] if a field is missing, of another type or out of range.
     pub fn from_json(raw: Map<String, Value>) -> Result<Self> {
         let fields = Fields {
             map: &raw,
@@ -125,7 +129,7 @@ impl HfConfig {
         let hidden_size = fields.required_size("hidden_size", MAX_WIDTH)?;
         let per_block = blocks::has(&raw);
         let intermediate_size = match fields.size("intermediate_size", MAX_WIDTH)? {
-            // DeciLM's files say it per block alone.
+            // DeciLM's files give this size only per block.
             None if per_block => 0,
             _ => fields.required_size("intermediate_size", MAX_WIDTH)?,
         };
@@ -162,7 +166,7 @@ impl HfConfig {
         if head_dim % 2 != 0 {
             return Err(bad_field(
                 "head_dim",
-                format!("{head_dim} is odd; the rotary embedding turns pairs"),
+                format!("{head_dim} is odd; the rotary embedding rotates pairs"),
             ));
         }
         if head_dim > MAX_HEAD_DIM || num_attention_heads * head_dim > MAX_WIDTH {
@@ -191,7 +195,7 @@ impl HfConfig {
             .size("max_position_embeddings", MAX_POSITIONS)?
             .unwrap_or(row.max_positions);
         let rms_norm_eps = fields.f64("rms_norm_eps")?.unwrap_or(1e-6);
-        // f32 arithmetic sees a smaller one as zero, and a norm of zeros would then be NaN.
+        // A smaller epsilon is zero in f32, and the norm of a zero vector would be NaN.
         if !(rms_norm_eps >= f64::from(f32::MIN_POSITIVE) && rms_norm_eps < 1.0) {
             return Err(bad_field(
                 "rms_norm_eps",
@@ -255,10 +259,10 @@ impl HfConfig {
         })
     }
 
-    /// The config of a new Llama, complete enough for transformers to load.
+    /// Creates the config of a new Llama, complete enough for transformers to load.
     ///
     /// # Errors
-    /// Those of [`from_json`](Self::from_json): the sizes are checked by the same rules as a file's.
+    /// Returns the errors of [`from_json`](Self::from_json), whose rules apply to the sizes.
     pub fn new_llama(dims: &LlamaDims) -> Result<Self> {
         let value = json!({
             "architectures": [Family::Llama.architecture()],
@@ -291,8 +295,9 @@ impl HfConfig {
         }
     }
 
-    /// The config to write beside weights of element type `dtype`, with the head tied or not: all fields as they were read,
-    /// these two set, in every spelling that the input had (`torch_dtype` where it had none: all readers know it).
+    /// Returns the config to write next to weights of this dtype, with the head tied or not. All
+    /// other fields are kept as they were read. The dtype is set in every spelling that the input
+    /// had, or in `torch_dtype`, which all readers know, if it had none.
     pub fn to_json_with(&self, dtype: DType, tie_word_embeddings: bool) -> Value {
         let mut raw = self.raw.clone();
         let name = Value::from(dtype.torch_name());
@@ -311,10 +316,10 @@ impl HfConfig {
         Value::Object(raw)
     }
 
-    /// Writes `config.json` into `folder`, atomically; see [`to_json_with`](Self::to_json_with).
+    /// Writes `config.json` into `folder` atomically; see [`to_json_with`](Self::to_json_with).
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// Returns [`Error::Io`] if the file cannot be written.
     pub fn write(
         &self,
         folder: impl AsRef<Path>,
@@ -327,29 +332,31 @@ impl HfConfig {
         )
     }
 
-    /// What the decoder is made of.
+    /// Returns the architecture of the decoder.
     pub fn arch(&self) -> &Architecture {
         &self.arch
     }
 
-    /// The sizes of each block.
+    /// Returns the sizes of each block.
     pub fn blocks(&self) -> &[BlockDims] {
         &self.arch.blocks
     }
 
-    /// The same model with blocks of these sizes. Where all are alike, the family stays; else it becomes [`Family::Deci`],
-    /// if DeciLM's form can say these sizes and its readers agree on what they mean, or [`Family::ElasticLlama`].
+    /// Returns the config of the same model with blocks of these sizes. If all blocks are equal,
+    /// the family stays a standard one. Otherwise it becomes [`Family::Deci`], if DeciLM's format
+    /// can express the sizes and all its readers agree on them, or else [`Family::ElasticLlama`].
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for sizes that make no model.
+    /// Returns [`Error::InvalidConfig`] if the sizes do not make a valid model.
     pub fn with_blocks(&self, blocks: &[BlockDims]) -> Result<Self> {
         Self::from_json(blocks::write(self, blocks)?)
     }
 
-    /// Where `checkpoint` keeps the embedding: under its own name or, when tied, possibly under the head's.
+    /// Returns the name of the embedding in `checkpoint`: its own name or, if it is tied to the
+    /// head, possibly the head's name.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] where it is under neither.
+    /// Returns [`Error::MissingTensor`] if there is no tensor of either name.
     pub fn embedding_name(&self, checkpoint: &Checkpoint) -> Result<&'static str> {
         if checkpoint.contains(Architecture::EMBEDDING) {
             Ok(Architecture::EMBEDDING)
@@ -363,10 +370,11 @@ impl HfConfig {
         }
     }
 
-    /// Checks that `checkpoint` holds every tensor in its shape, before anything is loaded.
+    /// Checks that `checkpoint` has all tensors in the right shapes, before any of them is loaded.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::TensorShape`]; [`Error::InvalidFile`] for the parts of a quantized weight.
+    /// Returns [`Error::MissingTensor`] or [`Error::TensorShape`], and [`Error::InvalidFile`] if a
+    /// tensor of a quantized weight has a wrong dtype or shape.
     pub fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
         let embedding = self.embedding_name(checkpoint)?;
         for (name, shape) in self.arch.tensors() {
@@ -385,12 +393,12 @@ impl HfConfig {
         Ok(())
     }
 
-    /// How the checkpoint's linear layers are quantized, where they are.
+    /// Returns how the linear layers are quantized, or `None` for a dense model.
     pub fn quantization(&self) -> Option<&QuantizationConfig> {
         self.quantization.as_ref()
     }
 
-    /// The same model with its layers quantized like this, or dense.
+    /// Returns the config of the same model with this quantization, or dense for `None`.
     pub fn with_quantization(&self, quantization: Option<QuantizationConfig>) -> Self {
         let mut config = self.clone();
         config.raw.shift_remove("quantization_config");
@@ -404,12 +412,12 @@ impl HfConfig {
         config
     }
 
-    /// All fields as they were read.
+    /// Returns all fields as they were read.
     pub fn raw(&self) -> &Map<String, Value> {
         &self.raw
     }
 
-    /// The tokens that end a sequence; empty where none is named.
+    /// Returns the tokens that end a sequence. The list is empty if the config names none.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
@@ -428,13 +436,14 @@ getters! {
     family: Family = arch.family,
     /// Width of the residual stream.
     hidden_size: usize = arch.d_model,
-    /// Width inside the MLP; the widest block's where they differ.
+    /// Width inside the MLP; the largest one if blocks differ.
     intermediate_size: usize = intermediate_size,
-    /// Number of query heads, where [`blocks`](HfConfig::blocks) do not differ.
+    /// Number of query heads, if [`blocks`](HfConfig::blocks) do not differ.
     num_attention_heads: usize = num_attention_heads,
-    /// Number of key/value heads, where [`blocks`](HfConfig::blocks) do not differ; divides the query heads.
+    /// Number of key/value heads, if [`blocks`](HfConfig::blocks) do not differ; divides the number
+    /// of query heads.
     num_key_value_heads: usize = num_key_value_heads,
-    /// Number of features of a head; even.
+    /// Number of features per head; even.
     head_dim: usize = arch.head_dim,
     /// Number of tokens in the vocabulary.
     vocab_size: usize = arch.vocab_size,
@@ -446,20 +455,20 @@ getters! {
     rope_theta: f64 = arch.rope_theta,
     /// Scaling of the rotary embedding.
     rope_scaling: RopeScaling = arch.rope_scaling,
-    /// Number of last positions, its own among them, that a token attends to; `None` for all.
+    /// Number of positions that a token attends to, including its own; `None` for all.
     sliding_window: Option<usize> = arch.window,
-    /// Whether embedding and head are one matrix.
+    /// Whether embedding and head share one matrix.
     tie_word_embeddings: bool = arch.tied,
     /// First token of a sequence.
     bos_token_id: Option<u32> = bos_token_id,
     /// Padding token.
     pad_token_id: Option<u32> = pad_token_id,
-    /// Number type of the weights according to the config; the checkpoint's own types are what counts.
+    /// Dtype of the weights according to the config. The dtypes in the checkpoint take precedence.
     dtype: Option<DType> = dtype,
 }
 
 impl HfConfig {
-    /// Number of blocks.
+    /// Returns the number of blocks.
     pub fn num_hidden_layers(&self) -> usize {
         self.arch.blocks.len()
     }
@@ -506,7 +515,8 @@ fn find_family(fields: &Fields<'_>) -> Result<&'static FamilyRow> {
     if let Some(name) = architecture.filter(|name| *name != row.architecture) {
         return Err(unsupported(name));
     }
-    // The form for blocks that differ; what else the model is, another family says.
+    // This format only describes blocks that differ; `base_model_type` names the family of the
+    // model.
     match fields.str(blocks::BASE_FAMILY)? {
         Some(base) if row.family == Family::ElasticLlama => FAMILIES
             .iter()
@@ -516,7 +526,7 @@ fn find_family(fields: &Fields<'_>) -> Result<&'static FamilyRow> {
     }
 }
 
-/// Fields that would change what the model computes and that nothing here implements.
+/// Refuses fields that would change the result of the model and that this crate does not support.
 fn refuse_unsupported(fields: &Fields<'_>) -> Result<()> {
     let refuse = |what: String| Err(Error::Unsupported { what });
     if let Some(act) = fields.str("hidden_act")?

@@ -1,4 +1,4 @@
-//! Writing a model folder.
+//! Writes model folders.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::io::gguf::{Gguf, is_gguf};
 use crate::io::tensors::{DType, HostTensor, write_sharded};
 use crate::io::{FolderWriter, atomic, open_regular};
 
-/// Files beside the weights that a changed model keeps as they are.
+/// Files that are copied unchanged from the source model's folder.
 pub const CARRIED_FILES: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,10 +26,11 @@ pub const CARRIED_FILES: [&str; 10] = [
     "added_tokens.json",
 ];
 
-/// transformers' own limit.
+/// Default limit of transformers.
 const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
-/// A model folder in the making: everything is written under a temporary name and takes its own at [`commit`](Self::commit).
+/// Writes a model folder. All files are written into a temporary folder, which
+/// [`commit`](Self::commit) renames to the destination.
 ///
 /// ```no_run
 /// # use elastic_lora::io::{Checkpoint, DType, HfConfig, HostTensor, hf::HfFolder};
@@ -58,7 +59,7 @@ impl HfFolder {
     /// Begins a folder; see [`FolderWriter::create`].
     ///
     /// # Errors
-    /// Those of [`FolderWriter::create`].
+    /// Returns the errors of [`FolderWriter::create`].
     pub fn create(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
         Ok(Self {
             writer: FolderWriter::create(destination, overwrite)?,
@@ -66,31 +67,34 @@ impl HfFolder {
         })
     }
 
-    /// Sets the size above which weights are split into shards; 5 GB unless told.
+    /// Sets the size in bytes above which weights are split into shards. The default is 5 GB.
     pub fn with_max_shard_bytes(mut self, bytes: u64) -> Self {
         self.max_shard_bytes = bytes;
         self
     }
 
-    /// Writes `config.json` and the weights. `dtype` is what the config names as the weights' type.
+    /// Writes `config.json` and the weights. The config names `dtype` as the dtype of the weights.
     ///
-    /// Where the config ties head and embedding, one matrix is written, as `model.embed_tokens.weight`, whichever of the two
-    /// names it came under: that is what transformers expects.
+    /// If the config ties head and embedding, a single matrix is written as
+    /// `model.embed_tokens.weight`, under either of the two names it was given, because
+    /// transformers expects that name.
     ///
     /// # Errors
-    /// Those of writing the tensors; [`Error::InvalidFile`] for a tied model with both
-    /// matrices or neither; [`Error::MissingTensor`] and [`Error::TensorShape`] where the tensors are not those of the config.
+    /// Returns the errors of writing the tensors, [`Error::InvalidFile`] if both matrices of a tied
+    /// model are given, and [`Error::MissingTensor`] or [`Error::TensorShape`] if the tensors do
+    /// not match the config.
     pub fn write_model(
         &self,
         config: &HfConfig,
         dtype: DType,
         tensors: Vec<HostTensor<'_>>,
     ) -> Result<()> {
-        // Where the config came from a quantized folder: what is written here is dense.
+        // The config may come from a quantized folder, but the weights written here are dense.
         self.write_parts(&config.with_quantization(None), dtype, tensors, |_| false)
     }
 
-    /// Writes the config and the tensors, among which are all that the config implies but for those `replaced` by others.
+    /// Writes the config and the tensors. `tensors` must contain every tensor that the config
+    /// implies, except those for which `replaced` is true.
     pub(super) fn write_parts(
         &self,
         config: &HfConfig,
@@ -139,11 +143,11 @@ impl HfFolder {
         write_sharded(self.writer.path(), tensors, self.max_shard_bytes)
     }
 
-    /// Copies those of [`CARRIED_FILES`] that `source` holds, and returns their names. Of a GGUF file, the tokenizer is
-    /// written as such files, with the chat template.
+    /// Copies those of [`CARRIED_FILES`] that exist in `source`, and returns their names. If
+    /// `source` is a GGUF file, writes its tokenizer and chat template as such files.
     ///
     /// # Errors
-    /// [`Error::Io`]; those of a GGUF file's reader.
+    /// Returns [`Error::Io`] if a file cannot be copied, and the errors of reading a GGUF file.
     pub fn carry_over(&self, source: impl AsRef<Path>) -> Result<Vec<&'static str>> {
         if is_gguf(source.as_ref()) {
             let Some(files) = Gguf::open(source)?.tokenizer()? else {
@@ -175,31 +179,31 @@ impl HfFolder {
         Ok(copied)
     }
 
-    /// Writes a text file of that name into the folder.
+    /// Writes a text file called `name` into the folder.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::InvalidFile`] for a name that is none of a file in the folder.
+    /// Returns [`Error::Io`], or [`Error::InvalidFile`] if `name` is not a plain file name.
     pub fn write_text(&self, name: &str, text: &str) -> Result<()> {
         atomic::write_file(self.file(name)?, |sink| sink.put(text.as_bytes()))
     }
 
-    /// Writes a JSON file of that name into the folder.
+    /// Writes a JSON file called `name` into the folder.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::InvalidFile`] for a name that is none of a file in the folder.
+    /// Returns [`Error::Io`], or [`Error::InvalidFile`] if `name` is not a plain file name.
     pub fn write_json(&self, name: &str, value: &Value) -> Result<()> {
         atomic::write_json(self.file(name)?, value)
     }
 
-    /// The temporary folder, for files written by other means.
+    /// Returns the path of the temporary folder, for files written by other means.
     pub fn path(&self) -> &Path {
         self.writer.path()
     }
 
-    /// Puts the folder in its place; see [`FolderWriter::commit`].
+    /// Moves the folder to its destination; see [`FolderWriter::commit`].
     ///
     /// # Errors
-    /// Those of [`FolderWriter::commit`].
+    /// Returns the errors of [`FolderWriter::commit`].
     pub fn commit(self) -> Result<()> {
         self.writer.commit()
     }

@@ -1,4 +1,4 @@
-//! Hugging Face model folders: `config.json` and what lies beside it.
+//! Reads and writes Hugging Face model folders: `config.json` and the files next to it.
 
 mod blocks;
 mod config;

@@ -1,4 +1,4 @@
-//! Model folders whose linear layers are quantized.
+//! Reads and writes model folders with quantized linear layers.
 
 use std::collections::BTreeMap;
 
@@ -13,13 +13,15 @@ use crate::io::tensors::{Checkpoint, DType, HostTensor};
 use crate::linalg::Matrix;
 
 impl HfConfig {
-    /// A layer's codes, or `None` where the checkpoint holds it dense, or in blocks that no codes stand for.
+    /// Loads the codes of a layer, or returns `None` if the checkpoint holds it dense, or in GGUF
+    /// blocks that codes cannot represent exactly.
     ///
     /// # Shapes
     /// - `shape`: `[d_output, d_input]` of the layer
     ///
     /// # Errors
-    /// Those of [`QuantizationConfig::read_layer`] and [`Checkpoint::load_quantized`].
+    /// Returns the errors of [`QuantizationConfig::read_layer`] and
+    /// [`Checkpoint::load_quantized`].
     pub fn load_quantized(
         &self,
         checkpoint: &Checkpoint,
@@ -34,13 +36,14 @@ impl HfConfig {
         }
     }
 
-    /// A layer's weight as `f32`, dequantized where the checkpoint holds codes.
+    /// Loads the weight of a layer as `f32`, and dequantizes it if the checkpoint holds codes.
     ///
     /// # Shapes
     /// - `shape` and result: `[d_output, d_input]`
     ///
     /// # Errors
-    /// Those of [`load_quantized`](Self::load_quantized) and [`Checkpoint::load_matrix`].
+    /// Returns the errors of [`load_quantized`](Self::load_quantized) and
+    /// [`Checkpoint::load_matrix`].
     pub fn load_linear(
         &self,
         checkpoint: &Checkpoint,
@@ -53,10 +56,11 @@ impl HfConfig {
         }
     }
 
-    /// All layers of the blocks that the checkpoint holds as codes, by name; empty for a dense checkpoint.
+    /// Loads all quantized linear layers of the blocks by name. The result is empty for a dense
+    /// checkpoint.
     ///
     /// # Errors
-    /// Those of [`load_quantized`](Self::load_quantized).
+    /// Returns the errors of [`load_quantized`](Self::load_quantized).
     pub fn quantized_layers(
         &self,
         checkpoint: &Checkpoint,
@@ -72,7 +76,8 @@ impl HfConfig {
         Ok(layers)
     }
 
-    /// Checks the tensors of the weight `name`, where the checkpoint holds it as codes; whether it does.
+    /// Returns whether the checkpoint holds the weight `name` as codes, and checks their tensors if
+    /// it does.
     pub(super) fn check_quantized(
         &self,
         checkpoint: &Checkpoint,
@@ -93,15 +98,16 @@ impl HfConfig {
 }
 
 impl HfFolder {
-    /// Writes `config.json` and the weights, those of `layers` as codes in `format`, the others as they are in `tensors`;
-    /// `tensors` may hold the layers' dense weights too, which are then not written. GPTQ's `quantize_config.json` is written
-    /// beside. `dtype` is what the config names as the weights' type: that of `tensors`.
+    /// Writes `config.json` and the weights: `layers` as codes in `format`, all other weights from
+    /// `tensors`. Dense weights of `layers` in `tensors` are ignored. For GPTQ it also writes
+    /// `quantize_config.json`. `dtype` is the dtype of `tensors`, which the config names.
     ///
-    /// Read back by [`HfConfig::quantized_layers`], every code, scale and zero point is as it was given.
+    /// [`HfConfig::quantized_layers`] reads back exactly the same codes, scales and zero points.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`] and [`Error::TensorShape`] for layers that are not the config's; those of
-    /// [`write_model`](Self::write_model), [`QuantizationConfig::for_layers`] and [`QuantizationConfig::layer_tensors`].
+    /// Returns [`Error::UnknownLayer`] or [`Error::TensorShape`] if `layers` do not match the
+    /// config, and the errors of [`write_model`](Self::write_model),
+    /// [`QuantizationConfig::for_layers`] and [`QuantizationConfig::layer_tensors`].
     pub fn write_quantized<'a>(
         &self,
         config: &HfConfig,

@@ -1,4 +1,4 @@
-//! The rotary embedding's settings, in every spelling that configs use.
+//! Parses the settings of the rotary embedding, in all spellings that configs use.
 
 use serde_json::{Map, Value, json};
 
@@ -6,11 +6,12 @@ use crate::arch::RopeScaling;
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
 
-/// transformers' default base.
+/// Default base of transformers.
 const DEFAULT_THETA: f64 = 10_000.0;
 
-/// Reads `rope_theta` and `rope_scaling` (transformers before 5) and `rope_parameters` (from 5 on). A file may hold both;
-/// they must then agree, for else two readers would see two models.
+/// Reads `rope_theta` and `rope_scaling` (transformers before 5) and `rope_parameters`
+/// (transformers 5 and later). If a file has both they must agree, because different readers would
+/// use different ones.
 pub(super) fn parse(raw: &Map<String, Value>) -> Result<(f64, RopeScaling)> {
     let top = Fields {
         map: raw,
@@ -56,7 +57,7 @@ pub(super) fn parse(raw: &Map<String, Value>) -> Result<(f64, RopeScaling)> {
     Ok((theta, new.or(old).map_or(RopeScaling::Default, |(_, s)| s)))
 }
 
-/// What `rope_scaling` says of it.
+/// Returns the value of `rope_scaling` for these settings.
 pub(super) fn value(scaling: RopeScaling) -> Value {
     match scaling {
         RopeScaling::Default => Value::Null,
@@ -95,7 +96,7 @@ fn parse_dict(
             what: format!("config field `{prefix}partial_rotary_factor` = {share}"),
         });
     }
-    // The key that Llama 3.1 introduced wins over the older one, as in transformers.
+    // `rope_type`, which Llama 3.1 introduced, takes precedence over `type`, as in transformers.
     let kind = match fields.str("rope_type")? {
         Some(kind) => kind,
         None => fields.str("type")?.unwrap_or("default"),

@@ -107,7 +107,7 @@ fn both_spellings_mean_the_same() {
             ..
         }
     ));
-    // Each is written back in its own spelling, and both where there were both.
+    // Each spelling is written back, and both if the input had both.
     assert_eq!(new.to_json_with(DType::F16, false)["dtype"], "float16");
     assert!(
         new.to_json_with(DType::F16, false)
@@ -137,7 +137,7 @@ fn both_spellings_mean_the_same() {
     ))
     .unwrap();
     assert_eq!(linear.rope_scaling(), RopeScaling::Linear { factor: 2.0 });
-    // Files whose spellings contradict each other make two models of one file.
+    // Files whose spellings contradict each other are refused.
     for changes in [
         json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
         json!({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}}),
@@ -156,7 +156,8 @@ fn mistral_has_its_own_defaults() {
         "attention_bias": true}),
     );
     let config = parse(&value).unwrap();
-    // As transformers: an absent window is 4096, a null one none; biases are no part of the family.
+    // As in transformers, an absent window is 4096 and a null one means none. Mistral has no biases,
+    // even with `attention_bias`.
     assert_eq!(
         (
             config.sliding_window(),
@@ -194,7 +195,7 @@ fn qwen2_has_biases_on_queries_keys_and_values() {
             layer.name
         );
     }
-    // Blocks that differ are written in this crate's own form, and the model stays a Qwen2.
+    // Blocks that differ are written in this crate's own format, and the model remains a Qwen2.
     let mut blocks = config.blocks().to_vec();
     blocks[1].d_mlp -= 1;
     let uneven = config.with_blocks(&blocks).unwrap();
@@ -343,7 +344,7 @@ fn one_bad_config_per_rule() {
         ));
     }
     assert!(parse(&json!({})).is_err());
-    // What old and lenient files hold.
+    // Spellings of old and lenient files.
     for changes in [
         json!({"pad_token_id": -1}),
         json!({"architectures": null}),
@@ -442,7 +443,7 @@ fn a_model_of_our_own_is_written_whole() {
     );
     assert!(!weights.contains(Architecture::HEAD));
 
-    // What does not fit leaves nothing.
+    // A failure leaves no files behind.
     for broken in 0..3 {
         let mut tensors = random_tensors(&config, DType::F16);
         match broken {

@@ -1,4 +1,5 @@
-//! LoRA adapters in the folder format of Hugging Face's PEFT (`adapter_config.json`, `adapter_model.safetensors`).
+//! Reads and writes LoRA adapters in the folder format of Hugging Face's PEFT
+//! (`adapter_config.json`, `adapter_model.safetensors`).
 //!
 //! LoRA: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::io::hf::HfConfig;
 use crate::linalg::Matrix;
 
-/// One layer's low-rank pair: the layer's weight gains `scale * B A`.
+/// Low-rank pair of one layer, whose weight becomes `W + scale * B A`.
 #[derive(Clone, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct LoraWeights {
@@ -26,11 +27,11 @@ pub struct LoraWeights {
 }
 
 impl LoraWeights {
-    /// Puts `a` (`[rank, d_input]`) and `b` (`[d_output, rank]`) together.
+    /// Combines `a` (`[rank, d_input]`) and `b` (`[d_output, rank]`).
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where their ranks differ; [`Error::InvalidArgument`] for a rank of zero or a scale that is
-    /// not finite.
+    /// Returns [`Error::ShapeMismatch`] if their ranks differ, and [`Error::InvalidArgument`] if
+    /// the rank is zero or the scale is not finite.
     pub fn new(a: Matrix, b: Matrix, scale: f32) -> Result<Self> {
         if a.rows() != b.cols() {
             return Err(Error::ShapeMismatch {
@@ -48,39 +49,41 @@ impl LoraWeights {
         Ok(Self { a, b, scale })
     }
 
-    /// A, `[rank, d_input]`.
+    /// Returns A, `[rank, d_input]`.
     pub fn a(&self) -> &Matrix {
         &self.a
     }
 
-    /// B, `[d_output, rank]`.
+    /// Returns B, `[d_output, rank]`.
     pub fn b(&self) -> &Matrix {
         &self.b
     }
 
-    /// The factor of the product.
+    /// Returns the scale of the product.
     pub fn scale(&self) -> f32 {
         self.scale
     }
 
-    /// The rank.
+    /// Returns the rank.
     pub fn rank(&self) -> usize {
         self.a.rows()
     }
 
-    /// Features that go in.
+    /// Returns the number of input features.
     pub fn d_input(&self) -> usize {
         self.a.cols()
     }
 
-    /// Features that come out.
+    /// Returns the number of output features.
     pub fn d_output(&self) -> usize {
         self.b.rows()
     }
 
-    /// `scale * B A`, `[d_output, d_input]`, the product summed in f32 and then scaled, as PEFT does.
+    /// Returns `scale * B A`, `[d_output, d_input]`. The product is summed in f32 and then scaled,
+    /// as in PEFT.
     ///
-    /// Costs `d_output * rank * d_input` multiplications; rows in parallel, the same result at any thread count.
+    /// The cost is `d_output * rank * d_input` multiplications. Rows are computed in parallel; the
+    /// result does not depend on the number of threads.
     pub fn delta(&self) -> Matrix {
         let mut delta = Matrix::zeros(self.d_output(), self.d_input());
         if self.d_input() == 0 {
@@ -103,10 +106,11 @@ impl LoraWeights {
         delta
     }
 
-    /// The same product at a higher rank: rows of zeros below A, columns of zeros beside B.
+    /// Returns the same product at a higher rank, by adding rows of zeros to A and columns of zeros
+    /// to B.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a lower rank.
+    /// Returns [`Error::InvalidArgument`] if `rank` is lower than the current rank.
     pub fn padded(&self, rank: usize) -> Result<Self> {
         if rank < self.rank() {
             return Err(Error::argument(
@@ -126,22 +130,24 @@ impl LoraWeights {
     }
 }
 
-/// A LoRA adapter of a whole model, ranks and scales possibly different in each layer.
+/// A LoRA adapter of a whole model. Ranks and scales may differ between layers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoraAdapter {
-    /// By module path inside the base model, such as `model.layers.0.self_attn.q_proj`.
+    /// Weights by module path in the base model, such as `model.layers.0.self_attn.q_proj`.
     pub layers: BTreeMap<String, LoraWeights>,
-    /// The base model's name or path, as the file says.
+    /// Name or path of the base model, as stored in the file.
     pub base_model: Option<String>,
-    /// IntelLabs' `sparse_adapter`: the product was trained under the base weight's mask (SparsePEFT), so that it must be
-    /// masked when it is merged. PEFT itself does not know the field.
+    /// IntelLabs' `sparse_adapter`: the adapter was trained under the mask of the base weight
+    /// (SparsePEFT), so its product must be masked when it is merged. PEFT itself does not know
+    /// this field.
     pub sparse: bool,
-    /// IntelLabs' `quantization_aware`: the adapter was trained through the quantizer of its base weight (QA-SparsePEFT).
+    /// IntelLabs' `quantization_aware`: the adapter was trained through the quantizer of the base
+    /// weight (QA-SparsePEFT).
     pub quantization_aware: bool,
 }
 
 impl LoraAdapter {
-    /// The largest rank; 0 without layers.
+    /// Returns the largest rank, or 0 without layers.
     pub fn max_rank(&self) -> usize {
         self.layers
             .values()
@@ -150,10 +156,10 @@ impl LoraAdapter {
             .unwrap_or(0)
     }
 
-    /// Checks that every layer is one of `config`'s, in its shape.
+    /// Checks that every layer exists in `config` and has the right shape.
     ///
     /// # Errors
-    /// [`Error::UnknownLayer`]; [`Error::TensorShape`] with the shape of the product.
+    /// Returns [`Error::UnknownLayer`], or [`Error::TensorShape`] with the shape of the product.
     pub fn check(&self, config: &HfConfig) -> Result<()> {
         let shapes: BTreeMap<String, [usize; 2]> = config
             .arch()
@@ -182,7 +188,7 @@ impl LoraAdapter {
     }
 }
 
-/// Where PEFT hangs the base model.
+/// Prefix that PEFT puts before the module paths of the base model.
 const PREFIX: &str = "base_model.model.";
 
 #[cfg(test)]

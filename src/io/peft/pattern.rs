@@ -1,6 +1,7 @@
-//! `rank_pattern` and `alpha_pattern`: which key holds for a module.
+//! Matches the keys of `rank_pattern` and `alpha_pattern` against modules.
 //!
-//! PEFT asks `re.match(rf"(.*\.)?({key})$", module_path)` for each key in the file's order; the first that matches wins.
+//! PEFT evaluates `re.match(rf"(.*\.)?({key})$", module_path)` for each key in the order of the
+//! file, and uses the first match.
 
 use regex::{Regex, RegexBuilder};
 use serde_json::Value;
@@ -8,25 +9,28 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::io::fields::bad_field;
 
-/// The most keys that are read, and the longest; above any adapter there is.
+/// Maximum number of keys and of bytes per key; no real adapter comes close.
 const MAX_KEYS: usize = 1 << 16;
 const MAX_KEY_BYTES: usize = 1 << 12;
-/// Keys that need a compiled expression are rare; each may take this much memory, and there may be this many.
+/// Maximum size of a compiled regex in bytes and maximum number of them. Keys that need a regex are
+/// rare.
 const REGEX_BYTES: usize = 1 << 20;
 const MAX_REGEXES: usize = 256;
 
 enum Key {
-    /// A module path or the end of one. Dots are taken as dots, where PEFT's expression takes any character.
+    /// A module path or the end of one. A dot matches only a dot here, where PEFT's regex matches
+    /// any character.
     Plain(String),
     Expression(Regex),
 }
 
-/// Keys in order, each with its value.
+/// Keys in order, with their values.
 #[derive(Default)]
 pub(super) struct Pattern(Vec<(Key, f64)>);
 
 impl Pattern {
-    /// Reads the field `name`, an object of numbers; absent and null are empty.
+    /// Parses the field `name`, an object of numbers. An absent or null field gives an empty
+    /// pattern.
     pub fn parse(name: &str, value: Option<&Value>) -> Result<Self> {
         let map = match value {
             None | Some(Value::Null) => return Ok(Self::default()),
@@ -84,7 +88,7 @@ impl Pattern {
         Ok(())
     }
 
-    /// The value of the first key that matches `module`.
+    /// Returns the value of the first key that matches `module`.
     pub fn find(&self, module: &str) -> Option<f64> {
         let matches = |key: &Key| match key {
             Key::Plain(key) => module
@@ -99,7 +103,7 @@ impl Pattern {
     }
 }
 
-/// Whether a key means more than its characters.
+/// Returns whether a key contains regex syntax other than dots.
 pub(super) fn needs_regex(key: &str) -> bool {
     key.contains([
         '\\', '^', '$', '*', '+', '?', '(', ')', '[', ']', '{', '}', '|',

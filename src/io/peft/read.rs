@@ -1,4 +1,4 @@
-//! Reading a PEFT folder.
+//! Reads PEFT folders.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,10 +12,10 @@ use crate::io::fields::{Fields, bad_field};
 use crate::io::read_json_object;
 use crate::io::tensors::Checkpoint;
 
-/// Above any rank in use; a rank is also at most what the file's tensors hold.
+/// Largest accepted rank, above any rank in use. The tensors in the file limit it further.
 const MAX_RANK: usize = 1 << 16;
 
-/// How ranks and scales follow from `adapter_config.json`.
+/// Rules of `adapter_config.json` for ranks and scales.
 struct Rules {
     rank: usize,
     alpha: f64,
@@ -25,17 +25,20 @@ struct Rules {
 }
 
 impl LoraAdapter {
-    /// Reads `adapter_config.json` and `adapter_model.safetensors` of a folder.
+    /// Reads `adapter_config.json` and `adapter_model.safetensors` from a folder.
     ///
-    /// Each tensor's rank must be the one that the config gives its layer (`r`, or `rank_pattern`). One exception: where no
-    /// pattern names the layer, a lower rank than `r` is taken as the authors' code extracts subnets: the first rows and
-    /// columns of an adapter of rank `r`, with the scale still `lora_alpha / r`.
+    /// The rank of each tensor must be the rank that the config gives to its layer (`r` or
+    /// `rank_pattern`), with one exception: if no pattern matches the layer, a lower rank than `r`
+    /// is accepted. The authors' code extracts subnets in this form: the first rows and columns of
+    /// an adapter of rank `r`, whose scale is still `lora_alpha / r`.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Json`], [`Error::InvalidFile`]; [`Error::InvalidConfig`] for a field that makes no sense;
-    /// [`Error::Unsupported`] for DoRA, biases, transposed layers, embeddings, whole modules and other kinds of adapters;
-    /// [`Error::MissingTensor`] for an A without its B; [`Error::TensorShape`], [`Error::InvalidRank`],
-    /// [`Error::TensorDtype`], [`Error::NotFinite`].
+    /// Returns [`Error::Io`], [`Error::Json`] or [`Error::InvalidFile`] if a file cannot be read.
+    /// Returns [`Error::InvalidConfig`] for an invalid field, and [`Error::Unsupported`] for DoRA,
+    /// biases, transposed layers, embeddings, whole modules and other kinds of adapters. Returns
+    /// [`Error::MissingTensor`] for an A without its B, and [`Error::TensorShape`],
+    /// [`Error::InvalidRank`], [`Error::TensorDtype`] or [`Error::NotFinite`] for an invalid
+    /// tensor.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let raw = read_json_object(&folder.join("adapter_config.json"))?;
@@ -74,7 +77,7 @@ impl LoraAdapter {
     }
 }
 
-/// The layer of an A; `None` for a B, which is read with its A, but must have one.
+/// Returns the layer of an A tensor, or `None` for a B tensor, which is loaded together with its A.
 fn layer_of(name: &str) -> Result<Option<&str>> {
     let unsupported = |kind: &str| {
         Err(Error::Unsupported {
@@ -127,7 +130,7 @@ fn load_layer(
         }
     };
     let (expected, named) = rules.rank_of(layer)?;
-    // The authors' extraction cuts tensors and leaves the config's rank, on which the scale rests.
+    // The authors' code cuts the tensors but keeps the config's rank, which determines the scale.
     let cut = !named && (1..expected).contains(&rank);
     if rank != expected && !cut {
         return Err(Error::InvalidRank {
@@ -145,7 +148,7 @@ fn load_layer(
 }
 
 impl Rules {
-    /// The rank that the config gives a layer, and whether `rank_pattern` named it.
+    /// Returns the rank that the config gives to a layer, and whether `rank_pattern` matched it.
     fn rank_of(&self, layer: &str) -> Result<(usize, bool)> {
         match self.ranks.find(layer) {
             None => Ok((self.rank, false)),
@@ -221,7 +224,7 @@ fn parse_rules(raw: &Map<String, Value>) -> Result<Rules> {
         }
     }
     let alpha = fields.required_f64("lora_alpha")?;
-    // The scale must be finite as f32, whatever the rank.
+    // The scale must be finite in f32 for every rank.
     if !(alpha as f32).is_finite() {
         return Err(bad_field(
             "lora_alpha",
@@ -237,7 +240,7 @@ fn parse_rules(raw: &Map<String, Value>) -> Result<Rules> {
     })
 }
 
-/// Anything but absent, null, false and empty.
+/// Returns whether a value is present and not null, false or empty.
 fn is_set(value: Option<&Value>) -> bool {
     match value {
         None | Some(Value::Null | Value::Bool(false)) => false,

@@ -12,7 +12,7 @@ fn random(rng: &mut ChaCha8Rng, rows: usize, cols: usize) -> Matrix {
     Matrix::from_fn(rows, cols, |_, _| rng.random_range(-1.0f32..1.0))
 }
 
-/// Mixed ranks and scales, odd sizes.
+/// An adapter with mixed ranks and scales and odd sizes.
 fn mixed() -> LoraAdapter {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut adapter = LoraAdapter {
@@ -51,7 +51,7 @@ fn mixed_ranks_and_scales_round_trip_exactly() {
         written["rank_pattern"],
         json!({"m.0.v_proj": 3, "m.1.q_proj": 2})
     );
-    // What PEFT computes: alpha / rank in double precision.
+    // PEFT computes alpha / rank in double precision.
     for (layer, weights) in &adapter.layers {
         let alpha = written["alpha_pattern"]
             .get(layer)
@@ -104,7 +104,7 @@ fn one_scale_follows_the_elastic_rule() {
     );
     assert_eq!(written["target_modules"], json!(["q_proj"]));
 
-    // A second write is refused unless asked for; padding keeps every product.
+    // A second write is refused unless requested. Padding preserves every product.
     assert!(matches!(
         adapter.write(folder.path(), &options),
         Err(Error::InvalidFile { .. })
@@ -170,7 +170,7 @@ fn f16_is_half_the_bytes_and_close() {
     }
 }
 
-/// A folder with one pair of the given rank and a config with these fields over the usual ones.
+/// Writes a folder with one pair of the given rank and a default config with these fields replaced.
 fn hand_made(folder: &Path, rank: usize, changes: Value, extra: Option<&str>) {
     let mut config =
         json!({"peft_type": "LORA", "r": 8, "lora_alpha": 24, "bias": "none", "use_dora": false});
@@ -215,7 +215,7 @@ fn scales_follow_the_config() {
             json!({"use_rslora": true}),
             (24.0f64 / 8f64.sqrt()) as f32,
         ),
-        // The authors' extraction: tensors cut, the config left.
+        // The authors' extraction: the tensors are cut and the config is unchanged.
         (3, json!({}), 3.0),
         (3, json!({"rank_pattern": {"q_proj": 3}}), 8.0),
         (

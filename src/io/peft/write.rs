@@ -1,4 +1,4 @@
-//! Writing a PEFT folder.
+//! Writes PEFT folders.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -11,20 +11,21 @@ use crate::error::{Error, Result};
 use crate::io::tensors::{DType, HostTensor, write_safetensors};
 use crate::io::{FolderWriter, atomic};
 
-/// How an adapter is written.
+/// Settings for writing an adapter.
 #[derive(Clone, Debug)]
 pub struct PeftOptions {
-    /// Element type: F32 or F16 (BF16 is possible too).
+    /// Dtype of the weights: F32, F16 or BF16.
     pub dtype: DType,
-    /// Whether every pair is padded with zeros to the largest rank: the same product, for readers that know no
-    /// `rank_pattern`.
+    /// Whether every pair is padded with zeros to the largest rank. The product is unchanged, and
+    /// readers that ignore `rank_pattern` can load it.
     pub pad_to_max_rank: bool,
-    /// Whether a folder that holds something may be replaced.
+    /// Whether a folder that is not empty may be replaced.
     pub overwrite: bool,
-    /// All linear layers of the model. Where all with one last name (`q_proj`) are adapted, `target_modules` names them by
-    /// that; without this list, and otherwise, by their full paths.
+    /// Names of all linear layers of the model. If all layers with the same last name (such as
+    /// `q_proj`) are adapted, `target_modules` lists last names; otherwise, or if this list is
+    /// empty, it lists full paths.
     pub model_layers: Vec<String>,
-    /// Dropout that was used in training; a note for readers, without effect on the product.
+    /// Dropout used in training. It is stored in the config and does not affect the product.
     pub dropout: f64,
 }
 
@@ -41,7 +42,7 @@ impl Default for PeftOptions {
 }
 
 impl PeftOptions {
-    /// F32, ranks as they are, into a new or empty folder.
+    /// Creates settings for F32, unchanged ranks, and a new or empty folder.
     pub fn new() -> Self {
         Self::default()
     }
@@ -58,14 +59,15 @@ impl PeftOptions {
 impl LoraAdapter {
     /// Writes the adapter as a PEFT folder, atomically.
     ///
-    /// `r` is the largest rank and `lora_alpha` the alpha of the first layer that has it. Every layer of another rank stands
-    /// in `rank_pattern`, every one of another alpha in `alpha_pattern` with `alpha = scale * rank`, so that the reader's
-    /// `alpha / rank` is exactly the layer's scale. Where all scales are one, a reader that ignores both patterns and divides
-    /// the global numbers gets it right as well.
+    /// `r` is the largest rank, and `lora_alpha` is the alpha of the first layer with that rank.
+    /// Layers with another rank are listed in `rank_pattern`, and layers with another alpha in
+    /// `alpha_pattern`. Alpha is `scale * rank`, so that the reader's `alpha / rank` is exactly the
+    /// scale of the layer. If all scales are equal, a reader that ignores both patterns and divides
+    /// the global numbers also gets the right scale.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for an adapter without layers; those of [`FolderWriter`] and [`write_safetensors`]. Nothing
-    /// is left behind then.
+    /// Returns [`Error::InvalidArgument`] if the adapter has no layers, and the errors of
+    /// [`FolderWriter`] and [`write_safetensors`]. No files are left behind.
     pub fn write(&self, destination: impl AsRef<Path>, options: &PeftOptions) -> Result<()> {
         let rank = self.max_rank();
         if rank == 0 {
@@ -134,7 +136,8 @@ impl LoraAdapter {
                 w.rank()
             }
         };
-        // Exact: 24 bits of scale times 17 of rank fit an f64, and the reader's division gives the scale back.
+        // This is exact: 24 bits of the scale times 17 bits of the rank fit an f64, and the
+        // reader's division gives back the scale.
         let alpha_of = |w: &LoraWeights| f64::from(w.scale()) * stored_rank(w) as f64;
         let alpha = self
             .layers
@@ -156,7 +159,8 @@ impl LoraAdapter {
             .filter(|(_, _, a)| *a != alpha)
             .map(|(n, _, a)| (*n, *a))
             .collect();
-        // A key also matches every path that ends in it. Where one layer's path ends in another's, name every layer.
+        // A key also matches every path that ends in it. If the path of one layer is the end of
+        // another's, list every layer.
         let holds = |pairs: &[(&String, f64)],
                      value: &dyn Fn(&(&String, usize, f64)) -> f64,
                      default: f64|
@@ -172,7 +176,8 @@ impl LoraAdapter {
         if !holds(&ranks, &|w| w.1 as f64, rank as f64)? || !holds(&alphas, &|w| w.2, alpha)? {
             ranks = wanted.iter().map(|(n, r, _)| (*n, *r as f64)).collect();
             alphas = wanted.iter().map(|(n, _, a)| (*n, *a)).collect();
-            // The longest first: the first key that matches wins, and a path's own key is the longest that does.
+            // Sort the longest first. The first matching key wins, and of the keys that match a
+            // path, the longest is the path's own.
             ranks.sort_by_key(|(n, _)| std::cmp::Reverse(n.len()));
             alphas.sort_by_key(|(n, _)| std::cmp::Reverse(n.len()));
         }
@@ -220,8 +225,8 @@ impl LoraAdapter {
         Ok(config)
     }
 
-    /// Last names where all layers of those names are adapted, else full paths: PEFT would give a layer that is named but has
-    /// no tensors an adapter of its own.
+    /// Returns last names if all layers with those names are adapted, else full paths. PEFT would
+    /// create a new adapter for a layer that is named but has no tensors.
     fn target_modules(&self, model_layers: &[String]) -> Vec<String> {
         let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
         let suffixes: BTreeSet<String> = self.layers.keys().map(|l| last(l)).collect();
@@ -237,7 +242,7 @@ impl LoraAdapter {
     }
 }
 
-/// A path as a key: itself, or escaped where it holds a character that an expression would read.
+/// Returns a path as a key, escaped if it contains regex syntax.
 fn key_of(layer: &str) -> String {
     if pattern::needs_regex(layer) {
         regex::escape(layer)
@@ -246,7 +251,7 @@ fn key_of(layer: &str) -> String {
     }
 }
 
-/// 16 rather than 16.0, as PEFT writes it.
+/// Writes whole numbers as integers (16 instead of 16.0), as PEFT does.
 fn number(v: f64) -> Value {
     if v.fract() == 0.0 && v.abs() < 1e15 {
         Value::from(v as i64)

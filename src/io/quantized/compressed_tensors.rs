@@ -1,15 +1,17 @@
-//! compressed-tensors' `pack-quantized` tensors of a linear layer, `[out, in]` with groups of the input:
+//! Tensors of a linear layer in compressed-tensors' `pack-quantized` format. The layer is
+//! `[out, in]`, with groups along the input:
 //!
-//! | tensor | shape | holds |
+//! | tensor | shape | content |
 //! |---|---|---|
 //! | `weight_packed` | I32 `[out, ceil(in * bits / 32)]` | codes, packed along the input |
 //! | `weight_scale` | float `[out, groups]` | scales |
-//! | `weight_zero_point` | I32 `[ceil(out * bits / 32), groups]` | zero points, packed along the output; not where symmetric |
+//! | `weight_zero_point` | I32 `[ceil(out * bits / 32), groups]` | zero points, packed along the output; absent if symmetric |
 //! | `weight_shape` | I64 `[2]` | `[out, in]` |
-//! | `weight_g_idx` | I32 `[in]` | the group of each input: read, but not written, since its readers dropped it |
+//! | `weight_g_idx` | I32 `[in]` | group of each input: read but not written, since newer readers ignore it |
 //!
-//! The format's own integers are signed; what is packed is the code, which is that integer plus `2^(bits - 1)`, and the zero
-//! point likewise. Three bits are refused: older versions put ten in a word, newer ones leave no gap.
+//! The format's integers are signed. The packed code is the integer plus `2^(bits - 1)`, and
+//! likewise for the zero point. 3-bit codes are refused, because older versions pack ten codes per
+//! word and newer versions pack them without gaps.
 
 use super::config::QuantizationConfig;
 use super::layout::{self, tensor_name, wrong};
@@ -78,7 +80,7 @@ pub(super) fn check(
     Ok(())
 }
 
-/// Reads tensors that were checked.
+/// Reads the tensors of a layer that was checked.
 pub(super) fn read(
     config: &QuantizationConfig,
     checkpoint: &Checkpoint,
@@ -102,7 +104,7 @@ pub(super) fn read(
         layout::transposed(&layout::unpack_rows(&words, rows, bits), groups, rows)
     };
     let name = tensor_name(layer, GROUP_OF);
-    // Versions that knew it filled it with -1 where it was not used.
+    // Versions with this tensor fill it with -1 if it is not used.
     let used = checkpoint.contains(&name)
         && layout::words(checkpoint, &name)?
             .iter()

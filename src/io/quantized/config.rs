@@ -1,4 +1,5 @@
-//! `quantization_config`: how the linear layers of a folder are stored.
+//! Parses and writes `quantization_config`, which describes how the linear layers of a folder are
+//! stored.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,16 +18,16 @@ const BITS: [usize; 4] = [2, 3, 4, 8];
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum QuantFormat {
-    /// GPTQ as AutoGPTQ stores it (`checkpoint_format` `gptq`): zero points less 1.
+    /// GPTQ as stored by AutoGPTQ (`checkpoint_format` `gptq`): each zero point is stored less 1.
     Gptq,
-    /// GPTQ with zero points as they are (`gptq_v2`).
+    /// GPTQ with unchanged zero points (`gptq_v2`).
     GptqV2,
     /// compressed-tensors' `pack-quantized`.
     CompressedTensors,
 }
 
 impl QuantFormat {
-    /// The name in configs: `gptq`, `gptq_v2` or `pack-quantized`.
+    /// Returns the name in configs: `gptq`, `gptq_v2` or `pack-quantized`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gptq => "gptq",
@@ -36,7 +37,8 @@ impl QuantFormat {
     }
 }
 
-/// A checked `quantization_config`. Fields that are not read here are kept when it is written again.
+/// A checked `quantization_config`. Fields that this crate does not read are kept when it is
+/// written.
 #[derive(Clone, Debug, PartialEq)]
 #[doc(hidden)]
 pub struct QuantizationConfig {
@@ -49,12 +51,14 @@ pub struct QuantizationConfig {
 }
 
 impl QuantizationConfig {
-    /// Checks a parsed `quantization_config`, or a GPTQ folder's `quantize_config.json`, which may leave out `quant_method`.
+    /// Checks a parsed `quantization_config`, or the `quantize_config.json` of a GPTQ folder, in
+    /// which `quant_method` is optional.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for another method, another packing, or a feature that changes what a layer computes (quantized
-    /// activations, settings that differ between layers, ...); [`Error::InvalidConfig`] for a field that is missing, of another
-    /// type or out of range.
+    /// Returns [`Error::Unsupported`] for another method, another packing, or a feature that
+    /// changes the result of a layer (quantized activations, settings that differ between layers,
+    /// ...). Returns [`Error::InvalidConfig`] if a field is missing, of another type or out of
+    /// range.
     pub fn from_json(raw: Map<String, Value>) -> Result<Self> {
         let fields = Fields {
             map: &raw,
@@ -89,7 +93,7 @@ impl QuantizationConfig {
             None | Some("int32" | "torch.int32") => {}
             Some(other) => return unsupported("pack_dtype", other),
         }
-        // `-:pattern` leaves layers dense; anything else gives some of them settings of their own.
+        // `-:pattern` leaves layers dense. All other rules give some layers settings of their own.
         if let Some(Value::Object(dynamic)) = raw.get("dynamic")
             && let Some(rule) = dynamic.keys().find(|rule| !rule.starts_with("-:"))
         {
@@ -98,7 +102,7 @@ impl QuantizationConfig {
         let bits = bits(&fields, "bits", &BITS)?;
         let group_size = group_size(&fields)?;
         let flag = |name: &str, absent: bool| Ok::<_, Error>(fields.bool(name)?.unwrap_or(absent));
-        // An absent `desc_act` is no promise that groups are in order; tensors tell.
+        // Without `desc_act`, groups may still be out of order. The tensors show whether they are.
         let (symmetric, act_order) = (flag("sym", true)?, flag("desc_act", false)?);
         Ok(Self {
             format,
@@ -195,7 +199,8 @@ impl QuantizationConfig {
                 other => return unsupported("weights.strategy", other),
             };
         let symmetric = fields.bool("symmetric")?.unwrap_or(true);
-        // Of the orders, `group` alone shows in the tensors; `true` is an old way to say it.
+        // Of the activation orders, only `group` changes the tensors. `true` is an old spelling of
+        // it.
         let act_order = match weights.get("actorder") {
             Some(Value::String(order)) => order == "group",
             Some(value) => value.as_bool().unwrap_or(false),
@@ -211,12 +216,14 @@ impl QuantizationConfig {
         })
     }
 
-    /// The config of a folder that holds these layers in this format, `all` being the model's; the others stay dense.
+    /// Creates the config of a folder in which these layers are stored in this format. `all` lists
+    /// the linear layers of the model; those not in `layers` stay dense.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for no layer at all; [`Error::Unsupported`], naming the layer, for bits or groups other than
-    /// another layer's, for 3 bits in compressed-tensors, and for GPTQ where blocks differ in which layers are dense: its
-    /// readers take the same ones from every block.
+    /// Returns [`Error::InvalidArgument`] if `layers` is empty. Returns [`Error::Unsupported`],
+    /// naming the layer, if two layers differ in bits or group size, for 3 bits in
+    /// compressed-tensors, and for GPTQ if a layer is quantized in one block and dense in another,
+    /// because GPTQ's readers quantize the same layers of every block.
     pub fn for_layers(
         format: QuantFormat,
         layers: &BTreeMap<String, QuantizedMatrix>,
@@ -273,7 +280,7 @@ impl QuantizationConfig {
                 });
                 if !dense.is_empty() {
                     let (kept, left) = kinds_in_every_block(layers, all, &dense)?;
-                    // The first for transformers, the second for GPTQModel and vLLM.
+                    // transformers reads the first field, GPTQModel and vLLM read the second.
                     raw["modules_in_block_to_quantize"] = json!([kept]);
                     let rule =
                         |name: &str| (format!("-:.*\\.{}$", name.replace('.', "\\.")), json!({}));
@@ -315,38 +322,39 @@ impl QuantizationConfig {
         }
     }
 
-    /// The format.
+    /// Returns the format.
     pub fn format(&self) -> QuantFormat {
         self.format
     }
 
-    /// Bits of a code.
+    /// Returns the number of bits of a code.
     pub fn bits(&self) -> u8 {
         self.bits
     }
 
-    /// Columns of a group; `None` for one group a row.
+    /// Returns the number of columns of a group, or `None` if each row is a single group.
     pub fn group_size(&self) -> Option<usize> {
         self.group_size
     }
 
-    /// Whether every zero point is the middle of the grid.
+    /// Returns whether every zero point is the middle of the grid.
     pub fn symmetric(&self) -> bool {
         self.symmetric
     }
 
-    /// Whether columns may belong to groups out of order, as GPTQ's activation order makes them.
+    /// Returns whether the groups of columns may be out of order, as with GPTQ's activation order.
     pub fn act_order(&self) -> bool {
         self.act_order
     }
 
-    /// All fields, as they were read.
+    /// Returns all fields as they were read.
     pub fn raw(&self) -> &Map<String, Value> {
         &self.raw
     }
 }
 
-/// Names within a block of the layers that are quantized, and of those that are not, in model order.
+/// Returns the names, relative to a block, of the quantized layers and of the dense layers, in
+/// model order.
 fn kinds_in_every_block(
     layers: &BTreeMap<String, QuantizedMatrix>,
     all: &[LinearSpec],
@@ -387,7 +395,7 @@ fn bits(fields: &Fields<'_>, name: &str, known: &[usize]) -> Result<u8> {
     }
 }
 
-/// GPTQ's group size, -1 for one group a row.
+/// Reads GPTQ's group size; -1 means that each row is a single group.
 fn group_size(fields: &Fields<'_>) -> Result<Option<usize>> {
     if fields.map.get("group_size").and_then(Value::as_i64) == Some(-1) {
         return Ok(None);

@@ -1,16 +1,18 @@
-//! GPTQ's tensors of a linear layer, `[out, in]` with groups of the input:
+//! Tensors of a linear layer in GPTQ's format. The layer is `[out, in]`, with groups along the
+//! input:
 //!
-//! | tensor | shape | holds |
+//! | tensor | shape | content |
 //! |---|---|---|
 //! | `qweight` | I32 `[in * bits / 32, out]` | codes, packed along the input |
 //! | `qzeros` | I32 `[groups, out * bits / 32]` | zero points, packed along the output; v1 stores each less 1 |
 //! | `scales` | float `[groups, out]` | scales |
-//! | `g_idx` | I32 `[in]` | the group of each input; may be absent where groups follow the columns |
+//! | `g_idx` | I32 `[in]` | group of each input; optional if groups follow the columns |
 //!
-//! Three bits cross the borders of words, as AutoGPTQ has it, not in GPTQModel's planes.
+//! 3-bit codes may straddle two words, as in AutoGPTQ. GPTQModel's planar layout is not supported.
 //!
-//! A zero point of 0 would be -1 in v1: AutoGPTQ spoils its neighbours when it writes one, and of the readers of a stored
-//! `2^bits - 1` some wrap to 0 and some take `2^bits`. It is neither written nor read here.
+//! v1 would store a zero point of 0 as -1. AutoGPTQ corrupts the neighbouring zero points when it
+//! writes one, and readers disagree on a stored `2^bits - 1`: some wrap it to 0, others take it as
+//! `2^bits`. This crate neither writes nor reads it.
 
 use super::config::{QuantFormat, QuantizationConfig};
 use super::layout::{self, tensor_name, wrong};
@@ -49,7 +51,7 @@ pub(super) fn check(
     Ok(())
 }
 
-/// Reads tensors that were checked.
+/// Reads the tensors of a layer that was checked.
 pub(super) fn read(
     config: &QuantizationConfig,
     checkpoint: &Checkpoint,
@@ -82,7 +84,7 @@ pub(super) fn read(
     let middle = 1 << (bits - 1);
     let symmetric = zeros.iter().all(|zero| *zero == middle);
     if config.symmetric() && !symmetric {
-        // Most often a v2 checkpoint that calls itself v1, or the other way round.
+        // The usual cause is a v2 checkpoint that is labelled v1, or the reverse.
         let at = zeros.iter().position(|zero| *zero != middle).unwrap_or(0);
         let reason = format!(
             "output {} of group {} has zero point {}, but the config says that the grid is symmetric, with {middle}",
@@ -144,7 +146,7 @@ pub(super) fn tensors<'a>(
             "groups out of order beside a config without `desc_act`, in GPTQ".into(),
         );
     }
-    // Stored less 1 in v1.
+    // v1 stores zero points less 1.
     let less = u8::from(config.format() == QuantFormat::Gptq);
     if let Some(at) = parts.zeros.iter().position(|zero| *zero < less) {
         let what = format!(

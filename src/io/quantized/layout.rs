@@ -1,4 +1,4 @@
-//! What both formats share: words of 32 bits that hold codes, and their checks.
+//! Code shared by both formats: packing codes into 32-bit words, and checks of tensors.
 
 use rayon::prelude::*;
 
@@ -6,12 +6,13 @@ use crate::error::{Error, Result};
 use crate::format::{all_f16, bits};
 use crate::io::{Checkpoint, DType, HostTensor};
 
-/// A little-endian word of 32 bits, as it lies in a file.
+/// A little-endian 32-bit word as stored in a file.
 pub(super) type Word = [u8; 4];
 
 const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 
-/// `layer.suffix`; the suffix alone for a file of one layer without a name.
+/// Returns `layer.suffix`, or the suffix alone if `layer` is empty (a file of a single unnamed
+/// layer).
 pub(super) fn tensor_name(layer: &str, suffix: &str) -> String {
     if layer.is_empty() {
         suffix.into()
@@ -20,7 +21,7 @@ pub(super) fn tensor_name(layer: &str, suffix: &str) -> String {
     }
 }
 
-/// A tensor that breaks a rule.
+/// Makes the error for an invalid tensor.
 pub(super) fn wrong(
     checkpoint: &Checkpoint,
     tensor: &str,
@@ -29,7 +30,7 @@ pub(super) fn wrong(
     Error::invalid_file(checkpoint.path(), format!("tensor `{tensor}`: {reason}"))
 }
 
-/// Checks type and shape of a tensor.
+/// Checks the dtype and shape of a tensor.
 pub(super) fn check(
     checkpoint: &Checkpoint,
     tensor: &str,
@@ -55,22 +56,22 @@ pub(super) fn check(
     Ok(())
 }
 
-/// Checks that a tensor holds floats in this shape.
+/// Checks that a tensor holds floats and has this shape.
 pub(super) fn check_floats(checkpoint: &Checkpoint, tensor: &str, shape: &[usize]) -> Result<()> {
     check(checkpoint, tensor, &FLOATS, shape)
 }
 
-/// Words that `n` codes take.
+/// Returns the number of words that `n` codes take.
 pub(super) fn word_count(n: usize, bits: u8) -> usize {
     bits::packed_len(n, bits).div_ceil(4)
 }
 
-/// The words of a tensor that was checked.
+/// Returns the words of a tensor that was checked.
 pub(super) fn words<'a>(checkpoint: &'a Checkpoint, tensor: &str) -> Result<&'a [Word]> {
     Ok(checkpoint.bytes(tensor)?.as_chunks::<4>().0)
 }
 
-/// The group of each column, `None` where it is `column / group_size`.
+/// Returns the group of each column, or `None` if every group is `column / group_size`.
 pub(super) fn column_groups(
     checkpoint: &Checkpoint,
     tensor: &str,
@@ -96,7 +97,7 @@ pub(super) fn column_groups(
     Ok(if in_order { None } else { Some(group_of) })
 }
 
-/// Columns become rows.
+/// Returns the transpose of a row-major matrix.
 pub(super) fn transposed<T: Copy + Default>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
     const TILE: usize = 32;
     let mut out = vec![T::default(); values.len()];
@@ -112,7 +113,7 @@ pub(super) fn transposed<T: Copy + Default>(values: &[T], rows: usize, cols: usi
     out
 }
 
-/// Rows of `len` codes, each packed into whole words of its own.
+/// Packs rows of `len` codes. Each row begins at a new word.
 pub(super) fn pack_rows(codes: &[u8], len: usize, bits: u8) -> Vec<Word> {
     let per_row = word_count(len, bits);
     let mut words = vec![Word::default(); codes.len() / len * per_row];
@@ -123,7 +124,7 @@ pub(super) fn pack_rows(codes: &[u8], len: usize, bits: u8) -> Vec<Word> {
     words
 }
 
-/// The inverse of [`pack_rows`].
+/// Unpacks rows of `len` codes; the inverse of [`pack_rows`].
 pub(super) fn unpack_rows(words: &[Word], len: usize, bits: u8) -> Vec<u8> {
     let per_row = word_count(len, bits);
     let mut codes = vec![0; words.len() / per_row * len];
@@ -134,7 +135,7 @@ pub(super) fn unpack_rows(words: &[Word], len: usize, bits: u8) -> Vec<u8> {
     codes
 }
 
-/// An I32 tensor of words that are made when it is written.
+/// Makes an I32 tensor whose words are produced when it is written.
 pub(super) fn words_tensor<'a>(
     name: String,
     shape: [usize; 2],
@@ -148,7 +149,7 @@ pub(super) fn words_tensor<'a>(
     )
 }
 
-/// The type that scales are written in: `f16` where that changes none of them.
+/// Returns the dtype to write scales in: `f16` if it represents all of them exactly, else `f32`.
 pub(super) fn scale_dtype(scales: &[f32]) -> DType {
     if all_f16(scales) {
         DType::F16

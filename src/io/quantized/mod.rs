@@ -1,8 +1,9 @@
-//! Quantized linear layers in other tools' checkpoints: GPTQ (arXiv 2210.17323) as AutoGPTQ stores it (v1) and as GPTQModel
-//! does (v2), and compressed-tensors' `pack-quantized`.
+//! Quantized linear layers in the formats of other tools: GPTQ (arXiv 2210.17323) as stored by
+//! AutoGPTQ (v1) and by GPTQModel (v2), and compressed-tensors' `pack-quantized`.
 //!
-//! A [`QuantizationConfig`] says how the layers of a folder are stored, and reads and writes each of them as a
-//! [`QuantizedMatrix`]; [`HfConfig`](crate::io::HfConfig) and [`HfFolder`](crate::io::hf::HfFolder) do so for a folder.
+//! A [`QuantizationConfig`] describes how the layers of a folder are stored, and reads and writes
+//! each of them as a [`QuantizedMatrix`]. [`HfConfig`](crate::io::HfConfig) and
+//! [`HfFolder`](crate::io::hf::HfFolder) do this for a whole folder.
 
 mod compressed_tensors;
 mod config;
@@ -16,7 +17,7 @@ use crate::format::QuantizedMatrix;
 use crate::io::{Checkpoint, HostTensor};
 
 impl QuantizationConfig {
-    /// Whether `checkpoint` holds the packed codes of a layer.
+    /// Returns whether `checkpoint` holds packed codes for a layer.
     pub fn has_layer(&self, checkpoint: &Checkpoint, layer: &str) -> bool {
         let codes = match self.format() {
             QuantFormat::Gptq | QuantFormat::GptqV2 => gptq::CODES,
@@ -25,13 +26,15 @@ impl QuantizationConfig {
         checkpoint.contains(&layout::tensor_name(layer, codes))
     }
 
-    /// Checks the types and shapes of a layer's tensors, without reading them.
+    /// Checks the dtypes and shapes of a layer's tensors without reading their contents.
     ///
     /// # Shapes
     /// - `shape`: `[d_output, d_input]` of the layer
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::InvalidFile`] that names file and tensor.
+    /// Returns [`Error::MissingTensor`], or [`Error::InvalidFile`], naming the file and the tensor,
+    /// if a dtype or shape is wrong, and [`Error::InvalidArgument`] if `shape` is zero or
+    /// overflows.
     pub fn check_layer(
         &self,
         checkpoint: &Checkpoint,
@@ -39,7 +42,7 @@ impl QuantizationConfig {
         shape: [usize; 2],
     ) -> Result<()> {
         let [rows, cols] = shape;
-        // The widest that is computed from a shape: bits of all codes.
+        // The number of bits of all codes is the largest value computed from a shape.
         if rows == 0
             || cols == 0
             || rows
@@ -61,14 +64,16 @@ impl QuantizationConfig {
         }
     }
 
-    /// Reads a layer. Its bias is a tensor of its own, under the name that it has in a dense checkpoint.
+    /// Reads a layer without its bias, which is a separate tensor under the same name as in a dense
+    /// checkpoint.
     ///
     /// # Shapes
     /// - `shape`: `[d_output, d_input]` of the layer
     ///
     /// # Errors
-    /// Those of [`check_layer`](Self::check_layer); [`Error::InvalidFile`] for a group of a column that there is not, a zero
-    /// point that two readers would take for two, or a negative scale; [`Error::NotFinite`].
+    /// Returns the errors of [`check_layer`](Self::check_layer). Returns [`Error::InvalidFile`] if
+    /// a column's group does not exist, if readers disagree on the meaning of a zero point, or if a
+    /// scale is negative, and [`Error::NotFinite`] if a scale is not finite.
     pub fn read_layer(
         &self,
         checkpoint: &Checkpoint,
@@ -87,15 +92,16 @@ impl QuantizationConfig {
         })
     }
 
-    /// The tensors of a layer, each made when its turn comes to be written.
+    /// Returns the tensors of a layer. Their contents are produced only when they are written.
     ///
-    /// Scales are written as `f16`, or as `f32` where one of the layer's would change (readers that keep `f16` then round
-    /// it).
+    /// Scales are written as `f16`, or as `f32` if `f16` would change one of the layer's scales
+    /// (readers that use `f16` then round it).
     ///
     /// # Errors
-    /// [`Error::Unsupported`], naming the tensor, for what the format cannot hold: sizes that are no whole words, a zero
-    /// point of 0 in GPTQ v1, columns in an order of their own in compressed-tensors; [`Error::InvalidArgument`] for a matrix
-    /// whose bits or groups are not those of this config.
+    /// Returns [`Error::Unsupported`], naming the tensor, if the format cannot represent the layer:
+    /// sizes that do not fill whole words, a zero point of 0 in GPTQ v1, or columns with groups out
+    /// of order in compressed-tensors. Returns [`Error::InvalidArgument`] if the matrix has other
+    /// bits or groups than this config, or is not symmetric although the config is.
     pub fn layer_tensors<'a>(
         &self,
         layer: &str,

@@ -61,7 +61,7 @@ fn every_layer_comes_back_as_it_was() {
         } else {
             [2, 4, 8][case / 3 % 3]
         };
-        // GPTQ wants whole words, in groups of any length; compressed-tensors whole groups.
+        // GPTQ needs whole words and allows ragged groups; compressed-tensors needs whole groups.
         let unit = if bits == 3 {
             32
         } else {
@@ -93,7 +93,7 @@ fn every_layer_comes_back_as_it_was() {
         if format != QuantFormat::Gptq && !symmetric {
             matrix = changed(matrix, |parts| parts.zeros[0] = 0);
         } else if !symmetric {
-            // One that no symmetric grid has, so that the flag is known.
+            // Use a zero point that no symmetric grid has, so that the flag is false.
             matrix = changed(matrix, |parts| parts.zeros[0] = 1 + u8::from(bits == 2) * 2);
         }
         let config = config_of(format, &matrix).unwrap();
@@ -187,7 +187,7 @@ fn words_hold_what_the_format_says() {
     }
 }
 
-/// AutoGPTQ's own test: its product, by its half-precision kernel.
+/// AutoGPTQ's own test: the product computed by its half-precision kernel.
 #[test]
 fn autogptqs_product() {
     let Some(path) = shared("vectors/gptq/reference_old_no_half_256x256.safetensors") else {
@@ -212,7 +212,7 @@ fn autogptqs_product() {
     }
     eprintln!("max abs diff {worst:.3e}");
     assert!(worst < 2e-3);
-    // And back, to the bit.
+    // Writing the layer again gives the same bits.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("layer.safetensors");
     write_safetensors(
@@ -285,7 +285,7 @@ fn what_a_format_cannot_hold_is_not_written() {
         .contains("two ways")
     );
 
-    // A matrix beside the config of another.
+    // A matrix with the config of another matrix.
     let config = config_of(QuantFormat::Gptq, &good).unwrap();
     for (other, name) in [
         (random_quantized(32, 64, 8, 16, false, &mut rng), "bits"),
@@ -408,7 +408,7 @@ fn configs_of_folders() {
 
 #[test]
 fn configs_of_others_are_read_or_refused() {
-    // As AutoGPTQ, transformers and GPTQModel write them.
+    // Configs as written by AutoGPTQ, transformers and GPTQModel.
     for (value, expected) in [
         (
             json!({"bits": 4, "group_size": 128, "desc_act": true, "sym": true}),
@@ -530,7 +530,7 @@ fn configs_of_others_are_read_or_refused() {
 
 type Parts = BTreeMap<String, (DType, Vec<usize>, Vec<u8>)>;
 
-/// Writes a layer's tensors with something changed, and reads the layer.
+/// Writes a layer's tensors after a change, and reads the layer.
 fn read_spoiled(
     config: &QuantizationConfig,
     good: &Checkpoint,
@@ -567,7 +567,7 @@ fn a_bad_file_for_every_rule() {
     let path = folder.path().join("layer.safetensors");
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let matrix = random_quantized(32, 64, 4, 16, false, &mut rng);
-    // A zero point under 15, so that not every stored one is ambiguous.
+    // Use a zero point below 15, so that not every stored zero point is ambiguous.
     let matrix = changed(matrix, |parts| {
         parts
             .zeros
@@ -627,7 +627,7 @@ fn a_bad_file_for_every_rule() {
                 "{tensor} {expected}: {error}"
             );
         }
-        // A zero point of 16 or 0.
+        // The stored value means a zero point of 16 or of 0.
         let full = read_spoiled(&config, &good, |parts| set(parts, "qzeros", 3, &[0xF3]));
         match full {
             Err(error) if format == QuantFormat::Gptq => {
@@ -639,7 +639,7 @@ fn a_bad_file_for_every_rule() {
             }
             other => assert_eq!(other.unwrap().grid(7, 0).1, 15),
         }
-        // A symmetric v1 file that is called v2, and the other way round.
+        // A symmetric v1 file labelled v2, and the reverse.
         let mut raw = Value::Object(config.raw().clone());
         raw["sym"] = true.into();
         let error = read_spoiled(&parse(&raw).unwrap(), &good, |_| {})
@@ -699,7 +699,7 @@ fn a_bad_file_for_every_rule() {
             "{tensor} {expected}: {error}"
         );
     }
-    // What older versions wrote: an order that is not used, and one that is.
+    // Files of older versions: with an unused order and with a used one.
     let order = |group: fn(usize) -> i32| {
         let bytes = (0..64)
             .flat_map(|column| group(column).to_le_bytes())
@@ -778,7 +778,7 @@ fn mutated_layers_never_panic() {
                 read += 1;
             }
         }
-        // Configs too.
+        // Mutate configs too.
         let text = serde_json::to_vec(config.raw()).unwrap();
         let file = Checkpoint::open(&path).unwrap();
         for _ in 0..1500 {

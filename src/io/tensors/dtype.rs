@@ -1,4 +1,4 @@
-//! Element types and their conversion from and to `f32`.
+//! Dtypes, and conversion of elements from and to `f32`.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -6,10 +6,10 @@ use safetensors::Dtype;
 
 use crate::error::{Error, Result};
 
-/// Elements per parallel task; below this a conversion runs on the calling thread.
+/// Elements per parallel task. Conversions of at most this many elements run on the calling thread.
 const PARALLEL_CHUNK: usize = 1 << 18;
 
-/// The type of a tensor's elements in a file.
+/// Dtype of a tensor in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DType {
@@ -19,11 +19,11 @@ pub enum DType {
     F32,
     /// IEEE 754 half precision.
     F16,
-    /// The upper half of an `F32`.
+    /// Upper 16 bits of an `F32`.
     BF16,
-    /// 8-bit float, 4 exponent bits.
+    /// 8-bit float with 4 exponent bits.
     F8E4M3,
-    /// 8-bit float, 5 exponent bits.
+    /// 8-bit float with 5 exponent bits.
     F8E5M2,
     /// Signed 64-bit integer.
     I64,
@@ -45,7 +45,8 @@ pub enum DType {
     Bool,
 }
 
-/// Our type, the safetensors crate's, its name in a header, torch's name, bytes per element.
+/// The variant here, its variant in the safetensors crate, its name in a header, its name in torch,
+/// and bytes per element.
 const TABLE: [(DType, Dtype, &str, &str, usize); 15] = [
     (DType::F64, Dtype::F64, "F64", "float64", 8),
     (DType::F32, Dtype::F32, "F32", "float32", 4),
@@ -66,26 +67,26 @@ const TABLE: [(DType, Dtype, &str, &str, usize); 15] = [
 
 impl DType {
     fn row(self) -> &'static (DType, Dtype, &'static str, &'static str, usize) {
-        // TABLE is in the order of the variants; a test holds it there.
+        // TABLE has the order of the variants, which a test checks.
         &TABLE[self as usize]
     }
 
-    /// The name in a safetensors header, such as `BF16`.
+    /// Returns the name in a safetensors header, such as `BF16`.
     pub fn name(self) -> &'static str {
         self.row().2
     }
 
-    /// The name in `config.json`, such as `bfloat16`.
+    /// Returns the name in `config.json`, such as `bfloat16`.
     pub fn torch_name(self) -> &'static str {
         self.row().3
     }
 
-    /// Bytes per element.
+    /// Returns the number of bytes per element.
     pub fn size(self) -> usize {
         self.row().4
     }
 
-    /// Reads torch's name, with or without the `torch.` prefix.
+    /// Parses torch's name, with or without the `torch.` prefix.
     pub fn from_torch_name(name: &str) -> Option<Self> {
         let name = name.strip_prefix("torch.").unwrap_or(name);
         let name = match name {
@@ -108,7 +109,8 @@ impl std::fmt::Display for DType {
     }
 }
 
-/// Reads `bytes` (any alignment) as `dtype` and converts to `f32`; `None` for a type that is no float of 16 bits or more.
+/// Converts `bytes` of any alignment from `dtype` to `f32`. Returns `None` if `dtype` is not a
+/// float of at least 16 bits.
 pub(super) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
     fn each<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
         let mut out = vec![0.0f32; bytes.len() / N];
@@ -135,8 +137,9 @@ pub(super) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
     })
 }
 
-/// Converts finite `values` to `dtype` (round to nearest, ties to even) and appends the little-endian bytes to `out`.
-/// `first` is the index of `values[0]` in the tensor, for the error.
+/// Converts finite `values` to `dtype` (rounding to nearest, ties to even) and appends the
+/// little-endian bytes to `out`. `first` is the index of `values[0]` in the tensor, which errors
+/// report.
 pub(super) fn encode(
     tensor: &str,
     dtype: DType,

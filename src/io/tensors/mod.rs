@@ -1,7 +1,7 @@
-//! Named tensors in safetensors files: reading them memory-mapped, writing them as a stream.
+//! Reads safetensors files through a memory map, and writes them as a stream.
 //!
-//! The format is Hugging Face's (<https://github.com/huggingface/safetensors>): a length, a JSON header, then row-major
-//! little-endian data.
+//! The format is Hugging Face's (<https://github.com/huggingface/safetensors>): a length, a JSON
+//! header, then row-major little-endian data.
 
 mod dtype;
 mod read;
@@ -14,7 +14,7 @@ pub(crate) use write::write_in_order;
 pub(crate) use write::write_sharded;
 pub use write::{HostTensor, write_safetensors};
 
-/// Headers above this are refused, as the reference implementation does.
+/// Largest header that is read, in bytes; the limit of the reference implementation.
 pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 #[cfg(test)]

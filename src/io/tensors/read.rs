@@ -1,4 +1,4 @@
-//! Reading checkpoints.
+//! Reads checkpoints.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -16,29 +16,30 @@ use crate::io::gguf::{Gguf, Layout, is_gguf};
 use crate::io::{is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
-/// Bytes of the length before a header.
+/// Size in bytes of the length field before a header.
 const LENGTH_BYTES: usize = 8;
-/// The most shards an index may name; each is a mapping that the system must keep.
+/// Maximum number of shards in an index. Each shard is a memory mapping.
 const MAX_SHARDS: usize = 4096;
 
-/// What a header says about a tensor.
+/// Dtype and shape of a tensor, from the header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[doc(hidden)]
 pub struct TensorInfo {
-    /// Element type.
+    /// Dtype of the elements.
     pub dtype: DType,
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl TensorInfo {
-    /// Number of elements. Cannot overflow: a file of that size was checked when it was opened.
+    /// Returns the number of elements. The product cannot overflow, because it was checked against
+    /// the file size on opening.
     pub fn n_elements(&self) -> usize {
         self.shape.iter().product()
     }
 }
 
-/// A file's bytes.
+/// Bytes of a file.
 pub(in crate::io) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 struct Shard {
@@ -65,13 +66,15 @@ struct Entry {
     layout: Layout,
 }
 
-/// A checkpoint opened for reading: one safetensors file, a folder of shards, or a GGUF model, memory-mapped.
+/// A checkpoint opened for reading, memory-mapped: one safetensors file, a folder of shards, or a
+/// GGUF model.
 ///
-/// A GGUF model's tensors have Hugging Face's names and order of rows. Those in quantized blocks are `f32` here:
-/// numbers are computed when they are asked for, [`load_quantized`](Self::load_quantized) gives codes.
+/// The tensors of a GGUF model have Hugging Face's names and row order. Tensors in quantized blocks
+/// have dtype `f32`: they are dequantized on access, and [`load_quantized`](Self::load_quantized)
+/// gives their codes.
 ///
-/// Nothing is read before it is asked for; opening costs the headers alone. The files must not be changed while the
-/// checkpoint is open (a file cut off under a mapping ends the process; that is the price of mapping).
+/// Opening reads only the headers; tensor data is read on access. The files must not change while
+/// the checkpoint is open: truncating a mapped file can terminate the process.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -81,22 +84,26 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, a folder that holds `model.safetensors` or else `model.safetensors.index.json` and
-    /// its shards, or a GGUF file (of a model in parts, the first).
+    /// Opens a safetensors file, a folder that contains `model.safetensors`, or else
+    /// `model.safetensors.index.json` and its shards, or a GGUF file. For a GGUF model in several
+    /// files, pass the first one.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Json`] as usual; [`Error::InvalidFile`] for a header that is cut off, lies about lengths,
-    /// leaves holes or overlaps, for an index that names a file outside the folder or a shard that lacks the tensor, and
-    /// for a tensor that two shards hold; [`Error::MissingTensor`] for a tensor that is not in the shard that the index
-    /// names; [`Error::Unsupported`] for an element type unknown here.
+    /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed. Returns
+    /// [`Error::InvalidFile`] if a header is truncated, states wrong lengths, leaves holes or
+    /// overlaps; if the index names a file outside the folder or a shard that does not exist; and
+    /// if two shards hold the same tensor. Returns [`Error::MissingTensor`] if a tensor is not in
+    /// the shard that the index names, and [`Error::Unsupported`] for an unknown dtype.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, true)
     }
 
-    /// [`open`](Self::open) that maps the files, or reads them as a whole: then they may change while the checkpoint is open.
+    /// Opens a checkpoint like [`open`](Self::open), and either maps the files or reads them into
+    /// memory. Files that were read into memory may change while the checkpoint is open.
     ///
     /// # Errors
-    /// As [`open`](Self::open), and [`Error::OutOfMemory`].
+    /// Returns the errors of [`open`](Self::open), and [`Error::OutOfMemory`] if a file does not
+    /// fit into memory.
     pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
         let path = path.as_ref();
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
@@ -106,7 +113,7 @@ impl Checkpoint {
         if !meta.is_dir() {
             return Self::from_shards(path, vec![path.to_path_buf()], mmap);
         }
-        // The order that transformers looks in.
+        // transformers looks for the files in this order.
         let single = path.join("model.safetensors");
         if single.exists() {
             return Self::from_shards(&single, vec![single.clone()], mmap);
@@ -115,10 +122,13 @@ impl Checkpoint {
         if index.exists() {
             return Self::from_index(path, &index, mmap);
         }
+        let mut entries = std::fs::read_dir(path).into_iter().flatten().flatten();
         let hint = if path.join("pytorch_model.bin").exists()
             || path.join("pytorch_model.bin.index.json").exists()
         {
             " (there is a pytorch_model.bin, but pickled weights are not read: save them as safetensors)"
+        } else if entries.any(|entry| is_gguf(&entry.path())) {
+            " (there is a GGUF file: give its own path)"
         } else {
             ""
         };
@@ -136,7 +146,7 @@ impl Checkpoint {
                 "`weight_map` is missing or not an object",
             ));
         };
-        // Shards in the order of their first mention, each once.
+        // List each shard once, in the order of first mention.
         let mut files: Vec<&str> = Vec::new();
         let mut number_of: BTreeMap<&str, usize> = BTreeMap::new();
         for (tensor, file) in map {
@@ -268,58 +278,60 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The file or folder that was opened.
+    /// Returns the file or folder that was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Whether there is a tensor of this name.
+    /// Returns whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    /// Element type and shape.
+    /// Returns the dtype and shape of a tensor.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
         Ok(&self.entry(name)?.info)
     }
 
-    /// The `__metadata__` of the file, or of all shards together.
+    /// Returns the `__metadata__` of the file, or of all shards combined.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
-    /// Bytes of all tensors together, without headers.
+    /// Returns the total size of all tensors in bytes, without headers.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|e| e.range.len() as u64).sum()
     }
 
-    /// A tensor's bytes as they lie in the file: row-major, little-endian, at any alignment.
+    /// Returns a tensor's bytes as stored in the file: row-major, little-endian, at any alignment.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::TensorDtype`] for one of a GGUF file that lies there in another way.
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name, and
+    /// [`Error::TensorDtype`] if a GGUF file stores it in blocks or with permuted rows.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let entry = self.entry(name)?;
         if !entry.layout.is_plain() {
             return Err(Error::TensorDtype {
                 tensor: name.into(),
-                expected: "numbers in the order of a Hugging Face folder",
+                expected: "plain numbers in Hugging Face's order",
                 found: entry.layout.name(),
             });
         }
         self.raw(name, entry)
     }
 
-    /// A tensor's bytes in the file, whatever their layout.
+    /// Returns the bytes of a tensor as stored, whatever their layout.
     fn raw(&self, name: &str, entry: &Entry) -> Result<&[u8]> {
-        // In range by construction; `get` rather than an index so that a mistake there is an error and not a panic.
+        // The range was checked on opening. `get` turns a mistake there into an error instead of a
+        // panic.
         self.shards
             .get(entry.shard)
             .and_then(|shard| (*shard.bytes).as_ref().get(entry.range.clone()))
@@ -329,11 +341,11 @@ impl Checkpoint {
             })
     }
 
-    /// [`bytes`](Self::bytes) that stay when the checkpoint goes; nothing is copied, unless the file has them in
-    /// another layout: then they are made here.
+    /// Returns a tensor's bytes in a buffer that may outlive the checkpoint. They are not copied,
+    /// unless a GGUF file stores them in another layout.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn buffer(&self, name: &str) -> Result<Buffer> {
         let entry = self.entry(name)?;
         if !entry.layout.is_plain() {
@@ -348,29 +360,29 @@ impl Checkpoint {
         Buffer::new(shard.bytes.clone(), entry.range.clone())
     }
 
-    /// Where in its file a tensor begins.
+    /// Returns the offset in bytes of a tensor in its file.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn offset(&self, name: &str) -> Result<usize> {
         Ok(self.entry(name)?.range.start)
     }
 
-    /// A float tensor (f64, f32, f16 or bf16) as `f32`, row-major.
+    /// Loads a float tensor (f64, f32, f16 or bf16) as row-major `f32`.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::TensorDtype`] for another element type; [`Error::NotFinite`] for NaN, an
-    /// infinity, or an f64 that is one as f32.
+    /// Returns [`Error::MissingTensor`], [`Error::TensorDtype`] for another dtype, and
+    /// [`Error::NotFinite`] if a value is NaN or infinite, or is an f64 that overflows f32.
     pub fn load_f32(&self, name: &str) -> Result<Vec<f32>> {
         let values = self.load_f32_unchecked(name)?;
         check_finite(name, &values)?;
         Ok(values)
     }
 
-    /// [`load_f32`](Self::load_f32) that lets NaN and infinities pass.
+    /// Loads a float tensor like [`load_f32`](Self::load_f32), but accepts NaN and infinities.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::TensorDtype`].
+    /// Returns [`Error::MissingTensor`], or [`Error::TensorDtype`] for another dtype.
     pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.entry(name)?;
         let (raw, dtype) = (self.raw(name, entry)?, entry.info.dtype);
@@ -389,47 +401,47 @@ impl Checkpoint {
         })
     }
 
-    /// A matrix that a GGUF file holds in blocks, as codes that give the same numbers; nothing where it holds
-    /// numbers, or blocks whose minimum is no multiple of their scale. The shape must be `[rows, cols]`.
+    /// Loads a matrix that a GGUF file stores in quantized blocks, as codes of exactly the same
+    /// values. Returns `None` for other matrices, and for blocks whose minimum is not a multiple of
+    /// their scale.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::TensorShape`]; [`Error::InvalidFile`] for a scale that is not finite.
+    /// Returns [`Error::TensorShape`] if the shape is not `[rows, cols]`, and
+    /// [`Error::InvalidFile`] if a scale is not finite.
     pub fn load_quantized(&self, name: &str, shape: [usize; 2]) -> Result<Option<QuantizedMatrix>> {
-        let Some(entry) = self
-            .tensors
-            .get(name)
-            .filter(|entry| entry.layout.blocks.is_some())
-        else {
+        let entry = self.tensors.get(name);
+        let Some(entry) = entry.filter(|entry| entry.layout.blocks.is_some()) else {
             return Ok(None);
         };
         self.check_shape(name, &shape)?;
         let codes = entry.layout.quantized(&entry.info, self.raw(name, entry)?);
-        codes
-            .map_err(|reason| Error::invalid_file(&self.path, format!("tensor `{name}`: {reason}")))
+        codes.map_err(|error| Error::invalid_file(&self.path, format!("tensor `{name}`: {error}")))
     }
 
-    /// A float matrix whose shape must be `[rows, cols]`.
+    /// Loads a float matrix of shape `[rows, cols]`.
     ///
     /// # Errors
-    /// Those of [`load_f32`](Self::load_f32), and [`Error::TensorShape`].
+    /// Returns the errors of [`load_f32`](Self::load_f32), and [`Error::TensorShape`] if the shape
+    /// differs.
     pub fn load_matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
         self.check_shape(name, &shape)?;
         Matrix::new(shape[0], shape[1], self.load_f32(name)?)
     }
 
-    /// A float vector whose length must be `len`.
+    /// Loads a float vector of length `len`.
     ///
     /// # Errors
-    /// Those of [`load_f32`](Self::load_f32), and [`Error::TensorShape`].
+    /// Returns the errors of [`load_f32`](Self::load_f32), and [`Error::TensorShape`] if the shape
+    /// differs.
     pub fn load_vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         self.check_shape(name, &[len])?;
         self.load_f32(name)
     }
 
-    /// Checks a tensor's shape without reading it.
+    /// Checks a tensor's shape without reading its contents.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] and [`Error::TensorShape`].
+    /// Returns [`Error::MissingTensor`], or [`Error::TensorShape`] if the shape differs.
     pub fn check_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
         let found = &self.entry(name)?.info.shape;
         if found != expected {
@@ -450,19 +462,20 @@ impl Checkpoint {
     }
 }
 
-/// Maps a file, or reads it as a whole.
+/// Maps a file, or reads it into memory.
 pub(in crate::io) fn read_file(path: &Path, mmap: bool) -> Result<Bytes> {
     let (file, len) = open_regular(path)?;
     if !mmap {
         return Ok(Arc::new(read_whole(path, file, len)?));
     }
-    // SAFETY: the mapping is read-only and every access goes through bounds-checked slices of bytes. Another process
-    // that changes the file meanwhile is outside what can be checked; the type's documentation says so.
+    // SAFETY: the mapping is read-only, and all accesses go through bounds-checked slices of bytes.
+    // A change of the file by another process cannot be checked; the documentation of `Checkpoint`
+    // forbids it.
     let map = unsafe { Mmap::map(&file) };
     Ok(Arc::new(map.map_err(|e| Error::io(path, e))?))
 }
 
-/// A file's bytes in memory, from a line of the cache on.
+/// Reads a file into memory, aligned to a cache line.
 fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
     let mut bytes = Vec::new();
     let size = usize::try_from(len).unwrap_or(usize::MAX);
@@ -478,7 +491,7 @@ fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
     Ok(Buffer::from_vec(bytes))
 }
 
-/// Refuses the first value that is NaN or infinite.
+/// Returns an error for the first value that is NaN or infinite.
 fn check_finite(name: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
@@ -490,9 +503,11 @@ fn check_finite(name: &str, values: &[f32]) -> Result<()> {
     }
 }
 
-/// Checks the header and returns where the data starts. Every tensor it names lies inside `file`.
+/// Checks the header and returns the offset of the data. Every tensor in the header is inside
+/// `file`.
 ///
-/// `SafeTensors::read_metadata` would do, but for a file whose last offset is close to 2^64, where its sum overflows.
+/// `SafeTensors::read_metadata` is not used, because its sum overflows for a file whose last offset
+/// is close to 2^64.
 fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     let bad = |reason: String| Error::invalid_file(path, reason);
     let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
@@ -517,7 +532,8 @@ fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     };
     let header: Metadata =
         serde_json::from_slice(header).map_err(|e| bad(format!("header: {e}")))?;
-    // The crate has checked that the tensors follow each other without holes and that offsets, shapes and types agree.
+    // The safetensors crate has checked that tensors are contiguous and that offsets, shapes and
+    // dtypes agree.
     if header.data_len() != data.len() {
         let what = if header.data_len() > data.len() {
             "cut off"

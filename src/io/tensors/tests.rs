@@ -21,7 +21,7 @@ fn open_bytes(bytes: &[u8]) -> Result<Checkpoint> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bad.safetensors");
     fs::write(&path, bytes).unwrap();
-    // On Unix the mapping outlives the file's name.
+    // On Unix the mapping stays valid after the file is removed.
     Checkpoint::open(&path)
 }
 
@@ -61,7 +61,7 @@ fn every_type_round_trips_in_a_fixed_order() {
     let bytes = write(false);
     assert_eq!(bytes, write(true));
     assert_eq!(u64::from_le_bytes(bytes[..8].try_into().unwrap()) % 8, 0);
-    // The reference implementation reads it.
+    // The reference implementation can read the file.
     let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(theirs.len(), 8);
 
@@ -129,7 +129,7 @@ fn errors_name_the_tensor() {
         "{missing}"
     );
 
-    // Nothing that cannot be written leaves a file.
+    // An error leaves no file behind.
     let out = folder.path().join("out.safetensors");
     let empty = BTreeMap::new();
     let bad = [
@@ -166,7 +166,7 @@ fn one_bad_file_per_rule() {
     lying[..8].copy_from_slice(&(1u64 << 40).to_le_bytes());
     let mut long = file_of(&one, &[0; 8]);
     long[..8].copy_from_slice(&500u64.to_le_bytes());
-    // The last tensor ends just below 2^64, so that the header's length added to it is past that.
+    // The last tensor ends just below 2^64, so that adding the header's length overflows.
     let wrapping = {
         let size = 1u64 << 61;
         let last_end = u64::MAX - 7;
@@ -334,7 +334,7 @@ fn shards_round_trip_and_bad_indexes_are_refused() {
     assert!(refused(json!({"weight_map": {}})).contains("empty"));
     assert!(refused(json!({"weight_map": {"t1": 3}})).contains("`t1`"));
     assert!(refused(json!([])).contains("index.json"));
-    // The same tensor in two shards.
+    // Two shards hold the same tensor.
     fs::copy(
         folder.path().join("model-00003-of-00003.safetensors"),
         folder.path().join("copy.safetensors"),
@@ -368,7 +368,7 @@ fn shards_round_trip_and_bad_indexes_are_refused() {
     ));
 }
 
-/// Opens and reads everything; the result does not matter, that there is one does.
+/// Opens and reads everything. Only completion matters, not the result.
 fn exercise(path: &Path) -> bool {
     let Ok(file) = Checkpoint::open(path) else {
         return false;
@@ -407,7 +407,7 @@ fn mutated_files_never_panic() {
                 2 => bytes.truncate(at.max(1)),
                 3 => bytes.insert(at, rng.random()),
                 4 => drop(bytes.remove(at)),
-                // Digits and brackets, where the header lives.
+                // Mutate digits and brackets of the header.
                 _ => bytes[at] = pick(&mut rng, b"0123456789[]{},:\"-eF"),
             }
             if bytes.is_empty() {

@@ -1,4 +1,4 @@
-//! Writing safetensors files, one tensor in memory at a time.
+//! Writes safetensors files with one tensor in memory at a time.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,7 +10,7 @@ use super::dtype::{self, DType};
 use crate::error::{Error, Result};
 use crate::io::atomic::{self, Sink};
 
-/// Values converted at a time.
+/// Number of values converted at a time.
 const CHUNK: usize = 1 << 16;
 
 type Producer<'a, T> = Box<dyn FnOnce() -> Result<T> + Send + 'a>;
@@ -22,7 +22,8 @@ enum Source<'a> {
     LazyBytes(Producer<'a, Vec<u8>>),
 }
 
-/// A tensor to be written: name, type, shape, and its elements or a closure that makes them when their turn comes.
+/// A tensor to be written: its name, dtype and shape, and its elements or a closure that produces
+/// them when they are written.
 #[doc(hidden)]
 pub struct HostTensor<'a> {
     name: String,
@@ -42,7 +43,8 @@ impl std::fmt::Debug for HostTensor<'_> {
 }
 
 impl<'a> HostTensor<'a> {
-    /// Row-major `values`, to be stored as `dtype` (F64, F32, F16 or BF16), rounded to nearest, ties to even.
+    /// Creates a tensor from row-major `values`. They are stored as `dtype` (F64, F32, F16 or
+    /// BF16), rounded to nearest, ties to even.
     pub fn from_f32(
         name: impl Into<String>,
         dtype: DType,
@@ -57,7 +59,8 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// [`from_f32`](Self::from_f32) whose values are made when they are written, and dropped right after.
+    /// Creates a tensor like [`from_f32`](Self::from_f32), whose values are produced when they are
+    /// written and dropped right after.
     pub fn lazy_f32(
         name: impl Into<String>,
         dtype: DType,
@@ -72,7 +75,7 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// Bytes as they are to lie in the file: row-major, little-endian.
+    /// Creates a tensor from its bytes in the file: row-major, little-endian.
     pub fn from_bytes(
         name: impl Into<String>,
         dtype: DType,
@@ -87,7 +90,8 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// [`from_bytes`](Self::from_bytes) whose bytes are made when they are written, and dropped right after.
+    /// Creates a tensor like [`from_bytes`](Self::from_bytes), whose bytes are produced when they
+    /// are written and dropped right after.
     pub fn lazy_bytes(
         name: impl Into<String>,
         dtype: DType,
@@ -102,17 +106,17 @@ impl<'a> HostTensor<'a> {
         }
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Element type in the file.
+    /// Returns the dtype in the file.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// Sizes, outermost first.
+    /// Returns the sizes, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
@@ -136,10 +140,10 @@ impl<'a> HostTensor<'a> {
         Ok(n)
     }
 
-    /// Bytes in the file.
+    /// Returns the number of bytes in the file.
     ///
     /// # Errors
-    /// [`Error::TensorShape`] for a shape whose product overflows.
+    /// Returns [`Error::TensorShape`] if the size of the shape overflows.
     pub fn n_bytes(&self) -> Result<usize> {
         Ok(self.n_elements()? * self.dtype.size())
     }
@@ -185,15 +189,17 @@ impl<'a> HostTensor<'a> {
     }
 }
 
-/// Writes a safetensors file, atomically. Metadata always holds `"format": "pt"`, which transformers asks for.
+/// Writes a safetensors file atomically. The metadata always holds `"format": "pt"`, which
+/// transformers requires.
 ///
-/// The order in the file is the format's: wide element types first, so that every tensor is aligned, then by name. The same
-/// tensors give the same bytes.
+/// Tensors are written in the order of the reference implementation: wide dtypes first, so that
+/// every tensor is aligned, then by name. The same tensors give the same bytes.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::NotFinite`] for NaN or an infinity among values; [`Error::TensorOverflow`] for a value too large
-/// for its type; [`Error::ShapeMismatch`] for a shape that does not fit the elements; [`Error::InvalidFile`] for two tensors
-/// of one name; and what a closure returns. No file is left behind then.
+/// Returns [`Error::Io`]; [`Error::NotFinite`] if a value is NaN or infinite;
+/// [`Error::TensorOverflow`] if a value is too large for its dtype; [`Error::ShapeMismatch`] if the
+/// shape does not match the number of elements; [`Error::InvalidFile`] if two tensors have the same
+/// name; and any error of a closure. No file is left behind.
 #[doc(hidden)]
 pub fn write_safetensors(
     path: impl AsRef<Path>,
@@ -211,8 +217,8 @@ pub fn write_safetensors(
     write_in_order(path.as_ref(), tensors, &metadata, 8)
 }
 
-/// Writes a safetensors file with the tensors in the order given, the first of them at a multiple of `align` bytes; see
-/// [`write_safetensors`].
+/// Writes a safetensors file with the tensors in the given order. The first of them begins at a
+/// multiple of `align` bytes. See [`write_safetensors`].
 pub(crate) fn write_in_order(
     path: &Path,
     tensors: Vec<HostTensor<'_>>,
@@ -258,12 +264,14 @@ pub(crate) fn write_in_order(
     })
 }
 
-/// Writes `tensors` into `folder` as `model.safetensors`, or, where they exceed `max_shard_bytes`, as shards with an index.
-/// Shards are filled in the order given; a tensor larger than a shard has one of its own.
+/// Writes `tensors` into `folder` as `model.safetensors`, or as shards with an index if they exceed
+/// `max_shard_bytes`. Shards are filled in the given order; a tensor larger than a shard gets a
+/// shard of its own.
 ///
 /// # Errors
-/// Those of [`write_safetensors`], and [`Error::InvalidArgument`] for a limit of zero. Each file appears whole or not at all;
-/// for the folder as a whole use [`FolderWriter`](crate::io::FolderWriter).
+/// Returns the errors of [`write_safetensors`], and [`Error::InvalidArgument`] if the limit is
+/// zero. Each file is written atomically; to write the whole folder atomically, use
+/// [`FolderWriter`](crate::io::FolderWriter).
 pub(crate) fn write_sharded(
     folder: impl AsRef<Path>,
     tensors: Vec<HostTensor<'_>>,

@@ -1,5 +1,5 @@
-//! Products of few rows, as decoding has them: their cost is reading the weight. So it is read
-//! once, in the order in which it lies in memory, by all threads, and widened in registers.
+//! Products with few rows, as in decoding. Their cost is reading the weight, so all threads read it
+//! together, once, in memory order, and widen it in registers.
 
 use std::ops::Range;
 
@@ -8,35 +8,37 @@ use rayon::prelude::*;
 use super::operand::{Matrix, Output};
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
-use crate::kernels::rows::lines::{ADDED, Stored, add_dots, add_lines};
+use crate::kernels::number::Stored;
+use crate::kernels::rows::lines::{ADDED, add_dots, add_lines};
 
-/// Most rows.
+/// Maximum number of rows.
 pub(super) const MOST_ROWS: usize = 4;
-/// Numbers of the weight that one task reads at least.
+/// Minimum amount of the weight that one task reads, in numbers.
 const TASK: usize = 64 * 1024;
-/// Most parts into which the inner dimension is split. Each has sums of its own, so that more parts
-/// are more to add up.
+/// Maximum number of parts into which the inner dimension is split. Each part has its own sums,
+/// which must be added up at the end.
 const PARTS: usize = 8;
-/// Columns of one task, so that its sums stay in the first-level cache.
+/// Columns per task, so that the sums of a task stay in the first-level cache.
 const COLUMNS: usize = 4096;
-/// Lines whose products with all rows are computed before the next, so that they are read once.
+/// Number of lines that are multiplied by all rows before the next lines, so that they are read
+/// from memory once.
 const DOTTED: usize = 4;
 
-/// Writes zeros into some columns of `m` rows, unless the product is added.
+/// Writes zeros into some columns of `m` rows, unless the product is added to the output.
 ///
 /// # Safety
-/// The columns are within the output, and nobody else uses them.
+/// The columns must be within the output, and nothing else may use them.
 unsafe fn begin(output: Output<'_>, m: usize, columns: Range<usize>) {
     if !output.add {
         for row in 0..m {
             let first = output.to.at(row, columns.start);
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller guarantees that the columns are within the output.
             unsafe { first.write_bytes(0, columns.len()) };
         }
     }
 }
 
-/// Does all tasks, on all threads where `parallel`.
+/// Runs all tasks, on all threads if `parallel`.
 fn each(tasks: usize, parallel: bool, task: impl Fn(usize) + Sync + Send) {
     if parallel && tasks > 1 {
         (0..tasks).into_par_iter().with_max_len(1).for_each(task);
@@ -45,11 +47,11 @@ fn each(tasks: usize, parallel: bool, task: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// `a W` for `a` `[m, k]` and the weight `[k, n]` in `values`. False, with nothing done, where
-/// neither of the weight's axes is contiguous.
+/// Computes `a W` for `a` `[m, k]` and the weight `[k, n]` in `values`. Returns false and does
+/// nothing if neither axis of the weight is contiguous.
 ///
 /// # Safety
-/// `a` lies in memory that is alive, and the output has room for the product, and nobody else uses
+/// `a` must be in live memory. The output must have room for the product, and nothing else may use
 /// it.
 pub(super) unsafe fn multiply<T: Stored>(
     m: usize,
@@ -59,7 +61,7 @@ pub(super) unsafe fn multiply<T: Stored>(
     strides: [usize; 2],
     output: Output<'_>,
 ) -> bool {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe { multiply_at(Level::detect(), m, a, values, dims, strides, output) }
 }
 
@@ -78,13 +80,13 @@ unsafe fn multiply_at<T: Stored>(
     let mut x = Vec::with_capacity(m * k);
     for row in 0..m {
         let first = a.first.wrapping_offset(row as isize * a.row);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         x.extend(
             (0..k as isize)
                 .map(|column| output.factor * unsafe { *first.wrapping_offset(column * a.column) }),
         );
     }
-    // SAFETY: the caller's promise; so below.
+    // SAFETY: the caller upholds this function's contract, here and below.
     unsafe {
         if strides[1] == 1 {
             along_outputs(level, &x, values, [k, n], strides[0], output);
@@ -95,8 +97,8 @@ unsafe fn multiply_at<T: Stored>(
     true
 }
 
-/// The weight's lines are its rows, `stride` numbers apart: each is added to all results, times its
-/// number of `x`.
+/// Multiplies by a weight whose lines are its rows, `stride` numbers apart: each line times its
+/// element of `x` is added to all results.
 unsafe fn along_outputs<T: Stored>(
     level: Level,
     x: &[f32],
@@ -117,8 +119,8 @@ unsafe fn along_outputs<T: Stored>(
             0 => output,
             _ => Output::new(others.from((part - 1) * m * n), n).added(),
         };
-        // SAFETY: the caller's promise; these columns of this part's sums are this task's, so
-        // below.
+        // SAFETY: the caller upholds this function's contract; these columns of the sums of this
+        // part belong to this task, here and below.
         unsafe { begin(output, m, columns.clone()) };
         let lines = part * some..((part + 1) * some).min(k);
         for first in lines.clone().step_by(ADDED) {
@@ -139,15 +141,15 @@ unsafe fn along_outputs<T: Stored>(
     each(parts * blocks, k * n >= 2 * TASK, task);
     for part in sums.chunks_exact(m * n) {
         for (row, sums) in part.chunks_exact(n).enumerate() {
-            // SAFETY: the tasks have written it, and are done.
+            // SAFETY: the tasks have written the row and are done.
             let out = unsafe { output.to.row(row, 0..n) };
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
         }
     }
 }
 
-/// The weight's lines are its columns, `stride` numbers apart: each gives one result of a row of
-/// `x`.
+/// Multiplies by a weight whose lines are its columns, `stride` numbers apart: each line gives one
+/// result for each row of `x`.
 unsafe fn along_inputs<T: Stored>(
     level: Level,
     x: &[f32],
@@ -160,7 +162,8 @@ unsafe fn along_inputs<T: Stored>(
     let some = (TASK / k).max(1).next_multiple_of(DOTTED);
     let task = |index: usize| {
         let columns = index * some..((index + 1) * some).min(n);
-        // SAFETY: the caller's promise; these columns are this task's, so below.
+        // SAFETY: the caller upholds this function's contract; these columns belong to this task,
+        // here and below.
         unsafe { begin(output, m, columns.clone()) };
         for first in columns.clone().step_by(DOTTED) {
             let columns = first..(first + DOTTED).min(columns.end);
@@ -184,7 +187,7 @@ mod tests {
 
     const FACTOR: f32 = -0.5;
 
-    /// `FACTOR` times a product by its definition.
+    /// Computes `FACTOR` times a product by its definition.
     fn naive(x: &[f32], weight: impl Fn(usize, usize) -> f32, [m, n, k]: [usize; 3]) -> Vec<f32> {
         let element = |row: usize, column: usize| {
             (0..k)
@@ -203,8 +206,7 @@ mod tests {
         let mut random =
             |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0..1.0)).collect() };
         let x = random(m * k);
-        // Rows and columns with something between them, that must not be read as part of the
-        // weight.
+        // Rows and columns with gaps between them, which must not be read as part of the weight.
         for (strides, len) in [
             ([n + 3, 1], k * (n + 3)),
             ([1, k + 5], n * (k + 5)),
@@ -228,7 +230,7 @@ mod tests {
                     let output = Output::new(Disjoint::new(&mut out), width)
                         .times(FACTOR)
                         .added_if(add);
-                    // SAFETY: `x` and `out` have the sizes that are said.
+                    // SAFETY: `x` and `out` have the sizes that are passed.
                     let done = unsafe {
                         multiply_at(
                             level,

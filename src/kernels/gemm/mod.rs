@@ -1,11 +1,12 @@
-//! Matrix products of floats on the host, for operands of any strides.
+//! Matrix products of floats on the CPU, for operands of any strides.
 //!
-//! [`product`] multiplies two matrices of `f32`; [`Weight`] is a right operand of 16 or 32 bits,
-//! which is never widened as a whole. There are three ways: with few rows, the weight is read once,
-//! as it lies in memory ([`few`]); on processors with AVX-512, operands are packed and tiles are
-//! kept in registers ([`packed`]); all else is left to the `gemm` crate.
+//! [`product`] multiplies two matrices of `f32`. [`Weight`] is a right operand of 16 or 32 bits
+//! that is never widened as a whole. There are three implementations. With few rows, the weight is
+//! read once, in memory order ([`few`]). On processors with AVX-512, operands are packed and tiles
+//! are kept in registers ([`packed`]). The `gemm` crate computes all other products.
 //!
-//! How sums are split depends on sizes alone: results are the same bits with any number of threads.
+//! The order of the sums depends only on the sizes, so results are bit-identical for any number of
+//! threads.
 
 mod few;
 mod operand;

@@ -1,4 +1,4 @@
-//! What a product reads, and where it goes.
+//! Operands and outputs of a product.
 
 use std::ops::Range;
 
@@ -6,20 +6,21 @@ use half::{bf16, f16};
 
 use crate::kernels::disjoint::{Disjoint, DisjointRows};
 
-/// A matrix of `f32` in memory, of any strides.
+/// A matrix of `f32` in memory with any strides.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix {
     pub first: *const f32,
     pub row: isize,
     pub column: isize,
 }
-// SAFETY: it is only read through, by functions whose callers promise that the memory is alive.
+// SAFETY: the pointer is only read through, by functions whose callers guarantee that the memory is
+// alive.
 unsafe impl Send for Matrix {}
 // SAFETY: as above.
 unsafe impl Sync for Matrix {}
 
 impl Matrix {
-    /// Row-major, with `width` elements from row to row.
+    /// A row-major matrix whose rows start `width` elements apart.
     pub fn rows(values: &[f32], width: usize) -> Self {
         Self {
             first: values.as_ptr(),
@@ -36,7 +37,8 @@ impl Matrix {
         }
     }
 
-    /// Its rows as the lines of a product's left operand with an inner dimension of `inner`.
+    /// Returns the left operand of a product whose inner dimension is `inner`. Its lines are the
+    /// rows of this matrix.
     pub fn left(self, inner: usize) -> Operand {
         Operand {
             first: Numbers::F32(self.first),
@@ -46,12 +48,12 @@ impl Matrix {
         }
     }
 
-    /// Its columns as the lines of a right operand.
+    /// Returns the right operand of a product. Its lines are the columns of this matrix.
     pub fn right(self, inner: usize) -> Operand {
         self.transposed().left(inner)
     }
 
-    /// The same matrix from row `row` and column `column` on.
+    /// Returns the submatrix that begins at row `row` and column `column`.
     pub fn from(self, row: usize, column: usize) -> Self {
         let offset = row as isize * self.row + column as isize * self.column;
         Self {
@@ -61,7 +63,7 @@ impl Matrix {
     }
 }
 
-/// The first number of an operand, in its format.
+/// Pointer to the first number of an operand, by number format.
 #[derive(Clone, Copy)]
 pub(super) enum Numbers {
     F32(*const f32),
@@ -69,25 +71,26 @@ pub(super) enum Numbers {
     F16(*const f16),
 }
 
-/// A matrix of any strides as an operand: its lines are rows of the left one and columns of the
-/// right one.
+/// A matrix of any strides as an operand. The lines of a left operand are its rows, those of a
+/// right operand its columns.
 #[derive(Clone, Copy)]
 pub(crate) struct Operand {
     pub(super) first: Numbers,
-    /// Numbers from line to line.
+    /// Distance between lines, in numbers.
     pub(super) line: isize,
-    /// Numbers from step to step along the inner dimension.
+    /// Distance between steps along the inner dimension, in numbers.
     pub(super) step: isize,
     /// Size of the inner dimension.
     pub(super) inner: usize,
 }
-// SAFETY: it is only read through, by functions whose callers promise that the memory is alive.
+// SAFETY: the pointer is only read through, by functions whose callers guarantee that the memory is
+// alive.
 unsafe impl Send for Operand {}
 // SAFETY: as above.
 unsafe impl Sync for Operand {}
 
 impl Operand {
-    /// The steps in `range` alone.
+    /// Returns the operand restricted to the steps in `range`.
     pub(super) fn steps(self, range: Range<usize>) -> Self {
         Self {
             inner: range.len(),
@@ -95,7 +98,7 @@ impl Operand {
         }
     }
 
-    /// The same from a line and a step on.
+    /// Returns the operand that begins at a line and a step.
     pub(super) fn from(self, line: usize, step: usize) -> Self {
         let offset = line as isize * self.line + step as isize * self.step;
         let first = match self.first {
@@ -106,10 +109,12 @@ impl Operand {
         Self { first, ..self }
     }
 
+    /// Reads an element.
+    ///
     /// # Safety
-    /// There is such an element in living memory.
+    /// The element must exist, in live memory.
     pub(super) unsafe fn value(self, line: usize, step: usize) -> f32 {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the element exists.
         unsafe {
             match self.from(line, step).first {
                 Numbers::F32(at) => *at,
@@ -120,7 +125,7 @@ impl Operand {
     }
 }
 
-/// Where a product goes: `out = factor * product`, or `out += factor * product`.
+/// Destination of a product: `out = factor * product`, or `out += factor * product`.
 #[derive(Clone, Copy)]
 pub(crate) struct Output<'a> {
     pub to: DisjointRows<'a>,
@@ -129,7 +134,7 @@ pub(crate) struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    /// The product itself, in rows of `width` numbers.
+    /// Writes the product itself, in rows of `width` numbers.
     pub fn new(all: Disjoint<'a, f32>, width: usize) -> Self {
         Self {
             to: DisjointRows { all, stride: width },
@@ -138,17 +143,17 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// The product itself, in rows of `width` numbers, over what `values` holds.
+    /// Writes the product itself over `values`, in rows of `width` numbers.
     pub fn over(values: &'a mut [f32], width: usize) -> Self {
         Self::new(Disjoint::new(values), width)
     }
 
-    /// The product times `factor`.
+    /// Multiplies the product by `factor`.
     pub fn times(self, factor: f32) -> Self {
         Self { factor, ..self }
     }
 
-    /// The product added to what is there.
+    /// Adds the product to the output instead of replacing it.
     pub fn added(self) -> Self {
         self.added_if(true)
     }
@@ -160,7 +165,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// The columns from `column` on.
+    /// Returns the columns from `column` on.
     pub(super) fn after_column(self, column: usize) -> Self {
         let all = self.to.all.from(column);
         Self {

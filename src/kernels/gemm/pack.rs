@@ -1,5 +1,5 @@
-//! Packing: operands in any order and format become panels of units in the order in which a tile
-//! reads them.
+//! Packing: copies operands of any order and format into panels of units, in the order in which a
+//! tile reads them.
 
 use std::ops::Range;
 
@@ -9,26 +9,27 @@ use super::operand::{Numbers, Operand};
 use super::tile::Kind;
 use crate::kernels::Level;
 
-/// Where packed panels go.
+/// Destination of packed panels.
 #[derive(Clone, Copy)]
 pub(super) struct Panels {
     pub first: *mut u32,
-    /// Units from panel to panel.
+    /// Distance between panels, in units.
     pub stride: usize,
 }
 
 impl Operand {
-    /// Units along the inner dimension.
+    /// Returns the number of units along the inner dimension.
     pub(super) fn units(&self, kind: Kind) -> usize {
         self.inner.div_ceil(kind.numbers())
     }
 
-    /// Packs `units` of some lines as panels `[units, W]`. A last unit that has but one number gets
-    /// a zero; what a panel has beyond the last line is anything.
+    /// Packs `units` of some lines as panels `[units, W]`. If the last unit is only half filled,
+    /// its other number is zero. Lines of a panel beyond the last line of the operand are
+    /// unspecified.
     ///
     /// # Safety
-    /// The operand has these lines and units, in living memory, at least one of each, and there is
-    /// room for the panels.
+    /// The operand must have these lines and units, at least one of each, in live memory, and there
+    /// must be room for the panels.
     pub(super) unsafe fn pack<const W: usize>(
         self,
         level: Level,
@@ -45,8 +46,8 @@ impl Operand {
         let lines = lines.len();
         #[cfg(target_arch = "x86_64")]
         if kind.is_fast(level) && (part.step == 1 || part.line == 1) {
-            // SAFETY: the caller's promise, one of the strides is 1, and the processor has the
-            // instructions, as was asked.
+            // SAFETY: the caller upholds this function's contract. One of the strides is 1, and the
+            // processor has the instructions, as checked above.
             unsafe {
                 match (kind, part.first) {
                     (Kind::F32, Numbers::F32(at)) => {
@@ -68,11 +69,11 @@ impl Operand {
                 }
             }
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { part.pack_any::<W>(kind, lines, panels) }
     }
 
-    /// Number by number.
+    /// Packs number by number.
     ///
     /// # Safety
     /// As for [`Operand::pack`].
@@ -80,7 +81,7 @@ impl Operand {
         for (unit, line) in
             (0..self.units(kind)).flat_map(|unit| (0..lines).map(move |line| (unit, line)))
         {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe {
                 let bits = match kind {
                     Kind::F32 => self.value(line, unit).to_bits(),
@@ -118,11 +119,11 @@ mod avx512 {
 
     use super::{Operand, Panels};
 
-    /// Steps along the inner dimension by which memory is asked for ahead, where each is a place of
-    /// its own.
+    /// Prefetch distance, in steps along the inner dimension, used if each step is on its own cache
+    /// line.
     const AHEAD: isize = 16;
 
-    /// The first `n` of sixteen.
+    /// Returns the mask of the first `n` of sixteen lanes.
     fn first(n: usize) -> __mmask16 {
         ((1_u32 << n.min(16)) - 1) as __mmask16
     }
@@ -136,7 +137,7 @@ mod avx512 {
             pairs[2 * i] = _mm512_unpacklo_epi32(lines[2 * i], lines[2 * i + 1]);
             pairs[2 * i + 1] = _mm512_unpackhi_epi32(lines[2 * i], lines[2 * i + 1]);
         }
-        // Quarter q of fours[4 g + j] is step 4 q + j of lines 4 g .. 4 g + 4.
+        // Quarter `q` of `fours[4 * g + j]` is step `4 * q + j` of lines `4 * g..4 * g + 4`.
         let mut fours = [_mm512_setzero_si512(); 16];
         for g in 0..4 {
             for j in 0..2 {
@@ -158,13 +159,13 @@ mod avx512 {
         }
     }
 
-    /// Defines a function that packs one format as one kind. `$along` loads at most 16 units from
-    /// numbers that follow each other along the inner dimension; `$across` loads one unit of at
-    /// most 16 lines that follow each other.
+    /// Defines a function that packs one number format as one kind of unit. `$along` loads at most
+    /// 16 units from numbers that are contiguous along the inner dimension. `$across` loads one
+    /// unit of at most 16 lines that are contiguous.
     macro_rules! pack {
         ($features:literal, $name:ident, $number:ty, $per_unit:literal, $along:ident, $across:ident) => {
             /// # Safety
-            /// As for `Operand::pack`, and one of the strides is 1.
+            /// As for `Operand::pack`, and one of the strides must be 1.
             #[target_feature(enable = $features)]
             #[allow(clippy::needless_range_loop)] // as in the tiles
             pub(super) unsafe fn $name<const W: usize>(
@@ -174,8 +175,8 @@ mod avx512 {
                 panels: Panels,
             ) {
                 let units = from.inner.div_ceil($per_unit);
-                // Groups of up to sixteen lines within a panel: where they begin and how many there
-                // are.
+                // Groups of up to sixteen lines within a panel: the first line and the number of
+                // lines.
                 let groups = (0..lines).step_by(W).flat_map(|line| {
                     (0..W.min(lines - line))
                         .step_by(16)
@@ -192,11 +193,11 @@ mod avx512 {
                             let numbers = (from.inner - unit * $per_unit).min(16 * $per_unit);
                             let mut block = [_mm512_setzero_si512(); 16];
                             for i in 0..16 {
-                                // A line that is not there is read as the last that is; so no
+                                // A missing line is read as the last existing line, so that no
                                 // branch is needed.
                                 if i < if W < 16 { W } else { 16 } {
                                     let line = i.min(n - 1) as isize * from.line;
-                                    // SAFETY: so many numbers of this line are there.
+                                    // SAFETY: this line has `numbers` numbers from here on.
                                     block[i] = unsafe { $along(at.wrapping_offset(line), numbers) };
                                 }
                             }
@@ -204,8 +205,8 @@ mod avx512 {
                             let count = (units - unit).min(16);
                             for (i, block) in block.into_iter().enumerate() {
                                 if i < count {
-                                    // SAFETY: there is room for the panel, which has `W - group`
-                                    // lines from here on.
+                                    // SAFETY: the caller guarantees room for the panel, which has
+                                    // `W - group` lines from here on.
                                     unsafe {
                                         let out = place(line, group).add((unit + i) * W);
                                         _mm512_mask_storeu_epi32(
@@ -219,15 +220,16 @@ mod avx512 {
                         }
                     }
                 } else {
-                    // Unit by unit through all panels, since memory is read in this order.
+                    // Go through all panels unit by unit, which is the order in which memory is
+                    // contiguous.
                     for unit in 0..units {
                         let at = at.wrapping_offset((unit * $per_unit) as isize * from.step);
                         let some = unit * $per_unit + 1 < from.inner;
                         for (line, group, n) in groups.clone() {
                             let at = at.wrapping_add(line + group);
                             let next = some.then(|| at.wrapping_offset(from.step));
-                            // SAFETY: so many lines are there, and the room as above. What is
-                            // prefetched need not exist.
+                            // SAFETY: this many lines exist, and there is room as above. A
+                            // prefetched address need not exist.
                             unsafe {
                                 _mm_prefetch::<_MM_HINT_T0>(
                                     at.wrapping_offset(AHEAD * from.step).cast(),
@@ -249,63 +251,63 @@ mod avx512 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn f32s(at: *const f32, n: usize) -> __m512i {
-        // SAFETY: the caller's promise; what the mask leaves out is not read.
+        // SAFETY: the caller guarantees that `n` numbers are readable; masked lanes are not read.
         _mm512_castps_si512(unsafe { _mm512_maskz_loadu_ps(first(n), at) })
     }
 
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn f32s_across(at: *const f32, _: Option<*const f32>, n: usize) -> __m512i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable.
         unsafe { f32s(at, n) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn halves(at: *const i16, n: usize) -> __m256i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable; masked lanes are not read.
         unsafe { _mm256_maskz_loadu_epi16(first(n), at) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn bf16s(at: *const i16, n: usize) -> __m512i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable.
         _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(unsafe { halves(at, n) }))
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn bf16s_across(at: *const i16, _: Option<*const i16>, n: usize) -> __m512i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable.
         unsafe { bf16s(at, n) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn f16s(at: *const i16, n: usize) -> __m512i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable.
         _mm512_castps_si512(_mm512_cvtph_ps(unsafe { halves(at, n) }))
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn f16s_across(at: *const i16, _: Option<*const i16>, n: usize) -> __m512i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable.
         unsafe { f16s(at, n) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn bf16_pairs(at: *const i16, n: usize) -> __m512i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable; masked lanes are not read.
         unsafe { _mm512_maskz_loadu_epi16(((1_u64 << n.min(32)) - 1) as __mmask32, at) }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn bf16_pairs_across(at: *const i16, next: Option<*const i16>, n: usize) -> __m512i {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that `n` numbers are readable.
         unsafe {
             let low = _mm512_cvtepu16_epi32(halves(at, n));
             next.map_or(low, |next| _mm512_or_si512(low, bf16s(next, n)))
@@ -315,7 +317,8 @@ mod avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn rounded_pairs(at: *const f32, n: usize) -> __m512i {
-        // SAFETY: the caller's promise; both types are 512 bits without meaning beyond them.
+        // SAFETY: the caller guarantees that `n` numbers are readable; both types are plain 512-bit
+        // values.
         unsafe {
             let low = _mm512_maskz_loadu_ps(first(n), at);
             let high = _mm512_maskz_loadu_ps(first(n.saturating_sub(16)), at.wrapping_add(16));
@@ -326,7 +329,8 @@ mod avx512 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn rounded_pairs_across(at: *const f32, next: Option<*const f32>, n: usize) -> __m512i {
-        // SAFETY: the caller's promise; both types are 256 bits without meaning beyond them.
+        // SAFETY: the caller guarantees that `n` numbers are readable; both types are plain 256-bit
+        // values.
         unsafe {
             let rounded = |at| {
                 let bits: __m256i =

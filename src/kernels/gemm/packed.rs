@@ -1,15 +1,16 @@
-//! Matrix products on processors with AVX-512, of `f32` or of bf16 numbers with `f32` sums: packed
-//! operands, tiles in registers.
+//! Matrix products on processors with AVX-512, of `f32`, or of bf16 numbers with `f32` sums, with
+//! packed operands and tiles in registers.
 //!
-//! The left operand is packed once ([`Left`]) and may then be multiplied by several right ones.
-//! Those are packed block by block, each by the task that needs it, into a buffer that stays in the
-//! second-level cache. An operand may have several parts along the inner dimension, so that
-//! `x W + h B` is one product, `[x h] [W; B]`, which passes over its result once.
+//! The left operand is packed once ([`Left`]) and may then be multiplied by several right operands.
+//! Right operands are packed block by block, each block by the task that needs it, into a buffer
+//! that stays in the second-level cache. An operand may have several parts along the inner
+//! dimension, so that `x W + h B` is one product, `[x h] [W; B]`, which passes over its result
+//! once.
 //!
-//! A product that is only needed on the way to something else comes in strips, and never lies in
-//! memory as a whole.
+//! A product that is only an intermediate result is computed in strips and never stored as a whole.
 //!
-//! How sums are split depends on sizes alone: results are the same bits with any number of threads.
+//! The order of the sums depends only on the sizes, so results are bit-identical for any number of
+//! threads.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -23,24 +24,25 @@ use super::tile::{COLUMNS, Kind, Place, ROWS, tile};
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
 
-/// Units along the inner dimension after which sums go to memory.
+/// Number of units along the inner dimension after which sums are written to memory.
 const BLOCK_UNITS: usize = 576;
-/// Units of a packed block of the right operand: 512 KiB.
+/// Size of a packed block of the right operand, in units: 512 KiB.
 pub(super) const BLOCK: usize = 128 * 1024;
-/// Most columns of such a block.
+/// Maximum number of columns of such a block.
 const BLOCK_COLUMNS: usize = 512;
-/// Most units of a left operand that is packed for one product: 4 MiB, which stay in the cache.
+/// Maximum size of a left operand that is packed for one product, in units: 4 MiB, which stay in
+/// the cache.
 const LEFT: usize = 1 << 20;
-/// Least tasks for a thread, so that one that is held up is helped by the others.
+/// Minimum number of tasks per thread, so that other threads can take over work from a delayed one.
 const TASKS: usize = 3;
-/// Time to pack a panel of the right operand, in tiles.
+/// Time to pack a panel of the right operand, relative to the time of a tile.
 const PACKING: f64 = 0.5;
 /// Time to pack a number, in multiplications.
 const PACKED: usize = 8;
-/// Multiplications below which other threads are not worth waking.
+/// Number of multiplications below which waking other threads is not worthwhile.
 const SERIAL: usize = 128 * 128 * 128;
 
-/// Sixteen units in one line of the cache.
+/// Sixteen units in one cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([u32; 16]);
@@ -50,16 +52,16 @@ thread_local! {
     static RIGHT_BUFFER: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
-/// Memory for packed units that a thread keeps from product to product: fresh memory costs a page
-/// fault every 4 KiB.
+/// Memory for packed units that a thread keeps from one product to the next, because fresh memory
+/// costs a page fault every 4 KiB.
 pub(super) struct Buffer {
     lines: Vec<Line>,
     home: &'static LocalKey<Cell<Vec<Line>>>,
 }
 
 impl Buffer {
-    /// Room for so many units, of any content. A product inside another on one thread finds the
-    /// place empty and gets memory of its own.
+    /// Returns room for `units` units of unspecified content. If a product runs inside another one
+    /// on the same thread, it finds `home` empty and allocates its own memory.
     fn new(home: &'static LocalKey<Cell<Vec<Line>>>, units: usize) -> Self {
         let mut lines = home.take();
         let n = units.div_ceil(16);
@@ -69,14 +71,14 @@ impl Buffer {
         Self { lines, home }
     }
 
-    /// For blocks of a right operand.
+    /// Returns a buffer for blocks of a right operand.
     pub(super) fn right(units: usize) -> Self {
         Self::new(&RIGHT_BUFFER, units)
     }
 
     fn units(&self) -> &[u32] {
         let n = 16 * self.lines.len();
-        // SAFETY: a line is sixteen units and nothing else.
+        // SAFETY: a line consists of exactly sixteen units.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), n) }
     }
 
@@ -93,9 +95,9 @@ impl Drop for Buffer {
     }
 }
 
-/// Into how many blocks of columns, of at most `most` panels, and of rows to split a product of so
-/// many panels, so that all threads end at about the same time and few panels are packed more than
-/// once.
+/// Chooses the number of column blocks, of at most `most` panels each, and of row blocks into which
+/// to split a product of `rows` x `columns` panels, so that all threads end at about the same time
+/// and few panels are packed more than once.
 fn split([rows, columns]: [usize; 2], threads: usize, most: usize) -> [usize; 2] {
     let least = columns.div_ceil(most);
     if threads == 1 {
@@ -111,7 +113,8 @@ fn split([rows, columns]: [usize; 2], threads: usize, most: usize) -> [usize; 2]
     };
     let mut best = [least, 1];
     for row_blocks in 1..=rows.min(2 * wanted) {
-        // From where there are enough tasks on, as far as a thread gets twice as many.
+        // Try every number of column blocks from the first that gives enough tasks, up to `wanted`
+        // more.
         let first = least.max(wanted.div_ceil(row_blocks)).min(columns);
         for column_blocks in first..=(first + wanted).min(columns) {
             let split = [column_blocks, row_blocks];
@@ -123,17 +126,17 @@ fn split([rows, columns]: [usize; 2], threads: usize, most: usize) -> [usize; 2]
     best
 }
 
-/// How a product is computed.
+/// Method by which a product is computed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Engine {
     pub level: Level,
     pub kind: Kind,
-    /// Whether on all threads, where it is worth it.
+    /// Whether to use all threads when the product is large enough.
     pub parallel: bool,
 }
 
 impl Engine {
-    /// None where the processor lacks the instructions.
+    /// Returns `None` if the processor lacks the instructions.
     pub fn new(kind: Kind, parallel: bool) -> Option<Self> {
         let level = Level::detect();
         kind.is_fast(level).then_some(Self {
@@ -151,11 +154,11 @@ impl Engine {
         }
     }
 
-    /// `left right`, for `m` lines of the left operand and `n` of the right one.
+    /// Computes `left right`, for `m` lines of the left operand and `n` of the right one.
     ///
     /// # Safety
-    /// The operands have so many lines and the same inner size, in living memory; the output has
-    /// room, and nobody else writes it.
+    /// The operands must have these numbers of lines and the same inner size, in live memory. The
+    /// output must have room, and nothing else may write it.
     pub unsafe fn product(
         self,
         [m, n]: [usize; 2],
@@ -167,7 +170,7 @@ impl Engine {
             (LEFT / m.max(1)).max(BLOCK_UNITS) / BLOCK_UNITS * BLOCK_UNITS * self.kind.numbers();
         for first in (0..left.inner).step_by(most) {
             let steps = first..(first + most).min(left.inner);
-            // SAFETY: the caller's promise; so below.
+            // SAFETY: the caller upholds this function's contract, here and below.
             unsafe {
                 let mut packed = Left::new(self, m, &[steps.len()]);
                 packed.pack(0, left.steps(steps.clone()));
@@ -181,16 +184,16 @@ impl Engine {
 pub(crate) struct Left {
     pub(super) engine: Engine,
     pub(super) m: usize,
-    /// Units before each part.
+    /// Number of units before each part.
     starts: Vec<usize>,
-    /// Units of all parts.
+    /// Number of units of all parts together.
     pub(super) units: usize,
     buffer: Buffer,
 }
 
 impl Left {
-    /// Room for `m` lines of parts with such inner sizes, of which each is to be packed before it
-    /// is used.
+    /// Allocates room for `m` lines of parts with the given inner sizes. Each part must be packed
+    /// before it is used.
     pub fn new(engine: Engine, m: usize, inner: &[usize]) -> Self {
         let (mut units, mut starts) = (0, Vec::with_capacity(inner.len()));
         for inner in inner {
@@ -209,7 +212,8 @@ impl Left {
     /// Packs a part.
     ///
     /// # Safety
-    /// The operand has the lines and the inner size that were said, in living memory.
+    /// The operand must have the number of lines and the inner size that were passed to
+    /// [`new`](Self::new), in live memory.
     pub unsafe fn pack(&mut self, part: usize, operand: Operand) {
         let Engine { level, kind, .. } = self.engine;
         let (m, stride, start) = (self.m, self.units, self.starts[part]);
@@ -224,8 +228,8 @@ impl Left {
                 first: packed.at((index * some * stride + start) * ROWS),
                 stride: stride * ROWS,
             };
-            // SAFETY: the caller's promise; the buffer has room for these panels, which are this
-            // task's.
+            // SAFETY: the caller upholds this function's contract; the buffer has room for these
+            // panels, which belong to this task.
             unsafe { operand.pack::<ROWS>(level, kind, lines, 0..units, panels) };
         };
         let tasks = panels.div_ceil(some);
@@ -236,16 +240,17 @@ impl Left {
         }
     }
 
-    /// The packed panel of line `line`, a multiple of [`ROWS`], from unit `unit` on.
+    /// Returns the packed panel that begins at line `line`, a multiple of [`ROWS`], from unit
+    /// `unit` on.
     pub(super) fn panel(&self, line: usize, unit: usize) -> *const u32 {
         self.buffer.units()[line * self.units + unit * ROWS..].as_ptr()
     }
 
-    /// The product of the first parts with as many parts of a right operand of `n` lines.
+    /// Computes the product of the first parts with as many parts of a right operand of `n` lines.
     ///
     /// # Safety
-    /// These parts are packed; the right ones have their inner sizes and `n` lines, in living
-    /// memory; the output has room for the product, and nobody else uses it.
+    /// These parts must be packed. The right parts must have the same inner sizes and `n` lines, in
+    /// live memory. The output must have room for the product, and nothing else may use it.
     pub unsafe fn times(&self, n: usize, right: &[Operand], output: Output<'_>) {
         let kind = self.engine.kind;
         let units: usize = right.iter().map(|part| part.units(kind)).sum();
@@ -265,7 +270,8 @@ impl Left {
                 share(column, column_blocks, panels),
                 share(row, row_blocks, row_panels),
             );
-            // SAFETY: the caller's promise; rows and columns are this task's.
+            // SAFETY: the caller upholds this function's contract; the rows and columns belong to
+            // this task.
             unsafe { self.block(n, right, output, block_units, units, columns, rows) };
         };
         let tasks = column_blocks * row_blocks;
@@ -276,7 +282,7 @@ impl Left {
         }
     }
 
-    /// The product in some panels of columns and of rows.
+    /// Computes the product for some panels of columns and of rows.
     #[allow(clippy::too_many_arguments)] // the product's, and a task's ranges
     unsafe fn block(
         &self,
@@ -304,7 +310,8 @@ impl Left {
                         stride: count * COLUMNS,
                     };
                     let lines = columns.start * COLUMNS..(columns.end * COLUMNS).min(n);
-                    // SAFETY: the caller's promise, and the buffer has room for these panels.
+                    // SAFETY: the caller upholds this function's contract, and the buffer has room
+                    // for these panels.
                     unsafe {
                         part.pack::<COLUMNS>(level, kind, lines, from - start..to - start, panels)
                     };
@@ -323,8 +330,8 @@ impl Left {
                         add: output.add || first > 0,
                     };
                     let b = packed.wrapping_add(number * count * COLUMNS);
-                    // SAFETY: both panels are packed, and the place is this task's part of the
-                    // output.
+                    // SAFETY: both panels are packed, and the place is the part of the output that
+                    // belongs to this task.
                     unsafe { tile(level, kind, a, b, count, place) };
                 }
             }

@@ -1,4 +1,4 @@
-//! Products of matrices in memory, by the way that is fastest for their sizes.
+//! Products of matrices in memory, by the fastest method for their sizes.
 
 use std::ops::Range;
 
@@ -12,22 +12,23 @@ use super::operand::{Matrix, Numbers, Operand, Output};
 use super::packed::Engine;
 use super::tile::Kind;
 
-/// Multiplications below which other threads are not worth waking.
+/// Number of multiplications below which waking other threads is not worthwhile.
 pub(crate) const SERIAL: usize = 128 * 128 * 128;
-/// Multiplications below which packing is not worth it, and rows below which packing the other
-/// operand is not.
+/// Number of multiplications below which packing is not worthwhile, and number of rows below which
+/// packing the other operand is not.
 const PACKED: usize = 32 * 32 * 32;
 const PACKED_ROWS: usize = 8;
-/// Rows of a right-hand side that are widened at a time.
+/// Number of rows of a right operand that are widened at a time.
 const PANEL_ROWS: usize = 512;
-/// Most columns of them, so that a panel stays in the cache.
+/// Maximum number of columns widened at a time, so that a panel stays in the cache.
 const PANEL_COLUMNS: usize = 2048;
 
-/// `a b` for `a` `[m, k]` and `b` `[k, n]`, on all threads where `parallel` and it is worth it.
+/// Computes `a b` for `a` `[m, k]` and `b` `[k, n]`, on all threads if `parallel` and the product
+/// is large enough.
 ///
 /// # Safety
-/// The matrices lie in memory that is alive; the output has room for the product, and nobody else
-/// uses it.
+/// The matrices must be in live memory. The output must have room for the product, and nothing else
+/// may use it.
 pub(crate) unsafe fn product(
     [m, n, k]: [usize; 3],
     a: Matrix,
@@ -39,7 +40,7 @@ pub(crate) unsafe fn product(
         && m * n * k >= PACKED
         && let Some(engine) = Engine::new(Kind::F32, parallel)
     {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { engine.product([m, n], a.left(k), b.right(k), output) };
         return;
     }
@@ -49,7 +50,7 @@ pub(crate) unsafe fn product(
         Parallelism::None
     };
     let (out, row) = (output.to.at(0, 0), output.to.stride as isize);
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         ::gemm::gemm(
             m,
@@ -75,7 +76,7 @@ pub(crate) unsafe fn product(
     }
 }
 
-/// Numbers of a weight, in its format.
+/// The numbers of a weight, by format.
 #[derive(Clone, Copy)]
 pub(crate) enum Values<'a> {
     F32(&'a [f32]),
@@ -93,7 +94,7 @@ impl Values<'_> {
     }
 }
 
-/// The right operand of a product, `[k, n]`: any strides, any float format.
+/// The right operand of a product, `[k, n]`, with any strides and any float format.
 #[derive(Clone, Copy)]
 pub(crate) struct Weight<'a> {
     values: Values<'a>,
@@ -103,7 +104,8 @@ pub(crate) struct Weight<'a> {
 }
 
 impl<'a> Weight<'a> {
-    /// None for a weight that is empty, is read backwards, or is not within `values`.
+    /// Returns `None` for a weight that is empty, has a stride that is zero or negative, or is not
+    /// within `values`.
     pub fn new(
         values: Values<'a>,
         start: usize,
@@ -139,8 +141,7 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// The elements in `rows` and `columns` as `f32` in `scratch`, in the order in which they lie
-    /// in memory.
+    /// Writes the elements in `rows` and `columns` to `scratch` as `f32`, in memory order.
     fn widen(&self, rows: Range<usize>, columns: Range<usize>, scratch: &mut Vec<f32>) -> Matrix {
         let transposed = self.strides[0] < self.strides[1];
         let (lines, line, stride, step) = if transposed {
@@ -179,7 +180,7 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// Rows as `f32`, row-major, in `scratch`.
+    /// Writes some rows to `scratch` as `f32`, row-major.
     pub fn copy_rows(&self, rows: Range<usize>, scratch: &mut Vec<f32>) {
         let [_, n] = self.dims;
         scratch.clear();
@@ -188,7 +189,7 @@ impl<'a> Weight<'a> {
             let matrix = self.widen(rows.clone(), 0..n, &mut lines);
             for row in 0..rows.len() as isize {
                 let line = matrix.first.wrapping_offset(row * matrix.row);
-                // SAFETY: `lines` holds these elements, in the order that the strides tell.
+                // SAFETY: `lines` holds these elements, in the order given by the strides.
                 scratch.extend(
                     (0..n as isize).map(|column| unsafe { *line.offset(column * matrix.column) }),
                 );
@@ -198,7 +199,7 @@ impl<'a> Weight<'a> {
         self.widen(rows, 0..n, scratch);
     }
 
-    /// Its columns as the lines of a product's right operand.
+    /// Returns the right operand of a product, whose lines are the columns of this weight.
     pub fn right(&self) -> Operand {
         let first = match self.values {
             Values::F32(values) => Numbers::F32(values[self.start..].as_ptr()),
@@ -213,8 +214,9 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// What multiplies `m` rows by this weight, where there is enough to do and the processor has
-    /// the instructions: bf16 as such if it can, other formats as `f32`.
+    /// Returns the engine that multiplies `m` rows by this weight, if the product is large enough
+    /// and the processor has the instructions. Weights in bf16 are multiplied as bf16 if the
+    /// processor can; other formats as `f32`.
     pub fn engine(&self, m: usize) -> Option<Engine> {
         let multiplications = m * self.dims[0] * self.dims[1];
         match self.values {
@@ -229,20 +231,21 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// `a self` for `a` `[m, k]`. A weight of 16 bits is never widened whole, but panel by panel.
+    /// Computes `a self` for `a` `[m, k]`. A weight of 16 bits is widened panel by panel, never as
+    /// a whole.
     ///
     /// # Safety
-    /// `a` lies in memory that is alive; the output has room for the product, and nobody else uses
-    /// it.
+    /// `a` must be in live memory. The output must have room for the product, and nothing else may
+    /// use it.
     pub unsafe fn multiply(&self, m: usize, a: Matrix, output: Output<'_>) {
         let [k, n] = self.dims;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         if m <= MOST_ROWS && unsafe { self.multiply_few(m, a, output) } {
             return;
         }
         if let Some(engine) = self.engine(m) {
-            // SAFETY: the caller's promise, and the weight is within its values, as `new` checked;
-            // so below.
+            // SAFETY: the caller upholds this function's contract, and `new` checked that the
+            // weight is within its values; the same holds below.
             unsafe { engine.product([m, n], a.left(k), self.right(), output) };
             return;
         }
@@ -269,7 +272,7 @@ impl<'a> Weight<'a> {
                 let panel = self.widen(rows.clone(), range.clone(), scratch);
                 let (a, size) = (a.from(0, first), [m, range.len(), rows.len()]);
                 let output = output.after_column(range.start).added_if(first > 0);
-                // SAFETY: as above; the columns of the output are this task's.
+                // SAFETY: as above; these columns of the output belong to this task.
                 unsafe { product(size, a, panel, output, false) };
             }
         };
@@ -282,13 +285,14 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// False, with nothing done, where neither of the weight's axes is contiguous.
+    /// Multiplies by the code for few rows. Returns false and does nothing if neither axis of the
+    /// weight is contiguous.
     ///
     /// # Safety
     /// As for [`Self::multiply`].
     unsafe fn multiply_few(&self, m: usize, a: Matrix, output: Output<'_>) -> bool {
         let (start, dims, strides) = (self.start, self.dims, self.strides);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match self.values {
                 Values::F32(values) => few::multiply(m, a, &values[start..], dims, strides, output),

@@ -1,5 +1,5 @@
-//! A product that nobody keeps: its rows come strip by strip, from some columns at a time, and are
-//! used while in the cache.
+//! A product that is never stored: it is computed in strips of rows, for some columns at a time,
+//! and each strip is used while it is in the cache.
 
 use std::ops::Range;
 
@@ -8,15 +8,16 @@ use super::pack::Panels;
 use super::packed::{BLOCK, Buffer, Engine, Left};
 use super::tile::{COLUMNS, Place, ROWS, tile};
 
-/// Rows of a strip.
+/// Number of rows of a strip.
 const STRIP: usize = 8 * ROWS;
-/// Most columns of one.
+/// Maximum number of columns of a strip.
 const WIDEST: usize = 4 * COLUMNS;
-/// Into how many parts the columns are split at least, as far as they go.
+/// Minimum number of parts into which the columns are split, if there are enough columns.
 const PARTS: usize = 8;
 
 impl Left {
-    /// Columns of a strip of a product with `n` columns; follows from sizes alone.
+    /// Returns the number of columns of a strip of a product with `n` columns. It depends only on
+    /// the sizes.
     pub fn strip_columns(&self, n: usize) -> usize {
         let most = (BLOCK / self.units.max(1))
             .min(n.div_ceil(PARTS))
@@ -24,12 +25,13 @@ impl Left {
         most.next_multiple_of(COLUMNS).min(WIDEST)
     }
 
-    /// The product with some columns of a right operand. Each strip, row-major, is given to `each`
-    /// with the number of its first row, to be changed as that likes, and is then forgotten.
+    /// Computes the product with some columns of a right operand, strip by strip. `each` is called
+    /// with the index of the first row of a strip and the strip itself, row-major, which it may
+    /// modify. The strip is discarded afterwards.
     ///
     /// # Safety
-    /// There is one part, which is packed; the right operand has its inner size and these columns,
-    /// in living memory.
+    /// There must be one part, which must be packed. The right operand must have the same inner
+    /// size and these columns, in live memory.
     pub unsafe fn strips(
         &self,
         right: Operand,
@@ -48,7 +50,8 @@ impl Left {
             first: packed,
             stride: units * COLUMNS,
         };
-        // SAFETY: the caller's promise, and the buffer has room for these panels.
+        // SAFETY: the caller upholds this function's contract, and the buffer has room for these
+        // panels.
         unsafe { right.pack::<COLUMNS>(level, kind, columns, 0..units, place) };
         let mut strip = vec![0.0_f32; STRIP.min(self.m) * width];
         for first in (0..self.m).step_by(STRIP) {

@@ -1,4 +1,5 @@
-//! Packed products, by the processor's instructions and number by number, against sums in `f64`.
+//! Compares packed products, both with the processor's vector instructions and number by number,
+//! with sums in `f64`.
 
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
@@ -22,7 +23,7 @@ struct Random {
 
 impl Random {
     fn new(rng: &mut ChaCha8Rng, lines: usize, inner: usize, order: usize) -> Self {
-        // Along the inner dimension, across it, and neither.
+        // The matrix is contiguous along the inner dimension, across it, or along neither.
         let (line, step) = [(inner + 3, 1), (1, lines + 2), (2 * inner + 5, 2)][order];
         let n = 1 + lines * line + inner * step;
         let f32s: Vec<f32> = (0..n).map(|_| rng.random_range(-1.0_f32..1.0)).collect();
@@ -54,7 +55,7 @@ impl Random {
         }
     }
 
-    /// An element as the product should see it.
+    /// Returns an element with the precision that the product sees.
     fn at(&self, kind: Kind, format: usize, line: usize, step: usize) -> f64 {
         let index = 1 + line * self.line + step * self.step;
         let value = [
@@ -109,7 +110,7 @@ fn products_of_odd_sizes_in_every_order_and_format() {
                 let output = Output::new(Disjoint::new(&mut out), n + 1)
                     .times(-1.5)
                     .added_if(add);
-                // SAFETY: the operands are alive and of these sizes.
+                // SAFETY: the operands are alive and have these sizes.
                 unsafe { engine.product([m, n], left.operand(0), right.operand(format), output) };
                 for (row, out) in out.chunks_exact(n + 1).enumerate() {
                     for (column, got) in out[..n].iter().enumerate() {
@@ -141,11 +142,11 @@ fn parts_are_one_product_and_threads_do_not_matter() {
         let run = || {
             let mut out = vec![0.25; m * n];
             let mut left = Left::new(engine, m, &inner);
-            // SAFETY: the operands are alive and of these sizes.
+            // SAFETY: the operands are alive and have these sizes.
             unsafe {
                 (0..2).for_each(|part| left.pack(part, lefts[part].operand(0)));
                 let rights = rights.each_ref().map(|right| right.operand(0));
-                // The first part alone, then both.
+                // Multiply the first part alone, then both.
                 let output = Output::new(Disjoint::new(&mut out), n).added();
                 left.times(n, &rights[..1], output.times(0.5));
                 left.times(n, &rights, output);
@@ -188,7 +189,7 @@ fn strips_are_the_product_whatever_the_columns() {
                 let mut packed = Left::new(engine, m, &[inner]);
                 let width = packed.strip_columns(n);
                 let mut out = vec![f32::NAN; m * n];
-                // SAFETY: the operands are alive and of these sizes.
+                // SAFETY: the operands are alive and have these sizes.
                 unsafe {
                     packed.pack(0, left.operand(0));
                     for columns in (0..n)

@@ -1,31 +1,31 @@
-//! What happens in registers: a tile of [`ROWS`] x [`COLUMNS`] sums, to which packed operands
-//! stream.
+//! The innermost kernel: a tile of [`ROWS`] x [`COLUMNS`] sums in registers, computed from packed
+//! operands.
 //!
-//! Operands come in units of 32 bits: an `f32`, or two bf16 numbers that follow each other along
-//! the inner dimension. A left panel is `[units, ROWS]`, a right one `[units, COLUMNS]`. With 12 x
-//! 32 sums, 24 of the 32 registers are sums, and a step along the inner dimension is 14 loads for
-//! 24 multiplications.
+//! Operands consist of units of 32 bits: one `f32`, or two bf16 numbers that are adjacent along the
+//! inner dimension. A left panel is `[units, ROWS]`, a right one `[units, COLUMNS]`. A tile of 12 x
+//! 32 sums takes 24 of the 32 registers, and a step along the inner dimension takes 14 loads for 24
+//! multiplications.
 
 use crate::kernels::Level;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::level::Set;
 
-/// Rows of a tile, and of a panel of the left operand.
+/// Number of rows of a tile, and of a panel of the left operand.
 pub(super) const ROWS: usize = 12;
-/// Columns of a tile, and of a panel of the right operand: two registers.
+/// Number of columns of a tile, and of a panel of the right operand: two registers.
 pub(super) const COLUMNS: usize = 32;
 
-/// What a unit of 32 bits of a packed operand is.
+/// Contents of a 32-bit unit of a packed operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// One number.
     F32,
-    /// Two numbers of 16 bits, the first in the lower half.
+    /// Two 16-bit numbers, the first in the lower half.
     Bf16,
 }
 
 impl Kind {
-    /// Numbers along the inner dimension in a unit.
+    /// Returns the number of numbers along the inner dimension in a unit.
     pub(super) fn numbers(self) -> usize {
         match self {
             Kind::F32 => 1,
@@ -33,8 +33,8 @@ impl Kind {
         }
     }
 
-    /// Whether units of this kind are packed and multiplied by instructions for 512 bits. If not,
-    /// that happens number by number, as tests do to compare.
+    /// Returns whether units of this kind are packed and multiplied by 512-bit instructions.
+    /// Otherwise they are processed number by number, which tests use for comparison.
     pub(super) fn is_fast(self, level: Level) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -46,22 +46,22 @@ impl Kind {
     }
 }
 
-/// Where the sums of a tile go: `out = factor * sums`, or `out += factor * sums`.
+/// Destination of the sums of a tile: `out = factor * sums`, or `out += factor * sums`.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub out: *mut f32,
-    /// Elements from row to row of `out`.
+    /// Distance between rows of `out`, in elements.
     pub width: usize,
-    /// At most [`ROWS`], at least 1.
+    /// Number of rows, from 1 to [`ROWS`].
     pub rows: usize,
-    /// At most [`COLUMNS`], at least 1.
+    /// Number of columns, from 1 to [`COLUMNS`].
     pub columns: usize,
     pub factor: f32,
     pub add: bool,
 }
 
 impl Place {
-    /// The part from column `first` on.
+    /// Returns the part that begins at column `first`.
     #[cfg(target_arch = "x86_64")]
     fn columns_from(self, first: usize, columns: usize) -> Self {
         Self {
@@ -72,14 +72,14 @@ impl Place {
     }
 }
 
-/// Defines a function that computes a tile of `R` rows and `V` registers of columns; `R` rows of
-/// the panel are read, and no more than the place has are written.
+/// Defines a function that computes a tile of `R` rows and `V` registers of columns. It reads `R`
+/// rows of the panel and writes at most the rows of the place.
 #[cfg(target_arch = "x86_64")]
 macro_rules! tile {
     ($features:literal, $name:ident, $lanes:literal, $vector:ty, $mask:ty, $ops:ident) => {
         /// # Safety
-        /// The processor has the features; `a` and `b` are panels of `units`, and the place is
-        /// writable.
+        /// The processor must have the features, `a` and `b` must be panels of `units`, and the
+        /// place must be writable.
         #[target_feature(enable = $features)]
         #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
         unsafe fn $name<const R: usize, const V: usize>(
@@ -90,7 +90,7 @@ macro_rules! tile {
         ) {
             let mut sums = [[$ops::zero(); V]; R];
             let (mut a, mut b) = (a, b);
-            // SAFETY: the panels have as many units.
+            // SAFETY: the caller guarantees that the panels have this many units.
             unsafe {
                 for row in 0..R.min(place.rows) {
                     _mm_prefetch::<_MM_HINT_T0>(place.out.wrapping_add(row * place.width).cast());
@@ -119,7 +119,7 @@ macro_rules! tile {
                 for row in 0..R {
                     if row < place.rows {
                         let out = place.out.wrapping_add(row * place.width + v * $lanes);
-                        // SAFETY: the mask covers columns of the place.
+                        // SAFETY: the mask covers only columns of the place.
                         unsafe { $ops::store(out, mask, sums[row][v], place.factor, place.add) };
                     }
                 }
@@ -128,7 +128,8 @@ macro_rules! tile {
     };
 }
 
-/// The tile of so many rows and columns as fits best: 12, 8 or 4 rows, 32, 16 + 8, 16 or 8 columns.
+/// Defines a function that chooses the smallest tile that covers the place: 12, 8 or 4 rows, and
+/// 32, 16 + 8, 16 or 8 columns.
 #[cfg(target_arch = "x86_64")]
 macro_rules! choose {
     ($features:literal, $name:ident, $wide:ident, $narrow:ident) => {
@@ -136,8 +137,8 @@ macro_rules! choose {
         /// As for the tiles.
         #[target_feature(enable = $features)]
         unsafe fn $name<const R: usize>(a: *const u32, b: *const u32, units: usize, place: Place) {
-            // SAFETY: the caller's promise; the narrower tiles read the first columns of the panel,
-            // or those from 16 on.
+            // SAFETY: the caller upholds this function's contract; the narrower tiles read the
+            // first columns of the panel, or those from 16 on.
             unsafe {
                 match place.columns {
                     0..=8 => $narrow::<R, 1>(a, b, units, place),
@@ -164,7 +165,7 @@ mod avx512 {
 
     use super::{COLUMNS, Place, ROWS};
 
-    /// Sixteen and eight numbers, and what the tiles need of them.
+    /// Defines the vector operations of the tiles, for sixteen and for eight numbers.
     macro_rules! registers {
         ($name:ident, $vector:ident, $mask:ident, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident,
          $scale:ident, $load_some:ident, $store_some:ident) => {
@@ -189,14 +190,14 @@ mod avx512 {
                 #[inline]
                 #[target_feature(enable = "avx512f,avx512vl")]
                 pub unsafe fn load(at: *const u32) -> $vector {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: the caller guarantees that a vector is readable.
                     unsafe { $load(at.cast()) }
                 }
 
                 #[inline]
                 #[target_feature(enable = "avx512f,avx512vl")]
                 pub unsafe fn splat(at: *const u32) -> $vector {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: the caller guarantees that a unit is readable.
                     $splat(unsafe { at.cast::<f32>().read() })
                 }
 
@@ -216,7 +217,7 @@ mod avx512 {
                     add: bool,
                 ) {
                     let sums = $scale(sums, $splat(factor));
-                    // SAFETY: the caller's promise.
+                    // SAFETY: the caller guarantees that the columns in the mask are writable.
                     unsafe {
                         let sums = if add {
                             $add(sums, $load_some(mask, out))
@@ -257,7 +258,7 @@ mod avx512 {
         _mm256_mask_storeu_ps
     );
 
-    /// The same with pairs of bf16 numbers as operands.
+    /// Defines the same operations for pairs of bf16 numbers.
     macro_rules! pairs {
         ($name:ident, $of:ident, $vector:ident, $bits:ident, $pairs:ident, $load:ident, $splat:ident, $dot:ident, $none:ident) => {
             mod $name {
@@ -267,7 +268,7 @@ mod avx512 {
                 #[inline]
                 #[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
                 fn pairs(bits: $bits) -> $pairs {
-                    // SAFETY: both types are so many bits without meaning beyond them.
+                    // SAFETY: both types are plain values of the same number of bits.
                     unsafe { std::mem::transmute::<$bits, $pairs>(bits) }
                 }
 
@@ -280,14 +281,14 @@ mod avx512 {
                 #[inline]
                 #[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
                 pub unsafe fn load(at: *const u32) -> $pairs {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: the caller guarantees that a vector is readable.
                     pairs(unsafe { $load(at.cast()) })
                 }
 
                 #[inline]
                 #[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
                 pub unsafe fn splat(at: *const u32) -> $pairs {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: the caller guarantees that a unit is readable.
                     pairs($splat(unsafe { at.cast::<i32>().read() }))
                 }
 
@@ -369,9 +370,10 @@ mod avx512 {
     );
 
     /// # Safety
-    /// The processor has AVX-512; the panels have `units`, and the place is writable.
+    /// The processor must have AVX-512, the panels must have `units`, and the place must be
+    /// writable.
     pub(super) unsafe fn f32_tile(a: *const u32, b: *const u32, units: usize, place: Place) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match place.rows {
                 0..=4 => f32_rows::<4>(a, b, units, place),
@@ -382,9 +384,9 @@ mod avx512 {
     }
 
     /// # Safety
-    /// As above, with AVX-512 BF16.
+    /// As for `f32_tile`, and the processor must have AVX-512 BF16.
     pub(super) unsafe fn bf16_tile(a: *const u32, b: *const u32, units: usize, place: Place) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match place.rows {
                 0..=4 => bf16_rows::<4>(a, b, units, place),
@@ -406,7 +408,7 @@ mod portable {
     }
 
     /// # Safety
-    /// The panels have `units`, and the place is writable.
+    /// The panels must have `units`, and the place must be writable.
     pub(super) unsafe fn tile(
         kind: Kind,
         a: *const u32,
@@ -419,7 +421,7 @@ mod portable {
         {
             let mut sum = 0.0_f32;
             for unit in 0..units {
-                // SAFETY: the caller's promise; so below.
+                // SAFETY: the caller upholds this function's contract, here and below.
                 let (a, b) =
                     unsafe { (*a.add(unit * ROWS + row), *b.add(unit * COLUMNS + column)) };
                 match kind {
@@ -441,7 +443,7 @@ mod portable {
 /// Computes a tile.
 ///
 /// # Safety
-/// The panels have `units` of this kind, and the place is writable.
+/// The panels must have `units` of this kind, and the place must be writable.
 pub(super) unsafe fn tile(
     level: Level,
     kind: Kind,
@@ -452,7 +454,8 @@ pub(super) unsafe fn tile(
 ) {
     #[cfg(target_arch = "x86_64")]
     if kind.is_fast(level) {
-        // SAFETY: the caller's promise, and the processor has the instructions, as was asked.
+        // SAFETY: the caller upholds this function's contract, and `is_fast` checked that the
+        // processor has the instructions.
         return unsafe {
             match kind {
                 Kind::F32 => avx512::f32_tile(a, b, units, place),
@@ -460,6 +463,6 @@ pub(super) unsafe fn tile(
             }
         };
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe { portable::tile(kind, a, b, units, place) }
 }

@@ -4,9 +4,9 @@
 //! as they are, `[TILE, head_dim]`. The softmax is taken tile by tile with a running maximum (arXiv 1805.02867), so that no score is
 //! kept for longer than its tile is in the first-level cache.
 
-use super::lines::Stored;
 use super::math::exp;
 use crate::kernels::level::{dispatch, mul_add};
+use crate::kernels::number::Stored;
 
 /// Tokens of a tile.
 pub(crate) const TILE: usize = 64;

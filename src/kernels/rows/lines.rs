@@ -1,45 +1,8 @@
 //! What a product of few rows is made of: sums over lines of a weight, in whatever format it is stored.
 
-use half::{bf16, f16};
-
 use super::math::LANES;
 use crate::kernels::level::{dispatch, mul_add};
-
-/// A number as a weight holds it.
-pub(crate) trait Stored: Copy + Send + Sync {
-    /// As `f32`, which is exact; in a form that becomes vector code.
-    fn widen(self) -> f32;
-}
-
-impl Stored for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-}
-
-impl Stored for bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-}
-
-impl Stored for f16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        // The exponent's offset is 15 here and 127 there.
-        const REBIASED: f32 = f32::from_bits((127 + 112) << 23);
-        let bits = u32::from(self.to_bits());
-        let size = f32::from_bits((bits & 0x7fff) << 13) * REBIASED;
-        let infinite = if bits & 0x7c00 == 0x7c00 {
-            0x7f80_0000
-        } else {
-            0
-        };
-        f32::from_bits(size.to_bits() | infinite | (bits & 0x8000) << 16)
-    }
-}
+use crate::kernels::number::Stored;
 
 /// Lines that are read side by side where each is added to all results.
 pub(crate) const ADDED: usize = 4;
@@ -91,24 +54,6 @@ dispatch! {
     pub(crate) fn add_dots<const FMA: bool, T: Stored>(x: &[f32], lines: &[T], stride: usize, out: &mut [f32]) {
         for (index, out) in out.iter_mut().enumerate() {
             *out += dot::<FMA, T>(x, &lines[index * stride..][..x.len()]);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sixteen_bits_widen_exactly() {
-        for bits in 0..=u16::MAX {
-            let (a, b) = (f16::from_bits(bits), bf16::from_bits(bits));
-            for (got, want) in [(a.widen(), a.to_f32()), (b.widen(), b.to_f32())] {
-                assert!(
-                    got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
-                    "{bits:04x}: {got} {want}"
-                );
-            }
         }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! The loops are plain Rust that the compiler turns into vector code.
 
-#![allow(dead_code)] // builds without training call only some of them
+#![allow(dead_code, unused_imports)] // builds without training call only some of them
 
 pub(crate) mod attention;
 pub(crate) mod lines;

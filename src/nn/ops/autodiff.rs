@@ -1,4 +1,4 @@
-//! The operations on the tape: one node each.
+//! The operations under autodiff, each recorded as a single node.
 
 use burn::backend::Autodiff;
 use burn::backend::TensorMetadata;
@@ -14,9 +14,9 @@ use crate::nn::{AttentionMask, StoredWeight};
 
 type Float<B> = FloatTensor<B>;
 
-/// Declares a backward step: its name, the number of tracked inputs, its state and what turns a
-/// gradient of the result into gradients of the tracked inputs. `$wanted` says, input by input,
-/// whether one is tracked.
+/// Declares a backward step: its name, the number of its inputs, its state, and an expression that
+/// turns the gradient of the result into gradients of the inputs. `$wanted` holds, for each input,
+/// whether its gradient is needed.
 macro_rules! backward {
     ($name:ident, $n:literal, $state:ty, |$saved:pat_param, $grad:ident, $wanted:pat_param| $body:expr) => {
         #[derive(Debug)]
@@ -77,7 +77,7 @@ backward!(
     }
 );
 
-// The tape keeps a weight as it is stored, and the backward pass unpacks it.
+// The graph holds the weight in its stored format, and the backward pass unpacks it.
 backward!(StoredLinear, 1, StoredWeight, |weight, grad, _| {
     let weight = B::stored_dense(grad.clone(), weight);
     [Some(B::mixed_linear_backward_input(weight, grad))]
@@ -114,7 +114,8 @@ backward!(
     }
 );
 
-/// A mask, the layer's input, the sum, and the factors.
+/// The mask; the layer's input, the sum and the factors; the term; and whether products may be
+/// rounded.
 type SummedState<B> = (BoolTensor<B>, [Float<B>; 4], LoraTerm, bool);
 
 backward!(SummedLinear, 3, SummedState<B>, |(
@@ -136,7 +137,8 @@ backward!(SummedLinear, 3, SummedState<B>, |(
     [grad_x, grad_a, grad_b]
 });
 
-/// What the gradient of trained scales needs: the weight, the scales and the zero points.
+/// The mask, the factors, and the term. If the scales are trained, also the weight, the scales and
+/// the zero points.
 type GridState<B> = (
     BoolTensor<B>,
     [Float<B>; 2],
@@ -144,7 +146,7 @@ type GridState<B> = (
     GridTerm,
 );
 
-/// Gradient of trained scales, from that of the rounded sum.
+/// Gradient of trained scales, computed from the gradient of the rounded sum.
 fn of_scales<B: DecoderOps>(
     [weight, scales, zeros]: [Float<B>; 3],
     mask: BoolTensor<B>,
@@ -152,7 +154,7 @@ fn of_scales<B: DecoderOps>(
     grad: Float<B>,
     term: GridTerm,
 ) -> Float<B> {
-    // As it was before it was rounded to anything.
+    // The weight before the sum was rounded.
     let weight = if weight.dtype() == DType::BF16 {
         B::float_cast(weight, FloatDType::F32)
     } else {
@@ -162,8 +164,8 @@ fn of_scales<B: DecoderOps>(
     B::quantized_sum_backward_scales(sum, scales, zeros, grad, term)
 }
 
-// Straight through: the factors get the gradient of the rounded sum as if it were the sum, clamped
-// or not.
+// Straight-through gradient: the factors receive the gradient of the rounded sum unchanged, even
+// where the sum was clamped.
 backward!(
     QuantizedSum,
     3,
@@ -179,7 +181,7 @@ backward!(
     }
 );
 
-/// As [`SummedState`], and as [`GridState`].
+/// The parts of [`SummedState`] and of [`GridState`].
 type QuantizedState<B> = (
     BoolTensor<B>,
     [Float<B>; 4],
@@ -201,7 +203,8 @@ backward!(
                 let of = || B::summed_linear_backward_factors(x, mask, a, b, grad, lora, rounded);
                 (want_factors.then(of), None)
             }
-            // The scales need what the factors alone do not: the gradient of the sum as a whole.
+            // The gradient of the scales needs the gradient of the whole sum, which that of the
+            // factors alone does not.
             Some(grid) => {
                 let slope = B::mixed_linear_backward_weight(x, grad, rounded);
                 let beside = [a.clone(), b.clone()];
@@ -289,7 +292,8 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
                 };
             }
         };
-        // Each gradient needs the other operand, and nothing is kept for one that is not wanted.
+        // Each gradient needs the other operand. An operand whose counterpart needs no gradient is
+        // not kept.
         let want_weight = weight.is_tracked();
         let (weight, weight_node) = weight.into_parts();
         let y = B::mixed_linear(x.clone(), Weight::Dense(weight.clone()));
@@ -465,7 +469,7 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         teacher: Teacher<Self>,
         _: [bool; 2],
     ) -> Head<Float<Self>> {
-        // Beside a teacher, the weight is a constant.
+        // With a teacher, the weight is a constant.
         let (weight, teacher) = match teacher {
             Teacher::None => (weight, Teacher::None),
             Teacher::States(hidden, mix) => (
@@ -525,11 +529,11 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
-    // The backward methods keep their portable definitions, whose steps are differentiable; nothing
-    // calls them here.
+    // The backward methods keep their portable definitions, which consist of differentiable steps.
+    // Nothing calls them on this backend.
 }
 
-/// A tensor beside the tape.
+/// A tensor without gradients.
 fn constant<B: DecoderOps, C: CheckpointStrategy>(tensor: Float<B>) -> Float<Autodiff<B, C>> {
     Float::<Autodiff<B, C>>::new(tensor)
 }

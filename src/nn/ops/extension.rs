@@ -1,5 +1,5 @@
-//! The operations as a backend has them: a portable definition, which a backend may replace by a
-//! kernel of its own.
+//! The operations as methods of a backend: portable definitions, which a backend may replace by its
+//! own kernels.
 
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};
@@ -9,7 +9,7 @@ use super::terms::{GridTerm, LoraTerm, Teacher, Weight};
 use crate::nn::{AttentionMask, StoredWeight};
 
 impl<B: DecoderOps> Weight<B> {
-    /// The weight as a tensor. A stored one is unpacked, to where `beside` is.
+    /// The weight as a tensor. A stored weight is unpacked on the device of `beside`.
     pub(super) fn dense(self, beside: &FloatTensor<B>) -> FloatTensor<B> {
         match self {
             Self::Dense(weight) => weight,
@@ -21,7 +21,8 @@ impl<B: DecoderOps> Weight<B> {
 /// The decoder's operations on a backend's own tensors. Shapes are those of the functions in
 /// [`super`].
 ///
-/// A method `x_backward` takes what `x` took, what it saved, and the gradient of its result.
+/// A method `x_backward` takes the arguments of `x`, the values that `x` saved, and the gradient of
+/// the result.
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
@@ -44,7 +45,7 @@ pub(crate) trait DecoderOps: Backend {
         portable::rms_norm_backward::<Self>(x, weight, grad, eps)
     }
 
-    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none.
+    /// Gradient of the weight, separate from that of `x` because a frozen weight needs none.
     fn rms_norm_backward_weight(
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -67,8 +68,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::swiglu_backward::<Self>(gate, up, grad)
     }
 
-    /// `x W`; a dense weight may be of another float format than `x`. Where a backend has no kernel
-    /// for a stored one, it is unpacked for this product and forgotten.
+    /// `x W`, where a dense weight may have another float dtype than `x`. If a backend has no
+    /// kernel for a stored weight, the weight is unpacked for this product only.
     fn mixed_linear(
         x: FloatTensor<Self>,
         #[extension_type] weight: Weight<Self>,
@@ -85,8 +86,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::linear_backward_input::<Self>(weight, grad)
     }
 
-    /// Gradient of the weight, apart from that of `x` because a frozen weight needs none. `rounded`
-    /// as in [`Self::summed_linear_backward_factors`].
+    /// Gradient of the weight, separate from that of `x` because a frozen weight needs none.
+    /// `rounded` is as in [`Self::summed_linear_backward_factors`].
     fn mixed_linear_backward_weight(
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -108,7 +109,7 @@ pub(crate) trait DecoderOps: Backend {
         portable::lora_linear::<Self>(x, weight, a, b, term)
     }
 
-    /// `g = s grad B_r^T`, `[n, rank]`, from which the other gradients follow.
+    /// `g = s grad B_r^T`, `[n, rank]`, from which the other gradients are computed.
     fn lora_backward_inner(
         b: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -129,7 +130,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::lora_backward_input::<Self>(weight, a, b, grad, term)
     }
 
-    /// Gradients of `A`, `dropout(x)^T g`, and `B`, `h^T grad`, with zeros outside the active rank.
+    /// Gradients of `A`, `dropout(x)^T g`, and of `B`, `h^T grad`, with zeros outside the active
+    /// rank.
     fn lora_backward_factors(
         x: FloatTensor<Self>,
         h: FloatTensor<Self>,
@@ -141,8 +143,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::lora_backward_factors::<Self>(x, h, g, grad, max_rank, term)
     }
 
-    /// `W + (s A_r B_r) * M`, in bf16 where `W` is, else in the adapter's float format. `W` is a
-    /// constant.
+    /// `W + (s A_r B_r) * M`, in bf16 if `W` is in bf16, and otherwise in the adapter's dtype. `W`
+    /// is a constant.
     fn summed_weight(
         weight: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -153,7 +155,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::summed_weight::<Self>(weight, mask, a, b, term)
     }
 
-    /// Gradients of `A` and `B` from that of the summed weight, with zeros outside the active rank.
+    /// Gradients of `A` and `B` from the gradient of the summed weight, with zeros outside the
+    /// active rank.
     fn summed_weight_backward(
         mask: BoolTensor<Self>,
         a: FloatTensor<Self>,
@@ -164,9 +167,10 @@ pub(crate) trait DecoderOps: Backend {
         portable::summed_weight_backward::<Self>(mask, a, b, grad, term)
     }
 
-    /// `scale * (Q - zero)` for `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and `V` the
-    /// summed weight; scale and zero point by group of rows and column, `[groups, d_output]`. A
-    /// scale of 0 gives 0. In bf16 where `W` is, rounded once more.
+    /// `scale * (Q - zero)` with `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)`, where `V` is
+    /// the summed weight. Scales and zero points are given by group of rows and by column,
+    /// `[groups, d_output]`. A scale of 0 gives 0. The result is rounded once more to bf16 if `W`
+    /// is in bf16.
     fn quantized_sum(
         weight: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -179,9 +183,9 @@ pub(crate) trait DecoderOps: Backend {
         portable::quantized_sum::<Self>(weight, mask, a, b, scales, zeros, term)
     }
 
-    /// Gradient of the scales, from the summed weight before it was rounded and the gradient of the
-    /// result: `Q - zero - V / scale` by weight, or `Q - zero` where the clamp acts, times the
-    /// gradient, summed by group.
+    /// Gradient of the scales, from the unrounded summed weight and the gradient of the result. The
+    /// derivative for each weight is `Q - zero - V / scale`, or `Q - zero` where the clamp acts; it
+    /// is multiplied by the gradient and summed over each group.
     fn quantized_sum_backward_scales(
         sum: FloatTensor<Self>,
         scales: FloatTensor<Self>,
@@ -192,7 +196,7 @@ pub(crate) trait DecoderOps: Backend {
         portable::quantized_sum_backward_scales::<Self>(sum, scales, zeros, grad, term)
     }
 
-    /// `x V` for the summed weight `V`.
+    /// `x V`, where `V` is the summed weight.
     fn summed_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -207,8 +211,8 @@ pub(crate) trait DecoderOps: Backend {
         Self::mixed_linear(x, Weight::Dense(sum))
     }
 
-    /// `x V` for the quantized sum `V`.
-    #[allow(clippy::too_many_arguments)] // the layer's
+    /// `x V`, where `V` is the quantized sum.
+    #[allow(clippy::too_many_arguments)] // the inputs of the layer
     fn quantized_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -225,9 +229,9 @@ pub(crate) trait DecoderOps: Backend {
         Self::mixed_linear(x, Weight::Dense(sum))
     }
 
-    /// Gradients of `A` and `B` from `x` and the gradient of `x V`: those of
-    /// [`Self::summed_weight_backward`]. If `rounded`, their products may take bf16 numbers, with
-    /// sums in `f32`, where that is faster.
+    /// Gradients of `A` and `B`, the same as those of [`Self::summed_weight_backward`], from `x`
+    /// and the gradient of `x V`. If `rounded`, the products may use bf16 operands with sums in
+    /// `f32` where that is faster.
     fn summed_linear_backward_factors(
         x: FloatTensor<Self>,
         mask: BoolTensor<Self>,
@@ -241,16 +245,17 @@ pub(crate) trait DecoderOps: Backend {
         Self::summed_weight_backward(mask, a, b, slope, term)
     }
 
-    /// A stored weight as a dense one, `[d_input, d_output]`, in `f32`, where `beside` is.
+    /// A stored weight as a dense `f32` tensor, `[d_input, d_output]`, on the device of `beside`.
     fn stored_dense(beside: FloatTensor<Self>, weight: StoredWeight) -> FloatTensor<Self> {
         portable::unpacked::<Self>(&weight, &beside)
     }
 
-    /// The cross-entropy of `hidden W` against the target classes; with a teacher, `mix` times that
-    /// against its predictions and `1 - mix` times that against the targets. Then that against the
-    /// targets alone. Each is summed over rows, `[1]`. And, while logits are at hand, the gradients
-    /// of `hidden` and of the weight by the former, where they are wanted.
-    #[allow(clippy::type_complexity)] // the macro has to see the tensors
+    /// Returns the loss, the cross-entropy against the targets alone, and the needed gradients of
+    /// the loss for `hidden` and the weight, which are computed while the logits are in memory. The
+    /// loss is the cross-entropy of `hidden W` against the target classes; with a teacher, it is
+    /// `mix` times the cross-entropy against the teacher's predictions plus `1 - mix` times that
+    /// against the targets. Losses are summed over rows, `[1]`.
+    #[allow(clippy::type_complexity)] // the macro must see the tensor types
     fn head(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -266,8 +271,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::head::<Self>(hidden, weight, targets, teacher, want)
     }
 
-    /// The context, `[batch, seq_q, n_heads * head_dim]`, and each query's `ln(sum(exp(scores)))`,
-    /// `[batch, n_heads, seq_q]`.
+    /// Returns the context, `[batch, seq_q, n_heads * head_dim]`, and `ln(sum(exp(scores)))` for
+    /// each query, `[batch, n_heads, seq_q]`.
     fn causal_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -291,8 +296,8 @@ pub(crate) trait DecoderOps: Backend {
         portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask)
     }
 
-    /// Splits heads and rotates them by position. The tables are constants: no gradient reaches
-    /// them.
+    /// Splits heads and rotates them by position. The tables are constants: they receive no
+    /// gradient.
     fn rotary(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,

@@ -1,4 +1,4 @@
-//! Products with a stored weight on the host: by the kernels for it.
+//! Products with a stored weight on the host, by the kernels for stored weights.
 
 use std::sync::OnceLock;
 
@@ -12,13 +12,13 @@ use super::terms::{Weight, stored_rows};
 use crate::format::StoredMatrix;
 use crate::kernels::{Activations, Linear, Pool, Rows, RowsMut, Scratch, forward, scratch_bytes};
 
-/// As many threads as the backend's own.
+/// A pool with as many threads as the backend uses.
 fn pool() -> &'static Pool {
     static POOL: OnceLock<Pool> = OnceLock::new();
     POOL.get_or_init(|| Pool::new(rayon::current_num_threads()))
 }
 
-/// `x W^T`, row-major `[rows, out]`, for `x` `[rows, in]`; none where the shapes do not fit.
+/// `x W^T`, row-major `[rows, out]`, for `x` `[rows, in]`; `None` if the shapes do not match.
 fn multiply(weight: &StoredMatrix, x: &[f32], rows: usize) -> Option<Vec<f32>> {
     let (inputs, outputs) = (weight.cols(), weight.rows());
     let layer = [Linear {

@@ -1,18 +1,19 @@
 //! The operations of a decoder, as functions of Burn tensors.
 //!
-//! Each is differentiable on an autodiff device and runs on every backend that the build enables; a
-//! call on another backend panics. Tensors of the plain device and of its autodiff device may be
-//! mixed in one call: the plain ones are constants.
+//! Each operation is differentiable on an autodiff device and runs on every enabled backend;
+//! calling it on another backend panics. One call may mix tensors of the plain device and of its
+//! autodiff device; the plain ones are constants.
 //!
-//! Burn would record every elementary step on the tape and run each as a pass over memory. Here an
-//! operation is one node of the tape, saves only its inputs (and a number per row), and recomputes
-//! the rest in its backward pass. `DecoderOps` has a portable definition in terms of a backend's
-//! own operations, which every backend gets; Flex, Burn's CPU backend, has kernels for contiguous
-//! and strided `f32`. Weights that stay as they are stored have kernels on the CPU and on GPUs.
+//! Burn would record every elementary step for autodiff and run each as a separate pass over
+//! memory. Here an operation is a single autodiff node. It saves only its inputs (and one number
+//! per row) and recomputes the rest in its backward pass. Every backend gets the portable
+//! definitions of `DecoderOps`, which use the backend's own operations. Flex, Burn's CPU backend,
+//! has kernels for contiguous and strided `f32`. Weights in a stored format have kernels on the CPU
+//! and on GPUs.
 
-// `NdArray` is deprecated upstream, and supported here for as long as it exists.
+// `NdArray` is deprecated upstream; it is supported here while it exists.
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
-// Without a backend the generated dispatch has no arm that uses its arguments.
+// Without any backend, no arm of the generated dispatch uses its arguments.
 #![cfg_attr(
     not(any(
         feature = "flex",
@@ -58,7 +59,7 @@ pub use terms::{GridTerm, LoraTerm, Weight};
 /// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
 ///
 /// # Shapes
-/// - `x`: `[.., d_model]`, `weight`: `[d_model]`; the result is `x`'s shape.
+/// - `x`: `[.., d_model]`, `weight`: `[d_model]`; result: the shape of `x`
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     Tensor::from_dispatch(Dispatch::rms_norm(
         x.into_dispatch(),
@@ -71,14 +72,14 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
 /// by element.
 ///
 /// # Shapes
-/// - `gate`, `up` and the result: the same shape.
+/// - `gate`, `up` and the result: the same shape
 pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
 }
 
 /// Splits heads and rotates each by its position (rotary embedding, Su et al., arXiv 2104.09864),
-/// in the half-split ("NEOX") pairing that Hugging Face checkpoints use. The tables are constants:
-/// no gradient reaches them.
+/// in the half-split ("NEOX") pairing of Hugging Face checkpoints. The tables are constants: they
+/// receive no gradient.
 ///
 /// # Shapes
 /// - `x`: `[batch, seq, n_heads * head_dim]`, `cos` and `sin`: `[seq, head_dim / 2]`
@@ -88,7 +89,7 @@ pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> T
     Tensor::from_dispatch(Dispatch::rotary(x.into_dispatch(), cos, sin, n_heads))
 }
 
-/// `[batch, seq, n_heads * head_dim]` to `[batch, n_heads, seq, head_dim]`.
+/// Splits `[batch, seq, n_heads * head_dim]` into `[batch, n_heads, seq, head_dim]`.
 pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
     let [batch, seq, width] = x.dims();
     x.reshape([batch, seq, n_heads, width / n_heads])
@@ -97,8 +98,8 @@ pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
 
 /// Causal attention with grouped key/value heads: `softmax(q k^T * scale) v`.
 ///
-/// The last query stands at the last key, so queries that follow cached keys need no offset. A
-/// query whose every key is masked (padding) gives an unspecified, finite result.
+/// The last query is at the position of the last key, so queries that follow cached keys need no
+/// offset. A query whose keys are all masked (padding) gives an unspecified, finite result.
 ///
 /// # Shapes
 /// - `q`: `[batch, n_heads, seq_q, head_dim]`
@@ -119,14 +120,14 @@ pub fn causal_attention(
 
 /// A linear layer without a bias: `x W`.
 ///
-/// The weight may be bf16 or f16 beside `f32` inputs, which gives `f32`. On a CPU it is widened
-/// panel by panel and the product is one of `f32`; elsewhere bf16 is multiplied as bf16, inputs
-/// rounded, and f16 is widened.
+/// A dense weight may be bf16 or f16 with `f32` inputs; the result is `f32`. On a CPU, such a
+/// weight is widened panel by panel, and the product is computed in `f32`. Elsewhere, bf16 weights
+/// are multiplied with inputs rounded to bf16, and f16 weights are widened.
 ///
-/// Or it stays as it is stored. A product of up to 8 rows reads it so, on a CPU in host memory, on
-/// a GPU in the device's, where the first product puts a copy of it; for others, and in the
-/// backward pass, it is unpacked, on a GPU by the device itself, and between the two the tape holds
-/// the stored one.
+/// A stored weight keeps its format. A product with up to 8 rows reads it directly: on a CPU from
+/// host memory, on a GPU from a copy in device memory, which the first product creates. For more
+/// rows, and in the backward pass, the weight is unpacked, on a GPU by the device itself. Between
+/// forward and backward pass, only the stored format is kept.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`; result: `[.., d_output]`
@@ -134,11 +135,12 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: impl Into<Weight<Dispatch>>)
     Tensor::from_dispatch(Dispatch::mixed_linear(x.into_dispatch(), weight.into()))
 }
 
-/// A frozen linear layer with a low-rank adapter of which the first ranks are active:
+/// A frozen linear layer with a low-rank adapter whose first ranks are active:
 /// `x W + s (dropout(x) A_r) B_r`.
 ///
-/// One node of the tape. No gradient of the weight is formed, nothing outside the active rank is
-/// computed, and the factors' gradients are zero there. The weight is as for [`linear`].
+/// A single autodiff node. The weight receives no gradient. Nothing outside the active rank is
+/// computed, and the factors' gradients are zero there. The weight may be in any format that
+/// [`linear`] accepts.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`, `weight`: `[d_input, d_output]`, `a`: `[d_input, r_max]`, `b`:
@@ -156,11 +158,10 @@ pub fn lora_linear<const D: usize>(
     Tensor::from_dispatch(y)
 }
 
-/// SparsePEFT's weight (arXiv 2410.03750): `W + (s A_r B_r) * M`, formed in one pass, and in bf16
-/// where `W` is of bf16. The term's dropout is not used.
+/// SparsePEFT's weight (arXiv 2410.03750): `W + (s A_r B_r) * M`, computed in one pass, and in bf16
+/// if `W` is in bf16. The dropout of `term` is ignored.
 ///
-/// One node of the tape: from the gradient of the sum follow those of the factors, and of nothing
-/// else.
+/// A single autodiff node. Only the factors receive gradients.
 ///
 /// # Shapes
 /// - `weight`, `mask` and the result: `[d_input, d_output]`; `a`: `[d_input, r_max]`, `b`:
@@ -182,16 +183,16 @@ pub fn summed_weight(
     ))
 }
 
-/// A weight with its update on a grid (QA-SparsePEFT, arXiv 2410.03750): for `V` as
-/// [`summed_weight`] gives it, `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)` and the result
-/// `scale * (Q - zero)`, formed in one pass. Ties are rounded to even. A weight that is exactly 0
-/// stays so, and so does all of a group whose scale is not over 0. In bf16 where `W` is of bf16:
-/// rounded once more.
+/// A weight with its update, rounded to a grid (QA-SparsePEFT, arXiv 2410.03750). With `V` from
+/// [`summed_weight`] and `Q = clamp(round(V / scale) + zero, 0, 2^bits - 1)`, the result is
+/// `scale * (Q - zero)`, computed in one pass. Ties are rounded to even. A weight that is exactly 0
+/// stays 0, and all weights of a group are 0 if its scale is not positive. The result is rounded
+/// once more to bf16 if `W` is in bf16.
 ///
-/// One node of the tape. The factors' gradients are straight through, as the authors have them:
-/// those of [`summed_weight`], through the clamp too. Scales that are tracked get LSQ's gradient
-/// (arXiv 1902.08153) without its factor: `Q - zero - V / scale` by weight, `Q - zero` where the
-/// clamp acts. Weight and zero points are constants.
+/// A single autodiff node. The factors receive straight-through gradients as in the authors' code:
+/// those of [`summed_weight`], even where the clamp acts. Tracked scales receive LSQ's gradient
+/// (arXiv 1902.08153) without its scaling factor: for each weight `Q - zero - V / scale`, or
+/// `Q - zero` where the clamp acts. The weight and the zero points are constants.
 ///
 /// # Shapes
 /// - `weight`, `mask` and the result: `[d_input, d_output]`; `a`: `[d_input, r_max]`, `b`:
@@ -218,12 +219,12 @@ pub fn quantized_sum(
     ))
 }
 
-/// The product with [`summed_weight`], as one node of the tape: the factors' gradients follow from
-/// `x` and the gradient of the result, and on a CPU with AVX-512 that of the sum lies in memory
-/// only strip by strip.
+/// The product of `x` with [`summed_weight`], as a single autodiff node. The factors' gradients are
+/// computed from `x` and the gradient of the result. On a CPU with AVX-512, only strips of the
+/// sum's gradient are in memory at a time.
 ///
-/// If `rounded`, and where it is faster, the products that the factors' gradients are made of take
-/// bf16 numbers, with sums in `f32`; the result and the gradient of `x` are the same either way.
+/// If `rounded`, the products for the factors' gradients use bf16 operands with sums in `f32` where
+/// that is faster. The result and the gradient of `x` do not depend on `rounded`.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`, the others as for [`summed_weight`]; result: `[.., d_output]`
@@ -246,8 +247,8 @@ pub fn summed_linear<const D: usize>(
     ))
 }
 
-/// The product with [`quantized_sum`], likewise. With a weight of bf16 the product takes the sum
-/// rounded to bf16; the grid is the same.
+/// The product of `x` with [`quantized_sum`], as a single autodiff node. With a bf16 weight, the
+/// product uses the sum rounded to bf16; the grid is the same.
 ///
 /// # Shapes
 /// - `x`: `[.., d_input]`, the others as for [`quantized_sum`]; result: `[.., d_output]`
@@ -276,11 +277,11 @@ pub fn quantized_linear<const D: usize>(
     ))
 }
 
-/// A model's head with its loss: the cross-entropy of `hidden W` against the target classes, summed
-/// over rows, in nats.
+/// The head of a model with its loss: the cross-entropy of `hidden W` against the target classes,
+/// summed over rows, in nats.
 ///
-/// One node of the tape. Only some hundred rows of logits exist at a time, and gradients are formed
-/// with them, so that there is no second product in the backward pass.
+/// A single autodiff node. Only the logits of several hundred rows exist at a time, and the
+/// gradients are computed along with them, so the backward pass needs no second product.
 ///
 /// # Shapes
 /// - `hidden`: `[n, d_model]`, `weight`: `[d_model, n_classes]`, `targets`: `[n]`, each below
@@ -292,13 +293,14 @@ pub fn head_loss(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) 
     Tensor::from_dispatch(loss)
 }
 
-/// The head's loss of a student: `mix` times the cross-entropy of `hidden W` against the
-/// predictions of a teacher, `softmax(teacher W)`, and `1 - mix` times that against the target
-/// classes. Beside it the latter alone, off the tape. Both are summed over rows, in nats.
+/// The head of a student model with its distillation loss: `mix` times the cross-entropy of
+/// `hidden W` against the predictions of a teacher, `softmax(teacher W)`, plus `1 - mix` times the
+/// cross-entropy against the target classes. Also returns the latter alone, without gradients. Both
+/// are summed over rows, in nats.
 ///
-/// One node of the tape, in chunks of rows as [`head_loss`]; the gradient of the logits,
-/// `softmax(hidden W) - mix softmax(teacher W) - (1 - mix) onehot(targets)`, is formed with them.
-/// The weight and the teacher are constants: no gradient reaches them.
+/// A single autodiff node, computed in chunks of rows like [`head_loss`]. The gradient of the
+/// logits, `softmax(hidden W) - mix softmax(teacher W) - (1 - mix) onehot(targets)`, is computed
+/// along with them. The weight and the teacher are constants: they receive no gradient.
 ///
 /// # Shapes
 /// - `hidden` and `teacher`: `[n, d_model]`, `weight`: `[d_model, n_classes]`, `targets`: `[n]`,

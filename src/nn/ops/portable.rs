@@ -1,4 +1,4 @@
-//! The operations in terms of what every backend has.
+//! Portable definitions of the operations, in terms of operations that every backend has.
 
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -10,7 +10,7 @@ use super::extension::DecoderOps;
 use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
 use crate::nn::{AttentionMask, Dropout, StoredWeight};
 
-/// A backend's tensor, with operators, so that what follows reads like mathematics.
+/// A backend's tensor with operators, so that formulas read like mathematics.
 struct Val<B: Backend>(FloatTensor<B>);
 
 impl<B: Backend> Clone for Val<B> {
@@ -70,13 +70,13 @@ impl<B: Backend> Val<B> {
         Val(B::float_exp(self.0))
     }
 
-    /// `ln(sum(exp(self)))` over `dim`, which becomes 1.
+    /// `ln(sum(exp(self)))` over `dim`, whose size becomes 1.
     fn log_sum_exp(self, dim: usize) -> Self {
         self.exponentials(dim).2
     }
 
-    /// The terms of a softmax over `dim`, of which the largest is 1, their sum, and
-    /// `ln(sum(exp(self)))`. The quotient is exact where `self` is large;
+    /// The terms of a softmax over `dim`, scaled so that the largest is 1, their sum, and
+    /// `ln(sum(exp(self)))`. The quotient of the first two is exact for large `self`;
     /// `exp(self - ln(sum(exp(self))))` is not.
     fn exponentials(self, dim: usize) -> (Self, Self, Self) {
         let max = Val::<B>(B::float_max_dim(self.0.clone(), dim));
@@ -100,7 +100,7 @@ impl<B: Backend> Val<B> {
     }
 }
 
-/// `1 / sqrt(mean(x^2) + eps)`, the last dimension 1.
+/// `1 / sqrt(mean(x^2) + eps)`, with a last dimension of 1.
 fn inverse_rms<B: Backend>(x: Val<B>, eps: f64) -> Val<B> {
     Val(B::float_recip(B::float_sqrt(
         ((x.clone() * x).mean_last() + eps).0,
@@ -176,7 +176,7 @@ pub(super) fn swiglu_backward<B: Backend>(
     ((grad.clone() * up * slope).0, (grad * silu).0)
 }
 
-/// `x` as rows of its last dimension.
+/// `x` as a matrix whose rows are along the last dimension.
 fn rows<B: Backend>(x: Val<B>) -> Val<B> {
     let shape = x.0.shape();
     let width = shape[shape.num_dims() - 1];
@@ -184,7 +184,7 @@ fn rows<B: Backend>(x: Val<B>) -> Val<B> {
     x.reshape([rows, width])
 }
 
-/// Rows in the shape of `like`, the last dimension apart.
+/// Reshapes rows to the shape of `like`, except for the last dimension.
 fn shaped_as<B: Backend>(x: Val<B>, like: &Shape) -> FloatTensor<B> {
     let [_, width] = x.dims();
     let mut dims = like.as_slice().to_vec();
@@ -203,14 +203,14 @@ impl<B: Backend> Val<B> {
         }
     }
 
-    /// The first `n` of dimension `dim` of two.
+    /// The first `n` indices along dimension `dim` of two.
     fn first(self, dim: usize, n: usize) -> Self {
         let [a, b] = self.dims();
         let whole = if dim == 0 { [0..n, 0..b] } else { [0..a, 0..n] };
         Val(B::float_slice(self.0, &whole.map(Slice::from)))
     }
 
-    /// Zeros after what is there, up to `n` along dimension `dim` of two.
+    /// Pads with zeros at the end, up to `n` along dimension `dim` of two.
     fn padded(self, dim: usize, n: usize) -> Self {
         let mut dims: [usize; 2] = self.dims();
         if dims[dim] == n {
@@ -232,8 +232,9 @@ impl<B: Backend> Val<B> {
     }
 }
 
-/// A product with a weight that may be stored in another format. With bf16 it is one of bf16
-/// numbers, which is what it was chosen for; f16, whose range gradients leave, is widened.
+/// A product with a weight that may have another dtype than `x`. A bf16 weight is multiplied in
+/// bf16, the purpose of that dtype. An f16 weight is widened, because gradients exceed the range of
+/// f16.
 fn product<B: Backend>(x: Val<B>, weight: Val<B>) -> Val<B> {
     let dtype = x.0.dtype();
     if weight.0.dtype() == DType::BF16 {
@@ -272,7 +273,7 @@ pub(super) fn lora_linear<B: DecoderOps>(
     b: FloatTensor<B>,
     term: LoraTerm,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    // A backend may have a product of its own for a weight that is not unpacked.
+    // The backend may have its own kernel for a stored weight.
     let base = if weight.is_read_as_stored(&x) {
         rows(Val::<B>(B::mixed_linear(x.clone(), weight)))
     } else {
@@ -328,7 +329,7 @@ pub(super) fn lora_backward_factors<B: Backend>(
     (a.0, h.swap_dims(0, 1).matmul(grad).padded(0, max_rank).0)
 }
 
-/// A sum in its weight's format where that is bf16, else as it is.
+/// Casts a sum to bf16 if its weight is stored in bf16.
 fn stored_as<B: Backend>(sum: Val<B>, stored: DType) -> FloatTensor<B> {
     if stored == DType::BF16 {
         sum.cast(stored).0
@@ -377,25 +378,27 @@ pub(super) fn summed_weight_backward<B: Backend>(
     )
 }
 
-/// Zero where the mask is false.
+/// Sets elements to zero where the mask is false.
 fn masked<B: Backend>(x: Val<B>, mask: BoolTensor<B>) -> Val<B> {
     Val(B::float_mask_fill(x.0, B::bool_not(mask), 0.0.into()))
 }
 
-/// A stored weight as a dense one, `[d_input, d_output]`, beside `x`: made on the host.
+/// Unpacks a stored weight on the host to a dense tensor, `[d_input, d_output]`, on the device of
+/// `x`.
 pub(super) fn unpacked<B: Backend>(weight: &StoredWeight, x: &FloatTensor<B>) -> FloatTensor<B> {
     let [d_input, d_output] = weight.dims();
     let values = TensorData::new(weight.values(), [d_output, d_input]);
     B::float_swap_dims(B::float_from_data(values, &x.device()), 0, 1)
 }
 
-/// A weight on its grids, in steps of the scale from the zero point.
+/// A weight relative to its grids, in multiples of the scale from the zero point.
 struct Steps<B: Backend> {
-    /// Where the weight lies, between steps; 0 beyond the grid.
+    /// The exact value, between two steps; 0 outside the grid.
     inside: Val<B>,
-    /// The step that it is rounded to.
+    /// The step to which the weight is rounded.
     nearest: Val<B>,
-    /// The scales, 1 in place of those that are not over 0, where all else is 0.
+    /// The scales. Scales that are not positive are replaced by 1, and the other fields are 0
+    /// there.
     scales: Val<B>,
 }
 
@@ -466,7 +469,7 @@ pub(super) fn quantized_sum_backward_scales<B: Backend>(
     let [d_input, _] = Val::<B>(sum.clone()).dims();
     let steps = Steps::<B>::new(Val(sum), scales, zeros, &term);
     let share = Val::<B>(grad) * (steps.nearest - steps.inside);
-    // A product with the table of who is in which group: a sum in a fixed order on every backend.
+    // Multiplying with a membership matrix sums in a fixed order on every backend.
     let mut members = vec![0.0_f32; groups * d_input];
     (0..d_input).for_each(|row| members[term.groups.of(row) * d_input + row] = 1.0);
     let members = B::float_from_data(TensorData::new(members, [groups, d_input]), &device);
@@ -475,11 +478,11 @@ pub(super) fn quantized_sum_backward_scales<B: Backend>(
     sums.0
 }
 
-/// Rows whose logits exist at a time.
+/// Number of rows whose logits exist at a time.
 const HEAD_ROWS: usize = 1024;
 
-/// The summed loss, that of the targets alone, and the gradients that are wanted: of the hidden
-/// states and of the weight.
+/// Returns the summed loss, the loss against the targets alone, and the needed gradients of the
+/// hidden states and the weight.
 pub(super) fn head<B: Backend>(
     hidden: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -507,7 +510,7 @@ pub(super) fn head<B: Backend>(
         let picked = Val::<B>(B::float_gather(1, logits.0.clone(), targets.clone()));
         let (terms, sum, log_sum_exp) = logits.clone().exponentials(1);
         let nll = Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0)).reshape([1]);
-        // The teacher's probabilities, times its share.
+        // The teacher's probabilities, multiplied by its share of the loss.
         let taught = teacher.as_ref().map(|(teacher, mix)| {
             let logits = product(
                 Val::<B>(B::float_slice(teacher.clone(), &range)),
@@ -568,8 +571,8 @@ pub(super) fn head<B: Backend>(
     (loss, nll, grad_hidden, grad_weight.map(|grad| grad.0))
 }
 
-/// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`:
-/// the heads of a group share keys, so they are more rows of one product and no key is copied.
+/// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`.
+/// The heads of a group share keys, so they become more rows of one product, and no key is copied.
 fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) -> Val<B> {
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, seq_k, _] = k.dims();
@@ -582,7 +585,7 @@ fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) ->
     };
     let scores = scores.reshape([batch, n_heads, seq_q, seq_k]);
     let device = scores.0.device();
-    // A backend refuses truth values that are stored in another way than its own.
+    // A backend rejects booleans stored in another type than its own.
     let stored = get_device_settings::<B>(&device).bool_dtype;
     let hidden = TensorData::new(hidden, [mask_rows, 1, seq_q, seq_k]).convert_dtype(stored.into());
     let hidden = B::bool_from_data(hidden, &device);

@@ -1,4 +1,4 @@
-//! What the operations take and give besides tensors.
+//! Arguments and results of the operations that are not tensors.
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata};
@@ -6,25 +6,25 @@ use burn::tensor::Tensor;
 
 use crate::nn::{Dropout, InputGroups, StoredWeight};
 
-/// The low-rank part of a layer: which ranks act, how strongly, and what is dropped of its input.
+/// The low-rank part of a layer: active rank, scale and dropout.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoraTerm {
-    /// Ranks in use: the first columns of A and rows of B, at least 1.
+    /// Active rank: the number of first columns of A and rows of B in use, at least 1.
     pub rank: usize,
-    /// Factor of the update.
+    /// Scale of the update.
     pub scale: f64,
-    /// Of the adapter's input.
+    /// Dropout of the adapter's input.
     pub dropout: Dropout,
 }
 
 /// A low-rank update whose sum with its weight is rounded to a grid.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GridTerm {
-    /// The update; its dropout is not used.
+    /// The update. Its dropout is ignored.
     pub lora: LoraTerm,
-    /// Bits of a code: the codes are `0..2^bits`.
+    /// Bits per code: the codes are `0..2^bits`.
     pub bits: u8,
-    /// Which rows of the weight share a scale and a zero point.
+    /// Groups of weight rows that share a scale and a zero point.
     pub groups: InputGroups,
 }
 
@@ -35,27 +35,28 @@ impl GridTerm {
     }
 }
 
-/// Most rows of a product that reads a stored weight as it is stored; for more, it is unpacked
-/// once, and the product is dense.
+/// Maximum number of rows for which a product reads the stored format directly. For more rows, the
+/// weight is unpacked once, and the product is dense.
 pub(super) const FEW_ROWS: usize = 8;
 
-/// Rows of a product of so many numbers with a stored weight, where they are few.
+/// The number of rows of an input with `elements` elements, if a product with the stored weight
+/// reads it directly.
 pub(super) fn stored_rows(elements: usize, weight: &StoredWeight) -> Option<usize> {
     let [d_input, _] = weight.dims();
     let rows = elements.checked_div(d_input)?;
     (rows * d_input == elements && (1..=FEW_ROWS).contains(&rows)).then_some(rows)
 }
 
-/// A linear layer's weight: a tensor, or a constant that stays as it is stored.
+/// The weight of a linear layer: a tensor, or a constant in its stored format.
 #[derive(Clone, Debug, ExtensionType)]
 pub enum Weight<B: Backend> {
-    /// `[d_input, d_output]`, in any float format.
+    /// A weight `[d_input, d_output]` of any float dtype.
     Dense(FloatTensor<B>),
     Stored(StoredWeight),
 }
 
 impl<B: Backend> Weight<B> {
-    /// Whether it is stored and multiplied by a few rows of `x`, as which it is not unpacked.
+    /// Whether the weight is stored and a product with `x` has few enough rows to read it directly.
     pub(super) fn is_read_as_stored(&self, x: &FloatTensor<B>) -> bool {
         match self {
             Self::Dense(_) => false,
@@ -76,14 +77,13 @@ impl From<&StoredWeight> for Weight<Dispatch> {
     }
 }
 
-/// Another model that the head's loss compares with.
+/// Another model whose predictions the head's loss uses.
 #[derive(Clone, Debug, ExtensionType)]
 pub(crate) enum Teacher<B: Backend> {
     None,
-    /// Its hidden states, and its share of the loss.
+    /// The teacher's hidden states, and its share of the loss.
     States(FloatTensor<B>, f64),
 }
 
-/// What the head gives: the loss, that against the targets alone, and the gradients that are
-/// wanted.
+/// Results of the head: the loss, the loss against the targets alone, and the needed gradients.
 pub(super) type Head<T> = (T, T, Option<T>, Option<T>);

@@ -1,7 +1,9 @@
-//! AdamW over the parameters of a module that require gradients, with state kept by parameter path.
+//! AdamW for the parameters of a module that require gradients, with its state stored by parameter
+//! path.
 //!
-//! What a step did not use it leaves alone: of an adapter's factors, the ranks above the largest that was active in the step
-//! keep weights, moments and step count, neither decayed nor moved by momentum.
+//! Only the parts that a step used are updated. In an adapter's factors, the ranks above the
+//! largest active rank of the step keep their weights, moments and step counts: neither weight
+//! decay nor momentum changes them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +18,8 @@ use super::params::map_trained;
 use crate::error::Result;
 use crate::nn::host_values;
 
-/// A parameter as `[outer, n, inner]` with the counted axis in the middle, of which the first `active` are updated.
+/// View of a parameter as `[outer, n, inner]`, where the middle axis has its own step counts and
+/// only its first `active` indices are updated.
 #[derive(Clone, Copy)]
 struct Layout {
     outer: usize,
@@ -44,15 +47,15 @@ impl Layout {
     }
 }
 
-/// What a parameter's index contributes to its update: the factors that correct both moments for their start from zero, the
-/// first with the learning rate in it.
+/// Bias corrections of both moments for one index of the counted axis. The first includes the
+/// learning rate.
 #[derive(Clone, Copy)]
 struct Correction {
     first: f32,
     second: f32,
 }
 
-/// What all updates of a step share.
+/// Constants shared by all updates of a step.
 #[derive(Clone, Copy)]
 struct Update {
     beta_1: f32,
@@ -75,15 +78,15 @@ impl Update {
     }
 }
 
-/// How the path of a grid's scales ends.
+/// Suffix of the parameter path of a grid's scales.
 const SCALES: &str = "adapter.grid.scales";
-/// Their learning rate, in those of all else.
+/// Learning rate of a grid's scales, relative to all other parameters.
 const SCALES_LR: f64 = 0.1;
 
-/// Elements of a task of the update in host memory.
+/// Number of elements per parallel task of the update in host memory.
 const TASK: usize = 1 << 14;
 
-/// Equal parts of the same elements of a parameter, its moments and its gradient.
+/// The same range of elements of a parameter, its moments and its gradient.
 struct Piece<'a> {
     value: &'a mut [f32],
     m: &'a mut [f32],
@@ -92,7 +95,7 @@ struct Piece<'a> {
 }
 
 impl<'a> Piece<'a> {
-    /// Parts of `len` elements; the last may be shorter.
+    /// Splits the piece into parts of `len` elements; the last may be shorter.
     fn chunks(self, len: usize) -> impl IndexedParallelIterator<Item = Piece<'a>> {
         let moments = self.m.par_chunks_mut(len).zip(self.v.par_chunks_mut(len));
         let rest = moments.zip(self.grad.par_chunks(len));
@@ -111,7 +114,7 @@ impl<'a> Piece<'a> {
         }
     }
 
-    /// One pass over the active part, in place.
+    /// Updates the active part in place, in one pass.
     fn update(mut self, layout: Layout, update: Update, corrections: &[Correction]) {
         let Layout {
             outer,
@@ -120,7 +123,7 @@ impl<'a> Piece<'a> {
             active,
         } = layout;
         if inner == 1 {
-            // The counted indices lie side by side.
+            // The counted indices are adjacent in memory.
             self.chunks(n * (TASK / n).max(1)).for_each(|mut piece| {
                 for row in 0..piece.value.len() / n {
                     piece
@@ -155,25 +158,26 @@ impl<'a> Piece<'a> {
     }
 }
 
-/// A parameter's moments, flattened, and the number of steps that each index along its counted axis has had.
+/// The flattened moments of a parameter, and the number of steps taken by each index of its counted
+/// axis.
 struct Moments {
     m: Tensor<1>,
     v: Tensor<1>,
     times: Vec<usize>,
 }
 
-/// AdamW (arXiv 1711.05101) with state by parameter path, so that a checkpoint has names.
+/// AdamW (arXiv 1711.05101) with state by parameter path, so that checkpoints have named tensors.
 pub(crate) struct NamedAdamW {
     betas: (f64, f64),
     eps: f64,
     weight_decay: f64,
     state: BTreeMap<String, Moments>,
-    /// Whether tensors lie in this process's memory, where a tensor that nobody shares is updated in place.
+    /// Whether tensors are in this process's memory, where unshared tensors are updated in place.
     pub(super) in_place: bool,
 }
 
 impl NamedAdamW {
-    /// For parameters on `device`.
+    /// Creates an optimizer for parameters on `device`.
     pub fn new(betas: (f64, f64), eps: f64, weight_decay: f64, device: &Device) -> Self {
         Self {
             betas,
@@ -184,8 +188,8 @@ impl NamedAdamW {
         }
     }
 
-    /// The gradients' joint Euclidean norm; infinite where its square is over what an `f32` holds, as the second moment
-    /// would be.
+    /// Joint Euclidean norm of the gradients. Infinite if its square overflows an `f32`, as the
+    /// second moment would.
     pub fn norm(&self, grads: &mut Grads) -> f64 {
         if grads.is_empty() {
             return 0.0;
@@ -194,7 +198,8 @@ impl NamedAdamW {
             let mut sum = 0.0;
             for (path, grad) in std::mem::take(grads) {
                 let (grad, square) = on_host(grad, |values| {
-                    // Fixed parts, added in their order: the same sum whatever the number of threads.
+                    // Parts of fixed size, added in order, give the same sum for any number of
+                    // threads.
                     let parts: Vec<f64> = values.par_chunks(TASK).map(sum_of_squares).collect();
                     parts.iter().sum::<f64>()
                 });
@@ -216,8 +221,8 @@ impl NamedAdamW {
         }
     }
 
-    /// One step with gradients scaled by `clip`; parameters without a gradient stay as they are, and of those with one, what
-    /// lies outside its prefix. Weights that nobody else holds are updated in place.
+    /// Takes one step with gradients scaled by `clip`. Parameters without a gradient, and the
+    /// elements outside a parameter's prefix, are unchanged. Unshared weights are updated in place.
     pub fn step<M: Module>(
         &mut self,
         module: M,
@@ -244,8 +249,8 @@ impl NamedAdamW {
         clip: f64,
         lr: f64,
     ) -> Tensor<1> {
-        // A grid's scales: slower, as in NNCF's absorbable LoRA, and never
-        // decayed, since a scale should not shrink towards 0.
+        // A grid's scales learn more slowly, as in NNCF's absorbable LoRA, and have no weight
+        // decay, since a scale should not shrink towards 0.
         let (lr, weight_decay) = if path.ends_with(SCALES) {
             (lr * SCALES_LR, 0.0)
         } else {
@@ -295,7 +300,8 @@ impl NamedAdamW {
         value
     }
 
-    /// The moments, by `m.<path>`, `v.<path>`, and the number of steps each index of each parameter has had.
+    /// Returns the moments, named `m.<path>` and `v.<path>`, and the number of steps of each index
+    /// of each parameter.
     pub fn moments(&self) -> (BTreeMap<String, Tensor<1>>, BTreeMap<String, Vec<usize>>) {
         let mut tensors = BTreeMap::new();
         let mut times = BTreeMap::new();
@@ -307,7 +313,8 @@ impl NamedAdamW {
         (tensors, times)
     }
 
-    /// Takes up where [`moments`](Self::moments) left off; `read` gives a tensor's elements by its name.
+    /// Restores the state returned by [`moments`](Self::moments). `read` returns a tensor's
+    /// elements by name.
     pub fn restore(
         &mut self,
         times: &BTreeMap<String, Vec<usize>>,
@@ -352,7 +359,7 @@ fn sum_of_squares(values: &[f32]) -> f64 {
     sums.iter().sum::<f64>() + rest
 }
 
-/// The update of value and moments as tensor operations, for any backend.
+/// Updates value and moments with tensor operations, for any backend.
 fn on_device(
     tensors: [Tensor<1>; 3],
     grad: Tensor<1>,

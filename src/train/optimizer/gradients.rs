@@ -1,4 +1,4 @@
-//! The gradients of a step by parameter path, and which parts of the parameters the step used.
+//! The gradients of a step by parameter path, and the parts of the parameters that the step used.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::model::Decoder;
 /// Gradients by parameter path, flattened.
 pub(crate) type Grads = BTreeMap<String, Tensor<1>>;
 
-/// Adds a backward pass's gradients to `into`: those of the parameters that it reached.
+/// Adds the gradients of a backward pass to `into`, for the parameters that it reached.
 pub(crate) fn collect<M: Module>(module: &M, grads: &mut Gradients, into: &mut Grads) {
     for_each_param(module, |path, param| {
         if let Some(grad) = param.take_gradient(grads) {
@@ -22,7 +22,7 @@ pub(crate) fn collect<M: Module>(module: &M, grads: &mut Gradients, into: &mut G
     });
 }
 
-/// Adds a micro-batch's gradients to those of the step.
+/// Adds the gradients of a micro-batch to those of the step.
 pub(crate) fn accumulate(into: &mut Grads, from: Grads) {
     from.into_iter()
         .for_each(|(path, grad)| add(into, path, grad));
@@ -36,19 +36,19 @@ fn add(into: &mut Grads, path: String, grad: Tensor<1>) {
     into.insert(path, sum);
 }
 
-/// The part of a parameter that a step used: the first `active` of the indices along `axis`, of which each has its own step
-/// count.
+/// The part of a parameter that a step used: the first `active` indices along `axis`. Each index
+/// has its own step count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Prefix {
     pub axis: usize,
     pub active: usize,
 }
 
-/// Prefixes by parameter path; a parameter without one is used as a whole.
+/// Prefixes by parameter path. A parameter without a prefix is used as a whole.
 pub(crate) type Prefixes = BTreeMap<String, Prefix>;
 
-/// What the active subnet uses of the adapters' factors; nothing of those in parts of a block that it leaves out, which have
-/// no gradient either.
+/// The parts of the adapters' factors that the active subnet uses. Factors in disabled sub-blocks
+/// are left out; they have no gradient.
 pub(crate) fn active_prefixes(model: &Decoder) -> Prefixes {
     let mut prefixes = Prefixes::new();
     for_each_factor(model, |path, axis, adapter, runs| {
@@ -65,7 +65,7 @@ pub(crate) fn active_prefixes(model: &Decoder) -> Prefixes {
     prefixes
 }
 
-/// The number of indices that are counted, of the parameters of which they are.
+/// The number of separately counted indices, for each parameter that has them.
 pub(crate) fn rank_counts(model: &Decoder) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     for_each_factor(model, |path, _, adapter, _| {
@@ -74,13 +74,14 @@ pub(crate) fn rank_counts(model: &Decoder) -> BTreeMap<String, usize> {
     counts
 }
 
-/// Shows each adapter factor's parameter path and rank axis, and whether its layer runs.
+/// Calls `f` with each adapter factor's parameter path and rank axis, its adapter, and whether its
+/// layer runs.
 fn for_each_factor(model: &Decoder, mut f: impl FnMut(String, usize, &ElasticLora, bool)) {
     for (name, layer) in model.linears() {
         if let Some(adapter) = &layer.adapter {
             let runs = LinearKind::parse(&name)
                 .is_none_or(|(block, kind)| model.layers[block].runs(kind.sub_block()));
-            // The module's own path lacks the prefix that Hugging Face has.
+            // Parameter paths inside the module lack Hugging Face's prefix.
             let path = name.strip_prefix("model.").unwrap_or(&name);
             f(format!("{path}.adapter.lora_a"), 1, adapter, runs);
             f(format!("{path}.adapter.lora_b"), 0, adapter, runs);
@@ -88,7 +89,7 @@ fn for_each_factor(model: &Decoder, mut f: impl FnMut(String, usize, &ElasticLor
     }
 }
 
-/// Widens `into` to what `from` uses as well.
+/// Extends the prefixes in `into` to cover those in `from`.
 pub(crate) fn widen(into: &mut Prefixes, from: Prefixes) {
     for (path, prefix) in from {
         into.entry(path)
@@ -97,7 +98,8 @@ pub(crate) fn widen(into: &mut Prefixes, from: Prefixes) {
     }
 }
 
-/// The factor that brings gradients of joint norm `norm` down to `max_norm`; 1 where they are no larger.
+/// The factor that scales gradients of joint norm `norm` down to `max_norm`; 1 if the norm is no
+/// larger.
 pub(crate) fn clip_factor(norm: f64, max_norm: f64) -> f64 {
     if norm > max_norm {
         max_norm / (norm + 1e-6)

@@ -1,4 +1,4 @@
-//! Tensors whose elements lie in this process's memory.
+//! Access to tensors whose elements are in this process's memory.
 
 use burn::tensor::{Device, Tensor};
 
@@ -12,7 +12,8 @@ pub(super) fn lies_on_host(_: &Device) -> bool {
     false
 }
 
-/// Shows a tensor's elements to `f`, which may change them. On Flex nothing is copied where nobody else holds the tensor.
+/// Calls `f` with a tensor's elements, which it may change. On Flex, nothing is copied if the
+/// tensor is not shared.
 pub(super) fn on_host<R>(tensor: Tensor<1>, f: impl FnOnce(&mut [f32]) -> R) -> (Tensor<1>, R) {
     let device = tensor.device();
     let mut data = tensor.into_data();

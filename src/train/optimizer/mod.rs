@@ -1,4 +1,4 @@
-//! AdamW, and what it needs: parameters and gradients by path.
+//! AdamW, and access to parameters and gradients by path.
 
 mod adamw;
 mod gradients;
@@ -11,7 +11,7 @@ pub(crate) use adamw::NamedAdamW;
 pub(crate) use gradients::{
     Grads, Prefixes, accumulate, active_prefixes, clip_factor, collect, rank_counts, widen,
 };
-// Public for the tests, hidden from users.
+// Public for tests, hidden from users.
 #[doc(hidden)]
 pub use params::{Parameter, for_each_param};
 pub(crate) use params::{load_trainable, trainable};

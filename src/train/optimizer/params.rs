@@ -1,4 +1,5 @@
-//! Visits and maps the parameters of a module by their path, such as `layers.0.mlp.up_proj.adapter.lora_a`.
+//! Visits and maps the parameters of a module by their path, such as
+//! `layers.0.mlp.up_proj.adapter.lora_a`.
 
 use std::collections::BTreeMap;
 
@@ -7,15 +8,16 @@ use burn::tensor::{Gradients, Tensor, TensorData};
 
 use crate::error::{Error, Result};
 
-/// A parameter of any number of dimensions.
+/// A parameter with any number of dimensions.
 pub trait Parameter {
-    /// Whether it requires a gradient.
+    /// Whether the parameter requires a gradient.
     fn is_trained(&self) -> bool;
 
-    /// Its elements in one dimension, off the tape.
+    /// The elements in one dimension, without autodiff.
     fn flattened(&self) -> Tensor<1>;
 
-    /// The elements of its gradient, which leaves `gradients`; none where the backward pass did not reach it.
+    /// Removes the parameter's gradient from `gradients` and returns its elements; `None` if the
+    /// backward pass did not reach the parameter.
     fn take_gradient(&self, gradients: &mut Gradients) -> Option<Tensor<1>>;
 }
 
@@ -42,7 +44,7 @@ fn flatten<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
     tensor.reshape([n])
 }
 
-/// Shows every parameter of floats with its path.
+/// Calls `f` with each float parameter and its path.
 pub fn for_each_param<M: Module>(module: &M, f: impl FnMut(&str, &dyn Parameter)) {
     struct Visit<F> {
         path: Vec<String>,
@@ -65,8 +67,9 @@ pub fn for_each_param<M: Module>(module: &M, f: impl FnMut(&str, &dyn Parameter)
     });
 }
 
-/// Replaces the elements of every trained parameter by what `f` makes of its path, its elements off the tape, and its shape. A
-/// tensor that nobody else holds is the only handle on its memory when `f` gets it.
+/// Replaces the elements of every trained parameter by the result of `f`, which receives the path,
+/// the elements without autodiff, and the shape. If the tensor is not shared elsewhere, `f`
+/// receives the only handle to its memory.
 pub(super) fn map_trained<M: Module>(
     module: M,
     f: impl FnMut(&str, Tensor<1>, &[usize]) -> Tensor<1>,
@@ -111,7 +114,7 @@ pub(crate) fn trainable<M: Module>(module: &M) -> BTreeMap<String, Tensor<1>> {
     values
 }
 
-/// Replaces the values of trained parameters by path.
+/// Replaces the values of trained parameters, by path.
 pub(crate) fn load_trainable<M: Module>(
     module: M,
     mut values: BTreeMap<String, Vec<f32>>,

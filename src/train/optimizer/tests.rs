@@ -44,7 +44,7 @@ fn values(factors: &Factors) -> [Vec<f32>; 3] {
     ]
 }
 
-/// Gradients that are zero outside the active ranks, and what is active of each parameter.
+/// Gradients that are zero outside the active ranks, and the active prefix of each parameter.
 fn gradients(rank: usize, rng: &mut ChaCha8Rng) -> (Grads, Prefixes) {
     let tensor = |v: Vec<f32>| Tensor::<1>::from_data(v.as_slice(), &Device::flex());
     let mut a = random(35, rng);
@@ -157,7 +157,7 @@ fn weights_that_nobody_else_holds_stay_where_they_are() {
     let held = module.b.val().inner().reshape([55]);
     drop(module);
     let before = at(held.clone());
-    // Held twice, it is copied; held once, not.
+    // A shared tensor is copied; an unshared one is not.
     assert_ne!(before, at(held.clone()));
     let (held, first) = on_host(held, |values| values.as_ptr() as usize);
     assert_eq!(first, at(held));

@@ -1,5 +1,5 @@
-//! The same under Burn's fusion, which defers operations: one that it does not know is queued among
-//! its own and run, when its turn comes, by the backend inside. All other operations stay
+//! The operations under Burn's fusion, which defers operations. An operation unknown to fusion is
+//! queued among the others and run in its turn by the inner backend. All other operations stay
 //! elementary, so that they can be fused.
 
 use burn::backend::tensor::FloatTensor;
@@ -14,7 +14,7 @@ use crate::nn::ops::extension::DecoderOps;
 use crate::nn::ops::portable;
 use crate::nn::ops::terms::Weight;
 
-/// Queues an operation of one input and a result of this shape and type.
+/// Queues an operation with one input, and a result of the given shape and dtype.
 fn queued<B: FusionBackend>(
     name: &str,
     x: FusionTensor<B::FusionRuntime>,

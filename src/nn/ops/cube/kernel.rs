@@ -1,27 +1,27 @@
-//! The kernel.
+//! The kernel for products with a stored weight.
 //!
-//! A cube has a row of the weight. Its units take words of a dense row in turn, each several at a
-//! time, so that loads are under way together and lie side by side. A block of a sparse row is a
-//! team's of 32 units: each has one column of each word of the mask, and finds its element by
-//! counting the bits before.
+//! Each cube computes one row of the weight. In a dense row, its units (threads) process the words
+//! in turn. A unit loads several words at a time, so that several loads are in flight and adjacent
+//! units load adjacent words. In a sparse row, a team of 32 units processes a block: each unit has
+//! one column of each mask word, and locates its element by counting the bits below.
 
 use cubecl::prelude::*;
 
 use super::layout::{BLOCK_WORDS, Elements, Form};
 
-/// Units of a cube; a power of two.
+/// Units in a cube; a power of two.
 pub(super) const UNITS: usize = 128;
-/// Units of a team: the bits of a word of a mask.
+/// Units in a team: one for each bit of a mask word.
 const TEAM: usize = 32;
 /// Words of a dense row that a unit loads at a time.
 const STEPS: usize = 4;
 
-/// An IEEE 754 half as `f32`.
+/// Converts an IEEE 754 half to `f32`.
 #[cube]
 fn half_value(half: u32) -> f32 {
     let exponent = (half >> 10) & 31;
     let mantissa = half & 1023;
-    // Below the normal range, in units of 2^-24.
+    // Subnormal value, in multiples of 2^-24.
     let small = f32::cast_from(mantissa) * 5.960_464_5e-8;
     let widened = select(exponent == 31, 255, exponent + 112);
     let normal = f32::reinterpret((widened << 23) | (mantissa << 13));
@@ -29,7 +29,7 @@ fn half_value(half: u32) -> f32 {
     select(half >= 0x8000, -size, size)
 }
 
-/// A stored number as `f32`.
+/// Converts a stored float to `f32`.
 #[cube]
 fn number(stored: u32, #[comptime] elements: Elements) -> f32 {
     if comptime!(elements == Elements::F32) {
@@ -41,7 +41,7 @@ fn number(stored: u32, #[comptime] elements: Elements) -> f32 {
     }
 }
 
-/// The scale of a group, counted over all rows.
+/// The scale of a group; groups are counted over all rows.
 #[cube]
 fn scale_of(grid: &[u32], group: usize, #[comptime] form: Form) -> f32 {
     if comptime!(form.wide) {
@@ -51,7 +51,7 @@ fn scale_of(grid: &[u32], group: usize, #[comptime] form: Form) -> f32 {
     }
 }
 
-/// Its zero point.
+/// The zero point of a group; groups are counted over all rows.
 #[cube]
 fn zero_of(grid: &[u32], group: usize, #[comptime] form: Form) -> f32 {
     if comptime!(form.wide) {
@@ -61,7 +61,7 @@ fn zero_of(grid: &[u32], group: usize, #[comptime] form: Form) -> f32 {
     }
 }
 
-/// The group of a column among those of its row.
+/// The group of a column within its row.
 #[cube]
 fn group_of(groups: &[u32], column: usize, #[comptime] form: Form) -> usize {
     if comptime!(form.group_size.is_none()) {
@@ -71,7 +71,7 @@ fn group_of(groups: &[u32], column: usize, #[comptime] form: Form) -> usize {
     }
 }
 
-/// A weight from what is stored of it.
+/// Decodes a stored element to a weight.
 #[cube]
 fn weight_of(
     stored: u32,
@@ -89,7 +89,7 @@ fn weight_of(
     }
 }
 
-/// Element `index` of those that lie one after the other.
+/// Element `index` of a packed array.
 #[cube]
 fn element(words: &[u32], index: u32, #[comptime] elements: Elements) -> u32 {
     let per_word = comptime!(elements.per_word() as u32);
@@ -97,7 +97,7 @@ fn element(words: &[u32], index: u32, #[comptime] elements: Elements) -> u32 {
     (word >> (index % per_word * comptime!(elements.bits() as u32))) & comptime!(elements.mask())
 }
 
-/// Adds a weight's products to the sums.
+/// Adds the products of one weight with every input to the sums.
 #[cube]
 fn add(
     sums: &mut Array<f32>,
@@ -113,7 +113,8 @@ fn add(
     }
 }
 
-/// `y = x W^T` for so many rows of `x`; for none of them, `y` is the dense `W`, row-major.
+/// Computes `y = x W^T` for `inputs` rows of `x`. If `inputs` is 0, writes the dense `W` to `y`,
+/// row-major.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)] // the weight's arrays and sizes
 pub(super) fn stored_product(
@@ -154,7 +155,8 @@ pub(super) fn stored_product(
             let mut next = starts[at_block];
             let mut bits = Array::<u32>::new(BLOCK_WORDS);
             let mut held = Array::<u32>::new(BLOCK_WORDS);
-            // A unit without an element loads another's, so that no load waits for a branch.
+            // A unit whose bit is 0 loads a neighbouring element instead, so that no load depends
+            // on a branch.
             #[unroll]
             for word in 0..BLOCK_WORDS {
                 let found = mask[at_block * BLOCK_WORDS + word];
@@ -209,7 +211,8 @@ pub(super) fn stored_product(
                 for index in 0..per_word {
                     let column = first + index;
                     let stored = rest & comptime!(form.elements.mask());
-                    // All of it, where the word is one element: a shift by 32 is none.
+                    // Shifts by 0 if one element fills the word: a shift by 32 would be undefined,
+                    // and nothing is left to shift.
                     rest >>= comptime!(form.elements.bits() as u32 % 32);
                     if column < cols {
                         let weight = if comptime!(form.one_group()) {

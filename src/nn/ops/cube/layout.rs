@@ -1,18 +1,18 @@
-//! A stored weight in words of 32 bits, as every GPU reads them.
+//! A stored weight as arrays of 32-bit words, which every GPU can read.
 
 use half::f16;
 use rayon::prelude::*;
 
 use crate::format::{Body, Grid, Number, Sparse16, SparseInt4, StoredMatrix, bits};
 
-/// Columns that share a start in a sparse weight: words of its mask, and their bits.
+/// Mask words of a sparse weight that share a start index, and their number of columns.
 pub(super) const BLOCK_WORDS: usize = 8;
 const BLOCK: usize = 32 * BLOCK_WORDS;
 
-/// What the elements of a weight are.
+/// The type of a weight's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Elements {
-    /// Codes of so many bits.
+    /// Codes with this number of bits.
     Codes(usize),
     F16,
     Bf16,
@@ -28,12 +28,12 @@ impl Elements {
         }
     }
 
-    /// Elements of a word; none lies in two.
+    /// Elements in a word. No element spans two words.
     pub fn per_word(self) -> usize {
         32 / self.bits()
     }
 
-    /// The bits of an element at the low end of a word.
+    /// Mask of one element at the low end of a word.
     pub fn mask(self) -> u32 {
         u32::MAX >> (32 - self.bits())
     }
@@ -53,12 +53,12 @@ impl From<Number> for Elements {
     }
 }
 
-/// What a kernel is compiled for.
+/// The compile-time parameters of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Form {
     pub elements: Elements,
     pub sparse: bool,
-    /// Columns of a group; none where each column's group is given.
+    /// Columns in a group; `None` if the group of each column is stored.
     pub group_size: Option<usize>,
     /// Whether scales have 32 bits instead of 16.
     pub wide: bool,
@@ -87,7 +87,7 @@ impl Form {
         }
     }
 
-    /// Whether all codes of a word are of one group.
+    /// Whether all codes of a word are in the same group.
     pub fn one_group(self) -> bool {
         let per_word = self.elements.per_word();
         self.elements.is_code()
@@ -97,27 +97,27 @@ impl Form {
     }
 }
 
-/// A weight's arrays. None is empty, since not every GPU has empty buffers.
+/// The arrays of a weight. None is empty, since not every GPU supports empty buffers.
 pub(super) struct Layout {
     pub form: Form,
-    /// The elements, [`Elements::per_word`] to a word from its low end. Of a dense weight, each row
-    /// begins at a word; of a sparse one, the elements that are stored, in order of rows and
-    /// columns, where rows of codes begin at a word and rows of numbers at the next element. A word
-    /// more than that.
+    /// The elements, [`Elements::per_word`] in each word, starting at the low end. In a dense
+    /// weight, each row starts at a new word. In a sparse weight, only the stored elements are
+    /// present, ordered by row and column; a row of codes starts at a new word, a row of floats at
+    /// the next element. One more word follows at the end.
     pub words: Vec<u32>,
-    /// Where a weight is sparse: a bit for each, rows of whole blocks.
+    /// The mask of a sparse weight: one bit per element, with rows padded to whole blocks.
     pub mask: Vec<u32>,
     /// The index of the first element of each block of the mask.
     pub starts: Vec<u32>,
-    /// By row and group: the scale as `f16` and above it the zero point, or two words, where scales
-    /// are wide.
+    /// For each row and group, the scale as `f16` in the low half of a word and the zero point in
+    /// the high half; two words if scales are wide.
     pub grid: Vec<u32>,
     pub n_groups: usize,
-    /// The group of each column, where it is not `column / group_size`.
+    /// The group of each column, if it is not `column / group_size`.
     pub groups: Vec<u32>,
 }
 
-/// Bytes as little-endian words; what is missing of the last is 0.
+/// Bytes as little-endian words; the last word is padded with zeros.
 fn words(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
     let (whole, rest) = bytes.as_chunks::<4>();
     let last = (!rest.is_empty()).then(|| {
@@ -128,7 +128,7 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
     whole.iter().copied().chain(last).map(u32::from_le_bytes)
 }
 
-/// The rows of a part as `row_words` words each.
+/// The rows of an array, each padded to `row_words` words.
 fn rows(bytes: &[u8], n_rows: usize, row_words: usize) -> Vec<u32> {
     let mut out = Vec::with_capacity(n_rows * row_words + 1);
     let row_bytes = bytes.len() / n_rows.max(1);
@@ -143,7 +143,7 @@ fn rows(bytes: &[u8], n_rows: usize, row_words: usize) -> Vec<u32> {
     out
 }
 
-/// Codes, [`Elements::per_word`] to a word.
+/// Packs codes into words, [`Elements::per_word`] each.
 fn packed(codes: &[u8], elements: Elements) -> impl Iterator<Item = u32> + '_ {
     let word = move |codes: &[u8]| {
         codes
@@ -155,8 +155,8 @@ fn packed(codes: &[u8], elements: Elements) -> impl Iterator<Item = u32> + '_ {
 }
 
 impl Layout {
-    /// None for a weight that is empty, has parts that contradict each other, or more elements than
-    /// 32 bits count.
+    /// Returns `None` if the weight is empty, if its parts contradict each other, or if it has more
+    /// elements than 32 bits can count.
     pub fn new(weight: &StoredMatrix) -> Option<Self> {
         let (n_rows, cols) = (weight.rows(), weight.cols());
         let size = n_rows.checked_mul(cols.next_multiple_of(BLOCK))?;

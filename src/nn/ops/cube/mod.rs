@@ -1,10 +1,10 @@
-//! Products with a stored weight on GPUs: a device holds it compressed, and it is widened in
-//! registers.
+//! Products with a stored weight on GPUs. The device holds the weight in its compressed format, and
+//! the kernel decodes it in registers.
 //!
-//! That serves decoding, which has few rows and is bound by reading the weight. For more rows, and
-//! in a backward pass, the same kernel writes the dense weight, in the device's own memory, for one
-//! product. Everything is read as words of 32 bits and widened by integer arithmetic, since not
-//! every device has 16-bit numbers or bytes.
+//! This serves decoding, which has few rows and is bound by reading the weight. For products with
+//! more rows, and in a backward pass, the same kernel writes the dense weight to device memory for
+//! one product. The kernel reads everything as 32-bit words and decodes it with integer arithmetic,
+//! since not every device supports bytes or 16-bit numbers.
 
 use std::sync::Arc;
 
@@ -28,10 +28,10 @@ mod fusion;
 mod kernel;
 mod layout;
 
-/// Most cubes of a launch along its first axis; WebGPU has 65535.
+/// Maximum number of cubes along the first axis of a launch; WebGPU allows 65535.
 const MOST_CUBES: usize = 32_768;
 
-/// A buffer and the number of its elements.
+/// A buffer and its number of elements.
 struct Words(Handle, usize);
 
 impl Words {
@@ -41,12 +41,12 @@ impl Words {
     }
 
     fn arg(&self) -> BufferArg {
-        // SAFETY: the buffer was made of so many elements.
+        // SAFETY: `new` created the buffer with exactly `self.1` elements.
         unsafe { BufferArg::from_raw_parts(self.0.clone(), self.1) }
     }
 }
 
-/// A weight in a device's memory.
+/// A weight in device memory.
 struct OnDevice {
     form: Form,
     n_groups: u32,
@@ -71,13 +71,13 @@ impl OnDevice {
     }
 }
 
-/// What a [`StoredWeight`] keeps for a device; no weight where it has none of this form.
+/// A device's copy of a [`StoredWeight`]; without a weight if [`Layout::new`] cannot represent it.
 struct Copy {
     device: CubeDevice,
     weight: Option<OnDevice>,
 }
 
-/// The weight's copy beside `x`, made when first asked for.
+/// The weight's copy on the device of `x`, created at the first request.
 fn copy_beside(x: &CubeTensor, weight: &StoredWeight) -> Arc<Copy> {
     weight.copy(
         |copy: &Copy| copy.device == x.device,
@@ -88,8 +88,8 @@ fn copy_beside(x: &CubeTensor, weight: &StoredWeight) -> Arc<Copy> {
     )
 }
 
-/// `[inputs, d_output]` for a contiguous `x` `[inputs, d_input]` in `f32`; for no `inputs`, the
-/// dense weight, `[d_output, d_input]`, and `x` is not read.
+/// Computes `[inputs, d_output]` for a contiguous `x`, `[inputs, d_input]`, in `f32`. If `inputs`
+/// is 0, returns the dense weight, `[d_output, d_input]`, and does not read `x`.
 fn launch(x: CubeTensor, weight: &StoredWeight, inputs: usize) -> Option<CubeTensor> {
     let client = x.client.clone();
     if client.properties().hardware.max_units_per_cube < UNITS as u32 {
@@ -110,8 +110,9 @@ fn launch(x: CubeTensor, weight: &StoredWeight, inputs: usize) -> Option<CubeTen
         DType::F32,
     );
     let cubes = [rows.min(MOST_CUBES), rows.div_ceil(MOST_CUBES)].map(|count| count as u32);
-    // SAFETY: `Layout` makes arrays of which no index that follows from them and these sizes is
-    // outside; `x` and `y` have the sizes said here.
+    // SAFETY: `Layout::new` checked the weight's arrays, so that every index that the kernel
+    // derives from them and from these sizes is in bounds. `x` has `inputs * cols` elements, and
+    // `y` was allocated with `shape` above.
     unsafe {
         stored_product::launch_unchecked(
             &client,
@@ -134,8 +135,8 @@ fn launch(x: CubeTensor, weight: &StoredWeight, inputs: usize) -> Option<CubeTen
     Some(y)
 }
 
-/// `x W` for a few rows of `x`; none, with nothing done, where there are more, or the weight has no
-/// such form.
+/// Computes `x W` for a few rows of `x`. Returns `None`, with nothing computed, if there are more
+/// rows or if [`Layout::new`] cannot represent the weight.
 fn few(x: &CubeTensor, weight: &StoredWeight) -> Option<CubeTensor> {
     let mut shape = x.meta.shape().to_vec();
     let inputs = stored_rows(shape.iter().product(), weight)?;

@@ -1,6 +1,6 @@
-//! Causal attention on Flex: blocks of queries against the keys that they see, probabilities
-//! recomputed in the backward pass (the idea of FlashAttention, Dao et al., arXiv 2205.14135, with
-//! whole rows of scores, which fit a CPU's cache).
+//! Causal attention on Flex. Blocks of queries are multiplied with the keys that they see, and the
+//! backward pass recomputes the probabilities (the idea of FlashAttention, Dao et al., arXiv
+//! 2205.14135, but with whole rows of scores, which fit into a CPU's cache).
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
@@ -13,15 +13,15 @@ use crate::kernels::gemm::{Matrix, Output, product};
 use crate::kernels::rows;
 use crate::nn::AttentionMask;
 
-/// Scores that one block holds at a time, so that they stay in the second-level cache.
+/// Maximum number of scores in one block, so that they stay in the second-level cache.
 const BLOCK_SCORES: usize = 32 * 1024;
-/// Most queries of a block: smaller blocks skip more of the keys that come after a query, larger
-/// ones are better products.
+/// Maximum number of queries in a block. Smaller blocks skip more of the keys that come after a
+/// query; larger ones make the products more efficient.
 const BLOCK_QUERIES: usize = 64;
-/// Multiplications below which other threads are not worth waking.
+/// Number of multiplications below which a single thread is faster.
 const SERIAL: usize = 64 * 1024;
 
-/// The sizes of an attention.
+/// The sizes of an attention operation.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
     batch: usize,
@@ -33,7 +33,7 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    /// None where the tensors do not form an attention that the kernels cover.
+    /// Returns `None` if the tensors do not form an attention that the kernels support.
     pub(super) fn of(q: &FlexTensor, k: &FlexTensor, v: &FlexTensor) -> Option<Self> {
         let dims =
             |tensor: &FlexTensor| <[usize; 4]>::try_from(tensor.layout().shape().as_slice()).ok();
@@ -52,7 +52,7 @@ impl Sizes {
         (fits && !empty && n_heads % n_kv_heads == 0).then_some(sizes)
     }
 
-    /// Whether the gradient of the context and the saved sums have their shapes.
+    /// Whether the saved sums and the gradient of the context have the right shapes.
     pub(super) fn fit(&self, log_sum_exp: &FlexTensor, grad: &FlexTensor) -> bool {
         log_sum_exp.layout().shape().as_slice() == [self.batch, self.n_heads, self.seq_q]
             && grad.layout().shape().as_slice() == [self.batch, self.seq_q, self.width()]
@@ -75,8 +75,8 @@ impl Sizes {
     }
 }
 
-/// The matrix `[seq, head_dim]` of a head of a tensor `[batch, n_heads, seq, head_dim]` with any
-/// strides, from row `start` on.
+/// The matrix `[seq, head_dim]` of one head in a tensor `[batch, n_heads, seq, head_dim]` with any
+/// strides, starting at row `start`.
 fn matrix_of_head(tensor: &FlexTensor, batch: usize, head: usize, start: usize) -> Matrix {
     let (values, layout) = (tensor.storage::<f32>(), tensor.layout());
     let strides = layout.strides();
@@ -92,7 +92,7 @@ fn matrix_of_head(tensor: &FlexTensor, batch: usize, head: usize, start: usize) 
     }
 }
 
-/// A block of queries of one head: its rows of scores, over the keys that any of them sees.
+/// A block of queries of one head. Its rows of scores cover the keys that any of its queries sees.
 struct Block<'a> {
     sizes: Sizes,
     mask: &'a AttentionMask,
@@ -117,8 +117,8 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Calls `row` with each query's number in the block, its row of `scores`, and the range of it
-    /// that the query sees.
+    /// Calls `row` with each query's index in the block, its row of `scores`, and the range of that
+    /// row that the query sees.
     fn each_row(
         &self,
         scores: &mut [f32],
@@ -195,7 +195,8 @@ pub(super) fn forward(
         let sum_at = |query: usize| log_sum_exp.at((row * n_heads + head) * seq_q + query);
         if block.keys.is_empty() {
             for query in first..first + block.len {
-                // SAFETY: this task's rows, within the capacity.
+                // SAFETY: `row`, `head` and `query` are below the sizes that `context` and `sums`
+                // were allocated for, and no other task writes the rows of these queries.
                 unsafe {
                     out_at(query).at(0).write_bytes(0, head_dim);
                     sum_at(query).write(0.0);
@@ -207,8 +208,8 @@ pub(super) fn forward(
         let (for_scores, for_queries, _) = block.products();
         let queries = matrix_of_head(q, row, head, first);
         let keys = matrix_of_head(k, row, kv_head, block.keys.start).transposed();
-        // SAFETY: the layouts of `q`, `k` and `v` stay within their storage; `scores` has the
-        // product's size.
+        // SAFETY: `Sizes::of` checked the shapes of `q`, `k` and `v`, so that the matrices stay
+        // inside their storage, and `scores` was resized to `block.len * block.keys.len()`.
         unsafe {
             product(
                 for_scores,
@@ -225,12 +226,14 @@ pub(super) fn forward(
             } else {
                 rows::softmax(level, &mut scores[visible])
             };
-            // SAFETY: this task's row, within the capacity.
+            // SAFETY: the index is below the number of queries that `sums` was allocated for, and
+            // no other task writes it.
             unsafe { sum_at(first + query).write(sum) };
         });
         let weights = Matrix::rows(scores, block.keys.len());
         let values = matrix_of_head(v, row, kv_head, block.keys.start);
-        // SAFETY: as above; the rows of the context are this task's.
+        // SAFETY: `values` stays inside its storage as above. `context` has room for `block.len`
+        // rows at `first`, and no other task writes them.
         unsafe {
             product(
                 for_queries,
@@ -259,11 +262,11 @@ pub(super) fn forward(
     )
 }
 
-/// What a task of the backward pass writes: gradients of queries, keys and values.
+/// The slices that a task of the backward pass writes: gradients of queries, keys and values.
 type Gradients<'a> = ((&'a mut [f32], &'a mut [f32]), &'a mut [f32]);
 
-/// Gradients of `q`, `k` and `v`; `log_sum_exp` and `grad` are contiguous. A task is a batch row's
-/// key/value head, whose gradient gathers from every query of its group.
+/// Gradients of `q`, `k` and `v`. `log_sum_exp` and `grad` must be contiguous. Each task handles a
+/// key/value head of one batch row, whose gradient sums over every query of its group.
 pub(super) fn backward(
     sizes: Sizes,
     [q, k, v]: [&FlexTensor; 3],
@@ -309,8 +312,9 @@ pub(super) fn backward(
                 let grad_q = &mut grad_q[first * head_dim..(first + block.len) * head_dim];
                 let of_keys = block.keys.start * head_dim..block.keys.end * head_dim;
                 let (grad_k, grad_v) = (&mut grad_k[of_keys.clone()], &mut grad_v[of_keys]);
-                // SAFETY: the layouts of `q`, `k` and `v` stay within their storage, and `grad` is
-                // contiguous; the destinations have the products' sizes. So below.
+                // SAFETY: `Sizes::of` checked the shapes of `q`, `k` and `v`, and `fit` that of
+                // `grad`, so that the matrices stay inside their storage. `weights` and `slopes`
+                // were resized to `block.len * n_keys`.
                 unsafe {
                     product(
                         for_scores,
@@ -337,7 +341,8 @@ pub(super) fn backward(
                 });
                 let (weights, slopes) =
                     (Matrix::rows(weights, n_keys), Matrix::rows(slopes, n_keys));
-                // SAFETY: as above.
+                // SAFETY: the operands are as above. `grad_q`, `grad_k` and `grad_v` were sliced to
+                // the sizes of these products and belong to this task.
                 unsafe {
                     product(
                         for_keys,

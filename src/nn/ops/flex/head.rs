@@ -1,4 +1,4 @@
-//! A model's head with its loss on Flex.
+//! The head of a model and its loss on Flex.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -12,13 +12,13 @@ use crate::kernels::gemm::{Matrix, Output, product};
 use crate::kernels::rows;
 use crate::nn::ops::terms::{Head, Teacher};
 
-/// Most rows whose logits exist at a time. The more there are, the less it weighs that the head's
-/// weight is read and packed anew for each such chunk.
+/// Maximum number of rows whose logits exist at a time. Each such chunk reads and packs the weight
+/// of the head again, so larger chunks reduce this cost.
 const HEAD_ROWS: usize = 512;
-/// Most logits at a time, 64 MiB of them, over which chunks get fewer rows.
+/// Maximum number of logits at a time, 64 MiB. Chunks have fewer rows if they would exceed it.
 const HEAD_LOGITS: usize = 16 << 20;
 
-/// Numbers of classes as Flex holds them.
+/// Target classes in the integer types of Flex.
 enum Targets<'a> {
     I64(&'a [i64]),
     I32(&'a [i32]),
@@ -39,7 +39,7 @@ impl<'a> Targets<'a> {
         }
     }
 
-    /// Out of range for every row if negative.
+    /// The class of a row. A negative class becomes `usize::MAX`, which is out of range.
     fn get(&self, row: usize) -> usize {
         let class = match self {
             Self::I64(values) => values[row],
@@ -49,9 +49,9 @@ impl<'a> Targets<'a> {
     }
 }
 
-/// The cross-entropy of `hidden W` summed over rows, or with a teacher the mixture; that against
-/// the targets alone; and the gradients that are wanted. The logits of [`HEAD_ROWS`] rows exist at
-/// a time, a teacher's beside them, and their gradient takes their place.
+/// Returns the cross-entropy of `hidden W` summed over rows, or with a teacher the mixed loss; the
+/// cross-entropy against the targets alone; and the needed gradients. The logits of [`HEAD_ROWS`]
+/// rows exist at a time, along with the teacher's, and are overwritten by their gradient.
 pub(super) fn head(
     hidden: &FlexTensor,
     weight: &FlexTensor,
@@ -84,18 +84,20 @@ pub(super) fn head(
         let rows = chunk_rows.min(n - first);
         let logits = &mut logits[..rows * n_classes];
         let chunk = Matrix::rows(&values[first * d_model..], d_model);
-        // SAFETY: the operands are alive, and the outputs are this one's; so below.
+        // SAFETY: `operands` and the check of `hidden` above matched the shapes; `chunk` has `rows`
+        // rows, and `logits` was sliced to `rows * n_classes`.
         unsafe { of.multiply(rows, chunk, Output::over(logits, n_classes)) };
         let want_gradient = want_hidden || want_weight;
         let lines = logits
             .par_chunks_exact_mut(n_classes)
             .with_min_len(task_rows(n_classes))
             .enumerate();
-        // By row: the loss, and that against the target.
+        // For each row: the loss, and the loss against the target.
         let losses: Vec<[f32; 2]> = if let Some((hidden, mix)) = &teacher {
             let taught = &mut taught[..rows * n_classes];
             let chunk = Matrix::rows(&floats(hidden)[first * d_model..], d_model);
-            // SAFETY: as above.
+            // SAFETY: the teacher has the shape of `hidden`, checked above; `taught` was sliced to
+            // `rows * n_classes`.
             unsafe { of.multiply(rows, chunk, Output::over(taught, n_classes)) };
             let (soft, hard) = (*mix as f32, (1.0 - mix) as f32);
             let row = |((row, logits), taught): ((usize, &mut [f32]), &mut [f32])| {
@@ -129,7 +131,8 @@ pub(super) fn head(
         let slopes = Matrix::rows(logits, n_classes);
         if want_hidden {
             let out = &mut grad_hidden[first * d_model..];
-            // SAFETY: as above.
+            // SAFETY: `slopes` covers `logits`, and `out` starts at row `first` of `n * d_model`
+            // elements, so it has room for `rows` rows.
             unsafe {
                 of.transposed()
                     .multiply(rows, slopes, Output::over(out, d_model))
@@ -137,7 +140,8 @@ pub(super) fn head(
         }
         if want_weight {
             let (size, out) = ([d_model, n_classes, rows], &mut grad_weight);
-            // SAFETY: as above.
+            // SAFETY: `chunk` and `slopes` have `rows` rows each, and `grad_weight` has
+            // `d_model * n_classes` elements.
             unsafe {
                 product(
                     size,

@@ -1,4 +1,5 @@
-//! Linear layers on Flex, with and without an adapter: matrix products around one output buffer.
+//! Linear layers on Flex, with and without an adapter: matrix products that share one output
+//! buffer.
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
@@ -13,8 +14,8 @@ use crate::kernels::gemm::{Engine, Kind, Left, Matrix, Output, SERIAL, Weight, p
 use crate::nn::Dropout;
 use crate::nn::ops::terms::LoraTerm;
 
-/// `x` and the weight where they form a product that the kernels cover: `f32` rows that are not
-/// empty.
+/// Returns the weight if the kernels support its product with `x`: `x` must consist of `f32` rows
+/// and must not be empty.
 pub(super) fn operands<'a>(x: &FlexTensor, of: &'a FlexTensor) -> Option<Weight<'a>> {
     let weight = weight(of)?;
     let fits = is_f32(&[x]) && dims(x).last() == Some(&weight.dims()[0]) && n_rows(x) > 0;
@@ -25,7 +26,8 @@ pub(super) fn operands<'a>(x: &FlexTensor, of: &'a FlexTensor) -> Option<Weight<
 pub(super) fn linear(x: &FlexTensor, weight: &FlexTensor) -> Option<FlexTensor> {
     let of = operands(x, weight)?;
     let ([d_input, d_output], rows, x) = (of.dims(), n_rows(x), contiguous(x.clone()));
-    // SAFETY: the operands are alive, and the output is this one's.
+    // SAFETY: `operands` checked that the rows of `x` fit the weight, and `matrix` allocates
+    // `rows * d_output` elements for `y`.
     let y = matrix(rows * d_output, |y| unsafe {
         of.multiply(
             rows,
@@ -44,7 +46,8 @@ pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> O
         return None;
     }
     let grad = contiguous(grad.clone());
-    // SAFETY: as above.
+    // SAFETY: the width of `grad` was checked against the weight above, and `matrix` allocates
+    // `rows * d_input` elements for `dx`.
     let dx = matrix(rows * d_input, |dx| unsafe {
         of.multiply(
             rows,
@@ -55,8 +58,7 @@ pub(super) fn linear_backward_input(weight: &FlexTensor, grad: &FlexTensor) -> O
     Some(tensor(dx, with_width(&grad, d_input)))
 }
 
-/// `x^T grad`; of numbers rounded to bf16 where that is said and the processor multiplies them as
-/// such.
+/// `x^T grad`. The operands are rounded to bf16 if `rounded` and if the processor multiplies bf16.
 pub(super) fn linear_backward_weight(
     x: &FlexTensor,
     grad: &FlexTensor,
@@ -73,7 +75,8 @@ pub(super) fn linear_backward_weight(
             Matrix::rows(floats(&grad), d_output),
         );
         let size = [d_input, d_output, rows];
-        // SAFETY: as above.
+        // SAFETY: `x` and `grad` are contiguous and were checked to have `rows` rows, and `matrix`
+        // allocates `d_input * d_output` elements for `dw`.
         unsafe {
             match Engine::new(Kind::Bf16, true)
                 .filter(|_| rounded && size.iter().product::<usize>() >= SERIAL)
@@ -89,8 +92,8 @@ pub(super) fn linear_backward_weight(
     Some(tensor(dw, Shape::from([d_input, d_output])))
 }
 
-/// The factors of an adapter with `rank` of their ranks active: `a` `[d_input, r_max]`, `b`
-/// `[r_max, d_output]`.
+/// The factors of an adapter: `a` is `[d_input, r_max]` and `b` is `[r_max, d_output]`. The active
+/// rank was checked to be at most `r_max`.
 pub(super) struct Factors {
     pub a: FlexTensor,
     pub b: FlexTensor,
@@ -127,7 +130,7 @@ impl Factors {
     }
 }
 
-/// `x` with dropout, in a buffer of its own; none where nothing is dropped.
+/// `x` with dropout in a new buffer; `None` if nothing is dropped.
 fn dropped(x: &[f32], dropout: Dropout) -> Option<Vec<f32>> {
     const CHUNK: usize = 16 * 1024;
     dropout.is_active().then(|| {
@@ -162,7 +165,8 @@ pub(super) fn lora_linear(
         let x = dropped
             .as_ref()
             .map_or(base_rows, |dropped| Matrix::rows(dropped, d_input));
-        // SAFETY: the operands are alive, and the output is this one's; so below.
+        // SAFETY: `operands` and the comparison with `factors` above checked the shapes, and `h`
+        // has room for `rows * rank` elements.
         unsafe {
             product(
                 [rows, rank, d_input],
@@ -175,9 +179,10 @@ pub(super) fn lora_linear(
     };
     let y_shape = with_width(&x, d_output);
     let (y, h) = if let Some(engine) = of.engine(rows) {
-        // `[x h] [W; B]`, with `x` packed once for both of its products.
+        // Computes `[x h] [W; B]`, with `x` packed once for both of its products.
         let mut left = Left::new(engine, rows, &[d_input, rank]);
-        // SAFETY: as above; what a product reads has been packed.
+        // SAFETY: the shapes were checked above. Part 0 is packed before the first product and part
+        // 1 before the second, and `matrix` allocates the outputs with the sizes of the products.
         unsafe {
             left.pack(0, base_rows.left(d_input));
             let h = matrix(rows * rank, |h| {
@@ -197,7 +202,8 @@ pub(super) fn lora_linear(
         }
     } else {
         let h = matrix(rows * rank, of_h);
-        // SAFETY: as above.
+        // SAFETY: the shapes were checked above, and `matrix` allocates `rows * d_output` elements
+        // for `y`.
         let y = matrix(rows * d_output, |y| unsafe {
             of.multiply(rows, base_rows, Output::new(y, d_output));
             let size = [rows, d_output, rank];
@@ -237,7 +243,8 @@ pub(super) fn lora_backward_inner(
             Matrix::rows(floats(&grad), d_output),
         );
         let b = Matrix::rows(floats(&b), d_output).transposed();
-        // SAFETY: as above.
+        // SAFETY: `grad` and `b` were checked above to have the same width, `term.rank` is at most
+        // the rows of `b`, and `matrix` allocates `rows * term.rank` elements for `g`.
         unsafe {
             product(
                 size,
@@ -277,10 +284,11 @@ pub(super) fn lora_backward_input(
     let (a, b) = (factors.a().transposed(), factors.b().transposed());
     let (dx, g) = match of.engine(rows) {
         Some(engine) => {
-            // `[grad g] [W^T; A^T]`, as in the forward pass.
+            // Computes `[grad g] [W^T; A^T]`, as in the forward pass.
             let mut left = Left::new(engine, rows, &[d_output, rank]);
-            // SAFETY: the operands are alive, each output is this one's, and what a product reads
-            // has been packed.
+            // SAFETY: `fits` checked the shapes above. Part 0 is packed before the first product
+            // and part 1 before the second, and `matrix` allocates the outputs with the sizes of
+            // the products.
             unsafe {
                 left.pack(0, grads.left(d_output));
                 let g = matrix(rows * rank, |g| {
@@ -289,7 +297,7 @@ pub(super) fn lora_backward_input(
                 });
                 left.pack(1, Matrix::rows(&g, rank).left(rank));
                 let right = [of.right(), a.right(rank)];
-                // A dropped update is added below.
+                // With dropout, the update is added below.
                 let parts = if term.dropout.is_active() {
                     &right[..1]
                 } else {
@@ -302,7 +310,8 @@ pub(super) fn lora_backward_input(
             }
         }
         None => {
-            // SAFETY: as above.
+            // SAFETY: `fits` checked the shapes above, and `matrix` allocates `rows * rank`
+            // elements for `g`.
             let g = matrix(rows * rank, |g| unsafe {
                 product(
                     [rows, rank, d_output],
@@ -312,7 +321,8 @@ pub(super) fn lora_backward_input(
                     true,
                 );
             });
-            // SAFETY: as above.
+            // SAFETY: `fits` checked the shapes above, and `matrix` allocates `rows * d_input`
+            // elements for `dx`.
             let dx = matrix(rows * d_input, |dx| unsafe {
                 of.multiply(rows, grads, Output::new(dx, d_input));
                 if !term.dropout.is_active() {
@@ -339,13 +349,14 @@ pub(super) fn lora_backward_input(
 /// Adds `dropout(g a)` to the rows of `dx`.
 fn add_dropped(dx: &mut [f32], g: &[f32], a: Matrix, d_input: usize, term: LoraTerm) {
     let rank = term.rank;
-    // An even number of rows, since the mask is drawn in pairs.
+    // The number of rows is even, since the mask is drawn in pairs of elements.
     let block = task_rows(d_input).next_multiple_of(2);
     for_chunks(dx, block * d_input, |index, out| {
         let part = &g[index * block * rank..][..out.len() / d_input * rank];
         let size = [part.len() / rank, d_input, rank];
         let mut update = matrix(out.len(), |update| {
-            // SAFETY: the operands are alive, and the output is this one's.
+            // SAFETY: `part` was sliced to as many rows of `g` as `out` has, `a` has `rank` rows of
+            // `d_input`, and `matrix` allocates `out.len()` elements for `update`.
             unsafe {
                 product(
                     size,
@@ -367,7 +378,7 @@ fn add_dropped(dx: &mut [f32], g: &[f32], a: Matrix, d_input: usize, term: LoraT
 }
 
 /// Gradients of the factors: `dropout(x)^T g` in the first columns and `h^T grad` in the first
-/// rows; the rest is zero.
+/// rows. The rest is zero.
 pub(super) fn lora_backward_factors(
     x: &FlexTensor,
     h: &FlexTensor,
@@ -395,7 +406,8 @@ pub(super) fn lora_backward_factors(
         Matrix::rows(floats(&g), rank),
         Matrix::rows(floats(&grad), d_output),
     );
-    // SAFETY: as above.
+    // SAFETY: `fits` checked the shapes above; `da` and `db` were allocated for `max_rank`, which
+    // is at least `rank`.
     unsafe {
         product(
             [d_input, rank, rows],
@@ -413,8 +425,8 @@ pub(super) fn lora_backward_factors(
                 true,
             );
         } else {
-            // The thin matrix on the right and the result transposed afterwards: twice as fast by
-            // the `gemm` crate.
+            // With the `gemm` crate, it is twice as fast to put the thin matrix on the right and to
+            // transpose the result afterwards.
             let transposed = matrix(d_output * rank, |transposed| {
                 product(
                     [d_output, rank, rows],

@@ -1,5 +1,5 @@
-//! Flex kernels: `f32` on the CPU, in parallel over rows. What they do not cover falls back to the
-//! portable definition.
+//! Flex kernels: `f32` on the CPU, parallel over rows. Unsupported cases fall back to the portable
+//! definition.
 
 mod attention;
 mod head;
@@ -23,7 +23,7 @@ use crate::kernels::Level;
 use crate::kernels::rows;
 use crate::nn::AttentionMask;
 
-/// Whether `x` is rows of `[.., width]` and the weight one of them.
+/// Whether `x` consists of `f32` rows as wide as the weight.
 fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
     is_f32(&[x, weight])
         && dims(weight).len() == 1
@@ -70,8 +70,8 @@ impl DecoderOps for Flex {
         let (x, grad) = (contiguous(x), contiguous(grad));
         let (x, grad, level) = (floats(&x), floats(&grad), Level::detect());
         let chunk = task_rows(width) * width;
-        // Chunks are summed in their order, whatever the threads, so that a result can be
-        // reproduced.
+        // Chunks are summed in a fixed order, so that the result does not depend on the number of
+        // threads.
         let parts: Vec<Vec<f32>> = (0..x.len().div_ceil(chunk))
             .into_par_iter()
             .map(|index| {
@@ -115,7 +115,8 @@ impl DecoderOps for Flex {
         if !is_f32(&[&gate, &up, &grad]) || dims(&gate) != dims(&up) || dims(&gate) != dims(&grad) {
             return portable::swiglu_backward::<Self>(gate, up, grad);
         }
-        // The tape was the last to hold the inputs, as a rule, so the gradients take their place.
+        // The autodiff graph usually held the last handles to the inputs, so the gradients can
+        // overwrite them.
         let (mut gate, mut up, grad) = (whole(gate), whole(up), contiguous(grad));
         let (grad, level) = (floats(&grad), Level::detect());
         let (gates, ups): (&mut [f32], &mut [f32]) = (gate.storage_mut(), up.storage_mut());
@@ -336,7 +337,7 @@ impl DecoderOps for Flex {
         }
         let (x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
         let (x, cos, sin, level) = (floats(&x), floats(&cos), floats(&sin), Level::detect());
-        // One chunk per sequence and head.
+        // Each chunk is one sequence of one head.
         build(
             Shape::from([batch, n_heads, seq, 2 * half]),
             seq * 2 * half,
@@ -366,7 +367,7 @@ impl DecoderOps for Flex {
         }
         let (grad, cos, sin) = (contiguous(grad), contiguous(cos), contiguous(sin));
         let (grad, cos, sin, level) = (floats(&grad), floats(&cos), floats(&sin), Level::detect());
-        // One chunk per token.
+        // Each chunk is one token.
         build(
             Shape::from([batch, seq, n_heads * head_dim]),
             n_heads * head_dim,

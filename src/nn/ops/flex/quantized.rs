@@ -1,4 +1,4 @@
-//! A weight with its update on a grid, on Flex.
+//! A weight whose update is rounded to a grid, on Flex.
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
@@ -18,8 +18,8 @@ struct Grid<'a> {
 }
 
 impl<'a> Grid<'a> {
-    /// None where they are not of these shapes, or a row of the weight is in a group that there is
-    /// not.
+    /// Returns `None` if the tensors have other shapes, or if a row of the weight is in a
+    /// nonexistent group.
     fn new(
         scales: &'a FlexTensor,
         zeros: &'a FlexTensor,
@@ -45,7 +45,7 @@ impl<'a> Grid<'a> {
     }
 }
 
-/// `scale * (Q - zero)`, row block by row block. Mask and grid are contiguous.
+/// `scale * (Q - zero)`, computed in blocks of rows. Mask and grid must be contiguous.
 pub(super) fn sum(
     weight: &FlexTensor,
     mask: &FlexTensor,
@@ -67,8 +67,8 @@ pub(super) fn sum(
     })
 }
 
-/// Gradient of the scales: each group adds up its rows in their order, whatever the threads. All
-/// tensors are contiguous.
+/// Gradient of the scales. Each group sums its rows in order, so the result does not depend on the
+/// number of threads. All tensors must be contiguous.
 pub(super) fn backward_scales(
     sum: &FlexTensor,
     scales: &FlexTensor,

@@ -1,5 +1,5 @@
-//! A weight with a masked update on Flex: the sum, and gradients of its factors, which need no
-//! gradient of the sum in memory.
+//! A weight with a masked update on Flex: the sum, and the gradients of its factors without a
+//! stored gradient of the sum.
 
 use std::mem::MaybeUninit;
 
@@ -18,22 +18,22 @@ use crate::kernels::gemm::{Engine, Kind, Left, Matrix, Output, SERIAL, product};
 use crate::kernels::rows::masked;
 use crate::nn::ops::terms::LoraTerm;
 
-/// Most shares of A's gradient that exist at a time; as many tasks there are at most.
+/// Maximum number of partial sums of A's gradient, and with it of tasks.
 const SHARES: usize = 64;
 
-/// Rows of a weight that one task handles.
+/// Number of weight rows per task.
 fn weight_rows(d_output: usize) -> usize {
     (64 * 1024 / d_output.max(1)).max(1)
 }
 
-/// The mask's bytes, row-major; none where it is held otherwise.
+/// The bytes of the mask, row-major; `None` if the mask has another layout.
 fn mask_bytes(mask: &FlexTensor, shape: [usize; 2]) -> Option<&[u8]> {
     (matches!(mask.dtype(), DType::Bool(_)) && dims(mask) == shape && mask.is_contiguous())
         .then(|| &mask.bytes()[mask.layout().start_offset()..])
         .filter(|bytes| bytes.len() >= shape[0] * shape[1])
 }
 
-/// `W + (s A_r B_r) * M`, row block by row block.
+/// `W + (s A_r B_r) * M`, computed in blocks of rows.
 pub(super) fn summed_weight(
     weight: &FlexTensor,
     mask: &FlexTensor,
@@ -47,9 +47,9 @@ pub(super) fn summed_weight(
     })
 }
 
-/// A matrix of the weight's shape, row block by row block: `finish` is given a row's number, its
-/// part of `s A_r B_r`, to be replaced, and the weight's and the mask's rows. It is rounded to bf16
-/// where the weight is of bf16.
+/// Computes a matrix of the weight's shape in blocks of rows. `finish` receives the number of a
+/// row, its part of `s A_r B_r`, which it replaces, and the rows of the weight and the mask. The
+/// result is rounded to bf16 if the weight is in bf16.
 pub(super) fn summed_rows(
     weight: &FlexTensor,
     mask: &FlexTensor,
@@ -68,7 +68,7 @@ pub(super) fn summed_rows(
         return None;
     }
     let (rows, n) = (weight_rows(d_output), d_input * d_output);
-    // Rows from block `index` on, as far as `out` goes, which is written completely.
+    // Fills `out` completely with the rows starting at block `index`.
     let fill = |index: usize, out: &mut [MaybeUninit<f32>], scratch: &mut Vec<f32>| {
         let range = index * rows..index * rows + out.len() / d_output;
         let a = Matrix::rows(
@@ -76,8 +76,8 @@ pub(super) fn summed_rows(
             factors.max_rank,
         );
         let size = [range.len(), d_output, term.rank];
-        // SAFETY: the operands are alive, and the rows are this task's; the product writes all of
-        // them.
+        // SAFETY: `a` starts at the first of these rows, which are rows of A, `b` has `d_output`
+        // columns, and `out` has `range.len() * d_output` elements that belong to this task.
         unsafe {
             let first = Disjoint::uninit(out);
             product(
@@ -88,7 +88,7 @@ pub(super) fn summed_rows(
                 false,
             );
         }
-        // SAFETY: as above.
+        // SAFETY: the product has written all elements of `out`.
         let out = unsafe { out.assume_init_mut() };
         let mask = &mask[range.start * d_output..];
         base.copy_rows(range.clone(), scratch);
@@ -113,7 +113,7 @@ pub(super) fn summed_rows(
                 wide.reserve(out.len());
                 let wide = &mut wide.spare_capacity_mut()[..out.len()];
                 fill(index, wide, scratch);
-                // SAFETY: filled.
+                // SAFETY: `fill` has written all elements of `wide`.
                 masked::round_to_bf16(level, unsafe { wide.assume_init_ref() }, out);
             },
         );
@@ -126,16 +126,17 @@ pub(super) fn summed_rows(
         .par_chunks_mut(rows * d_output)
         .enumerate();
     blocks.for_each_init(Vec::new, |scratch, (index, out)| fill(index, out, scratch));
-    // SAFETY: as above.
+    // SAFETY: every element of every block was written.
     unsafe { sum.set_len(n) };
     Some(tensor(sum, shape))
 }
 
-/// Gradients of the factors straight from the layer's input and the gradient of its output: as
-/// [`summed_weight_backward`] has them from `x^T grad`, of which only a strip at a time exists. In
-/// f32, or `rounded`: operands of every product rounded to bf16, sums in f32. None where that is
-/// not worth it, or the processor lacks the instructions.
-#[allow(clippy::too_many_arguments)] // the layer's
+/// Gradients of the factors, computed from the layer's input and the gradient of its output. The
+/// results are those of [`summed_weight_backward`] for `x^T grad`, of which only a strip exists at
+/// a time. Computed in `f32`, or if `rounded` with the operands of every product rounded to bf16
+/// and sums in `f32`. Returns `None` if the layer is too small to gain from this or if the
+/// processor lacks the instructions.
+#[allow(clippy::too_many_arguments)] // the inputs of the layer
 pub(super) fn backward_factors(
     x: &FlexTensor,
     mask: &FlexTensor,
@@ -172,14 +173,14 @@ pub(super) fn backward_factors(
     );
     let (x, grad) = (contiguous(x.clone()), contiguous(grad.clone()));
     let mut left = Left::new(engine, d_input, &[rows]);
-    // SAFETY: the operand is alive and of this size.
+    // SAFETY: `x` is contiguous and has `rows` rows of `d_input` elements.
     unsafe { left.pack(0, Matrix::rows(floats(&x), d_input).transposed().left(rows)) };
     let right = Matrix::rows(floats(&grad), d_output).right(rows);
     let width = left.strip_columns(d_output);
     let (blocks, mut db) = (d_output.div_ceil(width), vec![0.0; max_rank * d_output]);
     let (tasks, of_b) = (blocks.min(SHARES), Disjoint::new(&mut db));
-    // A task's share of A's gradient is from its columns; they are added in the order of columns,
-    // whatever the threads.
+    // Each task sums its own share of A's gradient over its columns. The shares are added in the
+    // order of the columns, so the result does not depend on the number of threads.
     let task = |index: usize| {
         let mut da = vec![0.0_f32; d_input * rank];
         for block in index * blocks / tasks..(index + 1) * blocks / tasks {
@@ -201,8 +202,9 @@ pub(super) fn backward_factors(
                 );
                 let (of_a, of_b) = (Disjoint::new(&mut da[first * rank..]), of_b.from(start));
                 let output = |out, width| Output::new(out, width).times(scale).added();
-                // SAFETY: the operands are alive, and the outputs this task's: its share, and its
-                // columns.
+                // SAFETY: `first` and `columns` are inside the weight, so the operands stay inside
+                // `factors` and `strip`. `da` belongs to this task, and so do these columns of
+                // `db`.
                 unsafe {
                     thin.product(
                         [n, rank],
@@ -218,7 +220,8 @@ pub(super) fn backward_factors(
                     );
                 }
             };
-            // SAFETY: the left operand is packed, and the right one is alive and of these sizes.
+            // SAFETY: the left operand is packed above; `right` has `rows` rows, and `columns` are
+            // below `d_output`.
             unsafe { left.strips(right, columns, each) };
         }
         da
@@ -247,8 +250,8 @@ pub(super) fn backward_factors(
     ))
 }
 
-/// Gradients of the factors from that of the summed weight: `s (grad * M) B_r^T` and
-/// `s A_r^T (grad * M)`, one pass over the gradient.
+/// Gradients of the factors from the gradient of the summed weight, `s (grad * M) B_r^T` and
+/// `s A_r^T (grad * M)`, in one pass over the gradient.
 pub(super) fn summed_weight_backward(
     mask: &FlexTensor,
     a: FlexTensor,
@@ -271,8 +274,8 @@ pub(super) fn summed_weight_backward(
     let rows = weight_rows(d_output);
     let grad: &mut [f32] = grad.storage_mut();
     let mut da = vec![0.0; d_input * max_rank];
-    // A task's share of B's gradient; they are added in the order of rows, whatever the threads.
-    // Few, so that they are small.
+    // Each task computes its own share of B's gradient. The shares are added in the order of the
+    // rows, so the result does not depend on the number of threads.
     let tasks = grad
         .par_chunks_mut(rows * d_output)
         .zip(da.par_chunks_mut(rows * max_rank))
@@ -283,7 +286,9 @@ pub(super) fn summed_weight_backward(
             masked::keep_masked(level, grad, &mask[first * d_output..]);
             let grad = Matrix::rows(grad, d_output);
             let a = Matrix::rows(&floats(&factors.a)[first * max_rank..], max_rank).transposed();
-            // SAFETY: as above.
+            // SAFETY: `grad` has `count` rows of `d_output` elements and `a` as many columns; `da`
+            // has room for `count` rows of `max_rank`, and `matrix` allocates `rank * d_output`
+            // elements for `db`.
             unsafe {
                 let b = factors.b().transposed();
                 product(

@@ -1,4 +1,4 @@
-//! What the operations on Flex share: tensors as slices, tensors from slices, and work in chunks.
+//! Helpers of the Flex kernels: conversion between tensors and slices, and work in chunks.
 
 use std::mem::MaybeUninit;
 
@@ -9,11 +9,11 @@ use rayon::prelude::*;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Values, Weight};
 
-/// Elements that one task works on: enough to be worth handing to another thread, and to stay in
+/// Number of elements per task: large enough to be worth another thread, small enough to stay in
 /// its cache.
 pub(super) const TASK: usize = 16 * 1024;
 
-/// How many rows of `width` elements make one task.
+/// Number of rows of `width` elements in a task.
 pub(super) fn task_rows(width: usize) -> usize {
     (TASK / width.max(1)).max(1)
 }
@@ -27,25 +27,25 @@ pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
     }
 }
 
-/// Row-major elements; none where the tensor is not `f32`, which callers have checked.
+/// The elements in row-major order. Empty if the tensor is not `f32`, which callers check.
 pub(super) fn floats(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice().unwrap_or_default()
 }
 
-/// A tensor that holds its elements and nothing else, so that its storage may be written in place.
-/// The storage is copied on the first write if another tensor shares it.
+/// A tensor that covers its whole storage, so that the storage can be written in place. The storage
+/// is copied on the first write if another tensor shares it.
 pub(super) fn whole(tensor: FlexTensor) -> FlexTensor {
     let whole = tensor.to_contiguous();
     drop(tensor);
     whole
 }
 
-/// A tensor of these elements.
+/// A tensor with the given elements.
 pub(super) fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape))
 }
 
-/// Whether all are of `f32`.
+/// Whether all tensors are `f32`.
 pub(super) fn is_f32(tensors: &[&FlexTensor]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
 }
@@ -55,8 +55,7 @@ pub(super) fn dims(tensor: &FlexTensor) -> &[usize] {
     tensor.layout().shape().as_slice()
 }
 
-/// A new tensor that `fill` writes completely, in chunks of `chunk` elements given with their
-/// index.
+/// Creates a tensor that `fill` writes completely, in chunks of `chunk` elements with their index.
 pub(super) fn build(
     shape: Shape,
     chunk: usize,
@@ -76,19 +75,18 @@ pub(super) fn build(
             .with_min_len(at_least)
             .for_each(|(index, out)| fill(index, out));
     }
-    // SAFETY: `fill` has written every element of every chunk.
+    // SAFETY: the chunks cover all elements, and `fill` writes every element of its chunk.
     unsafe { values.set_len(n) };
     tensor(values, shape)
 }
 
-/// The part of `values` that belongs to the chunk `index` of `len` elements, of which the last may
-/// be short.
+/// The chunk `index` of `values` for chunks of `len` elements; the last one may be shorter.
 pub(super) fn part(values: &[f32], index: usize, len: usize) -> &[f32] {
     let start = (index * len).min(values.len());
     &values[start..(start + len).min(values.len())]
 }
 
-/// Works on `values` in place, in chunks given with their index.
+/// Changes `values` in place, in chunks that `work` receives with their index.
 pub(super) fn for_chunks(
     values: &mut [f32],
     chunk: usize,
@@ -107,21 +105,21 @@ pub(super) fn for_chunks(
     }
 }
 
-/// A new matrix that `fill` writes completely.
+/// Creates a matrix of `n` elements, all of which `fill` writes.
 pub(super) fn matrix(n: usize, fill: impl FnOnce(Disjoint<'_, f32>)) -> Vec<f32> {
     let mut values: Vec<f32> = Vec::with_capacity(n);
     fill(Disjoint::uninit(&mut values.spare_capacity_mut()[..n]));
-    // SAFETY: `fill` has written every element.
+    // SAFETY: `fill` has written all `n` elements.
     unsafe { values.set_len(n) };
     values
 }
 
-/// Rows of the last dimension.
+/// Number of rows, each along the last dimension.
 pub(super) fn n_rows(x: &FlexTensor) -> usize {
     dims(x).iter().rev().skip(1).product()
 }
 
-/// `x`'s shape with another last dimension.
+/// The shape of `x` with another last dimension.
 pub(super) fn with_width(x: &FlexTensor, width: usize) -> Shape {
     let mut shape = dims(x).to_vec();
     if let Some(last) = shape.last_mut() {
@@ -130,8 +128,8 @@ pub(super) fn with_width(x: &FlexTensor, width: usize) -> Shape {
     Shape::from(shape)
 }
 
-/// The tensor as a weight; none where it is of another rank or dtype, is empty, or is read
-/// backwards.
+/// The tensor as a weight. Returns `None` if it has another rank or dtype, is empty, or has a
+/// negative stride.
 pub(super) fn weight(tensor: &FlexTensor) -> Option<Weight<'_>> {
     let layout = tensor.layout();
     let dims = <[usize; 2]>::try_from(layout.shape().as_slice()).ok()?;

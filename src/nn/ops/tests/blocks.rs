@@ -5,7 +5,7 @@ use super::{Random, close, compare, devices, hosts, slack, values};
 use crate::nn::ops::extension::DecoderOps;
 use crate::nn::ops::{self, AttentionMask};
 
-/// The head's loss of logits: hidden states under the identity.
+/// The loss of given logits, obtained with the identity as the head's weight.
 fn loss_of(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let identity = Tensor::<2>::eye(logits.dims()[1], &logits.device().without_autodiff())
         .cast(logits.dtype());
@@ -59,7 +59,7 @@ fn rms_norm_is_the_plain_composition() {
         for shape in [[1, 1, 1], [2, 5, 17], [3, 1, 64], [3, 97, 129]] {
             let weight = random.tensor([shape[2]], 2.0, device);
             let inputs = [random.tensor(shape, 3.0, device)];
-            // The weight is a constant of the plain device beside a tracked input.
+            // The weight is a constant on the plain device, while the input is tracked.
             let fused = |[x]: [Tensor<3>; 1]| ops::rms_norm(x, weight.clone(), 1e-2);
             compare("rms_norm", inputs, fused, |[x]| {
                 plain::rms_norm(x, weight.clone(), 1e-2)
@@ -124,8 +124,8 @@ fn attention_is_the_plain_composition() {
                 window,
                 left_pad: pads.map(<[usize]>::to_vec),
             };
-            // The plain composition spreads a query without keys over all of them, so none of these
-            // cases' queries is one.
+            // The plain composition spreads a query without visible keys over all keys, so no query
+            // of these cases may be without one.
             let first = seq_k - seq_q;
             let seen = pads.is_none_or(|pads| pads.iter().all(|pad| *pad <= first));
             let name =
@@ -136,7 +136,7 @@ fn attention_is_the_plain_composition() {
                 random.tensor(keys, 2.0, device),
                 random.tensor(keys, 2.0, device),
             );
-            // Of padded queries nothing is said: their results are multiplied away.
+            // Results of padded queries are unspecified, so they are multiplied by zero.
             let keep: Vec<f32> = (0..batch * seq_q)
                 .flat_map(|index| {
                     let empty = mask
@@ -194,7 +194,7 @@ fn any_strides_will_do() {
         let mut random = Random::new(8);
         let run = |views: bool| {
             let mut random = Random::new(9);
-            // `[batch, seq, heads, size]` seen as `[batch, heads, seq, size]`, and keys narrowed
+            // `[batch, seq, heads, size]` viewed as `[batch, heads, seq, size]`, and keys narrowed
             // from a longer cache.
             let q = random.tensor::<4>([2, 3, 4, 6], 1.0, &tape).require_grad();
             let k = random.tensor::<4>([2, 2, 9, 6], 1.0, &tape).require_grad();
@@ -272,7 +272,7 @@ fn constants_stay_off_the_tape() {
         let tracked = on_tape.clone().require_grad();
         assert!(ops::rms_norm(tracked.clone(), w.clone(), 1e-5).is_tracked());
         assert!(ops::swiglu(x.clone(), tracked.clone()).is_tracked());
-        // Plain first, tracked second, and the other way round.
+        // The first operand plain and the second tracked, and the other way round.
         for swapped in [false, true] {
             let y = if swapped {
                 ops::swiglu(tracked.clone(), x.clone())
@@ -308,7 +308,7 @@ fn constants_stay_off_the_tape() {
 fn inputs_survive_their_gradients() {
     for device in devices() {
         let tape = device.clone().autodiff();
-        // The backward kernels write in place where nobody else holds a tensor; here somebody does.
+        // The backward kernels write in place if a tensor is not shared; here it is shared.
         let mut random = Random::new(11);
         let shape = [130, 129];
         let [gate, up] = [(); 2].map(|()| random.tensor::<2>(shape, 1.0, &tape).require_grad());
@@ -442,8 +442,8 @@ fn half_precision_takes_the_portable_way() {
 
 #[test]
 fn double_precision_takes_the_portable_way_on_the_tape() {
-    // On a GPU, `f64` has sums and products but need not have `exp` or `cos`: Vulkan defines those
-    // of `f32` at most.
+    // On a GPU, `f64` has sums and products but may lack `exp` and `cos`: Vulkan defines them only
+    // up to `f32`.
     for device in &hosts() {
         let tape = device.clone().autodiff();
         let run = |dtype: FloatDType| {

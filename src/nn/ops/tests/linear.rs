@@ -42,7 +42,7 @@ fn linear_is_the_matrix_product() {
                 let [x, weight] = two(inputs);
                 x.matmul(weight)
             });
-            // A transposed view, as a tied head is.
+            // A transposed view, like the weight of a tied head.
             let turned = random.tensor::<2>([d_output, d_input], 1.0, device);
             let x = vec![inputs[0].clone()];
             let fused = |x: Vec<Tensor<2>>| ops::linear(x[0].clone(), turned.clone().transpose());
@@ -114,7 +114,7 @@ fn inactive_ranks_have_no_gradient_and_no_influence() {
             random.tensor::<2>([11, 6], 1.0, device),
         );
         let a = random.tensor::<2>([11, 8], 1.0, &tape);
-        // What is inactive is not even read.
+        // Inactive ranks are never read.
         let poison = Tensor::<2>::full([11, 5], f32::NAN, &tape);
         let a = Tensor::cat(vec![a.narrow(1, 0, 3), poison], 1).require_grad();
         let b = random.tensor::<2>([8, 6], 1.0, &tape).require_grad();
@@ -228,7 +228,7 @@ fn head_loss_is_the_plain_composition() {
                     plain(hidden, weight)
                 },
             );
-            // A frozen head, tied to an embedding; and one that is trained on frozen states.
+            // A frozen head tied to an embedding, and a trained head on frozen states.
             let table = weight.clone().transpose().reshape([classes, d_model]);
             compare_all(
                 "tied head",
@@ -293,7 +293,7 @@ fn distilled_loss_is_the_plain_composition() {
             let teacher = random.tensor::<2>([n, d_model], 2.0, device);
             let weight = random.tensor::<2>([d_model, classes], 1.0, device);
             for mix in [0.0, 0.3, 1.0] {
-                // As a matrix, and as a tied head's view of its table.
+                // As a matrix, and as the view that a tied head has of the embedding table.
                 for weight in [
                     weight.clone(),
                     weight
@@ -325,7 +325,7 @@ fn distilled_loss_is_the_plain_composition() {
                         },
                     );
                 }
-                // Beside it the loss against the targets, with a tape or without.
+                // The loss against the targets alone, with and without autodiff.
                 let want = values(ops::head_loss(hidden.clone(), weight.clone(), ids(device)));
                 for hidden in [
                     hidden.clone(),
@@ -346,7 +346,7 @@ fn distilled_loss_is_the_plain_composition() {
                     );
                 }
             }
-            // Whoever agrees with its teacher learns nothing from it.
+            // A student that agrees with its teacher gets no gradient.
             let student = Tensor::from_inner(hidden.clone()).require_grad();
             let (loss, _) =
                 ops::distilled_loss(student.clone(), weight.clone(), hidden, ids(device), 1.0);
@@ -357,7 +357,7 @@ fn distilled_loss_is_the_plain_composition() {
                     .all(|slope| slope.abs() < 2e-7 * d_model as f32 * slack(device))
             );
         }
-        // Logits that `exp` does not hold.
+        // Logits for which `exp` overflows.
         let [student, teacher] =
             [[[1e4_f32, -1e4, 0.0]], [[-1e4, 1e4, 1e4]]].map(|x| Tensor::from_floats(x, device));
         let student = Tensor::<2>::from_inner(student).require_grad();

@@ -1,5 +1,5 @@
-//! What the tests of the custom operations share: devices, reproducible inputs, and the comparison
-//! with a plain composition.
+//! Shared parts of the operations' tests: devices, reproducible inputs, and the comparison with a
+//! plain composition.
 
 mod blocks;
 mod linear;
@@ -15,8 +15,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Every device that this build has a backend for and this machine offers, off the tape: Flex
-/// first.
+/// Every device that this build has a backend for and this machine offers, without autodiff. Flex
+/// comes first.
 fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| hosts().into_iter().chain(adapters()).collect())
@@ -32,8 +32,8 @@ fn hosts() -> Vec<Device> {
     ]
 }
 
-/// What Burn reaches through wgpu. Listing adapters opens none, so a machine without one only has
-/// fewer devices.
+/// The devices that Burn reaches through wgpu. Listing adapters does not open any, so a machine
+/// without a GPU only has fewer devices.
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 fn adapters() -> Vec<Device> {
     let adapters = Device::enumerate(burn::tensor::DeviceType::Wgpu);
@@ -48,9 +48,9 @@ fn adapters() -> Vec<Device> {
     Vec::new()
 }
 
-/// How much more than on the host a device may be off. Vulkan lets `exp(x)` be off by `3 + 2 |x|`
-/// units in the last place, which is some 3e-6 of it at the `|x| < 12` of these tests, and
-/// divisions by 2.5; on the host all are within one.
+/// Factor by which a device may be less accurate than the host. Vulkan allows `exp(x)` an error of
+/// `3 + 2 |x|` units in the last place, a relative error of about 3e-6 at the `|x| < 12` of these
+/// tests, and divisions an error of 2.5 units. On the host all errors are within one unit.
 fn slack(device: &Device) -> f32 {
     if hosts().contains(&device.clone().without_autodiff()) {
         1.0
@@ -86,7 +86,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_to_vec().unwrap()
 }
 
-/// Fails where an element is further off than `tolerance` times the largest of `want`.
+/// Fails if an element differs by more than `tolerance` times the largest of `want`.
 fn close(name: &str, got: &[f32], want: &[f32], tolerance: f32) {
     assert_eq!(got.len(), want.len(), "{name}: length");
     let size = want.iter().fold(1e-2_f32, |size, x| size.max(x.abs()));
@@ -98,7 +98,7 @@ fn close(name: &str, got: &[f32], want: &[f32], tolerance: f32) {
     }
 }
 
-/// [`compare_all`] for a number of inputs that is known.
+/// [`compare_all`] for a fixed number of inputs.
 fn compare<const D: usize, const R: usize, const N: usize>(
     name: &str,
     inputs: [Tensor<D>; N],
@@ -114,9 +114,9 @@ fn compare<const D: usize, const R: usize, const N: usize>(
     );
 }
 
-/// Runs `fused` and `plain` on the same tracked inputs, of any shapes, under the same weighted sum,
-/// on the inputs' device; compares results and all gradients, and the gradients with finite
-/// differences.
+/// Runs `fused` and `plain` on the same tracked inputs of any shapes, with the same weighted sum,
+/// on the inputs' device. Compares results and all gradients, and also compares the gradients with
+/// finite differences.
 fn compare_all<const D: usize, const R: usize>(
     name: &str,
     inputs: Vec<Tensor<D>>,
@@ -150,8 +150,8 @@ fn compare_all<const D: usize, const R: usize>(
             5e-6 * slack,
         );
     }
-    // The kernels without a tape, and the portable definitions on the tape of plain tensors'
-    // constants.
+    // The kernels without autodiff, and the portable definitions under autodiff with constant
+    // inputs.
     close(
         &format!("{name}, untracked"),
         &values(fused(inputs.clone())),

@@ -1,5 +1,5 @@
-//! The operations as plain compositions of Burn tensors: what the custom operations are compared
-//! with.
+//! The operations as plain compositions of Burn tensors, with which the custom operations are
+//! compared.
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 

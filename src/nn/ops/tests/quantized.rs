@@ -1,4 +1,4 @@
-//! A summed weight on a grid, and packed weights, on every device that the build has.
+//! A summed weight on a grid, and packed weights, on every device of the build.
 
 use std::sync::Arc;
 
@@ -13,8 +13,7 @@ use crate::linalg::Matrix;
 use crate::nn::ops::{self, Dropout, GridTerm, LoraTerm};
 use crate::nn::{InputGroups, StoredWeight, tensor_from_matrix};
 
-/// One weight with everything around it. Ranks of 5, of which some are active; a factor that is not
-/// 1.
+/// A weight with all its parameters: maximum rank 5, partly active, and a scale other than 1.
 struct Case {
     weight: Tensor<2>,
     mask: Tensor<2, Bool>,
@@ -28,7 +27,7 @@ struct Case {
 const MAX_RANK: usize = 5;
 
 impl Case {
-    /// Steps are such that some weights lie outside the grid.
+    /// The step size is chosen so that some weights are outside the grid.
     fn new(
         [d_input, d_output]: [usize; 2],
         bits: u8,
@@ -87,8 +86,7 @@ impl Case {
         ops::quantized_sum(weight, mask, a, b, scales, zeros, self.term.clone())
     }
 
-    /// Plain operations: rounding is a constant that is added, so that gradients are straight
-    /// through.
+    /// Plain operations, where rounding adds a constant, so that gradients are straight-through.
     fn plain(&self, a: Tensor<2>, b: Tensor<2>, scales: Tensor<2>) -> Tensor<2> {
         let [d_input, _] = self.weight.dims();
         let rank = self.term.lora.rank;
@@ -102,7 +100,7 @@ impl Case {
             scales.select(0, groups.clone()),
             self.zeros.clone().select(0, groups),
         );
-        // The value by way of the scales alone, and the value by way of the sum alone, each once.
+        // The value through the scales alone, and the value through the sum alone.
         let x = sum.clone().detach() / scales.clone().detach();
         let (low, high) = (zeros.clone().neg(), zeros.clone().neg() + self.top());
         let step = x
@@ -148,7 +146,7 @@ fn results_and_straight_through_gradients_are_those_of_plain_operations() {
                 };
                 let got = run(&|[a, b, scales]| case.sum(a, b, scales));
                 let want = run(&|[a, b, scales]| case.plain(a, b, scales));
-                // A sum that lies between two steps to within rounding may go to either.
+                // A sum halfway between two steps, up to rounding, may go to either.
                 let flips = got[0]
                     .iter()
                     .zip(&want[0])
@@ -158,8 +156,8 @@ fn results_and_straight_through_gradients_are_those_of_plain_operations() {
                 for (index, (got, want)) in got.iter().zip(&want).enumerate() {
                     close(&format!("{name}, {index}"), got, want, 2e-5 * slack(device));
                 }
-                // Off the tape the same bits, and with scales that nobody trains the same
-                // gradients.
+                // The same bits without autodiff, and the same gradients if the scales are not
+                // trained.
                 let plain = case.sum(case.a.clone(), case.b.clone(), case.scales.clone());
                 assert_eq!(values(plain), got[0], "{name}: off the tape");
                 let fixed = run(&|[a, b, scales]| {
@@ -170,7 +168,7 @@ fn results_and_straight_through_gradients_are_those_of_plain_operations() {
                     (&got[1], &got[2]),
                     "{name}: fixed scales"
                 );
-                // Zeros stay, and rows beyond the active rank get no gradient.
+                // Zeros stay zero, and rows beyond the active rank get no gradient.
                 let kept = values(case.mask.clone().float());
                 assert!(
                     got[0]
@@ -184,8 +182,8 @@ fn results_and_straight_through_gradients_are_those_of_plain_operations() {
     }
 }
 
-/// With steps far smaller than anything that is told apart here, a grid is no grid, and slopes are
-/// what is measured.
+/// With steps much smaller than the tolerance, the grid has no effect, and finite differences
+/// measure the gradients.
 #[test]
 fn gradients_on_a_fine_grid_are_slopes() {
     let device = Device::flex();
@@ -195,7 +193,7 @@ fn gradients_on_a_fine_grid_are_slopes() {
         case.weight = case.weight.clone() * 0.4;
         case.scales = case.scales.clone() * 0.0 + 0.02;
         let inputs = vec![case.a.clone() * 0.3, case.b.clone() * 0.3];
-        // One weighted sum over all weights: roundings average out.
+        // One weighted sum over all weights, so that rounding errors average out.
         let smooth = |inputs: Vec<Tensor<2>>| {
             let mask = case.mask.clone();
             ops::summed_weight(
@@ -213,7 +211,7 @@ fn gradients_on_a_fine_grid_are_slopes() {
                 case.scales.clone(),
             ]);
             let rounded = case.sum(a, b, scales);
-            // What rounding takes, given back as a constant.
+            // Adds back the rounding error as a constant.
             let sum = smooth(inputs);
             rounded.clone() + (sum.clone() - rounded).detach() + (sum.clone() - sum) * 0.0
         };
@@ -328,7 +326,8 @@ fn a_stored_weight_gives_what_the_dense_one_gives() {
                     [got, want]
                 };
                 let name = format!("{name}, {rows} rows, {dims:?}, {device:?}");
-                // Few rows of inputs are rounded to 16 bits on the host where they multiply codes.
+                // On the host, few rows of inputs are rounded to 16 bits before they multiply
+                // codes.
                 let tolerance = 2e-5 * slack(device);
                 let [got, want] = both(x.clone(), factors.clone()).map(values);
                 close(&name, &got, &want, tolerance);

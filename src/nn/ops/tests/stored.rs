@@ -1,4 +1,4 @@
-//! Stored weights on GPUs: the kernel for them against sums in `f64` of what is stored.
+//! Stored weights on GPUs: the kernel compared with `f64` sums over the stored values.
 
 use burn::backend::Dispatch;
 use burn::tensor::{DType, FloatDType, Tensor};
@@ -18,8 +18,8 @@ use crate::nn::{StoredWeight, host_values};
 
 type Rng = ChaCha8Rng;
 
-/// Codes of which a part is the zero point, with a row and a group of nothing else, in some case or
-/// other with scales of 32 bits, tiny scales, or columns in an order of their own.
+/// Codes, some of which equal the zero point, including a whole row and a whole group. Depending on
+/// the case, with 32-bit scales, tiny scales, or reordered columns.
 fn quantized([rows, cols]: [usize; 2], bits: u8, case: usize, rng: &mut Rng) -> QuantizedMatrix {
     let group_size = [32, 128, 7, 10_000, 24][case % 5];
     let mut parts =
@@ -54,8 +54,8 @@ fn quantized([rows, cols]: [usize; 2], bits: u8, case: usize, rng: &mut Rng) -> 
     QuantizedMatrix::new(parts).unwrap()
 }
 
-/// Two of four numbers and fewer, small ones among them that half precision has below its normal
-/// range; one row without any.
+/// Numbers at a density of at most two in four, including small ones that are subnormal in half
+/// precision, and one empty row.
 fn numbers([rows, cols]: [usize; 2], density: f64, rng: &mut Rng) -> Matrix {
     let mut matrix = Matrix::from_fn(rows, cols, |row, col| {
         let size = if row % 3 == 0 { 2e-5 } else { 2.0 };
@@ -90,7 +90,7 @@ fn stored(size: [usize; 2], case: usize, rng: &mut Rng) -> Vec<StoredMatrix> {
     all
 }
 
-/// Fails where a sum is further off than an `f32` sum may be.
+/// Fails if a sum differs by more than the error of an `f32` sum.
 fn check(name: &str, matrix: &StoredMatrix, x: &[f32], got: &[f32]) {
     let (outputs, cols) = (matrix.rows(), matrix.cols());
     let dense = matrix.to_matrix();
@@ -133,8 +133,8 @@ fn the_kernel_agrees_with_the_oracle() {
                 let [rows, cols] = size;
                 let weight = StoredWeight::new(matrix);
                 let matrix = weight.matrix();
-                // Each number of inputs is a kernel of its own, which takes longer to compile than
-                // to run.
+                // Each number of inputs needs its own kernel, which takes longer to compile than to
+                // run.
                 let several = if case == 3 { FEW_ROWS } else { 2 + case };
                 for inputs in [1, several] {
                     let name = format!(
@@ -146,7 +146,7 @@ fn the_kernel_agrees_with_the_oracle() {
                     assert_eq!(y.dims(), [1, inputs, rows], "{name}");
                     check(&name, matrix, &values(x), &values(y));
                 }
-                // Inputs that lie otherwise in memory.
+                // Inputs with another memory layout.
                 let x = Random::new(7)
                     .tensor::<2>([cols, several], 1.0, device)
                     .transpose();
@@ -157,7 +157,7 @@ fn the_kernel_agrees_with_the_oracle() {
                     &host_values(x.clone()),
                     &values(ops::linear(x, &weight)),
                 );
-                // One copy serves them all: the kernel has run, and the weight was moved once.
+                // All products share one copy: the weight was transferred only once.
                 assert_eq!(weight.copies(), 1, "{name}");
             }
         }
@@ -174,7 +174,7 @@ fn many_rows_are_multiplied_with_what_the_kernel_unpacks() {
                 let weight = StoredWeight::new(matrix);
                 let matrix = weight.matrix();
                 let name = format!("{:?} {size:?}, {device:?}", matrix.format());
-                // The identity gives the weight back, exactly.
+                // Multiplying with the identity returns the weight exactly.
                 let identity = Matrix::from_fn(cols, cols, |row, col| f32::from(row == col));
                 let identity =
                     Tensor::<1>::from_floats(identity.as_slice(), device).reshape([cols, cols]);
@@ -207,7 +207,7 @@ fn many_rows_are_multiplied_with_what_the_kernel_unpacks() {
                         &values(x.clone().inner()),
                         &values(y.inner()),
                     );
-                    // The transposed weight's products, by the same oracle.
+                    // The products of the transposed weight, by the same oracle.
                     let dense = matrix.to_matrix();
                     let transposed = Matrix::from_fn(cols, rows, |row, col| dense.row(col)[row]);
                     let transposed =
@@ -226,7 +226,7 @@ fn many_rows_are_multiplied_with_what_the_kernel_unpacks() {
     }
 }
 
-/// More rows than a launch has cubes along one axis.
+/// More rows than a launch can have cubes along one axis.
 #[test]
 fn a_vocabulary_is_multiplied_too() {
     let mut rng = Rng::seed_from_u64(3);
@@ -248,7 +248,7 @@ fn a_vocabulary_is_multiplied_too() {
     }
 }
 
-/// What half precision has beside numbers.
+/// All special values of half precision.
 #[test]
 fn halves_are_widened_exactly() {
     let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
@@ -265,8 +265,8 @@ fn halves_are_widened_exactly() {
                 .zip(weight.matrix().to_matrix().as_slice())
                 .enumerate()
             {
-                // A device may take `f32`s below the normal range for zeros; only bfloat16 has
-                // such.
+                // A device may treat subnormal `f32`s as zero; of these formats only bfloat16 has
+                // such values.
                 let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
                 assert!(
                     same || want.is_subnormal() && *got == 0.0,

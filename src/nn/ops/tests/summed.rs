@@ -1,4 +1,4 @@
-//! Products with a summed weight as one node, on every device that the build has.
+//! Products with a summed weight as a single node, on every device of the build.
 
 use burn::tensor::{Bool, Device, FloatDType, Tensor, TensorData};
 use half::bf16;
@@ -8,7 +8,7 @@ use crate::nn::InputGroups;
 use crate::nn::ops::{self, Dropout, GridTerm, LoraTerm};
 
 const MAX_RANK: usize = 5;
-/// Large enough for the kernels that keep no gradient of the sum.
+/// Sizes large enough for the kernels that do not store the gradient of the sum.
 const LARGE: [usize; 3] = [131, 141, 133];
 
 fn term(rank: usize) -> LoraTerm {
@@ -49,7 +49,7 @@ impl Case {
         vec![self.x.clone(), self.a.clone(), self.b.clone()]
     }
 
-    /// Result and gradients of input and factors, under a weighted sum.
+    /// The result, and the gradients of input and factors, under a weighted sum.
     fn run(&self, op: impl Fn(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>) -> Vec<Vec<f32>> {
         let tape = self.x.device().autodiff();
         let leaves: Vec<Tensor<2>> = self
@@ -200,7 +200,7 @@ fn beside_a_weight_of_bf16_the_sum_is_the_nearest_of_bf16() {
                 .into_iter()
                 .map(|value| bf16::from_f32(value).to_f32())
                 .collect();
-            // Elsewhere the product may be off in its last bit, and then be rounded to the other
+            // Elsewhere the product may differ in its last bit and then be rounded to the other
             // side.
             let tolerance = if device == &Device::flex() { 0.0 } else { 5e-3 };
             close("sum", &values(got.cast(FloatDType::F32)), &want, tolerance);

@@ -1,0 +1,393 @@
+//! Sparse codes of 4 bits: `vpexpandb` puts them at their columns, among their zero point. Lane `i` of 64 columns has four.
+//!
+//! What `vpexpandb`, masks and products take of the processor is all that it has while memory delivers, so nothing may come on top: a
+//! word's codes are one `and` away, in place, be they in the low halves of bytes or, as 16 times themselves, in the high ones. Nothing is
+//! asked for ahead of time either: the processor does so by itself as well as is needed here, and into its second-level cache worse.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::lanes::LONG;
+use super::loads::near;
+use super::units::{Units, lanes};
+use crate::format::{SparseInt4, Starts, is_high};
+use crate::kernels::linear::codes::Codes;
+use crate::kernels::linear::input::{BLOCK, Order};
+use crate::kernels::linear::task::Task;
+use crate::kernels::linear::tiles::FAR;
+use crate::kernels::memory::readable;
+
+/// Bytes that are read for 64 columns, as many as their codes may take.
+const LOADED: usize = 64;
+
+/// # Safety
+/// As for [`multiply`](crate::kernels::linear::task::Kernels::multiply).
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt"
+)]
+pub(super) unsafe fn multiply(
+    weight: &SparseInt4,
+    unit: usize,
+    task: Task<'_>,
+    scratch: &mut [f32],
+) {
+    let Task { rows, input, .. } = task.clone();
+    let words = weight.bits.cols.div_ceil(64);
+    assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
+    let units = Units::new(&weight.grid, unit, true, input, scratch);
+    let (bits, codes) = (weight.bits.bytes.as_ptr(), &*weight.codes);
+    let starts = weight.offsets.starts();
+    let call = Call {
+        starts,
+        unit,
+        words,
+        bits,
+        codes,
+        task: &task,
+        units,
+    };
+    // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
+    unsafe {
+        match (input.wide(), unit < BLOCK) {
+            (true, false) => for_inputs!(&call, rows, input.rows, true, false),
+            (true, true) => for_inputs!(&call, rows, input.rows, true, true),
+            (false, false) => for_inputs!(&call, rows, input.rows, false, false),
+            (false, true) => for_inputs!(&call, rows, input.rows, false, true),
+        }
+    }
+}
+
+/// All rows of the weight with 1, 2 or 4 of inputs at a time.
+macro_rules! for_inputs {
+    ($call:expr, $rows:expr, $inputs:expr, $wide:literal, $small:literal) => {{
+        if $inputs == 1 {
+            let part = $rows.len() / FAR;
+            if part > 0 && $call.task.input.inputs > LONG {
+                tile::<$wide, $small, FAR, 1>($call, $rows.start..$rows.start + part, part, 0);
+                tile::<$wide, $small, 1, 1>($call, $rows.start + FAR * part..$rows.end, 0, 0);
+            } else {
+                tile::<$wide, $small, 1, 1>($call, $rows, 0, 0);
+            }
+        } else {
+            for row in $rows {
+                let mut from = 0;
+                while from < $inputs {
+                    let rows = row..row + 1;
+                    from += match $inputs - from {
+                        1 => (tile::<$wide, $small, 1, 1>($call, rows, 0, from), 1).1,
+                        2..=3 => (tile::<$wide, $small, 1, 2>($call, rows, 0, from), 2).1,
+                        _ => (tile::<$wide, $small, 1, 4>($call, rows, 0, from), 4).1,
+                    };
+                }
+            }
+        }
+    }};
+}
+use for_inputs;
+
+struct Call<'a> {
+    starts: Starts<'a>,
+    unit: usize,
+    words: usize,
+    bits: *const u8,
+    codes: &'a [u8],
+    task: &'a Task<'a>,
+    units: Units<'a>,
+}
+
+/// Where the codes of a word are in their bytes, and how they come out.
+const LOW: u8 = 0;
+/// In the high halves, as 16 times what they are.
+const HIGH: u8 = 1;
+/// In the high halves, as what they are: of a block the other half of which is in the low ones.
+const DOWN: u8 = 2;
+
+/// The codes of 64 columns, one in each byte, zero points where none is stored.
+///
+/// # Safety
+/// [`LOADED`] bytes and the word are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2")]
+unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m512i) -> __m512i {
+    // SAFETY: the caller's promise. The word is counted too, so that it is in a register.
+    let (pairs, mask) = unsafe { (_mm512_loadu_si512(codes.cast()), word.read_unaligned()) };
+    let some = match FROM {
+        LOW => _mm512_and_si512(pairs, _mm512_set1_epi8(0x0F)),
+        HIGH => _mm512_and_si512(pairs, _mm512_set1_epi8(0xF0_u8 as i8)),
+        _ => _mm512_and_si512(_mm512_srli_epi16::<4>(pairs), _mm512_set1_epi8(0x0F)),
+    };
+    _mm512_mask_expand_epi8(zeros, mask, some)
+}
+
+/// Rows of the weight, each with the `W - 1` that follow `apart` from each other.
+///
+/// # Safety
+/// The rows of the weight and `R` of the inputs are there, and their outputs this task's.
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,fma,f16c,bmi2,popcnt"
+)]
+#[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+#[allow(unused_assignments)] // a stream's last step
+unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+    call: &Call<'_>,
+    rows: Range<usize>,
+    apart: usize,
+    from: usize,
+) {
+    let Call {
+        starts,
+        unit,
+        words,
+        bits,
+        codes,
+        task,
+        units,
+    } = *call;
+    let Task { input, output, .. } = task;
+    let lanes = if SMALL {
+        lanes(4, unit)
+    } else {
+        _mm512_setzero_si512()
+    };
+    let x: [*const u8; R] = std::array::from_fn(|i| input.codes(from + i, Order::InOrder).as_ptr());
+    let size = if WIDE { 2 * BLOCK } else { BLOCK };
+    let (blocks, of_block) = (input.inputs.div_ceil(BLOCK), BLOCK / unit);
+    let products: [[*const f32; R]; W] =
+        std::array::from_fn(|w| std::array::from_fn(|i| units.products(w, i)));
+    let zeros: [*const u32; W] = std::array::from_fn(|w| units.zeros(w));
+    let mut end = [0; LOADED];
+    // SAFETY: words are in the bits' rows; codes are read where as many bytes are left, and copied where they are not; inputs and units
+    // are read in what was prepared.
+    unsafe {
+        // The codes of a word, and on to those of the next one in the same stream.
+        macro_rules! next {
+            ($checked:literal, $from:ident, $at:expr, $word:expr, $zeros:expr) => {{
+                let word: *const u64 = $word;
+                let from = if $checked {
+                    readable(codes, $at, &mut end)
+                } else {
+                    codes.as_ptr().add($at)
+                };
+                $at += word.read_unaligned().count_ones() as usize;
+                expand::<$from>(from, word, $zeros)
+            }};
+        }
+        for row in rows {
+            let bits: [*const u64; W] =
+                std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
+            let mut low: [usize; W] = std::array::from_fn(|w| starts.get(row + w * apart));
+            let mut high = low;
+            // Not the arrays that are filled, for these have addresses.
+            let mut sums = [[_mm512_setzero_ps(); R]; W];
+            for w in 0..W {
+                let filled = units.fill::<R>(row + w * apart, w, from);
+                sums[w] = std::array::from_fn(|i| filled[i]);
+            }
+            // A block whose halves come from these streams. Past the last word inputs are zeros.
+            macro_rules! block {
+                ($checked:literal, $block:expr, $from:ident, $at:ident, $second:ident, $second_at:ident) => {{
+                    let block: usize = $block;
+                    let whole = !$checked || 2 * block + 1 < words;
+                    let x: [*const u8; R] = std::array::from_fn(|i| x[i].add(block * size));
+                    let at = |i: usize, part: usize| _mm512_loadu_si512(x[i].add(64 * part).cast());
+                    let none = _mm512_setzero_si512();
+                    for w in 0..W {
+                        let word = bits[w].add(2 * block);
+                        if SMALL {
+                            for half in 0..1 + usize::from(whole) {
+                                let first = block * of_block + half * (64 / unit);
+                                let zeros = _mm512_loadu_si512(zeros[w].add(first).cast());
+                                let zeros = _mm512_permutexvar_epi32(lanes, zeros);
+                                let codes = if half == 0 {
+                                    next!($checked, $from, $at[w], word, zeros)
+                                } else {
+                                    next!($checked, $second, $second_at[w], word.add(1), zeros)
+                                };
+                                for i in 0..R {
+                                    let mut sum = _mm512_dpbusd_epi32(none, codes, at(i, half));
+                                    if WIDE {
+                                        sum = _mm512_dpbusd_epi32(
+                                            _mm512_slli_epi32::<8>(sum),
+                                            codes,
+                                            at(i, 2 + half),
+                                        );
+                                    }
+                                    let scale = _mm512_loadu_ps(products[w][i].add(first));
+                                    let scale = _mm512_permutexvar_ps(lanes, scale);
+                                    sums[w][i] =
+                                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
+                                }
+                            }
+                        } else {
+                            let zeros = _mm512_set1_epi32(*zeros[w].add(block) as i32);
+                            let first = next!($checked, $from, $at[w], word, zeros);
+                            let second = if whole {
+                                next!($checked, $second, $second_at[w], word.add(1), zeros)
+                            } else {
+                                zeros
+                            };
+                            for i in 0..R {
+                                let mut sum = _mm512_dpbusd_epi32(none, first, at(i, 0));
+                                sum = _mm512_dpbusd_epi32(sum, second, at(i, 1));
+                                if WIDE {
+                                    // One sum, so that there is nothing to add to it.
+                                    sum = _mm512_dpbusd_epi32(
+                                        _mm512_slli_epi32::<8>(sum),
+                                        first,
+                                        at(i, 2),
+                                    );
+                                    sum = _mm512_dpbusd_epi32(sum, second, at(i, 3));
+                                }
+                                let scale = _mm512_set1_ps(*products[w][i].add(block));
+                                sums[w][i] =
+                                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
+                            }
+                        }
+                    }
+                }};
+            }
+            let mut block = 0;
+            // Two blocks that are whole, whose codes cannot reach past the last one.
+            let pairs = (blocks / 2).min(words / 4);
+            if let Some(last) = codes.len().checked_sub(2 * LOADED) {
+                while block < 2 * pairs && (0..W).all(|w| low[w].max(high[w]) <= last) {
+                    block!(false, block, LOW, low, LOW, low);
+                    block!(false, block + 1, HIGH, high, HIGH, high);
+                    block += 2;
+                }
+            }
+            while block < blocks {
+                if block % 2 == 1 {
+                    block!(true, block, HIGH, high, HIGH, high);
+                } else if is_high(2 * block + 1, words) {
+                    block!(true, block, LOW, low, DOWN, high);
+                } else {
+                    block!(true, block, LOW, low, LOW, low);
+                }
+                block += 1;
+            }
+            for w in 0..W {
+                for i in 0..R {
+                    output.set(from + i, row + w * apart, _mm512_reduce_add_ps(sums[w][i]));
+                }
+            }
+        }
+    }
+}
+
+/// The codes of a weight word by word.
+#[derive(Clone, Copy)]
+pub(super) struct Unpack<'a> {
+    starts: Starts<'a>,
+    words: usize,
+    bits: &'a [[u8; 8]],
+    codes: &'a [u8],
+    /// The zero points of all rows, where they are not all the same.
+    zeros: Option<&'a [u8]>,
+    row_zeros: usize,
+    groups: usize,
+    /// Columns of a group; more than there are, where there is one group.
+    group: usize,
+}
+
+impl<'a> Unpack<'a> {
+    pub fn new(weight: &'a SparseInt4) -> Self {
+        let grid = &weight.grid;
+        Self {
+            starts: weight.offsets.starts(),
+            words: weight.bits.cols.div_ceil(64),
+            bits: weight.bits.bytes.as_chunks().0,
+            codes: &weight.codes,
+            zeros: if grid.symmetric {
+                None
+            } else {
+                Some(&grid.zeros)
+            },
+            row_zeros: grid.groups().div_ceil(2),
+            groups: grid.groups(),
+            group: if grid.group_size >= grid.cols {
+                usize::MAX
+            } else {
+                grid.group_size
+            },
+        }
+    }
+
+    /// The codes of word `index`, where those that follow in the row's two streams begin at bytes `at`.
+    ///
+    /// # Panics
+    /// For a row that there is not.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
+    fn word(&self, (row, at): &mut (usize, [usize; 2]), index: usize) -> __m512i {
+        let row = *row;
+        if index >= self.words {
+            return _mm512_setzero_si512();
+        }
+        let bits = &self.bits[row * self.words + index];
+        near(bits.as_ptr().wrapping_add(128));
+        let zeros = match self.zeros {
+            None => _mm512_set1_epi8(8),
+            Some(zeros) => {
+                let zeros = &zeros[row * self.row_zeros..(row + 1) * self.row_zeros];
+                let zero = |group: usize| {
+                    if group < self.groups {
+                        zeros[group / 2] >> (4 * (group % 2)) & 0x0F
+                    } else {
+                        0
+                    }
+                };
+                if self.group >= 64 {
+                    _mm512_set1_epi8(zero(64 * index / self.group) as i8)
+                } else {
+                    // A unit is no less than eight columns.
+                    let eight = |eight: usize| {
+                        u64::from(zero((64 * index + 8 * eight) / self.group))
+                            * 0x0101_0101_0101_0101
+                    };
+                    let zeros: [u64; 8] = std::array::from_fn(eight);
+                    // SAFETY: an array of 64 bytes.
+                    unsafe { _mm512_loadu_si512(zeros.as_ptr().cast()) }
+                }
+            }
+        };
+        let high = is_high(index, self.words);
+        let at = &mut at[usize::from(high)];
+        let mut end = [0; LOADED];
+        near(self.codes.as_ptr().wrapping_add(*at + 256));
+        let from = readable(self.codes, *at, &mut end);
+        *at += u64::from_le_bytes(*bits).count_ones() as usize;
+        // SAFETY: as many bytes are there, and the word.
+        unsafe {
+            if high {
+                expand::<DOWN>(from, bits.as_ptr().cast(), zeros)
+            } else {
+                expand::<LOW>(from, bits.as_ptr().cast(), zeros)
+            }
+        }
+    }
+}
+
+impl Codes for Unpack<'_> {
+    /// Its number, and where its two streams go on.
+    type Row = (usize, [usize; 2]);
+    type Step = [__m512i; 1];
+
+    const ORDER: Order = Order::InOrder;
+    const BITS: u8 = 4;
+
+    #[inline(always)]
+    fn row(&self, row: usize, _zeros: *const u8) -> (usize, [usize; 2]) {
+        (row, [self.starts.get(row); 2])
+    }
+
+    #[inline(always)]
+    unsafe fn step<const SMALL: bool, const HIGH: bool>(
+        &self,
+        row: &mut (usize, [usize; 2]),
+        index: usize,
+    ) -> [__m512i; 1] {
+        // SAFETY: the caller has the features.
+        [unsafe { self.word(row, index) }]
+    }
+}

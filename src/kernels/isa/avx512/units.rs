@@ -1,0 +1,417 @@
+//! Scales and zero points of a row of codes, by units of columns that have one scale of weight and inputs.
+
+use std::arch::x86_64::*;
+
+use super::loads::first_lanes;
+use crate::format::Grid;
+use crate::kernels::linear::input::{self, BLOCK, Input};
+
+/// Rows of a weight and of inputs at a time, at most.
+const ROWS: usize = 4;
+
+/// Numbers that may be read past the last unit.
+const PAD: usize = 16;
+
+/// Which of 16 units are in second blocks of as many units each, of each first 16 of a row and of each second.
+fn second_blocks(of_block: usize) -> [u16; 2] {
+    match of_block {
+        1 => [0xAAAA; 2],
+        2 => [0xCCCC; 2],
+        4 => [0xF0F0; 2],
+        8 => [0xFF00; 2],
+        _ => [0, 0xFFFF],
+    }
+}
+
+/// Numbers from one array to the next.
+fn stride(units: usize) -> usize {
+    units.next_multiple_of(16) + PAD
+}
+
+/// Numbers of scratch memory: for each row of the weight its scales and zero points, and the products of scales for each row of inputs.
+pub(super) fn floats(units: usize) -> usize {
+    ROWS * (2 + ROWS) * stride(units)
+}
+
+/// Scales and zero points of rows of a weight.
+#[derive(Clone, Copy)]
+pub(super) struct OfWeight<'a> {
+    grid: &'a Grid,
+    scales: &'a [u8],
+    zeros: &'a [u8],
+    groups: usize,
+    /// Whether groups are units.
+    direct: bool,
+    /// The zero point of symmetric codes.
+    middle: u8,
+}
+
+/// What is known of some rows.
+#[derive(Clone, Copy)]
+pub(super) struct Units<'a> {
+    first: *mut f32,
+    stride: usize,
+    weight: OfWeight<'a>,
+    inputs: input::Units,
+    /// Which of 16 units are in a second block, of each first 16 of a row and of each second: there codes are multiplied in the high
+    /// halves of bytes, as 16 times what they are.
+    high: [u16; 2],
+}
+
+impl<'a> Units<'a> {
+    /// Where blocks `alternate`, the zero points of each second one are 16 times what they are, and the products of scales a
+    /// sixteenth.
+    ///
+    /// # Panics
+    /// Where the memory is less than [`floats`] says.
+    pub fn new(
+        grid: &'a Grid,
+        unit: usize,
+        alternate: bool,
+        input: &Input<'_>,
+        scratch: &mut [f32],
+    ) -> Self {
+        let inputs = input.units(unit);
+        assert!(scratch.len() >= floats(inputs.count));
+        let units = Self {
+            first: scratch.as_mut_ptr(),
+            stride: stride(inputs.count),
+            weight: OfWeight::new(grid, unit),
+            inputs,
+            high: if alternate {
+                second_blocks(BLOCK / unit)
+            } else {
+                [0; 2]
+            },
+        };
+        if grid.symmetric {
+            let middle = four_times(units.weight.middle);
+            for w in 0..ROWS {
+                let zeros = units.array(w, 1).cast::<u32>();
+                for at in 0..inputs.count.next_multiple_of(16) {
+                    let high = units.high[at / 16 % 2] >> (at % 16) & 1 == 1;
+                    // SAFETY: in the memory, as was asserted.
+                    unsafe { *zeros.add(at) = if high { middle << 4 } else { middle } };
+                }
+            }
+        }
+        units
+    }
+
+    fn array(&self, w: usize, index: usize) -> *mut f32 {
+        self.first
+            .wrapping_add((w * (2 + ROWS) + index) * self.stride)
+    }
+
+    /// Products of scales of row `w` of the weight and row `i` of the inputs; 16 more may be read.
+    pub fn products(&self, w: usize, i: usize) -> *const f32 {
+        self.array(w, 2 + i)
+    }
+
+    /// Zero points of row `w` of the weight, each in all four bytes of a unit's number of 32 bits.
+    pub fn zeros(&self, w: usize) -> *const u32 {
+        self.array(w, 1).cast()
+    }
+
+    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with `R` rows of inputs from `from` on. Returns what
+    /// the zero points take from their products, in any lanes.
+    ///
+    /// # Safety
+    /// `w < ROWS` and `R <= ROWS`; the rows are there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+    pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
+        let grid = self.weight.grid;
+        let plain = self.weight.direct && !grid.wide && (grid.symmetric || grid.bits == 4);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (plain, grid.symmetric) {
+                (true, true) => self.fill_plain::<true, R>(row, w, from),
+                (true, false) => self.fill_plain::<false, R>(row, w, from),
+                (false, _) => self.fill_any(row, w, from),
+            }
+        }
+    }
+
+    /// [`fill`](Self::fill) where groups are units and their scales have 16 bits: what most weights have, and for one row of inputs it counts.
+    /// If `SYMMETRIC`, zero points are what they were from the start.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+    #[allow(clippy::needless_range_loop)] // over constants
+    unsafe fn fill_plain<const SYMMETRIC: bool, const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        from: usize,
+    ) -> [__m512; R] {
+        let (weight, inputs) = (&self.weight, &self.inputs);
+        let mut taken = [_mm512_setzero_ps(); R];
+        let scales = weight.scales.as_ptr().wrapping_add(2 * row * weight.groups);
+        let zeros = weight
+            .zeros
+            .as_ptr()
+            .wrapping_add(row * weight.groups.div_ceil(2));
+        let of_inputs: [[*const f32; 2]; R] =
+            std::array::from_fn(|i| [inputs.scales(from + i), inputs.sums(from + i)]);
+        let (zeros_out, products) = (self.array(w, 1).cast::<u32>(), self.array(w, 2));
+        let (sixteenth, low) = (_mm512_set1_ps(1.0 / 16.0), _mm_set1_epi8(0x0F));
+        // The lowest byte of each number to all four.
+        let lowest = _mm512_set4_epi32(0x0C0C_0C0C, 0x0808_0808, 0x0404_0404, 0);
+        let mut at = 0;
+        // SAFETY: masks cover groups of the row alone; the rest is as in `fill_any`.
+        unsafe {
+            while at < inputs.count {
+                let high = self.high[at / 16 % 2];
+                let left = weight.groups.saturating_sub(at);
+                let half =
+                    _mm256_maskz_loadu_epi16(first_lanes(left), scales.wrapping_add(2 * at).cast());
+                let scale = _mm512_cvtph_ps(half);
+                let mut with_zero = scale;
+                if !SYMMETRIC {
+                    let mask = first_lanes(left.min(16).div_ceil(2));
+                    let pairs = _mm_maskz_loadu_epi8(mask, zeros.wrapping_add(at / 2).cast());
+                    let second = _mm_and_si128(_mm_srli_epi16::<4>(pairs), low);
+                    let each =
+                        _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(pairs, low), second));
+                    let four = _mm512_shuffle_epi8(each, lowest);
+                    let four = _mm512_mask_slli_epi32::<4>(four, high, four);
+                    _mm512_storeu_si512(zeros_out.wrapping_add(at).cast(), four);
+                    with_zero = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(each));
+                }
+                let placed = _mm512_mask_mul_ps(scale, high, scale, sixteenth);
+                for i in 0..R {
+                    let of_row = _mm512_loadu_ps(of_inputs[i][0].add(at));
+                    _mm512_storeu_ps(
+                        products.wrapping_add(i * self.stride + at),
+                        _mm512_mul_ps(of_row, placed),
+                    );
+                    taken[i] = _mm512_fmadd_ps(
+                        _mm512_loadu_ps(of_inputs[i][1].add(at)),
+                        with_zero,
+                        taken[i],
+                    );
+                }
+                at += 16;
+            }
+        }
+        let middle = if SYMMETRIC {
+            -f32::from(weight.middle)
+        } else {
+            -1.0
+        };
+        for i in 0..R {
+            taken[i] = _mm512_mul_ps(taken[i], _mm512_set1_ps(middle));
+        }
+        taken
+    }
+
+    #[inline(never)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+    #[allow(clippy::needless_range_loop)] // over constants
+    unsafe fn fill_any<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
+        let (weight, inputs) = (&self.weight, &self.inputs);
+        let mut taken = [_mm512_setzero_ps(); R];
+        let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
+        // SAFETY: arrays are as long as units, rounded up to 16, and their padding; prepared ones 16 longer than units, with zeros.
+        unsafe {
+            if !weight.direct {
+                one_by_one(weight.grid, row, inputs.count, scales, zeros);
+            }
+            for at in (0..inputs.count).step_by(16) {
+                let high = self.high[at / 16 % 2];
+                let scale = if weight.direct {
+                    weight.some_scales(row, at)
+                } else {
+                    _mm512_loadu_ps(scales.add(at))
+                };
+                let four = if weight.grid.symmetric {
+                    _mm512_set1_epi32(four_times(weight.middle) as i32)
+                } else if weight.direct {
+                    _mm512_mullo_epi32(weight.some_zeros(row, at), _mm512_set1_epi32(0x0101_0101))
+                } else {
+                    _mm512_loadu_si512(zeros.add(at).cast())
+                };
+                _mm512_storeu_si512(
+                    zeros.add(at).cast(),
+                    _mm512_mask_slli_epi32::<4>(four, high, four),
+                );
+                let zero = _mm512_cvtepi32_ps(_mm512_and_si512(four, _mm512_set1_epi32(0xFF)));
+                let with_zero = _mm512_mul_ps(scale, zero);
+                let placed = _mm512_mask_mul_ps(scale, high, scale, _mm512_set1_ps(1.0 / 16.0));
+                for i in 0..R {
+                    let of_inputs = _mm512_loadu_ps(inputs.scales(from + i).add(at));
+                    _mm512_storeu_ps(
+                        self.array(w, 2 + i).add(at),
+                        _mm512_mul_ps(of_inputs, placed),
+                    );
+                    let sum = _mm512_loadu_ps(inputs.sums(from + i).add(at));
+                    taken[i] = _mm512_fnmadd_ps(sum, with_zero, taken[i]);
+                }
+            }
+        }
+        taken
+    }
+}
+
+impl<'a> OfWeight<'a> {
+    pub fn new(grid: &'a Grid, unit: usize) -> Self {
+        Self {
+            grid,
+            scales: &grid.scales,
+            zeros: &grid.zeros,
+            groups: grid.groups(),
+            direct: grid.group_size == unit,
+            middle: 1 << (grid.bits - 1),
+        }
+    }
+
+    /// Scales of 16 groups of a row from `at` on; past the last they are 0.
+    ///
+    /// # Safety
+    /// The row is there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+    unsafe fn some_scales(&self, row: usize, at: usize) -> __m512 {
+        let mask = first_lanes(self.groups.saturating_sub(at));
+        let first = row * self.groups + at;
+        // SAFETY: masks cover groups of the row alone.
+        unsafe {
+            if self.grid.wide {
+                _mm512_maskz_loadu_ps(mask, self.scales.as_ptr().wrapping_add(4 * first).cast())
+            } else {
+                let from = self.scales.as_ptr().wrapping_add(2 * first);
+                _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast()))
+            }
+        }
+    }
+
+    /// Zero points of 16 groups of a row from `at` on; past the last they are 0.
+    #[inline]
+    #[target_feature(enable = "avx512f,bmi2")]
+    fn some_zeros(&self, row: usize, at: usize) -> __m512i {
+        if self.grid.bits != 4 {
+            let mut zeros = [0; 16];
+            self.grid.some_zeros(
+                row,
+                at,
+                &mut zeros[..(self.groups.saturating_sub(at)).min(16)],
+            );
+            // SAFETY: an array of 16 bytes.
+            return unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast())) };
+        }
+        let len = self.groups.div_ceil(2);
+        let zeros = &self.zeros[row * len..(row + 1) * len];
+        let some = zeros.get(at / 2..).unwrap_or(&[]);
+        let word = some.first_chunk().copied().unwrap_or_else(|| {
+            let mut word = [0; 8];
+            word[..some.len()].copy_from_slice(some);
+            word
+        });
+        let word = u64::from_le_bytes(word);
+        let spread = 0x0F0F_0F0F_0F0F_0F0F;
+        let bytes = _mm_set_epi64x(
+            _pdep_u64(word >> 32, spread) as i64,
+            _pdep_u64(word, spread) as i64,
+        );
+        _mm512_cvtepu8_epi32(bytes)
+    }
+}
+
+/// A byte in all four of a number's.
+fn four_times(byte: u8) -> u32 {
+    u32::from(byte) * 0x0101_0101
+}
+
+/// Units of groups that are larger.
+///
+/// # Safety
+/// The arrays have room for `count`, rounded up to 16.
+unsafe fn one_by_one(grid: &Grid, row: usize, count: usize, scales: *mut f32, zeros: *mut u32) {
+    let (groups, units) = (grid.groups(), (grid.group_size / 128).max(1));
+    let mut at = 0;
+    for group in 0..groups {
+        let (scale, zero) = grid.at(row, group);
+        let end = if group + 1 == groups {
+            count
+        } else {
+            (at + units).min(count)
+        };
+        while at < end {
+            // SAFETY: the arrays have room.
+            unsafe {
+                *scales.add(at) = scale;
+                *zeros.add(at) = four_times(zero);
+            }
+            at += 1;
+        }
+    }
+    for at in count..count.next_multiple_of(16) {
+        // SAFETY: as above.
+        unsafe {
+            *scales.add(at) = 0.0;
+            *zeros.add(at) = 0;
+        }
+    }
+}
+
+/// Calls `put` with 16 units of a row after 16, their scales and the products of these with their zero points. Scales past the last
+/// group are 0.
+///
+/// # Panics
+/// For a row that there is not.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
+pub(super) fn for_sixteens(
+    weight: &OfWeight<'_>,
+    row: usize,
+    count: usize,
+    mut put: impl FnMut(usize, &[f32; 16], &[f32; 16]),
+) {
+    let [mut scales, mut with_zeros] = [[0.0_f32; 16]; 2];
+    assert!(row < weight.grid.rows);
+    for at in (0..count).step_by(16) {
+        if weight.direct {
+            // SAFETY: the row is there, as was asserted; the arrays have 16 numbers.
+            unsafe {
+                let scale = weight.some_scales(row, at);
+                let zero = if weight.grid.symmetric {
+                    _mm512_set1_epi32(i32::from(weight.middle))
+                } else {
+                    weight.some_zeros(row, at)
+                };
+                _mm512_storeu_ps(scales.as_mut_ptr(), scale);
+                _mm512_storeu_ps(
+                    with_zeros.as_mut_ptr(),
+                    _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)),
+                );
+            }
+        } else {
+            let groups = weight.grid.groups();
+            let wide = weight
+                .grid
+                .group_size
+                .min(weight.grid.cols.next_multiple_of(BLOCK));
+            for index in 0..16 {
+                let group = (at + index) * BLOCK / wide;
+                let (scale, zero) = if group < groups {
+                    weight.grid.at(row, group)
+                } else {
+                    (0.0, 0)
+                };
+                (scales[index], with_zeros[index]) = (scale, scale * f32::from(zero));
+            }
+        }
+        put(at, &scales, &with_zeros);
+    }
+}
+
+/// For each lane the unit that its columns are in, counted from the first one's, where a lane has `columns` and a unit `unit`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn lanes(columns: usize, unit: usize) -> __m512i {
+    let lane: [i32; 16] = std::array::from_fn(|lane| (lane * columns / unit) as i32);
+    // SAFETY: an array of 64 bytes.
+    unsafe { _mm512_loadu_si512(lane.as_ptr().cast()) }
+}

@@ -1,0 +1,578 @@
+//! Products of codes, however they are stored, with inputs that were rounded to bytes; and with many rows of inputs, for which
+//! 16 rows of the weight are unpacked to bytes.
+
+use std::arch::aarch64::*;
+use std::arch::asm;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::units::{self, SLOTS, Units};
+use crate::format::Grid;
+use crate::kernels::linear::codes::Codes;
+use crate::kernels::linear::input::{BLOCK, Order};
+use crate::kernels::linear::task::Task;
+use crate::kernels::linear::tiles::{CodeTiles, Features, Work, features, for_code_tiles};
+
+/// The codes of a block of 128 columns: eight vectors, in the order of the inputs' bytes.
+pub(super) trait Block: Copy {
+    /// Vector `index`.
+    ///
+    /// # Safety
+    /// `index < 8`, and what the block was made of is there.
+    unsafe fn vector(&self, index: usize) -> int8x16_t;
+}
+
+impl Block for [int8x16_t; 8] {
+    #[inline(always)]
+    unsafe fn vector(&self, index: usize) -> int8x16_t {
+        self[index]
+    }
+}
+
+/// Whether a block's first four vectors are its even columns, and the others the odd ones: a lane of four bytes of one and of its
+/// partner are eight columns. Else columns are in order, and a lane is four.
+#[inline(always)]
+fn paired<C: Codes>() -> bool {
+    matches!(C::ORDER, Order::EvenOdd)
+}
+
+/// Sums of up to eight products of codes and bytes in each part.
+trait Sums: Copy {
+    fn none() -> Self;
+
+    /// The sums of each four bytes.
+    fn of_fours(self) -> int32x4_t;
+}
+
+impl Sums for [int16x8_t; 2] {
+    #[inline(always)]
+    fn none() -> Self {
+        // SAFETY: every caller has NEON.
+        unsafe { [vdupq_n_s16(0); 2] }
+    }
+
+    #[inline(always)]
+    fn of_fours(self) -> int32x4_t {
+        // SAFETY: as above. Two sums of eight products are at most `16 * 15 * 128`, which 16 bits hold.
+        unsafe { vpaddlq_s16(vpaddq_s16(self[0], self[1])) }
+    }
+}
+
+impl Sums for int32x4_t {
+    #[inline(always)]
+    fn none() -> Self {
+        // SAFETY: every caller has NEON.
+        unsafe { vdupq_n_s32(0) }
+    }
+
+    #[inline(always)]
+    fn of_fours(self) -> int32x4_t {
+        self
+    }
+}
+
+/// How bytes are multiplied.
+trait Dots: Features {
+    type Sums: Sums;
+    /// Rows of a weight that is unpacked at a time, as many as registers hold sums of: 2 or 4.
+    const ROWS: usize;
+
+    /// Adds the products of codes and bytes.
+    ///
+    /// # Safety
+    /// The processor has the features.
+    unsafe fn add(sums: Self::Sums, codes: int8x16_t, x: int8x16_t) -> Self::Sums;
+}
+
+/// What NEON has: products of 16 bits, of codes up to 15, so at most `15 * 128`, of which eight are added.
+struct Products;
+
+features!(Products, "neon");
+
+impl Dots for Products {
+    type Sums = [int16x8_t; 2];
+    const ROWS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn add(sums: [int16x8_t; 2], codes: int8x16_t, x: int8x16_t) -> [int16x8_t; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            [
+                vmlal_s8(sums[0], vget_low_s8(codes), vget_low_s8(x)),
+                vmlal_high_s8(sums[1], codes, x),
+            ]
+        }
+    }
+}
+
+/// The same of codes that are bytes: two such products may be too many for 16 bits.
+struct Wide;
+
+features!(Wide, "neon");
+
+impl Dots for Wide {
+    type Sums = int32x4_t;
+    const ROWS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn add(sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(x)));
+            let high = vpaddlq_s16(vmull_high_s8(codes, x));
+            vaddq_s32(sums, vpaddq_s32(low, high))
+        }
+    }
+}
+
+/// Dot products of four bytes.
+struct Fours;
+
+features!(Fours, "neon,dotprod");
+
+impl Dots for Fours {
+    type Sums = int32x4_t;
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn add(sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
+        /// The standard library's is not stable.
+        #[inline]
+        #[target_feature(enable = "neon,dotprod")]
+        fn sdot(mut sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+            // SAFETY: works on registers alone.
+            unsafe {
+                asm!(
+                    "sdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
+                    inout(vreg) sums,
+                    in(vreg) a,
+                    in(vreg) b,
+                    options(pure, nomem, nostack, preserves_flags)
+                );
+            }
+            sums
+        }
+        // SAFETY: the caller's promise.
+        unsafe { sdot(sums, codes, x) }
+    }
+}
+
+/// Products of a task with codes.
+pub(super) struct Call<'a> {
+    dots: bool,
+    many: bool,
+    grid: &'a Grid,
+    unit: usize,
+    pub task: Task<'a>,
+}
+
+impl<'a> Call<'a> {
+    /// `dots` says whether the processor has `sdot`, `many` whether rows of the weight are unpacked for all rows of inputs.
+    pub fn new(dots: bool, many: bool, grid: &'a Grid, unit: usize, task: Task<'a>) -> Self {
+        Self {
+            dots,
+            many,
+            grid,
+            unit,
+            task,
+        }
+    }
+
+    /// # Safety
+    /// As for [`multiply`](crate::kernels::linear::task::Kernels::multiply); the codes have the task's rows.
+    pub unsafe fn multiply<C: Codes<Step: Block>>(&self, codes: C, scratch: &mut [f32]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.dots {
+                self.by::<Fours, C>(codes, scratch);
+            } else if const { C::BITS == 8 } {
+                self.by::<Wide, C>(codes, scratch);
+            } else {
+                self.by::<Products, C>(codes, scratch);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`multiply`](Self::multiply), and the processor has the features of `D`.
+    unsafe fn by<D: Dots, C: Codes<Step: Block>>(&self, codes: C, scratch: &mut [f32]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.many {
+                self.unpacked::<D, C>(codes, scratch);
+                return;
+            }
+            let tiles = Tiles::<D, C> {
+                codes,
+                unit: self.unit,
+                units: Units::new(self.grid, self.unit, self.task.input, scratch),
+                filled: None,
+                task: &self.task,
+                of: PhantomData,
+            };
+            for_code_tiles(&tiles, self.task.rows.clone(), self.task.input, self.unit);
+        }
+    }
+
+    /// # Safety
+    /// As for [`by`](Self::by).
+    unsafe fn unpacked<D: Dots, C: Codes<Step: Block>>(&self, codes: C, scratch: &mut [f32]) {
+        let Task { rows, input, .. } = &self.task;
+        let unit = self.unit;
+        let stride = input.inputs.next_multiple_of(BLOCK);
+        let (panel, scratch) = scratch.split_at_mut(SLOTS * stride / 4);
+        let panel: *mut u8 = panel.as_mut_ptr().cast();
+        let units = Units::new(self.grid, unit, input, scratch);
+        for first in rows.clone().step_by(SLOTS) {
+            let rows = first..rows.end.min(first + SLOTS);
+            for (slot, row) in rows.clone().enumerate() {
+                // SAFETY: there are as many slots; the panel has room for as many rows of whole blocks.
+                unsafe {
+                    units.decode(row, slot);
+                    let out = panel.add(slot * stride);
+                    let row = codes.row(row, units.zeros(slot));
+                    if unit < BLOCK {
+                        unpack::<C, true>(&codes, row, stride, out);
+                    } else {
+                        unpack::<C, false>(&codes, row, stride, out);
+                    }
+                }
+            }
+            // SAFETY: the caller's promise; the slots of the rows are filled.
+            unsafe {
+                if paired::<C>() {
+                    self.panel::<D, true>(panel, stride, units, rows);
+                } else {
+                    self.panel::<D, false>(panel, stride, units, rows);
+                }
+            }
+        }
+    }
+
+    /// Products of all inputs with some rows that are unpacked.
+    ///
+    /// # Safety
+    /// As for [`by`](Self::by); the slots of the rows are filled.
+    unsafe fn panel<D: Dots, const PAIRED: bool>(
+        &self,
+        first: *const u8,
+        stride: usize,
+        units: Units<'_>,
+        rows: Range<usize>,
+    ) {
+        let tiles = Tiles::<D, Panel<PAIRED>> {
+            codes: Panel {
+                first,
+                base: rows.start,
+                stride,
+            },
+            unit: self.unit,
+            units,
+            filled: Some(rows.start),
+            task: &self.task,
+            of: PhantomData,
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (self.task.input.wide(), self.unit < BLOCK) {
+                (true, false) => tiles.by_two::<true, false>(rows),
+                (true, true) => tiles.by_two::<true, true>(rows),
+                (false, false) => tiles.by_two::<false, false>(rows),
+                (false, true) => tiles.by_two::<false, true>(rows),
+            }
+        }
+    }
+}
+
+/// Numbers of scratch memory for rows that are unpacked.
+pub(super) fn panel_floats(inputs: usize, units: usize) -> usize {
+    units::floats(units) + SLOTS * inputs.next_multiple_of(BLOCK) / 4
+}
+
+/// Writes a row's codes, a byte each, as many as `count`, in whole blocks.
+///
+/// # Safety
+/// They have room, and the row's zero points are there.
+#[target_feature(enable = "neon")]
+unsafe fn unpack<C: Codes<Step: Block>, const SMALL: bool>(
+    codes: &C,
+    mut row: C::Row,
+    count: usize,
+    out: *mut u8,
+) {
+    for block in 0..count / BLOCK {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let step = codes.step::<SMALL, false>(&mut row, block);
+            for index in 0..8 {
+                let out = out.add(BLOCK * block + 16 * index);
+                vst1q_s8(out.cast(), step.vector(index));
+            }
+        }
+    }
+}
+
+/// Rows that are unpacked, in the order of what they come from.
+#[derive(Clone, Copy)]
+struct Panel<const PAIRED: bool> {
+    first: *const u8,
+    /// The row that is the panel's first.
+    base: usize,
+    stride: usize,
+}
+
+/// A block of a panel.
+#[derive(Clone, Copy)]
+struct InPanel(*const u8);
+
+impl Block for InPanel {
+    #[inline(always)]
+    unsafe fn vector(&self, index: usize) -> int8x16_t {
+        // SAFETY: a block of a row is there, by the caller's promise.
+        unsafe { vld1q_s8(self.0.add(16 * index).cast()) }
+    }
+}
+
+impl<const PAIRED: bool> Codes for Panel<PAIRED> {
+    type Row = *const u8;
+    type Step = InPanel;
+
+    const ORDER: Order = if PAIRED {
+        Order::EvenOdd
+    } else {
+        Order::InOrder
+    };
+    const BITS: u8 = 8; // for all that is known
+
+    #[inline(always)]
+    fn row(&self, row: usize, _zeros: *const u8) -> *const u8 {
+        self.first.wrapping_add((row - self.base) * self.stride)
+    }
+
+    #[inline(always)]
+    unsafe fn step<const SMALL: bool, const HIGH: bool>(
+        &self,
+        row: &mut *const u8,
+        block: usize,
+    ) -> InPanel {
+        InPanel(row.wrapping_add(BLOCK * block))
+    }
+}
+
+/// Tiles of codes.
+struct Tiles<'a, D, C> {
+    codes: C,
+    unit: usize,
+    units: Units<'a>,
+    /// The row of the first slot where the slots are filled; else a tile fills those of its rows.
+    filled: Option<usize>,
+    task: &'a Task<'a>,
+    of: PhantomData<D>,
+}
+
+impl<D: Dots, C: Codes<Step: Block>> CodeTiles for Tiles<'_, D, C> {
+    const ONE: usize = 2;
+    const MORE: usize = 1;
+
+    #[inline(always)]
+    unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usize>(
+        &self,
+        row: usize,
+        from: usize,
+    ) {
+        let tiles = self;
+        // SAFETY: the caller's promise.
+        unsafe { D::run(Tile::<D, C, WIDE, SMALL, W, R> { tiles, row, from }) };
+    }
+}
+
+impl<D: Dots, const PAIRED: bool> Tiles<'_, D, Panel<PAIRED>> {
+    /// Products of two rows of inputs at a time with all rows of a panel, so that the inputs' bytes come from the first-level cache.
+    ///
+    /// # Safety
+    /// As for [`CodeTiles::tile`]; the slots of the rows are filled.
+    unsafe fn by_two<const WIDE: bool, const SMALL: bool>(&self, rows: Range<usize>) {
+        let inputs = self.task.input.rows;
+        let mut from = 0;
+        while from < inputs {
+            let two = inputs - from >= 2;
+            let mut row = rows.start;
+            while row < rows.end {
+                let whole = rows.end - row >= D::ROWS;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match (whole, two) {
+                        (true, true) if D::ROWS == 4 => {
+                            self.tile::<WIDE, SMALL, 4, 2>(row, from);
+                        }
+                        (true, false) if D::ROWS == 4 => {
+                            self.tile::<WIDE, SMALL, 4, 1>(row, from);
+                        }
+                        (true, true) => self.tile::<WIDE, SMALL, 2, 2>(row, from),
+                        (true, false) => self.tile::<WIDE, SMALL, 2, 1>(row, from),
+                        (false, true) => self.tile::<WIDE, SMALL, 1, 2>(row, from),
+                        (false, false) => self.tile::<WIDE, SMALL, 1, 1>(row, from),
+                    }
+                }
+                row += if whole { D::ROWS } else { 1 };
+            }
+            from += if two { 2 } else { 1 };
+        }
+    }
+}
+
+/// `W` rows of the weight with `R` of the inputs. They are there, and their outputs this task's.
+struct Tile<'a, D, C, const WIDE: bool, const SMALL: bool, const W: usize, const R: usize> {
+    tiles: &'a Tiles<'a, D, C>,
+    row: usize,
+    from: usize,
+}
+
+impl<
+    D: Dots,
+    C: Codes<Step: Block>,
+    const WIDE: bool,
+    const SMALL: bool,
+    const W: usize,
+    const R: usize,
+> Work<D> for Tile<'_, D, C, WIDE, SMALL, W, R>
+{
+    type Output = ();
+
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
+    unsafe fn run(self) {
+        let Self { tiles, row, from } = self;
+        let Tiles {
+            codes,
+            unit,
+            units,
+            filled,
+            task,
+            ..
+        } = tiles;
+        let (Task { input, output, .. }, unit) = (task, *unit);
+        let (size, of_block) = (input.layout.block_bytes(), BLOCK / unit);
+        let x: [*const i8; R] =
+            std::array::from_fn(|i| input.codes(from + i, C::ORDER).as_ptr().cast());
+        let slot = filled.map_or(0, |first| row - first);
+        // SAFETY: `W` slots are there, and `W * R` pairs; what was prepared has whole blocks, and so has each row of the weight or what
+        // stands for it, by the promises of `Codes`.
+        unsafe {
+            if filled.is_none() && from == 0 {
+                for w in 0..W {
+                    units.decode(row + w, w);
+                }
+            }
+            let mut sums = [[vdupq_n_f32(0.0); R]; W];
+            for w in 0..W {
+                for i in 0..R {
+                    sums[w][i] = units.multiply(slot + w, w * R + i, from + i);
+                }
+            }
+            let mut rows: [C::Row; W] =
+                std::array::from_fn(|w| codes.row(row + w, units.zeros(slot + w)));
+            let products: [[*const f32; R]; W] = std::array::from_fn(|w| {
+                std::array::from_fn(|i| units.products(w * R + i).cast_const())
+            });
+            let lanes = lanes(if paired::<C>() { 8 } else { 4 }, unit);
+            for block in 0..input.inputs.div_ceil(BLOCK) {
+                // Not by a closure, which would not always be inlined.
+                let mut blocks = [codes.step::<SMALL, false>(&mut rows[0], block); W];
+                for w in 1..W {
+                    blocks[w] = codes.step::<SMALL, false>(&mut rows[w], block);
+                }
+                let x: [*const i8; R] = std::array::from_fn(|i| x[i].add(block * size));
+                if SMALL {
+                    let steps = if paired::<C>() { 4 } else { 8 };
+                    for step in 0..steps {
+                        // The first unit of this vector, or pair of them.
+                        let at = block * of_block + step * of_block / steps;
+                        for i in 0..R {
+                            for w in 0..W {
+                                let [mut high, mut low] = [D::Sums::none(); 2];
+                                for index in [step, step + 4].into_iter().take(if paired::<C>() {
+                                    2
+                                } else {
+                                    1
+                                }) {
+                                    let codes = blocks[w].vector(index);
+                                    high = D::add(high, codes, vld1q_s8(x[i].add(16 * index)));
+                                    if WIDE {
+                                        low = D::add(
+                                            low,
+                                            codes,
+                                            vld1q_s8(x[i].add(BLOCK + 16 * index)),
+                                        );
+                                    }
+                                }
+                                let scales =
+                                    vreinterpretq_u8_f32(vld1q_f32(products[w][i].add(at)));
+                                let scales = vreinterpretq_f32_u8(vqtbl1q_u8(scales, lanes));
+                                sums[w][i] =
+                                    vfmaq_f32(sums[w][i], whole::<D, WIDE>(high, low), scales);
+                            }
+                        }
+                    }
+                } else {
+                    let [mut high, mut low] = [[[D::Sums::none(); R]; W]; 2];
+                    for index in 0..8 {
+                        for i in 0..R {
+                            let x_high = vld1q_s8(x[i].add(16 * index));
+                            let x_low = if WIDE {
+                                vld1q_s8(x[i].add(BLOCK + 16 * index))
+                            } else {
+                                x_high
+                            };
+                            for w in 0..W {
+                                let codes = blocks[w].vector(index);
+                                high[w][i] = D::add(high[w][i], codes, x_high);
+                                if WIDE {
+                                    low[w][i] = D::add(low[w][i], codes, x_low);
+                                }
+                            }
+                        }
+                    }
+                    for w in 0..W {
+                        for i in 0..R {
+                            let scale = *products[w][i].add(block);
+                            sums[w][i] = vfmaq_n_f32(
+                                sums[w][i],
+                                whole::<D, WIDE>(high[w][i], low[w][i]),
+                                scale,
+                            );
+                        }
+                    }
+                }
+            }
+            for w in 0..W {
+                for i in 0..R {
+                    output.set(from + i, row + w, vaddvq_f32(sums[w][i]));
+                }
+            }
+        }
+    }
+}
+
+/// The sums of products with inputs, of their high bytes and, where there are some, their low ones.
+#[inline(always)]
+fn whole<D: Dots, const WIDE: bool>(high: D::Sums, low: D::Sums) -> float32x4_t {
+    // SAFETY: every caller has NEON.
+    unsafe {
+        let high = high.of_fours();
+        vcvtq_f32_s32(if WIDE {
+            vaddq_s32(vshlq_n_s32::<8>(high), low.of_fours())
+        } else {
+            high
+        })
+    }
+}
+
+/// Indices of the bytes of each lane's unit among four units, where a lane has `columns`.
+#[inline(always)]
+fn lanes(columns: usize, unit: usize) -> uint8x16_t {
+    let lanes: [u8; 16] =
+        std::array::from_fn(|byte| (4 * (byte / 4 * columns / unit) + byte % 4) as u8);
+    // SAFETY: an array of 16 bytes.
+    unsafe { vld1q_u8(lanes.as_ptr()) }
+}

@@ -1,0 +1,371 @@
+//! Inputs as kernels want them: as they are, and as integers.
+//!
+//! Each block of 128 inputs has one scale: `x = scale * q`, `q = 256 hi + lo` with signed bytes `hi` and `lo`. Weights of codes are
+//! `w = sw (code - zero)` in groups, so that `x . w = sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)` over units `u`
+//! of columns that have one scale of both. What the second sum needs of `x` is computed here, once for all rows of the weight.
+
+use crate::kernels::disjoint::Disjoint;
+use crate::kernels::level::{Level, dispatch};
+use crate::kernels::memory::lines;
+
+/// Inputs of one scale.
+pub(in crate::kernels) const BLOCK: usize = 128;
+/// Largest of the integers: `127 * 256 + 127`.
+const LARGEST: f32 = 32639.0;
+/// Blocks that have no larger input count as zeros: the scale would be no normal number.
+const TINY: f32 = 1e-33;
+/// The units that kernels have.
+const UNITS: [usize; 5] = [8, 16, 32, 64, 128];
+/// Numbers that may be read past the last unit.
+const PAD: usize = 16;
+
+/// In which order a block's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::enum_variant_names)] // in what order they are
+pub(in crate::kernels) enum Order {
+    /// Columns 0, 2, .. 126, then 1, 3, .. 127: as packed codes of 4 bits come out of their bytes.
+    EvenOdd,
+    /// As they are.
+    InOrder,
+    /// As they are, each a word of 16 bits.
+    Words,
+}
+
+impl Order {
+    const ALL: [Self; 3] = [Self::EvenOdd, Self::InOrder, Self::Words];
+}
+
+/// The unit for groups of a size, where kernels have one.
+pub(super) fn unit_of(group_size: usize, cols: usize) -> Option<usize> {
+    if group_size >= cols || group_size.is_multiple_of(BLOCK) {
+        return Some(BLOCK);
+    }
+    UNITS.contains(&group_size).then_some(group_size)
+}
+
+/// What must be prepared for the layers of a call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Needs {
+    orders: [bool; 3],
+    units: [bool; 5],
+    wide: bool,
+}
+
+impl Needs {
+    pub fn add(&mut self, order: Order, unit: usize, wide: bool) {
+        self.orders[order as usize] = true;
+        self.wide = wide;
+        for (need, of) in self.units.iter_mut().zip(UNITS) {
+            *need |= of == unit;
+        }
+    }
+}
+
+/// Where in a row's memory things lie.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::kernels) struct Layout {
+    needs: Needs,
+    inputs: usize,
+    units_at: [usize; 5],
+    pub bytes: usize,
+}
+
+impl Layout {
+    pub(super) fn new(needs: Needs, inputs: usize) -> Self {
+        let mut layout = Self {
+            needs,
+            inputs,
+            units_at: [0; 5],
+            bytes: 0,
+        };
+        layout.bytes = layout.orders().map(|order| layout.codes_bytes(order)).sum();
+        for (index, (unit, need)) in UNITS.into_iter().zip(needs.units).enumerate() {
+            layout.units_at[index] = layout.bytes;
+            layout.bytes += if need { layout.unit_bytes(unit) } else { 0 };
+        }
+        layout
+    }
+
+    /// The orders that are needed; a row has its codes in each, one after another.
+    fn orders(&self) -> impl Iterator<Item = Order> {
+        Order::ALL
+            .into_iter()
+            .zip(self.needs.orders)
+            .filter_map(|(order, need)| need.then_some(order))
+    }
+
+    /// Bytes of a row in one order.
+    fn codes_bytes(&self, order: Order) -> usize {
+        self.inputs.div_ceil(BLOCK) * self.bytes_of_block(order)
+    }
+
+    fn bytes_of_block(&self, order: Order) -> usize {
+        if order == Order::Words {
+            2 * BLOCK
+        } else {
+            self.block_bytes()
+        }
+    }
+
+    /// Bytes of a block in an order of bytes: 128 of `hi`, then, if wide, 128 of `lo`.
+    pub fn block_bytes(&self) -> usize {
+        if self.needs.wide { 2 * BLOCK } else { BLOCK }
+    }
+
+    /// Bytes of scales and sums for one size of units.
+    fn unit_bytes(&self, unit: usize) -> usize {
+        2 * lines(4 * (self.units(unit) + PAD))
+    }
+
+    fn units(&self, unit: usize) -> usize {
+        self.inputs.div_ceil(BLOCK) * (BLOCK / unit)
+    }
+
+    /// Units of a row, the smallest that are there.
+    pub fn most_units(&self) -> usize {
+        let smallest = UNITS
+            .into_iter()
+            .zip(self.needs.units)
+            .find(|(_, need)| *need);
+        smallest.map_or(0, |(unit, _)| self.units(unit))
+    }
+
+    pub fn codes_at(&self, order: Order) -> usize {
+        self.orders()
+            .take_while(|before| *before != order)
+            .map(|before| self.codes_bytes(before))
+            .sum()
+    }
+
+    /// Where the scales of units lie; the sums lie `unit_bytes / 2` behind.
+    fn unit_at(&self, unit: usize) -> usize {
+        // Units are 8, 16 ..
+        self.units_at[unit.trailing_zeros() as usize - 3]
+    }
+}
+
+/// The inputs of a call.
+#[derive(Clone, Copy)]
+pub(in crate::kernels) struct Input<'a> {
+    pub level: Level,
+    pub values: &'a [f32],
+    pub rows: usize,
+    pub stride: usize,
+    pub inputs: usize,
+    pub layout: Layout,
+    /// Rows of `layout.bytes`.
+    pub memory: Disjoint<'a, u8>,
+    pub at: usize,
+}
+
+/// The units of inputs, row by row, with 16 zeros after the last one's.
+#[derive(Clone, Copy)]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(in crate::kernels) struct Units {
+    first: *const u8,
+    /// Bytes from scales to sums.
+    half: usize,
+    /// Bytes from one row to the next.
+    stride: usize,
+    /// Units of a row.
+    pub count: usize,
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+impl Units {
+    /// Scales of a row's units.
+    #[inline(always)]
+    pub fn scales(&self, row: usize) -> *const f32 {
+        self.first.wrapping_add(row * self.stride).cast()
+    }
+
+    /// Sums of a row's units: of its integers, each times their scale.
+    #[inline(always)]
+    pub fn sums(&self, row: usize) -> *const f32 {
+        self.first
+            .wrapping_add(row * self.stride + self.half)
+            .cast()
+    }
+}
+
+impl<'a> Input<'a> {
+    pub fn row(&self, row: usize) -> &'a [f32] {
+        &self.values[row * self.stride..row * self.stride + self.inputs]
+    }
+
+    /// The bytes of a row, block by block.
+    pub fn codes(&self, row: usize, order: Order) -> &'a [u8] {
+        let from = self.at + row * self.layout.bytes + self.layout.codes_at(order);
+        // SAFETY: written by `prepare` before any task reads.
+        unsafe {
+            self.memory
+                .shared(from..from + self.layout.codes_bytes(order))
+        }
+    }
+
+    /// What is known of units of a size.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub fn units(&self, unit: usize) -> Units {
+        let (from, all) = (
+            self.at + self.layout.unit_at(unit),
+            self.layout.unit_bytes(unit),
+        );
+        // As far as the last row's.
+        let reach = (self.rows.max(1) - 1) * self.layout.bytes + all;
+        Units {
+            first: self.memory.floats(from, reach / 4).at(0).cast(),
+            half: all / 2,
+            stride: self.layout.bytes,
+            count: self.layout.units(unit),
+        }
+    }
+
+    pub fn wide(&self) -> bool {
+        self.layout.needs.wide
+    }
+
+    /// Writes a row's memory.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes it.
+    pub unsafe fn prepare(&self, row: usize) {
+        let (x, needs, start) = (
+            self.row(row),
+            self.layout.needs,
+            self.at + row * self.layout.bytes,
+        );
+        for (nth, order) in self.layout.orders().enumerate() {
+            let (size, len) = (
+                self.layout.bytes_of_block(order),
+                self.layout.codes_bytes(order),
+            );
+            // SAFETY: the caller's promise; the parts of a row do not overlap.
+            let codes = unsafe {
+                self.memory
+                    .from(start + self.layout.codes_at(order))
+                    .part(0..len)
+            };
+            for (index, (x, codes)) in x
+                .chunks(BLOCK)
+                .zip(codes.chunks_exact_mut(size))
+                .enumerate()
+            {
+                let mut q = [0; BLOCK];
+                let scale = round(self.level, x, needs.wide, &mut q);
+                place(self.level, &q, order, codes);
+                if nth == 0 {
+                    // SAFETY: as above.
+                    unsafe { self.set_units(start, index, scale, &q) };
+                }
+            }
+        }
+        for (unit, need) in UNITS.into_iter().zip(needs.units) {
+            if need {
+                let (from, half) = (
+                    start + self.layout.unit_at(unit),
+                    self.layout.unit_bytes(unit) / 2,
+                );
+                for from in [from, from + half] {
+                    // SAFETY: as above.
+                    unsafe {
+                        self.memory
+                            .floats(from + 4 * self.layout.units(unit), PAD)
+                            .part(0..PAD)
+                    }
+                    .fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`prepare`](Self::prepare).
+    unsafe fn set_units(&self, start: usize, block: usize, scale: f32, q: &[i32; BLOCK]) {
+        for (unit, need) in UNITS.into_iter().zip(self.layout.needs.units) {
+            if !need {
+                continue;
+            }
+            let count = BLOCK / unit;
+            let from = start + self.layout.unit_at(unit) + 4 * block * count;
+            // SAFETY: the caller's promise.
+            let (scales, sums) = unsafe {
+                let half = self.layout.unit_bytes(unit) / 2;
+                (
+                    self.memory.floats(from, count).part(0..count),
+                    self.memory.floats(from + half, count).part(0..count),
+                )
+            };
+            for ((scale_out, sum), q) in scales.iter_mut().zip(sums).zip(q.chunks_exact(unit)) {
+                *scale_out = scale;
+                *sum = scale * q.iter().sum::<i32>() as f32;
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Rounds up to a block of inputs to integers; returns their scale, NaN where an input is not finite.
+    fn round<const FMA: bool>(x: &[f32], wide: bool, q: &mut [i32; BLOCK]) -> f32 {
+        let mut padded = [0.0_f32; BLOCK];
+        padded[..x.len()].copy_from_slice(x);
+        let mut most = [0.0_f32; 16];
+        let mut sum = [0.0_f32; 16];
+        for chunk in padded.as_chunks::<16>().0 {
+            for lane in 0..16 {
+                let size = chunk[lane].abs();
+                most[lane] = if size > most[lane] { size } else { most[lane] };
+                // NaN and infinities become NaN.
+                sum[lane] += chunk[lane] * 0.0;
+            }
+        }
+        let most = most.into_iter().fold(0.0_f32, |a, b| if b > a { b } else { a });
+        if sum.iter().sum::<f32>().is_nan() {
+            q.fill(0);
+            return f32::NAN;
+        }
+        if most < TINY {
+            q.fill(0);
+            return 0.0;
+        }
+        let largest = if wide { LARGEST } else { 127.0 };
+        // Adding it leaves a number's nearest integer in the lowest bits of the mantissa.
+        const ROUND: f32 = 12_582_912.0;
+        let inverse = largest / most;
+        for (q, x) in q.iter_mut().zip(padded) {
+            *q = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+        }
+        most / largest
+    }
+}
+
+dispatch! {
+    /// Splits integers into bytes: 128 high ones, then as many low ones where there is room. Or writes words.
+    fn place<const FMA: bool>(q: &[i32; BLOCK], order: Order, out: &mut [u8]) {
+        let mut sorted = [0; BLOCK];
+        let q = match order {
+            Order::InOrder => q,
+            Order::Words => {
+                let out = out.as_chunks_mut::<2>().0;
+                out.iter_mut().zip(q).for_each(|(out, q)| *out = (*q as i16).to_le_bytes());
+                return;
+            }
+            Order::EvenOdd => {
+                let (even, odd) = sorted.split_at_mut(BLOCK / 2);
+                for ((even, odd), pair) in even.iter_mut().zip(odd).zip(q.as_chunks::<2>().0) {
+                    [*even, *odd] = *pair;
+                }
+                &sorted
+            }
+        };
+        if out.len() <= BLOCK {
+            out.iter_mut().zip(q).for_each(|(out, q)| *out = *q as u8);
+            return;
+        }
+        let (high, low) = out.split_at_mut(BLOCK);
+        for ((high, low), q) in high.iter_mut().zip(low).zip(q) {
+            let top = (q + 128) >> 8;
+            *high = top as u8;
+            *low = (q - (top << 8)) as u8;
+        }
+    }
+}
