@@ -37,8 +37,6 @@ struct Cut {
     ignore_merges: bool,
     /// Whether a text begins with a token where the file does not say.
     add_bos: bool,
-    /// Whether text is composed (NFC) before.
-    compose: bool,
 }
 
 const GPT2: Cut = Cut {
@@ -47,7 +45,6 @@ const GPT2: Cut = Cut {
     digits: false,
     ignore_merges: false,
     add_bos: false,
-    compose: false,
 };
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -70,9 +67,8 @@ const CUTS: [Cut; 7] = [
         ..GPT2
     },
     Cut {
-        names: &["qwen2"],
+        names: &["qwen2", "deepseek-r1-qwen"],
         pattern: Some(QWEN2),
-        compose: true,
         ..GPT2
     },
     Cut {
@@ -288,11 +284,8 @@ impl Gguf {
         }
         steps.push(byte_level.clone());
         Ok(Surroundings {
-            normalizer: if cut.compose {
-                json!({ "type": "NFC" })
-            } else {
-                Value::Null
-            },
+            // Text stays as it is, also where the original tokenizer composes it (NFC): llama.cpp does the same.
+            normalizer: Value::Null,
             pre_tokenizer: json!({ "type": "Sequence", "pretokenizers": steps }),
             decoder: byte_level,
             model: Bpe {
