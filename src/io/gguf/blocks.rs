@@ -1,8 +1,8 @@
-//! ggml's types: how the numbers of a tensor lie in blocks.
+//! The tensor types of ggml.
 //!
 //! A block is decoded into small integers `q` and, for each group of them, a scale and a minimum:
-//! `x = scale * q + min`. Both ways to use a tensor start there: numbers are computed from it, and where the
-//! minimum is a whole multiple of the scale, the integers are the codes of a [`QuantizedMatrix`].
+//! `x = scale * q + min`. Dequantization computes that sum. If the minimum is an integer multiple
+//! of the scale, the integers are also the codes of a [`QuantizedMatrix`].
 
 use half::f16;
 use rayon::prelude::*;
@@ -11,9 +11,9 @@ use crate::error::Result;
 use crate::format::{QuantizedMatrix, QuantizedParts};
 use crate::io::tensors::DType;
 
-/// Numbers of the largest block.
+/// Numbers in the largest block.
 const LARGEST: usize = 256;
-/// Groups of the largest block.
+/// Groups in the largest block.
 const GROUPS: usize = 16;
 /// Numbers per parallel task.
 const PARALLEL_CHUNK: usize = 1 << 16;
@@ -25,19 +25,19 @@ struct Group {
     min: f32,
 }
 
-/// A type whose numbers come in blocks.
+/// A type that stores numbers in blocks.
 pub(in crate::io) struct BlockType {
-    /// ggml's name.
+    /// Name in ggml.
     pub name: &'static str,
-    /// Numbers of a block.
+    /// Numbers in a block.
     pub len: usize,
-    /// Bytes of a block.
+    /// Bytes in a block.
     pub bytes: usize,
-    /// Numbers of a group.
+    /// Numbers in a group.
     group: usize,
-    /// Bits that hold the integers as codes.
+    /// Bits of a code.
     bits: u8,
-    /// Whether groups have a minimum; without one the integers are signed.
+    /// Whether groups have a minimum. Without one, the integers are signed.
     has_min: bool,
     decode: fn(&[u8], &mut [i8], &mut [Group]),
 }
@@ -48,7 +48,7 @@ impl std::fmt::Debug for BlockType {
     }
 }
 
-/// How the numbers of a tensor are stored.
+/// Encoding of a tensor's numbers.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::io) enum Encoding {
     Plain(DType),
@@ -56,7 +56,7 @@ pub(in crate::io) enum Encoding {
 }
 
 impl Encoding {
-    /// The encoding of ggml's type `id`, or its name where it is known and not read.
+    /// Finds the encoding of a ggml type. The error is the name of the type, if it has one.
     pub fn from_id(id: u32) -> Result<Self, String> {
         let plain = [
             (0, DType::F32),
@@ -76,7 +76,7 @@ impl Encoding {
         })
     }
 
-    /// Numbers and bytes of a block.
+    /// Numbers and bytes in a block.
     pub fn block(self) -> (usize, usize) {
         match self {
             Self::Plain(dtype) => (1, dtype.size()),
@@ -84,7 +84,7 @@ impl Encoding {
         }
     }
 
-    /// What the numbers are read as.
+    /// Dtype of the loaded numbers.
     pub fn dtype(self) -> DType {
         match self {
             Self::Plain(dtype) => dtype,
@@ -94,10 +94,19 @@ impl Encoding {
 }
 
 macro_rules! blocks {
-    ($($id:literal $name:literal $len:literal $bytes:literal $group:literal $bits:literal $min:literal $decode:path;)*) => {
-        /// The types that are read, by ggml's numbers.
+    ($(
+        $id:literal $name:literal $len:literal $bytes:literal
+        $group:literal $bits:literal $min:literal $decode:path;
+    )*) => {
+        /// Implemented types, with their ids in ggml.
         static BLOCKS: &[(u32, BlockType)] = &[$(($id, BlockType {
-            name: $name, len: $len, bytes: $bytes, group: $group, bits: $bits, has_min: $min, decode: $decode,
+            name: $name,
+            len: $len,
+            bytes: $bytes,
+            group: $group,
+            bits: $bits,
+            has_min: $min,
+            decode: $decode,
         })),*];
     };
 }
@@ -117,7 +126,7 @@ blocks! {
     23 "IQ4_XS" 256 136 32 8 false iq4_xs;
 }
 
-/// The names of the others.
+/// Names of the types that are not implemented.
 const UNREAD: [(u32, &str); 21] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
@@ -143,7 +152,7 @@ const UNREAD: [(u32, &str); 21] = [
 ];
 
 impl BlockType {
-    /// The numbers of whole blocks.
+    /// Dequantizes whole blocks.
     pub fn dequantize(&self, bytes: &[u8], out: &mut [f32]) {
         let blocks = bytes
             .chunks_exact(self.bytes)
@@ -162,12 +171,11 @@ impl BlockType {
         }
     }
 
-    /// The same numbers as codes, or nothing where a group's minimum is no multiple of its scale.
-    ///
-    /// `rows` are the bytes of the matrix's rows, in order.
+    /// Converts the rows of a matrix to codes of exactly the same values. Returns `None` if the
+    /// minimum of a group is not a multiple of its scale.
     ///
     /// # Errors
-    /// Those of [`QuantizedMatrix::new`]: a scale that is not finite.
+    /// Returns an error if a scale is not finite.
     pub fn quantized(&self, rows: &[&[u8]], cols: usize) -> Result<Option<QuantizedMatrix>> {
         let groups = cols / self.group;
         let mut codes = vec![0; rows.len() * cols];
@@ -201,7 +209,7 @@ impl BlockType {
         .map(Some)
     }
 
-    /// Codes, scales and zero points of a row; whether they are its numbers exactly.
+    /// Writes codes, scales and zero points of a row. Returns whether they have its exact values.
     fn codes_of_row(
         &self,
         row: &[u8],
@@ -235,14 +243,14 @@ impl BlockType {
         true
     }
 
-    /// Writes a group's codes; its scale, which is not negative, and its zero point.
+    /// Writes the codes of a group. Returns its scale, which is not negative, and its zero point.
     fn group_codes(&self, q: &[i8], group: Group, codes: &mut [u8]) -> Option<(f32, u8)> {
         let top = i16::from(u8::MAX >> (8 - self.bits));
         let middle = (top + 1) / 2;
         let Group { scale, min } = group;
         if !self.has_min {
-            // A negative scale is made positive by the other sign of the integers. The one of them that
-            // then does not fit, -8 of 4 bits, fits beside a zero point that is 1 lower.
+            // If the scale is negative, scale and integers change their signs. The 4-bit integer -8
+            // becomes 8, which only fits with a zero point that is lower by 1.
             let sign = if scale < 0.0 { -1 } else { 1 };
             let fits = |zero: i16| {
                 let mut all = q.iter().map(|q| zero + sign * i16::from(*q));
@@ -269,7 +277,7 @@ impl BlockType {
     }
 }
 
-/// The numbers of `rows`, each of `cols` numbers, one after another as `f32`.
+/// Dequantizes rows of `cols` numbers.
 pub(super) fn dequantize_rows(encoding: &BlockType, rows: &[&[u8]], cols: usize) -> Vec<f32> {
     let mut out = vec![0.0; rows.len() * cols];
     out.par_chunks_mut(cols.max(1))
@@ -283,7 +291,7 @@ fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// The low halves of bytes, then the high ones.
+/// Unpacks the low four bits of all bytes, then the high ones.
 fn nibbles(bytes: &[u8], q: &mut [i8]) {
     let (low, high) = q.split_at_mut(bytes.len());
     for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
@@ -291,7 +299,7 @@ fn nibbles(bytes: &[u8], q: &mut [i8]) {
     }
 }
 
-/// Adds a fifth bit to each of 32 integers.
+/// Sets the fifth bit of each of 32 integers.
 fn fifth_bits(bytes: &[u8], q: &mut [i8]) {
     for (index, q) in q.iter_mut().enumerate() {
         *q |= ((bytes[index / 8] >> (index % 8) & 1) << 4) as i8;
@@ -335,7 +343,7 @@ fn q8_0(block: &[u8], q: &mut [i8], groups: &mut [Group]) {
     groups[0].scale = half(block, 0);
 }
 
-/// The two bits of number `index` of 256 among 64 bytes.
+/// Two bits of number `index` of 256, packed in 64 bytes.
 fn two_bits(bytes: &[u8], index: usize) -> u8 {
     bytes[index / 128 * 32 + index % 32] >> (index / 32 % 4 * 2) & 3
 }
@@ -366,7 +374,7 @@ fn q3_k(block: &[u8], q: &mut [i8], groups: &mut [Group]) {
     }
 }
 
-/// Scales and minima of `Q4_K` and `Q5_K`: 6 bits each.
+/// Reads the scales and minima of `Q4_K` and `Q5_K`, of 6 bits each.
 fn scales_and_minima(block: &[u8], groups: &mut [Group]) {
     let (d, dmin, s) = (half(block, 0), half(block, 2), &block[4..16]);
     for (j, group) in groups.iter_mut().take(8).enumerate() {
@@ -417,7 +425,7 @@ fn q6_k(block: &[u8], q: &mut [i8], groups: &mut [Group]) {
     }
 }
 
-/// The levels of `IQ4_NL` and `IQ4_XS`.
+/// Levels of `IQ4_NL` and `IQ4_XS`.
 const LEVELS: [i8; 16] = [
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 ];

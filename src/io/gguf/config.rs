@@ -1,4 +1,4 @@
-//! The configuration and the names of tensors, as a Hugging Face folder has them.
+//! Configuration and tensor names of the equivalent Hugging Face folder.
 
 use serde_json::{Map, Value, json};
 
@@ -11,12 +11,12 @@ use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::tensors::TensorInfo;
 
-/// A family of models, as llama.cpp has it.
+/// A model family of llama.cpp.
 struct Row {
     /// `general.architecture`.
     name: &'static str,
     family: Family,
-    /// Whether rows of queries and keys are in llama.cpp's order.
+    /// Whether the rows of queries and keys are permuted.
     permuted: bool,
 }
 
@@ -33,7 +33,7 @@ const FAMILIES: [Row; 2] = [
     },
 ];
 
-/// Parts of a block: llama.cpp's name and Hugging Face's.
+/// Modules of a block, with their names in GGUF and Hugging Face.
 const PARTS: [(&str, &str); 9] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
@@ -51,7 +51,7 @@ const HEAD: &str = "output.weight";
 const FINAL_NORM: &str = "output_norm.weight";
 const DIVISORS: &str = "rope_freqs.weight";
 
-/// Keys of a family that are read, or that change nothing.
+/// Keys of an architecture that are read, or that do not change the model.
 const KNOWN: [&str; 19] = [
     "attention.causal",
     "attention.head_count",
@@ -74,10 +74,10 @@ const KNOWN: [&str; 19] = [
     "vocab_size",
 ];
 
-/// Keys that name a token which ends a text.
+/// Keys of tokens that end a text.
 const ENDS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
 
-/// Hugging Face's name of a tensor.
+/// Name of a tensor in a Hugging Face folder.
 fn hf_name(name: &str) -> Option<String> {
     let name = match name {
         EMBEDDING => Architecture::EMBEDDING,
@@ -122,11 +122,11 @@ impl Gguf {
         })
     }
 
-    /// The `config.json` that the metadata stand for.
+    /// Makes a `config.json` from the metadata.
     ///
     /// # Errors
-    /// [`Error::UnsupportedArchitecture`]; [`Error::InvalidFile`] for a key that is missing, of another type or that
-    /// contradicts another; [`Error::Unsupported`] for one that changes the model and is not known.
+    /// Returns [`Error::UnsupportedArchitecture`]; [`Error::InvalidFile`] if a key is missing or has
+    /// another type; and [`Error::Unsupported`] if a key changes the model and is not implemented.
     pub(in crate::io) fn config(&self) -> Result<Map<String, Value>> {
         let row = self.family()?;
         let first = self.first();
@@ -216,7 +216,7 @@ impl Gguf {
         Ok(map)
     }
 
-    /// Keys of the family that change the model in a way that is not known. One of 0 or false asks for nothing.
+    /// Refuses unknown keys of the architecture, unless their value is 0 or false.
     fn refuse_unknown(&self, row: &Row) -> Result<()> {
         for (key, value) in &self.first().values {
             let name = key
@@ -231,7 +231,7 @@ impl Gguf {
                 F32(value) => *value == 0.0,
                 F64(value) => *value == 0.0,
                 Bool(value) => !value,
-                // How very old files name the order of their tensors.
+                // Old files describe the order of their rows; only one order was ever written.
                 Text(_) => name == "tensor_data_layout",
                 _ => false,
             };
@@ -242,7 +242,7 @@ impl Gguf {
         Ok(())
     }
 
-    /// A token's number; the largest number of 32 bits says none.
+    /// Id of a special token. -1 and the largest `u32` mean that there is none.
     pub(super) fn token_id(&self, name: &str) -> Result<Option<u32>> {
         let key = format!("tokenizer.ggml.{name}");
         match self.first().values.get(&key) {
@@ -255,7 +255,7 @@ impl Gguf {
         }
     }
 
-    /// `rope_scaling`, which may stand in keys or in the divisors of a tensor.
+    /// Makes `rope_scaling` from keys, or from the divisors in a tensor.
     fn rope_scaling(&self, row: &Row, head_dim: u64, theta: f64) -> Result<Value> {
         let first = self.first();
         let key = |name: &str| format!("{}.rope.{name}", row.name);
@@ -264,7 +264,7 @@ impl Gguf {
         let factor = first.float(&factor_key)?.or(old);
         let kind = match first.text(&kind_key)? {
             Some(kind) => kind,
-            // llama.cpp takes a factor without a type for this one.
+            // Like llama.cpp: a factor without a type is linear scaling.
             None if factor.is_some_and(|factor| factor != 0.0 && factor != 1.0) => "linear",
             None => "none",
         };
@@ -284,7 +284,8 @@ impl Gguf {
         }
     }
 
-    /// The rule of Llama 3 that gives these divisors of the frequencies. All its models have the same bounds.
+    /// Recovers Llama 3's rule from the divisors of the frequencies. All Llama 3 models have the same
+    /// wavelength bounds.
     fn llama3(
         &self,
         file: usize,
@@ -342,11 +343,11 @@ impl Gguf {
         }))
     }
 
-    /// The tensors of the model, each under Hugging Face's name.
+    /// Lists the tensors of the model under their names in a Hugging Face folder.
     ///
     /// # Errors
-    /// Those of the configuration; [`Error::Unsupported`] for a tensor that is no part of the model, and
-    /// [`Error::InvalidFile`] for one of another shape than the configuration says.
+    /// Returns the errors of the configuration, [`Error::Unsupported`] if a tensor is not part of the
+    /// model, and [`Error::InvalidFile`] if its shape is not that of the configuration.
     pub(in crate::io) fn entries(&self) -> Result<Vec<Entry>> {
         let row = self.family()?;
         let config = HfConfig::from_json(self.config()?)?;

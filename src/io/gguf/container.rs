@@ -1,4 +1,4 @@
-//! The container: metadata and descriptions of tensors, all checked against the file's size.
+//! The container: metadata and tensor headers, checked against the size of the file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -9,20 +9,20 @@ use crate::error::{Error, Result};
 use crate::io::tensors::Bytes;
 
 pub(in crate::io) const MAGIC: &[u8; 4] = b"GGUF";
-/// Where data begin, unless `general.alignment` says otherwise.
+/// Default of `general.alignment`.
 const ALIGNMENT: u64 = 32;
-/// The most keys and tensors that are read: far above any real file.
+/// Largest numbers of keys and tensors, far above those of any real file.
 const MAX_KEYS: u64 = 1 << 16;
 const MAX_TENSORS: u64 = 1 << 18;
-/// The fewest bytes of a key with its value, and of a tensor's description.
+/// Smallest sizes in bytes of a key with its value, and of a tensor header.
 const MIN_KEY_BYTES: u64 = 13;
 const MIN_TENSOR_BYTES: u64 = 33;
-/// ggml's own limits.
+/// Limits of ggml.
 const MAX_NAME_BYTES: u64 = 63;
 const MAX_DIMS: u32 = 4;
 const MAX_KEY_BYTES: u64 = 65_535;
 
-/// A value of the metadata. Texts and lists stay in the file.
+/// A metadata value. Texts and lists are not copied.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Value {
     Int(i128),
@@ -41,7 +41,7 @@ pub(super) struct List {
     range: Range<usize>,
 }
 
-/// What a file says of a tensor.
+/// A checked tensor header.
 #[derive(Clone, Debug)]
 pub(super) struct Tensor {
     pub name: String,
@@ -51,7 +51,7 @@ pub(super) struct Tensor {
     pub range: Range<usize>,
 }
 
-/// A file, its data not looked at.
+/// A file whose metadata and tensor headers were read.
 pub(super) struct File {
     pub path: PathBuf,
     pub bytes: Bytes,
@@ -70,7 +70,7 @@ impl std::fmt::Debug for File {
     }
 }
 
-/// What is being read, at a place of the file.
+/// A reading position in a file.
 struct Cursor<'a> {
     path: &'a Path,
     bytes: &'a [u8],
@@ -116,7 +116,7 @@ impl<'a> Cursor<'a> {
         Ok(u64::from_le_bytes(self.array(what)?))
     }
 
-    /// A text of at most `max` bytes: where it lies, and itself.
+    /// Reads a text of at most `max` bytes, and returns it with its range.
     fn text(&mut self, max: u64, what: &str) -> Result<(Range<usize>, &'a str)> {
         let len = self.u64(what)?;
         if len > max {
@@ -161,7 +161,7 @@ impl<'a> Cursor<'a> {
             return Err(self.bad(format!("{what}: a list of lists")));
         }
         let start = self.at;
-        // Every element is read here once, so that its end is known to lie in the file.
+        // Read every element once, to find the end of the list and to check it.
         for _ in 0..len {
             self.value(kind, what)?;
         }
@@ -173,7 +173,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// What a file that is not GGUF seems to be.
+/// Guesses the format of a file that is not GGUF.
 fn found(bytes: &[u8]) -> &'static str {
     match bytes {
         [b'{' | b'[', ..] => "it seems to be JSON",
@@ -188,10 +188,11 @@ fn found(bytes: &[u8]) -> &'static str {
 }
 
 impl File {
-    /// Reads metadata and descriptions.
+    /// Reads metadata and tensor headers.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] that names the key or tensor; [`Error::Unsupported`] for a version or a tensor's type.
+    /// Returns [`Error::InvalidFile`] if the file breaks a rule of the format, and
+    /// [`Error::Unsupported`] if its version or the type of a tensor is not implemented.
     pub fn parse(path: &Path, bytes: Bytes) -> Result<Self> {
         let (values, tensors) = Self::read((*bytes).as_ref(), path)?;
         Ok(Self {
@@ -263,7 +264,7 @@ impl File {
             }
             infos.push(info);
         }
-        // The data begin at the next multiple, and each tensor at the next one after the last, as ggml has it.
+        // Like ggml, expect every tensor at the first multiple of the alignment after the last one.
         let len = bytes.len() as u64;
         let start = (cursor.at as u64).next_multiple_of(alignment);
         let mut end = 0_u64;
@@ -306,13 +307,13 @@ impl File {
         Error::invalid_file(&self.path, format!("key `{key}`: {reason}"))
     }
 
-    /// The text that lies there.
+    /// Text in a range of the file.
     fn text_at(&self, range: &Range<usize>) -> &str {
         let bytes = (*self.bytes)
             .as_ref()
             .get(range.clone())
             .unwrap_or_default();
-        // It was UTF-8 when the file was opened.
+        // The text was checked when the file was opened.
         std::str::from_utf8(bytes).unwrap_or_default()
     }
 
@@ -324,7 +325,7 @@ impl File {
         }
     }
 
-    /// A whole number that is not negative; a list stands for its elements' common value.
+    /// A non-negative integer, or a list in which all elements are the same one.
     pub fn size(&self, key: &str) -> Result<Option<u64>> {
         let value = match self.values.get(key) {
             None => return Ok(None),
@@ -354,7 +355,7 @@ impl File {
         )
     }
 
-    /// A number. One of 32 bits is taken by its shortest decimal text: `1e-6`, and not the nearest of 32 bits.
+    /// A number. An `f32` is converted by its shortest decimal text, so that `1e-6` stays `1e-6`.
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         let value = match self.values.get(key) {
             None => return Ok(None),
@@ -375,7 +376,7 @@ impl File {
         }
     }
 
-    /// The elements of a list.
+    /// Elements of a list.
     pub fn items(&self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = Value>>> {
         let list = match self.values.get(key) {
             None => return Ok(None),
@@ -388,12 +389,12 @@ impl File {
             bytes: bytes.get(..list.range.end).unwrap_or_default(),
             at: list.range.start.min(bytes.len()),
         };
-        // They were all read when the file was opened.
+        // All elements were read when the file was opened.
         let read = move |_| cursor.value(list.kind, "").unwrap_or(Value::Bool(false));
         Ok(Some((0..list.len).map(read)))
     }
 
-    /// The elements of a list of texts.
+    /// Elements of a list of texts.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
         let Some(items) = self.items(key)? else {
             return Ok(None);
@@ -406,7 +407,7 @@ impl File {
     }
 }
 
-/// What stands in a file about a tensor.
+/// A tensor header in the file.
 struct TensorHeader<'a> {
     name: &'a str,
     shape: Vec<usize>,

@@ -1,33 +1,33 @@
-//! How a tensor of a file becomes one of a Hugging Face folder.
+//! Conversion of a stored tensor into one of a Hugging Face folder.
 
 use super::blocks::{BlockType, dequantize_rows};
 use crate::error::Result;
 use crate::format::QuantizedMatrix;
 use crate::io::tensors::TensorInfo;
 
-/// How the numbers of a tensor lie in its bytes.
+/// Layout of a tensor's numbers in its bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::io) struct Layout {
-    /// The blocks that they are in.
+    /// Block type, if the numbers are stored in blocks.
     pub blocks: Option<&'static BlockType>,
-    /// The number of heads whose rows llama.cpp's converter put in another order: it rotates neighbours, Hugging
-    /// Face rotates halves. The rows divide into that many heads of even sizes.
+    /// Number of heads, if llama.cpp's converter permuted the rows of each head. llama.cpp rotates
+    /// neighbouring rows, Hugging Face rotates the two halves. Heads have an even number of rows.
     pub heads: Option<usize>,
 }
 
-/// A tensor's rows in Hugging Face's order.
+/// Rows of a tensor in Hugging Face's order.
 struct Rows<'a> {
     bytes: Vec<&'a [u8]>,
     cols: usize,
 }
 
 impl Layout {
-    /// Whether the bytes are those of a Hugging Face folder.
+    /// Returns whether the bytes are those of a Hugging Face folder.
     pub fn is_plain(&self) -> bool {
         self.blocks.is_none() && self.heads.is_none()
     }
 
-    /// What the file holds, for error messages.
+    /// Description for error messages.
     pub fn name(&self) -> String {
         match self.blocks {
             Some(blocks) => blocks.name.into(),
@@ -36,7 +36,7 @@ impl Layout {
     }
 
     fn rows<'a>(&self, info: &TensorInfo, bytes: &'a [u8]) -> Rows<'a> {
-        // Numbers of a bias are rows of one.
+        // A bias is a matrix with one column.
         let cols = match (info.shape.as_slice(), self.heads) {
             ([_], Some(_)) => 1,
             (shape, _) => shape.last().copied().unwrap_or(1).max(1),
@@ -58,7 +58,7 @@ impl Layout {
         Rows { bytes: rows, cols }
     }
 
-    /// The tensor's bytes in a Hugging Face folder; those of blocks as `f32`.
+    /// Converts the bytes to those of a Hugging Face folder, blocks to `f32`.
     pub fn bytes(&self, info: &TensorInfo, bytes: &[u8]) -> Vec<u8> {
         match self.blocks {
             Some(_) => bytemuck::cast_slice(&self.numbers(info, bytes)).to_vec(),
@@ -66,7 +66,7 @@ impl Layout {
         }
     }
 
-    /// The numbers of blocks, dequantized.
+    /// Dequantizes blocks.
     pub fn numbers(&self, info: &TensorInfo, bytes: &[u8]) -> Vec<f32> {
         let rows = self.rows(info, bytes);
         let Some(blocks) = self.blocks else {
@@ -75,10 +75,10 @@ impl Layout {
         dequantize_rows(blocks, &rows.bytes, rows.cols)
     }
 
-    /// The codes of blocks, where they are the numbers exactly.
+    /// Converts blocks to codes, or returns `None` if codes cannot have exactly their values.
     ///
     /// # Errors
-    /// A scale that is not finite.
+    /// Returns an error if a scale is not finite.
     pub fn quantized(&self, info: &TensorInfo, bytes: &[u8]) -> Result<Option<QuantizedMatrix>> {
         let Some(blocks) = self.blocks else {
             return Ok(None);

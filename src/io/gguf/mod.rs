@@ -1,9 +1,11 @@
-//! GGUF, llama.cpp's files: a model's configuration, tokenizer and weights in one, or in numbered parts.
+//! GGUF, the file format of llama.cpp: configuration, tokenizer and weights of a model in one file,
+//! or in several numbered ones.
 //!
-//! The rest of the crate sees the Hugging Face folder that the file stands for: [`HfConfig::open`](crate::io::HfConfig::open)
-//! and [`Checkpoint::open`](crate::io::Checkpoint::open) take the path of a file, and tensors come out under Hugging Face's
-//! names, with the rows of queries and keys in Hugging Face's order. What is in a file and would change the model, but is
-//! not known here, is refused by name.
+//! The rest of the crate sees the equivalent Hugging Face folder:
+//! [`HfConfig::open`](crate::io::HfConfig::open) and
+//! [`Checkpoint::open`](crate::io::Checkpoint::open) accept the path of a file, and tensors have the
+//! names and the row order of Hugging Face. A key or tensor that would change the model and is not
+//! implemented is refused by name.
 
 mod blocks;
 mod config;
@@ -22,10 +24,10 @@ pub(in crate::io) use container::MAGIC;
 pub(in crate::io) use layout::Layout;
 pub(crate) use tokenizer::TokenizerFiles;
 
-/// The most parts that a model may have; each is a mapping that the system must keep.
+/// Largest number of files of a model. Each is a mapping that the system must keep.
 const MAX_PARTS: u64 = 4096;
 
-/// Whether `path` is a file that begins as GGUF does, or that is called so.
+/// Returns whether `path` is a file with GGUF's first bytes or the extension `gguf`.
 pub(crate) fn is_gguf(path: &Path) -> bool {
     let Ok((file, _)) = open_regular(path) else {
         return false;
@@ -38,14 +40,14 @@ pub(crate) fn is_gguf(path: &Path) -> bool {
     named || read.is_ok() && start == MAGIC
 }
 
-/// A GGUF model, opened for reading; of one file or of several parts.
+/// A GGUF model in one or several files, opened for reading.
 #[derive(Debug)]
 #[doc(hidden)]
 pub struct Gguf {
     files: Vec<File>,
 }
 
-/// A tensor of a model: what it is called in a Hugging Face folder, and where it lies.
+/// A tensor of a model: its name in a Hugging Face folder and its place in the files.
 pub(in crate::io) struct Entry {
     pub name: String,
     pub file: usize,
@@ -55,11 +57,12 @@ pub(in crate::io) struct Entry {
 }
 
 impl Gguf {
-    /// Opens a model; of a model in parts, the first one's path is given.
+    /// Opens a model. For a model in several files, `path` is the first one.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::InvalidFile`] for a file that breaks a rule of the format; [`Error::Unsupported`] for a
-    /// version or a type of numbers that is not read. All name file and key or tensor.
+    /// Returns [`Error::Io`] if a file cannot be read, [`Error::InvalidFile`] if it breaks a rule
+    /// of the format, and [`Error::Unsupported`] if a version or a tensor type is not implemented. The
+    /// error names the file, and the key or tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path.as_ref(), true)
     }
@@ -99,7 +102,7 @@ impl Gguf {
         Ok(Self { files })
     }
 
-    /// The file with the metadata.
+    /// The file that contains the metadata.
     fn first(&self) -> &File {
         &self.files[0]
     }
@@ -110,22 +113,22 @@ impl Gguf {
             .map(|file| (file.path.clone(), file.bytes.clone()))
     }
 
-    /// The tensor of that name, and which file it is in.
+    /// Finds a tensor by its name, with the index of its file.
     fn tensor(&self, name: &str) -> Option<(usize, &container::Tensor)> {
         let mut all = self.files.iter().enumerate();
         all.find_map(|(index, file)| Some((index, file.tensors.iter().find(|t| t.name == name)?)))
     }
 
-    /// The chat template that the file holds: Jinja, as transformers has it.
+    /// Chat template of the model, in Jinja.
     ///
     /// # Errors
-    /// [`Error::InvalidFile`] for one that is no text.
+    /// Returns [`Error::InvalidFile`] if it is not a text.
     pub fn chat_template(&self) -> Result<Option<&str>> {
         self.first().text("tokenizer.chat_template")
     }
 }
 
-/// The names of all parts, by the first one's.
+/// Names of all files of a model, derived from the first one.
 fn part_names(first: &File, count: u64) -> Result<Vec<String>> {
     let bad = |reason: String| Error::invalid_file(&first.path, reason);
     if count > MAX_PARTS {

@@ -1,4 +1,4 @@
-//! The tokenizer, as the two files of a Hugging Face folder that describe it.
+//! The tokenizer, as the two files that describe it in a Hugging Face folder.
 
 use std::collections::BTreeMap;
 
@@ -9,33 +9,33 @@ use super::Gguf;
 use super::container::Value as Item;
 use crate::error::{Error, Result};
 
-/// Kinds of tokens, `tokenizer.ggml.token_type`.
+/// Values of `tokenizer.ggml.token_type`.
 const NORMAL: i128 = 1;
 const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
 const UNUSED: i128 = 5;
 const BYTE: i128 = 6;
 
-/// Bytes of the longest piece of a SentencePiece vocabulary that is taken apart, so that work is bounded.
+/// Longest SentencePiece token in bytes. Limits the work of finding its merges.
 const MAX_PIECE_BYTES: usize = 512;
 
-/// The text of `tokenizer.json`, and what `tokenizer_config.json` holds.
+/// The text of `tokenizer.json` and the fields of `tokenizer_config.json`.
 pub(crate) struct TokenizerFiles {
     pub json: String,
     pub config: Map<String, Value>,
 }
 
-/// How byte-level tokenizers cut a text before they merge.
+/// Pre-tokenization of a byte-level tokenizer.
 struct Cut {
-    /// Names in `tokenizer.ggml.pre`.
+    /// Values of `tokenizer.ggml.pre`.
     names: &'static [&'static str],
-    /// The pattern of pieces; none for GPT-2's own.
+    /// Pattern of the pieces, or `None` for that of GPT-2.
     pattern: Option<&'static str>,
-    /// Whether every digit is a piece.
+    /// Whether every digit is a piece of its own.
     digits: bool,
-    /// Whether a piece that is a token stays whole.
+    /// Whether a piece that is a token is not split.
     ignore_merges: bool,
-    /// Whether a text begins with a token where the file does not say.
+    /// Default of `tokenizer.ggml.add_bos_token`.
     add_bos: bool,
 }
 
@@ -90,7 +90,7 @@ const CUTS: [Cut; 7] = [
     },
 ];
 
-/// `tokenizer.json`.
+/// The content of `tokenizer.json`.
 #[derive(Serialize)]
 struct Tokenizer<'a> {
     version: &'static str,
@@ -134,7 +134,7 @@ fn as_map<S: Serializer>(vocab: &BTreeMap<&str, usize>, to: S) -> Result<S::Ok, 
     to.collect_map(vocab)
 }
 
-/// What stands around the model in `tokenizer.json`.
+/// The parts of `tokenizer.json` that depend on the kind of tokenizer.
 struct Surroundings<'a> {
     normalizer: Value,
     pre_tokenizer: Value,
@@ -151,10 +151,11 @@ struct Tokens<'a> {
 }
 
 impl Gguf {
-    /// The tokenizer that the file holds, if it holds one.
+    /// Makes the tokenizer files, or returns `None` if the file contains no tokenizer.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a kind of tokenizer that is not known; [`Error::InvalidFile`], naming the key.
+    /// Returns [`Error::Unsupported`] if the kind of tokenizer is not implemented, and
+    /// [`Error::InvalidFile`] if a key is missing or wrong.
     pub(crate) fn tokenizer(&self) -> Result<Option<TokenizerFiles>> {
         let first = self.first();
         let whole = first.text("tokenizer.huggingface.json")?;
@@ -228,7 +229,7 @@ impl Gguf {
         }
         let mut numbers = BTreeMap::new();
         for (number, text) in texts.iter().enumerate() {
-            // Fillers may all be called the same.
+            // Unused tokens may share a name.
             if kinds[number] == UNUSED && numbers.contains_key(text) {
                 continue;
             }
@@ -246,7 +247,7 @@ impl Gguf {
         })
     }
 
-    /// A byte-level tokenizer, GPT-2's kind.
+    /// Byte-level BPE, as in GPT-2.
     fn byte_level<'a>(&'a self, tokens: &Tokens<'a>) -> Result<Surroundings<'a>> {
         let first = self.first();
         let key = "tokenizer.ggml.pre";
@@ -262,7 +263,7 @@ impl Gguf {
             .ok_or_else(|| first.bad_key(key, "missing"))?;
         let mut merges = Vec::with_capacity(lines.len());
         for line in lines {
-            // The first token may begin with a space, and no other byte is one.
+            // A token may begin with a space, but not contain one.
             let at = line.char_indices().skip(1).find(|(_, c)| *c == ' ');
             let Some(at) = at.map(|(at, _)| at) else {
                 return Err(first.bad_key(key, format!("{line:?} is no pair")));
@@ -284,7 +285,7 @@ impl Gguf {
         }
         steps.push(byte_level.clone());
         Ok(Surroundings {
-            // Text stays as it is, also where the original tokenizer composes it (NFC): llama.cpp does the same.
+            // Like llama.cpp, no normalization, even if the original tokenizer has one (NFC).
             normalizer: Value::Null,
             pre_tokenizer: json!({ "type": "Sequence", "pretokenizers": steps }),
             decoder: byte_level,
@@ -304,7 +305,7 @@ impl Gguf {
         })
     }
 
-    /// SentencePiece's kind. Pairs are merged in the order of the scores of what they become.
+    /// BPE as in SentencePiece. Pairs are merged in the order of the scores of their products.
     fn sentence_pieces<'a>(&'a self, tokens: &Tokens<'a>) -> Result<Surroundings<'a>> {
         let first = self.first();
         let key = "tokenizer.ggml.scores";
@@ -348,7 +349,7 @@ impl Gguf {
             pairs.sort_unstable();
             merges.extend(pairs.into_iter().map(|(_, _, pair)| (scores[id], pair)));
         }
-        // Equal scores: the longer left part first, as transformers has it.
+        // Order of equal scores as in transformers: the longer left part first.
         let chars = |text: &str| text.chars().count();
         merges.sort_by(|(a, (a_left, a_right)), (b, (b_left, b_right))| {
             let longer = |a: &str, b: &str| chars(b).cmp(&chars(a));
@@ -391,7 +392,7 @@ impl Gguf {
         })
     }
 
-    /// The tokens that are put around a text.
+    /// Makes the post-processor, which adds tokens before and after a text.
     fn post_processor(&self, tokens: &Tokens<'_>, add_bos: bool) -> Result<Value> {
         let first = self.first();
         let add = |key: &str, absent: bool, id_key: &str| {
@@ -444,7 +445,7 @@ impl Gguf {
         }))
     }
 
-    /// `tokenizer_config.json`: the special tokens and the chat template.
+    /// Makes `tokenizer_config.json`, with the special tokens and the chat template.
     fn tokenizer_config(&self) -> Result<Map<String, Value>> {
         let first = self.first();
         let texts = first.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
