@@ -8,6 +8,8 @@ use tokenizers::Tokenizer;
 
 use super::record::load_text;
 use crate::error::{Error, Result};
+use crate::io::Gguf;
+use crate::io::gguf::is_gguf;
 
 /// A tokenizer with the special tokens that it puts around a text.
 #[derive(Clone)]
@@ -48,24 +50,40 @@ impl TextTokenizer {
         if config.is_file() {
             let value: Value =
                 serde_json::from_str(&load_text(&config)?).map_err(|e| Error::json(&config, e))?;
-            // A token is stored as its text, or as an object that contains the text.
-            let id = |key: &str| {
-                let token = value.get(key)?;
-                tokenizer.token_to_id(token.as_str().or_else(|| token.get("content")?.as_str())?)
-            };
-            let (bos, eos) = (id("bos_token"), id("eos_token"));
-            tokenizer.bos = tokenizer.bos.or(bos);
-            tokenizer.eos = tokenizer.eos.or(eos);
+            tokenizer = tokenizer.with_config(|key| value.get(key));
         }
         Ok(tokenizer)
     }
 
-    /// Reads the `tokenizer.json` of a model folder; see [`from_file`](Self::from_file).
+    /// Reads the `tokenizer.json` of a model folder, or the tokenizer of a GGUF file; see [`from_file`](Self::from_file).
     ///
     /// # Errors
-    /// Returns the errors of [`from_file`](Self::from_file).
+    /// Returns the errors of [`from_file`](Self::from_file) or of reading a GGUF file, and
+    /// [`Error::Tokenizer`] if such a file contains no tokenizer.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
-        Self::from_file(dir.as_ref().join("tokenizer.json"))
+        let dir = dir.as_ref();
+        if !is_gguf(dir) {
+            return Self::from_file(dir.join("tokenizer.json"));
+        }
+        let Some(files) = Gguf::open(dir)?.tokenizer()? else {
+            return Err(Error::Tokenizer {
+                path: dir.into(),
+                reason: "the file holds none".into(),
+            });
+        };
+        let tokenizer = Self::from_json(&files.json, dir)?;
+        Ok(tokenizer.with_config(|key| files.config.get(key)))
+    }
+
+    /// Takes `bos_token` and `eos_token` from a `tokenizer_config.json`, where they are not known.
+    fn with_config<'a>(self, get: impl Fn(&str) -> Option<&'a Value>) -> Self {
+        // A token is its text, or an object that holds the text.
+        let id = |key: &str| {
+            let token = get(key)?;
+            self.token_to_id(token.as_str().or_else(|| token.get("content")?.as_str())?)
+        };
+        let (bos, eos) = (id("bos_token"), id("eos_token"));
+        self.with_special_ids(bos, eos)
     }
 
     /// Parses the text of a `tokenizer.json`. `path` names it in errors.

@@ -1,5 +1,5 @@
 //! Reads and writes named tensors: safetensors, Hugging Face model folders, quantized layers, PEFT
-//! adapters, bundles.
+//! adapters, bundles. Reads GGUF.
 //!
 //! This module does not depend on Burn. It treats all input as untrusted: sizes are checked before
 //! memory is allocated, and every error names the file, tensor or field. Files and folders are
@@ -10,12 +10,14 @@ pub mod atomic;
 #[doc(hidden)]
 pub mod bundle;
 mod fields;
+pub(crate) mod gguf;
 pub mod hf;
 pub mod peft;
 pub mod quantized;
 pub mod tensors;
 
 pub use atomic::FolderWriter;
+pub use gguf::Gguf;
 pub use hf::HfConfig;
 pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};
@@ -64,6 +66,9 @@ pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
 /// Reads a JSON object.
 pub(crate) fn read_json_object(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>> {
     let bytes = read_capped(path, MAX_JSON_BYTES)?;
+    if bytes.starts_with(gguf::MAGIC) {
+        return Err(Error::invalid_file(path, "a GGUF file, expected JSON"));
+    }
     serde_json::from_slice(&bytes).map_err(|e| Error::json(path, e))
 }
 

@@ -15,7 +15,7 @@ use crate::io::{Checkpoint, DType, HfConfig, QuantFormat};
 /// A model with its tokenizer and the folder of both.
 #[derive(Clone, Debug)]
 pub struct Pretrained {
-    /// The folder that was opened.
+    /// The folder or GGUF file that was opened.
     pub folder: PathBuf,
     /// The model on the requested device, with `f32` weights.
     pub model: Decoder,
@@ -26,7 +26,7 @@ pub struct Pretrained {
 }
 
 impl Pretrained {
-    /// Reads `config.json`, the weights and `tokenizer.json` of a folder.
+    /// Reads `config.json`, the weights and `tokenizer.json` of a folder, or all of a GGUF file.
     ///
     /// # Errors
     /// Returns the errors of [`HfConfig::open`], [`Checkpoint::open`], [`Decoder::load`] and

@@ -8,7 +8,8 @@ use crate::arch::Architecture;
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::format::{MatrixHeader, StoredMatrix, WeightFormat};
-use crate::io::{Checkpoint, DType, HfConfig};
+use crate::io::gguf::is_gguf;
+use crate::io::{Checkpoint, DType, Gguf, HfConfig};
 use crate::space::SubnetConfig;
 
 use super::model::{Model, ModelOptions, ModelParts, Tokenizer, Weights};
@@ -145,6 +146,11 @@ pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> 
 }
 
 fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>> {
+    if is_gguf(folder) {
+        let files = Gguf::open(folder)?.tokenizer()?;
+        let made = files.map(|files| make_tokenizer(files.json.into(), folder, config));
+        return made.transpose();
+    }
     let path = folder.join("tokenizer.json");
     if !path.exists() {
         return Ok(None);
@@ -160,16 +166,18 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     Ok(Some(tokenizer))
 }
 
-/// Reads a Hugging Face folder. A weight is used in place where its stored layout suits the
-/// kernels.
+/// Reads a Hugging Face folder or a GGUF file. A weight is used in place where its stored layout
+/// suits the kernels.
 pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<ModelParts> {
     let config = HfConfig::open(folder)?;
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
     config.check(&checkpoint)?;
-    let embedding = dense(
+    let table = [config.vocab_size(), config.hidden_size()];
+    let embedding = weight(
+        &config,
         &checkpoint,
         config.embedding_name(&checkpoint)?,
-        [config.vocab_size(), config.hidden_size()],
+        table,
     )?;
     let mut layers = Vec::new();
     for layer in config.arch().linears() {
@@ -183,11 +191,7 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         } else {
             None
         };
-        let tensor = format!("{name}.weight");
-        let weight = match config.load_quantized(&checkpoint, &name, shape)? {
-            Some(codes) => Weight::made(tensor, StoredMatrix::from_quantized(&codes, false)?),
-            None => dense(&checkpoint, &tensor, shape)?,
-        };
+        let weight = weight(&config, &checkpoint, &format!("{name}.weight"), shape)?;
         layers.push(LayerWeights {
             name,
             weight,
@@ -196,17 +200,8 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         });
     }
     if !config.tie_word_embeddings() {
-        let (name, shape) = (
-            Architecture::HEAD_LAYER.to_string(),
-            [config.vocab_size(), config.hidden_size()],
-        );
-        let weight = match config.load_quantized(&checkpoint, &name, shape)? {
-            Some(codes) => Weight::made(
-                Architecture::HEAD,
-                StoredMatrix::from_quantized(&codes, false)?,
-            ),
-            None => dense(&checkpoint, Architecture::HEAD, shape)?,
-        };
+        let name = Architecture::HEAD_LAYER.to_string();
+        let weight = weight(&config, &checkpoint, Architecture::HEAD, table)?;
         layers.push(LayerWeights {
             name,
             weight,
@@ -229,6 +224,23 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         tokenizer,
         config,
     })
+}
+
+/// Loads a weight as codes if the checkpoint holds codes, or dense.
+fn weight(
+    config: &HfConfig,
+    checkpoint: &Checkpoint,
+    name: &str,
+    shape: [usize; 2],
+) -> Result<Weight> {
+    let layer = name.strip_suffix(".weight").unwrap_or(name);
+    match config.load_quantized(checkpoint, layer, shape)? {
+        Some(codes) => Ok(Weight::made(
+            name,
+            StoredMatrix::from_quantized(&codes, false)?,
+        )),
+        None => dense(checkpoint, name, shape),
+    }
 }
 
 /// Loads a dense weight as stored in the file. Types other than f32, f16 and bf16 are converted to

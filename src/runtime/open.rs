@@ -4,10 +4,11 @@ use std::path::Path;
 
 use super::model::{Model, ModelOptions, Verify, Weights};
 use crate::error::{Error, Result};
+use crate::io::gguf::is_gguf;
 
 impl Model {
-    /// Opens a bundle, or a Hugging Face folder with dense, GPTQ or compressed-tensors weights.
-    /// Dense weights are used in place.
+    /// Opens a bundle, a Hugging Face folder with dense, GPTQ or compressed-tensors weights, or a
+    /// GGUF file. Dense weights are used in place, quantized weights as codes.
     ///
     /// # Errors
     /// Returns the errors of [`Bundle::open`](crate::io::bundle::Bundle::open), or of
@@ -18,7 +19,7 @@ impl Model {
         let is_folder = std::fs::metadata(path)
             .map_err(|e| Error::io(path, e))?
             .is_dir();
-        let parts = if is_folder {
+        let parts = if is_folder || is_gguf(path) {
             super::build::from_folder(path, options)?
         } else {
             super::bundle::read(path, options)?

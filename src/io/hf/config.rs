@@ -10,6 +10,7 @@ use crate::arch::family::{Biases, FAMILIES, FamilyRow, Windows};
 use crate::arch::{Architecture, BlockDims, Family, LinearKind, RopeScaling, SubBlock};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
+use crate::io::gguf::{Gguf, is_gguf};
 use crate::io::quantized::QuantizationConfig;
 use crate::io::tensors::{Checkpoint, DType};
 use crate::io::{atomic, read_json_object};
@@ -77,13 +78,16 @@ pub struct HfConfig {
 impl HfConfig {
     /// Reads the `config.json` of a model folder. Adds the end-of-sequence tokens of
     /// `generation_config.json`, and reads the `quantize_config.json` of old GPTQ folders if there
-    /// is no `quantization_config`.
+    /// is no `quantization_config`. The configuration of a GGUF file is made from its metadata.
     ///
     /// # Errors
     /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed, and the errors
     /// of [`from_json`](Self::from_json).
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
+        if is_gguf(folder) {
+            return Self::from_json(Gguf::open(folder)?.config()?);
+        }
         let mut config = Self::from_json(read_json_object(&folder.join("config.json"))?)?;
         let quantize = folder.join("quantize_config.json");
         if config.quantization.is_none() && quantize.exists() {

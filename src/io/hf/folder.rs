@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::config::HfConfig;
 use crate::arch::Architecture;
 use crate::error::{Error, Result};
+use crate::io::gguf::{Gguf, is_gguf};
 use crate::io::tensors::{DType, HostTensor, write_sharded};
 use crate::io::{FolderWriter, atomic, open_regular};
 
@@ -142,11 +143,21 @@ impl HfFolder {
         write_sharded(self.writer.path(), tensors, self.max_shard_bytes)
     }
 
-    /// Copies those of [`CARRIED_FILES`] that exist in `source`, and returns their names.
+    /// Copies those of [`CARRIED_FILES`] that exist in `source`, and returns their names. If
+    /// `source` is a GGUF file, writes its tokenizer and chat template as such files.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if a file cannot be copied.
+    /// Returns [`Error::Io`] if a file cannot be copied, and the errors of reading a GGUF file.
     pub fn carry_over(&self, source: impl AsRef<Path>) -> Result<Vec<&'static str>> {
+        if is_gguf(source.as_ref()) {
+            let Some(files) = Gguf::open(source)?.tokenizer()? else {
+                return Ok(Vec::new());
+            };
+            let [json, config, ..] = CARRIED_FILES;
+            self.write_text(json, &files.json)?;
+            self.write_json(config, &Value::Object(files.config))?;
+            return Ok(vec![json, config]);
+        }
         let mut copied = Vec::new();
         for name in CARRIED_FILES {
             let from = source.as_ref().join(name);

@@ -13,13 +13,15 @@ use crate::io::tensors::{Checkpoint, DType, HostTensor};
 use crate::linalg::Matrix;
 
 impl HfConfig {
-    /// Loads the codes of a layer, or returns `None` if the checkpoint holds it dense.
+    /// Loads the codes of a layer, or returns `None` if the checkpoint holds it dense, or in GGUF
+    /// blocks that codes cannot represent exactly.
     ///
     /// # Shapes
     /// - `shape`: `[d_output, d_input]` of the layer
     ///
     /// # Errors
-    /// Returns the errors of [`QuantizationConfig::read_layer`].
+    /// Returns the errors of [`QuantizationConfig::read_layer`] and
+    /// [`Checkpoint::load_quantized`].
     pub fn load_quantized(
         &self,
         checkpoint: &Checkpoint,
@@ -30,7 +32,7 @@ impl HfConfig {
             Some(config) if config.has_layer(checkpoint, layer) => {
                 config.read_layer(checkpoint, layer, shape).map(Some)
             }
-            _ => Ok(None),
+            _ => checkpoint.load_quantized(&format!("{layer}.weight"), shape),
         }
     }
 

@@ -11,7 +11,8 @@ use safetensors::tensor::Metadata;
 
 use super::dtype::{self, DType};
 use crate::error::{Error, Result};
-use crate::format::Buffer;
+use crate::format::{Buffer, QuantizedMatrix};
+use crate::io::gguf::{Gguf, Layout, is_gguf};
 use crate::io::{is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
@@ -39,7 +40,7 @@ impl TensorInfo {
 }
 
 /// Bytes of a file.
-type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+pub(in crate::io) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 struct Shard {
     path: PathBuf,
@@ -62,9 +63,15 @@ struct Entry {
     shard: usize,
     range: Range<usize>,
     info: TensorInfo,
+    layout: Layout,
 }
 
-/// A checkpoint opened for reading: one safetensors file or a folder of shards, memory-mapped.
+/// A checkpoint opened for reading, memory-mapped: one safetensors file, a folder of shards, or a
+/// GGUF model.
+///
+/// The tensors of a GGUF model have Hugging Face's names and row order. Tensors in quantized blocks
+/// have dtype `f32`: they are dequantized on access, and [`load_quantized`](Self::load_quantized)
+/// gives their codes.
 ///
 /// Opening reads only the headers; tensor data is read on access. The files must not change while
 /// the checkpoint is open: truncating a mapped file can terminate the process.
@@ -77,8 +84,9 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a safetensors file, or a folder that contains `model.safetensors`, or else
-    /// `model.safetensors.index.json` and its shards.
+    /// Opens a safetensors file, a folder that contains `model.safetensors`, or else
+    /// `model.safetensors.index.json` and its shards, or a GGUF file. For a GGUF model in several
+    /// files, pass the first one.
     ///
     /// # Errors
     /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed. Returns
@@ -99,6 +107,9 @@ impl Checkpoint {
     pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
         let path = path.as_ref();
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if is_gguf(path) {
+            return Self::from_gguf(path, mmap);
+        }
         if !meta.is_dir() {
             return Self::from_shards(path, vec![path.to_path_buf()], mmap);
         }
@@ -111,10 +122,13 @@ impl Checkpoint {
         if index.exists() {
             return Self::from_index(path, &index, mmap);
         }
+        let mut entries = std::fs::read_dir(path).into_iter().flatten().flatten();
         let hint = if path.join("pytorch_model.bin").exists()
             || path.join("pytorch_model.bin.index.json").exists()
         {
             " (there is a pytorch_model.bin, but pickled weights are not read: save them as safetensors)"
+        } else if entries.any(|entry| is_gguf(&entry.path())) {
+            " (there is a GGUF file: give its own path)"
         } else {
             ""
         };
@@ -188,6 +202,30 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    fn from_gguf(path: &Path, mmap: bool) -> Result<Self> {
+        let model = Gguf::open_with(path, mmap)?;
+        let tensors = model.entries()?.into_iter().map(|entry| {
+            let (name, shard) = (entry.name, entry.file);
+            let (range, info, layout) = (entry.range, entry.info, entry.layout);
+            let entry = Entry {
+                shard,
+                range,
+                info,
+                layout,
+            };
+            (name, entry)
+        });
+        Ok(Self {
+            path: path.to_path_buf(),
+            tensors: tensors.collect(),
+            shards: model
+                .files()
+                .map(|(path, bytes)| Shard { path, bytes })
+                .collect(),
+            metadata: BTreeMap::new(),
+        })
+    }
+
     fn from_shards(path: &Path, files: Vec<PathBuf>, mmap: bool) -> Result<Self> {
         let mut checkpoint = Self {
             path: path.to_path_buf(),
@@ -202,21 +240,7 @@ impl Checkpoint {
     }
 
     fn add_shard(&mut self, path: PathBuf, mmap: bool) -> Result<()> {
-        let (file, len) = open_regular(&path)?;
-        if len < LENGTH_BYTES as u64 {
-            return Err(Error::invalid_file(
-                &path,
-                format!("{len} bytes, too short for a safetensors file"),
-            ));
-        }
-        let bytes: Bytes = if mmap {
-            // SAFETY: the mapping is read-only, and all accesses go through bounds-checked slices
-            // of bytes. A change of the file by another process cannot be checked; the type's
-            // documentation forbids it.
-            Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?)
-        } else {
-            Arc::new(read_whole(&path, file, len)?)
-        };
+        let bytes = read_file(&path, mmap)?;
         let (start, header) = parse_header(&path, (*bytes).as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
@@ -236,6 +260,7 @@ impl Checkpoint {
                     dtype,
                     shape: info.shape.clone(),
                 },
+                layout: Layout::default(),
             };
             if let Some(other) = self.tensors.insert(name.clone(), entry) {
                 let first = self.shards.get(other.shard).map_or(&path, |s| &s.path);
@@ -289,9 +314,22 @@ impl Checkpoint {
     /// Returns a tensor's bytes as stored in the file: row-major, little-endian, at any alignment.
     ///
     /// # Errors
-    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name, and
+    /// [`Error::TensorDtype`] if a GGUF file stores it in blocks or with permuted rows.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let entry = self.entry(name)?;
+        if !entry.layout.is_plain() {
+            return Err(Error::TensorDtype {
+                tensor: name.into(),
+                expected: "plain numbers in Hugging Face's order",
+                found: entry.layout.name(),
+            });
+        }
+        self.raw(name, entry)
+    }
+
+    /// Returns the bytes of a tensor as stored, whatever their layout.
+    fn raw(&self, name: &str, entry: &Entry) -> Result<&[u8]> {
         // The range was checked on opening. `get` turns a mistake there into an error instead of a
         // panic.
         self.shards
@@ -303,13 +341,17 @@ impl Checkpoint {
             })
     }
 
-    /// Returns a tensor's [`bytes`](Self::bytes) without a copy, in a buffer that may outlive the
-    /// checkpoint.
+    /// Returns a tensor's bytes in a buffer that may outlive the checkpoint. They are not copied,
+    /// unless a GGUF file stores them in another layout.
     ///
     /// # Errors
     /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn buffer(&self, name: &str) -> Result<Buffer> {
         let entry = self.entry(name)?;
+        if !entry.layout.is_plain() {
+            let bytes = entry.layout.bytes(&entry.info, self.raw(name, entry)?);
+            return Ok(Buffer::from_vec(bytes));
+        }
         let missing = || Error::MissingTensor {
             path: self.path.clone(),
             tensor: name.into(),
@@ -342,12 +384,38 @@ impl Checkpoint {
     /// # Errors
     /// Returns [`Error::MissingTensor`], or [`Error::TensorDtype`] for another dtype.
     pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
-        let dtype = self.entry(name)?.info.dtype;
-        dtype::decode(dtype, self.bytes(name)?).ok_or_else(|| Error::TensorDtype {
+        let entry = self.entry(name)?;
+        let (raw, dtype) = (self.raw(name, entry)?, entry.info.dtype);
+        if entry.layout.blocks.is_some() {
+            return Ok(entry.layout.numbers(&entry.info, raw));
+        }
+        let values = if entry.layout.is_plain() {
+            dtype::decode(dtype, raw)
+        } else {
+            dtype::decode(dtype, &entry.layout.bytes(&entry.info, raw))
+        };
+        values.ok_or_else(|| Error::TensorDtype {
             tensor: name.into(),
             expected: "F64, F32, F16 or BF16",
             found: dtype.to_string(),
         })
+    }
+
+    /// Loads a matrix that a GGUF file stores in quantized blocks, as codes of exactly the same
+    /// values. Returns `None` for other matrices, and for blocks whose minimum is not a multiple of
+    /// their scale.
+    ///
+    /// # Errors
+    /// Returns [`Error::TensorShape`] if the shape is not `[rows, cols]`, and
+    /// [`Error::InvalidFile`] if a scale is not finite.
+    pub fn load_quantized(&self, name: &str, shape: [usize; 2]) -> Result<Option<QuantizedMatrix>> {
+        let entry = self.tensors.get(name);
+        let Some(entry) = entry.filter(|entry| entry.layout.blocks.is_some()) else {
+            return Ok(None);
+        };
+        self.check_shape(name, &shape)?;
+        let codes = entry.layout.quantized(&entry.info, self.raw(name, entry)?);
+        codes.map_err(|error| Error::invalid_file(&self.path, format!("tensor `{name}`: {error}")))
     }
 
     /// Loads a float matrix of shape `[rows, cols]`.
@@ -392,6 +460,19 @@ impl Checkpoint {
             tensor: name.into(),
         })
     }
+}
+
+/// Maps a file, or reads it into memory.
+pub(in crate::io) fn read_file(path: &Path, mmap: bool) -> Result<Bytes> {
+    let (file, len) = open_regular(path)?;
+    if !mmap {
+        return Ok(Arc::new(read_whole(path, file, len)?));
+    }
+    // SAFETY: the mapping is read-only, and all accesses go through bounds-checked slices of bytes.
+    // A change of the file by another process cannot be checked; the documentation of `Checkpoint`
+    // forbids it.
+    let map = unsafe { Mmap::map(&file) };
+    Ok(Arc::new(map.map_err(|e| Error::io(path, e))?))
 }
 
 /// Reads a file into memory, aligned to a cache line.

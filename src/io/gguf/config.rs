@@ -1,0 +1,405 @@
+//! Configuration and tensor names of the equivalent Hugging Face folder.
+
+use serde_json::{Map, Value, json};
+
+use super::blocks::Encoding;
+use super::container;
+use super::layout::Layout;
+use super::{Entry, Gguf};
+use crate::arch::{Architecture, Family, LinearKind, Rope, RopeScaling};
+use crate::error::{Error, Result};
+use crate::io::HfConfig;
+use crate::io::tensors::TensorInfo;
+
+/// A model family of llama.cpp.
+struct Row {
+    /// `general.architecture`.
+    name: &'static str,
+    family: Family,
+    /// Whether the rows of queries and keys are permuted.
+    permuted: bool,
+}
+
+const FAMILIES: [Row; 2] = [
+    Row {
+        name: "llama",
+        family: Family::Llama,
+        permuted: true,
+    },
+    Row {
+        name: "qwen2",
+        family: Family::Qwen2,
+        permuted: false,
+    },
+];
+
+/// Modules of a block, with their names in GGUF and Hugging Face.
+const PARTS: [(&str, &str); 9] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
+const EMBEDDING: &str = "token_embd.weight";
+const HEAD: &str = "output.weight";
+const FINAL_NORM: &str = "output_norm.weight";
+const DIVISORS: &str = "rope_freqs.weight";
+
+/// Keys of an architecture that are read, or that do not change the model.
+const KNOWN: [&str; 19] = [
+    "attention.causal",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
+];
+
+/// Keys of tokens that end a text.
+const ENDS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
+
+/// Name of a tensor in a Hugging Face folder.
+fn hf_name(name: &str) -> Option<String> {
+    let name = match name {
+        EMBEDDING => Architecture::EMBEDDING,
+        HEAD => Architecture::HEAD,
+        FINAL_NORM => Architecture::FINAL_NORM,
+        _ => {
+            let (block, part) = name.strip_prefix("blk.")?.split_once('.')?;
+            let (part, suffix) = part.split_once('.')?;
+            let number: usize = block.parse().ok()?;
+            let (_, module) = PARTS.iter().find(|(ours, _)| *ours == part)?;
+            let whole = number.to_string() == block && matches!(suffix, "weight" | "bias");
+            return whole.then(|| format!("model.layers.{number}.{module}.{suffix}"));
+        }
+    };
+    Some(name.into())
+}
+
+impl Gguf {
+    pub(super) fn unsupported(&self, what: impl std::fmt::Display) -> Error {
+        Error::Unsupported {
+            what: format!("{}: {what}", self.first().path.display()),
+        }
+    }
+
+    fn family(&self) -> Result<&'static Row> {
+        let first = self.first();
+        if let Some(kind) = first.text("general.type")?.filter(|kind| *kind != "model") {
+            return Err(
+                self.unsupported(format!("key `general.type` = `{kind}` (expected a model)"))
+            );
+        }
+        let key = "general.architecture";
+        let Some(name) = first.text(key)? else {
+            return Err(first.bad_key(key, "missing"));
+        };
+        FAMILIES.iter().find(|row| row.name == name).ok_or_else(|| {
+            let known: Vec<&str> = FAMILIES.iter().map(|row| row.name).collect();
+            Error::UnsupportedArchitecture {
+                found: format!("{name} (GGUF)"),
+                supported: known.join(", "),
+            }
+        })
+    }
+
+    /// Makes a `config.json` from the metadata.
+    ///
+    /// # Errors
+    /// Returns [`Error::UnsupportedArchitecture`]; [`Error::InvalidFile`] if a key is missing or has
+    /// another type; and [`Error::Unsupported`] if a key changes the model and is not implemented.
+    pub(in crate::io) fn config(&self) -> Result<Map<String, Value>> {
+        let row = self.family()?;
+        let first = self.first();
+        let key = |name: &str| format!("{}.{name}", row.name);
+        self.refuse_unknown(row)?;
+        let size = |name: &str| first.size(&key(name));
+        let required = |name: &str| size(name)?.ok_or_else(|| first.bad_key(&key(name), "missing"));
+        let (hidden, heads) = (
+            required("embedding_length")?,
+            required("attention.head_count")?,
+        );
+        let name = key("attention.layer_norm_rms_epsilon");
+        let epsilon = first
+            .float(&name)?
+            .ok_or_else(|| first.bad_key(&name, "missing"))?;
+        let Some((_, embedding)) = self.tensor(EMBEDDING) else {
+            return Err(Error::MissingTensor {
+                path: first.path.clone(),
+                tensor: EMBEDDING.into(),
+            });
+        };
+        let vocab_size = embedding.shape[0] as u64;
+        let length = key("attention.key_length");
+        let explicit = first.size(&length)?;
+        let head_dim = explicit.unwrap_or_else(|| hidden / heads.max(1));
+        let agree = [
+            ("attention.value_length", head_dim),
+            ("rope.dimension_count", head_dim),
+            ("vocab_size", vocab_size),
+        ];
+        for (name, expected) in agree {
+            if let Some(found) = size(name)?.filter(|found| *found != expected) {
+                let what = format!("key `{}` = {found} beside {expected}", key(name));
+                return Err(self.unsupported(what));
+            }
+        }
+        let context = required("context_length")?;
+        if let Some(window) = size("attention.sliding_window")?
+            && window != 0
+            && window < context
+        {
+            let what = format!("key `{}` = {window}", key("attention.sliding_window"));
+            return Err(self.unsupported(what));
+        }
+        let theta = first.float(&key("rope.freq_base"))?.unwrap_or(10_000.0);
+        let scaling = self.rope_scaling(row, head_dim, theta)?;
+        let id = |name: &str| self.token_id(name);
+        let mut ends = Vec::new();
+        for name in ENDS {
+            ends.extend(id(name)?.filter(|id| !ends.contains(id)));
+        }
+        let has = |name: &str| self.tensor(name).is_some();
+        let value = json!({
+            "architectures": [row.family.architecture()],
+            "model_type": row.family.model_type(),
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": required("feed_forward_length")?,
+            "num_hidden_layers": required("block_count")?,
+            "num_attention_heads": heads,
+            "num_key_value_heads": size("attention.head_count_kv")?.unwrap_or(heads),
+            "max_position_embeddings": context,
+            "rms_norm_eps": epsilon,
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": !has(HEAD),
+            "vocab_size": vocab_size,
+            "bos_token_id": id("bos_token_id")?,
+            "eos_token_id": match ends.as_slice() {
+                [] => Value::Null,
+                [one] => json!(one),
+                all => json!(all),
+            },
+            "pad_token_id": id("padding_token_id")?,
+            "torch_dtype": embedding.encoding.dtype().torch_name(),
+        });
+        let Value::Object(mut map) = value else {
+            return Err(self.unsupported("the configuration"));
+        };
+        if explicit.is_some() {
+            map.insert("head_dim".into(), head_dim.into());
+        }
+        if row.family == Family::Llama {
+            map.insert("attention_bias".into(), has("blk.0.attn_q.bias").into());
+            map.insert("mlp_bias".into(), has("blk.0.ffn_gate.bias").into());
+        }
+        Ok(map)
+    }
+
+    /// Refuses unknown keys of the architecture, unless their value is 0 or false.
+    fn refuse_unknown(&self, row: &Row) -> Result<()> {
+        for (key, value) in &self.first().values {
+            let name = key
+                .strip_prefix(row.name)
+                .and_then(|key| key.strip_prefix('.'));
+            let Some(name) = name.filter(|name| !KNOWN.contains(name)) else {
+                continue;
+            };
+            use container::Value::{Bool, F32, F64, Int, Text};
+            let harmless = match value {
+                Int(value) => *value == 0,
+                F32(value) => *value == 0.0,
+                F64(value) => *value == 0.0,
+                Bool(value) => !value,
+                // Old files describe the order of their rows; only one order was ever written.
+                Text(_) => name == "tensor_data_layout",
+                _ => false,
+            };
+            if !harmless {
+                return Err(self.unsupported(format!("key `{key}`")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Id of a special token. -1 and the largest `u32` mean that there is none.
+    pub(super) fn token_id(&self, name: &str) -> Result<Option<u32>> {
+        let key = format!("tokenizer.ggml.{name}");
+        match self.first().values.get(&key) {
+            None | Some(container::Value::Int(-1)) => Ok(None),
+            Some(container::Value::Int(id)) if u32::try_from(*id) == Ok(u32::MAX) => Ok(None),
+            Some(container::Value::Int(id)) if u32::try_from(*id).is_ok() => {
+                Ok(u32::try_from(*id).ok())
+            }
+            Some(_) => Err(self.first().bad_key(&key, "not a token's number")),
+        }
+    }
+
+    /// Makes `rope_scaling` from keys, or from the divisors in a tensor.
+    fn rope_scaling(&self, row: &Row, head_dim: u64, theta: f64) -> Result<Value> {
+        let first = self.first();
+        let key = |name: &str| format!("{}.rope.{name}", row.name);
+        let (kind_key, factor_key) = (key("scaling.type"), key("scaling.factor"));
+        let old = first.float(&key("scale_linear"))?;
+        let factor = first.float(&factor_key)?.or(old);
+        let kind = match first.text(&kind_key)? {
+            Some(kind) => kind,
+            // Like llama.cpp: a factor without a type is linear scaling.
+            None if factor.is_some_and(|factor| factor != 0.0 && factor != 1.0) => "linear",
+            None => "none",
+        };
+        let divisors = self.tensor(DIVISORS);
+        match (kind, divisors) {
+            ("none", None) => Ok(Value::Null),
+            ("linear", None) => match factor {
+                Some(factor) => Ok(json!({ "rope_type": "linear", "factor": factor })),
+                None => Err(first.bad_key(&factor_key, "missing")),
+            },
+            ("none", Some((file, tensor))) => self.llama3(file, tensor, head_dim, theta),
+            (_, Some(_)) => {
+                let what = format!("key `{kind_key}` = `{kind}` beside tensor `{DIVISORS}`");
+                Err(self.unsupported(what))
+            }
+            _ => Err(self.unsupported(format!("key `{kind_key}` = `{kind}`"))),
+        }
+    }
+
+    /// Recovers Llama 3's rule from the divisors of the frequencies. All Llama 3 models have the same
+    /// wavelength bounds.
+    fn llama3(
+        &self,
+        file: usize,
+        tensor: &container::Tensor,
+        head_dim: u64,
+        theta: f64,
+    ) -> Result<Value> {
+        let len = (head_dim / 2) as usize;
+        let file = &self.files[file];
+        let bytes = (*file.bytes)
+            .as_ref()
+            .get(tensor.range.clone())
+            .unwrap_or_default();
+        if !matches!(tensor.encoding.dtype(), crate::io::DType::F32)
+            || !matches!(tensor.encoding, Encoding::Plain(_))
+            || tensor.shape != [len]
+        {
+            let reason = format!(
+                "tensor `{DIVISORS}`: {:?} of shape {:?}, expected F32 of [{len}]",
+                tensor.encoding, tensor.shape
+            );
+            return Err(Error::invalid_file(&file.path, reason));
+        }
+        let divisors: Vec<f64> = bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|bytes| f64::from(f32::from_le_bytes(*bytes)))
+            .collect();
+        if divisors.iter().all(|divisor| *divisor == 1.0) {
+            return Ok(Value::Null);
+        }
+        let factor = divisors.iter().copied().fold(1.0, f64::max);
+        let scaling = RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        let plain = Rope::new(2 * len, theta, RopeScaling::Default);
+        let scaled = Rope::new(2 * len, theta, scaling);
+        let mut all = plain
+            .inv_freq()
+            .iter()
+            .zip(scaled.inv_freq())
+            .zip(&divisors);
+        if !all.all(|((plain, scaled), divisor)| (plain / scaled / divisor - 1.0).abs() < 1e-4) {
+            return Err(self.unsupported(format!(
+                "tensor `{DIVISORS}`, whose divisors are not those of Llama 3's rule,"
+            )));
+        }
+        Ok(json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }))
+    }
+
+    /// Lists the tensors of the model under their names in a Hugging Face folder.
+    ///
+    /// # Errors
+    /// Returns the errors of the configuration, [`Error::Unsupported`] if a tensor is not part of the
+    /// model, and [`Error::InvalidFile`] if its shape is not that of the configuration.
+    pub(in crate::io) fn entries(&self) -> Result<Vec<Entry>> {
+        let row = self.family()?;
+        let config = HfConfig::from_json(self.config()?)?;
+        let arch = config.arch();
+        let expected: std::collections::BTreeMap<_, _> = arch.tensors().into_iter().collect();
+        let mut entries = Vec::new();
+        for (number, file) in self.files.iter().enumerate() {
+            for tensor in file.tensors.iter().filter(|tensor| tensor.name != DIVISORS) {
+                let known = hf_name(&tensor.name).and_then(|name| expected.get_key_value(&name));
+                let Some((name, shape)) = known else {
+                    let what = format!("{}: tensor `{}`", file.path.display(), tensor.name);
+                    return Err(Error::Unsupported {
+                        what: format!("{what} in a model of architecture {}", row.name),
+                    });
+                };
+                if *shape != tensor.shape {
+                    let reason = format!(
+                        "tensor `{}`: shape {:?}, expected {shape:?}",
+                        tensor.name, tensor.shape
+                    );
+                    return Err(Error::invalid_file(&file.path, reason));
+                }
+                let layer = name.rsplit_once('.').map_or("", |(layer, _)| layer);
+                let heads = match LinearKind::parse(layer) {
+                    Some((_, LinearKind::Q)) if row.permuted => Some(config.num_attention_heads()),
+                    Some((_, LinearKind::K)) if row.permuted => Some(config.num_key_value_heads()),
+                    _ => None,
+                };
+                let blocks = match tensor.encoding {
+                    Encoding::Plain(_) => None,
+                    Encoding::Blocks(blocks) => Some(blocks),
+                };
+                if heads.is_some() && blocks.is_some() && shape.len() == 1 {
+                    let what = format!(
+                        "{}: tensor `{}` in blocks",
+                        file.path.display(),
+                        tensor.name
+                    );
+                    return Err(Error::Unsupported { what });
+                }
+                entries.push(Entry {
+                    name: name.clone(),
+                    file: number,
+                    range: tensor.range.clone(),
+                    info: TensorInfo {
+                        dtype: tensor.encoding.dtype(),
+                        shape: tensor.shape.clone(),
+                    },
+                    layout: Layout { blocks, heads },
+                });
+            }
+        }
+        Ok(entries)
+    }
+}
