@@ -163,7 +163,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
             // Not the arrays that are filled, for these have addresses.
             let mut sums = [[_mm512_setzero_ps(); R]; W];
             for w in 0..W {
-                let filled = units.fill::<R>(row + w * apart, w, from);
+                let filled = units.fill(row + w * apart, w, units.inputs.rows::<R>(from));
                 sums[w] = std::array::from_fn(|i| filled[i]);
             }
             // A block whose halves come from these streams. Past the last word inputs are zeros.
