@@ -23,8 +23,8 @@ pub(crate) mod number;
 mod pool;
 #[cfg(test)]
 pub(crate) mod reference;
-#[cfg_attr(not(feature = "flex"), allow(dead_code))]
-// half of them are only used by training on Flex
+// Half of the row operations serve training on Flex only.
+#[cfg_attr(not(feature = "flex"), allow(dead_code, unused_imports))]
 pub(crate) mod rows;
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,6 @@ use crate::io::tensors::{Bytes, TensorInfo, read_file};
 use container::File;
 pub(in crate::io) use container::MAGIC;
 pub(in crate::io) use layout::Layout;
-pub(crate) use tokenizer::TokenizerFiles;
 
 /// Largest number of files of a model. Each is a mapping that the system must keep.
 const MAX_PARTS: u64 = 4096;

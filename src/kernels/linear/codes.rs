@@ -12,6 +12,7 @@ pub(in crate::kernels) trait Codes: Copy {
     /// The order of inputs that matches the order of codes in a step.
     const ORDER: Order;
     /// Maximum number of bits of a code.
+    #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code))] // NEON chooses its products by it
     const BITS: u8;
 
     /// Returns a row, positioned at its first step. `zeros` are its zero points by unit, in the

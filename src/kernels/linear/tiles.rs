@@ -52,6 +52,9 @@ pub(in crate::kernels) use features;
 /// Number of distant rows of a weight in one tile; see [`Tiles::LONG`].
 pub(in crate::kernels) const FAR: usize = 4;
 
+/// Rows of a weight that stay in a near cache: a multiple of a tile's.
+const NEAR: usize = 4;
+
 /// Tiles of a product.
 pub(in crate::kernels) trait Tiles {
     /// Number of rows of the weight in a tile with one row of inputs: 1, 2 or 4.
@@ -99,29 +102,31 @@ pub(in crate::kernels) unsafe fn for_tiles<T: Tiles>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        if input.rows == 1 {
-            if const { T::LONG != usize::MAX } && input.inputs > T::LONG {
-                let apart = rows.len() / FAR;
-                tiles.tile::<FAR, 1>(rows.start..rows.start + apart, apart, 0);
-                rows.start += FAR * apart;
-            }
-            let whole = rows.end - rows.len() % T::ONE;
-            some_rows::<T, 1>(tiles, rows.start..whole, T::ONE, 0);
-            some_rows::<T, 1>(tiles, whole..rows.end, 1, 0);
-            return;
+        if const { T::LONG != usize::MAX } && input.rows == 1 && input.inputs > T::LONG {
+            let apart = rows.len() / FAR;
+            tiles.tile::<FAR, 1>(rows.start..rows.start + apart, apart, 0);
+            rows.start += FAR * apart;
         }
-        while !rows.is_empty() {
-            let count = if rows.len() >= T::MORE { T::MORE } else { 1 };
-            let some = rows.start..rows.start + count;
-            let mut from = 0;
-            while from < input.rows {
-                from += match input.rows - from {
-                    1 => some_rows::<T, 1>(tiles, some.clone(), count, from),
-                    2..=3 => some_rows::<T, 2>(tiles, some.clone(), count, from),
-                    _ => some_rows::<T, 4>(tiles, some.clone(), count, from),
-                };
+        let most = if input.rows == 1 { T::ONE } else { T::MORE };
+        let whole = rows.end - rows.len() % most;
+        for (rows, count) in [(rows.start..whole, most), (whole..rows.end, 1)] {
+            // All rows in one go where a tile has all inputs; else as many as stay in a near cache until all inputs are done.
+            let step = if matches!(input.rows, 1 | 2 | 4) {
+                rows.len().max(1)
+            } else {
+                NEAR
+            };
+            for first in rows.clone().step_by(step) {
+                let some = first..rows.end.min(first + step);
+                let mut from = 0;
+                while from < input.rows {
+                    from += match input.rows - from {
+                        1 => some_rows::<T, 1>(tiles, some.clone(), count, from),
+                        2..=3 => some_rows::<T, 2>(tiles, some.clone(), count, from),
+                        _ => some_rows::<T, 4>(tiles, some.clone(), count, from),
+                    };
+                }
             }
-            rows.start += count;
         }
     }
 }

@@ -3,8 +3,6 @@
 //!
 //! The loops are plain Rust that the compiler vectorizes.
 
-#![allow(dead_code, unused_imports)] // builds without training call only some of them
-
 pub(crate) mod attention;
 pub(crate) mod lines;
 pub(crate) mod masked;

@@ -242,6 +242,7 @@ unsafe fn tile<
     let x: [*const u8; R] = std::array::from_fn(|i| x.row(from + i));
     let size = input.layout.block_bytes();
     let none = _mm512_setzero_si512();
+    let inputs = units.inputs.rows(from);
     for row in firsts::<W>(rows, 1) {
         let mut sums = [[_mm512_setzero_ps(); R]; W];
         let mut of_rows: [C::Row; W] =
@@ -249,7 +250,7 @@ unsafe fn tile<
         // SAFETY: codes are read in their rows; inputs and units in what was prepared.
         unsafe {
             for w in 0..W {
-                sums[w] = units.fill(row + w, w, from);
+                sums[w] = units.fill(row + w, w, inputs);
             }
             for index in 0..input.inputs.div_ceil(64 * N) {
                 let column = 64 * N * index;

@@ -169,7 +169,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
             // stay in registers.
             let mut sums = [[_mm512_setzero_ps(); R]; W];
             for w in 0..W {
-                let filled = units.fill::<R>(row + w * apart, w, from);
+                let filled = units.fill(row + w * apart, w, units.inputs.rows::<R>(from));
                 sums[w] = std::array::from_fn(|i| filled[i]);
             }
             // Adds a block whose two halves come from the given streams. Inputs past the last word

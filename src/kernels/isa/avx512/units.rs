@@ -58,9 +58,9 @@ pub(super) struct Units<'a> {
     first: *mut f32,
     stride: usize,
     weight: OfWeight<'a>,
-    inputs: input::Units,
-    /// Masks of the units in second blocks, as returned by [`second_blocks`]. Codes of these blocks
-    /// are multiplied in the high halves of bytes, as 16 times their value.
+    pub inputs: input::Units,
+    /// Which of 16 units are in a second block, of each first 16 of a row and of each second: there codes are multiplied in the high
+    /// halves of bytes, as 16 times what they are.
     high: [u16; 2],
 }
 
@@ -121,22 +121,25 @@ impl<'a> Units<'a> {
         self.array(w, 1).cast()
     }
 
-    /// Fills slot `w` with the scales and zero points of row `row` of the weight, and with the
-    /// products of scales for `R` rows of inputs, from `from` on. Returns, for each row of inputs,
-    /// the sum of the zero-point terms, distributed over the lanes, which must be subtracted from
-    /// the sum of products.
+    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with some rows of inputs, of
+    /// whose units these are the scales and sums. Returns what the zero points take from their products, in any lanes.
     ///
     /// # Safety
     /// `w < ROWS` and `R <= ROWS`, and the rows must exist.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
+    pub unsafe fn fill<const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        inputs: [[*const f32; 2]; R],
+    ) -> [__m512; R] {
         // SAFETY: the caller's promise.
         unsafe {
             match (self.weight.plain, self.weight.grid.symmetric) {
-                (true, true) => self.fill_plain::<true, R>(row, w, from),
-                (true, false) => self.fill_plain::<false, R>(row, w, from),
-                (false, _) => self.fill_any(row, w, from),
+                (true, true) => self.fill_plain::<true, R>(row, w, inputs),
+                (true, false) => self.fill_plain::<false, R>(row, w, inputs),
+                (false, _) => self.fill_any(row, w, inputs),
             }
         }
     }
@@ -154,10 +157,9 @@ impl<'a> Units<'a> {
         &self,
         row: usize,
         w: usize,
-        from: usize,
+        inputs: [[*const f32; 2]; R],
     ) -> [__m512; R] {
         let (weight, count) = (&self.weight, self.inputs.count);
-        let inputs = self.inputs.rows::<R>(from);
         let mut taken = [_mm512_setzero_ps(); R];
         let scales = weight.scales.as_ptr().wrapping_add(2 * row * weight.groups);
         let zeros = weight
@@ -215,10 +217,14 @@ impl<'a> Units<'a> {
 
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    #[allow(clippy::needless_range_loop)] // constant loops, which are unrolled
-    unsafe fn fill_any<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
+    #[allow(clippy::needless_range_loop)] // over constants
+    unsafe fn fill_any<const R: usize>(
+        &self,
+        row: usize,
+        w: usize,
+        inputs: [[*const f32; 2]; R],
+    ) -> [__m512; R] {
         let (weight, count) = (&self.weight, self.inputs.count);
-        let inputs = self.inputs.rows::<R>(from);
         let mut taken = [_mm512_setzero_ps(); R];
         let (scales, zeros) = (self.array(w, 0), self.array(w, 1).cast::<u32>());
         // SAFETY: the arrays are as long as the units, rounded up to 16, and their padding. The

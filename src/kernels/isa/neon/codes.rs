@@ -474,13 +474,14 @@ impl<
         let (Task { input, output, .. }, unit) = (task, *unit);
         let (size, of_block) = (input.layout.block_bytes(), BLOCK / unit);
         let x: [*const i8; R] = std::array::from_fn(|i| x.row(from + i).cast());
-        let slot = filled.map_or(0, |first| row - first);
-        // SAFETY: `W` slots and `W * R` pairs exist. The prepared inputs have whole blocks, and so
-        // has each row of the weight or its padded copy, as the contract of `Codes` requires.
+        // Tiles that follow each other have slots of their own.
+        let slot = filled.map_or(row / W % (SLOTS / W) * W, |first| row - first);
+        // SAFETY: `W` slots are there, and `W * R` pairs; what was prepared has whole blocks, and so has each row of the weight or what
+        // stands for it, by the promises of `Codes`.
         unsafe {
             if filled.is_none() && from == 0 {
                 for w in 0..W {
-                    units.decode(row + w, w);
+                    units.decode(row + w, slot + w);
                 }
             }
             let mut sums = [[vdupq_n_f32(0.0); R]; W];
