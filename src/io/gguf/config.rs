@@ -125,8 +125,8 @@ impl Gguf {
     /// Makes a `config.json` from the metadata.
     ///
     /// # Errors
-    /// Returns [`Error::UnsupportedArchitecture`]; [`Error::InvalidFile`] if a key is missing or has
-    /// another type; and [`Error::Unsupported`] if a key changes the model and is not implemented.
+    /// Returns [`Error::UnsupportedArchitecture`]; [`Error::InvalidFile`] if a key is missing or
+    /// has another type; and [`Error::Unsupported`] if a key changes the model and is not implemented.
     pub(in crate::io) fn config(&self) -> Result<Map<String, Value>> {
         let row = self.family()?;
         let first = self.first();
@@ -284,8 +284,8 @@ impl Gguf {
         }
     }
 
-    /// Recovers Llama 3's rule from the divisors of the frequencies. All Llama 3 models have the same
-    /// wavelength bounds.
+    /// Recovers Llama 3's rule from the divisors of the frequencies. All Llama 3 models have the
+    /// same wavelength bounds.
     fn llama3(
         &self,
         file: usize,
@@ -338,16 +338,16 @@ impl Gguf {
             )));
         }
         Ok(json!({
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         }))
     }
 
     /// Lists the tensors of the model under their names in a Hugging Face folder.
     ///
     /// # Errors
-    /// Returns the errors of the configuration, [`Error::Unsupported`] if a tensor is not part of the
-    /// model, and [`Error::InvalidFile`] if its shape is not that of the configuration.
+    /// Returns the errors of the configuration, [`Error::Unsupported`] if a tensor is not part of
+    /// the model, and [`Error::InvalidFile`] if its shape is not that of the configuration.
     pub(in crate::io) fn entries(&self) -> Result<Vec<Entry>> {
         let row = self.family()?;
         let config = HfConfig::from_json(self.config()?)?;

@@ -283,7 +283,8 @@ impl File {
                 .filter(|end| start.checked_add(*end).is_some_and(|end| end <= len))
                 .ok_or_else(|| {
                     cursor.bad(format!(
-                        "cut off: tensor `{name}` takes {} bytes at {start} + {expected}, the file has {len}",
+                        "cut off: tensor `{name}` takes {} bytes at {start} + {expected}, \
+                         the file has {len}",
                         info.bytes
                     ))
                 })?;
@@ -441,7 +442,9 @@ impl<'a> TensorHeader<'a> {
         let (len, bytes) = encoding.block();
         let row = shape.last().copied().unwrap_or_default();
         let Some(count) = count.filter(|count| *count > 0 && *count <= isize::MAX as u64) else {
-            return Err(cursor.bad(format!("{what}: shape {shape:?}, expected sizes of at least 1 whose product fits the memory")));
+            return Err(cursor.bad(format!(
+                "{what}: shape {shape:?}, expected sizes of at least 1 whose product fits the memory"
+            )));
         };
         if row % len != 0 {
             return Err(cursor.bad(format!(

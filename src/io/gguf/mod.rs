@@ -3,9 +3,9 @@
 //!
 //! The rest of the crate sees the equivalent Hugging Face folder:
 //! [`HfConfig::open`](crate::io::HfConfig::open) and
-//! [`Checkpoint::open`](crate::io::Checkpoint::open) accept the path of a file, and tensors have the
-//! names and the row order of Hugging Face. A key or tensor that would change the model and is not
-//! implemented is refused by name.
+//! [`Checkpoint::open`](crate::io::Checkpoint::open) accept the path of a file, and tensors have
+//! the names and the row order of Hugging Face. A key or tensor that would change the model and is
+//! not implemented is refused by name.
 
 mod blocks;
 mod config;
@@ -60,8 +60,8 @@ impl Gguf {
     ///
     /// # Errors
     /// Returns [`Error::Io`] if a file cannot be read, [`Error::InvalidFile`] if it breaks a rule
-    /// of the format, and [`Error::Unsupported`] if a version or a tensor type is not implemented. The
-    /// error names the file, and the key or tensor.
+    /// of the format, and [`Error::Unsupported`] if a version or a tensor type is not implemented.
+    /// The error names the file, and the key or tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path.as_ref(), true)
     }

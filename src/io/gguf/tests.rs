@@ -7,8 +7,9 @@ use rand_chacha::ChaCha8Rng;
 use super::blocks::Encoding;
 use super::*;
 use crate::arch::RopeScaling;
+use crate::io::hf::HfFolder;
 use crate::io::testing::{pick, shared};
-use crate::io::{Checkpoint, HfConfig};
+use crate::io::{Checkpoint, DType, HfConfig, HostTensor};
 
 /// A file in the making.
 #[derive(Clone, Default)]
@@ -250,7 +251,7 @@ fn four_bits_keep_every_code_and_minima_that_are_zero_points() {
         }
         (numbers, codes.map(|codes| codes.into_parts()))
     };
-    // The reference quantizer gives the largest number the level -8, so that its scale may be negative.
+    // The reference quantizer maps the largest number to -8, so its scale may be negative.
     let nibbles: Vec<u8> = (0..16).map(|i| i | (15 - i) << 4).collect();
     for scale in [0.5, -0.5] {
         let (numbers, codes) = read(2, &[&half(scale)[..], &nibbles].concat());
@@ -376,6 +377,59 @@ fn qwen2_has_biases_and_no_permutation() {
     assert_eq!(
         bias,
         (0..32).map(|row| place(row) as f32).collect::<Vec<_>>()
+    );
+}
+
+#[test]
+fn a_folder_written_from_a_file_is_the_same_model() {
+    let root = tempfile::tempdir().unwrap();
+    let path = with_pieces(llama())
+        .text("tokenizer.chat_template", "{{ x }}")
+        .write(root.path());
+    let (config, file) = (
+        HfConfig::open(&path).unwrap(),
+        Checkpoint::open(&path).unwrap(),
+    );
+    let out = root.path().join("out");
+    let folder = HfFolder::create(&out, false).unwrap();
+    let tensor = |name| {
+        let shape = file.info(name).unwrap().shape.clone();
+        HostTensor::from_f32(name, DType::F32, shape, file.load_f32(name).unwrap())
+    };
+    folder
+        .write_model(&config, DType::F32, file.names().map(tensor).collect())
+        .unwrap();
+    let carried = folder.carry_over(&path).unwrap();
+    assert_eq!(carried, ["tokenizer.json", "tokenizer_config.json"]);
+    folder.commit().unwrap();
+    let written = Checkpoint::open(&out).unwrap();
+    assert_eq!(HfConfig::open(&out).unwrap().arch(), config.arch());
+    for name in file.names() {
+        assert_eq!(
+            written.load_f32(name).unwrap(),
+            file.load_f32(name).unwrap()
+        );
+    }
+    let text = fs::read_to_string(out.join("tokenizer_config.json")).unwrap();
+    let fields: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (&fields["bos_token"], &fields["chat_template"]),
+        (&"<s>".into(), &"{{ x }}".into())
+    );
+    // A folder with nothing but a GGUF file: the error says what to open.
+    fs::create_dir(root.path().join("only")).unwrap();
+    fs::copy(&path, root.path().join("only/m.gguf")).unwrap();
+    let error = Checkpoint::open(root.path().join("only"))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("give its own path"), "{error}");
+    fs::copy(&path, root.path().join("only/config.json")).unwrap();
+    let error = HfConfig::open(root.path().join("only"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("config.json: a GGUF file, expected JSON"),
+        "{error}"
     );
 }
 
@@ -782,7 +836,7 @@ fn mutated_files_never_panic() {
     let mut opened = 0;
     for round in 0..rounds {
         let mut bytes = all[round / 3 % 2].clone();
-        let header = bytes.len() / 4;
+        let header = bytes.len() / 14;
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..header);
             bytes[at] = match round % 3 {
