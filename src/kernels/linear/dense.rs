@@ -54,7 +54,7 @@ impl<L: Lanes, T: Stored> Tiles for Rows<'_, L, T> {
     ) {
         let Task { input, output, .. } = self.task;
         for row in firsts::<W>(rows, apart) {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe {
                 let products = L::run(Products::<T, W, R> {
                     weight: self.first.add(row * self.stride),

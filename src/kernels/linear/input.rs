@@ -165,7 +165,7 @@ pub(in crate::kernels) struct Input<'a> {
     pub at: usize,
 }
 
-/// The bytes of inputs in an order, row by row.
+/// The bytes of the inputs in one order, row by row.
 #[derive(Clone, Copy)]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(in crate::kernels) struct Quantized {
@@ -175,14 +175,14 @@ pub(in crate::kernels) struct Quantized {
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 impl Quantized {
-    /// The first block of a row.
+    /// Returns a pointer to the first block of a row.
     #[inline(always)]
     pub fn row(&self, row: usize) -> *const u8 {
         self.first.wrapping_add(row * self.stride)
     }
 }
 
-/// The units of inputs, row by row, with 16 zeros after the last one's.
+/// The units of the inputs, row by row, with 16 zeros after the last row.
 #[derive(Clone, Copy)]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(in crate::kernels) struct Units {
@@ -203,13 +203,13 @@ impl Units {
         self.first.wrapping_add(row * self.stride).cast()
     }
 
-    /// Scales and sums of `R` rows from `from` on.
+    /// Returns pointers to the scales and sums of `R` rows from `from` on.
     #[inline(always)]
     pub fn rows<const R: usize>(&self, from: usize) -> [[*const f32; 2]; R] {
         std::array::from_fn(|i| [self.scales(from + i), self.sums(from + i)])
     }
 
-    /// Sums of a row's units: of its integers, each times their scale.
+    /// Returns the sums of a row's units: the sum of the integers times their scale.
     #[inline(always)]
     pub fn sums(&self, row: usize) -> *const f32 {
         self.first
@@ -233,12 +233,12 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// Where the bytes of all rows are in an order.
+    /// Returns the bytes of all rows in one order.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub fn quantized(&self, order: Order) -> Quantized {
         let all = self.memory.from(self.at + self.layout.codes_at(order));
         let stride = self.layout.bytes;
-        // As far as the last row's.
+        // Up to the end of the last row.
         let reach = (self.rows.max(1) - 1) * stride + self.layout.codes_bytes(order);
         assert!(reach <= all.len());
         Quantized {
@@ -247,7 +247,7 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// What is known of units of a size.
+    /// Returns the units of one size.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub fn units(&self, unit: usize) -> Units {
         let (from, all) = (

@@ -52,7 +52,7 @@ pub(in crate::kernels) use features;
 /// Number of distant rows of a weight in one tile; see [`Tiles::LONG`].
 pub(in crate::kernels) const FAR: usize = 4;
 
-/// Rows of a weight that stay in a near cache: a multiple of a tile's.
+/// Number of rows of a weight that stay in a near cache: a multiple of a tile's rows.
 const NEAR: usize = 4;
 
 /// Tiles of a product.
@@ -66,11 +66,12 @@ pub(in crate::kernels) trait Tiles {
     /// is used.
     const LONG: usize = usize::MAX;
 
-    /// Products of some rows of the weight with `R` of inputs from `from` on, `W` rows of the weight at a time, which are `apart` from
-    /// each other: the first of them are the [`firsts`] of `rows`.
+    /// Computes the products of some rows of the weight with `R` rows of inputs from `from` on, `W`
+    /// rows of the weight at a time, `apart` rows from each other. The first rows of the tiles are
+    /// the [`firsts`] of `rows`.
     ///
     /// # Safety
-    /// The rows are there, and their outputs this task's.
+    /// The rows must exist, and their outputs must belong to this task.
     unsafe fn tile<const W: usize, const R: usize>(
         &self,
         rows: Range<usize>,
@@ -79,7 +80,8 @@ pub(in crate::kernels) trait Tiles {
     );
 }
 
-/// The first row of each tile: each `W`-th of rows that follow each other, each of rows that are apart.
+/// Returns the first row of each tile: every `W`-th row if the rows of a tile follow each other, and
+/// every row if they are apart.
 #[inline(always)]
 pub(in crate::kernels) fn firsts<const W: usize>(
     rows: Range<usize>,
@@ -100,7 +102,7 @@ pub(in crate::kernels) unsafe fn for_tiles<T: Tiles>(
     mut rows: Range<usize>,
     input: &Input<'_>,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller upholds this function's contract.
     unsafe {
         if const { T::LONG != usize::MAX } && input.rows == 1 && input.inputs > T::LONG {
             let apart = rows.len() / FAR;
@@ -110,7 +112,8 @@ pub(in crate::kernels) unsafe fn for_tiles<T: Tiles>(
         let most = if input.rows == 1 { T::ONE } else { T::MORE };
         let whole = rows.end - rows.len() % most;
         for (rows, count) in [(rows.start..whole, most), (whole..rows.end, 1)] {
-            // All rows in one go where a tile has all inputs; else as many as stay in a near cache until all inputs are done.
+            // All rows at once if a tile has all inputs. Otherwise as many rows as stay in a near
+            // cache until all inputs are done.
             let step = if matches!(input.rows, 1 | 2 | 4) {
                 rows.len().max(1)
             } else {
@@ -190,7 +193,7 @@ impl<T: CodeTiles, const WIDE: bool, const SMALL: bool> Tiles for Of<'_, T, WIDE
         apart: usize,
         from: usize,
     ) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { self.0.tile::<WIDE, SMALL, W, R>(rows, apart, from) };
     }
 }

@@ -205,7 +205,7 @@ impl<const N: usize, C: Codes<Step = [__m512i; N]>> CodeTiles for Call<'_, C> {
         _apart: usize,
         from: usize,
     ) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { tile::<N, C, WIDE, SMALL, W, R>(self, rows, from) };
     }
 }

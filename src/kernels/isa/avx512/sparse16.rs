@@ -63,12 +63,12 @@ impl<const HALF: bool> Tiles for Of<'_, HALF> {
     ) {
         let call = self.0;
         for row in firsts::<W>(rows, apart) {
-            // As far as a row's values may reach, whatever its bits are.
+            // The end of the longest row of values that any mask can have.
             let far = |w: usize| {
                 2 * call.starts.get(row + w * apart) + LOADED * (call.words + 1)
                     <= call.values.len()
             };
-            // SAFETY: the caller's promise; what is not checked was.
+            // SAFETY: the caller upholds this function's contract, and `end` was checked above.
             unsafe {
                 if (0..W).all(far) {
                     tile::<HALF, false, W, R>(call, row, apart, from);
@@ -91,7 +91,7 @@ unsafe fn expand<const HALF: bool>(values: *const u8, word: *const u64) -> ([__m
     // SAFETY: the caller upholds this function's contract.
     let bits = u64::from_le(unsafe { word.read_unaligned() });
     for (part, numbers) in numbers.iter_mut().enumerate() {
-        // Counted from the beginning of the word, so that no part waits for the part before.
+        // Counted from the beginning of the word, so that no part waits for the one before it.
         let before = if part == 0 {
             0
         } else {
@@ -115,7 +115,9 @@ unsafe fn expand<const HALF: bool>(values: *const u8, word: *const u64) -> ([__m
 }
 
 /// # Safety
-/// `W` rows of the weight and `R` of the inputs are there, and their outputs this task's; if not `CHECKED`, [`LOADED`] bytes for each word and once more are left from the rows' values on.
+/// `W` rows of the weight and `R` rows of inputs must exist, and their outputs must belong to this
+/// task. If not `CHECKED`, [`LOADED`] bytes for each word and one more must be readable from each
+/// row's values on.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt")]
 #[allow(clippy::needless_range_loop)] // loops over constants, which become straight code on registers
 unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: usize>(
@@ -132,13 +134,13 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
         task,
     } = *call;
     let Task { input, output, .. } = task;
-    // One for each 16 columns of a word, so that no addition waits for the one before.
+    // One sum for each 16 columns of a word, so that no addition waits for the one before.
     let mut sums = [[[_mm512_setzero_ps(); 4]; R]; W];
     let x: [*const f32; R] = std::array::from_fn(|i| input.row(from + i).as_ptr());
     let mut at: [usize; W] = std::array::from_fn(|w| 2 * starts.get(row + w * apart));
     let mut end = [0; LOADED];
-    // SAFETY: words are in the bits' rows; values are read where as many bytes are left, and copied where they are not; inputs are read
-    // where they are, the last ones masked.
+    // SAFETY: the words are within the rows of the mask. Values are read in place if enough bytes
+    // are left, and from a copy otherwise. Loads of inputs are within the row, the last one masked.
     unsafe {
         let bits: [*const u64; W] =
             std::array::from_fn(|w| bits.add((row + w * apart) * words * 8).cast());
@@ -149,7 +151,7 @@ unsafe fn tile<const HALF: bool, const CHECKED: bool, const W: usize, const R: u
             } else {
                 values.as_ptr().add(at[w])
             };
-            // Two lines, since a word's values may be as many.
+            // Two cache lines, because the values of a word can fill both.
             prefetch(from);
             prefetch(from.wrapping_add(64));
             if block.is_multiple_of(8) {

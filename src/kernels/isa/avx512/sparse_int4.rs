@@ -50,7 +50,7 @@ pub(super) unsafe fn multiply(
         task: &task,
         units,
     };
-    // SAFETY: the rows are in the bits, as was asserted; the rest is the caller's promise.
+    // SAFETY: the rows are within the mask, as asserted above; the caller guarantees the rest.
     unsafe { for_code_tiles(&call, rows, input, unit) };
 }
 
@@ -77,12 +77,12 @@ impl CodeTiles for Call<'_> {
         apart: usize,
         from: usize,
     ) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe { tile::<WIDE, SMALL, W, R>(self, rows, apart, from) };
     }
 }
 
-/// Where the codes of a word are in their bytes, and how they come out.
+/// Position of the codes of a word in their bytes, and the form in which they are returned.
 const LOW: u8 = 0;
 /// From the high halves, as 16 times their value.
 const HIGH: u8 = 1;

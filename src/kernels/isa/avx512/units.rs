@@ -46,7 +46,7 @@ pub(super) struct OfWeight<'a> {
     groups: usize,
     /// Whether each group is one unit.
     direct: bool,
-    /// Whether they are, and have scales of 16 bits and zero points that are found by shifts.
+    /// Whether each group is one unit, scales have 16 bits, and zero points are found by shifts.
     plain: bool,
     /// The zero point of symmetric codes.
     middle: u8,
@@ -59,8 +59,9 @@ pub(super) struct Units<'a> {
     stride: usize,
     weight: OfWeight<'a>,
     pub inputs: input::Units,
-    /// Which of 16 units are in a second block, of each first 16 of a row and of each second: there codes are multiplied in the high
-    /// halves of bytes, as 16 times what they are.
+    /// Masks of the units that are in a second block, for the 1st, 3rd, .. and for the 2nd, 4th, ..
+    /// 16 units of a row. Codes of a second block are multiplied in the high halves of bytes, as 16
+    /// times their value.
     high: [u16; 2],
 }
 
@@ -121,8 +122,9 @@ impl<'a> Units<'a> {
         self.array(w, 1).cast()
     }
 
-    /// Fills what belongs to row `row` of the weight, the `w`-th of its rows here, with some rows of inputs, of
-    /// whose units these are the scales and sums. Returns what the zero points take from their products, in any lanes.
+    /// Fills slot `w` for row `row` of the weight and some rows of inputs, whose units have the
+    /// scales and sums `inputs`. Returns the negated contribution of the zero points to the products,
+    /// spread over the lanes in any way.
     ///
     /// # Safety
     /// `w < ROWS` and `R <= ROWS`, and the rows must exist.
@@ -134,7 +136,7 @@ impl<'a> Units<'a> {
         w: usize,
         inputs: [[*const f32; 2]; R],
     ) -> [__m512; R] {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds this function's contract.
         unsafe {
             match (self.weight.plain, self.weight.grid.symmetric) {
                 (true, true) => self.fill_plain::<true, R>(row, w, inputs),

@@ -396,7 +396,7 @@ impl<D: Dots, C: Codes<Step: Block>> CodeTiles for Tiles<'_, D, C> {
     ) {
         let tiles = self;
         for row in firsts::<W>(rows, apart) {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe { D::run(Tile::<D, C, WIDE, SMALL, W, R> { tiles, row, from }) };
         }
     }
@@ -421,7 +421,7 @@ impl<D: Dots, const PAIRED: bool> Tiles<'_, D, Panel<PAIRED>> {
                     1
                 };
                 let some = row..row + count;
-                // SAFETY: the caller's promise.
+                // SAFETY: the caller upholds this function's contract.
                 unsafe {
                     match (count, two) {
                         (4, true) => self.tile::<WIDE, SMALL, 4, 2>(some, 1, from),
@@ -474,10 +474,10 @@ impl<
         let (Task { input, output, .. }, unit) = (task, *unit);
         let (size, of_block) = (input.layout.block_bytes(), BLOCK / unit);
         let x: [*const i8; R] = std::array::from_fn(|i| x.row(from + i).cast());
-        // Tiles that follow each other have slots of their own.
+        // Consecutive tiles have different slots.
         let slot = filled.map_or(row / W % (SLOTS / W) * W, |first| row - first);
-        // SAFETY: `W` slots are there, and `W * R` pairs; what was prepared has whole blocks, and so has each row of the weight or what
-        // stands for it, by the promises of `Codes`.
+        // SAFETY: there are `W` slots and `W * R` pairs. Prepared inputs consist of whole blocks,
+        // and so does each row of the weight, or its replacement, by the contract of `Codes`.
         unsafe {
             if filled.is_none() && from == 0 {
                 for w in 0..W {

@@ -135,7 +135,7 @@ impl Tiles for Panel<'_> {
         let Task { input, output, .. } = self.task;
         let start = self.columns.start;
         for row in firsts::<W>(rows, apart) {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe {
                 let products = Lanes::run(Products::<f32, W, R> {
                     weight: self.first.add((row - self.base) * self.stride),

@@ -62,7 +62,7 @@ impl<const HALF: bool> Tiles for Of<'_, HALF> {
         from: usize,
     ) {
         for row in firsts::<W>(rows, apart) {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds this function's contract.
             unsafe { tile::<HALF, W, R>(self.0, row, from) };
         }
     }
