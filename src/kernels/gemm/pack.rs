@@ -32,7 +32,7 @@ impl Operand {
     /// must be room for the panels.
     pub(super) unsafe fn pack<const W: usize>(
         self,
-        level: Level,
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] level: Level,
         kind: Kind,
         lines: Range<usize>,
         units: Range<usize>,

@@ -445,7 +445,7 @@ mod portable {
 /// # Safety
 /// The panels must have `units` of this kind, and the place must be writable.
 pub(super) unsafe fn tile(
-    level: Level,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] level: Level,
     kind: Kind,
     a: *const u32,
     b: *const u32,
