@@ -12,7 +12,7 @@ impl Model {
     ///
     /// # Errors
     /// Returns the errors of [`Bundle::open`](crate::io::bundle::Bundle::open), or of
-    /// [`HfConfig::open`] and [`Checkpoint::open`](crate::io::Checkpoint::open). If the parts do
+    /// [`HfConfig::open`](crate::io::HfConfig::open) and [`Checkpoint::open`](crate::io::Checkpoint::open). If the parts do
     /// not form a model, the error names the part.
     pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
         let path = path.as_ref();
