@@ -155,7 +155,7 @@ impl Decoder {
             None
         } else {
             Some((source.linear)(
-                "lm_head",
+                Architecture::HEAD_LAYER,
                 d_model,
                 config.vocab_size(),
                 false,

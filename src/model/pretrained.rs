@@ -54,12 +54,7 @@ impl Pretrained {
 
     /// The tokens that end a generation.
     pub fn stop_ids(&self) -> Vec<u32> {
-        let config = self.model.config().eos_token_ids();
-        if config.is_empty() {
-            self.tokenizer.eos_id().into_iter().collect()
-        } else {
-            config.to_vec()
-        }
+        self.model.config().stop_ids(self.tokenizer.eos_id())
     }
 
     /// The filler token of padded batches: the padding token of the config, or else the first

@@ -121,15 +121,7 @@ pub(crate) const BT: &str = "lora_B_t";
 /// Returns the tokens that end a generation: those of the config, or else the tokenizer's
 /// end-of-sequence token.
 fn stop_ids(config: &HfConfig, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
-    let ids = config.eos_token_ids();
-    if ids.is_empty() {
-        tokenizer
-            .and_then(|t| t.inner.eos_id())
-            .into_iter()
-            .collect()
-    } else {
-        ids.to_vec()
-    }
+    config.stop_ids(tokenizer.and_then(|tokenizer| tokenizer.inner.eos_id()))
 }
 
 /// Builds a tokenizer with the special tokens of a config.

@@ -421,6 +421,15 @@ impl HfConfig {
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
+
+    /// Returns the tokens that end a generation: those of the config, or `fallback` if it names none.
+    pub(crate) fn stop_ids(&self, fallback: Option<u32>) -> Vec<u32> {
+        if self.eos_token_ids.is_empty() {
+            fallback.into_iter().collect()
+        } else {
+            self.eos_token_ids.clone()
+        }
+    }
 }
 
 macro_rules! getters {
