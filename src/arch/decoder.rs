@@ -3,7 +3,7 @@
 use super::block::{BlockDims, NormKind, SubBlock};
 use super::family::Family;
 use super::linear::LinearKind;
-use super::rope::{Rope, RopeScaling};
+use super::rope::{Rope, RopeConfig};
 
 /// Describes a decoder-only transformer, without its weights.
 ///
@@ -28,10 +28,8 @@ pub struct Architecture {
     pub biased: Vec<LinearKind>,
     /// Epsilon of the norms.
     pub norm_eps: f64,
-    /// Base of the rotary embedding.
-    pub rope_theta: f64,
-    /// Scaling of the rotary embedding.
-    pub rope_scaling: RopeScaling,
+    /// The rotary embedding.
+    pub rope: RopeConfig,
     /// Number of positions that a token attends to: its own and those before it. `None` for all.
     pub window: Option<usize>,
     /// Whether the embedding and the head share one matrix.
@@ -184,7 +182,7 @@ impl Architecture {
 
     /// The frequencies of the rotary embedding.
     pub fn rope(&self) -> Rope {
-        Rope::new(self.head_dim, self.rope_theta, self.rope_scaling)
+        Rope::new(&self.rope)
     }
 
     /// Factor on the dot products of queries and keys.

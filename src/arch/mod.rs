@@ -17,4 +17,4 @@ pub use block::{BlockDims, NormKind, SubBlock};
 pub use decoder::{Architecture, LinearSpec, NormSpec};
 pub use family::Family;
 pub use linear::LinearKind;
-pub use rope::{Rope, RopeScaling};
+pub use rope::{Rope, RopeConfig, RopeScaling};

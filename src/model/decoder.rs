@@ -552,14 +552,14 @@ impl Decoder {
 /// # Shapes
 /// - results: `[n, head_dim / 2]` each
 fn rotary_tables(rope: &Rope, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
-    let half = rope.inv_freq().len();
+    let half = rope.half();
     let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
     let rows = cos
         .chunks_exact_mut(half.max(1))
         .zip(sin.chunks_exact_mut(half.max(1)));
     (start..)
         .zip(rows)
-        .for_each(|(position, (cos, sin))| rope.rotation_at(position, cos, sin));
+        .for_each(|(position, (cos, sin))| rope.rotation_at(position, start + n, cos, sin));
     (
         Tensor::from_data(TensorData::new(cos, [n, half]), device),
         Tensor::from_data(TensorData::new(sin, [n, half]), device),

@@ -118,10 +118,11 @@ impl Pass<'_> {
                 *token as usize,
                 &mut work.x[row * d_model..(row + 1) * d_model],
             )?;
-            let position = (self.caches)(row / self.n).n_tokens() + row % self.n;
+            let start = (self.caches)(row / self.n).n_tokens();
             let range = row * half..(row + 1) * half;
             self.weights.rope.rotation_at(
-                position,
+                start + row % self.n,
+                start + self.n,
                 &mut work.cos[range.clone()],
                 &mut work.sin[range],
             );

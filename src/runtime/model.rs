@@ -558,12 +558,13 @@ impl Model {
             })
     }
 
-    /// Writes the cosines and sines of the rotary embedding at a position.
+    /// Writes the cosines and sines of the rotary embedding at the last position of a sequence.
     ///
     /// # Shapes
     /// - `cos`, `sin`: `[head_dim / 2]` each
     pub fn rotary(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
-        self.weights.rope.rotation_at(position, cos, sin);
+        let len = position.saturating_add(1);
+        self.weights.rope.rotation_at(position, len, cos, sin);
     }
 
     /// The weight of a layer, `[d_output, d_input]`, without its adapter.

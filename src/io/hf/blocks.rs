@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 
 use super::config::{HfConfig, MAX_HEADS, MAX_WIDTH};
 use super::rope;
-use crate::arch::{BlockDims, Family, RopeScaling};
+use crate::arch::{BlockDims, Family, RopeConfig, RopeScaling};
 use crate::error::Result;
 use crate::io::fields::{Fields, bad_field};
 
@@ -230,7 +230,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         && config.sliding_window().is_none()
         && first.has_attention()
         && heads * config.head_dim() == config.hidden_size()
-        && positions_as_deci(config.rope_scaling())
+        && positions_as_deci(&config.arch().rope, config.head_dim())
         && blocks.iter().all(|block| {
             let width = deci_width(
                 config.hidden_size(),
@@ -260,7 +260,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         raw.insert("intermediate_size".into(), Value::Null);
         // Most readers of DeciLM only know this older spelling of the rotary embedding's settings.
         raw.insert("rope_theta".into(), config.rope_theta().into());
-        raw.insert("rope_scaling".into(), rope::value(config.rope_scaling()));
+        raw.insert("rope_scaling".into(), rope::value(&config.arch().rope));
     } else {
         raw.insert(
             "num_key_value_heads".into(),
@@ -302,15 +302,19 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
 }
 
 /// Returns whether DeciLM's readers compute the same positions as this model.
-fn positions_as_deci(scaling: RopeScaling) -> bool {
-    match scaling {
+fn positions_as_deci(rope: &RopeConfig, head_dim: usize) -> bool {
+    let scaled_alike = match rope.scaling {
         RopeScaling::Default => true,
-        RopeScaling::Linear { .. } => false,
         RopeScaling::Llama3 {
             original_max_position_embeddings,
             ..
         } => original_max_position_embeddings == 8192,
-    }
+        RopeScaling::Linear { .. }
+        | RopeScaling::Dynamic { .. }
+        | RopeScaling::Yarn { .. }
+        | RopeScaling::LongRope { .. } => false,
+    };
+    scaled_alike && rope.dims == head_dim
 }
 
 /// Returns DeciLM's `ffn_mult` for a width.

@@ -22,7 +22,7 @@ const MAX_LAYERS: usize = 1 << 12;
 pub(super) const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_VOCABULARY: usize = 1 << 26;
-const MAX_POSITIONS: usize = 1 << 31;
+pub(super) const MAX_POSITIONS: usize = 1 << 31;
 
 /// Sizes of a new Llama; see [`HfConfig::new_llama`].
 #[derive(Clone, Debug, PartialEq)]
@@ -202,7 +202,18 @@ impl HfConfig {
                 format!("{rms_norm_eps}, expected a small positive number"),
             ));
         }
-        let (rope_theta, rope_scaling) = rope::parse(&raw)?;
+        let defaults = rope::Defaults {
+            theta: 10_000.0,
+            sliding_theta: None,
+            partial: None,
+            original_max_positions: None,
+            yarn_is_longrope: false,
+        };
+        let rope = rope::parse(&raw, head_dim, max_position_embeddings, &defaults)?;
+        if rope.sliding.is_some() {
+            let what = "config field `rope_parameters` with other settings for sliding windows";
+            return Err(Error::Unsupported { what: what.into() });
+        }
         let window = match row.windows {
             Windows::Full => None,
             Windows::AllLayers { default } if !raw.contains_key("sliding_window") => default,
@@ -240,8 +251,7 @@ impl HfConfig {
             blocks,
             biased,
             norm_eps: rms_norm_eps,
-            rope_theta,
-            rope_scaling,
+            rope: rope.full,
             window,
             tied,
         };
@@ -461,9 +471,7 @@ getters! {
     /// Epsilon of the norms.
     rms_norm_eps: f64 = arch.norm_eps,
     /// Base of the rotary embedding.
-    rope_theta: f64 = arch.rope_theta,
-    /// Scaling of the rotary embedding.
-    rope_scaling: RopeScaling = arch.rope_scaling,
+    rope_theta: f64 = arch.rope.theta,
     /// Number of positions that a token attends to, including its own; `None` for all.
     sliding_window: Option<usize> = arch.window,
     /// Whether embedding and head share one matrix.
@@ -477,6 +485,11 @@ getters! {
 }
 
 impl HfConfig {
+    /// Returns the scaling of the rotary embedding.
+    pub fn rope_scaling(&self) -> &RopeScaling {
+        &self.arch.rope.scaling
+    }
+
     /// Returns the number of blocks.
     pub fn num_hidden_layers(&self) -> usize {
         self.arch.blocks.len()
@@ -542,11 +555,6 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<()> {
         && !matches!(act, "silu" | "swish")
     {
         return refuse(format!("activation `{act}` (config field `hidden_act`)"));
-    }
-    if let Some(share) = fields.f64("partial_rotary_factor")?
-        && share != 1.0
-    {
-        return refuse(format!("config field `partial_rotary_factor` = {share}"));
     }
     Ok(())
 }
