@@ -16,14 +16,7 @@ pub enum SubBlock {
 
 impl SubBlock {
     /// Both sub-blocks, in the order of computation.
-    pub const ALL: [Self; 6] = [
-        Self::Attention,
-        Self::Q,
-        Self::K,
-        Self::AttentionOut,
-        Self::Mlp,
-        Self::MlpOut,
-    ];
+    pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
 
     /// The linear layers of the sub-block, in the order of computation.
     pub fn linears(self) -> &'static [LinearKind] {
@@ -97,7 +90,14 @@ pub enum NormKind {
 
 impl NormKind {
     /// All norms, in the order of computation.
-    pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
+    pub const ALL: [Self; 6] = [
+        Self::Attention,
+        Self::Q,
+        Self::K,
+        Self::AttentionOut,
+        Self::Mlp,
+        Self::MlpOut,
+    ];
 
     /// The sub-block that the norm belongs to.
     pub fn sub_block(self) -> SubBlock {

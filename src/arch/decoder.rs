@@ -267,6 +267,22 @@ impl Architecture {
         None
     }
 
+    /// Whether the blocks compute exactly what those of Llama and Mistral do: norms before the
+    /// sub-blocks, SiLU, the same window and rotation of whole heads in each block, and scores
+    /// without caps.
+    pub fn is_plain(&self) -> bool {
+        let row = self.family.row();
+        let first = self.positions(0);
+        row.norms.iter().all(|(kind, _)| matches!(kind, NormKind::Attention | NormKind::Mlp))
+            && self.norm_offset() == 0.0
+            && self.embedding_scale() == 1.0
+            && self.activation == Activation::Silu
+            && self.scores == Scores::from((self.head_dim as f64).powf(-0.5))
+            && self.logit_softcap.is_none()
+            && self.positions.iter().all(|at| *at == first && at.rope == Some(0))
+            && self.ropes.iter().all(|rope| rope.dims == self.head_dim)
+    }
+
     /// How the attention of a block sees positions.
     pub fn positions(&self, block: usize) -> Positions {
         let all = Positions {

@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 use super::config::{HfConfig, MAX_HEADS, MAX_WIDTH};
 use super::rope;
 use crate::arch::family::Windows;
-use crate::arch::{Activation, BlockDims, Family, Positions, RopeScaling};
+use crate::arch::{Activation, BlockDims, Family, Positions, RopeConfig, RopeScaling};
 use crate::error::Result;
 use crate::io::fields::{Fields, bad_field};
 
@@ -240,7 +240,7 @@ pub(super) fn write(
         && config.arch().activation == Activation::Silu
         && first.has_attention()
         && heads * config.head_dim() == config.hidden_size()
-        && positions_as_deci(config.rope_scaling())
+        && positions_as_deci(&config.arch().ropes[0], config.head_dim())
         && blocks.iter().all(|block| {
             let width = deci_width(
                 config.hidden_size(),
@@ -345,15 +345,19 @@ fn write_positions(raw: &mut Map<String, Value>, config: &HfConfig, origins: &[u
 }
 
 /// Returns whether DeciLM's readers compute the same positions as this model.
-fn positions_as_deci(scaling: &RopeScaling) -> bool {
-    match scaling {
+fn positions_as_deci(rope: &RopeConfig, head_dim: usize) -> bool {
+    let scaled_alike = match rope.scaling {
         RopeScaling::Default => true,
         RopeScaling::Llama3 {
             original_max_position_embeddings,
             ..
-        } => *original_max_position_embeddings == 8192,
-        _ => false,
-    }
+        } => original_max_position_embeddings == 8192,
+        RopeScaling::Linear { .. }
+        | RopeScaling::Dynamic { .. }
+        | RopeScaling::Yarn { .. }
+        | RopeScaling::LongRope { .. } => false,
+    };
+    scaled_alike && rope.dims == head_dim
 }
 
 /// Returns DeciLM's `ffn_mult` for a width.

@@ -25,7 +25,7 @@ const MAX_LAYERS: usize = 1 << 12;
 pub(super) const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_VOCABULARY: usize = 1 << 26;
-const MAX_POSITIONS: usize = 1 << 31;
+pub(super) const MAX_POSITIONS: usize = 1 << 31;
 
 /// Sizes of a new Llama; see [`HfConfig::new_llama`].
 #[derive(Clone, Debug, PartialEq)]
@@ -208,8 +208,10 @@ impl HfConfig {
         }
         let defaults = rope::Defaults {
             theta: row.rope_theta,
-            local_theta: row.local_rope_theta,
-            family: row.family,
+            sliding_theta: row.local_rope_theta,
+            partial: (row.family == Family::Phi3).then_some(1.0),
+            original_max_positions: (row.family == Family::Phi3).then_some(4096),
+            yarn_is_longrope: row.family == Family::Phi3,
         };
         let rope::Parsed { full, sliding } =
             rope::parse(&raw, head_dim, max_position_embeddings, &defaults)?;
