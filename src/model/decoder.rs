@@ -123,7 +123,11 @@ impl Decoder {
                 Ok(ElasticLoraLinear::plain(base))
             };
             let mut norm = |kind: NormKind| -> Result<RmsNorm> {
-                let len = if kind.per_head() { arch.head_dim } else { d_model };
+                let len = if kind.per_head() {
+                    arch.head_dim
+                } else {
+                    d_model
+                };
                 let weight = (source.norm)(&arch.norm_tensor(block, kind), len)?;
                 Ok(RmsNorm::from_tensor(weight, eps).with_offset(offset))
             };
@@ -417,7 +421,12 @@ impl Decoder {
     ///   `[1]`
     pub(crate) fn nll_of_hidden(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
         let ids = class_ids(targets, &hidden.device());
-        ops::head_loss(hidden, self.head_weight(), ids, self.config.arch().logit_softcap)
+        ops::head_loss(
+            hidden,
+            self.head_weight(),
+            ids,
+            self.config.arch().logit_softcap,
+        )
     }
 
     /// Distillation loss of a student against its teacher's final hidden states, and the student's

@@ -157,7 +157,9 @@ impl HfConfig {
         }
         let head_dim = match (fields.size("head_dim", MAX_HEAD_DIM)?, row.head_dim) {
             (Some(d), _) | (None, Some(d)) => d,
-            (None, None) if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
+            (None, None) if hidden_size % num_attention_heads == 0 => {
+                hidden_size / num_attention_heads
+            }
             (None, None) => {
                 return Err(bad_field(
                     "num_attention_heads",
@@ -527,7 +529,10 @@ impl HfConfig {
     /// Number of positions that a token attends to, including its own, in the layers that have a
     /// window ([`Architecture::positions`]); `None` if no layer has one.
     pub fn sliding_window(&self) -> Option<usize> {
-        self.arch.positions.iter().find_map(|positions| positions.window)
+        self.arch
+            .positions
+            .iter()
+            .find_map(|positions| positions.window)
     }
 
     /// Returns the number of blocks.
@@ -619,7 +624,10 @@ fn text_config(mut raw: Map<String, Value>) -> Result<Map<String, Value>> {
         Some(Value::Object(text)) => text,
         other => {
             let found = other.map_or("missing".into(), |value| value.to_string());
-            return Err(bad_field("text_config", format!("{found}, expected an object")));
+            return Err(bad_field(
+                "text_config",
+                format!("{found}, expected an object"),
+            ));
         }
     };
     text.insert("model_type".into(), family.model_type().into());
@@ -657,7 +665,10 @@ fn text_config(mut raw: Map<String, Value>) -> Result<Map<String, Value>> {
 fn positive(fields: &Fields<'_>, name: &str) -> Result<Option<f64>> {
     let value = fields.f64(name)?;
     match value.filter(|value| !(value.is_finite() && *value > 0.0)) {
-        Some(bad) => Err(bad_field(name, format!("{bad}, expected a positive number"))),
+        Some(bad) => Err(bad_field(
+            name,
+            format!("{bad}, expected a positive number"),
+        )),
         None => Ok(value),
     }
 }
@@ -785,7 +796,9 @@ fn windowed_layers(fields: &Fields<'_>, rule: WindowRule, rotated: &[bool]) -> R
         }
         WindowRule::WithoutRope => rotated.iter().map(|rotated| !rotated).collect(),
         WindowRule::AllButEvery(default) => {
-            let every = fields.size("sliding_window_pattern", MAX_LAYERS)?.unwrap_or(default);
+            let every = fields
+                .size("sliding_window_pattern", MAX_LAYERS)?
+                .unwrap_or(default);
             layers.map(|layer| (layer + 1) % every != 0).collect()
         }
     })
