@@ -1,39 +1,69 @@
 //! Configuration and tensor names of the equivalent Hugging Face folder.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use super::blocks::Encoding;
 use super::container;
 use super::layout::Layout;
 use super::{Entry, Gguf};
-use crate::arch::{Architecture, Family, LinearKind, Rope, RopeScaling};
+use crate::arch::{Architecture, BlockDims, Family, LinearKind, Rope, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::tensors::TensorInfo;
 
 /// A model family of llama.cpp.
-struct Row {
+pub(super) struct Row {
     /// `general.architecture`.
-    name: &'static str,
-    family: Family,
+    pub name: &'static str,
+    /// The family that a file is read as.
+    pub family: Family,
+    /// The families that are written as this one.
+    pub written: &'static [Family],
     /// Whether the rows of queries and keys are permuted.
-    permuted: bool,
+    pub permuted: bool,
+    /// Whether blocks may differ in their sizes.
+    pub per_block: bool,
+    /// Number that is added to the gains of norms in the file.
+    pub norm_offset: f32,
+    /// Modules of a block, with their names in GGUF and Hugging Face. Modules that share a name in
+    /// GGUF are stacked there.
+    pub parts: &'static [(&'static str, &'static str)],
 }
 
-const FAMILIES: [Row; 2] = [
+const LLAMA: Row = Row {
+    name: "llama",
+    family: Family::Llama,
+    written: &[
+        Family::Llama,
+        Family::Mistral,
+        Family::Deci,
+        Family::ElasticLlama,
+    ],
+    permuted: true,
+    per_block: false,
+    norm_offset: 0.0,
+    parts: &PARTS,
+};
+
+const FAMILIES: [Row; 3] = [
+    LLAMA,
     Row {
-        name: "llama",
-        family: Family::Llama,
-        permuted: true,
+        name: "deci",
+        per_block: true,
+        ..LLAMA
     },
     Row {
         name: "qwen2",
         family: Family::Qwen2,
+        written: &[Family::Qwen2],
         permuted: false,
+        ..LLAMA
     },
 ];
 
-/// Modules of a block, with their names in GGUF and Hugging Face.
+/// Modules of a block of Llama.
 const PARTS: [(&str, &str); 9] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
@@ -46,10 +76,17 @@ const PARTS: [(&str, &str); 9] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
-const EMBEDDING: &str = "token_embd.weight";
-const HEAD: &str = "output.weight";
+pub(super) const EMBEDDING: &str = "token_embd.weight";
+pub(super) const HEAD: &str = "output.weight";
 const FINAL_NORM: &str = "output_norm.weight";
-const DIVISORS: &str = "rope_freqs.weight";
+pub(super) const DIVISORS: &str = "rope_freqs.weight";
+
+/// Names of the tensors outside the blocks, in GGUF and Hugging Face.
+const OUTSIDE: [(&str, &str); 3] = [
+    (EMBEDDING, Architecture::EMBEDDING),
+    (HEAD, Architecture::HEAD),
+    (FINAL_NORM, Architecture::FINAL_NORM),
+];
 
 /// Keys of an architecture that are read, or that do not change the model.
 const KNOWN: [&str; 19] = [
@@ -77,22 +114,66 @@ const KNOWN: [&str; 19] = [
 /// Keys of tokens that end a text.
 const ENDS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
 
-/// Name of a tensor in a Hugging Face folder.
-fn hf_name(name: &str) -> Option<String> {
-    let name = match name {
-        EMBEDDING => Architecture::EMBEDDING,
-        HEAD => Architecture::HEAD,
-        FINAL_NORM => Architecture::FINAL_NORM,
-        _ => {
-            let (block, part) = name.strip_prefix("blk.")?.split_once('.')?;
-            let (part, suffix) = part.split_once('.')?;
-            let number: usize = block.parse().ok()?;
-            let (_, module) = PARTS.iter().find(|(ours, _)| *ours == part)?;
-            let whole = number.to_string() == block && matches!(suffix, "weight" | "bias");
-            return whole.then(|| format!("model.layers.{number}.{module}.{suffix}"));
+impl Row {
+    /// The architecture as which a model is written.
+    ///
+    /// # Errors
+    /// Returns [`Error::UnsupportedArchitecture`] if there is none.
+    pub fn of(config: &HfConfig) -> Result<&'static Self> {
+        let blocks = config.blocks();
+        let whole = |block: &BlockDims| block.has_attention() && block.has_mlp();
+        let uniform = blocks
+            .iter()
+            .all(|block| whole(block) && *block == blocks[0]);
+        let mut rows: Vec<&Self> = FAMILIES
+            .iter()
+            .filter(|row| row.written.contains(&config.family()))
+            .collect();
+        rows.sort_by_key(|row| row.per_block == uniform);
+        rows.first().copied().ok_or_else(|| {
+            let known = FAMILIES.iter().flat_map(|row| row.written);
+            let known: BTreeSet<&str> = known.map(|family| family.model_type()).collect();
+            Error::UnsupportedArchitecture {
+                found: format!("{} (to be written as GGUF)", config.family().model_type()),
+                supported: known.into_iter().collect::<Vec<_>>().join(", "),
+            }
+        })
+    }
+
+    /// Name of a tensor in a Hugging Face folder.
+    fn hf_name(&self, name: &str) -> Option<String> {
+        if let Some((_, name)) = OUTSIDE.iter().find(|(ours, _)| *ours == name) {
+            return Some((*name).into());
         }
-    };
-    Some(name.into())
+        let (block, part) = name.strip_prefix("blk.")?.split_once('.')?;
+        let (part, suffix) = part.split_once('.')?;
+        let number: usize = block.parse().ok()?;
+        let (_, module) = self.parts.iter().find(|(ours, _)| *ours == part)?;
+        let whole = number.to_string() == block && matches!(suffix, "weight" | "bias");
+        whole.then(|| format!("model.layers.{number}.{module}.{suffix}"))
+    }
+
+    /// Name in GGUF of a tensor of a Hugging Face folder.
+    pub fn gguf_name(&self, name: &str) -> Option<String> {
+        if let Some((name, _)) = OUTSIDE.iter().find(|(_, theirs)| *theirs == name) {
+            return Some((*name).into());
+        }
+        let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let (module, suffix) = rest.rsplit_once('.')?;
+        let (part, _) = self.parts.iter().find(|(_, theirs)| *theirs == module)?;
+        Some(format!("blk.{block}.{part}.{suffix}"))
+    }
+
+    /// Number of heads by which the rows of a tensor of a Hugging Face folder are permuted, if they
+    /// are.
+    pub fn permuted_heads(&self, name: &str, blocks: &[BlockDims]) -> Option<usize> {
+        let (layer, _) = name.rsplit_once('.').filter(|_| self.permuted)?;
+        match LinearKind::parse(layer)? {
+            (block, LinearKind::Q) => Some(blocks.get(block)?.n_heads),
+            (block, LinearKind::K) => Some(blocks.get(block)?.n_kv_heads),
+            _ => None,
+        }
+    }
 }
 
 impl Gguf {
@@ -102,7 +183,7 @@ impl Gguf {
         }
     }
 
-    fn family(&self) -> Result<&'static Row> {
+    pub(super) fn family(&self) -> Result<&'static Row> {
         let first = self.first();
         if let Some(kind) = first.text("general.type")?.filter(|kind| *kind != "model") {
             return Err(
@@ -356,7 +437,9 @@ impl Gguf {
         let mut entries = Vec::new();
         for (number, file) in self.files.iter().enumerate() {
             for tensor in file.tensors.iter().filter(|tensor| tensor.name != DIVISORS) {
-                let known = hf_name(&tensor.name).and_then(|name| expected.get_key_value(&name));
+                let known = row
+                    .hf_name(&tensor.name)
+                    .and_then(|name| expected.get_key_value(&name));
                 let Some((name, shape)) = known else {
                     let what = format!("{}: tensor `{}`", file.path.display(), tensor.name);
                     return Err(Error::Unsupported {
@@ -370,12 +453,7 @@ impl Gguf {
                     );
                     return Err(Error::invalid_file(&file.path, reason));
                 }
-                let layer = name.rsplit_once('.').map_or("", |(layer, _)| layer);
-                let heads = match LinearKind::parse(layer) {
-                    Some((_, LinearKind::Q)) if row.permuted => Some(config.num_attention_heads()),
-                    Some((_, LinearKind::K)) if row.permuted => Some(config.num_key_value_heads()),
-                    _ => None,
-                };
+                let heads = row.permuted_heads(name, config.blocks());
                 let blocks = match tensor.encoding {
                     Encoding::Plain(_) => None,
                     Encoding::Blocks(blocks) => Some(blocks),

@@ -21,6 +21,20 @@ struct Rows<'a> {
     cols: usize,
 }
 
+/// A matrix in quantized blocks.
+#[derive(Debug)]
+pub(crate) struct BlockRows<'a> {
+    pub kind: &'static BlockType,
+    /// Bytes of each row, in Hugging Face's order.
+    pub rows: Vec<&'a [u8]>,
+}
+
+/// Place to which llama.cpp's converter moves a row, if heads have `size` rows.
+pub(super) fn place(row: usize, size: usize) -> usize {
+    let (head, row) = (row / size, row % size);
+    head * size + 2 * (row % (size / 2)) + row / (size / 2)
+}
+
 impl Layout {
     /// Returns whether the bytes are those of a Hugging Face folder.
     pub fn is_plain(&self) -> bool {
@@ -47,15 +61,19 @@ impl Layout {
             .collect();
         if let Some(heads) = self.heads {
             let size = count / heads.max(1);
-            let place = |row: usize| {
-                let (head, row) = (row / size, row % size);
-                head * size + 2 * (row % (size / 2)) + row / (size / 2)
-            };
             rows = (0..count)
-                .filter_map(|row| rows.get(place(row)).copied())
+                .filter_map(|row| rows.get(place(row, size)).copied())
                 .collect();
         }
         Rows { bytes: rows, cols }
+    }
+
+    /// Splits the bytes of blocks into rows, in Hugging Face's order. Returns `None` for plain
+    /// numbers.
+    pub fn block_rows<'a>(&self, info: &TensorInfo, bytes: &'a [u8]) -> Option<BlockRows<'a>> {
+        let kind = self.blocks?;
+        let rows = self.rows(info, bytes).bytes;
+        Some(BlockRows { kind, rows })
     }
 
     /// Converts the bytes to those of a Hugging Face folder, blocks to `f32`.
