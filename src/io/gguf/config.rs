@@ -221,6 +221,9 @@ const KNOWN: [&str; 19] = [
     "vocab_size",
 ];
 
+/// Largest number of blocks with sizes of their own.
+const MAX_BLOCKS: usize = 1 << 12;
+
 /// Keys of tokens that end a text.
 const ENDS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
 
@@ -333,9 +336,21 @@ impl Gguf {
         self.refuse_unknown(row)?;
         let size = |name: &str| first.size(&key(name));
         let required = |name: &str| size(name)?.ok_or_else(|| first.bad_key(&key(name), "missing"));
+        let blocks = if row.per_block {
+            self.blocks(row)?
+        } else {
+            Vec::new()
+        };
+        let largest = |name: &str, of: fn(&BlockDims) -> usize| match blocks.iter().map(of).max() {
+            Some(size) => Ok(Some(size as u64)),
+            None => size(name),
+        };
+        let some = |name: &str, of: fn(&BlockDims) -> usize| {
+            largest(name, of)?.ok_or_else(|| first.bad_key(&key(name), "missing"))
+        };
         let (hidden, heads) = (
             required("embedding_length")?,
-            required("attention.head_count")?,
+            some("attention.head_count", |block| block.n_heads)?,
         );
         let name = key("attention.layer_norm_rms_epsilon");
         let epsilon = first
@@ -391,15 +406,21 @@ impl Gguf {
             ends.extend(id(name)?.filter(|id| !ends.contains(id)));
         }
         let has = |name: &str| self.tensor(name).is_some();
+        // In a model whose blocks differ, the first one may not have the layer.
+        let biased = |name: &str| {
+            let count = blocks.len().max(1);
+            (0..count).any(|block| has(&format!("blk.{block}.{name}")))
+        };
         let value = json!({
             "architectures": [row.family.architecture()],
             "model_type": row.family.model_type(),
             "hidden_act": "silu",
             "hidden_size": hidden,
-            "intermediate_size": required("feed_forward_length")?,
+            "intermediate_size": some("feed_forward_length", |block| block.d_mlp)?,
             "num_hidden_layers": required("block_count")?,
             "num_attention_heads": heads,
-            "num_key_value_heads": size("attention.head_count_kv")?.unwrap_or(heads),
+            "num_key_value_heads":
+                largest("attention.head_count_kv", |block| block.n_kv_heads)?.unwrap_or(heads),
             "max_position_embeddings": context,
             "rms_norm_eps": epsilon,
             "rope_theta": theta,
@@ -423,10 +444,56 @@ impl Gguf {
         }
         self.family_fields(row, head_dim, &mut map)?;
         if row.family == Family::Llama {
-            map.insert("attention_bias".into(), has("blk.0.attn_q.bias").into());
-            map.insert("mlp_bias".into(), has("blk.0.ffn_gate.bias").into());
+            map.insert("attention_bias".into(), biased("attn_q.bias").into());
+            map.insert("mlp_bias".into(), biased("ffn_gate.bias").into());
         }
-        Ok(map)
+        if blocks.is_empty() {
+            return Ok(map);
+        }
+        map.insert("head_dim".into(), head_dim.into());
+        let config = HfConfig::from_json(map)?.with_blocks(&blocks)?;
+        Ok(config.raw().clone())
+    }
+
+    /// Sizes of the blocks of an architecture whose blocks may differ.
+    fn blocks(&self, row: &Row) -> Result<Vec<BlockDims>> {
+        let first = self.first();
+        let key = |name: &str| format!("{}.{name}", row.name);
+        let count = first.size(&key("block_count"))?.unwrap_or(0);
+        let count = usize::try_from(count)
+            .ok()
+            .filter(|count| *count <= MAX_BLOCKS);
+        let Some(count) = count.filter(|count| *count > 0) else {
+            let reason = format!("expected a number of 1 to {MAX_BLOCKS}");
+            return Err(first.bad_key(&key("block_count"), reason));
+        };
+        let sizes = |name: &str| {
+            let sizes = first.sizes(&key(name), count)?;
+            sizes.ok_or_else(|| first.bad_key(&key(name), "missing"))
+        };
+        let heads = sizes("attention.head_count")?;
+        let (kv_heads, widths) = (
+            sizes("attention.head_count_kv")?,
+            sizes("feed_forward_length")?,
+        );
+        let all = heads.iter().zip(&kv_heads).zip(&widths).enumerate();
+        let block = |(index, ((heads, kv_heads), width)): (usize, ((&usize, &usize), &usize))| {
+            let dims = BlockDims {
+                n_heads: *heads,
+                n_kv_heads: *kv_heads,
+                d_mlp: *width,
+            };
+            // llama.cpp takes this for a linear layer in the place of attention.
+            if *kv_heads == 0 && *heads > 0 {
+                let what = format!(
+                    "block {index} of architecture {}: no key/value heads",
+                    row.name
+                );
+                return Err(self.unsupported(what));
+            }
+            Ok(dims)
+        };
+        all.map(block).collect()
     }
 
     /// Refuses unknown keys of the architecture, unless their value is 0 or false.

@@ -393,6 +393,26 @@ impl File {
         )
     }
 
+    /// Non-negative integers: a list of `count`, or one that is meant `count` times.
+    pub fn sizes(&self, key: &str, count: usize) -> Result<Option<Vec<usize>>> {
+        let Some(Value::List(list)) = self.values.get(key) else {
+            let size = self.size(key)?;
+            return Ok(size.map(|size| vec![size as usize; count]));
+        };
+        if list.len != count {
+            return Err(self.bad_key(key, format!("{} numbers, expected {count}", list.len)));
+        }
+        let size = |item| match item {
+            Value::Int(value) => usize::try_from(value).ok(),
+            _ => None,
+        };
+        let items = self.items(key)?.into_iter().flatten();
+        let sizes: Option<Vec<usize>> = items.map(size).collect();
+        sizes
+            .map(Some)
+            .ok_or_else(|| self.bad_key(key, "not a list of whole numbers of at least 0"))
+    }
+
     /// A number. An `f32` is converted by its shortest decimal text, so that `1e-6` stays `1e-6`.
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         let value = match self.values.get(key) {

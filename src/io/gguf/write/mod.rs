@@ -477,14 +477,11 @@ impl Planned {
     }
 
     fn inexact(&self, part: &Part, kind: &str, exact: Option<GgufType>) -> Error {
-        let way = match exact {
-            Some(exact) => format!("{exact} holds it exactly"),
-            None => "f32 holds it exactly".into(),
-        };
+        let exact = exact.unwrap_or(GgufType::F32);
         Error::Unsupported {
             what: format!(
-                "tensor `{}` as {kind}: its codes would have to be rounded again ({way}, and \
-                 `requantize` allows rounding)",
+                "rounding the codes of tensor `{}` again, to {kind} ({exact} holds them exactly, \
+                 and `requantize` allows rounding),",
                 part.name
             ),
         }
@@ -744,3 +741,6 @@ fn model_keys(
     families::rope_keys(rope, row, keys)?;
     families::keys(target, row, keys)
 }
+
+#[cfg(test)]
+mod tests;

@@ -123,6 +123,20 @@ pub(super) fn keys(
         keys.text("tokenizer.ggml.model", "none");
         let notice = "the model has no tokenizer, and the file takes token ids only";
         report.notices.push(notice.into());
+        let config = source.config();
+        let mut ends = config.eos_token_ids().iter().copied();
+        let ids = [
+            ("bos_token_id", config.bos_token_id()),
+            ("eos_token_id", ends.next()),
+            ("eot_token_id", ends.next()),
+            ("eom_token_id", ends.next()),
+            ("padding_token_id", config.pad_token_id()),
+        ];
+        for (name, id) in ids {
+            if let Some(id) = id.filter(|id| (*id as usize) < config.vocab_size()) {
+                keys.u32(format!("tokenizer.ggml.{name}"), id);
+            }
+        }
         return Ok(());
     };
     let json: Json =
