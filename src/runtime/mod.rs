@@ -23,6 +23,8 @@ mod sample;
 mod session;
 mod shape;
 mod weights;
+#[cfg(test)]
+mod tests;
 mod workspace;
 
 pub use crate::kernels::Activations;
