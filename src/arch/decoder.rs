@@ -113,6 +113,38 @@ pub struct NormSpec {
     pub len: usize,
 }
 
+/// A matrix that holds several linear layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Fused {
+    /// Module path of the matrix.
+    pub name: String,
+    /// Index of the block.
+    pub block: usize,
+    /// Number of input features.
+    pub d_input: usize,
+    /// Module paths of the layers, and their numbers of output features.
+    pub parts: Vec<(String, usize)>,
+}
+
+impl Fused {
+    /// Number of output features of all layers together.
+    pub fn d_output(&self) -> usize {
+        self.parts.iter().map(|(_, rows)| rows).sum()
+    }
+
+    /// The rows of a layer in the matrix.
+    pub fn rows_of(&self, layer: &str) -> Option<std::ops::Range<usize>> {
+        let mut start = 0;
+        for (name, rows) in &self.parts {
+            if name == layer {
+                return Some(start..start + rows);
+            }
+            start += rows;
+        }
+        None
+    }
+}
+
 impl Architecture {
     /// Name of the embedding, `[vocab_size, d_model]`.
     pub const EMBEDDING: &'static str = "model.embed_tokens.weight";
@@ -243,28 +275,30 @@ impl Architecture {
         }
     }
 
-    /// The module that holds a linear layer in checkpoints of this family, `None` if it is one of
-    /// its own; and the range of the module's rows.
-    pub fn fused(
-        &self,
-        block: usize,
-        kind: LinearKind,
-    ) -> Option<(String, std::ops::Range<usize>)> {
-        let fused = self.family.row().fused;
-        let (module, kinds) = fused.iter().find(|(_, kinds)| kinds.contains(&kind))?;
-        let dims = self.blocks.get(block)?;
-        let mut start = 0;
-        for part in *kinds {
-            let [_, rows] = self.linear_dims(dims, *part);
-            if *part == kind {
-                return Some((
-                    format!("model.layers.{block}.{module}"),
-                    start..start + rows,
-                ));
-            }
-            start += rows;
-        }
-        None
+    /// The matrices that checkpoints of this family store for several linear layers, in the order
+    /// of computation. Their rows are those of the layers, one after the other.
+    pub(crate) fn fused(&self) -> Vec<Fused> {
+        let rows = self.family.row().fused.iter();
+        let of_block = |(block, dims): (usize, &BlockDims)| {
+            let fused = rows.clone().filter_map(|(module, kinds)| {
+                let parts = kinds.iter().map(|kind| {
+                    let [d_input, d_output] = self.linear_dims(dims, *kind);
+                    (d_output > 0).then(|| (kind.name(block), d_output, d_input))
+                });
+                let parts = parts.collect::<Option<Vec<_>>>()?;
+                Some(Fused {
+                    name: format!("model.layers.{block}.{module}"),
+                    block,
+                    d_input: parts.first()?.2,
+                    parts: parts
+                        .into_iter()
+                        .map(|(name, rows, _)| (name, rows))
+                        .collect(),
+                })
+            });
+            fused.collect::<Vec<_>>()
+        };
+        self.blocks.iter().enumerate().flat_map(of_block).collect()
     }
 
     /// Whether the blocks compute exactly what those of Llama and Mistral do: norms before the
@@ -273,13 +307,18 @@ impl Architecture {
     pub fn is_plain(&self) -> bool {
         let row = self.family.row();
         let first = self.positions(0);
-        row.norms.iter().all(|(kind, _)| matches!(kind, NormKind::Attention | NormKind::Mlp))
+        row.norms
+            .iter()
+            .all(|(kind, _)| matches!(kind, NormKind::Attention | NormKind::Mlp))
             && self.norm_offset() == 0.0
             && self.embedding_scale() == 1.0
             && self.activation == Activation::Silu
             && self.scores == Scores::from((self.head_dim as f64).powf(-0.5))
             && self.logit_softcap.is_none()
-            && self.positions.iter().all(|at| *at == first && at.rope == Some(0))
+            && self
+                .positions
+                .iter()
+                .all(|at| *at == first && at.rope == Some(0))
             && self.ropes.iter().all(|rope| rope.dims == self.head_dim)
     }
 

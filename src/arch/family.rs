@@ -366,6 +366,16 @@ pub(crate) static FAMILIES: &[FamilyRow] = &[
     },
 ];
 
+/// Whether a tensor of this name holds several linear layers in some family.
+pub(crate) fn is_fused(tensor: &str) -> bool {
+    let mut modules = FAMILIES.iter().flat_map(|row| row.fused);
+    modules.any(|(module, _)| {
+        let end = tensor.strip_suffix(".weight").unwrap_or(tensor);
+        end.strip_suffix(module)
+            .is_some_and(|start| start.ends_with('.'))
+    })
+}
+
 impl Family {
     /// The family's row.
     pub(crate) fn row(self) -> &'static FamilyRow {

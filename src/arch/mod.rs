@@ -14,6 +14,7 @@ mod linear;
 mod rope;
 
 pub use block::{BlockDims, NormKind, SubBlock};
+pub(crate) use decoder::Fused;
 pub use decoder::{Activation, Architecture, LinearSpec, NormSpec, Positions, Scores};
 pub use family::Family;
 pub use linear::LinearKind;

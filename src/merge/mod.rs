@@ -8,7 +8,6 @@
 //! bit. A subnet of smaller widths or depth (LoNAS, LREC-COLING 2024) becomes a smaller plain
 //! model; the authors' code does not provide this.
 
-use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::ElasticLoraLinear;

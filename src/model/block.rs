@@ -14,18 +14,18 @@ use crate::nn::{BaseLinear, KvCache, RmsNorm};
 pub type Tap<'a> = dyn FnMut(LinearKind, &Tensor<3>) + 'a;
 
 /// State shared by the blocks of one forward pass.
-pub(crate) struct Pass<'a> {
-    pub arch: &'a Architecture,
+pub(crate) struct Pass<'m, 'a> {
+    pub arch: &'m Architecture,
     /// Cosines and sines of the positions for each of the model's rotary embeddings,
     /// `[seq, pairs]` each.
-    pub rotations: &'a [[Tensor<2>; 2]],
+    pub rotations: Vec<[Tensor<2>; 2]>,
     /// The mask without a window.
     pub mask: AttentionMask,
     pub cache: Option<&'a mut KvCache>,
     pub tap: Option<&'a mut Tap<'a>>,
 }
 
-impl Pass<'_> {
+impl Pass<'_, '_> {
     fn show(&mut self, kinds: &[LinearKind], x: &Tensor<3>) {
         if let Some(tap) = &mut self.tap {
             kinds.iter().for_each(|kind| tap(*kind, x));
@@ -79,7 +79,7 @@ impl Attention {
     }
 
     /// `x` plus the sub-block's output.
-    fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_, '_>) -> Tensor<3> {
         let normed = self.norm.forward(x.clone());
         pass.show(&[LinearKind::Q, LinearKind::K, LinearKind::V], &normed);
         let positions = pass.arch.positions(block);
@@ -173,7 +173,7 @@ impl Mlp {
     }
 
     /// `x` plus the sub-block's output.
-    fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_, '_>) -> Tensor<3> {
         let normed = self.norm.forward(x.clone());
         pass.show(&[LinearKind::Gate, LinearKind::Up], &normed);
         let hidden = ops::gated(
@@ -227,7 +227,7 @@ impl Block {
         }
     }
 
-    pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
+    pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_, '_>) -> Tensor<3> {
         let x = match &self.self_attn {
             Some(attention) if self.runs.attention => attention.forward(x, block, pass),
             _ => x,

@@ -123,7 +123,11 @@ impl Decoder {
                 Ok(ElasticLoraLinear::plain(base))
             };
             let mut norm = |kind: NormKind| -> Result<RmsNorm> {
-                let len = if kind.per_head() { arch.head_dim } else { d_model };
+                let len = if kind.per_head() {
+                    arch.head_dim
+                } else {
+                    d_model
+                };
                 let weight = (source.norm)(&arch.norm_tensor(block, kind), len)?;
                 Ok(RmsNorm::from_tensor(weight, eps).with_offset(offset))
             };
@@ -265,30 +269,25 @@ impl Decoder {
     /// # Shapes
     /// - `x` and result: `[batch, seq, d_model]`
     pub fn block<'a>(&self, block: usize, x: Tensor<3>, tap: Option<&'a mut Tap<'a>>) -> Tensor<3> {
-        let rotations = self.rotations(0, x.dims()[1]);
-        let mut pass = self.pass(&rotations, None);
+        let mut pass = self.pass(0, x.dims()[1], None);
         pass.tap = tap;
         self.layers[block].forward(x, block, &mut pass)
     }
 
-    /// The cosines and sines of `n` positions from `start` on, for each rotary embedding.
-    pub(crate) fn rotations(&self, start: usize, n: usize) -> Vec<[Tensor<2>; 2]> {
+    /// The state of a pass over `n` tokens from position `start` on.
+    pub(crate) fn pass<'a>(
+        &self,
+        start: usize,
+        n: usize,
+        cache: Option<&'a mut KvCache>,
+    ) -> Pass<'_, 'a> {
         let device = self.device().without_autodiff();
         let tables = self.ropes.iter();
-        tables
-            .map(|rope| rotary_tables(rope, start, n, &device))
-            .collect()
-    }
-
-    pub(crate) fn pass<'a>(
-        &'a self,
-        rotations: &'a [[Tensor<2>; 2]],
-        cache: Option<&'a mut KvCache>,
-    ) -> Pass<'a> {
+        let rotations = tables.map(|rope| rotary_tables(rope, start, n, &device));
         let mask = cache.as_ref().map(|cache| cache.mask());
         Pass {
             arch: self.config.arch(),
-            rotations,
+            rotations: rotations.collect(),
             mask: mask.unwrap_or_default(),
             cache,
             tap: None,
@@ -311,8 +310,7 @@ impl Decoder {
         let start = cache.as_ref().map_or(0, |cache| cache.n_tokens());
         let mut x = self.embed(tokens);
         {
-            let rotations = self.rotations(start, seq);
-            let mut pass = self.pass(&rotations, cache.as_deref_mut());
+            let mut pass = self.pass(start, seq, cache.as_deref_mut());
             for (index, block) in self.layers.iter().enumerate() {
                 x = block.forward(x, index, &mut pass);
             }
@@ -423,7 +421,12 @@ impl Decoder {
     ///   `[1]`
     pub(crate) fn nll_of_hidden(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
         let ids = class_ids(targets, &hidden.device());
-        ops::head_loss(hidden, self.head_weight(), ids, self.config.arch().logit_softcap)
+        ops::head_loss(
+            hidden,
+            self.head_weight(),
+            ids,
+            self.config.arch().logit_softcap,
+        )
     }
 
     /// Distillation loss of a student against its teacher's final hidden states, and the student's

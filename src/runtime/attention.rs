@@ -248,7 +248,14 @@ impl Call<'_, '_> {
         });
         let Scores { scale, softcap } = self.heads.scores;
         let softcap = softcap.map(|cap| cap as f32);
-        attend_tile(self.level, &mut queries, keys, values, scale as f32, softcap);
+        attend_tile(
+            self.level,
+            &mut queries,
+            keys,
+            values,
+            scale as f32,
+            softcap,
+        );
     }
 
     /// Position of a query in `q`, which is also the position of its result in `out`.

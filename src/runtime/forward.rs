@@ -250,7 +250,10 @@ impl Pass<'_> {
         *input(work) = x;
         done?;
         if let Some(gain) = self.weights.gain(block, norm) {
-            let (added, eps) = (Disjoint::new(&mut work.added), self.weights.config.rms_norm_eps());
+            let (added, eps) = (
+                Disjoint::new(&mut work.added),
+                self.weights.config.rms_norm_eps(),
+            );
             self.in_parts(rows, d_model, |range| {
                 // SAFETY: the ranges given to the tasks do not overlap.
                 let added = unsafe { added.part(range.start * d_model..range.end * d_model) };

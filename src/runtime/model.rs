@@ -277,7 +277,12 @@ impl Weights {
             0.0 => weight.clone(),
             offset => weight.iter().map(|weight| weight + offset).collect(),
         };
-        let of_block = |norms: &Norms| norms.iter().map(|(kind, norm)| (*kind, gain(norm))).collect();
+        let of_block = |norms: &Norms| {
+            norms
+                .iter()
+                .map(|(kind, norm)| (*kind, gain(norm)))
+                .collect()
+        };
         let gains = parts.norms.iter().map(of_block).collect();
         let final_gain = gain(&parts.final_norm);
         let mut weights = Self {

@@ -1,6 +1,7 @@
 //! Helpers shared by the integration tests.
 #![allow(dead_code)]
 
+pub mod families;
 pub mod runtime;
 
 use std::collections::BTreeMap;

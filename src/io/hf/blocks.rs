@@ -328,7 +328,11 @@ fn fits_stock(config: &HfConfig, n_heads: usize) -> bool {
 /// Writes the fields by which layers differ in windows and rotary positions.
 fn write_positions(raw: &mut Map<String, Value>, config: &HfConfig, origins: &[usize]) {
     let row = config.family().row();
-    let positions = || origins.iter().map(|origin| config.arch().positions(*origin));
+    let positions = || {
+        origins
+            .iter()
+            .map(|origin| config.arch().positions(*origin))
+    };
     if matches!(row.windows, Windows::ByLayer { .. }) {
         // Layers of this kind may have their own rotary embedding even without a window.
         let sliding = |at: &Positions| at.window.is_some() || at.rope == Some(1);

@@ -157,7 +157,9 @@ impl HfConfig {
         }
         let head_dim = match (fields.size("head_dim", MAX_HEAD_DIM)?, row.head_dim) {
             (Some(d), _) | (None, Some(d)) => d,
-            (None, None) if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
+            (None, None) if hidden_size % num_attention_heads == 0 => {
+                hidden_size / num_attention_heads
+            }
             (None, None) => {
                 return Err(bad_field(
                     "num_attention_heads",
@@ -195,7 +197,7 @@ impl HfConfig {
         let intermediate_size =
             intermediate_size.max(blocks.iter().map(|block| block.d_mlp).max().unwrap_or(0));
         let vocab_size = fields.required_size("vocab_size", MAX_VOCABULARY)?;
-        let max_position_embeddings = fields
+        let max_positions = fields
             .size("max_position_embeddings", MAX_POSITIONS)?
             .unwrap_or(row.max_positions);
         let rms_norm_eps = fields.f64("rms_norm_eps")?.unwrap_or(row.norm_eps);
@@ -214,7 +216,8 @@ impl HfConfig {
             yarn_is_longrope: row.family == Family::Phi3,
         };
         let rope::Parsed { full, sliding } =
-            rope::parse(&raw, head_dim, max_position_embeddings, &defaults)?;
+            rope::parse(&raw, head_dim, max_positions, &defaults)?;
+        let max_positions = max_positions.max(full.extended().unwrap_or(0)).min(MAX_POSITIONS);
         let positions = positions(&fields, row, num_hidden_layers, sliding.is_some())?;
         let ropes = std::iter::once(full).chain(sliding).collect();
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
@@ -251,7 +254,7 @@ impl HfConfig {
             d_model: hidden_size,
             head_dim,
             vocab_size,
-            max_positions: max_position_embeddings,
+            max_positions,
             blocks,
             biased,
             norm_eps: rms_norm_eps,
@@ -497,7 +500,7 @@ getters! {
     head_dim: usize = arch.head_dim,
     /// Number of tokens in the vocabulary.
     vocab_size: usize = arch.vocab_size,
-    /// Context length in tokens.
+    /// Context length in tokens. With dynamic scaling or YaRN it may be larger than the field.
     max_position_embeddings: usize = arch.max_positions,
     /// Epsilon of the norms.
     rms_norm_eps: f64 = arch.norm_eps,
@@ -527,7 +530,10 @@ impl HfConfig {
     /// Number of positions that a token attends to, including its own, in the layers that have a
     /// window ([`Architecture::positions`]); `None` if no layer has one.
     pub fn sliding_window(&self) -> Option<usize> {
-        self.arch.positions.iter().find_map(|positions| positions.window)
+        self.arch
+            .positions
+            .iter()
+            .find_map(|positions| positions.window)
     }
 
     /// Returns the number of blocks.
@@ -619,7 +625,10 @@ fn text_config(mut raw: Map<String, Value>) -> Result<Map<String, Value>> {
         Some(Value::Object(text)) => text,
         other => {
             let found = other.map_or("missing".into(), |value| value.to_string());
-            return Err(bad_field("text_config", format!("{found}, expected an object")));
+            return Err(bad_field(
+                "text_config",
+                format!("{found}, expected an object"),
+            ));
         }
     };
     text.insert("model_type".into(), family.model_type().into());
@@ -657,7 +666,10 @@ fn text_config(mut raw: Map<String, Value>) -> Result<Map<String, Value>> {
 fn positive(fields: &Fields<'_>, name: &str) -> Result<Option<f64>> {
     let value = fields.f64(name)?;
     match value.filter(|value| !(value.is_finite() && *value > 0.0)) {
-        Some(bad) => Err(bad_field(name, format!("{bad}, expected a positive number"))),
+        Some(bad) => Err(bad_field(
+            name,
+            format!("{bad}, expected a positive number"),
+        )),
         None => Ok(value),
     }
 }
@@ -785,7 +797,9 @@ fn windowed_layers(fields: &Fields<'_>, rule: WindowRule, rotated: &[bool]) -> R
         }
         WindowRule::WithoutRope => rotated.iter().map(|rotated| !rotated).collect(),
         WindowRule::AllButEvery(default) => {
-            let every = fields.size("sliding_window_pattern", MAX_LAYERS)?.unwrap_or(default);
+            let every = fields
+                .size("sliding_window_pattern", MAX_LAYERS)?
+                .unwrap_or(default);
             layers.map(|layer| (layer + 1) % every != 0).collect()
         }
     })

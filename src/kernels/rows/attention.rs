@@ -90,7 +90,9 @@ fn weigh<const FMA: bool>(
 ) -> f32 {
     if let Some(cap) = softcap {
         let scale = scale / cap;
-        scores.iter_mut().for_each(|score| *score = cap * tanh::<FMA>(*score * scale));
+        scores
+            .iter_mut()
+            .for_each(|score| *score = cap * tanh::<FMA>(*score * scale));
     }
     let scale = softcap.map_or(scale, |_| 1.0);
     let mut max = [f32::NEG_INFINITY; 16];
@@ -228,7 +230,9 @@ mod tests {
                 .map(|d| f64::from(q[d]) * f64::from(keys[at + d * TILE]))
                 .sum();
             let score = dot * f64::from(scale);
-            softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+            softcap.map_or(score, |cap| {
+                f64::from(cap) * (score / f64::from(cap)).tanh()
+            })
         };
         let scores: Vec<f64> = seen.clone().map(score).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -284,7 +288,14 @@ mod tests {
                 })
                 .collect();
             let range = tile * size..(tile + 1) * size;
-            attend_tile(level, &mut now, &keys[range.clone()], &values[range], 0.4, softcap);
+            attend_tile(
+                level,
+                &mut now,
+                &keys[range.clone()],
+                &values[range],
+                0.4,
+                softcap,
+            );
         }
         for i in 0..n {
             let want = expected(

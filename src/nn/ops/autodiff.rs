@@ -499,7 +499,8 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
                 (prep.finish((hidden, weight), loss), nll)
             }
             OpsKind::UnTracked(prep) => {
-                let (loss, nll, ..) = B::head(hidden, weight, targets, teacher, softcap, [false; 2]);
+                let (loss, nll, ..) =
+                    B::head(hidden, weight, targets, teacher, softcap, [false; 2]);
                 (prep.finish(loss), nll)
             }
         };
@@ -522,7 +523,9 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
             .compute_bound()
             .stateful()
         {
-            OpsKind::Tracked(prep) => prep.finish(([q, k, v, log_sum_exp.clone()], scores, mask), y),
+            OpsKind::Tracked(prep) => {
+                prep.finish(([q, k, v, log_sum_exp.clone()], scores, mask), y)
+            }
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(log_sum_exp))

@@ -50,8 +50,8 @@ use burn::backend::Dispatch;
 use burn::tensor::{Bool, Int, Tensor};
 
 pub use super::dropout::Dropout;
-use crate::arch::{Activation, Scores};
 pub use super::mask::AttentionMask;
+use crate::arch::{Activation, Scores};
 use extension::DecoderOps;
 use terms::Teacher;
 pub use terms::{GridTerm, LoraTerm, Weight};

@@ -254,7 +254,7 @@ impl<B: Backend> Val<B> {
         }
         dims[dim] = n - dims[dim];
         let zeros = B::float_zeros(Shape::from(dims), &self.0.device(), self.0.dtype().into());
-        self.cat(Val(zeros), dim)
+        Val(B::float_cat(vec![self.0, zeros], dim))
     }
 
     fn dropped(self, dropout: Dropout) -> Self {

@@ -7,11 +7,11 @@ use burn::tensor::Shape;
 use rayon::prelude::*;
 
 use super::util::{floats, tensor};
+use crate::arch::Scores;
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Matrix, Output, product};
 use crate::kernels::rows;
-use crate::arch::Scores;
 use crate::nn::AttentionMask;
 
 /// Maximum number of scores in one block, so that they stay in the second-level cache.

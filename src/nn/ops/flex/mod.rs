@@ -19,9 +19,9 @@ use self::util::{
 use super::extension::DecoderOps;
 use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
 use super::{host, portable};
+use crate::arch::{Activation, Scores};
 use crate::kernels::Level;
 use crate::kernels::rows;
-use crate::arch::{Activation, Scores};
 use crate::nn::AttentionMask;
 
 /// Whether `x` consists of `f32` rows as wide as the weight.
@@ -130,7 +130,9 @@ impl DecoderOps for Flex {
                 .par_chunks_mut(TASK)
                 .zip(ups.par_chunks_mut(TASK))
                 .zip(grad.par_chunks(TASK));
-            parts.for_each(|((gate, up), grad)| rows::gated_backward(level, activation, gate, up, grad));
+            parts.for_each(|((gate, up), grad)| {
+                rows::gated_backward(level, activation, gate, up, grad)
+            });
         }
         (gate, up)
     }
@@ -312,18 +314,17 @@ impl DecoderOps for Flex {
                 if is_f32(&[&q, &k, &v, &log_sum_exp, &grad]) && sizes.fit(&log_sum_exp, &grad) =>
             {
                 let (log_sum_exp, grad) = (contiguous(log_sum_exp), contiguous(grad));
-                attention::backward(
-                    sizes,
-                    [&q, &k, &v],
-                    &log_sum_exp,
-                    &grad,
-                    scores,
-                    &mask,
-                )
+                attention::backward(sizes, [&q, &k, &v], &log_sum_exp, &grad, scores, &mask)
             }
-            _ => {
-                portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scores, mask)
-            }
+            _ => portable::causal_attention_backward::<Self>(
+                q,
+                k,
+                v,
+                log_sum_exp,
+                grad,
+                scores,
+                mask,
+            ),
         }
     }
 
@@ -331,7 +332,10 @@ impl DecoderOps for Flex {
         let &[batch, seq, width] = dims(&x) else {
             return portable::rotary::<Self>(x, cos, sin, n_heads);
         };
-        let (head_dim, half) = (width / n_heads.max(1), dims(&cos).last().copied().unwrap_or(0));
+        let (head_dim, half) = (
+            width / n_heads.max(1),
+            dims(&cos).last().copied().unwrap_or(0),
+        );
         let fits = half > 0 && seq > 0 && head_dim * n_heads == width && 2 * half <= head_dim;
         if !fits
             || !is_f32(&[&x, &cos, &sin])

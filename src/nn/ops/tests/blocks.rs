@@ -332,7 +332,8 @@ fn inputs_survive_their_gradients() {
         let [gate, up] = [(); 2].map(|()| random.tensor::<2>(shape, 1.0, &tape).require_grad());
         let before = [values(gate.clone().inner()), values(up.clone().inner())];
         let targets = Tensor::<1, Int>::zeros([130], &tape);
-        let y = ops::gated(gate.clone(), up.clone(), Activation::Silu).sum() + loss_of(gate.clone(), targets);
+        let y = ops::gated(gate.clone(), up.clone(), Activation::Silu).sum()
+            + loss_of(gate.clone(), targets);
         let weight = random.tensor::<1>([129], 1.0, &tape);
         let _ = (y + ops::rms_norm(up.clone(), weight, 1e-5).sum()).backward();
         assert_eq!(before, [values(gate.inner()), values(up.inner())]);

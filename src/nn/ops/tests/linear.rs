@@ -243,14 +243,18 @@ fn head_loss_is_the_plain_composition() {
                     ops::head_loss(
                         inputs[0].clone(),
                         table.clone().transpose(),
-                        targets(device), softcap)
+                        targets(device),
+                        softcap,
+                    )
                 },
                 |inputs| plain(inputs[0].clone(), table.clone().transpose()),
             );
             compare_all(
                 "head on constants",
                 vec![weight],
-                |inputs| ops::head_loss(hidden.clone(), inputs[0].clone(), targets(device), softcap),
+                |inputs| {
+                    ops::head_loss(hidden.clone(), inputs[0].clone(), targets(device), softcap)
+                },
                 |inputs| plain(hidden.clone(), inputs[0].clone()),
             );
         }
@@ -259,7 +263,9 @@ fn head_loss_is_the_plain_composition() {
         let loss = ops::head_loss(
             logits.clone(),
             Tensor::eye(3, device),
-            Tensor::from_ints([1, 2], device), None) * 2.0;
+            Tensor::from_ints([1, 2], device),
+            None,
+        ) * 2.0;
         let gradients = values(logits.grad(&loss.backward()).unwrap());
         close(
             "loss",
@@ -306,7 +312,10 @@ fn distilled_loss_is_the_plain_composition() {
                         .reshape([classes, d_model])
                         .transpose(),
                 ] {
-                    let taught = softmax(plain::softcapped(teacher.clone().matmul(weight.clone()), softcap), 1);
+                    let taught = softmax(
+                        plain::softcapped(teacher.clone().matmul(weight.clone()), softcap),
+                        1,
+                    );
                     compare_all(
                         &format!("mix {mix}"),
                         vec![hidden.clone()],
@@ -317,7 +326,9 @@ fn distilled_loss_is_the_plain_composition() {
                                 weight.clone(),
                                 teacher.clone(),
                                 ids,
-                                mix, softcap)
+                                mix,
+                                softcap,
+                            )
                             .0
                         },
                         |inputs| {
@@ -330,7 +341,12 @@ fn distilled_loss_is_the_plain_composition() {
                     );
                 }
                 // The loss against the targets alone, with and without autodiff.
-                let want = values(ops::head_loss(hidden.clone(), weight.clone(), ids(device), softcap));
+                let want = values(ops::head_loss(
+                    hidden.clone(),
+                    weight.clone(),
+                    ids(device),
+                    softcap,
+                ));
                 for hidden in [
                     hidden.clone(),
                     Tensor::from_inner(hidden.clone()).require_grad(),
@@ -340,7 +356,9 @@ fn distilled_loss_is_the_plain_composition() {
                         weight.clone(),
                         teacher.clone(),
                         ids(device),
-                        mix, softcap);
+                        mix,
+                        softcap,
+                    );
                     close(
                         "likelihood",
                         &values(nll.without_autodiff()),
@@ -351,8 +369,14 @@ fn distilled_loss_is_the_plain_composition() {
             }
             // A student that agrees with its teacher gets no gradient.
             let student = Tensor::from_inner(hidden.clone()).require_grad();
-            let (loss, _) =
-                ops::distilled_loss(student.clone(), weight.clone(), hidden, ids(device), 1.0, None);
+            let (loss, _) = ops::distilled_loss(
+                student.clone(),
+                weight.clone(),
+                hidden,
+                ids(device),
+                1.0,
+                None,
+            );
             let gradient = values(student.grad(&loss.backward()).unwrap());
             assert!(
                 gradient
@@ -370,7 +394,9 @@ fn distilled_loss_is_the_plain_composition() {
             Tensor::eye(3, device),
             teacher,
             targets,
-            0.5, None);
+            0.5,
+            None,
+        );
         let gradients = values(student.grad(&loss.backward()).unwrap());
         close(
             "loss",
@@ -403,7 +429,8 @@ fn a_distilled_loss_in_double_precision_takes_the_portable_way() {
             let targets: Vec<i32> = (0..1030).map(|row| row * 5 % 19).collect();
             let student = Tensor::from_inner(hidden).require_grad();
             let targets = Tensor::<1, Int>::from_data(targets.as_slice(), device);
-            let (loss, nll) = ops::distilled_loss(student.clone(), weight, teacher, targets, 0.4, None);
+            let (loss, nll) =
+                ops::distilled_loss(student.clone(), weight, teacher, targets, 0.4, None);
             let gradients = student.grad(&loss.backward()).unwrap();
             let mut all = values(gradients.cast(FloatDType::F32));
             all.extend(
@@ -455,7 +482,9 @@ fn weights_of_16_bits_multiply_as_their_values() {
                         weight.clone(),
                         -x.clone().inner(),
                         targets.clone(),
-                        0.6, None);
+                        0.6,
+                        None,
+                    );
                     let head = ops::head_loss(x.clone(), weight, targets, None) + soft;
                     let loss = y.clone().square().mean()
                         + ops::linear(x.clone(), sum).square().mean()
