@@ -79,7 +79,7 @@ fn close(found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len());
     for (found, expected) in found.iter().zip(expected) {
         assert!(
-            (found - expected).abs() < 2e-5 * expected.abs().max(1.0),
+            (found - expected).abs() < 1e-4 * expected.abs().max(1.0),
             "{found} is not {expected}"
         );
     }
@@ -164,7 +164,7 @@ fn sessions_with_windows_are_decoded_together() {
         assert_eq!(step(&mut rings), step(&mut wholes));
     }
     assert_eq!(rings[2].position(), 790);
-    assert_eq!(rings[2].tokens()[789], 18 / 2);
+    assert_eq!(rings[2].tokens()[789], tokens(390)[389] / 2);
     assert!(rings[2].cache_bytes() < wholes[2].cache_bytes());
 }
 
@@ -254,8 +254,10 @@ fn sessions_that_pass_the_limit_of_longrope_are_computed_again() {
         // Back below the limit, and over it again with other tokens in between.
         for (n, expected) in [expected[1], expected[3], expected[0]] {
             one.truncate(n - 1);
-            let last = all(&mut one, &ids[n - 1..n]);
-            close(&last[..4], &expected);
+            let mut logits = [0.0; 19];
+            let rest = &ids[one.position()..n];
+            one.decode(rest, Some(&mut logits)).unwrap();
+            close(&logits[..4], &expected);
         }
         // Each session of a batch has its own length.
         let mut short = session(&model, CacheFormat::F32, rows);
