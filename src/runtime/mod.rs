@@ -24,6 +24,8 @@ mod session;
 mod shape;
 mod source;
 mod weights;
+#[cfg(test)]
+mod tests;
 mod workspace;
 
 pub use crate::kernels::Activations;
