@@ -209,8 +209,7 @@ fn stored_bytes_are_those_of_the_extracted_weights() {
             .layers
             .iter()
             .map(|block| {
-                let count = usize::from(block.input_layernorm.is_some())
-                    + usize::from(block.post_attention_layernorm.is_some());
+                let count = block.norms().count();
                 24 * count
             })
             .sum();

@@ -74,22 +74,42 @@ impl SubBlock {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[doc(hidden)]
 pub enum NormKind {
-    /// Before attention.
+    /// Before attention, on its input.
     Attention,
-    /// Before the MLP.
+    /// On each head of the queries, before rotation.
+    Q,
+    /// On each head of the keys, before rotation.
+    K,
+    /// After attention, on its output.
+    AttentionOut,
+    /// Before the MLP, on its input.
     Mlp,
+    /// After the MLP, on its output.
+    MlpOut,
 }
 
 impl NormKind {
     /// All norms, in the order of computation.
-    pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
+    pub const ALL: [Self; 6] = [
+        Self::Attention,
+        Self::Q,
+        Self::K,
+        Self::AttentionOut,
+        Self::Mlp,
+        Self::MlpOut,
+    ];
 
     /// The sub-block that the norm belongs to.
     pub fn sub_block(self) -> SubBlock {
         match self {
-            Self::Attention => SubBlock::Attention,
-            Self::Mlp => SubBlock::Mlp,
+            Self::Attention | Self::Q | Self::K | Self::AttentionOut => SubBlock::Attention,
+            Self::Mlp | Self::MlpOut => SubBlock::Mlp,
         }
+    }
+
+    /// Whether the norm is applied to each head rather than to the residual stream's width.
+    pub fn per_head(self) -> bool {
+        matches!(self, Self::Q | Self::K)
     }
 }
 

@@ -14,7 +14,8 @@ mod linear;
 mod rope;
 
 pub use block::{BlockDims, NormKind, SubBlock};
-pub use decoder::{Architecture, LinearSpec, NormSpec};
+pub(crate) use decoder::Fused;
+pub use decoder::{Activation, Architecture, LinearSpec, NormSpec, Positions, Scores};
 pub use family::Family;
 pub use linear::LinearKind;
-pub use rope::{Rope, RopeScaling};
+pub use rope::{Rope, RopeConfig, RopeScaling};

@@ -125,7 +125,9 @@ pub unsafe extern "C" fn elora_model_norm(
 
 /// Writes the cosines and sines of the rotary embedding at `position`, head_dim / 2 elements each.
 /// `cos` and `sin` are buffers of `len` elements each and must not overlap. Element i rotates
-/// elements i and i + head_dim / 2 of a head. ELORA_STATUS_INSUFFICIENT_SIZE if `len` is too small.
+/// elements i and i + head_dim / 2 of a head. ELORA_STATUS_INSUFFICIENT_SIZE if `len` is too small;
+/// ELORA_STATUS_UNSUPPORTED if the blocks of the model compute more or other than those of Llama,
+/// as those of Qwen3, SmolLM3, Gemma and some of Phi do: use a session for them.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_rotary(
     model: *const elora_model,
@@ -152,7 +154,14 @@ pub unsafe extern "C" fn elora_model_rotary(
             memory::slice_mut(cos, half, "cos")?,
             memory::slice_mut(sin, half, "sin")?,
         );
-        model.rotary(position, cos, sin);
+        if !model.config().arch().is_plain() {
+            let family = model.config().family().architecture();
+            return Err(Error::Unsupported {
+                what: format!("a loop of your own for blocks of {family}"),
+            }
+            .into());
+        }
+        model.rotary(0, position, position.saturating_add(1), cos, sin);
         Ok(())
     })
 }

@@ -43,6 +43,51 @@ pub struct QuantizedMatrix {
 }
 
 impl QuantizedMatrix {
+    /// The rows of a range, which must be inside the matrix.
+    ///
+    /// # Errors
+    /// Returns [`Error::ShapeMismatch`] if it is not.
+    pub(crate) fn row_range(&self, rows: std::ops::Range<usize>) -> Result<Self> {
+        let (parts, groups) = (&self.parts, self.groups());
+        let outside = || Error::ShapeMismatch {
+            what: "rows of a quantized weight".into(),
+            expected: vec![parts.rows],
+            found: vec![rows.start, rows.end],
+        };
+        if rows.start > rows.end || rows.end > parts.rows {
+            return Err(outside());
+        }
+        Self::new(QuantizedParts {
+            rows: rows.len(),
+            codes: parts.codes[rows.start * parts.cols..rows.end * parts.cols].to_vec(),
+            scales: parts.scales[rows.start * groups..rows.end * groups].to_vec(),
+            zeros: parts.zeros[rows.start * groups..rows.end * groups].to_vec(),
+            group_of: parts.group_of.clone(),
+            ..*parts
+        })
+    }
+
+    /// Stacks the rows of several matrices. Returns `None` if they differ in columns, bits or
+    /// groups, or if there is none.
+    pub(crate) fn stacked(all: &[&Self]) -> Option<Self> {
+        let (first, rest) = all.split_first()?;
+        let mut parts = first.parts.clone();
+        for matrix in rest {
+            let next = &matrix.parts;
+            if (next.cols, next.bits, next.group_size) != (parts.cols, parts.bits, parts.group_size)
+                || next.group_of != parts.group_of
+            {
+                return None;
+            }
+            parts.rows += next.rows;
+            parts.symmetric &= next.symmetric;
+            parts.codes.extend_from_slice(&next.codes);
+            parts.scales.extend_from_slice(&next.scales);
+            parts.zeros.extend_from_slice(&next.zeros);
+        }
+        Self::new(parts).ok()
+    }
+
     /// Creates a matrix from its parts, and checks them.
     ///
     /// # Errors

@@ -8,7 +8,6 @@
 //! bit. A subnet of smaller widths or depth (LoNAS, LREC-COLING 2024) becomes a smaller plain
 //! model; the authors' code does not provide this.
 
-use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::ElasticLoraLinear;
@@ -17,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::format::PackedMatrix;
 use crate::io::hf::DECI_MULTIPLE;
 use crate::model::{Block, Decoder, Mlp};
-use crate::nn::{RmsNorm, host_values, matrix_from_tensor};
+use crate::nn::{host_values, matrix_from_tensor};
 use crate::progress::{Progress, Task};
 use crate::sparsity::Mask;
 use crate::supernet::SuperNet;
@@ -201,13 +200,9 @@ impl Merger {
         }
         drop(task);
         let blocks: Vec<BlockDims> = net.block_dims(net.active())?;
-        let blocks: Vec<BlockDims> = blocks
-            .into_iter()
-            .filter(|b| b.has_attention() || b.has_mlp())
-            .collect();
-        let (blocks, running) = self.reshaped(&model, blocks)?;
+        let (blocks, origins, running) = self.reshaped(&model, blocks)?;
         if blocks != model.config().blocks() {
-            let config = model.config().with_blocks(&blocks)?;
+            let config = model.config().with_blocks_from(&blocks, &origins)?;
             model = model.with_layers(running, config);
         }
         let mut max_logit_difference = None;
@@ -236,18 +231,22 @@ impl Merger {
         })
     }
 
-    /// Collects the blocks that still run, whose sizes are `dims`, joins attention-only with
-    /// MLP-only blocks, and fills in missing MLPs if asked to.
+    /// Collects the blocks that still run, whose active sizes are in `dims`, joins attention-only
+    /// with MLP-only blocks, and fills in missing MLPs if asked to. Also returns the index in
+    /// `model` of each block's attention.
     fn reshaped(
         &self,
         model: &Decoder,
         dims: Vec<BlockDims>,
-    ) -> Result<(Vec<BlockDims>, Vec<Block>)> {
+    ) -> Result<(Vec<BlockDims>, Vec<usize>, Vec<Block>)> {
         let (mut joined, mut blocks): (Vec<BlockDims>, Vec<Block>) = (Vec::new(), Vec::new());
-        for (next, block) in dims
-            .into_iter()
-            .zip(model.layers.clone().into_iter().filter_map(Block::running))
-        {
+        let mut origins = Vec::new();
+        let running = dims.into_iter().zip(model.layers.clone()).enumerate();
+        let running = running.filter(|(_, (dims, _))| dims.has_attention() || dims.has_mlp());
+        for (index, (next, block)) in running {
+            let Some(block) = block.running() else {
+                continue;
+            };
             match joined.last_mut().zip(blocks.pop()) {
                 Some((last, before)) if !last.has_mlp() && !next.has_attention() => {
                     last.d_mlp = next.d_mlp;
@@ -258,6 +257,7 @@ impl Merger {
                 None => {}
             }
             joined.push(next);
+            origins.push(index);
             blocks.push(block);
         }
         if self.zero_mlps {
@@ -269,11 +269,10 @@ impl Merger {
             {
                 dims.d_mlp = DECI_MULTIPLE;
                 let mlp = Mlp::zeros(config.arch(), dims.d_mlp, &device)?;
-                let gains = Tensor::ones([config.hidden_size()], &device);
-                block.set_mlp(RmsNorm::from_tensor(gains, config.rms_norm_eps()), mlp);
+                block.set_mlp(mlp);
             }
         }
-        Ok((joined, blocks))
+        Ok((joined, origins, blocks))
     }
 
     /// Merges one layer in place, keeping only active inputs and outputs. Returns `None` if the

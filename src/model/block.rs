@@ -1,12 +1,11 @@
-//! One transformer block: attention and a SwiGLU MLP, each with an RMSNorm before it and a residual
-//! connection.
+//! One transformer block: attention and a gated MLP, each with norms and a residual connection.
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 use crate::adapter::ElasticLoraLinear;
 use crate::arch::{Architecture, BlockDims, LinearKind, NormKind, SubBlock};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::ops::{self, AttentionMask};
 use crate::nn::{BaseLinear, KvCache, RmsNorm};
 
@@ -15,17 +14,18 @@ use crate::nn::{BaseLinear, KvCache, RmsNorm};
 pub type Tap<'a> = dyn FnMut(LinearKind, &Tensor<3>) + 'a;
 
 /// State shared by the blocks of one forward pass.
-pub(crate) struct Pass<'a> {
-    /// `[seq, head_dim / 2]`.
-    pub cos: Tensor<2>,
-    /// `[seq, head_dim / 2]`.
-    pub sin: Tensor<2>,
+pub(crate) struct Pass<'m, 'a> {
+    pub arch: &'m Architecture,
+    /// Cosines and sines of the positions for each of the model's rotary embeddings,
+    /// `[seq, pairs]` each.
+    pub rotations: Vec<[Tensor<2>; 2]>,
+    /// The mask without a window.
     pub mask: AttentionMask,
     pub cache: Option<&'a mut KvCache>,
     pub tap: Option<&'a mut Tap<'a>>,
 }
 
-impl Pass<'_> {
+impl Pass<'_, '_> {
     fn show(&mut self, kinds: &[LinearKind], x: &Tensor<3>) {
         if let Some(tap) = &mut self.tap {
             kinds.iter().for_each(|kind| tap(*kind, x));
@@ -33,10 +33,12 @@ impl Pass<'_> {
     }
 }
 
-/// Causal self-attention with rotary positions and grouped key/value heads.
+/// Causal self-attention with grouped key/value heads, with its norms.
 #[derive(Module, Debug)]
 #[doc(hidden)]
 pub struct Attention {
+    /// Norm of the input.
+    pub norm: RmsNorm,
     /// `[d_model] -> [n_heads * head_dim]`.
     pub q_proj: ElasticLoraLinear,
     /// `[d_model] -> [n_kv_heads * head_dim]`.
@@ -45,48 +47,94 @@ pub struct Attention {
     pub v_proj: ElasticLoraLinear,
     /// `[n_heads * head_dim] -> [d_model]`.
     pub o_proj: ElasticLoraLinear,
+    /// Norm of each head of the queries.
+    pub q_norm: Option<RmsNorm>,
+    /// Norm of each head of the keys.
+    pub k_norm: Option<RmsNorm>,
+    /// Norm of the output.
+    pub out_norm: Option<RmsNorm>,
     pub(crate) head_dim: usize,
 }
 
 impl Attention {
-    fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
-        pass.show(&[LinearKind::Q, LinearKind::K, LinearKind::V], &x);
-        let n_heads = self.q_proj.active_dims()[1] / self.head_dim;
-        let n_kv_heads = self.k_proj.active_dims()[1] / self.head_dim;
-        let q = ops::rotary(
-            self.q_proj.forward(x.clone()),
-            n_heads,
-            pass.cos.clone(),
-            pass.sin.clone(),
-        );
-        let k = ops::rotary(
-            self.k_proj.forward(x.clone()),
-            n_kv_heads,
-            pass.cos.clone(),
-            pass.sin.clone(),
-        );
-        let v = ops::split_heads(self.v_proj.forward(x), n_kv_heads);
+    /// Splits heads, normalizes them and rotates them by position.
+    fn heads(
+        &self,
+        x: Tensor<3>,
+        norm: Option<&RmsNorm>,
+        rotation: Option<&[Tensor<2>; 2]>,
+    ) -> Tensor<4> {
+        let [batch, seq, width] = x.dims();
+        let n_heads = width / self.head_dim;
+        let x = match norm {
+            Some(norm) => norm
+                .forward(x.reshape([batch, seq * n_heads, self.head_dim]))
+                .reshape([batch, seq, width]),
+            None => x,
+        };
+        match rotation {
+            Some([cos, sin]) => ops::rotary(x, n_heads, cos.clone(), sin.clone()),
+            None => ops::split_heads(x, n_heads),
+        }
+    }
+
+    /// `x` plus the sub-block's output.
+    fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_, '_>) -> Tensor<3> {
+        let normed = self.norm.forward(x.clone());
+        pass.show(&[LinearKind::Q, LinearKind::K, LinearKind::V], &normed);
+        let positions = pass.arch.positions(block);
+        let rotation = positions.rope.and_then(|rope| pass.rotations.get(rope));
+        let q = self.q_proj.forward(normed.clone());
+        let q = self.heads(q, self.q_norm.as_ref(), rotation);
+        let k = self.k_proj.forward(normed.clone());
+        let k = self.heads(k, self.k_norm.as_ref(), rotation);
+        let v = self.heads(self.v_proj.forward(normed), None, None);
         let (k, v) = match &mut pass.cache {
             Some(cache) => cache.append(block, k, v),
             None => (k, v),
         };
-        let scale = 1.0 / (self.head_dim as f64).sqrt();
-        let context = ops::causal_attention(q, k, v, scale, &pass.mask);
+        let mask = AttentionMask {
+            window: positions.window,
+            ..pass.mask.clone()
+        };
+        let context = ops::causal_attention(q, k, v, pass.arch.scores, &mask);
         pass.show(&[LinearKind::O], &context);
-        self.o_proj.forward(context)
+        added(x, self.o_proj.forward(context), self.out_norm.as_ref())
+    }
+
+    fn norm(&self, kind: NormKind) -> Option<&RmsNorm> {
+        match kind {
+            NormKind::Attention => Some(&self.norm),
+            NormKind::Q => self.q_norm.as_ref(),
+            NormKind::K => self.k_norm.as_ref(),
+            NormKind::AttentionOut => self.out_norm.as_ref(),
+            NormKind::Mlp | NormKind::MlpOut => None,
+        }
     }
 }
 
-/// The gated MLP: `down(silu(gate(x)) * up(x))`.
+/// Adds the output of a sub-block, normalized if the family has the norm.
+fn added(x: Tensor<3>, output: Tensor<3>, norm: Option<&RmsNorm>) -> Tensor<3> {
+    match norm {
+        Some(norm) => x + norm.forward(output),
+        None => x + output,
+    }
+}
+
+/// The gated MLP, `down(activation(gate(x)) * up(x))`, with its norms.
 #[derive(Module, Debug)]
 #[doc(hidden)]
 pub struct Mlp {
+    /// Norm of the input.
+    pub norm: RmsNorm,
     /// `[d_model] -> [d_mlp]`.
     pub gate_proj: ElasticLoraLinear,
     /// `[d_model] -> [d_mlp]`.
     pub up_proj: ElasticLoraLinear,
     /// `[d_mlp] -> [d_model]`.
     pub down_proj: ElasticLoraLinear,
+    /// Norm of the output.
+    pub out_norm: Option<RmsNorm>,
 }
 
 impl Mlp {
@@ -105,18 +153,44 @@ impl Mlp {
             let weight = Tensor::zeros([d_input, d_output], device);
             BaseLinear::from_tensors(weight, bias).map(ElasticLoraLinear::plain)
         };
+        let norm = |kind: NormKind| {
+            let len = arch.norms_of(&dims).find(|(norm, _)| *norm == kind)?.1;
+            let weight = Tensor::ones([len], device) - arch.norm_offset();
+            let norm = RmsNorm::from_tensor(weight, arch.norm_eps);
+            Some(norm.with_offset(arch.norm_offset().into()))
+        };
+        let missing = || Error::InvalidConfig {
+            field: "model_type".into(),
+            reason: "a family without a norm before the MLP".into(),
+        };
         Ok(Self {
+            norm: norm(NormKind::Mlp).ok_or_else(missing)?,
             gate_proj: linear(LinearKind::Gate)?,
             up_proj: linear(LinearKind::Up)?,
             down_proj: linear(LinearKind::Down)?,
+            out_norm: norm(NormKind::MlpOut),
         })
     }
 
-    fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_>) -> Tensor<3> {
-        pass.show(&[LinearKind::Gate, LinearKind::Up], &x);
-        let hidden = ops::swiglu(self.gate_proj.forward(x.clone()), self.up_proj.forward(x));
+    /// `x` plus the sub-block's output.
+    fn forward(&self, x: Tensor<3>, pass: &mut Pass<'_, '_>) -> Tensor<3> {
+        let normed = self.norm.forward(x.clone());
+        pass.show(&[LinearKind::Gate, LinearKind::Up], &normed);
+        let hidden = ops::gated(
+            self.gate_proj.forward(normed.clone()),
+            self.up_proj.forward(normed),
+            pass.arch.activation,
+        );
         pass.show(&[LinearKind::Down], &hidden);
-        self.down_proj.forward(hidden)
+        added(x, self.down_proj.forward(hidden), self.out_norm.as_ref())
+    }
+
+    fn norm(&self, kind: NormKind) -> Option<&RmsNorm> {
+        match kind {
+            NormKind::Mlp => Some(&self.norm),
+            NormKind::MlpOut => self.out_norm.as_ref(),
+            _ => None,
+        }
     }
 }
 
@@ -132,12 +206,8 @@ struct Running {
 #[derive(Module, Debug)]
 #[doc(hidden)]
 pub struct Block {
-    /// Norm before attention.
-    pub input_layernorm: Option<RmsNorm>,
     /// Attention sub-block.
     pub self_attn: Option<Attention>,
-    /// Norm before the MLP.
-    pub post_attention_layernorm: Option<RmsNorm>,
     /// MLP sub-block.
     pub mlp: Option<Mlp>,
     #[module(skip)]
@@ -145,36 +215,25 @@ pub struct Block {
 }
 
 impl Block {
-    pub(crate) fn new(
-        attention: Option<(RmsNorm, Attention)>,
-        mlp: Option<(RmsNorm, Mlp)>,
-    ) -> Self {
-        let (input_layernorm, self_attn) = attention.unzip();
-        let (post_attention_layernorm, mlp) = mlp.unzip();
+    pub(crate) fn new(self_attn: Option<Attention>, mlp: Option<Mlp>) -> Self {
         let runs = Running {
             attention: true,
             mlp: true,
         };
         Self {
-            input_layernorm,
             self_attn,
-            post_attention_layernorm,
             mlp,
             runs,
         }
     }
 
-    pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_>) -> Tensor<3> {
-        let x = match (&self.input_layernorm, &self.self_attn) {
-            (Some(norm), Some(attention)) if self.runs.attention => {
-                x.clone() + attention.forward(norm.forward(x), block, pass)
-            }
+    pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_, '_>) -> Tensor<3> {
+        let x = match &self.self_attn {
+            Some(attention) if self.runs.attention => attention.forward(x, block, pass),
             _ => x,
         };
-        match (&self.post_attention_layernorm, &self.mlp) {
-            (Some(norm), Some(mlp)) if self.runs.mlp => {
-                x.clone() + mlp.forward(norm.forward(x), pass)
-            }
+        match &self.mlp {
+            Some(mlp) if self.runs.mlp => mlp.forward(x, pass),
             _ => x,
         }
     }
@@ -207,33 +266,27 @@ impl Block {
     /// The block without its disabled sub-blocks; `None` if nothing remains.
     pub(crate) fn running(self) -> Option<Self> {
         let (attention, mlp) = (self.runs(SubBlock::Attention), self.runs(SubBlock::Mlp));
-        let attention = self
-            .input_layernorm
-            .zip(self.self_attn)
-            .filter(|_| attention);
-        let mlp = self.post_attention_layernorm.zip(self.mlp).filter(|_| mlp);
+        let attention = self.self_attn.filter(|_| attention);
+        let mlp = self.mlp.filter(|_| mlp);
         (attention.is_some() || mlp.is_some()).then(|| Self::new(attention, mlp))
     }
 
     /// Joins a block without an MLP and a following block without attention into one block that
     /// computes the same.
     pub(crate) fn joined(self, next: Self) -> Self {
-        Self::new(
-            self.input_layernorm.zip(self.self_attn),
-            next.post_attention_layernorm.zip(next.mlp),
-        )
+        Self::new(self.self_attn, next.mlp)
     }
 
     /// Gives an MLP to a block without one.
-    pub(crate) fn set_mlp(&mut self, norm: RmsNorm, mlp: Mlp) {
-        (self.post_attention_layernorm, self.mlp) = (Some(norm), Some(mlp));
+    pub(crate) fn set_mlp(&mut self, mlp: Mlp) {
+        self.mlp = Some(mlp);
     }
 
     /// One of the block's norms, if present.
     pub fn norm(&self, kind: NormKind) -> Option<&RmsNorm> {
-        match kind {
-            NormKind::Attention => self.input_layernorm.as_ref(),
-            NormKind::Mlp => self.post_attention_layernorm.as_ref(),
+        match kind.sub_block() {
+            SubBlock::Attention => self.self_attn.as_ref()?.norm(kind),
+            SubBlock::Mlp => self.mlp.as_ref()?.norm(kind),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::adapter::ElasticLoraLinear;
 use crate::arch::{Architecture, LinearKind, NormKind, Rope, SubBlock};
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
-use crate::nn::ops::{self, AttentionMask};
+use crate::nn::ops;
 use crate::nn::{BaseLinear, KvCache, RmsNorm, host_values};
 use crate::space::LayerShape;
 
@@ -32,7 +32,7 @@ pub struct Decoder {
     #[module(skip)]
     config: HfConfig,
     #[module(skip)]
-    rope: Rope,
+    ropes: Vec<Rope>,
 }
 
 impl Decoder {
@@ -111,7 +111,7 @@ impl Decoder {
 
     fn assemble(config: &HfConfig, source: &mut Source<'_>) -> Result<Self> {
         let arch = config.arch();
-        let (d_model, eps) = (arch.d_model, arch.norm_eps);
+        let (d_model, eps, offset) = (arch.d_model, arch.norm_eps, arch.norm_offset().into());
         let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?)
             .set_require_grad(false);
         let mut layers = Vec::with_capacity(config.num_hidden_layers());
@@ -123,34 +123,48 @@ impl Decoder {
                 Ok(ElasticLoraLinear::plain(base))
             };
             let mut norm = |kind: NormKind| -> Result<RmsNorm> {
-                let gain = (source.norm)(&arch.norm_tensor(block, kind), d_model)?;
-                Ok(RmsNorm::from_tensor(gain, eps))
+                let len = if kind.per_head() {
+                    arch.head_dim
+                } else {
+                    d_model
+                };
+                let weight = (source.norm)(&arch.norm_tensor(block, kind), len)?;
+                Ok(RmsNorm::from_tensor(weight, eps).with_offset(offset))
             };
+            let norms: Vec<NormKind> = arch.norms_of(dims).map(|(kind, _)| kind).collect();
+            let has = |kind: NormKind| norms.contains(&kind);
             let attention = if dims.has_attention() {
-                let attention = Attention {
+                Some(Attention {
+                    norm: norm(NormKind::Attention)?,
+                    q_norm: optional(has(NormKind::Q), || norm(NormKind::Q))?,
+                    k_norm: optional(has(NormKind::K), || norm(NormKind::K))?,
+                    out_norm: optional(has(NormKind::AttentionOut), || {
+                        norm(NormKind::AttentionOut)
+                    })?,
                     q_proj: linear(LinearKind::Q)?,
                     k_proj: linear(LinearKind::K)?,
                     v_proj: linear(LinearKind::V)?,
                     o_proj: linear(LinearKind::O)?,
                     head_dim: arch.head_dim,
-                };
-                Some((norm(NormKind::Attention)?, attention))
+                })
             } else {
                 None
             };
             let mlp = if dims.has_mlp() {
-                let mlp = Mlp {
+                Some(Mlp {
+                    norm: norm(NormKind::Mlp)?,
+                    out_norm: optional(has(NormKind::MlpOut), || norm(NormKind::MlpOut))?,
                     gate_proj: linear(LinearKind::Gate)?,
                     up_proj: linear(LinearKind::Up)?,
                     down_proj: linear(LinearKind::Down)?,
-                };
-                Some((norm(NormKind::Mlp)?, mlp))
+                })
             } else {
                 None
             };
             layers.push(Block::new(attention, mlp));
         }
-        let norm = RmsNorm::from_tensor((source.norm)(Architecture::FINAL_NORM, d_model)?, eps);
+        let norm = (source.norm)(Architecture::FINAL_NORM, d_model)?;
+        let norm = RmsNorm::from_tensor(norm, eps).with_offset(offset);
         let lm_head = if config.tie_word_embeddings() {
             None
         } else {
@@ -161,14 +175,14 @@ impl Decoder {
                 false,
             )?)
         };
-        let rope = arch.rope();
+        let ropes = arch.ropes.iter().map(Rope::new).collect();
         Ok(Self {
             embed_tokens,
             layers,
             norm,
             lm_head,
             config: config.clone(),
-            rope,
+            ropes,
         })
     }
 
@@ -181,7 +195,7 @@ impl Decoder {
             norm: RmsNorm::from_tensor(Tensor::zeros([1], &device), self.norm.eps),
             lm_head: None,
             config: self.config.clone(),
-            rope: self.rope.clone(),
+            ropes: self.ropes.clone(),
         };
         std::mem::replace(self, left)
     }
@@ -238,10 +252,14 @@ impl Decoder {
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let rows = embedding(self.embed_tokens.val(), tokens);
-        if rows.dtype() == DType::F32 {
+        let rows = if rows.dtype() == DType::F32 {
             rows
         } else {
             rows.cast(FloatDType::F32)
+        };
+        match self.config.arch().embedding_scale() {
+            1.0 => rows,
+            scale => rows * scale,
         }
     }
 
@@ -256,26 +274,21 @@ impl Decoder {
         self.layers[block].forward(x, block, &mut pass)
     }
 
+    /// The state of a pass over `n` tokens from position `start` on.
     pub(crate) fn pass<'a>(
         &self,
         start: usize,
         n: usize,
         cache: Option<&'a mut KvCache>,
-    ) -> Pass<'a> {
+    ) -> Pass<'_, 'a> {
         let device = self.device().without_autodiff();
-        let (cos, sin) = rotary_tables(&self.rope, start, n, &device);
-        let window = self.config.sliding_window();
-        let mask = match &cache {
-            Some(cache) => cache.mask(window),
-            None => AttentionMask {
-                window,
-                left_pad: None,
-            },
-        };
+        let tables = self.ropes.iter();
+        let rotations = tables.map(|rope| rotary_tables(rope, start, n, &device));
+        let mask = cache.as_ref().map(|cache| cache.mask());
         Pass {
-            cos,
-            sin,
-            mask,
+            arch: self.config.arch(),
+            rotations: rotations.collect(),
+            mask: mask.unwrap_or_default(),
             cache,
             tap: None,
         }
@@ -313,9 +326,13 @@ impl Decoder {
     /// # Shapes
     /// - `hidden`: `[.., d_model]`; result: `[.., vocab_size]`
     pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
-        match &self.lm_head {
+        let logits = match &self.lm_head {
             Some(head) => head.forward(hidden),
             None => ops::linear(hidden, self.embed_tokens.val().transpose()),
+        };
+        match self.config.arch().logit_softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
         }
     }
 
@@ -404,7 +421,12 @@ impl Decoder {
     ///   `[1]`
     pub(crate) fn nll_of_hidden(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
         let ids = class_ids(targets, &hidden.device());
-        ops::head_loss(hidden, self.head_weight(), ids)
+        ops::head_loss(
+            hidden,
+            self.head_weight(),
+            ids,
+            self.config.arch().logit_softcap,
+        )
     }
 
     /// Distillation loss of a student against its teacher's final hidden states, and the student's
@@ -421,7 +443,8 @@ impl Decoder {
         mix: f64,
     ) -> (Tensor<1>, Tensor<1>) {
         let ids = class_ids(targets, &hidden.device());
-        ops::distilled_loss(hidden, self.head_weight(), teacher, ids, mix)
+        let softcap = self.config.arch().logit_softcap;
+        ops::distilled_loss(hidden, self.head_weight(), teacher, ids, mix, softcap)
     }
 
     /// The weight of the head as stored, `[d_model, vocab_size]`.
@@ -547,23 +570,25 @@ impl Decoder {
     }
 }
 
-/// Cosines and sines of the positions `start..start + n`.
+/// Cosines and sines of the positions `start..start + n` of a sequence that ends there.
 ///
 /// # Shapes
-/// - results: `[n, head_dim / 2]` each
-fn rotary_tables(rope: &Rope, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
-    let half = rope.inv_freq().len();
+/// - results: `[n, pairs]` each
+fn rotary_tables(rope: &Rope, start: usize, n: usize, device: &Device) -> [Tensor<2>; 2] {
+    let half = rope.half();
     let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
     let rows = cos
         .chunks_exact_mut(half.max(1))
         .zip(sin.chunks_exact_mut(half.max(1)));
     (start..)
         .zip(rows)
-        .for_each(|(position, (cos, sin))| rope.rotation_at(position, cos, sin));
-    (
-        Tensor::from_data(TensorData::new(cos, [n, half]), device),
-        Tensor::from_data(TensorData::new(sin, [n, half]), device),
-    )
+        .for_each(|(position, (cos, sin))| rope.rotation_at(position, start + n, cos, sin));
+    [cos, sin].map(|table| Tensor::from_data(TensorData::new(table, [n, half]), device))
+}
+
+/// Calls `make` if the part is present.
+fn optional<T>(present: bool, make: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+    present.then(make).transpose()
 }
 
 /// Target ids as a tensor on the device of the hidden states.

@@ -26,7 +26,8 @@ impl Decoder {
             for (kind, norm) in block.norms() {
                 let name = config.arch().norm_tensor(index, kind);
                 let weight = norm.weight.clone();
-                tensors.push(HostTensor::lazy_f32(name, dtype, [d_model], move || {
+                let len = weight.val().dims()[0];
+                tensors.push(HostTensor::lazy_f32(name, dtype, [len], move || {
                     Ok(host_values(weight.val()))
                 }));
             }

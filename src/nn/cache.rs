@@ -65,10 +65,10 @@ impl KvCache {
         self.n_tokens
     }
 
-    /// The attention mask of the cached batch, for the model's sliding window.
-    pub fn mask(&self, window: Option<usize>) -> AttentionMask {
+    /// The attention mask of the cached batch, without a window.
+    pub fn mask(&self) -> AttentionMask {
         AttentionMask {
-            window,
+            window: None,
             left_pad: self.left_pad.clone(),
         }
     }

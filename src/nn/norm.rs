@@ -9,23 +9,38 @@ use super::ops;
 #[derive(Module, Debug)]
 #[doc(hidden)]
 pub struct RmsNorm {
-    /// Gain, `[d_model]`.
+    /// Weight, `[width]`.
     pub weight: Param<Tensor<1>>,
     /// Term added to the mean square.
     pub eps: f64,
+    /// Number added to the weight: 1 for Gemma, otherwise 0.
+    pub offset: f64,
 }
 
 impl RmsNorm {
-    /// Creates a frozen normalization with a gain `[d_model]`.
+    /// Creates a frozen normalization with a weight `[width]`.
     pub fn from_tensor(weight: Tensor<1>, eps: f64) -> Self {
         Self {
             weight: Param::from_tensor(weight).set_require_grad(false),
             eps,
+            offset: 0.0,
         }
     }
 
-    /// Normalizes the last dimension: `x / sqrt(mean(x^2) + eps) * weight`.
+    /// Sets the number that is added to the weight.
+    pub fn with_offset(mut self, offset: f64) -> Self {
+        self.offset = offset;
+        self
+    }
+
+    /// Normalizes the last dimension: `x / sqrt(mean(x^2) + eps) * (weight + offset)`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        ops::rms_norm(x, self.weight.val(), self.eps)
+        let weight = self.weight.val();
+        let gain = if self.offset == 0.0 {
+            weight
+        } else {
+            weight + self.offset
+        };
+        ops::rms_norm(x, gain, self.eps)
     }
 }

@@ -1,11 +1,12 @@
-//! Rotary embedding, key/value cache updates and attention of one layer, parallel over sequences,
+//! Norms of heads, rotary embedding, key/value cache updates and attention of one layer, parallel over sequences,
 //! heads and blocks of queries.
 
 use std::ops::Range;
 
+use crate::arch::Scores;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::rows::attention::{QUERIES, Query, Running, TILE, attend_tile};
-use crate::kernels::rows::rotate_in_place;
+use crate::kernels::rows::{rms_norm_in_place, rotate_in_place};
 use crate::kernels::{Level, Pool};
 
 use super::cache::{Cache, Kept, LayerCache, Layers};
@@ -14,19 +15,23 @@ use super::cache::{Cache, Kept, LayerCache, Layers};
 /// read from memory is used many times.
 const BLOCK: usize = 64;
 
-/// Sizes of a layer's attention.
+/// Sizes and constants of a layer's attention.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Heads {
+pub(super) struct Heads<'a> {
     pub n_heads: usize,
     pub n_kv_heads: usize,
     pub head_dim: usize,
     pub window: Option<usize>,
+    pub scores: Scores,
+    /// Gains of the norms on each head of the queries and of the keys, `[head_dim]`.
+    pub norms: [Option<&'a [f32]>; 2],
+    pub norm_eps: f32,
 }
 
 /// Inputs and outputs of one attention call. Each sequence has `n` rows, and the sequences follow
 /// one another.
 pub(super) struct Call<'a, 'c> {
-    pub heads: Heads,
+    pub heads: Heads<'a>,
     /// Index of the block in the model.
     pub block: usize,
     pub n_seqs: usize,
@@ -39,16 +44,15 @@ pub(super) struct Call<'a, 'c> {
     pub k: Disjoint<'a, f32>,
     /// Values, `[rows, n_kv_heads * head_dim]`.
     pub v: &'a [f32],
-    /// Cosines of the rows' positions, `[rows, head_dim / 2]`.
-    pub cos: &'a [f32],
-    /// Sines of the rows' positions, `[rows, head_dim / 2]`.
-    pub sin: &'a [f32],
+    /// Cosines and sines of the rows' positions, `[rows, half]` each, and `half`, the number of
+    /// pairs of a head's features that are rotated. 0 pairs for no rotation.
+    pub rotation: (&'a [f32], &'a [f32], usize),
     /// Output, `[rows, n_heads * head_dim]`.
     pub out: Disjoint<'a, f32>,
     pub level: Level,
 }
 
-/// Rotates queries and keys, appends keys and values to the caches, and computes attention for all
+/// Normalizes and rotates queries and keys, appends keys and values to the caches, and computes attention for all
 /// queries.
 pub(super) fn attend(pool: &Pool, call: &Call<'_, '_>) {
     let queries = call.n * (call.heads.n_heads / call.heads.n_kv_heads.max(1));
@@ -79,7 +83,7 @@ pub(super) fn attend(pool: &Pool, call: &Call<'_, '_>) {
 }
 
 impl Call<'_, '_> {
-    /// Rotates the queries and keys of one key/value head of one sequence, and appends the keys and
+    /// Normalizes and rotates the queries and keys of one key/value head of one sequence, and appends the keys and
     /// values to the cache.
     fn prepare(&self, task: usize) {
         let (seq, head) = (task / self.heads.n_kv_heads, task % self.heads.n_kv_heads);
@@ -95,14 +99,16 @@ impl Call<'_, '_> {
             n_heads,
             n_kv_heads,
             head_dim,
+            norms: [query_norm, key_norm],
+            norm_eps,
             ..
         } = self.heads;
-        let (group, half) = (n_heads / n_kv_heads, head_dim / 2);
+        let (group, (cos, sin, half)) = (n_heads / n_kv_heads, self.rotation);
         let rows = seq * self.n..(seq + 1) * self.n;
         for row in rows.clone() {
             let (cos, sin) = (
-                &self.cos[row * half..(row + 1) * half],
-                &self.sin[row * half..(row + 1) * half],
+                &cos[row * half..(row + 1) * half],
+                &sin[row * half..(row + 1) * half],
             );
             let first = row * n_heads * head_dim + head * group * head_dim;
             // SAFETY: only this task accesses the queries and keys of this head and these rows.
@@ -113,10 +119,18 @@ impl Call<'_, '_> {
                     self.k.part(key..key + head_dim),
                 )
             };
-            queries
-                .chunks_exact_mut(head_dim)
-                .for_each(|query| rotate_in_place(self.level, query, cos, sin));
-            rotate_in_place(self.level, key, cos, sin);
+            if let Some(gains) = query_norm {
+                rms_norm_in_place(self.level, queries, gains, norm_eps);
+            }
+            if let Some(gains) = key_norm {
+                rms_norm_in_place(self.level, key, gains, norm_eps);
+            }
+            if half > 0 {
+                queries
+                    .chunks_exact_mut(head_dim)
+                    .for_each(|query| rotate_in_place(self.level, query, cos, sin));
+                rotate_in_place(self.level, key, cos, sin);
+            }
         }
         let mut done = 0;
         while done < self.n {
@@ -232,8 +246,16 @@ impl Call<'_, '_> {
                 out,
             }
         });
-        let scale = 1.0 / (self.heads.head_dim as f32).sqrt();
-        attend_tile(self.level, &mut queries, keys, values, scale);
+        let Scores { scale, softcap } = self.heads.scores;
+        let softcap = softcap.map(|cap| cap as f32);
+        attend_tile(
+            self.level,
+            &mut queries,
+            keys,
+            values,
+            scale as f32,
+            softcap,
+        );
     }
 
     /// Position of a query in `q`, which is also the position of its result in `out`.

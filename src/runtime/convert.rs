@@ -42,7 +42,10 @@ impl Model {
         let config = if blocks == weights.config.blocks() {
             weights.config.clone()
         } else {
-            weights.config.with_blocks(&blocks)?
+            let kept = shape.blocks.iter().enumerate();
+            let kept = kept.filter(|(_, dims)| left(dims));
+            let origins: Vec<usize> = kept.map(|(index, _)| index).collect();
+            weights.config.with_blocks_from(&blocks, &origins)?
         };
         let mut layers = Vec::new();
         for (index, layer) in weights.layers.iter().enumerate() {

@@ -110,21 +110,21 @@ impl Pass<'_> {
     /// and values are in the caches, which do not count the new tokens yet.
     pub fn blocks(&self, tokens: &[u32], work: &mut Workspace) -> Result<()> {
         let (config, rows) = (&self.weights.config, self.rows());
-        let (d_model, half) = (config.hidden_size(), config.head_dim() / 2);
-        work.reserve(config, rows)?;
+        let (d_model, scale) = (config.hidden_size(), config.arch().embedding_scale());
+        work.reserve(config, &self.weights.ropes, rows)?;
         let embedding = self.weights.embedding.get()?;
         for (row, token) in tokens.iter().enumerate() {
-            embedding.dequantize_rows(
-                *token as usize,
-                &mut work.x[row * d_model..(row + 1) * d_model],
-            )?;
-            let position = (self.caches)(row / self.n).n_tokens() + row % self.n;
-            let range = row * half..(row + 1) * half;
-            self.weights.rope.rotation_at(
-                position,
-                &mut work.cos[range.clone()],
-                &mut work.sin[range],
-            );
+            let x = &mut work.x[row * d_model..(row + 1) * d_model];
+            embedding.dequantize_rows(*token as usize, x)?;
+            if scale != 1.0 {
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
+            let before = (self.caches)(row / self.n).n_tokens();
+            let (position, len) = (before + row % self.n, before + self.n);
+            for (rope, (cos, sin)) in self.weights.ropes.iter().zip(&mut work.rotations) {
+                let range = row * rope.half()..(row + 1) * rope.half();
+                rope.rotation_at(position, len, &mut cos[range.clone()], &mut sin[range]);
+            }
         }
         for (block, dims) in self.shape.blocks.iter().enumerate() {
             let [attention, mlp] = self.weights.first[block];
@@ -157,11 +157,22 @@ impl Pass<'_> {
             &mut y,
             &mut work.scratch,
         )?;
+        let positions = config.arch().positions(block);
         let heads = Heads {
             n_heads: dims.n_heads,
             n_kv_heads: dims.n_kv_heads,
             head_dim,
-            window: config.sliding_window(),
+            window: positions.window,
+            scores: config.arch().scores,
+            norms: [NormKind::Q, NormKind::K].map(|kind| self.weights.gain(block, kind)),
+            norm_eps: config.rms_norm_eps() as f32,
+        };
+        let rotation = match positions.rope.and_then(|rope| {
+            let (cos, sin) = work.rotations.get(rope)?;
+            Some((&cos[..], &sin[..], self.weights.ropes.get(rope)?.half()))
+        }) {
+            Some(rotation) => rotation,
+            None => (&[][..], &[][..], 0),
         };
         attend(
             self.pool,
@@ -174,13 +185,13 @@ impl Pass<'_> {
                 q: Disjoint::new(&mut work.a),
                 k: Disjoint::new(&mut work.b),
                 v: &work.c,
-                cos: &work.cos,
-                sin: &work.sin,
+                rotation,
                 out: Disjoint::new(&mut work.context),
                 level: Level::detect(),
             },
         );
-        self.add_product(first + 3, queries, work, |work| &mut work.context)
+        let out = (block, NormKind::AttentionOut);
+        self.add_product(first + 3, queries, out, work, |work| &mut work.context)
     }
 
     fn mlp(&self, block: usize, first: usize, work: &mut Workspace) -> Result<()> {
@@ -204,19 +215,22 @@ impl Pass<'_> {
             &mut work.scratch,
         )?;
         let (gate, up, level) = (Disjoint::new(&mut work.a), &work.b, Level::detect());
+        let activation = self.weights.config.arch().activation;
         self.in_parts(rows * d_mlp, 1, |range| {
             // SAFETY: the ranges given to the tasks do not overlap.
             let gate = unsafe { gate.part(range.clone()) };
-            rows::swiglu_in_place(level, gate, &up[range]);
+            rows::gated_in_place(level, activation, gate, &up[range]);
         });
-        self.add_product(first + 2, d_mlp, work, |work| &mut work.a)
+        let out = (block, NormKind::MlpOut);
+        self.add_product(first + 2, d_mlp, out, work, |work| &mut work.a)
     }
 
-    /// Adds a layer's output to the residual stream.
+    /// Adds a layer's output to the residual stream, normalized if the family has the norm.
     fn add_product(
         &self,
         layer: usize,
         inputs: usize,
+        (block, norm): (usize, NormKind),
         work: &mut Workspace,
         input: impl Fn(&mut Workspace) -> &mut Vec<f32>,
     ) -> Result<()> {
@@ -235,6 +249,17 @@ impl Pass<'_> {
         );
         *input(work) = x;
         done?;
+        if let Some(gain) = self.weights.gain(block, norm) {
+            let (added, eps) = (
+                Disjoint::new(&mut work.added),
+                self.weights.config.rms_norm_eps(),
+            );
+            self.in_parts(rows, d_model, |range| {
+                // SAFETY: the ranges given to the tasks do not overlap.
+                let added = unsafe { added.part(range.start * d_model..range.end * d_model) };
+                rows::rms_norm_in_place(Level::detect(), added, gain, eps as f32);
+            });
+        }
         let (x, added) = (Disjoint::new(&mut work.x), &work.added);
         self.in_parts(rows * d_model, 1, |range| {
             // SAFETY: the ranges given to the tasks do not overlap.
@@ -249,7 +274,7 @@ impl Pass<'_> {
     /// Normalizes the residual stream into `work.normed`.
     fn norm(&self, block: usize, kind: NormKind, work: &mut Workspace) {
         // Every sub-block has its norm: `Weights::new` checked that.
-        let Some(gain) = self.weights.norms[block].get(&kind) else {
+        let Some(gain) = self.weights.gain(block, kind) else {
             return;
         };
         let (out, x, eps, level) = (
@@ -307,7 +332,7 @@ impl Pass<'_> {
         rows::rms_norm(
             Level::detect(),
             &work.x[range],
-            &self.weights.final_norm,
+            &self.weights.final_gain,
             eps,
             normed,
         );
@@ -319,6 +344,15 @@ impl Pass<'_> {
             d_model,
             &mut [packed_mut(logits, n, vocab_size)],
             &mut work.scratch,
-        )
+        )?;
+        if let Some(cap) = config.arch().logit_softcap {
+            let (logits, cap) = (Disjoint::new(logits), cap as f32);
+            self.in_parts(n * vocab_size, 1, |range| {
+                // SAFETY: the ranges given to the tasks do not overlap.
+                let logits = unsafe { logits.part(range) };
+                rows::softcap_in_place(Level::detect(), logits, cap);
+            });
+        }
+        Ok(())
     }
 }

@@ -124,7 +124,12 @@ pub(crate) struct Weights {
     pub layers: Vec<LayerWeights>,
     /// Index of the first layer of the attention and of the MLP of each block.
     pub first: Vec<[Option<usize>; 2]>,
-    pub rope: Rope,
+    /// What the norms of each block multiply by: their weights and the family's offset.
+    gains: Vec<Norms>,
+    /// What the final norm multiplies by.
+    pub final_gain: Arc<[f32]>,
+    /// The rotary embeddings that the blocks use.
+    pub ropes: Vec<Rope>,
     pub space: Option<SearchSpace>,
     pub subnets: Vec<NamedSubnet>,
     pub shapes: Vec<Arc<Shape>>,
@@ -266,7 +271,20 @@ impl Weights {
             }
         }
         let infos = layers.iter().map(info).collect();
-        let rope = arch.rope();
+        let ropes = arch.ropes.iter().map(Rope::new).collect();
+        let offset = arch.norm_offset();
+        let gain = |weight: &Arc<[f32]>| match offset {
+            0.0 => weight.clone(),
+            offset => weight.iter().map(|weight| weight + offset).collect(),
+        };
+        let of_block = |norms: &Norms| {
+            norms
+                .iter()
+                .map(|(kind, norm)| (*kind, gain(norm)))
+                .collect()
+        };
+        let gains = parts.norms.iter().map(of_block).collect();
+        let final_gain = gain(&parts.final_norm);
         let mut weights = Self {
             config,
             embedding: parts.embedding,
@@ -274,7 +292,9 @@ impl Weights {
             final_norm: parts.final_norm,
             layers,
             first,
-            rope,
+            gains,
+            final_gain,
+            ropes,
             space: None,
             subnets: Vec::new(),
             shapes: Vec::new(),
@@ -284,6 +304,11 @@ impl Weights {
         };
         weights.set_space(parts.space, parts.subnets)?;
         Ok(weights)
+    }
+
+    /// What a norm of a block multiplies by; `None` if the block has no such norm.
+    pub fn gain(&self, block: usize, kind: NormKind) -> Option<&[f32]> {
+        self.gains.get(block)?.get(&kind).map(|gain| &gain[..])
     }
 
     /// Checks the search space and the subnets, then sets them.
@@ -540,14 +565,15 @@ impl Model {
         self.weights.embedding.get()
     }
 
-    /// Returns the gains of a norm by the name of its tensor ([`Architecture::norm_tensor`]).
+    /// Returns what a norm multiplies by: its weights, plus 1 for Gemma. `tensor` is the name of its
+    /// tensor ([`Architecture::norm_tensor`]).
     pub fn norm(&self, tensor: &str) -> Option<&[f32]> {
         if tensor == Architecture::FINAL_NORM {
-            return Some(&self.weights.final_norm);
+            return Some(&self.weights.final_gain);
         }
         let arch = self.weights.config.arch();
         self.weights
-            .norms
+            .gains
             .iter()
             .enumerate()
             .find_map(|(block, norms)| {
@@ -558,12 +584,26 @@ impl Model {
             })
     }
 
-    /// Writes the cosines and sines of the rotary embedding at a position.
+    /// Writes the cosines and sines by which the attention of a block rotates a position of a
+    /// sequence of `len` tokens, and returns the number of pairs of a head's features that are
+    /// rotated: feature `i` with feature `i + pairs`. 0 if the block has no rotary positions.
     ///
     /// # Shapes
-    /// - `cos`, `sin`: `[head_dim / 2]` each
-    pub fn rotary(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
-        self.weights.rope.rotation_at(position, cos, sin);
+    /// - `cos`, `sin`: at least `[head_dim / 2]` each, of which the first `pairs` are written
+    pub fn rotary(
+        &self,
+        block: usize,
+        position: usize,
+        len: usize,
+        cos: &mut [f32],
+        sin: &mut [f32],
+    ) -> usize {
+        let rope = self.weights.config.arch().positions(block).rope;
+        let Some(rope) = rope.and_then(|rope| self.weights.ropes.get(rope)) else {
+            return 0;
+        };
+        rope.rotation_at(position, len, cos, sin);
+        rope.half()
     }
 
     /// The weight of a layer, `[d_output, d_input]`, without its adapter.

@@ -1,5 +1,6 @@
 //! Working memory of a forward pass.
 
+use crate::arch::Rope;
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 
@@ -21,10 +22,8 @@ pub(super) struct Workspace {
     pub c: Vec<f32>,
     /// Output of attention, `[rows, n_heads * head_dim]`.
     pub context: Vec<f32>,
-    /// Cosines of the rows' positions, `[rows, head_dim / 2]`.
-    pub cos: Vec<f32>,
-    /// Sines of the rows' positions, `[rows, head_dim / 2]`.
-    pub sin: Vec<f32>,
+    /// Cosines and sines of the rows' positions for each rotary embedding, `[rows, half]` each.
+    pub rotations: Vec<(Vec<f32>, Vec<f32>)>,
     /// Scratch memory of the kernels.
     pub scratch: Vec<Line>,
 }
@@ -56,7 +55,7 @@ impl Workspace {
     ///
     /// # Errors
     /// Returns [`Error::OutOfMemory`] if memory runs out.
-    pub fn reserve(&mut self, config: &HfConfig, rows: usize) -> Result<()> {
+    pub fn reserve(&mut self, config: &HfConfig, ropes: &[Rope], rows: usize) -> Result<()> {
         if rows <= self.rows {
             return Ok(());
         }
@@ -66,7 +65,12 @@ impl Workspace {
             keys = keys.max(block.n_kv_heads * config.head_dim());
             mlp = mlp.max(block.d_mlp);
         }
-        let (d_model, half) = (config.hidden_size(), config.head_dim() / 2);
+        let d_model = config.hidden_size();
+        self.rotations.resize_with(ropes.len(), Default::default);
+        for (rope, (cos, sin)) in ropes.iter().zip(&mut self.rotations) {
+            grow(cos, rows * rope.half(), 0.0)?;
+            grow(sin, rows * rope.half(), 0.0)?;
+        }
         let sizes = [
             (&mut self.x, d_model),
             (&mut self.normed, d_model),
@@ -75,8 +79,6 @@ impl Workspace {
             (&mut self.b, keys.max(mlp)),
             (&mut self.c, keys),
             (&mut self.context, queries),
-            (&mut self.cos, half),
-            (&mut self.sin, half),
         ];
         for (buffer, width) in sizes {
             grow(buffer, rows * width, 0.0)?;

@@ -16,17 +16,6 @@ use elastic_lora::{SearchSpace, SubnetConfig, SuperNet};
 
 use super::{load, load_i32, random_ids};
 
-/// Folders of families that the crate does not read yet, by the start of their names.
-const UNSUPPORTED: [&str; 7] = [
-    "gemma",
-    "phi3",
-    "qwen3",
-    "smollm3",
-    "qwen2-window",
-    "llama-dynamic",
-    "llama-yarn",
-];
-
 /// A model folder and what transformers computes with it, for two sequences of token ids.
 pub struct Fixture {
     pub name: String,
@@ -54,14 +43,7 @@ impl Fixture {
             .collect();
         folders.sort();
         assert!(folders.len() >= 25, "{} folders", folders.len());
-        let fixtures = folders.into_iter().map(Self::open);
-        fixtures
-            .filter(|fixture| {
-                !UNSUPPORTED
-                    .iter()
-                    .any(|name| fixture.name.starts_with(name))
-            })
-            .collect()
+        folders.into_iter().map(Self::open).collect()
     }
 
     fn open(path: PathBuf) -> Self {

@@ -6,7 +6,7 @@ use super::blocks::Encoding;
 use super::container;
 use super::layout::Layout;
 use super::{Entry, Gguf};
-use crate::arch::{Architecture, Family, LinearKind, Rope, RopeScaling};
+use crate::arch::{Architecture, Family, LinearKind, Rope, RopeConfig, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::tensors::TensorInfo;
@@ -325,8 +325,12 @@ impl Gguf {
             high_freq_factor: 4.0,
             original_max_position_embeddings: 8192,
         };
-        let plain = Rope::new(2 * len, theta, RopeScaling::Default);
-        let scaled = Rope::new(2 * len, theta, scaling);
+        let plain = RopeConfig::new(theta, 2 * len);
+        let scaled = Rope::new(&RopeConfig {
+            scaling,
+            ..plain.clone()
+        });
+        let plain = Rope::new(&plain);
         let mut all = plain
             .inv_freq()
             .iter()

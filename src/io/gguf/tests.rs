@@ -438,7 +438,7 @@ fn rotary_scaling_is_taken_or_refused() {
     let folder = tempfile::tempdir().unwrap();
     let scaling = |writer: &Writer| {
         let path = writer.write(folder.path());
-        HfConfig::open(&path).map(|config| config.rope_scaling())
+        HfConfig::open(&path).map(|config| config.rope_scaling().clone())
     };
     assert_eq!(scaling(&llama()).unwrap(), RopeScaling::Default);
     let linear = llama().text("llama.rope.scaling.type", "linear");

@@ -24,7 +24,8 @@ use serde_json::{Map, Value, json};
 
 use super::config::{HfConfig, MAX_HEADS, MAX_WIDTH};
 use super::rope;
-use crate::arch::{BlockDims, Family, RopeScaling};
+use crate::arch::family::Windows;
+use crate::arch::{Activation, BlockDims, Family, Positions, RopeConfig, RopeScaling};
 use crate::error::Result;
 use crate::io::fields::{Fields, bad_field};
 
@@ -185,8 +186,13 @@ pub(super) fn parse(
     Ok(blocks)
 }
 
-/// Returns the fields of `config` with other blocks.
-pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<String, Value>> {
+/// Returns the fields of `config` with other blocks. `origins` holds the index in `config` of the
+/// block whose attention each block has; all are in range.
+pub(super) fn write(
+    config: &HfConfig,
+    blocks: &[BlockDims],
+    origins: &[usize],
+) -> Result<Map<String, Value>> {
     let mut raw = config.raw().clone();
     let Some(first) = blocks.first() else {
         return Err(bad_field("num_hidden_layers", "a model without a block"));
@@ -195,13 +201,16 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     raw.remove(BASE_FAMILY);
     raw.insert("num_hidden_layers".into(), blocks.len().into());
     raw.insert("head_dim".into(), config.head_dim().into());
+    write_positions(&mut raw, config, origins);
     let family = |raw: &mut Map<String, Value>, family: Family| {
         raw.insert("model_type".into(), family.model_type().into());
         raw.insert("architectures".into(), json!([family.architecture()]));
     };
     let widest = blocks.iter().map(|block| block.d_mlp).max().unwrap_or(0);
     let most = |count: fn(&BlockDims) -> usize| blocks.iter().map(count).max().unwrap_or(0);
-    if blocks.iter().all(|block| block == first) && first.has_attention() && first.has_mlp() {
+    let equal = blocks.iter().all(|block| block == first);
+    let standard = equal && first.has_attention() && first.has_mlp();
+    if standard && fits_stock(config, first.n_heads) {
         raw.insert("num_attention_heads".into(), first.n_heads.into());
         raw.insert("num_key_value_heads".into(), first.n_kv_heads.into());
         raw.insert("intermediate_size".into(), first.d_mlp.into());
@@ -228,9 +237,10 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     let base = config.family().row();
     let deci = !base.elastic_base
         && config.sliding_window().is_none()
+        && config.arch().activation == Activation::Silu
         && first.has_attention()
         && heads * config.head_dim() == config.hidden_size()
-        && positions_as_deci(config.rope_scaling())
+        && positions_as_deci(&config.arch().ropes[0], config.head_dim())
         && blocks.iter().all(|block| {
             let width = deci_width(
                 config.hidden_size(),
@@ -260,7 +270,7 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
         raw.insert("intermediate_size".into(), Value::Null);
         // Most readers of DeciLM only know this older spelling of the rotary embedding's settings.
         raw.insert("rope_theta".into(), config.rope_theta().into());
-        raw.insert("rope_scaling".into(), rope::value(config.rope_scaling()));
+        raw.insert("rope_scaling".into(), rope::value(&config.arch().ropes[0]));
     } else {
         raw.insert(
             "num_key_value_heads".into(),
@@ -301,16 +311,57 @@ pub(super) fn write(config: &HfConfig, blocks: &[BlockDims]) -> Result<Map<Strin
     Ok(raw)
 }
 
+/// Whether transformers loads the family's model with this number of heads in each block.
+fn fits_stock(config: &HfConfig, n_heads: usize) -> bool {
+    let (family, width) = (config.family(), config.hidden_size());
+    match family {
+        // These become a Mistral where a Llama would be refused.
+        Family::Llama | Family::Mistral | Family::Deci | Family::ElasticLlama => true,
+        // transformers derives the length of the lists of factors from the number of heads.
+        Family::Phi3 if matches!(config.rope_scaling(), RopeScaling::LongRope { .. }) => {
+            n_heads * config.head_dim() == width
+        }
+        _ => !family.row().even_heads || width.is_multiple_of(n_heads),
+    }
+}
+
+/// Writes the fields by which layers differ in windows and rotary positions.
+fn write_positions(raw: &mut Map<String, Value>, config: &HfConfig, origins: &[usize]) {
+    let row = config.family().row();
+    let positions = || {
+        origins
+            .iter()
+            .map(|origin| config.arch().positions(*origin))
+    };
+    if matches!(row.windows, Windows::ByLayer { .. }) {
+        // Layers of this kind may have their own rotary embedding even without a window.
+        let sliding = |at: &Positions| at.window.is_some() || at.rope == Some(1);
+        let kind = |positions: Positions| match sliding(&positions) {
+            true => "sliding_attention",
+            false => "full_attention",
+        };
+        raw.insert("layer_types".into(), positions().map(kind).collect());
+    }
+    if row.without_rope {
+        let rotated = |positions: Positions| u8::from(positions.rope.is_some());
+        raw.insert("no_rope_layers".into(), positions().map(rotated).collect());
+    }
+}
+
 /// Returns whether DeciLM's readers compute the same positions as this model.
-fn positions_as_deci(scaling: RopeScaling) -> bool {
-    match scaling {
+fn positions_as_deci(rope: &RopeConfig, head_dim: usize) -> bool {
+    let scaled_alike = match rope.scaling {
         RopeScaling::Default => true,
-        RopeScaling::Linear { .. } => false,
         RopeScaling::Llama3 {
             original_max_position_embeddings,
             ..
         } => original_max_position_embeddings == 8192,
-    }
+        RopeScaling::Linear { .. }
+        | RopeScaling::Dynamic { .. }
+        | RopeScaling::Yarn { .. }
+        | RopeScaling::LongRope { .. } => false,
+    };
+    scaled_alike && rope.dims == head_dim
 }
 
 /// Returns DeciLM's `ffn_mult` for a width.

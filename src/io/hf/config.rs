@@ -6,8 +6,11 @@ use serde_json::{Map, Value, json};
 
 use super::blocks;
 use super::rope;
-use crate::arch::family::{Biases, FAMILIES, FamilyRow, Windows};
-use crate::arch::{Architecture, BlockDims, Family, LinearKind, RopeScaling, SubBlock};
+use crate::arch::family::{Biases, FAMILIES, FamilyRow, SoftCap, WindowRule, Windows};
+use crate::arch::{
+    Activation, Architecture, BlockDims, Family, LinearKind, Positions, RopeScaling, Scores,
+    SubBlock,
+};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
 use crate::io::gguf::{Gguf, is_gguf};
@@ -22,7 +25,7 @@ const MAX_LAYERS: usize = 1 << 12;
 pub(super) const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_VOCABULARY: usize = 1 << 26;
-const MAX_POSITIONS: usize = 1 << 31;
+pub(super) const MAX_POSITIONS: usize = 1 << 31;
 
 /// Sizes of a new Llama; see [`HfConfig::new_llama`].
 #[derive(Clone, Debug, PartialEq)]
@@ -119,12 +122,13 @@ impl HfConfig {
     /// for an unsupported feature such as another activation or another kind of rotary embedding,
     /// and [`Error::InvalidConfig`] if a field is missing, of another type or out of range.
     pub fn from_json(raw: Map<String, Value>) -> Result<Self> {
+        let raw = text_config(raw)?;
         let fields = Fields {
             map: &raw,
             prefix: "",
         };
         let row = find_family(&fields)?;
-        refuse_unsupported(&fields)?;
+        refuse_unsupported(&fields, row)?;
 
         let hidden_size = fields.required_size("hidden_size", MAX_WIDTH)?;
         let per_block = blocks::has(&raw);
@@ -151,10 +155,12 @@ impl HfConfig {
                 ),
             ));
         }
-        let head_dim = match fields.size("head_dim", MAX_HEAD_DIM)? {
-            Some(d) => d,
-            None if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
-            None => {
+        let head_dim = match (fields.size("head_dim", MAX_HEAD_DIM)?, row.head_dim) {
+            (Some(d), _) | (None, Some(d)) => d,
+            (None, None) if hidden_size % num_attention_heads == 0 => {
+                hidden_size / num_attention_heads
+            }
+            (None, None) => {
                 return Err(bad_field(
                     "num_attention_heads",
                     format!(
@@ -194,7 +200,7 @@ impl HfConfig {
         let max_position_embeddings = fields
             .size("max_position_embeddings", MAX_POSITIONS)?
             .unwrap_or(row.max_positions);
-        let rms_norm_eps = fields.f64("rms_norm_eps")?.unwrap_or(1e-6);
+        let rms_norm_eps = fields.f64("rms_norm_eps")?.unwrap_or(row.norm_eps);
         // A smaller epsilon is zero in f32, and the norm of a zero vector would be NaN.
         if !(rms_norm_eps >= f64::from(f32::MIN_POSITIVE) && rms_norm_eps < 1.0) {
             return Err(bad_field(
@@ -202,22 +208,23 @@ impl HfConfig {
                 format!("{rms_norm_eps}, expected a small positive number"),
             ));
         }
-        let (rope_theta, rope_scaling) = rope::parse(&raw)?;
-        let window = match row.windows {
-            Windows::Full => None,
-            Windows::AllLayers { default } if !raw.contains_key("sliding_window") => default,
-            Windows::AllLayers { .. } => fields.size("sliding_window", MAX_POSITIONS)?,
-            Windows::FullUnless(field) if fields.bool(field)?.unwrap_or(false) => {
-                let what = format!("config field `{field}` = true");
-                return Err(Error::Unsupported { what });
-            }
-            Windows::FullUnless(_) => None,
+        let defaults = rope::Defaults {
+            theta: row.rope_theta,
+            sliding_theta: row.local_rope_theta,
+            partial: (row.family == Family::Phi3).then_some(1.0),
+            original_max_positions: (row.family == Family::Phi3).then_some(4096),
+            yarn_is_longrope: row.family == Family::Phi3,
         };
+        let rope::Parsed { full, sliding } =
+            rope::parse(&raw, head_dim, max_position_embeddings, &defaults)?;
+        let positions = positions(&fields, row, num_hidden_layers, sliding.is_some())?;
+        let ropes = std::iter::once(full).chain(sliding).collect();
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
         let biased = match row.biases {
             Biases::Always(kinds) => kinds.to_vec(),
-            Biases::ByFields => {
-                let (attention, mlp) = (flag("attention_bias")?, flag("mlp_bias")?);
+            Biases::ByFields | Biases::AttentionByField => {
+                let attention = flag("attention_bias")?;
+                let mlp = row.biases == Biases::ByFields && flag("mlp_bias")?;
                 let has = |kind: &LinearKind| match kind.sub_block() {
                     SubBlock::Attention => attention,
                     SubBlock::Mlp => mlp,
@@ -225,7 +232,17 @@ impl HfConfig {
                 LinearKind::ALL.into_iter().filter(has).collect()
             }
         };
-        let tied = flag("tie_word_embeddings")?;
+        let tied = fields.bool("tie_word_embeddings")?.unwrap_or(row.tied);
+        let scalar = match row.query_scalar {
+            None => head_dim as f64,
+            Some(default) => positive(&fields, "query_pre_attn_scalar")?.unwrap_or(default),
+        };
+        let scores = Scores {
+            scale: scalar.powf(-0.5),
+            softcap: softcap(&fields, "attn_logit_softcapping", row.attention_softcap)?,
+        };
+        let logit_softcap = softcap(&fields, "final_logit_softcapping", row.logit_softcap)?;
+        let activation = activation(&fields, row)?;
         let one = |name: &str| Ok::<_, Error>(fields.token_ids(name)?.first().copied());
         let (bos_token_id, pad_token_id) = (one("bos_token_id")?, one("pad_token_id")?);
         let eos_token_ids = fields.token_ids("eos_token_id")?;
@@ -240,9 +257,11 @@ impl HfConfig {
             blocks,
             biased,
             norm_eps: rms_norm_eps,
-            rope_theta,
-            rope_scaling,
-            window,
+            ropes,
+            positions,
+            scores,
+            activation,
+            logit_softcap,
             tied,
         };
         Ok(Self {
@@ -349,7 +368,31 @@ impl HfConfig {
     /// # Errors
     /// Returns [`Error::InvalidConfig`] if the sizes do not make a valid model.
     pub fn with_blocks(&self, blocks: &[BlockDims]) -> Result<Self> {
-        Self::from_json(blocks::write(self, blocks)?)
+        let origins: Vec<usize> = (0..blocks.len()).collect();
+        self.with_blocks_from(blocks, &origins)
+    }
+
+    /// Like [`with_blocks`](Self::with_blocks), for a model from which blocks were removed.
+    /// `origins` holds, for each block, the index of the block in this model whose attention it
+    /// has: it keeps that block's window and rotary positions.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidConfig`] if the sizes do not make a valid model, and
+    /// [`Error::InvalidArgument`] if `origins` does not name one block of this model for each block.
+    pub fn with_blocks_from(&self, blocks: &[BlockDims], origins: &[usize]) -> Result<Self> {
+        let known = |origin: &usize| *origin < self.arch.positions.len();
+        if origins.len() != blocks.len() || !origins.iter().all(known) {
+            return Err(Error::argument(
+                "origins",
+                format!("{origins:?}"),
+                format!(
+                    "for each of {} blocks one of the model's {}",
+                    blocks.len(),
+                    self.arch.positions.len()
+                ),
+            ));
+        }
+        Self::from_json(blocks::write(self, blocks, origins)?)
     }
 
     /// Returns the name of the embedding in `checkpoint`: its own name or, if it is tied to the
@@ -460,12 +503,6 @@ getters! {
     max_position_embeddings: usize = arch.max_positions,
     /// Epsilon of the norms.
     rms_norm_eps: f64 = arch.norm_eps,
-    /// Base of the rotary embedding.
-    rope_theta: f64 = arch.rope_theta,
-    /// Scaling of the rotary embedding.
-    rope_scaling: RopeScaling = arch.rope_scaling,
-    /// Number of positions that a token attends to, including its own; `None` for all.
-    sliding_window: Option<usize> = arch.window,
     /// Whether embedding and head share one matrix.
     tie_word_embeddings: bool = arch.tied,
     /// First token of a sequence.
@@ -477,6 +514,27 @@ getters! {
 }
 
 impl HfConfig {
+    /// Base of the rotary embedding; in layers with a window it may be another
+    /// ([`Architecture::ropes`]).
+    pub fn rope_theta(&self) -> f64 {
+        self.arch.ropes[0].theta
+    }
+
+    /// Scaling of the rotary embedding; layers with a window may have another
+    /// ([`Architecture::ropes`]).
+    pub fn rope_scaling(&self) -> &RopeScaling {
+        &self.arch.ropes[0].scaling
+    }
+
+    /// Number of positions that a token attends to, including its own, in the layers that have a
+    /// window ([`Architecture::positions`]); `None` if no layer has one.
+    pub fn sliding_window(&self) -> Option<usize> {
+        self.arch
+            .positions
+            .iter()
+            .find_map(|positions| positions.window)
+    }
+
     /// Returns the number of blocks.
     pub fn num_hidden_layers(&self) -> usize {
         self.arch.blocks.len()
@@ -536,19 +594,214 @@ fn find_family(fields: &Fields<'_>) -> Result<&'static FamilyRow> {
 }
 
 /// Refuses fields that would change the result of the model and that this crate does not support.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<()> {
-    let refuse = |what: String| Err(Error::Unsupported { what });
-    if let Some(act) = fields.str("hidden_act")?
-        && !matches!(act, "silu" | "swish")
-    {
-        return refuse(format!("activation `{act}` (config field `hidden_act`)"));
-    }
-    if let Some(share) = fields.f64("partial_rotary_factor")?
-        && share != 1.0
-    {
-        return refuse(format!("config field `partial_rotary_factor` = {share}"));
+fn refuse_unsupported(fields: &Fields<'_>, row: &FamilyRow) -> Result<()> {
+    let bidirectional = "use_bidirectional_attention";
+    if fields.bool(bidirectional)?.unwrap_or(false) {
+        return Err(Error::Unsupported {
+            what: format!(
+                "{}: config field `{bidirectional}` = true",
+                row.architecture
+            ),
+        });
     }
     Ok(())
+}
+
+/// Model types that hold a text model beside others, and the type of the text model.
+const MULTIMODAL: [(&str, Family); 1] = [("gemma3", Family::Gemma3)];
+
+/// Replaces the config of a model for several kinds of input by that of its text model. Fields of
+/// the text model that are absent have the values of transformers' class.
+fn text_config(mut raw: Map<String, Value>) -> Result<Map<String, Value>> {
+    let model_type = raw.get("model_type").and_then(Value::as_str);
+    let Some((_, family)) = MULTIMODAL
+        .iter()
+        .find(|(name, _)| Some(*name) == model_type)
+    else {
+        return Ok(raw);
+    };
+    let mut text = match raw.remove("text_config") {
+        Some(Value::Object(text)) => text,
+        other => {
+            let found = other.map_or("missing".into(), |value| value.to_string());
+            return Err(bad_field(
+                "text_config",
+                format!("{found}, expected an object"),
+            ));
+        }
+    };
+    text.insert("model_type".into(), family.model_type().into());
+    text.insert("architectures".into(), json!([family.architecture()]));
+    let defaults = [
+        ("vocab_size", 262_208),
+        ("hidden_size", 2304),
+        ("intermediate_size", 9216),
+        ("num_hidden_layers", 26),
+        ("num_attention_heads", 8),
+    ];
+    for (field, value) in defaults {
+        text.entry(field).or_insert(value.into());
+    }
+    // Fields of the whole model that hold for the text, too.
+    let shared = [
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+        "quantization_config",
+        "transformers_version",
+    ];
+    for field in shared {
+        if let Some(value) = raw.remove(field) {
+            text.insert(field.into(), value);
+        }
+    }
+    Ok(text)
+}
+
+/// A field with a positive number.
+fn positive(fields: &Fields<'_>, name: &str) -> Result<Option<f64>> {
+    let value = fields.f64(name)?;
+    match value.filter(|value| !(value.is_finite() && *value > 0.0)) {
+        Some(bad) => Err(bad_field(
+            name,
+            format!("{bad}, expected a positive number"),
+        )),
+        None => Ok(value),
+    }
+}
+
+fn softcap(fields: &Fields<'_>, name: &str, rule: SoftCap) -> Result<Option<f64>> {
+    match rule {
+        SoftCap::Field(default) if !fields.map.contains_key(name) => Ok(default),
+        SoftCap::Field(_) => positive(fields, name),
+        SoftCap::None => match fields.f64(name)? {
+            Some(value) => Err(Error::Unsupported {
+                what: format!("config field `{name}` = {value}"),
+            }),
+            None => Ok(None),
+        },
+    }
+}
+
+fn activation(fields: &Fields<'_>, row: &FamilyRow) -> Result<Activation> {
+    let (field, default) = row.activation;
+    match fields.str(field)? {
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
+        Some("gelu") if row.gelu_is_tanh => Ok(Activation::GeluTanh),
+        Some(other) => Err(Error::Unsupported {
+            what: format!("activation `{other}` (config field `{field}`)"),
+        }),
+    }
+}
+
+/// A list with one item for each layer; longer lists are cut, as in transformers.
+fn by_layer<'a>(fields: &Fields<'a>, name: &str, n: usize) -> Result<Option<&'a [Value]>> {
+    match fields.map.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Array(items)) if items.len() >= n => Ok(Some(&items[..n])),
+        Some(other) => {
+            let found = match other {
+                Value::Array(items) => format!("{} items", items.len()),
+                other => other.to_string(),
+            };
+            Err(bad_field(name, format!("{found}, expected a list of {n}")))
+        }
+    }
+}
+
+/// Parses how each layer sees positions. If `local`, layers with a window have the second rotary
+/// embedding.
+fn positions(
+    fields: &Fields<'_>,
+    row: &FamilyRow,
+    n: usize,
+    local: bool,
+) -> Result<Vec<Positions>> {
+    let rotated = rotated_layers(fields, row, n)?;
+    let window = |default| match fields.map.contains_key("sliding_window") {
+        false => Ok(default),
+        true => fields.size("sliding_window", MAX_POSITIONS),
+    };
+    let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
+    let (window, windowed) = match row.windows {
+        Windows::Full => (None, vec![false; n]),
+        Windows::AllLayers { default } => (window(default)?, vec![true; n]),
+        Windows::ByLayer { rule, default } => {
+            let on = match rule {
+                WindowRule::FromLayer { .. } | WindowRule::WithoutRope => {
+                    flag("use_sliding_window")?
+                }
+                WindowRule::AllButEvery(_) => true,
+            };
+            let window = if on { window(default)? } else { None };
+            (window, windowed_layers(fields, rule, &rotated)?)
+        }
+    };
+    let one = |(windowed, rotated): (bool, bool)| {
+        let window = window.filter(|_| windowed);
+        let rope = rotated.then_some(usize::from(local && windowed));
+        Positions { window, rope }
+    };
+    Ok(windowed.into_iter().zip(rotated).map(one).collect())
+}
+
+/// The layers that have rotary positions.
+fn rotated_layers(fields: &Fields<'_>, row: &FamilyRow, n: usize) -> Result<Vec<bool>> {
+    if !row.without_rope {
+        return Ok(vec![true; n]);
+    }
+    let name = "no_rope_layers";
+    let Some(items) = by_layer(fields, name, n)? else {
+        let interval = fields.size("no_rope_layer_interval", n.max(1) + MAX_LAYERS)?;
+        let interval = interval.unwrap_or(4);
+        return Ok((1..=n).map(|layer| layer % interval != 0).collect());
+    };
+    // In spite of the field's name, 1 stands for a layer with rotary positions.
+    let rotated = |item: &Value| match item.as_u64() {
+        Some(0) => Ok(false),
+        Some(1) => Ok(true),
+        _ => Err(bad_field(name, format!("{item}, expected 0 or 1"))),
+    };
+    items.iter().map(rotated).collect()
+}
+
+/// The layers with a window, if there is one.
+fn windowed_layers(fields: &Fields<'_>, rule: WindowRule, rotated: &[bool]) -> Result<Vec<bool>> {
+    let (name, n) = ("layer_types", rotated.len());
+    if let Some(items) = by_layer(fields, name, n)? {
+        let windowed = |item: &Value| match item.as_str() {
+            Some("full_attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
+            _ => Err(bad_field(
+                name,
+                format!("{item}, expected `full_attention` or `sliding_attention`"),
+            )),
+        };
+        return items.iter().map(windowed).collect();
+    }
+    let layers = 0..n;
+    Ok(match rule {
+        WindowRule::FromLayer { default } => {
+            let name = "max_window_layers";
+            let first = match fields.map.get(name).and_then(Value::as_u64) {
+                Some(first) => usize::try_from(first).unwrap_or(usize::MAX),
+                None => fields.size(name, MAX_LAYERS)?.unwrap_or(default),
+            };
+            layers.map(|layer| layer >= first).collect()
+        }
+        WindowRule::WithoutRope => rotated.iter().map(|rotated| !rotated).collect(),
+        WindowRule::AllButEvery(default) => {
+            let every = fields
+                .size("sliding_window_pattern", MAX_LAYERS)?
+                .unwrap_or(default);
+            layers.map(|layer| (layer + 1) % every != 0).collect()
+        }
+    })
 }
 
 fn parse_quantization(raw: &Map<String, Value>) -> Result<Option<QuantizationConfig>> {

@@ -139,6 +139,7 @@ impl HfFolder {
                 Some(_) => {}
             }
         }
+        let tensors = fused(config, tensors, replaced)?;
         config.write(self.writer.path(), dtype, config.tie_word_embeddings())?;
         write_sharded(self.writer.path(), tensors, self.max_shard_bytes)
     }
@@ -217,4 +218,32 @@ impl HfFolder {
         }
         Ok(self.writer.path().join(name))
     }
+}
+
+/// Stacks the tensors of layers that the family stores as one matrix, except those for which
+/// `replaced` is true.
+fn fused<'a>(
+    config: &HfConfig,
+    mut tensors: Vec<HostTensor<'a>>,
+    replaced: impl Fn(&str) -> bool,
+) -> Result<Vec<HostTensor<'a>>> {
+    for fused in config.arch().fused() {
+        let names = fused
+            .parts
+            .iter()
+            .map(|(layer, _)| format!("{layer}.weight"));
+        let mut parts = Vec::new();
+        for name in names.filter(|name| !replaced(name)) {
+            if let Some(index) = tensors.iter().position(|tensor| tensor.name() == name) {
+                parts.push(tensors.swap_remove(index));
+            }
+        }
+        if !parts.is_empty() {
+            tensors.push(HostTensor::stacked(
+                format!("{}.weight", fused.name),
+                parts,
+            )?);
+        }
+    }
+    Ok(tensors)
 }

@@ -1,11 +1,14 @@
 //! Reads and writes model folders with quantized linear layers.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde_json::Value;
 
 use super::config::HfConfig;
 use super::folder::HfFolder;
+use crate::arch::{Fused, LinearSpec};
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 use crate::io::quantized::{QuantFormat, QuantizationConfig};
@@ -32,8 +35,25 @@ impl HfConfig {
             Some(config) if config.has_layer(checkpoint, layer) => {
                 config.read_layer(checkpoint, layer, shape).map(Some)
             }
+            Some(config) if let Some((fused, rows)) = self.fused_of(checkpoint, layer) => {
+                let shape = [fused.d_output(), fused.d_input];
+                let matrix = config.read_layer(checkpoint, &fused.name, shape)?;
+                matrix.row_range(rows).map(Some)
+            }
             _ => checkpoint.load_quantized(&format!("{layer}.weight"), shape),
         }
+    }
+
+    /// The matrix that holds the codes of a layer together with others, and the layer's rows in it.
+    fn fused_of(&self, checkpoint: &Checkpoint, layer: &str) -> Option<(Fused, Range<usize>)> {
+        let config = self.quantization()?;
+        let mut all = self.arch().fused().into_iter();
+        let (fused, rows) = all
+            .find_map(|fused| Some((fused.rows_of(layer)?, fused)))
+            .map(|(rows, fused)| (fused, rows))?;
+        config
+            .has_layer(checkpoint, &fused.name)
+            .then_some((fused, rows))
     }
 
     /// Loads the weight of a layer as `f32`, and dequantizes it if the checkpoint holds codes.
@@ -90,7 +110,12 @@ impl HfConfig {
             return Ok(false);
         };
         if !config.has_layer(checkpoint, layer) {
-            return Ok(false);
+            let Some((fused, _)) = self.fused_of(checkpoint, layer) else {
+                return Ok(false);
+            };
+            let shape = [fused.d_output(), fused.d_input];
+            config.check_layer(checkpoint, &fused.name, shape)?;
+            return Ok(true);
         }
         config.check_layer(checkpoint, layer, [*rows, *cols])?;
         Ok(true)
@@ -112,7 +137,7 @@ impl HfFolder {
         &self,
         config: &HfConfig,
         dtype: DType,
-        mut tensors: Vec<HostTensor<'a>>,
+        tensors: Vec<HostTensor<'a>>,
         layers: &'a BTreeMap<String, QuantizedMatrix>,
         format: QuantFormat,
     ) -> Result<()> {
@@ -136,13 +161,15 @@ impl HfFolder {
                 });
             }
         }
-        let quantization = QuantizationConfig::for_layers(format, layers, &all)?;
+        let (stored, all) = fused(config, layers, all)?;
+        let quantization = QuantizationConfig::for_layers(format, &stored, &all)?;
         let replaced = |name: &str| {
             name.strip_suffix(".weight")
                 .is_some_and(|layer| layers.contains_key(layer))
         };
+        let mut tensors: Vec<HostTensor<'_>> = tensors;
         tensors.retain(|tensor| !replaced(tensor.name()));
-        for (name, matrix) in layers {
+        for (name, matrix) in stored.iter() {
             tensors.extend(quantization.layer_tensors(name, matrix)?);
         }
         if format != QuantFormat::CompressedTensors {
@@ -158,4 +185,45 @@ impl HfFolder {
             replaced,
         )
     }
+}
+
+/// The layers as the family stores them: those that share a matrix become one.
+///
+/// # Errors
+/// Returns [`Error::Unsupported`] if only some of the layers of a matrix are quantized, or in
+/// different ways.
+fn fused<'a>(
+    config: &HfConfig,
+    layers: &'a BTreeMap<String, QuantizedMatrix>,
+    mut all: Vec<LinearSpec>,
+) -> Result<(Cow<'a, BTreeMap<String, QuantizedMatrix>>, Vec<LinearSpec>)> {
+    let mut stored = Cow::Borrowed(layers);
+    for fused in config.arch().fused() {
+        let found: Vec<&QuantizedMatrix> = fused
+            .parts
+            .iter()
+            .filter_map(|(layer, _)| layers.get(layer))
+            .collect();
+        let inside = |name: &str| fused.rows_of(name).is_some();
+        if let Some(index) = all.iter().position(|layer| inside(&layer.name)) {
+            all[index].name.clone_from(&fused.name);
+            all[index].d_output = fused.d_output();
+            all.retain(|layer| !inside(&layer.name));
+        }
+        if found.is_empty() {
+            continue;
+        }
+        let all_of_them = (found.len() == fused.parts.len()).then_some(found);
+        let Some(matrix) = all_of_them.and_then(|found| QuantizedMatrix::stacked(&found)) else {
+            let what = format!(
+                "layers of `{}`, which the family stores as one matrix, in different formats",
+                fused.name
+            );
+            return Err(Error::Unsupported { what });
+        };
+        let stored = stored.to_mut();
+        stored.retain(|name, _| !inside(name));
+        stored.insert(fused.name, matrix);
+    }
+    Ok((stored, all))
 }

@@ -2,66 +2,112 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::arch::RopeScaling;
+use super::config::MAX_POSITIONS;
+use crate::arch::{RopeConfig, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
 
-/// Default base of transformers.
-const DEFAULT_THETA: f64 = 10_000.0;
+/// The object of transformers 5 and later, and the older one beside `rope_theta`.
+const NEW: &str = "rope_parameters";
+const OLD: &str = "rope_scaling";
+
+/// Names under which either object may hold one object for each kind of layer.
+const FULL: &str = "full_attention";
+const SLIDING: &str = "sliding_attention";
+
+/// What a family assumes where its config says nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Defaults {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Base in the layers with a sliding window, if it is another one there. `rope_local_base_freq`
+    /// states it, and these layers are not scaled with the others.
+    pub sliding_theta: Option<f64>,
+    /// Share of a head's features that are rotated; `None` if the family always rotates all of
+    /// them.
+    pub partial: Option<f64>,
+    /// Context length of the original training. Like the top-level field that states it, it
+    /// supersedes what the objects say.
+    pub original_max_positions: Option<usize>,
+    /// Whether the family's first files say `yarn` and mean `longrope`.
+    pub yarn_is_longrope: bool,
+}
+
+/// The rotary embeddings of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Parsed {
+    /// The embedding of the layers that attend to all positions, and of all others if `sliding` is
+    /// `None`.
+    pub full: RopeConfig,
+    /// The embedding of the layers with a sliding window, if theirs is another one.
+    pub sliding: Option<RopeConfig>,
+}
 
 /// Reads `rope_theta` and `rope_scaling` (transformers before 5) and `rope_parameters`
 /// (transformers 5 and later). If a file has both they must agree, because different readers would
 /// use different ones.
-pub(super) fn parse(raw: &Map<String, Value>) -> Result<(f64, RopeScaling)> {
+///
+/// # Errors
+/// Returns [`Error::Unsupported`] for an unknown kind of embedding, and [`Error::InvalidConfig`] if
+/// a field is missing, of another type, out of range, or contradicts another one.
+pub(super) fn parse(
+    raw: &Map<String, Value>,
+    head_dim: usize,
+    max_positions: usize,
+    defaults: &Defaults,
+) -> Result<Parsed> {
     let top = Fields {
         map: raw,
         prefix: "",
     };
-    let old_theta = top.f64("rope_theta")?;
-    let old = dict(raw, "rope_scaling")?
-        .map(|m| parse_dict("rope_scaling.", m))
-        .transpose()?;
-    let new = dict(raw, "rope_parameters")?
-        .map(|m| parse_dict("rope_parameters.", m))
-        .transpose()?;
-    if let (Some((_, old)), Some((_, new))) = (&old, &new)
-        && old != new
+    let original = top
+        .size("original_max_position_embeddings", MAX_POSITIONS)?
+        .or(defaults.original_max_positions);
+    let context = Context {
+        head_dim,
+        max_positions,
+        defaults,
+    };
+    let (new, old) = (objects(raw, NEW)?, objects(raw, OLD)?);
+    // In transformers, the flat new spelling says nothing to such a family.
+    if defaults.sliding_theta.is_some()
+        && let Some(Objects { nested: false, .. }) = new
     {
         return Err(bad_field(
-            "rope_parameters",
-            format!("{new:?}, but rope_scaling is {old:?}"),
+            NEW,
+            format!("expected the objects `{FULL}` and `{SLIDING}`"),
         ));
     }
-    let mut theta = None;
-    let named = [
-        ("rope_parameters.rope_theta", new.and_then(|(t, _)| t)),
-        ("rope_scaling.rope_theta", old.and_then(|(t, _)| t)),
-        ("rope_theta", old_theta),
-    ];
-    for (field, value) in named {
-        match (theta, value) {
-            (None, Some(v)) => theta = Some((field, v)),
-            (Some((first, v)), Some(w)) if v != w => {
-                return Err(bad_field(field, format!("{w}, but {first} is {v}")));
-            }
-            _ => {}
+    let nested = [&new, &old].into_iter().flatten().any(|o| o.nested);
+    // The length at the top concerns the settings for all layers.
+    let original = original.filter(|_| !nested);
+    let full = [&new, &old].map(|objects| objects.as_ref().and_then(|o| o.full.as_ref()));
+    let sliding = [&new, &old].map(|objects| objects.as_ref().and_then(|o| o.sliding.as_ref()));
+
+    let whole = context.embedding(&full, &top, "rope_theta", defaults.theta, original)?;
+    let sliding = match defaults.sliding_theta {
+        Some(theta) => {
+            Some(context.embedding(&sliding, &top, "rope_local_base_freq", theta, None)?)
         }
-    }
-    let theta = theta.map_or(DEFAULT_THETA, |(_, v)| v);
-    if !(theta.is_finite() && theta > 0.0) {
-        return Err(bad_field(
-            "rope_theta",
-            format!("{theta}, expected a positive number"),
-        ));
-    }
-    Ok((theta, new.or(old).map_or(RopeScaling::Default, |(_, s)| s)))
+        None if sliding.iter().any(Option::is_some) => {
+            Some(context.embedding(&sliding, &top, "rope_theta", defaults.theta, None)?)
+        }
+        None => None,
+    };
+    Ok(Parsed {
+        sliding: sliding.filter(|sliding| *sliding != whole),
+        full: whole,
+    })
 }
 
-/// Returns the value of `rope_scaling` for these settings.
-pub(super) fn value(scaling: RopeScaling) -> Value {
-    match scaling {
+/// Returns the value of `rope_scaling` for these settings. The base and the number of rotated
+/// features have fields of their own.
+pub(super) fn value(config: &RopeConfig) -> Value {
+    match &config.scaling {
         RopeScaling::Default => Value::Null,
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        // The length from which it scales is the model's context length.
+        RopeScaling::Dynamic { factor, .. } => json!({ "rope_type": "dynamic", "factor": factor }),
         RopeScaling::Llama3 {
             factor,
             low_freq_factor,
@@ -72,78 +118,390 @@ pub(super) fn value(scaling: RopeScaling) -> Value {
             "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": original_max_position_embeddings,
         }),
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            attention_factor,
+            beta_fast,
+            beta_slow,
+            truncate,
+        } => json!({
+            "rope_type": "yarn", "factor": factor, "attention_factor": attention_factor,
+            "beta_fast": beta_fast, "beta_slow": beta_slow, "truncate": truncate,
+            "original_max_position_embeddings": original_max_position_embeddings,
+        }),
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            original_max_position_embeddings,
+            attention_factor,
+        } => json!({
+            "rope_type": "longrope", "short_factor": short_factor, "long_factor": long_factor,
+            "attention_factor": attention_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+        }),
     }
 }
 
-fn dict<'a>(raw: &'a Map<String, Value>, field: &str) -> Result<Option<&'a Map<String, Value>>> {
+/// An object of settings and the prefix of its fields in errors.
+struct Object<'a> {
+    map: &'a Map<String, Value>,
+    prefix: String,
+}
+
+impl Object<'_> {
+    fn fields(&self) -> Fields<'_> {
+        Fields {
+            map: self.map,
+            prefix: &self.prefix,
+        }
+    }
+}
+
+/// One spelling's settings for each kind of layer.
+struct Objects<'a> {
+    nested: bool,
+    full: Option<Object<'a>>,
+    sliding: Option<Object<'a>>,
+}
+
+fn dict<'a>(raw: &'a Map<String, Value>, prefix: &str, field: &str) -> Result<Option<Object<'a>>> {
     match raw.get(field) {
         None | Some(Value::Null) => Ok(None),
-        Some(Value::Object(map)) => Ok(Some(map)),
-        Some(other) => Err(bad_field(field, format!("{other}, expected an object"))),
+        Some(Value::Object(map)) => Ok(Some(Object {
+            map,
+            prefix: format!("{prefix}{field}."),
+        })),
+        Some(other) => Err(bad_field(
+            format!("{prefix}{field}"),
+            format!("{other}, expected an object"),
+        )),
     }
 }
 
-fn parse_dict(
-    prefix: &'static str,
-    map: &Map<String, Value>,
-) -> Result<(Option<f64>, RopeScaling)> {
-    let fields = Fields { map, prefix };
-    let theta = fields.f64("rope_theta")?;
-    if let Some(share) = fields.f64("partial_rotary_factor")?
-        && share != 1.0
-    {
+fn objects<'a>(raw: &'a Map<String, Value>, field: &str) -> Result<Option<Objects<'a>>> {
+    let Some(object) = dict(raw, "", field)?.filter(|object| !object.map.is_empty()) else {
+        return Ok(None);
+    };
+    let nested = [FULL, SLIDING]
+        .iter()
+        .any(|name| object.map.contains_key(*name));
+    if !nested {
+        return Ok(Some(Objects {
+            nested,
+            full: Some(object),
+            sliding: None,
+        }));
+    }
+    // A field beside the two objects would belong to neither.
+    let other = object
+        .map
+        .keys()
+        .find(|key| ![FULL, SLIDING].contains(&key.as_str()));
+    if let Some(key) = other {
         return Err(Error::Unsupported {
-            what: format!("config field `{prefix}partial_rotary_factor` = {share}"),
+            what: format!("config field `{}{key}` beside `{FULL}`", object.prefix),
         });
     }
-    // `rope_type`, which Llama 3.1 introduced, takes precedence over `type`, as in transformers.
-    let kind = match fields.str("rope_type")? {
-        Some(kind) => kind,
-        None => fields.str("type")?.unwrap_or("default"),
-    };
-    let scaling = match kind {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear {
-            factor: factor(&fields)?,
-        },
-        "llama3" => {
-            let low_freq_factor = fields.required_f64("low_freq_factor")?;
-            let high_freq_factor = fields.required_f64("high_freq_factor")?;
-            if !(low_freq_factor > 0.0
-                && high_freq_factor > low_freq_factor
-                && high_freq_factor.is_finite())
-            {
-                return Err(bad_field(
-                    format!("{prefix}high_freq_factor"),
-                    format!(
-                        "{high_freq_factor}, expected more than low_freq_factor = {low_freq_factor}, and that over 0"
-                    ),
-                ));
-            }
-            RopeScaling::Llama3 {
-                factor: factor(&fields)?,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings: fields
-                    .required_size("original_max_position_embeddings", 1 << 31)?,
-            }
-        }
-        other => {
-            return Err(Error::Unsupported {
-                what: format!("rotary embedding of kind `{other}`"),
-            });
-        }
-    };
-    Ok((theta, scaling))
+    Ok(Some(Objects {
+        nested,
+        full: dict(object.map, &object.prefix, FULL)?,
+        sliding: dict(object.map, &object.prefix, SLIDING)?,
+    }))
 }
 
-fn factor(fields: &Fields<'_>) -> Result<f64> {
-    let factor = fields.required_f64("factor")?;
-    if !(factor.is_finite() && factor >= 1.0) {
-        return Err(bad_field(
-            format!("{}factor", fields.prefix),
-            format!("{factor}, expected a number of at least 1"),
-        ));
+/// What the settings of a rotary embedding depend on.
+struct Context<'a> {
+    head_dim: usize,
+    max_positions: usize,
+    defaults: &'a Defaults,
+}
+
+impl Context<'_> {
+    /// Merges the spellings of one embedding, which are in order of precedence. `theta_field` is
+    /// the field at the top that states its base, and `original` a length that supersedes that of
+    /// the objects.
+    fn embedding(
+        &self,
+        objects: &[Option<&Object<'_>>],
+        top: &Fields<'_>,
+        theta_field: &'static str,
+        default_theta: f64,
+        original: Option<usize>,
+    ) -> Result<RopeConfig> {
+        let objects = || objects.iter().copied().flatten();
+        let theta = self.number(objects(), "rope_theta", top, theta_field)?;
+        let theta = theta.unwrap_or(default_theta);
+        if !(theta.is_finite() && theta > 0.0 && (theta as f32).is_normal()) {
+            return Err(bad_field(
+                theta_field,
+                format!("{theta}, expected a positive number"),
+            ));
+        }
+        let field = "partial_rotary_factor";
+        let share = self.number(objects(), field, top, field)?;
+        let dims = self.dims(share)?;
+        let mut found: Option<(&Object<'_>, RopeScaling)> = None;
+        for object in objects() {
+            let scaling = self.scaling(&object.fields(), theta, dims, original)?;
+            match &found {
+                Some((first, other)) if *other != scaling => {
+                    let (field, first) = (&object.prefix, &first.prefix);
+                    return Err(bad_field(
+                        field.trim_end_matches('.'),
+                        format!(
+                            "{scaling:?}, but {} is {other:?}",
+                            first.trim_end_matches('.')
+                        ),
+                    ));
+                }
+                Some(_) => {}
+                None => found = Some((object, scaling)),
+            }
+        }
+        Ok(RopeConfig {
+            theta,
+            scaling: found.map_or(RopeScaling::Default, |(_, scaling)| scaling),
+            dims,
+        })
     }
-    Ok(factor)
+
+    /// Returns a number that any of the objects or the top may state, under different names.
+    fn number<'a>(
+        &self,
+        objects: impl Iterator<Item = &'a Object<'a>>,
+        name: &str,
+        top: &Fields<'_>,
+        top_name: &str,
+    ) -> Result<Option<f64>> {
+        let mut all = Vec::new();
+        for object in objects {
+            let value = object.fields().f64(name)?;
+            all.extend(value.map(|value| (format!("{}{name}", object.prefix), value)));
+        }
+        all.extend(
+            top.f64(top_name)?
+                .map(|value| (top_name.to_string(), value)),
+        );
+        match all.as_slice() {
+            [] => Ok(None),
+            [(first, value), others @ ..] => match others.iter().find(|(_, v)| v != value) {
+                Some((field, other)) => {
+                    Err(bad_field(field, format!("{other}, but {first} is {value}")))
+                }
+                None => Ok(Some(*value)),
+            },
+        }
+    }
+
+    /// Number of rotated features.
+    fn dims(&self, share: Option<f64>) -> Result<usize> {
+        let field = "partial_rotary_factor";
+        let share = match (share, self.defaults.partial) {
+            (Some(share), None) if share != 1.0 => {
+                return Err(Error::Unsupported {
+                    what: format!("config field `{field}` = {share}"),
+                });
+            }
+            (share, default) => share.or(default).unwrap_or(1.0),
+        };
+        if !(share > 0.0 && share <= 1.0) {
+            return Err(bad_field(
+                field,
+                format!("{share}, expected a number above 0 and up to 1"),
+            ));
+        }
+        // Truncated as transformers does.
+        let dims = (self.head_dim as f64 * share) as usize;
+        if dims == 0 || !dims.is_multiple_of(2) {
+            return Err(bad_field(
+                field,
+                format!(
+                    "{share} of head_dim = {} are {dims} features; the rotary embedding rotates pairs",
+                    self.head_dim
+                ),
+            ));
+        }
+        Ok(dims)
+    }
+
+    fn scaling(
+        &self,
+        fields: &Fields<'_>,
+        theta: f64,
+        dims: usize,
+        original: Option<usize>,
+    ) -> Result<RopeScaling> {
+        // `rope_type`, which Llama 3.1 introduced, takes precedence over `type`, as in transformers.
+        let kind = match fields.str("rope_type")? {
+            Some(kind) => kind,
+            None => fields.str("type")?.unwrap_or("default"),
+        };
+        let bad =
+            |field: &str, reason: String| bad_field(format!("{}{field}", fields.prefix), reason);
+        // The length of the original training.
+        let original = || {
+            let field = "original_max_position_embeddings";
+            let stated = fields.size(field, MAX_POSITIONS)?;
+            Ok::<_, Error>(original.or(stated).unwrap_or(self.max_positions))
+        };
+        let stretch = || Ok::<_, Error>(self.max_positions as f64 / original()? as f64);
+        match kind {
+            "default" => Ok(RopeScaling::Default),
+            "linear" => Ok(RopeScaling::Linear {
+                factor: required_factor(fields)?,
+            }),
+            "dynamic" if dims <= 2 => Err(bad(
+                "rope_type",
+                format!("dynamic needs more than {dims} rotated features"),
+            )),
+            "dynamic" => Ok(RopeScaling::Dynamic {
+                factor: required_factor(fields)?,
+                original_max_position_embeddings: self.max_positions,
+            }),
+            "llama3" => {
+                let low_freq_factor = fields.required_f64("low_freq_factor")?;
+                let high_freq_factor = fields.required_f64("high_freq_factor")?;
+                if !(low_freq_factor > 0.0
+                    && high_freq_factor > low_freq_factor
+                    && high_freq_factor.is_finite())
+                {
+                    return Err(bad(
+                        "high_freq_factor",
+                        format!(
+                            "{high_freq_factor}, expected more than low_freq_factor = {low_freq_factor}, and that over 0"
+                        ),
+                    ));
+                }
+                Ok(RopeScaling::Llama3 {
+                    factor: required_factor(fields)?,
+                    low_freq_factor,
+                    high_freq_factor,
+                    original_max_position_embeddings: original()?,
+                })
+            }
+            "yarn" if !self.defaults.yarn_is_longrope => {
+                if theta <= 1.0 {
+                    return Err(bad(
+                        "rope_theta",
+                        format!("{theta}, but yarn needs more than 1"),
+                    ));
+                }
+                let factor = match factor(fields)? {
+                    Some(factor) => factor,
+                    None => at_least_1(fields, "factor", stretch()?)?,
+                };
+                // Like transformers, these take 0 as absent.
+                let turns = |name: &str, default: f64| match fields.f64(name)? {
+                    Some(turns) if turns != 0.0 => positive(fields, name, turns),
+                    _ => Ok(default),
+                };
+                let mscale = |name: &str| match fields.f64(name)? {
+                    Some(scale) if scale != 0.0 => positive(fields, name, scale).map(Some),
+                    _ => Ok(None),
+                };
+                let grown = |scale: f64| 0.1 * scale * factor.ln() + 1.0;
+                let derived = match (mscale("mscale")?, mscale("mscale_all_dim")?) {
+                    (Some(one), Some(all)) => grown(one) / grown(all),
+                    _ => grown(1.0),
+                };
+                Ok(RopeScaling::Yarn {
+                    factor,
+                    original_max_position_embeddings: original()?,
+                    attention_factor: attention_factor(fields)?.unwrap_or(derived),
+                    beta_fast: turns("beta_fast", 32.0)?,
+                    beta_slow: turns("beta_slow", 1.0)?,
+                    truncate: fields.bool("truncate")?.unwrap_or(true),
+                })
+            }
+            "longrope" | "su" | "yarn" => {
+                let original = original()?;
+                let factor = match factor(fields)? {
+                    Some(factor) => factor,
+                    None => stretch()?,
+                };
+                let attention_factor = match attention_factor(fields)? {
+                    Some(factor) => factor,
+                    None if factor <= 1.0 => 1.0,
+                    None if original < 2 => {
+                        let reason = format!("{original}, expected at least 2");
+                        return Err(bad("original_max_position_embeddings", reason));
+                    }
+                    None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+                };
+                Ok(RopeScaling::LongRope {
+                    short_factor: divisors(fields, "short_factor", dims / 2)?,
+                    long_factor: divisors(fields, "long_factor", dims / 2)?,
+                    original_max_position_embeddings: original,
+                    attention_factor,
+                })
+            }
+            other => Err(Error::Unsupported {
+                what: format!("rotary embedding of kind `{other}`"),
+            }),
+        }
+    }
+}
+
+fn out_of_range(fields: &Fields<'_>, name: &str, found: f64, expected: &str) -> Error {
+    let prefix = fields.prefix;
+    bad_field(
+        format!("{prefix}{name}"),
+        format!("{found}, expected {expected}"),
+    )
+}
+
+fn at_least_1(fields: &Fields<'_>, name: &str, value: f64) -> Result<f64> {
+    if value.is_finite() && value >= 1.0 {
+        return Ok(value);
+    }
+    Err(out_of_range(fields, name, value, "a number of at least 1"))
+}
+
+fn positive(fields: &Fields<'_>, name: &str, value: f64) -> Result<f64> {
+    // What is too small or too large for f32 would become zero or infinite in the tables.
+    if value > 0.0 && (value as f32).is_normal() {
+        return Ok(value);
+    }
+    Err(out_of_range(fields, name, value, "a positive number"))
+}
+
+fn factor(fields: &Fields<'_>) -> Result<Option<f64>> {
+    let factor = fields.f64("factor")?;
+    factor
+        .map(|factor| at_least_1(fields, "factor", factor))
+        .transpose()
+}
+
+fn required_factor(fields: &Fields<'_>) -> Result<f64> {
+    at_least_1(fields, "factor", fields.required_f64("factor")?)
+}
+
+fn attention_factor(fields: &Fields<'_>) -> Result<Option<f64>> {
+    let name = "attention_factor";
+    fields
+        .f64(name)?
+        .map(|factor| positive(fields, name, factor))
+        .transpose()
+}
+
+/// Returns a list of `len` divisors of frequencies.
+fn divisors(fields: &Fields<'_>, name: &str, len: usize) -> Result<Vec<f64>> {
+    let bad = |reason: String| bad_field(format!("{}{name}", fields.prefix), reason);
+    let list = match fields.map.get(name) {
+        None | Some(Value::Null) => return Err(bad("missing".into())),
+        Some(Value::Array(list)) => list,
+        Some(_) => return Err(bad("expected a list of numbers".into())),
+    };
+    if list.len() != len {
+        return Err(bad(format!(
+            "{} numbers, expected {len}, one for each pair of rotated features",
+            list.len()
+        )));
+    }
+    let number = |(i, value): (usize, &Value)| match value.as_f64() {
+        Some(value) => positive(fields, &format!("{name}[{i}]"), value),
+        None => Err(bad(format!("{value} at {i}, expected a number"))),
+    };
+    list.iter().enumerate().map(number).collect()
 }

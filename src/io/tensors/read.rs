@@ -10,10 +10,11 @@ use memmap2::Mmap;
 use safetensors::tensor::Metadata;
 
 use super::dtype::{self, DType};
+use crate::arch::family;
 use crate::error::{Error, Result};
 use crate::format::{Buffer, QuantizedMatrix};
 use crate::io::gguf::{Gguf, Layout, is_gguf};
-use crate::io::{is_plain_file_name, open_regular, read_json_object};
+use crate::io::{HfConfig, is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
 /// Size in bytes of the length field before a header.
@@ -66,8 +67,38 @@ struct Entry {
     layout: Layout,
 }
 
+impl Entry {
+    /// The rows of a range, which is inside the matrix.
+    fn rows(&self, rows: Range<usize>) -> Self {
+        let (range, shape) = (&self.range, &self.info.shape);
+        let size = range.len() / shape.first().copied().unwrap_or(1).max(1);
+        let shape = std::iter::once(rows.len()).chain(shape.iter().skip(1).copied());
+        Self {
+            shard: self.shard,
+            range: range.start + rows.start * size..range.start + rows.end * size,
+            info: TensorInfo {
+                dtype: self.info.dtype,
+                shape: shape.collect(),
+            },
+            layout: self.layout,
+        }
+    }
+}
+
+/// Beginnings of the names that the text model's tensors have in models for several kinds of input,
+/// and what stands for them in a plain text model.
+const TEXT_PREFIXES: [(&str, &str); 3] = [
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+];
+
 /// A checkpoint opened for reading, memory-mapped: one safetensors file, a folder of shards, or a
 /// GGUF model.
+///
+/// Tensors have the names of a plain text model. A matrix that holds several linear layers, as in
+/// Phi-3, appears as one tensor for each of them; the text model of Gemma 3 has the names that it
+/// has alone.
 ///
 /// The tensors of a GGUF model have Hugging Face's names and row order. Tensors in quantized blocks
 /// have dtype `f32`: they are dequantized on access, and [`load_quantized`](Self::load_quantized)
@@ -116,11 +147,11 @@ impl Checkpoint {
         // transformers looks for the files in this order.
         let single = path.join("model.safetensors");
         if single.exists() {
-            return Self::from_shards(&single, vec![single.clone()], mmap);
+            return Self::from_shards(&single, vec![single.clone()], mmap)?.adapted(path);
         }
         let index = path.join("model.safetensors.index.json");
         if index.exists() {
-            return Self::from_index(path, &index, mmap);
+            return Self::from_index(path, &index, mmap)?.adapted(path);
         }
         let mut entries = std::fs::read_dir(path).into_iter().flatten().flatten();
         let hint = if path.join("pytorch_model.bin").exists()
@@ -200,6 +231,56 @@ impl Checkpoint {
             }
         }
         Ok(checkpoint)
+    }
+
+    /// Gives the tensors of a model folder the names of a plain text model, and splits matrices
+    /// that hold several linear layers.
+    fn adapted(mut self, folder: &Path) -> Result<Self> {
+        for (prefix, plain) in TEXT_PREFIXES {
+            let found: Vec<String> = self
+                .tensors
+                .range(prefix.to_string()..)
+                .map(|(name, _)| name)
+                .take_while(|name| name.starts_with(prefix))
+                .cloned()
+                .collect();
+            for name in found {
+                let new = format!("{plain}{}", &name[prefix.len()..]);
+                if let Some(entry) = self.tensors.remove(&name)
+                    && self.tensors.insert(new.clone(), entry).is_some()
+                {
+                    let reason = format!("both tensors `{name}` and `{new}`");
+                    return Err(Error::invalid_file(folder, reason));
+                }
+            }
+        }
+        if !self.tensors.keys().any(|name| family::is_fused(name)) {
+            return Ok(self);
+        }
+        let config = HfConfig::open(folder)?;
+        for fused in config.arch().fused() {
+            let name = format!("{}.weight", fused.name);
+            let Some(entry) = self.tensors.get(&name) else {
+                continue;
+            };
+            let expected = vec![fused.d_output(), fused.d_input];
+            if entry.info.shape != expected {
+                return Err(Error::TensorShape {
+                    tensor: name,
+                    expected,
+                    found: entry.info.shape.clone(),
+                });
+            }
+            for (layer, _) in &fused.parts {
+                if let Some(rows) = fused.rows_of(layer)
+                    && let Some(part) = self.tensors.get(&name).map(|entry| entry.rows(rows))
+                {
+                    self.tensors.insert(format!("{layer}.weight"), part);
+                }
+            }
+            self.tensors.remove(&name);
+        }
+        Ok(self)
     }
 
     fn from_gguf(path: &Path, mmap: bool) -> Result<Self> {

@@ -106,6 +106,51 @@ impl<'a> HostTensor<'a> {
         }
     }
 
+    /// Creates a matrix from the rows of several matrices, one after the other.
+    ///
+    /// # Errors
+    /// Returns [`Error::TensorShape`] or [`Error::TensorDtype`] if one of them is not a matrix, or
+    /// has another number of columns or another dtype than the first.
+    pub(crate) fn stacked(name: impl Into<String>, parts: Vec<HostTensor<'a>>) -> Result<Self> {
+        let (mut rows, mut of) = (0, None);
+        for part in &parts {
+            let &[part_rows, cols] = part.shape.as_slice() else {
+                return Err(Error::TensorShape {
+                    tensor: part.name.clone(),
+                    expected: vec![0, 0],
+                    found: part.shape.clone(),
+                });
+            };
+            let &mut (expected, dtype) = of.get_or_insert((cols, part.dtype));
+            if cols != expected {
+                return Err(Error::TensorShape {
+                    tensor: part.name.clone(),
+                    expected: vec![part_rows, expected],
+                    found: part.shape.clone(),
+                });
+            }
+            if part.dtype != dtype {
+                return Err(Error::TensorDtype {
+                    tensor: part.name.clone(),
+                    expected: "the dtype of the layers with the same input",
+                    found: part.dtype.to_string(),
+                });
+            }
+            rows += part_rows;
+        }
+        let (cols, dtype) = of.unwrap_or((0, DType::F32));
+        Ok(Self::lazy_bytes(name, dtype, [rows, cols], move || {
+            let mut bytes = Vec::new();
+            for part in parts {
+                part.encode(&mut |chunk| {
+                    bytes.extend_from_slice(chunk);
+                    Ok(())
+                })?;
+            }
+            Ok(bytes)
+        }))
+    }
+
     /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
@@ -162,7 +207,12 @@ impl<'a> HostTensor<'a> {
         })
     }
 
-    fn write_to(mut self, sink: &mut Sink<'_>) -> Result<()> {
+    fn write_to(self, sink: &mut Sink<'_>) -> Result<()> {
+        self.encode(&mut |bytes| sink.put(bytes))
+    }
+
+    /// Passes the bytes of the tensor to `put`.
+    fn encode(mut self, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let (n, n_bytes) = (self.n_elements()?, self.n_bytes()?);
         let source = std::mem::replace(&mut self.source, Source::Bytes(Cow::Borrowed(&[])));
         let values = match source {
@@ -170,12 +220,12 @@ impl<'a> HostTensor<'a> {
             Source::LazyValues(make) => Cow::Owned(make()?),
             Source::Bytes(bytes) => {
                 self.check_len("bytes", bytes.len(), n_bytes)?;
-                return sink.put(&bytes);
+                return put(&bytes);
             }
             Source::LazyBytes(make) => {
                 let bytes = make()?;
                 self.check_len("bytes", bytes.len(), n_bytes)?;
-                return sink.put(&bytes);
+                return put(&bytes);
             }
         };
         self.check_len("elements", values.len(), n)?;
@@ -183,7 +233,7 @@ impl<'a> HostTensor<'a> {
         for (i, chunk) in values.chunks(CHUNK).enumerate() {
             bytes.clear();
             dtype::encode(&self.name, self.dtype, i * CHUNK, chunk, &mut bytes)?;
-            sink.put(&bytes)?;
+            put(&bytes)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! tile by tile with a running maximum (arXiv 1805.02867), so that scores are needed only while
 //! their tile is in the first-level cache.
 
-use super::math::exp;
+use super::math::{exp, tanh};
 use crate::kernels::level::{dispatch, mul_add};
 use crate::kernels::number::Stored;
 
@@ -82,7 +82,19 @@ fn scores<const FMA: bool, const N: usize, S: Stored>(
 /// Replaces the scores of a query by weights, and returns the factor by which its partial result
 /// must be multiplied.
 #[inline(always)]
-fn weigh<const FMA: bool>(scores: &mut [f32; TILE], query: &mut Query<'_>, scale: f32) -> f32 {
+fn weigh<const FMA: bool>(
+    scores: &mut [f32; TILE],
+    query: &mut Query<'_>,
+    scale: f32,
+    softcap: Option<f32>,
+) -> f32 {
+    if let Some(cap) = softcap {
+        let scale = scale / cap;
+        scores
+            .iter_mut()
+            .for_each(|score| *score = cap * tanh::<FMA>(*score * scale));
+    }
+    let scale = softcap.map_or(scale, |_| 1.0);
     let mut max = [f32::NEG_INFINITY; 16];
     for (index, score) in scores.iter_mut().enumerate() {
         *score = if index >= query.from && index < query.to {
@@ -130,12 +142,13 @@ fn attend<const FMA: bool, const N: usize, S: Stored>(
     keys: &[S],
     values: &[S],
     scale: f32,
+    softcap: Option<f32>,
 ) {
     let mut weights = scores::<FMA, N, S>(queries, keys);
     let mut factors = [0.0_f32; N];
     let (mut from, mut to) = (TILE, 0);
     for n in 0..N {
-        factors[n] = weigh::<FMA>(&mut weights[n], &mut queries[n], scale);
+        factors[n] = weigh::<FMA>(&mut weights[n], &mut queries[n], scale, softcap);
         (from, to) = (from.min(queries[n].from), to.max(queries[n].to));
     }
     let head_dim = values.len() / TILE;
@@ -178,13 +191,14 @@ fn attend<const FMA: bool, const N: usize, S: Stored>(
 
 dispatch! {
     /// Computes attention of up to [`QUERIES`] queries over one tile of keys, `[head_dim, TILE]`,
-    /// and values, `[TILE, head_dim]`. Scores are multiplied by `scale`.
-    pub(crate) fn attend_tile<const FMA: bool, S: Stored>(queries: &mut [Query<'_>], keys: &[S], values: &[S], scale: f32) {
+    /// and values, `[TILE, head_dim]`. Scores are multiplied by `scale` and limited
+    /// to `softcap * tanh(score / softcap)`.
+    pub(crate) fn attend_tile<const FMA: bool, S: Stored>(queries: &mut [Query<'_>], keys: &[S], values: &[S], scale: f32, softcap: Option<f32>) {
         match queries.len() {
-            1 => attend::<FMA, 1, S>(queries, keys, values, scale),
-            2 => attend::<FMA, 2, S>(queries, keys, values, scale),
-            3 => attend::<FMA, 3, S>(queries, keys, values, scale),
-            _ => attend::<FMA, 4, S>(queries, keys, values, scale),
+            1 => attend::<FMA, 1, S>(queries, keys, values, scale, softcap),
+            2 => attend::<FMA, 2, S>(queries, keys, values, scale, softcap),
+            3 => attend::<FMA, 3, S>(queries, keys, values, scale, softcap),
+            _ => attend::<FMA, 4, S>(queries, keys, values, scale, softcap),
         }
     }
 }
@@ -207,6 +221,7 @@ mod tests {
         values: &[f32],
         seen: std::ops::Range<usize>,
         scale: f32,
+        softcap: Option<f32>,
     ) -> Vec<f64> {
         let head_dim = q.len();
         let score = |token: usize| -> f64 {
@@ -214,7 +229,10 @@ mod tests {
             let dot: f64 = (0..head_dim)
                 .map(|d| f64::from(q[d]) * f64::from(keys[at + d * TILE]))
                 .sum();
-            dot * f64::from(scale)
+            let score = dot * f64::from(scale);
+            softcap.map_or(score, |cap| {
+                f64::from(cap) * (score / f64::from(cap)).tanh()
+            })
         };
         let scores: Vec<f64> = seen.clone().map(score).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -232,7 +250,13 @@ mod tests {
             .collect()
     }
 
-    fn check<S: Stored>(store: impl Fn(f32) -> S, head_dim: usize, n: usize, level: Level) {
+    fn check<S: Stored>(
+        store: impl Fn(f32) -> S,
+        head_dim: usize,
+        n: usize,
+        level: Level,
+        softcap: Option<f32>,
+    ) {
         let tiles = 3;
         let size = head_dim * TILE;
         let (keys, values): (Vec<S>, Vec<S>) = (
@@ -264,7 +288,14 @@ mod tests {
                 })
                 .collect();
             let range = tile * size..(tile + 1) * size;
-            attend_tile(level, &mut now, &keys[range.clone()], &values[range], 0.4);
+            attend_tile(
+                level,
+                &mut now,
+                &keys[range.clone()],
+                &values[range],
+                0.4,
+                softcap,
+            );
         }
         for i in 0..n {
             let want = expected(
@@ -273,6 +304,7 @@ mod tests {
                 &widened(&values),
                 seen[i].clone(),
                 0.4,
+                softcap,
             );
             for (got, want) in out[i].iter().zip(want) {
                 let got = f64::from(got / running[i].sum);
@@ -289,8 +321,9 @@ mod tests {
         for level in Level::available() {
             for head_dim in [2, 6, 32, 40, 64] {
                 for n in 1..=QUERIES {
-                    check(|value| value, head_dim, n, level);
-                    check(f16::from_f32, head_dim, n, level);
+                    check(|value| value, head_dim, n, level, None);
+                    check(f16::from_f32, head_dim, n, level, None);
+                    check(|value| value, head_dim, n, level, Some(3.0));
                 }
             }
         }

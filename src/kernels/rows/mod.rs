@@ -4,6 +4,7 @@
 //! The loops are plain Rust that the compiler vectorizes.
 
 pub(crate) mod attention;
+mod gated;
 pub(crate) mod lines;
 pub(crate) mod masked;
 mod math;
@@ -11,14 +12,13 @@ mod norm;
 pub(crate) mod quantize;
 mod rotary;
 mod softmax;
-mod swiglu;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use gated::*;
 pub(crate) use norm::*;
 pub(crate) use rotary::*;
 pub(crate) use softmax::*;
-pub(crate) use swiglu::*;
 
 use std::mem::MaybeUninit;
 

@@ -24,6 +24,18 @@ dispatch! {
 }
 
 dispatch! {
+    /// Normalizes each row in place; see [`rms_norm`].
+    pub(crate) fn rms_norm_in_place<const FMA: bool>(x: &mut [f32], weight: &[f32], eps: f32) {
+        for x in x.chunks_exact_mut(weight.len()) {
+            let inverse = inverse_rms(x, eps);
+            for (x, weight) in x.iter_mut().zip(weight) {
+                *x = *x * inverse * weight;
+            }
+        }
+    }
+}
+
+dispatch! {
     /// Replaces rows of the gradient of the result by the gradient of `x`.
     pub(crate) fn rms_norm_backward<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, grad: &mut [f32]) {
         let width = weight.len();

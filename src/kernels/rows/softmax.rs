@@ -1,6 +1,6 @@
 //! Softmax of a row, and the losses and gradients based on it.
 
-use super::math::{exp, max_of, sum_of};
+use super::math::{exp, max_of, sum_of, tanh};
 use crate::kernels::level::{dispatch, mul_add};
 
 dispatch! {
@@ -8,6 +8,28 @@ dispatch! {
     pub(crate) fn log_sum_exp<const FMA: bool>(row: &[f32]) -> f32 {
         let max = max_of(row);
         sum_of(row, row, |x, _| exp::<FMA>(x - max)).ln() + max
+    }
+}
+
+dispatch! {
+    /// Limits scores to `cap * tanh(score / cap)`.
+    pub(crate) fn softcap_in_place<const FMA: bool>(row: &mut [f32], cap: f32) {
+        let inverse = 1.0 / cap;
+        for x in row {
+            *x = cap * tanh::<FMA>(*x * inverse);
+        }
+    }
+}
+
+dispatch! {
+    /// Replaces the gradient of limited scores by that of the scores before
+    /// [`softcap_in_place`]. `capped` holds the limited scores.
+    pub(crate) fn softcap_backward<const FMA: bool>(capped: &[f32], grad: &mut [f32], cap: f32) {
+        let inverse = 1.0 / cap;
+        for (grad, capped) in grad.iter_mut().zip(capped) {
+            let tanh = capped * inverse;
+            *grad *= 1.0 - tanh * tanh;
+        }
     }
 }
 

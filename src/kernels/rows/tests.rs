@@ -1,6 +1,7 @@
 use std::mem::MaybeUninit;
 
 use super::*;
+use crate::arch::Activation;
 use crate::kernels::level::Level;
 
 #[test]
@@ -50,8 +51,13 @@ fn levels_agree() {
         let run = |level| {
             let mut all = vec![log_sum_exp(level, &a)];
             let mut out = vec![MaybeUninit::uninit(); 3 * width];
-            swiglu(level, &a, &b, &mut out);
-            all.extend(written(out.clone()));
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                gated(level, activation, &a, &b, &mut out);
+                all.extend(written(out.clone()));
+                let (mut gate, mut up) = (a.clone(), b.clone());
+                gated_backward(level, activation, &mut gate, &mut up, &b);
+                all.extend(gate.into_iter().chain(up));
+            }
             rms_norm(level, &a, &b[..width], 1e-3, &mut out);
             all.extend(written(out));
             let mut out = vec![MaybeUninit::uninit(); width];
@@ -71,8 +77,6 @@ fn levels_agree() {
                 &mut out,
             );
             all.extend(written(out));
-            let (mut gate, mut up) = (a.clone(), b.clone());
-            swiglu_backward(level, &mut gate, &mut up, &b);
             let (mut grad, mut sum) = (b.clone(), vec![0.0; width]);
             rms_norm_backward(level, &a, &b[..width], 1e-3, &mut grad);
             rms_norm_backward_weight(level, &a, &b, 1e-3, &mut sum);
@@ -83,8 +87,6 @@ fn levels_agree() {
             all.extend(rest.into_iter().chain([log_sum_exp, cross_entropy]));
             softmax_backward(level, &weights, &mut slopes);
             all.into_iter()
-                .chain(gate)
-                .chain(up)
                 .chain(grad)
                 .chain(sum)
                 .chain(weights)

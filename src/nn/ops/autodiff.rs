@@ -10,6 +10,7 @@ use burn::tensor::{DType, FloatDType, Shape};
 
 use super::extension::DecoderOps;
 use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
+use crate::arch::{Activation, Scores};
 use crate::nn::{AttentionMask, StoredWeight};
 
 type Float<B> = FloatTensor<B>;
@@ -59,10 +60,15 @@ backward!(RmsNorm, 2, (Float<B>, Float<B>, f64), |(x, weight, eps),
     ]
 });
 
-backward!(Swiglu, 2, (Float<B>, Float<B>), |(gate, up), grad, _| {
-    let (gate, up) = B::swiglu_backward(gate, up, grad);
-    [Some(gate), Some(up)]
-});
+backward!(
+    Gated,
+    2,
+    (Float<B>, Float<B>, Activation),
+    |(gate, up, activation), grad, _| {
+        let (gate, up) = B::gated_backward(gate, up, grad, activation);
+        [Some(gate), Some(up)]
+    }
+);
 
 backward!(
     Linear,
@@ -233,9 +239,9 @@ backward!(
 backward!(
     CausalAttention,
     3,
-    ([Float<B>; 4], f64, AttentionMask),
-    |([q, k, v, log_sum_exp], scale, mask), grad, _| {
-        let (q, k, v) = B::causal_attention_backward(q, k, v, log_sum_exp, grad, scale, mask);
+    ([Float<B>; 4], Scores, AttentionMask),
+    |([q, k, v, log_sum_exp], scores, mask), grad, _| {
+        let (q, k, v) = B::causal_attention_backward(q, k, v, log_sum_exp, grad, scores, mask);
         [Some(q), Some(k), Some(v)]
     }
 );
@@ -260,18 +266,18 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         }
     }
 
-    fn swiglu(gate: Float<Self>, up: Float<Self>) -> Float<Self> {
+    fn gated(gate: Float<Self>, up: Float<Self>, activation: Activation) -> Float<Self> {
         let ((gate, gate_node), (up, up_node)) = (gate.into_parts(), up.into_parts());
-        match Swiglu
+        match Gated
             .prepare::<C>([gate_node, up_node])
             .compute_bound()
             .stateful()
         {
             OpsKind::Tracked(prep) => {
-                let y = B::swiglu(gate.clone(), up.clone());
-                prep.finish((gate, up), y)
+                let y = B::gated(gate.clone(), up.clone(), activation);
+                prep.finish((gate, up, activation), y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::swiglu(gate, up)),
+            OpsKind::UnTracked(prep) => prep.finish(B::gated(gate, up, activation)),
         }
     }
 
@@ -467,6 +473,7 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         weight: Float<Self>,
         targets: IntTensor<Self>,
         teacher: Teacher<Self>,
+        softcap: Option<f64>,
         _: [bool; 2],
     ) -> Head<Float<Self>> {
         // With a teacher, the weight is a constant.
@@ -487,11 +494,13 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         {
             OpsKind::Tracked(prep) => {
                 let want = [true, want_weight];
-                let (loss, nll, hidden, weight) = B::head(hidden, weight, targets, teacher, want);
+                let (loss, nll, hidden, weight) =
+                    B::head(hidden, weight, targets, teacher, softcap, want);
                 (prep.finish((hidden, weight), loss), nll)
             }
             OpsKind::UnTracked(prep) => {
-                let (loss, nll, ..) = B::head(hidden, weight, targets, teacher, [false; 2]);
+                let (loss, nll, ..) =
+                    B::head(hidden, weight, targets, teacher, softcap, [false; 2]);
                 (prep.finish(loss), nll)
             }
         };
@@ -502,19 +511,21 @@ impl<B: DecoderOps, C: CheckpointStrategy> DecoderOps for Autodiff<B, C> {
         q: Float<Self>,
         k: Float<Self>,
         v: Float<Self>,
-        scale: f64,
+        scores: Scores,
         mask: AttentionMask,
     ) -> (Float<Self>, Float<Self>) {
         let ((q, q_node), (k, k_node), (v, v_node)) =
             (q.into_parts(), k.into_parts(), v.into_parts());
         let (y, log_sum_exp) =
-            B::causal_attention(q.clone(), k.clone(), v.clone(), scale, mask.clone());
+            B::causal_attention(q.clone(), k.clone(), v.clone(), scores, mask.clone());
         let y = match CausalAttention
             .prepare::<C>([q_node, k_node, v_node])
             .compute_bound()
             .stateful()
         {
-            OpsKind::Tracked(prep) => prep.finish(([q, k, v, log_sum_exp.clone()], scale, mask), y),
+            OpsKind::Tracked(prep) => {
+                prep.finish(([q, k, v, log_sum_exp.clone()], scores, mask), y)
+            }
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
         (y, constant::<B, C>(log_sum_exp))

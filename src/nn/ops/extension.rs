@@ -6,6 +6,7 @@ use burn::backend::{Backend, backend_extension};
 
 use super::portable;
 use super::terms::{GridTerm, LoraTerm, Teacher, Weight};
+use crate::arch::{Activation, Scores};
 use crate::nn::{AttentionMask, StoredWeight};
 
 impl<B: DecoderOps> Weight<B> {
@@ -54,18 +55,23 @@ pub(crate) trait DecoderOps: Backend {
         portable::rms_norm_backward_weight::<Self>(x, grad, eps)
     }
 
-    /// `silu(gate) * up`.
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        portable::swiglu::<Self>(gate, up)
+    /// `activation(gate) * up`.
+    fn gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        activation: Activation,
+    ) -> FloatTensor<Self> {
+        portable::gated::<Self>(gate, up, activation)
     }
 
     /// Gradients of `gate` and `up`.
-    fn swiglu_backward(
+    fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        portable::swiglu_backward::<Self>(gate, up, grad)
+        portable::gated_backward::<Self>(gate, up, grad, activation)
     }
 
     /// `x W`, where a dense weight may have another float dtype than `x`. If a backend has no
@@ -254,13 +260,14 @@ pub(crate) trait DecoderOps: Backend {
     /// the loss for `hidden` and the weight, which are computed while the logits are in memory. The
     /// loss is the cross-entropy of `hidden W` against the target classes; with a teacher, it is
     /// `mix` times the cross-entropy against the teacher's predictions plus `1 - mix` times that
-    /// against the targets. Losses are summed over rows, `[1]`.
+    /// against the targets. `softcap` limits both models' logits. Losses are summed over rows, `[1]`.
     #[allow(clippy::type_complexity)] // the macro must see the tensor types
     fn head(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
         #[extension_type] teacher: Teacher<Self>,
+        softcap: Option<f64>,
         want: [bool; 2],
     ) -> (
         FloatTensor<Self>,
@@ -268,7 +275,7 @@ pub(crate) trait DecoderOps: Backend {
         Option<FloatTensor<Self>>,
         Option<FloatTensor<Self>>,
     ) {
-        portable::head::<Self>(hidden, weight, targets, teacher, want)
+        portable::head::<Self>(hidden, weight, targets, teacher, softcap, want)
     }
 
     /// Returns the context, `[batch, seq_q, n_heads * head_dim]`, and `ln(sum(exp(scores)))` for
@@ -277,10 +284,10 @@ pub(crate) trait DecoderOps: Backend {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        scale: f64,
+        scores: Scores,
         mask: AttentionMask,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        portable::causal_attention::<Self>(q, k, v, scale, mask)
+        portable::causal_attention::<Self>(q, k, v, scores, mask)
     }
 
     /// Gradients of `q`, `k` and `v`.
@@ -290,13 +297,13 @@ pub(crate) trait DecoderOps: Backend {
         v: FloatTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         grad: FloatTensor<Self>,
-        scale: f64,
+        scores: Scores,
         mask: AttentionMask,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask)
+        portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scores, mask)
     }
 
-    /// Splits heads and rotates them by position. The tables are constants: they receive no
+    /// Splits heads and rotates the first features of each by position. The tables are constants: they receive no
     /// gradient.
     fn rotary(
         x: FloatTensor<Self>,

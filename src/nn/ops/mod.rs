@@ -51,6 +51,7 @@ use burn::tensor::{Bool, Int, Tensor};
 
 pub use super::dropout::Dropout;
 pub use super::mask::AttentionMask;
+use crate::arch::{Activation, Scores};
 use extension::DecoderOps;
 use terms::Teacher;
 pub use terms::{GridTerm, LoraTerm, Weight};
@@ -68,13 +69,14 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     ))
 }
 
-/// The gated activation of a SwiGLU block (Shazeer, arXiv 2002.05202): `silu(gate) * up`, element
-/// by element.
+/// The gated activation of an MLP (Shazeer, arXiv 2002.05202): `activation(gate) * up`, element by
+/// element.
 ///
 /// # Shapes
 /// - `gate`, `up` and the result: the same shape
-pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
+pub fn gated<const D: usize>(gate: Tensor<D>, up: Tensor<D>, activation: Activation) -> Tensor<D> {
+    let (gate, up) = (gate.into_dispatch(), up.into_dispatch());
+    Tensor::from_dispatch(Dispatch::gated(gate, up, activation))
 }
 
 /// Splits heads and rotates each by its position (rotary embedding, Su et al., arXiv 2104.09864),
@@ -82,7 +84,8 @@ pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
 /// receive no gradient.
 ///
 /// # Shapes
-/// - `x`: `[batch, seq, n_heads * head_dim]`, `cos` and `sin`: `[seq, head_dim / 2]`
+/// - `x`: `[batch, seq, n_heads * head_dim]`, `cos` and `sin`: `[seq, pairs]`, `pairs` at most
+///   `head_dim / 2`: only the first `2 * pairs` features are rotated
 /// - result: `[batch, n_heads, seq, head_dim]`
 pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());
@@ -96,7 +99,7 @@ pub fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
         .swap_dims(1, 2)
 }
 
-/// Causal attention with grouped key/value heads: `softmax(q k^T * scale) v`.
+/// Causal attention with grouped key/value heads: `softmax(scores(q k^T)) v`.
 ///
 /// The last query is at the position of the last key, so queries that follow cached keys need no
 /// offset. A query whose keys are all masked (padding) gives an unspecified, finite result.
@@ -110,11 +113,11 @@ pub fn causal_attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
-    scale: f64,
+    scores: impl Into<Scores>,
     mask: &AttentionMask,
 ) -> Tensor<3> {
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
-    let (context, _) = Dispatch::causal_attention(q, k, v, scale, mask.clone());
+    let (context, _) = Dispatch::causal_attention(q, k, v, scores.into(), mask.clone());
     Tensor::from_dispatch(context)
 }
 
@@ -278,7 +281,7 @@ pub fn quantized_linear<const D: usize>(
 }
 
 /// The head of a model with its loss: the cross-entropy of `hidden W` against the target classes,
-/// summed over rows, in nats.
+/// summed over rows, in nats. With `softcap`, the logits are limited to `c * tanh(logit / c)`.
 ///
 /// A single autodiff node. Only the logits of several hundred rows exist at a time, and the
 /// gradients are computed along with them, so the backward pass needs no second product.
@@ -286,10 +289,15 @@ pub fn quantized_linear<const D: usize>(
 /// # Shapes
 /// - `hidden`: `[n, d_model]`, `weight`: `[d_model, n_classes]`, `targets`: `[n]`, each below
 ///   `n_classes`; result: `[1]`
-pub fn head_loss(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+pub fn head_loss(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Tensor<1, Int>,
+    softcap: Option<f64>,
+) -> Tensor<1> {
     let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
     let targets = targets.into_dispatch();
-    let (loss, ..) = Dispatch::head(hidden, weight, targets, Teacher::None, [false; 2]);
+    let (loss, ..) = Dispatch::head(hidden, weight, targets, Teacher::None, softcap, [false; 2]);
     Tensor::from_dispatch(loss)
 }
 
@@ -311,10 +319,11 @@ pub fn distilled_loss(
     teacher: Tensor<2>,
     targets: Tensor<1, Int>,
     mix: f64,
+    softcap: Option<f64>,
 ) -> (Tensor<1>, Tensor<1>) {
     let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
     let teacher = Teacher::States(teacher.into_dispatch(), mix);
     let targets = targets.into_dispatch();
-    let (loss, nll, ..) = Dispatch::head(hidden, weight, targets, teacher, [false; 2]);
+    let (loss, nll, ..) = Dispatch::head(hidden, weight, targets, teacher, softcap, [false; 2]);
     (Tensor::from_dispatch(loss), Tensor::from_dispatch(nll))
 }

@@ -8,6 +8,7 @@ use burn::tensor::{DType, FloatDType, Shape, Slice, TensorData};
 
 use super::extension::DecoderOps;
 use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
+use crate::arch::{Activation, Scores};
 use crate::nn::{AttentionMask, Dropout, StoredWeight};
 
 /// A backend's tensor with operators, so that formulas read like mathematics.
@@ -85,18 +86,22 @@ impl<B: Backend> Val<B> {
         (terms, sum.clone(), Val::<B>(B::float_log(sum.0)) + max)
     }
 
-    /// The two halves of the last of four dimensions.
-    fn halves(self) -> (Self, Self) {
+    /// The features of the last of four dimensions that are rotated, in two halves of `half`, and
+    /// the rest, if there is one.
+    fn halves(self, half: usize) -> (Self, Self, Option<Self>) {
         let [a, b, c, width] = self.dims();
         let slice = |range: std::ops::Range<usize>| {
             let whole = [0..a, 0..b, 0..c, range].map(Slice::from);
             Val(B::float_slice(self.0.clone(), &whole))
         };
-        (slice(0..width / 2), slice(width / 2..width / 2 * 2))
+        let rest = (2 * half < width).then(|| slice(2 * half..width));
+        (slice(0..half), slice(half..2 * half), rest)
     }
 
-    fn cat(self, other: Self, dim: usize) -> Self {
-        Val(B::float_cat(vec![self.0, other.0], dim))
+    /// Joins the parts of [`halves`](Self::halves).
+    fn joined(low: Self, high: Self, rest: Option<Self>) -> Self {
+        let parts = [low, high].into_iter().chain(rest);
+        Val(B::float_cat(parts.map(|part| part.0).collect(), 3))
     }
 }
 
@@ -158,22 +163,53 @@ pub(super) fn rms_norm_backward_weight<B: Backend>(
         .0
 }
 
-pub(super) fn swiglu<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
-    let sigmoid = Val::<B>(B::sigmoid(gate.clone()));
-    (Val(gate) * sigmoid * Val(up)).0
+/// The activation and its derivative.
+fn activation<B: Backend>(x: Val<B>, activation: Activation) -> (Val<B>, Val<B>) {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = Val::<B>(B::sigmoid(x.0.clone()));
+            let silu = x * sigmoid.clone();
+            // silu' = sigmoid + silu * (1 - sigmoid)
+            let slope = sigmoid.clone() + silu.clone() - silu.clone() * sigmoid;
+            (silu, slope)
+        }
+        Activation::GeluTanh => {
+            const CUBE: f64 = 0.044_715;
+            let root = (2.0 / std::f64::consts::PI).sqrt();
+            let square = x.clone() * x.clone();
+            let inner = (x.clone() * root) * (square.clone() * CUBE + 1.0);
+            let tanh = Val::<B>(B::float_tanh(inner.0));
+            let half = (tanh.clone() + 1.0) * 0.5;
+            let value = x.clone() * half.clone();
+            let inner_slope = (square * (3.0 * CUBE) + 1.0) * root;
+            let rest = (tanh.clone() * tanh) * -1.0 + 1.0;
+            (value, half + x * 0.5 * rest * inner_slope)
+        }
+    }
 }
 
-pub(super) fn swiglu_backward<B: Backend>(
+pub(super) fn gated<B: Backend>(
+    gate: FloatTensor<B>,
+    up: FloatTensor<B>,
+    function: Activation,
+) -> FloatTensor<B> {
+    if function == Activation::Silu {
+        // Without the derivative, which costs more than the function.
+        let sigmoid = Val::<B>(B::sigmoid(gate.clone()));
+        return (Val(gate) * sigmoid * Val(up)).0;
+    }
+    (activation::<B>(Val(gate), function).0 * Val(up)).0
+}
+
+pub(super) fn gated_backward<B: Backend>(
     gate: FloatTensor<B>,
     up: FloatTensor<B>,
     grad: FloatTensor<B>,
+    function: Activation,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let sigmoid = Val::<B>(B::sigmoid(gate.clone()));
-    let (gate, up, grad) = (Val::<B>(gate), Val(up), Val(grad));
-    let silu = gate * sigmoid.clone();
-    // silu' = sigmoid + silu * (1 - sigmoid)
-    let slope = sigmoid.clone() + silu.clone() - silu.clone() * sigmoid;
-    ((grad.clone() * up * slope).0, (grad * silu).0)
+    let (up, grad) = (Val::<B>(up), Val(grad));
+    let (value, slope) = activation::<B>(Val(gate), function);
+    ((grad.clone() * up * slope).0, (grad * value).0)
 }
 
 /// `x` as a matrix whose rows are along the last dimension.
@@ -218,7 +254,7 @@ impl<B: Backend> Val<B> {
         }
         dims[dim] = n - dims[dim];
         let zeros = B::float_zeros(Shape::from(dims), &self.0.device(), self.0.dtype().into());
-        self.cat(Val(zeros), dim)
+        Val(B::float_cat(vec![self.0, zeros], dim))
     }
 
     fn dropped(self, dropout: Dropout) -> Self {
@@ -478,6 +514,20 @@ pub(super) fn quantized_sum_backward_scales<B: Backend>(
     sums.0
 }
 
+/// Limits scores to `cap * tanh(score / cap)`.
+fn softcapped<B: Backend>(scores: Val<B>, softcap: Option<f64>) -> Val<B> {
+    match softcap {
+        Some(cap) => Val::<B>(B::float_tanh((scores / cap).0)) * cap,
+        None => scores,
+    }
+}
+
+/// The derivative of [`softcapped`] in terms of its result.
+fn softcap_slope<B: Backend>(capped: Val<B>, cap: f64) -> Val<B> {
+    let tanh = capped / cap;
+    (tanh.clone() * tanh) * -1.0 + 1.0
+}
+
 /// Number of rows whose logits exist at a time.
 const HEAD_ROWS: usize = 1024;
 
@@ -488,6 +538,7 @@ pub(super) fn head<B: Backend>(
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
     teacher: Teacher<B>,
+    softcap: Option<f64>,
     [want_hidden, want_weight]: [bool; 2],
 ) -> Head<FloatTensor<B>> {
     let teacher = match teacher {
@@ -506,7 +557,7 @@ pub(super) fn head<B: Backend>(
         let hidden = Val::<B>(B::float_slice(hidden.0.clone(), &range));
         let targets = B::int_slice(targets.clone(), &[Slice::from(rows)]);
         let targets = B::int_reshape(targets, Shape::from([count, 1]));
-        let logits = product(hidden.clone(), weight.clone());
+        let logits = softcapped(product(hidden.clone(), weight.clone()), softcap);
         let picked = Val::<B>(B::float_gather(1, logits.0.clone(), targets.clone()));
         let (terms, sum, log_sum_exp) = logits.clone().exponentials(1);
         let nll = Val::<B>(B::float_sum((log_sum_exp.clone() - picked).0)).reshape([1]);
@@ -516,10 +567,11 @@ pub(super) fn head<B: Backend>(
                 Val::<B>(B::float_slice(teacher.clone(), &range)),
                 weight.clone(),
             );
-            let (terms, sum, _) = logits.exponentials(1);
+            let (terms, sum, _) = softcapped(logits, softcap).exponentials(1);
             terms / sum * *mix
         });
         let hard = teacher.as_ref().map_or(1.0, |(_, mix)| 1.0 - mix);
+        let limit_slope = softcap.map(|cap| softcap_slope(logits.clone(), cap));
         match &taught {
             Some(taught) => {
                 let soft = Val::<B>(B::float_sum((taught.clone() * (logits - log_sum_exp)).0))
@@ -551,6 +603,10 @@ pub(super) fn head<B: Backend>(
             Some(taught) => slope - taught,
             None => slope,
         };
+        let slope = match limit_slope {
+            Some(limit) => slope * limit,
+            None => slope,
+        };
         if want_weight {
             let part = hidden.swap_dims(0, 1).matmul(slope.clone());
             grad_weight = Some(match grad_weight {
@@ -571,15 +627,21 @@ pub(super) fn head<B: Backend>(
     (loss, nll, grad_hidden, grad_weight.map(|grad| grad.0))
 }
 
-/// `q k^T * scale` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`.
+/// The scores of `q k^T` with hidden keys far below zero, `[batch, n_kv_heads, group * seq_q, seq_k]`.
 /// The heads of a group share keys, so they become more rows of one product, and no key is copied.
-fn scores<B: Backend>(q: Val<B>, k: Val<B>, scale: f64, mask: &AttentionMask) -> Val<B> {
+fn masked_scores<B: Backend>(
+    q: Val<B>,
+    k: Val<B>,
+    Scores { scale, softcap }: Scores,
+    mask: &AttentionMask,
+) -> Val<B> {
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, seq_k, _] = k.dims();
     let rows = n_heads / n_kv_heads.max(1) * seq_q;
     let scores = (q * scale)
         .reshape([batch, n_kv_heads, rows, head_dim])
         .matmul(k.swap_dims(2, 3));
+    let scores = softcapped(scores, softcap);
     let Some((hidden, mask_rows)) = mask.hidden(batch, seq_q, seq_k) else {
         return scores;
     };
@@ -598,12 +660,12 @@ pub(super) fn causal_attention<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
-    scale: f64,
+    scores: Scores,
     mask: AttentionMask,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (q, k, v) = (Val::<B>(q), Val::<B>(k), Val::<B>(v));
     let [batch, n_heads, seq_q, head_dim] = q.dims();
-    let scores = scores(q, k, scale, &mask);
+    let scores = masked_scores(q, k, scores, &mask);
     let log_sum_exp = scores.clone().log_sum_exp(3);
     let context = (scores - log_sum_exp.clone())
         .exp()
@@ -621,7 +683,7 @@ pub(super) fn causal_attention_backward<B: Backend>(
     v: FloatTensor<B>,
     log_sum_exp: FloatTensor<B>,
     grad: FloatTensor<B>,
-    scale: f64,
+    scores: Scores,
     mask: AttentionMask,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let (q, k, v, grad) = (Val::<B>(q), Val::<B>(k), Val::<B>(v), Val::<B>(grad));
@@ -633,11 +695,20 @@ pub(super) fn causal_attention_backward<B: Backend>(
         .swap_dims(1, 2);
     let grad = grad.reshape([batch, n_kv_heads, rows, head_dim]);
     let log_sum_exp = Val::<B>(log_sum_exp).reshape([batch, n_kv_heads, rows, 1]);
-    let weights = (scores(q.clone(), k.clone(), scale, &mask) - log_sum_exp).exp();
+    let limited = masked_scores(q.clone(), k.clone(), scores, &mask);
+    let weights = (limited.clone() - log_sum_exp).exp();
     let grad_v = weights.clone().swap_dims(2, 3).matmul(grad.clone());
     let grad_weights = grad.matmul(v.swap_dims(2, 3));
     let along = (weights.clone() * grad_weights.clone()).sum_dim(3);
-    let grad_scores = weights * (grad_weights - along) * scale;
+    let grad_scores = weights * (grad_weights - along) * scores.scale;
+    // The weight of a hidden key is 0, so the slope at its score does not matter if it is finite.
+    let grad_scores = match scores.softcap {
+        Some(cap) => {
+            let visible = Val::<B>(B::float_clamp_min(limited.0, (-cap).into()));
+            grad_scores * softcap_slope(visible, cap)
+        }
+        None => grad_scores,
+    };
     let grad_q = grad_scores
         .clone()
         .matmul(k)
@@ -662,13 +733,13 @@ pub(super) fn rotary<B: Backend>(
     n_heads: usize,
 ) -> FloatTensor<B> {
     let (x, cos, sin) = (Val::<B>(x), table::<B>(cos), table::<B>(sin));
-    let [batch, seq, width] = x.dims();
-    let (low, high) = x
+    let ([batch, seq, width], [.., half]) = (x.dims(), cos.dims::<4>());
+    let (low, high, rest) = x
         .reshape([batch, seq, n_heads, width / n_heads.max(1)])
         .swap_dims(1, 2)
-        .halves();
+        .halves(half);
     let rotated_low = low.clone() * cos.clone() - high.clone() * sin.clone();
-    rotated_low.cat(high * cos + low * sin, 3).0
+    Val::joined(rotated_low, high * cos + low * sin, rest).0
 }
 
 pub(super) fn rotary_backward<B: Backend>(
@@ -677,10 +748,10 @@ pub(super) fn rotary_backward<B: Backend>(
     grad: FloatTensor<B>,
 ) -> FloatTensor<B> {
     let (grad, cos, sin) = (Val::<B>(grad), table::<B>(cos), table::<B>(sin));
-    let [batch, n_heads, seq, head_dim] = grad.dims();
-    let (low, high) = grad.halves();
+    let ([batch, n_heads, seq, head_dim], [.., half]) = (grad.dims(), cos.dims::<4>());
+    let (low, high, rest) = grad.halves(half);
     let back_low = low.clone() * cos.clone() + high.clone() * sin.clone();
-    let back = back_low.cat(high * cos - low * sin, 3);
+    let back = Val::joined(back_low, high * cos - low * sin, rest);
     back.swap_dims(1, 2)
         .reshape([batch, seq, n_heads * head_dim])
         .0

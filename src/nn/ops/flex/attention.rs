@@ -7,6 +7,7 @@ use burn::tensor::Shape;
 use rayon::prelude::*;
 
 use super::util::{floats, tensor};
+use crate::arch::Scores;
 use crate::kernels::Level;
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::gemm::{Matrix, Output, product};
@@ -165,9 +166,10 @@ pub(super) fn forward(
     q: &FlexTensor,
     k: &FlexTensor,
     v: &FlexTensor,
-    scale: f32,
+    scores: Scores,
     mask: &AttentionMask,
 ) -> (FlexTensor, FlexTensor) {
+    let (scale, softcap) = (scores.scale as f32, scores.softcap.map(|cap| cap as f32));
     let Sizes {
         batch,
         n_heads,
@@ -221,6 +223,9 @@ pub(super) fn forward(
         };
         block.each_row(scores, |query, scores, visible| {
             hide(scores, &visible);
+            if let Some(cap) = softcap {
+                rows::softcap_in_place(level, &mut scores[visible.clone()], cap);
+            }
             let sum = if visible.is_empty() {
                 0.0
             } else {
@@ -272,9 +277,10 @@ pub(super) fn backward(
     [q, k, v]: [&FlexTensor; 3],
     log_sum_exp: &FlexTensor,
     grad: &FlexTensor,
-    scale: f32,
+    scores: Scores,
     mask: &AttentionMask,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
+    let (scale, softcap) = (scores.scale as f32, scores.softcap.map(|cap| cap as f32));
     let Sizes {
         batch,
         n_heads,
@@ -333,11 +339,19 @@ pub(super) fn backward(
                 }
                 block.each_row(weights, |query, weights, visible| {
                     hide(weights, &visible);
+                    let limited = softcap.map(|cap| {
+                        rows::softcap_in_place(level, &mut weights[visible.clone()], cap);
+                        (weights[visible.clone()].to_vec(), cap)
+                    });
                     let sum = log_sum_exp[(row * n_heads + head) * seq_q + first + query];
                     rows::exp_shifted(level, &mut weights[visible.clone()], sum, 1.0);
                     let slopes = &mut slopes[query * n_keys..(query + 1) * n_keys];
                     hide(slopes, &visible);
-                    rows::softmax_backward(level, &weights[visible.clone()], &mut slopes[visible]);
+                    let slopes = &mut slopes[visible.clone()];
+                    rows::softmax_backward(level, &weights[visible], slopes);
+                    if let Some((limited, cap)) = limited {
+                        rows::softcap_backward(level, &limited, slopes, cap);
+                    }
                 });
                 let (weights, slopes) =
                     (Matrix::rows(weights, n_keys), Matrix::rows(slopes, n_keys));

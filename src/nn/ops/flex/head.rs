@@ -57,6 +57,7 @@ pub(super) fn head(
     weight: &FlexTensor,
     targets: &FlexTensor,
     teacher: &Teacher<Flex>,
+    softcap: Option<f64>,
     [want_hidden, want_weight]: [bool; 2],
 ) -> Option<Head<FlexTensor>> {
     let (of, targets) = (operands(hidden, weight)?, contiguous(targets.clone()));
@@ -88,6 +89,17 @@ pub(super) fn head(
         // rows, and `logits` was sliced to `rows * n_classes`.
         unsafe { of.multiply(rows, chunk, Output::over(logits, n_classes)) };
         let want_gradient = want_hidden || want_weight;
+        // Limits a row of logits, and keeps the result if the gradient needs it.
+        let limit = |logits: &mut [f32], keep: bool| {
+            let cap = softcap? as f32;
+            rows::softcap_in_place(level, logits, cap);
+            keep.then(|| (logits.to_vec(), cap))
+        };
+        let unlimit = |limited: Option<(Vec<f32>, f32)>, slopes: &mut [f32]| {
+            if let Some((limited, cap)) = limited {
+                rows::softcap_backward(level, &limited, slopes, cap);
+            }
+        };
         let lines = logits
             .par_chunks_exact_mut(n_classes)
             .with_min_len(task_rows(n_classes))
@@ -102,10 +114,13 @@ pub(super) fn head(
             let (soft, hard) = (*mix as f32, (1.0 - mix) as f32);
             let row = |((row, logits), taught): ((usize, &mut [f32]), &mut [f32])| {
                 let class = classes.get(first + row);
+                let limited = limit(logits, true);
                 let target = logits[class];
+                limit(taught, false);
                 rows::softmax(level, taught);
                 let (log_sum_exp, cross_entropy) = rows::softmax_less(level, logits, taught, soft);
                 logits[class] -= hard;
+                unlimit(limited, logits);
                 let nll = log_sum_exp - target;
                 [soft * cross_entropy + hard * nll, nll]
             };
@@ -116,12 +131,14 @@ pub(super) fn head(
         } else {
             let row = |(row, logits): (usize, &mut [f32])| {
                 let class = classes.get(first + row);
+                let limited = limit(logits, want_gradient);
                 let target = logits[class];
                 if !want_gradient {
                     return [rows::log_sum_exp(level, logits) - target; 2];
                 }
                 let log_sum_exp = rows::softmax(level, logits);
                 logits[class] -= 1.0;
+                unlimit(limited, logits);
                 [log_sum_exp - target; 2]
             };
             lines.map(row).collect()

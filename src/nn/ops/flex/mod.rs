@@ -19,6 +19,7 @@ use self::util::{
 use super::extension::DecoderOps;
 use super::terms::{GridTerm, Head, LoraTerm, Teacher, Weight};
 use super::{host, portable};
+use crate::arch::{Activation, Scores};
 use crate::kernels::Level;
 use crate::kernels::rows;
 use crate::nn::AttentionMask;
@@ -91,15 +92,16 @@ impl DecoderOps for Flex {
         tensor(total, Shape::from([width]))
     }
 
-    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+    fn gated(gate: FlexTensor, up: FlexTensor, activation: Activation) -> FlexTensor {
         if !is_f32(&[&gate, &up]) || dims(&gate) != dims(&up) {
-            return portable::swiglu::<Self>(gate, up);
+            return portable::gated::<Self>(gate, up, activation);
         }
         let (gate, up) = (contiguous(gate), contiguous(up));
         let (gate_values, up, level) = (floats(&gate), floats(&up), Level::detect());
         build(gate.layout().shape().clone(), TASK, |index, out| {
-            rows::swiglu(
+            rows::gated(
                 level,
+                activation,
                 part(gate_values, index, TASK),
                 part(up, index, TASK),
                 out,
@@ -107,13 +109,14 @@ impl DecoderOps for Flex {
         })
     }
 
-    fn swiglu_backward(
+    fn gated_backward(
         gate: FlexTensor,
         up: FlexTensor,
         grad: FlexTensor,
+        activation: Activation,
     ) -> (FlexTensor, FlexTensor) {
         if !is_f32(&[&gate, &up, &grad]) || dims(&gate) != dims(&up) || dims(&gate) != dims(&grad) {
-            return portable::swiglu_backward::<Self>(gate, up, grad);
+            return portable::gated_backward::<Self>(gate, up, grad, activation);
         }
         // The autodiff graph usually held the last handles to the inputs, so the gradients can
         // overwrite them.
@@ -121,13 +124,15 @@ impl DecoderOps for Flex {
         let (grad, level) = (floats(&grad), Level::detect());
         let (gates, ups): (&mut [f32], &mut [f32]) = (gate.storage_mut(), up.storage_mut());
         if gates.len() <= TASK {
-            rows::swiglu_backward(level, gates, ups, grad);
+            rows::gated_backward(level, activation, gates, ups, grad);
         } else {
             let parts = gates
                 .par_chunks_mut(TASK)
                 .zip(ups.par_chunks_mut(TASK))
                 .zip(grad.par_chunks(TASK));
-            parts.for_each(|((gate, up), grad)| rows::swiglu_backward(level, gate, up, grad));
+            parts.for_each(|((gate, up), grad)| {
+                rows::gated_backward(level, activation, gate, up, grad)
+            });
         }
         (gate, up)
     }
@@ -272,24 +277,26 @@ impl DecoderOps for Flex {
         weight: FlexTensor,
         targets: FlexTensor,
         teacher: Teacher<Self>,
+        softcap: Option<f64>,
         want: [bool; 2],
     ) -> Head<FlexTensor> {
-        head::head(&hidden, &weight, &targets, &teacher, want)
-            .unwrap_or_else(|| portable::head::<Self>(hidden, weight, targets, teacher, want))
+        head::head(&hidden, &weight, &targets, &teacher, softcap, want).unwrap_or_else(|| {
+            portable::head::<Self>(hidden, weight, targets, teacher, softcap, want)
+        })
     }
 
     fn causal_attention(
         q: FlexTensor,
         k: FlexTensor,
         v: FlexTensor,
-        scale: f64,
+        scores: Scores,
         mask: AttentionMask,
     ) -> (FlexTensor, FlexTensor) {
         match attention::Sizes::of(&q, &k, &v) {
             Some(sizes) if is_f32(&[&q, &k, &v]) => {
-                attention::forward(sizes, &q, &k, &v, scale as f32, &mask)
+                attention::forward(sizes, &q, &k, &v, scores, &mask)
             }
-            _ => portable::causal_attention::<Self>(q, k, v, scale, mask),
+            _ => portable::causal_attention::<Self>(q, k, v, scores, mask),
         }
     }
 
@@ -299,7 +306,7 @@ impl DecoderOps for Flex {
         v: FlexTensor,
         log_sum_exp: FlexTensor,
         grad: FlexTensor,
-        scale: f64,
+        scores: Scores,
         mask: AttentionMask,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         match attention::Sizes::of(&q, &k, &v) {
@@ -307,18 +314,17 @@ impl DecoderOps for Flex {
                 if is_f32(&[&q, &k, &v, &log_sum_exp, &grad]) && sizes.fit(&log_sum_exp, &grad) =>
             {
                 let (log_sum_exp, grad) = (contiguous(log_sum_exp), contiguous(grad));
-                attention::backward(
-                    sizes,
-                    [&q, &k, &v],
-                    &log_sum_exp,
-                    &grad,
-                    scale as f32,
-                    &mask,
-                )
+                attention::backward(sizes, [&q, &k, &v], &log_sum_exp, &grad, scores, &mask)
             }
-            _ => {
-                portable::causal_attention_backward::<Self>(q, k, v, log_sum_exp, grad, scale, mask)
-            }
+            _ => portable::causal_attention_backward::<Self>(
+                q,
+                k,
+                v,
+                log_sum_exp,
+                grad,
+                scores,
+                mask,
+            ),
         }
     }
 
@@ -326,8 +332,11 @@ impl DecoderOps for Flex {
         let &[batch, seq, width] = dims(&x) else {
             return portable::rotary::<Self>(x, cos, sin, n_heads);
         };
-        let half = width / n_heads.max(1) / 2;
-        let fits = half > 0 && seq > 0 && 2 * half * n_heads == width;
+        let (head_dim, half) = (
+            width / n_heads.max(1),
+            dims(&cos).last().copied().unwrap_or(0),
+        );
+        let fits = half > 0 && seq > 0 && head_dim * n_heads == width && 2 * half <= head_dim;
         if !fits
             || !is_f32(&[&x, &cos, &sin])
             || dims(&cos) != [seq, half]
@@ -339,14 +348,14 @@ impl DecoderOps for Flex {
         let (x, cos, sin, level) = (floats(&x), floats(&cos), floats(&sin), Level::detect());
         // Each chunk is one sequence of one head.
         build(
-            Shape::from([batch, n_heads, seq, 2 * half]),
-            seq * 2 * half,
+            Shape::from([batch, n_heads, seq, head_dim]),
+            seq * head_dim,
             |index, out| {
                 let (row, head) = (index / n_heads, index % n_heads);
-                for (position, out) in out.chunks_exact_mut(2 * half).enumerate() {
-                    let from = (row * seq + position) * width + head * 2 * half;
+                for (position, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                    let from = (row * seq + position) * width + head * head_dim;
                     let (cos, sin) = (part(cos, position, half), part(sin, position, half));
-                    rows::rotate(level, &x[from..from + 2 * half], cos, sin, out);
+                    rows::rotate(level, &x[from..from + head_dim], cos, sin, out);
                 }
             },
         )
@@ -356,8 +365,8 @@ impl DecoderOps for Flex {
         let &[batch, n_heads, seq, head_dim] = dims(&grad) else {
             return portable::rotary_backward::<Self>(cos, sin, grad);
         };
-        let half = head_dim / 2;
-        let fits = half > 0 && n_heads > 0 && seq > 0 && 2 * half == head_dim;
+        let half = dims(&cos).last().copied().unwrap_or(0);
+        let fits = half > 0 && n_heads > 0 && seq > 0 && 2 * half <= head_dim;
         if !fits
             || !is_f32(&[&grad, &cos, &sin])
             || dims(&cos) != [seq, half]

@@ -2,6 +2,7 @@ use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 
 use super::plain;
 use super::{Random, close, compare, devices, hosts, slack, values};
+use crate::arch::{Activation, Scores};
 use crate::nn::ops::extension::DecoderOps;
 use crate::nn::ops::{self, AttentionMask};
 
@@ -9,27 +10,33 @@ use crate::nn::ops::{self, AttentionMask};
 fn loss_of(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let identity = Tensor::<2>::eye(logits.dims()[1], &logits.device().without_autodiff())
         .cast(logits.dtype());
-    ops::head_loss(logits, identity, targets)
+    ops::head_loss(logits, identity, targets, None)
 }
 
 #[test]
-fn swiglu_is_the_plain_composition() {
+fn gated_activations_are_the_plain_composition() {
     for device in devices() {
         let tape = device.clone().autodiff();
         let mut random = Random::new(1);
         for shape in [[1, 1, 1], [2, 3, 17], [3, 41, 211]] {
-            let inputs = [
-                random.tensor(shape, 3.0, device),
-                random.tensor(shape, 2.0, device),
-            ];
-            let plain = |[gate, up]: [Tensor<3>; 2]| plain::swiglu(gate, up);
-            compare("swiglu", inputs, |[gate, up]| ops::swiglu(gate, up), plain);
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                let inputs = [
+                    random.tensor(shape, 3.0, device),
+                    random.tensor(shape, 2.0, device),
+                ];
+                compare(
+                    &format!("{activation:?}"),
+                    inputs,
+                    |[gate, up]: [Tensor<3>; 2]| ops::gated(gate, up, activation),
+                    |[gate, up]| plain::gated(gate, up, activation),
+                );
+            }
         }
         let gate = Tensor::<1>::from_floats([-200.0, -90.0, -30.0, -0.0, 30.0, 90.0, 200.0], &tape)
             .require_grad();
         let up =
             Tensor::<1>::from_floats([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], &tape).require_grad();
-        let y = ops::swiglu(gate.clone(), up.clone());
+        let y = ops::gated(gate.clone(), up.clone(), Activation::Silu);
         let gradients = y.clone().sum().backward();
         close(
             "saturated",
@@ -87,10 +94,15 @@ fn rms_norm_is_the_plain_composition() {
 fn rotary_is_the_plain_composition() {
     for device in devices() {
         let mut random = Random::new(4);
-        for [batch, seq, n_heads, half] in [[1, 1, 1, 1], [2, 5, 3, 4], [3, 31, 8, 33]] {
+        for ([batch, seq, n_heads, half], rest) in [
+            ([1, 1, 1, 1], 0),
+            ([2, 5, 3, 4], 0),
+            ([2, 5, 3, 4], 6),
+            ([3, 31, 8, 33], 0),
+        ] {
             let angles = random.tensor([seq, half], 3.0, device);
             let (cos, sin) = (angles.clone().cos(), angles.sin());
-            let inputs = [random.tensor([batch, seq, n_heads * 2 * half], 2.0, device)];
+            let inputs = [random.tensor([batch, seq, n_heads * (2 * half + rest)], 2.0, device)];
             compare(
                 "rotary",
                 inputs,
@@ -150,14 +162,20 @@ fn attention_is_the_plain_composition() {
                 TensorData::new(keep, [batch, seq_q, n_heads * head_dim]),
                 device,
             );
-            compare(
-                &name,
-                [q, k, v],
-                |[q, k, v]: [Tensor<4>; 3]| {
-                    ops::causal_attention(q, k, v, 0.3, &mask) * keep.clone()
-                },
-                |[q, k, v]| plain::causal_attention(q, k, v, 0.3, &mask) * keep.clone(),
-            );
+            for softcap in [None, Some(1.5)] {
+                let scores = Scores {
+                    scale: 0.3,
+                    softcap,
+                };
+                compare(
+                    &format!("{name} {softcap:?}"),
+                    [q.clone(), k.clone(), v.clone()],
+                    |[q, k, v]: [Tensor<4>; 3]| {
+                        ops::causal_attention(q, k, v, scores, &mask) * keep.clone()
+                    },
+                    |[q, k, v]| plain::causal_attention(q, k, v, scores, &mask) * keep.clone(),
+                );
+            }
         }
     }
 }
@@ -223,7 +241,7 @@ fn any_strides_will_do() {
                 normed.clone().narrow(2, 0, 12),
                 normed.clone().narrow(2, 12, 12),
             );
-            let h = ops::swiglu(gate, up);
+            let h = ops::gated(gate, up, Activation::Silu);
             let angles = random.tensor::<2>([2, 3], 1.0, &tape).transpose();
             let turned = ops::rotary(h, 3, angles.clone().cos(), angles.sin());
             let logits = turned
@@ -244,11 +262,11 @@ fn any_strides_will_do() {
         // An expanded tensor has a stride of zero.
         let row = random.tensor::<2>([1, 9], 1.0, device);
         let up = random.tensor::<2>([5, 9], 1.0, device);
-        let fused = ops::swiglu(row.clone().expand([5, 9]), up.clone());
+        let fused = ops::gated(row.clone().expand([5, 9]), up.clone(), Activation::Silu);
         close(
             "expanded",
             &values(fused),
-            &values(plain::swiglu(row.expand([5, 9]), up)),
+            &values(plain::gated(row.expand([5, 9]), up, Activation::Silu)),
             1e-6 * slack(device),
         );
     }
@@ -268,16 +286,16 @@ fn constants_stay_off_the_tape() {
         );
         let on_tape = Tensor::<2>::from_data(x.to_data(), &tape);
         assert!(!ops::rms_norm(on_tape.clone(), w.clone(), 1e-5).is_tracked());
-        assert!(!ops::swiglu(on_tape.clone(), x.clone()).is_tracked());
+        assert!(!ops::gated(on_tape.clone(), x.clone(), Activation::Silu).is_tracked());
         let tracked = on_tape.clone().require_grad();
         assert!(ops::rms_norm(tracked.clone(), w.clone(), 1e-5).is_tracked());
-        assert!(ops::swiglu(x.clone(), tracked.clone()).is_tracked());
+        assert!(ops::gated(x.clone(), tracked.clone(), Activation::Silu).is_tracked());
         // The first operand plain and the second tracked, and the other way round.
         for swapped in [false, true] {
             let y = if swapped {
-                ops::swiglu(tracked.clone(), x.clone())
+                ops::gated(tracked.clone(), x.clone(), Activation::Silu)
             } else {
-                ops::swiglu(x.clone(), tracked.clone())
+                ops::gated(x.clone(), tracked.clone(), Activation::Silu)
             };
             let gradients = y.sum().backward();
             assert!(
@@ -314,7 +332,8 @@ fn inputs_survive_their_gradients() {
         let [gate, up] = [(); 2].map(|()| random.tensor::<2>(shape, 1.0, &tape).require_grad());
         let before = [values(gate.clone().inner()), values(up.clone().inner())];
         let targets = Tensor::<1, Int>::zeros([130], &tape);
-        let y = ops::swiglu(gate.clone(), up.clone()).sum() + loss_of(gate.clone(), targets);
+        let y = ops::gated(gate.clone(), up.clone(), Activation::Silu).sum()
+            + loss_of(gate.clone(), targets);
         let weight = random.tensor::<1>([129], 1.0, &tape);
         let _ = (y + ops::rms_norm(up.clone(), weight, 1e-5).sum()).backward();
         assert_eq!(before, [values(gate.inner()), values(up.inner())]);
@@ -348,9 +367,9 @@ fn portable_definitions_agree_with_the_kernels() {
                 5e-6,
             );
         };
-    let (y, sums) = Flex::causal_attention(raw(&q), raw(&k), raw(&v), 0.4, mask.clone());
+    let (y, sums) = Flex::causal_attention(raw(&q), raw(&k), raw(&v), 0.4.into(), mask.clone());
     let (py, psums) =
-        portable::causal_attention::<Flex>(raw(&q), raw(&k), raw(&v), 0.4, mask.clone());
+        portable::causal_attention::<Flex>(raw(&q), raw(&k), raw(&v), 0.4.into(), mask.clone());
     same("context", y, py);
     same("sums", sums.clone(), psums.clone());
     let grad = grad.try_into_primitive::<Flex>().unwrap();
@@ -360,7 +379,7 @@ fn portable_definitions_agree_with_the_kernels() {
         raw(&v),
         sums,
         grad.clone(),
-        0.4,
+        0.4.into(),
         mask.clone(),
     );
     let plain = portable::causal_attention_backward::<Flex>(
@@ -369,7 +388,7 @@ fn portable_definitions_agree_with_the_kernels() {
         raw(&v),
         psums,
         grad,
-        0.4,
+        0.4.into(),
         mask,
     );
     same("q", fused.0, plain.0);
@@ -398,12 +417,12 @@ fn portable_definitions_agree_with_the_kernels() {
         portable::rms_norm_backward_weight::<Flex>(x.clone(), g.clone(), 0.1),
     );
     same(
-        "swiglu",
-        Flex::swiglu(x.clone(), g.clone()),
-        portable::swiglu::<Flex>(x.clone(), g.clone()),
+        "gated",
+        Flex::gated(x.clone(), g.clone(), Activation::Silu),
+        portable::gated::<Flex>(x.clone(), g.clone(), Activation::Silu),
     );
-    let fused = Flex::swiglu_backward(x.clone(), g.clone(), x.clone());
-    let plain = portable::swiglu_backward::<Flex>(x.clone(), g.clone(), x.clone());
+    let fused = Flex::gated_backward(x.clone(), g.clone(), x.clone(), Activation::Silu);
+    let plain = portable::gated_backward::<Flex>(x.clone(), g.clone(), x.clone(), Activation::Silu);
     same("gate", fused.0, plain.0);
     same("up", fused.1, plain.1);
 
@@ -430,11 +449,11 @@ fn half_precision_takes_the_portable_way() {
     {
         let x = Random::new(15).tensor::<2>([3, 8], 1.0, device);
         let half = x.clone().cast(FloatDType::BF16);
-        let y = ops::swiglu(half.clone(), half).cast(FloatDType::F32);
+        let y = ops::gated(half.clone(), half, Activation::Silu).cast(FloatDType::F32);
         close(
             "bf16",
             &values(y),
-            &values(plain::swiglu(x.clone(), x)),
+            &values(plain::gated(x.clone(), x, Activation::Silu)),
             0.03,
         );
     }
@@ -469,7 +488,7 @@ fn double_precision_takes_the_portable_way_on_the_tape() {
             let context = ops::causal_attention(q.clone(), k.clone(), v.clone(), 0.7, &mask);
             let turned = ops::rotary(context, 4, angles.clone().cos(), angles.sin());
             let normed = ops::rms_norm(turned.reshape([10, 24]), w.clone().reshape([24]), 1e-3);
-            let logits = ops::swiglu(normed.clone(), normed + 1.0);
+            let logits = ops::gated(normed.clone(), normed + 1.0, Activation::Silu);
             let targets = Tensor::<1, Int>::from_ints([0, 5, 23, 7, 7, 1, 2, 3, 4, 11], &tape);
             let loss = loss_of(logits, targets);
             let gradients = loss.backward();

@@ -202,7 +202,13 @@ fn head_loss_is_the_plain_composition() {
     for device in devices() {
         let tape = device.clone().autodiff();
         let mut random = Random::new(25);
-        for [n, d_model, classes] in [[1, 1, 2], [3, 5, 17], [67, 9, 515], [1100, 3, 5]] {
+        for ([n, d_model, classes], softcap) in [
+            ([1, 1, 2], None),
+            ([3, 5, 17], Some(1.5)),
+            ([67, 9, 515], None),
+            ([67, 9, 515], Some(3.0)),
+            ([1100, 3, 5], None),
+        ] {
             let targets: Vec<i32> = (0..n)
                 .map(|_| random.0.random_range(0..classes as i32))
                 .collect();
@@ -212,7 +218,7 @@ fn head_loss_is_the_plain_composition() {
             let hidden = random.tensor::<2>([n, d_model], 1.0, device);
             let weight = random.tensor::<2>([d_model, classes], 1.0, device);
             let plain = |hidden: Tensor<2>, weight: Tensor<2>| {
-                let logits = hidden.matmul(weight);
+                let logits = plain::softcapped(hidden.matmul(weight), softcap);
                 let targets = targets(&logits.device().without_autodiff());
                 plain::cross_entropy_sum(logits, targets)
             };
@@ -221,7 +227,7 @@ fn head_loss_is_the_plain_composition() {
                 vec![hidden.clone(), weight.clone()],
                 |inputs| {
                     let [hidden, weight] = two(inputs);
-                    ops::head_loss(hidden, weight, targets(device))
+                    ops::head_loss(hidden, weight, targets(device), softcap)
                 },
                 |inputs| {
                     let [hidden, weight] = two::<2>(inputs);
@@ -238,6 +244,7 @@ fn head_loss_is_the_plain_composition() {
                         inputs[0].clone(),
                         table.clone().transpose(),
                         targets(device),
+                        softcap,
                     )
                 },
                 |inputs| plain(inputs[0].clone(), table.clone().transpose()),
@@ -245,7 +252,9 @@ fn head_loss_is_the_plain_composition() {
             compare_all(
                 "head on constants",
                 vec![weight],
-                |inputs| ops::head_loss(hidden.clone(), inputs[0].clone(), targets(device)),
+                |inputs| {
+                    ops::head_loss(hidden.clone(), inputs[0].clone(), targets(device), softcap)
+                },
                 |inputs| plain(hidden.clone(), inputs[0].clone()),
             );
         }
@@ -255,6 +264,7 @@ fn head_loss_is_the_plain_composition() {
             logits.clone(),
             Tensor::eye(3, device),
             Tensor::from_ints([1, 2], device),
+            None,
         ) * 2.0;
         let gradients = values(logits.grad(&loss.backward()).unwrap());
         close(
@@ -292,7 +302,7 @@ fn distilled_loss_is_the_plain_composition() {
             let hidden = random.tensor::<2>([n, d_model], 1.0, device);
             let teacher = random.tensor::<2>([n, d_model], 2.0, device);
             let weight = random.tensor::<2>([d_model, classes], 1.0, device);
-            for mix in [0.0, 0.3, 1.0] {
+            for (mix, softcap) in [(0.0, None), (0.3, None), (0.3, Some(2.5)), (1.0, None)] {
                 // As a matrix, and as the view that a tied head has of the embedding table.
                 for weight in [
                     weight.clone(),
@@ -302,7 +312,10 @@ fn distilled_loss_is_the_plain_composition() {
                         .reshape([classes, d_model])
                         .transpose(),
                 ] {
-                    let taught = softmax(teacher.clone().matmul(weight.clone()), 1);
+                    let taught = softmax(
+                        plain::softcapped(teacher.clone().matmul(weight.clone()), softcap),
+                        1,
+                    );
                     compare_all(
                         &format!("mix {mix}"),
                         vec![hidden.clone()],
@@ -314,11 +327,13 @@ fn distilled_loss_is_the_plain_composition() {
                                 teacher.clone(),
                                 ids,
                                 mix,
+                                softcap,
                             )
                             .0
                         },
                         |inputs| {
                             let logits = inputs[0].clone().matmul(weight.clone());
+                            let logits = plain::softcapped(logits, softcap);
                             let hard = plain::cross_entropy_sum(logits.clone(), ids(device));
                             let soft = (taught.clone() * log_softmax(logits, 1)).sum().neg();
                             soft * mix + hard * (1.0 - mix)
@@ -326,7 +341,12 @@ fn distilled_loss_is_the_plain_composition() {
                     );
                 }
                 // The loss against the targets alone, with and without autodiff.
-                let want = values(ops::head_loss(hidden.clone(), weight.clone(), ids(device)));
+                let want = values(ops::head_loss(
+                    hidden.clone(),
+                    weight.clone(),
+                    ids(device),
+                    softcap,
+                ));
                 for hidden in [
                     hidden.clone(),
                     Tensor::from_inner(hidden.clone()).require_grad(),
@@ -337,6 +357,7 @@ fn distilled_loss_is_the_plain_composition() {
                         teacher.clone(),
                         ids(device),
                         mix,
+                        softcap,
                     );
                     close(
                         "likelihood",
@@ -348,8 +369,14 @@ fn distilled_loss_is_the_plain_composition() {
             }
             // A student that agrees with its teacher gets no gradient.
             let student = Tensor::from_inner(hidden.clone()).require_grad();
-            let (loss, _) =
-                ops::distilled_loss(student.clone(), weight.clone(), hidden, ids(device), 1.0);
+            let (loss, _) = ops::distilled_loss(
+                student.clone(),
+                weight.clone(),
+                hidden,
+                ids(device),
+                1.0,
+                None,
+            );
             let gradient = values(student.grad(&loss.backward()).unwrap());
             assert!(
                 gradient
@@ -368,6 +395,7 @@ fn distilled_loss_is_the_plain_composition() {
             teacher,
             targets,
             0.5,
+            None,
         );
         let gradients = values(student.grad(&loss.backward()).unwrap());
         close(
@@ -401,7 +429,8 @@ fn a_distilled_loss_in_double_precision_takes_the_portable_way() {
             let targets: Vec<i32> = (0..1030).map(|row| row * 5 % 19).collect();
             let student = Tensor::from_inner(hidden).require_grad();
             let targets = Tensor::<1, Int>::from_data(targets.as_slice(), device);
-            let (loss, nll) = ops::distilled_loss(student.clone(), weight, teacher, targets, 0.4);
+            let (loss, nll) =
+                ops::distilled_loss(student.clone(), weight, teacher, targets, 0.4, None);
             let gradients = student.grad(&loss.backward()).unwrap();
             let mut all = values(gradients.cast(FloatDType::F32));
             all.extend(
@@ -454,8 +483,9 @@ fn weights_of_16_bits_multiply_as_their_values() {
                         -x.clone().inner(),
                         targets.clone(),
                         0.6,
+                        None,
                     );
-                    let head = ops::head_loss(x.clone(), weight, targets) + soft;
+                    let head = ops::head_loss(x.clone(), weight, targets, None) + soft;
                     let loss = y.clone().square().mean()
                         + ops::linear(x.clone(), sum).square().mean()
                         + head;

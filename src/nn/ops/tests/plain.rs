@@ -3,6 +3,7 @@
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
+use crate::arch::{Activation, Scores};
 use crate::nn::ops::{self, AttentionMask};
 
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
@@ -10,33 +11,51 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     (x / rms) * weight.unsqueeze()
 }
 
-pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    activation::silu(gate) * up
+pub fn gated<const D: usize>(gate: Tensor<D>, up: Tensor<D>, function: Activation) -> Tensor<D> {
+    match function {
+        Activation::Silu => activation::silu(gate) * up,
+        Activation::GeluTanh => {
+            let inner = (gate.clone() + gate.clone().powi_scalar(3) * 0.044715) * 0.797_884_6;
+            gate * 0.5 * (inner.tanh() + 1.0) * up
+        }
+    }
+}
+
+pub fn softcapped<const D: usize>(x: Tensor<D>, softcap: Option<f64>) -> Tensor<D> {
+    match softcap {
+        Some(cap) => (x / cap).tanh() * cap,
+        None => x,
+    }
 }
 
 pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     let x = ops::split_heads(x, n_heads);
-    let half = x.dims()[3] / 2;
+    let ([.., head_dim], [_, half]) = (x.dims(), cos.dims());
     let (cos, sin) = (cos.unsqueeze::<4>(), sin.unsqueeze::<4>());
     let low = x.clone().narrow(3, 0, half);
-    let high = x.narrow(3, half, half);
+    let high = x.clone().narrow(3, half, half);
     let rotated_low = low.clone() * cos.clone() - high.clone() * sin.clone();
     let rotated_high = high * cos + low * sin;
-    Tensor::cat(vec![rotated_low, rotated_high], 3)
+    let mut parts = vec![rotated_low, rotated_high];
+    if 2 * half < head_dim {
+        parts.push(x.narrow(3, 2 * half, head_dim - 2 * half));
+    }
+    Tensor::cat(parts, 3)
 }
 
 pub fn causal_attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
-    scale: f64,
+    scores: impl Into<Scores>,
     mask: &AttentionMask,
 ) -> Tensor<3> {
     let [batch, n_heads, seq_q, head_dim] = q.dims();
     let [_, n_kv_heads, seq_k, _] = k.dims();
     let group = n_heads / n_kv_heads;
+    let Scores { scale, softcap } = scores.into();
     let q = (q * scale).reshape([batch, n_kv_heads, group * seq_q, head_dim]);
-    let scores = q.matmul(k.swap_dims(2, 3));
+    let scores = softcapped(q.matmul(k.swap_dims(2, 3)), softcap);
     let window = mask.window.unwrap_or(usize::MAX);
     let mut hidden = Vec::with_capacity(batch * seq_q * seq_k);
     for row in 0..batch {
