@@ -217,6 +217,13 @@ impl HfConfig {
         };
         let rope::Parsed { full, sliding } =
             rope::parse(&raw, head_dim, max_position_embeddings, &defaults)?;
+        // Dynamic scaling takes the stated length as the one that was trained, and stretches it.
+        let max_positions = match full.scaling {
+            RopeScaling::Dynamic { factor, .. } => {
+                ((max_position_embeddings as f64 * factor) as usize).min(MAX_POSITIONS)
+            }
+            _ => max_position_embeddings,
+        };
         let positions = positions(&fields, row, num_hidden_layers, sliding.is_some())?;
         let ropes = std::iter::once(full).chain(sliding).collect();
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
@@ -253,7 +260,7 @@ impl HfConfig {
             d_model: hidden_size,
             head_dim,
             vocab_size,
-            max_positions: max_position_embeddings,
+            max_positions,
             blocks,
             biased,
             norm_eps: rms_norm_eps,
@@ -499,7 +506,8 @@ getters! {
     head_dim: usize = arch.head_dim,
     /// Number of tokens in the vocabulary.
     vocab_size: usize = arch.vocab_size,
-    /// Context length in tokens.
+    /// Context length in tokens: `max_position_embeddings`, times the factor of dynamic scaling if
+    /// the rotary embedding has one.
     max_position_embeddings: usize = arch.max_positions,
     /// Epsilon of the norms.
     rms_norm_eps: f64 = arch.norm_eps,
