@@ -88,6 +88,23 @@ pub struct RopeConfig {
 }
 
 impl RopeConfig {
+    /// The context length to which the scaling extends a model, if a config's
+    /// `max_position_embeddings` may be that of the model before: with dynamic scaling and YaRN.
+    pub(crate) fn extended(&self) -> Option<usize> {
+        match self.scaling {
+            RopeScaling::Dynamic {
+                factor,
+                original_max_position_embeddings,
+            }
+            | RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings,
+                ..
+            } => Some((original_max_position_embeddings as f64 * factor) as usize),
+            _ => None,
+        }
+    }
+
     /// Creates the settings of an embedding without scaling.
     pub fn new(theta: f64, dims: usize) -> Self {
         Self {

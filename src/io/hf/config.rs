@@ -197,7 +197,7 @@ impl HfConfig {
         let intermediate_size =
             intermediate_size.max(blocks.iter().map(|block| block.d_mlp).max().unwrap_or(0));
         let vocab_size = fields.required_size("vocab_size", MAX_VOCABULARY)?;
-        let max_position_embeddings = fields
+        let max_positions = fields
             .size("max_position_embeddings", MAX_POSITIONS)?
             .unwrap_or(row.max_positions);
         let rms_norm_eps = fields.f64("rms_norm_eps")?.unwrap_or(row.norm_eps);
@@ -216,14 +216,8 @@ impl HfConfig {
             yarn_is_longrope: row.family == Family::Phi3,
         };
         let rope::Parsed { full, sliding } =
-            rope::parse(&raw, head_dim, max_position_embeddings, &defaults)?;
-        // Dynamic scaling takes the stated length as the one that was trained, and stretches it.
-        let max_positions = match full.scaling {
-            RopeScaling::Dynamic { factor, .. } => {
-                ((max_position_embeddings as f64 * factor) as usize).min(MAX_POSITIONS)
-            }
-            _ => max_position_embeddings,
-        };
+            rope::parse(&raw, head_dim, max_positions, &defaults)?;
+        let max_positions = max_positions.max(full.extended().unwrap_or(0)).min(MAX_POSITIONS);
         let positions = positions(&fields, row, num_hidden_layers, sliding.is_some())?;
         let ropes = std::iter::once(full).chain(sliding).collect();
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));
@@ -506,8 +500,7 @@ getters! {
     head_dim: usize = arch.head_dim,
     /// Number of tokens in the vocabulary.
     vocab_size: usize = arch.vocab_size,
-    /// Context length in tokens: `max_position_embeddings`, times the factor of dynamic scaling if
-    /// the rotary embedding has one.
+    /// Context length in tokens. With dynamic scaling or YaRN it may be larger than the field.
     max_position_embeddings: usize = arch.max_positions,
     /// Epsilon of the norms.
     rms_norm_eps: f64 = arch.norm_eps,
