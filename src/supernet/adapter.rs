@@ -41,7 +41,6 @@ impl SuperNet {
             ));
         }
         adapter.check(model.config())?;
-        let adapter = &adapter.split(model.config())?;
         model.refuse_adapters("merge it first")?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
         let mut model = model.set_require_grad(false);

@@ -18,7 +18,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::ElasticLora;
-use crate::arch::{Architecture, BlockDims};
+use crate::arch::BlockDims;
 use crate::error::{Error, Result};
 use crate::format::WeightFormat;
 use crate::io::peft::{LoraAdapter, LoraWeights};
@@ -355,15 +355,10 @@ impl SuperNet {
                 layers.insert(name, LoraWeights::new(a, b, scale as f32)?);
             }
         }
-        let adapter = LoraAdapter {
+        Ok(LoraAdapter {
             layers,
             ..LoraAdapter::default()
-        };
-        let arch = Architecture {
-            blocks: self.block_dims(self.active())?,
-            ..self.model.config().arch().clone()
-        };
-        adapter.fused_for(&arch)
+        })
     }
 
     /// Returns the model with the active subnet.

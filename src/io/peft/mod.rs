@@ -13,7 +13,6 @@ use rayon::prelude::*;
 
 pub use write::PeftOptions;
 
-use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::io::hf::HfConfig;
 use crate::linalg::Matrix;
@@ -157,121 +156,17 @@ impl LoraAdapter {
             .unwrap_or(0)
     }
 
-    /// Returns the adapter with one pair for each linear layer. A pair of a matrix that holds
-    /// several layers, such as Phi-3's `qkv_proj`, becomes one pair for each of them: they have the
-    /// same A, and their B are the rows of that B.
-    ///
-    /// # Errors
-    /// Returns [`Error::TensorShape`] if such a pair has the wrong shape.
-    pub fn split(&self, config: &HfConfig) -> Result<Self> {
-        let mut split = self.clone();
-        for fused in config.arch().fused() {
-            let Some(weights) = split.layers.remove(&fused.name) else {
-                continue;
-            };
-            let (found, expected) = (
-                vec![weights.d_output(), weights.d_input()],
-                vec![fused.d_output(), fused.d_input],
-            );
-            if found != expected {
-                let tensor = format!("{}.lora", fused.name);
-                return Err(Error::TensorShape {
-                    tensor,
-                    expected,
-                    found,
-                });
-            }
-            for (layer, _) in &fused.parts {
-                let Some(rows) = fused.rows_of(layer) else {
-                    continue;
-                };
-                let b = weights.b();
-                let part = Matrix::from_fn(rows.len(), b.cols(), |i, k| b.row(rows.start + i)[k]);
-                let part = LoraWeights::new(weights.a().clone(), part, weights.scale())?;
-                if split.layers.insert(layer.clone(), part).is_some() {
-                    return Err(Error::Unsupported {
-                        what: format!(
-                            "a LoRA of both `{}` and `{layer}`, a part of it",
-                            fused.name
-                        ),
-                    });
-                }
-            }
-        }
-        Ok(split)
-    }
-
-    /// Returns the adapter with one pair for each matrix that checkpoints of the family store: the
-    /// inverse of [`split`](Self::split). If the layers of a matrix have different A, the rank of
-    /// its pair is the sum of theirs; the product is the same.
-    ///
-    /// # Errors
-    /// Currently infallible for an adapter that fits `config`.
-    pub fn fused(&self, config: &HfConfig) -> Result<Self> {
-        self.fused_for(config.arch())
-    }
-
-    pub(crate) fn fused_for(&self, arch: &Architecture) -> Result<Self> {
-        let mut all = self.clone();
-        for fused in arch.fused() {
-            let parts: Vec<Option<LoraWeights>> = fused
-                .parts
-                .iter()
-                .map(|(layer, _)| all.layers.remove(layer))
-                .collect();
-            let Some(first) = parts.iter().flatten().next() else {
-                continue;
-            };
-            let scale = first.scale();
-            let shared = parts.iter().all(|part| {
-                part.as_ref()
-                    .is_some_and(|part| part.a() == first.a() && part.scale() == scale)
-            });
-            let rank = match shared {
-                true => first.rank(),
-                false => parts.iter().flatten().map(LoraWeights::rank).sum(),
-            };
-            let mut a = Matrix::zeros(rank, fused.d_input);
-            let mut b = Matrix::zeros(fused.d_output(), rank);
-            let (mut start, mut row) = (0, 0);
-            for (part, (_, rows)) in parts.iter().zip(&fused.parts) {
-                if let Some(part) = part {
-                    let factor = part.scale() / scale;
-                    for k in 0..part.rank() {
-                        a.row_mut(start + k).copy_from_slice(part.a().row(k));
-                    }
-                    for i in 0..part.d_output().min(*rows) {
-                        let out = &mut b.row_mut(row + i)[start..start + part.rank()];
-                        out.copy_from_slice(part.b().row(i));
-                        if factor != 1.0 {
-                            out.iter_mut().for_each(|value| *value *= factor);
-                        }
-                    }
-                    if !shared {
-                        start += part.rank();
-                    }
-                }
-                row += rows;
-            }
-            let weights = LoraWeights::new(a, b, scale)?;
-            all.layers.insert(fused.name, weights);
-        }
-        Ok(all)
-    }
-
     /// Checks that every layer exists in `config` and has the right shape.
     ///
     /// # Errors
     /// Returns [`Error::UnknownLayer`], or [`Error::TensorShape`] with the shape of the product.
     pub fn check(&self, config: &HfConfig) -> Result<()> {
-        let layers = config.arch().linears().into_iter();
-        let layers = layers.map(|l| (l.name, [l.d_output, l.d_input]));
-        let fused = config.arch().fused().into_iter();
-        let fused = fused.map(|fused| {
-            let shape = [fused.d_output(), fused.d_input];
-            (fused.name, shape)
-        });
-        let shapes: BTreeMap<String, [usize; 2]> = layers.chain(fused).collect();
+        let shapes: BTreeMap<String, [usize; 2]> = config
+            .arch()
+            .linears()
+            .into_iter()
+            .map(|l| (l.name, [l.d_output, l.d_input]))
+            .collect();
         for (layer, weights) in &self.layers {
             let Some(expected) = shapes.get(layer) else {
                 return Err(Error::UnknownLayer {
