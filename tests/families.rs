@@ -6,11 +6,10 @@ mod common;
 
 use std::path::Path;
 
-use common::families::{Fixture, space};
+use common::families::{Fixture, fresh, train, trained};
 use common::runtime::{full, in_pieces, session};
-use common::{is_factor, load, max_diff, random_ids, weight_bits};
-use elastic_lora::adapter::LoraConfig;
-use elastic_lora::data::{Batcher, Sequence};
+use common::{is_factor, load, max_diff, weight_bits};
+use elastic_lora::Merger;
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::{HfConfig, HfFolder};
 use elastic_lora::io::{Checkpoint, DType};
@@ -19,9 +18,6 @@ use elastic_lora::model::{Decoder, DeviceSession};
 use elastic_lora::nn::{KvCache, host_values};
 use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
-use elastic_lora::supernet::SuperNetConfig;
-use elastic_lora::train::{TrainConfig, Trainer};
-use elastic_lora::{Merger, SuperNet};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -187,35 +183,6 @@ fn the_runtime_gives_the_logits_of_transformers() {
         eprintln!("{}: whole {whole:.1e}, cached {cached:.1e}", fixture.name);
     }
     report.finish();
-}
-
-/// A supernet with fresh adapters on every linear layer.
-fn fresh(model: Decoder) -> SuperNet {
-    let space = space(&model, &[4, 3]);
-    let config = SuperNetConfig::new(LoraConfig::new(4).with_alpha(6.0)).with_seed(3);
-    SuperNet::new(model, space, config).unwrap()
-}
-
-/// A supernet whose adapters were trained for a few steps, so that they matter.
-fn trained(model: Decoder) -> SuperNet {
-    let mut net = fresh(model);
-    train(&mut net, 4);
-    net
-}
-
-fn train(net: &mut SuperNet, steps: usize) {
-    let sequences = (0..4)
-        .map(|seed| Sequence::unmasked(random_ids(11, 43, seed)))
-        .collect();
-    let mut batches = Batcher::new(sequences, 2, 0, 1).unwrap();
-    let config = TrainConfig {
-        lr: 0.03,
-        ..TrainConfig::new(steps)
-    };
-    Trainer::new(config)
-        .unwrap()
-        .run(net, &mut batches, &[], &Silent)
-        .unwrap();
 }
 
 fn write(model: &Decoder, folder: &Path) {

@@ -14,19 +14,18 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 
 use arithmetic::{Kind, Split, problems};
 use bpe::{bpe_tokenizer_config, train_bpe};
 use burn::tensor::Device;
+use common::python::{ids_tensor, python, run, write_vectors};
 use common::{load, load_i32, max_diff, shared};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::arch::{BlockDims, Family};
 use elastic_lora::data::{Batcher, Sequence, TextTokenizer};
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
 use elastic_lora::io::peft::PeftOptions;
-use elastic_lora::io::tensors::write_safetensors;
-use elastic_lora::io::{Checkpoint, DType, HostTensor, LoraAdapter, LoraWeights};
+use elastic_lora::io::{Checkpoint, DType, LoraAdapter, LoraWeights};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::Decoder;
@@ -42,56 +41,6 @@ use rand_chacha::ChaCha8Rng;
 
 const TEXT: &str =
     "Once upon a time, Tom had 12 apples and 345 pears.\nHe gave 7 away: how many were left?";
-
-/// Returns a Python that has the modules.
-fn python() -> Option<&'static Path> {
-    static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let found = FOUND.get_or_init(|| {
-        let python =
-            std::env::var_os("ELASTIC_LORA_PYTHON").map_or_else(|| "python3".into(), PathBuf::from);
-        let probe = Command::new(&python)
-            .args(["-c", "import torch, transformers, peft"])
-            .output();
-        probe
-            .is_ok_and(|probe| probe.status.success())
-            .then_some(python)
-    });
-    if found.is_none() {
-        eprintln!(
-            "skipped: no Python with torch, transformers and peft (name one in ELASTIC_LORA_PYTHON)"
-        );
-    }
-    found.as_deref()
-}
-
-/// Runs a script of `fixtures/interop` without network access and copies its output to stderr.
-/// Returns whether its modules were found.
-fn run(python: &Path, script: &str, arguments: &[PathBuf]) -> bool {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/interop")
-        .join(script);
-    let mut command = Command::new(python);
-    command
-        .arg(script)
-        .args(arguments)
-        .args(["--tolerance", "1e-4"]);
-    let output = command
-        .env("HF_HUB_OFFLINE", "1")
-        .env("CUDA_VISIBLE_DEVICES", "")
-        .output()
-        .unwrap();
-    let (out, err) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    eprint!("{out}");
-    if output.status.code() == Some(77) {
-        eprintln!("skipped: {err}");
-        return false;
-    }
-    assert!(output.status.success(), "{out}\n{err}");
-    true
-}
 
 /// A random Llama with everything that can differ: grouped heads, an untied head, a vocabulary from
 /// its own tokenizer, and sizes that are not powers of two. The weights are large enough for every
@@ -165,31 +114,6 @@ fn random_ids(model: &Decoder, n: usize, seed: u64) -> Vec<u32> {
     (0..n)
         .map(|_| rng.random_range(3..model.config().vocab_size() as u32))
         .collect()
-}
-
-/// Returns a tensor of token ids.
-fn ids_tensor<'a>(name: &str, ids: &[u32]) -> HostTensor<'a> {
-    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-    HostTensor::from_bytes(name, DType::I32, [ids.len()], bytes)
-}
-
-/// Writes the values that the scripts compare with.
-fn write_vectors(
-    path: &Path,
-    model: &Decoder,
-    ids: &[u32],
-    more: Vec<HostTensor<'_>>,
-    metadata: &BTreeMap<String, String>,
-) {
-    let logits = HostTensor::from_f32(
-        "logits",
-        DType::F32,
-        [ids.len(), model.config().vocab_size()],
-        logits(model, ids),
-    );
-    let mut tensors = vec![ids_tensor("input_ids", ids), logits];
-    tensors.extend(more);
-    write_safetensors(path, tensors, metadata).unwrap();
 }
 
 /// A supernet whose factors are all set by training: two steps at a rate that moves them far.

@@ -22,6 +22,7 @@ mod plan;
 mod sample;
 mod session;
 mod shape;
+mod source;
 mod weights;
 #[cfg(test)]
 mod tests;

@@ -2,13 +2,19 @@
 
 use std::path::PathBuf;
 
+use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::BlockDims;
+use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::io::Checkpoint;
 use elastic_lora::model::Decoder;
+use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{Model, ModelOptions};
-use elastic_lora::space::{Elastic, Group, LayerShape, SearchSpace};
+use elastic_lora::space::{Elastic, Group, LayerShape};
+use elastic_lora::supernet::SuperNetConfig;
+use elastic_lora::train::{TrainConfig, Trainer};
+use elastic_lora::{SearchSpace, SubnetConfig, SuperNet};
 
-use super::{load, load_i32};
+use super::{load, load_i32, random_ids};
 
 /// A model folder and what transformers computes with it, for two sequences of token ids.
 pub struct Fixture {
@@ -99,13 +105,13 @@ pub fn space(model: &Decoder, ranks: &[usize]) -> SearchSpace {
         SearchSpace::groups_by_block(Elastic::Width, &layers, &[names], choices).unwrap()
     };
     let blocks = config.num_hidden_layers();
-    // Sub-blocks and whole blocks, those of the last blocks first.
+    // The first to go is block 1, so that the blocks after it move up; the last are the halves of
+    // the last block.
     let mut parts = vec![
         format!("model.layers.{}.mlp", blocks - 1),
         format!("model.layers.{}.self_attn", blocks - 1),
     ];
     parts.extend((1..blocks - 1).rev().map(|n| format!("model.layers.{n}")));
-    parts.reverse();
     let depths = (0..=parts.len()).rev().collect();
     SearchSpace::grouped(
         &layers,
@@ -123,4 +129,67 @@ pub fn space(model: &Decoder, ranks: &[usize]) -> SearchSpace {
     .unwrap()
     .with_groups([Group::of_kind(Elastic::Depth, "depth", parts, depths).unwrap()])
     .unwrap()
+}
+
+/// A supernet with fresh adapters on every linear layer.
+pub fn fresh(model: Decoder) -> SuperNet {
+    let space = space(&model, &[4, 3]);
+    let config = SuperNetConfig::new(LoraConfig::new(4).with_alpha(6.0)).with_seed(3);
+    SuperNet::new(model, space, config).unwrap()
+}
+
+/// A supernet whose adapters were trained for a few steps, so that they matter.
+pub fn trained(model: Decoder) -> SuperNet {
+    let mut net = fresh(model);
+    train(&mut net, 4);
+    net
+}
+
+pub fn train(net: &mut SuperNet, steps: usize) {
+    let sequences = (0..4)
+        .map(|seed| Sequence::unmasked(random_ids(11, 43, seed)))
+        .collect();
+    let mut batches = Batcher::new(sequences, 2, 0, 1).unwrap();
+    let config = TrainConfig {
+        lr: 0.03,
+        ..TrainConfig::new(steps)
+    };
+    Trainer::new(config)
+        .unwrap()
+        .run(net, &mut batches, &[], &Silent)
+        .unwrap();
+}
+
+/// Returns the maximal subnet with the smallest ranks in every other group of ranks.
+pub fn mixed_ranks(net: &SuperNet) -> SubnetConfig {
+    let mut subnet = net.maximal();
+    for group in net.space().groups_of_kind(Elastic::Rank).step_by(2) {
+        subnet.set(group.id(), *group.choices().last().unwrap());
+    }
+    subnet
+}
+
+/// Returns subnets whose blocks have equal sizes, smaller than those of the model: narrower MLPs
+/// and fewer heads, fewer blocks, and all of these.
+pub fn uniform_subnets(net: &SuperNet) -> Vec<(&'static str, SubnetConfig)> {
+    let narrow = |mut subnet: SubnetConfig| {
+        for group in net.space().groups_of_kind(Elastic::Width) {
+            subnet.set(group.id(), group.choices()[1]);
+        }
+        subnet
+    };
+    let shallow = |mut subnet: SubnetConfig, depth| {
+        subnet.set("depth", depth);
+        subnet
+    };
+    let whole = net.space().group("depth").unwrap().layers().len();
+    let mut subnets = vec![
+        ("narrow", narrow(mixed_ranks(net))),
+        ("one-block", shallow(narrow(net.maximal()), 0)),
+    ];
+    // Above two, blocks go before halves of blocks do.
+    if whole > 2 {
+        subnets.push(("shallow", shallow(net.maximal(), whole - 1)));
+    }
+    subnets
 }

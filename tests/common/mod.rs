@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod families;
+pub mod python;
 pub mod runtime;
 
 use std::collections::BTreeMap;

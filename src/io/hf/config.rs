@@ -215,9 +215,10 @@ impl HfConfig {
             original_max_positions: (row.family == Family::Phi3).then_some(4096),
             yarn_is_longrope: row.family == Family::Phi3,
         };
-        let rope::Parsed { full, sliding } =
-            rope::parse(&raw, head_dim, max_positions, &defaults)?;
-        let max_positions = max_positions.max(full.extended().unwrap_or(0)).min(MAX_POSITIONS);
+        let rope::Parsed { full, sliding } = rope::parse(&raw, head_dim, max_positions, &defaults)?;
+        let max_positions = max_positions
+            .max(full.extended().unwrap_or(0))
+            .min(MAX_POSITIONS);
         let positions = positions(&fields, row, num_hidden_layers, sliding.is_some())?;
         let ropes = std::iter::once(full).chain(sliding).collect();
         let flag = |name: &str| Ok::<_, Error>(fields.bool(name)?.unwrap_or(false));

@@ -8,6 +8,7 @@ mod read;
 mod write;
 
 pub use dtype::DType;
+pub(in crate::io) use dtype::encode;
 pub(in crate::io) use read::{Bytes, read_file};
 pub use read::{Checkpoint, TensorInfo};
 pub(crate) use write::write_in_order;

@@ -1,0 +1,122 @@
+//! Every family, written for transformers and PEFT and read from PEFT.
+//!
+//! If there is a Python with torch, transformers and peft (`ELASTIC_LORA_PYTHON`, else `python3`),
+//! the scripts of this test load the written folders and compare logits. Otherwise these tests
+//! print that they were skipped.
+#![cfg(feature = "flex")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use common::families::{Fixture, mixed_ranks, trained, uniform_subnets};
+use common::python::{python, run, write_vectors};
+use common::runtime::{full, in_pieces, session};
+use common::{load, load_i32, max_diff};
+use elastic_lora::io::hf::HfFolder;
+use elastic_lora::io::peft::{LoraAdapter, PeftOptions};
+use elastic_lora::io::{Checkpoint, DType};
+use elastic_lora::merge::MergeMode;
+use elastic_lora::model::Decoder;
+use elastic_lora::progress::Silent;
+use elastic_lora::runtime::Model;
+use elastic_lora::{Merger, SuperNet};
+
+/// Writes a model and what transformers must compute with it.
+fn write_checked(model: &Decoder, path: &Path, ids: &[u32]) -> [PathBuf; 2] {
+    let out = HfFolder::create(path, false).unwrap();
+    let tensors = model.tensors(DType::F32).unwrap();
+    out.write_model(model.config(), DType::F32, tensors)
+        .unwrap();
+    out.commit().unwrap();
+    let vectors = path.with_extension("safetensors");
+    write_vectors(&vectors, &load(path), ids, Vec::new(), &BTreeMap::new());
+    [path.to_path_buf(), vectors]
+}
+
+#[test]
+fn transformers_reads_merged_and_extracted_models_of_every_family() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut arguments = Vec::new();
+    for fixture in Fixture::all() {
+        let mut net = trained(fixture.decoder());
+        let ids = &fixture.ids[0];
+        let mut subnets = vec![("merged", net.maximal())];
+        subnets.extend(uniform_subnets(&net));
+        for (what, subnet) in subnets {
+            net.activate(&subnet).unwrap();
+            let expected = full(&net.eval_model(), ids);
+            let merger = Merger::new().with_mode(MergeMode::Dense);
+            let model = merger.extract(&net, &[], &Silent).unwrap().model;
+            let off = max_diff(&full(&model, ids), &expected);
+            assert!(off < 1e-4, "{}, {what}: off by {off}", fixture.name);
+            let path = scratch.path().join(format!("{}-{what}", fixture.name));
+            arguments.extend(write_checked(&model, &path, ids));
+        }
+    }
+    run(python, "check_transformers.py", &arguments);
+}
+
+#[test]
+fn peft_computes_the_logits_of_our_adapters_for_every_family() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut arguments: Vec<PathBuf> = Vec::new();
+    for fixture in Fixture::all() {
+        let mut net = trained(fixture.decoder());
+        net.activate(&mixed_ranks(&net)).unwrap();
+        let vectors = scratch.path().join(format!("{}.safetensors", fixture.name));
+        let ids = &fixture.ids[1];
+        write_vectors(
+            &vectors,
+            &net.eval_model(),
+            ids,
+            Vec::new(),
+            &BTreeMap::new(),
+        );
+        let adapter = net.extract_adapter().unwrap();
+        let folder = scratch.path().join(&fixture.name);
+        adapter.write(&folder, &PeftOptions::default()).unwrap();
+        if !arguments.is_empty() {
+            arguments.push("+".into());
+        }
+        arguments.extend([fixture.path.clone(), folder, vectors]);
+    }
+    run(python, "check_peft.py", &arguments);
+}
+
+#[test]
+fn adapters_of_peft_give_pefts_logits_for_every_family() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let fixtures = Fixture::all();
+    let mut arguments = vec![scratch.path().to_path_buf()];
+    arguments.extend(fixtures.iter().map(|fixture| fixture.path.clone()));
+    if !run(python, "make_peft.py", &arguments) {
+        return;
+    }
+    for fixture in fixtures {
+        let folder = scratch.path().join(&fixture.name);
+        let vectors = Checkpoint::open(folder.with_extension("safetensors")).unwrap();
+        let ids = load_i32(&vectors, "input_ids");
+        let expected = vectors.load_f32("logits").unwrap();
+        let adapter = LoraAdapter::open(&folder).unwrap();
+        let net = SuperNet::from_adapter(fixture.decoder(), &adapter).unwrap();
+        let merger = Merger::new().with_mode(MergeMode::Dense);
+        let merged = merger.merge(&net, &[], &Silent).unwrap().model;
+        let deployed = Model::from_decoder(net.model(), elastic_lora::format::WeightFormat::F32);
+        let deployed = in_pieces(&mut session(&deployed.unwrap()), &ids, &[ids.len()]);
+        let found = [
+            ("unmerged", full(net.model(), &ids)),
+            ("merged", full(&merged, &ids)),
+            ("in the runtime", deployed),
+        ];
+        for (what, logits) in found {
+            let off = max_diff(&logits, &expected);
+            eprintln!("{}, {what}: max abs diff {off:.2e}", fixture.name);
+            assert!(off < 1e-4, "{}, {what}: off by {off}", fixture.name);
+        }
+    }
+}
