@@ -145,10 +145,74 @@ struct Surroundings<'a> {
 }
 
 /// The vocabulary.
-struct Tokens<'a> {
-    texts: Vec<&'a str>,
-    kinds: Vec<i128>,
-    numbers: BTreeMap<&'a str, usize>,
+pub(super) struct Tokens<'a> {
+    pub texts: Vec<&'a str>,
+    pub kinds: Vec<i128>,
+    pub numbers: BTreeMap<&'a str, usize>,
+}
+
+impl<'a> Tokens<'a> {
+    /// Numbers the tokens. Returns the numbers and the text of two equal ones as an error, unless one
+    /// is unused.
+    pub fn new(texts: Vec<&'a str>, kinds: Vec<i128>) -> Result<Self, (usize, usize, &'a str)> {
+        let mut numbers = BTreeMap::new();
+        for (number, (text, kind)) in texts.iter().zip(&kinds).enumerate() {
+            // Unused tokens may share a name.
+            if *kind == UNUSED && numbers.contains_key(text) {
+                continue;
+            }
+            if let Some(other) = numbers.insert(*text, number)
+                && kinds[other] != UNUSED
+            {
+                return Err((other, number, text));
+            }
+        }
+        Ok(Self {
+            texts,
+            kinds,
+            numbers,
+        })
+    }
+
+    /// Finds the merges of SentencePiece's BPE, which merges the pair whose product has the best
+    /// score. Returns the number of a token that is too long as an error.
+    ///
+    /// `scores` has a number for each token. Of several merges with the same product, or the same
+    /// score, the one with the longer left part comes first, as in transformers.
+    pub fn merges(&self, scores: &[f32]) -> Result<Vec<(&'a str, &'a str)>, usize> {
+        let number = |text: &str| self.numbers.get(text).copied();
+        let is_piece = |id: usize| self.kinds[id] == NORMAL;
+        let mut merges = Vec::new();
+        for (id, text) in self
+            .texts
+            .iter()
+            .enumerate()
+            .filter(|(id, _)| is_piece(*id))
+        {
+            if text.len() > MAX_PIECE_BYTES {
+                return Err(id);
+            }
+            let mut pairs: Vec<_> = text
+                .char_indices()
+                .skip(1)
+                .filter_map(|(at, _)| {
+                    let (left, right) = text.split_at(at);
+                    Some((number(left)?, number(right)?, (left, right)))
+                })
+                .filter(|(left, right, _)| is_piece(*left) && is_piece(*right))
+                .collect();
+            pairs.sort_unstable();
+            merges.extend(pairs.into_iter().map(|(_, _, pair)| (scores[id], pair)));
+        }
+        let chars = |text: &str| text.chars().count();
+        merges.sort_by(|(a, (a_left, a_right)), (b, (b_left, b_right))| {
+            let longer = |a: &str, b: &str| chars(b).cmp(&chars(a));
+            b.total_cmp(a)
+                .then_with(|| longer(a_left, b_left))
+                .then_with(|| longer(a_right, b_right))
+        });
+        Ok(merges.into_iter().map(|(_, pair)| pair).collect())
+    }
 }
 
 impl Gguf {
@@ -232,23 +296,9 @@ impl Gguf {
         if kinds.len() != texts.len() || kinds.iter().any(|kind| !(1..=6).contains(kind)) {
             return Err(first.bad_key(key, "not a number of 1 to 6 for each token"));
         }
-        let mut numbers = BTreeMap::new();
-        for (number, text) in texts.iter().enumerate() {
-            // Unused tokens may share a name.
-            if kinds[number] == UNUSED && numbers.contains_key(text) {
-                continue;
-            }
-            if let Some(other) = numbers.insert(*text, number)
-                && kinds[other] != UNUSED
-            {
-                let reason = format!("tokens {other} and {number} are both {text:?}");
-                return Err(first.bad_key("tokenizer.ggml.tokens", reason));
-            }
-        }
-        Ok(Tokens {
-            texts,
-            kinds,
-            numbers,
+        Tokens::new(texts, kinds).map_err(|(other, number, text)| {
+            let reason = format!("tokens {other} and {number} are both {text:?}");
+            first.bad_key("tokenizer.ggml.tokens", reason)
         })
     }
 
@@ -329,39 +379,10 @@ impl Gguf {
         if scores.len() != tokens.texts.len() || scores.iter().any(|score| score.is_nan()) {
             return Err(first.bad_key(key, "not a number for each token"));
         }
-        let number = |text: &str| tokens.numbers.get(text).copied();
-        let is_piece = |id: usize| tokens.kinds[id] == NORMAL;
-        let mut merges = Vec::new();
-        for (id, text) in tokens
-            .texts
-            .iter()
-            .enumerate()
-            .filter(|(id, _)| is_piece(*id))
-        {
-            if text.len() > MAX_PIECE_BYTES {
-                let reason = format!("token {id}: more than {MAX_PIECE_BYTES} bytes");
-                return Err(first.bad_key("tokenizer.ggml.tokens", reason));
-            }
-            let mut pairs: Vec<_> = text
-                .char_indices()
-                .skip(1)
-                .filter_map(|(at, _)| {
-                    let (left, right) = text.split_at(at);
-                    Some((number(left)?, number(right)?, (left, right)))
-                })
-                .filter(|(left, right, _)| is_piece(*left) && is_piece(*right))
-                .collect();
-            pairs.sort_unstable();
-            merges.extend(pairs.into_iter().map(|(_, _, pair)| (scores[id], pair)));
-        }
-        // Order of equal scores as in transformers: the longer left part first.
-        let chars = |text: &str| text.chars().count();
-        merges.sort_by(|(a, (a_left, a_right)), (b, (b_left, b_right))| {
-            let longer = |a: &str, b: &str| chars(b).cmp(&chars(a));
-            b.total_cmp(a)
-                .then_with(|| longer(a_left, b_left))
-                .then_with(|| longer(a_right, b_right))
-        });
+        let merges = tokens.merges(&scores).map_err(|id| {
+            let reason = format!("token {id}: more than {MAX_PIECE_BYTES} bytes");
+            first.bad_key("tokenizer.ggml.tokens", reason)
+        })?;
         let prefix = first
             .flag("tokenizer.ggml.add_space_prefix")?
             .unwrap_or(true);
@@ -391,7 +412,7 @@ impl Gguf {
                 byte_fallback: tokens.kinds.contains(&BYTE),
                 ignore_merges: false,
                 vocab: tokens.numbers.clone(),
-                merges: merges.into_iter().map(|(_, pair)| pair).collect(),
+                merges,
             },
             add_bos: true,
         })
