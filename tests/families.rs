@@ -4,20 +4,22 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use common::families::{Fixture, fresh, train, trained};
+use common::families::{Fixture, fresh, mixed_ranks, train, trained};
 use common::runtime::{full, in_pieces, session};
 use common::{is_factor, load, max_diff, weight_bits};
-use elastic_lora::Merger;
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::{HfConfig, HfFolder};
+use elastic_lora::io::peft::{LoraAdapter, PeftOptions};
 use elastic_lora::io::{Checkpoint, DType};
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::{Decoder, DeviceSession};
 use elastic_lora::nn::{KvCache, host_values};
 use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
+use elastic_lora::{Merger, SuperNet};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -274,6 +276,47 @@ fn merged_models_are_written_in_their_own_form() {
         }
     }
     report.finish();
+}
+
+#[test]
+fn adapters_are_written_under_the_names_of_the_family() {
+    let scratch = tempfile::tempdir().unwrap();
+    for fixture in Fixture::all() {
+        let mut net = trained(fixture.decoder());
+        net.activate(&mixed_ranks(&net)).unwrap();
+        let folder = scratch.path().join(&fixture.name);
+        let options = PeftOptions::for_model(net.model().config());
+        net.extract_adapter()
+            .unwrap()
+            .write(&folder, &options)
+            .unwrap();
+        let adapter = LoraAdapter::open(&folder).unwrap();
+        let kinds: BTreeSet<&str> = adapter
+            .layers
+            .keys()
+            .filter_map(|name| name.rsplit('.').next())
+            .collect();
+        let expected = if fixture.name.starts_with("phi3") {
+            vec!["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+        } else {
+            vec![
+                "down_proj",
+                "gate_proj",
+                "k_proj",
+                "o_proj",
+                "q_proj",
+                "up_proj",
+                "v_proj",
+            ]
+        };
+        assert_eq!(kinds, BTreeSet::from_iter(expected), "{}", fixture.name);
+        let again = SuperNet::from_adapter(fixture.decoder(), &adapter).unwrap();
+        for ids in &fixture.ids {
+            let expected = full(&net.eval_model(), ids);
+            let off = off(&full(again.model(), ids), &expected);
+            assert!(off <= TOLERANCE, "{}: off by {off}", fixture.name);
+        }
+    }
 }
 
 #[test]

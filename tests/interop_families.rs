@@ -14,6 +14,7 @@ use common::families::{Fixture, mixed_ranks, trained, uniform_subnets};
 use common::python::{python, run, write_vectors};
 use common::runtime::{full, in_pieces, session};
 use common::{load, load_i32, max_diff};
+use elastic_lora::arch::Family;
 use elastic_lora::io::hf::HfFolder;
 use elastic_lora::io::peft::{LoraAdapter, PeftOptions};
 use elastic_lora::io::{Checkpoint, DType};
@@ -52,6 +53,15 @@ fn transformers_reads_merged_and_extracted_models_of_every_family() {
             let model = merger.extract(&net, &[], &Silent).unwrap().model;
             let off = max_diff(&full(&model, ids), &expected);
             assert!(off < 1e-4, "{}, {what}: off by {off}", fixture.name);
+            if model.config().raw()["model_type"] == Family::ElasticLlama.model_type() {
+                // transformers takes the number of these factors from the number of heads.
+                assert!(
+                    fixture.name.starts_with("phi3-longrope"),
+                    "{}, {what}",
+                    fixture.name
+                );
+                continue;
+            }
             let path = scratch.path().join(format!("{}-{what}", fixture.name));
             arguments.extend(write_checked(&model, &path, ids));
         }
@@ -78,11 +88,18 @@ fn peft_computes_the_logits_of_our_adapters_for_every_family() {
         );
         let adapter = net.extract_adapter().unwrap();
         let folder = scratch.path().join(&fixture.name);
-        adapter.write(&folder, &PeftOptions::default()).unwrap();
+        let options = PeftOptions::for_model(net.model().config());
+        adapter.write(&folder, &options).unwrap();
         if !arguments.is_empty() {
             arguments.push("+".into());
         }
-        arguments.extend([fixture.path.clone(), folder, vectors]);
+        // Of a model for several kinds of input, the adapter is one of the text model.
+        let mut base = fixture.path.clone();
+        if fixture.name.starts_with("gemma3") && !fixture.name.contains("text") {
+            base = scratch.path().join(format!("base-{}", fixture.name));
+            write_checked(&fixture.decoder(), &base, ids);
+        }
+        arguments.extend([base, folder, vectors]);
     }
     run(python, "check_peft.py", &arguments);
 }

@@ -335,15 +335,9 @@ impl Run<'_> {
         adapter.base_model = Some(base.to_string_lossy().into_owned());
         let options = PeftOptions {
             overwrite: true,
-            model_layers: net
-                .model()
-                .layer_shapes()
-                .into_iter()
-                .map(|layer| layer.name)
-                .collect(),
             dropout: self.args.dropout,
             dtype,
-            ..PeftOptions::default()
+            ..PeftOptions::for_model(net.model().config())
         };
         let folder = self.out.join(name);
         adapter.write(&folder, &options)?;

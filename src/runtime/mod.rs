@@ -23,9 +23,9 @@ mod sample;
 mod session;
 mod shape;
 mod source;
-mod weights;
 #[cfg(test)]
 mod tests;
+mod weights;
 mod workspace;
 
 pub use crate::kernels::Activations;

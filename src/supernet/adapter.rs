@@ -22,7 +22,7 @@ impl SuperNet {
     /// dropout.
     ///
     /// # Errors
-    /// Returns [`Error::UnknownLayer`] and [`Error::TensorShape`] as [`LoraAdapter::check`] does,
+    /// Returns the errors of [`LoraAdapter::check`],
     /// [`Error::InvalidArgument`] for an adapter without layers, [`Error::HasAdapter`] if the model
     /// already has an adapter, and [`Error::Unsupported`] if the adapter was trained through a
     /// quantizer or a scale is not positive.
@@ -40,19 +40,18 @@ impl SuperNet {
                 "at least one layer",
             ));
         }
-        adapter.check(model.config())?;
+        let mut pairs = adapter.by_layer(model.config())?;
         model.refuse_adapters("merge it first")?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
         let mut model = model.set_require_grad(false);
         let device = model.device();
-        let mut groups = Vec::with_capacity(adapter.layers.len());
+        let mut groups = Vec::with_capacity(pairs.len());
         let mut largest: Option<LoraConfig> = None;
         // Uses the order of computation. The order of names differs from ten blocks on.
         for shape in model.layer_shapes() {
-            let (Some(weights), Some(layer)) = (
-                adapter.layers.get(&shape.name),
-                model.linear_mut(&shape.name),
-            ) else {
+            let (Some(weights), Some(layer)) =
+                (pairs.remove(&shape.name), model.linear_mut(&shape.name))
+            else {
                 continue;
             };
             let (rank, scale) = (weights.rank(), f64::from(weights.scale()));

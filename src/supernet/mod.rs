@@ -344,6 +344,10 @@ impl SuperNet {
     /// The active subnet as a plain LoRA: the first `r` rows and columns of each layer's factors,
     /// and its scale. If widths are elastic, the LoRA fits a base with the active widths.
     ///
+    /// The layers have the names that PEFT uses for the family. Where a checkpoint holds several
+    /// layers as one matrix, their factors are stacked, and their ranks add up unless they have the
+    /// same A.
+    ///
     /// # Errors
     /// Returns [`Error::Unsupported`] for masked (SparsePEFT) and quantization-aware adapters,
     /// which a plain LoRA cannot express. Merge them instead.
@@ -355,10 +359,15 @@ impl SuperNet {
                 layers.insert(name, LoraWeights::new(a, b, scale as f32)?);
             }
         }
-        Ok(LoraAdapter {
+        let adapter = LoraAdapter {
             layers,
             ..LoraAdapter::default()
-        })
+        };
+        let rows = |name: &str| {
+            let layer = self.model.linear(name);
+            layer.map_or(0, |layer| layer.active_dims()[1])
+        };
+        adapter.stacked(self.model.config(), rows)
     }
 
     /// Returns the model with the active subnet.

@@ -3,6 +3,7 @@
 //!
 //! LoRA: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
+mod fused;
 mod pattern;
 mod read;
 mod write;
@@ -133,7 +134,10 @@ impl LoraWeights {
 /// A LoRA adapter of a whole model. Ranks and scales may differ between layers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoraAdapter {
-    /// Weights by module path in the base model, such as `model.layers.0.self_attn.q_proj`.
+    /// Weights by module path in the base model, such as `model.layers.0.self_attn.q_proj`. Where
+    /// checkpoints hold several linear layers as one matrix, as those of Phi-3 do, the path is that
+    /// of the matrix: `model.layers.0.self_attn.qkv_proj`. The blocks of a model for several kinds
+    /// of input have the names that they have in the text model alone.
     pub layers: BTreeMap<String, LoraWeights>,
     /// Name or path of the base model, as stored in the file.
     pub base_model: Option<String>,
@@ -159,32 +163,11 @@ impl LoraAdapter {
     /// Checks that every layer exists in `config` and has the right shape.
     ///
     /// # Errors
-    /// Returns [`Error::UnknownLayer`], or [`Error::TensorShape`] with the shape of the product.
+    /// Returns [`Error::UnknownLayer`], [`Error::TensorShape`] with the shape of the product, or
+    /// [`Error::InvalidArgument`] if a layer has a pair of its own and one by the matrix that holds
+    /// it.
     pub fn check(&self, config: &HfConfig) -> Result<()> {
-        let shapes: BTreeMap<String, [usize; 2]> = config
-            .arch()
-            .linears()
-            .into_iter()
-            .map(|l| (l.name, [l.d_output, l.d_input]))
-            .collect();
-        for (layer, weights) in &self.layers {
-            let Some(expected) = shapes.get(layer) else {
-                return Err(Error::UnknownLayer {
-                    context: "LoRA adapter".into(),
-                    layer: layer.clone(),
-                });
-            };
-            let found = [weights.d_output(), weights.d_input()];
-            if found != *expected {
-                let tensor = format!("{layer}.lora");
-                return Err(Error::TensorShape {
-                    tensor,
-                    expected: expected.to_vec(),
-                    found: found.to_vec(),
-                });
-            }
-        }
-        Ok(())
+        self.by_layer(config).map(drop)
     }
 }
 

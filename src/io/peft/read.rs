@@ -10,7 +10,7 @@ use super::{LoraAdapter, LoraWeights, PREFIX};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
 use crate::io::read_json_object;
-use crate::io::tensors::Checkpoint;
+use crate::io::tensors::{Checkpoint, plain_name};
 
 /// Largest accepted rank, above any rank in use. The tensors in the file limit it further.
 const MAX_RANK: usize = 1 << 16;
@@ -68,7 +68,12 @@ impl LoraAdapter {
                 continue;
             };
             let weights = load_layer(&tensors, name, layer, &rules)?;
-            adapter.layers.insert(layer.into(), weights);
+            let plain = plain_name(layer).into_owned();
+            if let Some((plain, _)) = adapter.layers.remove_entry(&plain) {
+                let reason = format!("two adapters for `{plain}`, one of them as `{layer}`");
+                return Err(Error::invalid_file(&path, reason));
+            }
+            adapter.layers.insert(plain, weights);
         }
         if adapter.layers.is_empty() {
             return Err(Error::invalid_file(&path, "no LoRA tensor"));

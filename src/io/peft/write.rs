@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::pattern::{self, Pattern};
 use super::{LoraAdapter, LoraWeights, PREFIX};
 use crate::error::{Error, Result};
+use crate::io::hf::HfConfig;
 use crate::io::tensors::{DType, HostTensor, write_safetensors};
 use crate::io::{FolderWriter, atomic};
 
@@ -21,7 +22,8 @@ pub struct PeftOptions {
     pub pad_to_max_rank: bool,
     /// Whether a folder that is not empty may be replaced.
     pub overwrite: bool,
-    /// Names of all linear layers of the model. If all layers with the same last name (such as
+    /// Names of all modules that PEFT could adapt in the model; [`for_model`](Self::for_model) sets
+    /// them. If all layers with the same last name (such as
     /// `q_proj`) are adapted, `target_modules` lists last names; otherwise, or if this list is
     /// empty, it lists full paths.
     pub model_layers: Vec<String>,
@@ -45,6 +47,14 @@ impl PeftOptions {
     /// Creates settings for F32, unchanged ranks, and a new or empty folder.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Creates settings like [`new`](Self::new), with the modules of a model.
+    pub fn for_model(config: &HfConfig) -> Self {
+        Self {
+            model_layers: super::fused::modules(config),
+            ..Self::default()
+        }
     }
 
     setters! {

@@ -1,5 +1,6 @@
 //! Reads checkpoints.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::ops::Range;
@@ -92,6 +93,17 @@ const TEXT_PREFIXES: [(&str, &str); 3] = [
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 ];
+
+/// Returns the name that a tensor or module has in a plain text model.
+pub(crate) fn plain_name(name: &str) -> Cow<'_, str> {
+    let prefixed = TEXT_PREFIXES
+        .iter()
+        .find_map(|(prefix, plain)| Some((plain, name.strip_prefix(prefix)?)));
+    match prefixed {
+        Some((plain, rest)) => format!("{plain}{rest}").into(),
+        None => name.into(),
+    }
+}
 
 /// A checkpoint opened for reading, memory-mapped: one safetensors file, a folder of shards, or a
 /// GGUF model.
