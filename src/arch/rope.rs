@@ -279,6 +279,21 @@ impl Rope {
         self.limit.filter(|_| !self.long.is_empty())
     }
 
+    /// Whether keys that were rotated in a sequence of `old` tokens are wrong in one of `new`
+    /// tokens.
+    pub fn switches_between(&self, old: usize, new: usize) -> bool {
+        self.switches_at()
+            .is_some_and(|limit| (old > limit) != (new > limit))
+    }
+
+    /// Whether sequences of all lengths from `shortest` to `longest` tokens have the same
+    /// frequencies.
+    pub fn is_same(&self, shortest: usize, longest: usize) -> bool {
+        self.limit.is_none_or(|limit| {
+            longest <= limit || shortest == longest || (shortest > limit && !self.long.is_empty())
+        })
+    }
+
     /// The frequencies in a sequence of `len` tokens, in radians per token.
     fn frequencies(&self, len: usize) -> Cow<'_, [f64]> {
         match self.limit {

@@ -66,6 +66,7 @@ pub fn perplexity(
             // Runs the window piece by piece through a cache: the values are the same, and only one
             // piece needs memory at a time.
             let mut cache = KvCache::new(model.config().num_hidden_layers());
+            cache.begin(ids.len(), model.ropes());
             for (index, piece) in ids.chunks(TOKENS_AT_ONCE).enumerate() {
                 let hidden: Tensor<2> = model
                     .hidden_states(model.tokens(piece, 1)?, Some(&mut cache))

@@ -1,5 +1,5 @@
 //! Reads and writes named tensors: safetensors, Hugging Face model folders, quantized layers, PEFT
-//! adapters, bundles. Reads GGUF.
+//! adapters, bundles, GGUF.
 //!
 //! This module does not depend on Burn. It treats all input as untrusted: sizes are checked before
 //! memory is allocated, and every error names the file, tensor or field. Files and folders are
@@ -14,10 +14,11 @@ pub(crate) mod gguf;
 pub mod hf;
 pub mod peft;
 pub mod quantized;
+pub(crate) mod source;
 pub mod tensors;
 
 pub use atomic::FolderWriter;
-pub use gguf::Gguf;
+pub use gguf::{Gguf, GgufOptions, GgufReport, GgufType, write_gguf};
 pub use hf::HfConfig;
 pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};

@@ -1,5 +1,7 @@
 //! The decoder-only transformer.
 
+use std::ops::Range;
+
 use burn::module::{Module, Param};
 use burn::tensor::module::embedding;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
@@ -282,8 +284,9 @@ impl Decoder {
         cache: Option<&'a mut KvCache>,
     ) -> Pass<'_, 'a> {
         let device = self.device().without_autodiff();
+        let len = cache.as_ref().map_or(0, |cache| cache.len()).max(start + n);
         let tables = self.ropes.iter();
-        let rotations = tables.map(|rope| rotary_tables(rope, start, n, &device));
+        let rotations = tables.map(|rope| rotary_tables(rope, start..start + n, len, &device));
         let mask = cache.as_ref().map(|cache| cache.mask());
         Pass {
             arch: self.config.arch(),
@@ -294,10 +297,17 @@ impl Decoder {
         }
     }
 
+    /// The rotary embeddings.
+    pub(crate) fn ropes(&self) -> &[Rope] {
+        &self.ropes
+    }
+
     /// Final hidden states after the last norm: the input of the head.
     ///
     /// With a cache, `tokens` continue the cached tokens and are appended to them. Positions
-    /// include padding in the cache, because rotary attention depends only on distances.
+    /// include padding in the cache, because rotary attention depends only on distances. If the
+    /// model's rotary frequencies depend on the length, the caller prepares the cache by
+    /// [`KvCache::begin`].
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
@@ -570,19 +580,24 @@ impl Decoder {
     }
 }
 
-/// Cosines and sines of the positions `start..start + n` of a sequence that ends there.
+/// Cosines and sines of some positions of a sequence of `len` tokens.
 ///
 /// # Shapes
-/// - results: `[n, pairs]` each
-fn rotary_tables(rope: &Rope, start: usize, n: usize, device: &Device) -> [Tensor<2>; 2] {
-    let half = rope.half();
+/// - results: `[positions, pairs]` each
+fn rotary_tables(
+    rope: &Rope,
+    positions: Range<usize>,
+    len: usize,
+    device: &Device,
+) -> [Tensor<2>; 2] {
+    let (n, half) = (positions.len(), rope.half());
     let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
     let rows = cos
         .chunks_exact_mut(half.max(1))
         .zip(sin.chunks_exact_mut(half.max(1)));
-    (start..)
+    positions
         .zip(rows)
-        .for_each(|(position, (cos, sin))| rope.rotation_at(position, start + n, cos, sin));
+        .for_each(|(position, (cos, sin))| rope.rotation_at(position, len, cos, sin));
     [cos, sin].map(|table| Tensor::from_data(TensorData::new(table, [n, half]), device))
 }
 

@@ -47,13 +47,37 @@ pub fn generate_batch(
     order.sort_by_key(|index| prompts[*index].len());
     let mut outputs = vec![Vec::new(); prompts.len()];
     let mut task = Task::begin(progress, "generate", prompts.len(), "sequences")?;
-    for chunk in order.chunks(config.batch_size) {
+    let mut rest = &order[..];
+    while !rest.is_empty() {
+        let chunk;
+        (chunk, rest) = rest.split_at(first_batch(model, prompts, rest, config));
         let chunk_outputs = generate_chunk(model, prompts, chunk, config, &mut task)?;
         for (index, output) in chunk.iter().zip(chunk_outputs) {
             outputs[*index] = output;
         }
     }
     Ok(outputs)
+}
+
+/// Number of prompts that form the first batch. `order` sorts them by length.
+///
+/// All sequences of a batch have the same rotary frequencies. If these depend on the length and may
+/// change during the generation, only prompts of equal length share a batch.
+fn first_batch(
+    model: &Decoder,
+    prompts: &[Vec<u32>],
+    order: &[usize],
+    config: &GenerateConfig,
+) -> usize {
+    let mut lengths = order.iter().map(|index| prompts[*index].len());
+    let shortest = lengths.clone().next().unwrap_or(0);
+    let alike = |len: usize| {
+        let longest = len.saturating_add(config.max_new_tokens);
+        let mut ropes = model.ropes().iter();
+        len == shortest || ropes.all(|rope| rope.is_same(shortest, longest))
+    };
+    let n = lengths.position(|len| !alike(len)).unwrap_or(order.len());
+    n.min(config.batch_size)
 }
 
 fn generate_chunk(
@@ -103,7 +127,18 @@ fn generate_chunk(
     task.advance(chunk.len() - rows.len(), "");
     while !rows.is_empty() {
         task.check()?;
-        let seq = ids.len() / rows.len();
+        let mut seq = ids.len() / rows.len();
+        let len = cache.n_tokens() + seq;
+        cache.begin(len, model.ropes());
+        if cache.n_tokens() + seq < len {
+            // The frequencies have changed, which only happens to prompts of equal length.
+            ids.clear();
+            for row in &rows {
+                ids.extend_from_slice(&prompts[chunk[*row]]);
+                ids.extend_from_slice(&outputs[*row]);
+            }
+            seq = len;
+        }
         let hidden = model.hidden_states(model.tokens(&ids, rows.len())?, Some(&mut cache));
         let logits = host_values(model.logits(hidden.narrow(1, seq - 1, 1)));
         let mut going = Vec::with_capacity(rows.len());

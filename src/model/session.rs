@@ -11,6 +11,9 @@ use crate::runtime::{GenerateConfig, Sampler};
 #[derive(Clone, Debug)]
 pub struct DeviceSession {
     model: Decoder,
+    /// The tokens of the sequence, which must be computed again when the length passes the limit
+    /// of a LongRoPE. The cache may hold fewer of them.
+    tokens: Vec<u32>,
     cache: KvCache,
 }
 
@@ -20,17 +23,19 @@ impl DeviceSession {
     pub fn new(model: &Decoder) -> Self {
         Self {
             model: model.clone(),
+            tokens: Vec::new(),
             cache: KvCache::new(model.config().num_hidden_layers()),
         }
     }
 
-    /// Number of tokens in the cache.
+    /// Number of tokens in the session.
     pub fn position(&self) -> usize {
-        self.cache.n_tokens()
+        self.tokens.len()
     }
 
-    /// Empties the cache.
+    /// Drops all tokens.
     pub fn reset(&mut self) {
+        self.tokens.clear();
         self.cache = KvCache::new(self.model.config().num_hidden_layers());
     }
 
@@ -39,7 +44,7 @@ impl DeviceSession {
     /// # Errors
     /// Returns [`Error::ShapeMismatch`] if there are no tokens, [`Error::TokenOutOfRange`] if one
     /// is outside the vocabulary, and [`Error::SequenceTooLong`] if the context would be exceeded.
-    /// The cache is then unchanged.
+    /// The session then holds the same tokens as before.
     pub fn decode(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let max = self.model.config().max_position_embeddings();
         let found = self.position() + tokens.len();
@@ -50,13 +55,17 @@ impl DeviceSession {
                 max,
             });
         }
-        let ids = self.model.tokens(tokens, 1)?;
+        // Checks the tokens.
+        let mut ids = self.model.tokens(tokens, 1)?;
+        self.tokens.extend_from_slice(tokens);
+        self.cache.begin(found, self.model.ropes());
+        let held = self.cache.n_tokens();
+        if held + tokens.len() < found {
+            ids = self.model.tokens(&self.tokens[held..], 1)?;
+        }
         let hidden = self.model.hidden_states(ids, Some(&mut self.cache));
-        Ok(host_values(self.model.logits(hidden.narrow(
-            1,
-            tokens.len() - 1,
-            1,
-        ))))
+        let last = hidden.narrow(1, found - held - 1, 1);
+        Ok(host_values(self.model.logits(last)))
     }
 
     /// Appends `prompt` to the session's sequence and continues it. `on_token` receives each new

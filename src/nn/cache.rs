@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 
 use super::ops::AttentionMask;
+use crate::arch::Rope;
 
 /// Keys and values of one layer, each `[batch, n_kv_heads, capacity, head_dim]`, of which the first
 /// `n_tokens` are in use.
@@ -23,6 +24,8 @@ struct LayerCache {
 pub struct KvCache {
     layers: Vec<LayerCache>,
     n_tokens: usize,
+    /// Length of the sequences for which the newest keys were or will be rotated.
+    len: usize,
     left_pad: Option<Vec<usize>>,
 }
 
@@ -47,6 +50,7 @@ impl KvCache {
         Self {
             layers: vec![LayerCache::default(); n_layers],
             n_tokens: 0,
+            len: 0,
             left_pad: None,
         }
     }
@@ -63,6 +67,24 @@ impl KvCache {
     /// Number of cached tokens, padding included.
     pub fn n_tokens(&self) -> usize {
         self.n_tokens
+    }
+
+    /// Length of the sequences for which new keys are rotated, at least.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Prepares for new tokens of sequences that will have `len` tokens in all, padding included.
+    /// If the cached keys were rotated otherwise than in such a sequence, drops all tokens. They
+    /// must then be added again.
+    pub fn begin(&mut self, len: usize, ropes: &[Rope]) {
+        if ropes
+            .iter()
+            .any(|rope| rope.switches_between(self.len, len))
+        {
+            self.truncate(0);
+        }
+        self.len = len;
     }
 
     /// The attention mask of the cached batch, without a window.

@@ -119,8 +119,8 @@ impl Pass<'_> {
             if scale != 1.0 {
                 x.iter_mut().for_each(|x| *x *= scale);
             }
-            let before = (self.caches)(row / self.n).n_tokens();
-            let (position, len) = (before + row % self.n, before + self.n);
+            let cache = (self.caches)(row / self.n);
+            let (position, len) = (cache.n_tokens() + row % self.n, cache.len());
             for (rope, (cos, sin)) in self.weights.ropes.iter().zip(&mut work.rotations) {
                 let range = row * rope.half()..(row + 1) * rope.half();
                 rope.rotation_at(position, len, &mut cos[range.clone()], &mut sin[range]);

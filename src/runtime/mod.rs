@@ -22,6 +22,9 @@ mod plan;
 mod sample;
 mod session;
 mod shape;
+mod source;
+#[cfg(test)]
+mod tests;
 mod weights;
 mod workspace;
 

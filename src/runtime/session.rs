@@ -14,6 +14,9 @@ use super::sample::Sampler;
 use super::shape::Shape;
 use super::workspace::{Workspace, grow};
 
+/// Number of tokens for which a session makes room to note them at a time, at least.
+const NOTED: usize = 256;
+
 /// Settings of a [`Session`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct SessionConfig {
@@ -68,11 +71,19 @@ impl SessionConfig {
 /// number of threads; each session is used by one thread at a time.
 ///
 /// Memory is allocated for the first tokens, and then once per few hundred tokens of context. Apart
-/// from that, decoding a token does not allocate.
+/// from that, decoding a token does not allocate. Layers with a sliding window keep little more than
+/// their window, so their memory does not grow with the context.
+///
+/// A session also keeps its tokens, because keys and values must sometimes be computed again: when
+/// the sequence passes the length at which a model with LongRoPE changes its frequencies, and when
+/// [`truncate`](Self::truncate) goes back behind what a layer with a window still keeps. The next
+/// call that appends tokens then takes as long as if it were given all tokens.
 #[derive(Debug)]
 pub struct Session {
     model: Model,
     shape: Arc<Shape>,
+    /// The tokens of the sequence. The cache may hold fewer of them, but never others.
+    tokens: Vec<u32>,
     cache: Cache,
     work: Workspace,
     /// Logits of the last token, during generation.
@@ -103,10 +114,13 @@ impl Session {
             return Err(Error::argument("prefill_rows", 0, "at least 1"));
         }
         let shape = model.shape(0)?.clone();
-        let cache = Cache::new(config.cache, &shape.blocks, model.config().head_dim());
+        let rows = config.prefill_rows;
+        let arch = model.config().arch();
+        let cache = Cache::new(config.cache, arch, &shape.blocks, rows, n_ctx);
         Ok(Self {
             model: model.clone(),
             shape,
+            tokens: Vec::new(),
             cache,
             work: Workspace::default(),
             logits: Vec::new(),
@@ -122,14 +136,24 @@ impl Session {
         &self.model
     }
 
-    /// Number of tokens in the cache.
+    /// Number of tokens in the session.
     pub fn position(&self) -> usize {
-        self.cache.n_tokens()
+        self.tokens.len()
     }
 
-    /// Maximum number of tokens in the cache.
+    /// The tokens in the session.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Maximum number of tokens in the session.
     pub fn n_ctx(&self) -> usize {
         self.n_ctx
+    }
+
+    /// Number of bytes allocated for keys and values.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.bytes()
     }
 
     /// Active rank of each linear layer, in the model's order; 0 if no adapter is active.
@@ -137,14 +161,19 @@ impl Session {
         &self.shape.ranks
     }
 
-    /// Empties the cache. Its memory is kept for the next tokens.
+    /// Drops all tokens. Their memory is kept for the next ones.
     pub fn reset(&mut self) {
-        self.cache.truncate(0);
+        self.truncate(0);
     }
 
     /// Drops all tokens but the first `n_tokens`. Does nothing if the session holds no more than
     /// that.
+    ///
+    /// Takes no time, but if a layer with a sliding window no longer keeps the positions that the
+    /// next token would see, the next call that appends tokens computes all of them again. The last
+    /// `prefill_rows` tokens or so can be dropped without that.
     pub fn truncate(&mut self, n_tokens: usize) {
+        self.tokens.truncate(n_tokens);
         self.cache.truncate(n_tokens);
     }
 
@@ -152,7 +181,7 @@ impl Session {
     ///
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if there is no such subnet, and [`Error::InvalidState`]
-    /// if the subnet would change while tokens are in the cache.
+    /// if the subnet would change while it holds tokens.
     pub fn set_subnet(&mut self, subnet: usize) -> Result<()> {
         let shape = self.model.shape(subnet)?.clone();
         self.set_shape(shape)
@@ -162,7 +191,7 @@ impl Session {
     ///
     /// # Errors
     /// Returns [`Error::UnknownSubnet`] if there is no subnet of that name, and
-    /// [`Error::InvalidState`] if the subnet would change while tokens are in the cache.
+    /// [`Error::InvalidState`] if the subnet would change while it holds tokens.
     pub fn set_subnet_named(&mut self, name: &str) -> Result<()> {
         self.set_subnet(self.model.subnet_index(name)?)
     }
@@ -172,7 +201,7 @@ impl Session {
     /// # Errors
     /// Returns the errors of [`SearchSpace::validate`](crate::SearchSpace::validate), and
     /// [`Error::InvalidState`] if the model has no search space, or if the subnet would change
-    /// while tokens are in the cache.
+    /// while it holds tokens.
     pub fn set_config(&mut self, subnet: &SubnetConfig) -> Result<()> {
         let Some(space) = self.model.space() else {
             let reason = "the model is no supernet".to_string();
@@ -191,7 +220,7 @@ impl Session {
     /// # Errors
     /// Returns [`Error::ShapeMismatch`] if the number of ranks differs from the number of layers,
     /// [`Error::InvalidRank`] if a rank is larger than the layer's largest, and
-    /// [`Error::InvalidState`] if a rank would change while tokens are in the cache.
+    /// [`Error::InvalidState`] if a rank would change while it holds tokens.
     pub fn set_ranks(&mut self, ranks: &[u32]) -> Result<()> {
         let shape = Arc::new(self.shape.with_ranks(&self.model.weights, ranks)?);
         self.set_shape(shape)
@@ -204,7 +233,7 @@ impl Session {
         if self.position() > 0 {
             let n = self.position();
             let reason = format!(
-                "the cache holds {n} tokens of the subnet that is active; reset the session first"
+                "the session holds {n} tokens of the subnet that is active; reset it first"
             );
             return Err(Error::InvalidState {
                 what: "choosing a subnet",
@@ -221,8 +250,10 @@ impl Session {
         if heads(&shape) != heads(&self.shape) {
             self.cache = Cache::new(
                 self.cache_format,
+                self.model.config().arch(),
                 &shape.blocks,
-                self.model.config().head_dim(),
+                self.prefill_rows,
+                self.n_ctx,
             );
         }
         self.shape = shape;
@@ -272,20 +303,8 @@ impl Session {
                 found: vec![logits.len()],
             });
         }
-        let mut logits = logits;
-        let (start, rows) = (self.position(), self.prefill_rows);
-        let last = (tokens.len() - 1) / rows;
-        for (index, piece) in tokens.chunks(rows).enumerate() {
-            let wanted = logits
-                .as_mut()
-                .filter(|_| index == last)
-                .map(|logits| (piece.len() - 1, &mut **logits));
-            if let Err(error) = self.append(piece, wanted) {
-                self.truncate(start);
-                return Err(error);
-            }
-        }
-        Ok(())
+        let first = tokens.len() - usize::from(logits.is_some());
+        self.extend(tokens, first, logits.unwrap_or_default())
     }
 
     /// Appends tokens like [`decode`](Self::decode), and writes the logits after every token.
@@ -305,41 +324,74 @@ impl Session {
                 found: vec![logits.len()],
             });
         }
-        // Limited to the number of tokens: `prefill_rows` can be any number, and the product below
-        // must not overflow.
-        let (start, rows) = (self.position(), self.prefill_rows.min(tokens.len()));
-        for (piece, logits) in tokens
-            .chunks(rows)
-            .zip(logits.chunks_mut(rows * vocab_size))
-        {
-            if let Err(error) = self.append(piece, Some((0, logits))) {
-                self.truncate(start);
-                return Err(error);
-            }
-        }
-        Ok(())
+        self.extend(tokens, 0, logits)
     }
 
-    /// Appends tokens that were checked. `wanted` is the first row whose logits are computed, and
-    /// the slice for them.
-    fn append(&mut self, tokens: &[u32], wanted: Option<(usize, &mut [f32])>) -> Result<()> {
-        let n = tokens.len();
-        self.cache.reserve(self.position() + n)?;
-        let cache = &self.cache;
-        let pass = Pass {
-            weights: &self.model.weights,
-            shape: &self.shape,
-            pool: &self.model.pool,
-            activations: self.activations,
-            caches: &|_| cache,
-            n_seqs: 1,
-            n,
-        };
-        pass.blocks(tokens, &mut self.work)?;
-        if let Some((first, logits)) = wanted {
-            pass.logits(first..n, &mut self.work, logits)?;
+    /// Appends tokens that were checked, and writes the logits after each of `tokens[first..]`.
+    fn extend(&mut self, tokens: &[u32], first: usize, logits: &mut [f32]) -> Result<()> {
+        let start = self.position();
+        self.catch_up(tokens.len())?;
+        self.tokens.extend_from_slice(tokens);
+        let result = self.append(tokens, first, logits);
+        if result.is_err() {
+            self.truncate(start);
         }
-        self.cache.advance(n);
+        result
+    }
+
+    /// Computes the keys and values of those tokens of the session that the cache does not hold, or
+    /// holds for a sequence of another length than with `n` more tokens, and makes room to note
+    /// `n` more tokens.
+    fn catch_up(&mut self, n: usize) -> Result<()> {
+        let room = self.tokens.capacity() - self.tokens.len();
+        if room < n {
+            let fail = |_| Error::OutOfMemory {
+                what: "the tokens of a session",
+                bytes: n * size_of::<u32>(),
+            };
+            self.tokens.try_reserve(n.max(NOTED)).map_err(fail)?;
+        }
+        let ropes = &self.model.weights.ropes;
+        self.cache.begin(self.tokens.len() + n, ropes);
+        if self.cache.n_tokens() == self.tokens.len() {
+            return Ok(());
+        }
+        // Taken out for the call, which borrows the session.
+        let tokens = std::mem::take(&mut self.tokens);
+        let missing = &tokens[self.cache.n_tokens()..];
+        let result = self.append(missing, missing.len(), &mut []);
+        self.tokens = tokens;
+        result
+    }
+
+    /// Adds tokens to the cache, `prefill_rows` at a time, and writes the logits after each of
+    /// `tokens[first..]`.
+    fn append(&mut self, tokens: &[u32], first: usize, logits: &mut [f32]) -> Result<()> {
+        let vocab_size = self.model.config().vocab_size();
+        let (mut start, mut logits) = (0, logits);
+        for piece in tokens.chunks(self.prefill_rows) {
+            let n = piece.len();
+            self.cache.reserve(self.cache.n_tokens() + n)?;
+            let cache = &self.cache;
+            let pass = Pass {
+                weights: &self.model.weights,
+                shape: &self.shape,
+                pool: &self.model.pool,
+                activations: self.activations,
+                caches: &|_| cache,
+                n_seqs: 1,
+                n,
+            };
+            pass.blocks(piece, &mut self.work)?;
+            let wanted = first.saturating_sub(start).min(n)..n;
+            if !wanted.is_empty() {
+                let (these, others) = logits.split_at_mut(wanted.len() * vocab_size);
+                pass.logits(wanted, &mut self.work, these)?;
+                logits = others;
+            }
+            self.cache.advance(n);
+            start += n;
+        }
         Ok(())
     }
 
@@ -432,16 +484,17 @@ pub fn decode_batch(
         session.check(std::slice::from_ref(token))?;
     }
     for session in sessions.iter_mut() {
-        let room = session.position() + 1;
-        session.cache.reserve(room)?;
+        session.catch_up(1)?;
+        session.cache.reserve(session.position() + 1)?;
     }
     let mut work = std::mem::take(&mut sessions[0].work);
     let result = run_batch(sessions, tokens, &mut work, logits);
     sessions[0].work = work;
     result?;
-    sessions
-        .iter_mut()
-        .for_each(|session| session.cache.advance(1));
+    for (session, token) in sessions.iter_mut().zip(tokens) {
+        session.cache.advance(1);
+        session.tokens.push(*token);
+    }
     Ok(())
 }
 

@@ -26,7 +26,7 @@ struct Group {
 }
 
 /// A type that stores numbers in blocks.
-pub(in crate::io) struct BlockType {
+pub(crate) struct BlockType {
     /// Name in ggml.
     pub name: &'static str,
     /// Numbers in a block.
@@ -55,16 +55,18 @@ pub(in crate::io) enum Encoding {
     Blocks(&'static BlockType),
 }
 
+/// Types that store each number by itself, with their ids in ggml.
+const PLAIN: [(u32, DType); 4] = [
+    (0, DType::F32),
+    (1, DType::F16),
+    (28, DType::F64),
+    (30, DType::BF16),
+];
+
 impl Encoding {
     /// Finds the encoding of a ggml type. The error is the name of the type, if it has one.
     pub fn from_id(id: u32) -> Result<Self, String> {
-        let plain = [
-            (0, DType::F32),
-            (1, DType::F16),
-            (28, DType::F64),
-            (30, DType::BF16),
-        ];
-        if let Some((_, dtype)) = plain.iter().find(|row| row.0 == id) {
+        if let Some((_, dtype)) = PLAIN.iter().find(|row| row.0 == id) {
             return Ok(Self::Plain(*dtype));
         }
         if let Some((_, blocks)) = BLOCKS.iter().find(|row| row.0 == id) {
@@ -74,6 +76,19 @@ impl Encoding {
             Some((_, name)) => (*name).into(),
             None => format!("number {id}"),
         })
+    }
+
+    /// Id of the type in ggml.
+    pub fn id(self) -> u32 {
+        let id = match self {
+            Self::Plain(dtype) => PLAIN.iter().find(|row| row.1 == dtype).map(|row| row.0),
+            Self::Blocks(blocks) => {
+                let same = |row: &&(u32, BlockType)| std::ptr::eq(&row.1, blocks);
+                BLOCKS.iter().find(same).map(|row| row.0)
+            }
+        };
+        // Every encoding comes from `from_id`, which takes the same types.
+        id.unwrap_or(u32::MAX)
     }
 
     /// Numbers and bytes in a block.

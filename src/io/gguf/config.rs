@@ -1,39 +1,123 @@
 //! Configuration and tensor names of the equivalent Hugging Face folder.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use super::blocks::Encoding;
 use super::container;
+use super::families::{LONG_FACTORS, SHORT_FACTORS};
 use super::layout::Layout;
 use super::{Entry, Gguf};
-use crate::arch::{Architecture, Family, LinearKind, Rope, RopeConfig, RopeScaling};
+use crate::arch::family::Windows;
+use crate::arch::{Architecture, BlockDims, Family, LinearKind, Rope, RopeConfig, RopeScaling};
 use crate::error::{Error, Result};
-use crate::io::HfConfig;
 use crate::io::tensors::TensorInfo;
+use crate::io::{DType, HfConfig};
 
 /// A model family of llama.cpp.
-struct Row {
+pub(super) struct Row {
     /// `general.architecture`.
-    name: &'static str,
-    family: Family,
+    pub name: &'static str,
+    /// The family that a file is read as.
+    pub family: Family,
+    /// The families that are written as this one.
+    pub written: &'static [Family],
     /// Whether the rows of queries and keys are permuted.
-    permuted: bool,
+    pub permuted: bool,
+    /// Whether blocks may differ in their sizes.
+    pub per_block: bool,
+    /// Number that is added to the gains of norms in the file.
+    pub norm_offset: f32,
+    /// Modules of a block, with their names in GGUF and Hugging Face. Modules that share a name in
+    /// GGUF are stacked there.
+    pub parts: &'static [(&'static str, &'static str)],
+    /// Keys that only this architecture has.
+    pub keys: &'static [&'static str],
 }
 
-const FAMILIES: [Row; 2] = [
+const LLAMA: Row = Row {
+    name: "llama",
+    family: Family::Llama,
+    written: &[
+        Family::Llama,
+        Family::Mistral,
+        Family::Deci,
+        Family::ElasticLlama,
+    ],
+    permuted: true,
+    per_block: false,
+    norm_offset: 0.0,
+    parts: &PARTS,
+    keys: &[],
+};
+
+const GEMMA: Row = Row {
+    name: "gemma",
+    family: Family::Gemma,
+    written: &[Family::Gemma],
+    permuted: false,
+    norm_offset: 1.0,
+    ..LLAMA
+};
+
+const FAMILIES: [Row; 9] = [
+    LLAMA,
     Row {
-        name: "llama",
-        family: Family::Llama,
-        permuted: true,
+        name: "deci",
+        per_block: true,
+        ..LLAMA
     },
     Row {
         name: "qwen2",
         family: Family::Qwen2,
+        written: &[Family::Qwen2],
         permuted: false,
+        ..LLAMA
+    },
+    Row {
+        name: "qwen3",
+        family: Family::Qwen3,
+        written: &[Family::Qwen3],
+        permuted: false,
+        parts: &QWEN3_PARTS,
+        ..LLAMA
+    },
+    Row {
+        name: "smollm3",
+        family: Family::SmolLm3,
+        written: &[Family::SmolLm3],
+        ..LLAMA
+    },
+    GEMMA,
+    Row {
+        name: "gemma2",
+        family: Family::Gemma2,
+        written: &[Family::Gemma2],
+        parts: &GEMMA2_PARTS,
+        keys: &["attn_logit_softcapping", "final_logit_softcapping"],
+        ..GEMMA
+    },
+    Row {
+        name: "gemma3",
+        family: Family::Gemma3,
+        written: &[Family::Gemma3],
+        parts: &GEMMA3_PARTS,
+        keys: &["final_logit_softcapping", "rope.freq_base_swa"],
+        ..GEMMA
+    },
+    Row {
+        name: "phi3",
+        family: Family::Phi3,
+        written: &[Family::Phi3],
+        permuted: false,
+        parts: &PHI3_PARTS,
+        keys: &["rope.scaling.attn_factor"],
+        ..LLAMA
     },
 ];
 
-/// Modules of a block, with their names in GGUF and Hugging Face.
+/// Modules of a block of Llama.
 const PARTS: [(&str, &str); 9] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
@@ -46,10 +130,73 @@ const PARTS: [(&str, &str); 9] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
-const EMBEDDING: &str = "token_embd.weight";
-const HEAD: &str = "output.weight";
+const QWEN3_PARTS: [(&str, &str); 11] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
+const GEMMA2_PARTS: [(&str, &str); 11] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+];
+
+const GEMMA3_PARTS: [(&str, &str); 13] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("attn_output", "self_attn.o_proj"),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+];
+
+const PHI3_PARTS: [(&str, &str); 9] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_qkv", "self_attn.q_proj"),
+    ("attn_qkv", "self_attn.k_proj"),
+    ("attn_qkv", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_up", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
+pub(super) const EMBEDDING: &str = "token_embd.weight";
+pub(super) const HEAD: &str = "output.weight";
 const FINAL_NORM: &str = "output_norm.weight";
-const DIVISORS: &str = "rope_freqs.weight";
+pub(super) const DIVISORS: &str = "rope_freqs.weight";
+
+/// Names of the tensors outside the blocks, in GGUF and Hugging Face.
+const OUTSIDE: [(&str, &str); 3] = [
+    (EMBEDDING, Architecture::EMBEDDING),
+    (HEAD, Architecture::HEAD),
+    (FINAL_NORM, Architecture::FINAL_NORM),
+];
 
 /// Keys of an architecture that are read, or that do not change the model.
 const KNOWN: [&str; 19] = [
@@ -74,25 +221,80 @@ const KNOWN: [&str; 19] = [
     "vocab_size",
 ];
 
+/// Largest number of blocks with sizes of their own.
+const MAX_BLOCKS: usize = 1 << 12;
+
 /// Keys of tokens that end a text.
 const ENDS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
 
-/// Name of a tensor in a Hugging Face folder.
-fn hf_name(name: &str) -> Option<String> {
-    let name = match name {
-        EMBEDDING => Architecture::EMBEDDING,
-        HEAD => Architecture::HEAD,
-        FINAL_NORM => Architecture::FINAL_NORM,
-        _ => {
+impl Row {
+    /// The architecture as which a model is written.
+    ///
+    /// # Errors
+    /// Returns [`Error::UnsupportedArchitecture`] if there is none.
+    pub fn of(config: &HfConfig) -> Result<&'static Self> {
+        let blocks = config.blocks();
+        let whole = |block: &BlockDims| block.has_attention() && block.has_mlp();
+        let uniform = blocks
+            .iter()
+            .all(|block| whole(block) && *block == blocks[0]);
+        let mut rows: Vec<&Self> = FAMILIES
+            .iter()
+            .filter(|row| row.written.contains(&config.family()))
+            .collect();
+        rows.sort_by_key(|row| row.per_block == uniform);
+        rows.first().copied().ok_or_else(|| {
+            let known = FAMILIES.iter().flat_map(|row| row.written);
+            let known: BTreeSet<&str> = known.map(|family| family.model_type()).collect();
+            Error::UnsupportedArchitecture {
+                found: format!("{} (to be written as GGUF)", config.family().model_type()),
+                supported: known.into_iter().collect::<Vec<_>>().join(", "),
+            }
+        })
+    }
+
+    /// Names of the tensors of a Hugging Face folder whose rows a tensor holds, one after the
+    /// other; empty for an unknown tensor.
+    fn hf_names(&self, name: &str) -> Vec<String> {
+        if let Some((_, name)) = OUTSIDE.iter().find(|(ours, _)| *ours == name) {
+            return vec![(*name).into()];
+        }
+        let parts = || {
             let (block, part) = name.strip_prefix("blk.")?.split_once('.')?;
             let (part, suffix) = part.split_once('.')?;
             let number: usize = block.parse().ok()?;
-            let (_, module) = PARTS.iter().find(|(ours, _)| *ours == part)?;
             let whole = number.to_string() == block && matches!(suffix, "weight" | "bias");
-            return whole.then(|| format!("model.layers.{number}.{module}.{suffix}"));
+            whole.then_some((number, part, suffix))
+        };
+        let Some((number, part, suffix)) = parts() else {
+            return Vec::new();
+        };
+        let found = self.parts.iter().filter(|(ours, _)| *ours == part);
+        let name = |(_, module): &(_, &str)| format!("model.layers.{number}.{module}.{suffix}");
+        found.map(name).collect()
+    }
+
+    /// Name in GGUF of a tensor of a Hugging Face folder.
+    pub fn gguf_name(&self, name: &str) -> Option<String> {
+        if let Some((name, _)) = OUTSIDE.iter().find(|(_, theirs)| *theirs == name) {
+            return Some((*name).into());
         }
-    };
-    Some(name.into())
+        let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let (module, suffix) = rest.rsplit_once('.')?;
+        let (part, _) = self.parts.iter().find(|(_, theirs)| *theirs == module)?;
+        Some(format!("blk.{block}.{part}.{suffix}"))
+    }
+
+    /// Number of heads by which the rows of a tensor of a Hugging Face folder are permuted, if they
+    /// are.
+    pub fn permuted_heads(&self, name: &str, blocks: &[BlockDims]) -> Option<usize> {
+        let (layer, _) = name.rsplit_once('.').filter(|_| self.permuted)?;
+        match LinearKind::parse(layer)? {
+            (block, LinearKind::Q) => Some(blocks.get(block)?.n_heads),
+            (block, LinearKind::K) => Some(blocks.get(block)?.n_kv_heads),
+            _ => None,
+        }
+    }
 }
 
 impl Gguf {
@@ -102,7 +304,7 @@ impl Gguf {
         }
     }
 
-    fn family(&self) -> Result<&'static Row> {
+    pub(super) fn family(&self) -> Result<&'static Row> {
         let first = self.first();
         if let Some(kind) = first.text("general.type")?.filter(|kind| *kind != "model") {
             return Err(
@@ -134,9 +336,21 @@ impl Gguf {
         self.refuse_unknown(row)?;
         let size = |name: &str| first.size(&key(name));
         let required = |name: &str| size(name)?.ok_or_else(|| first.bad_key(&key(name), "missing"));
+        let blocks = if row.per_block {
+            self.blocks(row)?
+        } else {
+            Vec::new()
+        };
+        let largest = |name: &str, of: fn(&BlockDims) -> usize| match blocks.iter().map(of).max() {
+            Some(size) => Ok(Some(size as u64)),
+            None => size(name),
+        };
+        let some = |name: &str, of: fn(&BlockDims) -> usize| {
+            largest(name, of)?.ok_or_else(|| first.bad_key(&key(name), "missing"))
+        };
         let (hidden, heads) = (
             required("embedding_length")?,
-            required("attention.head_count")?,
+            some("attention.head_count", |block| block.n_heads)?,
         );
         let name = key("attention.layer_norm_rms_epsilon");
         let epsilon = first
@@ -157,14 +371,19 @@ impl Gguf {
             ("rope.dimension_count", head_dim),
             ("vocab_size", vocab_size),
         ];
-        for (name, expected) in agree {
+        // Phi-3 may rotate only a part of each head.
+        let partial = |name: &str| row.family == Family::Phi3 && name == "rope.dimension_count";
+        for (name, expected) in agree.into_iter().filter(|(name, _)| !partial(name)) {
             if let Some(found) = size(name)?.filter(|found| *found != expected) {
                 let what = format!("key `{}` = {found} beside {expected}", key(name));
                 return Err(self.unsupported(what));
             }
         }
         let context = required("context_length")?;
+        let has_windows = !matches!(row.family.row().windows, Windows::Full)
+            && !matches!(row.family, Family::Qwen2 | Family::Qwen3 | Family::SmolLm3);
         if let Some(window) = size("attention.sliding_window")?
+            && !has_windows
             && window != 0
             && window < context
         {
@@ -172,22 +391,36 @@ impl Gguf {
             return Err(self.unsupported(what));
         }
         let theta = first.float(&key("rope.freq_base"))?.unwrap_or(10_000.0);
-        let scaling = self.rope_scaling(row, head_dim, theta)?;
+        let rotated = match size("rope.dimension_count")? {
+            Some(dims) if row.family == Family::Phi3 && dims <= head_dim => dims,
+            _ => head_dim,
+        };
+        let scaling = match self.longrope(row, (rotated / 2) as usize)? {
+            Some(scaling) if row.family == Family::Phi3 => scaling,
+            Some(_) => return Err(self.unsupported(format!("tensor `{SHORT_FACTORS}`"))),
+            None => self.rope_scaling(row, head_dim, theta)?,
+        };
         let id = |name: &str| self.token_id(name);
         let mut ends = Vec::new();
         for name in ENDS {
             ends.extend(id(name)?.filter(|id| !ends.contains(id)));
         }
         let has = |name: &str| self.tensor(name).is_some();
+        // In a model whose blocks differ, the first one may not have the layer.
+        let biased = |name: &str| {
+            let count = blocks.len().max(1);
+            (0..count).any(|block| has(&format!("blk.{block}.{name}")))
+        };
         let value = json!({
             "architectures": [row.family.architecture()],
             "model_type": row.family.model_type(),
             "hidden_act": "silu",
             "hidden_size": hidden,
-            "intermediate_size": required("feed_forward_length")?,
+            "intermediate_size": some("feed_forward_length", |block| block.d_mlp)?,
             "num_hidden_layers": required("block_count")?,
             "num_attention_heads": heads,
-            "num_key_value_heads": size("attention.head_count_kv")?.unwrap_or(heads),
+            "num_key_value_heads":
+                largest("attention.head_count_kv", |block| block.n_kv_heads)?.unwrap_or(heads),
             "max_position_embeddings": context,
             "rms_norm_eps": epsilon,
             "rope_theta": theta,
@@ -209,11 +442,58 @@ impl Gguf {
         if explicit.is_some() {
             map.insert("head_dim".into(), head_dim.into());
         }
+        self.family_fields(row, head_dim, &mut map)?;
         if row.family == Family::Llama {
-            map.insert("attention_bias".into(), has("blk.0.attn_q.bias").into());
-            map.insert("mlp_bias".into(), has("blk.0.ffn_gate.bias").into());
+            map.insert("attention_bias".into(), biased("attn_q.bias").into());
+            map.insert("mlp_bias".into(), biased("ffn_gate.bias").into());
         }
-        Ok(map)
+        if blocks.is_empty() {
+            return Ok(map);
+        }
+        map.insert("head_dim".into(), head_dim.into());
+        let config = HfConfig::from_json(map)?.with_blocks(&blocks)?;
+        Ok(config.raw().clone())
+    }
+
+    /// Sizes of the blocks of an architecture whose blocks may differ.
+    fn blocks(&self, row: &Row) -> Result<Vec<BlockDims>> {
+        let first = self.first();
+        let key = |name: &str| format!("{}.{name}", row.name);
+        let count = first.size(&key("block_count"))?.unwrap_or(0);
+        let count = usize::try_from(count)
+            .ok()
+            .filter(|count| *count <= MAX_BLOCKS);
+        let Some(count) = count.filter(|count| *count > 0) else {
+            let reason = format!("expected a number of 1 to {MAX_BLOCKS}");
+            return Err(first.bad_key(&key("block_count"), reason));
+        };
+        let sizes = |name: &str| {
+            let sizes = first.sizes(&key(name), count)?;
+            sizes.ok_or_else(|| first.bad_key(&key(name), "missing"))
+        };
+        let heads = sizes("attention.head_count")?;
+        let (kv_heads, widths) = (
+            sizes("attention.head_count_kv")?,
+            sizes("feed_forward_length")?,
+        );
+        let all = heads.iter().zip(&kv_heads).zip(&widths).enumerate();
+        let block = |(index, ((heads, kv_heads), width)): (usize, ((&usize, &usize), &usize))| {
+            let dims = BlockDims {
+                n_heads: *heads,
+                n_kv_heads: *kv_heads,
+                d_mlp: *width,
+            };
+            // llama.cpp takes this for a linear layer in the place of attention.
+            if *kv_heads == 0 && *heads > 0 {
+                let what = format!(
+                    "block {index} of architecture {}: no key/value heads",
+                    row.name
+                );
+                return Err(self.unsupported(what));
+            }
+            Ok(dims)
+        };
+        all.map(block).collect()
     }
 
     /// Refuses unknown keys of the architecture, unless their value is 0 or false.
@@ -222,7 +502,8 @@ impl Gguf {
             let name = key
                 .strip_prefix(row.name)
                 .and_then(|key| key.strip_prefix('.'));
-            let Some(name) = name.filter(|name| !KNOWN.contains(name)) else {
+            let Some(name) = name.filter(|name| !KNOWN.contains(name) && !row.keys.contains(name))
+            else {
                 continue;
             };
             use container::Value::{Bool, F32, F64, Int, Text};
@@ -275,7 +556,18 @@ impl Gguf {
                 Some(factor) => Ok(json!({ "rope_type": "linear", "factor": factor })),
                 None => Err(first.bad_key(&factor_key, "missing")),
             },
-            ("none", Some((file, tensor))) => self.llama3(file, tensor, head_dim, theta),
+            ("yarn", None) => {
+                let name = key("scaling.original_context_length");
+                match (factor, first.size(&name)?) {
+                    (Some(factor), Some(original)) => Ok(json!({
+                        "rope_type": "yarn", "factor": factor,
+                        "original_max_position_embeddings": original,
+                    })),
+                    (None, _) => Err(first.bad_key(&factor_key, "missing")),
+                    (_, None) => Err(first.bad_key(&name, "missing")),
+                }
+            }
+            ("none", Some(_)) => self.llama3(head_dim, theta),
             (_, Some(_)) => {
                 let what = format!("key `{kind_key}` = `{kind}` beside tensor `{DIVISORS}`");
                 Err(self.unsupported(what))
@@ -286,35 +578,9 @@ impl Gguf {
 
     /// Recovers Llama 3's rule from the divisors of the frequencies. All Llama 3 models have the
     /// same wavelength bounds.
-    fn llama3(
-        &self,
-        file: usize,
-        tensor: &container::Tensor,
-        head_dim: u64,
-        theta: f64,
-    ) -> Result<Value> {
+    fn llama3(&self, head_dim: u64, theta: f64) -> Result<Value> {
         let len = (head_dim / 2) as usize;
-        let file = &self.files[file];
-        let bytes = (*file.bytes)
-            .as_ref()
-            .get(tensor.range.clone())
-            .unwrap_or_default();
-        if !matches!(tensor.encoding.dtype(), crate::io::DType::F32)
-            || !matches!(tensor.encoding, Encoding::Plain(_))
-            || tensor.shape != [len]
-        {
-            let reason = format!(
-                "tensor `{DIVISORS}`: {:?} of shape {:?}, expected F32 of [{len}]",
-                tensor.encoding, tensor.shape
-            );
-            return Err(Error::invalid_file(&file.path, reason));
-        }
-        let divisors: Vec<f64> = bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|bytes| f64::from(f32::from_le_bytes(*bytes)))
-            .collect();
+        let divisors = self.vector(DIVISORS, len)?;
         if divisors.iter().all(|divisor| *divisor == 1.0) {
             return Ok(Value::Null);
         }
@@ -359,49 +625,67 @@ impl Gguf {
         let expected: std::collections::BTreeMap<_, _> = arch.tensors().into_iter().collect();
         let mut entries = Vec::new();
         for (number, file) in self.files.iter().enumerate() {
-            for tensor in file.tensors.iter().filter(|tensor| tensor.name != DIVISORS) {
-                let known = hf_name(&tensor.name).and_then(|name| expected.get_key_value(&name));
-                let Some((name, shape)) = known else {
+            let settings = [DIVISORS, SHORT_FACTORS, LONG_FACTORS];
+            let weights = file.tensors.iter();
+            for tensor in weights.filter(|tensor| !settings.contains(&&*tensor.name)) {
+                let known = row.hf_names(&tensor.name).into_iter();
+                let known = known.filter_map(|name| expected.get_key_value(&name));
+                let parts: Vec<(&String, &Vec<usize>)> = known.collect();
+                let Some((_, shape)) = parts.first() else {
                     let what = format!("{}: tensor `{}`", file.path.display(), tensor.name);
                     return Err(Error::Unsupported {
                         what: format!("{what} in a model of architecture {}", row.name),
                     });
                 };
-                if *shape != tensor.shape {
+                let mut shape = (*shape).clone();
+                shape[0] = parts.iter().map(|(_, shape)| shape[0]).sum();
+                if shape != tensor.shape {
                     let reason = format!(
                         "tensor `{}`: shape {:?}, expected {shape:?}",
                         tensor.name, tensor.shape
                     );
                     return Err(Error::invalid_file(&file.path, reason));
                 }
-                let layer = name.rsplit_once('.').map_or("", |(layer, _)| layer);
-                let heads = match LinearKind::parse(layer) {
-                    Some((_, LinearKind::Q)) if row.permuted => Some(config.num_attention_heads()),
-                    Some((_, LinearKind::K)) if row.permuted => Some(config.num_key_value_heads()),
-                    _ => None,
-                };
                 let blocks = match tensor.encoding {
                     Encoding::Plain(_) => None,
                     Encoding::Blocks(blocks) => Some(blocks),
                 };
-                if heads.is_some() && blocks.is_some() && shape.len() == 1 {
-                    let what = format!(
-                        "{}: tensor `{}` in blocks",
-                        file.path.display(),
-                        tensor.name
-                    );
-                    return Err(Error::Unsupported { what });
+                let row_bytes = tensor.range.len() / shape[0].max(1);
+                let mut start = tensor.range.start;
+                for (name, shape) in parts {
+                    let heads = row.permuted_heads(name, config.blocks());
+                    let offset = match name.ends_with("norm.weight") {
+                        true => row.norm_offset,
+                        false => 0.0,
+                    };
+                    let vector = shape.len() == 1 && (heads.is_some() || offset != 0.0);
+                    let plain = matches!(tensor.encoding, Encoding::Plain(DType::F32));
+                    if vector && (blocks.is_some() || offset != 0.0 && !plain) {
+                        let what = format!(
+                            "{}: tensor `{}` of type {:?}",
+                            file.path.display(),
+                            tensor.name,
+                            tensor.encoding
+                        );
+                        return Err(Error::Unsupported { what });
+                    }
+                    let range = start..start + row_bytes * shape[0];
+                    start = range.end;
+                    entries.push(Entry {
+                        name: name.clone(),
+                        file: number,
+                        range,
+                        info: TensorInfo {
+                            dtype: tensor.encoding.dtype(),
+                            shape: shape.clone(),
+                        },
+                        layout: Layout {
+                            blocks,
+                            heads,
+                            offset,
+                        },
+                    });
                 }
-                entries.push(Entry {
-                    name: name.clone(),
-                    file: number,
-                    range: tensor.range.clone(),
-                    info: TensorInfo {
-                        dtype: tensor.encoding.dtype(),
-                        shape: tensor.shape.clone(),
-                    },
-                    layout: Layout { blocks, heads },
-                });
             }
         }
         Ok(entries)

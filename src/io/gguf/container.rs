@@ -10,7 +10,7 @@ use crate::io::tensors::Bytes;
 
 pub(in crate::io) const MAGIC: &[u8; 4] = b"GGUF";
 /// Default of `general.alignment`.
-const ALIGNMENT: u64 = 32;
+pub(super) const ALIGNMENT: u64 = 32;
 /// Largest numbers of keys and tensors, far above those of any real file.
 const MAX_KEYS: u64 = 1 << 16;
 const MAX_TENSORS: u64 = 1 << 18;
@@ -18,8 +18,8 @@ const MAX_TENSORS: u64 = 1 << 18;
 const MIN_KEY_BYTES: u64 = 13;
 const MIN_TENSOR_BYTES: u64 = 33;
 /// Limits of ggml.
-const MAX_NAME_BYTES: u64 = 63;
-const MAX_DIMS: u32 = 4;
+pub(super) const MAX_NAME_BYTES: u64 = 63;
+pub(super) const MAX_DIMS: u32 = 4;
 const MAX_KEY_BYTES: u64 = 65_535;
 
 /// A metadata value. Texts and lists are not copied.
@@ -308,6 +308,43 @@ impl File {
         Error::invalid_file(&self.path, format!("key `{key}`: {reason}"))
     }
 
+    /// Type and value of a key as they stand in a file, to be written again. Whole numbers keep
+    /// their value, in 32 bits where they fit.
+    pub fn encoded(&self, value: &Value) -> Vec<u8> {
+        let with = |kind: u32, bytes: &[u8]| [&kind.to_le_bytes(), bytes].concat();
+        let range = |range: &Range<usize>| {
+            (*self.bytes)
+                .as_ref()
+                .get(range.clone())
+                .unwrap_or_default()
+        };
+        match value {
+            Value::Int(value) => match (u32::try_from(*value), i32::try_from(*value)) {
+                (Ok(value), _) => with(4, &value.to_le_bytes()),
+                (_, Ok(value)) => with(5, &value.to_le_bytes()),
+                // Every integer of a file is of at most 64 bits.
+                _ if *value < 0 => with(11, &(*value as i64).to_le_bytes()),
+                _ => with(10, &(*value as u64).to_le_bytes()),
+            },
+            Value::F32(value) => with(6, &value.to_le_bytes()),
+            Value::F64(value) => with(12, &value.to_le_bytes()),
+            Value::Bool(value) => with(7, &[u8::from(*value)]),
+            Value::Text(at) => {
+                let text = range(at);
+                [&with(8, &(text.len() as u64).to_le_bytes()), text].concat()
+            }
+            Value::List(list) => {
+                let len = (list.len as u64).to_le_bytes();
+                [
+                    &with(9, &list.kind.to_le_bytes()),
+                    &len[..],
+                    range(&list.range),
+                ]
+                .concat()
+            }
+        }
+    }
+
     /// Text in a range of the file.
     fn text_at(&self, range: &Range<usize>) -> &str {
         let bytes = (*self.bytes)
@@ -354,6 +391,26 @@ impl File {
             || Err(self.bad_key(key, "not a whole number of at least 0")),
             |v| Ok(Some(v)),
         )
+    }
+
+    /// Non-negative integers: a list of `count`, or one that is meant `count` times.
+    pub fn sizes(&self, key: &str, count: usize) -> Result<Option<Vec<usize>>> {
+        let Some(Value::List(list)) = self.values.get(key) else {
+            let size = self.size(key)?;
+            return Ok(size.map(|size| vec![size as usize; count]));
+        };
+        if list.len != count {
+            return Err(self.bad_key(key, format!("{} numbers, expected {count}", list.len)));
+        }
+        let size = |item| match item {
+            Value::Int(value) => usize::try_from(value).ok(),
+            _ => None,
+        };
+        let items = self.items(key)?.into_iter().flatten();
+        let sizes: Option<Vec<usize>> = items.map(size).collect();
+        sizes
+            .map(Some)
+            .ok_or_else(|| self.bad_key(key, "not a list of whole numbers of at least 0"))
     }
 
     /// A number. An `f32` is converted by its shortest decimal text, so that `1e-6` stays `1e-6`.

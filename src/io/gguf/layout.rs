@@ -13,6 +13,8 @@ pub(in crate::io) struct Layout {
     /// Number of heads, if llama.cpp's converter permuted the rows of each head. llama.cpp rotates
     /// neighbouring rows, Hugging Face rotates the two halves. Heads have an even number of rows.
     pub heads: Option<usize>,
+    /// Number that llama.cpp's converter added to the values, which are `f32`.
+    pub offset: f32,
 }
 
 /// Rows of a tensor in Hugging Face's order.
@@ -21,16 +23,31 @@ struct Rows<'a> {
     cols: usize,
 }
 
+/// A matrix in quantized blocks.
+#[derive(Debug)]
+pub(crate) struct BlockRows<'a> {
+    pub kind: &'static BlockType,
+    /// Bytes of each row, in Hugging Face's order.
+    pub rows: Vec<&'a [u8]>,
+}
+
+/// Place to which llama.cpp's converter moves a row, if heads have `size` rows.
+pub(super) fn place(row: usize, size: usize) -> usize {
+    let (head, row) = (row / size, row % size);
+    head * size + 2 * (row % (size / 2)) + row / (size / 2)
+}
+
 impl Layout {
     /// Returns whether the bytes are those of a Hugging Face folder.
     pub fn is_plain(&self) -> bool {
-        self.blocks.is_none() && self.heads.is_none()
+        self.blocks.is_none() && self.heads.is_none() && self.offset == 0.0
     }
 
     /// Description for error messages.
     pub fn name(&self) -> String {
         match self.blocks {
             Some(blocks) => blocks.name.into(),
+            None if self.offset != 0.0 => "numbers with an offset".into(),
             None => "rows in another order".into(),
         }
     }
@@ -47,21 +64,32 @@ impl Layout {
             .collect();
         if let Some(heads) = self.heads {
             let size = count / heads.max(1);
-            let place = |row: usize| {
-                let (head, row) = (row / size, row % size);
-                head * size + 2 * (row % (size / 2)) + row / (size / 2)
-            };
             rows = (0..count)
-                .filter_map(|row| rows.get(place(row)).copied())
+                .filter_map(|row| rows.get(place(row, size)).copied())
                 .collect();
         }
         Rows { bytes: rows, cols }
+    }
+
+    /// Splits the bytes of blocks into rows, in Hugging Face's order. Returns `None` for plain
+    /// numbers.
+    pub fn block_rows<'a>(&self, info: &TensorInfo, bytes: &'a [u8]) -> Option<BlockRows<'a>> {
+        let kind = self.blocks?;
+        let rows = self.rows(info, bytes).bytes;
+        Some(BlockRows { kind, rows })
     }
 
     /// Converts the bytes to those of a Hugging Face folder, blocks to `f32`.
     pub fn bytes(&self, info: &TensorInfo, bytes: &[u8]) -> Vec<u8> {
         match self.blocks {
             Some(_) => bytemuck::cast_slice(&self.numbers(info, bytes)).to_vec(),
+            None if self.offset != 0.0 => {
+                let (numbers, _) = bytes.as_chunks::<4>();
+                let moved = numbers
+                    .iter()
+                    .map(|bytes| f32::from_le_bytes(*bytes) - self.offset);
+                moved.flat_map(f32::to_le_bytes).collect()
+            }
             None => self.rows(info, bytes).bytes.concat(),
         }
     }

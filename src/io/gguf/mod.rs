@@ -10,8 +10,10 @@
 mod blocks;
 mod config;
 mod container;
+mod families;
 mod layout;
 mod tokenizer;
+mod write;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -19,9 +21,13 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::io::open_regular;
 use crate::io::tensors::{Bytes, TensorInfo, read_file};
+pub(crate) use blocks::BlockType;
 use container::File;
 pub(in crate::io) use container::MAGIC;
+pub(crate) use layout::BlockRows;
 pub(in crate::io) use layout::Layout;
+pub(crate) use write::write_from;
+pub use write::{GgufOptions, GgufReport, GgufType, write_gguf};
 
 /// Largest number of files of a model. Each is a mapping that the system must keep.
 const MAX_PARTS: u64 = 4096;

@@ -191,6 +191,23 @@ fn llama() -> Writer {
     )
 }
 
+/// The same as an architecture whose blocks may differ: a list for each size.
+fn deci() -> Writer {
+    let mut writer = llama().text("general.architecture", "deci");
+    for (key, _) in &mut writer.keys {
+        *key = key.replace("llama.", "deci.");
+    }
+    for (name, value) in [
+        ("feed_forward_length", MLP as u32),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+    ] {
+        let value = list(4, &[value.to_le_bytes().to_vec()]);
+        writer = writer.key(&format!("deci.{name}"), value);
+    }
+    writer
+}
+
 /// Where llama.cpp's converter puts row `row` of heads of 8.
 fn place(row: usize) -> usize {
     row / 8 * 8 + 2 * (row % 4) + row % 8 / 4
@@ -829,13 +846,13 @@ fn exercise(path: &Path) -> bool {
 #[test]
 fn mutated_files_never_panic() {
     let folder = tempfile::tempdir().unwrap();
-    let all = [with_words(llama()), with_pieces(llama())].map(|writer| writer.bytes());
+    let all = [with_words(llama()), with_pieces(llama()), deci()].map(|writer| writer.bytes());
     let path = folder.path().join("m.gguf");
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let rounds = std::env::var("ELASTIC_LORA_MUTATIONS").map_or(3000, |n| n.parse().unwrap());
     let mut opened = 0;
     for round in 0..rounds {
-        let mut bytes = all[round / 3 % 2].clone();
+        let mut bytes = all[round / 3 % 3].clone();
         let header = bytes.len() / 14;
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..header);

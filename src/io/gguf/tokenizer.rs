@@ -10,11 +10,12 @@ use super::container::Value as Item;
 use crate::error::{Error, Result};
 
 /// Values of `tokenizer.ggml.token_type`.
-const NORMAL: i128 = 1;
-const CONTROL: i128 = 3;
-const USER_DEFINED: i128 = 4;
-const UNUSED: i128 = 5;
-const BYTE: i128 = 6;
+pub(super) const NORMAL: i128 = 1;
+pub(super) const UNKNOWN: i128 = 2;
+pub(super) const CONTROL: i128 = 3;
+pub(super) const USER_DEFINED: i128 = 4;
+pub(super) const UNUSED: i128 = 5;
+pub(super) const BYTE: i128 = 6;
 
 /// Longest SentencePiece token in bytes. Limits the work of finding its merges.
 const MAX_PIECE_BYTES: usize = 512;
@@ -26,15 +27,15 @@ pub(crate) struct TokenizerFiles {
 }
 
 /// Pre-tokenization of a byte-level tokenizer.
-struct Cut {
-    /// Values of `tokenizer.ggml.pre`.
-    names: &'static [&'static str],
+pub(super) struct Cut {
+    /// Values of `tokenizer.ggml.pre`; the first one is written.
+    pub names: &'static [&'static str],
     /// Pattern of the pieces, or `None` for that of GPT-2.
-    pattern: Option<&'static str>,
+    pub pattern: Option<&'static str>,
     /// Whether every digit is a piece of its own.
-    digits: bool,
+    pub digits: bool,
     /// Whether a piece that is a token is not split.
-    ignore_merges: bool,
+    pub ignore_merges: bool,
     /// Default of `tokenizer.ggml.add_bos_token`.
     add_bos: bool,
 }
@@ -52,7 +53,7 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-const CUTS: [Cut; 7] = [
+pub(super) const CUTS: [Cut; 7] = [
     GPT2,
     Cut {
         names: &["llama-bpe", "llama3", "llama-v3"],
@@ -166,6 +167,10 @@ impl Gguf {
                 config,
             }));
         };
+        // Files without a tokenizer say so.
+        if whole.is_none() && matches!(kind, "none" | "no_vocab") {
+            return Ok(None);
+        }
         let config = self.tokenizer_config()?;
         if let Some(json) = whole {
             let json = json.into();

@@ -505,3 +505,364 @@ fn divisors(fields: &Fields<'_>, name: &str, len: usize) -> Result<Vec<f64>> {
     };
     list.iter().enumerate().map(number).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LLAMA: Defaults = Defaults {
+        theta: 1e4,
+        sliding_theta: None,
+        partial: None,
+        original_max_positions: None,
+        yarn_is_longrope: false,
+    };
+    const GEMMA3: Defaults = Defaults {
+        theta: 1e6,
+        sliding_theta: Some(1e4),
+        ..LLAMA
+    };
+    const PHI3: Defaults = Defaults {
+        partial: Some(1.0),
+        original_max_positions: Some(4096),
+        yarn_is_longrope: true,
+        ..LLAMA
+    };
+
+    /// Parses the settings of a model with heads of 16 features and a context of 4096.
+    fn read(value: Value, defaults: &Defaults) -> Result<Parsed> {
+        match value {
+            Value::Object(raw) => parse(&raw, 16, 4096, defaults),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[track_caller]
+    fn full(value: Value, defaults: &Defaults) -> RopeConfig {
+        let parsed = read(value, defaults).unwrap();
+        assert_eq!(parsed.sliding, None);
+        parsed.full
+    }
+
+    fn yarn(fields: Value) -> Value {
+        let mut yarn = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6,
+            "original_max_position_embeddings": 1024});
+        let (Value::Object(all), Value::Object(fields)) = (&mut yarn, fields) else {
+            panic!("expected objects");
+        };
+        all.extend(fields);
+        json!({"rope_parameters": yarn})
+    }
+
+    fn longrope(kind: &str, fields: Value) -> Value {
+        let mut scaling = json!({"type": kind, "short_factor": [1.0, 1.1, 1.25, 1.5, 2, 3.0],
+            "long_factor": [1, 2.0, 4.0, 7.5, 12.0, 32.0]});
+        let (Value::Object(all), Value::Object(fields)) = (&mut scaling, fields) else {
+            panic!("expected objects");
+        };
+        all.extend(fields);
+        json!({"rope_theta": 1e4, "partial_rotary_factor": 0.75, "rope_scaling": scaling})
+    }
+
+    #[test]
+    fn absent_settings_are_those_of_the_family() {
+        assert_eq!(full(json!({}), &LLAMA), RopeConfig::new(1e4, 16));
+        let null = json!({"rope_scaling": null, "rope_parameters": {}, "rope_theta": 5e5});
+        assert_eq!(full(null, &LLAMA), RopeConfig::new(5e5, 16));
+        let half = Defaults {
+            partial: Some(0.5),
+            ..LLAMA
+        };
+        assert_eq!(full(json!({}), &half), RopeConfig::new(1e4, 8));
+        let stated = json!({"partial_rotary_factor": 0.75});
+        assert_eq!(full(stated, &half), RopeConfig::new(1e4, 12));
+        // 0.4 * 16 is 6.4.
+        let stated = json!({"rope_parameters": {"partial_rotary_factor": 0.4}});
+        assert_eq!(full(stated, &half).dims, 6);
+        let gemma = read(json!({}), &GEMMA3).unwrap();
+        assert_eq!(gemma.full, RopeConfig::new(1e6, 16));
+        assert_eq!(gemma.sliding, Some(RopeConfig::new(1e4, 16)));
+    }
+
+    #[test]
+    fn lengths_of_the_original_training_come_from_the_top_first() {
+        let original = |value: Value, defaults: &Defaults| match full(value, defaults).scaling {
+            RopeScaling::Llama3 {
+                original_max_position_embeddings,
+                ..
+            } => original_max_position_embeddings,
+            other => panic!("{other:?}"),
+        };
+        let llama3 = |fields: Value| {
+            let mut value = json!({"rope_scaling": {"rope_type": "llama3", "factor": 8,
+                "low_freq_factor": 1, "high_freq_factor": 4}});
+            for (key, length) in fields.as_object().unwrap() {
+                let at = match key.as_str() {
+                    "top" => &mut value,
+                    _ => &mut value["rope_scaling"],
+                };
+                at["original_max_position_embeddings"] = length.clone();
+            }
+            value
+        };
+        assert_eq!(original(llama3(json!({})), &LLAMA), 4096);
+        assert_eq!(original(llama3(json!({"in": 512})), &LLAMA), 512);
+        let both = llama3(json!({"in": 512, "top": 256}));
+        assert_eq!(original(both, &LLAMA), 256);
+        assert_eq!(original(llama3(json!({"in": 512})), &PHI3), 4096);
+        // Dynamic scaling starts at the context length.
+        let dynamic = json!({"rope_scaling": {"type": "dynamic", "factor": 2}});
+        let scaling = RopeScaling::Dynamic {
+            factor: 2.0,
+            original_max_position_embeddings: 4096,
+        };
+        assert_eq!(full(dynamic, &LLAMA).scaling, scaling);
+    }
+
+    // The attention factors are `attention_scaling` of LlamaRotaryEmbedding and
+    // Phi3RotaryEmbedding of transformers 5.24 with these settings.
+    #[test]
+    fn yarn_settings_are_resolved_as_in_transformers() {
+        let settings = |fields: Value| match full(yarn(fields), &LLAMA).scaling {
+            RopeScaling::Yarn {
+                factor,
+                attention_factor,
+                beta_fast,
+                beta_slow,
+                truncate,
+                original_max_position_embeddings: 1024,
+            } => (factor, attention_factor, beta_fast, beta_slow, truncate),
+            other => panic!("{other:?}"),
+        };
+        let derived = 1.138629436111989;
+        let expected = (4.0, derived, 32.0, 1.0, true);
+        assert_eq!(settings(json!({})), expected);
+        // An absent factor is the quotient of the lengths, and 0 is no number of turns.
+        assert_eq!(settings(json!({"factor": null, "beta_fast": 0})), expected);
+        assert_eq!(settings(json!({"mscale": 0.7})), expected);
+        let all = json!({"beta_fast": 8, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5,
+            "truncate": false});
+        let (factor, attention, fast, slow, truncate) = settings(all);
+        assert_eq!((factor, fast, slow, truncate), (4.0, 8.0, 2.0, false));
+        approx::assert_relative_eq!(attention, 1.0648216253695715, epsilon = 1e-15);
+        let given = settings(json!({"attention_factor": 0.8, "mscale": 1, "mscale_all_dim": 1}));
+        assert_eq!(given.1, 0.8);
+    }
+
+    #[test]
+    fn phi3_says_su_and_yarn_and_means_longrope() {
+        let expected = |attention_factor| RopeConfig {
+            theta: 1e4,
+            dims: 12,
+            scaling: RopeScaling::LongRope {
+                short_factor: vec![1.0, 1.1, 1.25, 1.5, 2.0, 3.0],
+                long_factor: vec![1.0, 2.0, 4.0, 7.5, 12.0, 32.0],
+                original_max_position_embeddings: 64,
+                attention_factor,
+            },
+        };
+        for kind in ["su", "yarn", "longrope"] {
+            let mut value = longrope(kind, json!({}));
+            value["original_max_position_embeddings"] = 64.into();
+            let Value::Object(raw) = value else {
+                panic!("expected an object");
+            };
+            let parsed = parse(&raw, 16, 256, &PHI3).unwrap();
+            assert_eq!(
+                (parsed.full, parsed.sliding),
+                (expected(1.1547005383792517), None)
+            );
+        }
+        for (fields, factor) in [
+            (json!({"factor": 16.0}), 1.2909944487358056),
+            (json!({"factor": 1}), 1.0),
+            (json!({"attention_factor": 1.25, "factor": 16}), 1.25),
+        ] {
+            let mut value = longrope("longrope", fields);
+            value["original_max_position_embeddings"] = 64.into();
+            assert_eq!(full(value, &PHI3), expected(factor));
+        }
+    }
+
+    #[test]
+    fn nested_settings_are_those_of_each_kind_of_layer() {
+        let old = json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}});
+        let new = json!({"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}});
+        let old = read(old, &GEMMA3).unwrap();
+        assert_eq!(old, read(new.clone(), &GEMMA3).unwrap());
+        assert_eq!(old.full.scaling, RopeScaling::Linear { factor: 8.0 });
+        assert_eq!(old.sliding, Some(RopeConfig::new(1e4, 16)));
+        // Without a rule of the family, each kind of layer has what its object says.
+        assert_eq!(old, read(new, &LLAMA).unwrap());
+        let one = json!({"rope_theta": 5e5, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2}, "sliding_attention": null}});
+        let one = read(one, &LLAMA).unwrap();
+        assert_eq!((one.full.theta, one.sliding), (5e5, None));
+        let alike = json!({"rope_parameters": {"full_attention": {"rope_theta": 5e5},
+            "sliding_attention": {"rope_theta": 5e5}}});
+        assert_eq!(full(alike, &LLAMA), RopeConfig::new(5e5, 16));
+    }
+
+    #[test]
+    fn written_settings_are_read_back() {
+        let mut su = longrope("su", json!({}));
+        su["original_max_position_embeddings"] = 64.into();
+        let all = [
+            json!({}),
+            json!({"rope_scaling": {"type": "linear", "factor": 2}}),
+            json!({"rope_scaling": {"type": "dynamic", "factor": 2}}),
+            json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
+                "high_freq_factor": 4, "original_max_position_embeddings": 512}}),
+            yarn(json!({"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": false})),
+            su,
+        ];
+        for from in all {
+            let first = full(from.clone(), &PHI3_NOT_YARN);
+            let written = json!({"rope_theta": first.theta, "rope_scaling": value(&first),
+                "partial_rotary_factor": first.dims as f64 / 16.0});
+            assert_eq!(full(written, &PHI3_NOT_YARN), first, "{from}");
+        }
+    }
+
+    const PHI3_NOT_YARN: Defaults = Defaults {
+        partial: Some(1.0),
+        ..LLAMA
+    };
+
+    #[test]
+    fn contradictions_are_refused() {
+        let linear = json!({"rope_type": "linear", "factor": 2});
+        let sliding = json!({"sliding_attention": {"rope_theta": 2e4}, "full_attention": {}});
+        for (value, defaults, field) in [
+            (
+                json!({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}),
+                LLAMA,
+                "rope_theta",
+            ),
+            (
+                json!({"rope_scaling": linear, "rope_parameters": {"rope_type": "default"}}),
+                LLAMA,
+                "rope_scaling",
+            ),
+            (
+                json!({"partial_rotary_factor": 0.5, "rope_scaling": {"partial_rotary_factor": 1}}),
+                PHI3,
+                "partial_rotary_factor",
+            ),
+            (
+                json!({"rope_local_base_freq": 1e4, "rope_parameters": sliding}),
+                GEMMA3,
+                "rope_local_base_freq",
+            ),
+            (
+                json!({"rope_parameters": {"rope_type": "default"}}),
+                GEMMA3,
+                "rope_parameters",
+            ),
+        ] {
+            match read(value.clone(), &defaults) {
+                Err(Error::InvalidConfig { field: found, .. }) => assert_eq!(found, field),
+                other => panic!("{value}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn bad_settings_name_their_field() {
+        let long = |fields: Value| longrope("longrope", fields);
+        for (value, field) in [
+            (json!({"rope_theta": 0}), "rope_theta"),
+            (json!({"rope_theta": 1e300}), "rope_theta"),
+            (json!({"rope_theta": "x"}), "rope_theta"),
+            (json!({"rope_parameters": 3}), "rope_parameters"),
+            (
+                json!({"rope_parameters": {"full_attention": 1}}),
+                "rope_parameters.full_attention",
+            ),
+            (
+                json!({"rope_scaling": {"type": "dynamic"}}),
+                "rope_scaling.factor",
+            ),
+            (
+                json!({"rope_scaling": {"type": "dynamic", "factor": 0.5}}),
+                "rope_scaling.factor",
+            ),
+            (
+                json!({"rope_scaling": {"type": "dynamic", "factor": 2}, "partial_rotary_factor": 0.125}),
+                "rope_scaling.rope_type",
+            ),
+            (json!({"partial_rotary_factor": 0}), "partial_rotary_factor"),
+            (
+                json!({"partial_rotary_factor": 1.5}),
+                "partial_rotary_factor",
+            ),
+            (
+                json!({"partial_rotary_factor": 0.2}),
+                "partial_rotary_factor",
+            ),
+            (yarn(json!({"beta_fast": -1})), "rope_parameters.beta_fast"),
+            (
+                yarn(json!({"attention_factor": 0})),
+                "rope_parameters.attention_factor",
+            ),
+            (
+                yarn(json!({"mscale": -1, "mscale_all_dim": 1})),
+                "rope_parameters.mscale",
+            ),
+            (
+                yarn(json!({"factor": null, "original_max_position_embeddings": 8192})),
+                "rope_parameters.factor",
+            ),
+            (yarn(json!({"rope_theta": 1})), "rope_parameters.rope_theta"),
+            (yarn(json!({"truncate": 1})), "rope_parameters.truncate"),
+            (
+                long(json!({"short_factor": [1, 2]})),
+                "rope_scaling.short_factor",
+            ),
+            (
+                long(json!({"short_factor": null})),
+                "rope_scaling.short_factor",
+            ),
+            (long(json!({"long_factor": 1})), "rope_scaling.long_factor"),
+            (
+                long(json!({"long_factor": [1, 2, 3, 0, 5, 6]})),
+                "rope_scaling.long_factor[3]",
+            ),
+            (
+                long(json!({"long_factor": [1, 2, 3, null, 5, 6]})),
+                "rope_scaling.long_factor",
+            ),
+            (
+                long(json!({"original_max_position_embeddings": 1})),
+                "rope_scaling.original_max_position_embeddings",
+            ),
+            (
+                long(json!({"original_max_position_embeddings": 0})),
+                "rope_scaling.original_max_position_embeddings",
+            ),
+        ] {
+            match read(value.clone(), &PHI3_NOT_YARN) {
+                Err(Error::InvalidConfig { field: found, .. }) => assert_eq!(found, field),
+                other => panic!("{value}: {other:?}"),
+            }
+        }
+        for value in [
+            json!({"rope_scaling": {"type": "mrope"}}),
+            json!({"rope_parameters": {"full_attention": {}, "rope_theta": 1e4}}),
+        ] {
+            let found = read(value.clone(), &LLAMA);
+            assert!(
+                matches!(found, Err(Error::Unsupported { .. })),
+                "{value}: {found:?}"
+            );
+        }
+        let partial = read(json!({"partial_rotary_factor": 0.5}), &LLAMA);
+        assert!(
+            matches!(partial, Err(Error::Unsupported { .. })),
+            "{partial:?}"
+        );
+    }
+}

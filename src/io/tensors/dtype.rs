@@ -140,7 +140,7 @@ pub(super) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
 /// Converts finite `values` to `dtype` (rounding to nearest, ties to even) and appends the
 /// little-endian bytes to `out`. `first` is the index of `values[0]` in the tensor, which errors
 /// report.
-pub(super) fn encode(
+pub(in crate::io) fn encode(
     tensor: &str,
     dtype: DType,
     first: usize,

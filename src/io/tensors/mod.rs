@@ -8,6 +8,7 @@ mod read;
 mod write;
 
 pub use dtype::DType;
+pub(in crate::io) use dtype::encode;
 pub(crate) use read::plain_name;
 pub(in crate::io) use read::{Bytes, read_file};
 pub use read::{Checkpoint, TensorInfo};

@@ -14,7 +14,7 @@ use super::dtype::{self, DType};
 use crate::arch::family;
 use crate::error::{Error, Result};
 use crate::format::{Buffer, QuantizedMatrix};
-use crate::io::gguf::{Gguf, Layout, is_gguf};
+use crate::io::gguf::{BlockRows, Gguf, Layout, is_gguf};
 use crate::io::{HfConfig, is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
@@ -509,6 +509,15 @@ impl Checkpoint {
         self.check_shape(name, &shape)?;
         let codes = entry.layout.quantized(&entry.info, self.raw(name, entry)?);
         codes.map_err(|error| Error::invalid_file(&self.path, format!("tensor `{name}`: {error}")))
+    }
+
+    /// Blocks of a tensor that a GGUF file stores in quantized blocks, or `None` for other tensors.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
+    pub(in crate::io) fn blocks(&self, name: &str) -> Result<Option<BlockRows<'_>>> {
+        let entry = self.entry(name)?;
+        Ok(entry.layout.block_rows(&entry.info, self.raw(name, entry)?))
     }
 
     /// Loads a float matrix of shape `[rows, cols]`.

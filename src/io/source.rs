@@ -1,0 +1,219 @@
+//! Models that are converted to another format.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::arch::Architecture;
+use crate::error::{Error, Result};
+use crate::format::QuantizedMatrix;
+use crate::io::gguf::{BlockRows, BlockType, Gguf, is_gguf};
+use crate::io::{Checkpoint, DType, HfConfig, MAX_JSON_BYTES, read_capped, read_json_object};
+
+/// How a source holds a matrix.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Held {
+    /// As numbers of this type.
+    Numbers(DType),
+    /// As codes on a grid.
+    Codes,
+    /// As blocks of a GGUF file.
+    Blocks(&'static BlockType),
+}
+
+/// The texts that describe a tokenizer.
+#[derive(Debug)]
+pub(crate) struct TokenizerTexts {
+    /// Contents of `tokenizer.json`.
+    pub json: String,
+    /// The file that it is from, for errors.
+    pub path: PathBuf,
+    /// Fields of `tokenizer_config.json`, completed by those of `special_tokens_map.json`.
+    pub config: Map<String, Value>,
+    /// Chat template from a file of its own, which has priority over the one in the config.
+    pub template: Option<String>,
+}
+
+/// A model whose weights are read one after another. Tensors have Hugging Face's names and row
+/// order.
+pub(crate) trait ModelSource {
+    /// The file or folder that the model is from.
+    fn path(&self) -> &Path;
+
+    /// The configuration.
+    fn config(&self) -> &HfConfig;
+
+    /// How a matrix is held.
+    fn held(&self, tensor: &str) -> Result<Held>;
+
+    /// Loads the codes of a matrix. Returns `None` if it is not held as codes or as blocks that
+    /// codes can have exactly the values of.
+    fn codes(&self, tensor: &str, shape: [usize; 2]) -> Result<Option<QuantizedMatrix>>;
+
+    /// Loads a matrix or vector as finite numbers, and dequantizes it if necessary.
+    fn numbers(&self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>>;
+
+    /// The blocks of a matrix, if it is held as such.
+    fn blocks(&self, _tensor: &str) -> Result<Option<BlockRows<'_>>> {
+        Ok(None)
+    }
+
+    /// The tokenizer, if there is one.
+    fn tokenizer(&self) -> Result<Option<TokenizerTexts>>;
+
+    /// The GGUF file, if the model is one.
+    fn gguf(&self) -> Option<&Gguf> {
+        None
+    }
+}
+
+/// A model folder or a GGUF file.
+#[derive(Debug)]
+pub(crate) struct FolderSource {
+    path: PathBuf,
+    config: HfConfig,
+    checkpoint: Checkpoint,
+    gguf: Option<Gguf>,
+}
+
+impl FolderSource {
+    /// Opens a model and checks that all tensors are there.
+    ///
+    /// # Errors
+    /// Returns the errors of [`HfConfig::open`], [`Checkpoint::open`] and [`HfConfig::check`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let config = HfConfig::open(path)?;
+        let checkpoint = Checkpoint::open(path)?;
+        config.check(&checkpoint)?;
+        let gguf = is_gguf(path).then(|| Gguf::open(path)).transpose()?;
+        Ok(Self {
+            path: path.into(),
+            config,
+            checkpoint,
+            gguf,
+        })
+    }
+
+    /// The name under which the checkpoint holds a tensor; a tied embedding may have the head's.
+    fn stored_name<'a>(&self, tensor: &'a str) -> Result<&'a str> {
+        if tensor == Architecture::EMBEDDING {
+            return self.config.embedding_name(&self.checkpoint);
+        }
+        Ok(tensor)
+    }
+
+    /// Returns whether a tensor is the weight of a layer whose codes the checkpoint holds.
+    fn has_codes(&self, tensor: &str) -> bool {
+        let quantization = self.config.quantization();
+        quantization
+            .zip(tensor.strip_suffix(".weight"))
+            .is_some_and(|(config, layer)| config.has_layer(&self.checkpoint, layer))
+    }
+}
+
+impl ModelSource for FolderSource {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn config(&self) -> &HfConfig {
+        &self.config
+    }
+
+    fn held(&self, tensor: &str) -> Result<Held> {
+        if self.has_codes(tensor) {
+            return Ok(Held::Codes);
+        }
+        let tensor = self.stored_name(tensor)?;
+        Ok(match self.checkpoint.blocks(tensor)? {
+            Some(blocks) => Held::Blocks(blocks.kind),
+            None => Held::Numbers(self.checkpoint.info(tensor)?.dtype),
+        })
+    }
+
+    fn codes(&self, tensor: &str, shape: [usize; 2]) -> Result<Option<QuantizedMatrix>> {
+        let tensor = self.stored_name(tensor)?;
+        let layer = tensor.strip_suffix(".weight").unwrap_or(tensor);
+        self.config.load_quantized(&self.checkpoint, layer, shape)
+    }
+
+    fn numbers(&self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        if let (true, [rows, cols], Some(layer)) = (
+            self.has_codes(tensor),
+            shape,
+            tensor.strip_suffix(".weight"),
+        ) {
+            let matrix = self
+                .config
+                .load_linear(&self.checkpoint, layer, [*rows, *cols])?;
+            return Ok(matrix.into_vec());
+        }
+        let tensor = self.stored_name(tensor)?;
+        self.checkpoint.check_shape(tensor, shape)?;
+        self.checkpoint.load_f32(tensor)
+    }
+
+    fn blocks(&self, tensor: &str) -> Result<Option<BlockRows<'_>>> {
+        self.checkpoint.blocks(self.stored_name(tensor)?)
+    }
+
+    fn tokenizer(&self) -> Result<Option<TokenizerTexts>> {
+        if let Some(gguf) = &self.gguf {
+            let files = gguf.tokenizer()?;
+            return Ok(files.map(|files| TokenizerTexts {
+                json: files.json,
+                path: self.path.clone(),
+                config: files.config,
+                template: None,
+            }));
+        }
+        tokenizer_texts(&self.path)
+    }
+
+    fn gguf(&self) -> Option<&Gguf> {
+        self.gguf.as_ref()
+    }
+}
+
+/// Reads the tokenizer files of a model folder. Returns `None` if it has no `tokenizer.json`.
+///
+/// # Errors
+/// Returns [`Error::Io`], [`Error::Json`], or [`Error::InvalidFile`] if a file is too large or not
+/// UTF-8.
+pub(crate) fn tokenizer_texts(folder: &Path) -> Result<Option<TokenizerTexts>> {
+    let path = folder.join("tokenizer.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = |path: &Path| {
+        let bytes = read_capped(path, MAX_JSON_BYTES)?;
+        String::from_utf8(bytes).map_err(|_| Error::invalid_file(path, "not UTF-8"))
+    };
+    let mut config = Map::new();
+    // The first file that has a field counts.
+    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let path = folder.join(name);
+        if path.exists() {
+            for (key, value) in read_json_object(&path)? {
+                config.entry(key).or_insert(value);
+            }
+        }
+    }
+    let own = folder.join("chat_template.jinja");
+    let old = folder.join("chat_template.json");
+    let template = if own.exists() {
+        Some(text(&own)?)
+    } else if old.exists() {
+        let object = read_json_object(&old)?;
+        let template = object.get("chat_template").and_then(Value::as_str);
+        template.map(String::from)
+    } else {
+        None
+    };
+    Ok(Some(TokenizerTexts {
+        json: text(&path)?,
+        path,
+        config,
+        template,
+    }))
+}

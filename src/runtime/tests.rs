@@ -1,0 +1,314 @@
+//! Sessions on small models without Burn: sliding windows, rotary embeddings that depend on the
+//! length, and sessions that go back.
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::io::hf::HfFolder;
+use crate::io::{DType, HfConfig, HostTensor};
+
+/// A model whose weights are a formula, so that others can compute with the same ones: tensor `t` in
+/// the order of names has `0.6 sin(0.37 i + 1.7 t)` at `i`, and norms have `1 + 0.2 sin(..)`.
+fn model(fields: Value) -> Model {
+    let mut raw = json!({"model_type": "llama", "vocab_size": 19, "hidden_size": 16,
+        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 100.0, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": false});
+    let (Some(all), Value::Object(fields)) = (raw.as_object_mut(), fields) else {
+        panic!("expected objects");
+    };
+    all.extend(fields);
+    let config = HfConfig::from_json(all.clone()).unwrap();
+    let mut tensors = config.arch().tensors();
+    tensors.sort();
+    let tensors = tensors.into_iter().enumerate().map(|(t, (name, shape))| {
+        let wave = |i: usize| (i as f64 * 0.37 + t as f64 * 1.7).sin();
+        let value = |i: usize| match shape.len() {
+            1 => 1.0 + 0.2 * wave(i),
+            _ => 0.6 * wave(i),
+        };
+        let values = (0..shape.iter().product()).map(|i| value(i) as f32);
+        let values: Vec<f32> = values.collect();
+        HostTensor::from_f32(name, DType::F32, shape.clone(), values)
+    });
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("model");
+    let folder = HfFolder::create(&path, false).unwrap();
+    folder
+        .write_model(&config, DType::F32, tensors.collect())
+        .unwrap();
+    folder.commit().unwrap();
+    let options = ModelOptions::default().with_n_threads(1).with_mmap(false);
+    Model::open(&path, &options).unwrap()
+}
+
+fn windowed(window: usize, context: usize) -> Model {
+    model(json!({"model_type": "mistral", "sliding_window": window,
+        "max_position_embeddings": context}))
+}
+
+/// Three layers, of which the last has no window.
+fn mixed(window: usize, context: usize) -> Model {
+    model(
+        json!({"model_type": "gemma3_text", "sliding_window": window, "num_hidden_layers": 3,
+        "sliding_window_pattern": 3, "query_pre_attn_scalar": 8, "rope_local_base_freq": 50.0,
+        "max_position_embeddings": context, "tie_word_embeddings": true}),
+    )
+}
+
+fn tokens(n: usize) -> Vec<u32> {
+    (0..n).map(|i| (i * 7 + i / 5 + 3) as u32 % 19).collect()
+}
+
+fn session(model: &Model, format: CacheFormat, prefill_rows: usize) -> Session {
+    let config = SessionConfig::default()
+        .with_cache(format)
+        .with_prefill_rows(prefill_rows);
+    Session::new(model, &config).unwrap()
+}
+
+/// Appends tokens and returns the logits after each of them.
+fn all(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
+    let mut logits = vec![f32::NAN; tokens.len() * 19];
+    session.decode_all(tokens, &mut logits).unwrap();
+    logits
+}
+
+#[track_caller]
+fn close(found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        assert!(
+            (found - expected).abs() < 1e-4 * expected.abs().max(1.0),
+            "{found} is not {expected}"
+        );
+    }
+}
+
+/// Sizes of pieces from 1 to `most` that sum up to `n`.
+fn pieces(n: usize, most: usize) -> Vec<usize> {
+    let mut sizes = Vec::new();
+    let mut rest = n;
+    for i in 0.. {
+        let size = ((i * 11 + 5) % most + 1).min(rest);
+        if size == 0 {
+            break;
+        }
+        sizes.push(size);
+        rest -= size;
+    }
+    sizes
+}
+
+#[test]
+fn a_window_that_moves_over_its_tiles_sees_what_all_tiles_hold() {
+    let context = 1500;
+    for (model, kept) in [
+        (windowed(70, context), 2),
+        (windowed(64, context), 2),
+        (windowed(1, context), 2),
+        (windowed(129, context), 2),
+        (mixed(70, context), 2),
+    ] {
+        let window = model.config().sliding_window().unwrap();
+        for format in [CacheFormat::F32, CacheFormat::F16] {
+            for rows in [1, 50] {
+                let mut ring = session(&model, format, rows);
+                // No piece is longer, but this many rows in one pass would need all tiles.
+                let mut whole = session(&model, format, context);
+                let ids = tokens(context);
+                let mut start = 0;
+                for n in pieces(context, rows) {
+                    let ids = &ids[start..start + n];
+                    assert_eq!(all(&mut ring, ids), all(&mut whole, ids), "at {start}");
+                    start += n;
+                }
+                // One key/value head of 8 features, keys and values.
+                let number = match format {
+                    CacheFormat::F32 => 4,
+                    CacheFormat::F16 => 2,
+                };
+                let tile = 64 * 8 * 2 * number;
+                let layers = model.config().num_hidden_layers();
+                assert_eq!(whole.cache_bytes(), layers * 24 * tile);
+                let tiles = ((window + rows).div_ceil(64) + 1).next_multiple_of(4);
+                let expected = kept * tiles + (layers - kept) * 24;
+                assert_eq!(ring.cache_bytes(), expected * tile, "{window} and {rows}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sessions_with_windows_are_decoded_together() {
+    let model = mixed(70, 800);
+    let start = |rows| -> Vec<Session> {
+        let lengths = [3, 70, 400];
+        let filled = |n: usize| {
+            let mut session = session(&model, CacheFormat::F32, rows);
+            for piece in tokens(n).chunks(10) {
+                session.decode(piece, None).unwrap();
+            }
+            session
+        };
+        lengths.into_iter().map(filled).collect()
+    };
+    let (mut rings, mut wholes) = (start(10), start(800));
+    for token in tokens(390) {
+        let step = |sessions: &mut Vec<Session>| {
+            let mut logits = vec![f32::NAN; 3 * 19];
+            let mut sessions: Vec<&mut Session> = sessions.iter_mut().collect();
+            decode_batch(&mut sessions, &[token, 5, token / 2], &mut logits).unwrap();
+            logits
+        };
+        assert_eq!(step(&mut rings), step(&mut wholes));
+    }
+    assert_eq!(rings[2].position(), 790);
+    assert_eq!(rings[2].tokens()[789], tokens(390)[389] / 2);
+    assert!(rings[2].cache_bytes() < wholes[2].cache_bytes());
+}
+
+#[test]
+fn a_session_goes_back_behind_its_window() {
+    for model in [windowed(70, 900), mixed(70, 900)] {
+        let ids = tokens(900);
+        let mut ring = session(&model, CacheFormat::F32, 30);
+        let mut whole = session(&model, CacheFormat::F32, 900);
+        let run = |session: &mut Session, range: std::ops::Range<usize>| {
+            let pieces = ids[range].chunks(30);
+            pieces
+                .flat_map(|piece| all(session, piece))
+                .collect::<Vec<_>>()
+        };
+        run(&mut ring, 0..700);
+        run(&mut whole, 0..700);
+        // Twice a few tokens, which takes no recomputing, then many, and then all.
+        for n in [680, 671, 500, 3, 0] {
+            ring.truncate(n);
+            whole.truncate(n);
+            assert_eq!((ring.position(), ring.tokens()), (n, &ids[..n]));
+            let (found, expected) = (run(&mut ring, n..n + 20), run(&mut whole, n..n + 20));
+            if n > 600 {
+                assert_eq!(found, expected, "after going back to {n}");
+            } else {
+                close(&found, &expected);
+            }
+            close(&run(&mut ring, n + 20..700), &run(&mut whole, n + 20..700));
+        }
+        // In a batch, too.
+        ring.truncate(100);
+        whole.truncate(100);
+        let mut found = [0.0; 2 * 19];
+        decode_batch(&mut [&mut ring, &mut whole], &[4, 4], &mut found).unwrap();
+        close(&found[..19], &found[19..]);
+        assert_eq!((ring.position(), ring.tokens()[100]), (101, 4));
+        // What does not fit changes nothing.
+        assert!(ring.decode(&ids, None).is_err() && ring.decode(&[19], None).is_err());
+        assert_eq!(ring.position(), 101);
+        close(&all(&mut ring, &[7]), &all(&mut whole, &[7]));
+    }
+}
+
+/// A model with LongRoPE, whose frequencies change after 16 tokens.
+fn longrope() -> Model {
+    model(
+        json!({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "longrope",
+        "original_max_position_embeddings": 16, "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 5.0, 9.0, 20.0]}}),
+    )
+}
+
+/// Tokens of the tests whose results transformers computed.
+fn reference_tokens(n: usize) -> Vec<u32> {
+    (0..n).map(|i| (i * 7 + 3) as u32 % 19).collect()
+}
+
+// The expected numbers are the first four logits at the last position that LlamaForCausalLM of
+// transformers 5.24 computes with the config and the weights of `model`, f32, from all tokens at
+// once.
+#[test]
+fn sessions_that_pass_the_limit_of_longrope_are_computed_again() {
+    let model = longrope();
+    let expected: [(usize, [f32; 4]); 5] = [
+        (10, [1.60326, 2.29496, 2.687258, 2.728978]),
+        (16, [-1.404674, -0.174676, 1.078111, 2.190247]),
+        (17, [-1.030522, -1.865002, -2.456174, -2.726914]),
+        (18, [2.23671, 2.290625, 2.045705, 1.533902]),
+        (40, [0.9270266, 1.939363, 2.698691, 3.105947]),
+    ];
+    let ids = reference_tokens(40);
+    for rows in [3, 256] {
+        let mut one = session(&model, CacheFormat::F32, rows);
+        for (n, expected) in expected {
+            // In one call, and token by token.
+            let mut logits = [0.0; 19];
+            let mut fresh = session(&model, CacheFormat::F32, rows);
+            fresh.decode(&ids[..n], Some(&mut logits)).unwrap();
+            close(&logits[..4], &expected);
+            while one.position() < n {
+                let token = ids[one.position()];
+                one.decode(&[token], Some(&mut logits)).unwrap();
+            }
+            close(&logits[..4], &expected);
+        }
+        // Back below the limit, and over it again with other tokens in between.
+        for (n, expected) in [expected[1], expected[3], expected[0]] {
+            one.truncate(n - 1);
+            let mut logits = [0.0; 19];
+            let rest = &ids[one.position()..n];
+            one.decode(rest, Some(&mut logits)).unwrap();
+            close(&logits[..4], &expected);
+        }
+        // Each session of a batch has its own length.
+        let mut short = session(&model, CacheFormat::F32, rows);
+        let mut long = session(&model, CacheFormat::F32, rows);
+        short.decode(&ids[..9], None).unwrap();
+        long.decode(&ids[..16], None).unwrap();
+        let mut logits = [0.0; 2 * 19];
+        let mut both = [&mut short, &mut long];
+        decode_batch(&mut both, &[ids[9], ids[16]], &mut logits).unwrap();
+        close(&logits[..4], &expected[0].1);
+        close(&logits[19..23], &expected[2].1);
+    }
+}
+
+// The expected numbers were made like those above, with a cache and the same pieces.
+#[test]
+fn dynamic_frequencies_are_those_of_the_length_at_which_a_token_came() {
+    let fields = json!({"max_position_embeddings": 16,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}});
+    let model = model(fields);
+    assert_eq!(model.config().max_position_embeddings(), 64);
+    let expected: [(usize, [f32; 4]); 7] = [
+        (10, [1.585556, 2.280208, 2.677385, 2.725269]),
+        (16, [-1.466806, -0.2397127, 1.018653, 2.144125]),
+        (17, [-0.6231155, -1.493408, -2.16887, -2.561381]),
+        (20, [0.7829232, -0.2575928, -1.264503, -2.106447]),
+        (25, [-1.55918, -2.250738, -2.648664, -2.701045]),
+        (26, [1.782696, 1.223525, 0.5047317, -0.2799085]),
+        (40, [0.9629588, 1.951902, 2.686199, 3.070055]),
+    ];
+    let ids = reference_tokens(40);
+    for rows in [2, 256] {
+        let mut session = session(&model, CacheFormat::F32, rows);
+        for n in [10].into_iter().chain([1; 10]).chain([5]).chain([1; 15]) {
+            let mut logits = [0.0; 19];
+            let start = session.position();
+            let piece = &ids[start..start + n];
+            session.decode(piece, Some(&mut logits)).unwrap();
+            if let Some((_, expected)) = expected.iter().find(|(n, _)| *n == session.position()) {
+                close(&logits[..4], expected);
+            }
+        }
+        // All tokens at once have the frequencies of the whole length.
+        for (n, expected) in [
+            (17, [-0.6293365, -1.496446, -2.16833, -2.557333]),
+            (40, [0.8426161, 1.859129, 2.6331, 3.063557]),
+        ] {
+            let mut logits = [0.0; 19];
+            session.reset();
+            session.decode(&ids[..n], Some(&mut logits)).unwrap();
+            close(&logits[..4], &expected);
+        }
+    }
+}
