@@ -302,7 +302,8 @@ pub unsafe extern "C" fn elora_session_reset(session: *mut elora_session) -> elo
 }
 
 /// Removes all tokens but the first `n_tokens`. Does nothing if the session holds no more than
-/// that.
+/// that. Layers with a sliding window keep little more than their window: after going back farther,
+/// the next call that adds tokens computes all of them again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_truncate(
     session: *mut elora_session,

@@ -98,7 +98,7 @@ pub struct Session {
     shape: Arc<Shape>,
     /// The tokens of the sequence. The cache may hold fewer of them, but never others.
     tokens: Vec<u32>,
-    cache: Cache,
+    pub(super) cache: Cache,
     work: Workspace,
     /// Logits of the last token, during generation.
     logits: Vec<f32>,

@@ -1,8 +1,11 @@
 //! Sessions on small models without Burn: sliding windows, rotary embeddings that depend on the
 //! length, and sessions that go back.
 
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
+use super::cache::Cache;
 use super::*;
 use crate::io::hf::HfFolder;
 use crate::io::{DType, HfConfig, HostTensor};
@@ -67,6 +70,26 @@ fn session(model: &Model, format: CacheFormat, prefill_rows: usize) -> Session {
     Session::new(model, &config).unwrap()
 }
 
+/// The same, but all layers keep all tiles.
+fn whole(model: &Model, format: CacheFormat, prefill_rows: usize) -> Session {
+    let mut session = session(model, format, prefill_rows);
+    let (arch, n_ctx) = (model.config().arch(), session.n_ctx());
+    session.cache = Cache::new(format, arch, &arch.blocks, n_ctx, n_ctx);
+    session
+}
+
+/// Goes back in both sessions, and returns whether they compute all tokens again.
+fn go_back(ring: &mut Session, whole: &mut Session, n: usize) -> bool {
+    ring.truncate(n);
+    whole.truncate(n);
+    let again = ring.cache.n_tokens() < ring.position();
+    if again {
+        // So that both have the same roundings.
+        whole.cache.truncate(0);
+    }
+    again
+}
+
 /// Appends tokens and returns the logits after each of them.
 fn all(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
     let mut logits = vec![f32::NAN; tokens.len() * 19];
@@ -114,11 +137,10 @@ fn a_window_that_moves_over_its_tiles_sees_what_all_tiles_hold() {
         for format in [CacheFormat::F32, CacheFormat::F16] {
             for rows in [1, 50] {
                 let mut ring = session(&model, format, rows);
-                // No piece is longer, but this many rows in one pass would need all tiles.
-                let mut whole = session(&model, format, context);
+                let mut whole = whole(&model, format, rows);
                 let ids = tokens(context);
                 let mut start = 0;
-                for n in pieces(context, rows) {
+                for n in pieces(context, 2 * rows) {
                     let ids = &ids[start..start + n];
                     assert_eq!(all(&mut ring, ids), all(&mut whole, ids), "at {start}");
                     start += n;
@@ -142,21 +164,19 @@ fn a_window_that_moves_over_its_tiles_sees_what_all_tiles_hold() {
 #[test]
 fn sessions_with_windows_are_decoded_together() {
     let model = mixed(70, 800);
-    let start = |rows| -> Vec<Session> {
+    let start = |make: fn(&Model, CacheFormat, usize) -> Session| -> Vec<Session> {
         let lengths = [3, 70, 400];
         let filled = |n: usize| {
-            let mut session = session(&model, CacheFormat::F32, rows);
-            for piece in tokens(n).chunks(10) {
-                session.decode(piece, None).unwrap();
-            }
+            let mut session = make(&model, CacheFormat::F32, 10);
+            session.decode(&tokens(n), None).unwrap();
             session
         };
         lengths.into_iter().map(filled).collect()
     };
-    let (mut rings, mut wholes) = (start(10), start(800));
+    let (mut rings, mut wholes) = (start(session), start(whole));
     for token in tokens(390) {
         let step = |sessions: &mut Vec<Session>| {
-            let mut logits = vec![f32::NAN; 3 * 19];
+            let mut logits = vec![0.0; 3 * 19];
             let mut sessions: Vec<&mut Session> = sessions.iter_mut().collect();
             decode_batch(&mut sessions, &[token, 5, token / 2], &mut logits).unwrap();
             logits
@@ -173,39 +193,77 @@ fn a_session_goes_back_behind_its_window() {
     for model in [windowed(70, 900), mixed(70, 900)] {
         let ids = tokens(900);
         let mut ring = session(&model, CacheFormat::F32, 30);
-        let mut whole = session(&model, CacheFormat::F32, 900);
-        let run = |session: &mut Session, range: std::ops::Range<usize>| {
-            let pieces = ids[range].chunks(30);
-            pieces
-                .flat_map(|piece| all(session, piece))
-                .collect::<Vec<_>>()
-        };
-        run(&mut ring, 0..700);
-        run(&mut whole, 0..700);
-        // Twice a few tokens, which takes no recomputing, then many, and then all.
-        for n in [680, 671, 500, 3, 0] {
-            ring.truncate(n);
-            whole.truncate(n);
+        let mut whole = whole(&model, CacheFormat::F32, 30);
+        all(&mut ring, &ids[..700]);
+        all(&mut whole, &ids[..700]);
+        // Twice a few tokens, which takes no computing again, then many, and then all.
+        for (n, again) in [
+            (680, false),
+            (671, false),
+            (500, true),
+            (3, true),
+            (0, false),
+        ] {
+            assert_eq!(go_back(&mut ring, &mut whole, n), again, "{n}");
             assert_eq!((ring.position(), ring.tokens()), (n, &ids[..n]));
-            let (found, expected) = (run(&mut ring, n..n + 20), run(&mut whole, n..n + 20));
-            if n > 600 {
-                assert_eq!(found, expected, "after going back to {n}");
-            } else {
-                close(&found, &expected);
-            }
-            close(&run(&mut ring, n + 20..700), &run(&mut whole, n + 20..700));
+            let (found, expected) = (all(&mut ring, &ids[n..700]), all(&mut whole, &ids[n..700]));
+            assert_eq!(found, expected, "after going back to {n}");
         }
         // In a batch, too.
-        ring.truncate(100);
-        whole.truncate(100);
+        assert!(go_back(&mut ring, &mut whole, 100));
         let mut found = [0.0; 2 * 19];
         decode_batch(&mut [&mut ring, &mut whole], &[4, 4], &mut found).unwrap();
-        close(&found[..19], &found[19..]);
+        assert_eq!(found[..19], found[19..]);
         assert_eq!((ring.position(), ring.tokens()[100]), (101, 4));
         // What does not fit changes nothing.
         assert!(ring.decode(&ids, None).is_err() && ring.decode(&[19], None).is_err());
         assert_eq!(ring.position(), 101);
-        close(&all(&mut ring, &[7]), &all(&mut whole, &[7]));
+        assert_eq!(all(&mut ring, &[7]), all(&mut whole, &[7]));
+    }
+}
+
+#[test]
+fn sessions_that_go_back_and_forth_at_random_see_what_all_tiles_hold() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for (model, rows) in [
+        (windowed(64, 1000), 1),
+        (windowed(100, 1000), 40),
+        (mixed(3, 1000), 70),
+        (mixed(190, 1000), 2),
+    ] {
+        let mut ring = session(&model, CacheFormat::F32, rows);
+        let mut whole = whole(&model, CacheFormat::F32, rows);
+        let mut recomputed = 0;
+        for _ in 0..300 {
+            let room = 1000 - ring.position();
+            match rng.random_range(0..8) {
+                0 => {
+                    let back = match rng.random_range(0..4) {
+                        0 => 1000,
+                        1 => 200,
+                        _ => 30,
+                    };
+                    let n = ring.position().saturating_sub(rng.random_range(0..back));
+                    recomputed += usize::from(go_back(&mut ring, &mut whole, n));
+                }
+                1 if room > 0 => {
+                    let token = rng.random_range(0..19);
+                    let mut logits = [0.0; 2 * 19];
+                    let mut both = [&mut ring, &mut whole];
+                    decode_batch(&mut both, &[token; 2], &mut logits).unwrap();
+                    assert_eq!(logits[..19], logits[19..]);
+                }
+                _ => {
+                    let n = rng.random_range(0..90).min(room);
+                    let ids: Vec<u32> = (0..n).map(|_| rng.random_range(0..19)).collect();
+                    if n > 0 {
+                        assert_eq!(all(&mut ring, &ids), all(&mut whole, &ids));
+                    }
+                }
+            }
+            assert_eq!(ring.tokens(), whole.tokens());
+        }
+        assert!(recomputed > 0 && ring.cache_bytes() < whole.cache_bytes());
     }
 }
 

@@ -465,12 +465,24 @@ fn rotary_scaling_is_taken_or_refused() {
         RopeScaling::Linear { factor: 4.0 }
     );
     let yarn = linear.clone().text("llama.rope.scaling.type", "yarn");
+    let error = scaling(&yarn).unwrap_err().to_string();
+    assert!(error.contains("original_context_length"), "{error}");
+    let yarn = yarn.int("llama.rope.scaling.original_context_length", 4);
+    let found = scaling(&yarn).unwrap();
     assert!(
-        scaling(&yarn)
-            .unwrap_err()
-            .to_string()
-            .contains("rope.scaling.type` = `yarn`")
+        matches!(
+            found,
+            RopeScaling::Yarn {
+                factor: 4.0,
+                original_max_position_embeddings: 4,
+                ..
+            }
+        ),
+        "{found:?}"
     );
+    let other = linear.clone().text("llama.rope.scaling.type", "axial");
+    let error = scaling(&other).unwrap_err().to_string();
+    assert!(error.contains("rope.scaling.type` = `axial`"), "{error}");
     // Llama 3.2's rule at heads of 8, by its formula.
     let divisors: Vec<f32> = (0..4)
         .map(|i| {

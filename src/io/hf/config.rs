@@ -370,7 +370,14 @@ impl HfConfig {
     /// # Errors
     /// Returns [`Error::InvalidConfig`] if the sizes do not make a valid model.
     pub fn with_blocks(&self, blocks: &[BlockDims]) -> Result<Self> {
-        let origins: Vec<usize> = (0..blocks.len()).collect();
+        let positions = &self.arch.positions;
+        // If all blocks see positions alike, there may be more of them than before.
+        let alike = positions.iter().all(|at| *at == positions[0]);
+        let origin = |index: usize| match alike {
+            true => 0,
+            false => index,
+        };
+        let origins: Vec<usize> = (0..blocks.len()).map(origin).collect();
         self.with_blocks_from(blocks, &origins)
     }
 

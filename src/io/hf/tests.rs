@@ -210,8 +210,16 @@ fn qwen2_has_biases_on_queries_keys_and_values() {
     assert_eq!(even.raw()["model_type"], "qwen2");
     assert_eq!(even.arch(), config.arch());
     value["use_sliding_window"] = true.into();
-    let error = parse(&value).unwrap_err().to_string();
-    assert!(error.contains("use_sliding_window"), "{error}");
+    value["sliding_window"] = 5.into();
+    value["max_window_layers"] = 1.into();
+    let windows = |value: &Value| -> Vec<_> {
+        let config = parse(value).unwrap();
+        let positions = config.arch().positions.iter();
+        positions.map(|positions| positions.window).collect()
+    };
+    assert_eq!(windows(&value)[..2], [None, Some(5)]);
+    value["layer_types"] = json!(vec!["sliding_attention"; config.blocks().len()]);
+    assert_eq!(windows(&value)[..2], [Some(5), Some(5)]);
     value = with(json!({"model_type": "elastic-llama",
         "architectures": ["ElasticLlamaForCausalLM"], "base_model_type": "mistral"}));
     assert!(matches!(

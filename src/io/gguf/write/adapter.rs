@@ -1,5 +1,6 @@
 //! LoRA adapters as GGUF files.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::super::blocks::Encoding;
@@ -50,7 +51,16 @@ impl LoraAdapter {
                 ),
             });
         }
-        let alpha = self.common_alpha();
+        // As the file holds the matrices.
+        let rows: BTreeMap<String, usize> = config
+            .arch()
+            .linears()
+            .into_iter()
+            .map(|layer| (layer.name, layer.d_output))
+            .collect();
+        let rows = |layer: &str| rows.get(layer).copied().unwrap_or(0);
+        let adapter = self.clone().stacked(config, rows)?;
+        let alpha = adapter.common_alpha();
         let mut keys = Keys::default();
         keys.text("general.architecture", row.name);
         keys.text("general.type", "adapter");
@@ -60,16 +70,14 @@ impl LoraAdapter {
         keys.text("adapter.type", "lora");
         keys.f32("adapter.lora.alpha", alpha);
         let mut tensors = Vec::new();
-        for (layer, weights) in &self.layers {
+        let fused = config.arch().fused();
+        for (layer, weights) in &adapter.layers {
             let name = format!("{layer}.weight");
-            let in_file = row.gguf_name(&name);
-            let stacked = in_file.as_deref().is_none_or(|in_file| {
-                let same = self.layers.keys().filter(|other| {
-                    row.gguf_name(&format!("{other}.weight")).as_deref() == Some(in_file)
-                });
-                same.count() > 1
-            });
-            let Some(in_file) = in_file.filter(|_| !stacked) else {
+            // A matrix of several layers has the name of any of them.
+            let part = fused.iter().find(|fused| fused.name == *layer);
+            let part = part.and_then(|fused| fused.parts.first());
+            let part = part.map(|(part, _)| format!("{part}.weight"));
+            let Some(in_file) = row.gguf_name(part.as_ref().unwrap_or(&name)) else {
                 return Err(Error::Unsupported {
                     what: format!(
                         "layer `{layer}` of a LoRA in GGUF of architecture {}",

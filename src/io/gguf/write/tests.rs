@@ -570,7 +570,7 @@ fn a_window_limits_the_context() {
     let (path, report) = convert(&from, &GgufOptions::default());
     let read = HfConfig::open(&path).unwrap();
     assert_eq!(read.max_position_embeddings(), 48);
-    assert_eq!(read.rope_scaling(), RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(*read.rope_scaling(), RopeScaling::Linear { factor: 4.0 });
     assert!(report.notices.iter().any(|n| n.contains("window")));
 }
 

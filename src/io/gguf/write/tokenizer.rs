@@ -22,8 +22,6 @@ struct Json {
     pre_tokenizer: Value,
     #[serde(default)]
     post_processor: Value,
-    #[serde(default)]
-    decoder: Value,
     model: Model,
 }
 
