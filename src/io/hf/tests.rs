@@ -323,8 +323,8 @@ fn one_bad_config_per_rule() {
             "partial_rotary_factor",
         ),
         (
-            json!({"quantization_config": {"quant_method": "awq"}}),
-            "awq",
+            json!({"quantization_config": {"quant_method": "aqlm"}}),
+            "aqlm",
         ),
         (json!({"torch_dtype": "float4"}), "float4"),
     ] {
