@@ -5,13 +5,12 @@ use std::collections::{HashMap, HashSet};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::super::tokenizer::{
-    BYTE, CONTROL, CUTS, Cut, NORMAL, Tokens, UNKNOWN, UNUSED, USER_DEFINED,
-};
+use super::super::tokenizer::{CUTS, Cut};
 use super::container::Keys;
 use super::{GgufOptions, GgufReport};
 use crate::error::{Error, Result};
 use crate::io::source::{ModelSource, TokenizerTexts};
+use crate::io::tokenizer::json::{BYTE, CONTROL, NORMAL, Tokens, UNKNOWN, UNUSED, USER_DEFINED};
 
 /// The parts of `tokenizer.json` that are used.
 #[derive(Deserialize)]
