@@ -11,7 +11,7 @@ use super::{Entry, Gguf};
 use crate::arch::{Architecture, BlockDims, Family, LinearKind, Rope, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
-use crate::io::tensors::TensorInfo;
+use crate::io::tensors::{DType, TensorInfo};
 
 /// A model family of llama.cpp.
 pub(super) struct Row {
@@ -79,6 +79,8 @@ const PARTS: [(&str, &str); 9] = [
 pub(super) const EMBEDDING: &str = "token_embd.weight";
 pub(super) const HEAD: &str = "output.weight";
 const FINAL_NORM: &str = "output_norm.weight";
+/// End of the names of norms.
+pub(super) const NORM: &str = "norm.weight";
 pub(super) const DIVISORS: &str = "rope_freqs.weight";
 
 /// Names of the tensors outside the blocks, in GGUF and Hugging Face.
@@ -447,7 +449,7 @@ impl Gguf {
             .as_ref()
             .get(tensor.range.clone())
             .unwrap_or_default();
-        if !matches!(tensor.encoding.dtype(), crate::io::DType::F32)
+        if !matches!(tensor.encoding.dtype(), DType::F32)
             || !matches!(tensor.encoding, Encoding::Plain(_))
             || tensor.shape != [len]
         {
@@ -533,6 +535,20 @@ impl Gguf {
                     );
                     return Err(Error::Unsupported { what });
                 }
+                let offset = if tensor.name.ends_with(NORM) {
+                    row.norm_offset
+                } else {
+                    0.0
+                };
+                let is_f32 = matches!(tensor.encoding, Encoding::Plain(DType::F32));
+                if offset != 0.0 && !is_f32 {
+                    let name = &tensor.name;
+                    let what = format!(
+                        "{}: tensor `{name}` in another type than F32",
+                        file.path.display()
+                    );
+                    return Err(Error::Unsupported { what });
+                }
                 entries.push(Entry {
                     name: name.clone(),
                     file: number,
@@ -541,7 +557,11 @@ impl Gguf {
                         dtype: tensor.encoding.dtype(),
                         shape: tensor.shape.clone(),
                     },
-                    layout: Layout { blocks, heads },
+                    layout: Layout {
+                        blocks,
+                        heads,
+                        offset,
+                    },
                 });
             }
         }

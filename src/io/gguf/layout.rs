@@ -13,6 +13,8 @@ pub(in crate::io) struct Layout {
     /// Number of heads, if llama.cpp's converter permuted the rows of each head. llama.cpp rotates
     /// neighbouring rows, Hugging Face rotates the two halves. Heads have an even number of rows.
     pub heads: Option<usize>,
+    /// Number that was added to the values of an F32 tensor, and is subtracted again.
+    pub offset: f32,
 }
 
 /// Rows of a tensor in Hugging Face's order.
@@ -38,13 +40,14 @@ pub(super) fn place(row: usize, size: usize) -> usize {
 impl Layout {
     /// Returns whether the bytes are those of a Hugging Face folder.
     pub fn is_plain(&self) -> bool {
-        self.blocks.is_none() && self.heads.is_none()
+        self.blocks.is_none() && self.heads.is_none() && self.offset == 0.0
     }
 
     /// Description for error messages.
     pub fn name(&self) -> String {
         match self.blocks {
             Some(blocks) => blocks.name.into(),
+            None if self.offset != 0.0 => format!("values that are larger by {}", self.offset),
             None => "rows in another order".into(),
         }
     }
@@ -80,6 +83,12 @@ impl Layout {
     pub fn bytes(&self, info: &TensorInfo, bytes: &[u8]) -> Vec<u8> {
         match self.blocks {
             Some(_) => bytemuck::cast_slice(&self.numbers(info, bytes)).to_vec(),
+            None if self.offset != 0.0 => bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .flat_map(|bytes| (f32::from_le_bytes(*bytes) - self.offset).to_le_bytes())
+                .collect(),
             None => self.rows(info, bytes).bytes.concat(),
         }
     }
