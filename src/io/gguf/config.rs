@@ -189,6 +189,8 @@ const PHI3_PARTS: [(&str, &str); 9] = [
 pub(super) const EMBEDDING: &str = "token_embd.weight";
 pub(super) const HEAD: &str = "output.weight";
 const FINAL_NORM: &str = "output_norm.weight";
+/// End of the names of norms.
+pub(super) const NORM: &str = "norm.weight";
 pub(super) const DIVISORS: &str = "rope_freqs.weight";
 
 /// Names of the tensors outside the blocks, in GGUF and Hugging Face.
@@ -654,7 +656,7 @@ impl Gguf {
                 let mut start = tensor.range.start;
                 for (name, shape) in parts {
                     let heads = row.permuted_heads(name, config.blocks());
-                    let offset = match name.ends_with("norm.weight") {
+                    let offset = match name.ends_with(NORM) {
                         true => row.norm_offset,
                         false => 0.0,
                     };

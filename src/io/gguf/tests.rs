@@ -340,6 +340,21 @@ fn a_model_is_that_of_a_folder() {
 }
 
 #[test]
+fn what_was_added_to_norms_is_subtracted() {
+    let layout = Layout {
+        offset: 1.0,
+        ..Layout::default()
+    };
+    let info = TensorInfo {
+        dtype: DType::F32,
+        shape: vec![3],
+    };
+    let bytes = layout.bytes(&info, &floats(&[1.0, 1.5, -2.0]));
+    assert_eq!(bytes, floats(&[0.0, 0.5, -3.0]));
+    assert!(!layout.is_plain() && layout.name().contains("larger by 1"));
+}
+
+#[test]
 fn qwen2_has_biases_and_no_permutation() {
     let mut writer = llama().text("general.architecture", "qwen2");
     for (key, _) in &mut writer.keys {

@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::blocks::Encoding;
-use super::config::{DIVISORS, EMBEDDING, HEAD, Row};
+use super::config::{DIVISORS, EMBEDDING, HEAD, NORM, Row};
 use super::families::{self, LONG_FACTORS, SHORT_FACTORS};
 use super::layout::place;
 use crate::arch::{Architecture, BlockDims, Family, Rope, RopeConfig, RopeScaling};
@@ -238,6 +238,12 @@ pub(crate) fn write_from(
             row.name
         ));
     }
+    if plan.other_types > 0 {
+        report.notices.push(format!(
+            "{} tensors are F16, because their rows are no whole blocks of the type asked for",
+            plan.other_types
+        ));
+    }
     let tensors = plan.tensors.into_iter().map(|tensor| Tensor {
         name: tensor.name.clone(),
         shape: tensor.shape.clone(),
@@ -362,6 +368,8 @@ struct Part {
 
 struct Plan {
     tensors: Vec<Planned>,
+    /// Number of tensors that cannot have the type that was asked for, because of their rows.
+    other_types: usize,
 }
 
 impl Plan {
@@ -392,7 +400,7 @@ impl Plan {
                     tensor.parts.push(part);
                 }
                 None => tensors.push(Planned {
-                    offset: if in_file.ends_with("norm.weight") {
+                    offset: if in_file.ends_with(NORM) {
                         row.norm_offset
                     } else {
                         0.0
@@ -405,6 +413,7 @@ impl Plan {
             }
         }
         let tied = target.tied;
+        let mut other_types = 0;
         for tensor in tensors.iter_mut().filter(|tensor| tensor.shape.len() == 2) {
             let of_linears = options.linears;
             let of_head = options.head.or(match of_linears {
@@ -418,8 +427,14 @@ impl Plan {
                 _ => of_linears,
             };
             tensor.encoding = tensor.choose(source, asked)?;
+            let fits = |asked: GgufType| asked.for_rows(tensor.shape[1]) != GgufType::F16;
+            other_types +=
+                usize::from(asked.is_some_and(|asked| asked != GgufType::F16 && !fits(asked)));
         }
-        Ok(Self { tensors })
+        Ok(Self {
+            tensors,
+            other_types,
+        })
     }
 
     /// `general.file_type`: that of most of the layers' weights.
@@ -516,7 +531,7 @@ impl Planned {
         let n_bytes = to / len * block_bytes;
         let Some(from) = &part.from else {
             // Zeros of every type are zero bytes. A norm that acts on zeros may have any gain.
-            let norm = part.to.len() == 1 && part.name.ends_with("norm.weight");
+            let norm = part.to.len() == 1 && part.name.ends_with(NORM);
             if !norm {
                 return Ok(vec![0; n_bytes]);
             }

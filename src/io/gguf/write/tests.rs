@@ -241,10 +241,6 @@ fn codes_keep_their_values_or_are_refused() {
         parts.symmetric = false;
         parts.zeros.fill(7);
         parts.codes[..8].fill(15);
-        parts
-            .codes
-            .iter_mut()
-            .for_each(|code| *code = (*code).max(0));
     });
     let blocks = exact(&turned, Kind::Q4_0, 64).unwrap();
     let back = dequantized(GgufType::Q4_0, &blocks, 3 * 64);
@@ -320,7 +316,7 @@ fn a_symmetric_grid_becomes_q4_0_bit_for_bit() {
         let layers = quantized_folder(&from, &config, (4, 32, true), format);
         for options in [q4_0.clone(), GgufOptions::default()] {
             let (path, report) = convert(&from, &options);
-            assert_eq!(report.types["Q4_0"] >= layers.len(), true, "{report:?}");
+            assert!(report.types["Q4_0"] >= layers.len(), "{report:?}");
             let (read, file) = (
                 HfConfig::open(&path).unwrap(),
                 Checkpoint::open(&path).unwrap(),
@@ -572,6 +568,26 @@ fn a_window_limits_the_context() {
     assert_eq!(read.max_position_embeddings(), 48);
     assert_eq!(*read.rope_scaling(), RopeScaling::Linear { factor: 4.0 });
     assert!(report.notices.iter().any(|n| n.contains("window")));
+}
+
+#[test]
+fn rows_that_are_no_blocks_are_f16() {
+    let root = tempfile::tempdir().unwrap();
+    let mut value = llama();
+    value["intermediate_size"] = 90.into();
+    let from = root.path().join("m");
+    folder(&from, &parse(value), 15);
+    let options = GgufOptions::default().with_linears(GgufType::Q4_0);
+    let (path, report) = convert(&from, &options);
+    assert!(
+        report
+            .notices
+            .iter()
+            .any(|n| n.starts_with("2 tensors are F16"))
+    );
+    let file = Checkpoint::open(&path).unwrap();
+    let info = file.info("model.layers.1.mlp.down_proj.weight").unwrap();
+    assert_eq!(info.dtype, DType::F16);
 }
 
 /// Ids of a text by the tokenizer of a folder or file.

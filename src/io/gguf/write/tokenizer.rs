@@ -386,6 +386,22 @@ impl<'a> Converter<'a> {
                 merges.len()
             ));
         }
+        let byte = |byte: &u8| {
+            let token = format!("<0x{byte:02X}>");
+            let plain = char::from(*byte).to_string();
+            let mut names = vec![token];
+            names.extend(byte.is_ascii().then_some(plain));
+            names
+                .iter()
+                .any(|name| self.ids.contains_key(name.as_str()))
+        };
+        let missing = (0..=u8::MAX).filter(|value| !byte(value)).count();
+        if missing > 0 {
+            report.notices.push(format!(
+                "the vocabulary has no token for {missing} of the 256 bytes, and llama.cpp ends the \
+                 process at a character that has no token"
+            ));
+        }
         keys.text("tokenizer.ggml.model", "llama");
         keys.text("tokenizer.ggml.pre", "default");
         keys.f32s("tokenizer.ggml.scores", &scores);
