@@ -3,13 +3,13 @@
 #[path = "common/mod.rs"]
 mod common;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use common::arithmetic::{self, Kind, Split};
-use elastic_lora::data::{PromptTemplate, load_records, load_text};
-use elastic_lora::eval::{ProblemSet, perplexity};
-use elastic_lora::runtime::GenerateConfig;
+use elastic_lora::data::{PromptTemplate, TextTokenizer, load_records, load_text};
+use elastic_lora::eval::{Perplexity, ProblemSet, perplexity, session_perplexity};
+use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::{Error, Result};
 
 /// Measure a model, with or without an adapter: perplexity or exact-match accuracy.
@@ -37,6 +37,10 @@ struct Args {
     /// Window of the perplexity in tokens [default: the model's context length]
     #[arg(long, requires = "text")]
     context: Option<usize>,
+    /// Compute the perplexity in the runtime, on the CPU: faster, and on a folder, GGUF file or
+    /// bundle as its weights are stored
+    #[arg(long, requires_all = ["text", "model"], conflicts_with_all = ["adapter", "device"])]
+    runtime: bool,
     /// Prompt template: auto, alpaca, question_answer or raw
     #[arg(long, default_value = "auto")]
     template: PromptTemplate,
@@ -51,36 +55,68 @@ struct Args {
     json: bool,
 }
 
+/// Tokenizes a text of at least two tokens, with BOS if the tokenizer adds one.
+fn text_ids(text: &Path, tokenizer: &TextTokenizer) -> Result<Vec<u32>> {
+    let ids = tokenizer.encode_prompt(&load_text(text)?)?;
+    if ids.len() < 2 {
+        let detail = format!(": {} tokens, and a text needs 2", ids.len());
+        return Err(Error::EmptyDataset {
+            path: text.into(),
+            detail,
+        });
+    }
+    Ok(ids)
+}
+
+fn say_perplexity(args: &Args, result: &Perplexity) {
+    if args.json {
+        common::say!("{}", serde_json::json!(result));
+    } else {
+        common::say!(
+            "perplexity {:.4}, {:.6} nats a token, {} tokens predicted",
+            result.perplexity,
+            result.nll,
+            result.predicted_tokens
+        );
+    }
+}
+
+/// Prints the perplexity of a model as the runtime computes it.
+fn in_the_runtime(args: &Args, path: &Path, text: &Path) -> Result<()> {
+    let model = Model::open(path, &ModelOptions::default())?;
+    let Some(tokenizer) = model.tokenizer() else {
+        return Err(Error::Unsupported {
+            what: format!(
+                "the perplexity of {}, which has no tokenizer,",
+                path.display()
+            ),
+        });
+    };
+    let ids = text_ids(text, tokenizer)?;
+    let max = model.config().max_position_embeddings();
+    let context = args.context.unwrap_or(max);
+    let mut session = Session::new(&model, &SessionConfig::default().with_n_ctx(context))?;
+    let result = session_perplexity(&mut session, &ids, context, &common::progress())?;
+    say_perplexity(args, &result);
+    Ok(())
+}
+
 fn run(args: &Args) -> Result<()> {
     if args.max_new_tokens == 0 {
         return Err(Error::argument("max-new-tokens", 0, "at least 1"));
+    }
+    if let (true, Some(path), Some(text)) = (args.runtime, &args.model, &args.text) {
+        return in_the_runtime(args, path, text);
     }
     let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), &args.device)?;
     let model = &pretrained.model;
     let progress = common::progress();
     if let Some(text) = &args.text {
-        let ids = pretrained.tokenizer.encode_prompt(&load_text(text)?)?;
-        if ids.len() < 2 {
-            let detail = format!(": {} tokens, and a text needs 2", ids.len());
-            return Err(Error::EmptyDataset {
-                path: text.clone(),
-                detail,
-            });
-        }
+        let ids = text_ids(text, &pretrained.tokenizer)?;
         let context = args
             .context
             .unwrap_or(model.config().max_position_embeddings());
-        let result = perplexity(model, &ids, context, &progress)?;
-        if args.json {
-            common::say!("{}", serde_json::json!(result));
-        } else {
-            common::say!(
-                "perplexity {:.4}, {:.6} nats a token, {} tokens predicted",
-                result.perplexity,
-                result.nll,
-                result.predicted_tokens
-            );
-        }
+        say_perplexity(args, &perplexity(model, &ids, context, &progress)?);
         return Ok(());
     }
     let room = model.config().max_position_embeddings();

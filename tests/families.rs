@@ -70,6 +70,17 @@ fn off(found: &[f32], expected: &[f32]) -> f32 {
     max_diff(found, expected)
 }
 
+/// Returns the log-likelihood of each token but the first.
+fn log_likelihoods(logits: &[f32], ids: &[u32]) -> Vec<f32> {
+    let rows = logits.chunks_exact(logits.len() / ids.len());
+    rows.zip(&ids[1..])
+        .map(|(row, next)| {
+            let sum: f64 = row.iter().map(|logit| f64::from(*logit).exp()).sum();
+            (f64::from(row[*next as usize]) - sum.ln()) as f32
+        })
+        .collect()
+}
+
 /// Returns the logits after the last token of each piece, and then of each token, and where they
 /// belong.
 fn last_logits(
@@ -172,6 +183,14 @@ fn the_runtime_gives_the_logits_of_transformers() {
             };
             let steps = last_logits(ids, &[], |ids| decode(&mut session, ids));
             offs.push(("one by one", off_at(&steps, &fixture.stepped[row])));
+            // Log-likelihoods, with rows computed few at a time.
+            let config = SessionConfig::default().with_prefill_rows(3);
+            let found = Session::new(&model, &config)
+                .unwrap()
+                .log_likelihoods(ids)
+                .unwrap();
+            let expected = log_likelihoods(&fixture.logits[row], ids);
+            offs.push(("log-likelihoods", off(&found, &expected)));
             if !fixture.by_length {
                 session.reset();
                 let all = in_pieces(&mut session, ids, &PIECES);

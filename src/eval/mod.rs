@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::model::{Decoder, generate_batch};
 use crate::nn::{KvCache, host_values};
 use crate::progress::{Progress, Task};
-use crate::runtime::GenerateConfig;
+use crate::runtime::{GenerateConfig, Session};
 
 /// Number of tokens that go through the model at once.
 const TOKENS_AT_ONCE: usize = 4096;
@@ -29,6 +29,23 @@ pub struct Perplexity {
     pub perplexity: f64,
     /// Number of predicted tokens.
     pub predicted_tokens: usize,
+}
+
+impl Perplexity {
+    /// Creates the result of `n` predicted tokens with this sum of negative log-likelihoods, in a
+    /// sequence of `len` tokens.
+    fn new(sum: f64, n: usize, len: usize) -> Result<Self> {
+        if n == 0 {
+            let found = format!("{len} tokens");
+            return Err(Error::argument("text", found, "at least 2 tokens"));
+        }
+        let nll = sum / n as f64;
+        Ok(Self {
+            nll,
+            perplexity: nll.exp(),
+            predicted_tokens: n,
+        })
+    }
 }
 
 /// Perplexity of a token sequence. The sequence is cut into windows of `context` tokens without
@@ -110,19 +127,35 @@ pub fn perplexity(
     if full < ids.len() {
         add(&ids[full..], 1)?;
     }
-    if n == 0 {
-        return Err(Error::argument(
-            "text",
-            format!("{} tokens", ids.len()),
-            "at least 2 tokens",
-        ));
+    Perplexity::new(sum, n, ids.len())
+}
+
+/// Like [`perplexity`], on a session of the runtime, which is emptied for each window. The subnet
+/// of the session and the formats of its model apply.
+///
+/// # Errors
+/// Returns [`Error::InvalidArgument`] if `context` is below 2 or there are fewer than 2 tokens, and
+/// the errors of [`Session::log_likelihoods`].
+pub fn session_perplexity(
+    session: &mut Session,
+    ids: &[u32],
+    context: usize,
+    progress: &dyn Progress,
+) -> Result<Perplexity> {
+    if context < 2 {
+        return Err(Error::argument("context", context, "at least 2 tokens"));
     }
-    let nll = sum / n as f64;
-    Ok(Perplexity {
-        nll,
-        perplexity: nll.exp(),
-        predicted_tokens: n,
-    })
+    let mut task = Task::begin(progress, "perplexity", ids.len(), "tokens")?;
+    let (mut sum, mut n) = (0.0, 0);
+    for window in ids.chunks(context) {
+        session.reset();
+        let log_likelihoods = session.log_likelihoods(window)?;
+        sum -= log_likelihoods.iter().map(|l| f64::from(*l)).sum::<f64>();
+        n += log_likelihoods.len();
+        task.advance(window.len(), "");
+        task.check()?;
+    }
+    Perplexity::new(sum, n, ids.len())
 }
 
 /// Result of exact match on problems with a final answer.

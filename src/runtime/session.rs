@@ -67,6 +67,20 @@ impl SessionConfig {
     }
 }
 
+/// Number of tokens whose logits are held at once where only log-likelihoods are wanted.
+const SCORED_ROWS: usize = 64;
+
+/// Returns the logarithm of the softmax of `logits` at `token`.
+fn log_likelihood(logits: &[f32], token: usize) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    // Partial sums in f32, so that the exponentials can be computed several at a time.
+    let sum: f64 = logits
+        .chunks(256)
+        .map(|part| f64::from(part.iter().map(|logit| (logit - max).exp()).sum::<f32>()))
+        .sum();
+    logits[token] - max - sum.ln() as f32
+}
+
 /// One sequence on a model, with its key/value cache. Many sessions can share a model, from any
 /// number of threads; each session is used by one thread at a time.
 ///
@@ -325,6 +339,45 @@ impl Session {
             });
         }
         self.extend(tokens, 0, logits)
+    }
+
+    /// Appends tokens like [`decode`](Self::decode), and returns the log-likelihood of each of
+    /// `tokens[1..]`, given all tokens before it: the natural logarithm of its probability.
+    ///
+    /// Memory is needed for the logits of a few tokens only.
+    ///
+    /// # Errors
+    /// Returns the same errors as [`decode`](Self::decode).
+    pub fn log_likelihoods(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.check(tokens)?;
+        let start = self.position();
+        self.catch_up(tokens.len())?;
+        self.tokens.extend_from_slice(tokens);
+        let mut logits = std::mem::take(&mut self.logits);
+        let result = self.score(tokens, &mut logits);
+        self.logits = logits;
+        if result.is_err() {
+            self.truncate(start);
+        }
+        result
+    }
+
+    /// Adds tokens to the cache and returns the log-likelihoods of `tokens[1..]`, with memory for
+    /// logits in `logits`.
+    fn score(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<Vec<f32>> {
+        let vocab_size = self.model.config().vocab_size();
+        let rows = self.prefill_rows.min(SCORED_ROWS).min(tokens.len());
+        grow(logits, rows * vocab_size, 0.0)?;
+        let mut following = tokens.iter().skip(1);
+        let mut out = Vec::with_capacity(tokens.len() - 1);
+        for piece in tokens.chunks(rows) {
+            let logits = &mut logits[..piece.len() * vocab_size];
+            self.append(piece, 0, logits)?;
+            for (row, next) in logits.chunks_exact(vocab_size).zip(&mut following) {
+                out.push(log_likelihood(row, *next as usize));
+            }
+        }
+        Ok(out)
     }
 
     /// Appends tokens that were checked, and writes the logits after each of `tokens[first..]`.

@@ -16,7 +16,7 @@ use crate::io::fields::{Fields, bad_field};
 use crate::io::gguf::{Gguf, is_gguf};
 use crate::io::quantized::QuantizationConfig;
 use crate::io::tensors::{Checkpoint, DType};
-use crate::io::{atomic, read_json_object};
+use crate::io::{atomic, cache, read_json_object};
 
 // Limits far above any existing model. They ensure that no product of two of them overflows and
 // that the list of blocks stays small.
@@ -87,7 +87,7 @@ impl HfConfig {
     /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed, and the errors
     /// of [`from_json`](Self::from_json).
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
+        let folder = &*cache::resolve(folder.as_ref())?;
         if is_gguf(folder) {
             return Self::from_json(Gguf::open(folder)?.config()?);
         }
@@ -370,7 +370,14 @@ impl HfConfig {
     /// # Errors
     /// Returns [`Error::InvalidConfig`] if the sizes do not make a valid model.
     pub fn with_blocks(&self, blocks: &[BlockDims]) -> Result<Self> {
-        let origins: Vec<usize> = (0..blocks.len()).collect();
+        let positions = &self.arch.positions;
+        // If all blocks see positions alike, there may be more of them than before.
+        let alike = positions.iter().all(|at| *at == positions[0]);
+        let origin = |index: usize| match alike {
+            true => 0,
+            false => index,
+        };
+        let origins: Vec<usize> = (0..blocks.len()).map(origin).collect();
         self.with_blocks_from(blocks, &origins)
     }
 

@@ -23,7 +23,7 @@ use super::blocks::Encoding;
 use super::config::{DIVISORS, EMBEDDING, HEAD, Row};
 use super::families::{self, LONG_FACTORS, SHORT_FACTORS};
 use super::layout::place;
-use crate::arch::{Architecture, BlockDims, Family, LinearKind, Rope, RopeConfig, RopeScaling};
+use crate::arch::{Architecture, BlockDims, Family, Rope, RopeConfig, RopeScaling};
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::source::{FolderSource, Held, ModelSource};
