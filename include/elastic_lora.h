@@ -496,7 +496,9 @@ elora_status elora_model_norm(const struct elora_model *model, const char *name,
 
 // Writes the cosines and sines of the rotary embedding at `position`, head_dim / 2 elements each.
 // `cos` and `sin` are buffers of `len` elements each and must not overlap. Element i rotates
-// elements i and i + head_dim / 2 of a head. ELORA_STATUS_INSUFFICIENT_SIZE if `len` is too small.
+// elements i and i + head_dim / 2 of a head. ELORA_STATUS_INSUFFICIENT_SIZE if `len` is too small;
+// ELORA_STATUS_UNSUPPORTED if the blocks of the model compute more or other than those of Llama,
+// as those of Qwen3, SmolLM3, Gemma and some of Phi do: use a session for them.
 elora_status elora_model_rotary(const struct elora_model *model, size_t position, float *cos, float *sin, size_t len);
 
 // Sets every field of `*options` to its default. `struct_size` is sizeof(elora_linear_options).
