@@ -626,7 +626,8 @@ elora_status elora_session_ranks(struct elora_session *session, uint32_t *ranks,
 elora_status elora_session_reset(struct elora_session *session);
 
 // Removes all tokens but the first `n_tokens`. Does nothing if the session holds no more than
-// that.
+// that. Layers with a sliding window keep little more than their window: after going back farther,
+// the next call that adds tokens computes all of them again.
 elora_status elora_session_truncate(struct elora_session *session, size_t n_tokens);
 
 // Number of tokens that the session holds. Returns 0 if `session` is NULL or another call is using

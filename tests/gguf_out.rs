@@ -2,8 +2,12 @@
 //!
 //! If there is a Python with `llama_cpp`, numpy and safetensors (`ELASTIC_LORA_LLAMA_PYTHON`, else
 //! `python3`), a script loads the files and compares logits and tokens. Otherwise these tests print
-//! that they were skipped. `ELASTIC_LORA_GGUF` names more files for
-//! `any_file_computes_the_same_in_llama_cpp`, separated by `:`.
+//! that they were skipped.
+//!
+//! `any_file_computes_the_same_in_llama_cpp` takes files of the user's: `ELASTIC_LORA_GGUF` names
+//! GGUF files, `ELASTIC_LORA_GGUF_MODEL` the model that they were made of (else each is compared with
+//! itself), and `ELASTIC_LORA_GGUF_TEXT` a text whose first `ELASTIC_LORA_GGUF_TOKENS` tokens are
+//! run. With `ELASTIC_LORA_GGUF_FLOAT` llama.cpp multiplies by 32-bit inputs, if it can.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -86,6 +90,9 @@ impl Check<'_> {
         command.args(["--context", &CONTEXT.to_string()]);
         command.args(["--tolerance", &self.tolerance.to_string()]);
         command.args(["--top1", &self.top1.to_string()]);
+        if std::env::var_os("ELASTIC_LORA_GGUF_FLOAT").is_some() {
+            command.arg("--float-inputs");
+        }
         for (option, path) in [("--lora", self.lora), ("--tokens", self.tokens)] {
             if let Some(path) = path {
                 command.arg(option).arg(path);
@@ -424,8 +431,10 @@ fn any_file_computes_the_same_in_llama_cpp() {
     };
     let Some(python) = python() else { return };
     let root = tempfile::tempdir().unwrap();
+    let model = std::env::var_os("ELASTIC_LORA_GGUF_MODEL").map(PathBuf::from);
     for file in std::env::split_paths(&files) {
-        compare_tokens_and_logits(&python, &file, &file, root.path(), 5e-2);
+        let model = model.as_ref().unwrap_or(&file);
+        compare_tokens_and_logits(&python, model, &file, root.path(), 5e-2);
     }
 }
 
@@ -443,8 +452,14 @@ fn compare_tokens_and_logits(
     let tokens = scratch.join("tokens.json");
     std::fs::write(&tokens, serde_json::to_string(&cases).unwrap()).unwrap();
     let expected = scratch.join("expected.safetensors");
-    let all = TEXTS.join("\n").repeat(2);
-    let all: Vec<u32> = ids(&all).into_iter().take(2 * CONTEXT).collect();
+    let text = std::env::var_os("ELASTIC_LORA_GGUF_TEXT");
+    let all = match text {
+        Some(path) => std::fs::read_to_string(path).unwrap(),
+        None => TEXTS.join("\n").repeat(2),
+    };
+    let count = std::env::var("ELASTIC_LORA_GGUF_TOKENS");
+    let count = count.map_or(2 * CONTEXT, |count| count.parse().unwrap());
+    let all: Vec<u32> = ids(&all).into_iter().take(count).collect();
     vectors(&expected, &open(model), &all);
     let check = Check {
         tolerance,
@@ -453,4 +468,166 @@ fn compare_tokens_and_logits(
         ..Check::default()
     };
     check.run(python, file, &expected);
+}
+
+/// Runs the example `convert`, if it was built.
+fn example(folder: &Path, arguments: &[&str]) -> Option<(bool, String)> {
+    let test = std::env::current_exe().ok()?;
+    let path = test.parent()?.parent()?.join("examples/convert");
+    let path = path.with_extension(std::env::consts::EXE_EXTENSION);
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-llama");
+    if !path.is_file() || !shipped.join("model.safetensors").is_file() {
+        eprintln!("skipped: no example convert, or no shipped model");
+        return None;
+    }
+    let shipped = shipped.to_string_lossy().into_owned();
+    let arguments = arguments.iter().map(|argument| match *argument {
+        "SHIPPED" => shipped.as_str(),
+        other => other,
+    });
+    let output = Command::new(path)
+        .current_dir(folder)
+        .args(arguments)
+        .output()
+        .unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    Some((
+        output.status.success(),
+        String::from_utf8_lossy(&text).into_owned(),
+    ))
+}
+
+#[test]
+fn convert_goes_both_ways_and_says_what_it_does_not_do() {
+    let root = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| example(root.path(), arguments);
+    let Some((ok, help)) = run(&["--help"]) else {
+        return;
+    };
+    assert!(ok && help.contains("--requantize"), "{help}");
+    let refused: [(&[&str], &str); 9] = [
+        (
+            &["--model", "nowhere", "--to", "gguf", "--out", "x"],
+            "nowhere",
+        ),
+        (
+            &[
+                "--model", "SHIPPED", "--to", "gguf", "--out", "x", "--type", "q9",
+            ],
+            "q4_0",
+        ),
+        (
+            &[
+                "--model", "SHIPPED", "--to", "hf", "--out", "x", "--type", "q4_0",
+            ],
+            "q4_0",
+        ),
+        (
+            &["--model", "SHIPPED", "--to", "gptq", "--out", "x"],
+            "without weights on a grid",
+        ),
+        (
+            &[
+                "--model", "SHIPPED", "--to", "gptq", "--out", "x", "--type", "f16",
+            ],
+            "--type",
+        ),
+        (
+            &[
+                "--model", "SHIPPED", "--to", "bundle", "--out", "x", "--head", "f16",
+            ],
+            "--head",
+        ),
+        (
+            &[
+                "--model",
+                "SHIPPED",
+                "--to",
+                "hf",
+                "--out",
+                "x",
+                "--adapter",
+                "y",
+            ],
+            "--adapter",
+        ),
+        (
+            &[
+                "--model",
+                "SHIPPED",
+                "--to",
+                "gguf",
+                "--out",
+                "x",
+                "--adapter",
+                "y",
+            ],
+            "y",
+        ),
+        (
+            &[
+                "--model",
+                "SHIPPED",
+                "--to",
+                "gguf",
+                "--out",
+                "x",
+                "--adapter",
+                "y",
+                "--name",
+                "z",
+            ],
+            "--name",
+        ),
+    ];
+    for (arguments, expected) in refused {
+        let (ok, text) = run(arguments).unwrap();
+        assert!(!ok && text.contains(expected), "{arguments:?}: {text}");
+        let left = std::fs::read_dir(root.path()).unwrap().count();
+        assert_eq!(left, 0, "{arguments:?}");
+    }
+    let steps: [&[&str]; 8] = [
+        &[
+            "--model", "SHIPPED", "--to", "gguf", "--type", "q4_0", "--out", "a.gguf",
+        ],
+        &["--model", "a.gguf", "--to", "bundle", "--out", "b.elora"],
+        &["--model", "b.elora", "--to", "gguf", "--out", "c.gguf"],
+        &["--model", "a.gguf", "--to", "hf", "--out", "d"],
+        &[
+            "--model",
+            "a.gguf",
+            "--to",
+            "compressed-tensors",
+            "--out",
+            "e",
+        ],
+        &[
+            "--model", "e", "--to", "gguf", "--type", "q4_0", "--head", "f32", "--out", "f.gguf",
+        ],
+        &["--model", "e", "--to", "gptq-v2", "--out", "g"],
+        &[
+            "--model", "g", "--to", "bundle", "--type", "f32", "--out", "h.elora",
+        ],
+    ];
+    for step in steps {
+        let (ok, text) = run(step).unwrap();
+        assert!(ok, "{step:?}: {text}");
+    }
+    let ids = random_ids(60, 512);
+    let logits = |name: &str| {
+        let model = open(&root.path().join(name));
+        let mut session = Session::new(&model, &SessionConfig::default()).unwrap();
+        let mut logits = vec![0.0; ids.len() * 512];
+        session.decode_all(&ids, &mut logits).unwrap();
+        logits
+    };
+    let expected = logits("a.gguf");
+    let largest = expected.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
+    for name in ["b.elora", "c.gguf", "d", "e", "f.gguf", "g", "h.elora"] {
+        let off = logits(name)
+            .iter()
+            .zip(&expected)
+            .fold(0.0, |max: f32, (a, b)| max.max((a - b).abs()));
+        assert!(off <= 1e-3 * largest, "{name}: {off} of {largest}");
+    }
 }

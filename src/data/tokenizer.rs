@@ -1,15 +1,15 @@
-//! Converts text to token ids and back with a Hugging Face `tokenizer.json`.
+//! Converts text to token ids and back with a Hugging Face `tokenizer.json` or a SentencePiece
+//! model.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{ModelWrapper, Tokenizer};
 
-use super::record::load_text;
 use crate::error::{Error, Result};
-use crate::io::Gguf;
-use crate::io::gguf::is_gguf;
+use crate::io::cache;
+use crate::io::tokenizer::TokenizerFiles;
 
 /// A tokenizer with the special tokens that it puts around a text.
 #[derive(Clone)]
@@ -36,47 +36,48 @@ impl std::fmt::Debug for TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Reads a `tokenizer.json`. If there is a `tokenizer_config.json` next to it, its `bos_token`
-    /// and `eos_token` are used where the post-processor does not determine them. Truncation and
-    /// padding settings in the file are ignored.
+    /// Reads a `tokenizer.json`, or a SentencePiece model, whose name ends in `.model`.
+    ///
+    /// If there is a `tokenizer_config.json` next to it, its `bos_token` and `eos_token` are used
+    /// where the post-processor does not determine them. Truncation and padding settings in the
+    /// file are ignored. A SentencePiece model also takes from there, and from `added_tokens.json`,
+    /// tokens that are added and whether tokens are put before and after a text; without such files
+    /// the model's beginning-of-sequence token is put before.
     ///
     /// # Errors
-    /// Returns [`Error::Io`], [`Error::Json`] if the `tokenizer_config.json` is not valid JSON, and
-    /// [`Error::Tokenizer`] if the file does not describe a tokenizer.
+    /// Returns [`Error::Io`], [`Error::Json`] if a file next to it is not valid JSON, and
+    /// [`Error::Tokenizer`] if the file does not describe a tokenizer. Returns
+    /// [`Error::InvalidFile`] if a SentencePiece model breaks a rule of its format, and
+    /// [`Error::Unsupported`] if it is of another kind than BPE or unigram.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let mut tokenizer = Self::from_json(&load_text(path)?, path)?;
-        let config = path.with_file_name("tokenizer_config.json");
-        if config.is_file() {
-            let value: Value =
-                serde_json::from_str(&load_text(&config)?).map_err(|e| Error::json(&config, e))?;
-            tokenizer = tokenizer.with_config(|key| value.get(key));
-        }
-        Ok(tokenizer)
+        Self::from_files(&TokenizerFiles::open_file(path.as_ref())?)
     }
 
-    /// Reads the `tokenizer.json` of a model folder, or the tokenizer of a GGUF file; see [`from_file`](Self::from_file).
+    /// Reads the `tokenizer.json` of a model folder, or else its `tokenizer.model`, or the
+    /// tokenizer of a GGUF file; see [`from_file`](Self::from_file).
     ///
     /// # Errors
     /// Returns the errors of [`from_file`](Self::from_file) or of reading a GGUF file, and
-    /// [`Error::Tokenizer`] if such a file contains no tokenizer.
+    /// [`Error::Tokenizer`] if there is no tokenizer.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
-        if !is_gguf(dir) {
-            return Self::from_file(dir.join("tokenizer.json"));
-        }
-        let Some(files) = Gguf::open(dir)?.tokenizer()? else {
-            return Err(Error::Tokenizer {
+        let dir = &*cache::resolve(dir.as_ref())?;
+        match TokenizerFiles::open(dir)? {
+            Some(files) => Self::from_files(&files),
+            None if dir.is_file() => Err(Error::Tokenizer {
                 path: dir.into(),
                 reason: "the file holds none".into(),
-            });
-        };
-        let tokenizer = Self::from_json(&files.json, dir)?;
+            }),
+            None => Self::from_file(dir.join("tokenizer.json")),
+        }
+    }
+
+    fn from_files(files: &TokenizerFiles) -> Result<Self> {
+        let tokenizer = Self::from_json(&files.json, &files.path)?;
         Ok(tokenizer.with_config(|key| files.config.get(key)))
     }
 
     /// Takes `bos_token` and `eos_token` from a `tokenizer_config.json`, where they are not known.
-    fn with_config<'a>(self, get: impl Fn(&str) -> Option<&'a Value>) -> Self {
+    pub(crate) fn with_config<'a>(self, get: impl Fn(&str) -> Option<&'a Value>) -> Self {
         // A token is its text, or an object that holds the text.
         let id = |key: &str| {
             let token = get(key)?;
@@ -177,6 +178,25 @@ impl TextTokenizer {
         guarded(|| self.inner.decode(ids, true)).map_err(|e| self.fail(e))
     }
 
+    /// Returns the kind of the model: `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
+    pub fn kind(&self) -> &'static str {
+        match self.inner.get_model() {
+            ModelWrapper::BPE(_) => "BPE",
+            ModelWrapper::Unigram(_) => "Unigram",
+            ModelWrapper::WordPiece(_) => "WordPiece",
+            ModelWrapper::WordLevel(_) => "WordLevel",
+        }
+    }
+
+    /// Returns the special tokens with their ids, in the order of ids.
+    pub fn special_tokens(&self) -> Vec<(u32, String)> {
+        let all = self.inner.get_added_tokens_decoder();
+        let special = all.into_iter().filter(|(_, token)| token.special);
+        let mut tokens: Vec<_> = special.map(|(id, token)| (id, token.content)).collect();
+        tokens.sort_unstable();
+        tokens
+    }
+
     /// Returns the number of tokens, including added ones.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
@@ -195,6 +215,11 @@ impl TextTokenizer {
     /// Returns the special tokens that the tokenizer puts before a text.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix
+    }
+
+    /// Returns the special tokens that the tokenizer puts after a text.
+    pub fn suffix(&self) -> &[u32] {
+        &self.suffix
     }
 
     /// Returns the token that begins a text, whether or not the tokenizer adds it.
@@ -242,3 +267,6 @@ fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Resu
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,11 +4,16 @@
 //! This module does not depend on Burn. It treats all input as untrusted: sizes are checked before
 //! memory is allocated, and every error names the file, tensor or field. Files and folders are
 //! written atomically ([`atomic`]). Matrices are `[out, in]`.
+//!
+//! Where the path of a model or an adapter is read, and there is no such path, it may also be the id
+//! of a repository in the local cache of Hugging Face's tools: `org/name`, `org/name@revision`, or
+//! `org/name/file.gguf`. Nothing is downloaded.
 
 #[doc(hidden)]
 pub mod atomic;
 #[doc(hidden)]
 pub mod bundle;
+pub(crate) mod cache;
 mod fields;
 pub(crate) mod gguf;
 pub mod hf;
@@ -16,6 +21,7 @@ pub mod peft;
 pub mod quantized;
 pub(crate) mod source;
 pub mod tensors;
+pub(crate) mod tokenizer;
 
 pub use atomic::FolderWriter;
 pub use gguf::{Gguf, GgufOptions, GgufReport, GgufType, write_gguf};
@@ -29,6 +35,17 @@ use std::io::Read;
 use std::path::{Component, Path};
 
 use crate::error::{Error, Result};
+
+/// Returns the path of a model or an adapter: `path` itself, if it exists or cannot be the id of a
+/// repository, or else that of the repository in the local cache of Hugging Face's tools. The
+/// functions that open models and adapters do this themselves.
+///
+/// # Errors
+/// Returns [`Error::Io`] if there is neither such a path nor such a repository in the cache. The
+/// text says where it was looked for, and which command downloads it.
+pub fn model_path(path: impl AsRef<Path>) -> Result<std::path::PathBuf> {
+    Ok(cache::resolve(path.as_ref())?.into_owned())
+}
 
 /// Largest JSON file that is read. It is far larger than any real one, and small enough to be
 /// harmless.

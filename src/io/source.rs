@@ -8,7 +8,10 @@ use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 use crate::io::gguf::{BlockRows, BlockType, Gguf, is_gguf};
-use crate::io::{Checkpoint, DType, HfConfig, MAX_JSON_BYTES, read_capped, read_json_object};
+use crate::io::tokenizer::TokenizerFiles;
+use crate::io::{
+    Checkpoint, DType, HfConfig, MAX_JSON_BYTES, cache, read_capped, read_json_object,
+};
 
 /// How a source holds a matrix.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +85,7 @@ impl FolderSource {
     /// # Errors
     /// Returns the errors of [`HfConfig::open`], [`Checkpoint::open`] and [`HfConfig::check`].
     pub fn open(path: &Path) -> Result<Self> {
+        let path = &*cache::resolve(path)?;
         let config = HfConfig::open(path)?;
         let checkpoint = Checkpoint::open(path)?;
         config.check(&checkpoint)?;
@@ -175,30 +179,31 @@ impl ModelSource for FolderSource {
     }
 }
 
-/// Reads the tokenizer files of a model folder. Returns `None` if it has no `tokenizer.json`.
+/// Reads the tokenizer files of a model folder. Returns `None` if it has no tokenizer.
 ///
 /// # Errors
 /// Returns [`Error::Io`], [`Error::Json`], or [`Error::InvalidFile`] if a file is too large or not
 /// UTF-8.
 pub(crate) fn tokenizer_texts(folder: &Path) -> Result<Option<TokenizerTexts>> {
-    let path = folder.join("tokenizer.json");
-    if !path.exists() {
+    let Some(TokenizerFiles {
+        path,
+        json,
+        mut config,
+    }) = TokenizerFiles::open(folder)?
+    else {
         return Ok(None);
+    };
+    // The first file that has a field counts.
+    let special = folder.join("special_tokens_map.json");
+    if special.exists() {
+        for (key, value) in read_json_object(&special)? {
+            config.entry(key).or_insert(value);
+        }
     }
     let text = |path: &Path| {
         let bytes = read_capped(path, MAX_JSON_BYTES)?;
         String::from_utf8(bytes).map_err(|_| Error::invalid_file(path, "not UTF-8"))
     };
-    let mut config = Map::new();
-    // The first file that has a field counts.
-    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
-        let path = folder.join(name);
-        if path.exists() {
-            for (key, value) in read_json_object(&path)? {
-                config.entry(key).or_insert(value);
-            }
-        }
-    }
     let own = folder.join("chat_template.jinja");
     let old = folder.join("chat_template.json");
     let template = if own.exists() {
@@ -211,7 +216,7 @@ pub(crate) fn tokenizer_texts(folder: &Path) -> Result<Option<TokenizerTexts>> {
         None
     };
     Ok(Some(TokenizerTexts {
-        json: text(&path)?,
+        json,
         path,
         config,
         template,

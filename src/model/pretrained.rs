@@ -9,6 +9,7 @@ use super::Decoder;
 use crate::data::TextTokenizer;
 use crate::error::Result;
 use crate::format::QuantizedMatrix;
+use crate::io::cache;
 use crate::io::hf::HfFolder;
 use crate::io::{Checkpoint, DType, HfConfig, QuantFormat};
 
@@ -32,7 +33,7 @@ impl Pretrained {
     /// Returns the errors of [`HfConfig::open`], [`Checkpoint::open`], [`Decoder::load`] and
     /// [`TextTokenizer::from_dir`].
     pub fn open(folder: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
+        let folder = &*cache::resolve(folder.as_ref())?;
         let config = HfConfig::open(folder)?;
         let tokenizer = TextTokenizer::from_dir(folder)?;
         let bos = config.bos_token_id().or(tokenizer.bos_id());

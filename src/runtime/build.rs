@@ -8,16 +8,13 @@ use crate::arch::Architecture;
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::format::{MatrixHeader, StoredMatrix, WeightFormat};
-use crate::io::gguf::is_gguf;
-use crate::io::{Checkpoint, DType, Gguf, HfConfig};
+use crate::io::tokenizer::TokenizerFiles;
+use crate::io::{Checkpoint, DType, HfConfig};
 use crate::space::SubnetConfig;
 
 use super::model::{Model, ModelOptions, ModelParts, Tokenizer, Weights};
 use super::plan::{FormatPlan, convert, encode};
 use super::weights::{AdapterWeights, LayerWeights, Norms, Weight};
-
-/// Largest size of a `tokenizer.json` that is read, in bytes.
-const MAX_TOKENIZER_BYTES: u64 = 1 << 28;
 
 impl Model {
     /// Builds a model from weights that the caller provides.
@@ -138,23 +135,12 @@ pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> 
 }
 
 fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>> {
-    if is_gguf(folder) {
-        let files = Gguf::open(folder)?.tokenizer()?;
-        let made = files.map(|files| make_tokenizer(files.json.into(), folder, config));
-        return made.transpose();
-    }
-    let path = folder.join("tokenizer.json");
-    if !path.exists() {
+    let Some(files) = TokenizerFiles::open(folder)? else {
         return Ok(None);
-    }
-    let bytes = crate::io::read_capped(&path, MAX_TOKENIZER_BYTES)?;
-    let json = String::from_utf8(bytes).map_err(|_| Error::invalid_file(&path, "not UTF-8"))?;
-    let mut tokenizer = make_tokenizer(json.into(), &path, config)?;
+    };
+    let mut tokenizer = make_tokenizer(files.json.into(), &files.path, config)?;
     // The other tokenizer files in the folder may name more special tokens.
-    let beside = TextTokenizer::from_dir(folder)?;
-    tokenizer.inner = tokenizer
-        .inner
-        .with_special_ids(beside.bos_id(), beside.eos_id());
+    tokenizer.inner = tokenizer.inner.with_config(|key| files.config.get(key));
     Ok(Some(tokenizer))
 }
 

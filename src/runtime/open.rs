@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::model::{Model, ModelOptions, Verify, Weights};
 use crate::error::{Error, Result};
+use crate::io::cache;
 use crate::io::gguf::is_gguf;
 
 impl Model {
@@ -15,7 +16,7 @@ impl Model {
     /// [`HfConfig::open`](crate::io::HfConfig::open) and [`Checkpoint::open`](crate::io::Checkpoint::open). If the parts do
     /// not form a model, the error names the part.
     pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
-        let path = path.as_ref();
+        let path = &*cache::resolve(path.as_ref())?;
         let is_folder = std::fs::metadata(path)
             .map_err(|e| Error::io(path, e))?
             .is_dir();

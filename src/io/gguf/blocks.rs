@@ -99,6 +99,14 @@ impl Encoding {
         }
     }
 
+    /// Name of the dtype or of the block type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain(dtype) => dtype.name(),
+            Self::Blocks(blocks) => blocks.name,
+        }
+    }
+
     /// Dtype of the loaded numbers.
     pub fn dtype(self) -> DType {
         match self {

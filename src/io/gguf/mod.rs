@@ -19,8 +19,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::io::open_regular;
 use crate::io::tensors::{Bytes, TensorInfo, read_file};
+use crate::io::{cache, open_regular};
 pub(crate) use blocks::BlockType;
 use container::File;
 pub(in crate::io) use container::MAGIC;
@@ -52,6 +52,21 @@ pub struct Gguf {
     files: Vec<File>,
 }
 
+/// A tensor as it is in a GGUF file.
+#[derive(Clone, Copy, Debug)]
+#[doc(hidden)]
+#[non_exhaustive]
+pub struct GgufTensor<'a> {
+    /// Name in llama.cpp.
+    pub name: &'a str,
+    /// Name of the dtype or block type.
+    pub kind: &'static str,
+    /// Sizes, outermost first.
+    pub shape: &'a [usize],
+    /// Number of bytes.
+    pub n_bytes: usize,
+}
+
 /// A tensor of a model: its name in a Hugging Face folder and its place in the files.
 pub(in crate::io) struct Entry {
     pub name: String,
@@ -69,7 +84,7 @@ impl Gguf {
     /// of the format, and [`Error::Unsupported`] if a version or a tensor type is not implemented.
     /// The error names the file, and the key or tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::open_with(path.as_ref(), true)
+        Self::open_with(&cache::resolve(path.as_ref())?, true)
     }
 
     pub(in crate::io) fn open_with(path: &Path, mmap: bool) -> Result<Self> {
@@ -122,6 +137,25 @@ impl Gguf {
     fn tensor(&self, name: &str) -> Option<(usize, &container::Tensor)> {
         let mut all = self.files.iter().enumerate();
         all.find_map(|(index, file)| Some((index, file.tensors.iter().find(|t| t.name == name)?)))
+    }
+
+    /// Returns the architecture's name in llama.cpp.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidFile`] if it is not a text.
+    pub fn architecture(&self) -> Result<Option<&str>> {
+        self.first().text("general.architecture")
+    }
+
+    /// Returns all tensors as they are in the files, of any architecture.
+    pub fn tensors(&self) -> impl Iterator<Item = GgufTensor<'_>> {
+        let all = self.files.iter().flat_map(|file| &file.tensors);
+        all.map(|tensor| GgufTensor {
+            name: &tensor.name,
+            kind: tensor.encoding.name(),
+            shape: &tensor.shape,
+            n_bytes: tensor.range.len(),
+        })
     }
 
     /// Chat template of the model, in Jinja.

@@ -1139,12 +1139,9 @@ fn field(bytes: &[u8]) -> Option<(u64, &[u8], &[u8])> {
     Some((key >> 3, value, rest))
 }
 
-#[test]
-fn pieces_are_llama_cpps() {
-    let Some(folder) = shared("models/tokenizers") else {
-        return;
-    };
-    let model = fs::read(folder.join("llama2.model")).unwrap();
+/// Llama 2's tokenizer, from its SentencePiece model.
+fn llama2() -> Option<Writer> {
+    let model = fs::read(shared("models/tokenizers/llama2.model")?).unwrap();
     let (mut tokens, mut scores, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
     let mut rest = model.as_slice();
     while let Some((number, value, after)) = field(rest) {
@@ -1169,6 +1166,19 @@ fn pieces_are_llama_cpps() {
         .key("tokenizer.ggml.token_type", list(5, &kinds))
         .key("tokenizer.ggml.scores", list(6, &scores))
         .int("tokenizer.ggml.bos_token_id", 1);
+    Some(writer)
+}
+
+/// The `tokenizer.json` of Llama 2.
+pub(super) fn llama2_json() -> Option<String> {
+    Some(json_of(&llama2()?).unwrap().to_string())
+}
+
+#[test]
+fn pieces_are_llama_cpps() {
+    let (Some(writer), Some(folder)) = (llama2(), shared("models/tokenizers")) else {
+        return;
+    };
     let tokenizer = tokenizer_of(&writer);
     agrees(&tokenizer, &folder.join("ggml-vocab-llama-spm.gguf"));
     let ids = tokenizer.encode("a b", true).unwrap();

@@ -1,30 +1,15 @@
 //! The tokenizer, as the two files that describe it in a Hugging Face folder.
 
-use std::collections::BTreeMap;
-
-use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::Gguf;
 use super::container::Value as Item;
 use crate::error::{Error, Result};
-
-/// Values of `tokenizer.ggml.token_type`.
-pub(super) const NORMAL: i128 = 1;
-pub(super) const UNKNOWN: i128 = 2;
-pub(super) const CONTROL: i128 = 3;
-pub(super) const USER_DEFINED: i128 = 4;
-pub(super) const UNUSED: i128 = 5;
-pub(super) const BYTE: i128 = 6;
-
-/// Longest SentencePiece token in bytes. Limits the work of finding its merges.
-const MAX_PIECE_BYTES: usize = 512;
-
-/// The text of `tokenizer.json` and the fields of `tokenizer_config.json`.
-pub(crate) struct TokenizerFiles {
-    pub json: String,
-    pub config: Map<String, Value>,
-}
+use crate::io::tokenizer::TokenizerFiles;
+use crate::io::tokenizer::json::{
+    AddedToken, BYTE, Bpe, CONTROL, MAX_PIECE_BYTES, NORMAL, PieceRules, Prefix, Surroundings,
+    Tokenizer, Tokens, USER_DEFINED, post_processor,
+};
 
 /// Pre-tokenization of a byte-level tokenizer.
 pub(super) struct Cut {
@@ -91,64 +76,11 @@ pub(super) const CUTS: [Cut; 7] = [
     },
 ];
 
-/// The content of `tokenizer.json`.
-#[derive(Serialize)]
-struct Tokenizer<'a> {
-    version: &'static str,
-    truncation: Value,
-    padding: Value,
-    added_tokens: Vec<AddedToken<'a>>,
-    normalizer: Value,
-    pre_tokenizer: Value,
-    post_processor: Value,
-    decoder: Value,
-    model: Bpe<'a>,
-}
-
-#[derive(Serialize)]
-struct AddedToken<'a> {
-    id: usize,
-    content: &'a str,
-    single_word: bool,
-    lstrip: bool,
-    rstrip: bool,
-    normalized: bool,
-    special: bool,
-}
-
-#[derive(Serialize)]
-struct Bpe<'a> {
-    r#type: &'static str,
-    dropout: Value,
-    unk_token: Option<&'a str>,
-    continuing_subword_prefix: Value,
-    end_of_word_suffix: Value,
-    fuse_unk: bool,
-    byte_fallback: bool,
-    ignore_merges: bool,
-    #[serde(serialize_with = "as_map")]
-    vocab: BTreeMap<&'a str, usize>,
-    merges: Vec<(&'a str, &'a str)>,
-}
-
-fn as_map<S: Serializer>(vocab: &BTreeMap<&str, usize>, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_map(vocab)
-}
-
 /// The parts of `tokenizer.json` that depend on the kind of tokenizer.
-struct Surroundings<'a> {
-    normalizer: Value,
-    pre_tokenizer: Value,
-    decoder: Value,
+struct Kind<'a> {
+    around: Surroundings,
     model: Bpe<'a>,
     add_bos: bool,
-}
-
-/// The vocabulary.
-struct Tokens<'a> {
-    texts: Vec<&'a str>,
-    kinds: Vec<i128>,
-    numbers: BTreeMap<&'a str, usize>,
 }
 
 impl Gguf {
@@ -163,6 +95,7 @@ impl Gguf {
         let Some(kind) = first.text("tokenizer.ggml.model")? else {
             let config = Map::new();
             return Ok(whole.map(|json| TokenizerFiles {
+                path: first.path.clone(),
                 json: json.into(),
                 config,
             }));
@@ -173,11 +106,11 @@ impl Gguf {
         }
         let config = self.tokenizer_config()?;
         if let Some(json) = whole {
-            let json = json.into();
-            return Ok(Some(TokenizerFiles { json, config }));
+            let (path, json) = (first.path.clone(), json.into());
+            return Ok(Some(TokenizerFiles { path, json, config }));
         }
         let tokens = self.tokens()?;
-        let around = match kind {
+        let kind = match kind {
             "gpt2" => self.byte_level(&tokens)?,
             "llama" => self.sentence_pieces(&tokens)?,
             other => {
@@ -185,35 +118,19 @@ impl Gguf {
                 return Err(self.unsupported(what));
             }
         };
-        let special = |(id, kind): (usize, &i128)| {
-            matches!(*kind, CONTROL | USER_DEFINED).then(|| AddedToken {
-                id,
-                content: tokens.texts[id],
-                single_word: false,
-                lstrip: false,
-                rstrip: false,
-                normalized: false,
-                special: *kind == CONTROL,
-            })
-        };
-        let tokenizer = Tokenizer {
-            version: "1.0",
-            truncation: Value::Null,
-            padding: Value::Null,
-            added_tokens: tokens
-                .kinds
-                .iter()
-                .enumerate()
-                .filter_map(special)
-                .collect(),
-            normalizer: around.normalizer,
-            pre_tokenizer: around.pre_tokenizer,
-            post_processor: self.post_processor(&tokens, around.add_bos)?,
-            decoder: around.decoder,
-            model: around.model,
-        };
+        let kinds = tokens.kinds.iter().enumerate();
+        let added = kinds
+            .filter(|(_, kind)| matches!(**kind, CONTROL | USER_DEFINED))
+            .map(|(id, kind)| AddedToken::new(id, tokens.texts[id], *kind == CONTROL));
+        let tokenizer = Tokenizer::new(
+            added.collect(),
+            kind.around,
+            self.post_processor(&tokens, kind.add_bos)?,
+            kind.model,
+        );
         let json = serde_json::to_string(&tokenizer).map_err(|e| Error::json(&first.path, e))?;
-        Ok(Some(TokenizerFiles { json, config }))
+        let path = first.path.clone();
+        Ok(Some(TokenizerFiles { path, json, config }))
     }
 
     fn tokens(&self) -> Result<Tokens<'_>> {
@@ -232,28 +149,14 @@ impl Gguf {
         if kinds.len() != texts.len() || kinds.iter().any(|kind| !(1..=6).contains(kind)) {
             return Err(first.bad_key(key, "not a number of 1 to 6 for each token"));
         }
-        let mut numbers = BTreeMap::new();
-        for (number, text) in texts.iter().enumerate() {
-            // Unused tokens may share a name.
-            if kinds[number] == UNUSED && numbers.contains_key(text) {
-                continue;
-            }
-            if let Some(other) = numbers.insert(*text, number)
-                && kinds[other] != UNUSED
-            {
-                let reason = format!("tokens {other} and {number} are both {text:?}");
-                return Err(first.bad_key("tokenizer.ggml.tokens", reason));
-            }
-        }
-        Ok(Tokens {
-            texts,
-            kinds,
-            numbers,
+        Tokens::new(texts, kinds).map_err(|(one, other, text)| {
+            let reason = format!("tokens {one} and {other} are both {text:?}");
+            first.bad_key("tokenizer.ggml.tokens", reason)
         })
     }
 
     /// Byte-level BPE, as in GPT-2.
-    fn byte_level<'a>(&'a self, tokens: &Tokens<'a>) -> Result<Surroundings<'a>> {
+    fn byte_level<'a>(&'a self, tokens: &Tokens<'a>) -> Result<Kind<'a>> {
         let first = self.first();
         let key = "tokenizer.ggml.pre";
         let Some(pre) = first.text(key)? else {
@@ -289,29 +192,23 @@ impl Gguf {
             }));
         }
         steps.push(byte_level.clone());
-        Ok(Surroundings {
-            // Like llama.cpp, no normalization, even if the original tokenizer has one (NFC).
-            normalizer: Value::Null,
-            pre_tokenizer: json!({ "type": "Sequence", "pretokenizers": steps }),
-            decoder: byte_level,
+        Ok(Kind {
+            around: Surroundings {
+                // Like llama.cpp, no normalization, even if the original tokenizer has one (NFC).
+                normalizer: Value::Null,
+                pre_tokenizer: json!({ "type": "Sequence", "pretokenizers": steps }),
+                decoder: byte_level,
+            },
             model: Bpe {
-                r#type: "BPE",
-                dropout: Value::Null,
-                unk_token: None,
-                continuing_subword_prefix: Value::Null,
-                end_of_word_suffix: Value::Null,
-                fuse_unk: false,
-                byte_fallback: false,
                 ignore_merges: cut.ignore_merges,
-                vocab: tokens.numbers.clone(),
-                merges,
+                ..Bpe::new(tokens.numbers.clone(), merges)
             },
             add_bos: cut.add_bos,
         })
     }
 
     /// BPE as in SentencePiece. Pairs are merged in the order of the scores of their products.
-    fn sentence_pieces<'a>(&'a self, tokens: &Tokens<'a>) -> Result<Surroundings<'a>> {
+    fn sentence_pieces<'a>(&'a self, tokens: &Tokens<'a>) -> Result<Kind<'a>> {
         let first = self.first();
         let key = "tokenizer.ggml.scores";
         let items = first
@@ -329,69 +226,32 @@ impl Gguf {
         if scores.len() != tokens.texts.len() || scores.iter().any(|score| score.is_nan()) {
             return Err(first.bad_key(key, "not a number for each token"));
         }
-        let number = |text: &str| tokens.numbers.get(text).copied();
-        let is_piece = |id: usize| tokens.kinds[id] == NORMAL;
-        let mut merges = Vec::new();
-        for (id, text) in tokens
-            .texts
-            .iter()
-            .enumerate()
-            .filter(|(id, _)| is_piece(*id))
-        {
-            if text.len() > MAX_PIECE_BYTES {
-                let reason = format!("token {id}: more than {MAX_PIECE_BYTES} bytes");
-                return Err(first.bad_key("tokenizer.ggml.tokens", reason));
-            }
-            let mut pairs: Vec<_> = text
-                .char_indices()
-                .skip(1)
-                .filter_map(|(at, _)| {
-                    let (left, right) = text.split_at(at);
-                    Some((number(left)?, number(right)?, (left, right)))
-                })
-                .filter(|(left, right, _)| is_piece(*left) && is_piece(*right))
-                .collect();
-            pairs.sort_unstable();
-            merges.extend(pairs.into_iter().map(|(_, _, pair)| (scores[id], pair)));
-        }
-        // Order of equal scores as in transformers: the longer left part first.
-        let chars = |text: &str| text.chars().count();
-        merges.sort_by(|(a, (a_left, a_right)), (b, (b_left, b_right))| {
-            let longer = |a: &str, b: &str| chars(b).cmp(&chars(a));
-            b.total_cmp(a)
-                .then_with(|| longer(a_left, b_left))
-                .then_with(|| longer(a_right, b_right))
-        });
+        let merges = tokens.merges(&scores).map_err(|id| {
+            let reason = format!("token {id}: more than {MAX_PIECE_BYTES} bytes");
+            first.bad_key("tokenizer.ggml.tokens", reason)
+        })?;
         let prefix = first
             .flag("tokenizer.ggml.add_space_prefix")?
             .unwrap_or(true);
-        let space = json!({ "String": " " });
-        let mut normalizers = vec![json!({ "type": "Replace", "pattern": space, "content": "▁" })];
-        let mut decoders = vec![
-            json!({ "type": "Replace", "pattern": { "String": "▁" }, "content": " " }),
-            json!({ "type": "ByteFallback" }),
-            json!({ "type": "Fuse" }),
-        ];
-        if prefix {
-            normalizers.insert(0, json!({ "type": "Prepend", "prepend": "▁" }));
-            decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
-        }
+        let rules = PieceRules {
+            prefix: if prefix {
+                Prefix::Pieces
+            } else {
+                Prefix::Nowhere
+            },
+            charsmap: "",
+            trim: false,
+            // These are added tokens, as in llama.cpp.
+            user_defined: Vec::new(),
+        };
         let unknown = self.token_id("unknown_token_id")?.unwrap_or(0) as usize;
-        Ok(Surroundings {
-            normalizer: json!({ "type": "Sequence", "normalizers": normalizers }),
-            pre_tokenizer: Value::Null,
-            decoder: json!({ "type": "Sequence", "decoders": decoders }),
+        Ok(Kind {
+            around: rules.surroundings(),
             model: Bpe {
-                r#type: "BPE",
-                dropout: Value::Null,
                 unk_token: tokens.texts.get(unknown).copied(),
-                continuing_subword_prefix: Value::Null,
-                end_of_word_suffix: Value::Null,
                 fuse_unk: true,
                 byte_fallback: tokens.kinds.contains(&BYTE),
-                ignore_merges: false,
-                vocab: tokens.numbers.clone(),
-                merges: merges.into_iter().map(|(_, pair)| pair).collect(),
+                ..Bpe::new(tokens.numbers.clone(), merges)
             },
             add_bos: true,
         })
@@ -412,7 +272,7 @@ impl Gguf {
                 };
             };
             match tokens.texts.get(id as usize) {
-                Some(text) => Ok(Some((id, *text))),
+                Some(text) => Ok(Some((id as usize, *text))),
                 None => {
                     let reason = format!("{id}, there are {} tokens", tokens.texts.len());
                     Err(first.bad_key(&format!("tokenizer.ggml.{id_key}"), reason))
@@ -421,33 +281,7 @@ impl Gguf {
         };
         let bos = add("add_bos_token", add_bos, "bos_token_id")?;
         let eos = add("add_eos_token", false, "eos_token_id")?;
-        if bos.is_none() && eos.is_none() {
-            return Ok(Value::Null);
-        }
-        let around = |sequence: &str, type_id: u8| {
-            let special = |token: Option<(u32, &str)>| {
-                token.map(|(_, text)| json!({ "SpecialToken": { "id": text, "type_id": type_id } }))
-            };
-            let middle = json!({ "Sequence": { "id": sequence, "type_id": type_id } });
-            let all = [special(bos), Some(middle), special(eos)];
-            all.into_iter().flatten().collect::<Vec<Value>>()
-        };
-        let special: Map<String, Value> = [bos, eos]
-            .into_iter()
-            .flatten()
-            .map(|(id, text)| {
-                (
-                    text.into(),
-                    json!({ "id": text, "ids": [id], "tokens": [text] }),
-                )
-            })
-            .collect();
-        let single = around("A", 0);
-        let pair = [single.clone(), around("B", 1)].concat();
-        Ok(json!({
-            "type": "TemplateProcessing", "single": single, "pair": pair,
-            "special_tokens": special,
-        }))
+        Ok(post_processor(bos, eos))
     }
 
     /// Makes `tokenizer_config.json`, with the special tokens and the chat template.

@@ -12,6 +12,9 @@
 //! fields of this crate, `attention.num_attention_heads` and `ffn.intermediate_size`. Such a file
 //! has another model type, so that no reader mistakes it for DeciLM.
 //!
+//! In that form the same sizes are also written as transformers' `per_layer_config`, if that can
+//! describe them.
+//!
 //! These limits come from the sources of llama.cpp (2026), vLLM and mlx-lm, and were tried with
 //! llama.cpp:
 //!
@@ -23,7 +26,7 @@
 use serde_json::{Map, Value, json};
 
 use super::config::{HfConfig, MAX_HEADS, MAX_WIDTH};
-use super::rope;
+use super::{per_layer, rope};
 use crate::arch::family::Windows;
 use crate::arch::{Activation, BlockDims, Family, Positions, RopeConfig, RopeScaling};
 use crate::error::Result;
@@ -60,7 +63,8 @@ pub(super) fn parse(
     all: BlockDims,
 ) -> Result<Vec<BlockDims>> {
     if !per_block {
-        return Ok(vec![all; n_blocks]);
+        let blocks = vec![all; n_blocks];
+        return per_layer::reconcile(raw, all, head_dim, blocks, None);
     }
     let Some(Value::Array(items)) = raw.get(FIELD) else {
         return Err(bad_field(FIELD, "expected a list of objects"));
@@ -183,7 +187,7 @@ pub(super) fn parse(
             "neither attention nor MLP: leave the block out",
         ));
     }
-    Ok(blocks)
+    per_layer::reconcile(raw, all, head_dim, blocks, Some(FIELD))
 }
 
 /// Returns the fields of `config` with other blocks. `origins` holds the index in `config` of the
@@ -198,6 +202,7 @@ pub(super) fn write(
         return Err(bad_field("num_hidden_layers", "a model without a block"));
     };
     raw.remove(FIELD);
+    per_layer::remove(&mut raw);
     raw.remove(BASE_FAMILY);
     raw.insert("num_hidden_layers".into(), blocks.len().into());
     raw.insert("head_dim".into(), config.head_dim().into());
@@ -308,6 +313,11 @@ pub(super) fn write(
         json!({ "attention": attention, "ffn": mlp })
     };
     raw.insert(FIELD.into(), blocks.iter().map(item).collect());
+    // transformers refuses the null fields of DeciLM's form, and DeciLM's own code, which extends
+    // transformers', would not expect the field.
+    if !deci {
+        per_layer::write(&mut raw, blocks, heads);
+    }
     Ok(raw)
 }
 

@@ -16,7 +16,7 @@ use crate::io::fields::{Fields, bad_field};
 use crate::io::gguf::{Gguf, is_gguf};
 use crate::io::quantized::QuantizationConfig;
 use crate::io::tensors::{Checkpoint, DType};
-use crate::io::{atomic, read_json_object};
+use crate::io::{atomic, cache, read_json_object};
 
 // Limits far above any existing model. They ensure that no product of two of them overflows and
 // that the list of blocks stays small.
@@ -87,7 +87,7 @@ impl HfConfig {
     /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed, and the errors
     /// of [`from_json`](Self::from_json).
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
+        let folder = &*cache::resolve(folder.as_ref())?;
         if is_gguf(folder) {
             return Self::from_json(Gguf::open(folder)?.config()?);
         }

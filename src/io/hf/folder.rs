@@ -10,7 +10,7 @@ use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::io::gguf::{Gguf, is_gguf};
 use crate::io::tensors::{DType, HostTensor, write_sharded};
-use crate::io::{FolderWriter, atomic, open_regular};
+use crate::io::{FolderWriter, atomic, cache, open_regular};
 
 /// Files that are copied unchanged from the source model's folder.
 pub const CARRIED_FILES: [&str; 10] = [
@@ -150,7 +150,8 @@ impl HfFolder {
     /// # Errors
     /// Returns [`Error::Io`] if a file cannot be copied, and the errors of reading a GGUF file.
     pub fn carry_over(&self, source: impl AsRef<Path>) -> Result<Vec<&'static str>> {
-        if is_gguf(source.as_ref()) {
+        let source = &*cache::resolve(source.as_ref())?;
+        if is_gguf(source) {
             let Some(files) = Gguf::open(source)?.tokenizer()? else {
                 return Ok(Vec::new());
             };
@@ -161,7 +162,7 @@ impl HfFolder {
         }
         let mut copied = Vec::new();
         for name in CARRIED_FILES {
-            let from = source.as_ref().join(name);
+            let from = source.join(name);
             if !from.exists() {
                 continue;
             }

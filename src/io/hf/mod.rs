@@ -3,6 +3,7 @@
 mod blocks;
 mod config;
 mod folder;
+mod per_layer;
 mod quantized;
 mod rope;
 

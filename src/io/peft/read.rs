@@ -9,8 +9,8 @@ use super::pattern::Pattern;
 use super::{LoraAdapter, LoraWeights, PREFIX};
 use crate::error::{Error, Result};
 use crate::io::fields::{Fields, bad_field};
-use crate::io::read_json_object;
 use crate::io::tensors::{Checkpoint, plain_name};
+use crate::io::{cache, read_json_object};
 
 /// Largest accepted rank, above any rank in use. The tensors in the file limit it further.
 const MAX_RANK: usize = 1 << 16;
@@ -40,7 +40,7 @@ impl LoraAdapter {
     /// [`Error::InvalidRank`], [`Error::TensorDtype`] or [`Error::NotFinite`] for an invalid
     /// tensor.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
+        let folder = &*cache::resolve(folder.as_ref())?;
         let raw = read_json_object(&folder.join("adapter_config.json"))?;
         let rules = parse_rules(&raw)?;
         let fields = Fields {

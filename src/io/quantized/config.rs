@@ -24,15 +24,28 @@ pub enum QuantFormat {
     GptqV2,
     /// compressed-tensors' `pack-quantized`.
     CompressedTensors,
+    /// AWQ in AutoAWQ's version `gemm`, which is read only.
+    Awq,
 }
 
 impl QuantFormat {
-    /// Returns the name in configs: `gptq`, `gptq_v2` or `pack-quantized`.
+    /// Returns the name in configs: `gptq`, `gptq_v2`, `pack-quantized`, or AWQ's `gemm`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gptq => "gptq",
             Self::GptqV2 => "gptq_v2",
             Self::CompressedTensors => "pack-quantized",
+            Self::Awq => "gemm",
+        }
+    }
+
+    /// Returns an error for a format that is only read.
+    pub(super) fn check_written(self) -> Result<()> {
+        match self {
+            Self::Gptq | Self::GptqV2 | Self::CompressedTensors => Ok(()),
+            Self::Awq => Err(Error::Unsupported {
+                what: "writing AWQ".into(),
+            }),
         }
     }
 }
@@ -67,6 +80,7 @@ impl QuantizationConfig {
         match fields.str("quant_method")?.unwrap_or("gptq") {
             "gptq" => Self::from_gptq(raw),
             "compressed-tensors" => Self::from_compressed_tensors(raw),
+            "awq" => Self::from_awq(raw),
             other => Err(Error::Unsupported {
                 what: format!(
                     "a checkpoint quantized by method `{other}` (config field `quantization_config`)"
@@ -100,7 +114,7 @@ impl QuantizationConfig {
             return unsupported("dynamic", rule);
         }
         let bits = bits(&fields, "bits", &BITS)?;
-        let group_size = group_size(&fields)?;
+        let group_size = group_size(&fields, "group_size")?;
         let flag = |name: &str, absent: bool| Ok::<_, Error>(fields.bool(name)?.unwrap_or(absent));
         // Without `desc_act`, groups may still be out of order. The tensors show whether they are.
         let (symmetric, act_order) = (flag("sym", true)?, flag("desc_act", false)?);
@@ -110,6 +124,51 @@ impl QuantizationConfig {
             group_size,
             symmetric,
             act_order,
+            raw,
+        })
+    }
+
+    fn from_awq(raw: Map<String, Value>) -> Result<Self> {
+        let fields = Fields {
+            map: &raw,
+            prefix: PREFIX,
+        };
+        // AutoAWQ has `version`, and GPTQModel and later transformers have `format`.
+        for name in ["version", "format", "checkpoint_format"] {
+            if let Some(other) = fields.str(name)?
+                && !other.eq_ignore_ascii_case("gemm")
+            {
+                return unsupported(name, other);
+            }
+        }
+        // A name of some versions for a file that does not say its own.
+        if let Some(backend @ "llm-awq") = fields.str("backend")? {
+            return unsupported("backend", backend);
+        }
+        match raw.get("modules_to_not_convert") {
+            None | Some(Value::Null) => {}
+            // The tensors show which layers these are.
+            Some(Value::Array(names)) if names.iter().all(Value::is_string) => {}
+            Some(other) => {
+                let reason = format!("{other}, expected a list of names");
+                return Err(bad_field(format!("{PREFIX}modules_to_not_convert"), reason));
+            }
+        }
+        // Zero points are stored even where this is false.
+        fields.bool("zero_point")?;
+        // The names of AutoAWQ's own `quant_config.json` are in some configs.
+        let name = |name: &'static str, own: &'static str| match raw.contains_key(name) {
+            false if raw.contains_key(own) => own,
+            _ => name,
+        };
+        let bits = bits(&fields, name("bits", "w_bit"), &[4])?;
+        let group_size = group_size(&fields, name("group_size", "q_group_size"))?;
+        Ok(Self {
+            format: QuantFormat::Awq,
+            bits,
+            group_size,
+            symmetric: false,
+            act_order: false,
             raw,
         })
     }
@@ -223,12 +282,13 @@ impl QuantizationConfig {
     /// Returns [`Error::InvalidArgument`] if `layers` is empty. Returns [`Error::Unsupported`],
     /// naming the layer, if two layers differ in bits or group size, for 3 bits in
     /// compressed-tensors, and for GPTQ if a layer is quantized in one block and dense in another,
-    /// because GPTQ's readers quantize the same layers of every block.
+    /// because GPTQ's readers quantize the same layers of every block. AWQ is not written.
     pub fn for_layers(
         format: QuantFormat,
         layers: &BTreeMap<String, QuantizedMatrix>,
         all: &[LinearSpec],
     ) -> Result<Self> {
+        format.check_written()?;
         let Some((first, matrix)) = layers.first_key_value() else {
             return Err(Error::argument(
                 "layers",
@@ -262,7 +322,7 @@ impl QuantizationConfig {
             .filter(|layer| !layers.contains_key(&layer.name))
             .collect();
         let raw = match format {
-            QuantFormat::Gptq | QuantFormat::GptqV2 => {
+            QuantFormat::Gptq | QuantFormat::GptqV2 | QuantFormat::Awq => {
                 let mut raw = json!({
                     "bits": bits,
                     "group_size": group_size.map_or(json!(-1), |size| json!(size)),
@@ -337,7 +397,7 @@ impl QuantizationConfig {
         self.group_size
     }
 
-    /// Returns whether every zero point is the middle of the grid.
+    /// Returns whether every zero point is the middle of the grid. For AWQ, only the layers show it.
     pub fn symmetric(&self) -> bool {
         self.symmetric
     }
@@ -395,10 +455,10 @@ fn bits(fields: &Fields<'_>, name: &str, known: &[usize]) -> Result<u8> {
     }
 }
 
-/// Reads GPTQ's group size; -1 means that each row is a single group.
-fn group_size(fields: &Fields<'_>) -> Result<Option<usize>> {
-    if fields.map.get("group_size").and_then(Value::as_i64) == Some(-1) {
+/// Reads the group size of GPTQ or AWQ; -1 means that each row is a single group.
+fn group_size(fields: &Fields<'_>, name: &str) -> Result<Option<usize>> {
+    if fields.map.get(name).and_then(Value::as_i64) == Some(-1) {
         return Ok(None);
     }
-    Ok(Some(fields.required_size("group_size", MAX_GROUP_SIZE)?))
+    Ok(Some(fields.required_size(name, MAX_GROUP_SIZE)?))
 }

@@ -1,10 +1,11 @@
 //! Quantized linear layers in the formats of other tools: GPTQ (arXiv 2210.17323) as stored by
-//! AutoGPTQ (v1) and by GPTQModel (v2), and compressed-tensors' `pack-quantized`.
+//! AutoGPTQ (v1) and by GPTQModel (v2), compressed-tensors' `pack-quantized`, and AWQ (read only).
 //!
 //! A [`QuantizationConfig`] describes how the layers of a folder are stored, and reads and writes
 //! each of them as a [`QuantizedMatrix`]. [`HfConfig`](crate::io::HfConfig) and
 //! [`HfFolder`](crate::io::hf::HfFolder) do this for a whole folder.
 
+mod awq;
 mod compressed_tensors;
 mod config;
 mod gptq;
@@ -22,6 +23,7 @@ impl QuantizationConfig {
         let codes = match self.format() {
             QuantFormat::Gptq | QuantFormat::GptqV2 => gptq::CODES,
             QuantFormat::CompressedTensors => compressed_tensors::CODES,
+            QuantFormat::Awq => awq::CODES,
         };
         checkpoint.contains(&layout::tensor_name(layer, codes))
     }
@@ -61,6 +63,7 @@ impl QuantizationConfig {
             QuantFormat::CompressedTensors => {
                 compressed_tensors::check(self, checkpoint, layer, shape)
             }
+            QuantFormat::Awq => awq::check(self, checkpoint, layer, shape),
         }
     }
 
@@ -86,6 +89,7 @@ impl QuantizationConfig {
             QuantFormat::CompressedTensors => {
                 compressed_tensors::read(self, checkpoint, layer, shape)?
             }
+            QuantFormat::Awq => awq::read(self, checkpoint, layer, shape)?,
         };
         QuantizedMatrix::new(parts).map_err(|reason| {
             Error::invalid_file(checkpoint.path(), format!("layer `{layer}`: {reason}"))
@@ -100,13 +104,14 @@ impl QuantizationConfig {
     /// # Errors
     /// Returns [`Error::Unsupported`], naming the tensor, if the format cannot represent the layer:
     /// sizes that do not fill whole words, a zero point of 0 in GPTQ v1, or columns with groups out
-    /// of order in compressed-tensors. Returns [`Error::InvalidArgument`] if the matrix has other
+    /// of order in compressed-tensors; and for AWQ, which is not written. Returns [`Error::InvalidArgument`] if the matrix has other
     /// bits or groups than this config, or is not symmetric although the config is.
     pub fn layer_tensors<'a>(
         &self,
         layer: &str,
         matrix: &'a QuantizedMatrix,
     ) -> Result<Vec<HostTensor<'a>>> {
+        self.format().check_written()?;
         if matrix.parts().bits != self.bits() {
             let expected = format!("{}, as the config of `{layer}` says", self.bits());
             return Err(Error::argument("bits", matrix.parts().bits, expected));
@@ -130,7 +135,9 @@ impl QuantizationConfig {
             ));
         }
         match self.format() {
-            QuantFormat::Gptq | QuantFormat::GptqV2 => gptq::tensors(self, layer, matrix),
+            QuantFormat::Gptq | QuantFormat::GptqV2 | QuantFormat::Awq => {
+                gptq::tensors(self, layer, matrix)
+            }
             QuantFormat::CompressedTensors => compressed_tensors::tensors(self, layer, matrix),
         }
     }

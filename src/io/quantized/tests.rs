@@ -457,7 +457,7 @@ fn configs_of_others_are_read_or_refused() {
         config
     };
     let bad = [
-        (gptq("quant_method", json!("awq")), "awq"),
+        (gptq("quant_method", json!("aqlm")), "aqlm"),
         (gptq("checkpoint_format", json!("marlin")), "marlin"),
         (gptq("pack_dtype", json!("int64")), "int64"),
         (
@@ -738,25 +738,178 @@ fn a_bad_file_for_every_rule() {
     }
 }
 
+/// A file of AWQ's layout with the expected weight, which a script wrote, and its config.
+fn awq(name: &str, group_size: i64) -> (std::path::PathBuf, QuantizationConfig) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/awq");
+    let config = json!({
+        "quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": true,
+        "version": "gemm", "modules_to_not_convert": null,
+    });
+    (folder.join(name), parse(&config).unwrap())
+}
+
+#[test]
+fn awq_layers_are_what_another_implementation_reads() {
+    for (name, group_size, shape) in [
+        ("groups.safetensors", 16, [32, 64]),
+        ("rows.safetensors", -1, [24, 17]),
+    ] {
+        let (path, config) = awq(name, group_size);
+        let file = Checkpoint::open(&path).unwrap();
+        assert!(config.has_layer(&file, LAYER));
+        let matrix = config.read_layer(&file, LAYER, shape).unwrap();
+        let expected = file
+            .load_matrix(&format!("expected.{LAYER}"), shape)
+            .unwrap();
+        assert_eq!(matrix.dequantize(), expected);
+        let zeros = expected.as_slice().iter().filter(|value| **value == 0.0);
+        assert!(zeros.count() * 4 > shape[0] * shape[1]);
+        assert_eq!(matrix.grid(0, 0).1, 0);
+        assert_eq!(matrix.grid(1, 0).1, 15);
+        assert!(!matrix.parts().symmetric);
+    }
+}
+
+#[test]
+fn awq_rules() {
+    let (path, config) = awq("groups.safetensors", 16);
+    let file = Checkpoint::open(&path).unwrap();
+    assert_eq!(config.format(), QuantFormat::Awq);
+    assert_eq!((config.bits(), config.group_size()), (4, Some(16)));
+    let old = json!({"quant_method": "awq", "w_bit": 4, "q_group_size": 16, "version": "GEMM"});
+    let matrix = config.read_layer(&file, LAYER, [32, 64]).unwrap();
+    let by_old = parse(&old).unwrap().read_layer(&file, LAYER, [32, 64]);
+    assert_eq!(by_old.unwrap(), matrix);
+
+    let with = |field: &str, value: Value| {
+        let mut raw = Value::Object(config.raw().clone());
+        raw[field] = value;
+        parse(&raw)
+    };
+    for (field, value, text) in [
+        (
+            "version",
+            json!("gemv"),
+            "`quantization_config.version`: gemv",
+        ),
+        (
+            "version",
+            json!("marlin"),
+            "`quantization_config.version`: marlin",
+        ),
+        (
+            "version",
+            json!("exllama"),
+            "`quantization_config.version`: exllama",
+        ),
+        (
+            "format",
+            json!("gemv_fast"),
+            "`quantization_config.format`: gemv_fast",
+        ),
+        (
+            "backend",
+            json!("llm-awq"),
+            "`quantization_config.backend`: llm-awq",
+        ),
+        ("bits", json!(8), "`quantization_config.bits`: 8"),
+        ("group_size", json!(0), "group_size"),
+        ("zero_point", json!(3), "zero_point"),
+        (
+            "modules_to_not_convert",
+            json!("lm_head"),
+            "modules_to_not_convert",
+        ),
+    ] {
+        let error = with(field, value).unwrap_err().to_string();
+        assert!(error.contains(text), "{error}\nexpected {text}");
+    }
+    assert!(with("modules_to_not_convert", json!(["lm_head"])).is_ok());
+
+    let rules: [(&str, &str, fn(&mut Parts)); 7] = [
+        ("qweight", "missing", |parts| drop(parts.remove("qweight"))),
+        ("qzeros", "missing", |parts| drop(parts.remove("qzeros"))),
+        ("scales", "missing", |parts| drop(parts.remove("scales"))),
+        ("qweight", "[8, 32]", |parts| {
+            parts.get_mut("qweight").unwrap().1 = vec![8, 32]
+        }),
+        ("qzeros", "F32", |parts| {
+            parts.get_mut("qzeros").unwrap().0 = DType::F32
+        }),
+        ("scales", "[32, 4]", |parts| {
+            parts.get_mut("scales").unwrap().1 = vec![32, 4]
+        }),
+        ("scale", "-1", |parts| {
+            parts.get_mut("scales").unwrap().2[6..8].copy_from_slice(&[0x00, 0xBC])
+        }),
+    ];
+    let good = folder_without_expected(&file);
+    for (tensor, expected, spoil) in rules {
+        let error = read_spoiled(&config, &good.1, spoil)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(tensor) && error.contains(expected),
+            "{tensor} {expected}: {error}"
+        );
+    }
+    for (shape, text) in [([36, 64], "36 outputs"), ([32, 60], "60 inputs")] {
+        let error = config
+            .read_layer(&file, LAYER, shape)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(text), "{error}");
+    }
+    // It is not written.
+    let layers = BTreeMap::from([(LAYER.to_string(), matrix.clone())]);
+    let made = QuantizationConfig::for_layers(QuantFormat::Awq, &layers, &[]);
+    assert!(made.unwrap_err().to_string().contains("writing AWQ"));
+    assert!(config.layer_tensors(LAYER, &matrix).is_err());
+}
+
+/// The tensors of the layer alone.
+fn folder_without_expected(file: &Checkpoint) -> (tempfile::TempDir, Checkpoint) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("layer.safetensors");
+    let names = file.names().filter(|name| name.starts_with(LAYER));
+    let tensors = names.map(|name| {
+        let info = file.info(name).unwrap();
+        let bytes = file.bytes(name).unwrap().to_vec();
+        HostTensor::from_bytes(name, info.dtype, info.shape.clone(), bytes)
+    });
+    write_safetensors(&path, tensors.collect(), &BTreeMap::new()).unwrap();
+    let file = Checkpoint::open(&path).unwrap();
+    (folder, file)
+}
+
 #[test]
 fn mutated_layers_never_panic() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("layer.safetensors");
     let mut rng = ChaCha8Rng::seed_from_u64(6);
     let mut read = 0;
-    for format in FORMATS {
-        let bits = if format == QuantFormat::Gptq { 3 } else { 4 };
-        let matrix = random_quantized(32, 64, bits, 24, false, &mut rng);
-        let matrix = if format == QuantFormat::CompressedTensors {
-            random_quantized(32, 64, bits, 16, false, &mut rng)
+    let rounds = std::env::var("ELASTIC_LORA_MUTATIONS").map_or(1500, |n| n.parse().unwrap());
+    for format in FORMATS.into_iter().chain([QuantFormat::Awq]) {
+        let config = if format == QuantFormat::Awq {
+            let (from, config) = awq("groups.safetensors", 16);
+            let (_folder, file) = folder_without_expected(&Checkpoint::open(from).unwrap());
+            fs::copy(file.path(), &path).unwrap();
+            config
         } else {
-            matrix
+            let bits = if format == QuantFormat::Gptq { 3 } else { 4 };
+            let matrix = random_quantized(32, 64, bits, 24, false, &mut rng);
+            let matrix = if format == QuantFormat::CompressedTensors {
+                random_quantized(32, 64, bits, 16, false, &mut rng)
+            } else {
+                matrix
+            };
+            let config = config_of(format, &matrix).unwrap();
+            write(&path, &config, &matrix);
+            config
         };
-        let config = config_of(format, &matrix).unwrap();
-        write(&path, &config, &matrix);
         let good = fs::read(&path).unwrap();
         let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
-        for round in 0..1500 {
+        for round in 0..rounds {
             let mut bytes = good.clone();
             for _ in 0..rng.random_range(1..4) {
                 let end = if rng.random() { header } else { bytes.len() };
@@ -781,7 +934,7 @@ fn mutated_layers_never_panic() {
         // Mutate configs too.
         let text = serde_json::to_vec(config.raw()).unwrap();
         let file = Checkpoint::open(&path).unwrap();
-        for _ in 0..1500 {
+        for _ in 0..rounds {
             let mut text = text.clone();
             for _ in 0..rng.random_range(1..3) {
                 let at = rng.random_range(0..text.len());

@@ -15,7 +15,7 @@ use crate::arch::family;
 use crate::error::{Error, Result};
 use crate::format::{Buffer, QuantizedMatrix};
 use crate::io::gguf::{BlockRows, Gguf, Layout, is_gguf};
-use crate::io::{HfConfig, is_plain_file_name, open_regular, read_json_object};
+use crate::io::{HfConfig, cache, is_plain_file_name, open_regular, read_json_object};
 use crate::linalg::Matrix;
 
 /// Size in bytes of the length field before a header.
@@ -148,7 +148,7 @@ impl Checkpoint {
     /// Returns the errors of [`open`](Self::open), and [`Error::OutOfMemory`] if a file does not
     /// fit into memory.
     pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
-        let path = path.as_ref();
+        let path = &*cache::resolve(path.as_ref())?;
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if is_gguf(path) {
             return Self::from_gguf(path, mmap);
@@ -459,6 +459,19 @@ impl Checkpoint {
     /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
     pub fn offset(&self, name: &str) -> Result<usize> {
         Ok(self.entry(name)?.range.start)
+    }
+
+    /// Returns how a tensor is stored: the name of its dtype or of its GGUF block type, and the
+    /// number of its bytes in the file.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
+    #[doc(hidden)]
+    pub fn stored(&self, name: &str) -> Result<(&'static str, usize)> {
+        let entry = self.entry(name)?;
+        let blocks = entry.layout.blocks.map(|blocks| blocks.name);
+        let kind = blocks.unwrap_or(entry.info.dtype.name());
+        Ok((kind, entry.range.len()))
     }
 
     /// Loads a float tensor (f64, f32, f16 or bf16) as row-major `f32`.

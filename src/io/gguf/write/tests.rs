@@ -636,6 +636,30 @@ fn tokenizers_are_carried_over() {
 }
 
 #[test]
+fn scores_of_pieces_give_the_same_merges() {
+    let Some(json) = crate::io::gguf::tests::llama2_json() else {
+        return;
+    };
+    let root = tempfile::tempdir().unwrap();
+    let mut value = llama();
+    value["vocab_size"] = 32_010.into();
+    value["hidden_size"] = 8.into();
+    let from = root.path().join("m");
+    folder(&from, &parse(value), 14);
+    fs::write(from.join("tokenizer.json"), &json).unwrap();
+    let (file, report) = convert(&from, &GgufOptions::default());
+    assert!(report.notices.is_empty(), "{:?}", report.notices);
+    let gguf = Gguf::open(&file).unwrap();
+    let written = gguf.tokenizer().unwrap().unwrap().json;
+    let [ours, theirs] = [&written, &json].map(|json| {
+        let value: Value = serde_json::from_str(json).unwrap();
+        value["model"]["merges"].clone()
+    });
+    let pairs = |value: &Value| value.as_array().unwrap().len();
+    assert_eq!((pairs(&ours), ours == theirs), (pairs(&theirs), true));
+}
+
+#[test]
 fn tokenizers_that_llama_cpp_lacks_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let config = parse(llama());

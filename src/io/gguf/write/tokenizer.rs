@@ -1,15 +1,16 @@
 //! The tokenizer of a Hugging Face folder as GGUF keys.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::super::tokenizer::{BYTE, CONTROL, CUTS, Cut, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
+use super::super::tokenizer::{CUTS, Cut};
 use super::container::Keys;
 use super::{GgufOptions, GgufReport};
 use crate::error::{Error, Result};
 use crate::io::source::{ModelSource, TokenizerTexts};
+use crate::io::tokenizer::json::{BYTE, CONTROL, NORMAL, Tokens, UNKNOWN, UNUSED, USER_DEFINED};
 
 /// The parts of `tokenizer.json` that are used.
 #[derive(Deserialize)]
@@ -377,11 +378,11 @@ impl<'a> Converter<'a> {
             let pair = merge.pair();
             merges.push(pair.ok_or_else(|| self.bad("a merge that is no pair of tokens"))?);
         }
-        let (scores, misplaced) = self.scores(&merges);
+        let (scores, misplaced) = self.scores(&merges)?;
         if misplaced > 0 {
             report.notices.push(format!(
-                "{misplaced} of the tokenizer's {} merges cannot be expressed by scores of tokens, \
-                 so llama.cpp may split some words in another way",
+                "llama.cpp splits words by scores of tokens, which differ from this tokenizer's {} \
+                 merges at {misplaced} pairs, so some words may be split in another way",
                 merges.len()
             ));
         }
@@ -395,49 +396,58 @@ impl<'a> Converter<'a> {
     /// Scores of the tokens, which give the merges their order, and the number of pairs for which
     /// they do not: merges between those of another product, and pairs that are no merge although
     /// their product is a token.
-    fn scores(&self, merges: &[(&str, &str)]) -> (Vec<f32>, usize) {
-        let mut misplaced = 0;
-        // Products in the order of their first merge.
-        let mut rank: HashMap<String, usize> = HashMap::new();
-        let mut n_pairs: BTreeMap<usize, usize> = BTreeMap::new();
-        let mut last = None;
-        for (left, right) in merges {
+    fn scores(&self, merges: &[(&str, &str)]) -> Result<(Vec<f32>, usize)> {
+        // Places of the first and the last merge of each product.
+        let mut places: HashMap<String, (usize, usize)> = HashMap::new();
+        for (place, (left, right)) in merges.iter().enumerate() {
             let product = format!("{left}{right}");
-            let next = rank.len();
-            let place = *rank.entry(product).or_insert(next);
-            if place != next && last != Some(place) {
-                misplaced += 1;
-            }
-            last = Some(place);
-            *n_pairs.entry(place).or_default() += 1;
+            places.entry(product).or_insert((place, place)).1 = place;
         }
-        let mut scores = vec![0.0; self.tokens.len()];
-        // Tokens that no merge makes come after all others.
-        let mut after = rank.len();
-        let normal = |text: &str| {
-            let id = self.ids.get(text).map(|id| *id as usize);
-            id.is_some_and(|id| {
-                self.kinds
-                    .get(id)
-                    .is_some_and(|kind| *kind == i32_of(NORMAL))
-            })
+        // SentencePiece gives runs of spaces one score, so that their merges are mixed.
+        let mut spans: Vec<(usize, usize)> = places.values().copied().collect();
+        spans.sort_unstable();
+        let mut together: Vec<(usize, usize)> = Vec::new();
+        for (start, end) in spans {
+            match together.last_mut() {
+                Some(last) if start <= last.1 => last.1 = last.1.max(end),
+                _ => together.push((start, end)),
+            }
+        }
+        let mixed = |place: usize| together.partition_point(|span| span.0 <= place) - 1;
+        let texts: Vec<&str> = self.tokens.iter().map(String::as_str).collect();
+        let kinds: Vec<i128> = self.kinds.iter().map(|kind| i128::from(*kind)).collect();
+        let tokens = Tokens::new(texts, kinds)
+            .map_err(|(a, b, text)| self.bad(format!("tokens {a} and {b} are both {text:?}")))?;
+        let rebuilt = |scores: &[f32]| {
+            let long = |id| self.bad(format!("token {id} is too long"));
+            tokens.merges(scores).map_err(long)
         };
-        for (id, token) in self.tokens.iter().enumerate() {
-            if self.kinds[id] != i32_of(NORMAL) {
-                continue;
-            }
-            let place = rank.get(token).copied();
-            scores[id] = -(place.unwrap_or(after) as f32);
-            after += usize::from(place.is_none());
-            let pairs = token
-                .char_indices()
-                .skip(1)
-                .filter(|(at, _)| normal(&token[..*at]) && normal(&token[*at..]))
-                .count();
-            let known = place.and_then(|place| n_pairs.get(&place)).copied();
-            misplaced += pairs.saturating_sub(known.unwrap_or(0));
+        let by = |rank: &dyn Fn(usize) -> usize| -> Vec<f32> {
+            let rank = |token: &String| places.get(token).map(|(first, _)| rank(*first));
+            let scores = self.tokens.iter().zip(&self.kinds).map(|(token, kind)| {
+                let normal = *kind == i32_of(NORMAL);
+                // Tokens that no merge makes come after all others.
+                let rank = rank(token).unwrap_or(merges.len());
+                if normal { -(rank as f32) } else { 0.0 }
+            });
+            scores.collect()
+        };
+        let scores = by(&mixed);
+        if rebuilt(&scores)? == merges {
+            return Ok((scores, 0));
         }
-        (scores, misplaced)
+        let scores = by(&|place| place);
+        let found = rebuilt(&scores)?;
+        let known: HashSet<&(&str, &str)> = merges.iter().collect();
+        let surplus = found.iter().filter(|pair| !known.contains(pair)).count();
+        let mut last = None;
+        let mut apart = 0;
+        for (place, (left, right)) in merges.iter().enumerate() {
+            let first = places.get(&format!("{left}{right}")).map(|places| places.0);
+            apart += usize::from(first != Some(place) && first != last);
+            last = first;
+        }
+        Ok((scores, surplus + apart))
     }
 
     /// Writes the ids of the special tokens, and which are put around a text.

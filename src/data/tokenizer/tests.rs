@@ -1,0 +1,363 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+
+use super::TextTokenizer;
+use crate::error::Error;
+use crate::io::testing::{pick, shared};
+use crate::io::tokenizer::TokenizerFiles;
+
+/// Models that SentencePiece trained; `make.py` in the folder made them.
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece")
+}
+
+const MODELS: [&str; 5] = ["bpe", "bpe_rules", "bpe_bare", "unigram", "unigram_rules"];
+
+#[test]
+fn texts_get_the_tokens_that_sentencepiece_gives() {
+    let cases: Value =
+        serde_json::from_slice(&fs::read(fixtures().join("cases.json")).unwrap()).unwrap();
+    for name in MODELS {
+        let tokenizer = TextTokenizer::from_file(fixtures().join(format!("{name}.model"))).unwrap();
+        // SentencePiece writes the unknown token as " ⁇ ".
+        let unknown = tokenizer.token_to_id("<unk>").unwrap();
+        for case in cases[name].as_array().unwrap() {
+            let text = case[0].as_str().unwrap();
+            let ids: Vec<u32> = serde_json::from_value(case[1].clone()).unwrap();
+            assert_eq!(
+                tokenizer.encode(text, false).unwrap(),
+                ids,
+                "{name} {text:?}"
+            );
+            if !ids.contains(&unknown) {
+                assert_eq!(tokenizer.decode(&ids).unwrap(), case[2], "{name} {text:?}");
+            }
+        }
+        assert_eq!(tokenizer.prefix(), [1]);
+        assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(1), Some(2)));
+    }
+}
+
+#[test]
+fn llama_2_is_llama_cpps() {
+    let Some(folder) = shared("models/tokenizers") else {
+        return;
+    };
+    let tokenizer = TextTokenizer::from_file(folder.join("llama2.model")).unwrap();
+    let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
+    let (inputs, outputs) = (
+        read("ggml-vocab-llama-spm.gguf.inp"),
+        read("ggml-vocab-llama-spm.gguf.out"),
+    );
+    let inputs = inputs.split("\n__ggml_vocab_test__\n");
+    let mut compared = 0;
+    for (input, output) in inputs.zip(outputs.lines()) {
+        let ids = output.split_whitespace().map(|id| id.parse().unwrap());
+        let expected: Vec<u32> = ids.collect();
+        assert_eq!(
+            tokenizer.encode(input, false).unwrap(),
+            expected,
+            "{input:?}"
+        );
+        compared += 1;
+    }
+    assert!(compared > 30);
+}
+
+/// Copies a model into a folder, with these files next to it.
+fn folder(model: &str, files: &[(&str, Value)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixtures().join(format!("{model}.model"));
+    fs::copy(from, folder.path().join("tokenizer.model")).unwrap();
+    for (name, value) in files {
+        fs::write(folder.path().join(name), value.to_string()).unwrap();
+    }
+    folder
+}
+
+fn open(model: &str, files: &[(&str, Value)]) -> Result<TextTokenizer, Error> {
+    TextTokenizer::from_dir(folder(model, files).path())
+}
+
+#[test]
+fn the_files_next_to_a_model_add_tokens() {
+    let n = open("bpe", &[]).unwrap().vocab_size() as u32;
+    let token = |content: &str, special: bool| json!({"content": content, "special": special});
+    let config = json!({
+        "add_bos_token": false, "add_eos_token": true, "eos_token": {"content": "<|end|>"},
+        "additional_special_tokens": ["<sep>"],
+        "added_tokens_decoder": {
+            n.to_string(): token("<|end|>", true), "5": token("[five]", false),
+        },
+    });
+    let more = json!({"<|more|>": n + 7});
+    let t = open(
+        "bpe",
+        &[
+            ("tokenizer_config.json", config),
+            ("added_tokens.json", more),
+        ],
+    )
+    .unwrap();
+    assert_eq!((t.bos_id(), t.eos_id()), (Some(1), Some(n)));
+    assert_eq!(t.vocab_size() as u32, n + 2);
+    assert_eq!(t.token_to_id("<|more|>"), Some(n + 7));
+    // Token 5 has another name now.
+    assert_eq!(t.token_to_id("[five]"), Some(5));
+    assert_eq!(t.encode("[five]", false).unwrap(), [5]);
+    let ids = t.encode("fox<|more|>fox<|end|>", true).unwrap();
+    let fox = t.encode("fox", false).unwrap();
+    assert!(ids.starts_with(&[&fox[..], &[n + 7]].concat()), "{ids:?}");
+    assert!(ids.ends_with(&[n, n]), "{ids:?}");
+    let sep = t.token_to_id("<sep>").unwrap();
+    assert_eq!(t.decode(&[sep, n]).unwrap(), "");
+    assert_eq!(t.decode(&[n + 7]).unwrap(), "<|more|>");
+
+    // A unigram model numbers its tokens without gaps.
+    let gap = ("added_tokens.json", json!({"<|x|>": n + 100}));
+    let error = open("unigram", &[gap]).unwrap_err().to_string();
+    assert!(error.contains("\"<|x|>\""), "{error}");
+    let n = open("unigram", &[]).unwrap().vocab_size();
+    let t = open("unigram", &[("added_tokens.json", json!({"<|x|>": n}))]).unwrap();
+    assert_eq!(t.encode("<|x|>", false).unwrap(), [n as u32]);
+}
+
+#[test]
+fn the_dummy_prefix_follows_the_config() {
+    let ids = |config: Value, text: &str| {
+        let t = open("bpe", &[("tokenizer_config.json", config)]).unwrap();
+        let ids = t.encode(text, false).unwrap();
+        ids.iter()
+            .map(|id| t.id_to_token(*id).unwrap())
+            .collect::<String>()
+    };
+    assert_eq!(ids(json!({}), "fox</s>fox"), "▁fox</s>fox");
+    assert_eq!(ids(json!({"legacy": false}), "</s>fox"), "</s>fox");
+    assert_eq!(ids(json!({"legacy": true}), "fox</s>fox"), "▁fox</s>▁fox");
+    assert_eq!(ids(json!({"legacy": true}), "fox</s> fox"), "▁fox</s>▁▁fox");
+    assert_eq!(
+        ids(json!({"add_prefix_space": false}), "fox</s>fox"),
+        "fox</s>fox"
+    );
+}
+
+#[test]
+fn tokenizer_json_is_preferred() {
+    let folder = folder("bpe", &[]);
+    let files = TokenizerFiles::open(folder.path()).unwrap().unwrap();
+    assert!(files.path.ends_with("tokenizer.model"));
+    fs::write(folder.path().join("tokenizer.json"), &files.json).unwrap();
+    let files = TokenizerFiles::open(folder.path()).unwrap().unwrap();
+    assert!(files.path.ends_with("tokenizer.json"));
+    let empty = tempfile::tempdir().unwrap();
+    assert!(TokenizerFiles::open(empty.path()).unwrap().is_none());
+}
+
+/// A field of a message, whose value is bytes.
+fn field(number: u8, value: &[u8]) -> Vec<u8> {
+    assert!(value.len() < 128);
+    [&[number << 3 | 2, value.len() as u8], value].concat()
+}
+
+/// A field whose value is a number.
+fn number(number: u8, value: u8) -> Vec<u8> {
+    let key = u16::from(number) << 3;
+    vec![key as u8 & 0x7F | 0x80, (key >> 7) as u8, value]
+}
+
+fn piece(text: &str, score: f32, kind: u8) -> Vec<u8> {
+    let score = [&[0x15], &score.to_le_bytes()[..]].concat();
+    field(
+        1,
+        &[field(1, text.as_bytes()), score, number(3, kind)].concat(),
+    )
+}
+
+/// A BPE model of these pieces.
+fn model(pieces: &[Vec<u8>], trainer: &[Vec<u8>], normalizer: &[Vec<u8>]) -> Vec<u8> {
+    let trainer = [&[number(3, 2)], trainer].concat().concat();
+    let parts = [field(2, &trainer), field(3, &normalizer.concat())];
+    [pieces, &parts].concat().concat()
+}
+
+fn opened(bytes: &[u8]) -> Result<TextTokenizer, Error> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.model");
+    fs::write(&path, bytes).unwrap();
+    TextTokenizer::from_file(&path)
+}
+
+#[test]
+fn broken_models_are_refused() {
+    let pieces = |more: &[Vec<u8>]| {
+        let few = [
+            piece("<unk>", 0.0, 2),
+            piece("<s>", 0.0, 3),
+            piece("a", -1.0, 1),
+            piece("b", -2.0, 1),
+            piece("ab", 0.0, 1),
+        ];
+        [&few[..], more].concat()
+    };
+    let t = opened(&model(&pieces(&[]), &[], &[number(3, 0)])).unwrap();
+    assert_eq!(t.encode("aba", true).unwrap(), [1, 4, 2]);
+    let no_bos = field(
+        2,
+        &[
+            number(3, 2),
+            [vec![0xC8, 2], vec![255; 9], vec![1]].concat(),
+        ]
+        .concat(),
+    );
+    let t = opened(&[pieces(&[]).concat(), no_bos].concat()).unwrap();
+    assert_eq!(t.bos_id(), None);
+
+    let long = "a".repeat(100);
+    let all = |more: &[Vec<u8>]| model(&pieces(more), &[], &[]);
+    for (bytes, text) in [
+        (Vec::new(), "not a SentencePiece model"),
+        (b"IQ== 0\nIg== 1\n".to_vec(), "no pieces"),
+        (all(&[])[..9].to_vec(), "byte 0: not a field"),
+        (all(&[piece("", 0.0, 1)]), "piece 5: 0 bytes"),
+        (all(&[piece("c", f32::NAN, 1)]), "piece 5: score NaN"),
+        (all(&[piece("c", 0.0, 7)]), "piece 5: type 7"),
+        (all(&[piece("a", 0.0, 1)]), "tokens 2 and 5 are both \"a\""),
+        (
+            all(&[piece("?", 0.0, 2)]),
+            "2 of 6 pieces are of type unknown",
+        ),
+        (
+            all(&[field(1, &field(1, &[0xFF]))]),
+            "piece 5: field 1 has a wrong type",
+        ),
+        (all(&[field(1, &[0x0A, 9])]), "piece 5: no field at byte 0"),
+        (all(&[number(1, 9)]), "piece 5: not a message"),
+        (all(&[piece("abab", 0.0, 5)]), "unused piece 5 (\"abab\")"),
+        (
+            model(&pieces(&[]), &[number(35, 1)], &[]),
+            "no piece <0x00>",
+        ),
+        (
+            model(&pieces(&[]), &[number(3, 3)], &[]),
+            "model_type = word",
+        ),
+        (
+            model(&pieces(&[]), &[number(3, 4)], &[]),
+            "model_type = char",
+        ),
+        (
+            model(&pieces(&[]), &[number(24, 1)], &[]),
+            "treat_whitespace_as_suffix",
+        ),
+        (
+            model(&pieces(&[]), &[], &[number(5, 0)]),
+            "escape_whitespaces",
+        ),
+        (
+            model(&pieces(&[]), &[], &[field(2, &[8, 0, 0, 0, 1])]),
+            "precompiled_charsmap is cut off",
+        ),
+        (
+            model(&pieces(&[piece("c", 0.0, 5)]), &[number(3, 1)], &[]),
+            "unused pieces in a unigram model",
+        ),
+    ] {
+        let error = opened(&bytes).unwrap_err().to_string();
+        assert!(error.contains(text), "{error}\nexpected {text}");
+        assert!(error.contains("tokenizer.model"), "{error}");
+    }
+    let many: Vec<u8> = (0..6).flat_map(|_| field(1, long.as_bytes())).collect();
+    let long = [&[0x0A, 0xE0, 0x04][..], &many[..608]].concat();
+    assert!(opened(&long).is_err());
+}
+
+#[test]
+fn broken_files_next_to_a_model_are_refused() {
+    let config = |value: Value| open("bpe", &[("tokenizer_config.json", value)]);
+    for (result, text) in [
+        (
+            config(json!({"tokenizer_class": "XLMRobertaTokenizer"})),
+            "`tokenizer_class` = `XLMRobertaTokenizer`",
+        ),
+        (config(json!({"add_bos_token": 1})), "add_bos_token"),
+        (
+            config(json!({"add_bos_token": true, "bos_token": "<none>"})),
+            "`tokenizer_config.add_bos_token`",
+        ),
+        (
+            config(json!({"added_tokens_decoder": {"x": {"content": "y"}}})),
+            "x: not the number of a token",
+        ),
+        (
+            config(json!({"added_tokens_decoder": {"9": {}}})),
+            "token 9 has no content",
+        ),
+        (
+            config(json!({"added_tokens_decoder": {"9": {"content": "<sep>"}}})),
+            "are both \"<sep>\"",
+        ),
+        (
+            open("bpe", &[("added_tokens.json", json!({"<sep>": 5000}))]),
+            "and 5000 are both \"<sep>\"",
+        ),
+        (
+            open("bpe", &[("added_tokens.json", json!({"x": 1_u64 << 40}))]),
+            "1099511627776: not the number of a token",
+        ),
+    ] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(text), "{error}\nexpected {text}");
+    }
+}
+
+#[test]
+fn mutated_models_never_panic() {
+    let all = MODELS.map(|name| fs::read(fixtures().join(format!("{name}.model"))).unwrap());
+    let config = json!({
+        "bos_token": "<s>", "add_bos_token": true, "legacy": false, "tokenizer_class": "Llama",
+        "added_tokens_decoder": {"9": {"content": "nine", "special": true}},
+    })
+    .to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.model");
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let rounds = std::env::var("ELASTIC_LORA_MUTATIONS").map_or(1000, |n| n.parse().unwrap());
+    let mut n_opened = 0;
+    for round in 0..rounds {
+        let mut bytes = all[round / 3 % all.len()].clone();
+        let mut config = config.clone().into_bytes();
+        let target = if round % 4 == 3 {
+            &mut config
+        } else {
+            &mut bytes
+        };
+        for _ in 0..rng.random_range(1..4) {
+            // The specifications stand at the end.
+            let near = rng.random_range(0..target.len().min(300));
+            let at = match rng.random_bool(0.5) {
+                true => target.len() - 1 - near,
+                false => rng.random_range(0..target.len()),
+            };
+            target[at] = match round % 3 {
+                0 => rng.random(),
+                1 => pick(&mut rng, &[0, 1, 2, 5, 8, 10, 18, 26, 0x7F, 0x80, 0xFF]),
+                _ => target[at] ^ (1 << rng.random_range(0..8)),
+            };
+        }
+        if rng.random_bool(0.1) {
+            bytes.truncate(rng.random_range(0..=bytes.len()));
+        }
+        fs::write(&path, &bytes).unwrap();
+        fs::write(path.with_file_name("tokenizer_config.json"), &config).unwrap();
+        if let Ok(tokenizer) = TextTokenizer::from_file(&path) {
+            n_opened += 1;
+            let ids = tokenizer.encode("the fox\tﬁ😀 <sep> \u{a0}", true);
+            let _ = ids.map(|ids| tokenizer.decode(&ids));
+        }
+    }
+    assert!(n_opened > 0 && n_opened < rounds, "{n_opened} of {rounds}");
+}
