@@ -37,7 +37,7 @@ struct Args {
     /// Window of the perplexity in tokens [default: the model's context length]
     #[arg(long, requires = "text")]
     context: Option<usize>,
-    /// Compute the perplexity in the runtime, on the CPU: faster, and on a folder, GGUF file or
+    /// Compute the perplexity in the runtime, on the CPU, of a folder, GGUF file or
     /// bundle as its weights are stored
     #[arg(long, requires_all = ["text", "model"], conflicts_with_all = ["adapter", "device"])]
     runtime: bool,
