@@ -152,8 +152,8 @@ pub(super) struct Tokens<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    /// Numbers the tokens. Returns the numbers and the text of two equal ones as an error, unless one
-    /// is unused.
+    /// Numbers the tokens. Returns the numbers and the text of two equal ones as an error, unless
+    /// one is unused.
     pub fn new(texts: Vec<&'a str>, kinds: Vec<i128>) -> Result<Self, (usize, usize, &'a str)> {
         let mut numbers = BTreeMap::new();
         for (number, (text, kind)) in texts.iter().zip(&kinds).enumerate() {
