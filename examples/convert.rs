@@ -5,13 +5,15 @@
 //! cargo run --release --example convert -- --model merged-int4 --to gguf --out model.gguf
 //! ```
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::HfFolder;
 use elastic_lora::io::{
-    Checkpoint, DType, Gguf, GgufOptions, GgufReport, GgufType, HfConfig, HostTensor, LoraAdapter,
+    Checkpoint, DType, GgufOptions, GgufReport, GgufType, HfConfig, HostTensor, LoraAdapter,
     QuantFormat, write_gguf,
 };
 use elastic_lora::runtime::{FormatPlan, Model, ModelOptions};
@@ -76,9 +78,11 @@ struct Args {
     overwrite: bool,
 }
 
-/// Returns whether the model is a bundle of this crate.
+/// Returns whether the model is a bundle of this crate: a file that is not GGUF.
 fn is_bundle(path: &Path) -> bool {
-    path.is_file() && Gguf::open(path).is_err()
+    let mut start = [0; 4];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
+    path.is_file() && read.is_ok() && start != *b"GGUF"
 }
 
 fn dtype(kind: GgufType) -> Result<DType> {

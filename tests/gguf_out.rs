@@ -5,8 +5,8 @@
 //! that they were skipped.
 //!
 //! `any_file_computes_the_same_in_llama_cpp` takes files of the user's: `ELASTIC_LORA_GGUF` names
-//! GGUF files, `ELASTIC_LORA_GGUF_MODEL` the model that they were made of (else each is compared with
-//! itself), and `ELASTIC_LORA_GGUF_TEXT` a text whose first `ELASTIC_LORA_GGUF_TOKENS` tokens are
+//! GGUF files, `ELASTIC_LORA_GGUF_MODEL` the model that they were made of (else each is compared
+//! with itself), and `ELASTIC_LORA_GGUF_TEXT` a text whose first `ELASTIC_LORA_GGUF_TOKENS` tokens are
 //! run. With `ELASTIC_LORA_GGUF_FLOAT` llama.cpp multiplies by 32-bit inputs, if it can.
 
 use std::collections::BTreeMap;
@@ -401,8 +401,8 @@ fn a_sparse_model_of_4_bits_chooses_the_same_tokens_in_llama_cpp() {
     assert_eq!(kept, zeros);
     let expected = root.path().join("expected.safetensors");
     vectors(&expected, &open(&from), &story_ids(&story, 2000));
-    // llama.cpp rounds the inputs of blocks to 8 bits. With the same values as numbers of 32 bits, or
-    // with 32-bit inputs, it chooses the same tokens.
+    // llama.cpp rounds the inputs of blocks to 8 bits. With the same values as numbers of 32 bits,
+    // or with 32-bit inputs, it chooses the same tokens.
     let float = std::env::var_os("ELASTIC_LORA_GGUF_FLOAT").is_some();
     let same = Check {
         tolerance: 1e-3,

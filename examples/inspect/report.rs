@@ -55,7 +55,7 @@ fn order(name: &str) -> Vec<(u64, &str)> {
     name.split('.').map(part).collect()
 }
 
-fn scaling(scaling: RopeScaling) -> String {
+fn scaling(scaling: &RopeScaling) -> String {
     match scaling {
         RopeScaling::Default => "none".into(),
         other => format!("{other:?}"),

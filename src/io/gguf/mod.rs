@@ -5,7 +5,7 @@
 //! [`HfConfig::open`](crate::io::HfConfig::open) and
 //! [`Checkpoint::open`](crate::io::Checkpoint::open) accept the path of a file, and tensors have
 //! the names and the row order of Hugging Face. A key or tensor that would change the model and is
-//! not implemented is refused by name.
+//! not implemented is refused by name. [`write`] goes the other way.
 
 mod blocks;
 mod config;

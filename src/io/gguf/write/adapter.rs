@@ -20,8 +20,8 @@ impl LoraAdapter {
     ///
     /// # Errors
     /// Returns the errors of [`check`](Self::check); [`Error::Unsupported`] for an adapter that is
-    /// no plain LoRA (SparsePEFT, QA-SparsePEFT), and for a base model whose blocks are filled up in
-    /// GGUF; [`Error::InvalidArgument`] if `kind` is not F32, F16 or BF16;
+    /// no plain LoRA (SparsePEFT, QA-SparsePEFT), and for a base model whose blocks are filled up
+    /// in GGUF; [`Error::InvalidArgument`] if `kind` is not F32, F16 or BF16;
     /// [`Error::TensorOverflow`] if a number is beyond its range; and [`Error::InvalidFile`] if the
     /// file exists and `overwrite` is false.
     pub fn write_gguf(

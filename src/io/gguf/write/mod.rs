@@ -311,7 +311,10 @@ fn target(config: &HfConfig, row: &Row) -> Result<Architecture> {
     let widest = BlockDims {
         n_heads: n_kv_heads * group,
         n_kv_heads,
-        d_mlp: most(|block| block.d_mlp).max(SMALL_MLP),
+        d_mlp: match most(|block| block.d_mlp) {
+            0 => SMALL_MLP,
+            widest => widest,
+        },
     };
     if let Some(other) = with_heads().find(|block| block.n_heads != block.n_kv_heads * group) {
         return Err(Error::Unsupported {

@@ -202,7 +202,8 @@ impl<'a> Converter<'a> {
         }
         if beyond > 0 {
             report.notices.push(format!(
-                "{beyond} tokens have numbers beyond the embedding's {vocab_size} rows and are left out"
+                "{beyond} tokens have numbers beyond the embedding's {vocab_size} rows and are \
+                 left out"
             ));
         }
         Ok(Self {
