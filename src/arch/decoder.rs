@@ -302,8 +302,8 @@ impl Architecture {
     }
 
     /// Whether the blocks compute exactly what those of Llama and Mistral do: norms before the
-    /// sub-blocks, SiLU, the same window and rotation of whole heads in each block, and scores
-    /// without caps.
+    /// sub-blocks, SiLU, the same window and rotation of whole heads in each block and at each
+    /// length, and scores without caps.
     pub fn is_plain(&self) -> bool {
         let row = self.family.row();
         let first = self.positions(0);
@@ -319,7 +319,10 @@ impl Architecture {
                 .positions
                 .iter()
                 .all(|at| *at == first && at.rope == Some(0))
-            && self.ropes.iter().all(|rope| rope.dims == self.head_dim)
+            && self
+                .ropes
+                .iter()
+                .all(|rope| rope.dims == self.head_dim && !rope.depends_on_length())
     }
 
     /// How the attention of a block sees positions.

@@ -105,6 +105,14 @@ impl RopeConfig {
         }
     }
 
+    /// Whether the frequencies depend on the length of the sequence.
+    pub(crate) fn depends_on_length(&self) -> bool {
+        matches!(
+            self.scaling,
+            RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. }
+        )
+    }
+
     /// Creates the settings of an embedding without scaling.
     pub fn new(theta: f64, dims: usize) -> Self {
         Self {
