@@ -187,6 +187,9 @@ impl HfFolder {
     }
 }
 
+/// Quantized matrices by the names of their layers.
+type Quantized = BTreeMap<String, QuantizedMatrix>;
+
 /// The layers as the family stores them: those that share a matrix become one.
 ///
 /// # Errors
@@ -194,9 +197,9 @@ impl HfFolder {
 /// different ways.
 fn fused<'a>(
     config: &HfConfig,
-    layers: &'a BTreeMap<String, QuantizedMatrix>,
+    layers: &'a Quantized,
     mut all: Vec<LinearSpec>,
-) -> Result<(Cow<'a, BTreeMap<String, QuantizedMatrix>>, Vec<LinearSpec>)> {
+) -> Result<(Cow<'a, Quantized>, Vec<LinearSpec>)> {
     let mut stored = Cow::Borrowed(layers);
     for fused in config.arch().fused() {
         let found: Vec<&QuantizedMatrix> = fused
