@@ -70,7 +70,7 @@ impl KvCache {
     }
 
     /// Length of the sequences for which new keys are rotated, at least.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 

@@ -306,6 +306,16 @@ impl Weights {
         Ok(weights)
     }
 
+    /// Finds a block's norm by the name of its tensor.
+    fn norm_in<'a>(&self, norms: &'a [Norms], tensor: &str) -> Option<&'a [f32]> {
+        let arch = self.config.arch();
+        norms.iter().enumerate().find_map(|(block, norms)| {
+            let mut norms = norms.iter();
+            let found = norms.find(|(kind, _)| arch.norm_tensor(block, **kind) == tensor);
+            found.map(|(_, norm)| &norm[..])
+        })
+    }
+
     /// What a norm of a block multiplies by; `None` if the block has no such norm.
     pub fn gain(&self, block: usize, kind: NormKind) -> Option<&[f32]> {
         self.gains.get(block)?.get(&kind).map(|gain| &gain[..])
@@ -571,17 +581,15 @@ impl Model {
         if tensor == Architecture::FINAL_NORM {
             return Some(&self.weights.final_gain);
         }
-        let arch = self.weights.config.arch();
-        self.weights
-            .gains
-            .iter()
-            .enumerate()
-            .find_map(|(block, norms)| {
-                let found = norms
-                    .iter()
-                    .find(|(kind, _)| arch.norm_tensor(block, **kind) == tensor);
-                found.map(|(_, gains)| &gains[..])
-            })
+        self.weights.norm_in(&self.weights.gains, tensor)
+    }
+
+    /// Returns the weights of a norm by the name of its tensor, as files hold them.
+    pub(super) fn norm_weights(&self, tensor: &str) -> Option<&[f32]> {
+        if tensor == Architecture::FINAL_NORM {
+            return Some(&self.weights.final_norm);
+        }
+        self.weights.norm_in(&self.weights.norms, tensor)
     }
 
     /// Writes the cosines and sines by which the attention of a block rotates a position of a

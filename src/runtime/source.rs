@@ -70,7 +70,7 @@ impl Named<'_> {
         if let Some(layer) = tensor.strip_suffix(".bias") {
             return self.layer(layer)?.bias.as_deref();
         }
-        self.model.norm(tensor)
+        self.model.norm_weights(tensor)
     }
 }
 
