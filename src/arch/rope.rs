@@ -328,6 +328,7 @@ impl Rope {
 }
 
 #[cfg(test)]
+#[allow(clippy::excessive_precision)] // numbers as they were printed
 mod tests {
     use super::*;
 

@@ -826,7 +826,8 @@ fn awq_rules() {
     }
     assert!(with("modules_to_not_convert", json!(["lm_head"])).is_ok());
 
-    let rules: [(&str, &str, fn(&mut Parts)); 7] = [
+    type Rule<'a> = (&'a str, &'a str, fn(&mut Parts));
+    let rules: [Rule<'_>; 7] = [
         ("qweight", "missing", |parts| drop(parts.remove("qweight"))),
         ("qzeros", "missing", |parts| drop(parts.remove("qzeros"))),
         ("scales", "missing", |parts| drop(parts.remove("scales"))),
