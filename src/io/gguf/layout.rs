@@ -47,7 +47,7 @@ impl Layout {
     pub fn name(&self) -> String {
         match self.blocks {
             Some(blocks) => blocks.name.into(),
-            None if self.offset != 0.0 => "numbers with an offset".into(),
+            None if self.offset != 0.0 => format!("values that are larger by {}", self.offset),
             None => "rows in another order".into(),
         }
     }
