@@ -6,6 +6,11 @@ and `benches/decode.rs` with the same shape.
     pip install --no-binary llama-cpp-python llama-cpp-python    # builds for this machine, some minutes
     python benches/llama_cpp/compare.py --threads 2
 
+With `--model FILE.gguf` both run that file instead, this crate by `examples/generate.rs`: a prompt of
+`--prompt` tokens and a continuation of `--steps`, mean rates of each run.
+
+    python benches/llama_cpp/compare.py --threads 2 --model model-q4_0.gguf --prompt 512
+
 The two take turns, so that other load on the machine affects both, and the best result of each
 counts. llama.cpp rounds the inputs of Q4_0 layers to 8 bits (Q8_0, groups of 32); this crate rounds
 them to 16 bits, or to 8 bits with `--int8`. Q4_0 takes 4.5 bits per weight with groups of 32; this
@@ -87,7 +92,7 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         self.llama = Llama(
-            path, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+            path, n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
 
     def rates(self, context, prompt, steps):
@@ -104,6 +109,38 @@ class LlamaCpp:
         self.llama.eval(ids[:prompt])
         return 1 / best, prompt / (time.perf_counter() - started)
 
+    def prompt(self, n):
+        """Returns a text of at least n tokens."""
+        text = "Here is a list of notes.\n"
+        number = 0
+        while len(self.ids(text)) < n:
+            number += 1
+            text += f"Note {number}: the quick brown fox jumps over the lazy dog. "
+        return text
+
+    def ids(self, text):
+        return self.llama.tokenize(text.encode(), add_bos=True, special=True)
+
+    def continuation(self, text, steps):
+        """Returns the rates of a prompt and of the tokens after it, which are not sampled."""
+        ids = self.ids(text)
+        self.llama.reset()
+        started = time.perf_counter()
+        self.llama.eval(ids)
+        read = time.perf_counter()
+        for token in ids[: steps - 1]:
+            self.llama.eval([token])
+        return (steps - 1) / (time.perf_counter() - read), len(ids) / (read - started)
+
+
+def ours_on_file(binary, path, text, threads, steps):
+    """Returns the decode and prefill rates of `examples/generate.rs`."""
+    command = [binary] if binary else ["cargo", "run", "--locked", "--release", "--example", "generate", "--"]
+    command += ["--model", path, "--prompt", text, "--threads", str(threads), "--max-new-tokens", str(steps)]
+    output = subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True).stderr
+    prefill, decode = re.search(r"ms, (\S+) tokens/s; generated \d+ tokens, (\S+) tokens/s", output).groups()
+    return float(decode), float(prefill)
+
 
 def ours(binary, arguments):
     """Returns the decode and prefill rates by format."""
@@ -117,6 +154,12 @@ def ours(binary, arguments):
     return rates
 
 
+def arguments(args):
+    """Returns the options of the bench of random weights."""
+    options = ["--formats", "int4,sparse-int4", "--threads", str(args.threads), "--context", str(args.context)]
+    return options + ["--prompt", str(args.prompt)] + (["--int8"] if args.int8 else [])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -124,25 +167,34 @@ def main():
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--int8", action="store_true", help="round inputs to 8 bits in this crate too")
-    parser.add_argument("--binary", help="path of the built bench; by default cargo builds and runs it")
+    parser.add_argument("--binary", help="path of the built bench or example; by default cargo builds and runs it")
+    parser.add_argument("--model", help="GGUF file that both run, instead of random weights")
+    parser.add_argument("--steps", type=int, default=64, help="tokens after the prompt, with --model")
     args = parser.parse_args()
-    arguments = ["--formats", "int4,sparse-int4", "--threads", str(args.threads), "--context", str(args.context)]
-    arguments += ["--prompt", str(args.prompt)] + (["--int8"] if args.int8 else [])
+    if args.model and args.int8:
+        parser.error("--int8 is for random weights")
     best = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "random-q4_0.gguf")
-        write(path)
+        path = args.model or os.path.join(folder, "random-q4_0.gguf")
+        if not args.model:
+            write(path)
         print(f"llama.cpp's model: {os.path.getsize(path) / 1e6:.0f} MB, the embedding among them")
         for turn in range(args.turns):
             model = LlamaCpp(path, args.threads)
-            turns = {"llama.cpp Q4_0": model.rates(args.context, args.prompt, 24)}
-            del model
-            turns.update(ours(args.binary, arguments))
+            if args.model:
+                text = model.prompt(args.prompt)
+                turns = {"llama.cpp": model.continuation(text, args.steps)}
+                del model
+                turns["this crate"] = ours_on_file(args.binary, path, text, args.threads, args.steps)
+            else:
+                turns = {"llama.cpp": model.rates(args.context, args.prompt, 24)}
+                del model
+                turns.update(ours(args.binary, arguments(args)))
             for name, rates in turns.items():
                 print(f"turn {turn + 1}: {name:<15} decode {rates[0]:6.1f} tokens/s, prefill {rates[1]:6.0f}", flush=True)
                 before = best.get(name, (0.0, 0.0))
                 best[name] = (max(before[0], rates[0]), max(before[1], rates[1]))
-    decode, prefill = best["llama.cpp Q4_0"]
+    decode, prefill = best["llama.cpp"]
     for name, rates in best.items():
         print(
             f"best: {name:<15} decode {rates[0]:6.1f} tokens/s, {rates[0] / decode:.2f} of llama.cpp; "

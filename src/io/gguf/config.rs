@@ -32,6 +32,8 @@ pub(super) struct Row {
     /// Modules of a block, with their names in GGUF and Hugging Face. Modules that share a name in
     /// GGUF are stacked there.
     pub parts: &'static [(&'static str, &'static str)],
+    /// Modules whose bias llama.cpp reads. It refuses a file with another.
+    pub biases: &'static [&'static str],
     /// Keys that only this architecture has.
     pub keys: &'static [&'static str],
 }
@@ -49,6 +51,15 @@ const LLAMA: Row = Row {
     per_block: false,
     norm_offset: 0.0,
     parts: &PARTS,
+    biases: &[
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "attn_output",
+        "ffn_gate",
+        "ffn_up",
+        "ffn_down",
+    ],
     keys: &[],
 };
 
@@ -58,6 +69,7 @@ const GEMMA: Row = Row {
     written: &[Family::Gemma],
     permuted: false,
     norm_offset: 1.0,
+    biases: &[],
     ..LLAMA
 };
 
@@ -73,6 +85,7 @@ const FAMILIES: [Row; 9] = [
         family: Family::Qwen2,
         written: &[Family::Qwen2],
         permuted: false,
+        biases: &["attn_q", "attn_k", "attn_v"],
         ..LLAMA
     },
     Row {
@@ -81,12 +94,14 @@ const FAMILIES: [Row; 9] = [
         written: &[Family::Qwen3],
         permuted: false,
         parts: &QWEN3_PARTS,
+        biases: &[],
         ..LLAMA
     },
     Row {
         name: "smollm3",
         family: Family::SmolLm3,
         written: &[Family::SmolLm3],
+        biases: &[],
         ..LLAMA
     },
     GEMMA,
@@ -112,6 +127,7 @@ const FAMILIES: [Row; 9] = [
         written: &[Family::Phi3],
         permuted: false,
         parts: &PHI3_PARTS,
+        biases: &[],
         keys: &["rope.scaling.attn_factor"],
         ..LLAMA
     },
@@ -276,7 +292,7 @@ impl Row {
         found.map(name).collect()
     }
 
-    /// Name in GGUF of a tensor of a Hugging Face folder.
+    /// Name in GGUF of a tensor of a Hugging Face folder, if llama.cpp reads it.
     pub fn gguf_name(&self, name: &str) -> Option<String> {
         if let Some((name, _)) = OUTSIDE.iter().find(|(_, theirs)| *theirs == name) {
             return Some((*name).into());
@@ -284,7 +300,8 @@ impl Row {
         let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let (module, suffix) = rest.rsplit_once('.')?;
         let (part, _) = self.parts.iter().find(|(_, theirs)| *theirs == module)?;
-        Some(format!("blk.{block}.{part}.{suffix}"))
+        let is_read = suffix != "bias" || self.biases.contains(part);
+        is_read.then(|| format!("blk.{block}.{part}.{suffix}"))
     }
 
     /// Number of heads by which the rows of a tensor of a Hugging Face folder are permuted, if they

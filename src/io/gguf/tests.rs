@@ -966,6 +966,9 @@ fn tokenizers_are_described_as_in_a_folder() {
         json["model"]["merges"],
         serde_json::json!([["a", "b"], ["▁", "ab"]])
     );
+    // llama.cpp finds the unknown token's name in a text too, as transformers does.
+    assert_eq!(json["added_tokens"][0]["content"], "<unk>");
+    assert_eq!(json["added_tokens"][0]["special"], true);
     assert!(
         Gguf::open(llama().write(folder.path()))
             .unwrap()

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::io::tokenizer::TokenizerFiles;
 use crate::io::tokenizer::json::{
     AddedToken, BYTE, Bpe, CONTROL, MAX_PIECE_BYTES, NORMAL, PieceRules, Prefix, Surroundings,
-    Tokenizer, Tokens, USER_DEFINED, post_processor,
+    Tokenizer, Tokens, UNKNOWN, USER_DEFINED, post_processor,
 };
 
 /// Pre-tokenization of a byte-level tokenizer.
@@ -120,8 +120,8 @@ impl Gguf {
         };
         let kinds = tokens.kinds.iter().enumerate();
         let added = kinds
-            .filter(|(_, kind)| matches!(**kind, CONTROL | USER_DEFINED))
-            .map(|(id, kind)| AddedToken::new(id, tokens.texts[id], *kind == CONTROL));
+            .filter(|(_, kind)| matches!(**kind, UNKNOWN | CONTROL | USER_DEFINED))
+            .map(|(id, kind)| AddedToken::new(id, tokens.texts[id], *kind != USER_DEFINED));
         let tokenizer = Tokenizer::new(
             added.collect(),
             kind.around,

@@ -590,6 +590,36 @@ fn rows_that_are_no_blocks_are_f16() {
     assert_eq!(info.dtype, DType::F16);
 }
 
+/// llama.cpp refuses a file with a tensor that it does not use.
+#[test]
+fn biases_that_llama_cpp_lacks_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    for (kind, class, bias) in [
+        ("qwen3", "Qwen3ForCausalLM", "attention_bias"),
+        ("smollm3", "SmolLM3ForCausalLM", "mlp_bias"),
+        ("gemma", "GemmaForCausalLM", "attention_bias"),
+    ] {
+        let mut value = llama();
+        value["model_type"] = kind.into();
+        value["architectures"] = json!([class]);
+        value["num_hidden_layers"] = 4.into();
+        value["rope_scaling"] = Value::Null;
+        value["hidden_act"] = if kind == "gemma" { "gelu" } else { "silu" }.into();
+        value["tie_word_embeddings"] = true.into();
+        for key in ["attention_bias", "mlp_bias"] {
+            value[key] = (key == bias).into();
+        }
+        let from = root.path().join(kind);
+        folder(&from, &parse(value.clone()), 11);
+        let error = refusal(&from, &GgufOptions::default());
+        assert!(error.contains("bias` in GGUF of architecture"), "{error}");
+        value[bias] = false.into();
+        let from = root.path().join(format!("{kind}-without"));
+        folder(&from, &parse(value), 11);
+        convert(&from, &GgufOptions::default());
+    }
+}
+
 /// Ids of a text by the tokenizer of a folder or file.
 fn ids(json: &str, text: &str) -> Vec<u32> {
     let tokenizer: tokenizers::Tokenizer = json.parse().unwrap();
