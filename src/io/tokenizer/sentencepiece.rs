@@ -18,7 +18,7 @@ use super::json::{
     AddedToken, BYTE, Bpe, CONTROL, MAX_PIECE_BYTES, NORMAL, PieceRules, Prefix, Surroundings,
     Tokenizer, Tokens, UNKNOWN, UNUSED, USER_DEFINED, Unigram, post_processor,
 };
-use super::protobuf::{self, Message};
+use super::protobuf::Message;
 use crate::error::{Error, Result};
 use crate::io::fields::Fields;
 

@@ -16,13 +16,15 @@ fn raw() -> Value {
         "max_position_embeddings": 64, "tie_word_embeddings": true})
 }
 
+type Tensors = Vec<HostTensor<'static>>;
+
 fn tensor(name: &str, shape: &[usize], value: impl Fn(usize) -> f32) -> HostTensor<'static> {
     let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
     HostTensor::from_f32(name, DType::BF16, shape.to_vec(), values)
 }
 
 /// Writes a model in `folder`, with changes of its tensors.
-fn write(folder: &Path, raw: &Value, file: &str, change: impl Fn(&mut Vec<HostTensor<'static>>)) {
+fn write(folder: &Path, raw: &Value, file: &str, change: impl Fn(&mut Tensors)) {
     let config = HfConfig::from_json(super::tests::raw().as_object().unwrap().clone()).unwrap();
     let mut tensors: Vec<HostTensor<'_>> = (config.arch().tensors().into_iter())
         .map(|(name, shape)| tensor(&name, &shape, |i| (i as f32 * 0.7).sin()))
@@ -33,7 +35,7 @@ fn write(folder: &Path, raw: &Value, file: &str, change: impl Fn(&mut Vec<HostTe
 }
 
 /// The fitted config of a model with such changes, if the runtime opens the model as well.
-fn fit(raw: &Value, change: impl Fn(&mut Vec<HostTensor<'static>>)) -> Result<HfConfig> {
+fn fit(raw: &Value, change: impl Fn(&mut Tensors)) -> Result<HfConfig> {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), raw, "model.safetensors", change);
     let config = HfConfig::open(folder.path())?.fitted(&Checkpoint::open(folder.path())?)?;
@@ -48,7 +50,7 @@ const Q: &str = "model.layers.1.self_attn.q_proj";
 #[test]
 fn two_heads_are_untied_if_they_differ() {
     let head = |value: fn(usize) -> f32, dtype: DType| {
-        move |tensors: &mut Vec<HostTensor<'static>>| {
+        move |tensors: &mut Tensors| {
             let values: Vec<f32> = (0..31 * 12).map(value).collect();
             tensors.push(HostTensor::from_f32(HEAD, dtype, vec![31, 12], values));
         }
