@@ -125,6 +125,13 @@ fn check(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Prints what is not used, or is written in another way than it was read.
+fn show_notices(notices: &[String]) {
+    for notice in notices {
+        eprintln!("notice: {notice}");
+    }
+}
+
 fn to_gguf(args: &Args) -> Result<GgufReport> {
     if let Some(adapter) = &args.adapter {
         let config = if is_bundle(&args.model) {
@@ -164,9 +171,9 @@ fn to_folder(args: &Args, format: Option<QuantFormat>) -> Result<()> {
             ),
         });
     }
-    let config = HfConfig::open(&args.model)?;
     let source = Checkpoint::open(&args.model)?;
-    config.check(&source)?;
+    let config = HfConfig::open(&args.model)?.fitted(&source)?;
+    show_notices(config.notices());
     let embedding = config.embedding_name(&source)?;
     let dtype = match args.kind {
         Some(kind) => dtype(kind)?,
@@ -216,6 +223,7 @@ fn to_folder(args: &Args, format: Option<QuantFormat>) -> Result<()> {
 
 fn to_bundle(args: &Args) -> Result<()> {
     let model = Model::open(&args.model, &ModelOptions::default())?;
+    show_notices(&model.notices());
     let model = match args.kind.map(dtype).transpose()? {
         None => model,
         Some(DType::F32) => model.with_format(FormatPlan::new(WeightFormat::F32))?,
@@ -238,9 +246,7 @@ fn run(args: &Args) -> Result<()> {
         }
         To::Bundle => to_bundle(args).map(|()| GgufReport::default())?,
     };
-    for notice in &report.notices {
-        eprintln!("note: {notice}");
-    }
+    show_notices(&report.notices);
     let types: Vec<String> = report
         .types
         .iter()

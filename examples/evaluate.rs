@@ -9,7 +9,7 @@ use clap::Parser;
 use common::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{PromptTemplate, TextTokenizer, load_records, load_text};
 use elastic_lora::eval::{Perplexity, ProblemSet, perplexity, session_perplexity};
-use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
+use elastic_lora::runtime::{Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::{Error, Result};
 
 /// Measure a model, with or without an adapter: perplexity or exact-match accuracy.
@@ -84,6 +84,7 @@ fn say_perplexity(args: &Args, result: &Perplexity) {
 /// Prints the perplexity of a model as the runtime computes it.
 fn in_the_runtime(args: &Args, path: &Path, text: &Path) -> Result<()> {
     let model = Model::open(path, &ModelOptions::default())?;
+    common::show_notices(&model.notices());
     let Some(tokenizer) = model.tokenizer() else {
         return Err(Error::Unsupported {
             what: format!(
@@ -120,7 +121,7 @@ fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let room = model.config().max_position_embeddings();
-    let generate = GenerateConfig::new(args.max_new_tokens.min(room), pretrained.stop_ids());
+    let generate = pretrained.generate_config(args.max_new_tokens.min(room));
     let measure = |records: &[_]| -> Result<_> {
         let problems = ProblemSet::new(records, args.template, &pretrained.tokenizer)?;
         problems.exact_match(model, &pretrained.tokenizer, &generate, &progress)

@@ -191,7 +191,8 @@ fn settings(args: &Args, stop_ids: Vec<u32>) -> GenerateConfig {
 fn run_on_device(args: &Args, device: &str, prompt: &str) -> Result<()> {
     let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), device)?;
     let ids = pretrained.tokenizer.encode_prompt(prompt)?;
-    let config = settings(args, pretrained.stop_ids());
+    let n_ids = pretrained.tokenizer.n_ids();
+    let config = settings(args, pretrained.stop_ids()).with_n_ids(Some(n_ids));
     let mut session = DeviceSession::new(&pretrained.model);
     let decode = |ids: &[u32]| pretrained.tokenizer.decode(ids);
     show(prompt, ids.len(), &decode, |on_token| {
@@ -211,6 +212,7 @@ fn open(args: &Args) -> Result<Model> {
             .with_tokenizer(&path);
     }
     let model = Model::open(&path, &ModelOptions::default().with_n_threads(args.threads))?;
+    common::show_notices(&model.notices());
     match args.format {
         Some(format) => model.with_format(FormatPlan::new(format)),
         None => Ok(model),

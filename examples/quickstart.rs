@@ -11,7 +11,7 @@ use elastic_lora::eval::{Cost, Metric, SubnetObjective};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::model::Pretrained;
 use elastic_lora::progress::TerminalProgress;
-use elastic_lora::runtime::{GenerateConfig, Model, Session, SessionConfig};
+use elastic_lora::runtime::{Model, Session, SessionConfig};
 use elastic_lora::search::{NsgaConfig, StudyConfig};
 use elastic_lora::sparsity::{Method, Pattern};
 use elastic_lora::supernet::SuperNetConfig;
@@ -71,7 +71,7 @@ fn main() -> elastic_lora::Result<()> {
     let model = Model::from_decoder(&merged.model, WeightFormat::SparseF16)?;
     let question = "Question: Ida buys 7 boxes of 6 eggs. Tom adds 5 more. How many eggs are there in total?\nAnswer:";
     let prompt = base.tokenizer.encode_prompt(question)?;
-    let config = GenerateConfig::new(40, base.stop_ids());
+    let config = base.generate_config(40);
     let answer =
         Session::new(&model, &SessionConfig::default())?.generate(&prompt, &config, |_| true)?;
     println!("{question}{}", base.tokenizer.decode(&answer)?);

@@ -505,10 +505,8 @@ fn trained_tokenizer_is_deterministic_and_lossless() {
         longest.last()
     );
     assert!(most <= 64, "{most}");
-    assert!(matches!(
-        t.decode(&[480]),
-        Err(Error::TokenOutOfRange { found: 480, .. })
-    ));
+    // An id of no token has no text.
+    assert_eq!(t.decode(&[480]).unwrap(), "");
     // With few words, the texts run out of pairs before the vocabulary is full.
     let full = TextTokenizer::from_json(&train_bpe(&texts, 1000).unwrap(), "x").unwrap();
     assert!(

@@ -67,10 +67,18 @@ pub fn parse<T: clap::Parser>() -> T {
     })
 }
 
+/// Prints what is stored in a model's files and not used.
+pub fn show_notices(notices: &[String]) {
+    for notice in notices {
+        eprintln!("notice: {notice}");
+    }
+}
+
 /// Opens a model folder, or the bundled model, and adds an adapter if one is given.
 pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Result<Pretrained> {
     let folder = model.map_or_else(shipped_model, Path::to_path_buf);
     let mut pretrained = Pretrained::open(folder, &self::device(device)?)?;
+    show_notices(&pretrained.notices());
     if let Some(adapter) = adapter {
         let adapter = LoraAdapter::open(adapter)?;
         pretrained.model = SuperNet::from_adapter(pretrained.model, &adapter)?.into_model();

@@ -159,7 +159,7 @@ pub fn supernet(
 
 /// Returns the settings for generating answers.
 fn generate_config(task: &Task) -> GenerateConfig {
-    GenerateConfig::new(task.max_new_tokens, task.pretrained.stop_ids())
+    task.pretrained.generate_config(task.max_new_tokens)
 }
 
 /// Converts a fraction to a percentage, rounded to at most one decimal.

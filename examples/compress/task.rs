@@ -45,6 +45,7 @@ impl Task {
         let shipped = common::shipped_model();
         let folder = args.model.as_ref().unwrap_or(&shipped);
         let mut pretrained = Pretrained::open(folder, device)?;
+        common::show_notices(&pretrained.notices());
         pretrained.model = pretrained.model.with_weight_dtype(args.weights.into())?;
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {

@@ -5,11 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tokenizers::{ModelWrapper, Tokenizer};
+use tokenizers::{Encoding, ModelWrapper, Token, Tokenizer};
 
 use crate::error::{Error, Result};
 use crate::io::cache;
-use crate::io::tokenizer::TokenizerFiles;
+use crate::io::tokenizer::{TokenizerFiles, limits};
 
 /// A tokenizer with the special tokens that it puts around a text.
 #[derive(Clone)]
@@ -20,7 +20,12 @@ pub struct TextTokenizer {
     suffix: Vec<u32>,
     bos: Option<u32>,
     eos: Option<u32>,
+    n_ids: usize,
+    notices: Vec<String>,
 }
+
+/// Stands for a text where it is found out what is put around it.
+const TEXT: u32 = u32::MAX;
 
 impl std::fmt::Debug for TextTokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -39,8 +44,9 @@ impl TextTokenizer {
     /// Reads a `tokenizer.json`, or a SentencePiece model, whose name ends in `.model`.
     ///
     /// If there is a `tokenizer_config.json` next to it, its `bos_token` and `eos_token` are used
-    /// where the post-processor does not determine them. Truncation and padding settings in the
-    /// file are ignored. A SentencePiece model also takes from there, and from `added_tokens.json`,
+    /// where the post-processor does not determine them, and tokens that it adds are known. So are
+    /// those of `special_tokens_map.json` and `added_tokens.json`, if it does not list added
+    /// tokens. Truncation and padding settings in the file are ignored. A SentencePiece model also takes from there, and from `added_tokens.json`,
     /// tokens that are added and whether tokens are put before and after a text; without such files
     /// the model's beginning-of-sequence token is put before.
     ///
@@ -73,7 +79,39 @@ impl TextTokenizer {
 
     fn from_files(files: &TokenizerFiles) -> Result<Self> {
         let tokenizer = Self::from_json(&files.json, &files.path)?;
-        Ok(tokenizer.with_config(|key| files.config.get(key)))
+        Ok(tokenizer.with_files(files))
+    }
+
+    /// Takes the special tokens of the files next to `tokenizer.json`, and their notices.
+    pub(crate) fn with_files(self, files: &TokenizerFiles) -> Self {
+        let mut tokenizer = self.with_config(|key| files.config.get(key));
+        tokenizer.notices.extend_from_slice(&files.notices);
+        let put = |ids: &[u32], id: Option<u32>| id.is_some_and(|id| ids.contains(&id));
+        let sides = [
+            (
+                "add_bos_token",
+                "before",
+                put(&tokenizer.prefix, tokenizer.bos),
+            ),
+            (
+                "add_eos_token",
+                "after",
+                put(&tokenizer.suffix, tokenizer.eos),
+            ),
+        ];
+        for (field, side, is_put) in sides {
+            let Some(flag) = files.config.get(field).and_then(Value::as_bool) else {
+                continue;
+            };
+            if flag != is_put {
+                let which = if is_put { "one" } else { "no such token" };
+                tokenizer.notices.push(format!(
+                    "tokenizer_config.json says `{field}`: {flag}, but tokenizer.json puts {which} \
+                     {side} a text; the latter is done, as in transformers 5"
+                ));
+            }
+        }
+        tokenizer
     }
 
     /// Takes `bos_token` and `eos_token` from a `tokenizer_config.json`, where they are not known.
@@ -98,34 +136,26 @@ impl TextTokenizer {
             reason,
         };
         // The `tokenizers` crate panics on some text that is not JSON, so check that first.
-        serde_json::from_str::<serde::de::IgnoredAny>(json)
-            .map_err(|e| fail(format!("not JSON: {e}")))?;
+        limits::check(json).map_err(&fail)?;
         let mut inner: Tokenizer = guarded(|| json.parse()).map_err(&fail)?;
         inner.with_padding(None);
         guarded(|| inner.with_truncation(None).map(|_| ())).map_err(&fail)?;
-        // Find out what the post-processor adds around a text by encoding a text that the
-        // vocabulary contains.
-        let probe = |text: &str, special| {
-            let encoding = guarded(|| inner.encode_fast(text, special)).map_err(&fail)?;
-            Ok::<_, Error>(encoding.get_ids().to_vec())
+        // Find out what the post-processor puts around a text.
+        let text = Token::new(TEXT, String::new(), (0, 0));
+        let text = Encoding::from_tokens(vec![text], 0);
+        let full = guarded(|| inner.post_process(text, None, true)).map_err(&fail)?;
+        let mut parts = full.get_ids().split(|id| *id == TEXT);
+        let (Some(prefix), Some(suffix), None) = (parts.next(), parts.next(), parts.next()) else {
+            return Err(fail(
+                "its post-processor does not put one text in its place".into(),
+            ));
         };
-        let mut bare: Vec<u32> = Vec::new();
-        let mut full: Vec<u32> = Vec::new();
-        for text in ["a", "0", "the", "."] {
-            (bare, full) = (probe(text, false)?, probe(text, true)?);
-            if !bare.is_empty() {
-                break;
-            }
-        }
-        let at = (0..=full.len().saturating_sub(bare.len()))
-            .find(|i| full[*i..].starts_with(&bare))
-            .filter(|_| !bare.is_empty())
-            .ok_or_else(|| {
-                fail("its post-processor cannot be told from the text's own tokens".into())
-            })?;
-        let (prefix, suffix) = (full[..at].to_vec(), full[at + bare.len()..].to_vec());
+        let (prefix, suffix) = (prefix.to_vec(), suffix.to_vec());
         let (bos, eos) = (prefix.first().copied(), suffix.last().copied());
+        let last = inner.get_vocab(true).into_values().max();
         Ok(Self {
+            n_ids: last.map_or(0, |last| last as usize + 1),
+            notices: Vec::new(),
             inner,
             path,
             prefix,
@@ -163,18 +193,12 @@ impl TextTokenizer {
         Ok([self.prefix.as_slice(), encoding.get_ids()].concat())
     }
 
-    /// Returns the text of `ids` without special tokens.
+    /// Returns the text of `ids` without special tokens. Ids that stand for no token, as in padded
+    /// vocabularies, have no text.
     ///
     /// # Errors
-    /// Returns [`Error::TokenOutOfRange`] if an id is not in the vocabulary, and
-    /// [`Error::Tokenizer`] if the tokenizer fails.
+    /// Returns [`Error::Tokenizer`] if the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        if let Some(id) = ids.iter().find(|id| self.inner.id_to_token(**id).is_none()) {
-            return Err(Error::TokenOutOfRange {
-                found: *id,
-                vocab_size: self.vocab_size(),
-            });
-        }
         guarded(|| self.inner.decode(ids, true)).map_err(|e| self.fail(e))
     }
 
@@ -200,6 +224,17 @@ impl TextTokenizer {
     /// Returns the number of tokens, including added ones.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// Returns the largest id of a token plus 1. Ids from there on, which the vocabulary of a model
+    /// may have for padding, stand for nothing. At least [`vocab_size`](Self::vocab_size).
+    pub fn n_ids(&self) -> usize {
+        self.n_ids
+    }
+
+    /// Returns sentences about what the tokenizer's files say and what is not done.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// Returns the id of a token.

@@ -7,6 +7,7 @@ use super::memory;
 use super::model::{elora_model, elora_token};
 use super::status::{ELORA_STATUS_NOT_FOUND, Failure, Outcome, elora_status};
 use crate::data::TextTokenizer;
+use crate::error::Error;
 
 /// Special tokens that the tokenizer adds to a text; one of the ELORA_SPECIAL_ constants.
 pub type elora_special = i32;
@@ -84,9 +85,16 @@ pub unsafe extern "C" fn elora_model_detokenize(
 ) -> elora_status {
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
-        let tokenizer = tokenizer(memory::required(model, "model")?)?;
-        let ids = memory::slice(tokens, n_tokens, "tokens")?;
-        let text = tokenizer.decode(ids_of(ids, "tokens")?)?;
+        let model = memory::required(model, "model")?;
+        let tokenizer = tokenizer(model)?;
+        let ids = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
+        // Ids of no token have no text, unless the model cannot produce them.
+        let vocab_size = model.inner().config().vocab_size().max(tokenizer.n_ids());
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+            let found = *id;
+            return Err(Error::TokenOutOfRange { found, vocab_size }.into());
+        }
+        let text = tokenizer.decode(ids)?;
         memory::copy_text(&text, buf, cap, len)
     })
 }

@@ -61,6 +61,36 @@ impl Number {
         }
     }
 
+    /// Returns an error for the first number that is NaN or infinite. It has the name `values`.
+    pub fn check_finite(self, bytes: &[u8]) -> Result<()> {
+        const PIECE: usize = 1 << 12;
+        // A number is not finite if all bits of its exponent are set.
+        let odd = |piece: &[u8]| match self {
+            Self::F32 => {
+                let numbers = piece.as_chunks().0.iter().map(|n| u32::from_le_bytes(*n));
+                let all = |odd, n| odd | (n & 0x7F80_0000 == 0x7F80_0000);
+                numbers.fold(false, all)
+            }
+            Self::F16 | Self::Bf16 => {
+                let mask: u16 = if self == Self::F16 { 0x7C00 } else { 0x7F80 };
+                let numbers = piece.as_chunks().0.iter().map(|n| u16::from_le_bytes(*n));
+                numbers.fold(false, |odd, n| odd | (n & mask == mask))
+            }
+        };
+        let Some(piece) = bytes.chunks(PIECE).position(odd) else {
+            return Ok(());
+        };
+        let mut values = vec![0.0; bytes[piece * PIECE..].len().min(PIECE) / self.bytes()];
+        self.read(&bytes[piece * PIECE..], &mut values);
+        let at = values.iter().position(|value| !value.is_finite());
+        let at = at.unwrap_or(0);
+        Err(Error::NotFinite {
+            tensor: "values".into(),
+            index: piece * (PIECE / self.bytes()) + at,
+            value: values.get(at).copied().unwrap_or(f32::NAN),
+        })
+    }
+
     /// Reads `out.len()` numbers.
     pub fn read(self, bytes: &[u8], out: &mut [f32]) {
         match self {

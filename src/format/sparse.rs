@@ -331,7 +331,8 @@ impl Sparse16 {
                 .sum()
         });
         self.offsets
-            .check(lengths, self.bits.rows, self.values.len() / 2)
+            .check(lengths, self.bits.rows, self.values.len() / 2)?;
+        self.number.check_finite(&self.values)
     }
 
     pub fn bytes(&self) -> usize {

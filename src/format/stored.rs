@@ -307,10 +307,11 @@ impl StoredMatrix {
     ///
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if offsets or counts do not match the mask, a bit after
-    /// the last column is set, or a scale is negative or not finite.
+    /// the last column is set, or a scale is negative or not finite, and [`Error::NotFinite`] if a
+    /// stored number is NaN or infinite.
     pub fn check(&self) -> Result<()> {
         match &self.body {
-            Body::Dense(_) => Ok(()),
+            Body::Dense(dense) => dense.number.check_finite(&dense.values),
             Body::Int(packed) => packed.whole_grid().check(),
             Body::Sparse16(sparse) => sparse.check(),
             Body::SparseInt4(sparse) => sparse.check(),

@@ -51,6 +51,9 @@ pub fn model_path(path: impl AsRef<Path>) -> Result<std::path::PathBuf> {
 /// harmless.
 pub(crate) const MAX_JSON_BYTES: u64 = 100_000_000;
 
+/// What some editors put before a text.
+pub(crate) const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// Opens a regular file and returns its length. Folders, pipes and devices are refused, because
 /// opening a pipe could block forever.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
@@ -78,7 +81,17 @@ pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     file.take(max_bytes)
         .read_to_end(&mut bytes)
         .map_err(|e| Error::io(path, e))?;
+    refuse_pointer(path, &bytes)?;
     Ok(bytes)
+}
+
+/// Refuses the small text that Git LFS leaves in place of a file that was not downloaded.
+pub(crate) fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        let reason = "a Git LFS pointer, not the file itself (`git lfs pull` downloads it)";
+        return Err(Error::invalid_file(path, reason));
+    }
+    Ok(())
 }
 
 /// Reads a JSON object.
@@ -87,7 +100,9 @@ pub(crate) fn read_json_object(path: &Path) -> Result<serde_json::Map<String, se
     if bytes.starts_with(gguf::MAGIC) {
         return Err(Error::invalid_file(path, "a GGUF file, expected JSON"));
     }
-    serde_json::from_slice(&bytes).map_err(|e| Error::json(path, e))
+    // Some editors begin a file with a byte order mark.
+    let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
+    serde_json::from_slice(bytes).map_err(|e| Error::json(path, e))
 }
 
 /// Returns whether `name` names a file directly inside a folder on any system: no separators, no

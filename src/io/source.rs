@@ -83,12 +83,11 @@ impl FolderSource {
     /// Opens a model and checks that all tensors are there.
     ///
     /// # Errors
-    /// Returns the errors of [`HfConfig::open`], [`Checkpoint::open`] and [`HfConfig::check`].
+    /// Returns the errors of [`HfConfig::open`], [`Checkpoint::open`] and [`HfConfig::fitted`].
     pub fn open(path: &Path) -> Result<Self> {
         let path = &*cache::resolve(path)?;
-        let config = HfConfig::open(path)?;
         let checkpoint = Checkpoint::open(path)?;
-        config.check(&checkpoint)?;
+        let config = HfConfig::open(path)?.fitted(&checkpoint)?;
         let gguf = is_gguf(path).then(|| Gguf::open(path)).transpose()?;
         Ok(Self {
             path: path.into(),
@@ -189,6 +188,7 @@ pub(crate) fn tokenizer_texts(folder: &Path) -> Result<Option<TokenizerTexts>> {
         path,
         json,
         mut config,
+        notices: _,
     }) = TokenizerFiles::open(folder)?
     else {
         return Ok(None);

@@ -45,7 +45,7 @@ impl Decoder {
     /// Returns an error that names the tensor if one is missing, has another shape or dtype, or
     /// holds NaN or an infinity.
     pub fn load(config: &HfConfig, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
-        config.check(checkpoint)?;
+        let config = &config.fitted(checkpoint)?;
         let mut source = Source {
             linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
                 let weight = config.load_linear(checkpoint, name, [d_output, d_input])?;

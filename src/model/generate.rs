@@ -144,7 +144,8 @@ fn generate_chunk(
         let mut going = Vec::with_capacity(rows.len());
         ids.clear();
         for (place, row) in rows.iter().enumerate() {
-            let next = samplers[*row].next(&logits[place * vocab..(place + 1) * vocab]);
+            let next =
+                samplers[*row].next(config.drawable(&logits[place * vocab..(place + 1) * vocab]));
             if config.stop_ids.contains(&next) {
                 continue;
             }

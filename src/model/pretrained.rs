@@ -12,6 +12,7 @@ use crate::format::QuantizedMatrix;
 use crate::io::cache;
 use crate::io::hf::HfFolder;
 use crate::io::{Checkpoint, DType, HfConfig, QuantFormat};
+use crate::runtime::GenerateConfig;
 
 /// A model with its tokenizer and the folder of both.
 #[derive(Clone, Debug)]
@@ -44,7 +45,8 @@ impl Pretrained {
             .or(tokenizer.eos_id());
         let checkpoint = Checkpoint::open(folder)?;
         let model = Decoder::load(&config, &checkpoint, device)?;
-        let dtype = checkpoint.info(config.embedding_name(&checkpoint)?)?.dtype;
+        let embedding = model.config().embedding_name(&checkpoint)?;
+        let dtype = checkpoint.info(embedding)?.dtype;
         Ok(Self {
             folder: folder.to_path_buf(),
             model,
@@ -53,9 +55,23 @@ impl Pretrained {
         })
     }
 
+    /// Sentences about what is stored in the folder and not used, or used in another way than its
+    /// files say.
+    pub fn notices(&self) -> Vec<String> {
+        let all = [self.model.config().notices(), self.tokenizer.notices()];
+        all.concat()
+    }
+
     /// The tokens that end a generation.
     pub fn stop_ids(&self) -> Vec<u32> {
         self.model.config().stop_ids(self.tokenizer.eos_id())
+    }
+
+    /// Settings of greedy decoding that end at the model's stop tokens, and draw no ids that stand
+    /// for no token.
+    pub fn generate_config(&self, max_new_tokens: usize) -> GenerateConfig {
+        GenerateConfig::new(max_new_tokens, self.stop_ids())
+            .with_n_ids(Some(self.tokenizer.n_ids()))
     }
 
     /// The filler token of padded batches: the padding token of the config, or else the first

@@ -85,7 +85,7 @@ impl DeviceSession {
         let mut output = Vec::new();
         let mut logits = self.decode(prompt)?;
         while output.len() < config.max_new_tokens {
-            let next = sampler.next(&logits);
+            let next = sampler.next(config.drawable(&logits));
             if config.stop_ids.contains(&next) {
                 break;
             }

@@ -25,14 +25,19 @@ impl Model {
     ///
     /// # Errors
     /// Returns any error of `matrix` and `vector`, [`Error::TensorShape`] if a shape differs from
-    /// the requested one, and [`Error::NotFinite`] if a norm or bias holds NaN or an infinity.
+    /// the requested one, and [`Error::NotFinite`] if a weight, norm or bias holds NaN or an
+    /// infinity.
     pub fn from_matrices(
         config: &HfConfig,
         mut matrix: impl FnMut(&str, [usize; 2]) -> Result<StoredMatrix>,
         mut vector: impl FnMut(&str, usize) -> Result<Vec<f32>>,
     ) -> Result<Self> {
         let (d_model, vocab_size) = (config.hidden_size(), config.vocab_size());
-        let mut made = |name: &str, shape| Ok::<_, Error>(Weight::made(name, matrix(name, shape)?));
+        let mut made = |name: &str, shape| {
+            let weight = Weight::made(name, matrix(name, shape)?);
+            weight.check_contents()?;
+            Ok::<_, Error>(weight)
+        };
         let embedding = made(Architecture::EMBEDDING, [vocab_size, d_model])?;
         let mut layers = Vec::new();
         for layer in config.arch().linears() {
@@ -138,18 +143,18 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     let Some(files) = TokenizerFiles::open(folder)? else {
         return Ok(None);
     };
-    let mut tokenizer = make_tokenizer(files.json.into(), &files.path, config)?;
+    let json: Arc<str> = files.json.as_str().into();
+    let mut tokenizer = make_tokenizer(json, &files.path, config)?;
     // The other tokenizer files in the folder may name more special tokens.
-    tokenizer.inner = tokenizer.inner.with_config(|key| files.config.get(key));
+    tokenizer.inner = tokenizer.inner.with_files(&files);
     Ok(Some(tokenizer))
 }
 
 /// Reads a Hugging Face folder or a GGUF file. A weight is used in place where its stored layout
 /// suits the kernels.
 pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<ModelParts> {
-    let config = HfConfig::open(folder)?;
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
-    config.check(&checkpoint)?;
+    let config = HfConfig::open(folder)?.fitted(&checkpoint)?;
     let table = [config.vocab_size(), config.hidden_size()];
     let embedding = weight(
         &config,

@@ -485,6 +485,21 @@ impl Model {
         &self.weights.config
     }
 
+    /// Sentences about what is stored in the model's files and not used, or used in another way
+    /// than the files say.
+    pub fn notices(&self) -> Vec<String> {
+        let tokenizer = self.weights.tokenizer.as_ref();
+        let of_tokenizer = tokenizer.map_or(&[][..], |tokenizer| tokenizer.inner.notices());
+        [self.config().notices(), of_tokenizer].concat()
+    }
+
+    /// Number of tokens that may be drawn; rows from there on stand for no token.
+    pub(super) fn n_ids(&self) -> usize {
+        let n = self.config().vocab_size();
+        let tokenizer = self.weights.tokenizer.as_ref();
+        tokenizer.map_or(n, |tokenizer| tokenizer.inner.n_ids().clamp(1, n.max(1)))
+    }
+
     /// Number of threads of the kernels, including the calling thread.
     pub fn n_threads(&self) -> usize {
         self.pool.threads()

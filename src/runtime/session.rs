@@ -465,13 +465,15 @@ impl Session {
         mut on_token: impl FnMut(u32) -> bool,
     ) -> Result<Vec<u32>> {
         let mut sampler = Sampler::new(&config.sample, 0)?;
+        let n_ids = self.model.n_ids();
         let mut output = Vec::new();
         grow(&mut self.logits, self.model.config().vocab_size(), 0.0)?;
         let mut logits = std::mem::take(&mut self.logits);
         let mut step = || -> Result<()> {
             self.decode(prompt, Some(&mut logits))?;
             while output.len() < config.max_new_tokens {
-                let next = sampler.next(&logits);
+                let drawn = config.drawable(&logits);
+                let next = sampler.next(&drawn[..n_ids.min(drawn.len())]);
                 if config.stop_ids.contains(&next) {
                     break;
                 }

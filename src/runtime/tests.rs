@@ -370,3 +370,92 @@ fn dynamic_frequencies_are_those_of_the_length_at_which_a_token_came() {
         }
     }
 }
+
+/// Opens a folder of `cases`, models and tokenizers as they are found in the field.
+fn case(name: &str) -> Option<crate::error::Result<Model>> {
+    let path = crate::io::testing::shared(&format!("cases/{name}"))?;
+    Some(Model::open(path, &ModelOptions::default()))
+}
+
+#[test]
+fn cases_from_the_field_have_the_perplexities_of_transformers() {
+    let Some(text) = crate::io::testing::shared("cases/data/story.txt") else {
+        return;
+    };
+    let text = std::fs::read_to_string(text).unwrap();
+    for (name, expected, notice) in [
+        ("ckpt-tied-but-two-heads", 36.6405, Some("`lm_head.weight`")),
+        ("ckpt-index-lists-tied-head", 35.1393, None),
+        ("ckpt-leftover-bnb-config", 35.1393, Some("bitsandbytes")),
+        ("ckpt-rope-dynamic", 35.1393, None),
+        ("ckpt-config-bom", 35.1393, None),
+        ("tok-add-bos-true-no-template", 0.0, Some("add_bos_token")),
+        ("tok-added-decoder-only", 35.1393, None),
+        ("tok-padded-row-generated", 0.0, None),
+        ("gptq-old-file-name", 0.0, None),
+        ("ct-two-groups", 0.0, None),
+    ] {
+        let Some(model) = case(name) else { return };
+        let model = model.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let ids = model.tokenizer().unwrap().encode_prompt(&text).unwrap();
+        let context = model.config().max_position_embeddings().min(512);
+        let mut session = Session::new(&model, &SessionConfig::default()).unwrap();
+        let (mut sum, mut n) = (0.0, 0);
+        for window in ids.chunks(context) {
+            session.reset();
+            let likelihoods = session.log_likelihoods(window).unwrap();
+            sum -= likelihoods.iter().map(|l| f64::from(*l)).sum::<f64>();
+            n += likelihoods.len();
+        }
+        let found = (sum / n as f64).exp();
+        eprintln!("{name}: perplexity {found:.4}, {:?}", model.notices());
+        assert!(
+            expected == 0.0 || (found - expected).abs() < 6e-4,
+            "{name}: {found}"
+        );
+        match notice {
+            None => assert!(model.notices().is_empty(), "{name}: {:?}", model.notices()),
+            Some(part) => assert!(model.notices().concat().contains(part), "{name}"),
+        }
+    }
+    for (name, part) in [
+        ("ckpt-bias-not-in-config", "q_proj.bias"),
+        ("ckpt-rope-v4-v5-conflict", "rope_parameters"),
+        ("ckpt-lfs-pointer-weights", "Git LFS"),
+        ("hostile/tokenizer-bomb", "times as long"),
+        (
+            "hostile/tokenizer-precompiled-panic",
+            "precompiled_charsmap",
+        ),
+    ] {
+        let Some(model) = case(name) else { return };
+        let error = model.unwrap_err().to_string();
+        eprintln!("{name}: {error}");
+        assert!(error.contains(part), "{name}: {error}");
+    }
+}
+
+#[test]
+fn padding_of_a_vocabulary_is_never_drawn() {
+    let Some(model) = case("tok-padded-row-generated") else {
+        return;
+    };
+    let model = model.unwrap();
+    let tokenizer = model.tokenizer().unwrap();
+    let prompt = tokenizer.encode_prompt("Once upon a time").unwrap();
+    for temperature in [0.0, 3.0] {
+        let mut session = Session::new(&model, &SessionConfig::default()).unwrap();
+        let config = GenerateConfig {
+            sample: SampleConfig {
+                temperature,
+                ..SampleConfig::default()
+            },
+            ..GenerateConfig::new(200, Vec::new())
+        };
+        let ids = session.generate(&prompt, &config, |_| true).unwrap();
+        assert_eq!(ids.len(), 200);
+        assert!(ids.iter().all(|id| tokenizer.id_to_token(*id).is_some()));
+    }
+    let text = tokenizer.decode(&[80, 2100, 147]).unwrap();
+    assert_eq!(text, tokenizer.decode(&[80, 147]).unwrap());
+}

@@ -78,7 +78,8 @@ impl Weight {
     /// verified.
     ///
     /// # Errors
-    /// Returns [`Error::InvalidFile`], naming the tensor, if the contents are damaged.
+    /// Returns [`Error::InvalidFile`], naming the tensor, if the contents are damaged, and
+    /// [`Error::NotFinite`] if it holds NaN or an infinity.
     pub fn get(&self) -> Result<&StoredMatrix> {
         if !self.0.checked.load(Ordering::Acquire) {
             self.check()?;
@@ -97,7 +98,7 @@ impl Weight {
     /// Checks the contents without checksums, even if they were checked before.
     ///
     /// # Errors
-    /// Returns [`Error::InvalidFile`], naming the tensor, if the contents are damaged.
+    /// Returns the errors of [`get`](Self::get).
     pub fn check_contents(&self) -> Result<()> {
         let Inner {
             name,
@@ -108,9 +109,14 @@ impl Weight {
         let path = source
             .as_ref()
             .map_or(name.as_ref(), |(bundle, _)| bundle.path());
-        matrix
-            .check()
-            .map_err(|error| Error::invalid_file(path, format!("tensor `{name}`: {error}")))?;
+        matrix.check().map_err(|error| match error {
+            Error::NotFinite { index, value, .. } => Error::NotFinite {
+                tensor: name.clone(),
+                index,
+                value,
+            },
+            error => Error::invalid_file(path, format!("tensor `{name}`: {error}")),
+        })?;
         // Two threads may check the same weight at once; both get the same result.
         checked.store(true, Ordering::Release);
         Ok(())

@@ -361,3 +361,188 @@ fn mutated_models_never_panic() {
     }
     assert!(n_opened > 0 && n_opened < rounds, "{n_opened} of {rounds}");
 }
+
+/// A `tokenizer.json` of single letters, with changes.
+fn letters(changes: Value) -> Value {
+    let mut vocab = json!({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4});
+    if let Some(more) = changes.get("vocab") {
+        vocab = more.clone();
+    }
+    let mut value = json!({"version": "1.0", "added_tokens": [
+        {"id": 0, "content": "<unk>", "single_word": false, "lstrip": false, "rstrip": false,
+         "normalized": false, "special": true}],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}});
+    for (key, change) in changes.as_object().unwrap() {
+        if key != "vocab" {
+            value[key] = change.clone();
+        }
+    }
+    value
+}
+
+fn open_files(files: &[(&str, Value)]) -> Result<TextTokenizer, Error> {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, value) in files {
+        fs::write(folder.path().join(name), value.to_string()).unwrap();
+    }
+    TextTokenizer::from_dir(folder.path())
+}
+
+#[test]
+fn the_files_next_to_a_tokenizer_json_add_tokens() {
+    let json = || ("tokenizer.json", letters(json!({})));
+    let token = |content: &str| json!({"content": content, "special": true});
+    let config = json!({"eos_token": "<|end|>", "pad_token": "[PAD]", "added_tokens_decoder": {
+        "6": token("<|end|>"), "5": token("<|start|>"), "1": token("<s>")}});
+    // Where the config lists added tokens, the other files are not read.
+    let map = (
+        "special_tokens_map.json",
+        json!({"bos_token": "<s>", "sep_token": "[SEP]"}),
+    );
+    let t = open_files(&[json(), ("tokenizer_config.json", config), map.clone()]).unwrap();
+    assert_eq!(
+        t.encode("<|start|>a<s>[PAD]<|end|>", false).unwrap(),
+        [5, 3, 1, 7, 6]
+    );
+    assert_eq!(
+        (t.bos_id(), t.eos_id(), t.vocab_size(), t.n_ids()),
+        (None, Some(6), 8, 8)
+    );
+    assert_eq!(t.decode(&[5, 3, 1, 700, 6]).unwrap(), "a");
+    assert!(t.notices().is_empty());
+    let added = ("added_tokens.json", json!({"<|x|>": 5}));
+    let t = open_files(&[json(), map, added]).unwrap();
+    assert_eq!(t.encode("<s>[SEP]<|x|>b", false).unwrap(), [1, 6, 5, 4]);
+    assert_eq!((t.bos_id(), t.token_to_id("[SEP]")), (Some(1), Some(6)));
+    assert_eq!(t.decode(&[5, 6, 3]).unwrap(), "<|x|> a");
+
+    // Numbers that contradict the file.
+    let config = |id: &str, text: &str| {
+        let config = json!({"added_tokens_decoder": {id: token(text)}});
+        open_files(&[json(), ("tokenizer_config.json", config)])
+    };
+    let error = config("9", "<|x|>").unwrap_err().to_string();
+    assert!(
+        error.contains("token 9") && error.contains("<|x|>"),
+        "{error}"
+    );
+    let t = config("3", "<unk>").unwrap();
+    assert!(t.notices()[0].contains("<unk>"), "{:?}", t.notices());
+}
+
+#[test]
+fn post_processors_are_read_without_a_text() {
+    let special = |id: &str| json!({"SpecialToken": {"id": id, "type_id": 0}});
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let template = |single: Value| {
+        json!({"type": "TemplateProcessing", "single": single, "pair": [text, text], "special_tokens": {
+            "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]},
+            "x": {"id": "x", "ids": [4, 2], "tokens": ["b", "</s>"]}}})
+    };
+    let open = |post: Value| {
+        // Without letters of English.
+        let vocab = json!({"<unk>": 0, "<s>": 1, "</s>": 2, "я": 3, "ю": 4});
+        open_files(&[(
+            "tokenizer.json",
+            letters(json!({"post_processor": post, "vocab": vocab})),
+        )])
+    };
+    let around = template(json!([special("<s>"), text, special("x")]));
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    let roberta = json!({"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1],
+        "trim_offsets": true, "add_prefix_space": false});
+    for (post, prefix, suffix) in [
+        (Value::Null, &[][..], &[][..]),
+        (bytes.clone(), &[], &[]),
+        (around.clone(), &[1], &[4, 2]),
+        (roberta, &[1], &[2]),
+        (
+            json!({"type": "Sequence", "processors": [bytes, around]}),
+            &[1],
+            &[4, 2],
+        ),
+    ] {
+        let t = open(post.clone()).unwrap_or_else(|error| panic!("{post}: {error}"));
+        assert_eq!((t.prefix(), t.suffix()), (prefix, suffix), "{post}");
+    }
+    for single in [json!([special("<s>")]), json!([text, text])] {
+        let error = open(template(single)).unwrap_err().to_string();
+        assert!(error.contains("post-processor"), "{error}");
+    }
+    // A flag that the file contradicts.
+    for (flag, n) in [(true, 0), (false, 1)] {
+        let config = json!({"add_bos_token": flag, "bos_token": "<s>"});
+        let post = template(json!([special("<s>"), text]));
+        let json = ("tokenizer.json", letters(json!({"post_processor": post})));
+        let t = open_files(&[json, ("tokenizer_config.json", config)]).unwrap();
+        assert_eq!(
+            (t.notices().len(), t.prefix()),
+            (n, &[1][..]),
+            "{:?}",
+            t.notices()
+        );
+    }
+}
+
+#[test]
+fn texts_cannot_grow_without_limit() {
+    let replace = |from: &str, to: String| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+    let sequence = |all: Vec<Value>| json!({"type": "Sequence", "normalizers": all});
+    let steps = |n: usize, len: usize| sequence(vec![replace("a", "a".repeat(len)); n]);
+    let regex = json!({"type": "Replace", "pattern": {"Regex": ""}, "content": "b".repeat(40)});
+    for (normalizer, is_good) in [
+        (steps(1, 1000), true),
+        (steps(10, 2), true),
+        (steps(4, 40), false),
+        (sequence(vec![sequence(vec![regex.clone()]), regex]), false),
+        (replace(" ", "▁".into()), true),
+    ] {
+        let opened = open_files(&[("tokenizer.json", letters(json!({"normalizer": normalizer})))]);
+        match opened {
+            Ok(_) => assert!(is_good, "{normalizer}"),
+            Err(error) => assert!(
+                !is_good && error.to_string().contains("times as long"),
+                "{error}"
+            ),
+        }
+    }
+}
+
+#[test]
+fn tables_of_normalizers_are_whole() {
+    let at = "\"precompiled_charsmap\":\"";
+    let found = MODELS.iter().find_map(|name| {
+        let path = fixtures().join(format!("{name}.model"));
+        let json = TokenizerFiles::open_file(&path).unwrap().json;
+        let (_, rest) = json.split_once(at)?;
+        Some(rest.split('"').next()?.to_string())
+    });
+    let table = &found.expect("a model with a table")[..];
+    let opened = |table: &str| {
+        let normalizer = json!({"type": "Precompiled", "precompiled_charsmap": table});
+        open_files(&[("tokenizer.json", letters(json!({"normalizer": normalizer})))])
+    };
+    opened(table).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    let (mut n_opened, all) = (0, table.as_bytes());
+    for broken in ["AAAA", "BAAAAAAA", "!!!!", "A", &table[..table.len() / 2]] {
+        let error = opened(broken).unwrap_err().to_string();
+        assert!(error.contains("precompiled_charsmap"), "{error}");
+    }
+    for _ in 0..30 {
+        let mut bytes = all.to_vec();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(0..bytes.len());
+            bytes[at] = pick(&mut rng, b"ABCDwxyz0189+/");
+        }
+        if let Ok(t) = opened(std::str::from_utf8(&bytes).unwrap()) {
+            n_opened += 1;
+            for text in ["ﬁ Ａ １ é ½", "a\u{301}한글 ㍿ \u{fffd}"] {
+                let ids = t.encode(text, false);
+                assert!(!format!("{ids:?}").contains("not consistent"), "{ids:?}");
+            }
+        }
+    }
+    assert!(n_opened > 0);
+}

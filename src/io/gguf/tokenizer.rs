@@ -95,6 +95,7 @@ impl Gguf {
         let Some(kind) = first.text("tokenizer.ggml.model")? else {
             let config = Map::new();
             return Ok(whole.map(|json| TokenizerFiles {
+                notices: Vec::new(),
                 path: first.path.clone(),
                 json: json.into(),
                 config,
@@ -107,7 +108,12 @@ impl Gguf {
         let config = self.tokenizer_config()?;
         if let Some(json) = whole {
             let (path, json) = (first.path.clone(), json.into());
-            return Ok(Some(TokenizerFiles { path, json, config }));
+            return Ok(Some(TokenizerFiles {
+                path,
+                json,
+                config,
+                notices: Vec::new(),
+            }));
         }
         let tokens = self.tokens()?;
         let kind = match kind {
@@ -130,7 +136,12 @@ impl Gguf {
         );
         let json = serde_json::to_string(&tokenizer).map_err(|e| Error::json(&first.path, e))?;
         let path = first.path.clone();
-        Ok(Some(TokenizerFiles { path, json, config }))
+        Ok(Some(TokenizerFiles {
+            path,
+            json,
+            config,
+            notices: Vec::new(),
+        }))
     }
 
     fn tokens(&self) -> Result<Tokens<'_>> {

@@ -76,12 +76,18 @@ pub struct HfConfig {
     pad_token_id: Option<u32>,
     dtype: Option<DType>,
     quantization: Option<QuantizationConfig>,
+    /// What of `quantization_config` is not supported. The weights may be plain all the same.
+    refused: Option<String>,
+    notices: Vec<String>,
 }
 
 impl HfConfig {
     /// Reads the `config.json` of a model folder. Adds the end-of-sequence tokens of
     /// `generation_config.json`, and reads the `quantize_config.json` of old GPTQ folders if there
     /// is no `quantization_config`. The configuration of a GGUF file is made from its metadata.
+    ///
+    /// An unsupported `quantization_config` is only refused by [`check`](Self::check), because
+    /// some folders with plain weights have one left over; see [`fitted`](Self::fitted).
     ///
     /// # Errors
     /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed, and the errors
@@ -91,11 +97,13 @@ impl HfConfig {
         if is_gguf(folder) {
             return Self::from_json(Gguf::open(folder)?.config()?);
         }
-        let mut config = Self::from_json(read_json_object(&folder.join("config.json"))?)?;
+        let mut config = Self::parse(read_json_object(&folder.join("config.json"))?)?;
         let quantize = folder.join("quantize_config.json");
-        if config.quantization.is_none() && quantize.exists() {
-            let quantization = QuantizationConfig::from_json(read_json_object(&quantize)?)?;
-            config = config.with_quantization(Some(quantization));
+        if config.quantization.is_none() && config.refused.is_none() && quantize.exists() {
+            match QuantizationConfig::from_json(read_json_object(&quantize)?) {
+                Err(Error::Unsupported { what }) => config.refused = Some(what),
+                quantization => config = config.with_quantization(Some(quantization?)),
+            }
         }
         let generation = folder.join("generation_config.json");
         if generation.exists() {
@@ -122,6 +130,20 @@ impl HfConfig {
     /// for an unsupported feature such as another activation or another kind of rotary embedding,
     /// and [`Error::InvalidConfig`] if a field is missing, of another type or out of range.
     pub fn from_json(raw: Map<String, Value>) -> Result<Self> {
+        let config = Self::parse(raw)?;
+        config.refuse_quantization()?;
+        Ok(config)
+    }
+
+    fn refuse_quantization(&self) -> Result<()> {
+        match &self.refused {
+            Some(what) => Err(Error::Unsupported { what: what.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Parses a config whose quantization may be unsupported.
+    fn parse(raw: Map<String, Value>) -> Result<Self> {
         let raw = text_config(raw)?;
         let fields = Fields {
             map: &raw,
@@ -249,7 +271,10 @@ impl HfConfig {
         let (bos_token_id, pad_token_id) = (one("bos_token_id")?, one("pad_token_id")?);
         let eos_token_ids = fields.token_ids("eos_token_id")?;
         let dtype = parse_dtype(&fields)?;
-        let quantization = parse_quantization(&raw)?;
+        let (quantization, refused) = match parse_quantization(&raw) {
+            Err(Error::Unsupported { what }) => (None, Some(what)),
+            quantization => (quantization?, None),
+        };
         let arch = Architecture {
             family: row.family,
             d_model: hidden_size,
@@ -276,6 +301,8 @@ impl HfConfig {
             pad_token_id,
             dtype,
             quantization,
+            refused,
+            notices: Vec::new(),
             raw,
         })
     }
@@ -425,9 +452,11 @@ impl HfConfig {
     /// Checks that `checkpoint` has all tensors in the right shapes, before any of them is loaded.
     ///
     /// # Errors
-    /// Returns [`Error::MissingTensor`] or [`Error::TensorShape`], and [`Error::InvalidFile`] if a
-    /// tensor of a quantized weight has a wrong dtype or shape.
+    /// Returns [`Error::MissingTensor`] or [`Error::TensorShape`], [`Error::InvalidFile`] if a
+    /// tensor of a quantized weight has a wrong dtype or shape, and [`Error::Unsupported`] if the
+    /// config names an unsupported quantization.
     pub fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
+        self.refuse_quantization()?;
         let embedding = self.embedding_name(checkpoint)?;
         for (name, shape) in self.arch.tensors() {
             if self.check_quantized(checkpoint, &name, &shape)? {
@@ -461,7 +490,30 @@ impl HfConfig {
             );
         }
         config.quantization = quantization;
+        config.refused = None;
         config
+    }
+
+    /// What of `quantization_config` is not supported.
+    pub(super) fn refused(&self) -> Option<&str> {
+        self.refused.as_deref()
+    }
+
+    /// Gives the model a head of its own.
+    pub(super) fn untie(&mut self) {
+        self.arch.tied = false;
+        self.raw.insert("tie_word_embeddings".into(), false.into());
+    }
+
+    /// Adds a notice.
+    pub(super) fn notice(&mut self, sentence: String) {
+        self.notices.push(sentence);
+    }
+
+    /// Returns sentences about what is stored in the model's files and not used, or used in
+    /// another way than the files say. [`fitted`](Self::fitted) collects them.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// Returns all fields as they were read.

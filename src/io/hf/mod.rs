@@ -2,6 +2,7 @@
 
 mod blocks;
 mod config;
+mod fitted;
 mod folder;
 mod per_layer;
 mod quantized;

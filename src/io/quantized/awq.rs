@@ -19,6 +19,8 @@ use crate::io::{Checkpoint, DType};
 pub(super) const CODES: &str = "qweight";
 const ZEROS: &str = "qzeros";
 const SCALES: &str = "scales";
+/// All of them.
+pub(super) const TENSORS: [&str; 3] = [CODES, ZEROS, SCALES];
 
 /// Outputs of the codes of a word.
 const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];

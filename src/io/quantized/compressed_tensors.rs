@@ -24,6 +24,8 @@ const ZEROS: &str = "weight_zero_point";
 const SCALES: &str = "weight_scale";
 const SHAPE: &str = "weight_shape";
 const GROUP_OF: &str = "weight_g_idx";
+/// All of them.
+pub(super) const TENSORS: [&str; 5] = [CODES, ZEROS, SCALES, SHAPE, GROUP_OF];
 
 pub(super) fn check(
     config: &QuantizationConfig,

@@ -204,67 +204,22 @@ impl QuantizationConfig {
                 "missing or not an object",
             ));
         };
-        let mut groups = groups.values();
-        let (Some(Value::Object(group)), None) = (groups.next(), groups.next()) else {
-            return unsupported("config_groups", "other than one group of settings");
+        // The tensors show which layers a group holds for.
+        let mut parsed = groups.values().map(GroupSettings::parse);
+        let Some(first) = parsed.next().transpose()? else {
+            return unsupported("config_groups", "not one group of settings");
         };
-        for name in ["input_activations", "output_activations"] {
-            if group.get(name).is_some_and(|value| !value.is_null()) {
-                return unsupported(name, "anything");
+        for other in parsed {
+            if other? != first {
+                return unsupported("config_groups", "groups of different settings");
             }
         }
-        match group.get("format").and_then(Value::as_str) {
-            None | Some("pack-quantized") => {}
-            Some(other) => return unsupported("config_groups.format", other),
-        }
-        let Some(Value::Object(weights)) = group.get("weights") else {
-            return Err(bad_field(
-                format!("{PREFIX}config_groups.weights"),
-                "missing or not an object",
-            ));
-        };
-        let fields = Fields {
-            map: weights,
-            prefix: "quantization_config.config_groups.weights.",
-        };
-        if let Some(other) = fields.str("type")?.filter(|name| *name != "int") {
-            return unsupported("weights.type", other);
-        }
-        if let Some(other) = weights
-            .get("dynamic")
-            .filter(|value| !matches!(value, Value::Null | Value::Bool(false)))
-        {
-            return unsupported("weights.dynamic", &other.to_string());
-        }
-        let bits = match fields.size("num_bits", 8)? {
-            Some(3) => {
-                return unsupported(
-                    "weights.num_bits",
-                    "3, which versions of compressed-tensors pack in two ways",
-                );
-            }
-            _ => bits(&fields, "num_bits", &[2, 4, 8])?,
-        };
-        let by_group = weights
-            .get("group_size")
-            .is_some_and(|size| !size.is_null());
-        let group_size =
-            match fields
-                .str("strategy")?
-                .unwrap_or(if by_group { "group" } else { "tensor" })
-            {
-                "group" => Some(fields.required_size("group_size", MAX_GROUP_SIZE)?),
-                "channel" => None,
-                other => return unsupported("weights.strategy", other),
-            };
-        let symmetric = fields.bool("symmetric")?.unwrap_or(true);
-        // Of the activation orders, only `group` changes the tensors. `true` is an old spelling of
-        // it.
-        let act_order = match weights.get("actorder") {
-            Some(Value::String(order)) => order == "group",
-            Some(value) => value.as_bool().unwrap_or(false),
-            None => false,
-        };
+        let GroupSettings {
+            bits,
+            group_size,
+            symmetric,
+            act_order,
+        } = first;
         Ok(Self {
             format: QuantFormat::CompressedTensors,
             bits,
@@ -410,6 +365,87 @@ impl QuantizationConfig {
     /// Returns all fields as they were read.
     pub fn raw(&self) -> &Map<String, Value> {
         &self.raw
+    }
+}
+
+/// The settings of a group of layers in compressed-tensors.
+#[derive(PartialEq)]
+struct GroupSettings {
+    bits: u8,
+    group_size: Option<usize>,
+    symmetric: bool,
+    act_order: bool,
+}
+
+impl GroupSettings {
+    fn parse(group: &Value) -> Result<Self> {
+        let Value::Object(group) = group else {
+            let field = format!("{PREFIX}config_groups");
+            return Err(bad_field(field, format!("{group}, expected an object")));
+        };
+        for name in ["input_activations", "output_activations"] {
+            if group.get(name).is_some_and(|value| !value.is_null()) {
+                return unsupported(name, "anything");
+            }
+        }
+        match group.get("format").and_then(Value::as_str) {
+            None | Some("pack-quantized") => {}
+            Some(other) => return unsupported("config_groups.format", other),
+        }
+        let Some(Value::Object(weights)) = group.get("weights") else {
+            return Err(bad_field(
+                format!("{PREFIX}config_groups.weights"),
+                "missing or not an object",
+            ));
+        };
+        let fields = Fields {
+            map: weights,
+            prefix: "quantization_config.config_groups.weights.",
+        };
+        if let Some(other) = fields.str("type")?.filter(|name| *name != "int") {
+            return unsupported("weights.type", other);
+        }
+        if let Some(other) = weights
+            .get("dynamic")
+            .filter(|value| !matches!(value, Value::Null | Value::Bool(false)))
+        {
+            return unsupported("weights.dynamic", &other.to_string());
+        }
+        let bits = match fields.size("num_bits", 8)? {
+            Some(3) => {
+                return unsupported(
+                    "weights.num_bits",
+                    "3, which versions of compressed-tensors pack in two ways",
+                );
+            }
+            _ => bits(&fields, "num_bits", &[2, 4, 8])?,
+        };
+        let by_group = weights
+            .get("group_size")
+            .is_some_and(|size| !size.is_null());
+        let group_size =
+            match fields
+                .str("strategy")?
+                .unwrap_or(if by_group { "group" } else { "tensor" })
+            {
+                "group" => Some(fields.required_size("group_size", MAX_GROUP_SIZE)?),
+                "channel" => None,
+                other => return unsupported("weights.strategy", other),
+            };
+        let symmetric = fields.bool("symmetric")?.unwrap_or(true);
+        // Of the activation orders, only `group` changes the tensors. `true` is an old spelling of
+        // it.
+        let act_order = match weights.get("actorder") {
+            Some(Value::String(order)) => order == "group",
+            Some(value) => value.as_bool().unwrap_or(false),
+            None => false,
+        };
+        Ok(Self {
+            bits,
+            group_size,
+            symmetric,
+            act_order,
+        })
     }
 }
 

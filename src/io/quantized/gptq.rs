@@ -24,6 +24,8 @@ pub(super) const CODES: &str = "qweight";
 const ZEROS: &str = "qzeros";
 const SCALES: &str = "scales";
 const GROUP_OF: &str = "g_idx";
+/// All of them.
+pub(super) const TENSORS: [&str; 4] = [CODES, ZEROS, SCALES, GROUP_OF];
 
 pub(super) fn check(
     config: &QuantizationConfig,

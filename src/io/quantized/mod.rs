@@ -28,6 +28,18 @@ impl QuantizationConfig {
         checkpoint.contains(&layout::tensor_name(layer, codes))
     }
 
+    /// Returns the names of the tensors that a quantized layer may have.
+    pub(in crate::io) fn tensor_names(&self, layer: &str) -> impl Iterator<Item = String> {
+        let suffixes: &[&str] = match self.format() {
+            QuantFormat::Gptq | QuantFormat::GptqV2 => &gptq::TENSORS,
+            QuantFormat::CompressedTensors => &compressed_tensors::TENSORS,
+            QuantFormat::Awq => &awq::TENSORS,
+        };
+        suffixes
+            .iter()
+            .map(move |suffix| layout::tensor_name(layer, suffix))
+    }
+
     /// Checks the dtypes and shapes of a layer's tensors without reading their contents.
     ///
     /// # Shapes

@@ -475,6 +475,14 @@ fn configs_of_others_are_read_or_refused() {
             "float-quantized",
         ),
         (packed("/config_groups", json!({})), "one group"),
+        (
+            packed(
+                "/config_groups",
+                json!({"g": {"weights": {"num_bits": 4, "strategy": "channel"}},
+                    "h": {"weights": {"num_bits": 8, "strategy": "channel"}}}),
+            ),
+            "different settings",
+        ),
         (packed("/config_groups", json!(3)), "config_groups"),
         (packed("/config_groups/g/weights", Value::Null), "weights"),
         (

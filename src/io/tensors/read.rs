@@ -15,7 +15,9 @@ use crate::arch::family;
 use crate::error::{Error, Result};
 use crate::format::{Buffer, QuantizedMatrix};
 use crate::io::gguf::{BlockRows, Gguf, Layout, is_gguf};
-use crate::io::{HfConfig, cache, is_plain_file_name, open_regular, read_json_object};
+use crate::io::{
+    HfConfig, cache, is_plain_file_name, open_regular, read_json_object, refuse_pointer,
+};
 use crate::linalg::Matrix;
 
 /// Size in bytes of the length field before a header.
@@ -123,20 +125,26 @@ pub struct Checkpoint {
     path: PathBuf,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    /// Tensors that the index names and the shard that it says does not hold.
+    absent: BTreeMap<String, PathBuf>,
     metadata: BTreeMap<String, String>,
 }
 
 impl Checkpoint {
     /// Opens a safetensors file, a folder that contains `model.safetensors`, or else
     /// `model.safetensors.index.json` and its shards, or a GGUF file. For a GGUF model in several
-    /// files, pass the first one.
+    /// files, pass the first one. Of a folder with none of these names, the file that
+    /// `quantize_config.json` names is opened, as in old GPTQ folders, or else its only safetensors
+    /// file.
+    ///
+    /// A tensor that the index names and no shard holds is missed when it is read.
     ///
     /// # Errors
     /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed. Returns
     /// [`Error::InvalidFile`] if a header is truncated, states wrong lengths, leaves holes or
     /// overlaps; if the index names a file outside the folder or a shard that does not exist; and
-    /// if two shards hold the same tensor. Returns [`Error::MissingTensor`] if a tensor is not in
-    /// the shard that the index names, and [`Error::Unsupported`] for an unknown dtype.
+    /// if two shards hold the same tensor. Returns [`Error::MissingTensor`] if a tensor is in
+    /// another shard than the index names, and [`Error::Unsupported`] for an unknown dtype.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, true)
     }
@@ -164,6 +172,9 @@ impl Checkpoint {
         let index = path.join("model.safetensors.index.json");
         if index.exists() {
             return Self::from_index(path, &index, mmap)?.adapted(path);
+        }
+        if let Some(other) = other_name(path)? {
+            return Self::from_shards(&other, vec![other.clone()], mmap)?.adapted(path);
         }
         let mut entries = std::fs::read_dir(path).into_iter().flatten().flatten();
         let hint = if path.join("pytorch_model.bin").exists()
@@ -230,16 +241,21 @@ impl Checkpoint {
                 ));
             }
         }
-        let checkpoint =
+        let mut checkpoint =
             Self::from_shards(folder, files.iter().map(|f| folder.join(f)).collect(), mmap)?;
         for (tensor, file) in map {
             let expected = file.as_str().and_then(|f| number_of.get(f)).copied();
-            if checkpoint.tensors.get(tensor).map(|e| e.shard) != expected {
-                let path = folder.join(file.as_str().unwrap_or_default());
-                return Err(Error::MissingTensor {
-                    path,
-                    tensor: tensor.clone(),
-                });
+            let path = folder.join(file.as_str().unwrap_or_default());
+            match checkpoint.tensors.get(tensor).map(|entry| entry.shard) {
+                found if found == expected => {}
+                // It may not be needed, such as a head that is tied.
+                None => _ = checkpoint.absent.insert(plain_name(tensor).into(), path),
+                Some(_) => {
+                    return Err(Error::MissingTensor {
+                        path,
+                        tensor: tensor.clone(),
+                    });
+                }
             }
         }
         Ok(checkpoint)
@@ -315,6 +331,7 @@ impl Checkpoint {
                 .files()
                 .map(|(path, bytes)| Shard { path, bytes })
                 .collect(),
+            absent: BTreeMap::new(),
             metadata: BTreeMap::new(),
         })
     }
@@ -324,6 +341,7 @@ impl Checkpoint {
             path: path.to_path_buf(),
             shards: Vec::with_capacity(files.len()),
             tensors: BTreeMap::new(),
+            absent: BTreeMap::new(),
             metadata: BTreeMap::new(),
         };
         for file in files {
@@ -569,25 +587,78 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Returns whether two tensors have the same shape and values.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`], or [`Error::TensorDtype`] if a tensor has no numbers.
+    pub(in crate::io) fn same(&self, one: &str, other: &str) -> Result<bool> {
+        let (a, b) = (self.entry(one)?, self.entry(other)?);
+        if a.info.shape != b.info.shape {
+            return Ok(false);
+        }
+        if a.info.dtype == b.info.dtype && a.layout.is_plain() && b.layout.is_plain() {
+            return Ok(self.raw(one, a)? == self.raw(other, b)?);
+        }
+        Ok(self.load_f32_unchecked(one)? == self.load_f32_unchecked(other)?)
+    }
+
+    /// Returns whether all values of a tensor are zero; `false` if it has no numbers.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`].
+    pub(in crate::io) fn is_zero(&self, name: &str) -> Result<bool> {
+        match self.load_f32_unchecked(name) {
+            Err(Error::TensorDtype { .. }) => Ok(false),
+            values => Ok(values?.iter().all(|value| *value == 0.0)),
+        }
+    }
+
     fn entry(&self, name: &str) -> Result<&Entry> {
         self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
-            path: self.path.clone(),
+            path: self.absent.get(name).unwrap_or(&self.path).clone(),
             tensor: name.into(),
         })
     }
+}
+
+/// Finds the weights of a folder that has none under transformers' names: the file that the
+/// settings of a GPTQ folder name, or the only safetensors file.
+fn other_name(folder: &Path) -> Result<Option<PathBuf>> {
+    let settings = folder.join("quantize_config.json");
+    if settings.exists()
+        && let Some(name) = read_json_object(&settings)?.get("model_file_base_name")
+        && let Some(name) = name.as_str().map(|name| format!("{name}.safetensors"))
+        && is_plain_file_name(&name)
+        && folder.join(&name).exists()
+    {
+        return Ok(Some(folder.join(name)));
+    }
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut files = entries.map(|entry| entry.path()).filter(|path| {
+        path.extension().is_some_and(|ext| ext == "safetensors")
+            && !path.ends_with("adapter_model.safetensors")
+    });
+    Ok(match (files.next(), files.next()) {
+        (Some(only), None) => Some(only),
+        _ => None,
+    })
 }
 
 /// Maps a file, or reads it into memory.
 pub(in crate::io) fn read_file(path: &Path, mmap: bool) -> Result<Bytes> {
     let (file, len) = open_regular(path)?;
     if !mmap {
-        return Ok(Arc::new(read_whole(path, file, len)?));
+        let bytes = read_whole(path, file, len)?;
+        refuse_pointer(path, &bytes)?;
+        return Ok(Arc::new(bytes));
     }
     // SAFETY: the mapping is read-only, and all accesses go through bounds-checked slices of bytes.
     // A change of the file by another process cannot be checked; the documentation of `Checkpoint`
     // forbids it.
     let map = unsafe { Mmap::map(&file) };
-    Ok(Arc::new(map.map_err(|e| Error::io(path, e))?))
+    let map = map.map_err(|e| Error::io(path, e))?;
+    refuse_pointer(path, &map)?;
+    Ok(Arc::new(map))
 }
 
 /// Reads a file into memory, aligned to a cache line.

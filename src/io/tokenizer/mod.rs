@@ -1,7 +1,9 @@
 //! Tokenizers, as the two files that describe one in a Hugging Face folder. Those of other formats
 //! are turned into such files.
 
+mod added;
 pub(in crate::io) mod json;
+pub(crate) mod limits;
 mod protobuf;
 mod sentencepiece;
 
@@ -11,7 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::io::gguf::{Gguf, is_gguf};
-use crate::io::{cache, read_capped, read_json_object};
+use crate::io::{BYTE_ORDER_MARK, cache, read_capped, read_json_object};
 
 /// Largest size of a `tokenizer.json` that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 28;
@@ -23,6 +25,8 @@ pub(crate) struct TokenizerFiles {
     pub path: PathBuf,
     pub json: String,
     pub config: Map<String, Value>,
+    /// What the files say and what is not done.
+    pub notices: Vec<String>,
 }
 
 impl TokenizerFiles {
@@ -46,7 +50,8 @@ impl TokenizerFiles {
     }
 
     /// Reads a `tokenizer.json`, or a SentencePiece model, whose name ends in `.model`, and the
-    /// `tokenizer_config.json` next to it.
+    /// `tokenizer_config.json` next to it. If that does not list the added tokens,
+    /// `special_tokens_map.json` and `added_tokens.json` hold as well, as in transformers.
     ///
     /// # Errors
     /// Returns [`Error::Io`] or [`Error::Json`] if a file cannot be read or parsed,
@@ -54,21 +59,28 @@ impl TokenizerFiles {
     /// model does what is not implemented.
     pub fn open_file(path: &Path) -> Result<Self> {
         let mut bytes = read_capped(path, MAX_BYTES)?;
-        let config = beside(path, "tokenizer_config.json")?;
+        let mut config = beside(path, "tokenizer_config.json")?;
         if path.extension().is_some_and(|ext| ext == "model") {
             return sentencepiece::files(path, &bytes, config, &beside(path, "added_tokens.json")?);
         }
-        if bytes.starts_with("\u{feff}".as_bytes()) {
-            bytes.drain(.."\u{feff}".len());
+        if bytes.starts_with(BYTE_ORDER_MARK) {
+            bytes.drain(..BYTE_ORDER_MARK.len());
         }
-        let json = String::from_utf8(bytes).map_err(|e| {
+        let mut json = String::from_utf8(bytes).map_err(|e| {
             let at = e.utf8_error().valid_up_to();
             Error::invalid_file(path, format!("not UTF-8 from byte {at}"))
         })?;
+        let mut added = Map::new();
+        if !config.contains_key("added_tokens_decoder") {
+            config.extend(beside(path, "special_tokens_map.json")?);
+            added = beside(path, "added_tokens.json")?;
+        }
+        let notices = added::complete(path, &mut json, &config, &added)?;
         Ok(Self {
             path: path.into(),
             json,
             config,
+            notices,
         })
     }
 }

@@ -48,7 +48,7 @@ const OTHER_NUMBERS: [&str; 14] = [
 ];
 
 /// Fields of `tokenizer_config.json` that name a special token.
-const SPECIAL: [&str; 7] = [
+pub(super) const SPECIAL: [&str; 7] = [
     "bos_token",
     "eos_token",
     "unk_token",
@@ -57,6 +57,9 @@ const SPECIAL: [&str; 7] = [
     "cls_token",
     "mask_token",
 ];
+
+/// Fields that list more of them.
+pub(super) const LISTS: [&str; 2] = ["additional_special_tokens", "extra_special_tokens"];
 
 /// A parsed model, with the defaults of its format.
 struct Model<'a> {
@@ -218,12 +221,12 @@ impl<'a> Model<'a> {
 }
 
 /// Reads a token of `tokenizer_config.json`: its text, or an object with the text.
-fn content(token: &Value) -> Option<&str> {
+pub(super) fn content(token: &Value) -> Option<&str> {
     token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
 /// Collects the tokens that the files next to the model add or rename, by number.
-fn added_tokens<'a>(
+pub(super) fn added_tokens<'a>(
     path: &Path,
     config: &'a Map<String, Value>,
     added: &'a Map<String, Value>,
@@ -321,8 +324,7 @@ pub(super) fn files(
         }
     }
     let named = SPECIAL.iter().filter_map(|key| config.get(*key));
-    let lists = ["additional_special_tokens", "extra_special_tokens"];
-    let listed = lists
+    let listed = LISTS
         .iter()
         .filter_map(|key| config.get(*key)?.as_array())
         .flatten();
@@ -394,6 +396,7 @@ pub(super) fn files(
         }
     }
     Ok(TokenizerFiles {
+        notices: Vec::new(),
         path: path.into(),
         json,
         config,

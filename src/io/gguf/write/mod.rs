@@ -221,6 +221,7 @@ pub(crate) fn write_from(
     let target = target(config, row)?;
     let plan = Plan::new(source, row, &target, options)?;
     let mut report = GgufReport::default();
+    report.notices.extend_from_slice(config.notices());
     for tensor in &plan.tensors {
         let (len, bytes) = tensor.encoding.block();
         let count = tensor.shape.iter().product::<usize>() / len;
