@@ -8,6 +8,8 @@
 
 pub mod answers;
 mod batch;
+mod chat;
+mod message;
 mod record;
 mod sequence;
 mod template;
@@ -15,6 +17,8 @@ mod tokenizer;
 mod window;
 
 pub use batch::{Batch, BatchPlan, Batcher, Position, collate, fixed_batches};
+pub use chat::{ChatTemplate, Rendered};
+pub use message::Message;
 pub use record::{MAX_FILE_BYTES, Record, load_records, load_text, parse_records};
 pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
 pub use template::{Example, PromptTemplate};
