@@ -1,5 +1,4 @@
 //! Data, from files to batches, and the sample problems and the tokenizer of the bundled model.
-#![cfg(feature = "flex")]
 
 #[path = "../examples/common/arithmetic.rs"]
 mod arithmetic;

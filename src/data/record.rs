@@ -265,7 +265,7 @@ fn foreign(text: &str) -> Option<&'static str> {
 /// Returns the records of a single object: itself, those under its only list of objects, or those
 /// of its columns.
 fn unwrapped(map: &mut Map<String, Value>) -> Result<Vec<Value>, String> {
-    let is_column = |value: &Value| matches!(value, Value::Array(_));
+    let is_column = |value: &Value| value.as_array().is_some_and(|list| !list.is_empty());
     let is_list = |value: &Value| {
         let list = value.as_array().filter(|list| !list.is_empty());
         list.is_some_and(|list| list.iter().all(Value::is_object))

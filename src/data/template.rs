@@ -241,7 +241,7 @@ impl Template {
         let start = prompt.len();
         let text = prompt + &completion;
         let end = text.len();
-        let trained = vec![start..end];
+        let trained = Vec::from([start..end]);
         Ok(Rendered { text, trained })
     }
 
