@@ -241,7 +241,7 @@ impl Template {
         let start = prompt.len();
         let text = prompt + &completion;
         let end = text.len();
-        let trained = Vec::from([start..end]);
+        let trained = std::iter::once(start..end).collect();
         Ok(Rendered { text, trained })
     }
 
