@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use common::arithmetic::{self, Kind, Split};
-use elastic_lora::data::{PromptTemplate, TextTokenizer, load_records, load_text};
+use elastic_lora::data::{Template, TextTokenizer, load_records, load_text};
 use elastic_lora::eval::{Perplexity, ProblemSet, perplexity, session_perplexity};
 use elastic_lora::runtime::{Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::{Error, Result};
@@ -31,7 +31,7 @@ struct Args {
     /// Text file on which to compute perplexity
     #[arg(long, conflicts_with = "exact_match")]
     text: Option<PathBuf>,
-    /// File of problems (JSON or JSON Lines, in Alpaca or GSM8K form) on which to compute accuracy
+    /// File of problems (JSON, JSON Lines or CSV; conversations, Alpaca or GSM8K form) on which to compute accuracy
     #[arg(long)]
     exact_match: Option<PathBuf>,
     /// Window of the perplexity in tokens [default: the model's context length]
@@ -41,9 +41,13 @@ struct Args {
     /// bundle as its weights are stored
     #[arg(long, requires_all = ["text", "model"], conflicts_with_all = ["adapter", "device"])]
     runtime: bool,
-    /// Prompt template: auto, alpaca, question_answer or raw
+    /// Template of the prompts: auto (the model's chat template for conversations), chat (that for
+    /// every record), alpaca, question_answer, raw, or a file with a chat template
     #[arg(long, default_value = "auto")]
-    template: PromptTemplate,
+    template: String,
+    /// Print this many records as the model sees them, with the answers marked
+    #[arg(long, default_value_t = 0)]
+    show: usize,
     /// Maximum length of an answer in tokens
     #[arg(long, default_value_t = 256)]
     max_new_tokens: usize,
@@ -122,8 +126,10 @@ fn run(args: &Args) -> Result<()> {
     }
     let room = model.config().max_position_embeddings();
     let generate = pretrained.generate_config(args.max_new_tokens.min(room));
+    let shipped = common::shipped_model();
+    let template = Template::for_model(&args.template, args.model.as_ref().unwrap_or(&shipped))?;
     let measure = |records: &[_]| -> Result<_> {
-        let problems = ProblemSet::new(records, args.template, &pretrained.tokenizer)?;
+        let problems = ProblemSet::new(records, &template, &pretrained.tokenizer)?;
         problems.exact_match(model, &pretrained.tokenizer, &generate, &progress)
     };
     let sets: Vec<(String, Vec<_>)> = match &args.exact_match {
@@ -153,6 +159,7 @@ fn run(args: &Args) -> Result<()> {
                 reason: "it has no final answer (`#### 12`, or a field `answer`)".into(),
             });
         }
+        common::show_examples(records, &template, args.show)?;
         let result = measure(records)?;
         if args.json {
             let (correct, total, accuracy) = (result.correct, result.total, result.accuracy());

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
+use elastic_lora::data::{ChatTemplate, Message};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::model::DeviceSession;
 use elastic_lora::runtime::{
@@ -46,6 +47,16 @@ struct Args {
     /// Prompt; `\n` is replaced by a line break
     #[arg(long)]
     prompt: Option<String>,
+    /// Have a conversation on the terminal, with the model's chat template: each line is a turn, and
+    /// Ctrl-D ends it
+    #[arg(long, conflicts_with_all = ["prompt", "device"])]
+    chat: bool,
+    /// Text of the system that begins the conversation
+    #[arg(long, requires = "chat")]
+    system: Option<String>,
+    /// File with a chat template, in the place of the model's own
+    #[arg(long, requires = "chat")]
+    template: Option<PathBuf>,
     /// Maximum number of new tokens
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
@@ -133,6 +144,61 @@ impl Shown<'_> {
         }
         true
     }
+}
+
+/// Reads turns of the user from standard input, and answers each by the model. The session keeps the
+/// tokens that the next turn begins with.
+fn converse(args: &Args, template: &ChatTemplate, session: &mut Session) -> Result<()> {
+    let model = session.model().clone();
+    let Some(tokenizer) = model.tokenizer() else {
+        return Ok(());
+    };
+    let config = settings(args, model.stop_ids().to_vec());
+    let decode = |ids: &[u32]| tokenizer.decode(ids);
+    let mut messages: Vec<Message> = args.system.iter().map(Message::system).collect();
+    let mut lines = std::io::stdin().lines();
+    loop {
+        eprint!("> ");
+        let Some(line) = lines.next() else {
+            eprintln!();
+            return Ok(());
+        };
+        let line = line.map_err(|e| Error::io("standard input", e))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        messages.push(Message::user(line));
+        // The template writes the special tokens itself.
+        let ids = tokenizer.encode(&template.render(&messages, &[], true)?, false)?;
+        let known = session
+            .tokens()
+            .iter()
+            .zip(&ids)
+            .take_while(|(a, b)| a == b);
+        let known = known.count().min(ids.len().saturating_sub(1));
+        session.truncate(known);
+        let mut answer = Vec::new();
+        show("", ids.len() - known, &decode, |on_token| {
+            answer = session.generate(&ids[known..], &config, on_token)?;
+            Ok(answer.clone())
+        })?;
+        answer.retain(|id| tokenizer.id_to_token(*id).is_some());
+        messages.push(Message::assistant(tokenizer.decode(&answer)?));
+    }
+}
+
+/// Returns the chat template that the arguments name, or that of the model.
+fn chat_template(args: &Args) -> Result<ChatTemplate> {
+    let shipped = common::shipped_model();
+    let model = args.model.as_ref().unwrap_or(&shipped);
+    if let Some(file) = &args.template {
+        return ChatTemplate::from_file(file, model);
+    }
+    let none = || {
+        let expected = "a model with a chat template, or --template";
+        Error::argument("chat", model.display(), expected)
+    };
+    ChatTemplate::open(model)?.ok_or_else(none)
 }
 
 /// Generates text, prints it, and reports the speed.
@@ -239,7 +305,7 @@ fn run(args: &Args) -> Result<()> {
             path.display(),
             model.bytes() as f64 / 1e6
         );
-        if args.prompt.is_none() {
+        if args.prompt.is_none() && !args.chat {
             return Ok(());
         }
     }
@@ -250,6 +316,7 @@ fn run(args: &Args) -> Result<()> {
             reason,
         });
     };
+    let chat = args.chat.then(|| chat_template(args)).transpose()?;
     let ids = tokenizer.encode_prompt(&prompt)?;
     let cache = if args.half_cache {
         CacheFormat::F16
@@ -266,6 +333,9 @@ fn run(args: &Args) -> Result<()> {
         model.bytes() as f64 / 1e6,
         model.n_threads()
     );
+    if let Some(template) = chat {
+        return converse(args, &template, &mut session);
+    }
     let config = settings(args, model.stop_ids().to_vec());
     let decode = |ids: &[u32]| tokenizer.decode(ids);
     show(&prompt, ids.len(), &decode, |on_token| {

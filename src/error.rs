@@ -252,6 +252,14 @@ pub enum Error {
         /// The tokenizer's message.
         reason: String,
     },
+    /// A chat template is not valid, or it fails on a conversation.
+    #[error("{path}: chat template: {reason}", path = path.display())]
+    Template {
+        /// The file that holds the template.
+        path: PathBuf,
+        /// The template's message, or what is wrong with it.
+        reason: String,
+    },
     /// A merge would fill zeros of the base weight.
     #[error(
         "layer `{layer}`: merging would fill {lost} zeros of the weight (train its adapter with SparsePEFT, or merge densely)"

@@ -1,5 +1,4 @@
 //! Data, from files to batches, and the sample problems and the tokenizer of the bundled model.
-#![cfg(feature = "flex")]
 
 #[path = "../examples/common/arithmetic.rs"]
 mod arithmetic;
@@ -85,15 +84,13 @@ fn records_are_told_apart_by_content() {
     );
 
     let text = |s: &str| Record::Text { text: s.into() };
+    let plain = |text: &str| parse_records(text, Path::new("some.txt")).unwrap();
     assert_eq!(
-        parse("One.\nTwo.\n \n\n\nThree.").unwrap(),
+        plain("One.\nTwo.\n \n\n\nThree."),
         [text("One.\nTwo."), text("Three.")]
     );
     let stories = "One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n";
-    assert_eq!(
-        parse(stories).unwrap(),
-        [text("One.\n\nStill one."), text("Two.")]
-    );
+    assert_eq!(plain(stories), [text("One.\n\nStill one."), text("Two.")]);
     let bracket = parse_records("[Chapter]\n\nx", Path::new("a.TXT")).unwrap();
     assert_eq!(bracket, [text("[Chapter]"), text("x")]);
 }
@@ -107,7 +104,7 @@ fn bad_records_are_named() {
             "`answer` is missing",
         ),
         (
-            "{\"question\": 3, \"answer\": \"a\"}",
+            "{\"question\": {}, \"answer\": \"a\"}",
             1,
             "`question` must be a string",
         ),
@@ -131,7 +128,7 @@ fn bad_records_are_named() {
             other => panic!("{text}: {other:?}"),
         }
     }
-    for empty in ["", "  \n\n ", "[]", "{\"text\": \"\"}", "<|endoftext|>"] {
+    for empty in ["", "  \n\n ", "[]", "{\"text\": \"\"}"] {
         assert!(
             matches!(parse(empty), Err(Error::EmptyDataset { .. })),
             "{empty:?}"
@@ -150,6 +147,219 @@ fn bad_records_are_named() {
     ));
     std::fs::write(&path, "\u{feff}{\"text\": \"x\"}").unwrap();
     assert_eq!(load_records(&path).unwrap().len(), 1);
+}
+
+/// Turns as (speaker, content).
+fn turns(record: &Record) -> Vec<(String, String)> {
+    let messages = record.to_messages().unwrap();
+    let turns = messages.iter().map(|m| (m.role.clone(), m.content.clone()));
+    turns.collect()
+}
+
+#[test]
+fn conversations_are_read_in_all_their_forms() {
+    let pair = |question: &str, answer: &str| {
+        vec![
+            ("user".to_string(), question.to_string()),
+            ("assistant".to_string(), answer.to_string()),
+        ]
+    };
+    for text in [
+        r#"{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}"#,
+        r#"{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": "7"}"#,
+        r#"{"conversations": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+            {"role": "model", "content": "a"}]}"#,
+        r#"{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}"#,
+        r#"{"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}"#,
+        r#"{"prompt": "q", "completion": "a"}"#,
+        r#"{"instruction": "q", "output": "a"}"#,
+    ] {
+        let records = parse(text).unwrap();
+        assert_eq!(turns(&records[0]), pair("q", "a"), "{text}");
+        assert_eq!(
+            parse(&json_lines(&records)).unwrap()[0].to_messages(),
+            records[0].to_messages()
+        );
+    }
+    let with_system = r#"{"system": "s", "conversations": [{"from": "gpt", "value": "x #### 3"}],
+        "tools": "[{\"name\": \"f\"}]"}"#;
+    let record = &parse(with_system).unwrap()[0];
+    assert_eq!(turns(record)[0], ("system".to_string(), "s".to_string()));
+    assert_eq!(record.final_answer().as_deref(), Some("3"));
+    assert!(matches!(record, Record::Conversation { tools, .. } if tools.len() == 1));
+    for (text, part) in [
+        (r#"{"messages": []}"#, "no messages"),
+        (
+            r#"{"messages": [{"role": "user"}]}"#,
+            "message 1 of `messages`: `content`",
+        ),
+        (r#"{"messages": [{"content": "x"}]}"#, "`role` is missing"),
+        (r#"{"messages": 3}"#, "list of messages"),
+        (
+            r#"{"conversations": [{"from": "dog", "value": "x"}]}"#,
+            "dog",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#,
+            "image_url",
+        ),
+    ] {
+        let error = parse(text).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn files_of_other_forms_are_read_or_named() {
+    let answers = |text: &str, name: &str| {
+        let records = parse_records(text, Path::new(name))?;
+        Ok::<_, Error>(
+            records
+                .iter()
+                .map(|r| turns(r)[1].1.clone())
+                .collect::<Vec<_>>(),
+        )
+    };
+    let table = "instruction,input,output\r\n\"Add, \"\"now\"\"\",\"1\n2\",3\r\n\r\nhi,,\"ho\"\n";
+    assert_eq!(answers(table, "a.CSV").unwrap(), ["3", "ho"]);
+    let record = &parse_records(table, Path::new("a.csv")).unwrap()[0];
+    assert_eq!(turns(record)[0].1, "Add, \"now\"\n1\n2");
+    assert_eq!(
+        answers("question\tanswer\nq\t\"a\tb\"", "a.tsv").unwrap(),
+        ["a\tb"]
+    );
+    for (text, name, expected) in [
+        (
+            r#"{"data": [{"question": "q", "answer": 5}], "version": "1"}"#,
+            "a.json",
+            "5",
+        ),
+        (
+            r#"{"question": ["q"], "answer": [-2.5], "id": [1]}"#,
+            "a.json",
+            "-2.5",
+        ),
+        (r#"{"question": "q", "answer": true}"#, "a.json", "true"),
+        (
+            r#"{"rows": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "z"}]}]}"#,
+            "a.json",
+            "z",
+        ),
+        (r#"{"prompt": ["q"], "completion": ["w"]}"#, "a", "w"),
+    ] {
+        assert_eq!(answers(text, name).unwrap(), [expected], "{text}");
+    }
+    for (text, name, part) in [
+        ("<!DOCTYPE html>\n<html>", "a.json", "HTML"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a.jsonl",
+            "Git LFS",
+        ),
+        ("Once upon a time", "a.json", "plain text"),
+        ("a,b\n\"x", "a.csv", "line 2"),
+        ("question,answer\nx", "a.csv", "1 fields"),
+        (
+            r#"{"train": [{"text": "a"}], "test": [{"text": "b"}]}"#,
+            "a",
+            "several lists",
+        ),
+        (
+            r#"{"question": ["q", "r"], "answer": ["a"]}"#,
+            "a",
+            "columns of 2 and 1",
+        ),
+        (
+            r#"{"question": "q", "answer": 12345678901234567890123}"#,
+            "a",
+            "too large",
+        ),
+    ] {
+        let error = answers(text, name).unwrap_err().to_string();
+        assert!(error.contains(part), "{text}: {error}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text.json");
+    std::fs::write(&path, "One.\n\nTwo.").unwrap();
+    assert_eq!(load_documents(&path).unwrap().len(), 2);
+    std::fs::write(&path, "PAR1....").unwrap();
+    assert!(
+        load_records(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("Parquet")
+    );
+}
+
+#[test]
+fn only_the_turns_of_the_assistant_are_learned() {
+    let t = small_tokenizer();
+    let eos = t.id_to_token(2).unwrap();
+    let source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}{% if \
+         add_generation_prompt %}assistant:{% endif %}";
+    let chat = |source: &str| {
+        let template = ChatTemplate::new(source, "t").unwrap();
+        Template::chat(template.with_variable("eos_token", eos.as_str()))
+    };
+    let messages = vec![
+        Message::system("Be brief."),
+        Message::user("What is 3 + 4?"),
+        Message::assistant("It is 7."),
+        Message::user("And 1 more?"),
+        Message::assistant("8"),
+    ];
+    let conversation = |messages: &[Message], prompt_messages| Record::Conversation {
+        messages: messages.to_vec(),
+        tools: vec![],
+        prompt_messages,
+    };
+    let options = TokenizeOptions::new(500);
+    let learned = |record: Record, template: &Template, options: &TokenizeOptions| {
+        let set = tokenize_records(&[record], template, &t, options).unwrap();
+        let sequence = set.sequences[0].clone();
+        let targets = sequence.ids.iter().zip(&sequence.loss_mask);
+        let ids: Vec<u32> = targets.filter(|(_, m)| **m).map(|(id, _)| *id).collect();
+        let ends = ids.iter().filter(|id| **id == 2).count();
+        (t.decode(&ids).unwrap(), ends, sequence)
+    };
+    let (text, ends, sequence) = learned(conversation(&messages, 0), &chat(source), &options);
+    assert_eq!((text.as_str(), ends), (" It is 7. 8", 2));
+    let whole = chat(source)
+        .render(&conversation(&messages, 0))
+        .unwrap()
+        .text;
+    assert_eq!(sequence.ids, t.encode(&whole, false).unwrap());
+    let (text, ends, _) = learned(conversation(&messages, 3), &chat(source), &options);
+    assert_eq!((text.as_str(), ends), (" 8", 1));
+    // A block without the token that ends the turn.
+    let marked = "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %} {{ m.content \
+         }}{% endgeneration %}{% else %} {{ m.content }}{% endif %}{{ eos_token }}\n{% endfor %}";
+    let (text, ends, _) = learned(conversation(&messages, 0), &chat(marked), &options);
+    assert_eq!((text.as_str(), ends), (" It is 7. 8", 2));
+    // No token ends the turns: EOS comes after the last one.
+    let bare = source.replace("{{ eos_token }}", "");
+    let (text, ends, sequence) = learned(conversation(&messages, 0), &chat(&bare), &options);
+    assert_eq!((text.as_str(), ends), (" It is 7. 8\n", 1));
+    assert_eq!(sequence.ids.last(), Some(&2));
+    let all = options.with_mask_prompt(false);
+    let (_, _, sequence) = learned(conversation(&messages, 0), &chat(source), &all);
+    assert_eq!(sequence.n_targets(), sequence.len() - 1);
+    // Other records by the chat template, and conversations without one.
+    let question = parse(r#"{"question": "q", "answer": "a"}"#)
+        .unwrap()
+        .remove(0);
+    let (text, ends, _) = learned(question.clone(), &chat(source), &options);
+    assert_eq!((text.as_str(), ends), (" a", 1));
+    let prompt = chat(source).prompt_ids(&question, &t).unwrap();
+    let expected = format!("user: q{eos}\nassistant:");
+    assert_eq!(prompt, t.encode(&expected, false).unwrap());
+    let none = tokenize_records(
+        &[conversation(&messages, 0)],
+        PromptTemplate::Auto,
+        &t,
+        &options,
+    );
+    assert!(none.unwrap_err().to_string().contains("chat template"));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
+use elastic_lora::data::{self, Record, Template};
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::model::Pretrained;
 use elastic_lora::progress::TerminalProgress;
@@ -72,6 +73,35 @@ pub fn show_notices(notices: &[String]) {
     for notice in notices {
         eprintln!("notice: {notice}");
     }
+}
+
+/// Reads the records of a file, as plain text if asked for.
+pub fn load_records(path: &Path, plain_text: bool) -> Result<Vec<Record>> {
+    if plain_text {
+        data::load_documents(path)
+    } else {
+        data::load_records(path)
+    }
+}
+
+/// Prints the first records as the model sees them, with the parts that it learns between `[[` and
+/// `]]`.
+pub fn show_examples(records: &[Record], template: &Template, count: usize) -> Result<()> {
+    for (i, record) in records.iter().take(count).enumerate() {
+        let rendered = template.render(record)?;
+        let mut shown = String::new();
+        let mut at = 0;
+        for part in &rendered.trained {
+            shown.push_str(&rendered.text[at..part.start]);
+            shown.push_str("[[");
+            shown.push_str(&rendered.text[part.clone()]);
+            shown.push_str("]]");
+            at = part.end;
+        }
+        shown.push_str(&rendered.text[at..]);
+        say!("--- record {}; learned: [[...]]\n{shown}", i + 1);
+    }
+    Ok(())
 }
 
 /// Opens a model folder, or the bundled model, and adds an adapter if one is given.

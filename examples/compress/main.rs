@@ -143,6 +143,17 @@ pub struct Args {
     /// Dropout on the adapters' inputs
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
+    /// Template of the records: auto (the model's chat template for conversations), chat (that for
+    /// every record), alpaca, question_answer, raw, or a file with a chat template
+    #[arg(long, default_value = "auto")]
+    template: String,
+    /// Print this many training records as the model sees them, with what it learns marked
+    #[arg(long, default_value_t = 0)]
+    #[serde(skip)]
+    show: usize,
+    /// Read the data files as plain text, whatever their names are
+    #[arg(long)]
+    plain_text: bool,
     /// Include the prompt's tokens in the loss
     #[arg(long)]
     train_on_inputs: bool,

@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 use elastic_lora::data::{
-    Batch, PromptTemplate, Record, Sequence, TokenizeOptions, calibration_samples, fixed_batches,
-    join_documents, load_records, pack, tokenize_records,
+    Batch, Record, Sequence, Template, TokenizeOptions, calibration_samples, fixed_batches,
+    join_documents, pack, tokenize_records,
 };
 use elastic_lora::eval::ProblemSet;
 use elastic_lora::model::Pretrained;
@@ -50,11 +50,8 @@ impl Task {
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {
                 let test = args.test.as_ref().unwrap_or(valid);
-                let sets = (
-                    load_records(train)?,
-                    load_records(valid)?,
-                    load_records(test)?,
-                );
+                let load = |path| common::load_records(path, args.plain_text);
+                let sets = (load(train)?, load(valid)?, load(test)?);
                 if args.test.is_none() {
                     eprintln!(
                         "no --test: the searched subnet is chosen and measured on the same file"
@@ -87,7 +84,8 @@ impl Task {
         let options = TokenizeOptions::new(max_len)
             .with_mask_prompt(!args.train_on_inputs)
             .with_truncate(true);
-        let template = PromptTemplate::Auto;
+        let template = Template::for_model(&args.template, folder)?;
+        common::show_examples(&train, &template, args.show)?;
         let tokenizer = &pretrained.tokenizer;
         let sequences = |records: &[Record]| -> Result<Vec<Sequence>> {
             if records
@@ -96,11 +94,11 @@ impl Task {
             {
                 let texts: Vec<String> = records
                     .iter()
-                    .map(|record| template.render(record).completion)
-                    .collect();
+                    .map(|record| Ok(template.render(record)?.text))
+                    .collect::<Result<_>>()?;
                 return pack(&join_documents(&texts, tokenizer, true)?, max_len);
             }
-            let set = tokenize_records(records, template, tokenizer, &options)?;
+            let set = tokenize_records(records, &template, tokenizer, &options)?;
             if set.truncated > 0 {
                 eprintln!(
                     "{} of {} records were cut to {max_len} tokens",
@@ -114,20 +112,19 @@ impl Task {
         let batches = |records: &[Record]| fixed_batches(&sequences(records)?, 32, pad);
         let documents: Vec<String> = train
             .iter()
-            .map(|record| template.render(record))
-            .map(|example| example.prompt + &example.completion)
-            .collect();
+            .map(|record| Ok(template.render(record)?.text))
+            .collect::<Result<_>>()?;
         let problems = |records: &[Record]| -> Result<Option<ProblemSet>> {
             let answered = records.iter().all(|record| record.final_answer().is_some());
             if answered {
-                ProblemSet::new(records, template, tokenizer).map(Some)
+                ProblemSet::new(records, &template, tokenizer).map(Some)
             } else {
                 Ok(None)
             }
         };
         let answers = test
             .iter()
-            .map(|record| tokenizer.encode(&template.render(record).completion, false));
+            .map(|record| tokenizer.encode(&template.answer(record), false));
         let (problems, valid_problems) = (problems(&test)?, problems(&valid)?);
         if args.metric == SearchMetric::Accuracy && valid_problems.is_none() {
             return Err(Self::no_answers());

@@ -8,6 +8,8 @@
 
 pub mod answers;
 mod batch;
+mod chat;
+mod message;
 mod record;
 mod sequence;
 mod template;
@@ -15,8 +17,10 @@ mod tokenizer;
 mod window;
 
 pub use batch::{Batch, BatchPlan, Batcher, Position, collate, fixed_batches};
-pub use record::{MAX_FILE_BYTES, Record, load_records, load_text, parse_records};
+pub use chat::{ChatTemplate, Rendered};
+pub use message::Message;
+pub use record::{MAX_FILE_BYTES, Record, load_documents, load_records, load_text, parse_records};
 pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
-pub use template::{Example, PromptTemplate};
+pub use template::{Example, PromptTemplate, Template};
 pub use tokenizer::TextTokenizer;
 pub use window::{calibration_samples, join_documents, pack, windows};

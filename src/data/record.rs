@@ -1,11 +1,16 @@
 //! Records and the files that contain them.
 
+mod messages;
+mod table;
+
+use std::borrow::Cow;
 use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::Message;
 use super::answers::{extract_answer, normalize_number};
 use crate::error::{Error, Result};
 
@@ -39,6 +44,25 @@ pub enum Record {
         /// The worked answer.
         answer: String,
     },
+    /// A conversation: OpenAI's `messages`, ShareGPT's `conversations`, or a prompt and a completion
+    /// that are lists of messages.
+    Conversation {
+        /// The turns.
+        messages: Vec<Message>,
+        /// JSON schemas of the tools that the model may call.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        tools: Vec<Value>,
+        /// Number of messages at the start that are a prompt: nothing in them is learned.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        prompt_messages: usize,
+    },
+    /// A prompt and its continuation, as they stand.
+    Completion {
+        /// The prompt.
+        prompt: String,
+        /// The continuation.
+        completion: String,
+    },
     /// A document of plain text.
     Text {
         /// The text.
@@ -46,7 +70,40 @@ pub enum Record {
     },
 }
 
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 impl Record {
+    /// Returns the conversation that a record is: itself, or the user's question and the model's
+    /// answer. Returns `None` for plain text.
+    pub fn to_messages(&self) -> Option<Cow<'_, [Message]>> {
+        let (question, answer) = match self {
+            Record::Conversation { messages, .. } => return Some(messages.into()),
+            Record::Text { .. } => return None,
+            Record::Instruction {
+                instruction,
+                input,
+                output,
+                ..
+            } if !input.is_empty() => (format!("{instruction}\n{input}"), output),
+            Record::Instruction {
+                instruction,
+                output,
+                ..
+            } => (instruction.clone(), output),
+            Record::Question { question, answer } => (question.clone(), answer),
+            Record::Completion { prompt, completion } => (prompt.clone(), completion),
+        };
+        Some(vec![Message::user(question), Message::assistant(answer)].into())
+    }
+
+    /// Returns the turns before the model's last one, and that one, if the conversation ends with it.
+    pub(crate) fn split_last(messages: &[Message]) -> Option<(&[Message], &Message)> {
+        let (last, before) = messages.split_last()?;
+        last.is_assistant().then_some((before, last))
+    }
+
     /// Returns the reference for the final answer: the `answer` of an instruction, or else the
     /// number after `####`. Numbers are normalized (see [`extract_answer`]).
     pub fn final_answer(&self) -> Option<String> {
@@ -57,26 +114,46 @@ impl Record {
             } => Some(normalize_number(answer).unwrap_or_else(|| answer.trim().to_string())),
             Record::Instruction { output, .. } => extract_answer(output),
             Record::Question { answer, .. } => extract_answer(answer),
+            Record::Completion { completion, .. } => extract_answer(completion),
+            Record::Conversation { messages, .. } => {
+                extract_answer(&Self::split_last(messages)?.1.content)
+            }
             Record::Text { .. } => None,
         }
     }
 }
 
-/// Reads the records of a file: a JSON array, JSON Lines or plain text. The first character selects
-/// the format (`[`, `{`, or any other), except that a file whose name ends in `.txt` is always
-/// plain text.
+/// Reads the records of a file: JSON, JSON Lines, a table or plain text.
 ///
-/// JSON records have Alpaca's fields (`instruction`, `output`, optional `input` and `answer`),
-/// GSM8K's fields (`question`, `answer`), or the single field `text`. Plain text is split at
+/// A file whose name ends in `.csv` or `.tsv` is a table whose first row names the fields. A file
+/// whose name ends in `.txt`, `.text`, `.md`, `.raw` or `.tokens` is plain text. Any other file is
+/// JSON: an array of records, one record after another, an object that has the records under one
+/// key (`{"data": [...]}`), or an object of columns (`{"question": [...], "answer": [...]}`).
+/// [`load_documents`] reads any file as plain text.
+///
+/// A record has the fields `messages` (OpenAI: `role`, `content`), `conversations` (ShareGPT:
+/// `from`, `value`), `prompt` and `completion` (texts or lists of messages), `instruction` and
+/// `output` (Alpaca; optional `input` and `answer`), `question` and `answer` (GSM8K), or `text`.
+/// Numbers are taken as their text. Other fields are ignored. Plain text is split at
 /// `<|endoftext|>` if it contains that, else at blank lines. Empty pieces are dropped.
 ///
 /// # Errors
-/// Returns [`Error::Io`]; [`Error::InvalidFile`] if the file is larger than [`MAX_FILE_BYTES`] or
-/// not UTF-8; [`Error::Json`] if it is not valid JSON; [`Error::InvalidRecord`] with the number of
-/// an invalid record; and [`Error::EmptyDataset`] if it has no records.
+/// Returns [`Error::Io`]; [`Error::InvalidFile`] if the file is larger than [`MAX_FILE_BYTES`],
+/// not UTF-8, a page of HTML, a Git LFS pointer, or of none of the forms above; [`Error::Json`] if
+/// it is not valid JSON; [`Error::InvalidRecord`] with the number of an invalid record; and
+/// [`Error::EmptyDataset`] if it has no records.
 pub fn load_records(path: impl AsRef<Path>) -> Result<Vec<Record>> {
     let path = path.as_ref();
     parse_records(&load_text(path)?, path)
+}
+
+/// Reads a file as plain text, whatever its name is. The text is split as [`load_records`] does.
+///
+/// # Errors
+/// Returns the errors of [`load_text`], and [`Error::EmptyDataset`] if it is blank.
+pub fn load_documents(path: impl AsRef<Path>) -> Result<Vec<Record>> {
+    let path = path.as_ref();
+    checked(documents(&load_text(path)?), path)
 }
 
 /// Reads a whole text file and removes a byte order mark.
@@ -98,6 +175,17 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
             format!("over {MAX_FILE_BYTES} bytes"),
         ));
     }
+    let known = [
+        (&b"PAR1"[..], "a Parquet file; JSON Lines or CSV is needed"),
+        (b"\x1f\x8b", "compressed by gzip; unpack it first"),
+        (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
+        (b"PK\x03\x04", "a ZIP archive; unpack it first"),
+        (b"\xff\xfe", "UTF-16, but UTF-8 is needed"),
+        (b"\xfe\xff", "UTF-16, but UTF-8 is needed"),
+    ];
+    if let Some((_, what)) = known.iter().find(|(magic, _)| bytes.starts_with(magic)) {
+        return Err(Error::invalid_file(path, *what));
+    }
     let mut text = String::from_utf8(bytes).map_err(|e| {
         Error::invalid_file(
             path,
@@ -117,40 +205,130 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
 /// Returns the errors of [`load_records`], except those of reading the file.
 #[doc(hidden)]
 pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
-    let is_text = path
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("txt"));
-    let first = if is_text {
-        None
-    } else {
-        text.trim_start().chars().next()
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
+    let extension = extension.to_ascii_lowercase();
+    if TEXT_EXTENSIONS.contains(&extension.as_str()) {
+        return checked(documents(text), path);
+    }
+    let table = match extension.as_str() {
+        "csv" => Some(','),
+        "tsv" => Some('\t'),
+        _ => None,
     };
-    let records = match first {
-        Some('[') => {
-            let values: Vec<Value> =
-                serde_json::from_str(text).map_err(|e| Error::json(path, e))?;
-            let numbered = values.into_iter().enumerate();
-            numbered
-                .map(|(i, v)| record_of(v).map_err(|r| bad_record(path, i, r)))
-                .collect::<Result<Vec<_>>>()?
-        }
+    if let Some(what) = foreign(text) {
+        return Err(Error::invalid_file(path, what));
+    }
+    if let Some(separator) = table {
+        return checked(table::records(text, separator, path)?, path);
+    }
+    let values = match text.trim_start().chars().next() {
+        Some('[') => serde_json::from_str(text).map_err(|e| Error::json(path, e))?,
         Some('{') => {
             // A stream of objects covers JSON Lines, and also objects that span several lines.
-            let mut records = Vec::new();
-            for (i, value) in serde_json::Deserializer::from_str(text)
-                .into_iter::<Value>()
+            let stream = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+            let mut values = stream
                 .enumerate()
-            {
-                let value = value.map_err(|e| bad_record(path, i, format!("not JSON: {e}")))?;
-                records.push(record_of(value).map_err(|r| bad_record(path, i, r))?);
+                .map(|(i, value)| value.map_err(|e| bad_record(path, i, format!("not JSON: {e}"))))
+                .collect::<Result<Vec<_>>>()?;
+            match values.as_mut_slice() {
+                [Value::Object(map)] => unwrapped(map).map_err(|r| bad_record(path, 0, r))?,
+                _ => values,
             }
-            records
         }
-        _ => split_documents(text)
-            .into_iter()
-            .map(|text| Record::Text { text })
-            .collect(),
+        Some(_) => {
+            let reason = "neither JSON nor a table by its name; plain text is read from files named .txt, or by \
+                          the option for it";
+            return Err(Error::invalid_file(path, reason));
+        }
+        None => Vec::new(),
     };
+    let numbered = values.into_iter().enumerate();
+    let records = numbered.map(|(i, v)| record_of(v).map_err(|r| bad_record(path, i, r)));
+    checked(records.collect::<Result<_>>()?, path)
+}
+
+/// Extensions of files that are plain text. Those of WikiText are among them.
+const TEXT_EXTENSIONS: [&str; 5] = ["txt", "text", "md", "raw", "tokens"];
+
+/// Returns what a text is that is stored in the place of a file, if it is such a text.
+fn foreign(text: &str) -> Option<&'static str> {
+    let start: String = text.trim_start().chars().take(64).collect();
+    let start = start.to_ascii_lowercase();
+    if start.starts_with("<!doctype") || start.starts_with("<html") {
+        return Some("a page of HTML, not data; the download may have failed");
+    }
+    start
+        .starts_with("version https://git-lfs.github.com/spec/")
+        .then_some("a Git LFS pointer, not the file; `git lfs pull` fetches it")
+}
+
+/// Returns the records of a single object: itself, those under its only list of objects, or those
+/// of its columns.
+fn unwrapped(map: &mut Map<String, Value>) -> Result<Vec<Value>, String> {
+    let is_column = |value: &Value| value.as_array().is_some_and(|list| !list.is_empty());
+    let is_list = |value: &Value| {
+        let list = value.as_array().filter(|list| !list.is_empty());
+        list.is_some_and(|list| list.iter().all(Value::is_object))
+    };
+    let turns =
+        |value: &Value| is_list(value) && value[0].get("role").or(value[0].get("from")).is_some();
+    let known: Vec<&String> = map
+        .keys()
+        .filter(|key| FIELDS.contains(&key.as_str()))
+        .collect();
+    if !known.is_empty() {
+        let columns = known.iter().all(|key| {
+            map.get(*key)
+                .is_some_and(|value| is_column(value) && !turns(value))
+        });
+        if !columns {
+            return Ok(vec![Value::Object(std::mem::take(map))]);
+        }
+        let rows = map
+            .get(known[0])
+            .and_then(Value::as_array)
+            .map_or(0, Vec::len);
+        let mut records = vec![Map::new(); rows];
+        for (key, value) in std::mem::take(map) {
+            let Value::Array(values) = value else {
+                continue;
+            };
+            if values.len() != rows {
+                let found = values.len();
+                return Err(format!(
+                    "columns of {rows} and {found} values; the latter is `{key}`"
+                ));
+            }
+            for (record, value) in records.iter_mut().zip(values) {
+                record.insert(key.clone(), value);
+            }
+        }
+        return Ok(records.into_iter().map(Value::Object).collect());
+    }
+    let lists: Vec<String> = map
+        .iter()
+        .filter(|(_, value)| is_list(value))
+        .map(|(key, _)| key.clone())
+        .collect();
+    match lists.as_slice() {
+        [key] => match map.remove(key) {
+            Some(Value::Array(values)) => Ok(values),
+            _ => Ok(Vec::new()),
+        },
+        [] => Ok(vec![Value::Object(std::mem::take(map))]),
+        several => Err(format!(
+            "several lists of records: {several:?}; store each in its own file"
+        )),
+    }
+}
+
+fn documents(text: &str) -> Vec<Record> {
+    let pieces = split_documents(text).into_iter();
+    pieces.map(|text| Record::Text { text }).collect()
+}
+
+/// Removes blank texts, and refuses what has no record.
+fn checked(records: Vec<Record>, path: &Path) -> Result<Vec<Record>> {
     if records.is_empty() {
         return Err(Error::EmptyDataset {
             path: path.to_path_buf(),
@@ -200,6 +378,37 @@ fn record_of(value: Value) -> Result<Record, String> {
     let Value::Object(mut map) = value else {
         return Err(format!("an object is needed, found {}", type_name(&value)));
     };
+    let filled = |map: &Map<String, Value>, key: &str| map.get(key).is_some_and(|v| !v.is_null());
+    for key in ["messages", "conversations", "conversation"] {
+        if filled(&map, key) {
+            let messages = messages::conversation(&mut map, key)?;
+            let tools = messages::tools(&mut map)?;
+            return Ok(Record::Conversation {
+                messages,
+                tools,
+                prompt_messages: 0,
+            });
+        }
+    }
+    if filled(&map, "prompt") && filled(&map, "completion") {
+        if !matches!(map.get("prompt"), Some(Value::Array(_)))
+            && !matches!(map.get("completion"), Some(Value::Array(_)))
+        {
+            return Ok(Record::Completion {
+                prompt: text_field(&mut map, "prompt")?,
+                completion: text_field(&mut map, "completion")?,
+            });
+        }
+        let mut messages = messages::list(&mut map, "prompt", "user")?;
+        let prompt_messages = messages.len();
+        messages.extend(messages::list(&mut map, "completion", "assistant")?);
+        let tools = messages::tools(&mut map)?;
+        return Ok(Record::Conversation {
+            messages,
+            tools,
+            prompt_messages,
+        });
+    }
     if map.contains_key("instruction") {
         return Ok(Record::Instruction {
             instruction: text_field(&mut map, "instruction")?,
@@ -221,19 +430,28 @@ fn record_of(value: Value) -> Result<Record, String> {
     }
     let keys: Vec<&str> = map.keys().take(8).map(String::as_str).collect();
     Err(format!(
-        "needs `instruction` and `output`, `question` and `answer`, or `text`; its fields are {keys:?}"
+        "needs `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`, `question` and \
+         `answer`, or `text`; its fields are {keys:?}"
     ))
 }
 
+/// Fields of which a record has one at least.
+const FIELDS: [&str; 11] = [
+    "messages",
+    "conversations",
+    "conversation",
+    "prompt",
+    "completion",
+    "instruction",
+    "output",
+    "question",
+    "answer",
+    "text",
+    "input",
+];
+
 fn text_field(map: &mut Map<String, Value>, field: &str) -> Result<String, String> {
-    match map.get_mut(field).map(Value::take) {
-        Some(Value::String(s)) => Ok(s),
-        Some(other) => Err(format!(
-            "`{field}` must be a string, found {}",
-            type_name(&other)
-        )),
-        None => Err(format!("`{field}` is missing")),
-    }
+    optional_field(map, field)?.ok_or_else(|| format!("`{field}` is missing"))
 }
 
 /// Returns a field that may be missing or null. Numbers and booleans are converted to text.
@@ -241,6 +459,10 @@ fn optional_field(map: &mut Map<String, Value>, field: &str) -> Result<Option<St
     match map.get_mut(field).map(Value::take) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(s)) => Ok(Some(s)),
+        // A larger integer was rounded when it was read.
+        Some(Value::Number(n)) if n.is_f64() && n.as_f64().is_some_and(|n| n.abs() >= 1e15) => Err(
+            format!("`{field}` is the number {n}, too large to be exact; write it as a string"),
+        ),
         Some(Value::Number(n)) => Ok(Some(n.to_string())),
         Some(Value::Bool(b)) => Ok(Some(b.to_string())),
         Some(other) => Err(format!(

@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{Example, PromptTemplate, Record, TextTokenizer};
+use super::template::Turns;
+use super::{Example, Record, Template, TextTokenizer};
 use crate::error::{Error, Result};
 
 /// A tokenized example.
@@ -116,17 +117,7 @@ fn tokenize_uncut(
     if let (true, Some(eos)) = (options.add_eos, tokenizer.eos_id()) {
         ids.push(eos);
     }
-    let too_long = ids.len() > options.max_len;
-    if too_long {
-        if !options.truncate {
-            return Err(Error::SequenceTooLong {
-                what: what.to_string(),
-                found: ids.len(),
-                max: options.max_len,
-            });
-        }
-        ids.truncate(options.max_len);
-    }
+    let too_long = cut(&mut ids, options, what)?;
     let masked = if options.mask_prompt {
         prompt.len()
     } else {
@@ -135,6 +126,62 @@ fn tokenize_uncut(
     // The first token has no tokens before it to be predicted from.
     let loss_mask = (0..ids.len()).map(|t| t >= masked.max(1)).collect();
     Ok((Sequence { ids, loss_mask }, too_long))
+}
+
+/// Tokenizes a conversation. A token is a target if a byte of it is in a part that is learned. The
+/// token that ends a turn is always a target: a special token right behind such a part is one as
+/// well, and a last turn that no special token ends gets EOS.
+fn tokenize_turns(
+    turns: &Turns<'_, '_>,
+    tokenizer: &TextTokenizer,
+    options: &TokenizeOptions,
+    what: &str,
+) -> Result<(Sequence, bool)> {
+    let rendered = turns.trained()?;
+    let (mut ids, bytes) = tokenizer.encode_with_bytes(&rendered.text)?;
+    let mut mask = vec![!options.mask_prompt; ids.len()];
+    let mut parts = rendered.trained.iter().peekable();
+    for (token, bytes) in bytes.iter().enumerate() {
+        while parts.next_if(|part| part.end <= bytes.start).is_some() {}
+        let inside = parts.peek().is_some_and(|part| part.start < bytes.end);
+        let ends = token > 0
+            && mask[token - 1]
+            && tokenizer.is_special(ids[token])
+            && !tokenizer.is_special(ids[token - 1])
+            && tokenizer.bos_id() != Some(ids[token]);
+        mask[token] |= inside || ends;
+    }
+    if turns.ends_trained()
+        && let Some(last) = mask.iter().rposition(|target| *target)
+        && !ids[last..].iter().any(|id| tokenizer.is_special(*id))
+        && let (true, Some(eos)) = (options.add_eos, tokenizer.eos_id())
+    {
+        // The white space behind the answer comes before EOS in generation too.
+        mask[last..].fill(true);
+        ids.push(eos);
+        mask.push(true);
+    }
+    if let Some(first) = mask.first_mut() {
+        *first = false;
+    }
+    let too_long = cut(&mut ids, options, what)?;
+    mask.truncate(ids.len());
+    let loss_mask = mask;
+    Ok((Sequence { ids, loss_mask }, too_long))
+}
+
+/// Cuts a sequence that is too long, or refuses it. Returns whether it was cut.
+fn cut(ids: &mut Vec<u32>, options: &TokenizeOptions, what: &str) -> Result<bool> {
+    let too_long = ids.len() > options.max_len;
+    if too_long && !options.truncate {
+        return Err(Error::SequenceTooLong {
+            what: what.to_string(),
+            found: ids.len(),
+            max: options.max_len,
+        });
+    }
+    ids.truncate(options.max_len);
+    Ok(too_long)
 }
 
 /// Result of [`tokenize_records`].
@@ -155,27 +202,38 @@ impl TokenizedSet {
     }
 }
 
-/// Renders and tokenizes records in parallel, and keeps their order.
+/// Renders and tokenizes records in parallel, and keeps their order. Of a conversation, the turns of
+/// the assistant are targets, each with the token that ends it.
 ///
 /// # Errors
 /// Returns the errors of [`tokenize`] for the first record that fails, named by its number starting
-/// from 1, and [`Error::InvalidArgument`] if no record has a target token.
+/// from 1, those of [`Template::render`], and [`Error::InvalidArgument`] if no record has a target
+/// token.
 pub fn tokenize_records(
     records: &[Record],
-    template: PromptTemplate,
+    template: impl Into<Template>,
     tokenizer: &TextTokenizer,
     options: &TokenizeOptions,
 ) -> Result<TokenizedSet> {
+    let template = template.into();
     let all: Vec<Result<(Sequence, bool)>> = records
         .par_iter()
         .enumerate()
-        .map(|(i, r)| {
-            tokenize_uncut(
-                &template.render(r),
-                tokenizer,
-                options,
-                &format!("record {}", i + 1),
-            )
+        .map(|(i, record)| {
+            let what = format!("record {}", i + 1);
+            match template.conversation(record)? {
+                Some(turns) => tokenize_turns(&turns, tokenizer, options, &what).map_err(|e| {
+                    let Error::Template { path, reason } = e else {
+                        return e;
+                    };
+                    let reason = format!("{what}: {reason}");
+                    Error::Template { path, reason }
+                }),
+                None => {
+                    let example = template.prompt().render(record);
+                    tokenize_uncut(&example, tokenizer, options, &what)
+                }
+            }
         })
         .collect();
     let mut set = TokenizedSet {

@@ -1,6 +1,7 @@
 //! Converts text to token ids and back with a Hugging Face `tokenizer.json` or a SentencePiece
 //! model.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -181,6 +182,35 @@ impl TextTokenizer {
             self.suffix.as_slice(),
         ]
         .concat())
+    }
+
+    /// Returns the token ids of `text` without special tokens around it, and the bytes that each
+    /// comes from. Bytes of white space that a tokenizer assigns to no token belong to the next one.
+    ///
+    /// # Errors
+    /// Returns [`Error::Tokenizer`] if the tokenizer fails.
+    pub(super) fn encode_with_bytes(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let encoding = guarded(|| self.inner.encode(text, false)).map_err(|e| self.fail(e))?;
+        let mut end = 0;
+        let spans = encoding.get_offsets().iter().map(|(from, to)| {
+            // Tokens that share a character have the same bytes.
+            let start = end.min(*from);
+            end = end.max(*to);
+            start..end
+        });
+        let spans = spans.collect();
+        Ok((encoding.get_ids().to_vec(), spans))
+    }
+
+    /// Returns whether a token is special: not a part of a text, but a sign such as the end of a
+    /// turn.
+    pub(super) fn is_special(&self, id: u32) -> bool {
+        let tokens = self.inner.get_added_vocabulary();
+        self.eos == Some(id)
+            || self
+                .inner
+                .id_to_token(id)
+                .is_some_and(|token| tokens.is_special_token(&token))
     }
 
     /// Returns the token ids of a text to be continued: [`encode`](Self::encode) with the special

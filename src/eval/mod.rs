@@ -10,7 +10,7 @@ pub use objective::{Cost, Metric, SubnetObjective};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::data::{PromptTemplate, Record, TextTokenizer, answers};
+use crate::data::{Record, Template, TextTokenizer, answers};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, generate_batch};
 use crate::nn::{KvCache, host_values};
@@ -193,9 +193,10 @@ impl ProblemSet {
     /// [`Error::Tokenizer`].
     pub fn new(
         records: &[Record],
-        template: PromptTemplate,
+        template: impl Into<Template>,
         tokenizer: &TextTokenizer,
     ) -> Result<Self> {
+        let template = template.into();
         let mut prompts = Vec::with_capacity(records.len());
         let mut references = Vec::with_capacity(records.len());
         for (index, record) in records.iter().enumerate() {
@@ -206,7 +207,7 @@ impl ProblemSet {
                     "a final answer is needed (`#### 12`)",
                 )
             })?;
-            prompts.push(tokenizer.encode_prompt(&template.render(record).prompt)?);
+            prompts.push(template.prompt_ids(record, tokenizer)?);
             references.push(reference);
         }
         Ok(Self {

@@ -101,7 +101,8 @@ impl From<Error> for Failure {
             | Error::TensorOverflow { .. }
             | Error::InvalidConfig { .. }
             | Error::InvalidSpace { .. }
-            | Error::Tokenizer { .. } => ELORA_STATUS_INVALID_FORMAT,
+            | Error::Tokenizer { .. }
+            | Error::Template { .. } => ELORA_STATUS_INVALID_FORMAT,
             Error::UnsupportedArchitecture { .. } | Error::Unsupported { .. } => {
                 ELORA_STATUS_UNSUPPORTED
             }
