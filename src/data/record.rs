@@ -270,8 +270,6 @@ fn unwrapped(map: &mut Map<String, Value>) -> Result<Vec<Value>, String> {
         let list = value.as_array().filter(|list| !list.is_empty());
         list.is_some_and(|list| list.iter().all(Value::is_object))
     };
-    let turns =
-        |value: &Value| is_list(value) && value[0].get("role").or(value[0].get("from")).is_some();
     let known: Vec<&String> = map
         .keys()
         .filter(|key| FIELDS.contains(&key.as_str()))
@@ -279,7 +277,7 @@ fn unwrapped(map: &mut Map<String, Value>) -> Result<Vec<Value>, String> {
     if !known.is_empty() {
         let columns = known.iter().all(|key| {
             map.get(*key)
-                .is_some_and(|value| is_column(value) && !turns(value))
+                .is_some_and(|value| is_column(value) && !is_list(value))
         });
         if !columns {
             return Ok(vec![Value::Object(std::mem::take(map))]);
