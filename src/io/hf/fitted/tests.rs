@@ -30,7 +30,7 @@ fn write(folder: &Path, raw: &Value, file: &str, change: impl Fn(&mut Tensors)) 
         .map(|(name, shape)| tensor(&name, &shape, |i| (i as f32 * 0.7).sin()))
         .collect();
     change(&mut tensors);
-    write_safetensors(&folder.join(file), tensors, &BTreeMap::new()).unwrap();
+    write_safetensors(folder.join(file), tensors, &BTreeMap::new()).unwrap();
     fs::write(folder.join("config.json"), raw.to_string()).unwrap();
 }
 
