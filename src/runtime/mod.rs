@@ -17,6 +17,8 @@ mod forward;
 mod generate;
 mod linear;
 mod model;
+#[cfg(test)]
+mod odd_folders;
 mod open;
 mod plan;
 mod sample;

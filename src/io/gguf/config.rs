@@ -604,31 +604,32 @@ impl Gguf {
             return Ok(Value::Null);
         }
         let factor = divisors.iter().copied().fold(1.0, f64::max);
-        let scaling = RopeScaling::Llama3 {
-            factor,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
-        };
         let plain = RopeConfig::new(theta, 2 * len);
-        let scaled = Rope::new(&RopeConfig {
-            scaling,
-            ..plain.clone()
-        });
-        let plain = Rope::new(&plain);
-        let mut all = plain
-            .inv_freq()
-            .iter()
-            .zip(scaled.inv_freq())
-            .zip(&divisors);
-        if !all.all(|((plain, scaled), divisor)| (plain / scaled / divisor - 1.0).abs() < 1e-4) {
+        let unscaled = Rope::new(&plain);
+        let explains = |original: &usize| {
+            let scaled = Rope::new(&RopeConfig {
+                scaling: RopeScaling::Llama3 {
+                    factor,
+                    low_freq_factor: 1.0,
+                    high_freq_factor: 4.0,
+                    original_max_position_embeddings: *original,
+                },
+                ..plain.clone()
+            });
+            let pairs = unscaled.inv_freq().iter().zip(scaled.inv_freq());
+            let mut all = pairs.zip(&divisors);
+            all.all(|((plain, scaled), divisor)| (plain / scaled / divisor - 1.0).abs() < 1e-4)
+        };
+        // That of all Llama 3 models first, then other powers of 2.
+        let originals = std::iter::once(8192).chain((4..=20).map(|exponent| 1 << exponent));
+        let Some(original) = originals.into_iter().find(explains) else {
             return Err(self.unsupported(format!(
                 "tensor `{DIVISORS}`, whose divisors are not those of Llama 3's rule,"
             )));
-        }
+        };
         Ok(json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": original,
         }))
     }
 

@@ -175,6 +175,3 @@ fn listed(names: &[&str]) -> String {
     };
     format!("{} {what} ({}{more})", names.len(), first.join(", "))
 }
-
-#[cfg(test)]
-mod tests;

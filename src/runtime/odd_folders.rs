@@ -1,14 +1,16 @@
+//! Tests of folders whose config and weights do not agree, through [`HfConfig::fitted`] and the
+//! runtime.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::HfConfig;
+use super::{Model, ModelOptions};
 use crate::error::{Error, Result};
 use crate::io::tensors::write_safetensors;
-use crate::io::{Checkpoint, DType, HostTensor};
-use crate::runtime::{Model, ModelOptions};
+use crate::io::{Checkpoint, DType, HfConfig, HostTensor};
 
 fn raw() -> Value {
     json!({"model_type": "llama", "vocab_size": 31, "hidden_size": 12, "intermediate_size": 20,
@@ -25,7 +27,7 @@ fn tensor(name: &str, shape: &[usize], value: impl Fn(usize) -> f32) -> HostTens
 
 /// Writes a model in `folder`, with changes of its tensors.
 fn write(folder: &Path, raw: &Value, file: &str, change: impl Fn(&mut Tensors)) {
-    let config = HfConfig::from_json(super::tests::raw().as_object().unwrap().clone()).unwrap();
+    let config = HfConfig::from_json(self::raw().as_object().unwrap().clone()).unwrap();
     let mut tensors: Vec<HostTensor<'_>> = (config.arch().tensors().into_iter())
         .map(|(name, shape)| tensor(&name, &shape, |i| (i as f32 * 0.7).sin()))
         .collect();
