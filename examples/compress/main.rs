@@ -35,7 +35,7 @@ use serde::Serialize;
     `answer` of the Alpaca form). If records have no final answers, the table shows losses only."
 )]
 pub struct Args {
-    /// Model folder (config.json, safetensors, tokenizer.json) [default: the bundled model]
+    /// Model folder, GGUF file, or id in the local Hugging Face cache [default: the bundled model]
     #[arg(long, requires = "train")]
     #[serde(skip)]
     model: Option<PathBuf>,

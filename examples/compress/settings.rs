@@ -277,7 +277,8 @@ fn check_out(args: &Args, out: &Path) -> Result<()> {
         }
     }
     if let (Some(model), Ok(out_path)) = (&args.model, out.canonicalize()) {
-        let model = model.canonicalize().map_err(|e| Error::io(model, e))?;
+        let model = elastic_lora::io::model_path(model)?;
+        let model = model.canonicalize().map_err(|e| Error::io(&model, e))?;
         if model.starts_with(&out_path) {
             return refused("--model lies in it and would be replaced");
         }

@@ -357,9 +357,14 @@ fn read_is_quantized(folder: &Path) -> Result<bool> {
         .is_some())
 }
 
-/// Returns the number of bytes of the weight files in a folder.
-fn weight_file_bytes(folder: &Path) -> Result<u64> {
+/// Returns the number of bytes of the weight files of a model: of those in its folder, or of its GGUF
+/// file.
+fn weight_file_bytes(model: &Path) -> Result<u64> {
+    let folder = &*elastic_lora::io::model_path(model)?;
     let failed = |e| Error::io(folder, e);
+    if folder.is_file() {
+        return Ok(std::fs::metadata(folder).map_err(failed)?.len());
+    }
     let mut bytes = 0;
     for entry in std::fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
