@@ -118,8 +118,6 @@ pub struct NormSpec {
 pub(crate) struct Fused {
     /// Module path of the matrix.
     pub name: String,
-    /// Index of the block.
-    pub block: usize,
     /// Number of input features.
     pub d_input: usize,
     /// Module paths of the layers, and their numbers of output features.
@@ -288,7 +286,6 @@ impl Architecture {
                 let parts = parts.collect::<Option<Vec<_>>>()?;
                 Some(Fused {
                     name: format!("model.layers.{block}.{module}"),
-                    block,
                     d_input: parts.first()?.2,
                     parts: parts
                         .into_iter()

@@ -17,8 +17,6 @@ mod forward;
 mod generate;
 mod linear;
 mod model;
-#[cfg(test)]
-mod odd_folders;
 mod open;
 mod plan;
 mod sample;

@@ -1,6 +1,8 @@
 //! Sessions on small models without Burn: sliding windows, rotary embeddings that depend on the
 //! length, and sessions that go back.
 
+mod odd_folders;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};

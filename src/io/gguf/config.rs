@@ -10,7 +10,9 @@ use super::families::{LONG_FACTORS, SHORT_FACTORS};
 use super::layout::Layout;
 use super::{Entry, Gguf};
 use crate::arch::family::Windows;
-use crate::arch::{Architecture, BlockDims, Family, LinearKind, Rope, RopeConfig, RopeScaling};
+use crate::arch::{
+    Architecture, BlockDims, Family, LinearKind, NormKind, Rope, RopeConfig, RopeScaling,
+};
 use crate::error::{Error, Result};
 use crate::io::tensors::TensorInfo;
 use crate::io::{DType, HfConfig};
@@ -27,11 +29,6 @@ pub(super) struct Row {
     pub permuted: bool,
     /// Whether blocks may differ in their sizes.
     pub per_block: bool,
-    /// Number that is added to the gains of norms in the file.
-    pub norm_offset: f32,
-    /// Modules of a block, with their names in GGUF and Hugging Face. Modules that share a name in
-    /// GGUF are stacked there.
-    pub parts: &'static [(&'static str, &'static str)],
     /// Modules whose bias llama.cpp reads. It refuses a file with another.
     pub biases: &'static [&'static str],
     /// Keys that only this architecture has.
@@ -49,8 +46,6 @@ const LLAMA: Row = Row {
     ],
     permuted: true,
     per_block: false,
-    norm_offset: 0.0,
-    parts: &PARTS,
     biases: &[
         "attn_q",
         "attn_k",
@@ -68,7 +63,6 @@ const GEMMA: Row = Row {
     family: Family::Gemma,
     written: &[Family::Gemma],
     permuted: false,
-    norm_offset: 1.0,
     biases: &[],
     ..LLAMA
 };
@@ -93,7 +87,6 @@ const FAMILIES: [Row; 9] = [
         family: Family::Qwen3,
         written: &[Family::Qwen3],
         permuted: false,
-        parts: &QWEN3_PARTS,
         biases: &[],
         ..LLAMA
     },
@@ -109,7 +102,6 @@ const FAMILIES: [Row; 9] = [
         name: "gemma2",
         family: Family::Gemma2,
         written: &[Family::Gemma2],
-        parts: &GEMMA2_PARTS,
         keys: &["attn_logit_softcapping", "final_logit_softcapping"],
         ..GEMMA
     },
@@ -117,7 +109,6 @@ const FAMILIES: [Row; 9] = [
         name: "gemma3",
         family: Family::Gemma3,
         written: &[Family::Gemma3],
-        parts: &GEMMA3_PARTS,
         keys: &["final_logit_softcapping", "rope.freq_base_swa"],
         ..GEMMA
     },
@@ -126,81 +117,38 @@ const FAMILIES: [Row; 9] = [
         family: Family::Phi3,
         written: &[Family::Phi3],
         permuted: false,
-        parts: &PHI3_PARTS,
         biases: &[],
         keys: &["rope.scaling.attn_factor"],
         ..LLAMA
     },
 ];
 
-/// Modules of a block of Llama.
-const PARTS: [(&str, &str); 9] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
+/// Name of a norm of a block.
+fn norm_part(kind: NormKind) -> &'static str {
+    match kind {
+        NormKind::Attention => "attn_norm",
+        NormKind::Q => "attn_q_norm",
+        NormKind::K => "attn_k_norm",
+        NormKind::AttentionOut => "post_attention_norm",
+        NormKind::Mlp => "ffn_norm",
+        NormKind::MlpOut => "post_ffw_norm",
+    }
+}
 
-const QWEN3_PARTS: [(&str, &str); 11] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_q_norm", "self_attn.q_norm"),
-    ("attn_k_norm", "self_attn.k_norm"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
-
-const GEMMA2_PARTS: [(&str, &str); 11] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("post_attention_norm", "post_attention_layernorm"),
-    ("ffn_norm", "pre_feedforward_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-    ("post_ffw_norm", "post_feedforward_layernorm"),
-];
-
-const GEMMA3_PARTS: [(&str, &str); 13] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_q_norm", "self_attn.q_norm"),
-    ("attn_k_norm", "self_attn.k_norm"),
-    ("attn_output", "self_attn.o_proj"),
-    ("post_attention_norm", "post_attention_layernorm"),
-    ("ffn_norm", "pre_feedforward_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-    ("post_ffw_norm", "post_feedforward_layernorm"),
-];
-
-const PHI3_PARTS: [(&str, &str); 9] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_qkv", "self_attn.q_proj"),
-    ("attn_qkv", "self_attn.k_proj"),
-    ("attn_qkv", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_up", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
+/// Name of a linear layer of a block, or of the matrix that holds it together with others.
+fn linear_part(kind: LinearKind, fused: bool) -> &'static str {
+    match kind {
+        LinearKind::Q | LinearKind::K | LinearKind::V if fused => "attn_qkv",
+        LinearKind::Gate if fused => "ffn_up",
+        LinearKind::Q => "attn_q",
+        LinearKind::K => "attn_k",
+        LinearKind::V => "attn_v",
+        LinearKind::O => "attn_output",
+        LinearKind::Gate => "ffn_gate",
+        LinearKind::Up => "ffn_up",
+        LinearKind::Down => "ffn_down",
+    }
+}
 
 pub(super) const EMBEDDING: &str = "token_embd.weight";
 pub(super) const HEAD: &str = "output.weight";
@@ -246,6 +194,24 @@ const MAX_BLOCKS: usize = 1 << 12;
 const ENDS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
 
 impl Row {
+    /// Modules of a block, with their names in GGUF and Hugging Face. Modules that share a name in
+    /// GGUF are stacked there.
+    fn parts(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let family = self.family.row();
+        let norms = family.norms.iter();
+        let norms = norms.map(|(kind, module)| (norm_part(*kind), *module));
+        let linears = LinearKind::ALL.into_iter().map(|kind| {
+            let fused = family.fused.iter().any(|(_, kinds)| kinds.contains(&kind));
+            (linear_part(kind, fused), kind.path())
+        });
+        norms.chain(linears)
+    }
+
+    /// Number that is added to the weights of norms in the file.
+    pub fn norm_offset(&self) -> f32 {
+        self.family.row().norm_offset
+    }
+
     /// The architecture as which a model is written.
     ///
     /// # Errors
@@ -287,8 +253,8 @@ impl Row {
         let Some((number, part, suffix)) = parts() else {
             return Vec::new();
         };
-        let found = self.parts.iter().filter(|(ours, _)| *ours == part);
-        let name = |(_, module): &(_, &str)| format!("model.layers.{number}.{module}.{suffix}");
+        let found = self.parts().filter(|(ours, _)| *ours == part);
+        let name = |(_, module)| format!("model.layers.{number}.{module}.{suffix}");
         found.map(name).collect()
     }
 
@@ -299,8 +265,8 @@ impl Row {
         }
         let (block, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let (module, suffix) = rest.rsplit_once('.')?;
-        let (part, _) = self.parts.iter().find(|(_, theirs)| *theirs == module)?;
-        let is_read = suffix != "bias" || self.biases.contains(part);
+        let (part, _) = self.parts().find(|(_, theirs)| *theirs == module)?;
+        let is_read = suffix != "bias" || self.biases.contains(&part);
         is_read.then(|| format!("blk.{block}.{part}.{suffix}"))
     }
 
@@ -675,7 +641,7 @@ impl Gguf {
                 for (name, shape) in parts {
                     let heads = row.permuted_heads(name, config.blocks());
                     let offset = match name.ends_with(NORM) {
-                        true => row.norm_offset,
+                        true => row.norm_offset(),
                         false => 0.0,
                     };
                     let vector = shape.len() == 1 && (heads.is_some() || offset != 0.0);

@@ -405,7 +405,7 @@ impl Plan {
                 }
                 None => tensors.push(Planned {
                     offset: if in_file.ends_with(NORM) {
-                        row.norm_offset
+                        row.norm_offset()
                     } else {
                         0.0
                     },

@@ -7,10 +7,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Model, ModelOptions};
 use crate::error::{Error, Result};
 use crate::io::tensors::write_safetensors;
 use crate::io::{Checkpoint, DType, HfConfig, HostTensor};
+use crate::runtime::{Model, ModelOptions};
 
 fn raw() -> Value {
     json!({"model_type": "llama", "vocab_size": 31, "hidden_size": 12, "intermediate_size": 20,
