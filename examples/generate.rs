@@ -35,9 +35,17 @@ struct Args {
     #[arg(long)]
     subnet: Option<String>,
     /// Format of the linear layers: f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4,
-    /// sparse-int4, or N:M such as 2:4; integers are rounded to nearest in groups of 128
-    #[arg(long, value_parser = parse_format)]
-    format: Option<WeightFormat>,
+    /// sparse-int4, or N:M such as 2:4 [default: as stored]. Floats are rounded to nearest in groups
+    /// of --group-size; codes keep their own groups
+    #[arg(long)]
+    format: Option<String>,
+    /// Format of the embedding and of the head, as for --format [default: as stored, or 16-bit floats
+    /// with --format]
+    #[arg(long)]
+    embedding: Option<String>,
+    /// Number of consecutive weights of a row that share a scale in an integer format
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    group_size: u32,
     /// Write the model to this bundle; then text is only generated if a prompt is given too
     #[arg(long)]
     save: Option<PathBuf>,
@@ -90,10 +98,11 @@ struct Args {
 const PROMPT: &str =
     "Question: Mia has 23 shells and finds 18 more. How many shells does Mia have now?\\nAnswer:";
 
-fn parse_format(text: &str) -> std::result::Result<WeightFormat, String> {
+fn parse_format(text: &str, group_size: usize) -> Result<WeightFormat> {
+    let group_size = Some(group_size);
     let int = |bits| WeightFormat::Int {
         bits,
-        group_size: Some(128),
+        group_size,
         symmetric: false,
     };
     Ok(match text {
@@ -105,7 +114,7 @@ fn parse_format(text: &str) -> std::result::Result<WeightFormat, String> {
         "int8" => int(8),
         "int4" => int(4),
         "sparse-int4" => WeightFormat::SparseInt4 {
-            group_size: Some(128),
+            group_size,
             symmetric: false,
         },
         other => {
@@ -113,7 +122,8 @@ fn parse_format(text: &str) -> std::result::Result<WeightFormat, String> {
                 .split_once(':')
                 .and_then(|(n, m)| Some((n.parse().ok()?, m.parse().ok()?)));
             let Some((n, m)) = pattern else {
-                return Err("no format; see --help".into());
+                let expected = "a format that --help names";
+                return Err(Error::argument("format", other, expected));
             };
             WeightFormat::NmF16 { n, m }
         }
@@ -272,17 +282,32 @@ fn open(args: &Args) -> Result<Model> {
         let pretrained = common::open(Some(&path), None, "flex")?;
         let adapter = elastic_lora::io::peft::LoraAdapter::open(adapter)?;
         let net = SuperNet::from_adapter(pretrained.model, &adapter)?;
-        let format = args.format.unwrap_or(WeightFormat::F32);
-        return Model::from_supernet(&net, &[], format)?
+        return Model::from_supernet(&net, &[], plan(args)?.unwrap_or_default())?
             .with_n_threads(args.threads)
             .with_tokenizer(&path);
     }
     let model = Model::open(&path, &ModelOptions::default().with_n_threads(args.threads))?;
     common::show_notices(&model.notices());
-    match args.format {
-        Some(format) => model.with_format(FormatPlan::new(format)),
+    match plan(args)? {
+        Some(plan) => model.with_format(plan),
         None => Ok(model),
     }
+}
+
+/// Returns the formats that the arguments ask for, if they ask for any.
+fn plan(args: &Args) -> Result<Option<FormatPlan>> {
+    let parse = |text: &String| parse_format(text, args.group_size as usize);
+    let format = args.format.as_ref().map(parse).transpose()?;
+    let embedding = args.embedding.as_ref().map(parse).transpose()?;
+    let plan = format.map(FormatPlan::new);
+    Ok(match embedding {
+        Some(format) => Some(
+            plan.unwrap_or_default()
+                .with_embedding(format)
+                .with_head(format),
+        ),
+        None => plan,
+    })
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -245,7 +245,7 @@ impl Run<'_> {
             self.extracted_row(name, &mut net, &subnet, &merger, None, &full)?;
         }
         let Some(lora_score) = lora_score else {
-            return Ok(());
+            return self.write_supernet(&net, "supernet.elora", Vec::new(), None);
         };
         let outcome = self.search(&net, "lonas", true)?;
         // If the score is accuracy, it is expensive, so only the subnets of the front get one.
@@ -269,6 +269,11 @@ impl Run<'_> {
                 small = Some(scored);
             }
         }
+        let named = [("best", &best), ("smallest-within-1-percent", &small)]
+            .into_iter()
+            .filter_map(|(name, found)| Some((name, found.as_ref()?.subnet.clone())));
+        net.activate(&net.maximal())?;
+        self.write_supernet(&net, "supernet.elora", named.collect(), Some(&outcome))?;
         if let Some(best) = best {
             self.extracted_row(BEST, &mut net, &best.subnet, &merger, Some("best"), &full)?;
         }
@@ -315,7 +320,11 @@ impl Run<'_> {
             atomic::write_json(self.out.join(format!("{folder}_subnet.json")), subnet)?;
         }
         let text = shape(net, subnet)?;
-        self.table_1_row(name, &model, Some(text), full)
+        self.table_1_row(name, &model, Some(text), full)?;
+        if let Some(folder) = folder {
+            self.kept_in(folder);
+        }
+        Ok(())
     }
 
     /// Returns the quality of a model on the validation set, where more is better: the accuracy if

@@ -7,17 +7,18 @@ use std::time::Instant;
 use elastic_lora::calib::{PruneConfig, prune_model};
 use elastic_lora::data::Batcher;
 use elastic_lora::eval::{Metric, ProblemSet, SubnetObjective, mean_loss};
+use elastic_lora::format::WeightFormat;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::progress::TerminalProgress;
-use elastic_lora::runtime::GenerateConfig;
+use elastic_lora::runtime::{FormatPlan, GenerateConfig, Model};
 use elastic_lora::search::{
     Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport,
     StudyConfig,
 };
 use elastic_lora::sparsity::{self, Pattern};
-use elastic_lora::supernet::SuperNetConfig;
+use elastic_lora::supernet::{SuperNetConfig, stored_bytes};
 use elastic_lora::train::{Sampling, TrainConfig, TrainReport, Trainer};
 use elastic_lora::{Error, Merger, Result, SearchSpace, Searcher, SubnetConfig, SuperNet};
 use serde_json::Value;
@@ -178,14 +179,100 @@ impl Run<'_> {
             pattern => format!("pruned to {pattern}"),
         };
         self.row(&name, &pruned, None)?;
+        self.kept_in("pruned");
         let folder = self.out.join("pruned");
         self.task.pretrained.write_variant(&pruned, folder, true)?;
         Ok(pruned)
     }
 
+    /// Names the folder or file, within that of the run, that holds the model of the last row.
+    pub fn kept_in(&mut self, folder: impl Into<String>) {
+        if let Some(row) = self.report.rows.last_mut() {
+            row.folder = Some(folder.into());
+        }
+    }
+
+    /// Returns the formats in which the runtime stores a model with this fraction of zeros in its
+    /// layers: sparse where that is smaller, in the 16-bit type of the checkpoint. Codes are stored
+    /// as codes.
+    fn plan(&self, sparsity: f64) -> FormatPlan {
+        // A sparse format has one bit for each weight.
+        let sparse = sparsity > 1.0 / 16.0 + 0.05;
+        FormatPlan::new(match (self.task.pretrained.dtype, sparse) {
+            (DType::BF16, true) => WeightFormat::SparseBf16,
+            (DType::BF16, false) => WeightFormat::Bf16,
+            (_, true) => WeightFormat::SparseF16,
+            (DType::F16, false) => WeightFormat::F16,
+            (_, false) => WeightFormat::F32,
+        })
+    }
+
+    /// Writes a supernet as a bundle, with named subnets among which a program can switch.
+    pub fn write_supernet(
+        &self,
+        net: &SuperNet,
+        file: &str,
+        named: Vec<(&str, SubnetConfig)>,
+        front: Option<&SearchOutcome>,
+    ) -> Result<()> {
+        let mut subnets: Vec<(String, SubnetConfig)> = [
+            ("largest", net.maximal()),
+            ("heuristic", net.heuristic()),
+            ("smallest", net.minimal()),
+        ]
+        .into_iter()
+        .chain(named)
+        .map(|(name, subnet)| (name.to_string(), subnet))
+        .collect();
+        let mut found: Vec<_> = front.into_iter().flat_map(SearchOutcome::front).collect();
+        found.sort_by(|a, b| a.cost().total_cmp(&b.cost()));
+        let members = found.iter().enumerate();
+        subnets.extend(members.map(|(at, one)| (format!("front-{}", at + 1), one.config.clone())));
+        let plan = self.plan(share_of_zeros(net.model()));
+        Model::from_supernet(net, &subnets, plan)?
+            .with_tokenizer(&self.task.pretrained.folder)?
+            .save(self.out.join(file), true)?;
+        let names: Vec<&str> = subnets.iter().map(|(name, _)| name.as_str()).collect();
+        common::say!("{file}: {} subnets: {}", names.len(), names.join(", "));
+        Ok(())
+    }
+
+    /// Merges the largest, the heuristic and the smallest subnet, and writes each as a bundle. The
+    /// updates of these methods go through a mask or a grid, so that no pair of factors expresses
+    /// them and a bundle of the whole supernet cannot switch them.
+    pub fn write_merged(&self, net: &mut SuperNet, name: &str) -> Result<()> {
+        let active = net.active().clone();
+        let subnets = [
+            ("largest", net.maximal()),
+            ("heuristic", net.heuristic()),
+            ("smallest", net.minimal()),
+        ];
+        for (index, (subnet, config)) in subnets.iter().enumerate() {
+            if subnets[..index]
+                .iter()
+                .any(|(_, earlier)| earlier == config)
+            {
+                continue;
+            }
+            net.activate(config)?;
+            let merged = Merger::new().merge(net, &[], &self.progress)?.model;
+            Model::from_decoder(&merged, self.plan(share_of_zeros(&merged)))?
+                .with_tokenizer(&self.task.pretrained.folder)?
+                .save(self.out.join(format!("{name}-{subnet}.elora")), true)?;
+        }
+        net.activate(&active)
+    }
+
     /// Prunes a model by the given method.
     pub fn pruned_by(&self, base: &Decoder, method: sparsity::Method) -> Result<Decoder> {
         let mut pruned = base.clone();
+        // Without zeros to make, there is nothing to measure.
+        if matches!(
+            self.settings.pattern,
+            Pattern::Unstructured { ratio: 0.0 } | Pattern::Layer { ratio: 0.0 }
+        ) {
+            return Ok(pruned);
+        }
         let config = PruneConfig::new(method, self.settings.pattern);
         let samples = &self.task.calibration;
         prune_model(&mut pruned, samples, &config, &self.progress)?;
@@ -195,19 +282,13 @@ impl Run<'_> {
     /// Measures a model as it is and adds its row. `net` provides costs and ranks for adapters that
     /// are not merged.
     pub fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
-        let pretrained = &self.task.pretrained;
         let mut row = Row::new(name);
         row.loss = Some(mean_loss(model, &self.task.test, &self.progress)?);
         if let Some(problems) = &self.task.problems {
             row.accuracy = Some(self.accuracy(problems, model)?);
         }
-        let (mut zeros, mut all) = (0, 0);
-        for (_, layer) in model.linears() {
-            let weight = layer.base.to_matrix();
-            zeros += weight.count_zeros();
-            all += weight.as_slice().len();
-        }
-        row.sparsity = Some(zeros as f64 / all as f64);
+        let sparsity = share_of_zeros(model);
+        row.sparsity = Some(sparsity);
         let plain;
         let net = match net {
             Some(net) => net,
@@ -221,10 +302,10 @@ impl Run<'_> {
         row.params = Some(cost.params as u64);
         row.nonzero_params = Some(cost.nonzero_params as u64);
         row.macs_per_token = Some(cost.macs_per_token as u64);
-        // Sizes as written: the base in the type of its checkpoint, the adapter in the type of PEFT
-        // files.
-        let base = (cost.params - cost.adapter_params) * pretrained.dtype.size();
-        row.bytes = Some((base + cost.adapter_params * PeftOptions::default().dtype.size()) as u64);
+        // The runtime stores adapters in the type of the weights that stay dense.
+        let base = stored_bytes(model, self.plan(sparsity))?;
+        let size = self.task.pretrained.dtype.size();
+        row.bytes = Some((base + cost.adapter_params * size) as u64);
         if !net.space().is_empty() {
             row.ranks = Some(net.space().values(net.active())?);
         }
@@ -292,7 +373,10 @@ impl Run<'_> {
         let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
         let mut net = supernet(self.args, pruned, fixed, false)?;
         self.train(&mut net, "lora", Sampling::Fixed)?;
-        self.row("LoRA on the pruned base", net.model(), Some(&net))
+        self.row("LoRA on the pruned base", net.model(), Some(&net))?;
+        self.kept_in("lora-adapter");
+        self.write_adapter(&net, "pruned", "lora-adapter", PeftOptions::default().dtype)?;
+        Ok(())
     }
 
     fn shears(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
@@ -314,8 +398,11 @@ impl Run<'_> {
         };
         net.activate(&chosen)?;
         self.row("Shears, searched", net.model(), Some(&net))?;
+        self.kept_in("adapter");
 
         self.write_adapter(&net, "pruned", "adapter", PeftOptions::default().dtype)?;
+        let searched = vec![("searched", chosen.clone())];
+        self.write_supernet(&net, "supernet.elora", searched, Some(&outcome))?;
         self.write_subnet(&net, &chosen, "adapter")
     }
 
@@ -458,7 +545,9 @@ impl Run<'_> {
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
+        self.kept_in("merged");
         atomic::write_json(self.out.join("merge_report.json"), &merged.report)?;
+        self.write_merged(&mut net, "merged")?;
         self.write_subnet(&net, &chosen, "merged")
     }
 
@@ -470,6 +559,17 @@ impl Run<'_> {
         let ranks: BTreeMap<String, usize> = net.ranks(subnet)?;
         atomic::write_json(path("ranks"), &ranks)
     }
+}
+
+/// Returns the fraction of zeros among the weights of a model's linear layers.
+fn share_of_zeros(model: &Decoder) -> f64 {
+    let (mut zeros, mut all) = (0, 0);
+    for (_, layer) in model.linears() {
+        let weight = layer.base.to_matrix();
+        zeros += weight.count_zeros();
+        all += weight.as_slice().len();
+    }
+    zeros as f64 / all.max(1) as f64
 }
 
 /// Returns the number of zeros in the linear layers of `before` that are not zero in `after`.

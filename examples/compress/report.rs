@@ -28,7 +28,7 @@ pub struct Row {
     pub params: Option<u64>,
     /// Multiply-accumulates per token.
     pub macs_per_token: Option<u64>,
-    /// Bytes of the weights as stored.
+    /// Bytes of the weights and the adapter as the runtime stores them.
     pub bytes: Option<u64>,
     /// Storage type of the weights, and of the adapter.
     pub precision: Option<String>,
@@ -40,6 +40,8 @@ pub struct Row {
     pub shape: Option<String>,
     /// Active rank of each group of adapters, in the order of the search space.
     pub ranks: Option<Vec<usize>>,
+    /// Folder or file that holds the model, within that of the run.
+    pub folder: Option<String>,
 }
 
 impl Row {
@@ -83,11 +85,15 @@ impl Report {
     }
 }
 
-/// An aligned table. Columns without any value are omitted.
+/// Maximum width of a table, in characters.
+const WIDTH: usize = 80;
+
+/// An aligned table. Columns without any value are omitted. Where all columns do not fit a terminal,
+/// the table is folded: further columns follow below, with the names again.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         type Cell = fn(&Row) -> Option<String>;
-        let columns: [(&str, Cell); 14] = [
+        let columns: [(&str, Cell); 15] = [
             ("model", |r| Some(r.name.clone())),
             ("accuracy", |r| r.accuracy.map(percent)),
             ("relative", |r| r.relative.map(percent)),
@@ -102,6 +108,7 @@ impl fmt::Display for Report {
             ("decode", |r| r.decode_speedup.map(times)),
             ("shape", |r| r.shape.clone()),
             ("ranks", |r| r.ranks.as_deref().map(ranks)),
+            ("folder", |r| r.folder.clone()),
         ];
         let mut table: Vec<Vec<String>> = vec![Vec::new(); self.rows.len() + 1];
         for (title, cell) in columns {
@@ -123,26 +130,35 @@ impl fmt::Display for Report {
                     .unwrap_or(0)
             })
             .collect();
-        let last = table[0].len() - 1;
-        for (number, line) in table.iter().enumerate() {
-            let mut text = String::new();
-            for (c, cell) in line.iter().enumerate() {
-                let width = widths[c];
-                // Names and the list of ranks are left-aligned, numbers right-aligned.
-                text += &match c {
-                    0 => format!("{cell:<width$}"),
-                    _ if c == last && ["ranks", "shape"].contains(&table[0][c].as_str()) => {
-                        format!("  {cell}")
-                    }
-                    _ => format!("  {cell:>width$}"),
-                };
+        let mut first = 1;
+        loop {
+            // As many of the columns that are left as fit beside the names, at least one.
+            let (mut end, mut width) = (first, widths[0]);
+            while end < widths.len() && (end == first || width + 2 + widths[end] <= WIDTH) {
+                width += 2 + widths[end];
+                end += 1;
             }
-            writeln!(f, "{}", text.trim_end())?;
-            if number == 0 {
-                writeln!(f, "{}", "-".repeat(widths.iter().sum::<usize>() + 2 * last))?;
+            for (number, line) in table.iter().enumerate() {
+                let mut text = format!("{:<1$}", line[0], widths[0]);
+                for c in first..end {
+                    let (cell, width) = (&line[c], widths[c]);
+                    // Words and lists are left-aligned, numbers right-aligned.
+                    text += &match table[0][c].as_str() {
+                        "ranks" | "shape" | "folder" | "precision" => format!("  {cell:<width$}"),
+                        _ => format!("  {cell:>width$}"),
+                    };
+                }
+                writeln!(f, "{}", text.trim_end())?;
+                if number == 0 {
+                    writeln!(f, "{}", "-".repeat(width))?;
+                }
             }
+            if end == widths.len() {
+                return Ok(());
+            }
+            writeln!(f)?;
+            first = end;
         }
-        Ok(())
     }
 }
 
@@ -228,6 +244,27 @@ Shears, searched         -  1.9877    50.0 %           -           -  8,4,8,2
     }
 
     #[test]
+    fn wide_tables_are_folded() {
+        let mut report = Report::new("c", 1);
+        report.rows.push(Row {
+            accuracy: Some(0.5),
+            loss: Some(1.0),
+            sparsity: Some(0.5),
+            bytes: Some(1_500_000),
+            ranks: Some(vec![8, 4]),
+            folder: Some("a-folder-with-a-long-name".into()),
+            ..Row::new("a model with quite a long name")
+        });
+        let text = report.to_string();
+        assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
+        assert_eq!(text.matches("a model with").count(), 2);
+        assert_eq!(
+            text.lines().last().unwrap().split("  ").last(),
+            Some("a-folder-with-a-long-name")
+        );
+    }
+
+    #[test]
     fn json_has_the_promised_keys() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.json");
@@ -241,7 +278,7 @@ Shears, searched         -  1.9877    50.0 %           -           -  8,4,8,2
             .cloned()
             .collect();
         let promised = "name accuracy relative loss sparsity nonzero_params params macs_per_token bytes precision \
-                        prefill_speedup decode_speedup shape ranks";
+                        prefill_speedup decode_speedup shape ranks folder";
         let promised: Vec<_> = promised.split_whitespace().collect();
         assert_eq!(keys, promised);
         assert!(value["versions"]["elastic-lora"].is_string() && value["seed"] == 7);

@@ -41,7 +41,7 @@ const FOLDERS: [&str; 21] = [
 ];
 
 /// Files that a run creates.
-const FILES: [&str; 22] = [
+const FILES: [&str; 30] = [
     RUN,
     "report.json",
     "merge_report.json",
@@ -64,6 +64,14 @@ const FILES: [&str; 22] = [
     "merged-quantized_space.json",
     "merged-quantized_subnet.json",
     "merged-quantized_ranks.json",
+    "supernet.elora",
+    "sqft-supernet.elora",
+    "merged-largest.elora",
+    "merged-heuristic.elora",
+    "merged-smallest.elora",
+    "merged-quantized-largest.elora",
+    "merged-quantized-heuristic.elora",
+    "merged-quantized-smallest.elora",
 ];
 
 /// File with the arguments and the inputs of the run that a folder belongs to. It exists from the

@@ -15,7 +15,7 @@ use elastic_lora::nn::{BaseLinear, host_values};
 use elastic_lora::sparsity::{self, InputNorms, Mask};
 use elastic_lora::supernet::QaConfig;
 use elastic_lora::train::Sampling;
-use elastic_lora::{Error, Merger, Result, SearchSpace, SuperNet};
+use elastic_lora::{Merger, Result, SearchSpace, SuperNet};
 
 use crate::pipeline::{Run, max_logit_difference, supernet, zeros_lost};
 use crate::report::Row;
@@ -58,10 +58,9 @@ impl Run<'_> {
     pub fn table_2(&mut self, base: &Decoder, space: &SearchSpace) -> Result<()> {
         let (args, dtype) = (self.args, self.task.pretrained.dtype);
         let all = args.method == Method::Table2;
-        let folder = self.task.pretrained.folder.clone();
-        self.stored_as(dtype.to_string(), &[&folder])?;
+        self.precision(dtype.to_string());
         let pruned = self.pruned(base)?;
-        self.stored_as(dtype.to_string(), &[&self.out.join("pruned")])?;
+        self.precision(dtype.to_string());
 
         let mut rounded = Vec::new();
         let integers = args.method != Method::SqftSparsePeft;
@@ -124,9 +123,9 @@ impl Run<'_> {
         }
         if args.method.includes(Method::SqftSparsePeft) {
             self.sparse_peft(&pruned, space)?;
-            let merged = self.out.join("merged");
-            self.stored_as(format!("{dtype}, merged"), &[&merged])?;
+            self.precision(format!("{dtype}, merged"));
             if all {
+                let merged = self.out.join("merged");
                 let merged = Pretrained::open(&merged, &pruned.device())?.model;
                 let nearest = QuantizeMethod::Nearest;
                 self.rounded(
@@ -171,16 +170,11 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Sets the precision of the last row, and its size from the files in some folders.
-    fn stored_as(&mut self, precision: String, folders: &[&Path]) -> Result<()> {
-        let mut bytes = 0;
-        for folder in folders {
-            bytes += weight_file_bytes(folder)?;
-        }
+    /// Sets the precision of the last row.
+    fn precision(&mut self, precision: String) {
         if let Some(row) = self.report.rows.last_mut() {
-            (row.precision, row.bytes) = (Some(precision), Some(bytes));
+            row.precision = Some(precision);
         }
-        Ok(())
     }
 
     /// Returns the name of the integer format of the weights.
@@ -202,7 +196,8 @@ impl Run<'_> {
         let layers = quantize_model(&mut rounded, samples, &config, &self.progress)?;
         let model = self.written(&rounded, &layers, folder)?;
         self.row(name, &model, None)?;
-        self.stored_as(self.integers(), &[&self.out.join(folder)])?;
+        self.precision(self.integers());
+        self.kept_in(folder);
         Ok(Quantized {
             model,
             layers,
@@ -249,11 +244,20 @@ impl Run<'_> {
         } else {
             self.task.pretrained.dtype.to_string()
         };
-        self.stored_as(format!("{base} + {ADAPTER}"), &[&folder, &adapter])?;
+        self.precision(format!("{base} + {ADAPTER}"));
+        self.kept_in(row.adapter);
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
         if net.space().n_subnets() > 1.0 {
+            // Each run has one `supernet.elora`; that of table 2 is of Shears.
+            let second = self.args.method == Method::Table2 && row.training == "sqft";
+            let file = if second {
+                "sqft-supernet.elora"
+            } else {
+                "supernet.elora"
+            };
+            self.write_supernet(&net, file, vec![("chosen", chosen.clone())], None)?;
             self.write_subnet(&net, &chosen, row.adapter)
         } else {
             Ok(())
@@ -330,14 +334,13 @@ impl Run<'_> {
             max_logit_difference(net.model(), &written, &sample)?
         );
         self.row("SQFT + QA-SparsePEFT", &written, None)?;
-        self.stored_as(
-            format!("{}, merged", self.integers()),
-            &[&self.out.join("merged-quantized")],
-        )?;
+        self.precision(format!("{}, merged", self.integers()));
+        self.kept_in("merged-quantized");
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
         atomic::write_json(self.out.join("merge_report_quantized.json"), &merged.report)?;
+        self.write_merged(&mut net, "merged-quantized")?;
         self.write_subnet(&net, &chosen, "merged-quantized")
     }
 }
@@ -355,26 +358,4 @@ fn read_is_quantized(folder: &Path) -> Result<bool> {
     Ok(elastic_lora::io::HfConfig::open(folder)?
         .quantization()
         .is_some())
-}
-
-/// Returns the number of bytes of the weight files of a model: of those in its folder, or of its GGUF
-/// file.
-fn weight_file_bytes(model: &Path) -> Result<u64> {
-    let folder = &*elastic_lora::io::model_path(model)?;
-    let failed = |e| Error::io(folder, e);
-    if folder.is_file() {
-        return Ok(std::fs::metadata(folder).map_err(failed)?.len());
-    }
-    let mut bytes = 0;
-    for entry in std::fs::read_dir(folder).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        if entry
-            .path()
-            .extension()
-            .is_some_and(|extension| extension == "safetensors")
-        {
-            bytes += std::fs::metadata(entry.path()).map_err(failed)?.len();
-        }
-    }
-    Ok(bytes)
 }

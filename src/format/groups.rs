@@ -235,7 +235,18 @@ impl QuantizedMatrix {
 
     /// Number of weights that are exactly 0.
     pub fn count_zeros(&self) -> usize {
-        self.dequantize().count_zeros()
+        let group_of: Vec<usize> = (0..self.cols())
+            .map(|column| self.group_of(column))
+            .collect();
+        let rows = self.parts.codes.chunks(self.cols().max(1)).enumerate();
+        let of_row = |(row, codes): (usize, &[u8])| {
+            let zero = |(code, group): &(&u8, &usize)| {
+                let (scale, zero) = self.grid(row, **group);
+                **code == zero || scale == 0.0
+            };
+            codes.iter().zip(&group_of).filter(zero).count()
+        };
+        rows.map(of_row).sum()
     }
 }
 

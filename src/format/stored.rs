@@ -150,6 +150,17 @@ impl StoredMatrix {
         Ok(Self { body })
     }
 
+    /// Stores codes in the form that suits them: as [`WeightFormat::SparseInt4`] if they have 4 bits
+    /// and this saves at least a tenth of the bytes of the codes (about a third of them are zeros),
+    /// or else dense.
+    pub fn from_codes(weight: &QuantizedMatrix) -> Result<Self> {
+        // 10 * (mask + codes of non-zeros) <= 9 * (all codes), in bits.
+        let worth = |zeros: usize, all: usize| 10 * (all + 4 * (all - zeros)) <= 9 * 4 * all;
+        let all = weight.rows() * weight.cols();
+        let sparse = weight.parts().bits == 4 && all > 0 && worth(weight.count_zeros(), all);
+        Self::from_quantized(weight, sparse)
+    }
+
     /// Creates a weight from its [`parts`](Self::parts). Only the groups of columns are copied.
     ///
     /// Only sizes and the groups of columns are checked here, so that a mapped file is not read;

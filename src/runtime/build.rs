@@ -209,7 +209,7 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
     })
 }
 
-/// Loads a weight as codes if the checkpoint holds codes, or dense.
+/// Loads a weight as codes, dense or sparse, if the checkpoint holds codes, or as numbers.
 fn weight(
     config: &HfConfig,
     checkpoint: &Checkpoint,
@@ -218,10 +218,7 @@ fn weight(
 ) -> Result<Weight> {
     let layer = name.strip_suffix(".weight").unwrap_or(name);
     match config.load_quantized(checkpoint, layer, shape)? {
-        Some(codes) => Ok(Weight::made(
-            name,
-            StoredMatrix::from_quantized(&codes, false)?,
-        )),
+        Some(codes) => Ok(Weight::made(name, StoredMatrix::from_codes(&codes)?)),
         None => dense(checkpoint, name, shape),
     }
 }
@@ -255,7 +252,10 @@ fn dense(checkpoint: &Checkpoint, name: &str, [rows, cols]: [usize; 2]) -> Resul
 /// Stores every weight of a model in the formats of a plan.
 pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> {
     plan.validate()?;
-    let stored = |weight: &Weight, format| {
+    let stored = |weight: &Weight, format: Option<WeightFormat>| {
+        let Some(format) = format else {
+            return Ok(weight.clone());
+        };
         let matrix = convert(weight.name(), weight.get()?, format)?;
         Ok::<_, Error>(Weight::made(weight.name(), matrix))
     };

@@ -14,12 +14,12 @@ use super::weights::{AdapterWeights, LayerWeights, Weight};
 impl Model {
     /// Returns the same model with its weights stored in other formats.
     ///
-    /// Quantized weights keep their codes when they change between dense and sparse storage, and
-    /// are dequantized for a float format. Float weights are quantized by rounding to nearest, or
+    /// Quantized weights keep their codes and groups when they change between dense and sparse
+    /// storage, whatever group size the plan names, and are dequantized for a float format. Float weights are quantized by rounding to nearest, or
     /// rounded if the new format has fewer bits.
     ///
     /// # Errors
-    /// Returns [`Error::Unsupported`] if codes would have to change to another grid, or if a format
+    /// Returns [`Error::Unsupported`] if codes would have to change their number of bits, or if a format
     /// cannot hold the values: too many nonzeros in a group of an N:M pattern, or a value out of
     /// range.
     pub fn with_format(&self, plan: impl Into<FormatPlan>) -> Result<Self> {

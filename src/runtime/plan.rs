@@ -5,20 +5,29 @@ use crate::format::{StoredMatrix, WeightFormat};
 use crate::linalg::Matrix;
 use crate::quant::{GridConfig, ScaleDtype, round_to_nearest};
 
-/// Storage formats of a model's weights, by role. Norms and biases are always 32-bit floats.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Storage formats of a model's weights, by role; `None` keeps each weight as it is stored. Norms
+/// and biases are always 32-bit floats.
+///
+/// Weights that are stored as codes keep their codes and groups in every integer format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FormatPlan {
     /// Format of the linear layers inside the blocks.
-    pub linears: WeightFormat,
+    pub linears: Option<WeightFormat>,
     /// Format of the embedding, and of the head if they are tied. A token reads one row of it.
-    pub embedding: WeightFormat,
+    pub embedding: Option<WeightFormat>,
     /// Format of the head, if it is not tied.
-    pub head: WeightFormat,
+    pub head: Option<WeightFormat>,
     /// Format of the adapters' factors; one of the dense float formats.
-    pub adapters: WeightFormat,
+    pub adapters: Option<WeightFormat>,
 }
 
 impl FormatPlan {
+    /// Keeps every weight as it is stored. Weights that come from Burn are stored as 32-bit floats,
+    /// or as their codes.
+    pub fn kept() -> Self {
+        Self::default()
+    }
+
     /// Uses `linears` inside the blocks. The other weights are dense: 32-bit floats if `linears` is
     /// [`WeightFormat::F32`], otherwise 16-bit floats of the same kind.
     pub fn new(linears: WeightFormat) -> Self {
@@ -30,35 +39,35 @@ impl FormatPlan {
             _ => WeightFormat::F16,
         };
         Self {
-            linears,
-            embedding: dense,
-            head: dense,
-            adapters: dense,
+            linears: Some(linears),
+            embedding: Some(dense),
+            head: Some(dense),
+            adapters: Some(dense),
         }
     }
 
     /// Sets the format of the head.
     pub fn with_head(mut self, head: WeightFormat) -> Self {
-        self.head = head;
+        self.head = Some(head);
         self
     }
 
     /// Sets the format of the embedding.
     pub fn with_embedding(mut self, embedding: WeightFormat) -> Self {
-        self.embedding = embedding;
+        self.embedding = Some(embedding);
         self
     }
 
     /// Sets the format of the adapters' factors.
     pub fn with_adapters(mut self, adapters: WeightFormat) -> Self {
-        self.adapters = adapters;
+        self.adapters = Some(adapters);
         self
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
         match self.adapters {
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => Ok(()),
-            other => Err(Error::argument(
+            None | Some(WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16) => Ok(()),
+            Some(other) => Err(Error::argument(
                 "adapters",
                 format!("{other:?}"),
                 "f32, f16 or bf16",
@@ -108,52 +117,28 @@ pub(crate) fn encode(name: &str, weight: &Matrix, format: WeightFormat) -> Resul
     StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))
 }
 
-/// Stores a weight in another format. Codes are kept when they change between dense and sparse
-/// storage. Floats are rounded if the format requires it.
+/// Stores a weight in another format. Codes are kept, with their groups, when they change between
+/// dense and sparse storage: the group size and symmetry of `format` are those of weights that are
+/// rounded here. Floats are rounded if the format requires it.
 pub(super) fn convert(
     name: &str,
     stored: &StoredMatrix,
     format: WeightFormat,
 ) -> Result<StoredMatrix> {
-    if stored.format() == format {
-        return Ok(stored.clone());
-    }
-    let sparse = match format {
-        WeightFormat::Int { .. } => Some(false),
-        WeightFormat::SparseInt4 { .. } => Some(true),
-        _ => None,
+    let (bits, sparse) = match format {
+        _ if stored.format() == format => return Ok(stored.clone()),
+        WeightFormat::Int { bits, .. } => (bits, false),
+        WeightFormat::SparseInt4 { .. } => (4, true),
+        _ => return encode(name, &stored.to_matrix(), format),
     };
-    let Some((codes, sparse)) = stored.to_quantized().zip(sparse) else {
+    let Some(codes) = stored.to_quantized() else {
         return encode(name, &stored.to_matrix(), format);
     };
-    let converted =
-        StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))?;
-    // If a row is a single group, `None` and the row's length mean the same group size.
-    let sizes = |format: WeightFormat| match format {
-        WeightFormat::Int {
-            bits,
-            group_size,
-            symmetric,
-        } => Some((
-            bits,
-            group_size.unwrap_or(stored.cols()).min(stored.cols()),
-            symmetric,
-        )),
-        WeightFormat::SparseInt4 {
-            group_size,
-            symmetric,
-        } => Some((
-            4,
-            group_size.unwrap_or(stored.cols()).min(stored.cols()),
-            symmetric,
-        )),
-        _ => None,
-    };
-    if sizes(converted.format()) != sizes(format) {
-        let (from, to) = (converted.format(), format);
+    if codes.parts().bits != bits {
+        let found = codes.parts().bits;
         return Err(Error::Unsupported {
-            what: format!("storing `{name}`, codes of {from:?}, as {to:?}"),
+            what: format!("storing `{name}`, codes of {found} bits, in {bits} bits"),
         });
     }
-    Ok(converted)
+    StoredMatrix::from_quantized(&codes, sparse).map_err(|error| named(name, error))
 }

@@ -73,25 +73,57 @@ impl Model {
     }
 }
 
+/// Size in bytes of a decoder's weights as [`Model::from_decoder`] stores them, without adapters,
+/// norms and biases. One weight at a time is stored for it.
+///
+/// # Errors
+/// Returns [`Error::Unsupported`] if a format cannot hold a weight.
+pub fn stored_bytes(model: &Decoder, plan: impl Into<FormatPlan>) -> Result<usize> {
+    let plan = plan.into();
+    let config = model.config();
+    let mut bytes = embedding(model, &plan)?.unchecked().bytes();
+    for (name, layer) in model.linears() {
+        bytes += base(&name, &layer.base, plan.linears)?
+            .0
+            .unchecked()
+            .bytes();
+    }
+    if let Some(head) = model
+        .lm_head
+        .as_ref()
+        .filter(|_| !config.tie_word_embeddings())
+    {
+        bytes += base(Architecture::HEAD_LAYER, head, plan.head)?
+            .0
+            .unchecked()
+            .bytes();
+    }
+    Ok(bytes)
+}
+
+fn embedding(model: &Decoder, plan: &FormatPlan) -> Result<Weight> {
+    let config = model.config();
+    let table = Matrix::new(
+        config.vocab_size(),
+        config.hidden_size(),
+        host_values(model.embed_tokens.val()),
+    )?;
+    let name = Architecture::EMBEDDING;
+    Ok(Weight::made(
+        name,
+        encode(name, &table, floats(plan.embedding))?,
+    ))
+}
+
 fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
     plan.validate()?;
     let model = model.valid();
     let config = model.config().clone();
-    let d_model = config.hidden_size();
-    let table = Matrix::new(
-        config.vocab_size(),
-        d_model,
-        host_values(model.embed_tokens.val()),
-    )?;
-    let embedding = Weight::made(
-        Architecture::EMBEDDING,
-        encode(Architecture::EMBEDDING, &table, plan.embedding)?,
-    );
-    drop(table);
+    let embedding = embedding(&model, plan)?;
     let mut layers = Vec::new();
     for (name, layer) in model.linears() {
         let adapter = match &layer.adapter {
-            Some(adapter) => Some(factors(&name, adapter, plan.adapters)?),
+            Some(adapter) => Some(factors(&name, adapter, floats(plan.adapters))?),
             None => None,
         };
         let (weight, bias) = base(&name, &layer.base, plan.linears)?;
@@ -130,22 +162,28 @@ fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
     })
 }
 
+/// The format of weights that Burn holds as floats.
+fn floats(planned: Option<WeightFormat>) -> WeightFormat {
+    planned.unwrap_or(WeightFormat::F32)
+}
+
 /// The full weight and bias of a base layer, including inactive channels.
 fn base(
     name: &str,
     base: &BaseLinear,
-    format: WeightFormat,
+    format: Option<WeightFormat>,
 ) -> Result<(Weight, Option<Arc<[f32]>>)> {
     let tensor = format!("{name}.weight");
     let stored = match base.quantized() {
         // The codes are kept. The plan only decides whether zeros are stored.
         Some(packed) => match format {
-            WeightFormat::SparseInt4 { .. } => {
+            Some(WeightFormat::SparseInt4 { .. }) => {
                 StoredMatrix::from_quantized(&packed.unpack(), true)?
             }
-            _ => StoredMatrix::from(packed.clone()),
+            Some(WeightFormat::Int { .. }) => StoredMatrix::from(packed.clone()),
+            _ => StoredMatrix::from_codes(&packed.unpack())?,
         },
-        None => encode(&tensor, &base.to_matrix(), format)?,
+        None => encode(&tensor, &base.to_matrix(), floats(format))?,
     };
     let bias = base
         .bias

@@ -8,6 +8,7 @@ mod quantization;
 mod shape;
 
 pub use cost::SubnetCost;
+pub use deploy::stored_bytes;
 pub use quantization::{QaConfig, QaSummary};
 
 use std::collections::BTreeMap;

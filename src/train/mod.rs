@@ -27,6 +27,7 @@ pub use loss::targets;
 pub use schedule::Schedule;
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -159,6 +160,7 @@ impl Trainer {
             _ => Ok(()),
         };
         let first = logs.len();
+        self.write_losses(&logs)?;
         let outcome = restored.and_then(|()| {
             self.steps(
                 net,
@@ -355,6 +357,9 @@ impl Trainer {
                 grad_norm,
                 n_tokens,
             });
+            if let Some(log) = logs.last() {
+                self.append_losses(log)?;
+            }
             if let Some(error) = interrupted {
                 save(net, optimizer, train, logs)?;
                 return Err(error);
@@ -405,20 +410,36 @@ impl Trainer {
         let Some(folder) = &self.folder else {
             return Ok(());
         };
-        let cell = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
         let mut text = String::from("step,loss,valid_loss,lr,grad_norm,tokens,smallest_loss\n");
-        for log in logs {
-            text.push_str(&format!(
-                "{},{},{},{},{},{},{}\n",
-                log.step,
-                log.loss,
-                cell(log.valid_loss),
-                log.lr,
-                log.grad_norm,
-                log.n_tokens,
-                cell(log.smallest_loss)
-            ));
-        }
-        atomic::write_file(folder.join("losses.csv"), |sink| sink.put(text.as_bytes()))
+        text.extend(logs.iter().map(csv_line));
+        atomic::write_file(folder.join(LOSSES), |sink| sink.put(text.as_bytes()))
     }
+
+    /// Adds the line of one step, so that the file can be watched while the run goes on.
+    fn append_losses(&self, log: &StepLog) -> Result<()> {
+        let Some(folder) = &self.folder else {
+            return Ok(());
+        };
+        let path = folder.join(LOSSES);
+        let file = std::fs::OpenOptions::new().append(true).open(&path);
+        file.and_then(|mut file| file.write_all(csv_line(log).as_bytes()))
+            .map_err(|e| Error::io(&path, e))
+    }
+}
+
+/// Name of the file with the losses of all steps.
+const LOSSES: &str = "losses.csv";
+
+fn csv_line(log: &StepLog) -> String {
+    let cell = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
+    format!(
+        "{},{},{},{},{},{},{}\n",
+        log.step,
+        log.loss,
+        cell(log.valid_loss),
+        log.lr,
+        log.grad_norm,
+        log.n_tokens,
+        cell(log.smallest_loss)
+    )
 }
