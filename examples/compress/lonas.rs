@@ -2,7 +2,7 @@
 
 use elastic_lora::arch::SubBlock;
 use elastic_lora::calib::{InfluenceMeasure, block_influence, sort_channels};
-use elastic_lora::eval::{Metric, Phase, SubnetObjective, mean_loss, measure_ms};
+use elastic_lora::eval::{Phase, mean_loss, measure_ms};
 use elastic_lora::io::atomic;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::{Decoder, Pretrained};
@@ -248,44 +248,39 @@ impl Run<'_> {
             return self.write_supernet(&net, "supernet.elora", Vec::new(), None);
         };
         let outcome = self.search(&net, "lonas", true)?;
-        // If the score is accuracy, it is expensive, so only the subnets of the front get one.
-        let (mut best, mut small): (Option<Scored>, Option<Scored>) = (None, None);
-        let objective =
-            SubnetObjective::new(&net, Metric::Loss(&self.task.valid), args.cost.into())
-                .with_merged(true);
+        // The best subnet is the best by the score that the search optimized. The smallest one is
+        // compared with LoRA by the score of the table, which only the subnets of the front get,
+        // because accuracy is expensive.
+        let best = outcome
+            .front()
+            .min_by(|a, b| a.score().total_cmp(&b.score()));
+        let best = best.map(|best| best.config.clone());
+        let mut small: Option<(f64, SubnetConfig)> = None;
         for member in outcome.front() {
             net.activate(&member.config)?;
-            let cost = objective.cost(&net, &member.config)?;
-            let scored = Scored {
-                subnet: member.config.clone(),
-                score: self.valid_score(&net.eval_model())?,
-                cost,
-            };
-            if best.as_ref().is_none_or(|best| scored.score > best.score) {
-                best = Some(scored.clone());
-            }
-            let within = scored.score >= 0.99 * lora_score;
-            if within && small.as_ref().is_none_or(|small| scored.cost < small.cost) {
-                small = Some(scored);
+            let within = self.valid_score(&net.eval_model())? >= 0.99 * lora_score;
+            if within && small.as_ref().is_none_or(|(cost, _)| member.cost() < *cost) {
+                small = Some((member.cost(), member.config.clone()));
             }
         }
-        let named = [("best", &best), ("smallest-within-1-percent", &small)]
-            .into_iter()
-            .filter_map(|(name, found)| Some((name, found.as_ref()?.subnet.clone())));
+        let small = small.map(|(_, subnet)| subnet);
         net.activate(&net.maximal())?;
-        self.write_supernet(&net, "supernet.elora", named.collect(), Some(&outcome))?;
+        let named = [("best", &best), ("smallest-within-1-percent", &small)];
+        let named: Vec<_> = named
+            .into_iter()
+            .filter_map(|(name, found)| Some((name, found.clone()?)))
+            .collect();
+        self.write_search(&net, "LoNAS", &outcome, named.clone())?;
+        self.write_supernet(&net, "supernet.elora", named, Some(&outcome))?;
+        let score = self.objective(&net)?.names().score;
+        common::say!("best: by the {score}, which the search optimized");
         if let Some(best) = best {
-            self.extracted_row(BEST, &mut net, &best.subnet, &merger, Some("best"), &full)?;
+            self.extracted_row(BEST, &mut net, &best, &merger, Some("best"), &full)?;
         }
         match small {
-            Some(small) => self.extracted_row(
-                SMALLEST,
-                &mut net,
-                &small.subnet,
-                &merger,
-                Some("smallest"),
-                &full,
-            ),
+            Some(small) => {
+                self.extracted_row(SMALLEST, &mut net, &small, &merger, Some("smallest"), &full)
+            }
             None => {
                 common::say!("no subnet of the front is within 1 % of LoRA on the validation set");
                 Ok(())
@@ -339,10 +334,3 @@ impl Run<'_> {
 
 /// Name of the row that the others are relative to.
 const LORA: &str = "LoRA";
-
-#[derive(Clone)]
-struct Scored {
-    subnet: SubnetConfig,
-    score: f64,
-    cost: f64,
-}

@@ -390,19 +390,19 @@ impl Run<'_> {
         let outcome = self.search(&net, "shears", false)?;
         // The best subnet on the validation set among those that cost no more than the heuristic
         // subnet, which is one of them.
-        let objective =
-            SubnetObjective::new(&net, Metric::Loss(&self.task.valid), self.args.cost.into());
-        let chosen = match outcome.best_under(objective.cost(&net, &net.heuristic())?) {
+        let most = self.objective(&net)?.cost(&net, &net.heuristic())?;
+        let chosen = match outcome.best_under(most) {
             Some(best) => best.config.clone(),
             None => net.heuristic(),
         };
+        let named = vec![("searched", chosen.clone())];
+        self.write_search(&net, "Shears", &outcome, named.clone())?;
         net.activate(&chosen)?;
         self.row("Shears, searched", net.model(), Some(&net))?;
         self.kept_in("adapter");
 
         self.write_adapter(&net, "pruned", "adapter", PeftOptions::default().dtype)?;
-        let searched = vec![("searched", chosen.clone())];
-        self.write_supernet(&net, "supernet.elora", searched, Some(&outcome))?;
+        self.write_supernet(&net, "supernet.elora", named, Some(&outcome))?;
         self.write_subnet(&net, &chosen, "adapter")
     }
 
@@ -478,18 +478,7 @@ impl Run<'_> {
             .with_log(log)
             .with_tag(tag)
             .init(space)?;
-        let pretrained = &self.task.pretrained;
-        let metric = match (args.metric, &self.task.valid_problems) {
-            (SearchMetric::Loss, _) => Metric::Loss(&self.task.valid),
-            (SearchMetric::Accuracy, Some(problems)) => Metric::Accuracy {
-                problems,
-                tokenizer: &pretrained.tokenizer,
-                generate: generate_config(self.task),
-            },
-            (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
-        };
-        let objective = SubnetObjective::new(net, metric, args.cost.into()).with_merged(merged);
-        let names = objective.names();
+        let objective = self.objective(net)?.with_merged(merged);
         let started = Instant::now();
         let progress = &self.progress;
         let evaluate = |subnet: &_| objective.evaluate(subnet, progress);
@@ -501,8 +490,43 @@ impl Run<'_> {
             started.elapsed().as_secs_f64(),
             outcome.front().len()
         );
-        SearchReport::new(space, &outcome, &names).write(&self.out)?;
         Ok(outcome)
+    }
+
+    /// Writes the report of a search, with the subnets that were chosen.
+    pub fn write_search(
+        &self,
+        net: &SuperNet,
+        method: &str,
+        outcome: &SearchOutcome,
+        chosen: Vec<(&str, SubnetConfig)>,
+    ) -> Result<()> {
+        let names = self.objective(net)?.names();
+        let folder = &self.task.pretrained.folder;
+        let model = folder.file_name().unwrap_or(folder.as_os_str());
+        let mut report = SearchReport::new(net.space(), outcome, &names)
+            .with_title(format!("{}, {method}", model.to_string_lossy()));
+        for (name, subnet) in chosen {
+            report = report.with_chosen(name, subnet);
+        }
+        report.write(&self.out)?;
+        Ok(())
+    }
+
+    /// Returns what a search minimises: the negated score and the cost that the arguments name, on
+    /// the validation set.
+    pub fn objective<'n>(&'n self, net: &'n SuperNet) -> Result<SubnetObjective<'n>> {
+        let pretrained = &self.task.pretrained;
+        let metric = match (self.args.metric, &self.task.valid_problems) {
+            (SearchMetric::Loss, _) => Metric::Loss(&self.task.valid),
+            (SearchMetric::Accuracy, Some(problems)) => Metric::Accuracy {
+                problems,
+                tokenizer: &pretrained.tokenizer,
+                generate: generate_config(self.task),
+            },
+            (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
+        };
+        Ok(SubnetObjective::new(net, metric, self.args.cost.into()))
     }
 
     /// Activates and returns the better, on the validation set, of the two subnets that need no

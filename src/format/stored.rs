@@ -541,6 +541,36 @@ mod tests {
         })
     }
 
+    #[test]
+    fn codes_are_stored_sparse_where_a_third_of_them_are_zeros() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let mut with_zeros = |share: f64, bits: u8| {
+            let mut parts = random_quantized(6, 96, bits, 32, false, &mut rng).into_parts();
+            for (index, code) in parts.codes.iter_mut().enumerate() {
+                let zero = parts.zeros[index / 32];
+                *code = match rng.random_bool(share) {
+                    true => zero,
+                    false => zero ^ 1,
+                };
+            }
+            QuantizedMatrix::new(parts).unwrap()
+        };
+        for (share, bits, sparse) in [(0.5, 4, true), (0.1, 4, false), (0.5, 8, false)] {
+            let codes = with_zeros(share, bits);
+            assert_eq!(codes.count_zeros(), codes.dequantize().count_zeros());
+            let stored = StoredMatrix::from_codes(&codes).unwrap();
+            let found = matches!(
+                stored.format(),
+                WeightFormat::SparseInt4 {
+                    group_size: Some(32),
+                    ..
+                }
+            );
+            assert_eq!(found, sparse, "{share} {bits}");
+            assert_eq!(stored.to_matrix(), codes.dequantize());
+        }
+    }
+
     fn n_of_m(matrix: &mut Matrix, n: usize, m: usize) {
         let cols = matrix.cols();
         for row in matrix.as_mut_slice().chunks_mut(cols) {

@@ -70,11 +70,13 @@ impl Default for ObjectiveNames {
 }
 
 /// Writes reports of the outcome of a search.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct SearchReport<'a> {
     space: &'a SearchSpace,
     outcome: &'a SearchOutcome,
     names: &'a ObjectiveNames,
+    title: String,
+    chosen: Vec<(String, SubnetConfig)>,
 }
 
 const ROLES: [&str; 3] = ["heuristic", "maximal", "minimal"];
@@ -91,7 +93,23 @@ impl<'a> SearchReport<'a> {
             space,
             outcome,
             names,
+            title: String::new(),
+            chosen: Vec::new(),
         }
+    }
+
+    /// Sets what was searched, such as the names of the model and the method. It stands above the
+    /// plot.
+    pub fn with_title(mut self, title: impl Into<String>) -> Self {
+        self.title = title.into();
+        self
+    }
+
+    /// Marks a subnet that was chosen, under a name such as `best`. A subnet that was not evaluated
+    /// is left out.
+    pub fn with_chosen(mut self, name: impl Into<String>, config: SubnetConfig) -> Self {
+        self.chosen.push((name.into(), config));
+        self
     }
 
     /// Writes `search_progression.svg`, `.csv` and `.json` into a folder and returns their paths.
@@ -123,15 +141,20 @@ impl<'a> SearchReport<'a> {
 
     /// Returns a CSV table with one row per evaluation, in the order of proposals: number (from 1),
     /// cost, score (with its original sign if a larger score is better), whether it is on the
-    /// front, role (`heuristic`, `maximal`, `minimal`), whether it was cached, seconds, and the
-    /// values in the space's order of groups.
+    /// front, roles (`heuristic`, `maximal`, `minimal`, and the names of chosen subnets), whether it
+    /// was cached, seconds, and the values in the space's order of groups.
     pub fn to_csv(&self) -> String {
         let references = self.references();
         let mut text = String::from("evaluation,cost,score,front,role,cached,seconds,values\n");
         for evaluation in self.outcome.evaluations() {
+            let chosen = self
+                .chosen
+                .iter()
+                .map(|(name, config)| (name.as_str(), config));
             let roles: Vec<&str> = ROLES
                 .into_iter()
                 .zip(&references)
+                .chain(chosen)
                 .filter(|(_, r)| evaluation.config == **r)
                 .map(|(name, _)| name)
                 .collect();
@@ -155,7 +178,7 @@ impl<'a> SearchReport<'a> {
 
     /// Returns JSON with the names, the unchanged evaluations (objectives minimised, score first),
     /// the front as positions among the evaluations, cheapest first, and the positions of the
-    /// heuristic, maximal and minimal subnets (null if not evaluated).
+    /// heuristic, maximal, minimal and chosen subnets (null if not evaluated).
     ///
     /// # Errors
     /// Returns [`Error::Json`] if serialization fails, which no outcome is known to cause.
@@ -163,7 +186,13 @@ impl<'a> SearchReport<'a> {
         let at =
             |config: &SubnetConfig| self.outcome.get(config).map(|evaluation| evaluation.index);
         let [heuristic, maximal, minimal] = self.references();
+        let chosen: serde_json::Map<String, Value> = self
+            .chosen
+            .iter()
+            .map(|(name, config)| (name.clone(), json!(at(config))))
+            .collect();
         let value = json!({
+            "title": self.title,
             "searcher": self.outcome.searcher(),
             "stopped": self.outcome.stopped(),
             "objectives": self.names,
@@ -172,6 +201,7 @@ impl<'a> SearchReport<'a> {
             "heuristic": at(&heuristic),
             "maximal": at(&maximal),
             "minimal": at(&minimal),
+            "chosen": chosen,
             "evaluations": Value::Null,
         });
         let written = || {
@@ -183,8 +213,8 @@ impl<'a> SearchReport<'a> {
     }
 
     /// Returns a plot of cost against score. Every evaluated subnet is a point, darker the later it
-    /// was proposed. The front is a line, and the heuristic's score is a dashed line. Subnets with
-    /// objectives that are not finite are omitted.
+    /// was proposed. The front is a line, the heuristic's score is a dashed line, and chosen subnets
+    /// have a square around them. Subnets with objectives that are not finite are omitted.
     ///
     /// # Errors
     /// Returns [`Error::Unsupported`] if the drawing library fails, which no outcome is known to
@@ -225,8 +255,11 @@ impl<'a> SearchReport<'a> {
         let y_digits = digits(y_range.end - y_range.start);
         let mut chart = ChartBuilder::on(&plot)
             .caption(
-                format!("Search progression: {}", self.outcome.searcher()),
-                ("sans-serif", 22),
+                match self.title.as_str() {
+                    "" => format!("Search progression: {}", self.outcome.searcher()),
+                    title => format!("{title}: search by {}", self.outcome.searcher()),
+                },
+                ("sans-serif", 20),
             )
             .margin(16)
             .x_label_area_size(58)
@@ -278,6 +311,20 @@ impl<'a> SearchReport<'a> {
             chart.draw_series(at.map(|at| EmptyElement::at(at) + mark_at(mark, (0, 0))))?;
         }
 
+        let chosen: Vec<(&str, (f64, f64))> = self
+            .chosen
+            .iter()
+            .filter_map(|(name, config)| {
+                let at = self.outcome.get(config).and_then(point)?;
+                Some((name.as_str(), at))
+            })
+            .collect();
+        chart.draw_series(
+            chosen
+                .iter()
+                .map(|&(_, at)| EmptyElement::at(at) + square((0, 0))),
+        )?;
+
         let text = |size: i32| {
             ("sans-serif", size)
                 .into_font()
@@ -320,6 +367,10 @@ impl<'a> SearchReport<'a> {
             }
             side.draw(&mark_at(mark, (20, at)))?;
         }
+        for (name, (_, score)) in &chosen {
+            let at = entry(format!("{name}: {}", fixed(*score, y_digits + 1)))?;
+            side.draw(&square((20, at)))?;
+        }
         if points.is_empty() {
             entry("no finite evaluation".into())?;
         }
@@ -351,6 +402,13 @@ fn mark_at((outline, color): (&[(i32, i32)], RGBColor), (x, y): (i32, i32)) -> P
             .collect::<Vec<_>>(),
         color.filled(),
     )
+}
+
+/// The outline of a square around a point in pixels, the mark of chosen subnets.
+fn square((x, y): (i32, i32)) -> PathElement<(i32, i32)> {
+    let corners = [(-11, -11), (11, -11), (11, 11), (-11, 11), (-11, -11)];
+    let corners = corners.map(|(dx, dy)| (x + dx, y + dy));
+    PathElement::new(corners.to_vec(), INK.stroke_width(2))
 }
 
 /// Returns a blue that darkens over the course of the search.
