@@ -300,7 +300,7 @@ impl Run<'_> {
         full: &Times,
     ) -> Result<()> {
         net.activate(subnet)?;
-        let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(2).cloned().collect();
+        let sample = self.sample(2);
         let extracted = merger.extract(net, &sample, &self.progress)?;
         let mut model = extracted.model;
         if let Some(folder) = folder {

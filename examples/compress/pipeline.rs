@@ -317,6 +317,15 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Returns the beginnings of some calibration sequences, on which logits are compared.
+    pub fn sample(&self, n: usize) -> Vec<Vec<u32>> {
+        const LENGTH: usize = 128;
+        let samples = self.task.calibration.iter().take(n);
+        samples
+            .map(|ids| ids[..ids.len().min(LENGTH)].to_vec())
+            .collect()
+    }
+
     /// Returns the fraction of problems that a model answers correctly.
     pub fn accuracy(&self, problems: &ProblemSet, model: &Decoder) -> Result<f64> {
         let (tokenizer, config) = (&self.task.pretrained.tokenizer, generate_config(self.task));
@@ -550,7 +559,7 @@ impl Run<'_> {
         self.train(&mut net, "sparse-peft", Sampling::PerStep)?;
         // Ranks have no cost after merging, so no search is needed.
         let chosen = self.better_of_two(&mut net)?;
-        let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
+        let sample = self.sample(4);
         let merged = Merger::new().merge(&net, &sample, &self.progress)?;
         // The model is measured as it was written: in the checkpoint's own type, and read back.
         let pretrained = &self.task.pretrained;

@@ -318,7 +318,7 @@ impl Run<'_> {
         self.train(&mut net, "sqft-qa", Sampling::PerStep)?;
         let chosen = self.better_of_two(&mut net)?;
 
-        let sample: Vec<Vec<u32>> = self.task.calibration.iter().take(4).cloned().collect();
+        let sample = self.sample(4);
         let merged = Merger::new().merge(&net, &sample, &self.progress)?;
         let integers = merged
             .model
