@@ -41,7 +41,8 @@
 //! ([`eval::LatencyTable`]).
 //!
 //! The adapters work in any Burn model: use [`ElasticLoraLinear`] as a layer, or
-//! [`adapter::ElasticLoraReparameterizer`] on existing modules.
+//! [`adapter::ElasticLoraReparameterizer`] on existing modules. `examples/own_module.rs` is a
+//! training loop and a searcher of one's own, for a module of one's own.
 //!
 //! # Methods
 //!

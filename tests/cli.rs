@@ -239,6 +239,23 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
 }
 
 #[test]
+fn a_module_and_a_searcher_of_ones_own_work() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(mut command) = example("own_module", root.path()) else {
+        return;
+    };
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let losses: Vec<f64> = text
+        .lines()
+        .filter_map(|line| line.split_once("rank 8: loss ")?.1.parse().ok())
+        .collect();
+    assert!(losses.len() == 4 && 2.0 * losses[3] < losses[0], "{text}");
+    assert!(text.contains("front: ranks ["), "{text}");
+}
+
+#[test]
 fn a_bundle_answers_as_its_folder_does() {
     let root = tempfile::tempdir().unwrap();
     let run = |arguments: &[&str]| -> Option<Output> {

@@ -122,7 +122,9 @@ impl ElasticLoraLinearConfig {
 /// - with SparsePEFT's mask `M`, `y = x (W + s A_r B_r * M) + b`;
 /// - with a grid, `y = x grid(W + s A_r B_r * M) + b`.
 ///
-/// It fits into any Burn model. Dropout is applied only on an autodiff device.
+/// It fits into any Burn model. The base is frozen; the factors of the adapter are trained, for
+/// which the layer must be on a device with a tape (`device.autodiff()`), as
+/// `examples/own_module.rs` shows. Dropout is applied only on such a device.
 #[derive(Module, Debug)]
 pub struct ElasticLoraLinear {
     /// The frozen layer.
