@@ -242,7 +242,8 @@ fn say_answer(args: &Args, prompt: &str, answer: &Answer) {
         common::say!(
             "{}",
             serde_json::json!({
-                "record": record, "prompt": prompt, "output": output, "reference": reference, "correct": correct
+                "record": record, "prompt": prompt, "output": output, "reference": reference,
+                "correct": correct
             })
         );
     } else {
@@ -257,8 +258,8 @@ fn say_accuracy(args: &Args, name: &str, left_out: usize, result: &ExactMatch) {
     let share = |n: usize| n as f64 / result.total.max(1) as f64;
     if args.json {
         let mut line = serde_json::json!({
-            "set": name, "accuracy": result.accuracy(), "correct": result.correct, "total": result.total,
-            "left_out": left_out
+            "set": name, "accuracy": result.accuracy(), "correct": result.correct,
+            "total": result.total, "left_out": left_out
         });
         if let Some(gsm8k) = result.gsm8k {
             line["strict_match"] = share(gsm8k.strict).into();

@@ -32,9 +32,9 @@ use serde::Serialize;
 #[command(
     version,
     after_help = "Training files are JSON or JSON Lines with `instruction`, `input`, `output` (Alpaca) or \
-    `question`, `answer` (GSM8K), or plain text. Accuracy is the exact match of the final answer (`#### 12`, `answer is \
-    12`, the field `answer`, or a solution of one word or number). Records without one are left out of it. If these are \
-    more than half, the table shows losses only."
+    `question`, `answer` (GSM8K), or plain text. Accuracy is the exact match of the final answer \
+    (`#### 12`, `answer is 12`, the field `answer`, or a solution of one word or number). Records \
+    without one are left out of it. If these are more than half, the table shows losses only."
 )]
 pub struct Args {
     /// Model folder, GGUF file, or id in the local Hugging Face cache [default: the bundled model]

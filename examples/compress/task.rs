@@ -124,7 +124,8 @@ impl Task {
                 if answered > 0 {
                     let n = records.len();
                     eprintln!(
-                        "notice: {answered} of {n} {what} records have a final answer: too few for an accuracy"
+                        "notice: {answered} of {n} {what} records have a final answer, too few \
+                         for an accuracy"
                     );
                 }
                 return Ok(None);

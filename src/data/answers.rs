@@ -73,8 +73,8 @@ impl Answer {
 /// Returns the number after the first `####` that is followed by a number, or `None` if there is
 /// none. Fractions, times and numbers with a sign of a currency are not plain numbers.
 ///
-/// The number is normalized: without separators of thousands, `+`, leading zeros, and trailing zeros
-/// after the point (`1,012.50` becomes `1012.5`, `12.0` becomes `12`, `-0` becomes `0`).
+/// The number is normalized: without separators of thousands, `+`, leading zeros, and trailing
+/// zeros after the point (`1,012.50` becomes `1012.5`, `12.0` becomes `12`, `-0` becomes `0`).
 #[doc(hidden)]
 pub fn extract_answer(text: &str) -> Option<String> {
     let mut marked = text.split(HASHES).skip(1);
@@ -85,9 +85,9 @@ pub fn extract_answer(text: &str) -> Option<String> {
 /// worked solution with `####`, or an answer alone: a number, a fraction, words (`true`, `answer2`,
 /// `(C)`, `New York`). The result is `false` if either has no answer.
 ///
-/// The final answer of `generated` is taken after `####`, or else after the first `answer is`, which
-/// ends the solutions in LLM-Adapters' files (`The answer is 4.`, `the correct answer is true`). A
-/// text with neither is an answer if it is one line that holds nothing else.
+/// The final answer of `generated` is taken after `####`, or else after the first `answer is`,
+/// which ends the solutions in LLM-Adapters' files (`The answer is 4.`, `the correct answer is
+/// true`). A text with neither is an answer if it is one line that holds nothing else.
 ///
 /// The unit of a reference (`6 apples`), the sign of a currency, and `%` count where both answers
 /// have one. Upper and lower case, quotes around an answer, brackets around a word, and a point

@@ -50,8 +50,8 @@ pub enum Record {
     Conversation {
         /// The turns.
         messages: Vec<Message>,
-        /// JSON schemas of the tools that the model may call. A [`Template`](super::Template) leaves
-        /// them out; [`notices`] counts them.
+        /// JSON schemas of the tools that the model may call. A [`Template`](super::Template)
+        /// leaves them out; [`notices`] counts them.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         tools: Vec<Value>,
         /// Number of messages at the start that are a prompt: nothing in them is learned.
@@ -289,8 +289,8 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     checked(records.collect::<Result<_>>()?, path)
 }
 
-/// Returns whether the name of a file says that it is plain text: it ends in `.txt`, `.text`, `.md`,
-/// `.raw` or `.tokens`.
+/// Returns whether the name of a file says that it is plain text: it ends in `.txt`, `.text`,
+/// `.md`, `.raw` or `.tokens`.
 pub fn is_text_file(path: impl AsRef<Path>) -> bool {
     TEXT_EXTENSIONS.contains(&extension(path.as_ref()).as_str())
 }

@@ -120,8 +120,8 @@ impl PromptTemplate {
     }
 }
 
-/// How records become texts: by a fixed template, or by the chat template of a model. The model does
-/// not see the tools of a conversation (see [`notices`](super::notices)).
+/// How records become texts: by a fixed template, or by the chat template of a model. The model
+/// does not see the tools of a conversation (see [`notices`](super::notices)).
 #[derive(Clone, Debug, Default)]
 pub struct Template {
     prompt: PromptTemplate,
@@ -243,8 +243,8 @@ impl Template {
     }
 
     /// Returns the text that a model sees before its answer to a record: all before the last turn
-    /// of the assistant, and the prompt for the answer. The text of a chat template holds the special
-    /// tokens.
+    /// of the assistant, and the prompt for the answer. The text of a chat template holds the
+    /// special tokens.
     ///
     /// # Errors
     /// Returns the errors of [`render`](Self::render).

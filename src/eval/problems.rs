@@ -108,8 +108,8 @@ impl ProblemSet {
     /// are left out, see [`left_out`](Self::left_out).
     ///
     /// # Errors
-    /// Returns [`Error::InvalidArgument`] if there are records, and none has a final answer, and the
-    /// errors of [`Template::prompt_ids`].
+    /// Returns [`Error::InvalidArgument`] if there are records, and none has a final answer, and
+    /// the errors of [`Template::prompt_ids`].
     pub fn new(
         records: &[Record],
         template: impl Into<Template>,

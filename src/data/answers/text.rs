@@ -122,8 +122,8 @@ pub(super) fn begins(line: &str, text: &str, only: bool) -> bool {
     }
 }
 
-/// Returns a line as it stands, and without each of the signs that it begins with: quotes, a bracket
-/// around a word, commands of LaTeX.
+/// Returns a line as it stands, and without each of the signs that it begins with: quotes, a
+/// bracket around a word, commands of LaTeX.
 pub(super) fn readings(line: &str) -> impl Iterator<Item = &str> {
     let mut next = Some(line.trim());
     std::iter::from_fn(move || {

@@ -85,8 +85,8 @@ impl Quantity {
     }
 }
 
-/// Returns whether a number that ends before `rest` is a part of something larger: a sum, a range, a
-/// mixed fraction, a date, a row of numbers.
+/// Returns whether a number that ends before `rest` is a part of something larger: a sum, a range,
+/// a mixed fraction, a date, a row of numbers.
 pub(super) fn continues(rest: &str) -> bool {
     let behind = rest.trim_start_matches(' ');
     let mut chars = behind.chars();
