@@ -98,7 +98,11 @@ pub(super) fn continues(rest: &str) -> bool {
         '/' | '*' | '×' | '÷' | '^' | '·' | '⁄' => true,
         '+' | '-' | '−' | '–' | ':' | '\'' => digit_follows(),
         '.' | ',' => chars.as_str().starts_with(is_digit),
-        first => is_digit(first),
+        first => {
+            let words = ["and ", "or ", "to "];
+            let second = words.iter().find_map(|word| behind.strip_prefix(word));
+            is_digit(first) || second.is_some_and(|second| second.starts_with(is_digit))
+        }
     }
 }
 
