@@ -266,7 +266,7 @@ fn references_are_found_or_missed_by_record() {
         (r#"{"instruction": "i", "output": 5}"#, Some("5")),
         (r#"{"instruction": "i", "output": "I cannot say."}"#, None),
         (
-            r#"{"instruction": "i", "output": "The answer is one that nobody could have given us yet"}"#,
+            r#"{"instruction": "i", "output": "The answer is one that nobody so far could ever have found"}"#,
             None,
         ),
         (
