@@ -7,9 +7,14 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use common::arithmetic::{self, Kind, Split};
-use elastic_lora::data::{Template, TextTokenizer, load_records, load_text};
-use elastic_lora::eval::{Perplexity, ProblemSet, perplexity, session_perplexity};
-use elastic_lora::runtime::{Model, ModelOptions, Session, SessionConfig};
+use elastic_lora::data::{Record, Template, TextTokenizer, is_text_file, load_text};
+use elastic_lora::eval::{
+    Answer, ExactMatch, Perplexity, ProblemSet, perplexity, session_perplexity,
+};
+use elastic_lora::io::{is_gguf, model_path};
+use elastic_lora::model::Pretrained;
+use elastic_lora::progress::TerminalProgress;
+use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::{Error, Result};
 
 /// Measure a model, with or without an adapter: perplexity or exact-match accuracy.
@@ -18,11 +23,14 @@ use elastic_lora::{Error, Result};
 ///
 /// For perplexity, the whole text is tokenized once, with BOS if the tokenizer adds one, and cut
 /// into non-overlapping windows of the context length. The mean is over all tokens except the first
-/// of each window. A problem counts as correct if the final answer of the generated text (`####
-/// 12`, or `answer is 12`) equals the answer of the record.
+/// of each window. A problem counts as correct if the final answer of the generated text (after
+/// `####` or `answer is`, or the whole text) equals the answer of the record. If all problems have
+/// GSM8K's form, the two scores of lm-evaluation-harness are shown too. Records that cannot be
+/// compared or do not fit into the context are named and left out.
 #[derive(Parser)]
 struct Args {
-    /// Model folder [default: the bundled model]
+    /// Model folder, GGUF file, bundle, or id in the local Hugging Face cache [default: the bundled
+    /// model]
     #[arg(long)]
     model: Option<PathBuf>,
     /// PEFT adapter folder; the adapter is not merged
@@ -31,36 +39,172 @@ struct Args {
     /// Text file on which to compute perplexity
     #[arg(long, conflicts_with = "exact_match")]
     text: Option<PathBuf>,
-    /// File of problems (JSON, JSON Lines or CSV; conversations, Alpaca or GSM8K form) on which to compute accuracy
+    /// File of problems (JSON, JSON Lines or CSV; conversations, Alpaca or GSM8K form) on which to
+    /// compute accuracy
     #[arg(long)]
     exact_match: Option<PathBuf>,
     /// Window of the perplexity in tokens [default: the model's context length]
     #[arg(long, requires = "text")]
     context: Option<usize>,
-    /// Compute the perplexity in the runtime, on the CPU, of a folder, GGUF file or
-    /// bundle as its weights are stored
-    #[arg(long, requires_all = ["text", "model"], conflicts_with_all = ["adapter", "device"])]
+    /// Read the text file as plain text, whatever its name is
+    #[arg(long, requires = "text")]
+    plain_text: bool,
+    /// Compute in the runtime, on the CPU, with the weights as they are stored; bundles always are
+    #[arg(long, conflicts_with_all = ["adapter", "device"])]
     runtime: bool,
+    /// Subnet of a supernet bundle, by name [default: the whole supernet]
+    #[arg(long, conflicts_with_all = ["adapter", "device"])]
+    subnet: Option<String>,
     /// Template of the prompts: auto (the model's chat template for conversations), chat (that for
     /// every record), alpaca, question_answer, raw, or a file with a chat template
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", conflicts_with = "text")]
     template: String,
-    /// Print this many records as the model sees them, with the answers marked
-    #[arg(long, default_value_t = 0)]
+    /// Use this many records of each set, the first ones
+    #[arg(long, conflicts_with = "text")]
+    limit: Option<usize>,
+    /// Print prompt, output, reference and verdict of this many problems
+    #[arg(long, default_value_t = 0, conflicts_with = "text")]
     show: usize,
     /// Maximum length of an answer in tokens
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, conflicts_with = "text")]
     max_new_tokens: usize,
     /// Backend: flex, or another whose feature is enabled in the build
     #[arg(long, default_value = "flex")]
     device: String,
-    /// Print JSON, one object per line for each set of problems
+    /// Print JSON, one object per line for each set of problems, and for each problem that is shown
     #[arg(long)]
     json: bool,
 }
 
+/// Number of sequences that the runtime generates at once.
+const SESSIONS: usize = 16;
+
+/// The model with what computes it.
+enum Executor {
+    Burn(Box<Pretrained>),
+    Runtime {
+        model: Model,
+        tokenizer: Box<TextTokenizer>,
+        subnet: Option<String>,
+    },
+}
+
+impl Executor {
+    fn open(args: &Args, model: &Path) -> Result<Self> {
+        let path = model_path(model)?;
+        let is_bundle = path.is_file() && !is_gguf(&path);
+        if !(args.runtime || args.subnet.is_some() || is_bundle) {
+            let adapter = args.adapter.as_deref();
+            let pretrained = common::open(Some(model), adapter, &args.device)?;
+            return Ok(Self::Burn(Box::new(pretrained)));
+        }
+        // A bundle that is not a file of its own kind is refused when it is opened.
+        let model = Model::open(&path, &ModelOptions::default())?;
+        if let Some(adapter) = &args.adapter {
+            let expected = "no adapter beside a bundle, which the runtime computes";
+            return Err(Error::argument("adapter", adapter.display(), expected));
+        }
+        if args.device != "flex" {
+            let expected = "a folder or GGUF file as the model; the runtime computes bundles";
+            return Err(Error::argument("device", &args.device, expected));
+        }
+        common::show_notices(&model.notices());
+        let Some(tokenizer) = model.tokenizer().cloned() else {
+            let what = format!("measuring {}, which has no tokenizer,", path.display());
+            return Err(Error::Unsupported { what });
+        };
+        Ok(Self::Runtime {
+            model,
+            tokenizer: Box::new(tokenizer),
+            subnet: args.subnet.clone(),
+        })
+    }
+
+    fn tokenizer(&self) -> &TextTokenizer {
+        match self {
+            Executor::Burn(pretrained) => &pretrained.tokenizer,
+            Executor::Runtime { tokenizer, .. } => tokenizer,
+        }
+    }
+
+    /// Maximum number of tokens of a sequence.
+    fn context(&self) -> usize {
+        let config = match self {
+            Executor::Burn(pretrained) => pretrained.model.config(),
+            Executor::Runtime { model, .. } => model.config(),
+        };
+        config.max_position_embeddings()
+    }
+
+    /// Creates sessions on the runtime's model.
+    fn sessions(
+        model: &Model,
+        subnet: Option<&str>,
+        config: &SessionConfig,
+        n: usize,
+    ) -> Result<Vec<Session>> {
+        let session = |_| -> Result<Session> {
+            let mut session = Session::new(model, config)?;
+            if let Some(subnet) = subnet {
+                session.set_subnet_named(subnet)?;
+            }
+            Ok(session)
+        };
+        (0..n).map(session).collect()
+    }
+
+    fn perplexity(
+        &self,
+        ids: &[u32],
+        context: usize,
+        progress: &TerminalProgress,
+    ) -> Result<Perplexity> {
+        match self {
+            Executor::Burn(pretrained) => perplexity(&pretrained.model, ids, context, progress),
+            Executor::Runtime { model, subnet, .. } => {
+                let config = SessionConfig::default().with_n_ctx(context);
+                let mut sessions = Self::sessions(model, subnet.as_deref(), &config, 1)?;
+                session_perplexity(&mut sessions[0], ids, context, progress)
+            }
+        }
+    }
+
+    fn answers(
+        &self,
+        problems: &ProblemSet,
+        max_new_tokens: usize,
+        progress: &TerminalProgress,
+    ) -> Result<Vec<Answer>> {
+        match self {
+            Executor::Burn(pretrained) => {
+                let config = pretrained.generate_config(max_new_tokens);
+                problems.answers(&pretrained.model, &pretrained.tokenizer, &config, progress)
+            }
+            Executor::Runtime {
+                model,
+                tokenizer,
+                subnet,
+            } => {
+                let n = problems.len().min(SESSIONS);
+                let config = SessionConfig::default();
+                let mut sessions = Self::sessions(model, subnet.as_deref(), &config, n)?;
+                let config = GenerateConfig::new(max_new_tokens, model.stop_ids().to_vec());
+                problems.session_answers(&mut sessions, tokenizer, &config, progress)
+            }
+        }
+    }
+}
+
 /// Tokenizes a text of at least two tokens, with BOS if the tokenizer adds one.
-fn text_ids(text: &Path, tokenizer: &TextTokenizer) -> Result<Vec<u32>> {
+fn text_ids(args: &Args, text: &Path, tokenizer: &TextTokenizer) -> Result<Vec<u32>> {
+    if !args.plain_text && !is_text_file(text) {
+        return Err(Error::InvalidFile {
+            path: text.into(),
+            reason: "plain text by neither its name (.txt, .text, .md, .raw, .tokens) nor \
+                     --plain-text; --exact-match reads records"
+                .into(),
+        });
+    }
     let ids = tokenizer.encode_prompt(&load_text(text)?)?;
     if ids.len() < 2 {
         let detail = format!(": {} tokens, and a text needs 2", ids.len());
@@ -85,96 +229,111 @@ fn say_perplexity(args: &Args, result: &Perplexity) {
     }
 }
 
-/// Prints the perplexity of a model as the runtime computes it.
-fn in_the_runtime(args: &Args, path: &Path, text: &Path) -> Result<()> {
-    let model = Model::open(path, &ModelOptions::default())?;
-    common::show_notices(&model.notices());
-    let Some(tokenizer) = model.tokenizer() else {
-        return Err(Error::Unsupported {
-            what: format!(
-                "the perplexity of {}, which has no tokenizer,",
-                path.display()
-            ),
-        });
-    };
-    let ids = text_ids(text, tokenizer)?;
-    let max = model.config().max_position_embeddings();
-    let context = args.context.unwrap_or(max);
-    let mut session = Session::new(&model, &SessionConfig::default().with_n_ctx(context))?;
-    let result = session_perplexity(&mut session, &ids, context, &common::progress())?;
-    say_perplexity(args, &result);
-    Ok(())
+/// Prints what the model wrote to a problem.
+fn say_answer(args: &Args, prompt: &str, answer: &Answer) {
+    let Answer {
+        record,
+        output,
+        reference,
+        correct,
+        ..
+    } = answer;
+    if args.json {
+        common::say!(
+            "{}",
+            serde_json::json!({
+                "record": record, "prompt": prompt, "output": output, "reference": reference,
+                "correct": correct
+            })
+        );
+    } else {
+        let verdict = if *correct { "correct" } else { "wrong" };
+        common::say!(
+            "--- record {record}\n{prompt}[[{output}]]\nreference: {reference}\nverdict: {verdict}"
+        );
+    }
 }
 
-fn run(args: &Args) -> Result<()> {
-    if args.max_new_tokens == 0 {
-        return Err(Error::argument("max-new-tokens", 0, "at least 1"));
+fn say_accuracy(args: &Args, name: &str, left_out: usize, result: &ExactMatch) {
+    let share = |n: usize| n as f64 / result.total.max(1) as f64;
+    if args.json {
+        let mut line = serde_json::json!({
+            "set": name, "accuracy": result.accuracy(), "correct": result.correct,
+            "total": result.total, "left_out": left_out
+        });
+        if let Some(gsm8k) = result.gsm8k {
+            line["strict_match"] = share(gsm8k.strict).into();
+            line["flexible_extract"] = share(gsm8k.flexible).into();
+        }
+        common::say!("{line}");
+        return;
     }
-    if let (true, Some(path), Some(text)) = (args.runtime, &args.model, &args.text) {
-        return in_the_runtime(args, path, text);
-    }
-    let pretrained = common::open(args.model.as_deref(), args.adapter.as_deref(), &args.device)?;
-    let model = &pretrained.model;
-    let progress = common::progress();
-    if let Some(text) = &args.text {
-        let ids = text_ids(text, &pretrained.tokenizer)?;
-        let context = args
-            .context
-            .unwrap_or(model.config().max_position_embeddings());
-        say_perplexity(args, &perplexity(model, &ids, context, &progress)?);
-        return Ok(());
-    }
-    let room = model.config().max_position_embeddings();
-    let generate = pretrained.generate_config(args.max_new_tokens.min(room));
-    let shipped = common::shipped_model();
-    let template = Template::for_model(&args.template, args.model.as_ref().unwrap_or(&shipped))?;
-    let measure = |records: &[_]| -> Result<_> {
-        let problems = ProblemSet::new(records, &template, &pretrained.tokenizer)?;
-        problems.exact_match(model, &pretrained.tokenizer, &generate, &progress)
-    };
-    let sets: Vec<(String, Vec<_>)> = match &args.exact_match {
-        Some(file) => vec![(file.display().to_string(), load_records(file)?)],
+    let gsm8k = result.gsm8k.map_or(String::new(), |gsm8k| {
+        let (strict, flexible) = (100.0 * share(gsm8k.strict), 100.0 * share(gsm8k.flexible));
+        format!("; GSM8K's strict match {strict:.1} %, flexible extract {flexible:.1} %")
+    });
+    common::say!(
+        "{name}: {:.1} % ({} of {}){gsm8k}",
+        100.0 * result.accuracy(),
+        result.correct,
+        result.total
+    );
+}
+
+/// Returns the sets of problems with their names.
+fn sets(args: &Args) -> Result<Vec<(String, Vec<Record>)>> {
+    let mut sets = match &args.exact_match {
+        Some(file) => vec![(
+            file.display().to_string(),
+            common::load_records(file, false)?,
+        )],
         None => Kind::ALL
             .into_iter()
             .map(|kind| {
                 let problems = arithmetic::problems(kind, Split::Test, 500, 0)?;
-                Ok((
-                    kind.to_string(),
-                    problems
-                        .into_iter()
-                        .map(arithmetic::Problem::into_record)
-                        .collect(),
-                ))
+                let records = problems.into_iter().map(arithmetic::Problem::into_record);
+                Ok((kind.to_string(), records.collect()))
             })
             .collect::<Result<_>>()?,
     };
-    for (name, records) in &sets {
-        if let Some(at) = records
-            .iter()
-            .position(|record| record.final_answer().is_none())
-        {
-            return Err(Error::InvalidRecord {
-                path: name.into(),
-                record: at + 1,
-                reason: "it has no final answer (`#### 12`, or a field `answer`)".into(),
-            });
+    if let Some(limit) = args.limit {
+        sets.iter_mut()
+            .for_each(|(_, records)| records.truncate(limit));
+    }
+    Ok(sets)
+}
+
+fn run(args: &Args) -> Result<()> {
+    for (name, value) in [
+        ("max-new-tokens", Some(args.max_new_tokens)),
+        ("limit", args.limit),
+    ] {
+        if value == Some(0) {
+            return Err(Error::argument(name, 0, "at least 1"));
         }
-        common::show_examples(records, &template, args.show)?;
-        let result = measure(records)?;
-        if args.json {
-            let (correct, total, accuracy) = (result.correct, result.total, result.accuracy());
-            common::say!(
-                "{}",
-                serde_json::json!({ "set": name, "accuracy": accuracy, "correct": correct, "total": total })
-            );
-        } else {
-            common::say!(
-                "{name}: {:.1} % ({} of {})",
-                100.0 * result.accuracy(),
-                result.correct,
-                result.total
-            );
+    }
+    let model = args.model.clone().unwrap_or_else(common::shipped_model);
+    let executor = Executor::open(args, &model)?;
+    let progress = common::progress();
+    if let Some(text) = &args.text {
+        let ids = text_ids(args, text, executor.tokenizer())?;
+        let context = args.context.unwrap_or(executor.context());
+        say_perplexity(args, &executor.perplexity(&ids, context, &progress)?);
+        return Ok(());
+    }
+    let template = Template::for_model(&args.template, &model)?;
+    for (name, records) in &sets(args)? {
+        let problems = ProblemSet::new(records, &template, executor.tokenizer())?
+            .with_max_prompt(executor.context().saturating_sub(1))?;
+        common::show_notices(problems.notice().as_slice());
+        let n_new = args.max_new_tokens.min(executor.context());
+        let answers = executor.answers(&problems, n_new, &progress)?;
+        for answer in answers.iter().take(args.show) {
+            let prompt = template.prompt_text(&records[answer.record - 1])?;
+            say_answer(args, &prompt, answer);
         }
+        let left_out = problems.left_out().len();
+        say_accuracy(args, name, left_out, &ExactMatch::new(&answers));
     }
     Ok(())
 }

@@ -64,7 +64,7 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
     std::fs::write(root.path().join("empty.txt"), "").unwrap();
     problems(&root.path().join("p.jsonl"), 4);
     let before = entries(root.path());
-    let cases: [(&str, &[&str], &str); 31] = [
+    let cases: [(&str, &[&str], &str); 43] = [
         ("compress", &["--sparsity", "1.5"], "sparsity"),
         ("compress", &["--sparsity", "NaN"], "sparsity"),
         ("compress", &["--pattern", "4:2"], "4:2"),
@@ -123,10 +123,43 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
             "qa-start",
         ),
         ("compress", &["--quantize", "foo"], "--quantize"),
+        // What the run would not use.
+        ("compress", &["--depth", "1"], "depth"),
+        (
+            "compress",
+            &["--method", "lonas", "--prune", "ria"],
+            "prune",
+        ),
+        (
+            "compress",
+            &["--method", "sqft-sparse-peft", "--bits", "8"],
+            "bits = 8: this run does not use it",
+        ),
+        (
+            "compress",
+            &["--method", "sqft", "--train-scales"],
+            "train-scales",
+        ),
+        ("compress", &["--method", "lora", "--evals", "9"], "evals"),
+        (
+            "compress",
+            &["--pattern", "2:4", "--sparsity", "0.4"],
+            "sparsity",
+        ),
+        ("compress", &["--plain-text"], "plain-text"),
+        (
+            "evaluate",
+            &["--text", "empty.txt", "--limit", "3"],
+            "--limit",
+        ),
+        ("evaluate", &["--plain-text"], "--text"),
+        ("evaluate", &["--limit", "0"], "limit"),
+        ("evaluate", &["--text", "p.jsonl"], "--plain-text"),
+        ("evaluate", &["--subnet", "small"], "small"),
         ("evaluate", &["--text", "empty.txt"], "empty.txt"),
         (
             "evaluate",
-            &["--text", "p.jsonl", "--context", "129"],
+            &["--text", "p.jsonl", "--plain-text", "--context", "129"],
             "129",
         ),
         ("evaluate", &["--adapter", "nowhere"], "nowhere"),
@@ -444,4 +477,196 @@ fn table_2_measures_sparse_integers_as_written() {
         entries(&out),
         [&listed[..], &["report.json", "run.json", "sparse-peft"]].concat()
     );
+}
+
+/// Returns the standard output of a run that succeeds.
+fn stdout(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn evaluate_names_what_it_leaves_out_and_shows_what_it_measured() {
+    let root = tempfile::tempdir().unwrap();
+    let file = root.path().join("p.jsonl");
+    problems(&file, 6);
+    let mut text = std::fs::read_to_string(&file).unwrap();
+    let long = "Tom has 3 pens. ".repeat(60);
+    for (question, answer) in [("Why?", "Nobody knows that.\nAt all."), (&long, "#### 5")] {
+        text += &serde_json::json!({ "question": question, "answer": answer }).to_string();
+        text += "\n";
+    }
+    std::fs::write(&file, text).unwrap();
+    let Some(mut command) = example("evaluate", root.path()) else {
+        return;
+    };
+    let output = command
+        .args(["--exact-match", "p.jsonl", "--show", "1"])
+        .output()
+        .unwrap();
+    let (said, shown) = (stderr(&output), String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{said}");
+    for part in [
+        "2 of 8 records left out",
+        "record 7: it has no final answer",
+        "record 8: its prompt has",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+    let first = "--- record 1\nQuestion: Tom has 11 pens and finds 3 more. How many pens does Tom have \
+         now?\nAnswer:[[ 11 + 3 = 14\n#### 14]]\nreference: 14\nverdict: correct\n";
+    assert!(shown.starts_with(first), "{shown}");
+    assert!(
+        shown.contains("p.jsonl: 100.0 % (6 of 6); GSM8K's strict match 100.0 %"),
+        "{shown}"
+    );
+
+    // The same in the runtime, from a folder and from a bundle.
+    let mut save = example("generate", root.path()).unwrap();
+    save.args(["--save", "m.elora", "--format", "f32"]);
+    assert!(save.output().unwrap().status.success());
+    let measure = |more: &[&str]| {
+        let mut command = example("evaluate", root.path()).unwrap();
+        stdout(
+            command
+                .args(["--exact-match", "p.jsonl", "--limit", "3", "--json"])
+                .args(more),
+        )
+    };
+    let expected = measure(&["--show", "2"]);
+    assert_eq!(expected.lines().count(), 3);
+    let last: serde_json::Value = serde_json::from_str(expected.lines().last().unwrap()).unwrap();
+    assert_eq!(
+        (&last["correct"], &last["total"], &last["left_out"]),
+        (&3.into(), &3.into(), &0.into())
+    );
+    assert_eq!(measure(&["--show", "2", "--runtime"]), expected);
+    assert_eq!(measure(&["--show", "2", "--model", "m.elora"]), expected);
+    let mut refused = example("evaluate", root.path()).unwrap();
+    let output = refused
+        .args(["--model", "m.elora", "--adapter", "p.jsonl"])
+        .output();
+    let text = stderr(&output.unwrap());
+    assert!(text.starts_with("error: adapter"), "{text}");
+
+    // Perplexity of a file that no name calls a text, and of a bundle.
+    let perplexity = |more: &[&str]| -> f64 {
+        let mut command = example("evaluate", root.path()).unwrap();
+        let text = stdout(
+            command
+                .args(["--text", "p.jsonl", "--plain-text", "--json"])
+                .args(more),
+        );
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["nll"]
+            .as_f64()
+            .unwrap()
+    };
+    let expected = perplexity(&[]);
+    assert!((perplexity(&["--model", "m.elora"]) - expected).abs() < 1e-4);
+}
+
+#[test]
+fn compress_shows_records_and_leaves_some_out() {
+    let root = tempfile::tempdir().unwrap();
+    problems(&root.path().join("train.jsonl"), 8);
+    let valid = root.path().join("valid.jsonl");
+    problems(&valid, 3);
+    let mut text = std::fs::read_to_string(&valid).unwrap();
+    text += "{\"question\": \"Why?\", \"answer\": \"Nobody knows that.\\nAt all.\"}\n";
+    std::fs::write(&valid, text).unwrap();
+    std::fs::write(
+        root.path().join("chat.jinja"),
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if \
+         add_generation_prompt %}<assistant>{% endif %}",
+    )
+    .unwrap();
+    let run = |more: &[&str]| {
+        let mut command = example("compress", root.path())?;
+        command.args([
+            "--train",
+            "train.jsonl",
+            "--valid",
+            "valid.jsonl",
+            "--method",
+            "lora",
+        ]);
+        command.args([
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--out",
+            "out",
+            "--overwrite",
+        ]);
+        Some(command.args(more).output().unwrap())
+    };
+    let Some(output) = run(&["--template", "chat.jinja", "--show", "1"]) else {
+        return;
+    };
+    let (said, shown) = (stderr(&output), String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{said}");
+    let first = "<user>Tom has 11 pens and finds 3 more. How many pens does Tom have now?</s>\
+         <assistant>[[11 + 3 = 14\n#### 14</s>]]";
+    assert!(shown.contains(first), "{shown}");
+    assert!(
+        said.contains("1 of 4 records left out") && shown.contains("accuracy"),
+        "{said}{shown}"
+    );
+    // The same files as plain text have no answers.
+    let output = run(&["--plain-text"]).unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success() && !shown.contains("accuracy"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn a_conversation_is_had_through_a_pipe() {
+    use std::io::Write;
+    use std::process::Stdio;
+    let root = tempfile::tempdir().unwrap();
+    // Each turn shows what came before it, so that the answers depend on the whole conversation.
+    std::fs::write(
+        root.path().join("chat.jinja"),
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n{% elif m.role == 'user' \
+         %}Question: {{ m.content }}\nAnswer:{% else %} {{ m.content }}\n{% endif %}{% endfor %}",
+    )
+    .unwrap();
+    let talk = |more: &[&str]| -> Option<Output> {
+        let mut child = example("generate", root.path())?
+            .args(["--chat", "--template", "chat.jinja"])
+            .args(more)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let turns = b"Mia has 23 shells and finds 18 more. How many shells does Mia have now?\n\n\
+            Tom has 11 pens and finds 3 more. How many pens does Tom have now?\n";
+        child.stdin.take().unwrap().write_all(turns).unwrap();
+        Some(child.wait_with_output().unwrap())
+    };
+    let Some(output) = talk(&[]) else { return };
+    let (said, shown) = (stderr(&output), String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{said}");
+    // The empty line is no turn.
+    assert_eq!(said.matches("generated").count(), 2, "{said}");
+    assert!(shown.starts_with(" 23 + 18 = 41\n#### 41\n"), "{shown}");
+    let with_system = talk(&["--system", "Question: 1 + 1?\nAnswer: 2 #### 2"]).unwrap();
+    assert!(with_system.status.success(), "{}", stderr(&with_system));
+    let prompt = |output: &Output| -> usize {
+        let said = stderr(output);
+        let at = said.split("prompt: ").nth(1).unwrap();
+        at.split(' ').next().unwrap().parse().unwrap()
+    };
+    assert!(prompt(&with_system) > prompt(&output) + 5);
+    // The bundled model has no template of its own.
+    let refused = example("generate", root.path())
+        .unwrap()
+        .arg("--chat")
+        .output();
+    assert!(stderr(&refused.unwrap()).contains("error: chat = "));
 }

@@ -4,6 +4,8 @@
 mod arithmetic;
 #[path = "../examples/common/bpe.rs"]
 mod bpe;
+#[path = "data/answers.rs"]
+mod final_answers;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use std::path::{Path, PathBuf};
 use arithmetic::{Kind, Problem, Split, available, mixture, problems};
 use bpe::{BPE_BOS, BPE_EOS, BPE_PAD, bpe_tokenizer_config, train_bpe};
 use elastic_lora::Error;
-use elastic_lora::data::answers::{exact_match, extract_answer, normalize_number};
+use elastic_lora::data::answers::extract_answer;
 use elastic_lora::data::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -69,7 +71,10 @@ fn records_are_told_apart_by_content() {
         ("1 2", Some("3.0"), "")
     );
     let finals: Vec<_> = records.iter().map(Record::final_answer).collect();
-    assert_eq!(finals, [Some("3".into()), None, Some("7".into())]);
+    assert_eq!(
+        finals,
+        [Some("3".into()), Some("hi".into()), Some("7".into())]
+    );
     // Written as JSON Lines and read again they are the same.
     assert_eq!(parse(&json_lines(&records)).unwrap(), records);
     assert_eq!(
@@ -187,6 +192,18 @@ fn conversations_are_read_in_all_their_forms() {
     assert_eq!(turns(record)[0], ("system".to_string(), "s".to_string()));
     assert_eq!(record.final_answer().as_deref(), Some("3"));
     assert!(matches!(record, Record::Conversation { tools, .. } if tools.len() == 1));
+    // Tools are kept in the record, and not shown to the model.
+    let source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ tools }}";
+    let template = Template::chat(ChatTemplate::new(source, "t").unwrap());
+    let text = template.render(record).unwrap().text;
+    assert_eq!(text, "system: s\nassistant: x #### 3\nNone");
+    let all = [record.clone(), parse(r#"{"text": "t"}"#).unwrap().remove(0)];
+    let said = notices(&all);
+    assert!(
+        said.len() == 1 && said[0].contains("1 of 2 records declare tools, 1 in all"),
+        "{said:?}"
+    );
+    assert!(notices(&all[1..]).is_empty());
     for (text, part) in [
         (r#"{"messages": []}"#, "no messages"),
         (
@@ -240,6 +257,20 @@ fn files_of_other_forms_are_read_or_named() {
             "-2.5",
         ),
         (r#"{"question": "q", "answer": true}"#, "a.json", "true"),
+        // Numbers are the text that stands in the file, whatever a float would make of it.
+        (
+            r#"{"question": "3, -1e5 \"1e5", "answer": -12345678901234567890123}"#,
+            "a",
+            "-12345678901234567890123",
+        ),
+        (r#"{"question": "q", "answer": 0.50}"#, "a", "0.50"),
+        (r#"{"question": ["q"], "answer": [1e5]}"#, "a", "1e5"),
+        (
+            r#"[{"question": 3.10, "answer": 1.23456789012345678}]"#,
+            "a",
+            "1.23456789012345678",
+        ),
+        (r#"{"question": 0.0, "answer": 0.0}"#, "a", "0.0"),
         (
             r#"{"rows": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "z"}]}]}"#,
             "a.json",
@@ -268,11 +299,6 @@ fn files_of_other_forms_are_read_or_named() {
             r#"{"question": ["q", "r"], "answer": ["a"]}"#,
             "a",
             "columns of 2 and 1",
-        ),
-        (
-            r#"{"question": "q", "answer": 12345678901234567890123}"#,
-            "a",
-            "too large",
         ),
     ] {
         let error = answers(text, name).unwrap_err().to_string();
@@ -412,7 +438,7 @@ fn real_files_are_read() {
     );
 }
 
-// --- templates and answers ---
+// --- templates ---
 
 #[test]
 fn templates_word_records() {
@@ -463,45 +489,6 @@ fn templates_word_records() {
         assert_eq!(template.render(&text), example("", "t"));
     }
     assert!("vicuna".parse::<PromptTemplate>().is_err());
-}
-
-#[test]
-fn answers_are_extracted_and_compared() {
-    for (text, answer) in [
-        ("5 + 7 = 12\n#### 12", Some("12")),
-        ("#### 12.0\n", Some("12")),
-        ("####1,234.50.", Some("1234.5")),
-        ("#### $-0.0", Some("0")),
-        ("#### -7 apples #### 9", Some("-7")),
-        ("#### none #### 9", Some("9")),
-        ("#### 007", Some("7")),
-        ("#### .50", Some("0.5")),
-        ("#### 1.2.3", None),
-        ("#### ", None),
-        ("the answer is 5", None),
-        ("", None),
-        ("####é", None),
-    ] {
-        assert_eq!(extract_answer(text).as_deref(), answer, "{text:?}");
-    }
-    assert!(exact_match("so #### 8", "8.0"));
-    assert!(exact_match("so #### 1,000.", "x\n#### 1000"));
-    assert!(!exact_match("8", "8"));
-    assert!(!exact_match("#### 8", "#### 9"));
-    assert!(!exact_match("no", "no"));
-    assert!(exact_match(
-        "\nA: 569 - 236 = 333. The answer is 333.",
-        "333.0"
-    ));
-    assert!(exact_match("the answer is 4 ... #### 5", "5"));
-    assert!(exact_match("é The Answer is: $1,000", "1000"));
-    assert!(exact_match("the correct answer is True", "true"));
-    assert!(!exact_match("the correct answer is answer12", "answer1"));
-    assert!(exact_match("The answer is C.", "C"));
-    assert!(!exact_match("The answer is", "") && !exact_match("The answer is four", "4"));
-    assert_eq!(normalize_number(" 50% ").as_deref(), Some("50"));
-    assert_eq!(normalize_number("12 apples"), None);
-    assert_eq!(normalize_number("true"), None);
 }
 
 // --- arithmetic ---

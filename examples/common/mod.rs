@@ -68,6 +68,18 @@ pub fn parse<T: clap::Parser>() -> T {
     })
 }
 
+/// Parses the command line like [`parse`]. Returns also which options were given.
+pub fn parse_with_matches<T: clap::Parser>() -> (T, clap::ArgMatches) {
+    let parsed = T::command().try_get_matches().and_then(|matches| {
+        let args = T::from_arg_matches(&matches).map_err(|e| e.format(&mut T::command()))?;
+        Ok((args, matches))
+    });
+    parsed.unwrap_or_else(|error| {
+        let _ = error.print();
+        std::process::exit(i32::from(error.use_stderr()))
+    })
+}
+
 /// Prints what is stored in a model's files and not used.
 pub fn show_notices(notices: &[String]) {
     for notice in notices {
@@ -78,10 +90,11 @@ pub fn show_notices(notices: &[String]) {
 /// Reads the records of a file, as plain text if asked for.
 pub fn load_records(path: &Path, plain_text: bool) -> Result<Vec<Record>> {
     if plain_text {
-        data::load_documents(path)
-    } else {
-        data::load_records(path)
+        return data::load_documents(path);
     }
+    let records = data::load_records(path)?;
+    show_notices(&data::notices(&records));
+    Ok(records)
 }
 
 /// Prints the first records as the model sees them, with the parts that it learns between `[[` and

@@ -12,10 +12,11 @@ mod report;
 mod settings;
 mod sqft;
 mod task;
+mod unused;
 
 use std::path::PathBuf;
 
-use clap::{ArgAction, Parser, ValueEnum};
+use clap::{ArgAction, ArgMatches, Parser, ValueEnum};
 use elastic_lora::eval::Cost;
 use elastic_lora::io::{DType, QuantFormat};
 use elastic_lora::{Result, sparsity};
@@ -31,8 +32,9 @@ use serde::Serialize;
 #[command(
     version,
     after_help = "Training files are JSON or JSON Lines with `instruction`, `input`, `output` (Alpaca) or \
-    `question`, `answer` (GSM8K), or plain text. Accuracy is the exact match of the final answer (`#### 12`, or the field \
-    `answer` of the Alpaca form). If records have no final answers, the table shows losses only."
+    `question`, `answer` (GSM8K), or plain text. Accuracy is the exact match of the final answer \
+    (`#### 12`, `answer is 12`, the field `answer`, or a solution of one word or number). Records \
+    without one are left out of it. If these are more than half, the table shows losses only."
 )]
 pub struct Args {
     /// Model folder, GGUF file, or id in the local Hugging Face cache [default: the bundled model]
@@ -57,7 +59,7 @@ pub struct Args {
     /// Criterion that chooses the weights to prune: wanda, sparsegpt, ria or magnitude
     #[arg(long, default_value = "wanda")]
     prune: sparsity::Method,
-    /// Fraction of weights to remove, from 0 to 1; ignored with an N:M pattern
+    /// Fraction of weights to remove, from 0 to 1; not with an N:M pattern
     #[arg(long, default_value_t = 0.5)]
     sparsity: f64,
     /// Pattern of the zeros: unstructured (the fraction is removed from each row), layer (from each
@@ -363,7 +365,8 @@ impl Method {
     }
 }
 
-fn run(args: &Args) -> Result<()> {
+fn run(args: &Args, matches: &ArgMatches) -> Result<()> {
+    unused::refuse(args, matches)?;
     // Check everything that depends only on the arguments before reading any file.
     let device = common::device(&args.device)?;
     let settings = settings::Settings::new(args)?;
@@ -372,5 +375,6 @@ fn run(args: &Args) -> Result<()> {
 }
 
 fn main() {
-    common::exit_on_error(run(&common::parse()));
+    let (args, matches) = common::parse_with_matches();
+    common::exit_on_error(run(&args, &matches));
 }

@@ -114,31 +114,40 @@ impl Task {
             .iter()
             .map(|record| Ok(template.render(record)?.text))
             .collect::<Result<_>>()?;
-        let problems = |records: &[Record]| -> Result<Option<ProblemSet>> {
-            let answered = records.iter().all(|record| record.final_answer().is_some());
-            if answered {
-                ProblemSet::new(records, &template, tokenizer).map(Some)
-            } else {
-                Ok(None)
+        let problems = |what: &str, records: &[Record]| -> Result<Option<ProblemSet>> {
+            let answered = records
+                .iter()
+                .filter(|record| record.final_answer().is_some())
+                .count();
+            // A few short answers among texts do not make problems of them.
+            if 2 * answered < records.len() {
+                if answered > 0 {
+                    let n = records.len();
+                    eprintln!(
+                        "notice: {answered} of {n} {what} records have a final answer, too few \
+                         for an accuracy"
+                    );
+                }
+                return Ok(None);
             }
+            let problems = ProblemSet::new(records, &template, tokenizer)?
+                .with_max_prompt(context.saturating_sub(1))?;
+            if let Some(notice) = problems.notice() {
+                eprintln!("notice: {what} set: {notice}");
+            }
+            Ok(Some(problems))
         };
         let answers = test
             .iter()
+            .filter(|record| record.final_answer().is_some())
             .map(|record| tokenizer.encode(&template.answer(record), false));
-        let (problems, valid_problems) = (problems(&test)?, problems(&valid)?);
+        let valid_problems = problems("validation", &valid)?;
+        let problems = match (&args.train, &args.test) {
+            (Some(_), None) => valid_problems.clone(),
+            _ => problems("test", &test)?,
+        };
         if args.metric == SearchMetric::Accuracy && valid_problems.is_none() {
             return Err(Self::no_answers());
-        }
-        for (what, set) in [("test", &problems), ("validation", &valid_problems)] {
-            let longest = set.as_ref().map_or(0, ProblemSet::longest_prompt);
-            if longest >= context {
-                let what = format!("the longest {what} prompt");
-                return Err(Error::SequenceTooLong {
-                    what,
-                    found: longest,
-                    max: context,
-                });
-            }
         }
         let longest_answer = answers
             .collect::<Result<Vec<_>>>()?
@@ -176,7 +185,7 @@ impl Task {
         Error::argument(
             "metric",
             "accuracy",
-            "the validation set has records without a final answer; search by loss instead",
+            "the validation set has too few records with a final answer; search by loss instead",
         )
     }
 

@@ -19,7 +19,10 @@ mod window;
 pub use batch::{Batch, BatchPlan, Batcher, Position, collate, fixed_batches};
 pub use chat::{ChatTemplate, Rendered};
 pub use message::Message;
-pub use record::{MAX_FILE_BYTES, Record, load_documents, load_records, load_text, parse_records};
+pub use record::{
+    MAX_FILE_BYTES, Record, is_text_file, load_documents, load_records, load_text, notices,
+    parse_records,
+};
 pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
 pub use template::{Example, PromptTemplate, Template};
 pub use tokenizer::TextTokenizer;

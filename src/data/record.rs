@@ -1,6 +1,7 @@
 //! Records and the files that contain them.
 
 mod messages;
+mod numbers;
 mod table;
 
 use std::borrow::Cow;
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::Message;
-use super::answers::{extract_answer, normalize_number};
+use super::answers::{alone, final_answer, is_gsm8k_reference};
 use crate::error::{Error, Result};
 
 /// Largest file that is read. Files are read into memory as a whole.
@@ -49,7 +50,8 @@ pub enum Record {
     Conversation {
         /// The turns.
         messages: Vec<Message>,
-        /// JSON schemas of the tools that the model may call.
+        /// JSON schemas of the tools that the model may call. A [`Template`](super::Template)
+        /// leaves them out; [`notices`] counts them.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         tools: Vec<Value>,
         /// Number of messages at the start that are a prompt: nothing in them is learned.
@@ -68,6 +70,21 @@ pub enum Record {
         /// The text.
         text: String,
     },
+}
+
+/// Returns sentences about what records hold and what is not done with it: tools, which are left
+/// out.
+pub fn notices(records: &[Record]) -> Vec<String> {
+    let tools = records.iter().filter_map(|record| match record {
+        Record::Conversation { tools, .. } => Some(tools.len()).filter(|n| *n > 0),
+        _ => None,
+    });
+    let (with, all) = tools.fold((0, 0), |(with, all), n| (with + 1, all + n));
+    let said = (with > 0).then(|| {
+        let n = records.len();
+        format!("{with} of {n} records declare tools, {all} in all; the declarations are left out")
+    });
+    said.into_iter().collect()
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -104,21 +121,42 @@ impl Record {
         last.is_assistant().then_some((before, last))
     }
 
-    /// Returns the reference for the final answer: the `answer` of an instruction, or else the
-    /// number after `####`. Numbers are normalized (see [`extract_answer`]).
+    /// Returns the reference for the final answer: the `answer` of an instruction, or else what
+    /// stands after `####` or `answer is` in the solution, or a solution that is a final answer
+    /// itself, such as `12` or `(B)`. A number is normalized: `1,012.50` becomes `1012.5`. Returns
+    /// `None` if there is nothing that an output could be compared with.
     pub fn final_answer(&self) -> Option<String> {
         match self {
             Record::Instruction {
                 answer: Some(answer),
                 ..
-            } => Some(normalize_number(answer).unwrap_or_else(|| answer.trim().to_string())),
-            Record::Instruction { output, .. } => extract_answer(output),
-            Record::Question { answer, .. } => extract_answer(answer),
-            Record::Completion { completion, .. } => extract_answer(completion),
+            } => alone(answer),
+            Record::Instruction { output, .. } => final_answer(output, false),
+            Record::Question { answer, .. } => final_answer(answer, true),
+            Record::Completion { completion, .. } => final_answer(completion, false),
             Record::Conversation { messages, .. } => {
-                extract_answer(&Self::split_last(messages)?.1.content)
+                final_answer(&Self::split_last(messages)?.1.content, false)
             }
             Record::Text { .. } => None,
+        }
+    }
+
+    /// Returns why [`final_answer`](Self::final_answer) has nothing to return.
+    pub fn without_answer(&self) -> &'static str {
+        match self {
+            Record::Instruction {
+                answer: Some(_), ..
+            } => "its `answer` is empty",
+            Record::Text { .. } => "it is plain text, without a final answer",
+            _ => "it has no final answer (`#### 12`, or a field `answer`)",
+        }
+    }
+
+    /// Returns GSM8K's worked answer, if the record is a question whose answer has that form.
+    pub fn gsm8k_solution(&self) -> Option<&str> {
+        match self {
+            Record::Question { answer, .. } if is_gsm8k_reference(answer) => Some(answer),
+            _ => None,
         }
     }
 }
@@ -195,6 +233,10 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
     if text.starts_with('\u{feff}') {
         text.drain(..'\u{feff}'.len_utf8());
     }
+    if text.starts_with(LFS_POINTER) {
+        let reason = "a Git LFS pointer, not the file; `git lfs pull` fetches it";
+        return Err(Error::invalid_file(path, reason));
+    }
     Ok(text)
 }
 
@@ -205,11 +247,10 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
 /// Returns the errors of [`load_records`], except those of reading the file.
 #[doc(hidden)]
 pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
-    let extension = extension.to_ascii_lowercase();
-    if TEXT_EXTENSIONS.contains(&extension.as_str()) {
+    if is_text_file(path) {
         return checked(documents(text), path);
     }
+    let extension = extension(path);
     let table = match extension.as_str() {
         "csv" => Some(','),
         "tsv" => Some('\t'),
@@ -221,6 +262,7 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     if let Some(separator) = table {
         return checked(table::records(text, separator, path)?, path);
     }
+    let text = &*numbers::as_written(text);
     let values = match text.trim_start().chars().next() {
         Some('[') => serde_json::from_str(text).map_err(|e| Error::json(path, e))?,
         Some('{') => {
@@ -247,6 +289,21 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
     checked(records.collect::<Result<_>>()?, path)
 }
 
+/// Returns whether the name of a file says that it is plain text: it ends in `.txt`, `.text`,
+/// `.md`, `.raw` or `.tokens`.
+pub fn is_text_file(path: impl AsRef<Path>) -> bool {
+    TEXT_EXTENSIONS.contains(&extension(path.as_ref()).as_str())
+}
+
+/// Returns the extension of a path in lower case.
+fn extension(path: &Path) -> String {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
+    extension.to_ascii_lowercase()
+}
+
+/// Start of a file that Git LFS leaves in the place of a large one.
+const LFS_POINTER: &str = "version https://git-lfs.github.com/spec/";
+
 /// Extensions of files that are plain text. Those of WikiText are among them.
 const TEXT_EXTENSIONS: [&str; 5] = ["txt", "text", "md", "raw", "tokens"];
 
@@ -258,7 +315,7 @@ fn foreign(text: &str) -> Option<&'static str> {
         return Some("a page of HTML, not data; the download may have failed");
     }
     start
-        .starts_with("version https://git-lfs.github.com/spec/")
+        .starts_with(LFS_POINTER)
         .then_some("a Git LFS pointer, not the file; `git lfs pull` fetches it")
 }
 
@@ -457,10 +514,6 @@ fn optional_field(map: &mut Map<String, Value>, field: &str) -> Result<Option<St
     match map.get_mut(field).map(Value::take) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(s)) => Ok(Some(s)),
-        // A larger integer was rounded when it was read.
-        Some(Value::Number(n)) if n.is_f64() && n.as_f64().is_some_and(|n| n.abs() >= 1e15) => Err(
-            format!("`{field}` is the number {n}, too large to be exact; write it as a string"),
-        ),
         Some(Value::Number(n)) => Ok(Some(n.to_string())),
         Some(Value::Bool(b)) => Ok(Some(b.to_string())),
         Some(other) => Err(format!(

@@ -7,7 +7,6 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{ChatTemplate, Message, Record, Rendered, TextTokenizer};
 use crate::error::{Error, Result};
@@ -121,7 +120,8 @@ impl PromptTemplate {
     }
 }
 
-/// How records become texts: by a fixed template, or by the chat template of a model.
+/// How records become texts: by a fixed template, or by the chat template of a model. The model
+/// does not see the tools of a conversation (see [`notices`](super::notices)).
 #[derive(Clone, Debug, Default)]
 pub struct Template {
     prompt: PromptTemplate,
@@ -212,18 +212,15 @@ impl Template {
         if !(self.always || is_conversation) {
             return Ok(None);
         }
-        let (tools, first) = match record {
+        let first = match record {
             Record::Conversation {
-                tools,
-                prompt_messages,
-                ..
-            } => (tools.as_slice(), *prompt_messages),
-            _ => (&[][..], 0),
+                prompt_messages, ..
+            } => *prompt_messages,
+            _ => 0,
         };
         Ok(record.to_messages().map(|messages| Turns {
             chat,
             messages,
-            tools,
             first,
         }))
     }
@@ -245,19 +242,29 @@ impl Template {
         Ok(Rendered { text, trained })
     }
 
-    /// Returns the token ids that a model sees before its answer to a record: all before the last
-    /// turn of the assistant, and the prompt for the answer.
+    /// Returns the text that a model sees before its answer to a record: all before the last turn
+    /// of the assistant, and the prompt for the answer. The text of a chat template holds the
+    /// special tokens.
+    ///
+    /// # Errors
+    /// Returns the errors of [`render`](Self::render).
+    pub fn prompt_text(&self, record: &Record) -> Result<String> {
+        match self.conversation(record)? {
+            Some(turns) => turns.before_answer(),
+            None => Ok(self.prompt.render(record).prompt),
+        }
+    }
+
+    /// Returns the token ids of [`prompt_text`](Self::prompt_text).
     ///
     /// # Errors
     /// Returns the errors of [`render`](Self::render), and [`Error::Tokenizer`].
     pub fn prompt_ids(&self, record: &Record, tokenizer: &TextTokenizer) -> Result<Vec<u32>> {
-        let Some(turns) = self.conversation(record)? else {
-            return tokenizer.encode_prompt(&self.prompt.render(record).prompt);
-        };
-        let before = Record::split_last(&turns.messages).map_or(&*turns.messages, |(b, _)| b);
-        let text = turns.chat.render(before, turns.tools, true)?;
-        // The template writes the special tokens itself.
-        tokenizer.encode(&text, false)
+        match self.conversation(record)? {
+            // The template writes the special tokens itself.
+            Some(turns) => tokenizer.encode(&turns.before_answer()?, false),
+            None => tokenizer.encode_prompt(&self.prompt.render(record).prompt),
+        }
     }
 
     /// Returns the answer to a record, as the model should write it.
@@ -279,14 +286,18 @@ impl Template {
 pub(super) struct Turns<'t, 'r> {
     chat: &'t ChatTemplate,
     messages: Cow<'r, [Message]>,
-    tools: &'r [Value],
     first: usize,
 }
 
 impl Turns<'_, '_> {
     pub fn trained(&self) -> Result<Rendered> {
-        self.chat
-            .render_trained(&self.messages, self.tools, self.first)
+        self.chat.render_trained(&self.messages, &[], self.first)
+    }
+
+    /// The text before the last turn of the assistant, with the prompt for that turn.
+    fn before_answer(&self) -> Result<String> {
+        let before = Record::split_last(&self.messages).map_or(&*self.messages, |(b, _)| b);
+        self.chat.render(before, &[], true)
     }
 
     /// Whether the conversation ends with a turn that is learned.

@@ -2,20 +2,21 @@
 
 mod latency;
 mod objective;
+mod problems;
 
 pub use crate::train::loss::mean_loss;
 pub use latency::{LatencyTable, Phase, measure_ms};
 pub use objective::{Cost, Metric, SubnetObjective};
+pub use problems::{Answer, ExactMatch, Gsm8k, LeftOut, ProblemSet};
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Record, Template, TextTokenizer, answers};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, generate_batch};
+use crate::model::Decoder;
 use crate::nn::{KvCache, host_values};
 use crate::progress::{Progress, Task};
-use crate::runtime::{GenerateConfig, Session};
+use crate::runtime::Session;
 
 /// Number of tokens that go through the model at once.
 const TOKENS_AT_ONCE: usize = 4096;
@@ -156,106 +157,4 @@ pub fn session_perplexity(
         task.check()?;
     }
     Perplexity::new(sum, n, ids.len())
-}
-
-/// Result of exact match on problems with a final answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExactMatch {
-    /// Number of problems whose generated final answer equals the reference's.
-    pub correct: usize,
-    /// Number of problems.
-    pub total: usize,
-}
-
-impl ExactMatch {
-    /// Fraction of correct answers, in 0..=1.
-    pub fn accuracy(&self) -> f64 {
-        if self.total == 0 {
-            0.0
-        } else {
-            self.correct as f64 / self.total as f64
-        }
-    }
-}
-
-/// A set of problems, formatted as prompts and tokenized.
-#[derive(Clone, Debug)]
-pub struct ProblemSet {
-    prompts: Vec<Vec<u32>>,
-    references: Vec<String>,
-}
-
-impl ProblemSet {
-    /// Formats records with a final answer as prompts.
-    ///
-    /// # Errors
-    /// Returns [`Error::InvalidArgument`] with the number of a record without a final answer, and
-    /// [`Error::Tokenizer`].
-    pub fn new(
-        records: &[Record],
-        template: impl Into<Template>,
-        tokenizer: &TextTokenizer,
-    ) -> Result<Self> {
-        let template = template.into();
-        let mut prompts = Vec::with_capacity(records.len());
-        let mut references = Vec::with_capacity(records.len());
-        for (index, record) in records.iter().enumerate() {
-            let reference = record.final_answer().ok_or_else(|| {
-                Error::argument(
-                    "records",
-                    format!("record {}", index + 1),
-                    "a final answer is needed (`#### 12`)",
-                )
-            })?;
-            prompts.push(template.prompt_ids(record, tokenizer)?);
-            references.push(reference);
-        }
-        Ok(Self {
-            prompts,
-            references,
-        })
-    }
-
-    /// Number of problems.
-    pub fn len(&self) -> usize {
-        self.prompts.len()
-    }
-
-    /// Whether there are no problems.
-    pub fn is_empty(&self) -> bool {
-        self.prompts.is_empty()
-    }
-
-    /// Number of tokens in the longest prompt.
-    pub fn longest_prompt(&self) -> usize {
-        self.prompts.iter().map(Vec::len).max().unwrap_or(0)
-    }
-
-    /// Generates an answer to each problem and counts the correct ones.
-    ///
-    /// # Errors
-    /// Returns the errors of [`generate_batch`], and [`Error::Tokenizer`].
-    pub fn exact_match(
-        &self,
-        model: &Decoder,
-        tokenizer: &TextTokenizer,
-        config: &GenerateConfig,
-        progress: &dyn Progress,
-    ) -> Result<ExactMatch> {
-        let outputs = generate_batch(model, &self.prompts, config, progress)?;
-        let mut correct = 0;
-        for (output, reference) in outputs.iter().zip(&self.references) {
-            // Many models have ids in their vocabulary for which the tokenizer has no token.
-            let known: Vec<u32> = output
-                .iter()
-                .copied()
-                .filter(|id| tokenizer.id_to_token(*id).is_some())
-                .collect();
-            correct += usize::from(answers::exact_match(&tokenizer.decode(&known)?, reference));
-        }
-        Ok(ExactMatch {
-            correct,
-            total: self.len(),
-        })
-    }
 }

@@ -24,7 +24,7 @@ pub mod tensors;
 pub(crate) mod tokenizer;
 
 pub use atomic::FolderWriter;
-pub use gguf::{Gguf, GgufOptions, GgufReport, GgufType, write_gguf};
+pub use gguf::{Gguf, GgufOptions, GgufReport, GgufType, is_gguf, write_gguf};
 pub use hf::HfConfig;
 pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};

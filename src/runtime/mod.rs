@@ -30,7 +30,7 @@ mod workspace;
 
 pub use crate::kernels::Activations;
 pub use cache::CacheFormat;
-pub use generate::GenerateConfig;
+pub use generate::{GenerateConfig, generate_many};
 pub use linear::{LinearLayer, Number};
 pub use model::{LayerInfo, Model, ModelOptions, NamedSubnet, Verify};
 pub use plan::FormatPlan;

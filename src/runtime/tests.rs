@@ -461,3 +461,63 @@ fn padding_of_a_vocabulary_is_never_drawn() {
     let text = tokenizer.decode(&[80, 2100, 147]).unwrap();
     assert_eq!(text, tokenizer.decode(&[80, 147]).unwrap());
 }
+
+#[test]
+fn prompts_are_continued_the_same_on_any_number_of_sessions() {
+    let model = windowed(8, 64);
+    let prompts: Vec<Vec<u32>> = (0..7)
+        .map(|i| tokens(60)[i * 3..i * 4 + 5].to_vec())
+        .collect();
+    let open = |n: usize| -> Vec<Session> {
+        (0..n)
+            .map(|_| session(&model, CacheFormat::F32, 5))
+            .collect()
+    };
+    let silent = crate::progress::Silent;
+    let greedy = GenerateConfig::new(12, vec![4]).with_n_ids(Some(17));
+    let mut one = open(1);
+    let expected: Vec<Vec<u32>> = prompts
+        .iter()
+        .map(|prompt| {
+            one[0].reset();
+            one[0].generate(prompt, &greedy, |_| true).unwrap()
+        })
+        .collect();
+    let lengths: Vec<usize> = expected.iter().map(Vec::len).collect();
+    assert!(lengths.iter().any(|n| *n != lengths[0]), "{lengths:?}");
+    let drawn = SampleConfig {
+        temperature: 1.5,
+        seed: 3,
+        ..SampleConfig::default()
+    };
+    let drawn = greedy.clone().with_sample(drawn);
+    let by_one = generate_many(&mut one, &prompts, &drawn, &silent).unwrap();
+    assert_ne!(by_one, expected);
+    for n in [1, 2, 3, 7, 9] {
+        let mut sessions = open(n);
+        // What sessions hold before does not matter.
+        sessions[0].decode(&[1, 2, 3], None).unwrap();
+        for (config, expected) in [(&greedy, &expected), (&drawn, &by_one)] {
+            let found = generate_many(&mut sessions, &prompts, config, &silent).unwrap();
+            assert_eq!(found, *expected, "{n} sessions");
+        }
+    }
+    // The context is full: one token comes after the last that fits, as with one session.
+    let long = vec![tokens(63), tokens(64), tokens(9)];
+    let more = GenerateConfig::new(5, vec![]);
+    let found = generate_many(&mut open(2), &long, &more, &silent).unwrap();
+    assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1, 5]);
+    let none = GenerateConfig::new(0, vec![]);
+    let found = generate_many(&mut open(2), &long, &none, &silent).unwrap();
+    assert_eq!(found, vec![Vec::<u32>::new(); 3]);
+    assert!(generate_many(&mut [], &prompts, &greedy, &silent).is_err());
+    assert!(
+        generate_many(&mut [], &[], &greedy, &silent)
+            .unwrap()
+            .is_empty()
+    );
+    assert!(generate_many(&mut open(1), &[tokens(65)], &greedy, &silent).is_err());
+    let stop = std::sync::atomic::AtomicBool::new(true);
+    let stopped = generate_many(&mut open(2), &prompts, &greedy, &stop);
+    assert!(matches!(stopped, Err(crate::Error::Interrupted { .. })));
+}

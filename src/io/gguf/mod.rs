@@ -33,7 +33,7 @@ pub use write::{GgufOptions, GgufReport, GgufType, write_gguf};
 const MAX_PARTS: u64 = 4096;
 
 /// Returns whether `path` is a file with GGUF's first bytes or the extension `gguf`.
-pub(crate) fn is_gguf(path: &Path) -> bool {
+pub fn is_gguf(path: &Path) -> bool {
     let Ok((file, _)) = open_regular(path) else {
         return false;
     };
