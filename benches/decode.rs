@@ -152,7 +152,7 @@ fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
         made.insert(shape, matrix);
         Ok(copy)
     };
-    Ok(Model::from_matrices(&config, matrix, |_, len| Ok(vec![1.0; len]))?.with_n_threads(threads))
+    Model::from_matrices(&config, matrix, |_, len| Ok(vec![1.0; len]))?.with_n_threads(threads)
 }
 
 /// Returns the read bandwidth of all threads in bytes per second: the best of several runs over

@@ -83,7 +83,7 @@ struct Args {
     /// Random seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Number of threads; 0 for one per core
+    /// Number of threads, at most 4096; 0 for one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Store keys and values as 16-bit floats
@@ -283,7 +283,7 @@ fn open(args: &Args) -> Result<Model> {
         let adapter = elastic_lora::io::peft::LoraAdapter::open(adapter)?;
         let net = SuperNet::from_adapter(pretrained.model, &adapter)?;
         return Model::from_supernet(&net, &[], plan(args)?.unwrap_or_default())?
-            .with_n_threads(args.threads)
+            .with_n_threads(args.threads)?
             .with_tokenizer(&path);
     }
     let model = Model::open(&path, &ModelOptions::default().with_n_threads(args.threads))?;

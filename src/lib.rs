@@ -77,6 +77,7 @@ pub mod error;
 #[cfg(feature = "capi")]
 mod ffi;
 pub mod format;
+mod input;
 pub mod io;
 #[doc(hidden)] // used by the benches
 pub mod kernels;

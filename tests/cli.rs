@@ -8,7 +8,7 @@
 mod report;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn shipped_model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-llama")
@@ -669,4 +669,174 @@ fn a_conversation_is_had_through_a_pipe() {
         .arg("--chat")
         .output();
     assert!(stderr(&refused.unwrap()).contains("error: chat = "));
+
+/// Number of rounds of a test that takes long; `ELASTIC_LORA_ROUNDS` sets another.
+fn rounds(usual: usize) -> usize {
+    std::env::var("ELASTIC_LORA_ROUNDS").map_or(usual, |n| n.parse().unwrap())
+}
+
+/// A command that trains for some steps in the folder `out`.
+fn training(root: &Path) -> Option<Command> {
+    let mut command = example("compress", root)?;
+    command.args(["--train", "train.jsonl", "--valid", "valid.jsonl"]);
+    command.args(["--method", "lora", "--steps", "3", "--batch", "2"]);
+    command.args(["--out", "out"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    Some(command)
+}
+
+#[test]
+fn of_several_runs_in_one_folder_one_goes_on() {
+    let root = tempfile::tempdir().unwrap();
+    problems(&root.path().join("train.jsonl"), 6);
+    problems(&root.path().join("valid.jsonl"), 2);
+    let out = root.path().join("out");
+    for round in 0..rounds(1) {
+        for n in [2, 8] {
+            let mut running = Vec::new();
+            for _ in 0..n {
+                let Some(mut command) = training(root.path()) else {
+                    return;
+                };
+                running.push(command.spawn().unwrap());
+            }
+            let ended = running
+                .into_iter()
+                .map(|one| one.wait_with_output().unwrap());
+            let (good, refused): (Vec<_>, Vec<_>) = ended.partition(|o| o.status.success());
+            assert_eq!(good.len(), 1, "{n} in round {round}");
+            for output in refused {
+                let text = stderr(&output);
+                assert_eq!(output.status.code(), Some(1), "{text}");
+                // Whoever comes after the first one has ended finds its results.
+                let named = text.contains("process ") && text.contains("is writing here");
+                assert!(named || text.contains("--overwrite"), "{text}");
+            }
+            assert_eq!(entries(&out), ["lora", "pruned", "report.json", "run.json"]);
+            std::fs::remove_dir_all(&out).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_run_that_was_killed_at_its_start_is_no_obstacle() {
+    let root = tempfile::tempdir().unwrap();
+    problems(&root.path().join("train.jsonl"), 6);
+    problems(&root.path().join("valid.jsonl"), 2);
+    let out = root.path().join("out");
+    for option in ["", "--resume", "--overwrite"] {
+        std::fs::create_dir(&out).unwrap();
+        // What is there before `run.json` has its name.
+        for name in ["run.lock", ".run.json-a1B2c3.tmp", ".run.json.lock"] {
+            std::fs::write(out.join(name), "1").unwrap();
+        }
+        let Some(mut command) = training(root.path()) else {
+            return;
+        };
+        let output = command
+            .args([option].iter().filter(|o| !o.is_empty()))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{option}: {}", stderr(&output));
+        assert_eq!(entries(&out), ["lora", "pruned", "report.json", "run.json"]);
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+/// Everything below a folder but for times, as names and contents.
+#[cfg(unix)]
+fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    let mut open = vec![folder.to_path_buf()];
+    while let Some(at) = open.pop() {
+        for entry in std::fs::read_dir(at).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+                continue;
+            }
+            let mut bytes = std::fs::read(&path).unwrap();
+            let name = path.strip_prefix(folder).unwrap().to_path_buf();
+            if name == Path::new("report.json") {
+                let report: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+                bytes = report["rows"].to_string().into_bytes();
+            }
+            if name.ends_with("search.jsonl") {
+                let text = String::from_utf8(bytes).unwrap();
+                let without = |line: &str| {
+                    let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+                    line["seconds"] = 0.into();
+                    line.to_string()
+                };
+                bytes = text
+                    .lines()
+                    .map(without)
+                    .collect::<Vec<_>>()
+                    .join("\n")
+                    .into_bytes();
+            }
+            all.push((name, bytes));
+        }
+    }
+    all.sort();
+    all
+}
+
+/// `ELASTIC_LORA_ROUNDS=100 cargo test --release --test cli -- --ignored` kills a hundred runs.
+#[cfg(unix)]
+#[test]
+#[ignore = "takes some seconds for each killed run"]
+fn killed_runs_are_resumed_with_the_same_results() {
+    use rand::{RngExt, SeedableRng};
+    let root = tempfile::tempdir().unwrap();
+    problems(&root.path().join("train.jsonl"), 12);
+    problems(&root.path().join("valid.jsonl"), 3);
+    let out = root.path().join("out");
+    let command = |more: &[&str]| {
+        let mut command = example("compress", root.path())?;
+        command.args(["--train", "train.jsonl", "--valid", "valid.jsonl"]);
+        command.args([
+            "--method", "shears", "--steps", "8", "--batch", "2", "--evals", "4",
+        ]);
+        command.args(["--out", "out"]).args(more);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        Some(command)
+    };
+    let Some(mut first) = command(&[]) else {
+        return;
+    };
+    let started = std::time::Instant::now();
+    let output = first.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let whole = started.elapsed();
+    let expected = contents(&out);
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(22);
+    let mut n_killed = 0;
+    for round in 0..rounds(10) {
+        std::fs::remove_dir_all(&out).unwrap();
+        let mut running = command(&[]).unwrap().spawn().unwrap();
+        // Killed up to three times, then left to end.
+        for _ in 0..rng.random_range(1..4) {
+            std::thread::sleep(whole.mul_f64(rng.random_range(0.0..1.1)));
+            n_killed += usize::from(running.try_wait().unwrap().is_none());
+            running.kill().unwrap();
+            running.wait().unwrap();
+            running = command(&["--resume"]).unwrap().spawn().unwrap();
+        }
+        let output = running.wait_with_output().unwrap();
+        assert!(
+            output.status.success(),
+            "round {round}: {}",
+            stderr(&output)
+        );
+        let found = contents(&out);
+        let names = |all: &[(PathBuf, Vec<u8>)]| -> Vec<PathBuf> {
+            all.iter().map(|(name, _)| name.clone()).collect()
+        };
+        assert_eq!(names(&found), names(&expected), "round {round}");
+        for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+            assert!(found == expected, "round {round}: {}", name.display());
+        }
+    }
+    eprintln!("{n_killed} runs were killed");
 }

@@ -1083,3 +1083,223 @@ fn windows_and_calibration() {
     assert_eq!(draw(2, stream.len(), 1).unwrap()[1], stream);
     assert!(draw(2, stream.len() + 1, 1).is_err() && draw(2, 0, 1).is_err());
 }
+
+// --- memory ---
+
+/// Reads the file that `ELASTIC_LORA_READS` names and prints the peak of the memory. It runs in a
+/// process of its own; see the next test.
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "run by `memory_is_in_proportion_to_the_files`"]
+fn reads_a_file() {
+    use elastic_lora::io::{Checkpoint, HfConfig};
+    use elastic_lora::{SearchSpace, SubnetConfig};
+    let Ok(path) = std::env::var("ELASTIC_LORA_READS") else {
+        return;
+    };
+    let path = Path::new(&path);
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let outcome = match name {
+        "model.safetensors" => {
+            Checkpoint::open(path).map(|file| format!("{} tensors", file.names().len()))
+        }
+        "model.safetensors.index.json" => {
+            Checkpoint::open(path.parent().unwrap()).map(|_| "an index".into())
+        }
+        "config.json" => HfConfig::open(path.parent().unwrap()).map(|_| "a config".into()),
+        "space.json" => SearchSpace::from_file(path, &[]).map(|_| "a space".into()),
+        "subnet.json" => {
+            let text = load_text(path).unwrap();
+            SubnetConfig::from_json(&text).map(|_| "a subnet".into())
+        }
+        "tokenizer.json" => {
+            TextTokenizer::from_file(path).map(|t| format!("{} tokens", t.vocab_size()))
+        }
+        "long.txt" => {
+            let tokenizer = TextTokenizer::from_file(path.with_file_name("small.json")).unwrap();
+            load_text(path)
+                .and_then(|text| Ok(format!("{} ids", tokenizer.encode(&text, true)?.len())))
+        }
+        _ => load_records(path).map(|records| format!("{} records", records.len())),
+    };
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .unwrap();
+    let peak: u64 = peak.trim().trim_end_matches(" kB").trim().parse().unwrap();
+    let outcome = outcome.unwrap_or_else(|error| format!("refused: {error}"));
+    let outcome: String = outcome.chars().take(150).collect();
+    println!("peak {} {outcome}", peak * 1024);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_is_in_proportion_to_the_files() {
+    let root = tempfile::tempdir().unwrap();
+    let ones = |n: usize| "1,".repeat(n) + "1";
+    let with_header = |header: &str| {
+        let length = (header.len() as u64).to_le_bytes();
+        [&length[..], header.as_bytes(), b"x"].concat()
+    };
+    let n = 5_000_000;
+    let header =
+        |sizes: &str| format!(r#"{{"a":{{"dtype":"U8","shape":[{sizes}],"data_offsets":[0,1]}}}}"#);
+    let small = train_bpe(&corpus(300), 400).unwrap();
+    std::fs::write(root.path().join("small.json"), &small).unwrap();
+    let tokenizer = |json: serde_json::Value, key: &str| {
+        let mut whole: serde_json::Value = serde_json::from_str(&small).unwrap();
+        whole[key] = json;
+        whole.to_string()
+    };
+    let list = serde_json::Value::from(vec![1; n]);
+    let tensors: String = (0..100_000)
+        .map(|i| {
+            format!(
+                r#""t{i}":{{"dtype":"U8","shape":[],"data_offsets":[{i},{}]}},"#,
+                i + 1
+            )
+        })
+        .collect();
+    let words: String = corpus(400).join("\n");
+    let text = words.repeat(12_000_000 / words.len());
+    // Each is a name, the content, a part of the outcome, and how many times its size may be taken.
+    let files: [(&str, Vec<u8>, &str, u64); 12] = [
+        (
+            "model.safetensors",
+            with_header(&header(&ones(n))),
+            "refused",
+            8,
+        ),
+        (
+            "model.safetensors",
+            with_header(&header(&ones(n / 2))),
+            "refused",
+            8,
+        ),
+        (
+            "model.safetensors",
+            with_header(&format!(r#"{{"x":{{"a":[{}]}}}}"#, ones(n / 2))),
+            "refused",
+            8,
+        ),
+        (
+            "model.safetensors",
+            [
+                with_header(&format!("{{{}}}", tensors.trim_end_matches(','))),
+                vec![0; 99_999],
+            ]
+            .concat(),
+            "100000 tensors",
+            8,
+        ),
+        (
+            "config.json",
+            format!(r#"{{"x":[{}]}}"#, ones(n)).into(),
+            "refused",
+            8,
+        ),
+        (
+            "model.safetensors.index.json",
+            format!(r#"{{"weight_map":[{}]}}"#, ones(n)).into(),
+            "refused",
+            8,
+        ),
+        (
+            "space.json",
+            format!(r#"{{"x":[{}]}}"#, ones(n)).into(),
+            "refused",
+            8,
+        ),
+        (
+            "tokenizer.json",
+            tokenizer(list.clone(), "decoder").into(),
+            "refused",
+            8,
+        ),
+        (
+            "tokenizer.json",
+            tokenizer(list, "model").into(),
+            "refused",
+            64,
+        ),
+        (
+            "a.json",
+            format!(r#"[{{"text":"a","x":[{}]}}]"#, ones(n)).into(),
+            "refused",
+            8,
+        ),
+        (
+            "a.jsonl",
+            "{\"text\":\"a\",\"x\":[1,1,1,1,1,1,1,1,1,1]}\n"
+                .repeat(200_000)
+                .into(),
+            "200000 records",
+            8,
+        ),
+        ("long.txt", text.into(), "ids", 8),
+    ];
+    for (name, bytes, part, factor) in files {
+        let path = root.path().join(name);
+        let size = bytes.len() as u64;
+        std::fs::write(&path, bytes).unwrap();
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "reads_a_file", "--ignored", "--nocapture"])
+            .env("ELASTIC_LORA_READS", &path)
+            .output()
+            .unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text
+            .lines()
+            .find_map(|line| line.split_once("peak "))
+            .map(|(_, rest)| rest);
+        let (peak, outcome) = line
+            .and_then(|line| line.split_once(' '))
+            .unwrap_or_else(|| panic!("{name}: {text}{}", String::from_utf8_lossy(&output.stderr)));
+        eprintln!("{name} of {size} bytes: peak {peak}: {outcome}");
+        assert!(outcome.contains(part), "{name}: {outcome}");
+        assert!(
+            peak.parse::<u64>().unwrap() < (64 << 20) + factor * size,
+            "{name}: {peak} for {size}"
+        );
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn pipes_devices_and_folders_are_refused_by_kind() {
+    use elastic_lora::SearchSpace;
+    use elastic_lora::io::HfConfig;
+    let root = tempfile::tempdir().unwrap();
+    let pipe = root.path().join("config.json");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    if !made.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no mkfifo");
+        return;
+    }
+    let device = Path::new("/dev/zero");
+    for (path, kind) in [
+        (pipe.as_path(), "a pipe"),
+        (device, "a device"),
+        (root.path(), "a folder"),
+    ] {
+        for error in [
+            load_text(path).map(drop).unwrap_err(),
+            load_records(path).map(drop).unwrap_err(),
+            TextTokenizer::from_file(path).map(drop).unwrap_err(),
+            SearchSpace::from_file(path, &[]).map(drop).unwrap_err(),
+            ChatTemplate::from_file(path, root.path())
+                .map(drop)
+                .unwrap_err(),
+        ] {
+            let text = error.to_string();
+            assert!(
+                text.contains(kind) && text.contains(path.to_str().unwrap()),
+                "{text}"
+            );
+        }
+    }
+    let error = HfConfig::open(root.path()).unwrap_err().to_string();
+    assert!(error.contains("a pipe"), "{error}");
+}

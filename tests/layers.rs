@@ -186,7 +186,7 @@ fn check<T: Number + std::fmt::Debug + PartialEq>(
 #[test]
 fn a_layer_is_its_definition_in_every_format_and_subnet() {
     for format in FORMATS {
-        let model = supernet(format).with_n_threads(1);
+        let model = supernet(format).with_n_threads(1).unwrap();
         let off = if matches!(
             format,
             WeightFormat::Int { .. } | WeightFormat::SparseInt4 { .. }
@@ -270,7 +270,7 @@ fn what_does_not_fit_a_layer_is_refused() {
 #[test]
 fn a_token_takes_no_memory() {
     for format in FORMATS {
-        let model = supernet(format).with_n_threads(1);
+        let model = supernet(format).with_n_threads(1).unwrap();
         let half = SessionConfig::default().with_cache(CacheFormat::F16);
         let mut sessions: Vec<Session> = [SessionConfig::default(), half]
             .iter()

@@ -154,7 +154,8 @@ fn contexts_of_many_tiles_are_the_decoders() {
         for threads in [1, 2, 5] {
             let model = Model::from_decoder(&decoder, F32)
                 .unwrap()
-                .with_n_threads(threads);
+                .with_n_threads(threads)
+                .unwrap();
             let mut session = session(&model);
             let got = in_pieces(&mut session, &ids, &[300, 63, 1, 1, 200]);
             let off = max_diff(&got, &want) / largest(&want);

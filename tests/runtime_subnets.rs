@@ -366,7 +366,8 @@ fn threads_share_a_model_and_get_the_same_bits() {
     let net = net(false, ScaleRule::AlphaOverMaxRank);
     let model = Model::from_supernet(&net, &subnets(net.space()), F32)
         .unwrap()
-        .with_n_threads(3);
+        .with_n_threads(3)
+        .unwrap();
     let run = |subnet: usize| {
         let mut session = Session::new(&model, &SessionConfig::default()).unwrap();
         session.set_subnet(subnet).unwrap();
@@ -381,7 +382,7 @@ fn threads_share_a_model_and_get_the_same_bits() {
             });
         }
     });
-    let one = model.with_n_threads(1);
+    let one = model.with_n_threads(1).unwrap();
     let mut session = Session::new(&one, &SessionConfig::default()).unwrap();
     assert_eq!(
         in_pieces(&mut session, &random_ids(30, 41, 0), &[17]),

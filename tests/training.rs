@@ -12,6 +12,7 @@ use common::{Heard, is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, collate, fixed_batches};
 use elastic_lora::eval::mean_loss;
+use elastic_lora::io::atomic::Lock;
 use elastic_lora::linalg::Matrix;
 use elastic_lora::nn::BaseLinear;
 use elastic_lora::progress::{Progress, Silent};
@@ -20,6 +21,8 @@ use elastic_lora::train::{
     Checkpointing, Sampling, Schedule, StepLog, TrainConfig, TrainReport, Trainer, targets,
 };
 use elastic_lora::{Error, Result, SearchSpace, SuperNet};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// Arithmetic progressions of tokens with various lengths. The first two tokens are given.
 fn sequences(n: usize, seed: u64) -> Vec<Sequence> {
@@ -346,9 +349,12 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         net.activate(&home).unwrap();
         error
     };
+    // Writes other values, with the checksum that belongs to them.
     let edit = |f: &dyn Fn(&mut serde_json::Value)| {
         let mut value: serde_json::Value = serde_json::from_str(&good_json).unwrap();
         f(&mut value);
+        value["checksum"] = 0.into();
+        value["checksum"] = crc32fast::hash(value.to_string().as_bytes()).into();
         std::fs::write(&json, value.to_string()).unwrap();
     };
     for text in [
@@ -356,7 +362,7 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
         "{",
         "null",
         "[]",
-        "{\"version\": 2}",
+        "{\"version\": 3}",
         &good_json[..good_json.len() / 2],
     ] {
         std::fs::write(&json, text).unwrap();
@@ -388,10 +394,37 @@ fn a_checkpoint_of_another_run_or_a_broken_one_is_refused() {
     let mut nan = good_tensors.clone();
     let n = nan.len();
     nan[n - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    edit(&|v| v["tensors"] = crc32fast::hash(&nan).into());
     std::fs::write(&tensors, nan).unwrap();
     assert!(matches!(refused("NaN"), Error::NotFinite { .. }));
+    std::fs::write(&json, &good_json).unwrap();
     std::fs::remove_file(&tensors).unwrap();
     refused("no tensors");
+
+    // A single changed bit anywhere.
+    let mut rng = ChaCha8Rng::seed_from_u64(12);
+    std::fs::write(&tensors, &good_tensors).unwrap();
+    for (file, good) in [(&json, good_json.as_bytes()), (&tensors, &good_tensors[..])] {
+        for _ in 0..40 {
+            let (at, bit) = (rng.random_range(0..good.len()), rng.random_range(0..8));
+            let mut bytes = good.to_vec();
+            bytes[at] ^= 1 << bit;
+            std::fs::write(file, bytes).unwrap();
+            refused(&format!("bit {bit} of byte {at} of {}", file.display()));
+        }
+        std::fs::write(file, good).unwrap();
+    }
+
+    // Another run is using the folder.
+    let lock = Lock::acquire(dir.path().join("run.lock"), dir.path()).unwrap();
+    let busy = refused("busy").to_string();
+    assert!(busy.contains("is writing here"), "{busy}");
+    drop(lock);
+
+    // A run that was killed between the renames that replace a checkpoint.
+    let aside = dir.path().join(".checkpoint-a1B2c3.tmp");
+    std::fs::create_dir(&aside).unwrap();
+    std::fs::rename(&checkpoint, aside.join("old")).unwrap();
 
     // The undamaged files still work.
     std::fs::write(&tensors, &good_tensors).unwrap();

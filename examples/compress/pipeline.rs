@@ -51,13 +51,13 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
         "search space".into(),
         Value::String(fingerprint(text.bytes().map(u32::from))),
     );
-    let made = settings.prepare_out(args, identity)?;
+    let claim = settings.prepare_out(args, identity)?;
     let result = steps(args, settings, task, &space);
     match &result {
         Err(Error::Interrupted { .. }) => {
             eprintln!("the same command with --resume goes on from here")
         }
-        Err(_) => settings.discard_unless_resumable(made),
+        Err(_) => settings.discard_unless_resumable(claim),
         Ok(()) => {}
     }
     result

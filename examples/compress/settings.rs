@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::ChannelScore;
-use elastic_lora::io::{HfConfig, QuantizationConfig, atomic};
+use elastic_lora::io::atomic::{self, Lock};
+use elastic_lora::io::{HfConfig, QuantizationConfig};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
 use elastic_lora::sparsity::Pattern;
@@ -77,6 +78,16 @@ const FILES: [&str; 30] = [
 /// File with the arguments and the inputs of the run that a folder belongs to. It exists from the
 /// start of the run.
 const RUN: &str = "run.json";
+
+/// File that is locked while a run uses a folder.
+const LOCK: &str = "run.lock";
+
+/// The folder of results, which no other run uses.
+pub struct Claim {
+    /// Whether this run made the folder.
+    made: bool,
+    lock: Lock,
+}
 
 /// Checked settings.
 pub struct Settings {
@@ -178,6 +189,7 @@ impl Settings {
             .out
             .clone()
             .unwrap_or_else(|| PathBuf::from("target/compress"));
+        Lock::check_free(&out.join(LOCK), &out)?;
         check_out(args, &out)?;
         Ok(Self {
             pattern,
@@ -217,8 +229,26 @@ impl Settings {
     }
 
     /// Prepares the folder of results for a new run, or for a resumed run if `identity` and the
-    /// arguments equal those of the original run. Returns whether the folder is new.
-    pub fn prepare_out(&self, args: &Args, identity: Map<String, Value>) -> Result<bool> {
+    /// arguments equal those of the original run.
+    pub fn prepare_out(&self, args: &Args, identity: Map<String, Value>) -> Result<Claim> {
+        let out = &self.out;
+        let made = !out.exists();
+        std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
+        let lock = Lock::acquire(out.join(LOCK), out)?;
+        let claim = Claim { made, lock };
+        // Another run may have written to it since it was looked at.
+        match check_out(args, out).and_then(|()| self.begin(args, identity)) {
+            Ok(()) => Ok(claim),
+            Err(error) => {
+                self.release(claim);
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes what the run is, or compares it. A run that is killed at any moment of this leaves a
+    /// folder without results, or one with the former run's `run.json`.
+    fn begin(&self, args: &Args, identity: Map<String, Value>) -> Result<()> {
         let out = &self.out;
         let file = out.join(RUN);
         let arguments = serde_json::to_value(args).map_err(|e| Error::json(&file, e))?;
@@ -229,21 +259,23 @@ impl Settings {
             let found: Map<String, Value> =
                 serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
             same(&file, &run, &found)?;
-            return sweep(out).map(|()| false);
+            return sweep(out);
         }
-        let made = !out.exists();
-        std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
-        remove_results(out)?;
-        let written = atomic::write_json(&file, &run);
-        if written.is_err() && made {
-            let _ = std::fs::remove_dir(out);
+        remove_results(out, &[RUN])?;
+        atomic::write_json(&file, &run)
+    }
+
+    /// Gives the folder free, and removes it if the run has made it and it is empty.
+    fn release(&self, claim: Claim) {
+        let Claim { made, lock } = claim;
+        drop(lock);
+        if made {
+            let _ = std::fs::remove_dir(&self.out);
         }
-        written.map(|()| made)
     }
 
     /// Cleans up after a run that failed before its first checkpoint, since it cannot be resumed.
-    /// `made` is set if the run created the folder itself.
-    pub fn discard_unless_resumable(&self, made: bool) {
+    pub fn discard_unless_resumable(&self, claim: Claim) {
         if FOLDERS
             .iter()
             .any(|name| self.out.join(name).join("checkpoint").is_dir())
@@ -255,18 +287,24 @@ impl Settings {
             return;
         }
         // The original error is reported, not one from cleaning up.
-        let _ = remove_results(&self.out);
-        if made {
-            let _ = std::fs::remove_dir(&self.out);
-        }
+        let _ = remove_results(&self.out, &[]);
+        self.release(claim);
     }
 }
 
 /// Checks that results may be written to `out`.
 fn check_out(args: &Args, out: &Path) -> Result<()> {
     let refused = |expected: &str| Err(Error::argument("out", out.display(), expected));
+    // A run that was killed before it wrote `run.json` leaves its lock and a temporary file.
+    let is_start = |name: &std::ffi::OsStr| {
+        let name = name.to_string_lossy();
+        name == LOCK
+            || name
+                .strip_prefix('.')
+                .is_some_and(|name| name.starts_with(RUN))
+    };
     let occupied = match std::fs::read_dir(out) {
-        Ok(mut entries) => entries.next().is_some(),
+        Ok(entries) => entries.flatten().any(|entry| !is_start(&entry.file_name())),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
         Err(e) => return Err(Error::io(out, e)),
     };
@@ -294,21 +332,29 @@ fn check_out(args: &Args, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes files that a killed run had not finished writing.
+/// Removes files that a killed run had not finished writing, and its locks. A folder that it was
+/// about to replace is kept for whoever writes it next.
 fn sweep(out: &Path) -> Result<()> {
     let names = FOLDERS
         .iter()
         .chain(&FILES)
         .chain(&["checkpoint", "losses.csv", "old"]);
-    let prefixes: Vec<String> = names.map(|name| format!(".{name}-")).collect();
+    let names: Vec<String> = names.map(|name| format!(".{name}")).collect();
+    let is_left = |found: &str| {
+        names.iter().any(|name| {
+            let rest = found.strip_prefix(name.as_str());
+            rest.is_some_and(|rest| {
+                rest == ".lock" || (rest.starts_with('-') && rest.ends_with(".tmp"))
+            })
+        })
+    };
     for folder in [out.to_path_buf()]
         .into_iter()
         .chain(FOLDERS.map(|name| out.join(name)))
     {
         for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
             let (name, path) = (entry.file_name(), entry.path());
-            let name = name.to_string_lossy();
-            if !name.ends_with(".tmp") || !prefixes.iter().any(|prefix| name.starts_with(prefix)) {
+            if !is_left(&name.to_string_lossy()) || path.join("old").is_dir() {
                 continue;
             }
             let result = if path.is_dir() {
@@ -322,8 +368,8 @@ fn sweep(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes the files and folders that a run creates, and nothing else.
-fn remove_results(out: &Path) -> Result<()> {
+/// Removes the files and folders that a run creates but for those in `kept`, and nothing else.
+fn remove_results(out: &Path, kept: &[&str]) -> Result<()> {
     sweep(out)?;
     let gone = |path: PathBuf, result: std::io::Result<()>| match result {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
@@ -334,7 +380,8 @@ fn remove_results(out: &Path) -> Result<()> {
         let result = std::fs::remove_dir_all(&path);
         gone(path, result)?;
     }
-    for name in FILES {
+    // `run.json` comes last: without it the rest would be nobody's.
+    for name in FILES.iter().rev().filter(|name| !kept.contains(name)) {
         let path = out.join(name);
         let result = std::fs::remove_file(&path);
         gone(path, result)?;

@@ -5,15 +5,17 @@ mod numbers;
 mod table;
 
 use std::borrow::Cow;
-use std::io::Read;
+use std::cell::Cell;
 use std::path::Path;
 
+use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::Message;
 use super::answers::{alone, final_answer, is_gsm8k_reference};
 use crate::error::{Error, Result};
+use crate::input::{json, read_capped};
 
 /// Largest file that is read. Files are read into memory as a whole.
 pub const MAX_FILE_BYTES: u64 = 2 << 30;
@@ -197,22 +199,11 @@ pub fn load_documents(path: impl AsRef<Path>) -> Result<Vec<Record>> {
 /// Reads a whole text file and removes a byte order mark.
 ///
 /// # Errors
-/// Returns [`Error::Io`], or [`Error::InvalidFile`] if the file is larger than [`MAX_FILE_BYTES`]
-/// or not UTF-8.
+/// Returns [`Error::Io`], or [`Error::InvalidFile`] if the file is larger than [`MAX_FILE_BYTES`],
+/// not UTF-8, or a folder, a pipe or a device. Returns [`Error::OutOfMemory`] if it does not fit.
 pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
-    let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
-    let mut bytes = Vec::new();
-    // Limit the size while reading, because the size of a pipe is unknown.
-    file.take(MAX_FILE_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|e| Error::io(path, e))?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(Error::invalid_file(
-            path,
-            format!("over {MAX_FILE_BYTES} bytes"),
-        ));
-    }
+    let bytes = read_capped(path, MAX_FILE_BYTES)?;
     let known = [
         (&b"PAR1"[..], "a Parquet file; JSON Lines or CSV is needed"),
         (b"\x1f\x8b", "compressed by gzip; unpack it first"),
@@ -263,20 +254,9 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
         return checked(table::records(text, separator, path)?, path);
     }
     let text = &*numbers::as_written(text);
-    let values = match text.trim_start().chars().next() {
-        Some('[') => serde_json::from_str(text).map_err(|e| Error::json(path, e))?,
-        Some('{') => {
-            // A stream of objects covers JSON Lines, and also objects that span several lines.
-            let stream = serde_json::Deserializer::from_str(text).into_iter::<Value>();
-            let mut values = stream
-                .enumerate()
-                .map(|(i, value)| value.map_err(|e| bad_record(path, i, format!("not JSON: {e}"))))
-                .collect::<Result<Vec<_>>>()?;
-            match values.as_mut_slice() {
-                [Value::Object(map)] => unwrapped(map).map_err(|r| bad_record(path, 0, r))?,
-                _ => values,
-            }
-        }
+    let records = match text.trim_start().chars().next() {
+        Some('[') => list(text, path)?,
+        Some('{') => stream(text, path)?,
         Some(_) => {
             let reason = "neither JSON nor a table by its name; plain text is read from files named .txt, or by \
                           the option for it";
@@ -284,9 +264,81 @@ pub fn parse_records(text: &str, path: &Path) -> Result<Vec<Record>> {
         }
         None => Vec::new(),
     };
-    let numbered = values.into_iter().enumerate();
-    let records = numbered.map(|(i, v)| record_of(v).map_err(|r| bad_record(path, i, r)));
-    checked(records.collect::<Result<_>>()?, path)
+    checked(records, path)
+}
+
+/// Reads a list of records, one at a time.
+fn list(text: &str, path: &Path) -> Result<Vec<Record>> {
+    struct List<'a> {
+        records: &'a mut Vec<Record>,
+        bad: &'a mut Option<String>,
+        len: usize,
+    }
+    impl<'de> Visitor<'de> for List<'_> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a list of records")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+            loop {
+                let left = Cell::new(json::budget_of_records(self.len));
+                let Some(value) = seq.next_element_seed(json::Limited(&left))? else {
+                    return Ok(());
+                };
+                match record_of(value) {
+                    Ok(record) => self.records.push(record),
+                    Err(reason) => {
+                        *self.bad = Some(reason);
+                        return Err(serde::de::Error::custom("a record is not valid"));
+                    }
+                }
+            }
+        }
+    }
+    let (mut records, mut bad) = (Vec::new(), None);
+    let mut parser = serde_json::Deserializer::from_str(text);
+    let visitor = List {
+        records: &mut records,
+        bad: &mut bad,
+        len: text.len(),
+    };
+    let read = parser.deserialize_seq(visitor).and_then(|()| parser.end());
+    match (bad, read) {
+        (Some(reason), _) => Err(bad_record(path, records.len(), reason)),
+        (None, Err(error)) => Err(Error::json(path, error)),
+        (None, Ok(())) => Ok(records),
+    }
+}
+
+/// Reads objects that follow one another, one at a time. This covers JSON Lines, and also objects
+/// that span several lines. A single object may hold the records.
+fn stream(text: &str, path: &Path) -> Result<Vec<Record>> {
+    let mut parser = serde_json::Deserializer::from_str(text);
+    let mut records = Vec::new();
+    loop {
+        let left = Cell::new(json::budget_of_records(text.len()));
+        let number = records.len();
+        let mut value = json::Limited(&left)
+            .deserialize(&mut parser)
+            .map_err(|e| bad_record(path, number, format!("not JSON: {e}")))?;
+        let is_last = parser.end().is_ok();
+        if number == 0
+            && is_last
+            && let Value::Object(map) = &mut value
+        {
+            let values = unwrapped(map).map_err(|r| bad_record(path, 0, r))?;
+            let numbered = values.into_iter().enumerate();
+            return numbered
+                .map(|(i, v)| record_of(v).map_err(|r| bad_record(path, i, r)))
+                .collect();
+        }
+        records.push(record_of(value).map_err(|r| bad_record(path, number, r))?);
+        if is_last {
+            return Ok(records);
+        }
+    }
 }
 
 /// Returns whether the name of a file says that it is plain text: it ends in `.txt`, `.text`,

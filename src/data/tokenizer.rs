@@ -1,8 +1,9 @@
 //! Converts text to token ids and back with a Hugging Face `tokenizer.json` or a SentencePiece
 //! model.
 
+mod pieces;
+
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -10,7 +11,9 @@ use tokenizers::{Encoding, ModelWrapper, Token, Tokenizer};
 
 use crate::error::{Error, Result};
 use crate::io::cache;
-use crate::io::tokenizer::{TokenizerFiles, limits};
+use crate::io::tokenizer::limits::{self, Limits};
+use crate::io::tokenizer::{TokenizerFiles, quietly};
+use pieces::Found;
 
 /// A tokenizer with the special tokens that it puts around a text.
 #[derive(Clone)]
@@ -22,8 +25,21 @@ pub struct TextTokenizer {
     bos: Option<u32>,
     eos: Option<u32>,
     n_ids: usize,
+    /// Length in bytes of the longest token.
+    longest: usize,
+    limits: Limits,
     notices: Vec<String>,
 }
+
+/// Largest number of bytes that a text may become before it is cut into tokens. The tokenizers crate
+/// takes up to some 200 bytes of memory for each.
+const MAX_MADE_BYTES: f64 = (1 << 20) as f64;
+
+/// Longest text that is tokenized at once, in bytes, where the limit above allows it.
+const MAX_PIECE_BYTES: usize = 1 << 16;
+
+/// Largest number of bytes that tokens may become when they are decoded.
+const MAX_DECODED_BYTES: f64 = (1_u64 << 28) as f64;
 
 /// Stands for a text where it is found out what is put around it.
 const TEXT: u32 = u32::MAX;
@@ -137,7 +153,7 @@ impl TextTokenizer {
             reason,
         };
         // The `tokenizers` crate panics on some text that is not JSON, so check that first.
-        limits::check(json).map_err(&fail)?;
+        let limits = limits::check(json).map_err(&fail)?;
         let mut inner: Tokenizer = guarded(|| json.parse()).map_err(&fail)?;
         inner.with_padding(None);
         guarded(|| inner.with_truncation(None).map(|_| ())).map_err(&fail)?;
@@ -153,9 +169,14 @@ impl TextTokenizer {
         };
         let (prefix, suffix) = (prefix.to_vec(), suffix.to_vec());
         let (bos, eos) = (prefix.first().copied(), suffix.last().copied());
-        let last = inner.get_vocab(true).into_values().max();
+        let vocab = inner.get_vocab(true);
+        let last = vocab.values().copied().max();
+        let longest = vocab.keys().map(String::len).max().unwrap_or(0);
+        drop(vocab);
         Ok(Self {
             n_ids: last.map_or(0, |last| last as usize + 1),
+            longest,
+            limits,
             notices: Vec::new(),
             inner,
             path,
@@ -169,37 +190,74 @@ impl TextTokenizer {
     /// Returns the token ids of `text`. If `special` is true, the tokens that the tokenizer puts
     /// before and after a text are added.
     ///
+    /// A text of more than 64 kB is tokenized in parts that overlap, with the same result. The
+    /// work takes some ten megabytes besides the ids.
+    ///
     /// # Errors
-    /// Returns [`Error::Tokenizer`] if the tokenizer fails.
+    /// Returns [`Error::Tokenizer`] if the tokenizer fails, or if it finds no tokens that two parts
+    /// of a long text have in common, as in one word of many kilobytes.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.fail(e))?;
-        if !special {
-            return Ok(encoding.get_ids().to_vec());
+        let ids = self.ids(text)?;
+        if !special || (self.prefix.is_empty() && self.suffix.is_empty()) {
+            return Ok(ids);
         }
-        Ok([
-            self.prefix.as_slice(),
-            encoding.get_ids(),
-            self.suffix.as_slice(),
-        ]
-        .concat())
+        Ok([self.prefix.as_slice(), &ids, &self.suffix].concat())
     }
 
     /// Returns the token ids of `text` without special tokens around it, and the bytes that each
     /// comes from. Bytes of white space that a tokenizer assigns to no token belong to the next one.
     ///
     /// # Errors
-    /// Returns [`Error::Tokenizer`] if the tokenizer fails.
+    /// Returns the errors of [`encode`](Self::encode).
     pub(super) fn encode_with_bytes(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
-        let encoding = guarded(|| self.inner.encode(text, false)).map_err(|e| self.fail(e))?;
+        let (mut ids, mut spans) = (Vec::new(), Vec::new());
         let mut end = 0;
-        let spans = encoding.get_offsets().iter().map(|(from, to)| {
-            // Tokens that share a character have the same bytes.
-            let start = end.min(*from);
-            end = end.max(*to);
-            start..end
+        let keep = |tokens: &[Found]| {
+            for token in tokens {
+                // Tokens that share a character have the same bytes.
+                let start = end.min(token.bytes.start);
+                end = end.max(token.bytes.end);
+                ids.push(token.id);
+                spans.push(start..end);
+            }
+        };
+        pieces::tokenize(text, self.piece_bytes(), |part| self.found(part), keep)
+            .map_err(|e| self.fail(e))?;
+        Ok((ids, spans))
+    }
+
+    /// Returns the token ids of `text` without special tokens around it.
+    fn ids(&self, text: &str) -> Result<Vec<u32>> {
+        let piece = self.piece_bytes();
+        if text.len() <= piece {
+            let encoding =
+                guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.fail(e))?;
+            return Ok(encoding.get_ids().to_vec());
+        }
+        let mut ids = Vec::new();
+        let keep = |tokens: &[Found]| ids.extend(tokens.iter().map(|token| token.id));
+        pieces::tokenize(text, piece, |part| self.found(part), keep).map_err(|e| self.fail(e))?;
+        Ok(ids)
+    }
+
+    /// Returns the tokens of a text that is not too long.
+    fn found(&self, text: &str) -> std::result::Result<Vec<Found>, String> {
+        let encoding = guarded(|| self.inner.encode(text, false))?;
+        let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
+        let found = tokens.map(|(id, (start, end))| Found {
+            id: *id,
+            bytes: *start..*end,
         });
-        let spans = spans.collect();
-        Ok((encoding.get_ids().to_vec(), spans))
+        Ok(found.collect())
+    }
+
+    /// Largest number of bytes that is tokenized at once.
+    fn piece_bytes(&self) -> usize {
+        let mut bytes = MAX_PIECE_BYTES;
+        while bytes > 1 && self.limits.text.of(bytes) > MAX_MADE_BYTES {
+            bytes /= 2;
+        }
+        bytes
     }
 
     /// Returns whether a token is special: not a part of a text, but a sign such as the end of a
@@ -219,16 +277,30 @@ impl TextTokenizer {
     /// # Errors
     /// Returns [`Error::Tokenizer`] if the tokenizer fails.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, false)).map_err(|e| self.fail(e))?;
-        Ok([self.prefix.as_slice(), encoding.get_ids()].concat())
+        let ids = self.ids(text)?;
+        if self.prefix.is_empty() {
+            return Ok(ids);
+        }
+        Ok([self.prefix.as_slice(), &ids].concat())
     }
 
     /// Returns the text of `ids` without special tokens. Ids that stand for no token, as in padded
     /// vocabularies, have no text.
     ///
     /// # Errors
-    /// Returns [`Error::Tokenizer`] if the tokenizer fails.
+    /// Returns [`Error::Tokenizer`] if the tokenizer fails, or could make more than 256 MiB of them.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        let most = |len: usize| self.limits.token.of(len);
+        if ids.len() as f64 * most(self.longest) > MAX_DECODED_BYTES {
+            let len = |id: &u32| self.inner.id_to_token(*id).map_or(0, |token| token.len());
+            let all: f64 = ids.iter().map(|id| most(len(id))).sum();
+            if all > MAX_DECODED_BYTES {
+                return Err(self.fail(format!(
+                    "{} tokens can become {all:.0} bytes of text, more than {MAX_DECODED_BYTES:.0}",
+                    ids.len()
+                )));
+            }
+        }
         guarded(|| self.inner.decode(ids, true)).map_err(|e| self.fail(e))
     }
 
@@ -321,15 +393,9 @@ impl TextTokenizer {
 /// Runs a call of the `tokenizers` crate and turns panics into errors. The crate panics on some
 /// invalid files, such as one with a template that names an undeclared token.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(call)) {
+    match quietly(call) {
         Ok(result) => result.map_err(|e| e.to_string()),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text
-                .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("no message");
-            Err(format!("the file is not consistent: {text}"))
-        }
+        Err(text) => Err(format!("the file is not consistent: {text}")),
     }
 }
 

@@ -338,6 +338,21 @@ pub unsafe extern "C" fn elora_session_capacity(session: *mut elora_session) -> 
     })
 }
 
+/// Refuses an input and an output of the caller's that overlap, before slices are made of them.
+/// Each is a name, a pointer and a number of elements; a pointer may be `NULL`.
+fn apart<A, B>(
+    (input, from, n_from): (&str, *const A, usize),
+    (output, to, n_to): (&str, *mut B, usize),
+) -> Outcome {
+    if to.is_null() {
+        return Ok(());
+    }
+    memory::disjoint(&[
+        (input, memory::region(from, n_from)),
+        (output, memory::region(to, n_to)),
+    ])
+}
+
 /// Returns the caller's logits buffer, cut to the required length, or `None` if it is `NULL`.
 ///
 /// # Safety
@@ -364,7 +379,8 @@ unsafe fn logits_of<'a>(
 /// may be NULL. If the call fails, the session holds the same tokens as before.
 ///
 /// ELORA_STATUS_CONTEXT_FULL if the session has no room for all tokens.
-/// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is 0 or a token is not in the vocabulary.
+/// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is 0, a token is not in the vocabulary, or `tokens`
+/// and `logits` overlap.
 /// ELORA_STATUS_INSUFFICIENT_SIZE if `logits` is too short.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_decode(
@@ -377,6 +393,7 @@ pub unsafe extern "C" fn elora_session_decode(
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
+        apart(("tokens", tokens, n_tokens), ("logits", logits, logits_len))?;
         let tokens = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
         session.with(|session| {
             let vocab = session.model().config().vocab_size();
@@ -399,6 +416,7 @@ pub unsafe extern "C" fn elora_session_decode_all(
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
+        apart(("tokens", tokens, n_tokens), ("logits", logits, logits_len))?;
         let tokens = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
         session.with(|session| {
             let vocab = session.model().config().vocab_size();
@@ -429,6 +447,14 @@ pub unsafe extern "C" fn elora_session_decode_batch(
 ) -> elora_status {
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
+        apart(
+            ("sessions", sessions, n_sessions),
+            ("logits", logits, logits_len),
+        )?;
+        apart(
+            ("tokens", tokens, n_sessions),
+            ("logits", logits, logits_len),
+        )?;
         let handles = memory::slice(sessions, n_sessions, "sessions")?;
         let tokens = ids_of(memory::slice(tokens, n_sessions, "tokens")?, "tokens")?;
         let enter = |session: &*mut elora_session| {
@@ -541,7 +567,8 @@ pub unsafe extern "C" fn elora_generate_options_init(
 /// If `on_token` is not NULL, it is called with `userdata` and each new token as soon as the token
 /// is known. If `out` is not NULL, the new tokens are written to it; it has room for `cap` tokens.
 /// If `n_out` is not NULL, the number of new tokens is written to `*n_out`. If `out` is NULL,
-/// `options->max_new_tokens` must not be 0.
+/// `options->max_new_tokens` must not be 0. `out` must not overlap the prompt and the stop tokens,
+/// which is ELORA_STATUS_INVALID_ARGUMENT.
 ///
 /// ELORA_STATUS_CANCELLED if `on_token` returned false; the tokens generated until then are written
 /// to `out` and `*n_out`. ELORA_STATUS_CONTEXT_FULL if the prompt does not fit into the session.
@@ -567,8 +594,11 @@ pub unsafe extern "C" fn elora_session_generate(
     guard::status(|| unsafe {
         // This call holds a reference of its own, because the callback may free the session.
         let session = memory::shared(session.cast_const(), "session")?;
+        apart(("prompt", prompt, n_prompt), ("out", out, cap))?;
         let prompt = ids_of(memory::slice(prompt, n_prompt, "prompt")?, "prompt")?;
         let options = options::read(options, elora_generate_options::DEFAULT)?;
+        let (stop, n_stop) = (options.stop_tokens, options.n_stop_tokens);
+        apart(("stop_tokens", stop, n_stop), ("out", out, cap))?;
         let stop = ids_of(
             memory::slice(options.stop_tokens, options.n_stop_tokens, "stop_tokens")?,
             "stop_tokens",

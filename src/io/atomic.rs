@@ -1,5 +1,9 @@
 //! Writes files and folders atomically: under a temporary name, then flush, sync and rename.
+//!
+//! One writer at a time writes to a name. It holds a lock, `.NAME.lock`, and removes what killed
+//! ones have left.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -8,6 +12,8 @@ use serde::Serialize;
 use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
+
+pub use crate::io::lock::Lock;
 
 /// Destination of the bytes of a file while it is written. Errors name the file.
 #[derive(Debug)]
@@ -47,20 +53,37 @@ impl Write for Sink<'_> {
 /// is synced and then renamed to `path`.
 ///
 /// # Errors
-/// Returns [`Error::Io`], or any error of `fill`. The temporary file is then removed, and an
-/// existing file at `path` is left unchanged.
+/// Returns [`Error::Io`], also if somebody else is writing the file, or any error of `fill`. The
+/// temporary file is then removed, and an existing file at `path` is left unchanged.
 pub fn write_file(
     path: impl AsRef<Path>,
     fill: impl FnOnce(&mut Sink<'_>) -> Result<()>,
 ) -> Result<()> {
-    let path = path.as_ref();
+    write_file_or_refuse(path.as_ref(), true, fill)
+}
+
+/// Writes a file like [`write_file`], but replaces an existing one only if `overwrite` is true.
+///
+/// # Errors
+/// Returns the errors of [`write_file`], and [`Error::InvalidFile`] if there is a file that may not
+/// be replaced.
+pub(crate) fn write_file_or_refuse(
+    path: &Path,
+    overwrite: bool,
+    fill: impl FnOnce(&mut Sink<'_>) -> Result<()>,
+) -> Result<()> {
     let Some(name) = path.file_name() else {
         return Err(Error::invalid_file(path, "not the name of a file"));
     };
     let folder = parent(path);
+    let _lock = claim(folder, name, path)?;
+    let refused = || Error::invalid_file(path, "there is a file of that name already");
+    if !overwrite && fs::symlink_metadata(path).is_ok() {
+        return Err(refused());
+    }
     let mut builder = Builder::new();
     let prefix = temporary_prefix(name);
-    builder.prefix(&prefix).suffix(".tmp");
+    builder.prefix(&prefix).suffix(TEMPORARY);
     readable(&mut builder, 0o666);
     let mut file = builder
         .tempfile_in(folder)
@@ -73,7 +96,15 @@ pub fn write_file(
     sink.inner.flush().map_err(|e| Error::io(path, e))?;
     drop(sink);
     file.as_file().sync_all().map_err(|e| Error::io(path, e))?;
-    file.persist(path).map_err(|e| Error::io(path, e.error))?;
+    if overwrite {
+        file.persist(path).map_err(|e| Error::io(path, e.error))?;
+    } else {
+        file.persist_noclobber(path)
+            .map_err(|e| match e.error.kind() {
+                io::ErrorKind::AlreadyExists => refused(),
+                _ => Error::io(path, e.error),
+            })?;
+    }
     sync_folder(folder)
 }
 
@@ -99,6 +130,7 @@ pub struct FolderWriter {
     destination: PathBuf,
     overwrite: bool,
     temporary: TempDir,
+    _lock: Lock,
 }
 
 impl FolderWriter {
@@ -108,7 +140,7 @@ impl FolderWriter {
     /// `overwrite` is true.
     ///
     /// # Errors
-    /// Returns [`Error::Io`], or [`Error::InvalidFile`] if the destination is a file, or a folder
+    /// Returns [`Error::Io`], also if somebody else is writing the folder, or [`Error::InvalidFile`] if the destination is a file, or a folder
     /// that is not empty while `overwrite` is false.
     pub fn create(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
         let destination = destination.as_ref();
@@ -127,16 +159,18 @@ impl FolderWriter {
             }
             Err(e) => return Err(Error::io(destination, e)),
         };
-        check_destination(&destination, overwrite)?;
         let Some(name) = destination.file_name() else {
             return Err(Error::invalid_file(
                 &destination,
                 "not the name of a folder",
             ));
         };
+        check_destination(&destination, overwrite)?;
+        let lock = claim(parent(&destination), name, &destination)?;
+        check_destination(&destination, overwrite)?;
         let mut builder = Builder::new();
         let prefix = temporary_prefix(name);
-        builder.prefix(&prefix).suffix(".tmp");
+        builder.prefix(&prefix).suffix(TEMPORARY);
         readable(&mut builder, 0o777);
         let temporary = builder
             .tempdir_in(parent(&destination))
@@ -145,6 +179,7 @@ impl FolderWriter {
             destination,
             overwrite,
             temporary,
+            _lock: lock,
         })
     }
 
@@ -169,6 +204,7 @@ impl FolderWriter {
             destination,
             overwrite,
             temporary,
+            _lock,
         } = self;
         let at = |e| Error::io(&destination, e);
         check_destination(&destination, overwrite)?;
@@ -181,17 +217,18 @@ impl FolderWriter {
             if !overwrite {
                 return Err(at(e));
             }
+            let prefix = temporary_prefix(destination.file_name().unwrap_or_default());
             let aside = Builder::new()
-                .prefix(".old-")
-                .suffix(".tmp")
+                .prefix(&prefix)
+                .suffix(TEMPORARY)
                 .tempdir_in(parent(&destination))
                 .map_err(at)?;
-            fs::rename(&destination, aside.path().join("old")).map_err(at)?;
+            fs::rename(&destination, aside.path().join(OLD)).map_err(at)?;
             old = Some(aside);
         }
         if let Err(e) = fs::rename(temporary.path(), &destination) {
             if let Some(aside) = old
-                && fs::rename(aside.path().join("old"), &destination).is_err()
+                && fs::rename(aside.path().join(OLD), &destination).is_err()
             {
                 // Keep the user's files, even if under a temporary name.
                 let kept = aside.keep();
@@ -242,8 +279,75 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-fn temporary_prefix(name: &std::ffi::OsStr) -> std::ffi::OsString {
-    let mut prefix = std::ffi::OsString::from(".");
+/// End of the names of temporary files and folders.
+const TEMPORARY: &str = ".tmp";
+
+/// Number of characters that the `tempfile` crate chooses for a name.
+const CHOSEN: usize = 6;
+
+/// Name of a folder that is replaced, in the temporary folder to which it is moved.
+const OLD: &str = "old";
+
+/// Locks the name of a file or a folder, and clears what killed processes have left of it.
+fn claim(folder: &Path, name: &OsStr, path: &Path) -> Result<Lock> {
+    let mut lock = OsString::from(".");
+    lock.push(name);
+    lock.push(".lock");
+    let lock = Lock::acquire(folder.join(lock), path).map_err(|error| match error {
+        // The user knows the file, not the lock.
+        Error::Io { source, .. } => Error::io(path, source),
+        other => other,
+    })?;
+    for left in left_behind(folder, name) {
+        let old = left.join(OLD);
+        if old.is_dir() && fs::symlink_metadata(path).is_err() {
+            // Killed between the two renames that replace a folder.
+            fs::rename(&old, path).map_err(|e| Error::io(path, e))?;
+        }
+        let result = if left.is_dir() {
+            fs::remove_dir_all(&left)
+        } else {
+            fs::remove_file(&left)
+        };
+        result.map_err(|e| Error::io(&left, e))?;
+    }
+    Ok(lock)
+}
+
+/// Brings back a folder that a killed process was about to replace, if it was killed between the two
+/// renames of that, and removes what it has left.
+///
+/// # Errors
+/// Returns [`Error::Io`], also if somebody is writing the folder.
+#[cfg(feature = "burn")]
+pub(crate) fn recover(path: &Path) -> Result<()> {
+    match path.file_name() {
+        Some(name) if parent(path).is_dir() => claim(parent(path), name, path).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// The temporary files and folders that were to become `name`.
+fn left_behind(folder: &Path, name: &OsStr) -> Vec<PathBuf> {
+    let prefix = temporary_prefix(name);
+    let is_left = |found: &OsStr| {
+        let rest = found
+            .as_encoded_bytes()
+            .strip_prefix(prefix.as_encoded_bytes());
+        let chosen = rest.and_then(|rest| rest.strip_suffix(TEMPORARY.as_bytes()));
+        chosen.is_some_and(|chosen| {
+            chosen.len() == CHOSEN && chosen.iter().all(u8::is_ascii_alphanumeric)
+        })
+    };
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| is_left(&entry.file_name()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn temporary_prefix(name: &OsStr) -> OsString {
+    let mut prefix = OsString::from(".");
     prefix.push(name);
     prefix.push("-");
     prefix
@@ -309,6 +413,50 @@ mod tests {
                 .unwrap_err()
                 .to_string()
                 .contains("absent")
+        );
+    }
+
+    #[test]
+    fn one_writer_at_a_time_and_the_next_clears_what_a_killed_one_left() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("m.bin");
+        let busy = |result: Result<()>, name: &str| {
+            let text = result.unwrap_err().to_string();
+            let part = format!("{name}: this process is writing here");
+            assert!(text.contains(&part), "{text}");
+        };
+        write_file(&path, |sink| {
+            sink.put(b"first")?;
+            busy(write_file(&path, |sink| sink.put(b"second")), "m.bin");
+            // Another name is free.
+            write_file(root.path().join("n.bin"), |sink| sink.put(b"n"))
+        })
+        .unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+        let again = write_file_or_refuse(&path, false, |sink| sink.put(b"second"));
+        assert!(again.unwrap_err().to_string().contains("already"));
+
+        let folder = root.path().join("out");
+        let writer = FolderWriter::create(&folder, false).unwrap();
+        busy(FolderWriter::create(&folder, true).map(drop), "out");
+        fs::write(writer.path().join("a"), b"1").unwrap();
+        writer.commit().unwrap();
+
+        // What killed processes leave: files, folders, locks, and an old folder that was moved.
+        // Files of other names are not touched.
+        fs::write(root.path().join(".m.bin-a1B2c3.tmp"), b"half").unwrap();
+        fs::write(root.path().join(".m.bin.lock"), b"12").unwrap();
+        fs::write(root.path().join(".m.bin-x-a1B2c3.tmp"), b"other").unwrap();
+        fs::create_dir(root.path().join(".out-AAAAAA.tmp")).unwrap();
+        fs::create_dir(root.path().join(".out-BBBBBB.tmp")).unwrap();
+        fs::rename(&folder, root.path().join(".out-BBBBBB.tmp/old")).unwrap();
+        write_file(&path, |sink| sink.put(b"third")).unwrap();
+        let writer = FolderWriter::create(&folder, true).unwrap();
+        assert_eq!(entries(&folder), ["a"]);
+        drop(writer);
+        assert_eq!(
+            entries(root.path()),
+            [".m.bin-x-a1B2c3.tmp", "m.bin", "n.bin", "out"]
         );
     }
 

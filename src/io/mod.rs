@@ -17,6 +17,7 @@ pub(crate) mod cache;
 mod fields;
 pub(crate) mod gguf;
 pub mod hf;
+mod lock;
 pub mod peft;
 pub mod quantized;
 pub(crate) mod source;
@@ -30,11 +31,13 @@ pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};
 pub use tensors::{Checkpoint, DType, HostTensor, TensorInfo};
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Component, Path};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+pub(crate) use crate::input::{
+    BYTE_ORDER_MARK, MAX_JSON_BYTES, open_regular, read_capped, read_json_object,
+    read_large_json_object, refuse_pointer,
+};
 
 /// Returns the path of a model or an adapter: `path` itself, if it exists or cannot be the id of a
 /// repository, or else that of the repository in the local cache of Hugging Face's tools. The
@@ -45,64 +48,6 @@ use crate::error::{Error, Result};
 /// text says where it was looked for, and which command downloads it.
 pub fn model_path(path: impl AsRef<Path>) -> Result<std::path::PathBuf> {
     Ok(cache::resolve(path.as_ref())?.into_owned())
-}
-
-/// Largest JSON file that is read. It is far larger than any real one, and small enough to be
-/// harmless.
-pub(crate) const MAX_JSON_BYTES: u64 = 100_000_000;
-
-/// What some editors put before a text.
-pub(crate) const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
-
-/// Opens a regular file and returns its length. Folders, pipes and devices are refused, because
-/// opening a pipe could block forever.
-pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
-    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-    if !meta.is_file() {
-        return Err(Error::invalid_file(path, "not a regular file"));
-    }
-    Ok((
-        File::open(path).map_err(|e| Error::io(path, e))?,
-        meta.len(),
-    ))
-}
-
-/// Reads a whole file of at most `max_bytes`.
-pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
-    let (file, len) = open_regular(path)?;
-    if len > max_bytes {
-        return Err(Error::invalid_file(
-            path,
-            format!("{len} bytes, more than the {max_bytes} that are read"),
-        ));
-    }
-    let mut bytes = Vec::with_capacity(len as usize);
-    // The file may have grown since its length was read.
-    file.take(max_bytes)
-        .read_to_end(&mut bytes)
-        .map_err(|e| Error::io(path, e))?;
-    refuse_pointer(path, &bytes)?;
-    Ok(bytes)
-}
-
-/// Refuses the small text that Git LFS leaves in place of a file that was not downloaded.
-pub(crate) fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
-    if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
-        let reason = "a Git LFS pointer, not the file itself (`git lfs pull` downloads it)";
-        return Err(Error::invalid_file(path, reason));
-    }
-    Ok(())
-}
-
-/// Reads a JSON object.
-pub(crate) fn read_json_object(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>> {
-    let bytes = read_capped(path, MAX_JSON_BYTES)?;
-    if bytes.starts_with(gguf::MAGIC) {
-        return Err(Error::invalid_file(path, "a GGUF file, expected JSON"));
-    }
-    // Some editors begin a file with a byte order mark.
-    let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
-    serde_json::from_slice(bytes).map_err(|e| Error::json(path, e))
 }
 
 /// Returns whether `name` names a file directly inside a folder on any system: no separators, no

@@ -30,7 +30,8 @@ pub enum Verify {
 /// Options for opening a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelOptions {
-    /// Number of threads of the kernels, including the calling thread; 0 uses one per core.
+    /// Number of threads of the kernels, including the calling thread, at most 4096; 0 uses one per
+    /// core. If the system does not start as many, fewer are used.
     pub n_threads: usize,
     /// Whether files are memory-mapped, so that only the parts in use are read, or else read
     /// completely. A mapped file must not change while the model is in use.
@@ -49,8 +50,20 @@ impl Default for ModelOptions {
     }
 }
 
+/// Largest number of threads of a model. Each takes a stack, and a number above is a mistake.
+const MAX_THREADS: usize = 4096;
+
+/// Refuses a number of threads that is a mistake.
+pub(super) fn check_threads(n_threads: usize) -> Result<()> {
+    if n_threads > MAX_THREADS {
+        let expected = format!("at most {MAX_THREADS}");
+        return Err(Error::argument("n_threads", n_threads, expected));
+    }
+    Ok(())
+}
+
 impl ModelOptions {
-    /// Sets the number of threads, including the calling thread; 0 uses one per core.
+    /// Sets the number of threads, including the calling thread, at most 4096; 0 uses one per core.
     pub fn with_n_threads(mut self, n_threads: usize) -> Self {
         self.n_threads = n_threads;
         self
@@ -457,6 +470,7 @@ pub struct Model {
 }
 
 impl Model {
+    /// Makes a model with `n_threads` threads, which [`check_threads`] has seen.
     pub(crate) fn from_weights(weights: Weights, n_threads: usize) -> Self {
         Self {
             weights: Arc::new(weights),
@@ -472,12 +486,16 @@ impl Model {
     }
 
     /// Returns the same model with its own pool of `n_threads` threads; 0 uses one per core. The
-    /// weights are shared.
-    pub fn with_n_threads(&self, n_threads: usize) -> Self {
-        Self {
+    /// weights are shared. If the system does not start as many threads, fewer are used.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] for more than 4096 threads.
+    pub fn with_n_threads(&self, n_threads: usize) -> Result<Self> {
+        check_threads(n_threads)?;
+        Ok(Self {
             weights: self.weights.clone(),
             pool: Arc::new(Pool::new(n_threads)),
-        }
+        })
     }
 
     /// The config, with the sizes of the whole model.

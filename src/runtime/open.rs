@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::model::{Model, ModelOptions, Verify, Weights};
+use super::model::{Model, ModelOptions, Verify, Weights, check_threads};
 use crate::error::{Error, Result};
 use crate::io::cache;
 use crate::io::gguf::is_gguf;
@@ -14,8 +14,10 @@ impl Model {
     /// # Errors
     /// Returns the errors of [`Bundle::open`](crate::io::bundle::Bundle::open), or of
     /// [`HfConfig::open`](crate::io::HfConfig::open) and [`Checkpoint::open`](crate::io::Checkpoint::open). If the parts do
-    /// not form a model, the error names the part.
+    /// not form a model, the error names the part. Returns [`Error::InvalidArgument`] for more than
+    /// 4096 threads.
     pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
+        check_threads(options.n_threads)?;
         let path = &*cache::resolve(path.as_ref())?;
         let is_folder = std::fs::metadata(path)
             .map_err(|e| Error::io(path, e))?

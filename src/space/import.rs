@@ -5,37 +5,25 @@
 //! number of blocks given beside the file.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::{Elastic, Group, LayerShape, SearchSpace, SubnetConfig, default_id};
 use crate::error::{Error, Result};
+use crate::input::{json, read_capped};
 
-/// Maximum file size. A model of 1000 blocks needs about 1 MiB; once parsed, a file takes up to 20
-/// times its size.
+/// Maximum file size. A model of 1000 blocks needs about 1 MiB.
 const MAX_FILE_BYTES: u64 = 16 << 20;
 
 /// Reads a text file of at most [`MAX_FILE_BYTES`].
 pub(super) fn read_text(path: &Path) -> Result<String> {
-    let mut text = String::new();
-    let file = File::open(path).map_err(|source| Error::io(path, source))?;
-    file.take(MAX_FILE_BYTES + 1)
-        .read_to_string(&mut text)
-        .map_err(|source| Error::io(path, source))?;
-    if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(Error::invalid_file(
-            path,
-            format!("over {} MiB", MAX_FILE_BYTES >> 20),
-        ));
-    }
-    Ok(text)
+    let bytes = read_capped(path, MAX_FILE_BYTES)?;
+    String::from_utf8(bytes).map_err(|_| Error::invalid_file(path, "not UTF-8"))
 }
 
 fn parse(path: &Path, text: &str) -> Result<Value> {
-    serde_json::from_str(text).map_err(|source| Error::json(path, source))
+    json::value(text.as_bytes()).map_err(|source| Error::json(path, source))
 }
 
 fn bad_field(path: &Path, field: &str, reason: impl std::fmt::Display) -> Error {

@@ -1,6 +1,7 @@
 //! Checkpoints: everything that a resumed run needs to continue as if it had never stopped.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
@@ -11,6 +12,7 @@ use super::log::StepLog;
 use super::optimizer::{NamedAdamW, load_trainable, rank_counts, trainable};
 use crate::data::{Batcher, Position};
 use crate::error::{Error, Result};
+use crate::input::{open_regular, read_capped};
 use crate::io::{Checkpoint, DType, FolderWriter, HostTensor, atomic, tensors::write_safetensors};
 use crate::model::Decoder;
 use crate::nn::host_values;
@@ -18,11 +20,15 @@ use crate::nn::host_values;
 const STATE: &str = "trainer.json";
 const TENSORS: &str = "trainer.safetensors";
 
-/// Contents of `trainer.json`. Random draws depend only on the seed and the step, so no generator
+/// Contents of `trainer.json`. Checksums tell a changed bit of both files. Random draws depend only on the seed and the step, so no generator
 /// state is stored.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct State {
     version: u32,
+    /// CRC-32 of this value as JSON without blanks, with 0 in this place.
+    checksum: u32,
+    /// CRC-32 of `trainer.safetensors`.
+    tensors: u32,
     pub config: TrainConfig,
     /// Summary of the run's supernet and data. A checkpoint with another summary is rejected.
     pub about: BTreeMap<String, String>,
@@ -34,7 +40,10 @@ pub(crate) struct State {
 }
 
 /// Version of the format of `trainer.json` and `trainer.safetensors`.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+
+/// Largest `trainer.json`, which has a line for each step.
+const MAX_STATE_BYTES: u64 = 1 << 30;
 
 #[derive(Deserialize)]
 struct Version {
@@ -52,12 +61,35 @@ impl State {
         let times = optimizer.moments().1;
         Self {
             version: VERSION,
+            checksum: 0,
+            tensors: 0,
             config: config.clone(),
             about,
             step: logs.len(),
             position,
             logs,
             times,
+        }
+    }
+
+    /// Returns the checksum that belongs to the other fields. `file` names the state in errors.
+    fn sum(&mut self, file: &Path) -> Result<u32> {
+        let before = std::mem::take(&mut self.checksum);
+        let text = serde_json::to_vec(self).map_err(|e| Error::json(file, e));
+        self.checksum = before;
+        Ok(crc32fast::hash(&text?))
+    }
+}
+
+/// Returns the CRC-32 of a file.
+fn file_sum(path: &Path) -> Result<u32> {
+    let (mut file, _) = open_regular(path)?;
+    let mut hasher = crc32fast::Hasher::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut buffer).map_err(|e| Error::io(path, e))? {
+            0 => return Ok(hasher.finalize()),
+            n => hasher.update(&buffer[..n]),
         }
     }
 }
@@ -87,7 +119,7 @@ pub(crate) fn path(folder: &Path) -> PathBuf {
 /// Writes a checkpoint, replacing the previous one atomically.
 pub(crate) fn save(
     folder: &Path,
-    state: &State,
+    mut state: State,
     model: &Decoder,
     optimizer: &NamedAdamW,
 ) -> Result<()> {
@@ -107,15 +139,20 @@ pub(crate) fn save(
             HostTensor::from_f32(name, DType::F32, [n], values)
         })
         .collect();
-    write_safetensors(writer.path().join(TENSORS), tensors, &BTreeMap::new())?;
-    atomic::write_json(writer.path().join(STATE), state)?;
+    let file = writer.path().join(TENSORS);
+    write_safetensors(&file, tensors, &BTreeMap::new())?;
+    state.tensors = file_sum(&file)?;
+    let file = writer.path().join(STATE);
+    state.checksum = state.sum(&file)?;
+    atomic::write_json(file, &state)?;
     writer.commit()
 }
 
 /// Loads a checkpoint, if there is one, into the model and the optimizer.
 ///
 /// # Errors
-/// Returns [`Error::CheckpointMismatch`] if the checkpoint belongs to a run with other settings.
+/// Returns [`Error::CheckpointMismatch`] if the checkpoint belongs to a run with other settings, and
+/// [`Error::InvalidFile`] if a file is not the one that was written.
 pub(crate) fn load(
     folder: &Path,
     config: &TrainConfig,
@@ -126,10 +163,11 @@ pub(crate) fn load(
 ) -> Result<(Decoder, Option<State>)> {
     let path = path(folder);
     let file = path.join(STATE);
+    atomic::recover(&path)?;
     if !file.exists() {
         return Ok((model, None));
     }
-    let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+    let text = read_capped(&file, MAX_STATE_BYTES)?;
     let mismatch = |field: &str, expected: String, found: String| Error::CheckpointMismatch {
         path: path.clone(),
         field: field.to_string(),
@@ -137,7 +175,7 @@ pub(crate) fn load(
         found,
     };
     // Checked first, because the other fields may have another form in another version.
-    let Version { version } = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
+    let Version { version } = serde_json::from_slice(&text).map_err(|e| Error::json(&file, e))?;
     if version != VERSION {
         return Err(mismatch(
             "version",
@@ -145,7 +183,17 @@ pub(crate) fn load(
             version.to_string(),
         ));
     }
-    let state: State = serde_json::from_str(&text).map_err(|e| Error::json(&file, e))?;
+    let mut state: State = serde_json::from_slice(&text).map_err(|e| Error::json(&file, e))?;
+    let changed = |file: &Path| {
+        let reason = "not the file that was written: its checksum differs";
+        Error::invalid_file(file, reason)
+    };
+    if state.checksum != state.sum(&file)? {
+        return Err(changed(&file));
+    }
+    if state.tensors != file_sum(&path.join(TENSORS))? {
+        return Err(changed(&path.join(TENSORS)));
+    }
     // The checkpointing of activations depends on the machine and may change between runs.
     if (TrainConfig {
         checkpointing: config.checkpointing,

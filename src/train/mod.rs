@@ -122,6 +122,7 @@ impl Trainer {
     /// - [`Error::Interrupted`] after an interruption, having written a checkpoint if there is a
     ///   folder,
     /// - [`Error::CheckpointMismatch`] and the errors of reading a checkpoint,
+    /// - [`Error::Io`] if another run is using the folder,
     /// - the model's errors for tokens outside the vocabulary or context,
     /// - [`Error::InvalidArgument`] if there is nothing to train or a stage names a kind that no
     ///   group has,
@@ -136,10 +137,14 @@ impl Trainer {
         valid: &[Batch],
         progress: &dyn Progress,
     ) -> Result<TrainReport> {
-        if let Some(folder) = &self.folder {
-            // Fails now rather than after hours of training.
-            std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
-        }
+        let _lock = match &self.folder {
+            Some(folder) => {
+                // Fails now rather than after hours of training.
+                std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+                Some(atomic::Lock::acquire(folder.join("run.lock"), folder)?)
+            }
+            None => None,
+        };
         let home = net.active().clone();
         let config = &self.config;
         let plain = net.model().device().without_autodiff();
@@ -254,7 +259,7 @@ impl Trainer {
                         logs.to_vec(),
                         optimizer,
                     );
-                    checkpoint::save(folder, &state, net.model(), optimizer)?;
+                    checkpoint::save(folder, state, net.model(), optimizer)?;
                     self.write_losses(logs)
                 }
                 None => Ok(()),

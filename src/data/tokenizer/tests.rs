@@ -546,3 +546,201 @@ fn tables_of_normalizers_are_whole() {
     }
     assert!(n_opened > 0);
 }
+
+/// Opens a tokenizer of letters with these changes, and expects an error with `part` in it.
+fn refused(changes: Value, part: &str) {
+    let error = open_files(&[("tokenizer.json", letters(changes.clone()))]).unwrap_err();
+    let shown: String = changes.to_string().chars().take(200).collect();
+    assert!(
+        error.to_string().contains(part),
+        "{shown}: {error}\nexpected {part}"
+    );
+}
+
+#[test]
+fn what_a_tokenizer_makes_of_a_text_is_bounded() {
+    let steps = |name: &str, list: Vec<Value>| json!({"type": "Sequence", name: list});
+    let space = json!({"type": "Metaspace", "replacement": "😀", "prepend_scheme": "always"});
+    refused(
+        json!({"pre_tokenizer": steps("pretokenizers", vec![space; 5])}),
+        "pre-tokenizer can make a text 3125 times as long",
+    );
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": false});
+    let compatible = steps("normalizers", vec![json!({"type": "NFKC"}); 2]);
+    refused(
+        json!({"normalizer": compatible, "pre_tokenizer": steps("pretokenizers", vec![bytes; 4])}),
+        "normalizer with its pre-tokenizer can make a text 1936 times",
+    );
+    let before = json!({"type": "Prepend", "prepend": "a".repeat(5000)});
+    refused(json!({"normalizer": before}), "can add 5000 bytes");
+    let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(40)});
+    refused(
+        json!({"decoder": steps("decoders", vec![replace.clone(); 2])}),
+        "decoder can make a text 1600 times",
+    );
+
+    // A post-processor that multiplies a text, and one with many tokens.
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let template = |single: Value, n: usize| {
+        json!({"type": "TemplateProcessing", "single": single, "pair": [text, text],
+            "special_tokens": {"x": {"id": "x", "ids": vec![1; n], "tokens": vec!["<s>"; n]}}})
+    };
+    let twice = template(json!([text, text]), 1);
+    refused(
+        json!({"post_processor": {"type": "Sequence", "processors": vec![twice; 30]}}),
+        "does not put one text in its place",
+    );
+    let special = json!({"SpecialToken": {"id": "x", "type_id": 0}});
+    let mut single = vec![special; 40];
+    single.push(text.clone());
+    refused(
+        json!({"post_processor": template(single.into(), 40)}),
+        "1600 tokens around a text",
+    );
+
+    // Settings as large as a vocabulary, affixes that are copied for each letter, and added tokens
+    // that grow.
+    refused(
+        json!({"decoder": {"x": vec![1; 70_000]}}),
+        "more values than a text",
+    );
+    let mut model = letters(json!({}))["model"].clone();
+    model["continuing_subword_prefix"] = "#".repeat(300).into();
+    refused(
+        json!({"model": model}),
+        "`continuing_subword_prefix` has 300 bytes",
+    );
+    let token = |id: usize, len: usize| {
+        json!({"id": id, "content": format!("{id:0len$}"), "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": true, "special": false})
+    };
+    refused(
+        json!({"added_tokens": [token(5, 5000)]}),
+        "an added token of 5000 bytes",
+    );
+    let grown = json!({"type": "Replace", "pattern": {"String": "0"}, "content": "0".repeat(1000)});
+    let tokens: Vec<Value> = (5..55).map(|id| token(id, 1000)).collect();
+    refused(
+        json!({"added_tokens": tokens, "normalizer": grown}),
+        "50 added tokens can have",
+    );
+
+    // What is decoded is bounded by the tokens at hand.
+    let vocab = json!({"<unk>": 0, "a": 1, "a".repeat(100_000): 2});
+    let changes = json!({"vocab": vocab, "decoder": replace});
+    let t = open_files(&[("tokenizer.json", letters(changes))]).unwrap();
+    assert_eq!(t.decode(&vec![1; 1000]).unwrap(), "a".repeat(40_000));
+    let error = t.decode(&vec![2; 100]).unwrap_err().to_string();
+    assert!(
+        error.contains("100 tokens can become 400000000 bytes"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_tokenizer_that_panics_is_refused_in_silence() {
+    // `quiet` tests that nothing is printed.
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let unknown = json!({"SpecialToken": {"id": "x", "type_id": 0}});
+    let post = json!({"type": "TemplateProcessing", "single": [unknown, text], "pair": [text, text], "special_tokens": {}});
+    refused(
+        json!({"post_processor": post}),
+        "the file is not consistent",
+    );
+    let decoder = json!({"type": "Strip", "content": " ", "start": 0, "stop": 9});
+    let t = open_files(&[("tokenizer.json", letters(json!({"decoder": decoder})))]).unwrap();
+    let error = t.decode(&[3]).map(|text| text.len());
+    assert!(
+        error
+            .as_ref()
+            .is_err_and(|e| e.to_string().contains("not consistent"))
+            || error.is_ok()
+    );
+}
+
+#[test]
+fn long_texts_in_pieces_have_the_tokens_of_the_whole() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    const WORDS: [&str; 14] = [
+        "the",
+        "fox",
+        " jumps",
+        "\n\n",
+        "  ",
+        ", ",
+        "don't",
+        "héllo",
+        "日本語",
+        "12345",
+        "ﬁ",
+        "\t",
+        "</s>",
+        "😀",
+    ];
+    let mut text = String::new();
+    while text.len() < 300_000 {
+        text.push_str(WORDS[rng.random_range(0..WORDS.len())]);
+        if rng.random_bool(0.6) {
+            text.push(' ');
+        }
+    }
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let letters: serde_json::Map<String, Value> = (33_u8..127)
+        .map(|byte| ((byte as char).to_string(), usize::from(byte).into()))
+        .collect();
+    let level = json!({"pre_tokenizer": bytes, "post_processor": bytes, "vocab": letters});
+    let mut all = vec![open_files(&[("tokenizer.json", letters_of(level))]).unwrap()];
+    for name in MODELS {
+        all.push(TextTokenizer::from_file(fixtures().join(format!("{name}.model"))).unwrap());
+    }
+    if let Some(gpt2) = shared("models/tokenizers/gpt2/tokenizer.json") {
+        all.push(TextTokenizer::from_file(gpt2).unwrap());
+    }
+    for tokenizer in all {
+        let whole = tokenizer.found(&text).unwrap();
+        assert!(text.len() > tokenizer.piece_bytes());
+        for piece in [1 << 10, 5000, 1 << 16] {
+            let mut found = Vec::new();
+            let keep = |tokens: &[super::Found]| found.extend_from_slice(tokens);
+            super::pieces::tokenize(
+                &text,
+                piece,
+                |part| {
+                    assert!(part.len() <= piece);
+                    tokenizer.found(part)
+                },
+                keep,
+            )
+            .unwrap();
+            assert!(found == whole, "{tokenizer:?} {piece}");
+        }
+        assert!(
+            tokenizer
+                .encode(&text, false)
+                .unwrap()
+                .into_iter()
+                .eq(whole.iter().map(|t| t.id))
+        );
+        assert_eq!(
+            tokenizer.encode_with_bytes(&text).unwrap().0.len(),
+            whole.len()
+        );
+    }
+    // A tokenizer of whole texts has no tokens that two parts could have in common.
+    let model = json!({"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"});
+    let changes = json!({"model": model});
+    let tokenizer = open_files(&[("tokenizer.json", letters(changes))]).unwrap();
+    let error = tokenizer.encode(&"b ".repeat(50_000), false).unwrap_err();
+    assert!(
+        error.to_string().contains("cut it into documents"),
+        "{error}"
+    );
+}
+
+/// [`letters`] with the tokens of the vocabulary alone.
+fn letters_of(changes: Value) -> Value {
+    let mut value = letters(changes);
+    value["added_tokens"] = json!([]);
+    value["model"]["unk_token"] = Value::Null;
+    value
+}

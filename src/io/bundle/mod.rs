@@ -52,6 +52,7 @@ const GAP: char = '~';
 struct Index {
     matrices: BTreeMap<String, MatrixHeader>,
     checksums: BTreeMap<String, u32>,
+    #[serde(deserialize_with = "crate::input::json::field")]
     document: Value,
 }
 

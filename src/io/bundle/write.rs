@@ -131,6 +131,6 @@ impl<'a> BundleWriter<'a> {
             ("index".to_string(), index),
             ("version".to_string(), VERSION.to_string()),
         ]);
-        write_in_order(path, self.tensors, &metadata, ALIGN)
+        write_in_order(path, self.tensors, &metadata, ALIGN, overwrite)
     }
 }

@@ -4,6 +4,7 @@
 //! header, then row-major little-endian data.
 
 mod dtype;
+mod header;
 mod read;
 mod write;
 

@@ -8,20 +8,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use safetensors::tensor::Metadata;
 
 use super::dtype::{self, DType};
+use super::header;
 use crate::arch::family;
 use crate::error::{Error, Result};
 use crate::format::{Buffer, QuantizedMatrix};
 use crate::io::gguf::{BlockRows, Gguf, Layout, is_gguf};
 use crate::io::{
-    HfConfig, cache, is_plain_file_name, open_regular, read_json_object, refuse_pointer,
+    HfConfig, MAX_JSON_BYTES, cache, is_plain_file_name, open_regular, read_json_object,
+    read_large_json_object, refuse_pointer,
 };
 use crate::linalg::Matrix;
 
-/// Size in bytes of the length field before a header.
-const LENGTH_BYTES: usize = 8;
 /// Maximum number of shards in an index. Each shard is a memory mapping.
 const MAX_SHARDS: usize = 4096;
 
@@ -193,7 +192,7 @@ impl Checkpoint {
     }
 
     fn from_index(folder: &Path, index: &Path, mmap: bool) -> Result<Self> {
-        let object = read_json_object(index)?;
+        let object = read_large_json_object(index, MAX_JSON_BYTES)?;
         let Some(map) = object.get("weight_map").and_then(|v| v.as_object()) else {
             return Err(Error::invalid_file(
                 index,
@@ -352,7 +351,7 @@ impl Checkpoint {
 
     fn add_shard(&mut self, path: PathBuf, mmap: bool) -> Result<()> {
         let bytes = read_file(&path, mmap)?;
-        let (start, header) = parse_header(&path, (*bytes).as_ref())?;
+        let (start, header) = header::parse(&path, (*bytes).as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
             let Some(info) = header.info(&name) else {
@@ -687,50 +686,4 @@ fn check_finite(name: &str, values: &[f32]) -> Result<()> {
             value: values[index],
         }),
     }
-}
-
-/// Checks the header and returns the offset of the data. Every tensor in the header is inside
-/// `file`.
-///
-/// `SafeTensors::read_metadata` is not used, because its sum overflows for a file whose last offset
-/// is close to 2^64.
-fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
-    let bad = |reason: String| Error::invalid_file(path, reason);
-    let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
-        return Err(bad(format!(
-            "{} bytes, too short for a safetensors file",
-            file.len()
-        )));
-    };
-    let length = u64::from_le_bytes(*length);
-    if length > super::MAX_HEADER_BYTES {
-        return Err(bad(format!(
-            "a header of {length} bytes, more than the {} that are read",
-            super::MAX_HEADER_BYTES
-        )));
-    }
-    let length = length as usize;
-    let Some((header, data)) = rest.split_at_checked(length) else {
-        return Err(bad(format!(
-            "cut off: a header of {length} bytes in a file of {}",
-            file.len()
-        )));
-    };
-    let header: Metadata =
-        serde_json::from_slice(header).map_err(|e| bad(format!("header: {e}")))?;
-    // The safetensors crate has checked that tensors are contiguous and that offsets, shapes and
-    // dtypes agree.
-    if header.data_len() != data.len() {
-        let what = if header.data_len() > data.len() {
-            "cut off"
-        } else {
-            "too long"
-        };
-        return Err(bad(format!(
-            "{what}: {} bytes of data, the header names {}",
-            data.len(),
-            header.data_len()
-        )));
-    }
-    Ok((LENGTH_BYTES + length, header))
 }

@@ -264,16 +264,18 @@ pub fn write_safetensors(
     });
     let mut metadata = metadata.clone();
     metadata.insert("format".into(), "pt".into());
-    write_in_order(path.as_ref(), tensors, &metadata, 8)
+    write_in_order(path.as_ref(), tensors, &metadata, 8, true)
 }
 
 /// Writes a safetensors file with the tensors in the given order. The first of them begins at a
-/// multiple of `align` bytes. See [`write_safetensors`].
+/// multiple of `align` bytes. An existing file is replaced if `overwrite` is true. See
+/// [`write_safetensors`].
 pub(crate) fn write_in_order(
     path: &Path,
     tensors: Vec<HostTensor<'_>>,
     metadata: &BTreeMap<String, String>,
     align: usize,
+    overwrite: bool,
 ) -> Result<()> {
     check_names(path, &tensors)?;
     let mut header = Map::new();
@@ -305,7 +307,7 @@ pub(crate) fn write_in_order(
             ),
         ));
     }
-    atomic::write_file(path, |sink| {
+    atomic::write_file_or_refuse(path, overwrite, |sink| {
         sink.put(&(header.len() as u64).to_le_bytes())?;
         sink.put(&header)?;
         tensors

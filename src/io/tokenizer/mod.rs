@@ -2,10 +2,14 @@
 //! are turned into such files.
 
 mod added;
+mod charsmap;
 pub(in crate::io) mod json;
 pub(crate) mod limits;
 mod protobuf;
+mod quiet;
 mod sentencepiece;
+
+pub(crate) use quiet::quietly;
 
 use std::path::{Path, PathBuf};
 
@@ -13,10 +17,11 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::io::gguf::{Gguf, is_gguf};
-use crate::io::{BYTE_ORDER_MARK, cache, read_capped, read_json_object};
+use crate::io::{BYTE_ORDER_MARK, MAX_JSON_BYTES, cache, read_capped, read_large_json_object};
 
-/// Largest size of a `tokenizer.json` that is read, in bytes.
-const MAX_BYTES: u64 = 1 << 28;
+/// Largest size of a `tokenizer.json` that is read, in bytes. The largest of real models, with
+/// 262,144 tokens, have 33 MB.
+const MAX_BYTES: u64 = 1 << 26;
 
 /// The text of `tokenizer.json` and the fields of `tokenizer_config.json`.
 #[derive(Debug)]
@@ -89,7 +94,7 @@ impl TokenizerFiles {
 fn beside(path: &Path, name: &str) -> Result<Map<String, Value>> {
     let file = path.with_file_name(name);
     if file.is_file() {
-        read_json_object(&file)
+        read_large_json_object(&file, MAX_JSON_BYTES)
     } else {
         Ok(Map::new())
     }

@@ -158,12 +158,6 @@ pub(super) fn write(
     tensors: Vec<Tensor<'_>>,
     overwrite: bool,
 ) -> Result<()> {
-    if !overwrite && path.exists() {
-        return Err(Error::invalid_file(
-            path,
-            "there is a file of that name already",
-        ));
-    }
     let mut header = MAGIC.to_vec();
     header.extend_from_slice(&VERSION.to_le_bytes());
     header.extend_from_slice(&(tensors.len() as u64).to_le_bytes());
@@ -202,7 +196,7 @@ pub(super) fn write(
     }
     let zeros = [0; ALIGNMENT as usize];
     let padding = |len: u64| &zeros[..(len.next_multiple_of(ALIGNMENT) - len) as usize];
-    atomic::write_file(path, |sink| {
+    atomic::write_file_or_refuse(path, overwrite, |sink| {
         sink.put(&header)?;
         sink.put(padding(header.len() as u64))?;
         for tensor in tensors {
