@@ -48,7 +48,16 @@ mod header {
 
     /// Source files of the items in the header, in the header's order. cbindgen is given files
     /// because it would otherwise walk the whole crate.
-    const SOURCES: [&str; 6] = ["status", "model", "tokenizer", "parts", "linear", "session"];
+    const SOURCES: [&str; 8] = [
+        "status",
+        "model",
+        "tokenizer",
+        "text",
+        "parts",
+        "linear",
+        "session",
+        "sampler",
+    ];
 
     /// Writes `elastic_lora.h` to the build's output folder, where `tests/header.rs` reads it.
     pub fn write() -> Result<(), Box<dyn Error>> {

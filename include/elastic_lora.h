@@ -55,11 +55,18 @@ typedef struct elora_linear elora_linear;
 // of threads may use it at once.
 typedef struct elora_model elora_model;
 
+// Draws the next token of a sequence from logits. Mutable: it may be used by one thread at a time.
+typedef struct elora_sampler elora_sampler;
+
 // One sequence on a model, with its key/value cache. Mutable: it may be used by one thread at a
 // time. A call that comes while another call uses the session, from another thread or from the
 // session's own callback, fails with ELORA_STATUS_INVALID_STATE. It keeps alive what it needs of
 // the model.
 typedef struct elora_session elora_session;
+
+// A text that is made of tokens while they come, and ends at stop strings. Mutable: it may be used
+// by one thread at a time.
+typedef struct elora_text elora_text;
 
 // Outcome of a call: ELORA_STATUS_OK or another ELORA_STATUS_ constant. Numbers are never reused.
 // Treat an unknown number as a failure.
@@ -126,6 +133,24 @@ typedef int32_t elora_token;
 
 // Special tokens that the tokenizer adds to a text; one of the ELORA_SPECIAL_ constants.
 typedef int32_t elora_special;
+
+// A token with a role; one of the ELORA_TOKEN_ constants.
+typedef int32_t elora_token_role;
+
+// Options of a text. Initialize them with elora_text_options_init(), then set fields.
+typedef struct elora_text_options {
+    // sizeof(elora_text_options); elora_text_options_init() sets it.
+    size_t struct_size;
+    // Strings that end the text; they are not part of it. None may be empty. May be NULL if
+    // n_stop_strings is 0. The strings are copied. Default: NULL.
+    const char *const *stop_strings;
+    // Number of elements of stop_strings. Default: 0.
+    size_t n_stop_strings;
+    // If not 0, special tokens are written by their names; otherwise they are left out. Default: 0.
+    uint32_t show_special;
+    // Must be 0.
+    uint32_t reserved;
+} elora_text_options;
 
 // Sizes and constants of a model.
 typedef struct elora_model_info {
@@ -219,6 +244,50 @@ typedef struct elora_generate_options {
 // that called elora_session_generate(). It must not use the session, but it may free it.
 typedef bool (*elora_token_fn)(void *userdata, elora_token token);
 
+// Sampler options. Initialize them with elora_sampler_options_init(), then set fields.
+//
+// Biases are added first, then the penalties apply: repetition, frequency, presence. Then the
+// logits are divided by the temperature, and the limits apply in the order top_k, min_p, top_p,
+// each to the tokens that the previous one left.
+typedef struct elora_sampler_options {
+    // sizeof(elora_sampler_options); elora_sampler_options_init() sets it.
+    size_t struct_size;
+    // Temperature by which the logits are divided, at least 0. 0 selects the most likely token
+    // each time (greedy decoding). Default: 0.
+    double temperature;
+    // Sample only from the most likely tokens that together reach this probability, above 0 and at
+    // most 1. 1 for no limit. Default: 1.
+    double top_p;
+    // Sample only from tokens whose probability is at least this fraction of the most likely
+    // token's, at least 0 and below 1. 0 for no limit. Default: 0.
+    double min_p;
+    // Factor by which the logit of a token that occurred, in the prompt or after it, is divided if
+    // it is positive and multiplied if it is negative; above 0. 1 for none. Default: 1.
+    double repetition_penalty;
+    // Number that is subtracted from the logit of a token for each time that it was generated.
+    // Default: 0.
+    double frequency_penalty;
+    // Number that is subtracted from the logit of a token that was generated. Default: 0.
+    double presence_penalty;
+    // Seed of the random draws; the same seed gives the same tokens. Default: 0.
+    uint64_t seed;
+    // Number of the sequence: samplers with the same seed and different streams draw independently.
+    // Default: 0.
+    uint64_t stream;
+    // Tokens whose logits are changed. May be NULL if n_bias is 0. The array is copied. Default:
+    // NULL.
+    const elora_token *bias_tokens;
+    // Number that is added to the logit of each of bias_tokens: a finite number, or minus infinity,
+    // which forbids the token. May be NULL if n_bias is 0. The array is copied. Default: NULL.
+    const float *bias_values;
+    // Number of elements of bias_tokens and of bias_values. Default: 0.
+    size_t n_bias;
+    // Sample only from this many most likely tokens. 0 for no limit. Default: 0.
+    uint32_t top_k;
+    // Must be 0.
+    uint32_t reserved;
+} elora_sampler_options;
+
 // Success.
 #define ELORA_STATUS_OK 0
 
@@ -311,6 +380,15 @@ typedef bool (*elora_token_fn)(void *userdata, elora_token token);
 
 // The special tokens that begin and end a text, for a complete text.
 #define ELORA_SPECIAL_FULL 2
+
+// The token that begins a text.
+#define ELORA_TOKEN_BEGIN 0
+
+// The token that ends a text.
+#define ELORA_TOKEN_END 1
+
+// The token that ends a turn of the model in a conversation, as the chat template writes it.
+#define ELORA_TOKEN_END_OF_TURN 2
 
 // 16-bit integers with one scale for each 128 activations. The rounding error is at most 1.6e-5 of
 // the largest of the 128.
@@ -467,14 +545,106 @@ elora_status elora_model_tokenize(const struct elora_model *model,
 // Converts `n_tokens` tokens to text, without special tokens, and copies it to `buf`. `buf`, `cap`
 // and `len` are as in elora_last_error(). ELORA_STATUS_NOT_FOUND if the model has no tokenizer.
 //
-// A character may consist of several tokens. To show text while it is generated, convert all
-// tokens so far, not each token alone.
+// A character may consist of several tokens. To show text while it is generated, use
+// elora_text_push().
 elora_status elora_model_detokenize(const struct elora_model *model,
                                     const elora_token *tokens,
                                     size_t n_tokens,
                                     char *buf,
                                     size_t cap,
                                     size_t *len);
+
+// Writes the token with a role to `*token`. `role` is an ELORA_TOKEN_ constant.
+// ELORA_STATUS_NOT_FOUND if the model has no such token.
+elora_status elora_model_special_token(const struct elora_model *model, elora_token_role role, elora_token *token);
+
+// Copies all special tokens to `tokens`, a buffer of `cap` elements, in ascending order, and writes
+// their number to `*n`. `tokens` may be NULL if `cap` is 0, and `n` may be NULL.
+// ELORA_STATUS_INSUFFICIENT_SIZE if there are more than `cap`; then only `*n` is written.
+elora_status elora_model_special_tokens(const struct elora_model *model, elora_token *tokens, size_t cap, size_t *n);
+
+// Number of tokens that may be drawn: logits from there on stand for no token, because many
+// vocabularies are padded. At most elora_model_vocab_size(), and the number of logits to pass to
+// elora_sampler_sample(). Returns 0 if `model` is NULL.
+size_t elora_model_token_count(const struct elora_model *model);
+
+// Copies the bytes that a token adds to a text, after other tokens, to `buf`, a buffer of `cap`
+// bytes, and writes their number to `*n`. There is no NUL at the end. They may be a part of a
+// character. Special tokens have their names, and ids that stand for no token have no bytes. `buf`
+// may be NULL if `cap` is 0, and `n` may be NULL. ELORA_STATUS_INSUFFICIENT_SIZE if there are more
+// than `cap` bytes; then only `*n` is written.
+elora_status elora_model_token_piece(const struct elora_model *model,
+                                     elora_token token,
+                                     uint8_t *buf,
+                                     size_t cap,
+                                     size_t *n);
+
+// Number of notices: sentences about what is stored in the model's files and not used, or used in
+// another way than the files say. Returns 0 if `model` is NULL.
+size_t elora_model_notice_count(const struct elora_model *model);
+
+// Copies notice `index`, below elora_model_notice_count(), to `buf`. `buf`, `cap` and `len` are as
+// in elora_last_error().
+elora_status elora_model_notice(const struct elora_model *model, size_t index, char *buf, size_t cap, size_t *len);
+
+// Whether the model has a chat template. Returns false if `model` is NULL.
+bool elora_model_has_chat_template(const struct elora_model *model);
+
+// Writes a conversation as one text, as the model was trained to read it, and copies it to `buf`.
+// `roles` and `contents` have `n_messages` elements each; usual roles are "system", "user" and
+// "assistant". If `add_generation_prompt` is true, the text ends where the model's answer begins.
+// `buf`, `cap` and `len` are as in elora_last_error().
+//
+// The text holds the special tokens: pass it to elora_model_tokenize() with ELORA_SPECIAL_NONE.
+//
+// ELORA_STATUS_NOT_FOUND if the model has no chat template. ELORA_STATUS_INVALID_FORMAT if the
+// template refuses the conversation; many want the roles to alternate.
+elora_status elora_model_apply_chat_template(const struct elora_model *model,
+                                             const char *const *roles,
+                                             const char *const *contents,
+                                             size_t n_messages,
+                                             bool add_generation_prompt,
+                                             char *buf,
+                                             size_t cap,
+                                             size_t *len);
+
+// Same as elora_model_apply_chat_template(), for conversations with more than text: `messages` is a
+// JSON array of objects as in OpenAI's API (role, content, tool_calls, ...), and `tools` a JSON
+// array of the tools' schemas, or NULL for none.
+elora_status elora_model_apply_chat_template_json(const struct elora_model *model,
+                                                  const char *messages,
+                                                  const char *tools,
+                                                  bool add_generation_prompt,
+                                                  char *buf,
+                                                  size_t cap,
+                                                  size_t *len);
+
+// Sets every field of `*options` to its default. `struct_size` is sizeof(elora_text_options).
+elora_status elora_text_options_init(struct elora_text_options *options, size_t struct_size);
+
+// Creates an empty text for tokens of a model. `options` may be NULL for the defaults. On success
+// `*out` is a new handle; release it with elora_text_free(). ELORA_STATUS_NOT_FOUND if the model
+// has no tokenizer.
+elora_status elora_text_new(const struct elora_model *model,
+                            const struct elora_text_options *options,
+                            struct elora_text **out);
+
+// Frees a text. NULL is ignored. No other thread may be using it.
+void elora_text_free(struct elora_text *text);
+
+// Adds a token. Writes the text that can be shown now to `*part` and its length in bytes to `*len`.
+// It is whole characters, without a NUL at the end; it may be empty, and it is valid until the next
+// call with this text. Characters of several tokens come with their last token, and text that may
+// be the beginning of a stop string comes once that is known.
+//
+// If `stopped` is not NULL, `*stopped` becomes true if a stop string was found, now or before. The
+// text ended before it, and no more text comes. The cost of a call does not depend on the number of
+// tokens before it.
+elora_status elora_text_push(struct elora_text *text, elora_token token, const char **part, size_t *len, bool *stopped);
+
+// Ends the text: writes what was held back, as elora_text_push() does. A part of a character
+// becomes U+FFFD. The next token begins another text.
+elora_status elora_text_finish(struct elora_text *text, const char **part, size_t *len);
 
 // Describes the whole model. Set `info->struct_size` before the call. The number of heads and the
 // MLP width of a block follow from the sizes of its layers.
@@ -706,6 +876,42 @@ elora_status elora_session_generate(struct elora_session *session,
                                     elora_token *out,
                                     size_t cap,
                                     size_t *n_out);
+
+// Sets every field of `*options` to its default, which is greedy decoding. `struct_size` is
+// sizeof(elora_sampler_options).
+elora_status elora_sampler_options_init(struct elora_sampler_options *options, size_t struct_size);
+
+// Creates a sampler. `options` may be NULL for the defaults. On success `*out` is a new handle;
+// release it with elora_sampler_free(). ELORA_STATUS_INVALID_ARGUMENT if an option is out of range.
+elora_status elora_sampler_new(const struct elora_sampler_options *options, struct elora_sampler **out);
+
+// Frees a sampler. NULL is ignored. No other thread may be using it.
+void elora_sampler_free(struct elora_sampler *sampler);
+
+// Draws a token from `n_logits` logits and writes it to `*token`. Pass elora_model_token_count()
+// logits, the first ones. Among equal logits the lowest token wins; NaN is never chosen. The logits
+// are not changed, and the token is not counted: call elora_sampler_accept() once it is taken.
+//
+// `allowed` is a mask of the tokens that may be drawn, as grammar engines make it: bit i % 32 of
+// element i / 32 for token i, the lowest bit first. Tokens behind its `n_allowed` elements may not
+// be drawn. NULL allows all tokens.
+//
+// ELORA_STATUS_INVALID_ARGUMENT if no token is left.
+elora_status elora_sampler_sample(struct elora_sampler *sampler,
+                                  const float *logits,
+                                  size_t n_logits,
+                                  const uint32_t *allowed,
+                                  size_t n_allowed,
+                                  elora_token *token);
+
+// Counts `n_tokens` tokens as generated, for the penalties.
+elora_status elora_sampler_accept(struct elora_sampler *sampler, const elora_token *tokens, size_t n_tokens);
+
+// Counts `n_tokens` tokens of the prompt, which the repetition penalty sees and the others do not.
+elora_status elora_sampler_observe(struct elora_sampler *sampler, const elora_token *tokens, size_t n_tokens);
+
+// Forgets all tokens and begins the random draws anew.
+elora_status elora_sampler_reset(struct elora_sampler *sampler);
 
 #ifdef __cplusplus
 }  // extern "C"

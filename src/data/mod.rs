@@ -22,5 +22,5 @@ pub use message::Message;
 pub use record::{MAX_FILE_BYTES, Record, load_documents, load_records, load_text, parse_records};
 pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
 pub use template::{Example, PromptTemplate, Template};
-pub use tokenizer::TextTokenizer;
+pub use tokenizer::{Detokenizer, StopStrings, TextTokenizer};
 pub use window::{calibration_samples, join_documents, pack, windows};

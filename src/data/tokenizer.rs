@@ -204,7 +204,7 @@ impl TextTokenizer {
 
     /// Returns whether a token is special: not a part of a text, but a sign such as the end of a
     /// turn.
-    pub(super) fn is_special(&self, id: u32) -> bool {
+    pub(crate) fn is_special(&self, id: u32) -> bool {
         let tokens = self.inner.get_added_vocabulary();
         self.eos == Some(id)
             || self
@@ -333,5 +333,8 @@ fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Resu
     }
 }
 
+mod pieces;
 #[cfg(test)]
 mod tests;
+
+pub use pieces::{Detokenizer, StopStrings};

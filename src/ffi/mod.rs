@@ -20,16 +20,19 @@
 // The names are those of the header.
 #![allow(non_camel_case_types)]
 
+mod exclusive;
 mod guard;
 mod linear;
 mod memory;
 mod model;
 mod options;
 mod parts;
+mod sampler;
 mod session;
 mod status;
 #[cfg(elastic_lora_test_hooks)]
 mod test_hooks;
+mod text;
 mod tokenizer;
 
 #[cfg(panic = "abort")]

@@ -1,18 +1,15 @@
 //! Sessions, each one sequence on a model.
 
-use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
+use super::exclusive::{Entered, Exclusive};
 use super::guard;
 use super::linear::{ELORA_ACTIVATIONS_INT16, activations, elora_activations};
 use super::memory::{self, Out};
 use super::model::{elora_model, elora_token};
 use super::options::{self, Growing};
-use super::status::{
-    ELORA_STATUS_CANCELLED, ELORA_STATUS_INVALID_STATE, Failure, Outcome, elora_status,
-};
+use super::status::{ELORA_STATUS_CANCELLED, Failure, Outcome, elora_status};
 use super::tokenizer::ids_of;
 use crate::runtime::{
     CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch,
@@ -24,76 +21,28 @@ use crate::space::SubnetConfig;
 /// session's own callback, fails with ELORA_STATUS_INVALID_STATE. It keeps alive what it needs of
 /// the model.
 pub struct elora_session {
-    /// One of [`IDLE`], [`BUSY`] and [`BROKEN`].
-    state: AtomicU8,
-    inner: UnsafeCell<Session>,
+    inner: Exclusive<Session>,
 }
-
-const IDLE: u8 = 0;
-const BUSY: u8 = 1;
-/// A call panicked and may have left the session in an inconsistent state.
-const BROKEN: u8 = 2;
-
-// SAFETY: the inner session is accessed only through an `Entered`, and `enter` admits one thread at
-// a time.
-unsafe impl Sync for elora_session {}
 
 const _: () = {
     const fn sent<T: Send>() {}
     sent::<Session>();
 };
 
-/// Exclusive access to a session. If it is dropped before [`leave`](Self::leave), the call
-/// panicked.
-struct Entered<'a> {
-    session: &'a elora_session,
-    next: u8,
-}
-
 impl elora_session {
-    fn enter(&self) -> Outcome<Entered<'_>> {
-        match self
-            .state
-            .compare_exchange(IDLE, BUSY, Ordering::Acquire, Ordering::Relaxed)
-        {
-            Ok(_) => Ok(Entered {
-                session: self,
-                next: BROKEN,
-            }),
-            Err(BUSY) => {
-                let text = "the session is in another call: one thread at a time, and not from its own callback";
-                Err(Failure::new(ELORA_STATUS_INVALID_STATE, text))
-            }
-            Err(_) => {
-                let text = "a call of this session ended in ELORA_STATUS_PANIC: free it";
-                Err(Failure::new(ELORA_STATUS_INVALID_STATE, text))
-            }
-        }
+    /// Makes a handle with one reference, which the caller owns.
+    pub(super) fn into_handle(session: Session) -> *mut Self {
+        let inner = Exclusive::new("session", session);
+        Arc::into_raw(Arc::new(Self { inner })).cast_mut()
+    }
+
+    pub(super) fn enter(&self) -> Outcome<Entered<'_, Session>> {
+        self.inner.enter()
     }
 
     /// Runs a call with exclusive access to the session.
     pub(super) fn with<T>(&self, body: impl FnOnce(&mut Session) -> Outcome<T>) -> Outcome<T> {
-        let mut entered = self.enter()?;
-        let outcome = body(entered.session());
-        entered.leave();
-        outcome
-    }
-}
-
-impl Entered<'_> {
-    fn session(&mut self) -> &mut Session {
-        // SAFETY: `enter` changed the state from idle to busy, so no other call has access.
-        unsafe { &mut *self.session.inner.get() }
-    }
-
-    fn leave(&mut self) {
-        self.next = IDLE;
-    }
-}
-
-impl Drop for Entered<'_> {
-    fn drop(&mut self) {
-        self.session.state.store(self.next, Ordering::Release);
+        self.inner.with(body)
     }
 }
 
@@ -186,12 +135,8 @@ pub unsafe extern "C" fn elora_session_new(
         let model = memory::required(model, "model")?;
         let config = options::read(options, elora_session_options::DEFAULT)?.parse()?;
         let out = Out::required(out, "out")?;
-        let inner = UnsafeCell::new(Session::new(model.inner(), &config)?);
-        let session = Arc::new(elora_session {
-            state: AtomicU8::new(IDLE),
-            inner,
-        });
-        out.write(Arc::into_raw(session).cast_mut());
+        let session = Session::new(model.inner(), &config)?;
+        out.write(elora_session::into_handle(session));
         Ok(())
     })
 }
@@ -436,8 +381,9 @@ pub unsafe extern "C" fn elora_session_decode_batch(
         };
         // If a session cannot be entered, the ones entered before are left unchanged: no call used
         // them yet.
-        let mut entered: Vec<Entered<'_>> = Vec::with_capacity(handles.len());
-        let leave = |entered: &mut Vec<Entered<'_>>| entered.iter_mut().for_each(Entered::leave);
+        let mut entered: Vec<Entered<'_, Session>> = Vec::with_capacity(handles.len());
+        let leave =
+            |entered: &mut Vec<Entered<'_, Session>>| entered.iter_mut().for_each(Entered::leave);
         for handle in handles {
             match enter(handle) {
                 Ok(session) => entered.push(session),
@@ -447,7 +393,7 @@ pub unsafe extern "C" fn elora_session_decode_batch(
                 }
             }
         }
-        let mut sessions: Vec<&mut Session> = entered.iter_mut().map(Entered::session).collect();
+        let mut sessions: Vec<&mut Session> = entered.iter_mut().map(Entered::get).collect();
         let vocab = sessions
             .first()
             .map_or(0, |session| session.model().config().vocab_size());
@@ -592,6 +538,7 @@ pub unsafe extern "C" fn elora_session_generate(
             top_p: options.top_p,
             min_p: options.min_p,
             seed: options.seed,
+            ..SampleConfig::default()
         };
         let mut cancelled = false;
         let tokens = session.with(|session| {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::arch::Architecture;
-use crate::data::TextTokenizer;
+use crate::data::{ChatTemplate, TextTokenizer};
 use crate::error::{Error, Result};
 use crate::format::{MatrixHeader, StoredMatrix, WeightFormat};
 use crate::io::tokenizer::TokenizerFiles;
@@ -136,6 +136,7 @@ pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> 
     Ok(Tokenizer {
         json,
         inner: inner.with_special_ids(bos, eos),
+        chat: Ok(None),
     })
 }
 
@@ -147,6 +148,8 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     let mut tokenizer = make_tokenizer(json, &files.path, config)?;
     // The other tokenizer files in the folder may name more special tokens.
     tokenizer.inner = tokenizer.inner.with_files(&files);
+    // A template that cannot be used does not keep the model from being used.
+    tokenizer.chat = ChatTemplate::of_files(folder, files).map_err(|error| error.to_string());
     Ok(Some(tokenizer))
 }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::arch::Architecture;
+use crate::data::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::bundle::{Bundle, BundleWriter};
@@ -19,6 +20,8 @@ use super::weights::{AdapterWeights, LayerWeights, Weight};
 
 /// Name of the tensor that holds `tokenizer.json`.
 const TOKENIZER: &str = "tokenizer.json";
+/// Name of the tensor that holds the chat template.
+const CHAT: &str = "chat_template.jinja";
 
 /// Description of the model, stored in the bundle next to the weights.
 #[derive(Serialize, Deserialize)]
@@ -39,6 +42,9 @@ struct Document {
     bos_id: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     eos_id: Option<u32>,
+    /// Variables of the chat template, such as `bos_token`.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    chat_variables: Map<String, Value>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -69,6 +75,7 @@ impl Model {
             ))
         });
         let tokenizer = weights.tokenizer.as_ref();
+        let chat = self.chat_template();
         let document = Document {
             config: weights.config.raw().clone(),
             adapters: adapters.collect(),
@@ -80,6 +87,7 @@ impl Model {
             stop_ids: weights.stop_ids.clone(),
             bos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.bos_id()),
             eos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.eos_id()),
+            chat_variables: chat.map_or_else(Map::new, |chat| chat.variables().clone()),
         };
         let document = serde_json::to_value(document).map_err(|e| Error::json(path, e))?;
         let mut writer = BundleWriter::new(document);
@@ -105,6 +113,9 @@ impl Model {
         }
         if let Some(tokenizer) = tokenizer {
             writer.text(TOKENIZER, &tokenizer.json);
+        }
+        if let Some(chat) = chat {
+            writer.text(CHAT, chat.source());
         }
         writer.write(path, overwrite)
     }
@@ -172,6 +183,16 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
         tokenizer.inner = tokenizer
             .inner
             .with_special_ids(document.bos_id, document.eos_id);
+        if bundle.contains(CHAT) {
+            let source = bundle.text(CHAT)?;
+            let template = ChatTemplate::new(&source, path).map(|template| {
+                let variables = document.chat_variables.into_iter();
+                variables.fold(template, |template, (name, value)| {
+                    template.with_variable(name, value)
+                })
+            });
+            tokenizer.chat = template.map(Some).map_err(|error| error.to_string());
+        }
         Some(tokenizer)
     } else {
         None

@@ -23,6 +23,7 @@ mod sample;
 mod session;
 mod shape;
 mod source;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -34,8 +35,9 @@ pub use generate::GenerateConfig;
 pub use linear::{LinearLayer, Number};
 pub use model::{LayerInfo, Model, ModelOptions, NamedSubnet, Verify};
 pub use plan::FormatPlan;
-pub use sample::{SampleConfig, Sampler};
+pub use sample::{SampleConfig, Sampler, TokenMask};
 pub use session::{Session, SessionConfig, decode_batch};
+pub use stream::TextStream;
 
 /// The parts of a model, for the modules that build one.
 #[cfg(feature = "burn")]

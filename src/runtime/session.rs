@@ -471,6 +471,7 @@ impl Session {
         let mut logits = std::mem::take(&mut self.logits);
         let mut step = || -> Result<()> {
             self.decode(prompt, Some(&mut logits))?;
+            sampler.observe(self.tokens());
             while output.len() < config.max_new_tokens {
                 let drawn = config.drawable(&logits);
                 let next = sampler.next(&drawn[..n_ids.min(drawn.len())]);
@@ -478,6 +479,7 @@ impl Session {
                     break;
                 }
                 output.push(next);
+                sampler.accept(next);
                 let full = self.position() == self.n_ctx;
                 if !on_token(next) || full || output.len() == config.max_new_tokens {
                     break;
