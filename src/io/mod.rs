@@ -67,6 +67,20 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     ))
 }
 
+/// Maps an open file, or reads it into memory. `path` names it in errors. Folders, pipes and devices
+/// are refused.
+pub(crate) fn read_file_handle(
+    path: &Path,
+    file: File,
+    mmap: bool,
+) -> Result<std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>> {
+    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
+    if !meta.is_file() {
+        return Err(Error::invalid_file(path, "not a regular file"));
+    }
+    tensors::read_open(path, file, meta.len(), mmap)
+}
+
 /// Reads a whole file of at most `max_bytes`.
 pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let (file, len) = open_regular(path)?;

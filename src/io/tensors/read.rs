@@ -336,6 +336,16 @@ impl Checkpoint {
         })
     }
 
+    /// Opens a safetensors file whose bytes are in memory. `path` names it in errors.
+    ///
+    /// # Errors
+    /// Returns the errors of [`open`](Self::open) for the contents of a file.
+    pub(in crate::io) fn from_bytes(path: &Path, bytes: Bytes) -> Result<Self> {
+        let mut checkpoint = Self::from_shards(path, Vec::new(), false)?;
+        checkpoint.add_bytes(path.into(), bytes)?;
+        Ok(checkpoint)
+    }
+
     fn from_shards(path: &Path, files: Vec<PathBuf>, mmap: bool) -> Result<Self> {
         let mut checkpoint = Self {
             path: path.to_path_buf(),
@@ -352,6 +362,10 @@ impl Checkpoint {
 
     fn add_shard(&mut self, path: PathBuf, mmap: bool) -> Result<()> {
         let bytes = read_file(&path, mmap)?;
+        self.add_bytes(path, bytes)
+    }
+
+    fn add_bytes(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
         let (start, header) = parse_header(&path, (*bytes).as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
@@ -647,6 +661,16 @@ fn other_name(folder: &Path) -> Result<Option<PathBuf>> {
 /// Maps a file, or reads it into memory.
 pub(in crate::io) fn read_file(path: &Path, mmap: bool) -> Result<Bytes> {
     let (file, len) = open_regular(path)?;
+    read_open(path, file, len, mmap)
+}
+
+/// Maps an open file of `len` bytes, or reads it into memory. `path` names it in errors.
+pub(in crate::io) fn read_open(
+    path: &Path,
+    file: std::fs::File,
+    len: u64,
+    mmap: bool,
+) -> Result<Bytes> {
     if !mmap {
         let bytes = read_whole(path, file, len)?;
         refuse_pointer(path, &bytes)?;
@@ -689,6 +713,25 @@ fn check_finite(name: &str, values: &[f32]) -> Result<()> {
     }
 }
 
+/// Says what a file is that is no safetensors file, if its first bytes tell.
+fn kind_of(file: &[u8]) -> Option<&'static str> {
+    let start = &file[..file.len().min(64)];
+    let is_text = |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | b' '..=b'~' | 0x80..);
+    if start.starts_with(crate::io::gguf::MAGIC) {
+        Some("a GGUF file")
+    } else if start.starts_with(b"PK\x03\x04") || start.starts_with(b"\x80\x02") {
+        Some("a ZIP archive or a pickle, such as PyTorch writes")
+    } else if start.starts_with(b"\x7fELF") {
+        Some("a program")
+    } else if start.iter().all(is_text)
+        && std::str::from_utf8(start).map_or_else(|e| e.error_len().is_none(), |_| true)
+    {
+        Some("a text file")
+    } else {
+        None
+    }
+}
+
 /// Checks the header and returns the offset of the data. Every tensor in the header is inside
 /// `file`.
 ///
@@ -704,6 +747,9 @@ fn parse_header(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     };
     let length = u64::from_le_bytes(*length);
     if length > super::MAX_HEADER_BYTES {
+        if let Some(kind) = kind_of(file) {
+            return Err(bad(format!("{kind}, not a safetensors file")));
+        }
         return Err(bad(format!(
             "a header of {length} bytes, more than the {} that are read",
             super::MAX_HEADER_BYTES
