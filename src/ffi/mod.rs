@@ -20,6 +20,9 @@
 // The names are those of the header.
 #![allow(non_camel_case_types)]
 
+mod adapter;
+mod batch;
+mod convert;
 mod exclusive;
 mod guard;
 mod linear;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use super::exclusive::{Entered, Exclusive};
 use super::guard;
-use super::linear::{ELORA_ACTIVATIONS_INT16, activations, elora_activations};
 use super::memory::{self, Out};
 use super::model::{elora_model, elora_token};
 use super::options::{self, Growing};
 use super::status::{ELORA_STATUS_CANCELLED, Failure, Outcome, elora_status};
 use super::tokenizer::ids_of;
+use crate::kernels::Activations;
 use crate::runtime::{
     CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch,
 };
@@ -43,6 +43,28 @@ impl elora_session {
     /// Runs a call with exclusive access to the session.
     pub(super) fn with<T>(&self, body: impl FnOnce(&mut Session) -> Outcome<T>) -> Outcome<T> {
         self.inner.with(body)
+    }
+}
+
+/// Precision to which activations are quantized before multiplication with integer weights (formats
+/// ELORA_WEIGHT_FORMAT_INT and ELORA_WEIGHT_FORMAT_SPARSE_INT); one of the ELORA_ACTIVATIONS_
+/// constants. It has no effect on layers in other formats.
+pub type elora_activations = i32;
+
+/// 16-bit integers with one scale for each 128 activations. The rounding error is at most 1.6e-5 of
+/// the largest of the 128.
+pub const ELORA_ACTIVATIONS_INT16: elora_activations = 0;
+/// 8-bit integers with one scale for each 128 activations. The rounding error is at most 0.4 % of
+/// the largest of the 128; the multiplications take about half the work.
+pub const ELORA_ACTIVATIONS_INT8: elora_activations = 1;
+
+pub(super) fn activations(value: elora_activations) -> Outcome<Activations> {
+    match value {
+        ELORA_ACTIVATIONS_INT16 => Ok(Activations::Int16),
+        ELORA_ACTIVATIONS_INT8 => Ok(Activations::Int8),
+        other => Err(Failure::argument(format!(
+            "activations = {other}: no ELORA_ACTIVATIONS_ constant"
+        ))),
     }
 }
 

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::{MatrixHeader, StoredMatrix, WeightFormat};
 use crate::io::tokenizer::TokenizerFiles;
 use crate::io::{Checkpoint, DType, HfConfig};
+use crate::progress::{Progress, Task};
 use crate::space::SubnetConfig;
 
 use super::model::{Model, ModelOptions, ModelParts, Tokenizer, Weights};
@@ -155,7 +156,11 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
 
 /// Reads a Hugging Face folder or a GGUF file. A weight is used in place where its stored layout
 /// suits the kernels.
-pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<ModelParts> {
+pub(super) fn from_folder(
+    folder: &Path,
+    options: &ModelOptions,
+    progress: &dyn Progress,
+) -> Result<ModelParts> {
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
     let config = HfConfig::open(folder)?.fitted(&checkpoint)?;
     let table = [config.vocab_size(), config.hidden_size()];
@@ -166,7 +171,10 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         table,
     )?;
     let mut layers = Vec::new();
-    for layer in config.arch().linears() {
+    let linears = config.arch().linears();
+    let mut task = Task::begin(progress, "load", linears.len(), "layers")?;
+    for layer in linears {
+        task.step("")?;
         let (name, shape) = (layer.name, [layer.d_output, layer.d_input]);
         let bias = if layer.bias {
             Some(

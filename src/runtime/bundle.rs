@@ -12,6 +12,7 @@ use crate::data::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::bundle::{Bundle, BundleWriter};
+use crate::progress::{Progress, Task};
 use crate::space::{LoraConfig, SearchSpace, SubnetConfig};
 
 use super::build::{A, BT, block_norms, make_tokenizer, named};
@@ -125,8 +126,13 @@ impl Model {
 const SUFFIXES: [&str; 3] = ["weight", A, BT];
 
 /// Reads a bundle. The weights stay in the file.
-pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
-    let bundle = Arc::new(Bundle::open(path, options.mmap)?);
+pub(super) fn read(
+    bundle: Bundle,
+    options: &ModelOptions,
+    progress: &dyn Progress,
+) -> Result<ModelParts> {
+    let bundle = Arc::new(bundle);
+    let path = bundle.path();
     let document = Document::deserialize(bundle.document())
         .map_err(|error| Error::invalid_file(path, format!("description of the model: {error}")))?;
     let config = HfConfig::from_json(document.config)?;
@@ -151,7 +157,9 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
         .into_iter()
         .map(|layer| (layer.name, layer.bias.then_some(layer.d_output)));
     let head = (!arch.tied).then(|| (Architecture::HEAD_LAYER.to_string(), None));
+    let mut task = Task::begin(progress, "load", arch.linears().len(), "layers")?;
     for (name, bias) in linear.chain(head) {
+        task.step("")?;
         let weight = matrix(format!("{name}.{}", SUFFIXES[0]))?;
         let bias = match bias {
             Some(len) => Some(bundle.vector(&format!("{name}.bias"), len)?.into()),

@@ -8,7 +8,9 @@
 //! by the same [`Architecture`](crate::arch::Architecture) as the Burn decoder and computes the
 //! same function.
 
+mod adapter;
 mod attention;
+mod batch;
 mod build;
 mod bundle;
 mod cache;
@@ -23,6 +25,7 @@ mod sample;
 mod session;
 mod shape;
 mod source;
+mod state;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -30,13 +33,15 @@ mod weights;
 mod workspace;
 
 pub use crate::kernels::Activations;
+pub use adapter::Adapter;
+pub use batch::{Step, decode_batch, decode_steps};
 pub use cache::CacheFormat;
 pub use generate::GenerateConfig;
 pub use linear::{LinearLayer, Number};
 pub use model::{LayerInfo, Model, ModelOptions, NamedSubnet, Verify};
 pub use plan::FormatPlan;
 pub use sample::{SampleConfig, Sampler, TokenMask};
-pub use session::{Session, SessionConfig, decode_batch};
+pub use session::{Session, SessionConfig};
 pub use stream::TextStream;
 
 /// The parts of a model, for the modules that build one.

@@ -1,6 +1,6 @@
 //! The model that sessions and layers run on.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::arch::{Architecture, LinearSpec, NormKind, NormSpec, Rope, SubBlock};
 use crate::data::{ChatTemplate, TextTokenizer};
@@ -138,6 +138,8 @@ pub(crate) struct Weights {
     pub infos: Vec<LayerInfo>,
     pub tokenizer: Option<Tokenizer>,
     pub stop_ids: Vec<u32>,
+    /// What tells the model from others, once it was asked for.
+    pub fingerprint: OnceLock<u64>,
 }
 
 /// Parts from which a model is built; see [`Weights`].
@@ -303,6 +305,7 @@ impl Weights {
             infos,
             tokenizer: parts.tokenizer,
             stop_ids: parts.stop_ids,
+            fingerprint: OnceLock::new(),
         };
         weights.set_space(parts.space, parts.subnets)?;
         Ok(weights)
@@ -699,7 +702,11 @@ impl Model {
         let n = self.weights.layers.len();
         let found = self.weights.layers.get(layer);
         found.ok_or_else(|| {
-            Error::argument("layer", layer, format!("under the number of layers, {n}"))
+            Error::argument(
+                "layer",
+                layer,
+                format!("less than {n}, the number of layers"),
+            )
         })
     }
 
@@ -710,7 +717,7 @@ impl Model {
             Error::argument(
                 "subnet",
                 subnet,
-                format!("under the number of subnets, {n}"),
+                format!("less than {n}, the number of subnets"),
             )
         })
     }

@@ -68,8 +68,9 @@ static inline float number(size_t i) {
 }
 
 /* Parts of hostile in files of their own. */
-void hostile_loop(const elora_model *model, const char *tokenized);
+void hostile_loop(const elora_model *model, const char *path, const char *tokenized, const char *folder);
 
+int run_adapt(int argc, char **argv);
 int run_dump(int argc, char **argv);
 int run_hostile(int argc, char **argv);
 int run_order(int argc, char **argv);

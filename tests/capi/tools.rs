@@ -195,6 +195,7 @@ pub fn link(mut command: Command, link: Link, name: &str) -> PathBuf {
 pub fn c_sources() -> Vec<PathBuf> {
     [
         "main",
+        "adapt",
         "dump",
         "hostile",
         "hostile_loop",

@@ -57,11 +57,26 @@ impl TextTokenizer {
         if let Some(bytes) = own_bytes(self.bytes(), &token) {
             return Ok(bytes);
         }
-        // What the token adds to itself: the first token of a text may lose its space.
-        let (one, two) = (self.text_of(&[id])?, self.text_of(&[id, id])?);
+        // What the token adds to another one: the first token of a text may lose its spaces.
+        let mut before = id;
+        if self.text_of(&[id])?.is_empty() {
+            let mut others = (0..self.n_ids as u32).filter(|other| self.is_plain(*other));
+            before = others.next().unwrap_or(id);
+        }
+        let (one, two) = (self.text_of(&[before])?, self.text_of(&[before, id])?);
         Ok(match two.strip_prefix(&one) {
             Some(added) => added.into(),
             None => token.into_bytes(),
+        })
+    }
+
+    /// Returns whether a token is text by itself.
+    fn is_plain(&self, id: u32) -> bool {
+        let token = self.inner.id_to_token(id);
+        let text = token.filter(|token| !self.is_left_out(token));
+        text.is_some_and(|token| {
+            own_bytes(self.bytes(), &token).is_none()
+                && self.text_of(&[id]).is_ok_and(|text| !text.is_empty())
         })
     }
 }
@@ -107,6 +122,9 @@ pub struct Detokenizer {
     special: bool,
     /// The last token whose text was returned, which the next one continues.
     last: Option<u32>,
+    /// The last one before it that is not blank, if it is blank: a blank at the beginning of a text
+    /// may be left out.
+    before: Option<u32>,
     /// Tokens after it whose text is held back.
     held: Vec<u32>,
     /// The first bytes of a character.
@@ -145,7 +163,7 @@ impl Detokenizer {
         match own.filter(|bytes| !(begins && bytes.is_ascii())) {
             Some(bytes) => {
                 self.bytes.extend(bytes);
-                self.last = Some(id);
+                self.follow(tokenizer, kind, id)?;
             }
             None => self.add_text(tokenizer, id)?,
         }
@@ -161,20 +179,21 @@ impl Detokenizer {
             self.text.push(char::REPLACEMENT_CHARACTER);
         }
         self.take(true);
-        (self.last, self.bytes) = (None, Vec::new());
+        (self.last, self.before) = (None, None);
+        self.bytes.clear();
         self.held.clear();
         &self.text
     }
 
     /// Adds what a token adds to the text of the last one.
     fn add_text(&mut self, tokenizer: &TextTokenizer, id: u32) -> Result<()> {
-        let before = self.last.as_slice();
-        let known = match before {
+        let context = [self.before.as_slice(), self.last.as_slice()].concat();
+        let known = match &*context {
             [] => String::new(),
-            before => tokenizer.text_of(before)?,
+            context => tokenizer.text_of(context)?,
         };
         self.held.push(id);
-        let all = tokenizer.text_of(&[before, &self.held].concat());
+        let all = tokenizer.text_of(&[&context[..], &self.held].concat());
         let all = match all {
             Ok(all) => all,
             Err(error) => {
@@ -191,8 +210,23 @@ impl Detokenizer {
             return Ok(());
         }
         self.bytes.extend(added.as_bytes());
-        self.last = Some(id);
         self.held.clear();
+        self.follow(tokenizer, Bytes::None, id)
+    }
+
+    /// Makes a token the one that the next one continues.
+    fn follow(&mut self, tokenizer: &TextTokenizer, kind: Bytes, id: u32) -> Result<()> {
+        // Bytes of byte-level BPE do not depend on the tokens before them.
+        if kind != Bytes::Level {
+            let blank = tokenizer.text_of(&[id])?.is_empty();
+            // What was before a blank one is before this one, too.
+            self.before = match (blank, self.before) {
+                (false, _) => None,
+                (true, None) => self.last,
+                (true, before) => before,
+            };
+        }
+        self.last = Some(id);
         Ok(())
     }
 
