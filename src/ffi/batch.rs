@@ -146,10 +146,9 @@ unsafe fn decode<'a>(steps: &[elora_step], entered: &mut Vec<Entered<'a, Session
             ));
         }
     }
-    let regions: Vec<_> = buffers
-        .iter()
-        .map(|(_, region, ..)| ("steps[i].logits", region.clone()))
-        .collect();
+    let used = buffers.iter().filter(|(_, region, ..)| !region.is_empty());
+    let regions = used.map(|(_, region, ..)| ("steps[i].logits", region.clone()));
+    let regions: Vec<_> = regions.collect();
     disjoint_sorted(regions)?;
     let mut all = Vec::with_capacity(steps.len());
     for (entered, (tokens, _, logits, needed)) in entered.iter_mut().zip(buffers) {
@@ -164,7 +163,7 @@ unsafe fn decode<'a>(steps: &[elora_step], entered: &mut Vec<Entered<'a, Session
     Ok(decode_steps(&mut all)?)
 }
 
-/// Refuses overlapping buffers, in the order of their addresses.
+/// Refuses overlapping buffers, none of which is empty: neighbours by address are compared.
 fn disjoint_sorted(mut regions: Vec<(&str, std::ops::Range<usize>)>) -> Outcome {
     regions.sort_by_key(|(_, region)| region.start);
     regions.windows(2).try_for_each(memory::disjoint)
