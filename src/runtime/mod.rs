@@ -7,9 +7,8 @@
 //! default through a memory map. A [`Session`] is one sequence on a model; [`decode_steps`] appends
 //! any number of tokens to each of several. For a loop of one's own, a [`Sampler`] draws tokens from
 //! logits, a [`TextStream`] makes text of them, and an [`Adapter`] is a LoRA that sessions choose at
-//! run time. The executor is driven
-//! by the same [`Architecture`](crate::arch::Architecture) as the Burn decoder and computes the
-//! same function.
+//! run time. The executor is driven by the same [`Architecture`](crate::arch::Architecture) as the
+//! Burn decoder and computes the same function.
 
 mod adapter;
 mod attention;
