@@ -259,6 +259,7 @@ fn settings(args: &Args, stop_ids: Vec<u32>) -> GenerateConfig {
         top_p,
         min_p,
         seed,
+        ..SampleConfig::default()
     };
     GenerateConfig::new(args.max_new_tokens, stop_ids).with_sample(sample)
 }

@@ -87,6 +87,7 @@ enum class weight_format : std::int32_t {
     sparse_integer = ELORA_WEIGHT_FORMAT_SPARSE_INT,
     nm_f16 = ELORA_WEIGHT_FORMAT_NM_F16,
     nm_bf16 = ELORA_WEIGHT_FORMAT_NM_BF16,
+    automatic = ELORA_WEIGHT_FORMAT_AUTO,
     other = ELORA_WEIGHT_FORMAT_OTHER
 };
 
@@ -104,6 +105,13 @@ enum class special : std::int32_t {
     none = ELORA_SPECIAL_NONE,
     prompt = ELORA_SPECIAL_PROMPT,
     full = ELORA_SPECIAL_FULL
+};
+
+// A token with a role; see elora_token_role.
+enum class token_role : std::int32_t {
+    begin = ELORA_TOKEN_BEGIN,
+    end = ELORA_TOKEN_END,
+    end_of_turn = ELORA_TOKEN_END_OF_TURN
 };
 
 // A view of elements that it does not own, like std::span of C++20.
@@ -381,6 +389,9 @@ struct model_options {
     std::uint32_t n_threads = 0;
     bool use_mmap = true;
     elora::verify verify = elora::verify::on_use;
+    // Is called for each layer that is loaded, with `progress_userdata`; see elora_progress_fn.
+    elora_progress_fn progress = nullptr;
+    void *progress_userdata = nullptr;
 
     elora_model_options to_c() const {
         elora_model_options options;
@@ -388,6 +399,8 @@ struct model_options {
         options.n_threads = n_threads;
         options.use_mmap = use_mmap ? 1u : 0u;
         options.verify = static_cast<elora_verify>(verify);
+        options.progress = progress;
+        options.progress_userdata = progress_userdata;
         return options;
     }
 };
@@ -411,7 +424,7 @@ struct session_options {
 };
 
 // Text-generation options; see elora_generate_options. max_new_tokens is also the size of the output
-// buffer and must be at least 1.
+// buffer; 0 for as many tokens as the session has room for.
 struct generate_options {
     std::size_t max_new_tokens = 128;
     std::vector<token> stop_tokens;
@@ -436,6 +449,78 @@ struct generate_options {
         options.ignore_stop_tokens = ignore_stop_tokens ? 1u : 0u;
         return options;
     }
+};
+
+// Sampler options; see elora_sampler_options.
+struct sampler_options {
+    double temperature = 0.0;
+    double top_p = 1.0;
+    double min_p = 0.0;
+    std::uint32_t top_k = 0;
+    double repetition_penalty = 1.0;
+    double frequency_penalty = 0.0;
+    double presence_penalty = 0.0;
+    std::uint64_t seed = 0;
+    std::uint64_t stream = 0;
+    // Tokens and the numbers that are added to their logits, as many as tokens.
+    std::vector<token> bias_tokens;
+    std::vector<float> bias_values;
+
+    elora_sampler_options to_c() const {
+        elora_sampler_options options;
+        elora_sampler_options_init(&options, sizeof options);
+        options.temperature = temperature;
+        options.top_p = top_p;
+        options.min_p = min_p;
+        options.top_k = top_k;
+        options.repetition_penalty = repetition_penalty;
+        options.frequency_penalty = frequency_penalty;
+        options.presence_penalty = presence_penalty;
+        options.seed = seed;
+        options.stream = stream;
+        options.bias_tokens = bias_tokens.data();
+        options.bias_values = bias_values.data();
+        options.n_bias = bias_tokens.size() < bias_values.size() ? bias_tokens.size() : bias_values.size();
+        return options;
+    }
+};
+
+// How a model is stored; see elora_convert_options.
+struct convert_options {
+    weight_format format = weight_format::integer;
+    std::uint32_t bits = 4;
+    std::size_t group_size = 128;
+    bool symmetric = false;
+    std::uint32_t n = 2;
+    std::uint32_t m = 4;
+    weight_format embedding_format = weight_format::automatic;
+    std::uint32_t embedding_bits = 8;
+    weight_format head_format = weight_format::automatic;
+    std::uint32_t head_bits = 8;
+    weight_format adapter_format = weight_format::automatic;
+
+    elora_convert_options to_c() const {
+        elora_convert_options options;
+        elora_convert_options_init(&options, sizeof options);
+        options.format = static_cast<elora_weight_format>(format);
+        options.bits = bits;
+        options.group_size = group_size;
+        options.symmetric = symmetric ? 1u : 0u;
+        options.n = n;
+        options.m = m;
+        options.embedding_format = static_cast<elora_weight_format>(embedding_format);
+        options.embedding_bits = embedding_bits;
+        options.head_format = static_cast<elora_weight_format>(head_format);
+        options.head_bits = head_bits;
+        options.adapter_format = static_cast<elora_weight_format>(adapter_format);
+        return options;
+    }
+};
+
+// A turn of a conversation.
+struct message {
+    std::string role;
+    std::string content;
 };
 
 // Description of a linear layer, with the sizes of the whole model; see elora_layer_info.
@@ -470,6 +555,7 @@ struct subnet_info {
     std::string name;
 };
 
+class adapter;
 class linear;
 class session;
 
@@ -481,11 +567,29 @@ public:
     // Takes ownership of a handle of the C interface.
     explicit model(const elora_model *handle) : handle_(handle) {}
 
-    // Loads a model from a bundle file or a Hugging Face folder.
+    // Loads a model from a bundle file, a Hugging Face folder or a GGUF file.
     static returns<model> load(const text_arg &path, const model_options &options = model_options()) {
         const elora_model_options c = options.to_c();
         model loaded;
         const elora_status code = elora_model_load(path.c_str(), &c, loaded.handle_.out());
+        return detail::finish(code, std::move(loaded));
+    }
+
+    // Loads a bundle from memory. If `copy` is false, the bytes are used in place and must stay; see
+    // elora_model_load_memory().
+    static returns<model> load_memory(const void *bytes, std::size_t size, bool copy = true,
+                                      const model_options &options = model_options()) {
+        const elora_model_options c = options.to_c();
+        model loaded;
+        const elora_status code = elora_model_load_memory(bytes, size, copy, &c, loaded.handle_.out());
+        return detail::finish(code, std::move(loaded));
+    }
+
+    // Loads a bundle from an open file descriptor.
+    static returns<model> load_fd(int fd, const model_options &options = model_options()) {
+        const elora_model_options c = options.to_c();
+        model loaded;
+        const elora_status code = elora_model_load_fd(fd, &c, loaded.handle_.out());
         return detail::finish(code, std::move(loaded));
     }
 
@@ -590,6 +694,17 @@ public:
         return detail::finish(code, std::move(merged));
     }
 
+    // Returns the model with its weights stored in other formats.
+    returns<model> convert(const convert_options &options = convert_options()) const {
+        const elora_convert_options c = options.to_c();
+        model converted;
+        const elora_status code = elora_model_convert(get(), &c, converted.handle_.out());
+        return detail::finish(code, std::move(converted));
+    }
+
+    // Returns the model with an adapter as a part of it.
+    returns<model> attach(const adapter &added, float scale = 1.0f) const;
+
     // Writes the model to a file as a bundle.
     returns<void> save(const text_arg &path, bool overwrite = false) const {
         return detail::finish(elora_model_save(get(), path.c_str(), overwrite));
@@ -603,6 +718,52 @@ public:
         const elora_model *handle = get();
         return detail::elements<token>([handle](token *buf, std::size_t cap, std::size_t *n) {
             return elora_model_stop_tokens(handle, buf, cap, n);
+        });
+    }
+
+    // The token with a role.
+    returns<token> special_token(token_role role) const {
+        token found = 0;
+        const elora_status code = elora_model_special_token(get(), static_cast<elora_token_role>(role), &found);
+        return detail::finish(code, found);
+    }
+    // All special tokens.
+    returns<std::vector<token>> special_tokens() const {
+        const elora_model *handle = get();
+        return detail::elements<token>([handle](token *buf, std::size_t cap, std::size_t *n) {
+            return elora_model_special_tokens(handle, buf, cap, n);
+        });
+    }
+    // Number of tokens that may be drawn: the number of logits to pass to a sampler.
+    std::size_t token_count() const { return elora_model_token_count(get()); }
+    // The bytes that a token adds to a text, perhaps a part of a character.
+    returns<std::vector<std::uint8_t>> piece(token id) const {
+        const elora_model *handle = get();
+        return detail::elements<std::uint8_t>([=](std::uint8_t *buf, std::size_t cap, std::size_t *n) {
+            return elora_model_token_piece(handle, id, buf, cap, n);
+        });
+    }
+    // What is stored in the model's files and not used, or used in another way than they say.
+    std::size_t notice_count() const { return elora_model_notice_count(get()); }
+    returns<std::string> notice(std::size_t index) const {
+        const elora_model *handle = get();
+        return detail::text([=](char *buf, std::size_t cap, std::size_t *len) {
+            return elora_model_notice(handle, index, buf, cap, len);
+        });
+    }
+    // Whether the model has a chat template.
+    bool has_chat_template() const { return elora_model_has_chat_template(get()); }
+    // Writes a conversation as one text. Tokenize it with special::none.
+    returns<std::string> apply_chat_template(span<const message> messages, bool add_generation_prompt = true) const {
+        std::vector<const char *> roles, contents;
+        for (const message &turn : messages) {
+            roles.push_back(turn.role.c_str());
+            contents.push_back(turn.content.c_str());
+        }
+        const elora_model *handle = get();
+        return detail::text([&](char *buf, std::size_t cap, std::size_t *len) {
+            return elora_model_apply_chat_template(handle, roles.data(), contents.data(), roles.size(),
+                                                   add_generation_prompt, buf, cap, len);
         });
     }
 
@@ -666,6 +827,30 @@ public:
 
 private:
     detail::shared_handle<elora_model, elora_model_retain, elora_model_free> handle_;
+};
+
+// A LoRA adapter that sessions use at run time. Immutable; copies share it.
+class adapter {
+public:
+    adapter() = default;
+    // Takes ownership of a handle of the C interface.
+    explicit adapter(const elora_adapter *handle) : handle_(handle) {}
+
+    // Loads a PEFT adapter from its folder, or a LoRA in a GGUF file.
+    static returns<adapter> load(const model &base, const text_arg &path) {
+        adapter loaded;
+        const elora_status code = elora_adapter_load(base.get(), path.c_str(), loaded.handle_.out());
+        return detail::finish(code, std::move(loaded));
+    }
+
+    explicit operator bool() const noexcept { return get() != nullptr; }
+    const elora_adapter *get() const noexcept { return handle_.get(); }
+    std::size_t max_rank() const { return elora_adapter_max_rank(get()); }
+    std::size_t layer_count() const { return elora_adapter_layer_count(get()); }
+    std::size_t bytes() const { return elora_adapter_bytes(get()); }
+
+private:
+    detail::shared_handle<elora_adapter, elora_adapter_retain, elora_adapter_free> handle_;
 };
 
 // A linear layer that is applied to the caller's buffers. Immutable; copies share it.
@@ -757,6 +942,52 @@ public:
         });
     }
 
+    // Uses these adapters, each with a factor of its update; none for the model alone. Fails if the
+    // session holds tokens.
+    returns<void> set_adapters(span<const adapter> adapters, span<const float> scales = span<const float>()) {
+        std::vector<const elora_adapter *> handles;
+        for (const adapter &one : adapters) {
+            handles.push_back(one.get());
+        }
+        std::vector<float> factors(scales.begin(), scales.end());
+        factors.resize(handles.size(), 1.0f);
+        return detail::finish(elora_session_set_adapters(handle_, handles.data(), factors.data(), handles.size()));
+    }
+
+    // Returns a copy, which goes on by itself and shares the memory of the tokens so far.
+    returns<session> copy() {
+        elora_session *made = nullptr;
+        const elora_status code = elora_session_copy(handle_, &made);
+        return detail::finish(code, session(made));
+    }
+    // The tokens that the session holds.
+    returns<std::vector<token>> tokens() {
+        elora_session *handle = handle_;
+        return detail::elements<token>([handle](token *buf, std::size_t cap, std::size_t *n) {
+            return elora_session_tokens(handle, buf, cap, n);
+        });
+    }
+    // The tokens with their keys and values.
+    returns<std::vector<unsigned char>> state() {
+        elora_session *handle = handle_;
+        return detail::elements<unsigned char>([handle](unsigned char *buf, std::size_t cap, std::size_t *n) {
+            return elora_session_get_state(handle, buf, cap, n);
+        });
+    }
+    // Replaces the tokens by those of a state.
+    returns<void> set_state(span<const unsigned char> state) {
+        return detail::finish(elora_session_set_state(handle_, state.data(), state.size()));
+    }
+    // Writes the state to a file, and reads it again.
+    returns<void> save(const text_arg &path, bool overwrite = false) {
+        return detail::finish(elora_session_save(handle_, path.c_str(), overwrite));
+    }
+    returns<void> load(const text_arg &path) { return detail::finish(elora_session_load(handle_, path.c_str())); }
+    // Sets a callback that is asked whether to stop; see elora_session_set_abort().
+    returns<void> set_abort(elora_abort_fn abort, void *userdata = nullptr) {
+        return detail::finish(elora_session_set_abort(handle_, abort, userdata));
+    }
+
     // Removes all tokens.
     returns<void> reset() { return detail::finish(elora_session_reset(handle_)); }
     // Removes all tokens but the first n_tokens.
@@ -785,7 +1016,7 @@ public:
                                          const generate_options &options = generate_options(),
                                          const std::function<bool(token)> &on_token = nullptr) {
         const elora_generate_options c = options.to_c();
-        std::vector<token> out(options.max_new_tokens);
+        std::vector<token> out(options.max_new_tokens > 0 ? options.max_new_tokens : capacity());
         std::size_t n = 0;
         callback call = {&on_token
 #if !defined(ELASTIC_LORA_NO_EXCEPTIONS)
@@ -850,6 +1081,146 @@ inline returns<session> model::session(const session_options &options) const {
     elora_session *made = nullptr;
     const elora_status code = elora_session_new(get(), &c, &made);
     return detail::finish(code, elora::session(made));
+}
+
+inline returns<model> model::attach(const adapter &added, float scale) const {
+    model attached;
+    const elora_status code = elora_model_attach_adapter(get(), added.get(), scale, attached.handle_.out());
+    return detail::finish(code, std::move(attached));
+}
+
+// A handle that has one owner.
+namespace detail {
+template <class T, void (*Free)(T *)>
+class unique_handle {
+public:
+    unique_handle() noexcept : pointer_(nullptr) {}
+    unique_handle(unique_handle &&other) noexcept : pointer_(other.pointer_) { other.pointer_ = nullptr; }
+    unique_handle &operator=(unique_handle &&other) noexcept {
+        std::swap(pointer_, other.pointer_);
+        return *this;
+    }
+    unique_handle(const unique_handle &) = delete;
+    unique_handle &operator=(const unique_handle &) = delete;
+    ~unique_handle() { Free(pointer_); }
+
+    T *get() const noexcept { return pointer_; }
+    T **out() noexcept { return &pointer_; }
+
+private:
+    T *pointer_;
+};
+} // namespace detail
+
+// Draws tokens from logits. Movable; it may be used by one thread at a time.
+class sampler {
+public:
+    sampler() = default;
+    // Creates a sampler.
+    static returns<sampler> create(const sampler_options &options = sampler_options()) {
+        const elora_sampler_options c = options.to_c();
+        sampler made;
+        const elora_status code = elora_sampler_new(&c, made.handle_.out());
+        return detail::finish(code, std::move(made));
+    }
+
+    elora_sampler *get() const noexcept { return handle_.get(); }
+    // Draws a token; call accept() once it is taken.
+    returns<token> sample(span<const float> logits) {
+        token drawn = 0;
+        const elora_status code = elora_sampler_sample(get(), logits.data(), logits.size(), nullptr, 0, &drawn);
+        return detail::finish(code, drawn);
+    }
+    // Draws a token that a mask allows, one bit for each.
+    returns<token> sample(span<const float> logits, span<const std::uint32_t> allowed) {
+        static const std::uint32_t none = 0;
+        token drawn = 0;
+        const elora_status code = elora_sampler_sample(get(), logits.data(), logits.size(),
+                                                       allowed.empty() ? &none : allowed.data(), allowed.size(), &drawn);
+        return detail::finish(code, drawn);
+    }
+    // Counts a token as generated.
+    returns<void> accept(token id) { return detail::finish(elora_sampler_accept(get(), &id, 1)); }
+    // Counts tokens of the prompt.
+    returns<void> observe(span<const token> tokens) {
+        return detail::finish(elora_sampler_observe(get(), tokens.data(), tokens.size()));
+    }
+    // Forgets all tokens and begins the random draws anew.
+    returns<void> reset() { return detail::finish(elora_sampler_reset(get())); }
+
+private:
+    detail::unique_handle<elora_sampler, elora_sampler_free> handle_;
+};
+
+// A text that is made of tokens while they come, and ends at stop strings. Movable; it may be used by
+// one thread at a time.
+class text {
+public:
+    text() = default;
+    // Creates an empty text for tokens of a model.
+    static returns<text> create(const model &of, const std::vector<std::string> &stop_strings = {},
+                                bool show_special = false) {
+        std::vector<const char *> stops;
+        for (const std::string &stop : stop_strings) {
+            stops.push_back(stop.c_str());
+        }
+        elora_text_options c;
+        elora_text_options_init(&c, sizeof c);
+        c.stop_strings = stops.data();
+        c.n_stop_strings = stops.size();
+        c.show_special = show_special ? 1u : 0u;
+        text made;
+        const elora_status code = elora_text_new(of.get(), &c, made.handle_.out());
+        return detail::finish(code, std::move(made));
+    }
+
+    elora_text *get() const noexcept { return handle_.get(); }
+    // Whether a stop string was found.
+    bool stopped() const noexcept { return stopped_; }
+    // Adds a token, and returns the text that can be shown.
+    returns<std::string> push(token id) {
+        const char *part = nullptr;
+        std::size_t len = 0;
+        const elora_status code = elora_text_push(get(), id, &part, &len, &stopped_);
+        return detail::finish(code, code == ELORA_STATUS_OK ? std::string(part, len) : std::string());
+    }
+    // Ends the text, and returns what was held back.
+    returns<std::string> finish() {
+        const char *part = nullptr;
+        std::size_t len = 0;
+        const elora_status code = elora_text_finish(get(), &part, &len);
+        stopped_ = false;
+        return detail::finish(code, code == ELORA_STATUS_OK ? std::string(part, len) : std::string());
+    }
+
+private:
+    detail::unique_handle<elora_text, elora_text_free> handle_;
+    bool stopped_ = false;
+};
+
+// What one session does in a batch: its new tokens, and the rows of logits that it wants, for the
+// last of them; see elora_step.
+struct step {
+    elora::session *session;
+    span<const token> tokens;
+    span<float> logits;
+};
+
+// Appends any number of tokens to each of several sessions.
+inline returns<void> decode_steps(span<const step> steps, std::size_t vocab_size) {
+    std::vector<elora_step> all;
+    for (const step &one : steps) {
+        elora_step c = elora_step();
+        c.struct_size = sizeof c;
+        c.session = one.session == nullptr ? nullptr : one.session->get();
+        c.tokens = one.tokens.data();
+        c.n_tokens = one.tokens.size();
+        c.logits = one.logits.data();
+        c.logits_len = one.logits.size();
+        c.n_logits = vocab_size == 0 ? 0 : one.logits.size() / vocab_size;
+        all.push_back(c);
+    }
+    return detail::finish(elora_session_decode_steps(all.data(), all.size()));
 }
 
 // Appends one token to each of several sessions, reading the weights once for all of them. `logits`

@@ -151,9 +151,9 @@ pub enum Error {
         layer: String,
     },
     /// The space has no such group, or a configuration leaves the group out.
-    #[error("{context}: there is no group `{group}`")]
+    #[error("{context} group `{group}`")]
     UnknownGroup {
-        /// Where the name appears, or should appear.
+        /// What is wrong: `search space: there is no`, or `subnet: there is no value for`.
         context: String,
         /// The name.
         group: String,

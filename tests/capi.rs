@@ -22,6 +22,9 @@ use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::LlamaDims;
+use elastic_lora::io::peft::{LoraAdapter, LoraWeights, PeftOptions};
+use elastic_lora::linalg::Matrix;
+use elastic_lora::model::Pretrained;
 use elastic_lora::nn::host_values;
 use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
@@ -114,6 +117,53 @@ fn folder() -> PathBuf {
     } else {
         "-".into()
     }
+}
+
+/// A bundle with a tokenizer and two subnets, or `None` without the model folder.
+fn talking() -> Option<&'static Path> {
+    static PATH: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let made = PATH.get_or_init(|| {
+        let folder = folder();
+        if !folder.is_dir() {
+            return None;
+        }
+        let shipped = Pretrained::open(&folder, &burn::tensor::Device::flex()).unwrap();
+        let layers = shipped.model.layer_shapes();
+        let pairs = [["gate_proj", "up_proj"]];
+        let widths = SearchSpace::groups_by_block(Elastic::Width, &layers, &pairs, &[384, 256]);
+        let space = SearchSpace::grouped(&layers, &[["q_proj"]], &[4, 2]).unwrap();
+        let space = space.with_groups(widths.unwrap()).unwrap();
+        let config = SuperNetConfig::new(LoraConfig::new(4));
+        let net = SuperNet::new(shipped.model, space, config).unwrap();
+        let named = [("least".to_string(), net.minimal())];
+        let model = Model::from_supernet(&net, &named, WeightFormat::F16).unwrap();
+        let path = scratch("talking").join("model.elora");
+        let model = model.with_tokenizer(&folder).unwrap();
+        model.save(&path, true).unwrap();
+        Some(path)
+    });
+    made.as_deref()
+}
+
+/// A bundle of 32-bit floats, and a PEFT adapter for it.
+fn adapted() -> (PathBuf, PathBuf) {
+    let folder = scratch("adapted");
+    let (bundle, peft) = (folder.join("model.elora"), folder.join("adapter"));
+    let model = model(WeightFormat::F32);
+    model.save(&bundle, true).unwrap();
+    let mut adapter = LoraAdapter::default();
+    for layer in model.layers() {
+        if layer.name.ends_with("v_proj") || layer.name.ends_with("up_proj") {
+            let wave = |i: usize, j: usize| 0.4 * number(31 * i + 7 * j + layer.d_output);
+            let a = Matrix::from_fn(3, layer.d_input, wave);
+            let b = Matrix::from_fn(layer.d_output, 3, wave);
+            let pair = LoraWeights::new(a, b, 2.0).unwrap();
+            adapter.layers.insert(layer.name.clone(), pair);
+        }
+    }
+    let options = PeftOptions::for_model(model.config());
+    adapter.write(&peft, &options).unwrap();
+    (bundle, peft)
 }
 
 /// Returns the C test program linked in this way. It is compiled once.
@@ -223,12 +273,14 @@ fn only_the_functions_of_the_header_are_exported() {
         "{declared:?}"
     );
     // Each function must be called with arguments that it must refuse.
-    let hostile = std::fs::read_to_string(root().join("tests/c/hostile.c")).unwrap();
+    let hostile: String = ["hostile.c", "hostile_loop.c"]
+        .map(|name| std::fs::read_to_string(root().join("tests/c").join(name)).unwrap())
+        .concat();
     let missing: Vec<_> = declared
         .iter()
         .filter(|name| !hostile.contains(&format!("{name}(")))
         .collect();
-    assert!(missing.is_empty(), "not in hostile.c: {missing:?}");
+    assert!(missing.is_empty(), "not in the hostile tests: {missing:?}");
     if !has("nm") || !cfg!(target_os = "linux") {
         return;
     }
@@ -282,6 +334,20 @@ fn handles_are_freed_in_any_order() {
 fn eight_threads_share_a_model() {
     with_programs(|program| {
         succeed(Command::new(program).arg("threads").arg(bundle()));
+    });
+}
+
+#[test]
+fn an_adapter_goes_onto_a_bundle_and_into_a_sparse_one() {
+    let (bundle, adapter) = adapted();
+    with_programs(|program| {
+        succeed(
+            Command::new(program)
+                .arg("adapt")
+                .arg(&bundle)
+                .arg(&adapter)
+                .arg(scratch("adapt")),
+        );
     });
 }
 
@@ -476,6 +542,17 @@ fn c_plus_plus_programs_run() {
                 .arg(folder())
                 .arg(scratch(&format!("parts-{index}"))),
         );
+        if let Some(talking) = talking() {
+            let mut command = compile(compiler, ["c++17", "c++20"][index]);
+            command.arg(source("server.cpp"));
+            let server = link(command, kind, &format!("server-{index}"));
+            let printed = succeed(Command::new(server).arg(talking));
+            let texts: Vec<&str> = printed.lines().collect();
+            // Each sequence draws for itself, and the subnets differ.
+            assert_eq!(texts.len(), 4, "{printed}");
+            let differ: BTreeSet<&&str> = texts.iter().collect();
+            assert!(differ.len() > 2, "{printed}");
+        }
         let mut command = compile(compiler, "c++11");
         command.arg("-fno-exceptions").arg(source("results.cpp"));
         let results = link(command, kind, &format!("results-{index}"));
@@ -532,6 +609,9 @@ fn programs_are_clean_under_address_sanitizer() {
     for name in ["order", "threads", "panic"] {
         asan(&[name.as_ref(), bundle()]);
     }
+    let (model, adapter) = adapted();
+    let folder = scratch("asan-adapt");
+    asan(&["adapt".as_ref(), &model, &adapter, &folder]);
 }
 
 #[test]
@@ -570,6 +650,12 @@ fn programs_are_clean_under_valgrind() {
         ],
     );
     valgrind("definite,indirect", &["panic".as_ref(), bundle()]);
+    let (model, adapter) = adapted();
+    let folder = scratch("valgrind-adapt");
+    valgrind(
+        "definite,indirect",
+        &["adapt".as_ref(), &model, &adapter, &folder],
+    );
     valgrind("all", &["order".as_ref(), bundle()]);
     valgrind("all", &["threads".as_ref(), bundle()]);
 }

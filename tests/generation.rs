@@ -235,6 +235,7 @@ fn draws_follow_the_seed_and_not_the_batch() {
             top_p: 0.95,
             min_p: 0.0,
             seed,
+            ..SampleConfig::default()
         };
         generate_batch(
             &model,

@@ -345,6 +345,7 @@ fn generation_is_the_decoders_and_stops_where_it_should() {
                 top_p: 0.9,
                 min_p: 0.02,
                 seed: 4,
+                ..SampleConfig::default()
             },
         ] {
             let prompt = random_ids(6, 41, 2);

@@ -6,7 +6,6 @@
  * such as 1,17,5. */
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "elastic_lora.h"
 
@@ -21,36 +20,18 @@ static void check(elora_status status, const char *what) {
     }
 }
 
-/* State of the callback. A character may consist of several tokens, so the callback converts all
- * tokens so far to text each time, and prints the new part. */
-struct output {
-    const elora_model *model;
-    elora_token tokens[MAX_NEW];
-    size_t n;
-    size_t shown;
-};
-
+/* Prints each new token: its text, or its id if the model has no tokenizer. */
 static bool show(void *userdata, elora_token token) {
-    struct output *output = userdata;
-    if (output->n == MAX_NEW) {
-        return false;
-    }
-    output->tokens[output->n++] = token;
-    if (!elora_model_has_tokenizer(output->model)) {
+    elora_text *text = userdata;
+    if (text == NULL) {
         printf(" %d", (int)token);
     } else {
-        static char text[64 * MAX_NEW];
+        const char *part = NULL;
         size_t len = 0;
-        if (elora_model_detokenize(output->model, output->tokens, output->n, text, sizeof text, &len) !=
-            ELORA_STATUS_OK) {
+        if (elora_text_push(text, token, &part, &len, NULL) != ELORA_STATUS_OK) {
             return false;
         }
-        /* A text that ends in U+FFFD has an incomplete character at the end. */
-        const int broken = len >= 3 && memcmp(text + len - 3, "\xEF\xBF\xBD", 3) == 0;
-        if (!broken && len > output->shown) {
-            fwrite(text + output->shown, 1, len - output->shown, stdout);
-            output->shown = len;
-        }
+        fwrite(part, 1, len, stdout);
     }
     fflush(stdout);
     return true;
@@ -123,12 +104,22 @@ int main(int argc, char **argv) {
     if (argc > 5) {
         options.seed = strtoull(argv[5], NULL, 10);
     }
-    struct output output = {model, {0}, 0, 0};
+    elora_text *text = NULL;
+    if (elora_model_has_tokenizer(model)) {
+        check(elora_text_new(model, NULL, &text), "elora_text_new");
+    }
     elora_token tokens[MAX_NEW];
     size_t n = 0;
-    check(elora_session_generate(session, prompt, n_prompt, &options, show, &output, tokens, MAX_NEW, &n),
+    check(elora_session_generate(session, prompt, n_prompt, &options, show, text, tokens, MAX_NEW, &n),
           "elora_session_generate");
+    if (text != NULL) {
+        const char *part = NULL;
+        size_t len = 0;
+        check(elora_text_finish(text, &part, &len), "elora_text_finish");
+        fwrite(part, 1, len, stdout);
+    }
     printf("\n%zu tokens\n", n);
+    elora_text_free(text);
     free(prompt);
     elora_session_free(session);
     elora_model_free(model);

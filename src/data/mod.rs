@@ -25,5 +25,5 @@ pub use record::{
 };
 pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
 pub use template::{Example, PromptTemplate, Template};
-pub use tokenizer::TextTokenizer;
+pub use tokenizer::{Detokenizer, StopStrings, TextTokenizer};
 pub use window::{calibration_samples, join_documents, pack, windows};

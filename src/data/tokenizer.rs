@@ -1,7 +1,7 @@
 //! Converts text to token ids and back with a Hugging Face `tokenizer.json` or a SentencePiece
 //! model.
 
-mod pieces;
+mod long;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::io::cache;
 use crate::io::tokenizer::limits::{self, Limits};
 use crate::io::tokenizer::{TokenizerFiles, quietly};
-use pieces::Found;
+use long::Found;
 
 /// A tokenizer with the special tokens that it puts around a text.
 #[derive(Clone)]
@@ -221,7 +221,7 @@ impl TextTokenizer {
                 spans.push(start..end);
             }
         };
-        pieces::tokenize(text, self.piece_bytes(), |part| self.found(part), keep)
+        long::tokenize(text, self.piece_bytes(), |part| self.found(part), keep)
             .map_err(|e| self.fail(e))?;
         Ok((ids, spans))
     }
@@ -236,7 +236,7 @@ impl TextTokenizer {
         }
         let mut ids = Vec::new();
         let keep = |tokens: &[Found]| ids.extend(tokens.iter().map(|token| token.id));
-        pieces::tokenize(text, piece, |part| self.found(part), keep).map_err(|e| self.fail(e))?;
+        long::tokenize(text, piece, |part| self.found(part), keep).map_err(|e| self.fail(e))?;
         Ok(ids)
     }
 
@@ -262,7 +262,7 @@ impl TextTokenizer {
 
     /// Returns whether a token is special: not a part of a text, but a sign such as the end of a
     /// turn.
-    pub(super) fn is_special(&self, id: u32) -> bool {
+    pub(crate) fn is_special(&self, id: u32) -> bool {
         let tokens = self.inner.get_added_vocabulary();
         self.eos == Some(id)
             || self
@@ -399,5 +399,8 @@ fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Resu
     }
 }
 
+mod pieces;
 #[cfg(test)]
 mod tests;
+
+pub use pieces::{Detokenizer, StopStrings};

@@ -9,8 +9,8 @@ use super::guard;
 use super::memory::{self, Out};
 use super::model::{elora_model, reserved};
 use super::options::{self, Growing};
+use super::session::{ELORA_ACTIVATIONS_INT16, activations, elora_activations};
 use super::status::{ELORA_STATUS_INSUFFICIENT_SIZE, Failure, Outcome, elora_status};
-use crate::kernels::Activations;
 use crate::runtime::{LinearLayer, Number};
 
 /// A linear layer of a model, with the rank and sizes of one subnet. Immutable and
@@ -18,28 +18,6 @@ use crate::runtime::{LinearLayer, Number};
 /// model.
 pub struct elora_linear {
     inner: LinearLayer,
-}
-
-/// Precision to which activations are quantized before multiplication with integer weights (formats
-/// ELORA_WEIGHT_FORMAT_INT and ELORA_WEIGHT_FORMAT_SPARSE_INT); one of the ELORA_ACTIVATIONS_
-/// constants. It has no effect on layers in other formats.
-pub type elora_activations = i32;
-
-/// 16-bit integers with one scale for each 128 activations. The rounding error is at most 1.6e-5 of
-/// the largest of the 128.
-pub const ELORA_ACTIVATIONS_INT16: elora_activations = 0;
-/// 8-bit integers with one scale for each 128 activations. The rounding error is at most 0.4 % of
-/// the largest of the 128; the multiplications take about half the work.
-pub const ELORA_ACTIVATIONS_INT8: elora_activations = 1;
-
-pub(super) fn activations(value: elora_activations) -> Outcome<Activations> {
-    match value {
-        ELORA_ACTIVATIONS_INT16 => Ok(Activations::Int16),
-        ELORA_ACTIVATIONS_INT8 => Ok(Activations::Int8),
-        other => Err(Failure::argument(format!(
-            "activations = {other}: no ELORA_ACTIVATIONS_ constant"
-        ))),
-    }
 }
 
 /// Type of the elements of a buffer; one of the ELORA_DTYPE_ constants.

@@ -159,6 +159,22 @@ pub(super) unsafe fn text<'a>(pointer: *const c_char, name: &str) -> Outcome<&'a
         .map_err(|error| Failure::argument(format!("`{name}` is not UTF-8: {error}")))
 }
 
+/// Returns an array of string arguments. It may be `NULL` if it has no elements.
+///
+/// # Safety
+/// The requirements of [`slice`], and those of [`text`] for each element.
+pub(super) unsafe fn texts<'a>(
+    pointer: *const *const c_char,
+    len: usize,
+    name: &str,
+) -> Outcome<Vec<&'a str>> {
+    // SAFETY: the caller meets the requirements of `slice`.
+    let all = unsafe { slice(pointer, len, name)? };
+    // SAFETY: the caller meets the requirements of `text`.
+    let one = |(at, one): (usize, &*const c_char)| unsafe { text(*one, &format!("{name}[{at}]")) };
+    all.iter().enumerate().map(one).collect()
+}
+
 /// Copies a text and a NUL to the caller's buffer. The length without the NUL is written even if
 /// the buffer is too short.
 ///

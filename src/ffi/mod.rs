@@ -20,16 +20,22 @@
 // The names are those of the header.
 #![allow(non_camel_case_types)]
 
+mod adapter;
+mod batch;
+mod convert;
+mod exclusive;
 mod guard;
 mod linear;
 mod memory;
 mod model;
 mod options;
 mod parts;
+mod sampler;
 mod session;
 mod status;
 #[cfg(elastic_lora_test_hooks)]
 mod test_hooks;
+mod text;
 mod tokenizer;
 
 #[cfg(panic = "abort")]

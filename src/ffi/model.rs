@@ -1,7 +1,8 @@
 //! Models: loading, listing, saving, and extraction of subnets.
 
-use std::ffi::{CString, c_char};
+use std::ffi::{CString, c_char, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::guard;
 use super::memory::{self, Out};
@@ -10,6 +11,7 @@ use super::status::{
     ELORA_STATUS_INVALID_FORMAT, ELORA_STATUS_NOT_FOUND, Failure, Outcome, elora_status,
 };
 use crate::format::WeightFormat;
+use crate::progress::{Progress, Task};
 use crate::runtime::{Model, ModelOptions, Verify};
 
 /// Id of a token, from 0 to elora_model_vocab_size() - 1.
@@ -52,9 +54,46 @@ pub struct elora_model_options {
     pub verify: elora_verify,
     /// Must be 0.
     pub reserved: u32,
+    /// Is called for each layer that is loaded; NULL for none. Default: NULL.
+    pub progress: elora_progress_fn,
+    /// Is passed to progress. Default: NULL.
+    pub progress_userdata: *mut c_void,
 }
 
-// SAFETY: `repr(C)` integers, the first of which is the size; no padding.
+/// Callback that reports progress: `done` of `total` steps are done. `userdata` is the pointer that
+/// was given with the callback. Return false to stop the work, which then returns
+/// ELORA_STATUS_CANCELLED. The callback runs on the thread that called the function.
+pub type elora_progress_fn =
+    Option<unsafe extern "C" fn(userdata: *mut c_void, done: usize, total: usize) -> bool>;
+
+/// The caller's callback.
+pub(super) struct Reporter {
+    call: elora_progress_fn,
+    userdata: *mut c_void,
+    stopped: AtomicBool,
+}
+
+// SAFETY: models are loaded by the calling thread, which alone reports progress.
+unsafe impl Sync for Reporter {}
+
+impl Progress for Reporter {
+    fn step(&self, task: &Task<'_>, _note: &str) {
+        let Some(call) = self.call else {
+            return;
+        };
+        // SAFETY: the header requires the callback and its data to be valid during the call.
+        if !unsafe { call(self.userdata, task.done(), task.total()) } {
+            self.stopped.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+}
+
+// SAFETY: `repr(C)` integers and pointers, the first of which is the size; no padding. A pointer to
+// a function may have any bits, because the header requires it to be valid or NULL.
 unsafe impl Growing for elora_model_options {
     const NAME: &'static str = "elora_model_options";
 }
@@ -66,7 +105,24 @@ impl elora_model_options {
         use_mmap: 1,
         verify: ELORA_VERIFY_ON_USE,
         reserved: 0,
+        progress: None,
+        progress_userdata: std::ptr::null_mut(),
     };
+
+    /// Reads the caller's options.
+    ///
+    /// # Safety
+    /// As for [`options::read`].
+    pub(super) unsafe fn read(options: *const Self) -> Outcome<(ModelOptions, Reporter)> {
+        // SAFETY: the caller meets the requirements.
+        let options = unsafe { options::read(options, Self::DEFAULT)? };
+        let progress = Reporter {
+            call: options.progress,
+            userdata: options.progress_userdata,
+            stopped: AtomicBool::new(false),
+        };
+        Ok((options.parse()?, progress))
+    }
 
     fn parse(self) -> Outcome<ModelOptions> {
         let verify = match self.verify {
@@ -194,7 +250,7 @@ unsafe impl Growing for elora_layer_info {
 
 impl elora_model {
     /// Makes a handle with one reference, which the caller owns.
-    fn into_handle(inner: Model) -> Outcome<*const Self> {
+    pub(super) fn into_handle(inner: Model) -> Outcome<*const Self> {
         let names = |names: &mut dyn Iterator<Item = &str>| {
             let convert = |name: &str| {
                 let text = || format!("the name `{}` has a NUL in it", name.escape_default());
@@ -226,7 +282,8 @@ pub unsafe extern "C" fn elora_model_options_init(
     guard::status(|| unsafe { options::write(options, struct_size, elora_model_options::DEFAULT) })
 }
 
-/// Loads a model from a bundle file or a Hugging Face folder (dense, GPTQ or compressed-tensors).
+/// Loads a model from a bundle file, a Hugging Face folder (dense, GPTQ, AWQ or compressed-tensors)
+/// or a GGUF file.
 ///
 /// `path` is the file or folder. `options` may be NULL for the defaults. On success `*out` is a new
 /// handle; release it with elora_model_free().
@@ -239,9 +296,10 @@ pub unsafe extern "C" fn elora_model_load(
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let path = memory::text(path, "path")?;
-        let options = options::read(options, elora_model_options::DEFAULT)?.parse()?;
+        let (options, progress) = elora_model_options::read(options)?;
         let out = Out::required(out, "out")?;
-        out.write(elora_model::into_handle(Model::open(path, &options)?)?);
+        let model = Model::open_with(path, &options, &progress)?;
+        out.write(elora_model::into_handle(model)?);
         Ok(())
     })
 }

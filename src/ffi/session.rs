@@ -1,19 +1,16 @@
 //! Sessions, each one sequence on a model.
 
-use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
+use super::exclusive::{Entered, Exclusive};
 use super::guard;
-use super::linear::{ELORA_ACTIVATIONS_INT16, activations, elora_activations};
 use super::memory::{self, Out};
 use super::model::{elora_model, elora_token};
 use super::options::{self, Growing};
-use super::status::{
-    ELORA_STATUS_CANCELLED, ELORA_STATUS_INVALID_STATE, Failure, Outcome, elora_status,
-};
+use super::status::{ELORA_STATUS_CANCELLED, Failure, Outcome, elora_status};
 use super::tokenizer::ids_of;
+use crate::kernels::Activations;
 use crate::runtime::{
     CacheFormat, GenerateConfig, SampleConfig, Session, SessionConfig, decode_batch,
 };
@@ -24,76 +21,50 @@ use crate::space::SubnetConfig;
 /// session's own callback, fails with ELORA_STATUS_INVALID_STATE. It keeps alive what it needs of
 /// the model.
 pub struct elora_session {
-    /// One of [`IDLE`], [`BUSY`] and [`BROKEN`].
-    state: AtomicU8,
-    inner: UnsafeCell<Session>,
+    inner: Exclusive<Session>,
 }
-
-const IDLE: u8 = 0;
-const BUSY: u8 = 1;
-/// A call panicked and may have left the session in an inconsistent state.
-const BROKEN: u8 = 2;
-
-// SAFETY: the inner session is accessed only through an `Entered`, and `enter` admits one thread at
-// a time.
-unsafe impl Sync for elora_session {}
 
 const _: () = {
     const fn sent<T: Send>() {}
     sent::<Session>();
 };
 
-/// Exclusive access to a session. If it is dropped before [`leave`](Self::leave), the call
-/// panicked.
-struct Entered<'a> {
-    session: &'a elora_session,
-    next: u8,
-}
-
 impl elora_session {
-    fn enter(&self) -> Outcome<Entered<'_>> {
-        match self
-            .state
-            .compare_exchange(IDLE, BUSY, Ordering::Acquire, Ordering::Relaxed)
-        {
-            Ok(_) => Ok(Entered {
-                session: self,
-                next: BROKEN,
-            }),
-            Err(BUSY) => {
-                let text = "the session is in another call: one thread at a time, and not from its own callback";
-                Err(Failure::new(ELORA_STATUS_INVALID_STATE, text))
-            }
-            Err(_) => {
-                let text = "a call of this session ended in ELORA_STATUS_PANIC: free it";
-                Err(Failure::new(ELORA_STATUS_INVALID_STATE, text))
-            }
-        }
+    /// Makes a handle with one reference, which the caller owns.
+    pub(super) fn into_handle(session: Session) -> *mut Self {
+        let inner = Exclusive::new("session", session);
+        Arc::into_raw(Arc::new(Self { inner })).cast_mut()
+    }
+
+    pub(super) fn enter(&self) -> Outcome<Entered<'_, Session>> {
+        self.inner.enter()
     }
 
     /// Runs a call with exclusive access to the session.
     pub(super) fn with<T>(&self, body: impl FnOnce(&mut Session) -> Outcome<T>) -> Outcome<T> {
-        let mut entered = self.enter()?;
-        let outcome = body(entered.session());
-        entered.leave();
-        outcome
+        self.inner.with(body)
     }
 }
 
-impl Entered<'_> {
-    fn session(&mut self) -> &mut Session {
-        // SAFETY: `enter` changed the state from idle to busy, so no other call has access.
-        unsafe { &mut *self.session.inner.get() }
-    }
+/// Precision to which activations are quantized before multiplication with integer weights (formats
+/// ELORA_WEIGHT_FORMAT_INT and ELORA_WEIGHT_FORMAT_SPARSE_INT); one of the ELORA_ACTIVATIONS_
+/// constants. It has no effect on layers in other formats.
+pub type elora_activations = i32;
 
-    fn leave(&mut self) {
-        self.next = IDLE;
-    }
-}
+/// 16-bit integers with one scale for each 128 activations. The rounding error is at most 1.6e-5 of
+/// the largest of the 128.
+pub const ELORA_ACTIVATIONS_INT16: elora_activations = 0;
+/// 8-bit integers with one scale for each 128 activations. The rounding error is at most 0.4 % of
+/// the largest of the 128; the multiplications take about half the work.
+pub const ELORA_ACTIVATIONS_INT8: elora_activations = 1;
 
-impl Drop for Entered<'_> {
-    fn drop(&mut self) {
-        self.session.state.store(self.next, Ordering::Release);
+pub(super) fn activations(value: elora_activations) -> Outcome<Activations> {
+    match value {
+        ELORA_ACTIVATIONS_INT16 => Ok(Activations::Int16),
+        ELORA_ACTIVATIONS_INT8 => Ok(Activations::Int8),
+        other => Err(Failure::argument(format!(
+            "activations = {other}: no ELORA_ACTIVATIONS_ constant"
+        ))),
     }
 }
 
@@ -186,12 +157,8 @@ pub unsafe extern "C" fn elora_session_new(
         let model = memory::required(model, "model")?;
         let config = options::read(options, elora_session_options::DEFAULT)?.parse()?;
         let out = Out::required(out, "out")?;
-        let inner = UnsafeCell::new(Session::new(model.inner(), &config)?);
-        let session = Arc::new(elora_session {
-            state: AtomicU8::new(IDLE),
-            inner,
-        });
-        out.write(Arc::into_raw(session).cast_mut());
+        let session = Session::new(model.inner(), &config)?;
+        out.write(elora_session::into_handle(session));
         Ok(())
     })
 }
@@ -462,8 +429,9 @@ pub unsafe extern "C" fn elora_session_decode_batch(
         };
         // If a session cannot be entered, the ones entered before are left unchanged: no call used
         // them yet.
-        let mut entered: Vec<Entered<'_>> = Vec::with_capacity(handles.len());
-        let leave = |entered: &mut Vec<Entered<'_>>| entered.iter_mut().for_each(Entered::leave);
+        let mut entered: Vec<Entered<'_, Session>> = Vec::with_capacity(handles.len());
+        let leave =
+            |entered: &mut Vec<Entered<'_, Session>>| entered.iter_mut().for_each(Entered::leave);
         for handle in handles {
             match enter(handle) {
                 Ok(session) => entered.push(session),
@@ -473,7 +441,7 @@ pub unsafe extern "C" fn elora_session_decode_batch(
                 }
             }
         }
-        let mut sessions: Vec<&mut Session> = entered.iter_mut().map(Entered::session).collect();
+        let mut sessions: Vec<&mut Session> = entered.iter_mut().map(Entered::get).collect();
         let vocab = sessions
             .first()
             .map_or(0, |session| session.model().config().vocab_size());
@@ -622,6 +590,7 @@ pub unsafe extern "C" fn elora_session_generate(
             top_p: options.top_p,
             min_p: options.min_p,
             seed: options.seed,
+            ..SampleConfig::default()
         };
         let mut cancelled = false;
         let tokens = session.with(|session| {

@@ -8,6 +8,7 @@ use super::model::{elora_model, elora_token};
 use super::status::{ELORA_STATUS_NOT_FOUND, Failure, Outcome, elora_status};
 use crate::data::TextTokenizer;
 use crate::error::Error;
+use crate::runtime::Model;
 
 /// Special tokens that the tokenizer adds to a text; one of the ELORA_SPECIAL_ constants.
 pub type elora_special = i32;
@@ -19,7 +20,7 @@ pub const ELORA_SPECIAL_PROMPT: elora_special = 1;
 /// The special tokens that begin and end a text, for a complete text.
 pub const ELORA_SPECIAL_FULL: elora_special = 2;
 
-fn tokenizer(model: &elora_model) -> Outcome<&TextTokenizer> {
+pub(super) fn tokenizer(model: &elora_model) -> Outcome<&TextTokenizer> {
     let found = model.inner().tokenizer();
     found.ok_or_else(|| Failure::new(ELORA_STATUS_NOT_FOUND, "the model has no tokenizer"))
 }
@@ -72,8 +73,8 @@ pub unsafe extern "C" fn elora_model_tokenize(
 /// Converts `n_tokens` tokens to text, without special tokens, and copies it to `buf`. `buf`, `cap`
 /// and `len` are as in elora_last_error(). ELORA_STATUS_NOT_FOUND if the model has no tokenizer.
 ///
-/// A character may consist of several tokens. To show text while it is generated, convert all
-/// tokens so far, not each token alone.
+/// A character may consist of several tokens. To show text while it is generated, use
+/// elora_text_push().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_model_detokenize(
     model: *const elora_model,
@@ -88,12 +89,7 @@ pub unsafe extern "C" fn elora_model_detokenize(
         let model = memory::required(model, "model")?;
         let tokenizer = tokenizer(model)?;
         let ids = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
-        // Ids of no token have no text, unless the model cannot produce them.
-        let vocab_size = model.inner().config().vocab_size().max(tokenizer.n_ids());
-        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
-            let found = *id;
-            return Err(Error::TokenOutOfRange { found, vocab_size }.into());
-        }
+        ids.iter().try_for_each(|id| known(model.inner(), *id))?;
         let text = tokenizer.decode(ids)?;
         memory::copy_text(&text, buf, cap, len)
     })
@@ -108,4 +104,31 @@ pub(super) fn ids_of<'a>(tokens: &'a [elora_token], name: &str) -> Outcome<&'a [
         ))),
         None => Ok(bytemuck::cast_slice(tokens)),
     }
+}
+
+/// Refuses ids that the model cannot produce. Other ids of no token have no text.
+fn known(model: &Model, id: u32) -> Outcome {
+    let n_ids = model.tokenizer().map_or(0, TextTokenizer::n_ids);
+    let vocab_size = model.config().vocab_size().max(n_ids);
+    match id as usize >= vocab_size {
+        true => Err(Error::TokenOutOfRange {
+            found: id,
+            vocab_size,
+        }
+        .into()),
+        false => Ok(()),
+    }
+}
+
+/// Returns the id of one token after checking it.
+pub(super) fn id_in(model: &Model, token: elora_token) -> Outcome<u32> {
+    ids_of(&[token], "token")?;
+    let id = token as u32;
+    known(model, id)?;
+    Ok(id)
+}
+
+/// Returns the id of one token after checking it.
+pub(super) fn id_of(model: &elora_model, token: elora_token) -> Outcome<u32> {
+    id_in(model.inner(), token)
 }

@@ -50,6 +50,20 @@ pub fn model_path(path: impl AsRef<Path>) -> Result<std::path::PathBuf> {
     Ok(cache::resolve(path.as_ref())?.into_owned())
 }
 
+/// Maps an open file, or reads it into memory. `path` names it in errors. Folders, pipes and devices
+/// are refused.
+pub(crate) fn read_file_handle(
+    path: &Path,
+    file: File,
+    mmap: bool,
+) -> Result<std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>> {
+    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
+    if !meta.is_file() {
+        return Err(Error::invalid_file(path, "not a regular file"));
+    }
+    tensors::read_open(path, file, meta.len(), mmap)
+}
+
 /// Returns whether `name` names a file directly inside a folder on any system: no separators, no
 /// `..`, no drive.
 pub(crate) fn is_plain_file_name(name: &str) -> bool {

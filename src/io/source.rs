@@ -184,15 +184,21 @@ impl ModelSource for FolderSource {
 /// Returns [`Error::Io`], [`Error::Json`], or [`Error::InvalidFile`] if a file is too large or not
 /// UTF-8.
 pub(crate) fn tokenizer_texts(folder: &Path) -> Result<Option<TokenizerTexts>> {
-    let Some(TokenizerFiles {
+    let files = TokenizerFiles::open(folder)?;
+    files.map(|files| with_template(folder, files)).transpose()
+}
+
+/// Adds the chat template and more special tokens to the tokenizer of a model folder.
+///
+/// # Errors
+/// Returns the errors of [`tokenizer_texts`].
+pub(crate) fn with_template(folder: &Path, files: TokenizerFiles) -> Result<TokenizerTexts> {
+    let TokenizerFiles {
         path,
         json,
         mut config,
         notices: _,
-    }) = TokenizerFiles::open(folder)?
-    else {
-        return Ok(None);
-    };
+    } = files;
     // The first file that has a field counts.
     let special = folder.join("special_tokens_map.json");
     if special.exists() {
@@ -215,10 +221,10 @@ pub(crate) fn tokenizer_texts(folder: &Path) -> Result<Option<TokenizerTexts>> {
     } else {
         None
     };
-    Ok(Some(TokenizerTexts {
+    Ok(TokenizerTexts {
         json,
         path,
         config,
         template,
-    }))
+    })
 }

@@ -106,7 +106,11 @@ fn generate_chunk(
     let mut cache = KvCache::with_left_pad(model.config().num_hidden_layers(), left_pad);
     let mut samplers = chunk
         .iter()
-        .map(|index| Sampler::new(&config.sample, *index as u64))
+        .map(|index| {
+            let mut sampler = Sampler::new(&config.sample, *index as u64)?;
+            sampler.observe(&prompts[*index]);
+            Ok(sampler)
+        })
         .collect::<Result<Vec<_>>>()?;
     let mut outputs = vec![Vec::new(); chunk.len()];
     // Indices in the chunk of the sequences still running; row `i` of the cache belongs to
@@ -150,6 +154,7 @@ fn generate_chunk(
                 continue;
             }
             outputs[*row].push(next);
+            samplers[*row].accept(next);
             if outputs[*row].len() < rooms[*row] {
                 going.push(place);
                 ids.push(next);

@@ -84,12 +84,14 @@ impl DeviceSession {
         let mut sampler = Sampler::new(&config.sample, 0)?;
         let mut output = Vec::new();
         let mut logits = self.decode(prompt)?;
+        sampler.observe(prompt);
         while output.len() < config.max_new_tokens {
             let next = sampler.next(config.drawable(&logits));
             if config.stop_ids.contains(&next) {
                 break;
             }
             output.push(next);
+            sampler.accept(next);
             let full = self.position() == self.model.config().max_position_embeddings();
             if !on_token(next) || full || output.len() == config.max_new_tokens {
                 break;

@@ -37,6 +37,8 @@ pub(super) struct Call<'a, 'c> {
     pub n_seqs: usize,
     /// Number of rows of each sequence.
     pub n: usize,
+    /// First row of the first sequence.
+    pub row: usize,
     pub caches: &'c (dyn Fn(usize) -> &'c Cache + Sync),
     /// Queries, `[rows, n_heads * head_dim]`.
     pub q: Disjoint<'a, f32>,
@@ -104,7 +106,8 @@ impl Call<'_, '_> {
             ..
         } = self.heads;
         let (group, (cos, sin, half)) = (n_heads / n_kv_heads, self.rotation);
-        let rows = seq * self.n..(seq + 1) * self.n;
+        let first = self.row + seq * self.n;
+        let rows = first..first + self.n;
         for row in rows.clone() {
             let (cos, sin) = (
                 &cos[row * half..(row + 1) * half],
@@ -268,7 +271,8 @@ impl Call<'_, '_> {
         } = self.heads;
         let group = n_heads / n_kv_heads;
         let start =
-            ((seq * self.n + query / group) * n_heads + head * group + query % group) * head_dim;
+            ((self.row + seq * self.n + query / group) * n_heads + head * group + query % group)
+                * head_dim;
         start..start + head_dim
     }
 

@@ -5,11 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::arch::Architecture;
-use crate::data::TextTokenizer;
+use crate::data::{ChatTemplate, TextTokenizer};
 use crate::error::{Error, Result};
 use crate::format::{MatrixHeader, StoredMatrix, WeightFormat};
 use crate::io::tokenizer::TokenizerFiles;
 use crate::io::{Checkpoint, DType, HfConfig};
+use crate::progress::{Progress, Task};
 use crate::space::SubnetConfig;
 
 use super::model::{Model, ModelOptions, ModelParts, Tokenizer, Weights};
@@ -136,6 +137,7 @@ pub(super) fn make_tokenizer(json: Arc<str>, path: &Path, config: &HfConfig) -> 
     Ok(Tokenizer {
         json,
         inner: inner.with_special_ids(bos, eos),
+        chat: Ok(None),
     })
 }
 
@@ -147,12 +149,18 @@ fn read_tokenizer(folder: &Path, config: &HfConfig) -> Result<Option<Tokenizer>>
     let mut tokenizer = make_tokenizer(json, &files.path, config)?;
     // The other tokenizer files in the folder may name more special tokens.
     tokenizer.inner = tokenizer.inner.with_files(&files);
+    // A template that cannot be used does not keep the model from being used.
+    tokenizer.chat = ChatTemplate::of_files(folder, files).map_err(|error| error.to_string());
     Ok(Some(tokenizer))
 }
 
 /// Reads a Hugging Face folder or a GGUF file. A weight is used in place where its stored layout
 /// suits the kernels.
-pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<ModelParts> {
+pub(super) fn from_folder(
+    folder: &Path,
+    options: &ModelOptions,
+    progress: &dyn Progress,
+) -> Result<ModelParts> {
     let checkpoint = Checkpoint::open_with(folder, options.mmap)?;
     let config = HfConfig::open(folder)?.fitted(&checkpoint)?;
     let table = [config.vocab_size(), config.hidden_size()];
@@ -163,7 +171,10 @@ pub(super) fn from_folder(folder: &Path, options: &ModelOptions) -> Result<Model
         table,
     )?;
     let mut layers = Vec::new();
-    for layer in config.arch().linears() {
+    let linears = config.arch().linears();
+    let mut task = Task::begin(progress, "load", linears.len(), "layers")?;
+    for layer in linears {
+        task.step("")?;
         let (name, shape) = (layer.name, [layer.d_output, layer.d_input]);
         let bias = if layer.bias {
             Some(

@@ -8,9 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::arch::Architecture;
+use crate::data::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::bundle::{Bundle, BundleWriter};
+use crate::progress::{Progress, Task};
 use crate::space::{LoraConfig, SearchSpace, SubnetConfig};
 
 use super::build::{A, BT, block_norms, make_tokenizer, named};
@@ -19,6 +21,8 @@ use super::weights::{AdapterWeights, LayerWeights, Weight};
 
 /// Name of the tensor that holds `tokenizer.json`.
 const TOKENIZER: &str = "tokenizer.json";
+/// Name of the tensor that holds the chat template.
+const CHAT: &str = "chat_template.jinja";
 
 /// Description of the model, stored in the bundle next to the weights.
 #[derive(Serialize, Deserialize)]
@@ -39,6 +43,9 @@ struct Document {
     bos_id: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     eos_id: Option<u32>,
+    /// Variables of the chat template, such as `bos_token`.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    chat_variables: Map<String, Value>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -69,6 +76,7 @@ impl Model {
             ))
         });
         let tokenizer = weights.tokenizer.as_ref();
+        let chat = self.chat_template();
         let document = Document {
             config: weights.config.raw().clone(),
             adapters: adapters.collect(),
@@ -80,6 +88,7 @@ impl Model {
             stop_ids: weights.stop_ids.clone(),
             bos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.bos_id()),
             eos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.eos_id()),
+            chat_variables: chat.map_or_else(Map::new, |chat| chat.variables().clone()),
         };
         let document = serde_json::to_value(document).map_err(|e| Error::json(path, e))?;
         let mut writer = BundleWriter::new(document);
@@ -106,6 +115,9 @@ impl Model {
         if let Some(tokenizer) = tokenizer {
             writer.text(TOKENIZER, &tokenizer.json);
         }
+        if let Some(chat) = chat {
+            writer.text(CHAT, chat.source());
+        }
         writer.write(path, overwrite)
     }
 }
@@ -114,8 +126,13 @@ impl Model {
 const SUFFIXES: [&str; 3] = ["weight", A, BT];
 
 /// Reads a bundle. The weights stay in the file.
-pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
-    let bundle = Arc::new(Bundle::open(path, options.mmap)?);
+pub(super) fn read(
+    bundle: Bundle,
+    options: &ModelOptions,
+    progress: &dyn Progress,
+) -> Result<ModelParts> {
+    let bundle = Arc::new(bundle);
+    let path = bundle.path();
     let document = Document::deserialize(bundle.document())
         .map_err(|error| Error::invalid_file(path, format!("description of the model: {error}")))?;
     let config = HfConfig::from_json(document.config)?;
@@ -140,7 +157,9 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
         .into_iter()
         .map(|layer| (layer.name, layer.bias.then_some(layer.d_output)));
     let head = (!arch.tied).then(|| (Architecture::HEAD_LAYER.to_string(), None));
+    let mut task = Task::begin(progress, "load", arch.linears().len(), "layers")?;
     for (name, bias) in linear.chain(head) {
+        task.step("")?;
         let weight = matrix(format!("{name}.{}", SUFFIXES[0]))?;
         let bias = match bias {
             Some(len) => Some(bundle.vector(&format!("{name}.bias"), len)?.into()),
@@ -172,6 +191,16 @@ pub(super) fn read(path: &Path, options: &ModelOptions) -> Result<ModelParts> {
         tokenizer.inner = tokenizer
             .inner
             .with_special_ids(document.bos_id, document.eos_id);
+        if bundle.contains(CHAT) {
+            let source = bundle.text(CHAT)?;
+            let template = ChatTemplate::new(&source, path).map(|template| {
+                let variables = document.chat_variables.into_iter();
+                variables.fold(template, |template, (name, value)| {
+                    template.with_variable(name, value)
+                })
+            });
+            tokenizer.chat = template.map(Some).map_err(|error| error.to_string());
+        }
         Some(tokenizer)
     } else {
         None

@@ -6,7 +6,7 @@ use crate::format::{QuantizedMatrix, StoredMatrix, WeightFormat};
 use crate::linalg::Matrix;
 use crate::space::LoraConfig;
 
-use super::build::reformat;
+use super::build::{named, reformat};
 use super::model::{Model, ModelParts, Weights};
 use super::plan::{FormatPlan, encode};
 use super::weights::{AdapterWeights, LayerWeights, Weight};
@@ -160,22 +160,30 @@ impl Model {
                 encode(layer.weight.name(), &sum, format)?,
             );
         }
-        let tied = weights.config.tie_word_embeddings();
-        if tied {
-            weights.layers.pop();
+        (weights.space, weights.subnets) = (None, Vec::new());
+        Ok(self.with_weights(weights.renewed()?))
+    }
+}
+
+impl Weights {
+    /// Checks the weights again after a change of layers, space or subnets, and updates what
+    /// depends on them.
+    pub(super) fn renewed(mut self) -> Result<Self> {
+        if self.config.tie_word_embeddings() {
+            self.layers.pop();
         }
-        let parts = ModelParts {
-            config: weights.config,
-            embedding: weights.embedding,
-            norms: weights.norms,
-            final_norm: weights.final_norm,
-            layers: weights.layers,
-            space: None,
-            subnets: Vec::new(),
-            tokenizer: weights.tokenizer,
-            stop_ids: weights.stop_ids,
-        };
-        Ok(self.with_weights(Weights::new(parts)?))
+        let subnets = named(&self);
+        Self::new(ModelParts {
+            config: self.config,
+            embedding: self.embedding,
+            norms: self.norms,
+            final_norm: self.final_norm,
+            layers: self.layers,
+            space: self.space,
+            subnets,
+            tokenizer: self.tokenizer,
+            stop_ids: self.stop_ids,
+        })
     }
 }
 

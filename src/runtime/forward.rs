@@ -10,7 +10,9 @@ use crate::error::{Error, Result};
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::rows;
 use crate::kernels::{self, Activations, Adapter, Level, Linear, Pool, Rows, RowsMut, Scratch};
+use crate::progress::Progress;
 
+use super::adapter::Active;
 use super::attention::{Call, Heads, attend};
 use super::cache::Cache;
 use super::model::Weights;
@@ -20,28 +22,34 @@ use super::workspace::{Line, Workspace, bytes_of, grow};
 /// Number of elements that justify a task of their own.
 const TASK: usize = 16 * 1024;
 
-/// A pass over `n` new tokens of each of several sequences.
+/// A pass over the new tokens of one or several sequences.
 pub(super) struct Pass<'a> {
     pub weights: &'a Weights,
     pub shape: &'a Arc<Shape>,
+    /// Updates that take the place of the model's own adapters.
+    pub active: Option<&'a Active>,
     pub pool: &'a Pool,
     pub activations: Activations,
-    /// Returns the cache of a sequence, which has room for `n` more tokens.
+    /// Returns the cache of a sequence, which has room for its new tokens.
     pub caches: &'a (dyn Fn(usize) -> &'a Cache + Sync),
-    pub n_seqs: usize,
     /// Number of new tokens of each sequence.
-    pub n: usize,
+    pub lens: &'a [usize],
+    /// Asked between blocks whether to go on.
+    pub progress: &'a dyn Progress,
 }
 
 /// Describes the active part of a layer to the kernels.
 fn linear<'a>(
     weights: &'a Weights,
     shape: &Shape,
+    active: Option<&'a Active>,
     layer: usize,
     outputs: usize,
 ) -> Result<Linear<'a>> {
     let stored = &weights.layers[layer];
+    let added = active.and_then(|active| active.of_layer(layer));
     let adapter = match (&stored.adapter, shape.ranks[layer]) {
+        _ if added.is_some() => added,
         (Some(adapter), rank) if rank > 0 => Some(Adapter {
             a: adapter.a.get()?,
             bt: adapter.bt.get()?,
@@ -102,7 +110,7 @@ impl Pass<'_> {
 
     /// Number of new tokens of all sequences together.
     fn rows(&self) -> usize {
-        self.n_seqs * self.n
+        self.lens.iter().sum()
     }
 
     /// Runs the blocks. `tokens` holds the tokens of the first sequence, then those of the next,
@@ -113,20 +121,26 @@ impl Pass<'_> {
         let (d_model, scale) = (config.hidden_size(), config.arch().embedding_scale());
         work.reserve(config, &self.weights.ropes, rows)?;
         let embedding = self.weights.embedding.get()?;
-        for (row, token) in tokens.iter().enumerate() {
+        let places = self.lens.iter().enumerate();
+        let places = places.flat_map(|(seq, len)| (0..*len).map(move |at| (seq, at)));
+        for ((row, token), (seq, at)) in tokens.iter().enumerate().zip(places) {
             let x = &mut work.x[row * d_model..(row + 1) * d_model];
             embedding.dequantize_rows(*token as usize, x)?;
             if scale != 1.0 {
                 x.iter_mut().for_each(|x| *x *= scale);
             }
-            let cache = (self.caches)(row / self.n);
-            let (position, len) = (cache.n_tokens() + row % self.n, cache.len());
+            let cache = (self.caches)(seq);
+            let (position, len) = (cache.n_tokens() + at, cache.len());
             for (rope, (cos, sin)) in self.weights.ropes.iter().zip(&mut work.rotations) {
                 let range = row * rope.half()..(row + 1) * rope.half();
                 rope.rotation_at(position, len, &mut cos[range.clone()], &mut sin[range]);
             }
         }
         for (block, dims) in self.shape.blocks.iter().enumerate() {
+            if self.progress.is_interrupted() {
+                let task = "a forward pass".to_string();
+                return Err(Error::Interrupted { task });
+            }
             let [attention, mlp] = self.weights.first[block];
             if let Some(first) = attention.filter(|_| dims.has_attention()) {
                 self.attention(block, first, work)?;
@@ -143,7 +157,8 @@ impl Pass<'_> {
         let (d_model, head_dim) = (config.hidden_size(), config.head_dim());
         let (queries, keys) = (dims.n_heads * head_dim, dims.n_kv_heads * head_dim);
         self.norm(block, NormKind::Attention, work);
-        let layer = |at, outputs| linear(self.weights, self.shape, first + at, outputs);
+        let layer =
+            |at, outputs| linear(self.weights, self.shape, self.active, first + at, outputs);
         let layers = [layer(0, queries)?, layer(1, keys)?, layer(2, keys)?];
         let mut y = [
             packed_mut(&mut work.a, rows, queries),
@@ -174,22 +189,35 @@ impl Pass<'_> {
             Some(rotation) => rotation,
             None => (&[][..], &[][..], 0),
         };
-        attend(
-            self.pool,
-            &Call {
-                heads,
-                block,
-                n_seqs: self.n_seqs,
-                n: self.n,
-                caches: self.caches,
-                q: Disjoint::new(&mut work.a),
-                k: Disjoint::new(&mut work.b),
-                v: &work.c,
-                rotation,
-                out: Disjoint::new(&mut work.context),
-                level: Level::detect(),
-            },
+        let (q, k, out) = (
+            Disjoint::new(&mut work.a),
+            Disjoint::new(&mut work.b),
+            Disjoint::new(&mut work.context),
         );
+        // Sequences with the same number of new tokens are attended to together.
+        let (mut seq, mut row) = (0, 0);
+        for same in self.lens.chunk_by(|a, b| a == b) {
+            let (n_seqs, n) = (same.len(), same[0]);
+            let first = seq;
+            attend(
+                self.pool,
+                &Call {
+                    heads,
+                    block,
+                    n_seqs,
+                    n,
+                    row,
+                    caches: &|seq| (self.caches)(first + seq),
+                    q,
+                    k,
+                    v: &work.c,
+                    rotation,
+                    out,
+                    level: Level::detect(),
+                },
+            );
+            (seq, row) = (seq + n_seqs, row + n_seqs * n);
+        }
         let out = (block, NormKind::AttentionOut);
         self.add_product(first + 3, queries, out, work, |work| &mut work.context)
     }
@@ -201,7 +229,7 @@ impl Pass<'_> {
             self.rows(),
         );
         self.norm(block, NormKind::Mlp, work);
-        let layer = |at| linear(self.weights, self.shape, first + at, d_mlp);
+        let layer = |at| linear(self.weights, self.shape, self.active, first + at, d_mlp);
         let layers = [layer(0)?, layer(1)?];
         let mut y = [
             packed_mut(&mut work.a, rows, d_mlp),
@@ -235,7 +263,13 @@ impl Pass<'_> {
         input: impl Fn(&mut Workspace) -> &mut Vec<f32>,
     ) -> Result<()> {
         let (d_model, rows) = (self.weights.config.hidden_size(), self.rows());
-        let layers = [linear(self.weights, self.shape, layer, d_model)?];
+        let layers = [linear(
+            self.weights,
+            self.shape,
+            self.active,
+            layer,
+            d_model,
+        )?];
         // Take the input out during the call, so that the other buffers can be borrowed at the same
         // time.
         let x = std::mem::take(input(work));
@@ -303,13 +337,13 @@ impl Pass<'_> {
         });
     }
 
-    /// Computes the logits of the rows `wanted` from the residual stream.
+    /// Computes the logits of the rows `wanted`, in ascending order, from the residual stream.
     ///
     /// # Shapes
     /// - `logits`: `[wanted, vocab_size]`
     pub fn logits(
         &self,
-        wanted: std::ops::Range<usize>,
+        wanted: impl ExactSizeIterator<Item = usize>,
         work: &mut Workspace,
         logits: &mut [f32],
     ) -> Result<()> {
@@ -327,16 +361,22 @@ impl Pass<'_> {
                 found: vec![logits.len()],
             });
         }
-        let range = wanted.start * d_model..wanted.end * d_model;
-        let normed = rows::as_uninit(&mut work.normed[..n * d_model]);
-        rows::rms_norm(
-            Level::detect(),
-            &work.x[range],
-            &self.weights.final_gain,
-            eps,
-            normed,
-        );
-        let layers = [linear(self.weights, self.shape, head, vocab_size)?];
+        for (row, normed) in wanted.zip(work.normed.chunks_exact_mut(d_model)) {
+            rows::rms_norm(
+                Level::detect(),
+                &work.x[row * d_model..(row + 1) * d_model],
+                &self.weights.final_gain,
+                eps,
+                rows::as_uninit(normed),
+            );
+        }
+        let layers = [linear(
+            self.weights,
+            self.shape,
+            self.active,
+            head,
+            vocab_size,
+        )?];
         let x = packed(&work.normed, n, d_model);
         self.multiply(
             &layers,

@@ -4,11 +4,15 @@
 //! [`Model`] holds compressed weights ([`StoredMatrix`](crate::format::StoredMatrix)) and
 //! multiplies directly with their stored form ([`kernels`](crate::kernels)). It can also hold a
 //! whole supernet with named subnets. A model is opened from a bundle or a Hugging Face folder, by
-//! default through a memory map. A [`Session`] is one sequence on a model. The executor is driven
-//! by the same [`Architecture`](crate::arch::Architecture) as the Burn decoder and computes the
-//! same function.
+//! default through a memory map. A [`Session`] is one sequence on a model; [`decode_steps`] appends
+//! any number of tokens to each of several. For a loop of one's own, a [`Sampler`] draws tokens from
+//! logits, a [`TextStream`] makes text of them, and an [`Adapter`] is a LoRA that sessions choose at
+//! run time. The executor is driven by the same [`Architecture`](crate::arch::Architecture) as the
+//! Burn decoder and computes the same function.
 
+mod adapter;
 mod attention;
+mod batch;
 mod build;
 mod bundle;
 mod cache;
@@ -23,19 +27,24 @@ mod sample;
 mod session;
 mod shape;
 mod source;
+mod state;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod weights;
 mod workspace;
 
 pub use crate::kernels::Activations;
+pub use adapter::Adapter;
+pub use batch::{Step, decode_batch, decode_steps};
 pub use cache::CacheFormat;
 pub use generate::{GenerateConfig, generate_many};
 pub use linear::{LinearLayer, Number};
 pub use model::{LayerInfo, Model, ModelOptions, NamedSubnet, Verify};
 pub use plan::FormatPlan;
-pub use sample::{SampleConfig, Sampler};
-pub use session::{Session, SessionConfig, decode_batch};
+pub use sample::{SampleConfig, Sampler, TokenMask};
+pub use session::{Session, SessionConfig};
+pub use stream::TextStream;
 
 /// The parts of a model, for the modules that build one.
 #[cfg(feature = "burn")]

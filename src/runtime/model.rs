@@ -1,9 +1,9 @@
 //! The model that sessions and layers run on.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::arch::{Architecture, LinearSpec, NormKind, NormSpec, Rope, SubBlock};
-use crate::data::TextTokenizer;
+use crate::data::{ChatTemplate, TextTokenizer};
 use crate::error::{Error, Result};
 use crate::format::{StoredMatrix, WeightFormat};
 use crate::io::HfConfig;
@@ -117,11 +117,13 @@ pub struct NamedSubnet {
 /// Name of a model's first subnet, which is the whole model.
 pub(super) const WHOLE: &str = "whole";
 
-/// The tokenizer and the JSON text that it was parsed from.
+/// The tokenizer, the JSON text that it was parsed from, and the chat template beside it.
 #[derive(Clone, Debug)]
 pub(crate) struct Tokenizer {
     pub json: Arc<str>,
     pub inner: TextTokenizer,
+    /// The template, or why it cannot be used.
+    pub chat: Result<Option<ChatTemplate>, String>,
 }
 
 /// The immutable contents of a model.
@@ -149,6 +151,8 @@ pub(crate) struct Weights {
     pub infos: Vec<LayerInfo>,
     pub tokenizer: Option<Tokenizer>,
     pub stop_ids: Vec<u32>,
+    /// What tells the model from others, once it was asked for.
+    pub fingerprint: OnceLock<u64>,
 }
 
 /// Parts from which a model is built; see [`Weights`].
@@ -314,6 +318,7 @@ impl Weights {
             infos,
             tokenizer: parts.tokenizer,
             stop_ids: parts.stop_ids,
+            fingerprint: OnceLock::new(),
         };
         weights.set_space(parts.space, parts.subnets)?;
         Ok(weights)
@@ -508,11 +513,16 @@ impl Model {
     pub fn notices(&self) -> Vec<String> {
         let tokenizer = self.weights.tokenizer.as_ref();
         let of_tokenizer = tokenizer.map_or(&[][..], |tokenizer| tokenizer.inner.notices());
-        [self.config().notices(), of_tokenizer].concat()
+        let mut all = [self.config().notices(), of_tokenizer].concat();
+        if let Some(Err(reason)) = tokenizer.map(|tokenizer| &tokenizer.chat) {
+            all.push(format!("the chat template cannot be used: {reason}"));
+        }
+        all
     }
 
-    /// Number of tokens that may be drawn; rows from there on stand for no token.
-    pub(super) fn n_ids(&self) -> usize {
+    /// Number of tokens that may be drawn: the logits from there on stand for no token, because
+    /// vocabularies are often padded.
+    pub fn n_ids(&self) -> usize {
         let n = self.config().vocab_size();
         let tokenizer = self.weights.tokenizer.as_ref();
         tokenizer.map_or(n, |tokenizer| tokenizer.inner.n_ids().clamp(1, n.max(1)))
@@ -576,6 +586,12 @@ impl Model {
             .tokenizer
             .as_ref()
             .map(|tokenizer| &tokenizer.inner)
+    }
+
+    /// The chat template, if the model has one that can be used; see [`notices`](Self::notices).
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        let tokenizer = self.weights.tokenizer.as_ref()?;
+        tokenizer.chat.as_ref().ok()?.as_ref()
     }
 
     /// Tokens that end a generation.
@@ -704,7 +720,11 @@ impl Model {
         let n = self.weights.layers.len();
         let found = self.weights.layers.get(layer);
         found.ok_or_else(|| {
-            Error::argument("layer", layer, format!("under the number of layers, {n}"))
+            Error::argument(
+                "layer",
+                layer,
+                format!("less than {n}, the number of layers"),
+            )
         })
     }
 
@@ -715,7 +735,7 @@ impl Model {
             Error::argument(
                 "subnet",
                 subnet,
-                format!("under the number of subnets, {n}"),
+                format!("less than {n}, the number of subnets"),
             )
         })
     }

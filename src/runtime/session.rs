@@ -1,11 +1,14 @@
-//! A [`Session`], which is one sequence on a [`Model`], and batched decoding of several sessions.
+//! A [`Session`], which is one sequence on a [`Model`].
 
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::kernels::Activations;
+use crate::progress::{Progress, Silent};
 use crate::space::SubnetConfig;
 
+use super::adapter::{Active, Adapter};
+use super::batch::Watch;
 use super::cache::{Cache, CacheFormat};
 use super::forward::Pass;
 use super::generate::GenerateConfig;
@@ -96,6 +99,11 @@ fn log_likelihood(logits: &[f32], token: usize) -> f32 {
 pub struct Session {
     model: Model,
     shape: Arc<Shape>,
+    /// Adapters that were loaded at run time, with their scales.
+    adapters: Vec<(Adapter, f32)>,
+    /// Their updates, if there are any.
+    active: Option<Arc<Active>>,
+    watch: Option<Watch>,
     /// The tokens of the sequence. The cache may hold fewer of them, but never others.
     tokens: Vec<u32>,
     pub(super) cache: Cache,
@@ -105,7 +113,7 @@ pub struct Session {
     n_ctx: usize,
     prefill_rows: usize,
     activations: Activations,
-    cache_format: CacheFormat,
+    pub(super) cache_format: CacheFormat,
 }
 
 impl Session {
@@ -134,6 +142,9 @@ impl Session {
         Ok(Self {
             model: model.clone(),
             shape,
+            adapters: Vec::new(),
+            active: None,
+            watch: None,
             tokens: Vec::new(),
             cache,
             work: Workspace::default(),
@@ -173,6 +184,143 @@ impl Session {
     /// Active rank of each linear layer, in the model's order; 0 if no adapter is active.
     pub fn ranks(&self) -> &[usize] {
         &self.shape.ranks
+    }
+
+    /// The adapters that the session uses beside those of the model, with their scales.
+    pub fn adapters(&self) -> &[(Adapter, f32)] {
+        &self.adapters
+    }
+
+    /// Uses these adapters, each with a factor of its update, in place of those that were set
+    /// before; none for the model alone. Adapters that belong to the model stay as the subnet has
+    /// them. With one adapter on a layer no number is copied; several are put together for the
+    /// session.
+    ///
+    /// # Errors
+    /// Returns [`Error::UnknownLayer`] or [`Error::TensorShape`] if an adapter is for another model,
+    /// [`Error::InvalidArgument`] if a scale is not finite, and [`Error::InvalidState`] if the
+    /// adapters would change while the session holds tokens, whose keys and values belong to the
+    /// adapters of before.
+    pub fn set_adapters(&mut self, adapters: &[(Adapter, f32)]) -> Result<()> {
+        let pairs = || adapters.iter().zip(&self.adapters);
+        let same = |((one, scale), (other, before)): (&(Adapter, f32), &(Adapter, f32))| {
+            one.same(other) && scale.to_bits() == before.to_bits()
+        };
+        if adapters.len() == self.adapters.len() && pairs().all(same) {
+            return Ok(());
+        }
+        let active = self.active_for(&self.shape, adapters)?;
+        self.check_empty("choosing adapters")?;
+        self.active = active;
+        self.adapters = adapters.to_vec();
+        Ok(())
+    }
+
+    fn active_for(
+        &self,
+        shape: &Shape,
+        adapters: &[(Adapter, f32)],
+    ) -> Result<Option<Arc<Active>>> {
+        if adapters.is_empty() {
+            return Ok(None);
+        }
+        let active = Active::new(&self.model.weights, shape, adapters)?;
+        Ok(Some(Arc::new(active)))
+    }
+
+    /// Refuses a change of what computed the tokens that the session holds.
+    fn check_empty(&self, what: &'static str) -> Result<()> {
+        let n = self.position();
+        if n == 0 {
+            return Ok(());
+        }
+        let of = match what {
+            "choosing adapters" => "adapters that are active",
+            _ => "subnet that is active",
+        };
+        let reason = format!("the session holds {n} tokens of the {of}; reset it first");
+        Err(Error::InvalidState { what, reason })
+    }
+
+    /// Sets what is asked, between the blocks of the model, whether to go on; `None` for nothing.
+    /// A call that is interrupted returns [`Error::Interrupted`], and the session holds the same
+    /// tokens as before.
+    pub fn set_progress(&mut self, progress: Option<Arc<dyn Progress + Send + Sync>>) {
+        self.watch = progress.map(Watch);
+    }
+
+    pub(super) fn progress(&self) -> &dyn Progress {
+        match &self.watch {
+            Some(watch) => &*watch.0,
+            None => &Silent,
+        }
+    }
+
+    pub(super) fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    pub(super) fn activations(&self) -> Activations {
+        self.activations
+    }
+
+    pub(super) fn prefill_rows(&self) -> usize {
+        self.prefill_rows
+    }
+
+    pub(super) fn workspace(&mut self) -> &mut Workspace {
+        &mut self.work
+    }
+
+    /// Returns whether both sessions can go through the model in one pass.
+    pub(super) fn goes_with(&self, other: &Self) -> bool {
+        let pairs = self.adapters.iter().zip(&other.adapters);
+        let same = |((one, scale), (other, other_scale)): (&(Adapter, f32), &(Adapter, f32))| {
+            one.same(other) && scale.to_bits() == other_scale.to_bits()
+        };
+        Arc::ptr_eq(&self.model.weights, &other.model.weights)
+            && self.shape == other.shape
+            && self.activations == other.activations
+            && self.adapters.len() == other.adapters.len()
+            && pairs.into_iter().all(same)
+    }
+
+    /// Notes tokens that are being computed. There is room for them.
+    pub(super) fn note(&mut self, tokens: &[u32]) {
+        self.tokens.extend_from_slice(tokens);
+    }
+
+    /// Takes tokens whose keys and values are in the cache.
+    pub(super) fn set_tokens(&mut self, tokens: Vec<u32>) {
+        self.tokens = tokens;
+    }
+
+    /// Returns a session like this one with another cache, which holds the same tokens.
+    pub(super) fn with_cache(&self, cache: Cache) -> Self {
+        Self {
+            model: self.model.clone(),
+            shape: self.shape.clone(),
+            adapters: self.adapters.clone(),
+            active: self.active.clone(),
+            watch: None,
+            tokens: self.tokens.clone(),
+            cache,
+            work: Workspace::default(),
+            logits: Vec::new(),
+            n_ctx: self.n_ctx,
+            prefill_rows: self.prefill_rows,
+            activations: self.activations,
+            cache_format: self.cache_format,
+        }
+    }
+
+    /// The updates of the session's adapters.
+    pub(super) fn active(&self) -> Option<&Active> {
+        self.active.as_deref()
+    }
+
+    pub(super) fn shared_shape(&self) -> &Arc<Shape> {
+        &self.shape
     }
 
     /// Drops all tokens. Their memory is kept for the next ones.
@@ -244,16 +392,8 @@ impl Session {
         if shape == self.shape {
             return Ok(());
         }
-        if self.position() > 0 {
-            let n = self.position();
-            let reason = format!(
-                "the session holds {n} tokens of the subnet that is active; reset it first"
-            );
-            return Err(Error::InvalidState {
-                what: "choosing a subnet",
-                reason,
-            });
-        }
+        self.check_empty("choosing a subnet")?;
+        self.active = self.active_for(&shape, &self.adapters)?;
         let heads = |shape: &Shape| {
             shape
                 .blocks
@@ -274,7 +414,7 @@ impl Session {
         Ok(())
     }
 
-    fn check(&self, tokens: &[u32]) -> Result<()> {
+    pub(super) fn check(&self, tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
             return Err(Error::argument("tokens", "none", "at least one"));
         }
@@ -395,7 +535,7 @@ impl Session {
     /// Computes the keys and values of those tokens of the session that the cache does not hold, or
     /// holds for a sequence of another length than with `n` more tokens, and makes room to note
     /// `n` more tokens.
-    fn catch_up(&mut self, n: usize) -> Result<()> {
+    pub(super) fn catch_up(&mut self, n: usize) -> Result<()> {
         let room = self.tokens.capacity() - self.tokens.len();
         if room < n {
             let fail = |_| Error::OutOfMemory {
@@ -429,11 +569,15 @@ impl Session {
             let pass = Pass {
                 weights: &self.model.weights,
                 shape: &self.shape,
+                active: self.active.as_deref(),
                 pool: &self.model.pool,
                 activations: self.activations,
                 caches: &|_| cache,
-                n_seqs: 1,
-                n,
+                lens: &[n],
+                progress: match &self.watch {
+                    Some(watch) => &*watch.0,
+                    None => &Silent,
+                },
             };
             pass.blocks(piece, &mut self.work)?;
             let wanted = first.saturating_sub(start).min(n)..n;
@@ -471,6 +615,7 @@ impl Session {
         let mut logits = std::mem::take(&mut self.logits);
         let mut step = || -> Result<()> {
             self.decode(prompt, Some(&mut logits))?;
+            sampler.observe(self.tokens());
             while output.len() < config.max_new_tokens {
                 let drawn = config.drawable(&logits);
                 let next = sampler.next(&drawn[..n_ids.min(drawn.len())]);
@@ -478,6 +623,7 @@ impl Session {
                     break;
                 }
                 output.push(next);
+                sampler.accept(next);
                 let full = self.position() == self.n_ctx;
                 if !on_token(next) || full || output.len() == config.max_new_tokens {
                     break;
@@ -490,85 +636,4 @@ impl Session {
         self.logits = logits;
         result.map(|()| output)
     }
-}
-
-/// Appends one token to each of several sessions on one model with the same subnet. The weights are
-/// read once for all sessions.
-///
-/// # Shapes
-/// - `tokens`: `[sessions]`
-/// - `logits`: `[sessions, vocab_size]`; row `i` is written after the token of session `i`
-///
-/// # Errors
-/// Returns [`Error::ShapeMismatch`] if the number of tokens or logits is wrong,
-/// [`Error::InvalidState`] if the sessions differ in model, subnet or activation precision, and
-/// otherwise the errors of [`Session::decode`]. All sessions then hold the same tokens as before.
-pub fn decode_batch(
-    sessions: &mut [&mut Session],
-    tokens: &[u32],
-    logits: &mut [f32],
-) -> Result<()> {
-    let n = sessions.len();
-    let Some((first, others)) = sessions.split_first() else {
-        return Ok(());
-    };
-    let vocab_size = first.model.config().vocab_size();
-    if tokens.len() != n || logits.len() != n * vocab_size {
-        return Err(Error::ShapeMismatch {
-            what: "tokens and logits of a batch".into(),
-            expected: vec![n, n * vocab_size],
-            found: vec![tokens.len(), logits.len()],
-        });
-    }
-    let same = |other: &Session| {
-        Arc::ptr_eq(&first.model.weights, &other.model.weights)
-            && first.shape == other.shape
-            && first.activations == other.activations
-    };
-    if let Some(index) = others.iter().position(|other| !same(other)) {
-        let reason = format!(
-            "session {} is on another model or subnet than session 0",
-            index + 1
-        );
-        return Err(Error::InvalidState {
-            what: "decoding a batch",
-            reason,
-        });
-    }
-    for (session, token) in sessions.iter().zip(tokens) {
-        session.check(std::slice::from_ref(token))?;
-    }
-    for session in sessions.iter_mut() {
-        session.catch_up(1)?;
-        session.cache.reserve(session.position() + 1)?;
-    }
-    let mut work = std::mem::take(&mut sessions[0].work);
-    let result = run_batch(sessions, tokens, &mut work, logits);
-    sessions[0].work = work;
-    result?;
-    for (session, token) in sessions.iter_mut().zip(tokens) {
-        session.cache.advance(1);
-        session.tokens.push(*token);
-    }
-    Ok(())
-}
-
-fn run_batch(
-    sessions: &[&mut Session],
-    tokens: &[u32],
-    work: &mut Workspace,
-    logits: &mut [f32],
-) -> Result<()> {
-    let first = &sessions[0];
-    let pass = Pass {
-        weights: &first.model.weights,
-        shape: &first.shape,
-        pool: &first.model.pool,
-        activations: first.activations,
-        caches: &|index| &sessions[index].cache,
-        n_seqs: sessions.len(),
-        n: 1,
-    };
-    pass.blocks(tokens, work)?;
-    pass.logits(0..sessions.len(), work, logits)
 }

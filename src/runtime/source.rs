@@ -123,7 +123,7 @@ impl ModelSource for Named<'_> {
             json: tokenizer.json.to_string(),
             path: inner.path().into(),
             config,
-            template: None,
+            template: self.model.chat_template().map(|chat| chat.source().into()),
         }))
     }
 }

@@ -1,6 +1,8 @@
 //! Sessions on small models without Burn: sliding windows, rotary embeddings that depend on the
 //! length, and sessions that go back.
 
+mod chat;
+mod engine;
 mod odd_folders;
 
 use rand::{RngExt, SeedableRng};

@@ -580,18 +580,16 @@ impl SearchSpace {
     /// # Errors
     /// Returns the errors of [`validate`](Self::validate).
     pub fn encode(&self, config: &SubnetConfig) -> Result<Vec<usize>> {
-        let genome = self
-            .groups
+        if let Some((extra, _)) = config.iter().find(|(id, _)| !self.by_id.contains_key(*id)) {
+            return Err(Error::UnknownGroup {
+                context: "search space: there is no".into(),
+                group: extra.to_string(),
+            });
+        }
+        self.groups
             .iter()
             .map(|group| group.index_of(self.value_of(config, group)?))
-            .collect::<Result<Vec<usize>>>()?;
-        match config.iter().find(|(id, _)| !self.by_id.contains_key(*id)) {
-            Some((extra, _)) => Err(Error::UnknownGroup {
-                context: "search space".into(),
-                group: extra.to_string(),
-            }),
-            None => Ok(genome),
-        }
+            .collect()
     }
 
     /// Checks that `config` gives every group one of its choices, and has no other groups.
@@ -797,7 +795,7 @@ impl SearchSpace {
 
     fn value_of(&self, config: &SubnetConfig, group: &Group) -> Result<usize> {
         config.get(&group.id).ok_or_else(|| Error::UnknownGroup {
-            context: "subnet configuration".into(),
+            context: "subnet: there is no value for".into(),
             group: group.id.clone(),
         })
     }

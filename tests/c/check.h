@@ -67,6 +67,10 @@ static inline float number(size_t i) {
     return (float)((i * 2654435761u) % 2001) / 1000.0f - 1.0f;
 }
 
+/* Parts of hostile in files of their own. */
+void hostile_loop(const elora_model *model, const char *path, const char *tokenized, const char *folder);
+
+int run_adapt(int argc, char **argv);
 int run_dump(int argc, char **argv);
 int run_hostile(int argc, char **argv);
 int run_order(int argc, char **argv);

@@ -568,6 +568,7 @@ int run_hostile(int argc, char **argv) {
     parts();
     linears();
     sessions();
+    hostile_loop(model, argv[0], argv[1], argv[2]);
     elora_linear_free(linear);
     elora_session_free(session);
     elora_model_free(model);

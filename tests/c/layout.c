@@ -17,12 +17,14 @@ _Static_assert(ELORA_STATUS_CANCELLED == 9 && ELORA_STATUS_CONTEXT_FULL == 10, "
 _Static_assert(ELORA_STATUS_OUT_OF_MEMORY == 11, "statuses keep their numbers");
 
 #if UINTPTR_MAX == 0xffffffffffffffff
-SIZE(elora_model_options, 24);
+SIZE(elora_model_options, 40);
 AT(elora_model_options, struct_size, 0);
 AT(elora_model_options, n_threads, 8);
 AT(elora_model_options, use_mmap, 12);
 AT(elora_model_options, verify, 16);
 AT(elora_model_options, reserved, 20);
+AT(elora_model_options, progress, 24);
+AT(elora_model_options, progress_userdata, 32);
 
 SIZE(elora_layer_info, 80);
 AT(elora_layer_info, struct_size, 0);
@@ -71,4 +73,50 @@ AT(elora_generate_options, min_p, 48);
 AT(elora_generate_options, seed, 56);
 AT(elora_generate_options, top_k, 64);
 AT(elora_generate_options, ignore_stop_tokens, 68);
+
+SIZE(elora_sampler_options, 104);
+AT(elora_sampler_options, struct_size, 0);
+AT(elora_sampler_options, temperature, 8);
+AT(elora_sampler_options, top_p, 16);
+AT(elora_sampler_options, min_p, 24);
+AT(elora_sampler_options, repetition_penalty, 32);
+AT(elora_sampler_options, frequency_penalty, 40);
+AT(elora_sampler_options, presence_penalty, 48);
+AT(elora_sampler_options, seed, 56);
+AT(elora_sampler_options, stream, 64);
+AT(elora_sampler_options, bias_tokens, 72);
+AT(elora_sampler_options, bias_values, 80);
+AT(elora_sampler_options, n_bias, 88);
+AT(elora_sampler_options, top_k, 96);
+AT(elora_sampler_options, reserved, 100);
+
+SIZE(elora_text_options, 32);
+AT(elora_text_options, struct_size, 0);
+AT(elora_text_options, stop_strings, 8);
+AT(elora_text_options, n_stop_strings, 16);
+AT(elora_text_options, show_special, 24);
+AT(elora_text_options, reserved, 28);
+
+SIZE(elora_step, 56);
+AT(elora_step, struct_size, 0);
+AT(elora_step, session, 8);
+AT(elora_step, tokens, 16);
+AT(elora_step, n_tokens, 24);
+AT(elora_step, logits, 32);
+AT(elora_step, logits_len, 40);
+AT(elora_step, n_logits, 48);
+
+SIZE(elora_convert_options, 56);
+AT(elora_convert_options, struct_size, 0);
+AT(elora_convert_options, group_size, 8);
+AT(elora_convert_options, format, 16);
+AT(elora_convert_options, bits, 20);
+AT(elora_convert_options, symmetric, 24);
+AT(elora_convert_options, n, 28);
+AT(elora_convert_options, m, 32);
+AT(elora_convert_options, embedding_format, 36);
+AT(elora_convert_options, embedding_bits, 40);
+AT(elora_convert_options, head_format, 44);
+AT(elora_convert_options, head_bits, 48);
+AT(elora_convert_options, adapter_format, 52);
 #endif

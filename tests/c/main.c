@@ -6,8 +6,8 @@ int main(int argc, char **argv) {
         const char *name;
         int (*run)(int argc, char **argv);
     } programs[] = {
-        {"dump", run_dump},         {"hostile", run_hostile}, {"order", run_order},
-        {"overhead", run_overhead}, {"panic", run_panic},     {"threads", run_threads},
+        {"adapt", run_adapt}, {"dump", run_dump},         {"hostile", run_hostile}, {"order", run_order},
+        {"panic", run_panic}, {"overhead", run_overhead}, {"threads", run_threads},
     };
     CHECK(argc > 1);
     CHECK(elora_abi_version() == ELORA_ABI_VERSION);

@@ -194,7 +194,15 @@ pub fn link(mut command: Command, link: Link, name: &str) -> PathBuf {
 /// Returns the sources of the C test program.
 pub fn c_sources() -> Vec<PathBuf> {
     [
-        "main", "dump", "hostile", "order", "overhead", "panic", "threads",
+        "main",
+        "adapt",
+        "dump",
+        "hostile",
+        "hostile_loop",
+        "order",
+        "overhead",
+        "panic",
+        "threads",
     ]
     .map(|name| root().join("tests/c").join(name).with_extension("c"))
     .to_vec()

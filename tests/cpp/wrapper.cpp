@@ -160,6 +160,47 @@ int main(int argc, char **argv) {
     taken.reset();
     taken.decode_all({&prompt[0], 2}, all);
 
+    // Any number of tokens for each session, copies and states.
+    elora::session long_one = model.session(), short_one = model.session();
+    short_one.set_subnet(1);
+    std::vector<float> first(model.vocab_size()), second(2 * model.vocab_size());
+    elora::decode_steps(std::vector<elora::step>{{&long_one, prompt, first}, {&short_one, {&prompt[0], 2}, second}},
+                        model.vocab_size());
+    CHECK(first == logits && short_one.position() == 2);
+    elora::session twin = long_one.copy();
+    CHECK((twin.tokens() == std::vector<elora::token>(prompt.begin(), prompt.end())));
+    const std::vector<unsigned char> state = twin.state();
+    twin.reset();
+    twin.set_state(state);
+    twin.decode({next, 1}, first);
+    long_one.decode({next, 1}, other);
+    CHECK(first == other);
+    CHECK(fails(elora::status::invalid_state, [&] { short_one.set_state(state); }));
+    const std::string file = std::string(argv[3]) + "/session";
+    long_one.save(file, true);
+    twin.load(file);
+    CHECK(twin.tokens() == long_one.tokens() && std::remove(file.c_str()) == 0);
+    twin.set_abort([](void *) { return true; });
+    CHECK(fails(elora::status::cancelled, [&] { twin.decode({next, 1}); }));
+    twin.set_adapters({});
+
+    elora::sampler_options bias;
+    bias.bias_tokens = {3};
+    bias.bias_values = {1e9f};
+    elora::sampler sampler = elora::sampler::create(bias);
+    CHECK(sampler.sample(first) == 3);
+    const std::uint32_t allowed[] = {1u << 5};
+    CHECK(sampler.sample(first, allowed) == 5);
+    CHECK(fails(elora::status::invalid_argument, [&] { sampler.sample(first, elora::span<const std::uint32_t>()); }));
+    sampler.observe(prompt);
+    sampler.accept(3);
+    sampler.reset();
+
+    elora::convert_options wide;
+    wide.format = elora::weight_format::f32;
+    const elora::model floats = model.convert(wide);
+    CHECK(floats.layer(0).format == elora::weight_format::f32 && floats.weight_bytes() > model.weight_bytes());
+
     const std::string path = std::string(argv[3]) + "/part.elora";
     const elora::model part = model.extract(1);
     part.save(path, true);
@@ -174,6 +215,22 @@ int main(int argc, char **argv) {
         CHECK(talks.has_tokenizer());
         const std::vector<elora::token> tokens = talks.tokenize("How many pens", elora::special::none);
         CHECK(talks.detokenize(tokens) == "How many pens");
+        elora::text text = elora::text::create(talks, {"pen"});
+        std::string shown;
+        std::vector<std::uint8_t> bytes;
+        for (const elora::token token : tokens) {
+            shown += text.push(token);
+            const std::vector<std::uint8_t> piece = talks.piece(token);
+            bytes.insert(bytes.end(), piece.begin(), piece.end());
+        }
+        CHECK(text.stopped() && shown + std::string(text.finish()) == "How many ");
+        CHECK(std::string(bytes.begin(), bytes.end()) == "How many pens");
+        CHECK(talks.special_token(elora::token_role::end) == 2 && talks.special_tokens().size() == 3);
+        CHECK(talks.token_count() <= talks.vocab_size() && talks.notice_count() == 0);
+        CHECK(!talks.has_chat_template());
+        CHECK(fails(elora::status::not_found, [&] {
+            talks.apply_chat_template(std::vector<elora::message>{{"user", "Hello"}});
+        }));
 #if ELASTIC_LORA_CPLUSPLUS >= 201703L
         CHECK(talks.tokenize(std::string_view("How many pens or not").substr(0, 13), elora::special::none) == tokens);
 #endif

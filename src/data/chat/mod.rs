@@ -12,9 +12,9 @@ use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 
-use super::{Message, load_text};
+use super::{Message, TextTokenizer, load_text};
 use crate::error::{Error, Result};
-use crate::io::source::tokenizer_texts;
+use crate::io::source::{tokenizer_texts, with_template};
 use crate::io::tokenizer::TokenizerFiles;
 use crate::io::{cache, gguf};
 use jinja::{MARKS, environment, now, with_marks};
@@ -110,15 +110,21 @@ impl ChatTemplate {
     /// valid.
     pub fn open(model: impl AsRef<Path>) -> Result<Option<Self>> {
         let path = &*cache::resolve(model.as_ref())?;
+        match TokenizerFiles::open(path)? {
+            Some(files) => Self::of_files(path, files),
+            None => Ok(None),
+        }
+    }
+
+    /// Reads the template of a model folder or a GGUF file whose tokenizer was read.
+    ///
+    /// # Errors
+    /// Returns the errors of [`open`](Self::open).
+    pub(crate) fn of_files(path: &Path, files: TokenizerFiles) -> Result<Option<Self>> {
         let (config, own, file) = if gguf::is_gguf(path) {
-            let Some(files) = TokenizerFiles::open(path)? else {
-                return Ok(None);
-            };
             (files.config, None, path.to_path_buf())
         } else {
-            let Some(texts) = tokenizer_texts(path)? else {
-                return Ok(None);
-            };
+            let texts = with_template(path, files)?;
             let file = match &texts.template {
                 Some(_) => "chat_template.jinja",
                 None => "tokenizer_config.json",
@@ -181,6 +187,24 @@ impl ChatTemplate {
     pub fn with_variable(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.variables.insert(name.into(), value.into());
         self
+    }
+
+    /// The variables that the template sees beside the conversation.
+    pub(crate) fn variables(&self) -> &Map<String, Value> {
+        &self.variables
+    }
+
+    /// Returns the token that ends a turn of the model: the first special token that the template
+    /// writes after what the model says. `None` if it writes none, or refuses a conversation of one
+    /// question and one answer.
+    pub fn end_of_turn(&self, tokenizer: &TextTokenizer) -> Option<u32> {
+        let mut messages = [Message::user("question"), Message::assistant("")];
+        let word = Conversation::new(&messages, &[]).unused("answer", &self.source);
+        messages[1].content.clone_from(&word);
+        let text = self.render(&messages, &[], false).ok()?;
+        let (_, after) = text.rsplit_once(&word)?;
+        let ids = tokenizer.encode(after, false).ok()?;
+        ids.into_iter().find(|id| tokenizer.is_special(*id))
     }
 
     /// Sets the time that `strftime_now` formats, in seconds since 1970 in UTC. It is the time at

@@ -29,12 +29,28 @@ impl Bundle {
     /// [`Error::MissingTensor`] if the file lacks a tensor of the index.
     pub fn open(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
         let path = path.as_ref();
-        let checkpoint = Checkpoint::open_with(path, mmap)?;
+        Self::from_checkpoint(path, Checkpoint::open_with(path, mmap)?)
+    }
+
+    /// Opens a bundle whose bytes are in memory. `path` names it in errors.
+    ///
+    /// # Errors
+    /// Returns the errors of [`open`](Self::open).
+    pub fn from_bytes(
+        path: impl AsRef<Path>,
+        bytes: std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        Self::from_checkpoint(path, Checkpoint::from_bytes(path, bytes)?)
+    }
+
+    fn from_checkpoint(path: &Path, checkpoint: Checkpoint) -> Result<Self> {
         let bad = |reason: String| Error::invalid_file(path, reason);
         let field = |name: &str| checkpoint.metadata().get(name).map(String::as_str);
         if field("format") != Some(FORMAT) {
             return Err(bad(format!(
-                "no bundle: its metadata does not say `format` = `{FORMAT}`"
+                "a safetensors file, but no bundle: its metadata does not say `format` = `{FORMAT}` \
+                 (give the folder of a model, not one of its files)"
             )));
         }
         let version = field("version").unwrap_or("none");

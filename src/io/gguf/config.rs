@@ -239,7 +239,7 @@ impl Row {
 
     /// Names of the tensors of a Hugging Face folder whose rows a tensor holds, one after the
     /// other; empty for an unknown tensor.
-    fn hf_names(&self, name: &str) -> Vec<String> {
+    pub fn hf_names(&self, name: &str) -> Vec<String> {
         if let Some((_, name)) = OUTSIDE.iter().find(|(ours, _)| *ours == name) {
             return vec![(*name).into()];
         }

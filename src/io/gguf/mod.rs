@@ -7,6 +7,7 @@
 //! the names and the row order of Hugging Face. A key or tensor that would change the model and is
 //! not implemented is refused by name. [`write`] goes the other way.
 
+mod adapter;
 mod blocks;
 mod config;
 mod container;

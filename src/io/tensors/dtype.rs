@@ -111,7 +111,7 @@ impl std::fmt::Display for DType {
 
 /// Converts `bytes` of any alignment from `dtype` to `f32`. Returns `None` if `dtype` is not a
 /// float of at least 16 bits.
-pub(super) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(in crate::io) fn decode(dtype: DType, bytes: &[u8]) -> Option<Vec<f32>> {
     fn each<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
         let mut out = vec![0.0f32; bytes.len() / N];
         let run = |(out, bytes): (&mut [f32], &[u8])| {

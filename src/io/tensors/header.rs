@@ -40,6 +40,9 @@ pub(super) fn parse(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     let length = u64::from_le_bytes(*length);
     let most = (file.len() as u64 / SHARE).clamp(FREE_BYTES, super::MAX_HEADER_BYTES);
     if length > most {
+        if let Some(kind) = kind_of(file) {
+            return Err(bad(format!("{kind}, not a safetensors file")));
+        }
         return Err(bad(format!(
             "a header of {length} bytes, more than the {most} that are read"
         )));
@@ -68,6 +71,25 @@ pub(super) fn parse(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
         )));
     }
     Ok((LENGTH_BYTES + length, header))
+}
+
+/// Says what a file is that is no safetensors file, if its first bytes tell.
+fn kind_of(file: &[u8]) -> Option<&'static str> {
+    let start = &file[..file.len().min(64)];
+    let is_text = |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | b' '..=b'~' | 0x80..);
+    if start.starts_with(crate::io::gguf::MAGIC) {
+        Some("a GGUF file")
+    } else if start.starts_with(b"PK\x03\x04") || start.starts_with(b"\x80\x02") {
+        Some("a ZIP archive or a pickle, such as PyTorch writes")
+    } else if start.starts_with(b"\x7fELF") {
+        Some("a program")
+    } else if start.iter().all(is_text)
+        && std::str::from_utf8(start).map_or_else(|e| e.error_len().is_none(), |_| true)
+    {
+        Some("a text file")
+    } else {
+        None
+    }
 }
 
 /// Tensors in the order of their data, and the metadata.

@@ -9,9 +9,9 @@ mod read;
 mod write;
 
 pub use dtype::DType;
-pub(in crate::io) use dtype::encode;
+pub(in crate::io) use dtype::{decode, encode};
 pub(crate) use read::plain_name;
-pub(in crate::io) use read::{Bytes, read_file};
+pub(in crate::io) use read::{Bytes, read_file, read_open};
 pub use read::{Checkpoint, TensorInfo};
 pub(crate) use write::write_in_order;
 pub(crate) use write::write_sharded;

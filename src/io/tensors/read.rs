@@ -335,6 +335,16 @@ impl Checkpoint {
         })
     }
 
+    /// Opens a safetensors file whose bytes are in memory. `path` names it in errors.
+    ///
+    /// # Errors
+    /// Returns the errors of [`open`](Self::open) for the contents of a file.
+    pub(in crate::io) fn from_bytes(path: &Path, bytes: Bytes) -> Result<Self> {
+        let mut checkpoint = Self::from_shards(path, Vec::new(), false)?;
+        checkpoint.add_bytes(path.into(), bytes)?;
+        Ok(checkpoint)
+    }
+
     fn from_shards(path: &Path, files: Vec<PathBuf>, mmap: bool) -> Result<Self> {
         let mut checkpoint = Self {
             path: path.to_path_buf(),
@@ -351,6 +361,10 @@ impl Checkpoint {
 
     fn add_shard(&mut self, path: PathBuf, mmap: bool) -> Result<()> {
         let bytes = read_file(&path, mmap)?;
+        self.add_bytes(path, bytes)
+    }
+
+    fn add_bytes(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
         let (start, header) = header::parse(&path, (*bytes).as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
@@ -646,6 +660,16 @@ fn other_name(folder: &Path) -> Result<Option<PathBuf>> {
 /// Maps a file, or reads it into memory.
 pub(in crate::io) fn read_file(path: &Path, mmap: bool) -> Result<Bytes> {
     let (file, len) = open_regular(path)?;
+    read_open(path, file, len, mmap)
+}
+
+/// Maps an open file of `len` bytes, or reads it into memory. `path` names it in errors.
+pub(in crate::io) fn read_open(
+    path: &Path,
+    file: std::fs::File,
+    len: u64,
+    mmap: bool,
+) -> Result<Bytes> {
     if !mmap {
         let bytes = read_whole(path, file, len)?;
         refuse_pointer(path, &bytes)?;
