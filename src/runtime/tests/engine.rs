@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::{close, mixed, model, tokens, windowed};
@@ -409,6 +411,35 @@ fn adapters_are_chosen_scaled_and_put_together_for_a_session() {
         &last(&mut session_of(&both), &prompt),
         &last(&mut session_of(&expected), &prompt),
     );
+}
+
+#[test]
+fn damaged_adapters_of_gguf_are_errors_or_numbers() {
+    let (model, folder) = (model(json!({})), tempfile::tempdir().unwrap());
+    let path = folder.path().join("lora.gguf");
+    let whole = lora(&model, 2, 0.4, &["q_proj", "up_proj"]);
+    whole
+        .write_gguf(&path, model.config(), GgufType::F16, false)
+        .unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let (mut opened, mut refused) = (0, 0);
+    for _ in 0..400 {
+        let mut bad = bytes.clone();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(0..bad.len());
+            bad[at] = rng.random();
+        }
+        if rng.random::<f64>() < 0.1 {
+            bad.truncate(rng.random_range(0..bad.len()));
+        }
+        std::fs::write(&path, &bad).unwrap();
+        match Adapter::open(&model, &path) {
+            Ok(_) => opened += 1,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(opened > 20 && refused > 20, "{opened} {refused}");
 }
 
 #[test]
