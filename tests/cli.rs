@@ -669,6 +669,7 @@ fn a_conversation_is_had_through_a_pipe() {
         .arg("--chat")
         .output();
     assert!(stderr(&refused.unwrap()).contains("error: chat = "));
+}
 
 /// Number of rounds of a test that takes long; `ELASTIC_LORA_ROUNDS` sets another.
 fn rounds(usual: usize) -> usize {

@@ -31,9 +31,10 @@ pub use peft::{LoraAdapter, LoraWeights};
 pub use quantized::{QuantFormat, QuantizationConfig};
 pub use tensors::{Checkpoint, DType, HostTensor, TensorInfo};
 
+use std::fs::File;
 use std::path::{Component, Path};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 pub(crate) use crate::input::{
     BYTE_ORDER_MARK, MAX_JSON_BYTES, open_regular, read_capped, read_json_object,
     read_large_json_object, refuse_pointer,

@@ -702,7 +702,7 @@ fn long_texts_in_pieces_have_the_tokens_of_the_whole() {
         for piece in [1 << 10, 5000, 1 << 16] {
             let mut found = Vec::new();
             let keep = |tokens: &[super::Found]| found.extend_from_slice(tokens);
-            super::pieces::tokenize(
+            super::long::tokenize(
                 &text,
                 piece,
                 |part| {
