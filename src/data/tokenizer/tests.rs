@@ -325,7 +325,7 @@ fn mutated_models_never_panic() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokenizer.model");
     let mut rng = ChaCha8Rng::seed_from_u64(5);
-    let rounds = std::env::var("ELASTIC_LORA_MUTATIONS").map_or(1000, |n| n.parse().unwrap());
+    let rounds = crate::io::testing::rounds(2000);
     let mut n_opened = 0;
     for round in 0..rounds {
         let mut bytes = all[round / 3 % all.len()].clone();
