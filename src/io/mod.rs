@@ -71,7 +71,7 @@ pub(crate) mod testing {
         bytes[rng.random_range(0..bytes.len())]
     }
 
-    pub use crate::input::rounds;
+    pub(crate) use crate::input::rounds;
 
     /// Returns the path of a file of reference models and outputs, or `None` if it does not exist.
     pub fn shared(relative: &str) -> Option<PathBuf> {

@@ -461,3 +461,13 @@ fn padding_of_a_vocabulary_is_never_drawn() {
     let text = tokenizer.decode(&[80, 2100, 147]).unwrap();
     assert_eq!(text, tokenizer.decode(&[80, 147]).unwrap());
 }
+
+#[test]
+fn more_threads_than_a_bound_are_refused() {
+    let options = ModelOptions::default().with_n_threads(4097);
+    let error = Model::open("nowhere", &options).unwrap_err().to_string();
+    assert!(
+        error.contains("n_threads") && error.contains("4096"),
+        "{error}"
+    );
+}
