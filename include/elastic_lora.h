@@ -721,7 +721,8 @@ size_t elora_session_capacity(struct elora_session *session);
 // may be NULL. If the call fails, the session holds the same tokens as before.
 //
 // ELORA_STATUS_CONTEXT_FULL if the session has no room for all tokens.
-// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is 0 or a token is not in the vocabulary.
+// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is 0, a token is not in the vocabulary, or `tokens`
+// and `logits` overlap.
 // ELORA_STATUS_INSUFFICIENT_SIZE if `logits` is too short.
 elora_status elora_session_decode(struct elora_session *session,
                                   const elora_token *tokens,
@@ -763,7 +764,8 @@ elora_status elora_generate_options_init(struct elora_generate_options *options,
 // If `on_token` is not NULL, it is called with `userdata` and each new token as soon as the token
 // is known. If `out` is not NULL, the new tokens are written to it; it has room for `cap` tokens.
 // If `n_out` is not NULL, the number of new tokens is written to `*n_out`. If `out` is NULL,
-// `options->max_new_tokens` must not be 0.
+// `options->max_new_tokens` must not be 0. `out` must not overlap the prompt and the stop tokens,
+// which is ELORA_STATUS_INVALID_ARGUMENT.
 //
 // ELORA_STATUS_CANCELLED if `on_token` returned false; the tokens generated until then are written
 // to `out` and `*n_out`. ELORA_STATUS_CONTEXT_FULL if the prompt does not fit into the session.

@@ -30,6 +30,11 @@ fn shared() -> Option<PathBuf> {
     None
 }
 
+/// Number of rounds of a loop that mutates files; `ELASTIC_LORA_MUTATIONS` sets another.
+fn rounds(usual: usize) -> usize {
+    std::env::var("ELASTIC_LORA_MUTATIONS").map_or(usual, |n| n.parse().unwrap())
+}
+
 fn corpus(n: usize) -> Vec<String> {
     let all = mixture(&Kind::ALL.map(|k| (k, 1.0)), Split::Train, n, 5).unwrap();
     all.into_iter()
@@ -392,7 +397,7 @@ fn only_the_turns_of_the_assistant_are_learned() {
 fn mutated_files_never_panic() {
     let seed = r#"[{"instruction": "Add é", "input": "1 2", "output": "3"}, {"question": "q", "answer": "\u00e9 #### 7"}]"#;
     let mut rng = ChaCha8Rng::seed_from_u64(9);
-    for _ in 0..2000 {
+    for _ in 0..rounds(2000) {
         let mut bytes = seed.as_bytes().to_vec();
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..bytes.len());
@@ -404,6 +409,23 @@ fn mutated_files_never_panic() {
         }
         if let Ok(text) = String::from_utf8(bytes) {
             let _ = parse(&text);
+            let _ = parse_records(&text, Path::new("x.txt"));
+        }
+    }
+    let table = "question,answer,\"more, é\"\n\"a \"\"b\"\"\nc\",7,\n,,x\r\nq,a,b\n";
+    for _ in 0..rounds(2000) {
+        let mut bytes = table.as_bytes().to_vec();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(0..bytes.len());
+            match rng.random_range(0..3) {
+                0 => bytes[at] = rng.random(),
+                1 => bytes.truncate(at.max(1)),
+                _ => bytes.insert(at, b",\t\"\n\r"[rng.random_range(0..5)]),
+            }
+        }
+        if let Ok(text) = String::from_utf8(bytes) {
+            let _ = parse_records(&text, Path::new("x.csv"));
+            let _ = parse_records(&text, Path::new("x.tsv"));
         }
     }
 }
@@ -777,7 +799,7 @@ fn mutated_tokenizers_never_panic() {
     );
     let mut rng = ChaCha8Rng::seed_from_u64(19);
     let mut loaded = 0;
-    for _ in 0..1500 {
+    for _ in 0..rounds(2000) {
         let mut bytes = json.clone().into_bytes();
         let at = if rng.random() {
             rng.random_range(0..vocab)

@@ -33,7 +33,7 @@ pub struct TextTokenizer {
 
 /// Largest number of bytes that a text may become before it is cut into tokens. The tokenizers crate
 /// takes up to some 200 bytes of memory for each.
-const MAX_MADE_BYTES: f64 = (1 << 20) as f64;
+const MAX_MADE_BYTES: f64 = (1 << 22) as f64;
 
 /// Longest text that is tokenized at once, in bytes, where the limit above allows it.
 const MAX_PIECE_BYTES: usize = 1 << 16;

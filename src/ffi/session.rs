@@ -305,8 +305,8 @@ pub unsafe extern "C" fn elora_session_capacity(session: *mut elora_session) -> 
     })
 }
 
-/// Refuses an input and an output of the caller's that overlap, before slices are made of them.
-/// Each is a name, a pointer and a number of elements; a pointer may be `NULL`.
+/// Refuses an input and an output of the caller's that overlap, before a slice is made of the
+/// output. Each is a name, a pointer and a number of elements; a pointer may be `NULL`.
 fn apart<A, B>(
     (input, from, n_from): (&str, *const A, usize),
     (output, to, n_to): (&str, *mut B, usize),
@@ -360,10 +360,13 @@ pub unsafe extern "C" fn elora_session_decode(
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
-        apart(("tokens", tokens, n_tokens), ("logits", logits, logits_len))?;
         let tokens = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
         session.with(|session| {
             let vocab = session.model().config().vocab_size();
+            apart(
+                ("tokens", tokens.as_ptr(), n_tokens),
+                ("logits", logits, vocab),
+            )?;
             let logits = logits_of(logits, logits_len, 1, vocab)?;
             Ok(session.decode(tokens, logits)?)
         })
@@ -383,10 +386,14 @@ pub unsafe extern "C" fn elora_session_decode_all(
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
         let session = memory::required(session, "session")?;
-        apart(("tokens", tokens, n_tokens), ("logits", logits, logits_len))?;
         let tokens = ids_of(memory::slice(tokens, n_tokens, "tokens")?, "tokens")?;
         session.with(|session| {
             let vocab = session.model().config().vocab_size();
+            let needed = n_tokens.saturating_mul(vocab);
+            apart(
+                ("tokens", tokens.as_ptr(), n_tokens),
+                ("logits", logits, needed),
+            )?;
             match logits_of(logits, logits_len, n_tokens, vocab)? {
                 Some(logits) => Ok(session.decode_all(tokens, logits)?),
                 None => Ok(session.decode(tokens, None)?),
@@ -414,14 +421,6 @@ pub unsafe extern "C" fn elora_session_decode_batch(
 ) -> elora_status {
     // SAFETY: the caller meets the requirements stated in the header.
     guard::status(|| unsafe {
-        apart(
-            ("sessions", sessions, n_sessions),
-            ("logits", logits, logits_len),
-        )?;
-        apart(
-            ("tokens", tokens, n_sessions),
-            ("logits", logits, logits_len),
-        )?;
         let handles = memory::slice(sessions, n_sessions, "sessions")?;
         let tokens = ids_of(memory::slice(tokens, n_sessions, "tokens")?, "tokens")?;
         let enter = |session: &*mut elora_session| {
@@ -446,7 +445,19 @@ pub unsafe extern "C" fn elora_session_decode_batch(
             .first()
             .map_or(0, |session| session.model().config().vocab_size());
         let mut own = Vec::new();
-        let outcome = logits_of(logits, logits_len, n_sessions, vocab).and_then(|logits| {
+        let needed = n_sessions.saturating_mul(vocab);
+        let apart = apart(
+            ("sessions", handles.as_ptr(), n_sessions),
+            ("logits", logits, needed),
+        )
+        .and_then(|()| {
+            apart(
+                ("tokens", tokens.as_ptr(), n_sessions),
+                ("logits", logits, needed),
+            )
+        });
+        let logits = apart.and_then(|()| logits_of(logits, logits_len, n_sessions, vocab));
+        let outcome = logits.and_then(|logits| {
             let logits = logits.unwrap_or_else(|| {
                 own.resize(n_sessions * vocab, 0.0);
                 &mut own

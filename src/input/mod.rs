@@ -115,3 +115,9 @@ pub(crate) fn read_large_json_object(
     let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
     json::object(bytes).map_err(|e| Error::json(path, e))
 }
+
+/// Returns the number of rounds of a loop that mutates files. `ELASTIC_LORA_MUTATIONS` sets another.
+#[cfg(test)]
+pub(crate) fn rounds(usual: usize) -> usize {
+    std::env::var("ELASTIC_LORA_MUTATIONS").map_or(usual, |n| n.parse().unwrap())
+}

@@ -352,7 +352,7 @@ mod tests {
         let cache = cache();
         let main = cache.path().join("models--org--name/refs/main");
         let mut rng = ChaCha8Rng::seed_from_u64(5);
-        let rounds = std::env::var("ELASTIC_LORA_MUTATIONS").map_or(1000, |n| n.parse().unwrap());
+        let rounds = crate::io::testing::rounds(2000);
         const PARTS: [&str; 16] = [
             "org", "name", "/", "@", "main", "..", ".", "c0ffee", "beef", "old/one", "\\", ":",
             "\0", "m.gguf", "é", " ",

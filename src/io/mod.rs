@@ -86,6 +86,8 @@ pub(crate) mod testing {
         bytes[rng.random_range(0..bytes.len())]
     }
 
+    pub(crate) use crate::input::rounds;
+
     /// Returns the path of a file of reference models and outputs, or `None` if it does not exist.
     pub fn shared(relative: &str) -> Option<PathBuf> {
         let root = std::env::var_os("ELASTIC_LORA_SHARED").map_or_else(

@@ -523,3 +523,13 @@ fn prompts_are_continued_the_same_on_any_number_of_sessions() {
     let stopped = generate_many(&mut open(2), &prompts, &greedy, &stop);
     assert!(matches!(stopped, Err(crate::Error::Interrupted { .. })));
 }
+
+#[test]
+fn more_threads_than_a_bound_are_refused() {
+    let options = ModelOptions::default().with_n_threads(4097);
+    let error = Model::open("nowhere", &options).unwrap_err().to_string();
+    assert!(
+        error.contains("n_threads") && error.contains("4096"),
+        "{error}"
+    );
+}

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Evaluation, SearchOutcome, Searcher, StopReason};
 use crate::error::{Error, Result};
+use crate::input::open_regular;
 use crate::progress::{Progress, Task};
 use crate::space::{SearchSpace, SubnetConfig};
 
@@ -275,6 +276,10 @@ impl Log {
         cache: &mut HashMap<SubnetConfig, Vec<f64>>,
     ) -> Result<Self> {
         let io = |source| Error::io(path, source);
+        if path.exists() {
+            // A pipe would be waited for.
+            open_regular(path)?;
+        }
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)

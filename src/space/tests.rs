@@ -769,7 +769,7 @@ fn mutated_files_do_not_panic() {
     ];
     let space = space();
     let mut rng = ChaCha8Rng::seed_from_u64(9);
-    for round in 0..300 {
+    for round in 0..crate::input::rounds(2000) {
         let mut bytes = seeds[round % seeds.len()].clone().into_bytes();
         for _ in 0..rng.random_range(1..5) {
             let at = rng.random_range(0..bytes.len());

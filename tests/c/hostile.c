@@ -487,6 +487,18 @@ static void sessions(void) {
     FAILS(NULL_POINTER, elora_session_decode_all(out, NULL, 2, logits, 2 * vocab));
     FAILS(INSUFFICIENT_SIZE, elora_session_decode_all(out, tokens, 2, logits, 2 * vocab - 1));
     FAILS(CONTEXT_FULL, elora_session_decode_all(out, tokens, 6, logits, 7 * vocab));
+    /* An output that overlaps an input. */
+    elora_token *inside = (elora_token *)(void *)(logits + 3);
+    inside[0] = inside[1] = 1;
+    elora_session *alone = out;
+    FAILS(INVALID_ARGUMENT, elora_session_decode(out, inside, 1, logits, vocab));
+    CHECK(says("overlap"));
+    FAILS(INVALID_ARGUMENT, elora_session_decode_all(out, inside, 2, logits, 2 * vocab));
+    CHECK(says("overlap"));
+    FAILS(INVALID_ARGUMENT, elora_session_decode_batch(&alone, 1, inside, logits, vocab));
+    CHECK(says("overlap"));
+    FAILS(INVALID_ARGUMENT, elora_session_generate(out, tokens, 2, NULL, NULL, NULL, tokens + 1, 4, NULL));
+    CHECK(says("overlap"));
     CHECK(logits[0] == -3.0f && elora_session_position(out) == 0);
     OK(elora_session_decode(out, tokens, 4, NULL, 0));
     FAILS(INVALID_STATE, elora_session_set_subnet(out, 1));

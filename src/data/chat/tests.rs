@@ -139,6 +139,24 @@ fn hostile_templates_are_refused() {
             "undefined",
         ),
         ("{{ strftime_now('%Q') }}", "%Q"),
+        // Texts that double, as a variable and as the output.
+        (
+            "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "too much work",
+        ),
+        (
+            "{% set n = namespace(x=['a', 'b']) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}\
+             {{ n.x | join }}",
+            "too much work",
+        ),
+        (
+            "{% set x = 'a' * 1000000 %}{% for i in range(1000) %}{{ x }}{% endfor %}",
+            "too much work",
+        ),
+        // There are no files.
+        ("{% include '/etc/passwd' %}", "passwd"),
+        ("{% import '/etc/passwd' as x %}", "passwd"),
+        ("{% extends '/etc/passwd' %}", "passwd"),
     ] {
         let error = template(source).render(&conversation(), &[], false);
         let message = error.unwrap_err().to_string();
@@ -207,4 +225,66 @@ fn templates_are_found_in_folders() {
     std::fs::write(&own, "own{{ eos_token }}\n").unwrap();
     let own = ChatTemplate::from_file(&own, path).unwrap();
     assert_eq!(own.render(&[], &[], false).unwrap(), "own<e>");
+}
+
+#[test]
+fn mutated_templates_never_panic() {
+    use rand::{RngExt, SeedableRng};
+    let good = "{% for m in messages %}{% if loop.index0 > 3 and not m.tools %}{{ raise_exception('x') }}{% endif %}\
+        {{- '<|im_start|>' + m['role'] | trim ~ '\\n' }}{% generation %}{{ m.content[:90] | replace('a', 'b') }}\
+        {% endgeneration %}{{ m | tojson(indent=2) }}{% set x = m.content.split(' ')[-1] %}{% endfor %}\
+        {% macro f(a, b=2) %}{{ a * b }}{% endmacro %}{{ f('z') }}{{ strftime_now('%d %b') }}";
+    let parts = [
+        "{%",
+        "%}",
+        "{{",
+        "}}",
+        "'",
+        "for",
+        "if",
+        "endif",
+        "endfor",
+        "|",
+        "(",
+        ")",
+        "[",
+        "]",
+        "*",
+        "9999",
+        "~",
+        "-",
+        "loop",
+        "messages",
+        "set ",
+        "=",
+        "{#",
+        "raw",
+        ".items()",
+        "é",
+        "range(9)",
+        "in",
+        "recursive",
+        "namespace()",
+    ];
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(23);
+    let (mut parsed, mut rendered) = (0, 0);
+    for _ in 0..crate::io::testing::rounds(2000) {
+        let mut text = good.to_string();
+        for _ in 0..rng.random_range(1..4) {
+            let at = text.floor_char_boundary(rng.random_range(0..=text.len()));
+            let end = text.floor_char_boundary(at + rng.random_range(0..8));
+            let part = parts[rng.random_range(0..parts.len())];
+            text.replace_range(at..end.max(at), part);
+        }
+        let Ok(template) = ChatTemplate::new(&text, "mutated.jinja") else {
+            continue;
+        };
+        parsed += 1;
+        if let Ok(text) = template.render(&conversation(), &[], true) {
+            rendered += 1;
+            assert!(text.len() < 4 << 20);
+        }
+        let _ = template.render_trained(&conversation(), &[], 0);
+    }
+    assert!(parsed > 0 && rendered > 0, "{parsed}, {rendered}");
 }

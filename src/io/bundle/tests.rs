@@ -295,7 +295,7 @@ fn no_mutation_passes_or_crashes() {
     let good = written(&folder);
     let length = u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
     let mut rng = ChaCha8Rng::seed_from_u64(11);
-    for _ in 0..600 {
+    for _ in 0..crate::io::testing::rounds(2000) {
         let mut bad = good.clone();
         for _ in 0..rng.random_range(1..4) {
             // The header is short but has most of the rules, so mutate it more often.

@@ -876,7 +876,7 @@ fn mutated_files_never_panic() {
     let all = [with_words(llama()), with_pieces(llama()), deci()].map(|writer| writer.bytes());
     let path = folder.path().join("m.gguf");
     let mut rng = ChaCha8Rng::seed_from_u64(5);
-    let rounds = std::env::var("ELASTIC_LORA_MUTATIONS").map_or(3000, |n| n.parse().unwrap());
+    let rounds = crate::io::testing::rounds(3000);
     let mut opened = 0;
     for round in 0..rounds {
         let mut bytes = all[round / 3 % 3].clone();

@@ -658,7 +658,7 @@ fn mutated_configs_never_panic() {
         json!({"rope_type": "linear"}),
     ];
     let mut accepted = 0;
-    let rounds = std::env::var("ELASTIC_LORA_MUTATIONS").map_or(4000, |n| n.parse().unwrap());
+    let rounds = crate::io::testing::rounds(4000);
     for _ in 0..rounds {
         let parsed: Option<Map<String, Value>> = if rng.random_bool(0.5) {
             let mut map = base.as_object().unwrap().clone();

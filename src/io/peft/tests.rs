@@ -306,7 +306,7 @@ fn mutated_configs_never_panic() {
     let good = std::fs::read(&path).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let mut read = 0;
-    for _ in 0..1500 {
+    for _ in 0..crate::io::testing::rounds(2000) {
         let mut bytes = good.clone();
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..bytes.len());

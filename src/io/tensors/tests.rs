@@ -406,7 +406,7 @@ fn mutated_files_never_panic() {
     let good = fs::read(&path).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(4);
     let mut opened = 0;
-    for round in 0..4000 {
+    for round in 0..crate::io::testing::rounds(4000) {
         let mut bytes = good.clone();
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..bytes.len());
@@ -473,7 +473,7 @@ fn mutated_indexes_never_panic() {
     let index = folder.path().join("model.safetensors.index.json");
     let good = fs::read(&index).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(6);
-    for _ in 0..1000 {
+    for _ in 0..crate::io::testing::rounds(2000) {
         let mut bytes = good.clone();
         for _ in 0..rng.random_range(1..3) {
             let at = rng.random_range(0..bytes.len());

@@ -14,8 +14,11 @@ use serde_json::Value;
 use super::charsmap;
 use crate::input::json::Limited;
 
-/// Largest number of bytes that a tokenizer may make of one.
+/// Largest number of bytes that a normalizer, a pre-tokenizer or a decoder may make of one.
 const MAX_GROWTH: f64 = 1024.0;
+/// Largest number of bytes that normalizer and pre-tokenizer together may make of one. For that of
+/// ALBERT, which decomposes letters twice, it is some 1500.
+const MAX_JOINT_GROWTH: f64 = 2048.0;
 /// Largest number of bytes that it may add to a text.
 const MAX_ADDED_BYTES: f64 = 4096.0;
 /// Largest number of values in the settings that are not the vocabulary. Tokenizers have some
@@ -61,12 +64,12 @@ impl Growth {
         self.factor * bytes as f64 + self.added
     }
 
-    fn check(self, what: &str) -> Result<(), String> {
+    fn check(self, what: &str, most: f64) -> Result<(), String> {
         let Self { factor, added } = self;
-        if factor > MAX_GROWTH {
+        if factor > most {
             return Err(format!(
-                "its {what} can make a text {factor:.0} times as long, more than the {MAX_GROWTH} \
-                 that are allowed"
+                "its {what} can make a text {factor:.0} times as long, more than the {most} that \
+                 are allowed"
             ));
         }
         if added > MAX_ADDED_BYTES {
@@ -94,14 +97,14 @@ pub(crate) fn check(json: &str) -> Result<Limits, String> {
     let file = Settings::parse(json).map_err(|error| format!("not JSON: {error}"))?;
     let part = |what: &str, step: &Value, own: fn(&str, &Value) -> Growth| {
         let growth = growth(step, own)?;
-        growth.check(what)?;
+        growth.check(what, MAX_GROWTH)?;
         Ok::<_, String>(growth)
     };
     let normalizer = part("normalizer", &file.normalizer, normalized)?;
     let pre_tokenizer = part("pre-tokenizer", &file.pre_tokenizer, pre_tokenized)?;
     let token = part("decoder", &file.decoder, decoded)?;
     let text = normalizer.then(pre_tokenizer);
-    text.check("normalizer with its pre-tokenizer")?;
+    text.check("normalizer with its pre-tokenizer", MAX_JOINT_GROWTH)?;
     let around = special_tokens(&file.post_processor)?;
     if around > MAX_SPECIAL_TOKENS {
         return Err(format!(
