@@ -159,9 +159,9 @@ fn marked_answer(text: &str) -> Option<String> {
     alone(number.or_else(|| marked.find(|line| !line.is_empty()))?)
 }
 
-/// Returns the final answer of a solution: what stands after `####` or `answer is` or in `\boxed{}`,
-/// or the text itself if it is one line of a few words: one word, or a number with its unit, or if `is_answer`,
-/// up to 8 words.
+/// Returns the final answer of a solution: what stands after `####` or `answer is` or in
+/// `\boxed{}`, or the text itself if it is one line of a few words: one word, or a number with its
+/// unit, or if `is_answer`, up to 8 words.
 pub(crate) fn final_answer(solution: &str, is_answer: bool) -> Option<String> {
     if solution.contains(HASHES) {
         return marked_answer(solution);
