@@ -87,7 +87,8 @@ pub fn extract_answer(text: &str) -> Option<String> {
 ///
 /// The final answer of `generated` is taken after `####`, or else after the first `answer is`,
 /// which ends the solutions in LLM-Adapters' files (`The answer is 4.`, `the correct answer is
-/// true`). A text with neither is an answer if it is one line that holds nothing else.
+/// true`), or else in the last `\boxed{}`. A text with none of them is an answer if it is one line
+/// that holds nothing else.
 ///
 /// The unit of a reference (`6 apples`), the sign of a currency, and `%` count where both answers
 /// have one. Upper and lower case, quotes around an answer, brackets around a word, and a point
@@ -110,6 +111,7 @@ pub fn exact_match(generated: &str, reference: &str) -> bool {
         .split(HASHES)
         .skip(1)
         .chain(stated)
+        .chain(boxed(generated))
         .map(|part| if several { part } else { first_line(part) })
         .filter(|line| !line.is_empty())
         .peekable();
@@ -157,9 +159,9 @@ fn marked_answer(text: &str) -> Option<String> {
     alone(number.or_else(|| marked.find(|line| !line.is_empty()))?)
 }
 
-/// Returns the final answer of a solution: what stands after `####` or `answer is`, or the text
-/// itself if it is one line of a few words: one word, or a number with its unit, or if `is_answer`,
-/// up to 8 words.
+/// Returns the final answer of a solution: what stands after `####` or `answer is` or in
+/// `\boxed{}`, or the text itself if it is one line of a few words: one word, or a number with its
+/// unit, or if `is_answer`, up to 8 words.
 pub(crate) fn final_answer(solution: &str, is_answer: bool) -> Option<String> {
     if solution.contains(HASHES) {
         return marked_answer(solution);
@@ -167,6 +169,9 @@ pub(crate) fn final_answer(solution: &str, is_answer: bool) -> Option<String> {
     if let Some(line) = stated(solution).map(first_line) {
         let few = line.split_whitespace().count() <= SHORT;
         return few.then(|| alone(line)).flatten();
+    }
+    if let Some(inside) = boxed(solution) {
+        return alone(inside);
     }
     let text = solution.trim();
     if text.contains('\n') {
@@ -176,6 +181,21 @@ pub(crate) fn final_answer(solution: &str, is_answer: bool) -> Option<String> {
     let is_quantity = || matches!(Answer::alone(text), Some(Answer::Quantity(..)));
     let short = words == 1 || (is_answer && words <= SHORT) || (words <= 4 && is_quantity());
     short.then(|| alone(text)).flatten()
+}
+
+/// Returns what is in the last `\boxed{...}`, where solutions in LaTeX have their answer.
+fn boxed(text: &str) -> Option<&str> {
+    let (_, rest) = text.rsplit_once("\\boxed{")?;
+    let mut open = 1usize;
+    let end = rest.find(|c: char| {
+        match c {
+            '{' => open += 1,
+            '}' => open -= 1,
+            _ => {}
+        }
+        open == 0
+    });
+    rest.get(..end?)
 }
 
 /// Returns the text after the first `answer is`.

@@ -150,6 +150,9 @@ fn the_answer_is_taken_from_where_it_stands() {
         ("The answer is\n5", "5"),
         ("The answer is Paris (France)", "Paris"),
         (" 12\n", "12"),
+        ("So \\boxed{4}, no:\nit is \\(\\boxed{3}\\).", "3"),
+        ("$\\boxed{\\frac{3}{4}}$", "\\frac{3}{4}"),
+        ("\\boxed{\\text{New York}}", "New York"),
     ] {
         assert!(exact_match(output, reference), "{output:?} {reference:?}");
     }
@@ -168,6 +171,8 @@ fn the_answer_is_taken_from_where_it_stands() {
         ("The answer is 2024-12-25", "2024"),
         ("#### 4\n#### 5", "5"),
         ("The answer is 3 or 4", "3"),
+        ("\\boxed{\\frac{3}{4}}", "3"),
+        ("The answer is 4, \\boxed{3}", "3"),
     ] {
         assert!(!exact_match(output, reference), "{output:?} {reference:?}");
     }
@@ -288,6 +293,10 @@ fn references_are_found_or_missed_by_record() {
         ),
         (r#####"{"question": "q", "answer": "#### "}"#####, None),
         (r#"{"prompt": "p", "completion": "yes"}"#, Some("yes")),
+        (
+            r#"{"instruction": "i", "output": "So\n\\[ \\boxed{3} \\]"}"#,
+            Some("3"),
+        ),
         (r#"{"text": "5"}"#, None),
     ] {
         assert_eq!(answer(json).as_deref(), expected, "{json}");
