@@ -271,6 +271,7 @@ fn open(args: &Args) -> Result<Model> {
     if let Some(adapter) = &args.adapter {
         let pretrained = common::open(Some(&path), None, "flex")?;
         let adapter = elastic_lora::io::peft::LoraAdapter::open(adapter)?;
+        common::show_notices(adapter.notices());
         let net = SuperNet::from_adapter(pretrained.model, &adapter)?;
         let format = args.format.unwrap_or(WeightFormat::F32);
         return Model::from_supernet(&net, &[], format)?

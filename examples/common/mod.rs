@@ -111,6 +111,7 @@ pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Resul
     show_notices(&pretrained.notices());
     if let Some(adapter) = adapter {
         let adapter = LoraAdapter::open(adapter)?;
+        show_notices(adapter.notices());
         pretrained.model = SuperNet::from_adapter(pretrained.model, &adapter)?.into_model();
     }
     Ok(pretrained)

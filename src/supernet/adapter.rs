@@ -13,8 +13,14 @@ use crate::model::Decoder;
 use crate::space::{SearchSpace, SubnetConfig};
 
 impl SuperNet {
-    /// Puts a plain LoRA on `model`. Each layer keeps its own rank and scale, and the search space
-    /// holds this one subnet.
+    /// Puts a LoRA on `model`. Each layer keeps its own rank and scale, and the search space holds
+    /// this one subnet.
+    ///
+    /// What the adapter changes besides is changed in the base: the part that PiSSA or OLoRA took
+    /// from a weight, DoRA's norms of rows, embedding and head with their pairs, and modules that
+    /// the adapter stores whole. The model may then have a larger vocabulary, and a head apart from
+    /// its embedding. [`extract_adapter`](Self::extract_adapter) gives an adapter of this changed
+    /// base.
     ///
     /// An adapter that was trained under the base's mask ([`LoraAdapter::sparse`]) is masked by the
     /// zeros of `model`, so `model` must be the pruned model that it was trained on.
@@ -22,10 +28,11 @@ impl SuperNet {
     /// dropout.
     ///
     /// # Errors
-    /// Returns the errors of [`LoraAdapter::check`],
-    /// [`Error::InvalidArgument`] for an adapter without layers, [`Error::HasAdapter`] if the model
+    /// Returns the errors of [`LoraAdapter::check`], [`Error::TensorShape`] if embedding and head do
+    /// not get the same number of rows, [`Error::InvalidConfig`] if an initialization does not
+    /// follow from the weights, [`Error::InvalidArgument`] for an adapter without layers, [`Error::HasAdapter`] if the model
     /// already has an adapter, and [`Error::Unsupported`] if the adapter was trained through a
-    /// quantizer or a scale is not positive.
+    /// quantizer, a scale is not positive, or an initialization changes quantized weights.
     pub fn from_adapter(model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
         if adapter.quantization_aware {
             return Err(Error::Unsupported {
@@ -33,15 +40,15 @@ impl SuperNet {
                     .into(),
             });
         }
-        if adapter.layers.is_empty() {
+        if adapter.layers.is_empty() && adapter.changes.is_empty() {
             return Err(Error::argument(
                 "adapter",
                 "without layers",
                 "at least one layer",
             ));
         }
-        let mut pairs = adapter.by_layer(model.config())?;
         model.refuse_adapters("merge it first")?;
+        let (model, mut pairs) = model.with_base_of(adapter)?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
         let mut model = model.set_require_grad(false);
         let device = model.device();
@@ -79,7 +86,11 @@ impl SuperNet {
         }
         let lora = largest.unwrap_or_else(|| LoraConfig::new(1));
         let config = SuperNetConfig::new(lora).with_sparse_peft(adapter.sparse);
-        let (space, blocks) = (SearchSpace::new(groups)?, shape::full_dims(&model));
+        let space = match groups.is_empty() {
+            true => SearchSpace::single(),
+            false => SearchSpace::new(groups)?,
+        };
+        let blocks = shape::full_dims(&model);
         let mut net = Self {
             model,
             space,
@@ -254,7 +265,7 @@ mod tests {
         };
         for (name, bad) in [
             ("block", "model.layers.12.self_attn.q_proj"),
-            ("head", "lm_head"),
+            ("module", "model.vision.proj"),
         ] {
             let error = refused(&named(bad, 12, 12, 1.0, &mut rng));
             assert!(

@@ -3,15 +3,23 @@
 //!
 //! LoRA: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
+mod changes;
+mod config;
 mod fused;
+mod keys;
 mod pattern;
 mod read;
+mod tables;
+mod targets;
 mod write;
 
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
+pub use changes::BaseChanges;
+pub(crate) use changes::BaseInit;
+pub(crate) use tables::{Tables, is_table};
 pub use write::PeftOptions;
 
 use crate::error::{Error, Result};
@@ -137,7 +145,8 @@ pub struct LoraAdapter {
     /// Weights by module path in the base model, such as `model.layers.0.self_attn.q_proj`. Where
     /// checkpoints hold several linear layers as one matrix, as those of Phi-3 do, the path is that
     /// of the matrix: `model.layers.0.self_attn.qkv_proj`. The blocks of a model for several kinds
-    /// of input have the names that they have in the text model alone.
+    /// of input have the names that they have in the text model alone. The pair of the embedding,
+    /// `model.embed_tokens`, has one output for each token, as that of the head, `lm_head`, has.
     pub layers: BTreeMap<String, LoraWeights>,
     /// Name or path of the base model, as stored in the file.
     pub base_model: Option<String>,
@@ -148,6 +157,8 @@ pub struct LoraAdapter {
     /// IntelLabs' `quantization_aware`: the adapter was trained through the quantizer of the base
     /// weight (QA-SparsePEFT).
     pub quantization_aware: bool,
+    /// What the adapter changes in its base besides; empty for a plain LoRA.
+    pub changes: BaseChanges,
 }
 
 impl LoraAdapter {
@@ -160,14 +171,17 @@ impl LoraAdapter {
             .unwrap_or(0)
     }
 
-    /// Checks that every layer exists in `config` and has the right shape.
+    /// Checks that every layer exists in `config` and has the right shape, and that the model has
+    /// what the adapter changes.
     ///
     /// # Errors
     /// Returns [`Error::UnknownLayer`], [`Error::TensorShape`] with the shape of the product, or
     /// [`Error::InvalidArgument`] if a layer has a pair of its own and one by the matrix that holds
     /// it.
     pub fn check(&self, config: &HfConfig) -> Result<()> {
-        self.by_layer(config).map(drop)
+        self.by_layer(config)?;
+        self.check_tables(config.vocab_size(), config.hidden_size())?;
+        self.check_tensors(config)
     }
 }
 
