@@ -34,7 +34,7 @@ impl Decoder {
                 what: format!("an adapter with {what} on a model with quantized weights"),
             });
         }
-        for (name, stored) in &changes.tensors {
+        for (name, stored) in changes.whole() {
             let (module, field) = name.rsplit_once('.').unwrap_or((name, ""));
             match field {
                 "weight" if is_table(module) => {}

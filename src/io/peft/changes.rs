@@ -78,9 +78,6 @@ impl BaseInit {
 pub(crate) struct Stored {
     pub shape: Vec<usize>,
     pub values: Vec<f32>,
-    /// Whether it replaces this module's alone (`modules_to_save`). Otherwise it replaces the
-    /// base's, also where two modules share it.
-    pub own: bool,
 }
 
 /// New rows of an embedding or head.
@@ -100,8 +97,12 @@ pub struct BaseChanges {
     pub(crate) magnitudes: BTreeMap<String, Vec<f32>>,
     /// Biases of LoRA's B by module, times the scale.
     pub(crate) biases: BTreeMap<String, Vec<f32>>,
-    /// Parameters by the names of the base's tensors, which they replace.
+    /// Parameters by the names of the base's tensors, which they replace, also where two modules
+    /// share one.
     pub(crate) tensors: BTreeMap<String, Stored>,
+    /// Parameters by the names of tensors, which they replace for the module of that name alone
+    /// (`modules_to_save`), after those of the base.
+    pub(crate) copies: BTreeMap<String, Stored>,
     /// Rows by module.
     pub(crate) tokens: BTreeMap<String, TokenRows>,
     /// Whether embedding and head stay tied where one of them is trained.
@@ -124,8 +125,13 @@ impl BaseChanges {
         }
         first(self.magnitudes.keys().next(), "DoRA's magnitudes")
             .or_else(|| first(self.biases.keys().next(), "the bias"))
-            .or_else(|| self.tensors.keys().next().map(|name| format!("`{name}`")))
+            .or_else(|| self.whole().next().map(|(name, _)| format!("`{name}`")))
             .or_else(|| first(self.tokens.keys().next(), "token rows"))
+    }
+
+    /// Returns the parameters that are stored whole, in the order in which they replace others.
+    pub(crate) fn whole(&self) -> impl Iterator<Item = (&String, &Stored)> {
+        self.tensors.iter().chain(&self.copies)
     }
 
     /// Returns the weight that the pair of a linear layer is added to, and the pair to add.
@@ -244,7 +250,7 @@ impl LoraAdapter {
             layer: layer.into(),
         };
         let changes = &self.changes;
-        for (name, stored) in &changes.tensors {
+        for (name, stored) in changes.whole() {
             if name.strip_suffix(".weight").is_some_and(is_table) {
                 continue;
             }

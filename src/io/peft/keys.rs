@@ -48,6 +48,10 @@ pub(super) enum Part {
     Base(Field),
     /// A parameter of a module that is stored whole.
     Whole(Field),
+    /// The same, by the name that it has in memory (`modules_to_save`).
+    Copy(Field),
+    /// A parameter of the module in whose place such a copy stands.
+    Original(Field),
 }
 
 /// A tensor's name, taken apart.
@@ -75,7 +79,13 @@ pub(super) fn parse(name: &str) -> Result<Key<'_>> {
     };
     let marker = |part: &str| {
         part.starts_with("lora_")
-            || ["base_layer", "modules_to_save", "token_adapter"].contains(&part)
+            || [
+                "base_layer",
+                "modules_to_save",
+                "original_module",
+                "token_adapter",
+            ]
+            .contains(&part)
     };
     let segments: Vec<&str> = path.split('.').collect();
     let Some(at) = segments.iter().position(|part| marker(part)) else {
@@ -103,8 +113,12 @@ pub(super) fn parse(name: &str) -> Result<Key<'_>> {
             Some(field) => (Part::Base(field), &[][..]),
             None => return Err(unsupported("a parameter unknown here")),
         },
+        ["original_module", field] => match Field::parse(field) {
+            Some(field) => (Part::Original(field), &[][..]),
+            None => return Err(unsupported("a parameter unknown here")),
+        },
         ["modules_to_save", adapter @ .., field] => match Field::parse(field) {
-            Some(field) => (Part::Whole(field), adapter),
+            Some(field) => (Part::Copy(field), adapter),
             None => return Err(unsupported("a parameter unknown here")),
         },
         _ => return Err(unsupported("a kind of LoRA tensor unknown here")),
@@ -183,7 +197,7 @@ mod tests {
             ("lora_magnitude_vector{}", Part::Magnitude),
             ("lora_magnitude_vector{}.weight", Part::Magnitude),
             ("token_adapter.trainable_tokens_delta{}", Part::Tokens),
-            ("modules_to_save{}.weight", Part::Whole(Field::Weight)),
+            ("modules_to_save{}.weight", Part::Copy(Field::Weight)),
         ] {
             for (inserted, adapter) in [("", None), (".default", Some("default"))] {
                 for module in [q, e] {
@@ -196,6 +210,10 @@ mod tests {
             (
                 "lm_head.weight",
                 key("lm_head", Part::Whole(Field::Weight), None),
+            ),
+            (
+                "lm_head.original_module.weight",
+                key("lm_head", Part::Original(Field::Weight), None),
             ),
             (
                 "lm_head.base_layer.weight",

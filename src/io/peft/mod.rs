@@ -19,6 +19,8 @@ use rayon::prelude::*;
 
 pub use changes::BaseChanges;
 pub(crate) use changes::BaseInit;
+#[cfg(all(test, feature = "burn"))]
+pub(crate) use changes::Stored;
 pub(crate) use tables::{Tables, is_table};
 pub use write::PeftOptions;
 

@@ -6,7 +6,9 @@ use std::path::Path;
 use super::changes::{BaseChanges, BaseInit, Stored, TokenRows};
 use super::config::Rules;
 use super::keys::{Field, Part, Parts, by_module};
+use super::tables::EMBEDDING_MODULE;
 use super::{LoraAdapter, LoraWeights, PREFIX};
+use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::io::fields::bad_field;
 use crate::io::tensors::{Checkpoint, plain_name};
@@ -95,19 +97,18 @@ impl LoraAdapter {
             ));
         }
         for name in rules.targets.saved() {
-            let stored = changes.tensors.keys().filter_map(|t| t.rsplit_once('.'));
-            if !stored
-                .into_iter()
-                .any(|(module, _)| module.ends_with(name.as_str()))
-            {
+            let of_module = |(tensor, _): (&String, _)| {
+                let module = tensor.rsplit_once('.').map(|(module, _)| module);
+                module.is_some_and(|module| module.ends_with(name.as_str()))
+            };
+            if !changes.whole().any(of_module) {
                 changes.notices.push(format!(
                     "`modules_to_save` names `{name}`, of which no tensor is stored"
                 ));
             }
         }
         // Embeddings never have such an initialization.
-        let linear = |module: &&String| *module != super::tables::EMBEDDING_MODULE;
-        if self.layers.keys().any(|module| linear(&module)) {
+        if self.layers.keys().any(|module| module != EMBEDDING_MODULE) {
             changes.init = rules.init;
         }
         let trained_under_base = self.sparse || self.quantization_aware;
@@ -159,11 +160,22 @@ impl Reader<'_> {
         }
         for (part, name) in parts {
             match part {
-                Part::Base(field) => self.whole(&plain, *field, name, false)?,
+                Part::Base(field) | Part::Original(field) => {
+                    self.whole(&plain, *field, name, false)?;
+                }
                 Part::Whole(field) => {
                     let own = self.rules.targets.saves(module);
                     self.whole(&plain, *field, name, own)?;
                 }
+                Part::Copy(field) => match parts.get(&Part::Whole(*field)) {
+                    None => self.whole(&plain, *field, name, true)?,
+                    // PEFT stores both where it saves embeddings, and reads the other.
+                    Some(other) if self.file.same(name, other)? => {}
+                    Some(other) => {
+                        let reason = format!("`{name}` and `{other}` are one thing, and differ");
+                        return Err(Error::invalid_file(self.file.path(), reason));
+                    }
+                },
                 Part::Tokens => self.tokens(module, &plain, name)?,
                 _ => {}
             }
@@ -236,10 +248,7 @@ impl Reader<'_> {
     /// Whether a module is the embedding or head of a model in which they are trained as one, and
     /// the other of them has a pair.
     fn tied_to_target(&self, plain: &str) -> bool {
-        let [one, other] = [
-            super::tables::EMBEDDING_MODULE,
-            crate::arch::Architecture::HEAD_LAYER,
-        ];
+        let [one, other] = [EMBEDDING_MODULE, Architecture::HEAD_LAYER];
         let targets = &self.rules.targets;
         self.rules.tied
             && ((plain == one && targets.has(other)) || (plain == other && targets.has(one)))
@@ -304,10 +313,14 @@ impl Reader<'_> {
         let stored = Stored {
             shape: self.file.info(name)?.shape.clone(),
             values: self.file.load_f32(name)?,
-            own,
         };
         let target = format!("{plain}.{}", field.name());
-        match self.adapter.changes.tensors.insert(target, stored) {
+        let changes = &mut self.adapter.changes;
+        let tensors = match own {
+            true => &mut changes.copies,
+            false => &mut changes.tensors,
+        };
+        match tensors.insert(target, stored) {
             None => Ok(()),
             Some(_) => {
                 let reason = format!("the {} of `{plain}` is stored twice", field.name());

@@ -1,5 +1,7 @@
 //! Embedding and head under an adapter. The two may be one matrix before, and two after.
 
+use std::collections::BTreeMap;
+
 use super::changes::{BaseChanges, BaseInit, Stored};
 use super::{LoraAdapter, LoraWeights};
 use crate::arch::Architecture;
@@ -47,7 +49,9 @@ impl LoraAdapter {
             .any(|module| {
                 self.layers.contains_key(*module)
                     || changes.tokens.contains_key(*module)
-                    || changes.tensors.contains_key(&format!("{module}.weight"))
+                    || changes
+                        .whole()
+                        .any(|(name, _)| *name == format!("{module}.weight"))
             })
     }
 
@@ -67,18 +71,16 @@ impl LoraAdapter {
         let (embedding, head) = (EMBEDDING_MODULE, Architecture::HEAD_LAYER);
         let was_tied = tables.head.is_none();
         let d_model = tables.embedding.cols();
-        let stored = |module: &str, own: bool| -> Result<Option<Matrix>> {
+        let stored = |of: &BTreeMap<String, Stored>, module: &str| -> Result<Option<Matrix>> {
             let name = format!("{module}.weight");
-            let stored = changes
-                .tensors
-                .get(&name)
-                .filter(|stored| stored.own == own);
+            let stored = of.get(&name);
             stored
                 .map(|stored| stored.table(&name, d_model))
                 .transpose()
         };
         // The base's own matrices, with new rows perhaps.
-        let given = [stored(embedding, false)?, stored(head, false)?];
+        let given = &changes.tensors;
+        let given = [stored(given, embedding)?, stored(given, head)?];
         if let [Some(one), Some(other)] = &given
             && one != other
         {
@@ -90,7 +92,8 @@ impl LoraAdapter {
             }
         }
         // Copies of one of them.
-        let copies = [stored(embedding, true)?, stored(head, true)?];
+        let copies = &changes.copies;
+        let copies = [stored(copies, embedding)?, stored(copies, head)?];
         let alike = changes.tied && (copies.contains(&None) || copies[0] == copies[1]);
         if copies.iter().any(Option::is_some) && !alike {
             tables.untie();
@@ -282,8 +285,9 @@ impl LoraAdapter {
     /// the adapter stores other matrices.
     pub(super) fn check_tables(&self, vocab_size: usize, d_model: usize) -> Result<()> {
         let rows_of = |module: &str| {
-            let stored = self.changes.tensors.get(&format!("{module}.weight"));
-            stored.and_then(|stored| stored.shape.first().copied())
+            let name = format!("{module}.weight");
+            let stored = self.changes.whole().find(|(known, _)| **known == name);
+            stored.and_then(|(_, stored)| stored.shape.first().copied())
         };
         let tables = [EMBEDDING_MODULE, Architecture::HEAD_LAYER];
         let rows = tables.iter().find_map(|module| rows_of(module));
@@ -334,9 +338,12 @@ mod tests {
         let stored = Stored {
             shape: vec![matrix.rows(), matrix.cols()],
             values: matrix.as_slice().to_vec(),
-            own,
         };
-        let tensors = &mut adapter.changes.tensors;
+        let changes = &mut adapter.changes;
+        let tensors = match own {
+            true => &mut changes.copies,
+            false => &mut changes.tensors,
+        };
         tensors.insert(format!("{module}.weight"), stored);
         adapter
     }
@@ -390,10 +397,14 @@ mod tests {
                 assert_eq!(shared(found), (new.clone(), Some(matrix(8, 5))));
             }
         }
+        // A larger base, and a copy of its head.
+        let rows = stored(none(), EMBEDDING_MODULE, &new, false);
+        let rows = stored(rows, HEAD, &matrix(8, 5), true);
+        let found = rows.changed_tables(tied()).unwrap();
+        assert_eq!(shared(found), (new.clone(), Some(matrix(8, 5))));
         let narrow = Stored {
             shape: vec![6, 2],
             values: vec![0.0; 12],
-            own: false,
         };
         let mut bad = none();
         bad.changes.tensors.insert("lm_head.weight".into(), narrow);

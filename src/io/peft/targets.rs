@@ -284,7 +284,7 @@ mod tests {
                 false,
             ),
             (
-                json!({"target_modules": ["lm_head"], "layers_to_transform": [0]}),
+                json!({"target_modules": ["head"], "layers_to_transform": [0]}),
                 "lm_head",
                 false,
             ),

@@ -540,6 +540,22 @@ fn pairs_of_embedding_and_head_are_read_and_written() {
 }
 
 #[test]
+fn a_module_that_is_stored_twice_must_be_the_same() {
+    let names = [
+        "base_model.model.lm_head.weight",
+        "base_model.model.lm_head.modules_to_save.weight",
+        "base_model.model.lm_head.original_module.weight",
+    ];
+    let saved = json!({"modules_to_save": ["lm_head"]});
+    let two = with_tensors(&[(names[0], &[3, 5]), (names[2], &[3, 5])], saved.clone()).unwrap();
+    let [stored, copy] =
+        [&two.changes.tensors, &two.changes.copies].map(|of| &of["lm_head.weight"]);
+    assert_ne!(stored, copy);
+    let error = with_tensors(&[(names[0], &[3, 5]), (names[1], &[3, 5])], saved).unwrap_err();
+    assert!(error.to_string().contains(names[1]), "{error}");
+}
+
+#[test]
 fn magnitudes_are_the_norms_of_rows() {
     let pair = "base_model.model.l.q_proj.";
     let names = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"];
