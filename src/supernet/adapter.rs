@@ -1,5 +1,6 @@
 //! Builds a supernet from an adapter that was trained elsewhere.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use burn::module::Module;
@@ -99,6 +100,7 @@ impl SuperNet {
             active: SubnetConfig::new(),
             blocks,
             nonzeros,
+            taken: BTreeMap::new(),
         };
         net.activate(&net.maximal())?;
         Ok(net)

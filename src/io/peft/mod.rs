@@ -117,6 +117,32 @@ impl LoraWeights {
         delta
     }
 
+    /// Returns a pair whose product is that of this pair minus the product of `other`, cut to this
+    /// pair's size. The ranks add up.
+    ///
+    /// # Errors
+    /// Returns [`Error::ShapeMismatch`] if `other` has fewer inputs or outputs.
+    pub(crate) fn minus(&self, other: &Self) -> Result<Self> {
+        let (d_input, d_output) = (self.d_input(), self.d_output());
+        if other.d_input() < d_input || other.d_output() < d_output {
+            return Err(Error::ShapeMismatch {
+                what: "pair that is subtracted".into(),
+                expected: vec![d_output, d_input],
+                found: vec![other.d_output(), other.d_input()],
+            });
+        }
+        let (rank, factor) = (self.rank(), -other.scale / self.scale);
+        let a = Matrix::from_fn(rank + other.rank(), d_input, |k, j| match k < rank {
+            true => self.a.row(k)[j],
+            false => other.a.row(k - rank)[j],
+        });
+        let b = Matrix::from_fn(d_output, rank + other.rank(), |i, k| match k < rank {
+            true => self.b.row(i)[k],
+            false => factor * other.b.row(i)[k - rank],
+        });
+        Self::new(a, b, self.scale)
+    }
+
     /// Returns the same product at a higher rank, by adding rows of zeros to A and columns of zeros
     /// to B.
     ///
