@@ -62,7 +62,7 @@ pub(crate) fn without_columns(matrix: &Matrix, rank: usize, factor: f32) -> Opti
     (basis.len() == rank * rows).then(|| without(matrix, basis, rows, f64::from(factor)))
 }
 
-/// Returns `matrix - factor * Q Q^T matrix`; `basis` holds the columns of Q, each of `rows` numbers.
+/// Returns `matrix - factor * Q Q^T matrix`; `basis` holds the columns of Q, `rows` numbers each.
 fn without(matrix: &Matrix, basis: Vec<f64>, rows: usize, factor: f64) -> Matrix {
     let (cols, n) = (matrix.cols(), basis.len() / rows.max(1));
     let values: Vec<f64> = matrix.as_slice().iter().map(|v| f64::from(*v)).collect();

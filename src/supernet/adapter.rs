@@ -29,8 +29,8 @@ impl SuperNet {
     /// dropout.
     ///
     /// # Errors
-    /// Returns the errors of [`LoraAdapter::check`], [`Error::TensorShape`] if embedding and head do
-    /// not get the same number of rows, [`Error::InvalidConfig`] if an initialization does not
+    /// Returns the errors of [`LoraAdapter::check`], [`Error::TensorShape`] if embedding and head
+    /// do not get the same number of rows, [`Error::InvalidConfig`] if an initialization does not
     /// follow from the weights, [`Error::InvalidArgument`] for an adapter without layers,
     /// [`Error::HasAdapter`] if the model already has an adapter, and [`Error::Unsupported`] if the
     /// adapter was trained through a quantizer, a scale is not positive, or an initialization

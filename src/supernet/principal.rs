@@ -12,8 +12,8 @@ impl SuperNet {
     /// before training.
     ///
     /// # Errors
-    /// Returns [`Error::Unsupported`] for a weight with zeros and an adapter without a mask: what is
-    /// left of the weight would not be sparse; and for a quantized weight, which cannot hold what
+    /// Returns [`Error::Unsupported`] for a weight with zeros and an adapter without a mask: what
+    /// is left of the weight would not be sparse; and for a quantized weight, which cannot hold what
     /// is left. Returns [`Error::InvalidState`] for a second call, and the errors of
     /// [`ElasticLora::init_from_principal`](crate::adapter::ElasticLora::init_from_principal). The
     /// supernet is then unchanged.

@@ -10,9 +10,9 @@ use crate::io::hf::HfConfig;
 use crate::linalg::Matrix;
 
 impl LoraAdapter {
-    /// Returns the pair of each linear layer of the blocks by its name. The pair of a matrix that holds several
-    /// layers becomes a pair for each of them, with the same A and some of the rows of B. Ranks
-    /// whose column of B is zero in these rows are left out.
+    /// Returns the pair of each linear layer of the blocks by its name. The pair of a matrix that
+    /// holds several layers becomes a pair for each of them, with the same A and some of the rows
+    /// of B. Ranks whose column of B is zero in these rows are left out.
     ///
     /// # Errors
     /// Returns [`Error::UnknownLayer`] for a layer that the model does not have,

@@ -79,8 +79,8 @@ impl LoraAdapter {
     /// the global numbers also gets the right scale.
     ///
     /// # Errors
-    /// Returns [`Error::InvalidArgument`] if the adapter has no layers, [`Error::Unsupported`] if it
-    /// changes its base, and the errors of [`FolderWriter`] and [`write_safetensors`]. No files are
+    /// Returns [`Error::InvalidArgument`] if the adapter has no layers, [`Error::Unsupported`] if
+    /// it changes its base, and the errors of [`FolderWriter`] and [`write_safetensors`]. No files are
     /// left behind.
     pub fn write(&self, destination: impl AsRef<Path>, options: &PeftOptions) -> Result<()> {
         self.refuse_changes("a PEFT folder")?;
