@@ -142,6 +142,7 @@ fn to_gguf(args: &Args) -> Result<GgufReport> {
             HfConfig::open(&args.model)?
         };
         let adapter = LoraAdapter::open(adapter)?;
+        show_notices(adapter.notices());
         let kind = args.kind.unwrap_or(GgufType::F32);
         adapter.write_gguf(&args.out, &config, kind, args.overwrite)?;
         return Ok(GgufReport::default());

@@ -279,13 +279,17 @@ fn run_on_device(args: &Args, device: &str, prompt: &str) -> Result<()> {
 
 fn open(args: &Args) -> Result<Model> {
     let path = args.model.clone().unwrap_or_else(common::shipped_model);
-    if let Some(adapter) = &args.adapter {
+    if let Some(folder) = &args.adapter {
         let pretrained = common::open(Some(&path), None, "flex")?;
-        let adapter = elastic_lora::io::peft::LoraAdapter::open(adapter)?;
+        let adapter = elastic_lora::io::peft::LoraAdapter::open(folder)?;
+        let before = pretrained.model.config().vocab_size();
+        common::show_notices(adapter.notices());
         let net = SuperNet::from_adapter(pretrained.model, &adapter)?;
+        let resized = net.model().config().vocab_size() != before;
+        let own = common::tokenizer_of(folder)?.filter(|_| resized);
         return Model::from_supernet(&net, &[], plan(args)?.unwrap_or_default())?
             .with_n_threads(args.threads)?
-            .with_tokenizer(&path);
+            .with_tokenizer(own.as_ref().unwrap_or(&path));
     }
     let model = Model::open(&path, &ModelOptions::default().with_n_threads(args.threads))?;
     common::show_notices(&model.notices());

@@ -137,3 +137,80 @@ fn adapters_of_peft_give_pefts_logits_for_every_family() {
         }
     }
 }
+
+/// Kinds of adapters beside plain ones; `make_peft_kinds.py` names them.
+#[test]
+fn adapters_of_many_kinds_give_pefts_logits() {
+    let Some(python) = python() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    // Untied; tied with biases; one matrix for several layers; tied with a scaled embedding.
+    let chosen = ["mistral", "qwen2", "phi3", "gemma2"];
+    let mut fixtures = Fixture::all();
+    fixtures.retain(|fixture| chosen.contains(&fixture.name.as_str()));
+    assert_eq!(fixtures.len(), chosen.len());
+    let mut arguments = vec![scratch.path().to_path_buf()];
+    arguments.extend(fixtures.iter().map(|fixture| fixture.path.clone()));
+    if !run(python, "make_peft_kinds.py", &arguments) {
+        return;
+    }
+    let mut wrong = Vec::new();
+    for fixture in fixtures {
+        let folders = std::fs::read_dir(scratch.path().join(&fixture.name)).unwrap();
+        let mut folders: Vec<PathBuf> = folders.map(|entry| entry.unwrap().path()).collect();
+        folders.retain(|path| path.is_dir());
+        folders.sort();
+        assert!(folders.len() > 25, "{}", fixture.name);
+        for folder in folders {
+            let kind = folder.file_name().unwrap().to_string_lossy().into_owned();
+            let vectors = Checkpoint::open(
+                scratch
+                    .path()
+                    .join(format!("{}/{kind}.safetensors", fixture.name)),
+            )
+            .unwrap();
+            let ids = load_i32(&vectors, "input_ids");
+            let expected = vectors.load_f32("logits").unwrap();
+            let opened = LoraAdapter::open(&folder);
+            let net =
+                opened.and_then(|adapter| SuperNet::from_adapter(fixture.decoder(), &adapter));
+            let net = match net {
+                Ok(net) => net,
+                Err(error) => {
+                    wrong.push(format!("{} {kind}: {error}", fixture.name));
+                    continue;
+                }
+            };
+            let merger = Merger::new().with_mode(MergeMode::Dense);
+            let merged = merger.merge(&net, &[], &Silent).unwrap().model;
+            let path = folder.join("merged");
+            write_checked(&merged, &path, &ids);
+            let format = elastic_lora::format::WeightFormat::F32;
+            let deployed = Model::from_supernet(&net, &[], format).unwrap();
+            let found = [
+                ("unmerged", full(net.model(), &ids)),
+                ("merged", full(&merged, &ids)),
+                ("written", full(&load(&path), &ids)),
+                (
+                    "in the runtime",
+                    in_pieces(&mut session(&deployed), &ids, &[5, 1, 11]),
+                ),
+            ];
+            let mut most = 0.0_f32;
+            for (what, logits) in found {
+                assert_eq!(
+                    logits.len(),
+                    expected.len(),
+                    "{} {kind}, {what}",
+                    fixture.name
+                );
+                let off = max_diff(&logits, &expected);
+                if off.is_nan() || off >= 1e-4 {
+                    wrong.push(format!("{} {kind}, {what}: off by {off}", fixture.name));
+                }
+                most = most.max(off);
+            }
+            eprintln!("{} {kind}: max abs diff {most:.2e}", fixture.name);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use elastic_lora::data::{self, Record, Template};
+use elastic_lora::data::{self, Record, Template, TextTokenizer};
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::model::Pretrained;
 use elastic_lora::progress::TerminalProgress;
@@ -122,11 +122,27 @@ pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Resul
     let folder = model.map_or_else(shipped_model, Path::to_path_buf);
     let mut pretrained = Pretrained::open(folder, &self::device(device)?)?;
     show_notices(&pretrained.notices());
-    if let Some(adapter) = adapter {
-        let adapter = LoraAdapter::open(adapter)?;
+    if let Some(path) = adapter {
+        let adapter = LoraAdapter::open(path)?;
+        show_notices(adapter.notices());
+        let before = pretrained.model.config().vocab_size();
         pretrained.model = SuperNet::from_adapter(pretrained.model, &adapter)?.into_model();
+        if pretrained.model.config().vocab_size() != before
+            && let Some(folder) = tokenizer_of(path)?
+        {
+            let old = &pretrained.tokenizer;
+            let tokenizer = TextTokenizer::from_dir(folder)?;
+            pretrained.tokenizer = tokenizer.with_special_ids(old.bos_id(), old.eos_id());
+        }
     }
     Ok(pretrained)
+}
+
+/// Returns the folder of an adapter if it has a tokenizer. Where an adapter adds tokens, that
+/// tokenizer alone knows them.
+pub fn tokenizer_of(adapter: &Path) -> Result<Option<PathBuf>> {
+    let folder = elastic_lora::io::model_path(adapter)?;
+    Ok(folder.join("tokenizer.json").is_file().then_some(folder))
 }
 
 /// Reports progress on standard error. The first Ctrl-C interrupts the work; the second ends the

@@ -119,7 +119,7 @@ pub struct Args {
     /// --quantize joint]
     #[arg(long, value_enum)]
     qa_start: Option<QaStart>,
-    /// sqft: initialization of adapters that are not merged
+    /// Initialization of adapters
     #[arg(long, value_enum, default_value_t = Init::Fresh)]
     init: Init,
     /// sqft: train the scales of the grids too (the paper's authors do not)
@@ -272,8 +272,12 @@ enum QaStart {
 enum Init {
     /// Standard LoRA initialization (the update is zero)
     Fresh,
-    /// Low-rank approximation of the error of compression, weighted by the norms of the inputs
+    /// sqft, adapters that are not merged: low-rank approximation of the error of compression,
+    /// weighted by the norms of the inputs
     Error,
+    /// The part of the weight in its largest singular values, as many as the smallest rank; the
+    /// base is what is left (PiSSA). For dense bases and for adapters under a mask
+    Pissa,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]

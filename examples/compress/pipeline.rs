@@ -26,7 +26,7 @@ use serde_json::Value;
 use crate::report::{Report, Row};
 use crate::settings::{Settings, lora_config};
 use crate::task::{Task, fingerprint};
-use crate::{Args, Method, Search, SearchMetric, common};
+use crate::{Args, Init, Method, Search, SearchMetric, common};
 
 pub struct Run<'a> {
     pub args: &'a Args,
@@ -41,7 +41,7 @@ pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
     let space = search_space(args, &task.pretrained.model)?;
     // Built once for its checks, so that errors in the adapters' settings are found before
     // training.
-    supernet(args, &task.pretrained.model, space.clone(), false)?;
+    fresh_supernet(args, &task.pretrained.model, space.clone(), false)?;
     if args.method.is_sqft() {
         settings.check_format(args, task.pretrained.model.config())?;
     }
@@ -145,7 +145,7 @@ fn search_space(args: &Args, model: &Decoder) -> Result<SearchSpace> {
     Ok(space)
 }
 
-pub fn supernet(
+fn fresh_supernet(
     args: &Args,
     model: &Decoder,
     space: SearchSpace,
@@ -156,6 +156,20 @@ pub fn supernet(
         .with_sparse_peft(masked)
         .with_seed(args.seed);
     SuperNet::new(model.clone(), space, config)
+}
+
+/// Creates a supernet whose adapters begin as asked for, except for [`Init::Error`].
+pub fn supernet(
+    args: &Args,
+    model: &Decoder,
+    space: SearchSpace,
+    masked: bool,
+) -> Result<SuperNet> {
+    let mut net = fresh_supernet(args, model, space, masked)?;
+    if args.init == Init::Pissa {
+        net.init_from_principal()?;
+    }
+    Ok(net)
 }
 
 /// Returns the settings for generating answers.

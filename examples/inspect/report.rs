@@ -431,6 +431,9 @@ impl Report {
             facts.push(("ranks of targets", Value::Object(targets)));
             facts.push(("sparse", json!(adapter.sparse)));
             facts.push(("quantization-aware", json!(adapter.quantization_aware)));
+            if !adapter.notices().is_empty() {
+                facts.push(("notices", json!(adapter.notices())));
+            }
             if let Some(config) = config {
                 self.part("adapter", adapter.check(config));
             }

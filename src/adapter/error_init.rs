@@ -7,7 +7,7 @@
 use super::lora::ElasticLora;
 use crate::error::{Error, Result};
 use crate::linalg::{Matrix, low_rank};
-use crate::nn::{matrix_from_tensor, tensor_from_matrix};
+use crate::nn::matrix_from_tensor;
 
 impl ElasticLora {
     /// Sets the update `s B A` at the largest rank to the best low-rank approximation of `error`,
@@ -95,17 +95,6 @@ impl ElasticLora {
         self.set_factors(&a, &b);
         Ok(())
     }
-
-    /// Replaces the factors. `a` and `b` are in PEFT's orientation and have the shapes of the old
-    /// ones.
-    fn set_factors(&mut self, a: &Matrix, b: &Matrix) {
-        for (param, value) in [(&mut self.lora_a, a), (&mut self.lora_b, b)] {
-            *param = param.clone().map(|before| {
-                let trained = before.is_require_grad();
-                tensor_from_matrix(value, &before.device()).set_require_grad(trained)
-            });
-        }
-    }
 }
 
 #[cfg(test)]
@@ -115,6 +104,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
+    use crate::nn::tensor_from_matrix;
     use crate::space::LoraConfig;
 
     fn random(rows: usize, cols: usize, seed: u64) -> Matrix {

@@ -8,6 +8,7 @@ mod error_init;
 mod grid;
 mod linear;
 mod lora;
+mod principal_init;
 mod reparam;
 
 pub use crate::space::{LoraConfig, MAX_RANK, ScaleRule};

@@ -162,7 +162,7 @@ fn orthonormalize(rows: &mut Matrix) {
 
 /// Returns the eigenvalues of a symmetric matrix and its eigenvectors, as columns, by Jacobi
 /// rotations.
-fn symmetric_eigen(mut matrix: Vec<Vec<f64>>) -> (Vec<f64>, Vec<Vec<f64>>) {
+pub(super) fn symmetric_eigen(mut matrix: Vec<Vec<f64>>) -> (Vec<f64>, Vec<Vec<f64>>) {
     const SWEEPS: usize = 30;
     let n = matrix.len();
     let mut vectors: Vec<Vec<f64>> = (0..n)

@@ -5,11 +5,13 @@ mod cholesky;
 mod factor;
 mod hessian;
 mod low_rank;
+mod principal;
 pub(crate) mod product;
 
 pub use factor::{Factor, FactorConfig};
 pub use hessian::Hessian;
 pub(crate) use low_rank::low_rank;
+pub(crate) use principal::{without_columns, without_principal};
 
 use crate::error::{Error, Result};
 

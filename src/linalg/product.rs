@@ -1,17 +1,31 @@
 //! Matrix products on slices, on one thread. Callers split the work into parts whose sizes do not
 //! depend on the number of threads, so the results do not either.
 
+/// A number type that products are computed in.
+pub(crate) trait Number: Copy + Send + Sync + 'static {
+    /// 1.
+    const ONE: Self;
+}
+
+impl Number for f32 {
+    const ONE: Self = 1.0;
+}
+
+impl Number for f64 {
+    const ONE: Self = 1.0;
+}
+
 /// A view of a slice as a matrix with arbitrary strides.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    values: &'a [f32],
+pub(crate) struct View<'a, T = f32> {
+    values: &'a [T],
     size: [usize; 2],
     strides: [usize; 2],
 }
 
-impl<'a> View<'a> {
+impl<'a, T> View<'a, T> {
     /// Creates a row-major view, with `stride` elements from row to row.
-    pub fn rows(values: &'a [f32], [rows, cols]: [usize; 2], stride: usize) -> Self {
+    pub fn rows(values: &'a [T], [rows, cols]: [usize; 2], stride: usize) -> Self {
         Self {
             values,
             size: [rows, cols],
@@ -24,6 +38,23 @@ impl<'a> View<'a> {
         Self {
             size: [cols, rows],
             strides: [col, row],
+            ..self
+        }
+    }
+
+    /// Sizes, `[rows, cols]`.
+    pub fn size(&self) -> [usize; 2] {
+        self.size
+    }
+
+    /// Some of the rows, from `start` on; fewer than `n` at the end.
+    pub fn part(self, start: usize, n: usize) -> Self {
+        let [rows, cols] = self.size;
+        let start = start.min(rows);
+        let values = &self.values[(start * self.strides[0]).min(self.values.len())..];
+        Self {
+            values,
+            size: [n.min(rows - start), cols],
             ..self
         }
     }
@@ -44,7 +75,13 @@ impl<'a> View<'a> {
 ///
 /// # Panics
 /// Panics if the sizes do not match or exceed the slices.
-pub(crate) fn add_product(out: &mut [f32], stride: usize, factor: f32, a: View<'_>, b: View<'_>) {
+pub(crate) fn add_product<T: Number>(
+    out: &mut [T],
+    stride: usize,
+    factor: T,
+    a: View<'_, T>,
+    b: View<'_, T>,
+) {
     let ([m, k], [inner, n]) = (a.size, b.size);
     if m == 0 || n == 0 || k == 0 {
         return;
@@ -77,7 +114,7 @@ pub(crate) fn add_product(out: &mut [f32], stride: usize, factor: f32, a: View<'
             b.values.as_ptr(),
             b_col,
             b_row,
-            1.0,
+            T::ONE,
             factor,
             false,
             false,

@@ -111,6 +111,16 @@ impl Attention {
             NormKind::Mlp | NormKind::MlpOut => None,
         }
     }
+
+    fn norm_mut(&mut self, kind: NormKind) -> Option<&mut RmsNorm> {
+        match kind {
+            NormKind::Attention => Some(&mut self.norm),
+            NormKind::Q => self.q_norm.as_mut(),
+            NormKind::K => self.k_norm.as_mut(),
+            NormKind::AttentionOut => self.out_norm.as_mut(),
+            NormKind::Mlp | NormKind::MlpOut => None,
+        }
+    }
 }
 
 /// Adds the output of a sub-block, normalized if the family has the norm.
@@ -189,6 +199,14 @@ impl Mlp {
         match kind {
             NormKind::Mlp => Some(&self.norm),
             NormKind::MlpOut => self.out_norm.as_ref(),
+            _ => None,
+        }
+    }
+
+    fn norm_mut(&mut self, kind: NormKind) -> Option<&mut RmsNorm> {
+        match kind {
+            NormKind::Mlp => Some(&mut self.norm),
+            NormKind::MlpOut => self.out_norm.as_mut(),
             _ => None,
         }
     }
@@ -287,6 +305,14 @@ impl Block {
         match kind.sub_block() {
             SubBlock::Attention => self.self_attn.as_ref()?.norm(kind),
             SubBlock::Mlp => self.mlp.as_ref()?.norm(kind),
+        }
+    }
+
+    /// One of the block's norms, if present.
+    pub(crate) fn norm_mut(&mut self, kind: NormKind) -> Option<&mut RmsNorm> {
+        match kind.sub_block() {
+            SubBlock::Attention => self.self_attn.as_mut()?.norm_mut(kind),
+            SubBlock::Mlp => self.mlp.as_mut()?.norm_mut(kind),
         }
     }
 

@@ -517,6 +517,11 @@ impl Decoder {
         self.layers.iter().enumerate().flat_map(parts).collect()
     }
 
+    /// Replaces the configuration, which must describe the weights.
+    pub(super) fn set_config(&mut self, config: HfConfig) {
+        self.config = config;
+    }
+
     /// Replaces the blocks and the configuration. `config` must describe `layers`.
     pub(crate) fn with_layers(self, layers: Vec<Block>, config: HfConfig) -> Self {
         Self {

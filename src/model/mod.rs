@@ -1,6 +1,7 @@
 //! A decoder-only transformer that covers all supported model families: a family is a configuration
 //! and a mapping of tensor names (Llama, arXiv 2302.13971; Mistral, arXiv 2310.06825).
 
+mod adapted;
 mod block;
 mod decoder;
 mod export;

@@ -1,5 +1,6 @@
 //! Builds a supernet from an adapter that was trained elsewhere.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use burn::module::Module;
@@ -13,8 +14,14 @@ use crate::model::Decoder;
 use crate::space::{SearchSpace, SubnetConfig};
 
 impl SuperNet {
-    /// Puts a plain LoRA on `model`. Each layer keeps its own rank and scale, and the search space
-    /// holds this one subnet.
+    /// Puts a LoRA on `model`. Each layer keeps its own rank and scale, and the search space holds
+    /// this one subnet.
+    ///
+    /// What the adapter changes besides is changed in the base: the part that PiSSA or OLoRA took
+    /// from a weight, DoRA's norms of rows, embedding and head with their pairs, and modules that
+    /// the adapter stores whole. The model may then have a larger vocabulary, and a head apart from
+    /// its embedding. [`extract_adapter`](Self::extract_adapter) gives an adapter of this changed
+    /// base.
     ///
     /// An adapter that was trained under the base's mask ([`LoraAdapter::sparse`]) is masked by the
     /// zeros of `model`, so `model` must be the pruned model that it was trained on.
@@ -22,10 +29,12 @@ impl SuperNet {
     /// dropout.
     ///
     /// # Errors
-    /// Returns the errors of [`LoraAdapter::check`],
-    /// [`Error::InvalidArgument`] for an adapter without layers, [`Error::HasAdapter`] if the model
-    /// already has an adapter, and [`Error::Unsupported`] if the adapter was trained through a
-    /// quantizer or a scale is not positive.
+    /// Returns the errors of [`LoraAdapter::check`], [`Error::TensorShape`] if embedding and head
+    /// do not get the same number of rows, [`Error::InvalidConfig`] if an initialization does not
+    /// follow from the weights, [`Error::InvalidArgument`] for an adapter without layers,
+    /// [`Error::HasAdapter`] if the model already has an adapter, and [`Error::Unsupported`] if the
+    /// adapter was trained through a quantizer, a scale is not positive, or an initialization
+    /// changes quantized weights.
     pub fn from_adapter(model: Decoder, adapter: &LoraAdapter) -> Result<Self> {
         if adapter.quantization_aware {
             return Err(Error::Unsupported {
@@ -33,15 +42,15 @@ impl SuperNet {
                     .into(),
             });
         }
-        if adapter.layers.is_empty() {
+        if adapter.layers.is_empty() && adapter.changes.is_empty() {
             return Err(Error::argument(
                 "adapter",
                 "without layers",
                 "at least one layer",
             ));
         }
-        let mut pairs = adapter.by_layer(model.config())?;
         model.refuse_adapters("merge it first")?;
+        let (model, mut pairs) = model.with_base_of(adapter)?;
         let nonzeros = Arc::new(Nonzeros::new(&model));
         let mut model = model.set_require_grad(false);
         let device = model.device();
@@ -79,7 +88,11 @@ impl SuperNet {
         }
         let lora = largest.unwrap_or_else(|| LoraConfig::new(1));
         let config = SuperNetConfig::new(lora).with_sparse_peft(adapter.sparse);
-        let (space, blocks) = (SearchSpace::new(groups)?, shape::full_dims(&model));
+        let space = match groups.is_empty() {
+            true => SearchSpace::single(),
+            false => SearchSpace::new(groups)?,
+        };
+        let blocks = shape::full_dims(&model);
         let mut net = Self {
             model,
             space,
@@ -87,6 +100,7 @@ impl SuperNet {
             active: SubnetConfig::new(),
             blocks,
             nonzeros,
+            taken: BTreeMap::new(),
         };
         net.activate(&net.maximal())?;
         Ok(net)
@@ -101,8 +115,10 @@ mod tests {
 
     use super::*;
     use crate::io::hf::{HfConfig, LlamaDims};
+    use crate::io::peft::{BaseInit, Stored};
     use crate::io::{DType, LoraWeights};
-    use crate::linalg::Matrix;
+    use crate::linalg::{Matrix, without_principal};
+    use crate::nn::host_values;
 
     /// A model with twelve blocks, so that the order of names differs from the order of blocks.
     fn model() -> Decoder {
@@ -233,6 +249,88 @@ mod tests {
     }
 
     #[test]
+    fn what_an_adapter_changes_besides_is_changed_in_the_base() {
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        let q = "model.layers.3.self_attn.q_proj";
+        let mut changed = LoraAdapter::default();
+        for (module, rows) in [(q, 12), ("lm_head", 19)] {
+            let (a, b) = (random(3, 12, &mut rng), random(rows, 3, &mut rng));
+            let pair = LoraWeights::new(a, b, 0.75).unwrap();
+            changed.layers.insert(module.into(), pair);
+        }
+        let magnitudes: Vec<f32> = (0..12).map(|i| 0.5 + i as f32 / 8.0).collect();
+        changed.changes.init = BaseInit::Pissa;
+        changed.changes.magnitudes = [(q.to_string(), magnitudes.clone())].into();
+        let gains: Vec<f32> = (0..12).map(|i| 1.5 - i as f32 / 9.0).collect();
+        for name in ["model.norm.weight", "model.layers.7.input_layernorm.weight"] {
+            let stored = Stored {
+                shape: vec![12],
+                values: gains.clone(),
+            };
+            changed.changes.copies.insert(name.into(), stored);
+        }
+        let before = model();
+        let net = SuperNet::from_adapter(before.clone(), &changed).unwrap();
+        let after = net.model();
+        let merged = crate::nn::matrix_from_tensor(after.linear(q).unwrap().merged_weight());
+        let near = |a: &Matrix, b: &Matrix| {
+            let pairs = a.as_slice().iter().zip(b.as_slice());
+            assert!(
+                pairs.clone().all(|(a, b)| (a - b).abs() < 1e-5),
+                "{a:?} {b:?}"
+            );
+        };
+        let sum = |base: Matrix, module: &str| {
+            let delta = changed.layers[module].delta();
+            Matrix::from_fn(base.rows(), base.cols(), |i, j| {
+                base.row(i)[j] + delta.row(i)[j]
+            })
+        };
+        let left = without_principal(&before.linear(q).unwrap().base.to_matrix(), 3).unwrap();
+        let direction = sum(left, q);
+        let norm = |i: usize| direction.row(i).iter().map(|v| v * v).sum::<f32>().sqrt();
+        let expected =
+            Matrix::from_fn(12, 12, |i, j| magnitudes[i] / norm(i) * direction.row(i)[j]);
+        near(&merged, &expected);
+        // PEFT takes the part of the head out of the matrix that embedding and head share.
+        let table = Matrix::new(19, 12, host_values(before.embed_tokens.val())).unwrap();
+        let left = without_principal(&table, 3).unwrap();
+        let embedding = Matrix::new(19, 12, host_values(after.embed_tokens.val())).unwrap();
+        near(&embedding, &left);
+        let head = after.lm_head.as_ref().unwrap().to_matrix();
+        near(&head, &sum(left, "lm_head"));
+        assert!(!after.config().tie_word_embeddings());
+        assert_eq!(host_values(after.norm.weight.val()), gains);
+        let norm = after.layers[7]
+            .norm(crate::arch::NormKind::Attention)
+            .unwrap();
+        assert_eq!(host_values(norm.weight.val()), gains);
+        // A whole module alone is enough; a larger vocabulary is the config's too.
+        let mut rows = LoraAdapter::default();
+        let stored = Stored {
+            shape: vec![23, 12],
+            values: random(23, 12, &mut rng).into_vec(),
+        };
+        let name = "model.embed_tokens.weight".to_string();
+        rows.changes.tensors = [(name.clone(), stored)].into();
+        let net = SuperNet::from_adapter(model(), &rows).unwrap();
+        assert_eq!(net.model().config().vocab_size(), 23);
+        assert!(net.model().lm_head.is_none() && net.n_subnets() == 1.0);
+        let unknown = |name: &str| {
+            let mut adapter = rows.clone();
+            let stored = adapter.changes.tensors.values().next().unwrap().clone();
+            adapter.changes.tensors.insert(name.into(), stored);
+            SuperNet::from_adapter(model(), &adapter)
+                .map(|_| ())
+                .unwrap_err()
+                .to_string()
+        };
+        for name in ["score.weight", "model.norm.weight", &format!("{q}.bias")] {
+            assert!(unknown(name).contains(name), "{}", unknown(name));
+        }
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_by_name() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let good = adapter(&model());
@@ -254,7 +352,7 @@ mod tests {
         };
         for (name, bad) in [
             ("block", "model.layers.12.self_attn.q_proj"),
-            ("head", "lm_head"),
+            ("module", "model.vision.proj"),
         ] {
             let error = refused(&named(bad, 12, 12, 1.0, &mut rng));
             assert!(

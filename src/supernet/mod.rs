@@ -4,6 +4,7 @@
 mod adapter;
 mod cost;
 mod deploy;
+mod principal;
 mod quantization;
 mod shape;
 
@@ -82,6 +83,9 @@ pub struct SuperNet {
     /// Sizes of the blocks with all channels and sub-blocks active.
     blocks: Vec<BlockDims>,
     nonzeros: Arc<Nonzeros>,
+    /// What adapters took from the base, by layer; see
+    /// [`init_from_principal`](Self::init_from_principal).
+    taken: BTreeMap<String, LoraWeights>,
 }
 
 impl SuperNet {
@@ -146,6 +150,7 @@ impl SuperNet {
             active: active.clone(),
             blocks,
             nonzeros,
+            taken: BTreeMap::new(),
         };
         net.activate(&active)?;
         Ok(net)
@@ -180,6 +185,7 @@ impl SuperNet {
             space,
             config,
             nonzeros,
+            taken: BTreeMap::new(),
         })
     }
 
@@ -345,6 +351,10 @@ impl SuperNet {
     /// The active subnet as a plain LoRA: the first `r` rows and columns of each layer's factors,
     /// and its scale. If widths are elastic, the LoRA fits a base with the active widths.
     ///
+    /// If the adapters began as parts of the weights
+    /// ([`init_from_principal`](Self::init_from_principal)), the LoRA fits the model as it was
+    /// before, and its ranks are larger by those that were taken.
+    ///
     /// The layers have the names that PEFT uses for the family. Where a checkpoint holds several
     /// layers as one matrix, their factors are stacked, and their ranks add up unless they have the
     /// same A.
@@ -357,7 +367,11 @@ impl SuperNet {
         for (name, layer) in self.model.linears() {
             if let Some(adapter) = layer.adapter.as_ref().filter(|_| self.model.runs(&name)) {
                 let (a, b, scale) = adapter.active_factors()?;
-                layers.insert(name, LoraWeights::new(a, b, scale as f32)?);
+                let mut weights = LoraWeights::new(a, b, scale as f32)?;
+                if let Some(taken) = self.taken.get(&name) {
+                    weights = weights.minus(taken)?;
+                }
+                layers.insert(name, weights);
             }
         }
         let adapter = LoraAdapter {

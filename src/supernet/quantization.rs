@@ -71,6 +71,11 @@ impl SuperNet {
     /// adapters, [`Error::UnknownLayer`] if a grid or mask names a layer without an adapter, and
     /// [`Error::ShapeMismatch`] if a grid or mask has another shape.
     pub fn with_quantization(mut self, qa: &QaConfig) -> Result<Self> {
+        if let Some(name) = self.taken.keys().next() {
+            return Err(Error::Unsupported {
+                what: format!("a grid for `{name}`, whose principal part the adapter has taken,"),
+            });
+        }
         let device = self.model.device().without_autodiff();
         for name in qa.grids.keys().chain(qa.masks.keys()) {
             if self

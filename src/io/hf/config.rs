@@ -494,6 +494,17 @@ impl HfConfig {
         config
     }
 
+    /// Returns the config of the same model with a vocabulary of this size, and with the head tied
+    /// to the embedding or not.
+    pub(crate) fn with_vocabulary(&self, vocab_size: usize, tied: bool) -> Self {
+        let mut config = self.clone();
+        config.arch.vocab_size = vocab_size;
+        config.arch.tied = tied;
+        config.raw.insert("vocab_size".into(), vocab_size.into());
+        config.raw.insert("tie_word_embeddings".into(), tied.into());
+        config
+    }
+
     /// What of `quantization_config` is not supported.
     pub(super) fn refused(&self) -> Option<&str> {
         self.refused.as_deref()

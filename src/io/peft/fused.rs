@@ -3,16 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use super::{LoraAdapter, LoraWeights};
+use super::{LoraAdapter, LoraWeights, is_table};
 use crate::arch::Fused;
 use crate::error::{Error, Result};
 use crate::io::hf::HfConfig;
 use crate::linalg::Matrix;
 
 impl LoraAdapter {
-    /// Returns the pair of each linear layer by its name. The pair of a matrix that holds several
-    /// layers becomes a pair for each of them, with the same A and some of the rows of B. Ranks
-    /// whose column of B is zero in these rows are left out.
+    /// Returns the pair of each linear layer of the blocks by its name. The pair of a matrix that
+    /// holds several layers becomes a pair for each of them, with the same A and some of the rows
+    /// of B. Ranks whose column of B is zero in these rows are left out.
     ///
     /// # Errors
     /// Returns [`Error::UnknownLayer`] for a layer that the model does not have,
@@ -36,7 +36,7 @@ impl LoraAdapter {
                 "one, of its own or of the matrix that holds it",
             )),
         };
-        for (name, weights) in &self.layers {
+        for (name, weights) in self.layers.iter().filter(|(name, _)| !is_table(name)) {
             let Some(expected) = shapes.get(name) else {
                 return Err(Error::UnknownLayer {
                     context: "LoRA adapter".into(),

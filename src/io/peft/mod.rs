@@ -3,15 +3,25 @@
 //!
 //! LoRA: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
+mod changes;
+mod config;
 mod fused;
+mod keys;
 mod pattern;
 mod read;
+mod tables;
+mod targets;
 mod write;
 
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
+pub use changes::BaseChanges;
+pub(crate) use changes::BaseInit;
+#[cfg(all(test, feature = "burn"))]
+pub(crate) use changes::Stored;
+pub(crate) use tables::{Tables, is_table};
 pub use write::PeftOptions;
 
 use crate::error::{Error, Result};
@@ -107,6 +117,32 @@ impl LoraWeights {
         delta
     }
 
+    /// Returns a pair whose product is that of this pair minus the product of `other`, cut to this
+    /// pair's size. The ranks add up.
+    ///
+    /// # Errors
+    /// Returns [`Error::ShapeMismatch`] if `other` has fewer inputs or outputs.
+    pub(crate) fn minus(&self, other: &Self) -> Result<Self> {
+        let (d_input, d_output) = (self.d_input(), self.d_output());
+        if other.d_input() < d_input || other.d_output() < d_output {
+            return Err(Error::ShapeMismatch {
+                what: "pair that is subtracted".into(),
+                expected: vec![d_output, d_input],
+                found: vec![other.d_output(), other.d_input()],
+            });
+        }
+        let (rank, factor) = (self.rank(), -other.scale / self.scale);
+        let a = Matrix::from_fn(rank + other.rank(), d_input, |k, j| match k < rank {
+            true => self.a.row(k)[j],
+            false => other.a.row(k - rank)[j],
+        });
+        let b = Matrix::from_fn(d_output, rank + other.rank(), |i, k| match k < rank {
+            true => self.b.row(i)[k],
+            false => factor * other.b.row(i)[k - rank],
+        });
+        Self::new(a, b, self.scale)
+    }
+
     /// Returns the same product at a higher rank, by adding rows of zeros to A and columns of zeros
     /// to B.
     ///
@@ -137,7 +173,8 @@ pub struct LoraAdapter {
     /// Weights by module path in the base model, such as `model.layers.0.self_attn.q_proj`. Where
     /// checkpoints hold several linear layers as one matrix, as those of Phi-3 do, the path is that
     /// of the matrix: `model.layers.0.self_attn.qkv_proj`. The blocks of a model for several kinds
-    /// of input have the names that they have in the text model alone.
+    /// of input have the names that they have in the text model alone. The pair of the embedding,
+    /// `model.embed_tokens`, has one output for each token, as that of the head, `lm_head`, has.
     pub layers: BTreeMap<String, LoraWeights>,
     /// Name or path of the base model, as stored in the file.
     pub base_model: Option<String>,
@@ -148,6 +185,8 @@ pub struct LoraAdapter {
     /// IntelLabs' `quantization_aware`: the adapter was trained through the quantizer of the base
     /// weight (QA-SparsePEFT).
     pub quantization_aware: bool,
+    /// What the adapter changes in its base besides; empty for a plain LoRA.
+    pub changes: BaseChanges,
 }
 
 impl LoraAdapter {
@@ -160,14 +199,17 @@ impl LoraAdapter {
             .unwrap_or(0)
     }
 
-    /// Checks that every layer exists in `config` and has the right shape.
+    /// Checks that every layer exists in `config` and has the right shape, and that the model has
+    /// what the adapter changes.
     ///
     /// # Errors
     /// Returns [`Error::UnknownLayer`], [`Error::TensorShape`] with the shape of the product, or
     /// [`Error::InvalidArgument`] if a layer has a pair of its own and one by the matrix that holds
     /// it.
     pub fn check(&self, config: &HfConfig) -> Result<()> {
-        self.by_layer(config).map(drop)
+        self.by_layer(config)?;
+        self.check_tables(config.vocab_size(), config.hidden_size())?;
+        self.check_tensors(config)
     }
 }
 

@@ -236,14 +236,52 @@ fn what_cannot_be_read_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     for (rank, changes, extra, named) in [
         (8, json!({"peft_type": "LOHA"}), None, "LOHA"),
-        (8, json!({"bias": "all"}), None, "bias"),
-        (8, json!({"use_dora": true}), None, "use_dora"),
-        (8, json!({"fan_in_fan_out": true}), None, "fan_in_fan_out"),
+        (8, json!({"bias": "some"}), None, "bias"),
         (
             8,
-            json!({"modules_to_save": ["lm_head"]}),
+            json!({"use_dora": true}),
             None,
-            "modules_to_save",
+            "q_proj.lora_magnitude_vector",
+        ),
+        (8, json!({"use_qalora": true}), None, "use_qalora"),
+        (8, json!({"use_xlora": true}), None, "use_xlora"),
+        (8, json!({"kasa_config": {"a": 1}}), None, "kasa_config"),
+        (
+            8,
+            json!({"layer_replication": [[0, 1]]}),
+            None,
+            "layer_replication",
+        ),
+        (8, json!({"target_modules": ["k_proj"]}), None, "l.q_proj"),
+        (
+            3,
+            json!({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}),
+            None,
+            "l.q_proj",
+        ),
+        (
+            8,
+            json!({"init_lora_weights": 3}),
+            None,
+            "init_lora_weights",
+        ),
+        (
+            8,
+            json!({"init_lora_weights": "pissa", "sparse_adapter": true}),
+            None,
+            "init_lora_weights",
+        ),
+        (
+            8,
+            json!({"trainable_token_indices": [1, 2]}),
+            Some("base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
+            "trainable_tokens_delta",
+        ),
+        (
+            8,
+            json!({}),
+            Some("base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
+            "trainable_token_indices",
         ),
         (8, json!({"r": 0}), None, "`r`"),
         (8, json!({"r": -3}), None, "`r`"),
@@ -268,12 +306,6 @@ fn what_cannot_be_read_is_refused_by_name() {
             json!({}),
             Some("base_model.model.e.lora_embedding_A"),
             "embedding",
-        ),
-        (
-            8,
-            json!({}),
-            Some("base_model.model.lm_head.weight"),
-            "modules_to_save",
         ),
         (8, json!({}), Some("something.else"), "something.else"),
         (
@@ -362,4 +394,210 @@ fn an_adapter_that_peft_made() {
     let out = tempfile::tempdir().unwrap();
     adapter.write(out.path(), &PeftOptions::default()).unwrap();
     assert_eq!(LoraAdapter::open(out.path()).unwrap(), adapter);
+}
+
+/// Reads a folder of [`hand_made`].
+fn read(rank: usize, changes: &Value, extra: Option<&str>) -> Result<LoraAdapter> {
+    let folder = tempfile::tempdir().unwrap();
+    hand_made(folder.path(), rank, changes.clone(), extra);
+    LoraAdapter::open(folder.path())
+}
+
+#[test]
+fn flags_without_matter_change_nothing() {
+    let plain = read(8, &json!({}), None).unwrap();
+    assert!(plain.changes.is_empty() && plain.notices().is_empty());
+    for changes in [
+        json!({"bias": "all"}),
+        json!({"bias": "lora_only", "lora_bias": true}),
+        json!({"fan_in_fan_out": true, "megatron_core": "megatron.core", "peft_version": "0.21"}),
+        json!({"init_lora_weights": false}),
+        json!({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}),
+        json!({"init_lora_weights": "gaussian", "use_qalora": false, "qalora_group_size": 16}),
+        json!({"init_lora_weights": "orthogonal", "runtime_config": {"x": 1}}),
+        json!({"target_modules": ["q_proj", "v_proj"], "layer_replication": []}),
+        json!({"target_modules": ".*q_proj", "exclude_modules": "x", "use_xlora": false}),
+    ] {
+        assert_eq!(read(8, &changes, None).unwrap(), plain, "{changes}");
+    }
+}
+
+#[test]
+fn what_is_not_used_is_told() {
+    for (changes, extra, named) in [
+        (json!({"colour": "red"}), None, "`colour`"),
+        (json!({"modules_to_save": ["lm_head"]}), None, "`lm_head`"),
+        (json!({"target_modules": "(?=q).*"}), None, "target_modules"),
+    ] {
+        let adapter = read(8, &changes, extra).unwrap();
+        let [notice] = adapter.notices() else {
+            panic!("{changes}: {:?}", adapter.notices());
+        };
+        assert!(notice.contains(named), "{notice}");
+        assert_eq!(adapter.layers.len(), 1);
+    }
+}
+
+#[test]
+fn initializations_that_changed_the_base_follow_from_it_or_are_refused() {
+    for (name, expected) in [("pissa", BaseInit::Pissa), ("olora", BaseInit::Olora)] {
+        let adapter = read(8, &json!({"init_lora_weights": name}), None).unwrap();
+        assert_eq!(adapter.changes.init, expected);
+        let folder = tempfile::tempdir().unwrap();
+        let error = adapter
+            .write(folder.path().join("out"), &PeftOptions::default())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(name) && error.contains("merge"), "{error}");
+    }
+    for name in ["pissa_niter_4", "corda", "loftq", "lora_ga", "something"] {
+        let error = read(8, &json!({"init_lora_weights": name}), None).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("`init_lora_weights`") && error.contains(name),
+            "{error}"
+        );
+        assert_eq!(
+            error.contains("path_initial_model"),
+            name != "something",
+            "{error}"
+        );
+    }
+}
+
+/// Writes a folder with the given tensors, of small numbers, and a config.
+fn with_tensors(tensors: &[(&str, &[usize])], changes: Value) -> Result<LoraAdapter> {
+    let folder = tempfile::tempdir().unwrap();
+    hand_made(folder.path(), 8, changes, None);
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let tensors = tensors.iter().map(|(name, shape)| {
+        let n = shape.iter().product();
+        let values: Vec<f32> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
+        HostTensor::from_f32(*name, DType::F32, shape.to_vec(), values)
+    });
+    write_safetensors(
+        folder.path().join("adapter_model.safetensors"),
+        tensors.collect(),
+        &BTreeMap::new(),
+    )
+    .unwrap();
+    LoraAdapter::open(folder.path())
+}
+
+#[test]
+fn keys_with_the_adapters_name_are_read_as_plain() {
+    let names = |inserted: &str| {
+        ["k_proj", "q_proj"].map(|layer| {
+            ["A", "B"].map(|m| format!("base_model.model.l.{layer}.lora_{m}{inserted}.weight"))
+        })
+    };
+    let open = |inserted: &str| {
+        let names = names(inserted);
+        let [[ka, kb], [qa, qb]] = &names;
+        with_tensors(
+            &[(ka, &[8, 5]), (kb, &[7, 8]), (qa, &[8, 5]), (qb, &[7, 8])],
+            json!({"target_modules": ["q_proj"]}),
+        )
+        .unwrap()
+    };
+    let plain = open("");
+    assert_eq!(open(".default"), plain);
+    // The layer that the config does not name is left out, and a notice names it.
+    assert_eq!(plain.layers.keys().collect::<Vec<_>>(), ["l.q_proj"]);
+    assert!(
+        plain.notices()[0].contains("`l.k_proj`"),
+        "{:?}",
+        plain.notices()
+    );
+}
+
+#[test]
+fn pairs_of_embedding_and_head_are_read_and_written() {
+    let adapter = with_tensors(
+        &[
+            (
+                "base_model.model.model.embed_tokens.lora_embedding_A",
+                &[8, 19],
+            ),
+            (
+                "base_model.model.model.embed_tokens.lora_embedding_B",
+                &[5, 8],
+            ),
+            ("base_model.model.lm_head.lora_A.weight", &[8, 5]),
+            ("base_model.model.lm_head.lora_B.weight", &[19, 8]),
+        ],
+        json!({"target_modules": ["embed_tokens", "lm_head"]}),
+    )
+    .unwrap();
+    for module in ["model.embed_tokens", "lm_head"] {
+        let pair = &adapter.layers[module];
+        assert_eq!([pair.d_output(), pair.rank(), pair.d_input()], [19, 8, 5]);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let options = PeftOptions::new().with_model_layers(vec!["l.q_proj".into()]);
+    adapter.write(folder.path().join("a"), &options).unwrap();
+    assert_eq!(LoraAdapter::open(folder.path().join("a")).unwrap(), adapter);
+}
+
+#[test]
+fn a_module_that_is_stored_twice_must_be_the_same() {
+    let names = [
+        "base_model.model.lm_head.weight",
+        "base_model.model.lm_head.modules_to_save.weight",
+        "base_model.model.lm_head.original_module.weight",
+    ];
+    let saved = json!({"modules_to_save": ["lm_head"]});
+    let two = with_tensors(&[(names[0], &[3, 5]), (names[2], &[3, 5])], saved.clone()).unwrap();
+    let [stored, copy] =
+        [&two.changes.tensors, &two.changes.copies].map(|of| &of["lm_head.weight"]);
+    assert_ne!(stored, copy);
+    let error = with_tensors(&[(names[0], &[3, 5]), (names[1], &[3, 5])], saved).unwrap_err();
+    assert!(error.to_string().contains(names[1]), "{error}");
+}
+
+#[test]
+fn magnitudes_are_the_norms_of_rows() {
+    let pair = "base_model.model.l.q_proj.";
+    let names = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"];
+    let [a, b, m] = names.map(|end| format!("{pair}{end}"));
+    let open = |rows: usize, dora: bool| {
+        with_tensors(
+            &[(&a, &[8, 5]), (&b, &[7, 8]), (&m, &[rows])],
+            json!({"use_dora": dora, "use_rslora": true}),
+        )
+    };
+    assert!(open(7, false).unwrap_err().to_string().contains("use_dora"));
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let weight = random(&mut rng, 7, 5);
+    let wrong = open(6, true).unwrap();
+    let plain = &wrong.layers["l.q_proj"];
+    assert!(
+        wrong
+            .changes
+            .applied("l.q_proj", weight.clone(), plain)
+            .is_err()
+    );
+    let adapter = open(7, true).unwrap();
+    let pair = &adapter.layers["l.q_proj"];
+    assert_eq!(pair.scale(), (24.0 / 8f64.sqrt()) as f32);
+    let (base, scaled) = adapter
+        .changes
+        .applied("l.q_proj", weight.clone(), pair)
+        .unwrap();
+    for i in 0..7 {
+        let sum = |base: &Matrix, pair: &LoraWeights| -> Vec<f32> {
+            let delta = pair.delta();
+            base.row(i)
+                .iter()
+                .zip(delta.row(i))
+                .map(|(w, d)| w + d)
+                .collect()
+        };
+        let (before, after) = (sum(&weight, pair), sum(&base, &scaled));
+        let norm = |v: &[f32]| v.iter().map(|v| v * v).sum::<f32>().sqrt();
+        let factor = adapter.changes.magnitudes["l.q_proj"][i] / norm(&before);
+        for (before, after) in before.iter().zip(&after) {
+            assert!((factor * before - after).abs() < 1e-5);
+        }
+    }
 }

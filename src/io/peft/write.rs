@@ -1,16 +1,19 @@
 //! Writes PEFT folders.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::pattern::{self, Pattern};
+use super::tables::EMBEDDING_MODULE;
 use super::{LoraAdapter, LoraWeights, PREFIX};
 use crate::error::{Error, Result};
 use crate::io::hf::HfConfig;
 use crate::io::tensors::{DType, HostTensor, write_safetensors};
 use crate::io::{FolderWriter, atomic};
+use crate::linalg::Matrix;
 
 /// Settings for writing an adapter.
 #[derive(Clone, Debug)]
@@ -76,9 +79,11 @@ impl LoraAdapter {
     /// the global numbers also gets the right scale.
     ///
     /// # Errors
-    /// Returns [`Error::InvalidArgument`] if the adapter has no layers, and the errors of
-    /// [`FolderWriter`] and [`write_safetensors`]. No files are left behind.
+    /// Returns [`Error::InvalidArgument`] if the adapter has no layers, [`Error::Unsupported`] if
+    /// it changes its base, and the errors of [`FolderWriter`] and [`write_safetensors`]. No files are
+    /// left behind.
     pub fn write(&self, destination: impl AsRef<Path>, options: &PeftOptions) -> Result<()> {
+        self.refuse_changes("a PEFT folder")?;
         let rank = self.max_rank();
         if rank == 0 {
             return Err(Error::argument(
@@ -96,37 +101,18 @@ impl LoraAdapter {
             } else {
                 weights.rank()
             };
-            let (a_shape, b_shape) = (vec![r, weights.d_input()], vec![weights.d_output(), r]);
-            let a_name = format!("{PREFIX}{layer}.lora_A.weight");
-            let b_name = format!("{PREFIX}{layer}.lora_B.weight");
-            if r == weights.rank() {
-                tensors.push(HostTensor::from_f32(
-                    a_name,
-                    options.dtype,
-                    a_shape,
-                    weights.a().as_slice(),
-                ));
-                tensors.push(HostTensor::from_f32(
-                    b_name,
-                    options.dtype,
-                    b_shape,
-                    weights.b().as_slice(),
-                ));
-            } else {
-                let padded = weights.padded(r)?;
-                let (a, b) = (padded.a, padded.b);
-                tensors.push(HostTensor::from_f32(
-                    a_name,
-                    options.dtype,
-                    a_shape,
-                    a.into_vec(),
-                ));
-                tensors.push(HostTensor::from_f32(
-                    b_name,
-                    options.dtype,
-                    b_shape,
-                    b.into_vec(),
-                ));
+            let padded = match r == weights.rank() {
+                true => Cow::Borrowed(weights),
+                false => Cow::Owned(weights.padded(r)?),
+            };
+            for (name, matrix) in stored(layer, &padded) {
+                let shape = [matrix.rows(), matrix.cols()];
+                let name = format!("{PREFIX}{layer}.{name}");
+                let values = match matrix {
+                    Cow::Borrowed(matrix) => Cow::Owned(matrix.as_slice().to_vec()),
+                    Cow::Owned(matrix) => Cow::Owned(matrix.into_vec()),
+                };
+                tensors.push(HostTensor::from_f32(name, options.dtype, shape, values));
             }
         }
         write_safetensors(
@@ -250,6 +236,21 @@ impl LoraAdapter {
             self.layers.keys().cloned().collect()
         }
     }
+}
+
+/// Returns the matrices of a pair as PEFT stores them, with the ends of their names. Those of an
+/// embedding are transposed.
+fn stored<'a>(layer: &str, weights: &'a LoraWeights) -> [(&'static str, Cow<'a, Matrix>); 2] {
+    if layer == EMBEDDING_MODULE {
+        return [
+            ("lora_embedding_A", Cow::Owned(weights.b.transposed())),
+            ("lora_embedding_B", Cow::Owned(weights.a.transposed())),
+        ];
+    }
+    [
+        ("lora_A.weight", Cow::Borrowed(&weights.a)),
+        ("lora_B.weight", Cow::Borrowed(&weights.b)),
+    ]
 }
 
 /// Returns a path as a key, escaped if it contains regex syntax.

@@ -7,6 +7,7 @@ use super::super::blocks::Encoding;
 use super::super::config::Row;
 use super::container::{Keys, Tensor, write};
 use super::{GgufType, permuted, target};
+use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::io::tensors::encode;
 use crate::io::{DType, HfConfig, LoraAdapter, LoraWeights};
@@ -20,7 +21,8 @@ impl LoraAdapter {
     ///
     /// # Errors
     /// Returns the errors of [`check`](Self::check); [`Error::Unsupported`] for an adapter that is
-    /// no plain LoRA (SparsePEFT, QA-SparsePEFT), and for a base model whose blocks are filled up
+    /// no plain LoRA (SparsePEFT, QA-SparsePEFT, changes of the base), for a pair of the embedding or
+    /// of a tied head, and for a base model whose blocks are filled up
     /// in GGUF; [`Error::InvalidArgument`] if `kind` is not F32, F16 or BF16;
     /// [`Error::TensorOverflow`] if a number is beyond its range; and [`Error::InvalidFile`] if the
     /// file exists and `overwrite` is false.
@@ -38,6 +40,17 @@ impl LoraAdapter {
                        instead)"
                     .into(),
             });
+        }
+        self.refuse_changes("LoRA in GGUF")?;
+        // llama.cpp looks for the tensors that it adapts, and stores a tied head once.
+        let (embedding, head) = (Architecture::EMBEDDING, Architecture::HEAD_LAYER);
+        let embedding = embedding.trim_end_matches(".weight");
+        for layer in self.layers.keys() {
+            if layer == embedding || (layer == head && config.tie_word_embeddings()) {
+                return Err(Error::Unsupported {
+                    what: format!("a LoRA of `{layer}` in GGUF (merge it instead)"),
+                });
+            }
         }
         let Encoding::Plain(dtype) = kind.encoding() else {
             return Err(Error::argument("type", kind, "f32, f16 or bf16"));

@@ -845,6 +845,13 @@ fn adapters_have_the_scale_of_each_layer() {
     assert!(again.unwrap_err().to_string().contains("already"));
     let quantized = adapter.write_gguf(&path, &config, GgufType::Q8_0, true);
     assert!(quantized.unwrap_err().to_string().contains("f16"));
+    let mut embedding = adapter.clone();
+    let (rows, cols) = (config.vocab_size(), config.hidden_size());
+    let pair = LoraWeights::new(Matrix::zeros(2, cols), Matrix::zeros(rows, 2), 1.0);
+    let module = "model.embed_tokens".to_string();
+    embedding.layers.insert(module, pair.unwrap());
+    let refused = embedding.write_gguf(&path, &config, GgufType::F16, true);
+    assert!(refused.unwrap_err().to_string().contains("embed_tokens"));
     adapter.sparse = true;
     let sparse = adapter.write_gguf(&path, &config, GgufType::F16, true);
     assert!(sparse.unwrap_err().to_string().contains("merge"));
