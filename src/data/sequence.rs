@@ -129,8 +129,8 @@ fn tokenize_uncut(
 }
 
 /// Tokenizes a conversation. A token is a target if a byte of it is in a part that is learned. The
-/// token that ends a turn is always a target: a special token right behind such a part is one as
-/// well, and a last turn that no special token ends gets EOS.
+/// token that ends a turn is always a target: a special token right behind a part that does not end
+/// with one itself is a target as well, and a last turn that no special token ends gets EOS.
 fn tokenize_turns(
     turns: &Turns<'_, '_>,
     tokenizer: &TextTokenizer,
@@ -139,6 +139,11 @@ fn tokenize_turns(
 ) -> Result<(Sequence, bool)> {
     let rendered = turns.trained()?;
     let (mut ids, bytes) = tokenizer.encode_with_bytes(&rendered.text)?;
+    // White space may follow the token that ends a turn.
+    let says = |token: usize| {
+        let text = rendered.text.get(bytes[token].clone());
+        text.is_none_or(|text| !text.trim().is_empty())
+    };
     let mut mask = vec![!options.mask_prompt; ids.len()];
     let mut parts = rendered.trained.iter().peekable();
     for (token, bytes) in bytes.iter().enumerate() {
@@ -147,12 +152,15 @@ fn tokenize_turns(
         let ends = token > 0
             && mask[token - 1]
             && tokenizer.is_special(ids[token])
-            && !tokenizer.is_special(ids[token - 1])
-            && tokenizer.bos_id() != Some(ids[token]);
+            && tokenizer.bos_id() != Some(ids[token])
+            && (0..token)
+                .rev()
+                .find(|before| says(*before))
+                .is_some_and(|last| !tokenizer.is_special(ids[last]));
         mask[token] |= inside || ends;
     }
     if turns.ends_trained()
-        && let Some(last) = mask.iter().rposition(|target| *target)
+        && let Some(last) = (0..mask.len()).rfind(|token| mask[*token] && says(*token))
         && !ids[last..].iter().any(|id| tokenizer.is_special(*id))
         && let (true, Some(eos)) = (options.add_eos, tokenizer.eos_id())
     {
