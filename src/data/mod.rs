@@ -22,7 +22,9 @@ pub use chat::{ChatTemplate, Rendered};
 pub use message::Message;
 pub use packing::Segments;
 pub use record::{MAX_FILE_BYTES, Record, load_documents, load_records, load_text, parse_records};
-pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
+pub use sequence::{Misfit, Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
 pub use template::{Example, PromptTemplate, Template};
 pub use tokenizer::TextTokenizer;
-pub use window::{calibration_samples, join_documents, pack, windows};
+pub use window::{
+    CalibrationSize, calibration_samples, calibration_windows, join_documents, pack, windows,
+};
