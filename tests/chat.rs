@@ -105,10 +105,10 @@ fn learned(row: &Row, tokenizer: &TextTokenizer) -> Vec<bool> {
     };
     let blank = |t: usize| tokenizer.decode(&row.ids[t..=t]).unwrap().trim().is_empty();
     let mut mask: Vec<bool> = row.mask.iter().map(|m| *m == 1).collect();
-    for t in 1..mask.len() {
+    for (t, learned) in mask.iter_mut().enumerate().skip(1) {
         let last = (0..t).rev().find(|t| special(*t) || !blank(*t));
         let open = row.mask[t - 1] == 1 && last.is_some_and(|last| !special(last));
-        mask[t] |= open && special(t) && text(t) != "<s>";
+        *learned |= open && special(t) && text(t) != "<s>";
     }
     if let Some(first) = mask.first_mut() {
         *first = false;

@@ -454,7 +454,7 @@ fn records_that_do_not_fit_are_named_and_the_rest_goes_on() {
     assert!(output.status.success(), "{text}");
     for said in [
         "3 examples are packed into 2 sequences",
-        "calibration: 1 samples of ",
+        "calibration: 1 sample of ",
         " tokens from text.txt, not 128 of 128: it has only ",
     ] {
         assert!(text.contains(said), "no {said}: {text}");

@@ -158,13 +158,6 @@ fn calibration(
     tokenizer: &TextTokenizer,
 ) -> Result<Vec<Vec<u32>>> {
     let context = model.config().max_position_embeddings();
-    if let Some(found) = args.calibration_length.filter(|length| *length > context) {
-        return Err(Error::SequenceTooLong {
-            what: "--calibration-length".into(),
-            found,
-            max: context,
-        });
-    }
     let shapes = model.layer_shapes();
     let n_weights = shapes.iter().map(|l| l.d_input * l.d_output).sum();
     let mut size = CalibrationSize::for_model(n_weights, context);
@@ -184,7 +177,8 @@ fn calibration(
         )
     };
     let name = &source.name;
-    eprintln!("calibration: {samples} samples of {seq_len} tokens from {name}{less}");
+    let noun = if samples == 1 { "sample" } else { "samples" };
+    eprintln!("calibration: {samples} {noun} of {seq_len} tokens from {name}{less}");
     calibration_windows(&ids, samples, seq_len, args.seed)
 }
 
@@ -230,13 +224,21 @@ impl Task {
 
         let context = pretrained.model.config().max_position_embeddings();
         let max_len = args.max_len.unwrap_or(context.min(512));
-        if max_len > context {
-            return Err(Error::SequenceTooLong {
-                what: "--max-len".into(),
-                found: max_len,
-                max: context,
-            });
+        for (what, found) in [
+            ("--max-len", max_len),
+            ("--calibration-length", args.calibration_length.unwrap_or(1)),
+        ] {
+            if found > context {
+                return Err(Error::SequenceTooLong {
+                    what: what.into(),
+                    found,
+                    max: context,
+                });
+            }
         }
+        let calibration_file = args.calibration.as_ref();
+        let calibration_file = calibration_file.map(|path| Source::open(path, args.plain_text));
+        let calibration_file = calibration_file.transpose()?;
         let options = TokenizeOptions::new(max_len)
             .with_mask_prompt(!args.train_on_inputs)
             .with_truncate(true)
@@ -275,12 +277,9 @@ impl Task {
         } else {
             Batcher::new(sequences, args.batch, pad, args.seed)?
         };
-        let given = args.calibration.as_ref();
-        let given = given.map(|path| Source::open(path, args.plain_text));
-        let given = given.transpose()?;
         let calibration = calibration(
             args,
-            given.as_ref().unwrap_or(&train),
+            calibration_file.as_ref().unwrap_or(&train),
             &template,
             &pretrained.model,
             tokenizer,

@@ -190,7 +190,9 @@ fn attention_is_the_plain_composition() {
 fn packed_attention_is_that_of_each_example() {
     for device in devices() {
         let mut random = Random::new(16);
-        let cases: [(&[&[usize]], usize, Option<usize>); 5] = [
+        // lengths of the examples of each row, length of a row, window
+        type Case<'a> = (&'a [&'a [usize]], usize, Option<usize>);
+        let cases: [Case; 5] = [
             (&[&[1, 1, 1]], 3, None),
             (&[&[4, 2, 5], &[9], &[3, 3]], 11, None),
             (&[&[4, 2, 5], &[9], &[3, 3]], 11, Some(3)),
