@@ -64,7 +64,7 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
     std::fs::write(root.path().join("empty.txt"), "").unwrap();
     problems(&root.path().join("p.jsonl"), 4);
     let before = entries(root.path());
-    let cases: [(&str, &[&str], &str); 44] = [
+    let cases: [(&str, &[&str], &str); 47] = [
         ("compress", &["--sparsity", "1.5"], "sparsity"),
         ("compress", &["--sparsity", "NaN"], "sparsity"),
         ("compress", &["--pattern", "4:2"], "4:2"),
@@ -79,6 +79,17 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         ("compress", &["--evals", "0"], "evals"),
         ("compress", &["--device", "foo"], "device"),
         ("compress", &["--max-len", "129"], "max-len"),
+        (
+            "compress",
+            &["--calibration-samples", "0"],
+            "calibration-samples",
+        ),
+        (
+            "compress",
+            &["--calibration-length", "129"],
+            "calibration-length",
+        ),
+        ("compress", &["--calibration", "nowhere"], "nowhere"),
         (
             "compress",
             &["--train", "empty.txt", "--valid", "p.jsonl"],
@@ -612,7 +623,8 @@ fn compress_shows_records_and_leaves_some_out() {
          <assistant>[[11 + 3 = 14\n#### 14</s>]]";
     assert!(shown.contains(first), "{shown}");
     assert!(
-        said.contains("1 of 4 records left out") && shown.contains("accuracy"),
+        said.contains("1 of 4 records are not counted in the accuracy")
+            && shown.contains("accuracy"),
         "{said}{shown}"
     );
     // The same files as plain text have no answers.
@@ -714,7 +726,10 @@ fn of_several_runs_in_one_folder_one_goes_on() {
                 let named = text.contains("process ") && text.contains("is writing here");
                 assert!(named || text.contains("--overwrite"), "{text}");
             }
-            assert_eq!(entries(&out), ["lora", "pruned", "report.json", "run.json"]);
+            assert_eq!(
+                entries(&out),
+                ["lora", "lora-adapter", "pruned", "report.json", "run.json"]
+            );
             std::fs::remove_dir_all(&out).unwrap();
         }
     }
@@ -740,7 +755,10 @@ fn a_run_that_was_killed_at_its_start_is_no_obstacle() {
             .output()
             .unwrap();
         assert!(output.status.success(), "{option}: {}", stderr(&output));
-        assert_eq!(entries(&out), ["lora", "pruned", "report.json", "run.json"]);
+        assert_eq!(
+            entries(&out),
+            ["lora", "lora-adapter", "pruned", "report.json", "run.json"]
+        );
         std::fs::remove_dir_all(&out).unwrap();
     }
 }
@@ -841,4 +859,80 @@ fn killed_runs_are_resumed_with_the_same_results() {
         }
     }
     eprintln!("{n_killed} runs were killed");
+}
+
+#[test]
+fn records_that_do_not_fit_are_named_and_the_rest_goes_on() {
+    let root = tempfile::tempdir().unwrap();
+    let write = |name: &str, lines: &[String]| {
+        std::fs::write(root.path().join(name), lines.join("\n")).unwrap();
+    };
+    let record = |question: &str, answer: &str| {
+        serde_json::json!({"question": question, "answer": answer}).to_string()
+    };
+    let sum = |i: usize| record(&format!("What is {i} + 1?"), &format!("#### {}", i + 1));
+    let long = "Say hello to everybody in the house. ".repeat(40);
+    let train = [
+        sum(1),
+        record(&long, "#### 1"),
+        sum(2),
+        record("Say nothing.", ""),
+        r#"{"question": "What is 2 + 3?", "answer": 5}"#.into(),
+    ];
+    write("train.jsonl", &train);
+    let valid = [sum(4), record("Explain.", "I cannot say."), sum(5)];
+    write("valid.jsonl", &valid);
+    write("test.jsonl", &[sum(6), record(&long, "#### 1")]);
+    write("text.txt", &["Tom has 3 pens and finds 4 more.".into()]);
+    write("long.jsonl", &[record(&long, "#### 1")]);
+    let run = |more: &[&str]| -> Option<Output> {
+        let mut command = example("compress", root.path())?;
+        command.args(["--method", "lora", "--steps", "2", "--batch", "2"]);
+        command.args(["--out", "out", "--overwrite"]);
+        Some(command.args(more).output().unwrap())
+    };
+    let files = ["--train", "train.jsonl", "--valid", "valid.jsonl"];
+    let Some(output) = run(&[&files[..], &["--test", "test.jsonl"]].concat()) else {
+        return;
+    };
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    for said in [
+        "train.jsonl: 2 of 5 records are left out: record 2: ",
+        "they end before its answer; record 4: it has no answer",
+        "valid.jsonl: 1 of 3 records are not counted in the accuracy: record 2: it has no final answer",
+        "test.jsonl: 1 of 2 records are left out: record 2: ",
+        "test.jsonl: 1 of 2 records are not counted in the accuracy: record 2: its prompt has ",
+        "calibration: ",
+    ] {
+        assert!(text.contains(said), "no {said}: {text}");
+    }
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(shown.contains("accuracy"), "{shown}");
+
+    // Packed, with a calibration text that is shorter than a sample.
+    let more = ["--pack", "--calibration", "text.txt", "--max-len", "60"];
+    let output = run(&[&files[..], &more].concat()).unwrap();
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    for said in [
+        "3 examples are packed into 2 sequences",
+        "calibration: 1 sample of ",
+        " tokens from text.txt, not 128 of 128: it has only ",
+    ] {
+        assert!(text.contains(said), "no {said}: {text}");
+    }
+    let more = ["--calibration-samples=2", "--calibration-length=16"];
+    let text = stderr(&run(&[&files[..], &more].concat()).unwrap());
+    let said = "calibration: 2 samples of 16 tokens from train.jsonl\n";
+    assert!(text.contains(said), "{text}");
+
+    // Nothing fits.
+    let output = run(&["--train", "long.jsonl", "--valid", "valid.jsonl"]).unwrap();
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("long.jsonl") && text.contains("record 1: "),
+        "{text}"
+    );
 }

@@ -367,6 +367,21 @@ fn only_the_turns_of_the_assistant_are_learned() {
          }}{% endgeneration %}{% else %} {{ m.content }}{% endif %}{{ eos_token }}\n{% endfor %}";
     let (text, ends, _) = learned(conversation(&messages, 0), &chat(marked), &options);
     assert_eq!((text.as_str(), ends), (" It is 7. 8", 2));
+    // White space behind the token that ends a turn, inside the block: what begins the next turn is
+    // not learned.
+    let pad = t.id_to_token(0).unwrap();
+    let line = "{{ pad_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}\n";
+    let blocks = format!(
+        "{{% for m in messages %}}{{% if m.role == 'assistant' %}}{{% generation %}}{line}{{% endgeneration %}}{{% else \
+         %}}{line}{{% endif %}}{{% endfor %}}"
+    );
+    let template = ChatTemplate::new(&blocks, "t").unwrap();
+    let template = template.with_variable("pad_token", pad.as_str());
+    let template = Template::chat(template.with_variable("eos_token", eos.as_str()));
+    let (_, ends, sequence) = learned(conversation(&messages, 0), &template, &options);
+    let begins = sequence.ids.iter().zip(&sequence.loss_mask);
+    let begins = begins.filter(|(id, target)| **id == 0 && **target).count();
+    assert_eq!((begins, ends), (2, 2));
     // No token ends the turns: EOS comes after the last one.
     let bare = source.replace("{{ eos_token }}", "");
     let (text, ends, sequence) = learned(conversation(&messages, 0), &chat(&bare), &options);
@@ -933,7 +948,17 @@ fn sets_name_the_record_and_count() {
         &options.with_truncate(true),
     )
     .unwrap();
-    assert_eq!((set.sequences.len(), set.truncated, set.dropped), (3, 1, 0));
+    let said = |misfits: &[Misfit]| misfits.iter().map(Misfit::to_string).collect::<Vec<_>>();
+    assert_eq!((set.sequences.len(), set.left_out.len()), (3, 0));
+    let found = tokenize(
+        &PromptTemplate::Auto.render(&records[2]),
+        &t,
+        &TokenizeOptions::new(500),
+        "it",
+    );
+    let found = found.unwrap().len();
+    let reason = format!("record 3: {found} tokens, and at most 12 fit");
+    assert_eq!(said(&set.truncated), [reason.as_str()]);
     assert_eq!(
         set.n_tokens(),
         set.sequences[0].len() + set.sequences[1].len() + 12
@@ -950,17 +975,82 @@ fn sets_name_the_record_and_count() {
         &options.with_truncate(true),
     )
     .unwrap();
-    assert_eq!((set.sequences.len(), set.truncated, set.dropped), (1, 1, 1));
+    assert_eq!((set.sequences.len(), set.truncated.len()), (1, 0));
     assert!(
-        tokenize_records(
-            &[question],
-            PromptTemplate::Auto,
-            &t,
-            &options.with_truncate(true)
-        )
-        .is_err()
+        set.left_out[0].reason.contains("end before its answer"),
+        "{set:?}"
+    );
+    let all = tokenize_records(
+        &[question],
+        PromptTemplate::Auto,
+        &t,
+        &options.with_truncate(true),
+    );
+    let error = all.unwrap_err().to_string();
+    assert!(
+        error.contains("1 of them") && error.contains("record 1: "),
+        "{error}"
     );
     assert!(tokenize_records(&[], PromptTemplate::Auto, &t, &options).is_err());
+
+    // Left out, where the caller wants that, instead of cut or refused.
+    let left_out = options.with_leave_out(true);
+    let set = tokenize_records(&records, PromptTemplate::Auto, &t, &left_out).unwrap();
+    assert_eq!((set.sequences.len(), set.truncated.len()), (2, 0));
+    assert_eq!(said(&set.left_out), [reason.as_str()]);
+}
+
+#[test]
+fn records_that_do_not_fit_are_named_and_the_rest_goes_on() {
+    let t = small_tokenizer();
+    let records = parse(
+        r#"[{"question": "2 + 2?", "answer": "4"}, {"question": "2 + 3?", "answer": " \n"},
+            {"question": "", "answer": "5"}, {"instruction": "", "input": "3 + 3?", "output": "6"},
+            {"instruction": "Add.", "input": "1 + 1", "output": ""}, {"prompt": "", "completion": "free"},
+            {"prompt": "a", "completion": ""}, {"messages": [{"role": "user", "content": "hi"}]},
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]},
+            {"messages": [{"role": "assistant", "content": "no"}, {"role": "assistant", "content": "no"}]},
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x", "weight": 0}]},
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}]"#,
+    )
+    .unwrap();
+    let source = "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ \
+         raise_exception('users speak first') }}{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if \
+         add_generation_prompt %}assistant:{% endif %}";
+    let chat = ChatTemplate::new(source, "chat.jinja").unwrap();
+    let template = Template::auto(Some(chat));
+    let options = TokenizeOptions::new(300).with_add_eos(false);
+    // A refusal by the template is an error, unless the caller wants to go on.
+    let error = tokenize_records(&records, &template, &t, &options).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("record 10") && error.contains("users speak first"),
+        "{error}"
+    );
+    let options = options.with_leave_out(true);
+    let set = tokenize_records(&records, &template, &t, &options).unwrap();
+    assert_eq!((set.sequences.len(), set.truncated.len()), (4, 0));
+    let reasons = [
+        (2, "no answer"),
+        (3, "no question"),
+        (5, "no answer"),
+        (7, "no answer"),
+        (8, "no answer"),
+        (9, "no answer"),
+        (10, "users speak first"),
+        (11, "no part of it is learned"),
+    ];
+    assert_eq!(set.left_out.len(), reasons.len(), "{:?}", set.left_out);
+    for (misfit, (record, reason)) in set.left_out.iter().zip(reasons) {
+        assert_eq!(misfit.record, record);
+        assert!(misfit.reason.contains(reason), "{misfit}");
+    }
+    let none = tokenize_records(&records[6..10], &template, &t, &options).unwrap_err();
+    let none = none.to_string();
+    assert!(
+        none.contains("4 of them") && none.contains("record 1: it has no answer"),
+        "{none}"
+    );
 }
 
 // --- batches and windows ---
@@ -1003,6 +1093,78 @@ fn collating_pads_at_the_right() {
     }
     assert_eq!(batch.n_targets(), batch.n_tokens() - 5);
     assert_eq!(collate(&[], 0).ids.len(), 0);
+}
+
+#[test]
+fn packed_rows_hold_every_sequence_once() {
+    let mut sequences = random_sequences(203, 4);
+    // What a file marks as a target at the start of an example has nothing before it.
+    sequences[5] = Sequence {
+        ids: vec![9, 8],
+        loss_mask: vec![true, true],
+    };
+    let lengths: Vec<usize> = sequences.iter().map(Sequence::len).collect();
+    let mut data = Batcher::packed(sequences.clone(), 64, 4, 0, 7).unwrap();
+    let groups = data.groups().unwrap().to_vec();
+    let mut all = groups.concat();
+    all.sort_unstable();
+    assert!(all.into_iter().eq(0..203));
+    let filled: Vec<usize> = groups
+        .iter()
+        .map(|group| group.iter().map(|i| lengths[*i]).sum())
+        .collect();
+    assert!(filled.iter().all(|n| *n <= 64));
+    let tokens: usize = lengths.iter().sum();
+    assert!(
+        groups.len() <= tokens.div_ceil(64) + 2,
+        "{} rows",
+        groups.len()
+    );
+    let per_epoch = data.plan().batches_per_epoch();
+    assert_eq!(per_epoch, groups.len().div_ceil(4));
+    let (mut seen, mut targets) = (Vec::new(), 0);
+    for _ in 0..per_epoch {
+        let batch = data.next_batch();
+        let rows = match &batch.segments {
+            Some(segments) => {
+                assert_eq!(segments.dims(), [batch.rows, batch.len]);
+                segments.lengths().to_vec()
+            }
+            None => batch.lengths.iter().map(|len| vec![*len]).collect(),
+        };
+        assert!(batch.len <= 64);
+        targets += batch.n_targets();
+        for (row, lengths) in rows.iter().enumerate() {
+            assert_eq!(batch.lengths[row], lengths.iter().sum::<usize>());
+            let mut at = row * batch.len;
+            for len in lengths {
+                assert!(!batch.loss_mask[at]);
+                seen.push(batch.ids[at..at + len].to_vec());
+                at += len;
+            }
+            assert!(batch.ids[at..(row + 1) * batch.len].iter().all(|i| *i == 0));
+        }
+    }
+    assert_eq!(targets, tokens - 203);
+    let mut ids: Vec<Vec<u32>> = sequences.iter().map(|s| s.ids.clone()).collect();
+    ids.sort();
+    seen.sort();
+    assert_eq!(seen, ids);
+    // The next epoch has the same rows in another order, and a resumed batcher goes on.
+    let position = data.position();
+    let next = data.next_batch();
+    let mut resumed = Batcher::packed(sequences.clone(), 64, 4, 0, 7).unwrap();
+    resumed.seek(position).unwrap();
+    assert_eq!(resumed.next_batch(), next);
+    let error = Batcher::packed(sequences, 50, 4, 0, 7).unwrap_err();
+    assert!(
+        matches!(error, Error::SequenceTooLong { max: 50, .. }),
+        "{error}"
+    );
+    assert!(Batcher::packed(vec![], 50, 4, 0, 7).is_err());
+    // A batch whose rows are single sequences is not a packed one.
+    let single = Batcher::packed(random_sequences(3, 1), 60, 1, 0, 7);
+    assert!(single.unwrap().next_batch().lengths.len() == 1);
 }
 
 #[test]
@@ -1324,4 +1486,41 @@ fn pipes_devices_and_folders_are_refused_by_kind() {
     }
     let error = HfConfig::open(root.path()).unwrap_err().to_string();
     assert!(error.contains("a pipe"), "{error}");
+}
+
+#[test]
+fn calibration_has_the_size_that_model_and_text_allow() {
+    let size = |samples, seq_len| CalibrationSize { samples, seq_len };
+    let of = CalibrationSize::for_model;
+    assert_eq!(of(600_000, 128), size(128, 128));
+    assert_eq!(of(30_000_000, 4096), CalibrationSize::PAPERS);
+    assert_eq!(of(0, 0), size(128, 1));
+    // Larger models get shorter samples first.
+    let half_a_billion = of(358_000_000, 32_768);
+    assert_eq!(half_a_billion.seq_len, 256);
+    assert!((64..128).contains(&half_a_billion.samples));
+    assert_eq!(of(70_000_000_000, 8192), size(32, 256));
+    let mut last = usize::MAX;
+    for n in [
+        1_000_000,
+        50_000_000,
+        100_000_000,
+        1_000_000_000,
+        usize::MAX,
+    ] {
+        let found = of(n, 4096);
+        assert!(found.n_tokens() <= last && found.n_tokens() >= 32 * 256);
+        last = found.n_tokens();
+    }
+    // A small text gives fewer samples, and one shorter than a sample gives one.
+    assert_eq!(size(128, 64).within(1_000_000), size(128, 64));
+    assert_eq!(size(128, 64).within(640), size(10, 64));
+    assert_eq!(size(128, 64).within(641), size(11, 64));
+    assert_eq!(size(128, 64).within(50), size(1, 50));
+    assert_eq!(size(128, 64).within(0), size(0, 1));
+    assert!(calibration_windows(&[1, 2, 3], 2, 4, 0).is_err());
+    assert_eq!(
+        calibration_windows(&[1, 2, 3], 1, 3, 0).unwrap(),
+        [[1, 2, 3]]
+    );
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use elastic_lora::data::{self, Record, Template, TextTokenizer};
+use elastic_lora::data::{self, Misfit, Record, Template, TextTokenizer};
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::model::Pretrained;
 use elastic_lora::progress::TerminalProgress;
@@ -95,6 +95,27 @@ pub fn load_records(path: &Path, plain_text: bool) -> Result<Vec<Record>> {
     let records = data::load_records(path)?;
     show_notices(&data::notices(&records));
     Ok(records)
+}
+
+/// Number of records that a message names.
+const NAMED: usize = 3;
+
+/// Prints how many of the `total` records of a file do not fit, and the first of them. `fate` says
+/// what becomes of them.
+pub fn show_misfits(file: &str, fate: &str, misfits: &[Misfit], total: usize) {
+    if misfits.is_empty() {
+        return;
+    }
+    let named: Vec<String> = misfits.iter().take(NAMED).map(Misfit::to_string).collect();
+    let more = match misfits.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        n => format!("; and {n} more"),
+    };
+    let count = misfits.len();
+    eprintln!(
+        "{file}: {count} of {total} records {fate}: {}{more}",
+        named.join("; ")
+    );
 }
 
 /// Prints the first records as the model sees them, with the parts that it learns between `[[` and

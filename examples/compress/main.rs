@@ -53,6 +53,19 @@ pub struct Args {
     #[arg(long, requires = "train")]
     #[serde(skip)]
     test: Option<PathBuf>,
+    /// File of records or text, on which pruning and quantization see the inputs of the layers
+    /// [default: the training file]
+    #[arg(long)]
+    #[serde(skip)]
+    calibration: Option<PathBuf>,
+    /// Number of calibration samples [default: 128, fewer for models of over 40 million weights,
+    /// such that calibration takes minutes]
+    #[arg(long)]
+    calibration_samples: Option<usize>,
+    /// Length of a calibration sample in tokens [default: the model's context, at most 2048, less
+    /// for models of over 40 million weights]
+    #[arg(long)]
+    calibration_length: Option<usize>,
     /// Method to run on the pruned model
     #[arg(long, value_enum, default_value_t = Method::All)]
     method: Method,
@@ -165,10 +178,14 @@ pub struct Args {
     /// Recompute activations in the backward pass (gradient checkpointing): less memory, more time
     #[arg(long)]
     checkpointing: bool,
-    /// Maximum length of a sequence in tokens; longer records are cut [default: the model's
-    /// context, at most 512]
+    /// Maximum length of a sequence in tokens; longer records are cut at the end, and left out if
+    /// nothing of their answer remains [default: the model's context, at most 512]
     #[arg(long)]
     max_len: Option<usize>,
+    /// Pack short records into sequences of at most --max-len tokens, each record still by itself;
+    /// --batch counts these sequences
+    #[arg(long)]
+    pack: bool,
     /// Search algorithm
     #[arg(long, value_enum, default_value_t = Search::Nsga2)]
     search: Search,

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use elastic_lora::calib::{PruneConfig, prune_model};
-use elastic_lora::data::Batcher;
 use elastic_lora::eval::{Metric, ProblemSet, SubnetObjective, mean_loss};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::peft::PeftOptions;
@@ -365,12 +364,7 @@ impl Run<'_> {
         config: TrainConfig,
     ) -> Result<TrainReport> {
         let args = self.args;
-        let mut batcher = Batcher::new(
-            self.task.train.clone(),
-            args.batch,
-            self.task.pretrained.pad_id(),
-            args.seed,
-        )?;
+        let mut batcher = self.task.train.clone();
         let report = Trainer::new(config)?
             .with_folder(self.out.join(name))
             .with_resume(args.resume)

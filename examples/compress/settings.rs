@@ -147,6 +147,16 @@ impl Settings {
             ("batch", args.batch, 1),
             ("evals", args.evals, 1),
             ("max-len", args.max_len.unwrap_or(2), 2),
+            (
+                "calibration-samples",
+                args.calibration_samples.unwrap_or(1),
+                1,
+            ),
+            (
+                "calibration-length",
+                args.calibration_length.unwrap_or(1),
+                1,
+            ),
         ] {
             if value < least {
                 return Err(Error::argument(name, value, format!("at least {least}")));

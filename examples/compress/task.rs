@@ -1,12 +1,14 @@
 //! The model and the data sets of a run.
 
+use std::path::{Path, PathBuf};
+
 use burn::tensor::Device;
 use elastic_lora::data::{
-    Batch, Record, Sequence, Template, TokenizeOptions, calibration_samples, fixed_batches,
-    join_documents, pack, tokenize_records,
+    Batch, Batcher, CalibrationSize, Misfit, Record, Sequence, Template, TextTokenizer,
+    TokenizeOptions, calibration_windows, fixed_batches, join_documents, pack, tokenize_records,
 };
 use elastic_lora::eval::ProblemSet;
-use elastic_lora::model::Pretrained;
+use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -24,12 +26,148 @@ const KINDS: [(Kind, f64); 6] = [
     (Kind::AddMul, 1.0),
 ];
 
-/// Number of calibration sequences, and their maximum length.
-const CALIBRATION: (usize, usize) = (128, 2048);
+/// Records with the file that they are from.
+struct Source {
+    name: String,
+    records: Vec<Record>,
+}
+
+impl Source {
+    fn open(path: &Path, plain_text: bool) -> Result<Self> {
+        Ok(Self {
+            name: path.display().to_string(),
+            records: common::load_records(path, plain_text)?,
+        })
+    }
+
+    fn generated(split: Split, n: usize, seed: u64) -> Result<Self> {
+        let problems = arithmetic::mixture(&KINDS, split, n, seed)?;
+        Ok(Self {
+            name: "generated problems".into(),
+            records: problems.into_iter().map(Problem::into_record).collect(),
+        })
+    }
+
+    /// Tokenizes the records. Plain text is joined and cut into sequences.
+    fn sequences(
+        &self,
+        template: &Template,
+        tokenizer: &TextTokenizer,
+        options: &TokenizeOptions,
+    ) -> Result<Vec<Sequence>> {
+        let records = &self.records;
+        let is_text = |record: &Record| matches!(record, Record::Text { .. });
+        if records.iter().all(is_text) {
+            let texts = self.texts(template)?;
+            return pack(&join_documents(&texts, tokenizer, true)?, options.max_len);
+        }
+        let set = tokenize_records(records, template, tokenizer, options)
+            .map_err(|error| self.named(error))?;
+        let cut = format!("are cut to {} tokens", options.max_len);
+        common::show_misfits(&self.name, &cut, &set.truncated, records.len());
+        common::show_misfits(&self.name, "are left out", &set.left_out, records.len());
+        Ok(set.sequences)
+    }
+
+    /// The records as texts, without those that the template refuses.
+    fn texts(&self, template: &Template) -> Result<Vec<String>> {
+        let (mut texts, mut refused) = (Vec::new(), None);
+        for record in &self.records {
+            match template.render(record) {
+                Ok(rendered) => texts.push(rendered.text),
+                Err(error @ Error::Template { .. }) => refused = Some(error),
+                Err(error) => return Err(self.named(error)),
+            }
+        }
+        match refused {
+            Some(error) if texts.is_empty() => Err(self.named(error)),
+            _ => Ok(texts),
+        }
+    }
+
+    /// The problems: records with a final answer, whose prompts are shorter than `context`. Returns
+    /// `None` if fewer than half of the records have a final answer: a few short answers among texts
+    /// do not make problems of them.
+    fn problems(
+        &self,
+        template: &Template,
+        tokenizer: &TextTokenizer,
+        context: usize,
+    ) -> Result<Option<ProblemSet>> {
+        let (name, total) = (&self.name, self.records.len());
+        let has_answer = |record: &&Record| record.final_answer().is_some();
+        let answered = self.records.iter().filter(has_answer).count();
+        if 2 * answered < total {
+            if answered > 0 {
+                eprintln!(
+                    "notice: {name}: {answered} of {total} records have a final answer, too few \
+                     for an accuracy"
+                );
+            }
+            return Ok(None);
+        }
+        let problems = ProblemSet::new(&self.records, template, tokenizer)
+            .and_then(|problems| problems.with_max_prompt(context.saturating_sub(1)))
+            .map_err(|error| self.named(error))?;
+        let fate = "are not counted in the accuracy";
+        common::show_misfits(name, fate, problems.left_out(), total);
+        Ok(Some(problems))
+    }
+
+    /// Adds the file's name to an error about its records.
+    fn named(&self, error: Error) -> Error {
+        match error {
+            Error::InvalidArgument {
+                name: "records",
+                found,
+                expected,
+            } => Error::InvalidArgument {
+                name: "records",
+                found: format!("{found}, in {}", self.name),
+                expected,
+            },
+            other => other,
+        }
+    }
+}
+
+/// Draws the calibration samples, and says how many of which length.
+fn calibration(
+    args: &Args,
+    source: &Source,
+    template: &Template,
+    model: &Decoder,
+    tokenizer: &TextTokenizer,
+) -> Result<Vec<Vec<u32>>> {
+    let context = model.config().max_position_embeddings();
+    let shapes = model.layer_shapes();
+    let n_weights = shapes.iter().map(|l| l.d_input * l.d_output).sum();
+    let mut size = CalibrationSize::for_model(n_weights, context);
+    size.samples = args.calibration_samples.unwrap_or(size.samples);
+    size.seq_len = args.calibration_length.unwrap_or(size.seq_len);
+    let ids = join_documents(&source.texts(template)?, tokenizer, false)?;
+    let fitted = size.within(ids.len());
+    let CalibrationSize { samples, seq_len } = fitted;
+    let less = if fitted == size {
+        String::new()
+    } else {
+        format!(
+            ", not {} of {}: it has only {} tokens",
+            size.samples,
+            size.seq_len,
+            ids.len()
+        )
+    };
+    let name = &source.name;
+    let noun = if samples == 1 { "sample" } else { "samples" };
+    eprintln!("calibration: {samples} {noun} of {seq_len} tokens from {name}{less}");
+    calibration_windows(&ids, samples, seq_len, args.seed)
+}
 
 pub struct Task {
     pub pretrained: Pretrained,
-    pub train: Vec<Sequence>,
+    /// The training data, at its start.
+    pub train: Batcher,
     pub valid: Vec<Batch>,
     pub test: Vec<Batch>,
     /// Test problems, if they have final answers.
@@ -47,133 +185,94 @@ impl Task {
         let mut pretrained = Pretrained::open(folder, device)?;
         common::show_notices(&pretrained.notices());
         pretrained.model = pretrained.model.with_weight_dtype(args.weights.into())?;
+        let generated = |split, n| Source::generated(split, n, args.seed);
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {
-                let test = args.test.as_ref().unwrap_or(valid);
-                let load = |path| common::load_records(path, args.plain_text);
-                let sets = (load(train)?, load(valid)?, load(test)?);
+                let open = |path: &PathBuf| Source::open(path, args.plain_text);
                 if args.test.is_none() {
                     eprintln!(
                         "no --test: the searched subnet is chosen and measured on the same file"
                     );
                 }
-                sets
+                let test = args.test.as_ref().map(open).transpose()?;
+                (open(train)?, open(valid)?, test)
             }
-            _ => {
-                let draw = |split, n| -> Result<Vec<Record>> {
-                    let problems = arithmetic::mixture(&KINDS, split, n, args.seed)?;
-                    Ok(problems.into_iter().map(Problem::into_record).collect())
-                };
-                (
-                    draw(Split::Train, 12_000)?,
-                    draw(Split::Valid, 384)?,
-                    draw(Split::Test, 1200)?,
-                )
-            }
+            _ => (
+                generated(Split::Train, 12_000)?,
+                generated(Split::Valid, 384)?,
+                Some(generated(Split::Test, 1200)?),
+            ),
         };
 
         let context = pretrained.model.config().max_position_embeddings();
         let max_len = args.max_len.unwrap_or(context.min(512));
-        if max_len > context {
-            return Err(Error::SequenceTooLong {
-                what: "--max-len".into(),
-                found: max_len,
-                max: context,
-            });
+        for (what, found) in [
+            ("--max-len", max_len),
+            ("--calibration-length", args.calibration_length.unwrap_or(1)),
+        ] {
+            if found > context {
+                return Err(Error::SequenceTooLong {
+                    what: what.into(),
+                    found,
+                    max: context,
+                });
+            }
         }
+        let calibration_file = args.calibration.as_ref();
+        let calibration_file = calibration_file.map(|path| Source::open(path, args.plain_text));
+        let calibration_file = calibration_file.transpose()?;
         let options = TokenizeOptions::new(max_len)
             .with_mask_prompt(!args.train_on_inputs)
-            .with_truncate(true);
+            .with_truncate(true)
+            .with_leave_out(true);
         let template = Template::for_model(&args.template, folder)?;
-        common::show_examples(&train, &template, args.show)?;
-        let tokenizer = &pretrained.tokenizer;
-        let sequences = |records: &[Record]| -> Result<Vec<Sequence>> {
-            if records
-                .iter()
-                .all(|record| matches!(record, Record::Text { .. }))
-            {
-                let texts: Vec<String> = records
-                    .iter()
-                    .map(|record| Ok(template.render(record)?.text))
-                    .collect::<Result<_>>()?;
-                return pack(&join_documents(&texts, tokenizer, true)?, max_len);
-            }
-            let set = tokenize_records(records, &template, tokenizer, &options)?;
-            if set.truncated > 0 {
-                eprintln!(
-                    "{} of {} records were cut to {max_len} tokens",
-                    set.truncated,
-                    records.len()
-                );
-            }
-            Ok(set.sequences)
+        common::show_examples(&train.records, &template, args.show)?;
+        let (tokenizer, pad) = (&pretrained.tokenizer, pretrained.pad_id());
+        let measured = |source: &Source| -> Result<(Vec<Batch>, Option<ProblemSet>)> {
+            let sequences = source.sequences(&template, tokenizer, &options)?;
+            let problems = source.problems(&template, tokenizer, context)?;
+            Ok((fixed_batches(&sequences, 32, pad)?, problems))
         };
-        let pad = pretrained.pad_id();
-        let batches = |records: &[Record]| fixed_batches(&sequences(records)?, 32, pad);
-        let documents: Vec<String> = train
-            .iter()
-            .map(|record| Ok(template.render(record)?.text))
-            .collect::<Result<_>>()?;
-        let problems = |what: &str, records: &[Record]| -> Result<Option<ProblemSet>> {
-            let answered = records
-                .iter()
-                .filter(|record| record.final_answer().is_some())
-                .count();
-            // A few short answers among texts do not make problems of them.
-            if 2 * answered < records.len() {
-                if answered > 0 {
-                    let n = records.len();
-                    eprintln!(
-                        "notice: {answered} of {n} {what} records have a final answer, too few \
-                         for an accuracy"
-                    );
-                }
-                return Ok(None);
-            }
-            let problems = ProblemSet::new(records, &template, tokenizer)?
-                .with_max_prompt(context.saturating_sub(1))?;
-            if let Some(notice) = problems.notice() {
-                eprintln!("notice: {what} set: {notice}");
-            }
-            Ok(Some(problems))
-        };
-        let answers = test
-            .iter()
-            .filter(|record| record.final_answer().is_some())
-            .map(|record| tokenizer.encode(&template.answer(record), false));
-        let valid_problems = problems("validation", &valid)?;
-        let problems = match (&args.train, &args.test) {
-            (Some(_), None) => valid_problems.clone(),
-            _ => problems("test", &test)?,
-        };
+        let sequences = train.sequences(&template, tokenizer, &options)?;
+        let (valid_batches, valid_problems) = measured(&valid)?;
         if args.metric == SearchMetric::Accuracy && valid_problems.is_none() {
             return Err(Self::no_answers());
         }
+        let (test_batches, problems) = match &test {
+            Some(test) => measured(test)?,
+            None => (valid_batches.clone(), valid_problems.clone()),
+        };
+        let answers = test.as_ref().unwrap_or(&valid).records.iter();
+        let answers = answers.map(|record| tokenizer.encode(&template.answer(record), false));
         let longest_answer = answers
             .collect::<Result<Vec<_>>>()?
             .iter()
             .map(Vec::len)
             .max()
             .unwrap_or(0);
-        let train = sequences(&train)?;
-        // If the data set has fewer tokens than the context, calibration uses one short sample.
-        let tokens: usize = train.iter().map(Sequence::len).sum();
-        let sample_len = context
-            .min(CALIBRATION.1)
-            .min(tokens.saturating_sub(documents.len()).max(1));
+        let n = sequences.len();
+        let train_batches = if args.pack {
+            let packed = Batcher::packed(sequences, max_len, args.batch, pad, args.seed)?;
+            let rows = packed.groups().map_or(0, <[_]>::len);
+            eprintln!("{n} examples are packed into {rows} sequences");
+            packed
+        } else {
+            Batcher::new(sequences, args.batch, pad, args.seed)?
+        };
+        let calibration = calibration(
+            args,
+            calibration_file.as_ref().unwrap_or(&train),
+            &template,
+            &pretrained.model,
+            tokenizer,
+        )?;
         Ok(Self {
-            train,
-            valid: batches(&valid)?,
-            test: batches(&test)?,
+            train: train_batches,
+            valid: valid_batches,
+            test: test_batches,
             problems,
             valid_problems,
-            calibration: calibration_samples(
-                &documents,
-                tokenizer,
-                CALIBRATION.0,
-                sample_len,
-                args.seed,
-            )?,
+            calibration,
             // Allows answers that are half as long again as the longest expected one.
             max_new_tokens: (longest_answer * 3 / 2 + 8).min(context),
             pretrained,
@@ -205,7 +304,11 @@ impl Task {
             ("model", fingerprint(weights)),
             (
                 "training data",
-                fingerprint(self.train.iter().flat_map(sequence)),
+                fingerprint(self.train.sequences().iter().flat_map(sequence)),
+            ),
+            (
+                "calibration data",
+                fingerprint(self.calibration.iter().flatten().copied()),
             ),
             ("validation data", tokens(&self.valid)),
             ("test data", tokens(&self.test)),

@@ -3,13 +3,14 @@
 //!
 //! A [`Record`] is an entry of a data file. A [`PromptTemplate`] renders it to an [`Example`]
 //! (prompt and completion), [`tokenize`] converts that to a [`Sequence`] (token ids and a loss
-//! mask), and a [`Batcher`] groups sequences into batches. The order of batches depends only on a
-//! seed and can be resumed at any point.
+//! mask), and a [`Batcher`] groups sequences into batches, several short ones in a row if it is
+//! packed. The order of batches depends only on a seed and can be resumed at any point.
 
 pub mod answers;
 mod batch;
 mod chat;
 mod message;
+mod packing;
 mod record;
 mod sequence;
 mod template;
@@ -19,11 +20,14 @@ mod window;
 pub use batch::{Batch, BatchPlan, Batcher, Position, collate, fixed_batches};
 pub use chat::{ChatTemplate, Rendered};
 pub use message::Message;
+pub use packing::Segments;
 pub use record::{
     MAX_FILE_BYTES, Record, is_text_file, load_documents, load_records, load_text, notices,
     parse_records,
 };
-pub use sequence::{Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
+pub use sequence::{Misfit, Sequence, TokenizeOptions, TokenizedSet, tokenize, tokenize_records};
 pub use template::{Example, PromptTemplate, Template};
 pub use tokenizer::{Detokenizer, StopStrings, TextTokenizer};
-pub use window::{calibration_samples, join_documents, pack, windows};
+pub use window::{
+    CalibrationSize, calibration_samples, calibration_windows, join_documents, pack, windows,
+};

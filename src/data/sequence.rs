@@ -1,10 +1,12 @@
 //! Token ids with a loss mask.
 
+use std::fmt;
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::template::Turns;
-use super::{Example, Record, Template, TextTokenizer};
+use super::{Example, Message, Record, Template, TextTokenizer};
 use crate::error::{Error, Result};
 
 /// A tokenized example.
@@ -39,6 +41,12 @@ impl Sequence {
     pub fn n_targets(&self) -> usize {
         self.loss_mask.iter().filter(|m| **m).count()
     }
+
+    /// Cuts off what is beyond `len` tokens.
+    fn truncate(&mut self, len: usize) {
+        self.ids.truncate(len);
+        self.loss_mask.truncate(len);
+    }
 }
 
 /// Settings for tokenizing examples.
@@ -52,6 +60,10 @@ pub struct TokenizeOptions {
     pub add_eos: bool,
     /// Whether a sequence that is too long is truncated at its end instead of refused.
     pub truncate: bool,
+    /// Whether a record that does not fit, or that the chat template refuses, is left out instead of
+    /// refused (see [`tokenize_records`]).
+    #[serde(default)]
+    pub leave_out: bool,
 }
 
 impl TokenizeOptions {
@@ -62,6 +74,7 @@ impl TokenizeOptions {
             mask_prompt: true,
             add_eos: true,
             truncate: false,
+            leave_out: false,
         }
     }
 
@@ -69,6 +82,7 @@ impl TokenizeOptions {
         with_mask_prompt(mask_prompt: bool);
         with_add_eos(add_eos: bool);
         with_truncate(truncate: bool);
+        with_leave_out(leave_out: bool);
     }
 }
 
@@ -88,16 +102,24 @@ pub fn tokenize(
     options: &TokenizeOptions,
     what: &str,
 ) -> Result<Sequence> {
-    Ok(tokenize_uncut(example, tokenizer, options, what)?.0)
+    let mut sequence = tokenize_example(example, tokenizer, options)?;
+    if sequence.len() > options.max_len && !options.truncate {
+        return Err(Error::SequenceTooLong {
+            what: what.to_string(),
+            found: sequence.len(),
+            max: options.max_len,
+        });
+    }
+    sequence.truncate(options.max_len);
+    Ok(sequence)
 }
 
-/// Returns the sequence and whether it was truncated.
-fn tokenize_uncut(
+/// Tokenizes an example, however long it is.
+fn tokenize_example(
     example: &Example,
     tokenizer: &TextTokenizer,
     options: &TokenizeOptions,
-    what: &str,
-) -> Result<(Sequence, bool)> {
+) -> Result<Sequence> {
     let prompt = tokenizer.encode_prompt(&example.prompt)?;
     let mut ids = if example.prompt.is_empty() {
         tokenizer.encode_prompt(&example.completion)?
@@ -117,7 +139,6 @@ fn tokenize_uncut(
     if let (true, Some(eos)) = (options.add_eos, tokenizer.eos_id()) {
         ids.push(eos);
     }
-    let too_long = cut(&mut ids, options, what)?;
     let masked = if options.mask_prompt {
         prompt.len()
     } else {
@@ -125,20 +146,24 @@ fn tokenize_uncut(
     };
     // The first token has no tokens before it to be predicted from.
     let loss_mask = (0..ids.len()).map(|t| t >= masked.max(1)).collect();
-    Ok((Sequence { ids, loss_mask }, too_long))
+    Ok(Sequence { ids, loss_mask })
 }
 
 /// Tokenizes a conversation. A token is a target if a byte of it is in a part that is learned. The
-/// token that ends a turn is always a target: a special token right behind such a part is one as
-/// well, and a last turn that no special token ends gets EOS.
+/// token that ends a turn is always a target: a special token right behind a part that does not end
+/// with one itself is a target as well, and a last turn that no special token ends gets EOS.
 fn tokenize_turns(
     turns: &Turns<'_, '_>,
     tokenizer: &TextTokenizer,
     options: &TokenizeOptions,
-    what: &str,
-) -> Result<(Sequence, bool)> {
+) -> Result<Sequence> {
     let rendered = turns.trained()?;
     let (mut ids, bytes) = tokenizer.encode_with_bytes(&rendered.text)?;
+    // White space may follow the token that ends a turn.
+    let says = |token: usize| {
+        let text = rendered.text.get(bytes[token].clone());
+        text.is_none_or(|text| !text.trim().is_empty())
+    };
     let mut mask = vec![!options.mask_prompt; ids.len()];
     let mut parts = rendered.trained.iter().peekable();
     for (token, bytes) in bytes.iter().enumerate() {
@@ -147,12 +172,15 @@ fn tokenize_turns(
         let ends = token > 0
             && mask[token - 1]
             && tokenizer.is_special(ids[token])
-            && !tokenizer.is_special(ids[token - 1])
-            && tokenizer.bos_id() != Some(ids[token]);
+            && tokenizer.bos_id() != Some(ids[token])
+            && (0..token)
+                .rev()
+                .find(|before| says(*before))
+                .is_some_and(|last| !tokenizer.is_special(ids[last]));
         mask[token] |= inside || ends;
     }
     if turns.ends_trained()
-        && let Some(last) = mask.iter().rposition(|target| *target)
+        && let Some(last) = (0..mask.len()).rfind(|token| mask[*token] && says(*token))
         && !ids[last..].iter().any(|id| tokenizer.is_special(*id))
         && let (true, Some(eos)) = (options.add_eos, tokenizer.eos_id())
     {
@@ -164,24 +192,25 @@ fn tokenize_turns(
     if let Some(first) = mask.first_mut() {
         *first = false;
     }
-    let too_long = cut(&mut ids, options, what)?;
-    mask.truncate(ids.len());
-    let loss_mask = mask;
-    Ok((Sequence { ids, loss_mask }, too_long))
+    Ok(Sequence {
+        ids,
+        loss_mask: mask,
+    })
 }
 
-/// Cuts a sequence that is too long, or refuses it. Returns whether it was cut.
-fn cut(ids: &mut Vec<u32>, options: &TokenizeOptions, what: &str) -> Result<bool> {
-    let too_long = ids.len() > options.max_len;
-    if too_long && !options.truncate {
-        return Err(Error::SequenceTooLong {
-            what: what.to_string(),
-            found: ids.len(),
-            max: options.max_len,
-        });
+/// A record that does not fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit {
+    /// Number of the record, from 1.
+    pub record: usize,
+    /// Why it does not fit.
+    pub reason: String,
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "record {}: {}", self.record, self.reason)
     }
-    ids.truncate(options.max_len);
-    Ok(too_long)
 }
 
 /// Result of [`tokenize_records`].
@@ -189,10 +218,10 @@ fn cut(ids: &mut Vec<u32>, options: &TokenizeOptions, what: &str) -> Result<bool
 pub struct TokenizedSet {
     /// Sequences in the order of the records.
     pub sequences: Vec<Sequence>,
-    /// Number of truncated sequences.
-    pub truncated: usize,
-    /// Number of records that were dropped because they had no target tokens.
-    pub dropped: usize,
+    /// Records whose sequences were truncated at the end.
+    pub truncated: Vec<Misfit>,
+    /// Records that have no sequence.
+    pub left_out: Vec<Misfit>,
 }
 
 impl TokenizedSet {
@@ -202,13 +231,25 @@ impl TokenizedSet {
     }
 }
 
+/// What becomes of a record.
+enum Fate {
+    Fits(Sequence),
+    Truncated(Sequence, String),
+    LeftOut(String),
+}
+
 /// Renders and tokenizes records in parallel, and keeps their order. Of a conversation, the turns of
 /// the assistant are targets, each with the token that ends it.
 ///
+/// A record is left out if it has no question or no answer, or if none of its tokens is a target.
+/// With [`leave_out`](TokenizeOptions::leave_out), a record is also left out if it is too long and
+/// not truncated, or if the chat template refuses it.
+///
 /// # Errors
 /// Returns the errors of [`tokenize`] for the first record that fails, named by its number starting
-/// from 1, those of [`Template::render`], and [`Error::InvalidArgument`] if no record has a target
-/// token.
+/// at 1; [`Error::Template`] for a conversation that the chat template refuses;
+/// [`Error::InvalidArgument`] for a conversation without a chat template, and if every record is
+/// left out.
 pub fn tokenize_records(
     records: &[Record],
     template: impl Into<Template>,
@@ -216,47 +257,119 @@ pub fn tokenize_records(
     options: &TokenizeOptions,
 ) -> Result<TokenizedSet> {
     let template = template.into();
-    let all: Vec<Result<(Sequence, bool)>> = records
+    let fates: Vec<Result<Fate>> = records
         .par_iter()
         .enumerate()
         .map(|(i, record)| {
             let what = format!("record {}", i + 1);
-            match template.conversation(record)? {
-                Some(turns) => tokenize_turns(&turns, tokenizer, options, &what).map_err(|e| {
-                    let Error::Template { path, reason } = e else {
-                        return e;
-                    };
-                    let reason = format!("{what}: {reason}");
-                    Error::Template { path, reason }
-                }),
-                None => {
-                    let example = template.prompt().render(record);
-                    tokenize_uncut(&example, tokenizer, options, &what)
-                }
-            }
+            fate(record, &template, tokenizer, options, &what)
         })
         .collect();
     let mut set = TokenizedSet {
         sequences: Vec::with_capacity(records.len()),
-        truncated: 0,
-        dropped: 0,
+        truncated: Vec::new(),
+        left_out: Vec::new(),
     };
-    for one in all {
-        let (sequence, cut) = one?;
-        set.truncated += usize::from(cut);
-        if sequence.n_targets() == 0 {
-            set.dropped += 1;
-        } else {
-            set.sequences.push(sequence);
+    for (i, fate) in fates.into_iter().enumerate() {
+        let misfit = |reason| Misfit {
+            record: i + 1,
+            reason,
+        };
+        match fate? {
+            Fate::Fits(sequence) => set.sequences.push(sequence),
+            Fate::Truncated(sequence, reason) => {
+                set.sequences.push(sequence);
+                set.truncated.push(misfit(reason));
+            }
+            Fate::LeftOut(reason) => set.left_out.push(misfit(reason)),
         }
     }
     if set.sequences.is_empty() {
-        let found = format!("{} of them", records.len());
+        let first = set.left_out.first();
+        let first = first.map_or(String::new(), |misfit| format!("; {misfit}"));
         return Err(Error::argument(
             "records",
-            found,
-            "none has a token to be predicted within the length allowed",
+            format!("{} of them", records.len()),
+            format!("at least one that the model can learn from{first}"),
         ));
     }
     Ok(set)
+}
+
+fn fate(
+    record: &Record,
+    template: &Template,
+    tokenizer: &TextTokenizer,
+    options: &TokenizeOptions,
+    what: &str,
+) -> Result<Fate> {
+    if let Some(part) = missing(record) {
+        return Ok(Fate::LeftOut(format!("it has no {part}")));
+    }
+    let tokenized = match template.conversation(record)? {
+        Some(turns) => tokenize_turns(&turns, tokenizer, options),
+        None => tokenize_example(&template.prompt().render(record), tokenizer, options),
+    };
+    let mut sequence = match tokenized {
+        Err(Error::Template { reason, .. }) if options.leave_out => {
+            return Ok(Fate::LeftOut(reason));
+        }
+        Err(Error::Template { path, reason }) => {
+            let reason = format!("{what}: {reason}");
+            return Err(Error::Template { path, reason });
+        }
+        tokenized => tokenized?,
+    };
+    let (found, max) = (sequence.len(), options.max_len);
+    let too_long = (found > max).then(|| format!("{found} tokens, and at most {max} fit"));
+    if too_long.is_some() && !options.truncate && !options.leave_out {
+        let what = what.to_string();
+        return Err(Error::SequenceTooLong { what, found, max });
+    }
+    if sequence.n_targets() == 0 {
+        return Ok(Fate::LeftOut("no part of it is learned".into()));
+    }
+    Ok(match too_long {
+        None => Fate::Fits(sequence),
+        Some(reason) if !options.truncate => Fate::LeftOut(reason),
+        Some(reason) => {
+            sequence.truncate(max);
+            if sequence.n_targets() == 0 {
+                Fate::LeftOut(format!("{reason}; they end before its answer"))
+            } else {
+                Fate::Truncated(sequence, reason)
+            }
+        }
+    })
+}
+
+/// Returns the part that a record needs and that is blank. The prompt of a completion may be empty.
+fn missing(record: &Record) -> Option<&'static str> {
+    let (question, answer) = match record {
+        Record::Instruction {
+            instruction,
+            input,
+            output,
+            ..
+        } if instruction.trim().is_empty() => (input.as_str(), output),
+        Record::Instruction {
+            instruction,
+            output,
+            ..
+        } => (instruction.as_str(), output),
+        Record::Question { question, answer } => (question.as_str(), answer),
+        Record::Completion { completion, .. } => ("-", completion),
+        Record::Conversation { messages, .. } => {
+            // A turn without text may call a tool.
+            let says = |m: &Message| !m.content.trim().is_empty() || !m.more.is_empty();
+            let silent = !messages.iter().any(|m| m.is_assistant() && says(m));
+            return silent.then_some("answer");
+        }
+        Record::Text { .. } => return None,
+    };
+    match (question.trim().is_empty(), answer.trim().is_empty()) {
+        (true, _) => Some("question"),
+        (_, true) => Some("answer"),
+        _ => None,
+    }
 }

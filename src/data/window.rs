@@ -87,6 +87,22 @@ pub fn calibration_samples<S: AsRef<str> + Sync>(
         return Err(Error::argument("seq_len", 0, "at least 1"));
     }
     let ids = join_documents(documents, tokenizer, false)?;
+    calibration_windows(&ids, n, seq_len, seed)
+}
+
+/// Draws windows of a token stream as [`calibration_samples`] does.
+///
+/// # Errors
+/// Returns [`Error::InvalidArgument`] if `seq_len` is 0 or larger than the number of tokens.
+pub fn calibration_windows(
+    ids: &[u32],
+    n: usize,
+    seq_len: usize,
+    seed: u64,
+) -> Result<Vec<Vec<u32>>> {
+    if seq_len == 0 {
+        return Err(Error::argument("seq_len", 0, "at least 1"));
+    }
     if ids.len() < seq_len {
         return Err(Error::argument(
             "seq_len",
@@ -102,4 +118,55 @@ pub fn calibration_samples<S: AsRef<str> + Sync>(
             ids[start..start + seq_len].to_vec()
         })
         .collect())
+}
+
+/// Number of calibration samples, and their length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CalibrationSize {
+    /// Number of samples.
+    pub samples: usize,
+    /// Length of each sample in tokens.
+    pub seq_len: usize,
+}
+
+impl CalibrationSize {
+    /// The papers' size, 128 samples of 2048 tokens, which larger models get less of.
+    pub const PAPERS: Self = Self {
+        samples: 128,
+        seq_len: 2048,
+    };
+
+    /// Product of weights and tokens that two cores of a desktop process in some minutes.
+    const WORK: u64 = 10_000_000_000_000;
+
+    /// Returns a size for a model with this number of weights in its linear layers and this context
+    /// length. It is [`PAPERS`](Self::PAPERS), within the context, for models of up to 40 million
+    /// weights. Larger models get samples of fewer tokens, at least 256, and then fewer samples, at
+    /// least 32, so that calibration takes minutes on two cores.
+    pub fn for_model(n_weights: usize, context: usize) -> Self {
+        let tokens = Self::WORK / (n_weights.max(1) as u64);
+        let tokens = usize::try_from(tokens).unwrap_or(usize::MAX);
+        let papers = Self::PAPERS;
+        let seq_len = (tokens / papers.samples).clamp(256, papers.seq_len);
+        let seq_len = seq_len.min(context).max(1);
+        Self {
+            samples: (tokens / seq_len).clamp(32, papers.samples),
+            seq_len,
+        }
+    }
+
+    /// Returns this size, or a smaller one if the samples would be longer, or hold more tokens, than
+    /// a text of `n_tokens` tokens does.
+    pub fn within(self, n_tokens: usize) -> Self {
+        let seq_len = self.seq_len.min(n_tokens).max(1);
+        Self {
+            samples: self.samples.min(n_tokens.div_ceil(seq_len)),
+            seq_len,
+        }
+    }
+
+    /// Returns the number of tokens of all samples.
+    pub fn n_tokens(self) -> usize {
+        self.samples.saturating_mul(self.seq_len)
+    }
 }

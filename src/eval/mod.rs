@@ -7,7 +7,7 @@ mod problems;
 pub use crate::train::loss::mean_loss;
 pub use latency::{LatencyTable, Phase, measure_ms};
 pub use objective::{Cost, Metric, SubnetObjective};
-pub use problems::{Answer, ExactMatch, Gsm8k, LeftOut, ProblemSet};
+pub use problems::{Answer, ExactMatch, Gsm8k, ProblemSet};
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};

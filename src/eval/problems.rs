@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Record, Template, TextTokenizer, answers};
+use crate::data::{Misfit, Record, Template, TextTokenizer, answers};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, generate_batch};
 use crate::progress::Progress;
@@ -78,15 +78,6 @@ pub struct Answer {
     pub gsm8k: Option<(bool, bool)>,
 }
 
-/// A record that is no problem of a [`ProblemSet`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LeftOut {
-    /// Number of the record, from 1.
-    pub record: usize,
-    /// Why it is left out.
-    pub reason: String,
-}
-
 #[derive(Clone, Debug)]
 struct Problem {
     record: usize,
@@ -100,12 +91,12 @@ struct Problem {
 #[derive(Clone, Debug)]
 pub struct ProblemSet {
     problems: Vec<Problem>,
-    left_out: Vec<LeftOut>,
+    left_out: Vec<Misfit>,
 }
 
 impl ProblemSet {
-    /// Formats records with a final answer ([`Record::final_answer`]) as prompts. Those without one
-    /// are left out, see [`left_out`](Self::left_out).
+    /// Formats records with a final answer ([`Record::final_answer`]) as prompts. Those without one,
+    /// and those that the chat template refuses, are left out; see [`left_out`](Self::left_out).
     ///
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if there are records, and none has a final answer, and
@@ -123,15 +114,26 @@ impl ProblemSet {
         for (index, record) in records.iter().enumerate() {
             let number = index + 1;
             let Some(reference) = record.final_answer() else {
-                set.left_out.push(LeftOut {
+                set.left_out.push(Misfit {
                     record: number,
                     reason: record.without_answer().into(),
                 });
                 continue;
             };
+            let prompt = match template.prompt_ids(record, tokenizer) {
+                Ok(prompt) => prompt,
+                Err(Error::Template { reason, .. }) => {
+                    set.left_out.push(Misfit {
+                        record: number,
+                        reason,
+                    });
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             set.problems.push(Problem {
                 record: number,
-                prompt: template.prompt_ids(record, tokenizer)?,
+                prompt,
                 reference,
                 gsm8k: record.gsm8k_solution().map(str::to_string),
             });
@@ -149,7 +151,7 @@ impl ProblemSet {
             .into_iter()
             .partition(|problem| problem.prompt.len() <= max_tokens);
         self.problems = kept;
-        self.left_out.extend(longer.iter().map(|problem| LeftOut {
+        self.left_out.extend(longer.iter().map(|problem| Misfit {
             record: problem.record,
             reason: format!(
                 "its prompt has {} tokens, more than {max_tokens}",
@@ -164,10 +166,7 @@ impl ProblemSet {
         match (self.problems.first(), self.left_out.first()) {
             (None, Some(first)) => {
                 let found = format!("{} of them", self.left_out.len());
-                let expected = format!(
-                    "one at least that can be answered and compared; record {}: {}",
-                    first.record, first.reason
-                );
+                let expected = format!("one at least that can be answered and compared; {first}");
                 Err(Error::argument("records", found, expected))
             }
             _ => Ok(self),
@@ -175,7 +174,7 @@ impl ProblemSet {
     }
 
     /// The records that are left out, in their order.
-    pub fn left_out(&self) -> &[LeftOut] {
+    pub fn left_out(&self) -> &[Misfit] {
         &self.left_out
     }
 
@@ -186,9 +185,7 @@ impl ProblemSet {
         }
         let all = self.left_out.len() + self.problems.len();
         let named = self.left_out.iter().take(NAMED);
-        let named: Vec<String> = named
-            .map(|left| format!("record {}: {}", left.record, left.reason))
-            .collect();
+        let named: Vec<String> = named.map(Misfit::to_string).collect();
         let more = if self.left_out.len() > NAMED {
             "; ..."
         } else {

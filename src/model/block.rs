@@ -17,7 +17,7 @@ pub type Tap<'a> = dyn FnMut(LinearKind, &Tensor<3>) + 'a;
 pub(crate) struct Pass<'m, 'a> {
     pub arch: &'m Architecture,
     /// Cosines and sines of the positions for each of the model's rotary embeddings,
-    /// `[seq, pairs]` each.
+    /// `[seq, pairs]` each, or `[batch * seq, pairs]` if rows have positions of their own.
     pub rotations: Vec<[Tensor<2>; 2]>,
     /// The mask without a window.
     pub mask: AttentionMask,

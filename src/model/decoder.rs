@@ -1,7 +1,5 @@
 //! The decoder-only transformer.
 
-use std::ops::Range;
-
 use burn::module::{Module, Param};
 use burn::tensor::module::embedding;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
@@ -11,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::block::{Attention, Block, Mlp, Pass, Tap};
 use crate::adapter::ElasticLoraLinear;
 use crate::arch::{Architecture, LinearKind, NormKind, Rope, SubBlock};
+use crate::data::{Batch, Segments};
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
 use crate::nn::ops;
@@ -248,6 +247,27 @@ impl Decoder {
         ))
     }
 
+    /// Makes a tensor of the token ids of a batch.
+    ///
+    /// # Shapes
+    /// - result: `[rows, len]`
+    ///
+    /// # Errors
+    /// Returns the errors of [`tokens`](Self::tokens), and [`Error::ShapeMismatch`] if the batch has
+    /// segments of other sizes than its rows.
+    pub(crate) fn batch_tokens(&self, batch: &Batch) -> Result<Tensor<2, Int>> {
+        let tokens = self.tokens(&batch.ids, batch.rows)?;
+        let found = batch.segments.as_ref().map(Segments::dims);
+        match found.filter(|dims| *dims != tokens.dims()) {
+            Some(found) => Err(Error::ShapeMismatch {
+                what: "the segments of a batch".into(),
+                expected: tokens.dims().to_vec(),
+                found: found.to_vec(),
+            }),
+            None => Ok(tokens),
+        }
+    }
+
     /// Embeds tokens: the input of the first block.
     ///
     /// # Shapes
@@ -285,8 +305,9 @@ impl Decoder {
     ) -> Pass<'_, 'a> {
         let device = self.device().without_autodiff();
         let len = cache.as_ref().map_or(0, |cache| cache.len()).max(start + n);
+        let positions = || (start..start + n).map(|position| (position, len));
         let tables = self.ropes.iter();
-        let rotations = tables.map(|rope| rotary_tables(rope, start..start + n, len, &device));
+        let rotations = tables.map(|rope| rotary_tables(rope, positions(), n, &device));
         let mask = cache.as_ref().map(|cache| cache.mask());
         Pass {
             arch: self.config.arch(),
@@ -295,6 +316,23 @@ impl Decoder {
             cache,
             tap: None,
         }
+    }
+
+    /// The state of a pass over rows of `n` tokens without a cache. With `segments`, each example
+    /// of a row is computed as it is alone: by itself, from position 0 on, and with the rotary
+    /// frequencies of its own length.
+    pub(crate) fn pass_of(&self, n: usize, segments: Option<&Segments>) -> Pass<'_, '_> {
+        let mut pass = self.pass(0, n, None);
+        if let Some(segments) = segments {
+            let [rows, len] = segments.dims();
+            let device = self.device().without_autodiff();
+            let tables = self.ropes.iter();
+            let rotations =
+                tables.map(|rope| rotary_tables(rope, segments.positions(), rows * len, &device));
+            pass.rotations = rotations.collect();
+            pass.mask.segments = Some(segments.clone());
+        }
+        pass
     }
 
     /// The rotary embeddings.
@@ -318,15 +356,32 @@ impl Decoder {
     ) -> Tensor<3> {
         let [_, seq] = tokens.dims();
         let start = cache.as_ref().map_or(0, |cache| cache.n_tokens());
-        let mut x = self.embed(tokens);
-        {
-            let mut pass = self.pass(start, seq, cache.as_deref_mut());
-            for (index, block) in self.layers.iter().enumerate() {
-                x = block.forward(x, index, &mut pass);
-            }
-        }
+        let hidden = self.through(tokens, self.pass(start, seq, cache.as_deref_mut()));
         if let Some(cache) = cache {
             cache.advance(seq);
+        }
+        hidden
+    }
+
+    /// [`hidden_states`](Self::hidden_states) of the rows of a batch, which hold several examples
+    /// each if there are `segments`.
+    ///
+    /// # Shapes
+    /// - `tokens`: `[batch, seq]`, the sizes of the segments; result: `[batch, seq, d_model]`
+    pub(crate) fn rows_hidden_states(
+        &self,
+        tokens: Tensor<2, Int>,
+        segments: Option<&Segments>,
+    ) -> Tensor<3> {
+        let pass = self.pass_of(tokens.dims()[1], segments);
+        self.through(tokens, pass)
+    }
+
+    /// Embeds tokens, applies the blocks and the last norm.
+    fn through(&self, tokens: Tensor<2, Int>, mut pass: Pass<'_, '_>) -> Tensor<3> {
+        let mut x = self.embed(tokens);
+        for (index, block) in self.layers.iter().enumerate() {
+            x = block.forward(x, index, &mut pass);
         }
         self.norm.forward(x)
     }
@@ -585,24 +640,24 @@ impl Decoder {
     }
 }
 
-/// Cosines and sines of some positions of a sequence of `len` tokens.
+/// Cosines and sines of `n` positions, each with the length of the sequence that it lies in.
 ///
 /// # Shapes
-/// - results: `[positions, pairs]` each
+/// - results: `[n, pairs]` each
 fn rotary_tables(
     rope: &Rope,
-    positions: Range<usize>,
-    len: usize,
+    positions: impl Iterator<Item = (usize, usize)>,
+    n: usize,
     device: &Device,
 ) -> [Tensor<2>; 2] {
-    let (n, half) = (positions.len(), rope.half());
+    let half = rope.half();
     let (mut cos, mut sin) = (vec![0.0; n * half], vec![0.0; n * half]);
     let rows = cos
         .chunks_exact_mut(half.max(1))
         .zip(sin.chunks_exact_mut(half.max(1)));
     positions
         .zip(rows)
-        .for_each(|(position, (cos, sin))| rope.rotation_at(position, len, cos, sin));
+        .for_each(|((position, len), (cos, sin))| rope.rotation_at(position, len, cos, sin));
     [cos, sin].map(|table| Tensor::from_data(TensorData::new(table, [n, half]), device))
 }
 

@@ -90,8 +90,8 @@ impl KvCache {
     /// The attention mask of the cached batch, without a window.
     pub fn mask(&self) -> AttentionMask {
         AttentionMask {
-            window: None,
             left_pad: self.left_pad.clone(),
+            ..AttentionMask::default()
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::data::Segments;
+
 /// Restricts the keys that a query sees, in addition to causality.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[doc(hidden)]
@@ -11,6 +13,9 @@ pub struct AttentionMask {
     pub window: Option<usize>,
     /// Number of leading padding keys for each row of the batch.
     pub left_pad: Option<Vec<usize>>,
+    /// The examples of packed rows: a query sees the keys of its own only. Without a cache, so that
+    /// queries and keys are the same tokens.
+    pub segments: Option<Segments>,
 }
 
 impl AttentionMask {
@@ -30,10 +35,12 @@ impl AttentionMask {
             .and_then(|pads| pads.get(row))
             .copied()
             .unwrap_or(0);
+        let segments = self.segments.as_ref().filter(|_| end > 0);
         let start = self
             .window
             .map_or(0, |window| end.saturating_sub(window))
-            .max(pad);
+            .max(pad)
+            .max(segments.map_or(0, |segments| segments.start(row, end - 1)));
         start.min(end)..end
     }
 
@@ -49,10 +56,11 @@ impl AttentionMask {
             .left_pad
             .as_ref()
             .is_some_and(|pads| pads.iter().any(|pad| *pad > 0));
-        if seq_q == 1 && !padded && self.window.is_none_or(|window| window >= seq_k) {
+        let by_row = padded || self.segments.is_some();
+        if seq_q == 1 && !by_row && self.window.is_none_or(|window| window >= seq_k) {
             return None;
         }
-        let rows = if padded { batch } else { 1 };
+        let rows = if by_row { batch } else { 1 };
         let mut hidden = Vec::with_capacity(rows * seq_q * seq_k);
         for row in 0..rows {
             for query in 0..seq_q {

@@ -76,16 +76,21 @@ impl Adapter {
     /// [`Merger`](crate::Merger) has merged it.
     pub fn from_lora(model: &Model, adapter: &LoraAdapter, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        let unfit = |what: String| Error::Unsupported {
+            what: format!("{}: running {what} without merging it", path.display()),
+        };
         if adapter.sparse || adapter.quantization_aware {
             let trained = match adapter.sparse {
                 true => "under the mask of its base (`sparse_adapter`)",
                 false => "through the grid of its base (`quantization_aware`)",
             };
-            let what = format!(
-                "{}: running an adapter that was trained {trained} without merging it",
-                path.display()
-            );
-            return Err(Error::Unsupported { what });
+            return Err(unfit(format!("an adapter that was trained {trained}")));
+        }
+        if let Some(what) = adapter.changes.what() {
+            return Err(unfit(format!("an adapter that changes its base ({what})")));
+        }
+        if let Some(table) = adapter.layers.keys().find(|name| is_table(name)) {
+            return Err(unfit(format!("a pair of `{table}`")));
         }
         let mut layers = BTreeMap::new();
         for (name, pair) in adapter.by_layer(model.config())? {

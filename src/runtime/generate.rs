@@ -1,7 +1,7 @@
 //! Generation settings.
 
-use super::sample::{SampleConfig, Sampler};
 use super::batch::decode_batch;
+use super::sample::{SampleConfig, Sampler};
 use super::session::Session;
 use crate::error::{Error, Result};
 use crate::progress::{Progress, Task};

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use super::model::{Model, ModelOptions, ModelParts, Verify, Weights, check_threads};
 use crate::error::{Error, Result};
 use crate::format::Buffer;
+use crate::input::refuse_pointer;
 use crate::io::bundle::Bundle;
 use crate::io::gguf::is_gguf;
-use crate::input::refuse_pointer;
 use crate::io::{cache, read_file_handle};
 use crate::progress::{Progress, Silent};
 

@@ -6,6 +6,7 @@ use burn::tensor::{Int, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::optimizer::{Grads, collect, trainable};
+use crate::data::Segments;
 use crate::error::Result;
 use crate::model::Decoder;
 use crate::nn::host_values;
@@ -29,6 +30,8 @@ pub enum Checkpointing {
 pub(crate) struct Share<'a> {
     /// Positions and targets, as for [`Decoder::nll_sum`].
     pub positions: &'a [(usize, u32)],
+    /// The examples of the rows, if they are packed.
+    pub segments: Option<&'a Segments>,
     /// Number of targets in the whole step.
     pub n_targets: usize,
     /// Number of subnets that the micro-batch trains; all have the same weight.
@@ -102,7 +105,8 @@ fn objective(model: &Decoder, hidden: Tensor<3>, share: &Share<'_>) -> Result<(T
 }
 
 fn whole(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Result<Found> {
-    let (mean, mut found) = objective(model, model.hidden_states(tokens, None), share)?;
+    let hidden = model.rows_hidden_states(tokens, share.segments);
+    let (mean, mut found) = objective(model, hidden, share)?;
     // A subnet may leave out everything that is trained.
     if mean.is_tracked() {
         collect(model, &mut mean.backward(), &mut found.grads);
@@ -119,7 +123,7 @@ fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Resul
             .find(|block| !trainable(&model.layers[*block]).is_empty())
             .unwrap_or(n_blocks),
     };
-    let mut pass = model.pass(0, tokens.dims()[1], None);
+    let mut pass = model.pass_of(tokens.dims()[1], share.segments);
     let mut inputs = Vec::with_capacity(n_blocks - first);
     let last = {
         // This copy is still on the autodiff device, so that dropout applies, but requires no

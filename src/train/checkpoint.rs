@@ -108,6 +108,10 @@ pub(crate) fn fingerprint(train: &Batcher) -> u64 {
         add(batch.len() as u64);
         batch.into_iter().for_each(|index| add(index as u64));
     }
+    for group in train.groups().into_iter().flatten() {
+        add(group.len() as u64);
+        group.iter().for_each(|index| add(*index as u64));
+    }
     hash
 }
 

@@ -34,9 +34,9 @@ pub fn mean_loss(model: &Decoder, batches: &[Batch], progress: &dyn Progress) ->
         let targets = targets(batch);
         if !targets.is_empty() {
             n += targets.len();
-            sum += f64::from(
-                host_values(model.nll_sum(model.tokens(&batch.ids, batch.rows)?, &targets)?)[0],
-            );
+            let tokens = model.batch_tokens(batch)?;
+            let hidden = model.rows_hidden_states(tokens, batch.segments.as_ref());
+            sum += f64::from(host_values(model.nll_at(hidden, &targets)?)[0]);
         }
         task.step("")?;
     }

@@ -84,8 +84,9 @@ pub fn gated<const D: usize>(gate: Tensor<D>, up: Tensor<D>, activation: Activat
 /// receive no gradient.
 ///
 /// # Shapes
-/// - `x`: `[batch, seq, n_heads * head_dim]`, `cos` and `sin`: `[seq, pairs]`, `pairs` at most
-///   `head_dim / 2`: only the first `2 * pairs` features are rotated
+/// - `x`: `[batch, seq, n_heads * head_dim]`, `cos` and `sin`: `[seq, pairs]`, or
+///   `[batch * seq, pairs]` if rows have positions of their own; `pairs` at most `head_dim / 2`:
+///   only the first `2 * pairs` features are rotated
 /// - result: `[batch, n_heads, seq, head_dim]`
 pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());

@@ -719,11 +719,12 @@ pub(super) fn causal_attention_backward<B: Backend>(
     (grad_q.0, grad_k.0, grad_v.0)
 }
 
-/// A rotary table as a tensor that broadcasts over batch and heads.
-fn table<B: Backend>(table: FloatTensor<B>) -> Val<B> {
+/// A rotary table, `[seq, half]` or `[batch * seq, half]`, as a tensor that broadcasts over heads,
+/// and over the batch if all rows have the same positions.
+fn table<B: Backend>(table: FloatTensor<B>, seq: usize) -> Val<B> {
     let table = Val::<B>(table);
-    let [seq, half] = table.dims();
-    table.reshape([1, 1, seq, half])
+    let [positions, half] = table.dims();
+    table.reshape([positions / seq.max(1), 1, seq, half])
 }
 
 pub(super) fn rotary<B: Backend>(
@@ -732,8 +733,10 @@ pub(super) fn rotary<B: Backend>(
     sin: FloatTensor<B>,
     n_heads: usize,
 ) -> FloatTensor<B> {
-    let (x, cos, sin) = (Val::<B>(x), table::<B>(cos), table::<B>(sin));
-    let ([batch, seq, width], [.., half]) = (x.dims(), cos.dims::<4>());
+    let x = Val::<B>(x);
+    let [batch, seq, width] = x.dims();
+    let (cos, sin) = (table::<B>(cos, seq), table::<B>(sin, seq));
+    let [.., half] = cos.dims::<4>();
     let (low, high, rest) = x
         .reshape([batch, seq, n_heads, width / n_heads.max(1)])
         .swap_dims(1, 2)
@@ -747,8 +750,10 @@ pub(super) fn rotary_backward<B: Backend>(
     sin: FloatTensor<B>,
     grad: FloatTensor<B>,
 ) -> FloatTensor<B> {
-    let (grad, cos, sin) = (Val::<B>(grad), table::<B>(cos), table::<B>(sin));
-    let ([batch, n_heads, seq, head_dim], [.., half]) = (grad.dims(), cos.dims::<4>());
+    let grad = Val::<B>(grad);
+    let [batch, n_heads, seq, head_dim] = grad.dims();
+    let (cos, sin) = (table::<B>(cos, seq), table::<B>(sin, seq));
+    let [.., half] = cos.dims::<4>();
     let (low, high, rest) = grad.halves(half);
     let back_low = low.clone() * cos.clone() + high.clone() * sin.clone();
     let back = Val::joined(back_low, high * cos - low * sin, rest);

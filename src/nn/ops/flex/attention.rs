@@ -103,9 +103,32 @@ struct Block<'a> {
     keys: std::ops::Range<usize>,
 }
 
+/// Cuts the queries of a batch row into blocks, each as its first query and its length. A block
+/// has queries of one example only, so that no product covers keys of another one.
+fn blocks(sizes: &Sizes, mask: &AttentionMask, row: usize) -> Vec<(usize, usize)> {
+    let mut blocks = Vec::new();
+    let mut first = 0;
+    while first < sizes.seq_q {
+        let mut len = sizes.block().min(sizes.seq_q - first);
+        if let Some(segments) = &mask.segments {
+            let start = segments.start(row, first);
+            let same =
+                (first..first + len).take_while(|query| segments.start(row, *query) == start);
+            len = same.count();
+        }
+        blocks.push((first, len));
+        first += len;
+    }
+    blocks
+}
+
 impl<'a> Block<'a> {
-    fn new(sizes: Sizes, mask: &'a AttentionMask, batch: usize, first: usize) -> Self {
-        let len = sizes.block().min(sizes.seq_q - first);
+    fn new(
+        sizes: Sizes,
+        mask: &'a AttentionMask,
+        batch: usize,
+        (first, len): (usize, usize),
+    ) -> Self {
         let visible = |query| mask.visible(batch, query, sizes.seq_q, sizes.seq_k);
         let (start, end) = (visible(first).start, visible(first + len - 1).end);
         Self {
@@ -182,15 +205,17 @@ pub(super) fn forward(
     let mut sums: Vec<f32> = Vec::with_capacity(of_sums);
     let out = Disjoint::uninit(&mut context.spare_capacity_mut()[..of_context]);
     let log_sum_exp = Disjoint::uninit(&mut sums.spare_capacity_mut()[..of_sums]);
-    let blocks = seq_q.div_ceil(sizes.block());
+    let mut tasks = Vec::new();
+    for row in 0..batch {
+        let blocks = blocks(&sizes, mask, row);
+        let heads =
+            (0..n_heads).flat_map(|head| blocks.iter().map(move |block| (row, head, *block)));
+        tasks.extend(heads);
+    }
     let level = Level::detect();
-    let task = |buffer: &mut Vec<f32>, index: usize| {
-        let (row, head, first) = (
-            index / blocks / n_heads,
-            index / blocks % n_heads,
-            index % blocks * sizes.block(),
-        );
-        let block = Block::new(sizes, mask, row, first);
+    let task = |buffer: &mut Vec<f32>, (row, head, queries): (usize, usize, (usize, usize))| {
+        let block = Block::new(sizes, mask, row, queries);
+        let first = block.first;
         let kv_head = head / sizes.group();
         let out_at =
             |query: usize| out.from((row * seq_q + query) * sizes.width() + head * head_dim);
@@ -249,14 +274,13 @@ pub(super) fn forward(
             )
         };
     };
-    let tasks = batch * n_heads * blocks;
     if sizes.serial() {
         let mut buffer = Vec::new();
-        (0..tasks).for_each(|index| task(&mut buffer, index));
+        tasks.into_iter().for_each(|one| task(&mut buffer, one));
     } else {
-        (0..tasks).into_par_iter().for_each_init(Vec::new, task);
+        tasks.into_par_iter().for_each_init(Vec::new, task);
     }
-    // SAFETY: the tasks have written every row of every head.
+    // SAFETY: the blocks of a row cover all its queries, so the tasks have written every row of every head.
     unsafe {
         context.set_len(of_context);
         sums.set_len(of_sums);
@@ -297,10 +321,12 @@ pub(super) fn backward(
     let task = |(weights, slopes): &mut (Vec<f32>, Vec<f32>),
                 (index, ((grad_q, grad_k), grad_v)): (usize, Gradients<'_>)| {
         let (row, kv_head) = (index / n_kv_heads, index % n_kv_heads);
+        let blocks = blocks(&sizes, mask, row);
         for (number, grad_q) in grad_q.chunks_exact_mut(seq_q * head_dim).enumerate() {
             let head = kv_head * group + number;
-            for first in (0..seq_q).step_by(sizes.block()) {
-                let block = Block::new(sizes, mask, row, first);
+            for queries in &blocks {
+                let block = Block::new(sizes, mask, row, *queries);
+                let first = block.first;
                 let n_keys = block.keys.len();
                 if n_keys == 0 {
                     continue;

@@ -32,6 +32,11 @@ fn norm_fits(x: &FlexTensor, weight: &FlexTensor) -> bool {
         && !dims(x).contains(&0)
 }
 
+/// Whether a rotary table has the positions of one row, or of every row of the batch.
+fn is_table(table: &[usize], batch: usize, seq: usize) -> bool {
+    matches!(table, [positions, _] if *positions == seq || *positions == batch * seq)
+}
+
 impl DecoderOps for Flex {
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
         if !norm_fits(&x, &weight) {
@@ -339,11 +344,12 @@ impl DecoderOps for Flex {
         let fits = half > 0 && seq > 0 && head_dim * n_heads == width && 2 * half <= head_dim;
         if !fits
             || !is_f32(&[&x, &cos, &sin])
-            || dims(&cos) != [seq, half]
-            || dims(&sin) != [seq, half]
+            || !is_table(dims(&cos), batch, seq)
+            || dims(&sin) != dims(&cos)
         {
             return portable::rotary::<Self>(x, cos, sin, n_heads);
         }
+        let positions = dims(&cos)[0];
         let (x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
         let (x, cos, sin, level) = (floats(&x), floats(&cos), floats(&sin), Level::detect());
         // Each chunk is one sequence of one head.
@@ -353,8 +359,10 @@ impl DecoderOps for Flex {
             |index, out| {
                 let (row, head) = (index / n_heads, index % n_heads);
                 for (position, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                    let from = (row * seq + position) * width + head * head_dim;
-                    let (cos, sin) = (part(cos, position, half), part(sin, position, half));
+                    let token = row * seq + position;
+                    let from = token * width + head * head_dim;
+                    let place = token % positions;
+                    let (cos, sin) = (part(cos, place, half), part(sin, place, half));
                     rows::rotate(level, &x[from..from + head_dim], cos, sin, out);
                 }
             },
@@ -369,11 +377,12 @@ impl DecoderOps for Flex {
         let fits = half > 0 && n_heads > 0 && seq > 0 && 2 * half <= head_dim;
         if !fits
             || !is_f32(&[&grad, &cos, &sin])
-            || dims(&cos) != [seq, half]
-            || dims(&sin) != [seq, half]
+            || !is_table(dims(&cos), batch, seq)
+            || dims(&sin) != dims(&cos)
         {
             return portable::rotary_backward::<Self>(cos, sin, grad);
         }
+        let positions = dims(&cos)[0];
         let (grad, cos, sin) = (contiguous(grad), contiguous(cos), contiguous(sin));
         let (grad, cos, sin, level) = (floats(&grad), floats(&cos), floats(&sin), Level::detect());
         // Each chunk is one token.
@@ -382,7 +391,8 @@ impl DecoderOps for Flex {
             n_heads * head_dim,
             |index, out| {
                 let (row, position) = (index / seq, index % seq);
-                let (cos, sin) = (part(cos, position, half), part(sin, position, half));
+                let place = index % positions;
+                let (cos, sin) = (part(cos, place, half), part(sin, place, half));
                 for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
                     let from = ((row * n_heads + head) * seq + position) * head_dim;
                     rows::rotate_back(level, &grad[from..from + head_dim], cos, sin, out);

@@ -3,6 +3,7 @@ use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use super::plain;
 use super::{Random, close, compare, devices, hosts, slack, values};
 use crate::arch::{Activation, Scores};
+use crate::data::Segments;
 use crate::nn::ops::extension::DecoderOps;
 use crate::nn::ops::{self, AttentionMask};
 
@@ -100,15 +101,19 @@ fn rotary_is_the_plain_composition() {
             ([2, 5, 3, 4], 6),
             ([3, 31, 8, 33], 0),
         ] {
-            let angles = random.tensor([seq, half], 3.0, device);
-            let (cos, sin) = (angles.clone().cos(), angles.sin());
-            let inputs = [random.tensor([batch, seq, n_heads * (2 * half + rest)], 2.0, device)];
-            compare(
-                "rotary",
-                inputs,
-                |[x]: [Tensor<3>; 1]| ops::rotary(x, n_heads, cos.clone(), sin.clone()),
-                |[x]| plain::rotary(x, n_heads, cos.clone(), sin.clone()),
-            );
+            // Positions of all rows together, and of each row by itself.
+            for rows in [1, batch] {
+                let angles = random.tensor([rows * seq, half], 3.0, device);
+                let (cos, sin) = (angles.clone().cos(), angles.sin());
+                let width = n_heads * (2 * half + rest);
+                let inputs = [random.tensor([batch, seq, width], 2.0, device)];
+                compare(
+                    "rotary",
+                    inputs,
+                    |[x]: [Tensor<3>; 1]| ops::rotary(x, n_heads, cos.clone(), sin.clone()),
+                    |[x]| plain::rotary(x, n_heads, cos.clone(), sin.clone()),
+                );
+            }
         }
     }
 }
@@ -135,6 +140,7 @@ fn attention_is_the_plain_composition() {
             let mask = AttentionMask {
                 window,
                 left_pad: pads.map(<[usize]>::to_vec),
+                segments: None,
             };
             // The plain composition spreads a query without visible keys over all keys, so no query
             // of these cases may be without one.
@@ -176,6 +182,72 @@ fn attention_is_the_plain_composition() {
                     |[q, k, v]| plain::causal_attention(q, k, v, scores, &mask) * keep.clone(),
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn packed_attention_is_that_of_each_example() {
+    for device in devices() {
+        let mut random = Random::new(16);
+        // lengths of the examples of each row, length of a row, window
+        type Case<'a> = (&'a [&'a [usize]], usize, Option<usize>);
+        let cases: [Case; 5] = [
+            (&[&[1, 1, 1]], 3, None),
+            (&[&[4, 2, 5], &[9], &[3, 3]], 11, None),
+            (&[&[4, 2, 5], &[9], &[3, 3]], 11, Some(3)),
+            (&[&[100, 1, 64, 35]], 200, Some(33)),
+            (&[&[70, 80], &[150]], 151, None),
+        ];
+        for (rows, seq, window) in cases {
+            let rows: Vec<Vec<usize>> = rows.iter().map(|row| row.to_vec()).collect();
+            let (batch, n_heads, head_dim) = (rows.len(), 4, 8);
+            let mask = AttentionMask {
+                window,
+                segments: Some(Segments::new(rows.clone(), seq)),
+                ..AttentionMask::default()
+            };
+            let alone = AttentionMask {
+                window,
+                ..AttentionMask::default()
+            };
+            let q = random.tensor([batch, n_heads, seq, head_dim], 2.0, device);
+            let [k, v] = [(); 2].map(|()| random.tensor([batch, 2, seq, head_dim], 2.0, device));
+            let scores = Scores {
+                scale: 0.3,
+                softcap: Some(2.5),
+            };
+            // Each example by itself; padding counts as zeros on both sides.
+            let by_example = |[q, k, v]: [Tensor<4>; 3]| {
+                let rows = rows.iter().enumerate().map(|(row, lengths)| {
+                    let (mut parts, mut at) = (Vec::new(), 0);
+                    for len in lengths {
+                        let part = |x: &Tensor<4>| x.clone().narrow(0, row, 1).narrow(2, at, *len);
+                        let (q, k, v) = (part(&q), part(&k), part(&v));
+                        parts.push(plain::causal_attention(q, k, v, scores, &alone));
+                        at += len;
+                    }
+                    if at < seq {
+                        let size = [1, seq - at, n_heads * head_dim];
+                        parts.push(Tensor::zeros(size, &q.device()));
+                    }
+                    Tensor::cat(parts, 1)
+                });
+                Tensor::cat(rows.collect(), 0)
+            };
+            let keep: Vec<f32> = rows
+                .iter()
+                .flat_map(|lengths| (0..seq).map(|t| f32::from(t < lengths.iter().sum::<usize>())))
+                .collect();
+            let keep = Tensor::<3>::from_data(TensorData::new(keep, [batch, seq, 1]), device);
+            compare(
+                &format!("{rows:?} {window:?}"),
+                [q, k, v],
+                |[q, k, v]: [Tensor<4>; 3]| {
+                    ops::causal_attention(q, k, v, scores, &mask) * keep.clone()
+                },
+                by_example,
+            );
         }
     }
 }
@@ -357,6 +429,7 @@ fn portable_definitions_agree_with_the_kernels() {
     let mask = AttentionMask {
         window: Some(4),
         left_pad: Some(vec![0, 2]),
+        segments: None,
     };
     let same =
         |name: &str, a: burn::backend::flex::FlexTensor, b: burn::backend::flex::FlexTensor| {
@@ -426,14 +499,13 @@ fn portable_definitions_agree_with_the_kernels() {
     same("gate", fused.0, plain.0);
     same("up", fused.1, plain.1);
 
-    let table = || make_table(5, 3);
     let heads = raw(&make([2, 4, 5, 6]));
-    let fused = Flex::rotary_backward(table(), table(), heads.clone());
-    same(
-        "rotary",
-        fused,
-        portable::rotary_backward::<Flex>(table(), table(), heads),
-    );
+    for positions in [5, 10] {
+        let table = || make_table(positions, 3);
+        let fused = Flex::rotary_backward(table(), table(), heads.clone());
+        let portable = portable::rotary_backward::<Flex>(table(), table(), heads.clone());
+        same("rotary", fused, portable);
+    }
 }
 
 fn make_table(seq: usize, half: usize) -> burn::backend::flex::FlexTensor {
@@ -484,6 +556,7 @@ fn double_precision_takes_the_portable_way_on_the_tape() {
             let mask = AttentionMask {
                 window: Some(3),
                 left_pad: Some(vec![1, 2]),
+                segments: None,
             };
             let context = ops::causal_attention(q.clone(), k.clone(), v.clone(), 0.7, &mask);
             let turned = ops::rotary(context, 4, angles.clone().cos(), angles.sin());

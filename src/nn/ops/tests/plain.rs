@@ -30,8 +30,9 @@ pub fn softcapped<const D: usize>(x: Tensor<D>, softcap: Option<f64>) -> Tensor<
 
 pub fn rotary(x: Tensor<3>, n_heads: usize, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     let x = ops::split_heads(x, n_heads);
-    let ([.., head_dim], [_, half]) = (x.dims(), cos.dims());
-    let (cos, sin) = (cos.unsqueeze::<4>(), sin.unsqueeze::<4>());
+    let ([_, _, seq, head_dim], [positions, half]) = (x.dims(), cos.dims());
+    let table = |x: Tensor<2>| x.reshape([positions / seq, 1, seq, half]);
+    let (cos, sin) = (table(cos), table(sin));
     let low = x.clone().narrow(3, 0, half);
     let high = x.clone().narrow(3, half, half);
     let rotated_low = low.clone() * cos.clone() - high.clone() * sin.clone();
