@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use elastic_lora::data::{
-    Batch, Batcher, CalibrationSize, Misfit, Record, Sequence, Template, TextTokenizer,
-    TokenizeOptions, calibration_windows, fixed_batches, join_documents, pack, tokenize_records,
+    Batch, Batcher, CalibrationSize, Record, Sequence, Template, TextTokenizer, TokenizeOptions,
+    calibration_windows, fixed_batches, join_documents, pack, tokenize_records,
 };
 use elastic_lora::eval::ProblemSet;
 use elastic_lora::model::{Decoder, Pretrained};

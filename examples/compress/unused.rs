@@ -5,7 +5,7 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 use elastic_lora::{Error, Result};
 
-use crate::{Args, Method, Search};
+use crate::{Args, Init, Method, Search};
 
 /// A rule: options, when they are used, and what else would use them.
 type Rule = (&'static [&'static str], fn(&Args) -> bool, &'static str);
@@ -36,8 +36,8 @@ const RULES: [Rule; 10] = [
     ),
     (
         &["init"],
-        |args| args.method.includes(Method::Sqft),
-        "--method sqft or table2",
+        |args| args.init == Init::Pissa || args.method.includes(Method::Sqft),
+        "--method sqft or table2, or the start pissa",
     ),
     (
         &["prune", "sparsity", "pattern"],

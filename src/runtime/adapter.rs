@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::format::{StoredMatrix, WeightFormat};
 use crate::io::LoraAdapter;
 use crate::io::gguf::is_gguf;
+use crate::io::peft::is_table;
 use crate::kernels;
 use crate::linalg::Matrix;
 use crate::space::LoraConfig;
