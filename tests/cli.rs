@@ -446,8 +446,8 @@ fn table_2_measures_sparse_integers_as_written() {
     ]);
     assert_eq!(merged, same);
     for arguments in [
-        ["supernet.elora", "--subnet", "front-1"],
-        ["supernet.elora", "--subnet", "searched"],
+        ["supernet.elora", "--subnet", "largest"],
+        ["supernet.elora", "--subnet", "chosen"],
         ["sqft-supernet.elora", "--subnet", "smallest"],
         ["sqft-supernet.elora", "--subnet", "chosen"],
     ] {
@@ -884,7 +884,11 @@ fn records_that_do_not_fit_are_named_and_the_rest_goes_on() {
         r#"{"question": "What is 2 + 3?", "answer": 5}"#.into(),
     ];
     write("train.jsonl", &train);
-    let valid = [sum(4), record("Explain.", "I cannot say."), sum(5)];
+    let valid = [
+        sum(4),
+        record("Explain.", "I cannot say.\nAsk somebody else."),
+        sum(5),
+    ];
     write("valid.jsonl", &valid);
     write("test.jsonl", &[sum(6), record(&long, "#### 1")]);
     write("text.txt", &["Tom has 3 pens and finds 4 more.".into()]);

@@ -307,13 +307,16 @@ fn formats_turn_into_each_other_exactly_or_not_at_all() {
     }
     let back = other.with_format(codes).unwrap();
     assert_eq!(back.weight(3).unwrap(), dense.weight(3).unwrap());
-    let error = dense
-        .with_format(F::Int {
-            bits: 4,
-            group_size: Some(4),
-            symmetric: false,
-        })
-        .unwrap_err();
+    // Codes keep their groups, and their number of bits or nothing.
+    let int = |bits, group_size| F::Int {
+        bits,
+        group_size: Some(group_size),
+        symmetric: false,
+    };
+    let kept = dense.with_format(int(4, 4)).unwrap();
+    assert_eq!(kept.layers()[0].format, codes);
+    assert_eq!(kept.weight(3).unwrap(), dense.weight(3).unwrap());
+    let error = dense.with_format(int(8, 8)).unwrap_err();
     assert!(
         matches!(&error, Error::Unsupported { what } if what.contains("q_proj")),
         "{error}"

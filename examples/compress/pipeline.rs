@@ -74,6 +74,7 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
         report: Report::new(command, args.seed),
     };
 
+    eprintln!("{}", task.calibration_said);
     let base = task.pretrained.model.clone();
     run.row("base", &base, None)?;
     match args.method {

@@ -131,14 +131,14 @@ impl Source {
     }
 }
 
-/// Draws the calibration samples, and says how many of which length.
+/// Draws the calibration samples. Returns them with a line that says how many of which length.
 fn calibration(
     args: &Args,
     source: &Source,
     template: &Template,
     model: &Decoder,
     tokenizer: &TextTokenizer,
-) -> Result<Vec<Vec<u32>>> {
+) -> Result<(Vec<Vec<u32>>, String)> {
     let context = model.config().max_position_embeddings();
     let shapes = model.layer_shapes();
     let n_weights = shapes.iter().map(|l| l.d_input * l.d_output).sum();
@@ -160,8 +160,11 @@ fn calibration(
     };
     let name = &source.name;
     let noun = if samples == 1 { "sample" } else { "samples" };
-    eprintln!("calibration: {samples} {noun} of {seq_len} tokens from {name}{less}");
-    calibration_windows(&ids, samples, seq_len, args.seed)
+    let said = format!("calibration: {samples} {noun} of {seq_len} tokens from {name}{less}");
+    Ok((
+        calibration_windows(&ids, samples, seq_len, args.seed)?,
+        said,
+    ))
 }
 
 pub struct Task {
@@ -175,6 +178,8 @@ pub struct Task {
     /// Validation problems, if they have final answers.
     pub valid_problems: Option<ProblemSet>,
     pub calibration: Vec<Vec<u32>>,
+    /// What the calibration samples are.
+    pub calibration_said: String,
     pub max_new_tokens: usize,
 }
 
@@ -259,7 +264,7 @@ impl Task {
         } else {
             Batcher::new(sequences, args.batch, pad, args.seed)?
         };
-        let calibration = calibration(
+        let (calibration, calibration_said) = calibration(
             args,
             calibration_file.as_ref().unwrap_or(&train),
             &template,
@@ -273,6 +278,7 @@ impl Task {
             problems,
             valid_problems,
             calibration,
+            calibration_said,
             // Allows answers that are half as long again as the longest expected one.
             max_new_tokens: (longest_answer * 3 / 2 + 8).min(context),
             pretrained,

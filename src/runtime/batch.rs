@@ -8,6 +8,7 @@ use crate::progress::Progress;
 
 use super::forward::Pass;
 use super::session::Session;
+use super::workspace::Workspace;
 
 /// What one session does in a batch.
 #[derive(Debug)]
@@ -118,7 +119,7 @@ fn parts(group: &[&mut Step<'_>], done: &[usize]) -> Vec<(usize, Range<usize>)> 
 fn run_parts(
     group: &mut [&mut Step<'_>],
     parts: &[(usize, Range<usize>)],
-    work: &mut super::workspace::Workspace,
+    work: &mut Workspace,
 ) -> Result<()> {
     let (mut lens, mut tokens) = (Vec::new(), Vec::new());
     for (index, part) in parts {
@@ -218,18 +219,59 @@ pub fn decode_batch(
             reason,
         });
     }
-    let parts = tokens
-        .chunks_exact(1)
-        .zip(logits.chunks_exact_mut(vocab_size));
-    let steps = sessions.iter_mut().zip(parts);
-    let mut steps: Vec<Step<'_>> = steps
-        .map(|(session, (tokens, logits))| Step {
-            session,
-            tokens,
-            logits,
-        })
-        .collect();
-    decode_steps(&mut steps)
+    for (session, token) in sessions.iter().zip(tokens) {
+        session.check(std::slice::from_ref(token))?;
+    }
+    for session in sessions.iter_mut() {
+        session.catch_up(1)?;
+        session.cache.reserve(session.position() + 1)?;
+    }
+    // Unlike a batch of any steps, one of single tokens takes no memory.
+    let mut work = std::mem::take(sessions[0].workspace());
+    let result = run_tokens(sessions, tokens, &mut work, logits);
+    *sessions[0].workspace() = work;
+    result?;
+    for (session, token) in sessions.iter_mut().zip(tokens) {
+        session.cache.advance(1);
+        session.note(std::slice::from_ref(token));
+    }
+    Ok(())
+}
+
+fn run_tokens(
+    sessions: &[&mut Session],
+    tokens: &[u32],
+    work: &mut Workspace,
+    logits: &mut [f32],
+) -> Result<()> {
+    let mut lens = std::mem::take(&mut work.lens);
+    lens.clear();
+    lens.resize(sessions.len(), 1);
+    let first = &sessions[0];
+    let pass = Pass {
+        weights: &first.model().weights,
+        shape: first.shared_shape(),
+        active: first.active(),
+        pool: &first.model().pool,
+        activations: first.activations(),
+        caches: &|index| &sessions[index].cache,
+        lens: &lens,
+        progress: &WatchesOf(sessions),
+    };
+    let result = pass
+        .blocks(tokens, work)
+        .and_then(|()| pass.logits(0..sessions.len(), work, logits));
+    work.lens = lens;
+    result
+}
+
+/// Interrupts a pass if one of these sessions is interrupted.
+struct WatchesOf<'a>(&'a [&'a mut Session]);
+
+impl Progress for WatchesOf<'_> {
+    fn is_interrupted(&self) -> bool {
+        self.0.iter().any(|s| s.progress().is_interrupted())
+    }
 }
 
 /// Something that sessions ask whether to go on.

@@ -24,6 +24,8 @@ pub(super) struct Workspace {
     pub context: Vec<f32>,
     /// Cosines and sines of the rows' positions for each rotary embedding, `[rows, half]` each.
     pub rotations: Vec<(Vec<f32>, Vec<f32>)>,
+    /// Numbers of new tokens of the sequences of a batch, while none is running.
+    pub lens: Vec<usize>,
     /// Scratch memory of the kernels.
     pub scratch: Vec<Line>,
 }
