@@ -194,13 +194,14 @@ impl Task {
         let (train, valid, test) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => {
                 let open = |path: &PathBuf| Source::open(path, args.plain_text);
+                let test = args.test.as_ref().map(open).transpose()?;
+                let data = (open(train)?, open(valid)?, test);
                 if args.test.is_none() {
                     eprintln!(
                         "no --test: the searched subnet is chosen and measured on the same file"
                     );
                 }
-                let test = args.test.as_ref().map(open).transpose()?;
-                (open(train)?, open(valid)?, test)
+                data
             }
             _ => (
                 generated(Split::Train, 12_000)?,
