@@ -6,6 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::Matrix;
+use super::eigen::symmetric_eigen;
 use super::product::{View, add_product};
 use crate::error::{Error, Result};
 
@@ -158,46 +159,6 @@ fn orthonormalize(rows: &mut Matrix) {
             .iter_mut()
             .for_each(|x| *x = (f64::from(*x) * factor) as f32);
     }
-}
-
-/// Returns the eigenvalues of a symmetric matrix and its eigenvectors, as columns, by Jacobi
-/// rotations.
-pub(super) fn symmetric_eigen(mut matrix: Vec<Vec<f64>>) -> (Vec<f64>, Vec<Vec<f64>>) {
-    const SWEEPS: usize = 30;
-    let n = matrix.len();
-    let mut vectors: Vec<Vec<f64>> = (0..n)
-        .map(|i| (0..n).map(|j| f64::from(u8::from(i == j))).collect())
-        .collect();
-    let trace: f64 = (0..n).map(|i| matrix[i][i].abs()).sum();
-    for _ in 0..SWEEPS {
-        let off: f64 = (0..n)
-            .flat_map(|i| (0..i).map(move |j| (i, j)))
-            .map(|(i, j)| matrix[i][j].abs())
-            .sum();
-        if off <= 1e-15 * trace {
-            break;
-        }
-        for p in 0..n {
-            for q in p + 1..n {
-                if matrix[p][q] == 0.0 {
-                    continue;
-                }
-                let theta = (matrix[q][q] - matrix[p][p]) / (2.0 * matrix[p][q]);
-                let sign = if theta >= 0.0 { 1.0 } else { -1.0 };
-                let t = sign / (theta.abs() + (theta * theta + 1.0).sqrt());
-                let c = 1.0 / (t * t + 1.0).sqrt();
-                let s = t * c;
-                for row in matrix.iter_mut().chain(&mut vectors) {
-                    (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);
-                }
-                let (before, from_q) = matrix.split_at_mut(q);
-                for (at_p, at_q) in before[p].iter_mut().zip(from_q[0].iter_mut()) {
-                    (*at_p, *at_q) = (c * *at_p - s * *at_q, s * *at_p + c * *at_q);
-                }
-            }
-        }
-    }
-    ((0..n).map(|i| matrix[i][i]).collect(), vectors)
 }
 
 #[cfg(test)]

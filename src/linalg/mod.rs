@@ -2,6 +2,7 @@
 //! approximation.
 
 mod cholesky;
+mod eigen;
 mod factor;
 mod hessian;
 mod low_rank;

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::Matrix;
-use super::low_rank::symmetric_eigen;
+use super::eigen::symmetric_eigen;
 use super::product::{View, add_product};
 
 /// Number of directions beyond the requested rank.
