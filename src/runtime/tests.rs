@@ -3,6 +3,7 @@
 
 mod chat;
 mod engine;
+mod mutated;
 mod odd_folders;
 
 use rand::{RngExt, SeedableRng};
