@@ -12,6 +12,7 @@ use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::runtime::{Model, ModelOptions};
 use elastic_lora::sparsity::{self, InputNorms, Mask};
 use elastic_lora::supernet::QaConfig;
 use elastic_lora::train::Sampling;
@@ -177,6 +178,20 @@ impl Run<'_> {
         }
     }
 
+    /// Sets the bytes of the last row to what the runtime stores of a folder with codes, which are
+    /// floats in the measured model, and of the adapters of `net`.
+    fn bytes_of_codes(&mut self, folder: &str, net: Option<&SuperNet>) -> Result<()> {
+        let model = Model::open(self.out.join(folder), &ModelOptions::default())?;
+        let mut bytes = model.bytes();
+        if let Some(net) = net {
+            bytes += net.cost(net.active())?.adapter_params * ADAPTER.size();
+        }
+        if let Some(row) = self.report.rows.last_mut() {
+            row.bytes = Some(bytes as u64);
+        }
+        Ok(())
+    }
+
     /// Returns the name of the integer format of the weights.
     fn integers(&self) -> String {
         format!("INT{}", self.args.bits)
@@ -198,6 +213,7 @@ impl Run<'_> {
         self.row(name, &model, None)?;
         self.precision(self.integers());
         self.kept_in(folder);
+        self.bytes_of_codes(folder, None)?;
         Ok(Quantized {
             model,
             layers,
@@ -246,6 +262,9 @@ impl Run<'_> {
         };
         self.precision(format!("{base} + {ADAPTER}"));
         self.kept_in(row.adapter);
+        if integers {
+            self.bytes_of_codes(row.base, Some(&read))?;
+        }
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
@@ -336,6 +355,7 @@ impl Run<'_> {
         self.row("SQFT + QA-SparsePEFT", &written, None)?;
         self.precision(format!("{}, merged", self.integers()));
         self.kept_in("merged-quantized");
+        self.bytes_of_codes("merged-quantized", None)?;
         if let Some(row) = self.report.rows.last_mut() {
             row.ranks = Some(net.space().values(&chosen)?);
         }
