@@ -325,7 +325,8 @@ fn run(args: &Args) -> Result<()> {
     for (name, records) in &sets(args)? {
         let problems = ProblemSet::new(records, &template, executor.tokenizer())?
             .with_max_prompt(executor.context().saturating_sub(1))?;
-        common::show_notices(problems.notice().as_slice());
+        let fate = "are not counted in the accuracy";
+        common::show_misfits(name, fate, problems.left_out(), records.len());
         let n_new = args.max_new_tokens.min(executor.context());
         let answers = executor.answers(&problems, n_new, &progress)?;
         for answer in answers.iter().take(args.show) {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
-use elastic_lora::data::{ChatTemplate, Message};
+use elastic_lora::data::{ChatTemplate, Detokenizer, Message, TextTokenizer};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::model::DeviceSession;
 use elastic_lora::runtime::{
@@ -130,30 +130,12 @@ fn parse_format(text: &str, group_size: usize) -> Result<WeightFormat> {
     })
 }
 
-/// Prints generated text as soon as its tokens are complete characters.
-struct Shown<'a> {
-    decode: &'a dyn Fn(&[u32]) -> Result<String>,
-    so_far: Vec<u32>,
-    bytes: usize,
-}
-
-impl Shown<'_> {
-    fn token(&mut self, token: u32) -> bool {
-        self.so_far.push(token);
-        // A token can be a part of a character. An incomplete character is printed with the next
-        // token.
-        if let Ok(text) = (self.decode)(&self.so_far)
-            && !text.ends_with('\u{FFFD}')
-            && text.is_char_boundary(self.bytes)
-        {
-            let mut stdout = std::io::stdout();
-            let written = write!(stdout, "{}", &text[self.bytes..]).and_then(|()| stdout.flush());
-            self.bytes = text.len();
-            // If the reader has closed the pipe (`| head`), generation stops.
-            return written.is_ok();
-        }
-        true
-    }
+/// Prints text at once. Returns whether the reader is still there: if it has closed the pipe
+/// (`| head`), generation stops.
+fn print_now(text: &str) -> bool {
+    let mut stdout = std::io::stdout();
+    let written = write!(stdout, "{text}").and_then(|()| stdout.flush());
+    written.is_ok()
 }
 
 /// Reads turns of the user from standard input, and answers each by the model. The session keeps the
@@ -164,7 +146,6 @@ fn converse(args: &Args, template: &ChatTemplate, session: &mut Session) -> Resu
         return Ok(());
     };
     let config = settings(args, model.stop_ids().to_vec());
-    let decode = |ids: &[u32]| tokenizer.decode(ids);
     let mut messages: Vec<Message> = args.system.iter().map(Message::system).collect();
     let mut lines = std::io::stdin().lines();
     loop {
@@ -188,7 +169,7 @@ fn converse(args: &Args, template: &ChatTemplate, session: &mut Session) -> Resu
         let known = known.count().min(ids.len().saturating_sub(1));
         session.truncate(known);
         let mut answer = Vec::new();
-        show("", ids.len() - known, &decode, |on_token| {
+        show("", ids.len() - known, tokenizer, |on_token| {
             answer = session.generate(&ids[known..], &config, on_token)?;
             Ok(answer.clone())
         })?;
@@ -215,21 +196,18 @@ fn chat_template(args: &Args) -> Result<ChatTemplate> {
 fn show(
     prompt: &str,
     n_prompt: usize,
-    decode: &dyn Fn(&[u32]) -> Result<String>,
+    tokenizer: &TextTokenizer,
     generate: impl FnOnce(&mut dyn FnMut(u32) -> bool) -> Result<Vec<u32>>,
 ) -> Result<()> {
-    let mut stdout = std::io::stdout();
-    let _ = write!(stdout, "{prompt}").and_then(|()| stdout.flush());
-    let mut shown = Shown {
-        decode,
-        so_far: Vec::new(),
-        bytes: 0,
-    };
+    print_now(prompt);
+    let mut text = Detokenizer::new();
     let (started, mut first) = (Instant::now(), None);
     let output = generate(&mut |token| {
         first.get_or_insert_with(|| started.elapsed());
-        shown.token(token)
+        // Parts of a character wait for the rest of it.
+        text.push(tokenizer, token).map_or(true, print_now)
     })?;
+    print_now(text.finish());
     common::say!();
     let total = started.elapsed().as_secs_f64();
     let prefill = first.map_or(total, |first| first.as_secs_f64());
@@ -271,8 +249,7 @@ fn run_on_device(args: &Args, device: &str, prompt: &str) -> Result<()> {
     let n_ids = pretrained.tokenizer.n_ids();
     let config = settings(args, pretrained.stop_ids()).with_n_ids(Some(n_ids));
     let mut session = DeviceSession::new(&pretrained.model);
-    let decode = |ids: &[u32]| pretrained.tokenizer.decode(ids);
-    show(prompt, ids.len(), &decode, |on_token| {
+    show(prompt, ids.len(), &pretrained.tokenizer, |on_token| {
         session.generate(&ids, &config, on_token)
     })
 }
@@ -367,8 +344,7 @@ fn run(args: &Args) -> Result<()> {
         return converse(args, &template, &mut session);
     }
     let config = settings(args, model.stop_ids().to_vec());
-    let decode = |ids: &[u32]| tokenizer.decode(ids);
-    show(&prompt, ids.len(), &decode, |on_token| {
+    show(&prompt, ids.len(), tokenizer, |on_token| {
         session.generate(&ids, &config, on_token)
     })
 }

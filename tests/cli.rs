@@ -217,24 +217,7 @@ fn a_run_goes_on_only_as_it_began_and_removes_only_its_own() {
     problems(&root.path().join("valid.jsonl"), 6);
     let out = root.path().join("out");
     let run = |more: &[&str]| -> Option<Output> {
-        let mut command = example("compress", root.path())?;
-        command.args([
-            "--train",
-            "train.jsonl",
-            "--valid",
-            "valid.jsonl",
-            "--method",
-            "lora",
-            "--steps",
-            "3",
-        ]);
-        Some(
-            command
-                .args(["--batch", "4", "--out", "out"])
-                .args(more)
-                .output()
-                .unwrap(),
-        )
+        Some(training(root.path(), "3")?.args(more).output().unwrap())
     };
     let rows = || {
         let text = std::fs::read(out.join("report.json")).unwrap();
@@ -539,7 +522,7 @@ fn evaluate_names_what_it_leaves_out_and_shows_what_it_measured() {
     let (said, shown) = (stderr(&output), String::from_utf8_lossy(&output.stdout));
     assert!(output.status.success(), "{said}");
     for part in [
-        "2 of 8 records left out",
+        "2 of 8 records are not counted in the accuracy",
         "record 7: it has no final answer",
         "record 8: its prompt has",
     ] {
@@ -613,25 +596,8 @@ fn compress_shows_records_and_leaves_some_out() {
     )
     .unwrap();
     let run = |more: &[&str]| {
-        let mut command = example("compress", root.path())?;
-        command.args([
-            "--train",
-            "train.jsonl",
-            "--valid",
-            "valid.jsonl",
-            "--method",
-            "lora",
-        ]);
-        command.args([
-            "--steps",
-            "1",
-            "--batch",
-            "2",
-            "--out",
-            "out",
-            "--overwrite",
-        ]);
-        Some(command.args(more).output().unwrap())
+        let mut command = training(root.path(), "1")?;
+        Some(command.arg("--overwrite").args(more).output().unwrap())
     };
     let Some(output) = run(&["--template", "chat.jinja", "--show", "1"]) else {
         return;
@@ -709,10 +675,10 @@ fn rounds(usual: usize) -> usize {
 }
 
 /// A command that trains for some steps in the folder `out`.
-fn training(root: &Path) -> Option<Command> {
+fn training(root: &Path, steps: &str) -> Option<Command> {
     let mut command = example("compress", root)?;
     command.args(["--train", "train.jsonl", "--valid", "valid.jsonl"]);
-    command.args(["--method", "lora", "--steps", "3", "--batch", "2"]);
+    command.args(["--method", "lora", "--steps", steps, "--batch", "2"]);
     command.args(["--out", "out"]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     Some(command)
@@ -728,7 +694,7 @@ fn of_several_runs_in_one_folder_one_goes_on() {
         for n in [2, 8] {
             let mut running = Vec::new();
             for _ in 0..n {
-                let Some(mut command) = training(root.path()) else {
+                let Some(mut command) = training(root.path(), "3") else {
                     return;
                 };
                 running.push(command.spawn().unwrap());
@@ -766,7 +732,7 @@ fn a_run_that_was_killed_at_its_start_is_no_obstacle() {
         for name in ["run.lock", ".run.json-a1B2c3.tmp", ".run.json.lock"] {
             std::fs::write(out.join(name), "1").unwrap();
         }
-        let Some(mut command) = training(root.path()) else {
+        let Some(mut command) = training(root.path(), "3") else {
             return;
         };
         let output = command

@@ -8,9 +8,6 @@ use crate::model::{Decoder, generate_batch};
 use crate::progress::Progress;
 use crate::runtime::{GenerateConfig, Session, generate_many};
 
-/// Number of records that a notice names.
-const NAMED: usize = 5;
-
 /// Result of exact match on problems with a final answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExactMatch {
@@ -176,26 +173,6 @@ impl ProblemSet {
     /// The records that are left out, in their order.
     pub fn left_out(&self) -> &[Misfit] {
         &self.left_out
-    }
-
-    /// A sentence that counts and names the records that are left out, if there are any.
-    pub fn notice(&self) -> Option<String> {
-        if self.left_out.is_empty() {
-            return None;
-        }
-        let all = self.left_out.len() + self.problems.len();
-        let named = self.left_out.iter().take(NAMED);
-        let named: Vec<String> = named.map(Misfit::to_string).collect();
-        let more = if self.left_out.len() > NAMED {
-            "; ..."
-        } else {
-            ""
-        };
-        Some(format!(
-            "{} of {all} records left out of the accuracy ({}{more})",
-            self.left_out.len(),
-            named.join("; ")
-        ))
     }
 
     /// Number of problems.

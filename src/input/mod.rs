@@ -68,6 +68,17 @@ pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     if len > max_bytes {
         return Err(too_long(len));
     }
+    // The file may have grown since its length was read.
+    let bytes = read_whole(path, file, len, max_bytes.saturating_add(1))?;
+    if bytes.len() as u64 > max_bytes {
+        return Err(too_long(bytes.len() as u64));
+    }
+    refuse_pointer(path, &bytes)?;
+    Ok(bytes)
+}
+
+/// Reads at most `max_bytes` of a file of about `len` bytes, for which memory is taken at once.
+pub(crate) fn read_whole(path: &Path, file: File, len: u64, max_bytes: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let size = usize::try_from(len).unwrap_or(usize::MAX);
     bytes
@@ -76,14 +87,9 @@ pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
             what: "a file",
             bytes: size,
         })?;
-    // The file may have grown since its length was read.
-    file.take(max_bytes.saturating_add(1))
+    file.take(max_bytes)
         .read_to_end(&mut bytes)
         .map_err(|e| Error::io(path, e))?;
-    if bytes.len() as u64 > max_bytes {
-        return Err(too_long(bytes.len() as u64));
-    }
-    refuse_pointer(path, &bytes)?;
     Ok(bytes)
 }
 

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +13,7 @@ use super::header;
 use crate::arch::family;
 use crate::error::{Error, Result};
 use crate::format::{Buffer, QuantizedMatrix};
+use crate::input::read_whole;
 use crate::io::gguf::{BlockRows, Gguf, Layout, is_gguf};
 use crate::io::{
     HfConfig, MAX_JSON_BYTES, cache, is_plain_file_name, open_regular, read_json_object,
@@ -671,7 +671,8 @@ pub(in crate::io) fn read_open(
     mmap: bool,
 ) -> Result<Bytes> {
     if !mmap {
-        let bytes = read_whole(path, file, len)?;
+        // Aligned to a cache line.
+        let bytes = Buffer::from_vec(read_whole(path, file, len, len)?);
         refuse_pointer(path, &bytes)?;
         return Ok(Arc::new(bytes));
     }
@@ -682,22 +683,6 @@ pub(in crate::io) fn read_open(
     let map = map.map_err(|e| Error::io(path, e))?;
     refuse_pointer(path, &map)?;
     Ok(Arc::new(map))
-}
-
-/// Reads a file into memory, aligned to a cache line.
-fn read_whole(path: &Path, file: std::fs::File, len: u64) -> Result<Buffer> {
-    let mut bytes = Vec::new();
-    let size = usize::try_from(len).unwrap_or(usize::MAX);
-    bytes
-        .try_reserve_exact(size)
-        .map_err(|_| Error::OutOfMemory {
-            what: "a file",
-            bytes: size,
-        })?;
-    file.take(len)
-        .read_to_end(&mut bytes)
-        .map_err(|e| Error::io(path, e))?;
-    Ok(Buffer::from_vec(bytes))
 }
 
 /// Returns an error for the first value that is NaN or infinite.
