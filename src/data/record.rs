@@ -224,6 +224,10 @@ pub fn load_text(path: impl AsRef<Path>) -> Result<String> {
     if text.starts_with('\u{feff}') {
         text.drain(..'\u{feff}'.len_utf8());
     }
+    if text.starts_with(LFS_POINTER) {
+        let reason = "a Git LFS pointer, not the file; `git lfs pull` fetches it";
+        return Err(Error::invalid_file(path, reason));
+    }
     Ok(text)
 }
 
@@ -349,6 +353,9 @@ fn extension(path: &Path) -> String {
     extension.to_ascii_lowercase()
 }
 
+/// Start of a file that Git LFS leaves in the place of a large one.
+const LFS_POINTER: &str = "version https://git-lfs.github.com/spec/";
+
 /// Extensions of files that are plain text. Those of WikiText are among them.
 const TEXT_EXTENSIONS: [&str; 5] = ["txt", "text", "md", "raw", "tokens"];
 
@@ -359,7 +366,9 @@ fn foreign(text: &str) -> Option<&'static str> {
     if start.starts_with("<!doctype") || start.starts_with("<html") {
         return Some("a page of HTML, not data; the download may have failed");
     }
-    None
+    start
+        .starts_with(LFS_POINTER)
+        .then_some("a Git LFS pointer, not the file; `git lfs pull` fetches it")
 }
 
 /// Returns the records of a single object: itself, those under its only list of objects, or those
