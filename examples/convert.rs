@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
 use elastic_lora::format::WeightFormat;
-use elastic_lora::io::hf::HfFolder;
 use elastic_lora::io::{
-    Checkpoint, DType, GgufOptions, GgufReport, GgufType, HfConfig, HostTensor, LoraAdapter,
-    QuantFormat, write_gguf,
+    Conversion, DType, FolderOptions, GgufOptions, GgufReport, GgufType, HfConfig, LoraAdapter,
+    QuantFormat,
 };
+use elastic_lora::progress::TerminalProgress;
 use elastic_lora::runtime::{FormatPlan, Model, ModelOptions};
 use elastic_lora::{Error, Result};
 
@@ -64,6 +64,10 @@ struct Args {
     /// Convert this PEFT adapter of the model instead of the model itself
     #[arg(long)]
     adapter: Option<PathBuf>,
+    /// Add this PEFT adapter to the weights of the model that is written (hf or gguf); one weight is
+    /// in memory at a time
+    #[arg(long, conflicts_with = "adapter")]
+    merge: Option<PathBuf>,
     /// Allow rounding weights that are on a grid already
     #[arg(long)]
     requantize: bool,
@@ -119,6 +123,12 @@ fn check(args: &Args) -> Result<()> {
     if args.adapter.is_some() && args.to != To::Gguf {
         return Err(wrong("--adapter", "except with --to gguf"));
     }
+    if args.merge.is_some() && (args.to == To::Bundle || is_bundle(&args.model)) {
+        return Err(wrong(
+            "--merge",
+            "with a bundle (merge into a folder, and convert that to a bundle)",
+        ));
+    }
     if args.kind.is_some() && matches!(args.to, To::Gptq | To::GptqV2 | To::CompressedTensors) {
         return Err(wrong("--type", "where codes are kept as they are"));
     }
@@ -159,7 +169,20 @@ fn to_gguf(args: &Args) -> Result<GgufReport> {
     if is_bundle(&args.model) {
         return Model::open(&args.model, &ModelOptions::default())?.write_gguf(&args.out, &options);
     }
-    write_gguf(&args.model, &args.out, &options)
+    let merged = merged_adapter(args)?;
+    conversion(args, &merged)?.write_gguf(&args.out, &options, &TerminalProgress::new())
+}
+
+fn merged_adapter(args: &Args) -> Result<Option<LoraAdapter>> {
+    args.merge.as_ref().map(LoraAdapter::open).transpose()
+}
+
+fn conversion<'a>(args: &Args, merged: &'a Option<LoraAdapter>) -> Result<Conversion<'a>> {
+    let conversion = Conversion::open(&args.model)?;
+    match merged {
+        Some(adapter) => conversion.with_adapter(adapter),
+        None => Ok(conversion),
+    }
 }
 
 /// Writes a folder, with codes in `format`, or all in plain numbers.
@@ -172,54 +195,16 @@ fn to_folder(args: &Args, format: Option<QuantFormat>) -> Result<()> {
             ),
         });
     }
-    let source = Checkpoint::open(&args.model)?;
-    let config = HfConfig::open(&args.model)?.fitted(&source)?;
-    show_notices(config.notices());
-    let embedding = config.embedding_name(&source)?;
-    let dtype = match args.kind {
-        Some(kind) => dtype(kind)?,
-        None => source.info(embedding)?.dtype,
+    let options = FolderOptions {
+        dtype: args.kind.map(dtype).transpose()?,
+        codes: format,
+        overwrite: args.overwrite,
+        ..FolderOptions::default()
     };
-    let arch = config.arch();
-    let linears = arch.linears();
-    let (config_of, checkpoint) = (&config, &source);
-    let tensors = arch.tensors().into_iter().map(|(name, shape)| {
-        let stored = if name == elastic_lora::arch::Architecture::EMBEDDING {
-            embedding.to_string()
-        } else {
-            name.clone()
-        };
-        let layer = linears
-            .iter()
-            .find(|layer| name.strip_suffix(".weight") == Some(&layer.name))
-            .map(|layer| (layer.name.clone(), [layer.d_output, layer.d_input]));
-        HostTensor::lazy_f32(name, dtype, shape, move || match layer {
-            Some((layer, shape)) => {
-                Ok(config_of.load_linear(checkpoint, &layer, shape)?.into_vec())
-            }
-            None => checkpoint.load_f32(&stored),
-        })
-    });
-    let tensors = tensors.collect();
-    let folder = HfFolder::create(&args.out, args.overwrite)?;
-    match format {
-        None => folder.write_model(&config, dtype, tensors)?,
-        Some(format) => {
-            let layers = config.quantized_layers(&source)?;
-            if layers.is_empty() {
-                return Err(Error::Unsupported {
-                    what: format!(
-                        "{}: a model without weights on a grid, as a quantized folder (the example \
-                         `compress` quantizes)",
-                        args.model.display()
-                    ),
-                });
-            }
-            folder.write_quantized(&config, dtype, tensors, &layers, format)?;
-        }
-    }
-    folder.carry_over(&args.model)?;
-    folder.commit()
+    let merged = merged_adapter(args)?;
+    let written = conversion(args, &merged)?;
+    show_notices(&written.write_folder(&args.out, &options, &TerminalProgress::new())?);
+    Ok(())
 }
 
 fn to_bundle(args: &Args) -> Result<()> {

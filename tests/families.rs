@@ -13,7 +13,7 @@ use common::{is_factor, load, max_diff, weight_bits};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::{HfConfig, HfFolder};
 use elastic_lora::io::peft::{LoraAdapter, PeftOptions};
-use elastic_lora::io::{Checkpoint, DType};
+use elastic_lora::io::{Checkpoint, Conversion, DType, FolderOptions};
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::{Decoder, DeviceSession};
 use elastic_lora::nn::{KvCache, host_values};
@@ -330,10 +330,21 @@ fn adapters_are_written_under_the_names_of_the_family() {
         };
         assert_eq!(kinds, BTreeSet::from_iter(expected), "{}", fixture.name);
         let again = SuperNet::from_adapter(fixture.decoder(), &adapter).unwrap();
+        // Merged weight by weight, from file to file.
+        let merged = scratch.path().join(format!("{}-merged", fixture.name));
+        let conversion = Conversion::open(&fixture.path).unwrap();
+        conversion
+            .with_adapter(&adapter)
+            .unwrap()
+            .write_folder(&merged, &FolderOptions::default(), &Silent)
+            .unwrap();
+        let merged = load(&merged);
         for ids in &fixture.ids {
             let expected = full(&net.eval_model(), ids);
-            let off = off(&full(again.model(), ids), &expected);
-            assert!(off <= TOLERANCE, "{}: off by {off}", fixture.name);
+            for model in [again.model(), &merged] {
+                let off = off(&full(model, ids), &expected);
+                assert!(off <= TOLERANCE, "{}: off by {off}", fixture.name);
+            }
         }
     }
 }

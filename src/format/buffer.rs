@@ -3,13 +3,17 @@
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use memmap2::MmapMut;
+use memmap2::{Mmap, MmapMut};
 
 use crate::error::{Error, Result};
 
 /// Size in bytes from which memory is mapped anonymously by the operating system, with huge pages
 /// if available.
 const MAPPED: usize = 1 << 18;
+
+/// Size in bytes from which memory of a mapped file is given back.
+#[cfg(unix)]
+const RELEASED: usize = 1 << 20;
 
 /// A cache line.
 #[derive(Clone, Copy)]
@@ -82,12 +86,70 @@ impl AsFlattenedBytes for [Line] {
     }
 }
 
+/// What holds the bytes of buffers, until the last of them is dropped.
+#[derive(Clone)]
+#[doc(hidden)]
+pub enum Owner {
+    /// A file that is mapped for reading.
+    Map(Arc<Mmap>),
+    /// Other memory.
+    Memory(Arc<dyn AsRef<[u8]> + Send + Sync>),
+}
+
+impl Owner {
+    /// Gives the memory of a range back to the system, which reads the file again if the range is
+    /// used again. Does nothing for memory that is no file.
+    ///
+    /// Work that goes through a large file once calls this, so that its memory does not grow by the
+    /// size of the file.
+    pub(crate) fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Self::Map(map) = self
+            && range.len() >= RELEASED
+            && range.end <= map.len()
+        {
+            // SAFETY: the map is read-only, so that its pages hold nothing that the file does not
+            // hold. This is only a hint; failure has no effect.
+            let _ = unsafe {
+                map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    range.start,
+                    range.len(),
+                )
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+}
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Map(map) => map,
+            Self::Memory(memory) => (**memory).as_ref(),
+        }
+    }
+}
+
+impl From<Arc<dyn AsRef<[u8]> + Send + Sync>> for Owner {
+    fn from(memory: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        Self::Memory(memory)
+    }
+}
+
+impl<T: AsRef<[u8]> + Send + Sync + 'static> From<Arc<T>> for Owner {
+    fn from(memory: Arc<T>) -> Self {
+        Self::Memory(memory)
+    }
+}
+
 /// Immutable bytes shared by all clones: a range of the bytes of an owner, which lives as long as
 /// the last clone.
 #[derive(Clone)]
 #[doc(hidden)]
 pub struct Buffer {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Owner,
     range: Range<usize>,
 }
 
@@ -97,8 +159,9 @@ impl Buffer {
     ///
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if the range is outside the owner's bytes.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Result<Self> {
-        let len = (*owner).as_ref().len();
+    pub fn new(owner: impl Into<Owner>, range: Range<usize>) -> Result<Self> {
+        let owner = owner.into();
+        let len = owner.as_ref().len();
         if range.start > range.end || range.end > len {
             return Err(Error::argument(
                 "range",
@@ -107,6 +170,12 @@ impl Buffer {
             ));
         }
         Ok(Self { owner, range })
+    }
+
+    /// Gives the memory back to the system, if it is that of a mapped file; see
+    /// [`Owner::release`].
+    pub(crate) fn release(&self) {
+        self.owner.release(self.range.clone());
     }
 
     /// Copies the bytes into memory that starts at a cache line.
@@ -140,7 +209,7 @@ impl From<Aligned> for Buffer {
     fn from(bytes: Aligned) -> Self {
         let range = 0..bytes.as_ref().len();
         Self {
-            owner: Arc::new(bytes),
+            owner: Arc::new(bytes).into(),
             range,
         }
     }
@@ -150,7 +219,7 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &(*self.owner).as_ref()[self.range.clone()]
+        &self.owner.as_ref()[self.range.clone()]
     }
 }
 

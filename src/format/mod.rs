@@ -11,7 +11,7 @@ mod sparse_int;
 mod storage;
 mod stored;
 
-pub use buffer::Buffer;
+pub use buffer::{Buffer, Owner};
 pub(crate) use dense::{Dense, Number};
 pub(crate) use grid::Grid;
 pub use groups::{QuantizedMatrix, QuantizedParts};

@@ -241,6 +241,17 @@ impl StoredMatrix {
         Ok(Self { body })
     }
 
+    /// Gives the memory of the values or codes back to the system, if they are mapped from a file.
+    /// They are read from the file again when they are used again.
+    pub(crate) fn release(&self) {
+        match &self.body {
+            Body::Dense(dense) => dense.values.release(),
+            Body::Int(packed) => packed.codes().release(),
+            Body::Sparse16(sparse) => sparse.values.release(),
+            Body::SparseInt4(sparse) => sparse.codes.release(),
+        }
+    }
+
     /// The arrays of the weight, in a fixed order.
     pub fn parts(&self) -> Vec<Part<'_>> {
         let [rows, cols] = [self.rows(), self.cols()];

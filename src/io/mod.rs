@@ -14,6 +14,7 @@ pub mod atomic;
 #[doc(hidden)]
 pub mod bundle;
 pub(crate) mod cache;
+mod conversion;
 mod fields;
 pub(crate) mod gguf;
 pub mod hf;
@@ -25,6 +26,7 @@ pub mod tensors;
 pub(crate) mod tokenizer;
 
 pub use atomic::FolderWriter;
+pub use conversion::{Conversion, FolderOptions};
 pub use gguf::{Gguf, GgufOptions, GgufReport, GgufType, is_gguf, write_gguf};
 pub use hf::HfConfig;
 pub use peft::{LoraAdapter, LoraWeights};
@@ -35,6 +37,7 @@ use std::fs::File;
 use std::path::{Component, Path};
 
 use crate::error::{Error, Result};
+use crate::format::Owner;
 pub(crate) use crate::input::{
     BYTE_ORDER_MARK, MAX_JSON_BYTES, open_regular, read_capped, read_json_object,
     read_large_json_object, refuse_pointer,
@@ -53,11 +56,7 @@ pub fn model_path(path: impl AsRef<Path>) -> Result<std::path::PathBuf> {
 
 /// Maps an open file, or reads it into memory. `path` names it in errors. Folders, pipes and devices
 /// are refused.
-pub(crate) fn read_file_handle(
-    path: &Path,
-    file: File,
-    mmap: bool,
-) -> Result<std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>> {
+pub(crate) fn read_file_handle(path: &Path, file: File, mmap: bool) -> Result<Owner> {
     let meta = file.metadata().map_err(|e| Error::io(path, e))?;
     if !meta.is_file() {
         return Err(Error::invalid_file(path, "not a regular file"));

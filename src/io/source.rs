@@ -39,7 +39,7 @@ pub(crate) struct TokenizerTexts {
 
 /// A model whose weights are read one after another. Tensors have Hugging Face's names and row
 /// order.
-pub(crate) trait ModelSource {
+pub(crate) trait ModelSource: Sync {
     /// The file or folder that the model is from.
     fn path(&self) -> &Path;
 
@@ -60,6 +60,9 @@ pub(crate) trait ModelSource {
     fn blocks(&self, _tensor: &str) -> Result<Option<BlockRows<'_>>> {
         Ok(None)
     }
+
+    /// Gives the memory of a tensor that was read back to the system, if it is mapped from a file.
+    fn release(&self, _tensor: &str) {}
 
     /// The tokenizer, if there is one.
     fn tokenizer(&self) -> Result<Option<TokenizerTexts>>;
@@ -158,6 +161,13 @@ impl ModelSource for FolderSource {
 
     fn blocks(&self, tensor: &str) -> Result<Option<BlockRows<'_>>> {
         self.checkpoint.blocks(self.stored_name(tensor)?)
+    }
+
+    fn release(&self, tensor: &str) {
+        if let Ok(tensor) = self.stored_name(tensor) {
+            // There is nothing to give back for a tensor that is not there.
+            let _ = self.checkpoint.release(tensor);
+        }
     }
 
     fn tokenizer(&self) -> Result<Option<TokenizerTexts>> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::model::{Model, ModelOptions, ModelParts, Verify, Weights, check_threads};
 use crate::error::{Error, Result};
-use crate::format::Buffer;
+use crate::format::{Buffer, Owner};
 use crate::input::refuse_pointer;
 use crate::io::bundle::Bundle;
 use crate::io::gguf::is_gguf;
@@ -61,14 +61,22 @@ impl Model {
         options: &ModelOptions,
         progress: &dyn Progress,
     ) -> Result<Self> {
+        Self::from_owner(name.as_ref(), bytes.into(), options, progress)
+    }
+
+    fn from_owner(
+        name: &Path,
+        bytes: Owner,
+        options: &ModelOptions,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
         check_threads(options.n_threads)?;
-        let name = name.as_ref();
-        let content = (*bytes).as_ref();
+        let content = bytes.as_ref();
         refuse_pointer(name, content)?;
         let bytes = if content.as_ptr().align_offset(64) == 0 {
             bytes
         } else {
-            Arc::new(Buffer::from_vec(content.to_vec()))
+            Arc::new(Buffer::from_vec(content.to_vec())).into()
         };
         let bundle = Bundle::from_bytes(name, bytes)?;
         Self::opened(super::bundle::read(bundle, options, progress)?, options)
@@ -91,7 +99,7 @@ impl Model {
             file.rewind().map_err(|e| Error::io(name, e))?;
         }
         let bytes = read_file_handle(name, file, options.mmap)?;
-        Self::from_bytes(name, bytes, options, progress)
+        Self::from_owner(name, bytes, options, progress)
     }
 
     fn opened(parts: ModelParts, options: &ModelOptions) -> Result<Self> {

@@ -12,6 +12,7 @@ use crate::format::{QuantizedMatrix, WeightFormat};
 use crate::io::gguf::write_from;
 use crate::io::source::{Held, ModelSource, TokenizerTexts};
 use crate::io::{DType, GgufOptions, GgufReport, HfConfig};
+use crate::progress::Silent;
 
 /// A model with the path that names it.
 struct Named<'a> {
@@ -38,7 +39,7 @@ impl Model {
             return Err(Error::Unsupported { what });
         }
         let path = destination.as_ref();
-        write_from(&Named { model: self, path }, path, options)
+        write_from(&Named { model: self, path }, path, options, &Silent)
     }
 }
 
@@ -106,6 +107,12 @@ impl ModelSource for Named<'_> {
             return Ok(values.to_vec());
         }
         Ok(self.weight(tensor)?.get()?.to_matrix().into_vec())
+    }
+
+    fn release(&self, tensor: &str) {
+        if let Ok(weight) = self.weight(tensor) {
+            weight.unchecked().release();
+        }
     }
 
     fn tokenizer(&self) -> Result<Option<TokenizerTexts>> {

@@ -114,9 +114,9 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::io::hf::{HfConfig, LlamaDims};
+    use crate::io::hf::{HfConfig, HfFolder, LlamaDims};
     use crate::io::peft::{BaseInit, Stored};
-    use crate::io::{DType, LoraWeights};
+    use crate::io::{Conversion, DType, FolderOptions, LoraWeights};
     use crate::linalg::{Matrix, without_principal};
     use crate::nn::host_values;
 
@@ -211,6 +211,62 @@ mod tests {
         assert_eq!(net.extract_adapter().unwrap(), adapter);
     }
 
+    /// Merging from file to file gives the weights that merging in memory gives.
+    fn check_from_files(model: &Decoder, adapter: &LoraAdapter) {
+        let scratch = tempfile::tempdir().unwrap();
+        let (base, out) = (scratch.path().join("base"), scratch.path().join("merged"));
+        let folder = HfFolder::create(&base, false).unwrap();
+        let tensors = model.tensors(DType::F32).unwrap();
+        folder
+            .write_model(model.config(), DType::F32, tensors)
+            .unwrap();
+        folder.commit().unwrap();
+        let conversion = Conversion::open(&base).unwrap();
+        let options = FolderOptions::default().with_max_shard_bytes(4000);
+        conversion
+            .with_adapter(adapter)
+            .unwrap()
+            .write_folder(&out, &options, &crate::progress::Silent)
+            .unwrap();
+        let net = SuperNet::from_adapter(model.clone(), adapter).unwrap();
+        let config = HfConfig::open(&out).unwrap();
+        assert_eq!(
+            config.arch().tensors(),
+            net.model().config().arch().tensors()
+        );
+        let found = Decoder::load(
+            &config,
+            &crate::io::Checkpoint::open(&out).unwrap(),
+            &Device::flex(),
+        )
+        .unwrap();
+        let near = |what: &str, a: &[f32], b: &[f32]| {
+            assert_eq!(a.len(), b.len(), "{what}");
+            let off = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+            assert!(off.fold(0.0, f32::max) < 1e-5, "{what}");
+        };
+        for ((name, layer), (_, merged)) in found.linears().zip(net.model().linears()) {
+            let (a, b) = (
+                layer.base.to_matrix(),
+                crate::nn::matrix_from_tensor(merged.merged_weight()),
+            );
+            near(&name, a.as_slice(), b.as_slice());
+        }
+        let vector =
+            |weight: &burn::module::Param<burn::tensor::Tensor<1>>| host_values(weight.val());
+        near(
+            "final norm",
+            &vector(&found.norm.weight),
+            &vector(&net.model().norm.weight),
+        );
+        let table = |model: &Decoder| host_values(model.embed_tokens.val());
+        near("embedding", &table(&found), &table(net.model()));
+        let head = |model: &Decoder| model.lm_head.as_ref().map(|head| head.to_matrix());
+        if let (Some(a), Some(b)) = (head(&found), head(net.model())) {
+            near("head", a.as_slice(), b.as_slice());
+        }
+    }
+
     #[test]
     fn a_sparse_adapter_is_masked_by_the_models_zeros() {
         let mut model = model();
@@ -229,6 +285,7 @@ mod tests {
             .base
             .set_matrix(&weight)
             .unwrap();
+        check_from_files(&model, &sparse);
         let net = SuperNet::from_adapter(model, &sparse).unwrap();
         assert!(net.config().sparse_peft);
         let merged =
@@ -270,6 +327,7 @@ mod tests {
             changed.changes.copies.insert(name.into(), stored);
         }
         let before = model();
+        check_from_files(&before, &changed);
         let net = SuperNet::from_adapter(before.clone(), &changed).unwrap();
         let after = net.model();
         let merged = crate::nn::matrix_from_tensor(after.linear(q).unwrap().merged_weight());
@@ -313,6 +371,7 @@ mod tests {
         };
         let name = "model.embed_tokens.weight".to_string();
         rows.changes.tensors = [(name.clone(), stored)].into();
+        check_from_files(&model(), &rows);
         let net = SuperNet::from_adapter(model(), &rows).unwrap();
         assert_eq!(net.model().config().vocab_size(), 23);
         assert!(net.model().lm_head.is_none() && net.n_subnets() == 1.0);

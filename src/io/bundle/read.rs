@@ -36,10 +36,7 @@ impl Bundle {
     ///
     /// # Errors
     /// Returns the errors of [`open`](Self::open).
-    pub fn from_bytes(
-        path: impl AsRef<Path>,
-        bytes: std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>,
-    ) -> Result<Self> {
+    pub fn from_bytes(path: impl AsRef<Path>, bytes: crate::format::Owner) -> Result<Self> {
         let path = path.as_ref();
         Self::from_checkpoint(path, Checkpoint::from_bytes(path, bytes)?)
     }

@@ -42,7 +42,12 @@ impl<'a> BundleWriter<'a> {
         for part in matrix.parts() {
             let tensor = format!("{name}.{}", part.name);
             self.push(tensor, dtype(part.element), part.shape, part.bytes);
+            // A mapped weight is read for the checksum, and again when it is written.
+            if let Some(last) = self.tensors.pop() {
+                self.tensors.push(last.then(|| matrix.release()));
+            }
         }
+        matrix.release();
     }
 
     /// Adds a vector.

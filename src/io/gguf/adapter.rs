@@ -135,7 +135,7 @@ fn matrix(file: &File, tensor: &Tensor) -> Result<Matrix> {
         );
         return Err(Error::invalid_file(&file.path, reason));
     };
-    let bytes = (*file.bytes).as_ref();
+    let bytes = file.bytes.as_ref();
     let bytes = bytes.get(tensor.range.clone()).unwrap_or_default();
     let values = match tensor.encoding {
         Encoding::Plain(dtype) => decode(dtype, bytes),

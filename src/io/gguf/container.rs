@@ -194,7 +194,7 @@ impl File {
     /// Returns [`Error::InvalidFile`] if the file breaks a rule of the format, and
     /// [`Error::Unsupported`] if its version or the type of a tensor is not implemented.
     pub fn parse(path: &Path, bytes: Bytes) -> Result<Self> {
-        let (values, tensors) = Self::read((*bytes).as_ref(), path)?;
+        let (values, tensors) = Self::read(bytes.as_ref(), path)?;
         Ok(Self {
             path: path.into(),
             bytes,
@@ -312,12 +312,8 @@ impl File {
     /// their value, in 32 bits where they fit.
     pub fn encoded(&self, value: &Value) -> Vec<u8> {
         let with = |kind: u32, bytes: &[u8]| [&kind.to_le_bytes(), bytes].concat();
-        let range = |range: &Range<usize>| {
-            (*self.bytes)
-                .as_ref()
-                .get(range.clone())
-                .unwrap_or_default()
-        };
+        let range =
+            |range: &Range<usize>| self.bytes.as_ref().get(range.clone()).unwrap_or_default();
         match value {
             Value::Int(value) => match (u32::try_from(*value), i32::try_from(*value)) {
                 (Ok(value), _) => with(4, &value.to_le_bytes()),
@@ -347,10 +343,7 @@ impl File {
 
     /// Text in a range of the file.
     fn text_at(&self, range: &Range<usize>) -> &str {
-        let bytes = (*self.bytes)
-            .as_ref()
-            .get(range.clone())
-            .unwrap_or_default();
+        let bytes = self.bytes.as_ref().get(range.clone()).unwrap_or_default();
         // The text was checked when the file was opened.
         std::str::from_utf8(bytes).unwrap_or_default()
     }
@@ -441,7 +434,7 @@ impl File {
             Some(Value::List(list)) => list,
             Some(_) => return Err(self.bad_key(key, "not a list")),
         };
-        let bytes = (*self.bytes).as_ref();
+        let bytes = self.bytes.as_ref();
         let mut cursor = Cursor {
             path: &self.path,
             bytes: bytes.get(..list.range.end).unwrap_or_default(),

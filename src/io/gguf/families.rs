@@ -149,7 +149,7 @@ impl Gguf {
             );
             return Err(Error::invalid_file(&file.path, reason));
         }
-        let bytes = (*file.bytes).as_ref().get(tensor.range.clone());
+        let bytes = file.bytes.as_ref().get(tensor.range.clone());
         let (numbers, _) = bytes.unwrap_or_default().as_chunks::<4>();
         let number = |bytes: &[u8; 4]| f64::from(f32::from_le_bytes(*bytes));
         Ok(numbers.iter().map(number).collect())

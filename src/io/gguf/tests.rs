@@ -220,7 +220,7 @@ fn every_type_is_read_as_the_gguf_package_reads_it() {
         "/tests/fixtures/gguf/blocks.gguf"
     );
     let model = Gguf::open(path).unwrap();
-    let all = (*model.first().bytes).as_ref();
+    let all = model.first().bytes.as_ref();
     let mut types = 0;
     for tensor in &model.first().tensors {
         let Encoding::Blocks(blocks) = tensor.encoding else {

@@ -27,7 +27,7 @@ pub const CARRIED_FILES: [&str; 10] = [
 ];
 
 /// Default limit of transformers.
-const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+pub(in crate::io) const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// Writes a model folder. All files are written into a temporary folder, which
 /// [`commit`](Self::commit) renames to the destination.

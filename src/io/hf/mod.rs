@@ -10,6 +10,7 @@ mod rope;
 
 pub use blocks::DECI_MULTIPLE;
 pub use config::{HfConfig, LlamaDims};
+pub(in crate::io) use folder::MAX_SHARD_BYTES;
 pub use folder::{CARRIED_FILES, HfFolder};
 
 #[cfg(test)]

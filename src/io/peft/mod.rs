@@ -7,6 +7,7 @@ mod changes;
 mod config;
 mod fused;
 mod keys;
+mod merged;
 mod pattern;
 mod read;
 mod tables;
@@ -21,6 +22,7 @@ pub use changes::BaseChanges;
 pub(crate) use changes::BaseInit;
 #[cfg(all(test, feature = "burn"))]
 pub(crate) use changes::Stored;
+pub(crate) use merged::MergedSource;
 pub(crate) use tables::{Tables, is_table};
 pub use write::PeftOptions;
 

@@ -234,7 +234,7 @@ fn size(table: &Matrix) -> [usize; 2] {
     [table.rows(), table.cols()]
 }
 
-fn added(mut weight: Matrix, pair: &LoraWeights) -> Matrix {
+pub(super) fn added(mut weight: Matrix, pair: &LoraWeights) -> Matrix {
     let delta = pair.delta();
     let sums = weight.as_mut_slice().iter_mut().zip(delta.as_slice());
     sums.for_each(|(w, d)| *w += d);

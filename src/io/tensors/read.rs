@@ -12,7 +12,7 @@ use super::dtype::{self, DType};
 use super::header;
 use crate::arch::family;
 use crate::error::{Error, Result};
-use crate::format::{Buffer, QuantizedMatrix};
+use crate::format::{Buffer, Owner, QuantizedMatrix};
 use crate::input::read_whole;
 use crate::io::gguf::{BlockRows, Gguf, Layout, is_gguf};
 use crate::io::{
@@ -43,7 +43,7 @@ impl TensorInfo {
 }
 
 /// Bytes of a file.
-pub(in crate::io) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+pub(in crate::io) type Bytes = Owner;
 
 struct Shard {
     path: PathBuf,
@@ -56,7 +56,7 @@ impl std::fmt::Debug for Shard {
             f,
             "Shard({}, {} bytes)",
             self.path.display(),
-            (*self.bytes).as_ref().len()
+            self.bytes.as_ref().len()
         )
     }
 }
@@ -365,7 +365,7 @@ impl Checkpoint {
     }
 
     fn add_bytes(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
-        let (start, header) = header::parse(&path, (*bytes).as_ref())?;
+        let (start, header) = header::parse(&path, bytes.as_ref())?;
         let number = self.shards.len();
         for name in header.offset_keys() {
             let Some(info) = header.info(&name) else {
@@ -458,7 +458,7 @@ impl Checkpoint {
         // panic.
         self.shards
             .get(entry.shard)
-            .and_then(|shard| (*shard.bytes).as_ref().get(entry.range.clone()))
+            .and_then(|shard| shard.bytes.as_ref().get(entry.range.clone()))
             .ok_or_else(|| Error::MissingTensor {
                 path: self.path.clone(),
                 tensor: name.into(),
@@ -523,14 +523,14 @@ impl Checkpoint {
     pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.entry(name)?;
         let (raw, dtype) = (self.raw(name, entry)?, entry.info.dtype);
-        if entry.layout.blocks.is_some() {
-            return Ok(entry.layout.numbers(&entry.info, raw));
-        }
-        let values = if entry.layout.is_plain() {
+        let values = if entry.layout.blocks.is_some() {
+            Some(entry.layout.numbers(&entry.info, raw))
+        } else if entry.layout.is_plain() {
             dtype::decode(dtype, raw)
         } else {
             dtype::decode(dtype, &entry.layout.bytes(&entry.info, raw))
         };
+        self.release_entry(entry);
         values.ok_or_else(|| Error::TensorDtype {
             tensor: name.into(),
             expected: "F64, F32, F16 or BF16",
@@ -552,6 +552,7 @@ impl Checkpoint {
         };
         self.check_shape(name, &shape)?;
         let codes = entry.layout.quantized(&entry.info, self.raw(name, entry)?);
+        self.release_entry(entry);
         codes.map_err(|error| Error::invalid_file(&self.path, format!("tensor `{name}`: {error}")))
     }
 
@@ -626,6 +627,23 @@ impl Checkpoint {
         }
     }
 
+    /// Gives the memory of a tensor that was read back to the system. It is read from the file
+    /// again when it is used again.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`] if there is no tensor of this name.
+    #[doc(hidden)]
+    pub fn release(&self, name: &str) -> Result<()> {
+        self.release_entry(self.entry(name)?);
+        Ok(())
+    }
+
+    fn release_entry(&self, entry: &Entry) {
+        if let Some(shard) = self.shards.get(entry.shard) {
+            shard.bytes.release(entry.range.clone());
+        }
+    }
+
     fn entry(&self, name: &str) -> Result<&Entry> {
         self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
             path: self.absent.get(name).unwrap_or(&self.path).clone(),
@@ -674,7 +692,7 @@ pub(in crate::io) fn read_open(
         // Aligned to a cache line.
         let bytes = Buffer::from_vec(read_whole(path, file, len, len)?);
         refuse_pointer(path, &bytes)?;
-        return Ok(Arc::new(bytes));
+        return Ok(Arc::new(bytes).into());
     }
     // SAFETY: the mapping is read-only, and all accesses go through bounds-checked slices of bytes.
     // A change of the file by another process cannot be checked; the documentation of `Checkpoint`
@@ -682,7 +700,7 @@ pub(in crate::io) fn read_open(
     let map = unsafe { Mmap::map(&file) };
     let map = map.map_err(|e| Error::io(path, e))?;
     refuse_pointer(path, &map)?;
-    Ok(Arc::new(map))
+    Ok(Owner::Map(Arc::new(map)))
 }
 
 /// Returns an error for the first value that is NaN or infinite.

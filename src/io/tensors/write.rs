@@ -30,6 +30,8 @@ pub struct HostTensor<'a> {
     dtype: DType,
     shape: Vec<usize>,
     source: Source<'a>,
+    /// Called when the bytes have been written.
+    written: Option<Box<dyn FnOnce() + Send + 'a>>,
 }
 
 impl std::fmt::Debug for HostTensor<'_> {
@@ -56,6 +58,7 @@ impl<'a> HostTensor<'a> {
             dtype,
             shape: shape.into(),
             source: Source::Values(values.into()),
+            written: None,
         }
     }
 
@@ -72,6 +75,7 @@ impl<'a> HostTensor<'a> {
             dtype,
             shape: shape.into(),
             source: Source::LazyValues(Box::new(values)),
+            written: None,
         }
     }
 
@@ -87,6 +91,7 @@ impl<'a> HostTensor<'a> {
             dtype,
             shape: shape.into(),
             source: Source::Bytes(bytes.into()),
+            written: None,
         }
     }
 
@@ -103,6 +108,7 @@ impl<'a> HostTensor<'a> {
             dtype,
             shape: shape.into(),
             source: Source::LazyBytes(Box::new(bytes)),
+            written: None,
         }
     }
 
@@ -207,8 +213,19 @@ impl<'a> HostTensor<'a> {
         })
     }
 
-    fn write_to(self, sink: &mut Sink<'_>) -> Result<()> {
-        self.encode(&mut |bytes| sink.put(bytes))
+    /// Sets what is done when the bytes have been written.
+    pub(crate) fn then(mut self, written: impl FnOnce() + Send + 'a) -> Self {
+        self.written = Some(Box::new(written));
+        self
+    }
+
+    fn write_to(mut self, sink: &mut Sink<'_>) -> Result<()> {
+        let written = self.written.take();
+        self.encode(&mut |bytes| sink.put(bytes))?;
+        if let Some(written) = written {
+            written();
+        }
+        Ok(())
     }
 
     /// Passes the bytes of the tensor to `put`.

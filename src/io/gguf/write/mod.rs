@@ -16,6 +16,7 @@ pub(in crate::io::gguf) mod container;
 mod quantize;
 mod tokenizer;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -28,6 +29,7 @@ use crate::error::{Error, Result};
 use crate::io::HfConfig;
 use crate::io::source::{FolderSource, Held, ModelSource};
 use crate::io::tensors::{DType, encode};
+use crate::progress::{Progress, Silent, Task};
 use container::{Keys, Tensor};
 use quantize::Kind;
 
@@ -207,7 +209,7 @@ pub fn write_gguf(
     options: &GgufOptions,
 ) -> Result<GgufReport> {
     let source = FolderSource::open(source.as_ref())?;
-    write_from(&source, destination.as_ref(), options)
+    write_from(&source, destination.as_ref(), options, &Silent)
 }
 
 /// Writes a model from any source; see [`write_gguf`].
@@ -215,6 +217,7 @@ pub(crate) fn write_from(
     source: &dyn ModelSource,
     destination: &Path,
     options: &GgufOptions,
+    progress: &dyn Progress,
 ) -> Result<GgufReport> {
     let config = source.config();
     let row = Row::of(config)?;
@@ -245,11 +248,17 @@ pub(crate) fn write_from(
             plan.other_types
         ));
     }
+    let task = Task::begin(progress, "write", plan.tensors.len(), "tensors")?;
+    let task = RefCell::new(task);
+    let task = &task;
     let tensors = plan.tensors.into_iter().map(|tensor| Tensor {
         name: tensor.name.clone(),
         shape: tensor.shape.clone(),
         encoding: tensor.encoding,
-        bytes: Box::new(move || tensor.bytes(source, options.requantize)),
+        bytes: Box::new(move || {
+            task.borrow_mut().step(&tensor.name)?;
+            tensor.bytes(source, options.requantize)
+        }),
     });
     let mut tensors: Vec<Tensor<'_>> = tensors.collect();
     let mut vectors: Vec<(&str, Vec<f32>)> = Vec::new();
@@ -511,6 +520,7 @@ impl Planned {
         let mut all = Vec::new();
         for part in &self.parts {
             let mut bytes = self.part_bytes(part, source, requantize)?;
+            source.release(&part.name);
             if let Some(heads) = part.heads.filter(|heads| *heads > 0) {
                 let rows = part.to[0];
                 bytes = permuted(&bytes, rows, rows / heads);

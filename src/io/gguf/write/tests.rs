@@ -397,7 +397,7 @@ fn a_file_is_copied_byte_by_byte() {
             for (a, b) in first.first().tensors.iter().zip(&copy.first().tensors) {
                 assert_eq!((&a.name, &a.shape), (&b.name, &b.shape));
                 let bytes = |gguf: &Gguf, tensor: &super::super::container::Tensor| {
-                    (*gguf.first().bytes).as_ref()[tensor.range.clone()].to_vec()
+                    gguf.first().bytes.as_ref()[tensor.range.clone()].to_vec()
                 };
                 assert!(bytes(&first, a) == bytes(&copy, b), "{kind} {}", a.name);
             }
@@ -811,7 +811,7 @@ fn adapters_have_the_scale_of_each_layer() {
     };
     let numbers = |name: &str| {
         let tensor = file.tensors.iter().find(|t| t.name == name).unwrap();
-        let bytes = &(*file.bytes).as_ref()[tensor.range.clone()];
+        let bytes = &file.bytes.as_ref()[tensor.range.clone()];
         let all = bytes.chunks_exact(4);
         let values: Vec<f32> = all
             .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
