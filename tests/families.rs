@@ -336,7 +336,11 @@ fn adapters_are_written_under_the_names_of_the_family() {
         conversion
             .with_adapter(&adapter)
             .unwrap()
-            .write_folder(&merged, &FolderOptions::default(), &Silent)
+            .write_folder(
+                &merged,
+                &FolderOptions::default().with_dtype(DType::F32),
+                &Silent,
+            )
             .unwrap();
         let merged = load(&merged);
         for ids in &fixture.ids {
