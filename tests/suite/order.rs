@@ -1,16 +1,11 @@
 //! Importance order of channels, heads and blocks: moving, scoring and measuring them.
-#![cfg(feature = "flex")]
-
-#[path = "../examples/common/arithmetic.rs"]
-mod arithmetic;
-mod common;
 
 use std::path::Path;
 
-use arithmetic::{Kind, Problem, Split};
+use crate::arithmetic::{Kind, Problem, Split};
+use crate::common::{Heard, is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use burn::module::Module;
 use burn::tensor::Tensor;
-use common::{Heard, is_factor, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::{LinearKind, SubBlock};
 use elastic_lora::calib::{
@@ -667,7 +662,7 @@ fn sorted_channels_are_worth_more_than_unsorted_ones() {
     )));
     let kinds = [Kind::Sum, Kind::Difference, Kind::Product, Kind::AddSub].map(|kind| (kind, 1.0));
     let sequences = |split: Split, n: usize| -> Vec<Sequence> {
-        let problems = arithmetic::mixture(&kinds, split, n, 3).unwrap();
+        let problems = crate::arithmetic::mixture(&kinds, split, n, 3).unwrap();
         let records: Vec<Record> = problems.into_iter().map(Problem::into_record).collect();
         let options = TokenizeOptions::new(shipped.model.config().max_position_embeddings());
         tokenize_records(&records, PromptTemplate::Auto, &shipped.tokenizer, &options)

@@ -1,15 +1,12 @@
 //! Every family, against what transformers computed with the tiny models of `fixtures/families`: the
 //! decoder, the runtime, training, merging, exports, bundles, and elastic widths, heads and depth.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use common::families::{Fixture, fresh, mixed_ranks, train, trained};
-use common::runtime::{full, in_pieces, session};
-use common::{is_factor, load, max_diff, weight_bits};
+use crate::common::families::{Fixture, fresh, mixed_ranks, train, trained};
+use crate::common::runtime::{full, in_pieces, session};
+use crate::common::{is_factor, load, max_diff, weight_bits};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::{HfConfig, HfFolder};
 use elastic_lora::io::peft::{LoraAdapter, PeftOptions};

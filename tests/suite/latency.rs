@@ -1,14 +1,11 @@
 //! Costs of a subnet on this machine and in a file: tables of measured times, stored bytes, and
 //! both as the cost of a search. No test compares one time with another, because other processes
 //! may use the machine.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::collections::BTreeSet;
 
+use crate::common::{Heard, random_ids, random_values, tiny_dims, tiny_on};
 use burn::tensor::Device;
-use common::{Heard, random_ids, random_values, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::BlockDims;
 use elastic_lora::data::{Sequence, fixed_batches};

@@ -1,11 +1,8 @@
 //! A session's subnet equals that of the supernet: ranks, widths and depth, alone and in a batch,
 //! from many threads.
-#![cfg(feature = "flex")]
 
-mod common;
-
-use common::runtime::{F32, agrees, in_pieces, largest, llama, session};
-use common::{max_diff, random_ids, tiny, tiny_dims, tiny_mistral};
+use crate::common::runtime::{F32, agrees, in_pieces, largest, llama, session};
+use crate::common::{max_diff, random_ids, tiny, tiny_dims, tiny_mistral};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;

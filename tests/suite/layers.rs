@@ -1,12 +1,9 @@
 //! Single linear layers on buffers of the caller, and decoding of tokens without memory allocation.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use common::{random_matrix, random_values, tiny, tiny_dims, tiny_on};
+use crate::common::{random_matrix, random_values, tiny, tiny_dims, tiny_on};
 use elastic_lora::Error;
 use elastic_lora::SearchSpace;
 use elastic_lora::SuperNet;
@@ -87,7 +84,7 @@ fn supernet(format: WeightFormat) -> Model {
     let config = SuperNetConfig::new(LoraConfig::new(4).with_alpha(6.0));
     let mut net = SuperNet::new(model, space.with_groups(widths).unwrap(), config).unwrap();
     let sequences = (0..4)
-        .map(|seed| Sequence::unmasked(common::random_ids(12, 41, seed)))
+        .map(|seed| Sequence::unmasked(crate::common::random_ids(12, 41, seed)))
         .collect();
     let config = TrainConfig {
         lr: 0.05,

@@ -1,10 +1,7 @@
 //! The whole pipeline: prune, train, search, merge, write and read back.
-#![cfg(feature = "flex")]
 
-mod common;
-
+use crate::common::{Heard, max_diff, shared};
 use burn::tensor::Device;
-use common::{Heard, max_diff, shared};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::LinearKind;
 use elastic_lora::calib::{PruneConfig, prune_model};

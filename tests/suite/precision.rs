@@ -1,12 +1,8 @@
 //! Frozen weights of 16 bits: the same training as with their values in `f32`, exact merging, and
 //! clear errors.
-#![cfg(feature = "flex")]
-#![cfg(feature = "flex")]
 
-mod common;
-
+use crate::common::{is_factor, max_diff, random_ids, tiny, weight_bits};
 use burn::module::Module;
-use common::{is_factor, max_diff, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::io::DType;

@@ -1,11 +1,8 @@
 //! Elastic widths, heads and depth: results and costs of a subnet, and that an extracted model
 //! equals the subnet.
-#![cfg(feature = "flex")]
 
-mod common;
-
+use crate::common::{max_diff, random_ids, random_values, tiny_dims, tiny_on, weight_bits};
 use burn::tensor::Device;
-use common::{max_diff, random_ids, random_values, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::arch::{BlockDims, Family, LinearKind, SubBlock};
 use elastic_lora::data::{Batcher, Sequence};

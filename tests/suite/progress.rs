@@ -1,11 +1,8 @@
 //! Long work: each kind reports its steps, stops at once on request, and prints nothing by itself.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::process::Command;
 
-use common::{Heard, random_ids, tiny, weight_bits};
+use crate::common::{Heard, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::calib::{
     ChannelScore, InfluenceMeasure, PruneConfig, QuantizeConfig, QuantizeMethod, block_influence,
@@ -158,7 +155,12 @@ fn silent_work() {
 #[test]
 fn nothing_is_printed_unasked() {
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "silent_work", "--nocapture"])
+        .args([
+            "--ignored",
+            "--exact",
+            "progress::silent_work",
+            "--nocapture",
+        ])
         .output()
         .unwrap();
     let (stdout, stderr) = (

@@ -3,23 +3,16 @@
 //! If there is a Python with torch, transformers and peft (`ELASTIC_LORA_PYTHON`, else `python3`),
 //! the scripts of this test load the written folders and compare logits. Otherwise these tests
 //! print that they were skipped.
-#![cfg(feature = "flex")]
-
-#[path = "../examples/common/arithmetic.rs"]
-mod arithmetic;
-#[path = "../examples/common/bpe.rs"]
-mod bpe;
-mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use arithmetic::{Kind, Split, problems};
-use bpe::{bpe_tokenizer_config, train_bpe};
+use crate::arithmetic::{Kind, Split, problems};
+use crate::bpe::{bpe_tokenizer_config, train_bpe};
+use crate::common::python::{ids_tensor, python, run, write_vectors};
+use crate::common::{load, load_i32, max_diff, shared};
 use burn::tensor::Device;
-use common::python::{ids_tensor, python, run, write_vectors};
-use common::{load, load_i32, max_diff, shared};
 use elastic_lora::adapter::{LoraConfig, ScaleRule};
 use elastic_lora::arch::{BlockDims, Family};
 use elastic_lora::data::{Batcher, Sequence, TextTokenizer};

@@ -1,9 +1,6 @@
 //! Bundles, models in one file: what was written is read back, and damaged files are rejected.
-#![cfg(feature = "flex")]
 
-mod common;
-
-use common::{random_ids, shared, tiny, tiny_dims, tiny_on};
+use crate::common::{random_ids, shared, tiny, tiny_dims, tiny_on};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::format::WeightFormat;
@@ -177,7 +174,7 @@ fn the_tokenizer_and_the_stop_tokens_come_along() {
     assert!(answer(&model).1.contains("41"), "{:?}", answer(&model));
     assert!(!bundle.stop_ids().is_empty());
     // A decoder has no tokenizer until it is given a folder.
-    let decoder = common::load(shipped.as_ref());
+    let decoder = crate::common::load(shipped.as_ref());
     let made = Model::from_decoder(&decoder, WeightFormat::F32).unwrap();
     assert!(made.tokenizer().is_none());
     assert_eq!(

@@ -4,16 +4,13 @@
 //! The scripts of this test need transformers with GPTQModel and optimum, and with
 //! compressed-tensors. Scripts whose modules the Python (`ELASTIC_LORA_PYTHON`, else `python3`)
 //! lacks are skipped, and the test prints so.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::common::{load, random_ids, random_values, shared};
 use burn::tensor::Device;
-use common::{load, random_ids, random_values, shared};
 use elastic_lora::Error;
 use elastic_lora::format::{PackedMatrix, QuantizedMatrix, QuantizedParts};
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
@@ -426,7 +423,7 @@ fn a_trained_model_keeps_its_tokenizer() {
             .unwrap();
         let read = Pretrained::open(&folder, &Device::flex()).unwrap();
         let ids = random_ids(50, 2048, 9);
-        let difference = common::max_diff(&logits(&read.model, &ids), &logits(&model, &ids));
+        let difference = crate::common::max_diff(&logits(&read.model, &ids), &logits(&model, &ids));
         let size: u64 = std::fs::read_dir(&folder)
             .unwrap()
             .map(|entry| entry.unwrap().metadata().unwrap().len())

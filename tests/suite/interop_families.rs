@@ -3,17 +3,14 @@
 //! If there is a Python with torch, transformers and peft (`ELASTIC_LORA_PYTHON`, else `python3`),
 //! the scripts of this test load the written folders and compare logits. Otherwise these tests
 //! print that they were skipped.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::families::{Fixture, mixed_ranks, trained, uniform_subnets};
-use common::python::{python, run, write_vectors};
-use common::runtime::{full, in_pieces, session};
-use common::{load, load_i32, max_diff};
+use crate::common::families::{Fixture, mixed_ranks, trained, uniform_subnets};
+use crate::common::python::{python, run, write_vectors};
+use crate::common::runtime::{full, in_pieces, session};
+use crate::common::{load, load_i32, max_diff};
 use elastic_lora::arch::Family;
 use elastic_lora::io::hf::HfFolder;
 use elastic_lora::io::peft::{LoraAdapter, PeftOptions};

@@ -1,10 +1,7 @@
 //! Generation: one prompt or many, up to the end of the context, with a sliding window, and
 //! compared with another implementation.
-#![cfg(feature = "flex")]
 
-mod common;
-
-use common::{load, load_i32, max_diff, random_ids, shared, tiny, tiny_mistral};
+use crate::common::{load, load_i32, max_diff, random_ids, shared, tiny, tiny_mistral};
 use elastic_lora::Error;
 use elastic_lora::io::Checkpoint;
 use elastic_lora::model::Decoder;

@@ -1,14 +1,11 @@
 //! Training: what changes and what stays, bit-identical results after an interruption, and clear
 //! errors.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use crate::common::{Heard, is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits};
 use burn::tensor::Device;
-use common::{Heard, is_factor, random_ids, tiny, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, collate, fixed_batches};
 use elastic_lora::eval::mean_loss;

@@ -1,11 +1,8 @@
 //! Rotary frequencies that depend on the length of the sequence: sessions on a device, batches and
 //! perplexity have those of passes over whole sequences, and the runtime has the same.
-#![cfg(feature = "flex")]
 
-mod common;
-
-use common::runtime::{F32, full, llama, session};
-use common::{max_diff, random_ids, tiny_dims};
+use crate::common::runtime::{F32, full, llama, session};
+use crate::common::{max_diff, random_ids, tiny_dims};
 use elastic_lora::eval::perplexity;
 use elastic_lora::io::hf::LlamaDims;
 use elastic_lora::model::{Decoder, DeviceSession, generate_batch};

@@ -1,13 +1,10 @@
 //! Elastic adapters on one layer: the meaning of a rank, what is trained, and the result of a
 //! merge.
-#![cfg(feature = "flex")]
 
-mod common;
-
+use crate::common::{max_diff, random, random_matrix, weight_bits};
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
-use common::{max_diff, random, random_matrix, weight_bits};
 use elastic_lora::adapter::{
     ElasticLora, ElasticLoraReparam, ElasticLoraReparameterizer, LoraConfig, RankSwitches,
     ScaleRule, seeded_dropout,
@@ -44,7 +41,12 @@ fn base(device: &Device) -> BaseLinear {
             weight.row(o)[i]
         }
     });
-    BaseLinear::from_matrix(&sparse, Some(&common::random_values(D_OUT, 2)), device).unwrap()
+    BaseLinear::from_matrix(
+        &sparse,
+        Some(&crate::common::random_values(D_OUT, 2)),
+        device,
+    )
+    .unwrap()
 }
 
 fn factors() -> (Matrix, Matrix) {

@@ -1,13 +1,8 @@
 //! Pruning and rounding in one pass, compared with two passes, on the bundled model and three
 //! samples of calibration data.
-#![cfg(feature = "flex")]
 
-#[path = "../examples/common/arithmetic.rs"]
-mod arithmetic;
-mod common;
-
-use arithmetic::{Kind, Problem, Split};
-use common::load;
+use crate::arithmetic::{Kind, Problem, Split};
+use crate::common::load;
 use elastic_lora::calib::{
     PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
 };
@@ -24,7 +19,7 @@ const CONTEXT: usize = 128;
 
 fn texts(split: Split, n: usize, seed: u64) -> Vec<String> {
     let kinds = [Kind::MulAdd, Kind::MulSub, Kind::Times, Kind::ShareAdd].map(|kind| (kind, 1.0));
-    let problems = arithmetic::mixture(&kinds, split, n, seed).unwrap();
+    let problems = crate::arithmetic::mixture(&kinds, split, n, seed).unwrap();
     let records: Vec<Record> = problems.into_iter().map(Problem::into_record).collect();
     let examples = records
         .iter()

@@ -1,17 +1,14 @@
 //! The runtime computes the same as the decoder: every family and format, with and without a cache,
 //! and real models.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use burn::module::Param;
-use burn::tensor::{Device, Tensor, TensorData};
-use common::runtime::{F32, agrees, full, in_pieces, largest, llama, session};
-use common::{
+use crate::common::runtime::{F32, agrees, full, in_pieces, largest, llama, session};
+use crate::common::{
     load, load_i32, max_diff, random_ids, shared, tiny, tiny_dims, tiny_mistral, tiny_on,
 };
+use burn::module::Param;
+use burn::tensor::{Device, Tensor, TensorData};
 use elastic_lora::Error;
 use elastic_lora::arch::BlockDims;
 use elastic_lora::format::{PackedMatrix, WeightFormat};

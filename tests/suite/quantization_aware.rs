@@ -1,13 +1,10 @@
 //! Adapters on quantized bases, and training through a grid: the merged weights are the trained
 //! ones, bit for bit.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::collections::BTreeMap;
 
+use crate::common::{is_factor, max_diff, random_ids, tiny, weight_bits};
 use burn::module::Module;
-use common::{is_factor, max_diff, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::eval::mean_loss;

@@ -1,10 +1,7 @@
 //! The supernet: its space on a model, the costs of subnets, and the results of extracting them.
-#![cfg(feature = "flex")]
 
-mod common;
-
+use crate::common::{is_factor, max_diff, random_ids, tiny, tiny_dims, weight_bits};
 use burn::tensor::Device;
-use common::{is_factor, max_diff, random_ids, tiny, tiny_dims, weight_bits};
 use elastic_lora::adapter::{ElasticLoraLinearConfig, LoraConfig, ScaleRule};
 use elastic_lora::data::{Batcher, Sequence};
 use elastic_lora::linalg::Matrix;

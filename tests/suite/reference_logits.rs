@@ -1,9 +1,6 @@
 //! The decoder compared with the outputs of transformers for two real models.
-#![cfg(feature = "flex")]
 
-mod common;
-
-use common::{load, load_i32, max_diff, shared};
+use crate::common::{load, load_i32, max_diff, shared};
 use elastic_lora::io::Checkpoint;
 use elastic_lora::nn::{KvCache, host_values};
 

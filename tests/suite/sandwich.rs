@@ -1,15 +1,12 @@
 //! Training by the sandwich rule, with in-place distillation, and in stages: the gradient of a
 //! step, and the guarantees of a run under every rule.
-#![cfg(feature = "flex")]
-
-mod common;
 
 use std::collections::BTreeMap;
 
+use crate::common::{is_factor, random_ids, tiny, weight_bits};
 use burn::module::Module;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Gradients, Int, Tensor};
-use common::{is_factor, random_ids, tiny, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::model::Decoder;
@@ -440,7 +437,10 @@ fn checkpointing_changes_nothing_but_rounding() {
             assert_eq!(a.smallest_loss.is_some(), b.smallest_loss.is_some());
         }
         for (path, values) in &weights {
-            assert!(common::max_diff(values, &by_block[path]) < 1e-5, "{path}");
+            assert!(
+                crate::common::max_diff(values, &by_block[path]) < 1e-5,
+                "{path}"
+            );
         }
     }
 }

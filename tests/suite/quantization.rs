@@ -1,9 +1,6 @@
 //! Quantizing and pruning a whole model, layer by layer, as seen by the caller.
-#![cfg(feature = "flex")]
 
-mod common;
-
-use common::{Heard, load, max_diff, random_ids, shared, tiny, weight_bits};
+use crate::common::{Heard, load, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::Error;
 use elastic_lora::calib::{
     PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
