@@ -33,7 +33,8 @@ const STATES: &str = "states.elora";
 
 impl<'a> Kept<'a> {
     /// Chooses the folder of a walk within `parent`. Its name has a checksum of all that the walk
-    /// depends on: the settings, the samples, and the weights of the model as they are now.
+    /// depends on: the settings, the samples, the config and the weights of the model as they are
+    /// now.
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the folder cannot be made.
@@ -48,6 +49,8 @@ impl<'a> Kept<'a> {
         let mut hash = crc32fast::Hasher::new();
         let settings = serde_json::to_string(settings).map_err(|e| Error::json(label, e))?;
         hash.update(settings.as_bytes());
+        let config = serde_json::to_string(model.config().raw());
+        hash.update(config.map_err(|e| Error::json(label, e))?.as_bytes());
         let of_samples = checksum(samples.iter().flatten().map(|id| id.to_le_bytes()));
         hash.update(&of_samples.to_le_bytes());
         let lengths = samples.iter().map(|sample| sample.len().to_le_bytes());
@@ -56,6 +59,12 @@ impl<'a> Kept<'a> {
         for (name, layer) in model.linears() {
             weights.update(name.as_bytes());
             weights.update(bytemuck::cast_slice(layer.base.to_matrix().as_slice()));
+            if let Some(bias) = &layer.base.bias {
+                weights.update(bytemuck::cast_slice(&host_values(bias.val())));
+            }
+        }
+        for (_, norm) in model.layers.iter().flat_map(|block| block.norms()) {
+            weights.update(bytemuck::cast_slice(&host_values(norm.weight.val())));
         }
         weights.update(bytemuck::cast_slice(&host_values(model.embed_tokens.val())));
         let (settings, weights) = (hash.finalize(), weights.finalize());

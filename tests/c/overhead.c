@@ -112,7 +112,8 @@ static void sessions(const elora_model *model) {
     ASK(elora_session_capacity, session);
     CALL(elora_session_tokens, session, tokens, 8, &n);
     CALL(elora_session_truncate, session, 3);
-    CALL(elora_session_get_state, session, NULL, 0, &size);
+    /* A call that fails, with its text. */
+    TIME("elora_session_get_state(size)", elora_session_get_state(session, NULL, 0, &size));
     CALL(elora_session_decode_steps, NULL, 0);
     CALL(elora_session_decode_batch, NULL, 0, NULL, NULL, 0);
     /* With the work: one token, taken back each time. */
