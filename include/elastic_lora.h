@@ -65,9 +65,10 @@ extern "C" {
 // Patch version of the library that this header belongs to.
 #define ELORA_VERSION_PATCH 0
 
-// Version of the binary interface, which changes when binary compatibility breaks. Compare it with
-// elora_abi_version().
-#define ELORA_ABI_VERSION 0
+// Version of the binary interface. Within a version, functions, constants and types are only added,
+// and structs only grow at their end: a program runs with any library of the same version that is
+// at least as new as its header. Compare it with elora_abi_version().
+#define ELORA_ABI_VERSION 1
 
 // Outcome of a call: ELORA_STATUS_OK or another ELORA_STATUS_ constant. Numbers are never reused.
 // Treat an unknown number as a failure.
@@ -817,10 +818,10 @@ typedef bool (*elora_abort_fn)(void *userdata);
 // Appends tokens to several sessions, any number to each: prompts, parts of prompts and single
 // tokens together. Sessions may come and go between calls.
 //
-// `steps` has `n_steps` elements. Sessions on the same model with the same subnet, adapters and
-// activation precision go through the model together, so that its weights are read once for all
-// of them; each other setting takes a pass of its own. If the call fails, all sessions hold the
-// same tokens as before.
+// `steps` has `n_steps` elements. Sessions on the same model with the same widths and activation
+// precision go through the model together, so that its weights are read once for all of them; their
+// ranks and adapters may differ. Other widths, and subnets with weights of their own, take a pass
+// each. If the call fails, all sessions hold the same tokens as before.
 //
 // ELORA_STATUS_INVALID_STATE if a session occurs twice or is in use. Otherwise as in
 // elora_session_decode().

@@ -19,11 +19,12 @@
 //! ```
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
+#[cfg(feature = "report")]
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
@@ -182,9 +183,9 @@ impl Drop for Task<'_> {
 
 /// Shows progress on a terminal or in a log.
 ///
-/// If standard error is a terminal, shows a bar there. Otherwise writes a line every 30 seconds
-/// with the time, the task, its completed share, its rate and the remaining time, and one line at
-/// the end of each outermost task. Of nested tasks, the outermost has the bar, and the innermost is
+/// If standard error is a terminal, shows a bar there (with the feature `report`, which `burn`
+/// implies). Otherwise writes a line every 30 seconds with the time, the task, its completed share,
+/// its rate and the remaining time, and one line at the end of each outermost task. Of nested tasks, the outermost has the bar, and the innermost is
 /// named after it.
 pub struct TerminalProgress {
     shown: Arc<Mutex<Shown>>,
@@ -195,17 +196,17 @@ pub struct TerminalProgress {
 const INTERVAL: Duration = Duration::from_secs(30);
 
 /// Maximum length of the label beside a bar, in characters.
+#[cfg(feature = "report")]
 const LABEL: usize = 20;
 
 impl TerminalProgress {
     /// Shows progress on standard error.
     pub fn new() -> Self {
-        let stderr = std::io::stderr();
-        if stderr.is_terminal() {
-            Self::with_output(Output::Bar(None))
-        } else {
-            Self::to_writer(stderr)
+        #[cfg(feature = "report")]
+        if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
+            return Self::with_output(Output::Bar(None));
         }
+        Self::to_writer(std::io::stderr())
     }
 
     /// Writes lines to `writer`, whether or not it is a terminal.
@@ -271,6 +272,7 @@ fn lock(shown: &Mutex<Shown>) -> MutexGuard<'_, Shown> {
 
 /// Destination of the reports: a bar while a task runs, or a writer with the time of its last line.
 enum Output {
+    #[cfg(feature = "report")]
     Bar(Option<ProgressBar>),
     Lines(Box<dyn Write + Send>, SystemTime),
 }
@@ -306,6 +308,7 @@ impl Shown {
         });
         if self.tasks.len() == 1 {
             match &mut self.output {
+                #[cfg(feature = "report")]
                 Output::Bar(bar) => *bar = Some(new_bar(task)),
                 Output::Lines(_, last) => *last = now,
             }
@@ -330,6 +333,7 @@ impl Shown {
             return;
         }
         match &mut self.output {
+            #[cfg(feature = "report")]
             Output::Bar(bar) => {
                 if let Some(bar) = bar.take() {
                     bar.finish_and_clear();
@@ -353,10 +357,12 @@ impl Shown {
             format!("; {} {}/{}", inner.label, inner.done, inner.total)
         });
         match &mut self.output {
+            #[cfg(feature = "report")]
             Output::Bar(Some(bar)) => {
                 bar.set_position(outer.done as u64);
                 bar.set_message(outer.brief(now) + &inner);
             }
+            #[cfg(feature = "report")]
             Output::Bar(None) => {}
             Output::Lines(writer, last) => {
                 if now.duration_since(*last).unwrap_or_default() >= INTERVAL {
@@ -369,6 +375,7 @@ impl Shown {
     }
 }
 
+#[cfg(feature = "report")]
 /// Creates a bar whose message fills the rest of the line and is cut at the edge of the terminal.
 fn new_bar(task: &Task<'_>) -> ProgressBar {
     let bar = ProgressBar::new(task.total as u64);
@@ -396,6 +403,7 @@ impl Running {
         self.with_note(text + &self.left(now))
     }
 
+    #[cfg(feature = "report")]
     /// Formats a short state such as `12/35, 0:05 left, loss 0.1234`, for the message of a bar.
     fn brief(&self, now: SystemTime) -> String {
         self.with_note(format!("{}/{}{}", self.done, self.total, self.left(now)))

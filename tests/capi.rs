@@ -11,7 +11,7 @@ mod common;
 #[path = "capi/tools.rs"]
 mod tools;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -28,7 +28,8 @@ use elastic_lora::model::Pretrained;
 use elastic_lora::nn::host_values;
 use elastic_lora::progress::Silent;
 use elastic_lora::runtime::{
-    GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, decode_batch,
+    Adapter, GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig, Step,
+    decode_batch, decode_steps,
 };
 use elastic_lora::space::Elastic;
 use elastic_lora::supernet::SuperNetConfig;
@@ -146,7 +147,12 @@ fn talking() -> Option<&'static Path> {
 }
 
 /// A bundle of 32-bit floats, and a PEFT adapter for it.
-fn adapted() -> (PathBuf, PathBuf) {
+fn adapted() -> &'static (PathBuf, PathBuf) {
+    static PATHS: OnceLock<(PathBuf, PathBuf)> = OnceLock::new();
+    PATHS.get_or_init(write_adapted)
+}
+
+fn write_adapted() -> (PathBuf, PathBuf) {
     let folder = scratch("adapted");
     let (bundle, peft) = (folder.join("model.elora"), folder.join("adapter"));
     let model = model(WeightFormat::F32);
@@ -344,8 +350,8 @@ fn an_adapter_goes_onto_a_bundle_and_into_a_sparse_one() {
         succeed(
             Command::new(program)
                 .arg("adapt")
-                .arg(&bundle)
-                .arg(&adapter)
+                .arg(bundle)
+                .arg(adapter)
                 .arg(scratch("adapt")),
         );
     });
@@ -361,6 +367,17 @@ fn a_panic_is_a_status_and_the_host_lives_on() {
 /// Same as in `tests/c/check.h`.
 fn number(i: usize) -> f32 {
     (i.wrapping_mul(2_654_435_761) % 2001) as f32 / 1000.0 - 1.0
+}
+
+/// A model with subnets that have weights of their own.
+fn merged_subnets() -> Model {
+    let model = model(WeightFormat::F32);
+    let whole = model.extract(0).unwrap().merged().unwrap();
+    let adapter = LoraAdapter::open(&adapted().1).unwrap();
+    let adapter = Adapter::from_lora(&whole, &adapter, "adapter").unwrap();
+    let other = |scale| whole.with_adapter(&adapter, scale).unwrap().merged();
+    let first = whole.with_subnet("one", &other(1.0).unwrap()).unwrap();
+    first.with_subnet("two", &other(-0.5).unwrap()).unwrap()
 }
 
 /// Computes with the Rust API what `tests/c/dump.c` computes.
@@ -476,7 +493,11 @@ fn results_are_those_of_the_rust_api_bit_by_bit() {
             folder.join(format!("{index}.elora")),
             folder.join("numbers"),
         );
-        model(format).save(&bundle, true).unwrap();
+        let model = match format {
+            WeightFormat::F32 => merged_subnets(),
+            format => model(format),
+        };
+        model.save(&bundle, true).unwrap();
         let expected = dump(&Model::open(&bundle, &ModelOptions::default()).unwrap());
         with_programs(|program| {
             succeed(Command::new(program).arg("dump").arg(&bundle).arg(&numbers));
@@ -611,7 +632,7 @@ fn programs_are_clean_under_address_sanitizer() {
     }
     let (model, adapter) = adapted();
     let folder = scratch("asan-adapt");
-    asan(&["adapt".as_ref(), &model, &adapter, &folder]);
+    asan(&["adapt".as_ref(), model, adapter, &folder]);
 }
 
 #[test]
@@ -654,58 +675,100 @@ fn programs_are_clean_under_valgrind() {
     let folder = scratch("valgrind-adapt");
     valgrind(
         "definite,indirect",
-        &["adapt".as_ref(), &model, &adapter, &folder],
+        &["adapt".as_ref(), model, adapter, &folder],
     );
     valgrind("all", &["order".as_ref(), bundle()]);
     valgrind("all", &["threads".as_ref(), bundle()]);
 }
 
-#[test]
-fn a_call_costs_well_under_a_microsecond() {
-    let Some(program) = program(Link::Shared) else {
-        return;
-    };
-    let linear = Model::open(bundle(), &ModelOptions::default().with_n_threads(1))
-        .unwrap()
-        .linear(0, 0)
-        .unwrap();
+/// The least time of a call in nanoseconds, of several runs of many.
+fn time_of(mut call: impl FnMut()) -> f64 {
+    const CALLS: u32 = 4000;
+    let runs = (0..7).map(|_| {
+        let start = Instant::now();
+        for _ in 0..CALLS {
+            call();
+        }
+        start.elapsed().as_secs_f64() * 1e9 / f64::from(CALLS)
+    });
+    runs.fold(f64::INFINITY, f64::min)
+}
+
+/// What the Rust API takes for the work that `tests/c/overhead.c` has in some of its calls.
+fn work_in_rust(model: &Model) -> [(&'static str, f64); 4] {
+    let linear = model.linear(0, 0).unwrap();
     let (inputs, outputs) = (linear.d_input(), linear.d_output());
     let x: Vec<f32> = (0..inputs).map(number).collect();
     let (mut y, mut scratch) = (
         vec![0.0; outputs],
         vec![0u8; linear.scratch_bytes(1).unwrap()],
     );
+    let linear = time_of(|| {
+        linear
+            .forward(1, &x, inputs, &mut y, outputs, Some(&mut scratch))
+            .unwrap();
+    });
+    let mut session = Session::new(model, &SessionConfig::default()).unwrap();
+    let mut logits = vec![0.0; model.config().vocab_size()];
+    session.decode(&[1, 5, 9], None).unwrap();
+    let decode = time_of(|| {
+        session.decode(&[1], Some(&mut logits)).unwrap();
+        session.truncate(3);
+    });
+    let steps = time_of(|| {
+        decode_steps(&mut [Step {
+            session: &mut session,
+            tokens: &[1],
+            logits: &mut logits,
+        }])
+        .unwrap();
+        session.truncate(3);
+    });
+    let copy = time_of(|| drop(session.copy()));
+    [
+        ("linear", linear),
+        ("decode", decode),
+        ("decode_steps", steps),
+        ("copy", copy),
+    ]
+}
+
+/// No call of C takes a microsecond more than its work. Run with `--nocapture` for the times.
+#[test]
+fn a_call_costs_well_under_a_microsecond() {
+    let Some(program) = program(Link::Shared) else {
+        return;
+    };
+    let model = Model::open(bundle(), &ModelOptions::default().with_n_threads(1)).unwrap();
+    let (adapted, adapter) = adapted();
+    let talking = talking().unwrap_or(Path::new("-"));
     // Other processes may use the machine, so the best of several attempts counts.
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
-        let mut rust = f64::INFINITY;
-        for _ in 0..9 {
-            let start = Instant::now();
-            for _ in 0..20_000 {
-                linear
-                    .forward(1, &x, inputs, &mut y, outputs, Some(&mut scratch))
-                    .unwrap();
+    let mut best: BTreeMap<String, f64> = BTreeMap::new();
+    for attempt in 0..6 {
+        let rust = work_in_rust(&model);
+        let mut command = Command::new(program);
+        command.arg("overhead").arg(bundle()).arg(talking);
+        let printed = succeed(command.arg(adapted).arg(adapter));
+        for line in printed.lines() {
+            let (name, time) = line.split_once(' ').unwrap();
+            let mut time: f64 = time.parse().unwrap();
+            if let Some((_, work)) = rust.iter().find(|(work, _)| *work == name) {
+                println!("{name}: {time:.0} ns from C, {work:.0} ns from Rust");
+                time -= work;
             }
-            rust = rust.min(start.elapsed().as_secs_f64() * 1e9 / 20_000.0);
+            let least = best.entry(name.to_string()).or_insert(f64::INFINITY);
+            *least = least.min(time);
         }
-        let printed = succeed(Command::new(program).arg("overhead").arg(bundle()));
-        let times: Vec<f64> = printed
-            .split_whitespace()
-            .map(|time| time.parse().unwrap())
-            .collect();
-        let [nothing, look, apply] = times[..] else {
-            panic!("{printed}")
-        };
-        println!(
-            "a call that does nothing {nothing:.1} ns, one into a session {look:.1} ns, a layer of {inputs} x \
-             {outputs} from C {apply:.1} ns, from Rust {rust:.1} ns"
-        );
-        best = best.min(nothing.max(look).max(apply - rust));
-        if best < 200.0 {
+        if attempt > 1 && best.values().all(|time| *time < 500.0) {
             break;
         }
     }
-    assert!(best < 1000.0, "{best} ns");
+    assert!(best.len() > 50, "{best:?}");
+    let slow: Vec<_> = best.iter().filter(|(_, time)| **time >= 1000.0).collect();
+    for (name, time) in &best {
+        println!("{name} {time:.1}");
+    }
+    assert!(slow.is_empty(), "{slow:?}");
 }
 
 #[test]
@@ -897,6 +960,20 @@ fn other_projects_find_the_library() {
             .arg(&app),
     );
     succeed(Command::new(&app).arg(bundle()));
+
+    // The Makefile of the guide, in a folder that holds nothing else.
+    if has("make") {
+        let guide = std::fs::read_to_string(root().join("docs/c-and-cpp.md")).unwrap();
+        let makefile = guide.split_once("```make\n").unwrap().1;
+        let makefile = makefile.split_once("```").unwrap().0;
+        let empty = tempfile::tempdir().unwrap();
+        std::fs::write(empty.path().join("Makefile"), makefile).unwrap();
+        std::fs::copy(&source, empty.path().join("app.c")).unwrap();
+        let mut command = Command::new("make");
+        command.current_dir(empty.path());
+        succeed(command.arg(format!("P={}", prefix.display())));
+        succeed(Command::new(empty.path().join("app")).arg(bundle()));
+    }
 
     if has("pkg-config") {
         let ask = |what: &[&str]| {

@@ -455,7 +455,13 @@ fn table_2_measures_sparse_integers_as_written() {
     ] {
         generate(&arguments);
     }
-    generate(&["merged-quantized-largest.elora", "--embedding", "int8"]);
+    for file in ["merged.elora", "merged-quantized.elora"] {
+        for subnet in ["largest", "heuristic", "smallest"] {
+            generate(&[file, "--subnet", subnet, "--embedding", "int8"]);
+        }
+    }
+    // Finished blocks are kept while a run is not over.
+    assert!(!out.join("blocks").exists());
 
     let resumed = run(&["--resume"]).unwrap();
     assert!(resumed.status.success(), "{}", stderr(&resumed));
@@ -479,9 +485,7 @@ fn table_2_measures_sparse_integers_as_written() {
     let listed = [
         "merge_report.json",
         "merged",
-        "merged-heuristic.elora",
-        "merged-largest.elora",
-        "merged-smallest.elora",
+        "merged.elora",
         "merged_ranks.json",
         "merged_space.json",
         "merged_subnet.json",

@@ -11,7 +11,7 @@ use elastic_lora::space::{Elastic, Group};
 use elastic_lora::train::{Distillation, Sampling, TrainConfig};
 use elastic_lora::{Error, Merger, Result, SearchSpace, SubnetConfig, SuperNet};
 
-use crate::pipeline::{Run, supernet};
+use crate::pipeline::Run;
 use crate::report::Row;
 use crate::{Args, Subnets, common};
 
@@ -189,12 +189,8 @@ impl Run<'_> {
                 .into_iter()
                 .filter(|l| ranks.group_of_layer(&l.name).is_some())
                 .collect();
-            let mut lora = supernet(
-                args,
-                base,
-                SearchSpace::fixed(&layers, ranks.max_rank())?,
-                false,
-            )?;
+            let mut lora =
+                self.supernet(base, SearchSpace::fixed(&layers, ranks.max_rank())?, false)?;
             self.train(&mut lora, "lora-dense", Sampling::Fixed)?;
             let lora = merger.extract(&lora, &[], &self.progress)?.model;
             let full = Times::of(&lora)?;
@@ -214,7 +210,7 @@ impl Run<'_> {
             space = space.with_groups([depth])?;
         }
         common::say!("{} subnets in {} groups", space.n_subnets(), space.len());
-        let mut net = supernet(args, &sorted, space, false)?;
+        let mut net = self.supernet(&sorted, space, false)?;
         for (name, subnet) in [("heuristic", net.heuristic()), ("smallest", net.minimal())] {
             net.activate(&subnet)?;
             common::say!(

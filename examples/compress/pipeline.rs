@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use elastic_lora::calib::{PruneConfig, prune_model};
+use elastic_lora::calib::{PruneConfig, prune_model_keeping};
 use elastic_lora::eval::{Metric, ProblemSet, SubnetObjective, mean_loss};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::peft::PeftOptions;
@@ -23,7 +23,7 @@ use elastic_lora::{Error, Merger, Result, SearchSpace, Searcher, SubnetConfig, S
 use serde_json::Value;
 
 use crate::report::{Report, Row};
-use crate::settings::{Settings, lora_config};
+use crate::settings::{BLOCKS, MEASURED, Settings, lora_config};
 use crate::task::{Task, fingerprint};
 use crate::{Args, Init, Method, Search, SearchMetric, common};
 
@@ -34,6 +34,9 @@ pub struct Run<'a> {
     pub out: PathBuf,
     pub progress: TerminalProgress,
     pub report: Report,
+    /// Loss and accuracy of the rows, by number and name. They are in a file until the run is over,
+    /// so that `--resume` need not measure them again.
+    measured: BTreeMap<String, (f64, Option<f64>)>,
 }
 
 pub fn run(args: &Args, settings: &Settings, task: &Task) -> Result<()> {
@@ -72,7 +75,13 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
         out: settings.out.clone(),
         progress: common::progress(),
         report: Report::new(command, args.seed),
+        measured: BTreeMap::new(),
     };
+    let measured = run.out.join(MEASURED);
+    if args.resume && measured.is_file() {
+        let text = std::fs::read_to_string(&measured).map_err(|e| Error::io(&measured, e))?;
+        run.measured = serde_json::from_str(&text).map_err(|e| Error::json(&measured, e))?;
+    }
 
     eprintln!("{}", task.calibration_said);
     let base = task.pretrained.model.clone();
@@ -83,6 +92,13 @@ fn steps(args: &Args, settings: &Settings, task: &Task, space: &SearchSpace) -> 
         _ => pruned_methods(&mut run, &base, space)?,
     }
     run.report.write(run.out.join("report.json"))?;
+    let blocks = run.blocks();
+    if blocks.is_dir() {
+        std::fs::remove_dir_all(&blocks).map_err(|e| Error::io(&blocks, e))?;
+    }
+    if measured.is_file() {
+        std::fs::remove_file(&measured).map_err(|e| Error::io(&measured, e))?;
+    }
     common::say!("\n{}", run.report);
     common::say!(
         "results in {} ({:.0} s)",
@@ -156,20 +172,6 @@ fn fresh_supernet(
         .with_sparse_peft(masked)
         .with_seed(args.seed);
     SuperNet::new(model.clone(), space, config)
-}
-
-/// Creates a supernet whose adapters begin as asked for, except for [`Init::Error`].
-pub fn supernet(
-    args: &Args,
-    model: &Decoder,
-    space: SearchSpace,
-    masked: bool,
-) -> Result<SuperNet> {
-    let mut net = fresh_supernet(args, model, space, masked)?;
-    if args.init == Init::Pissa {
-        net.init_from_principal()?;
-    }
-    Ok(net)
 }
 
 /// Returns the settings for generating answers.
@@ -251,30 +253,37 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Merges the largest, the heuristic and the smallest subnet, and writes each as a bundle. The
-    /// updates of these methods go through a mask or a grid, so that no pair of factors expresses
-    /// them and a bundle of the whole supernet cannot switch them.
-    pub fn write_merged(&self, net: &mut SuperNet, name: &str) -> Result<()> {
-        let active = net.active().clone();
+    /// Merges the largest, the heuristic and the smallest subnet, and writes them as one bundle,
+    /// among which a program can switch. The updates of these methods go through a mask or a grid,
+    /// so that no pair of factors expresses them.
+    pub fn write_merged(&self, net: &SuperNet, file: &str) -> Result<()> {
         let subnets = [
             ("largest", net.maximal()),
             ("heuristic", net.heuristic()),
             ("smallest", net.minimal()),
-        ];
-        for (index, (subnet, config)) in subnets.iter().enumerate() {
-            if subnets[..index]
-                .iter()
-                .any(|(_, earlier)| earlier == config)
-            {
-                continue;
-            }
-            net.activate(config)?;
-            let merged = Merger::new().merge(net, &[], &self.progress)?.model;
-            Model::from_decoder(&merged, self.plan(share_of_zeros(&merged)))?
-                .with_tokenizer(&self.task.pretrained.folder)?
-                .save(self.out.join(format!("{name}-{subnet}.elora")), true)?;
+        ]
+        .map(|(name, subnet)| (name.to_string(), subnet));
+        let plan = self.plan(share_of_zeros(net.model()));
+        Merger::new()
+            .merge_subnets(net, &subnets, plan, &self.progress)?
+            .with_tokenizer(&self.task.pretrained.folder)?
+            .save(self.out.join(file), true)?;
+        common::say!("{file}: merged subnets: largest, heuristic, smallest");
+        Ok(())
+    }
+
+    /// Creates a supernet whose adapters begin as asked for, except for [`Init::Error`].
+    pub fn supernet(&self, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
+        let mut net = fresh_supernet(self.args, model, space, masked)?;
+        if self.args.init == Init::Pissa {
+            net.init_from_principal(&self.progress)?;
         }
-        net.activate(&active)
+        Ok(net)
+    }
+
+    /// The folder of finished blocks, from which `--resume` goes on while the run is not over.
+    pub fn blocks(&self) -> PathBuf {
+        self.out.join(BLOCKS)
     }
 
     /// Prunes a model by the given method.
@@ -289,7 +298,7 @@ impl Run<'_> {
         }
         let config = PruneConfig::new(method, self.settings.pattern);
         let samples = &self.task.calibration;
-        prune_model(&mut pruned, samples, &config, &self.progress)?;
+        prune_model_keeping(&mut pruned, samples, &config, self.blocks(), &self.progress)?;
         Ok(pruned)
     }
 
@@ -297,10 +306,8 @@ impl Run<'_> {
     /// are not merged.
     pub fn row(&mut self, name: &str, model: &Decoder, net: Option<&SuperNet>) -> Result<()> {
         let mut row = Row::new(name);
-        row.loss = Some(mean_loss(model, &self.task.test, &self.progress)?);
-        if let Some(problems) = &self.task.problems {
-            row.accuracy = Some(self.accuracy(problems, model)?);
-        }
+        let (loss, accuracy) = self.measured(name, model)?;
+        (row.loss, row.accuracy) = (Some(loss), accuracy);
         let sparsity = share_of_zeros(model);
         row.sparsity = Some(sparsity);
         let plain;
@@ -329,6 +336,25 @@ impl Run<'_> {
         common::say!("{name}: loss {:.4}{accuracy}", row.loss.unwrap_or(f64::NAN));
         self.report.rows.push(row);
         Ok(())
+    }
+
+    /// Returns the loss and the accuracy of the next row's model.
+    fn measured(&mut self, name: &str, model: &Decoder) -> Result<(f64, Option<f64>)> {
+        let key = format!("{}. {name}", self.report.rows.len() + 1);
+        if let Some(found) = self.measured.get(&key) {
+            return Ok(*found);
+        }
+        let loss = mean_loss(model, &self.task.test, &self.progress)?;
+        let accuracy = match &self.task.problems {
+            Some(problems) => Some(self.accuracy(problems, model)?),
+            None => None,
+        };
+        // JSON has no NaN.
+        if loss.is_finite() {
+            self.measured.insert(key, (loss, accuracy));
+            atomic::write_json(self.out.join(MEASURED), &self.measured)?;
+        }
+        Ok((loss, accuracy))
     }
 
     /// Returns the beginnings of some calibration sequences, on which logits are compared.
@@ -389,7 +415,7 @@ impl Run<'_> {
             .filter(|l| space.group_of_layer(&l.name).is_some())
             .collect();
         let fixed = SearchSpace::fixed(&layers, space.max_rank())?;
-        let mut net = supernet(self.args, pruned, fixed, false)?;
+        let mut net = self.supernet(pruned, fixed, false)?;
         self.train(&mut net, "lora", Sampling::Fixed)?;
         self.row("LoRA on the pruned base", net.model(), Some(&net))?;
         self.kept_in("lora-adapter");
@@ -398,7 +424,7 @@ impl Run<'_> {
     }
 
     fn shears(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
-        let mut net = supernet(self.args, pruned, space.clone(), false)?;
+        let mut net = self.supernet(pruned, space.clone(), false)?;
         self.train(&mut net, "shears", Sampling::PerStep)?;
         net.activate(&net.maximal())?;
         self.row("Shears, largest", net.model(), Some(&net))?;
@@ -564,7 +590,7 @@ impl Run<'_> {
     }
 
     pub fn sparse_peft(&mut self, pruned: &Decoder, space: &SearchSpace) -> Result<()> {
-        let mut net = supernet(self.args, pruned, space.clone(), true)?;
+        let mut net = self.supernet(pruned, space.clone(), true)?;
         self.train(&mut net, "sparse-peft", Sampling::PerStep)?;
         // Ranks have no cost after merging, so no search is needed.
         let chosen = self.better_of_two(&mut net)?;
@@ -589,7 +615,7 @@ impl Run<'_> {
         }
         self.kept_in("merged");
         atomic::write_json(self.out.join("merge_report.json"), &merged.report)?;
-        self.write_merged(&mut net, "merged")?;
+        self.write_merged(&net, "merged.elora")?;
         self.write_subnet(&net, &chosen, "merged")
     }
 

@@ -17,7 +17,8 @@ use serde_json::{Map, Value};
 use crate::{Args, FileFormat, QaStart, Quantize};
 
 /// Folders that a run creates.
-const FOLDERS: [&str; 21] = [
+const FOLDERS: [&str; 22] = [
+    BLOCKS,
     "lora",
     "shears",
     "sparse-peft",
@@ -42,7 +43,7 @@ const FOLDERS: [&str; 21] = [
 ];
 
 /// Files that a run creates.
-const FILES: [&str; 30] = [
+const FILES: [&str; 27] = [
     RUN,
     "report.json",
     "merge_report.json",
@@ -67,17 +68,20 @@ const FILES: [&str; 30] = [
     "merged-quantized_ranks.json",
     "supernet.elora",
     "sqft-supernet.elora",
-    "merged-largest.elora",
-    "merged-heuristic.elora",
-    "merged-smallest.elora",
-    "merged-quantized-largest.elora",
-    "merged-quantized-heuristic.elora",
-    "merged-quantized-smallest.elora",
+    MEASURED,
+    "merged.elora",
+    "merged-quantized.elora",
 ];
 
 /// File with the arguments and the inputs of the run that a folder belongs to. It exists from the
 /// start of the run.
 const RUN: &str = "run.json";
+
+/// Folder of finished blocks of pruning and quantizing, until the run is over.
+pub const BLOCKS: &str = "blocks";
+
+/// File of the rows' losses and accuracies, until the run is over.
+pub const MEASURED: &str = "measured.json";
 
 /// File that is locked while a run uses a folder.
 const LOCK: &str = "run.lock";
@@ -284,14 +288,13 @@ impl Settings {
         }
     }
 
-    /// Cleans up after a run that failed before its first checkpoint, since it cannot be resumed.
+    /// Cleans up after a run that failed before its first checkpoint and its first finished block,
+    /// since it cannot be resumed.
     pub fn discard_unless_resumable(&self, claim: Claim) {
-        if FOLDERS
-            .iter()
-            .any(|name| self.out.join(name).join("checkpoint").is_dir())
-        {
+        let checkpoint = |name: &&str| self.out.join(name).join("checkpoint").is_dir();
+        if FOLDERS.iter().any(checkpoint) || self.out.join(BLOCKS).is_dir() {
             eprintln!(
-                "checkpoints are in {}; the same command with --resume goes on from there",
+                "what is finished is in {}; the same command with --resume goes on from there",
                 self.out.display()
             );
             return;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use elastic_lora::calib::{QuantizeConfig, QuantizeMethod, quantize_model, walk_blocks};
+use elastic_lora::calib::{QuantizeConfig, QuantizeMethod, quantize_model_keeping, walk_blocks};
 use elastic_lora::format::{PackedMatrix, QuantizedMatrix};
 use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::io::{DType, atomic};
@@ -18,7 +18,7 @@ use elastic_lora::supernet::QaConfig;
 use elastic_lora::train::Sampling;
 use elastic_lora::{Merger, Result, SearchSpace, SuperNet};
 
-use crate::pipeline::{Run, max_logit_difference, supernet, zeros_lost};
+use crate::pipeline::{Run, max_logit_difference, zeros_lost};
 use crate::report::Row;
 use crate::{Init, Method, QaStart, Quantize};
 
@@ -208,7 +208,9 @@ impl Run<'_> {
         let mut rounded = model.clone();
         let config = QuantizeConfig::new(method, self.settings.grid);
         let samples = &self.task.calibration;
-        let layers = quantize_model(&mut rounded, samples, &config, &self.progress)?;
+        let blocks = self.blocks();
+        let layers =
+            quantize_model_keeping(&mut rounded, samples, &config, blocks, &self.progress)?;
         let model = self.written(&rounded, &layers, folder)?;
         self.row(name, &model, None)?;
         self.precision(self.integers());
@@ -243,9 +245,10 @@ impl Run<'_> {
         space: SearchSpace,
         sampling: Sampling,
     ) -> Result<()> {
-        let mut net = supernet(self.args, base, space, false)?;
+        let mut net = self.supernet(base, space, false)?;
         if self.args.init == Init::Error {
-            net.init_from_error(original, &self.input_norms(base)?)?;
+            let norms = self.input_norms(base)?;
+            net.init_from_error(original, &norms, &self.progress)?;
         }
         self.train(&mut net, row.training, sampling)?;
         let chosen = self.better_of_two(&mut net)?;
@@ -333,7 +336,9 @@ impl Run<'_> {
         let qa = QaConfig::new(grids.collect())
             .with_masks(masks)
             .with_train_scales(args.train_scales);
-        let mut net = supernet(args, &base, space.clone(), true)?.with_quantization(&qa)?;
+        let mut net = self
+            .supernet(&base, space.clone(), true)?
+            .with_quantization(&qa)?;
         self.train(&mut net, "sqft-qa", Sampling::PerStep)?;
         let chosen = self.better_of_two(&mut net)?;
 
@@ -360,7 +365,7 @@ impl Run<'_> {
             row.ranks = Some(net.space().values(&chosen)?);
         }
         atomic::write_json(self.out.join("merge_report_quantized.json"), &merged.report)?;
-        self.write_merged(&mut net, "merged-quantized")?;
+        self.write_merged(&net, "merged-quantized.elora")?;
         self.write_subnet(&net, &chosen, "merged-quantized")
     }
 }

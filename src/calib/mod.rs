@@ -9,6 +9,7 @@
 mod channels;
 mod influence;
 mod input;
+mod kept;
 mod order;
 mod prune;
 mod quantize;
@@ -17,19 +18,21 @@ mod taylor;
 pub use channels::{BlockScores, ChannelScore};
 pub use influence::{BlockInfluence, InfluenceMeasure, block_influence};
 pub use order::{BlockOrder, ChannelOrder, channel_scores, sort_channels};
-pub use prune::{PruneConfig, PrunedLayer, prune_model};
-pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model};
+pub use prune::{PruneConfig, PrunedLayer, prune_model, prune_model_keeping};
+pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model, quantize_model_keeping};
 pub use taylor::{TaylorConfig, taylor_scores};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::Tensor;
 
 use crate::arch::LinearKind;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Decoder;
 use crate::nn::{BaseLinear, host_values};
 use crate::progress::{Progress, Task};
+
+use kept::Kept;
 
 /// Number of tokens whose hidden states go through a block at once.
 const TOKENS_AT_ONCE: usize = 2048;
@@ -53,13 +56,67 @@ pub fn walk_blocks<S>(
     samples: &[Vec<u32>],
     label: &str,
     new: impl Fn(usize) -> S,
+    observe: impl FnMut(&mut S, &Tensor<3>) -> Result<()>,
+    change: impl FnMut(&str, &mut BaseLinear, &mut S) -> Result<()>,
+    progress: &dyn Progress,
+) -> Result<()> {
+    walk(
+        model,
+        samples,
+        (label, None),
+        new,
+        observe,
+        change,
+        progress,
+    )
+}
+
+/// Same as [`walk_blocks`]. Blocks that are kept are taken from there, and those that are finished
+/// are kept.
+fn walk<S>(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    (label, kept): (&str, Option<&Kept<'_>>),
+    new: impl Fn(usize) -> S,
     mut observe: impl FnMut(&mut S, &Tensor<3>) -> Result<()>,
     mut change: impl FnMut(&str, &mut BaseLinear, &mut S) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<()> {
+    // The order in which the layers of a block are changed: by the input that they share.
+    let inputs = LinearKind::ALL.into_iter();
+    let inputs: BTreeSet<LinearKind> = inputs.filter(|kind| kind.input() == *kind).collect();
+    let kinds = || {
+        inputs.iter().flat_map(|input| {
+            let kinds = LinearKind::ALL.into_iter();
+            kinds.filter(move |kind| kind.input() == *input)
+        })
+    };
     let mut task = Task::begin(progress, label, model.linears().count(), "layers")?;
     let mut states = embed_samples(model, samples)?;
+    let first = match kept {
+        Some(kept) => kept.get_states(&mut states)?,
+        None => 0,
+    };
     for block in 0..model.layers.len() {
+        task.check()?;
+        let found = match kept {
+            Some(kept) => kept.get(model, block, kinds())?,
+            None => false,
+        };
+        if found {
+            let layers = kinds().filter(|kind| model.layers[block].linear(*kind).is_some());
+            task.advance(layers.count(), "");
+            if block >= first {
+                run_block(model, block, &mut states, &task)?;
+            }
+            continue;
+        }
+        if block < first {
+            return Err(Error::InvalidState {
+                what: "going on with kept blocks",
+                reason: format!("block {block} is missing; remove the folder to begin again"),
+            });
+        }
         let mut statistics: BTreeMap<LinearKind, S> = LinearKind::ALL
             .into_iter()
             .filter(|kind| kind.input() == *kind)
@@ -80,21 +137,36 @@ pub fn walk_blocks<S>(
         if let Some(error) = failure {
             return Err(error);
         }
-        for (input, mut statistic) in statistics {
-            for kind in LinearKind::ALL
-                .into_iter()
-                .filter(|kind| kind.input() == input)
+        for kind in kinds() {
+            let statistic = statistics.get_mut(&kind.input());
+            if let (Some(layer), Some(statistic)) =
+                (model.layers[block].linear_mut(kind), statistic)
             {
-                if let Some(layer) = model.layers[block].linear_mut(kind) {
-                    change(&kind.name(block), &mut layer.base, &mut statistic)?;
-                    task.step("")?;
-                }
+                change(&kind.name(block), &mut layer.base, statistic)?;
+                task.step("")?;
             }
         }
-        for state in &mut states {
-            task.check()?;
-            *state = model.block(block, state.clone(), None);
+        if let Some(kept) = kept {
+            kept.put(model, block)?;
         }
+        run_block(model, block, &mut states, &task)?;
+        if let Some(kept) = kept.filter(|_| !states.is_empty()) {
+            kept.put_states(block, &states)?;
+        }
+    }
+    kept.map_or(Ok(()), Kept::finish)
+}
+
+/// Replaces the inputs of a block by its outputs.
+fn run_block(
+    model: &Decoder,
+    block: usize,
+    states: &mut [Tensor<3>],
+    task: &Task<'_>,
+) -> Result<()> {
+    for state in states {
+        task.check()?;
+        *state = model.block(block, state.clone(), None);
     }
     Ok(())
 }

@@ -1,15 +1,20 @@
 //! Prunes a model block by block.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::input::{InputStatistic, in_layer};
-use super::walk_blocks;
+use super::kept::Kept;
+use super::{walk, walk_blocks};
 use crate::arch::LinearKind;
 use crate::error::{Error, Result};
-use crate::linalg::FactorConfig;
+use crate::format::{StoredMatrix, WeightFormat};
+use crate::linalg::{FactorConfig, Matrix};
 use crate::model::Decoder;
+use crate::nn::BaseLinear;
 use crate::progress::Progress;
 use crate::sparsity::{
     Method, OwlConfig, Pattern, SparseGptConfig, outlier_share, prune, sparsegpt,
@@ -99,6 +104,34 @@ pub fn prune_model(
     config: &PruneConfig,
     progress: &dyn Progress,
 ) -> Result<Vec<PrunedLayer>> {
+    run(model, samples, config, None, progress)
+}
+
+/// Same as [`prune_model`]. Finished blocks are kept in a folder within `folder`, and a later call
+/// with the same model, samples and settings goes on after them, with the same result. What is kept
+/// takes as much space as the weights in 32 bits, and once more the hidden states of the samples;
+/// remove `folder` when it is no longer needed. OWL's first pass is not kept.
+///
+/// # Errors
+/// Returns the errors of [`prune_model`], [`Error::Io`] if a file cannot be written, and
+/// [`Error::InvalidFile`] if a kept block is damaged.
+pub fn prune_model_keeping(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    config: &PruneConfig,
+    folder: impl AsRef<Path>,
+    progress: &dyn Progress,
+) -> Result<Vec<PrunedLayer>> {
+    run(model, samples, config, Some(folder.as_ref()), progress)
+}
+
+fn run(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    config: &PruneConfig,
+    folder: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<Vec<PrunedLayer>> {
     config.validate()?;
     model.refuse_adapters("prune before adapters are put on, or merge them first")?;
     let method = config.method;
@@ -107,11 +140,35 @@ pub fn prune_model(
         Some(owl) => owl_patterns(model, samples, config, owl, progress)?,
         None => vec![config.pattern; model.layers.len()],
     };
-    let mut report = Vec::new();
-    walk_blocks(
+    let report = RefCell::new(Vec::new());
+    let note = |name: &str, weight: &Matrix| {
+        report.borrow_mut().push(PrunedLayer {
+            name: name.to_string(),
+            params: weight.as_slice().len(),
+            zeros: weight.count_zeros(),
+        });
+    };
+    let store = |name: &str, layer: &BaseLinear| {
+        StoredMatrix::from_matrix(&layer.to_matrix(), WeightFormat::F32)
+            .map_err(|error| in_layer(name, error))
+    };
+    let restore = |name: &str, layer: &mut BaseLinear, stored: &StoredMatrix| {
+        let weight = stored.to_matrix();
+        layer.set_matrix(&weight)?;
+        note(name, &weight);
+        Ok(())
+    };
+    let kept = match folder {
+        Some(folder) => {
+            let of = (&*model, samples);
+            Some(Kept::new(folder, "prune", config, of, &store, &restore)?)
+        }
+        None => None,
+    };
+    walk(
         model,
         samples,
-        "prune",
+        ("prune", kept.as_ref()),
         |d_input| InputStatistic::of_method(method, d_input),
         InputStatistic::observe,
         |name, layer, input| {
@@ -129,16 +186,12 @@ pub fn prune_model(
                 prune(&mut weight, &scores, pattern).map_err(|error| in_layer(name, error))?;
             }
             layer.set_matrix(&weight)?;
-            report.push(PrunedLayer {
-                name: name.to_string(),
-                params: weight.as_slice().len(),
-                zeros: weight.count_zeros(),
-            });
+            note(name, &weight);
             Ok(())
         },
         progress,
     )?;
-    Ok(report)
+    Ok(report.take())
 }
 
 /// The samples if they are needed, and otherwise none.

@@ -1,17 +1,21 @@
 //! Quantizes a model block by block.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::input::{InputStatistic, in_layer};
+use super::kept::Kept;
 use super::prune::needed_samples;
-use super::walk_blocks;
-use crate::error::Result;
-use crate::format::QuantizedMatrix;
+use super::walk;
+use crate::error::{Error, Result};
+use crate::format::{QuantizedMatrix, StoredMatrix};
 use crate::linalg::{FactorConfig, Hessian, Matrix};
 use crate::model::Decoder;
+use crate::nn::BaseLinear;
 use crate::progress::Progress;
 use crate::quant::{GptqConfig, GridConfig, gptq, round_to_nearest, sparse_gptq};
 use crate::sparsity::{Mask, Pattern};
@@ -96,15 +100,64 @@ pub fn quantize_model(
     config: &QuantizeConfig,
     progress: &dyn Progress,
 ) -> Result<BTreeMap<String, QuantizedMatrix>> {
+    run(model, samples, config, None, progress)
+}
+
+/// Same as [`quantize_model`]. Finished blocks are kept in a folder within `folder`, and a later
+/// call with the same model, samples and settings goes on after them, with the same result. What is
+/// kept takes as much space as the codes, and once more the hidden states of the samples; remove
+/// `folder` when it is no longer needed.
+///
+/// # Errors
+/// Returns the errors of [`quantize_model`], [`Error::Io`](crate::Error::Io) if a file cannot be
+/// written, and [`Error::InvalidFile`](crate::Error::InvalidFile) if a kept block is damaged.
+pub fn quantize_model_keeping(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    config: &QuantizeConfig,
+    folder: impl AsRef<Path>,
+    progress: &dyn Progress,
+) -> Result<BTreeMap<String, QuantizedMatrix>> {
+    run(model, samples, config, Some(folder.as_ref()), progress)
+}
+
+fn run(
+    model: &mut Decoder,
+    samples: &[Vec<u32>],
+    config: &QuantizeConfig,
+    folder: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<BTreeMap<String, QuantizedMatrix>> {
     config.validate()?;
     model.refuse_adapters("quantize before adapters are put on, or merge them first")?;
     let nearest = config.method == QuantizeMethod::Nearest;
     let samples = needed_samples(samples, !nearest, config.method)?;
-    let mut quantized = BTreeMap::new();
-    walk_blocks(
+    let quantized = RefCell::new(BTreeMap::new());
+    let put = |name: &str, layer: &mut BaseLinear, found: QuantizedMatrix| {
+        layer.set_matrix(&found.dequantize())?;
+        quantized.borrow_mut().insert(name.to_string(), found);
+        Ok(())
+    };
+    let store = |name: &str, _: &BaseLinear| match quantized.borrow().get(name) {
+        Some(codes) => StoredMatrix::from_quantized(codes, false),
+        None => Err(Error::argument("layer", name, "a layer with codes")),
+    };
+    let restore = |name: &str, layer: &mut BaseLinear, stored: &StoredMatrix| {
+        let codes = stored.to_quantized();
+        let codes = codes.ok_or_else(|| Error::argument("layer", name, "a layer with codes"))?;
+        put(name, layer, codes)
+    };
+    let kept = match folder {
+        Some(folder) => {
+            let of = (&*model, samples);
+            Some(Kept::new(folder, "quantize", config, of, &store, &restore)?)
+        }
+        None => None,
+    };
+    walk(
         model,
         samples,
-        "quantize",
+        ("quantize", kept.as_ref()),
         |d_input| {
             if nearest {
                 InputStatistic::Nothing
@@ -117,13 +170,11 @@ pub fn quantize_model(
             let weight = layer.to_matrix();
             let found = quantize_layer(name, &weight, input, config)
                 .map_err(|error| in_layer(name, error))?;
-            layer.set_matrix(&found.dequantize())?;
-            quantized.insert(name.to_string(), found);
-            Ok(())
+            put(name, layer, found)
         },
         progress,
     )?;
-    Ok(quantized)
+    Ok(quantized.take())
 }
 
 fn quantize_layer(

@@ -91,10 +91,10 @@ unsafe fn steps_of(pointer: *const elora_step, n: usize) -> Outcome<Vec<elora_st
 /// Appends tokens to several sessions, any number to each: prompts, parts of prompts and single
 /// tokens together. Sessions may come and go between calls.
 ///
-/// `steps` has `n_steps` elements. Sessions on the same model with the same subnet, adapters and
-/// activation precision go through the model together, so that its weights are read once for all
-/// of them; each other setting takes a pass of its own. If the call fails, all sessions hold the
-/// same tokens as before.
+/// `steps` has `n_steps` elements. Sessions on the same model with the same widths and activation
+/// precision go through the model together, so that its weights are read once for all of them; their
+/// ranks and adapters may differ. Other widths, and subnets with weights of their own, take a pass
+/// each. If the call fails, all sessions hold the same tokens as before.
 ///
 /// ELORA_STATUS_INVALID_STATE if a session occurs twice or is in use. Otherwise as in
 /// elora_session_decode().

@@ -13,9 +13,10 @@ pub const ELORA_VERSION_MAJOR: u32 = 0;
 pub const ELORA_VERSION_MINOR: u32 = 1;
 /// Patch version of the library that this header belongs to.
 pub const ELORA_VERSION_PATCH: u32 = 0;
-/// Version of the binary interface, which changes when binary compatibility breaks. Compare it with
-/// elora_abi_version().
-pub const ELORA_ABI_VERSION: u32 = 0;
+/// Version of the binary interface. Within a version, functions, constants and types are only added,
+/// and structs only grow at their end: a program runs with any library of the same version that is
+/// at least as new as its header. Compare it with elora_abi_version().
+pub const ELORA_ABI_VERSION: u32 = 1;
 
 // The header has the version of the crate.
 const _: () = {

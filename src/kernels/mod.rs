@@ -31,6 +31,7 @@ mod tests;
 
 pub use level::Level;
 pub use linear::{
-    Activations, Adapter, Linear, Rows, RowsMut, Scratch, forward, forward_on, scratch_bytes,
+    Activations, Adapter, Linear, Rows, RowsMut, Scratch, add_updates, forward, forward_on,
+    scratch_bytes,
 };
 pub use pool::Pool;

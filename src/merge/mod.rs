@@ -18,6 +18,8 @@ use crate::io::hf::DECI_MULTIPLE;
 use crate::model::{Block, Decoder, Mlp};
 use crate::nn::{host_values, matrix_from_tensor};
 use crate::progress::{Progress, Task};
+use crate::runtime::{FormatPlan, Model};
+use crate::space::SubnetConfig;
 use crate::sparsity::Mask;
 use crate::supernet::SuperNet;
 
@@ -157,6 +159,36 @@ impl Merger {
             });
         }
         self.extract(net, sample, progress)
+    }
+
+    /// Merges several subnets and puts them into one model for the runtime, which lists them by
+    /// name; the first is also the whole model. Weights that are equal are held once. `net` is
+    /// unchanged.
+    ///
+    /// A SparsePEFT or QA-SparsePEFT supernet runs in this way; the subnets of others can be
+    /// switched without merging ([`Model::from_supernet`]).
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] without a subnet or if a name occurs twice, the errors of
+    /// [`SuperNet::activate`] and [`merge`](Self::merge), and those of [`Model::from_decoder`].
+    pub fn merge_subnets(
+        &self,
+        net: &SuperNet,
+        subnets: &[(String, SubnetConfig)],
+        plan: impl Into<FormatPlan>,
+        progress: &dyn Progress,
+    ) -> Result<Model> {
+        let plan = plan.into();
+        let mut net = net.clone();
+        let mut all: Option<Model> = None;
+        for (name, config) in subnets {
+            net.activate(config)?;
+            let merged = self.merge(&net, &[], progress)?.model;
+            let merged = Model::from_decoder(&merged, plan)?;
+            let whole = all.unwrap_or_else(|| merged.clone());
+            all = Some(whole.with_subnet(name, &merged)?);
+        }
+        all.ok_or_else(|| Error::argument("subnets", 0, "at least one"))
     }
 
     /// Extracts the active subnet as a plain model: adapters are merged, and only active channels,

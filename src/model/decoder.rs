@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::io::{Checkpoint, HfConfig};
 use crate::nn::ops;
 use crate::nn::{BaseLinear, KvCache, RmsNorm, host_values};
+use crate::progress::Task;
 use crate::space::LayerShape;
 
 /// A decoder-only language model. Its weights start frozen; adapters are attached to its linear
@@ -368,13 +369,22 @@ impl Decoder {
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`, the sizes of the segments; result: `[batch, seq, d_model]`
+    ///
+    /// # Errors
+    /// Returns [`Error::Interrupted`] if `task` is interrupted between two blocks.
     pub(crate) fn rows_hidden_states(
         &self,
         tokens: Tensor<2, Int>,
         segments: Option<&Segments>,
-    ) -> Tensor<3> {
-        let pass = self.pass_of(tokens.dims()[1], segments);
-        self.through(tokens, pass)
+        task: &Task<'_>,
+    ) -> Result<Tensor<3>> {
+        let mut pass = self.pass_of(tokens.dims()[1], segments);
+        let mut x = self.embed(tokens);
+        for (index, block) in self.layers.iter().enumerate() {
+            task.check()?;
+            x = block.forward(x, index, &mut pass);
+        }
+        Ok(self.norm.forward(x))
     }
 
     /// Embeds tokens, applies the blocks and the last norm.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-use super::forward::Pass;
+use super::forward::{Pass, Setting};
 use super::session::Session;
 use super::workspace::Workspace;
 
@@ -23,9 +23,9 @@ pub struct Step<'a> {
 }
 
 /// Appends tokens to several sessions, any number to each. Sessions on one model with the same
-/// subnet, adapters and precision of activations go through the model together, so that its weights
-/// are read once for all of them; each other setting takes a pass of its own. Sessions may come and
-/// go between calls.
+/// widths and precision of activations go through the model together, so that its weights are read
+/// once for all of them; their ranks and adapters may differ. Other widths, and subnets with weights
+/// of their own, take a pass each. Sessions may come and go between calls.
 ///
 /// # Errors
 /// Returns [`Error::ShapeMismatch`] if logits are no whole rows or more than the tokens, and
@@ -65,7 +65,12 @@ fn run(steps: &mut [Step<'_>]) -> Result<()> {
             first.is_some_and(|first| first.session.goes_with(step.session))
         };
         match groups.iter_mut().find(same) {
-            Some(group) => group.push(step),
+            // Sessions with the same ranks and adapters stand together.
+            Some(group) => {
+                let like = |other: &&mut Step<'_>| other.session.is_set_like(step.session);
+                let at = group.iter().rposition(like);
+                group.insert(at.map_or(group.len(), |at| at + 1), step);
+            }
             None => groups.push(vec![step]),
         }
     }
@@ -148,10 +153,16 @@ fn run_parts(
         .collect();
     let watch = Watches(sessions.iter().map(|s| s.progress()).collect());
     let first = sessions[0];
+    let mut settings: Vec<Setting<'_>> = Vec::new();
+    for (at, (session, n)) in sessions.iter().zip(&lens).enumerate() {
+        match settings.last_mut() {
+            Some(last) if sessions[at - 1].is_set_like(session) => last.rows += n,
+            _ => settings.push(session.setting(*n)),
+        }
+    }
     let pass = Pass {
         weights: &first.model().weights,
-        shape: first.shared_shape(),
-        active: first.active(),
+        settings: &settings,
         pool: &first.model().pool,
         activations: first.activations(),
         caches: &|seq| &sessions[seq].cache,
@@ -209,7 +220,8 @@ pub fn decode_batch(
             found: vec![tokens.len(), logits.len()],
         });
     }
-    if let Some(index) = others.iter().position(|other| !first.goes_with(other)) {
+    let alike = |other: &&mut Session| first.goes_with(other) && first.is_set_like(other);
+    if let Some(index) = others.iter().position(|other| !alike(other)) {
         let reason = format!(
             "session {} is on another model or subnet than session 0",
             index + 1
@@ -250,8 +262,7 @@ fn run_tokens(
     let first = &sessions[0];
     let pass = Pass {
         weights: &first.model().weights,
-        shape: first.shared_shape(),
-        active: first.active(),
+        settings: &[first.setting(sessions.len())],
         pool: &first.model().pool,
         activations: first.activations(),
         caches: &|index| &sessions[index].cache,

@@ -11,9 +11,8 @@ use crate::format::{MatrixHeader, StoredMatrix, WeightFormat};
 use crate::io::tokenizer::TokenizerFiles;
 use crate::io::{Checkpoint, DType, HfConfig};
 use crate::progress::{Progress, Task};
-use crate::space::SubnetConfig;
 
-use super::model::{Model, ModelOptions, ModelParts, Tokenizer, Weights};
+use super::model::{Model, ModelOptions, ModelParts, SubnetParts, Tokenizer, Weights};
 use super::plan::{FormatPlan, convert, encode};
 use super::weights::{AdapterWeights, LayerWeights, Norms, Weight};
 
@@ -55,6 +54,7 @@ impl Model {
                 weight,
                 bias,
                 adapter: None,
+                others: Vec::new(),
             });
         }
         if !config.tie_word_embeddings() {
@@ -64,6 +64,7 @@ impl Model {
                 weight,
                 bias: None,
                 adapter: None,
+                others: Vec::new(),
             });
         }
         let parts = ModelParts {
@@ -191,6 +192,7 @@ pub(super) fn from_folder(
             weight,
             bias,
             adapter: None,
+            others: Vec::new(),
         });
     }
     if !config.tie_word_embeddings() {
@@ -201,6 +203,7 @@ pub(super) fn from_folder(
             weight,
             bias: None,
             adapter: None,
+            others: Vec::new(),
         });
     }
     let mut vector = |name: &str, len: usize| checkpoint.load_vector(name, len);
@@ -278,7 +281,10 @@ pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> 
         if head && tied {
             continue;
         }
-        let weight = stored(&layer.weight, if head { plan.head } else { plan.linears })?;
+        let format = if head { plan.head } else { plan.linears };
+        let weight = stored(&layer.weight, format)?;
+        let others = layer.others.iter().map(|other| stored(other, format));
+        let others = others.collect::<Result<_>>()?;
         let adapter = match &layer.adapter {
             Some(adapter) => Some(AdapterWeights {
                 a: stored(&adapter.a, plan.adapters)?,
@@ -292,6 +298,7 @@ pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> 
             weight,
             bias: layer.bias.clone(),
             adapter,
+            others,
         });
     }
     Weights::new(ModelParts {
@@ -308,9 +315,12 @@ pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> 
 }
 
 /// Returns the named subnets without the first one, which every model has.
-pub(super) fn named(weights: &Weights) -> Vec<(String, SubnetConfig)> {
-    let others = weights.subnets.iter().skip(1);
+pub(super) fn named(weights: &Weights) -> Vec<SubnetParts> {
+    let others = weights.subnets.iter().zip(&weights.shapes).skip(1);
     others
-        .map(|subnet| (subnet.name.clone(), subnet.config.clone()))
+        .map(|(subnet, shape)| SubnetParts {
+            weights: shape.weights.clone(),
+            ..SubnetParts::new(&subnet.name, subnet.config.clone())
+        })
         .collect()
 }

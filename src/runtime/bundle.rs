@@ -16,7 +16,7 @@ use crate::progress::{Progress, Task};
 use crate::space::{LoraConfig, SearchSpace, SubnetConfig};
 
 use super::build::{A, BT, block_norms, make_tokenizer, named};
-use super::model::{Model, ModelOptions, ModelParts, Verify};
+use super::model::{Model, ModelOptions, ModelParts, SubnetParts, Verify};
 use super::weights::{AdapterWeights, LayerWeights, Weight};
 
 /// Name of the tensor that holds `tokenizer.json`.
@@ -53,6 +53,44 @@ struct Document {
 struct Subnet {
     name: String,
     config: SubnetConfig,
+    /// By layer name, the number of the weight that the subnet has in place of the layer's own.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    weights: BTreeMap<String, usize>,
+}
+
+impl Subnet {
+    fn of(layers: &[LayerWeights], subnet: SubnetParts) -> Self {
+        let weights = layers.iter().zip(subnet.weights);
+        let weights = weights.filter(|(_, index)| *index > 0);
+        Self {
+            name: subnet.name,
+            config: subnet.config,
+            weights: weights
+                .map(|(layer, index)| (layer.name.clone(), index))
+                .collect(),
+        }
+    }
+
+    fn into_parts(mut self, layers: &[LayerWeights], path: &Path) -> Result<SubnetParts> {
+        let weights = layers.iter();
+        let weights = weights.map(|layer| self.weights.remove(&layer.name).unwrap_or(0));
+        let parts = SubnetParts {
+            weights: weights.collect(),
+            ..SubnetParts::new(self.name, self.config)
+        };
+        match self.weights.into_keys().next() {
+            None => Ok(parts),
+            Some(layer) => Err(Error::UnknownLayer {
+                context: format!("{}, subnet `{}`", path.display(), parts.name),
+                layer,
+            }),
+        }
+    }
+}
+
+/// Name of a weight that some subnets have in place of a layer's own.
+fn other(layer: &str, index: usize) -> String {
+    format!("{layer}.{}@{index}", SUFFIXES[0])
 }
 
 impl Model {
@@ -83,7 +121,7 @@ impl Model {
             space: weights.space.clone(),
             subnets: named(weights)
                 .into_iter()
-                .map(|(name, config)| Subnet { name, config })
+                .map(|subnet| Subnet::of(&weights.layers, subnet))
                 .collect(),
             stop_ids: weights.stop_ids.clone(),
             bos_id: tokenizer.and_then(|tokenizer| tokenizer.inner.bos_id()),
@@ -107,6 +145,9 @@ impl Model {
             }
             for (suffix, weight) in SUFFIXES.iter().zip(layer.weights()) {
                 writer.matrix(&format!("{}.{suffix}", layer.name), weight.get()?);
+            }
+            for (index, weight) in layer.others.iter().enumerate() {
+                writer.matrix(&other(&layer.name, index + 1), weight.get()?);
             }
             if let Some(bias) = &layer.bias {
                 writer.vector(&format!("{}.bias", layer.name), bias);
@@ -173,11 +214,18 @@ pub(super) fn read(
             }),
             None => None,
         };
+        // As many as the subnets name; a number that is too large ends at the first that is missing.
+        let named = document.subnets.iter();
+        let named = named.filter_map(|subnet| subnet.weights.get(&name));
+        let others = 1..=named.copied().max().unwrap_or(0);
+        let others = others.map(|index| matrix(other(&name, index)));
+        let others = others.collect::<Result<_>>()?;
         layers.push(LayerWeights {
             name,
             weight,
             bias,
             adapter,
+            others,
         });
     }
     if let Some(layer) = adapters.into_keys().next() {
@@ -205,6 +253,9 @@ pub(super) fn read(
     } else {
         None
     };
+    let subnets = document.subnets.into_iter();
+    let subnets = subnets.map(|subnet| subnet.into_parts(&layers, path));
+    let subnets = subnets.collect::<Result<_>>()?;
     Ok(ModelParts {
         config,
         embedding,
@@ -212,11 +263,7 @@ pub(super) fn read(
         final_norm,
         layers,
         space: document.space,
-        subnets: document
-            .subnets
-            .into_iter()
-            .map(|subnet| (subnet.name, subnet.config))
-            .collect(),
+        subnets,
         tokenizer,
         stop_ids: document.stop_ids,
     })

@@ -7,7 +7,7 @@ use crate::linalg::Matrix;
 use crate::space::LoraConfig;
 
 use super::build::{named, reformat};
-use super::model::{Model, ModelParts, Weights};
+use super::model::{Model, ModelParts, SubnetParts, Weights};
 use super::plan::{FormatPlan, encode};
 use super::weights::{AdapterWeights, LayerWeights, Weight};
 
@@ -84,13 +84,15 @@ impl Model {
                 }
                 _ => None,
             };
-            let weight = part(&layer.weight, "weight", outputs, inputs)?;
+            let own = layer.weight_at(shape.weights[index]);
+            let weight = part(own, "weight", outputs, inputs)?;
             let bias = layer.bias.as_deref().map(|bias| bias[..outputs].into());
             layers.push(LayerWeights {
                 name,
                 weight,
                 bias,
                 adapter,
+                others: Vec::new(),
             });
         }
         let mut norms = Vec::new();
@@ -130,37 +132,38 @@ impl Model {
             let Some(adapter) = layer.adapter.take() else {
                 continue;
             };
-            let stored = layer.weight.get()?;
-            let format = stored.format();
-            if !matches!(
-                format,
-                WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16
-            ) {
-                let reason =
-                    "its weight is not dense: merge where the model was trained, by `Merger`";
-                return Err(Error::HasAdapter {
-                    layer: layer.name.clone(),
-                    reason,
-                });
-            }
             let (a, bt) = (adapter.a.get()?.to_matrix(), adapter.bt.get()?.to_matrix());
             let scale = super::shape::scale(&adapter.lora, adapter.lora.rank);
-            let mut sum = stored.to_matrix();
-            for row in 0..sum.rows() {
-                let out = sum.row_mut(row);
-                for rank in 0..a.rows() {
-                    let factor = scale * bt.row(rank)[row];
-                    out.iter_mut()
-                        .zip(a.row(rank))
-                        .for_each(|(out, a)| *out += factor * a);
+            for weight in std::iter::once(&mut layer.weight).chain(&mut layer.others) {
+                let stored = weight.get()?;
+                let format = stored.format();
+                if !matches!(
+                    format,
+                    WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16
+                ) {
+                    let reason =
+                        "its weight is not dense: merge where the model was trained, by `Merger`";
+                    return Err(Error::HasAdapter {
+                        layer: layer.name.clone(),
+                        reason,
+                    });
                 }
+                let mut sum = stored.to_matrix();
+                for row in 0..sum.rows() {
+                    let out = sum.row_mut(row);
+                    for rank in 0..a.rows() {
+                        let factor = scale * bt.row(rank)[row];
+                        out.iter_mut()
+                            .zip(a.row(rank))
+                            .for_each(|(out, a)| *out += factor * a);
+                    }
+                }
+                *weight = Weight::made(weight.name(), encode(weight.name(), &sum, format)?);
             }
-            layer.weight = Weight::made(
-                layer.weight.name(),
-                encode(layer.weight.name(), &sum, format)?,
-            );
         }
-        (weights.space, weights.subnets) = (None, Vec::new());
+        if weights.space.take().is_some() {
+            weights.subnets.clear();
+        }
         Ok(self.with_weights(weights.renewed()?))
     }
 }
@@ -168,11 +171,16 @@ impl Model {
 impl Weights {
     /// Checks the weights again after a change of layers, space or subnets, and updates what
     /// depends on them.
-    pub(super) fn renewed(mut self) -> Result<Self> {
+    pub(super) fn renewed(self) -> Result<Self> {
+        let subnets = named(&self);
+        self.renewed_with(subnets)
+    }
+
+    /// Same as [`renewed`](Self::renewed), with other subnets after the first.
+    pub(super) fn renewed_with(mut self, subnets: Vec<SubnetParts>) -> Result<Self> {
         if self.config.tie_word_embeddings() {
             self.layers.pop();
         }
-        let subnets = named(&self);
         Self::new(ModelParts {
             config: self.config,
             embedding: self.embedding,

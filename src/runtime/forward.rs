@@ -3,8 +3,6 @@
 //! Each matrix product is parallel internally. Between products, the work for one token is too
 //! small to share between threads; the work for many tokens is split by rows.
 
-use std::sync::Arc;
-
 use crate::arch::NormKind;
 use crate::error::{Error, Result};
 use crate::kernels::disjoint::Disjoint;
@@ -25,9 +23,8 @@ const TASK: usize = 16 * 1024;
 /// A pass over the new tokens of one or several sequences.
 pub(super) struct Pass<'a> {
     pub weights: &'a Weights,
-    pub shape: &'a Arc<Shape>,
-    /// Updates that take the place of the model's own adapters.
-    pub active: Option<&'a Active>,
+    /// Settings of the rows, in order. Their subnets differ in nothing but ranks.
+    pub settings: &'a [Setting<'a>],
     pub pool: &'a Pool,
     pub activations: Activations,
     /// Returns the cache of a sequence, which has room for its new tokens.
@@ -38,33 +35,38 @@ pub(super) struct Pass<'a> {
     pub progress: &'a dyn Progress,
 }
 
-/// Describes the active part of a layer to the kernels.
-fn linear<'a>(
-    weights: &'a Weights,
-    shape: &Shape,
-    active: Option<&'a Active>,
-    layer: usize,
+/// A subnet with adapters, and the number of rows that it has.
+#[derive(Clone, Copy)]
+pub(super) struct Setting<'a> {
+    pub rows: usize,
+    pub shape: &'a Shape,
+    /// Updates that take the place of the model's own adapters.
+    pub active: Option<&'a Active>,
+}
+
+impl Setting<'_> {
+    /// The low-rank update of a layer.
+    fn update<'a>(&'a self, weights: &'a Weights, layer: usize) -> Result<Option<Adapter<'a>>> {
+        let added = self.active.and_then(|active| active.of_layer(layer));
+        let (own, rank) = (&weights.layers[layer].adapter, self.shape.ranks[layer]);
+        Ok(match own {
+            _ if added.is_some() => added,
+            Some(adapter) if rank > 0 => Some(Adapter {
+                a: adapter.a.get()?,
+                bt: adapter.bt.get()?,
+                rank,
+                scale: shape::scale(&adapter.lora, rank),
+            }),
+            _ => None,
+        })
+    }
+}
+
+/// A layer of a pass, and the number of its active outputs.
+#[derive(Clone, Copy)]
+struct Layer {
+    index: usize,
     outputs: usize,
-) -> Result<Linear<'a>> {
-    let stored = &weights.layers[layer];
-    let added = active.and_then(|active| active.of_layer(layer));
-    let adapter = match (&stored.adapter, shape.ranks[layer]) {
-        _ if added.is_some() => added,
-        (Some(adapter), rank) if rank > 0 => Some(Adapter {
-            a: adapter.a.get()?,
-            bt: adapter.bt.get()?,
-            rank,
-            scale: shape::scale(&adapter.lora, rank),
-        }),
-        _ => None,
-    };
-    let bias = stored.bias.as_deref().map(|bias| &bias[..outputs]);
-    Ok(Linear {
-        weight: stored.weight.get()?,
-        outputs,
-        bias,
-        adapter,
-    })
 }
 
 /// Contiguous rows.
@@ -86,26 +88,85 @@ fn packed_mut(values: &mut [f32], rows: usize, stride: usize) -> RowsMut<'_> {
 }
 
 impl Pass<'_> {
-    /// Applies several layers to the same inputs.
-    fn multiply(
+    /// The subnet of the first rows, which all share but for the ranks.
+    fn shape(&self) -> &Shape {
+        self.settings[0].shape
+    }
+
+    /// Describes the active part of a layer to the kernels, with the update of a setting.
+    fn linear<'s>(&'s self, layer: Layer, setting: Option<&'s Setting<'_>>) -> Result<Linear<'s>> {
+        let stored = &self.weights.layers[layer.index];
+        let bias = stored.bias.as_deref().map(|bias| &bias[..layer.outputs]);
+        let adapter = match setting {
+            Some(setting) => setting.update(self.weights, layer.index)?,
+            None => None,
+        };
+        Ok(Linear {
+            weight: stored.weight_at(self.shape().weights[layer.index]).get()?,
+            outputs: layer.outputs,
+            bias,
+            adapter,
+        })
+    }
+
+    fn linears<'s, const N: usize>(
+        &'s self,
+        layers: [Layer; N],
+        setting: Option<&'s Setting<'_>>,
+    ) -> Result<[Linear<'s>; N]> {
+        let mut all = [self.linear(layers[0], setting)?; N];
+        for (linear, layer) in all.iter_mut().zip(layers).skip(1) {
+            *linear = self.linear(layer, setting)?;
+        }
+        Ok(all)
+    }
+
+    /// Applies several layers to the same inputs, whose rows have these settings. The weights are
+    /// read once for all rows; if there are several settings, each then adds its updates to its
+    /// rows.
+    fn multiply<const N: usize>(
         &self,
-        layers: &[Linear<'_>],
+        settings: &[Setting<'_>],
+        layers: [Layer; N],
         x: Rows<'_>,
         inputs: usize,
-        y: &mut [RowsMut<'_>],
+        y: &mut [RowsMut<'_>; N],
         scratch: &mut Vec<Line>,
     ) -> Result<()> {
-        let bytes = kernels::scratch_bytes(self.pool, layers, x.rows, inputs, self.activations);
+        let (pool, activations) = (self.pool, self.activations);
+        let one = match settings {
+            [one] => Some(one),
+            _ => None,
+        };
+        let linears = self.linears(layers, one)?;
+        let bytes = kernels::scratch_bytes(pool, &linears, x.rows, inputs, activations);
         grow(scratch, bytes.div_ceil(64), Line::ZERO)?;
-        kernels::forward(
-            self.pool,
-            layers,
-            x,
-            inputs,
-            y,
-            self.activations,
-            &mut Scratch::new(bytes_of(scratch)),
-        )
+        let mut memory = Scratch::new(bytes_of(scratch));
+        kernels::forward(pool, &linears, x, inputs, y, activations, &mut memory)?;
+        if one.is_some() {
+            return Ok(());
+        }
+        let mut row = 0;
+        for setting in settings {
+            let linears = self.linears(layers, Some(setting))?;
+            let rows = setting.rows;
+            let x = Rows {
+                values: &x.values[row * x.stride..],
+                rows,
+                ..x
+            };
+            let mut y = y.each_mut().map(|y| RowsMut {
+                values: &mut y.values[row * y.stride..],
+                rows,
+                stride: y.stride,
+            });
+            let bytes = kernels::scratch_bytes(pool, &linears, rows, inputs, activations);
+            grow(scratch, bytes.div_ceil(64), Line::ZERO)?;
+            let mut memory = Scratch::new(bytes_of(scratch));
+            kernels::add_updates(pool, &linears, x, inputs, &mut y, activations, &mut memory)?;
+            row += rows;
+        }
+        Ok(())
     }
 
     /// Number of new tokens of all sequences together.
@@ -136,7 +197,7 @@ impl Pass<'_> {
                 rope.rotation_at(position, len, &mut cos[range.clone()], &mut sin[range]);
             }
         }
-        for (block, dims) in self.shape.blocks.iter().enumerate() {
+        for (block, dims) in self.shape().blocks.iter().enumerate() {
             if self.progress.is_interrupted() {
                 let task = "a forward pass".to_string();
                 return Err(Error::Interrupted { task });
@@ -153,20 +214,27 @@ impl Pass<'_> {
     }
 
     fn attention(&self, block: usize, first: usize, work: &mut Workspace) -> Result<()> {
-        let (config, dims, rows) = (&self.weights.config, self.shape.blocks[block], self.rows());
+        let (config, dims, rows) = (
+            &self.weights.config,
+            self.shape().blocks[block],
+            self.rows(),
+        );
         let (d_model, head_dim) = (config.hidden_size(), config.head_dim());
         let (queries, keys) = (dims.n_heads * head_dim, dims.n_kv_heads * head_dim);
         self.norm(block, NormKind::Attention, work);
-        let layer =
-            |at, outputs| linear(self.weights, self.shape, self.active, first + at, outputs);
-        let layers = [layer(0, queries)?, layer(1, keys)?, layer(2, keys)?];
+        let layer = |at, outputs| Layer {
+            index: first + at,
+            outputs,
+        };
+        let layers = [layer(0, queries), layer(1, keys), layer(2, keys)];
         let mut y = [
             packed_mut(&mut work.a, rows, queries),
             packed_mut(&mut work.b, rows, keys),
             packed_mut(&mut work.c, rows, keys),
         ];
         self.multiply(
-            &layers,
+            self.settings,
+            layers,
             packed(&work.normed, rows, d_model),
             d_model,
             &mut y,
@@ -225,18 +293,21 @@ impl Pass<'_> {
     fn mlp(&self, block: usize, first: usize, work: &mut Workspace) -> Result<()> {
         let (d_model, d_mlp, rows) = (
             self.weights.config.hidden_size(),
-            self.shape.blocks[block].d_mlp,
+            self.shape().blocks[block].d_mlp,
             self.rows(),
         );
         self.norm(block, NormKind::Mlp, work);
-        let layer = |at| linear(self.weights, self.shape, self.active, first + at, d_mlp);
-        let layers = [layer(0)?, layer(1)?];
+        let layers = [0, 1].map(|at| Layer {
+            index: first + at,
+            outputs: d_mlp,
+        });
         let mut y = [
             packed_mut(&mut work.a, rows, d_mlp),
             packed_mut(&mut work.b, rows, d_mlp),
         ];
         self.multiply(
-            &layers,
+            self.settings,
+            layers,
             packed(&work.normed, rows, d_model),
             d_model,
             &mut y,
@@ -263,19 +334,17 @@ impl Pass<'_> {
         input: impl Fn(&mut Workspace) -> &mut Vec<f32>,
     ) -> Result<()> {
         let (d_model, rows) = (self.weights.config.hidden_size(), self.rows());
-        let layers = [linear(
-            self.weights,
-            self.shape,
-            self.active,
-            layer,
-            d_model,
-        )?];
+        let layers = [Layer {
+            index: layer,
+            outputs: d_model,
+        }];
         // Take the input out during the call, so that the other buffers can be borrowed at the same
         // time.
         let x = std::mem::take(input(work));
         let mut y = [packed_mut(&mut work.added, rows, d_model)];
         let done = self.multiply(
-            &layers,
+            self.settings,
+            layers,
             packed(&x, rows, inputs),
             inputs,
             &mut y,
@@ -361,7 +430,23 @@ impl Pass<'_> {
                 found: vec![logits.len()],
             });
         }
+        // The settings of the wanted rows, each with the end of its rows.
+        let several = self.settings.len() > 1;
+        let mut settings = if several {
+            self.settings.to_vec()
+        } else {
+            Vec::new()
+        };
+        settings.iter_mut().for_each(|setting| setting.rows = 0);
+        let (mut at, mut end) = (0, self.settings[0].rows);
         for (row, normed) in wanted.zip(work.normed.chunks_exact_mut(d_model)) {
+            if several {
+                while row >= end {
+                    at += 1;
+                    end += self.settings[at].rows;
+                }
+                settings[at].rows += 1;
+            }
             rows::rms_norm(
                 Level::detect(),
                 &work.x[row * d_model..(row + 1) * d_model],
@@ -370,16 +455,15 @@ impl Pass<'_> {
                 rows::as_uninit(normed),
             );
         }
-        let layers = [linear(
-            self.weights,
-            self.shape,
-            self.active,
-            head,
-            vocab_size,
-        )?];
+        let layers = [Layer {
+            index: head,
+            outputs: vocab_size,
+        }];
         let x = packed(&work.normed, n, d_model);
+        settings.retain(|setting| setting.rows > 0);
         self.multiply(
-            &layers,
+            if several { &settings } else { self.settings },
+            layers,
             x,
             d_model,
             &mut [packed_mut(logits, n, vocab_size)],

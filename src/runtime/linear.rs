@@ -83,6 +83,8 @@ pub struct LinearLayer {
     inputs: usize,
     outputs: usize,
     rank: usize,
+    /// Index of the subnet's weight.
+    weight: usize,
     activations: Activations,
 }
 
@@ -119,6 +121,8 @@ impl LinearLayer {
         stored
             .weights()
             .try_for_each(|weight| weight.get().map(drop))?;
+        let weight = shape.weights[layer];
+        stored.weight_at(weight).get()?;
         let rank = shape.ranks[layer];
         Ok(Self {
             model: model.clone(),
@@ -126,6 +130,7 @@ impl LinearLayer {
             inputs,
             outputs,
             rank,
+            weight,
             activations: Activations::default(),
         })
     }
@@ -173,7 +178,7 @@ impl LinearLayer {
         };
         let bias = stored.bias.as_deref().map(|bias| &bias[..self.outputs]);
         Ok(Linear {
-            weight: stored.weight.get()?,
+            weight: stored.weight_at(self.weight).get()?,
             outputs: self.outputs,
             bias,
             adapter,

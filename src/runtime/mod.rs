@@ -29,6 +29,7 @@ mod shape;
 mod source;
 mod state;
 mod stream;
+mod subnets;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -50,7 +51,7 @@ pub use stream::TextStream;
 #[cfg(feature = "burn")]
 pub(crate) mod parts {
     pub(crate) use super::build::{A, BT};
-    pub(crate) use super::model::{ModelParts, Weights};
+    pub(crate) use super::model::{ModelParts, SubnetParts, Weights};
     pub(crate) use super::plan::encode;
     pub(crate) use super::weights::{AdapterWeights, LayerWeights, Norms, Weight};
 }

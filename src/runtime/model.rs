@@ -96,8 +96,8 @@ pub struct LayerInfo {
     pub max_rank: usize,
     /// Storage format of the weight.
     pub format: WeightFormat,
-    /// Size of the weight in bytes, without the adapter. A tied head reports the size of the
-    /// embedding.
+    /// Size of the weight in bytes, without the adapter; that of the first subnet if subnets have
+    /// weights of their own. A tied head reports the size of the embedding.
     pub bytes: usize,
     /// Size of the adapter in bytes.
     pub adapter_bytes: usize,
@@ -164,9 +164,30 @@ pub(crate) struct ModelParts {
     /// Linear layers, without a tied head.
     pub layers: Vec<LayerWeights>,
     pub space: Option<SearchSpace>,
-    pub subnets: Vec<(String, SubnetConfig)>,
+    pub subnets: Vec<SubnetParts>,
     pub tokenizer: Option<Tokenizer>,
     pub stop_ids: Vec<u32>,
+}
+
+/// A subnet from which a model is built.
+#[derive(Clone, Debug)]
+pub(crate) struct SubnetParts {
+    pub name: String,
+    /// Choices of the subnet; empty in a model without a search space.
+    pub config: SubnetConfig,
+    /// Index of each layer's weight ([`LayerWeights::weight_at`]); empty for the layers' own.
+    pub weights: Vec<usize>,
+}
+
+impl SubnetParts {
+    /// A subnet of a search space.
+    pub fn new(name: impl Into<String>, config: SubnetConfig) -> Self {
+        Self {
+            name: name.into(),
+            config,
+            weights: Vec::new(),
+        }
+    }
 }
 
 fn expect(tensor: &str, expected: &[usize], found: &[usize]) -> Result<()> {
@@ -224,7 +245,9 @@ fn check_layer(
             layer: layer.map_or(name, |layer| &layer.name).into(),
         });
     };
-    expect_matrix(&layer.weight, d_output, d_input)?;
+    for weight in std::iter::once(&layer.weight).chain(&layer.others) {
+        expect_matrix(weight, d_output, d_input)?;
+    }
     if bias || layer.bias.is_some() {
         let len = if bias { d_output } else { 0 };
         expect_vector(&format!("{name}.bias"), len, layer.bias.as_deref())?;
@@ -252,6 +275,7 @@ impl Weights {
                 weight: parts.embedding.clone(),
                 bias: None,
                 adapter: None,
+                others: Vec::new(),
             });
         }
         let linears = arch.linears();
@@ -340,11 +364,7 @@ impl Weights {
     }
 
     /// Checks the search space and the subnets, then sets them.
-    fn set_space(
-        &mut self,
-        space: Option<SearchSpace>,
-        subnets: Vec<(String, SubnetConfig)>,
-    ) -> Result<()> {
+    fn set_space(&mut self, space: Option<SearchSpace>, subnets: Vec<SubnetParts>) -> Result<()> {
         let whole = NamedSubnet {
             name: WHOLE.into(),
             config: SubnetConfig::new(),
@@ -352,13 +372,21 @@ impl Weights {
         self.subnets = vec![whole];
         self.shapes = vec![Arc::new(Shape::full(self))];
         let Some(space) = space.filter(|space| !space.groups().is_empty()) else {
-            return match subnets.into_iter().next() {
-                None => Ok(()),
-                Some((name, _)) => Err(Error::UnknownSubnet {
-                    name,
-                    known: WHOLE.into(),
-                }),
-            };
+            // Without a space, subnets differ in their weights.
+            for SubnetParts {
+                name,
+                config,
+                weights,
+            } in subnets
+            {
+                if !config.is_empty() {
+                    let known = WHOLE.into();
+                    return Err(Error::UnknownSubnet { name, known });
+                }
+                let shape = Shape::full(self).with_weights(self, weights)?;
+                self.add_subnet(name, config, Arc::new(shape))?;
+            }
+            return Ok(());
         };
         let linear = self.config.arch().linears();
         let shapes: Vec<_> = linear
@@ -390,27 +418,36 @@ impl Weights {
                 }
             }
         }
-        for (name, config) in std::iter::once((WHOLE.to_string(), space.maximal())).chain(subnets) {
-            let shape = Arc::new(Shape::of_subnet(self, &space, &config)?);
-            if name == WHOLE && self.subnets[0].config.is_empty() {
-                // The largest choices of the space may be smaller than the model.
-                (self.subnets[0].config, self.shapes[0]) = (config, shape);
-                continue;
-            }
-            if name.is_empty()
-                || name.contains('\0')
-                || self.subnets.iter().any(|subnet| subnet.name == name)
-            {
-                return Err(Error::argument(
-                    "subnets",
-                    format!("`{name}`"),
-                    "names that differ, are not empty and hold no NUL",
-                ));
-            }
-            self.subnets.push(NamedSubnet { name, config });
-            self.shapes.push(shape);
+        // The largest choices of the space may be smaller than the model.
+        let whole = space.maximal();
+        self.shapes[0] = Arc::new(Shape::of_subnet(self, &space, &whole)?);
+        self.subnets[0].config = whole;
+        for SubnetParts {
+            name,
+            config,
+            weights,
+        } in subnets
+        {
+            let shape = Shape::of_subnet(self, &space, &config)?.with_weights(self, weights)?;
+            self.add_subnet(name, config, Arc::new(shape))?;
         }
         self.space = Some(space);
+        Ok(())
+    }
+
+    fn add_subnet(&mut self, name: String, config: SubnetConfig, shape: Arc<Shape>) -> Result<()> {
+        if name.is_empty()
+            || name.contains('\0')
+            || self.subnets.iter().any(|subnet| subnet.name == name)
+        {
+            return Err(Error::argument(
+                "subnets",
+                format!("`{name}`"),
+                "names that differ, are not empty and hold no NUL",
+            ));
+        }
+        self.subnets.push(NamedSubnet { name, config });
+        self.shapes.push(shape);
         Ok(())
     }
 
@@ -420,6 +457,9 @@ impl Weights {
         let mut all = vec![&self.embedding];
         for layer in &self.layers {
             all.push(&layer.weight);
+            for other in &layer.others {
+                all.push(other);
+            }
             if let Some(adapter) = &layer.adapter {
                 all.extend([&adapter.a, &adapter.bt]);
             }
@@ -663,7 +703,8 @@ impl Model {
         rope.half()
     }
 
-    /// The weight of a layer, `[d_output, d_input]`, without its adapter.
+    /// The weight of a layer, `[d_output, d_input]`, without its adapter; that of the first subnet
+    /// if subnets have weights of their own.
     ///
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if there is no such layer, and [`Error::InvalidFile`] if

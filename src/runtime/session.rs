@@ -10,7 +10,7 @@ use crate::space::SubnetConfig;
 use super::adapter::{Active, Adapter};
 use super::batch::Watch;
 use super::cache::{Cache, CacheFormat};
-use super::forward::Pass;
+use super::forward::{Pass, Setting};
 use super::generate::GenerateConfig;
 use super::model::Model;
 use super::sample::Sampler;
@@ -272,15 +272,21 @@ impl Session {
         &mut self.work
     }
 
-    /// Returns whether both sessions can go through the model in one pass.
+    /// Returns whether both sessions can go through the model in one pass: whether they multiply by
+    /// the same weights. Their ranks and adapters may differ.
     pub(super) fn goes_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.model.weights, &other.model.weights)
+            && self.shape.shares_weights(&other.shape)
+            && self.activations == other.activations
+    }
+
+    /// Returns whether both sessions, which go together, have the same ranks and adapters.
+    pub(super) fn is_set_like(&self, other: &Self) -> bool {
         let pairs = self.adapters.iter().zip(&other.adapters);
         let same = |((one, scale), (other, other_scale)): (&(Adapter, f32), &(Adapter, f32))| {
             one.same(other) && scale.to_bits() == other_scale.to_bits()
         };
-        Arc::ptr_eq(&self.model.weights, &other.model.weights)
-            && self.shape == other.shape
-            && self.activations == other.activations
+        self.shape.ranks == other.shape.ranks
             && self.adapters.len() == other.adapters.len()
             && pairs.into_iter().all(same)
     }
@@ -314,13 +320,13 @@ impl Session {
         }
     }
 
-    /// The updates of the session's adapters.
-    pub(super) fn active(&self) -> Option<&Active> {
-        self.active.as_deref()
-    }
-
-    pub(super) fn shared_shape(&self) -> &Arc<Shape> {
-        &self.shape
+    /// The setting of rows of this session in a pass.
+    pub(super) fn setting(&self, rows: usize) -> Setting<'_> {
+        Setting {
+            rows,
+            shape: &self.shape,
+            active: self.active.as_deref(),
+        }
     }
 
     /// Drops all tokens. Their memory is kept for the next ones.
@@ -568,8 +574,11 @@ impl Session {
             let cache = &self.cache;
             let pass = Pass {
                 weights: &self.model.weights,
-                shape: &self.shape,
-                active: self.active.as_deref(),
+                settings: &[Setting {
+                    rows: n,
+                    shape: &self.shape,
+                    active: self.active.as_deref(),
+                }],
                 pool: &self.model.pool,
                 activations: self.activations,
                 caches: &|_| cache,

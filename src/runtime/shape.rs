@@ -14,6 +14,9 @@ pub(crate) struct Shape {
     pub blocks: Vec<BlockDims>,
     /// Active rank of each linear layer, in the model's order; 0 without an adapter.
     pub ranks: Vec<usize>,
+    /// Index of each layer's weight
+    /// ([`LayerWeights::weight_at`](super::weights::LayerWeights::weight_at)).
+    pub weights: Vec<usize>,
 }
 
 impl Shape {
@@ -26,7 +29,36 @@ impl Shape {
                 .iter()
                 .map(|layer| layer.max_rank())
                 .collect(),
+            weights: vec![0; weights.layers.len()],
         }
+    }
+
+    /// Returns this subnet with other weights, one index for each linear layer, or none for the
+    /// layers' own. A tied head need not be named.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if there is no such layer or weight.
+    pub fn with_weights(mut self, model: &Weights, indices: Vec<usize>) -> Result<Self> {
+        for (layer, index) in indices.into_iter().enumerate() {
+            let most = model
+                .layers
+                .get(layer)
+                .map_or(0, |layer| layer.others.len());
+            match self.weights.get_mut(layer) {
+                Some(to) if index <= most => *to = index,
+                _ => {
+                    let expected = format!("at most {most}, at layer {layer}");
+                    return Err(Error::argument("weights", index, expected));
+                }
+            }
+        }
+        Ok(self)
+    }
+
+    /// Whether rows of both subnets can be multiplied by the same weights: all but the ranks is
+    /// equal.
+    pub fn shares_weights(&self, other: &Self) -> bool {
+        self.blocks == other.blocks && self.weights == other.weights
     }
 
     /// A subnet of a search space that was checked against the model.
@@ -75,8 +107,8 @@ impl Shape {
             }
         }
         Ok(Self {
-            blocks: self.blocks.clone(),
             ranks,
+            ..self.clone()
         })
     }
 

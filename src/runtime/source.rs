@@ -22,7 +22,8 @@ struct Named<'a> {
 
 impl Model {
     /// Writes the model as a GGUF file for llama.cpp; see [`write_gguf`](crate::io::write_gguf). A
-    /// supernet is written with all of its widths.
+    /// supernet is written with all of its widths. If subnets have weights of their own, those of
+    /// the first are written; [`extract`](Self::extract) gives another one.
     ///
     /// # Errors
     /// Returns [`Error::Unsupported`] for a model with adapters ([`merged`](Self::merged) adds them

@@ -5,6 +5,7 @@ mod chat;
 mod engine;
 mod mutated;
 mod odd_folders;
+mod subnets;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

@@ -150,6 +150,8 @@ pub(crate) struct LayerWeights {
     pub bias: Option<Arc<[f32]>>,
     /// Low-rank adapter of the layer.
     pub adapter: Option<AdapterWeights>,
+    /// Weights of the same sizes that some subnets have in place of `weight`.
+    pub others: Vec<Weight>,
 }
 
 impl LayerWeights {
@@ -158,7 +160,14 @@ impl LayerWeights {
         self.adapter.as_ref().map_or(0, |adapter| adapter.lora.rank)
     }
 
-    /// Returns all matrices of the layer: the weight, then the adapter's factors.
+    /// Returns the weight that a subnet has: 0 for the layer's own, or one more than an index of
+    /// `others`, which was checked.
+    pub fn weight_at(&self, index: usize) -> &Weight {
+        let other = index.checked_sub(1).and_then(|at| self.others.get(at));
+        other.unwrap_or(&self.weight)
+    }
+
+    /// Returns the matrices of the layer: its own weight, then the adapter's factors.
     pub fn weights(&self) -> impl Iterator<Item = &Weight> {
         let factors = self
             .adapter

@@ -38,6 +38,8 @@ mod climb;
 mod nsga2;
 mod outcome;
 pub mod pareto;
+#[cfg(feature = "report")]
+mod plot;
 mod proposals;
 mod report;
 mod simple;

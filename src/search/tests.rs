@@ -535,6 +535,7 @@ fn searchers_survive_nan() {
         let outcome = outcome.unwrap();
         assert!(outcome.best_score().unwrap().score().is_finite());
         assert!(outcome.knee().unwrap().score().is_finite());
+        #[cfg(feature = "report")]
         SearchReport::new(&space, &outcome, &ObjectiveNames::default())
             .to_svg()
             .unwrap();
@@ -884,6 +885,7 @@ fn evaluations_round_trip_through_json() {
 }
 
 #[test]
+#[cfg(feature = "report")]
 fn reports_are_complete() {
     let space = space(16, &[32, 24, 16]);
     let mut searcher = NsgaConfig::new()
@@ -938,6 +940,7 @@ fn reports_are_complete() {
 }
 
 #[test]
+#[cfg(feature = "report")]
 fn plots_of_odd_outcomes() {
     let space = space(4, &[32, 24, 16]);
     let accuracy = ObjectiveNames::new("accuracy <exact & match>", "latency")

@@ -13,7 +13,7 @@ use crate::linalg::Matrix;
 use crate::model::{Block, Decoder};
 use crate::nn::{BaseLinear, host_values};
 use crate::runtime::parts::{
-    A, AdapterWeights, BT, LayerWeights, ModelParts, Norms, Weight, Weights, encode,
+    A, AdapterWeights, BT, LayerWeights, ModelParts, Norms, SubnetParts, Weight, Weights, encode,
 };
 use crate::runtime::{FormatPlan, Model};
 use crate::space::{SearchSpace, SubnetConfig};
@@ -68,7 +68,10 @@ impl Model {
         if !adapted.is_empty() {
             parts.space = Some(SearchSpace::new(net.space().groups().to_vec())?);
         }
-        parts.subnets = subnets.to_vec();
+        let named = subnets.iter();
+        parts.subnets = named
+            .map(|(name, config)| SubnetParts::new(name, config.clone()))
+            .collect();
         Ok(Self::from_weights(Weights::new(parts)?, 0))
     }
 }
@@ -132,6 +135,7 @@ fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
             weight,
             bias,
             adapter,
+            others: Vec::new(),
         });
     }
     if let Some(head) = &model.lm_head {
@@ -141,6 +145,7 @@ fn decoder_parts(model: &Decoder, plan: &FormatPlan) -> Result<ModelParts> {
             weight,
             bias,
             adapter: None,
+            others: Vec::new(),
         });
     }
     let norms = |block: &Block| -> Norms {

@@ -3,6 +3,7 @@
 use super::SuperNet;
 use crate::error::{Error, Result};
 use crate::nn::mix_seed;
+use crate::progress::{Progress, Task};
 
 impl SuperNet {
     /// Moves the principal part of each adapted weight into its adapter: the part in as many of the
@@ -14,13 +15,15 @@ impl SuperNet {
     /// # Errors
     /// Returns [`Error::Unsupported`] for a weight with zeros and an adapter without a mask: what
     /// is left of the weight would not be sparse; and for a quantized weight, which cannot hold what
-    /// is left. Returns [`Error::InvalidState`] for a second call, and the errors of
+    /// is left. Returns [`Error::InvalidState`] for a second call, [`Error::Interrupted`], and the
+    /// errors of
     /// [`ElasticLora::init_from_principal`](crate::adapter::ElasticLora::init_from_principal). The
     /// supernet is then unchanged.
-    pub fn init_from_principal(&mut self) -> Result<()> {
+    pub fn init_from_principal(&mut self, progress: &dyn Progress) -> Result<()> {
         let ranks = self.ranks(&self.minimal())?;
         let mut seed = mix_seed(self.config.seed, u64::MAX - 1);
         let (mut model, mut taken) = (self.model.clone(), self.taken.clone());
+        let mut task = Task::begin(progress, "begin adapters", ranks.len(), "layers")?;
         model.try_for_each_linear(|name, layer| {
             let Some(adapter) = &mut layer.adapter else {
                 return Ok(());
@@ -50,8 +53,9 @@ impl SuperNet {
                     reason: format!("it was taken of `{name}` before"),
                 });
             }
-            Ok(())
+            task.step("")
         })?;
+        drop(task);
         (self.model, self.taken) = (model, taken);
         Ok(())
     }
@@ -67,6 +71,7 @@ mod tests {
     use crate::linalg::Matrix;
     use crate::model::Decoder;
     use crate::nn::{host_values, matrix_from_tensor};
+    use crate::progress::Silent;
     use crate::space::{LoraConfig, ScaleRule, SearchSpace};
     use crate::supernet::SuperNetConfig;
 
@@ -143,7 +148,7 @@ mod tests {
     fn the_model_is_the_same_at_each_rank_and_keeps_its_zeros() {
         for (before, masked) in [(model(), false), (pruned(), true)] {
             let mut net = net(before.clone(), masked, lora());
-            net.init_from_principal().unwrap();
+            net.init_from_principal(&Silent).unwrap();
             for subnet in [net.maximal(), net.minimal()] {
                 net.activate(&subnet).unwrap();
                 near(&logits(net.model()), &logits(&before));
@@ -169,7 +174,7 @@ mod tests {
     fn the_extracted_adapter_fits_the_model_from_before() {
         let before = model();
         let mut net = net(before.clone(), false, lora());
-        net.init_from_principal().unwrap();
+        net.init_from_principal(&Silent).unwrap();
         // As if trained.
         net.model
             .try_for_each_linear(|_, layer| {
@@ -197,18 +202,18 @@ mod tests {
     fn what_cannot_be_is_refused_and_nothing_changes() {
         let before = pruned();
         let mut unmasked = net(before.clone(), false, lora());
-        let error = unmasked.init_from_principal().unwrap_err();
+        let error = unmasked.init_from_principal(&Silent).unwrap_err();
         assert!(error.to_string().contains("zeros"), "{error}");
         near(&logits(unmasked.model()), &logits(&before));
         let ruled = lora().with_scale_rule(ScaleRule::AlphaOverRank);
         let error = net(model(), false, ruled)
-            .init_from_principal()
+            .init_from_principal(&Silent)
             .unwrap_err();
         assert!(error.to_string().contains("scale"), "{error}");
         let mut twice = net(model(), false, lora());
-        twice.init_from_principal().unwrap();
+        twice.init_from_principal(&Silent).unwrap();
         assert!(matches!(
-            twice.init_from_principal(),
+            twice.init_from_principal(&Silent),
             Err(Error::InvalidState { .. })
         ));
         near(&logits(twice.model()), &logits(&model()));

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
 use crate::model::Decoder;
 use crate::nn::{host_values, mix_seed, tensor_from_matrix};
+use crate::progress::{Progress, Task};
 use crate::sparsity::Mask;
 
 /// Settings of the grids that a supernet is trained through.
@@ -158,14 +159,18 @@ impl SuperNet {
     ///
     /// # Errors
     /// Returns [`Error::UnknownLayer`] if `original` lacks an adapted layer,
-    /// [`Error::ShapeMismatch`] if its weight there has another shape, and the errors of
+    /// [`Error::ShapeMismatch`] if its weight there has another shape, [`Error::Interrupted`] (some
+    /// adapters then begin otherwise than others), and the errors of
     /// [`ElasticLora::init_from_error`](crate::adapter::ElasticLora::init_from_error).
     pub fn init_from_error(
         &mut self,
         original: &Decoder,
         norms: &BTreeMap<String, Vec<f32>>,
+        progress: &dyn Progress,
     ) -> Result<()> {
         let mut seed = mix_seed(self.config.seed, u64::MAX);
+        let adapted = self.model.linears().filter(|(_, l)| l.adapter.is_some());
+        let mut task = Task::begin(progress, "begin adapters", adapted.count(), "layers")?;
         self.model.try_for_each_linear(|name, layer| {
             let Some(adapter) = &mut layer.adapter else {
                 return Ok(());
@@ -188,7 +193,8 @@ impl SuperNet {
                 .zip(after.as_slice())
                 .for_each(|(error, after)| *error -= after);
             seed = mix_seed(seed, 1);
-            adapter.init_from_error(&error, norms.get(name).map(Vec::as_slice), seed)
+            adapter.init_from_error(&error, norms.get(name).map(Vec::as_slice), seed)?;
+            task.step("")
         })
     }
 }

@@ -10,6 +10,7 @@ use crate::data::Segments;
 use crate::error::Result;
 use crate::model::Decoder;
 use crate::nn::host_values;
+use crate::progress::Task;
 
 /// Choice of the activations that a training step keeps for its backward pass. The gradients are
 /// the same with either choice, except for the rounding of sums taken in another order.
@@ -38,6 +39,8 @@ pub(crate) struct Share<'a> {
     pub n_subnets: usize,
     /// The teacher whose predictions the subnet learns; without one it learns the targets.
     pub teacher: Option<&'a Teacher>,
+    /// Asked between blocks whether to go on.
+    pub task: &'a Task<'a>,
 }
 
 /// A subnet that another subnet learns from.
@@ -65,7 +68,7 @@ pub(crate) struct Found {
 /// - `tokens`: `[batch, seq]`
 ///
 /// # Errors
-/// Returns the errors of [`Decoder::nll_sum`].
+/// Returns the errors of [`Decoder::nll_sum`], and [`Error::Interrupted`](crate::Error::Interrupted).
 pub(crate) fn backward(
     model: &Decoder,
     tokens: Tensor<2, Int>,
@@ -105,7 +108,7 @@ fn objective(model: &Decoder, hidden: Tensor<3>, share: &Share<'_>) -> Result<(T
 }
 
 fn whole(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Result<Found> {
-    let hidden = model.rows_hidden_states(tokens, share.segments);
+    let hidden = model.rows_hidden_states(tokens, share.segments, share.task)?;
     let (mean, mut found) = objective(model, hidden, share)?;
     // A subnet may leave out everything that is trained.
     if mean.is_tracked() {
@@ -131,6 +134,7 @@ fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Resul
         let untaped = model.clone().no_grad();
         let mut x = untaped.embed(tokens.clone());
         for (index, block) in untaped.layers.iter().enumerate() {
+            share.task.check()?;
             if index >= first {
                 inputs.push(x.clone().inner());
             }
@@ -147,6 +151,7 @@ fn by_block(model: &Decoder, tokens: Tensor<2, Int>, share: &Share<'_>) -> Resul
     collect(model, &mut tape, &mut found.grads);
     drop((x, mean, tape));
     while let (Some(x), Some(grad)) = (inputs.pop(), given.take()) {
+        share.task.check()?;
         let index = first + inputs.len();
         let x = match index {
             0 => model.embed(tokens.clone()),

@@ -35,7 +35,7 @@ pub fn mean_loss(model: &Decoder, batches: &[Batch], progress: &dyn Progress) ->
         if !targets.is_empty() {
             n += targets.len();
             let tokens = model.batch_tokens(batch)?;
-            let hidden = model.rows_hidden_states(tokens, batch.segments.as_ref());
+            let hidden = model.rows_hidden_states(tokens, batch.segments.as_ref(), &task)?;
             sum += f64::from(host_values(model.nll_at(hidden, &targets)?)[0]);
         }
         task.step("")?;

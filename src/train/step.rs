@@ -68,6 +68,7 @@ pub(crate) fn gradients(
                 n_targets,
                 n_subnets,
                 teacher: teacher.as_ref(),
+                task,
             };
             let found = backward(net.model(), tokens.clone(), &share, config.checkpointing)?;
             if which == 0 {

@@ -7,6 +7,7 @@ use elastic_lora::arch::LinearKind;
 use elastic_lora::calib::{PruneConfig, prune_model};
 use elastic_lora::data::{Batcher, Sequence, TextTokenizer, fixed_batches, join_documents, pack};
 use elastic_lora::eval::{Cost, Metric, SubnetObjective, mean_loss, perplexity};
+use elastic_lora::format::WeightFormat;
 use elastic_lora::io::hf::{HfConfig, HfFolder, LlamaDims};
 use elastic_lora::io::{Checkpoint, DType};
 use elastic_lora::linalg::Matrix;
@@ -14,6 +15,7 @@ use elastic_lora::merge::MergeMode;
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::host_values;
 use elastic_lora::progress::Silent;
+use elastic_lora::runtime::{Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::search::{NsgaConfig, StudyConfig};
 use elastic_lora::sparsity::{InputNorms, Method, Pattern, prune};
 use elastic_lora::supernet::SuperNetConfig;
@@ -317,6 +319,58 @@ fn sparse_peft_merges_without_losing_a_zero_and_reads_back_equal() {
             }
         }
     }
+}
+
+#[test]
+fn merged_subnets_switch_in_one_bundle() {
+    let mut net = trained(true);
+    let prompt = &samples(1, 20, 11)[0];
+    let subnets = [
+        ("largest", net.maximal()),
+        ("heuristic", net.heuristic()),
+        ("smallest", net.minimal()),
+    ]
+    .map(|(name, subnet)| (name.to_string(), subnet));
+    let root = tempfile::tempdir().unwrap();
+    let bundle = root.path().join("subnets.elora");
+    let merger = Merger::new();
+    merger
+        .merge_subnets(&net, &subnets, WeightFormat::F32, &Silent)
+        .unwrap()
+        .save(&bundle, false)
+        .unwrap();
+    let model = Model::open(&bundle, &ModelOptions::default()).unwrap();
+    let last = |model: &Model, subnet: &str| {
+        let mut session = Session::new(model, &SessionConfig::default()).unwrap();
+        session.set_subnet_named(subnet).unwrap();
+        let mut logits = vec![0.0; VOCAB];
+        session.decode(prompt, Some(&mut logits)).unwrap();
+        logits
+    };
+    let mut seen: Vec<Vec<f32>> = Vec::new();
+    for (name, subnet) in &subnets {
+        net.activate(subnet).unwrap();
+        let merged = merger.merge(&net, &[], &Silent).unwrap().model;
+        let path = root.path().join(name);
+        let folder = HfFolder::create(&path, false).unwrap();
+        let tensors = merged.tensors(DType::F32).unwrap();
+        folder
+            .write_model(merged.config(), DType::F32, tensors)
+            .unwrap();
+        folder.commit().unwrap();
+        let alone = Model::open(&path, &ModelOptions::default()).unwrap();
+        let found = last(&model, name);
+        assert_eq!(found, last(&alone, "whole"), "{name}");
+        assert!(seen.iter().all(|other| *other != found));
+        seen.push(found);
+        // Shared: the embedding, and the layers without an adapter.
+        assert!(model.bytes() < 3 * alone.bytes() && model.bytes() > alone.bytes());
+    }
+    assert!(
+        merger
+            .merge_subnets(&net, &[], WeightFormat::F32, &Silent)
+            .is_err()
+    );
 }
 
 #[test]

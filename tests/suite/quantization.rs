@@ -1,9 +1,12 @@
 //! Quantizing and pruning a whole model, layer by layer, as seen by the caller.
 
+use std::path::Path;
+
 use crate::common::{Heard, load, max_diff, random_ids, shared, tiny, weight_bits};
 use elastic_lora::Error;
 use elastic_lora::calib::{
-    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, quantize_model, walk_blocks,
+    PruneConfig, QuantizeConfig, QuantizeMethod, prune_model, prune_model_keeping, quantize_model,
+    quantize_model_keeping, walk_blocks,
 };
 use elastic_lora::data::TextTokenizer;
 use elastic_lora::linalg::FactorConfig;
@@ -206,6 +209,81 @@ fn layers_of_one_input_share_what_was_seen_of_it() {
     assert_eq!((*made.get_mut(), seen), (8, 8 * 3));
     assert_eq!((&layers[..7], &layers[7..]), (&expected[..], &expected[..]));
     assert_eq!(weight_bits(&model), before);
+}
+
+#[test]
+fn interrupted_work_goes_on_after_its_finished_blocks() {
+    let (calibration, start) = (samples(12), tiny(true, 3));
+    let pattern = Pattern::Unstructured { ratio: 0.4 };
+    let pruning = PruneConfig::new(Method::SparseGpt, pattern);
+    let grid = GridConfig::new(4).with_group_size(Some(10));
+    let rounding = QuantizeConfig::new(QuantizeMethod::Gptq, grid);
+    // Weights and what else is returned, of a run in a folder or in none.
+    let prune = |folder: Option<&Path>, heard: &Heard| {
+        let mut model = start.clone();
+        let report = match folder {
+            Some(folder) => prune_model_keeping(&mut model, &calibration, &pruning, folder, heard)?,
+            None => prune_model(&mut model, &calibration, &pruning, heard)?,
+        };
+        Ok::<_, Error>((weight_bits(&model), format!("{report:?}")))
+    };
+    let quantize = |folder: Option<&Path>, heard: &Heard| {
+        let mut model = start.clone();
+        let codes = match folder {
+            Some(folder) => {
+                quantize_model_keeping(&mut model, &calibration, &rounding, folder, heard)?
+            }
+            None => quantize_model(&mut model, &calibration, &rounding, heard)?,
+        };
+        Ok((weight_bits(&model), format!("{codes:?}")))
+    };
+    type Bits = std::collections::BTreeMap<String, Vec<u32>>;
+    type Work<'a> = &'a dyn Fn(Option<&Path>, &Heard) -> Result<(Bits, String), Error>;
+    for (label, work) in [("prune", &prune as Work<'_>), ("quantize", &quantize)] {
+        let heard = Heard::default();
+        let expected = work(None, &heard).unwrap();
+        heard.assert_all(label, 14);
+        let asked = heard.asked();
+        for stop in (1..asked).step_by(5) {
+            let root = tempfile::tempdir().unwrap();
+            let folder = Some(root.path());
+            let error = work(folder, &Heard::stopping_at(stop)).unwrap_err();
+            assert!(matches!(error, Error::Interrupted { .. }), "{error}");
+            let heard = Heard::default();
+            assert!(work(folder, &heard).unwrap() == expected, "{label}, {stop}");
+            // More than half way, the first block is not calibrated again.
+            assert!(
+                2 * stop < asked + 8 || 4 * heard.asked() < 3 * asked,
+                "{label}, {stop}"
+            );
+            let again = Heard::default();
+            assert!(work(folder, &again).unwrap() == expected);
+        }
+        // What is damaged is not used.
+        let root = tempfile::tempdir().unwrap();
+        work(Some(root.path()), &Heard::default()).unwrap();
+        let kept = root.path().read_dir().unwrap().next().unwrap().unwrap();
+        let file = kept.path().join("block-1.elora");
+        let mut bytes = std::fs::read(&file).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+        let error = work(Some(root.path()), &Heard::default()).unwrap_err();
+        assert!(matches!(error, Error::InvalidFile { .. }), "{error}");
+    }
+    // Another model, other samples and other settings have folders of their own.
+    let root = tempfile::tempdir().unwrap();
+    let other = PruneConfig::new(Method::Wanda, pattern);
+    for (seed, n, config) in [
+        (3, 12, pruning),
+        (4, 12, pruning),
+        (3, 11, pruning),
+        (3, 12, other),
+    ] {
+        let mut model = tiny(true, seed);
+        prune_model_keeping(&mut model, &samples(n), &config, root.path(), &Silent).unwrap();
+    }
+    assert_eq!(root.path().read_dir().unwrap().count(), 4);
 }
 
 #[test]

@@ -8,13 +8,14 @@ use burn::module::Module;
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
 use elastic_lora::eval::mean_loss;
-use elastic_lora::format::{QuantizedMatrix, QuantizedParts};
+use elastic_lora::format::{QuantizedMatrix, QuantizedParts, WeightFormat};
 use elastic_lora::linalg::Matrix;
 use elastic_lora::merge::MergeMode;
 use elastic_lora::model::Decoder;
 use elastic_lora::nn::{host_values, matrix_from_tensor};
 use elastic_lora::progress::Silent;
 use elastic_lora::quant::{GridConfig, ScaleDtype, round_to_nearest};
+use elastic_lora::runtime::{Model, Session, SessionConfig};
 use elastic_lora::space::Elastic;
 use elastic_lora::sparsity::Mask;
 use elastic_lora::supernet::{QaConfig, SuperNetConfig};
@@ -257,11 +258,34 @@ fn a_merge_is_the_training_forward_bit_for_bit() {
                 let after = mean_loss(&net.eval_model(), &valid(), &Silent).unwrap();
                 assert!(after < before, "{context}: {before} {after}");
                 let mut subnets = vec![net.maximal(), net.heuristic(), net.minimal()];
+                let names = ["large", "middle", "small"].map(String::from);
+                let named: Vec<_> = names.into_iter().zip(subnets.clone()).collect();
+                let format = WeightFormat::Int {
+                    bits: width,
+                    group_size: grid.group_size,
+                    symmetric,
+                };
+                let together = Merger::new()
+                    .merge_subnets(&net, &named, format, &Silent)
+                    .unwrap();
                 subnets.push(net.sample(&mut rand_chacha::ChaCha8Rng::from_seed([3; 32])));
                 let mut seen = Vec::new();
-                for subnet in subnets {
+                for (index, subnet) in subnets.into_iter().enumerate() {
                     net.activate(&subnet).unwrap();
                     let merged = check_merge(&net, &masks, &context);
+                    // In one file with the others it is the same model.
+                    if let Some((name, _)) = named.get(index) {
+                        let alone = Model::from_decoder(&merged, format).unwrap();
+                        let last = |model: &Model, name: &str| {
+                            let config = SessionConfig::default();
+                            let mut session = Session::new(model, &config).unwrap();
+                            session.set_subnet_named(name).unwrap();
+                            let mut logits = vec![0.0; 41];
+                            session.decode(&[1, 5, 9, 30], Some(&mut logits)).unwrap();
+                            logits
+                        };
+                        assert_eq!(last(&together, name), last(&alone, "whole"), "{context}");
+                    }
                     seen.push(logits(&merged));
                     for (name, layer) in merged.linears() {
                         let (now, then) = (
@@ -603,7 +627,8 @@ fn adapters_that_begin_as_the_error_of_compression_are_nearer_to_the_original() 
         false,
     );
     let fresh = distance(net.model());
-    net.init_from_error(&original, &BTreeMap::new()).unwrap();
+    net.init_from_error(&original, &BTreeMap::new(), &Silent)
+        .unwrap();
     let mut before = fresh;
     for subnet in [net.minimal(), net.heuristic(), net.maximal()] {
         net.activate(&subnet).unwrap();
@@ -639,11 +664,11 @@ fn adapters_that_begin_as_the_error_of_compression_are_nearer_to_the_original() 
         .linears()
         .map(|(name, layer)| (name, vec![0.5; layer.base.dims()[0]]))
         .collect();
-    masked.init_from_error(&original, &norms).unwrap();
+    masked.init_from_error(&original, &norms, &Silent).unwrap();
     assert!(distance(masked.model()) < fresh);
     let mut aware = masked.with_quantization(&QaConfig::default()).unwrap();
     assert!(matches!(
-        aware.init_from_error(&original, &norms),
+        aware.init_from_error(&original, &norms, &Silent),
         Err(Error::Unsupported { .. })
     ));
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ::gemm::Parallelism;
+use gemm_common::Parallelism;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -11,6 +11,7 @@ use super::few::{self, MOST_ROWS};
 use super::operand::{Matrix, Numbers, Operand, Output};
 use super::packed::Engine;
 use super::tile::Kind;
+use crate::linalg::product::{Strided, raw_product};
 
 /// Number of multiplications below which waking other threads is not worthwhile.
 pub(crate) const SERIAL: usize = 128 * 128 * 128;
@@ -49,28 +50,24 @@ pub(crate) unsafe fn product(
     } else {
         Parallelism::None
     };
-    let (out, row) = (output.to.at(0, 0), output.to.stride as isize);
+    let strided = |matrix: Matrix| Strided {
+        first: matrix.first,
+        row: matrix.row,
+        column: matrix.column,
+    };
+    let to = Strided {
+        first: output.to.at(0, 0),
+        row: output.to.stride as isize,
+        column: 1,
+    };
     // SAFETY: the caller upholds this function's contract.
     unsafe {
-        ::gemm::gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            row,
-            output.add,
-            a.first,
-            a.column,
-            a.row,
-            b.first,
-            b.column,
-            b.row,
-            1.0,
+        raw_product(
+            [m, n, k],
+            strided(a),
+            strided(b),
+            (to, output.add),
             output.factor,
-            false,
-            false,
-            false,
             threads,
         );
     }

@@ -43,10 +43,12 @@ impl Places {
         rows: usize,
         inputs: usize,
         activations: Activations,
+        work: Work,
     ) -> Self {
         let mut needs = Needs::default();
         for layer in layers {
-            let weights = [Some(layer.weight), layer.adapter.map(|adapter| adapter.a)];
+            let weight = (work == Work::All).then_some(layer.weight);
+            let weights = [weight, layer.adapter.map(|adapter| adapter.a)];
             for weight in weights.into_iter().flatten() {
                 if let Some((order, unit)) = units_of(level, rows, weight.body()) {
                     needs.add(order, unit, activations == Activations::Int16);
@@ -109,8 +111,17 @@ pub(in crate::kernels) fn units_of(
     unit.map(|unit| (order, unit))
 }
 
+/// What a call computes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Work {
+    /// The layers.
+    All,
+    /// The updates of the layers' adapters, which are added to the outputs.
+    Updates,
+}
+
 /// Returns the number of bytes of scratch memory that [`forward`] needs for `rows` rows on this
-/// pool.
+/// pool. [`add_updates`] needs no more.
 pub fn scratch_bytes(
     pool: &Pool,
     layers: &[Linear<'_>],
@@ -120,8 +131,18 @@ pub fn scratch_bytes(
 ) -> usize {
     // The maximum over all instruction sets, so that any of them may be forced, plus one cache line
     // for alignment.
-    let needed =
-        |level| Places::new(level, pool.threads(), layers, rows, inputs, activations).bytes;
+    let needed = |level| {
+        Places::new(
+            level,
+            pool.threads(),
+            layers,
+            rows,
+            inputs,
+            activations,
+            Work::All,
+        )
+        .bytes
+    };
     Level::up_to_widest().map(needed).max().unwrap_or(0) + 64
 }
 
@@ -158,6 +179,39 @@ pub fn forward(
     )
 }
 
+/// Adds the updates of the layers' adapters to outputs that were computed without them, such as some
+/// of the rows of a larger call. The sum is the one that [`forward`] computes. Layers without an
+/// adapter are passed over.
+///
+/// # Shapes
+/// As for [`forward`].
+///
+/// # Errors
+/// As for [`forward`].
+pub fn add_updates(
+    pool: &Pool,
+    layers: &[Linear<'_>],
+    x: Rows<'_>,
+    inputs: usize,
+    y: &mut [RowsMut<'_>],
+    activations: Activations,
+    scratch: &mut Scratch<'_>,
+) -> Result<()> {
+    if layers.iter().all(|layer| layer.adapter.is_none()) {
+        return Ok(());
+    }
+    run(
+        (Level::detect(), Work::Updates),
+        pool,
+        layers,
+        x,
+        inputs,
+        y,
+        activations,
+        scratch,
+    )
+}
+
 /// Same as [`forward`], with the given instruction set.
 ///
 /// # Errors
@@ -173,11 +227,42 @@ pub fn forward_on(
     activations: Activations,
     scratch: &mut Scratch<'_>,
 ) -> Result<()> {
+    run(
+        (level, Work::All),
+        pool,
+        layers,
+        x,
+        inputs,
+        y,
+        activations,
+        scratch,
+    )
+}
+
+#[allow(clippy::too_many_arguments)] // as above
+fn run(
+    (level, work): (Level, Work),
+    pool: &Pool,
+    layers: &[Linear<'_>],
+    x: Rows<'_>,
+    inputs: usize,
+    y: &mut [RowsMut<'_>],
+    activations: Activations,
+    scratch: &mut Scratch<'_>,
+) -> Result<()> {
     check(layers, &x, inputs, y)?;
     if x.rows == 0 {
         return Ok(());
     }
-    let places = Places::new(level, pool.threads(), layers, x.rows, inputs, activations);
+    let places = Places::new(
+        level,
+        pool.threads(),
+        layers,
+        x.rows,
+        inputs,
+        activations,
+        work,
+    );
     // Align the memory to a cache line.
     let skip = scratch
         .bytes
@@ -212,6 +297,7 @@ pub fn forward_on(
     }
     let call = Call {
         level,
+        work,
         layers,
         input,
         places: &places,
@@ -221,6 +307,7 @@ pub fn forward_on(
     let tasks = |product| Tasks {
         layers,
         product,
+        work,
         threads: pool.threads(),
         most,
     };
@@ -262,6 +349,7 @@ fn rows_of<'a>(y: Disjoint<'a, RowsMut<'_>>, layer: usize) -> DisjointRows<'a> {
 
 struct Call<'a> {
     level: Level,
+    work: Work,
     layers: &'a [Linear<'a>],
     input: Input<'a>,
     places: &'a Places,
@@ -313,9 +401,11 @@ impl<'a> Call<'a> {
             ..
         } = self.layers[layer];
         let task = self.task(range.clone(), output);
-        // SAFETY: the caller upholds this function's contract.
-        unsafe { self.multiply(thread, weight, task.clone()) };
-        if let Some(bias) = bias {
+        if self.work == Work::All {
+            // SAFETY: the caller upholds this function's contract.
+            unsafe { self.multiply(thread, weight, task.clone()) };
+        }
+        if let Some(bias) = bias.filter(|_| self.work == Work::All) {
             for row in 0..self.input.rows {
                 // SAFETY: the caller upholds this function's contract.
                 let y = unsafe { output.row(row, range.clone()) };
@@ -397,6 +487,7 @@ enum Product {
 struct Tasks<'a> {
     layers: &'a [Linear<'a>],
     product: Product,
+    work: Work,
     threads: usize,
     /// Number of outputs of a task, if the kernel prescribes it.
     most: Option<usize>,
@@ -406,6 +497,7 @@ impl Tasks<'_> {
     /// Returns the number of outputs of a layer and of each of its tasks.
     fn split(&self, layer: &Linear<'_>) -> (usize, usize) {
         let (outputs, weight) = match (self.product, &layer.adapter) {
+            (Product::Outer, None) if self.work == Work::Updates => return (0, 1),
             (Product::Outer, _) => (layer.outputs, layer.weight),
             (Product::Inner, Some(adapter)) => (adapter.rank, adapter.a),
             (Product::Inner, None) => return (0, 1),

@@ -23,5 +23,5 @@ pub(super) mod update;
 
 #[cfg(test)]
 pub(super) use forward::units_of;
-pub use forward::{forward, forward_on, scratch_bytes};
+pub use forward::{add_updates, forward, forward_on, scratch_bytes};
 pub use layer::{Activations, Adapter, Linear, Rows, RowsMut, Scratch};

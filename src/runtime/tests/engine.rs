@@ -19,13 +19,13 @@ use crate::runtime::{
     Adapter, CacheFormat, Model, ModelOptions, Session, SessionConfig, Step, decode_steps,
 };
 
-fn session(model: &Model) -> Session {
+pub(super) fn session(model: &Model) -> Session {
     let config = SessionConfig::default().with_prefill_rows(50);
     Session::new(model, &config).unwrap()
 }
 
 /// The logits after the last of some tokens.
-fn last(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
+pub(super) fn last(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
     let mut logits = vec![f32::NAN; 19];
     session.decode(tokens, Some(&mut logits)).unwrap();
     logits
@@ -281,7 +281,7 @@ impl AsRef<[u8]> for Part {
 }
 
 /// An adapter of some layers, with values from a formula.
-fn lora(model: &Model, rank: usize, phase: f32, kinds: &[&str]) -> LoraAdapter {
+pub(super) fn lora(model: &Model, rank: usize, phase: f32, kinds: &[&str]) -> LoraAdapter {
     let wave = |i: usize, j: usize| ((i * 31 + j * 7) as f32 * 0.37 + phase).sin() * 0.3;
     let mut adapter = LoraAdapter::default();
     for layer in model.layers() {
