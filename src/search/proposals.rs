@@ -134,6 +134,11 @@ impl Batch {
         (self.n_asked, self.n_told) = (0, 0);
     }
 
+    /// Returns all subnets of the batch.
+    pub(super) fn configs(&self) -> Vec<SubnetConfig> {
+        decode_all(&self.space, &self.genomes)
+    }
+
     /// Returns at most `n` of the next subnets, as [`Searcher::ask`](super::Searcher::ask) does.
     pub(super) fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
         let start = self.n_asked;

@@ -1,0 +1,530 @@
+//! Sensitivity search: scores each choice alone, solves for all budgets at once, and corrects the
+//! solution by a few evaluations.
+//!
+//! Puzzle (arXiv 2411.19146) and HAWQ score the choices of each layer once and solve an integer
+//! program over the sums; nothing is evaluated. Here the sums are the start. A model of what they
+//! leave ([`Response`]) is fitted to the evaluations, and the subnet that would add most to the
+//! front is evaluated next, until the model expects nothing more.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::knapsack::{self, Item};
+use super::pareto::{dominates, hypervolume, nan_is_worst};
+use super::proposals::{Batch, Genome};
+use super::response::{Response, Row};
+use super::state::Objectives;
+use super::{COST, Evaluation, SCORE, Searcher, StopReason};
+use crate::error::{Error, Result};
+use crate::space::{SearchSpace, SubnetConfig};
+
+/// Number of operations that a round may spend on predictions.
+const WORK: usize = 100_000_000;
+
+/// Settings of [`Sensitivity`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SensitivityConfig {
+    /// Maximum number of full evaluations after the scoring pass.
+    pub corrections: usize,
+    /// Number of subnets that are proposed at once after the scoring pass, at least 1. With more
+    /// than one, evaluations can run in parallel, but each knows less.
+    pub batch: usize,
+    /// The search ends when the model expects no subnet to enlarge the hypervolume of the front by
+    /// more than this fraction.
+    pub tolerance: f64,
+    /// Fidelity of the scoring pass, above 0 and at most 1: the fraction of a full evaluation's
+    /// data. Below 1, three corrections are spent on the largest, the smallest and the heuristic
+    /// subnet.
+    pub fidelity: f64,
+}
+
+impl Default for SensitivityConfig {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl SensitivityConfig {
+    /// Creates settings with 10 corrections, one at a time, a tolerance of 0.0005, and a scoring
+    /// pass in full.
+    pub fn new() -> Self {
+        Self {
+            corrections: 10,
+            batch: 1,
+            tolerance: 5e-4,
+            fidelity: 1.0,
+        }
+    }
+
+    setters! {
+        with_corrections(corrections: usize);
+        with_batch(batch: usize);
+        with_tolerance(tolerance: f64);
+        with_fidelity(fidelity: f64);
+    }
+
+    /// Creates the searcher over `space`.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if a setting is out of range.
+    pub fn init(&self, space: &SearchSpace) -> Result<Sensitivity> {
+        if self.batch == 0 {
+            return Err(Error::argument("batch", 0, "must be at least 1"));
+        }
+        if !(self.fidelity > 0.0 && self.fidelity <= 1.0) {
+            return Err(Error::argument(
+                "fidelity",
+                self.fidelity,
+                "above 0 and at most 1",
+            ));
+        }
+        if !(self.tolerance >= 0.0 && self.tolerance.is_finite()) {
+            return Err(Error::argument(
+                "tolerance",
+                self.tolerance,
+                "finite and at least 0",
+            ));
+        }
+        let n_choices: Vec<usize> = space
+            .groups()
+            .iter()
+            .map(|group| group.choices().len())
+            .collect();
+        let heuristic = space.encode(&space.heuristic())?;
+        let scored = scoring_pass(&n_choices, &heuristic);
+        Ok(Sensitivity {
+            settings: self.clone(),
+            n_choices,
+            heuristic,
+            batch: Batch::new(space, scored),
+            scored: Vec::new(),
+            full: Vec::new(),
+            n_corrections: 0,
+            predicted: Vec::new(),
+            reason: None,
+        })
+    }
+}
+
+/// Returns the largest, the heuristic and the smallest genome, and all that differ from the largest
+/// or from the heuristic one in one group.
+fn scoring_pass(n_choices: &[usize], heuristic: &Genome) -> Vec<Genome> {
+    let largest = vec![0; n_choices.len()];
+    let smallest = n_choices.iter().map(|n| n - 1).collect();
+    let mut genomes = vec![largest.clone(), heuristic.clone(), smallest];
+    for base in [&largest, heuristic] {
+        genomes.extend(singles(n_choices, base));
+    }
+    let mut seen = HashSet::new();
+    genomes.retain(|genome| seen.insert(genome.clone()));
+    genomes
+}
+
+/// Returns all genomes that differ from one in one group.
+fn singles(n_choices: &[usize], base: &Genome) -> Vec<Genome> {
+    let mut genomes = Vec::new();
+    for (at, n) in n_choices.iter().enumerate() {
+        for gene in (0..*n).filter(|gene| *gene != base[at]) {
+            let mut genome = base.clone();
+            genome[at] = gene;
+            genomes.push(genome);
+        }
+    }
+    genomes
+}
+
+/// Minimises the first two objectives, score and cost; others are not used.
+///
+/// The scoring pass evaluates each choice of each group alone, from the largest subnet and from the
+/// heuristic one. It has about twice as many evaluations as there are choices. Then the subnet that
+/// is expected to add most to the front is evaluated, and the model learns from it.
+///
+/// ```
+/// use elastic_lora::progress::Silent;
+/// use elastic_lora::search::{SensitivityConfig, StudyConfig};
+/// use elastic_lora::space::{LayerShape, SearchSpace};
+///
+/// let layers: Vec<_> = (0..8)
+///     .map(|i| LayerShape::new(format!("model.layers.{i}.q_proj"), 8, 8))
+///     .collect();
+/// let space = SearchSpace::per_layer(&layers, &[32, 24, 16])?;
+/// let objective = |config: &_| {
+///     let ranks = space.values(config)?;
+///     let loss = ranks.iter().enumerate().map(|(i, &rank)| 1.0 / (rank * (i + 1)) as f64).sum();
+///     Ok(vec![loss, ranks.iter().sum::<usize>() as f64])
+/// };
+/// let mut searcher = SensitivityConfig::new().with_corrections(6).init(&space)?;
+/// let outcome = StudyConfig::new(100).init(&space)?.run(&mut searcher, objective, &Silent)?;
+/// assert_eq!(outcome.evaluations().len(), searcher.n_scored() + searcher.n_corrections());
+/// # Ok::<(), elastic_lora::Error>(())
+/// ```
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Sensitivity {
+    settings: SensitivityConfig,
+    n_choices: Vec<usize>,
+    heuristic: Genome,
+    batch: Batch,
+    /// The scoring pass.
+    scored: Vec<(Genome, Objectives)>,
+    /// Full evaluations after a scoring pass of lower fidelity, or all evaluations.
+    full: Vec<(Genome, Objectives)>,
+    n_corrections: usize,
+    /// What was predicted for the corrections, in the order of proposals.
+    predicted: Vec<(SubnetConfig, Objectives)>,
+    reason: Option<StopReason>,
+}
+
+impl Searcher for Sensitivity {
+    fn name(&self) -> &str {
+        "sensitivity"
+    }
+
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+        self.batch.ask(n)
+    }
+
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+        for evaluation in evaluated {
+            if evaluation.objectives.len() < 2 {
+                return Err(Error::argument(
+                    "evaluated",
+                    format!("{} objective", evaluation.objectives.len()),
+                    "a score and a cost",
+                ));
+            }
+            if self.batch.tell(evaluation)? {
+                self.advance();
+            }
+        }
+        Ok(())
+    }
+
+    fn is_finished(&self) -> bool {
+        self.reason.is_some()
+    }
+
+    fn reason(&self) -> StopReason {
+        self.reason.unwrap_or(StopReason::Exhausted)
+    }
+
+    fn fidelity(&self) -> f64 {
+        match self.scored.is_empty() {
+            true => self.settings.fidelity,
+            false => 1.0,
+        }
+    }
+}
+
+impl Sensitivity {
+    /// Number of evaluations of the scoring pass, once it is done.
+    pub fn n_scored(&self) -> usize {
+        self.scored.len()
+    }
+
+    /// Number of full evaluations that were proposed after the scoring pass.
+    pub fn n_corrections(&self) -> usize {
+        self.n_corrections
+    }
+
+    /// The corrections, with the score and the cost that were predicted for each before it was
+    /// evaluated.
+    pub fn predicted(&self) -> impl Iterator<Item = (&SubnetConfig, &[f64])> {
+        let predicted = self.predicted.iter();
+        predicted.map(|(config, objectives)| (config, objectives.0.as_slice()))
+    }
+
+    fn is_partial(&self) -> bool {
+        self.settings.fidelity < 1.0
+    }
+
+    fn advance(&mut self) {
+        let told = self.batch.take().into_iter();
+        let told = told.map(|(genome, objectives)| (genome, Objectives(objectives)));
+        let is_first = self.scored.is_empty();
+        match is_first {
+            true => self.scored.extend(told),
+            false => self.full.extend(told),
+        }
+        if is_first && !self.is_partial() {
+            self.full.clone_from(&self.scored);
+        }
+        let left = self.settings.corrections - self.n_corrections;
+        let chosen = if is_first && self.is_partial() {
+            let smallest = self.n_choices.iter().map(|n| n - 1).collect();
+            let mut anchors = vec![vec![0; self.n_choices.len()], smallest];
+            anchors.push(self.heuristic.clone());
+            let mut seen = HashSet::new();
+            anchors.retain(|genome| seen.insert(genome.clone()));
+            anchors.truncate(left);
+            anchors.into_iter().map(|genome| (genome, None)).collect()
+        } else {
+            self.choose(left.min(self.settings.batch))
+        };
+        if chosen.is_empty() {
+            self.reason = Some(match left {
+                0 => StopReason::Budget,
+                _ => StopReason::Converged,
+            });
+        }
+        self.n_corrections += chosen.len();
+        let genomes: Vec<Genome> = chosen.iter().map(|(genome, _)| genome.clone()).collect();
+        self.batch.replace(genomes);
+        let configs = self.batch.configs();
+        let predictions = chosen.into_iter().map(|(_, predicted)| predicted);
+        for (config, predicted) in configs.into_iter().zip(predictions) {
+            if let Some(predicted) = predicted {
+                self.predicted
+                    .push((config, Objectives(predicted.to_vec())));
+            }
+        }
+    }
+
+    /// Returns at most `n` subnets that enlarge the front most by the models' predictions.
+    fn choose(&self, n: usize) -> Vec<(Genome, Option<[f64; 2]>)> {
+        let (Some(score), Some(cost)) = (self.response(SCORE), self.response(COST)) else {
+            return Vec::new();
+        };
+        let point = |objectives: &Objectives| {
+            let at = |index: usize| {
+                let value = objectives.0.get(index).copied();
+                nan_is_worst(value.unwrap_or(f64::INFINITY))
+            };
+            [at(SCORE), at(COST)]
+        };
+        let known: HashSet<&Genome> = self.full.iter().map(|(genome, _)| genome).collect();
+        let mut front: Vec<[f64; 2]> = self.full.iter().map(|(_, found)| point(found)).collect();
+        let reference = reference(&front);
+        let candidates: Vec<(Genome, [f64; 2])> = self
+            .candidates(&score, &cost)
+            .into_iter()
+            .filter(|(genome, _)| !known.contains(genome))
+            .collect();
+        let mut chosen: Vec<(Genome, Option<[f64; 2]>)> = Vec::new();
+        let mut volume = hypervolume(&front, &reference);
+        while chosen.len() < n {
+            let with = |point: [f64; 2]| {
+                if front.iter().any(|other| dominates(other, &point)) {
+                    return volume;
+                }
+                let mut all = front.clone();
+                all.push(point);
+                hypervolume(&all, &reference)
+            };
+            let best = candidates
+                .iter()
+                .map(|(genome, point)| (genome, *point, with(*point)))
+                .max_by(|a, b| a.2.total_cmp(&b.2));
+            let Some((genome, point, larger)) = best else {
+                break;
+            };
+            if larger <= volume * (1.0 + self.settings.tolerance) {
+                break;
+            }
+            front.push(point);
+            volume = larger;
+            chosen.push((genome.clone(), Some(point)));
+        }
+        chosen
+    }
+
+    /// Returns the model of an objective, or `None` if the largest subnet has no finite value.
+    fn response(&self, objective: usize) -> Option<Response> {
+        let value = |found: &Objectives| found.0.get(objective).copied();
+        let scored: HashMap<&Genome, f64> = self
+            .scored
+            .iter()
+            .filter_map(|(genome, found)| Some((genome, value(found)?)))
+            .filter(|(_, value)| value.is_finite())
+            .collect();
+        let largest = vec![0; self.n_choices.len()];
+        let base = *scored.get(&largest)?;
+        let alone = |from: &Genome, at: usize, gene: usize| {
+            let mut genome = from.clone();
+            genome[at] = gene;
+            scored.get(&genome).copied()
+        };
+        // What failed from the largest subnet is taken from the heuristic one, and else it is as bad
+        // as the worst choice of all.
+        let mut effects: Vec<Vec<Option<f64>>> = Vec::new();
+        for (at, n) in self.n_choices.iter().enumerate() {
+            let effect = |gene: usize| match alone(&largest, at, gene) {
+                Some(value) => Some(value - base),
+                None => {
+                    let same = alone(&self.heuristic, at, 0)?;
+                    Some(alone(&self.heuristic, at, gene)? - same)
+                }
+            };
+            effects.push((0..*n).map(effect).collect());
+        }
+        let worst = effects.iter().flatten().flatten();
+        let worst = worst.fold(0.0f64, |worst, x| worst.max(*x));
+        let filled = |effects: Vec<Option<f64>>| {
+            let effects = effects.into_iter();
+            effects.map(|effect| effect.unwrap_or(worst)).collect()
+        };
+        let mut response = Response::new(base, effects.into_iter().map(filled).collect());
+        let n_smaller = |genome: &Genome| genome.iter().filter(|gene| **gene > 0).count();
+        let rows = self.scored.iter().map(|row| (row, false));
+        let rows = rows.chain(
+            self.full
+                .iter()
+                .skip(if self.is_partial() {
+                    0
+                } else {
+                    self.scored.len()
+                })
+                .map(|row| (row, self.is_partial())),
+        );
+        let rows: Vec<Row<'_>> = rows
+            .filter_map(|((genome, found), apart)| {
+                Some(Row {
+                    genome,
+                    value: value(found)?,
+                    apart,
+                })
+            })
+            // The sum is exact for the others.
+            .filter(|row| row.apart || n_smaller(&row.genome.to_vec()) > 1)
+            .collect();
+        response.fit(&rows);
+        Some(response)
+    }
+
+    /// Returns subnets that no other is expected to dominate, with their predictions.
+    ///
+    /// The sums of choices around some subnets are solved for all budgets, and the solutions are
+    /// improved by changes of one or two groups.
+    fn candidates(&self, score: &Response, cost: &Response) -> Vec<(Genome, [f64; 2])> {
+        let n = self.n_choices.len();
+        let predict = |genome: &Genome| [score.predict(genome), cost.predict(genome)];
+        let rows = self.scored.len() + self.full.len();
+        let mut left = (WORK / (n * rows).max(1)).clamp(500, 50_000);
+        let mut archive = Archive::default();
+        let smallest: Genome = self.n_choices.iter().map(|n| n - 1).collect();
+        let mut anchors = vec![vec![0; n], self.heuristic.clone(), smallest];
+        let mut at = 0;
+        while at < anchors.len() && left > 0 {
+            let anchor = anchors[at].clone();
+            let from = predict(&anchor);
+            let item = |at: usize, gene: usize| {
+                let mut genome = anchor.clone();
+                genome[at] = gene;
+                let to = predict(&genome);
+                Item {
+                    cost: to[COST] - from[COST],
+                    loss: to[SCORE] - from[SCORE],
+                }
+            };
+            let choices = self.n_choices.iter().enumerate();
+            let items: Vec<Vec<Item>> = choices
+                .map(|(at, n)| (0..*n).map(|gene| item(at, gene)).collect())
+                .collect();
+            left = left.saturating_sub(self.n_choices.iter().sum());
+            let found = knapsack::solve(&items);
+            // Of very many, evenly spaced ones are enough.
+            for genome in found.iter().step_by(1 + found.len() / 500) {
+                archive.insert(genome.clone(), &predict);
+                left = left.saturating_sub(1);
+            }
+            at += 1;
+            if at == 3 {
+                let members: Vec<Genome> = archive.by_cost();
+                anchors.extend(
+                    (1..6)
+                        .filter_map(|part| members.get(part * members.len() / 6))
+                        .cloned(),
+                );
+            }
+        }
+        while left > 0 {
+            let Some(genome) = archive.next() else {
+                break;
+            };
+            for neighbour in self.neighbours(&genome) {
+                archive.insert(neighbour, &predict);
+                left = left.saturating_sub(1);
+                if left == 0 {
+                    break;
+                }
+            }
+        }
+        archive.members
+    }
+
+    /// Returns the genomes with another choice in one group, and with one group a step larger and
+    /// another a step smaller.
+    fn neighbours(&self, genome: &Genome) -> Vec<Genome> {
+        let mut found = singles(&self.n_choices, genome);
+        let n = genome.len();
+        // The number of exchanges grows with the square of the number of groups.
+        if n <= 64 {
+            for (up, down) in (0..n * n).map(|pair| (pair / n, pair % n)) {
+                if up != down && genome[up] > 0 && genome[down] + 1 < self.n_choices[down] {
+                    let mut next = genome.clone();
+                    next[up] -= 1;
+                    next[down] += 1;
+                    found.push(next);
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Returns the point up to which volumes are measured: the largest finite value of each objective.
+fn reference(points: &[[f64; 2]]) -> [f64; 2] {
+    std::array::from_fn(|axis| {
+        let values = points.iter().map(|point| point[axis]);
+        values
+            .filter(|value| value.is_finite())
+            .fold(f64::NEG_INFINITY, f64::max)
+    })
+}
+
+/// Genomes that are not dominated by their predictions.
+#[derive(Default)]
+struct Archive {
+    members: Vec<(Genome, [f64; 2])>,
+    seen: HashSet<Genome>,
+    expanded: HashSet<Genome>,
+}
+
+impl Archive {
+    fn insert(&mut self, genome: Genome, predict: &impl Fn(&Genome) -> [f64; 2]) {
+        if !self.seen.insert(genome.clone()) {
+            return;
+        }
+        let point = predict(&genome);
+        let members = &mut self.members;
+        if members
+            .iter()
+            .any(|(_, other)| dominates(other, &point) || *other == point)
+        {
+            return;
+        }
+        members.retain(|(_, other)| !dominates(&point, other));
+        members.push((genome, point));
+    }
+
+    /// Returns a member whose neighbours were not looked at yet, and notes that they are.
+    fn next(&mut self) -> Option<Genome> {
+        let mut members = self.members.iter();
+        let next = members.find(|(genome, _)| !self.expanded.contains(genome));
+        let genome = next.map(|(genome, _)| genome.clone())?;
+        self.expanded.insert(genome.clone());
+        Some(genome)
+    }
+
+    fn by_cost(&self) -> Vec<Genome> {
+        let mut members: Vec<&(Genome, [f64; 2])> = self.members.iter().collect();
+        members.sort_by(|a, b| a.1[COST].total_cmp(&b.1[COST]));
+        members
+            .into_iter()
+            .map(|(genome, _)| genome.clone())
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;
