@@ -35,6 +35,7 @@
 
 mod additive;
 mod climb;
+mod curves;
 mod directions;
 mod goal;
 mod knapsack;
@@ -109,6 +110,12 @@ pub trait Searcher: Send {
     fn fidelity(&self) -> f64 {
         1.0
     }
+
+    /// Returns the objectives that the searcher predicted for proposals, in their order, for
+    /// reports.
+    fn predicted(&self) -> Vec<(SubnetConfig, Vec<f64>)> {
+        Vec::new()
+    }
 }
 
 impl<S: Searcher + ?Sized> Searcher for Box<S> {
@@ -134,6 +141,10 @@ impl<S: Searcher + ?Sized> Searcher for Box<S> {
 
     fn fidelity(&self) -> f64 {
         (**self).fidelity()
+    }
+
+    fn predicted(&self) -> Vec<(SubnetConfig, Vec<f64>)> {
+        (**self).predicted()
     }
 }
 

@@ -33,6 +33,7 @@ pub struct SearchOutcome {
     stopped: StopReason,
     evaluations: Vec<Evaluation>,
     front: Vec<usize>,
+    predicted: Vec<(SubnetConfig, Vec<f64>)>,
 }
 
 impl SearchOutcome {
@@ -62,7 +63,21 @@ impl SearchOutcome {
             stopped,
             evaluations,
             front,
+            predicted: Vec::new(),
         }
+    }
+
+    /// Adds the objectives that a searcher predicted; see
+    /// [`Searcher::predicted`](super::Searcher::predicted).
+    pub fn with_predicted(mut self, predicted: Vec<(SubnetConfig, Vec<f64>)>) -> Self {
+        self.predicted = predicted;
+        self
+    }
+
+    /// Returns the objectives that were predicted for some subnets before they were evaluated, in
+    /// the order of proposals.
+    pub fn predicted(&self) -> &[(SubnetConfig, Vec<f64>)] {
+        &self.predicted
     }
 
     /// Returns the name of the searcher.

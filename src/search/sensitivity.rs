@@ -64,6 +64,15 @@ impl SensitivityConfig {
         with_fidelity(fidelity: f64);
     }
 
+    /// Returns the number of subnets in the scoring pass of a space.
+    ///
+    /// # Errors
+    /// Returns the errors of [`SearchSpace::validate`], which no space causes.
+    pub fn n_scored(&self, space: &SearchSpace) -> Result<usize> {
+        let heuristic = space.encode(&space.heuristic())?;
+        Ok(scoring_pass(&n_choices(space), &heuristic).len())
+    }
+
     /// Creates the searcher over `space`.
     ///
     /// # Errors
@@ -86,11 +95,7 @@ impl SensitivityConfig {
                 "finite and at least 0",
             ));
         }
-        let n_choices: Vec<usize> = space
-            .groups()
-            .iter()
-            .map(|group| group.choices().len())
-            .collect();
+        let n_choices = n_choices(space);
         let heuristic = space.encode(&space.heuristic())?;
         let scored = scoring_pass(&n_choices, &heuristic);
         Ok(Sensitivity {
@@ -105,6 +110,11 @@ impl SensitivityConfig {
             reason: None,
         })
     }
+}
+
+fn n_choices(space: &SearchSpace) -> Vec<usize> {
+    let groups = space.groups().iter();
+    groups.map(|group| group.choices().len()).collect()
 }
 
 /// Returns the largest, the heuristic and the smallest genome, and all that differ from the largest
@@ -214,6 +224,13 @@ impl Searcher for Sensitivity {
             false => 1.0,
         }
     }
+
+    fn predicted(&self) -> Vec<(SubnetConfig, Vec<f64>)> {
+        let predicted = self.predicted.iter();
+        predicted
+            .map(|(config, objectives)| (config.clone(), objectives.0.clone()))
+            .collect()
+    }
 }
 
 impl Sensitivity {
@@ -225,13 +242,6 @@ impl Sensitivity {
     /// Number of full evaluations that were proposed after the scoring pass.
     pub fn n_corrections(&self) -> usize {
         self.n_corrections
-    }
-
-    /// The corrections, with the score and the cost that were predicted for each before it was
-    /// evaluated.
-    pub fn predicted(&self) -> impl Iterator<Item = (&SubnetConfig, &[f64])> {
-        let predicted = self.predicted.iter();
-        predicted.map(|(config, objectives)| (config, objectives.0.as_slice()))
     }
 
     fn is_partial(&self) -> bool {

@@ -302,7 +302,8 @@ impl Study {
             searcher.tell(&evaluations[first..])?;
             task.advance((spent + 1e-6) as usize - task.done(), "");
         };
-        Ok(SearchOutcome::new(searcher.name(), stopped, evaluations))
+        let outcome = SearchOutcome::new(searcher.name(), stopped, evaluations);
+        Ok(outcome.with_predicted(searcher.predicted()))
     }
 
     /// Number of objectives, once one evaluation is known.

@@ -1194,10 +1194,12 @@ fn reports_are_complete() {
         assert!(svg.contains(part), "{part}");
     }
     assert_eq!(csv.lines().count(), 201);
-    assert!(csv.lines().all(|line| line.split(',').count() == 8));
+    assert!(csv.lines().all(|line| line.split(',').count() == 10));
     assert!(csv.lines().nth(1).unwrap().contains(",heuristic,"));
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["evaluations"].as_array().unwrap().len(), 200);
+    assert_eq!(json["hypervolume"]["after"].as_array().unwrap().len(), 200);
+    assert_eq!(json["predicted"].as_array().unwrap().len(), 0);
     assert_eq!(
         json["front"].as_array().unwrap().len(),
         outcome.front().len()
@@ -1209,6 +1211,29 @@ fn reports_are_complete() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
     if let Some(keep) = std::env::var_os("ELASTIC_LORA_KEEP_PLOTS") {
         fs::write(PathBuf::from(keep).join("toy.svg"), &svg).unwrap();
+    }
+    let report = SearchReport::new(&space, &outcome, &names);
+    assert_eq!(report.to_table().lines().count(), 2 + outcome.front().len());
+    // Predictions of subnets that were not evaluated are left out.
+    let mut config = space.maximal();
+    config.set("layers.0.mlp.up_proj", 24);
+    let guesses = [
+        (space.maximal(), vec![2.9, 6e6]),
+        (space.heuristic(), vec![3.0, f64::NAN]),
+        (config, vec![3.0, 4e6]),
+    ];
+    let outcome = outcome.with_predicted(guesses.to_vec());
+    let report = SearchReport::new(&space, &outcome, &names);
+    let curves = report.write_curves(dir.path().join("curves")).unwrap();
+    assert_eq!(curves.len(), 3);
+    let json: serde_json::Value = serde_json::from_str(&report.to_json().unwrap()).unwrap();
+    assert_eq!(json["predicted"].as_array().unwrap().len(), 2);
+    for path in curves
+        .iter()
+        .filter(|path| path.extension().unwrap() == "svg")
+    {
+        let svg = fs::read_to_string(path).unwrap();
+        assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN"));
     }
     // A folder that is missing is made; a file in its place is named.
     let report = SearchReport::new(&space, &outcome, &names);

@@ -47,6 +47,8 @@ fn ten_corrections_find_nearly_the_whole_front() {
     let mut searcher = SensitivityConfig::new().init(&space).unwrap();
     let outcome = run(&space, &mut searcher);
     assert_eq!(searcher.n_scored(), 3 + 2 * 7 * 3);
+    let n_scored = SensitivityConfig::new().n_scored(&space).unwrap();
+    assert_eq!(searcher.n_scored(), n_scored);
     assert!(searcher.n_corrections() <= 10);
     assert!(outcome.evaluations().len() < 60);
     let found = volume(&space, &outcome) / all;
@@ -59,7 +61,8 @@ fn ten_corrections_find_nearly_the_whole_front() {
     eprintln!("sensitivity {found:.4}, NSGA-II {evolved:.4}");
     assert!(found > 0.97, "{found}");
     // Predictions were near, and better than the sum's.
-    for (config, predicted) in searcher.predicted() {
+    assert_eq!(outcome.predicted().len(), searcher.n_corrections());
+    for (config, predicted) in outcome.predicted() {
         let measured = &outcome.get(config).unwrap().objectives;
         assert!((predicted[0] - measured[0]).abs() < 0.1 * measured[0]);
         assert!((predicted[1] - measured[1]).abs() < 0.05 * measured[1]);
