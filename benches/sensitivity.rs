@@ -56,9 +56,9 @@ impl Table {
         self.objectives.get(subnet).cloned().unwrap_or_default()
     }
 
-    fn run(&self, mut searcher: impl Searcher, n_evals: usize) -> Result<SearchOutcome> {
+    fn run(&self, searcher: &mut dyn Searcher, n_evals: usize) -> Result<SearchOutcome> {
         StudyConfig::new(n_evals).init(&self.space)?.run(
-            &mut searcher,
+            searcher,
             |subnet| Ok(self.at(subnet)),
             &Silent,
         )
@@ -105,9 +105,17 @@ fn main() -> Result<()> {
     };
     for corrections in [0, 5, 10, 20] {
         let config = SensitivityConfig::new().with_corrections(corrections);
-        let outcome = table.run(config.init(space)?, n)?;
-        let name = format!("sensitivity, at most {corrections} corrections");
+        let mut searcher = config.init(space)?;
+        let outcome = table.run(&mut searcher, n)?;
+        let n_evals = outcome.evaluations().len();
+        // Its answer: what was evaluated, and the subnets that it predicts to be better.
+        let front = searcher.front();
+        let mut found: Vec<Vec<f64>> = front.iter().map(|one| table.at(&one.0)).collect();
+        found.extend(outcome.evaluations().iter().map(|e| e.objectives.clone()));
+        let name = format!("sensitivity, at most {corrections} corrections: evaluated");
         row(&name, &[measure(outcome)]);
+        let name = format!("the same, and its front of {} subnets", front.len());
+        row(&name, &[(table.volume(found.iter()), n_evals)]);
     }
     // Puzzletron: scores from the largest subnet, an exact program, nothing evaluated.
     let losses = AdditiveModel::measure(space, |subnet| Ok(table.at(subnet)[0]))?;
@@ -122,7 +130,7 @@ fn main() -> Result<()> {
     let name = format!("additive scores and knapsack, its {} subnets", found.len());
     row(&name, &[(table.volume(found.iter()), n_scores)]);
     let ten = losses.path(10, |subnet| Ok(table.at(subnet)[1]))?;
-    let (volume, _) = measure(table.run(FixedList::new(space, ten)?, n)?);
+    let (volume, _) = measure(table.run(&mut FixedList::new(space, ten)?, n)?);
     row(
         "additive scores and knapsack, ten of them",
         &[(volume, n_scores)],
@@ -158,7 +166,7 @@ fn main() -> Result<()> {
     for (name, make) in searches {
         for n_evals in [50, 200] {
             let runs: Result<Vec<_>> = (0..SEEDS)
-                .map(|seed| Ok(measure(table.run(make(seed)?, n_evals)?)))
+                .map(|seed| Ok(measure(table.run(&mut make(seed)?, n_evals)?)))
                 .collect();
             row(name, &runs?);
         }

@@ -143,7 +143,7 @@ impl AdditiveModel {
         let groups: Vec<Vec<Item>> = groups
             .map(|(losses, costs)| losses.iter().zip(costs).map(item).collect())
             .collect();
-        let genomes = knapsack::solve(&groups);
+        let genomes = knapsack::solve(&groups, knapsack::MAX_STATES);
         let subnets = genomes.iter().rev();
         subnets.map(|genome| self.space.decode(genome)).collect()
     }

@@ -6,9 +6,8 @@
 
 use super::proposals::Genome;
 
-/// Maximum number of states after a group. With more, states are thinned to the best one in each of
-/// as many equal parts of the range of costs.
-const MAX_STATES: usize = 8192;
+/// Maximum number of states after a group for which a solution should be exact.
+pub(super) const MAX_STATES: usize = 8192;
 
 /// Cost and loss of a choice.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,8 +26,9 @@ struct State {
 
 /// Returns the genomes that no other genome dominates in sums of cost and loss, cheapest first.
 /// Choices whose cost or loss is not finite are not used; a group without any other leaves no
-/// genome. Exact up to [`MAX_STATES`].
-pub(super) fn solve(groups: &[Vec<Item>]) -> Vec<Genome> {
+/// genome. If there are more than `max_states` states after a group, they are thinned to the best one
+/// in each of as many equal parts of the range of costs.
+pub(super) fn solve(groups: &[Vec<Item>], max_states: usize) -> Vec<Genome> {
     let start = State {
         item: Item {
             cost: 0.0,
@@ -59,7 +59,7 @@ pub(super) fn solve(groups: &[Vec<Item>]) -> Vec<Genome> {
             let cost = a.item.cost.total_cmp(&b.item.cost);
             cost.then(a.item.loss.total_cmp(&b.item.loss))
         });
-        layers.push(thin(next));
+        layers.push(thin(next, max_states));
     }
     let Some(last) = layers.last() else {
         return Vec::new();
@@ -67,8 +67,8 @@ pub(super) fn solve(groups: &[Vec<Item>]) -> Vec<Genome> {
     (0..last.len()).map(|at| trace(&layers[1..], at)).collect()
 }
 
-/// Keeps what is not dominated, in ascending order of cost, and at most [`MAX_STATES`] of it.
-fn thin(sorted: Vec<State>) -> Vec<State> {
+/// Keeps what is not dominated, in ascending order of cost, and at most `max_states` of it.
+fn thin(sorted: Vec<State>, max_states: usize) -> Vec<State> {
     let mut kept: Vec<State> = Vec::new();
     for state in sorted {
         if kept
@@ -81,16 +81,16 @@ fn thin(sorted: Vec<State>) -> Vec<State> {
     let (Some(first), Some(last)) = (kept.first().copied(), kept.last().copied()) else {
         return kept;
     };
-    if kept.len() <= MAX_STATES {
+    if kept.len() <= max_states {
         return kept;
     }
     let range = last.item.cost - first.item.cost;
     let part = |state: &State| {
         let share = (state.item.cost - first.item.cost) / range;
-        (share * (MAX_STATES - 1) as f64) as usize
+        (share * max_states.saturating_sub(1) as f64) as usize
     };
     // The last state of a part has the lowest loss.
-    let mut thinned: Vec<State> = Vec::with_capacity(MAX_STATES);
+    let mut thinned: Vec<State> = Vec::with_capacity(max_states);
     for state in kept {
         match thinned.last_mut() {
             Some(last) if part(last) == part(&state) => *last = state,
@@ -153,19 +153,22 @@ mod tests {
                 .collect();
             expected.sort_by(|a, b| a[0].total_cmp(&b[0]));
             expected.dedup();
-            let found: Vec<[f64; 2]> = solve(&groups).iter().map(|genome| sums(genome)).collect();
+            let found: Vec<[f64; 2]> = solve(&groups, MAX_STATES)
+                .iter()
+                .map(|genome| sums(genome))
+                .collect();
             assert_eq!(found, expected);
         }
         let nan = Item {
             cost: 1.0,
             loss: f64::NAN,
         };
-        assert!(solve(&[vec![nan]]).is_empty());
+        assert!(solve(&[vec![nan]], 9).is_empty());
         let one = Item {
             cost: 1.0,
             loss: 2.0,
         };
-        assert_eq!(solve(&[vec![nan, one]]), [[1]]);
+        assert_eq!(solve(&[vec![nan, one]], 9), [[1]]);
     }
 
     #[test]
@@ -182,7 +185,7 @@ mod tests {
             })
             .collect();
         let started = std::time::Instant::now();
-        let front = solve(&groups);
+        let front = solve(&groups, MAX_STATES);
         assert!(front.len() > 1000 && front.len() <= MAX_STATES);
         assert!(started.elapsed().as_secs_f64() < 20.0);
     }

@@ -136,7 +136,12 @@ impl Batch {
 
     /// Returns all subnets of the batch.
     pub(super) fn configs(&self) -> Vec<SubnetConfig> {
-        decode_all(&self.space, &self.genomes)
+        self.decode(&self.genomes)
+    }
+
+    /// Returns the subnets of genomes, which must be of the space.
+    pub(super) fn decode(&self, genomes: &[Genome]) -> Vec<SubnetConfig> {
+        decode_all(&self.space, genomes)
     }
 
     /// Returns at most `n` of the next subnets, as [`Searcher::ask`](super::Searcher::ask) does.

@@ -13,6 +13,9 @@ use super::surrogate::{cholesky, solve};
 /// Maximum number of evaluations of a fit, whose cost is cubic in it. The last ones are used.
 const MAX_ROWS: usize = 400;
 
+/// Maximum number of evaluations by which the shares and the noise are chosen.
+const MAX_CHOOSING: usize = 100;
+
 /// Shares of the two parts that are tried.
 const SHARES: [[f64; 2]; 5] = [[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9], [0.0, 1.0]];
 
@@ -106,7 +109,10 @@ impl Response {
         let has_apart = points.iter().any(|point| point.apart);
         let mut norms = [0.0; 2];
         for point in &points {
-            let parts = parts(point, point);
+            let parts = [
+                Products::of(point, point).pairs(),
+                spline(point.sum, point.sum),
+            ];
             (0..2).for_each(|at| norms[at] += parts[at] / n as f64);
         }
         norms.iter_mut().for_each(|norm| {
@@ -114,46 +120,37 @@ impl Response {
                 *norm = 1.0;
             }
         });
-        let mut best: Option<(f64, Process)> = None;
+        // The shares and the noise are chosen on fewer evaluations, if there are many.
+        let step = n.div_ceil(MAX_CHOOSING);
+        let sample: Vec<usize> = (0..n).rev().step_by(step).collect();
+        let mut best: Option<(f64, [f64; 2], f64)> = None;
+        let mut process = Process {
+            points,
+            shares: SHARES[0],
+            norms,
+            alpha: Vec::new(),
+            has_apart,
+        };
         for shares in SHARES {
-            let mut process = Process {
-                points: points.clone(),
-                shares,
-                norms,
-                alpha: Vec::new(),
-                has_apart,
-            };
-            let mut kernel = vec![0.0; n * n];
-            for i in 0..n {
-                for j in 0..=i {
-                    let value = process.kernel(&points[i], &points[j]);
-                    (kernel[i * n + j], kernel[j * n + i]) = (value, value);
-                }
-            }
+            process.shares = shares;
             for noise in NOISE {
-                let mut factor = kernel.clone();
-                (0..n).for_each(|i| factor[i * n + i] += noise);
-                if cholesky(&mut factor, n).is_none() {
+                let Some((_, likelihood)) = process.solve(&sample, &residuals, noise) else {
                     continue;
-                }
-                let mut alpha = residuals.clone();
-                solve(&factor, n, &mut alpha);
-                let fit: f64 = residuals.iter().zip(&alpha).map(|(r, a)| r * a).sum();
-                let size: f64 = (0..n).map(|i| factor[i * n + i].ln()).sum();
-                // The amplitude that makes this greatest is part of it.
-                let likelihood = -0.5 * n as f64 * (fit / n as f64).ln() - size;
-                if best.as_ref().is_none_or(|(most, _)| likelihood > *most) {
-                    process.alpha = alpha;
-                    let found = Process {
-                        points: points.clone(),
-                        alpha: std::mem::take(&mut process.alpha),
-                        ..process
-                    };
-                    best = Some((likelihood, found));
+                };
+                if best.is_none_or(|(most, ..)| likelihood > most) {
+                    best = Some((likelihood, shares, noise));
                 }
             }
         }
-        self.process = best.map(|(_, process)| process);
+        let Some((_, shares, noise)) = best else {
+            return;
+        };
+        process.shares = shares;
+        let all: Vec<usize> = (0..n).collect();
+        if let Some((alpha, _)) = process.solve(&all, &residuals, noise) {
+            process.alpha = alpha;
+            self.process = Some(process);
+        }
     }
 
     /// Returns the prediction, on the data of evaluations that are `apart` if there are any.
@@ -169,6 +166,36 @@ impl Response {
             .map(|(known, alpha)| alpha * process.kernel(&point, known))
             .sum::<f64>();
         self.sum(genome) + rest
+    }
+
+    /// Returns the predicted change that each choice of each group brings to a genome.
+    pub(super) fn around(&self, genome: &[usize]) -> Vec<Vec<f64>> {
+        let mut changes: Vec<Vec<f64>> = Vec::with_capacity(genome.len());
+        for (effects, gene) in self.effects.iter().zip(genome) {
+            changes.push(effects.iter().map(|x| x - effects[*gene]).collect());
+        }
+        let Some(process) = &self.process else {
+            return changes;
+        };
+        let here = self.point(genome, process.has_apart);
+        let raw = self.sum(genome) - self.base;
+        for (known, alpha) in process.points.iter().zip(&process.alpha) {
+            let products = Products::of(&here, known);
+            let at_here = process.value(&products, here.sum, known);
+            for (at, gene) in genome.iter().enumerate() {
+                let (old, other) = (here.weights[at], known.weights[at]);
+                for (choice, change) in changes[at].iter_mut().enumerate() {
+                    if choice == *gene {
+                        continue;
+                    }
+                    let moved = products.replaced(old * other, self.weights[at][choice] * other);
+                    let sum = raw + self.effects[at][choice] - self.effects[at][*gene];
+                    let sum = (sum / self.scale).max(0.0);
+                    *change += alpha * (process.value(&moved, sum, known) - at_here);
+                }
+            }
+        }
+        changes
     }
 
     fn sum(&self, genome: &[usize]) -> f64 {
@@ -188,26 +215,73 @@ impl Response {
 
 impl Process {
     fn kernel(&self, a: &Point, b: &Point) -> f64 {
-        let parts = parts(a, b);
-        let sum: f64 = (0..2)
+        let apart = if a.apart && b.apart { 1.0 } else { 0.0 };
+        self.value(&Products::of(a, b), a.sum, b) + apart
+    }
+
+    /// The kernel without the constant between data.
+    fn value(&self, products: &Products, sum: f64, b: &Point) -> f64 {
+        let parts = [products.pairs(), spline(sum, b.sum)];
+        (0..2)
             .map(|at| self.shares[at] * parts[at] / self.norms[at])
-            .sum();
-        sum + if a.apart && b.apart { 1.0 } else { 0.0 }
+            .sum()
+    }
+
+    /// Solves for the residuals of some points, with this noise. Returns the solution, and the
+    /// logarithm of the marginal likelihood with the amplitude that makes it greatest.
+    fn solve(&self, of: &[usize], residuals: &[f64], noise: f64) -> Option<(Vec<f64>, f64)> {
+        let n = of.len();
+        let mut factor = vec![0.0; n * n];
+        for i in 0..n {
+            for j in 0..=i {
+                let value = self.kernel(&self.points[of[i]], &self.points[of[j]]);
+                (factor[i * n + j], factor[j * n + i]) = (value, value);
+            }
+            factor[i * n + i] += noise;
+        }
+        cholesky(&mut factor, n)?;
+        let mut alpha: Vec<f64> = of.iter().map(|&at| residuals[at]).collect();
+        solve(&factor, n, &mut alpha);
+        let fit = of.iter().zip(&alpha).map(|(&at, a)| residuals[at] * a);
+        let fit = fit.sum::<f64>() / n as f64;
+        let size: f64 = (0..n).map(|i| factor[i * n + i].ln()).sum();
+        let likelihood = -0.5 * n as f64 * fit.max(f64::MIN_POSITIVE).ln() - size;
+        Some((alpha, likelihood))
     }
 }
 
-/// The parts of the kernel: of pairs, and of the sum. The sum of products over all pairs of groups
-/// follows from the sums of products and of their squares. The second part is the kernel of cubic
-/// splines with value and slope 0 at 0.
-fn parts(a: &Point, b: &Point) -> [f64; 2] {
-    let (mut sum, mut squares) = (0.0, 0.0);
-    for (x, y) in a.weights.iter().zip(&b.weights) {
-        sum += x * y;
-        squares += (x * y) * (x * y);
+/// Sums over groups of the products of two points' weights, and of their squares. The sum of products
+/// over all pairs of groups follows from them.
+struct Products {
+    sum: f64,
+    squares: f64,
+}
+
+impl Products {
+    fn of(a: &Point, b: &Point) -> Self {
+        let (mut sum, mut squares) = (0.0, 0.0);
+        for (x, y) in a.weights.iter().zip(&b.weights) {
+            sum += x * y;
+            squares += (x * y) * (x * y);
+        }
+        Self { sum, squares }
     }
-    let (low, high) = (a.sum.min(b.sum), a.sum.max(b.sum));
-    [
-        0.5 * (sum * sum - squares),
-        low * low * (3.0 * high - low) / 6.0,
-    ]
+
+    /// The same with another product for one group.
+    fn replaced(&self, old: f64, new: f64) -> Self {
+        Self {
+            sum: self.sum - old + new,
+            squares: self.squares - old * old + new * new,
+        }
+    }
+
+    fn pairs(&self) -> f64 {
+        0.5 * (self.sum * self.sum - self.squares)
+    }
+}
+
+/// The kernel of cubic splines with value and slope 0 at 0.
+fn spline(a: f64, b: f64) -> f64 {
+    let (low, high) = (a.min(b), a.max(b));
+    low * low * (3.0 * high - low) / 6.0
 }

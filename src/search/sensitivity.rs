@@ -11,16 +11,22 @@ use std::collections::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 
 use super::knapsack::{self, Item};
-use super::pareto::{dominates, hypervolume, nan_is_worst};
+use super::pareto::{dominates, hypervolume, nan_is_worst, non_dominated};
 use super::proposals::{Batch, Genome};
 use super::response::{Response, Row};
 use super::state::Objectives;
-use super::{COST, Evaluation, SCORE, Searcher, StopReason};
+use super::{COST, Evaluation, Goal, SCORE, Searcher, StopReason};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 
 /// Number of operations that a round may spend on predictions.
 const WORK: usize = 100_000_000;
+
+/// Number of solutions for these budgets that are predicted.
+const SAMPLES: usize = 100;
+
+/// Number of budgets for which sums are solved.
+const STATES: usize = 1024;
 
 /// Settings of [`Sensitivity`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +43,8 @@ pub struct SensitivityConfig {
     /// data. Below 1, three corrections are spent on the largest, the smallest and the heuristic
     /// subnet.
     pub fidelity: f64,
+    /// A single subnet to search for. With `None`, the search is for the whole front.
+    pub goal: Option<Goal>,
 }
 
 impl Default for SensitivityConfig {
@@ -47,13 +55,14 @@ impl Default for SensitivityConfig {
 
 impl SensitivityConfig {
     /// Creates settings with 10 corrections, one at a time, a tolerance of 0.0005, and a scoring
-    /// pass in full.
+    /// pass in full, for the whole front.
     pub fn new() -> Self {
         Self {
             corrections: 10,
             batch: 1,
             tolerance: 5e-4,
             fidelity: 1.0,
+            goal: None,
         }
     }
 
@@ -62,6 +71,7 @@ impl SensitivityConfig {
         with_batch(batch: usize);
         with_tolerance(tolerance: f64);
         with_fidelity(fidelity: f64);
+        with_goal(goal: Goal) = Some(goal);
     }
 
     /// Returns the number of subnets in the scoring pass of a space.
@@ -87,6 +97,9 @@ impl SensitivityConfig {
                 self.fidelity,
                 "above 0 and at most 1",
             ));
+        }
+        if let Some(goal) = &self.goal {
+            goal.check()?;
         }
         if !(self.tolerance >= 0.0 && self.tolerance.is_finite()) {
             return Err(Error::argument(
@@ -244,6 +257,46 @@ impl Sensitivity {
         self.n_corrections
     }
 
+    /// Returns the front by all that is known, cheapest first: subnets with score and cost, measured
+    /// where they were evaluated in full and predicted elsewhere. Empty before the scoring pass is
+    /// done.
+    pub fn front(&self) -> Vec<(SubnetConfig, [f64; 2])> {
+        let (Some(score), Some(cost)) = (self.response(SCORE), self.response(COST)) else {
+            return Vec::new();
+        };
+        let known: HashMap<&Genome, [f64; 2]> = self
+            .full
+            .iter()
+            .map(|(genome, found)| (genome, point(found)))
+            .collect();
+        let mut members: Vec<(Genome, [f64; 2])> = self.candidates(&score, &cost);
+        members.retain(|(genome, _)| !known.contains_key(genome));
+        members.extend(
+            known
+                .iter()
+                .map(|(genome, point)| ((*genome).clone(), *point)),
+        );
+        members.sort_by(|a, b| {
+            (a.1[COST], a.1[SCORE])
+                .partial_cmp(&(b.1[COST], b.1[SCORE]))
+                .unwrap_or(std::cmp::Ordering::Equal)
+                .then_with(|| a.0.cmp(&b.0))
+        });
+        let mut least = f64::INFINITY;
+        members.retain(|(_, point)| {
+            let is_better = point[SCORE] < least;
+            least = least.min(point[SCORE]);
+            is_better
+        });
+        let genomes: Vec<Genome> = members.iter().map(|(genome, _)| genome.clone()).collect();
+        let points = members.into_iter().map(|(_, point)| point);
+        self.batch
+            .decode(&genomes)
+            .into_iter()
+            .zip(points)
+            .collect()
+    }
+
     fn is_partial(&self) -> bool {
         self.settings.fidelity < 1.0
     }
@@ -295,13 +348,6 @@ impl Sensitivity {
         let (Some(score), Some(cost)) = (self.response(SCORE), self.response(COST)) else {
             return Vec::new();
         };
-        let point = |objectives: &Objectives| {
-            let at = |index: usize| {
-                let value = objectives.0.get(index).copied();
-                nan_is_worst(value.unwrap_or(f64::INFINITY))
-            };
-            [at(SCORE), at(COST)]
-        };
         let known: HashSet<&Genome> = self.full.iter().map(|(genome, _)| genome).collect();
         let mut front: Vec<[f64; 2]> = self.full.iter().map(|(_, found)| point(found)).collect();
         let reference = reference(&front);
@@ -310,6 +356,22 @@ impl Sensitivity {
             .into_iter()
             .filter(|(genome, _)| !known.contains(genome))
             .collect();
+        if let Some(goal) = &self.settings.goal {
+            // What is expected to be better than the best that is known.
+            let best = front.iter().min_by(|a, b| goal.compare(*a, *b)).copied();
+            let mut better: Vec<(Genome, [f64; 2])> = candidates
+                .into_iter()
+                .filter(|(_, point)| best.is_none_or(|best| goal.compare(point, &best).is_lt()))
+                .collect();
+            better.sort_by(|a, b| goal.compare(&a.1, &b.1));
+            better.truncate(n);
+            let chosen = better.into_iter();
+            return chosen
+                .map(|(genome, point)| (genome, Some(point)))
+                .collect();
+        }
+        let kept = non_dominated(&front);
+        front = kept.into_iter().map(|at| front[at]).collect();
         let mut chosen: Vec<(Genome, Option<[f64; 2]>)> = Vec::new();
         let mut volume = hypervolume(&front, &reference);
         while chosen.len() < n {
@@ -416,24 +478,18 @@ impl Sensitivity {
         let mut at = 0;
         while at < anchors.len() && left > 0 {
             let anchor = anchors[at].clone();
-            let from = predict(&anchor);
-            let item = |at: usize, gene: usize| {
-                let mut genome = anchor.clone();
-                genome[at] = gene;
-                let to = predict(&genome);
-                Item {
-                    cost: to[COST] - from[COST],
-                    loss: to[SCORE] - from[SCORE],
-                }
+            let (scores, costs) = (score.around(&anchor), cost.around(&anchor));
+            let item = |at: usize, gene: usize| Item {
+                cost: costs[at][gene],
+                loss: scores[at][gene],
             };
             let choices = self.n_choices.iter().enumerate();
             let items: Vec<Vec<Item>> = choices
                 .map(|(at, n)| (0..*n).map(|gene| item(at, gene)).collect())
                 .collect();
-            left = left.saturating_sub(self.n_choices.iter().sum());
-            let found = knapsack::solve(&items);
+            let found = knapsack::solve(&items, STATES);
             // Of very many, evenly spaced ones are enough.
-            for genome in found.iter().step_by(1 + found.len() / 500) {
+            for genome in found.iter().step_by(1 + found.len() / SAMPLES) {
                 archive.insert(genome.clone(), &predict);
                 left = left.saturating_sub(1);
             }
@@ -480,6 +536,14 @@ impl Sensitivity {
         }
         found
     }
+}
+
+/// Score and cost.
+fn point(objectives: &Objectives) -> [f64; 2] {
+    [SCORE, COST].map(|index| {
+        let value = objectives.0.get(index).copied();
+        nan_is_worst(value.unwrap_or(f64::INFINITY))
+    })
 }
 
 /// Returns the point up to which volumes are measured: the largest finite value of each objective.

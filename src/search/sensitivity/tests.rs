@@ -122,6 +122,26 @@ fn parts_of_the_data_score_as_well() {
 }
 
 #[test]
+fn a_goal_is_met_with_few_corrections() {
+    let space = space(7, &[32, 24, 16, 8]);
+    let all = run(&space, &mut Exhaustive::new(&space));
+    let half = objective(&space, &space.maximal()).unwrap()[1] / 2.0;
+    for goal in [Goal::ScoreUnder(half), Goal::CostWithin(1.4)] {
+        let best = all.best(&goal).unwrap().objectives.clone();
+        let config = SensitivityConfig::new().with_goal(goal.clone());
+        let mut searcher = config.init(&space).unwrap();
+        let outcome = run(&space, &mut searcher);
+        let found = outcome.best(&goal).unwrap().objectives.clone();
+        assert!(searcher.n_corrections() <= 10);
+        let axis = usize::from(matches!(goal, Goal::CostWithin(_)));
+        assert!(
+            found[axis] <= 1.01 * best[axis],
+            "{goal:?}: {found:?} {best:?}"
+        );
+    }
+}
+
+#[test]
 fn failures_and_batches_do_no_harm() {
     let space = space(6, &[32, 24, 16]);
     for batch in [1, 4] {
