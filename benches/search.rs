@@ -1,6 +1,8 @@
 //! Measures the overhead of a search: NSGA-II's ask and tell per subnet, with a population of 100
 //! and 200 groups of four choices: `cargo bench --bench search`.
 //!
+//! Then the whole of a sensitivity search and the last of NSGA-III's generations are timed once.
+//!
 //! NSGA-II takes turns with random search and with the toy objective. The time of the objective is
 //! not included in the other two.
 
@@ -10,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use common::{Subject, best, in_turns, median, timed};
 use criterion::{Criterion, Throughput};
-use elastic_lora::search::{Evaluation, NsgaConfig, RandomSearchConfig};
+use elastic_lora::search::{
+    Evaluation, NsgaConfig, RandomSearchConfig, Selection, SensitivityConfig,
+};
 use elastic_lora::space::{Elastic, Group};
 use elastic_lora::{Result, SearchSpace, Searcher, SubnetConfig};
 
@@ -96,6 +100,42 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
+/// Returns the overhead of a whole search per evaluation, in microseconds, and its evaluations.
+fn whole(mut searcher: impl Searcher, most: usize) -> Result<(f64, usize)> {
+    let (mut seconds, mut n) = (0.0, 0);
+    while n < most {
+        let started = Instant::now();
+        let asked = searcher.ask(POPULATION);
+        seconds += started.elapsed().as_secs_f64();
+        if asked.is_empty() {
+            break;
+        }
+        n += asked.len();
+        let evaluated: Vec<Evaluation> = asked.into_iter().map(objective).collect();
+        seconds += timed(|| searcher.tell(&evaluated))?.as_secs_f64();
+    }
+    Ok((1e6 * seconds / n.max(1) as f64, n))
+}
+
+fn once() -> Result<()> {
+    let space = space()?;
+    let selection = Selection::Directions { partitions: 99 };
+    let nsga3 = NsgaConfig::new().with_population(POPULATION);
+    let nsga3 = nsga3.with_selection(selection).init(&space)?;
+    let sensitivity = SensitivityConfig::new().init(&space)?;
+    for (name, (us, n)) in [
+        ("NSGA-III", whole(nsga3, 3000)?),
+        ("sensitivity search", whole(sensitivity, usize::MAX)?),
+    ] {
+        println!("{name}: {us:.0} us per evaluation of {n}");
+    }
+    Ok(())
+}
+
 fn main() {
     common::main(bench);
+    if let Err(error) = once() {
+        eprintln!("error: {error}");
+        std::process::exit(1);
+    }
 }

@@ -26,6 +26,7 @@ mod plan;
 mod sample;
 mod session;
 mod shape;
+mod size;
 mod source;
 mod state;
 mod stream;
@@ -45,6 +46,7 @@ pub use model::{LayerInfo, Model, ModelOptions, NamedSubnet, Verify};
 pub use plan::FormatPlan;
 pub use sample::{SampleConfig, Sampler, TokenMask};
 pub use session::{Session, SessionConfig};
+pub use size::ActiveSize;
 pub use stream::TextStream;
 
 /// The parts of a model, for the modules that build one.

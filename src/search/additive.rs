@@ -1,21 +1,20 @@
-//! Predicts the loss of all subnets from the losses of a few, as a sum over groups, to start a
-//! search.
+//! The loss of a subnet as a sum over its groups, and the subnets that are best by it.
 //!
-//! The losses can come from the training log at no extra cost (`TrainConfig::observations`). NNCF's
-//! "min-loss" heuristic takes the subnet with the lowest training loss, which depends on the batch
-//! as much as on the subnet. This model uses all steps, and separates the effects of each group's
-//! choices. It orders choices by slope. Puzzle (arXiv 2411.19146) and HAWQ use integer programs
-//! instead; if the cost is the only constraint, the result is the same, except possibly for the
-//! last step.
+//! The terms can be fitted to losses from any source, such as the training log at no extra cost
+//! (`TrainConfig::observations`). NNCF's "min-loss" heuristic takes the subnet with the lowest
+//! training loss, which depends on the batch as much as on the subnet; a fit uses all steps and
+//! separates the effects of each group's choices. Or the terms are given, as scored one by one
+//! (Puzzle, arXiv 2411.19146). Either way an exact knapsack finds the best subnet for every budget.
 
+use super::knapsack::{self, Item};
 use super::surrogate::Surrogate;
 use crate::error::{Error, Result};
-use crate::space::{Group, SearchSpace, SubnetConfig};
+use crate::space::{SearchSpace, SubnetConfig};
 
 /// Minimum number of losses for a fit.
 const FEWEST: usize = 8;
 
-/// Models the loss of a subnet as a sum over its groups, fitted by ridge regression.
+/// Models the loss of a subnet, or its cost, as a sum over its groups.
 ///
 /// ```
 /// use elastic_lora::search::{AdditiveModel, NsgaConfig};
@@ -37,20 +36,43 @@ const FEWEST: usize = 8;
 /// let searcher = NsgaConfig::new().with_initial(path).init(&space)?;
 /// # Ok::<(), elastic_lora::Error>(())
 /// ```
+#[derive(Clone, Debug)]
 pub struct AdditiveModel {
     space: SearchSpace,
-    model: Surrogate,
-}
-
-/// A step that lowers one group to a smaller choice.
-struct Descent {
-    /// Increase of the loss divided by decrease of the cost.
-    slope: f64,
-    group: usize,
-    choice: usize,
+    /// Value of the largest subnet.
+    base: f64,
+    /// Change that each choice brings, by group.
+    effects: Vec<Vec<f64>>,
 }
 
 impl AdditiveModel {
+    /// Creates the model of values that are measured from the largest subnet: calls `value` for it,
+    /// and for each subnet that differs from it in one group.
+    ///
+    /// # Errors
+    /// Returns the errors of `value`.
+    pub fn measure(
+        space: &SearchSpace,
+        mut value: impl FnMut(&SubnetConfig) -> Result<f64>,
+    ) -> Result<Self> {
+        let base = value(&space.maximal())?;
+        let mut effects = Vec::with_capacity(space.len());
+        for (index, group) in space.groups().iter().enumerate() {
+            let mut of_group = vec![0.0];
+            for choice in 1..group.choices().len() {
+                let mut genome = vec![0; space.len()];
+                genome[index] = choice;
+                of_group.push(value(&space.decode(&genome)?)? - base);
+            }
+            effects.push(of_group);
+        }
+        Ok(Self {
+            space: space.clone(),
+            base,
+            effects,
+        })
+    }
+
     /// Fits the model to subnets and their losses from any source. Losses that are not finite are
     /// ignored.
     ///
@@ -75,17 +97,17 @@ impl AdditiveModel {
             .iter()
             .map(|group| group.choices().len())
             .collect();
-        match Surrogate::fit(&n_choices, &told) {
-            Some(model) => Ok(Self {
-                space: space.clone(),
-                model,
-            }),
-            None => Err(Error::argument(
+        let Some(model) = Surrogate::fit(&n_choices, &told) else {
+            return Err(Error::argument(
                 "space",
                 format!("{} groups", space.len()),
                 "fewer choices, to be fitted",
-            )),
-        }
+            ));
+        };
+        Self::measure(space, |subnet| {
+            let predicted = model.predict(&space.encode(subnet)?);
+            Ok(predicted.first().copied().unwrap_or(f64::NAN))
+        })
     }
 
     /// Returns the predicted loss.
@@ -93,83 +115,63 @@ impl AdditiveModel {
     /// # Errors
     /// Returns the errors of [`SearchSpace::validate`].
     pub fn predict(&self, subnet: &SubnetConfig) -> Result<f64> {
-        Ok(self.of_genome(&self.space.encode(subnet)?))
+        let genome = self.space.encode(subnet)?;
+        let effects = self.effects.iter().zip(genome);
+        Ok(self.base + effects.map(|(effects, gene)| effects[gene]).sum::<f64>())
     }
 
-    fn of_genome(&self, genome: &Vec<usize>) -> f64 {
-        self.model
-            .predict(genome)
-            .first()
-            .copied()
-            .unwrap_or(f64::NAN)
-    }
-
-    /// Returns at most `n` subnets, evenly spaced along a path from the largest subnet downwards.
-    /// Each step of the path lowers the choice of one group: the choice with the smallest predicted
-    /// increase of the loss per cost saved. The saving of a choice is measured separately for each
-    /// choice, relative to the largest subnet.
+    /// Returns the subnets that no other dominates in this model's loss and in the cost that `costs`
+    /// predicts: the lowest loss for every budget, largest cost first. Of more than 8192, some are
+    /// left out. Two subnets of the same loss and cost count as one.
     ///
-    /// Calls `cost` once for each choice. Choices that save nothing are not used.
+    /// # Errors
+    /// Returns [`Error::ShapeMismatch`] if `costs` is of another space.
+    pub fn front(&self, costs: &Self) -> Result<Vec<SubnetConfig>> {
+        let shape = |model: &Self| model.effects.iter().map(Vec::len).collect::<Vec<_>>();
+        if shape(self) != shape(costs) {
+            return Err(Error::ShapeMismatch {
+                what: "choices of the groups of an additive model".into(),
+                expected: shape(self),
+                found: shape(costs),
+            });
+        }
+        let item = |(loss, cost): (&f64, &f64)| Item {
+            cost: *cost,
+            loss: *loss,
+        };
+        let groups = self.effects.iter().zip(&costs.effects);
+        let groups: Vec<Vec<Item>> = groups
+            .map(|(losses, costs)| losses.iter().zip(costs).map(item).collect())
+            .collect();
+        let genomes = knapsack::solve(&groups, knapsack::MAX_STATES);
+        let subnets = genomes.iter().rev();
+        subnets.map(|genome| self.space.decode(genome)).collect()
+    }
+
+    /// Returns at most `n` subnets, evenly spaced along the front of this model's loss and the given
+    /// cost, largest cost first. The saving of a choice is measured from the largest subnet.
+    ///
+    /// Calls `cost` once for each choice.
     ///
     /// # Errors
     /// Returns the errors of `cost`.
     pub fn path(
         &self,
         n: usize,
-        mut cost: impl FnMut(&SubnetConfig) -> Result<f64>,
+        cost: impl FnMut(&SubnetConfig) -> Result<f64>,
     ) -> Result<Vec<SubnetConfig>> {
-        let largest = vec![0; self.space.len()];
-        let full = (cost(&self.space.maximal())?, self.of_genome(&largest));
-        let mut descents = Vec::new();
-        for (index, group) in self.space.groups().iter().enumerate() {
-            let mut points = vec![(0.0, 0.0)];
-            for choice in 1..group.choices().len() {
-                let mut genome = largest.clone();
-                genome[index] = choice;
-                let saved = full.0 - cost(&self.space.decode(&genome)?)?;
-                points.push((saved, self.of_genome(&genome) - full.1));
-            }
-            descend(index, group, &points, &mut descents);
-        }
-        // The sort is stable and slopes do not decrease within a group, so its choices keep their
-        // order.
-        descents.sort_by(|a, b| a.slope.total_cmp(&b.slope));
-        let mut genome = largest;
-        let mut genomes = vec![genome.clone()];
-        for Descent { group, choice, .. } in descents {
-            genome[group] = choice;
-            genomes.push(genome.clone());
-        }
-        let last = genomes.len() - 1;
+        let front = self.front(&Self::measure(&self.space, cost)?)?;
+        let last = front.len().saturating_sub(1);
         let mut picked: Vec<usize> = match n {
-            0 | 1 => (0..n).collect(),
-            _ => (0..n).map(|i| (i * last + (n - 1) / 2) / (n - 1)).collect(),
+            0 | 1 => (0..n.min(front.len())).collect(),
+            _ => (0..n)
+                .map(|i| (i * last + (n - 1) / 2) / (n - 1))
+                .filter(|at| *at < front.len())
+                .collect(),
         };
         picked.dedup();
-        picked
-            .into_iter()
-            .map(|index| self.space.decode(&genomes[index]))
-            .collect()
-    }
-}
-
-/// Adds the lower convex hull of a group's choices, given as `(saved, loss)`, starting from the
-/// largest choice.
-fn descend(index: usize, group: &Group, points: &[(f64, f64)], into: &mut Vec<Descent>) {
-    let mut at = 0;
-    while at + 1 < group.choices().len() {
-        let slope =
-            |choice: usize| (points[choice].1 - points[at].1) / (points[choice].0 - points[at].0);
-        let smaller = (at + 1..points.len()).filter(|choice| points[*choice].0 > points[at].0);
-        let Some(next) = smaller.min_by(|a, b| slope(*a).total_cmp(&slope(*b))) else {
-            return;
-        };
-        into.push(Descent {
-            slope: slope(next),
-            group: index,
-            choice: next,
-        });
-        at = next;
+        let subnet = |at: usize| front[at].clone();
+        Ok(picked.into_iter().map(subnet).collect())
     }
 }
 
@@ -239,22 +241,9 @@ mod tests {
                 })
                 .collect();
             let path = model.path(100, |subnet| Ok(cost(subnet))).unwrap();
-            assert!(
-                path.len() > 5
-                    && path[0] == space.maximal()
-                    && path[path.len() - 1] == space.minimal()
-            );
+            assert!(path.len() > 5 && path[path.len() - 1] == space.minimal());
             assert!(path.windows(2).all(|pair| cost(&pair[1]) < cost(&pair[0])));
-            // Each subnet before the lowest loss is worse and more expensive than the next, so skip
-            // these.
-            let predicted: Vec<f64> = path
-                .iter()
-                .map(|subnet| model.predict(subnet).unwrap())
-                .collect();
-            let least = (0..path.len())
-                .min_by(|a, b| predicted[*a].total_cmp(&predicted[*b]))
-                .unwrap();
-            for subnet in &path[least..] {
+            for subnet in &path {
                 let (of, loss) = (cost(subnet), sum(&space.encode(subnet).unwrap(), &truth));
                 let best = all
                     .iter()
@@ -307,7 +296,12 @@ mod tests {
                 .path(3, |_| Err(Error::argument("x", 1, "2")))
                 .is_err()
         );
-        // Choices that save nothing are not used.
-        assert_eq!(model.path(3, |_| Ok(1.0)).unwrap(), [space.maximal()]);
+        // Where nothing is saved, there is one best subnet.
+        assert_eq!(model.path(3, |_| Ok(1.0)).unwrap().len(), 1);
+        let other = AdditiveModel::measure(&super::tests::space(2), |_| Ok(1.0)).unwrap();
+        assert!(matches!(
+            model.front(&other),
+            Err(Error::ShapeMismatch { .. })
+        ));
     }
 }

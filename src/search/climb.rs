@@ -1,8 +1,8 @@
 //! Hill climbing from the heuristic subnet, with restarts.
 //!
 //! Shears (arXiv 2404.10934) mentions hill climbing from the heuristic as a cheap search, but its
-//! code does not contain one. This implementation is original: it minimises the score under a limit
-//! on the cost.
+//! code does not contain one. This implementation is original: it climbs towards any [`Goal`], by
+//! default the lowest score at no more than the start's cost.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -10,28 +10,17 @@ use std::collections::HashMap;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 use super::pareto::nan_is_worst;
 use super::proposals::{Batch, Genome, Unseen};
-use super::{COST, Evaluation, SCORE, Searcher};
+use super::state::{Objectives, pairs};
+use super::{COST, Evaluation, Goal, Searcher};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 
-/// Limit on the cost of subnets.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-#[non_exhaustive]
-pub enum CostBudget {
-    /// No limit. The search then moves to larger subnets, which score better.
-    Unlimited,
-    /// The cost of the first start.
-    #[default]
-    OfStart,
-    /// A fixed limit in units of the cost objective.
-    AtMost(f64),
-}
-
 /// Settings of [`HillClimbing`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HillClimbingConfig {
     /// Seed of all random draws.
     pub seed: u64,
@@ -39,8 +28,9 @@ pub struct HillClimbingConfig {
     pub start: Option<SubnetConfig>,
     /// Number of restarts from a random subnet after reaching a local optimum.
     pub restarts: usize,
-    /// Limit on the cost.
-    pub budget: CostBudget,
+    /// What is searched for; the lowest score at no more than the cost of the first start if
+    /// `None`.
+    pub goal: Option<Goal>,
     /// Number of neighbours that are evaluated before each move, at least 1. A value of 1 takes the
     /// first improvement, and a large value takes the steepest one. Values in between allow
     /// parallel evaluation.
@@ -65,7 +55,7 @@ impl HillClimbingConfig {
             seed: 0,
             start: None,
             restarts: usize::MAX,
-            budget: CostBudget::OfStart,
+            goal: None,
             neighbours_per_step: 8,
             exchanges: true,
         }
@@ -75,7 +65,7 @@ impl HillClimbingConfig {
         with_seed(seed: u64);
         with_start(start: SubnetConfig) = Some(start);
         with_restarts(restarts: usize);
-        with_budget(budget: CostBudget);
+        with_goal(goal: Goal) = Some(goal);
         with_neighbours_per_step(neighbours_per_step: usize);
         with_exchanges(exchanges: bool);
     }
@@ -83,7 +73,7 @@ impl HillClimbingConfig {
     /// Creates the searcher over `space`.
     ///
     /// # Errors
-    /// Returns [`Error::InvalidArgument`] if `neighbours_per_step` is 0 or the budget is NaN, and
+    /// Returns [`Error::InvalidArgument`] if `neighbours_per_step` is 0 or the goal is invalid, and
     /// the errors of [`SearchSpace::validate`] for the start.
     pub fn init(&self, space: &SearchSpace) -> Result<HillClimbing> {
         if self.neighbours_per_step == 0 {
@@ -93,14 +83,9 @@ impl HillClimbingConfig {
                 "must be at least 1",
             ));
         }
-        let limit = match self.budget {
-            CostBudget::AtMost(limit) if limit.is_nan() => {
-                return Err(Error::argument("budget", limit, "must be a number"));
-            }
-            CostBudget::AtMost(limit) => Some(limit),
-            CostBudget::Unlimited => Some(f64::INFINITY),
-            CostBudget::OfStart => None,
-        };
+        if let Some(goal) = &self.goal {
+            goal.check()?;
+        }
         let start = space.encode(self.start.as_ref().unwrap_or(&space.heuristic()))?;
         let mut unseen = Unseen::new(space);
         unseen.insert(&start);
@@ -108,7 +93,7 @@ impl HillClimbingConfig {
             settings: self.clone(),
             rng: ChaCha8Rng::seed_from_u64(self.seed),
             unseen,
-            limit,
+            goal: self.goal.clone(),
             known: HashMap::new(),
             current: None,
             untried: Vec::new(),
@@ -120,23 +105,23 @@ impl HillClimbingConfig {
     }
 }
 
-/// Minimises the first objective while the second stays within a budget.
+/// Climbs towards a goal.
 ///
 /// The neighbours of a subnet are all subnets with one group one step larger or smaller, and as
 /// many random exchanges as there are groups (one group a step larger, another a step smaller).
 /// They are evaluated in random order, several at a time, and the best of each lot becomes the
-/// current subnet if it is better. Subnets are compared by the amount of cost over the budget, then
-/// by score, then by cost. If no neighbour is better, the search restarts from a random subnet.
+/// current subnet if it is better by the goal. If no neighbour is better, the search restarts from a random subnet.
 /// Known subnets are not proposed again.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct HillClimbing {
     settings: HillClimbingConfig,
     rng: ChaCha8Rng,
     unseen: Unseen,
     /// `None` until the start has been evaluated.
-    limit: Option<f64>,
-    known: HashMap<Genome, Vec<f64>>,
+    goal: Option<Goal>,
+    #[serde(with = "pairs")]
+    known: HashMap<Genome, Objectives>,
     /// `None` while a start is being evaluated.
     current: Option<Genome>,
     untried: Vec<Genome>,
@@ -158,7 +143,11 @@ impl Searcher for HillClimbing {
     fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
         for evaluation in evaluated {
             if self.batch.tell(evaluation)? {
-                self.known.extend(self.batch.take());
+                let told = self.batch.take();
+                self.known.extend(
+                    told.into_iter()
+                        .map(|(genome, values)| (genome, Objectives(values))),
+                );
                 self.advance();
             }
         }
@@ -222,8 +211,11 @@ impl HillClimbing {
     }
 
     fn move_to(&mut self, genome: Genome) {
-        if self.limit.is_none() {
-            self.limit = Some(self.objective(&genome, COST));
+        if self.goal.is_none() {
+            // A missing cost counts as 0.
+            let objectives = self.objectives(&genome);
+            let cost = objectives.get(COST).map_or(0.0, |&cost| nan_is_worst(cost));
+            self.goal = Some(Goal::ScoreUnder(cost));
         }
         self.untried = self.neighbours(&genome);
         self.current = Some(genome);
@@ -262,26 +254,12 @@ impl HillClimbing {
         neighbours
     }
 
-    fn objective(&self, genome: &Genome, index: usize) -> f64 {
-        let objectives = self.known.get(genome);
-        // A missing cost counts as 0. The score is never missing, because `tell` requires an
-        // objective.
-        objectives
-            .and_then(|objectives| objectives.get(index))
-            .map_or(0.0, |&value| nan_is_worst(value))
+    fn objectives(&self, genome: &Genome) -> &[f64] {
+        self.known.get(genome).map_or(&[], |known| &known.0)
     }
 
     fn compare(&self, a: &Genome, b: &Genome) -> Ordering {
-        let limit = self.limit.unwrap_or(f64::INFINITY);
-        let over = |genome: &Genome| {
-            let cost = self.objective(genome, COST);
-            if cost <= limit { 0.0 } else { cost - limit }
-        };
-        let score = |genome: &Genome| self.objective(genome, SCORE);
-        let cost = |genome: &Genome| self.objective(genome, COST);
-        over(a)
-            .total_cmp(&over(b))
-            .then_with(|| score(a).total_cmp(&score(b)))
-            .then_with(|| cost(a).total_cmp(&cost(b)))
+        let goal = self.goal.as_ref().unwrap_or(&Goal::ANY);
+        goal.compare(self.objectives(a), self.objectives(b))
     }
 }

@@ -35,31 +35,45 @@
 
 mod additive;
 mod climb;
-mod nsga2;
+#[cfg(feature = "report")]
+mod curves;
+mod directions;
+mod goal;
+mod halving;
+mod knapsack;
+mod nsga;
 mod outcome;
 pub mod pareto;
 #[cfg(feature = "report")]
 mod plot;
 mod proposals;
 mod report;
+mod response;
+mod selection;
+mod sensitivity;
 mod simple;
+mod state;
 mod study;
 mod surrogate;
 #[cfg(test)]
 mod tests;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::space::SubnetConfig;
 
 pub use additive::AdditiveModel;
-pub use climb::{CostBudget, HillClimbing, HillClimbingConfig};
-pub use nsga2::{Nsga2, NsgaConfig};
+pub use climb::{HillClimbing, HillClimbingConfig};
+pub use goal::Goal;
+pub use halving::{Halving, HalvingConfig};
+pub use nsga::{Nsga, NsgaConfig};
 pub use outcome::{SearchOutcome, StopReason};
 pub use report::{ObjectiveNames, SearchReport};
-pub use simple::{FixedList, Heuristic, RandomSearch, RandomSearchConfig};
-pub use study::{Study, StudyConfig};
+pub use selection::Selection;
+pub use sensitivity::{Sensitivity, SensitivityConfig};
+pub use simple::{Exhaustive, FixedList, Heuristic, RandomSearch, RandomSearchConfig};
+pub use study::{Measurement, Study, StudyConfig};
 
 /// Index of the score among the objectives: a loss or a negated accuracy.
 pub const SCORE: usize = 0;
@@ -90,6 +104,23 @@ pub trait Searcher: Send {
 
     /// Returns whether the searcher will make no more proposals, regardless of further objectives.
     fn is_finished(&self) -> bool;
+
+    /// Returns the reason why there are no more proposals, for a searcher that is finished.
+    fn reason(&self) -> StopReason {
+        StopReason::Exhausted
+    }
+
+    /// Returns the fidelity at which the subnets that [`ask`](Self::ask) returns next should be
+    /// evaluated: the fraction of a full evaluation's data, above 0 and at most 1.
+    fn fidelity(&self) -> f64 {
+        1.0
+    }
+
+    /// Returns the objectives that the searcher predicted for proposals, in their order, for
+    /// reports.
+    fn predicted(&self) -> Vec<(SubnetConfig, Vec<f64>)> {
+        Vec::new()
+    }
 }
 
 impl<S: Searcher + ?Sized> Searcher for Box<S> {
@@ -108,6 +139,18 @@ impl<S: Searcher + ?Sized> Searcher for Box<S> {
     fn is_finished(&self) -> bool {
         (**self).is_finished()
     }
+
+    fn reason(&self) -> StopReason {
+        (**self).reason()
+    }
+
+    fn fidelity(&self) -> f64 {
+        (**self).fidelity()
+    }
+
+    fn predicted(&self) -> Vec<(SubnetConfig, Vec<f64>)> {
+        (**self).predicted()
+    }
 }
 
 /// A subnet and its objectives.
@@ -120,11 +163,18 @@ pub struct Evaluation {
     /// The subnet.
     pub config: SubnetConfig,
     /// Objectives of the subnet, to be minimised; see [`SCORE`] and [`COST`].
-    #[serde(
-        serialize_with = "write_objectives",
-        deserialize_with = "read_objectives"
-    )]
+    #[serde(with = "state::numbers")]
     pub objectives: Vec<f64>,
+    /// Standard error of the score, if the objective function estimates one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score_error: Option<f64>,
+    /// Fraction of a full evaluation's data on which the subnet was evaluated, above 0 and at
+    /// most 1.
+    #[serde(default = "full", skip_serializing_if = "is_full")]
+    pub fidelity: f64,
+    /// Message of the error with which the evaluation failed; the objectives are then NaN.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
     /// Whether the objectives came from the cache or a log instead of the objective function.
     #[serde(default)]
     pub cached: bool,
@@ -140,9 +190,17 @@ impl Evaluation {
             index: 0,
             config,
             objectives,
+            score_error: None,
+            fidelity: 1.0,
+            error: None,
             cached: false,
             seconds: 0.0,
         }
+    }
+
+    /// Returns whether the subnet was evaluated on all data.
+    pub fn is_full(&self) -> bool {
+        is_full(&self.fidelity)
     }
 
     /// Returns the first objective, or infinity if it is NaN or missing.
@@ -160,35 +218,10 @@ impl Evaluation {
     }
 }
 
-/// A finite number, or the name of a number that JSON cannot represent.
-#[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum JsonNumber {
-    Finite(f64),
-    Named(String),
+fn full() -> f64 {
+    1.0
 }
 
-fn write_objectives<S: Serializer>(objectives: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(objectives.iter().map(|&value| match value.is_finite() {
-        true => JsonNumber::Finite(value),
-        false => JsonNumber::Named(value.to_string()),
-    }))
-}
-
-fn read_objectives<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
-    let number = |number: JsonNumber| match number {
-        JsonNumber::Finite(value) => Ok(value),
-        JsonNumber::Named(name) => match name.as_str() {
-            "NaN" => Ok(f64::NAN),
-            "inf" => Ok(f64::INFINITY),
-            "-inf" => Ok(f64::NEG_INFINITY),
-            _ => Err(serde::de::Error::custom(format!(
-                "objective `{name}` is not a number"
-            ))),
-        },
-    };
-    Vec::<JsonNumber>::deserialize(deserializer)?
-        .into_iter()
-        .map(number)
-        .collect()
+fn is_full(fidelity: &f64) -> bool {
+    *fidelity >= 1.0
 }

@@ -4,8 +4,10 @@
 use std::collections::{HashMap, HashSet};
 
 use rand::{Rng, RngExt};
+use serde::{Deserialize, Serialize};
 
 use super::Evaluation;
+use super::state::{Objectives, pairs};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 
@@ -16,10 +18,9 @@ pub(super) type Genome = Vec<usize>;
 const MAX_DRAWS: usize = 32;
 
 /// The genomes of a space, with a record of those that were proposed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Unseen {
     n_choices: Vec<usize>,
-    n_subnets: Option<u128>,
     seen: HashSet<Genome>,
 }
 
@@ -31,7 +32,6 @@ impl Unseen {
                 .iter()
                 .map(|group| group.choices().len())
                 .collect(),
-            n_subnets: space.n_subnets_exact(),
             seen: HashSet::new(),
         }
     }
@@ -50,7 +50,11 @@ impl Unseen {
     }
 
     pub(super) fn is_exhausted(&self) -> bool {
-        self.n_subnets == Some(self.seen.len() as u128)
+        let n_subnets = self
+            .n_choices
+            .iter()
+            .try_fold(1usize, |product, &n| product.checked_mul(n));
+        n_subnets == Some(self.seen.len())
     }
 
     pub(super) fn random(&self, rng: &mut impl Rng) -> Genome {
@@ -90,12 +94,13 @@ impl Unseen {
 
 /// A batch of different genomes. They are proposed in order, any number at a time, and their
 /// objectives arrive in any order.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Batch {
     space: SearchSpace,
     arity: Arity,
     genomes: Vec<Genome>,
-    objectives: Vec<Option<Vec<f64>>>,
+    objectives: Vec<Option<Objectives>>,
+    #[serde(with = "pairs")]
     position: HashMap<Genome, usize>,
     n_asked: usize,
     n_told: usize,
@@ -129,6 +134,16 @@ impl Batch {
         (self.n_asked, self.n_told) = (0, 0);
     }
 
+    /// Returns all subnets of the batch.
+    pub(super) fn configs(&self) -> Vec<SubnetConfig> {
+        self.decode(&self.genomes)
+    }
+
+    /// Returns the subnets of genomes, which must be of the space.
+    pub(super) fn decode(&self, genomes: &[Genome]) -> Vec<SubnetConfig> {
+        decode_all(&self.space, genomes)
+    }
+
     /// Returns at most `n` of the next subnets, as [`Searcher::ask`](super::Searcher::ask) does.
     pub(super) fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
         let start = self.n_asked;
@@ -142,7 +157,7 @@ impl Batch {
         self.arity.check(evaluation)?;
         match self.position.get(&self.space.encode(&evaluation.config)?) {
             Some(&at) if at < self.n_asked && self.objectives[at].is_none() => {
-                self.objectives[at] = Some(evaluation.objectives.clone());
+                self.objectives[at] = Some(Objectives(evaluation.objectives.clone()));
                 self.n_told += 1;
                 Ok(self.is_complete())
             }
@@ -163,7 +178,7 @@ impl Batch {
         genomes
             .into_iter()
             .zip(objectives)
-            .filter_map(|(genome, objectives)| Some((genome, objectives?)))
+            .filter_map(|(genome, objectives)| Some((genome, objectives?.0)))
             .collect()
     }
 }
@@ -177,7 +192,7 @@ pub(super) fn not_asked(config: &SubnetConfig) -> Error {
 }
 
 /// Checks that all evaluations have as many objectives as the first one.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Arity(Option<usize>);
 
 impl Arity {

@@ -106,6 +106,88 @@ impl<'a> SearchReport<'a> {
         self
     }
 
+    pub(super) fn outcome(&self) -> &SearchOutcome {
+        self.outcome
+    }
+
+    pub(super) fn names(&self) -> &ObjectiveNames {
+        self.names
+    }
+
+    /// Returns pairs of predicted and measured objectives, in the order of the evaluations.
+    pub(super) fn comparisons(&self) -> Vec<(&Evaluation, &[f64])> {
+        let mut found: Vec<(&Evaluation, &[f64])> = Vec::new();
+        for (config, values) in self.outcome.predicted().iter().rev() {
+            if let Some(measured) = self.outcome.get(config)
+                && found.iter().all(|(known, _)| known.index != measured.index)
+            {
+                found.push((measured, values));
+            }
+        }
+        found.sort_by_key(|(measured, _)| measured.index);
+        found
+    }
+
+    /// Returns the point up to which hypervolumes are measured: the largest finite score and cost of
+    /// the full evaluations. `None` if there is none, or if there are more than two objectives.
+    pub(super) fn reference_point(&self) -> Option<[f64; 2]> {
+        let full = self.outcome.evaluations().iter().filter(|e| e.is_full());
+        let mut worst = [f64::NEG_INFINITY; 2];
+        for evaluation in full {
+            let [score, cost] = evaluation.objectives[..] else {
+                return None;
+            };
+            if score.is_finite() && cost.is_finite() {
+                worst = [worst[0].max(score), worst[1].max(cost)];
+            }
+        }
+        worst.iter().all(|x| x.is_finite()).then_some(worst)
+    }
+
+    /// Returns the hypervolume after each evaluation, up to the largest score and cost of all; empty
+    /// if there are not two objectives.
+    pub(super) fn hypervolumes(&self) -> Vec<f64> {
+        let reference = self.reference_point();
+        reference.map_or_else(Vec::new, |reference| self.outcome.hypervolumes(&reference))
+    }
+
+    /// Returns the front as a table in Markdown, cheapest first: number of the evaluation, cost,
+    /// score, its standard error if it is known, roles, and the values of the groups.
+    pub fn to_table(&self) -> String {
+        let mut text = format!(
+            "| evaluation | {} | {} | standard error | role | values |\n|---|---|---|---|---|---|\n",
+            self.names.cost, self.names.score
+        );
+        for member in self.outcome.front() {
+            let error = member.score_error;
+            let _ = writeln!(
+                text,
+                "| {} | {} | {:.5} | {} | {} | {} |",
+                member.index + 1,
+                member.cost(),
+                self.names.shown(member.score()),
+                error.map_or(String::new(), |error| format!("{error:.5}")),
+                self.roles(&member.config).join(", "),
+                member.config,
+            );
+        }
+        text
+    }
+
+    /// Roles of a subnet, and the names under which it was chosen.
+    fn roles(&self, config: &SubnetConfig) -> Vec<&str> {
+        let references = self.references();
+        let chosen = self.chosen.iter();
+        let chosen = chosen.map(|(name, config)| (name.as_str(), config));
+        ROLES
+            .into_iter()
+            .zip(&references)
+            .chain(chosen)
+            .filter(|(_, of)| config == *of)
+            .map(|(name, _)| name)
+            .collect()
+    }
+
     pub(super) fn references(&self) -> [SubnetConfig; 3] {
         [
             self.space.heuristic(),
@@ -117,27 +199,21 @@ impl<'a> SearchReport<'a> {
     /// Returns a CSV table with one row per evaluation, in the order of proposals: number (from 1),
     /// cost, score (with its original sign if a larger score is better), whether it is on the
     /// front, roles (`heuristic`, `maximal`, `minimal`, and the names of chosen subnets), whether it
-    /// was cached, seconds, and the values in the space's order of groups.
+    /// was cached, seconds, fidelity, the hypervolume so far (up to the largest score and cost of all;
+    /// empty if there are not two objectives), and the values in the space's order of groups.
     pub fn to_csv(&self) -> String {
-        let references = self.references();
-        let mut text = String::from("evaluation,cost,score,front,role,cached,seconds,values\n");
+        let volumes = self.hypervolumes();
+        let mut text = String::from(
+            "evaluation,cost,score,front,role,cached,seconds,fidelity,hypervolume,values\n",
+        );
         for evaluation in self.outcome.evaluations() {
-            let chosen = self
-                .chosen
-                .iter()
-                .map(|(name, config)| (name.as_str(), config));
-            let roles: Vec<&str> = ROLES
-                .into_iter()
-                .zip(&references)
-                .chain(chosen)
-                .filter(|(_, r)| evaluation.config == **r)
-                .map(|(name, _)| name)
-                .collect();
+            let roles = self.roles(&evaluation.config);
+            let volume = volumes.get(evaluation.index).map(f64::to_string);
             let values = self.space.values(&evaluation.config).unwrap_or_default();
             let values: Vec<String> = values.iter().map(usize::to_string).collect();
             let _ = writeln!(
                 text,
-                "{},{},{},{},{},{},{},{}",
+                "{},{},{},{},{},{},{},{},{},{}",
                 evaluation.index + 1,
                 evaluation.cost(),
                 self.names.shown(evaluation.score()),
@@ -145,6 +221,8 @@ impl<'a> SearchReport<'a> {
                 roles.join(" "),
                 u8::from(evaluation.cached),
                 evaluation.seconds,
+                evaluation.fidelity,
+                volume.unwrap_or_default(),
                 values.join(" "),
             );
         }
@@ -153,7 +231,9 @@ impl<'a> SearchReport<'a> {
 
     /// Returns JSON with the names, the unchanged evaluations (objectives minimised, score first),
     /// the front as positions among the evaluations, cheapest first, and the positions of the
-    /// heuristic, maximal, minimal and chosen subnets (null if not evaluated).
+    /// heuristic, maximal, minimal and chosen subnets (null if not evaluated); the cost in full
+    /// evaluations, the hypervolume after each evaluation with its reference point, and what was
+    /// predicted.
     ///
     /// # Errors
     /// Returns [`Error::Json`] if serialization fails, which no outcome is known to cause.
@@ -177,6 +257,14 @@ impl<'a> SearchReport<'a> {
             "maximal": at(&maximal),
             "minimal": at(&minimal),
             "chosen": chosen,
+            "n_full_evaluations": self.outcome.n_full_evaluations(),
+            "hypervolume": {
+                "reference": self.reference_point(),
+                "after": self.hypervolumes(),
+            },
+            "predicted": self.comparisons().into_iter().map(|(measured, predicted)| {
+                json!({"evaluation": measured.index, "objectives": predicted})
+            }).collect::<Vec<_>>(),
             "evaluations": Value::Null,
         });
         let written = || {

@@ -1,17 +1,18 @@
-//! Searchers that do not learn: the papers' heuristic, a given list, and random draws.
+//! Searchers that do not learn: the papers' heuristic, a given list, all subnets, and random draws.
 
 use std::collections::{HashSet, VecDeque};
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
-use super::proposals::{Arity, Unseen, decode_all, not_asked};
+use super::proposals::{Arity, Genome, Unseen, decode_all, not_asked};
 use super::{Evaluation, Searcher};
 use crate::error::Result;
 use crate::space::{SearchSpace, SubnetConfig};
 
 /// Proposes only the papers' heuristic subnet, which has the middle choice of every group.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Heuristic {
     list: FixedList,
 }
@@ -44,7 +45,7 @@ impl Searcher for Heuristic {
 }
 
 /// Proposes each subnet of a list once, in order.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct FixedList {
     left: VecDeque<SubnetConfig>,
@@ -102,6 +103,61 @@ impl Searcher for FixedList {
     }
 }
 
+/// Proposes every subnet of a space once, from the largest to the smallest choice of each group;
+/// the last group changes first.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Exhaustive {
+    space: SearchSpace,
+    next: Option<Genome>,
+    outstanding: HashSet<SubnetConfig>,
+    arity: Arity,
+}
+
+impl Exhaustive {
+    /// Creates the searcher for all subnets of `space`.
+    pub fn new(space: &SearchSpace) -> Self {
+        Self {
+            space: space.clone(),
+            next: Some(vec![0; space.len()]),
+            outstanding: HashSet::new(),
+            arity: Arity::default(),
+        }
+    }
+}
+
+impl Searcher for Exhaustive {
+    fn name(&self) -> &str {
+        "exhaustive"
+    }
+
+    fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+        let mut genomes = Vec::new();
+        while genomes.len() < n
+            && let Some(genome) = self.next.take()
+        {
+            let mut next = genome.clone();
+            let groups = self.space.groups().iter().zip(&mut next).rev();
+            let carried = groups.into_iter().all(|(group, gene)| {
+                *gene = (*gene + 1) % group.choices().len();
+                *gene == 0
+            });
+            self.next = (!carried).then_some(next);
+            genomes.push(genome);
+        }
+        let configs = decode_all(&self.space, &genomes);
+        self.outstanding.extend(configs.iter().cloned());
+        configs
+    }
+
+    fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+        settle(&mut self.outstanding, &mut self.arity, evaluated)
+    }
+
+    fn is_finished(&self) -> bool {
+        self.next.is_none()
+    }
+}
+
 /// Settings of [`RandomSearch`].
 #[derive(Clone, Debug, Default)]
 pub struct RandomSearchConfig {
@@ -146,7 +202,7 @@ impl RandomSearchConfig {
 }
 
 /// Proposes uniformly drawn subnets, each at most once, until the space is exhausted.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[doc(hidden)]
 pub struct RandomSearch {
     space: SearchSpace,

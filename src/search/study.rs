@@ -21,7 +21,8 @@ const MAX_LINE_BYTES: u64 = 16 << 20;
 /// Settings of a [`Study`].
 #[derive(Clone, Debug)]
 pub struct StudyConfig {
-    /// Maximum number of different subnets that a search proposes.
+    /// Maximum number of different subnets that a search proposes. Evaluations of a lower fidelity
+    /// count as that fraction.
     pub n_evals: usize,
     /// Maximum number of subnets that [`Study::run_parallel`] evaluates in parallel. It does not
     /// change the result.
@@ -32,6 +33,10 @@ pub struct StudyConfig {
     pub log: Option<PathBuf>,
     /// Identifies what is evaluated (model, data, ...). A log with another tag is refused.
     pub tag: String,
+    /// Number of evaluations that may fail in a search. A failed evaluation is recorded with its
+    /// error and objectives of NaN. The search ends with the error of the next one, and with that
+    /// of the first evaluation of all.
+    pub max_failures: usize,
 }
 
 impl StudyConfig {
@@ -42,6 +47,7 @@ impl StudyConfig {
             batch: 16,
             log: None,
             tag: String::new(),
+            max_failures: 16,
         }
     }
 
@@ -49,6 +55,7 @@ impl StudyConfig {
         with_batch(batch: usize);
         with_log(log: impl Into<PathBuf>) = Some(log.into());
         with_tag(tag: impl Into<String>) = tag.into();
+        with_max_failures(max_failures: usize);
     }
 
     /// Creates the study over `space` and reads an existing log.
@@ -74,11 +81,36 @@ impl StudyConfig {
     }
 }
 
+/// What an evaluation measured.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measurement {
+    /// Objectives, to be minimised; see [`super::SCORE`] and [`super::COST`].
+    pub objectives: Vec<f64>,
+    /// Standard error of the score, if it is known.
+    pub score_error: Option<f64>,
+}
+
+impl From<Vec<f64>> for Measurement {
+    fn from(objectives: Vec<f64>) -> Self {
+        Self {
+            objectives,
+            score_error: None,
+        }
+    }
+}
+
+/// A subnet and the bits of the fidelity of its evaluation.
+type Key = (SubnetConfig, u64);
+
+/// Evaluations by subnet and fidelity. What is measured at one fidelity does not answer for
+/// another, because scores on different data are not comparable.
+type Cache = HashMap<Key, Evaluation>;
+
 /// Runs searches and keeps their results, so that no subnet is evaluated twice, even by different
 /// searchers.
 pub struct Study {
     settings: StudyConfig,
-    cache: HashMap<SubnetConfig, Vec<f64>>,
+    cache: Cache,
     log: Option<Log>,
 }
 
@@ -95,10 +127,14 @@ impl Study {
     /// known), or when the searcher is finished. `objective` returns at least one number; all are
     /// minimised. See [`super::SCORE`].
     ///
+    /// Subnets are evaluated in full, whatever fidelity the searcher asks for; see
+    /// [`run_at`](Self::run_at).
+    ///
     /// # Errors
-    /// Returns the errors of `objective` and of the searcher, [`Error::ShapeMismatch`] if the
-    /// number of objectives changes, [`Error::Io`] if the log cannot be written, and
-    /// [`Error::Interrupted`]. Completed evaluations stay in the cache and in the log.
+    /// Returns the errors of the searcher, those of `objective` beyond
+    /// [`StudyConfig::max_failures`], [`Error::ShapeMismatch`] if the number of objectives changes,
+    /// [`Error::Io`] if the log cannot be written, and [`Error::Interrupted`]. Completed
+    /// evaluations stay in the cache and in the log.
     pub fn run<S, F>(
         &mut self,
         searcher: &mut S,
@@ -109,11 +145,40 @@ impl Study {
         S: Searcher + ?Sized,
         F: FnMut(&SubnetConfig) -> Result<Vec<f64>>,
     {
-        let mut evaluate = |configs: &[SubnetConfig], task: &Task<'_>| -> Vec<Timed> {
+        let mut evaluate = |configs: &[SubnetConfig], _, task: &Task<'_>| -> Vec<Timed> {
             let one = |config| timed(|| task.check().and_then(|()| objective(config)));
             configs.iter().map(one).collect()
         };
-        self.drive(searcher, 1, &mut evaluate, progress)
+        self.drive(searcher, 1, &mut |_| 1.0, &mut evaluate, progress)
+    }
+
+    /// Searches like [`run`](Self::run), with an objective that can use a part of its data.
+    ///
+    /// `objective` gets the fraction of a full evaluation's data that it should use, above 0 and at
+    /// most 1; it should be the same part of the data for all subnets. The budget counts these
+    /// fractions.
+    ///
+    /// # Errors
+    /// Returns the errors of [`run`](Self::run).
+    pub fn run_at<S, F>(
+        &mut self,
+        searcher: &mut S,
+        mut objective: F,
+        progress: &dyn Progress,
+    ) -> Result<SearchOutcome>
+    where
+        S: Searcher + ?Sized,
+        F: FnMut(&SubnetConfig, f64) -> Result<Measurement>,
+    {
+        let mut evaluate = |configs: &[SubnetConfig], fidelity, task: &Task<'_>| -> Vec<Timed> {
+            let one = |config| timed(|| task.check().and_then(|()| objective(config, fidelity)));
+            configs.iter().map(one).collect()
+        };
+        let mut fidelity = |searcher: &S| match searcher.fidelity() {
+            fidelity if fidelity > 0.0 => fidelity.min(1.0),
+            _ => 1.0,
+        };
+        self.drive(searcher, 1, &mut fidelity, &mut evaluate, progress)
     }
 
     /// Searches like [`run`](Self::run), but evaluates the subnets of a batch in parallel in
@@ -133,122 +198,149 @@ impl Study {
         F: Fn(&SubnetConfig) -> Result<Vec<f64>> + Sync,
     {
         let batch = self.settings.batch;
-        let mut evaluate = |configs: &[SubnetConfig], task: &Task<'_>| -> Vec<Timed> {
+        let mut evaluate = |configs: &[SubnetConfig], _, task: &Task<'_>| -> Vec<Timed> {
             let one = |config| timed(|| task.check().and_then(|()| objective(config)));
             configs.par_iter().map(one).collect()
         };
-        self.drive(searcher, batch, &mut evaluate, progress)
+        self.drive(searcher, batch, &mut |_| 1.0, &mut evaluate, progress)
     }
 
     fn drive<S: Searcher + ?Sized>(
         &mut self,
         searcher: &mut S,
         batch: usize,
+        fidelity: &mut dyn FnMut(&S) -> f64,
         evaluate: &mut Evaluate<'_>,
         progress: &dyn Progress,
     ) -> Result<SearchOutcome> {
-        let mut task = Task::begin(progress, "search", self.settings.n_evals, "subnets")?;
+        let n_evals = self.settings.n_evals;
+        let mut task = Task::begin(progress, "search", n_evals, "subnets")?;
         let mut evaluations: Vec<Evaluation> = Vec::new();
-        let mut proposed: HashSet<SubnetConfig> = HashSet::new();
-        let mut n_repeats = 0usize;
+        let mut proposed: HashSet<Key> = HashSet::new();
+        let (mut n_repeats, mut n_failures) = (0usize, 0usize);
+        // Cost so far in full evaluations.
+        let mut spent = 0.0f64;
         let stopped = loop {
-            let left = self.settings.n_evals.saturating_sub(proposed.len());
+            let fidelity = fidelity(searcher);
+            // The small term is for sums of fractions that are not exact.
+            let left = ((n_evals as f64 - spent) / fidelity + 1e-6).max(0.0) as usize;
             if left == 0 {
                 break StopReason::Budget;
             }
             let asked = searcher.ask(batch.min(left));
             // All objectives have been told, so a searcher that proposes nothing is done. So is one
             // that only repeats its proposals.
-            if asked.is_empty() || n_repeats > 100 + 10 * self.settings.n_evals {
-                break StopReason::Exhausted;
+            if asked.is_empty() || n_repeats > 100 + 10 * n_evals {
+                break match searcher.is_finished() {
+                    true => searcher.reason(),
+                    false => StopReason::Exhausted,
+                };
             }
+            let key = |config: &SubnetConfig| (config.clone(), fidelity.to_bits());
             let mut fresh: Vec<SubnetConfig> = Vec::new();
             for config in &asked {
-                if !proposed.insert(config.clone()) {
+                if !proposed.insert(key(config)) {
                     n_repeats += 1;
-                } else if !self.cache.contains_key(config) {
+                    continue;
+                }
+                spent += fidelity;
+                if !self.cache.contains_key(&key(config)) {
                     fresh.push(config.clone());
                 }
             }
-            let results = evaluate(&fresh, &task);
-            let mut done: HashMap<SubnetConfig, f64> = HashMap::new();
+            let results = evaluate(&fresh, fidelity, &task);
+            let mut done: HashSet<SubnetConfig> = HashSet::new();
             let mut failure = None;
             for (config, (result, seconds)) in fresh.into_iter().zip(results) {
-                match result {
-                    Ok(objectives) => {
-                        self.remember(&config, objectives, seconds)?;
-                        done.insert(config, seconds);
+                let is_first = self.cache.is_empty();
+                let (measured, error) = match result {
+                    Ok(measured) => (measured, None),
+                    Err(error @ Error::Interrupted { .. }) => {
+                        failure = failure.or(Some(error));
+                        continue;
                     }
-                    Err(error) => failure = failure.or(Some(error)),
-                }
+                    Err(error) if failure.is_some() || is_first => {
+                        failure = failure.or(Some(error));
+                        continue;
+                    }
+                    Err(error) => {
+                        n_failures += 1;
+                        if n_failures > self.settings.max_failures {
+                            failure = Some(error);
+                            continue;
+                        }
+                        let objectives = vec![f64::NAN; self.arity().unwrap_or(1)];
+                        (Measurement::from(objectives), Some(error.to_string()))
+                    }
+                };
+                self.remember(Evaluation {
+                    score_error: measured.score_error,
+                    fidelity,
+                    error,
+                    seconds,
+                    index: self.cache.len(),
+                    ..Evaluation::new(config.clone(), measured.objectives)
+                })?;
+                done.insert(config);
             }
             if let Some(error) = failure {
                 return Err(error);
             }
             let first = evaluations.len();
             for config in asked {
-                let Some(objectives) = self.cache.get(&config) else {
+                let Some(known) = self.cache.get(&key(&config)) else {
                     continue;
                 };
-                let seconds = done.remove(&config);
+                let fresh = done.remove(&config);
                 evaluations.push(Evaluation {
                     index: evaluations.len(),
-                    objectives: objectives.clone(),
-                    cached: seconds.is_none(),
-                    seconds: seconds.unwrap_or(0.0),
-                    config,
+                    cached: !fresh,
+                    seconds: if fresh { known.seconds } else { 0.0 },
+                    ..known.clone()
                 });
             }
             searcher.tell(&evaluations[first..])?;
-            task.advance(proposed.len() - task.done(), "");
+            task.advance((spent + 1e-6) as usize - task.done(), "");
         };
-        Ok(SearchOutcome::new(searcher.name(), stopped, evaluations))
+        let outcome = SearchOutcome::new(searcher.name(), stopped, evaluations);
+        Ok(outcome.with_predicted(searcher.predicted()))
     }
 
-    fn remember(
-        &mut self,
-        config: &SubnetConfig,
-        objectives: Vec<f64>,
-        seconds: f64,
-    ) -> Result<()> {
-        let expected = self
-            .cache
-            .values()
-            .next()
-            .map_or(objectives.len().max(1), Vec::len);
-        if objectives.len() != expected {
-            let what = format!("objectives of subnet {config}");
+    /// Number of objectives, once one evaluation is known.
+    fn arity(&self) -> Option<usize> {
+        let known = self.cache.values().next();
+        known.map(|evaluation| evaluation.objectives.len())
+    }
+
+    fn remember(&mut self, evaluation: Evaluation) -> Result<()> {
+        let found = evaluation.objectives.len();
+        let expected = self.arity().unwrap_or(found.max(1));
+        if found != expected {
+            let what = format!("objectives of subnet {}", evaluation.config);
             return Err(Error::ShapeMismatch {
                 what,
                 expected: vec![expected],
-                found: vec![objectives.len()],
+                found: vec![found],
             });
         }
         if let Some(log) = &mut self.log {
-            let index = self.cache.len();
-            let objectives = objectives.clone();
-            log.write(&Evaluation {
-                index,
-                config: config.clone(),
-                objectives,
-                cached: false,
-                seconds,
-            })?;
+            log.write(&evaluation)?;
         }
-        self.cache.insert(config.clone(), objectives);
+        let key = (evaluation.config.clone(), evaluation.fidelity.to_bits());
+        self.cache.insert(key, evaluation);
         Ok(())
     }
 }
 
-/// Objectives and seconds of an evaluation.
-type Timed = (Result<Vec<f64>>, f64);
+/// What an evaluation gave, and its seconds.
+type Timed = (Result<Measurement>, f64);
 
-/// Evaluates subnets, and checks for interruption before each one.
-type Evaluate<'a> = dyn FnMut(&[SubnetConfig], &Task<'_>) -> Vec<Timed> + 'a;
+/// Evaluates subnets at a fidelity, and checks for interruption before each one.
+type Evaluate<'a> = dyn FnMut(&[SubnetConfig], f64, &Task<'_>) -> Vec<Timed> + 'a;
 
-fn timed(objective: impl FnOnce() -> Result<Vec<f64>>) -> Timed {
+fn timed<M: Into<Measurement>>(objective: impl FnOnce() -> Result<M>) -> Timed {
     let start = Instant::now();
-    let result = objective();
+    let result = objective().map(Into::into);
     (result, start.elapsed().as_secs_f64())
 }
 
@@ -269,12 +361,7 @@ struct Log {
 impl Log {
     /// Reads the log into `cache` and opens it for appending. An incomplete last line, which a
     /// killed process leaves behind, is removed.
-    fn open(
-        path: &Path,
-        tag: &str,
-        space: &SearchSpace,
-        cache: &mut HashMap<SubnetConfig, Vec<f64>>,
-    ) -> Result<Self> {
+    fn open(path: &Path, tag: &str, space: &SearchSpace, cache: &mut Cache) -> Result<Self> {
         let io = |source| Error::io(path, source);
         if path.exists() {
             // A pipe would be waited for.
@@ -346,7 +433,8 @@ impl Log {
                         "{found} objectives, the record before has {expected}"
                     )));
                 }
-                cache.insert(evaluation.config, evaluation.objectives);
+                let key = (evaluation.config.clone(), evaluation.fidelity.to_bits());
+                cache.insert(key, evaluation);
             }
             whole += n;
             record += 1;

@@ -29,10 +29,10 @@ struct Model {
 impl Surrogate {
     /// Fits the evaluations. Returns `None` if fewer than 8 of them are finite or if there are too
     /// many features.
-    pub(super) fn fit(n_choices: &[usize], told: &[(Genome, Vec<f64>)]) -> Option<Self> {
+    pub(super) fn fit<O: AsRef<[f64]>>(n_choices: &[usize], told: &[(Genome, O)]) -> Option<Self> {
         let told: Vec<_> = told
             .iter()
-            .filter(|(_, objectives)| objectives.iter().all(|value| value.is_finite()))
+            .filter(|(_, objectives)| objectives.as_ref().iter().all(|value| value.is_finite()))
             .collect();
         let mut offsets = Vec::with_capacity(n_choices.len());
         let mut n_features = 0;
@@ -64,16 +64,16 @@ impl Surrogate {
             factor[i * n_features + i] += RIDGE;
         }
         cholesky(&mut factor, n_features)?;
-        for objective in 0..told.first()?.1.len() {
+        for objective in 0..told.first()?.1.as_ref().len() {
             let mean = told
                 .iter()
-                .map(|(_, values)| values[objective])
+                .map(|(_, values)| values.as_ref()[objective])
                 .sum::<f64>()
                 / told.len() as f64;
             let mut weights = vec![0.0; n_features];
             for (row, (_, values)) in rows.iter().zip(&told) {
                 for &(i, x) in row {
-                    weights[i] += x * (values[objective] - mean);
+                    weights[i] += x * (values.as_ref()[objective] - mean);
                 }
             }
             solve(&factor, n_features, &mut weights);
@@ -109,7 +109,7 @@ impl Surrogate {
 
 /// Replaces a symmetric positive definite matrix by its lower Cholesky factor. Returns `None` if it
 /// is not positive definite.
-fn cholesky(a: &mut [f64], n: usize) -> Option<()> {
+pub(super) fn cholesky(a: &mut [f64], n: usize) -> Option<()> {
     for i in 0..n {
         for j in 0..=i {
             let dot: f64 = a[i * n..i * n + j]
@@ -129,7 +129,7 @@ fn cholesky(a: &mut [f64], n: usize) -> Option<()> {
 }
 
 /// Solves `L L^T x = b` in place of `b`.
-fn solve(factor: &[f64], n: usize, b: &mut [f64]) {
+pub(super) fn solve(factor: &[f64], n: usize, b: &mut [f64]) {
     for i in 0..n {
         let dot: f64 = (0..i).map(|j| factor[i * n + j] * b[j]).sum();
         b[i] = (b[i] - dot) / factor[i * n + i];

@@ -63,6 +63,18 @@ fn without_times(outcome: &SearchOutcome) -> Vec<(SubnetConfig, Vec<f64>)> {
         .collect()
 }
 
+/// Number of searchers that [`searchers`] returns.
+const SEARCHERS: usize = 7;
+
+fn selecting(space: &SearchSpace, seed: u64, selection: Selection) -> Nsga {
+    NsgaConfig::new()
+        .with_population(10)
+        .with_selection(selection)
+        .with_seed(seed)
+        .init(space)
+        .unwrap()
+}
+
 fn searchers(space: &SearchSpace, seed: u64) -> Vec<Box<dyn Searcher>> {
     vec![
         Box::new(
@@ -93,6 +105,24 @@ fn searchers(space: &SearchSpace, seed: u64) -> Vec<Box<dyn Searcher>> {
                 .init(space)
                 .unwrap(),
         ),
+        Box::new(selecting(
+            space,
+            seed,
+            Selection::ReferencePoints {
+                points: vec![vec![2.0, 1e6], vec![3.0, 0.0]],
+                epsilon: 0.01,
+            },
+        )),
+        Box::new(selecting(
+            space,
+            seed,
+            Selection::Directions { partitions: 9 },
+        )),
+        Box::new(selecting(
+            space,
+            seed,
+            Selection::Goal(Goal::CostWithin(4.0)),
+        )),
     ]
 }
 
@@ -247,7 +277,7 @@ fn every_searcher_exhausts_a_small_space_without_repeating() {
 #[test]
 fn same_seed_same_result_however_it_is_driven() {
     let space = space(12, &[32, 24, 16, 8]);
-    for which in 0..4 {
+    for which in 0..SEARCHERS {
         let make = |seed| searchers(&space, seed).swap_remove(which);
         let reference = run_toy(&space, &mut make(7), 120);
         assert_eq!(
@@ -300,6 +330,52 @@ fn same_seed_same_result_however_it_is_driven() {
             .collect();
         assert_eq!(order, expected);
     }
+}
+
+/// The state of a searcher, written as JSON in the middle of a generation, goes on like the searcher
+/// itself.
+#[test]
+fn states_go_on_from_json() {
+    fn check<S: Searcher + serde::Serialize + serde::de::DeserializeOwned>(mut searcher: S) {
+        let space = space(7, &[32, 24, 16, 8]);
+        let tell = |searcher: &mut S, asked: Vec<SubnetConfig>| {
+            let mut told: Vec<Evaluation> = asked
+                .into_iter()
+                .map(|config| Evaluation::new(config.clone(), toy(&space, &config).unwrap()))
+                .collect();
+            if let Some(last) = told.last_mut() {
+                last.objectives[0] = f64::NAN;
+            }
+            searcher.tell(&told).unwrap();
+        };
+        for n in [5, 3, 4, 7, 1, 6] {
+            let asked = searcher.ask(n);
+            tell(&mut searcher, asked);
+        }
+        let asked = searcher.ask(4);
+        let text = serde_json::to_string(&searcher).unwrap();
+        let mut copy: S = serde_json::from_str(&text).unwrap();
+        tell(&mut copy, asked.clone());
+        tell(&mut searcher, asked);
+        for n in [3, 9, 2, 20, 20, 20] {
+            let asked = searcher.ask(n);
+            assert_eq!(copy.ask(n), asked, "{}", searcher.name());
+            tell(&mut copy, asked.clone());
+            tell(&mut searcher, asked);
+        }
+    }
+    let space = space(7, &[32, 24, 16, 8]);
+    check(RandomSearchConfig::new().init(&space).unwrap());
+    check(Exhaustive::new(&space));
+    check(HillClimbingConfig::new().init(&space).unwrap());
+    let nsga = NsgaConfig::new().with_population(8);
+    check(nsga.clone().init(&space).unwrap());
+    check(nsga.with_screening(4).init(&space).unwrap());
+    check(selecting(
+        &space,
+        2,
+        Selection::Directions { partitions: 5 },
+    ));
 }
 
 #[test]
@@ -359,7 +435,7 @@ fn settings_are_checked() {
     );
     assert!(
         HillClimbingConfig::new()
-            .with_budget(CostBudget::AtMost(f64::NAN))
+            .with_goal(Goal::ScoreUnder(f64::NAN))
             .init(&space)
             .is_err()
     );
@@ -375,7 +451,7 @@ fn settings_are_checked() {
 #[test]
 fn nsga2_starts_with_the_given_subnets() {
     let space = space(8, &[32, 24, 16]);
-    let first = |mut searcher: Nsga2| searcher.ask(3);
+    let first = |mut searcher: Nsga| searcher.ask(3);
     let default = first(NsgaConfig::new().init(&space).unwrap());
     assert_eq!(
         default,
@@ -482,7 +558,7 @@ fn hill_climbing_keeps_its_budget_and_finds_optima() {
     }
     // Without a limit and restarts, it ends in a local optimum, here the largest subnet.
     let config = HillClimbingConfig::new()
-        .with_budget(CostBudget::Unlimited)
+        .with_goal(Goal::ScoreUnder(f64::INFINITY))
         .with_restarts(0)
         .with_start(space.minimal());
     let mut searcher = config.init(&space).unwrap();
@@ -502,7 +578,7 @@ fn hill_climbing_keeps_its_budget_and_finds_optima() {
     // A start over the budget moves into the budget.
     let limit = start[1] * 0.8;
     let mut searcher = HillClimbingConfig::new()
-        .with_budget(CostBudget::AtMost(limit))
+        .with_goal(Goal::ScoreUnder(limit))
         .init(&space)
         .unwrap();
     assert!(
@@ -540,6 +616,164 @@ fn searchers_survive_nan() {
             .to_svg()
             .unwrap();
     }
+}
+
+/// Each goal is reached by evolution and by hill climbing, and beats random search.
+#[test]
+fn goals_are_met() {
+    let space = space(14, &[32, 24, 16, 8]);
+    let start = toy(&space, &space.heuristic()).unwrap();
+    let goals = [
+        Goal::ScoreUnder(0.8 * start[1]),
+        Goal::CostWithin(1.02 * start[0]),
+        Goal::WeightedSum(vec![1.0, 1e-6]),
+    ];
+    for goal in goals {
+        let best = |searcher: &mut dyn Searcher| {
+            let outcome = run_toy(&space, searcher, 400);
+            outcome.best(&goal).map(|e| e.objectives.clone())
+        };
+        let mut random = RandomSearchConfig::new().init(&space).unwrap();
+        let mut climb = HillClimbingConfig::new().with_goal(goal.clone());
+        climb.restarts = 3;
+        let mut climb = climb.init(&space).unwrap();
+        let mut evolve = selecting(&space, 1, Selection::Goal(goal.clone()));
+        let drawn = best(&mut random).unwrap();
+        for found in [best(&mut climb).unwrap(), best(&mut evolve).unwrap()] {
+            assert!(goal.is_met(&found));
+            assert!(
+                goal.compare(&found, &drawn).is_lt(),
+                "{goal:?}: {found:?} {drawn:?}"
+            );
+        }
+    }
+    assert!(Goal::WeightedSum(vec![0.0]).check().is_err());
+    assert!(Goal::WeightedSum(vec![1.0, -1.0]).check().is_err());
+}
+
+#[test]
+fn reference_points_draw_the_search() {
+    let space = space(14, &[32, 24, 16, 8]);
+    // Points near the front: subnets of one rank.
+    let at = |rank: usize| toy(&space, &space.from_values(&[rank; 14]).unwrap()).unwrap();
+    let near = |point: &[f64], found: &[f64]| (found[1] - point[1]).abs() / at(32)[1];
+    for share in [16, 24] {
+        let selection = Selection::ReferencePoints {
+            points: vec![at(share)],
+            epsilon: 0.001,
+        };
+        let outcome = run_toy(&space, &mut selecting(&space, 1, selection), 400);
+        let last = &outcome.evaluations()[300..];
+        let mean = |of: &[Evaluation]| {
+            of.iter()
+                .map(|e| near(&at(share), &e.objectives))
+                .sum::<f64>()
+                / of.len() as f64
+        };
+        assert!(mean(last) < 0.12, "{share}: {}", mean(last));
+    }
+    let check = |selection| {
+        NsgaConfig::new()
+            .with_selection(selection)
+            .init(&space)
+            .is_err()
+    };
+    assert!(check(Selection::Directions { partitions: 0 }));
+    assert!(check(Selection::Goal(Goal::CostWithin(f64::NAN))));
+    let (points, epsilon) = (Vec::new(), 0.0);
+    assert!(check(Selection::ReferencePoints { points, epsilon }));
+}
+
+#[test]
+fn exhaustive_search_knows_the_front() {
+    let space = space(4, &[32, 24, 16, 8]);
+    let all = run_toy(&space, &mut Exhaustive::new(&space), 1000);
+    assert_eq!(
+        (all.evaluations().len(), all.stopped()),
+        (256, StopReason::Exhausted)
+    );
+    assert_eq!(all.evaluations()[0].config, space.maximal());
+    assert_eq!(all.evaluations()[255].config, space.minimal());
+    let part = run_toy(&space, &mut searchers(&space, 1)[2], 60);
+    for found in part.front() {
+        assert!(
+            !all.front()
+                .any(|other| dominates(&found.objectives, &other.objectives))
+        );
+    }
+    let reference = [10.0, 1e7];
+    let volumes = part.hypervolumes(&reference);
+    assert!(volumes.windows(2).all(|pair| pair[0] <= pair[1]) && volumes.len() == 60);
+    assert!((volumes[59] - hypervolume(&objectives(&part), &reference)).abs() < 1e-6);
+    assert!(volumes[59] <= hypervolume(&objectives(&all), &reference));
+}
+
+/// Evaluations of a part of the data count as that part, and are neither on the front nor mixed up
+/// with full ones.
+#[test]
+fn fidelities_are_counted_and_kept_apart() {
+    /// Asks for each subnet at a quarter of the data, and then in full.
+    struct Twice(FixedList, FixedList);
+    impl Searcher for Twice {
+        fn name(&self) -> &str {
+            "twice"
+        }
+        fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
+            match self.0.is_finished() {
+                true => self.1.ask(n),
+                false => self.0.ask(n),
+            }
+        }
+        fn tell(&mut self, evaluated: &[Evaluation]) -> Result<()> {
+            evaluated.iter().try_for_each(|one| match one.is_full() {
+                true => self.1.tell(std::slice::from_ref(one)),
+                false => self.0.tell(std::slice::from_ref(one)),
+            })
+        }
+        fn is_finished(&self) -> bool {
+            self.1.is_finished()
+        }
+        fn fidelity(&self) -> f64 {
+            if self.0.is_finished() { 1.0 } else { 0.25 }
+        }
+    }
+    let space = space(3, &[32, 24]);
+    let configs = vec![space.maximal(), space.minimal(), space.heuristic()];
+    let list = || FixedList::new(&space, configs.clone()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let settings = StudyConfig::new(3).with_log(dir.path().join("log.jsonl"));
+    let evaluate = |config: &SubnetConfig, fidelity: f64| {
+        let mut objectives = toy(&space, config)?;
+        objectives[0] -= 1.0 - fidelity;
+        let score_error = Some(0.1 / fidelity.sqrt());
+        Ok(Measurement {
+            objectives,
+            score_error,
+        })
+    };
+    let mut study = settings.init(&space).unwrap();
+    let outcome = study
+        .run_at(&mut Twice(list(), list()), evaluate, &Silent)
+        .unwrap();
+    // Three quarters, and two whole ones: the third would exceed the budget.
+    let at: Vec<f64> = outcome.evaluations().iter().map(|e| e.fidelity).collect();
+    assert_eq!(at, [0.25, 0.25, 1.0, 1.0]);
+    assert_eq!(outcome.n_full_evaluations(), 2.5);
+    assert!(outcome.front().all(|evaluation| evaluation.is_full()));
+    assert_eq!(outcome.evaluations()[0].score_error, Some(0.2));
+    drop(study);
+    let mut study = settings.init(&space).unwrap();
+    assert_eq!(study.n_known(), 4);
+    let again = study
+        .run_at(&mut Twice(list(), list()), |_, _| panic!("known"), &Silent)
+        .unwrap();
+    assert_eq!(without_times(&again), without_times(&outcome));
+    // An objective that knows no parts is evaluated in full.
+    let mut study = StudyConfig::new(3).init(&space).unwrap();
+    let plain = study
+        .run(&mut list(), |config| toy(&space, config), &Silent)
+        .unwrap();
+    assert!(plain.evaluations().iter().all(Evaluation::is_full));
 }
 
 // --- known fronts ---
@@ -700,7 +934,7 @@ fn nothing_is_evaluated_twice() {
 fn a_search_resumes_from_its_log() {
     let space = space(10, &[32, 24, 16]);
     let dir = tempfile::tempdir().unwrap();
-    for which in 0..4 {
+    for which in 0..SEARCHERS {
         let make = || searchers(&space, 5).swap_remove(which);
         let whole = run_toy(&space, &mut make(), 60);
         let path = dir.path().join(format!("{which}.jsonl"));
@@ -793,21 +1027,69 @@ fn logs_are_checked() {
 }
 
 #[test]
+fn failures_are_recorded_and_do_no_harm() {
+    let space = space(5, &[32, 24, 16]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log.jsonl");
+    let settings = StudyConfig::new(60).with_log(&path).with_max_failures(20);
+    let fails = |config: &SubnetConfig| space.encode(config).unwrap()[0] == 1;
+    let objective = |config: &SubnetConfig| match fails(config) {
+        true => Err(Error::argument("subnet", config, "another one")),
+        false => toy(&space, config),
+    };
+    let seed = vec![space.maximal()];
+    let make = || {
+        let config = NsgaConfig::new().with_population(9).with_seed(1);
+        config.with_initial(seed.clone()).init(&space).unwrap()
+    };
+    let mut study = settings.init(&space).unwrap();
+    let outcome = study.run(&mut make(), objective, &Silent).unwrap();
+    let failed: Vec<&Evaluation> = outcome
+        .evaluations()
+        .iter()
+        .filter(|evaluation| evaluation.error.is_some())
+        .collect();
+    assert_eq!(outcome.evaluations().len(), 60);
+    assert!(!failed.is_empty());
+    for evaluation in failed {
+        assert!(fails(&evaluation.config) && evaluation.objectives.iter().all(|x| x.is_nan()));
+        assert!(evaluation.error.as_ref().unwrap().contains("another one"));
+    }
+    assert!(outcome.front().all(|evaluation| !fails(&evaluation.config)));
+    // From its log, the search is the same and evaluates nothing.
+    drop(study);
+    let mut study = settings.init(&space).unwrap();
+    let again = study
+        .run(&mut make(), |_| panic!("known"), &Silent)
+        .unwrap();
+    let text = |outcome: &SearchOutcome| format!("{:?}", without_times(outcome));
+    assert_eq!(text(&again), text(&outcome));
+}
+
+#[test]
 fn failures_come_through() {
     let space = space(3, &[32, 24]);
-    let mut study = StudyConfig::new(8).init(&space).unwrap();
+    let mut study = StudyConfig::new(8)
+        .with_max_failures(1)
+        .init(&space)
+        .unwrap();
     let mut n = 0;
     let objective = |config: &SubnetConfig| {
         n += 1;
-        if n == 4 {
-            Err(Error::argument("n", 4, "less"))
+        if n == 4 || n == 6 {
+            Err(Error::argument("n", n, "less"))
         } else {
             toy(&space, config)
         }
     };
     let result = study.run(&mut searchers(&space, 1)[2], objective, &Silent);
     assert!(matches!(result, Err(Error::InvalidArgument { .. })));
-    assert_eq!(study.n_known(), 3);
+    assert_eq!(study.n_known(), 5);
+    // If the first evaluation fails, so would probably all.
+    let fail = |_: &SubnetConfig| Err(Error::argument("n", 0, "more"));
+    let mut other = StudyConfig::new(8).init(&space).unwrap();
+    let result = other.run(&mut searchers(&space, 1)[2], fail, &Silent);
+    assert!(matches!(result, Err(Error::InvalidArgument { .. })));
     let result = study.run(&mut searchers(&space, 1)[2], |_| Ok(vec![1.0]), &Silent);
     assert!(matches!(result, Err(Error::ShapeMismatch { .. })));
     let result = StudyConfig::new(8).init(&space).unwrap().run(
@@ -914,10 +1196,12 @@ fn reports_are_complete() {
         assert!(svg.contains(part), "{part}");
     }
     assert_eq!(csv.lines().count(), 201);
-    assert!(csv.lines().all(|line| line.split(',').count() == 8));
+    assert!(csv.lines().all(|line| line.split(',').count() == 10));
     assert!(csv.lines().nth(1).unwrap().contains(",heuristic,"));
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["evaluations"].as_array().unwrap().len(), 200);
+    assert_eq!(json["hypervolume"]["after"].as_array().unwrap().len(), 200);
+    assert_eq!(json["predicted"].as_array().unwrap().len(), 0);
     assert_eq!(
         json["front"].as_array().unwrap().len(),
         outcome.front().len()
@@ -929,6 +1213,29 @@ fn reports_are_complete() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
     if let Some(keep) = std::env::var_os("ELASTIC_LORA_KEEP_PLOTS") {
         fs::write(PathBuf::from(keep).join("toy.svg"), &svg).unwrap();
+    }
+    let report = SearchReport::new(&space, &outcome, &names);
+    assert_eq!(report.to_table().lines().count(), 2 + outcome.front().len());
+    // Predictions of subnets that were not evaluated are left out.
+    let mut config = space.maximal();
+    config.set("layers.0.mlp.up_proj", 24);
+    let guesses = [
+        (space.maximal(), vec![2.9, 6e6]),
+        (space.heuristic(), vec![3.0, f64::NAN]),
+        (config, vec![3.0, 4e6]),
+    ];
+    let outcome = outcome.with_predicted(guesses.to_vec());
+    let report = SearchReport::new(&space, &outcome, &names);
+    let curves = report.write_curves(dir.path().join("curves")).unwrap();
+    assert_eq!(curves.len(), 3);
+    let json: serde_json::Value = serde_json::from_str(&report.to_json().unwrap()).unwrap();
+    assert_eq!(json["predicted"].as_array().unwrap().len(), 2);
+    for path in curves
+        .iter()
+        .filter(|path| path.extension().unwrap() == "svg")
+    {
+        let svg = fs::read_to_string(path).unwrap();
+        assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN"));
     }
     // A folder that is missing is made; a file in its place is named.
     let report = SearchReport::new(&space, &outcome, &names);

@@ -1,4 +1,5 @@
-//! NSGA-II (Deb et al., 2002) on integer genomes.
+//! Evolutionary search on integer genomes: NSGA-II (Deb et al., 2002) and its relatives, which
+//! differ in their [`Selection`].
 //!
 //! The operators are those of LoNAS and NNCF: simulated binary crossover (probability 0.9, eta 10),
 //! polynomial mutation (eta 3), rounding, elimination of duplicates, and a cache of evaluations.
@@ -14,19 +15,34 @@ use std::collections::HashSet;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
-use super::pareto::{crowding_distance, fast_non_dominated_sort};
 use super::proposals::{Batch, Genome, Unseen};
+use super::selection::{Chosen, Selector};
+use super::state::{Objectives, number};
 use super::surrogate::Surrogate;
-use super::{Evaluation, Searcher};
+use super::{Evaluation, Searcher, Selection};
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 
 /// Maximum number of matings per missing child, before random subnets fill the generation.
 const MAX_MATINGS: usize = 20;
 
-/// Settings of [`Nsga2`].
-#[derive(Clone, Debug)]
+/// Settings of [`Nsga`].
+///
+/// ```
+/// use elastic_lora::search::{Goal, NsgaConfig, Selection};
+/// # use elastic_lora::space::{LayerShape, SearchSpace};
+/// # let layers = [LayerShape::new("model.layers.0.q_proj", 8, 8)];
+/// # let space = SearchSpace::per_layer(&layers, &[8, 4])?;
+///
+/// let two = NsgaConfig::new().init(&space)?;
+/// let three = NsgaConfig::new().with_selection(Selection::Directions { partitions: 12 });
+/// let under = Selection::Goal(Goal::ScoreUnder(3e8));
+/// let single = NsgaConfig::new().with_selection(under).init(&space)?;
+/// # Ok::<(), elastic_lora::Error>(())
+/// ```
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct NsgaConfig {
     /// Number of subnets in a generation, at least 2. LoNAS uses 8 for language models.
     pub population: usize,
@@ -52,6 +68,8 @@ pub struct NsgaConfig {
     /// to 30 find better fronts; the gain is larger the closer the objectives are to sums over
     /// groups.
     pub screening: usize,
+    /// What the search prefers: a front, parts of it, or a single subnet.
+    pub selection: Selection,
 }
 
 impl Default for NsgaConfig {
@@ -74,6 +92,7 @@ impl NsgaConfig {
             mutation_probability: None,
             mutation_eta: 3.0,
             screening: 1,
+            selection: Selection::Crowding,
         }
     }
 
@@ -82,6 +101,7 @@ impl NsgaConfig {
         with_seed(seed: u64);
         with_initial(initial: Vec<SubnetConfig>) = Some(initial);
         with_screening(screening: usize);
+        with_selection(selection: Selection);
     }
 
     /// Sets the probability and the distribution index of the crossover.
@@ -101,7 +121,7 @@ impl NsgaConfig {
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if a setting is out of range, and the errors of
     /// [`SearchSpace::validate`] for the initial subnets.
-    pub fn init(&self, space: &SearchSpace) -> Result<Nsga2> {
+    pub fn init(&self, space: &SearchSpace) -> Result<Nsga> {
         if !(2..=1 << 20).contains(&self.population) {
             return Err(Error::argument(
                 "population",
@@ -140,6 +160,7 @@ impl NsgaConfig {
                 ));
             }
         }
+        self.selection.check()?;
         let mut unseen = Unseen::new(space);
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         let default = || vec![space.heuristic(), space.maximal(), space.minimal()];
@@ -156,8 +177,9 @@ impl NsgaConfig {
             };
             genomes.push(genome);
         }
-        Ok(Nsga2 {
+        Ok(Nsga {
             settings: self.clone(),
+            selector: Selector::new(self.selection.clone()),
             mutation_probability,
             rng,
             unseen,
@@ -168,40 +190,42 @@ impl NsgaConfig {
     }
 }
 
-/// Multi-objective evolutionary search for any number of objectives.
+/// Evolutionary search for any number of objectives.
 ///
 /// It proposes one generation at a time. It proposes nothing of the next generation until all
 /// objectives of the current one are told. It is finished only when the space is exhausted.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[doc(hidden)]
-pub struct Nsga2 {
+pub struct Nsga {
     settings: NsgaConfig,
+    selector: Selector,
     mutation_probability: f64,
     rng: ChaCha8Rng,
     unseen: Unseen,
     parents: Vec<Individual>,
     /// All evaluations so far, for the surrogate; empty without screening.
-    told: Vec<(Genome, Vec<f64>)>,
+    told: Vec<(Genome, Objectives)>,
     batch: Batch,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Individual {
     genome: Genome,
-    objectives: Vec<f64>,
+    objectives: Objectives,
     rank: usize,
-    crowding: f64,
+    #[serde(with = "number")]
+    preference: f64,
 }
 
 impl AsRef<[f64]> for Individual {
     fn as_ref(&self) -> &[f64] {
-        &self.objectives
+        &self.objectives.0
     }
 }
 
-impl Searcher for Nsga2 {
+impl Searcher for Nsga {
     fn name(&self) -> &str {
-        "nsga2"
+        self.selector.name()
     }
 
     fn ask(&mut self, n: usize) -> Vec<SubnetConfig> {
@@ -225,42 +249,35 @@ impl Searcher for Nsga2 {
     }
 }
 
-impl Nsga2 {
-    /// Selects the next parents from parents and children: whole fronts in order, and the last
-    /// front by crowding distance.
+impl Nsga {
+    /// Objectives of the current parents: at most a population of the best subnets so far.
+    pub fn population(&self) -> impl Iterator<Item = &[f64]> {
+        self.parents.iter().map(AsRef::as_ref)
+    }
+
+    /// Selects the next parents from parents and children.
     fn survive(&mut self) {
         let children = self.batch.take();
-        if self.settings.screening > 1 {
-            self.told.extend(children.iter().cloned());
-        }
         let individual = |(genome, objectives)| Individual {
             genome,
-            objectives,
+            objectives: Objectives(objectives),
             rank: usize::MAX,
-            crowding: f64::INFINITY,
+            preference: f64::INFINITY,
         };
         let mut pool: Vec<Individual> = std::mem::take(&mut self.parents);
+        let n_parents = pool.len();
         pool.extend(children.into_iter().map(individual));
-        let mut chosen = Vec::with_capacity(self.settings.population);
-        for (rank, front) in fast_non_dominated_sort(&pool).into_iter().enumerate() {
-            let members: Vec<&Individual> = front.iter().map(|&index| &pool[index]).collect();
-            let crowding = crowding_distance(&members);
-            let mut order: Vec<usize> = (0..front.len()).collect();
-            let free = self.settings.population - chosen.len();
-            if order.len() > free {
-                // The sort is stable, so the older subnet wins ties.
-                order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a]));
-                order.truncate(free);
-            }
-            chosen.extend(order.into_iter().map(|at| (front[at], rank, crowding[at])));
-            if chosen.len() == self.settings.population {
-                break;
-            }
+        if self.settings.screening > 1 {
+            let told = pool[n_parents..].iter();
+            self.told
+                .extend(told.map(|child| (child.genome.clone(), child.objectives.clone())));
         }
-        let survivor = |(index, rank, crowding): (usize, usize, f64)| Individual {
-            rank,
-            crowding,
-            ..pool[index].clone()
+        let population = self.settings.population;
+        let chosen = self.selector.choose(&pool, population, &mut self.rng);
+        let survivor = |chosen: Chosen| Individual {
+            rank: chosen.rank,
+            preference: chosen.preference,
+            ..pool[chosen.index].clone()
         };
         self.parents = chosen.into_iter().map(survivor).collect();
     }
@@ -317,32 +334,28 @@ impl Nsga2 {
 
     /// Selects a population of children: three quarters are those that the surrogate ranks best in
     /// comparison with the parents, and the rest are taken in breeding order.
-    fn screen(&self, surrogate: &Surrogate, children: Vec<Genome>) -> Vec<Genome> {
+    fn screen(&mut self, surrogate: &Surrogate, children: Vec<Genome>) -> Vec<Genome> {
         let population = self.settings.population;
         let n_screened = population - population / 4;
         let mut guesses: Vec<Vec<f64>> = children
             .iter()
             .map(|child| surrogate.predict(child))
             .collect();
-        guesses.extend(self.parents.iter().map(|parent| parent.objectives.clone()));
+        guesses.extend(
+            self.parents
+                .iter()
+                .map(|parent| parent.objectives.0.clone()),
+        );
+        // What is learned from guesses is forgotten.
+        let mut selector = self.selector.clone();
+        let ranked = selector.choose(&guesses, guesses.len(), &mut self.rng);
         let mut taken = vec![false; children.len()];
-        let mut chosen = Vec::with_capacity(population);
-        for front in fast_non_dominated_sort(&guesses) {
-            let points: Vec<&Vec<f64>> = front.iter().map(|&index| &guesses[index]).collect();
-            let crowding = crowding_distance(&points);
-            let mut order: Vec<usize> = (0..front.len())
-                .filter(|&at| front[at] < children.len())
-                .collect();
-            order.sort_by(|&a, &b| crowding[b].total_cmp(&crowding[a]));
-            order.truncate(n_screened - chosen.len());
-            for at in order {
-                taken[front[at]] = true;
-                chosen.push(front[at]);
-            }
-            if chosen.len() == n_screened {
-                break;
-            }
-        }
+        let best = ranked.iter().map(|chosen| chosen.index);
+        let mut chosen: Vec<usize> = best
+            .filter(|&index| index < children.len())
+            .take(n_screened)
+            .collect();
+        chosen.iter().for_each(|&index| taken[index] = true);
         chosen.extend(
             (0..children.len())
                 .filter(|&index| !taken[index])
@@ -354,12 +367,16 @@ impl Nsga2 {
             .collect()
     }
 
-    /// Returns the better of two random parents, by rank and then by crowding distance.
+    /// Returns the better of two random parents, by rank and then by preference.
     fn tournament(&mut self) -> usize {
         let n = self.parents.len();
         let (a, b) = (self.rng.random_range(0..n), self.rng.random_range(0..n));
         let (x, y) = (&self.parents[a], &self.parents[b]);
-        match x.rank.cmp(&y.rank).then(y.crowding.total_cmp(&x.crowding)) {
+        match x
+            .rank
+            .cmp(&y.rank)
+            .then(y.preference.total_cmp(&x.preference))
+        {
             std::cmp::Ordering::Greater => b,
             _ => a,
         }
