@@ -88,6 +88,7 @@ pub mod runtime;
 pub mod search;
 pub mod space;
 pub mod sparsity;
+pub mod tasks;
 
 // The training half, built on Burn. No module above uses it.
 #[cfg(feature = "burn")]

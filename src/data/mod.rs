@@ -19,6 +19,7 @@ mod window;
 
 pub use batch::{Batch, BatchPlan, Batcher, Position, collate, fixed_batches};
 pub use chat::{ChatTemplate, Rendered};
+pub(crate) use chat::{python_method, said as said_by_jinja};
 pub use message::Message;
 pub use packing::Segments;
 pub use record::{

@@ -58,7 +58,12 @@ pub(super) fn now() -> i64 {
 
 /// Python's methods of strings, lists and dicts. Those that `pycompat` lacks, or has in another
 /// way, stand here.
-fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+pub(crate) fn method(
+    state: &mut State,
+    value: &Value,
+    name: &str,
+    args: &[Value],
+) -> Result<Value, Error> {
     match (value.as_str(), name) {
         (Some(text), "removeprefix" | "removesuffix") => {
             let (affix,): (&str,) = from_args(args)?;

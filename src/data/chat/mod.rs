@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::io::source::{tokenizer_texts, with_template};
 use crate::io::tokenizer::TokenizerFiles;
 use crate::io::{cache, gguf};
+pub(crate) use jinja::method as python_method;
 use jinja::{MARKS, environment, now, with_marks};
 
 /// Largest template, in bytes. Those of models have less than 100 kB.
@@ -424,7 +425,7 @@ impl ChatTemplate {
 }
 
 /// Returns the message of an error and of those that caused it.
-fn said(error: &minijinja::Error) -> String {
+pub(crate) fn said(error: &minijinja::Error) -> String {
     if error.kind() == ErrorKind::OutOfFuel {
         return "it takes too much work".into();
     }
