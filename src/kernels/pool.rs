@@ -299,4 +299,59 @@ mod tests {
         });
         assert_eq!(total.into_inner(), 45);
     }
+
+    /// The limit of threads is one of the user, and does not hold for root. So the test runs again
+    /// in a process of its own, as another user where it is root.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn threads_that_cannot_start_are_left_out() {
+        use std::os::unix::fs::PermissionsExt;
+        use std::os::unix::process::CommandExt;
+        const CHILD: &str = "ELASTIC_LORA_FEW_THREADS";
+        const NOBODY: u32 = 65534;
+        if std::env::var_os(CHILD).is_some() {
+            let pool = Pool::new(64);
+            println!("{} of 64 threads", pool.threads());
+            assert!(pool.threads() < 64);
+            let total = AtomicUsize::new(0);
+            for _ in 0..100 {
+                pool.for_each(10, |_, task| {
+                    total.fetch_add(task, Ordering::Relaxed);
+                });
+            }
+            assert_eq!(total.into_inner(), 4500);
+            return;
+        }
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let uid = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+        let is_root = uid.unwrap().split_whitespace().nth(1) == Some("0");
+        let folder = tempfile::tempdir().unwrap();
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(folder.path(), open.clone()).unwrap();
+        let program = folder.path().join("tests");
+        std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+        std::fs::set_permissions(&program, open).unwrap();
+        let mut command = std::process::Command::new("sh");
+        let name = "kernels::pool::tests::threads_that_cannot_start_are_left_out";
+        // Shells differ in the option's name.
+        let limit = "if (ulimit -u 8) 2>/dev/null; then ulimit -u 8; else ulimit -p 8; fi";
+        let run = format!("{limit} && exec ./tests --exact {name} --nocapture --test-threads 1");
+        command
+            .args(["-c", &run])
+            .env(CHILD, "1")
+            .current_dir(folder.path());
+        if is_root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let text = text + &String::from_utf8_lossy(&output.stderr);
+        // A user with more processes than that cannot start the test at all.
+        if text.contains("of 64 threads") {
+            assert!(output.status.success(), "{text}");
+        } else {
+            eprintln!("skipped: {text}");
+            assert!(!is_root, "{text}");
+        }
+    }
 }

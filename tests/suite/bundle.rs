@@ -334,6 +334,12 @@ fn one_lie_for_each_rule_of_the_model() {
     }
 }
 
+/// Rounds of a test with mutations: `ELASTIC_LORA_MUTATIONS` if it is set.
+fn rounds(usual: usize) -> usize {
+    let given = std::env::var("ELASTIC_LORA_MUTATIONS").ok();
+    given.and_then(|n| n.parse().ok()).unwrap_or(usual)
+}
+
 #[test]
 fn no_mutation_crashes_or_computes_something_else() {
     let folder = TempDir::new().unwrap();
@@ -347,7 +353,7 @@ fn no_mutation_crashes_or_computes_something_else() {
         let bytes = std::fs::read(&good).unwrap();
         let (start, _) = header(&bytes);
         let want = logits(&Model::open(&good, &options(Verify::OnUse)).unwrap(), 1).unwrap();
-        for case in 0..150 {
+        for case in 0..rounds(150) {
             let mut changed = bytes.clone();
             let at = rng.random_range(if case % 3 == 0 {
                 0..start
@@ -374,7 +380,7 @@ fn no_mutation_crashes_or_computes_something_else() {
         }
         // Changed indices with matching checksums: each time, a random number of the index is
         // changed.
-        for _ in 0..250 {
+        for _ in 0..rounds(250) {
             let changed = lie(&bytes, |index| {
                 let digits: Vec<usize> = index
                     .char_indices()

@@ -3,10 +3,12 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 use serde_json::Value as Json;
+
+use super::bounds;
 
 /// Variables that `{% generation %}` and `{% endgeneration %}` print.
 pub(super) const MARKS: [&str; 2] = ["elora_generation_starts", "elora_generation_ends"];
@@ -14,7 +16,7 @@ pub(super) const MARKS: [&str; 2] = ["elora_generation_starts", "elora_generatio
 /// Deepest nesting of blocks and macros. Templates of models nest less than 20 levels.
 const RECURSION: usize = 150;
 
-fn invalid(reason: impl Into<String>) -> Error {
+pub(super) fn invalid(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.into())
 }
 
@@ -30,6 +32,7 @@ pub(super) fn environment(time: i64) -> Environment<'static> {
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_recursion_limit(RECURSION);
     env.set_unknown_method_callback(method);
+    bounds::add_to(&mut env);
     env.add_filter("tojson", tojson);
     env.add_test("sequence", |value: &Value| {
         let kinds = [
@@ -43,8 +46,9 @@ pub(super) fn environment(time: i64) -> Environment<'static> {
     env.add_test("iterable", |value: &Value| {
         !value.is_none() && value.try_iter().is_ok()
     });
-    env.add_function("raise_exception", |message: String| {
-        Err::<Value, _>(invalid(message))
+    env.add_function("raise_exception", |state: &State, message: Value| {
+        bounds::look(state, &message)?;
+        Err::<Value, _>(invalid(message.to_string()))
     });
     env.add_function("strftime_now", move |format: &str| strftime(format, time));
     env
@@ -64,7 +68,8 @@ pub(crate) fn method(
     name: &str,
     args: &[Value],
 ) -> Result<Value, Error> {
-    match (value.as_str(), name) {
+    bounds::call(state, value, name, args)?;
+    let result = match (value.as_str(), name) {
         (Some(text), "removeprefix" | "removesuffix") => {
             let (affix,): (&str,) = from_args(args)?;
             let rest = if name == "removeprefix" {
@@ -82,7 +87,8 @@ pub(crate) fn method(
             Ok(split_lines(text).into_iter().map(Value::from).collect())
         }
         _ => pycompat::unknown_method_callback(state, value, name, args),
-    }
+    };
+    bounds::made(state, result?)
 }
 
 /// A letter is a capital where no letter is before it.
@@ -122,13 +128,16 @@ fn split_lines(text: &str) -> Vec<&str> {
 }
 
 /// `json.dumps`, with transformers' `ensure_ascii=False` as the default.
-fn tojson(
-    value: &Value,
-    ensure_ascii: Option<Value>,
-    indent: Option<Value>,
-    separators: Option<Value>,
-    named: Kwargs,
-) -> Result<Value, Error> {
+fn tojson(state: &State, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = bounds::values(args);
+    type Args<'a> = (
+        &'a Value,
+        Option<Value>,
+        Option<Value>,
+        Option<Value>,
+        Kwargs,
+    );
+    let (value, ensure_ascii, indent, separators, named): Args<'_> = from_args(&args)?;
     let given = |position: Option<Value>, name: &str| {
         let value = match position {
             Some(value) => Some(value),
@@ -164,17 +173,23 @@ fn tojson(
     let json = serde_json::to_value(value).map_err(|e| invalid(e.to_string()))?;
     let mut writer = JsonWriter {
         out: String::new(),
+        limit: bounds::bytes(state),
         ensure_ascii,
         indent,
         separators,
         sort_keys,
     };
     writer.value(&json, 0);
+    if writer.out.len() > writer.limit {
+        return Err(bounds::too_large());
+    }
     Ok(Value::from(writer.out))
 }
 
 struct JsonWriter {
     out: String,
+    /// Length from which on nothing is written.
+    limit: usize,
     ensure_ascii: bool,
     indent: Option<String>,
     separators: [String; 2],
@@ -217,6 +232,9 @@ impl JsonWriter {
     ) {
         self.out.push(open);
         for (i, item) in items.iter().enumerate() {
+            if self.out.len() > self.limit {
+                return;
+            }
             if i > 0 {
                 let separator = self.separators[0].clone();
                 self.out.push_str(&separator);
@@ -373,91 +391,4 @@ fn civil(days: i64) -> (i64, usize, i64, i64) {
         day - 305
     };
     (year, month as usize, day_of_month, day_of_year)
-}
-
-/// Replaces the tags `generation` and `endgeneration` by tags that print [`MARKS`], and keeps the
-/// whitespace control of the tags. Returns the template and whether it has such tags.
-pub(super) fn with_marks(source: &str) -> (String, bool) {
-    let mut out = String::with_capacity(source.len());
-    let (mut rest, mut found) = (source, false);
-    while let Some(at) = rest.find('{') {
-        let (before, tail) = rest.split_at(at);
-        out.push_str(before);
-        let length = match tail.as_bytes().get(1) {
-            Some(b'#') => tail.find("#}").map(|end| end + 2),
-            Some(b'{') => tag_len(tail, "}}"),
-            Some(b'%') => tag_len(tail, "%}"),
-            _ => Some(1),
-        };
-        // A tag that does not end is an error, which the parser explains.
-        let Some(length) = length else {
-            rest = tail;
-            break;
-        };
-        let (tag, after) = tail.split_at(length);
-        rest = after;
-        let inner = tag
-            .strip_prefix("{%")
-            .and_then(|tag| tag.strip_suffix("%}"))
-            .unwrap_or("");
-        let (left, inner) = control(inner, str::strip_prefix::<char>);
-        let (right, inner) = control(inner, str::strip_suffix::<char>);
-        match inner.trim() {
-            "generation" => {
-                found = true;
-                let mark = MARKS[0];
-                out.push_str(&format!(
-                    "{{%{left} with %}}{{{{ {mark} }}}}{{% with {right}%}}"
-                ));
-            }
-            "endgeneration" => {
-                let mark = MARKS[1];
-                out.push_str(&format!(
-                    "{{%{left} endwith %}}{{{{ {mark} }}}}{{% endwith {right}%}}"
-                ));
-            }
-            "raw" => {
-                out.push_str(tag);
-                // What follows is text up to the tag that ends it.
-                let end = rest.find("endraw").unwrap_or(rest.len());
-                out.push_str(&rest[..end]);
-                rest = &rest[end..];
-            }
-            _ => out.push_str(tag),
-        }
-    }
-    out.push_str(rest);
-    (out, found)
-}
-
-/// Splits `-` or `+` off one end of a tag.
-fn control<'a>(
-    inner: &'a str,
-    strip: impl Fn(&'a str, char) -> Option<&'a str>,
-) -> (&'static str, &'a str) {
-    for (sign, text) in [('-', "-"), ('+', "+")] {
-        if let Some(rest) = strip(inner, sign) {
-            return (text, rest);
-        }
-    }
-    ("", inner)
-}
-
-/// Returns the length of a tag up to `end`, which is not looked for in strings.
-fn tag_len(tag: &str, end: &str) -> Option<usize> {
-    let (mut quote, mut escaped) = (None, false);
-    for (at, byte) in tag.bytes().enumerate().skip(2) {
-        match quote {
-            _ if escaped => escaped = false,
-            Some(_) if byte == b'\\' => escaped = true,
-            Some(open) if open == byte => quote = None,
-            Some(_) => {}
-            None if byte == b'"' || byte == b'\'' => quote = Some(byte),
-            None if tag.as_bytes()[at..].starts_with(end.as_bytes()) => {
-                return Some(at + end.len());
-            }
-            None => {}
-        }
-    }
-    None
 }

@@ -1,6 +1,6 @@
 use serde_json::json;
 
-use super::jinja::{environment, with_marks};
+use super::jinja::environment;
 use super::*;
 
 const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
@@ -79,7 +79,8 @@ fn generation_blocks_are_the_parts_that_are_learned() {
         "system:Be brief.;user:2 + 2?;assistant:4!;{% generation %}"
     );
     let raw = "{% raw %}{% generation %}{% endraw %}{{ '{%' }}";
-    assert_eq!(with_marks(raw), (raw.to_string(), false));
+    let kept = rewrite(raw).unwrap();
+    assert_eq!((kept.text.as_str(), kept.generation), (raw, false));
     // A template that looks at its own blocks would see the marks.
     let looks = "{% for m in messages %}{% set t %}{% generation %}{{ m.content }}{% endgeneration %}{% endset \
          %}{{ t | length }}{{ t }}.{% endfor %}{% if add_generation_prompt %}{% endif %}";

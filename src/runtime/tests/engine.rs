@@ -1,6 +1,7 @@
 //! What an engine needs of sessions: steps of many sessions, copies, states, interruption, and
 //! adapters that are loaded at run time.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,6 +12,7 @@ use serde_json::json;
 use super::{close, mixed, model, tokens, windowed};
 use crate::error::Error;
 use crate::format::WeightFormat;
+use crate::input::rounds;
 use crate::io::peft::{LoraAdapter, LoraWeights, PeftOptions};
 use crate::io::{GgufType, HfConfig};
 use crate::linalg::Matrix;
@@ -414,17 +416,29 @@ fn adapters_are_chosen_scaled_and_put_together_for_a_session() {
 }
 
 #[test]
-fn damaged_adapters_of_gguf_are_errors_or_numbers() {
+fn mutated_adapters_are_errors_or_numbers() {
     let (model, folder) = (model(json!({})), tempfile::tempdir().unwrap());
     let path = folder.path().join("lora.gguf");
     let whole = lora(&model, 2, 0.4, &["q_proj", "up_proj"]);
     whole
         .write_gguf(&path, model.config(), GgufType::F16, false)
         .unwrap();
-    let bytes = std::fs::read(&path).unwrap();
+    assert!(damaged(&model, &path, &path));
+    let (folder, kept) = (folder.path().join("peft"), PeftOptions::default());
+    whole.write(&folder, &kept).unwrap();
+    assert!(damaged(
+        &model,
+        &folder,
+        &folder.join("adapter_model.safetensors")
+    ));
+}
+
+/// Damages a file of an adapter again and again. Returns whether some were opened and others not.
+fn damaged(model: &Model, adapter: &Path, file: &Path) -> bool {
+    let bytes = std::fs::read(file).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let (mut opened, mut refused) = (0, 0);
-    for _ in 0..400 {
+    for _ in 0..rounds(400) {
         let mut bad = bytes.clone();
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..bad.len());
@@ -433,13 +447,58 @@ fn damaged_adapters_of_gguf_are_errors_or_numbers() {
         if rng.random::<f64>() < 0.1 {
             bad.truncate(rng.random_range(0..bad.len()));
         }
-        std::fs::write(&path, &bad).unwrap();
-        match Adapter::open(&model, &path) {
-            Ok(_) => opened += 1,
+        std::fs::write(file, &bad).unwrap();
+        match Adapter::open(model, adapter) {
+            Ok(adapter) => {
+                opened += 1;
+                let mut session = session(model);
+                if session.set_adapters(&[(adapter, 0.7)]).is_ok() {
+                    let _ = session.decode(&[1, 2, 3], None);
+                }
+            }
             Err(_) => refused += 1,
         }
     }
-    assert!(opened > 20 && refused > 20, "{opened} {refused}");
+    opened > 20 && refused > 20
+}
+
+#[test]
+fn mutated_states_are_refused_or_restored() {
+    let mut rng = ChaCha8Rng::seed_from_u64(10);
+    for model in [model(json!({})), mixed(70, 1000)] {
+        let mut first = session(&model);
+        first.decode(&tokens(130), None).unwrap();
+        let state = first.state().unwrap();
+        let mut other = session(&model);
+        let mut restored = 0;
+        for _ in 0..rounds(1000) {
+            let mut bad = state.clone();
+            for _ in 0..rng.random_range(1..4) {
+                // The numbers before the tokens have most of the rules.
+                let most = if rng.random() { 72 } else { bad.len() - 4 };
+                let at = rng.random_range(12..most);
+                bad[at] = match rng.random_range(0..3) {
+                    0 => rng.random(),
+                    1 => 0xff,
+                    _ => bad[at] ^ (1 << rng.random_range(0..8)),
+                };
+            }
+            if rng.random_bool(0.1) {
+                bad.truncate(rng.random_range(4..bad.len()));
+            }
+            // Whoever changes a state can write the right checksum.
+            let end = bad.len() - 4;
+            let checksum = crc32fast::hash(&bad[..end]);
+            bad[end..].copy_from_slice(&checksum.to_ne_bytes());
+            restored += usize::from(other.restore(&bad).is_ok());
+            let _ = other.decode(&[4, 5], None);
+            other.truncate(other.position() / 2);
+            let _ = other.decode(&[6], None);
+        }
+        assert!(restored > 20, "{restored}");
+        other.restore(&state).unwrap();
+        assert_eq!(last(&mut other, &[4]), last(&mut first.copy(), &[4]));
+    }
 }
 
 #[test]
