@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 
+use super::Evaluation;
 use super::SearchOutcome;
 use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
