@@ -9,7 +9,6 @@ use std::time::Instant;
 
 use clap::Parser;
 use elastic_lora::data::{ChatTemplate, Detokenizer, Message, TextTokenizer};
-use elastic_lora::format::WeightFormat;
 use elastic_lora::model::DeviceSession;
 use elastic_lora::runtime::{
     CacheFormat, FormatPlan, GenerateConfig, Model, ModelOptions, SampleConfig, Session,
@@ -97,38 +96,6 @@ struct Args {
 
 const PROMPT: &str =
     "Question: Mia has 23 shells and finds 18 more. How many shells does Mia have now?\\nAnswer:";
-
-fn parse_format(text: &str, group_size: usize) -> Result<WeightFormat> {
-    let group_size = Some(group_size);
-    let int = |bits| WeightFormat::Int {
-        bits,
-        group_size,
-        symmetric: false,
-    };
-    Ok(match text {
-        "f32" => WeightFormat::F32,
-        "f16" => WeightFormat::F16,
-        "bf16" => WeightFormat::Bf16,
-        "sparse-f16" => WeightFormat::SparseF16,
-        "sparse-bf16" => WeightFormat::SparseBf16,
-        "int8" => int(8),
-        "int4" => int(4),
-        "sparse-int4" => WeightFormat::SparseInt4 {
-            group_size,
-            symmetric: false,
-        },
-        other => {
-            let pattern = other
-                .split_once(':')
-                .and_then(|(n, m)| Some((n.parse().ok()?, m.parse().ok()?)));
-            let Some((n, m)) = pattern else {
-                let expected = "a format that --help names";
-                return Err(Error::argument("format", other, expected));
-            };
-            WeightFormat::NmF16 { n, m }
-        }
-    })
-}
 
 /// Prints text at once. Returns whether the reader is still there: if it has closed the pipe
 /// (`| head`), generation stops.
@@ -278,18 +245,8 @@ fn open(args: &Args) -> Result<Model> {
 
 /// Returns the formats that the arguments ask for, if they ask for any.
 fn plan(args: &Args) -> Result<Option<FormatPlan>> {
-    let parse = |text: &String| parse_format(text, args.group_size as usize);
-    let format = args.format.as_ref().map(parse).transpose()?;
-    let embedding = args.embedding.as_ref().map(parse).transpose()?;
-    let plan = format.map(FormatPlan::new);
-    Ok(match embedding {
-        Some(format) => Some(
-            plan.unwrap_or_default()
-                .with_embedding(format)
-                .with_head(format),
-        ),
-        None => plan,
-    })
+    let [format, embedding] = [&args.format, &args.embedding].map(Option::as_deref);
+    common::format::plan(format, embedding, args.group_size as usize)
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -64,7 +64,7 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
     std::fs::write(root.path().join("empty.txt"), "").unwrap();
     problems(&root.path().join("p.jsonl"), 4);
     let before = entries(root.path());
-    let cases: [(&str, &[&str], &str); 47] = [
+    let cases: [(&str, &[&str], &str); 50] = [
         ("compress", &["--sparsity", "1.5"], "sparsity"),
         ("compress", &["--sparsity", "NaN"], "sparsity"),
         ("compress", &["--pattern", "4:2"], "4:2"),
@@ -165,6 +165,9 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         ),
         ("evaluate", &["--plain-text"], "--text"),
         ("evaluate", &["--limit", "0"], "limit"),
+        ("evaluate", &["--log", "x"], "--tasks"),
+        ("evaluate", &["--tasks", "foo"], "task = foo"),
+        ("evaluate", &["--tasks", "piqa", "--data", "."], "piqa"),
         ("evaluate", &["--text", "p.jsonl"], "--plain-text"),
         ("evaluate", &["--subnet", "small"], "small"),
         ("evaluate", &["--text", "empty.txt"], "empty.txt"),
@@ -582,6 +585,75 @@ fn evaluate_names_what_it_leaves_out_and_shows_what_it_measured() {
     };
     let expected = perplexity(&[]);
     assert!((perplexity(&["--model", "m.elora"]) - expected).abs() < 1e-4);
+}
+
+/// A task of one's own, from its description to the table, the JSON and the log.
+#[test]
+fn evaluate_runs_tasks_on_rows_of_files() {
+    let root = tempfile::tempdir().unwrap();
+    problems(&root.path().join("test.jsonl"), 3);
+    std::fs::write(
+        root.path().join("own.json"),
+        serde_json::json!([
+            {"include": "gsm8k", "task": "sums", "num_fewshot": 0},
+            {"task": "pick", "output_type": "multiple_choice", "test_split": "test",
+             "doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": ["{{1}}", "x"],
+             "doc_to_target": "{{0}}", "metric_list": [{"metric": "acc"}]},
+        ])
+        .to_string(),
+    )
+    .unwrap();
+    let run = |more: &[&str]| {
+        let mut command = example("evaluate", root.path())?;
+        Some(
+            command
+                .args(["--task", "own.json", "--max-new-tokens", "40"])
+                .args(more)
+                .output()
+                .unwrap(),
+        )
+    };
+    let Some(output) = run(&["--log", "log.jsonl"]) else {
+        return;
+    };
+    let (said, shown) = (stderr(&output), String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{said}");
+    assert!(shown.contains("exact strict-match"), "{shown}");
+    assert!(
+        shown.lines().all(|line| line.chars().count() <= 80),
+        "{shown}"
+    );
+    assert!(said.contains("6 documents in"), "{said}");
+    let log = std::fs::read_to_string(root.path().join("log.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 6);
+    assert!(
+        lines[0]["output"].as_str().unwrap().contains("#### 14"),
+        "{log}"
+    );
+    assert_eq!(lines[0]["filtered"][0]["exact_match"], 1);
+    let output = run(&["--limit", "2", "--format", "int8", "--json", "report.json"]).unwrap();
+    assert!(
+        output.status.success() && output.stdout.is_empty(),
+        "{}",
+        stderr(&output)
+    );
+    let report = std::fs::read_to_string(root.path().join("report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["tasks"][0]["n_documents"], 2);
+    assert_eq!(report["format"], "int8");
+    for (more, expected) in [
+        (&["--data", "nowhere"][..], "nowhere"),
+        (&["--tasks", "arc"], "arc_easy"),
+        (&["--chat"], "chat template"),
+        (&["--num-fewshot", "4"], "num_fewshot"),
+    ] {
+        let output = run(more).unwrap();
+        assert!(stderr(&output).contains(expected), "{}", stderr(&output));
+    }
 }
 
 #[test]

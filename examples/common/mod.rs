@@ -2,17 +2,25 @@
 #![allow(dead_code)]
 
 pub mod arithmetic;
+pub mod format;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+#[cfg(feature = "burn")]
 use burn::tensor::Device;
-use elastic_lora::data::{self, Misfit, Record, Template, TextTokenizer};
+#[cfg(feature = "burn")]
+use elastic_lora::SuperNet;
+#[cfg(feature = "burn")]
+use elastic_lora::data::TextTokenizer;
+use elastic_lora::data::{self, Misfit, Record, Template};
+#[cfg(feature = "burn")]
 use elastic_lora::io::peft::LoraAdapter;
+#[cfg(feature = "burn")]
 use elastic_lora::model::Pretrained;
 use elastic_lora::progress::TerminalProgress;
-use elastic_lora::{Error, Result, SuperNet};
+use elastic_lora::{Error, Result};
 
 /// Same as `println!`, but ignores a closed pipe (`| head`), because the results are in files.
 macro_rules! say {
@@ -33,6 +41,7 @@ pub fn shipped_model() -> PathBuf {
 }
 
 /// Returns a device by the name of its backend's feature.
+#[cfg(feature = "burn")]
 pub fn device(name: &str) -> Result<Device> {
     match name {
         #[cfg(feature = "flex")]
@@ -139,6 +148,7 @@ pub fn show_examples(records: &[Record], template: &Template, count: usize) -> R
 }
 
 /// Opens a model folder, or the bundled model, and adds an adapter if one is given.
+#[cfg(feature = "burn")]
 pub fn open(model: Option<&Path>, adapter: Option<&Path>, device: &str) -> Result<Pretrained> {
     let folder = model.map_or_else(shipped_model, Path::to_path_buf);
     let mut pretrained = Pretrained::open(folder, &self::device(device)?)?;

@@ -1,5 +1,6 @@
 //! Evaluation of quality and speed: perplexity, exact match, latency, and objectives for a search.
 
+mod language_model;
 mod latency;
 mod objective;
 mod problems;

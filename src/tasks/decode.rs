@@ -176,7 +176,7 @@ fn best(logits: &[f32]) -> u32 {
 }
 
 /// Returns the text before the first stop string.
-fn cut<'a>(text: &'a str, stops: &[String]) -> &'a str {
+pub(crate) fn cut<'a>(text: &'a str, stops: &[String]) -> &'a str {
     let found = stops.iter().filter_map(|stop| text.find(stop.as_str()));
     &text[..found.min().unwrap_or(text.len())]
 }

@@ -1,11 +1,12 @@
 //! From texts to tokens, as lm-evaluation-harness' class `HFLM` does it.
 
+use super::language_model::{LogLikelihood, Prompt};
 use crate::data::TextTokenizer;
 use crate::error::{Error, Result};
 
 /// A sequence of tokens whose last ones are scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Scored {
+pub(crate) struct Scored {
     /// The tokens. The last one is only predicted.
     pub tokens: Vec<u32>,
     /// Number of tokens at the end whose log-likelihoods are asked for; fewer than all.
@@ -41,7 +42,7 @@ impl Scored {
 }
 
 /// Makes requests of texts.
-pub(super) struct Encoder<'a> {
+pub(crate) struct Encoder<'a> {
     tokenizer: &'a TextTokenizer,
     max_len: usize,
     /// Token that stands before a text without context.
@@ -86,23 +87,28 @@ impl<'a> Encoder<'a> {
 
     /// Tokenizes a context with its continuation. The tokens are those of both texts together, of
     /// which as many as the context alone has belong to it.
-    pub fn pair(&self, context: &str, continuation: &str) -> Result<Scored> {
+    pub fn pair(&self, context: &str, text: &str) -> Result<Scored> {
         let (context, continuation) = if context.is_empty() {
-            let (start, ids) = (self.start()?, self.tokenizer.encode(continuation, false)?);
+            let (start, ids) = (self.start()?, self.tokenizer.encode(text, false)?);
             match ids.split_first() {
                 Some((first, rest)) if *first == start => (vec![start], rest.to_vec()),
                 _ => (vec![start], ids),
             }
         } else {
             let kept = context.trim_end_matches(is_space);
-            let moved = [&context[kept.len()..], continuation].concat();
+            let moved = [&context[kept.len()..], text].concat();
             let whole = self.encode(&[kept, &moved].concat())?;
             let before = self.encode(kept)?;
             let rest = whole.get(before.len()..).unwrap_or(&[]).to_vec();
             (before, rest)
         };
         if continuation.is_empty() || context.is_empty() {
-            let found = format!("{} of context, {} of it", context.len(), continuation.len());
+            let found = format!(
+                "{} of the context, {} of {:?}",
+                context.len(),
+                continuation.len(),
+                text.chars().take(60).collect::<String>()
+            );
             return Err(Error::argument(
                 "tokens of a continuation",
                 found,
@@ -135,16 +141,70 @@ impl<'a> Encoder<'a> {
         Ok(windows)
     }
 
-    /// Tokenizes a prompt, and takes its last tokens so that `n_new` more have room.
+    /// Cuts several texts into windows, scores them by `score`, and adds up those of each text.
+    pub fn rolling_scores(
+        &self,
+        texts: &[String],
+        score: impl FnOnce(&[Scored]) -> Result<Vec<LogLikelihood>>,
+    ) -> Result<Vec<LogLikelihood>> {
+        let mut counts = Vec::with_capacity(texts.len());
+        let mut all = Vec::new();
+        for text in texts {
+            let windows = self.rolling(text)?;
+            counts.push(windows.len());
+            all.extend(windows);
+        }
+        Ok(totals(&counts, score(&all)?))
+    }
+
+    /// Returns the strings that end the continuation of a prompt: its own, and the text of the token
+    /// that ends a text.
+    pub fn stops(&self, request: &Prompt) -> Result<Vec<String>> {
+        let end = self.tokenizer.eos_id();
+        let end = end.and_then(|id| self.tokenizer.id_to_token(id));
+        let stops: Vec<String> = request.stops.iter().cloned().chain(end).collect();
+        match stops.iter().position(String::is_empty) {
+            None => Ok(stops),
+            Some(at) => {
+                let found = format!("an empty one at {at}");
+                Err(Error::argument("stop strings", found, "at least one byte"))
+            }
+        }
+    }
+
+    /// Tokenizes a prompt, and takes its last tokens so that `n_new` more have room. Fails if no
+    /// token of it would be left, as the harness does.
     pub fn prompt(&self, text: &str, n_new: usize) -> Result<Vec<u32>> {
+        if n_new >= self.max_len {
+            let expected = format!("less than {}, the model's context", self.max_len);
+            return Err(Error::argument("max_gen_toks", n_new, expected));
+        }
         let mut ids = self.encode(text)?;
         if ids.is_empty() {
             ids.push(self.start()?);
         }
-        let room = self.max_len.saturating_sub(n_new).max(1);
+        let room = self.max_len - n_new;
         ids.drain(..ids.len().saturating_sub(room));
         Ok(ids)
     }
+}
+
+/// Adds up the scores of the windows of each text, of which there are `counts`.
+fn totals(counts: &[usize], scores: Vec<LogLikelihood>) -> Vec<LogLikelihood> {
+    let mut scores = scores.into_iter();
+    let total = |n: &usize| {
+        let mut total = LogLikelihood {
+            is_greedy: true,
+            ..Default::default()
+        };
+        for score in scores.by_ref().take(*n) {
+            total.sum += score.sum;
+            total.n_tokens += score.n_tokens;
+            total.is_greedy &= score.is_greedy;
+        }
+        total
+    };
+    counts.iter().map(total).collect()
 }
 
 /// Returns whether Python counts a character as white space.

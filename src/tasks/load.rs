@@ -62,8 +62,8 @@ impl TaskSpec {
         let documents = self.find(dir, self.evaluated_split())?;
         let path = documents.ok_or_else(|| self.missing(dir, self.evaluated_split()))?;
         let shown = self.fewshot_split();
-        let examples = match (self.fewshot_config.samples.is_empty(), shown) {
-            (true, Some(split)) => self.find(dir, split)?,
+        let examples = match (self.own_examples(), shown) {
+            (None, Some(split)) => self.find(dir, split)?,
             _ => None,
         };
         Ok(TaskData {

@@ -43,6 +43,8 @@ mod template;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use decode::cut;
+pub(crate) use encode::{Encoder, Scored};
 pub use evaluate::{EvaluateOptions, SampleLog, Score, TaskReport, evaluate};
 pub use language_model::{Continuation, LanguageModel, LogLikelihood, Prompt};
 pub use load::{Row, TaskData};

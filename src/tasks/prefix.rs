@@ -25,7 +25,7 @@ const SHORTEST_SHARED: usize = 4;
 const TOKENS_AT_ONCE: usize = 512;
 
 /// Largest number of bytes of logits that are held at once.
-const LOGITS_BYTES: usize = 64 << 20;
+const LOGITS_BYTES: usize = 128 << 20;
 
 /// A part of the tree: sequences that are equal up to a point.
 struct Branch {

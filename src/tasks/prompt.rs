@@ -73,11 +73,13 @@ impl<'a> Prompter<'a> {
         if prompter.options.n_examples == 0 {
             return Ok(prompter);
         }
-        let own = &spec.fewshot_config.samples;
-        let (examples, same) = match own.is_empty() {
-            true => (&data.examples, data.same),
-            false => (own, false),
+        let examples = match spec.own_examples() {
+            Some(own) => own,
+            None => &data.examples,
         };
+        // The harness draws one more, to leave the document out, where these two fields are equal,
+        // which they also are where both are missing.
+        let same = data.same || spec.fewshot_split == spec.test_split;
         prompter.same = same;
         let n = prompter.options.n_examples;
         if examples.len() < n.saturating_add(usize::from(same)) {

@@ -107,19 +107,8 @@ impl LanguageModel for RuntimeModel {
 
     fn generate(&mut self, requests: &[Prompt], progress: &dyn Progress) -> Result<Vec<String>> {
         let encoder = self.encoder();
-        // The text of the token that ends a text ends a continuation, too.
-        let end = self
-            .tokenizer
-            .eos_id()
-            .and_then(|id| self.tokenizer.id_to_token(id));
-        let stops: Vec<Vec<String>> = requests
-            .iter()
-            .map(|request| request.stops.iter().cloned().chain(end.clone()).collect())
-            .collect();
-        if let Some(at) = stops.iter().flatten().position(String::is_empty) {
-            let found = format!("an empty one at {at}");
-            return Err(Error::argument("stop strings", found, "at least one byte"));
-        }
+        let stops = requests.iter().map(|request| encoder.stops(request));
+        let stops: Vec<Vec<String>> = stops.collect::<Result<_>>()?;
         let prompts: Vec<Request<'_>> = requests
             .iter()
             .zip(&stops)
@@ -145,26 +134,7 @@ impl LanguageModel for RuntimeModel {
         texts: &[String],
         progress: &dyn Progress,
     ) -> Result<Vec<LogLikelihood>> {
-        let encoder = self.encoder();
-        let windows: Vec<Vec<Scored>> = texts
-            .iter()
-            .map(|text| encoder.rolling(text))
-            .collect::<Result<_>>()?;
-        let counts: Vec<usize> = windows.iter().map(Vec::len).collect();
-        let all: Vec<Scored> = windows.into_iter().flatten().collect();
-        let mut scores = self.score(&all, progress)?.into_iter();
-        let total = |n: usize| {
-            let mut total = LogLikelihood {
-                is_greedy: true,
-                ..Default::default()
-            };
-            for score in scores.by_ref().take(n) {
-                total.sum += score.sum;
-                total.n_tokens += score.n_tokens;
-                total.is_greedy &= score.is_greedy;
-            }
-            total
-        };
-        Ok(counts.into_iter().map(total).collect())
+        let score = |windows: &[Scored]| self.score(windows, progress);
+        self.encoder().rolling_scores(texts, score)
     }
 }

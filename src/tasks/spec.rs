@@ -289,6 +289,12 @@ impl TaskSpec {
         shown.or(self.validation_split.as_deref())
     }
 
+    /// The examples that stand in the description, if they are used.
+    pub(super) fn own_examples(&self) -> Option<&Vec<Row>> {
+        let own = &self.fewshot_config.samples;
+        (!own.is_empty() && self.fewshot_split.is_none()).then_some(own)
+    }
+
     /// Version of the task in the harness.
     pub fn version(&self) -> Option<String> {
         self.metadata.get("version").map(|version| match version {

@@ -63,7 +63,7 @@ impl Templates {
         if let Some(value) = row.get(template) {
             return Ok(value.clone());
         }
-        let bytes: usize = row.values().map(|value| size(value)).sum();
+        let bytes: usize = row.values().map(size).sum();
         let mut environment = self.environment.clone();
         let fuel = FUEL.1.saturating_mul(bytes as u64);
         environment.set_fuel(Some(FUEL.0.saturating_add(fuel)));

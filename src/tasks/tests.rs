@@ -400,6 +400,30 @@ fn examples_are_those_of_the_harness() {
         "{text}"
     );
 
+    // Where neither a test split nor one of examples is named, the harness draws one more.
+    let spec = TaskSpec::builtin("piqa").unwrap();
+    let row = |i: usize| json!({"goal": format!("g{i}"), "sol1": "a", "sol2": "b", "label": 0});
+    let piqa = TaskData {
+        documents: rows(json!([row(0), row(1)])),
+        examples: rows(Value::Array((10..7483).map(row).collect())),
+        same: false,
+    };
+    let mut prompter = Prompter::new(&spec, &piqa, options(3)).unwrap();
+    for (index, shown) in [[6374, 3610, 957], [742, 7462, 6610]]
+        .into_iter()
+        .enumerate()
+    {
+        let Question::Choices { contexts, .. } =
+            prompter.question(index, &piqa.documents[index]).unwrap()
+        else {
+            panic!("no choices");
+        };
+        let examples = shown.map(|k| format!("Question: g{}\nAnswer: a\n\n", k + 10));
+        let expected = format!("{}Question: g{index}\nAnswer:", examples.concat());
+        assert_eq!(contexts[0], expected);
+    }
+
+    let row = |i: usize| json!({"question": format!("q{i}"), "answer": format!("a{i}")});
     // Of its own split, a document is no example of itself.
     let few = TaskData {
         documents: rows(json!([row(0), row(1), row(2)])),
@@ -542,6 +566,11 @@ fn tokens_of_pairs_and_windows_are_those_of_the_harness() {
     assert_eq!(windows[0].tokens[0], start);
     assert!(windows.iter().all(|w| w.tokens.len() <= 17));
     assert!(encoder.rolling("").unwrap().is_empty() || !tokenizer.prefix().is_empty());
+
+    let ids = tokenizer.encode_prompt(context).unwrap();
+    assert_eq!(encoder.prompt(context, 12).unwrap(), ids[ids.len() - 4..]);
+    let error = encoder.prompt(context, 16).unwrap_err().to_string();
+    assert!(error.contains("max_gen_toks = 16"), "{error}");
 }
 
 #[test]

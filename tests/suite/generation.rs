@@ -1,14 +1,19 @@
 //! Generation: one prompt or many, up to the end of the context, with a sliding window, and
 //! compared with another implementation.
 
+use burn::tensor::Device;
+
 use crate::common::{load, load_i32, max_diff, random_ids, shared, tiny, tiny_mistral};
 use elastic_lora::Error;
 use elastic_lora::io::Checkpoint;
 use elastic_lora::model::Decoder;
-use elastic_lora::model::{DeviceSession, generate_batch};
+use elastic_lora::model::{DeviceSession, Pretrained, generate_batch};
 use elastic_lora::nn::{KvCache, host_values};
 use elastic_lora::progress::Silent;
-use elastic_lora::runtime::{GenerateConfig, SampleConfig};
+use elastic_lora::runtime::{
+    GenerateConfig, Model, ModelOptions, SampleConfig, Session, SessionConfig,
+};
+use elastic_lora::tasks::{Continuation, LanguageModel, Prompt, RuntimeModel};
 
 const CONTEXT: usize = 40;
 
@@ -358,6 +363,53 @@ fn greedy_continuations_are_those_of_transformers() {
             generate_batch(&model, &batch, &config, &Silent).unwrap()[1],
             &expected[4..],
             "{name}"
+        );
+    }
+}
+
+/// Tasks see the same model on Burn and in the runtime.
+#[test]
+fn tasks_have_the_same_scores_on_burn_and_in_the_runtime() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/arithmetic-llama");
+    let mut burn = Pretrained::open(&folder, &Device::flex()).unwrap();
+    let model = Model::open(&folder, &ModelOptions::default()).unwrap();
+    let session = Session::new(&model, &SessionConfig::default()).unwrap();
+    let mut runtime = RuntimeModel::new(session).unwrap();
+    let question = |i: usize| {
+        let shells = 10 + 3 * i;
+        format!("Question: Mia has {shells} shells and finds {i} more. How many?\nAnswer:")
+    };
+    let choices: Vec<Continuation> = (0..6)
+        .map(|i| Continuation {
+            context: question(i / 2),
+            text: format!(" {} + {i} = 1{i}", 10 + 3 * i),
+        })
+        .collect();
+    let [one, two] = [&mut burn as &mut dyn LanguageModel, &mut runtime]
+        .map(|model| model.log_likelihoods(&choices, &Silent).unwrap());
+    for (one, two) in one.iter().zip(&two) {
+        assert!((one.sum - two.sum).abs() < 1e-3, "{one:?} {two:?}");
+        assert_eq!((one.is_greedy, one.n_tokens), (two.is_greedy, two.n_tokens));
+    }
+    let prompts: Vec<Prompt> = (0..3)
+        .map(|i| Prompt {
+            text: question(i),
+            stops: vec!["####".into()],
+            max_new_tokens: 20 + i,
+        })
+        .collect();
+    let texts: Vec<String> = (0..2).map(question).collect();
+    let [one, two] = [&mut burn as &mut dyn LanguageModel, &mut runtime].map(|model| {
+        let text = model.generate(&prompts, &Silent).unwrap();
+        let rolling = model.rolling_log_likelihoods(&texts, &Silent).unwrap();
+        (text, rolling)
+    });
+    assert_eq!(one.0, two.0);
+    assert!(one.0.iter().any(|text| !text.is_empty()));
+    for (one, two) in one.1.iter().zip(&two.1) {
+        assert!(
+            (one.sum - two.sum).abs() < 1e-3 * two.sum.abs(),
+            "{one:?} {two:?}"
         );
     }
 }

@@ -1,12 +1,7 @@
-//! Measures a model: perplexity on a text, or exact match on problems with a final answer.
+//! Perplexity and exact match, computed by Burn or by the runtime.
 
-#[path = "common/mod.rs"]
-mod common;
+use std::path::Path;
 
-use std::path::{Path, PathBuf};
-
-use clap::Parser;
-use common::arithmetic::{self, Kind, Split};
 use elastic_lora::data::{Record, Template, TextTokenizer, is_text_file, load_text};
 use elastic_lora::eval::{
     Answer, ExactMatch, Perplexity, ProblemSet, perplexity, session_perplexity,
@@ -17,64 +12,12 @@ use elastic_lora::progress::TerminalProgress;
 use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
 use elastic_lora::{Error, Result};
 
-/// Measure a model, with or without an adapter: perplexity or exact-match accuracy.
-///
-/// Without arguments, measures the bundled model on generated arithmetic problems of every kind.
-///
-/// For perplexity, the whole text is tokenized once, with BOS if the tokenizer adds one, and cut
-/// into non-overlapping windows of the context length. The mean is over all tokens except the first
-/// of each window. A problem counts as correct if the final answer of the generated text (after
-/// `####` or `answer is`, or the whole text) equals the answer of the record. If all problems have
-/// GSM8K's form, the two scores of lm-evaluation-harness are shown too. Records that cannot be
-/// compared or do not fit into the context are named and left out.
-#[derive(Parser)]
-struct Args {
-    /// Model folder, GGUF file, bundle, or id in the local Hugging Face cache [default: the bundled
-    /// model]
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// PEFT adapter folder; the adapter is not merged
-    #[arg(long)]
-    adapter: Option<PathBuf>,
-    /// Text file on which to compute perplexity
-    #[arg(long, conflicts_with = "exact_match")]
-    text: Option<PathBuf>,
-    /// File of problems (JSON, JSON Lines or CSV; conversations, Alpaca or GSM8K form) on which to
-    /// compute accuracy
-    #[arg(long)]
-    exact_match: Option<PathBuf>,
-    /// Window of the perplexity in tokens [default: the model's context length]
-    #[arg(long, requires = "text")]
-    context: Option<usize>,
-    /// Read the text file as plain text, whatever its name is
-    #[arg(long, requires = "text")]
-    plain_text: bool,
-    /// Compute in the runtime, on the CPU, with the weights as they are stored; bundles always are
-    #[arg(long, conflicts_with_all = ["adapter", "device"])]
-    runtime: bool,
-    /// Subnet of a supernet bundle, by name [default: the whole supernet]
-    #[arg(long, conflicts_with_all = ["adapter", "device"])]
-    subnet: Option<String>,
-    /// Template of the prompts: auto (the model's chat template for conversations), chat (that for
-    /// every record), alpaca, question_answer, raw, or a file with a chat template
-    #[arg(long, default_value = "auto", conflicts_with = "text")]
-    template: String,
-    /// Use this many records of each set, the first ones
-    #[arg(long, conflicts_with = "text")]
-    limit: Option<usize>,
-    /// Print prompt, output, reference and verdict of this many problems
-    #[arg(long, default_value_t = 0, conflicts_with = "text")]
-    show: usize,
-    /// Maximum length of an answer in tokens
-    #[arg(long, default_value_t = 256, conflicts_with = "text")]
-    max_new_tokens: usize,
-    /// Backend: flex, or another whose feature is enabled in the build
-    #[arg(long, default_value = "flex")]
-    device: String,
-    /// Print JSON, one object per line for each set of problems, and for each problem that is shown
-    #[arg(long)]
-    json: bool,
-}
+use crate::Args;
+use crate::common;
+use crate::common::arithmetic::{self, Kind, Split};
+
+/// Largest number of tokens of an answer, unless another is given.
+const MAX_NEW_TOKENS: usize = 256;
 
 /// Number of sequences that the runtime generates at once.
 const SESSIONS: usize = 16;
@@ -217,7 +160,7 @@ fn text_ids(args: &Args, text: &Path, tokenizer: &TextTokenizer) -> Result<Vec<u
 }
 
 fn say_perplexity(args: &Args, result: &Perplexity) {
-    if args.json {
+    if args.json.is_some() {
         common::say!("{}", serde_json::json!(result));
     } else {
         common::say!(
@@ -238,7 +181,7 @@ fn say_answer(args: &Args, prompt: &str, answer: &Answer) {
         correct,
         ..
     } = answer;
-    if args.json {
+    if args.json.is_some() {
         common::say!(
             "{}",
             serde_json::json!({
@@ -256,7 +199,7 @@ fn say_answer(args: &Args, prompt: &str, answer: &Answer) {
 
 fn say_accuracy(args: &Args, name: &str, left_out: usize, result: &ExactMatch) {
     let share = |n: usize| n as f64 / result.total.max(1) as f64;
-    if args.json {
+    if args.json.is_some() {
         let mut line = serde_json::json!({
             "set": name, "accuracy": result.accuracy(), "correct": result.correct,
             "total": result.total, "left_out": left_out
@@ -303,15 +246,8 @@ fn sets(args: &Args) -> Result<Vec<(String, Vec<Record>)>> {
     Ok(sets)
 }
 
-fn run(args: &Args) -> Result<()> {
-    for (name, value) in [
-        ("max-new-tokens", Some(args.max_new_tokens)),
-        ("limit", args.limit),
-    ] {
-        if value == Some(0) {
-            return Err(Error::argument(name, 0, "at least 1"));
-        }
-    }
+/// Measures perplexity or exact match, by Burn unless the model or the arguments ask for the runtime.
+pub fn run(args: &Args) -> Result<()> {
     let model = args.model.clone().unwrap_or_else(common::shipped_model);
     let executor = Executor::open(args, &model)?;
     let progress = common::progress();
@@ -327,7 +263,10 @@ fn run(args: &Args) -> Result<()> {
             .with_max_prompt(executor.context().saturating_sub(1))?;
         let fate = "are not counted in the accuracy";
         common::show_misfits(name, fate, problems.left_out(), records.len());
-        let n_new = args.max_new_tokens.min(executor.context());
+        let n_new = args
+            .max_new_tokens
+            .unwrap_or(MAX_NEW_TOKENS)
+            .min(executor.context());
         let answers = executor.answers(&problems, n_new, &progress)?;
         for answer in answers.iter().take(args.show) {
             let prompt = template.prompt_text(&records[answer.record - 1])?;
@@ -337,8 +276,4 @@ fn run(args: &Args) -> Result<()> {
         say_accuracy(args, name, left_out, &ExactMatch::new(&answers));
     }
     Ok(())
-}
-
-fn main() {
-    common::exit_on_error(run(&common::parse()));
 }
