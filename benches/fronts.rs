@@ -79,7 +79,9 @@ fn search(problem: &Problem, seed: u64, text: &mut String) -> Result<()> {
         config = config.with_selection(Selection::Directions { partitions });
     }
     let objective = |subnet: &SubnetConfig| {
-        let values = subnet.iter().map(|(_, value)| (value - 1) as f64 / STEPS as f64);
+        let values = subnet
+            .iter()
+            .map(|(_, value)| (value - 1) as f64 / STEPS as f64);
         Ok(value(name, &values.collect::<Vec<_>>()))
     };
     let mut searcher = config.init(&space)?;

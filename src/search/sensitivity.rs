@@ -305,9 +305,11 @@ impl Sensitivity {
             self.choose(left.min(self.settings.batch))
         };
         if chosen.is_empty() {
-            self.reason = Some(match left {
-                0 => StopReason::Budget,
-                _ => StopReason::Converged,
+            self.reason = Some(match self.response(SCORE) {
+                _ if left == 0 => StopReason::Budget,
+                Some(_) => StopReason::Converged,
+                // The largest subnet failed, so there is nothing to start from.
+                None => StopReason::Exhausted,
             });
         }
         self.n_corrections += chosen.len();
