@@ -64,7 +64,7 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
     std::fs::write(root.path().join("empty.txt"), "").unwrap();
     problems(&root.path().join("p.jsonl"), 4);
     let before = entries(root.path());
-    let cases: [(&str, &[&str], &str); 47] = [
+    let cases: [(&str, &[&str], &str); 50] = [
         ("compress", &["--sparsity", "1.5"], "sparsity"),
         ("compress", &["--sparsity", "NaN"], "sparsity"),
         ("compress", &["--pattern", "4:2"], "4:2"),
@@ -74,6 +74,9 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
         ("compress", &["--groups", "q_proj,foo"], "`foo`"),
         ("compress", &["--search", "foo"], "--search"),
         ("compress", &["--cost", "foo"], "--cost"),
+        ("compress", &["--target", "12"], "--target"),
+        ("compress", &["--target", "12ms"], "target"),
+        ("compress", &["--scoring-share", "0.5"], "scoring-share"),
         ("compress", &["--steps", "0"], "steps"),
         ("compress", &["--batch", "0"], "batch"),
         ("compress", &["--evals", "0"], "evals"),

@@ -538,7 +538,7 @@ impl SearchSpace {
     }
 
     /// Number of subnets, or `None` if it does not fit into 128 bits.
-    pub(crate) fn n_subnets_exact(&self) -> Option<u128> {
+    pub fn n_subnets_exact(&self) -> Option<u128> {
         self.groups.iter().try_fold(1u128, |product, group| {
             product.checked_mul(group.choices.len() as u128)
         })
