@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use elastic_lora::eval::{LatencyTable, Phase, measure_ms};
 use elastic_lora::io::{DType, atomic};
+use elastic_lora::merge::MergeMode;
 use elastic_lora::model::Decoder;
 use elastic_lora::search::{Goal, SearchOutcome};
 use elastic_lora::{Error, Merger, Result, SubnetConfig, SuperNet};
@@ -176,7 +177,8 @@ impl Run<'_> {
                 break;
             };
             net.activate(&best.config)?;
-            let extracted = Merger::new().extract(net, &[], &self.progress)?.model;
+            let merger = Merger::new().with_mode(MergeMode::Dense);
+            let extracted = merger.extract(net, &[], &self.progress)?.model;
             let measured = measure_ms(&extracted, phase, REPEATS)?;
             crate::common::say!(
                 "target {target}: {:.3} ms predicted, {measured:.3} ms measured",
