@@ -1,6 +1,6 @@
 //! Compares searches on a space of which every subnet was evaluated once
-//! (`tests/fixtures/search`): `cargo bench --bench sensitivity [-- COST]`, with `params`,
-//! `macs_per_token` or `bytes` as cost.
+//! (`tests/fixtures/search`): `cargo bench --bench sensitivity [-- COST]`, with `params` or `bytes` as
+//! cost.
 //!
 //! Prints the hypervolume that each search reaches, relative to that of the whole space, and its
 //! evaluations: mean and smallest of ten seeds. Volumes are measured from the loss of the smallest
@@ -37,7 +37,7 @@ impl Table {
         let names: Vec<&str> = lines.next().unwrap_or_default().split(',').collect();
         let column = |name: &str| {
             let at = names.iter().position(|known| *known == name);
-            at.ok_or_else(|| Error::argument("cost", name, "params, macs_per_token or bytes"))
+            at.ok_or_else(|| Error::argument("cost", name, "params or bytes"))
         };
         let (loss, cost) = (column("loss")?, column(cost)?);
         let mut objectives = HashMap::new();

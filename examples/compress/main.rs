@@ -11,6 +11,7 @@ mod pipeline;
 mod report;
 mod settings;
 mod sqft;
+mod target;
 mod task;
 mod unused;
 
@@ -198,6 +199,17 @@ pub struct Args {
     /// Cost that the search trades against the score
     #[arg(long, value_enum, default_value_t = SearchCost::Macs)]
     cost: SearchCost,
+    /// Choose and write the best subnet that costs at most this: bytes of the stored weights
+    /// (300MB), the time of a token or, with --cost prefill, of a prompt (12ms), or a share of the
+    /// largest subnet's cost (40%)
+    #[arg(long)]
+    target: Option<target::Target>,
+    /// Number of subnets of the front that the bundle names, evenly spaced by cost [default: all]
+    #[arg(long)]
+    front: Option<usize>,
+    /// Fraction of the validation data on which --search sensitivity scores each choice
+    #[arg(long, default_value_t = 1.0)]
+    scoring_share: f64,
     /// Random seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -338,6 +350,9 @@ enum SearchMetric {
 enum Search {
     /// Evolution of the Pareto front of score against cost
     Nsga2,
+    /// Scores of each choice alone, an exact program for every budget, and corrections by the last
+    /// tenth of --evals, at least ten
+    Sensitivity,
     /// Random subnets
     Random,
     /// Repeated moves to better neighbors, starting from the heuristic subnet
@@ -355,6 +370,10 @@ enum SearchCost {
     Params,
     /// Bytes of the weights at 16 bits each
     Bytes,
+    /// lonas: time of a prompt, predicted from measured parts
+    Prefill,
+    /// lonas: time of a token after others, predicted from measured parts
+    Decode,
 }
 
 impl From<SearchCost> for Cost {
@@ -363,6 +382,7 @@ impl From<SearchCost> for Cost {
             SearchCost::Macs => Cost::Macs,
             SearchCost::Params => Cost::Params,
             SearchCost::Bytes => Cost::Bytes,
+            SearchCost::Prefill | SearchCost::Decode => Cost::Latency,
         }
     }
 }

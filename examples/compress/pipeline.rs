@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use elastic_lora::calib::{PruneConfig, prune_model_keeping};
-use elastic_lora::eval::{Metric, ProblemSet, SubnetObjective, mean_loss};
+use elastic_lora::eval::{Cost, Metric, ProblemSet, SubnetObjective, mean_loss};
 use elastic_lora::format::WeightFormat;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::{DType, atomic};
@@ -13,8 +13,8 @@ use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::progress::TerminalProgress;
 use elastic_lora::runtime::{FormatPlan, GenerateConfig, Model};
 use elastic_lora::search::{
-    Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome, SearchReport,
-    StudyConfig,
+    Evaluation, Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome,
+    SearchReport, SensitivityConfig, StudyConfig,
 };
 use elastic_lora::sparsity::{self, Pattern};
 use elastic_lora::supernet::{SuperNetConfig, stored_bytes};
@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use crate::report::{Report, Row};
 use crate::settings::{BLOCKS, MEASURED, Settings, lora_config};
+use crate::target::Target;
 use crate::task::{Task, fingerprint};
 use crate::{Args, Init, Method, Search, SearchMetric, common};
 
@@ -240,8 +241,8 @@ impl Run<'_> {
         .chain(named)
         .map(|(name, subnet)| (name.to_string(), subnet))
         .collect();
-        let mut found: Vec<_> = front.into_iter().flat_map(SearchOutcome::front).collect();
-        found.sort_by(|a, b| a.cost().total_cmp(&b.cost()));
+        let members: Vec<&Evaluation> = front.into_iter().flat_map(SearchOutcome::front).collect();
+        let found = spaced(&members, self.args.front);
         let members = found.iter().enumerate();
         subnets.extend(members.map(|(at, one)| (format!("front-{}", at + 1), one.config.clone())));
         let plan = self.plan(share_of_zeros(net.model()));
@@ -435,9 +436,13 @@ impl Run<'_> {
         // The best subnet on the validation set among those that cost no more than the heuristic
         // subnet, which is one of them.
         let most = self.objective(&net)?.cost(&net, &net.heuristic())?;
-        let chosen = match outcome.best_under(most) {
-            Some(best) => best.config.clone(),
-            None => net.heuristic(),
+        let chosen = match (
+            self.meet_target(&mut net, &outcome)?,
+            outcome.best_under(most),
+        ) {
+            (Some(chosen), _) => chosen,
+            (None, Some(best)) => best.config.clone(),
+            (None, None) => net.heuristic(),
         };
         let named = vec![("searched", chosen.clone())];
         self.write_search(&net, "Shears", &outcome, named.clone())?;
@@ -482,7 +487,17 @@ impl Run<'_> {
         // The reference subnets are evaluated with every search algorithm, because the report shows
         // them.
         let seeds = vec![net.heuristic(), net.maximal(), net.minimal()];
+        let mut n_evals = args.evals;
         let mut searcher: Box<dyn Searcher> = match args.search {
+            Search::Sensitivity => {
+                let config = SensitivityConfig::new().with_fidelity(args.scoring_share);
+                let scored = config.n_scored(space)?;
+                let in_full = (args.scoring_share * scored as f64).ceil() as usize;
+                let corrections = args.evals.saturating_sub(in_full).max(10);
+                // The scoring pass must be whole.
+                n_evals = in_full + corrections;
+                Box::new(config.with_corrections(corrections).init(space)?)
+            }
             Search::Nsga2 => {
                 let population = (args.evals / 4).clamp(4, 40);
                 let config = NsgaConfig::new()
@@ -507,7 +522,7 @@ impl Run<'_> {
             std::fs::remove_file(&log).map_err(|e| Error::io(&log, e))?;
         }
         let tag = format!(
-            "{} seed {} steps {} batch {} lr {} sparsity {} {} {:?} against {:?}",
+            "{} seed {} steps {} batch {} lr {} sparsity {} {} {:?} against {:?}{}",
             self.task.pretrained.folder.display(),
             args.seed,
             args.steps,
@@ -516,23 +531,26 @@ impl Run<'_> {
             args.sparsity,
             args.pattern,
             args.metric,
-            args.cost
+            args.cost,
+            args.target
+                .map_or(String::new(), |target| format!(" for {target}"))
         );
-        let mut study = StudyConfig::new(args.evals)
+        let mut study = StudyConfig::new(n_evals)
             .with_log(log)
             .with_tag(tag)
             .init(space)?;
         let objective = self.objective(net)?.with_merged(merged);
         let started = Instant::now();
         let progress = &self.progress;
-        let evaluate = |subnet: &_| objective.evaluate(subnet, progress);
-        let outcome = study.run(&mut searcher, evaluate, progress)?;
+        let evaluate = |subnet: &_, share| objective.evaluate_at(subnet, share, progress);
+        let outcome = study.run_at(&mut searcher, evaluate, progress)?;
         common::say!(
-            "searched by {}: {} subnets in {:.0} s, {} on the front",
+            "searched by {}: {} subnets in {:.0} s, {} on the front, worth {:.1} evaluations in full",
             outcome.searcher(),
             outcome.evaluations().len(),
             started.elapsed().as_secs_f64(),
-            outcome.front().len()
+            outcome.front().len(),
+            outcome.n_full_evaluations()
         );
         Ok(outcome)
     }
@@ -554,7 +572,27 @@ impl Run<'_> {
             report = report.with_chosen(name, subnet);
         }
         report.write(&self.out)?;
+        report.write_curves(&self.out)?;
         Ok(())
+    }
+
+    /// Returns the cost that the target and the arguments name.
+    fn cost(&self, net: &SuperNet) -> Cost {
+        match self.args.target {
+            Some(Target::Bytes(_)) if self.args.method == Method::Lonas => {
+                Cost::Stored(match self.stored_dtype() {
+                    DType::BF16 => WeightFormat::Bf16,
+                    DType::F16 => WeightFormat::F16,
+                    _ => WeightFormat::F32,
+                })
+            }
+            Some(Target::Bytes(_)) => {
+                let plan = self.plan(share_of_zeros(net.model()));
+                Cost::Stored(plan.linears.unwrap_or(WeightFormat::F32))
+            }
+            Some(Target::Milliseconds(_)) => Cost::Latency,
+            _ => self.args.cost.into(),
+        }
     }
 
     /// Returns what a search minimises: the negated score and the cost that the arguments name, on
@@ -570,7 +608,11 @@ impl Run<'_> {
             },
             (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
         };
-        Ok(SubnetObjective::new(net, metric, self.args.cost.into()))
+        let objective = SubnetObjective::new(net, metric, self.cost(net));
+        match self.phase(net.model()) {
+            Some(phase) => Ok(objective.with_latency(self.latency_table(net, phase)?)),
+            None => Ok(objective),
+        }
     }
 
     /// Activates and returns the better, on the validation set, of the two subnets that need no
@@ -627,6 +669,17 @@ impl Run<'_> {
         let ranks: BTreeMap<String, usize> = net.ranks(subnet)?;
         atomic::write_json(path("ranks"), &ranks)
     }
+}
+
+/// Returns at most `n` members of a front, cheapest first, evenly spaced among all.
+fn spaced<'a>(front: &[&'a Evaluation], n: Option<usize>) -> Vec<&'a Evaluation> {
+    let last = front.len().saturating_sub(1);
+    let n = n.unwrap_or(front.len()).min(front.len());
+    let at = |index: usize| match n {
+        1 => last / 2,
+        _ => (index * last + (n - 1) / 2) / (n - 1),
+    };
+    (0..n).map(|index| front[at(index)]).collect()
 }
 
 /// Returns the fraction of zeros among the weights of a model's linear layers.

@@ -14,10 +14,11 @@ use elastic_lora::train::{Checkpointing, TrainConfig};
 use elastic_lora::{Error, Result};
 use serde_json::{Map, Value};
 
-use crate::{Args, FileFormat, QaStart, Quantize};
+use crate::target::{self, LATENCY};
+use crate::{Args, FileFormat, Method, QaStart, Quantize, SearchCost};
 
 /// Folders that a run creates.
-const FOLDERS: [&str; 22] = [
+const FOLDERS: [&str; 23] = [
     BLOCKS,
     "lora",
     "shears",
@@ -29,6 +30,7 @@ const FOLDERS: [&str; 22] = [
     "lonas",
     "best",
     "smallest",
+    "target",
     "lora-adapter",
     "sqft",
     "sqft-adapter",
@@ -43,13 +45,16 @@ const FOLDERS: [&str; 22] = [
 ];
 
 /// Files that a run creates.
-const FILES: [&str; 27] = [
+const FILES: [&str; 32] = [
     RUN,
     "report.json",
     "merge_report.json",
     "search_progression.svg",
     "search_progression.csv",
     "search_progression.json",
+    "search_front.md",
+    "search_hypervolume.svg",
+    "search_predicted.svg",
     "adapter_space.json",
     "adapter_subnet.json",
     "adapter_ranks.json",
@@ -59,6 +64,8 @@ const FILES: [&str; 27] = [
     "channel_order.json",
     "best_subnet.json",
     "smallest_subnet.json",
+    "target_subnet.json",
+    LATENCY,
     "merge_report_quantized.json",
     "sqft-adapter_space.json",
     "sqft-adapter_subnet.json",
@@ -173,6 +180,28 @@ impl Settings {
             {
                 return Err(Error::argument(name, share, "shares over 0 and at most 1"));
             }
+        }
+        target::check(args.method, args.target)?;
+        if matches!(args.cost, SearchCost::Prefill | SearchCost::Decode)
+            && args.method != Method::Lonas
+        {
+            let expected = "another cost: ranks hardly change the time; --method lonas does";
+            return Err(Error::argument(
+                "cost",
+                format!("{:?}", args.cost),
+                expected,
+            ));
+        }
+        if args.front == Some(0) {
+            return Err(Error::argument("front", 0, "at least 1"));
+        }
+        if !(args.scoring_share > 0.0 && args.scoring_share <= 1.0) {
+            let expected = "above 0 and at most 1";
+            return Err(Error::argument(
+                "scoring-share",
+                args.scoring_share,
+                expected,
+            ));
         }
         if args.multiple == 0 {
             return Err(Error::argument("multiple", 0, "at least 1"));

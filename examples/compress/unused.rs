@@ -5,12 +5,12 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 use elastic_lora::{Error, Result};
 
-use crate::{Args, Init, Method, Search};
+use crate::{Args, Init, Method, Search, SearchMetric};
 
 /// A rule: options, when they are used, and what else would use them.
 type Rule = (&'static [&'static str], fn(&Args) -> bool, &'static str);
 
-const RULES: [Rule; 10] = [
+const RULES: [Rule; 11] = [
     (
         &[
             "widths",
@@ -50,7 +50,7 @@ const RULES: [Rule; 10] = [
         "the patterns other than N:M",
     ),
     (
-        &["search", "evals", "metric", "cost"],
+        &["search", "evals", "metric", "cost", "target", "front"],
         |args| {
             args.method.includes(Method::Shears)
                 || (args.method == Method::Lonas && !args.elastic_only)
@@ -61,6 +61,11 @@ const RULES: [Rule; 10] = [
         &["evals"],
         |args| args.search != Search::Heuristic,
         "the searches other than heuristic",
+    ),
+    (
+        &["scoring-share"],
+        |args| args.search == Search::Sensitivity && args.metric == SearchMetric::Loss,
+        "--search sensitivity and --metric loss",
     ),
     (
         &["groups", "ranks"],

@@ -541,3 +541,78 @@ fn more_threads_than_a_bound_are_refused() {
         "{error}"
     );
 }
+
+/// A mixed storage is the uniform one where all layers are alike, prunes rows to their densities, and
+/// refuses what it cannot store.
+#[test]
+fn layers_are_stored_in_bits_of_their_own() {
+    use crate::format::WeightFormat;
+    use crate::space::{Elastic, Group, SearchSpace};
+    let model = model(json!({}));
+    let groups = |kind: Elastic, choices: &[usize]| {
+        let layers = model
+            .layers()
+            .iter()
+            .filter(|layer| layer.name != "lm_head");
+        layers
+            .map(|layer| {
+                let id = format!("{}.{kind:?}", layer.name);
+                Group::of_kind(kind, id, vec![layer.name.clone()], choices.to_vec()).unwrap()
+            })
+            .collect::<Vec<_>>()
+    };
+    let space = SearchSpace::new(groups(Elastic::Bits, &[16, 8, 4, 3, 2]))
+        .unwrap()
+        .with_groups(groups(Elastic::Density, &[100, 50]))
+        .unwrap();
+    let storage = MixedStorage::new(&model, &space, Some(8)).unwrap();
+    let mut subnet = space.maximal();
+    for group in space.groups_of_kind(Elastic::Bits) {
+        subnet.set(group.id(), 3);
+    }
+    let three = WeightFormat::Int {
+        bits: 3,
+        group_size: Some(8),
+        symmetric: false,
+    };
+    let plan = FormatPlan {
+        linears: Some(three),
+        ..FormatPlan::kept()
+    };
+    let uniform = model.with_format(plan).unwrap();
+    let stored = storage.model(&subnet).unwrap();
+    assert_eq!(stored.bytes(), uniform.bytes());
+    let tokens = tokens(9);
+    let logits = |model: &Model| all(&mut session(model, CacheFormat::F32, 8), &tokens);
+    assert_eq!(logits(&stored), logits(&uniform));
+    let name = "model.layers.1.mlp.down_proj";
+    subnet.set(format!("{name}.Bits"), 8);
+    subnet.set(format!("{name}.Density"), 50);
+    let stored = storage.model(&subnet).unwrap();
+    let index = stored.layer_index(name).unwrap();
+    let info = &stored.layers()[index];
+    assert!(matches!(info.format, WeightFormat::Int { bits: 8, .. }));
+    let matrix = stored.weight(index).unwrap().to_matrix();
+    let zeros = |row| matrix.row(row).iter().filter(|x| **x == 0.0).count();
+    assert!((0..matrix.rows()).all(|row| zeros(row) >= 12));
+    subnet.set(format!("{name}.Bits"), 16);
+    let sparse = storage.model(&subnet).unwrap();
+    assert_eq!(sparse.layers()[index].format, WeightFormat::SparseF16);
+    assert!(storage.model(&crate::SubnetConfig::new()).is_err());
+    assert!(MixedStorage::new(&uniform, &space, None).is_err());
+    let ranks = SearchSpace::fixed(&[crate::space::LayerShape::new(name, 24, 16)], 4);
+    assert!(MixedStorage::new(&model, &ranks.unwrap(), None).is_err());
+    assert!(Group::of_kind(Elastic::Bits, "b", vec!["l".into()], vec![5]).is_err());
+    assert!(Group::of_kind(Elastic::Density, "d", vec!["l".into()], vec![101]).is_err());
+}
+
+/// The active part of a model is the whole model without a subnet.
+#[test]
+fn active_sizes_are_counted() {
+    let model = model(json!({}));
+    let size = session(&model, CacheFormat::F32, 8).active_size().unwrap();
+    assert_eq!(size.bytes, model.bytes());
+    let linears: usize = model.layers().iter().map(|l| l.d_input * l.d_output).sum();
+    assert_eq!(size.macs_per_token, linears);
+    assert_eq!(size.params, linears + 19 * 16);
+}

@@ -4,9 +4,9 @@
 //! The sum is exact for the largest subnet and for those that differ from it in one group. What is
 //! left has two parts. The first is a smooth function of the whole sum, because many small losses
 //! together are often worth more, or less, than one by one. The second is a term for each pair of
-//! groups. Both are 0 where at most one group is smaller, and the second is the larger the more the
-//! two groups matter by themselves. The share of each, and the noise, are those of the greatest
-//! marginal likelihood.
+//! groups, which is 0 where at most one group is smaller, and the larger the more the two groups
+//! matter by themselves. The share of each, and the noise, are those of the greatest marginal
+//! likelihood.
 
 use super::surrogate::{cholesky, solve};
 

@@ -21,6 +21,9 @@ use crate::error::{Error, Result};
 use crate::space::{SearchSpace, SubnetConfig};
 use candidates::singles;
 
+/// Number of corrections in a row that may fail to improve the best subnet for a goal.
+const PATIENCE: usize = 6;
+
 /// Settings of [`Sensitivity`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SensitivityConfig {
@@ -305,9 +308,11 @@ impl Sensitivity {
             self.choose(left.min(self.settings.batch))
         };
         if chosen.is_empty() {
-            self.reason = Some(match left {
-                0 => StopReason::Budget,
-                _ => StopReason::Converged,
+            self.reason = Some(match self.response(SCORE) {
+                _ if left == 0 => StopReason::Budget,
+                Some(_) => StopReason::Converged,
+                // The largest subnet failed, so there is nothing to start from.
+                None => StopReason::Exhausted,
             });
         }
         self.n_corrections += chosen.len();
@@ -337,15 +342,20 @@ impl Sensitivity {
             .filter(|(genome, _)| !known.contains(genome))
             .collect();
         if let Some(goal) = &self.settings.goal {
-            // What is expected to be better than the best that is known.
-            let best = front.iter().min_by(|a, b| goal.compare(*a, *b)).copied();
-            let mut better: Vec<(Genome, [f64; 2])> = candidates
+            // What is expected to be better than the best that is known. The model learns near the
+            // goal from some that are expected to be nearly as good.
+            let best = (0..front.len()).min_by(|a, b| goal.compare(&front[*a], &front[*b]));
+            let in_vain = best.map_or(0, |best| front.len() - 1 - best);
+            let goes_on = in_vain.min(self.n_corrections) < PATIENCE;
+            let best = best.map(|best| front[best]);
+            let is_better = |point: &[f64; 2]| best.is_none_or(|b| goal.compare(point, &b).is_lt());
+            let mut next: Vec<(Genome, [f64; 2])> = candidates
                 .into_iter()
-                .filter(|(_, point)| best.is_none_or(|best| goal.compare(point, &best).is_lt()))
+                .filter(|(_, point)| is_better(point) || goes_on && goal.is_met(point))
                 .collect();
-            better.sort_by(|a, b| goal.compare(&a.1, &b.1));
-            better.truncate(n);
-            let chosen = better.into_iter();
+            next.sort_by(|a, b| goal.compare(&a.1, &b.1));
+            next.truncate(n);
+            let chosen = next.into_iter();
             return chosen
                 .map(|(genome, point)| (genome, Some(point)))
                 .collect();

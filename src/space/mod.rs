@@ -74,6 +74,12 @@ pub enum Elastic {
     /// block (`model.layers.3`), its attention (`model.layers.3.self_attn`) or its MLP
     /// (`model.layers.3.mlp`).
     Depth,
+    /// Bits per weight in which the group's layers are stored: 2, 3, 4, 8 or 16. No part of a
+    /// supernet; see [`MixedStorage`](crate::runtime::MixedStorage).
+    Bits,
+    /// Percentage of the weights of the group's layers that stay, 1 to 100; the others become 0. No
+    /// part of a supernet; see [`MixedStorage`](crate::runtime::MixedStorage).
+    Density,
 }
 
 impl Elastic {
@@ -173,6 +179,18 @@ impl Group {
                 "it cannot keep {depth} of {} parts",
                 layers.len()
             )));
+        }
+        let is_valid = |choice: &usize| match kind {
+            Elastic::Bits => [2, 3, 4, 8, 16].contains(choice),
+            Elastic::Density => *choice <= 100,
+            _ => true,
+        };
+        if let Some(choice) = choices.iter().find(|choice| !is_valid(choice)) {
+            let expected = match kind {
+                Elastic::Bits => "2, 3, 4, 8 or 16 bits",
+                _ => "a percentage",
+            };
+            return Err(broken(format!("its choice {choice} is not {expected}")));
         }
         choices.sort_unstable_by(|a, b| b.cmp(a));
         choices.dedup();
@@ -520,7 +538,7 @@ impl SearchSpace {
     }
 
     /// Number of subnets, or `None` if it does not fit into 128 bits.
-    pub(crate) fn n_subnets_exact(&self) -> Option<u128> {
+    pub fn n_subnets_exact(&self) -> Option<u128> {
         self.groups.iter().try_fold(1u128, |product, group| {
             product.checked_mul(group.choices.len() as u128)
         })
@@ -644,6 +662,22 @@ impl SearchSpace {
         self.by_name(config, Elastic::Width)
     }
 
+    /// The bits per weight of every layer with a choice of them, by module path.
+    ///
+    /// # Errors
+    /// Returns the errors of [`validate`](Self::validate).
+    pub fn bits(&self, config: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
+        self.by_name(config, Elastic::Bits)
+    }
+
+    /// The percentage of weights that stay of every layer with a choice of it, by module path.
+    ///
+    /// # Errors
+    /// Returns the errors of [`validate`](Self::validate).
+    pub fn densities(&self, config: &SubnetConfig) -> Result<BTreeMap<String, usize>> {
+        self.by_name(config, Elastic::Density)
+    }
+
     /// The parts that a subnet leaves out.
     ///
     /// # Errors
@@ -698,7 +732,7 @@ impl SearchSpace {
         for group in &self.groups {
             let exists = |name: &str| match group.kind {
                 Elastic::Depth => layers.iter().any(|layer| is_inside(&layer.name, name)),
-                Elastic::Rank | Elastic::Width => known.contains_key(name),
+                _ => known.contains_key(name),
             };
             if let Some(unknown) = group.layers.iter().find(|layer| !exists(layer)) {
                 return Err(Error::UnknownLayer {
@@ -867,5 +901,7 @@ fn default_id<S: AsRef<str>>(kind: Elastic, layers: &[S]) -> String {
         Elastic::Rank => name,
         Elastic::Width => name + ".width",
         Elastic::Depth => name + ".depth",
+        Elastic::Bits => name + ".bits",
+        Elastic::Density => name + ".density",
     }
 }

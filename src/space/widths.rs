@@ -64,6 +64,13 @@ fn blocks_of(group: &Group) -> Result<(SubBlock, Vec<usize>)> {
 /// Checks that every width and depth of a space gives a valid model of the blocks `full`. The
 /// caller has already checked names and shapes.
 pub(crate) fn check(full: &[BlockDims], head_dim: usize, space: &SearchSpace) -> Result<()> {
+    for kind in [Elastic::Bits, Elastic::Density] {
+        if let Some(group) = space.groups_of_kind(kind).next() {
+            let reason =
+                "bits and densities are chosen where weights are stored, not in a supernet";
+            return Err(invalid(group, reason.into()));
+        }
+    }
     for group in space.groups_of_kind(Elastic::Width) {
         let (part, blocks) = blocks_of(group)?;
         let size = |block: usize| match part {

@@ -27,25 +27,41 @@ pub fn targets(batch: &Batch) -> Vec<(usize, u32)> {
 /// [`Decoder::tokens`].
 #[doc(hidden)]
 pub fn mean_loss(model: &Decoder, batches: &[Batch], progress: &dyn Progress) -> Result<f64> {
+    let losses = batch_losses(model, batches, progress)?;
+    let (sum, n) = losses.iter().fold((0.0, 0), |(sum, n), (loss, targets)| {
+        (sum + loss, n + targets)
+    });
+    Ok(sum / n as f64)
+}
+
+/// Sum of the negative log-likelihoods of each batch, in nats, and its number of targets. Batches
+/// without targets are left out.
+///
+/// # Errors
+/// Returns the errors of [`mean_loss`].
+pub(crate) fn batch_losses(
+    model: &Decoder,
+    batches: &[Batch],
+    progress: &dyn Progress,
+) -> Result<Vec<(f64, usize)>> {
     let mut task = Task::begin(progress, "evaluate", batches.len(), "batches")?;
-    let mut sum = 0.0;
-    let mut n = 0;
+    let mut losses = Vec::with_capacity(batches.len());
     for batch in batches {
         let targets = targets(batch);
         if !targets.is_empty() {
-            n += targets.len();
             let tokens = model.batch_tokens(batch)?;
             let hidden = model.rows_hidden_states(tokens, batch.segments.as_ref(), &task)?;
-            sum += f64::from(host_values(model.nll_at(hidden, &targets)?)[0]);
+            let sum = f64::from(host_values(model.nll_at(hidden, &targets)?)[0]);
+            losses.push((sum, targets.len()));
         }
         task.step("")?;
     }
-    if n == 0 {
+    if losses.is_empty() {
         return Err(Error::argument(
             "batches",
             "no target",
             "at least one token to be predicted",
         ));
     }
-    Ok(sum / n as f64)
+    Ok(losses)
 }

@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 
+use super::super::COST;
 use super::super::knapsack::{self, Item};
 use super::super::pareto::dominates;
 use super::super::proposals::Genome;
 use super::super::response::Response;
-use super::super::{COST, SCORE};
 use super::Sensitivity;
 
 /// Number of operations that a round may spend on predictions.
