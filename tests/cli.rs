@@ -929,6 +929,78 @@ fn killed_runs_are_resumed_with_the_same_results() {
     eprintln!("{n_killed} runs were killed");
 }
 
+/// Kills conversions and `generate --save`, as the test above does with runs.
+#[cfg(unix)]
+#[test]
+#[ignore = "takes some seconds for each killed run"]
+fn killed_conversions_leave_the_whole_or_nothing() {
+    use rand::{RngExt, SeedableRng};
+    let root = tempfile::tempdir().unwrap();
+    let model = shipped_model();
+    let model = model.to_str().unwrap();
+    let convert = |to: &'static str, out: &'static str| {
+        let args = vec!["--model", model, "--to", to, "--out", out];
+        ("convert", args, out)
+    };
+    let save = vec!["--model", model, "--save", "s.elora", "--format", "int4"];
+    let prompt = vec!["--prompt", "1 + 1", "--max-new-tokens", "1"];
+    let ways = [
+        convert("gguf", "m.gguf"),
+        convert("hf", "folder"),
+        convert("bundle", "m.elora"),
+        ("generate", [save, prompt].concat(), "s.elora"),
+    ];
+    let read = |path: &Path| match path.is_dir() {
+        true => contents(path),
+        false => vec![(PathBuf::new(), std::fs::read(path).unwrap())],
+    };
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(23);
+    let (mut n_killed, mut n_whole) = (0, 0);
+    for (program, args, name) in ways {
+        let command = |overwrite: bool| {
+            let mut command = example(program, root.path())?;
+            command.args(&args).args(overwrite.then_some("--overwrite"));
+            command.stdout(Stdio::null()).stderr(Stdio::piped());
+            Some(command)
+        };
+        let Some(mut first) = command(false) else {
+            return;
+        };
+        let started = std::time::Instant::now();
+        let output = first.output().unwrap();
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+        let (time, path) = (started.elapsed(), root.path().join(name));
+        let expected = read(&path);
+        for round in 0..rounds(10) {
+            let overwrite = round % 2 == 1;
+            if !overwrite {
+                match path.is_dir() {
+                    true => std::fs::remove_dir_all(&path).unwrap(),
+                    false => std::fs::remove_file(&path).unwrap(),
+                }
+            }
+            let mut running = command(overwrite).unwrap().spawn().unwrap();
+            std::thread::sleep(time.mul_f64(rng.random_range(0.0..1.1)));
+            n_killed += usize::from(running.try_wait().unwrap().is_none());
+            running.kill().unwrap();
+            running.wait().unwrap();
+            if path.exists() {
+                n_whole += 1;
+                assert!(read(&path) == expected, "{name} in round {round}");
+            } else {
+                // A folder cannot take another's place in one step.
+                assert!(!overwrite || expected.len() > 1, "{name} in round {round}");
+            }
+            let output = command(path.exists()).unwrap().output().unwrap();
+            assert!(output.status.success(), "{name}: {}", stderr(&output));
+            assert!(read(&path) == expected, "{name} after round {round}");
+        }
+        let left: Vec<String> = entries(root.path());
+        assert!(left.iter().all(|name| !name.contains(".tmp")), "{left:?}");
+    }
+    eprintln!("{n_killed} were killed, {n_whole} left a whole result");
+}
+
 #[test]
 fn records_that_do_not_fit_are_named_and_the_rest_goes_on() {
     let root = tempfile::tempdir().unwrap();
