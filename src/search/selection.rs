@@ -376,10 +376,9 @@ fn solve(mut rows: Vec<Vec<f64>>, mut right: Vec<f64>) -> Option<Vec<f64>> {
         }
         for below in at + 1..n {
             let factor = rows[below][at] / rows[at][at];
-            for col in at..n {
-                let x = rows[at][col];
-                rows[below][col] -= factor * x;
-            }
+            let (above, rest) = rows.split_at_mut(below);
+            let terms = rest[0].iter_mut().zip(&above[at]).skip(at);
+            terms.for_each(|(x, pivot)| *x -= factor * pivot);
             right[below] -= factor * right[at];
         }
     }
