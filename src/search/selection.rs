@@ -374,12 +374,12 @@ fn solve(mut rows: Vec<Vec<f64>>, mut right: Vec<f64>) -> Option<Vec<f64>> {
         if rows[at][at].abs() < 1e-12 {
             return None;
         }
-        let (above, below) = rows.split_at_mut(at + 1);
-        for (index, row) in below.iter_mut().enumerate() {
-            let factor = row[at] / above[at][at];
-            let pairs = row.iter_mut().zip(&above[at]).skip(at);
-            pairs.for_each(|(x, pivot)| *x -= factor * pivot);
-            right[at + 1 + index] -= factor * right[at];
+        for below in at + 1..n {
+            let factor = rows[below][at] / rows[at][at];
+            let (above, rest) = rows.split_at_mut(below);
+            let terms = rest[0].iter_mut().zip(&above[at]).skip(at);
+            terms.for_each(|(x, pivot)| *x -= factor * pivot);
+            right[below] -= factor * right[at];
         }
     }
     for at in (0..n).rev() {
