@@ -75,8 +75,8 @@ impl Table {
 }
 
 fn main() -> Result<()> {
-    let arguments = std::env::args().skip(1).filter(|one| !one.starts_with('-'));
-    let cost = arguments.last().unwrap_or_else(|| "params".into());
+    let mut arguments = std::env::args().skip(1).filter(|one| !one.starts_with('-'));
+    let cost = arguments.next_back().unwrap_or_else(|| "params".into());
     let table = Table::read(&cost)?;
     let space = &table.space;
     let all = table.volume(table.objectives.values());

@@ -223,7 +223,7 @@ pub fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
                     // least `(first + n) * k` elements, because `n` is at most
                     // `b.len() / k - first`. The strides match these shapes.
                     unsafe {
-                        gemm::gemm(
+                        gemm_f32::gemm::f32::get_gemm_fn()(
                             rows,
                             n,
                             k,
@@ -242,7 +242,7 @@ pub fn gemm_rate(rows: usize, k: usize, n: usize, threads: usize) -> f64 {
                             false,
                             false,
                             false,
-                            gemm::Parallelism::None,
+                            gemm_common::Parallelism::None,
                         );
                     }
                     black_box(c[0])
