@@ -14,7 +14,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 use common::{is_factor, random_ids, tiny_dims, tiny_on, weight_bits};
 use elastic_lora::adapter::LoraConfig;
 use elastic_lora::data::{Batch, Batcher, Sequence, fixed_batches};
