@@ -92,8 +92,8 @@ impl QuantizeConfig {
 /// # Errors
 /// Returns [`Error::InvalidArgument`](crate::Error::InvalidArgument) for invalid settings or if the
 /// method needs samples and there are none, [`Error::HasAdapter`](crate::Error::HasAdapter) for a
-/// model with adapters, and the errors of [`walk_blocks`](super::walk_blocks), [`gptq`] and [`round_to_nearest`], with
-/// the layer's name.
+/// model with adapters, and the errors of [`walk_blocks`](super::walk_blocks), [`gptq`] and
+/// [`round_to_nearest`], with the layer's name.
 pub fn quantize_model(
     model: &mut Decoder,
     samples: &[Vec<u32>],

@@ -96,24 +96,22 @@ impl<'a> Conversion<'a> {
     /// that was trained through the grid of its base (QA-SparsePEFT), which
     /// [`Merger`](crate::Merger) merges.
     pub fn with_adapter(mut self, adapter: &'a LoraAdapter) -> Result<Self> {
-        adapter.refuse_empty()?;
-        adapter.check(self.base.config())?;
+        adapter.check_merge(self.base.config())?;
         self.adapter = Some(adapter);
         Ok(self)
     }
 
     /// Calls `write` with the model, with the adapter if there is one. Returns its result and the
-    /// notices about model and adapter.
+    /// notices about the adapter.
     fn with_source<T>(
         &self,
         write: impl FnOnce(&dyn ModelSource) -> Result<T>,
     ) -> Result<(T, Vec<String>)> {
-        let mut notices = self.base.config().notices().to_vec();
         let Some(adapter) = self.adapter else {
-            return Ok((write(&self.base)?, notices));
+            return Ok((write(&self.base)?, Vec::new()));
         };
         let merged = MergedSource::new(&self.base, adapter)?;
-        notices.extend(merged.notices()?);
+        let notices = merged.notices()?;
         Ok((write(&merged)?, notices))
     }
 
@@ -130,11 +128,8 @@ impl<'a> Conversion<'a> {
     ) -> Result<GgufReport> {
         let destination = destination.as_ref();
         let written = self.with_source(|source| write_from(source, destination, options, progress));
-        let (mut report, mut notices) = written?;
-        let new = |notice: &String| !notices.contains(notice);
-        let others: Vec<String> = report.notices.iter().filter(|n| new(n)).cloned().collect();
-        notices.extend(others);
-        report.notices = notices;
+        let (mut report, notices) = written?;
+        report.notices.extend(notices);
         Ok(report)
     }
 
@@ -155,7 +150,7 @@ impl<'a> Conversion<'a> {
         let destination = destination.as_ref();
         let ((), notices) =
             self.with_source(|source| write_folder(source, destination, options, progress))?;
-        Ok(notices)
+        Ok([self.base.config().notices(), &notices].concat())
     }
 }
 

@@ -14,7 +14,7 @@ use crate::progress::{Progress, Task};
 
 use super::model::{Model, ModelOptions, ModelParts, SubnetParts, Tokenizer, Weights};
 use super::plan::{FormatPlan, convert, encode};
-use super::weights::{AdapterWeights, LayerWeights, Norms, Weight};
+use super::weights::{LayerWeights, Norms, Weight};
 
 impl Model {
     /// Builds a model from weights that the caller provides.
@@ -273,45 +273,25 @@ pub(super) fn reformat(weights: &Weights, plan: &FormatPlan) -> Result<Weights> 
         let matrix = convert(weight.name(), weight.get()?, format)?;
         Ok::<_, Error>(Weight::made(weight.name(), matrix))
     };
-    let embedding = stored(&weights.embedding, plan.embedding)?;
+    let mut new = weights.clone();
+    new.embedding = stored(&weights.embedding, plan.embedding)?;
     let tied = weights.config.tie_word_embeddings();
-    let mut layers = Vec::new();
-    for layer in &weights.layers {
+    for layer in &mut new.layers {
         let head = layer.name == Architecture::HEAD_LAYER;
         if head && tied {
             continue;
         }
         let format = if head { plan.head } else { plan.linears };
-        let weight = stored(&layer.weight, format)?;
-        let others = layer.others.iter().map(|other| stored(other, format));
-        let others = others.collect::<Result<_>>()?;
-        let adapter = match &layer.adapter {
-            Some(adapter) => Some(AdapterWeights {
-                a: stored(&adapter.a, plan.adapters)?,
-                bt: stored(&adapter.bt, plan.adapters)?,
-                lora: adapter.lora.clone(),
-            }),
-            None => None,
-        };
-        layers.push(LayerWeights {
-            name: layer.name.clone(),
-            weight,
-            bias: layer.bias.clone(),
-            adapter,
-            others,
-        });
+        layer.weight = stored(&layer.weight, format)?;
+        for other in &mut layer.others {
+            *other = stored(other, format)?;
+        }
+        if let Some(adapter) = &mut layer.adapter {
+            adapter.a = stored(&adapter.a, plan.adapters)?;
+            adapter.bt = stored(&adapter.bt, plan.adapters)?;
+        }
     }
-    Weights::new(ModelParts {
-        config: weights.config.clone(),
-        embedding,
-        norms: weights.norms.clone(),
-        final_norm: weights.final_norm.clone(),
-        layers,
-        space: weights.space.clone(),
-        subnets: named(weights),
-        tokenizer: weights.tokenizer.clone(),
-        stop_ids: weights.stop_ids.clone(),
-    })
+    new.renewed()
 }
 
 /// Returns the named subnets without the first one, which every model has.

@@ -3,8 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
 
-use super::build::named;
-use super::model::{Model, ModelParts};
+use super::model::Model;
 use super::plan::encode;
 use super::weights::{LayerWeights, Weight};
 use crate::arch::Architecture;
@@ -84,35 +83,16 @@ impl MixedStorage {
     pub fn model(&self, subnet: &SubnetConfig) -> Result<Model> {
         let (bits, densities) = (self.space.bits(subnet)?, self.space.densities(subnet)?);
         let of = |map: &BTreeMap<String, usize>, name: &str| map.get(name).copied();
-        let weights = &self.model.weights;
+        let mut weights = (*self.model.weights).clone();
         let tied = weights.config.tie_word_embeddings();
-        let mut layers = Vec::with_capacity(weights.layers.len());
-        for (index, layer) in weights.layers.iter().enumerate() {
-            if tied && layer.name == Architecture::HEAD_LAYER {
-                continue;
-            }
+        for (index, layer) in weights.layers.iter_mut().enumerate() {
             let choice = (of(&bits, &layer.name), of(&densities, &layer.name));
-            let weight = match choice {
-                (None, None) => layer.weight.clone(),
-                _ => self.stored(index, layer, choice)?,
-            };
-            layers.push(LayerWeights {
-                weight,
-                ..layer.clone()
-            });
+            let of_embedding = tied && layer.name == Architecture::HEAD_LAYER;
+            if choice != (None, None) && !of_embedding {
+                layer.weight = self.stored(index, layer, choice)?;
+            }
         }
-        let parts = ModelParts {
-            config: weights.config.clone(),
-            embedding: weights.embedding.clone(),
-            norms: weights.norms.clone(),
-            final_norm: weights.final_norm.clone(),
-            layers,
-            space: weights.space.clone(),
-            subnets: named(weights),
-            tokenizer: weights.tokenizer.clone(),
-            stop_ids: weights.stop_ids.clone(),
-        };
-        Ok(self.model.with_weights(super::model::Weights::new(parts)?))
+        Ok(self.model.with_weights(weights.renewed()?))
     }
 
     fn stored(&self, index: usize, layer: &LayerWeights, choice: Choice) -> Result<Weight> {

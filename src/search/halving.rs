@@ -97,19 +97,7 @@ impl HalvingConfig {
         self.selection.check()?;
         let mut unseen = Unseen::new(space);
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        let default = || vec![space.heuristic(), space.maximal(), space.minimal()];
-        let mut genomes = Vec::new();
-        for config in self.initial.clone().unwrap_or_else(default) {
-            let genome = space.encode(&config)?;
-            if genomes.len() < self.candidates && unseen.insert(&genome) {
-                genomes.push(genome);
-            }
-        }
-        while genomes.len() < self.candidates
-            && let Some(genome) = unseen.draw(&mut rng)
-        {
-            genomes.push(genome);
-        }
+        let genomes = unseen.first(space, self.initial.as_deref(), self.candidates, &mut rng)?;
         Ok(Halving {
             settings: self.clone(),
             rng,

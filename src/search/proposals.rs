@@ -40,6 +40,34 @@ impl Unseen {
         &self.n_choices
     }
 
+    /// Draws the first `n` genomes: the given ones, by default the heuristic, the maximal and the
+    /// minimal subnet, and then unseen ones. Returns fewer if the space has fewer.
+    ///
+    /// # Errors
+    /// Returns the errors of [`SearchSpace::encode`] for a subnet that is not of the space.
+    pub(super) fn first(
+        &mut self,
+        space: &SearchSpace,
+        initial: Option<&[SubnetConfig]>,
+        n: usize,
+        rng: &mut impl Rng,
+    ) -> Result<Vec<Genome>> {
+        let default = || vec![space.heuristic(), space.maximal(), space.minimal()];
+        let mut genomes = Vec::new();
+        for config in initial.map_or_else(default, <[_]>::to_vec) {
+            let genome = space.encode(&config)?;
+            if genomes.len() < n && self.insert(&genome) {
+                genomes.push(genome);
+            }
+        }
+        while genomes.len() < n
+            && let Some(genome) = self.draw(rng)
+        {
+            genomes.push(genome);
+        }
+        Ok(genomes)
+    }
+
     /// Marks a genome as proposed. Returns whether it was new.
     pub(super) fn insert(&mut self, genome: &Genome) -> bool {
         self.seen.insert(genome.clone())

@@ -35,31 +35,12 @@ pub(crate) struct MergedSource<'a> {
 }
 
 impl<'a> MergedSource<'a> {
-    /// Takes a model and an adapter for it.
+    /// Takes a model and an adapter that [`LoraAdapter::check_merge`] has found to fit it.
     ///
     /// # Errors
-    /// Returns the errors of [`LoraAdapter::check`]; [`Error::Unsupported`] for an adapter that was
-    /// trained through the grid of its base (QA-SparsePEFT), which the files do not hold, and for an
-    /// initialization of a model with quantized weights; and the errors of reading embedding and
-    /// head.
+    /// Returns the errors of reading embedding and head.
     pub fn new(base: &'a dyn ModelSource, adapter: &'a LoraAdapter) -> Result<Self> {
         let config = base.config().clone();
-        adapter.check(&config)?;
-        if adapter.quantization_aware {
-            return Err(Error::Unsupported {
-                what: "merging an adapter that was trained through the grid of its base \
-                       (`quantization_aware`) from its files; `Merger` does it where the adapter \
-                       was trained,"
-                    .into(),
-            });
-        }
-        let changes = &adapter.changes;
-        if changes.init != BaseInit::Unchanged && config.quantization().is_some() {
-            let what = changes.what().unwrap_or_default();
-            return Err(Error::Unsupported {
-                what: format!("an adapter with {what} on a model with quantized weights"),
-            });
-        }
         let dtype = match base.held(Architecture::EMBEDDING)? {
             Held::Numbers(dtype) => dtype,
             Held::Codes | Held::Blocks(_) => DType::BF16,
@@ -303,12 +284,34 @@ impl ModelSource for MergedSource<'_> {
 }
 
 impl LoraAdapter {
-    /// Refuses an adapter without anything to merge.
-    pub(crate) fn refuse_empty(&self) -> Result<()> {
+    /// Checks that the adapter can be added to a model from its files.
+    ///
+    /// # Errors
+    /// Returns the errors of [`check`](Self::check); [`Error::InvalidArgument`] for an adapter without
+    /// anything to merge; and [`Error::Unsupported`] for one that was trained through the grid of its
+    /// base (QA-SparsePEFT), which the files do not hold, and for an initialization of a model with
+    /// quantized weights.
+    pub(crate) fn check_merge(&self, config: &HfConfig) -> Result<()> {
         let pairs = self.layers.keys().any(|name| !is_table(name));
-        match pairs || self.changes_tables() || !self.changes.is_empty() {
-            true => Ok(()),
-            false => Err(Error::argument("adapter", "no pairs", "at least one")),
+        let changes = &self.changes;
+        if !pairs && !self.changes_tables() && changes.is_empty() {
+            return Err(Error::argument("adapter", "no pairs", "at least one"));
         }
+        self.check(config)?;
+        if self.quantization_aware {
+            return Err(Error::Unsupported {
+                what: "merging an adapter that was trained through the grid of its base \
+                       (`quantization_aware`) from its files; `Merger` does it where the adapter \
+                       was trained,"
+                    .into(),
+            });
+        }
+        if changes.init != BaseInit::Unchanged && config.quantization().is_some() {
+            let what = changes.what().unwrap_or_default();
+            return Err(Error::Unsupported {
+                what: format!("an adapter with {what} on a model with quantized weights"),
+            });
+        }
+        Ok(())
     }
 }
