@@ -142,12 +142,12 @@ fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
     let mut made: HashMap<[usize; 2], StoredMatrix> = HashMap::new();
     let matrix = |name: &str, shape: [usize; 2]| {
         if name == Architecture::EMBEDDING {
-            return weight(WeightFormat::F16, shape, 0.0);
+            return weight(WeightFormat::F16, shape, 0.0, None);
         }
         if let Some(matrix) = made.get(&shape) {
             return copy(matrix);
         }
-        let matrix = weight(format(kind), shape, 0.5)?;
+        let matrix = weight(format(kind), shape, 0.5, None)?;
         let copy = copy(&matrix)?;
         made.insert(shape, matrix);
         Ok(copy)

@@ -2,10 +2,10 @@
 //! `cargo bench --bench kernels -- 4096x4096`, or any other part of a name.
 //!
 //! Each format cycles through copies of its weight with a total size of `BENCH_MIB`, so that they
-//! do not fit into a cache. It takes turns with the f16 product of the same shape and with a plain
-//! sum over a part of a buffer, on the same threads. A table after criterion's output shows the
+//! do not fit into a cache. It takes turns with the f16 product of the same shape and with a read
+//! of a part of a buffer in four streams, on the same threads. A table after criterion's output shows the
 //! fifth percentile of the times, which other processes disturb least, and the median. `share` is
-//! the rate at which the bytes of the weight are read, divided by that of the sum. `f16/` is the
+//! the rate at which the bytes of the weight are read, divided by that of the read. `f16/` is the
 //! speed of a product divided by that of f16.
 //!
 //! Settings: `BENCH_SHAPES` (outputs x inputs), `BENCH_ROWS` (rows of inputs), `BENCH_GROUP`
@@ -29,7 +29,8 @@ use elastic_lora::kernels::{
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-fn formats(group: usize) -> [(&'static str, WeightFormat); 13] {
+/// The formats, with the pattern of those that are no random ones.
+fn formats(group: usize) -> [(&'static str, WeightFormat, Option<(usize, usize)>); 14] {
     let group_size = Some(group);
     let int = |bits, symmetric| WeightFormat::Int {
         bits,
@@ -41,25 +42,31 @@ fn formats(group: usize) -> [(&'static str, WeightFormat); 13] {
         symmetric,
     };
     [
-        ("f32", WeightFormat::F32),
-        ("f16", WeightFormat::F16),
-        ("bf16", WeightFormat::Bf16),
-        ("sparse-f16", WeightFormat::SparseF16),
-        ("sparse-bf16", WeightFormat::SparseBf16),
-        ("nm", WeightFormat::NmF16 { n: 2, m: 4 }),
-        ("int4", int(4, true)),
-        ("sparse-int4", sparse(true)),
-        ("int4-asym", int(4, false)),
-        ("sparse-int4-asym", sparse(false)),
-        ("int8", int(8, true)),
-        ("int3", int(3, true)),
-        ("int2", int(2, true)),
+        ("f32", WeightFormat::F32, None),
+        ("f16", WeightFormat::F16, None),
+        ("bf16", WeightFormat::Bf16, None),
+        ("sparse-f16", WeightFormat::SparseF16, None),
+        ("sparse-bf16", WeightFormat::SparseBf16, None),
+        ("nm", WeightFormat::NmF16 { n: 2, m: 4 }, None),
+        ("int4", int(4, true), None),
+        ("sparse-int4", sparse(true), None),
+        ("sparse-int4-16:32", sparse(true), Some((16, 32))),
+        ("int4-asym", int(4, false), None),
+        ("sparse-int4-asym", sparse(false), None),
+        ("int8", int(8, true), None),
+        ("int3", int(3, true), None),
+        ("int2", int(2, true), None),
     ]
 }
 
 /// Returns copies of a random weight with a total size of at least `bytes`.
-fn copies(format: WeightFormat, shape: [usize; 2], bytes: usize) -> Result<Vec<StoredMatrix>> {
-    let weight = common::weight(format, shape, setting("BENCH_SPARSITY", "0.5"))?;
+fn copies(
+    format: WeightFormat,
+    pattern: Option<(usize, usize)>,
+    shape: [usize; 2],
+    bytes: usize,
+) -> Result<Vec<StoredMatrix>> {
+    let weight = common::weight(format, shape, setting("BENCH_SPARSITY", "0.5"), pattern)?;
     let count = bytes.div_ceil(weight.bytes()).max(1);
     let mut copies = vec![weight];
     while copies.len() < count {
@@ -120,14 +127,14 @@ fn product<'a>(
     }
 }
 
-/// Returns a measurement of the sum over consecutive parts of 8 MiB of a buffer.
-fn sums<'a>(pool: &'a Pool, buffer: &'a [u64]) -> impl FnMut() -> Result<Duration> + 'a {
-    let mut parts = buffer.chunks_exact(SUMMED).cycle();
-    move || Ok(common::sum(pool, parts.next().unwrap_or_default()))
+/// Returns a measurement of reading consecutive parts of 8 MiB of a buffer.
+fn reads<'a>(pool: &'a Pool, buffer: &'a [u64]) -> impl FnMut() -> Result<Duration> + 'a {
+    let mut parts = buffer.chunks_exact(READ).cycle();
+    move || Ok(common::read(pool, parts.next().unwrap_or_default()))
 }
 
-/// Number of values in a sum.
-const SUMMED: usize = 1 << 20;
+/// Number of values that are read at once.
+const READ: usize = 1 << 20;
 
 fn bench(criterion: &mut Criterion) -> Result<()> {
     let pool = Pool::new(setting("BENCH_THREADS", "0"));
@@ -147,7 +154,7 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
     let group_size = setting("BENCH_GROUP", "128");
     let shapes: Vec<Shape> = settings("BENCH_SHAPES", shapes);
     let all_rows: Vec<usize> = settings("BENCH_ROWS", "1");
-    let buffer = vec![1; bytes.div_ceil(8).max(SUMMED)];
+    let buffer = vec![1; bytes.div_ceil(8).max(READ)];
     println!(
         "{} threads, inputs quantized to {activations:?}",
         pool.threads()
@@ -166,15 +173,16 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
             let name = format!("kernels/{}/{outputs}x{inputs}/{rows}", level.name());
             let mut group = criterion.benchmark_group(&name);
             let mut measured = Vec::new();
-            for (format_name, format) in formats(group_size) {
+            for (format_name, format, pattern) in formats(group_size) {
                 let own = OnceCell::new();
                 let make = || {
-                    let dense = dense.get_or_init(|| ok(copies(WeightFormat::F16, shape, bytes)));
-                    let own = own.get_or_init(|| ok(copies(format, shape, bytes)));
+                    let dense =
+                        dense.get_or_init(|| ok(copies(WeightFormat::F16, None, shape, bytes)));
+                    let own = own.get_or_init(|| ok(copies(format, pattern, shape, bytes)));
                     Ok([
                         Box::new(product(level, &pool, own, &x, activations)) as Subject,
                         Box::new(product(level, &pool, dense, &x, activations)),
-                        Box::new(sums(&pool, &buffer)),
+                        Box::new(reads(&pool, &buffer)),
                     ])
                 };
                 group.throughput(Throughput::Elements((outputs * inputs * rows) as u64));
@@ -191,27 +199,27 @@ fn bench(criterion: &mut Criterion) -> Result<()> {
 }
 
 fn show(name: &str, macs: f64, measured: &[(&str, f64, [Vec<f64>; 3])]) {
-    let of_sums: Vec<f64> = measured
+    let of_reads: Vec<f64> = measured
         .iter()
         .flat_map(|(.., seconds)| seconds[2].clone())
         .collect();
-    if of_sums.is_empty() {
+    if of_reads.is_empty() {
         return;
     }
-    let rate = |seconds: f64| 8e-9 * SUMMED as f64 / seconds;
+    let rate = |seconds: f64| 8e-9 * READ as f64 / seconds;
     println!(
-        "{name} rows; a plain sum reads {:.1} GB/s at best, {:.1} in the median",
-        rate(best(&of_sums)),
-        rate(median(&of_sums))
+        "{name} rows; memory is read at {:.1} GB/s at best, {:.1} in the median",
+        rate(best(&of_reads)),
+        rate(median(&of_reads))
     );
     println!(
-        "{:<16} {:>8} {:>9} {:>9} {:>8} {:>7} {:>7} {:>7} {:>7} {:>9}",
+        "{:<17} {:>8} {:>9} {:>9} {:>8} {:>7} {:>7} {:>7} {:>7} {:>9}",
         "", "MB", "best us", "median", "GB/s", "share", "median", "f16/", "median", "GFLOP/s"
     );
-    for (format, size, [own, dense, sums]) in measured {
-        let share = |of: fn(&[f64]) -> f64| size / of(own) / 1e9 / rate(of(sums));
+    for (format, size, [own, dense, reads]) in measured {
+        let share = |of: fn(&[f64]) -> f64| size / of(own) / 1e9 / rate(of(reads));
         println!(
-            "{format:<16} {:>8.2} {:>9.1} {:>9.1} {:>8.1} {:>7.3} {:>7.3} {:>7.2} {:>7.2} {:>9.1}",
+            "{format:<17} {:>8.2} {:>9.1} {:>9.1} {:>8.1} {:>7.3} {:>7.3} {:>7.2} {:>7.2} {:>9.1}",
             size / 1e6,
             1e6 * best(own),
             1e6 * median(own),

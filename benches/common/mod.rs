@@ -184,24 +184,79 @@ pub fn status_mib(field: &str) -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-/// Returns the time to read memory and sum it on all threads, which measures the read bandwidth.
-pub fn sum(pool: &Pool, memory: &[u64]) -> Duration {
+/// Returns the time to read memory on all threads as fast as it can be done, which measures the read
+/// bandwidth. A plain sum is slower where a core must ask for many lines at once.
+pub fn read(pool: &Pool, memory: &[u64]) -> Duration {
     const PART: usize = 1 << 15;
     let started = Instant::now();
     let total = AtomicU64::new(0);
     pool.for_each(memory.len().div_ceil(PART), |_, task| {
         let part = &memory[task * PART..memory.len().min((task + 1) * PART)];
-        // Plain sums, which the compiler vectorizes.
-        let mut sums = [0_u64; 32];
-        for words in part.as_chunks::<32>().0 {
-            let both = sums.iter_mut().zip(words);
-            both.for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
-        }
-        let sum = sums.into_iter().fold(0, u64::wrapping_add);
-        total.fetch_add(sum, Ordering::Relaxed);
+        total.fetch_add(combine(part), Ordering::Relaxed);
     });
     black_box(total.into_inner());
     started.elapsed()
+}
+
+/// Combines all words with the widest loads of the machine.
+fn combine(words: &[u64]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f")]
+        fn widest(words: &[u64]) -> u64 {
+            combine_lines(words)
+        }
+        #[target_feature(enable = "avx2")]
+        fn wide(words: &[u64]) -> u64 {
+            combine_lines(words)
+        }
+        if std::is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has the instructions.
+            return unsafe { widest(words) };
+        }
+        if std::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has the instructions.
+            return unsafe { wide(words) };
+        }
+    }
+    combine_lines(words)
+}
+
+/// Combines all words, in four streams that are prefetched.
+#[inline(always)]
+fn combine_lines(words: &[u64]) -> u64 {
+    /// Number of words ahead that are prefetched.
+    const AHEAD: usize = 1024;
+    const LINE: usize = 8;
+    let stream = words.len() / 4 / LINE * LINE;
+    let mut sums = [[0_u64; LINE]; 4];
+    for at in (0..stream).step_by(LINE) {
+        for (index, sums) in sums.iter_mut().enumerate() {
+            let from = index * stream + at;
+            prefetch(words.as_ptr().wrapping_add(from + AHEAD));
+            let line = &words[from..from + LINE];
+            sums.iter_mut()
+                .zip(line)
+                .for_each(|(sum, word)| *sum |= word);
+        }
+    }
+    sums.into_iter()
+        .flatten()
+        .chain(words[4 * stream..].iter().copied())
+        .fold(0, |all, word| all | word)
+}
+
+/// Prefetches an address into the second-level cache, where the instruction set can be asked for it.
+#[inline(always)]
+fn prefetch(at: *const u64) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch does not access memory, so any address is allowed.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Returns the multiply-accumulates per second of the `gemm` crate for `[rows, k] x [k, n]`, with
@@ -259,8 +314,11 @@ pub fn weight(
     format: WeightFormat,
     [rows, cols]: [usize; 2],
     sparsity: f64,
+    pattern: Option<(usize, usize)>,
 ) -> Result<StoredMatrix> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
+    // With a pattern, no weight is removed at random.
+    let sparsity = if pattern.is_some() { 0.0 } else { sparsity };
     let threshold = (sparsity * 65536.0) as u32;
     let (bits, group_size, symmetric, sparse) = match format {
         WeightFormat::Int {
@@ -303,13 +361,28 @@ pub fn weight(
     };
     let group_size = group_size.unwrap_or(cols);
     let groups = rows * cols.div_ceil(group_size);
+    let mut codes: Vec<u8> = (0..rows * cols).map(|_| code()).collect();
+    if let Some((n, m)) = pattern {
+        for codes in codes.chunks_mut(cols).flat_map(|row| row.chunks_mut(m)) {
+            // Chooses the columns that stay in the way of Knuth's algorithm S.
+            let (mut left, mut wanted) = (codes.len(), n);
+            for code in codes {
+                if rng.random_range(0..left) < wanted {
+                    wanted -= 1;
+                } else {
+                    *code = zero;
+                }
+                left -= 1;
+            }
+        }
+    }
     let parts = QuantizedParts {
         rows,
         cols,
         bits,
         group_size,
         symmetric,
-        codes: (0..rows * cols).map(|_| code()).collect(),
+        codes,
         scales: vec![1.0 / 256.0; groups],
         zeros: vec![zero; groups],
         group_of: None,

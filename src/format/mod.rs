@@ -18,7 +18,7 @@ pub use groups::{QuantizedMatrix, QuantizedParts};
 pub use packed::PackedMatrix;
 pub(crate) use packed::all_f16;
 pub(crate) use sparse::{Sparse16, Starts};
-pub(crate) use sparse_int::{SparseInt4, is_high};
+pub(crate) use sparse_int::{EVEN, SparseInt4, even_row_bytes, is_high};
 pub use storage::WeightFormat;
 pub(crate) use stored::Body;
 pub use stored::{Element, MatrixHeader, Part, StoredMatrix};

@@ -17,14 +17,25 @@ const BITS: u8 = 4;
 /// about the same length; a row takes as many bytes as the longer one. This way, one `and` extracts
 /// the 64 codes of a word from their bytes, and a reader of a stream never has to separate the two
 /// halves of a byte.
+///
+/// A weight is *even* if all whole words have [`EVEN`] stored codes, as a pattern such as 2:4, 16:32
+/// or 32:64 leaves them. Words with fewer are filled up with stored zero points. The codes of a word
+/// are then at a place that no reader has to count for, and no row needs an offset.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct SparseInt4 {
     pub bits: Bits,
     pub codes: Buffer,
-    /// Offsets in bytes.
+    /// Offsets in bytes. Those of an even weight are not stored.
     pub offsets: Offsets,
     pub grid: Grid,
 }
+
+/// Number of stored codes of each whole word of an even weight, and the most that its last word may
+/// have.
+pub(crate) const EVEN: usize = 32;
+
+/// A weight is stored as an even one if this takes at most so many times the bytes of its codes.
+const EVEN_WASTE: f64 = 1.1;
 
 /// Whether the codes of word `word` (64 columns) of a row of `words` words are in the high halves
 /// of bytes. They are for every second block of 128 columns, and for the second half of a final
@@ -33,14 +44,55 @@ pub(crate) fn is_high(word: usize, words: usize) -> bool {
     word % 4 >= 2 || (words % 4 == 2 && word + 1 == words)
 }
 
-/// Number of bytes of a row's codes.
-fn row_bytes(row: impl ExactSizeIterator<Item = u64>) -> usize {
+/// Number of bytes of a row's codes, by the number of codes of each word.
+fn row_bytes(row: impl ExactSizeIterator<Item = u32>) -> usize {
     let words = row.len();
     let mut streams = [0; 2];
-    for (index, word) in row.enumerate() {
-        streams[usize::from(is_high(index, words))] += word.count_ones() as usize;
+    for (index, codes) in row.enumerate() {
+        streams[usize::from(is_high(index, words))] += codes as usize;
     }
     streams[0].max(streams[1])
+}
+
+/// Number of bytes of the codes of each row of an even weight.
+pub(crate) fn even_row_bytes(cols: usize) -> usize {
+    let words = cols.div_ceil(64);
+    let high = (0..words).filter(|word| is_high(*word, words)).count();
+    EVEN * high.max(words - high)
+}
+
+/// Adds zeros to the weights to store, so that each whole word of a row has [`EVEN`]. Returns false,
+/// and changes nothing, if a word has more or if too much memory would be wasted.
+fn make_even(kept: &mut [bool], cols: usize) -> bool {
+    if cols < 64 {
+        return false;
+    }
+    let count = |word: &[bool]| word.iter().filter(|kept| **kept).count();
+    let mut bytes = 0;
+    for row in kept.chunks(cols) {
+        if row.chunks(64).any(|word| count(word) > EVEN) {
+            return false;
+        }
+        bytes += row_bytes(row.chunks(64).map(|word| count(word) as u32));
+    }
+    let rows = kept.len() / cols;
+    if (rows * even_row_bytes(cols)) as f64 > EVEN_WASTE * bytes as f64 {
+        return false;
+    }
+    for word in kept
+        .chunks_mut(cols)
+        .flat_map(|row| row.chunks_exact_mut(64))
+    {
+        let missing = EVEN - count(word);
+        let zeros = word.iter_mut().filter(|kept| !**kept);
+        zeros.take(missing).for_each(|kept| *kept = true);
+    }
+    true
+}
+
+/// Number of bytes of the codes of each row.
+fn row_lengths(mask: &Bits) -> impl Iterator<Item = usize> + '_ {
+    (0..mask.rows).map(|row| row_bytes(mask.row(row).map(u64::count_ones)))
 }
 
 impl SparseInt4 {
@@ -66,9 +118,14 @@ impl SparseInt4 {
                     .for_each(|(kept, code)| *kept = *code != zero);
             });
         }
+        let even = make_even(&mut kept, cols);
         let mask = Bits::from_fn(rows, cols, |row, col| kept[row * cols + col]);
-        let lengths = (0..rows).map(|row| row_bytes(mask.row(row)));
-        let (offsets, len) = Offsets::from_lengths(rows, lengths)?;
+        let (offsets, len) = if even {
+            let every = even_row_bytes(cols);
+            (Offsets::Every(every), rows * every)
+        } else {
+            Offsets::from_lengths(rows, row_lengths(&mask))?
+        };
         let mut packed = Aligned::zeroed(len);
         let out = packed.bytes_mut();
         for row in 0..rows {
@@ -102,27 +159,60 @@ impl SparseInt4 {
         symmetric: bool,
         wide: bool,
         ordered: bool,
+        even: bool,
         part: &mut dyn FnMut(&str) -> Result<Buffer>,
     ) -> Result<Self> {
         let grid = Grid::from_parts(size, BITS, group_size, symmetric, wide, ordered, part)?;
         let mask = Bits::from_parts(size, part)?;
-        let offsets = part("offsets")?;
-        super::expect_bytes("offsets", &offsets, &[size[0], 4])?;
         let codes = part("codes")?;
+        let offsets = if even {
+            let every = even_row_bytes(size[1]);
+            super::expect_bytes("codes", &codes, &[size[0], every])?;
+            Offsets::Every(every)
+        } else {
+            let offsets = part("offsets")?;
+            super::expect_bytes("offsets", &offsets, &[size[0], 4])?;
+            Offsets::Stored(offsets)
+        };
         Ok(Self {
             bits: mask,
             codes,
-            offsets: Offsets::Stored(offsets),
+            offsets,
             grid,
         })
     }
 
+    /// Whether all whole words have [`EVEN`] codes.
+    pub fn is_even(&self) -> bool {
+        matches!(self.offsets, Offsets::Every(_))
+    }
+
     pub fn check(&self) -> Result<()> {
         self.bits.check()?;
-        let lengths = (0..self.bits.rows).map(|row| row_bytes(self.bits.row(row)));
-        self.offsets
-            .check(lengths, self.bits.rows, self.codes.len())?;
+        if self.is_even() {
+            self.check_even()?;
+        } else {
+            self.offsets
+                .check(row_lengths(&self.bits), self.bits.rows, self.codes.len())?;
+        }
         self.grid.check()
+    }
+
+    fn check_even(&self) -> Result<()> {
+        let whole = self.bits.cols / 64;
+        for row in 0..self.bits.rows {
+            for (index, word) in self.bits.row(row).enumerate() {
+                let codes = word.count_ones() as usize;
+                if codes > EVEN || (index < whole && codes != EVEN) {
+                    return Err(Error::argument(
+                        "mask",
+                        format!("{codes} codes in word {index} of row {row}"),
+                        format!("{EVEN} codes in each word of an even weight"),
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     pub fn bytes(&self) -> usize {

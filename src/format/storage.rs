@@ -62,7 +62,8 @@ impl WeightFormat {
     ///
     /// The number is exact, with two exceptions. Scales that are not exact `f16` values take twice
     /// the bytes assumed here. A row of sparse codes takes as many bytes as the longer of its two
-    /// streams, for which this function assumes the mean over random masks.
+    /// streams, for which this function assumes the mean over random masks; with a pattern that
+    /// keeps 32 of each 64 columns, rows have the same length and need no offset of 4 bytes.
     /// [`StoredMatrix::bytes`](super::StoredMatrix::bytes) is always exact.
     pub fn bytes(self, rows: usize, cols: usize, nonzero: usize) -> usize {
         let words = 8 * cols.div_ceil(64);

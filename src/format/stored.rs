@@ -61,6 +61,9 @@ pub struct MatrixHeader {
     /// Whether each column has an explicit group, instead of `column / group_size`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ordered: bool,
+    /// Whether sparse codes are even: every 64 columns have 32 stored codes, so rows need no offset.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub even: bool,
 }
 
 impl MatrixHeader {
@@ -73,6 +76,7 @@ impl MatrixHeader {
             cols,
             wide_scales: false,
             ordered: false,
+            even: false,
         }
     }
 }
@@ -234,7 +238,13 @@ impl StoredMatrix {
             } => {
                 let (wide, ordered) = (header.wide_scales, header.ordered);
                 Body::SparseInt4(SparseInt4::from_parts(
-                    size, group_size, symmetric, wide, ordered, part,
+                    size,
+                    group_size,
+                    symmetric,
+                    wide,
+                    ordered,
+                    header.even,
+                    part,
                 )?)
             }
         };
@@ -423,6 +433,7 @@ impl StoredMatrix {
             cols: self.cols(),
             wide_scales: grid.is_some_and(|grid| grid.wide),
             ordered: grid.is_some_and(|grid| grid.group_of.is_some()),
+            even: matches!(&self.body, Body::SparseInt4(sparse) if sparse.is_even()),
         }
     }
 
@@ -715,6 +726,49 @@ mod tests {
         assert!(StoredMatrix::from_quantized(&three, true).is_err());
     }
 
+    /// Codes of which `n` of each `m` columns, or of the last ones, are not 0.
+    fn patterned(rows: usize, cols: usize, n: usize, m: usize, rng: &mut ChaCha8Rng) -> Body {
+        let mut parts = random_quantized(rows, cols, 4, 32, false, rng).into_parts();
+        for (row, codes) in parts.codes.chunks_mut(cols).enumerate() {
+            for (col, code) in codes.iter_mut().enumerate() {
+                let zero = parts.zeros[row * cols.div_ceil(32) + col / 32];
+                // Not always the same columns.
+                let kept = (col % m + row) % m < n;
+                *code = if kept { zero ^ 1 } else { zero };
+            }
+        }
+        let matrix = QuantizedMatrix::new(parts).unwrap();
+        let stored = StoredMatrix::from_quantized(&matrix, true).unwrap();
+        stored.check().unwrap();
+        assert_eq!(stored.to_quantized().unwrap(), matrix);
+        assert_eq!(back(&stored), stored);
+        stored.body
+    }
+
+    #[test]
+    fn patterns_that_keep_half_make_even_weights() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        for (n, m, cols, expected) in [
+            (2, 4, 256, true),
+            (16, 32, 640, true),
+            (32, 64, 150, true),
+            (32, 64, 64, true),
+            (31, 64, 128, true),  // nearly full words are filled up
+            (20, 64, 128, false), // but not those that waste memory
+            (33, 64, 128, false),
+            (2, 4, 60, false), // no whole word
+        ] {
+            let Body::SparseInt4(sparse) = patterned(3, cols, n, m, &mut rng) else {
+                panic!()
+            };
+            assert_eq!(sparse.is_even(), expected, "{n}:{m} of {cols}");
+            if expected && cols.is_multiple_of(256) {
+                assert_eq!(sparse.codes.len(), 3 * cols / 4);
+                assert_eq!(sparse.offsets.bytes(), 0);
+            }
+        }
+    }
+
     #[test]
     fn what_no_format_holds_is_refused() {
         let weight = Matrix::new(1, 4, vec![1.0, 1e9, 0.0, 3.0]).unwrap();
@@ -753,6 +807,9 @@ mod tests {
             StoredMatrix::from_matrix(&weight, WeightFormat::NmBf16 { n: 4, m: 4 }).unwrap(),
             StoredMatrix::from_quantized(&matrix, true).unwrap(),
             StoredMatrix::from_quantized(&matrix, false).unwrap(),
+            StoredMatrix {
+                body: patterned(5, 150, 2, 4, &mut rng),
+            },
         ];
         for stored in stored {
             for target in stored.parts().iter().map(|part| part.name) {
@@ -782,7 +839,8 @@ mod tests {
                         || (trial < 3 && !["zeros", "values"].contains(&target))
                     {
                         // The length of a row is that of the longer of its two streams, so a
-                        // flipped bit of the mask in the shorter one may go unnoticed.
+                        // flipped bit of the mask in the shorter one may go unnoticed, and so may one
+                        // in the last word of an even weight.
                         let hidden = target == "mask"
                             && trial > 2
                             && matches!(made.body, Body::SparseInt4(_));

@@ -94,6 +94,32 @@ fn quantized(rows: usize, cols: usize, bits: u8, rng: &mut Rng) -> QuantizedMatr
     QuantizedMatrix::new(parts).unwrap()
 }
 
+/// Keeps at most half of the codes of each group of columns, which makes a weight even unless it
+/// has few codes.
+fn half_of(weight: QuantizedMatrix, rng: &mut Rng) -> QuantizedMatrix {
+    let m = [4, 16, 32, 64][rng.random_range(0..4)];
+    let mut parts = weight.into_parts();
+    let groups = parts.zeros.len() / parts.rows;
+    for row in 0..parts.rows {
+        for first in (0..parts.cols).step_by(m) {
+            let mut kept = 0;
+            for col in first..parts.cols.min(first + m) {
+                let group = match &parts.group_of {
+                    Some(groups) => groups[col] as usize,
+                    None => col / parts.group_size,
+                };
+                let zero = parts.zeros[row * groups + group];
+                let code = &mut parts.codes[row * parts.cols + col];
+                kept += usize::from(*code != zero);
+                if kept > m / 2 {
+                    *code = zero;
+                }
+            }
+        }
+    }
+    QuantizedMatrix::new(parts).unwrap()
+}
+
 const FORMATS: usize = 14;
 
 fn stored(kind: usize, rows: usize, cols: usize, rng: &mut Rng) -> StoredMatrix {
@@ -127,7 +153,11 @@ fn stored(kind: usize, rows: usize, cols: usize, rng: &mut Rng) -> StoredMatrix 
         10 | 11 => {
             return StoredMatrix::from_quantized(&quantized(rows, cols, 4, rng), false).unwrap();
         }
-        _ => return StoredMatrix::from_quantized(&quantized(rows, cols, 4, rng), true).unwrap(),
+        12 => return StoredMatrix::from_quantized(&quantized(rows, cols, 4, rng), true).unwrap(),
+        _ => {
+            let weight = half_of(quantized(rows, cols, 4, rng), rng);
+            return StoredMatrix::from_quantized(&weight, true).unwrap();
+        }
     };
     StoredMatrix::from_matrix(&matrix, format).unwrap()
 }

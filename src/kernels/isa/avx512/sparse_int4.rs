@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::lanes::LONG;
 use super::loads::near;
 use super::units::{Units, lanes};
-use crate::format::{SparseInt4, Starts, is_high};
+use crate::format::{EVEN, SparseInt4, Starts, even_row_bytes, is_high};
 use crate::kernels::linear::codes::Codes;
 use crate::kernels::linear::input::{BLOCK, Order, Quantized};
 use crate::kernels::linear::task::Task;
@@ -40,7 +40,10 @@ pub(super) unsafe fn multiply(
     let units = Units::new(&weight.grid, unit, true, input, scratch);
     let (bits, codes) = (weight.bits.bytes.as_ptr(), &*weight.codes);
     let starts = weight.offsets.starts();
+    let even = weight.is_even();
+    assert!(!even || rows.end * even_row_bytes(weight.bits.cols) <= codes.len());
     let call = Call {
+        even,
         starts,
         unit,
         words,
@@ -55,6 +58,8 @@ pub(super) unsafe fn multiply(
 }
 
 struct Call<'a> {
+    /// Whether the codes of whole words are at fixed places, which are within `codes`.
+    even: bool,
     starts: Starts<'a>,
     unit: usize,
     words: usize,
@@ -108,6 +113,24 @@ unsafe fn expand<const FROM: u8>(codes: *const u8, word: *const u64, zeros: __m5
     _mm512_mask_expand_epi8(zeros, mask, some)
 }
 
+/// As [`expand`], for a word of an even weight.
+///
+/// # Safety
+/// [`EVEN`] bytes of codes and the word must be readable.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2")]
+unsafe fn expand_even<const FROM: u8>(
+    codes: *const u8,
+    word: *const u64,
+    zeros: __m512i,
+) -> __m512i {
+    // SAFETY: the caller upholds this function's contract.
+    let (pairs, mask) = unsafe { (_mm256_loadu_si256(codes.cast()), word.read_unaligned()) };
+    let half = if FROM == LOW { 0x0F } else { 0xF0_u8 };
+    let some = _mm256_and_si256(pairs, _mm256_set1_epi8(half as i8));
+    _mm512_mask_expand_epi8(zeros, mask, _mm512_castsi256_si512(some))
+}
+
 /// # Safety
 /// As for [`CodeTiles::tile`].
 #[target_feature(
@@ -122,6 +145,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
     from: usize,
 ) {
     let Call {
+        even,
         starts,
         unit,
         words,
@@ -172,47 +196,54 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                 let filled = units.fill(row + w * apart, w, units.inputs.rows::<R>(from));
                 sums[w] = std::array::from_fn(|i| filled[i]);
             }
-            // Adds a block whose two halves come from the given streams. Inputs past the last word
-            // are zeros.
-            macro_rules! block {
-                ($checked:literal, $block:expr, $from:ident, $at:ident, $second:ident, $second_at:ident) => {{
+            // Adds a block, or the half of it that the row has, if not `whole`. Inputs past the last
+            // word are zeros. `next` returns the codes of one of its words for a row, a half and zero
+            // points.
+            macro_rules! add {
+                ($block:expr, $whole:expr, $next:ident) => {{
                     let block: usize = $block;
-                    let whole = !$checked || 2 * block + 1 < words;
+                    let whole: bool = $whole;
                     let x: [*const u8; R] = std::array::from_fn(|i| x[i].add(block * size));
                     let at = |i: usize, part: usize| _mm512_loadu_si512(x[i].add(64 * part).cast());
                     let none = _mm512_setzero_si512();
                     for w in 0..W {
                         let word = bits[w].add(2 * block);
                         if SMALL {
-                            for half in 0..1 + usize::from(whole) {
-                                let first = block * of_block + half * (64 / unit);
-                                let zeros = _mm512_loadu_si512(zeros[w].add(first).cast());
-                                let zeros = _mm512_permutexvar_epi32(lanes, zeros);
-                                let codes = if half == 0 {
-                                    next!($checked, $from, $at[w], word, zeros)
-                                } else {
-                                    next!($checked, $second, $second_at[w], word.add(1), zeros)
-                                };
-                                for i in 0..R {
-                                    let mut sum = _mm512_dpbusd_epi32(none, codes, at(i, half));
-                                    if WIDE {
-                                        sum = _mm512_dpbusd_epi32(
-                                            _mm512_slli_epi32::<8>(sum),
-                                            codes,
-                                            at(i, 2 + half),
+                            macro_rules! half {
+                                ($half:tt) => {{
+                                    let first = block * of_block + $half * (64 / unit);
+                                    let zeros = _mm512_loadu_si512(zeros[w].add(first).cast());
+                                    let zeros = _mm512_permutexvar_epi32(lanes, zeros);
+                                    let codes = $next!(w, $half, word.add($half), zeros);
+                                    for i in 0..R {
+                                        let mut sum =
+                                            _mm512_dpbusd_epi32(none, codes, at(i, $half));
+                                        if WIDE {
+                                            sum = _mm512_dpbusd_epi32(
+                                                _mm512_slli_epi32::<8>(sum),
+                                                codes,
+                                                at(i, 2 + $half),
+                                            );
+                                        }
+                                        let scale = _mm512_loadu_ps(products[w][i].add(first));
+                                        let scale = _mm512_permutexvar_ps(lanes, scale);
+                                        sums[w][i] = _mm512_fmadd_ps(
+                                            _mm512_cvtepi32_ps(sum),
+                                            scale,
+                                            sums[w][i],
                                         );
                                     }
-                                    let scale = _mm512_loadu_ps(products[w][i].add(first));
-                                    let scale = _mm512_permutexvar_ps(lanes, scale);
-                                    sums[w][i] =
-                                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
-                                }
+                                }};
+                            }
+                            half!(0);
+                            if whole {
+                                half!(1);
                             }
                         } else {
                             let zeros = _mm512_set1_epi32(*zeros[w].add(block) as i32);
-                            let first = next!($checked, $from, $at[w], word, zeros);
+                            let first = $next!(w, 0, word, zeros);
                             let second = if whole {
-                                next!($checked, $second, $second_at[w], word.add(1), zeros)
+                                $next!(w, 1, word.add(1), zeros)
                             } else {
                                 zeros
                             };
@@ -236,23 +267,73 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                     }
                 }};
             }
+            // Words of the low and of the high stream, unchecked and checked, and a block that has
+            // one of each.
+            macro_rules! low {
+                ($w:expr, $half:literal, $word:expr, $zeros:expr) => {
+                    next!(false, LOW, low[$w], $word, $zeros)
+                };
+            }
+            macro_rules! high {
+                ($w:expr, $half:literal, $word:expr, $zeros:expr) => {
+                    next!(false, HIGH, high[$w], $word, $zeros)
+                };
+            }
+            macro_rules! last_low {
+                ($w:expr, $half:literal, $word:expr, $zeros:expr) => {
+                    next!(true, LOW, low[$w], $word, $zeros)
+                };
+            }
+            macro_rules! last_high {
+                ($w:expr, $half:literal, $word:expr, $zeros:expr) => {
+                    next!(true, HIGH, high[$w], $word, $zeros)
+                };
+            }
+            macro_rules! last_both {
+                ($w:expr, 0, $word:expr, $zeros:expr) => {
+                    next!(true, LOW, low[$w], $word, $zeros)
+                };
+                ($w:expr, 1, $word:expr, $zeros:expr) => {
+                    next!(true, DOWN, high[$w], $word, $zeros)
+                };
+            }
+            // Words of a pair of blocks of an even weight.
+            macro_rules! even_low {
+                ($w:expr, $half:literal, $word:expr, $zeros:expr) => {
+                    expand_even::<LOW>(codes.as_ptr().add(low[$w] + EVEN * $half), $word, $zeros)
+                };
+            }
+            macro_rules! even_high {
+                ($w:expr, $half:literal, $word:expr, $zeros:expr) => {
+                    expand_even::<HIGH>(codes.as_ptr().add(low[$w] + EVEN * $half), $word, $zeros)
+                };
+            }
             let mut block = 0;
             // Pairs of whole blocks, whose codes cannot extend past the last word.
             let pairs = (blocks / 2).min(words / 4);
-            if let Some(last) = codes.len().checked_sub(2 * LOADED) {
+            if even {
+                while block < 2 * pairs {
+                    add!(block, true, even_low);
+                    add!(block + 1, true, even_high);
+                    low.iter_mut().for_each(|at| *at += 2 * EVEN);
+                    block += 2;
+                }
+                high = low;
+            } else if let Some(last) = codes.len().checked_sub(2 * LOADED) {
                 while block < 2 * pairs && (0..W).all(|w| low[w].max(high[w]) <= last) {
-                    block!(false, block, LOW, low, LOW, low);
-                    block!(false, block + 1, HIGH, high, HIGH, high);
+                    add!(block, true, low);
+                    add!(block + 1, true, high);
                     block += 2;
                 }
             }
             while block < blocks {
+                let whole = 2 * block + 1 < words;
                 if block % 2 == 1 {
-                    block!(true, block, HIGH, high, HIGH, high);
+                    add!(block, whole, last_high);
                 } else if is_high(2 * block + 1, words) {
-                    block!(true, block, LOW, low, DOWN, high);
+                    add!(block, whole, last_both);
                 } else {
-                    block!(true, block, LOW, low, LOW, low);
+                    add!(block, whole, last_low);
                 }
                 block += 1;
             }
