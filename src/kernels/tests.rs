@@ -723,3 +723,64 @@ fn shapes_that_do_not_fit_are_refused() {
         assert!(ask(layer, rows, stride, inputs, y, bytes).is_err());
     }
 }
+
+/// With 8 bits, a large input costs the precision of its group only, where groups have scales.
+#[test]
+fn a_large_input_costs_its_group_only() {
+    use super::linear::Sharing;
+    let mut rng = Rng::seed_from_u64(11);
+    let pool = Pool::new(1);
+    for (rows, bits, sparse, group_size, level) in [1, 3, 12]
+        .into_iter()
+        .flat_map(|rows| [(rows, 4, true), (rows, 4, false), (rows, 3, false)])
+        .flat_map(|(rows, bits, sparse)| {
+            [16, 128].map(|group_size| (rows, bits, sparse, group_size))
+        })
+        .flat_map(|(rows, bits, sparse, group_size)| {
+            Level::available()
+                .into_iter()
+                .map(move |level| (rows, bits, sparse, group_size, level))
+        })
+    {
+        let sharing = super::linear::sharing(level, rows);
+        let first_group = |col: usize| match sharing {
+            Sharing::Block => col % 128 == 0,
+            Sharing::EveryFourth => col % 128 / 8 % 4 == 0,
+            Sharing::Quarter => col % 128 < 32,
+        };
+        let (outputs, cols) = (20, 300);
+        let mut parts =
+            random_quantized(outputs, cols, bits, group_size, true, &mut rng).into_parts();
+        for (index, code) in parts.codes.iter_mut().enumerate() {
+            if first_group(index % cols) {
+                *code = 1 << (bits - 1);
+            }
+        }
+        let weight = QuantizedMatrix::new(parts).unwrap();
+        let case = Case {
+            weight: StoredMatrix::from_quantized(&weight, sparse).unwrap(),
+            outputs,
+            bias: None,
+            adapter: None,
+        };
+        let mut x: Vec<f32> = (0..rows * cols)
+            .map(|_| rng.random_range(-1.0..1.0))
+            .collect();
+        let ordinary = x.clone();
+        for (index, x) in x.iter_mut().enumerate() {
+            if index % cols % 128 == 0 {
+                *x = 1000.0;
+            }
+        }
+        let sizes = [rows, cols, cols];
+        let cases = [case];
+        let y = run(level, &pool, &cases, &x, sizes, Activations::Int8);
+        // The tolerance is that of the ordinary inputs, or else that of all.
+        let rounding = if sharing == Sharing::Block {
+            1000.0 * 0.51 / 127.0
+        } else {
+            0.51 / 127.0
+        };
+        compare(level, &cases, &ordinary, sizes, &y, rounding);
+    }
+}

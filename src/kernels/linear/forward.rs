@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::input::{Input, Layout, Needs, Order, unit_of};
+use super::input::{Input, Layout, Needs, Order, Sharing, unit_of};
 use super::layer::{Activations, Adapter, Linear, Rows, RowsMut, Scratch};
 use super::plain;
 use super::task::{Task, Update};
@@ -46,12 +46,13 @@ impl Places {
         work: Work,
     ) -> Self {
         let mut needs = Needs::default();
+        let narrow = (activations == Activations::Int8).then(|| sharing(level, rows));
         for layer in layers {
             let weight = (work == Work::All).then_some(layer.weight);
             let weights = [weight, layer.adapter.map(|adapter| adapter.a)];
             for weight in weights.into_iter().flatten() {
                 if let Some((order, unit)) = units_of(level, rows, weight.body()) {
-                    needs.add(order, unit, activations == Activations::Int16);
+                    needs.add(order, unit, narrow);
                 }
             }
         }
@@ -85,6 +86,11 @@ fn inner_bytes(layer: &Linear<'_>, rows: usize) -> usize {
     layer
         .adapter
         .map_or(0, |adapter| lines(4 * rows * adapter.rank))
+}
+
+/// Returns which inputs share a scale if they are rounded to 8 bits.
+pub(in crate::kernels) fn sharing(level: Level, rows: usize) -> Sharing {
+    isa::kernels(level).map_or(Sharing::Block, |kernels| kernels.sharing(rows))
 }
 
 /// Returns the order and the size of units in which the kernel for a weight of codes expects its

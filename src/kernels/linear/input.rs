@@ -1,7 +1,8 @@
 //! Inputs in the forms that the kernels need: as `f32`, and as integers.
 //!
 //! Each block of 128 inputs has one scale: `x = scale * q`, `q = 256 hi + lo` with signed bytes
-//! `hi` and `lo`. Weights of codes are `w = sw (code - zero)` in groups. A *unit* is a run of
+//! `hi` and `lo`. If inputs are rounded to one byte, a quarter of a block has a scale of its own where
+//! the kernels can use it ([`Sharing`]). Weights of codes are `w = sw (code - zero)` in groups. A *unit* is a run of
 //! columns that share both the scale of the weight and the scale of the inputs, so that `x . w =
 //! sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)` over units `u`. The factors
 //! `scale_u sum q` of the second sum depend on `x` alone and are computed here, once for all rows
@@ -48,18 +49,52 @@ pub(super) fn unit_of(group_size: usize, cols: usize) -> Option<usize> {
     UNITS.contains(&group_size).then_some(group_size)
 }
 
+/// The inputs of a block that share a scale, if they are rounded to 8 bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::kernels) enum Sharing {
+    /// All of them.
+    #[default]
+    Block,
+    /// 32 columns: every fourth run of 8. The lanes of a register of codes have the scales of the four
+    /// groups in turn then, so that one sum serves all of them.
+    EveryFourth,
+    /// 32 columns that follow each other.
+    Quarter,
+}
+
+impl Sharing {
+    /// Returns the group of a run of 8 columns of a block.
+    fn group(self, run: usize) -> usize {
+        match self {
+            Self::Block => 0,
+            Self::EveryFourth => run % GROUPS,
+            Self::Quarter => run / GROUPS,
+        }
+    }
+}
+
+/// Number of groups of a block that have a scale of their own.
+pub(in crate::kernels) const GROUPS: usize = 4;
+/// Number of columns of which all have the same scale in any case.
+const RUN: usize = 8;
+
 /// Forms of the inputs that the layers of a call need.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
     orders: [bool; 3],
     units: [bool; 5],
     wide: bool,
+    /// [`Sharing::Block`] if wide.
+    sharing: Sharing,
 }
 
 impl Needs {
-    pub fn add(&mut self, order: Order, unit: usize, wide: bool) {
+    /// Adds the form for one weight. `narrow` is how inputs of 8 bits share scales, or `None` if they
+    /// have 16.
+    pub fn add(&mut self, order: Order, unit: usize, narrow: Option<Sharing>) {
         self.orders[order as usize] = true;
-        self.wide = wide;
+        self.wide = narrow.is_none();
+        self.sharing = narrow.unwrap_or_default();
         for (need, of) in self.units.iter_mut().zip(UNITS) {
             *need |= of == unit;
         }
@@ -72,6 +107,8 @@ pub(in crate::kernels) struct Layout {
     needs: Needs,
     inputs: usize,
     units_at: [usize; 5],
+    /// Offset of the scales of groups, if there are any.
+    groups_at: usize,
     pub bytes: usize,
 }
 
@@ -81,6 +118,7 @@ impl Layout {
             needs,
             inputs,
             units_at: [0; 5],
+            groups_at: 0,
             bytes: 0,
         };
         layout.bytes = layout.orders().map(|order| layout.codes_bytes(order)).sum();
@@ -88,7 +126,21 @@ impl Layout {
             layout.units_at[index] = layout.bytes;
             layout.bytes += if need { layout.unit_bytes(unit) } else { 0 };
         }
+        layout.groups_at = layout.bytes;
+        if layout.has_groups() {
+            layout.bytes += lines(4 * (layout.groups() + PAD));
+        }
         layout
+    }
+
+    /// Returns whether groups of a block have scales of their own. Those of units are 1 then.
+    fn has_groups(&self) -> bool {
+        self.needs.sharing != Sharing::Block
+    }
+
+    /// Returns the number of groups of a row.
+    fn groups(&self) -> usize {
+        self.inputs.div_ceil(BLOCK) * GROUPS
     }
 
     /// Returns the orders that are needed. A row stores its codes in each of them, one after the
@@ -189,6 +241,8 @@ pub(in crate::kernels) struct Units {
     first: *const u8,
     /// Distance from the scales to the sums, in bytes.
     half: usize,
+    /// Distance from the scales of units to those of groups, in bytes.
+    groups: usize,
     /// Distance between rows, in bytes.
     stride: usize,
     /// Number of units of a row.
@@ -207,6 +261,15 @@ impl Units {
     #[inline(always)]
     pub fn rows<const R: usize>(&self, from: usize) -> [[*const f32; 2]; R] {
         std::array::from_fn(|i| [self.scales(from + i), self.sums(from + i)])
+    }
+
+    /// Returns the scales of the groups of a row, [`GROUPS`] of each block, if groups have scales.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub fn groups(&self, row: usize) -> *const f32 {
+        self.first
+            .wrapping_add(row * self.stride + self.groups)
+            .cast()
     }
 
     /// Returns the sums of a row's units: the sum of the integers times their scale.
@@ -254,11 +317,18 @@ impl<'a> Input<'a> {
             self.at + self.layout.unit_at(unit),
             self.layout.unit_bytes(unit),
         );
-        // Up to the end of the last row.
-        let reach = (self.rows.max(1) - 1) * self.layout.bytes + all;
+        // Up to the end of the last row. The groups come last.
+        let groups = self.layout.groups_at - self.layout.unit_at(unit);
+        let of_row = if self.layout.has_groups() {
+            self.layout.bytes - self.layout.unit_at(unit)
+        } else {
+            all
+        };
+        let reach = (self.rows.max(1) - 1) * self.layout.bytes + of_row;
         Units {
             first: self.memory.floats(from, reach / 4).at(0).cast(),
             half: all / 2,
+            groups,
             stride: self.layout.bytes,
             count: self.layout.units(unit),
         }
@@ -296,13 +366,18 @@ impl<'a> Input<'a> {
                 .enumerate()
             {
                 let mut q = [0; BLOCK];
-                let scale = round(self.level, x, needs.wide, &mut q);
+                let scales = round(self.level, x, needs.wide, needs.sharing, &mut q);
                 place(self.level, &q, order, codes);
                 if nth == 0 {
                     // SAFETY: as above.
-                    unsafe { self.set_units(start, index, scale, &q) };
+                    unsafe { self.set_units(start, index, scales, &q) };
                 }
             }
+        }
+        if self.layout.has_groups() {
+            let from = start + self.layout.groups_at + 4 * self.layout.groups();
+            // SAFETY: as above.
+            unsafe { self.memory.floats(from, PAD).part(0..PAD) }.fill(0.0);
         }
         for (unit, need) in UNITS.into_iter().zip(needs.units) {
             if need {
@@ -325,7 +400,20 @@ impl<'a> Input<'a> {
 
     /// # Safety
     /// As for [`prepare`](Self::prepare).
-    unsafe fn set_units(&self, start: usize, block: usize, scale: f32, q: &[i32; BLOCK]) {
+    unsafe fn set_units(
+        &self,
+        start: usize,
+        block: usize,
+        scales: [f32; GROUPS],
+        q: &[i32; BLOCK],
+    ) {
+        let sharing = self.layout.needs.sharing;
+        let has_groups = self.layout.has_groups();
+        if has_groups {
+            let from = start + self.layout.groups_at + 4 * block * GROUPS;
+            // SAFETY: the caller upholds this function's contract.
+            unsafe { self.memory.floats(from, GROUPS).part(0..GROUPS) }.copy_from_slice(&scales);
+        }
         for (unit, need) in UNITS.into_iter().zip(self.layout.needs.units) {
             if !need {
                 continue;
@@ -333,55 +421,74 @@ impl<'a> Input<'a> {
             let count = BLOCK / unit;
             let from = start + self.layout.unit_at(unit) + 4 * block * count;
             // SAFETY: the caller upholds this function's contract.
-            let (scales, sums) = unsafe {
+            let (scales_out, sums) = unsafe {
                 let half = self.layout.unit_bytes(unit) / 2;
                 (
                     self.memory.floats(from, count).part(0..count),
                     self.memory.floats(from + half, count).part(0..count),
                 )
             };
-            for ((scale_out, sum), q) in scales.iter_mut().zip(sums).zip(q.chunks_exact(unit)) {
-                *scale_out = scale;
-                *sum = scale * q.iter().sum::<i32>() as f32;
+            scales_out.fill(if has_groups { 1.0 } else { scales[0] });
+            for (index, (sum, q)) in sums.iter_mut().zip(q.chunks_exact(unit)).enumerate() {
+                *sum = if has_groups {
+                    let runs = q.chunks_exact(RUN).enumerate();
+                    runs.map(|(run, q)| {
+                        let group = sharing.group(index * unit / RUN + run);
+                        scales[group] * q.iter().sum::<i32>() as f32
+                    })
+                    .sum()
+                } else {
+                    scales[0] * q.iter().sum::<i32>() as f32
+                };
             }
         }
     }
 }
 
 dispatch! {
-    /// Rounds up to one block of inputs to integers and returns their scale, which is NaN if an
-    /// input is not finite.
-    fn round<const FMA: bool>(x: &[f32], wide: bool, q: &mut [i32; BLOCK]) -> f32 {
+    /// Rounds up to one block of inputs to integers and returns the scales of its groups, which are
+    /// NaN if an input is not finite. Without groups, all of them are the same.
+    fn round<const FMA: bool>(
+        x: &[f32],
+        wide: bool,
+        sharing: Sharing,
+        q: &mut [i32; BLOCK],
+    ) -> [f32; GROUPS] {
         let mut padded = [0.0_f32; BLOCK];
         padded[..x.len()].copy_from_slice(x);
-        let mut most = [0.0_f32; 16];
-        let mut sum = [0.0_f32; 16];
-        for chunk in padded.as_chunks::<16>().0 {
-            for lane in 0..16 {
+        let mut sum = [0.0_f32; RUN];
+        let mut most = [[0.0_f32; RUN]; GROUPS];
+        for (run, chunk) in padded.as_chunks::<RUN>().0.iter().enumerate() {
+            let most = &mut most[sharing.group(run)];
+            for lane in 0..RUN {
                 let size = chunk[lane].abs();
                 most[lane] = if size > most[lane] { size } else { most[lane] };
                 // Zero for finite inputs, NaN for infinities and NaN.
                 sum[lane] += chunk[lane] * 0.0;
             }
         }
-        let most = most.into_iter().fold(0.0_f32, |a, b| if b > a { b } else { a });
         if sum.iter().sum::<f32>().is_nan() {
             q.fill(0);
-            return f32::NAN;
-        }
-        if most < TINY {
-            q.fill(0);
-            return 0.0;
+            return [f32::NAN; GROUPS];
         }
         let largest = if wide { LARGEST } else { 127.0 };
         // Adding this constant leaves the nearest integer of a number in the lowest bits of the
         // mantissa.
         const ROUND: f32 = 12_582_912.0;
-        let inverse = largest / most;
-        for (q, x) in q.iter_mut().zip(padded) {
-            *q = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+        let most = most.map(|most| most.into_iter().fold(0.0_f32, |a, b| if b > a { b } else { a }));
+        let inverse = most.map(|most| if most < TINY { 0.0 } else { largest / most });
+        let runs = q.as_chunks_mut::<RUN>().0.iter_mut().zip(padded.as_chunks::<RUN>().0);
+        for (run, (q, x)) in runs.enumerate() {
+            let inverse = inverse[sharing.group(run)];
+            for (q, x) in q.iter_mut().zip(x) {
+                *q = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+            }
         }
-        most / largest
+        let scales = most.map(|most| if most < TINY { 0.0 } else { most / largest });
+        match sharing {
+            Sharing::Block => [scales[0]; GROUPS],
+            _ => scales,
+        }
     }
 }
 

@@ -21,7 +21,9 @@ pub(super) mod tiles;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(super) mod update;
 
-#[cfg(test)]
-pub(super) use forward::units_of;
 pub use forward::{add_updates, forward, forward_on, scratch_bytes};
+#[cfg(test)]
+pub(super) use forward::{sharing, units_of};
+#[cfg(test)]
+pub(super) use input::Sharing;
 pub use layer::{Activations, Adapter, Linear, Rows, RowsMut, Scratch};

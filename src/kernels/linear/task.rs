@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::input::{Input, Order};
+use super::input::{Input, Order, Sharing};
 use crate::format::{Body, Dense};
 use crate::kernels::disjoint::DisjointRows;
 
@@ -48,6 +48,11 @@ pub(in crate::kernels) trait Kernels: Sync {
 
     /// Returns the order of inputs for sparse 4-bit codes.
     fn sparse_order(&self) -> Order;
+
+    /// Returns which inputs of a block share a scale if `rows` rows of them are rounded to 8 bits.
+    fn sharing(&self, _rows: usize) -> Sharing {
+        Sharing::Block
+    }
 
     /// Returns the count of numbers of scratch memory that a thread needs for `rows` rows of inputs
     /// with `units` units each.

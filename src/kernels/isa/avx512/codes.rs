@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::loads::prefetch;
-use super::units::{Units, lanes};
+use super::units::{Units, groups_of_lanes, lanes, products_of_lanes};
 use crate::format::PackedMatrix;
 use crate::format::bits::packed_len;
 use crate::kernels::linear::codes::Codes;
@@ -158,10 +158,12 @@ pub(super) unsafe fn multiply(
 ) {
     // SAFETY: the caller upholds this function's contract.
     unsafe {
-        let units = Units::new(weight.whole_grid(), unit, false, task.input, scratch);
+        let grid = weight.whole_grid();
         if weight.bits() == 4 {
+            let units = Units::new(grid, (unit, Halves::ORDER), false, task.input, scratch);
             products(Halves(Rows::new(weight, &task)), unit, units, &task);
         } else {
+            let units = Units::new(grid, (unit, Packed::ORDER), false, task.input, scratch);
             products(Packed::new(weight, &task), unit, units, &task);
         }
     }
@@ -242,7 +244,6 @@ unsafe fn tile<
     let x: [*const u8; R] = std::array::from_fn(|i| x.row(from + i));
     let size = input.layout.block_bytes();
     let none = _mm512_setzero_si512();
-    let inputs = units.inputs.rows(from);
     for row in firsts::<W>(rows, 1) {
         let mut sums = [[_mm512_setzero_ps(); R]; W];
         let mut of_rows: [C::Row; W] =
@@ -250,7 +251,7 @@ unsafe fn tile<
         // SAFETY: codes are read in their rows; inputs and units in what was prepared.
         unsafe {
             for w in 0..W {
-                sums[w] = units.fill(row + w, w, inputs);
+                sums[w] = units.fill(row + w, w, from);
             }
             for index in 0..input.inputs.div_ceil(64 * N) {
                 let column = 64 * N * index;
@@ -279,9 +280,17 @@ unsafe fn tile<
                         let scales = units.products(w, i);
                         let scale = if SMALL {
                             let some = _mm512_loadu_ps(scales.add(index * (64 * N / unit)));
-                            _mm512_permutexvar_ps(lanes, some)
-                        } else {
+                            let scale = _mm512_permutexvar_ps(lanes, some);
+                            if WIDE {
+                                scale
+                            } else {
+                                let groups = units.inputs.groups(from + i);
+                                _mm512_mul_ps(scale, groups_of_lanes::<N>(groups, column / BLOCK))
+                            }
+                        } else if WIDE {
                             _mm512_set1_ps(*scales.add(column / BLOCK))
+                        } else {
+                            products_of_lanes::<N>(scales, column / BLOCK)
                         };
                         sums[w][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
                     }

@@ -12,7 +12,7 @@ mod sparse_int4;
 mod units;
 
 use crate::format::Body;
-use crate::kernels::linear::input::Order;
+use crate::kernels::linear::input::{Order, Sharing};
 use crate::kernels::linear::task::{Kernels, Task, Update};
 use crate::kernels::linear::{dense, update};
 
@@ -34,11 +34,19 @@ impl Kernels for Avx512 {
         Order::InOrder
     }
 
+    fn sharing(&self, rows: usize) -> Sharing {
+        if rows < MANY {
+            Sharing::EveryFourth
+        } else {
+            Sharing::Quarter
+        }
+    }
+
     fn scratch_floats(&self, rows: usize, inputs: usize, units: usize) -> usize {
         if rows >= MANY {
             panel::floats(inputs, units)
         } else {
-            units::floats(units)
+            units::floats(inputs, units)
         }
     }
 

@@ -16,7 +16,7 @@ use super::units::{OfWeight, for_sixteens};
 use crate::format::{Dense, Grid, Number, PackedMatrix, Sparse16, SparseInt4};
 use crate::kernels::disjoint::DisjointRows;
 use crate::kernels::linear::codes::Codes;
-use crate::kernels::linear::input::{self, BLOCK, Input, Quantized};
+use crate::kernels::linear::input::{self, BLOCK, GROUPS, Input, Quantized};
 use crate::kernels::linear::lanes::Lanes;
 use crate::kernels::linear::task::{Task, Update};
 use crate::kernels::number::{Stored, with_type_of};
@@ -550,15 +550,19 @@ unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Panel<'_>, row: usi
     } = *call;
     let x: [*const i32; R] = std::array::from_fn(|i| x.row(row + i).cast());
     let block_words = input.layout.block_bytes() / 4;
-    let (of_block, fours) = (BLOCK / unit, unit / 4);
+    // A run of columns has one scale of the weight and one of the inputs: a unit, or the part of it
+    // in a group.
+    let run = if WIDE { unit } else { unit.min(BLOCK / GROUPS) };
+    let (of_block, fours, runs) = (BLOCK / unit, run / 4, unit / run);
     let mut totals = [[_mm512_setzero_ps(); 2]; R];
     // SAFETY: the panel and the prepared inputs have this many units.
     unsafe {
-        for at in 0..of_inputs.count {
+        for at in 0..of_inputs.count * runs {
+            let (at, part) = (at / runs, at % runs);
             let mut high = [[_mm512_setzero_si512(); 2]; R];
             let mut low = [[_mm512_setzero_si512(); 2]; R];
-            let panel = panel.add(at * fours * WIDTH);
-            let start = at / of_block * block_words + at % of_block * fours;
+            let panel = panel.add((at * runs + part) * fours * WIDTH);
+            let start = at / of_block * block_words + (at % of_block * runs + part) * fours;
             for four in 0..fours {
                 let w =
                     [0, 16].map(|half| _mm512_loadu_si512(panel.add(four * WIDTH + half).cast()));
@@ -577,17 +581,25 @@ unsafe fn code_tile<const WIDE: bool, const R: usize>(call: &Panel<'_>, row: usi
                 let scale = _mm512_loadu_ps(scales.add(at * WIDTH + 16 * half));
                 let with_zero = _mm512_loadu_ps(with_zeros.add(at * WIDTH + 16 * half));
                 for i in 0..R {
-                    let of_input = _mm512_set1_ps(*of_inputs.scales(row + i).add(at));
-                    let sum = _mm512_set1_ps(*of_inputs.sums(row + i).add(at));
+                    let of_input = if WIDE {
+                        *of_inputs.scales(row + i).add(at)
+                    } else {
+                        let group = (at * unit + part * run) / (BLOCK / GROUPS);
+                        *of_inputs.groups(row + i).add(group)
+                    };
                     let all = if WIDE {
                         _mm512_add_epi32(_mm512_slli_epi32::<8>(high[i][half]), low[i][half])
                     } else {
                         high[i][half]
                     };
-                    let total = _mm512_fnmadd_ps(with_zero, sum, totals[i][half]);
+                    let mut total = totals[i][half];
+                    if part == 0 {
+                        let sum = _mm512_set1_ps(*of_inputs.sums(row + i).add(at));
+                        total = _mm512_fnmadd_ps(with_zero, sum, total);
+                    }
                     totals[i][half] = _mm512_fmadd_ps(
                         _mm512_cvtepi32_ps(all),
-                        _mm512_mul_ps(scale, of_input),
+                        _mm512_mul_ps(scale, _mm512_set1_ps(of_input)),
                         total,
                     );
                 }

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use super::lanes::LONG;
 use super::loads::near;
-use super::units::{Units, lanes};
+use super::units::{Units, groups_of_lanes, lanes, products_of_lanes};
 use crate::format::{EVEN, SparseInt4, Starts, even_row_bytes, is_high};
 use crate::kernels::linear::codes::Codes;
 use crate::kernels::linear::input::{BLOCK, Order, Quantized};
@@ -37,7 +37,7 @@ pub(super) unsafe fn multiply(
     let Task { rows, input, .. } = task.clone();
     let words = weight.bits.cols.div_ceil(64);
     assert!(rows.end * words * 8 <= weight.bits.bytes.len() && input.inputs <= weight.bits.cols);
-    let units = Units::new(&weight.grid, unit, true, input, scratch);
+    let units = Units::new(&weight.grid, (unit, Order::InOrder), true, input, scratch);
     let (bits, codes) = (weight.bits.bytes.as_ptr(), &*weight.codes);
     let starts = weight.offsets.starts();
     let even = weight.is_even();
@@ -193,7 +193,7 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
             // stay in registers.
             let mut sums = [[_mm512_setzero_ps(); R]; W];
             for w in 0..W {
-                let filled = units.fill(row + w * apart, w, units.inputs.rows::<R>(from));
+                let filled = units.fill::<R>(row + w * apart, w, from);
                 sums[w] = std::array::from_fn(|i| filled[i]);
             }
             // Adds a block, or the half of it that the row has, if not `whole`. Inputs past the last
@@ -227,6 +227,15 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                                         }
                                         let scale = _mm512_loadu_ps(products[w][i].add(first));
                                         let scale = _mm512_permutexvar_ps(lanes, scale);
+                                        let scale = if WIDE {
+                                            scale
+                                        } else {
+                                            let groups = units.inputs.groups(from + i);
+                                            _mm512_mul_ps(
+                                                scale,
+                                                groups_of_lanes::<1>(groups, block),
+                                            )
+                                        };
                                         sums[w][i] = _mm512_fmadd_ps(
                                             _mm512_cvtepi32_ps(sum),
                                             scale,
@@ -259,7 +268,11 @@ unsafe fn tile<const WIDE: bool, const SMALL: bool, const W: usize, const R: usi
                                     );
                                     sum = _mm512_dpbusd_epi32(sum, second, at(i, 3));
                                 }
-                                let scale = _mm512_set1_ps(*products[w][i].add(block));
+                                let scale = if WIDE {
+                                    _mm512_set1_ps(*products[w][i].add(block))
+                                } else {
+                                    products_of_lanes::<1>(products[w][i], block)
+                                };
                                 sums[w][i] =
                                     _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[w][i]);
                             }

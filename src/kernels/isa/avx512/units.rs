@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::loads::first_lanes;
 use crate::format::Grid;
-use crate::kernels::linear::input::{self, BLOCK, Input};
+use crate::kernels::linear::input::{self, BLOCK, GROUPS, Input, Order};
 
 /// Maximum number of rows of a weight, and of inputs, at a time.
 const ROWS: usize = 4;
@@ -33,9 +33,12 @@ fn stride(units: usize) -> usize {
 
 /// Returns the count of numbers of scratch memory: for each row of the weight its scales and zero
 /// points, and the products of scales for each row of inputs.
-pub(super) fn floats(units: usize) -> usize {
-    ROWS * (2 + ROWS) * stride(units)
+pub(super) fn floats(inputs: usize, units: usize) -> usize {
+    ROWS * (2 + ROWS) * stride(units.max(GROUP_LANES * inputs.div_ceil(BLOCK)))
 }
+
+/// The most products of scales that a block has, if its groups have scales.
+const GROUP_LANES: usize = 2 * GROUPS;
 
 /// Scales and zero points of the rows of a weight.
 #[derive(Clone, Copy)]
@@ -59,30 +62,96 @@ pub(super) struct Units<'a> {
     stride: usize,
     weight: OfWeight<'a>,
     pub inputs: input::Units,
+    /// If the groups of a block of inputs have scales and a block is one unit: for each of the 16
+    /// products after another, its block and its group's number among 16.
+    spread: Option<Spread>,
     /// Masks of the units that are in a second block, for the 1st, 3rd, .. and for the 2nd, 4th, ..
     /// 16 units of a row. Codes of a second block are multiplied in the high halves of bytes, as 16
     /// times their value.
     high: [u16; 2],
 }
 
+/// How the scales of units and groups become the scales of lanes: as `[g0, g1, g2, g3]` for each block
+/// if a lane has eight columns, or as `[g0, g0, g1, g1, g2, g2, g3, g3]` if it has four.
+#[derive(Clone, Copy)]
+struct Spread {
+    /// Number of products of a block.
+    of_block: usize,
+    /// For each of 16 products, its block.
+    blocks: __m512i,
+    /// For each of 16 products, its group, counted from the first group of the first block.
+    groups: __m512i,
+}
+
+impl Spread {
+    fn new(order: Order) -> Self {
+        let twice = if order == Order::EvenOdd { 1 } else { 2 };
+        let blocks: [i32; 16] = std::array::from_fn(|at| (at / (twice * GROUPS)) as i32);
+        let groups: [i32; 16] = std::array::from_fn(|at| (at / twice) as i32);
+        // SAFETY: both types are plain values of 64 bytes.
+        let vector = |all: [i32; 16]| unsafe { std::mem::transmute::<[i32; 16], __m512i>(all) };
+        Self {
+            of_block: twice * GROUPS,
+            blocks: vector(blocks),
+            groups: vector(groups),
+        }
+    }
+
+    /// Writes the products of the scales of 16 blocks of a weight, from block `at` on, with those of
+    /// the groups of the inputs.
+    ///
+    /// # Safety
+    /// The products of all blocks that begin before `count` must have room, rounded up to 16, and as
+    /// many groups must be readable.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn write(
+        &self,
+        at: usize,
+        count: usize,
+        scales: __m512,
+        groups: *const f32,
+        out: *mut f32,
+    ) {
+        let step = 16 / self.of_block;
+        for first in (0..16).step_by(step) {
+            let block = at + first;
+            if block >= count {
+                break;
+            }
+            let of_lanes = _mm512_add_epi32(self.blocks, _mm512_set1_epi32(first as i32));
+            // SAFETY: the caller upholds this function's contract; 16 zeros follow the groups.
+            unsafe {
+                let groups = _mm512_loadu_ps(groups.wrapping_add(GROUPS * block));
+                let groups = _mm512_permutexvar_ps(self.groups, groups);
+                let scales = _mm512_permutexvar_ps(of_lanes, scales);
+                let to = out.wrapping_add(self.of_block * block);
+                _mm512_storeu_ps(to, _mm512_mul_ps(groups, scales));
+            }
+        }
+    }
+}
+
 impl<'a> Units<'a> {
-    /// Prepares the units of a weight. If `alternate` is set, the zero points of every second block
+    /// Prepares the units of a weight whose codes are in an order. If `alternate` is set, the zero points of every second block
     /// are multiplied by 16, and its products of scales are divided by 16.
     ///
     /// # Panics
     /// Panics if the memory is smaller than [`floats`] requires.
     pub fn new(
         grid: &'a Grid,
-        unit: usize,
+        (unit, order): (usize, Order),
         alternate: bool,
         input: &Input<'_>,
         scratch: &mut [f32],
     ) -> Self {
         let inputs = input.units(unit);
-        assert!(scratch.len() >= floats(inputs.count));
+        let count = inputs.count;
+        assert!(scratch.len() >= floats(input.inputs, count));
         let units = Self {
             first: scratch.as_mut_ptr(),
-            stride: stride(inputs.count),
+            stride: stride(count.max(GROUP_LANES * input.inputs.div_ceil(BLOCK))),
+            spread: (unit == BLOCK && !input.wide()).then(|| Spread::new(order)),
             weight: OfWeight::new(grid, unit),
             inputs,
             high: if alternate {
@@ -110,8 +179,9 @@ impl<'a> Units<'a> {
             .wrapping_add((w * (2 + ROWS) + index) * self.stride)
     }
 
-    /// Returns the products of the scales of row `w` of the weight and row `i` of inputs. 16 more
-    /// elements may be read.
+    /// Returns the products of the scales of row `w` of the weight and row `i` of inputs: one for each
+    /// unit, or, if the groups of a block have scales and a block is one unit, those of [`Spread`]. 16
+    /// more elements may be read.
     pub fn products(&self, w: usize, i: usize) -> *const f32 {
         self.array(w, 2 + i)
     }
@@ -122,26 +192,21 @@ impl<'a> Units<'a> {
         self.array(w, 1).cast()
     }
 
-    /// Fills slot `w` for row `row` of the weight and some rows of inputs, whose units have the
-    /// scales and sums `inputs`. Returns the negated contribution of the zero points to the products,
+    /// Fills slot `w` for row `row` of the weight and `R` rows of inputs from `from` on. Returns the negated contribution of the zero points to the products,
     /// spread over the lanes in any way.
     ///
     /// # Safety
     /// `w < ROWS` and `R <= ROWS`, and the rows must exist.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")]
-    pub unsafe fn fill<const R: usize>(
-        &self,
-        row: usize,
-        w: usize,
-        inputs: [[*const f32; 2]; R],
-    ) -> [__m512; R] {
+    pub unsafe fn fill<const R: usize>(&self, row: usize, w: usize, from: usize) -> [__m512; R] {
+        let inputs = self.inputs.rows(from);
         // SAFETY: the caller upholds this function's contract.
         unsafe {
             match (self.weight.plain, self.weight.grid.symmetric) {
-                (true, true) => self.fill_plain::<true, R>(row, w, inputs),
-                (true, false) => self.fill_plain::<false, R>(row, w, inputs),
-                (false, _) => self.fill_any(row, w, inputs),
+                (true, true) => self.fill_plain::<true, R>(row, w, from, inputs),
+                (true, false) => self.fill_plain::<false, R>(row, w, from, inputs),
+                (false, _) => self.fill_any(row, w, from, inputs),
             }
         }
     }
@@ -159,6 +224,7 @@ impl<'a> Units<'a> {
         &self,
         row: usize,
         w: usize,
+        from: usize,
         inputs: [[*const f32; 2]; R],
     ) -> [__m512; R] {
         let (weight, count) = (&self.weight, self.inputs.count);
@@ -195,11 +261,15 @@ impl<'a> Units<'a> {
                 }
                 let placed = _mm512_mask_mul_ps(scale, high, scale, sixteenth);
                 for i in 0..R {
-                    let of_row = _mm512_loadu_ps(inputs[i][0].add(at));
-                    _mm512_storeu_ps(
-                        products.wrapping_add(i * self.stride + at),
-                        _mm512_mul_ps(of_row, placed),
-                    );
+                    let products = products.wrapping_add(i * self.stride);
+                    if let Some(spread) = &self.spread {
+                        let groups = self.inputs.groups(from + i);
+                        spread.write(at, count, placed, groups, products);
+                    } else {
+                        let of_row = _mm512_loadu_ps(inputs[i][0].add(at));
+                        let product = _mm512_mul_ps(of_row, placed);
+                        _mm512_storeu_ps(products.wrapping_add(at), product);
+                    }
                     taken[i] =
                         _mm512_fmadd_ps(_mm512_loadu_ps(inputs[i][1].add(at)), with_zero, taken[i]);
                 }
@@ -224,6 +294,7 @@ impl<'a> Units<'a> {
         &self,
         row: usize,
         w: usize,
+        from: usize,
         inputs: [[*const f32; 2]; R],
     ) -> [__m512; R] {
         let (weight, count) = (&self.weight, self.inputs.count);
@@ -257,11 +328,15 @@ impl<'a> Units<'a> {
                 let with_zero = _mm512_mul_ps(scale, zero);
                 let placed = _mm512_mask_mul_ps(scale, high, scale, _mm512_set1_ps(1.0 / 16.0));
                 for i in 0..R {
-                    let of_inputs = _mm512_loadu_ps(inputs[i][0].add(at));
-                    _mm512_storeu_ps(
-                        self.array(w, 2 + i).add(at),
-                        _mm512_mul_ps(of_inputs, placed),
-                    );
+                    let products = self.array(w, 2 + i);
+                    if let Some(spread) = &self.spread {
+                        let groups = self.inputs.groups(from + i);
+                        spread.write(at, count, placed, groups, products);
+                    } else {
+                        let of_inputs = _mm512_loadu_ps(inputs[i][0].add(at));
+                        let product = _mm512_mul_ps(of_inputs, placed);
+                        _mm512_storeu_ps(products.add(at), product);
+                    }
                     let sum = _mm512_loadu_ps(inputs[i][1].add(at));
                     taken[i] = _mm512_fnmadd_ps(sum, with_zero, taken[i]);
                 }
@@ -431,4 +506,45 @@ pub(super) fn lanes(columns: usize, unit: usize) -> __m512i {
     let lane: [i32; 16] = std::array::from_fn(|lane| (lane * columns / unit) as i32);
     // SAFETY: the array has 64 bytes.
     unsafe { _mm512_loadu_si512(lane.as_ptr().cast()) }
+}
+
+/// Returns the products of scales of a block for the lanes of a step of `N` registers: each lane has
+/// eight columns if `N` is 2, and four otherwise.
+///
+/// # Safety
+/// The block must have products as in [`Spread`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) unsafe fn products_of_lanes<const N: usize>(
+    products: *const f32,
+    block: usize,
+) -> __m512 {
+    // SAFETY: the caller upholds this function's contract.
+    unsafe {
+        if N == 2 {
+            _mm512_broadcast_f32x4(_mm_loadu_ps(products.add(GROUPS * block)))
+        } else {
+            _mm512_broadcast_f32x8(_mm256_loadu_ps(products.add(2 * GROUPS * block)))
+        }
+    }
+}
+
+/// Returns the scales of the groups of a block for the lanes of a step, as for
+/// [`products_of_lanes`].
+///
+/// # Safety
+/// The groups of the block must exist.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) unsafe fn groups_of_lanes<const N: usize>(groups: *const f32, block: usize) -> __m512 {
+    // SAFETY: the caller upholds this function's contract.
+    let four = unsafe { _mm_loadu_ps(groups.add(GROUPS * block)) };
+    if N == 2 {
+        _mm512_broadcast_f32x4(four)
+    } else {
+        _mm512_broadcast_f32x8(_mm256_set_m128(
+            _mm_unpackhi_ps(four, four),
+            _mm_unpacklo_ps(four, four),
+        ))
+    }
 }
