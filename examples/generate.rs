@@ -88,6 +88,9 @@ struct Args {
     /// Store keys and values as 16-bit floats
     #[arg(long)]
     half_cache: bool,
+    /// Rounding of the inputs of integer weights
+    #[arg(long, default_value = "int16", conflicts_with = "device")]
+    inputs: common::format::Inputs,
     /// Run the uncompressed model on a Burn backend: flex, or another whose feature is enabled in
     /// the build
     #[arg(long)]
@@ -287,7 +290,10 @@ fn run(args: &Args) -> Result<()> {
     } else {
         CacheFormat::F32
     };
-    let mut session = Session::new(&model, &SessionConfig::default().with_cache(cache))?;
+    let config = SessionConfig::default()
+        .with_cache(cache)
+        .with_activations(args.inputs.into());
+    let mut session = Session::new(&model, &config)?;
     if let Some(subnet) = &args.subnet {
         session.set_subnet_named(subnet)?;
     }

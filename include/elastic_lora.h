@@ -651,8 +651,9 @@ typedef bool (*elora_token_fn)(void *userdata, elora_token token);
 // the largest of the 128.
 #define ELORA_ACTIVATIONS_INT16 0
 
-// 8-bit integers with one scale for each 128 activations. The rounding error is at most 0.4 % of
-// the largest of the 128; the multiplications take about half the work.
+// 8-bit integers with one scale for each 32 activations with AVX-512, and for each 128 with other
+// instruction sets. The rounding error is at most 0.4 % of the largest of them; the multiplications
+// take about half the work.
 #define ELORA_ACTIVATIONS_INT8 1
 
 // 32-bit floats. Keys and values are stored exactly as computed.

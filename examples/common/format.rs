@@ -1,8 +1,27 @@
 //! Formats of weights by their names.
 
+use clap::ValueEnum;
 use elastic_lora::format::WeightFormat;
-use elastic_lora::runtime::FormatPlan;
+use elastic_lora::runtime::{Activations, FormatPlan};
 use elastic_lora::{Error, Result};
+
+/// Integers to which the inputs of integer weights are rounded.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Inputs {
+    /// 16 bits, 128 inputs share a scale
+    Int16,
+    /// 8 bits, 32 inputs share a scale with AVX-512, and 128 without; faster, and less exact
+    Int8,
+}
+
+impl From<Inputs> for Activations {
+    fn from(inputs: Inputs) -> Self {
+        match inputs {
+            Inputs::Int16 => Self::Int16,
+            Inputs::Int8 => Self::Int8,
+        }
+    }
+}
 
 /// Returns the format of a name, with groups of this size if it holds integers.
 pub fn parse(text: &str, group_size: usize) -> Result<WeightFormat> {

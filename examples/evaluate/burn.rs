@@ -9,7 +9,9 @@ use elastic_lora::eval::{
 use elastic_lora::io::{is_gguf, model_path};
 use elastic_lora::model::Pretrained;
 use elastic_lora::progress::TerminalProgress;
-use elastic_lora::runtime::{GenerateConfig, Model, ModelOptions, Session, SessionConfig};
+use elastic_lora::runtime::{
+    Activations, GenerateConfig, Model, ModelOptions, Session, SessionConfig,
+};
 use elastic_lora::{Error, Result};
 
 use crate::Args;
@@ -29,6 +31,7 @@ enum Executor {
         model: Model,
         tokenizer: Box<TextTokenizer>,
         subnet: Option<String>,
+        activations: Activations,
     },
 }
 
@@ -36,7 +39,8 @@ impl Executor {
     fn open(args: &Args, model: &Path) -> Result<Self> {
         let path = model_path(model)?;
         let is_bundle = path.is_file() && !is_gguf(&path);
-        if !(args.runtime || args.subnet.is_some() || is_bundle) {
+        let by_runtime = args.runtime || args.subnet.is_some() || args.inputs.is_some();
+        if !(by_runtime || is_bundle) {
             let adapter = args.adapter.as_deref();
             let pretrained = common::open(Some(model), adapter, &args.device)?;
             return Ok(Self::Burn(Box::new(pretrained)));
@@ -60,6 +64,7 @@ impl Executor {
             model,
             tokenizer: Box::new(tokenizer),
             subnet: args.subnet.clone(),
+            activations: args.inputs.map_or_else(Activations::default, Into::into),
         })
     }
 
@@ -104,8 +109,15 @@ impl Executor {
     ) -> Result<Perplexity> {
         match self {
             Executor::Burn(pretrained) => perplexity(&pretrained.model, ids, context, progress),
-            Executor::Runtime { model, subnet, .. } => {
-                let config = SessionConfig::default().with_n_ctx(context);
+            Executor::Runtime {
+                model,
+                subnet,
+                activations,
+                ..
+            } => {
+                let config = SessionConfig::default()
+                    .with_n_ctx(context)
+                    .with_activations(*activations);
                 let mut sessions = Self::sessions(model, subnet.as_deref(), &config, 1)?;
                 session_perplexity(&mut sessions[0], ids, context, progress)
             }
@@ -127,9 +139,10 @@ impl Executor {
                 model,
                 tokenizer,
                 subnet,
+                activations,
             } => {
                 let n = problems.len().min(SESSIONS);
-                let config = SessionConfig::default();
+                let config = SessionConfig::default().with_activations(*activations);
                 let mut sessions = Self::sessions(model, subnet.as_deref(), &config, n)?;
                 let config = GenerateConfig::new(max_new_tokens, model.stop_ids().to_vec());
                 problems.session_answers(&mut sessions, tokenizer, &config, progress)

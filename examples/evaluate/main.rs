@@ -91,6 +91,9 @@ struct Args {
     /// Number of consecutive weights of a row that share a scale in an integer format
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     group_size: u32,
+    /// Rounding of the inputs of integer weights, in the runtime [default: int16]
+    #[arg(long, conflicts_with = "device")]
+    inputs: Option<common::format::Inputs>,
     /// For tasks: number of threads; 0 for one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,

@@ -33,10 +33,13 @@ fn open(args: &Args, n_ctx: Option<usize>) -> Result<RuntimeModel> {
     if let Some(plan) = common::format::plan(format, embedding, args.group_size as usize)? {
         model = model.with_format(plan)?;
     }
-    let config = SessionConfig {
+    let mut config = SessionConfig {
         n_ctx,
         ..Default::default()
     };
+    if let Some(inputs) = args.inputs {
+        config = config.with_activations(inputs.into());
+    }
     let mut session = Session::new(&model, &config)?;
     if let Some(subnet) = &args.subnet {
         session.set_subnet_named(subnet)?;

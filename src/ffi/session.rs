@@ -54,8 +54,9 @@ pub type elora_activations = i32;
 /// 16-bit integers with one scale for each 128 activations. The rounding error is at most 1.6e-5 of
 /// the largest of the 128.
 pub const ELORA_ACTIVATIONS_INT16: elora_activations = 0;
-/// 8-bit integers with one scale for each 128 activations. The rounding error is at most 0.4 % of
-/// the largest of the 128; the multiplications take about half the work.
+/// 8-bit integers with one scale for each 32 activations with AVX-512, and for each 128 with other
+/// instruction sets. The rounding error is at most 0.4 % of the largest of them; the multiplications
+/// take about half the work.
 pub const ELORA_ACTIVATIONS_INT8: elora_activations = 1;
 
 pub(super) fn activations(value: elora_activations) -> Outcome<Activations> {

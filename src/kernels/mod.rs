@@ -4,7 +4,8 @@
 //! Decoding is bound by memory bandwidth: a kernel reads each byte of the weight once and unpacks
 //! it in registers. Dense and sparse floating-point weights are multiplied by `f32` inputs. Integer
 //! codes are multiplied by integers: each block of 128 inputs is rounded to 16-bit integers that
-//! share one scale, so that the largest input keeps 16 bits ([`Activations`]).
+//! share one scale, so that the largest input keeps 16 bits, or to 8-bit integers in smaller groups
+//! ([`Activations`]).
 //!
 //! Each result is one sum whose order depends only on the sizes and the instruction set, so results
 //! are bit-identical for any number of threads. Kernels never trust the contents of a weight: a

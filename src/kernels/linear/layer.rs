@@ -60,9 +60,10 @@ pub enum Activations {
     /// largest of these inputs.
     #[default]
     Int16,
-    /// 8-bit integers with one scale for each 128 inputs. The error is at most 0.4 % of the largest
-    /// of these inputs, for about half the work. Useful if compute, not memory bandwidth, is the
-    /// limit.
+    /// 8-bit integers with one scale for each 32 inputs with AVX-512, and for each 128 with other
+    /// instruction sets. The error is at most 0.4 % of the largest of these inputs, for about half
+    /// the work. Useful if compute, not memory bandwidth, is the limit: for prompts, and for sparse
+    /// INT4.
     Int8,
 }
 
