@@ -954,6 +954,13 @@ public:
         return detail::finish(elora_session_set_adapters(handle_, handles.data(), factors.data(), handles.size()));
     }
 
+    // Lets a copy of another session propose up to n_tokens tokens at a time, 1 to 7, in generate();
+    // see elora_session_set_draft().
+    returns<void> set_draft(session &draft, std::size_t n_tokens) {
+        return detail::finish(elora_session_set_draft(handle_, draft.handle_, n_tokens));
+    }
+    returns<void> remove_draft() { return detail::finish(elora_session_set_draft(handle_, nullptr, 0)); }
+
     // Returns a copy, which goes on by itself and shares the memory of the tokens so far.
     returns<session> copy() {
         elora_session *made = nullptr;

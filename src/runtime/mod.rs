@@ -7,7 +7,7 @@
 //! default through a memory map. A [`Session`] is one sequence on a model; [`decode_steps`] appends
 //! any number of tokens to each of several. For a loop of one's own, a [`Sampler`] draws tokens from
 //! logits, a [`TextStream`] makes text of them, and an [`Adapter`] is a LoRA that sessions choose at
-//! run time. The executor is driven by the same [`Architecture`](crate::arch::Architecture) as the
+//! run time. A small subnet may propose tokens for a larger one ([`Session::set_draft`]). The executor is driven by the same [`Architecture`](crate::arch::Architecture) as the
 //! Burn decoder and computes the same function.
 
 mod adapter;
@@ -17,6 +17,7 @@ mod build;
 mod bundle;
 mod cache;
 mod convert;
+mod draft;
 mod forward;
 mod generate;
 mod linear;

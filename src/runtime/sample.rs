@@ -180,6 +180,12 @@ impl Sampler {
         self.counts.clear();
     }
 
+    /// Takes the random numbers and the counts of another sampler with the same settings.
+    pub(super) fn follow(&mut self, other: &Self) {
+        self.rng.clone_from(&other.rng);
+        self.counts.clone_from(&other.counts);
+    }
+
     /// Counts tokens of the prompt, which the repetition penalty sees.
     pub fn observe(&mut self, tokens: &[u32]) {
         if self.config.has_penalties() {

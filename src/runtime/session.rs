@@ -10,6 +10,7 @@ use crate::space::SubnetConfig;
 use super::adapter::{Active, Adapter};
 use super::batch::Watch;
 use super::cache::{Cache, CacheFormat};
+use super::draft::Draft;
 use super::forward::{Pass, Setting};
 use super::generate::GenerateConfig;
 use super::model::Model;
@@ -114,6 +115,7 @@ pub struct Session {
     prefill_rows: usize,
     activations: Activations,
     pub(super) cache_format: CacheFormat,
+    pub(super) draft: Option<Box<Draft>>,
 }
 
 impl Session {
@@ -153,6 +155,7 @@ impl Session {
             prefill_rows: config.prefill_rows,
             activations: config.activations,
             cache_format: config.cache,
+            draft: None,
         })
     }
 
@@ -249,6 +252,28 @@ impl Session {
         self.watch = progress.map(Watch);
     }
 
+    /// Lets another session propose up to `n_tokens` tokens at a time in [`generate`](Self::generate),
+    /// which checks them in one pass; `None` for no draft. The output is the same as without: the
+    /// session draws every token by itself. It comes sooner if the draft is much faster and often
+    /// right, such as a small subnet of the same supernet. The draft follows the session's tokens by
+    /// itself.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if `n_tokens` is 0 or over 7, if the draft's vocabulary has
+    /// another size, or if the draft has a draft.
+    pub fn set_draft(&mut self, draft: Option<Session>, n_tokens: usize) -> Result<()> {
+        let vocab_size = self.model.config().vocab_size();
+        self.draft = draft
+            .map(|draft| Draft::new(draft, n_tokens, vocab_size).map(Box::new))
+            .transpose()?;
+        Ok(())
+    }
+
+    /// Number of tokens that the draft has proposed, and of those that the session drew too.
+    pub fn draft_counts(&self) -> [u64; 2] {
+        self.draft.as_ref().map_or([0; 2], |draft| draft.counts)
+    }
+
     pub(super) fn progress(&self) -> &dyn Progress {
         match &self.watch {
             Some(watch) => &*watch.0,
@@ -317,6 +342,7 @@ impl Session {
             prefill_rows: self.prefill_rows,
             activations: self.activations,
             cache_format: self.cache_format,
+            draft: self.draft.as_ref().map(|draft| Box::new(draft.copy())),
         }
     }
 
@@ -617,6 +643,11 @@ impl Session {
         config: &GenerateConfig,
         mut on_token: impl FnMut(u32) -> bool,
     ) -> Result<Vec<u32>> {
+        if let Some(mut draft) = self.draft.take() {
+            let output = self.generate_with(&mut draft, prompt, config, on_token);
+            self.draft = Some(draft);
+            return output;
+        }
         let mut sampler = Sampler::new(&config.sample, 0)?;
         let n_ids = self.model.n_ids();
         let mut output = Vec::new();

@@ -2,6 +2,7 @@
 //! length, and sessions that go back.
 
 mod chat;
+mod draft;
 mod engine;
 mod mutated;
 mod odd_folders;

@@ -223,6 +223,28 @@ static void steps(const elora_model *model) {
     OK(elora_session_tokens(c, held, 3, &n));
     CHECK(n == 2 && held[0] == 1 && held[1] == 2 && held[2] == -9);
 
+    FAILS(NULL_POINTER, elora_session_set_draft(NULL, c, 4));
+    FAILS(INVALID_ARGUMENT, elora_session_set_draft(a, a, 4));
+    FAILS(INVALID_ARGUMENT, elora_session_set_draft(a, c, 0));
+    FAILS(INVALID_ARGUMENT, elora_session_set_draft(a, c, 8));
+    FAILS(INVALID_ARGUMENT, elora_session_set_draft(a, c, (size_t)-1));
+    OK(elora_session_set_draft(a, NULL, 0));
+    OK(elora_session_set_draft(a, c, 4));
+    FAILS(INVALID_ARGUMENT, elora_session_set_draft(c, a, 4)); /* it has a draft */
+    {
+        /* The same tokens with a draft, with and without its own handle. */
+        elora_session *plain = NULL;
+        elora_token one[6] = {0}, other[6] = {0};
+        size_t made = 0, again = 0;
+        OK(elora_session_copy(c, &plain));
+        OK(elora_session_generate(a, tokens, 1, NULL, NULL, NULL, one, 4, &made));
+        OK(elora_session_generate(plain, tokens, 1, NULL, NULL, NULL, other, 4, &again));
+        CHECK(made == again && memcmp(one, other, sizeof one) == 0);
+        elora_session_free(plain);
+        OK(elora_session_truncate(a, 2));
+        OK(elora_session_set_draft(a, NULL, 0));
+    }
+
     size_t called = 0;
     FAILS(NULL_POINTER, elora_session_set_abort(NULL, stop_at_once, &called));
     OK(elora_session_set_abort(c, stop_at_once, &called));

@@ -105,6 +105,7 @@ static void sessions(const elora_model *model) {
     const size_t n_ranks = n;
     CALL(elora_session_set_ranks, session, ranks, n_ranks);
     CALL(elora_session_set_adapters, session, NULL, NULL, 0);
+    CALL(elora_session_set_draft, session, NULL, 0);
     CALL(elora_session_set_abort, session, never, NULL);
     CALL(elora_session_set_abort, session, NULL, NULL);
     OK(elora_session_decode(session, tokens, 3, NULL, 0));
