@@ -123,15 +123,27 @@ pub fn write_json<T: Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> R
 /// whole.
 ///
 /// If it is dropped without [`commit`](Self::commit), the temporary folder is removed with all its
-/// contents.
+/// contents, unless it was begun by [`go_on`](Self::go_on).
 #[derive(Debug)]
 #[doc(hidden)]
 pub struct FolderWriter {
     destination: PathBuf,
     overwrite: bool,
-    temporary: TempDir,
+    place: Place,
     _lock: Lock,
 }
+
+/// Where a folder is built.
+#[derive(Debug)]
+enum Place {
+    /// A folder that is removed if it is not finished.
+    Temporary(TempDir),
+    /// A folder within one that stays, to go on with it.
+    Kept { within: PathBuf, folder: PathBuf },
+}
+
+/// End of the name of the folder in which [`FolderWriter::go_on`] keeps unfinished work.
+const UNFINISHED: &str = ".unfinished";
 
 impl FolderWriter {
     /// Begins the folder `destination`, and creates missing parent folders.
@@ -143,7 +155,40 @@ impl FolderWriter {
     /// Returns [`Error::Io`], also if somebody else is writing the folder, or [`Error::InvalidFile`] if the destination is a file, or a folder
     /// that is not empty while `overwrite` is false.
     pub fn create(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
-        let destination = destination.as_ref();
+        Self::begin(destination.as_ref(), overwrite, |destination, name| {
+            let mut builder = Builder::new();
+            let prefix = temporary_prefix(name);
+            builder.prefix(&prefix).suffix(TEMPORARY);
+            readable(&mut builder, 0o777);
+            let temporary = builder
+                .tempdir_in(parent(destination))
+                .map_err(|e| Error::io(destination, e))?;
+            Ok(Place::Temporary(temporary))
+        })
+    }
+
+    /// Begins the folder `destination` like [`create`](Self::create), or goes on with it where an
+    /// earlier process ended in any way. What is built stays in `NAME.unfinished` until
+    /// [`commit`](Self::commit).
+    ///
+    /// # Errors
+    /// Returns the errors of [`create`](Self::create).
+    pub(crate) fn go_on(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
+        Self::begin(destination.as_ref(), overwrite, |destination, name| {
+            let mut name = name.to_os_string();
+            name.push(UNFINISHED);
+            let within = parent(destination).join(name);
+            let folder = within.join("folder");
+            fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+            Ok(Place::Kept { within, folder })
+        })
+    }
+
+    fn begin(
+        destination: &Path,
+        overwrite: bool,
+        place: impl FnOnce(&Path, &OsStr) -> Result<Place>,
+    ) -> Result<Self> {
         // Resolve links and `..`, so that the temporary folder is on the same file system.
         let destination = match fs::canonicalize(destination) {
             Ok(path) => path,
@@ -168,24 +213,29 @@ impl FolderWriter {
         check_destination(&destination, overwrite)?;
         let lock = claim(parent(&destination), name, &destination)?;
         check_destination(&destination, overwrite)?;
-        let mut builder = Builder::new();
-        let prefix = temporary_prefix(name);
-        builder.prefix(&prefix).suffix(TEMPORARY);
-        readable(&mut builder, 0o777);
-        let temporary = builder
-            .tempdir_in(parent(&destination))
-            .map_err(|e| Error::io(&destination, e))?;
+        let place = place(&destination, name)?;
         Ok(Self {
             destination,
             overwrite,
-            temporary,
+            place,
             _lock: lock,
         })
     }
 
     /// Returns the path of the temporary folder, to write files into.
     pub fn path(&self) -> &Path {
-        self.temporary.path()
+        match &self.place {
+            Place::Temporary(temporary) => temporary.path(),
+            Place::Kept { folder, .. } => folder,
+        }
+    }
+
+    /// Returns the folder for notes about work that is gone on with, or `None` if it is not.
+    pub(crate) fn notes(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Temporary(_) => None,
+            Place::Kept { within, .. } => Some(within),
+        }
     }
 
     /// Returns the final path of the folder.
@@ -198,17 +248,22 @@ impl FolderWriter {
     ///
     /// # Errors
     /// Returns [`Error::Io`], or [`Error::InvalidFile`] if something was created at the destination
-    /// in the meantime. The new folder is then removed, and the old one is at its original path.
+    /// in the meantime. The new folder is then removed (or stays where it is if it was begun by
+    /// [`go_on`](Self::go_on)), and the old one is at its original path.
     pub fn commit(self) -> Result<()> {
         let Self {
             destination,
             overwrite,
-            temporary,
+            place,
             _lock,
         } = self;
+        let from = match &place {
+            Place::Temporary(temporary) => temporary.path(),
+            Place::Kept { folder, .. } => folder,
+        };
         let at = |e| Error::io(&destination, e);
         check_destination(&destination, overwrite)?;
-        sync_folder(temporary.path())?;
+        sync_folder(from)?;
         let mut old = None;
         if destination.exists()
             && let Err(e) = fs::remove_dir(&destination)
@@ -226,7 +281,7 @@ impl FolderWriter {
             fs::rename(&destination, aside.path().join(OLD)).map_err(at)?;
             old = Some(aside);
         }
-        if let Err(e) = fs::rename(temporary.path(), &destination) {
+        if let Err(e) = fs::rename(from, &destination) {
             if let Some(aside) = old
                 && fs::rename(aside.path().join(OLD), &destination).is_err()
             {
@@ -242,8 +297,11 @@ impl FolderWriter {
             }
             return Err(at(e));
         }
-        // The folder has its final name now, so the temporary name must not be removed.
-        let _ = temporary.keep();
+        match place {
+            // The folder has its final name now, so the temporary name must not be removed.
+            Place::Temporary(temporary) => _ = temporary.keep(),
+            Place::Kept { within, .. } => fs::remove_dir_all(within).map_err(at)?,
+        }
         if let Some(aside) = old {
             aside.close().map_err(at)?;
         }

@@ -100,8 +100,14 @@ impl FolderSource {
         })
     }
 
+    /// The weights.
+    #[cfg(feature = "burn")]
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
     /// The name under which the checkpoint holds a tensor; a tied embedding may have the head's.
-    fn stored_name<'a>(&self, tensor: &'a str) -> Result<&'a str> {
+    pub fn stored_name<'a>(&self, tensor: &'a str) -> Result<&'a str> {
         if tensor == Architecture::EMBEDDING {
             return self.config.embedding_name(&self.checkpoint);
         }

@@ -522,6 +522,59 @@ impl Checkpoint {
     /// Returns [`Error::MissingTensor`], or [`Error::TensorDtype`] for another dtype.
     pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.entry(name)?;
+        let values = self.numbers(name, entry)?;
+        self.release_entry(entry);
+        Ok(values)
+    }
+
+    /// Loads rows of a float matrix, one after the other in the order of `rows`, without reading
+    /// the others.
+    ///
+    /// # Errors
+    /// Returns the errors of [`load_f32`](Self::load_f32), [`Error::TensorShape`] if the tensor is
+    /// no matrix, and [`Error::InvalidArgument`] for a row that it has not.
+    #[doc(hidden)]
+    pub fn load_rows(&self, name: &str, rows: &[u32]) -> Result<Vec<f32>> {
+        let entry = self.entry(name)?;
+        let &[n_rows, cols] = entry.info.shape.as_slice() else {
+            return Err(Error::TensorShape {
+                tensor: name.into(),
+                expected: vec![0, 0],
+                found: entry.info.shape.clone(),
+            });
+        };
+        let mut values = Vec::with_capacity(rows.len().saturating_mul(cols));
+        for &row in rows {
+            let row = row as usize;
+            if row >= n_rows {
+                let expected = format!("a row of `{name}`, which has {n_rows}");
+                return Err(Error::argument("row", row, expected));
+            }
+            values.extend(self.numbers(name, &entry.rows(row..row + 1))?);
+        }
+        check_finite(name, &values)?;
+        Ok(values)
+    }
+
+    /// Computes a checksum of the bytes of tensors as they are stored.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`] if there is no tensor of a name.
+    #[doc(hidden)]
+    pub fn checksum<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<u32> {
+        let mut hash = crc32fast::Hasher::new();
+        for name in names {
+            let entry = self.entry(name)?;
+            hash.update(name.as_bytes());
+            hash.update(entry.info.dtype.name().as_bytes());
+            hash.update(self.raw(name, entry)?);
+            self.release_entry(entry);
+        }
+        Ok(hash.finalize())
+    }
+
+    /// Decodes or dequantizes the numbers of a tensor, or of a part of one.
+    fn numbers(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
         let (raw, dtype) = (self.raw(name, entry)?, entry.info.dtype);
         let values = if entry.layout.blocks.is_some() {
             Some(entry.layout.numbers(&entry.info, raw))
@@ -530,7 +583,6 @@ impl Checkpoint {
         } else {
             dtype::decode(dtype, &entry.layout.bytes(&entry.info, raw))
         };
-        self.release_entry(entry);
         values.ok_or_else(|| Error::TensorDtype {
             tensor: name.into(),
             expected: "F64, F32, F16 or BF16",
