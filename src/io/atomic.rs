@@ -5,47 +5,163 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use serde::Serialize;
-use tempfile::{Builder, NamedTempFile, TempDir};
+use tempfile::{Builder, TempDir};
 
 use crate::error::{Error, Result};
 
 pub use crate::io::lock::Lock;
 
 /// Destination of the bytes of a file while it is written. Errors name the file.
+///
+/// Large files are written by a thread of their own, so that whoever makes the bytes does not wait
+/// for the disk.
 #[derive(Debug)]
 pub struct Sink<'a> {
     path: &'a Path,
-    inner: BufWriter<&'a mut NamedTempFile>,
+    buffer: Vec<u8>,
+    /// Number of full buffers so far.
+    full: usize,
+    file: State,
 }
 
-impl Sink<'_> {
+/// Size in bytes of a buffer.
+const BUFFER: usize = 1 << 20;
+
+/// Number of buffers after which a thread writes, and number of those that wait for it.
+const AHEAD: usize = 8;
+
+#[derive(Debug)]
+enum State {
+    Here(File),
+    Behind {
+        buffers: SyncSender<Vec<u8>>,
+        /// Buffers to be used again.
+        empty: Receiver<Vec<u8>>,
+        thread: JoinHandle<io::Result<()>>,
+    },
+    Failed,
+}
+
+impl<'a> Sink<'a> {
+    fn new(path: &'a Path, file: File) -> Self {
+        Self {
+            path,
+            buffer: Vec::new(),
+            full: 0,
+            file: State::Here(file),
+        }
+    }
+
     /// Writes all of `bytes`.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if the write fails.
+    /// Returns [`Error::Io`] if the write fails, or an earlier one did.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.inner
-            .write_all(bytes)
-            .map_err(|e| Error::io(self.path, e))
+        self.write_all(bytes).map_err(|e| Error::io(self.path, e))
     }
 
     /// Returns the final path of the file.
     pub fn path(&self) -> &Path {
         self.path
     }
+
+    /// Writes the buffer, or hands it to the thread.
+    fn pass_on(&mut self) -> io::Result<()> {
+        self.full += 1;
+        if let State::Here(file) = &mut self.file {
+            file.write_all(&self.buffer)?;
+            self.buffer.clear();
+            if self.full >= AHEAD {
+                self.start_thread()?;
+            }
+            return Ok(());
+        }
+        let State::Behind { buffers, empty, .. } = &self.file else {
+            return Err(io::Error::other("an earlier write failed"));
+        };
+        let mut next = empty.try_recv().unwrap_or_default();
+        next.clear();
+        if buffers
+            .send(std::mem::replace(&mut self.buffer, next))
+            .is_ok()
+        {
+            return Ok(());
+        }
+        // The thread ends early only on an error.
+        self.finish()
+            .and_then(|()| Err(io::Error::other("the file cannot be written")))
+    }
+
+    fn start_thread(&mut self) -> io::Result<()> {
+        let State::Here(file) = &self.file else {
+            return Ok(());
+        };
+        let mut file = file.try_clone()?;
+        let (buffers, full) = sync_channel::<Vec<u8>>(AHEAD);
+        let (give_back, empty) = sync_channel(AHEAD);
+        let thread = std::thread::Builder::new().spawn(move || {
+            for buffer in full {
+                file.write_all(&buffer)?;
+                // Nobody may want it any more.
+                let _ = give_back.try_send(buffer);
+            }
+            Ok(())
+        })?;
+        self.file = State::Behind {
+            buffers,
+            empty,
+            thread,
+        };
+        Ok(())
+    }
+
+    /// Waits for the thread.
+    fn finish(&mut self) -> io::Result<()> {
+        match std::mem::replace(&mut self.file, State::Failed) {
+            State::Behind {
+                buffers, thread, ..
+            } => {
+                drop(buffers);
+                let lost = |_| Err(io::Error::other("the thread that writes panicked"));
+                thread.join().unwrap_or_else(lost)
+            }
+            State::Here(_) | State::Failed => Ok(()),
+        }
+    }
+
+    /// Writes what is left.
+    fn close(mut self) -> Result<()> {
+        let result = self.pass_on().and_then(|()| self.finish());
+        result.map_err(|e| Error::io(self.path, e))
+    }
 }
 
 impl Write for Sink<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.inner.write(bytes)
+        if self.buffer.len() >= BUFFER {
+            self.pass_on()?;
+        }
+        let n = bytes.len().min(BUFFER - self.buffer.len());
+        self.buffer.extend_from_slice(&bytes[..n]);
+        Ok(n)
     }
 
+    /// Does nothing: the file is complete when it has its name.
     fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
+        Ok(())
+    }
+}
+
+impl Drop for Sink<'_> {
+    fn drop(&mut self) {
+        // The file may be removed now, and nobody asks for the error.
+        let _ = self.finish();
     }
 }
 
@@ -85,16 +201,11 @@ pub(crate) fn write_file_or_refuse(
     let prefix = temporary_prefix(name);
     builder.prefix(&prefix).suffix(TEMPORARY);
     readable(&mut builder, 0o666);
-    let mut file = builder
-        .tempfile_in(folder)
-        .map_err(|e| Error::io(path, e))?;
-    let mut sink = Sink {
-        path,
-        inner: BufWriter::with_capacity(1 << 18, &mut file),
-    };
+    let at = |e| Error::io(path, e);
+    let file = builder.tempfile_in(folder).map_err(at)?;
+    let mut sink = Sink::new(path, file.as_file().try_clone().map_err(at)?);
     fill(&mut sink)?;
-    sink.inner.flush().map_err(|e| Error::io(path, e))?;
-    drop(sink);
+    sink.close()?;
     file.as_file().sync_all().map_err(|e| Error::io(path, e))?;
     if overwrite {
         file.persist(path).map_err(|e| Error::io(path, e.error))?;

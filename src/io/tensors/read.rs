@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use rayon::prelude::*;
 
 use super::dtype::{self, DType};
 use super::header;
@@ -527,6 +528,27 @@ impl Checkpoint {
         Ok(values)
     }
 
+    /// Returns the bytes of a tensor that is stored as plain numbers of type `dtype`, all of them
+    /// finite; `None` if it is stored otherwise.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`], and [`Error::NotFinite`] for NaN or an infinity.
+    pub(in crate::io) fn finite_bytes(&self, name: &str, dtype: DType) -> Result<Option<&[u8]>> {
+        let entry = self.entry(name)?;
+        if entry.info.dtype != dtype || !entry.layout.is_plain() {
+            return Ok(None);
+        }
+        let bytes = self.raw(name, entry)?;
+        match dtype::not_finite(dtype, bytes) {
+            None => Ok(Some(bytes)),
+            Some((index, value)) => Err(Error::NotFinite {
+                tensor: name.into(),
+                index,
+                value,
+            }),
+        }
+    }
+
     /// Loads rows of a float matrix, one after the other in the order of `rows`, without reading
     /// the others.
     ///
@@ -757,12 +779,22 @@ pub(in crate::io) fn read_open(
 
 /// Returns an error for the first value that is NaN or infinite.
 fn check_finite(name: &str, values: &[f32]) -> Result<()> {
-    match values.iter().position(|v| !v.is_finite()) {
+    // Most of the values are read by several threads, since there are billions in a model.
+    let bad = |value: &f32| !value.is_finite();
+    let part = |part: &[f32]| part.iter().fold(false, |any, value| any | bad(value));
+    let Some(found) = values.par_chunks(PART).position_first(part) else {
+        return Ok(());
+    };
+    let (start, rest) = (found * PART, &values[found * PART..]);
+    match rest.iter().position(bad) {
         None => Ok(()),
         Some(index) => Err(Error::NotFinite {
             tensor: name.into(),
-            index,
-            value: values[index],
+            index: start + index,
+            value: rest[index],
         }),
     }
 }
+
+/// Number of values that a thread looks at.
+const PART: usize = 1 << 16;
