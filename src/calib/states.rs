@@ -150,7 +150,7 @@ impl StatesFile {
     ///
     /// # Errors
     /// Returns [`Error::Io`].
-    pub fn turn(&mut self, block: usize) -> Result<u32> {
+    pub fn advance(&mut self, block: usize) -> Result<u32> {
         let Some(writer) = self.writer.take() else {
             return Ok(0);
         };

@@ -375,7 +375,7 @@ impl<'a> InFiles<'a> {
     }
 
     /// Finds the finished blocks and the hidden states behind the last of them.
-    fn find(&mut self) -> Result<()> {
+    fn find(&mut self, task: &Task<'_>) -> Result<()> {
         let Some(output) = &self.output else {
             return Ok(());
         };
@@ -383,6 +383,7 @@ impl<'a> InFiles<'a> {
         while found.len() < self.model.layers.len()
             && let Some(part) = output.parts.part(found.len())?
         {
+            task.check()?;
             if part.source != self.checksum(found.len())? {
                 return Err(Error::InvalidState {
                     what: "going on with an unfinished folder",
@@ -432,7 +433,7 @@ impl<'a> InFiles<'a> {
             self.states.put(0, batch, states)?;
         }
         source.release(name);
-        self.states.turn(0)?;
+        self.states.advance(0)?;
         Ok(())
     }
 }
@@ -449,7 +450,7 @@ impl Place for InFiles<'_> {
     fn begin(&mut self, samples: &[Vec<u32>], task: &Task<'_>) -> Result<()> {
         let d_model = self.model.config().hidden_size();
         self.states = StatesFile::new(&self.notes, samples, d_model, &self.model.device());
-        self.find()?;
+        self.find(task)?;
         match self.first {
             0 => self.embed(samples, task),
             _ => Ok(()),
@@ -482,7 +483,7 @@ impl Place for InFiles<'_> {
     }
 
     fn leave(&mut self, block: usize) -> Result<()> {
-        let states = self.states.turn(block + 1)?;
+        let states = self.states.advance(block + 1)?;
         if let Some(output) = &self.output {
             let (codes, report) = (output.finished)(block)?;
             let part = Part::new(self.checksum(block)?, states, report);

@@ -586,6 +586,42 @@ mod tests {
     }
 
     #[test]
+    fn large_files_are_written_behind_and_removed_on_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("large.bin");
+        let parts = || (0..100usize).map(|i| vec![i as u8; i * 7919]);
+        write_file(&path, |sink| parts().try_for_each(|part| sink.put(&part))).unwrap();
+        assert!(fs::read(&path).unwrap() == parts().flatten().collect::<Vec<_>>());
+        fs::remove_file(&path).unwrap();
+        let failed = write_file(&path, |sink| {
+            parts().try_for_each(|part| sink.put(&part))?;
+            Err(Error::argument("x", 1, "2"))
+        });
+        assert!(failed.is_err());
+        assert!(entries(root.path()).is_empty());
+    }
+
+    #[test]
+    fn unfinished_work_is_gone_on_with() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("x");
+        let writer = FolderWriter::go_on(&path, false).unwrap();
+        fs::write(writer.path().join("a"), "1").unwrap();
+        fs::write(writer.notes().unwrap().join("note"), "1").unwrap();
+        assert!(FolderWriter::go_on(&path, false).is_err());
+        drop(writer);
+        assert_eq!(entries(root.path()), ["x.unfinished"]);
+        let writer = FolderWriter::go_on(&path, false).unwrap();
+        assert_eq!(fs::read(writer.path().join("a")).unwrap(), b"1");
+        writer.commit().unwrap();
+        assert_eq!(entries(root.path()), ["x"]);
+        assert_eq!(entries(&path), ["a"]);
+        assert!(FolderWriter::go_on(&path, false).is_err());
+        FolderWriter::go_on(&path, true).unwrap().commit().unwrap();
+        assert!(entries(&path).is_empty());
+    }
+
+    #[test]
     fn one_writer_at_a_time_and_the_next_clears_what_a_killed_one_left() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("m.bin");

@@ -214,11 +214,11 @@ impl FolderParts {
             self.join_or_index(shards.collect(), max_shard_bytes)?;
         }
         if joined.exists() {
-            // What an earlier process may have left.
-            for index in 0..=n_blocks {
-                let shard = self.shard_path(index);
-                if shard.exists() {
-                    std::fs::remove_file(&shard).map_err(|e| Error::io(&shard, e))?;
+            // What an earlier process may have left, too.
+            let shards = (0..=n_blocks).map(|index| self.shard_path(index));
+            for path in shards.chain([self.folder.path().join(INDEX)]) {
+                if path.exists() {
+                    std::fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
                 }
             }
         }
@@ -291,7 +291,7 @@ impl FolderParts {
             );
         }
         atomic::write_json(
-            self.folder.path().join("model.safetensors.index.json"),
+            self.folder.path().join(INDEX),
             &json!({"metadata": {"total_size": total}, "weight_map": weight_map}),
         )
     }
@@ -299,6 +299,9 @@ impl FolderParts {
 
 /// Name of the file of all weights.
 const JOINED: &str = "model.safetensors";
+
+/// Name of the list of all files of weights, if there are several.
+const INDEX: &str = "model.safetensors.index.json";
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = read_capped(path, MAX_JSON_BYTES)?;
