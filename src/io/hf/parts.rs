@@ -70,6 +70,8 @@ impl FolderParts {
         job: &Value,
     ) -> Result<Self> {
         let folder = HfFolder::go_on(destination, overwrite)?;
+        clear_temporary(folder.path())?;
+        clear_temporary(folder.notes())?;
         let path = folder.notes().join("job.json");
         let job = json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -302,6 +304,19 @@ const JOINED: &str = "model.safetensors";
 
 /// Name of the list of all files of weights, if there are several.
 const INDEX: &str = "model.safetensors.index.json";
+
+/// Removes temporary files, whose names begin with a dot, of killed processes. Nobody else writes
+/// into the folder, whose destination is locked.
+fn clear_temporary(folder: &Path) -> Result<()> {
+    let at = |e| Error::io(folder, e);
+    for entry in std::fs::read_dir(folder).map_err(at)? {
+        let entry = entry.map_err(at)?;
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            std::fs::remove_file(entry.path()).map_err(|e| Error::io(entry.path(), e))?;
+        }
+    }
+    Ok(())
+}
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = read_capped(path, MAX_JSON_BYTES)?;
