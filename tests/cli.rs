@@ -974,6 +974,8 @@ fn killed_streams_go_on_to_the_same_bytes() {
         command.args([
             "--calibration",
             "random",
+            "--calibration-samples",
+            "8",
             "--group-size",
             "32",
             "--out",
