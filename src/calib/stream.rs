@@ -298,6 +298,9 @@ impl Streaming {
         config: &PruneConfig,
         progress: &dyn Progress,
     ) -> Result<Vec<Pattern>> {
+        if config.owl.is_none() {
+            return Ok(vec![config.pattern; self.config().arch().blocks.len()]);
+        }
         let path = parts.notes().join("patterns.json");
         if path.exists() {
             let mut found = read_json_object(&path)?;
