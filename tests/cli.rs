@@ -64,7 +64,38 @@ fn bad_arguments_are_named_at_once_and_leave_nothing() {
     std::fs::write(root.path().join("empty.txt"), "").unwrap();
     problems(&root.path().join("p.jsonl"), 4);
     let before = entries(root.path());
-    let cases: [(&str, &[&str], &str); 53] = [
+    let cases: [(&str, &[&str], &str); 57] = [
+        (
+            "stream",
+            &["--model", "nowhere", "--out", "o", "--method", "wanda"],
+            "nowhere",
+        ),
+        (
+            "stream",
+            &[
+                "--model",
+                "m",
+                "--out",
+                "o",
+                "--method",
+                "ria",
+                "--pattern",
+                "4:2",
+            ],
+            "4:2",
+        ),
+        (
+            "stream",
+            &["--model", "m", "--out", "o", "--method", "gptq", "--owl"],
+            "owl",
+        ),
+        (
+            "stream",
+            &[
+                "--model", "m", "--out", "o", "--method", "gptq", "--device", "foo",
+            ],
+            "device",
+        ),
         ("compress", &["--sparsity", "1.5"], "sparsity"),
         ("compress", &["--sparsity", "NaN"], "sparsity"),
         ("compress", &["--pattern", "4:2"], "4:2"),
@@ -925,6 +956,75 @@ fn killed_runs_are_resumed_with_the_same_results() {
         for ((name, found), (_, expected)) in found.iter().zip(&expected) {
             assert!(found == expected, "round {round}: {}", name.display());
         }
+    }
+    eprintln!("{n_killed} runs were killed");
+}
+
+/// Kills runs of `stream`, and starts them again.
+#[cfg(unix)]
+#[test]
+#[ignore = "takes some seconds for each killed run"]
+fn killed_streams_go_on_to_the_same_bytes() {
+    use rand::{RngExt, SeedableRng};
+    let root = tempfile::tempdir().unwrap();
+    let model = shipped_model();
+    let stream = |method: &str, out: &str| {
+        let mut command = example("stream", root.path())?;
+        command.args(["--model", model.to_str().unwrap(), "--method", method]);
+        command.args([
+            "--calibration",
+            "random",
+            "--calibration-samples",
+            "8",
+            "--group-size",
+            "32",
+            "--out",
+            out,
+        ]);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        Some(command)
+    };
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(27);
+    let mut n_killed = 0;
+    for method in ["wanda", "sparsegpt", "gptq", "joint"] {
+        let Some(mut first) = stream(method, "whole") else {
+            return;
+        };
+        let started = std::time::Instant::now();
+        let output = first.output().unwrap();
+        assert!(output.status.success(), "{method}: {}", stderr(&output));
+        let (time, whole, out) = (
+            started.elapsed(),
+            root.path().join("whole"),
+            root.path().join("out"),
+        );
+        let expected = contents(&whole);
+        for _ in 0..rounds(10) {
+            // Killed a few times, then left to end.
+            for _ in 0..rng.random_range(1..5) {
+                let mut running = stream(method, "out").unwrap().spawn().unwrap();
+                std::thread::sleep(time.mul_f64(rng.random_range(0.0..1.0)));
+                n_killed += usize::from(running.try_wait().unwrap().is_none());
+                running.kill().unwrap();
+                running.wait().unwrap();
+                if out.exists() {
+                    break;
+                }
+            }
+            if !out.exists() {
+                let output = stream(method, "out").unwrap().output().unwrap();
+                assert!(output.status.success(), "{method}: {}", stderr(&output));
+                assert!(!root.path().join("out.unfinished").exists(), "{method}");
+            }
+            assert!(contents(&out) == expected, "{method}");
+            std::fs::remove_dir_all(&out).unwrap();
+            let left = root.path().join("out.unfinished");
+            if left.exists() {
+                // Killed between the two last steps.
+                std::fs::remove_dir_all(left).unwrap();
+            }
+        }
+        std::fs::remove_dir_all(&whole).unwrap();
     }
     eprintln!("{n_killed} runs were killed");
 }

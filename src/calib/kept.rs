@@ -51,10 +51,10 @@ impl<'a> Kept<'a> {
         hash.update(settings.as_bytes());
         let config = serde_json::to_string(model.config().raw());
         hash.update(config.map_err(|e| Error::json(label, e))?.as_bytes());
-        let of_samples = checksum(samples.iter().flatten().map(|id| id.to_le_bytes()));
-        hash.update(&of_samples.to_le_bytes());
-        let lengths = samples.iter().map(|sample| sample.len().to_le_bytes());
-        hash.update(&checksum(lengths).to_le_bytes());
+        let of_samples = samples_checksums(samples);
+        of_samples
+            .iter()
+            .for_each(|part| hash.update(&part.to_le_bytes()));
         let mut weights = crc32fast::Hasher::new();
         for (name, layer) in model.linears() {
             weights.update(name.as_bytes());
@@ -165,6 +165,15 @@ impl<'a> Kept<'a> {
             false => Ok(()),
         }
     }
+}
+
+/// Checksums of the tokens and of the lengths of samples.
+pub(super) fn samples_checksums(samples: &[Vec<u32>]) -> [u32; 2] {
+    let tokens = samples.iter().flatten().map(|id| id.to_le_bytes());
+    let lengths = samples
+        .iter()
+        .map(|sample| (sample.len() as u64).to_le_bytes());
+    [checksum(tokens), checksum(lengths)]
 }
 
 fn checksum<const N: usize>(parts: impl Iterator<Item = [u8; N]>) -> u32 {

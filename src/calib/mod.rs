@@ -4,15 +4,19 @@
 //! Layers with the same input share a statistic: queries, keys and values have one Hessian. As in
 //! Wanda (arXiv 2306.11695), a block's statistics are taken with its original weights, on the
 //! outputs of the preceding blocks, which are already changed. Memory holds the statistics of one
-//! block at a time and the hidden states of all samples.
+//! block at a time and the hidden states of all samples; of a model that is changed from files to
+//! files ([`Streaming`]), it holds one block, and the hidden states are in a file.
 
 mod channels;
 mod influence;
 mod input;
 mod kept;
 mod order;
+mod place;
 mod prune;
 mod quantize;
+mod states;
+mod stream;
 mod taylor;
 
 pub use channels::{BlockScores, ChannelScore};
@@ -20,6 +24,7 @@ pub use influence::{BlockInfluence, InfluenceMeasure, block_influence};
 pub use order::{BlockOrder, ChannelOrder, channel_scores, sort_channels};
 pub use prune::{PruneConfig, PrunedLayer, prune_model, prune_model_keeping};
 pub use quantize::{QuantizeConfig, QuantizeMethod, quantize_model, quantize_model_keeping};
+pub use stream::{StreamNeeds, Streaming};
 pub use taylor::{TaylorConfig, taylor_scores};
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,12 +32,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::tensor::Tensor;
 
 use crate::arch::LinearKind;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::Decoder;
 use crate::nn::{BaseLinear, host_values};
 use crate::progress::{Progress, Task};
 
-use kept::Kept;
+use place::{Found, InMemory, Place};
 
 /// Number of tokens whose hidden states go through a block at once.
 const TOKENS_AT_ONCE: usize = 2048;
@@ -60,70 +65,48 @@ pub fn walk_blocks<S>(
     change: impl FnMut(&str, &mut BaseLinear, &mut S) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<()> {
-    walk(
-        model,
-        samples,
-        (label, None),
-        new,
-        observe,
-        change,
-        progress,
-    )
+    let mut place = InMemory::new(model, None);
+    walk(&mut place, samples, label, new, observe, change, progress)
 }
 
-/// Same as [`walk_blocks`]. Blocks that are kept are taken from there, and those that are finished
-/// are kept.
+/// Same as [`walk_blocks`], for a model and hidden states in any [`Place`].
 fn walk<S>(
-    model: &mut Decoder,
+    place: &mut dyn Place,
     samples: &[Vec<u32>],
-    (label, kept): (&str, Option<&Kept<'_>>),
+    label: &str,
     new: impl Fn(usize) -> S,
     mut observe: impl FnMut(&mut S, &Tensor<3>) -> Result<()>,
     mut change: impl FnMut(&str, &mut BaseLinear, &mut S) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<()> {
-    // The order in which the layers of a block are changed: by the input that they share.
-    let inputs = LinearKind::ALL.into_iter();
-    let inputs: BTreeSet<LinearKind> = inputs.filter(|kind| kind.input() == *kind).collect();
-    let kinds = || {
-        inputs.iter().flat_map(|input| {
-            let kinds = LinearKind::ALL.into_iter();
-            kinds.filter(move |kind| kind.input() == *input)
-        })
-    };
-    let mut task = Task::begin(progress, label, model.linears().count(), "layers")?;
-    let mut states = embed_samples(model, samples)?;
-    let first = match kept {
-        Some(kept) => kept.get_states(&mut states)?,
-        None => 0,
-    };
-    for block in 0..model.layers.len() {
+    let mut task = Task::begin(progress, label, place.n_layers(), "layers")?;
+    place.begin(samples, &task)?;
+    for block in 0..place.model().layers.len() {
         task.check()?;
-        let found = match kept {
-            Some(kept) => kept.get(model, block, kinds())?,
-            None => false,
-        };
-        if found {
-            let layers = kinds().filter(|kind| model.layers[block].linear(*kind).is_some());
-            task.advance(layers.count(), "");
-            if block >= first {
-                run_block(model, block, &mut states, &task)?;
-            }
-            continue;
+        let found = place.enter(block)?;
+        if found != Found::Open {
+            let arch = place.model().config().arch();
+            let layers = arch.block_linears(block).count();
+            task.advance(layers, "");
         }
-        if block < first {
-            return Err(Error::InvalidState {
-                what: "going on with kept blocks",
-                reason: format!("block {block} is missing; remove the folder to begin again"),
-            });
+        match found {
+            Found::Passed => continue,
+            Found::Changed => {
+                run_block(place, block, &task)?;
+                continue;
+            }
+            Found::Open => {}
         }
         let mut statistics: BTreeMap<LinearKind, S> = LinearKind::ALL
             .into_iter()
             .filter(|kind| kind.input() == *kind)
-            .filter_map(|kind| Some((kind, new(model.layers[block].linear(kind)?.base.dims()[0]))))
+            .filter_map(|kind| {
+                let layer = place.model().layers[block].linear(kind)?;
+                Some((kind, new(layer.base.dims()[0])))
+            })
             .collect();
         let mut failure = None;
-        for state in &states {
+        for batch in 0..place.n_batches() {
             task.check()?;
             let mut tap = |kind: LinearKind, x: &Tensor<3>| {
                 if let (None, Some(statistic)) = (&failure, statistics.get_mut(&kind)) {
@@ -132,7 +115,8 @@ fn walk<S>(
                         .err();
                 }
             };
-            model.block(block, state.clone(), Some(&mut tap));
+            let states = place.states(batch)?;
+            place.model().block(block, states, Some(&mut tap));
         }
         if let Some(error) = failure {
             return Err(error);
@@ -140,33 +124,41 @@ fn walk<S>(
         for kind in kinds() {
             let statistic = statistics.get_mut(&kind.input());
             if let (Some(layer), Some(statistic)) =
-                (model.layers[block].linear_mut(kind), statistic)
+                (place.model_mut().layers[block].linear_mut(kind), statistic)
             {
                 change(&kind.name(block), &mut layer.base, statistic)?;
                 task.step("")?;
             }
         }
-        if let Some(kept) = kept {
-            kept.put(model, block)?;
-        }
-        run_block(model, block, &mut states, &task)?;
-        if let Some(kept) = kept.filter(|_| !states.is_empty()) {
-            kept.put_states(block, &states)?;
-        }
+        drop(statistics);
+        place.changed(block)?;
+        run_block(place, block, &task)?;
+        place.leave(block)?;
     }
-    kept.map_or(Ok(()), Kept::finish)
+    place.finish()
 }
 
-/// Replaces the inputs of a block by its outputs.
-fn run_block(
-    model: &Decoder,
-    block: usize,
-    states: &mut [Tensor<3>],
-    task: &Task<'_>,
-) -> Result<()> {
-    for state in states {
+/// The linear layers of a block in the order in which they are changed: by the input that they
+/// share.
+fn kinds() -> impl Iterator<Item = LinearKind> {
+    let inputs = LinearKind::ALL.into_iter();
+    let inputs: BTreeSet<LinearKind> = inputs.filter(|kind| kind.input() == *kind).collect();
+    inputs.into_iter().flat_map(|input| {
+        let kinds = LinearKind::ALL.into_iter();
+        kinds.filter(move |kind| kind.input() == input)
+    })
+}
+
+/// Replaces the inputs of a block by its outputs, unless it is the last one.
+fn run_block(place: &mut dyn Place, block: usize, task: &Task<'_>) -> Result<()> {
+    if block + 1 == place.model().layers.len() {
+        return Ok(());
+    }
+    for batch in 0..place.n_batches() {
         task.check()?;
-        *state = model.block(block, state.clone(), None);
+        let states = place.states(batch)?;
+        let states = place.model().block(block, states, None);
+        place.set_states(batch, states)?;
     }
     Ok(())
 }

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::input::{InputStatistic, in_layer};
 use super::kept::Kept;
-use super::{walk, walk_blocks};
+use super::place::{InMemory, Place};
+use super::walk;
 use crate::arch::LinearKind;
 use crate::error::{Error, Result};
 use crate::format::{StoredMatrix, WeightFormat};
@@ -96,8 +97,8 @@ impl PruneConfig {
 ///
 /// # Errors
 /// Returns [`Error::InvalidArgument`] for invalid settings or if the method needs samples and there
-/// are none, [`Error::HasAdapter`] for a model with adapters, and the errors of [`walk_blocks`],
-/// [`Method::scores`] and [`sparsegpt`].
+/// are none, [`Error::HasAdapter`] for a model with adapters, and the errors of
+/// [`walk_blocks`](super::walk_blocks), [`Method::scores`] and [`sparsegpt`].
 pub fn prune_model(
     model: &mut Decoder,
     samples: &[Vec<u32>],
@@ -134,20 +135,11 @@ fn run(
 ) -> Result<Vec<PrunedLayer>> {
     config.validate()?;
     model.refuse_adapters("prune before adapters are put on, or merge them first")?;
-    let method = config.method;
-    let samples = needed_samples(samples, method.needs_calibration(), method)?;
-    let patterns = match &config.owl {
-        Some(owl) => owl_patterns(model, samples, config, owl, progress)?,
-        None => vec![config.pattern; model.layers.len()],
-    };
+    let samples = config.needed(samples)?;
+    let mut place = InMemory::new(model, None);
+    let patterns = config.patterns(&mut place, samples, progress)?;
     let report = RefCell::new(Vec::new());
-    let note = |name: &str, weight: &Matrix| {
-        report.borrow_mut().push(PrunedLayer {
-            name: name.to_string(),
-            params: weight.as_slice().len(),
-            zeros: weight.count_zeros(),
-        });
-    };
+    let note = |layer: PrunedLayer| report.borrow_mut().push(layer);
     let store = |name: &str, layer: &BaseLinear| {
         StoredMatrix::from_matrix(&layer.to_matrix(), WeightFormat::F32)
             .map_err(|error| in_layer(name, error))
@@ -155,7 +147,7 @@ fn run(
     let restore = |name: &str, layer: &mut BaseLinear, stored: &StoredMatrix| {
         let weight = stored.to_matrix();
         layer.set_matrix(&weight)?;
-        note(name, &weight);
+        note(PrunedLayer::new(name, &weight));
         Ok(())
     };
     let kept = match folder {
@@ -165,33 +157,80 @@ fn run(
         }
         None => None,
     };
-    walk(
-        model,
-        samples,
-        ("prune", kept.as_ref()),
-        |d_input| InputStatistic::of_method(method, d_input),
-        InputStatistic::observe,
-        |name, layer, input| {
-            let pattern =
-                LinearKind::parse(name).map_or(&config.pattern, |(block, _)| &patterns[block]);
-            let mut weight = layer.to_matrix();
-            if method == Method::SparseGpt {
-                let factor = input
-                    .factor(name, &config.factor)
-                    .map_err(|error| in_layer(name, error))?;
-                sparsegpt(&mut weight, factor, pattern, &config.sparsegpt)
-                    .map_err(|error| in_layer(name, error))?;
-            } else {
-                let scores = method.scores(&weight, input.norms())?;
-                prune(&mut weight, &scores, pattern).map_err(|error| in_layer(name, error))?;
-            }
-            layer.set_matrix(&weight)?;
-            note(name, &weight);
-            Ok(())
-        },
-        progress,
-    )?;
+    let mut place = InMemory::new(model, kept);
+    config.walk(&mut place, samples, &patterns, &note, progress)?;
     Ok(report.take())
+}
+
+impl PrunedLayer {
+    fn new(name: &str, weight: &Matrix) -> Self {
+        Self {
+            name: name.to_string(),
+            params: weight.as_slice().len(),
+            zeros: weight.count_zeros(),
+        }
+    }
+}
+
+impl PruneConfig {
+    /// The samples, if the method needs them.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if it does and there are none.
+    pub(super) fn needed<'s>(&self, samples: &'s [Vec<u32>]) -> Result<&'s [Vec<u32>]> {
+        needed_samples(samples, self.method.needs_calibration(), self.method)
+    }
+
+    /// The pattern of each block.
+    pub(super) fn patterns(
+        &self,
+        place: &mut dyn Place,
+        samples: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Pattern>> {
+        match &self.owl {
+            Some(owl) => owl_patterns(place, samples, self, owl, progress),
+            None => Ok(vec![self.pattern; place.model().layers.len()]),
+        }
+    }
+
+    /// Prunes a model wherever it is, and calls `note` with a report about each layer.
+    pub(super) fn walk(
+        &self,
+        place: &mut dyn Place,
+        samples: &[Vec<u32>],
+        patterns: &[Pattern],
+        note: &dyn Fn(PrunedLayer),
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let method = self.method;
+        walk(
+            place,
+            samples,
+            "prune",
+            |d_input| InputStatistic::of_method(method, d_input),
+            InputStatistic::observe,
+            |name, layer, input| {
+                let pattern =
+                    LinearKind::parse(name).map_or(&self.pattern, |(block, _)| &patterns[block]);
+                let mut weight = layer.to_matrix();
+                if method == Method::SparseGpt {
+                    let factor = input
+                        .factor(name, &self.factor)
+                        .map_err(|error| in_layer(name, error))?;
+                    sparsegpt(&mut weight, factor, pattern, &self.sparsegpt)
+                        .map_err(|error| in_layer(name, error))?;
+                } else {
+                    let scores = method.scores(&weight, input.norms())?;
+                    prune(&mut weight, &scores, pattern).map_err(|error| in_layer(name, error))?;
+                }
+                layer.set_matrix(&weight)?;
+                note(PrunedLayer::new(name, &weight));
+                Ok(())
+            },
+            progress,
+        )
+    }
 }
 
 /// The samples if they are needed, and otherwise none.
@@ -216,7 +255,7 @@ pub(super) fn needed_samples(
 /// The pattern of each block, derived from the outliers among its scores (Wanda's if there are
 /// samples).
 fn owl_patterns(
-    model: &mut Decoder,
+    place: &mut dyn Place,
     samples: &[Vec<u32>],
     config: &PruneConfig,
     owl: &OwlConfig,
@@ -229,10 +268,11 @@ fn owl_patterns(
     };
     let mut shares: BTreeMap<usize, f64> = BTreeMap::new();
     let mut scores = Vec::with_capacity(LinearKind::ALL.len());
-    let names: Vec<String> = model.linears().map(|(name, _)| name).collect();
+    let linears = place.model().config().arch().linears();
+    let names: Vec<String> = linears.into_iter().map(|layer| layer.name).collect();
     let mut done = 0;
-    walk_blocks(
-        model,
+    walk(
+        place,
         samples,
         "find outliers",
         |d_input| InputStatistic::of_method(method, d_input),
@@ -256,7 +296,7 @@ fn owl_patterns(
     )?;
     let found: Vec<f64> = shares.values().copied().collect();
     let ratios = owl.ratios(&found, config.pattern.ratio())?;
-    let mut patterns = vec![config.pattern; model.layers.len()];
+    let mut patterns = vec![config.pattern; place.model().layers.len()];
     shares
         .keys()
         .zip(ratios)

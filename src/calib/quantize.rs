@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::input::{InputStatistic, in_layer};
 use super::kept::Kept;
+use super::place::{InMemory, Place};
 use super::prune::needed_samples;
 use super::walk;
 use crate::error::{Error, Result};
@@ -130,13 +131,10 @@ fn run(
 ) -> Result<BTreeMap<String, QuantizedMatrix>> {
     config.validate()?;
     model.refuse_adapters("quantize before adapters are put on, or merge them first")?;
-    let nearest = config.method == QuantizeMethod::Nearest;
-    let samples = needed_samples(samples, !nearest, config.method)?;
+    let samples = config.needed(samples)?;
     let quantized = RefCell::new(BTreeMap::new());
-    let put = |name: &str, layer: &mut BaseLinear, found: QuantizedMatrix| {
-        layer.set_matrix(&found.dequantize())?;
+    let put = |name: &str, found: QuantizedMatrix| {
         quantized.borrow_mut().insert(name.to_string(), found);
-        Ok(())
     };
     let store = |name: &str, _: &BaseLinear| match quantized.borrow().get(name) {
         Some(codes) => StoredMatrix::from_quantized(codes, false),
@@ -145,7 +143,9 @@ fn run(
     let restore = |name: &str, layer: &mut BaseLinear, stored: &StoredMatrix| {
         let codes = stored.to_quantized();
         let codes = codes.ok_or_else(|| Error::argument("layer", name, "a layer with codes"))?;
-        put(name, layer, codes)
+        layer.set_matrix(&codes.dequantize())?;
+        put(name, codes);
+        Ok(())
     };
     let kept = match folder {
         Some(folder) => {
@@ -154,27 +154,50 @@ fn run(
         }
         None => None,
     };
-    walk(
-        model,
-        samples,
-        ("quantize", kept.as_ref()),
-        |d_input| {
-            if nearest {
-                InputStatistic::Nothing
-            } else {
-                InputStatistic::Hessian(Hessian::new(d_input))
-            }
-        },
-        InputStatistic::observe,
-        |name, layer, input| {
-            let weight = layer.to_matrix();
-            let found = quantize_layer(name, &weight, input, config)
-                .map_err(|error| in_layer(name, error))?;
-            put(name, layer, found)
-        },
-        progress,
-    )?;
+    let mut place = InMemory::new(model, kept);
+    config.walk(&mut place, samples, &put, progress)?;
+    drop(place);
     Ok(quantized.take())
+}
+
+impl QuantizeConfig {
+    /// The samples, if the method needs them.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if it does and there are none.
+    pub(super) fn needed<'s>(&self, samples: &'s [Vec<u32>]) -> Result<&'s [Vec<u32>]> {
+        let needed = self.method != QuantizeMethod::Nearest;
+        needed_samples(samples, needed, self.method)
+    }
+
+    /// Quantizes a model wherever it is, and calls `put` with the codes of each layer.
+    pub(super) fn walk(
+        &self,
+        place: &mut dyn Place,
+        samples: &[Vec<u32>],
+        put: &dyn Fn(&str, QuantizedMatrix),
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        walk(
+            place,
+            samples,
+            "quantize",
+            |d_input| match self.method {
+                QuantizeMethod::Nearest => InputStatistic::Nothing,
+                _ => InputStatistic::Hessian(Hessian::new(d_input)),
+            },
+            InputStatistic::observe,
+            |name, layer, input| {
+                let weight = layer.to_matrix();
+                let found = quantize_layer(name, &weight, input, self)
+                    .map_err(|error| in_layer(name, error))?;
+                layer.set_matrix(&found.dequantize())?;
+                put(name, found);
+                Ok(())
+            },
+            progress,
+        )
+    }
 }
 
 fn quantize_layer(

@@ -5,47 +5,163 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use serde::Serialize;
-use tempfile::{Builder, NamedTempFile, TempDir};
+use tempfile::{Builder, TempDir};
 
 use crate::error::{Error, Result};
 
 pub use crate::io::lock::Lock;
 
 /// Destination of the bytes of a file while it is written. Errors name the file.
+///
+/// Large files are written by a thread of their own, so that whoever makes the bytes does not wait
+/// for the disk.
 #[derive(Debug)]
 pub struct Sink<'a> {
     path: &'a Path,
-    inner: BufWriter<&'a mut NamedTempFile>,
+    buffer: Vec<u8>,
+    /// Number of full buffers so far.
+    full: usize,
+    file: State,
 }
 
-impl Sink<'_> {
+/// Size in bytes of a buffer.
+const BUFFER: usize = 1 << 20;
+
+/// Number of buffers after which a thread writes, and number of those that wait for it.
+const AHEAD: usize = 8;
+
+#[derive(Debug)]
+enum State {
+    Here(File),
+    Behind {
+        buffers: SyncSender<Vec<u8>>,
+        /// Buffers to be used again.
+        empty: Receiver<Vec<u8>>,
+        thread: JoinHandle<io::Result<()>>,
+    },
+    Failed,
+}
+
+impl<'a> Sink<'a> {
+    fn new(path: &'a Path, file: File) -> Self {
+        Self {
+            path,
+            buffer: Vec::new(),
+            full: 0,
+            file: State::Here(file),
+        }
+    }
+
     /// Writes all of `bytes`.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if the write fails.
+    /// Returns [`Error::Io`] if the write fails, or an earlier one did.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.inner
-            .write_all(bytes)
-            .map_err(|e| Error::io(self.path, e))
+        self.write_all(bytes).map_err(|e| Error::io(self.path, e))
     }
 
     /// Returns the final path of the file.
     pub fn path(&self) -> &Path {
         self.path
     }
+
+    /// Writes the buffer, or hands it to the thread.
+    fn pass_on(&mut self) -> io::Result<()> {
+        self.full += 1;
+        if let State::Here(file) = &mut self.file {
+            file.write_all(&self.buffer)?;
+            self.buffer.clear();
+            if self.full >= AHEAD {
+                self.start_thread()?;
+            }
+            return Ok(());
+        }
+        let State::Behind { buffers, empty, .. } = &self.file else {
+            return Err(io::Error::other("an earlier write failed"));
+        };
+        let mut next = empty.try_recv().unwrap_or_default();
+        next.clear();
+        if buffers
+            .send(std::mem::replace(&mut self.buffer, next))
+            .is_ok()
+        {
+            return Ok(());
+        }
+        // The thread ends early only on an error.
+        self.finish()
+            .and_then(|()| Err(io::Error::other("the file cannot be written")))
+    }
+
+    fn start_thread(&mut self) -> io::Result<()> {
+        let State::Here(file) = &self.file else {
+            return Ok(());
+        };
+        let mut file = file.try_clone()?;
+        let (buffers, full) = sync_channel::<Vec<u8>>(AHEAD);
+        let (give_back, empty) = sync_channel(AHEAD);
+        let thread = std::thread::Builder::new().spawn(move || {
+            for buffer in full {
+                file.write_all(&buffer)?;
+                // Nobody may want it any more.
+                let _ = give_back.try_send(buffer);
+            }
+            Ok(())
+        })?;
+        self.file = State::Behind {
+            buffers,
+            empty,
+            thread,
+        };
+        Ok(())
+    }
+
+    /// Waits for the thread.
+    fn finish(&mut self) -> io::Result<()> {
+        match std::mem::replace(&mut self.file, State::Failed) {
+            State::Behind {
+                buffers, thread, ..
+            } => {
+                drop(buffers);
+                let lost = |_| Err(io::Error::other("the thread that writes panicked"));
+                thread.join().unwrap_or_else(lost)
+            }
+            State::Here(_) | State::Failed => Ok(()),
+        }
+    }
+
+    /// Writes what is left.
+    fn close(mut self) -> Result<()> {
+        let result = self.pass_on().and_then(|()| self.finish());
+        result.map_err(|e| Error::io(self.path, e))
+    }
 }
 
 impl Write for Sink<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.inner.write(bytes)
+        if self.buffer.len() >= BUFFER {
+            self.pass_on()?;
+        }
+        let n = bytes.len().min(BUFFER - self.buffer.len());
+        self.buffer.extend_from_slice(&bytes[..n]);
+        Ok(n)
     }
 
+    /// Does nothing: the file is complete when it has its name.
     fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
+        Ok(())
+    }
+}
+
+impl Drop for Sink<'_> {
+    fn drop(&mut self) {
+        // The file may be removed now, and nobody asks for the error.
+        let _ = self.finish();
     }
 }
 
@@ -85,16 +201,11 @@ pub(crate) fn write_file_or_refuse(
     let prefix = temporary_prefix(name);
     builder.prefix(&prefix).suffix(TEMPORARY);
     readable(&mut builder, 0o666);
-    let mut file = builder
-        .tempfile_in(folder)
-        .map_err(|e| Error::io(path, e))?;
-    let mut sink = Sink {
-        path,
-        inner: BufWriter::with_capacity(1 << 18, &mut file),
-    };
+    let at = |e| Error::io(path, e);
+    let file = builder.tempfile_in(folder).map_err(at)?;
+    let mut sink = Sink::new(path, file.as_file().try_clone().map_err(at)?);
     fill(&mut sink)?;
-    sink.inner.flush().map_err(|e| Error::io(path, e))?;
-    drop(sink);
+    sink.close()?;
     file.as_file().sync_all().map_err(|e| Error::io(path, e))?;
     if overwrite {
         file.persist(path).map_err(|e| Error::io(path, e.error))?;
@@ -123,15 +234,27 @@ pub fn write_json<T: Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> R
 /// whole.
 ///
 /// If it is dropped without [`commit`](Self::commit), the temporary folder is removed with all its
-/// contents.
+/// contents, unless it was begun by [`go_on`](Self::go_on).
 #[derive(Debug)]
 #[doc(hidden)]
 pub struct FolderWriter {
     destination: PathBuf,
     overwrite: bool,
-    temporary: TempDir,
+    place: Place,
     _lock: Lock,
 }
+
+/// Where a folder is built.
+#[derive(Debug)]
+enum Place {
+    /// A folder that is removed if it is not finished.
+    Temporary(TempDir),
+    /// A folder within one that stays, to go on with it.
+    Kept { within: PathBuf, folder: PathBuf },
+}
+
+/// End of the name of the folder in which [`FolderWriter::go_on`] keeps unfinished work.
+const UNFINISHED: &str = ".unfinished";
 
 impl FolderWriter {
     /// Begins the folder `destination`, and creates missing parent folders.
@@ -143,7 +266,40 @@ impl FolderWriter {
     /// Returns [`Error::Io`], also if somebody else is writing the folder, or [`Error::InvalidFile`] if the destination is a file, or a folder
     /// that is not empty while `overwrite` is false.
     pub fn create(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
-        let destination = destination.as_ref();
+        Self::begin(destination.as_ref(), overwrite, |destination, name| {
+            let mut builder = Builder::new();
+            let prefix = temporary_prefix(name);
+            builder.prefix(&prefix).suffix(TEMPORARY);
+            readable(&mut builder, 0o777);
+            let temporary = builder
+                .tempdir_in(parent(destination))
+                .map_err(|e| Error::io(destination, e))?;
+            Ok(Place::Temporary(temporary))
+        })
+    }
+
+    /// Begins the folder `destination` like [`create`](Self::create), or goes on with it where an
+    /// earlier process ended in any way. What is built stays in `NAME.unfinished` until
+    /// [`commit`](Self::commit).
+    ///
+    /// # Errors
+    /// Returns the errors of [`create`](Self::create).
+    pub(crate) fn go_on(destination: impl AsRef<Path>, overwrite: bool) -> Result<Self> {
+        Self::begin(destination.as_ref(), overwrite, |destination, name| {
+            let mut name = name.to_os_string();
+            name.push(UNFINISHED);
+            let within = parent(destination).join(name);
+            let folder = within.join("folder");
+            fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+            Ok(Place::Kept { within, folder })
+        })
+    }
+
+    fn begin(
+        destination: &Path,
+        overwrite: bool,
+        place: impl FnOnce(&Path, &OsStr) -> Result<Place>,
+    ) -> Result<Self> {
         // Resolve links and `..`, so that the temporary folder is on the same file system.
         let destination = match fs::canonicalize(destination) {
             Ok(path) => path,
@@ -168,24 +324,29 @@ impl FolderWriter {
         check_destination(&destination, overwrite)?;
         let lock = claim(parent(&destination), name, &destination)?;
         check_destination(&destination, overwrite)?;
-        let mut builder = Builder::new();
-        let prefix = temporary_prefix(name);
-        builder.prefix(&prefix).suffix(TEMPORARY);
-        readable(&mut builder, 0o777);
-        let temporary = builder
-            .tempdir_in(parent(&destination))
-            .map_err(|e| Error::io(&destination, e))?;
+        let place = place(&destination, name)?;
         Ok(Self {
             destination,
             overwrite,
-            temporary,
+            place,
             _lock: lock,
         })
     }
 
     /// Returns the path of the temporary folder, to write files into.
     pub fn path(&self) -> &Path {
-        self.temporary.path()
+        match &self.place {
+            Place::Temporary(temporary) => temporary.path(),
+            Place::Kept { folder, .. } => folder,
+        }
+    }
+
+    /// Returns the folder for notes about work that is gone on with, or `None` if it is not.
+    pub(crate) fn notes(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Temporary(_) => None,
+            Place::Kept { within, .. } => Some(within),
+        }
     }
 
     /// Returns the final path of the folder.
@@ -198,17 +359,22 @@ impl FolderWriter {
     ///
     /// # Errors
     /// Returns [`Error::Io`], or [`Error::InvalidFile`] if something was created at the destination
-    /// in the meantime. The new folder is then removed, and the old one is at its original path.
+    /// in the meantime. The new folder is then removed (or stays where it is if it was begun by
+    /// [`go_on`](Self::go_on)), and the old one is at its original path.
     pub fn commit(self) -> Result<()> {
         let Self {
             destination,
             overwrite,
-            temporary,
+            place,
             _lock,
         } = self;
+        let from = match &place {
+            Place::Temporary(temporary) => temporary.path(),
+            Place::Kept { folder, .. } => folder,
+        };
         let at = |e| Error::io(&destination, e);
         check_destination(&destination, overwrite)?;
-        sync_folder(temporary.path())?;
+        sync_folder(from)?;
         let mut old = None;
         if destination.exists()
             && let Err(e) = fs::remove_dir(&destination)
@@ -226,7 +392,7 @@ impl FolderWriter {
             fs::rename(&destination, aside.path().join(OLD)).map_err(at)?;
             old = Some(aside);
         }
-        if let Err(e) = fs::rename(temporary.path(), &destination) {
+        if let Err(e) = fs::rename(from, &destination) {
             if let Some(aside) = old
                 && fs::rename(aside.path().join(OLD), &destination).is_err()
             {
@@ -242,8 +408,11 @@ impl FolderWriter {
             }
             return Err(at(e));
         }
-        // The folder has its final name now, so the temporary name must not be removed.
-        let _ = temporary.keep();
+        match place {
+            // The folder has its final name now, so the temporary name must not be removed.
+            Place::Temporary(temporary) => _ = temporary.keep(),
+            Place::Kept { within, .. } => fs::remove_dir_all(within).map_err(at)?,
+        }
         if let Some(aside) = old {
             aside.close().map_err(at)?;
         }
@@ -414,6 +583,42 @@ mod tests {
                 .to_string()
                 .contains("absent")
         );
+    }
+
+    #[test]
+    fn large_files_are_written_behind_and_removed_on_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("large.bin");
+        let parts = || (0..100usize).map(|i| vec![i as u8; i * 7919]);
+        write_file(&path, |sink| parts().try_for_each(|part| sink.put(&part))).unwrap();
+        assert!(fs::read(&path).unwrap() == parts().flatten().collect::<Vec<_>>());
+        fs::remove_file(&path).unwrap();
+        let failed = write_file(&path, |sink| {
+            parts().try_for_each(|part| sink.put(&part))?;
+            Err(Error::argument("x", 1, "2"))
+        });
+        assert!(failed.is_err());
+        assert!(entries(root.path()).is_empty());
+    }
+
+    #[test]
+    fn unfinished_work_is_gone_on_with() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("x");
+        let writer = FolderWriter::go_on(&path, false).unwrap();
+        fs::write(writer.path().join("a"), "1").unwrap();
+        fs::write(writer.notes().unwrap().join("note"), "1").unwrap();
+        assert!(FolderWriter::go_on(&path, false).is_err());
+        drop(writer);
+        assert_eq!(entries(root.path()), ["x.unfinished"]);
+        let writer = FolderWriter::go_on(&path, false).unwrap();
+        assert_eq!(fs::read(writer.path().join("a")).unwrap(), b"1");
+        writer.commit().unwrap();
+        assert_eq!(entries(root.path()), ["x"]);
+        assert_eq!(entries(&path), ["a"]);
+        assert!(FolderWriter::go_on(&path, false).is_err());
+        FolderWriter::go_on(&path, true).unwrap().commit().unwrap();
+        assert!(entries(&path).is_empty());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::hf::{HfFolder, MAX_SHARD_BYTES};
 use super::peft::{LoraAdapter, MergedSource};
 use super::quantized::QuantFormat;
 use super::source::{FolderSource, Held, ModelSource};
-use super::tensors::{DType, HostTensor};
+use super::tensors::{Content, DType, HostTensor, Receiver};
 use crate::arch::Architecture;
 use crate::error::{Error, Result};
 use crate::format::QuantizedMatrix;
@@ -174,12 +174,16 @@ fn write_folder(
     let task = Mutex::new(task);
     let task = &task;
     let tensors = tensors.into_iter().map(|(name, shape)| {
-        let from = shape.clone();
-        HostTensor::lazy_f32(name.clone(), dtype, shape, move || {
+        let (from, written) = (shape.clone(), name.clone());
+        let tensor = HostTensor::lazy(name.clone(), dtype, shape, move |put: Receiver<'_>| {
             let mut task = task.lock().unwrap_or_else(PoisonError::into_inner);
             task.step(&name)?;
-            source.numbers(&name, &from)
-        })
+            put(match source.bytes(&name, dtype, &from)? {
+                Some(bytes) => Content::Bytes(bytes.into()),
+                None => Content::Values(source.numbers(&name, &from)?.into()),
+            })
+        });
+        tensor.then(move || source.release(&written))
     });
     let tensors = tensors.collect();
     let folder = HfFolder::create(destination, options.overwrite)?;

@@ -56,6 +56,12 @@ pub(crate) trait ModelSource: Sync {
     /// Loads a matrix or vector as finite numbers, and dequantizes it if necessary.
     fn numbers(&self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>>;
 
+    /// The bytes of a matrix or vector, if they are numbers of type `dtype` as they are held. All are
+    /// finite.
+    fn bytes(&self, _tensor: &str, _dtype: DType, _shape: &[usize]) -> Result<Option<&[u8]>> {
+        Ok(None)
+    }
+
     /// The blocks of a matrix, if it is held as such.
     fn blocks(&self, _tensor: &str) -> Result<Option<BlockRows<'_>>> {
         Ok(None)
@@ -100,8 +106,14 @@ impl FolderSource {
         })
     }
 
+    /// The weights.
+    #[cfg(feature = "burn")]
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
     /// The name under which the checkpoint holds a tensor; a tied embedding may have the head's.
-    fn stored_name<'a>(&self, tensor: &'a str) -> Result<&'a str> {
+    pub fn stored_name<'a>(&self, tensor: &'a str) -> Result<&'a str> {
         if tensor == Architecture::EMBEDDING {
             return self.config.embedding_name(&self.checkpoint);
         }
@@ -157,6 +169,15 @@ impl ModelSource for FolderSource {
         let tensor = self.stored_name(tensor)?;
         self.checkpoint.check_shape(tensor, shape)?;
         self.checkpoint.load_f32(tensor)
+    }
+
+    fn bytes(&self, tensor: &str, dtype: DType, shape: &[usize]) -> Result<Option<&[u8]>> {
+        if self.has_codes(tensor) {
+            return Ok(None);
+        }
+        let tensor = self.stored_name(tensor)?;
+        self.checkpoint.check_shape(tensor, shape)?;
+        self.checkpoint.finite_bytes(tensor, dtype)
     }
 
     fn blocks(&self, tensor: &str) -> Result<Option<BlockRows<'_>>> {

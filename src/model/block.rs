@@ -245,6 +245,11 @@ impl Block {
         }
     }
 
+    /// A block without sub-blocks, which passes its input on.
+    pub(crate) fn empty() -> Self {
+        Self::new(None, None)
+    }
+
     pub(crate) fn forward(&self, x: Tensor<3>, block: usize, pass: &mut Pass<'_, '_>) -> Tensor<3> {
         let x = match &self.self_attn {
             Some(attention) if self.runs.attention => attention.forward(x, block, pass),

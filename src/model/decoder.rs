@@ -46,7 +46,50 @@ impl Decoder {
     /// holds NaN or an infinity.
     pub fn load(config: &HfConfig, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
         let config = &config.fitted(checkpoint)?;
-        let mut source = Source {
+        Self::from_checkpoint(config, checkpoint, device, |source| {
+            Self::assemble(config, source)
+        })
+    }
+
+    /// A model without weights: each block is empty until [`load_block`](Self::load_block).
+    pub(crate) fn without_weights(config: &HfConfig, device: &Device) -> Self {
+        let arch = config.arch();
+        Self {
+            embed_tokens: Param::from_tensor(Tensor::zeros([1, 1], device)).set_require_grad(false),
+            layers: arch.blocks.iter().map(|_| Block::empty()).collect(),
+            norm: RmsNorm::from_tensor(Tensor::zeros([1], device), arch.norm_eps),
+            lm_head: None,
+            config: config.clone(),
+            ropes: arch.ropes.iter().map(Rope::new).collect(),
+        }
+    }
+
+    /// Loads the weights of one block as [`load`](Self::load) does. The config is one that was
+    /// fitted to the checkpoint.
+    ///
+    /// # Errors
+    /// Returns the errors of [`load`](Self::load).
+    pub(crate) fn load_block(&mut self, checkpoint: &Checkpoint, block: usize) -> Result<()> {
+        let (config, device) = (&self.config, self.device());
+        self.layers[block] = Self::from_checkpoint(config, checkpoint, &device, |source| {
+            Self::assemble_block(config.arch(), block, source)
+        })?;
+        Ok(())
+    }
+
+    /// Drops the weights of a block.
+    pub(crate) fn drop_block(&mut self, block: usize) {
+        self.layers[block] = Block::empty();
+    }
+
+    /// Calls `make` with the tensors of a checkpoint.
+    fn from_checkpoint<T>(
+        config: &HfConfig,
+        checkpoint: &Checkpoint,
+        device: &Device,
+        make: impl FnOnce(&mut Source<'_>) -> Result<T>,
+    ) -> Result<T> {
+        make(&mut Source {
             linear: &mut |name: &str, d_input: usize, d_output: usize, bias: bool| {
                 let weight = config.load_linear(checkpoint, name, [d_output, d_input])?;
                 let bias = if bias {
@@ -68,8 +111,7 @@ impl Decoder {
                     device,
                 ))
             },
-        };
-        Self::assemble(config, &mut source)
+        })
     }
 
     /// Creates a model with random weights: normal with standard deviation 0.02
@@ -116,55 +158,9 @@ impl Decoder {
         let (d_model, eps, offset) = (arch.d_model, arch.norm_eps, arch.norm_offset().into());
         let embed_tokens = Param::from_tensor((source.embedding)(config.vocab_size(), d_model)?)
             .set_require_grad(false);
-        let mut layers = Vec::with_capacity(config.num_hidden_layers());
-        for (block, dims) in arch.blocks.iter().enumerate() {
-            let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
-                let [d_input, d_output] = arch.linear_dims(dims, kind);
-                let (name, bias) = (kind.name(block), arch.has_bias(kind));
-                let base = (source.linear)(&name, d_input, d_output, bias)?;
-                Ok(ElasticLoraLinear::plain(base))
-            };
-            let mut norm = |kind: NormKind| -> Result<RmsNorm> {
-                let len = if kind.per_head() {
-                    arch.head_dim
-                } else {
-                    d_model
-                };
-                let weight = (source.norm)(&arch.norm_tensor(block, kind), len)?;
-                Ok(RmsNorm::from_tensor(weight, eps).with_offset(offset))
-            };
-            let norms: Vec<NormKind> = arch.norms_of(dims).map(|(kind, _)| kind).collect();
-            let has = |kind: NormKind| norms.contains(&kind);
-            let attention = if dims.has_attention() {
-                Some(Attention {
-                    norm: norm(NormKind::Attention)?,
-                    q_norm: optional(has(NormKind::Q), || norm(NormKind::Q))?,
-                    k_norm: optional(has(NormKind::K), || norm(NormKind::K))?,
-                    out_norm: optional(has(NormKind::AttentionOut), || {
-                        norm(NormKind::AttentionOut)
-                    })?,
-                    q_proj: linear(LinearKind::Q)?,
-                    k_proj: linear(LinearKind::K)?,
-                    v_proj: linear(LinearKind::V)?,
-                    o_proj: linear(LinearKind::O)?,
-                    head_dim: arch.head_dim,
-                })
-            } else {
-                None
-            };
-            let mlp = if dims.has_mlp() {
-                Some(Mlp {
-                    norm: norm(NormKind::Mlp)?,
-                    out_norm: optional(has(NormKind::MlpOut), || norm(NormKind::MlpOut))?,
-                    gate_proj: linear(LinearKind::Gate)?,
-                    up_proj: linear(LinearKind::Up)?,
-                    down_proj: linear(LinearKind::Down)?,
-                })
-            } else {
-                None
-            };
-            layers.push(Block::new(attention, mlp));
-        }
+        let blocks = 0..arch.blocks.len();
+        let layers = blocks.map(|block| Self::assemble_block(arch, block, source));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
         let norm = (source.norm)(Architecture::FINAL_NORM, d_model)?;
         let norm = RmsNorm::from_tensor(norm, eps).with_offset(offset);
         let lm_head = if config.tie_word_embeddings() {
@@ -186,6 +182,56 @@ impl Decoder {
             config: config.clone(),
             ropes,
         })
+    }
+
+    /// Makes one block.
+    fn assemble_block(arch: &Architecture, block: usize, source: &mut Source<'_>) -> Result<Block> {
+        let dims = &arch.blocks[block];
+        let (d_model, eps, offset) = (arch.d_model, arch.norm_eps, arch.norm_offset().into());
+        let mut linear = |kind: LinearKind| -> Result<ElasticLoraLinear> {
+            let [d_input, d_output] = arch.linear_dims(dims, kind);
+            let (name, bias) = (kind.name(block), arch.has_bias(kind));
+            let base = (source.linear)(&name, d_input, d_output, bias)?;
+            Ok(ElasticLoraLinear::plain(base))
+        };
+        let mut norm = |kind: NormKind| -> Result<RmsNorm> {
+            let len = if kind.per_head() {
+                arch.head_dim
+            } else {
+                d_model
+            };
+            let weight = (source.norm)(&arch.norm_tensor(block, kind), len)?;
+            Ok(RmsNorm::from_tensor(weight, eps).with_offset(offset))
+        };
+        let norms: Vec<NormKind> = arch.norms_of(dims).map(|(kind, _)| kind).collect();
+        let has = |kind: NormKind| norms.contains(&kind);
+        let attention = if dims.has_attention() {
+            Some(Attention {
+                norm: norm(NormKind::Attention)?,
+                q_norm: optional(has(NormKind::Q), || norm(NormKind::Q))?,
+                k_norm: optional(has(NormKind::K), || norm(NormKind::K))?,
+                out_norm: optional(has(NormKind::AttentionOut), || norm(NormKind::AttentionOut))?,
+                q_proj: linear(LinearKind::Q)?,
+                k_proj: linear(LinearKind::K)?,
+                v_proj: linear(LinearKind::V)?,
+                o_proj: linear(LinearKind::O)?,
+                head_dim: arch.head_dim,
+            })
+        } else {
+            None
+        };
+        let mlp = if dims.has_mlp() {
+            Some(Mlp {
+                norm: norm(NormKind::Mlp)?,
+                out_norm: optional(has(NormKind::MlpOut), || norm(NormKind::MlpOut))?,
+                gate_proj: linear(LinearKind::Gate)?,
+                up_proj: linear(LinearKind::Up)?,
+                down_proj: linear(LinearKind::Down)?,
+            })
+        } else {
+            None
+        };
+        Ok(Block::new(attention, mlp))
     }
 
     /// Moves the model out and leaves an unusable placeholder without blocks.
@@ -275,11 +321,15 @@ impl Decoder {
     /// - `tokens`: `[batch, seq]`; result: `[batch, seq, d_model]`
     pub fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let rows = embedding(self.embed_tokens.val(), tokens);
-        let rows = if rows.dtype() == DType::F32 {
+        self.embedded(if rows.dtype() == DType::F32 {
             rows
         } else {
             rows.cast(FloatDType::F32)
-        };
+        })
+    }
+
+    /// The input of the first block, from rows of the embedding in `f32`.
+    pub(crate) fn embedded(&self, rows: Tensor<3>) -> Tensor<3> {
         match self.config.arch().embedding_scale() {
             1.0 => rows,
             scale => rows * scale,

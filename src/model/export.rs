@@ -1,7 +1,7 @@
 //! Exports a decoder's weights as named tensors.
 
 use super::Decoder;
-use crate::arch::Architecture;
+use crate::arch::{Architecture, LinearKind};
 use crate::error::Result;
 use crate::io::{DType, HostTensor};
 use crate::nn::{BaseLinear, host_values};
@@ -22,15 +22,8 @@ impl Decoder {
             [vocab_size, d_model],
             move || Ok(host_values(embedding.val())),
         )];
-        for (index, block) in self.layers.iter().enumerate() {
-            for (kind, norm) in block.norms() {
-                let name = config.arch().norm_tensor(index, kind);
-                let weight = norm.weight.clone();
-                let len = weight.val().dims()[0];
-                tensors.push(HostTensor::lazy_f32(name, dtype, [len], move || {
-                    Ok(host_values(weight.val()))
-                }));
-            }
+        for block in 0..self.layers.len() {
+            tensors.extend(self.block_norm_tensors(block, dtype));
         }
         for (name, layer) in self.linears() {
             push_linear(&mut tensors, &name, &layer.base, dtype);
@@ -46,6 +39,30 @@ impl Decoder {
             push_linear(&mut tensors, Architecture::HEAD_LAYER, head, dtype);
         }
         Ok(tensors)
+    }
+
+    /// The weights of one block.
+    pub(crate) fn block_tensors(&self, block: usize, dtype: DType) -> Vec<HostTensor<'_>> {
+        let mut tensors: Vec<_> = self.block_norm_tensors(block, dtype).collect();
+        for kind in LinearKind::ALL {
+            if let Some(layer) = self.layers[block].linear(kind) {
+                push_linear(&mut tensors, &kind.name(block), &layer.base, dtype);
+            }
+        }
+        tensors
+    }
+
+    fn block_norm_tensors(
+        &self,
+        block: usize,
+        dtype: DType,
+    ) -> impl Iterator<Item = HostTensor<'_>> {
+        self.layers[block].norms().map(move |(kind, norm)| {
+            let name = self.config().arch().norm_tensor(block, kind);
+            let weight = norm.weight.clone();
+            let len = weight.val().dims()[0];
+            HostTensor::lazy_f32(name, dtype, [len], move || Ok(host_values(weight.val())))
+        })
     }
 }
 

@@ -31,5 +31,6 @@ mod reference_logits;
 mod runtime;
 mod runtime_subnets;
 mod sandwich;
+mod streaming;
 mod supernet;
 mod training;

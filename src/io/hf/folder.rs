@@ -27,7 +27,7 @@ pub const CARRIED_FILES: [&str; 10] = [
 ];
 
 /// Default limit of transformers.
-pub(in crate::io) const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+pub(crate) const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// Writes a model folder. All files are written into a temporary folder, which
 /// [`commit`](Self::commit) renames to the destination.
@@ -65,6 +65,22 @@ impl HfFolder {
             writer: FolderWriter::create(destination, overwrite)?,
             max_shard_bytes: MAX_SHARD_BYTES,
         })
+    }
+
+    /// Begins a folder, or goes on with one; see [`FolderWriter::go_on`].
+    ///
+    /// # Errors
+    /// Returns the errors of [`FolderWriter::create`].
+    pub(super) fn go_on(destination: &Path, overwrite: bool) -> Result<Self> {
+        Ok(Self {
+            writer: FolderWriter::go_on(destination, overwrite)?,
+            max_shard_bytes: MAX_SHARD_BYTES,
+        })
+    }
+
+    /// Returns the folder for notes about work that is gone on with.
+    pub(super) fn notes(&self) -> &Path {
+        self.writer.notes().unwrap_or(self.writer.path())
     }
 
     /// Sets the size in bytes above which weights are split into shards. The default is 5 GB.
@@ -223,7 +239,7 @@ impl HfFolder {
 
 /// Stacks the tensors of layers that the family stores as one matrix, except those for which
 /// `replaced` is true.
-fn fused<'a>(
+pub(super) fn fused<'a>(
     config: &HfConfig,
     mut tensors: Vec<HostTensor<'a>>,
     replaced: impl Fn(&str) -> bool,

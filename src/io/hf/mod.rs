@@ -4,14 +4,16 @@ mod blocks;
 mod config;
 mod fitted;
 mod folder;
+mod parts;
 mod per_layer;
 mod quantized;
 mod rope;
 
 pub use blocks::DECI_MULTIPLE;
 pub use config::{HfConfig, LlamaDims};
-pub(in crate::io) use folder::MAX_SHARD_BYTES;
+pub(crate) use folder::MAX_SHARD_BYTES;
 pub use folder::{CARRIED_FILES, HfFolder};
+pub use parts::{FolderParts, Part};
 
 #[cfg(test)]
 mod tests;

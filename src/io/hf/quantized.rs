@@ -142,25 +142,7 @@ impl HfFolder {
         format: QuantFormat,
     ) -> Result<()> {
         let all = config.arch().linears();
-        for (name, matrix) in layers {
-            let Some(layer) = all.iter().find(|layer| layer.name == *name) else {
-                return Err(Error::UnknownLayer {
-                    context: "quantized layers".into(),
-                    layer: name.clone(),
-                });
-            };
-            let (expected, found) = (
-                vec![layer.d_output, layer.d_input],
-                vec![matrix.rows(), matrix.cols()],
-            );
-            if expected != found {
-                return Err(Error::TensorShape {
-                    tensor: format!("{name}.weight"),
-                    expected,
-                    found,
-                });
-            }
-        }
+        check_layers(layers, &all)?;
         let (stored, all) = fused(config, layers, all)?;
         let quantization = QuantizationConfig::for_layers(format, &stored, &all)?;
         let replaced = |name: &str| {
@@ -172,12 +154,7 @@ impl HfFolder {
         for (name, matrix) in stored.iter() {
             tensors.extend(quantization.layer_tensors(name, matrix)?);
         }
-        if format != QuantFormat::CompressedTensors {
-            self.write_json(
-                "quantize_config.json",
-                &Value::Object(quantization.raw().clone()),
-            )?;
-        }
+        self.write_quantize_config(&quantization)?;
         self.write_parts(
             &config.with_quantization(Some(quantization)),
             dtype,
@@ -185,17 +162,52 @@ impl HfFolder {
             replaced,
         )
     }
+
+    /// Writes `quantize_config.json`, where the format has one.
+    pub(super) fn write_quantize_config(&self, quantization: &QuantizationConfig) -> Result<()> {
+        match quantization.format() {
+            QuantFormat::CompressedTensors => Ok(()),
+            _ => self.write_json(
+                "quantize_config.json",
+                &Value::Object(quantization.raw().clone()),
+            ),
+        }
+    }
+}
+
+/// Checks that quantized layers are among `all`, in the same sizes.
+pub(super) fn check_layers(layers: &Layers, all: &[LinearSpec]) -> Result<()> {
+    for (name, matrix) in layers {
+        let Some(layer) = all.iter().find(|layer| layer.name == *name) else {
+            return Err(Error::UnknownLayer {
+                context: "quantized layers".into(),
+                layer: name.clone(),
+            });
+        };
+        let (expected, found) = (
+            vec![layer.d_output, layer.d_input],
+            vec![matrix.rows(), matrix.cols()],
+        );
+        if expected != found {
+            return Err(Error::TensorShape {
+                tensor: format!("{name}.weight"),
+                expected,
+                found,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Quantized layers by name.
-type Layers = BTreeMap<String, QuantizedMatrix>;
+pub(super) type Layers = BTreeMap<String, QuantizedMatrix>;
 
 /// The layers as the family stores them: those that share a matrix become one.
 ///
 /// # Errors
 /// Returns [`Error::Unsupported`] if only some of the layers of a matrix are quantized, or in
 /// different ways.
-fn fused<'a>(
+pub(super) fn fused<'a>(
     config: &HfConfig,
     layers: &'a Layers,
     mut all: Vec<LinearSpec>,

@@ -148,7 +148,7 @@ impl<'a> MergedSource<'a> {
         values.get(rows.start * fused.d_input..rows.end * fused.d_input)
     }
 
-    /// The sum for a module of the adapter.
+    /// The sum for a module of several layers, which is kept for the next of them.
     fn sum(&self, module: &str, pair: &LoraWeights) -> Result<Arc<Matrix>> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((name, sum)) = &*last
@@ -158,6 +158,13 @@ impl<'a> MergedSource<'a> {
         }
         // The sum before is not needed any more.
         *last = None;
+        let sum = Arc::new(self.made(module, pair)?);
+        *last = Some((module.into(), sum.clone()));
+        Ok(sum)
+    }
+
+    /// The sum for a module of the adapter.
+    fn made(&self, module: &str, pair: &LoraWeights) -> Result<Matrix> {
         let of_fused = self.fused.iter().find(|fused| fused.name == module);
         let weight = match of_fused {
             None => self.weight(module)?,
@@ -181,8 +188,6 @@ impl<'a> MergedSource<'a> {
                 }
             });
         }
-        let sum = Arc::new(sum);
-        *last = Some((module.into(), sum.clone()));
         Ok(sum)
     }
 
@@ -241,6 +246,9 @@ impl ModelSource for MergedSource<'_> {
         }
         let layer = tensor.strip_suffix(".weight");
         if let Some((module, pair)) = layer.and_then(|layer| self.module_of(layer)) {
+            if Some(module) == layer {
+                return Ok(self.made(module, pair)?.into_vec());
+            }
             let sum = self.sum(module, pair)?;
             let rows = layer.and_then(|layer| {
                 let fused = self.fused.iter().find(|fused| fused.name == module)?;
@@ -261,6 +269,15 @@ impl ModelSource for MergedSource<'_> {
             values.iter_mut().zip(added).for_each(|(v, a)| *v += a);
         }
         Ok(values)
+    }
+
+    fn bytes(&self, tensor: &str, dtype: DType, shape: &[usize]) -> Result<Option<&[u8]>> {
+        let biases = &self.adapter.changes.biases;
+        let module = tensor.strip_suffix(".bias");
+        if self.changes(tensor) || module.is_some_and(|module| biases.contains_key(module)) {
+            return Ok(None);
+        }
+        self.base.bytes(tensor, dtype, shape)
     }
 
     fn blocks(&self, tensor: &str) -> Result<Option<BlockRows<'_>>> {

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::arch::LinearSpec;
@@ -243,35 +244,39 @@ impl QuantizationConfig {
         layers: &BTreeMap<String, QuantizedMatrix>,
         all: &[LinearSpec],
     ) -> Result<Self> {
+        let grids = layers.iter();
+        let grids = grids.map(|(name, matrix)| (name.clone(), GridKind::of(matrix)));
+        Self::for_grids(format, &grids.collect(), all)
+    }
+
+    /// Creates the config of [`for_layers`](Self::for_layers) from the kinds of the layers' grids.
+    pub(in crate::io) fn for_grids(
+        format: QuantFormat,
+        layers: &BTreeMap<String, GridKind>,
+        all: &[LinearSpec],
+    ) -> Result<Self> {
         format.check_written()?;
-        let Some((first, matrix)) = layers.first_key_value() else {
+        let Some((first, grid)) = layers.first_key_value() else {
             return Err(Error::argument(
                 "layers",
                 "none",
                 "at least one quantized layer",
             ));
         };
-        let bits = matrix.parts().bits;
-        let per_row = layers
-            .values()
-            .all(|matrix| matrix.parts().group_size == matrix.cols());
-        let group_size = (!per_row).then_some(matrix.parts().group_size);
-        for (layer, matrix) in layers {
-            let parts = matrix.parts();
+        let bits = grid.bits;
+        let per_row = layers.values().all(|grid| grid.per_row);
+        let group_size = (!per_row).then_some(grid.group_size);
+        for (layer, parts) in layers {
             if parts.bits != bits || group_size.is_some_and(|size| size != parts.group_size) {
                 let what = format!(
                     "layer `{layer}` with {} bits in groups of {}, where `{first}` has {bits} in groups of {}, in one folder",
-                    parts.bits,
-                    parts.group_size,
-                    layers[first].parts().group_size
+                    parts.bits, parts.group_size, grid.group_size
                 );
                 return Err(Error::Unsupported { what });
             }
         }
-        let symmetric = layers.values().all(|matrix| matrix.parts().symmetric);
-        let act_order = layers
-            .values()
-            .any(|matrix| matrix.parts().group_of.is_some());
+        let symmetric = layers.values().all(|grid| grid.symmetric);
+        let act_order = layers.values().any(|grid| grid.reordered);
         let dense: Vec<&LinearSpec> = all
             .iter()
             .filter(|layer| !layers.contains_key(&layer.name))
@@ -368,6 +373,31 @@ impl QuantizationConfig {
     }
 }
 
+/// What the config of a folder says about the grids of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::io) struct GridKind {
+    bits: u8,
+    group_size: usize,
+    /// Whether each row is one group.
+    per_row: bool,
+    symmetric: bool,
+    /// Whether the groups of columns may be out of order.
+    reordered: bool,
+}
+
+impl GridKind {
+    pub fn of(matrix: &QuantizedMatrix) -> Self {
+        let parts = matrix.parts();
+        Self {
+            bits: parts.bits,
+            group_size: parts.group_size,
+            per_row: parts.group_size == matrix.cols(),
+            symmetric: parts.symmetric,
+            reordered: parts.group_of.is_some(),
+        }
+    }
+}
+
 /// The settings of a group of layers in compressed-tensors.
 #[derive(PartialEq)]
 struct GroupSettings {
@@ -452,7 +482,7 @@ impl GroupSettings {
 /// Returns the names, relative to a block, of the quantized layers and of the dense layers, in
 /// model order.
 fn kinds_in_every_block(
-    layers: &BTreeMap<String, QuantizedMatrix>,
+    layers: &BTreeMap<String, GridKind>,
     all: &[LinearSpec],
     dense: &[&LinearSpec],
 ) -> Result<(Vec<&'static str>, Vec<&'static str>)> {

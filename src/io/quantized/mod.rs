@@ -11,6 +11,7 @@ mod config;
 mod gptq;
 mod layout;
 
+pub(in crate::io) use config::GridKind;
 pub use config::{QuantFormat, QuantizationConfig};
 
 use crate::error::{Error, Result};

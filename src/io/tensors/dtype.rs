@@ -1,5 +1,6 @@
 //! Dtypes, and conversion of elements from and to `f32`.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -7,7 +8,7 @@ use safetensors::Dtype;
 use crate::error::{Error, Result};
 
 /// Elements per parallel task. Conversions of at most this many elements run on the calling thread.
-const PARALLEL_CHUNK: usize = 1 << 18;
+const PARALLEL_CHUNK: usize = 1 << 16;
 
 /// Dtype of a tensor in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -147,34 +148,12 @@ pub(in crate::io) fn encode(
     values: &[f32],
     out: &mut Vec<u8>,
 ) -> Result<()> {
-    fn each<const N: usize>(
-        values: &[f32],
-        out: &mut Vec<u8>,
-        convert: impl Fn(f32) -> Option<[u8; N]>,
-    ) -> Option<usize> {
-        for (i, &v) in values.iter().enumerate() {
-            match convert(v) {
-                Some(bytes) => out.extend_from_slice(&bytes),
-                None => return Some(i),
-            }
-        }
-        None
-    }
-    let bad = match dtype {
-        DType::F32 => each(values, out, |v| v.is_finite().then(|| v.to_le_bytes())),
-        DType::F64 => each(values, out, |v| {
-            v.is_finite().then(|| f64::from(v).to_le_bytes())
-        }),
-        DType::F16 => each(values, out, |v| {
-            Some(f16::from_f32(v))
-                .filter(|h| h.is_finite())
-                .map(f16::to_le_bytes)
-        }),
-        DType::BF16 => each(values, out, |v| {
-            Some(bf16::from_f32(v))
-                .filter(|h| h.is_finite())
-                .map(bf16::to_le_bytes)
-        }),
+    // Converts elements, and returns whether all of them are finite in the dtype.
+    let run: fn(&[f32], &mut [u8]) -> bool = match dtype {
+        DType::F32 => encode_f32,
+        DType::F64 => encode_f64,
+        DType::F16 => encode_f16,
+        DType::BF16 => encode_bf16,
         _ => {
             return Err(Error::TensorDtype {
                 tensor: tensor.into(),
@@ -183,6 +162,26 @@ pub(in crate::io) fn encode(
             });
         }
     };
+    let (start, size) = (out.len(), dtype.size());
+    out.resize(start + values.len() * size, 0);
+    let good = if values.len() <= PARALLEL_CHUNK {
+        run(values, &mut out[start..])
+    } else {
+        out[start..]
+            .par_chunks_mut(PARALLEL_CHUNK * size)
+            .zip(values.par_chunks(PARALLEL_CHUNK))
+            .map(|(out, values)| run(values, out))
+            .reduce(|| true, |a, b| a && b)
+    };
+    if good {
+        return Ok(());
+    }
+    // Rare: looks for the first element again.
+    let mut one = [0; 8];
+    let bad = values
+        .iter()
+        .position(|value| !run(std::slice::from_ref(value), &mut one[..size]));
+    out.truncate(start);
     match bad {
         None => Ok(()),
         Some(i) if values[i].is_finite() => Err(Error::TensorOverflow {
@@ -196,6 +195,94 @@ pub(in crate::io) fn encode(
             index: first + i,
             value: values[i],
         }),
+    }
+}
+
+/// All bits of the exponent, which only infinities and NaNs have, of an `f32` and of a bf16.
+const EXPONENT: u32 = 0x7f80_0000;
+const EXPONENT_BF16: u32 = EXPONENT >> 16;
+
+fn encode_f32(values: &[f32], out: &mut [u8]) -> bool {
+    let mut good = true;
+    for (value, out) in values.iter().zip(out.as_chunks_mut::<4>().0) {
+        good &= value.to_bits() & EXPONENT != EXPONENT;
+        *out = value.to_le_bytes();
+    }
+    good
+}
+
+fn encode_f64(values: &[f32], out: &mut [u8]) -> bool {
+    let mut good = true;
+    for (value, out) in values.iter().zip(out.as_chunks_mut::<8>().0) {
+        good &= value.is_finite();
+        *out = f64::from(*value).to_le_bytes();
+    }
+    good
+}
+
+fn encode_f16(values: &[f32], out: &mut [u8]) -> bool {
+    const PART: usize = 256;
+    let (mut halves, mut good) = ([f16::ZERO; PART], true);
+    for (values, out) in values.chunks(PART).zip(out.chunks_mut(2 * PART)) {
+        let halves = &mut halves[..values.len()];
+        halves.convert_from_f32_slice(values);
+        for (half, out) in halves.iter().zip(out.as_chunks_mut::<2>().0) {
+            good &= half.is_finite();
+            *out = half.to_le_bytes();
+        }
+    }
+    good
+}
+
+fn encode_bf16(values: &[f32], out: &mut [u8]) -> bool {
+    let mut good = true;
+    for (value, out) in values.iter().zip(out.as_chunks_mut::<2>().0) {
+        let bits = value.to_bits();
+        // Half of the last place, less a bit if the place is even.
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        good &= bits & EXPONENT != EXPONENT && rounded & EXPONENT_BF16 != EXPONENT_BF16;
+        *out = (rounded as u16).to_le_bytes();
+    }
+    good
+}
+
+/// Returns the first element that is NaN or infinite among the bytes of a tensor of numbers.
+/// Returns `None` if there is none, or if the dtype is not a float of 16 bits or more.
+pub(in crate::io) fn not_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f32)> {
+    fn first<const N: usize>(
+        bytes: &[u8],
+        bad: impl Fn([u8; N]) -> bool + Sync,
+        value: impl Fn([u8; N]) -> f32,
+    ) -> Option<(usize, f32)> {
+        let elements = bytes.as_chunks::<N>().0;
+        let any = |part: &[[u8; N]]| part.iter().fold(false, |any, b| any | bad(*b));
+        let part = elements.par_chunks(PARALLEL_CHUNK).position_first(any)?;
+        let start = part * PARALLEL_CHUNK;
+        let index = start + elements[start..].iter().position(|b| bad(*b))?;
+        Some((index, value(elements[index])))
+    }
+    match dtype {
+        DType::F32 => first(
+            bytes,
+            |b| u32::from_le_bytes(b) & EXPONENT == EXPONENT,
+            f32::from_le_bytes,
+        ),
+        DType::F64 => first(
+            bytes,
+            |b| !f64::from_le_bytes(b).is_finite(),
+            |b| f64::from_le_bytes(b) as f32,
+        ),
+        DType::F16 => first(
+            bytes,
+            |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00,
+            |b| f16::from_le_bytes(b).to_f32(),
+        ),
+        DType::BF16 => first(
+            bytes,
+            |b| u32::from(u16::from_le_bytes(b)) & EXPONENT_BF16 == EXPONENT_BF16,
+            |b| bf16::from_le_bytes(b).to_f32(),
+        ),
+        _ => None,
     }
 }
 
@@ -263,6 +350,45 @@ mod tests {
             encode("t", DType::I8, 0, &[1.0], &mut Vec::new()),
             Err(Error::TensorDtype { .. })
         ));
+    }
+
+    #[test]
+    fn every_bf16_is_rounded_as_the_crate_half_does_and_bad_numbers_are_found() {
+        // Each upper half with lower halves around the middle.
+        let lower = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let all = (0..=u16::MAX)
+            .flat_map(|upper| lower.map(|lower| f32::from_bits(u32::from(upper) << 16 | lower)));
+        for value in all {
+            let mut out = Vec::new();
+            let result = encode("t", DType::BF16, 0, &[value], &mut out);
+            let expected = bf16::from_f32(value);
+            assert_eq!(result.is_ok(), expected.is_finite(), "{value}");
+            if result.is_ok() {
+                assert_eq!(out, expected.to_le_bytes(), "{value}");
+            }
+        }
+        let n = 2 * PARALLEL_CHUNK + 13;
+        for (dtype, at) in [
+            (DType::F32, n - 1),
+            (DType::F16, 3),
+            (DType::BF16, n - 40),
+            (DType::F64, PARALLEL_CHUNK),
+        ] {
+            let mut bytes = Vec::new();
+            encode("t", dtype, 0, &vec![0.5; n], &mut bytes).unwrap();
+            assert_eq!(not_finite(dtype, &bytes), None);
+            // All bits of the exponent and of what follows.
+            let bytes_of_one = &mut bytes[at * dtype.size()..(at + 1) * dtype.size()];
+            bytes_of_one.fill(0xff);
+            let (index, value) = not_finite(dtype, &bytes).unwrap();
+            assert!(index == at && value.is_nan(), "{dtype}");
+            let mut values = vec![0.5; n];
+            values[at] = f32::INFINITY;
+            let mut out = vec![9; 3];
+            let error = encode("t", dtype, 5, &values, &mut out).unwrap_err();
+            assert!(matches!(error, Error::NotFinite { index, .. } if index == 5 + at));
+            assert_eq!(out, [9; 3]);
+        }
     }
 
     #[test]

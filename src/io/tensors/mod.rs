@@ -15,6 +15,7 @@ pub(in crate::io) use read::{Bytes, read_file, read_open};
 pub use read::{Checkpoint, TensorInfo};
 pub(crate) use write::write_in_order;
 pub(crate) use write::write_sharded;
+pub(crate) use write::{Content, Receiver};
 pub use write::{HostTensor, write_safetensors};
 
 /// Largest header that is read, in bytes; the limit of the reference implementation.

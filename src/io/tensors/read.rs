@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use rayon::prelude::*;
 
 use super::dtype::{self, DType};
 use super::header;
@@ -522,6 +523,80 @@ impl Checkpoint {
     /// Returns [`Error::MissingTensor`], or [`Error::TensorDtype`] for another dtype.
     pub fn load_f32_unchecked(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.entry(name)?;
+        let values = self.numbers(name, entry)?;
+        self.release_entry(entry);
+        Ok(values)
+    }
+
+    /// Returns the bytes of a tensor that is stored as plain numbers of type `dtype`, all of them
+    /// finite; `None` if it is stored otherwise.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`], and [`Error::NotFinite`] for NaN or an infinity.
+    pub(in crate::io) fn finite_bytes(&self, name: &str, dtype: DType) -> Result<Option<&[u8]>> {
+        let entry = self.entry(name)?;
+        if entry.info.dtype != dtype || !entry.layout.is_plain() {
+            return Ok(None);
+        }
+        let bytes = self.raw(name, entry)?;
+        match dtype::not_finite(dtype, bytes) {
+            None => Ok(Some(bytes)),
+            Some((index, value)) => Err(Error::NotFinite {
+                tensor: name.into(),
+                index,
+                value,
+            }),
+        }
+    }
+
+    /// Loads rows of a float matrix, one after the other in the order of `rows`, without reading
+    /// the others.
+    ///
+    /// # Errors
+    /// Returns the errors of [`load_f32`](Self::load_f32), [`Error::TensorShape`] if the tensor is
+    /// no matrix, and [`Error::InvalidArgument`] for a row that it has not.
+    #[doc(hidden)]
+    pub fn load_rows(&self, name: &str, rows: &[u32]) -> Result<Vec<f32>> {
+        let entry = self.entry(name)?;
+        let &[n_rows, cols] = entry.info.shape.as_slice() else {
+            return Err(Error::TensorShape {
+                tensor: name.into(),
+                expected: vec![0, 0],
+                found: entry.info.shape.clone(),
+            });
+        };
+        let mut values = Vec::with_capacity(rows.len().saturating_mul(cols));
+        for &row in rows {
+            let row = row as usize;
+            if row >= n_rows {
+                let expected = format!("a row of `{name}`, which has {n_rows}");
+                return Err(Error::argument("row", row, expected));
+            }
+            values.extend(self.numbers(name, &entry.rows(row..row + 1))?);
+        }
+        check_finite(name, &values)?;
+        Ok(values)
+    }
+
+    /// Computes a checksum of the bytes of tensors as they are stored.
+    ///
+    /// # Errors
+    /// Returns [`Error::MissingTensor`] if there is no tensor of a name.
+    #[doc(hidden)]
+    pub fn checksum<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<u32> {
+        let mut hash = crc32fast::Hasher::new();
+        for name in names {
+            let entry = self.entry(name)?;
+            hash.update(name.as_bytes());
+            hash.update(entry.info.dtype.name().as_bytes());
+            hash.update(self.raw(name, entry)?);
+            self.release_entry(entry);
+        }
+        Ok(hash.finalize())
+    }
+
+    /// Decodes or dequantizes the numbers of a tensor, or of a part of one.
+    fn numbers(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
         let (raw, dtype) = (self.raw(name, entry)?, entry.info.dtype);
         let values = if entry.layout.blocks.is_some() {
             Some(entry.layout.numbers(&entry.info, raw))
@@ -530,7 +605,6 @@ impl Checkpoint {
         } else {
             dtype::decode(dtype, &entry.layout.bytes(&entry.info, raw))
         };
-        self.release_entry(entry);
         values.ok_or_else(|| Error::TensorDtype {
             tensor: name.into(),
             expected: "F64, F32, F16 or BF16",
@@ -705,12 +779,22 @@ pub(in crate::io) fn read_open(
 
 /// Returns an error for the first value that is NaN or infinite.
 fn check_finite(name: &str, values: &[f32]) -> Result<()> {
-    match values.iter().position(|v| !v.is_finite()) {
+    // Most of the values are read by several threads, since there are billions in a model.
+    let bad = |value: &f32| !value.is_finite();
+    let part = |part: &[f32]| part.iter().fold(false, |any, value| any | bad(value));
+    let Some(found) = values.par_chunks(PART).position_first(part) else {
+        return Ok(());
+    };
+    let (start, rest) = (found * PART, &values[found * PART..]);
+    match rest.iter().position(bad) {
         None => Ok(()),
         Some(index) => Err(Error::NotFinite {
             tensor: name.into(),
-            index,
-            value: values[index],
+            index: start + index,
+            value: rest[index],
         }),
     }
 }
+
+/// Number of values that a thread looks at.
+const PART: usize = 1 << 16;

@@ -11,15 +11,25 @@ use crate::error::{Error, Result};
 use crate::io::atomic::{self, Sink};
 
 /// Number of values converted at a time.
-const CHUNK: usize = 1 << 16;
+const CHUNK: usize = 1 << 21;
 
-type Producer<'a, T> = Box<dyn FnOnce() -> Result<T> + Send + 'a>;
+/// Makes the elements of a tensor and passes them on.
+type Producer<'a> = Box<dyn FnOnce(Receiver<'_>) -> Result<()> + Send + 'a>;
+
+/// Takes the elements of a tensor.
+pub(crate) type Receiver<'r> = &'r mut dyn FnMut(Content<'_>) -> Result<()>;
+
+/// The elements of a tensor.
+pub(crate) enum Content<'a> {
+    /// Numbers, which are stored as the tensor's dtype.
+    Values(Cow<'a, [f32]>),
+    /// The bytes in the file.
+    Bytes(Cow<'a, [u8]>),
+}
 
 enum Source<'a> {
-    Values(Cow<'a, [f32]>),
-    LazyValues(Producer<'a, Vec<f32>>),
-    Bytes(Cow<'a, [u8]>),
-    LazyBytes(Producer<'a, Vec<u8>>),
+    Ready(Content<'a>),
+    Lazy(Producer<'a>),
 }
 
 /// A tensor to be written: its name, dtype and shape, and its elements or a closure that produces
@@ -57,7 +67,7 @@ impl<'a> HostTensor<'a> {
             name: name.into(),
             dtype,
             shape: shape.into(),
-            source: Source::Values(values.into()),
+            source: Source::Ready(Content::Values(values.into())),
             written: None,
         }
     }
@@ -70,11 +80,23 @@ impl<'a> HostTensor<'a> {
         shape: impl Into<Vec<usize>>,
         values: impl FnOnce() -> Result<Vec<f32>> + Send + 'a,
     ) -> Self {
+        let content = move |put: Receiver<'_>| put(Content::Values(values()?.into()));
+        Self::lazy(name, dtype, shape, content)
+    }
+
+    /// Creates a tensor whose elements are produced when they are written: `content` passes them on,
+    /// once.
+    pub(crate) fn lazy(
+        name: impl Into<String>,
+        dtype: DType,
+        shape: impl Into<Vec<usize>>,
+        content: impl FnOnce(Receiver<'_>) -> Result<()> + Send + 'a,
+    ) -> Self {
         Self {
             name: name.into(),
             dtype,
             shape: shape.into(),
-            source: Source::LazyValues(Box::new(values)),
+            source: Source::Lazy(Box::new(content)),
             written: None,
         }
     }
@@ -90,7 +112,7 @@ impl<'a> HostTensor<'a> {
             name: name.into(),
             dtype,
             shape: shape.into(),
-            source: Source::Bytes(bytes.into()),
+            source: Source::Ready(Content::Bytes(bytes.into())),
             written: None,
         }
     }
@@ -103,13 +125,8 @@ impl<'a> HostTensor<'a> {
         shape: impl Into<Vec<usize>>,
         bytes: impl FnOnce() -> Result<Vec<u8>> + Send + 'a,
     ) -> Self {
-        Self {
-            name: name.into(),
-            dtype,
-            shape: shape.into(),
-            source: Source::LazyBytes(Box::new(bytes)),
-            written: None,
-        }
+        let content = move |put: Receiver<'_>| put(Content::Bytes(bytes()?.into()));
+        Self::lazy(name, dtype, shape, content)
     }
 
     /// Creates a matrix from the rows of several matrices, one after the other.
@@ -230,21 +247,33 @@ impl<'a> HostTensor<'a> {
 
     /// Passes the bytes of the tensor to `put`.
     fn encode(mut self, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let (n, n_bytes) = (self.n_elements()?, self.n_bytes()?);
-        let source = std::mem::replace(&mut self.source, Source::Bytes(Cow::Borrowed(&[])));
-        let values = match source {
-            Source::Values(values) => values,
-            Source::LazyValues(make) => Cow::Owned(make()?),
-            Source::Bytes(bytes) => {
-                self.check_len("bytes", bytes.len(), n_bytes)?;
-                return put(&bytes);
-            }
-            Source::LazyBytes(make) => {
-                let bytes = make()?;
-                self.check_len("bytes", bytes.len(), n_bytes)?;
+        let nothing = Content::Bytes(Cow::Borrowed(&[]));
+        let source = std::mem::replace(&mut self.source, Source::Ready(nothing));
+        let mut n_passed = 0;
+        let mut pass = |content: Content<'_>| {
+            n_passed += 1;
+            self.encode_content(content, put)
+        };
+        match source {
+            Source::Ready(content) => pass(content)?,
+            Source::Lazy(make) => make(&mut pass)?,
+        }
+        self.check_len("passes", n_passed, 1)
+    }
+
+    fn encode_content(
+        &self,
+        content: Content<'_>,
+        put: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let values = match content {
+            Content::Values(values) => values,
+            Content::Bytes(bytes) => {
+                self.check_len("bytes", bytes.len(), self.n_bytes()?)?;
                 return put(&bytes);
             }
         };
+        let n = self.n_elements()?;
         self.check_len("elements", values.len(), n)?;
         let mut bytes = Vec::with_capacity(CHUNK.min(n) * self.dtype.size());
         for (i, chunk) in values.chunks(CHUNK).enumerate() {

@@ -1,5 +1,6 @@
 //! LoRA adapters as GGUF files.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -104,7 +105,10 @@ impl LoraAdapter {
                 name: format!("{in_file}.lora_a"),
                 shape: vec![rank, d_input],
                 encoding: Encoding::Plain(dtype),
-                bytes: Box::new(move || encoded(layer, dtype, weights.a().as_slice())),
+                bytes: Box::new(move || {
+                    encoded(layer, dtype, weights.a().as_slice()).map(Cow::Owned)
+                }),
+                written: Box::new(|| {}),
             });
             tensors.push(Tensor {
                 name: format!("{in_file}.lora_b"),
@@ -115,10 +119,11 @@ impl LoraAdapter {
                     let b: Vec<f32> = weights.b().as_slice().iter().map(|b| b * factor).collect();
                     let bytes = encoded(layer, dtype, &b)?;
                     Ok(match heads.filter(|heads| *heads > 0) {
-                        Some(heads) => permuted(&bytes, d_output, d_output / heads),
-                        None => bytes,
+                        Some(heads) => permuted(&bytes, d_output, d_output / heads).into(),
+                        None => bytes.into(),
                     })
                 }),
+                written: Box::new(|| {}),
             });
         }
         write(destination.as_ref(), &keys, tensors, overwrite)

@@ -1,5 +1,6 @@
 //! Writes the container: metadata, tensor headers, then the data of one tensor after another.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -115,6 +116,9 @@ fn u32_of(key: &str, value: usize) -> Result<u32> {
     })
 }
 
+/// Makes the bytes of a tensor.
+pub(super) type Producer<'a> = Box<dyn FnOnce() -> Result<Cow<'a, [u8]>> + 'a>;
+
 /// A tensor to be written.
 pub(super) struct Tensor<'a> {
     pub name: String,
@@ -122,7 +126,9 @@ pub(super) struct Tensor<'a> {
     pub shape: Vec<usize>,
     pub encoding: Encoding,
     /// Makes the bytes. It is called when the tensor is written, and they are dropped right after.
-    pub bytes: Box<dyn FnOnce() -> Result<Vec<u8>> + 'a>,
+    pub bytes: Producer<'a>,
+    /// Called when they are written.
+    pub written: Box<dyn FnOnce() + 'a>,
 }
 
 impl Tensor<'_> {
@@ -214,6 +220,8 @@ pub(super) fn write(
             }
             sink.put(&bytes)?;
             sink.put(padding(expected))?;
+            drop(bytes);
+            (tensor.written)();
         }
         Ok(())
     })

@@ -16,6 +16,7 @@ pub(in crate::io::gguf) mod container;
 mod quantize;
 mod tokenizer;
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -251,14 +252,18 @@ pub(crate) fn write_from(
     let task = Task::begin(progress, "write", plan.tensors.len(), "tensors")?;
     let task = RefCell::new(task);
     let task = &task;
-    let tensors = plan.tensors.into_iter().map(|tensor| Tensor {
-        name: tensor.name.clone(),
-        shape: tensor.shape.clone(),
-        encoding: tensor.encoding,
-        bytes: Box::new(move || {
-            task.borrow_mut().step(&tensor.name)?;
-            tensor.bytes(source, options.requantize)
-        }),
+    let tensors = plan.tensors.into_iter().map(|tensor| {
+        let parts: Vec<String> = tensor.parts.iter().map(|part| part.name.clone()).collect();
+        Tensor {
+            name: tensor.name.clone(),
+            shape: tensor.shape.clone(),
+            encoding: tensor.encoding,
+            bytes: Box::new(move || {
+                task.borrow_mut().step(&tensor.name)?;
+                tensor.bytes(source, options.requantize)
+            }),
+            written: Box::new(move || parts.iter().for_each(|part| source.release(part))),
+        }
     });
     let mut tensors: Vec<Tensor<'_>> = tensors.collect();
     let mut vectors: Vec<(&str, Vec<f32>)> = Vec::new();
@@ -282,6 +287,7 @@ pub(crate) fn write_from(
                 let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
                 Ok(bytes.collect())
             }),
+            written: Box::new(|| {}),
         });
     }
     container::write(destination, &keys, tensors, options.overwrite)?;
@@ -515,31 +521,30 @@ impl Planned {
         }
     }
 
-    /// Makes the bytes of the tensor.
-    fn bytes(&self, source: &dyn ModelSource, requantize: bool) -> Result<Vec<u8>> {
-        let mut all = Vec::new();
+    /// Makes the bytes of the tensor, which are those of the source if they need no change.
+    fn bytes<'s>(&self, source: &'s dyn ModelSource, requantize: bool) -> Result<Cow<'s, [u8]>> {
+        let mut all = Cow::Borrowed(&[][..]);
         for part in &self.parts {
             let mut bytes = self.part_bytes(part, source, requantize)?;
-            source.release(&part.name);
             if let Some(heads) = part.heads.filter(|heads| *heads > 0) {
                 let rows = part.to[0];
-                bytes = permuted(&bytes, rows, rows / heads);
+                bytes = permuted(&bytes, rows, rows / heads).into();
             }
             if all.is_empty() {
                 all = bytes;
             } else {
-                all.extend_from_slice(&bytes);
+                all.to_mut().extend_from_slice(&bytes);
             }
         }
         Ok(all)
     }
 
-    fn part_bytes(
+    fn part_bytes<'s>(
         &self,
         part: &Part,
-        source: &dyn ModelSource,
+        source: &'s dyn ModelSource,
         requantize: bool,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<Cow<'s, [u8]>> {
         let (len, block_bytes) = self.encoding.block();
         let to: usize = part.to.iter().product();
         let n_bytes = to / len * block_bytes;
@@ -547,9 +552,10 @@ impl Planned {
             // Zeros of every type are zero bytes. A norm that acts on zeros may have any gain.
             let norm = part.to.len() == 1 && part.name.ends_with(NORM);
             if !norm {
-                return Ok(vec![0; n_bytes]);
+                return Ok(vec![0; n_bytes].into());
             }
-            return self.plain(&part.name, DType::F32, &vec![1.0; to]);
+            let gains = self.plain(&part.name, DType::F32, &vec![1.0; to])?;
+            return Ok(gains.into());
         };
         if let ([rows, width], [_, cols], Encoding::Blocks(blocks)) =
             (from.as_slice(), part.to.as_slice(), self.encoding)
@@ -562,7 +568,14 @@ impl Planned {
                 _ => self.rounded(part, [*rows, *width], *cols, source, held, requantize)?,
             };
             bytes.resize(n_bytes, 0);
-            return Ok(bytes);
+            return Ok(bytes.into());
+        }
+        let dtype = self.encoding.dtype();
+        if self.offset == 0.0
+            && *from == part.to
+            && let Some(bytes) = source.bytes(&part.name, dtype, from)?
+        {
+            return Ok(bytes.into());
         }
         let mut values = source.numbers(&part.name, from)?;
         if self.offset != 0.0 {
@@ -572,10 +585,9 @@ impl Planned {
             ([_, width], [_, cols]) => padded_rows(values, *width, *cols),
             _ => values,
         };
-        let dtype = self.encoding.dtype();
         let mut bytes = self.plain(&part.name, dtype, &values)?;
         bytes.resize(n_bytes, 0);
-        Ok(bytes)
+        Ok(bytes.into())
     }
 
     fn plain(&self, name: &str, dtype: DType, values: &[f32]) -> Result<Vec<u8>> {
