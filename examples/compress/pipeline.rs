@@ -10,7 +10,7 @@ use elastic_lora::format::WeightFormat;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
-use elastic_lora::progress::{Progress, TerminalProgress};
+use elastic_lora::progress::{Progress, Task as Work, TerminalProgress};
 use elastic_lora::runtime::{FormatPlan, GenerateConfig, Model};
 use elastic_lora::search::{
     Evaluation, Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome,
@@ -659,12 +659,12 @@ impl Run<'_> {
         pretrained.write_variant(&merged.model, &folder, true)?;
         self.check("read the merged model")?;
         let written = Pretrained::open(&folder, &pretrained.model.device())?.model;
-        let lost = self.zeros_lost(pruned, &written)?;
+        let (lost, difference) = self.compare_written(pruned, net.model(), &written, &sample)?;
         common::say!(
             "merged {} layers: {lost} zeros lost; logits differ by at most {:.1e} in f32, {:.1e} as written in {}",
             merged.report.layers.len(),
             merged.report.max_logit_difference.unwrap_or(0.0),
-            self.max_logit_difference(net.model(), &written, &sample)?,
+            difference,
             pretrained.dtype
         );
         self.row("SparsePEFT, merged", &written, None)?;
@@ -689,32 +689,34 @@ impl Run<'_> {
         Ok(zeros as f64 / all.max(1) as f64)
     }
 
-    /// Returns the number of zeros in the linear layers of `before` that are not zero in `after`.
-    pub fn zeros_lost(&self, before: &Decoder, after: &Decoder) -> Result<usize> {
+    /// Compares a model as it was written with the one that it was made from: returns the number of
+    /// zeros of the linear layers of `sparse` that are lost, and the largest absolute difference of
+    /// the logits of `merged` on token sequences.
+    pub fn compare_written(
+        &self,
+        sparse: &Decoder,
+        merged: &Decoder,
+        written: &Decoder,
+        sample: &[Vec<u32>],
+    ) -> Result<(usize, f32)> {
+        let n_layers = written.linears().count();
+        let n = n_layers + sample.len();
+        let mut task = Work::begin(&self.progress, "compare as written", n, "parts")?;
         let mut lost = 0;
-        for ((_, before), (_, after)) in before.linears().zip(after.linears()) {
-            self.check("compare zeros")?;
+        for ((_, before), (name, after)) in sparse.linears().zip(written.linears()) {
             let (before, after) = (before.base.to_matrix(), after.base.to_matrix());
             let pairs = before.as_slice().iter().zip(after.as_slice());
             lost += pairs.filter(|(b, a)| **b == 0.0 && **a != 0.0).count();
+            task.step(&name)?;
         }
-        Ok(lost)
-    }
-
-    /// Returns the largest absolute difference between the logits of two models on token sequences.
-    pub fn max_logit_difference(
-        &self,
-        a: &Decoder,
-        b: &Decoder,
-        sample: &[Vec<u32>],
-    ) -> Result<f32> {
         let mut largest = 0.0;
         for ids in sample {
-            self.check("compare logits")?;
-            let (a, b) = (a.forward(a.tokens(ids, 1)?), b.forward(b.tokens(ids, 1)?));
-            largest = f32::max(largest, (a - b).abs().max().into_scalar());
+            let logits = |model: &Decoder| Ok::<_, Error>(model.forward(model.tokens(ids, 1)?));
+            let difference = (logits(merged)? - logits(written)?).abs().max();
+            largest = f32::max(largest, difference.into_scalar());
+            task.step("logits")?;
         }
-        Ok(largest)
+        Ok((lost, largest))
     }
 
     /// Writes the search space and the subnet next to the model that was made from it.

@@ -12,6 +12,7 @@ use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::progress::Task;
 use elastic_lora::runtime::{Model, ModelOptions};
 use elastic_lora::sparsity::{self, InputNorms, Mask};
 use elastic_lora::supernet::QaConfig;
@@ -326,10 +327,12 @@ impl Run<'_> {
             QaStart::Sparse
         });
         let adapted = |name: &str| space.group_of_layer(name).is_some();
+        let mut work = Task::begin(&self.progress, "prepare", 4, "steps")?;
         // Layers without an adapter keep their quantized weights in any case.
         let base = rounded.packed(pruned, self, |name| {
             start == QaStart::Gptq || !adapted(name)
         })?;
+        work.step("weights packed")?;
         let sparse = if joint { &rounded.model } else { pruned };
         let layers = sparse.linears().filter(|(name, _)| adapted(name));
         let mask = |(name, layer): (String, &ElasticLoraLinear)| {
@@ -337,6 +340,7 @@ impl Run<'_> {
             Ok((name, Mask::from_nonzero(&layer.base.to_matrix())))
         };
         let masks = layers.map(mask).collect::<Result<_>>()?;
+        work.step("masks made")?;
         let grids = rounded
             .layers
             .iter()
@@ -345,10 +349,11 @@ impl Run<'_> {
         let qa = QaConfig::new(grids.collect())
             .with_masks(masks)
             .with_train_scales(args.train_scales);
-        let mut net = self
-            .supernet(&base, space.clone(), true)?
-            .with_quantization(&qa)?;
-        self.check("make grids")?;
+        let net = self.supernet(&base, space.clone(), true)?;
+        work.step("adapters made")?;
+        let mut net = net.with_quantization(&qa)?;
+        work.step("grids made")?;
+        drop(work);
         self.train(&mut net, "sqft-qa", Sampling::PerStep)?;
         let chosen = self.better_of_two(&mut net)?;
 
@@ -360,12 +365,11 @@ impl Run<'_> {
             .filter_map(|(name, layer)| Some((name, layer.base.quantized()?.unpack())));
         let integers: BTreeMap<String, QuantizedMatrix> = integers.collect();
         let written = self.written(&merged.model, &integers, "merged-quantized")?;
+        let (lost, difference) = self.compare_written(sparse, net.model(), &written, &sample)?;
         crate::common::say!(
-            "merged {} layers: {} zeros lost; logits differ by at most {:.1e}, as written by {:.1e}",
+            "merged {} layers: {lost} zeros lost; logits differ by at most {:.1e}, as written by {difference:.1e}",
             merged.report.layers.len(),
-            self.zeros_lost(sparse, &written)?,
             merged.report.max_logit_difference.unwrap_or(0.0),
-            self.max_logit_difference(net.model(), &written, &sample)?
         );
         self.row("SQFT + QA-SparsePEFT", &written, None)?;
         self.precision(format!("{}, merged", self.integers()));
