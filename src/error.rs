@@ -303,6 +303,14 @@ pub enum Error {
         /// Number of bytes requested.
         bytes: usize,
     },
+    /// Not one thread could be started.
+    #[error(
+        "no thread can be started: {source} (threads count as processes of the user: `ulimit -u`)"
+    )]
+    NoThreads {
+        /// The error of the operating system.
+        source: std::io::Error,
+    },
     // --- runs ------------------------------------------------------------------------------------
     /// The loss or the gradient became NaN or infinite during training.
     #[error("step {step}: training diverged (loss {loss}, gradient norm {grad_norm})")]

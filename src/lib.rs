@@ -89,6 +89,7 @@ pub mod search;
 pub mod space;
 pub mod sparsity;
 pub mod tasks;
+mod threads;
 
 // The training half, built on Burn. No module above uses it.
 #[cfg(feature = "burn")]

@@ -221,7 +221,7 @@ impl TerminalProgress {
         // A thread keeps the time, because a single step may take longer than the time between two
         // lines.
         let board = Arc::downgrade(&shown);
-        std::thread::spawn(move || {
+        let tick = move || {
             loop {
                 std::thread::sleep(Duration::from_secs(1));
                 let Some(shown) = Weak::upgrade(&board) else {
@@ -229,7 +229,9 @@ impl TerminalProgress {
                 };
                 lock(&shown).tick(SystemTime::now());
             }
-        });
+        };
+        // Where no thread can be had, steps alone show the time.
+        drop(std::thread::Builder::new().spawn(tick));
         let interrupt = None;
         Self { shown, interrupt }
     }

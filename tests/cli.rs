@@ -901,7 +901,8 @@ fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     all
 }
 
-/// `ELASTIC_LORA_ROUNDS=100 cargo test --release --test cli -- --ignored` kills a hundred runs.
+/// `ELASTIC_LORA_ROUNDS=100 cargo test --release --test cli -- --ignored` kills at least a hundred
+/// runs in training, and as many while they search.
 #[cfg(unix)]
 #[test]
 #[ignore = "takes some seconds for each killed run"]
@@ -911,53 +912,131 @@ fn killed_runs_are_resumed_with_the_same_results() {
     problems(&root.path().join("train.jsonl"), 12);
     problems(&root.path().join("valid.jsonl"), 3);
     let out = root.path().join("out");
-    let command = |more: &[&str]| {
-        let mut command = example("compress", root.path())?;
-        command.args(["--train", "train.jsonl", "--valid", "valid.jsonl"]);
-        command.args([
-            "--method", "shears", "--steps", "8", "--batch", "2", "--evals", "4",
-        ]);
-        command.args(["--out", "out"]).args(more);
-        command.stdout(Stdio::null()).stderr(Stdio::piped());
-        Some(command)
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(22);
+    for (phase, steps, evals) in [("train", "40", "4"), ("search", "2", "80")] {
+        let command = |more: &[&str]| {
+            let mut command = example("compress", root.path())?;
+            command.args(["--train", "train.jsonl", "--valid", "valid.jsonl"]);
+            command.args(["--method", "shears", "--batch", "2"]);
+            command.args(["--steps", steps, "--evals", evals]);
+            command.args(["--out", "out"]).args(more);
+            command.stdout(Stdio::null()).stderr(Stdio::piped());
+            Some(command)
+        };
+        let Some(mut first) = command(&[]) else {
+            return;
+        };
+        let started = std::time::Instant::now();
+        let output = first.output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        let whole = started.elapsed();
+        let expected = contents(&out);
+        std::fs::remove_dir_all(&out).unwrap();
+        let (mut n_killed, mut n_in_phase, mut round) = (0, 0, 0);
+        while n_in_phase < rounds(10) {
+            let mut running = command(&[]).unwrap().spawn().unwrap();
+            // Killed up to three times, then left to end.
+            for _ in 0..rng.random_range(1..4) {
+                std::thread::sleep(whole.mul_f64(rng.random_range(0.0..1.1)));
+                let runs = running.try_wait().unwrap().is_none();
+                running.kill().unwrap();
+                running.wait().unwrap();
+                let begun = |name: &str| {
+                    let file = std::fs::metadata(out.join("shears").join(name));
+                    file.is_ok_and(|file| file.len() > 0)
+                };
+                let ended = out.join("supernet.elora").exists();
+                let is_in_phase = match (begun("losses.csv"), begun("search.jsonl")) {
+                    (true, false) => phase == "train",
+                    (_, true) => phase == "search" && !ended,
+                    _ => false,
+                };
+                n_killed += usize::from(runs);
+                n_in_phase += usize::from(runs && is_in_phase);
+                running = command(&["--resume"]).unwrap().spawn().unwrap();
+            }
+            let output = running.wait_with_output().unwrap();
+            let text = stderr(&output);
+            assert!(output.status.success(), "round {round}: {text}");
+            let found = contents(&out);
+            let names = |all: &[(PathBuf, Vec<u8>)]| -> Vec<PathBuf> {
+                all.iter().map(|(name, _)| name.clone()).collect()
+            };
+            assert_eq!(names(&found), names(&expected), "round {round}");
+            for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+                assert!(found == expected, "round {round}: {}", name.display());
+            }
+            std::fs::remove_dir_all(&out).unwrap();
+            round += 1;
+            assert!(round < 20 * rounds(10), "{n_in_phase} in the phase {phase}");
+        }
+        eprintln!("{n_killed} runs were killed, {n_in_phase} in the phase {phase}");
+    }
+}
+
+/// The limit of threads is one of the user, and does not hold for root. So the run is another user's
+/// where the tests are root's.
+#[cfg(target_os = "linux")]
+#[test]
+fn runs_go_on_with_few_threads() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65534;
+    let root = tempfile::tempdir().unwrap();
+    let open = |path: &Path| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
     };
-    let Some(mut first) = command(&[]) else {
+    open(root.path());
+    problems(&root.path().join("train.jsonl"), 6);
+    problems(&root.path().join("valid.jsonl"), 2);
+    let Some(built) = example("compress", root.path()) else {
         return;
     };
-    let started = std::time::Instant::now();
-    let output = first.output().unwrap();
-    assert!(output.status.success(), "{}", stderr(&output));
-    let whole = started.elapsed();
-    let expected = contents(&out);
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(22);
-    let mut n_killed = 0;
-    for round in 0..rounds(10) {
-        std::fs::remove_dir_all(&out).unwrap();
-        let mut running = command(&[]).unwrap().spawn().unwrap();
-        // Killed up to three times, then left to end.
-        for _ in 0..rng.random_range(1..4) {
-            std::thread::sleep(whole.mul_f64(rng.random_range(0.0..1.1)));
-            n_killed += usize::from(running.try_wait().unwrap().is_none());
-            running.kill().unwrap();
-            running.wait().unwrap();
-            running = command(&["--resume"]).unwrap().spawn().unwrap();
-        }
-        let output = running.wait_with_output().unwrap();
-        assert!(
-            output.status.success(),
-            "round {round}: {}",
-            stderr(&output)
+    let program = root.path().join("compress");
+    std::fs::copy(built.get_program(), &program).unwrap();
+    open(&program);
+    let model = root.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(shipped_model()).unwrap() {
+        let from = entry.unwrap().path();
+        std::fs::copy(&from, model.join(from.file_name().unwrap())).unwrap();
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let uid = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let is_root = uid.unwrap().split_whitespace().nth(1) == Some("0");
+    let (mut n_good, mut n_refused) = (0, 0);
+    for limit in (1..8).chain([64]) {
+        let mut command = Command::new("sh");
+        // Shells differ in the option's name.
+        let set = format!(
+            "if (ulimit -u {limit}) 2>/dev/null; then ulimit -u {limit}; else ulimit -p {limit}; fi"
         );
-        let found = contents(&out);
-        let names = |all: &[(PathBuf, Vec<u8>)]| -> Vec<PathBuf> {
-            all.iter().map(|(name, _)| name.clone()).collect()
-        };
-        assert_eq!(names(&found), names(&expected), "round {round}");
-        for ((name, found), (_, expected)) in found.iter().zip(&expected) {
-            assert!(found == expected, "round {round}: {}", name.display());
+        let run = "exec ./compress --model model --train train.jsonl --valid valid.jsonl \
+                   --method shears --steps 2 --batch 2 --evals 2";
+        let out = format!("out-{limit}");
+        command
+            .args(["-c", &format!("{set} && {run} --out {out}")])
+            .env("RAYON_NUM_THREADS", "32")
+            .current_dir(root.path());
+        if is_root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let output = command.output().unwrap();
+        let text = stderr(&output);
+        assert!(!text.contains("panicked"), "{limit}: {text}");
+        if output.status.success() {
+            n_good += 1;
+        } else if text.contains("error: no thread can be started") {
+            n_refused += 1;
+        } else {
+            // A user with more processes than that cannot start the program at all.
+            assert!(!is_root, "{limit}: {text}");
         }
     }
-    eprintln!("{n_killed} runs were killed");
+    assert!(
+        !is_root || (n_good > 1 && n_refused > 0),
+        "{n_good}, {n_refused}"
+    );
 }
 
 /// Kills runs of `stream`, and starts them again.

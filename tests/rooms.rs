@@ -5,10 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules of the crate, from the top down. A module may use itself and the modules before it.
-const ROOMS: [&str; 25] = [
-    "settings", "error", "input", "progress", "arch", "space", "linalg", "format", "sparsity",
-    "quant", "kernels", "io", "data", "search", "runtime", "tasks", "ffi", "nn", "adapter",
-    "model", "supernet", "calib", "train", "eval", "merge",
+const ROOMS: [&str; 26] = [
+    "settings", "error", "input", "progress", "threads", "arch", "space", "linalg", "format",
+    "sparsity", "quant", "kernels", "io", "data", "search", "runtime", "tasks", "ffi", "nn",
+    "adapter", "model", "supernet", "calib", "train", "eval", "merge",
 ];
 
 /// The last module that does not use Burn.

@@ -10,7 +10,7 @@ use elastic_lora::format::WeightFormat;
 use elastic_lora::io::peft::PeftOptions;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
-use elastic_lora::progress::TerminalProgress;
+use elastic_lora::progress::{Progress, Task as Work, TerminalProgress};
 use elastic_lora::runtime::{FormatPlan, GenerateConfig, Model};
 use elastic_lora::search::{
     Evaluation, Heuristic, HillClimbingConfig, NsgaConfig, RandomSearchConfig, SearchOutcome,
@@ -186,6 +186,15 @@ fn percent(share: f64) -> f64 {
 }
 
 impl Run<'_> {
+    /// Stops an interrupted run between two steps that report no progress. Each takes seconds for a
+    /// model of half a billion weights.
+    pub fn check(&self, task: &str) -> Result<()> {
+        match self.progress.is_interrupted() {
+            true => Err(Error::Interrupted { task: task.into() }),
+            false => Ok(()),
+        }
+    }
+
     /// Prunes a model, adds its row and writes it.
     pub fn pruned(&mut self, base: &Decoder) -> Result<Decoder> {
         let pruned = self.pruned_by(base, self.args.prune)?;
@@ -245,8 +254,10 @@ impl Run<'_> {
         let found = spaced(&members, self.args.front);
         let members = found.iter().enumerate();
         subnets.extend(members.map(|(at, one)| (format!("front-{}", at + 1), one.config.clone())));
-        let plan = self.plan(share_of_zeros(net.model()));
-        Model::from_supernet(net, &subnets, plan)?
+        let plan = self.plan(self.share_of_zeros(net.model())?);
+        let model = Model::from_supernet(net, &subnets, plan)?;
+        self.check("write a bundle")?;
+        model
             .with_tokenizer(&self.task.pretrained.folder)?
             .save(self.out.join(file), true)?;
         let names: Vec<&str> = subnets.iter().map(|(name, _)| name.as_str()).collect();
@@ -264,7 +275,7 @@ impl Run<'_> {
             ("smallest", net.minimal()),
         ]
         .map(|(name, subnet)| (name.to_string(), subnet));
-        let plan = self.plan(share_of_zeros(net.model()));
+        let plan = self.plan(self.share_of_zeros(net.model())?);
         Merger::new()
             .merge_subnets(net, &subnets, plan, &self.progress)?
             .with_tokenizer(&self.task.pretrained.folder)?
@@ -275,7 +286,9 @@ impl Run<'_> {
 
     /// Creates a supernet whose adapters begin as asked for, except for [`Init::Error`].
     pub fn supernet(&self, model: &Decoder, space: SearchSpace, masked: bool) -> Result<SuperNet> {
+        self.check("make adapters")?;
         let mut net = fresh_supernet(self.args, model, space, masked)?;
+        self.check("make adapters")?;
         if self.args.init == Init::Pissa {
             net.init_from_principal(&self.progress)?;
         }
@@ -309,7 +322,7 @@ impl Run<'_> {
         let mut row = Row::new(name);
         let (loss, accuracy) = self.measured(name, model)?;
         (row.loss, row.accuracy) = (Some(loss), accuracy);
-        let sparsity = share_of_zeros(model);
+        let sparsity = self.share_of_zeros(model)?;
         row.sparsity = Some(sparsity);
         let plain;
         let net = match net {
@@ -317,6 +330,7 @@ impl Run<'_> {
             None => {
                 let config = SuperNetConfig::new(lora_config(self.args, 1));
                 plain = SuperNet::new(model.clone(), SearchSpace::single(), config)?;
+                self.check("count zeros")?;
                 &plain
             }
         };
@@ -326,6 +340,7 @@ impl Run<'_> {
         row.macs_per_token = Some(cost.macs_per_token as u64);
         // The runtime stores adapters in the type of the weights that stay dense.
         let base = stored_bytes(model, self.plan(sparsity))?;
+        self.check("count bytes")?;
         let size = self.task.pretrained.dtype.size();
         row.bytes = Some((base + cost.adapter_params * size) as u64);
         if !net.space().is_empty() {
@@ -577,8 +592,8 @@ impl Run<'_> {
     }
 
     /// Returns the cost that the target and the arguments name.
-    fn cost(&self, net: &SuperNet) -> Cost {
-        match self.args.target {
+    fn cost(&self, net: &SuperNet) -> Result<Cost> {
+        Ok(match self.args.target {
             Some(Target::Bytes(_)) if self.args.method == Method::Lonas => {
                 Cost::Stored(match self.stored_dtype() {
                     DType::BF16 => WeightFormat::Bf16,
@@ -587,12 +602,12 @@ impl Run<'_> {
                 })
             }
             Some(Target::Bytes(_)) => {
-                let plan = self.plan(share_of_zeros(net.model()));
+                let plan = self.plan(self.share_of_zeros(net.model())?);
                 Cost::Stored(plan.linears.unwrap_or(WeightFormat::F32))
             }
             Some(Target::Milliseconds(_)) => Cost::Latency,
             _ => self.args.cost.into(),
-        }
+        })
     }
 
     /// Returns what a search minimises: the negated score and the cost that the arguments name, on
@@ -608,7 +623,7 @@ impl Run<'_> {
             },
             (SearchMetric::Accuracy, None) => return Err(Task::no_answers()),
         };
-        let objective = SubnetObjective::new(net, metric, self.cost(net));
+        let objective = SubnetObjective::new(net, metric, self.cost(net)?);
         match self.phase(net.model()) {
             Some(phase) => Ok(objective.with_latency(self.latency_table(net, phase)?)),
             None => Ok(objective),
@@ -642,13 +657,14 @@ impl Run<'_> {
         let pretrained = &self.task.pretrained;
         let folder = self.out.join("merged");
         pretrained.write_variant(&merged.model, &folder, true)?;
+        self.check("read the merged model")?;
         let written = Pretrained::open(&folder, &pretrained.model.device())?.model;
-        let lost = zeros_lost(pruned, &written);
+        let (lost, difference) = self.compare_written(pruned, net.model(), &written, &sample)?;
         common::say!(
             "merged {} layers: {lost} zeros lost; logits differ by at most {:.1e} in f32, {:.1e} as written in {}",
             merged.report.layers.len(),
             merged.report.max_logit_difference.unwrap_or(0.0),
-            max_logit_difference(net.model(), &written, &sample)?,
+            difference,
             pretrained.dtype
         );
         self.row("SparsePEFT, merged", &written, None)?;
@@ -659,6 +675,48 @@ impl Run<'_> {
         atomic::write_json(self.out.join("merge_report.json"), &merged.report)?;
         self.write_merged(&net, "merged.elora")?;
         self.write_subnet(&net, &chosen, "merged")
+    }
+
+    /// Returns the fraction of zeros among the weights of a model's linear layers.
+    fn share_of_zeros(&self, model: &Decoder) -> Result<f64> {
+        let (mut zeros, mut all) = (0, 0);
+        for (_, layer) in model.linears() {
+            self.check("count zeros")?;
+            let weight = layer.base.to_matrix();
+            zeros += weight.count_zeros();
+            all += weight.as_slice().len();
+        }
+        Ok(zeros as f64 / all.max(1) as f64)
+    }
+
+    /// Compares a model as it was written with the one that it was made from: returns the number of
+    /// zeros of the linear layers of `sparse` that are lost, and the largest absolute difference of
+    /// the logits of `merged` on token sequences.
+    pub fn compare_written(
+        &self,
+        sparse: &Decoder,
+        merged: &Decoder,
+        written: &Decoder,
+        sample: &[Vec<u32>],
+    ) -> Result<(usize, f32)> {
+        let n_layers = written.linears().count();
+        let n = n_layers + sample.len();
+        let mut task = Work::begin(&self.progress, "compare as written", n, "parts")?;
+        let mut lost = 0;
+        for ((_, before), (name, after)) in sparse.linears().zip(written.linears()) {
+            let (before, after) = (before.base.to_matrix(), after.base.to_matrix());
+            let pairs = before.as_slice().iter().zip(after.as_slice());
+            lost += pairs.filter(|(b, a)| **b == 0.0 && **a != 0.0).count();
+            task.step(&name)?;
+        }
+        let mut largest = 0.0;
+        for ids in sample {
+            let logits = |model: &Decoder| Ok::<_, Error>(model.forward(model.tokens(ids, 1)?));
+            let difference = (logits(merged)? - logits(written)?).abs().max();
+            largest = f32::max(largest, difference.into_scalar());
+            task.step("logits")?;
+        }
+        Ok((lost, largest))
     }
 
     /// Writes the search space and the subnet next to the model that was made from it.
@@ -680,40 +738,4 @@ fn spaced<'a>(front: &[&'a Evaluation], n: Option<usize>) -> Vec<&'a Evaluation>
         _ => (index * last + (n - 1) / 2) / (n - 1),
     };
     (0..n).map(|index| front[at(index)]).collect()
-}
-
-/// Returns the fraction of zeros among the weights of a model's linear layers.
-fn share_of_zeros(model: &Decoder) -> f64 {
-    let (mut zeros, mut all) = (0, 0);
-    for (_, layer) in model.linears() {
-        let weight = layer.base.to_matrix();
-        zeros += weight.count_zeros();
-        all += weight.as_slice().len();
-    }
-    zeros as f64 / all.max(1) as f64
-}
-
-/// Returns the number of zeros in the linear layers of `before` that are not zero in `after`.
-pub fn zeros_lost(before: &Decoder, after: &Decoder) -> usize {
-    let layers = before.linears().zip(after.linears());
-    let lost = layers.map(|((_, before), (_, after))| {
-        let (before, after) = (before.base.to_matrix(), after.base.to_matrix());
-        before
-            .as_slice()
-            .iter()
-            .zip(after.as_slice())
-            .filter(|(b, a)| **b == 0.0 && **a != 0.0)
-            .count()
-    });
-    lost.sum()
-}
-
-/// Returns the largest absolute difference between the logits of two models on token sequences.
-pub fn max_logit_difference(a: &Decoder, b: &Decoder, sample: &[Vec<u32>]) -> Result<f32> {
-    let mut largest = 0.0;
-    for ids in sample {
-        let (a, b) = (a.forward(a.tokens(ids, 1)?), b.forward(b.tokens(ids, 1)?));
-        largest = f32::max(largest, (a - b).abs().max().into_scalar());
-    }
-    Ok(largest)
 }

@@ -12,13 +12,14 @@ use elastic_lora::io::peft::LoraAdapter;
 use elastic_lora::io::{DType, atomic};
 use elastic_lora::model::{Decoder, Pretrained};
 use elastic_lora::nn::{BaseLinear, host_values};
+use elastic_lora::progress::Task;
 use elastic_lora::runtime::{Model, ModelOptions};
 use elastic_lora::sparsity::{self, InputNorms, Mask};
 use elastic_lora::supernet::QaConfig;
 use elastic_lora::train::Sampling;
-use elastic_lora::{Merger, Result, SearchSpace, SuperNet};
+use elastic_lora::{ElasticLoraLinear, Merger, Result, SearchSpace, SuperNet};
 
-use crate::pipeline::{Run, max_logit_difference, zeros_lost};
+use crate::pipeline::Run;
 use crate::report::Row;
 use crate::{Init, Method, QaStart, Quantize};
 
@@ -37,9 +38,10 @@ struct Quantized {
 
 impl Quantized {
     /// Returns the model with the weights of the selected layers packed in memory as in the files.
-    fn packed(&self, of: &Decoder, which: impl Fn(&str) -> bool) -> Result<Decoder> {
+    fn packed(&self, of: &Decoder, run: &Run<'_>, which: impl Fn(&str) -> bool) -> Result<Decoder> {
         let (mut model, device) = (of.clone(), of.device());
         model.try_for_each_linear(|name, layer| {
+            run.check("pack weights")?;
             if let Some(matrix) = self.layers.get(name).filter(|_| which(name)) {
                 let bias = layer.base.bias.as_ref().map(|bias| host_values(bias.val()));
                 layer.base = BaseLinear::from_quantized(
@@ -151,7 +153,7 @@ impl Run<'_> {
                     adapter: "sqft-adapter",
                     base: rounded.folder,
                 };
-                let integers = rounded.packed(&rounded.model, |_| true)?;
+                let integers = rounded.packed(&rounded.model, self, |_| true)?;
                 self.apart(&sqft, base, &integers, space.clone(), Sampling::PerStep)?;
             }
             if args.method.includes(Method::SqftQaSparsePeft) {
@@ -181,7 +183,9 @@ impl Run<'_> {
     /// Sets the bytes of the last row to what the runtime stores of a folder with codes, which are
     /// floats in the measured model, and of the adapters of `net`.
     fn bytes_of_codes(&mut self, folder: &str, net: Option<&SuperNet>) -> Result<()> {
+        self.check("count bytes")?;
         let model = Model::open(self.out.join(folder), &ModelOptions::default())?;
+        self.check("count bytes")?;
         let mut bytes = model.bytes();
         if let Some(net) = net {
             bytes += net.cost(net.active())?.adapter_params * ADAPTER.size();
@@ -231,7 +235,9 @@ impl Run<'_> {
         folder: &str,
     ) -> Result<Decoder> {
         let (pretrained, path) = (&self.task.pretrained, self.out.join(folder));
+        self.check("write a model")?;
         pretrained.write_quantized(model, layers, self.args.file_format.into(), &path, true)?;
+        self.check("read a model")?;
         Ok(Pretrained::open(&path, &pretrained.model.device())?.model)
     }
 
@@ -321,13 +327,20 @@ impl Run<'_> {
             QaStart::Sparse
         });
         let adapted = |name: &str| space.group_of_layer(name).is_some();
+        let mut work = Task::begin(&self.progress, "prepare", 4, "steps")?;
         // Layers without an adapter keep their quantized weights in any case.
-        let base = rounded.packed(pruned, |name| start == QaStart::Gptq || !adapted(name))?;
+        let base = rounded.packed(pruned, self, |name| {
+            start == QaStart::Gptq || !adapted(name)
+        })?;
+        work.step("weights packed")?;
         let sparse = if joint { &rounded.model } else { pruned };
         let layers = sparse.linears().filter(|(name, _)| adapted(name));
-        let masks = layers
-            .map(|(name, layer)| (name, Mask::from_nonzero(&layer.base.to_matrix())))
-            .collect();
+        let mask = |(name, layer): (String, &ElasticLoraLinear)| {
+            self.check("make masks")?;
+            Ok((name, Mask::from_nonzero(&layer.base.to_matrix())))
+        };
+        let masks = layers.map(mask).collect::<Result<_>>()?;
+        work.step("masks made")?;
         let grids = rounded
             .layers
             .iter()
@@ -336,9 +349,11 @@ impl Run<'_> {
         let qa = QaConfig::new(grids.collect())
             .with_masks(masks)
             .with_train_scales(args.train_scales);
-        let mut net = self
-            .supernet(&base, space.clone(), true)?
-            .with_quantization(&qa)?;
+        let net = self.supernet(&base, space.clone(), true)?;
+        work.step("adapters made")?;
+        let mut net = net.with_quantization(&qa)?;
+        work.step("grids made")?;
+        drop(work);
         self.train(&mut net, "sqft-qa", Sampling::PerStep)?;
         let chosen = self.better_of_two(&mut net)?;
 
@@ -350,12 +365,11 @@ impl Run<'_> {
             .filter_map(|(name, layer)| Some((name, layer.base.quantized()?.unpack())));
         let integers: BTreeMap<String, QuantizedMatrix> = integers.collect();
         let written = self.written(&merged.model, &integers, "merged-quantized")?;
+        let (lost, difference) = self.compare_written(sparse, net.model(), &written, &sample)?;
         crate::common::say!(
-            "merged {} layers: {} zeros lost; logits differ by at most {:.1e}, as written by {:.1e}",
+            "merged {} layers: {lost} zeros lost; logits differ by at most {:.1e}, as written by {difference:.1e}",
             merged.report.layers.len(),
-            zeros_lost(sparse, &written),
             merged.report.max_logit_difference.unwrap_or(0.0),
-            max_logit_difference(net.model(), &written, &sample)?
         );
         self.row("SQFT + QA-SparsePEFT", &written, None)?;
         self.precision(format!("{}, merged", self.integers()));

@@ -18,8 +18,13 @@ mod tokenizer;
 mod window;
 
 pub use batch::{Batch, BatchPlan, Batcher, Position, collate, fixed_batches};
+#[cfg(test)]
+pub(crate) use chat::hostile as hostile_templates;
 pub use chat::{ChatTemplate, Rendered};
-pub(crate) use chat::{python_method, said as said_by_jinja};
+pub(crate) use chat::{
+    add_escaped_json, bounded as bounded_jinja, expression as jinja_expression, fuel as jinja_fuel,
+    pay as pay_in_jinja, rewrite as rewrite_jinja, said as said_by_jinja,
+};
 pub use message::Message;
 pub use packing::Segments;
 pub use record::{

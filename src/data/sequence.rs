@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::template::Turns;
 use super::{Example, Message, Record, Template, TextTokenizer};
 use crate::error::{Error, Result};
+use crate::threads;
 
 /// A tokenized example.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -256,6 +257,7 @@ pub fn tokenize_records(
     tokenizer: &TextTokenizer,
     options: &TokenizeOptions,
 ) -> Result<TokenizedSet> {
+    threads::ready()?;
     let template = template.into();
     let fates: Vec<Result<Fate>> = records
         .par_iter()

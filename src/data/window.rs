@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::{Sequence, TextTokenizer};
 use crate::error::{Error, Result};
+use crate::threads;
 
 /// Tokenizes documents and joins them into one stream. Each document begins with the tokenizer's
 /// prefix and, if `add_eos` is true, ends with EOS (if one is known).
@@ -18,6 +19,7 @@ pub fn join_documents<S: AsRef<str> + Sync>(
     tokenizer: &TextTokenizer,
     add_eos: bool,
 ) -> Result<Vec<u32>> {
+    threads::ready()?;
     let encoded: Vec<Result<Vec<u32>>> = documents
         .par_iter()
         .map(|d| tokenizer.encode_prompt(d.as_ref()))

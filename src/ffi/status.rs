@@ -91,7 +91,7 @@ impl Failure {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let status = match &error {
-            Error::Io { .. } => ELORA_STATUS_IO,
+            Error::Io { .. } | Error::NoThreads { .. } => ELORA_STATUS_IO,
             Error::Json { .. }
             | Error::InvalidFile { .. }
             | Error::MissingTensor { .. }

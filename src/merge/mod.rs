@@ -238,7 +238,8 @@ impl Merger {
             model = model.with_layers(running, config);
         }
         let mut max_logit_difference = None;
-        let mut task = Task::begin(progress, "compare", sample.len(), "sequences")?;
+        let begin = || Task::begin(progress, "compare", sample.len(), "sequences");
+        let mut task = (!sample.is_empty()).then(begin).transpose()?;
         for tokens in sample {
             let before = host_values(unmerged.forward(unmerged.tokens(tokens, 1)?));
             let after = host_values(model.forward(model.tokens(tokens, 1)?));
@@ -248,7 +249,9 @@ impl Merger {
                 .map(|(a, b)| (a - b).abs())
                 .fold(0.0, f32::max);
             max_logit_difference = Some(difference.max(max_logit_difference.unwrap_or(0.0)));
-            task.step("")?;
+            if let Some(task) = &mut task {
+                task.step("")?;
+            }
         }
         let zeros_lost = layers.iter().map(|layer| layer.zeros_lost).sum();
         Ok(Merged {

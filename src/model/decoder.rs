@@ -16,6 +16,7 @@ use crate::nn::ops;
 use crate::nn::{BaseLinear, KvCache, RmsNorm, host_values};
 use crate::progress::Task;
 use crate::space::LayerShape;
+use crate::threads;
 
 /// A decoder-only language model. Its weights start frozen; adapters are attached to its linear
 /// layers.
@@ -45,6 +46,7 @@ impl Decoder {
     /// Returns an error that names the tensor if one is missing, has another shape or dtype, or
     /// holds NaN or an infinity.
     pub fn load(config: &HfConfig, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        threads::ready()?;
         let config = &config.fitted(checkpoint)?;
         Self::from_checkpoint(config, checkpoint, device, |source| {
             Self::assemble(config, source)
@@ -119,8 +121,9 @@ impl Decoder {
     /// norms 1, biases 0. The same seed gives the same weights on every backend.
     ///
     /// # Errors
-    /// Currently infallible for a validated configuration.
+    /// Returns [`Error::NoThreads`] if the operating system starts no thread.
     pub fn init(config: &HfConfig, seed: u64, device: &Device) -> Result<Self> {
+        threads::ready()?;
         let rng = std::cell::RefCell::new(ChaCha8Rng::seed_from_u64(seed));
         let normal = |n: usize, std: f64| -> Vec<f32> {
             let mut rng = rng.borrow_mut();

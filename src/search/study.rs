@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::input::open_regular;
 use crate::progress::{Progress, Task};
 use crate::space::{SearchSpace, SubnetConfig};
+use crate::threads;
 
 /// Largest line of a log that is read, in bytes.
 const MAX_LINE_BYTES: u64 = 16 << 20;
@@ -197,6 +198,7 @@ impl Study {
         S: Searcher + ?Sized,
         F: Fn(&SubnetConfig) -> Result<Vec<f64>> + Sync,
     {
+        threads::ready()?;
         let batch = self.settings.batch;
         let mut evaluate = |configs: &[SubnetConfig], _, task: &Task<'_>| -> Vec<Timed> {
             let one = |config| timed(|| task.check().and_then(|()| objective(config)));

@@ -354,7 +354,7 @@ fn generated(
         };
         let mut results = Vec::new();
         for ((name, filter), right) in filters.iter().zip(&mut right) {
-            let answer = filter.apply(output);
+            let answer = filter.apply(output)?;
             let mut result = json!({ "filter": name, "answer": answer });
             for ((metric, spec), right) in metrics.iter().zip(&spec.metric_list).zip(right) {
                 let is_right = gold.iter().any(|gold| metric.is_match(&answer, gold));

@@ -3,56 +3,82 @@
 use regex::Regex;
 
 use super::encode::is_space;
+use super::pattern::{Pattern, Replacement};
 use super::spec::{FilterStep, MetricSpec};
 use crate::error::{Error, Result};
 
 /// Compiles a regular expression of a task.
-fn compiled(pattern: &str) -> Result<Regex> {
-    let expected = |e: regex::Error| {
-        let reason = e.to_string();
-        format!("a regular expression of the regex crate: {reason}")
-    };
-    Regex::new(pattern).map_err(|e| Error::argument("regex_pattern", pattern, expected(e)))
+fn compiled(pattern: &str) -> Result<Pattern> {
+    let expected = |reason| format!("a regular expression of the regex crate: {reason}");
+    Pattern::new(pattern).map_err(|reason| {
+        let shown: String = pattern.chars().take(80).collect();
+        Error::argument("regex_pattern", shown, expected(reason))
+    })
 }
 
+/// Most bytes that a filter makes of an output, and that for each of its bytes.
+const GROWTH: (usize, usize) = (1 << 16, 16);
+
 /// The steps of a filter.
-pub(super) struct Filter(Vec<(FilterStep, Option<Regex>)>);
+pub(super) struct Filter(Vec<Step>);
+
+enum Step {
+    Select(Pattern, i64, String),
+    Replace(Pattern, Replacement),
+    Strip,
+    Lowercase,
+}
 
 impl Filter {
     pub fn new(steps: &[FilterStep]) -> Result<Self> {
-        let with_regex = |step: &FilterStep| {
-            let regex = match step {
-                FilterStep::Regex { regex_pattern, .. }
-                | FilterStep::RegexReplace { regex_pattern, .. } => Some(compiled(regex_pattern)?),
-                _ => None,
-            };
-            Ok((step.clone(), regex))
+        let step = |step: &FilterStep| {
+            Ok(Some(match step {
+                FilterStep::Regex {
+                    regex_pattern,
+                    group_select,
+                    fallback,
+                } => Step::Select(compiled(regex_pattern)?, *group_select, fallback.clone()),
+                FilterStep::RegexReplace {
+                    regex_pattern,
+                    replacement,
+                } => Step::Replace(compiled(regex_pattern)?, Replacement::new(replacement)),
+                FilterStep::Strip => Step::Strip,
+                FilterStep::Lowercase => Step::Lowercase,
+                FilterStep::TakeFirst => return Ok(None),
+            }))
         };
-        Ok(Self(steps.iter().map(with_regex).collect::<Result<_>>()?))
+        let steps = steps.iter().filter_map(|one| step(one).transpose());
+        Ok(Self(steps.collect::<Result<_>>()?))
     }
 
-    pub fn apply(&self, output: &str) -> String {
-        self.0
-            .iter()
-            .fold(output.to_string(), |text, (step, regex)| {
-                match (step, regex) {
-                    (
-                        FilterStep::Regex {
-                            group_select,
-                            fallback,
-                            ..
-                        },
-                        Some(regex),
-                    ) => select(regex, &text, *group_select).unwrap_or_else(|| fallback.clone()),
-                    (FilterStep::RegexReplace { replacement, .. }, Some(regex)) => {
-                        let with = super::template::replacement(replacement);
-                        regex.replace_all(&text, &*with).into_owned()
-                    }
-                    (FilterStep::Strip, _) => text.trim_matches(is_space).to_string(),
-                    (FilterStep::Lowercase, _) => text.to_lowercase(),
-                    _ => text,
+    /// Returns what the filter makes of an output.
+    ///
+    /// # Errors
+    /// Returns [`Error::InvalidArgument`] if the text grows beyond what comparing needs.
+    pub fn apply(&self, output: &str) -> Result<String> {
+        let most = output
+            .len()
+            .saturating_mul(GROWTH.1)
+            .saturating_add(GROWTH.0);
+        let mut left = most as u64;
+        let mut text = output.to_string();
+        for step in &self.0 {
+            text = match step {
+                Step::Select(pattern, index, fallback) => {
+                    select(pattern.regex(), &text, *index).unwrap_or_else(|| fallback.clone())
                 }
-            })
+                Step::Replace(pattern, with) => pattern.replace(&text, with, 0, |bytes| {
+                    left = left.checked_sub(bytes).ok_or_else(|| {
+                        let expected = format!("no more than {most} bytes of replaced text");
+                        Error::argument("filter_list", "replacements that grow", expected)
+                    })?;
+                    Ok(())
+                })?,
+                Step::Strip => text.trim_matches(is_space).to_string(),
+                Step::Lowercase => text.to_lowercase(),
+            };
+        }
+        Ok(text)
     }
 }
 
@@ -85,7 +111,7 @@ fn select(regex: &Regex, text: &str, index: i64) -> Option<String> {
 
 /// A metric of continuations.
 pub(super) struct Match {
-    ignored: Vec<Regex>,
+    ignored: Vec<Pattern>,
     spec: MetricSpec,
 }
 
@@ -114,8 +140,8 @@ impl Match {
     /// Removes what does not count.
     fn plain(&self, text: &str) -> String {
         let mut text = text.to_string();
-        for regex in &self.ignored {
-            text = regex.replace_all(&text, "").into_owned();
+        for pattern in &self.ignored {
+            text = pattern.regex().replace_all(&text, "").into_owned();
         }
         if self.spec.ignore_case {
             text = text.to_lowercase();

@@ -33,6 +33,7 @@ mod evaluate;
 mod filter;
 mod language_model;
 mod load;
+mod pattern;
 mod perplexity;
 mod prefix;
 mod prompt;

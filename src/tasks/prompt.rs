@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::load::{Row, TaskData};
 use super::random::PythonRandom;
 use super::spec::{OutputType, Sampler, TaskSpec};
-use super::template::{Templates, text_of};
+use super::template::{Templates, row_size, text_of};
 use crate::data::{ChatTemplate, Message};
 use crate::error::{Error, Result};
 
@@ -53,6 +53,8 @@ pub(super) struct Prompter<'a> {
     templates: Templates,
     options: PromptOptions<'a>,
     examples: Vec<Row>,
+    /// Bytes of each example, before the task added columns.
+    sizes: Vec<usize>,
     same: bool,
     random: PythonRandom,
 }
@@ -68,6 +70,7 @@ impl<'a> Prompter<'a> {
             random: PythonRandom::new(options.seed),
             options,
             examples: Vec::new(),
+            sizes: Vec::new(),
             same: data.same,
         };
         if prompter.options.n_examples == 0 {
@@ -87,7 +90,9 @@ impl<'a> Prompter<'a> {
             let expected = format!("no more than the task {} has rows of examples", spec.task);
             return Err(Error::argument("num_fewshot", found, expected));
         }
+        prompter.sizes = examples.iter().map(row_size).collect();
         let ready = |(index, row): (usize, &Row)| {
+            prompter.templates.allow(prompter.sizes[index]);
             prompter
                 .ready(row)
                 .map_err(|reason| bad(spec, "example", index, reason))
@@ -114,6 +119,7 @@ impl<'a> Prompter<'a> {
     /// Writes what is asked about a document. Documents must come in their order, because the
     /// examples are drawn one after another.
     pub fn question(&mut self, index: usize, document: &Row) -> Result<Question> {
+        self.templates.allow(row_size(document));
         let shown = self.draw(document);
         let question = self.ready(document).and_then(|row| self.ask(&row, &shown));
         question.map_err(|reason| bad(self.spec, "document", index, reason))
@@ -158,6 +164,7 @@ impl<'a> Prompter<'a> {
         }
         let mut parts = Vec::new();
         for index in shown {
+            self.templates.allow(self.sizes[*index]);
             self.example(&self.examples[*index], &mut parts)?;
         }
         match spec.output_type {
@@ -177,6 +184,9 @@ impl<'a> Prompter<'a> {
                 } else {
                     let text = text_of(self.field(&spec.doc_to_text, row)?, "doc_to_text")?;
                     let context = self.write(&parts, text)?;
+                    // Each choice has the context for itself.
+                    let copies = choices.len().saturating_sub(1);
+                    self.templates.pay(context.len().saturating_mul(copies))?;
                     let continuations = choices
                         .iter()
                         .map(|choice| format!("{delimiter}{choice}"))
@@ -252,6 +262,12 @@ impl<'a> Prompter<'a> {
 
     /// Writes a prompt of examples and a question.
     fn write(&self, parts: &[Part], question: String) -> Described<String> {
+        let prompt = self.prompt(parts, question)?;
+        self.templates.pay(prompt.len())?;
+        Ok(prompt)
+    }
+
+    fn prompt(&self, parts: &[Part], question: String) -> Described<String> {
         let system = self.options.system.unwrap_or("");
         let description = self.spec.description.as_str();
         let blank = |text: &str, first: bool| {

@@ -142,8 +142,9 @@ pub struct MetricSpec {
 /// The fields have the names and the meaning of lm-evaluation-harness' YAML files, so that one of
 /// them becomes a description by writing it as JSON. Where it calls Python functions, `columns` has
 /// expressions. A template is the name of a column, or Jinja; one that is a single expression in
-/// `{{ }}` may be a list or a number. Regular expressions have the syntax of the regex crate, which
-/// has neither look-around nor references.
+/// `{{ }}` may be a list or a number. Templates have bounds of work and memory for each row, and for
+/// all rows in proportion to them. Regular expressions have the syntax of the regex crate, which has
+/// neither look-around nor references, and up to 2000 bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskSpec {
     /// Name of the task.

@@ -1,78 +1,97 @@
 //! The templates of a task: Jinja, as lm-evaluation-harness sets it up.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::cell::Cell;
+use std::sync::Arc;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, ValueKind, from_args};
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
-use regex::Regex;
 use serde_json::Value as Json;
 
 use super::load::Row;
-use crate::data::{python_method, said_by_jinja};
+use super::pattern::{Patterns, Replacement};
+use crate::data::{
+    add_escaped_json, bounded_jinja, jinja_expression, jinja_fuel, pay_in_jinja, rewrite_jinja,
+    said_by_jinja,
+};
 
-/// Work that a rendering may do, and that for each byte of the row, in instructions.
-const FUEL: (u64, u64) = (2_000_000, 64);
+/// Bytes that the templates of a task may make in all, those for each row, and those for each byte
+/// of a row.
+const MADE: (u64, u64, u64) = (64 << 20, 64 << 10, 64);
 
-/// Renders the templates of a task.
+/// Renders the templates of a task, within bounds of work and memory.
 pub(super) struct Templates {
     environment: Environment<'static>,
+    /// Bytes that may still be made.
+    left: Cell<u64>,
 }
 
 impl Templates {
     pub fn new() -> Self {
-        let mut environment = Environment::new();
+        let mut environment = bounded_jinja(|syntax| {
+            syntax.keep_trailing_newline(true);
+        });
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        let mut syntax = SyntaxConfig::builder();
-        // Only delimiters can be wrong, and they are the usual ones.
-        if let Ok(syntax) = syntax.keep_trailing_newline(true).build() {
-            environment.set_syntax(syntax);
-        }
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(method);
-        let known: Mutex<HashMap<String, Regex>> = Mutex::default();
-        let replace = move |text: &str, pattern: &str, with: &str, named: Kwargs| {
+        add_escaped_json(&mut environment);
+        let known = Arc::new(Patterns::default());
+        let replace = move |state: &State, text: &str, pattern: &str, with: &str, named: Kwargs| {
             let count: Option<usize> = named.get("count")?;
             named.assert_all_used()?;
-            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-            let pattern = match known.get(pattern) {
-                Some(pattern) => pattern.clone(),
-                None => {
-                    let compiled = Regex::new(pattern).map_err(|e| invalid(e.to_string()))?;
-                    known.entry(pattern.to_string()).or_insert(compiled).clone()
-                }
-            };
-            let with = replacement(with);
-            Ok::<_, Error>(
-                pattern
-                    .replacen(text, count.unwrap_or(0), &*with)
-                    .into_owned(),
-            )
+            let pattern = known.get(pattern).map_err(invalid)?;
+            state.consume_fuel(pattern.cost(text.len()))?;
+            let with = Replacement::new(with);
+            pattern.replace(text, &with, count.unwrap_or(0), |bytes| {
+                pay_in_jinja(state, bytes)
+            })
         };
         environment.add_filter("regex_replace", replace);
-        Self { environment }
+        Self {
+            environment,
+            left: Cell::new(MADE.0),
+        }
+    }
+
+    /// Allows what the templates may make of one more row of so many bytes.
+    pub fn allow(&self, bytes: usize) {
+        let bytes = (bytes as u64).saturating_mul(MADE.2);
+        let more = bytes.saturating_add(MADE.1);
+        self.left.set(self.left.get().saturating_add(more));
+    }
+
+    /// Counts what was made.
+    ///
+    /// # Errors
+    /// Returns a sentence if it is more than the rows allow.
+    pub fn pay(&self, bytes: usize) -> Result<(), String> {
+        let left = self.left.get().checked_sub(bytes as u64);
+        self.left.set(left.unwrap_or(0));
+        left.map(|_| ())
+            .ok_or_else(|| "the task makes too much text of its rows".into())
     }
 
     /// Returns the value that a template has for a row: a column, if the template is its name; the
     /// value itself of a template that is one expression in `{{ }}`; or else a text.
     ///
     /// # Errors
-    /// Returns the engine's message.
+    /// Returns the engine's message, or says that the value is too large.
     pub fn value(&self, template: &str, row: &Row) -> Result<Json, String> {
-        if let Some(value) = row.get(template) {
-            return Ok(value.clone());
-        }
-        let bytes: usize = row.values().map(size).sum();
+        let value = match row.get(template) {
+            Some(value) => value.clone(),
+            None => self.made(template, row)?,
+        };
+        self.pay(size(&value))?;
+        Ok(value)
+    }
+
+    fn made(&self, template: &str, row: &Row) -> Result<Json, String> {
         let mut environment = self.environment.clone();
-        let fuel = FUEL.1.saturating_mul(bytes as u64);
-        environment.set_fuel(Some(FUEL.0.saturating_add(fuel)));
+        environment.set_fuel(Some(jinja_fuel(row_size(row) as u64)));
         let said = |error: Error| said_by_jinja(&error);
-        let Some(expression) = expression(template) else {
-            let text = environment.render_str(template, Serde(row)).map_err(said)?;
+        let Some(expression) = jinja_expression(template)? else {
+            let source = rewrite_jinja(template)?.text;
+            let text = environment.render_str(&source, Serde(row)).map_err(said)?;
             return Ok(Json::String(text));
         };
-        let compiled = environment.compile_expression(expression).map_err(said)?;
+        let compiled = environment.compile_expression(&expression).map_err(said)?;
         let value = compiled.eval(Serde(row)).map_err(said)?;
         if value.is_undefined() {
             return Err(format!("`{template}` is undefined"));
@@ -101,55 +120,21 @@ pub(super) fn text_of(value: Json, what: &str) -> Result<String, String> {
 
 /// Returns about how many bytes a value has.
 fn size(value: &Json) -> usize {
-    match value {
+    8 + match value {
         Json::String(text) => text.len(),
         Json::Array(all) => all.iter().map(size).sum(),
-        Json::Object(all) => all.values().map(size).sum(),
-        _ => 8,
+        Json::Object(all) => row_size(all),
+        _ => 0,
     }
 }
 
-/// Returns the expression of a template that is one `{{ expression }}`.
-fn expression(template: &str) -> Option<&str> {
-    let inner = template.strip_prefix("{{")?.strip_suffix("}}")?;
-    (!inner.contains("}}") && !inner.contains("{{") && !inner.starts_with('-')).then_some(inner)
-}
-
-/// Converts Python's references to groups, such as `\1`, to those of the regex crate.
-pub(super) fn replacement(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match (c, chars.peek().copied()) {
-            ('\\', Some(digit)) if digit.is_ascii_digit() => {
-                out.push_str("${");
-                while let Some(digit) = chars.next_if(char::is_ascii_digit) {
-                    out.push(digit);
-                }
-                out.push('}');
-            }
-            ('$', _) => out.push_str("$$"),
-            _ => out.push(c),
-        }
-    }
-    out
+/// Returns about how many bytes a row has.
+pub(super) fn row_size(row: &Row) -> usize {
+    row.iter().map(|(key, value)| key.len() + size(value)).sum()
 }
 
 fn invalid(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.into())
-}
-
-/// Python's methods, with those of lists that chat templates do not need.
-fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    if value.kind() == ValueKind::Seq && name == "index" {
-        let (wanted,): (&Value,) = from_args(args)?;
-        let found = value.try_iter()?.position(|item| item == *wanted);
-        return match found {
-            Some(index) => Ok(Value::from(index)),
-            None => Err(invalid(format!("{wanted} is not in the list {value}"))),
-        };
-    }
-    python_method(state, value, name, args)
 }
 
 #[cfg(test)]
@@ -214,12 +199,93 @@ mod tests {
             ("{{ choices.other }}", "undefined"),
             ("{{ choices.label.index('C') }}", "is not in the list"),
             ("{{ text | regex_replace('(', '') }}", "regex"),
-            ("{{", "syntax"),
+            ("{{", "a tag has no end"),
             ("none", "null"),
             ("choices", "no text"),
         ] {
             let error = templates.text(template, &row).unwrap_err();
             assert!(error.contains(reason), "{template}: {error}");
         }
+    }
+
+    #[test]
+    fn a_single_expression_is_a_value() {
+        let templates = Templates::new();
+        let row = row();
+        for (template, expected) in [
+            ("{{ {'a': {'b': [1, 2]}}['a'] }}", json!({"b": [1, 2]})),
+            ("{{- '}}' -}}", json!("}}")),
+            ("{{ half + 1 }}", json!(3.0)),
+            ("{{ [1] + choices.text }}", json!([1, "a", "b"])),
+            ("{{ (1, 2) }}", json!([1, 2])),
+            ("{{1}}{{2}}", json!("12")),
+            ("{{ 'a' }}\n", json!("a\n")),
+            (
+                "{% for c in choices.text %}\n{{ c }}{% endfor %}\n",
+                json!("\na\nb\n"),
+            ),
+            // As Jinja itself has it, with sorted keys and for use in a page.
+            (
+                "{{ {'b': '<é>', 'a': none}|tojson }}",
+                json!("{\"a\": null, \"b\": \"\\u003c\\u00e9\\u003e\"}"),
+            ),
+        ] {
+            assert_eq!(templates.value(template, &row), Ok(expected), "{template}");
+        }
+    }
+
+    /// Templates of the same kind as those of chats, in the place of which a task has an expression,
+    /// and regular expressions that grow, or take long.
+    fn hostile() -> Vec<(String, bool)> {
+        let mut all = crate::data::hostile_templates::templates();
+        let mut refused = |source: String| all.push((source, true));
+        let sum = ["[s, s, s, s]"; 2].join(" + ");
+        let nested = (0..14).fold("[1]".to_string(), |inner, _| format!("[{inner}] * 9"));
+        for source in [
+            "{{ 'x' * 10**12 }}".into(),
+            "{{ [1] * 10**12 }}".into(),
+            "{{ range(10**9)|list }}".into(),
+            format!("{{{{ {nested} }}}}"),
+            format!("{{{{ {} }}}}", "[".repeat(99_999)),
+            "{{ ('x' * 99999)|regex_replace('', 'x' * 99999) }}".into(),
+            "{{ ('x' * 999999)|regex_replace('.*', '\\\\0' * 9999) }}".into(),
+            "{{ (['x'] * 9999)|map('regex_replace', '', 'x' * 99999)|list }}".into(),
+            "{% set n = namespace(a='xx') %}{% for i in range(99) %}{% set n.a = \
+             n.a|regex_replace('(.)', '\\\\1\\\\1') %}{% endfor %}{{ n.a|length }}"
+                .into(),
+            "{% for i in range(99999) %}{{ 'a'|regex_replace('b' ~ i, '') }}{% endfor %}".into(),
+            "{{ 'a'|regex_replace('a' * 99999, '') }}".into(),
+            "{{ 'a'|regex_replace('(\\\\w{99}){99}', '') }}".into(),
+            "{% set s = 'a' * 999999 %}{% for i in range(99999) %}{{ \
+             s|regex_replace('(a|aa)*\\\\w{20}b', '') }}{% endfor %}"
+                .into(),
+            format!("{{% set s = [1] * 9999 %}}{{{{ ({sum}).index(2) }}}}"),
+        ] {
+            refused(source);
+        }
+        all.push((format!("{{{{ 1{} }}}}", " + 1".repeat(200_000)), false));
+        all.push((format!("{{{{ 1{} }}}}", "|int".repeat(240)), false));
+        all
+    }
+
+    #[test]
+    fn no_template_of_a_task_takes_all_memory_time_or_stack() {
+        let name = "tasks::template::tests::no_template_of_a_task_takes_all_memory_time_or_stack";
+        crate::data::hostile_templates::are_bounded(name, hostile, |source| {
+            let value = Templates::new().value(source, &row())?;
+            Ok(size(&value))
+        });
+    }
+
+    #[test]
+    fn rows_allow_so_much_text() {
+        let templates = Templates::new();
+        let row = row();
+        let bytes = || templates.text("{{ 'x' * 1000000 }}", &row).map(|t| t.len());
+        let made = (0..1000).take_while(|_| bytes().is_ok()).count();
+        assert!((60..70).contains(&made), "{made}");
+        assert!(bytes().unwrap_err().contains("too much text"));
+        templates.allow(1 << 20);
+        assert_eq!(bytes(), Ok(1_000_000));
     }
 }

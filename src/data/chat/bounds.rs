@@ -289,7 +289,7 @@ fn multiply(state: &State, a: &Value, b: &Value) -> Result<Value, Error> {
     if let Some(text) = repeated.as_str() {
         let times = times()?;
         let bytes = (text.len() as u64).saturating_mul(times);
-        state.consume_fuel(bytes / TEXT)?;
+        pay(state, bytes)?;
         return Ok(text.repeat(usize::try_from(times).unwrap_or(0)).into());
     }
     if is_list(repeated) {
@@ -314,11 +314,16 @@ fn multiply(state: &State, a: &Value, b: &Value) -> Result<Value, Error> {
     }
 }
 
+/// Pays for a text that a filter makes, before it makes it.
+pub(crate) fn pay(state: &State, bytes: u64) -> Result<(), Error> {
+    state.consume_fuel(bytes / TEXT)
+}
+
 /// Pays for values that a format may write `times` each.
 fn repeat(state: &State, times: usize, values: &[Value]) -> Result<(), Error> {
     for value in values {
         let bytes = walk(state, value, 0)?;
-        state.consume_fuel(bytes.saturating_mul(times as u64) / TEXT)?;
+        pay(state, bytes.saturating_mul(times as u64))?;
     }
     Ok(())
 }

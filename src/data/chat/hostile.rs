@@ -23,7 +23,7 @@ fn grown(start: &str, times: usize, step: &str, end: &str) -> String {
 }
 
 /// Templates, and whether each must be refused. The others may give some text in a bounded time.
-fn templates() -> Vec<(String, bool)> {
+pub(crate) fn templates() -> Vec<(String, bool)> {
     let mut all = Vec::new();
     let mut refused = |source: String| all.push((source, true));
     // Lists, tuples and maps that double, by each way to make one.
@@ -193,20 +193,34 @@ fn templates() -> Vec<(String, bool)> {
 
 #[test]
 fn no_template_takes_all_memory_time_or_stack() {
+    let name = "data::chat::hostile::no_template_takes_all_memory_time_or_stack";
+    are_bounded(name, templates, |source| {
+        let template = ChatTemplate::new(source, "t.jinja").map_err(|e| e.to_string())?;
+        let text = template.render(&[Message::user("a")], &[], false);
+        text.map(|text| text.len()).map_err(|e| e.to_string())
+    });
+}
+
+/// Renders templates that may have to be refused, in a process of its own, whose peak memory is that
+/// of the templates. `test` is the name of the calling test. `render` returns the length of a text.
+pub(crate) fn are_bounded(
+    test: &str,
+    templates: impl FnOnce() -> Vec<(String, bool)>,
+    render: impl Fn(&str) -> std::result::Result<usize, String>,
+) {
     if std::env::var_os(CHILD).is_none() {
-        return in_child();
+        return in_child(test);
     }
     let mut wrong = Vec::new();
     for (source, must_fail) in templates() {
         let begin = Instant::now();
-        let result = ChatTemplate::new(&source, "t.jinja")
-            .and_then(|template| template.render(&[Message::user("a")], &[], false));
+        let result = render(&source);
         let shown: String = source.chars().take(200).collect();
         if begin.elapsed() > Duration::from_secs(20) {
             wrong.push(format!("{:?}: {shown}", begin.elapsed()));
         }
         match result {
-            Ok(text) if must_fail => wrong.push(format!("{} bytes: {shown}", text.len())),
+            Ok(len) if must_fail => wrong.push(format!("{len} bytes: {shown}")),
             Err(error) if std::env::var(CHILD).is_ok_and(|v| v == "show") => {
                 println!("{:?} {error}: {shown}", begin.elapsed());
             }
@@ -227,11 +241,10 @@ fn no_template_takes_all_memory_time_or_stack() {
     }
 }
 
-/// Runs the test above in a process of its own, whose peak memory is that of the templates.
-fn in_child() {
-    let name = "data::chat::hostile::no_template_takes_all_memory_time_or_stack";
+/// Runs a test of this crate in a process of its own.
+fn in_child(test: &str) {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture", "--test-threads", "1"])
+        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
         .env(CHILD, "1")
         .output()
         .unwrap();

@@ -1,8 +1,9 @@
-//! The environment that chat templates are written for: Jinja as transformers sets it up.
+//! The environment that templates are written for: Jinja with Python's methods and the checks of
+//! [`bounds`], and what transformers adds for chats.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use minijinja::syntax::SyntaxConfig;
+use minijinja::syntax::{SyntaxConfig, SyntaxConfigBuilder};
 use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
@@ -20,20 +21,44 @@ pub(super) fn invalid(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.into())
 }
 
-/// Returns an environment with the functions and filters that transformers defines. `time` is what
-/// `strftime_now` formats, in seconds since 1970.
-pub(super) fn environment(time: i64) -> Environment<'static> {
+/// Returns an environment for templates of strangers: with the checks that [`rewrite`] puts into
+/// them, Python's methods, and nothing that opens a file. It needs a bound on its fuel, which
+/// [`fuel`] gives.
+///
+/// [`rewrite`]: super::source::rewrite
+/// [`fuel`]: super::fuel
+pub(crate) fn bounded(set: impl FnOnce(&mut SyntaxConfigBuilder)) -> Environment<'static> {
     let mut env = Environment::new();
     let mut syntax = SyntaxConfig::builder();
+    set(&mut syntax);
     // Only delimiters can be wrong, and they are the usual ones.
-    if let Ok(syntax) = syntax.trim_blocks(true).lstrip_blocks(true).build() {
+    if let Ok(syntax) = syntax.build() {
         env.set_syntax(syntax);
     }
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_recursion_limit(RECURSION);
     env.set_unknown_method_callback(method);
     bounds::add_to(&mut env);
-    env.add_filter("tojson", tojson);
+    env.add_filter("tojson", |state: &State, args: Rest<ValueOrKwargs>| {
+        tojson(state, args, false)
+    });
+    env
+}
+
+/// Puts `tojson` as Jinja itself has it into an environment: its text may stand in a page, and keys
+/// are sorted.
+pub(crate) fn add_escaped_json(env: &mut Environment<'static>) {
+    env.add_filter("tojson", |state: &State, args: Rest<ValueOrKwargs>| {
+        tojson(state, args, true)
+    });
+}
+
+/// Returns an environment with the functions and filters that transformers defines. `time` is what
+/// `strftime_now` formats, in seconds since 1970.
+pub(super) fn environment(time: i64) -> Environment<'static> {
+    let mut env = bounded(|syntax| {
+        syntax.trim_blocks(true).lstrip_blocks(true);
+    });
     env.add_test("sequence", |value: &Value| {
         let kinds = [
             ValueKind::String,
@@ -62,12 +87,7 @@ pub(super) fn now() -> i64 {
 
 /// Python's methods of strings, lists and dicts. Those that `pycompat` lacks, or has in another
 /// way, stand here.
-pub(crate) fn method(
-    state: &mut State,
-    value: &Value,
-    name: &str,
-    args: &[Value],
-) -> Result<Value, Error> {
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     bounds::call(state, value, name, args)?;
     let result = match (value.as_str(), name) {
         (Some(text), "removeprefix" | "removesuffix") => {
@@ -85,6 +105,13 @@ pub(crate) fn method(
         }
         (Some(text), "splitlines") if args.is_empty() => {
             Ok(split_lines(text).into_iter().map(Value::from).collect())
+        }
+        (None, "index") if value.kind() == ValueKind::Seq => {
+            let (wanted,): (&Value,) = from_args(args)?;
+            let found = value.try_iter()?.position(|item| item == *wanted);
+            let short = |value: &Value| value.to_string().chars().take(80).collect::<String>();
+            let missing = || format!("{} is not in the list {}", short(wanted), short(value));
+            found.map(Value::from).ok_or_else(|| invalid(missing()))
         }
         _ => pycompat::unknown_method_callback(state, value, name, args),
     };
@@ -127,8 +154,9 @@ fn split_lines(text: &str) -> Vec<&str> {
     lines
 }
 
-/// `json.dumps`, with transformers' `ensure_ascii=False` as the default.
-fn tojson(state: &State, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+/// `json.dumps`, with transformers' `ensure_ascii=False` as the default; or, `escaped`, with sorted
+/// keys and without characters that a page gives a meaning.
+fn tojson(state: &State, args: Rest<ValueOrKwargs>, escaped: bool) -> Result<Value, Error> {
     let args = bounds::values(args);
     type Args<'a> = (
         &'a Value,
@@ -145,9 +173,9 @@ fn tojson(state: &State, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
         };
         Ok::<_, Error>(value.filter(|v| !v.is_none() && !v.is_undefined()))
     };
-    let ensure_ascii = given(ensure_ascii, "ensure_ascii")?.is_some_and(|v| v.is_true());
+    let ensure_ascii = given(ensure_ascii, "ensure_ascii")?.map_or(escaped, |v| v.is_true());
     let (indent, separators) = (given(indent, "indent")?, given(separators, "separators")?);
-    let sort_keys = given(None, "sort_keys")?.is_some_and(|v| v.is_true());
+    let sort_keys = given(None, "sort_keys")?.map_or(escaped, |v| v.is_true());
     named.assert_all_used()?;
     let indent = match indent {
         None => None,
@@ -175,6 +203,7 @@ fn tojson(state: &State, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
         out: String::new(),
         limit: bounds::bytes(state),
         ensure_ascii,
+        escaped,
         indent,
         separators,
         sort_keys,
@@ -191,6 +220,7 @@ struct JsonWriter {
     /// Length from which on nothing is written.
     limit: usize,
     ensure_ascii: bool,
+    escaped: bool,
     indent: Option<String>,
     separators: [String; 2],
     sort_keys: bool,
@@ -268,7 +298,10 @@ impl JsonWriter {
                 '\t' => self.out.push_str("\\t"),
                 '\u{8}' => self.out.push_str("\\b"),
                 '\u{c}' => self.out.push_str("\\f"),
-                c if c < ' ' || (self.ensure_ascii && !c.is_ascii()) => {
+                c if c < ' '
+                    || (self.ensure_ascii && !c.is_ascii())
+                    || (self.escaped && matches!(c, '<' | '>' | '&' | '\'')) =>
+                {
                     for unit in c.encode_utf16(&mut [0; 2]) {
                         self.out.push_str(&format!("\\u{unit:04x}"));
                     }

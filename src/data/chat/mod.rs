@@ -2,7 +2,7 @@
 
 mod bounds;
 #[cfg(test)]
-mod hostile;
+pub(crate) mod hostile;
 mod jinja;
 mod source;
 #[cfg(test)]
@@ -21,9 +21,10 @@ use crate::error::{Error, Result};
 use crate::io::source::{tokenizer_texts, with_template};
 use crate::io::tokenizer::TokenizerFiles;
 use crate::io::{cache, gguf};
-pub(crate) use jinja::method as python_method;
+pub(crate) use bounds::pay;
 use jinja::{MARKS, environment, now};
-use source::rewrite;
+pub(crate) use jinja::{add_escaped_json, bounded};
+pub(crate) use source::{expression, rewrite};
 
 /// Largest template, in bytes. Those of models have less than 100 kB.
 const MAX_BYTES: usize = 1 << 20;
@@ -32,6 +33,11 @@ const MAX_BYTES: usize = 1 << 20;
 /// template engine. Of 84 public templates, all do with 20,000 and 2. It bounds the memory as well:
 /// one instruction pays for 64 bytes of text, or 16 of what a list holds.
 const FUEL: (u64, u64) = (200_000, 8);
+
+/// Returns the work that a rendering may do which sees so many bytes.
+pub(crate) fn fuel(bytes: u64) -> u64 {
+    FUEL.0.saturating_add(bytes.saturating_mul(FUEL.1))
+}
 
 /// Name of the template in its environment.
 const NAME: &str = "chat";
@@ -415,8 +421,7 @@ impl ChatTemplate {
             variables.insert(name.into(), mark.into());
         }
         let mut environment = self.environment.clone();
-        let bytes = conversation.json.len() as u64;
-        environment.set_fuel(Some(FUEL.0.saturating_add(bytes.saturating_mul(FUEL.1))));
+        environment.set_fuel(Some(fuel(conversation.json.len() as u64)));
         let rendered = environment
             .get_template(NAME)
             .and_then(|template| template.render(Serde(variables)));

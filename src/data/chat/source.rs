@@ -57,11 +57,11 @@ const BRANCHES: usize = 250;
 
 /// A template that is written anew.
 #[derive(Debug, PartialEq)]
-pub(super) struct Source {
+pub(crate) struct Source {
     /// The text that the engine gets.
-    pub(super) text: String,
+    pub(crate) text: String,
     /// Whether it had tags `generation`, which became tags that print [`MARKS`].
-    pub(super) generation: bool,
+    pub(crate) generation: bool,
 }
 
 type Result<T> = std::result::Result<T, String>;
@@ -70,7 +70,7 @@ type Result<T> = std::result::Result<T, String>;
 ///
 /// # Errors
 /// Returns a sentence with the line if a tag does not follow the grammar.
-pub(super) fn rewrite(source: &str) -> Result<Source> {
+pub(crate) fn rewrite(source: &str) -> Result<Source> {
     let mut out = Source {
         text: String::with_capacity(source.len()),
         generation: false,
@@ -88,6 +88,34 @@ pub(super) fn rewrite(source: &str) -> Result<Source> {
     }
     out.text.push_str(rest);
     Ok(out)
+}
+
+/// Writes the expression of a template that is one `{{ expression }}` anew, with a check of its value.
+/// Returns `None` if the template is anything else.
+///
+/// # Errors
+/// Returns a sentence if the expression does not follow the grammar.
+pub(crate) fn expression(source: &str) -> Result<Option<String>> {
+    if !source.starts_with("{{") {
+        return Ok(None);
+    }
+    let mut lexer = Lexer {
+        text: source,
+        at: 2 + control(source[2..].chars().next()).len(),
+        close: "}}",
+    };
+    let (tokens, _) = lexer.tokens()?;
+    if lexer.at < source.len() {
+        return Ok(None);
+    }
+    let mut parser = Parser {
+        tokens: &tokens,
+        at: 0,
+        depth: 0,
+    };
+    let piece = parser.expression()?;
+    parser.end()?;
+    Ok(Some(piece.guarded("elora_seen")?.text))
 }
 
 /// The `elif` of each `if` that is open.

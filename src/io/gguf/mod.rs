@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::io::tensors::{Bytes, TensorInfo, read_file};
 use crate::io::{cache, open_regular};
+use crate::threads;
 pub(crate) use blocks::BlockType;
 use container::File;
 pub(in crate::io) use container::MAGIC;
@@ -89,6 +90,7 @@ impl Gguf {
     }
 
     pub(in crate::io) fn open_with(path: &Path, mmap: bool) -> Result<Self> {
+        threads::ready()?;
         let part = |path: &Path| File::parse(path, read_file(path, mmap)?);
         let first = part(path)?;
         let count = first.size("split.count")?.unwrap_or(1);

@@ -21,6 +21,7 @@ use crate::io::{
     read_large_json_object, refuse_pointer,
 };
 use crate::linalg::Matrix;
+use crate::threads;
 
 /// Maximum number of shards in an index. Each shard is a memory mapping.
 const MAX_SHARDS: usize = 4096;
@@ -156,6 +157,7 @@ impl Checkpoint {
     /// Returns the errors of [`open`](Self::open), and [`Error::OutOfMemory`] if a file does not
     /// fit into memory.
     pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<Self> {
+        threads::ready()?;
         let path = &*cache::resolve(path.as_ref())?;
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if is_gguf(path) {
