@@ -201,7 +201,7 @@ fn bytes_of(text: &str) -> Result<u64> {
         _ => (number, 1.0),
     };
     let size = number.parse::<f64>().map_err(|_| bad())? * factor;
-    match size >= 1.0 && size < 1e18 {
+    match (1.0..1e18).contains(&size) {
         true => Ok(size as u64),
         false => Err(bad()),
     }

@@ -83,7 +83,8 @@ impl FolderParts {
         if path.exists() {
             let found: Value = read_json(&path)?;
             // As text, since numbers that were written and read may be of another kind.
-            if found.to_string() != job.to_string() {
+            let [found, expected] = [found, job].map(|value| value.to_string());
+            if found != expected {
                 return Err(Error::InvalidState {
                     what: "going on with an unfinished folder",
                     reason: format!(
