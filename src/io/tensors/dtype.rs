@@ -256,7 +256,10 @@ pub(in crate::io) fn not_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f3
     ) -> Option<(usize, f32)> {
         let elements = bytes.as_chunks::<N>().0;
         let any = |part: &[[u8; N]]| part.iter().fold(false, |any, b| any | bad(*b));
-        let part = elements.par_chunks(PARALLEL_CHUNK).position_first(any)?;
+        let part = match elements.len() <= PARALLEL_CHUNK {
+            true => any(elements).then_some(0),
+            false => elements.par_chunks(PARALLEL_CHUNK).position_first(any),
+        }?;
         let start = part * PARALLEL_CHUNK;
         let index = start + elements[start..].iter().position(|b| bad(*b))?;
         Some((index, value(elements[index])))

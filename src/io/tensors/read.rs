@@ -781,10 +781,15 @@ pub(in crate::io) fn read_open(
 
 /// Returns an error for the first value that is NaN or infinite.
 fn check_finite(name: &str, values: &[f32]) -> Result<()> {
-    // Most of the values are read by several threads, since there are billions in a model.
     let bad = |value: &f32| !value.is_finite();
     let part = |part: &[f32]| part.iter().fold(false, |any, value| any | bad(value));
-    let Some(found) = values.par_chunks(PART).position_first(part) else {
+    // Large tensors are read by several threads, since there are billions of values in a model. Small
+    // ones are not: a program that opens a bundle should not get rayon's threads for that.
+    let found = match values.len() <= PART {
+        true => part(values).then_some(0),
+        false => values.par_chunks(PART).position_first(part),
+    };
+    let Some(found) = found else {
         return Ok(());
     };
     let (start, rest) = (found * PART, &values[found * PART..]);
