@@ -744,8 +744,8 @@ fn a_large_input_costs_its_group_only() {
     {
         let sharing = super::linear::sharing(level, rows);
         let first_group = |col: usize| match sharing {
-            Sharing::Block => col % 128 == 0,
-            Sharing::EveryFourth => col % 128 / 8 % 4 == 0,
+            Sharing::Block => col.is_multiple_of(128),
+            Sharing::EveryFourth => (col % 128 / 8).is_multiple_of(4),
             Sharing::Quarter => col % 128 < 32,
         };
         let (outputs, cols) = (20, 300);
