@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use common::{copy, gemm_rate, name, sum, weight};
+use common::{copy, gemm_rate, name, read, weight};
 use elastic_lora::arch::Architecture;
 use elastic_lora::format::{StoredMatrix, WeightFormat};
 use elastic_lora::io::DType;
@@ -158,7 +158,7 @@ fn model(size: Size, kind: Kind, threads: usize) -> Result<Model> {
 /// Returns the read bandwidth of all threads in bytes per second: the best of several runs over
 /// memory far larger than the caches.
 fn bandwidth(memory: &[u64], pool: &Pool) -> f64 {
-    let least = (0..4).map(|_| sum(pool, memory)).min().unwrap_or_default();
+    let least = (0..4).map(|_| read(pool, memory)).min().unwrap_or_default();
     size_of_val(memory) as f64 / least.as_secs_f64()
 }
 

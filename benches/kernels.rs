@@ -29,8 +29,11 @@ use elastic_lora::kernels::{
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// The formats, with the pattern of those that are no random ones.
-fn formats(group: usize) -> [(&'static str, WeightFormat, Option<(usize, usize)>); 14] {
+/// A pattern of zeros, N of M.
+type NofM = (usize, usize);
+
+/// The formats by name, with their pattern where zeros are not random.
+fn formats(group: usize) -> [(&'static str, WeightFormat, Option<NofM>); 14] {
     let group_size = Some(group);
     let int = |bits, symmetric| WeightFormat::Int {
         bits,
@@ -62,7 +65,7 @@ fn formats(group: usize) -> [(&'static str, WeightFormat, Option<(usize, usize)>
 /// Returns copies of a random weight with a total size of at least `bytes`.
 fn copies(
     format: WeightFormat,
-    pattern: Option<(usize, usize)>,
+    pattern: Option<NofM>,
     shape: [usize; 2],
     bytes: usize,
 ) -> Result<Vec<StoredMatrix>> {
