@@ -184,7 +184,12 @@ struct Of<'a, T, const WIDE: bool, const SMALL: bool>(&'a T);
 impl<T: CodeTiles, const WIDE: bool, const SMALL: bool> Tiles for Of<'_, T, WIDE, SMALL> {
     const ONE: usize = T::ONE;
     const MORE: usize = T::MORE;
-    const LONG: usize = T::LONG;
+    /// Inputs of one byte may be twice as many in the same memory.
+    const LONG: usize = if WIDE {
+        T::LONG
+    } else {
+        T::LONG.saturating_mul(2)
+    };
 
     #[inline(always)]
     unsafe fn tile<const W: usize, const R: usize>(
