@@ -3,10 +3,10 @@
 //!
 //! Each format cycles through copies of its weight with a total size of `BENCH_MIB`, so that they
 //! do not fit into a cache. It takes turns with the f16 product of the same shape and with a read
-//! of a part of a buffer in four streams, on the same threads. A table after criterion's output shows the
-//! fifth percentile of the times, which other processes disturb least, and the median. `share` is
-//! the rate at which the bytes of the weight are read, divided by that of the read. `f16/` is the
-//! speed of a product divided by that of f16.
+//! of a part of a buffer in four streams, on the same threads. A table after criterion's output
+//! shows the fifth percentile of the times, which other processes disturb least, and the median.
+//! `share` is the rate at which the bytes of the weight are read, divided by that of the read.
+//! `f16/` is the speed of a product divided by that of f16.
 //!
 //! Settings: `BENCH_SHAPES` (outputs x inputs), `BENCH_ROWS` (rows of inputs), `BENCH_GROUP`
 //! (columns per group), `BENCH_SPARSITY`, `BENCH_THREADS` (0 for all), `BENCH_MIB`, `BENCH_INT8=1`

@@ -33,21 +33,21 @@ struct Args {
     /// Name of a subnet of a supernet bundle [default: the whole supernet]
     #[arg(long)]
     subnet: Option<String>,
-    /// Draft that proposes tokens: the name of a subnet of the model, or another bundle or model folder
-    /// with the same vocabulary. The text stays the same; it comes sooner if the draft is much faster
-    /// and often right
+    /// Draft that proposes tokens: the name of a subnet of the model, or another bundle or model
+    /// folder with the same vocabulary. The text stays the same; it comes sooner if the draft is
+    /// much faster and often right
     #[arg(long, conflicts_with = "device")]
     draft: Option<String>,
     /// Largest number of tokens that the draft proposes at a time, 1 to 7
     #[arg(long, default_value_t = 5, requires = "draft")]
     draft_tokens: usize,
     /// Format of the linear layers: f32, f16, bf16, sparse-f16, sparse-bf16, int8, int4,
-    /// sparse-int4, or N:M such as 2:4 [default: as stored]. Floats are rounded to nearest in groups
-    /// of --group-size; codes keep their own groups
+    /// sparse-int4, or N:M such as 2:4 [default: as stored]. Floats are rounded to nearest in
+    /// groups of --group-size; codes keep their own groups
     #[arg(long)]
     format: Option<String>,
-    /// Format of the embedding and of the head, as for --format [default: as stored, or 16-bit floats
-    /// with --format]
+    /// Format of the embedding and of the head, as for --format [default: as stored, or 16-bit
+    /// floats with --format]
     #[arg(long)]
     embedding: Option<String>,
     /// Number of consecutive weights of a row that share a scale in an integer format
@@ -62,8 +62,8 @@ struct Args {
     /// Prompt; `\n` is replaced by a line break
     #[arg(long)]
     prompt: Option<String>,
-    /// Have a conversation on the terminal, with the model's chat template: each line is a turn, and
-    /// Ctrl-D ends it
+    /// Have a conversation on the terminal, with the model's chat template: each line is a turn,
+    /// and Ctrl-D ends it
     #[arg(long, conflicts_with_all = ["prompt", "device"])]
     chat: bool,
     /// Text of the system that begins the conversation
@@ -116,8 +116,8 @@ fn print_now(text: &str) -> bool {
     written.is_ok()
 }
 
-/// Reads turns of the user from standard input, and answers each by the model. The session keeps the
-/// tokens that the next turn begins with.
+/// Reads turns of the user from standard input, and answers each by the model. The session keeps
+/// the tokens that the next turn begins with.
 fn converse(args: &Args, template: &ChatTemplate, session: &mut Session) -> Result<()> {
     let model = session.model().clone();
     let Some(tokenizer) = model.tokenizer() else {

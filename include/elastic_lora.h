@@ -820,9 +820,9 @@ typedef bool (*elora_abort_fn)(void *userdata);
 // tokens together. Sessions may come and go between calls.
 //
 // `steps` has `n_steps` elements. Sessions on the same model with the same widths and activation
-// precision go through the model together, so that its weights are read once for all of them; their
-// ranks and adapters may differ. Other widths, and subnets with weights of their own, take a pass
-// each. If the call fails, all sessions hold the same tokens as before.
+// precision go through the model together, so that its weights are read once for all of them;
+// their ranks and adapters may differ. Other widths, and subnets with weights of their own, take a
+// pass each. If the call fails, all sessions hold the same tokens as before.
 //
 // ELORA_STATUS_INVALID_STATE if a session occurs twice or is in use. Otherwise as in
 // elora_session_decode().
@@ -835,14 +835,14 @@ elora_status elora_session_decode_steps(const struct elora_step *steps, size_t n
 // elora_session_set_abort() is not copied. A draft is.
 elora_status elora_session_copy(elora_session *session, elora_session **out);
 
-// Lets a draft propose up to `n_tokens` tokens at a time, 1 to 7, in elora_session_generate(), which
-// checks them in one pass. The output is the same as without a draft. It comes sooner if the draft is
-// much faster and often right, such as a session on a small subnet of the same supernet. The session
-// takes a copy of `draft`, which can be freed, and which follows the session's tokens by itself. A
-// `draft` of NULL removes the draft.
+// Lets a draft propose up to `n_tokens` tokens at a time, 1 to 7, in elora_session_generate(),
+// which checks them in one pass. The output is the same as without a draft. It comes sooner if the
+// draft is much faster and often right, such as a session on a small subnet of the same supernet.
+// The session takes a copy of `draft`, which can be freed, and which follows the session's tokens
+// by itself. A `draft` of NULL removes the draft.
 //
-// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is out of range, if `draft` is the session itself, if its
-// model has another number of tokens in its vocabulary, or if it has a draft.
+// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is out of range, if `draft` is the session itself,
+// if its model has another number of tokens in its vocabulary, or if it has a draft.
 elora_status elora_session_set_draft(elora_session *session, elora_session *draft, size_t n_tokens);
 
 // Copies the tokens that the session holds to `tokens`, a buffer of `cap` elements, and writes
@@ -856,14 +856,14 @@ elora_status elora_session_tokens(elora_session *session, elora_token *tokens, s
 // written.
 elora_status elora_session_get_state(elora_session *session, void *buf, size_t cap, size_t *size);
 
-// Replaces the session's tokens by those of a state that elora_session_get_state() gave, with their
-// keys and values. The session must be on the same model, with the same subnet, adapters, precision
-// of activations and format of the cache. If layers have sliding windows, n_ctx and prefill_rows
-// must be the same, too.
+// Replaces the session's tokens by those of a state that elora_session_get_state() gave, with
+// their keys and values. The session must be on the same model, with the same subnet, adapters,
+// precision of activations and format of the cache. If layers have sliding windows, n_ctx and
+// prefill_rows must be the same, too.
 //
 // ELORA_STATUS_INVALID_FORMAT if the state is damaged. ELORA_STATUS_INVALID_STATE if it is of
-// another model or setting; the error text says which. ELORA_STATUS_CONTEXT_FULL if the session has
-// no room for its tokens. The session then holds the same tokens as before.
+// another model or setting; the error text says which. ELORA_STATUS_CONTEXT_FULL if the session
+// has no room for its tokens. The session then holds the same tokens as before.
 elora_status elora_session_set_state(elora_session *session, const void *state, size_t size);
 
 // Writes the session's state to the file `path`, under a temporary name first. If the file exists,

@@ -92,9 +92,9 @@ unsafe fn steps_of(pointer: *const elora_step, n: usize) -> Outcome<Vec<elora_st
 /// tokens together. Sessions may come and go between calls.
 ///
 /// `steps` has `n_steps` elements. Sessions on the same model with the same widths and activation
-/// precision go through the model together, so that its weights are read once for all of them; their
-/// ranks and adapters may differ. Other widths, and subnets with weights of their own, take a pass
-/// each. If the call fails, all sessions hold the same tokens as before.
+/// precision go through the model together, so that its weights are read once for all of them;
+/// their ranks and adapters may differ. Other widths, and subnets with weights of their own, take a
+/// pass each. If the call fails, all sessions hold the same tokens as before.
 ///
 /// ELORA_STATUS_INVALID_STATE if a session occurs twice or is in use. Otherwise as in
 /// elora_session_decode().
@@ -189,14 +189,14 @@ pub unsafe extern "C" fn elora_session_copy(
     })
 }
 
-/// Lets a draft propose up to `n_tokens` tokens at a time, 1 to 7, in elora_session_generate(), which
-/// checks them in one pass. The output is the same as without a draft. It comes sooner if the draft is
-/// much faster and often right, such as a session on a small subnet of the same supernet. The session
-/// takes a copy of `draft`, which can be freed, and which follows the session's tokens by itself. A
-/// `draft` of NULL removes the draft.
+/// Lets a draft propose up to `n_tokens` tokens at a time, 1 to 7, in elora_session_generate(),
+/// which checks them in one pass. The output is the same as without a draft. It comes sooner if the
+/// draft is much faster and often right, such as a session on a small subnet of the same supernet.
+/// The session takes a copy of `draft`, which can be freed, and which follows the session's tokens
+/// by itself. A `draft` of NULL removes the draft.
 ///
-/// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is out of range, if `draft` is the session itself, if its
-/// model has another number of tokens in its vocabulary, or if it has a draft.
+/// ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is out of range, if `draft` is the session itself,
+/// if its model has another number of tokens in its vocabulary, or if it has a draft.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_draft(
     session: *mut elora_session,
@@ -267,14 +267,14 @@ pub unsafe extern "C" fn elora_session_get_state(
     })
 }
 
-/// Replaces the session's tokens by those of a state that elora_session_get_state() gave, with their
-/// keys and values. The session must be on the same model, with the same subnet, adapters, precision
-/// of activations and format of the cache. If layers have sliding windows, n_ctx and prefill_rows
-/// must be the same, too.
+/// Replaces the session's tokens by those of a state that elora_session_get_state() gave, with
+/// their keys and values. The session must be on the same model, with the same subnet, adapters,
+/// precision of activations and format of the cache. If layers have sliding windows, n_ctx and
+/// prefill_rows must be the same, too.
 ///
 /// ELORA_STATUS_INVALID_FORMAT if the state is damaged. ELORA_STATUS_INVALID_STATE if it is of
-/// another model or setting; the error text says which. ELORA_STATUS_CONTEXT_FULL if the session has
-/// no room for its tokens. The session then holds the same tokens as before.
+/// another model or setting; the error text says which. ELORA_STATUS_CONTEXT_FULL if the session
+/// has no room for its tokens. The session then holds the same tokens as before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn elora_session_set_state(
     session: *mut elora_session,
@@ -332,7 +332,8 @@ struct Abort {
     userdata: *mut c_void,
 }
 
-// SAFETY: the header requires that the callback can be called by every thread that uses the session.
+// SAFETY: the header requires that the callback can be called by every thread that uses the
+// session.
 unsafe impl Send for Abort {}
 // SAFETY: as above. It is called by one thread at a time, the one that uses the session.
 unsafe impl Sync for Abort {}

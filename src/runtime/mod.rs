@@ -5,10 +5,11 @@
 //! multiplies directly with their stored form ([`kernels`](crate::kernels)). It can also hold a
 //! whole supernet with named subnets. A model is opened from a bundle or a Hugging Face folder, by
 //! default through a memory map. A [`Session`] is one sequence on a model; [`decode_steps`] appends
-//! any number of tokens to each of several. For a loop of one's own, a [`Sampler`] draws tokens from
-//! logits, a [`TextStream`] makes text of them, and an [`Adapter`] is a LoRA that sessions choose at
-//! run time. A small subnet may propose tokens for a larger one ([`Session::set_draft`]). The executor is driven by the same [`Architecture`](crate::arch::Architecture) as the
-//! Burn decoder and computes the same function.
+//! any number of tokens to each of several. For a loop of one's own, a [`Sampler`] draws tokens
+//! from logits, a [`TextStream`] makes text of them, and an [`Adapter`] is a LoRA that sessions
+//! choose at run time. A small subnet may propose tokens for a larger one ([`Session::set_draft`]).
+//! The executor is driven by the same [`Architecture`](crate::arch::Architecture) as the Burn
+//! decoder and computes the same function.
 
 mod adapter;
 mod attention;

@@ -1,12 +1,12 @@
 //! Inputs in the forms that the kernels need: as `f32`, and as integers.
 //!
 //! Each block of 128 inputs has one scale: `x = scale * q`, `q = 256 hi + lo` with signed bytes
-//! `hi` and `lo`. If inputs are rounded to one byte, a quarter of a block has a scale of its own where
-//! the kernels can use it ([`Sharing`]). Weights of codes are `w = sw (code - zero)` in groups. A *unit* is a run of
-//! columns that share both the scale of the weight and the scale of the inputs, so that `x . w =
-//! sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)` over units `u`. The factors
-//! `scale_u sum q` of the second sum depend on `x` alone and are computed here, once for all rows
-//! of the weight.
+//! `hi` and `lo`. If inputs are rounded to one byte, a quarter of a block has a scale of its own
+//! where the kernels can use it ([`Sharing`]). Weights of codes are `w = sw (code - zero)` in
+//! groups. A *unit* is a run of columns that share both the scale of the weight and the scale of
+//! the inputs, so that `x . w = sum_u sw_u scale_u (q . code) - sum_u sw_u zero_u (scale_u sum q)`
+//! over units `u`. The factors `scale_u sum q` of the second sum depend on `x` alone and are
+//! computed here, once for all rows of the weight.
 
 use crate::kernels::disjoint::Disjoint;
 use crate::kernels::level::{Level, dispatch};
@@ -55,8 +55,8 @@ pub(in crate::kernels) enum Sharing {
     /// All of them.
     #[default]
     Block,
-    /// 32 columns: every fourth run of 8. The lanes of a register of codes have the scales of the four
-    /// groups in turn then, so that one sum serves all of them.
+    /// 32 columns: every fourth run of 8. The lanes of a register of codes have the scales of the
+    /// four groups in turn then, so that one sum serves all of them.
     EveryFourth,
     /// 32 columns that follow each other.
     Quarter,
@@ -89,8 +89,8 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// Adds the form for one weight. `narrow` is how inputs of 8 bits share scales, or `None` if they
-    /// have 16.
+    /// Adds the form for one weight. `narrow` is how inputs of 8 bits share scales, or `None` if
+    /// they have 16.
     pub fn add(&mut self, order: Order, unit: usize, narrow: Option<Sharing>) {
         self.orders[order as usize] = true;
         self.wide = narrow.is_none();

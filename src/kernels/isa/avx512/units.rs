@@ -71,8 +71,8 @@ pub(super) struct Units<'a> {
     high: [u16; 2],
 }
 
-/// How the scales of units and groups become the scales of lanes: as `[g0, g1, g2, g3]` for each block
-/// if a lane has eight columns, or as `[g0, g0, g1, g1, g2, g2, g3, g3]` if it has four.
+/// How the scales of units and groups become the scales of lanes: as `[g0, g1, g2, g3]` for each
+/// block if a lane has eight columns, or as `[g0, g0, g1, g1, g2, g2, g3, g3]` if it has four.
 #[derive(Clone, Copy)]
 struct Spread {
     /// Number of products of a block.
@@ -97,12 +97,12 @@ impl Spread {
         }
     }
 
-    /// Writes the products of the scales of 16 blocks of a weight, from block `at` on, with those of
-    /// the groups of the inputs.
+    /// Writes the products of the scales of 16 blocks of a weight, from block `at` on, with those
+    /// of the groups of the inputs.
     ///
     /// # Safety
-    /// The products of all blocks that begin before `count` must have room, rounded up to 16, and as
-    /// many groups must be readable.
+    /// The products of all blocks that begin before `count` must have room, rounded up to 16, and
+    /// as many groups must be readable.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn write(
@@ -133,8 +133,9 @@ impl Spread {
 }
 
 impl<'a> Units<'a> {
-    /// Prepares the units of a weight whose codes are in an order. If `alternate` is set, the zero points of every second block
-    /// are multiplied by 16, and its products of scales are divided by 16.
+    /// Prepares the units of a weight whose codes are in an order. If `alternate` is set, the zero
+    /// points of every second block are multiplied by 16, and its products of scales are divided by
+    /// 16.
     ///
     /// # Panics
     /// Panics if the memory is smaller than [`floats`] requires.
@@ -179,9 +180,9 @@ impl<'a> Units<'a> {
             .wrapping_add((w * (2 + ROWS) + index) * self.stride)
     }
 
-    /// Returns the products of the scales of row `w` of the weight and row `i` of inputs: one for each
-    /// unit, or, if the groups of a block have scales and a block is one unit, those of [`Spread`]. 16
-    /// more elements may be read.
+    /// Returns the products of the scales of row `w` of the weight and row `i` of inputs: one for
+    /// each unit, or, if the groups of a block have scales and a block is one unit, those of
+    /// [`Spread`]. 16 more elements may be read.
     pub fn products(&self, w: usize, i: usize) -> *const f32 {
         self.array(w, 2 + i)
     }
@@ -192,8 +193,9 @@ impl<'a> Units<'a> {
         self.array(w, 1).cast()
     }
 
-    /// Fills slot `w` for row `row` of the weight and `R` rows of inputs from `from` on. Returns the negated contribution of the zero points to the products,
-    /// spread over the lanes in any way.
+    /// Fills slot `w` for row `row` of the weight and `R` rows of inputs from `from` on. Returns
+    /// the negated contribution of the zero points to the products, spread over the lanes in any
+    /// way.
     ///
     /// # Safety
     /// `w < ROWS` and `R <= ROWS`, and the rows must exist.
@@ -508,8 +510,8 @@ pub(super) fn lanes(columns: usize, unit: usize) -> __m512i {
     unsafe { _mm512_loadu_si512(lane.as_ptr().cast()) }
 }
 
-/// Returns the products of scales of a block for the lanes of a step of `N` registers: each lane has
-/// eight columns if `N` is 2, and four otherwise.
+/// Returns the products of scales of a block for the lanes of a step of `N` registers: each lane
+/// has eight columns if `N` is 2, and four otherwise.
 ///
 /// # Safety
 /// The block must have products as in [`Spread`].
