@@ -92,10 +92,22 @@ impl Streaming {
         })
     }
 
-    setters! {
-        with_dtype(dtype: DType);
-        with_overwrite(overwrite: bool);
-        with_max_shard_bytes(max_shard_bytes: u64);
+    /// Sets the type of the numbers that are written.
+    pub fn with_dtype(mut self, dtype: DType) -> Self {
+        self.dtype = dtype;
+        self
+    }
+
+    /// Sets whether what is at the destination is replaced.
+    pub fn with_overwrite(mut self, overwrite: bool) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Sets the size in bytes above which each block gets a file of its own.
+    pub fn with_max_shard_bytes(mut self, max_shard_bytes: u64) -> Self {
+        self.max_shard_bytes = max_shard_bytes;
+        self
     }
 
     /// The config of the model.
