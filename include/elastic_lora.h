@@ -836,10 +836,11 @@ elora_status elora_session_decode_steps(const struct elora_step *steps, size_t n
 elora_status elora_session_copy(elora_session *session, elora_session **out);
 
 // Lets a draft propose up to `n_tokens` tokens at a time, 1 to 7, in elora_session_generate(),
-// which checks them in one pass. The output is the same as without a draft. It comes sooner if the
-// draft is much faster and often right, such as a session on a small subnet of the same supernet.
-// The session takes a copy of `draft`, which can be freed, and which follows the session's tokens
-// by itself. A `draft` of NULL removes the draft.
+// which checks them in one pass. The output is the same as without a draft, up to the rounding of
+// sums, which decides between logits that are all but equal. It comes sooner if the draft is much
+// faster and often right, such as a session on a small subnet of the same supernet. The session
+// takes a copy of `draft`, which can be freed, and which follows the session's tokens by itself. A
+// `draft` of NULL removes the draft.
 //
 // ELORA_STATUS_INVALID_ARGUMENT if `n_tokens` is out of range, if `draft` is the session itself,
 // if its model has another number of tokens in its vocabulary, or if it has a draft.

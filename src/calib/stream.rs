@@ -149,15 +149,7 @@ impl Streaming {
                 .insert(block, layers.unwrap_or_default());
             Ok(())
         };
-        let notes = parts.notes().to_path_buf();
-        let output = Output {
-            parts,
-            dtype: self.dtype,
-            max_shard_bytes: self.max_shard_bytes,
-            finished: &finished,
-            restore: &restore,
-        };
-        let mut place = InFiles::new(&self.source, &self.device, notes, Some(output));
+        let mut place = self.in_files(parts, &finished, &restore);
         config.walk(&mut place, samples, &patterns, &note, progress)?;
         drop(place);
         Ok(report.take().into_values().flatten().collect())
@@ -179,7 +171,6 @@ impl Streaming {
         config.validate()?;
         let samples = config.needed(samples)?;
         let parts = self.begin("quantize", config, samples, Some(format))?;
-        let notes = parts.notes().to_path_buf();
         let codes = RefCell::new(BTreeMap::<String, QuantizedMatrix>::new());
         let put = |name: &str, found: QuantizedMatrix| {
             codes.borrow_mut().insert(name.to_string(), found);
@@ -187,14 +178,7 @@ impl Streaming {
         // Only the codes of one block are there.
         let finished = |_: usize| Ok((codes.take(), Value::Null));
         let restore = |_: usize, _: Value| Ok(());
-        let output = Output {
-            parts,
-            dtype: self.dtype,
-            max_shard_bytes: self.max_shard_bytes,
-            finished: &finished,
-            restore: &restore,
-        };
-        let mut place = InFiles::new(&self.source, &self.device, notes, Some(output));
+        let mut place = self.in_files(parts, &finished, &restore);
         config.walk(&mut place, samples, &put, progress)?;
         Ok(self.config().arch().linears().len())
     }
@@ -300,6 +284,24 @@ impl Streaming {
             format,
             &job,
         )
+    }
+
+    /// The model in its files, whose changed blocks are written to `parts`; see [`Output`].
+    fn in_files<'a>(
+        &'a self,
+        parts: FolderParts,
+        finished: &'a dyn Fn(usize) -> Result<(Codes, Value)>,
+        restore: &'a dyn Fn(usize, Value) -> Result<()>,
+    ) -> InFiles<'a> {
+        let notes = parts.notes().to_path_buf();
+        let output = Output {
+            parts,
+            dtype: self.dtype,
+            max_shard_bytes: self.max_shard_bytes,
+            finished,
+            restore,
+        };
+        InFiles::new(&self.source, &self.device, notes, Some(output))
     }
 
     /// The pattern of each block, which is kept once it is known.

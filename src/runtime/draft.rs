@@ -13,8 +13,8 @@ use super::session::Session;
 use crate::error::{Error, Result};
 
 /// The largest number of tokens that a draft may propose at a time. With the token before them, a
-/// pass has 8 rows then. Kernels compute so few rows like a single one, so that no sum is formed in
-/// another order than without a draft.
+/// pass has 8 rows then, which AVX-512 and NEON compute by the kernels of a single one. AVX2 adds in
+/// another order from 3 rows on.
 pub(super) const MOST: usize = 7;
 
 /// The draft of a session.
@@ -140,9 +140,9 @@ impl Session {
         self.decode(prompt, Some(&mut logits[..vocab_size]))?;
         sampler.observe(self.tokens());
         let start = self.position();
-        // Tokens that the session has computed, of those that were drawn.
+        // Leaves the session with as many of the drawn tokens as it has computed.
         let finish = |session: &mut Self, output: Vec<u32>, computed: usize| {
-            session.truncate(start + computed.min(output.len()));
+            session.truncate(start + computed);
             Ok(output)
         };
         if config.max_new_tokens == 0 {
@@ -151,7 +151,6 @@ impl Session {
         // The rows of logits of which the next tokens are drawn. Each but the last is followed by the
         // token that was proposed there.
         let mut rows = 1;
-        proposed.clear();
         loop {
             let mut accepted = 0;
             let mut last = None;

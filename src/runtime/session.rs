@@ -253,10 +253,11 @@ impl Session {
     }
 
     /// Lets another session propose up to `n_tokens` tokens at a time in [`generate`](Self::generate),
-    /// which checks them in one pass; `None` for no draft. The output is the same as without: the
-    /// session draws every token by itself. It comes sooner if the draft is much faster and often
-    /// right, such as a small subnet of the same supernet. The draft follows the session's tokens by
-    /// itself.
+    /// which checks them in one pass; `None` for no draft. The session draws every token by itself, so
+    /// the output is the same as without, up to the rounding of sums: a pass over several rows may add
+    /// in another order (AVX2), which decides between logits that are all but equal. It comes sooner if
+    /// the draft is much faster and often right, such as a small subnet of the same supernet. The draft
+    /// follows the session's tokens by itself.
     ///
     /// # Errors
     /// Returns [`Error::InvalidArgument`] if `n_tokens` is 0 or over 7, if the draft's vocabulary has
